@@ -1,0 +1,104 @@
+"""Calibration images as batches: chosen with a seed, read lazily, fingerprinted by content."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deploy.errors import DataError
+from deploy.images import ImageSet, Item, digest
+from deploy.preprocess import NamedBytes, Preprocess, preprocess
+
+from .generated import generate
+
+GENERATED = "generated"
+"""The name that asks for images made by :mod:`calib.generated` instead of a folder."""
+DEFAULT_SIZE = 300
+GENERATED_SEED = 20
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Chosen images.
+
+    Attributes:
+        source: what the user gave, for the manifest (a folder's last two parts, never a whole path).
+        fingerprint: SHA-256 over the contents of the chosen images, in order.
+        count: number of images.
+    """
+
+    source: str
+    fingerprint: str
+    count: int
+    _images: ImageSet | None = field(default=None, repr=False)
+    _blobs: tuple[bytes, ...] = field(default=(), repr=False)
+
+    @classmethod
+    def choose(cls, data: str | Path, size: int | None, spec: Preprocess, seed: int = 0) -> CalibrationSet:
+        """``size`` images of ``data`` (default: 300, or all where there are fewer), the classes in equal parts.
+
+        ``data`` is a folder, ``ARCHIVE.tar[/FOLDER]``, or ``"generated"``.
+
+        Raises:
+            DataError: no images, or fewer than asked for.
+        """
+        if size is not None and size < 1:
+            raise DataError(f"{size} calibration images were asked for", remedy="ask for 1 or more")
+        if str(data) == GENERATED:
+            blobs = tuple(generate(size or DEFAULT_SIZE, spec.size, seed=GENERATED_SEED + seed))
+            return cls(GENERATED, _fingerprint(map(digest, blobs)), len(blobs), _blobs=blobs)
+        images = ImageSet(data)
+        if size is not None and size > len(images):
+            raise DataError(f"holds {len(images)} images, {size} were asked for", where=data,
+                            remedy=f"give more images, or --calib-size {len(images)}")  # fmt: skip
+        chosen = images.select(_spread(images.items, min(size or DEFAULT_SIZE, len(images)), seed))
+        fingerprint = _fingerprint(digest(chosen.read(item)) for item in chosen)
+        return cls("/".join(Path(data).parts[-2:]), fingerprint, len(chosen), _images=chosen)
+
+    def batches(self, spec: Preprocess) -> Iterator[np.ndarray]:
+        """Each image as float32 ``(1, 3, S, S)``: calibration never depends on the export's batch size."""
+        for blob, name in self._encoded():
+            yield preprocess(NamedBytes(blob, name), spec)[None]
+
+    def _encoded(self) -> Iterator[tuple[bytes, str]]:
+        if self._images is None:
+            yield from ((blob, f"generated image {i}") for i, blob in enumerate(self._blobs))
+        else:
+            yield from ((self._images.read(item), item.name) for item in self._images)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def describe(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {"source": self.source, "images": self.count, "fingerprint": self.fingerprint}
+
+
+def _spread(items: list[Item], count: int, seed: int) -> list[Item]:
+    """``count`` items, shuffled with ``seed``, taking the classes in turn."""
+    rng = random.Random(seed)
+    by_class: dict[str | None, list[Item]] = {}
+    for item in items:
+        by_class.setdefault(item.label, []).append(item)
+    groups = list(by_class.values())
+    for group in groups:
+        rng.shuffle(group)
+    chosen: list[Item] = []
+    while len(chosen) < count:
+        for group in groups:
+            if group and len(chosen) < count:
+                chosen.append(group.pop())
+    return chosen
+
+
+def _fingerprint(digests: Iterator[str]) -> str:
+    total = hashlib.sha256()
+    for one in digests:
+        total.update(one.encode())
+    return total.hexdigest()

@@ -1,0 +1,193 @@
+"""Graph + images + recipe -> one Q/DQ ONNX graph for every runtime, through NNCF; cached by content."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from filelock import FileLock
+
+from deploy.errors import GateError, StepError
+from deploy.files import write_atomic
+from deploy.preprocess import Preprocess
+
+from .data import CalibrationSet
+from .lint import lint
+from .recipe import DEFAULT, Recipe
+
+CACHED_FILES = 20
+"""So many calibrated graphs are kept; the oldest go first."""
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """The result of :func:`quantize`; ``cached`` if it was not computed now."""
+
+    model: onnx.ModelProto
+    recipe: str
+    cached: bool
+
+
+def quantize(
+    model: onnx.ModelProto,
+    data: CalibrationSet,
+    spec: Preprocess,
+    recipe: Recipe = DEFAULT,
+    *,
+    cache: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Quantized:
+    """Quantize a float graph.
+
+    Args:
+        model: float32 ONNX graph with input ``(batch, 3, S, S)``, not modified.
+        data: the calibration images.
+        spec: their preprocessing.
+        recipe: what stays float.
+        cache: folder of calibrated graphs; the same graph, images, preprocessing and recipe are not calibrated twice.
+        progress: called with images read and the number of readings.
+
+    Raises:
+        GateError: the result breaks a rule of :func:`calib.lint.lint`.
+        StepError: NNCF failed.
+    """
+    content = model.SerializeToString(deterministic=True)
+    path = cache / f"{_key(content, data, spec, recipe)}.onnx" if cache else None
+    if path is None:
+        return Quantized(_checked(_run(model, data, spec, recipe, progress)), recipe.key(), False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        with contextlib.suppress(Exception):  # an unreadable entry is made again
+            if path.exists():
+                cached = onnx.load(path)
+                if not lint(cached):
+                    path.touch()
+                    return Quantized(cached, recipe.key(), True)
+        result = _checked(_run(model, data, spec, recipe, progress))
+        write_atomic(path, result.SerializeToString(deterministic=True))
+        _evict(path.parent)
+    return Quantized(result, recipe.key(), False)
+
+
+def _key(content: bytes, data: CalibrationSet, spec: Preprocess, recipe: Recipe) -> str:
+    parts = [hashlib.sha256(content).hexdigest(), data.fingerprint, repr(spec), recipe.key()]
+    parts += [f"{name} {metadata.version(name)}" for name in ("nncf", "onnxruntime", "pillow")]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _evict(folder: Path) -> None:
+    entries = sorted(folder.glob("*.onnx"), key=lambda p: p.stat().st_mtime, reverse=True)
+    for old in entries[CACHED_FILES:]:
+        old.unlink(missing_ok=True)
+        old.with_name(old.name + ".lock").unlink(missing_ok=True)
+
+
+def _checked(model: onnx.ModelProto) -> onnx.ModelProto:
+    findings = lint(model)
+    if findings:
+        more = f" and {len(findings) - 5} more" if len(findings) > 5 else ""
+        raise GateError("the quantized graph breaks the rules for int8", why="; ".join(findings[:5]) + more,
+                        remedy="report the model; an fp32 or bf16 bundle is not affected")  # fmt: skip
+    return model
+
+
+class _Batches:
+    """Preprocessed images as a list that NNCF may read several times; decoded once, kept as float32.
+
+    300 images of 192 x 192 are 130 MB; beyond ``LIMIT`` bytes they are decoded again at every reading instead.
+    """
+
+    LIMIT = 512 << 20
+
+    def __init__(self, data: CalibrationSet, spec: Preprocess, progress: Callable[[int, int], None] | None) -> None:
+        self._data, self._spec, self._progress = data, spec, progress
+        self._kept: list[np.ndarray] | None = None
+        self._readings = 0
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        self._readings += 1
+        small = len(self) * 3 * self._spec.size**2 * 4 <= self.LIMIT
+        source = self._kept if self._kept is not None else self._data.batches(self._spec)
+        kept = []
+        for i, batch in enumerate(source):
+            if small and self._kept is None:
+                kept.append(batch)
+            if self._progress:
+                self._progress(i + 1, len(self))
+            yield batch
+        if small and self._kept is None:
+            self._kept = kept
+
+
+def _run(
+    model: onnx.ModelProto, data: CalibrationSet, spec: Preprocess, recipe: Recipe, progress: Callable[[int, int], None] | None
+) -> onnx.ModelProto:
+    nncf = _import_nncf()
+    name = model.graph.input[0].name
+    dataset = nncf.Dataset(_Batches(data, spec, progress), lambda batch: {name: batch})
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    try:
+        with _silence():
+            result = nncf.quantize(
+                copy,
+                dataset,
+                preset=nncf.QuantizationPreset.PERFORMANCE,  # symmetric activations
+                model_type=nncf.ModelType.TRANSFORMER,
+                subset_size=len(data),
+                fast_bias_correction=True,
+                ignored_scope=nncf.IgnoredScope(names=recipe.float_nodes(copy), validate=False),
+                advanced_parameters=_advanced(nncf, recipe),
+            )
+    except Exception as exc:
+        if type(exc).__module__.startswith("deploy"):
+            raise
+        raise StepError("calibration failed in NNCF", why=f"{type(exc).__name__}: {exc}",
+                        remedy="export fp32 or bf16, and report the model") from exc  # fmt: skip
+    return result
+
+
+def _import_nncf() -> Any:
+    """NNCF without its telemetry and log lines (it must never reach for the network)."""
+    os.environ["NNCF_CI"] = "1"
+    with _silence():
+        import nncf
+
+        nncf.set_log_level(logging.ERROR)
+    return nncf
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """NNCF draws its own progress on standard output, which belongs to results."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def _advanced(nncf: Any, recipe: Recipe) -> Any:
+    from nncf.common.quantization.structs import QuantizationScheme
+    from nncf.quantization import advanced_parameters as advanced
+    from nncf.quantization.range_estimator import RangeEstimatorParametersSet
+
+    ranges = {"mean_minmax": RangeEstimatorParametersSet.MEAN_MINMAX, "minmax": RangeEstimatorParametersSet.MINMAX}
+    alpha = -1.0 if recipe.smooth_quant is None else recipe.smooth_quant
+    return advanced.AdvancedQuantizationParameters(
+        activations_quantization_params=advanced.QuantizationParameters(mode=QuantizationScheme.SYMMETRIC),
+        weights_quantization_params=advanced.QuantizationParameters(mode=QuantizationScheme.SYMMETRIC, per_channel=True),
+        activations_range_estimator_params=ranges[recipe.range_estimator],
+        smooth_quant_alphas=advanced.AdvancedSmoothQuantParameters(matmul=alpha, convolution=-1.0),
+        disable_bias_correction=not recipe.bias_correction,
+    )

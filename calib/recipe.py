@@ -1,0 +1,67 @@
+"""Which nodes of a hybrid stay float, once, for every runtime.
+
+Rules are about node classes, never about names of a family. Measured on CMT (``docs/int8.md``):
+
+* Dense convs and matrix products are int8, weights per output channel, activations per tensor, all symmetric with zero
+  point 0: TensorRT accepts nothing else, and asymmetric activations cost extra work on CPUs.
+* Depthwise convs stay float: they are bound by memory, and runtimes ran int8 ones as float with conversions around them.
+* LayerNorm, Softmax, GELU and elementwise operations stay float: cheap, and where accuracy goes first.
+* Biases stay float: they are added in the accumulator's precision anyway.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+
+import onnx
+
+FLOAT_OPS = ("LayerNormalization", "Softmax", "Gelu", "Sigmoid", "Erf", "ReduceMean", "GlobalAveragePool")
+"""Operations that never read a dequantized activation directly."""
+INT8_OPS = ("Conv", "Gemm", "MatMul")
+"""Operations that compute in int8."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Choices of :func:`calib.quantize.quantize`.
+
+    Attributes:
+        depthwise: quantize depthwise convs too.
+        attention: quantize the attention's own products (of two activations).
+        smooth_quant: alpha of activation smoothing for matrix products, ``None`` for none; it adds a multiplication
+            before each of them.
+        bias_correction: correct biases for the mean error that rounding weights causes.
+        range_estimator: how activation ranges are found: ``"mean_minmax"`` (mean over images of each image's extremes)
+            or ``"minmax"``.
+    """
+
+    depthwise: bool = False
+    attention: bool = True
+    smooth_quant: float | None = None
+    bias_correction: bool = True
+    range_estimator: str = "mean_minmax"
+
+    def key(self) -> str:
+        """Hash of all choices, for caches and the manifest."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def float_nodes(self, model: onnx.ModelProto) -> list[str]:
+        """Names of the nodes of ``model`` that stay float although their operation could be int8."""
+        constants = {i.name for i in model.graph.initializer}
+        nodes = []
+        for node in model.graph.node:
+            if not self.depthwise and is_depthwise(node):
+                nodes.append(node.name)
+            if not self.attention and node.op_type == "MatMul" and not constants.intersection(node.input):
+                nodes.append(node.name)
+        return nodes
+
+
+DEFAULT = Recipe()
+
+
+def is_depthwise(node: onnx.NodeProto) -> bool:
+    """Whether ``node`` is a grouped conv (in these families every grouped conv is depthwise)."""
+    return node.op_type == "Conv" and any(a.name == "group" and a.i > 1 for a in node.attribute)

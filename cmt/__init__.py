@@ -1,0 +1,26 @@
+"""Reference models of hybrid CNN-transformer classifiers, their weights, and exact rewrites for deployment.
+
+>>> from cmt import create_model, fuse, load_weights
+>>> model = create_model("cmt_xs", img_size=192, num_classes=1000)
+>>> load_weights(model, "cmt_xs.pth")            # strict, safe
+>>> deployable = fuse(model)                     # same logits, fewer operations
+"""
+
+from .analysis import count_params, macs
+from .fuse import fuse
+from .registry import ModelSpec, create_model, labels_of, list_models, model_spec
+from .weights import load_pretrained, load_weights, weights_fingerprint
+
+__all__ = [
+    "ModelSpec",
+    "count_params",
+    "create_model",
+    "fuse",
+    "labels_of",
+    "list_models",
+    "load_pretrained",
+    "load_weights",
+    "macs",
+    "model_spec",
+    "weights_fingerprint",
+]

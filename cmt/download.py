@@ -1,0 +1,122 @@
+"""Fetch published weights into the user's cache: resumable, checked, never half-written."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from filelock import FileLock
+from platformdirs import user_cache_path
+from tqdm import tqdm
+
+from deploy.errors import DownloadError
+
+from .registry import Pretrained
+
+TIMEOUT_S = 30
+CHUNK = 1 << 20
+MAX_BYTES = 4 << 30
+
+
+def cache_folder() -> Path:
+    """Folder of downloaded files and calibrated graphs; ``CMT_EDGE_CACHE`` overrides the platform's default."""
+    override = os.environ.get("CMT_EDGE_CACHE")
+    return Path(override) if override else user_cache_path("cmt-edge", appauthor=False)
+
+
+def fetch(published: Pretrained, folder: Path | None = None) -> Path:
+    """Path of the published file in the cache, downloaded if it is not there.
+
+    An interrupted download goes on where it stopped. The length the server announces is always checked, ``size`` and
+    ``sha256`` where the registry knows them.
+
+    Raises:
+        DownloadError: no network, a wrong length or hash, or a full disk.
+    """
+    assert published.url is not None
+    folder = folder or cache_folder() / "weights"
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / published.url.rsplit("/", 1)[-1]
+    with FileLock(f"{target}.lock"):
+        if not target.exists():
+            partial = target.with_name(target.name + ".partial")
+            try:
+                _download(published.url, partial)
+            except (OSError, urllib.error.URLError) as exc:
+                raise _failed(published.url, exc) from exc
+            _check(published, partial)
+            partial.replace(target)
+    return target
+
+
+def _failed(url: str, why: object) -> DownloadError:
+    return DownloadError(
+        "cannot download the published weights",
+        where=url,
+        why=why,
+        remedy="fetch the file elsewhere and give --weights PATH, or use --weights random for latency alone",
+    )
+
+
+def _download(url: str, partial: Path) -> None:
+    """Append to ``partial`` until it has the announced length."""
+    have = partial.stat().st_size if partial.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=TIMEOUT_S)
+    except urllib.error.HTTPError as exc:
+        if exc.code != 416 or not have:  # 416: nothing left to send, or a stale partial file
+            raise
+        total = (exc.headers.get("Content-Range") or "").rpartition("/")[2]
+        if total == str(have):
+            return
+        partial.unlink()
+        return _download(url, partial)
+    with response, contextlib.ExitStack() as stack:
+        resumed = response.status == 206
+        length = int(response.headers.get("Content-Length") or 0)
+        total = length + (have if resumed else 0)
+        if total > MAX_BYTES:
+            raise OSError(f"the server announces {total} bytes, more than the cap of {MAX_BYTES}")
+        out = stack.enter_context(open(partial, "ab" if resumed else "wb"))
+        bar = stack.enter_context(
+            tqdm(total=total or None, initial=have if resumed else 0, unit="B", unit_scale=True, disable=None,
+                 desc=url.rsplit("/", 1)[-1])
+        )  # fmt: skip
+        received = 0
+        while chunk := response.read(CHUNK):
+            out.write(chunk)
+            bar.update(len(chunk))
+            received += len(chunk)
+            if received > MAX_BYTES:
+                raise OSError(f"more than the cap of {MAX_BYTES} bytes")
+        out.flush()
+        os.fsync(out.fileno())
+    if length and received != length:
+        raise OSError(f"the connection ended after {received} of {length} bytes; run again to go on")
+
+
+def _check(published: Pretrained, partial: Path) -> None:
+    size = partial.stat().st_size
+    wrong = None
+    if published.size is not None and size != published.size:
+        wrong = f"{size} bytes, expected {published.size}"
+    elif published.sha256 is not None:
+        with open(partial, "rb") as file:
+            actual = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+        if actual != published.sha256:
+            wrong = f"SHA-256 {actual}, expected {published.sha256}"
+    if wrong:
+        partial.unlink()
+        raise _failed(str(published.url), f"the file fails its check: {wrong}")
+
+
+def _sha256(file) -> str:  # type: ignore[no-untyped-def]  # Python 3.10 has no hashlib.file_digest
+    digest = hashlib.sha256()
+    while chunk := file.read(CHUNK):
+        digest.update(chunk)
+    return digest.hexdigest()

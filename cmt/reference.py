@@ -1,0 +1,52 @@
+"""Rebuilds the PyTorch reference of a bundle: the entry point ``cmt_edge.reference`` that ``deploy`` looks up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from deploy.errors import WeightsError
+
+from .registry import create_model
+from .weights import LoadedWeights, load_pretrained, load_weights, randomize, weights_fingerprint
+
+PROVIDER = "cmt"
+"""Name of the entry point, recorded in every manifest."""
+
+
+def build(
+    name: str, weights: str | Path, *, img_size: int | None = None, num_classes: int | None = None, seed: int = 0,
+    ema: bool | None = None, fresh_head: bool = False, resize: bool = False,
+) -> tuple[nn.Module, LoadedWeights]:  # fmt: skip
+    """A reference model in eval mode with weights ``"pretrained"``, ``"random"`` or of a checkpoint file."""
+    model = create_model(name, img_size=img_size, num_classes=num_classes, seed=seed)
+    if str(weights) == "random":
+        randomize(model, seed)
+        return model, LoadedWeights("random")
+    options: dict[str, Any] = {"ema": ema, "fresh_head": fresh_head, "resize": resize}
+    if str(weights) == "pretrained":
+        return model, load_pretrained(model, **options)
+    return model, load_weights(model, weights, **options)
+
+
+def rebuild(entry: dict[str, Any], weights: str | Path | None) -> tuple[nn.Module, str]:
+    """The model of a manifest's ``model`` entry and the fingerprint of its weights.
+
+    Raises:
+        WeightsError: the weights came from a file and ``weights`` does not name it.
+    """
+    made = entry["weights"]
+    if weights is None:
+        if made["source"] not in ("pretrained", "random"):
+            raise WeightsError(
+                f"the bundle was made from the checkpoint {made['source']!r}, which it does not contain",
+                remedy="name that file: --weights PATH",
+            )
+        weights = made["source"]
+    model, _ = build(
+        entry["name"], weights, img_size=entry["img_size"], num_classes=entry["num_classes"], seed=made["seed"],
+        ema=made["ema"], fresh_head=bool(made["fresh"]), resize=bool(made["resized"]),
+    )  # fmt: skip
+    return model, weights_fingerprint(model)

@@ -1,0 +1,13 @@
+"""What runs on the device: bundles, the Predictor, verification and measurement. Needs NumPy, Pillow and one runtime.
+
+>>> from deploy import Predictor
+>>> with Predictor.load("cmt_nano_int8_openvino") as p:
+...     p("ship.jpg").top(3)
+"""
+
+from .bundle import Bundle
+from .errors import CmtEdgeError
+from .predictor import Prediction, Predictor
+from .preprocess import Preprocess, preprocess
+
+__all__ = ["Bundle", "CmtEdgeError", "Prediction", "Predictor", "Preprocess", "preprocess"]

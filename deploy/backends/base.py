@@ -1,0 +1,83 @@
+"""What a runtime must offer. A new runtime is one module with ``check``, ``compile`` and ``load``, and a line in the table."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..bundle import Bundle
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How to open a bundle.
+
+    Attributes:
+        device: the runtime's name of a device, e.g. ``"CPU"``; ``None`` is the runtime's default here, the CPU.
+        threads: CPU threads of one inference; ``None`` uses all cores of this process.
+        throughput: prefer many requests at once to the latency of one.
+        weights: checkpoint for the torch backend where the bundle's weights came from a file.
+    """
+
+    device: str | None = None
+    threads: int | None = None
+    throughput: bool = False
+    weights: str | Path | None = None
+
+
+@dataclass(frozen=True)
+class ExecutedPrecision:
+    """What a runtime really ran, from its own execution graph.
+
+    Attributes:
+        time_share: precision -> share of the run time, summing to 1 (empty where the runtime tells no times).
+        operations: precision -> number of executed operations.
+        conversion_share: share of the time spent on reorders and type conversions.
+        source: where the figures come from.
+    """
+
+    time_share: dict[str, float] = field(default_factory=dict)
+    operations: dict[str, int] = field(default_factory=dict)
+    conversion_share: float = 0.0
+    source: str = ""
+
+    def summary(self) -> str:
+        """For a table, e.g. ``"int8 58 % + bf16 42 %"``."""
+        shares = self.time_share or {k: v / max(1, sum(self.operations.values())) for k, v in self.operations.items()}
+        ordered = sorted(shares.items(), key=lambda kv: -kv[1])
+        return " + ".join(f"{k} {100 * v:.0f} %" for k, v in ordered if v >= 0.005) or "unknown"
+
+
+class Session(ABC):
+    """A loaded model. ``run`` may be called from several threads at once."""
+
+    runtime: str
+    """Name and version, e.g. ``"openvino 2026.4.1"``."""
+    device: str
+    parallelism: int = 1
+    """How many requests at once give the best throughput."""
+
+    @abstractmethod
+    def run(self, batch: np.ndarray) -> np.ndarray:
+        """Contiguous float32 ``(N, 3, H, W)`` -> new float32 array ``(N, classes)``."""
+
+    @abstractmethod
+    def executed(self, batch: np.ndarray, repeats: int = 10) -> ExecutedPrecision:
+        """Run ``batch`` with profiling and say which precisions executed."""
+
+    def close(self) -> None:
+        """Free the runtime's resources; the session cannot be used afterwards."""
+
+    @property
+    def info(self) -> dict[str, Any]:
+        return {"runtime": self.runtime, "device": self.device}
+
+
+def batch_limit(bundle: Bundle) -> int:
+    """Fixed batch size of the graph, ``0`` if it is dynamic."""
+    first = bundle.manifest.input["shape"][0]
+    return first if isinstance(first, int) else 0

@@ -1,0 +1,139 @@
+"""OpenVINO: the CPU runtime of choice on x86.
+
+Precision is never left to the runtime's default (which is silently bfloat16 where the CPU has it): fp32 bundles force
+``f32``, bf16 bundles demand ``bf16`` and refuse a CPU without it, int8 bundles run what is not quantized in bfloat16 where
+the CPU has it and in float32 elsewhere, and :meth:`Session.executed` reports what happened.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+
+from ..bundle import ONNX, Bundle
+from ..errors import InputError, RuntimeMissingError
+from .base import ExecutedPrecision, LoadOptions, Session
+
+IR = "openvino.xml"
+PRECISIONS = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "i8": "int8", "u8": "int8"}
+CONVERSIONS = {"Reorder", "Convert", "FakeQuantize"}
+
+
+def check(device: str | None = None) -> str:
+    """Name and version of the runtime; raises :class:`RuntimeMissingError` where ``device`` is not here."""
+    name = (device or "CPU").upper()
+    available = ov.Core().available_devices
+    if name != "AUTO" and name.split(".")[0] not in {d.split(".")[0] for d in available}:
+        raise RuntimeMissingError(
+            f"OpenVINO has no device {device!r} here", why=f"available: {', '.join(available)}", remedy="choose one of these"
+        )
+    return f"openvino {ov.__version__.split('-')[0]}"
+
+
+def has_bf16(device: str | None = None) -> bool:
+    """Whether the runtime says that the device computes in bfloat16."""
+    name = (device or "CPU").upper()
+    return "BF16" in ov.Core().get_property(name, "OPTIMIZATION_CAPABILITIES")
+
+
+def compile(onnx: Path, folder: Path) -> list[Path]:
+    """Convert ``onnx`` to OpenVINO's IR in ``folder``; weights keep their types."""
+    model = ov.Core().read_model(onnx)
+    target = folder / IR
+    ov.save_model(model, target, compress_to_fp16=False)
+    return [target, target.with_suffix(".bin")]
+
+
+def float_precision(precision: str, device: str | None) -> str:
+    """OpenVINO's inference precision for a bundle of ``precision``: ``"f32"`` or ``"bf16"``."""
+    if precision == "fp32":
+        return "f32"
+    if precision == "int8":
+        return "bf16" if has_bf16(device) else "f32"
+    if precision == "bf16":
+        if not has_bf16(device):
+            raise RuntimeMissingError(
+                "this processor has no bfloat16 instructions, so a bf16 bundle cannot run as asked",
+                remedy="use --precision int8 or fp32 on this machine",
+            )
+        return "bf16"
+    raise InputError(f"OpenVINO bundles have no precision {precision!r}", remedy="use fp32, bf16 or int8")
+
+
+class OpenVINOSession(Session):
+    def __init__(self, model: ov.Model, device: str, config: dict[str, Any]) -> None:
+        self._model, self._config = model, config
+        self.device = device
+        self.runtime = check(device)
+        self._compiled = ov.Core().compile_model(model, device, config)
+        self.parallelism = int(self._compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
+        self._idle: queue.SimpleQueue[ov.InferRequest] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+
+    def run(self, batch: np.ndarray) -> np.ndarray:
+        try:
+            request = self._idle.get_nowait()
+        except queue.Empty:
+            with self._lock:
+                request = self._compiled.create_infer_request()
+        try:
+            return request.infer([batch], share_inputs=True, share_outputs=True)[0].copy()
+        finally:
+            self._idle.put(request)
+
+    def executed(self, batch: np.ndarray, repeats: int = 10) -> ExecutedPrecision:
+        compiled = ov.Core().compile_model(self._model, self.device, {**self._config, "PERF_COUNT": True})
+        precisions, kinds = {}, {}
+        for node in compiled.get_runtime_model().get_ops():
+            info = node.get_rt_info()
+            precisions[node.get_friendly_name()] = str(info["runtimePrecision"].astype(str))
+            kinds[node.get_friendly_name()] = str(info["layerType"].astype(str))
+        request = compiled.create_infer_request()
+        times: Counter[str] = Counter()
+        for i in range(repeats + 2):
+            request.infer([batch])
+            for node in request.profiling_info if i >= 2 else ():
+                times[node.node_name] += node.real_time.total_seconds()
+        return _summarise(times, precisions, kinds)
+
+    def close(self) -> None:
+        self._idle = queue.SimpleQueue()
+        del self._compiled
+
+
+def _summarise(times: Counter[str], precisions: dict[str, str], kinds: dict[str, str]) -> ExecutedPrecision:
+    skipped = {"Parameter", "Input", "Result", "Output", "Const", "Constant"}
+    share: Counter[str] = Counter()
+    operations: Counter[str] = Counter()
+    conversion = 0.0
+    for name, precision in precisions.items():
+        if kinds[name] in skipped:
+            continue
+        label = PRECISIONS.get(precision.lower(), precision.lower())
+        share[label] += times[name]
+        operations[label] += 1
+        conversion += times[name] if kinds[name] in CONVERSIONS else 0.0
+    total = sum(share.values()) or 1.0
+    return ExecutedPrecision(
+        {k: v / total for k, v in share.items()}, dict(operations), conversion / total, "OpenVINO execution graph"
+    )
+
+
+def load(bundle: Bundle, options: LoadOptions) -> Session:
+    """Open the IR of a bundle, or its ``model.onnx`` where it has none."""
+    device = (options.device or "CPU").upper()
+    check(device)
+    path = bundle.file(IR if IR in bundle.manifest.files else ONNX)
+    config: dict[str, Any] = {
+        "PERFORMANCE_HINT": "THROUGHPUT" if options.throughput else "LATENCY",
+        "INFERENCE_PRECISION_HINT": float_precision(bundle.manifest.precision, device),
+    }
+    if options.threads:
+        config["INFERENCE_NUM_THREADS"] = options.threads
+    return OpenVINOSession(ov.Core().read_model(path), device, config)

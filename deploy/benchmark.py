@@ -1,0 +1,272 @@
+"""Latency and throughput, measured interleaved. Returns dataclasses, prints nothing.
+
+Protocol: warm up until at least 10 iterations and 1 s have passed and the rolling median is stable within 2 %; then at
+least ``iters`` iterations and ``seconds`` for each variant, A B A B. No outlier is removed.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .backends.base import ExecutedPrecision
+from .bundle import Bundle
+from .host import describe, versions
+from .predictor import Predictor
+
+WARMUP_LIMIT_S = 15.0
+DRIFT_WARNING = 0.05
+MIN_FOR_P99 = 1000
+BOOTSTRAP = 1000
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How long to measure; the defaults are for figures that are published."""
+
+    iters: int = 200
+    seconds: float = 10.0
+    warmup_iters: int = 10
+    warmup_seconds: float = 1.0
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of one variant; ``p99`` is ``None`` below 1000 samples, ``ci`` the 95 % bootstrap interval of p50.
+
+    ``drift`` is the last 100 samples' median over the first 100's, minus 1.
+    """
+
+    count: int
+    p50: float
+    ci: tuple[float, float]
+    p90: float
+    p95: float
+    p99: float | None
+    max: float
+    mean: float
+    drift: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All figures of one bundle in one runtime.
+
+    ``model`` is the runtime's inference alone, ``end_to_end`` from encoded image to label, both one image or one batch at a
+    time; ``throughput`` images a second with many requests at once.
+    """
+
+    name: str
+    precision: str
+    runtime: dict[str, Any]
+    batch: int
+    size_bytes: int
+    executed: ExecutedPrecision
+    model: Latency
+    end_to_end: Latency
+    throughput: float | None
+    ratio: float
+    ratio_ci: tuple[float, float]
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """The result of one interleaved run; ratios are of model-only medians against the first entry (above 1 is faster)."""
+
+    results: list[Measured]
+    host: dict[str, Any]
+    versions: dict[str, str]
+    threads: int | None
+    protocol: Protocol
+
+
+def summarise(samples_ns: Sequence[int] | np.ndarray, seed: int = 0) -> Latency:
+    """Statistics of one variant's samples in nanoseconds."""
+    ms = np.asarray(samples_ns, np.float64) / 1e6
+    low, high = np.percentile(_bootstrap_medians(ms, np.random.default_rng(seed)), [2.5, 97.5])
+    p50, p90, p95, p99 = np.percentile(ms, [50, 90, 95, 99])
+    edge = min(100, max(1, len(ms) // 2))
+    drift = float(np.median(ms[-edge:]) / np.median(ms[:edge]) - 1)
+    return Latency(
+        len(ms), float(p50), (float(low), float(high)), float(p90), float(p95),
+        float(p99) if len(ms) >= MIN_FOR_P99 else None, float(ms.max()), float(ms.mean()), drift,
+    )  # fmt: skip
+
+
+def _bootstrap_medians(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Medians of ``BOOTSTRAP`` resamples; at most 2000 values are resampled at a time to bound memory."""
+    n = len(values)
+    return np.array([np.median(values[rng.integers(0, n, n)]) for _ in range(BOOTSTRAP)])
+
+
+def interleaved(
+    variants: Mapping[str, Callable[[], object]], protocol: Protocol, progress: Callable[[float], None] | None = None
+) -> dict[str, np.ndarray]:
+    """Time the callables in turn, A B A B; nanoseconds of each call, in order, after a warm-up of each."""
+    for call in variants.values():
+        _warm_up(call, protocol)
+    samples: dict[str, list[int]] = {name: [] for name in variants}
+    spent = dict.fromkeys(variants, 0)
+    need = protocol.seconds * 1e9
+    count = 0
+    while count < protocol.iters or min(spent.values()) < need:
+        for name, call in variants.items():
+            start = time.perf_counter_ns()
+            call()
+            elapsed = time.perf_counter_ns() - start
+            samples[name].append(elapsed)
+            spent[name] += elapsed
+        count += 1
+        if progress and count % 20 == 0:
+            progress(min(count / max(1, protocol.iters), min(spent.values()) / need if need else 1.0))
+    return {name: np.array(values) for name, values in samples.items()}
+
+
+def _warm_up(call: Callable[[], object], protocol: Protocol) -> None:
+    """Until iterations and time have passed and the medians of the last two windows of 10 agree within 2 %."""
+    times: list[float] = []
+    begin = time.perf_counter()
+    while True:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+        passed = time.perf_counter() - begin
+        enough = len(times) >= max(1, protocol.warmup_iters) and passed >= protocol.warmup_seconds
+        stable = len(times) < 20 or abs(np.median(times[-10:]) / np.median(times[-20:-10]) - 1) < 0.02
+        if (enough and stable) or passed >= max(WARMUP_LIMIT_S, protocol.warmup_seconds):
+            return
+
+
+def throughput(predictor: Predictor, batch: np.ndarray, seconds: float) -> float:
+    """Images a second with as many concurrent requests as the runtime recommends."""
+    workers = max(1, predictor.session.parallelism)
+    predictor.logits(batch)
+    counts = [0] * workers
+    start = time.perf_counter()
+
+    def work(index: int) -> None:
+        while time.perf_counter() - start < seconds:
+            predictor.session.run(batch)
+            counts[index] += len(batch)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(counts) / (time.perf_counter() - start)
+
+
+def benchmark(
+    bundles: Sequence[Bundle],
+    *,
+    backend: str | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+    images: Sequence[bytes] = (),
+    protocol: Protocol = Protocol(),  # noqa: B008  frozen
+    with_throughput: bool = True,
+    progress: Callable[[str, float], None] | None = None,
+) -> Benchmark:
+    """Measure bundles side by side.
+
+    Args:
+        bundles: at least one; the first is what ratios refer to.
+        backend, device, threads: as :meth:`deploy.Predictor.load`.
+        images: encoded images for the end-to-end figure; default: the golden source images of each bundle.
+        protocol: how long.
+        with_throughput: also measure many requests at once.
+        progress: called with the name of the phase and its share done.
+    """
+    report = progress or (lambda phase, share: None)
+    names = _names(bundles)
+    predictors = {n: Predictor.load(b, backend=backend, device=device, threads=threads) for n, b in zip(names, bundles, strict=True)}
+    try:
+        batches = {n: _input(b, p) for (n, p), b in zip(predictors.items(), bundles, strict=True)}
+        calls = {n: _model_call(p, batches[n]) for n, p in predictors.items()}
+        model = interleaved(calls, protocol, lambda s: report("latency, model only", s))
+        calls = {n: _end_to_end_call(p, images or b.golden().sources) for (n, p), b in zip(predictors.items(), bundles, strict=True)}
+        whole = interleaved(calls, protocol, lambda s: report("latency, end to end", s))
+        executed = {n: p.session.executed(batches[n]) for n, p in predictors.items()}
+    finally:
+        for predictor in predictors.values():
+            predictor.close()
+    rates: dict[str, float | None] = dict.fromkeys(names)
+    if with_throughput:
+        for n, b in zip(names, bundles, strict=True):
+            report(f"throughput of {n}", 0.0)
+            with Predictor.load(b, backend=backend, device=device, threads=threads, throughput=True) as p:
+                rates[n] = throughput(p, batches[n], max(0.5, protocol.seconds / 2))
+    results = [
+        _measured(n, b, predictors[n], batches[n], executed[n], model, whole[n], rates[n], names[0])
+        for n, b in zip(names, bundles, strict=True)
+    ]
+    return Benchmark(results, describe(), versions(), threads, protocol)
+
+
+def _names(bundles: Sequence[Bundle]) -> list[str]:
+    """Folder names, numbered where they repeat."""
+    names: list[str] = []
+    for bundle in bundles:
+        name = bundle.path.resolve().name
+        names.append(name if name not in names else f"{name} #{len(names) + 1}")
+    return names
+
+
+def _input(bundle: Bundle, predictor: Predictor) -> np.ndarray:
+    """A batch of golden inputs, ``(N, 3, S, S)``, in the graph's batch size."""
+    from .preprocess import normalise
+
+    pixels = bundle.golden().pixels
+    count = predictor.batch or 1
+    return normalise(np.resize(pixels, (count, *pixels.shape[1:])), bundle.preprocess)
+
+
+def _model_call(predictor: Predictor, batch: np.ndarray) -> Callable[[], object]:
+    return lambda: predictor.session.run(batch)
+
+
+def _end_to_end_call(predictor: Predictor, images: Sequence[bytes]) -> Callable[[], object]:
+    """Each call classifies the next ``batch`` encoded images, from bytes to label."""
+    position = 0
+
+    def call() -> list[str]:
+        nonlocal position
+        count = predictor.batch or 1
+        chosen = [images[(position + i) % len(images)] for i in range(count)]
+        position += count
+        return [p.label for p in predictor.predict([io.BytesIO(c) for c in chosen])]
+
+    return call
+
+
+def _measured(
+    name: str, bundle: Bundle, predictor: Predictor, batch: np.ndarray, executed: ExecutedPrecision,
+    model: dict[str, np.ndarray], whole: np.ndarray, rate: float | None, base: str,
+) -> Measured:  # fmt: skip
+    latency = summarise(model[name])
+    rng = np.random.default_rng(0)
+    ratios = _bootstrap_medians(model[base], rng) / _bootstrap_medians(model[name], rng)
+    warnings = precision_warnings(bundle.manifest.precision, executed)
+    if abs(latency.drift) > DRIFT_WARNING:
+        warnings.append(f"latency drifted by {100 * latency.drift:+.0f} % between the first and the last 100 iterations")
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return Measured(
+        name, bundle.manifest.precision, predictor.info, len(batch), sum(f["size"] for f in bundle.manifest.files.values()),
+        executed, latency, summarise(whole), rate, float(np.median(model[base]) / latency.p50), (float(low), float(high)), warnings,
+    )  # fmt: skip
+
+
+def precision_warnings(asked: str, executed: ExecutedPrecision) -> list[str]:
+    """Sentences where what ran is not what was asked for: no operation, or under a tenth of the time, in that precision."""
+    share = executed.time_share
+    if not share or asked in share and share[asked] >= 0.1:
+        return []
+    return [f"{asked} was asked for, but the runtime spent {100 * share.get(asked, 0):.0f} % of its time in it: {executed.summary()}"]

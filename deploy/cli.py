@@ -1,0 +1,139 @@
+"""``cmt-predict``, ``cmt-verify``, ``cmt-bench``: what runs on the device."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from . import report
+from .benchmark import Protocol
+from .benchmark import benchmark as run_benchmark
+from .bundle import Bundle
+from .console import Progress, add_runtime_flags, parser, run
+from .errors import InputError
+from .files import write_atomic
+from .images import ImageSet
+from .parity import MAX_DROP
+from .parity import verify as run_verify
+from .predictor import Predictor
+from .preprocess import EXTENSIONS
+
+BENCH_IMAGES = 64
+
+
+def predict(argv: list[str] | None = None) -> int:
+    """Entry point of ``cmt-predict``."""
+    p = parser("cmt-predict", "Classify images with a bundle.")
+    p.add_argument("bundle", type=Path)
+    p.add_argument("images", type=Path, nargs="+", help="image files, or folders of them")
+    p.add_argument("--topk", type=int, default=5, help="classes to print (default 5)")
+    add_runtime_flags(p)
+    return run(_predict, p.parse_args(argv))
+
+
+def _predict(args: argparse.Namespace) -> int:
+    if args.topk < 1:
+        raise InputError(f"--topk {args.topk}", remedy="ask for 1 or more")
+    paths = [file for path in args.images for file in _expand(path)]
+    with Predictor.load(args.bundle, backend=args.backend, device=args.device, threads=args.threads) as p:
+        predictions = []
+        progress = Progress(args.quiet or len(paths) < 20)
+        for prediction in p.stream(paths):
+            predictions.append(prediction)
+            progress.count(len(predictions), len(paths))
+        progress.finish()
+    if args.json:
+        print(report.to_json({"predictions": [report.prediction_json(q, args.topk) for q in predictions]}))
+    else:
+        print(report.predictions_text(predictions, args.topk))
+    return 0
+
+
+def _expand(path: Path) -> list[Path]:
+    """``path``, or the images below it."""
+    if not path.is_dir():
+        return [path]
+    found = sorted(f for f in path.rglob("*") if f.suffix.lower() in EXTENSIONS and f.is_file())
+    if not found:
+        raise InputError("holds no images", where=path, remedy=f"supported: {' '.join(EXTENSIONS)}")
+    return found
+
+
+def verify(argv: list[str] | None = None) -> int:
+    """Entry point of ``cmt-verify``."""
+    p = parser("cmt-verify", "Check a bundle: hashes and golden vectors always, top-1 against the reference with --data.")
+    p.add_argument("bundle", type=Path)
+    p.add_argument("--data", help="labelled images: a folder of class folders, or ARCHIVE.tar[/FOLDER]")
+    p.add_argument("--by-order", action="store_true", help="match class folders to labels in sorted order, not by name")
+    p.add_argument("--limit", type=int, help="use only so many images, evenly spread")
+    p.add_argument("--max-drop", type=float, default=MAX_DROP, help=f"allowed loss of top-1, points (default {MAX_DROP})")
+    p.add_argument("--atol", type=float, help="allowed golden logit difference (default: by precision)")
+    p.add_argument("--reference", type=Path, help="compare with this bundle (say, the fp32 one) instead of PyTorch")
+    p.add_argument("--weights", help="the checkpoint the bundle was made from, to rebuild the PyTorch reference")
+    add_runtime_flags(p)
+    return run(_verify, p.parse_args(argv))
+
+
+def _verify(args: argparse.Namespace) -> int:
+    bundle = Bundle.open(args.bundle)
+    data = ImageSet(args.data) if args.data else None
+    reference = _reference(bundle, args.reference, args.threads) if args.reference else None
+    progress = Progress(args.quiet)
+    result = run_verify(
+        bundle, data=data, by_order=args.by_order, backend=args.backend, device=args.device, threads=args.threads,
+        reference=reference, weights=args.weights, max_drop=args.max_drop, atol=args.atol, limit=args.limit,
+        progress=progress.count,
+    )  # fmt: skip
+    progress.finish()
+    print(report.to_json(result) if args.json else report.verification_text(result))
+    if not result.passed and not args.json:
+        print("the bundle is not the model within the allowed difference; see --max-drop and --atol, or calibrate on more "
+              "images like those it will see", file=sys.stderr)  # fmt: skip
+    return 0 if result.passed else 1
+
+
+def _reference(bundle: Bundle, path: Path, threads: int | None) -> Predictor:
+    """Another bundle of the same weights as the reference."""
+    other = Bundle.open(path)
+    if other.manifest.model["weights"]["sha256"] != bundle.manifest.model["weights"]["sha256"]:
+        raise InputError("was made from other weights, so it is no reference", where=path, remedy="export both from one checkpoint")
+    return Predictor.load(other, threads=threads)
+
+
+def bench(argv: list[str] | None = None) -> int:
+    """Entry point of ``cmt-bench``."""
+    p = parser("cmt-bench", "Measure bundles side by side, interleaved; ratios refer to the first.")
+    p.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE")
+    p.add_argument("--data", help="images for the end-to-end figure (default: the bundle's golden images)")
+    p.add_argument("--iters", type=int, default=Protocol.iters, help="least iterations a variant (default %(default)s)")
+    p.add_argument("--seconds", type=float, default=Protocol.seconds, help="least seconds a variant (default %(default)s)")
+    p.add_argument("--warmup", type=int, default=Protocol.warmup_iters, help="least warm-up iterations (default %(default)s)")
+    p.add_argument("--no-throughput", action="store_true", help="skip the many-requests figure")
+    p.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables as Markdown")
+    p.add_argument("--plot", type=Path, metavar="FILE", help="also draw the latencies (PNG or SVG; needs the extra 'report')")
+    add_runtime_flags(p)
+    return run(_bench, p.parse_args(argv))
+
+
+def _bench(args: argparse.Namespace) -> int:
+    if args.iters < 1 or args.seconds < 0 or args.warmup < 1:
+        raise InputError("--iters and --warmup must be 1 or more, --seconds 0 or more", remedy="leave them out for the defaults")
+    bundles = [Bundle.open(path) for path in args.bundles]
+    images = []
+    if args.data:
+        source = ImageSet(args.data)
+        images = [source.read(item) for item in source.items[:BENCH_IMAGES]]
+    progress = Progress(args.quiet)
+    result = run_benchmark(
+        bundles, backend=args.backend, device=args.device, threads=args.threads, images=images,
+        protocol=Protocol(args.iters, args.seconds, args.warmup), with_throughput=not args.no_throughput,
+        progress=progress.share,
+    )  # fmt: skip
+    progress.finish()
+    if args.markdown:
+        write_atomic(args.markdown, (report.benchmark_text(result, markdown=True) + "\n").encode())
+    if args.plot:
+        report.latency_plot(result, args.plot)
+    print(report.to_json(result) if args.json else report.benchmark_text(result))
+    return 0

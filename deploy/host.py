@@ -1,0 +1,56 @@
+"""What machine this is, as far as the platform tells: recorded beside every measurement."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "asimddp", "i8mm", "bf16")
+PACKAGES = ("cmt-edge", "numpy", "pillow", "openvino", "onnxruntime", "torch", "onnx", "onnxsim", "nncf")
+
+
+def describe() -> dict[str, Any]:
+    """CPU model and flags, cores, clocks, governor and temperature, where known."""
+    info = _cpuinfo()
+    flags = set((info.get("flags") or info.get("Features") or "").split())
+    result: dict[str, Any] = {
+        "machine": platform.machine(),
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "cpu": info.get("model name") or platform.processor() or platform.machine(),
+        "flags": [f for f in FLAGS if f in flags],
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    }
+    readings = {
+        "mhz": info.get("cpu MHz"),
+        "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        "temperature_mc": _read("/sys/class/thermal/thermal_zone0/temp"),
+    }
+    return result | {k: v for k, v in readings.items() if v}
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that matter."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The first processor's entry of ``/proc/cpuinfo``."""
+    lines = (_read("/proc/cpuinfo") or "").split("\n\n")[0].splitlines()
+    return {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
+
+
+def _read(path: str) -> str | None:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return None

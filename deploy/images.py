@@ -1,0 +1,165 @@
+"""Collections of images: a folder of class folders, a flat folder, or a ``.tar`` of either, read lazily.
+
+A part of an archive is named like a folder inside it: ``photos.tar/train``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tarfile
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from .errors import DataError
+from .preprocess import EXTENSIONS, MAX_BYTES
+
+MAX_ITEMS = 5_000_000
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image: ``name`` relative to the collection's root, ``label`` its class folder (``None`` in a flat folder)."""
+
+    name: str
+    label: str | None
+    offset: int = -1
+    size: int = -1
+
+
+class ImageSet(Sequence[Item]):
+    """Images below ``path``, sorted by name. Thread-safe; holds one open file for an archive until :meth:`close`.
+
+    Raises:
+        DataError: no such place, not readable, no images, a damaged archive, or class folders mixed with loose images.
+    """
+
+    def __init__(self, path: str | Path, items: list[Item] | None = None) -> None:
+        self.path = Path(path)
+        self._archive, self._prefix = _split(self.path)
+        self._lock = threading.Lock()
+        self._file = None
+        if items is None:
+            items = _scan_tar(self._archive, self._prefix) if self._archive else _scan_folder(self.path)
+            items = _labelled(sorted(items, key=lambda i: i.name), self.path)
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        return self.items[index]
+
+    def __iter__(self) -> Iterator[Item]:
+        return iter(self.items)
+
+    @property
+    def classes(self) -> list[str]:
+        """Sorted names of the class folders; empty for a flat folder."""
+        return sorted({i.label for i in self.items if i.label is not None})
+
+    def select(self, items: list[Item]) -> ImageSet:
+        """The same place restricted to ``items``."""
+        return ImageSet(self.path, items)
+
+    def read(self, item: Item) -> bytes:
+        """The encoded bytes of one image."""
+        try:
+            if self._archive is None:
+                return (self.path / item.name).read_bytes()
+            with self._lock:
+                if self._file is None:
+                    self._file = open(self._archive, "rb")  # type: ignore[assignment]  # noqa: SIM115
+                self._file.seek(item.offset)  # type: ignore[attr-defined]
+                return self._file.read(item.size)  # type: ignore[attr-defined]
+        except OSError as exc:
+            raise DataError("cannot be read", where=self.path / item.name, why=exc.strerror, remedy="check it") from exc
+
+    def close(self) -> None:
+        with self._lock:
+            if self._file is not None:
+                self._file.close()
+                self._file = None
+
+
+def digest(data: bytes) -> str:
+    """Name of an image by content: the first 32 hex digits of its SHA-256."""
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def _split(path: Path) -> tuple[Path | None, str]:
+    """``(archive, folder inside it)`` if some part of ``path`` is a tar file, else ``(None, "")``."""
+    for part in (path, *path.parents):
+        if part.suffix == ".tar" and part.is_file():
+            inner = path.relative_to(part).as_posix()
+            return part, "" if inner == "." else inner + "/"
+    return None, ""
+
+
+def _scan_folder(path: Path) -> list[Item]:
+    if not path.is_dir():
+        raise DataError(
+            "no such folder of images" if not path.exists() else "is neither a folder nor a .tar archive",
+            where=path,
+            remedy="give a folder of images, a folder of class folders, or a .tar of either",
+        )
+    items: list[Item] = []
+
+    def fail(exc: OSError) -> None:
+        raise DataError("cannot be read", where=exc.filename, why=exc.strerror, remedy="check its permissions")
+
+    for folder, folders, files in os.walk(path, onerror=fail):
+        folders.sort()
+        relative = Path(folder).relative_to(path)
+        for name in files:
+            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+                items.append(Item((relative / name).as_posix(), relative.name or None))
+    return items
+
+
+def _scan_tar(archive: Path, prefix: str) -> list[Item]:
+    items = []
+    try:
+        with tarfile.open(archive, "r:") as tar:
+            for member in tar:
+                name = PurePosixPath(member.name)
+                text = name.as_posix().removeprefix("./")
+                if not member.isfile() or not text.startswith(prefix) or not text.lower().endswith(EXTENSIONS):
+                    continue
+                if name.name.startswith(".") or member.size > MAX_BYTES:
+                    continue
+                inner = PurePosixPath(text.removeprefix(prefix))
+                items.append(Item(inner.as_posix(), inner.parent.name or None, member.offset_data, member.size))
+                if len(items) > MAX_ITEMS:
+                    raise DataError(f"more than {MAX_ITEMS} images", where=archive, remedy="use a part of it")
+    except (tarfile.TarError, EOFError, OSError) as exc:
+        raise DataError(
+            "cannot be read as a tar archive", where=archive, why=exc, remedy="is it complete, and not compressed?"
+        ) from exc
+    return items
+
+
+def _labelled(items: list[Item], path: Path) -> list[Item]:
+    """Check that the class folders mean one thing: each class at one place, no loose images beside them."""
+    if not items:
+        raise DataError("holds no images", where=path, remedy=f"supported: {' '.join(EXTENSIONS)}")
+    loose = [i for i in items if i.label is None]
+    if loose and len(loose) < len(items):
+        raise DataError(
+            "mixes loose images with class folders", where=path, why=f"for instance {loose[0].name}",
+            remedy="move every image into its class folder",
+        )  # fmt: skip
+    places: dict[str, set[str]] = {}
+    for item in items:
+        if item.label is not None:
+            places.setdefault(item.label, set()).add(str(PurePosixPath(item.name).parent))
+    double = next((sorted(p) for p in places.values() if len(p) > 1), None)
+    if double:
+        splits = sorted({PurePosixPath(p).parts[0] for p in double})
+        raise DataError(
+            f"the same class stands at several places: {', '.join(double)}", where=path,
+            remedy=f"choose one: {path / splits[0]}",
+        )  # fmt: skip
+    return items

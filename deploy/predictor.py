@@ -1,0 +1,197 @@
+"""One API over every runtime: images in, labelled probabilities out."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .backends import FORMATS, LoadOptions, Session, backend
+from .backends.base import batch_limit
+from .bundle import Bundle
+from .errors import InputError
+from .preprocess import ImageLike, Preprocess, preprocess
+
+DYNAMIC_CHUNK = 8
+"""Images a call of a dynamic-batch model: bounds memory; larger batches gained nothing on CPUs."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer for one image.
+
+    Attributes:
+        logits: float32 ``(classes,)``.
+        labels: class names in logit order.
+        source: the path, where the image was given as one.
+    """
+
+    logits: np.ndarray
+    labels: Sequence[str] = field(repr=False)
+    source: str | None = None
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """Softmax of the logits, float32 ``(classes,)``."""
+        e = np.exp(self.logits - self.logits.max())
+        return e / e.sum()
+
+    @property
+    def label(self) -> str:
+        """Name of the most probable class."""
+        return self.labels[int(self.logits.argmax())]
+
+    def top(self, k: int = 5) -> list[tuple[str, float]]:
+        """The ``k`` most probable classes as ``(label, probability)``, best first; fewer where there are fewer classes."""
+        p = self.probabilities
+        return [(self.labels[i], float(p[i])) for i in np.argsort(-p, kind="stable")[: max(k, 0)]]
+
+
+class Predictor:
+    """A bundle, opened by one runtime. Thread-safe; a context manager.
+
+    >>> with Predictor.load("cmt_nano_int8_openvino") as p:
+    ...     p("ship.jpg").top(3)
+    """
+
+    def __init__(self, session: Session, preprocess: Preprocess, labels: Sequence[str], *, batch: int = 1) -> None:
+        """``batch``: the fixed batch size of ``session``, ``0`` if any size goes. Most callers want :meth:`load`."""
+        self.session, self.spec, self.labels, self.batch = session, preprocess, list(labels), batch
+        self._closed = False
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path | Bundle,
+        *,
+        backend: str | None = None,
+        device: str | None = None,
+        threads: int | None = None,
+        throughput: bool = False,
+        weights: str | Path | None = None,
+    ) -> Predictor:
+        """Open a bundle, checking every hash.
+
+        Args:
+            path: bundle folder.
+            backend: ``"openvino"``, ``"onnxruntime"``, ``"torch"`` or ``"fake"``; default: the one of the bundle's format.
+            device, threads, throughput, weights: see :class:`~deploy.backends.base.LoadOptions`.
+
+        Raises:
+            BundleError: the bundle is damaged. RuntimeMissingError: the runtime or device is not here.
+            UnknownNameError: no such backend. InputError: the runtime cannot run the bundle's precision.
+        """
+        bundle = path if isinstance(path, Bundle) else Bundle.open(path)
+        name = backend or FORMATS.get(bundle.manifest.format, bundle.manifest.format)
+        if threads is not None and threads < 1:
+            raise InputError(f"{threads} threads were asked for", remedy="ask for 1 or more, or leave it out for all cores")
+        session = _backend(name).load(bundle, LoadOptions(device, threads, throughput, weights))
+        fixed = 0 if name in ("torch", "fake") else batch_limit(bundle)
+        return cls(session, bundle.preprocess, bundle.labels, batch=fixed)
+
+    def __call__(self, image: ImageLike) -> Prediction:
+        """Classify one image: path, encoded bytes, file object, Pillow image, or HWC uint8 RGB array."""
+        return self.predict([image])[0]
+
+    def predict(self, images: Iterable[ImageLike]) -> list[Prediction]:
+        """Classify several images; raises :class:`~deploy.errors.ImageError` at the first that cannot be read."""
+        return list(self.stream(images, workers=0))
+
+    def logits(self, batch: np.ndarray) -> np.ndarray:
+        """Preprocessed float32 ``(N, 3, H, W)`` -> float32 ``(N, classes)``; any ``N``, in the model's own batches.
+
+        Raises:
+            InputError: another dtype or shape, or values that are not finite.
+        """
+        size = self.spec.size
+        if not isinstance(batch, np.ndarray) or batch.dtype != np.float32 or batch.ndim != 4 or batch.shape[1:] != (3, size, size):
+            got = f"{batch.dtype} {batch.shape}" if isinstance(batch, np.ndarray) else type(batch).__name__
+            raise InputError(
+                f"expected a float32 array (N, 3, {size}, {size}), got {got}",
+                remedy="preprocess images with deploy.preprocess, or pass them to predict()",
+            )
+        if not np.isfinite(batch).all():
+            raise InputError("the input holds NaN or infinite values", remedy="check how it was normalised")
+        return self._run(batch)
+
+    def stream(self, images: Iterable[ImageLike], *, workers: int = 2) -> Iterator[Prediction]:
+        """Predictions in order, one by one; ``workers`` threads decode ahead while the runtime computes.
+
+        At most ``2 * workers + batch`` images are held at a time, so an endless iterable is fine.
+        """
+        chunk = self.batch or DYNAMIC_CHUNK
+        for group in _groups(self._decoded(images, workers), chunk):
+            arrays = np.stack([array for _, array in group]) if len(group) > 1 else group[0][1][None]
+            for (source, _), logits in zip(group, self._run(arrays), strict=True):
+                yield Prediction(logits, self.labels, source)
+
+    def _decoded(self, images: Iterable[ImageLike], workers: int) -> Iterator[tuple[str | None, np.ndarray]]:
+        def one(image: ImageLike) -> tuple[str | None, np.ndarray]:
+            return str(image) if isinstance(image, (str, Path)) else None, preprocess(image, self.spec)
+
+        if workers <= 0:
+            yield from map(one, images)
+            return
+        with ThreadPoolExecutor(workers, "decode") as pool:
+            pending: deque[Future[tuple[str | None, np.ndarray]]] = deque()
+            try:
+                for image in images:
+                    pending.append(pool.submit(one, image))
+                    if len(pending) >= 2 * workers:
+                        yield pending.popleft().result()
+                while pending:
+                    yield pending.popleft().result()
+            finally:
+                for future in pending:
+                    future.cancel()
+
+    def _run(self, batch: np.ndarray) -> np.ndarray:
+        if self._closed:
+            raise InputError("this Predictor is closed", remedy="load the bundle again")
+        batch = np.ascontiguousarray(batch)
+        if self.batch == 0 or len(batch) == self.batch:
+            return self.session.run(batch)
+        results = [self._padded(batch[i : i + self.batch]) for i in range(0, len(batch), self.batch)]
+        return np.concatenate(results) if results else np.empty((0, len(self.labels)), np.float32)
+
+    def _padded(self, part: np.ndarray) -> np.ndarray:
+        """Run ``part``, at most one fixed batch; missing images are zeros whose logits are dropped."""
+        missing = self.batch - len(part)
+        full = np.concatenate([part, np.zeros((missing, *part.shape[1:]), np.float32)]) if missing else part
+        return self.session.run(full)[: len(part)]
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """Runtime, version and device."""
+        return self.session.info
+
+    def close(self) -> None:
+        """Free the runtime's resources. Further calls raise :class:`~deploy.errors.InputError`."""
+        if not self._closed:
+            self._closed = True
+            self.session.close()
+
+    def __enter__(self) -> Predictor:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+_backend = backend  # `load` has a parameter of that name
+
+
+def _groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    group: list[Any] = []
+    for item in items:
+        group.append(item)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group

@@ -1,0 +1,137 @@
+"""The only place that formats results: terminal tables, Markdown, JSON, plots."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .benchmark import Benchmark, Latency
+from .errors import RuntimeMissingError
+from .files import write_atomic
+from .parity import Verification
+from .predictor import Prediction
+
+
+def to_json(result: Any) -> str:
+    """A dataclass, mapping or list as one line of JSON."""
+    return json.dumps(plain(result), ensure_ascii=False)
+
+
+def plain(result: Any) -> Any:
+    """Dataclasses as dictionaries; a :class:`Verification` also says whether it passed."""
+    data = asdict(result) if hasattr(result, "__dataclass_fields__") else result
+    if isinstance(result, Verification):
+        data["passed"] = result.passed
+        if data["data"]:
+            del data["data"]["reference_answers"]
+    return data
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool = False) -> str:
+    """Aligned columns; the first is left-aligned, the others right-aligned."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        return f"| {' | '.join(cells)} |" if markdown else "  ".join(cells).rstrip()
+
+    rule = [":" + "-" * (w - 1) if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    dashes = line(rule) if markdown else "  ".join("-" * w for w in widths)
+    return "\n".join([line(header), dashes, *map(line, rows)])
+
+
+def _ms(latency: Latency) -> list[str]:
+    p99 = "-" if latency.p99 is None else f"{latency.p99:.2f}"
+    return [f"{latency.p50:.2f}", f"{latency.p90:.2f}", f"{latency.p95:.2f}", p99, f"{latency.max:.2f}"]
+
+
+def benchmark_text(result: Benchmark, markdown: bool = False) -> str:
+    """Latency table, what really ran, the machine, and warnings."""
+    rows = []
+    for r in result.results:
+        interval = f"{r.ratio_ci[0]:.2f}-{r.ratio_ci[1]:.2f}"
+        rate = "-" if r.throughput is None else f"{r.throughput:.0f}"
+        rows.append(
+            [r.name, f"{r.size_bytes / 1e6:.1f}", *_ms(r.model), f"{r.end_to_end.p50:.2f}", rate, f"{r.ratio:.2f} ({interval})"]
+        )
+    header = ["bundle", "MB", "p50 ms", "p90", "p95", "p99", "max", "end-to-end p50", "images/s", "speed-up (95 % CI)"]
+    executed = [
+        [r.name, r.precision, r.executed.summary(), f"{100 * r.executed.conversion_share:.0f} %", r.runtime["runtime"]]
+        for r in result.results
+    ]
+    host = result.host
+    flags = ", ".join(host["flags"]) or "none of note"
+    protocol = result.protocol
+    parts = [
+        table(header, rows, markdown),
+        table(["bundle", "asked", "what really ran (share of time)", "conversions", "runtime"], executed, markdown),
+        f"{host['cpu']}, {host['cores']} cores ({flags}); threads: {result.threads or 'all'}; batch {result.results[0].batch}; "
+        f"interleaved, at least {protocol.iters} iterations and {protocol.seconds:g} s each after warm-up.",
+        *(f"warning: {r.name}: {w}" for r in result.results for w in r.warnings),
+    ]
+    return "\n\n".join(parts)
+
+
+def verification_text(v: Verification, markdown: bool = False) -> str:
+    """Golden check, top-1 table and verdict."""
+    g = v.golden
+    lines = [
+        f"golden images: {g.images}; pixels differ by at most {g.pixel_diff} grey levels; logits by {g.logit_diff:.2g} "
+        f"(allowed {g.atol:.2g}): {'ok' if g.passed else 'FAILED'}"
+    ]
+    if v.data:
+        d = v.data
+        header = ["images", "reference top-1 %", "bundle top-1 %", "drop (95 % CI)", "agreement %", "max logit diff", "mean"]
+        values = [f"{d.reference_top1:.2f}", f"{d.top1:.2f}", f"{d.drop:+.2f} ({d.drop_ci[0]:+.2f} to {d.drop_ci[1]:+.2f})", f"{d.agreement:.2f}"]
+        diffs = ["-" if x is None else f"{x:.3g}" for x in (d.logit_max_diff, d.logit_mean_diff)]
+        lines.append(table(header, [[str(d.images), *values, *diffs]], markdown))
+        lines.append(f"reference: {d.reference_source}; allowed drop {d.max_drop:g} points: {'ok' if d.passed else 'FAILED'}")
+    lines += [f"note: {n}" for n in v.notes]
+    lines.append(f"{v.bundle} on {v.runtime['runtime']}: {'verified' if v.passed else 'NOT verified'}")
+    return "\n".join(lines)
+
+
+def predictions_text(predictions: Sequence[Prediction], topk: int) -> str:
+    """One line an image: its name, then the most probable classes."""
+    width = max((len(p.source or "") for p in predictions), default=0)
+    lines = []
+    for p in predictions:
+        best = ", ".join(f"{label} {100 * probability:.1f} %" for label, probability in p.top(topk))
+        lines.append(f"{(p.source or '').ljust(width)}  {best}")
+    return "\n".join(lines)
+
+
+def prediction_json(prediction: Prediction, topk: int) -> dict[str, Any]:
+    """``{"source", "top": [{"label", "probability"}, ...]}``."""
+    top = [{"label": label, "probability": round(p, 6)} for label, p in prediction.top(topk)]
+    return {"source": prediction.source, "top": top}
+
+
+def latency_plot(result: Benchmark, path: Path) -> None:
+    """Horizontal bars of p50 with whiskers to p95, model only, written as PNG or SVG.
+
+    Raises:
+        RuntimeMissingError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as exc:
+        raise RuntimeMissingError("plots need matplotlib", remedy='pip install "cmt-edge[report]"') from exc
+    import io
+
+    results = list(reversed(result.results))
+    figure = Figure(figsize=(8, 1.2 + 0.6 * len(results)), layout="constrained")
+    axes = figure.add_subplot()
+    p50 = [r.model.p50 for r in results]
+    upper = [r.model.p95 - r.model.p50 for r in results]
+    bars = axes.barh([r.name for r in results], p50, xerr=[[0.0] * len(p50), upper], color="#4477aa", capsize=3)
+    axes.bar_label(bars, [f"{v:.2f} ms" for v in p50], label_type="center", color="white")
+    axes.set_xlabel("latency of one inference, ms (bar: median; whisker: 95th percentile)")
+    axes.set_title(result.host["cpu"])
+    axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix.lstrip(".") or "png", dpi=120)
+    write_atomic(path, buffer.getvalue())

@@ -1,0 +1,148 @@
+"""``cmt-export``: one command from a checkpoint to a verified bundle."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from deploy import Bundle, report
+from deploy.console import Progress, parser, run
+
+EPILOG = """\
+examples:
+  cmt-export --model cmt_nano --precision int8 --data generated
+  cmt-export --model cmt_xs --weights cmt_xs.pth --precision int8 --data photos/train --eval-data photos/test
+  cmt-export --model cmt_s --weights random --format onnx --batch 0 --dry-run
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of ``cmt-export``."""
+    p = parser("cmt-export", "Export a hybrid CNN-transformer classifier to a verified bundle.", EPILOG)
+    keep: dict[str, Any] = {"default": argparse.SUPPRESS}  # flags not given leave the configuration file's value alone
+    p.add_argument("--model", help="model name; see --list-models", **keep)
+    p.add_argument("--list-models", action="store_true", help="print the models and exit")
+    p.add_argument("--weights", help="pretrained (default), random, or a checkpoint file", **keep)
+    p.add_argument("--ema", action=argparse.BooleanOptionalAction, help="take a checkpoint's averaged weights, or not "
+                   "(default: where it has them)", **keep)  # fmt: skip
+    p.add_argument("--num-classes", type=int, help="number of classes of the checkpoint", **keep)
+    p.add_argument("--imgsz", type=int, help="input height and width, pixels", **keep)
+    p.add_argument("--fresh-head", action="store_true", help="start a new classifier where the class count differs", **keep)
+    p.add_argument("--resize-position-bias", action="store_true", help="interpolate a checkpoint of another resolution", **keep)
+    p.add_argument("--labels", help="text file with one class name a line", **keep)
+    p.add_argument("--format", help="openvino (default) or onnx", **keep)
+    p.add_argument("--precision", help="fp32 (default), bf16 or int8", **keep)
+    p.add_argument("--int8", dest="precision", action="store_const", const="int8", help="same as --precision int8", **keep)
+    p.add_argument("--batch", type=int, help="batch size of the graph (default 1), 0 for any", **keep)
+    p.add_argument("--data", help="calibration images: folder, ARCHIVE.tar[/FOLDER], or 'generated'", **keep)
+    p.add_argument("--calib-size", type=int, help="number of calibration images (default 300, or all)", **keep)
+    p.add_argument("--eval-data", help="labelled images to measure top-1 on: class folders, or ARCHIVE.tar[/FOLDER]", **keep)
+    p.add_argument("--eval-limit", type=int, help="use only so many of them", **keep)
+    p.add_argument("--by-order", action="store_true", help="match class folders to labels in sorted order", **keep)
+    p.add_argument("--max-drop", type=float, help="allowed loss of top-1, points (default 1.0)", **keep)
+    p.add_argument("--atol", type=float, help="allowed golden logit difference (default: by precision)", **keep)
+    p.add_argument("--exif", help="apply (default) or ignore the orientation of photographs", **keep)
+    p.add_argument("--threads", type=int, help="CPU threads for verification and measurement", **keep)
+    p.add_argument("--seed", type=int, help="seed of random weights and of the calibration choice (default 0)", **keep)
+    p.add_argument("--no-cache", dest="cache", action="store_false", help="do not reuse calibrated graphs", **keep)
+    p.add_argument("-o", "--output", help="folder in which the bundle's folder is made (default: here)", **keep)
+    p.add_argument("--config", type=Path, help="TOML file with the same settings; flags win")
+    p.add_argument("--dry-run", action="store_true", help="check everything that can be checked, print the plan, write nothing")
+    return run(_main, p.parse_args(argv))
+
+
+def _main(args: argparse.Namespace) -> int:
+    from .config import ExportConfig, read_config  # heavy: torch is imported here, after --help
+
+    if args.list_models:
+        return _list_models(args.json)
+    given = {f.name: getattr(args, f.name) for f in fields(ExportConfig) if hasattr(args, f.name)}
+    settings = (read_config(args.config) if args.config else {}) | given
+    config = ExportConfig.from_mapping(settings, args.config)
+    config.check()
+    if args.dry_run:
+        print(report.to_json(_plan(config)) if args.json else _plan_text(_plan(config)))
+        return 0
+    from .pipeline import run as export
+
+    bundle = export(config, Progress(args.quiet))
+    print(report.to_json(_result(bundle)) if args.json else _result_text(bundle))
+    return 0
+
+
+def _list_models(as_json: bool) -> int:
+    from cmt import list_models, model_spec
+
+    specs = [model_spec(name) for name in list_models()]
+    if as_json:
+        print(report.to_json([{"name": s.name, "img_size": s.img_size, "classes": s.num_classes, "params": s.params,
+                               "macs": s.macs, "top1": s.top1} for s in specs]))  # fmt: skip
+        return 0
+    rows = [[s.name, s.family, str(s.img_size), str(s.num_classes), f"{s.params / 1e6:.1f}" if s.params else "-",
+             f"{s.macs / 1e9:.2f}" if s.macs else "-", s.top1 or "-"] for s in specs]  # fmt: skip
+    print(report.table(["model", "family", "size", "classes", "M params", "GMACs", "published top-1"], rows))
+    return 0
+
+
+def _plan(config: Any) -> dict[str, Any]:
+    from calib import CalibrationSet
+    from deploy.images import ImageSet
+
+    steps = ["load the reference model", "fuse", "export to ONNX", "simplify"]
+    plan: dict[str, Any] = {"bundle": str(config.target), "replaces": config.target.exists(), "weights": config.weights}
+    if config.data:
+        chosen = CalibrationSet.choose(config.data, config.calib_size, config.preprocess, config.seed)
+        plan["calibration"] = chosen.describe()
+        steps.append(f"calibrate on {len(chosen)} images")
+    if config.eval_data:
+        images = ImageSet(config.eval_data)
+        plan["evaluation"] = {"images": min(len(images), config.eval_limit or len(images)), "classes": len(images.classes)}
+    steps += [f"compile for {config.format}", "verify", "measure", "write the bundle"]
+    return plan | {"input": [config.batch or "batch", 3, config.img_size, config.img_size], "classes": config.classes,
+                   "precision": config.precision, "format": config.format, "steps": steps}  # fmt: skip
+
+
+def _plan_text(plan: dict[str, Any]) -> str:
+    lines = [f"{key:<12} {', '.join(map(str, value)) if key == 'steps' else value}" for key, value in plan.items()]
+    return "\n".join([*lines, "dry run: nothing was written"])
+
+
+def _result(bundle: Bundle) -> dict[str, Any]:
+    m = bundle.manifest
+    return {"bundle": str(bundle.path), "precision": m.precision, "format": m.format, "verification": m.verification,
+            "latency": m.latency, "calibration": m.calibration, "bytes": sum(f["size"] for f in m.files.values())}  # fmt: skip
+
+
+def _result_text(bundle: Bundle) -> str:
+    m = bundle.manifest
+    latency = m.latency or {}
+    size = sum(f["size"] for f in m.files.values()) / 1e6
+    lines = [_verification_lines(m)]
+    executed = " + ".join(f"{k} {100 * v:.0f} %" for k, v in sorted(latency["executed"]["time_share"].items(), key=lambda kv: -kv[1]))
+    lines.append(f"latency: median {latency['p50_ms']:.2f} ms a batch of {latency['batch']} (a quick look; cmt-bench measures properly)")
+    lines.append(f"ran as: {executed}")
+    lines += [f"warning: {w}" for w in latency["warnings"]]
+    if m.labels_source == "numbered":
+        lines.append("note: the classes have no names; give them with --labels FILE")
+    if m.calibration and m.calibration["cached"]:
+        lines.append("note: calibration was taken from the cache (same graph, images and recipe)")
+    path = bundle.path
+    lines += [f"bundle: {path} ({size:.1f} MB)", "", "next:", f"  cmt-predict {path} IMAGE", f"  cmt-bench {path}",
+              f"  cmt-verify {path} --data LABELLED_IMAGES"]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _verification_lines(m: Any) -> str:
+    v = m.verification
+    golden, data = v["golden"], v["data"]
+    lines = [f"steps, largest logit difference: {', '.join(f'{k} {d:.1e}' for k, d in v['steps'].items())}",
+             f"golden images: logits differ by {golden['logit_diff']:.2g} (allowed {golden['atol']:.2g})"]  # fmt: skip
+    if data:
+        low, high = data["drop_ci"]
+        lines.append(f"top-1 on {data['images']} images: reference {data['reference_top1']:.2f} %, bundle {data['top1']:.2f} %, "
+                     f"drop {data['drop']:+.2f} points (95 % CI {low:+.2f} to {high:+.2f}), agreement {data['agreement']:.2f} %")  # fmt: skip
+    else:
+        lines.append("top-1: not measured (no --eval-data)")
+    return "\n".join(lines)

@@ -1,0 +1,176 @@
+"""What an export is asked to do, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from cmt import model_spec
+from cmt.registry import ModelSpec, check_size
+from deploy.backends.base import LoadOptions
+from deploy.errors import InputError, UnknownNameError
+from deploy.preprocess import Preprocess
+
+FORMATS = ("onnx", "openvino")
+PRECISIONS = ("fp32", "bf16", "int8")
+OPSET = 20
+"""Has GELU as one operation; the highest that TensorRT 10 and 11 parse completely."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """One export. Field names are the command line's flags with underscores.
+
+    Attributes:
+        model: a name of :func:`cmt.list_models`.
+        format: ``"onnx"`` (served by ONNX Runtime) or ``"openvino"``.
+        precision: ``"fp32"``, ``"bf16"`` or ``"int8"``.
+        weights: ``"pretrained"``, ``"random"``, or a checkpoint file.
+        ema: which weights of a training checkpoint, see :func:`cmt.load_weights`.
+        fresh_head, resize_position_bias: allow a checkpoint of another class count or resolution.
+        num_classes, imgsz: default: as published.
+        labels: text file with one class name a line, in logit order.
+        data: calibration images for int8: folder, ``ARCHIVE.tar[/FOLDER]`` or ``"generated"``.
+        calib_size: number of calibration images; default 300, or all where there are fewer.
+        eval_data: labelled images; top-1 of bundle and reference is measured on them.
+        eval_limit: use only so many of them, evenly spread.
+        by_order: match class folders to labels in sorted order.
+        max_drop: allowed loss of top-1, percentage points.
+        atol: allowed difference of golden logits; default by precision.
+        batch: batch size of the graph; ``0`` accepts any.
+        exif: ``"apply"`` or ``"ignore"`` the orientation of photographs.
+        threads: CPU threads for verification and measurement.
+        seed: of random weights and of the choice of calibration images.
+        output: folder in which the bundle's folder is made.
+        cache: reuse calibrated graphs of earlier runs.
+    """
+
+    model: str
+    format: str = "openvino"
+    precision: str = "fp32"
+    weights: str = "pretrained"
+    ema: bool | None = None
+    fresh_head: bool = False
+    resize_position_bias: bool = False
+    num_classes: int | None = None
+    imgsz: int | None = None
+    labels: str | None = None
+    data: str | None = None
+    calib_size: int | None = None
+    eval_data: str | None = None
+    eval_limit: int | None = None
+    by_order: bool = False
+    max_drop: float = 1.0
+    atol: float | None = None
+    batch: int = 1
+    exif: str = "apply"
+    threads: int | None = None
+    seed: int = 0
+    output: str = "."
+    cache: bool = True
+
+    @property
+    def spec(self) -> ModelSpec:
+        return model_spec(self.model)
+
+    @property
+    def img_size(self) -> int:
+        return self.imgsz or self.spec.img_size
+
+    @property
+    def classes(self) -> int:
+        return self.num_classes or self.spec.num_classes
+
+    @property
+    def preprocess(self) -> Preprocess:
+        spec, size = self.spec, self.img_size
+        short = None if spec.crop_ratio is None else int(size / spec.crop_ratio)
+        return Preprocess(size, short, spec.mean, spec.std, self.exif)
+
+    @property
+    def name(self) -> str:
+        """Folder name of the bundle: everything that distinguishes two builds of one checkpoint."""
+        parts = [self.model]
+        parts += [str(self.img_size)] if self.img_size != self.spec.img_size else []
+        parts += [self.precision, self.format]
+        parts += [] if self.batch == 1 else ["dynamic" if self.batch == 0 else f"b{self.batch}"]
+        return "_".join(parts)
+
+    @property
+    def target(self) -> Path:
+        return Path(self.output) / self.name
+
+    def load_options(self) -> LoadOptions:
+        return LoadOptions(threads=self.threads)
+
+    def check(self) -> None:
+        """Raise the first :class:`~deploy.errors.InputError` among everything that can be known without loading."""
+        spec = self.spec
+        _choice("format", self.format, FORMATS)
+        _choice("precision", self.precision, PRECISIONS)
+        _choice("EXIF policy", self.exif, ("apply", "ignore"))
+        check_size(spec, self.img_size)
+        _at_least("--num-classes", self.classes, 1)
+        _at_least("--batch", self.batch, 0)
+        for flag, value in (("--calib-size", self.calib_size), ("--eval-limit", self.eval_limit), ("--threads", self.threads)):
+            _at_least(flag, 1 if value is None else value, 1)
+        if self.max_drop < 0:
+            raise InputError(f"--max-drop {self.max_drop} is negative", remedy="give the allowed loss in points, 0 or more")
+        if self.format == "onnx" and self.precision == "bf16":
+            raise InputError("ONNX Runtime has no bfloat16 kernels on the CPU, so a bf16 ONNX bundle could not run",
+                             remedy="--format openvino --precision bf16, or --precision int8 or fp32")  # fmt: skip
+        if self.precision == "int8" and self.data is None:
+            raise InputError("int8 needs calibration images", remedy="--data FOLDER with images like those the model will see, "
+                             "or --data generated if there are none")  # fmt: skip
+        if self.precision != "int8" and (self.data is not None or self.calib_size is not None):
+            raise InputError(f"--data and --calib-size are for int8 calibration, not {self.precision}",
+                             remedy="leave them out; to measure accuracy use --eval-data")  # fmt: skip
+        if self.imgsz and self.weights == "pretrained" and self.imgsz != spec.img_size and not self.resize_position_bias:
+            raise InputError(f"the pretrained weights of {self.model} are for {spec.img_size} pixels, not {self.imgsz}",
+                             remedy="--resize-position-bias to interpolate them, then check the accuracy")  # fmt: skip
+
+    @classmethod
+    def from_mapping(cls, values: dict[str, Any], where: object = None) -> ExportConfig:
+        """From a configuration file's content; keys are field names or flags. Raises :class:`InputError`."""
+        known = {f.name for f in fields(cls)}
+        hints = get_type_hints(cls)
+        clean: dict[str, Any] = {}
+        for key, value in values.items():
+            name = key.replace("-", "_")
+            if name not in known:
+                raise UnknownNameError("setting", key, difflib.get_close_matches(name, known, n=2), sorted(known))
+            kinds = get_args(hints[name]) or (hints[name],)
+            if float in kinds and type(value) is int:
+                value = float(value)
+            if type(value) not in kinds:
+                names = " or ".join(k.__name__ for k in kinds if k is not type(None))
+                raise InputError(f"{key} = {value!r} should be {names}", where=where, remedy="correct the file")
+            clean[name] = value
+        if "model" not in clean:
+            raise InputError("no model was named", where=where, remedy="--model NAME, one of cmt.list_models()")
+        return cls(**clean)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings of a TOML file; raises :class:`InputError`."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
+        raise InputError("the configuration file cannot be read", where=path, why=exc, remedy="it must be TOML") from exc
+
+
+def _choice(kind: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UnknownNameError(kind, value, difflib.get_close_matches(value, known, n=2, cutoff=0.4), known)
+
+
+def _at_least(flag: str, value: int, least: int) -> None:
+    if value < least:
+        raise InputError(f"{flag} {value} is too small", remedy=f"give {least} or more")

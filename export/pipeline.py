@@ -1,0 +1,235 @@
+"""The recipe: reference model -> fuse -> ONNX -> simplify -> [quantize] -> bundle -> verify -> measure.
+
+Every step proves itself against the PyTorch reference before the next one starts; a failed gate leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import nn
+
+from calib import CalibrationSet, quantize
+from calib.generated import generate
+from cmt import count_params, fuse, labels_of, macs, weights_fingerprint
+from cmt.download import cache_folder
+from cmt.reference import PROVIDER, build
+from cmt.weights import LoadedWeights
+from deploy import Bundle, Predictor, report
+from deploy.backends import FORMATS as RUNTIME_OF
+from deploy.backends import backend
+from deploy.benchmark import Benchmark, Protocol, benchmark
+from deploy.bundle import GOLDEN, ONNX, REFERENCE, BundleWriter, Golden, Manifest, save_reference
+from deploy.console import Progress
+from deploy.errors import GateError, InputError
+from deploy.host import describe, versions
+from deploy.images import ImageSet
+from deploy.parity import Verification, match_labels, verify
+from deploy.preprocess import normalise, pixels
+
+from .config import OPSET, ExportConfig
+from .to_onnx import FUSE_ATOL, export_onnx, logits_of, require_parity, simplify, with_batch
+
+GOLDEN_IMAGES = 4
+GOLDEN_SEED = 7
+DYNAMIC_SIZES = (1, 3, 8)
+QUICK = Protocol(iters=50, seconds=2.0)
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """The untouched PyTorch side of every comparison."""
+
+    model: nn.Module
+    loaded: LoadedWeights
+    golden: Golden
+    batch: np.ndarray
+
+    @property
+    def logits(self) -> np.ndarray:
+        return self.golden.logits
+
+
+def run(config: ExportConfig, progress: Progress | None = None) -> Bundle:
+    """Export, verify and measure; returns the finished bundle.
+
+    Raises:
+        InputError and its kin: something asked for or given cannot be used (exit code 2).
+        RuntimeMissingError: a runtime or instruction set is missing here (3).
+        GateError: a step or the result differs from the reference by more than allowed (1); nothing is written.
+    """
+    config.check()
+    progress = progress or Progress(quiet=True)
+    _check_runtime(config)
+    labelled = ImageSet(config.eval_data) if config.eval_data else None
+    with BundleWriter(config.target) as writer:
+        with progress.step("load the reference model"):
+            reference = _reference(config)
+            labels, labels_source = _labels(config, reference.loaded)
+        manifest = _manifest(config, reference, labels, labels_source)
+        if labelled:  # before the long work: a mismatch is the user's to mend
+            match_labels(Bundle(config.target, manifest), labelled, config.by_order)
+        data = CalibrationSet.choose(config.data, config.calib_size, config.preprocess, config.seed) if config.data else None
+        graph, steps = _graph(config, reference, progress)
+        if data:
+            with progress.step(f"calibrate on {len(data)} images"):
+                cache = cache_folder() / "calibrated" if config.cache else None
+                quantized = quantize(graph, data, config.preprocess, cache=cache, progress=progress.count)
+            graph = quantized.model
+            manifest = replace(manifest, calibration=data.describe() | {"recipe": quantized.recipe, "cached": quantized.cached})
+        with progress.step(f"compile for {config.format}"):
+            manifest = _write(config, writer, with_batch(graph, config.batch), reference, manifest)
+        with progress.step("verify"):
+            result = _verify(config, writer.staged(manifest), reference, labelled, progress)
+            if result.data:
+                save_reference(writer.folder / REFERENCE, result.data.reference_answers)
+        with progress.step("measure"):
+            speed = benchmark([writer.staged(manifest)], threads=config.threads, protocol=QUICK, with_throughput=False,
+                              progress=progress.share)  # fmt: skip
+        manifest = replace(
+            manifest, verification=report.plain(result) | {"steps": steps, "bundle": config.name}, latency=_latency(speed)
+        )
+        _write_reports(writer.folder, config, result, speed)
+        with progress.step("write the bundle"):
+            return writer.commit(manifest)
+
+
+def _check_runtime(config: ExportConfig) -> None:
+    """Fail before the long work where the result could not be verified here."""
+    module = backend(RUNTIME_OF[config.format])
+    module.check()
+    if config.format == "openvino":
+        module.float_precision(config.precision, None)
+
+
+def _reference(config: ExportConfig) -> _Reference:
+    model, loaded = build(
+        config.model, config.weights, img_size=config.img_size, num_classes=config.classes, seed=config.seed,
+        ema=config.ema, fresh_head=config.fresh_head, resize=config.resize_position_bias,
+    )  # fmt: skip
+    spec = config.preprocess
+    sources = generate(GOLDEN_IMAGES, round(1.3 * config.img_size), seed=GOLDEN_SEED)
+    values = np.stack([pixels(source, spec) for source in sources])
+    batch = normalise(values, spec)
+    return _Reference(model, loaded, Golden(sources, values, _torch_logits(model, batch)), batch)
+
+
+def _torch_logits(model: nn.Module, batch: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():
+        return model(torch.from_numpy(batch)).numpy()
+
+
+def _graph(config: ExportConfig, reference: _Reference, progress: Progress) -> tuple[onnx.ModelProto, dict[str, float]]:
+    """The simplified float32 graph with a dynamic batch, and each step's largest logit difference."""
+    steps = {}
+    with progress.step("fuse"):
+        fused = fuse(reference.model)
+        steps["fuse"] = require_parity("fuse", _torch_logits(fused, reference.batch), reference.logits, FUSE_ATOL)
+    with progress.step("export to ONNX"):
+        graph = export_onnx(fused, config.img_size, OPSET)
+        steps["onnx"] = require_parity("export to ONNX", logits_of(graph, reference.batch, "export to ONNX"), reference.logits)
+    with progress.step("simplify"):
+        graph = simplify(graph)
+        steps["simplify"] = require_parity("simplify", logits_of(graph, reference.batch, "simplify"), reference.logits)
+        if config.batch == 0:
+            for count in DYNAMIC_SIZES:
+                index = np.arange(count) % len(reference.batch)
+                step = f"dynamic batch of {count}"
+                steps[step] = require_parity(step, logits_of(graph, reference.batch[index], step), reference.logits[index])
+    return graph, steps
+
+
+def _write(
+    config: ExportConfig, writer: BundleWriter, graph: onnx.ModelProto, reference: _Reference, manifest: Manifest
+) -> Manifest:
+    """``model.onnx``, the compiled artefact and the golden vectors; the manifest knows the runtime's options."""
+    path = writer.folder / ONNX
+    path.write_bytes(graph.SerializeToString(deterministic=True))
+    module = backend(RUNTIME_OF[config.format])
+    module.compile(path, writer.folder)
+    reference.golden.save(writer.folder / GOLDEN)
+    return replace(manifest, runtime={"backend": RUNTIME_OF[config.format], "version": module.check()})
+
+
+def _verify(
+    config: ExportConfig, bundle: Bundle, reference: _Reference, labelled: ImageSet | None, progress: Progress
+) -> Verification:
+    from deploy.backends.torch import TorchSession
+
+    with Predictor(TorchSession(reference.model), config.preprocess, bundle.labels, batch=0) as torch_side:
+        result = verify(
+            bundle, data=labelled, by_order=config.by_order, threads=config.threads, reference=torch_side,
+            max_drop=config.max_drop, atol=config.atol, limit=config.eval_limit, progress=progress.count,
+        )  # fmt: skip
+    if not result.passed:
+        text = report.verification_text(replace(result, bundle=config.name))
+        raise GateError("the exported model differs from the reference by more than allowed", why="\n       ".join(text.splitlines()),
+                        remedy="nothing was written; calibrate on more and more typical images, use bf16 or fp32, or allow more "
+                               "with --max-drop or --atol")  # fmt: skip
+    return replace(result, bundle=config.name)
+
+
+def _labels(config: ExportConfig, loaded: LoadedWeights) -> tuple[list[list[str]], str]:
+    """``[[id, name], ...]`` in logit order and where they come from."""
+    if config.labels:
+        try:
+            lines = Path(config.labels).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as exc:
+            raise InputError("the labels file cannot be read", where=config.labels, why=exc,
+                             remedy="give a text file with one class name a line") from exc  # fmt: skip
+        return _counted([[n, n] for n in (line.strip() for line in lines) if n], config, config.labels), "file"
+    if loaded.classes is not None:
+        return _counted([[n, n] for n in loaded.classes], config, loaded.source), "checkpoint"
+    if (known := labels_of(config.spec, config.classes)) is not None:
+        return [list(pair) for pair in known], "published"
+    return [[f"class_{i}", f"class_{i}"] for i in range(config.classes)], "numbered"
+
+
+def _counted(labels: list[list[str]], config: ExportConfig, where: str) -> list[list[str]]:
+    if len(labels) != config.classes or len({pair[0] for pair in labels}) != len(labels):
+        raise InputError(f"{len(labels)} labels ({len({p[0] for p in labels})} different) for {config.classes} classes",
+                         where=where, remedy=f"one distinct name a class; or --num-classes {len(labels)}")  # fmt: skip
+    return labels
+
+
+def _manifest(config: ExportConfig, reference: _Reference, labels: list[list[str]], labels_source: str) -> Manifest:
+    loaded, model = reference.loaded, reference.model
+    source = config.weights if config.weights in ("pretrained", "random") else loaded.source
+    weights: dict[str, Any] = {"source": source, "sha256": weights_fingerprint(model), "seed": config.seed,
+                               "ema": loaded.ema, "fresh": list(loaded.fresh), "resized": list(loaded.resized)}  # fmt: skip
+    size = config.img_size
+    batch: int | str = config.batch or "batch"
+    return Manifest(
+        model={"provider": PROVIDER, "name": config.model, "family": config.spec.family, "img_size": size,
+               "num_classes": config.classes, "params": count_params(model), "macs": macs(model), "opset": OPSET,
+               "weights": weights},
+        input={"name": "input", "shape": [batch, 3, size, size], "dtype": "float32"},
+        output={"name": "logits", "shape": [batch, config.classes], "dtype": "float32"},
+        preprocess=config.preprocess.to_json(),
+        labels=labels,
+        labels_source=labels_source,
+        precision=config.precision,
+        format=config.format,
+        versions=versions(),
+        host=describe(),
+    )  # fmt: skip
+
+
+def _latency(speed: Benchmark) -> dict[str, Any]:
+    measured = speed.results[0]
+    return {"p50_ms": measured.model.p50, "ci_ms": measured.model.ci, "p95_ms": measured.model.p95,
+            "end_to_end_p50_ms": measured.end_to_end.p50, "batch": measured.batch, "threads": speed.threads,
+            "executed": asdict(measured.executed), "warnings": measured.warnings}  # fmt: skip
+
+
+def _write_reports(folder: Path, config: ExportConfig, result: Verification, speed: Benchmark) -> None:
+    speed = replace(speed, results=[replace(speed.results[0], name=config.name)])
+    text = f"# {config.name}\n\n## Verification\n\n{report.verification_text(result, markdown=True)}\n\n## Latency\n\n"
+    (folder / "report.md").write_text(text + report.benchmark_text(speed, markdown=True) + "\n", encoding="utf-8")
+    content = {"verification": report.plain(result), "benchmark": report.plain(speed)}
+    (folder / "report.json").write_text(report.to_json(content) + "\n", encoding="utf-8")
