@@ -47,7 +47,9 @@ def _power_law(rng: np.random.Generator, low: float, high: float) -> float:
     return (low**-2 + u * (high**-2 - low**-2)) ** -0.5
 
 
-def _leaf(draw: ImageDraw.ImageDraw, rng: np.random.Generator, centre: np.ndarray, radius: float, colour: tuple[int, ...]) -> None:
+def _leaf(
+    draw: ImageDraw.ImageDraw, rng: np.random.Generator, centre: np.ndarray, radius: float, colour: tuple[int, ...]
+) -> None:
     x, y = centre
     if rng.uniform() < 0.5:
         stretch = rng.uniform(0.5, 1.0)

@@ -9,6 +9,7 @@ from onnx import numpy_helper
 from .recipe import FLOAT_OPS, INT8_OPS, is_depthwise
 
 MAX_OPSET = 20
+MOVES = ("Reshape", "Transpose", "Split", "Slice", "Squeeze", "Unsqueeze", "Flatten")
 
 
 def lint(model: onnx.ModelProto) -> list[str]:
@@ -16,8 +17,14 @@ def lint(model: onnx.ModelProto) -> list[str]:
     graph = model.graph
     constants = {i.name: i for i in graph.initializer}
     producer = {output: node for node in graph.node for output in node.output}
-    findings = [f"opset {o.version} is above {MAX_OPSET}" for o in model.opset_import if o.domain in ("", "ai.onnx") and o.version > MAX_OPSET]
-    findings += [f"operation domain {o.domain!r} is not standard" for o in model.opset_import if o.domain not in ("", "ai.onnx")]
+    findings = [
+        f"opset {o.version} is above {MAX_OPSET}"
+        for o in model.opset_import
+        if o.domain in ("", "ai.onnx") and o.version > MAX_OPSET
+    ]
+    findings += [
+        f"operation domain {o.domain!r} is not standard" for o in model.opset_import if o.domain not in ("", "ai.onnx")
+    ]
     findings += [f"{i.name}: weights are stored outside the file" for i in graph.initializer if i.external_data]
     quantized = 0
     for node in graph.node:
@@ -49,7 +56,10 @@ def _check_consumer(
     node: onnx.NodeProto, producer: dict[str, onnx.NodeProto], constants: dict[str, onnx.TensorProto]
 ) -> list[str]:
     """What one operation reads: float biases, per-channel weights, float inputs where the recipe says so."""
-    dequantized = [(i, producer[name]) for i, name in enumerate(node.input) if _is(producer.get(name), "DequantizeLinear")]
+    if node.op_type not in (*FLOAT_OPS, *INT8_OPS):
+        return []
+    sources = [(i, _source(name, producer)) for i, name in enumerate(node.input)]
+    dequantized = [(i, source) for i, source in sources if source is not None and source.op_type == "DequantizeLinear"]
     findings = []
     for position, dq in dequantized:
         constant = dq.input[0] in constants
@@ -57,15 +67,21 @@ def _check_consumer(
             findings.append(f"{node.name}: {node.op_type} must stay float but reads int8")
         elif node.op_type in ("Conv", "Gemm") and position == 2:
             findings.append(f"{node.name}: quantized bias")
-        elif node.op_type in INT8_OPS and constant and _size(constants.get(dq.input[1])) == 1 < _channels(constants[dq.input[0]]):
+        elif (
+            node.op_type in INT8_OPS and constant and _size(constants.get(dq.input[1])) == 1 < _channels(constants[dq.input[0]])
+        ):
             findings.append(f"{node.name}: weights with a single scale")
     if node.op_type in INT8_OPS and len(dequantized) == 1:
         findings.append(f"{node.name}: one side int8, the other float")
     return findings
 
 
-def _is(node: onnx.NodeProto | None, kind: str) -> bool:
-    return node is not None and node.op_type == kind
+def _source(name: str, producer: dict[str, onnx.NodeProto]) -> onnx.NodeProto | None:
+    """The node that computed a tensor, looking through operations that only move its values."""
+    node = producer.get(name)
+    while node is not None and node.op_type in MOVES:
+        node = producer.get(node.input[0])
+    return node
 
 
 def _size(tensor: onnx.TensorProto | None) -> int:

@@ -7,14 +7,17 @@ dense table shared by all blocks of a stage, and the batch norms of the stem and
 
 from __future__ import annotations
 
+import copy
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .fuse import PlainNorm, ScaleShift, affine_after, affine_before, norm_affine, unchanged, with_identity
 from .layers import DropPath, merge_heads, split_heads, to_map, to_tokens
 from .registry import ModelSpec, Pretrained, register
 
@@ -192,7 +195,7 @@ def _init(module: nn.Module) -> None:
 
 
 # Published key -> ours. Stages are lettered a to d; three different modules are called `proj` in a published block.
-_RENAMES = [
+_RENAMES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"^stem_(conv|norm)(\d)\."), lambda m: f"stem.{int(m[2]) - 1}.{m[1]}."),
     (re.compile(r"^relative_pos_([a-d])$"), lambda m: f"stages.{'abcd'.index(m[1])}.position_bias"),
     (re.compile(r"^patch_embed_([a-d])\.proj\."), lambda m: f"stages.{'abcd'.index(m[1])}.embed."),
@@ -216,7 +219,7 @@ _RENAMES = [
 def published_key(key: str) -> str:
     """Our name of a key in the official state dict, e.g. ``blocks_a.0.mlp.proj.bias``; ours are left as they are."""
     for pattern, replacement in _RENAMES:
-        key = pattern.sub(replacement, key)  # type: ignore[arg-type]
+        key = pattern.sub(replacement, key)
     return key
 
 
@@ -253,10 +256,103 @@ def resize(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Tensor
     return state, changed
 
 
-def _fuse(model: nn.Module) -> nn.Module:
-    from .fuse import fuse_cmt
+# --- deployment form: the same logits from fewer operations (algebra in cmt/fuse.py) ---------------------------------
 
-    return fuse_cmt(model)
+
+class FusedAttention(nn.Module):
+    """Attention of :class:`Attention` over plainly normalised tokens, everything before it folded in."""
+
+    def __init__(self, attn: Attention, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        scale, shift = norm_affine(norm)
+        self.heads, self.reduction = attn.heads, attn.reduction
+        c = torch.tensor((attn.q.in_features / attn.heads) ** -0.5, dtype=torch.float64)
+        self.q = affine_after(affine_before(attn.q, scale, shift), c, c * 0)
+        if self.reduction > 1:
+            self.reduce = affine_after(affine_before(attn.reduce, scale, shift), *norm_affine(attn.reduce_norm))
+            scale, shift = torch.ones_like(scale), torch.zeros_like(shift)  # k and v read what `reduce` made
+        self.k, self.v = affine_before(attn.k, scale, shift), affine_before(attn.v, scale, shift)
+        self.proj = unchanged(attn.proj)
+
+    def forward(self, x: Tensor, size: tuple[int, int], position_bias: Tensor) -> Tensor:
+        """``x`` (B, N, C) -> (B, N, C)."""
+        reduced = to_tokens(self.reduce(to_map(x, *size))) if self.reduction > 1 else x  # (B, Nk, C)
+        q, k, v = (split_heads(t, self.heads) for t in (self.q(x), self.k(reduced), self.v(reduced)))
+        scores = q @ k.transpose(-2, -1) + position_bias  # (B, heads, N, Nk)
+        return self.proj(merge_heads(scores.softmax(-1) @ v))
+
+
+class FusedFFN(nn.Module):
+    """IRFFN of :class:`InvertedResidualFFN` over plainly normalised input: three convs, one scale-and-shift."""
+
+    def __init__(self, ffn: InvertedResidualFFN, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.expand = affine_before(ffn.expand, *norm_affine(norm))
+        self.expand_norm = ScaleShift(ffn.expand_norm)
+        self.depthwise = with_identity(ffn.depthwise)
+        project = affine_before(ffn.project, *norm_affine(ffn.depthwise_norm))
+        self.project = affine_after(project, *norm_affine(ffn.project_norm))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        x = self.expand_norm(F.gelu(self.expand(x)))
+        return self.project(F.gelu(self.depthwise(x)))
+
+
+class FusedBlock(nn.Module):
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.lpu = with_identity(block.lpu)
+        self.norm1, self.norm2 = PlainNorm(block.norm1), PlainNorm(block.norm2)
+        self.attn = FusedAttention(block.attn, block.norm1)
+        self.ffn = FusedFFN(block.ffn, block.norm2)
+
+    def forward(self, x: Tensor, position_bias: Tensor) -> Tensor:
+        size = (x.shape[2], x.shape[3])
+        tokens = to_tokens(self.lpu(x))  # (B, N, C)
+        tokens = tokens + self.attn(self.norm1(tokens), size, position_bias)
+        return to_map(tokens, *size) + self.ffn(to_map(self.norm2(tokens), *size))
+
+
+class FusedStage(nn.Module):
+    def __init__(self, stage: Stage, embed: nn.Conv2d) -> None:
+        super().__init__()
+        self.embed = embed
+        self.norm = copy.deepcopy(stage.norm)
+        self.position_bias = nn.Parameter(stage.position_bias.detach().clone())
+        self.blocks = nn.ModuleList(FusedBlock(b) for b in cast("list[Block]", stage.blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        x = to_map(self.norm(to_tokens(x)), x.shape[2], x.shape[3])
+        for block in self.blocks:
+            x = block(x, self.position_bias)
+        return x
+
+
+class FusedCMT(nn.Module):
+    """Deployment form of :class:`CMT`; build it with :func:`cmt.fuse`."""
+
+    def __init__(self, model: CMT) -> None:
+        super().__init__()
+        first, second, third = cast("list[StemLayer]", model.stem)
+        self.stem = nn.Sequential(
+            unchanged(first.conv), nn.GELU(), ScaleShift(first.norm),
+            unchanged(second.conv), nn.GELU(), ScaleShift(second.norm),
+            unchanged(third.conv), nn.GELU(),
+        )  # fmt: skip
+        stages = cast("list[Stage]", list(model.stages))
+        embeds = [affine_before(stages[0].embed, *norm_affine(third.norm))]  # 2x2, no padding: exact
+        embeds += [unchanged(s.embed) for s in stages[1:]]
+        self.stages = nn.ModuleList(FusedStage(s, e) for s, e in zip(stages, embeds, strict=True))
+        self.conv = affine_after(model.head.conv, *norm_affine(model.head.norm))
+        self.fc = unchanged(model.head.fc)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for stage in self.stages:
+            x = stage(x)
+        return self.fc(F.silu(self.conv(x)).mean((2, 3)))
 
 
 _RELEASE = "https://github.com/ggjy/CMT.pytorch/releases/download/release-v1/"
@@ -283,7 +379,7 @@ for _name, _size, _classes, _dims, _depths, _mlp, _stem, _drop, _fc, _params, _m
             config=CMTConfig(_dims, _depths, _mlp, _stem, _drop, _fc),
             img_size=_size,
             num_classes=_classes,
-            fuse=_fuse,
+            fuse=FusedCMT,
             rename=published_key,
             resize=resize,
             head_keys=("head.fc.weight", "head.fc.bias"),

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import os
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 from platformdirs import user_cache_path
 from tqdm import tqdm
 
 from deploy.errors import DownloadError
+from deploy.files import sha256_of
 
 from .registry import Pretrained
 
 TIMEOUT_S = 30
 CHUNK = 1 << 20
 MAX_BYTES = 4 << 30
+PARTIAL = ".partial"
 
 
 def cache_folder() -> Path:
@@ -43,7 +44,7 @@ def fetch(published: Pretrained, folder: Path | None = None) -> Path:
     target = folder / published.url.rsplit("/", 1)[-1]
     with FileLock(f"{target}.lock"):
         if not target.exists():
-            partial = target.with_name(target.name + ".partial")
+            partial = target.with_name(target.name + PARTIAL)
             try:
                 _download(published.url, partial)
             except (OSError, urllib.error.URLError) as exc:
@@ -67,33 +68,31 @@ def _download(url: str, partial: Path) -> None:
     have = partial.stat().st_size if partial.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
-        response = urllib.request.urlopen(request, timeout=TIMEOUT_S)
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+            _receive(response, partial, have if response.status == 206 else 0)
     except urllib.error.HTTPError as exc:
         if exc.code != 416 or not have:  # 416: nothing left to send, or a stale partial file
             raise
-        total = (exc.headers.get("Content-Range") or "").rpartition("/")[2]
-        if total == str(have):
-            return
-        partial.unlink()
-        return _download(url, partial)
-    with response, contextlib.ExitStack() as stack:
-        resumed = response.status == 206
-        length = int(response.headers.get("Content-Length") or 0)
-        total = length + (have if resumed else 0)
-        if total > MAX_BYTES:
-            raise OSError(f"the server announces {total} bytes, more than the cap of {MAX_BYTES}")
-        out = stack.enter_context(open(partial, "ab" if resumed else "wb"))
-        bar = stack.enter_context(
-            tqdm(total=total or None, initial=have if resumed else 0, unit="B", unit_scale=True, disable=None,
-                 desc=url.rsplit("/", 1)[-1])
-        )  # fmt: skip
-        received = 0
-        while chunk := response.read(CHUNK):
+        if (exc.headers.get("Content-Range") or "").rpartition("/")[2] != str(have):
+            partial.unlink()
+            _download(url, partial)
+
+
+def _receive(response: Any, partial: Path, have: int) -> None:
+    """Write the body behind the first ``have`` bytes of ``partial``; raises :class:`OSError` if it is cut short."""
+    length = int(response.headers.get("Content-Length") or 0)
+    if have + length > MAX_BYTES:
+        raise OSError(f"the server announces {have + length} bytes, more than the cap of {MAX_BYTES}")
+    received = 0
+    name = partial.name.removesuffix(PARTIAL)
+    with (
+        open(partial, "ab" if have else "wb") as out,
+        tqdm(total=have + length or None, initial=have, unit="B", unit_scale=True, disable=None, desc=name) as bar,
+    ):
+        while (chunk := response.read(CHUNK)) and received <= MAX_BYTES:
             out.write(chunk)
             bar.update(len(chunk))
             received += len(chunk)
-            if received > MAX_BYTES:
-                raise OSError(f"more than the cap of {MAX_BYTES} bytes")
         out.flush()
         os.fsync(out.fileno())
     if length and received != length:
@@ -106,17 +105,9 @@ def _check(published: Pretrained, partial: Path) -> None:
     if published.size is not None and size != published.size:
         wrong = f"{size} bytes, expected {published.size}"
     elif published.sha256 is not None:
-        with open(partial, "rb") as file:
-            actual = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+        actual = sha256_of(partial)
         if actual != published.sha256:
             wrong = f"SHA-256 {actual}, expected {published.sha256}"
     if wrong:
         partial.unlink()
         raise _failed(str(published.url), f"the file fails its check: {wrong}")
-
-
-def _sha256(file) -> str:  # type: ignore[no-untyped-def]  # Python 3.10 has no hashlib.file_digest
-    digest = hashlib.sha256()
-    while chunk := file.read(CHUNK):
-        digest.update(chunk)
-    return digest.hexdigest()

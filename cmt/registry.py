@@ -66,7 +66,7 @@ class ModelSpec:
     build: Callable[..., nn.Module]
     config: Any
     img_size: int
-    fuse: Callable[[nn.Module], nn.Module]
+    fuse: Callable[[Any], nn.Module]
     num_classes: int = 1000
     size_multiple: int = 32
     rename: Callable[[str], str] = str
@@ -143,9 +143,7 @@ def create_model(
     num_classes = spec.num_classes if num_classes is None else num_classes
     check_size(spec, img_size)
     if num_classes < 1:
-        raise InputError(
-            f"{num_classes} classes were asked of {name}", where="num_classes", remedy="ask for 1 class or more"
-        )
+        raise InputError(f"{num_classes} classes were asked of {name}", where="num_classes", remedy="ask for 1 class or more")
     config = replace(spec.config, **overrides)
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:

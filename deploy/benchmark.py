@@ -101,7 +101,7 @@ def summarise(samples_ns: Sequence[int] | np.ndarray, seed: int = 0) -> Latency:
 
 
 def _bootstrap_medians(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Medians of ``BOOTSTRAP`` resamples; at most 2000 values are resampled at a time to bound memory."""
+    """Medians of ``BOOTSTRAP`` resamples."""
     n = len(values)
     return np.array([np.median(values[rng.integers(0, n, n)]) for _ in range(BOOTSTRAP)])
 
@@ -171,7 +171,7 @@ def benchmark(
     device: str | None = None,
     threads: int | None = None,
     images: Sequence[bytes] = (),
-    protocol: Protocol = Protocol(),  # noqa: B008  frozen
+    protocol: Protocol = Protocol(),
     with_throughput: bool = True,
     progress: Callable[[str, float], None] | None = None,
 ) -> Benchmark:
@@ -187,12 +187,16 @@ def benchmark(
     """
     report = progress or (lambda phase, share: None)
     names = _names(bundles)
-    predictors = {n: Predictor.load(b, backend=backend, device=device, threads=threads) for n, b in zip(names, bundles, strict=True)}
+    predictors = {
+        n: Predictor.load(b, backend=backend, device=device, threads=threads) for n, b in zip(names, bundles, strict=True)
+    }
     try:
         batches = {n: _input(b, p) for (n, p), b in zip(predictors.items(), bundles, strict=True)}
         calls = {n: _model_call(p, batches[n]) for n, p in predictors.items()}
         model = interleaved(calls, protocol, lambda s: report("latency, model only", s))
-        calls = {n: _end_to_end_call(p, images or b.golden().sources) for (n, p), b in zip(predictors.items(), bundles, strict=True)}
+        calls = {
+            n: _end_to_end_call(p, images or b.golden().sources) for (n, p), b in zip(predictors.items(), bundles, strict=True)
+        }
         whole = interleaved(calls, protocol, lambda s: report("latency, end to end", s))
         executed = {n: p.session.executed(batches[n]) for n, p in predictors.items()}
     finally:
@@ -260,13 +264,16 @@ def _measured(
     low, high = np.percentile(ratios, [2.5, 97.5])
     return Measured(
         name, bundle.manifest.precision, predictor.info, len(batch), sum(f["size"] for f in bundle.manifest.files.values()),
-        executed, latency, summarise(whole), rate, float(np.median(model[base]) / latency.p50), (float(low), float(high)), warnings,
+        executed, latency, summarise(whole), rate, float(np.median(model[base]) / np.median(model[name])), (float(low), float(high)),
+        warnings,
     )  # fmt: skip
 
 
 def precision_warnings(asked: str, executed: ExecutedPrecision) -> list[str]:
     """Sentences where what ran is not what was asked for: no operation, or under a tenth of the time, in that precision."""
     share = executed.time_share
-    if not share or asked in share and share[asked] >= 0.1:
+    if not share or (asked in share and share[asked] >= 0.1):
         return []
-    return [f"{asked} was asked for, but the runtime spent {100 * share.get(asked, 0):.0f} % of its time in it: {executed.summary()}"]
+    return [
+        f"{asked} was asked for, but the runtime spent {100 * share.get(asked, 0):.0f} % of its time in it: {executed.summary()}"
+    ]

@@ -67,11 +67,11 @@ class Manifest:
             raise _broken("the manifest cannot be read", where, exc) from exc
         if schema != SCHEMA:
             raise _broken(f"manifest schema {schema} is not supported, this version reads {SCHEMA}", where)
-        unknown, known = set(content) - {f.name for f in fields(cls)}, {k: v for k, v in content.items()}
+        unknown = set(content) - {f.name for f in fields(cls)}
         if unknown:
             raise _broken(f"unknown manifest entries: {', '.join(sorted(unknown))}", where)
         try:
-            manifest = cls(**known)
+            manifest = cls(**content)
         except TypeError as exc:
             raise _broken("the manifest lacks entries", where, exc) from exc
         for name, kind in (("model", dict), ("input", dict), ("output", dict), ("files", dict), ("runtime", dict),
@@ -189,7 +189,14 @@ def _check_members(path: Path, manifest: Manifest) -> None:
     total = 0
     for name, entry in files.items():
         parts = PurePosixPath(name).parts
-        if not parts or name != PurePosixPath(name).as_posix() or ".." in parts or parts[0] == "/" or "\\" in name or ":" in name:
+        if (
+            not parts
+            or name != PurePosixPath(name).as_posix()
+            or ".." in parts
+            or parts[0] == "/"
+            or "\\" in name
+            or ":" in name
+        ):
             raise _broken(f"names a file outside the bundle: {name!r}", path)
         if not isinstance(entry, dict) or not isinstance(entry.get("size"), int) or not isinstance(entry.get("sha256"), str):
             raise _broken(f"the entry of {name} lacks size or sha256", path)

@@ -97,7 +97,9 @@ def _reference(bundle: Bundle, path: Path, threads: int | None) -> Predictor:
     """Another bundle of the same weights as the reference."""
     other = Bundle.open(path)
     if other.manifest.model["weights"]["sha256"] != bundle.manifest.model["weights"]["sha256"]:
-        raise InputError("was made from other weights, so it is no reference", where=path, remedy="export both from one checkpoint")
+        raise InputError(
+            "was made from other weights, so it is no reference", where=path, remedy="export both from one checkpoint"
+        )
     return Predictor.load(other, threads=threads)
 
 
@@ -118,7 +120,9 @@ def bench(argv: list[str] | None = None) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     if args.iters < 1 or args.seconds < 0 or args.warmup < 1:
-        raise InputError("--iters and --warmup must be 1 or more, --seconds 0 or more", remedy="leave them out for the defaults")
+        raise InputError(
+            "--iters and --warmup must be 1 or more, --seconds 0 or more", remedy="leave them out for the defaults"
+        )
     bundles = [Bundle.open(path) for path in args.bundles]
     images = []
     if args.data:

@@ -63,7 +63,9 @@ def run(main: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> 
         return 0
     except Exception as exc:
         traceback.print_exc()
-        print(f"error: internal failure: {type(exc).__name__}: {exc}\n  remedy: please report it with this trace", file=sys.stderr)
+        print(
+            f"error: internal failure: {type(exc).__name__}: {exc}\n  remedy: please report it with this trace", file=sys.stderr
+        )
         return INTERNAL
 
 
@@ -99,7 +101,9 @@ class Progress:
         if self._bar is None or phase != self._phase:
             self.finish()
             self._phase = phase
-            self._bar = tqdm(total=100, desc=phase or None, bar_format="{desc} {percentage:3.0f}%|{bar:20}| {elapsed}", leave=False)
+            self._bar = tqdm(
+                total=100, desc=phase or None, bar_format="{desc} {percentage:3.0f}%|{bar:20}| {elapsed}", leave=False
+            )
         self._bar.n = round(100 * share)
         self._bar.refresh()
 

@@ -8,7 +8,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "asimddp", "i8mm", "bf16")
+FLAGS = (
+    "avx2",
+    "avx512f",
+    "avx_vnni",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_bf16",
+    "amx_int8",
+    "asimd",
+    "asimddp",
+    "i8mm",
+    "bf16",
+)
 PACKAGES = ("cmt-edge", "numpy", "pillow", "openvino", "onnxruntime", "torch", "onnx", "onnxsim", "nncf")
 
 

@@ -109,7 +109,12 @@ class Predictor:
             InputError: another dtype or shape, or values that are not finite.
         """
         size = self.spec.size
-        if not isinstance(batch, np.ndarray) or batch.dtype != np.float32 or batch.ndim != 4 or batch.shape[1:] != (3, size, size):
+        if (
+            not isinstance(batch, np.ndarray)
+            or batch.dtype != np.float32
+            or batch.ndim != 4
+            or batch.shape[1:] != (3, size, size)
+        ):
             got = f"{batch.dtype} {batch.shape}" if isinstance(batch, np.ndarray) else type(batch).__name__
             raise InputError(
                 f"expected a float32 array (N, 3, {size}, {size}), got {got}",

@@ -85,7 +85,12 @@ def verification_text(v: Verification, markdown: bool = False) -> str:
     if v.data:
         d = v.data
         header = ["images", "reference top-1 %", "bundle top-1 %", "drop (95 % CI)", "agreement %", "max logit diff", "mean"]
-        values = [f"{d.reference_top1:.2f}", f"{d.top1:.2f}", f"{d.drop:+.2f} ({d.drop_ci[0]:+.2f} to {d.drop_ci[1]:+.2f})", f"{d.agreement:.2f}"]
+        values = [
+            f"{d.reference_top1:.2f}",
+            f"{d.top1:.2f}",
+            f"{d.drop:+.2f} ({d.drop_ci[0]:+.2f} to {d.drop_ci[1]:+.2f})",
+            f"{d.agreement:.2f}",
+        ]
         diffs = ["-" if x is None else f"{x:.3g}" for x in (d.logit_max_diff, d.logit_mean_diff)]
         lines.append(table(header, [[str(d.images), *values, *diffs]], markdown))
         lines.append(f"reference: {d.reference_source}; allowed drop {d.max_drop:g} points: {'ok' if d.passed else 'FAILED'}")

@@ -120,8 +120,12 @@ def _result_text(bundle: Bundle) -> str:
     latency = m.latency or {}
     size = sum(f["size"] for f in m.files.values()) / 1e6
     lines = [_verification_lines(m)]
-    executed = " + ".join(f"{k} {100 * v:.0f} %" for k, v in sorted(latency["executed"]["time_share"].items(), key=lambda kv: -kv[1]))
-    lines.append(f"latency: median {latency['p50_ms']:.2f} ms a batch of {latency['batch']} (a quick look; cmt-bench measures properly)")
+    executed = " + ".join(
+        f"{k} {100 * v:.0f} %" for k, v in sorted(latency["executed"]["time_share"].items(), key=lambda kv: -kv[1])
+    )
+    lines.append(
+        f"latency: median {latency['p50_ms']:.2f} ms a batch of {latency['batch']} (a quick look; cmt-bench measures properly)"
+    )
     lines.append(f"ran as: {executed}")
     lines += [f"warning: {w}" for w in latency["warnings"]]
     if m.labels_source == "numbered":

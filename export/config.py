@@ -143,9 +143,7 @@ class ExportConfig:
             if name not in known:
                 raise UnknownNameError("setting", key, difflib.get_close_matches(name, known, n=2), sorted(known))
             kinds = get_args(hints[name]) or (hints[name],)
-            if float in kinds and type(value) is int:
-                value = float(value)
-            if type(value) not in kinds:
+            if type(value) not in (*kinds, int if float in kinds else None):
                 names = " or ".join(k.__name__ for k in kinds if k is not type(None))
                 raise InputError(f"{key} = {value!r} should be {names}", where=where, remedy="correct the file")
             clean[name] = value

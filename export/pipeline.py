@@ -38,7 +38,7 @@ from .to_onnx import FUSE_ATOL, export_onnx, logits_of, require_parity, simplify
 GOLDEN_IMAGES = 4
 GOLDEN_SEED = 7
 DYNAMIC_SIZES = (1, 3, 8)
-QUICK = Protocol(iters=50, seconds=2.0)
+QUICK = Protocol(iters=50, seconds=1.0, warmup_seconds=0.5)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ def export_onnx(model: nn.Module, img_size: int, opset: int) -> onnx.ModelProto:
         program = torch.onnx.export(
             model, (example,), dynamo=True, opset_version=opset, input_names=[INPUT], output_names=[OUTPUT],
             dynamic_shapes=({0: torch.export.Dim(BATCH)},), external_data=False, verbose=False,
+            optimize=False,  # onnxsim does it faster
         )  # fmt: skip
         assert program is not None
         graph = program.model_proto
@@ -126,7 +127,10 @@ def _anonymous(graph: onnx.ModelProto) -> onnx.ModelProto:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Exporter chatter off standard output and the log; errors still raise."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")]
+    loggers = [
+        logging.getLogger(name)
+        for name in ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")
+    ]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
