@@ -244,15 +244,19 @@ def resize_position_bias(bias: Tensor, queries: int, keys: int) -> Tensor:
     return bias
 
 
+def _resizable(old: torch.Size, new: torch.Size) -> bool:
+    """Whether two position biases differ only in the sizes of their (square) grids."""
+    square = len(old) == 3 and all(round(n**0.5) ** 2 == n for n in old[1:])
+    return square and old != new and old[0] == new[0]
+
+
 def resize(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """Move every position bias of ``state`` (our keys) to the size ``model`` was built for; also the changed keys."""
     state, changed = dict(state), []
     for key, target in model.state_dict().items():
-        old = state.get(key)
-        if key.endswith("position_bias") and old is not None and old.ndim == 3 and old.shape != target.shape:
-            if old.shape[0] == target.shape[0]:
-                state[key] = resize_position_bias(old.float(), *target.shape[1:])
-                changed.append(key)
+        if key.endswith("position_bias") and key in state and _resizable(state[key].shape, target.shape):
+            state[key] = resize_position_bias(state[key].float(), *target.shape[1:])
+            changed.append(key)
     return state, changed
 
 

@@ -95,6 +95,8 @@ def _receive(response: Any, partial: Path, have: int) -> None:
             received += len(chunk)
         out.flush()
         os.fsync(out.fileno())
+    if received > MAX_BYTES:
+        raise OSError(f"more than the cap of {MAX_BYTES} bytes")
     if length and received != length:
         raise OSError(f"the connection ended after {received} of {length} bytes; run again to go on")
 

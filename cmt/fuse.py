@@ -88,15 +88,15 @@ def affine_after(layer: Layer, scale: Tensor, shift: Tensor) -> Layer:
 
 def affine_before(layer: Layer, scale: Tensor, shift: Tensor) -> Layer:
     """``layer(scale * x + shift)`` as one layer; refuses a zero-padded conv, where it would be wrong at the borders."""
-    if isinstance(layer, nn.Conv2d) and layer.padding != (0, 0) and bool(shift.any()):
-        raise ValueError("an affine before a zero-padded conv cannot be folded exactly")
     weight, bias = doubled(layer)
-    if isinstance(layer, nn.Conv2d) and layer.groups > 1:
-        if not is_depthwise(layer):
+    per_channel = [1, -1, *[1] * (weight.ndim - 2)]
+    if isinstance(layer, nn.Conv2d):
+        if layer.padding != (0, 0) and bool(shift.any()):
+            raise ValueError("an affine before a zero-padded conv cannot be folded exactly")
+        if is_depthwise(layer):
+            per_channel = [-1, 1, 1, 1]  # such a filter reads the one input channel of its own number
+        elif layer.groups > 1:
             raise ValueError("only dense and depthwise convs are folded")
-        per_channel = [-1, 1, 1, 1]  # a depthwise filter reads one input channel
-    else:
-        per_channel = [1, -1, *[1] * (weight.ndim - 2)]
     constant = (weight * shift.reshape(per_channel)).flatten(1).sum(1)
     return with_weights(layer, weight * scale.reshape(per_channel), bias + constant)
 

@@ -1,0 +1,57 @@
+"""What several test modules share: where the shared data lies, and bundles made once a session."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("CMT_EDGE_SHARED", ROOT.parent / "shared"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Tests never read or write the user's cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["CMT_EDGE_CACHE"] = str(folder)
+    return folder
+
+
+def shared(name: str) -> Path:
+    """A file or folder of the shared data; skips the test where it is absent."""
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"needs {name} of the shared data, set CMT_EDGE_SHARED to its folder")
+    return path
+
+
+@pytest.fixture(scope="session")
+def cifar() -> Path:
+    """The CIFAR-10 archive; append ``/train`` or ``/test``."""
+    return shared("data/cifar10.tar")
+
+
+def _export(tmp_path_factory, **settings):
+    from export import ExportConfig, run
+
+    return run(ExportConfig("cmt_nano", output=str(tmp_path_factory.mktemp("bundles")), **settings))
+
+
+@pytest.fixture(scope="session")
+def fp32_bundle(tmp_path_factory):
+    """cmt_nano, OpenVINO, fp32."""
+    return _export(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def onnx_bundle(tmp_path_factory):
+    """cmt_nano, ONNX, fp32, any batch size."""
+    return _export(tmp_path_factory, format="onnx", batch=0)
+
+
+@pytest.fixture(scope="session")
+def int8_bundle(tmp_path_factory):
+    """cmt_nano, OpenVINO, int8, calibrated on generated images."""
+    return _export(tmp_path_factory, precision="int8", data="generated", calib_size=32)
