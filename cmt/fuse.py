@@ -88,6 +88,7 @@ def affine_after(layer: Layer, scale: Tensor, shift: Tensor) -> Layer:
 
 def affine_before(layer: Layer, scale: Tensor, shift: Tensor) -> Layer:
     """``layer(scale * x + shift)`` as one layer; refuses a zero-padded conv, where it would be wrong at the borders."""
+    weight: Tensor
     weight, bias = doubled(layer)
     per_channel = [1, -1, *[1] * (weight.ndim - 2)]
     if isinstance(layer, nn.Conv2d):
