@@ -7,6 +7,7 @@ complete. Hashes protect against accidents; they do not prove where a bundle com
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import shutil
 import signal
@@ -218,6 +219,16 @@ def _check_members(path: Path, manifest: Manifest) -> None:
         member = path / name
         if member.stat().st_size != entry["size"] or sha256_of(member) != entry["sha256"]:
             raise _broken(f"{name} was changed after the export: its SHA-256 differs from the manifest", path)
+        if name.endswith(".onnx") and _has_external_data(member):
+            raise _broken(f"{name} stores weights outside the file, which bundles may not", path)
+
+
+def _has_external_data(onnx: Path) -> bool:
+    """Whether an ONNX file refers to another file, found without parsing it: the key that protobuf writes for such tensors."""
+    if onnx.stat().st_size == 0:
+        return False
+    with open(onnx, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(b"\x0a\x08location\x12") >= 0
 
 
 class BundleWriter:

@@ -1,0 +1,64 @@
+"""Top-1 and agreement of cmt_nano on CIFAR-10 test images, by runtime and precision, and what calibrating on what costs.
+
+    python benchmarks/cifar10_accuracy.py ../shared/data/cifar10.tar --weights ../shared/weights/cmt_nano_cifar10.pt
+
+The archive holds train/CLASS/*.jpg and test/CLASS/*.jpg. Without --weights the embedded weights are used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from deploy.report import table
+from export import ExportConfig, run
+
+COLUMNS = ["bundle", "calibrated on", "reference top-1 %", "top-1 %", "drop (95 % CI)", "agreement %", "mean logit diff"]
+
+
+def noise_images(folder: Path, count: int = 300) -> str:
+    """Gaussian noise around mid-grey: the bad habit to compare with."""
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    for i in range(count):
+        values = np.clip(rng.normal(120, 60, (64, 64, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(values).save(folder / f"{i:03}.png")
+    return str(folder)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("archive", type=Path)
+    p.add_argument("--weights", default="pretrained")
+    args = p.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        variants = [
+            ("onnx", "fp32", None),
+            ("openvino", "fp32", None),
+            ("openvino", "bf16", None),
+            ("onnx", "int8", str(args.archive / "train")),
+            ("openvino", "int8", str(args.archive / "train")),
+            ("openvino", "int8", "generated"),
+            ("openvino", "int8", noise_images(Path(folder) / "noise")),
+        ]
+        rows = [row(args, folder, *variant) for variant in variants]
+    print(table(COLUMNS, rows, markdown=True))
+
+
+def row(args: argparse.Namespace, folder: str, form: str, precision: str, data: str | None) -> list[str]:
+    config = ExportConfig("cmt_nano", form, precision, weights=args.weights, data=data, eval_data=str(args.archive / "test"),
+                          output=folder, max_drop=100.0, atol=100.0)  # fmt: skip  # measured here, not gated
+    bundle = run(config)
+    d = bundle.manifest.verification["data"]
+    images = "-" if data is None else f"{bundle.manifest.calibration['images']} {Path(data).name} images"
+    low, high = d["drop_ci"]
+    return [f"{precision} {form}", images, f"{d['reference_top1']:.2f}", f"{d['top1']:.2f}", f"{d['drop']:+.2f} ({low:+.2f} to {high:+.2f})",
+            f"{d['agreement']:.2f}", f"{d['logit_mean_diff']:.2g}"]  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+#!/bin/sh
+# From nothing to a verified int8 bundle, on the embedded CIFAR-10 model, without a data set. Run it with `make demo`.
+set -eu
+OUT="${OUT:-out/demo}"
+
+say() { printf '\n\033[1m$ %s\033[0m\n' "$*"; "$@"; }
+
+say cmt-export --model cmt_nano --format openvino --precision fp32 --output "$OUT"
+say cmt-export --model cmt_nano --format openvino --precision int8 --data generated --output "$OUT"
+say cmt-verify "$OUT/cmt_nano_int8_openvino"
+say cmt-bench "$OUT/cmt_nano_fp32_openvino" "$OUT/cmt_nano_int8_openvino" --seconds 3 --markdown "$OUT/benchmark.md"
+say python examples/draw_images.py "$OUT/pictures"
+say cmt-predict "$OUT/cmt_nano_int8_openvino" "$OUT/pictures" --topk 3
+
+cat <<END
+
+The bundle is $OUT/cmt_nano_int8_openvino; its report is report.md inside. Next:
+  . .venv/bin/activate
+  cmt-predict $OUT/cmt_nano_int8_openvino YOUR_IMAGE.jpg
+  cmt-export --model cmt_xs --weights YOUR_CHECKPOINT.pth --num-classes N --precision int8 \\
+             --data TRAIN_IMAGES --eval-data TEST_IMAGES
+  cmt-export --list-models
+END

@@ -1,0 +1,362 @@
+"""Preprocessing: every kind of image file either becomes the right array or a typed error, and never a crash."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import time
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from calib.generated import generate
+from deploy import Preprocess, preprocess
+from deploy.errors import BundleError, DataError, ImageError
+from deploy.preprocess import MAX_BYTES, NamedBytes, decode, normalise, pixels
+
+PLAIN = Preprocess(8, None, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+IMAGENET = Preprocess(32, 36, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+MODES = ("RGB", "L", "1", "P", "RGBA", "LA", "CMYK", "YCbCr", "HSV", "I;16")
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def photo(width: int = 40, height: int = 30) -> Image.Image:
+    """A smooth, asymmetric RGB picture."""
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return Image.fromarray(np.stack([x, y, 255 - x], -1).astype(np.uint8))
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that declares its size and has no pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
+
+
+DAMAGED = {
+    "zero bytes": b"",
+    "text": b"this is a text file, whatever its name says\n" * 20,
+    "truncated JPEG": encoded(photo(), "JPEG")[:-200],
+    "cut header": encoded(photo())[:20],
+    "corrupt PNG": encoded(photo()).replace(b"IDAT", b"IDAX"),
+    "flipped bits": bytes(b ^ 0x5A if 60 < i < 400 else b for i, b in enumerate(encoded(photo()))),
+    "PDF": b"%PDF-1.4\n" + b"0" * 200,
+    "SVG": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    "EPS, which would start a program": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n",
+}
+
+
+@pytest.mark.parametrize("data", DAMAGED.values(), ids=DAMAGED.keys())
+@pytest.mark.parametrize("how", ["path", "bytes", "file object"])
+def test_damaged_file_is_an_image_error(tmp_path, data, how):
+    path = tmp_path / "picture.jpg"
+    path.write_bytes(data)
+    source = {"path": path, "bytes": data, "file object": io.BytesIO(data)}[how]
+    with pytest.raises(ImageError) as caught:
+        preprocess(source, IMAGENET)
+    assert caught.value.exit_code == 2
+    assert caught.value.remedy
+    if how == "path":
+        assert caught.value.where == str(path)
+
+
+def test_missing_file_and_folder_name_the_path(tmp_path):
+    for path in (tmp_path / "absent.jpg", tmp_path):
+        with pytest.raises(ImageError, match="no such image file") as caught:
+            preprocess(path, IMAGENET)
+        assert caught.value.where == str(path)
+    assert issubclass(ImageError, DataError)
+
+
+@pytest.mark.parametrize("nonsense", [None, 3, ["a.jpg"], object(), "bad\0name.jpg", "x" * 5000], ids=lambda v: type(v).__name__)
+def test_nonsense_source_is_an_image_error(nonsense):
+    with pytest.raises(ImageError):
+        preprocess(nonsense, IMAGENET)
+
+
+def test_name_of_archived_image_is_in_the_message():
+    with pytest.raises(ImageError, match="train/cat/7.jpg"):
+        preprocess(NamedBytes(b"junk" * 9, "train/cat/7.jpg"), IMAGENET)
+
+
+@pytest.mark.parametrize("size", [(30000, 30000), (10000, 10000), (100_000_000, 1)])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_gigantic_image_fails_on_its_header(tmp_path, size):
+    path = tmp_path / "huge.png"
+    path.write_bytes(png_header(*size))
+    start = time.perf_counter()
+    with pytest.raises(ImageError, match="too large") as caught:
+        preprocess(path, IMAGENET)
+    assert time.perf_counter() - start < 1.0
+    assert caught.value.where == str(path)
+
+
+def test_file_beyond_the_byte_cap(tmp_path):
+    path = tmp_path / "padded.bmp"
+    path.write_bytes(encoded(photo(), "BMP"))
+    with open(path, "r+b") as file:
+        file.truncate(MAX_BYTES + 1)
+    with pytest.raises(ImageError, match="too large"):
+        preprocess(path, IMAGENET)
+
+
+def test_error_about_a_thread_like_image_names_the_file(tmp_path):
+    """1 x 60000 pixels are few, but not after the short side was resized."""
+    path = tmp_path / "thread.png"
+    photo(60000, 1).save(path)
+    with pytest.raises(ImageError, match="too large") as caught:
+        preprocess(path, Preprocess(224, 256, (0, 0, 0), (1, 1, 1)))
+    assert caught.value.where == str(path)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"])
+def test_every_format_decodes_to_the_same_picture(kind):
+    options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}.get(kind, {})
+    got = np.asarray(decode(encoded(photo(), kind, **options), PLAIN)).astype(int)
+    tolerance = {"JPEG": 6, "GIF": 60}.get(kind, 0)
+    assert np.abs(got - np.asarray(photo()).astype(int)).max() <= tolerance
+
+
+@pytest.mark.parametrize("exif", ["apply", "ignore"])
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize(("orientation", "turn"), [(1, 0), (3, 2), (6, 3), (8, 1)])
+def test_exif_orientation(exif, kind, orientation, turn):
+    image = photo()
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    data = encoded(image, kind, exif=tags, **({"lossless": True} if kind == "WEBP" else {}))
+    got = np.asarray(decode(data, Preprocess(8, None, (0, 0, 0), (1, 1, 1), exif)))
+    expected = np.rot90(np.asarray(image), turn) if exif == "apply" else np.asarray(image)
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped():
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    for kind in ("PNG", "TIFF"):
+        got = np.asarray(decode(encoded(Image.fromarray(ramp), kind), PLAIN))
+        np.testing.assert_array_equal(got, np.repeat((ramp >> 8).astype(np.uint8)[..., None], 3, -1))
+
+
+def test_sixteen_bit_grey_obeys_its_orientation():
+    ramp = np.arange(12, dtype=np.uint16).reshape(3, 4) * 5000
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    assert decode(encoded(Image.fromarray(ramp), "PNG", exif=tags), PLAIN).size == (3, 4)
+
+
+def test_integer_pixels_beyond_sixteen_bits_are_refused():
+    for bad in (-1, 70000):
+        with pytest.raises(ImageError, match="0..65535"):
+            decode(encoded(Image.fromarray(np.full((4, 4), bad, np.int32)), "TIFF"), PLAIN)
+
+
+def test_float_tiff_is_refused():
+    with pytest.raises(ImageError, match="floating-point"):
+        preprocess(encoded(Image.fromarray(np.ones((8, 8), np.float32)), "TIFF"), PLAIN)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "LA", "CMYK"])
+def test_modes_are_converted_as_pillow_does(mode):
+    image = photo().convert(mode)
+    data = encoded(image, "TIFF")
+    np.testing.assert_array_equal(np.asarray(decode(data, PLAIN)), np.asarray(image.convert("RGB")))
+
+
+def test_cmyk_jpeg():
+    data = encoded(photo().convert("CMYK"), "JPEG", quality=100)
+    expected = np.asarray(photo()).astype(int)
+    assert np.abs(np.asarray(decode(data, PLAIN)).astype(int) - expected).max() < 12
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+@pytest.mark.parametrize("transparency", [0, b"\x00\x80\xff"], ids=["one entry", "alpha table"])
+def test_palette_with_transparency_keeps_its_colours(transparency):
+    image = Image.new("P", (6, 6))
+    image.putpalette([200, 10, 20, 30, 210, 40, 50, 60, 220])
+    image.putdata([i % 3 for i in range(36)])
+    got = np.asarray(decode(encoded(image, "PNG", transparency=transparency), PLAIN))
+    assert {tuple(c) for c in got.reshape(-1, 3).tolist()} == {(200, 10, 20), (30, 210, 40), (50, 60, 220)}
+
+
+def test_alpha_is_dropped_not_blended():
+    image = photo()
+    image.putalpha(0)
+    np.testing.assert_array_equal(np.asarray(decode(encoded(image), PLAIN)), np.asarray(photo()))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "TIFF", "PNG"])
+def test_first_frame_of_an_animation(kind):
+    frames = [Image.new("RGB", (9, 7), c) for c in ((250, 0, 0), (0, 250, 0), (0, 0, 250))]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    got = np.asarray(decode(encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options), PLAIN))
+    assert (got == [250, 0, 0]).all()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 400), (3000, 2), (32, 32), (33, 31), (7, 5)])
+@pytest.mark.parametrize("short", [None, 32, 36])
+def test_odd_shapes(size, short):
+    array = preprocess(encoded(photo(*size)), Preprocess(32, short, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))
+    assert array.shape == (3, 32, 32)
+    assert np.isfinite(array).all()
+
+
+def test_arrays_are_taken_as_rgb():
+    array = np.asarray(photo())
+    expected = preprocess(encoded(photo()), IMAGENET)
+    np.testing.assert_array_equal(preprocess(array, IMAGENET), expected)
+    np.testing.assert_array_equal(preprocess(np.asfortranarray(array), IMAGENET), expected)
+    np.testing.assert_array_equal(preprocess(array[::-1], IMAGENET), preprocess(array[::-1].copy(), IMAGENET))
+
+
+BAD_ARRAYS = {
+    "float": np.zeros((8, 8, 3), np.float32),
+    "int64": np.zeros((8, 8, 3), np.int64),
+    "bool": np.zeros((8, 8, 3), bool),
+    "grey": np.zeros((8, 8), np.uint8),
+    "RGBA": np.zeros((8, 8, 4), np.uint8),
+    "CHW": np.zeros((3, 8, 8), np.uint8),
+    "batch": np.zeros((1, 8, 8, 3), np.uint8),
+    "empty": np.zeros((0, 8, 3), np.uint8),
+    "scalar": np.array(3, np.uint8),
+}
+
+
+@pytest.mark.parametrize("array", BAD_ARRAYS.values(), ids=BAD_ARRAYS.keys())
+def test_wrong_arrays_are_image_errors(array):
+    with pytest.raises(ImageError, match=r"uint8 \(H, W, 3\)"):
+        preprocess(array, PLAIN)
+
+
+def test_source_is_left_unchanged():
+    image, array = photo().convert("RGBA"), np.asarray(photo()).copy()
+    preprocess(image, IMAGENET)
+    preprocess(array, IMAGENET)
+    assert image.mode == "RGBA"
+    np.testing.assert_array_equal(array, np.asarray(photo()))
+    buffer = io.BytesIO(encoded(photo()))
+    np.testing.assert_array_equal(preprocess(buffer, IMAGENET), preprocess(buffer, IMAGENET))
+
+
+def reference(data: bytes, spec: Preprocess) -> np.ndarray:
+    """The usual evaluation transform, written out with Pillow and float64."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    size = spec.size
+    if spec.short_side is None:
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    else:
+        w, h = image.size
+        new = (spec.short_side, int(spec.short_side * h / w)) if w <= h else (int(spec.short_side * w / h), spec.short_side)
+        image = image.resize(new, Image.Resampling.BICUBIC)
+        left, top = round((new[0] - size) / 2), round((new[1] - size) / 2)
+        image = image.crop((left, top, left + size, top + size))
+    values = np.asarray(image).astype(np.float64) / 255
+    return ((values - spec.mean) / spec.std).transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize("size", [(40, 30), (30, 41), (100, 37), (32, 32), (16, 16), (333, 500)])
+@pytest.mark.parametrize("spec", [IMAGENET, Preprocess(32, None, IMAGENET.mean, IMAGENET.std), Preprocess(7, 8, (0, 0.5, 1), (1, 0.2, 3))])
+def test_equals_the_usual_transform(size, spec):
+    data = encoded(photo(*size))
+    np.testing.assert_allclose(preprocess(data, spec), reference(data, spec), atol=1e-6, rtol=0)
+
+
+def test_equals_the_usual_transform_on_textured_images():
+    for data in generate(3, 80, seed=1):
+        np.testing.assert_allclose(preprocess(data, IMAGENET), reference(data, IMAGENET), atol=1e-6, rtol=0)
+
+
+def test_steps_compose_and_fill_the_given_array():
+    data = generate(1, 50)[0]
+    values = pixels(data, IMAGENET)
+    assert values.dtype == np.uint8
+    assert values.shape == (32, 32, 3)
+    expected = preprocess(data, IMAGENET)
+    np.testing.assert_array_equal(normalise(values, IMAGENET), expected)
+    np.testing.assert_array_equal(normalise(np.stack([values, values]), IMAGENET), np.stack([expected, expected]))
+    batch = np.full((2, 3, 32, 32), np.nan, np.float32)
+    preprocess(data, IMAGENET, out=batch[1])
+    np.testing.assert_array_equal(batch[1], expected)
+    assert np.isnan(batch[0]).all()
+    assert expected.flags.c_contiguous
+
+
+@st.composite
+def pictures(draw):
+    mode = draw(st.sampled_from(MODES))
+    width, height = draw(st.integers(1, 90)), draw(st.integers(1, 90))
+    seed = np.random.default_rng(draw(st.integers(0, 99)))
+    if mode == "I;16":
+        return Image.fromarray(seed.integers(0, 65536, (height, width)).astype(np.uint16))
+    return Image.fromarray(seed.integers(0, 256, (height, width, 3)).astype(np.uint8)).convert(mode)
+
+
+@st.composite
+def specs(draw):
+    size = draw(st.integers(1, 48))
+    short = draw(st.none() | st.integers(size, size + 30))
+    mean = draw(st.tuples(*[st.floats(-2, 2)] * 3))
+    std = draw(st.tuples(*[st.floats(0.01, 10)] * 3))
+    return Preprocess(size, short, mean, std, draw(st.sampled_from(["apply", "ignore"])))
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(pictures(), specs())
+def test_any_image_and_spec_gives_a_finite_model_input(image, spec):
+    array = preprocess(image, spec)
+    if image.mode not in ("YCbCr", "HSV", "CMYK"):
+        np.testing.assert_array_equal(preprocess(encoded(image), spec), array)
+    assert array.shape == (3, spec.size, spec.size)
+    assert array.dtype == np.float32
+    assert np.isfinite(array).all()
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(specs())
+def test_json_round_trip(spec):
+    assert Preprocess.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+
+
+NONSENSE = {
+    "nothing": None,
+    "list": [],
+    "empty": {},
+    "mean of two": {"mean": [0, 0]},
+    "mean of words": {"mean": ["a", "b", "c"]},
+    "mean not a number": {"mean": [float("nan")] * 3},
+    "mean infinite": {"mean": [float("inf")] * 3},
+    "std zero": {"std": [1, 1, 0]},
+    "std negative": {"std": [1, -1, 1]},
+    "std not a number": {"std": [float("nan"), 1, 1]},
+    "std later not a number": {"std": [1, 1, float("nan")]},
+    "size zero": {"size": 0},
+    "size negative": {"size": -8},
+    "size gigantic": {"size": 10**6},
+    "size infinite": {"size": float("inf")},
+    "size null": {"size": None},
+    "short side below size": {"short_side": 31},
+    "short side gigantic": {"short_side": 10**6},
+    "EXIF policy": {"exif": "maybe"},
+    "EXIF list": {"exif": []},
+    "interpolation": {"interpolation": "bilinear"},
+}
+
+
+@pytest.mark.parametrize("change", NONSENSE.values(), ids=NONSENSE.keys())
+def test_nonsense_spec_is_a_bundle_error(change):
+    data = {**IMAGENET.to_json(), **change} if change else change
+    with pytest.raises(BundleError) as caught:
+        Preprocess.from_json(data)
+    assert caught.value.remedy
