@@ -365,7 +365,7 @@ _SOURCE = "paper Table 1 and official README; MACs and parameters counted on the
 # fmt: off
 VARIANTS = [
     # name        size  classes  dims                  depths         mlp   stem  dropout fc_dim  params      macs           top-1   release file
-    ("cmt_nano",   64,    10,   (24, 48, 96, 192),    (2, 2, 4, 2),   4.0,  16,   0.1,    512,   None,       None,          None,   None),
+    ("cmt_nano",   64,    10,   (24, 48, 96, 192),    (2, 2, 4, 2),   4.0,  16,   0.1,    512,   1_689_282,     23_922_176, None,   None),
     ("cmt_ti",    160,  1000,   (46, 92, 184, 368),   (2, 2, 10, 2),  3.6,  16,   0.1,   1280,   9_492_426,    638_904_600, "79.1", "cmt_tiny.pth"),
     ("cmt_xs",    192,  1000,   (52, 104, 208, 416),  (3, 3, 12, 3),  3.77, 16,   0.1,   1280,  15_247_208,  1_546_873_472, "81.8", "cmt_xs.pth"),
     ("cmt_s",     224,  1000,   (64, 128, 256, 512),  (3, 3, 16, 3),  4.0,  32,   0.1,   1280,  26_256_160,  4_031_742_464, "83.5", "cmt_small.pth"),

@@ -147,15 +147,19 @@ _SAVE_HINT = "save model.state_dict() with torch.save or safetensors"
 
 
 def _unreadable(path: Path, exc: Exception) -> WeightsError:
-    text = str(exc).strip().splitlines()
-    reason = next((line for line in text if "Unsupported" in line or "GLOBAL" in line), text[0] if text else type(exc).__name__)
-    if "GLOBAL" in reason or "Unsupported" in reason or "weights_only" in reason.lower():
-        return WeightsError(
-            "refused: the file asks to run code while it is read", where=path, why=reason.strip()[:300], remedy=_SAVE_HINT
-        )
-    return WeightsError(
-        "cannot be read as a PyTorch checkpoint", where=path, why=reason[:300], remedy="is it complete? copy it again"
-    )
+    """Tell a file that wants to run code from one that is damaged or something else."""
+    text = str(exc).rpartition("WeightsUnpickler error:")[2].strip()  # before it torch advises to switch the check off
+    lines = text.splitlines() or [type(exc).__name__]
+    forbidden = next((line for line in lines if any(word in line for word in _CODE)), None)
+    if forbidden:
+        why = forbidden.strip()[:300]
+        return WeightsError("refused: the file asks to run code while it is read", where=path, why=why, remedy=_SAVE_HINT)
+    remedy = "is it complete, and saved by torch.save? copy it again"
+    return WeightsError("cannot be read as a PyTorch checkpoint", where=path, why=lines[0][:300], remedy=remedy)
+
+
+_CODE = ("Unsupported global", "GLOBAL", "Unsupported class", "unrecognized function")
+"""How torch's restricted unpickler names what it refuses to call."""
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -148,7 +148,7 @@ class ExportConfig:
                 raise InputError(f"{key} = {value!r} should be {names}", where=where, remedy="correct the file")
             clean[name] = value
         if "model" not in clean:
-            raise InputError("no model was named", where=where, remedy="--model NAME, one of cmt.list_models()")
+            raise InputError("no model was named", where=where, remedy="--model NAME; cmt-export --list-models prints them")
         return cls(**clean)
 
 
