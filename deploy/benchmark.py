@@ -6,6 +6,7 @@ least ``iters`` iterations and ``seconds`` for each variant, A B A B. No outlier
 
 from __future__ import annotations
 
+import contextlib
 import io
 import threading
 import time
@@ -110,14 +111,16 @@ def interleaved(
     variants: Mapping[str, Callable[[], object]], protocol: Protocol, progress: Callable[[float], None] | None = None
 ) -> dict[str, np.ndarray]:
     """Time the callables in turn, A B A B; nanoseconds of each call, in order, after a warm-up of each."""
-    for call in variants.values():
-        _warm_up(call, protocol)
+    typical = {name: _warm_up(call, protocol) for name, call in variants.items()}
+    slowest = max(typical.values())
+    # much faster variants run several times a round, or the slow ones would run for minutes until the fast have their seconds
+    rounds = [(name, call) for name, call in variants.items() for _ in range(max(1, int(slowest / typical[name] / 2)))]
     samples: dict[str, list[int]] = {name: [] for name in variants}
     spent = dict.fromkeys(variants, 0)
     need = protocol.seconds * 1e9
     count = 0
     while count < protocol.iters or min(spent.values()) < need:
-        for name, call in variants.items():
+        for name, call in rounds:
             start = time.perf_counter_ns()
             call()
             elapsed = time.perf_counter_ns() - start
@@ -129,8 +132,11 @@ def interleaved(
     return {name: np.array(values) for name, values in samples.items()}
 
 
-def _warm_up(call: Callable[[], object], protocol: Protocol) -> None:
-    """Until iterations and time have passed and the medians of the last two windows of 10 agree within 2 %."""
+def _warm_up(call: Callable[[], object], protocol: Protocol) -> float:
+    """Until iterations and time have passed and the medians of the last two windows of 10 agree within 2 %.
+
+    Returns the median of the last 10 in seconds.
+    """
     times: list[float] = []
     begin = time.perf_counter()
     while True:
@@ -141,7 +147,7 @@ def _warm_up(call: Callable[[], object], protocol: Protocol) -> None:
         enough = len(times) >= max(1, protocol.warmup_iters) and passed >= protocol.warmup_seconds
         stable = len(times) < 20 or abs(np.median(times[-10:]) / np.median(times[-20:-10]) - 1) < 0.02
         if (enough and stable) or passed >= max(WARMUP_LIMIT_S, protocol.warmup_seconds):
-            return
+            return max(1e-9, float(np.median(times[-10:])))
 
 
 def throughput(predictor: Predictor, batch: np.ndarray, seconds: float) -> float:
@@ -187,21 +193,18 @@ def benchmark(
     """
     report = progress or (lambda phase, share: None)
     names = _names(bundles)
-    predictors = {
-        n: Predictor.load(b, backend=backend, device=device, threads=threads) for n, b in zip(names, bundles, strict=True)
-    }
-    try:
+    with contextlib.ExitStack() as stack:
+        predictors = {}
+        for name, bundle in zip(names, bundles, strict=True):
+            predictor = Predictor.load(bundle, backend=backend, device=device, threads=threads)
+            predictors[name] = stack.enter_context(predictor)
         batches = {n: _input(b, p) for (n, p), b in zip(predictors.items(), bundles, strict=True)}
         calls = {n: _model_call(p, batches[n]) for n, p in predictors.items()}
         model = interleaved(calls, protocol, lambda s: report("latency, model only", s))
-        calls = {
-            n: _end_to_end_call(p, images or b.golden().sources) for (n, p), b in zip(predictors.items(), bundles, strict=True)
-        }
+        encoded = [images or b.golden().sources for b in bundles]
+        calls = {n: _end_to_end_call(p, e) for (n, p), e in zip(predictors.items(), encoded, strict=True)}
         whole = interleaved(calls, protocol, lambda s: report("latency, end to end", s))
         executed = {n: p.session.executed(batches[n]) for n, p in predictors.items()}
-    finally:
-        for predictor in predictors.values():
-            predictor.close()
     rates: dict[str, float | None] = dict.fromkeys(names)
     if with_throughput:
         for n, b in zip(names, bundles, strict=True):

@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -79,7 +80,17 @@ class Manifest:
                            ("labels", list), ("precision", str), ("format", str)):  # fmt: skip
             if not isinstance(getattr(manifest, name), kind):
                 raise _broken(f"manifest entry {name!r} is not a {kind.__name__}", where)
+        _check_shapes(manifest, where)
         return manifest
+
+
+def _check_shapes(manifest: Manifest, where: object) -> None:
+    shapes = [manifest.input.get("shape"), manifest.output.get("shape")]
+    if not all(isinstance(shape, list) and shape for shape in shapes):
+        raise _broken("the manifest's input or output has no shape", where)
+    pairs = all(isinstance(pair, list) and len(pair) == 2 for pair in manifest.labels)
+    if not pairs or len(manifest.labels) != manifest.output["shape"][-1]:
+        raise _broken("the manifest's labels are not one [id, name] pair a logit", where)
 
 
 def _broken(what: str, where: object, why: object = None) -> BundleError:
@@ -102,8 +113,8 @@ class Bundle:
         """
         path = Path(path)
         manifest_path = path / MANIFEST
-        if not path.is_dir() or not manifest_path.is_file():
-            what = "is not a bundle: it has no manifest.json" if path.is_dir() else "no such bundle folder"
+        if not os.path.isdir(path) or not os.path.isfile(manifest_path):
+            what = "is not a bundle: it has no manifest.json" if os.path.isdir(path) else "no such bundle folder"
             raise BundleError(what, where=path, remedy="give the folder that cmt-export printed")
         if manifest_path.is_symlink() or manifest_path.stat().st_size > MAX_MANIFEST:
             raise _broken("the manifest is a link or too large", manifest_path)
@@ -179,7 +190,7 @@ def _npz(path: Path) -> Iterator[Any]:
     try:
         with np.load(path, allow_pickle=False) as data:
             yield data
-    except (ValueError, KeyError, OSError, EOFError) as exc:
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as exc:
         raise _broken("cannot be read", path, exc) from exc
 
 
@@ -259,6 +270,9 @@ class BundleWriter:
 
     def __exit__(self, *exc: object) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+        old = self._old()
+        if old.exists() and self.target.exists():
+            shutil.rmtree(old, ignore_errors=True)
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
 
@@ -285,9 +299,9 @@ class BundleWriter:
     def _swap(self) -> None:
         old = self._old()
         shutil.rmtree(old, ignore_errors=True)
-        if self.target.exists():
-            self.target.rename(old)
         try:
+            if self.target.exists():
+                self.target.rename(old)
             self.folder.rename(self.target)
         except BaseException:
             if old.exists() and not self.target.exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -52,9 +53,10 @@ def _predict(args: argparse.Namespace) -> int:
 
 def _expand(path: Path) -> list[Path]:
     """``path``, or the images below it."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return [path]
-    found = sorted(f for f in path.rglob("*") if f.suffix.lower() in EXTENSIONS and f.is_file())
+    shown = (f for f in path.rglob("*") if not any(part.startswith(".") for part in f.relative_to(path).parts))
+    found = sorted(f for f in shown if f.suffix.lower() in EXTENSIONS and f.is_file())
     if not found:
         raise InputError("holds no images", where=path, remedy=f"supported: {' '.join(EXTENSIONS)}")
     return found
@@ -123,6 +125,8 @@ def _bench(args: argparse.Namespace) -> int:
         raise InputError(
             "--iters and --warmup must be 1 or more, --seconds 0 or more", remedy="leave them out for the defaults"
         )
+    if args.plot and args.plot.suffix not in (".png", ".svg"):
+        raise InputError("plots are PNG or SVG", where=args.plot, remedy="name it .png or .svg")
     bundles = [Bundle.open(path) for path in args.bundles]
     images = []
     if args.data:

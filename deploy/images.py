@@ -92,16 +92,16 @@ def digest(data: bytes) -> str:
 def _split(path: Path) -> tuple[Path | None, str]:
     """``(archive, folder inside it)`` if some part of ``path`` is a tar file, else ``(None, "")``."""
     for part in (path, *path.parents):
-        if part.suffix == ".tar" and part.is_file():
+        if part.suffix == ".tar" and os.path.isfile(part):
             inner = path.relative_to(part).as_posix()
             return part, "" if inner == "." else inner + "/"
     return None, ""
 
 
 def _scan_folder(path: Path) -> list[Item]:
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise DataError(
-            "no such folder of images" if not path.exists() else "is neither a folder nor a .tar archive",
+            "no such folder of images" if not os.path.exists(path) else "is neither a folder nor a .tar archive",
             where=path,
             remedy="give a folder of images, a folder of class folders, or a .tar of either",
         )
@@ -111,7 +111,7 @@ def _scan_folder(path: Path) -> list[Item]:
         raise DataError("cannot be read", where=exc.filename, why=exc.strerror, remedy="check its permissions")
 
     for folder, folders, files in os.walk(path, onerror=fail):
-        folders.sort()
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
         relative = Path(folder).relative_to(path)
         for name in files:
             if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
@@ -128,12 +128,17 @@ def _scan_tar(archive: Path, prefix: str) -> list[Item]:
                 text = name.as_posix().removeprefix("./")
                 if not member.isfile() or not text.startswith(prefix) or not text.lower().endswith(EXTENSIONS):
                     continue
-                if name.name.startswith(".") or member.size > MAX_BYTES:
-                    continue
                 inner = PurePosixPath(text.removeprefix(prefix))
+                if any(part.startswith(".") for part in inner.parts) or member.size > MAX_BYTES:
+                    continue
                 items.append(Item(inner.as_posix(), inner.parent.name or None, member.offset_data, member.size))
                 if len(items) > MAX_ITEMS:
                     raise DataError(f"more than {MAX_ITEMS} images", where=archive, remedy="use a part of it")
+            end = tar.offset
+        with open(archive, "rb") as file:  # tarfile takes a damaged header for the end
+            file.seek(end)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"damaged at byte {end}, or cut off")
     except (tarfile.TarError, EOFError, OSError) as exc:
         raise DataError(
             "cannot be read as a tar archive", where=archive, why=exc, remedy="is it complete, and not compressed?"

@@ -10,8 +10,8 @@ import numpy as np
 
 from .backends import backend
 from .bundle import Bundle
-from .errors import DataError, RuntimeMissingError
-from .images import ImageSet, digest
+from .errors import BundleError, DataError, InputError, RuntimeMissingError
+from .images import ImageSet, Item, digest
 from .predictor import Predictor
 from .preprocess import NamedBytes, normalise, pixels, preprocess
 
@@ -112,7 +112,7 @@ def verify(
         if data is None:
             return Verification(str(bundle.path), bundle.manifest.precision, predictor.info, golden)
         targets = match_labels(bundle, data, by_order)
-        items = data.items if not limit or limit >= len(data) else data.items[:: -(-len(data) // limit)]
+        items = _spread(data.items, limit)
         truth = np.array([targets[i.label] for i in items if i.label is not None])
         live = reference or _live_reference(bundle, data, items, weights, threads)
         try:
@@ -124,6 +124,15 @@ def verify(
         return Verification(str(bundle.path), bundle.manifest.precision, predictor.info, golden, check)
 
 
+def _spread(items: list[Item], limit: int | None) -> list[Item]:
+    """All of ``items``, or ``limit`` evenly spaced ones."""
+    if limit is None or limit >= len(items):
+        return items
+    if limit < 1:
+        raise InputError(f"a limit of {limit} images", remedy="ask for 1 or more")
+    return [items[i * len(items) // limit] for i in range(limit)]
+
+
 def check_golden(bundle: Bundle, predictor: Predictor, atol: float | None = None) -> GoldenCheck:
     """Decode, resize and numerics of the golden images."""
     golden = bundle.golden()
@@ -133,6 +142,10 @@ def check_golden(bundle: Bundle, predictor: Predictor, atol: float | None = None
     logits = predictor.logits(normalise(golden.pixels, spec))
     if atol is None:
         atol = ATOL[bundle.manifest.precision] * float(golden.logits.std(axis=1).mean())
+    if logits.shape != golden.logits.shape:
+        raise BundleError(
+            f"{logits.shape[1]} logits, the golden ones are {golden.logits.shape[1]}", where=bundle.path, remedy="export again"
+        )
     diff = float(np.abs(logits - golden.logits).max())
     return GoldenCheck(len(logits), pixel_diff, diff, atol, bool(pixel_diff <= PIXEL_TOLERANCE and diff <= atol))
 
@@ -153,6 +166,9 @@ def match_labels(bundle: Bundle, data: ImageSet, by_order: bool) -> dict[str, in
             raise DataError(f"{len(folders)} class folders for {len(ids)} labels", where=data.path, remedy=_BY_NAME)
         return {folder: i for i, folder in enumerate(folders)}
     known = {name: i for i, name in enumerate(names)} | {cid: i for i, cid in enumerate(ids)}
+    shared = [f for f in folders if f not in ids and names.count(f) > 1]
+    if shared:
+        raise DataError(f"several classes are called {_some(shared)}", where=data.path, remedy="name the folders by class id")
     unknown = [f for f in folders if f not in known]
     if unknown:
         raise DataError(
@@ -171,7 +187,7 @@ def _some(names: Sequence[str], count: int = 8) -> str:
 
 
 def _live_reference(
-    bundle: Bundle, data: ImageSet, items: list[Any], weights: str | None, threads: int | None
+    bundle: Bundle, data: ImageSet, items: list[Item], weights: str | None, threads: int | None
 ) -> Predictor | None:
     """``None`` if the bundle recorded the reference's answers for all ``items``, else the PyTorch model."""
     recorded = bundle.reference()
@@ -205,7 +221,7 @@ class _Answers:
 
 
 def _run_both(
-    predictor: Predictor, live: Predictor | None, bundle: Bundle, data: ImageSet, items: list[Any],
+    predictor: Predictor, live: Predictor | None, bundle: Bundle, data: ImageSet, items: list[Item],
     progress: Callable[[int, int], None] | None,
 ) -> _Answers:  # fmt: skip
     """Both sides over ``items``, a chunk at a time."""
@@ -244,7 +260,7 @@ def _compare(truth: np.ndarray, answers: _Answers, max_drop: float, source: str)
         reference_top1=100 * float((theirs == truth).mean()),
         agreement=100 * float((ours == theirs).mean()),
         drop=drop,
-        drop_ci=(drop - half, drop + half),
+        drop_ci=(max(-100.0, drop - half), min(100.0, drop + half)),
         max_drop=max_drop,
         passed=drop <= max_drop + 1e-9,
         reference_source=source,

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from .errors import BundleError, ImageError
 
 ImageLike: TypeAlias = "str | Path | bytes | BinaryIO | Image.Image | np.ndarray"
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "MPO")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".mpo")
 MAX_PIXELS = 89_478_485
 """Largest accepted width x height, read from the header before anything is decoded (Pillow's own warning level)."""
@@ -64,13 +64,14 @@ class Preprocess:
             mean, std = (tuple(float(v) for v in data[key]) for key in ("mean", "std"))
             short = data["short_side"]
             spec = cls(int(data["size"]), None if short is None else int(short), mean, std, data["exif"], data["interpolation"])  # type: ignore[arg-type]
-        except (KeyError, TypeError, ValueError) as exc:
+        except (KeyError, TypeError, ValueError, OverflowError) as exc:
             raise BundleError(
                 "the preprocessing entry cannot be read", where="manifest.json", why=repr(exc), remedy="export again"
             ) from exc
         known = spec.exif in ("apply", "ignore") and spec.interpolation == "bicubic"
         sizes = 1 <= spec.size <= 16384 and (spec.short_side is None or spec.size <= spec.short_side <= 32768)
-        if not known or not sizes or len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        finite = len(mean) == len(std) == 3 and bool(np.isfinite([*mean, *std]).all()) and min(std) > 0
+        if not known or not sizes or not finite:
             raise BundleError(
                 f"preprocessing {data} is not supported", where="manifest.json", remedy="update cmt-edge or export again"
             )
@@ -88,7 +89,7 @@ def decode(source: ImageLike, spec: Preprocess) -> Image.Image:
     """
     if isinstance(source, np.ndarray):
         return _from_array(source)
-    name = source if isinstance(source, (str, Path)) else getattr(source, "filename", None) or "image"
+    name = _name(source)
     try:
         if isinstance(source, Image.Image):
             return _convert(source, spec, name)
@@ -119,7 +120,7 @@ def pixels(source: ImageLike, spec: Preprocess) -> np.ndarray:
     # the long side is truncated and the crop offset rounded, as in torchvision, which published models were evaluated with
     new = (max(size, int(spec.short_side * width / short)), max(size, int(spec.short_side * height / short)))
     if new[0] * new[1] > MAX_PIXELS:
-        raise _too_large("image", f"resizing {width} x {height} by its short side gives {new[0]} x {new[1]}")
+        raise _too_large(_name(source), f"resizing {width} x {height} by its short side gives {new[0]} x {new[1]}")
     image = image.resize(new, Image.Resampling.BICUBIC)
     left, top = round((new[0] - size) / 2), round((new[1] - size) / 2)
     return np.asarray(image.crop((left, top, left + size, top + size)))
@@ -138,6 +139,10 @@ def normalise(values: np.ndarray, spec: Preprocess, out: np.ndarray | None = Non
 def preprocess(source: ImageLike, spec: Preprocess, out: np.ndarray | None = None) -> np.ndarray:
     """One image -> float32 ``(3, size, size)``, written into ``out`` if given. Raises as :func:`decode`."""
     return normalise(pixels(source, spec), spec, out)
+
+
+def _name(source: ImageLike) -> object:
+    return source if isinstance(source, (str, Path)) else getattr(source, "filename", None) or "image"
 
 
 def _open(source: str | Path | bytes | BinaryIO, name: object) -> Image.Image:
@@ -167,6 +172,9 @@ def _too_large(name: object, why: object) -> ImageError:
 def _convert(image: Image.Image, spec: Preprocess, name: object) -> Image.Image:
     if spec.exif == "apply":
         image = ImageOps.exif_transpose(image)
+    elif isinstance(image, TiffImagePlugin.TiffImageFile):  # Pillow has turned it already
+        turned = _UNTURN.get(image.tag_v2.get(ORIENTATION))
+        image = image if turned is None else image.transpose(turned)
     if image.mode == "F":
         raise ImageError("floating-point pixels have no defined range", where=name, remedy="save it as 8 or 16 bits")
     if image.mode.startswith("I"):
@@ -174,7 +182,17 @@ def _convert(image: Image.Image, spec: Preprocess, name: object) -> Image.Image:
         if values.size and (values.min() < 0 or values.max() > 65535):
             raise ImageError("integer pixels outside 0..65535", where=name, remedy="save it as 8 or 16 bits")
         image = Image.fromarray((values >> 8).astype(np.uint8))
+    image.load()  # the file is closed when the caller gets it
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+ORIENTATION = 0x0112  # EXIF and TIFF tag
+_T = Image.Transpose
+_UNTURN = {
+    2: _T.FLIP_LEFT_RIGHT, 3: _T.ROTATE_180, 4: _T.FLIP_TOP_BOTTOM, 5: _T.TRANSPOSE,
+    6: _T.ROTATE_90, 7: _T.TRANSVERSE, 8: _T.ROTATE_270,
+}  # fmt: skip
+"""EXIF orientation -> what undoes it."""
 
 
 def _from_array(array: np.ndarray) -> Image.Image:

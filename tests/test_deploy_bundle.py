@@ -14,12 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from calib.generated import generate
 from deploy import Bundle, Preprocess
 from deploy.backends.fake import FakeSession
-from deploy.bundle import GOLDEN, MANIFEST, MAX_MANIFEST, REFERENCE, BundleWriter, Golden, Manifest, save_reference
+from deploy.bundle import GOLDEN, MANIFEST, MAX_MANIFEST, ONNX, REFERENCE, BundleWriter, Golden, Manifest, save_reference
 from deploy.errors import BundleError, OutputError
 from deploy.preprocess import normalise, pixels
 
@@ -91,7 +92,7 @@ def edit_manifest(bundle: Bundle, change) -> None:
 
 def test_a_written_bundle_opens_and_tells_what_it_holds(bundle):
     opened = Bundle.open(str(bundle.path))
-    assert opened.manifest == bundle.manifest
+    assert opened.manifest.to_bytes() == bundle.manifest.to_bytes() == (bundle.path / MANIFEST).read_bytes()
     assert opened.preprocess == SPEC
     assert opened.labels == opened.class_ids == list(LABELS)
     assert set(opened.manifest.files) == {GOLDEN, "model.bin", "extra/notes.txt"}
@@ -128,6 +129,18 @@ def test_real_bundles_open(fp32_bundle, onnx_bundle, int8_bundle):
 
 def rename_case(folder: Path) -> None:
     (folder / "model.bin").rename(folder / "Model.bin")
+
+
+def test_weights_outside_the_model_file(onnx_bundle, tmp_path):
+    """ONNX may refer to other files, also outside the bundle."""
+
+    def split(folder: Path) -> None:
+        model = onnx.load(folder / ONNX)
+        onnx.save(model, folder / ONNX, save_as_external_data=True, location="weights.bin", size_threshold=1024)
+
+    made = copy_bundle(onnx_bundle, tmp_path / "b", split)
+    with pytest.raises(BundleError, match="outside the file"):
+        Bundle.open(made.path)
 
 
 DAMAGE = {
@@ -174,7 +187,9 @@ def test_linked_manifest(bundle, tmp_path):
 ENTRY = {"size": 7, "sha256": hashlib.sha256(b"weights").hexdigest()}
 
 
-@pytest.mark.parametrize("name", ["../model.bin", "/etc/passwd", "a/../../b", "..", ".", "", "C:\\x", "a\\b", "a//b", "./model.bin"])
+@pytest.mark.parametrize(
+    "name", ["../model.bin", "/etc/passwd", "a/../../b", "..", ".", "", "C:\\x", "a\\b", "a//b", "./model.bin"]
+)
 def test_names_outside_the_bundle(bundle, name):
     (bundle.path.parent / "model.bin").write_bytes(b"weights")
     edit_manifest(bundle, lambda m: m["files"].update({name: ENTRY}))
@@ -322,6 +337,11 @@ def test_relative_target(tmp_path, monkeypatch):
     assert hidden(tmp_path) == []
 
 
+def interrupted(writer: BundleWriter, error: type[BaseException]) -> None:
+    (writer.folder / "model.bin").write_bytes(b"half")
+    raise error
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, MemoryError])
 @pytest.mark.parametrize("existing", [True, False])
 def test_interruption_leaves_everything_as_it_was(tmp_path, error, existing):
@@ -330,8 +350,7 @@ def test_interruption_leaves_everything_as_it_was(tmp_path, error, existing):
         make_bundle(target)
     before = snapshot(tmp_path)
     with pytest.raises(error), BundleWriter(target) as writer:
-        (writer.folder / "model.bin").write_bytes(b"half")
-        raise error
+        interrupted(writer, error)
     assert snapshot(tmp_path) == before
     assert target.exists() == existing
     assert hidden(tmp_path) == []
@@ -366,16 +385,15 @@ def test_full_disk(tmp_path, monkeypatch, function, existing):
 
 
 @pytest.mark.parametrize("call", [1, 2])
-@pytest.mark.parametrize("moment", ["before", "after"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize(
+    ("moment", "error"), [("before", KeyboardInterrupt), ("after", KeyboardInterrupt), ("before", OSError)]
+)
 def test_interruption_while_moving_into_place(bundle, monkeypatch, call, moment, error):
     """The old bundle is moved aside, the new one moved in; a signal may come before or after each of the two."""
-    if (moment, error) == ("after", OSError):
-        pytest.skip("a rename that succeeded does not fail")
     old = snapshot(bundle.path)
     rename, count = os.rename, 0
 
-    def interrupted(source, target, **kwargs):
+    def rename_interrupted(source, target, **kwargs):
         nonlocal count
         count += 1
         if count == call and moment == "before":
@@ -385,7 +403,7 @@ def test_interruption_while_moving_into_place(bundle, monkeypatch, call, moment,
             raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "rename", interrupted)
+        patch.setattr(os, "rename", rename_interrupted)
         with pytest.raises((KeyboardInterrupt, OutputError)):
             make_bundle(bundle.path, members={"model.bin": b"newer"})
     assert count >= call
