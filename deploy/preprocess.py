@@ -173,7 +173,7 @@ def _convert(image: Image.Image, spec: Preprocess, name: object) -> Image.Image:
     if spec.exif == "apply":
         image = ImageOps.exif_transpose(image)
     elif isinstance(image, TiffImagePlugin.TiffImageFile):  # Pillow has turned it already
-        turned = _UNTURN.get(image.tag_v2.get(ORIENTATION))
+        turned = _UNTURN.get(image.tag_v2.get(ORIENTATION) or 1)
         image = image if turned is None else image.transpose(turned)
     if image.mode == "F":
         raise ImageError("floating-point pixels have no defined range", where=name, remedy="save it as 8 or 16 bits")

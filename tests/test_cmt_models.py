@@ -22,6 +22,15 @@ CMT_FIGURES = [entry for entry in FIGURES if entry["variant"].startswith("cmt_")
 LARGE = ("cmt_s", "cmt_b")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As the golden data was made; also much faster where other work keeps the cores busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @lru_cache(maxsize=1)
 def golden() -> ModuleType:
     """The module golden.py of the shared data."""
@@ -196,5 +205,5 @@ def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean():
         y = drop.train()(x)
     per_sample = y.flatten(1)
     assert torch.equal(per_sample.amin(1), per_sample.amax(1))
-    assert set(per_sample[:, 0].tolist()) == {0.0, pytest.approx(1 / 0.75)}
+    assert per_sample.unique().tolist() == pytest.approx([0, 1 / 0.75])
     assert y.mean().item() == pytest.approx(1, abs=0.05)
