@@ -18,7 +18,7 @@ import onnx
 from filelock import FileLock
 
 from deploy.errors import GateError, StepError
-from deploy.files import write_atomic
+from deploy.files import write_atomic, writing
 from deploy.preprocess import Preprocess
 
 from .data import CalibrationSet
@@ -65,8 +65,11 @@ def quantize(
     path = cache / f"{_key(content, data, spec, recipe)}.onnx" if cache else None
     if path is None:
         return Quantized(_checked(_run(model, data, spec, recipe, progress)), recipe.key(), False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{path}.lock")
+        lock.acquire()
+    try:
         with contextlib.suppress(Exception):  # an unreadable entry is made again
             if path.exists():
                 cached = onnx.load(path)
@@ -76,6 +79,8 @@ def quantize(
         result = _checked(_run(model, data, spec, recipe, progress))
         write_atomic(path, result.SerializeToString(deterministic=True))
         _evict(path.parent)
+    finally:
+        lock.release()
     return Quantized(result, recipe.key(), False)
 
 

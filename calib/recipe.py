@@ -2,10 +2,10 @@
 
 Rules are about node classes, never about names of a family. Measured on CMT (``docs/int8.md``):
 
-* Dense convs and matrix products are int8, weights per output channel, activations per tensor, all symmetric with zero
+* Dense convs, linears and the products of queries and keys are int8, weights per output channel, activations per tensor, all symmetric with zero
   point 0: TensorRT accepts nothing else, and asymmetric activations cost extra work on CPUs.
 * Depthwise convs stay float: they are bound by memory, and runtimes ran int8 ones as float with conversions around them.
-* LayerNorm, Softmax, GELU and elementwise operations stay float: cheap, and where accuracy goes first.
+* LayerNorm, Softmax (and its product with the values), GELU and elementwise operations stay float: cheap, and where accuracy goes first.
 * Biases stay float: they are added in the accumulator's precision anyway.
 """
 
@@ -29,7 +29,7 @@ class Recipe:
 
     Attributes:
         depthwise: quantize depthwise convs too.
-        attention: quantize the attention's own products (of two activations).
+        attention: quantize the attention's own products of two activations, where NNCF would.
         smooth_quant: alpha of activation smoothing for matrix products, ``None`` for none; it adds a multiplication
             before each of them.
         bias_correction: correct biases for the mean error that rounding weights causes.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import urllib.error
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +41,17 @@ def fetch(published: Pretrained, folder: Path | None = None) -> Path:
     """
     assert published.url is not None
     folder = folder or cache_folder() / "weights"
-    folder.mkdir(parents=True, exist_ok=True)
     target = folder / published.url.rsplit("/", 1)[-1]
-    with FileLock(f"{target}.lock"):
-        if not target.exists():
-            partial = target.with_name(target.name + PARTIAL)
-            try:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock"):
+            if not target.exists():
+                partial = target.with_name(target.name + PARTIAL)
                 _download(published.url, partial)
-            except (OSError, urllib.error.URLError) as exc:
-                raise _failed(published.url, exc) from exc
-            _check(published, partial)
-            partial.replace(target)
+                _check(published, partial)
+                partial.replace(target)
+    except (OSError, HTTPException) as exc:  # URLError is an OSError
+        raise _failed(published.url, exc) from exc
     return target
 
 
@@ -83,6 +84,8 @@ def _receive(response: Any, partial: Path, have: int) -> None:
     length = int(response.headers.get("Content-Length") or 0)
     if have + length > MAX_BYTES:
         raise OSError(f"the server announces {have + length} bytes, more than the cap of {MAX_BYTES}")
+    if have and not (response.headers.get("Content-Range") or "").startswith(f"bytes {have}-"):
+        raise OSError("the server continues at another place than asked for")
     received = 0
     name = partial.name.removesuffix(PARTIAL)
     with (

@@ -38,6 +38,8 @@ def fuse(model: nn.Module) -> nn.Module:
     spec = getattr(model, "spec", None)
     if spec is None:
         raise InputError(f"{type(model).__name__} has no registered rewrite", remedy="build it with cmt.create_model")
+    if getattr(model, "fused", False):
+        raise InputError("the model is fused already", remedy="keep the reference model and fuse that")
     if model.training:
         raise InputError(
             "a model in training mode cannot be fused",
@@ -46,7 +48,7 @@ def fuse(model: nn.Module) -> nn.Module:
         )
     with torch.no_grad():
         fused = spec.fuse(model).eval()
-    fused.spec, fused.img_size, fused.num_classes = spec, model.img_size, model.num_classes
+    fused.fused, fused.spec, fused.img_size, fused.num_classes = True, spec, model.img_size, model.num_classes
     return fused.to(next(model.parameters()).dtype)
 
 

@@ -122,7 +122,9 @@ def _read(path: Path, ema: bool | None) -> tuple[dict[str, Tensor], bool, tuple[
     if not path.is_file():
         raise WeightsError("no such checkpoint file", where=path, remedy="check the path given to --weights")
     if path.suffix == ".safetensors":
-        return _read_safetensors(path), False, None
+        if ema:
+            raise _no_average(path)
+        return _tensors(_read_safetensors(path), path), False, None
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -134,13 +136,17 @@ def _read(path: Path, ema: bool | None) -> tuple[dict[str, Tensor], bool, tuple[
     names = tuple(map(str, classes)) if isinstance(classes, (list, tuple)) else None
     if "model" not in content and "model_ema" not in content:
         if ema:
-            raise WeightsError("is a bare state dict without model_ema", where=path, remedy="drop --ema")
+            raise _no_average(path)
         return _tensors(content, path), False, names
     averaged = content.get("model_ema")
     if ema and averaged is None:
-        raise WeightsError("has no averaged weights (model_ema)", where=path, remedy="load it with --no-ema")
+        raise _no_average(path)
     use_ema = averaged is not None if ema is None else ema
     return _tensors(averaged if use_ema else content.get("model"), path), use_ema, names
+
+
+def _no_average(path: Path) -> WeightsError:
+    return WeightsError("has no averaged weights (model_ema)", where=path, remedy="load it without --ema")
 
 
 _SAVE_HINT = "save model.state_dict() with torch.save or safetensors"

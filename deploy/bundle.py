@@ -254,11 +254,15 @@ class BundleWriter:
         self.folder = target
         self._previous: Any = None
 
-    def __enter__(self) -> BundleWriter:
+    def check(self) -> None:
+        """Raise :class:`OutputError` where something that is no bundle stands in the way."""
         if self.target.is_symlink() or (self.target.exists() and not (self.target / MANIFEST).is_file()):
             raise OutputError(
                 "exists and is not a bundle, so it is not replaced", where=self.target, remedy="choose another -o DIR"
             )
+
+    def __enter__(self) -> BundleWriter:
+        self.check()
         parent = self.target.parent
         with writing(parent):
             parent.mkdir(parents=True, exist_ok=True)

@@ -62,11 +62,14 @@ def _main(args: argparse.Namespace) -> int:
     settings = (read_config(args.config) if args.config else {}) | given
     config = ExportConfig.from_mapping(settings, args.config)
     config.check()
-    if args.dry_run:
-        print(report.to_json(_plan(config)) if args.json else _plan_text(_plan(config)))
-        return 0
+    from .pipeline import preflight
     from .pipeline import run as export
 
+    if args.dry_run:
+        preflight(config)
+        plan = _plan(config)
+        print(report.to_json(plan) if args.json else _plan_text(plan))
+        return 0
     bundle = export(config, Progress(args.quiet))
     print(report.to_json(_result(bundle)) if args.json else _result_text(bundle))
     return 0

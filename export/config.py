@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -11,7 +12,7 @@ from typing import Any, get_args, get_type_hints
 from cmt import model_spec
 from cmt.registry import ModelSpec, check_size
 from deploy.backends.base import LoadOptions
-from deploy.errors import InputError, UnknownNameError
+from deploy.errors import InputError, UnknownNameError, WeightsError
 from deploy.preprocess import Preprocess
 
 FORMATS = ("onnx", "openvino")
@@ -78,11 +79,11 @@ class ExportConfig:
 
     @property
     def img_size(self) -> int:
-        return self.imgsz or self.spec.img_size
+        return self.spec.img_size if self.imgsz is None else self.imgsz
 
     @property
     def classes(self) -> int:
-        return self.num_classes or self.spec.num_classes
+        return self.spec.num_classes if self.num_classes is None else self.num_classes
 
     @property
     def preprocess(self) -> Preprocess:
@@ -117,8 +118,10 @@ class ExportConfig:
         _at_least("--batch", self.batch, 0)
         for flag, value in (("--calib-size", self.calib_size), ("--eval-limit", self.eval_limit), ("--threads", self.threads)):
             _at_least(flag, 1 if value is None else value, 1)
-        if self.max_drop < 0:
-            raise InputError(f"--max-drop {self.max_drop} is negative", remedy="give the allowed loss in points, 0 or more")
+        for flag, bound in (("--max-drop", self.max_drop), ("--atol", self.atol or 0.0)):
+            if not bound >= 0:
+                raise InputError(f"{flag} {bound} is negative", remedy="give the allowed difference, 0 or more")
+        self._check_files()
         if self.format == "onnx" and self.precision == "bf16":
             raise InputError("ONNX Runtime has no bfloat16 kernels on the CPU, so a bf16 ONNX bundle could not run",
                              remedy="--format openvino --precision bf16, or --precision int8 or fp32")  # fmt: skip
@@ -128,9 +131,34 @@ class ExportConfig:
         if self.precision != "int8" and (self.data is not None or self.calib_size is not None):
             raise InputError(f"--data and --calib-size are for int8 calibration, not {self.precision}",
                              remedy="leave them out; to measure accuracy use --eval-data")  # fmt: skip
-        if self.imgsz and self.weights == "pretrained" and self.imgsz != spec.img_size and not self.resize_position_bias:
-            raise InputError(f"the pretrained weights of {self.model} are for {spec.img_size} pixels, not {self.imgsz}",
+        if self.weights == "pretrained" and self.img_size != spec.img_size and not self.resize_position_bias:
+            raise InputError(f"the pretrained weights of {self.model} are for {spec.img_size} pixels, not {self.img_size}",
                              remedy="--resize-position-bias to interpolate them, then check the accuracy")  # fmt: skip
+
+    def _check_files(self) -> None:
+        if self.weights not in ("pretrained", "random") and not Path(self.weights).is_file():
+            raise WeightsError("no such checkpoint file", where=self.weights,
+                               remedy="check the path; or use --weights pretrained or random")  # fmt: skip
+        self.read_labels()
+
+    def read_labels(self) -> list[str] | None:
+        """The names in the labels file, ``None`` without one; raises :class:`InputError`."""
+        if self.labels is None:
+            return None
+        try:
+            lines = Path(self.labels).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as exc:
+            raise InputError("the labels file cannot be read", where=self.labels, why=exc,
+                             remedy="give a text file with one class name a line") from exc  # fmt: skip
+        names = [line.strip() for line in lines if line.strip()]
+        self.require_labels(names, self.labels)
+        return names
+
+    def require_labels(self, names: Sequence[str], where: str) -> None:
+        """Raise :class:`InputError` unless ``names`` are one distinct name a class."""
+        if len(names) != self.classes or len(set(names)) != len(names):
+            raise InputError(f"{len(names)} labels ({len(set(names))} different) for {self.classes} classes", where=where,
+                             remedy=f"one distinct name a class; or --num-classes {len(names)}")  # fmt: skip
 
     @classmethod
     def from_mapping(cls, values: dict[str, Any], where: object = None) -> ExportConfig:

@@ -26,7 +26,8 @@ from deploy.backends import backend
 from deploy.benchmark import Benchmark, Protocol, benchmark
 from deploy.bundle import GOLDEN, ONNX, REFERENCE, BundleWriter, Golden, Manifest, save_reference
 from deploy.console import Progress
-from deploy.errors import GateError, InputError
+from deploy.errors import GateError
+from deploy.files import writing
 from deploy.host import describe, versions
 from deploy.images import ImageSet
 from deploy.parity import Verification, match_labels, verify
@@ -63,9 +64,8 @@ def run(config: ExportConfig, progress: Progress | None = None) -> Bundle:
         RuntimeMissingError: a runtime or instruction set is missing here (3).
         GateError: a step or the result differs from the reference by more than allowed (1); nothing is written.
     """
-    config.check()
+    preflight(config)
     progress = progress or Progress(quiet=True)
-    _check_runtime(config)
     labelled = ImageSet(config.eval_data) if config.eval_data else None
     with BundleWriter(config.target) as writer:
         with progress.step("load the reference model"):
@@ -82,25 +82,31 @@ def run(config: ExportConfig, progress: Progress | None = None) -> Bundle:
                 quantized = quantize(graph, data, config.preprocess, cache=cache, progress=progress.count)
             graph = quantized.model
             manifest = replace(manifest, calibration=data.describe() | {"recipe": quantized.recipe, "cached": quantized.cached})
-        with progress.step(f"compile for {config.format}"):
+        with progress.step(f"compile for {config.format}"), writing(writer.folder):
             manifest = _write(config, writer, with_batch(graph, config.batch), reference, manifest)
         with progress.step("verify"):
             result = _verify(config, writer.staged(manifest), reference, labelled, progress)
             if result.data:
-                save_reference(writer.folder / REFERENCE, result.data.reference_answers)
+                with writing(writer.folder):
+                    save_reference(writer.folder / REFERENCE, result.data.reference_answers)
         with progress.step("measure"):
             speed = benchmark([writer.staged(manifest)], threads=config.threads, protocol=QUICK, with_throughput=False,
                               progress=progress.share)  # fmt: skip
         manifest = replace(
             manifest, verification=report.plain(result) | {"steps": steps, "bundle": config.name}, latency=_latency(speed)
         )
-        _write_reports(writer.folder, config, result, speed)
-        with progress.step("write the bundle"):
+        with progress.step("write the bundle"), writing(writer.folder):
+            _write_reports(writer.folder, config, result, speed)
             return writer.commit(manifest)
 
 
-def _check_runtime(config: ExportConfig) -> None:
-    """Fail before the long work where the result could not be verified here."""
+def preflight(config: ExportConfig) -> None:
+    """Fail before the long work where something is missing, or where the result could not be verified or written here.
+
+    Raises as :func:`run`.
+    """
+    config.check()
+    BundleWriter(config.target).check()
     module = backend(RUNTIME_OF[config.format])
     module.check()
     if config.format == "openvino":
@@ -176,25 +182,14 @@ def _verify(
 
 def _labels(config: ExportConfig, loaded: LoadedWeights) -> tuple[list[list[str]], str]:
     """``[[id, name], ...]`` in logit order and where they come from."""
-    if config.labels:
-        try:
-            lines = Path(config.labels).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as exc:
-            raise InputError("the labels file cannot be read", where=config.labels, why=exc,
-                             remedy="give a text file with one class name a line") from exc  # fmt: skip
-        return _counted([[n, n] for n in (line.strip() for line in lines) if n], config, config.labels), "file"
+    if (names := config.read_labels()) is not None:
+        return [[n, n] for n in names], "file"
     if loaded.classes is not None:
-        return _counted([[n, n] for n in loaded.classes], config, loaded.source), "checkpoint"
+        config.require_labels(loaded.classes, loaded.source)
+        return [[n, n] for n in loaded.classes], "checkpoint"
     if (known := labels_of(config.spec, config.classes)) is not None:
         return [list(pair) for pair in known], "published"
     return [[f"class_{i}", f"class_{i}"] for i in range(config.classes)], "numbered"
-
-
-def _counted(labels: list[list[str]], config: ExportConfig, where: str) -> list[list[str]]:
-    if len(labels) != config.classes or len({pair[0] for pair in labels}) != len(labels):
-        raise InputError(f"{len(labels)} labels ({len({p[0] for p in labels})} different) for {config.classes} classes",
-                         where=where, remedy=f"one distinct name a class; or --num-classes {len(labels)}")  # fmt: skip
-    return labels
 
 
 def _manifest(config: ExportConfig, reference: _Reference, labels: list[list[str]], labels_source: str) -> Manifest:

@@ -46,7 +46,10 @@ def compile(onnx: Path, folder: Path) -> list[Path]:
     """Convert ``onnx`` to OpenVINO's IR in ``folder``; weights keep their types."""
     model = ov.Core().read_model(onnx)
     target = folder / IR
-    ov.save_model(model, target, compress_to_fp16=False)
+    try:
+        ov.save_model(model, target, compress_to_fp16=False)
+    except RuntimeError as exc:  # OpenVINO's only exception type, here for a full or read-only disk
+        raise OSError(f"OpenVINO could not write {target.name}") from exc
     return [target, target.with_suffix(".bin")]
 
 

@@ -1,0 +1,169 @@
+"""Calibration images: the seeded choice, the fingerprint, generated images, batches."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from calib import CalibrationSet
+from calib.generated import generate
+from deploy.errors import DataError, ImageError
+from deploy.images import ImageSet
+from deploy.preprocess import Preprocess, preprocess
+
+SPEC = Preprocess(32, None, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+CLASSES = ("cat", "dog", "owl")
+
+
+def png(seed: int, size: int = 12) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def make(folder: Path, counts: dict[str, int], seed: int = 0) -> Path:
+    for c, (name, count) in enumerate(counts.items()):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            (folder / name / f"{i:03}.png").write_bytes(png(seed + 1000 * c + i))
+    return folder
+
+
+def packed(folder: Path, archive: Path, prefix: str = "") -> Path:
+    """``folder`` as a tar, its members in reversed order."""
+    with tarfile.open(archive, "w") as tar:
+        for path in sorted((p for p in folder.rglob("*") if p.is_file()), reverse=True):
+            tar.add(path, prefix + path.relative_to(folder).as_posix())
+    return archive
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    return make(tmp_path / "photos", dict.fromkeys(CLASSES, 10))
+
+
+def content(data: CalibrationSet) -> np.ndarray:
+    return np.concatenate(list(data.batches(SPEC)))
+
+
+def test_choice_is_reproducible_and_depends_on_the_seed(photos):
+    first, again, other = (CalibrationSet.choose(photos, 9, SPEC, seed) for seed in (1, 1, 2))
+    assert first.fingerprint == again.fingerprint != other.fingerprint
+    assert np.array_equal(content(first), content(again))
+    assert len(first) == first.count == 9
+
+
+@pytest.mark.parametrize(("counts", "size", "expected"), [
+    ((10, 10, 10), 9, (3, 3, 3)),
+    ((10, 10, 10), 10, (3, 3, 4)),
+    ((1, 10, 10), 9, (1, 4, 4)),
+    ((2, 1, 3), 6, (1, 2, 3)),
+])  # fmt: skip
+def test_classes_take_part_equally(tmp_path, counts, size, expected):
+    make(tmp_path, dict(zip(CLASSES, counts, strict=True)))
+    labels = {tuple(preprocess((tmp_path / i.name).read_bytes(), SPEC).ravel()): i.label for i in ImageSet(tmp_path)}
+    chosen = content(CalibrationSet.choose(tmp_path, size, SPEC))
+    assert len(np.unique(chosen.reshape(size, -1), axis=0)) == size  # none twice
+    taken = Counter(labels[tuple(image.ravel())] for image in chosen)
+    assert sorted(taken.values()) == sorted(expected)
+
+
+def test_a_flat_folder_will_do(tmp_path):
+    make(tmp_path, {"": 5})
+    assert len(CalibrationSet.choose(tmp_path, 3, SPEC)) == 3
+
+
+@pytest.mark.parametrize("inner", ["", "train"])
+def test_a_tar_is_the_same_as_its_folder(photos, tmp_path, inner):
+    archive = packed(photos, tmp_path / "photos.tar", f"{inner}/" if inner else "./")
+    folder, tar = (CalibrationSet.choose(p, 8, SPEC, 3) for p in (photos, archive / inner))
+    assert folder.fingerprint == tar.fingerprint
+    assert np.array_equal(content(folder), content(tar))
+
+
+def test_one_changed_image_changes_the_fingerprint(photos):
+    before = CalibrationSet.choose(photos, None, SPEC).fingerprint
+    (photos / "dog" / "004.png").write_bytes(png(99))
+    assert CalibrationSet.choose(photos, None, SPEC).fingerprint != before
+
+
+def test_names_do_not_count_for_the_fingerprint_but_content_does(photos, tmp_path):
+    other = make(tmp_path / "elsewhere", dict.fromkeys(CLASSES, 10))
+    assert CalibrationSet.choose(photos, 5, SPEC).fingerprint == CalibrationSet.choose(other, 5, SPEC).fingerprint
+    different = make(tmp_path / "different", dict.fromkeys(CLASSES, 10), seed=50_000)
+    assert CalibrationSet.choose(photos, 5, SPEC).fingerprint != CalibrationSet.choose(different, 5, SPEC).fingerprint
+
+
+@pytest.mark.parametrize(("available", "chosen"), [(7, 7), (310, 300)])
+def test_default_size(tmp_path, available, chosen):
+    blob = png(0, 2)
+    for i in range(available):
+        (tmp_path / f"{i}.png").write_bytes(blob)
+    assert len(CalibrationSet.choose(tmp_path, None, SPEC)) == chosen
+
+
+def test_more_than_there_are_is_an_error_with_the_number(photos):
+    with pytest.raises(DataError, match="holds 30 images, 31 were asked for") as error:
+        CalibrationSet.choose(photos, 31, SPEC)
+    assert "--calib-size 30" in error.value.remedy
+    assert len(CalibrationSet.choose(photos, 30, SPEC)) == 30
+
+
+@pytest.mark.parametrize("size", [0, -1])
+@pytest.mark.parametrize("data", ["generated", "folder"])
+def test_none_is_an_error(photos, data, size):
+    with pytest.raises(DataError, match="1 or more"):
+        CalibrationSet.choose(photos if data == "folder" else data, size, SPEC)
+
+
+def test_no_such_folder(tmp_path):
+    with pytest.raises(DataError, match="no such folder"):
+        CalibrationSet.choose(tmp_path / "gone", 1, SPEC)
+
+
+def test_manifest_entry_tells_no_path_of_the_machine(photos):
+    entry = CalibrationSet.choose(photos, 4, SPEC).describe()
+    assert entry["source"] == f"{photos.parent.name}/photos"
+    assert entry["images"] == 4
+    assert len(entry["fingerprint"]) == 64
+    root = CalibrationSet.choose(Path("/", *photos.parts[1:]), 4, SPEC).describe()
+    assert not root["source"].startswith("/")
+
+
+def test_a_damaged_image_is_named(photos):
+    (photos / "owl" / "003.png").write_bytes(png(1)[:60])
+    with pytest.raises(ImageError, match=r"owl/003\.png"):
+        content(CalibrationSet.choose(photos, None, SPEC))
+
+
+@pytest.mark.parametrize("source", ["folder", "tar", "generated"])
+def test_batches_are_single_preprocessed_images(photos, tmp_path, source):
+    data = {"folder": photos, "tar": packed(photos, tmp_path / "a.tar"), "generated": "generated"}[source]
+    chosen = CalibrationSet.choose(data, 4, SPEC)
+    batches = list(chosen.batches(SPEC))
+    assert [(b.shape, b.dtype) for b in batches] == [((1, 3, 32, 32), np.float32)] * 4
+    assert np.array_equal(np.concatenate(batches), content(chosen))  # can be read again
+    assert -2.01 < min(b.min() for b in batches) < max(b.max() for b in batches) < 2.01
+
+
+def test_generated_images_by_name():
+    first, again, other, more = (CalibrationSet.choose("generated", n, SPEC, s) for n, s in ((3, 0), (3, 0), (3, 1), (4, 0)))
+    assert first.fingerprint == again.fingerprint
+    assert len({first.fingerprint, other.fingerprint, more.fingerprint}) == 3
+    assert first.describe()["source"] == "generated"
+
+
+def test_generated_images_are_deterministic_varied_landscapes():
+    images = [np.asarray(Image.open(io.BytesIO(b))).astype(int) for b in generate(4, 48, seed=3)]
+    assert generate(4, 48, seed=3) == generate(4, 48, seed=3) != generate(4, 48, seed=4)
+    assert {i.shape for i in images} == {(48, 60, 3)}
+    for i, image in enumerate(images):
+        assert image.std() > 10  # not blank
+        for other in images[:i]:
+            assert np.abs(image - other).mean() > 5

@@ -1,0 +1,186 @@
+"""What an export may be asked for: every refusal, configuration files, names and preprocessing."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+from cmt import list_models, model_spec
+from deploy.errors import InputError, UnknownNameError
+from export import ExportConfig
+from export.config import read_config
+
+GOOD = ExportConfig("cmt_nano")
+
+
+@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("settings", [
+    {}, {"format": "onnx"}, {"precision": "bf16"}, {"precision": "int8", "data": "generated"},
+    {"batch": 0}, {"weights": "random", "imgsz": 96}, {"imgsz": 96, "resize_position_bias": True},
+    {"precision": "int8", "data": "x", "calib_size": 1}, {"num_classes": 3, "weights": "random"}, {"max_drop": 0.0},
+])  # fmt: skip
+def test_possible_requests_pass(name, settings):
+    ExportConfig(name, **settings).check()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message", "remedy"),
+    [
+        ({"num_classes": 0}, "num-classes", "1 or more"),
+        ({"num_classes": -2}, "num-classes", "1 or more"),
+        ({"imgsz": 65}, "multiple of 32", "64 or 96"),
+        ({"imgsz": 0}, "multiple of 32", "32"),
+        ({"imgsz": -64}, "multiple of 32", "32"),
+        ({"batch": -1}, "--batch -1", "0 or more"),
+        ({"precision": "int8", "data": "d", "calib_size": 0}, "--calib-size 0", "1 or more"),
+        ({"eval_limit": 0}, "--eval-limit 0", "1 or more"),
+        ({"threads": 0}, "--threads 0", "1 or more"),
+        ({"max_drop": -0.5}, "--max-drop", "0 or more"),
+        ({"atol": -1.0}, "atol", ""),
+        ({"format": "onnx", "precision": "bf16"}, "bf16", "--precision int8"),
+        ({"precision": "int8"}, "calibration images", "--data generated"),
+        ({"data": "photos"}, "int8", "--eval-data"),
+        ({"precision": "bf16", "calib_size": 3}, "int8", "--eval-data"),
+        ({"imgsz": 96}, "64 pixels, not 96", "--resize-position-bias"),
+    ],
+    ids=lambda v: "-".join(f"{k}={x}" for k, x in v.items()) if isinstance(v, dict) else "",
+)
+def test_impossible_requests_are_refused(settings, message, remedy):
+    with pytest.raises(InputError) as error:
+        replace(GOOD, **settings).check()
+    assert message in str(error.value)
+    assert remedy in (error.value.remedy or "")
+    assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "close"),
+    [
+        ({"model": "cmt_nanno"}, "cmt_nano"),
+        ({"format": "openvno"}, "openvino"),
+        ({"format": "ONNX"}, "onnx"),
+        ({"precision": "int4"}, "int8"),
+        ({"precision": "fp16"}, "fp32"),
+        ({"exif": "aply"}, "apply"),
+    ],
+    ids=lambda v: str(*v.values()) if isinstance(v, dict) else "",
+)
+def test_unknown_names_are_refused_with_the_closest(settings, close):
+    with pytest.raises(UnknownNameError) as error:
+        replace(GOOD, **settings).check()
+    assert str(*settings.values()) in str(error.value)
+    assert close in error.value.remedy
+
+
+# --- mappings and files -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "close"), [("modle", "model"), ("calib-siz", "calib_size"), ("eval", "eval_data"), ("zzz", "atol")]
+)
+def test_unknown_setting(key, close):
+    with pytest.raises(UnknownNameError, match=f"unknown setting '{key}'") as error:
+        ExportConfig.from_mapping({"model": "cmt_nano", key: 1})
+    assert close in error.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kind"),
+    [
+        ("batch", "4", "int"), ("batch", 1.5, "int"), ("batch", True, "int"), ("model", 3, "str"), ("cache", 1, "bool"),
+        ("cache", "no", "bool"), ("max_drop", "1", "float"), ("atol", [1], "float"), ("imgsz", {"a": 1}, "int"),
+        ("by-order", 0, "bool"), ("batch", None, "int"),
+    ],
+)  # fmt: skip
+def test_wrong_type(key, value, kind):
+    with pytest.raises(InputError) as error:
+        ExportConfig.from_mapping({"model": "cmt_nano", key: value}, "here.toml")
+    text = str(error.value)
+    assert text.startswith("here.toml: ")
+    assert f"{key} = {value!r} should be {kind}" in text
+
+
+def test_mapping_takes_fields_flags_and_whole_numbers():
+    config = ExportConfig.from_mapping({"model": "cmt_xs", "eval-limit": 5, "max_drop": 2, "by_order": True, "ema": None})
+    assert config == ExportConfig("cmt_xs", eval_limit=5, max_drop=2, by_order=True)
+
+
+@pytest.mark.parametrize("values", [{}, {"format": "onnx"}])
+def test_no_model(values):
+    with pytest.raises(InputError, match="no model was named"):
+        ExportConfig.from_mapping(values)
+
+
+def test_toml_file_with_every_setting(tmp_path):
+    config = ExportConfig(
+        "cmt_s", "onnx", "int8", "w.pth", True, True, True, 5, 96, "l.txt", "d.tar/train", 7, "e", 9, True, 0.25, 0.5, 0,
+        "ignore", 2, 3, "out", False,
+    )  # fmt: skip
+    lines = []
+    for field in fields(config):
+        value = getattr(config, field.name)
+        assert value != field.default  # a field added later must be added here
+        lines.append(f"{field.name.replace('_', '-')} = {str(value).lower() if isinstance(value, bool) else repr(value)}")
+    path = tmp_path / "export.toml"
+    path.write_text("# all of it\n" + "\n".join(lines))
+    assert ExportConfig.from_mapping(read_config(path), path) == config
+
+
+@pytest.mark.parametrize(
+    "content", [b"model = ", b"\xff\xfe", b"model cmt_nano", None], ids=["cut", "not utf-8", "not toml", "missing"]
+)
+def test_unreadable_file(tmp_path, content):
+    path = tmp_path / "export.toml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match="cannot be read") as error:
+        read_config(path)
+    assert str(path) in str(error.value)
+
+
+# --- what follows from it -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({}, "cmt_nano_fp32_openvino"),
+        ({"format": "onnx", "precision": "int8"}, "cmt_nano_int8_onnx"),
+        ({"batch": 0}, "cmt_nano_fp32_openvino_dynamic"),
+        ({"batch": 4, "precision": "bf16"}, "cmt_nano_bf16_openvino_b4"),
+        ({"imgsz": 96}, "cmt_nano_96_fp32_openvino"),
+        ({"imgsz": 64}, "cmt_nano_fp32_openvino"),
+        ({"imgsz": 32, "batch": 2, "format": "onnx"}, "cmt_nano_32_fp32_onnx_b2"),
+    ],
+)
+def test_bundle_name(settings, name):
+    config = replace(GOOD, output="some/where", **settings)
+    assert config.name == name
+    assert config.target == Path("some/where") / name
+
+
+@pytest.mark.parametrize(
+    ("settings", "size", "short"),
+    [
+        ({"model": "cmt_nano"}, 64, None),
+        ({"model": "cmt_nano", "imgsz": 96}, 96, None),
+        ({"model": "cmt_ti"}, 160, 182),
+        ({"model": "cmt_xs"}, 192, 219),
+        ({"model": "cmt_s"}, 224, 256),
+        ({"model": "cmt_b"}, 256, 292),
+        ({"model": "cmt_xs", "imgsz": 224}, 224, 256),
+    ],
+)
+def test_preprocessing(settings, size, short):
+    spec = ExportConfig(**settings, exif="ignore").preprocess
+    assert (spec.size, spec.short_side, spec.exif, spec.interpolation) == (size, short, "ignore", "bicubic")
+    assert (spec.mean, spec.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_defaults_are_the_published_figures(name):
+    config, spec = ExportConfig(name), model_spec(name)
+    assert (config.img_size, config.classes, config.spec) == (spec.img_size, spec.num_classes, spec)
+    assert replace(config, num_classes=3, imgsz=96).classes == 3
