@@ -318,20 +318,13 @@ class FusedBlock(nn.Module):
         return to_map(tokens, *size) + self.ffn(to_map(self.norm2(tokens), *size))
 
 
-class FusedStage(nn.Module):
+class FusedStage(Stage):
     def __init__(self, stage: Stage, embed: nn.Conv2d) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.embed = embed
         self.norm = copy.deepcopy(stage.norm)
         self.position_bias = nn.Parameter(stage.position_bias.detach().clone())
         self.blocks = nn.ModuleList(FusedBlock(b) for b in cast("list[Block]", stage.blocks))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x)
-        x = to_map(self.norm(to_tokens(x)), x.shape[2], x.shape[3])
-        for block in self.blocks:
-            x = block(x, self.position_bias)
-        return x
 
 
 class FusedCMT(nn.Module):

@@ -55,3 +55,14 @@ def onnx_bundle(tmp_path_factory):
 def int8_bundle(tmp_path_factory):
     """cmt_nano, OpenVINO, int8, calibrated on generated images."""
     return _export(tmp_path_factory, precision="int8", data="generated", calib_size=32)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """PyTorch on one thread: as the golden data was made, and much faster where other work keeps the cores busy."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

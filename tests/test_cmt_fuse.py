@@ -17,13 +17,7 @@ SLOW = ("cmt_xs", "cmt_s", "cmt_b")
 PUBLISHED_SIZE = [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in list_models()]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Much faster where other work keeps the cores busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def randomized(name: str, seed: int, **options) -> nn.Module:

@@ -22,13 +22,7 @@ CMT_FIGURES = [entry for entry in FIGURES if entry["variant"].startswith("cmt_")
 LARGE = ("cmt_s", "cmt_b")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As the golden data was made; also much faster where other work keeps the cores busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @lru_cache(maxsize=1)
