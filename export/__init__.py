@@ -4,7 +4,23 @@
 >>> bundle = run(ExportConfig("cmt_nano", format="openvino", precision="fp32"))
 """
 
-from .config import ExportConfig
-from .pipeline import run
+import typing as _typing
+
+if _typing.TYPE_CHECKING:
+    from .config import ExportConfig
+    from .pipeline import run
 
 __all__ = ["ExportConfig", "run"]
+
+
+def __getattr__(name: str) -> _typing.Any:
+    """Import on first use: ``cmt-export`` must be able to say that PyTorch is missing."""
+    if name == "ExportConfig":
+        from .config import ExportConfig
+
+        return ExportConfig
+    if name == "run":
+        from .pipeline import run
+
+        return run
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

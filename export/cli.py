@@ -9,6 +9,7 @@ from typing import Any
 
 from deploy import Bundle, report
 from deploy.console import Progress, parser, run
+from deploy.errors import RuntimeMissingError
 
 EPILOG = """\
 examples:
@@ -54,6 +55,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
+    try:
+        return _export(args)
+    except ModuleNotFoundError as exc:
+        raise RuntimeMissingError(f"{exc.name} is not installed", remedy='pip install "cmt-edge[all]"') from exc
+
+
+def _export(args: argparse.Namespace) -> int:
     from .config import ExportConfig, read_config  # heavy: torch is imported here, after --help
 
     if args.list_models:
