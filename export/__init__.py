@@ -24,3 +24,7 @@ def __getattr__(name: str) -> _typing.Any:
 
         return run
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]

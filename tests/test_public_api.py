@@ -14,7 +14,7 @@ NAMES = [(package, name) for package in PACKAGES for name in import_module(packa
 @pytest.mark.parametrize("package", PACKAGES)
 def test_all_is_exactly_what_is_importable(package):
     module = import_module(package)
-    public = {n for n, value in vars(module).items() if not n.startswith("_") and not inspect.ismodule(value)}
+    public = {n for n in dir(module) if not n.startswith("_") and not inspect.ismodule(getattr(module, n))}
     assert sorted(public) == sorted(module.__all__)
     assert len(module.__all__) == len(set(module.__all__))
     assert len(module.__doc__.splitlines()[0]) > 20
