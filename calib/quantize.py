@@ -117,13 +117,11 @@ class _Batches:
     def __init__(self, data: CalibrationSet, spec: Preprocess, progress: Callable[[int, int], None] | None) -> None:
         self._data, self._spec, self._progress = data, spec, progress
         self._kept: list[np.ndarray] | None = None
-        self._readings = 0
 
     def __len__(self) -> int:
         return len(self._data)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        self._readings += 1
         small = len(self) * 3 * self._spec.size**2 * 4 <= self.LIMIT
         source = self._kept if self._kept is not None else self._data.batches(self._spec)
         kept = []

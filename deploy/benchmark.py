@@ -20,6 +20,7 @@ from .backends.base import ExecutedPrecision
 from .bundle import Bundle
 from .host import describe, versions
 from .predictor import Predictor
+from .preprocess import normalise
 
 WARMUP_LIMIT_S = 15.0
 DRIFT_WARNING = 0.05
@@ -229,8 +230,6 @@ def _names(bundles: Sequence[Bundle]) -> list[str]:
 
 def _input(bundle: Bundle, predictor: Predictor) -> np.ndarray:
     """A batch of golden inputs, ``(N, 3, S, S)``, in the graph's batch size."""
-    from .preprocess import normalise
-
     pixels = bundle.golden().pixels
     count = predictor.batch or 1
     return normalise(np.resize(pixels, (count, *pixels.shape[1:])), bundle.preprocess)

@@ -11,7 +11,6 @@ from typing import Any, get_args, get_type_hints
 
 from cmt import model_spec
 from cmt.registry import ModelSpec, check_size
-from deploy.backends.base import LoadOptions
 from deploy.errors import InputError, UnknownNameError, WeightsError
 from deploy.preprocess import Preprocess
 
@@ -103,9 +102,6 @@ class ExportConfig:
     @property
     def target(self) -> Path:
         return Path(self.output) / self.name
-
-    def load_options(self) -> LoadOptions:
-        return LoadOptions(threads=self.threads)
 
     def check(self) -> None:
         """Raise the first :class:`~deploy.errors.InputError` among everything that can be known without loading."""

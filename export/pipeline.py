@@ -82,12 +82,12 @@ def run(config: ExportConfig, progress: Progress | None = None) -> Bundle:
                 quantized = quantize(graph, data, config.preprocess, cache=cache, progress=progress.count)
             graph = quantized.model
             manifest = replace(manifest, calibration=data.describe() | {"recipe": quantized.recipe, "cached": quantized.cached})
-        with progress.step(f"compile for {config.format}"), writing(writer.folder):
+        with progress.step(f"compile for {config.format}"), writing(config.target):
             manifest = _write(config, writer, with_batch(graph, config.batch), reference, manifest)
         with progress.step("verify"):
             result = _verify(config, writer.staged(manifest), reference, labelled, progress)
             if result.data:
-                with writing(writer.folder):
+                with writing(config.target):
                     save_reference(writer.folder / REFERENCE, result.data.reference_answers)
         with progress.step("measure"):
             speed = benchmark([writer.staged(manifest)], threads=config.threads, protocol=QUICK, with_throughput=False,
@@ -95,7 +95,7 @@ def run(config: ExportConfig, progress: Progress | None = None) -> Bundle:
         manifest = replace(
             manifest, verification=report.plain(result) | {"steps": steps, "bundle": config.name}, latency=_latency(speed)
         )
-        with progress.step("write the bundle"), writing(writer.folder):
+        with progress.step("write the bundle"), writing(config.target):
             _write_reports(writer.folder, config, result, speed)
             return writer.commit(manifest)
 

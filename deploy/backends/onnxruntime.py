@@ -36,7 +36,7 @@ class OnnxRuntimeSession(Session):
     device = "CPU"
 
     def __init__(self, path: Path, options: LoadOptions) -> None:
-        self._path, self._options = path, options
+        self._path = path
         self.runtime = check(options.device)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._threads = options.threads or cores
