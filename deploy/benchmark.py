@@ -26,6 +26,8 @@ WARMUP_LIMIT_S = 15.0
 DRIFT_WARNING = 0.05
 MIN_FOR_P99 = 1000
 BOOTSTRAP = 1000
+CLOCK_FLOOR_S = 1e-4
+"""Shorter calls count as this long when deciding how often a variant runs in a round: their ratio is noise."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ def _warm_up(call: Callable[[], object], protocol: Protocol) -> float:
         enough = len(times) >= max(1, protocol.warmup_iters) and passed >= protocol.warmup_seconds
         stable = len(times) < 20 or abs(np.median(times[-10:]) / np.median(times[-20:-10]) - 1) < 0.02
         if (enough and stable) or passed >= max(WARMUP_LIMIT_S, protocol.warmup_seconds):
-            return max(1e-9, float(np.median(times[-10:])))
+            return max(CLOCK_FLOOR_S, float(np.median(times[-10:])))
 
 
 def throughput(predictor: Predictor, batch: np.ndarray, seconds: float) -> float:

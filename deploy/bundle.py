@@ -6,6 +6,7 @@ complete. Hashes protect against accidents; they do not prove where a bundle com
 
 from __future__ import annotations
 
+import hashlib
 import json
 import mmap
 import os
@@ -55,9 +56,17 @@ class Manifest:
     latency: dict[str, Any] | None = None
     host: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
+    checksum: str = ""
+    """SHA-256 of all other entries, set when the manifest is written: an edited label or mean does not go unnoticed."""
 
     def to_bytes(self) -> bytes:
-        return (json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n").encode()
+        content = asdict(self) | {"checksum": self.content_hash()}
+        return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+    def content_hash(self) -> str:
+        """What :attr:`checksum` must be."""
+        content = {k: v for k, v in asdict(self).items() if k != "checksum"}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @classmethod
     def from_bytes(cls, data: bytes, where: object) -> Manifest:
@@ -120,6 +129,8 @@ class Bundle:
             raise _broken("the manifest is a link or too large", manifest_path)
         manifest = Manifest.from_bytes(manifest_path.read_bytes(), manifest_path)
         _check_members(path, manifest)
+        if manifest.checksum != manifest.content_hash():
+            raise _broken("the manifest was changed after the export: its checksum differs", manifest_path)
         return cls(path, manifest)
 
     @property

@@ -97,6 +97,18 @@ def test_drift_compares_the_first_and_last_hundred(last, drift):
 # --- order and duration ----------------------------------------------------------------------------------------------
 
 
+def test_much_faster_variants_run_several_times_a_round():
+    """Or the slow one would run for minutes until the fast one has its seconds."""
+    log = []
+    calls = {"slow": lambda: (log.append("s"), time.sleep(0.02)), "fast": lambda: (log.append("f"), time.sleep(0.001))}
+    samples = interleaved(calls, ONCE)
+    assert len(samples["slow"]) == ONCE.iters
+    assert len(samples["fast"]) >= 2 * len(samples["slow"])
+    tail = "".join(log[-len(samples["fast"]) :])
+    assert "sf" in tail
+    assert "fs" in tail  # still in turns
+
+
 def test_variants_take_turns():
     log = []
     samples = interleaved({"a": lambda: log.append("a"), "b": lambda: log.append("b"), "c": lambda: log.append("c")}, ONCE)

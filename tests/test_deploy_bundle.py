@@ -82,12 +82,32 @@ def bundle(tmp_path) -> Bundle:
     return make_bundle(tmp_path / "tiny", members={"extra/notes.txt": b"hello"})
 
 
-def edit_manifest(bundle: Bundle, change) -> None:
-    """Rewrite ``manifest.json`` after ``change(content)``, leaving the other files."""
+def edit_manifest(bundle: Bundle, change, seal: bool = True) -> None:
+    """Rewrite ``manifest.json`` after ``change(content)``, leaving the other files; ``seal`` makes its checksum right."""
     path = bundle.path / MANIFEST
     content = json.loads(path.read_text())
     change(content)
+    if seal:
+        body = {k: v for k, v in content.items() if k != "checksum"}
+        content["checksum"] = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("change", [
+    lambda m: m["labels"].reverse(), lambda m: m["preprocess"].update(mean=[0.1, 0.2, 0.3]),
+    lambda m: m.update(precision="int8"), lambda m: m.update(checksum=""),
+])  # fmt: skip
+def test_an_edited_manifest_is_refused(bundle, change):
+    """Swapped labels would give wrong answers with right hashes."""
+    edit_manifest(bundle, change, seal=False)
+    with pytest.raises(BundleError, match="manifest was changed"):
+        Bundle.open(bundle.path)
+
+
+def test_a_resealed_manifest_is_read(bundle):
+    """What the other tests edit is refused for what they edit, not for its checksum."""
+    edit_manifest(bundle, lambda m: m.update(labels_source="file"))
+    assert Bundle.open(bundle.path).manifest.labels_source == "file"
 
 
 def test_a_written_bundle_opens_and_tells_what_it_holds(bundle):
@@ -279,7 +299,7 @@ USED = {
 
 @pytest.mark.parametrize(("edit", "use"), USED.values(), ids=USED.keys())
 def test_manifest_whose_inner_entries_are_wrong(bundle, edit, use):
-    """Hashes do not cover the manifest itself, so its content is checked at the latest where it is used."""
+    """A checksum proves no good sense: content is checked at the latest where it is used."""
     edit_manifest(bundle, edit)
     with pytest.raises(BundleError):
         use(Bundle.open(bundle.path))
