@@ -14,7 +14,8 @@ say cmt-predict "$OUT/cmt_nano_int8_openvino" "$OUT/pictures" --topk 3
 
 cat <<END
 
-The bundle is $OUT/cmt_nano_int8_openvino; its report is report.md inside. Next:
+The bundle is $OUT/cmt_nano_int8_openvino; its report is report.md inside. cmt_nano is so small that overheads decide its
+latency: int8 saves size here, and time on the larger models (README, "Measured"). Next:
   . .venv/bin/activate
   cmt-predict $OUT/cmt_nano_int8_openvino YOUR_IMAGE.jpg
   cmt-export --model cmt_xs --weights YOUR_CHECKPOINT.pth --num-classes N --precision int8 \\
