@@ -34,7 +34,7 @@ def parser(prog: str, description: str, epilog: str = "") -> argparse.ArgumentPa
     )
     p.add_argument("--version", action="version", version=f"cmt-edge {version()}")
     p.add_argument("--json", action="store_true", help="print one machine-readable object last on standard output")
-    p.add_argument("-v", "--verbose", action="store_true", help="show tracebacks and every step")
+    p.add_argument("-v", "--verbose", action="store_true", help="show the trace of an error")
     p.add_argument("-q", "--quiet", action="store_true", help="no progress")
     return p
 

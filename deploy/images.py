@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from .errors import DataError
 from .preprocess import EXTENSIONS, MAX_BYTES
@@ -40,7 +41,7 @@ class ImageSet(Sequence[Item]):
         self.path = Path(path)
         self._archive, self._prefix = _split(self.path)
         self._lock = threading.Lock()
-        self._file = None
+        self._file: BinaryIO | None = None
         if items is None:
             items = _scan_tar(self._archive, self._prefix) if self._archive else _scan_folder(self.path)
             items = _labelled(sorted(items, key=lambda i: i.name), self.path)
@@ -71,9 +72,9 @@ class ImageSet(Sequence[Item]):
                 return (self.path / item.name).read_bytes()
             with self._lock:
                 if self._file is None:
-                    self._file = open(self._archive, "rb")  # type: ignore[assignment]  # noqa: SIM115
-                self._file.seek(item.offset)  # type: ignore[attr-defined]
-                return self._file.read(item.size)  # type: ignore[attr-defined]
+                    self._file = open(self._archive, "rb")  # noqa: SIM115  # kept until close()
+                self._file.seek(item.offset)
+                return self._file.read(item.size)
         except OSError as exc:
             raise DataError("cannot be read", where=self.path / item.name, why=exc.strerror, remedy="check it") from exc
 

@@ -8,7 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from .backends.base import ExecutedPrecision
 from .benchmark import Benchmark, Latency
+from .bundle import Bundle
 from .errors import RuntimeMissingError
 from .files import write_atomic
 from .parity import Verification
@@ -97,6 +99,49 @@ def verification_text(v: Verification, markdown: bool = False) -> str:
     lines += [f"note: {n}" for n in v.notes]
     lines.append(f"{v.bundle} on {v.runtime['runtime']}: {'verified' if v.passed else 'NOT verified'}")
     return "\n".join(lines)
+
+
+def bundle_json(bundle: Bundle) -> dict[str, Any]:
+    """What an export produced, for machines."""
+    m = bundle.manifest
+    return {"bundle": str(bundle.path), "precision": m.precision, "format": m.format, "verification": m.verification,
+            "latency": m.latency, "calibration": m.calibration, "bytes": _size(bundle)}  # fmt: skip
+
+
+def bundle_text(bundle: Bundle) -> str:
+    """What an export produced and what to do next."""
+    m, path = bundle.manifest, bundle.path
+    latency = m.latency or {}
+    executed = ExecutedPrecision(**latency["executed"]).summary()
+    lines = _verified_lines(m.verification or {})
+    lines.append(f"latency: median {latency['p50_ms']:.2f} ms a batch of {latency['batch']} "
+                 "(a quick look; cmt-bench measures properly)")  # fmt: skip
+    lines.append(f"ran as: {executed}")
+    lines += [f"warning: {w}" for w in latency["warnings"]]
+    if m.labels_source == "numbered":
+        lines.append("note: the classes have no names; give them with --labels FILE")
+    if m.calibration and m.calibration["cached"]:
+        lines.append("note: calibration was taken from the cache (same graph, images and recipe)")
+    lines += [f"bundle: {path} ({_size(bundle) / 1e6:.1f} MB)", "", "next:", f"  cmt-predict {path} IMAGE",
+              f"  cmt-bench {path}", f"  cmt-verify {path} --data LABELLED_IMAGES"]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _size(bundle: Bundle) -> int:
+    return sum(entry["size"] for entry in bundle.manifest.files.values())
+
+
+def _verified_lines(verification: dict[str, Any]) -> list[str]:
+    """The manifest's verification entry: steps, golden images, top-1."""
+    golden, data = verification["golden"], verification["data"]
+    steps = ", ".join(f"{name} {difference:.1e}" for name, difference in verification["steps"].items())
+    lines = [f"steps, largest logit difference: {steps}",
+             f"golden images: logits differ by {golden['logit_diff']:.2g} (allowed {golden['atol']:.2g})"]  # fmt: skip
+    if not data:
+        return [*lines, "top-1: not measured (no --eval-data)"]
+    low, high = data["drop_ci"]
+    return [*lines, f"top-1 on {data['images']} images: reference {data['reference_top1']:.2f} %, bundle {data['top1']:.2f} %, "
+            f"drop {data['drop']:+.2f} points (95 % CI {low:+.2f} to {high:+.2f}), agreement {data['agreement']:.2f} %"]  # fmt: skip
 
 
 def predictions_text(predictions: Sequence[Prediction], topk: int) -> str:

@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from deploy import Bundle, report
+from deploy import report
 from deploy.console import Progress, parser, run
 from deploy.errors import RuntimeMissingError
 
@@ -79,7 +79,7 @@ def _export(args: argparse.Namespace) -> int:
         print(report.to_json(plan) if args.json else _plan_text(plan))
         return 0
     bundle = export(config, Progress(args.quiet))
-    print(report.to_json(_result(bundle)) if args.json else _result_text(bundle))
+    print(report.to_json(report.bundle_json(bundle)) if args.json else report.bundle_text(bundle))
     return 0
 
 
@@ -118,46 +118,3 @@ def _plan(config: Any) -> dict[str, Any]:
 def _plan_text(plan: dict[str, Any]) -> str:
     lines = [f"{key:<12} {', '.join(map(str, value)) if key == 'steps' else value}" for key, value in plan.items()]
     return "\n".join([*lines, "dry run: nothing was written"])
-
-
-def _result(bundle: Bundle) -> dict[str, Any]:
-    m = bundle.manifest
-    return {"bundle": str(bundle.path), "precision": m.precision, "format": m.format, "verification": m.verification,
-            "latency": m.latency, "calibration": m.calibration, "bytes": sum(f["size"] for f in m.files.values())}  # fmt: skip
-
-
-def _result_text(bundle: Bundle) -> str:
-    m = bundle.manifest
-    latency = m.latency or {}
-    size = sum(f["size"] for f in m.files.values()) / 1e6
-    lines = [_verification_lines(m)]
-    executed = " + ".join(
-        f"{k} {100 * v:.0f} %" for k, v in sorted(latency["executed"]["time_share"].items(), key=lambda kv: -kv[1])
-    )
-    lines.append(
-        f"latency: median {latency['p50_ms']:.2f} ms a batch of {latency['batch']} (a quick look; cmt-bench measures properly)"
-    )
-    lines.append(f"ran as: {executed}")
-    lines += [f"warning: {w}" for w in latency["warnings"]]
-    if m.labels_source == "numbered":
-        lines.append("note: the classes have no names; give them with --labels FILE")
-    if m.calibration and m.calibration["cached"]:
-        lines.append("note: calibration was taken from the cache (same graph, images and recipe)")
-    path = bundle.path
-    lines += [f"bundle: {path} ({size:.1f} MB)", "", "next:", f"  cmt-predict {path} IMAGE", f"  cmt-bench {path}",
-              f"  cmt-verify {path} --data LABELLED_IMAGES"]  # fmt: skip
-    return "\n".join(lines)
-
-
-def _verification_lines(m: Any) -> str:
-    v = m.verification
-    golden, data = v["golden"], v["data"]
-    lines = [f"steps, largest logit difference: {', '.join(f'{k} {d:.1e}' for k, d in v['steps'].items())}",
-             f"golden images: logits differ by {golden['logit_diff']:.2g} (allowed {golden['atol']:.2g})"]  # fmt: skip
-    if data:
-        low, high = data["drop_ci"]
-        lines.append(f"top-1 on {data['images']} images: reference {data['reference_top1']:.2f} %, bundle {data['top1']:.2f} %, "
-                     f"drop {data['drop']:+.2f} points (95 % CI {low:+.2f} to {high:+.2f}), agreement {data['agreement']:.2f} %")  # fmt: skip
-    else:
-        lines.append("top-1: not measured (no --eval-data)")
-    return "\n".join(lines)

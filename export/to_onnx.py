@@ -93,7 +93,7 @@ def require_parity(step: str, ours: np.ndarray, reference: np.ndarray, atol: flo
     if not difference <= allowed:
         raise ParityError(
             f"step '{step}' changed the logits by {difference:.3g}, allowed are {allowed:.3g}",
-            remedy="nothing was written; report the model and the versions that cmt-export -v prints",
+            remedy="nothing was written; report the model and what `pip freeze` prints",
         )
     return difference
 
