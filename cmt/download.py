@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from platformdirs import user_cache_path
 from tqdm import tqdm
 
 from deploy.errors import DownloadError
-from deploy.files import sha256_of
+from deploy.files import cache_folder, sha256_of
 
 from .registry import Pretrained
 
@@ -22,12 +21,6 @@ TIMEOUT_S = 30
 CHUNK = 1 << 20
 MAX_BYTES = 4 << 30
 PARTIAL = ".partial"
-
-
-def cache_folder() -> Path:
-    """Folder of downloaded files and calibrated graphs; ``CMT_EDGE_CACHE`` overrides the platform's default."""
-    override = os.environ.get("CMT_EDGE_CACHE")
-    return Path(override) if override else user_cache_path("cmt-edge", appauthor=False)
 
 
 def fetch(published: Pretrained, folder: Path | None = None) -> Path:

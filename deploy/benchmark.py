@@ -11,7 +11,7 @@ import io
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from .preprocess import normalise
 
 WARMUP_LIMIT_S = 15.0
 DRIFT_WARNING = 0.05
+ENQUEUE_WARNING = 0.8
 MIN_FOR_P99 = 1000
 BOOTSTRAP = 1000
 CLOCK_FLOOR_S = 1e-4
@@ -59,11 +60,20 @@ class Latency:
 
 
 @dataclass(frozen=True)
+class OnDevice:
+    """Milliseconds by the device's clock: the inference alone, and with copies; ``enqueue`` is the host's part of starting it."""
+
+    compute: Latency
+    with_copies: Latency
+    enqueue: Latency
+
+
+@dataclass(frozen=True)
 class Measured:
     """All figures of one bundle in one runtime.
 
     ``model`` is the runtime's inference alone, ``end_to_end`` from encoded image to label, both one image or one batch at a
-    time; ``throughput`` images a second with many requests at once.
+    time; ``throughput`` images a second with many requests at once; ``on_device`` where the device has a clock of its own.
     """
 
     name: str
@@ -78,6 +88,7 @@ class Measured:
     ratio: float
     ratio_ci: tuple[float, float]
     warnings: list[str] = field(default_factory=list)
+    on_device: OnDevice | None = None
 
 
 @dataclass(frozen=True)
@@ -173,6 +184,20 @@ def throughput(predictor: Predictor, batch: np.ndarray, seconds: float) -> float
     return sum(counts) / (time.perf_counter() - start)
 
 
+def sustained(predictor: Predictor, batch: np.ndarray, seconds: float) -> tuple[int, float]:
+    """One request after the other for ``seconds``: images done and milliseconds taken."""
+    images, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds:
+        predictor.session.run(batch)
+        images += len(batch)
+    return images, 1e3 * elapsed
+
+
+def _on_device(predictor: Predictor, batch: np.ndarray, count: int) -> OnDevice | None:
+    times = predictor.session.device_times(batch, count)
+    return None if times is None else OnDevice(*(summarise(1e6 * t) for t in (times.compute, times.with_copies, times.enqueue)))
+
+
 def benchmark(
     bundles: Sequence[Bundle],
     *,
@@ -183,6 +208,7 @@ def benchmark(
     protocol: Protocol = Protocol(),
     with_throughput: bool = True,
     progress: Callable[[str, float], None] | None = None,
+    load: Callable[..., Predictor] = Predictor.load,
 ) -> Benchmark:
     """Measure bundles side by side.
 
@@ -193,29 +219,31 @@ def benchmark(
         protocol: how long.
         with_throughput: also measure many requests at once.
         progress: called with the name of the phase and its share done.
+        load: opens a bundle, as :meth:`deploy.Predictor.load`.
     """
     report = progress or (lambda phase, share: None)
     names = _names(bundles)
     with contextlib.ExitStack() as stack:
         predictors = {}
         for name, bundle in zip(names, bundles, strict=True):
-            predictor = Predictor.load(bundle, backend=backend, device=device, threads=threads)
+            predictor = load(bundle, backend=backend, device=device, threads=threads)
             predictors[name] = stack.enter_context(predictor)
-        batches = {n: _input(b, p) for (n, p), b in zip(predictors.items(), bundles, strict=True)}
+        batches = {n: golden_batch(b, p) for (n, p), b in zip(predictors.items(), bundles, strict=True)}
         calls = {n: _model_call(p, batches[n]) for n, p in predictors.items()}
         model = interleaved(calls, protocol, lambda s: report("latency, model only", s))
         encoded = [images or b.golden().sources for b in bundles]
         calls = {n: _end_to_end_call(p, e) for (n, p), e in zip(predictors.items(), encoded, strict=True)}
         whole = interleaved(calls, protocol, lambda s: report("latency, end to end", s))
         executed = {n: p.session.executed(batches[n]) for n, p in predictors.items()}
+        clocks = {n: _on_device(p, batches[n], protocol.iters) for n, p in predictors.items()}
     rates: dict[str, float | None] = dict.fromkeys(names)
     if with_throughput:
         for n, b in zip(names, bundles, strict=True):
             report(f"throughput of {n}", 0.0)
-            with Predictor.load(b, backend=backend, device=device, threads=threads, throughput=True) as p:
+            with load(b, backend=backend, device=device, threads=threads, throughput=True) as p:
                 rates[n] = throughput(p, batches[n], max(0.5, protocol.seconds / 2))
     results = [
-        _measured(n, b, predictors[n], batches[n], executed[n], model, whole[n], rates[n], names[0])
+        _measured(n, b, predictors[n], batches[n], executed[n], model, whole[n], rates[n], names[0], clocks[n])
         for n, b in zip(names, bundles, strict=True)
     ]
     return Benchmark(results, describe(), versions(), threads, protocol)
@@ -230,7 +258,7 @@ def _names(bundles: Sequence[Bundle]) -> list[str]:
     return names
 
 
-def _input(bundle: Bundle, predictor: Predictor) -> np.ndarray:
+def golden_batch(bundle: Bundle, predictor: Predictor) -> np.ndarray:
     """A batch of golden inputs, ``(N, 3, S, S)``, in the graph's batch size."""
     pixels = bundle.golden().pixels
     count = predictor.batch or 1
@@ -257,7 +285,7 @@ def _end_to_end_call(predictor: Predictor, images: Sequence[bytes]) -> Callable[
 
 def _measured(
     name: str, bundle: Bundle, predictor: Predictor, batch: np.ndarray, executed: ExecutedPrecision,
-    model: dict[str, np.ndarray], whole: np.ndarray, rate: float | None, base: str,
+    model: dict[str, np.ndarray], whole: np.ndarray, rate: float | None, base: str, clock: OnDevice | None,
 ) -> Measured:  # fmt: skip
     latency = summarise(model[name])
     rng = np.random.default_rng(0)
@@ -265,12 +293,23 @@ def _measured(
     warnings = precision_warnings(bundle.manifest.precision, executed)
     if abs(latency.drift) > DRIFT_WARNING:
         warnings.append(f"latency drifted by {100 * latency.drift:+.0f} % between the first and the last 100 iterations")
+    if clock and clock.enqueue.p50 > ENQUEUE_WARNING * clock.compute.p50:
+        warnings.append(f"starting an inference takes the host {clock.enqueue.p50:.2f} ms of the device's {clock.compute.p50:.2f} ms: "
+                        "the host, not the GPU, limits the speed; use a larger batch or several requests at once")  # fmt: skip
     low, high = np.percentile(ratios, [2.5, 97.5])
     return Measured(
         name, bundle.manifest.precision, predictor.info, len(batch), sum(f["size"] for f in bundle.manifest.files.values()),
         executed, latency, summarise(whole), rate, float(np.median(model[base]) / np.median(model[name])), (float(low), float(high)),
-        warnings,
+        warnings, clock,
     )  # fmt: skip
+
+
+def summary(speed: Benchmark) -> dict[str, Any]:
+    """What a manifest keeps of the first bundle's figures."""
+    measured = speed.results[0]
+    return {"p50_ms": measured.model.p50, "ci_ms": measured.model.ci, "p95_ms": measured.model.p95,
+            "end_to_end_p50_ms": measured.end_to_end.p50, "batch": measured.batch, "threads": speed.threads,
+            "executed": asdict(measured.executed), "warnings": measured.warnings}  # fmt: skip
 
 
 def precision_warnings(asked: str, executed: ExecutedPrecision) -> list[str]:

@@ -6,6 +6,7 @@ complete. Hashes protect against accidents; they do not prove where a bundle com
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import mmap
@@ -14,7 +15,7 @@ import shutil
 import signal
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath
@@ -31,6 +32,7 @@ MANIFEST = "manifest.json"
 ONNX = "model.onnx"
 GOLDEN = "golden.npz"
 REFERENCE = "reference.npz"
+ENGINES = "engines"
 MAX_MANIFEST = 16 << 20
 MAX_FILES = 256
 MAX_TOTAL = 8 << 30
@@ -51,22 +53,20 @@ class Manifest:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     runtime: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    typing: dict[str, Any] | None = None
     calibration: dict[str, Any] | None = None
     verification: dict[str, Any] | None = None
     latency: dict[str, Any] | None = None
+    engine: dict[str, Any] | None = None
     host: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
     checksum: str = ""
     """SHA-256 of all other entries, set when the manifest is written: an edited label or mean does not go unnoticed."""
 
     def to_bytes(self) -> bytes:
-        content = asdict(self) | {"checksum": self.content_hash()}
+        content = asdict(self)
+        content["checksum"] = _content_hash(content)
         return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-
-    def content_hash(self) -> str:
-        """What :attr:`checksum` must be."""
-        content = {k: v for k, v in asdict(self).items() if k != "checksum"}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @classmethod
     def from_bytes(cls, data: bytes, where: object) -> Manifest:
@@ -90,7 +90,15 @@ class Manifest:
             if not isinstance(getattr(manifest, name), kind):
                 raise _broken(f"manifest entry {name!r} is not a {kind.__name__}", where)
         _check_shapes(manifest, where)
+        if manifest.checksum != _content_hash(content):
+            raise _broken("the manifest was changed after the export: its checksum differs", where)
         return manifest
+
+
+def _content_hash(content: Mapping[str, Any]) -> str:
+    """Over what the file says, not what this version knows, so that bundles of other versions stay readable."""
+    rest = {k: v for k, v in content.items() if k != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _check_shapes(manifest: Manifest, where: object) -> None:
@@ -129,8 +137,6 @@ class Bundle:
             raise _broken("the manifest is a link or too large", manifest_path)
         manifest = Manifest.from_bytes(manifest_path.read_bytes(), manifest_path)
         _check_members(path, manifest)
-        if manifest.checksum != manifest.content_hash():
-            raise _broken("the manifest was changed after the export: its checksum differs", manifest_path)
         return cls(path, manifest)
 
     @property
@@ -152,6 +158,27 @@ class Bundle:
         if name not in self.manifest.files:
             raise _broken(f"has no {name}", self.path)
         return self.path / name
+
+    def update(self, manifest: Manifest, files: Mapping[str, bytes], drop: Collection[str] = ()) -> Bundle:
+        """Add ``files`` in place, the manifest last, then remove ``drop``: at every moment the folder is a whole bundle.
+
+        New files go under ``engines/``, where :meth:`open` ignores what the manifest does not name, and never replace one.
+        """
+        entries = {name: entry for name, entry in self.manifest.files.items() if name not in drop}
+        for name, data in files.items():
+            digest = hashlib.sha256(data).hexdigest()
+            if name in self.manifest.files and self.manifest.files[name]["sha256"] != digest:
+                raise ValueError(f"{name} would be replaced before the manifest knows")
+            entries[name] = {"size": len(data), "sha256": digest}
+            with writing(self.path):
+                (self.path / name).parent.mkdir(exist_ok=True)
+            write_atomic(self.path / name, data)
+        manifest = replace(manifest, files=dict(sorted(entries.items())))
+        write_atomic(self.path / MANIFEST, manifest.to_bytes())
+        for name in [*drop, *_ignored(self.path, manifest)]:
+            with contextlib.suppress(OSError):
+                (self.path / name).unlink()
+        return Bundle(self.path, manifest)
 
     def golden(self) -> Golden:
         """The golden inputs and reference logits."""
@@ -232,7 +259,8 @@ def _check_members(path: Path, manifest: Manifest) -> None:
             raise _broken("holds a link, which bundles may not", found)
         if not found.is_dir():
             present.add(found.relative_to(path).as_posix())
-    extra, missing = sorted(present - set(files) - {MANIFEST}), sorted(set(files) - present)
+    extra = sorted(present - set(files) - {MANIFEST} - _ignored(path, manifest))
+    missing = sorted(set(files) - present)
     if extra or missing:
         text = [f"missing: {', '.join(missing)}"] if missing else []
         text += [f"not in the manifest: {', '.join(extra)}"] if extra else []
@@ -243,6 +271,13 @@ def _check_members(path: Path, manifest: Manifest) -> None:
             raise _broken(f"{name} was changed after the export: its SHA-256 differs from the manifest", path)
         if name.endswith(".onnx") and _has_external_data(member):
             raise _broken(f"{name} stores weights outside the file, which bundles may not", path)
+
+
+def _ignored(path: Path, manifest: Manifest) -> set[str]:
+    """Files that a power loss may leave: temporary ones, and engines the manifest was to name next. They are never read."""
+    left = {p.relative_to(path).as_posix() for p in path.rglob(".*.tmp")}
+    left |= {p.relative_to(path).as_posix() for p in (path / ENGINES).glob("*") if p.is_file()}
+    return left - set(manifest.files)
 
 
 def _has_external_data(onnx: Path) -> bool:
@@ -280,7 +315,7 @@ class BundleWriter:
             self._recover()
             self.folder = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.{os.getpid()}.", suffix=".tmp", dir=parent))
             self.folder.chmod(0o755)
-        self._previous = _terminate_as_interrupt()
+        self._previous = terminate_as_interrupt()
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -346,7 +381,7 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _terminate_as_interrupt() -> Any:
+def terminate_as_interrupt() -> Any:
     """Let a SIGTERM unwind like Ctrl-C, so that cleaning up happens; the previous handler, or ``None`` off the main thread."""
 
     def interrupt(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""``cmt-predict``, ``cmt-verify``, ``cmt-bench``: what runs on the device."""
+"""``cmt-predict``, ``cmt-verify``, ``cmt-bench``, ``cmt-build``: what runs on the device."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from pathlib import Path
 from . import report
 from .benchmark import Protocol
 from .benchmark import benchmark as run_benchmark
+from .build import QUICK, TIME_LIMIT_S, building, finish
 from .bundle import Bundle
 from .console import Progress, add_runtime_flags, parser, run
+from .engine import EngineOptions, trtexec
 from .errors import InputError
 from .files import write_atomic
 from .images import ImageSet
@@ -105,6 +107,60 @@ def _reference(bundle: Bundle, path: Path, threads: int | None) -> Predictor:
     return Predictor.load(other, threads=threads)
 
 
+def build(argv: list[str] | None = None) -> int:
+    """Entry point of ``cmt-build``."""
+    p = parser("cmt-build", "Finish a TensorRT bundle on the device that will run it: build the engine, verify it, measure it.")
+    p.add_argument("bundle", type=Path)
+    p.add_argument(
+        "--workspace", type=float, metavar="GiB", help="scratch memory of the builder (default: 40 %% of what is free)"
+    )
+    p.add_argument(
+        "--level", type=int, default=EngineOptions.level, help="optimization level, 0 (fast build) to 5 (default %(default)s)"
+    )
+    p.add_argument("--profile", default=",".join(map(str, EngineOptions.profile)), metavar="MIN,OPT,MAX",
+                   help="batch sizes of a dynamic bundle (default %(default)s)")  # fmt: skip
+    p.add_argument("--tf32", action="store_true", help="let float32 products round their inputs to TF32")
+    p.add_argument(
+        "--time-limit", type=float, default=TIME_LIMIT_S, metavar="S", help="stop the build after so long (default %(default)g)"
+    )
+    p.add_argument("--device", help="number of the GPU (default 0)")
+    p.add_argument("--force", action="store_true", help="build even where the bundle's engine is still right")
+    p.add_argument("--atol", type=float, help="allowed golden logit difference (default: by precision)")
+    p.add_argument("--iters", type=int, default=QUICK.iters, help="least iterations to measure (default %(default)s)")
+    p.add_argument("--seconds", type=float, default=QUICK.seconds, help="least seconds to measure (default %(default)s)")
+    p.add_argument("--trtexec", action="store_true", help="print the equivalent trtexec command and exit")
+    return run(_build, p.parse_args(argv))
+
+
+def _build(args: argparse.Namespace) -> int:
+    sizes = args.profile.split(",")
+    if len(sizes) != 3 or not all(s.strip().isdigit() for s in sizes):
+        raise InputError(f"--profile {args.profile}", remedy="give three batch sizes: --profile MIN,OPT,MAX")
+    if args.time_limit <= 0 or (args.atol is not None and not args.atol >= 0):
+        raise InputError("--time-limit must be above 0 and --atol 0 or more", remedy="leave them out for the defaults")
+    low, typical, high = map(int, sizes)
+    options = EngineOptions(args.workspace, args.level, (low, typical, high), args.tf32)
+    options.check()
+    bundle = Bundle.open(args.bundle)
+    if args.trtexec:
+        print(trtexec(bundle, options))
+        return 0
+    with building(bundle.path):
+        result = finish(bundle, options, device=args.device, force=args.force, time_limit=args.time_limit, atol=args.atol,
+                        protocol=_protocol(args.iters, args.seconds), progress=Progress(args.quiet))  # fmt: skip
+        bundle = bundle.update(result.manifest, result.files, result.drop)
+    print(report.to_json(result.report) if args.json else report.built_text(bundle, result.report))
+    return 0
+
+
+def _protocol(iters: int, seconds: float, warmup: int = Protocol.warmup_iters) -> Protocol:
+    if iters < 1 or seconds < 0 or warmup < 1:
+        raise InputError(
+            "--iters and --warmup must be 1 or more, --seconds 0 or more", remedy="leave them out for the defaults"
+        )
+    return Protocol(iters, seconds, warmup)
+
+
 def bench(argv: list[str] | None = None) -> int:
     """Entry point of ``cmt-bench``."""
     p = parser("cmt-bench", "Measure bundles side by side, interleaved; ratios refer to the first.")
@@ -121,10 +177,7 @@ def bench(argv: list[str] | None = None) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    if args.iters < 1 or args.seconds < 0 or args.warmup < 1:
-        raise InputError(
-            "--iters and --warmup must be 1 or more, --seconds 0 or more", remedy="leave them out for the defaults"
-        )
+    protocol = _protocol(args.iters, args.seconds, args.warmup)
     if args.plot and args.plot.suffix not in (".png", ".svg"):
         raise InputError("plots are PNG or SVG", where=args.plot, remedy="name it .png or .svg")
     bundles = [Bundle.open(path) for path in args.bundles]
@@ -135,7 +188,7 @@ def _bench(args: argparse.Namespace) -> int:
     progress = Progress(args.quiet)
     result = run_benchmark(
         bundles, backend=args.backend, device=args.device, threads=args.threads, images=images,
-        protocol=Protocol(args.iters, args.seconds, args.warmup), with_throughput=not args.no_throughput,
+        protocol=protocol, with_throughput=not args.no_throughput,
         progress=progress.share,
     )  # fmt: skip
     progress.finish()

@@ -9,9 +9,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from platformdirs import user_cache_path
+
 from .errors import OutputError
 
 CHUNK = 1 << 20
+
+
+def cache_folder() -> Path:
+    """Folder of what can be made again (downloads, calibrated graphs, timing caches); ``CMT_EDGE_CACHE`` overrides it."""
+    override = os.environ.get("CMT_EDGE_CACHE")
+    return Path(override) if override else user_cache_path("cmt-edge", appauthor=False)
 
 
 def sha256_of(path: Path) -> str:
@@ -23,12 +31,12 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` completely or not at all; raises :class:`OutputError`."""
+def write_atomic(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Write ``data`` to ``path`` completely or not at all, with permissions ``mode``; raises :class:`OutputError`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with writing(path):
-            with open(temporary, "wb") as file:
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())

@@ -21,7 +21,19 @@ FLAGS = (
     "i8mm",
     "bf16",
 )
-PACKAGES = ("cmt-edge", "numpy", "pillow", "openvino", "onnxruntime", "torch", "onnx", "onnxsim", "nncf")
+PACKAGES = (
+    "cmt-edge",
+    "numpy",
+    "pillow",
+    "openvino",
+    "onnxruntime",
+    "torch",
+    "onnx",
+    "onnxsim",
+    "nncf",
+    "tensorrt",
+    "cuda-bindings",
+)
 
 
 def describe() -> dict[str, Any]:

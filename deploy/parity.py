@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ from .images import ImageSet, Item, digest
 from .predictor import Predictor
 from .preprocess import NamedBytes, normalise, pixels, preprocess
 
-ATOL = {"fp32": 1e-3, "bf16": 0.25, "int8": 1.5}
+ATOL = {"fp32": 1e-3, "fp16": 0.1, "bf16": 0.25, "int8": 1.5}
 """Default tolerance on golden logits, in units of the standard deviation of the reference logits."""
 MAX_DROP = 1.0
 """Default tolerance on top-1, percentage points."""
@@ -88,6 +89,7 @@ def verify(
     atol: float | None = None,
     limit: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    candidate: Predictor | None = None,
 ) -> Verification:
     """Check a bundle against the reference.
 
@@ -102,12 +104,14 @@ def verify(
         atol: allowed golden logit difference; default by precision, see :data:`ATOL`.
         limit: use only so many images, evenly spread.
         progress: called with images done and total.
+        candidate: what to check instead of the bundle as its runtime opens it; left open.
 
     Raises:
         DataError: unlabelled images, or class folders that do not match the labels.
         RuntimeMissingError: images were given but no reference for them is to be had.
     """
-    with Predictor.load(bundle, backend=backend, device=device, threads=threads) as predictor:
+    opened = candidate or Predictor.load(bundle, backend=backend, device=device, threads=threads)
+    with opened if candidate is None else nullcontext(opened) as predictor:
         golden = check_golden(bundle, predictor, atol)
         if data is None:
             return Verification(str(bundle.path), bundle.manifest.precision, predictor.info, golden)

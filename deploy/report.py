@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -112,19 +114,114 @@ def bundle_text(bundle: Bundle) -> str:
     """What an export produced and what to do next."""
     m, path = bundle.manifest, bundle.path
     latency = m.latency or {}
-    executed = ExecutedPrecision(**latency["executed"]).summary()
-    lines = _verified_lines(m.verification or {})
-    lines.append(f"latency: median {latency['p50_ms']:.2f} ms a batch of {latency['batch']} "
-                 "(a quick look; cmt-bench measures properly)")  # fmt: skip
-    lines.append(f"ran as: {executed}")
-    lines += [f"warning: {w}" for w in latency["warnings"]]
+    lines = [*_verified_lines(m.verification or {}), *_typed_lines(m.typing)]
+    if latency:
+        lines.append(f"latency: median {latency['p50_ms']:.2f} ms a batch of {latency['batch']} "
+                     "(a quick look; cmt-bench measures properly)")  # fmt: skip
+        lines.append(f"ran as: {ExecutedPrecision(**latency['executed']).summary()}")
+        lines += [f"warning: {w}" for w in latency["warnings"]]
+    else:
+        lines.append("latency: not measured, the bundle has no engine yet")
     if m.labels_source == "numbered":
         lines.append("note: the classes have no names; give them with --labels FILE")
     if m.calibration and m.calibration["cached"]:
         lines.append("note: calibration was taken from the cache (same graph, images and recipe)")
-    lines += [f"bundle: {path} ({_size(bundle) / 1e6:.1f} MB)", "", "next:", f"  cmt-predict {path} IMAGE",
-              f"  cmt-bench {path}", f"  cmt-verify {path} --data LABELLED_IMAGES"]  # fmt: skip
-    return "\n".join(lines)
+    lines += [f"bundle: {path} ({_size(bundle) / 1e6:.1f} MB)", "", "next:"]
+    if m.format == "trt" and not m.engine:
+        return "\n".join([*lines, f"  copy {path} to the device", f"  cmt-build {path.name}"])
+    return "\n".join(
+        [*lines, f"  cmt-predict {path} IMAGE", f"  cmt-bench {path}", f"  cmt-verify {path} --data LABELLED_IMAGES"]
+    )
+
+
+def _typed_lines(typing: dict[str, Any] | None) -> list[str]:
+    """What a typed graph computes in, and why some of it stays float32."""
+    if not typing:
+        return []
+    counts = ", ".join(f"{n} in {p}" for p, n in sorted(typing["operations"].items(), key=lambda kv: -kv[1]))
+    lines = [f"typed: {counts} (operations)"]
+    kinds = Counter((i["op"], re.sub(r"\b(of|constant|over) \S+", r"\1 ...", i["reason"])) for i in typing["islands"])
+    lines += [f"float32: {n} {op}: {reason}" for (op, reason), n in kinds.items()]
+    if typing["observed"]:
+        seen = typing["observed"]
+        lines.append(
+            f"observed on {seen['images']} images ({seen['source']}): largest value {seen['largest']:.4g}, float16 holds 65504"
+        )
+    return lines
+
+
+def device_text(content: dict[str, Any], markdown: bool = False) -> str:
+    """The device report that ``cmt-build`` writes: engine, golden check, latency by both clocks, state of the device, power."""
+    key, golden = content["key"], content["golden"]
+    measured = content["benchmark"]["results"][0]
+    how = "reused" if content["reused"] else f"built in {content['built_s']:.0f} s"
+    lines = [f"# {content['bundle']} on {key['gpu']}", ""] if markdown else []
+    lines += [f"engine: {how}, {content['engine_bytes'] / 1e6:.1f} MB; TensorRT {key['tensorrt']}, CUDA {key['cuda']}, "
+              f"driver {key['driver']}, {key['gpu']} (sm {key['sm']})"]  # fmt: skip
+    lines += [f"replaced: {reason}" for reason in content["replaces"]]
+    lines += [f"golden images: {golden['images']}; logits differ by {golden['logit_diff']:.2g} (allowed {golden['atol']:.2g}): ok",
+              f"layers at the asked precision or below: {100 * content['low_precision_share']:.0f} %; "
+              f"ran as: {ExecutedPrecision(**measured['executed']).summary()}, "
+              f"{100 * measured['executed']['conversion_share']:.0f} % of the time on conversions", ""]  # fmt: skip
+    lines += [_device_latency(measured, markdown), ""]
+    lines += _power_lines(content["power"])
+    lines += _state_lines(content["state"])
+    lines += [f"warning: {w}" for w in [*measured["warnings"], *content["warnings"]]]
+    return "\n".join([*lines, ""] if markdown else lines)
+
+
+def built_text(bundle: Bundle, content: dict[str, Any]) -> str:
+    """What ``cmt-build`` did and what to do next."""
+    entry = bundle.manifest.engine or {}
+    lines = [
+        device_text(content),
+        f"bundle: {bundle.path} ({_size(bundle) / 1e6:.1f} MB), report: {bundle.path / entry['text']}",
+    ]
+    others = "build the other precisions too and compare them with cmt-bench: int8 is not always faster than fp16 on a GPU"
+    return "\n".join(
+        [*lines, "", "next:", f"  cmt-predict {bundle.path} IMAGE", f"  cmt-bench {bundle.path} OTHER_BUNDLE", f"({others})"]
+    )
+
+
+def _device_latency(measured: dict[str, Any], markdown: bool) -> str:
+    """The numbers that are easily confused, side by side."""
+    clock = measured["on_device"]
+    named = {"GPU, inference alone": clock and clock["compute"], "GPU, with copies": clock and clock["with_copies"],
+             "host, starting it": clock and clock["enqueue"], "host, one call": measured["model"],
+             "host, image file to label": measured["end_to_end"]}  # fmt: skip
+    rows = [[name, *_ms(Latency(**latency))] for name, latency in named.items() if latency]
+    text = table(["milliseconds", "p50", "p90", "p95", "p99", "max"], rows, markdown)
+    rate = measured["throughput"]
+    return text + (f"\n\nthroughput: {rate:.0f} images/s; batch {measured['batch']}" if rate else "")
+
+
+def _power_lines(power: dict[str, Any]) -> list[str]:
+    if power["source"] is None:
+        return ["power: not known here", *(f"note: {n}" for n in power["notes"])]
+    phases = ", ".join(f"{phase} {power[phase]['watts']:.2f} W" for phase in ("before", "during", "after")
+                       if power[phase]["watts"] is not None)  # fmt: skip
+    joules = power["joules_per_image"]
+    energy = f"; {1e3 * joules:.2f} mJ an image, idle power included" if joules else ""
+    return [f"power ({power['source']}): {phases}{energy}", *(f"note: {n}" for n in power["notes"])]
+
+
+def _state_lines(state: dict[str, Any]) -> list[str]:
+    """Module, clocks and temperatures before and after."""
+    before, after = state["before"], state["after"]
+    known = [before[k] for k in ("module",) if before[k]]
+    known += [f"L4T {before['l4t']}"] if before["l4t"] else []
+    known += [f"JetPack {before['jetpack']}"] if before["jetpack"] else []
+    known += [f"power mode {before['power_mode']['name']}"] if before["power_mode"] else []
+    if before["clocks"] and before["clocks"]["locked"] is not None:
+        known.append("clocks locked" if before["clocks"]["locked"] else "clocks NOT locked (sudo jetson_clocks locks them)")
+    lines = [f"device: {', '.join(known)}"] if known else []
+    hottest = [max(s["temperatures_c"].values(), default=None) for s in (before, after)]
+    lines += [f"hottest sensor: {hottest[0]:.0f} °C before, {hottest[1]:.0f} °C after"] if None not in hottest else []
+    gpu = after["dgpu"]
+    if gpu:
+        reasons = ", ".join(gpu["clock_reasons"] or []) or "nothing"
+        lines.append(f"GPU: {gpu['temperature_c']} °C, {gpu['sm_mhz']} of {gpu['sm_max_mhz']} MHz, held back by {reasons}")
+    return lines + [f"note: {n}" for n in before["notes"]]
 
 
 def _size(bundle: Bundle) -> int:

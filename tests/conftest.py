@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,30 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+FAKES = ROOT / "tests" / "fakes"
+
+
+@pytest.fixture
+def gpu_machine(monkeypatch, tmp_path):
+    """A machine with a fake GPU and a fake TensorRT, its own secret and its own cache; the path of a log of deserialised engines.
+
+    Child processes see the fakes too. ``FAKE_TRT`` and ``FAKE_CUDA`` in the environment make them fail.
+    """
+    monkeypatch.syspath_prepend(str(FAKES))
+    monkeypatch.setenv("PYTHONPATH", str(FAKES))
+    monkeypatch.setenv("CMT_EDGE_STATE", str(tmp_path / "state"))
+    monkeypatch.setenv("CMT_EDGE_CACHE", str(tmp_path / "cache"))
+    trace = tmp_path / "deserialized.log"
+    monkeypatch.setenv("FAKE_TRT_TRACE", str(trace))
+    forget_fakes()
+    yield trace
+    forget_fakes()
+
+
+def forget_fakes() -> None:
+    """Import TensorRT, CUDA and the backend over them anew."""
+    for name in [*sys.modules]:
+        if name.split(".")[0] in ("tensorrt", "cuda") or name in ("deploy.backends.tensorrt", "deploy.engine_builder"):
+            del sys.modules[name]

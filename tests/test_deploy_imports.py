@@ -12,9 +12,12 @@ import pytest
 from conftest import ROOT
 
 OURS = ("cmt", "deploy", "calib", "export")
-HEAVY = ("torch", "onnx", "onnxruntime", "openvino", "nncf", "matplotlib")
+HEAVY = ("torch", "onnx", "onnxruntime", "openvino", "tensorrt", "cuda", "pynvml", "nncf", "matplotlib")
 BUDGET_S = 0.3
-RUNTIMES = ("deploy.backends.openvino", "deploy.backends.onnxruntime", "deploy.backends.torch")
+RUNTIMES = (
+    "deploy.backends.openvino", "deploy.backends.onnxruntime", "deploy.backends.torch", "deploy.backends.tensorrt",
+    "deploy.engine_builder",
+)  # fmt: skip
 BLOCKER = f"""
 import sys
 class Blocker:
@@ -57,7 +60,7 @@ def test_deploy_imports_fast_and_light():
         assert {"deploy", "numpy", "PIL"} <= set(modules)
 
 
-@pytest.mark.parametrize("name", ["deploy.cli", "deploy.report", "deploy.parity", "deploy.benchmark"])
+@pytest.mark.parametrize("name", ["deploy.cli", "deploy.report", "deploy.parity", "deploy.benchmark", "deploy.build"])
 def test_tools_stay_light(name):
     loaded = json.loads(python(f"import sys, json, {name}; print(json.dumps(sorted(sys.modules)))"))
     assert name in loaded
@@ -147,7 +150,9 @@ def test_imports_are_found():
     assert not allowed("calib", "export.config")
 
 
-def test_errors_need_only_the_standard_library():
+def test_errors_and_files_need_next_to_nothing():
     for name in ("deploy.errors", "deploy.files"):
         for imported, _ in imports(name):
-            assert imported in ("deploy.errors", "__future__") or imported.split(".")[0] in sys.stdlib_module_names
+            assert (
+                imported in ("deploy.errors", "__future__", "platformdirs") or imported.split(".")[0] in sys.stdlib_module_names
+            )

@@ -370,7 +370,7 @@ def test_manifest_without_an_input_shape(tmp_path, entry, monkeypatch):
         Predictor.load(bundle.path)
 
 
-def test_every_format_has_a_runtime():
+def test_every_format_has_a_runtime(gpu_machine):
     assert set(FORMATS.values()) <= set(TABLE)
     for name in TABLE:
         module = backend(name)

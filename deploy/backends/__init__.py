@@ -7,17 +7,19 @@ from importlib import import_module, util
 from types import ModuleType
 
 from ..errors import RuntimeMissingError, UnknownNameError
-from .base import ExecutedPrecision, LoadOptions, Session
+from .base import DeviceTimes, ExecutedPrecision, LoadOptions, Session
 
-# name -> (module, packages it needs, extra that installs them)
+# name -> (module, packages it needs, how to get them)
 TABLE: dict[str, tuple[str, tuple[str, ...], str]] = {
-    "openvino": ("openvino", ("openvino",), "openvino"),
-    "onnxruntime": ("onnxruntime", ("onnxruntime",), "onnxruntime"),
-    "torch": ("torch", ("torch",), "export"),
+    "openvino": ("openvino", ("openvino",), 'pip install "cmt-edge[openvino]"'),
+    "onnxruntime": ("onnxruntime", ("onnxruntime",), 'pip install "cmt-edge[onnxruntime]"'),
+    "tensorrt": ("tensorrt", ("tensorrt",), "JetPack brings it (a virtual environment needs --system-site-packages); elsewhere see "
+                 "docs/tensorrt.md. Here, --backend onnxruntime runs the same graph"),
+    "torch": ("torch", ("torch",), 'pip install "cmt-edge[export]"'),
     "fake": ("fake", (), ""),
-}
+}  # fmt: skip
 
-FORMATS = {"openvino": "openvino", "onnx": "onnxruntime"}
+FORMATS = {"openvino": "openvino", "onnx": "onnxruntime", "trt": "tensorrt"}
 """Bundle format -> the runtime that serves it."""
 
 
@@ -30,11 +32,11 @@ def backend(name: str) -> ModuleType:
     """
     if name not in TABLE:
         raise UnknownNameError("runtime", name, difflib.get_close_matches(name, TABLE, n=2, cutoff=0.4), TABLE)
-    module, packages, extra = TABLE[name]
+    module, packages, remedy = TABLE[name]
     missing = [p for p in packages if util.find_spec(p) is None]
     if missing:
-        raise RuntimeMissingError(f"{' and '.join(missing)} is not installed", remedy=f'pip install "cmt-edge[{extra}]"')
+        raise RuntimeMissingError(f"{' and '.join(missing)} is not installed", remedy=remedy)
     return import_module(f"{__name__}.{module}")
 
 
-__all__ = ["FORMATS", "TABLE", "ExecutedPrecision", "LoadOptions", "Session", "backend"]
+__all__ = ["FORMATS", "TABLE", "DeviceTimes", "ExecutedPrecision", "LoadOptions", "Session", "backend"]

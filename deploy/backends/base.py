@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,21 @@ class ExecutedPrecision:
         return " + ".join(f"{k} {100 * v:.0f} %" for k, v in ordered if v >= 0.005) or "unknown"
 
 
+@dataclass(frozen=True)
+class DeviceTimes:
+    """Milliseconds by the device's own clock, one entry an inference, float64 ``(count,)``.
+
+    Attributes:
+        compute: the inference alone.
+        with_copies: with the copies to and from the device.
+        enqueue: what the host spent on starting it.
+    """
+
+    compute: np.ndarray
+    with_copies: np.ndarray
+    enqueue: np.ndarray
+
+
 class Session(ABC):
     """A loaded model. ``run`` may be called from several threads at once."""
 
@@ -60,6 +76,8 @@ class Session(ABC):
     device: str
     parallelism: int = 1
     """How many requests at once give the best throughput."""
+    notes: Sequence[str] = ()
+    """What the runtime could not do as asked, readable."""
 
     @abstractmethod
     def run(self, batch: np.ndarray) -> np.ndarray:
@@ -68,6 +86,14 @@ class Session(ABC):
     @abstractmethod
     def executed(self, batch: np.ndarray, repeats: int = 10) -> ExecutedPrecision:
         """Run ``batch`` with profiling and say which precisions executed."""
+
+    def device_times(self, batch: np.ndarray, count: int) -> DeviceTimes | None:
+        """Time ``count`` inferences by the device's clock; ``None`` where host and device are the same."""
+        return None
+
+    def inspect(self) -> str:
+        """The runtime's own description of what it compiled, as JSON; empty where it has none."""
+        return ""
 
     def close(self) -> None:
         """Free the runtime's resources; the session cannot be used afterwards."""

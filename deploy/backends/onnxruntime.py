@@ -35,8 +35,8 @@ def compile(onnx: Path, folder: Path) -> list[Path]:
 class OnnxRuntimeSession(Session):
     device = "CPU"
 
-    def __init__(self, path: Path, options: LoadOptions) -> None:
-        self._path = path
+    def __init__(self, model: Path | bytes, options: LoadOptions) -> None:
+        self._model = model if isinstance(model, bytes) else str(model)
         self.runtime = check(options.device)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._threads = options.threads or cores
@@ -53,7 +53,7 @@ class OnnxRuntimeSession(Session):
         if profile_prefix:
             settings.enable_profiling = True
             settings.profile_file_prefix = profile_prefix
-        return ort.InferenceSession(str(self._path), settings, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(self._model, settings, providers=["CPUExecutionProvider"])
 
     def run(self, batch: np.ndarray) -> np.ndarray:
         return self._session.run(None, {self._input: batch})[0]
