@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import onnx
 from onnx import numpy_helper
@@ -17,6 +19,18 @@ def lint(model: onnx.ModelProto) -> list[str]:
     graph = model.graph
     constants = {i.name: i for i in graph.initializer}
     producer = {output: node for node in graph.node for output in node.output}
+    findings = common_findings(model)
+    quantized = 0
+    for node in graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            quantized += 1
+            findings += check_parameters(node, constants)
+        findings += _check_consumer(node, producer, constants)
+    return findings if quantized else [*findings, "the graph has no quantized operation"]
+
+
+def common_findings(model: onnx.ModelProto) -> list[str]:
+    """Rules for every graph: opset, domains, weights inside the file."""
     findings = [
         f"opset {o.version} is above {MAX_OPSET}"
         for o in model.opset_import
@@ -25,17 +39,10 @@ def lint(model: onnx.ModelProto) -> list[str]:
     findings += [
         f"operation domain {o.domain!r} is not standard" for o in model.opset_import if o.domain not in ("", "ai.onnx")
     ]
-    findings += [f"{i.name}: weights are stored outside the file" for i in graph.initializer if i.external_data]
-    quantized = 0
-    for node in graph.node:
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-            quantized += 1
-            findings += _check_parameters(node, constants)
-        findings += _check_consumer(node, producer, constants)
-    return findings if quantized else [*findings, "the graph has no quantized operation"]
+    return findings + [f"{i.name}: weights are stored outside the file" for i in model.graph.initializer if i.external_data]
 
 
-def _check_parameters(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> list[str]:
+def check_parameters(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> list[str]:
     """Scale, zero point and granularity of one Q or DQ node."""
     if len(node.input) < 3 or node.input[1] not in constants or node.input[2] not in constants:
         return [f"{node.name}: scale and zero point must be constants"]
@@ -58,7 +65,7 @@ def _check_consumer(
     """What one operation reads: float biases, per-channel weights, float inputs where the recipe says so."""
     if node.op_type not in (*FLOAT_OPS, *INT8_OPS):
         return []
-    sources = [(i, _source(name, producer)) for i, name in enumerate(node.input)]
+    sources = [(i, source_of(name, producer)) for i, name in enumerate(node.input)]
     dequantized = [(i, source) for i, source in sources if source is not None and source.op_type == "DequantizeLinear"]
     findings = []
     for position, dq in dequantized:
@@ -76,7 +83,7 @@ def _check_consumer(
     return findings
 
 
-def _source(name: str, producer: dict[str, onnx.NodeProto]) -> onnx.NodeProto | None:
+def source_of(name: str, producer: dict[str, onnx.NodeProto]) -> onnx.NodeProto | None:
     """The node that computed a tensor, looking through operations that only move its values."""
     node = producer.get(name)
     while node is not None and node.op_type in MOVES:

@@ -15,6 +15,7 @@ EPILOG = """\
 examples:
   cmt-export --model cmt_nano --precision int8 --data generated
   cmt-export --model cmt_xs --weights cmt_xs.pth --precision int8 --data photos/train --eval-data photos/test
+  cmt-export --model cmt_xs --weights cmt_xs.pth --format trt --half --no-build
   cmt-export --model cmt_s --weights random --format onnx --batch 0 --dry-run
 """
 
@@ -33,11 +34,19 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--fresh-head", action="store_true", help="start a new classifier where the class count differs", **keep)
     p.add_argument("--resize-position-bias", action="store_true", help="interpolate a checkpoint of another resolution", **keep)
     p.add_argument("--labels", help="text file with one class name a line", **keep)
-    p.add_argument("--format", help="openvino (default) or onnx", **keep)
-    p.add_argument("--precision", help="fp32 (default), bf16 or int8", **keep)
+    p.add_argument("--format", help="openvino (default), onnx or trt (TensorRT; also: engine, tensorrt)", **keep)
+    p.add_argument("--precision", help="fp32 (default), fp16 (trt), bf16 (openvino) or int8", **keep)
     p.add_argument("--int8", dest="precision", action="store_const", const="int8", help="same as --precision int8", **keep)
+    p.add_argument("--half", dest="precision", action="store_const", const="fp16", help="same as --precision fp16", **keep)
+    p.add_argument("--no-build", dest="build", action="store_false", help="trt: write the bundle without an engine; cmt-build "
+                   "finishes it on the device", **keep)  # fmt: skip
+    p.add_argument("--workspace", type=float, metavar="GiB", help="trt: scratch memory of the builder (default: 40 %% of what is "
+                   "free)", **keep)  # fmt: skip
+    p.add_argument("--device", help="trt: number of the GPU (default 0)", **keep)
     p.add_argument("--batch", type=int, help="batch size of the graph (default 1), 0 for any", **keep)
-    p.add_argument("--data", help="calibration images: folder, ARCHIVE.tar[/FOLDER], or 'generated'", **keep)
+    p.add_argument(
+        "--data", help="calibration images (int8; fp16: for the ranges): folder, ARCHIVE.tar[/FOLDER], or 'generated'", **keep
+    )
     p.add_argument("--calib-size", type=int, help="number of calibration images (default 300, or all)", **keep)
     p.add_argument("--eval-data", help="labelled images to measure top-1 on: class folders, or ARCHIVE.tar[/FOLDER]", **keep)
     p.add_argument("--eval-limit", type=int, help="use only so many of them", **keep)
@@ -110,7 +119,14 @@ def _plan(config: Any) -> dict[str, Any]:
     if config.eval_data:
         images = ImageSet(config.eval_data)
         plan["evaluation"] = {"images": min(len(images), config.eval_limit or len(images)), "classes": len(images.classes)}
-    steps += [f"compile for {config.format}", "verify", "measure", "write the bundle"]
+    if config.format == "trt":
+        steps += [
+            "write the precision into the graph",
+            *(["build the engine", "verify", "measure"] if config.build else ["verify"]),
+        ]
+    else:
+        steps += [f"compile for {config.format}", "verify", "measure"]
+    steps.append("write the bundle")
     return plan | {"input": [config.batch or "batch", 3, config.img_size, config.img_size], "classes": config.classes,
                    "precision": config.precision, "format": config.format, "steps": steps}  # fmt: skip
 

@@ -11,11 +11,14 @@ from typing import Any, get_args, get_type_hints
 
 from cmt import model_spec
 from cmt.registry import ModelSpec, check_size
+from deploy.engine import EngineOptions
 from deploy.errors import InputError, UnknownNameError, WeightsError
 from deploy.preprocess import Preprocess
 
-FORMATS = ("onnx", "openvino")
-PRECISIONS = ("fp32", "bf16", "int8")
+FORMATS = {"onnx": ("fp32", "int8"), "openvino": ("fp32", "bf16", "int8"), "trt": ("fp32", "fp16", "int8")}
+"""Format -> the precisions it can have."""
+ALIASES = {"engine": "trt", "tensorrt": "trt"}
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 OPSET = 20
 """Has GELU as one operation; the highest that TensorRT 10 and 11 parse completely."""
 
@@ -26,14 +29,15 @@ class ExportConfig:
 
     Attributes:
         model: a name of :func:`cmt.list_models`.
-        format: ``"onnx"`` (served by ONNX Runtime) or ``"openvino"``.
-        precision: ``"fp32"``, ``"bf16"`` or ``"int8"``.
+        format: ``"onnx"`` (served by ONNX Runtime), ``"openvino"`` or ``"trt"`` (also ``"engine"``, ``"tensorrt"``).
+        precision: ``"fp32"``, ``"fp16"`` (trt), ``"bf16"`` (openvino) or ``"int8"``.
         weights: ``"pretrained"``, ``"random"``, or a checkpoint file.
         ema: which weights of a training checkpoint, see :func:`cmt.load_weights`.
         fresh_head, resize_position_bias: allow a checkpoint of another class count or resolution.
         num_classes, imgsz: default: as published.
         labels: text file with one class name a line, in logit order.
-        data: calibration images for int8: folder, ``ARCHIVE.tar[/FOLDER]`` or ``"generated"``.
+        data: calibration images for int8: folder, ``ARCHIVE.tar[/FOLDER]`` or ``"generated"``; for fp16, images whose
+            activations decide what stays float32 (default: generated ones).
         calib_size: number of calibration images; default 300, or all where there are fewer.
         eval_data: labelled images; top-1 of bundle and reference is measured on them.
         eval_limit: use only so many of them, evenly spread.
@@ -44,6 +48,9 @@ class ExportConfig:
         exif: ``"apply"`` or ``"ignore"`` the orientation of photographs.
         threads: CPU threads for verification and measurement.
         seed: of random weights and of the choice of calibration images.
+        build: trt only: build the engine here; without, the bundle is finished on the device by ``cmt-build``.
+        device: trt only: number of the GPU to build on.
+        workspace: trt only: GiB of scratch memory for the builder.
         output: folder in which the bundle's folder is made.
         cache: reuse calibrated graphs of earlier runs.
     """
@@ -69,8 +76,14 @@ class ExportConfig:
     exif: str = "apply"
     threads: int | None = None
     seed: int = 0
+    build: bool = True
+    device: str | None = None
+    workspace: float | None = None
     output: str = "."
     cache: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "format", ALIASES.get(self.format, self.format))
 
     @property
     def spec(self) -> ModelSpec:
@@ -106,7 +119,7 @@ class ExportConfig:
     def check(self) -> None:
         """Raise the first :class:`~deploy.errors.InputError` among everything that can be known without loading."""
         spec = self.spec
-        _choice("format", self.format, FORMATS)
+        _choice("format", self.format, (*FORMATS, *ALIASES))
         _choice("precision", self.precision, PRECISIONS)
         _choice("EXIF policy", self.exif, ("apply", "ignore"))
         check_size(spec, self.img_size)
@@ -118,18 +131,33 @@ class ExportConfig:
             if not bound >= 0:
                 raise InputError(f"{flag} {bound} is negative", remedy="give the allowed difference, 0 or more")
         self._check_files()
-        if self.format == "onnx" and self.precision == "bf16":
-            raise InputError("ONNX Runtime has no bfloat16 kernels on the CPU, so a bf16 ONNX bundle could not run",
-                             remedy="--format openvino --precision bf16, or --precision int8 or fp32")  # fmt: skip
+        self._check_pair()
         if self.precision == "int8" and self.data is None:
             raise InputError("int8 needs calibration images", remedy="--data FOLDER with images like those the model will see, "
                              "or --data generated if there are none")  # fmt: skip
-        if self.precision != "int8" and (self.data is not None or self.calib_size is not None):
-            raise InputError(f"--data and --calib-size are for int8 calibration, not {self.precision}",
+        if self.precision not in ("int8", "fp16") and (self.data is not None or self.calib_size is not None):
+            raise InputError(f"--data and --calib-size are for int8 calibration and fp16 ranges, not {self.precision}",
                              remedy="leave them out; to measure accuracy use --eval-data")  # fmt: skip
         if self.weights == "pretrained" and self.img_size != spec.img_size and not self.resize_position_bias:
             raise InputError(f"the pretrained weights of {self.model} are for {spec.img_size} pixels, not {self.img_size}",
                              remedy="--resize-position-bias to interpolate them, then check the accuracy")  # fmt: skip
+
+    def _check_pair(self) -> None:
+        """Formats and precisions that do not go together, and settings of another format."""
+        if self.precision not in FORMATS[self.format]:
+            why = {"onnx": "ONNX Runtime computes in it on no CPU", "openvino": "OpenVINO computes in it on no CPU",
+                   "trt": "its typed graphs are fp32, fp16 or int8"}[self.format]  # fmt: skip
+            others = [f for f, known in FORMATS.items() if self.precision in known]
+            raise InputError(f"--format {self.format} has no {self.precision}: {why}",
+                             remedy=f"--format {' or '.join(others)}, or --precision {' or '.join(FORMATS[self.format])}")  # fmt: skip
+        given = [flag for flag, value in (("--no-build", not self.build), ("--workspace", self.workspace), ("--device", self.device))
+                 if value]  # fmt: skip
+        if self.format != "trt" and given:
+            raise InputError(
+                f"{' and '.join(given)}: only --format trt builds engines", remedy="leave it out, or use --format trt"
+            )
+        if self.format == "trt":
+            EngineOptions(self.workspace).check()
 
     def _check_files(self) -> None:
         if self.weights not in ("pretrained", "random") and not Path(self.weights).is_file():
@@ -188,7 +216,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise InputError("the configuration file cannot be read", where=path, why=exc, remedy="it must be TOML") from exc
 
 
-def _choice(kind: str, value: str, known: tuple[str, ...]) -> None:
+def _choice(kind: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         raise UnknownNameError(kind, value, difflib.get_close_matches(value, known, n=2, cutoff=0.4), known)
 

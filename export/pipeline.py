@@ -5,6 +5,7 @@ Every step proves itself against the PyTorch reference before the next one start
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,28 +17,33 @@ from torch import nn
 
 from calib import CalibrationSet, quantize
 from calib.generated import generate
+from calib.parser import parser_findings
 from cmt import count_params, fuse, labels_of, macs, weights_fingerprint
-from cmt.download import cache_folder
 from cmt.reference import PROVIDER, build
 from cmt.weights import LoadedWeights
 from deploy import Bundle, Predictor, report
 from deploy.backends import FORMATS as RUNTIME_OF
-from deploy.backends import backend
-from deploy.benchmark import Benchmark, Protocol, benchmark
+from deploy.backends import LoadOptions, backend
+from deploy.benchmark import Benchmark, Protocol, benchmark, summary
+from deploy.build import finish, require_tensorrt
 from deploy.bundle import GOLDEN, ONNX, REFERENCE, BundleWriter, Golden, Manifest, save_reference
 from deploy.console import Progress
-from deploy.errors import GateError
-from deploy.files import writing
+from deploy.engine import EngineOptions
+from deploy.errors import GateError, RuntimeMissingError
+from deploy.files import cache_folder, writing
 from deploy.host import describe, versions
 from deploy.images import ImageSet
-from deploy.parity import Verification, match_labels, verify
+from deploy.parity import ATOL, Verification, match_labels, verify
 from deploy.preprocess import normalise, pixels
 
 from .config import OPSET, ExportConfig
+from .precision import observe, rounded, typed
 from .to_onnx import FUSE_ATOL, export_onnx, logits_of, require_parity, simplify, with_batch
 
 GOLDEN_IMAGES = 4
 GOLDEN_SEED = 7
+OBSERVED_IMAGES = 32
+"""Activations are observed on so many images; the ranges hardly grow with more, and :data:`~export.precision.SAFETY` covers the rest."""
 DYNAMIC_SIZES = (1, 3, 8)
 QUICK = Protocol(iters=50, seconds=1.0, warmup_seconds=0.5)
 
@@ -82,19 +88,25 @@ def run(config: ExportConfig, progress: Progress | None = None) -> Bundle:
                 quantized = quantize(graph, data, config.preprocess, cache=cache, progress=progress.count)
             graph = quantized.model
             manifest = replace(manifest, calibration=data.describe() | {"recipe": quantized.recipe, "cached": quantized.cached})
+        if config.format == "trt":
+            with progress.step("write the precision into the graph"):
+                graph, manifest = _typed(config, graph, data, reference, manifest, steps)
         with progress.step(f"compile for {config.format}"), writing(config.target):
             manifest = _write(config, writer, with_batch(graph, config.batch), reference, manifest)
+        if config.format == "trt" and config.build:
+            manifest = _build_engine(config, writer, manifest, progress)
         with progress.step("verify"):
             result = _verify(config, writer.staged(manifest), reference, labelled, progress)
             if result.data:
                 with writing(config.target):
                     save_reference(writer.folder / REFERENCE, result.data.reference_answers)
-        with progress.step("measure"):
-            speed = benchmark([writer.staged(manifest)], threads=config.threads, protocol=QUICK, with_throughput=False,
-                              progress=progress.share)  # fmt: skip
-        manifest = replace(
-            manifest, verification=report.plain(result) | {"steps": steps, "bundle": config.name}, latency=_latency(speed)
-        )
+        speed = None
+        if config.format != "trt":  # an engine has been measured where it was built
+            with progress.step("measure"):
+                speed = benchmark([writer.staged(manifest)], threads=config.threads, protocol=QUICK, with_throughput=False,
+                                  progress=progress.share)  # fmt: skip
+            manifest = replace(manifest, latency=summary(speed))
+        manifest = replace(manifest, verification=report.plain(result) | {"steps": steps, "bundle": config.name})
         with progress.step("write the bundle"), writing(config.target):
             _write_reports(writer.folder, config, result, speed)
             return writer.commit(manifest)
@@ -107,6 +119,10 @@ def preflight(config: ExportConfig) -> None:
     """
     config.check()
     BundleWriter(config.target).check()
+    if config.format == "trt":
+        if config.build:
+            _require_tensorrt(config)
+        return
     module = backend(RUNTIME_OF[config.format])
     module.check()
     if config.format == "openvino":
@@ -150,16 +166,63 @@ def _graph(config: ExportConfig, reference: _Reference, progress: Progress) -> t
     return graph, steps
 
 
+def _require_tensorrt(config: ExportConfig) -> None:
+    try:
+        require_tensorrt(config.device)
+    except RuntimeMissingError as exc:
+        raise RuntimeMissingError(exc.what, why=exc.why, remedy="--no-build writes a complete bundle without the engine; "
+                                  "cmt-build finishes it on the device") from exc  # fmt: skip
+
+
+def _typed(
+    config: ExportConfig, graph: onnx.ModelProto, data: CalibrationSet | None, reference: _Reference, manifest: Manifest,
+    steps: dict[str, float],
+) -> tuple[onnx.ModelProto, Manifest]:  # fmt: skip
+    """The graph with its precision written into it; what stayed float32 goes into the manifest."""
+    observed: dict[str, float] = {}
+    images = data or CalibrationSet.choose("generated", OBSERVED_IMAGES, config.preprocess, config.seed)
+    if config.precision != "fp32":
+        batches = itertools.islice(images.batches(config.preprocess), OBSERVED_IMAGES)
+        observed = observe(graph, itertools.chain(np.split(reference.batch, len(reference.batch)), batches))
+    result = typed(graph, config.precision, observed)
+    if findings := parser_findings(result.model):
+        raise GateError("TensorRT's parser would refuse the graph", why="; ".join(findings[:5]),
+                        remedy="nothing was written; report the model, or export --format onnx or openvino")  # fmt: skip
+    logits = logits_of(rounded(result.model), reference.batch, "write the precision into the graph")
+    steps[f"typed {config.precision}"] = require_parity(
+        "write the precision into the graph", logits, reference.logits,
+        ATOL[config.precision] * float(reference.logits.std(axis=1).mean()) / max(1.0, float(np.abs(reference.logits).max())),
+    )  # fmt: skip
+    ranges = {"source": images.describe()["source"], "images": min(len(images), OBSERVED_IMAGES) + len(reference.batch),
+              "largest": result.largest} if observed else None  # fmt: skip
+    typing = {"operations": result.operations, "islands": [asdict(i) for i in result.islands], "observed": ranges}
+    return result.model, replace(manifest, typing=typing)
+
+
+def _build_engine(config: ExportConfig, writer: BundleWriter, manifest: Manifest, progress: Progress) -> Manifest:
+    """What ``cmt-build`` does, on the bundle that is being written."""
+    options = EngineOptions(config.workspace)
+    finished = finish(writer.staged(manifest), options, device=config.device, atol=config.atol, progress=progress)
+    for name, content in finished.files.items():
+        with writing(config.target):
+            (writer.folder / name).parent.mkdir(exist_ok=True)
+            (writer.folder / name).write_bytes(content)
+    return finished.manifest
+
+
 def _write(
     config: ExportConfig, writer: BundleWriter, graph: onnx.ModelProto, reference: _Reference, manifest: Manifest
 ) -> Manifest:
     """``model.onnx``, the compiled artefact and the golden vectors; the manifest knows the runtime's options."""
     path = writer.folder / ONNX
     path.write_bytes(graph.SerializeToString(deterministic=True))
-    module = backend(RUNTIME_OF[config.format])
-    module.compile(path, writer.folder)
     reference.golden.save(writer.folder / GOLDEN)
-    return replace(manifest, runtime={"backend": RUNTIME_OF[config.format], "version": module.check()})
+    name = RUNTIME_OF[config.format]
+    if config.format == "trt":  # its artefact is the engine, see _build_engine
+        return replace(manifest, runtime={"backend": name, "version": None})
+    module = backend(name)
+    module.compile(path, writer.folder)
+    return replace(manifest, runtime={"backend": name, "version": module.check()})
 
 
 def _verify(
@@ -171,6 +234,7 @@ def _verify(
         result = verify(
             bundle, data=labelled, by_order=config.by_order, threads=config.threads, reference=torch_side,
             max_drop=config.max_drop, atol=config.atol, limit=config.eval_limit, progress=progress.count,
+            candidate=_emulated(config, bundle) if config.format == "trt" and not config.build else None,
         )  # fmt: skip
     if not result.passed:
         text = report.verification_text(replace(result, bundle=config.name))
@@ -178,6 +242,16 @@ def _verify(
                         remedy="nothing was written; calibrate on more and more typical images, use bf16 or fp32, or allow more "
                                "with --max-drop or --atol")  # fmt: skip
     return replace(result, bundle=config.name)
+
+
+def _emulated(config: ExportConfig, bundle: Bundle) -> Predictor:
+    """A typed graph on the CPU with every float16 tensor rounded, for where the engine cannot be built."""
+    from deploy.backends.onnxruntime import OnnxRuntimeSession
+
+    graph = rounded(onnx.load(bundle.file(ONNX)))
+    session = OnnxRuntimeSession(graph.SerializeToString(), LoadOptions(threads=config.threads))
+    session.runtime += ", float16 emulated" if config.precision != "fp32" else ""
+    return Predictor(session, config.preprocess, bundle.labels, batch=config.batch)
 
 
 def _labels(config: ExportConfig, loaded: LoadedWeights) -> tuple[list[list[str]], str]:
@@ -215,16 +289,12 @@ def _manifest(config: ExportConfig, reference: _Reference, labels: list[list[str
     )  # fmt: skip
 
 
-def _latency(speed: Benchmark) -> dict[str, Any]:
-    measured = speed.results[0]
-    return {"p50_ms": measured.model.p50, "ci_ms": measured.model.ci, "p95_ms": measured.model.p95,
-            "end_to_end_p50_ms": measured.end_to_end.p50, "batch": measured.batch, "threads": speed.threads,
-            "executed": asdict(measured.executed), "warnings": measured.warnings}  # fmt: skip
-
-
-def _write_reports(folder: Path, config: ExportConfig, result: Verification, speed: Benchmark) -> None:
-    speed = replace(speed, results=[replace(speed.results[0], name=config.name)])
-    text = f"# {config.name}\n\n## Verification\n\n{report.verification_text(result, markdown=True)}\n\n## Latency\n\n"
-    (folder / "report.md").write_text(text + report.benchmark_text(speed, markdown=True) + "\n", encoding="utf-8")
-    content = {"verification": report.plain(result), "benchmark": report.plain(speed)}
+def _write_reports(folder: Path, config: ExportConfig, result: Verification, speed: Benchmark | None) -> None:
+    text = f"# {config.name}\n\n## Verification\n\n{report.verification_text(result, markdown=True)}\n"
+    content = {"verification": report.plain(result)}
+    if speed:
+        speed = replace(speed, results=[replace(speed.results[0], name=config.name)])
+        text += f"\n## Latency\n\n{report.benchmark_text(speed, markdown=True)}\n"
+        content["benchmark"] = report.plain(speed)
+    (folder / "report.md").write_text(text, encoding="utf-8")
     (folder / "report.json").write_text(report.to_json(content) + "\n", encoding="utf-8")

@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import onnx
@@ -77,13 +77,23 @@ def checked(step: str, graph: onnx.ModelProto) -> onnx.ModelProto:
 
 def logits_of(graph: onnx.ModelProto, batch: np.ndarray, step: str) -> np.ndarray:
     """Run ``graph`` in ONNX Runtime: float32 ``(N, 3, S, S)`` -> ``(N, classes)``."""
+    return run_graph(graph, step)(batch)[0]
+
+
+def run_graph(graph: onnx.ModelProto, step: str) -> Callable[[np.ndarray], list[np.ndarray]]:
+    """``graph``, opened in ONNX Runtime: a function from a batch, float32 ``(N, 3, S, S)``, to all outputs."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
     with guarded(step):
         session = ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        return session.run(None, {INPUT: batch})[0]
+
+    def run(batch: np.ndarray) -> list[np.ndarray]:
+        with guarded(step):
+            return session.run(None, {INPUT: batch})
+
+    return run
 
 
 def require_parity(step: str, ours: np.ndarray, reference: np.ndarray, atol: float = ATOL) -> float:
