@@ -21,6 +21,7 @@ from . import dgpu, jetson
 from .dgpu import DGpu
 from .errors import InputError, RuntimeMissingError
 from .jetson import Clocks, Memory, PowerMode
+from .tegrastats import TegrastatsPower
 
 TOOL_TIMEOUT_S = 3.0
 TOOL_FOLDERS = ("/usr/sbin", "/usr/bin", "/sbin", "/bin")
@@ -94,13 +95,17 @@ class PowerReport:
 # --- snapshot --------------------------------------------------------------------------------------------------------
 
 
+def find_tool(name: str) -> str | None:
+    """Path of a program, also where the user's ``PATH`` lacks its folder."""
+    return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *TOOL_FOLDERS]))
+
+
 def run_tool(command: Sequence[str]) -> str | None:
     """Standard output of a tool, whatever its exit code; ``None`` where it is absent or takes longer than 3 s.
 
     No shell, no ``sudo``, no input.
     """
-    path = os.pathsep.join([os.environ.get("PATH", ""), *TOOL_FOLDERS])
-    program = shutil.which(command[0], path=path)
+    program = find_tool(command[0])
     if program is None:
         return None
     try:
@@ -213,10 +218,25 @@ def _ask(command: list[str], run: Run, parse: Callable[[str], T | None], notes: 
 def find_power_sensor(root: Path = Path("/"), gpu_index: int = 0) -> tuple[PowerSensor | None, list[str]]:
     """What measures the total power here, tried once, or ``None`` and the reason.
 
-    On a Jetson the input rail of sysfs, or the sum of the rails where it has none (:func:`deploy.jetson.total_rails`); else the
-    GPU's board power by NVML, without CPU and memory of the machine.
+    On a Jetson the input rail of sysfs, or the sum of the rails where it has none (:func:`deploy.jetson.total_rails`), or the same
+    from ``tegrastats`` where sysfs cannot be read; else the GPU's board power by NVML, without CPU and memory of the machine.
     """
-    return _rail_sensor(root) if jetson.is_jetson(root) else _gpu_sensor(gpu_index)
+    if not jetson.is_jetson(root):
+        return _gpu_sensor(gpu_index)
+    sensor, notes = _rail_sensor(root)
+    return (sensor, notes) if sensor else _tegrastats_sensor(notes)
+
+
+def _tegrastats_sensor(notes: list[str]) -> tuple[PowerSensor | None, list[str]]:
+    """The tool, or ``notes`` of why sysfs could not be read and what the tool lacks."""
+    program = find_tool("tegrastats")
+    if program is None:
+        return None, [*notes, "power: tegrastats is not here either"]
+    try:
+        running = TegrastatsPower([program])
+    except OSError as exc:
+        return None, [*notes, f"power: {exc}"]
+    return PowerSensor(running.source, running.watts, running.close), []
 
 
 def _rail_sensor(root: Path) -> tuple[PowerSensor | None, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 import time
@@ -10,6 +11,7 @@ from dataclasses import asdict
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from test_deploy_jetson import CLOCKS, NVPMODEL, plant
@@ -385,7 +387,46 @@ def test_jetson_whose_rails_only_root_reads(tmp_path):
 )
 def test_inner_rails_do_not_stand_in_for_the_total(name, file, note, tmp_path):
     (plant(name, tmp_path) / "sys/bus/i2c/drivers" / file).unlink()
-    assert find_power_sensor(tmp_path) == (None, [note])
+    assert find_power_sensor(tmp_path) == (None, [note, "power: tegrastats is not here either"])
+
+
+RECORDED = dict(re.findall(r"^# (\S+)\n(.+)$", (ROOT / "tests/data/jetson/tegrastats.txt").read_text(), re.MULTILINE))
+
+
+def tegrastats(folder, body, monkeypatch):
+    """A ``tegrastats`` on the ``PATH`` that runs ``body``, and a Jetson whose sysfs tells no rails."""
+    (folder / "bin").mkdir()
+    (folder / "bin" / "tegrastats").write_text(f"#!/bin/sh\n{body}\n")
+    (folder / "bin" / "tegrastats").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:/usr/bin:/bin")
+    for file in plant("nano", folder / "root").rglob("rail_name_*"):
+        file.unlink()
+    return folder / "root"
+
+
+@pytest.mark.parametrize(("name", "watts", "source"), [("tx2", 3.056, "tegrastats, VDD_IN")])
+def test_tegrastats_where_sysfs_tells_nothing(name, watts, source, tmp_path, monkeypatch):
+    root = tegrastats(tmp_path, f"while :; do echo '{RECORDED[name]}'; sleep 0.05; done", monkeypatch)
+    threads = threading.active_count()
+    with PowerMonitor(root, idle_s=0.1, interval_s=0.02) as power:
+        time.sleep(0.1)
+    assert power.source == source
+    assert power.during.watts == pytest.approx(watts)
+    assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize("body", ["exit 1", "echo nonsense", "echo 'RAM 1/2MB (lfb 1x4MB) CPU [1%@345]'"])
+def test_a_tegrastats_without_rails(body, tmp_path, monkeypatch):
+    sensor, notes = find_power_sensor(tegrastats(tmp_path, body, monkeypatch))
+    assert sensor is None
+    assert notes[-1] == "power: tegrastats names no power rail"
+
+
+def test_a_tegrastats_that_ends_midway_makes_a_note(tmp_path, monkeypatch):
+    root = tegrastats(tmp_path, f"echo '{RECORDED['tx2']}'; sleep 0.1", monkeypatch)
+    with PowerMonitor(root, idle_s=0.02, interval_s=0.02) as power:
+        time.sleep(0.4)
+    assert any("tegrastats has ended" in note for note in power.notes)
 
 
 def test_report_is_json(tmp_path):
