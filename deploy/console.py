@@ -42,7 +42,7 @@ def parser(prog: str, description: str, epilog: str = "") -> argparse.ArgumentPa
 def add_runtime_flags(p: argparse.ArgumentParser) -> None:
     """``--backend``, ``--device``, ``--threads``."""
     p.add_argument("--backend", help="runtime to use (default: the one of the bundle's format)")
-    p.add_argument("--device", help="the runtime's device (default: CPU)")
+    p.add_argument("--device", help="the runtime's device (default: CPU; TensorRT: GPU 0)")
     p.add_argument("--threads", type=int, help="CPU threads of one inference (default: all cores)")
 
 

@@ -79,7 +79,7 @@ class Predictor:
 
         Args:
             path: bundle folder.
-            backend: ``"openvino"``, ``"onnxruntime"``, ``"torch"`` or ``"fake"``; default: the one of the bundle's format.
+            backend: ``"openvino"``, ``"onnxruntime"``, ``"tensorrt"``, ``"torch"`` or ``"fake"``; default: the one of the bundle's format.
             device, threads, throughput, weights: see :class:`~deploy.backends.base.LoadOptions`.
 
         Raises:

@@ -74,9 +74,19 @@ def benchmark_text(result: Benchmark, markdown: bool = False) -> str:
         table(["bundle", "asked", "what really ran (share of time)", "conversions", "runtime"], executed, markdown),
         f"{host['cpu']}, {host['cores']} cores ({flags}); threads: {result.threads or 'all'}; batch {result.results[0].batch}; "
         f"interleaved, at least {protocol.iters} iterations and {protocol.seconds:g} s each after warm-up.",
+        *_fastest(result),
         *(f"warning: {r.name}: {w}" for r in result.results for w in r.warnings),
     ]
     return "\n\n".join(parts)
+
+
+def _fastest(result: Benchmark) -> list[str]:
+    """Which of several to take, if the others' intervals leave no doubt."""
+    if len(result.results) < 2:
+        return []
+    best, second = sorted(result.results, key=lambda r: -r.ratio)[:2]
+    close = second.ratio_ci[1] >= best.ratio_ci[0]
+    return [f"fastest: {best.name}" + (f" (no clear difference from {second.name})" if close else "")]
 
 
 def verification_text(v: Verification, markdown: bool = False) -> str:

@@ -234,12 +234,12 @@ class _Conversion:
         """Why ``node`` cannot be float16, with the observed value; ``None`` if it can."""
         for name in (*node.input, *node.output):
             if self.observed.get(name, 0.0) > LIMIT:
-                return f"values of {name} leave float16", self.observed[name]
+                return "values leave float16", self.observed[name]
         for position, name in enumerate(node.input):
             if position in ALWAYS_FLOAT.get(node.op_type, ()) or name not in self.constants:
                 continue
             if (bad := _unrepresentable(self.constants[name])) is not None:
-                return f"constant {name} leaves float16", bad
+                return "a constant leaves float16", bad
         return self._inside(node)
 
     def _inside(self, node: onnx.NodeProto) -> tuple[str, float] | None:
@@ -251,7 +251,7 @@ class _Conversion:
         if node.op_type == "Softmax" and largest > MAX_SCORE:
             return "scores too large for float16's steps", largest
         if node.op_type in SUMS and largest * self._summed(node) > LIMIT:
-            return f"its sum over {self._summed(node)} values leaves float16", largest
+            return "its sum leaves float16", largest
         if node.op_type in INT8_OPS and logits > MAX_SCORE:
             return "logits too large for float16's steps", logits
         return None

@@ -18,7 +18,7 @@ class LoadOptions:
     """How to open a bundle.
 
     Attributes:
-        device: the runtime's name of a device, e.g. ``"CPU"``; ``None`` is the runtime's default here, the CPU.
+        device: the runtime's name of a device, e.g. ``"CPU"``; ``None`` is the runtime's default: the CPU, or the first GPU.
         threads: CPU threads of one inference; ``None`` uses all cores of this process.
         throughput: prefer many requests at once to the latency of one.
         weights: checkpoint for the torch backend where the bundle's weights came from a file.
