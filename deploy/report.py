@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -150,7 +149,7 @@ def _typed_lines(typing: dict[str, Any] | None) -> list[str]:
         return []
     counts = ", ".join(f"{n} in {p}" for p, n in sorted(typing["operations"].items(), key=lambda kv: -kv[1]))
     lines = [f"typed: {counts} (operations)"]
-    kinds = Counter((i["op"], re.sub(r"\b(of|constant|over) \S+", r"\1 ...", i["reason"])) for i in typing["islands"])
+    kinds = Counter((i["op"], i["reason"]) for i in typing["islands"])
     lines += [f"float32: {n} {op}: {reason}" for (op, reason), n in kinds.items()]
     if typing["observed"]:
         seen = typing["observed"]
