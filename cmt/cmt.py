@@ -7,18 +7,17 @@ dense table shared by all blocks of a stage, and the batch norms of the stem and
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .fuse import PlainNorm, ScaleShift, affine_after, affine_before, norm_affine, unchanged, with_identity
-from .layers import DropPath, merge_heads, split_heads, to_map, to_tokens
+from .fuse import affine_into, batch_norm_after, batch_norm_as_affine, scale_into, shortcut_into_depthwise
+from .layers import DropPath, ResidualDepthwise, merge_heads, scaled, split_heads, to_map, to_tokens
 from .registry import ModelSpec, Pretrained, register
 
 
@@ -45,7 +44,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, heads: int, reduction: int) -> None:
         super().__init__()
-        self.heads, self.reduction = heads, reduction
+        self.heads, self.reduction, self.scale = heads, reduction, (dim // heads) ** -0.5
         self.q, self.k, self.v = (nn.Linear(dim, dim) for _ in range(3))
         if reduction > 1:
             self.reduce = nn.Conv2d(dim, dim, reduction, stride=reduction, groups=dim)
@@ -58,7 +57,7 @@ class Attention(nn.Module):
         if self.reduction > 1:
             reduced = to_tokens(self.reduce_norm(self.reduce(to_map(x, *size))))  # (B, Nk, C)
         q, k, v = (split_heads(t, self.heads) for t in (self.q(x), self.k(reduced), self.v(reduced)))
-        scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + position_bias  # (B, heads, N, Nk)
+        scores = scaled(q @ k.transpose(-2, -1), self.scale) + position_bias  # (B, heads, N, Nk)
         return self.proj(merge_heads(scores.softmax(-1) @ v))
 
 
@@ -69,7 +68,7 @@ class InvertedResidualFFN(nn.Module):
         super().__init__()
         self.expand = nn.Conv2d(dim, hidden, 1)
         self.expand_norm = nn.BatchNorm2d(hidden)
-        self.depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.depthwise = ResidualDepthwise(hidden)
         self.depthwise_norm = nn.BatchNorm2d(hidden)
         self.project = nn.Conv2d(hidden, dim, 1)
         self.project_norm = nn.BatchNorm2d(dim)
@@ -77,7 +76,7 @@ class InvertedResidualFFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         x = self.expand_norm(F.gelu(self.expand(x)))
-        x = self.depthwise_norm(F.gelu(self.depthwise(x) + x))
+        x = self.depthwise_norm(F.gelu(self.depthwise(x)))
         return self.project_norm(self.project(x))
 
 
@@ -86,7 +85,7 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, heads: int, reduction: int, hidden: int, drop_path: float) -> None:
         super().__init__()
-        self.lpu = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.lpu = ResidualDepthwise(dim)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads, reduction)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
@@ -96,7 +95,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, position_bias: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         size = (x.shape[2], x.shape[3])
-        tokens = to_tokens(x + self.lpu(x))  # (B, N, C)
+        tokens = to_tokens(self.lpu(x))  # (B, N, C)
         tokens = tokens + self.drop_path(self.attn(self.norm1(tokens), size, position_bias))
         return to_map(tokens, *size) + self.drop_path(self.ffn(to_map(self.norm2(tokens), *size)))
 
@@ -175,13 +174,19 @@ class CMT(nn.Module):
         self.head = Head(config.dims[-1], config.fc_dim, num_classes, config.head_dropout)
         self.apply(_init)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def features(self, x: Tensor) -> list[Tensor]:
+        """The map of each stage, ``(B, dims[i], S/4 >> i, S/4 >> i)``."""
         if x.shape[-2:] != (self.img_size, self.img_size):
             raise ValueError(f"this model was built for {self.img_size} pixels, the input is {tuple(x.shape)}")
         x = self.stem(x)  # (B, stem, S/2, S/2)
+        maps = []
         for stage in self.stages:
-            x = stage(x)  # (B, dims[i], S/4 >> i, S/4 >> i)
-        return self.head(x)
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x)[-1])
 
 
 def _init(module: nn.Module) -> None:
@@ -260,97 +265,19 @@ def resize(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Tensor
     return state, changed
 
 
-# --- deployment form: the same logits from fewer operations (algebra in cmt/fuse.py) ---------------------------------
-
-
-class FusedAttention(nn.Module):
-    """Attention of :class:`Attention` over plainly normalised tokens, everything before it folded in."""
-
-    def __init__(self, attn: Attention, norm: nn.LayerNorm) -> None:
-        super().__init__()
-        scale, shift = norm_affine(norm)
-        self.heads, self.reduction = attn.heads, attn.reduction
-        c = torch.tensor((attn.q.in_features / attn.heads) ** -0.5, dtype=torch.float64)
-        self.q = affine_after(affine_before(attn.q, scale, shift), c, c * 0)
-        if self.reduction > 1:
-            self.reduce = affine_after(affine_before(attn.reduce, scale, shift), *norm_affine(attn.reduce_norm))
-            scale, shift = torch.ones_like(scale), torch.zeros_like(shift)  # k and v read what `reduce` made
-        self.k, self.v = affine_before(attn.k, scale, shift), affine_before(attn.v, scale, shift)
-        self.proj = unchanged(attn.proj)
-
-    def forward(self, x: Tensor, size: tuple[int, int], position_bias: Tensor) -> Tensor:
-        """``x`` (B, N, C) -> (B, N, C)."""
-        reduced = to_tokens(self.reduce(to_map(x, *size))) if self.reduction > 1 else x  # (B, Nk, C)
-        q, k, v = (split_heads(t, self.heads) for t in (self.q(x), self.k(reduced), self.v(reduced)))
-        scores = q @ k.transpose(-2, -1) + position_bias  # (B, heads, N, Nk)
-        return self.proj(merge_heads(scores.softmax(-1) @ v))
-
-
-class FusedFFN(nn.Module):
-    """IRFFN of :class:`InvertedResidualFFN` over plainly normalised input: three convs, one scale-and-shift."""
-
-    def __init__(self, ffn: InvertedResidualFFN, norm: nn.LayerNorm) -> None:
-        super().__init__()
-        self.expand = affine_before(ffn.expand, *norm_affine(norm))
-        self.expand_norm = ScaleShift(ffn.expand_norm)
-        self.depthwise = with_identity(ffn.depthwise)
-        project = affine_before(ffn.project, *norm_affine(ffn.depthwise_norm))
-        self.project = affine_after(project, *norm_affine(ffn.project_norm))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
-        x = self.expand_norm(F.gelu(self.expand(x)))
-        return self.project(F.gelu(self.depthwise(x)))
-
-
-class FusedBlock(nn.Module):
-    def __init__(self, block: Block) -> None:
-        super().__init__()
-        self.lpu = with_identity(block.lpu)
-        self.norm1, self.norm2 = PlainNorm(block.norm1), PlainNorm(block.norm2)
-        self.attn = FusedAttention(block.attn, block.norm1)
-        self.ffn = FusedFFN(block.ffn, block.norm2)
-
-    def forward(self, x: Tensor, position_bias: Tensor) -> Tensor:
-        size = (x.shape[2], x.shape[3])
-        tokens = to_tokens(self.lpu(x))  # (B, N, C)
-        tokens = tokens + self.attn(self.norm1(tokens), size, position_bias)
-        return to_map(tokens, *size) + self.ffn(to_map(self.norm2(tokens), *size))
-
-
-class FusedStage(Stage):
-    def __init__(self, stage: Stage, embed: nn.Conv2d) -> None:
-        nn.Module.__init__(self)
-        self.embed = embed
-        self.norm = copy.deepcopy(stage.norm)
-        self.position_bias = nn.Parameter(stage.position_bias.detach().clone())
-        self.blocks = nn.ModuleList(FusedBlock(b) for b in cast("list[Block]", stage.blocks))
-
-
-class FusedCMT(nn.Module):
-    """Deployment form of :class:`CMT`; build it with :func:`cmt.fuse`."""
-
-    def __init__(self, model: CMT) -> None:
-        super().__init__()
-        first, second, third = cast("list[StemLayer]", model.stem)
-        self.stem = nn.Sequential(
-            unchanged(first.conv), nn.GELU(), ScaleShift(first.norm),
-            unchanged(second.conv), nn.GELU(), ScaleShift(second.norm),
-            unchanged(third.conv), nn.GELU(),
-        )  # fmt: skip
-        stages = cast("list[Stage]", list(model.stages))
-        embeds = [affine_before(stages[0].embed, *norm_affine(third.norm))]  # 2x2, no padding: exact
-        embeds += [unchanged(s.embed) for s in stages[1:]]
-        self.stages = nn.ModuleList(FusedStage(s, e) for s, e in zip(stages, embeds, strict=True))
-        self.conv = affine_after(model.head.conv, *norm_affine(model.head.norm))
-        self.fc = unchanged(model.head.fc)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for stage in self.stages:
-            x = stage(x)
-        return self.fc(F.silu(self.conv(x)).mean((2, 3)))
-
+REWRITES = (
+    scale_into("q"),
+    batch_norm_after("reduce", "reduce_norm"),
+    affine_into("norm1", "attn.q", "attn.reduce"),
+    affine_into("norm1", "attn.q", "attn.k", "attn.v", unless="attn.reduce"),
+    affine_into("norm2", "ffn.expand"),
+    shortcut_into_depthwise(),
+    affine_into("depthwise_norm", "project"),
+    batch_norm_after("project", "project_norm"),
+    affine_into("stem.2.norm", "stages.0.embed"),  # 2x2, no padding: exact
+    batch_norm_after("head.conv", "head.norm"),
+    batch_norm_as_affine(),  # stem and expand_norm: between an activation and a zero-padded conv
+)
 
 _RELEASE = "https://github.com/ggjy/CMT.pytorch/releases/download/release-v1/"
 _SOURCE = "paper Table 1 and official README; MACs and parameters counted on the official code"
@@ -376,7 +303,7 @@ for _name, _size, _classes, _dims, _depths, _mlp, _stem, _drop, _fc, _params, _m
             config=CMTConfig(_dims, _depths, _mlp, _stem, _drop, _fc),
             img_size=_size,
             num_classes=_classes,
-            fuse=FusedCMT,
+            rewrites=REWRITES,
             rename=published_key,
             resize=resize,
             head_keys=("head.fc.weight", "head.fc.bias"),

@@ -1,24 +1,28 @@
-"""Exact algebraic rewrites: a reference model becomes a new deployment model with the same logits.
+"""Exact algebraic rewrites: a reference model becomes a deployment model with the same logits and fewer operations.
 
-Written for inference (eval mode). ``s`` and ``t`` are a norm's scale and shift, folded in float64 and rounded once:
+A rewrite has a name and its algebra, and changes a float64 copy of the model in place; a family subscribes to a list of them
+(``ModelSpec.rewrites``). They are written for inference (eval mode). ``s`` and ``t`` are a norm's scale and shift, folded in float64 and
+rounded once:
 
-* batch norm after a conv or linear:  ``s * (W x + b) + t  ==  (s W) x + (s b + t)``.
-* affine before a conv or linear:  ``W (s x + t) + b  ==  (W s) x + (b + sum(W) t)``; for a conv only without padding, since
-  zeros of the padding would become ``t``. LayerNorm's affine goes into q, into the unpadded reduction and into the IRFFN's
-  first 1x1 conv; the stem's last batch norm into the first patch embedding; the IRFFN's second one into its last conv.
-* a shortcut around a depthwise conv:  ``DW x + x  ==  (DW + I) x``: one is added to the centre tap.
-* attention scale:  ``(q k^T) c  ==  (c q) k^T``: folded into the query projection.
+* :func:`batch_norm_after` a conv or linear:  ``s * (W x + b) + t  ==  (s W) x + (s b + t)``.
+* :func:`affine_into` a conv or linear:  ``W (s x + t) + b  ==  (W s) x + (b + sum(W) t)``; for a conv only without padding, since
+  zeros of the padding would become ``t``.
+* :func:`shortcut_into_depthwise`:  ``DW x + x  ==  (DW + I) x``: one is added to the centre tap.
+* :func:`scale_into`:  ``(q k^T) c  ==  (c q) k^T``: the attention's scale goes into the query projection.
+* :func:`batch_norm_as_affine`: between an activation and a zero-padded conv a batch norm cannot be folded exactly; it stays as
+  one scale-and-shift, which a runtime attaches to the conv before it.
 
-Not rewritten, because it would not be exact: a batch norm between an activation and a zero-padded conv (stem, IRFFN
-expansion). It stays as one scale-and-shift, which a runtime attaches to the conv before it. Merging the products for
-queries, keys and values was measured and left out: splitting the result again cost what the larger product saved. Dropout and stochastic depth
-are the identity in eval mode and disappear.
+Merging the products for queries, keys and values was measured and left out: splitting the result again cost what the larger product saved.
+Dropout and stochastic depth are the identity in eval mode and disappear.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import TypeVar, cast
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +30,36 @@ from torch.nn import functional as F
 
 from deploy.errors import InputError
 
+from .layers import DropPath, ResidualDepthwise
+
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 
-def fuse(model: nn.Module) -> nn.Module:
+@dataclass(frozen=True)
+class Rewrite:
+    """One exact change of a model.
+
+    Attributes:
+        name: what it is called in tables and in ``fuse(model, without=...)``.
+        algebra: why it is exact, in one line.
+        apply: changes a float64 copy in place and returns in how many places; raises ``ValueError`` where it would not be exact.
+    """
+
+    name: str
+    algebra: str
+    apply: Callable[[nn.Module], int]
+
+
+def fuse(model: nn.Module, *, without: Collection[str] = ()) -> nn.Module:
     """A new module with the logits of ``model`` (difference below 1e-5) and fewer operations; ``model`` is untouched.
 
+    Args:
+        model: built by :func:`cmt.create_model`, in eval mode.
+        without: names of rewrites to leave out, for measuring what each is worth.
+
     Raises:
-        InputError: the model is in training mode (batch statistics cannot be folded) or its family has no rewrite.
+        InputError: the model is in training mode (batch statistics cannot be folded), its family has no rewrites, or ``without``
+            names one that it does not have.
     """
     spec = getattr(model, "spec", None)
     if spec is None:
@@ -46,10 +72,120 @@ def fuse(model: nn.Module) -> nn.Module:
             why="its batch norms use the statistics of each batch",
             remedy="call model.eval()",
         )
+    names = [rewrite.name for rewrite in spec.rewrites]
+    if unknown := sorted(set(without) - set(names)):
+        raise InputError(f"{spec.name} has no rewrite {unknown[0]!r}", remedy=f"choose from: {', '.join(names)}")
+    fused = copy.deepcopy(model, {id(spec): spec}).double()
     with torch.no_grad():
-        fused = spec.fuse(model).eval()
-    fused.fused, fused.spec, fused.img_size, fused.num_classes = True, spec, model.img_size, model.num_classes
+        for rewrite in spec.rewrites:
+            if rewrite.name not in without and rewrite.apply(fused) == 0:
+                raise ValueError(f"the rewrite {rewrite.name!r} finds no place in {spec.name}")
+        replace_modules(fused, (nn.Dropout, DropPath), lambda _: nn.Identity())
+    fused.fused = True  # type: ignore[assignment]
     return fused.to(next(model.parameters()).dtype)
+
+
+# --- named rewrites that families share -------------------------------------------------------------------------------
+
+
+def batch_norm_after(layer: str, norm: str) -> Rewrite:
+    """``norm(layer(x)) -> layer(x)``, in every submodule that has both attribute paths."""
+
+    def apply(module: nn.Module) -> int:
+        places = [m for m in having(module, layer, norm) if isinstance(_get(m, norm), nn.BatchNorm2d)]
+        for place in places:
+            _set(place, layer, affine_after(_get(place, layer), *norm_affine(_get(place, norm))))
+            _set(place, norm, nn.Identity())
+        return len(places)
+
+    return Rewrite(f"{norm} into {layer}", "s (W x + b) + t == (s W) x + (s b + t)", apply)
+
+
+def affine_into(norm: str, *layers: str, unless: str | None = None) -> Rewrite:
+    """The affine part of ``norm`` goes into the ``layers`` that read it, in every submodule that has all these attribute paths.
+
+    ``layers`` must be all that read it: submodules with the path ``unless``, where others do, are left alone.
+    """
+
+    def apply(module: nn.Module) -> int:
+        places = [m for m in having(module, norm, *layers) if isinstance(_get(m, norm), (nn.BatchNorm2d, nn.LayerNorm))]
+        places = [m for m in places if unless is None or not _has(m, unless)]
+        for place in places:
+            old = _get(place, norm)
+            for layer in layers:
+                _set(place, layer, affine_before(_get(place, layer), *norm_affine(old)))
+            _set(place, norm, PlainNorm(old) if isinstance(old, nn.LayerNorm) else nn.Identity())
+        return len(places)
+
+    return Rewrite(f"affine of {norm} into {', '.join(layers)}", "W (s x + t) + b == (W s) x + (b + sum(W) t)", apply)
+
+
+def scale_into(layer: str, scale: str = "scale") -> Rewrite:
+    """The number ``scale`` of a submodule goes into its ``layer``; the attribute becomes 1."""
+
+    def apply(module: nn.Module) -> int:
+        places = [m for m in having(module, layer, scale) if _get(m, scale) != 1.0]
+        for place in places:
+            factor = torch.tensor(_get(place, scale), dtype=torch.float64)
+            _set(place, layer, affine_after(_get(place, layer), factor, factor * 0))
+            _set(place, scale, 1.0)
+        return len(places)
+
+    return Rewrite(f"{scale} into {layer}", "(q k^T) c == (c q) k^T", apply)
+
+
+def shortcut_into_depthwise() -> Rewrite:
+    """``x + conv(x)`` of a depthwise conv becomes one depthwise conv."""
+
+    def plain(module: nn.Module) -> nn.Module:
+        old = cast(ResidualDepthwise, module)
+        new = nn.Conv2d(old.in_channels, old.out_channels, cast(Any, old.kernel_size), cast(Any, old.stride), cast(Any, old.padding),
+                        cast(Any, old.dilation), old.groups, bias=old.bias is not None)  # fmt: skip
+        new.load_state_dict(old.state_dict())
+        return with_identity(new.double())
+
+    return replaced("shortcut into depthwise conv", "DW x + x == (DW + I) x", ResidualDepthwise, plain)
+
+
+def batch_norm_as_affine() -> Rewrite:
+    """Batch norms that no layer can take become one multiplication and one addition."""
+    return replaced("batch norm as affine", "norm(x) == s x + t", nn.BatchNorm2d, ScaleShift)
+
+
+def replaced(name: str, algebra: str, kind: type[nn.Module], make: Callable[[nn.Module], nn.Module]) -> Rewrite:
+    """Every submodule of exactly the type ``kind`` becomes ``make(submodule)``, with the same inputs and outputs."""
+    return Rewrite(name, algebra, lambda module: replace_modules(module, (kind,), make))
+
+
+def replace_modules(root: nn.Module, kinds: tuple[type[nn.Module], ...], make: Callable[[nn.Module], nn.Module]) -> int:
+    """Replace every submodule of exactly these types; the number of places."""
+    places = [
+        (parent, name, child) for parent in root.modules() for name, child in parent.named_children() if type(child) in kinds
+    ]
+    for parent, name, child in places:
+        setattr(parent, name, make(child))
+    return len(places)
+
+
+def having(root: nn.Module, *paths: str) -> list[nn.Module]:
+    """The submodules of ``root``, itself included, that have all these attribute paths."""
+    return [m for m in root.modules() if all(_has(m, path) for path in paths)]
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    try:
+        return _get(module, path) is not None
+    except AttributeError:
+        return False
+
+
+def _get(module: nn.Module, path: str) -> Any:
+    return attrgetter(path)(module)
+
+
+def _set(module: nn.Module, path: str, value: object) -> None:
+    owner, _, name = path.rpartition(".")
+    setattr(attrgetter(owner)(module) if owner else module, name, value)
 
 
 # --- rewrites of single layers: each returns a new float64 module --------------------------------------------------

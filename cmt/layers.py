@@ -50,3 +50,18 @@ class DropPath(nn.Module):
         keep = 1 - self.rate
         mask = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device, dtype=x.dtype) < keep
         return x * mask / keep
+
+
+class ResidualDepthwise(nn.Conv2d):
+    """A depthwise conv with a shortcut: ``x + conv(x)``, stride 1, same padding."""
+
+    def __init__(self, channels: int, kernel_size: int = 3) -> None:
+        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+def scaled(x: Tensor, scale: float) -> Tensor:
+    """``x * scale``, without the multiplication by a scale that has been folded away."""
+    return x if scale == 1.0 else x * scale

@@ -17,6 +17,8 @@ from torch import nn
 
 from deploy.errors import InputError, UnknownNameError
 
+from .fuse import Rewrite
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -50,8 +52,9 @@ class ModelSpec:
         img_size: default input height and width in pixels.
         num_classes: default number of classes.
         size_multiple: the input size must be a multiple of this.
-        fuse: ``fuse(model) -> nn.Module``, the exact deployment rewrite of the family.
+        rewrites: the exact rewrites the family subscribes to, see :mod:`cmt.fuse`; applied in this order.
         rename: maps a published state-dict key to ours.
+        adapt: ``adapt(state_dict) -> state_dict``, under our keys, where published values have another layout.
         resize: ``(model, state_dict) -> (state_dict, keys)`` for another resolution; ``keys`` are those it changed.
         head_keys: our keys whose shape depends on the class count.
         crop_ratio: evaluation resizes the short side to ``int(img_size / crop_ratio)`` and crops the centre;
@@ -66,10 +69,11 @@ class ModelSpec:
     build: Callable[..., nn.Module]
     config: Any
     img_size: int
-    fuse: Callable[[Any], nn.Module]
+    rewrites: tuple[Rewrite, ...]
     num_classes: int = 1000
     size_multiple: int = 32
     rename: Callable[[str], str] = str
+    adapt: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
     resize: Callable[..., tuple[dict[str, torch.Tensor], list[str]]] | None = None
     head_keys: tuple[str, ...] = ()
     crop_ratio: float | None = 0.875

@@ -52,7 +52,7 @@ def load_weights(
     Args:
         model: built by :func:`cmt.create_model`.
         path: ``.safetensors``; or a PyTorch file holding a bare state dict or a dict with ``model`` and optionally
-            ``model_ema``. Keys may be the published ones or ours.
+            ``model_ema``, or with ``model_state``. Keys may be the published ones or ours.
         ema: ``True`` takes ``model_ema``, ``False`` takes ``model``; ``None`` takes ``model_ema`` where the checkpoint
             has one, as the official evaluation does.
         fresh_head: leave the classifier as initialised when its shape differs (another class count).
@@ -134,6 +134,8 @@ def _read(path: Path, ema: bool | None) -> tuple[dict[str, Tensor], bool, tuple[
         raise WeightsError(f"holds a {type(content).__name__}, not a state dict", where=path, remedy=_SAVE_HINT)
     classes = content.get("classes")
     names = tuple(map(str, classes)) if isinstance(classes, (list, tuple)) else None
+    if isinstance(content.get("model_state"), Mapping):  # SlowFast and MViT
+        content = content["model_state"]
     if "model" not in content and "model_ema" not in content:
         if ema:
             raise _no_average(path)
@@ -201,6 +203,7 @@ def _assign(
     spec: ModelSpec = model.spec  # type: ignore[assignment]
     target = model.state_dict()
     ours = {spec.rename(key): value for key, value in state.items()}
+    ours = spec.adapt(ours) if spec.adapt else ours
     resized: list[str] = []
     if resize and spec.resize is not None:
         ours, resized = spec.resize(model, ours)

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from cmt import create_model, fuse, list_models, load_pretrained
+from cmt import create_model, fuse, list_models, load_pretrained, model_spec
 from cmt.fuse import PlainNorm, ScaleShift, affine_after, affine_before, norm_affine, with_identity
+from cmt.layers import DropPath
 from cmt.weights import randomize
 from deploy.errors import InputError
 
@@ -70,12 +71,45 @@ def test_the_random_models_would_show_a_lost_rewrite():
         assert (model(x) - before).abs().max() > 1e-3
 
 
+def computing(model: nn.Module) -> int:
+    return sum(not isinstance(m, nn.Identity) for m in model.modules())
+
+
+FAMILY = {model_spec(name).family: name for name in reversed(list_models())}
+"""The smallest model of each family."""
+REWRITES = [(name, rewrite.name) for name in FAMILY.values() for rewrite in model_spec(name).rewrites]
+
+
+@pytest.mark.parametrize(("name", "rewrite"), REWRITES)
+def test_each_rewrite_is_exact_on_its_own_and_can_be_left_out(name, rewrite):
+    model = randomized(name, 3, img_size=64).double()
+    x, others = images(2, 64).double(), {r.name for r in model.spec.rewrites} - {rewrite}
+    with torch.inference_mode():
+        expected = model(x)
+        alone, rest = fuse(model, without=others), fuse(model, without=[rewrite])
+        assert (alone(x) - expected).abs().max() < 1e-10 * expected.abs().max().clamp(min=1)
+        assert (rest(x) - expected).abs().max() < 1e-10 * expected.abs().max().clamp(min=1)
+
+
+def test_an_unknown_rewrite_is_refused():
+    with pytest.raises(InputError, match="no rewrite 'magic'") as error:
+        fuse(create_model("cmt_nano"), without=["magic"])
+    assert "scale into q" in error.value.remedy
+
+
+def test_every_rewrite_says_why_it_is_exact():
+    for name in FAMILY.values():
+        rewrites = model_spec(name).rewrites
+        assert len({r.name for r in rewrites}) == len(rewrites)
+        assert all("==" in r.algebra for r in rewrites)
+
+
 @pytest.mark.parametrize("name", list_models())
 def test_batch_norms_dropout_and_layer_norm_affines_are_gone(name):
     model = create_model(name, img_size=64)
     fused = fuse(model)
-    assert not [m for m in fused.modules() if isinstance(m, (nn.BatchNorm2d, nn.Dropout))]
-    assert len(list(fused.modules())) < len(list(model.modules()))
+    assert not [m for m in fused.modules() if isinstance(m, (nn.BatchNorm2d, nn.Dropout, DropPath))]
+    assert computing(fused) < computing(model)
     assert not fused.training
     assert (fused.spec, fused.img_size, fused.num_classes) == (model.spec, 64, model.num_classes)
 
