@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from .bundle import ENGINES, ONNX, Bundle, Manifest, terminate_as_interrupt
 from .console import Progress
 from .cuda import Cuda, open_cuda
 from .device import PowerMonitor, snapshot
+from .dgpu import nvml_index
 from .engine import (
     Device,
     EngineOptions,
@@ -45,6 +47,7 @@ from .engine import (
 from .errors import GateError, InputError, OutputError, RuntimeMissingError, StepError
 from .files import cache_folder, writing
 from .inspection import layers, require_precision
+from .jetson import memory
 from .parity import GoldenCheck, check_golden
 from .predictor import Predictor
 
@@ -52,6 +55,7 @@ FREE_SHARE = 0.4
 """Part of the free device memory that the builder may use, unless ``--workspace`` says otherwise."""
 TIME_LIMIT_S = 3600.0
 POWER_SECONDS = 3.0
+STALE_S = 86400.0
 QUICK = Protocol(iters=100, seconds=3.0)
 MEMORY = re.compile(
     r"out ?of ?memory|insufficient memory|memory is insufficient|amount of GPU memory|memory allocation|(could not|failed to) allocate|NvMapMemAlloc",
@@ -104,8 +108,9 @@ def building(folder: Path) -> Iterator[None]:
     """One build of a bundle at a time, and a place that can be written to, found out before the long work."""
     with writing(folder):
         (folder / ENGINES).mkdir(exist_ok=True)
-        descriptor = os.open(folder / ENGINES, os.O_RDONLY)
-    previous = terminate_as_interrupt()
+        descriptor = os.open(folder, os.O_RDONLY)
+    signals = (signal.SIGTERM, signal.SIGHUP)  # SIGHUP: the connection of the terminal broke
+    previous = {number: terminate_as_interrupt(number) for number in signals}
     try:
         if not os.access(folder, os.W_OK):
             raise OutputError("cannot write here", where=folder, remedy="copy the bundle to a writable folder")
@@ -115,16 +120,18 @@ def building(folder: Path) -> Iterator[None]:
             raise OutputError("another build of this bundle is running", where=folder, remedy="wait for it to end") from exc
         yield
     finally:
-        os.close(descriptor)
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            if handler is not None:
+                signal.signal(number, handler)
         with contextlib.suppress(OSError):
             (folder / ENGINES).rmdir()  # stays where there is an engine
+        os.close(descriptor)
 
 
 def finish(
     bundle: Bundle, options: EngineOptions, *, device: str | None = None, force: bool = False, time_limit: float = TIME_LIMIT_S,
     protocol: Protocol = QUICK, atol: float | None = None, progress: Progress | None = None,
+    name: str | None = None,
 ) -> Finished:  # fmt: skip
     """Build (or reuse) the engine of ``bundle``, verify it against the golden vectors, and measure it; the bundle is not changed.
 
@@ -136,6 +143,8 @@ def finish(
         time_limit: seconds after which the build is stopped.
         protocol: how long to measure.
         atol: allowed golden logit difference; default by precision, see :data:`deploy.parity.ATOL`.
+        progress: draws the steps.
+        name: what the report calls the bundle; default: its folder.
 
     Raises:
         InputError: the bundle is for another runtime, or an option is out of range.
@@ -151,7 +160,8 @@ def finish(
     module = require_tensorrt(device)
     cuda, here = module.describe_device(device)
     key = engine_key(bundle, here, options)
-    before = snapshot(gpu_index=here.gpu.index)
+    nvml = nvml_index(here.gpu.pci, here.gpu.index)
+    before = snapshot(gpu_index=nvml)
     with progress.step("build the engine"):
         built = None if force else _reused(bundle, here, key)
         built = built or _build(bundle, options, here, cuda, time_limit, progress)
@@ -167,10 +177,10 @@ def finish(
     with progress.step("measure"):
         speed = benchmark([bundle], protocol=protocol, progress=progress.share, load=load)
         with load() as predictor:
-            power = _power(bundle, predictor, here.gpu.index)
+            power = _power(bundle, predictor, nvml)
             notes = list(predictor.session.notes)
-    state = {"before": asdict(before), "after": asdict(snapshot(gpu_index=here.gpu.index))}
-    content = {"bundle": bundle.path.name, "key": key, "built_s": built.seconds, "reused": built.reused, "replaces": built.stale,
+    state = {"before": asdict(before), "after": asdict(snapshot(gpu_index=nvml))}
+    content = {"bundle": name or bundle.path.name, "key": key, "built_s": built.seconds, "reused": built.reused, "replaces": built.stale,
                "engine_bytes": len(built.plan), "low_precision_share": share, "golden": asdict(golden),
                "benchmark": report.plain(speed), "power": power, "state": state, "warnings": [*notes, *built.warnings]}  # fmt: skip
     return _finished(replace(bundle.manifest, latency=summary(speed)), key, built, content)
@@ -210,16 +220,17 @@ def _build(
 ) -> Built:  # fmt: skip
     start = time.perf_counter()
     key = engine_key(bundle, here, options)
-    workspace = options.workspace * (1 << 30) if options.workspace else FREE_SHARE * cuda.memory()[0]
-    timing = cache_folder() / "timing"
-    scratch = cache_folder() / "build"
+    workspace = options.workspace * (1 << 30) if options.workspace else FREE_SHARE * _free_memory(cuda, here)
+    timing = cache_folder().resolve() / "timing"
+    scratch = cache_folder().resolve() / "build"
     with writing(scratch):
         for folder in (timing, scratch):
             folder.mkdir(parents=True, exist_ok=True)
+        _clear_stale(scratch)
     with tempfile.TemporaryDirectory(dir=scratch) as name:
         plan = Path(name) / "engine.plan"
         request = Request(
-            str(bundle.file(ONNX).resolve()), str(plan), str(timing / timing_cache_name(here)), bundle.manifest.input["name"],
+            str(bundle.file(ONNX).resolve()), bundle.manifest.files[ONNX]["sha256"], str(plan), str(timing / timing_cache_name(here)), bundle.manifest.input["name"],
             tuple(bundle.manifest.input["shape"]), int(workspace), options.level, options.tf32,
             options.profile if batch_limit(bundle) == 0 else None, here.gpu.index,
         )  # fmt: skip
@@ -228,13 +239,26 @@ def _build(
         return Built(plan.read_bytes(), time.perf_counter() - start, False, _stale(bundle, key), warnings)
 
 
+def _clear_stale(scratch: Path) -> None:
+    """Remove what a build left that was killed more than a day ago; a younger one may still run."""
+    for folder in scratch.iterdir():
+        if time.time() - folder.stat().st_mtime > STALE_S:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _free_memory(cuda: Cuda, here: Device) -> float:
+    """Bytes; what an integrated GPU calls free leaves out memory that the system would give up."""
+    shared = memory(Path("/")) if here.gpu.integrated else None
+    return shared.available_mb * float(1 << 20) if shared else cuda.memory()[0]
+
+
 def _run_child(request: Path, time_limit: float, progress: Progress) -> list[str]:
     """Run the builder; its warnings. Raises :class:`StepError` with TensorRT's own words."""
     root = str(Path(__file__).resolve().parent.parent)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
     with open(request.with_name("stderr"), "w+", encoding="utf-8", errors="replace") as errors:
-        child = subprocess.Popen([sys.executable, "-m", "deploy.engine_builder", str(request)], stdout=subprocess.PIPE, stderr=errors,
-                                 text=True, env=environment, start_new_session=True)  # fmt: skip
+        child = subprocess.Popen([sys.executable, "-m", "deploy.engine_builder", str(request)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+                                 text=True, env=environment, start_new_session=True, cwd=request.parent)  # fmt: skip
         expired = threading.Event()
 
         def expire() -> None:
@@ -250,7 +274,7 @@ def _run_child(request: Path, time_limit: float, progress: Progress) -> list[str
         finally:
             timer.cancel()
             _kill(child)
-            child.wait()
+            child.communicate()
             progress.finish()
         errors.seek(0)
         tail = errors.read()[-2000:].strip().splitlines()[-3:]
@@ -258,7 +282,7 @@ def _run_child(request: Path, time_limit: float, progress: Progress) -> list[str
         raise StepError(
             f"the build did not end within {time_limit:g} s", remedy="allow more with --time-limit, or use --level 0 to 2"
         )
-    if child.returncode == 0 and last.get("done"):
+    if last.get("done"):  # whatever its exit was like: the plan was written before
         return list(last.get("warnings", []))
     raise _failure(child.returncode, last, tail)
 

@@ -90,9 +90,22 @@ class Manifest:
             if not isinstance(getattr(manifest, name), kind):
                 raise _broken(f"manifest entry {name!r} is not a {kind.__name__}", where)
         _check_shapes(manifest, where)
+        _check_engine(manifest.engine, where)
         if manifest.checksum != _content_hash(content):
             raise _broken("the manifest was changed after the export: its checksum differs", where)
         return manifest
+
+
+def _check_engine(entry: Any, where: object) -> None:
+    if entry is None:
+        return
+    texts = ("file", "seal", "report", "text")
+    if (
+        not isinstance(entry, dict)
+        or not isinstance(entry.get("key"), dict)
+        or not all(isinstance(entry.get(t), str) for t in texts)
+    ):
+        raise _broken("the manifest's engine entry lacks its file, key or seal", where)
 
 
 def _content_hash(content: Mapping[str, Any]) -> str:
@@ -164,6 +177,9 @@ class Bundle:
 
         New files go under ``engines/``, where :meth:`open` ignores what the manifest does not name, and never replace one.
         """
+        now = Manifest.from_bytes((self.path / MANIFEST).read_bytes(), self.path / MANIFEST)
+        if now.files != self.manifest.files:
+            raise BundleError("the bundle was changed meanwhile", where=self.path, remedy="run the command again")
         entries = {name: entry for name, entry in self.manifest.files.items() if name not in drop}
         for name, data in files.items():
             digest = hashlib.sha256(data).hexdigest()
@@ -381,13 +397,13 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def terminate_as_interrupt() -> Any:
-    """Let a SIGTERM unwind like Ctrl-C, so that cleaning up happens; the previous handler, or ``None`` off the main thread."""
+def terminate_as_interrupt(number: int = signal.SIGTERM) -> Any:
+    """Let a signal unwind like Ctrl-C, so that cleaning up happens; the previous handler, or ``None`` off the main thread."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     try:
-        return signal.signal(signal.SIGTERM, interrupt)
+        return signal.signal(number, interrupt)
     except ValueError:
         return None

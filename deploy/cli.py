@@ -23,6 +23,7 @@ from .predictor import Predictor
 from .preprocess import EXTENSIONS
 
 BENCH_IMAGES = 64
+MAX_TIME_LIMIT_S = 30 * 86400.0
 
 
 def predict(argv: list[str] | None = None) -> int:
@@ -136,14 +137,16 @@ def _build(args: argparse.Namespace) -> int:
     sizes = args.profile.split(",")
     if len(sizes) != 3 or not all(s.strip().isdigit() for s in sizes):
         raise InputError(f"--profile {args.profile}", remedy="give three batch sizes: --profile MIN,OPT,MAX")
-    if args.time_limit <= 0 or (args.atol is not None and not args.atol >= 0):
-        raise InputError("--time-limit must be above 0 and --atol 0 or more", remedy="leave them out for the defaults")
+    if not 0 < args.time_limit <= MAX_TIME_LIMIT_S or (args.atol is not None and not args.atol >= 0):
+        raise InputError(
+            "--time-limit must be above 0 and at most a month, --atol 0 or more", remedy="leave them out for the defaults"
+        )
     low, typical, high = map(int, sizes)
     options = EngineOptions(args.workspace, args.level, (low, typical, high), args.tf32)
     options.check()
     bundle = Bundle.open(args.bundle)
     if args.trtexec:
-        print(trtexec(bundle, options))
+        print(trtexec(bundle, options, args.device))
         return 0
     with building(bundle.path):
         result = finish(bundle, options, device=args.device, force=args.force, time_limit=args.time_limit, atol=args.atol,

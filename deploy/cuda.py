@@ -20,7 +20,7 @@ from .errors import CmtEdgeError, RuntimeMissingError
 NON_BLOCKING = 1  # cudaStreamNonBlocking: does not wait for the default stream
 TO_DEVICE, TO_HOST = 1, 2  # cudaMemcpyKind
 RELAXED = 2  # cudaStreamCaptureModeRelaxed: other threads may allocate meanwhile
-MAJOR, MINOR, INTEGRATED = 75, 76, 18  # cudaDeviceAttr
+MAJOR, MINOR, INTEGRATED, PROCESSORS, PCI_BUS, PCI_DEVICE, PCI_DOMAIN = 75, 76, 18, 16, 33, 34, 50  # cudaDeviceAttr
 OUT_OF_MEMORY, NO_DEVICE, INSUFFICIENT_DRIVER = 2, 100, 35  # cudaError
 LIBRARIES = ("libcudart.so.13", "libcudart.so.12", "libcudart.so")
 
@@ -36,13 +36,23 @@ class CudaError(CmtEdgeError):
 
 @dataclass(frozen=True)
 class Gpu:
-    """A device: ``sm`` is the compute capability ("8.7"), ``memory`` bytes in all, ``integrated`` shares the host's memory."""
+    """A device.
+
+    Attributes:
+        sm: compute capability, e.g. ``"8.7"``.
+        processors: streaming multiprocessors; two modules of one name may differ in them.
+        memory: bytes in all.
+        integrated: shares the host's memory.
+        pci: address on the bus, ``"0000:01:00.0"``; CUDA and NVML count devices differently.
+    """
 
     index: int
     name: str
     sm: str
+    processors: int
     memory: int
     integrated: bool
+    pci: str
 
 
 class Cuda:
@@ -57,9 +67,13 @@ class Cuda:
         """The result of a CUDA function; raises :class:`CudaError`."""
         code, result = self._raw(name, *arguments)
         if code:
-            _, text = self._raw("cudaGetErrorString", code)
-            raise CudaError(name, code, text.decode() if isinstance(text, bytes) else str(text))
+            raise CudaError(name, code, self.error_text(code))
         return result
+
+    def error_text(self, code: int) -> str:
+        """CUDA's own words for an error code."""
+        _, text = self._raw("cudaGetErrorString", code)
+        return text.decode() if isinstance(text, bytes) else str(text)
 
     def runtime_version(self) -> str:
         return _version(self.call("cudaRuntimeGetVersion"))
@@ -74,8 +88,10 @@ class Cuda:
         if not 0 <= index < count:
             raise RuntimeMissingError(f"there is no GPU {index}", why=f"{count} found", remedy="choose another with --device N")
         self.call("cudaSetDevice", index)
-        major, minor, integrated = (int(self.call("cudaDeviceGetAttribute", a, index)) for a in (MAJOR, MINOR, INTEGRATED))
-        return Gpu(index, self._name_of(index), f"{major}.{minor}", self.memory()[1], bool(integrated))
+        asked = (MAJOR, MINOR, INTEGRATED, PROCESSORS, PCI_DOMAIN, PCI_BUS, PCI_DEVICE)
+        major, minor, integrated, processors, *pci = (int(self.call("cudaDeviceGetAttribute", a, index)) for a in asked)
+        address = "{:04x}:{:02x}:{:02x}.0".format(*pci)
+        return Gpu(index, self._name_of(index), f"{major}.{minor}", processors, self.memory()[1], bool(integrated), address)
 
     def memory(self) -> tuple[int, int]:
         """Free and total bytes of device memory."""
@@ -132,14 +148,23 @@ class Cuda:
         try:
             work()
         except BaseException:
-            with contextlib.suppress(CudaError):
-                self.call("cudaStreamEndCapture", stream)
+            self._abandon_capture(stream)
             raise
-        graph = int(self.call("cudaStreamEndCapture", stream))
+        try:
+            graph = int(self.call("cudaStreamEndCapture", stream))
+        except CudaError:
+            self._raw("cudaGetLastError")  # or the next call that asks reports this failure as its own
+            raise
         try:
             return int(self.call("cudaGraphInstantiate", graph, 0))
         finally:
             self.call("cudaGraphDestroy", graph)
+
+    def _abandon_capture(self, stream: int) -> None:
+        code, graph = self._raw("cudaStreamEndCapture", stream)
+        if code == 0 and graph:
+            self._raw("cudaGraphDestroy", int(graph))
+        self._raw("cudaGetLastError")
 
     def launch(self, graph: int, stream: int) -> None:
         self.call("cudaGraphLaunch", graph, stream)
@@ -164,10 +189,8 @@ def open_cuda() -> Cuda:
             continue
         if code == 0 and count:
             return cuda
-        text = {INSUFFICIENT_DRIVER: "the driver is missing or older than this CUDA", NO_DEVICE: "no device"}.get(
-            code, "no device"
-        )
-        reasons.append(f"{cuda.source}: {text} (CUDA error {code})")
+        known = {0: "no device", NO_DEVICE: "no device", INSUFFICIENT_DRIVER: "the driver is missing or older than this CUDA"}
+        reasons.append(f"{cuda.source}: {known.get(code) or cuda.error_text(code)} (CUDA error {code})")
     raise RuntimeMissingError(
         "no NVIDIA GPU can be used here", why="; ".join(reasons),
         remedy='install the driver, and pip install "cmt-edge[tensorrt]" (CUDA 13) or "cmt-edge[tensorrt-cu12]" (CUDA 12)',
@@ -231,6 +254,7 @@ SIGNATURES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {  # name -> (r
     "cudaGraphDestroy": ((), (_P,)),
     "cudaGraphLaunch": ((), (_P, _P)),
     "cudaGraphExecDestroy": ((), (_P,)),
+    "cudaGetLastError": ((), ()),
 }
 
 

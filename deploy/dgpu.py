@@ -93,6 +93,15 @@ def power_w(nvml: Any, handle: Any) -> float:
     return nvml.nvmlDeviceGetPowerUsage(handle) / 1e3
 
 
+def nvml_index(pci: str, default: int) -> int:
+    """NVML's number of the GPU at a bus address; CUDA counts the fastest first and hides some. ``default`` where NVML is not here."""
+    try:
+        with opened(default) as (nvml, _):
+            return int(nvml.nvmlDeviceGetIndex(nvml.nvmlDeviceGetHandleByPciBusId(pci)))
+    except Exception:  # whatever NVML lacks: the caller has a number to go on with
+        return default
+
+
 def read_dgpu(index: int = 0) -> tuple[DGpu | None, list[str]]:
     """The GPU's state, and a sentence for each thing that could not be read. Never raises."""
     try:

@@ -16,6 +16,7 @@ import hmac
 import json
 import os
 import secrets
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from .errors import BundleError, InputError, OutputError, RuntimeMissingError
 from .files import write_atomic
 
 DEFAULT_LEVEL = 3
+SECRET_BYTES = 32
 PROFILE = (1, 1, 8)
 
 
@@ -55,10 +57,9 @@ class EngineOptions:
         if not 0 <= self.level <= 5:
             raise InputError(f"optimization level {self.level}", remedy="give 0 (fast build) to 5 (thorough)")
         least, typical, most = self.profile
-        if not 1 <= least <= typical <= most:
-            raise InputError(
-                f"a batch profile of {least},{typical},{most}", remedy="give MIN,OPT,MAX with 1 <= MIN <= OPT <= MAX"
-            )
+        if not 1 == least <= typical <= most:
+            raise InputError(f"a batch profile of {least},{typical},{most}",
+                             remedy="give MIN,OPT,MAX with MIN 1 (single images must run) <= OPT <= MAX")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Request:
     """What :mod:`deploy.engine_builder` is to build; paths as text, ``profile`` only for a dynamic batch, ``workspace`` in bytes."""
 
     onnx: str
+    sha256: str
     plan: str
     timing_cache: str
     input: str
@@ -105,7 +107,8 @@ def engine_key(bundle: Bundle, device: Device, options: EngineOptions) -> dict[s
     chosen = asdict(options)
     chosen["profile"] = list(options.profile) if batch_limit(bundle) == 0 else None
     return {"onnx": bundle.manifest.files[ONNX]["sha256"], "tensorrt": device.tensorrt, "cuda": device.cuda,
-            "driver": device.driver, "gpu": device.gpu.name, "sm": device.gpu.sm, "options": chosen}  # fmt: skip
+            "driver": device.driver, "gpu": f"{device.gpu.name}, {device.gpu.processors} multiprocessors", "sm": device.gpu.sm,
+            "options": chosen}  # fmt: skip
 
 
 def member(data: bytes, kind: str, suffix: str) -> str:
@@ -126,10 +129,10 @@ def seal(sha256: str, key: dict[str, Any]) -> str:
 def trusted(bundle: Bundle) -> bool:
     """Whether the bundle's engine entry was written on this machine."""
     entry = bundle.manifest.engine
-    if not entry or entry.get("file") not in bundle.manifest.files:
+    if not entry or entry["file"] not in bundle.manifest.files:
         return False
     expected = seal(bundle.manifest.files[entry["file"]]["sha256"], entry["key"])
-    return hmac.compare_digest(expected, str(entry.get("seal")))
+    return hmac.compare_digest(expected.encode(), entry["seal"].encode())
 
 
 def differences(entry: dict[str, Any], key: dict[str, Any]) -> list[str]:
@@ -150,8 +153,9 @@ def read_engine(bundle: Bundle, device: Device) -> bytes:
         raise RuntimeMissingError("the bundle has no TensorRT engine yet", where=bundle.path,
                                   remedy=f"build it on this device: {remedy}")  # fmt: skip
     if not trusted(bundle):
-        raise RuntimeMissingError("the engine was not built on this machine, so it is not loaded", where=bundle.path,
-                                  why="an engine is native code", remedy=f"build it here: {remedy}")  # fmt: skip
+        raise RuntimeMissingError("the engine was not built on this machine by this user, so it is not loaded", where=bundle.path,
+                                  why="an engine is native code", remedy=f"build it here: {remedy}; several users of one machine "
+                                  "share engines by naming one folder in CMT_EDGE_STATE")  # fmt: skip
     changed = differences(entry, engine_key(bundle, device, EngineOptions()))
     if changed:
         raise RuntimeMissingError("the engine does not fit this device", where=bundle.path, why="; ".join(changed),
@@ -164,8 +168,12 @@ def read_engine(bundle: Bundle, device: Device) -> bytes:
     return data
 
 
-def trtexec(bundle: Bundle, options: EngineOptions, version: str = "10") -> str:
-    """The command line of NVIDIA's ``trtexec`` that builds the same engine, for comparing and for bug reports."""
+def trtexec(bundle: Bundle, options: EngineOptions, device: str | None = None) -> str:
+    """The command line of NVIDIA's ``trtexec`` that builds the same engine, for comparing and for bug reports.
+
+    Scratch memory is left to ``trtexec`` unless ``options`` name it.
+    """
+    version = (bundle.manifest.engine or {}).get("key", {}).get("tensorrt", "10")
     parts = ["trtexec", f"--onnx={bundle.file(ONNX)}", "--saveEngine=engine.plan", f"--builderOptimizationLevel={options.level}",
              "--profilingVerbosity=detailed", "--timingCacheFile=timing.cache"]  # fmt: skip
     parts += ["--stronglyTyped"] if version.split(".", maxsplit=1)[0] == "10" else []  # from 11 on there is nothing else
@@ -175,7 +183,8 @@ def trtexec(bundle: Bundle, options: EngineOptions, version: str = "10") -> str:
         rest = "x".join(map(str, bundle.manifest.input["shape"][1:]))
         parts += [f"--{kind}Shapes={bundle.manifest.input['name']}:{count}x{rest}"
                   for kind, count in zip(("min", "opt", "max"), options.profile, strict=True)]  # fmt: skip
-    return " ".join(parts)
+    parts += [f"--device={device}"] if device else []
+    return shlex.join(parts)
 
 
 def _digest(key: dict[str, Any]) -> str:
@@ -189,8 +198,11 @@ def _secret() -> bytes:
     try:
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_atomic(path, secrets.token_bytes(32), mode=0o600)
-        return path.read_bytes()
+            write_atomic(path, secrets.token_bytes(SECRET_BYTES), mode=0o600)
+        secret = path.read_bytes()
+        if len(secret) != SECRET_BYTES:
+            raise OSError(f"it holds {len(secret)} bytes instead of {SECRET_BYTES}; delete it")
+        return secret
     except (OSError, OutputError) as exc:
         raise OutputError("the secret that seals engines cannot be kept", where=path, why=getattr(exc, "strerror", None) or exc,
                           remedy="name a writable folder in CMT_EDGE_STATE") from exc  # fmt: skip

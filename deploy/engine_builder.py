@@ -6,17 +6,21 @@ output, one JSON object a line, how far it is and at last what it did: ``{"progr
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import tensorrt as trt
 
-from .backends.tensorrt import Log
+from .backends.tensorrt import LOG, Log
+from .cuda import open_cuda
 from .engine import Request
+from .errors import OutputError
 from .files import write_atomic
 
 
@@ -52,6 +56,7 @@ class Monitor(trt.IProgressMonitor):
 
 def build(request: Request, report: Callable[[str, float], None], log: Log) -> None:
     """Build and write the engine and the timing cache; raises :class:`BuildFailed`."""
+    open_cuda().use(request.device)  # TensorRT builds for the device that is current
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parse(network, request, log)
@@ -61,13 +66,19 @@ def build(request: Request, report: Callable[[str, float], None], log: Log) -> N
     if plan is None:
         raise BuildFailed("TensorRT built no engine", [*log.errors, *log.warnings])
     write_atomic(Path(request.plan), blob(plan))
-    write_atomic(Path(request.timing_cache), blob(cache.serialize()))
+    try:
+        write_atomic(Path(request.timing_cache), blob(cache.serialize()))
+    except OutputError as exc:  # the next build is slower, that is all
+        log.warnings.append(f"the timings could not be kept: {exc.why}")
 
 
 def parse(network: Any, request: Request, log: Log) -> None:
     """Read the ONNX file into ``network``."""
     parser = trt.OnnxParser(network, log)
-    if not parser.parse(Path(request.onnx).read_bytes(), request.onnx):
+    content = Path(request.onnx).read_bytes()
+    if hashlib.sha256(content).hexdigest() != request.sha256:
+        raise BuildFailed("model.onnx was changed after the bundle was opened", [])
+    if not parser.parse(content, request.onnx):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         raise BuildFailed("TensorRT's parser refused model.onnx", [str(e.desc()) for e in errors] + log.errors)
     if network.num_inputs != 1 or network.num_outputs != 1 or network.get_input(0).name != request.input:
@@ -89,7 +100,10 @@ def configure(builder: Any, config: Any, request: Request, report: Callable[[str
         rest = tuple(int(d) for d in request.shape[1:])
         profile.set_shape(request.input, *((count, *rest) for count in request.profile))
         config.add_optimization_profile(profile)
-    saved = Path(request.timing_cache).read_bytes() if Path(request.timing_cache).exists() else b""
+    try:
+        saved = Path(request.timing_cache).read_bytes()
+    except OSError:
+        saved = b""
     cache = config.create_timing_cache(saved)
     if cache is None or not config.set_timing_cache(cache, False):  # written by another version: start a new one
         cache = config.create_timing_cache(b"")
@@ -113,7 +127,8 @@ def main(path: str) -> int:
         except BrokenPipeError:  # the caller is gone
             os._exit(1)
 
-    log = Log()
+    log = LOG
+    threading.Thread(target=_end_with_the_caller, daemon=True).start()
     try:
         build(Request.read(Path(path)), lambda phase, share: say(progress=[phase, round(share, 3)]), log)
     except BuildFailed as exc:
@@ -123,7 +138,14 @@ def main(path: str) -> int:
         say(failed=f"{type(exc).__name__}: {exc}", details=log.errors)
         return 1
     say(done=True, warnings=log.warnings)
-    return 0
+    channel.flush()
+    os._exit(0)  # the plan is written: what TensorRT's destructors do now can only harm
+
+
+def _end_with_the_caller() -> None:
+    """Standard input is a pipe that the caller holds open: when that ends, so does the build."""
+    os.read(0, 1)  # not sys.stdin, whose lock would be in the way at exit
+    os._exit(1)
 
 
 if __name__ == "__main__":

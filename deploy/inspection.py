@@ -24,6 +24,12 @@ CONVERSIONS = ("reformat", "cast", "copy", "noop", "shuffle", "identity", "quant
 NO_COMPUTE = ("constant", "shape", "shape_call", "assertion", "signal", "wait")
 GENERATED = re.compile(r"^__myl_(move|cast?|copy|reform|quan|dequ)+(_myl|$)", re.IGNORECASE)
 """Names of generated kernels (kind "kgen") that only move or convert; the name lists what was fused into one."""
+TACTICS = (
+    ("int8", r"(?<![a-z0-9])(i8i8|s8s8|imma)"),
+    ("fp16", r"(?<![a-z0-9])(f16f16|h884|h1688|h16816|hmma)"),
+    ("fp32", r"(?<![a-z0-9])(f32f32|tf32|s1688)"),
+)
+"""Words of kernel names, for layers whose tensors tell nothing."""
 LEAST_SHARE = 0.5
 """Fusions change how many operations there are, so an engine passes with this part of the low-precision share of its graph."""
 
@@ -55,7 +61,7 @@ def layers(text: str) -> list[Layer]:
 def _layer(entry: Mapping[str, Any]) -> Layer:
     kind = str(entry.get("LayerType", ""))
     name = str(entry.get("Name", ""))
-    precision = _lowest(entry.get("Inputs")) or _lowest(entry.get("Outputs"))
+    precision = _lowest(entry.get("Inputs")) or _lowest(entry.get("Outputs")) or _of_tactic(str(entry.get("TacticName", "")))
     return Layer(name, kind, precision, any(word in kind.lower() for word in CONVERSIONS) or bool(GENERATED.match(name)))
 
 
@@ -63,6 +69,11 @@ def _lowest(tensors: Any) -> str:
     """The lowest precision that a list of tensors mentions, ``""`` if none has a float or int8 type."""
     text = " ".join(" ".join(_words(t)) for t in tensors or () if isinstance(t, dict)).lower()
     return next((precision for precision, pattern in WORDS if re.search(pattern, text)), "")
+
+
+def _of_tactic(name: str) -> str:
+    """The precision that a kernel's name tells, e.g. ``sm80_xmma_fprop_implicit_gemm_f16f16_f16f32_...``."""
+    return next((precision for precision, pattern in TACTICS if re.search(pattern, name.lower())), "")
 
 
 def _words(tensor: Mapping[str, Any]) -> list[str]:
@@ -95,11 +106,15 @@ def require_precision(asked: str, operations: Mapping[str, int], found: list[Lay
 
     Raises:
         GateError: less than half of what the graph asks for: the engine would be slower than it says.
+        StepError: the inspection does not tell.
     """
     low = {"int8": ("int8",), "fp16": ("int8", "fp8", "fp16", "bf16")}.get(asked)
     computing = [layer for layer in found if not layer.conversion]
-    if low is None or not computing:
+    if low is None:
         return 1.0
+    if not computing:
+        raise StepError(f"the engine's inspection tells no types, so it is not known whether it computes in {asked}",
+                        remedy="report the TensorRT version; a bundle of a fixed --batch may tell more")  # fmt: skip
     share = sum(layer.precision in low for layer in computing) / len(computing)
     expected = sum(operations.get(p, 0) for p in low) / max(1, sum(operations.values()))
     if share < LEAST_SHARE * expected:

@@ -83,6 +83,8 @@ def _fastest(result: Benchmark) -> list[str]:
     """Which of several to take, if the others' intervals leave no doubt."""
     if len(result.results) < 2:
         return []
+    if len({r.batch for r in result.results}) > 1:
+        return []  # ratios are of calls
     best, second = sorted(result.results, key=lambda r: -r.ratio)[:2]
     close = second.ratio_ci[1] >= best.ratio_ci[0]
     return [f"fastest: {best.name}" + (f" (no clear difference from {second.name})" if close else "")]

@@ -11,7 +11,7 @@
   Softmax                scores beyond :data:`MAX_SCORE`, where float16 rounds an exponent by more than 0.8 %; the
                          island reaches back to the product that makes the scores
   sums (pooling, Reduce) ``count * max|x|`` beyond ``65504 / S``
-  the classifier         logits beyond :data:`MAX_SCORE`, where neighbours could swap places
+  the classifier         logits beyond :data:`MAX_SCORE`, where neighbours could swap places; reaches back to their product
   =====================  ==========================================================================================
 
 Quantize and dequantize operations keep int8 between them; their scales take the type of the float side, so that no conversion is
@@ -39,9 +39,11 @@ FP16_MAX = 65504.0
 SAFETY = 4.0
 """Unseen images may exceed the observed range by this factor."""
 LIMIT = FP16_MAX / SAFETY
+LOGITS = "logits too large for float16's steps"
 MAX_SCORE = 32.0
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
-SUMS = ("GlobalAveragePool", "AveragePool", "ReduceMean", "ReduceSum", "ReduceL2")
+SUMS = {"GlobalAveragePool": 1, "AveragePool": 1, "ReduceMean": 1, "ReduceSum": 1, "ReduceSumSquare": 2, "ReduceL2": 2}
+"""Operations that add up many values, and the power they raise each to."""
 ELEMENTWISE = ("Add", "Sub", "Mul", "Div")
 ALWAYS_FLOAT = {"Resize": (1, 2)}
 """Inputs that ONNX defines as float32 whatever the data is."""
@@ -123,7 +125,7 @@ def rounded(model: onnx.ModelProto) -> onnx.ModelProto:
     """A float32 graph that computes what a typed graph asks for: every float16 tensor is rounded to float16.
 
     ONNX Runtime's CPU kernels compute float16 graphs in float32 and drop the roundings between them, so an overflow would not
-    show. Here it does. Sums inside one operation stay float32, as on a GPU's tensor cores.
+    show. Here it does. Sums inside one operation stay float32 here; a GPU may add in float16, for which :data:`SAFETY` leaves room.
     """
     types = _types(model)
     result = onnx.ModelProto()
@@ -214,18 +216,20 @@ class _Conversion:
             return
         self._add(index, *found)
         if node.op_type == "Softmax":
-            self._reach_back(node.input[0], found[1])
+            self._reach_back(node.input[0], "makes the scores of a float32 Softmax", found[1])
+        elif found[0] == LOGITS and node.op_type in (*MOVES, *ELEMENTWISE):
+            self._reach_back(node.input[0], *found)
 
     def _add(self, index: int, reason: str, observed: float) -> None:
         node = self.nodes[index]
         self.islands.setdefault(index, Island(node.name, node.op_type, reason, observed))
 
-    def _reach_back(self, name: str, observed: float) -> None:
-        """Keep what computes large scores in float32, up to the product that makes them: rounding them later would be no help."""
+    def _reach_back(self, name: str, reason: str, observed: float) -> None:
+        """Keep what computes large values in float32, up to the product that makes them: not rounding them later would be no help."""
         index = self.producer.get(name)
         while index is not None:
             node = self.nodes[index]
-            self._add(index, "makes the scores of a float32 Softmax", observed)
+            self._add(index, reason, observed)
             if node.op_type not in (*MOVES, *ELEMENTWISE):
                 return
             index = next((self.producer[n] for n in node.input if n in self.producer), None)
@@ -250,10 +254,10 @@ class _Conversion:
             return "squares of its input leave float16", largest
         if node.op_type == "Softmax" and largest > MAX_SCORE:
             return "scores too large for float16's steps", largest
-        if node.op_type in SUMS and largest * self._summed(node) > LIMIT:
+        if node.op_type in SUMS and largest ** SUMS[node.op_type] * self._summed(node) > LIMIT:
             return "its sum leaves float16", largest
-        if node.op_type in INT8_OPS and logits > MAX_SCORE:
-            return "logits too large for float16's steps", logits
+        if logits > MAX_SCORE and any(self.kinds.get(o) == FLOAT for o in node.output):
+            return LOGITS, logits
         return None
 
     def _summed(self, node: onnx.NodeProto) -> int:
@@ -298,6 +302,7 @@ class _Conversion:
         self.new_nodes.append(new)
         for name in self.outputs.intersection(node.output):
             if f"{name}_half" in new.output:
+                self.now[name], self.cast[name, HALF] = FLOAT, f"{name}_half"
                 self.new_nodes.append(helper.make_node("Cast", [f"{name}_half"], [name], f"cast_{name}", to=FLOAT))
 
     def _kind(self, index: int, node: onnx.NodeProto) -> int:
@@ -307,7 +312,11 @@ class _Conversion:
         if node.op_type == "DequantizeLinear":
             readers = self.consumers.get(node.output[0], [])
             return FLOAT if readers and all(i in self.islands for i in readers) else HALF
-        return FLOAT if index in self.islands else HALF
+        made_from_nothing = node.op_type != "Cast" and not any(n in self.now or self._is_float(n) for n in node.input)
+        return FLOAT if index in self.islands or made_from_nothing else HALF
+
+    def _is_float(self, name: str) -> bool:
+        return name in self.constants and self.constants[name].data_type == FLOAT
 
     def _read(self, name: str, kind: int) -> str:
         """Name of ``name``'s values in type ``kind``; other types than float32 are left alone."""
@@ -363,13 +372,13 @@ def _constant_nodes(model: onnx.ModelProto) -> Iterator[tuple[str, onnx.TensorPr
 
 
 def _unrepresentable(tensor: onnx.TensorProto) -> float | None:
-    """A constant's value that float16 cannot hold: too large, or a single number that would become 0."""
+    """A constant's largest value, if float16 cannot hold it: too large, or everything would become 0."""
     if tensor.data_type != FLOAT:
         return None
     values = np.abs(numpy_helper.to_array(tensor))
     if values.size and values.max() > FP16_MAX:
         return float(values.max())
-    if values.size == 1 and values.max() and not values.astype(np.float16).max():
+    if values.size and values.max() and not values.astype(np.float16).max():
         return float(values.max())
     return None
 

@@ -7,6 +7,7 @@ replaced, and so is copying the bytes of a plan. CUDA is the fake of ``tests/fak
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 import tempfile
@@ -31,7 +32,8 @@ def build(folder: Path) -> None:
     engine_builder.blob = lambda memory: b"plan"
     (folder / "model.onnx").write_bytes(b"onnx")
     for tf32, profile in ((False, None), (True, (1, 2, 8))):
-        request = Request(str(folder / "model.onnx"), str(folder / "plan"), str(folder / "timing"), NAME, (1, 3, 64, 64), 1 << 30, 3,
+        digest = hashlib.sha256(b"onnx").hexdigest()
+        request = Request(str(folder / "model.onnx"), digest, str(folder / "plan"), str(folder / "timing"), NAME, (1, 3, 64, 64), 1 << 30, 3,
                           tf32, profile)  # fmt: skip
         seen: list[str] = []
         engine_builder.build(request, lambda phase, share, seen=seen: seen.append(phase), Log())

@@ -9,10 +9,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import FAKES, ROOT, forget_fakes
+from conftest import ROOT, forget_fakes
 from test_deploy_bundle import SIZE, make_bundle, snapshot
 from trt_bundles import trt_bundle
 
@@ -21,7 +22,8 @@ import deploy.bundle
 import deploy.cli
 from deploy import Bundle, Predictor
 from deploy.benchmark import Protocol
-from deploy.errors import BundleError, OutputError, RuntimeMissingError
+from deploy.errors import BundleError, OutputError, RuntimeMissingError, StepError
+from deploy.jetson import Memory
 from deploy.parity import verify
 
 
@@ -57,7 +59,7 @@ def test_the_whole_job(gpu_machine, bundle, capsys):
     for word in (
         "built in",
         "TensorRT 10.3.0",
-        "Fake Orin (sm 8.7)",
+        "Fake Orin, 8 multiprocessors (sm 8.7)",
         "GPU, inference alone",
         "host, image file to label",
         "cmt-predict",
@@ -89,10 +91,12 @@ def test_the_network_is_strongly_typed_and_the_options_arrive(gpu_machine, bundl
     assert (header["workspace"], header["level"], header["tf32"], header["profile"]) == (1 << 29, 2, True, None)
 
 
-def test_defaults_leave_tf32_off_and_take_part_of_the_free_memory(gpu_machine, bundle):
+def test_defaults_leave_tf32_off_and_take_part_of_the_free_memory(gpu_machine, bundle, monkeypatch):
+    """Of what the system could free, where GPU and CPU share their memory."""
+    monkeypatch.setattr(deploy.build, "memory", lambda root: Memory(8192, 5000, 0, 0))
     assert build(bundle) == 0
     header = json.loads(engine_path(bundle).read_bytes()[len(b"FAKEPLAN") :].split(b"\n", 1)[0])
-    assert (header["workspace"], header["level"], header["tf32"]) == (int(0.4 * (4 << 30)), 3, False)
+    assert (header["workspace"], header["level"], header["tf32"]) == (int(0.4 * (5000 << 20)), 3, False)
 
 
 def test_json(gpu_machine, bundle, capsys):
@@ -289,33 +293,46 @@ def test_power_loss_between_engine_and_manifest(gpu_machine, bundle, monkeypatch
     }
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def builders_of(process) -> list[int]:
+    """Process ids of its builders, once there are some."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        listing = subprocess.run(
+            ["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True, check=False
+        )
+        if found := [int(line.split()[0]) for line in listing.stdout.splitlines() if "engine_builder" in line]:
+            return found
+        time.sleep(0.1)
+    raise AssertionError("no builder was started")
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_build_stops_its_child(gpu_machine, bundle, sent):
     before = snapshot(bundle.path)
     code = f"from deploy.cli import build; raise SystemExit(build([{str(bundle.path)!r}]))"
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"FAKE_TRT": "slow"}, stderr=subprocess.PIPE
     )
-    children: list[int] = []
-    deadline = time.monotonic() + 20
-    while not children and time.monotonic() < deadline:
-        time.sleep(0.1)
-        text = subprocess.run(
-            ["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True, check=False
-        ).stdout
-        children = [int(line.split()[0]) for line in text.splitlines() if "engine_builder" in line]
-    assert children
+    children = builders_of(process)
     process.send_signal(sent)
     _, error = process.communicate(timeout=20)
     assert process.returncode == 130
     assert b"interrupted" in error
-    assert not any(os.path.exists(f"/proc/{child}") for child in children)
+    assert not any(running(child) for child in children)
     assert snapshot(bundle.path) == before
 
 
 def test_one_build_at_a_time(gpu_machine, bundle, capsys):
     with deploy.build.building(bundle.path):
         assert build(bundle) == 2
+        assert build(bundle) == 2, "a refused build must not open the way for the next"
     assert "another build of this bundle is running" in capsys.readouterr().err
     assert build(bundle) == 0
 
@@ -335,8 +352,8 @@ def test_a_secret_that_cannot_be_kept(gpu_machine, bundle, capsys, monkeypatch, 
 
 @pytest.mark.parametrize(("flags", "word"), [
     (("--workspace", "0"), "--workspace"), (("--workspace", "nan"), "--workspace"), (("--level", "6"), "0 (fast build) to 5"),
-    (("--profile", "1,2"), "three batch sizes"), (("--profile", "4,2,8"), "MIN <= OPT <= MAX"), (("--profile", "a,b,c"), "three"),
-    (("--time-limit", "0"), "--time-limit"), (("--atol", "-1"), "--atol"), (("--device", "one"), "number of a GPU"),
+    (("--profile", "1,2"), "three batch sizes"), (("--profile", "2,2,8"), "MIN 1"), (("--profile", "1,9,8"), "OPT <= MAX"), (("--profile", "a,b,c"), "three"),
+    (("--time-limit", "0"), "--time-limit"), (("--time-limit", "inf"), "--time-limit"), (("--time-limit", "nan"), "--time-limit"), (("--atol", "-1"), "--atol"), (("--device", "one"), "number of a GPU"),
 ])  # fmt: skip
 def test_bad_flags(gpu_machine, bundle, capsys, flags, word):
     assert build(bundle, *flags) == 2
@@ -382,11 +399,118 @@ def test_update_never_replaces_a_file(bundle):
 def test_the_builder_speaks_only_its_protocol(gpu_machine, tmp_path):
     """Whatever libraries print, standard output stays readable by the parent."""
     (tmp_path / "request.json").write_text("{}")
-    done = subprocess.run([sys.executable, "-m", "deploy.engine_builder", str(tmp_path / "request.json")], cwd=ROOT, check=False,
-                          capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(FAKES)})  # fmt: skip
-    assert done.returncode == 1
-    (line,) = done.stdout.splitlines()
+    command = [sys.executable, "-m", "deploy.engine_builder", str(tmp_path / "request.json")]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        (line,) = child.stdout.readlines()
+    assert child.returncode == 1
     assert "TypeError" in json.loads(line)["failed"]
+
+
+def test_a_builder_ends_with_its_caller(gpu_machine, bundle, tmp_path):
+    """Also where the caller had no chance to stop it: the pipe it held breaks."""
+    code = f"from deploy.cli import build; raise SystemExit(build([{str(bundle.path)!r}]))"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"FAKE_TRT": "slow"})
+    children = builders_of(process)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while any(running(child) for child in children) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(running(child) for child in children)
+
+
+def test_nothing_is_imported_from_the_current_folder(gpu_machine, bundle, tmp_path, monkeypatch):
+    (tmp_path / "stick").mkdir()
+    (tmp_path / "stick" / "tensorrt.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.chdir(tmp_path / "stick")
+    assert build(bundle) == 0
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_relative_bundle_and_cache(gpu_machine, bundle, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CMT_EDGE_CACHE", "here")
+    forget_fakes()
+    assert deploy.cli.build([bundle.path.name]) == 0
+    assert list((tmp_path / "here" / "timing").iterdir())
+
+
+def test_another_gpu(gpu_machine, bundle, monkeypatch):
+    monkeypatch.setenv("FAKE_GPUS", "2")
+    assert build(bundle, "--device", "1") == 0
+    assert json.loads(engine_path(bundle).read_bytes()[len(b"FAKEPLAN") :].split(b"\n", 1)[0])["device"] == 1
+    with Predictor.load(bundle.path, device="1") as predictor:
+        predictor(np.zeros((SIZE, SIZE, 3), np.uint8))
+
+
+@pytest.mark.parametrize(("mode", "code"), [("float_engine", 1), ("no_types", 4)])
+def test_a_dynamic_engine_is_not_taken_on_trust(gpu_machine, tmp_path, monkeypatch, capsys, mode, code):
+    monkeypatch.setenv("FAKE_TRT", mode)
+    assert build(trt_bundle(tmp_path / "b", batch="batch")) == code
+    assert "fp16" in capsys.readouterr().err
+
+
+def test_a_crash_after_the_work_is_done_costs_nothing(gpu_machine, bundle, monkeypatch):
+    monkeypatch.setenv("FAKE_TRT", "crash_at_end")
+    assert build(bundle) == 0
+
+
+def test_timings_that_cannot_be_kept_cost_nothing(gpu_machine, bundle, tmp_path, capsys):
+    assert build(bundle) == 0
+    (cache,) = (tmp_path / "cache" / "timing").iterdir()
+    cache.unlink()
+    (cache / "in the way").mkdir(parents=True)
+    assert build(bundle, "--force") == 0
+    assert "the timings could not be kept" in capsys.readouterr().out
+
+
+def test_a_bundle_that_is_replaced_meanwhile(gpu_machine, bundle, capsys, monkeypatch):
+    def finish(*args, **options):
+        result = real(*args, **options)
+        shutil.rmtree(bundle.path)
+        trt_bundle(bundle.path, half=False)
+        return result
+
+    real = deploy.cli.finish
+    monkeypatch.setattr(deploy.cli, "finish", finish)
+    assert build(bundle) == 2
+    assert "changed meanwhile" in capsys.readouterr().err
+    assert Bundle.open(bundle.path).manifest.precision == "fp32"
+
+
+def test_a_graph_that_changes_under_the_builder(gpu_machine, bundle):
+    opened = Bundle.open(bundle.path)
+    with open(bundle.path / "model.onnx", "ab") as file:
+        file.write(b"x")
+    with pytest.raises(StepError, match="changed after the bundle was opened"):
+        deploy.build.finish(opened, deploy.build.EngineOptions())
+
+
+def test_a_tensorrt_that_cannot_be_loaded(bundle, capsys, monkeypatch, tmp_path):
+    (tmp_path / "tensorrt.py").write_text("raise ImportError('libnvdla_compiler.so: cannot open shared object file')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert build(bundle) == 3
+    error = capsys.readouterr().err
+    assert "installed but cannot be loaded" in error
+    forget_fakes()
+
+
+@pytest.mark.parametrize(
+    "entry", [[], {"file": ["x"]}, {"file": "x", "seal": "é"}, {"file": "x", "seal": "s", "report": "r", "text": "t"}, "x"]
+)
+def test_an_engine_entry_that_is_none(bundle, entry):
+    content = json.loads((bundle.path / "manifest.json").read_text()) | {"engine": entry}
+    content["checksum"] = deploy.bundle._content_hash(content)
+    (bundle.path / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(BundleError, match="engine entry"):
+        Bundle.open(bundle.path)
+
+
+def test_a_damaged_secret(gpu_machine, bundle, tmp_path, capsys):
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "machine.key").write_bytes(b"")
+    assert build(bundle) == 2
+    assert "0 bytes instead of 32; delete it" in capsys.readouterr().err
 
 
 def test_output_error_is_an_input_error():

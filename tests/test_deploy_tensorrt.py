@@ -27,7 +27,7 @@ RECEIVERS = {
     "builder": "Builder", "network": "INetworkDefinition", "parser": "OnnxParser", "config": "IBuilderConfig",
     "profile": "IOptimizationProfile", "cache": "ITimingCache", "e": "ParserError", "engine": "ICudaEngine",
     "self._engine": "ICudaEngine", "self._runtime": "Runtime", "context": "IExecutionContext", "self.context": "IExecutionContext",
-    "lane.context": "IExecutionContext", "self._engine.create_engine_inspector()": "EngineInspector",
+    "lane.context": "IExecutionContext", "inspector": "EngineInspector",
     "network.get_input(0)": "ITensor",
 }  # fmt: skip
 """Expressions in our code that hold an object of TensorRT."""
@@ -186,8 +186,8 @@ def test_nothing_is_left_behind(backend):
     for count in (1, 2, 4):
         opened.run(random_batch(count))
         opened.device_times(random_batch(count), 2)
-    opened.executed(random_batch(1), 2)
     assert runtime.memory
+    opened.executed(random_batch(1), 2)
     opened.close()
     assert [runtime.memory, runtime.streams, runtime.events, runtime.graphs] == [{}, {}, {}, {}]
 
@@ -217,6 +217,33 @@ def test_what_ran_is_read_back(backend, monkeypatch, version):
     assert executed.time_share["fp16"] == pytest.approx(0.8)  # pool, flatten, product and the cast back of five layers
     assert executed.conversion_share == pytest.approx(0.6)
     assert "profiler" in executed.source
+
+
+def test_types_of_a_dynamic_engine_are_known(backend):
+    executed = session(backend, batch="batch", profile=(1, 2, 4)).executed(random_batch(2), 3)
+    assert executed.operations == {"fp16": 2}
+    assert "other" not in executed.time_share
+
+
+def test_an_empty_batch(backend):
+    assert session(backend).run(np.empty((0, 3, SIZE, SIZE), np.float32)).shape == (0, 3)
+
+
+def test_two_gpus_in_one_thread(backend, monkeypatch):
+    monkeypatch.setenv("FAKE_GPUS", "2")
+    runtime = importlib.import_module("cuda.bindings.runtime")
+    first, second = session(backend), session(backend)
+    second._index = 1
+    monkeypatch.setattr(
+        runtime, "cudaMalloc", lambda size, real=runtime.cudaMalloc: (seen.append(runtime.current()), real(size))[1]
+    )
+    seen: list[int] = []
+    first.run(random_batch(1))
+    assert set(seen) == {0}
+    runtime.cudaSetDevice(1)  # somebody else's doing
+    first._lanes[0].shape = ()
+    first.run(random_batch(1))
+    assert set(seen) == {0}
 
 
 def test_what_is_no_engine_is_refused(backend):

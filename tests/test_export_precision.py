@@ -93,6 +93,15 @@ CASES = {
     "large logits": (
         [("MatMul", ["input", "w"], "logits", {})], {"w": np.eye(4, dtype=np.float32) * 9}, 4,
         {"node_logits": "logits too large for float16's steps"}),
+    "large logits with a bias": (
+        [("MatMul", ["input", "w"], "product", {}), ("Add", ["product", "bias"], "logits", {})],
+        {"w": np.eye(4, dtype=np.float32) * 9, "bias": np.ones(4, np.float32)}, 4,
+        {"node_product": "logits too large for float16's steps", "node_logits": "logits too large for float16's steps"}),
+    "squares of a norm over channels": (
+        [("Mul", ["input", "k"], "a", {}), ("ReduceL2", ["a", "axes"], "b", {"keepdims": 1}), ("Mul", ["b", "small"], "logits", {})],
+        {"k": f32(20.0), "axes": np.array([1], np.int64), "small": f32(1e-3)}, 1, {"node_b": "its sum leaves float16"}),
+    "small vectors": (
+        [("Mul", ["input", "k"], "logits", {})], {"k": f32(1e-9, 2e-9, 1e-9, 0)}, 4, {"node_logits": "a constant leaves float16"}),
     "sharp scores": (
         [("MatMul", ["input", "w"], "product", {}), ("Add", ["product", "bias"], "scores", {}), ("Softmax", ["scores"], "p", {"axis": -1}),
          ("MatMul", ["p", "w2"], "logits", {})],
@@ -123,7 +132,10 @@ def test_the_observation_that_decided_is_recorded():
 @pytest.mark.parametrize(("scale", "count"), [(0.999, 0), (1.001, 1)])
 def test_the_margin_for_unseen_images(scale, count):
     """Values up to a quarter of float16's range stay float16."""
-    model = graph([("Identity", ["input"], "x", {}), ("Relu", ["x"], "logits", {})])
+    model = graph(
+        [("Identity", ["input"], "x", {}), ("Relu", ["x"], "y", {}), ("Mul", ["y", "small"], "logits", {})],
+        {"small": f32(1e-4)},
+    )
     batch = np.full((1, 4), LIMIT * scale, np.float32)
     assert sum(i.op == "Relu" for i in convert(model, batch).islands) == count
     assert LIMIT * 4 == FP16_MAX
@@ -162,6 +174,20 @@ def test_a_constant_read_by_both_precisions_exists_twice():
         "k_half": HALF,
     }
     assert parser_findings(result.model) == []
+
+
+def test_what_is_made_from_nothing_stays_float32():
+    nodes = [
+        ("ConstantOfShape", ["shape"], "ones", {"value": helper.make_tensor("v", FLOAT, [1], [1.0])}),
+        ("Add", ["input", "ones"], "logits", {}),
+    ]
+    model = graph(nodes, {"shape": np.array([4], np.int64)})
+    np.testing.assert_allclose(run(convert(model, BATCH).model, BATCH), BATCH + 1)
+
+
+def test_an_output_that_others_read_too():
+    model = graph([("Relu", ["input"], "logits", {}), ("Neg", ["logits"], "unused", {})])
+    np.testing.assert_allclose(run(convert(model, BATCH).model, BATCH), np.maximum(BATCH, 0))
 
 
 def test_constant_operations_and_shapes_are_kept():

@@ -81,6 +81,25 @@ def test_other_names_of_the_format(alias):
     assert ExportConfig("cmt_nano", format=alias).format == "trt"
 
 
+def test_images_for_the_ranges_of_fp16(tmp_path):
+    """``--data`` with fp16 observes, it does not quantize."""
+    made = run(config(tmp_path, data="generated", calib_size=8))
+    assert set(made.manifest.typing["operations"]) == {"fp16"}
+    assert made.manifest.typing["observed"]["images"] == 12
+    assert made.manifest.calibration is None
+    assert not {n.op_type for n in onnx.load(made.file("model.onnx")).graph.node} & {"QuantizeLinear", "DequantizeLinear"}
+
+
+@pytest.mark.parametrize("atol", [1e-6, 50.0])
+def test_atol_reaches_the_typed_graph(tmp_path, atol):
+    if atol < 1:
+        with pytest.raises(GateError, match="fp16 changes the logits") as error:
+            run(config(tmp_path, atol=atol))
+        assert "--atol" in error.value.remedy
+    else:
+        run(config(tmp_path, atol=atol))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cmt_ti", "cmt_xs"])
 def test_larger_models_are_typed_without_findings(name, tmp_path):
@@ -153,6 +172,7 @@ def test_export_builds_verifies_and_measures(gpu_machine, quick, tmp_path, preci
     assert made.manifest.engine["golden"]["passed"]
     assert made.manifest.latency["p50_ms"] > 0
     assert made.manifest.verification["runtime"] == {"runtime": "tensorrt 10.3.0", "device": "Fake Orin"}
+    assert (made.path / made.manifest.engine["text"]).read_text().startswith(f"# cmt_nano_{precision}_trt on Fake Orin")
     with Predictor.load(made) as predictor:
         assert predictor(made.golden().sources[0]).label in made.labels
     assert verify(made).passed

@@ -36,7 +36,11 @@ def backend(name: str) -> ModuleType:
     missing = [p for p in packages if util.find_spec(p) is None]
     if missing:
         raise RuntimeMissingError(f"{' and '.join(missing)} is not installed", remedy=remedy)
-    return import_module(f"{__name__}.{module}")
+    try:
+        return import_module(f"{__name__}.{module}")
+    except (ImportError, OSError) as exc:
+        raise RuntimeMissingError(f"{' and '.join(packages)} is installed but cannot be loaded", why=exc,
+                                  remedy=f"repair the installation: {remedy}") from exc  # fmt: skip
 
 
 __all__ = ["FORMATS", "TABLE", "DeviceTimes", "ExecutedPrecision", "LoadOptions", "Session", "backend"]

@@ -30,6 +30,8 @@ from .base import DeviceTimes, ExecutedPrecision, LoadOptions, Session
 
 FLOAT_BYTES = 4
 KEPT_LINES = 20
+UNKNOWN_TYPES = "due to dynamic shapes"
+"""What the inspector writes for types it does not know."""
 
 
 class Log(trt.ILogger):
@@ -40,11 +42,18 @@ class Log(trt.ILogger):
         self.errors: list[str] = []
         self.warnings: list[str] = []
 
+    def clear(self) -> None:
+        self.errors, self.warnings = [], []
+
     def log(self, severity: Any, message: str) -> None:
         if severity in (trt.Logger.Severity.INTERNAL_ERROR, trt.Logger.Severity.ERROR):
             self.errors = [*self.errors, message][-KEPT_LINES:]
         elif severity == trt.Logger.Severity.WARNING:
             self.warnings = [*self.warnings, message][-KEPT_LINES:]
+
+
+LOG = Log()
+"""TensorRT keeps the first logger it is given for the whole process, so there is one."""
 
 
 def gpu_index(device: str | None) -> int:
@@ -92,16 +101,15 @@ class TensorRTSession(Session):
         self.graphs = graphs
         """Whether inferences are launched as CUDA graphs; turned off with a note in :attr:`notes` where that fails."""
         self.notes: list[str] = []
-        self.log = Log()
         self._cuda, self._index = cuda, index
-        self._here = threading.local()
         self._enter()
         self.device = cuda.gpu(index).name
-        self._runtime = trt.Runtime(self.log)
+        LOG.clear()
+        self._runtime = trt.Runtime(LOG)
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise StepError(
-                "TensorRT refused the engine", why="; ".join(self.log.errors), remedy="build it again with cmt-build --force"
+                "TensorRT refused the engine", why="; ".join(LOG.errors), remedy="build it again with cmt-build --force"
             )
         self._input, self._output = self._names()
         self._most = self._largest_batch()
@@ -124,6 +132,8 @@ class TensorRTSession(Session):
         return int(most[0])
 
     def run(self, batch: np.ndarray) -> np.ndarray:
+        if not len(batch):
+            return np.empty((0, int(self._engine.get_tensor_shape(self._output)[-1])), np.float32)
         with self._lane() as lane:
             parts = [lane.run(batch[i : i + self._most]) for i in range(0, len(batch), self._most)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -147,8 +157,15 @@ class TensorRTSession(Session):
         return executed(layers(self.inspect()), profiler.milliseconds)
 
     def inspect(self) -> str:
-        """The engine inspector's JSON."""
-        return self._engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+        """The engine inspector's JSON; with a dynamic batch only a context with a shape knows the types."""
+        inspector = self._engine.create_engine_inspector()
+        text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+        if UNKNOWN_TYPES not in text:
+            return text
+        with self._lane() as lane:
+            lane.set_shape((1, *tuple(self._engine.get_tensor_shape(self._input))[1:]))
+            inspector.execution_context = lane.context
+            return inspector.get_engine_information(trt.LayerInformationFormat.JSON)
 
     def close(self) -> None:
         self._enter()
@@ -160,10 +177,8 @@ class TensorRTSession(Session):
         self._engine = self._runtime = None
 
     def _enter(self) -> None:
-        """The current device is a property of each thread."""
-        if not getattr(self._here, "entered", False):
-            self._cuda.use(self._index)
-            self._here.entered = True
+        """The current device is a property of each thread, and others may have changed it."""
+        self._cuda.use(self._index)
 
     @contextlib.contextmanager
     def _lane(self) -> Iterator[_Lane]:
@@ -184,7 +199,7 @@ class TensorRTSession(Session):
     def _new_lane(self, graphs: bool) -> _Lane:
         context = self._engine.create_execution_context()
         if context is None:
-            raise RuntimeMissingError("the engine does not fit the free memory of the device", why="; ".join(self.log.errors),
+            raise RuntimeMissingError("the engine does not fit the free memory of the device", why="; ".join(LOG.errors),
                                       remedy="close other programs, or build with a smaller --workspace or --profile")  # fmt: skip
         return _Lane(context, self._cuda, self._input, self._output, graphs)
 
@@ -255,12 +270,16 @@ class _Lane:
         if not self.context.execute_async_v3(self.stream):
             raise StepError("TensorRT could not start the inference", remedy="build the engine again with cmt-build --force")
 
-    def _reshape(self, shape: tuple[int, ...]) -> None:
+    def set_shape(self, shape: tuple[int, ...]) -> None:
+        """Tell the context the input's shape; buffers and graph of another are given back."""
         self._release()
         if not self.context.set_input_shape(self.input, shape):
             raise InputError(
                 f"the engine does not take an input of {shape}", remedy="build it with another --profile MIN,OPT,MAX"
             )
+
+    def _reshape(self, shape: tuple[int, ...]) -> None:
+        self.set_shape(shape)
         out = tuple(self.context.get_tensor_shape(self.output))
         self.device_in, self.host_in = self._buffers(shape)
         self.device_out, self.host_out = self._buffers(out)

@@ -15,7 +15,7 @@ int cudaGetDeviceCount(int *n) {
     return mode && !strcmp(mode, "no_device") ? 100 : OK;
 }
 int cudaSetDevice(int d) { return d == 0 ? OK : 101; }
-int cudaDeviceGetAttribute(int *v, int attribute, int d) { *v = attribute == 75 ? 8 : attribute == 76 ? 7 : 1; return OK; }
+int cudaDeviceGetAttribute(int *v, int attribute, int d) { *v = attribute == 75 ? 8 : attribute == 76 ? 7 : attribute == 50 || attribute == 34 ? 0 : 1; return OK; }
 int cudaMemGetInfo(size_t *f, size_t *t) { *f = (size_t)5 << 30; *t = (size_t)8 << 30; return OK; }
 int cudaMalloc(void **p, size_t n) { *p = n > ((size_t)8 << 30) ? NULL : malloc(n); return *p ? OK : 2; }
 int cudaFree(void *p) { free(p); return OK; }
@@ -45,4 +45,5 @@ int cudaGraphInstantiateWithFlags(void **exec, void *graph, unsigned long long f
 int cudaGraphDestroy(void *graph) { free(graph); return OK; }
 int cudaGraphLaunch(void *exec, void *s) { return exec && s ? OK : INVALID; }
 int cudaGraphExecDestroy(void *exec) { free(exec); return OK; }
+int cudaGetLastError(void) { return OK; }
 const char *cudaGetErrorString(int code) { return code == 2 ? "out of memory" : "some error"; }

@@ -2,11 +2,12 @@
 
 It offers only names that all real versions have (a test holds it to ``tests/data/tensorrt_names.json``). ``FAKE_TRT`` makes it fail:
 ``parser_error``, ``no_memory``, ``nothing``, ``crash``, ``killed``, ``slow``, ``float_engine``, ``wrong_logits``, ``no_context``,
-``no_inspection``. ``FAKE_TRT_VERSION`` is its version; from 11 on the inspection has the newer layout.
+``no_inspection``, ``no_types``, ``crash_at_end``. ``FAKE_TRT_VERSION`` is its version; from 11 on the inspection has the newer layout.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import json
 import os
@@ -166,6 +167,8 @@ class Builder:
 
     def build_serialized_network(self, network, config):
         monitor, mode = config.progress_monitor, _mode()
+        if mode == "crash_at_end":
+            atexit.register(os.abort)
         monitor.phase_start("Building Engine", None, 4)
         for step in range(4):
             monitor.phase_start("Tactics", "Building Engine", 1)
@@ -186,7 +189,7 @@ class Builder:
         self._logger.log(Logger.Severity.WARNING, "a weight was rounded")
         header = {"typed": network._typed, "tf32": BuilderFlag.TF32 in config._flags, "workspace": config._workspace,
                   "level": config.builder_optimization_level, "detailed": int(config.profiling_verbosity) == 2,
-                  "profile": config._profiles[0]._shapes if config._profiles else None, "stamp": time.time_ns()}  # fmt: skip
+                  "profile": config._profiles[0]._shapes if config._profiles else None, "device": _cuda.current(), "stamp": time.time_ns()}  # fmt: skip
         return IHostMemory(_MAGIC + json.dumps(header).encode() + b"\n" + network._model.SerializeToString())
 
 
@@ -229,6 +232,10 @@ class ICudaEngine:
         fixed = [d.dim_value for d in self._io[0].type.tensor_type.shape.dim]
         return (self._header["profile"] or {name: [fixed] * 3})[name]
 
+    def get_tensor_shape(self, name):
+        value = next(v for v in self._io if v.name == name)
+        return tuple(d.dim_value or -1 for d in value.type.tensor_type.shape.dim)
+
     def create_execution_context(self):
         return None if _mode() == "no_context" else IExecutionContext(self)
 
@@ -241,6 +248,7 @@ class IExecutionContext:
 
     def __init__(self, engine):
         self._engine, self._addresses, self._shape = engine, {}, None
+        assert _cuda.current() == engine._header.get("device", 0), "the engine is for another GPU"
 
     def set_input_shape(self, name, shape):
         low, _, high = self._engine.get_tensor_profile_shape(name, 0)
@@ -273,15 +281,22 @@ def _array(address, shape):
 
 
 class EngineInspector:
+    execution_context = None
+
     def __init__(self, engine):
         self._engine = engine
 
     def get_engine_information(self, format):
         if not self._engine._header["detailed"] or _mode() == "no_inspection":
             return json.dumps({"Layers": [layer["Name"] for layer in _layers(self._engine._model)]})
+        known = self.execution_context is not None and self.execution_context._shape
+        found = _layers(self._engine._model)
+        for tensor in (t for layer in found for t in layer["Inputs"] + layer["Outputs"]):
+            if self._engine._header["profile"] and (not known or _mode() == "no_types"):
+                tensor.update({key: "N/A due to dynamic shapes" for key in tensor if "ormat" in key or "type" in key})
         names = ["input", "logits"]
         ends = {"I/O Tensors": [{"Name": n, "DataType": "Float"} for n in names]} if __version__ > "11" else {"Bindings": names}
-        return json.dumps({"Layers": _layers(self._engine._model), **ends})
+        return json.dumps({"Layers": found, **ends})
 
 
 def _layers(model):

@@ -1,6 +1,6 @@
 """A CUDA device made of host memory, with the calls and return values of ``cuda.bindings.runtime``.
 
-Streams run at once unless they are being captured. ``FAKE_CUDA`` makes it fail: ``old_driver``, ``no_device``, ``no_memory``, ``no_capture``.
+Streams run at once unless they are being captured. ``FAKE_GPUS`` is how many there are. ``FAKE_CUDA`` makes it fail: ``old_driver``, ``no_device``, ``no_memory``, ``no_capture``.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import os
+import threading
 import time
 from collections.abc import Callable
 from enum import IntEnum
@@ -35,7 +36,11 @@ class cudaStreamCaptureMode(IntEnum):
 
 
 class cudaDeviceAttr(IntEnum):
+    cudaDevAttrMultiProcessorCount = 16
     cudaDevAttrIntegrated = 18
+    cudaDevAttrPciBusId = 33
+    cudaDevAttrPciDeviceId = 34
+    cudaDevAttrPciDomainId = 50
     cudaDevAttrComputeCapabilityMajor = 75
     cudaDevAttrComputeCapabilityMinor = 76
 
@@ -58,13 +63,25 @@ def enqueue(stream: int, work: Callable[[], None]) -> None:
         recording.append(work)
 
 
+_here = threading.local()
+
+
+def current() -> int:
+    """The device of this thread."""
+    return getattr(_here, "device", 0)
+
+
+def _count() -> int:
+    return int(os.environ.get("FAKE_GPUS", "1"))
+
+
 def _mode() -> str:
     return os.environ.get("FAKE_CUDA", "")
 
 
 def cudaGetDeviceCount():
     codes = {"old_driver": cudaError_t.cudaErrorInsufficientDriver, "no_device": cudaError_t.cudaErrorNoDevice}
-    return (codes[_mode()], None) if _mode() in codes else (OK, 1)
+    return (codes[_mode()], None) if _mode() in codes else (OK, _count())
 
 
 def cudaRuntimeGetVersion():
@@ -76,7 +93,8 @@ def cudaDriverGetVersion():
 
 
 def cudaSetDevice(device):
-    return (OK if device == 0 else INVALID,)
+    _here.device = device
+    return (OK if 0 <= device < _count() else INVALID,)
 
 
 class _Properties:
@@ -88,7 +106,7 @@ def cudaGetDeviceProperties(device):
 
 
 def cudaDeviceGetAttribute(attribute, device):
-    return OK, {75: 8, 76: 7, 18: 1}[int(attribute)]
+    return OK, {75: 8, 76: 7, 18: 1, 16: 8, 33: 1, 34: 0, 50: 0}[int(attribute)]
 
 
 def cudaMemGetInfo():
@@ -188,6 +206,10 @@ cudaGraphExecDestroy = cudaGraphDestroy
 def cudaGraphLaunch(graph, stream):
     for work in graphs[graph]:
         enqueue(stream, work)
+    return (OK,)
+
+
+def cudaGetLastError():
     return (OK,)
 
 
