@@ -8,10 +8,9 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from .recipe import FLOAT_OPS, INT8_OPS, is_depthwise
+from .recipe import FLOAT_OPS, INT8_OPS, MOVES, is_depthwise
 
 MAX_OPSET = 20
-MOVES = ("Reshape", "Transpose", "Split", "Slice", "Squeeze", "Unsqueeze", "Flatten")
 
 
 def lint(model: onnx.ModelProto) -> list[str]:

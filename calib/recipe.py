@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import onnx
@@ -21,6 +22,10 @@ FLOAT_OPS = ("LayerNormalization", "Softmax", "Gelu", "Sigmoid", "Erf", "ReduceM
 """Operations that never read a dequantized activation directly."""
 INT8_OPS = ("Conv", "Gemm", "MatMul")
 """Operations that compute in int8."""
+
+
+RULES = 2
+"""Counts up when :meth:`Recipe.float_nodes` or what follows it changes, so that no cached graph of older rules is used."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +50,17 @@ class Recipe:
 
     def key(self) -> str:
         """Hash of all choices, for caches and the manifest."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(asdict(self) | {"rules": RULES}, sort_keys=True).encode()).hexdigest()
 
     def float_nodes(self, model: onnx.ModelProto) -> list[str]:
         """Names of the nodes of ``model`` that stay float although their operation could be int8."""
         constants = {i.name for i in model.graph.initializer}
+        producer = {output: node for node in model.graph.node for output in node.output}
         nodes = []
         for node in model.graph.node:
             if not self.depthwise and is_depthwise(node):
+                nodes.append(node.name)
+            if node.op_type == "MatMul" and any(_comes_from(name, "Softmax", producer) for name in node.input):
                 nodes.append(node.name)
             if not self.attention and node.op_type == "MatMul" and not constants.intersection(node.input):
                 nodes.append(node.name)
@@ -60,6 +68,16 @@ class Recipe:
 
 
 DEFAULT = Recipe()
+MOVES = ("Reshape", "Transpose", "Split", "Slice", "Squeeze", "Unsqueeze", "Flatten")
+"""Operations that only move values."""
+
+
+def _comes_from(name: str, op_type: str, producer: Mapping[str, onnx.NodeProto]) -> bool:
+    """Whether a tensor is the output of such an operation, moved or not."""
+    node = producer.get(name)
+    while node is not None and node.op_type in MOVES:
+        node = producer.get(node.input[0])
+    return node is not None and node.op_type == op_type
 
 
 def is_depthwise(node: onnx.NodeProto) -> bool:

@@ -85,6 +85,8 @@ class ModelSpec:
     macs: int | None = None
     top1: str | None = None
     source: str = ""
+    built_with_weights: bool = False
+    """Whether ``build`` returns the weights that "pretrained" means."""
 
 
 _REGISTRY: dict[str, ModelSpec] = {}
@@ -111,7 +113,14 @@ def list_models() -> list[str]:
 
 
 def model_spec(name: str) -> ModelSpec:
-    """The registry entry of ``name``; raises :class:`~deploy.errors.UnknownNameError` with the closest names."""
+    """The registry entry of ``name``, or one for ``module:factory`` and ``timm:NAME`` (see :mod:`cmt.custom`).
+
+    Raises :class:`~deploy.errors.UnknownNameError` with the closest names.
+    """
+    from .custom import custom_spec, is_custom
+
+    if is_custom(name):
+        return custom_spec(name)
     _load_families()
     try:
         return _REGISTRY[name]

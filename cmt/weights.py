@@ -77,6 +77,8 @@ def load_pretrained(
     """
     spec: ModelSpec = model.spec  # type: ignore[assignment]
     published = spec.pretrained
+    if spec.built_with_weights:
+        return LoadedWeights("pretrained")
     if published is None:
         raise WeightsError(f"no weights are published for {spec.name}", remedy="give --weights PATH or --weights random")
     options: dict[str, Any] = {"ema": ema, "fresh_head": fresh_head, "resize": resize}

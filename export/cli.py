@@ -16,6 +16,7 @@ examples:
   cmt-export --model cmt_nano --precision int8 --data generated
   cmt-export --model cmt_xs --weights cmt_xs.pth --precision int8 --data photos/train --eval-data photos/test
   cmt-export --model cmt_xs --weights cmt_xs.pth --format trt --half --no-build
+  cmt-export --model my_package:build_model --imgsz 224 --mean 0.5,0.5,0.5 --std 0.5,0.5,0.5
   cmt-export --model cmt_s --weights random --format onnx --batch 0 --dry-run
 """
 
@@ -24,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of ``cmt-export``."""
     p = parser("cmt-export", "Export a hybrid CNN-transformer classifier to a verified bundle.", EPILOG)
     keep: dict[str, Any] = {"default": argparse.SUPPRESS}  # flags not given leave the configuration file's value alone
-    p.add_argument("--model", help="model name; see --list-models", **keep)
+    p.add_argument("--model", help="model name, see --list-models; or MODULE:FACTORY of your own, or timm:NAME", **keep)
     p.add_argument("--list-models", action="store_true", help="print the models and exit")
     p.add_argument("--weights", help="pretrained (default), random, or a checkpoint file", **keep)
     p.add_argument("--ema", action=argparse.BooleanOptionalAction, help="take a checkpoint's averaged weights, or not "
@@ -53,6 +54,14 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--by-order", action="store_true", help="match class folders to labels in sorted order", **keep)
     p.add_argument("--max-drop", type=float, help="allowed loss of top-1, points (default 1.0)", **keep)
     p.add_argument("--atol", type=float, help="allowed golden logit difference (default: by precision)", **keep)
+    p.add_argument("--mean", metavar="R,G,B", help="mean of the values 0..1 (default: the model's)", **keep)
+    p.add_argument("--std", metavar="R,G,B", help="standard deviation of the values 0..1 (default: the model's)", **keep)
+    p.add_argument(
+        "--crop-ratio",
+        type=float,
+        help="share of the short side kept by the centre crop, 0 for none (default: the model's)",
+        **keep,
+    )
     p.add_argument("--exif", help="apply (default) or ignore the orientation of photographs", **keep)
     p.add_argument("--threads", type=int, help="CPU threads for verification and measurement", **keep)
     p.add_argument("--seed", type=int, help="seed of random weights and of the calibration choice (default 0)", **keep)

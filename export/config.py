@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -45,6 +46,8 @@ class ExportConfig:
         max_drop: allowed loss of top-1, percentage points.
         atol: allowed difference of golden logits; default by precision.
         batch: batch size of the graph; ``0`` accepts any.
+        mean, std: of the red, green and blue values scaled to 0..1, as ``"0.5,0.5,0.5"``; default: the model's.
+        crop_ratio: share of the short side that the centre crop keeps; ``0`` resizes to exactly the input size; default: the model's.
         exif: ``"apply"`` or ``"ignore"`` the orientation of photographs.
         threads: CPU threads for verification and measurement.
         seed: of random weights and of the choice of calibration images.
@@ -73,6 +76,9 @@ class ExportConfig:
     max_drop: float = 1.0
     atol: float | None = None
     batch: int = 1
+    mean: str | None = None
+    std: str | None = None
+    crop_ratio: float | None = None
     exif: str = "apply"
     threads: int | None = None
     seed: int = 0
@@ -100,13 +106,14 @@ class ExportConfig:
     @property
     def preprocess(self) -> Preprocess:
         spec, size = self.spec, self.img_size
-        short = None if spec.crop_ratio is None else int(size / spec.crop_ratio)
-        return Preprocess(size, short, spec.mean, spec.std, self.exif)
+        ratio = spec.crop_ratio if self.crop_ratio is None else self.crop_ratio or None
+        mean, std = (own if given is None else _triple(given) for given, own in ((self.mean, spec.mean), (self.std, spec.std)))
+        return Preprocess(size, None if ratio is None else int(size / ratio), mean, std, self.exif)
 
     @property
     def name(self) -> str:
         """Folder name of the bundle: everything that distinguishes two builds of one checkpoint."""
-        parts = [self.model]
+        parts = [re.sub(r"[^\w.-]+", "_", self.model)]
         parts += [str(self.img_size)] if self.img_size != self.spec.img_size else []
         parts += [self.precision, self.format]
         parts += [] if self.batch == 1 else ["dynamic" if self.batch == 0 else f"b{self.batch}"]
@@ -130,6 +137,8 @@ class ExportConfig:
         for flag, bound in (("--max-drop", self.max_drop), ("--atol", self.atol or 0.0)):
             if not bound >= 0:
                 raise InputError(f"{flag} {bound} is negative", remedy="give the allowed difference, 0 or more")
+        if min(self.preprocess.std) <= 0 or not 0 <= (self.crop_ratio or 0) <= 1:
+            raise InputError("--std must be above 0 and --crop-ratio 0 to 1", remedy="leave them out for the model's own")
         self._check_files()
         self._check_pair()
         if self.precision == "int8" and self.data is None:
@@ -219,6 +228,15 @@ def read_config(path: Path) -> dict[str, Any]:
 def _choice(kind: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         raise UnknownNameError(kind, value, difflib.get_close_matches(value, known, n=2, cutoff=0.4), known)
+
+
+def _triple(text: str) -> tuple[float, float, float]:
+    """``"r,g,b"`` as numbers; raises :class:`InputError`."""
+    try:
+        red, green, blue = (float(part) for part in text.split(","))
+    except ValueError as exc:
+        raise InputError(f"{text!r} is not three numbers", remedy="give red, green and blue: 0.485,0.456,0.406") from exc
+    return red, green, blue
 
 
 def _at_least(flag: str, value: int, least: int) -> None:
