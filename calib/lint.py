@@ -83,10 +83,14 @@ def _check_consumer(
 
 
 def source_of(name: str, producer: dict[str, onnx.NodeProto]) -> onnx.NodeProto | None:
-    """The node that computed a tensor, looking through operations that only move its values."""
+    """The node that computed a tensor, looking through operations that only move its values, and joints of dequantized ones."""
     node = producer.get(name)
     while node is not None and node.op_type in MOVES:
         node = producer.get(node.input[0])
+    if node is not None and node.op_type == "Concat":
+        sources = [source_of(i, producer) for i in node.input]
+        if all(s is not None and s.op_type == "DequantizeLinear" for s in sources):
+            return sources[0]
     return node
 
 

@@ -6,6 +6,7 @@ Rules are about node classes, never about names of a family. Measured on CMT (``
   point 0: TensorRT accepts nothing else, and asymmetric activations cost extra work on CPUs.
 * Depthwise convs stay float: they are bound by memory, and runtimes ran int8 ones as float with conversions around them.
 * LayerNorm, Softmax (and its product with the values), GELU and elementwise operations stay float: cheap, and where accuracy goes first.
+* Products with a table of more than two dimensions (relative positions) stay float: small, and runtimes expect one scale there.
 * Biases stay float: they are added in the accumulator's precision anyway.
 """
 
@@ -24,7 +25,7 @@ INT8_OPS = ("Conv", "Gemm", "MatMul")
 """Operations that compute in int8."""
 
 
-RULES = 2
+RULES = 3
 """Counts up when :meth:`Recipe.float_nodes` or what follows it changes, so that no cached graph of older rules is used."""
 
 
@@ -54,7 +55,7 @@ class Recipe:
 
     def float_nodes(self, model: onnx.ModelProto) -> list[str]:
         """Names of the nodes of ``model`` that stay float although their operation could be int8."""
-        constants = {i.name for i in model.graph.initializer}
+        constants = {i.name: i for i in model.graph.initializer}
         producer = {output: node for node in model.graph.node for output in node.output}
         nodes = []
         for node in model.graph.node:
@@ -62,7 +63,9 @@ class Recipe:
                 nodes.append(node.name)
             if node.op_type == "MatMul" and any(_comes_from(name, "Softmax", producer) for name in node.input):
                 nodes.append(node.name)
-            if not self.attention and node.op_type == "MatMul" and not constants.intersection(node.input):
+            if node.op_type == "MatMul" and any(name in constants and len(constants[name].dims) > 2 for name in node.input):
+                nodes.append(node.name)
+            if not self.attention and node.op_type == "MatMul" and not any(name in constants for name in node.input):
                 nodes.append(node.name)
         return nodes
 
@@ -72,12 +75,15 @@ MOVES = ("Reshape", "Transpose", "Split", "Slice", "Squeeze", "Unsqueeze", "Flat
 """Operations that only move values."""
 
 
+ELEMENTWISE = ("Add", "Sub", "Mul", "Div")
+
+
 def _comes_from(name: str, op_type: str, producer: Mapping[str, onnx.NodeProto]) -> bool:
-    """Whether a tensor is the output of such an operation, moved or not."""
+    """Whether a tensor is made from the output of such an operation by moves and elementwise arithmetic alone."""
     node = producer.get(name)
-    while node is not None and node.op_type in MOVES:
-        node = producer.get(node.input[0])
-    return node is not None and node.op_type == op_type
+    if node is None or node.op_type == op_type:
+        return node is not None
+    return node.op_type in (*MOVES, *ELEMENTWISE) and any(_comes_from(i, op_type, producer) for i in node.input)
 
 
 def is_depthwise(node: onnx.NodeProto) -> bool:

@@ -22,7 +22,7 @@ from .fuse import Rewrite
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-FAMILIES = ("cmt.cmt",)
+FAMILIES = ("cmt.cmt", "cmt.cvt", "cmt.convit", "cmt.mvit", "cmt.xformer")
 """Modules that register models when imported: one entry a family."""
 
 
@@ -107,9 +107,10 @@ def _load_families() -> None:
 
 
 def list_models() -> list[str]:
-    """Names of all models, sorted by family order and size as registered."""
+    """Names of all models, in the order of :data:`FAMILIES` and as each registers them."""
     _load_families()
-    return list(_REGISTRY)
+    order = {module: i for i, module in enumerate(FAMILIES)}
+    return sorted(_REGISTRY, key=lambda name: order.get(_REGISTRY[name].build.__module__, len(order)))
 
 
 def model_spec(name: str) -> ModelSpec:

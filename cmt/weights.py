@@ -240,6 +240,10 @@ def _check(spec: ModelSpec, target: dict[str, Tensor], ours: dict[str, Tensor], 
     )
 
 
+_SIZED = ("position_bias", "position_embedding", ".relative.")
+"""Parts of the names of weights that belong to a resolution."""
+
+
 def _remedy(spec: ModelSpec, problems: dict[str, list[str]], shapes: list[str], ours: dict[str, Tensor]) -> str:
     if problems["not finite"]:
         return "the training diverged or the file is damaged: use an earlier checkpoint"
@@ -248,6 +252,6 @@ def _remedy(spec: ModelSpec, problems: dict[str, list[str]], shapes: list[str], 
         if len(head) == len(shapes):
             count = ours[head[0]].shape[0]
             return f"the checkpoint has {count} classes: --num-classes {count}, or --fresh-head to start a new classifier"
-        if all("position_bias" in k or k in head for k in shapes):
+        if all(any(word in k for word in _SIZED) or k in head for k in shapes):
             return "it was trained at another resolution: give its --imgsz, or --resize-position-bias to interpolate"
     return "is it a checkpoint of another variant? choose the matching --model"

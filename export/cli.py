@@ -123,8 +123,9 @@ def _plan(config: Any) -> dict[str, Any]:
     plan: dict[str, Any] = {"bundle": str(config.target), "replaces": config.target.exists(), "weights": config.weights}
     if config.data:
         chosen = CalibrationSet.choose(config.data, config.calib_size, config.preprocess, config.seed)
-        plan["images"] = chosen.describe()
-        steps.append(f"calibrate on {len(chosen)} images" if config.precision == "int8" else f"observe {len(chosen)} images")
+        quantizes = config.precision == "int8"
+        plan["calibration" if quantizes else "ranges"] = chosen.describe()
+        steps.append(f"{'calibrate on' if quantizes else 'observe'} {len(chosen)} images")
     if config.eval_data:
         images = ImageSet(config.eval_data)
         plan["evaluation"] = {"images": min(len(images), config.eval_limit or len(images)), "classes": len(images.classes)}

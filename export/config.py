@@ -147,7 +147,8 @@ class ExportConfig:
         if self.precision not in ("int8", "fp16") and (self.data is not None or self.calib_size is not None):
             raise InputError(f"--data and --calib-size are for int8 calibration and fp16 ranges, not {self.precision}",
                              remedy="leave them out; to measure accuracy use --eval-data")  # fmt: skip
-        if self.weights == "pretrained" and self.img_size != spec.img_size and not self.resize_position_bias:
+        fixed = spec.resize is not None and not self.resize_position_bias
+        if self.weights == "pretrained" and self.img_size != spec.img_size and fixed:
             raise InputError(f"the pretrained weights of {self.model} are for {spec.img_size} pixels, not {self.img_size}",
                              remedy="--resize-position-bias to interpolate them, then check the accuracy")  # fmt: skip
 
@@ -158,7 +159,7 @@ class ExportConfig:
                    "trt": "its typed graphs are fp32, fp16 or int8"}[self.format]  # fmt: skip
             others = [f for f, known in FORMATS.items() if self.precision in known]
             raise InputError(f"--format {self.format} has no {self.precision}: {why}",
-                             remedy=f"--format {' or '.join(others)}, or --precision {' or '.join(FORMATS[self.format])}")  # fmt: skip
+                             remedy=f"--format {' or '.join(others)}, or --precision {' or '.join(reversed(FORMATS[self.format]))}")  # fmt: skip
         given = [flag for flag, value in (("--no-build", not self.build), ("--workspace", self.workspace), ("--device", self.device))
                  if value]  # fmt: skip
         if self.format != "trt" and given:

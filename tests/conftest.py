@@ -94,3 +94,15 @@ def forget_fakes() -> None:
     for name in [*sys.modules]:
         if name.split(".")[0] in ("tensorrt", "cuda") or name in ("deploy.backends.tensorrt", "deploy.engine_builder"):
             del sys.modules[name]
+
+
+GIANT_MACS = 9e9
+"""Models above this are tested on demand (``pytest -m giant``): their goldens and exports take minutes and gigabytes."""
+
+
+def marked_models(names=None):
+    """Registry names for ``parametrize``; giant ones carry the marker ``giant``."""
+    from cmt import list_models, model_spec
+
+    names = list_models() if names is None else names
+    return [pytest.param(n, marks=pytest.mark.giant) if (model_spec(n).macs or 0) > GIANT_MACS else n for n in names]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import marked_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -14,8 +15,11 @@ from cmt.layers import DropPath
 from cmt.weights import randomize
 from deploy.errors import InputError
 
-SLOW = ("cmt_xs", "cmt_s", "cmt_b")
-PUBLISHED_SIZE = [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in list_models()]
+PUBLISHED_SIZE = [
+    "cmt_nano",
+    "cmt_ti",
+    *(pytest.param(n, marks=pytest.mark.slow) for n in ("cmt_xs", "cvt_13", "convit_tiny", "mvitv2_t")),
+]
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,7 +43,7 @@ def images(count: int, size: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", marked_models())
 def test_logits_are_kept(name):
     model = create_model(name, img_size=64)
     for seed in range(3):
@@ -104,7 +108,7 @@ def test_every_rewrite_says_why_it_is_exact():
         assert all("==" in r.algebra for r in rewrites)
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", marked_models())
 def test_batch_norms_dropout_and_layer_norm_affines_are_gone(name):
     model = create_model(name, img_size=64)
     fused = fuse(model)

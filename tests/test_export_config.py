@@ -62,7 +62,7 @@ def test_impossible_requests_are_refused(settings, message, remedy):
         ({"format": "openvno"}, "openvino"),
         ({"format": "ONNX"}, "onnx"),
         ({"precision": "int4"}, "int8"),
-        ({"precision": "fp16"}, "fp32"),
+        ({"precision": "fp61"}, "fp16"),
         ({"exif": "aply"}, "apply"),
     ],
     ids=lambda v: str(*v.values()) if isinstance(v, dict) else "",
@@ -116,7 +116,7 @@ def test_no_model(values):
 def test_toml_file_with_every_setting(tmp_path):
     config = ExportConfig(
         "cmt_s", "onnx", "int8", "w.pth", True, True, True, 5, 96, "l.txt", "d.tar/train", 7, "e", 9, True, 0.25, 0.5, 0,
-        "ignore", 2, 3, "out", False,
+        "0,0,0", "1,1,1", 0.9, "ignore", 2, 3, False, "1", 2.5, "out", False,
     )  # fmt: skip
     lines = []
     for field in fields(config):

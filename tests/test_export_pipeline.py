@@ -327,7 +327,7 @@ def perturbed_module(model):
 
     fused = fuse(model)
     with torch.no_grad():
-        fused.fc.bias[0] += 0.01
+        fused.head.fc.bias[0] += 0.01
     return fused
 
 
@@ -359,7 +359,7 @@ def test_a_step_that_makes_nan_stops_the_export(output, monkeypatch):
     def broken(model):
         fused = perturbed_module(model)
         with torch.no_grad():
-            fused.fc.bias[0] = float("nan")
+            fused.head.fc.bias[0] = float("nan")
         return fused
 
     monkeypatch.setattr(pipeline, "fuse", broken)

@@ -101,8 +101,8 @@ def test_atol_reaches_the_typed_graph(tmp_path, atol):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["cmt_ti", "cmt_xs"])
-def test_larger_models_are_typed_without_findings(name, tmp_path):
+@pytest.mark.parametrize("name", ["cmt_ti"])
+def test_a_larger_model_is_typed_without_findings(name, tmp_path):
     """Random weights have large values somewhere, so the islands are exercised too."""
     made = run(ExportConfig(name, format="trt", precision="fp16", weights="random", build=False, output=str(tmp_path)))
     assert made.manifest.typing["operations"]["fp16"] > 100
@@ -207,16 +207,17 @@ def test_a_gpu_without_tensorrt(gpu_machine, tmp_path, monkeypatch):
 # --- accuracy --------------------------------------------------------------------------------------------------------
 
 ALLOWED_DROP = {"fp16": 0.1, "int8": 0.5}
+LIMIT = {"fp16": 5000, "int8": 2000}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ALLOWED_DROP)
 def test_accuracy_on_photographs(precision, cifar, tmp_path):
-    """All 5000 test images, every float16 tensor rounded; benchmarks/typed_accuracy.py prints the figures."""
+    """Test images with every float16 tensor rounded, all 5000 for fp16; benchmarks/typed_accuracy.py prints the figures of all."""
     data = f"{cifar}/train" if precision == "int8" else None
     weights = str(shared("weights/cmt_nano_cifar10.pt"))
-    made = run(config(tmp_path, precision, weights=weights, data=data, calib_size=300 if data else None, eval_data=f"{cifar}/test",
+    made = run(config(tmp_path, precision, weights=weights, data=data, calib_size=300 if data else None, eval_data=f"{cifar}/test", eval_limit=LIMIT[precision],
                       max_drop=ALLOWED_DROP[precision]))  # fmt: skip
     check = made.manifest.verification["data"]
-    assert check["images"] == 5000
+    assert check["images"] == LIMIT[precision]
     assert check["drop"] <= ALLOWED_DROP[precision]

@@ -1,0 +1,103 @@
+"""The table of models in docs/models.md: figures of the registry, and what rewriting and precision make of each model on this machine.
+
+    python benchmarks/model_table.py [NAME ...] [--threads 2] [--output docs/models.md]
+
+Random weights, generated calibration images; latencies are interleaved medians at batch 1, so trust the ratios. Without names all models
+below 12 GMACs are measured; the others appear with their figures only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import tempfile
+from pathlib import Path
+
+from cmt import create_model, fuse, list_models, model_spec
+from cmt.registry import ModelSpec
+from cmt.weights import randomize
+from deploy.backends.openvino import has_bf16
+from deploy.benchmark import Protocol, benchmark
+from deploy.files import write_atomic
+from deploy.host import describe
+from deploy.report import table
+from export import ExportConfig, run
+from export.config import OPSET
+from export.to_onnx import export_onnx, simplify
+
+GIANT_MACS = 12e9
+HEADER = [
+    "model",
+    "input",
+    "M params",
+    "GMACs",
+    "published top-1 %",
+    "ONNX nodes, plain",
+    "rewritten",
+    "MB fp32 / int8",
+    "fp32 ms",
+    "bf16",
+    "int8",
+]
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("names", nargs="*")
+    p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--output", type=Path)
+    args = p.parse_args()
+    rows = []
+    for name in list_models():
+        spec = model_spec(name)
+        measured = name in args.names if args.names else (spec.macs or 0) < GIANT_MACS
+        rows.append(figures(spec) + (measure(spec, args.threads) if measured else ["-"] * 6))
+        print(f"{name} done", file=sys.stderr, flush=True)
+        gc.collect()
+    sources = sorted({f"- {spec.family}: {spec.source}" for spec in map(model_spec, list_models())})
+    text = "\n".join(
+        [table(HEADER, rows, markdown=True), "", *sources, "", f"Machine: {describe()['cpu']}, {args.threads} threads."]
+    )
+    if args.output:
+        write_atomic(args.output, (PREFACE + text + "\n").encode())
+    print(text)
+
+
+PREFACE = f"""# Models
+
+Made by `python benchmarks/model_table.py --output docs/models.md`. "bf16" and "int8" are speed-ups against our fp32 (OpenVINO, batch 1,
+interleaved, random weights); models above {GIANT_MACS / 1e9:g} GMACs are not measured.
+
+"""
+
+
+def figures(spec: ModelSpec) -> list[str]:
+    return [spec.name, str(spec.img_size), f"{(spec.params or 0) / 1e6:.2f}", f"{(spec.macs or 0) / 1e9:.2f}", spec.top1 or "-"]
+
+
+def measure(spec: ModelSpec, threads: int) -> list[str]:
+    model = create_model(spec.name)
+    randomize(model)
+    nodes = [len(simplify(export_onnx(m, spec.img_size, OPSET)).graph.node) for m in (model, fuse(model))]
+    precisions = ["fp32", *(["bf16"] if has_bf16() else []), "int8"]
+    with tempfile.TemporaryDirectory() as folder:
+        bundles = [
+            run(ExportConfig(spec.name, "openvino", precision, weights="random", data="generated" if precision == "int8" else None,
+                             calib_size=32 if precision == "int8" else None, output=folder, atol=1e9, threads=threads))
+            for precision in precisions
+        ]  # fmt: skip
+        result = benchmark(bundles, threads=threads, protocol=Protocol(50, 3.0), with_throughput=False)
+        sizes = [b.path.joinpath("openvino.bin").stat().st_size / 1e6 for b in bundles]
+    ratios = {r.precision: f"{r.ratio:.2f}" for r in result.results}
+    return [
+        *map(str, nodes),
+        f"{sizes[0]:.1f} / {sizes[-1]:.1f}",
+        f"{result.results[0].model.p50:.2f}",
+        ratios.get("bf16", "-"),
+        ratios["int8"],
+    ]
+
+
+if __name__ == "__main__":
+    main()
