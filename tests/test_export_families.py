@@ -29,6 +29,7 @@ def export(name, form, precision, folder, size):
             weights="random",
             imgsz=size,
             build=form != "trt",
+            batch=0,
             output=str(folder),
             **data,
         )
