@@ -59,10 +59,11 @@ def build(request: Request, report: Callable[[str, float], None], log: Log) -> N
     open_cuda().use(request.device)  # TensorRT builds for the device that is current
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parse(network, request, log)
+    parser = parse(network, request, log)  # held until the build is over: the network's weights are the parser's
     config = builder.create_builder_config()
     cache = configure(builder, config, request, report)
     plan = builder.build_serialized_network(network, config)
+    del parser
     if plan is None:
         raise BuildFailed("TensorRT built no engine", [*log.errors, *log.warnings])
     write_atomic(Path(request.plan), blob(plan))
@@ -72,8 +73,8 @@ def build(request: Request, report: Callable[[str, float], None], log: Log) -> N
         log.warnings.append(f"the timings could not be kept: {exc.why}")
 
 
-def parse(network: Any, request: Request, log: Log) -> None:
-    """Read the ONNX file into ``network``."""
+def parse(network: Any, request: Request, log: Log) -> Any:
+    """Read the ONNX file into ``network``; returns the parser."""
     parser = trt.OnnxParser(network, log)
     content = Path(request.onnx).read_bytes()
     if hashlib.sha256(content).hexdigest() != request.sha256:
@@ -83,6 +84,7 @@ def parse(network: Any, request: Request, log: Log) -> None:
         raise BuildFailed("TensorRT's parser refused model.onnx", [str(e.desc()) for e in errors] + log.errors)
     if network.num_inputs != 1 or network.num_outputs != 1 or network.get_input(0).name != request.input:
         raise BuildFailed("model.onnx does not have the input and output its manifest names", log.errors)
+    return parser
 
 
 def configure(builder: Any, config: Any, request: Request, report: Callable[[str, float], None]) -> Any:
