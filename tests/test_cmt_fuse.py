@@ -46,7 +46,7 @@ def images(count: int, size: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("name", marked_models())
 def test_logits_are_kept(name):
     model = create_model(name, img_size=64)
-    for seed in range(3):
+    for seed in range(3 if model.spec.family == "CMT" else 1):
         randomize(model.float(), seed)
         x = images(2, 64, seed)
         assert relative_difference(model, x) < 1e-5

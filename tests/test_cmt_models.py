@@ -61,8 +61,18 @@ def ours(model, state):
     return model.spec.adapt(renamed) if model.spec.adapt else renamed
 
 
-@pytest.mark.parametrize("rule", ["fanin", "flat"])
-@pytest.mark.parametrize("variant", marked(GOLDEN))
+def golden_cases():
+    """Every variant under both rules; the secondary rule of the slow ones on demand."""
+    for variant in GOLDEN:
+        macs = model_spec(name_of(variant)).macs or 0
+        for rule in ("fanin", "flat"):
+            giant = macs > (GIANT_MACS if rule == "fanin" else SLOW_MACS)
+            yield pytest.param(
+                variant, rule, marks=[pytest.mark.giant] if giant else [pytest.mark.slow] if macs > SLOW_MACS else []
+            )
+
+
+@pytest.mark.parametrize(("variant", "rule"), golden_cases())
 def test_logits_equal_the_official_code(variant, rule):
     size = described(variant)["input_size"]
     model = create_model(name_of(variant), img_size=size)
