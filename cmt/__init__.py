@@ -7,11 +7,13 @@
 """
 
 from .analysis import count_params, macs
+from .features import FeatureMaps, with_head
 from .fuse import fuse
 from .registry import ModelSpec, create_model, labels_of, list_models, model_spec
 from .weights import load_pretrained, load_weights, weights_fingerprint
 
 __all__ = [
+    "FeatureMaps",
     "ModelSpec",
     "count_params",
     "create_model",
@@ -23,4 +25,5 @@ __all__ = [
     "macs",
     "model_spec",
     "weights_fingerprint",
+    "with_head",
 ]

@@ -328,6 +328,7 @@ for _name, _heads, _params, _macs, _top1 in VARIANTS:
             name=_name,
             family="ConViT",
             build=ConViT,
+            strides=(),  # one resolution throughout
             config=ConViTConfig(_heads),
             img_size=224,
             size_multiple=16,  # the patch size

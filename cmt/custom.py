@@ -69,6 +69,7 @@ def custom_spec(name: str) -> ModelSpec:
         mean=tuple(settings.get("mean", IMAGENET_MEAN)),
         std=tuple(settings.get("std", IMAGENET_STD)),
         labels="imagenet_labels.txt" if module == TIMM and classes == 1000 else None,
+        strides=_strides(prototype, size),
         built_with_weights=True,
         source="from outside the registry",
     )
@@ -151,6 +152,21 @@ def _settings(model: nn.Module) -> dict[str, Any]:
             found |= {key: value for key, value in config.items() if value is not None}
     size = getattr(model, "img_size", None)
     return ({"input_size": (3, size, size)} if isinstance(size, int) else {}) | found
+
+
+def _strides(model: nn.Module, size: int) -> tuple[int, ...]:
+    """Strides of what a method ``features`` of the model gives: a list of maps ``(N, C, H, W)``; empty where it has no such method."""
+    method = getattr(model, "features", None)
+    if method is None or isinstance(method, nn.Module):  # many models call their convs so
+        return ()
+    try:
+        with torch.inference_mode():
+            maps = method(torch.zeros(1, 3, size, size))
+    except Exception:  # the user's code: anything may happen, and nobody asked for feature maps yet
+        return ()
+    if not isinstance(maps, (list, tuple)) or not all(isinstance(m, torch.Tensor) and m.ndim == 4 for m in maps):
+        return ()
+    return tuple(size // m.shape[-1] for m in maps)
 
 
 def _count_classes(model: nn.Module, size: int, name: str) -> int:

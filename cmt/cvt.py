@@ -295,6 +295,7 @@ for _name, _size, _config, _params, _macs, _top1, _data in VARIANTS:
             name=_name,
             family="CvT",
             build=CvT,
+            strides=(4, 8, 16),
             config=_config,
             img_size=_size,
             size_multiple=16,  # maps of exactly S/4, S/8 and S/16; keys and values round an odd map up, as everywhere

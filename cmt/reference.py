@@ -9,6 +9,7 @@ from torch import nn
 
 from deploy.errors import WeightsError
 
+from .features import with_head
 from .registry import create_model
 from .weights import LoadedWeights, load_pretrained, load_weights, randomize, weights_fingerprint
 
@@ -49,4 +50,4 @@ def rebuild(entry: dict[str, Any], weights: str | Path | None) -> tuple[nn.Modul
         entry["name"], weights, img_size=entry["img_size"], num_classes=entry["num_classes"], seed=made["seed"],
         ema=made["ema"], fresh_head=bool(made["fresh"]), resize=bool(made["resized"]),
     )  # fmt: skip
-    return model, weights_fingerprint(model)
+    return with_head(model, entry["head"]), weights_fingerprint(model)

@@ -60,6 +60,7 @@ class ModelSpec:
         crop_ratio: evaluation resizes the short side to ``int(img_size / crop_ratio)`` and crops the centre;
             ``None`` resizes to exactly ``img_size`` x ``img_size``.
         labels: file of class labels in ``cmt/data`` for the default class count.
+        strides: of the maps that the model's ``features(x)`` gives, in input pixels; empty where it has none.
         params, macs: published figures at the default size (MACs at batch 1; conv, linear and matmul only).
         top1: published ImageNet-1k top-1 in percent, as printed, and ``source`` of these figures.
     """
@@ -80,6 +81,7 @@ class ModelSpec:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     labels: str | None = "imagenet_labels.txt"
+    strides: tuple[int, ...] = (4, 8, 16, 32)
     pretrained: Pretrained | None = None
     params: int | None = None
     macs: int | None = None

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from .backends.base import ExecutedPrecision
-from .bundle import Bundle
+from .bundle import LOGITS, Bundle
 from .host import describe, versions
 from .predictor import Predictor
 from .preprocess import normalise
@@ -72,7 +72,7 @@ class OnDevice:
 class Measured:
     """All figures of one bundle in one runtime.
 
-    ``model`` is the runtime's inference alone, ``end_to_end`` from encoded image to label, both one image or one batch at a
+    ``model`` is the runtime's inference alone, ``end_to_end`` from encoded image to label (or feature maps), both one image or one batch at a
     time; ``throughput`` images a second with many requests at once; ``on_device`` where the device has a clock of its own.
     """
 
@@ -167,7 +167,7 @@ def _warm_up(call: Callable[[], object], protocol: Protocol) -> float:
 def throughput(predictor: Predictor, batch: np.ndarray, seconds: float) -> float:
     """Images a second with as many concurrent requests as the runtime recommends."""
     workers = max(1, predictor.session.parallelism)
-    predictor.logits(batch)
+    predictor.outputs(batch)
     counts = [0] * workers
     start = time.perf_counter()
 
@@ -270,15 +270,18 @@ def _model_call(predictor: Predictor, batch: np.ndarray) -> Callable[[], object]
 
 
 def _end_to_end_call(predictor: Predictor, images: Sequence[bytes]) -> Callable[[], object]:
-    """Each call classifies the next ``batch`` encoded images, from bytes to label."""
+    """Each call takes the next ``batch`` encoded images from bytes to labels or feature maps."""
     position = 0
 
-    def call() -> list[str]:
+    def call() -> object:
         nonlocal position
         count = predictor.batch or 1
         chosen = [images[(position + i) % len(images)] for i in range(count)]
         position += count
-        return [p.label for p in predictor.predict([io.BytesIO(c) for c in chosen])]
+        files = [io.BytesIO(c) for c in chosen]
+        if predictor.head != LOGITS:
+            return predictor.features(predictor.prepare(files))
+        return [p.label for p in predictor.predict(files)]
 
     return call
 

@@ -167,8 +167,8 @@ def finish(
         built = built or _build(bundle, options, here, cuda, time_limit, progress)
 
     def load(*_: object, throughput: bool = False, **__: object) -> Predictor:
-        session = module.TensorRTSession(built.plan, cuda, here.gpu.index, throughput=throughput)
-        return Predictor(session, bundle.preprocess, bundle.labels, batch=batch_limit(bundle))
+        session = module.TensorRTSession(built.plan, cuda, here.gpu.index, outputs=bundle.outputs, throughput=throughput)
+        return Predictor(session, bundle.preprocess, bundle.labels, batch=batch_limit(bundle), head=bundle.head)
 
     with progress.step("verify"), load() as predictor:
         found = layers(predictor.session.inspect())
@@ -325,7 +325,7 @@ def _require_golden(bundle: Bundle, predictor: Predictor, atol: float | None) ->
     if golden.passed:
         return golden
     raise GateError(
-        f"the engine's logits differ from the reference by {golden.logit_diff:.3g}, allowed are {golden.atol:.3g}",
+        f"the engine's {golden.output} differ from the reference by {golden.diff:.3g}, allowed are {golden.atol:.3g}",
         where=bundle.path, why=f"pixels differ by {golden.pixel_diff} grey levels",
         remedy="nothing was kept; export another --precision, or allow more with --atol",
     )  # fmt: skip

@@ -27,12 +27,14 @@ from .errors import BundleError, OutputError
 from .files import sha256_of, sync_folder, sync_tree, write_atomic, writing
 from .preprocess import Preprocess
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 ONNX = "model.onnx"
 GOLDEN = "golden.npz"
 REFERENCE = "reference.npz"
 ENGINES = "engines"
+LOGITS = "logits"
+"""Name of a classifier's output; feature maps are called ``stage1`` and so on."""
 MAX_MANIFEST = 16 << 20
 MAX_FILES = 256
 MAX_TOTAL = 8 << 30
@@ -44,7 +46,7 @@ class Manifest:
 
     model: dict[str, Any]
     input: dict[str, Any]
-    output: dict[str, Any]
+    outputs: list[dict[str, Any]]
     preprocess: dict[str, Any]
     labels: list[list[str]]
     labels_source: str
@@ -85,7 +87,7 @@ class Manifest:
             manifest = cls(**content)
         except TypeError as exc:
             raise _broken("the manifest lacks entries", where, exc) from exc
-        for name, kind in (("model", dict), ("input", dict), ("output", dict), ("files", dict), ("runtime", dict),
+        for name, kind in (("model", dict), ("input", dict), ("outputs", list), ("files", dict), ("runtime", dict),
                            ("labels", list), ("precision", str), ("format", str)):  # fmt: skip
             if not isinstance(getattr(manifest, name), kind):
                 raise _broken(f"manifest entry {name!r} is not a {kind.__name__}", where)
@@ -115,11 +117,14 @@ def _content_hash(content: Mapping[str, Any]) -> str:
 
 
 def _check_shapes(manifest: Manifest, where: object) -> None:
-    shapes = [manifest.input.get("shape"), manifest.output.get("shape")]
-    if not all(isinstance(shape, list) and shape for shape in shapes):
-        raise _broken("the manifest's input or output has no shape", where)
+    ends = [manifest.input, *manifest.outputs]
+    if len(ends) < 2 or not all(isinstance(end, dict) and isinstance(end.get("name"), str) for end in ends):
+        raise _broken("the manifest's input or an output has no name", where)
+    if not all(isinstance(end.get("shape"), list) and end["shape"] for end in ends):
+        raise _broken("the manifest's input or an output has no shape", where)
     pairs = all(isinstance(pair, list) and len(pair) == 2 for pair in manifest.labels)
-    if not pairs or len(manifest.labels) != manifest.output["shape"][-1]:
+    logits = [output["shape"][-1] for output in manifest.outputs if output["name"] == LOGITS]
+    if not pairs or [len(manifest.labels)] != (logits or [0]):
         raise _broken("the manifest's labels are not one [id, name] pair a logit", where)
 
 
@@ -155,6 +160,16 @@ class Bundle:
     @property
     def preprocess(self) -> Preprocess:
         return Preprocess.from_json(self.manifest.preprocess)
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names of the outputs in the graph's order: ``["logits"]``, or one a feature map."""
+        return [output["name"] for output in self.manifest.outputs]
+
+    @property
+    def head(self) -> str:
+        """What the model gives: ``"logits"`` or ``"features"``."""
+        return LOGITS if self.outputs == [LOGITS] else "features"
 
     @property
     def labels(self) -> list[str]:
@@ -197,7 +212,7 @@ class Bundle:
         return Bundle(self.path, manifest)
 
     def golden(self) -> Golden:
-        """The golden inputs and reference logits."""
+        """The golden inputs and what the reference made of them."""
         return Golden.from_file(self.file(GOLDEN))
 
     def reference(self) -> dict[str, int]:
@@ -215,22 +230,29 @@ class Golden:
     Attributes:
         sources: encoded PNG files, one an image.
         pixels: ``(K, S, S, 3)`` uint8, the sources after decode, resize and crop.
-        logits: ``(K, classes)`` float32, reference logits of the normalised pixels.
+        outputs: float32 ``(K, ...)``, what the reference makes of the normalised pixels, in the order of the manifest's outputs.
     """
 
     sources: list[bytes]
     pixels: np.ndarray
-    logits: np.ndarray
+    outputs: list[np.ndarray]
+
+    @property
+    def logits(self) -> np.ndarray:
+        """``(K, classes)``, of a classifier."""
+        return self.outputs[0]
 
     def save(self, path: Path) -> None:
         blobs = {f"source{i}": np.frombuffer(s, np.uint8) for i, s in enumerate(self.sources)}
-        np.savez_compressed(path, pixels=self.pixels, logits=self.logits, **blobs)  # type: ignore[arg-type]
+        blobs |= {f"output{i}": output for i, output in enumerate(self.outputs)}
+        np.savez_compressed(path, pixels=self.pixels, **blobs)  # type: ignore[arg-type]
 
     @classmethod
     def from_file(cls, path: Path) -> Golden:
         with _npz(path) as data:
             sources = [data[f"source{i}"].tobytes() for i in range(len(data["pixels"]))]
-            return cls(sources, data["pixels"], data["logits"])
+            count = sum(name.startswith("output") for name in data.files)
+            return cls(sources, data["pixels"], [data[f"output{i}"] for i in range(count)])
 
 
 def save_reference(path: Path, top1: dict[str, int]) -> None:

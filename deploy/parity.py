@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 
 from .backends import backend
-from .bundle import Bundle
+from .bundle import LOGITS, Bundle
 from .errors import BundleError, DataError, InputError, RuntimeMissingError
 from .images import ImageSet, Item, digest
 from .predictor import Predictor
 from .preprocess import NamedBytes, normalise, pixels, preprocess
 
 ATOL = {"fp32": 1e-3, "fp16": 0.1, "bf16": 0.25, "int8": 1.5}
-"""Default tolerance on golden logits, in units of the standard deviation of the reference logits."""
+"""Default tolerance on golden logits: largest difference, in units of the standard deviation of the reference logits."""
+MAP_ATOL = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.1, "int8": 0.6}
+"""The same for golden feature maps: root mean square over an image's map. The largest of 10^5 differences says little about a map."""
 MAX_DROP = 1.0
 """Default tolerance on top-1, percentage points."""
 PIXEL_TOLERANCE = 2
@@ -27,13 +29,17 @@ Z95 = 1.959964
 
 @dataclass(frozen=True)
 class GoldenCheck:
-    """Golden images: ``pixel_diff`` in grey levels (decode and resize), ``logit_diff`` and ``atol`` in logits (numerics)."""
+    """Golden images: ``pixel_diff`` in grey levels (decode and resize), ``diff`` and ``atol`` by :func:`distance` (numerics).
+
+    ``output`` is the one that comes closest to its tolerance: ``"logits"``, or a feature map.
+    """
 
     images: int
     pixel_diff: int
-    logit_diff: float
+    diff: float
     atol: float
     passed: bool
+    output: str = LOGITS
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,7 @@ def verify(
 
     Raises:
         DataError: unlabelled images, or class folders that do not match the labels.
+        InputError: images were given for a bundle of feature maps.
         RuntimeMissingError: images were given but no reference for them is to be had.
     """
     opened = candidate or Predictor.load(bundle, backend=backend, device=device, threads=threads)
@@ -143,23 +150,44 @@ def check_golden(bundle: Bundle, predictor: Predictor, atol: float | None = None
     spec = bundle.preprocess
     decoded = np.stack([pixels(source, spec) for source in golden.sources])
     pixel_diff = int(np.abs(decoded.astype(np.int16) - golden.pixels).max())
-    logits = predictor.logits(normalise(golden.pixels, spec))
-    if atol is None:
-        atol = ATOL[bundle.manifest.precision] * float(golden.logits.std(axis=1).mean())
-    if logits.shape != golden.logits.shape:
-        raise BundleError(
-            f"{logits.shape[1]} logits, the golden ones are {golden.logits.shape[1]}", where=bundle.path, remedy="export again"
-        )
-    diff = float(np.abs(logits - golden.logits).max())
-    return GoldenCheck(len(logits), pixel_diff, diff, atol, bool(pixel_diff <= PIXEL_TOLERANCE and diff <= atol))
+    ours = predictor.outputs(normalise(golden.pixels, spec))
+    shapes = [[output.shape for output in side] for side in (ours, golden.outputs)]
+    if shapes[0] != shapes[1]:
+        raise BundleError(f"the outputs' shapes are {shapes[0]}, the golden ones' {shapes[1]}", where=bundle.path,
+                          remedy="export again")  # fmt: skip
+    differences = [distance(a, b) for a, b in zip(ours, golden.outputs, strict=True)]
+    allowed = [tolerance(output, bundle.manifest.precision, atol) for output in golden.outputs]
+    fits = [difference <= bound for difference, bound in zip(differences, allowed, strict=True)]
+    worst = max(range(len(ours)), key=lambda i: (not fits[i], differences[i] / max(allowed[i], 1e-30)))
+    passed = pixel_diff <= PIXEL_TOLERANCE and all(fits)
+    return GoldenCheck(len(decoded), pixel_diff, differences[worst], allowed[worst], passed, bundle.outputs[worst])
+
+
+def distance(ours: np.ndarray, reference: np.ndarray) -> float:
+    """How far apart: logits ``(K, classes)`` by the largest difference, maps ``(K, C, H, W)`` by the largest root mean square of an image."""
+    if not np.isfinite(ours).all():
+        return float("inf")
+    difference = (ours - reference).reshape(len(reference), -1)
+    return float(np.abs(difference).max() if reference.ndim == 2 else np.sqrt((difference**2).mean(axis=1)).max())
+
+
+def tolerance(reference: np.ndarray, precision: str, atol: float | None = None) -> float:
+    """``atol``, or :data:`ATOL` (logits) or :data:`MAP_ATOL` (maps) standard deviations of an image's ``reference`` values."""
+    allowed = (ATOL if reference.ndim == 2 else MAP_ATOL)[precision]
+    return allowed * float(reference.reshape(len(reference), -1).std(axis=1).mean()) if atol is None else atol
 
 
 def match_labels(bundle: Bundle, data: ImageSet, by_order: bool) -> dict[str, int]:
     """Class folder -> logit index, by class id or readable name, or in sorted order.
 
     Raises:
+        InputError: the bundle gives feature maps.
         DataError: the images have no class folders, or folders and labels do not match; shows both sides.
     """
+    if bundle.head != LOGITS:
+        raise InputError(
+            "feature maps have no top-1", where=bundle.path, remedy="leave the images out, or export with --head logits"
+        )
     folders = data.classes
     if not folders:
         raise DataError("the images are not in class folders, so top-1 cannot be measured", where=data.path,

@@ -1,4 +1,4 @@
-"""One API over every runtime: images in, labelled probabilities out."""
+"""One API over every runtime: images in, labelled probabilities (or feature maps) out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from .backends import FORMATS, LoadOptions, Session, backend
 from .backends.base import batch_limit
-from .bundle import Bundle
+from .bundle import LOGITS, Bundle
 from .errors import InputError
 from .preprocess import ImageLike, Preprocess, preprocess
 
@@ -59,9 +59,11 @@ class Predictor:
     ...     p("ship.jpg").top(3)
     """
 
-    def __init__(self, session: Session, preprocess: Preprocess, labels: Sequence[str], *, batch: int = 1) -> None:
+    def __init__(
+        self, session: Session, preprocess: Preprocess, labels: Sequence[str], *, batch: int = 1, head: str = LOGITS
+    ) -> None:
         """``batch``: the fixed batch size of ``session``, ``0`` if any size goes. Most callers want :meth:`load`."""
-        self.session, self.spec, self.labels, self.batch = session, preprocess, list(labels), batch
+        self.session, self.spec, self.labels, self.batch, self.head = session, preprocess, list(labels), batch, head
         self._closed = False
 
     @classmethod
@@ -92,7 +94,7 @@ class Predictor:
             raise InputError(f"{threads} threads were asked for", remedy="ask for 1 or more, or leave it out for all cores")
         session = _backend(name).load(bundle, LoadOptions(device, threads, throughput, weights))
         fixed = 0 if name in ("torch", "fake") else batch_limit(bundle)
-        return cls(session, bundle.preprocess, bundle.labels, batch=fixed)
+        return cls(session, bundle.preprocess, bundle.labels, batch=fixed, head=bundle.head)
 
     def __call__(self, image: ImageLike) -> Prediction:
         """Classify one image: path, encoded bytes, file object, Pillow image, or HWC uint8 RGB array."""
@@ -106,8 +108,27 @@ class Predictor:
         """Preprocessed float32 ``(N, 3, H, W)`` -> float32 ``(N, classes)``; any ``N``, in the model's own batches.
 
         Raises:
-            InputError: another dtype or shape, or values that are not finite.
+            InputError: another dtype or shape, values that are not finite, or a bundle of feature maps.
         """
+        self._require(LOGITS)
+        return self.outputs(batch)[0]
+
+    def features(self, batch: np.ndarray) -> list[np.ndarray]:
+        """Preprocessed float32 ``(N, 3, H, W)`` -> the stage maps, float32 ``(N, C, H / stride, W / stride)``, finest first.
+
+        Raises:
+            InputError: as :meth:`logits`, or a bundle of a classifier.
+        """
+        self._require("features")
+        return self.outputs(batch)
+
+    def prepare(self, images: Iterable[ImageLike]) -> np.ndarray:
+        """Decode, resize, crop and normalise: the float32 batch ``(N, 3, H, W)`` that :meth:`logits` and :meth:`features` take."""
+        arrays = [preprocess(image, self.spec) for image in images]
+        return np.stack(arrays) if arrays else np.empty((0, 3, self.spec.size, self.spec.size), np.float32)
+
+    def outputs(self, batch: np.ndarray) -> list[np.ndarray]:
+        """What the model gives, whatever its head: see :meth:`logits` and :meth:`features`."""
         size = self.spec.size
         if (
             not isinstance(batch, np.ndarray)
@@ -129,10 +150,11 @@ class Predictor:
 
         At most ``2 * workers + batch`` images are held at a time, so an endless iterable is fine.
         """
+        self._require(LOGITS)
         chunk = self.batch or DYNAMIC_CHUNK
         for group in _groups(self._decoded(images, workers), chunk):
             arrays = np.stack([array for _, array in group]) if len(group) > 1 else group[0][1][None]
-            for (source, _), logits in zip(group, self._run(arrays), strict=True):
+            for (source, _), logits in zip(group, self._run(arrays)[0], strict=True):
                 yield Prediction(logits, self.labels, source)
 
     def _decoded(self, images: Iterable[ImageLike], workers: int) -> Iterator[tuple[str | None, np.ndarray]]:
@@ -155,20 +177,27 @@ class Predictor:
                 for future in pending:
                     future.cancel()
 
-    def _run(self, batch: np.ndarray) -> np.ndarray:
+    def _require(self, head: str) -> None:
+        if self.head != head:
+            wanted, use = ("classes", "features()") if head == LOGITS else ("feature maps", "logits() or predict()")
+            raise InputError(f"this bundle gives {self.head}, not {wanted}", remedy=f"use {use}, or export with --head {head}")
+
+    def _run(self, batch: np.ndarray) -> list[np.ndarray]:
         if self._closed:
             raise InputError("this Predictor is closed", remedy="load the bundle again")
         batch = np.ascontiguousarray(batch)
         if self.batch == 0 or len(batch) == self.batch:
             return self.session.run(batch)
-        results = [self._padded(batch[i : i + self.batch]) for i in range(0, len(batch), self.batch)]
-        return np.concatenate(results) if results else np.empty((0, len(self.labels)), np.float32)
+        if not len(batch):  # nothing to run, but the shapes are the model's
+            return [output[:0] for output in self._padded(batch)]
+        parts = [self._padded(batch[i : i + self.batch]) for i in range(0, len(batch), self.batch)]
+        return [np.concatenate(output) for output in zip(*parts, strict=True)]
 
-    def _padded(self, part: np.ndarray) -> np.ndarray:
-        """Run ``part``, at most one fixed batch; missing images are zeros whose logits are dropped."""
+    def _padded(self, part: np.ndarray) -> list[np.ndarray]:
+        """Run ``part``, at most one fixed batch; missing images are zeros whose answers are dropped."""
         missing = self.batch - len(part)
         full = np.concatenate([part, np.zeros((missing, *part.shape[1:]), np.float32)]) if missing else part
-        return self.session.run(full)[: len(part)]
+        return [output[: len(part)] for output in self.session.run(full)]
 
     @property
     def info(self) -> dict[str, Any]:

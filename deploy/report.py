@@ -11,7 +11,7 @@ from typing import Any
 
 from .backends.base import ExecutedPrecision
 from .benchmark import Benchmark, Latency
-from .bundle import Bundle
+from .bundle import LOGITS, Bundle
 from .errors import RuntimeMissingError
 from .files import write_atomic
 from .parity import Verification
@@ -94,7 +94,7 @@ def verification_text(v: Verification, markdown: bool = False) -> str:
     """Golden check, top-1 table and verdict."""
     g = v.golden
     lines = [
-        f"golden images: {g.images}; pixels differ by at most {g.pixel_diff} grey levels; logits by {g.logit_diff:.2g} "
+        f"golden images: {g.images}; pixels differ by at most {g.pixel_diff} grey levels; {g.output} by {g.diff:.2g} "
         f"(allowed {g.atol:.2g}): {'ok' if g.passed else 'FAILED'}"
     ]
     if v.data:
@@ -140,6 +140,15 @@ def bundle_text(bundle: Bundle) -> str:
     lines += [f"bundle: {path} ({_size(bundle) / 1e6:.1f} MB)", "", "next:"]
     if m.format == "trt" and not m.engine:
         return "\n".join([*lines, f"  copy {path} to the device", f"  cmt-build {path.name}"])
+    if bundle.head != LOGITS:
+        return "\n".join(
+            [
+                *lines,
+                f"  in Python: Predictor.load({str(path)!r}).features(batch)",
+                f"  cmt-bench {path}",
+                f"  cmt-verify {path}",
+            ]
+        )
     return "\n".join(
         [*lines, f"  cmt-predict {path} IMAGE", f"  cmt-bench {path}", f"  cmt-verify {path} --data LABELLED_IMAGES"]
     )
@@ -170,7 +179,7 @@ def device_text(content: dict[str, Any], markdown: bool = False) -> str:
     lines += [f"engine: {how}, {content['engine_bytes'] / 1e6:.1f} MB; TensorRT {key['tensorrt']}, CUDA {key['cuda']}, "
               f"driver {key['driver']}, {key['gpu']} (sm {key['sm']})"]  # fmt: skip
     lines += [f"replaced: {reason}" for reason in content["replaces"]]
-    lines += [f"golden images: {golden['images']}; logits differ by {golden['logit_diff']:.2g} (allowed {golden['atol']:.2g}): ok",
+    lines += [f"golden images: {golden['images']}; {golden['output']} differ by {golden['diff']:.2g} (allowed {golden['atol']:.2g}): ok",
               f"layers at the asked precision or below: {100 * content['low_precision_share']:.0f} %; "
               f"ran as: {ExecutedPrecision(**measured['executed']).summary()}, "
               f"{100 * measured['executed']['conversion_share']:.0f} % of the time on conversions", ""]  # fmt: skip
@@ -189,9 +198,8 @@ def built_text(bundle: Bundle, content: dict[str, Any]) -> str:
         f"bundle: {bundle.path} ({_size(bundle) / 1e6:.1f} MB), report: {bundle.path / entry['text']}",
     ]
     others = "build the other precisions too and compare them with cmt-bench: int8 is not always faster than fp16 on a GPU"
-    return "\n".join(
-        [*lines, "", "next:", f"  cmt-predict {bundle.path} IMAGE", f"  cmt-bench {bundle.path} OTHER_BUNDLE", f"({others})"]
-    )
+    use = f"  cmt-predict {bundle.path} IMAGE" if bundle.head == LOGITS else "  in Python: Predictor.load(...).features(batch)"
+    return "\n".join([*lines, "", "next:", use, f"  cmt-bench {bundle.path} OTHER_BUNDLE", f"({others})"])
 
 
 def _device_latency(measured: dict[str, Any], markdown: bool) -> str:
@@ -199,7 +207,7 @@ def _device_latency(measured: dict[str, Any], markdown: bool) -> str:
     clock = measured["on_device"]
     named = {"GPU, inference alone": clock and clock["compute"], "GPU, with copies": clock and clock["with_copies"],
              "host, starting it": clock and clock["enqueue"], "host, one call": measured["model"],
-             "host, image file to label": measured["end_to_end"]}  # fmt: skip
+             "host, image file to answer": measured["end_to_end"]}  # fmt: skip
     rows = [[name, *_ms(Latency(**latency))] for name, latency in named.items() if latency]
     text = table(["milliseconds", "p50", "p90", "p95", "p99", "max"], rows, markdown)
     rate = measured["throughput"]
@@ -243,10 +251,10 @@ def _verified_lines(verification: dict[str, Any]) -> list[str]:
     """The manifest's verification entry: steps, golden images, top-1."""
     golden, data = verification["golden"], verification["data"]
     steps = ", ".join(f"{name} {difference:.1e}" for name, difference in verification["steps"].items())
-    lines = [f"steps, largest logit difference: {steps}",
-             f"golden images: logits differ by {golden['logit_diff']:.2g} (allowed {golden['atol']:.2g})"]  # fmt: skip
+    lines = [f"steps, largest difference: {steps}",
+             f"golden images: {golden['output']} differ by {golden['diff']:.2g} (allowed {golden['atol']:.2g})"]  # fmt: skip
     if not data:
-        return [*lines, "top-1: not measured (no --eval-data)"]
+        return [*lines, *(["top-1: not measured (no --eval-data)"] if golden["output"] == LOGITS else [])]
     low, high = data["drop_ci"]
     return [*lines, f"top-1 on {data['images']} images: reference {data['reference_top1']:.2f} %, bundle {data['top1']:.2f} %, "
             f"drop {data['drop']:+.2f} points (95 % CI {low:+.2f} to {high:+.2f}), agreement {data['agreement']:.2f} %"]  # fmt: skip

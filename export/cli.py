@@ -16,6 +16,7 @@ examples:
   cmt-export --model cmt_nano --precision int8 --data generated
   cmt-export --model cmt_xs --weights cmt_xs.pth --precision int8 --data photos/train --eval-data photos/test
   cmt-export --model cmt_xs --weights cmt_xs.pth --format trt --half --no-build
+  cmt-export --model cvt_13 --weights cvt_13.pth --head features
   cmt-export --model my_package:build_model --imgsz 224 --mean 0.5,0.5,0.5 --std 0.5,0.5,0.5
   cmt-export --model cmt_s --weights random --format onnx --batch 0 --dry-run
 """
@@ -31,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--ema", action=argparse.BooleanOptionalAction, help="take a checkpoint's averaged weights, or not "
                    "(default: where it has them)", **keep)  # fmt: skip
     p.add_argument("--num-classes", type=int, help="number of classes of the checkpoint", **keep)
+    p.add_argument("--head", help="logits (default), or features: the stage maps (strides 4 to 32) instead of classes", **keep)
     p.add_argument("--imgsz", type=int, help="input height and width, pixels", **keep)
     p.add_argument("--fresh-head", action="store_true", help="start a new classifier where the class count differs", **keep)
     p.add_argument("--resize-position-bias", action="store_true", help="interpolate a checkpoint of another resolution", **keep)

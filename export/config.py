@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from cmt import model_spec
+from cmt.features import HEADS, require_head
 from cmt.registry import ModelSpec, check_size
+from deploy.bundle import LOGITS
 from deploy.engine import EngineOptions
 from deploy.errors import InputError, UnknownNameError, WeightsError
 from deploy.preprocess import Preprocess
@@ -32,6 +34,7 @@ class ExportConfig:
         model: a name of :func:`cmt.list_models`.
         format: ``"onnx"`` (served by ONNX Runtime), ``"openvino"`` or ``"trt"`` (also ``"engine"``, ``"tensorrt"``).
         precision: ``"fp32"``, ``"fp16"`` (trt), ``"bf16"`` (openvino) or ``"int8"``.
+        head: ``"logits"``, or ``"features"``: the stage maps of a hierarchical model, for detection and segmentation.
         weights: ``"pretrained"``, ``"random"``, or a checkpoint file.
         ema: which weights of a training checkpoint, see :func:`cmt.load_weights`.
         fresh_head, resize_position_bias: allow a checkpoint of another class count or resolution.
@@ -61,6 +64,7 @@ class ExportConfig:
     model: str
     format: str = "openvino"
     precision: str = "fp32"
+    head: str = "logits"
     weights: str = "pretrained"
     ema: bool | None = None
     fresh_head: bool = False
@@ -104,6 +108,11 @@ class ExportConfig:
         return self.spec.num_classes if self.num_classes is None else self.num_classes
 
     @property
+    def outputs(self) -> list[str]:
+        """Names of the graph's outputs."""
+        return [f"stage{i + 1}" for i in range(len(self.spec.strides))] if self.head == "features" else [LOGITS]
+
+    @property
     def preprocess(self) -> Preprocess:
         spec, size = self.spec, self.img_size
         ratio = spec.crop_ratio if self.crop_ratio is None else self.crop_ratio or None
@@ -115,6 +124,7 @@ class ExportConfig:
         """Folder name of the bundle: everything that distinguishes two builds of one checkpoint."""
         parts = [re.sub(r"[^\w.-]+", "_", self.model)]
         parts += [str(self.img_size)] if self.img_size != self.spec.img_size else []
+        parts += ["features"] if self.head == "features" else []
         parts += [self.precision, self.format]
         parts += [] if self.batch == 1 else ["dynamic" if self.batch == 0 else f"b{self.batch}"]
         return "_".join(parts)
@@ -128,6 +138,8 @@ class ExportConfig:
         spec = self.spec
         _choice("format", self.format, (*FORMATS, *ALIASES))
         _choice("precision", self.precision, PRECISIONS)
+        _choice("head", self.head, HEADS)
+        require_head(spec, self.head)
         _choice("EXIF policy", self.exif, ("apply", "ignore"))
         check_size(spec, self.img_size)
         _at_least("--num-classes", self.classes, 1)
@@ -139,6 +151,9 @@ class ExportConfig:
                 raise InputError(f"{flag} {bound} is negative", remedy="give the allowed difference, 0 or more")
         if min(self.preprocess.std) <= 0 or not 0 <= (self.crop_ratio or 0) <= 1:
             raise InputError("--std must be above 0 and --crop-ratio 0 to 1", remedy="leave them out for the model's own")
+        if self.head != LOGITS and (self.eval_data is not None or self.labels is not None):
+            raise InputError("--eval-data and --labels are for classes, which feature maps do not have",
+                             remedy="leave them out, or use --head logits")  # fmt: skip
         self._check_files()
         self._check_pair()
         if self.precision == "int8" and self.data is None:

@@ -12,33 +12,33 @@ from typing import Any
 
 import numpy as np
 import onnx
-import torch
 from torch import nn
 
 from calib import CalibrationSet, quantize
 from calib.generated import generate
 from calib.parser import parser_findings
-from cmt import count_params, fuse, labels_of, macs, weights_fingerprint
+from cmt import count_params, fuse, labels_of, macs, weights_fingerprint, with_head
 from cmt.reference import PROVIDER, build
 from cmt.weights import LoadedWeights
 from deploy import Bundle, Predictor, report
 from deploy.backends import FORMATS as RUNTIME_OF
 from deploy.backends import LoadOptions, backend
+from deploy.backends.torch import TorchSession
 from deploy.benchmark import Benchmark, Protocol, benchmark, summary
 from deploy.build import finish, require_tensorrt
-from deploy.bundle import GOLDEN, ONNX, REFERENCE, BundleWriter, Golden, Manifest, save_reference
+from deploy.bundle import GOLDEN, LOGITS, ONNX, REFERENCE, BundleWriter, Golden, Manifest, save_reference
 from deploy.console import Progress
 from deploy.engine import EngineOptions
 from deploy.errors import GateError, ParityError, RuntimeMissingError
 from deploy.files import cache_folder, writing
 from deploy.host import describe, versions
 from deploy.images import ImageSet
-from deploy.parity import ATOL, Verification, match_labels, verify
+from deploy.parity import Verification, distance, match_labels, tolerance, verify
 from deploy.preprocess import normalise, pixels
 
 from .config import OPSET, ExportConfig
 from .precision import observe, rounded, typed
-from .to_onnx import FUSE_ATOL, export_onnx, logits_of, require_parity, simplify, with_batch
+from .to_onnx import FUSE_ATOL, export_onnx, outputs_of, require_parity, simplify, with_batch
 
 GOLDEN_IMAGES = 4
 GOLDEN_SEED = 7
@@ -50,16 +50,17 @@ QUICK = Protocol(iters=50, seconds=1.0, warmup_seconds=0.5)
 
 @dataclass(frozen=True)
 class _Reference:
-    """The untouched PyTorch side of every comparison."""
+    """The untouched PyTorch side of every comparison; ``model`` is ``classifier`` with the head that was asked for."""
 
+    classifier: nn.Module
     model: nn.Module
     loaded: LoadedWeights
     golden: Golden
     batch: np.ndarray
 
     @property
-    def logits(self) -> np.ndarray:
-        return self.golden.logits
+    def outputs(self) -> list[np.ndarray]:
+        return self.golden.outputs
 
 
 def run(config: ExportConfig, progress: Progress | None = None) -> Bundle:
@@ -76,7 +77,7 @@ def run(config: ExportConfig, progress: Progress | None = None) -> Bundle:
     with BundleWriter(config.target) as writer:
         with progress.step("load the reference model"):
             reference = _reference(config)
-            labels, labels_source = _labels(config, reference.loaded)
+            labels, labels_source = _labels(config, reference.loaded) if config.head == LOGITS else ([], "none")
         manifest = _manifest(config, reference, labels, labels_source)
         if labelled:  # before the long work: a mismatch is the user's to mend
             match_labels(Bundle(config.target, manifest), labelled, config.by_order)
@@ -138,31 +139,30 @@ def _reference(config: ExportConfig) -> _Reference:
     sources = generate(GOLDEN_IMAGES, round(1.3 * config.img_size), seed=GOLDEN_SEED)
     values = np.stack([pixels(source, spec) for source in sources])
     batch = normalise(values, spec)
-    return _Reference(model, loaded, Golden(sources, values, _torch_logits(model, batch)), batch)
-
-
-def _torch_logits(model: nn.Module, batch: np.ndarray) -> np.ndarray:
-    with torch.inference_mode():
-        return model(torch.from_numpy(batch)).numpy()
+    headed = with_head(model, config.head)
+    return _Reference(model, headed, loaded, Golden(sources, values, TorchSession(headed).run(batch)), batch)
 
 
 def _graph(config: ExportConfig, reference: _Reference, progress: Progress) -> tuple[onnx.ModelProto, dict[str, float]]:
-    """The simplified float32 graph with a dynamic batch, and each step's largest logit difference."""
+    """The simplified float32 graph with a dynamic batch, and each step's largest difference."""
     steps = {}
     with progress.step("fuse"):
-        fused = fuse(reference.model)
-        steps["fuse"] = require_parity("fuse", _torch_logits(fused, reference.batch), reference.logits, FUSE_ATOL)
+        fused = with_head(fuse(reference.classifier), config.head)
+        steps["fuse"] = require_parity("fuse", TorchSession(fused).run(reference.batch), reference.outputs, FUSE_ATOL)
     with progress.step("export to ONNX"):
-        graph = export_onnx(fused, config.img_size, OPSET)
-        steps["onnx"] = require_parity("export to ONNX", logits_of(graph, reference.batch, "export to ONNX"), reference.logits)
+        graph = export_onnx(fused, config.img_size, OPSET, config.outputs)
+        steps["onnx"] = require_parity(
+            "export to ONNX", outputs_of(graph, reference.batch, "export to ONNX"), reference.outputs
+        )
     with progress.step("simplify"):
         graph = simplify(graph)
-        steps["simplify"] = require_parity("simplify", logits_of(graph, reference.batch, "simplify"), reference.logits)
+        steps["simplify"] = require_parity("simplify", outputs_of(graph, reference.batch, "simplify"), reference.outputs)
         if config.batch == 0:
             for count in DYNAMIC_SIZES:
                 index = np.arange(count) % len(reference.batch)
                 step = f"dynamic batch of {count}"
-                steps[step] = require_parity(step, logits_of(graph, reference.batch[index], step), reference.logits[index])
+                expected = [output[index] for output in reference.outputs]
+                steps[step] = require_parity(step, outputs_of(graph, reference.batch[index], step), expected)
     return graph, steps
 
 
@@ -196,16 +196,16 @@ def _typed(
 
 
 def _require_typed(config: ExportConfig, before: onnx.ModelProto, after: onnx.ModelProto, reference: _Reference) -> float:
-    """The largest logit difference that writing the precision made, with every float16 tensor rounded."""
+    """The largest difference that writing the precision made, with every float16 tensor rounded."""
     step = "write the precision into the graph"
-    ours, expected = logits_of(rounded(after), reference.batch, step), logits_of(before, reference.batch, step)
-    deviation = float(reference.logits.std(axis=1).mean())
-    allowed = ATOL[config.precision] * deviation if config.atol is None else config.atol
-    difference = float(np.abs(ours - expected).max()) if np.isfinite(ours).all() else float("inf")
-    if not difference <= allowed:
-        raise ParityError(f"{config.precision} changes the logits by {difference:.3g}, allowed are {allowed:.3g}",
-                          remedy="nothing was written; give typical images with --data, allow more with --atol, or use --precision fp32")  # fmt: skip
-    return difference
+    ours, expected = outputs_of(rounded(after), reference.batch, step), outputs_of(before, reference.batch, step)
+    differences = [distance(a, b) for a, b in zip(ours, expected, strict=True)]
+    for name, found, output in zip(config.outputs, differences, reference.outputs, strict=True):
+        allowed = tolerance(output, config.precision, config.atol)
+        if not found <= allowed:
+            raise ParityError(f"{config.precision} changes the {name} by {found:.3g}, allowed are {allowed:.3g}",
+                              remedy="nothing was written; give typical images with --data, allow more with --atol, or use --precision fp32")  # fmt: skip
+    return max(differences)
 
 
 def _build_engine(config: ExportConfig, writer: BundleWriter, manifest: Manifest, progress: Progress) -> Manifest:
@@ -239,9 +239,7 @@ def _write(
 def _verify(
     config: ExportConfig, bundle: Bundle, reference: _Reference, labelled: ImageSet | None, progress: Progress
 ) -> Verification:
-    from deploy.backends.torch import TorchSession
-
-    with Predictor(TorchSession(reference.model), config.preprocess, bundle.labels, batch=0) as torch_side:
+    with Predictor(TorchSession(reference.model), config.preprocess, bundle.labels, batch=0, head=config.head) as torch_side:
         result = verify(
             bundle, data=labelled, by_order=config.by_order, threads=config.threads, device=config.device, reference=torch_side,
             max_drop=config.max_drop, atol=config.atol, limit=config.eval_limit, progress=progress.count,
@@ -262,7 +260,7 @@ def _emulated(config: ExportConfig, bundle: Bundle) -> Predictor:
     graph = rounded(onnx.load(bundle.file(ONNX)))
     session = OnnxRuntimeSession(graph.SerializeToString(), LoadOptions(threads=config.threads))
     session.runtime += ", float16 emulated" if config.precision != "fp32" else ""
-    return Predictor(session, config.preprocess, bundle.labels, batch=config.batch)
+    return Predictor(session, config.preprocess, bundle.labels, batch=config.batch, head=config.head)
 
 
 def _labels(config: ExportConfig, loaded: LoadedWeights) -> tuple[list[list[str]], str]:
@@ -278,7 +276,7 @@ def _labels(config: ExportConfig, loaded: LoadedWeights) -> tuple[list[list[str]
 
 
 def _manifest(config: ExportConfig, reference: _Reference, labels: list[list[str]], labels_source: str) -> Manifest:
-    loaded, model = reference.loaded, reference.model
+    loaded, model = reference.loaded, reference.classifier
     source = config.weights if config.weights in ("pretrained", "random") else loaded.source
     weights: dict[str, Any] = {"source": source, "sha256": weights_fingerprint(model), "seed": config.seed,
                                "ema": loaded.ema, "fresh": list(loaded.fresh), "resized": list(loaded.resized)}  # fmt: skip
@@ -286,10 +284,11 @@ def _manifest(config: ExportConfig, reference: _Reference, labels: list[list[str
     batch: int | str = config.batch or "batch"
     return Manifest(
         model={"provider": PROVIDER, "name": config.model, "family": config.spec.family, "img_size": size,
-               "num_classes": config.classes, "params": count_params(model), "macs": macs(model), "opset": OPSET,
-               "weights": weights},
+               "num_classes": config.classes, "head": config.head, "params": count_params(model),
+               "macs": macs(reference.model), "opset": OPSET, "weights": weights},
         input={"name": "input", "shape": [batch, 3, size, size], "dtype": "float32"},
-        output={"name": "logits", "shape": [batch, config.classes], "dtype": "float32"},
+        outputs=[{"name": name, "shape": [batch, *output.shape[1:]], "dtype": "float32"}
+                 for name, output in zip(config.outputs, reference.outputs, strict=True)],
         preprocess=config.preprocess.to_json(),
         labels=labels,
         labels_source=labels_source,

@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import onnx
@@ -14,16 +14,17 @@ import onnxsim
 import torch
 from torch import nn
 
+from deploy.bundle import LOGITS
 from deploy.errors import CmtEdgeError, ParityError, StepError
 
-INPUT, OUTPUT, BATCH = "input", "logits", "batch"
+INPUT, BATCH = "input", "batch"
 ATOL = 1e-4
-"""Allowed logit difference of a float32 graph, relative to the largest logit but at least absolute."""
+"""Allowed difference of a float32 graph's output, relative to the largest value but at least absolute."""
 FUSE_ATOL = 1e-5
 
 
-def export_onnx(model: nn.Module, img_size: int, opset: int) -> onnx.ModelProto:
-    """Trace ``model`` with a dynamic batch dimension.
+def export_onnx(model: nn.Module, img_size: int, opset: int, outputs: Sequence[str] = (LOGITS,)) -> onnx.ModelProto:
+    """Trace ``model`` with a dynamic batch dimension; ``outputs`` names what it returns.
 
     The graph holds no stack traces or paths, so equal inputs give equal bytes.
 
@@ -33,7 +34,7 @@ def export_onnx(model: nn.Module, img_size: int, opset: int) -> onnx.ModelProto:
     example = torch.zeros(2, 3, img_size, img_size)  # 2: a batch of 1 would be baked in
     with guarded("export to ONNX"), _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            model, (example,), dynamo=True, opset_version=opset, input_names=[INPUT], output_names=[OUTPUT],
+            model, (example,), dynamo=True, opset_version=opset, input_names=[INPUT], output_names=list(outputs),
             dynamic_shapes=({0: torch.export.Dim(BATCH)},), external_data=False, verbose=False,
             optimize=False,  # onnxsim does it faster
         )  # fmt: skip
@@ -52,14 +53,14 @@ def simplify(graph: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def with_batch(graph: onnx.ModelProto, batch: int) -> onnx.ModelProto:
-    """A copy whose input and output have a fixed batch size; ``0`` keeps it dynamic.
+    """A copy whose input and outputs have a fixed batch size; ``0`` keeps it dynamic.
 
     Nothing else in the graph depends on the batch: reshapes leave it to -1.
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(graph)
     del copy.graph.value_info[:]
-    for value in (copy.graph.input[0], copy.graph.output[0]):
+    for value in (copy.graph.input[0], *copy.graph.output):
         dim = value.type.tensor_type.shape.dim[0]
         if batch:
             dim.dim_value = batch
@@ -75,9 +76,14 @@ def checked(step: str, graph: onnx.ModelProto) -> onnx.ModelProto:
     return graph
 
 
+def outputs_of(graph: onnx.ModelProto, batch: np.ndarray, step: str) -> list[np.ndarray]:
+    """Run ``graph`` in ONNX Runtime: float32 ``(N, 3, S, S)`` -> every output, ``(N, ...)``."""
+    return run_graph(graph, step)(batch)
+
+
 def logits_of(graph: onnx.ModelProto, batch: np.ndarray, step: str) -> np.ndarray:
-    """Run ``graph`` in ONNX Runtime: float32 ``(N, 3, S, S)`` -> ``(N, classes)``."""
-    return run_graph(graph, step)(batch)[0]
+    """The first of :func:`outputs_of`: ``(N, classes)`` of a classifier."""
+    return outputs_of(graph, batch, step)[0]
 
 
 def run_graph(graph: onnx.ModelProto, step: str) -> Callable[[np.ndarray], list[np.ndarray]]:
@@ -96,16 +102,23 @@ def run_graph(graph: onnx.ModelProto, step: str) -> Callable[[np.ndarray], list[
     return run
 
 
-def require_parity(step: str, ours: np.ndarray, reference: np.ndarray, atol: float = ATOL) -> float:
-    """The largest difference; raises :class:`ParityError` with the step's name beyond ``atol``."""
-    allowed = atol * max(1.0, float(np.abs(reference).max()))
-    difference = float(np.abs(ours - reference).max()) if np.isfinite(ours).all() else float("inf")
-    if not difference <= allowed:
-        raise ParityError(
-            f"step '{step}' changed the logits by {difference:.3g}, allowed are {allowed:.3g}",
-            remedy="nothing was written; report the model and what `pip freeze` prints",
-        )
-    return difference
+def require_parity(step: str, ours: Sequence[np.ndarray], reference: Sequence[np.ndarray], atol: float = ATOL) -> float:
+    """The largest difference of any output; raises :class:`ParityError` with the step's name beyond ``atol``."""
+    differences = [_largest_difference(a, b) for a, b in zip(ours, reference, strict=True)]
+    for i, (found, expected) in enumerate(zip(differences, reference, strict=True)):
+        allowed = atol * max(1.0, float(np.abs(expected).max()))
+        if not found <= allowed:
+            what = "the logits" if len(reference) == 1 else f"feature map {i + 1}"
+            raise ParityError(
+                f"step '{step}' changed {what} by {found:.3g}, allowed are {allowed:.3g}",
+                remedy="nothing was written; report the model and what `pip freeze` prints",
+            )
+    return max(differences)
+
+
+def _largest_difference(ours: np.ndarray, reference: np.ndarray) -> float:
+    """Infinite where ``ours`` is not finite."""
+    return float(np.abs(ours - reference).max()) if np.isfinite(ours).all() else float("inf")
 
 
 @contextlib.contextmanager

@@ -51,8 +51,8 @@ def run() -> None:
     from deploy.errors import StepError
 
     backend.TensorRTSession._largest_batch = lambda self: 8  # type: ignore[method-assign]
-    require(StepError, "one float32 tensor", lambda: backend.TensorRTSession(b"plan", open_cuda()))
-    backend.TensorRTSession._names = lambda self: (NAME, NAME)  # type: ignore[method-assign]
+    require(StepError, "not one float32 input", lambda: backend.TensorRTSession(b"plan", open_cuda()))
+    backend.TensorRTSession._names = lambda self, expected: (NAME, [NAME, NAME])  # type: ignore[method-assign]
     batch = np.zeros((2, 3, 64, 64), np.float32)
     for graphs in (True, False):
         session = backend.TensorRTSession(b"plan", open_cuda(), graphs=graphs)

@@ -61,7 +61,7 @@ def test_the_whole_job(gpu_machine, bundle, capsys):
         "TensorRT 10.3.0",
         "Fake Orin, 8 multiprocessors (sm 8.7)",
         "GPU, inference alone",
-        "host, image file to label",
+        "host, image file to answer",
         "cmt-predict",
     ):
         assert word in out

@@ -35,7 +35,7 @@ def tiny_manifest(labels=LABELS, **changes) -> Manifest:
     made = Manifest(
         model={"provider": "none", "name": "tiny", "weights": {"source": "random", "sha256": "0" * 64}},
         input={"name": "input", "shape": [1, 3, SIZE, SIZE], "dtype": "float32"},
-        output={"name": "logits", "shape": [1, count], "dtype": "float32"},
+        outputs=[{"name": "logits", "shape": [1, count], "dtype": "float32"}],
         preprocess=SPEC.to_json(),
         labels=[list(label) if isinstance(label, tuple) else [label, label] for label in labels],
         labels_source="numbered",
@@ -233,8 +233,9 @@ MANIFESTS = {
     "model as text": change(model="cmt"),
     "labels as text": change(labels="cat"),
     "precision as number": change(precision=8),
-    "newer schema": change(schema=2),
-    "schema as text": change(schema="1"),
+    "newer schema": change(schema=3),
+    "older schema": change(schema=1),
+    "schema as text": change(schema="2"),
     "no schema": lambda m: m.pop("schema"),
     "unknown entry": change(surprise=1),
     "entry lacking": lambda m: m.pop("format"),
@@ -251,7 +252,7 @@ def test_manifest_that_cannot_be_trusted(bundle, edit):
 
 BROKEN = {
     "empty": b"",
-    "half": b'{"schema": 1, "model": {',
+    "half": b'{"schema": 2, "model": {',
     "no JSON": b"schema: 1",
     "not UTF-8": b'{"schema": "\xff\xfe"}',
     "list": b"[1]",
@@ -259,7 +260,7 @@ BROKEN = {
     "number": b"1",
     "null": b"null",
     "deep": b"[" * 200_000,
-    "only a schema": b'{"schema": 1}',
+    "only a schema": b'{"schema": 2}',
     "huge number": b'{"schema": ' + b"9" * 10_000 + b"}",
 }
 

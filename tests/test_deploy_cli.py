@@ -209,7 +209,7 @@ def test_verify_by_order(call, tmp_path, fails):
 
 def test_verify_failure_is_exit_code_one(call, bundle, images, tmp_path):
     golden = tiny_golden()
-    bad = make_bundle(tmp_path / "bad", golden=Golden(golden.sources, golden.pixels, golden.logits + 1))
+    bad = make_bundle(tmp_path / "bad", golden=Golden(golden.sources, golden.pixels, [golden.logits + 1]))
     code, out, err = call(cli.verify, bad.path)
     assert code == 1
     assert "NOT verified" in out

@@ -46,10 +46,10 @@ class Differing(FakeSession):
     """A reference that sees the next class in images whose shade is 100 or more."""
 
     def run(self, batch):
-        logits = super().run(batch)
+        (logits,) = super().run(batch)
         dark = batch.max((1, 2, 3)) < 0.7
         logits[dark] = np.roll(logits[dark], 1, axis=1)
-        return logits
+        return [logits]
 
 
 def reference(session=None) -> Predictor:
@@ -77,7 +77,7 @@ def test_real_bundles_pass_their_golden_check(request, which):
     assert result.passed
     assert result.golden.images == 4
     assert result.golden.pixel_diff == 0
-    assert 0 <= result.golden.logit_diff <= result.golden.atol
+    assert 0 <= result.golden.diff <= result.golden.atol
     assert result.data is None
     assert result.precision == bundle.manifest.precision
     assert result.bundle == str(bundle.path)
@@ -88,7 +88,7 @@ def test_every_runtime_passes(fp32_bundle, name):
     result = verify(fp32_bundle, backend=name, threads=1)
     assert result.passed
     assert result.runtime["runtime"].startswith(name)
-    assert result.golden.logit_diff < 1e-4
+    assert result.golden.diff < 1e-4
 
 
 def test_fake_runtime_is_no_substitute(fp32_bundle):
@@ -142,7 +142,7 @@ def test_tampered_model_fails_its_golden_check(tampered, onnx_bundle):
     result = verify(Bundle.open(tampered.path))
     assert not result.passed
     assert not result.golden.passed
-    assert result.golden.logit_diff > 100 * result.golden.atol
+    assert result.golden.diff > 100 * result.golden.atol
     assert result.golden.pixel_diff == 0
     assert "NOT verified" in report.verification_text(result)
     assert verify(onnx_bundle).passed
@@ -175,10 +175,10 @@ def with_golden(path, **changes) -> Bundle:
 
 def test_golden_logits_of_another_model(tmp_path):
     golden = tiny_golden()
-    bad = with_golden(tmp_path / "b", logits=golden.logits[:, ::-1].copy())
+    bad = with_golden(tmp_path / "b", outputs=[golden.logits[:, ::-1].copy()])
     result = verify(bad)
     assert not result.passed
-    assert result.golden.logit_diff == pytest.approx(float(np.abs(golden.logits - golden.logits[:, ::-1]).max()), rel=1e-5)
+    assert result.golden.diff == pytest.approx(float(np.abs(golden.logits - golden.logits[:, ::-1]).max()), rel=1e-5)
 
 
 @pytest.mark.parametrize(("levels", "passed"), [(0, True), (2, True), (3, False), (40, False)])
@@ -204,11 +204,11 @@ def test_other_preprocessing_is_noticed(tmp_path):
 
 @pytest.mark.parametrize(("atol", "passed"), [(0.2, True), (0.09, False)])
 def test_atol_overrides_the_default(tmp_path, atol, passed):
-    bundle = with_golden(tmp_path / "b", logits=tiny_golden().logits + np.float32(0.1))
+    bundle = with_golden(tmp_path / "b", outputs=[tiny_golden().logits + np.float32(0.1)])
     assert not verify(bundle).passed
     result = verify(bundle, atol=atol)
     assert result.golden.atol == atol
-    assert result.golden.logit_diff == pytest.approx(0.1, abs=1e-5)
+    assert result.golden.diff == pytest.approx(0.1, abs=1e-5)
     assert result.passed == passed
 
 
@@ -223,7 +223,7 @@ def test_model_that_returns_nan_fails(tmp_path, monkeypatch):
 
     class Broken(FakeSession):
         def run(self, batch):
-            return np.full((len(batch), 3), np.nan, np.float32)
+            return [np.full((len(batch), 3), np.nan, np.float32)]
 
     bundle = make_bundle(tmp_path / "b")
     monkeypatch.setattr(fake, "load", lambda b, options: Broken(3))
@@ -280,7 +280,7 @@ def test_gains_outweigh_losses(bundle, tmp_path):
 def test_logit_differences(bundle, tmp_path):
     class Shifted(FakeSession):
         def run(self, batch):
-            return super().run(batch) + np.float32([0.5, 0, 0])
+            return [super().run(batch)[0] + np.float32([0.5, 0, 0])]
 
     d = verify(bundle, data=folder_of(tmp_path / "d", {"red": [coloured("red")]}), reference=reference(Shifted(3))).data
     assert d.logit_max_diff == pytest.approx(0.5, abs=1e-6)
@@ -313,7 +313,7 @@ def test_report_of_a_single_image_is_strict_json(bundle, tmp_path):
 
 
 def test_json_says_whether_it_passed(tmp_path):
-    bad = with_golden(tmp_path / "b", logits=tiny_golden().logits + 1)
+    bad = with_golden(tmp_path / "b", outputs=[tiny_golden().logits + 1])
     assert json.loads(report.to_json(verify(bad)))["passed"] is False
     assert json.loads(report.to_json(verify(bad)))["golden"]["passed"] is False
 
@@ -450,7 +450,7 @@ def test_golden_of_another_shape_is_not_accepted(tmp_path):
     from deploy.errors import CmtEdgeError
 
     golden = tiny_golden()
-    bad = make_bundle(tmp_path / "b", golden=Golden(golden.sources, golden.pixels, golden.logits[:, :2]))
+    bad = make_bundle(tmp_path / "b", golden=Golden(golden.sources, golden.pixels, [golden.logits[:, :2]]))
     assert GOLDEN in bad.manifest.files
     try:
         passed = verify(bad).passed

@@ -434,8 +434,8 @@ def test_static_batch_is_filled_up(count):
     session = Recording(3)
     answer = tiny(4, session=session).logits(batch)
     assert set(session.sizes) <= {4}
-    assert len(session.sizes) == -(-count // 4)
-    np.testing.assert_allclose(answer, FakeSession(3).run(batch).reshape(count, 3), atol=1e-6)
+    assert len(session.sizes) == max(1, -(-count // 4))  # none at all: one run tells the shapes
+    np.testing.assert_allclose(answer, FakeSession(3).run(batch)[0].reshape(count, 3), atol=1e-6)
 
 
 @pytest.mark.parametrize("batch", [0, 1, 4, 16])

@@ -126,7 +126,7 @@ def session(backend, **options):
 def expected(batch: np.ndarray) -> np.ndarray:
     from deploy.backends.fake import FakeSession
 
-    return FakeSession(3).run(batch)
+    return FakeSession(3).run(batch)[0]
 
 
 def random_batch(count: int, seed: int = 0) -> np.ndarray:
@@ -138,14 +138,14 @@ def test_it_computes_what_its_graph_says(backend, graphs):
     with_graph = session(backend, graphs=graphs, half=False)
     for seed in range(3):  # the second run replays the graph on new values
         batch = random_batch(1, seed)
-        np.testing.assert_allclose(with_graph.run(batch), expected(batch), atol=1e-6)
+        np.testing.assert_allclose(with_graph.run(batch)[0], expected(batch), atol=1e-6)
 
 
 def test_a_new_shape_is_captured_anew(backend):
     dynamic = session(backend, batch="batch", profile=(1, 2, 4), half=False)
     for count in (1, 3, 4, 9, 1, 3):
         batch = random_batch(count, count)
-        np.testing.assert_allclose(dynamic.run(batch), expected(batch), atol=1e-6)
+        np.testing.assert_allclose(dynamic.run(batch)[0], expected(batch), atol=1e-6)
 
 
 def test_results_are_the_callers_own(backend):
@@ -168,7 +168,7 @@ def test_threads_share_a_session(backend):
 
     def work(index: int) -> None:
         for _ in range(20):
-            if not np.allclose(opened.run(batches[index]), expected(batches[index]), atol=1e-6):
+            if not np.allclose(opened.run(batches[index])[0], expected(batches[index]), atol=1e-6):
                 failures.append(index)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
@@ -203,7 +203,7 @@ def test_device_times(backend):
 def test_where_a_graph_cannot_be_captured_it_runs_without(backend, monkeypatch):
     monkeypatch.setenv("FAKE_CUDA", "no_capture")
     opened = session(backend, half=False)
-    np.testing.assert_allclose(opened.run(random_batch(1)), expected(random_batch(1)), atol=1e-6)
+    np.testing.assert_allclose(opened.run(random_batch(1))[0], expected(random_batch(1)), atol=1e-6)
     assert not opened.graphs
     assert "no CUDA graph" in opened.notes[0]
 
@@ -226,7 +226,7 @@ def test_types_of_a_dynamic_engine_are_known(backend):
 
 
 def test_an_empty_batch(backend):
-    assert session(backend).run(np.empty((0, 3, SIZE, SIZE), np.float32)).shape == (0, 3)
+    assert session(backend).run(np.empty((0, 3, SIZE, SIZE), np.float32))[0].shape == (0, 3)
 
 
 def test_two_gpus_in_one_thread(backend, monkeypatch):

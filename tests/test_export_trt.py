@@ -178,6 +178,16 @@ def test_export_builds_verifies_and_measures(gpu_machine, quick, tmp_path, preci
     assert verify(made).passed
 
 
+def test_feature_maps_come_from_an_engine_too(gpu_machine, quick, tmp_path, capsys):
+    assert main(["--model", "cmt_nano", "--format", "trt", "--half", "--head", "features", "-o", str(tmp_path)]) == 0
+    made = Bundle.open(tmp_path / "cmt_nano_features_fp16_trt")
+    assert made.manifest.engine["golden"]["passed"]
+    assert "features(batch)" in capsys.readouterr().out
+    with Predictor.load(made) as predictor:
+        maps = predictor.features(predictor.prepare(made.golden().sources))
+    assert [m.shape for m in maps] == [o.shape for o in made.golden().outputs]
+
+
 @pytest.mark.parametrize(("mode", "kind"), [("crash", StepError), ("float_engine", GateError), ("wrong_logits", GateError)])
 def test_a_failed_build_leaves_nothing(gpu_machine, quick, tmp_path, monkeypatch, mode, kind):
     out = tmp_path / "out"

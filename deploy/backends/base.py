@@ -80,8 +80,8 @@ class Session(ABC):
     """What the runtime could not do as asked, readable."""
 
     @abstractmethod
-    def run(self, batch: np.ndarray) -> np.ndarray:
-        """Contiguous float32 ``(N, 3, H, W)`` -> new float32 array ``(N, classes)``."""
+    def run(self, batch: np.ndarray) -> list[np.ndarray]:
+        """Contiguous float32 ``(N, 3, H, W)`` -> a new float32 array ``(N, ...)`` for each output, in the graph's order."""
 
     @abstractmethod
     def executed(self, batch: np.ndarray, repeats: int = 10) -> ExecutedPrecision:

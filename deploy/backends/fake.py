@@ -31,10 +31,10 @@ class FakeSession(Session):
         self.delay_s = delay_s
         self.matrix = np.eye(3, classes, dtype=np.float32) + np.arange(classes, dtype=np.float32) * 1e-3
 
-    def run(self, batch: np.ndarray) -> np.ndarray:
+    def run(self, batch: np.ndarray) -> list[np.ndarray]:
         if self.delay_s:
             time.sleep(self.delay_s)
-        return batch.mean((2, 3)) @ self.matrix
+        return [batch.mean((2, 3)) @ self.matrix]
 
     def executed(self, batch: np.ndarray, repeats: int = 10) -> ExecutedPrecision:
         self.run(batch)

@@ -55,8 +55,8 @@ class OnnxRuntimeSession(Session):
             settings.profile_file_prefix = profile_prefix
         return ort.InferenceSession(self._model, settings, providers=["CPUExecutionProvider"])
 
-    def run(self, batch: np.ndarray) -> np.ndarray:
-        return self._session.run(None, {self._input: batch})[0]
+    def run(self, batch: np.ndarray) -> list[np.ndarray]:
+        return self._session.run(None, {self._input: batch})
 
     def executed(self, batch: np.ndarray, repeats: int = 10) -> ExecutedPrecision:
         with tempfile.TemporaryDirectory() as folder:

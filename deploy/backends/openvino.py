@@ -79,14 +79,14 @@ class OpenVINOSession(Session):
         self._idle: queue.SimpleQueue[ov.InferRequest] = queue.SimpleQueue()
         self._lock = threading.Lock()
 
-    def run(self, batch: np.ndarray) -> np.ndarray:
+    def run(self, batch: np.ndarray) -> list[np.ndarray]:
         try:
             request = self._idle.get_nowait()
         except queue.Empty:
             with self._lock:
                 request = self._compiled.create_infer_request()
         try:
-            return request.infer([batch], share_inputs=True, share_outputs=True)[0].copy()
+            return [output.copy() for output in request.infer([batch], share_inputs=True, share_outputs=True).values()]
         finally:
             self._idle.put(request)
 

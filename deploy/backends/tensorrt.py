@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,13 +89,17 @@ def load(bundle: Bundle, options: LoadOptions) -> Session:
         BundleError: the engine was changed; found out before it is deserialised.
     """
     cuda, device = describe_device(options.device)
-    return TensorRTSession(read_engine(bundle, device), cuda, device.gpu.index, throughput=options.throughput)
+    plan = read_engine(bundle, device)
+    return TensorRTSession(plan, cuda, device.gpu.index, outputs=bundle.outputs, throughput=options.throughput)
 
 
 class TensorRTSession(Session):
-    """A deserialised engine with one float32 input and one float32 output."""
+    """A deserialised engine with one float32 input and float32 outputs; ``outputs`` names them in the order of the graph."""
 
-    def __init__(self, plan: bytes, cuda: Cuda, index: int = 0, *, graphs: bool = True, throughput: bool = False) -> None:
+    def __init__(
+        self, plan: bytes, cuda: Cuda, index: int = 0, *, outputs: Sequence[str] = ("logits",), graphs: bool = True,
+        throughput: bool = False,
+    ) -> None:  # fmt: skip
         self.runtime = f"tensorrt {trt.__version__}"
         self.parallelism = 2 if throughput else 1  # copies of one request overlap the other's computing
         self.graphs = graphs
@@ -111,32 +115,34 @@ class TensorRTSession(Session):
             raise StepError(
                 "TensorRT refused the engine", why="; ".join(LOG.errors), remedy="build it again with cmt-build --force"
             )
-        self._input, self._output = self._names()
+        self._input, self._outputs = self._names(outputs)
         self._most = self._largest_batch()
         self._idle: queue.SimpleQueue[_Lane] = queue.SimpleQueue()
         self._lanes: list[_Lane] = []
         self._lock = threading.Lock()
 
-    def _names(self) -> tuple[str, str]:
+    def _names(self, expected: Sequence[str]) -> tuple[str, list[str]]:
         engine = self._engine
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         inputs = [n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
         outputs = [n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.OUTPUT]
-        if len(inputs) != 1 or len(outputs) != 1 or any(engine.get_tensor_dtype(n) != trt.DataType.FLOAT for n in names):
-            raise StepError(f"the engine's inputs and outputs are {', '.join(names)}, not one float32 tensor each",
+        floats = all(engine.get_tensor_dtype(n) == trt.DataType.FLOAT for n in names)
+        if len(inputs) != 1 or set(outputs) != set(expected) or not floats:
+            raise StepError(f"the engine's inputs and outputs are {', '.join(names)}, not one float32 input and {', '.join(expected)}",
                             remedy="build it from a bundle of cmt-export --format trt")  # fmt: skip
-        return inputs[0], outputs[0]
+        return inputs[0], list(expected)
 
     def _largest_batch(self) -> int:
         _least, _typical, most = self._engine.get_tensor_profile_shape(self._input, 0)
         return int(most[0])
 
-    def run(self, batch: np.ndarray) -> np.ndarray:
+    def run(self, batch: np.ndarray) -> list[np.ndarray]:
         if not len(batch):
-            return np.empty((0, int(self._engine.get_tensor_shape(self._output)[-1])), np.float32)
+            shapes = [tuple(self._engine.get_tensor_shape(name))[1:] for name in self._outputs]
+            return [np.empty((0, *shape), np.float32) for shape in shapes]
         with self._lane() as lane:
             parts = [lane.run(batch[i : i + self._most]) for i in range(0, len(batch), self._most)]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return parts[0] if len(parts) == 1 else [np.concatenate(output) for output in zip(*parts, strict=True)]
 
     def device_times(self, batch: np.ndarray, count: int) -> DeviceTimes:
         with self._lane() as lane:
@@ -201,7 +207,7 @@ class TensorRTSession(Session):
         if context is None:
             raise RuntimeMissingError("the engine does not fit the free memory of the device", why="; ".join(LOG.errors),
                                       remedy="close other programs, or build with a smaller --workspace or --profile")  # fmt: skip
-        return _Lane(context, self._cuda, self._input, self._output, graphs)
+        return _Lane(context, self._cuda, self._input, self._outputs, graphs)
 
 
 @dataclass
@@ -211,7 +217,7 @@ class _Lane:
     context: Any
     cuda: Cuda
     input: str
-    output: str
+    outputs: list[str]
     graphs: bool
     note: str = ""
     shape: tuple[int, ...] = ()
@@ -222,14 +228,14 @@ class _Lane:
         self.stream = self.cuda.stream()
         self.events = [self.cuda.event() for _ in range(4)]
 
-    def run(self, batch: np.ndarray) -> np.ndarray:
-        """Contiguous float32 ``(N, 3, H, W)`` -> new float32 ``(N, classes)``."""
+    def run(self, batch: np.ndarray) -> list[np.ndarray]:
+        """Contiguous float32 ``(N, 3, H, W)`` -> a new float32 array for each output."""
         self._prepare(batch)
         self._copy_in()
         self._compute()
         self._copy_out()
         self.cuda.synchronize(self.stream)
-        return self.host_out.copy()
+        return [host.copy() for _, host in self.out]
 
     def timed(self, batch: np.ndarray) -> tuple[float, float, float]:
         """Milliseconds: computing on the device, with copies on the device, enqueueing on the host."""
@@ -258,7 +264,8 @@ class _Lane:
         self.cuda.copy(self.device_in, self.host_in.ctypes.data, self.host_in.nbytes, TO_DEVICE, self.stream)
 
     def _copy_out(self) -> None:
-        self.cuda.copy(self.host_out.ctypes.data, self.device_out, self.host_out.nbytes, TO_HOST, self.stream)
+        for device, host in self.out:
+            self.cuda.copy(host.ctypes.data, device, host.nbytes, TO_HOST, self.stream)
 
     def _compute(self) -> None:
         if self.graph:
@@ -280,10 +287,10 @@ class _Lane:
 
     def _reshape(self, shape: tuple[int, ...]) -> None:
         self.set_shape(shape)
-        out = tuple(self.context.get_tensor_shape(self.output))
         self.device_in, self.host_in = self._buffers(shape)
-        self.device_out, self.host_out = self._buffers(out)
-        for name, address in ((self.input, self.device_in), (self.output, self.device_out)):
+        self.out = [self._buffers(tuple(self.context.get_tensor_shape(name))) for name in self.outputs]
+        addresses = [self.device_in, *(device for device, _ in self.out)]
+        for name, address in zip((self.input, *self.outputs), addresses, strict=True):
             if not self.context.set_tensor_address(name, address):
                 raise StepError(f"TensorRT refused the buffer of {name}", remedy="report the model and the TensorRT version")
         self.shape = shape

@@ -43,9 +43,10 @@ class TorchSession(Session):
         if threads:
             torch.set_num_threads(threads)
 
-    def run(self, batch: np.ndarray) -> np.ndarray:
+    def run(self, batch: np.ndarray) -> list[np.ndarray]:
         with torch.inference_mode():
-            return self.module(torch.from_numpy(batch)).numpy()
+            given = self.module(torch.from_numpy(batch))
+            return [output.numpy() for output in ((given,) if isinstance(given, torch.Tensor) else given)]
 
     def executed(self, batch: np.ndarray, repeats: int = 10) -> ExecutedPrecision:
         dtypes = {str(p.dtype) for p in self.module.parameters()}

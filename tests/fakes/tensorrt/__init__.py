@@ -213,11 +213,11 @@ class ICudaEngine:
         options = ort.SessionOptions()
         options.log_severity_level, options.intra_op_num_threads = 3, 1
         self._session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        self._io = [model.graph.input[0], model.graph.output[0]]
+        self._io = [model.graph.input[0], *model.graph.output]
 
     @property
     def num_io_tensors(self):
-        return 2
+        return len(self._io)
 
     def get_tensor_name(self, index):
         return self._io[index].name
@@ -256,7 +256,8 @@ class IExecutionContext:
         return all(a <= s <= b for a, s, b in zip(low, shape, high, strict=True))
 
     def get_tensor_shape(self, name):
-        return (self._shape[0], self._engine._io[1].type.tensor_type.shape.dim[1].dim_value)
+        value = next(v for v in self._engine._io if v.name == name)
+        return (self._shape[0], *(d.dim_value for d in value.type.tensor_type.shape.dim[1:]))
 
     def set_tensor_address(self, name, address):
         self._addresses[name] = address
@@ -267,9 +268,10 @@ class IExecutionContext:
         return True
 
     def _compute(self):
-        source, target = (self._addresses[v.name] for v in self._engine._io)
-        logits = self._engine._session.run(None, {self._engine._io[0].name: _array(source, self._shape).copy()})[0]
-        _array(target, logits.shape)[...] = logits + (5.0 if _mode() == "wrong_logits" else 0.0)
+        source, *targets = (self._addresses[v.name] for v in self._engine._io)
+        outputs = self._engine._session.run(None, {self._engine._io[0].name: _array(source, self._shape).copy()})
+        for target, output in zip(targets, outputs, strict=True):
+            _array(target, output.shape)[...] = output + (5.0 if _mode() == "wrong_logits" else 0.0)
         if self.profiler is not None:
             for layer in _layers(self._engine._model):
                 self.profiler.report_layer_time(layer["Name"], 0.01)
@@ -294,7 +296,7 @@ class EngineInspector:
         for tensor in (t for layer in found for t in layer["Inputs"] + layer["Outputs"]):
             if self._engine._header["profile"] and (not known or _mode() == "no_types"):
                 tensor.update({key: "N/A due to dynamic shapes" for key in tensor if "ormat" in key or "type" in key})
-        names = ["input", "logits"]
+        names = [value.name for value in self._engine._io]
         ends = {"I/O Tensors": [{"Name": n, "DataType": "Float"} for n in names]} if __version__ > "11" else {"Bindings": names}
         return json.dumps({"Layers": found, **ends})
 
