@@ -1,0 +1,159 @@
+"""What ``peers.py`` and ``ablation.py`` share. Imports no PyTorch by itself: children that only run a model must stay small."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deploy import Preprocess
+from deploy.backends import LoadOptions, Session
+from deploy.benchmark import Latency, Protocol, _bootstrap_medians, interleaved
+from deploy.preprocess import normalise, pixels
+
+CHECK_SEED = 91
+"""Of the images on which logits are compared: other ones than those for calibration."""
+SETTLING = " (settling)"
+MARGIN = 1.3
+"""How much larger than the model's input the images are."""
+
+Ratio = tuple[float, float, float]
+"""A ratio of medians and the two ends of its 95 % interval."""
+
+
+def say(text: str) -> None:
+    """Progress, on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def step(text: str) -> Iterator[None]:
+    """Announce a step when it starts and its duration when it is done."""
+    say(f"{text} ...")
+    start = time.perf_counter()
+    yield
+    say(f"{text}: {time.perf_counter() - start:.1f} s")
+
+
+def share_of(phase: str) -> Callable[[float], None]:
+    """A progress callback that says a line every tenth of the way."""
+    said = 0
+
+    def progress(share: float) -> None:
+        nonlocal said
+        if int(10 * share) > said:
+            said = int(10 * share)
+            say(f"{phase}: {10 * said} %")
+
+    return progress
+
+
+def add_protocol_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--threads``, ``--iters``, ``--seconds``, ``--warmup`` and the calibration images."""
+    default = Protocol()
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of one inference, in every runtime (default 2)")
+    parser.add_argument("--iters", type=int, default=default.iters, help=f"at least so many timed calls ({default.iters})")
+    parser.add_argument(
+        "--seconds", type=float, default=default.seconds, help=f"and so many seconds each ({default.seconds:g})"
+    )
+    parser.add_argument("--warmup", type=float, default=default.warmup_seconds, help="warm-up of each, seconds (1)")
+    parser.add_argument("--data", default="generated", help="calibration images: a folder, ARCHIVE.tar, or generated (default)")
+    parser.add_argument(
+        "--calib-size", type=int, help="number of calibration images (default 300, or all where there are fewer)"
+    )
+
+
+def protocol_of(args: argparse.Namespace) -> Protocol:
+    return Protocol(args.iters, args.seconds, warmup_seconds=args.warmup)
+
+
+def check_images(spec: Preprocess, count: int) -> np.ndarray:
+    """Generated images, preprocessed: float32 ``(count, 3, S, S)``."""
+    from calib.generated import generate
+
+    sources = generate(count, round(MARGIN * spec.size), seed=CHECK_SEED)
+    return normalise(np.stack([pixels(source, spec) for source in sources]), spec)
+
+
+def logits(session: Session, images: np.ndarray) -> np.ndarray:
+    """One image at a time: float32 ``(N, classes)``."""
+    return np.concatenate([_first(session.run(images[i : i + 1])) for i in range(len(images))])
+
+
+def _first(outputs: Any) -> np.ndarray:
+    return outputs if isinstance(outputs, np.ndarray) else outputs[0]
+
+
+def deviation(ours: np.ndarray, reference: np.ndarray) -> float:
+    """Mean absolute difference of logits ``(N, classes)`` in standard deviations of the reference's."""
+    return float(np.abs(ours - reference).mean() / reference.std(axis=1).mean())
+
+
+def ratio(base: np.ndarray, other: np.ndarray) -> Ratio:
+    """Speed of ``other`` over ``base`` (above 1 is faster) from samples in nanoseconds, as ``deploy.benchmark`` computes it."""
+    rng = np.random.default_rng(0)
+    low, high = np.percentile(_bootstrap_medians(base, rng) / _bootstrap_medians(other, rng), [2.5, 97.5])
+    return float(np.median(base) / np.median(other)), float(low), float(high)
+
+
+def settled(
+    calls: Mapping[str, Callable[[], object]], protocol: Protocol, progress: Callable[[float], None] | None = None
+) -> dict[str, np.ndarray]:
+    """:func:`deploy.benchmark.interleaved` where every turn of a variant begins with calls that are not counted.
+
+    Other runtimes' threads go on spinning for milliseconds after their call (ONNX Runtime's, OpenMP's), on the cores that the next
+    variant needs: back to back, each row would pay for the one before it. The uncounted calls absorb that, and fill the caches with
+    the variant's own weights, as in a process that serves one model.
+    """
+    pairs = {label: call for name, call in calls.items() for label, call in ((name + SETTLING, call), (name, call))}
+    samples = interleaved(pairs, protocol, progress)
+    return {name: samples[name] for name in calls}
+
+
+def openvino_session(model: Path, threads: int, precision: str | None, throughput: bool = False) -> Session:
+    """OpenVINO on the CPU; ``precision`` is ``"fp32"``, ``"bf16"`` or ``"int8"`` as in bundles, ``None`` the runtime's own choice."""
+    import openvino as ov
+
+    from deploy.backends.openvino import OpenVINOSession, float_precision
+
+    config: dict[str, Any] = {
+        "PERFORMANCE_HINT": "THROUGHPUT" if throughput else "LATENCY",
+        "INFERENCE_NUM_THREADS": threads,
+    }
+    if precision is not None:
+        config["INFERENCE_PRECISION_HINT"] = float_precision(precision, None)
+    return OpenVINOSession(ov.Core().read_model(model), "CPU", config)
+
+
+def onnxruntime_session(model: Path, threads: int, throughput: bool = False) -> Session:
+    """ONNX Runtime on the CPU with the settings that bundles get."""
+    from deploy.backends.onnxruntime import OnnxRuntimeSession
+
+    return OnnxRuntimeSession(model, LoadOptions(threads=threads, throughput=throughput))
+
+
+def ratio_text(value: Sequence[float] | None) -> str:
+    return "-" if value is None else f"{value[0]:.2f} ({value[1]:.2f}-{value[2]:.2f})"
+
+
+def latency_text(latency: Latency | None) -> str:
+    return "-" if latency is None else f"{latency.p50:.2f}"
+
+
+def machine_text(host: dict[str, Any], versions: dict[str, str], threads: int, protocol: Protocol) -> str:
+    """The line under a table: what was measured on, with and how."""
+    named = ", ".join(f"{k} {versions[k]}" for k in ("openvino", "nncf", "onnxruntime", "torch") if k in versions)
+    return (f"{host['cpu']}, {host['cores']} cores ({', '.join(host['flags']) or 'no flags of note'}); {named}; threads: {threads}; "
+            f"batch 1; interleaved, at least {protocol.iters} iterations and {protocol.seconds:g} s each after warm-up.")  # fmt: skip
+
+
+def first_lines(exc: BaseException, limit: int = 240) -> str:
+    """An exception in one line."""
+    text = " ".join(line.strip() for line in str(exc).splitlines() if line.strip())
+    return f"{type(exc).__name__}: {text}"[:limit]

@@ -1,0 +1,600 @@
+"""Latency, throughput, size, memory and export time beside what others offer for the same model, in one interleaved run a model.
+
+    python benchmarks/peers.py --models cmt_ti cmt_xs cmt_s --threads 2 --json peers.json --markdown peers.md --plot peers.png
+
+The same random weights and calibration images in every row. Ratios refer to OpenVINO in float32 on a plain export. Each artefact is made in
+a process of its own, from the PyTorch model on, which gives export time and memory; another process loads it and runs 20 inferences, which
+gives the memory of running. A row that cannot be made or run here says why; the others go on. ``--only`` measures some rows (and the base).
+
+A quick look: ``--models cmt_nano --only ort_fp32 ours_int8 --iters 20 --seconds 0.2 --warmup 0.1 --calib-size 16``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from common import (
+    Ratio,
+    add_protocol_arguments,
+    check_images,
+    deviation,
+    first_lines,
+    latency_text,
+    logits,
+    machine_text,
+    onnxruntime_session,
+    openvino_session,
+    protocol_of,
+    ratio,
+    ratio_text,
+    say,
+    settled,
+    share_of,
+    step,
+)
+
+from deploy import Predictor, Preprocess
+from deploy.backends import Session
+from deploy.benchmark import DRIFT_WARNING, Latency, Protocol, summarise, throughput
+from deploy.errors import CmtEdgeError
+from deploy.files import write_atomic
+from deploy.host import describe, versions
+from deploy.report import table
+
+if TYPE_CHECKING:  # the children that only run a model must not load PyTorch
+    import onnx
+    from torch import nn
+
+BASE = "ov_fp32"
+IMAGES = 8
+INFERENCES = 20
+ONNX, IR, WEIGHTS = "model.onnx", "openvino.xml", "weights.pt"
+OPENVINO_FILES = (IR, "openvino.bin")
+IMAGES_FILE = "images.npy"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model: where its artefacts go and what all rows have in common."""
+
+    model: str
+    folder: Path
+    threads: int
+    data: str
+    calib_size: int | None
+
+    @property
+    def preprocess(self) -> Preprocess:
+        from export import ExportConfig
+
+        return ExportConfig(self.model).preprocess
+
+    def images(self) -> np.ndarray:
+        """The images of the check, float32 ``(N, 3, S, S)``; a file, so that children need not make them."""
+        return np.load(self.folder / IMAGES_FILE)
+
+    def arguments(self) -> list[str]:
+        """For a child process."""
+        pairs = {"--model": self.model, "--folder": self.folder, "--threads": self.threads, "--data": self.data}
+        pairs |= {} if self.calib_size is None else {"--calib-size": self.calib_size}
+        return [str(part) for pair in pairs.items() for part in pair]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        key: its name on the command line.
+        label: its name in the table.
+        about: what it is, in one sentence.
+        files: names of the files that the runtime reads.
+        make: ``make(job, folder)`` writes the artefact.
+        load: ``load(job, folder, throughput)`` opens it.
+        artefact: key of the row whose artefact this one opens too; empty for its own.
+    """
+
+    key: str
+    label: str
+    about: str
+    files: tuple[str, ...]
+    make: Callable[[Job, Path], None]
+    load: Callable[[Job, Path, bool], Session]
+    artefact: str = ""
+
+    @property
+    def ours(self) -> bool:
+        return self.key.startswith("ours")
+
+    def folder(self, job: Job) -> Path:
+        return job.folder / (self.artefact or self.key)
+
+
+@dataclass
+class Result:
+    """What was found out about one row; ``note`` says why the rest is missing. Times in seconds, memory and sizes in bytes."""
+
+    key: str
+    label: str
+    ours: bool
+    note: str = ""
+    latency: Latency | None = None
+    ratio: Ratio | None = None
+    images_per_second: float | None = None
+    requests: int = 1
+    bytes_read: int | None = None
+    bytes_on_disk: int | None = None
+    export_s: float | None = None
+    export_peak: int | None = None
+    running_peak: int | None = None
+    deviation: float | None = None
+    executed: str = ""
+    warnings: list[str] = field(default_factory=list)
+
+
+# --- making the artefacts: each from the PyTorch model on ------------------------------------------------------------------
+
+
+def reference(name: str) -> nn.Module:
+    """The unfused PyTorch model, with the same random weights wherever it is asked for (also by ``export.run``)."""
+    from cmt import create_model
+    from cmt.weights import randomize
+
+    model = create_model(name, seed=0)
+    randomize(model)
+    return model
+
+
+def plain_onnx(job: Job) -> onnx.ModelProto:
+    """The reference as its user would export it: ``torch.onnx`` with its defaults and a fixed batch of 1, then onnxsim."""
+    import onnxsim
+    import torch
+
+    from export.config import OPSET
+
+    size = job.preprocess.size
+    program = torch.onnx.export(reference(job.model), (torch.zeros(1, 3, size, size),), dynamo=True, opset_version=OPSET,
+                                input_names=["input"], output_names=["logits"], external_data=False, verbose=False)  # fmt: skip
+    assert program is not None
+    graph, ok = onnxsim.simplify(program.model_proto)
+    if not ok:
+        raise RuntimeError("onnxsim's own check did not pass")
+    return graph
+
+
+def calibration(job: Job) -> Any:
+    """The images that every int8 row is calibrated on, through the same reader: iterable, with a length."""
+    from calib import CalibrationSet
+    from calib.quantize import _Batches
+
+    return _Batches(CalibrationSet.choose(job.data, job.calib_size, job.preprocess), job.preprocess, None)
+
+
+def make_weights(job: Job, folder: Path) -> None:
+    import torch
+
+    torch.save(reference(job.model).state_dict(), folder / WEIGHTS)
+
+
+def make_compiled(job: Job, folder: Path, freezing: bool) -> None:
+    make_weights(job, folder)
+    load_compiled(job, folder, False, freezing)
+
+
+def make_onnx(job: Job, folder: Path) -> None:
+    import onnx
+
+    onnx.save(plain_onnx(job), folder / ONNX)
+
+
+def make_ort_int8(job: Job, folder: Path) -> None:
+    """As ONNX Runtime's documentation says: pre-process, then Q/DQ with its default signed types, one scale a channel."""
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self._batches = iter(calibration(job))
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            batch = next(self._batches, None)
+            return None if batch is None else {"input": batch}
+
+    with tempfile.TemporaryDirectory() as scratch:
+        plain, prepared = Path(scratch) / "plain.onnx", Path(scratch) / "prepared.onnx"
+        onnx.save(plain_onnx(job), plain)
+        quant_pre_process(plain, prepared)
+        quantize_static(prepared, folder / ONNX, Reader(), quant_format=QuantFormat.QDQ, per_channel=True)
+
+
+def make_openvino(job: Job, folder: Path) -> None:
+    import openvino as ov
+
+    ov.save_model(_converted(job), folder / IR, compress_to_fp16=False)
+
+
+def make_nncf(job: Job, folder: Path) -> None:
+    os.environ["NNCF_CI"] = "1"  # no telemetry
+    import nncf
+    import openvino as ov
+
+    batches = calibration(job)
+    model = nncf.quantize(
+        _converted(job), nncf.Dataset(batches), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(batches)
+    )
+    ov.save_model(model, folder / IR, compress_to_fp16=False)
+
+
+def _converted(job: Job) -> Any:
+    import openvino as ov
+
+    with tempfile.TemporaryDirectory() as scratch:
+        make_onnx(job, Path(scratch))
+        return ov.convert_model(Path(scratch) / ONNX)
+
+
+def make_ours(job: Job, folder: Path, precision: str) -> None:
+    """What ``cmt-export`` does, its checks and its quick measurement included; nothing is taken from the cache."""
+    from export import ExportConfig, run
+
+    calibrated: dict[str, Any] = {"data": job.data, "calib_size": job.calib_size} if precision == "int8" else {}
+    run(ExportConfig(job.model, "openvino", precision, weights="random", output=str(folder), threads=job.threads, cache=False,
+                     atol=1e9, **calibrated))  # fmt: skip  # random weights would fail the int8 gate
+
+
+# --- opening them ----------------------------------------------------------------------------------------------------------
+
+
+def _loaded(job: Job, folder: Path) -> nn.Module:
+    import torch
+
+    model = reference(job.model)
+    model.load_state_dict(torch.load(folder / WEIGHTS))
+    return model
+
+
+def load_torch(job: Job, folder: Path, throughput: bool) -> Session:
+    from deploy.backends.torch import TorchSession
+
+    return TorchSession(_loaded(job, folder), job.threads)
+
+
+def load_compiled(job: Job, folder: Path, throughput: bool, freezing: bool) -> Session:
+    """Compiled at once, for one image; what the compiler makes is kept beside the artefact for the next process."""
+    import torch
+
+    from deploy.backends.torch import TorchSession
+
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder) + ".inductor"
+    torch.set_num_threads(job.threads)  # is compiled in
+    model = _loaded(job, folder)
+    compiled: Any = torch.compile(model, options={"freezing": True} if freezing else None)
+    session = TorchSession(compiled, job.threads)
+    session.run(job.images()[:1])
+    return session
+
+
+def load_onnx(job: Job, folder: Path, throughput: bool) -> Session:
+    return onnxruntime_session(folder / ONNX, job.threads, throughput)
+
+
+def load_openvino(job: Job, folder: Path, throughput: bool, precision: str | None) -> Session:
+    return openvino_session(folder / IR, job.threads, precision, throughput)
+
+
+def load_ours(job: Job, folder: Path, throughput: bool, backend: str) -> Session:
+    (bundle,) = folder.iterdir()
+    return Predictor.load(bundle, backend=backend, threads=job.threads, throughput=throughput).session
+
+
+def _ours(precision: str, backend: str = "openvino", artefact: str = "") -> Row:
+    files: tuple[str, ...] = OPENVINO_FILES
+    key, name = f"ours_{precision}", "OpenVINO"
+    if backend == "onnxruntime":
+        key, name, files = f"{key}_ort", "ONNX Runtime", (ONNX,)
+    about = f"bundle of cmt-export --precision {precision}, in {name}; its export time includes verification and a quick measurement"
+    return Row(key, f"cmt-edge {precision} ({name})", about, files, partial(make_ours, precision=precision),
+               partial(load_ours, backend=backend), artefact)  # fmt: skip
+
+
+ROWS = {row.key: row for row in (
+    Row("torch", "PyTorch eager", "the unfused model in eval and inference mode", (WEIGHTS,), make_weights, load_torch),
+    Row("torch_compile", "torch.compile", "inductor with its defaults; nothing is shipped but the weights, each process compiles or "
+        "reads a cache", (WEIGHTS,), partial(make_compiled, freezing=False), partial(load_compiled, freezing=False)),
+    Row("torch_frozen", "torch.compile, freezing", "inductor with freezing, which folds and packs weights", (WEIGHTS,),
+        partial(make_compiled, freezing=True), partial(load_compiled, freezing=True)),
+    Row("ort_fp32", "ONNX Runtime fp32", "plain export: torch.onnx of the unfused model, then onnxsim", (ONNX,), make_onnx, load_onnx),
+    Row("ort_int8", "ONNX Runtime int8 (own)", "plain export, quant_pre_process and quantize_static: Q/DQ, per channel, else defaults",
+        (ONNX,), make_ort_int8, load_onnx),
+    Row("ov_fp32", "OpenVINO fp32", "plain export, f32 hint: the base of all ratios", OPENVINO_FILES, make_openvino,
+        partial(load_openvino, precision="fp32")),
+    Row("ov_bf16", "OpenVINO bf16", "the same file, bf16 hint", OPENVINO_FILES, make_openvino,
+        partial(load_openvino, precision="bf16"), "ov_fp32"),
+    Row("nncf_f32", "NNCF int8, f32 hint", "plain export, nncf.quantize(model_type=TRANSFORMER), the rest in float32", OPENVINO_FILES,
+        make_nncf, partial(load_openvino, precision="fp32")),
+    Row("nncf_default", "NNCF int8, runtime default", "the same file without a hint: the rest in bfloat16 where the CPU has it",
+        OPENVINO_FILES, make_nncf, partial(load_openvino, precision=None), "nncf_f32"),
+    _ours("fp32"), _ours("bf16"), _ours("int8"), _ours("int8", "onnxruntime", "ours_int8"),
+)}  # fmt: skip
+
+
+# --- children --------------------------------------------------------------------------------------------------------------
+
+
+def child(job: Job, row: Row, action: str) -> None:
+    """Build or run one row in this process; the outcome and the peak memory go into a file."""
+    outcome: dict[str, Any] = {}
+    try:
+        if action == "build":
+            row.folder(job).mkdir()
+            row.make(job, row.folder(job))
+        else:
+            session, images = row.load(job, row.folder(job), False), job.images()
+            for i in range(INFERENCES):
+                session.run(images[i % len(images)][None])
+    except Exception as exc:
+        traceback.print_exc()
+        outcome["error"] = first_lines(exc)
+    outcome["peak"] = peak_bytes()
+    _outcome(job, row, action).write_text(json.dumps(outcome))
+
+
+def peak_bytes() -> int:
+    """The largest resident memory of this process so far.
+
+    From ``/proc``: Linux counts the memory of the process that started this one into ``ru_maxrss``.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _outcome(job: Job, row: Row, action: str) -> Path:
+    return job.folder / f"{row.key}.{action}.json"
+
+
+def in_child(job: Job, row: Row, action: str) -> tuple[float, int, str]:
+    """Wall seconds of the whole process, its peak memory, and why it failed if it did; its output goes into a log."""
+    command = [sys.executable, __file__, f"--{action}", row.key, *job.arguments()]
+    start = time.perf_counter()
+    with open(job.folder / f"{row.key}.{action}.log", "wb") as log:
+        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+    seconds, path = time.perf_counter() - start, _outcome(job, row, action)
+    if not path.exists():
+        return seconds, 0, f"the process ended with status {status}"
+    outcome = json.loads(path.read_text())
+    return seconds, outcome["peak"], outcome.get("error", "")
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------------
+
+
+def prepare(job: Job, rows: Sequence[Row]) -> list[Result]:
+    """Build every artefact once and run every row once, each in a child."""
+    results, built = [], {}
+    for row in rows:
+        result = Result(row.key, row.label, row.ours)
+        results.append(result)
+        maker = ROWS[row.artefact or row.key]
+        if maker.key not in built:
+            with step(f"{job.model}: build {maker.key}"):
+                built[maker.key] = in_child(job, maker, "build")
+        result.export_s, result.export_peak, result.note = built[maker.key]
+        if not result.note:
+            with step(f"{job.model}: run {row.key}"):
+                _, result.running_peak, result.note = in_child(job, row, "run")
+        if result.note:
+            say(f"{job.model}: {row.key} left out: {result.note}")
+            continue
+        files = [p for p in row.folder(job).rglob("*") if p.is_file()]
+        result.bytes_on_disk = sum(p.stat().st_size for p in files)
+        result.bytes_read = sum(p.stat().st_size for p in files if p.name in row.files)
+    return results
+
+
+def measure(job: Job, rows: Sequence[Row], protocol: Protocol) -> list[Result]:
+    """Everything about one model; raises ``SystemExit`` where the base cannot run."""
+    spec = job.preprocess
+    np.save(job.folder / IMAGES_FILE, check_images(spec, IMAGES))
+    results = {r.key: r for r in prepare(job, rows)}
+    images = job.images()
+    with contextlib.ExitStack() as stack:
+        sessions: dict[str, Session] = {}
+        for row in rows:
+            if not results[row.key].note:
+                say(f"{job.model}: open {row.key}")
+                sessions[row.key] = row.load(job, row.folder(job), False)
+                stack.callback(sessions[row.key].close)
+        if BASE not in sessions:
+            raise SystemExit(f"the base of all ratios cannot run: {results[BASE].note}")
+        check(job, sessions, results, images)
+        calls = {key: partial(session.run, images[:1]) for key, session in sessions.items()}
+        samples = settled(calls, protocol, share_of(f"{job.model}: latency"))
+        for key, session in sessions.items():
+            result = results[key]
+            result.latency, result.ratio = summarise(samples[key]), ratio(samples[BASE], samples[key])
+            result.executed = session.executed(images[:1]).summary()
+            if abs(drift := result.latency.drift) > DRIFT_WARNING:
+                result.warnings.append(f"latency drifted by {100 * drift:+.0f} % from the first to the last 100 calls")
+        for key, session in sessions.items():
+            say(f"{job.model}: throughput of {key}")
+            rate(job, ROWS[key], session, results[key], images[:1], max(0.5, protocol.seconds / 2))
+    return list(results.values())
+
+
+def check(job: Job, sessions: dict[str, Session], results: dict[str, Result], images: np.ndarray) -> None:
+    """Compare each row's logits with eager PyTorch's."""
+    from deploy.backends.torch import TorchSession
+
+    truth = logits(TorchSession(reference(job.model), job.threads), images)
+    for key, session in sessions.items():
+        results[key].deviation = deviation(logits(session, images), truth)
+
+
+def rate(job: Job, row: Row, session: Session, result: Result, batch: np.ndarray, seconds: float) -> None:
+    """Images a second: as many requests at once as the runtime recommends, one for PyTorch."""
+    own = WEIGHTS in row.files
+    fast = session if own else row.load(job, row.folder(job), True)
+    predictor = Predictor(fast, job.preprocess, [])
+    result.images_per_second, result.requests = throughput(predictor, batch, seconds), fast.parallelism
+    if not own:
+        fast.close()
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------------
+
+HEADER = ("row", "p50 ms", "speed-up (95 % CI)", "images/s (requests)", "MB read", "MB on disk", "export s", "export peak MB",
+          "running peak MB", "logits off, std", "what really ran")  # fmt: skip
+
+
+def cells(r: Result) -> list[str]:
+    """One line of the Markdown table."""
+    mb = [None if n is None else n / 1e6 for n in (r.bytes_read, r.bytes_on_disk, r.export_peak, r.running_peak)]
+    read, disk, export_peak, running_peak = ("-" if n is None else f"{n:.1f}" if n < 1000 else f"{n:.0f}" for n in mb)
+    images = "-" if r.images_per_second is None else f"{r.images_per_second:.1f} ({r.requests})"
+    seconds = "-" if r.export_s is None else f"{r.export_s:.1f}"
+    off = "-" if r.deviation is None else f"{r.deviation:.1e}"
+    return [f"**{r.label}**" if r.ours else r.label, latency_text(r.latency), ratio_text(r.ratio), images, read, disk, seconds,
+            export_peak, running_peak, off, r.executed or "-"]  # fmt: skip
+
+
+def markdown(content: dict[str, Any], results: dict[str, list[Result]], protocol: Protocol) -> str:
+    """A table a model, what the rows are, and the machine."""
+    parts = []
+    for name, rows in results.items():
+        parts += [f"## {name}", table(HEADER, [cells(r) for r in rows], markdown=True)]
+        remarks = [f"- {r.label}: {text}" for r in rows for text in (*([f"left out: {r.note}"] if r.note else []), *r.warnings)]
+        parts += ["\n".join(remarks)] if remarks else []
+    shown = {r.key for rows in results.values() for r in rows}
+    parts += ["## What the rows are", "\n".join(f"- {row.label}: {row.about}." for row in ROWS.values() if row.key in shown)]
+    parts += ["Export: one process from the PyTorch model to the finished files, start-up included. Running: a process that loads the files "
+              f"and runs {INFERENCES} inferences. MB read: the files that the runtime opens. Logits off: mean absolute difference from eager "
+              f"PyTorch on {IMAGES} generated images, in standard deviations of the logits; the weights are random, so it shows "
+              "broken rows, not accuracy. int8 is calibrated on "
+              f"the same images in every row: {content['calibration']['source']}, {content['calibration']['images']}.",
+              machine_text(content["machine"], content["versions"], content["threads"], protocol)]  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def plot(results: dict[str, list[Result]], path: Path, caption: str) -> None:
+    """Horizontal bars of the speed-up, a panel a model, ours in another colour, written as PNG or SVG."""
+    import io
+
+    from matplotlib.figure import Figure
+
+    measured = {name: [r for r in reversed(rows) if r.ratio] for name, rows in results.items()}
+    heights = [len(rows) + 1 for rows in measured.values()]
+    figure = Figure(figsize=(8.5, 1.1 + 0.27 * sum(heights)), layout="constrained")
+    panels = figure.subplots(len(measured), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (name, rows) in zip(panels, measured.items(), strict=True):
+        ratios = np.array([r.ratio for r in rows])
+        whiskers = np.abs(ratios[:, 1:] - ratios[:, :1]).T
+        colours = ["#cc6677" if r.ours else "#888888" if r.key == BASE else "#88aacc" for r in rows]
+        bars = axes.barh([r.label for r in rows], ratios[:, 0], xerr=whiskers, color=colours, capsize=2, ecolor="#333333")
+        texts = [f"{r.ratio[0]:.2f}x  ({r.latency.p50:.2f} ms)" for r in rows if r.ratio and r.latency]
+        axes.bar_label(bars, texts, padding=4, fontsize=8)
+        axes.axvline(1.0, color="#888888", linewidth=1, linestyle=":")
+        axes.set_title(name, loc="left", fontsize=10, fontweight="bold")
+        axes.tick_params(axis="y", labelsize=8, length=0)
+        axes.spines[["top", "right"]].set_visible(False)
+    longest = max(r.ratio[2] for rows in measured.values() for r in rows if r.ratio)
+    panels[-1].set_xlim(0, 1.25 * longest)
+    panels[-1].set_xlabel(
+        "speed-up of one inference over OpenVINO fp32 (grey); red: cmt-edge; whiskers: 95 % interval", fontsize=9
+    )
+    figure.suptitle(caption, fontsize=9)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix.lstrip(".") or "png", dpi=150)
+    write_atomic(path, buffer.getvalue())
+
+
+# --- the command -----------------------------------------------------------------------------------------------------------
+
+
+def parsed() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], epilog="rows: " + ", ".join(ROWS))
+    p.add_argument("--models", nargs="+", default=["cmt_ti", "cmt_xs", "cmt_s"], help="any names of cmt-export --list-models")
+    add_protocol_arguments(p)
+    p.add_argument("--only", nargs="+", choices=ROWS, metavar="ROW", help="measure these rows and the base")
+    p.add_argument("--json", type=Path, help="write everything here; after each model, so that little is lost")
+    p.add_argument("--markdown", type=Path, help="write the tables here too")
+    p.add_argument("--plot", type=Path, help="write the speed-ups here, as .png or .svg")
+    p.add_argument("--folder", type=Path, help="keep artefacts and logs in this empty folder (default: a temporary one)")
+    p.add_argument("--model", help=argparse.SUPPRESS)
+    p.add_argument("--build", choices=ROWS, metavar="ROW", help="only make this row's artefact of --model in --folder")
+    p.add_argument("--run", choices=ROWS, metavar="ROW", help="only load it and run 20 inferences")
+    return p.parse_args()
+
+
+def main() -> None:
+    args = parsed()
+    if args.build or args.run:
+        action = "build" if args.build else "run"
+        child(Job(args.model, args.folder, args.threads, args.data, args.calib_size), ROWS[args.build or args.run], action)
+        return
+    with contextlib.ExitStack() as stack:
+        folder = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        try:
+            compare(args, folder)
+        except CmtEdgeError as exc:
+            say(f"error: {exc}")
+            raise SystemExit(exc.exit_code) from exc
+
+
+def compare(args: argparse.Namespace, folder: Path) -> None:
+    """All models, one after the other; the files are written again after each."""
+    protocol = protocol_of(args)
+    rows = [row for row in ROWS.values() if not args.only or row.key in (*args.only, BASE)]
+    content: dict[str, Any] = {
+        "machine": describe(), "versions": versions(), "threads": args.threads, "protocol": asdict(protocol), "base": BASE,
+        "calibration": {"source": Path(args.data).name, "images": args.calib_size or "300, or all where there are fewer"},
+        "models": {},
+    }  # fmt: skip
+    results: dict[str, list[Result]] = {}
+    for name in args.models:
+        job = Job(name, folder / name.replace("/", "_"), args.threads, args.data, args.calib_size)
+        if job.folder.exists():
+            raise SystemExit(f"{job.folder} exists; give an empty --folder")
+        job.folder.mkdir(parents=True)
+        results[name] = measure(job, rows, protocol)
+        content["models"][name] = [asdict(r) for r in results[name]]
+        text = markdown(content, results, protocol)
+        if args.json:
+            write_atomic(args.json, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+        if args.markdown:
+            write_atomic(args.markdown, text.encode())
+        if args.plot:
+            plot(results, args.plot, f"{content['machine']['cpu']}, {args.threads} threads, batch 1")
+        forget()
+    print(text)
+
+
+def forget() -> None:
+    """Free one model's compiled code before the next model."""
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
+    gc.collect()
+
+
+if __name__ == "__main__":
+    main()

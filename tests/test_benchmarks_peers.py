@@ -1,0 +1,86 @@
+"""The comparing benchmarks run end to end on the smallest model and write what they promise."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+TINY = ("--threads", "1", "--iters", "5", "--seconds", "0.05", "--warmup", "0.05", "--calib-size", "8")
+
+pytestmark = pytest.mark.slow
+
+
+def run(script: str, folder: Path, *arguments: str) -> tuple[dict, str]:
+    """The JSON and the Markdown that a benchmark wrote."""
+    files = folder / "result.json", folder / "result.md"
+    command = [
+        sys.executable,
+        str(BENCHMARKS / script),
+        *arguments,
+        *TINY,
+        "--json",
+        str(files[0]),
+        "--markdown",
+        str(files[1]),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    text = files[1].read_text(encoding="utf-8")
+    assert text.strip() == done.stdout.strip()
+    return json.loads(files[0].read_text(encoding="utf-8")), text
+
+
+def test_peers_measures_rows_against_the_base(tmp_path):
+    plot = tmp_path / "speed.svg"
+    content, text = run("peers.py", tmp_path, "--models", "cmt_nano", "--only", "ort_fp32", "ours_fp32", "--plot", str(plot))
+    rows = {r["key"]: r for r in content["models"]["cmt_nano"]}
+    assert list(rows) == ["ort_fp32", "ov_fp32", "ours_fp32"]
+    for row in rows.values():
+        assert not row["note"]
+        assert row["deviation"] < 1e-4
+        assert row["latency"]["count"] >= 5
+        assert row["images_per_second"] > 0
+        assert 10e6 > row["bytes_on_disk"] >= row["bytes_read"] > 1e6 or row["ours"]
+        assert min(row["export_s"], row["export_peak"], row["running_peak"]) > 0
+    assert rows["ov_fp32"]["ratio"][0] == 1
+    assert rows["ov_fp32"]["running_peak"] < rows["ov_fp32"]["export_peak"]  # which includes PyTorch
+    assert "## cmt_nano" in text
+    assert "| **cmt-edge fp32 (OpenVINO)** |" in text
+    assert content["machine"]["cpu"] in text
+    assert "ONNX Runtime fp32" in plot.read_text(encoding="utf-8") or plot.stat().st_size > 1000
+
+
+def test_a_row_that_cannot_be_made_says_why(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    content, text = run("peers.py", tmp_path, "--models", "cmt_nano", "--only", "torch_compile")
+    compiled, base = content["models"]["cmt_nano"]
+    assert "compiler" in compiled["note"].lower()
+    assert compiled["latency"] is None
+    assert base["latency"]
+    assert "- torch.compile: left out: " in text
+
+
+def test_ablation_measures_a_rewrite_alone_and_left_out(tmp_path):
+    content, text = run("ablation.py", tmp_path, "--model", "cmt_nano", "--only", "scale into q", "attention float")
+    found = {(v["name"], v["precision"]): v for v in content["variants"]}
+    for name in ("none", "all", "only: scale into q", "all but: scale into q"):
+        row = found[name, "fp32"]
+        assert row["deviation"] < 1e-4
+        assert set(row["ratios"]) == {"none", "all"}
+    assert found["none", "fp32"]["ratios"]["none"][0] == 1
+    assert {n for n, p in found if p == "int8"} == {"default recipe", "attention float"}
+    assert found["attention float", "int8"]["ratios"]["default recipe"][0] > 0
+    assert "| scale into q " in text
+    assert "| attention float " in text
+
+
+def test_ablation_refuses_an_unknown_rewrite(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "ablation.py"), "--model", "cmt_nano", "--only", "magic"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert "scale into q" in done.stderr
