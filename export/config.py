@@ -14,7 +14,7 @@ from cmt import model_spec
 from cmt.registry import ModelSpec, check_size
 from deploy.engine import EngineOptions
 from deploy.errors import InputError, UnknownNameError, WeightsError
-from deploy.preprocess import Preprocess
+from deploy.preprocess import RESAMPLING, Preprocess
 
 FORMATS = {"onnx": ("fp32", "int8"), "openvino": ("fp32", "bf16", "int8"), "trt": ("fp32", "fp16", "int8")}
 """Format -> the precisions it can have."""
@@ -108,7 +108,7 @@ class ExportConfig:
         spec, size = self.spec, self.img_size
         ratio = spec.crop_ratio if self.crop_ratio is None else self.crop_ratio or None
         mean, std = (own if given is None else _triple(given) for given, own in ((self.mean, spec.mean), (self.std, spec.std)))
-        return Preprocess(size, None if ratio is None else int(size / ratio), mean, std, self.exif)
+        return Preprocess(size, None if ratio is None else int(size / ratio), mean, std, self.exif, spec.interpolation)
 
     @property
     def name(self) -> str:
@@ -139,6 +139,9 @@ class ExportConfig:
                 raise InputError(f"{flag} {bound} is negative", remedy="give the allowed difference, 0 or more")
         if min(self.preprocess.std) <= 0 or not 0 <= (self.crop_ratio or 0) <= 1:
             raise InputError("--std must be above 0 and --crop-ratio 0 to 1", remedy="leave them out for the model's own")
+        if spec.interpolation not in RESAMPLING:
+            raise InputError(f"{spec.name} resizes by {spec.interpolation!r}; known: {', '.join(RESAMPLING)}",
+                             remedy="change interpolation in the model's default_cfg")  # fmt: skip
         self._check_files()
         self._check_pair()
         if self.precision == "int8" and self.data is None:

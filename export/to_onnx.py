@@ -20,6 +20,11 @@ INPUT, OUTPUT, BATCH = "input", "logits", "batch"
 ATOL = 1e-4
 """Allowed logit difference of a float32 graph, relative to the largest logit but at least absolute."""
 FUSE_ATOL = 1e-5
+UNTYPED = ("CastLike", "SplitToSequence")
+"""What torch.onnx writes for a conv without a bias (zeros "like" its input, made at every inference) and for ``split`` and ``chunk``.
+
+onnxsim leaves them, with the batch norms behind such convs; torch.onnx's own optimizer does not. Rewritten families have neither.
+"""
 
 
 def export_onnx(model: nn.Module, img_size: int, opset: int) -> onnx.ModelProto:
@@ -38,6 +43,8 @@ def export_onnx(model: nn.Module, img_size: int, opset: int) -> onnx.ModelProto:
             optimize=False,  # onnxsim does it faster
         )  # fmt: skip
         assert program is not None
+        if any(node.op_type in UNTYPED for node in program.model_proto.graph.node):
+            program.optimize()
         graph = program.model_proto
     return checked("export to ONNX", _anonymous(graph))
 
