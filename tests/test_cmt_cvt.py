@@ -13,8 +13,8 @@ from test_cmt_models import golden  # importing it lists the models, so that the
 from torch import nn
 
 from cmt import create_model, fuse, load_pretrained, load_weights, macs, model_spec
-from cmt.cvt import Attention, CvT, QuickGELU, key_bias_dropped, value_bias_into
-from cmt.fuse import PlainNorm, affine_into
+from cmt.cvt import Attention, CvT, QuickGELU
+from cmt.fuse import PlainNorm, affine_into, key_bias_dropped, value_bias_into
 from cmt.layers import DropPath
 from cmt.weights import randomize
 from deploy.errors import InputError, WeightsError
