@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from deploy.errors import CmtEdgeError, InputError, RuntimeMissingError, UnknownNameError, WeightsError
 
+from .fuse import Rewrite, global_pool_as_mean
 from .registry import IMAGENET_MEAN, IMAGENET_STD, ModelSpec
 
 DEFAULT_SIZE = 224
@@ -65,7 +66,7 @@ def custom_spec(name: str) -> ModelSpec:
         img_size=size,
         num_classes=classes,
         size_multiple=1,
-        rewrites=(),
+        rewrites=_rewrites(prototype),
         head_keys=_head_keys(settings),
         crop_ratio=_crop_ratio(settings, name),
         interpolation=str(settings.get("interpolation", "bicubic")),
@@ -166,6 +167,11 @@ def _call(factory: Callable[..., Any], name: str, **options: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise InputError(f"{name} returned a {type(model).__name__}, not an nn.Module", remedy="return the model")
     return model.eval()
+
+
+def _rewrites(model: nn.Module) -> tuple[Rewrite, ...]:
+    """Those of any model that find a place; ``model`` is changed."""
+    return tuple(rewrite for rewrite in (global_pool_as_mean(),) if rewrite.apply(model))
 
 
 def _settings(model: nn.Module) -> dict[str, Any]:

@@ -204,6 +204,19 @@ def batch_norm_as_affine() -> Rewrite:
     return replaced("batch norm as affine", "norm(x) == s x + t", nn.BatchNorm2d, ScaleShift)
 
 
+def global_pool_as_mean() -> Rewrite:
+    """For a channels-last map torch.onnx writes ``AdaptiveAvgPool2d(1)`` with a gather by computed indices, the mean as one operation."""
+
+    def apply(module: nn.Module) -> int:
+        places = [(parent, name) for parent in module.modules() for name, child in parent.named_children()
+                  if type(child) is nn.AdaptiveAvgPool2d and child.output_size in (1, (1, 1))]  # fmt: skip
+        for parent, name in places:
+            setattr(parent, name, GlobalMean())
+        return len(places)
+
+    return Rewrite("global pooling as mean", "pool(x) == sum(x) / (H W)", apply)
+
+
 def replaced(name: str, algebra: str, kind: type[nn.Module], make: Callable[[nn.Module], nn.Module]) -> Rewrite:
     """Every submodule of exactly the type ``kind`` becomes ``make(submodule)``, with the same inputs and outputs."""
     return Rewrite(name, algebra, lambda module: replace_modules(module, (kind,), make))
@@ -319,6 +332,13 @@ class ScaleShift(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.scale + self.shift
+
+
+class GlobalMean(nn.Module):
+    """Mean over the map: ``(B, C, H, W)`` -> ``(B, C, 1, 1)``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3), keepdim=True)
 
 
 class PlainNorm(nn.Module):
