@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import shared
-from test_cmt_models import golden  # importing it lists the models, so that the registry has the families in their order
+from test_cmt_models import (  # importing it lists the models, so that the registry has the families in their order
+    golden,
+    published,
+)
 from torch import nn
 
 from cmt import create_model, fuse, load_pretrained, load_weights, macs, model_spec
@@ -43,11 +46,6 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 # --- against the official code ----------------------------------------------------------------------------------------
-
-
-def published(variant: str, rule: str) -> dict[str, torch.Tensor]:
-    shared(f"golden/{variant}.npz")
-    return {k: torch.from_numpy(np.array(v)) for k, v in golden().weights(variant, rule).items()}
 
 
 @lru_cache(maxsize=1)
@@ -84,17 +82,6 @@ def test_features_are_the_maps_of_the_official_stages(fused):
     with np.load(shared("golden/cvt_13_224.npz")) as data:
         for i, stage_map in enumerate(maps):
             np.testing.assert_allclose(stage_map[0].flatten()[:64].numpy(), data[f"tap/stage{i}"], rtol=0, atol=2e-5)
-
-
-@pytest.mark.parametrize("variant", ["cvt_13_224", pytest.param("cvt_w24_384", marks=pytest.mark.slow)])
-def test_every_published_key_has_one_place_of_equal_shape(variant):
-    shared(f"golden/{variant}.json")
-    name = variant[: variant.rindex("_")]
-    model = create_model(name, img_size=64)
-    entries = golden().entries(variant)
-    ours = {model.spec.rename(e["key"]): tuple(e["shape"]) for e in entries}
-    assert len(ours) == len(entries)
-    assert ours == {k: tuple(v.shape) for k, v in model.state_dict().items()}
 
 
 @pytest.mark.parametrize(

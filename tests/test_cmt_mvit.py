@@ -10,7 +10,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import shared
-from test_cmt_models import golden  # importing it lists the models, so that the registry has the families in their order
+from test_cmt_models import (  # importing it lists the models, so that the registry has the families in their order
+    golden,
+    ours,
+    published,
+)
 from torch import nn
 from torch.nn import functional as F
 
@@ -74,15 +78,6 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 # --- against the official code ----------------------------------------------------------------------------------------
-
-
-def published(variant: str, rule: str = "fanin") -> dict[str, torch.Tensor]:
-    shared(f"golden/{variant}.npz")
-    return {k: torch.from_numpy(np.array(v)) for k, v in golden().weights(variant, rule).items()}
-
-
-def ours(spec, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return spec.adapt({spec.rename(k): v for k, v in state.items()})
 
 
 def name_of(variant: str) -> str:
