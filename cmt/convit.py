@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .fuse import PlainNorm, Rewrite, affine_before, affine_into, doubled, norm_affine, replaced, scale_into, with_weights
+from .fuse import affine_into, class_token_only, in_order, key_bias_dropped, replaced, scale_into, value_bias_into
 from .layers import DropPath, merge_heads, scaled, split_heads, to_tokens
 from .registry import ModelSpec, Pretrained, register
 
@@ -263,32 +263,6 @@ class PositionTable(nn.Module):
         return cast(Tensor, self.share), cast(Tensor, self.table)
 
 
-def _norm_into_attention(module: nn.Module) -> int:
-    """The affine part of ``norm1`` goes into q, k and v, but of the biases it makes, only the queries' stays where it is.
-
-    All keys get the same ``W_k t``, which moves the scores of a query by one number: softmax does not see it. All values
-    get the same ``W_v t``, which passes the attention, whose rows sum to 1, and goes into ``proj``.
-    """
-    blocks = [m for m in module.modules() if isinstance(m, Block) and isinstance(m.norm1, nn.LayerNorm)]
-    for block in blocks:
-        attn, (scale, shift) = block.attn, norm_affine(block.norm1)
-        out, bias = doubled(attn.proj)
-        attn.proj = with_weights(attn.proj, out, bias + out @ (doubled(attn.v)[0] @ shift))
-        attn.q = affine_before(attn.q, scale, shift)
-        for linear in (attn.k, attn.v):
-            linear.weight = nn.Parameter(linear.weight.double() * scale)
-        block.norm1 = cast(Any, PlainNorm(block.norm1))
-    return len(blocks)
-
-
-def _class_only(module: nn.Module) -> int:
-    """The head reads the class token alone."""
-    models = [m for m in module.modules() if isinstance(m, ConViT)]
-    for model in models:
-        model.class_only = True
-    return len(models)
-
-
 # The share 1 - s could go into v as well, with s / (1 - s) P as the table. It does not: a head that looks at positions only has a
 # share near 0, and such a table would overflow float16.
 REWRITES = (
@@ -300,14 +274,13 @@ REWRITES = (
     ),
     replaced("row sums dropped", "(1 - s) sum_j A_j + s sum_j P_j == (1 - s) + s == 1", RowsToOne, lambda _: nn.Identity()),
     scale_into("q"),
-    Rewrite(
-        "affine of norm1 into attn.q, attn.k, attn.v, attn.proj",
-        "softmax_j(q (W_k s x_j + W_k t)) == softmax_j(q W_k s x_j); P A (V + 1 W_v t) == P A V + P W_v t",
-        _norm_into_attention,
+    # The affine part makes biases, of which only the queries' stays where it is.
+    in_order(
+        affine_into("norm1", "attn.q", "attn.k", "attn.v"), key_bias_dropped("attn.k"), value_bias_into("attn.v", "attn.proj")
     ),
     affine_into("norm2", "mlp.fc1"),
     affine_into("norm", "head"),
-    Rewrite("class token only in the last block", "(X + f(A X))[0] == X[0] + f(A[0] X)", _class_only),
+    class_token_only(),
 )
 
 _RELEASE = "https://dl.fbaipublicfiles.com/convit/"

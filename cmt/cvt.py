@@ -17,17 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from .fuse import (
-    Rewrite,
     affine_after,
     affine_before,
     affine_into,
     batch_norm_after,
-    doubled,
-    having,
+    class_token_only,
+    key_bias_dropped,
     replaced,
     scale_into,
-    with_weights,
-)
+    value_bias_into,
+)  # fmt: skip
 from .layers import DropPath, merge_heads, scaled, split_heads, to_map, to_tokens
 from .registry import ModelSpec, register
 
@@ -215,33 +214,6 @@ def published_key(key: str) -> str:
 # --- deployment rewrites of this family ------------------------------------------------------------------------------
 
 
-def key_bias_dropped(layer: str) -> Rewrite:
-    """The bias of the linear ``layer`` that makes keys adds ``q b`` to all scores of a query: softmax does not see it."""
-
-    def apply(module: nn.Module) -> int:
-        places = [cast(nn.Linear, m.get_submodule(layer)) for m in having(module, f"{layer}.bias")]
-        for place in places:
-            place.bias = cast(Any, None)
-        return len(places)
-
-    return Rewrite(f"bias of {layer} dropped", "softmax_j(q (k_j + b)) == softmax_j(q k_j)", apply)
-
-
-def value_bias_into(layer: str, proj: str) -> Rewrite:
-    """The bias of the linear ``layer`` that makes values passes the attention, whose rows sum to 1, and goes into ``proj``."""
-
-    def apply(module: nn.Module) -> int:
-        places = having(module, f"{layer}.bias", proj)
-        for place in places:
-            values, out = (cast(nn.Linear, place.get_submodule(path)) for path in (layer, proj))
-            weight, bias = doubled(out)
-            setattr(place, proj, with_weights(out, weight, bias + weight @ values.bias.double()))
-            values.bias = cast(Any, None)
-        return len(places)
-
-    return Rewrite(f"bias of {layer} into {proj}", "P (A (V + 1 b)) + c == P A V + (P b + c), as A 1 == 1", apply)
-
-
 def _with_silu(module: nn.Module) -> nn.Module:
     """The slope of the activation goes into the linears around it."""
     mlp, slope = cast(MLP, copy.deepcopy(module)), torch.tensor(QuickGELU.SLOPE, dtype=torch.float64)
@@ -249,14 +221,6 @@ def _with_silu(module: nn.Module) -> nn.Module:
     mlp.fc2 = affine_before(mlp.fc2, (1 / slope).expand(mlp.fc2.in_features), torch.zeros(mlp.fc2.in_features))
     mlp.act = nn.SiLU()
     return mlp
-
-
-def _class_only(module: nn.Module) -> int:
-    """The head reads the class token alone; :meth:`CvT.features` still computes the whole map."""
-    models = [m for m in module.modules() if isinstance(m, CvT)]
-    for model in models:
-        model.class_only = True
-    return len(models)
 
 
 # norm1 keeps its affine part: the zero-padded convs of q, k and v read it, and so does the class token that skips them.
@@ -268,7 +232,7 @@ REWRITES = (
     affine_into("norm2", "mlp.fc1"),
     replaced("quick GELU as SiLU", "x sigmoid(c x) == silu(c x) / c", MLP, _with_silu),
     affine_into("norm", "head"),
-    Rewrite("class token only in the last block", "(X + f(A X))[0] == X[0] + f(A[0] X)", _class_only),
+    class_token_only(),
 )
 
 _SOURCE = "official README; MACs and parameters counted on the official code"

@@ -9,6 +9,7 @@ rounded once:
   zeros of the padding would become ``t``.
 * :func:`shortcut_into_depthwise`:  ``DW x + x  ==  (DW + I) x``: one is added to the centre tap.
 * :func:`scale_into`:  ``(q k^T) c  ==  (c q) k^T``: the attention's scale goes into the query projection.
+* :func:`key_bias_dropped`, :func:`value_bias_into`: what a softmax does not see, and what passes it because its rows sum to 1.
 * :func:`batch_norm_as_affine`: between an activation and a zero-padded conv a batch norm cannot be folded exactly; it stays as
   one scale-and-shift, which a runtime attaches to the conv before it.
 
@@ -134,6 +135,57 @@ def scale_into(layer: str, scale: str = "scale") -> Rewrite:
     return Rewrite(f"{scale} into {layer}", "(q k^T) c == (c q) k^T", apply)
 
 
+def key_bias_dropped(layer: str) -> Rewrite:
+    """The bias of the linear ``layer`` that makes keys adds ``q b`` to all scores of a query: softmax does not see it."""
+
+    def apply(module: nn.Module) -> int:
+        places = [cast(nn.Linear, _get(m, layer)) for m in having(module, f"{layer}.bias")]
+        for place in places:
+            place.bias = cast(Any, None)
+        return len(places)
+
+    return Rewrite(f"bias of {layer} dropped", "softmax_j(q (k_j + b)) == softmax_j(q k_j)", apply)
+
+
+def value_bias_into(layer: str, proj: str) -> Rewrite:
+    """The bias of the linear ``layer`` that makes values passes the attention, whose rows sum to 1, and goes into ``proj``."""
+
+    def apply(module: nn.Module) -> int:
+        places = having(module, f"{layer}.bias", proj)
+        for place in places:
+            values, out = _get(place, layer), _get(place, proj)
+            weight, bias = doubled(out)
+            _set(place, proj, with_weights(out, weight, bias + weight @ values.bias.double()))
+            values.bias = cast(Any, None)
+        return len(places)
+
+    return Rewrite(f"bias of {layer} into {proj}", "P (A (V + 1 b)) + c == P A V + (P b + c), as A 1 == 1", apply)
+
+
+def class_token_only() -> Rewrite:
+    """The last block computes the class token alone, which is all that the head reads: models with the switch ``class_only``."""
+
+    def apply(module: nn.Module) -> int:
+        places = [m for m in module.modules() if getattr(m, "class_only", None) is False]
+        for place in places:
+            cast(Any, place).class_only = True
+        return len(places)
+
+    return Rewrite("class token only in the last block", "(X + f(A X))[0] == X[0] + f(A[0] X)", apply)
+
+
+def in_order(*rewrites: Rewrite) -> Rewrite:
+    """``rewrites`` as one, where a later one works on what an earlier one makes; each must find the same number of places."""
+
+    def apply(module: nn.Module) -> int:
+        counts = [rewrite.apply(module) for rewrite in rewrites]
+        if len({*counts}) > 1:
+            raise ValueError(f"{', '.join(r.name for r in rewrites)} find different places: {counts}")
+        return counts[0]
+
+    return Rewrite("; ".join(r.name for r in rewrites), "; ".join(r.algebra for r in rewrites), apply)
+
+
 def shortcut_into_depthwise() -> Rewrite:
     """``x + conv(x)`` of a depthwise conv becomes one depthwise conv."""
 
@@ -150,6 +202,19 @@ def shortcut_into_depthwise() -> Rewrite:
 def batch_norm_as_affine() -> Rewrite:
     """Batch norms that no layer can take become one multiplication and one addition."""
     return replaced("batch norm as affine", "norm(x) == s x + t", nn.BatchNorm2d, ScaleShift)
+
+
+def global_pool_as_mean() -> Rewrite:
+    """For a channels-last map torch.onnx writes ``AdaptiveAvgPool2d(1)`` with a gather by computed indices, the mean as one operation."""
+
+    def apply(module: nn.Module) -> int:
+        places = [(parent, name) for parent in module.modules() for name, child in parent.named_children()
+                  if type(child) is nn.AdaptiveAvgPool2d and child.output_size in (1, (1, 1))]  # fmt: skip
+        for parent, name in places:
+            setattr(parent, name, GlobalMean())
+        return len(places)
+
+    return Rewrite("global pooling as mean", "pool(x) == sum(x) / (H W)", apply)
 
 
 def replaced(name: str, algebra: str, kind: type[nn.Module], make: Callable[[nn.Module], nn.Module]) -> Rewrite:
@@ -267,6 +332,13 @@ class ScaleShift(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.scale + self.shift
+
+
+class GlobalMean(nn.Module):
+    """Mean over the map: ``(B, C, H, W)`` -> ``(B, C, 1, 1)``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3), keepdim=True)
 
 
 class PlainNorm(nn.Module):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -28,6 +28,7 @@ from .fuse import (
     affine_after,
     affine_before,
     affine_into,
+    class_token_only,
     doubled,
     having,
     norm_affine,
@@ -481,13 +482,11 @@ def _value_shift_into_proj(module: nn.Module) -> int:
 
 
 def _class_only(module: nn.Module) -> int:
-    """The head reads the class token alone; :meth:`MViT.features` still computes the whole map."""
-    models = [m for m in module.modules() if isinstance(m, MViT)]
-    for model in models:
+    """:func:`cmt.fuse.class_token_only`, where a class token is what the last block's first row is."""
+    for model in (m for m in module.modules() if isinstance(m, MViT)):
         if model.class_token is None or cast(Block, model.blocks[-1]).shrinks:
             raise ValueError("the head must read a class token alone, and the last block must not pool its queries")
-        model.class_only = True
-    return len(models)
+    return class_token_only().apply(module)
 
 
 _JOINT = replaced(
@@ -536,7 +535,7 @@ _WIDE_MLP = (
     affine_into("norm2", "mlp.fc1", unless="shortcut"),
 )
 _HEAD = affine_into("norm", "head")
-_CLASS_ONLY = Rewrite("class token only in the last block", "(X + f(A X))[0] == X[0] + f(A[0] X)", _class_only)
+_CLASS_ONLY = replace(class_token_only(), apply=_class_only)
 
 
 def rewrites_of(config: MViTConfig) -> tuple[Rewrite, ...]:

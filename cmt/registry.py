@@ -59,6 +59,7 @@ class ModelSpec:
         head_keys: our keys whose shape depends on the class count.
         crop_ratio: evaluation resizes the short side to ``int(img_size / crop_ratio)`` and crops the centre;
             ``None`` resizes to exactly ``img_size`` x ``img_size``.
+        interpolation: how evaluation resizes, ``"bicubic"`` or ``"bilinear"``.
         labels: file of class labels in ``cmt/data`` for the default class count.
         strides: of the maps that the model's ``features(x)`` gives, in input pixels; empty where it has none.
         params, macs: published figures at the default size (MACs at batch 1; conv, linear and matmul only).
@@ -78,6 +79,7 @@ class ModelSpec:
     resize: Callable[..., tuple[dict[str, torch.Tensor], list[str]]] | None = None
     head_keys: tuple[str, ...] = ()
     crop_ratio: float | None = 0.875
+    interpolation: str = "bicubic"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     labels: str | None = "imagenet_labels.txt"
@@ -89,6 +91,8 @@ class ModelSpec:
     source: str = ""
     built_with_weights: bool = False
     """Whether ``build`` returns the weights that "pretrained" means."""
+    published_state: Callable[[], dict[str, torch.Tensor]] | None = None
+    """Asks another library for the published state dict, of the default size and class count."""
 
 
 _REGISTRY: dict[str, ModelSpec] = {}

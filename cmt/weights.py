@@ -79,6 +79,8 @@ def load_pretrained(
     published = spec.pretrained
     if spec.built_with_weights:
         return LoadedWeights("pretrained")
+    if spec.published_state is not None:
+        return _assign(model, spec.published_state(), spec.name, False, None, fresh_head=fresh_head, resize=resize)
     if published is None:
         raise WeightsError(f"no weights are published for {spec.name}", remedy="give --weights PATH or --weights random")
     options: dict[str, Any] = {"ema": ema, "fresh_head": fresh_head, "resize": resize}

@@ -1,7 +1,7 @@
 """The only preprocessing there is: calibration, verification, benchmarks and the Predictor all call it.
 
 An image goes through four steps that can be checked apart: decode (formats and sizes capped, EXIF orientation, mode to
-RGB), resize (Pillow bicubic), centre crop, normalise.
+RGB), resize (Pillow's filter, with its antialiasing), centre crop, normalise.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ MAX_PIXELS = 89_478_485
 MAX_BYTES = 256 << 20
 """Largest accepted encoded file, bytes."""
 
+RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
 
 class NamedBytes(io.BytesIO):
     """Encoded bytes whose ``filename`` appears in error messages."""
@@ -44,7 +46,7 @@ class Preprocess:
             ``None`` resizes to exactly ``size`` x ``size`` without keeping the aspect ratio.
         mean, std: per RGB channel, of values scaled to 0..1.
         exif: ``"apply"`` turns the image as its EXIF orientation says, ``"ignore"`` takes the stored pixels.
-        interpolation: Pillow filter; only ``"bicubic"``.
+        interpolation: Pillow filter, a key of :data:`RESAMPLING`.
     """
 
     size: int
@@ -68,7 +70,7 @@ class Preprocess:
             raise BundleError(
                 "the preprocessing entry cannot be read", where="manifest.json", why=repr(exc), remedy="export again"
             ) from exc
-        known = spec.exif in ("apply", "ignore") and spec.interpolation == "bicubic"
+        known = spec.exif in ("apply", "ignore") and spec.interpolation in RESAMPLING
         sizes = 1 <= spec.size <= 16384 and (spec.short_side is None or spec.size <= spec.short_side <= 32768)
         finite = len(mean) == len(std) == 3 and bool(np.isfinite([*mean, *std]).all()) and min(std) > 0
         if not known or not sizes or not finite:
@@ -114,14 +116,14 @@ def pixels(source: ImageLike, spec: Preprocess) -> np.ndarray:
     image = decode(source, spec)
     size = spec.size
     if spec.short_side is None:
-        return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+        return np.asarray(image.resize((size, size), RESAMPLING[spec.interpolation]))
     width, height = image.size
     short = min(width, height)
     # the long side is truncated and the crop offset rounded, as in torchvision, which published models were evaluated with
     new = (max(size, int(spec.short_side * width / short)), max(size, int(spec.short_side * height / short)))
     if new[0] * new[1] > MAX_PIXELS:
         raise _too_large(_name(source), f"resizing {width} x {height} by its short side gives {new[0]} x {new[1]}")
-    image = image.resize(new, Image.Resampling.BICUBIC)
+    image = image.resize(new, RESAMPLING[spec.interpolation])
     left, top = round((new[0] - size) / 2), round((new[1] - size) / 2)
     return np.asarray(image.crop((left, top, left + size, top + size)))
 

@@ -16,7 +16,7 @@ from cmt.registry import ModelSpec, check_size
 from deploy.bundle import LOGITS
 from deploy.engine import EngineOptions
 from deploy.errors import InputError, UnknownNameError, WeightsError
-from deploy.preprocess import Preprocess
+from deploy.preprocess import RESAMPLING, Preprocess
 
 FORMATS = {"onnx": ("fp32", "int8"), "openvino": ("fp32", "bf16", "int8"), "trt": ("fp32", "fp16", "int8")}
 """Format -> the precisions it can have."""
@@ -117,7 +117,7 @@ class ExportConfig:
         spec, size = self.spec, self.img_size
         ratio = spec.crop_ratio if self.crop_ratio is None else self.crop_ratio or None
         mean, std = (own if given is None else _triple(given) for given, own in ((self.mean, spec.mean), (self.std, spec.std)))
-        return Preprocess(size, None if ratio is None else int(size / ratio), mean, std, self.exif)
+        return Preprocess(size, None if ratio is None else int(size / ratio), mean, std, self.exif, spec.interpolation)
 
     @property
     def name(self) -> str:
@@ -135,25 +135,17 @@ class ExportConfig:
 
     def check(self) -> None:
         """Raise the first :class:`~deploy.errors.InputError` among everything that can be known without loading."""
-        spec = self.spec
         _choice("format", self.format, (*FORMATS, *ALIASES))
         _choice("precision", self.precision, PRECISIONS)
         _choice("head", self.head, HEADS)
-        require_head(spec, self.head)
         _choice("EXIF policy", self.exif, ("apply", "ignore"))
-        check_size(spec, self.img_size)
-        _at_least("--num-classes", self.classes, 1)
         _at_least("--batch", self.batch, 0)
         for flag, value in (("--calib-size", self.calib_size), ("--eval-limit", self.eval_limit), ("--threads", self.threads)):
             _at_least(flag, 1 if value is None else value, 1)
         for flag, bound in (("--max-drop", self.max_drop), ("--atol", self.atol or 0.0)):
             if not bound >= 0:
                 raise InputError(f"{flag} {bound} is negative", remedy="give the allowed difference, 0 or more")
-        if min(self.preprocess.std) <= 0 or not 0 <= (self.crop_ratio or 0) <= 1:
-            raise InputError("--std must be above 0 and --crop-ratio 0 to 1", remedy="leave them out for the model's own")
-        if self.head != LOGITS and (self.eval_data is not None or self.labels is not None):
-            raise InputError("--eval-data and --labels are for classes, which feature maps do not have",
-                             remedy="leave them out, or use --head logits")  # fmt: skip
+        self._check_model()
         self._check_files()
         self._check_pair()
         if self.precision == "int8" and self.data is None:
@@ -162,6 +154,21 @@ class ExportConfig:
         if self.precision not in ("int8", "fp16") and (self.data is not None or self.calib_size is not None):
             raise InputError(f"--data and --calib-size are for int8 calibration and fp16 ranges, not {self.precision}",
                              remedy="leave them out; to measure accuracy use --eval-data")  # fmt: skip
+
+    def _check_model(self) -> None:
+        """Size, head, classes and preprocessing that the model can have."""
+        spec = self.spec
+        check_size(spec, self.img_size)
+        _at_least("--num-classes", self.classes, 1)
+        require_head(spec, self.head)
+        if self.head != LOGITS and (self.eval_data is not None or self.labels is not None):
+            raise InputError("--eval-data and --labels are for classes, which feature maps do not have",
+                             remedy="leave them out, or use --head logits")  # fmt: skip
+        if min(self.preprocess.std) <= 0 or not 0 <= (self.crop_ratio or 0) <= 1:
+            raise InputError("--std must be above 0 and --crop-ratio 0 to 1", remedy="leave them out for the model's own")
+        if spec.interpolation not in RESAMPLING:
+            raise InputError(f"{spec.name} resizes by {spec.interpolation!r}; known: {', '.join(RESAMPLING)}",
+                             remedy="change interpolation in the model's default_cfg")  # fmt: skip
         fixed = spec.resize is not None and not self.resize_position_bias
         if self.weights == "pretrained" and self.img_size != spec.img_size and fixed:
             raise InputError(f"the pretrained weights of {self.model} are for {spec.img_size} pixels, not {self.img_size}",

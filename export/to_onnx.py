@@ -21,6 +21,11 @@ INPUT, BATCH = "input", "batch"
 ATOL = 1e-4
 """Allowed difference of a float32 graph's output, relative to the largest value but at least absolute."""
 FUSE_ATOL = 1e-5
+UNTYPED = ("CastLike", "SplitToSequence")
+"""What torch.onnx writes for a conv without a bias (zeros "like" its input, made at every inference) and for ``split`` and ``chunk``.
+
+onnxsim leaves them, with the batch norms behind such convs; torch.onnx's own optimizer does not. Rewritten families have neither.
+"""
 
 
 def export_onnx(model: nn.Module, img_size: int, opset: int, outputs: Sequence[str] = (LOGITS,)) -> onnx.ModelProto:
@@ -39,6 +44,8 @@ def export_onnx(model: nn.Module, img_size: int, opset: int, outputs: Sequence[s
             optimize=False,  # onnxsim does it faster
         )  # fmt: skip
         assert program is not None
+        if any(node.op_type in UNTYPED for node in program.model_proto.graph.node):
+            program.optimize()
         graph = program.model_proto
     return checked("export to ONNX", _anonymous(graph))
 

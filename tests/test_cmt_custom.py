@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
+from collections import Counter
+from types import ModuleType, SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from torch import nn
 
-from cmt import create_model, fuse, macs, model_spec
+from cmt import create_model, fuse, macs, model_spec, reference
+from cmt.custom import custom_spec
 from deploy import Bundle, Predictor
-from deploy.errors import InputError, RuntimeMissingError, UnknownNameError
+from deploy.errors import InputError, RuntimeMissingError, UnknownNameError, WeightsError
+from deploy.parity import verify
 from export import ExportConfig, run
 from export.cli import main
 
@@ -67,8 +74,6 @@ def outside(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     for name in ("outside_models", "cannot"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    from cmt.custom import custom_spec
-
     custom_spec.cache_clear()
     yield tmp_path
     custom_spec.cache_clear()
@@ -158,15 +163,180 @@ def test_a_factory_of_a_fixed_class_count(outside):
         create_model("outside_models:fixed", num_classes=9)
 
 
+def test_a_factory_that_ignores_the_class_count(outside):
+    create_model("outside_models:build")
+    outside_models = sys.modules["outside_models"]
+    outside_models.ignoring = lambda num_classes=3: outside_models.Small(3)
+    with pytest.raises(InputError, match="has 3 classes, not the 9"):
+        create_model("outside_models:ignoring", num_classes=9)
+
+
+CROPS = [
+    ({"crop_pct": 0.9}, 35), ({"crop_pct": 1.0}, 32), ({"crop_pct": 1.0, "crop_mode": "squash"}, None), ({}, 36),
+    ({"crop_pct": 0.95, "interpolation": "bilinear"}, 33),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "short_side"), CROPS)
+def test_crop_and_interpolation(outside, given, short_side):
+    create_model("outside_models:build")
+    sys.modules["outside_models"].Small.default_cfg = {"input_size": (3, 32, 32), **given}
+    custom_spec.cache_clear()
+    made = ExportConfig("outside_models:build").preprocess
+    assert (made.short_side, made.interpolation) == (short_side, given.get("interpolation", "bicubic"))
+
+
+UNKNOWN = [{"crop_mode": "border", "crop_pct": 1.0}, {"crop_mode": "squash", "crop_pct": 0.95}, {"interpolation": "lanczos"}]
+
+
+@pytest.mark.parametrize("given", UNKNOWN)
+def test_preprocessing_that_we_do_not_have_is_refused(outside, given):
+    create_model("outside_models:build")
+    sys.modules["outside_models"].Small.default_cfg = {"input_size": (3, 32, 32), **given}
+    custom_spec.cache_clear()
+    with pytest.raises(InputError, match=r"crops in the mode|lanczos") as error:
+        ExportConfig("outside_models:build").check()
+    assert "default_cfg" in error.value.remedy
+
+
+class Plain(nn.Module):
+    """Convs without a bias before batch norms, ``chunk``, a pooled channels-last map: what torch.onnx writes in a roundabout way."""
+
+    default_cfg: ClassVar[dict] = {"input_size": (3, 32, 32)}
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, stride=4, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        self.body = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32))
+        self.pool, self.head = nn.AdaptiveAvgPool2d(1), nn.Linear(16, 3)
+
+    def forward(self, x):
+        value, gate = self.body(self.stem(x)).chunk(2, 1)
+        x = (value * gate.sigmoid()).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+        return self.head(self.pool(x).flatten(1))
+
+
+def test_an_ordinary_cnn_becomes_int8(outside):
+    create_model("outside_models:build")
+    sys.modules["outside_models"].Plain = Plain
+    made = run(ExportConfig("outside_models:Plain", weights="random", format="onnx", precision="int8", data="generated", calib_size=8,
+                            output="out"))  # fmt: skip
+    graph = onnx.load(made.path / "model.onnx").graph
+    operations = Counter(node.op_type for node in graph.node)
+    assert not {"BatchNormalization", "CastLike", "Expand", "Gather", "SplitToSequence"} & set(operations)
+    assert operations["QuantizeLinear"] >= 3
+    assert verify(made, backend="onnxruntime").passed
+
+
+# --- timm -----------------------------------------------------------------------------------------------------------------
+
+
+class FakeTimm(ModuleType):
+    """The four functions of timm that we call, with one published model of 32 pixels and 3 classes."""
+
+    def __init__(self):
+        super().__init__("timm")
+        self.asked: list[dict] = []
+
+    def is_model(self, name):
+        return name.split(".")[0] == "tiny"
+
+    def list_models(self, pattern="*"):
+        return ["tiny"] if pattern in ("*", "*tin*") else []
+
+    def get_pretrained_cfg(self, name):
+        return SimpleNamespace(fixed_input_size=name.endswith("fixed"))
+
+    def create_model(self, name, pretrained=False, num_classes=3, **options):
+        self.asked.append({"name": name, "num_classes": num_classes, **options})
+        if pretrained and name.endswith("offline"):
+            raise OSError("no network")
+        model = sys.modules["outside_models"].Small(num_classes)
+        model.default_cfg = {**model.default_cfg, "classifier": "head"}
+        if pretrained:
+            nn.init.constant_(model.head.bias, 7.0)
+        return model
+
+
+@pytest.fixture
+def fake_timm(outside, monkeypatch):
+    create_model("outside_models:build")
+    fake = FakeTimm()
+    monkeypatch.setitem(sys.modules, "timm", fake)
+    return fake
+
+
+def test_pretrained_timm_weights_are_the_published_ones(fake_timm):
+    model, loaded = reference.build("timm:tiny.tag", "pretrained")
+    assert model.head.bias.tolist() == [7.0] * 3
+    assert loaded.source == "timm:tiny.tag"
+    with pytest.raises(WeightsError, match="does not fit timm:tiny") as error:
+        reference.build("timm:tiny", "pretrained", num_classes=5)
+    assert "--fresh-head" in error.value.remedy
+    model, loaded = reference.build("timm:tiny", "pretrained", num_classes=5, fresh_head=True)
+    assert (len(model.head.bias), loaded.fresh) == (5, ("head.weight", "head.bias"))
+
+
+def test_timm_weights_that_cannot_be_had_are_an_error(fake_timm):
+    with pytest.raises(WeightsError, match="did not load the published weights") as error:
+        reference.build("timm:tiny.offline", "pretrained")
+    assert "no network" in str(error.value)
+    assert "--weights random" in error.value.remedy
+    reference.build("timm:tiny.offline", "random")
+
+
+def test_timm_models_of_a_fixed_size_are_told_it(fake_timm):
+    create_model("timm:tiny.fixed", img_size=64)
+    assert fake_timm.asked[-1] == {"name": "tiny.fixed", "num_classes": 3, "img_size": 64}
+    create_model("timm:tiny", img_size=64)
+    assert fake_timm.asked[-1] == {"name": "tiny", "num_classes": 3}
+
+
+def test_an_unknown_timm_model_tells_the_closest(fake_timm):
+    with pytest.raises(UnknownNameError, match="unknown timm model 'tin'") as error:
+        model_spec("timm:tin")
+    assert "tiny" in error.value.remedy
+
+
 def test_timm_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(RuntimeMissingError, match="timm"):
         model_spec("timm:resnet18")
 
 
+def test_timm_whose_torchvision_is_for_another_torch(outside, monkeypatch):
+    (outside / "timm.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(outside)
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
+    with pytest.raises(RuntimeMissingError, match="timm cannot be imported") as error:
+        model_spec("timm:resnet18")
+    assert "torchvision" in error.value.remedy
+
+
+def importable_timm():
+    try:
+        return importlib.import_module("timm")
+    except Exception as exc:  # not installed, or its torchvision is for another torch
+        return pytest.skip(f"timm cannot be imported: {type(exc).__name__}: {exc}")
+
+
 @pytest.mark.slow
-def test_a_timm_model(tmp_path):
-    if importlib.util.find_spec("timm") is None:
-        pytest.skip("timm is not installed")
-    made = run(ExportConfig("timm:efficientvit_m0", format="onnx", output=str(tmp_path)))
+@pytest.mark.parametrize(
+    ("name", "form", "precision"), [("mobilevitv2_050", "onnx", "fp32"), ("coatnet_nano_rw_224", "openvino", "int8")]
+)
+def test_a_timm_model_on_the_whole_road(tmp_path, name, form, precision):
+    """Convs without biases, separable self-attention and group norms; attention with relative positions, channels-last pooling."""
+    importable_timm()
+    data = {"data": "generated", "calib_size": 8} if precision == "int8" else {}
+    made = run(ExportConfig(f"timm:{name}", weights="random", imgsz=96, format=form, precision=precision, batch=0,
+                            output=str(tmp_path), **data))  # fmt: skip
     assert made.manifest.verification["golden"]["passed"]
+    assert verify(made, backend="onnxruntime").passed
+
+
+@pytest.mark.slow
+def test_a_timm_model_of_a_fixed_size_and_another_class_count():
+    importable_timm()
+    model = create_model("timm:coatnet_nano_rw_224", img_size=160, num_classes=5)
+    with torch.inference_mode():
+        assert model(torch.zeros(1, 3, 160, 160)).shape == (1, 5)

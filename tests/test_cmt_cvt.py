@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import shared
-from test_cmt_models import golden  # importing it lists the models, so that the registry has the families in their order
+from test_cmt_models import (  # importing it lists the models, so that the registry has the families in their order
+    golden,
+    published,
+)
 from torch import nn
 
 from cmt import create_model, fuse, load_pretrained, load_weights, macs, model_spec
-from cmt.cvt import Attention, CvT, QuickGELU, key_bias_dropped, value_bias_into
-from cmt.fuse import PlainNorm, affine_into
+from cmt.cvt import Attention, CvT, QuickGELU
+from cmt.fuse import PlainNorm, affine_into, key_bias_dropped, value_bias_into
 from cmt.layers import DropPath
 from cmt.weights import randomize
 from deploy.errors import InputError, WeightsError
@@ -43,11 +46,6 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 # --- against the official code ----------------------------------------------------------------------------------------
-
-
-def published(variant: str, rule: str) -> dict[str, torch.Tensor]:
-    shared(f"golden/{variant}.npz")
-    return {k: torch.from_numpy(np.array(v)) for k, v in golden().weights(variant, rule).items()}
 
 
 @lru_cache(maxsize=1)
@@ -84,17 +82,6 @@ def test_features_are_the_maps_of_the_official_stages(fused):
     with np.load(shared("golden/cvt_13_224.npz")) as data:
         for i, stage_map in enumerate(maps):
             np.testing.assert_allclose(stage_map[0].flatten()[:64].numpy(), data[f"tap/stage{i}"], rtol=0, atol=2e-5)
-
-
-@pytest.mark.parametrize("variant", ["cvt_13_224", pytest.param("cvt_w24_384", marks=pytest.mark.slow)])
-def test_every_published_key_has_one_place_of_equal_shape(variant):
-    shared(f"golden/{variant}.json")
-    name = variant[: variant.rindex("_")]
-    model = create_model(name, img_size=64)
-    entries = golden().entries(variant)
-    ours = {model.spec.rename(e["key"]): tuple(e["shape"]) for e in entries}
-    assert len(ours) == len(entries)
-    assert ours == {k: tuple(v.shape) for k, v in model.state_dict().items()}
 
 
 @pytest.mark.parametrize(
@@ -285,6 +272,6 @@ def test_onnx_equals_pytorch_at_any_batch_and_the_rewrites_make_it_smaller():
                 expected = model(x).numpy()
             np.testing.assert_allclose(logits_of(graph, x.numpy(), form), expected, rtol=0, atol=1e-4)
     rewritten = counts["rewritten"]
-    assert rewritten.total() < 0.9 * counts["reference"].total()
+    assert rewritten.total() < 0.95 * counts["reference"].total()  # whose batch norms the graph has folded too
     assert not {"BatchNormalization", "SequenceAt", "SplitToSequence", "If", "Loop"} & set(rewritten)
     assert rewritten["Conv"] == 3 + 3 * 4 - 1  # the last block's queries need no conv

@@ -48,17 +48,23 @@ def described(variant: str) -> dict:
     return json.loads(shared(f"golden/{variant}.json").read_text())
 
 
-def marked(variants):
-    """Marked by their cost."""
+def marked(variants, largest=pytest.mark.giant):
+    """Marked by their cost; ``largest`` marks those of more than ``GIANT_MACS``."""
     costs = {v: model_spec(name_of(v)).macs or 0 for v in variants}
-    marks = {v: pytest.mark.giant if cost > GIANT_MACS else pytest.mark.slow for v, cost in costs.items() if cost > SLOW_MACS}
+    marks = {v: largest if cost > GIANT_MACS else pytest.mark.slow for v, cost in costs.items() if cost > SLOW_MACS}
     return [pytest.param(v, marks=marks[v]) if v in marks else v for v in variants]
 
 
-def ours(model, state):
+def published(variant: str, rule: str = "fanin") -> dict[str, torch.Tensor]:
+    """The official state dict that the golden logits of ``variant`` were made with."""
+    shared(f"golden/{variant}.npz")
+    return {k: torch.from_numpy(np.array(v)) for k, v in golden().weights(variant, rule).items()}
+
+
+def ours(spec, state):
     """A published state dict under our names and in our layout."""
-    renamed = {model.spec.rename(key): value for key, value in state.items()}
-    return model.spec.adapt(renamed) if model.spec.adapt else renamed
+    renamed = {spec.rename(key): value for key, value in state.items()}
+    return spec.adapt(renamed) if spec.adapt else renamed
 
 
 def golden_cases():
@@ -76,8 +82,7 @@ def golden_cases():
 def test_logits_equal_the_official_code(variant, rule):
     size = described(variant)["input_size"]
     model = create_model(name_of(variant), img_size=size)
-    state = {k: torch.from_numpy(np.array(v)) for k, v in golden().weights(variant, rule).items()}
-    model.load_state_dict(ours(model, state))
+    model.load_state_dict(ours(model.spec, published(variant, rule)))
     x = torch.from_numpy(golden().golden_input(size))
     with np.load(shared(f"golden/{variant}.npz")) as data:
         exact = data["logits_f64" if rule == "fanin" else "logits_flat_f64"]
@@ -89,14 +94,14 @@ def test_logits_equal_the_official_code(variant, rule):
     np.testing.assert_allclose(double, exact, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("variant", marked(GOLDEN))
+@pytest.mark.parametrize("variant", marked(GOLDEN, pytest.mark.slow))
 def test_every_published_key_has_one_place_of_equal_shape(variant):
     entries = golden().entries(variant)
     model = create_model(name_of(variant), img_size=described(variant)["input_size"])
     renamed = {model.spec.rename(e["key"]) for e in entries}
     assert len(renamed) == len(entries)
     state = {e["key"]: torch.zeros(e["shape"]) for e in entries}
-    assert {k: tuple(v.shape) for k, v in ours(model, state).items()} == {
+    assert {k: tuple(v.shape) for k, v in ours(model.spec, state).items()} == {
         k: tuple(v.shape) for k, v in model.state_dict().items()
     }
 

@@ -361,8 +361,19 @@ NONSENSE = {
     "short side gigantic": {"short_side": 10**6},
     "EXIF policy": {"exif": "maybe"},
     "EXIF list": {"exif": []},
-    "interpolation": {"interpolation": "bilinear"},
+    "interpolation": {"interpolation": "lanczos"},
 }
+
+
+@pytest.mark.parametrize("short", [None, 12])
+def test_interpolation_is_the_one_asked_for(short):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8))
+    sharp, soft = (pixels(image, Preprocess(8, short, (0, 0, 0), (1, 1, 1), interpolation=i)) for i in ("bicubic", "bilinear"))
+    assert (sharp != soft).any()
+    if short is None:
+        np.testing.assert_array_equal(soft, np.asarray(image.resize((8, 8), Image.Resampling.BILINEAR)))
+    spec = Preprocess(8, short, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), interpolation="bilinear")
+    assert Preprocess.from_json(spec.to_json()) == spec
 
 
 @pytest.mark.parametrize("change", NONSENSE.values(), ids=NONSENSE.keys())

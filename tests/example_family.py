@@ -1,0 +1,127 @@
+"""A family in one file: what docs/families.md describes, on a hybrid with one conv and one attention block a stage.
+
+``tests/test_example_family.py`` registers it as a user would, by one more entry in ``cmt.registry.FAMILIES``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from cmt.fuse import affine_into, batch_norm_after, key_bias_dropped, scale_into, value_bias_into
+from cmt.layers import merge_heads, scaled, split_heads, to_map, to_tokens
+from cmt.registry import ModelSpec, register
+
+
+@dataclass(frozen=True)
+class ExampleConfig:
+    """Widths and heads; the tuples have one entry a stage."""
+
+    dims: tuple[int, ...]
+    heads: tuple[int, ...]
+    mlp_ratio: int = 2
+
+
+class Block(nn.Module):
+    """Attention and MLP over the positions of a map, each behind a layer norm and with a shortcut."""
+
+    def __init__(self, dim: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.heads, self.scale = heads, (dim // heads) ** -0.5
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim) for _ in range(4))
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N, C)."""
+        y = self.norm1(x)
+        q, k, v = (split_heads(linear(y), self.heads) for linear in (self.q, self.k, self.v))
+        scores = scaled(q @ k.transpose(-2, -1), self.scale)  # (B, heads, N, N)
+        x = x + self.proj(merge_heads(scores.softmax(-1) @ v))
+        return x + self.mlp(self.norm2(x))
+
+
+class Stage(nn.Module):
+    """A conv that shrinks the map by 4 with its batch norm, then one block."""
+
+    def __init__(self, in_dim: int, dim: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_dim, dim, 5, stride=4, padding=2, bias=False)
+        self.norm = nn.BatchNorm2d(dim)
+        self.block = Block(dim, heads, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C_in, 4H, 4W) -> (B, C, H, W)."""
+        x = self.norm(self.conv(x))
+        return to_map(self.block(to_tokens(x)), x.shape[2], x.shape[3])
+
+
+class Example(nn.Module):
+    """Example classifier: float32 ``(N, 3, S, S)`` -> logits ``(N, num_classes)``; no weight depends on ``S``."""
+
+    spec: ClassVar[Any]
+
+    def __init__(self, config: ExampleConfig, *, img_size: int, num_classes: int) -> None:
+        super().__init__()
+        self.config, self.img_size, self.num_classes = config, img_size, num_classes
+        in_dims = (3, *config.dims)
+        self.stages = nn.ModuleList(
+            Stage(in_dims[i], dim, config.heads[i], dim * config.mlp_ratio) for i, dim in enumerate(config.dims)
+        )
+        self.norm, self.head = nn.LayerNorm(config.dims[-1]), nn.Linear(config.dims[-1], num_classes)
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """The map of each stage, ``(B, dims[i], S/4 >> 2i, S/4 >> 2i)``."""
+        maps = []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(to_tokens(self.features(x)[-1])).mean(1))
+
+
+def published_key(key: str) -> str:
+    """Our name of a key as the (imagined) authors publish it, e.g. ``layers.0.conv.weight``; ours are left as they are."""
+    return key.replace("layers.", "stages.", 1) if key.startswith("layers.") else key
+
+
+REWRITES = (
+    batch_norm_after("conv", "norm"),
+    scale_into("q"),
+    affine_into("norm1", "q", "k", "v"),
+    key_bias_dropped("k"),
+    value_bias_into("v", "proj"),
+    affine_into("norm2", "mlp.0"),
+    affine_into("norm", "head"),
+)
+
+# fmt: off
+VARIANTS = [
+    # name            size  classes  dims       heads    params       macs
+    ("example_tiny",   64,   10,    (32, 64),  (2, 4),   96_586,  8_282_752),
+]
+# fmt: on
+
+for _name, _size, _classes, _dims, _heads, _params, _macs in VARIANTS:
+    register(
+        ModelSpec(
+            name=_name,
+            family="Example",
+            build=Example,
+            config=ExampleConfig(_dims, _heads),
+            img_size=_size,
+            num_classes=_classes,
+            size_multiple=16,
+            rewrites=REWRITES,
+            rename=published_key,
+            head_keys=("head.weight", "head.bias"),
+            labels="cifar10_labels.txt",
+            params=_params,
+            macs=_macs,
+            source="counted here; an example, not a published model",
+        )
+    )
