@@ -51,7 +51,12 @@ def main(argv: list[str] | None = None) -> int:
         "from the model's batch norms, takes up to some minutes)",
         **keep,
     )
-    p.add_argument("--calib-size", type=int, help="number of calibration images (default 300, or all; synthetic: 64)", **keep)
+    p.add_argument(
+        "--calib-size",
+        type=int,
+        help="number of calibration images (default 300, or all; synthetic: 64, above 128 pixels 32)",
+        **keep,
+    )
     p.add_argument("--eval-data", help="labelled images to measure top-1 on: class folders, or ARCHIVE.tar[/FOLDER]", **keep)
     p.add_argument("--eval-limit", type=int, help="use only so many of them", **keep)
     p.add_argument("--by-order", action="store_true", help="match class folders to labels in sorted order", **keep)
@@ -68,7 +73,9 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--exif", help="apply (default) or ignore the orientation of photographs", **keep)
     p.add_argument("--threads", type=int, help="CPU threads for verification and measurement", **keep)
     p.add_argument("--seed", type=int, help="seed of random weights and of the calibration choice (default 0)", **keep)
-    p.add_argument("--no-cache", dest="cache", action="store_false", help="do not reuse calibrated graphs and synthetic images", **keep)
+    p.add_argument(
+        "--no-cache", dest="cache", action="store_false", help="do not reuse calibrated graphs and synthetic images", **keep
+    )
     p.add_argument("-o", "--output", help="folder in which the bundle's folder is made (default: here)", **keep)
     p.add_argument("--config", type=Path, help="TOML file with the same settings; flags win")
     p.add_argument("--dry-run", action="store_true", help="check everything that can be checked, print the plan, write nothing")
@@ -138,7 +145,10 @@ def _plan(config: Any) -> dict[str, Any]:
         steps.append(f"{'calibrate on' if quantizes else 'observe'} {images['images']} images")
     if config.eval_data:
         labelled = ImageSet(config.eval_data)
-        plan["evaluation"] = {"images": min(len(labelled), config.eval_limit or len(labelled)), "classes": len(labelled.classes)}
+        plan["evaluation"] = {
+            "images": min(len(labelled), config.eval_limit or len(labelled)),
+            "classes": len(labelled.classes),
+        }
     if config.format == "trt":
         steps += [
             "write the precision into the graph",

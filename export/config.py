@@ -40,7 +40,8 @@ class ExportConfig:
         labels: text file with one class name a line, in logit order.
         data: calibration images for int8: folder, ``ARCHIVE.tar[/FOLDER]``, ``"generated"``, or ``"synthetic"`` (made from the
             model's batch norms); for fp16, images whose activations decide what stays float32 (default: generated ones).
-        calib_size: number of calibration images; default 300, or all where there are fewer; of synthetic ones 64.
+        calib_size: number of calibration images; default 300, or all where there are fewer; of synthetic ones 64, above 128
+            pixels 32.
         eval_data: labelled images; top-1 of bundle and reference is measured on them.
         eval_limit: use only so many of them, evenly spread.
         by_order: match class folders to labels in sorted order.

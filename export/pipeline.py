@@ -19,7 +19,7 @@ from calib import CalibrationSet, quantize
 from calib.data import SYNTHETIC
 from calib.generated import generate
 from calib.parser import parser_findings
-from calib.synthetic import DEFAULT_SIZE, synthetic_set
+from calib.synthetic import default_size, synthetic_set
 from cmt import count_params, fuse, labels_of, macs, weights_fingerprint
 from cmt.reference import PROVIDER, build
 from cmt.weights import LoadedWeights
@@ -159,7 +159,7 @@ def _images(config: ExportConfig, model: nn.Module, progress: Progress) -> Calib
 
 def synthetic_count(config: ExportConfig) -> int:
     """How many synthetic images an export makes: those asked for, for fp16 never more than are observed."""
-    count = DEFAULT_SIZE if config.calib_size is None else config.calib_size
+    count = default_size(config.preprocess) if config.calib_size is None else config.calib_size
     return count if config.precision == "int8" else min(count, OBSERVED_IMAGES)
 
 

@@ -17,6 +17,8 @@ from cmt.reference import build
 from deploy import Bundle
 from deploy.errors import DataError, InputError, OutputError, StepError
 from deploy.preprocess import Preprocess, pixels
+from export import ExportConfig
+from export.pipeline import synthetic_count
 
 SIZE = 32
 SPEC = Preprocess(SIZE, None, (0.5, 0.4, 0.3), (0.25, 0.2, 0.3))
@@ -201,7 +203,9 @@ def test_a_cached_set_is_the_same_without_work(small, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "change", [{"count": 5}, {"steps": 4}, {"seed": 1}, {"weights": "others"}, {"time_limit_s": 99.0}], ids=lambda c: next(iter(c))
+    "change",
+    [{"count": 5}, {"steps": 4}, {"seed": 1}, {"weights": "others"}, {"time_limit_s": 99.0}],
+    ids=lambda c: next(iter(c)),
 )
 def test_other_settings_are_other_entries(small, tmp_path, change):
     the_set(small, tmp_path)
@@ -283,6 +287,14 @@ def test_the_plan_names_them_without_making_them(capsys, tmp_path, monkeypatch):
     assert "make 4 synthetic images" in plan["steps"]
     assert "calibrate on 4 images" in plan["steps"]
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(("model", "settings", "count"), [
+    ("cmt_nano", {}, 64), ("cmt_xs", {}, 32), ("cmt_xs", {"calib_size": 5}, 5),
+    ("cmt_xs", {"precision": "fp16", "format": "trt", "calib_size": 99}, 32),
+])  # fmt: skip
+def test_how_many_are_made(model, settings, count):
+    assert synthetic_count(ExportConfig(model, **{"precision": "int8", "data": "synthetic"} | settings)) == count
 
 
 def test_random_weights_have_nothing_to_match(capsys, tmp_path):
