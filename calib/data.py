@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from .generated import generate
 
 GENERATED = "generated"
 """The name that asks for images made by :mod:`calib.generated` instead of a folder."""
+SYNTHETIC = "synthetic"
+"""The name that asks for images made from the model by :mod:`calib.synthetic`."""
 DEFAULT_SIZE = 300
 GENERATED_SEED = 20
 
@@ -31,11 +33,13 @@ class CalibrationSet:
         source: what the user gave, for the manifest (a folder's last two parts, never a whole path).
         fingerprint: SHA-256 over the contents of the chosen images, in order.
         count: number of images.
+        synthesis: of synthetic images, how they came about.
     """
 
     source: str
     fingerprint: str
     count: int
+    synthesis: dict[str, Any] | None = None
     _images: ImageSet | None = field(default=None, repr=False)
     _blobs: tuple[bytes, ...] = field(default=(), repr=False)
 
@@ -46,20 +50,22 @@ class CalibrationSet:
         ``data`` is a folder, ``ARCHIVE.tar[/FOLDER]``, or ``"generated"``.
 
         Raises:
-            DataError: no images, or fewer than asked for.
+            DataError: no images, or fewer than asked for; ``"synthetic"``, whose images are made from a model.
         """
         if size is not None and size < 1:
             raise DataError(f"{size} calibration images were asked for", remedy="ask for 1 or more")
         if str(data) == GENERATED:
             blobs = tuple(generate(size or DEFAULT_SIZE, spec.size, seed=GENERATED_SEED + seed))
-            return cls(GENERATED, _fingerprint(map(digest, blobs)), len(blobs), _blobs=blobs)
+            return cls(GENERATED, fingerprint(map(digest, blobs)), len(blobs), _blobs=blobs)
+        if str(data) == SYNTHETIC:
+            raise DataError("synthetic images are made from a model", remedy="call calib.synthetic.synthetic_set(model, ...)")
         images = ImageSet(data)
         if size is not None and size > len(images):
             raise DataError(f"holds {len(images)} images, {size} were asked for", where=data,
                             remedy=f"give more images, or --calib-size {len(images)}")  # fmt: skip
         chosen = images.select(_spread(images.items, min(size or DEFAULT_SIZE, len(images)), seed))
-        fingerprint = _fingerprint(digest(chosen.read(item)) for item in chosen)
-        return cls("/".join(Path(data).parts[-2:]), fingerprint, len(chosen), _images=chosen)
+        total = fingerprint(digest(chosen.read(item)) for item in chosen)
+        return cls("/".join(Path(data).parts[-2:]), total, len(chosen), _images=chosen)
 
     def batches(self, spec: Preprocess) -> Iterator[np.ndarray]:
         """Each image as float32 ``(1, 3, S, S)``: calibration never depends on the export's batch size."""
@@ -68,7 +74,7 @@ class CalibrationSet:
 
     def _encoded(self) -> Iterator[tuple[bytes, str]]:
         if self._images is None:
-            yield from ((blob, f"generated image {i}") for i, blob in enumerate(self._blobs))
+            yield from ((blob, f"{self.source} image {i}") for i, blob in enumerate(self._blobs))
         else:
             yield from ((self._images.read(item), item.name) for item in self._images)
 
@@ -77,7 +83,8 @@ class CalibrationSet:
 
     def describe(self) -> dict[str, Any]:
         """For the manifest."""
-        return {"source": self.source, "images": self.count, "fingerprint": self.fingerprint}
+        entry = {"source": self.source, "images": self.count, "fingerprint": self.fingerprint}
+        return entry if self.synthesis is None else entry | {"synthesis": self.synthesis}
 
 
 def _spread(items: list[Item], count: int, seed: int) -> list[Item]:
@@ -97,7 +104,8 @@ def _spread(items: list[Item], count: int, seed: int) -> list[Item]:
     return chosen
 
 
-def _fingerprint(digests: Iterator[str]) -> str:
+def fingerprint(digests: Iterable[str]) -> str:
+    """One hex SHA-256 of many."""
     total = hashlib.sha256()
     for one in digests:
         total.update(one.encode())

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-from filelock import FileLock
 from onnx import numpy_helper
 
 from deploy.errors import GateError, StepError
-from deploy.files import write_atomic, writing
+from deploy.files import write_atomic
 from deploy.preprocess import Preprocess
 
+from .cache import evict, locked
 from .data import CalibrationSet
 from .lint import lint
 from .recipe import DEFAULT, Recipe
@@ -66,11 +66,7 @@ def quantize(
     path = cache / f"{_key(content, data, spec, recipe)}.onnx" if cache else None
     if path is None:
         return Quantized(_checked(_run(model, data, spec, recipe, progress)), recipe.key(), False)
-    with writing(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{path}.lock")
-        lock.acquire()
-    try:
+    with locked(path):
         with contextlib.suppress(Exception):  # an unreadable entry is made again
             if path.exists():
                 cached = onnx.load(path)
@@ -79,9 +75,7 @@ def quantize(
                     return Quantized(cached, recipe.key(), True)
         result = _checked(_run(model, data, spec, recipe, progress))
         write_atomic(path, result.SerializeToString(deterministic=True))
-        _evict(path.parent)
-    finally:
-        lock.release()
+        evict(path.parent, "*.onnx", CACHED_FILES)
     return Quantized(result, recipe.key(), False)
 
 
@@ -89,13 +83,6 @@ def _key(content: bytes, data: CalibrationSet, spec: Preprocess, recipe: Recipe)
     parts = [hashlib.sha256(content).hexdigest(), data.fingerprint, repr(spec), recipe.key()]
     parts += [f"{name} {metadata.version(name)}" for name in ("nncf", "onnxruntime", "pillow")]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def _evict(folder: Path) -> None:
-    entries = sorted(folder.glob("*.onnx"), key=lambda p: p.stat().st_mtime, reverse=True)
-    for old in entries[CACHED_FILES:]:
-        old.unlink(missing_ok=True)
-        old.with_name(old.name + ".lock").unlink(missing_ok=True)
 
 
 def _checked(model: onnx.ModelProto) -> onnx.ModelProto:

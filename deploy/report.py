@@ -121,6 +121,18 @@ def bundle_json(bundle: Bundle) -> dict[str, Any]:
             "latency": m.latency, "calibration": m.calibration, "bytes": _size(bundle)}  # fmt: skip
 
 
+def _synthesis_lines(made: dict[str, Any] | None) -> list[str]:
+    """What making synthetic calibration images came to."""
+    if made is None:
+        return []
+    lines = [f"synthetic images: distance of the batch norms' statistics {made['loss_before']:.3f} -> {made['loss_after']:.3f} "
+             f"in {made['steps']} steps"]  # fmt: skip
+    if made["stopped_early"]:
+        lines.append(f"note: the time was up after {made['steps']} of {made['steps_asked']} steps; fewer images (--calib-size) get "
+                     "more of them, and --no-cache makes them anew")  # fmt: skip
+    return lines
+
+
 def bundle_text(bundle: Bundle) -> str:
     """What an export produced and what to do next."""
     m, path = bundle.manifest, bundle.path
@@ -137,6 +149,7 @@ def bundle_text(bundle: Bundle) -> str:
         lines.append("note: the classes have no names; give them with --labels FILE")
     if m.calibration and m.calibration["cached"]:
         lines.append("note: calibration was taken from the cache (same graph, images and recipe)")
+    lines += _synthesis_lines((m.calibration or {}).get("synthesis"))
     lines += [f"bundle: {path} ({_size(bundle) / 1e6:.1f} MB)", "", "next:"]
     if m.format == "trt" and not m.engine:
         return "\n".join([*lines, f"  copy {path} to the device", f"  cmt-build {path.name}"])

@@ -6,7 +6,7 @@ OUT="${OUT:-out/demo}"
 say() { printf '\n\033[1m$ %s\033[0m\n' "$*"; "$@"; }
 
 say cmt-export --model cmt_nano --format openvino --precision fp32 --output "$OUT"
-say cmt-export --model cmt_nano --format openvino --precision int8 --data generated --output "$OUT"
+say cmt-export --model cmt_nano --format openvino --precision int8 --data synthetic --output "$OUT"
 say cmt-verify "$OUT/cmt_nano_int8_openvino"
 say cmt-bench "$OUT/cmt_nano_fp32_openvino" "$OUT/cmt_nano_int8_openvino" --seconds 3 --markdown "$OUT/benchmark.md"
 say python examples/draw_images.py "$OUT/pictures"

@@ -48,9 +48,17 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--device", help="trt: number of the GPU (default 0)", **keep)
     p.add_argument("--batch", type=int, help="batch size of the graph (default 1), 0 for any", **keep)
     p.add_argument(
-        "--data", help="calibration images (int8; fp16: for the ranges): folder, ARCHIVE.tar[/FOLDER], or 'generated'", **keep
+        "--data",
+        help="calibration images (int8; fp16: for the ranges): folder, ARCHIVE.tar[/FOLDER], 'generated', or 'synthetic' (made "
+        "from the model's batch norms, takes up to some minutes)",
+        **keep,
     )
-    p.add_argument("--calib-size", type=int, help="number of calibration images (default 300, or all)", **keep)
+    p.add_argument(
+        "--calib-size",
+        type=int,
+        help="number of calibration images (default 300, or all; synthetic: 64, above 128 pixels 32)",
+        **keep,
+    )
     p.add_argument("--eval-data", help="labelled images to measure top-1 on: class folders, or ARCHIVE.tar[/FOLDER]", **keep)
     p.add_argument("--eval-limit", type=int, help="use only so many of them", **keep)
     p.add_argument("--by-order", action="store_true", help="match class folders to labels in sorted order", **keep)
@@ -67,7 +75,9 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--exif", help="apply (default) or ignore the orientation of photographs", **keep)
     p.add_argument("--threads", type=int, help="CPU threads for verification and measurement", **keep)
     p.add_argument("--seed", type=int, help="seed of random weights and of the calibration choice (default 0)", **keep)
-    p.add_argument("--no-cache", dest="cache", action="store_false", help="do not reuse calibrated graphs", **keep)
+    p.add_argument(
+        "--no-cache", dest="cache", action="store_false", help="do not reuse calibrated graphs and synthetic images", **keep
+    )
     p.add_argument("-o", "--output", help="folder in which the bundle's folder is made (default: here)", **keep)
     p.add_argument("--config", type=Path, help="TOML file with the same settings; flags win")
     p.add_argument("--dry-run", action="store_true", help="check everything that can be checked, print the plan, write nothing")
@@ -119,18 +129,28 @@ def _list_models(as_json: bool) -> int:
 
 def _plan(config: Any) -> dict[str, Any]:
     from calib import CalibrationSet
+    from calib.data import SYNTHETIC
     from deploy.images import ImageSet
+
+    from .pipeline import synthetic_count
 
     steps = ["load the reference model", "fuse", "export to ONNX", "simplify"]
     plan: dict[str, Any] = {"bundle": str(config.target), "replaces": config.target.exists(), "weights": config.weights}
     if config.data:
-        chosen = CalibrationSet.choose(config.data, config.calib_size, config.preprocess, config.seed)
         quantizes = config.precision == "int8"
-        plan["calibration" if quantizes else "ranges"] = chosen.describe()
-        steps.append(f"{'calibrate on' if quantizes else 'observe'} {len(chosen)} images")
+        if config.data == SYNTHETIC:  # made from the model, which a plan does not load
+            images = {"source": SYNTHETIC, "images": synthetic_count(config)}
+            steps.insert(1, f"make {images['images']} synthetic images")
+        else:
+            images = CalibrationSet.choose(config.data, config.calib_size, config.preprocess, config.seed).describe()
+        plan["calibration" if quantizes else "ranges"] = images
+        steps.append(f"{'calibrate on' if quantizes else 'observe'} {images['images']} images")
     if config.eval_data:
-        images = ImageSet(config.eval_data)
-        plan["evaluation"] = {"images": min(len(images), config.eval_limit or len(images)), "classes": len(images.classes)}
+        labelled = ImageSet(config.eval_data)
+        plan["evaluation"] = {
+            "images": min(len(labelled), config.eval_limit or len(labelled)),
+            "classes": len(labelled.classes),
+        }
     if config.format == "trt":
         steps += [
             "write the precision into the graph",

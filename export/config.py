@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from calib.data import SYNTHETIC
 from cmt import model_spec
 from cmt.features import HEADS, require_head
 from cmt.registry import ModelSpec, check_size
@@ -40,9 +41,10 @@ class ExportConfig:
         fresh_head, resize_position_bias: allow a checkpoint of another class count or resolution.
         num_classes, imgsz: default: as published.
         labels: text file with one class name a line, in logit order.
-        data: calibration images for int8: folder, ``ARCHIVE.tar[/FOLDER]`` or ``"generated"``; for fp16, images whose
-            activations decide what stays float32 (default: generated ones).
-        calib_size: number of calibration images; default 300, or all where there are fewer.
+        data: calibration images for int8: folder, ``ARCHIVE.tar[/FOLDER]``, ``"generated"``, or ``"synthetic"`` (made from the
+            model's batch norms); for fp16, images whose activations decide what stays float32 (default: generated ones).
+        calib_size: number of calibration images; default 300, or all where there are fewer; of synthetic ones 64, above 128
+            pixels 32.
         eval_data: labelled images; top-1 of bundle and reference is measured on them.
         eval_limit: use only so many of them, evenly spread.
         by_order: match class folders to labels in sorted order.
@@ -58,7 +60,7 @@ class ExportConfig:
         device: trt only: number of the GPU to build on.
         workspace: trt only: GiB of scratch memory for the builder.
         output: folder in which the bundle's folder is made.
-        cache: reuse calibrated graphs of earlier runs.
+        cache: reuse calibrated graphs and synthetic images of earlier runs.
     """
 
     model: str
@@ -154,6 +156,9 @@ class ExportConfig:
         if self.precision not in ("int8", "fp16") and (self.data is not None or self.calib_size is not None):
             raise InputError(f"--data and --calib-size are for int8 calibration and fp16 ranges, not {self.precision}",
                              remedy="leave them out; to measure accuracy use --eval-data")  # fmt: skip
+        if self.data == SYNTHETIC and self.weights == "random":
+            raise InputError("synthetic images need trained weights", why="they are made from the statistics that training left in "
+                             "the batch norms", remedy="--weights PATH or pretrained, or --data generated")  # fmt: skip
 
     def _check_model(self) -> None:
         """Size, head, classes and preprocessing that the model can have."""

@@ -15,8 +15,10 @@ import onnx
 from torch import nn
 
 from calib import CalibrationSet, quantize
+from calib.data import SYNTHETIC
 from calib.generated import generate
 from calib.parser import parser_findings
+from calib.synthetic import default_size, synthetic_set
 from cmt import count_params, fuse, labels_of, macs, weights_fingerprint, with_head
 from cmt.reference import PROVIDER, build
 from cmt.weights import LoadedWeights
@@ -81,7 +83,7 @@ def run(config: ExportConfig, progress: Progress | None = None) -> Bundle:
         manifest = _manifest(config, reference, labels, labels_source)
         if labelled:  # before the long work: a mismatch is the user's to mend
             match_labels(Bundle(config.target, manifest), labelled, config.by_order)
-        data = CalibrationSet.choose(config.data, config.calib_size, config.preprocess, config.seed) if config.data else None
+        data = _images(config, reference.classifier, progress)
         graph, steps = _graph(config, reference, progress)
         if data and config.precision == "int8":
             with progress.step(f"calibrate on {len(data)} images"):
@@ -143,6 +145,26 @@ def _reference(config: ExportConfig) -> _Reference:
     return _Reference(model, headed, loaded, Golden(sources, values, TorchSession(headed).run(batch)), batch)
 
 
+def _images(config: ExportConfig, model: nn.Module, progress: Progress) -> CalibrationSet | None:
+    """The calibration images that were asked for."""
+    if config.data is None:
+        return None
+    if config.data != SYNTHETIC:
+        return CalibrationSet.choose(config.data, config.calib_size, config.preprocess, config.seed)
+    count = synthetic_count(config)
+    with progress.step(f"make {count} synthetic images"):
+        return synthetic_set(
+            model, count, config.preprocess, config.seed, weights=f"{config.model} {weights_fingerprint(model)}",
+            cache=cache_folder() / "synthetic" if config.cache else None, progress=progress.count,
+        )  # fmt: skip
+
+
+def synthetic_count(config: ExportConfig) -> int:
+    """How many synthetic images an export makes: those asked for, for fp16 never more than are observed."""
+    count = default_size(config.preprocess) if config.calib_size is None else config.calib_size
+    return count if config.precision == "int8" else min(count, OBSERVED_IMAGES)
+
+
 def _graph(config: ExportConfig, reference: _Reference, progress: Progress) -> tuple[onnx.ModelProto, dict[str, float]]:
     """The simplified float32 graph with a dynamic batch, and each step's largest difference."""
     steps = {}
@@ -190,7 +212,7 @@ def _typed(
                         remedy="nothing was written; report the model, or export --format onnx or openvino")  # fmt: skip
     steps[f"typed {config.precision}"] = _require_typed(config, graph, result.model, reference)
     ranges = {"source": images.describe()["source"], "images": min(len(images), OBSERVED_IMAGES) + len(reference.batch),
-              "largest": result.largest} if observed else None  # fmt: skip
+              "largest": result.largest} | ({"synthesis": images.synthesis} if images.synthesis else {}) if observed else None  # fmt: skip
     typing = {"operations": result.operations, "islands": [asdict(i) for i in result.islands], "observed": ranges}
     return result.model, replace(manifest, typing=typing)
 

@@ -36,6 +36,10 @@ class Small(nn.Module):
         self.norm, self.q, self.k, self.v = nn.LayerNorm(16), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
         self.head = nn.Linear(16, classes)
 
+    def features(self, x):
+        x = self.stem(x)
+        return [x, nn.functional.avg_pool2d(x, 2)]
+
     def forward(self, x):
         x = self.stem(x).flatten(2).transpose(1, 2)
         y = self.norm(x)
@@ -54,6 +58,15 @@ def needs(argument):
 
 def wrong():
     return "a string"
+
+class Plain(nn.Module):
+    """Its features are a module, as many models name their convs."""
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return self.features(x).mean((2, 3))
 
 def maps():
     return nn.Conv2d(3, 4, 3)
@@ -108,6 +121,16 @@ def test_the_whole_road(outside, form, precision, data):
     with Predictor.load(opened, backend="onnxruntime") as ours, Predictor.load(opened, backend="torch") as reference:
         batch = np.random.default_rng(0).normal(size=(3, 3, 32, 32)).astype(np.float32)
         assert np.abs(ours.logits(batch) - reference.logits(batch)).max() < {"fp32": 1e-4, "fp16": 0.01, "int8": 0.3}[precision]
+
+
+def test_maps_of_a_method_features(outside):
+    assert model_spec("outside_models:build").strides == (4, 8)
+    made = run(ExportConfig("outside_models:build", format="onnx", head="features", output="out"))
+    with Predictor.load(made) as ours:
+        assert [m.shape for m in ours.features(ours.prepare(made.golden().sources))] == [(4, 16, 8, 8), (4, 16, 4, 4)]
+    assert model_spec("outside_models:Plain").strides == ()
+    with pytest.raises(InputError, match="has no feature maps"):
+        ExportConfig("outside_models:Plain", head="features").check()
 
 
 def test_flags_win_over_the_models_settings(outside, capsys):
