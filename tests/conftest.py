@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,30 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+TRACED: dict[tuple, bytes] = {}
+
+
+@contextmanager
+def traced_once():
+    """torch.onnx takes ten seconds: equal weights are traced once a session."""
+    import onnx
+
+    from cmt import weights_fingerprint
+    from export import pipeline
+
+    real = pipeline.export_onnx
+
+    def export_onnx(model, img_size, opset, outputs):
+        key = weights_fingerprint(model), img_size, opset, tuple(outputs)
+        if key not in TRACED:
+            TRACED[key] = real(model, img_size, opset, outputs).SerializeToString()
+        return onnx.load_from_string(TRACED[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "export_onnx", export_onnx)
+        yield patch
 
 
 FAKES = ROOT / "tests" / "fakes"

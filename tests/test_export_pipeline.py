@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import ROOT, SHARED
+from conftest import ROOT, SHARED, traced_once
 
 from calib.generated import generate
 from cmt import count_params, create_model, load_pretrained, macs, weights_fingerprint
@@ -39,22 +39,12 @@ from export import ExportConfig, pipeline, run
 CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 COMMON = {"model.onnx", "golden.npz", "report.md", "report.json"}
 NAME = "cmt_nano_fp32_openvino"
-TRACED: dict[tuple, bytes] = {}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_exports():
-    """torch.onnx takes ten seconds: equal weights are traced once a session, and the final measurement is short."""
-    real = pipeline.export_onnx
-
-    def export_onnx(model, img_size, opset, outputs):
-        key = weights_fingerprint(model), img_size, opset, tuple(outputs)
-        if key not in TRACED:
-            TRACED[key] = real(model, img_size, opset, outputs).SerializeToString()
-        return onnx.load_from_string(TRACED[key])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "export_onnx", export_onnx)
+    """Equal weights are traced once a session, and the final measurement is short."""
+    with traced_once() as patch:
         patch.setattr(pipeline, "QUICK", Protocol(iters=10, seconds=0.1, warmup_iters=2, warmup_seconds=0.1))
         yield
 
