@@ -127,13 +127,13 @@ def test_manifest(fp32_bundle):
     assert fp32_bundle.path.name == NAME
     assert (m.precision, m.format, m.calibration) == ("fp32", "openvino", None)
     assert m.model == {
-        "provider": "cmt", "name": "cmt_nano", "family": "CMT", "img_size": 64, "num_classes": 10,
+        "provider": "cmt", "name": "cmt_nano", "family": "CMT", "img_size": 64, "num_classes": 10, "head": "logits",
         "params": count_params(reference), "macs": macs(reference), "opset": 20,
         "weights": {"source": "pretrained", "sha256": weights_fingerprint(reference), "seed": 0, "ema": False, "fresh": [],
                     "resized": []},
     }  # fmt: skip
     assert m.input == {"name": "input", "shape": [1, 3, 64, 64], "dtype": "float32"}
-    assert m.output == {"name": "logits", "shape": [1, 10], "dtype": "float32"}
+    assert m.outputs == [{"name": "logits", "shape": [1, 10], "dtype": "float32"}]
     assert fp32_bundle.preprocess == ExportConfig("cmt_nano").preprocess
     assert m.runtime["backend"] == "openvino"
     assert {"torch", "onnx", "openvino"} <= set(m.versions)
