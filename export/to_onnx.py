@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import logging
@@ -14,6 +15,7 @@ import onnxsim
 import torch
 from torch import nn
 
+from calib.groups import MODULE
 from deploy.errors import CmtEdgeError, ParityError, StepError
 
 INPUT, OUTPUT, BATCH = "input", "logits", "batch"
@@ -25,7 +27,8 @@ FUSE_ATOL = 1e-5
 def export_onnx(model: nn.Module, img_size: int, opset: int) -> onnx.ModelProto:
     """Trace ``model`` with a dynamic batch dimension.
 
-    The graph holds no stack traces or paths, so equal inputs give equal bytes.
+    The graph holds no stack traces or paths, so equal inputs give equal bytes; each node keeps the name of the module it comes
+    from as metadata (:data:`calib.groups.MODULE`), until :func:`with_batch`.
 
     Raises:
         StepError: torch.onnx or onnx.checker refuses the model.
@@ -48,17 +51,19 @@ def simplify(graph: onnx.ModelProto) -> onnx.ModelProto:
         simplified, ok = onnxsim.simplify(graph)
         if not ok:
             raise StepError("step 'simplify' failed: onnxsim's own check did not pass", remedy="report the model")
-    return checked("simplify", _anonymous(simplified))
+    return checked("simplify", _relabelled(_anonymous(simplified), graph))
 
 
 def with_batch(graph: onnx.ModelProto, batch: int) -> onnx.ModelProto:
-    """A copy whose input and output have a fixed batch size; ``0`` keeps it dynamic.
+    """A copy whose input and output have a fixed batch size; ``0`` keeps it dynamic. Names of modules are left out.
 
     Nothing else in the graph depends on the batch: reshapes leave it to -1.
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(graph)
     del copy.graph.value_info[:]
+    for node in copy.graph.node:
+        del node.metadata_props[:]
     for value in (copy.graph.input[0], copy.graph.output[0]):
         dim = value.type.tensor_type.shape.dim[0]
         if batch:
@@ -122,16 +127,44 @@ def guarded(step: str) -> Iterator[None]:
 
 
 def _anonymous(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """Without metadata and doc strings: they name files of the exporting machine."""
+    """Without doc strings and metadata, which name files of the exporting machine; of the latter only module names stay."""
     del graph.metadata_props[:], graph.graph.metadata_props[:]
     graph.doc_string = graph.graph.doc_string = ""
     graph.producer_name, graph.producer_version = "cmt-edge", ""
     for node in graph.graph.node:
+        module = _module(node)
         del node.metadata_props[:]
         node.doc_string = ""
+        if module:
+            node.metadata_props.add(key=MODULE, value=module)
     for value in (*graph.graph.input, *graph.graph.output, *graph.graph.value_info):
         del value.metadata_props[:]
     return graph
+
+
+def _module(node: onnx.NodeProto) -> str | None:
+    """Path of the module whose ``forward`` made ``node``, as torch.onnx recorded it; ``None`` where it is not known."""
+    known = {p.key: p.value for p in node.metadata_props}
+    if MODULE in known:
+        return known[MODULE]
+    try:  # a list of nested modules' paths, '' for the model, and at last the operation
+        scopes = ast.literal_eval(known.get("pkg.torch.onnx.name_scopes", "[]"))
+    except (ValueError, SyntaxError):
+        return None
+    return scopes[-2] if len(scopes) > 1 and scopes[0] == "" else None
+
+
+def _relabelled(simplified: onnx.ModelProto, traced: onnx.ModelProto) -> onnx.ModelProto:
+    """``simplified`` with module names on operations that onnxsim made too: the name of what reads their result first."""
+    known = {output: module for node in traced.graph.node if (module := _module(node)) for output in node.output}
+    for node in reversed(simplified.graph.node):
+        module = next((known[name] for name in node.output if name in known), None)
+        del node.metadata_props[:]
+        if module:
+            node.metadata_props.add(key=MODULE, value=module)
+            for name in node.input:
+                known.setdefault(name, module)
+    return simplified
 
 
 @contextlib.contextmanager
