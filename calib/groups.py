@@ -50,7 +50,7 @@ def _rows(paths: Iterable[str]) -> dict[str, list[int]]:
 
 
 def _group(path: str, rows: Mapping[str, list[int]], stages: Collection[str]) -> str:
-    row = next((r for r in rows if path.startswith(f"{r}.") and path[len(r) + 1 :].split(".")[0].isdigit()), None)
+    row = next((r for r in rows if path.startswith(f"{r}.") and path[len(r) + 1 :].split(".", maxsplit=1)[0].isdigit()), None)
     if row is not None:
         number, _, rest = path[len(row) + 1 :].partition(".")
         kind = rest.split(".")[0]
@@ -58,7 +58,7 @@ def _group(path: str, rows: Mapping[str, list[int]], stages: Collection[str]) ->
         return f"{container}.{kind}" if kind else container
     inside = [s for s in stages if s and path.startswith(f"{s}.")]
     stage = max(inside, key=len, default="")
-    child = path[len(stage) + 1 if stage else 0 :].split(".")[0]
+    child = path[len(stage) + 1 if stage else 0 :].split(".", maxsplit=1)[0]
     return f"{stage}.{child}" if stage else child
 
 

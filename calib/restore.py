@@ -84,7 +84,9 @@ class _Restoration:
         for node in self.graph.node:
             if node.name in self.chosen:
                 for i, name in enumerate(node.input):
-                    node.input[i] = self._constant(self._before(node, i), node) if self._is_value(node, i) else self._float(name)
+                    node.input[i] = (
+                        self._constant(self._before(node, i), node) if self._is_value(node, i) else self._float(name)
+                    )
             elif node.op_type == "Add" and self._follows_chosen(node):  # a product's bias
                 for i, name in enumerate(node.input):
                     node.input[i] = self._constant(name, node)

@@ -95,15 +95,20 @@ class MeasuringProcess:
         return self._call("missing", backend=name, precision=precision)
 
     def logits(self, bundle: Path, pixels: Path, threads: int | None) -> np.ndarray:
-        """Logits, float32 ``(N, classes)``, for decoded images: a ``.npy`` file, uint8 ``(N, S, S, 3)``."""
+        """Logits, float32 ``(N, classes)``, of a ``.npy`` file: pixels uint8 ``(N, S, S, 3)``, or float32 ``(N, 3, S, S)`` as the model
+        reads them."""
         with tempfile.TemporaryDirectory() as folder:
             target = Path(folder) / "logits.npy"
             self._call("logits", bundle=str(bundle), pixels=str(pixels), target=str(target), threads=threads)
             return np.load(target)
 
     def benchmark(self, bundles: list[Path], protocol: Protocol, threads: int | None) -> dict[str, Any]:
-        """:class:`deploy.benchmark.Benchmark` as a dictionary; each result also has ``kernels``, shares of time by name."""
+        """:class:`deploy.benchmark.Benchmark` as a dictionary."""
         return self._call("benchmark", bundles=list(map(str, bundles)), protocol=asdict(protocol), threads=threads)
+
+    def kernels(self, bundle: Path, threads: int | None) -> dict[str, float]:
+        """Share of the run time by kernel, see :meth:`deploy.backends.base.Session.kernels`."""
+        return self._call("kernels", bundle=str(bundle), threads=threads)
 
     def check_limit(self, kernels: dict[str, float]) -> None:
         """Raise :class:`RuntimeMissingError` if kernels beyond the limit ran."""
@@ -173,22 +178,31 @@ def _logits(request: dict[str, Any], report: Callable[[str, float], None]) -> No
     with Predictor.load(request["bundle"], threads=request["threads"]) as predictor:
         chunk = max(CHUNK, predictor.batch)
         for start in range(0, len(pixels), chunk):
-            parts.append(predictor.logits(normalise(np.asarray(pixels[start : start + chunk]), predictor.spec)))
+            part = np.asarray(pixels[start : start + chunk])
+            parts.append(predictor.logits(normalise(part, predictor.spec) if part.dtype == np.uint8 else part))
             report("", min(1.0, (start + chunk) / len(pixels)))
     np.save(request["target"], np.concatenate(parts))
 
 
 def _benchmark(request: dict[str, Any], report: Callable[[str, float], None]) -> dict[str, Any]:
     bundles = [Bundle.open(path) for path in request["bundles"]]
-    result = plain(benchmark(bundles, threads=request["threads"], protocol=Protocol(**request["protocol"]), with_throughput=False,
-                             progress=report))  # fmt: skip
-    for entry, bundle in zip(result["results"], bundles, strict=True):
-        with Predictor.load(bundle, threads=request["threads"]) as predictor:
-            entry["kernels"] = predictor.session.kernels(golden_batch(bundle, predictor))
-    return result
+    protocol = Protocol(**request["protocol"])
+    return plain(benchmark(bundles, threads=request["threads"], protocol=protocol, with_throughput=False, progress=report))
 
 
-CALLS = {"runtime": _runtime, "missing": _missing, "logits": _logits, "benchmark": _benchmark}
+def _kernels(request: dict[str, Any], _: Callable[[str, float], None]) -> dict[str, float]:
+    bundle = Bundle.open(request["bundle"])
+    with Predictor.load(bundle, threads=request["threads"]) as predictor:
+        return predictor.session.kernels(golden_batch(bundle, predictor))
+
+
+CALLS: dict[str, Callable[..., Any]] = {
+    "runtime": _runtime,
+    "missing": _missing,
+    "logits": _logits,
+    "benchmark": _benchmark,
+    "kernels": _kernels,
+}
 
 
 def main() -> None:

@@ -97,7 +97,7 @@ class OpenVINOSession(Session):
 
     def kernels(self, batch: np.ndarray) -> dict[str, float]:
         times, (names, kinds) = self._profile(batch, 10, ("primitiveType", "layerType"))
-        share: Counter[str] = Counter()
+        share: dict[str, float] = dict.fromkeys(names.values(), 0.0)
         for node, name in names.items():
             share[name] += 0.0 if kinds[node] in SKIPPED else times[node]
         total = sum(share.values()) or 1.0
