@@ -33,7 +33,7 @@ def group_names(paths: Collection[str]) -> dict[str, str]:
     siblings = defaultdict(set)
     for name in names.values():
         siblings[_parent(name)].add(name)
-    alone = {name for parent, children in siblings.items() if parent and len(children) == 1 for name in children}
+    alone = {name for parent, children in siblings.items() if parent in rows and len(children) == 1 for name in children}
     return {path: _parent(name) if name in alone else name for path, name in names.items()}
 
 

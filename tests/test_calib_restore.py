@@ -42,7 +42,7 @@ def test_a_long_row_of_blocks_is_cut_into_parts():
 def test_numbers_inside_a_block_are_no_blocks():
     found = names("layers.0.blocks.0.mlp.0", "layers.0.blocks.0.mlp.3", "layers.0.blocks.1.attn.qkv", "layers.1.blocks.0.mlp.0")
     assert found["layers.0.blocks.0.mlp.3"] == "layers.0.mlp"
-    assert found["layers.1.blocks.0.mlp.0"] == "layers.1"  # its only group
+    assert found["layers.1.blocks.0.mlp.0"] == "layers.1.mlp"
 
 
 @pytest.mark.parametrize("path", ["", "conv", "0", "a.0", "0.1.2", "..", "a..0.b"])
