@@ -1,7 +1,7 @@
 """Answers and latencies of bundles, measured in a process of its own, which may be limited to the instructions of an older CPU.
 
 What a runtime may use is read once, when it is loaded, so a limit takes a fresh process. OpenVINO has two switches that must agree: one of
-its own kernels (``OV_CPU_MAX_ISA``, in release builds since 2026.4) and one of oneDNN's (``ONEDNN_MAX_CPU_ISA``); with the second alone the
+its own kernels (``OV_CPU_MAX_ISA``; release 2026.4.1 has it, older ones may not) and one of oneDNN's (``ONEDNN_MAX_CPU_ISA``); with the second alone the
 plugin disagrees with itself and crashes. The limit is proved, not believed: :meth:`MeasuringProcess.check_limit` reads the names of the
 kernels that ran. ONNX Runtime has no such switch: it asks the CPU.
 
@@ -115,7 +115,7 @@ class MeasuringProcess:
         beyond = [k for k in kernels if self.isa and any(part in k for part in ISAS[self.isa].beyond)]
         if beyond:
             raise RuntimeMissingError(f"this runtime does not keep to {self.isa}: it ran {', '.join(sorted(beyond))}",
-                                      remedy="OpenVINO 2026.4 or later does; or leave --isa out")  # fmt: skip
+                                      remedy="OpenVINO 2026.4.1 does; or leave --isa out")  # fmt: skip
 
     def _start(self) -> subprocess.Popen[str]:
         root = str(Path(__file__).resolve().parent.parent)
@@ -143,7 +143,7 @@ class MeasuringProcess:
     def _crashed(self, what: str, code: int) -> StepError:
         self._errors.seek(0)
         tail = self._errors.read().strip().splitlines()[-3:]
-        limited = f"; it was limited to {self.isa}, which needs OpenVINO 2026.4 or later" if self.isa else ""
+        limited = f"; it was limited to {self.isa}, which OpenVINO before 2026.4.1 may not bear" if self.isa else ""
         return StepError(f"the runtime crashed while it was measured (step {what!r}, exit code {code}){limited}", why="; ".join(tail) or None,
                          remedy="report the model; export one precision by name")  # fmt: skip
 

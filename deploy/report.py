@@ -166,6 +166,8 @@ def _recommendation(verdict: dict[str, Any]) -> str:
     base = verdict["candidates"][0]["variant"]["name"]
     lines = [f"recommended: {name}" + (f", {speed['ratio']:.2f} times as fast as {base} (95 % CI {worst:.2f} to {top:.2f})" if name != base else "")
              + f", drop {accuracy['drop']:+.2f} points (95 % CI {low:+.2f} to {high:+.2f})"]  # fmt: skip
+    if best["variant"]["keep_float"]:
+        lines.append(f"the same by name: --precision int8 --keep-float {','.join(best['variant']['keep_float'])}")
     if high > verdict["max_drop"]:
         lines.append(f"the drop's interval reaches beyond the allowed {verdict['max_drop']:g} points: more images would tell")
     if verdict["tied"]:

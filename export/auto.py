@@ -57,21 +57,24 @@ NAMES = {CLASSES[0]: "attention products", CLASSES[1]: "linears"}
 
 
 class Cache:
-    """Measurements as JSON files, one a key; an unreadable or missing one is measured again. ``None`` keeps nothing."""
+    """Measurements as JSON files, one a key; an unreadable or missing one is measured again. Without a folder they last as long as this."""
 
     def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
+        self.folder, self._known = folder, dict[str, dict[str, Any]]()
 
     def get(self, key: Sequence[Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What was measured under ``key`` (anything that JSON holds), or is measured now."""
-        if self.folder is None:
-            return measure()
-        path = self.folder / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()}.json"
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        if name not in self._known:
+            self._known[name] = measure() if self.folder is None else self._kept(self.folder / f"{name}.json", measure)
+        return self._known[name]
+
+    def _kept(self, path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         with contextlib.suppress(OSError, ValueError):
             return json.loads(path.read_text(encoding="utf-8"))
         result = measure()
-        with writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+        with writing(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(result).encode())
         return result
 
