@@ -50,10 +50,6 @@ class ExportConfig:
         eval_limit: use only so many of them, evenly spread.
         by_order: match class folders to labels in sorted order.
         max_drop: allowed loss of top-1, percentage points; default: 1, ``"auto"``: 0.3.
-        keep_float: int8 only: groups of operations that stay float, as ``"stem,stages.0.attn"`` (``"auto"`` names them).
-        latency_budget: auto only: allowed median latency of one batch, milliseconds.
-        time_budget: auto only: seconds after which nothing more is refined.
-        isa: auto only: limit the runtime to the instructions of an older CPU while it is measured, ``"avx2"`` or ``"avx2_vnni"``.
         atol: allowed difference of golden logits; default by precision.
         batch: batch size of the graph; ``0`` accepts any.
         mean, std: of the red, green and blue values scaled to 0..1, as ``"0.5,0.5,0.5"``; default: the model's.
@@ -65,7 +61,11 @@ class ExportConfig:
         device: trt only: number of the GPU to build on.
         workspace: trt only: GiB of scratch memory for the builder.
         output: folder in which the bundle's folder is made.
-        cache: reuse calibrated graphs of earlier runs.
+        cache: reuse calibrated graphs and measurements of earlier runs.
+        keep_float: int8 only: groups of operations that stay float, as ``"stem,stages.0.attn"`` (``"auto"`` names them).
+        latency_budget: auto only: allowed median latency of one batch, milliseconds.
+        time_budget: auto only: seconds after which nothing more is refined.
+        isa: auto only: limit the runtime to the instructions of an older CPU while it is measured, ``"avx2"`` or ``"avx2_vnni"``.
     """
 
     model: str
@@ -84,10 +84,6 @@ class ExportConfig:
     eval_limit: int | None = None
     by_order: bool = False
     max_drop: float | None = None
-    keep_float: str | None = None
-    latency_budget: float | None = None
-    time_budget: float | None = None
-    isa: str | None = None
     atol: float | None = None
     batch: int = 1
     mean: str | None = None
@@ -101,6 +97,10 @@ class ExportConfig:
     workspace: float | None = None
     output: str = "."
     cache: bool = True
+    keep_float: str | None = None
+    latency_budget: float | None = None
+    time_budget: float | None = None
+    isa: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "format", ALIASES.get(self.format, self.format))
