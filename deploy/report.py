@@ -136,6 +136,7 @@ def verdict_text(verdict: dict[str, Any], markdown: bool = False) -> str:
     limit = f", limited to {verdict['isa']}" if verdict["isa"] else ""
     parts.append(f"{images} {what}; allowed: drop {verdict['max_drop']:g} points{f', {budget:g} ms' if budget else ''}; {verdict['runtime']}, "
                  f"{host['cpu']}{limit}; threads: {verdict['threads'] or 'all'}; latencies interleaved")  # fmt: skip
+    parts += [f"note: {c['variant']['name']}: {c['why_not']}" for c in verdict["candidates"] if ":" in c["why_not"]]
     parts += [f"note: {note}" for note in verdict["notes"]]
     parts += [f"warning: {c['variant']['name']}: {w}" for c in measured if c["speed"] for w in c["speed"]["warnings"]]
     return "\n\n".join([*parts, _recommendation(verdict)])
@@ -148,7 +149,7 @@ def _candidate_row(candidate: dict[str, Any], labelled: bool, best: bool) -> lis
     if speed:
         low, high = speed["ratio_ci"]
         latency = [f"{speed['p50']:.2f}", f"{speed['ratio']:.2f} ({low:.2f}-{high:.2f})", f"{speed['size_bytes'] / 1e6:.1f}"]
-    verdict = "best" if best else candidate["why_not"] or "passes"
+    verdict = "best" if best else candidate["why_not"].partition(":")[0] or "passes"
     return [candidate["variant"]["name"], *top1, *(_drop(accuracy) if accuracy else ["-", "-"]), *latency, verdict]
 
 

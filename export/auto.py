@@ -276,7 +276,7 @@ class _Workbench:
         warnings = list(entry["warnings"])
         if own > OWN_CHOICE_WARNING:
             warnings.append(f"{100 * own:.0f} % of its time is spent in kernels that choose their instructions themselves ({OWN_CHOICE}), "
-                            f"so without {self.config.isa} as the limit: on such a CPU it may be slower than measured here")  # fmt: skip
+                            f"which the limit to {self.config.isa} may not reach: on such a CPU it may be slower than measured here")  # fmt: skip
         low, high = entry["model"]["ci"]
         return Speed(entry["model"]["p50"], (low, high), entry["ratio"], tuple(entry["ratio_ci"]), entry["size_bytes"],
                      ExecutedPrecision(**entry["executed"]).summary(), tuple(warnings))  # fmt: skip
@@ -289,7 +289,11 @@ class _Workbench:
                          "memory: trust the order, not the milliseconds; the bundle itself is verified without the limit")  # fmt: skip
         if not int8_hardware(self.config.isa):
             notes.append("no instructions for int8 products (VNNI) here: int8 runs in several steps of older ones")
-        if verdict.labelled is False:
+        if any("drifted" in warning for c in verdict.candidates if c.speed for warning in c.speed.warnings):
+            notes.append(
+                "the machine was not at rest while latencies were measured, so their intervals are wide: measure again with --no-cache"
+            )
+        if not verdict.labelled:
             notes.append(
                 "without --eval-data a drop is disagreement with fp32 on the calibration images: no accuracy was measured"
             )
