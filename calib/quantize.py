@@ -8,7 +8,7 @@ import io
 import logging
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,16 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from deploy.errors import GateError, StepError
+from deploy.errors import GateError, InputError, StepError
 from deploy.files import write_atomic
 from deploy.preprocess import Preprocess
 
 from .cache import evict, locked
 from .data import CalibrationSet
+from .groups import classes_of, groups_of
 from .lint import lint
 from .recipe import DEFAULT, Recipe
+from .restore import int8_nodes, restore
 
 CACHED_FILES = 20
 """So many calibrated graphs are kept; the oldest go first."""
@@ -60,8 +62,12 @@ def quantize(
 
     Raises:
         GateError: the result breaks a rule of :func:`calib.lint.lint`.
+        InputError: ``recipe.keep_float`` names what the graph has not, or all that could be int8.
         StepError: NNCF failed.
     """
+    if recipe.keep_float:
+        whole = quantize(model, data, spec, replace(recipe, keep_float=()), cache=cache, progress=progress)
+        return replace(whole, model=keep_float(whole.model, model, recipe.keep_float), recipe=recipe.key())
     content = model.SerializeToString(deterministic=True)
     path = cache / f"{_key(content, data, spec, recipe)}.onnx" if cache else None
     if path is None:
@@ -77,6 +83,25 @@ def quantize(
         write_atomic(path, result.SerializeToString(deterministic=True))
         evict(path.parent, "*.onnx", CACHED_FILES)
     return Quantized(result, recipe.key(), False)
+
+
+def keep_float(quantized: onnx.ModelProto, original: onnx.ModelProto, names: tuple[str, ...]) -> onnx.ModelProto:
+    """``quantized`` with the named groups or operations of ``original`` float again.
+
+    Raises:
+        InputError: a name that is neither, or nothing would be left in int8.
+    """
+    candidates = int8_nodes(quantized)
+    groups = groups_of(original, candidates) | classes_of(original, candidates)
+    singles = {node.name for node in original.graph.node}
+    unknown = [name for name in names if name not in groups and name not in singles]
+    if unknown:
+        raise InputError(f"the model has no group of operations {unknown[0]!r} to keep float",
+                         remedy=f"choose from {', '.join(groups)}")  # fmt: skip
+    chosen = {node for name in names for node in groups.get(name, (name,))}
+    if chosen.issuperset(candidates):
+        raise InputError("nothing would be left in int8", remedy="keep fewer groups float, or use --precision fp32 or bf16")
+    return _checked(restore(quantized, original, chosen))
 
 
 def _key(content: bytes, data: CalibrationSet, spec: Preprocess, recipe: Recipe) -> str:

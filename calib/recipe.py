@@ -41,6 +41,8 @@ class Recipe:
         bias_correction: correct biases for the mean error that rounding weights causes.
         range_estimator: how activation ranges are found: ``"mean_minmax"`` (mean over images of each image's extremes)
             or ``"minmax"``.
+        keep_float: groups of operations (:mod:`calib.groups`) or single ones that are taken back to float after calibration, see
+            :mod:`calib.restore`; they do not change how the others are calibrated.
     """
 
     depthwise: bool = False
@@ -48,6 +50,7 @@ class Recipe:
     smooth_quant: float | None = None
     bias_correction: bool = True
     range_estimator: str = "mean_minmax"
+    keep_float: tuple[str, ...] = ()
 
     def key(self) -> str:
         """Hash of all choices, for caches and the manifest."""

@@ -58,6 +58,7 @@ class Manifest:
     typing: dict[str, Any] | None = None
     calibration: dict[str, Any] | None = None
     verification: dict[str, Any] | None = None
+    verdict: dict[str, Any] | None = None
     latency: dict[str, Any] | None = None
     engine: dict[str, Any] | None = None
     host: dict[str, Any] = field(default_factory=dict)

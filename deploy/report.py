@@ -114,11 +114,75 @@ def verification_text(v: Verification, markdown: bool = False) -> str:
     return "\n".join(lines)
 
 
+def verdict_text(verdict: dict[str, Any], markdown: bool = False) -> str:
+    """What ``--precision auto`` measured and recommends: candidates, sensitivity of the groups, notes, the winner."""
+    labelled, winner = verdict["labelled"], verdict["winner"]
+    rows = [_candidate_row(c, labelled, c["variant"] == winner) for c in verdict["candidates"]]
+    header = ["candidate", *(["top-1 %"] if labelled else []), "drop (95 % CI)" if labelled else "disagreement (95 % CI)", "agreement %",
+              "p50 ms", "speed-up (95 % CI)", "MB", "verdict"]  # fmt: skip
+    parts = [table(header, rows, markdown)]
+    if verdict["sensitivity"]:
+        ranking = [
+            [s["group"], str(s["nodes"]), f"{s['accuracy']['deviation']:.4f}", *_drop(s["accuracy"])]
+            for s in verdict["sensitivity"]
+        ]
+        parts.append("sensitivity: each group alone in int8, the worst first; logits in standard deviations of fp32's")
+        parts.append(table(["group", "operations", "logit deviation", "drop (95 % CI)", "agreement %"], ranking, markdown))
+    if verdict["float_already"]:
+        parts.append(f"float in every int8 candidate (depthwise): {', '.join(verdict['float_already'])}")
+    measured = [c for c in verdict["candidates"] if c["accuracy"]]
+    images, budget, host = measured[0]["accuracy"]["images"], verdict["latency_budget"], verdict["host"]
+    what = "labelled images" if labelled else "calibration images"
+    limit = f", limited to {verdict['isa']}" if verdict["isa"] else ""
+    parts.append(f"{images} {what}; allowed: drop {verdict['max_drop']:g} points{f', {budget:g} ms' if budget else ''}; {verdict['runtime']}, "
+                 f"{host['cpu']}{limit}; threads: {verdict['threads'] or 'all'}; latencies interleaved")  # fmt: skip
+    parts += [f"note: {c['variant']['name']}: {c['why_not']}" for c in verdict["candidates"] if ":" in c["why_not"]]
+    parts += [f"note: {note}" for note in verdict["notes"]]
+    parts += [f"warning: {c['variant']['name']}: {w}" for c in measured if c["speed"] for w in c["speed"]["warnings"]]
+    return "\n\n".join([*parts, _recommendation(verdict)])
+
+
+def _candidate_row(candidate: dict[str, Any], labelled: bool, best: bool) -> list[str]:
+    accuracy, speed = candidate["accuracy"], candidate["speed"]
+    top1 = [] if not labelled else [f"{accuracy['top1']:.2f}" if accuracy else "-"]
+    latency = ["-"] * 3
+    if speed:
+        low, high = speed["ratio_ci"]
+        latency = [f"{speed['p50']:.2f}", f"{speed['ratio']:.2f} ({low:.2f}-{high:.2f})", f"{speed['size_bytes'] / 1e6:.1f}"]
+    verdict = "best" if best else candidate["why_not"].partition(":")[0] or "passes"
+    return [candidate["variant"]["name"], *top1, *(_drop(accuracy) if accuracy else ["-", "-"]), *latency, verdict]
+
+
+def _drop(accuracy: dict[str, Any]) -> list[str]:
+    low, high = accuracy["drop_ci"]
+    return [f"{accuracy['drop']:+.2f} ({low:+.2f} to {high:+.2f})", f"{accuracy['agreement']:.2f}"]
+
+
+def _recommendation(verdict: dict[str, Any]) -> str:
+    if verdict["winner"] is None:
+        return "recommended: none of these passes"
+    best = next(c for c in verdict["candidates"] if c["variant"] == verdict["winner"])
+    accuracy, speed, name = best["accuracy"], best["speed"], best["variant"]["name"]
+    (low, high), (worst, top) = accuracy["drop_ci"], speed["ratio_ci"]
+    base = verdict["candidates"][0]["variant"]["name"]
+    lines = [f"recommended: {name}" + (f", {speed['ratio']:.2f} times as fast as {base} (95 % CI {worst:.2f} to {top:.2f})" if name != base else "")
+             + f", drop {accuracy['drop']:+.2f} points (95 % CI {low:+.2f} to {high:+.2f})"]  # fmt: skip
+    if best["variant"]["keep_float"]:
+        lines.append(f"the same by name: --precision int8 --keep-float {','.join(best['variant']['keep_float'])}")
+    if high > verdict["max_drop"]:
+        lines.append(f"the drop's interval reaches beyond the allowed {verdict['max_drop']:g} points: more images would tell")
+    if verdict["tied"]:
+        lines.append(
+            f"no clear difference in speed: {'; '.join(verdict['tied'])}; of these the one closest to {base} was taken"
+        )
+    return "\n".join(lines)
+
+
 def bundle_json(bundle: Bundle) -> dict[str, Any]:
     """What an export produced, for machines."""
     m = bundle.manifest
     return {"bundle": str(bundle.path), "precision": m.precision, "format": m.format, "verification": m.verification,
-            "latency": m.latency, "calibration": m.calibration, "bytes": _size(bundle)}  # fmt: skip
+            "latency": m.latency, "calibration": m.calibration, "verdict": m.verdict, "bytes": _size(bundle)}  # fmt: skip
 
 
 def _synthesis_lines(made: dict[str, Any] | None) -> list[str]:
@@ -137,7 +201,8 @@ def bundle_text(bundle: Bundle) -> str:
     """What an export produced and what to do next."""
     m, path = bundle.manifest, bundle.path
     latency = m.latency or {}
-    lines = [*_verified_lines(m.verification or {}), *_typed_lines(m.typing)]
+    lines = [verdict_text(m.verdict), ""] if m.verdict else []
+    lines += [*_verified_lines(m.verification or {}), *_typed_lines(m.typing)]
     if latency:
         lines.append(f"latency: median {latency['p50_ms']:.2f} ms a batch of {latency['batch']} "
                      "(a quick look; cmt-bench measures properly)")  # fmt: skip

@@ -15,6 +15,7 @@ EPILOG = """\
 examples:
   cmt-export --model cmt_nano --precision int8 --data generated
   cmt-export --model cmt_xs --weights cmt_xs.pth --precision int8 --data photos/train --eval-data photos/test
+  cmt-export --model cmt_xs --weights cmt_xs.pth --precision auto --data photos/train --eval-data photos/test
   cmt-export --model cmt_xs --weights cmt_xs.pth --format trt --half --no-build
   cmt-export --model cvt_13 --weights cvt_13.pth --head features
   cmt-export --model my_package:build_model --imgsz 224 --mean 0.5,0.5,0.5 --std 0.5,0.5,0.5
@@ -38,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--resize-position-bias", action="store_true", help="interpolate a checkpoint of another resolution", **keep)
     p.add_argument("--labels", help="text file with one class name a line", **keep)
     p.add_argument("--format", help="openvino (default), onnx or trt (TensorRT; also: engine, tensorrt)", **keep)
-    p.add_argument("--precision", help="fp32 (default), fp16 (trt), bf16 (openvino) or int8", **keep)
+    p.add_argument("--precision", help="fp32 (default), fp16 (trt), bf16 (openvino), int8, or auto: measure them "
+                   "here and take the fastest that passes", **keep)  # fmt: skip
     p.add_argument("--int8", dest="precision", action="store_const", const="int8", help="same as --precision int8", **keep)
     p.add_argument("--half", dest="precision", action="store_const", const="fp16", help="same as --precision fp16", **keep)
     p.add_argument("--no-build", dest="build", action="store_false", help="trt: write the bundle without an engine; cmt-build "
@@ -62,7 +64,14 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--eval-data", help="labelled images to measure top-1 on: class folders, or ARCHIVE.tar[/FOLDER]", **keep)
     p.add_argument("--eval-limit", type=int, help="use only so many of them", **keep)
     p.add_argument("--by-order", action="store_true", help="match class folders to labels in sorted order", **keep)
-    p.add_argument("--max-drop", type=float, help="allowed loss of top-1, points (default 1.0)", **keep)
+    p.add_argument("--max-drop", type=float, help="allowed loss of top-1, points (default 1.0; auto: 0.3)", **keep)
+    p.add_argument(
+        "--keep-float", metavar="GROUPS", help="int8: groups of operations that stay float, by commas (auto names them)", **keep
+    )
+    p.add_argument("--latency-budget", type=float, metavar="MS", help="auto: allowed median latency of one batch", **keep)
+    p.add_argument("--time-budget", type=float, metavar="S", help="auto: refine no further after so many seconds", **keep)
+    p.add_argument("--isa", help="auto: limit the runtime to an older CPU's instructions while it is measured: avx2 or avx2_vnni "
+                   "(openvino)", **keep)  # fmt: skip
     p.add_argument("--atol", type=float, help="allowed golden logit difference (default: by precision)", **keep)
     p.add_argument("--mean", metavar="R,G,B", help="mean of the values 0..1 (default: the model's)", **keep)
     p.add_argument("--std", metavar="R,G,B", help="standard deviation of the values 0..1 (default: the model's)", **keep)
@@ -76,7 +85,11 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--threads", type=int, help="CPU threads for verification and measurement", **keep)
     p.add_argument("--seed", type=int, help="seed of random weights and of the calibration choice (default 0)", **keep)
     p.add_argument(
-        "--no-cache", dest="cache", action="store_false", help="do not reuse calibrated graphs and synthetic images", **keep
+        "--no-cache",
+        dest="cache",
+        action="store_false",
+        help="do not reuse calibrated graphs, synthetic images and measurements",
+        **keep,
     )
     p.add_argument("-o", "--output", help="folder in which the bundle's folder is made (default: here)", **keep)
     p.add_argument("--config", type=Path, help="TOML file with the same settings; flags win")
@@ -132,12 +145,13 @@ def _plan(config: Any) -> dict[str, Any]:
     from calib.data import SYNTHETIC
     from deploy.images import ImageSet
 
+    from .config import FORMATS
     from .pipeline import synthetic_count
 
     steps = ["load the reference model", "fuse", "export to ONNX", "simplify"]
     plan: dict[str, Any] = {"bundle": str(config.target), "replaces": config.target.exists(), "weights": config.weights}
     if config.data:
-        quantizes = config.precision == "int8"
+        quantizes = config.precision in ("int8", "auto")
         if config.data == SYNTHETIC:  # made from the model, which a plan does not load
             images = {"source": SYNTHETIC, "images": synthetic_count(config)}
             steps.insert(1, f"make {images['images']} synthetic images")
@@ -151,6 +165,18 @@ def _plan(config: Any) -> dict[str, Any]:
             "images": min(len(labelled), config.eval_limit or len(labelled)),
             "classes": len(labelled.classes),
         }
+    if config.precision == "auto":
+        plan["allowed"] = {
+            "drop": config.allowed_drop,
+            "latency_ms": config.latency_budget,
+            "time_s": config.time_budget,
+            "isa": config.isa,
+        }
+        plan["candidates"] = [*FORMATS[config.format], "int8 in part"]
+        plan["bundle"] = " or ".join(map(str, config.targets))
+        plan["replaces"] = any(target.exists() for target in config.targets)
+        steps += ["measure the answers of every candidate", "rank the groups by their sensitivity to int8", "keep the worst float until the drop holds",
+                  "measure the latencies, interleaved", "choose"]  # fmt: skip
     if config.format == "trt":
         steps += [
             "write the precision into the graph",

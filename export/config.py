@@ -6,10 +6,11 @@ import difflib
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from calib import DEFAULT, Recipe
 from calib.data import SYNTHETIC
 from cmt import model_spec
 from cmt.features import HEADS, require_head
@@ -17,12 +18,16 @@ from cmt.registry import ModelSpec, check_size
 from deploy.bundle import LOGITS
 from deploy.engine import EngineOptions
 from deploy.errors import InputError, UnknownNameError, WeightsError
+from deploy.measuring import ISAS
+from deploy.parity import MAX_DROP
 from deploy.preprocess import RESAMPLING, Preprocess
 
 FORMATS = {"onnx": ("fp32", "int8"), "openvino": ("fp32", "bf16", "int8"), "trt": ("fp32", "fp16", "int8")}
 """Format -> the precisions it can have."""
 ALIASES = {"engine": "trt", "tensorrt": "trt"}
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "auto")
+AUTO_DROP = 0.3
+"""Allowed drop of ``precision="auto"``, which has others to choose from; percentage points."""
 OPSET = 20
 """Has GELU as one operation; the highest that TensorRT 10 and 11 parse completely."""
 
@@ -34,7 +39,8 @@ class ExportConfig:
     Attributes:
         model: a name of :func:`cmt.list_models`.
         format: ``"onnx"`` (served by ONNX Runtime), ``"openvino"`` or ``"trt"`` (also ``"engine"``, ``"tensorrt"``).
-        precision: ``"fp32"``, ``"fp16"`` (trt), ``"bf16"`` (openvino) or ``"int8"``.
+        precision: ``"fp32"``, ``"fp16"`` (trt), ``"bf16"`` (openvino), ``"int8"``, or ``"auto"``: measure them here and take the
+            fastest that passes, see :mod:`export.auto`.
         head: ``"logits"``, or ``"features"``: the stage maps of a hierarchical model, for detection and segmentation.
         weights: ``"pretrained"``, ``"random"``, or a checkpoint file.
         ema: which weights of a training checkpoint, see :func:`cmt.load_weights`.
@@ -48,7 +54,7 @@ class ExportConfig:
         eval_data: labelled images; top-1 of bundle and reference is measured on them.
         eval_limit: use only so many of them, evenly spread.
         by_order: match class folders to labels in sorted order.
-        max_drop: allowed loss of top-1, percentage points.
+        max_drop: allowed loss of top-1, percentage points; default: 1, ``"auto"``: 0.3.
         atol: allowed difference of golden logits; default by precision.
         batch: batch size of the graph; ``0`` accepts any.
         mean, std: of the red, green and blue values scaled to 0..1, as ``"0.5,0.5,0.5"``; default: the model's.
@@ -60,7 +66,11 @@ class ExportConfig:
         device: trt only: number of the GPU to build on.
         workspace: trt only: GiB of scratch memory for the builder.
         output: folder in which the bundle's folder is made.
-        cache: reuse calibrated graphs and synthetic images of earlier runs.
+        cache: reuse calibrated graphs, synthetic images and measurements of earlier runs.
+        keep_float: int8 only: groups of operations that stay float, as ``"stem,stages.0.attn"`` (``"auto"`` names them).
+        latency_budget: auto only: allowed median latency of one batch, milliseconds.
+        time_budget: auto only: seconds after which nothing more is refined.
+        isa: auto only: limit the runtime to the instructions of an older CPU while it is measured, ``"avx2"`` or ``"avx2_vnni"``.
     """
 
     model: str
@@ -79,7 +89,7 @@ class ExportConfig:
     eval_data: str | None = None
     eval_limit: int | None = None
     by_order: bool = False
-    max_drop: float = 1.0
+    max_drop: float | None = None
     atol: float | None = None
     batch: int = 1
     mean: str | None = None
@@ -93,6 +103,10 @@ class ExportConfig:
     workspace: float | None = None
     output: str = "."
     cache: bool = True
+    keep_float: str | None = None
+    latency_budget: float | None = None
+    time_budget: float | None = None
+    isa: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "format", ALIASES.get(self.format, self.format))
@@ -115,6 +129,18 @@ class ExportConfig:
         return [f"stage{i + 1}" for i in range(len(self.spec.strides))] if self.head == "features" else [LOGITS]
 
     @property
+    def allowed_drop(self) -> float:
+        """Percentage points of top-1."""
+        if self.max_drop is not None:
+            return self.max_drop
+        return AUTO_DROP if self.precision == "auto" else MAX_DROP
+
+    @property
+    def recipe(self) -> Recipe:
+        names = (name.strip() for name in (self.keep_float or "").split(","))
+        return replace(DEFAULT, keep_float=tuple(name for name in names if name))
+
+    @property
     def preprocess(self) -> Preprocess:
         spec, size = self.spec, self.img_size
         ratio = spec.crop_ratio if self.crop_ratio is None else self.crop_ratio or None
@@ -135,6 +161,12 @@ class ExportConfig:
     def target(self) -> Path:
         return Path(self.output) / self.name
 
+    @property
+    def targets(self) -> list[Path]:
+        """Every folder that the export may make."""
+        precisions = FORMATS[self.format] if self.precision == "auto" else (self.precision,)
+        return [replace(self, precision=precision).target for precision in precisions]
+
     def check(self) -> None:
         """Raise the first :class:`~deploy.errors.InputError` among everything that can be known without loading."""
         _choice("format", self.format, (*FORMATS, *ALIASES))
@@ -144,16 +176,17 @@ class ExportConfig:
         _at_least("--batch", self.batch, 0)
         for flag, value in (("--calib-size", self.calib_size), ("--eval-limit", self.eval_limit), ("--threads", self.threads)):
             _at_least(flag, 1 if value is None else value, 1)
-        for flag, bound in (("--max-drop", self.max_drop), ("--atol", self.atol or 0.0)):
+        for flag, bound in (("--max-drop", self.allowed_drop), ("--atol", self.atol or 0.0)):
             if not bound >= 0:
                 raise InputError(f"{flag} {bound} is negative", remedy="give the allowed difference, 0 or more")
         self._check_model()
         self._check_files()
+        self._check_auto()
         self._check_pair()
         if self.precision == "int8" and self.data is None:
             raise InputError("int8 needs calibration images", remedy="--data FOLDER with images like those the model will see, "
                              "or --data generated if there are none")  # fmt: skip
-        if self.precision not in ("int8", "fp16") and (self.data is not None or self.calib_size is not None):
+        if self.precision not in ("int8", "fp16", "auto") and (self.data is not None or self.calib_size is not None):
             raise InputError(f"--data and --calib-size are for int8 calibration and fp16 ranges, not {self.precision}",
                              remedy="leave them out; to measure accuracy use --eval-data")  # fmt: skip
         if self.data == SYNTHETIC and self.weights == "random":
@@ -179,9 +212,42 @@ class ExportConfig:
             raise InputError(f"the pretrained weights of {self.model} are for {spec.img_size} pixels, not {self.img_size}",
                              remedy="--resize-position-bias to interpolate them, then check the accuracy")  # fmt: skip
 
+    def _check_auto(self) -> None:
+        """Settings of ``auto`` and what it needs."""
+        given = [flag for flag, value in (("--latency-budget", self.latency_budget), ("--time-budget", self.time_budget), ("--isa", self.isa))
+                 if value is not None]  # fmt: skip
+        if self.precision != "auto" and given:
+            raise InputError(
+                f"{' and '.join(given)}: only --precision auto measures and chooses",
+                remedy="leave it out, or use --precision auto",
+            )
+        if self.precision != "int8" and self.keep_float is not None:
+            raise InputError(f"--keep-float is for int8, not {self.precision}", remedy="leave it out, or use --precision int8")
+        if self.precision != "auto":
+            return
+        if self.format == "trt":
+            raise InputError("--precision auto measures on this machine, but TensorRT engines run on their device",
+                             remedy="export fp16 and int8 with --no-build, then cmt-build and cmt-bench both on the device")  # fmt: skip
+        if self.head != LOGITS:
+            raise InputError("--precision auto judges by classes, which feature maps do not have",
+                             remedy="let it choose for --head logits, then export the maps with that --precision and --keep-float")  # fmt: skip
+        if self.data is None:
+            raise InputError("auto needs calibration images, for its int8 candidates", remedy="--data FOLDER with images like those the model "
+                             "will see; add --eval-data with labelled ones to judge by top-1")  # fmt: skip
+        for flag, value in (("--latency-budget", self.latency_budget), ("--time-budget", self.time_budget)):
+            if value is not None and not value > 0:
+                raise InputError(
+                    f"{flag} {value:g} is not above 0", remedy="give milliseconds (latency) or seconds (time), or leave it out"
+                )
+        if self.isa is not None:
+            _choice("instruction set", self.isa, tuple(ISAS))
+            if self.format != "openvino":
+                raise InputError("--isa needs --format openvino: ONNX Runtime asks the CPU itself and has no switch for it",
+                                 remedy="leave --isa out, or use --format openvino")  # fmt: skip
+
     def _check_pair(self) -> None:
         """Formats and precisions that do not go together, and settings of another format."""
-        if self.precision not in FORMATS[self.format]:
+        if self.precision != "auto" and self.precision not in FORMATS[self.format]:
             why = {"onnx": "ONNX Runtime computes in it on no CPU", "openvino": "OpenVINO computes in it on no CPU",
                    "trt": "its typed graphs are fp32, fp16 or int8"}[self.format]  # fmt: skip
             others = [f for f, known in FORMATS.items() if self.precision in known]

@@ -65,32 +65,50 @@ class _Reference:
         return self.golden.outputs
 
 
-def run(config: ExportConfig, progress: Progress | None = None) -> Bundle:
-    """Export, verify and measure; returns the finished bundle.
+@dataclass(frozen=True)
+class Prepared:
+    """What ``precision="auto"`` has made already and hands to the export of its winner."""
+
+    reference: _Reference
+    graph: onnx.ModelProto
+    steps: dict[str, float]
+    data: CalibrationSet | None
+    calibrated: Path
+    verdict: dict[str, Any]
+
+
+def run(config: ExportConfig, progress: Progress | None = None, *, prepared: Prepared | None = None) -> Bundle:
+    """Export, verify and measure; returns the finished bundle. Callers leave ``prepared`` out.
 
     Raises:
         InputError and its kin: something asked for or given cannot be used (exit code 2).
         RuntimeMissingError: a runtime or instruction set is missing here (3).
         GateError: a step or the result differs from the reference by more than allowed (1); nothing is written.
     """
+    if config.precision == "auto":
+        from .auto import run_auto
+
+        return run_auto(config, progress)
     preflight(config)
     progress = progress or Progress(quiet=True)
     labelled = ImageSet(config.eval_data) if config.eval_data else None
     with BundleWriter(config.target) as writer:
         with progress.step("load the reference model"):
-            reference = _reference(config)
+            reference = prepared.reference if prepared else _reference(config)
             labels, labels_source = _labels(config, reference.loaded) if config.head == LOGITS else ([], "none")
         manifest = _manifest(config, reference, labels, labels_source)
+        manifest = replace(manifest, verdict=prepared.verdict if prepared else None)
         if labelled:  # before the long work: a mismatch is the user's to mend
             match_labels(Bundle(config.target, manifest), labelled, config.by_order)
-        data = _images(config, reference.classifier, progress)
-        graph, steps = _graph(config, reference, progress)
+        data = prepared.data if prepared else _images(config, reference.classifier, progress)
+        graph, steps = (prepared.graph, prepared.steps) if prepared else _graph(config, reference, progress)
         if data and config.precision == "int8":
             with progress.step(f"calibrate on {len(data)} images"):
-                cache = cache_folder() / "calibrated" if config.cache else None
-                quantized = quantize(graph, data, config.preprocess, cache=cache, progress=progress.count)
+                cache = prepared.calibrated if prepared else cache_folder() / "calibrated" if config.cache else None
+                quantized = quantize(graph, data, config.preprocess, config.recipe, cache=cache, progress=progress.count)
             graph = quantized.model
-            manifest = replace(manifest, calibration=data.describe() | {"recipe": quantized.recipe, "cached": quantized.cached})
+            manifest = replace(manifest, calibration=data.describe() | {"recipe": quantized.recipe, "cached": quantized.cached,
+                                                                        "keep_float": list(config.recipe.keep_float)})  # fmt: skip
         if config.format == "trt":
             with progress.step("write the precision into the graph"):
                 graph, manifest = _typed(config, graph, data, reference, manifest, steps)
@@ -111,7 +129,7 @@ def run(config: ExportConfig, progress: Progress | None = None) -> Bundle:
             manifest = replace(manifest, latency=summary(speed))
         manifest = replace(manifest, verification=report.plain(result) | {"steps": steps, "bundle": config.name})
         with progress.step("write the bundle"), writing(config.target):
-            _write_reports(writer.folder, config, result, speed)
+            _write_reports(writer.folder, config, result, speed, manifest.verdict)
             return writer.commit(manifest)
 
 
@@ -121,14 +139,15 @@ def preflight(config: ExportConfig) -> None:
     Raises as :func:`run`.
     """
     config.check()
-    BundleWriter(config.target).check()
+    for target in config.targets:
+        BundleWriter(target).check()
     if config.format == "trt":
         if config.build:
             _require_tensorrt(config)
         return
     module = backend(RUNTIME_OF[config.format])
     module.check()
-    if config.format == "openvino":
+    if config.format == "openvino" and config.precision != "auto":
         module.float_precision(config.precision, None)
 
 
@@ -162,7 +181,7 @@ def _images(config: ExportConfig, model: nn.Module, progress: Progress) -> Calib
 def synthetic_count(config: ExportConfig) -> int:
     """How many synthetic images an export makes: those asked for, for fp16 never more than are observed."""
     count = default_size(config.preprocess) if config.calib_size is None else config.calib_size
-    return count if config.precision == "int8" else min(count, OBSERVED_IMAGES)
+    return count if config.precision in ("int8", "auto") else min(count, OBSERVED_IMAGES)
 
 
 def _graph(config: ExportConfig, reference: _Reference, progress: Progress) -> tuple[onnx.ModelProto, dict[str, float]]:
@@ -264,7 +283,7 @@ def _verify(
     with Predictor(TorchSession(reference.model), config.preprocess, bundle.labels, batch=0, head=config.head) as torch_side:
         result = verify(
             bundle, data=labelled, by_order=config.by_order, threads=config.threads, device=config.device, reference=torch_side,
-            max_drop=config.max_drop, atol=config.atol, limit=config.eval_limit, progress=progress.count,
+            max_drop=config.allowed_drop, atol=config.atol, limit=config.eval_limit, progress=progress.count,
             candidate=_emulated(config, bundle) if config.format == "trt" and not config.build else None,
         )  # fmt: skip
     if not result.passed:
@@ -321,12 +340,17 @@ def _manifest(config: ExportConfig, reference: _Reference, labels: list[list[str
     )  # fmt: skip
 
 
-def _write_reports(folder: Path, config: ExportConfig, result: Verification, speed: Benchmark | None) -> None:
+def _write_reports(
+    folder: Path, config: ExportConfig, result: Verification, speed: Benchmark | None, verdict: dict[str, Any] | None
+) -> None:
     text = f"# {config.name}\n\n## Verification\n\n{report.verification_text(result, markdown=True)}\n"
     content = {"verification": report.plain(result)}
     if speed:
         speed = replace(speed, results=[replace(speed.results[0], name=config.name)])
         text += f"\n## Latency\n\n{report.benchmark_text(speed, markdown=True)}\n"
         content["benchmark"] = report.plain(speed)
+    if verdict:
+        text += f"\n## Why {config.precision}\n\n{report.verdict_text(verdict, markdown=True)}\n"
+        content["verdict"] = verdict
     (folder / "report.md").write_text(text, encoding="utf-8")
     (folder / "report.json").write_text(report.to_json(content) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import logging
@@ -15,6 +16,8 @@ import torch
 from onnx import helper, numpy_helper
 from torch import nn
 
+from calib.groups import MODULE
+from cmt import FeatureMaps
 from deploy.bundle import LOGITS
 from deploy.errors import CmtEdgeError, ParityError, StepError
 
@@ -33,13 +36,14 @@ def export_onnx(model: nn.Module, img_size: int, opset: int, outputs: Sequence[s
     """Trace ``model``; the graph takes any batch size; ``outputs`` names what it returns.
 
     Tracing with a fixed batch takes half the time of a symbolic one, so that is tried first, the batch freed afterwards and the graph
-    compared with ``model`` on another batch size. The graph holds no stack traces or paths, so equal inputs give equal bytes.
+    compared with ``model`` on another batch size. The graph holds no stack traces or paths, so equal inputs give equal bytes; each node
+    keeps the name of the module it comes from as metadata (:data:`calib.groups.MODULE`), until :func:`with_batch`.
 
     Raises:
         StepError: torch.onnx or onnx.checker refuses the model.
     """
     with contextlib.suppress(StepError, ParityError):  # a model may build its shapes in another way
-        graph = with_batch(_batch_freed(_traced(model, img_size, opset, outputs, TRACED_BATCH)), 0)
+        graph = _batch_freed(_traced(model, img_size, opset, outputs, TRACED_BATCH))
         images = torch.linspace(-2, 2, OTHER_BATCH * 3 * img_size**2).reshape(OTHER_BATCH, 3, img_size, img_size).sin()
         with torch.inference_mode():
             given = model(images)
@@ -66,7 +70,7 @@ def _traced(model: nn.Module, img_size: int, opset: int, outputs: Sequence[str],
         assert program is not None
         if any(node.op_type in UNTYPED for node in program.model_proto.graph.node):
             program.optimize()
-        return _anonymous(program.model_proto)
+        return _anonymous(program.model_proto, "model." if isinstance(model, FeatureMaps) else "")
 
 
 def _batch_freed(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -89,7 +93,7 @@ def _batch_freed(model: onnx.ModelProto) -> onnx.ModelProto:
                 node.input[0] = "open" if readers.get(node.output[0]) == {"Reshape"} and -1 not in shape else "batch_size"
     graph.initializer.append(numpy_helper.from_array(np.array([-1], np.int64), "open"))
     graph.node.insert(0, helper.make_node("Shape", [INPUT], ["batch_size"], "batch_size", start=0, end=1))
-    return model
+    return _with_ends(model, 0)
 
 
 def _constant(node: onnx.NodeProto) -> np.ndarray:
@@ -104,24 +108,31 @@ def simplify(graph: onnx.ModelProto) -> onnx.ModelProto:
         simplified, ok = onnxsim.simplify(graph)
         if not ok:
             raise StepError("step 'simplify' failed: onnxsim's own check did not pass", remedy="report the model")
-    return checked("simplify", _anonymous(simplified))
+    return checked("simplify", _relabelled(_anonymous(simplified), graph))
 
 
 def with_batch(graph: onnx.ModelProto, batch: int) -> onnx.ModelProto:
-    """A copy whose input and outputs have a fixed batch size; ``0`` keeps it dynamic.
+    """A copy whose input and outputs have a fixed batch size; ``0`` keeps it dynamic. Names of modules are left out.
 
     Nothing else in the graph depends on the batch: reshapes leave it to -1.
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(graph)
-    del copy.graph.value_info[:]
-    for value in (copy.graph.input[0], *copy.graph.output):
+    for node in copy.graph.node:
+        del node.metadata_props[:]
+    return _with_ends(copy, batch)
+
+
+def _with_ends(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
+    """``model``, in place, with the batch size of its input and outputs set, and no shapes of what lies between."""
+    del model.graph.value_info[:]
+    for value in (model.graph.input[0], *model.graph.output):
         dim = value.type.tensor_type.shape.dim[0]
         if batch:
             dim.dim_value = batch
         else:
             dim.dim_param = BATCH
-    return checked("fix the batch size", copy)
+    return checked("set the batch size", model)
 
 
 def checked(step: str, graph: onnx.ModelProto) -> onnx.ModelProto:
@@ -189,17 +200,48 @@ def guarded(step: str) -> Iterator[None]:
                         remedy="see the trace with -v and report the model") from exc  # fmt: skip
 
 
-def _anonymous(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """Without metadata and doc strings: they name files of the exporting machine."""
+def _anonymous(graph: onnx.ModelProto, wrapper: str = "") -> onnx.ModelProto:
+    """Without doc strings and metadata, which name files of the exporting machine; of the latter only module names stay.
+
+    They begin inside ``wrapper``, a prefix of all of them.
+    """
     del graph.metadata_props[:], graph.graph.metadata_props[:]
     graph.doc_string = graph.graph.doc_string = ""
     graph.producer_name, graph.producer_version = "cmt-edge", ""
     for node in graph.graph.node:
+        module = _module(node)
         del node.metadata_props[:]
         node.doc_string = ""
+        if module:
+            node.metadata_props.add(key=MODULE, value=module.removeprefix(wrapper))
     for value in (*graph.graph.input, *graph.graph.output, *graph.graph.value_info):
         del value.metadata_props[:]
     return graph
+
+
+def _module(node: onnx.NodeProto) -> str | None:
+    """Path of the module whose ``forward`` made ``node``, as torch.onnx recorded it; ``None`` where it is not known."""
+    known = {p.key: p.value for p in node.metadata_props}
+    if MODULE in known:
+        return known[MODULE]
+    try:  # a list of nested modules' paths, '' for the model, and at last the operation
+        scopes = ast.literal_eval(known.get("pkg.torch.onnx.name_scopes", "[]"))
+    except (ValueError, SyntaxError):
+        return None
+    return scopes[-2] if len(scopes) > 1 and scopes[0] == "" else None
+
+
+def _relabelled(simplified: onnx.ModelProto, traced: onnx.ModelProto) -> onnx.ModelProto:
+    """``simplified`` with module names on operations that onnxsim made too: the name of what reads their result first."""
+    known = {output: module for node in traced.graph.node if (module := _module(node)) for output in node.output}
+    for node in reversed(simplified.graph.node):
+        module = next((known[name] for name in node.output if name in known), None)
+        del node.metadata_props[:]
+        if module:
+            node.metadata_props.add(key=MODULE, value=module)
+            for name in node.input:
+                known.setdefault(name, module)
+    return simplified
 
 
 @contextlib.contextmanager

@@ -116,7 +116,7 @@ def test_no_model(values):
 def test_toml_file_with_every_setting(tmp_path):
     config = ExportConfig(
         "cmt_s", "onnx", "int8", "features", "w.pth", True, True, True, 5, 96, "l.txt", "d.tar/train", 7, "e", 9, True, 0.25, 0.5, 0,
-        "0,0,0", "1,1,1", 0.9, "ignore", 2, 3, False, "1", 2.5, "out", False,
+        "0,0,0", "1,1,1", 0.9, "ignore", 2, 3, False, "1", 2.5, "out", False, "stem", 5.0, 60.0, "avx2",
     )  # fmt: skip
     lines = []
     for field in fields(config):

@@ -91,6 +91,10 @@ class Session(ABC):
         """Time ``count`` inferences by the device's clock; ``None`` where host and device are the same."""
         return None
 
+    def kernels(self, batch: np.ndarray) -> dict[str, float]:
+        """Share of the run time by the runtime's own names of its kernels; empty where it tells none."""
+        return {}
+
     def inspect(self) -> str:
         """The runtime's own description of what it compiled, as JSON; empty where it has none."""
         return ""

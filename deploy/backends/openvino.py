@@ -23,6 +23,7 @@ from .base import ExecutedPrecision, LoadOptions, Session
 IR = "openvino.xml"
 PRECISIONS = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "i8": "int8", "u8": "int8"}
 CONVERSIONS = {"Reorder", "Convert", "FakeQuantize"}
+SKIPPED = {"Parameter", "Input", "Result", "Output", "Const", "Constant"}
 
 
 def check(device: str | None = None) -> str:
@@ -91,19 +92,28 @@ class OpenVINOSession(Session):
             self._idle.put(request)
 
     def executed(self, batch: np.ndarray, repeats: int = 10) -> ExecutedPrecision:
+        times, known = self._profile(batch, repeats, ("runtimePrecision", "layerType"))
+        return _summarise(times, *known)
+
+    def kernels(self, batch: np.ndarray) -> dict[str, float]:
+        times, (names, kinds) = self._profile(batch, 10, ("primitiveType", "layerType"))
+        share: dict[str, float] = dict.fromkeys(names.values(), 0.0)
+        for node, name in names.items():
+            share[name] += 0.0 if kinds[node] in SKIPPED else times[node]
+        total = sum(share.values()) or 1.0
+        return {name: spent / total for name, spent in share.items() if spent}
+
+    def _profile(self, batch: np.ndarray, repeats: int, entries: tuple[str, ...]) -> tuple[Counter[str], list[dict[str, str]]]:
+        """Seconds by node of the execution graph, and for each of ``entries`` what the graph says about every node."""
         compiled = ov.Core().compile_model(self._model, self.device, {**self._config, "PERF_COUNT": True})
-        precisions, kinds = {}, {}
-        for node in compiled.get_runtime_model().get_ops():
-            info = node.get_rt_info()
-            precisions[node.get_friendly_name()] = str(info["runtimePrecision"].astype(str))
-            kinds[node.get_friendly_name()] = str(info["layerType"].astype(str))
+        nodes = {node.get_friendly_name(): node.get_rt_info() for node in compiled.get_runtime_model().get_ops()}
         request = compiled.create_infer_request()
         times: Counter[str] = Counter()
         for i in range(repeats + 2):
             request.infer([batch])
             for node in request.profiling_info if i >= 2 else ():
                 times[node.node_name] += node.real_time.total_seconds()
-        return _summarise(times, precisions, kinds)
+        return times, [{name: str(info[entry].astype(str)) for name, info in nodes.items()} for entry in entries]
 
     def close(self) -> None:
         self._idle = queue.SimpleQueue()
@@ -111,12 +121,11 @@ class OpenVINOSession(Session):
 
 
 def _summarise(times: Counter[str], precisions: dict[str, str], kinds: dict[str, str]) -> ExecutedPrecision:
-    skipped = {"Parameter", "Input", "Result", "Output", "Const", "Constant"}
     share: Counter[str] = Counter()
     operations: Counter[str] = Counter()
     conversion = 0.0
     for name, precision in precisions.items():
-        if kinds[name] in skipped:
+        if kinds[name] in SKIPPED:
             continue
         label = PRECISIONS.get(precision.lower(), precision.lower())
         share[label] += times[name]
