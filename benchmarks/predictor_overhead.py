@@ -28,6 +28,7 @@ from PIL import Image
 
 from calib.generated import generate
 from deploy import Bundle, Predictor
+from deploy.backends.base import batch_limit
 from deploy.benchmark import throughput
 from deploy.host import describe, versions
 from deploy.preprocess import normalise, pixels
@@ -186,7 +187,7 @@ def _rate(call: Callable[[Iterable[bytes]], Iterable[object]], files: list[bytes
 
 def report(path: Path, args: argparse.Namespace) -> None:
     bundle = Bundle.open(path)
-    if bundle.manifest.input["shape"][0] not in (1, "N", "batch", None):
+    if batch_limit(bundle) > 1:
         raise SystemExit(f"{path}: a bundle of batch 1 or of any batch is needed")
     files = photos()
     with (
