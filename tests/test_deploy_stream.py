@@ -477,6 +477,16 @@ def test_batches_of_every_kind_of_memory(onnx_bundle, name):
         np.testing.assert_allclose(p.logits(batch[:1]), want[2:], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("values", [[np.inf, -np.inf], [np.nan], [np.inf], [-np.inf, 3e38], [np.nan, np.inf]])
+def test_no_sum_hides_what_is_not_finite(values):
+    p = tiny(0)
+    batch = np.full((2, 3, SPEC.size, SPEC.size), 3e38, np.float32)  # finite, though its sum is not
+    assert p.outputs(batch)[0].shape == (2, 3)
+    batch[0, 0, 0, : len(values)] = values
+    with pytest.raises(InputError, match="infinite"):
+        p.outputs(batch)
+
+
 def test_prepare_takes_lists_and_generators():
     p = tiny()
     listed = p.prepare([RED, BLUE])
