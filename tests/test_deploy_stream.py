@@ -477,6 +477,7 @@ def test_batches_of_every_kind_of_memory(onnx_bundle, name):
         np.testing.assert_allclose(p.logits(batch[:1]), want[2:], atol=1e-4, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("values", [[np.inf, -np.inf], [np.nan], [np.inf], [-np.inf, 3e38], [np.nan, np.inf]])
 def test_no_sum_hides_what_is_not_finite(values):
     p = tiny(0)
