@@ -23,12 +23,14 @@ from .predictor import Predictor
 from .preprocess import EXTENSIONS
 
 BENCH_IMAGES = 64
+MANY = 32
+"""So many images are worth opening the bundle for several inferences at once."""
 MAX_TIME_LIMIT_S = 30 * 86400.0
 
 
 def predict(argv: list[str] | None = None) -> int:
     """Entry point of ``cmt-predict``."""
-    p = parser("cmt-predict", "Classify images with a bundle.")
+    p = parser("cmt-predict", f"Classify images with a bundle; {MANY} images or more with several inferences at once.")
     p.add_argument("bundle", type=Path)
     p.add_argument("images", type=Path, nargs="+", help="image files, or folders of them")
     p.add_argument("--topk", type=int, default=5, help="classes to print (default 5)")
@@ -40,7 +42,8 @@ def _predict(args: argparse.Namespace) -> int:
     if args.topk < 1:
         raise InputError(f"--topk {args.topk}", remedy="ask for 1 or more")
     paths = [file for path in args.images for file in _expand(path)]
-    with Predictor.load(args.bundle, backend=args.backend, device=args.device, threads=args.threads) as p:
+    many = len(paths) >= MANY
+    with Predictor.load(args.bundle, backend=args.backend, device=args.device, threads=args.threads, throughput=many) as p:
         predictions = []
         progress = Progress(args.quiet or len(paths) < 20)
         for prediction in p.stream(paths):

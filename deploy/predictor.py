@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
+import math
+import threading
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,12 @@ from .backends.base import batch_limit
 from .bundle import LOGITS, Bundle
 from .errors import InputError
 from .preprocess import ImageLike, Preprocess, preprocess
+from .stream import Stages, stream
 
 DYNAMIC_CHUNK = 8
 """Images a call of a dynamic-batch model: bounds memory; larger batches gained nothing on CPUs."""
+KEPT_BUFFERS = 4
+"""Input buffers that a Predictor keeps for the next calls."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,9 @@ class Predictor:
     ) -> None:
         """``batch``: the fixed batch size of ``session``, ``0`` if any size goes. Most callers want :meth:`load`."""
         self.session, self.spec, self.labels, self.batch, self.head = session, preprocess, list(labels), batch, head
-        self._closed = False
+        self._closed, self._running, self._lock = False, 0, threading.Lock()
+        self._idle = threading.Condition(self._lock)
+        self._buffers: list[np.ndarray] = []
 
     @classmethod
     def load(
@@ -98,11 +103,16 @@ class Predictor:
 
     def __call__(self, image: ImageLike) -> Prediction:
         """Classify one image: path, encoded bytes, file object, Pillow image, or HWC uint8 RGB array."""
-        return self.predict([image])[0]
+        self._require(LOGITS)
+        rows = self._take()
+        source = self._decode(image, rows[0])
+        logits = self._infer(rows, 1)[0]
+        self._give(rows)
+        return Prediction(logits, self.labels, source)
 
     def predict(self, images: Iterable[ImageLike]) -> list[Prediction]:
         """Classify several images; raises :class:`~deploy.errors.ImageError` at the first that cannot be read."""
-        return list(self.stream(images, workers=0))
+        return list(self.stream(images, workers=0, in_flight=1))
 
     def logits(self, batch: np.ndarray) -> np.ndarray:
         """Preprocessed float32 ``(N, 3, H, W)`` -> float32 ``(N, classes)``; any ``N``, in the model's own batches.
@@ -124,8 +134,13 @@ class Predictor:
 
     def prepare(self, images: Iterable[ImageLike]) -> np.ndarray:
         """Decode, resize, crop and normalise: the float32 batch ``(N, 3, H, W)`` that :meth:`logits` and :meth:`features` take."""
-        arrays = [preprocess(image, self.spec) for image in images]
-        return np.stack(arrays) if arrays else np.empty((0, 3, self.spec.size, self.spec.size), np.float32)
+        if not isinstance(images, Sequence):
+            arrays = [preprocess(image, self.spec) for image in images]
+            return np.stack(arrays) if arrays else self._rows(0)
+        batch = self._rows(len(images))
+        for image, row in zip(images, batch, strict=True):
+            preprocess(image, self.spec, row)
+        return batch
 
     def outputs(self, batch: np.ndarray) -> list[np.ndarray]:
         """What the model gives, whatever its head: see :meth:`logits` and :meth:`features`."""
@@ -141,41 +156,63 @@ class Predictor:
                 f"expected a float32 array (N, 3, {size}, {size}), got {got}",
                 remedy="preprocess images with deploy.preprocess, or pass them to predict()",
             )
-        if not np.isfinite(batch).all():
+        if not _finite(batch):
             raise InputError("the input holds NaN or infinite values", remedy="check how it was normalised")
         return self._run(batch)
 
-    def stream(self, images: Iterable[ImageLike], *, workers: int = 2) -> Iterator[Prediction]:
-        """Predictions in order, one by one; ``workers`` threads decode ahead while the runtime computes.
+    def stream(self, images: Iterable[ImageLike], *, workers: int = 2, in_flight: int | None = None) -> Iterator[Prediction]:
+        """Predictions in order, one by one: threads decode ahead while the runtime computes.
 
-        At most ``2 * workers + batch`` images are held at a time, so an endless iterable is fine.
+        ``images`` is read in the caller's thread, and only as far ahead as is worth it, so an endless iterable is fine: at most
+        ``in_flight * batch + max(batch, 2 * workers)`` images are held (a dynamic batch counts as 8). Closing the stream, or
+        leaving the loop, ends its threads.
+
+        Args:
+            images: as :meth:`predict`; may be endless.
+            workers: threads that decode; ``0`` decodes in the caller's thread.
+            in_flight: inferences at once; default: what the runtime gains from, which is 1 unless the bundle was loaded with
+                ``throughput=True``.
+
+        Raises:
+            ImageError: an image cannot be read. Raised at its turn, after the predictions of all images before it, like
+                errors of the runtime and of ``images`` itself.
+            InputError: ``in_flight`` below 1, a closed Predictor, or a bundle of feature maps.
         """
         self._require(LOGITS)
-        chunk = self.batch or DYNAMIC_CHUNK
-        for group in _groups(self._decoded(images, workers), chunk):
-            arrays = np.stack([array for _, array in group]) if len(group) > 1 else group[0][1][None]
-            for (source, _), logits in zip(group, self._run(arrays)[0], strict=True):
-                yield Prediction(logits, self.labels, source)
+        if in_flight is not None and in_flight < 1:
+            raise InputError(f"{in_flight} inferences in flight were asked for", remedy="ask for 1 or more, or leave it out")
+        stages = Stages(self.batch or DYNAMIC_CHUNK, self._decode, self._infer, self._take, self._give)
+        several = in_flight or max(1, self.session.parallelism)
+        for source, logits in stream(images, stages, workers=workers, in_flight=several):
+            yield Prediction(logits, self.labels, source)
 
-    def _decoded(self, images: Iterable[ImageLike], workers: int) -> Iterator[tuple[str | None, np.ndarray]]:
-        def one(image: ImageLike) -> tuple[str | None, np.ndarray]:
-            return str(image) if isinstance(image, (str, Path)) else None, preprocess(image, self.spec)
+    def _decode(self, image: ImageLike, row: np.ndarray) -> str | None:
+        """Preprocess into ``row``; the path, where the image is given as one."""
+        preprocess(image, self.spec, row)
+        return str(image) if isinstance(image, (str, Path)) else None
 
-        if workers <= 0:
-            yield from map(one, images)
-            return
-        with ThreadPoolExecutor(workers, "decode") as pool:
-            pending: deque[Future[tuple[str | None, np.ndarray]]] = deque()
-            try:
-                for image in images:
-                    pending.append(pool.submit(one, image))
-                    if len(pending) >= 2 * workers:
-                        yield pending.popleft().result()
-                while pending:
-                    yield pending.popleft().result()
-            finally:
-                for future in pending:
-                    future.cancel()
+    def _infer(self, rows: np.ndarray, count: int) -> np.ndarray:
+        """Logits of the first ``count`` rows of a buffer."""
+        if count == len(rows):
+            return self._session_run(rows)[0]
+        if not self.batch:
+            return self._session_run(rows[:count])[0]
+        rows[count:] = 0
+        return self._session_run(rows)[0][:count]
+
+    def _take(self) -> np.ndarray:
+        """A buffer of one inference's images, for one thread at a time."""
+        try:
+            return self._buffers.pop()
+        except IndexError:
+            return self._rows(self.batch or DYNAMIC_CHUNK)
+
+    def _give(self, rows: np.ndarray) -> None:
+        if len(self._buffers) < KEPT_BUFFERS:
+            self._buffers.append(rows)
+
+    def _rows(self, count: int) -> np.ndarray:
+        return np.empty((count, 3, self.spec.size, self.spec.size), np.float32)
 
     def _require(self, head: str) -> None:
         if self.head != head:
@@ -183,11 +220,9 @@ class Predictor:
             raise InputError(f"this bundle gives {self.head}, not {wanted}", remedy=f"use {use}, or export with --head {head}")
 
     def _run(self, batch: np.ndarray) -> list[np.ndarray]:
-        if self._closed:
-            raise InputError("this Predictor is closed", remedy="load the bundle again")
         batch = np.ascontiguousarray(batch)
         if self.batch == 0 or len(batch) == self.batch:
-            return self.session.run(batch)
+            return self._session_run(batch)
         if not len(batch):  # nothing to run, but the shapes are the model's
             return [output[:0] for output in self._padded(batch)]
         parts = [self._padded(batch[i : i + self.batch]) for i in range(0, len(batch), self.batch)]
@@ -197,7 +232,21 @@ class Predictor:
         """Run ``part``, at most one fixed batch; missing images are zeros whose answers are dropped."""
         missing = self.batch - len(part)
         full = np.concatenate([part, np.zeros((missing, *part.shape[1:]), np.float32)]) if missing else part
-        return [output[: len(part)] for output in self.session.run(full)]
+        return [output[: len(part)] for output in self._session_run(full)]
+
+    def _session_run(self, batch: np.ndarray) -> list[np.ndarray]:
+        """One inference, which :meth:`close` waits for."""
+        with self._lock:
+            if self._closed:
+                raise InputError("this Predictor is closed", remedy="load the bundle again")
+            self._running += 1
+        try:
+            return self.session.run(batch)
+        finally:
+            with self._lock:
+                self._running -= 1
+                if self._closed:
+                    self._idle.notify_all()
 
     @property
     def info(self) -> dict[str, Any]:
@@ -205,10 +254,14 @@ class Predictor:
         return self.session.info
 
     def close(self) -> None:
-        """Free the runtime's resources. Further calls raise :class:`~deploy.errors.InputError`."""
-        if not self._closed:
+        """Free the runtime's resources once running inferences are done. Further calls raise :class:`~deploy.errors.InputError`."""
+        with self._lock:
+            if self._closed:
+                return
             self._closed = True
-            self.session.close()
+            self._idle.wait_for(lambda: not self._running)
+        self._buffers.clear()
+        self.session.close()
 
     def __enter__(self) -> Predictor:
         return self
@@ -217,15 +270,11 @@ class Predictor:
         self.close()
 
 
+def _finite(batch: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite; in one pass without a temporary, because small models take a millisecond."""
+    with np.errstate(all="ignore"):
+        total = np.add.reduce(batch, axis=None)
+    return math.isfinite(total) or bool(np.isfinite(batch).all())  # finite values may have an infinite sum
+
+
 _backend = backend  # `load` has a parameter of that name
-
-
-def _groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    group: list[Any] = []
-    for item in items:
-        group.append(item)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
@@ -90,7 +91,7 @@ def decode(source: ImageLike, spec: Preprocess) -> Image.Image:
         ImageError: missing, empty, damaged, not an image, of an unsupported kind, or beyond ``MAX_PIXELS``/``MAX_BYTES``.
     """
     if isinstance(source, np.ndarray):
-        return _from_array(source)
+        return Image.fromarray(np.ascontiguousarray(_checked(source)))
     name = _name(source)
     try:
         if isinstance(source, Image.Image):
@@ -112,30 +113,60 @@ def decode(source: ImageLike, spec: Preprocess) -> Image.Image:
 
 
 def pixels(source: ImageLike, spec: Preprocess) -> np.ndarray:
-    """Decoded, resized and cropped: ``(size, size, 3)`` uint8. Raises as :func:`decode`."""
+    """Decoded, resized and cropped: ``(size, size, 3)`` uint8, read-only. Raises as :func:`decode`.
+
+    Of an array that needs no resizing the result is a view.
+    """
+    if isinstance(source, np.ndarray):
+        height, width = _checked(source).shape[:2]
+        new, (left, top, right, bottom) = _geometry(width, height, spec, source)
+        if new == (width, height):
+            view = source[top:bottom, left:right]
+            view.flags.writeable = False
+            return view
     image = decode(source, spec)
+    new, box = _geometry(*image.size, spec, source)
+    if new != image.size:
+        image = image.resize(new, RESAMPLING[spec.interpolation])
+    return np.asarray(image if box == (0, 0, *new) else image.crop(box))
+
+
+def _geometry(
+    width: int, height: int, spec: Preprocess, source: ImageLike
+) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
+    """Width and height after resizing, and the box to crop then."""
     size = spec.size
     if spec.short_side is None:
-        return np.asarray(image.resize((size, size), RESAMPLING[spec.interpolation]))
-    width, height = image.size
+        return (size, size), (0, 0, size, size)
     short = min(width, height)
     # the long side is truncated and the crop offset rounded, as in torchvision, which published models were evaluated with
     new = (max(size, int(spec.short_side * width / short)), max(size, int(spec.short_side * height / short)))
     if new[0] * new[1] > MAX_PIXELS:
         raise _too_large(_name(source), f"resizing {width} x {height} by its short side gives {new[0]} x {new[1]}")
-    image = image.resize(new, RESAMPLING[spec.interpolation])
     left, top = round((new[0] - size) / 2), round((new[1] - size) / 2)
-    return np.asarray(image.crop((left, top, left + size, top + size)))
+    return new, (left, top, left + size, top + size)
 
 
 def normalise(values: np.ndarray, spec: Preprocess, out: np.ndarray | None = None) -> np.ndarray:
-    """``(..., H, W, 3)`` uint8 -> ``(..., 3, H, W)`` float32, ``(v / 255 - mean) / std``; written into ``out`` if given."""
-    scale = (1 / (255 * np.asarray(spec.std))).astype(np.float32).reshape(3, 1, 1)
-    shift = (-np.asarray(spec.mean) / np.asarray(spec.std)).astype(np.float32).reshape(3, 1, 1)
-    planes = np.moveaxis(values, -1, -3)
-    result = np.multiply(planes, scale, out=out, dtype=np.float32)
-    result += shift
-    return np.ascontiguousarray(result)
+    """``(..., H, W, 3)`` uint8 -> ``(..., 3, H, W)`` float32, ``(v / 255 - mean) / std``.
+
+    ``out``: float32 of the result's shape, written without temporaries and returned; default: a new contiguous array.
+    """
+    scale, shift = _affine(tuple(spec.mean), tuple(spec.std))
+    planes = values.swapaxes(-1, -2).swapaxes(-2, -3)
+    if out is None:
+        out = np.empty(planes.shape, np.float32)
+    np.copyto(out, planes)  # on its own: arithmetic on values this far apart in memory takes several times as long
+    np.multiply(out, scale, out=out)
+    return np.add(out, shift, out=out)
+
+
+@lru_cache(maxsize=64)
+def _affine(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """``scale`` and ``shift``, float32 ``(3, 1, 1)``, with ``(v / 255 - mean) / std = v * scale + shift``."""
+    scale = (1 / (255 * np.asarray(std))).astype(np.float32).reshape(3, 1, 1)
+    shift = (-np.asarray(mean) / np.asarray(std)).astype(np.float32).reshape(3, 1, 1)
+    return scale, shift
 
 
 def preprocess(source: ImageLike, spec: Preprocess, out: np.ndarray | None = None) -> np.ndarray:
@@ -197,10 +228,11 @@ _UNTURN = {
 """EXIF orientation -> what undoes it."""
 
 
-def _from_array(array: np.ndarray) -> Image.Image:
+def _checked(array: np.ndarray) -> np.ndarray:
+    """``array``, if it is an image."""
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
         raise ImageError(
             f"an image array must be uint8 (H, W, 3), this is {array.dtype} {array.shape}",
             remedy="for preprocessed float32 (N, 3, H, W) batches use Predictor.logits",
         )
-    return Image.fromarray(np.ascontiguousarray(array))
+    return array

@@ -247,7 +247,7 @@ def test_given_images_are_what_is_measured_end_to_end(tmp_path, monkeypatch):
 
     seen = []
     original = deploy.predictor.preprocess
-    monkeypatch.setattr(deploy.predictor, "preprocess", lambda s, spec: seen.append(s.getvalue()) or original(s, spec))
+    monkeypatch.setattr(deploy.predictor, "preprocess", lambda s, *a: seen.append(s.getvalue()) or original(s, *a))
     images = tiny_golden().sources
     benchmark([make_bundle(tmp_path / "b")], images=images[:1], protocol=QUICK, with_throughput=False)
     assert set(seen) == {images[0]}

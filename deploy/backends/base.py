@@ -81,7 +81,10 @@ class Session(ABC):
 
     @abstractmethod
     def run(self, batch: np.ndarray) -> list[np.ndarray]:
-        """Contiguous float32 ``(N, 3, H, W)`` -> a new float32 array ``(N, ...)`` for each output, in the graph's order."""
+        """Contiguous float32 ``(N, 3, H, W)`` -> a new float32 array ``(N, ...)`` for each output, in the graph's order.
+
+        The caller fills ``batch`` again as soon as the call returns.
+        """
 
     @abstractmethod
     def executed(self, batch: np.ndarray, repeats: int = 10) -> ExecutedPrecision:

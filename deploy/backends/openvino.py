@@ -7,7 +7,6 @@ the CPU has it and in float32 elsewhere, and :meth:`Session.executed` reports wh
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections import Counter
 from pathlib import Path
@@ -77,19 +76,22 @@ class OpenVINOSession(Session):
         self.runtime = check(device)
         self._compiled = ov.Core().compile_model(model, device, config)
         self.parallelism = int(self._compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
-        self._idle: queue.SimpleQueue[ov.InferRequest] = queue.SimpleQueue()
+        self._idle: list[_Lane] = []
         self._lock = threading.Lock()
 
     def run(self, batch: np.ndarray) -> list[np.ndarray]:
+        lane = self._lane()
         try:
-            request = self._idle.get_nowait()
-        except queue.Empty:
-            with self._lock:
-                request = self._compiled.create_infer_request()
-        try:
-            return [output.copy() for output in request.infer([batch], share_inputs=True, share_outputs=True).values()]
+            return lane.run(batch)
         finally:
-            self._idle.put(request)
+            self._idle.append(lane)
+
+    def _lane(self) -> _Lane:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            with self._lock:
+                return _Lane(self._compiled.create_infer_request())
 
     def executed(self, batch: np.ndarray, repeats: int = 10) -> ExecutedPrecision:
         times, known = self._profile(batch, repeats, ("runtimePrecision", "layerType"))
@@ -116,8 +118,28 @@ class OpenVINOSession(Session):
         return times, [{name: str(info[entry].astype(str)) for name, info in nodes.items()} for entry in entries]
 
     def close(self) -> None:
-        self._idle = queue.SimpleQueue()
+        self._idle = []
         del self._compiled
+
+
+class _Lane:
+    """One infer request with an input buffer of its own, used by one thread at a time.
+
+    Handing OpenVINO another array costs up to a tenth of a small model's inference; copying the pixels costs a thirtieth of that.
+    """
+
+    def __init__(self, request: ov.InferRequest) -> None:
+        self._request = request
+        self._input: np.ndarray = np.empty(0, np.float32)
+
+    def run(self, batch: np.ndarray) -> list[np.ndarray]:
+        """As :meth:`Session.run`."""
+        if batch.shape != self._input.shape:
+            fresh = np.empty(batch.shape, np.float32)
+            self._request.set_input_tensor(ov.Tensor(fresh, shared_memory=True))
+            self._input = fresh
+        np.copyto(self._input, batch)
+        return [output.copy() for output in self._request.infer(share_outputs=True).values()]
 
 
 def _summarise(times: Counter[str], precisions: dict[str, str], kinds: dict[str, str]) -> ExecutedPrecision:
