@@ -1,4 +1,4 @@
-"""Trains or fine-tunes a model on class folders, ready for cmt-export; the recipe is that of the embedded cmt_nano.
+"""Trains or fine-tunes a model on class folders, ready for cmt-export; after the recipe of the embedded cmt_nano.
 
 python examples/train_cifar10.py --init pretrained --data flowers/train --eval-data flowers/test --epochs 10 -o flowers.pt
 """
