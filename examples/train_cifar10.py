@@ -187,11 +187,11 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--resume", action="store_true", help="go on with --output where it exists; all other flags as before")
     p.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cuda computes partly in bfloat16")
     for name, kind, default, text in (
-        ("model", str, "cmt_nano", "see cmt-export --list-models"), ("imgsz", int, None, "pixels"), ("threads", int, None, ""),
-        ("epochs", int, 22, ""), ("batch", int, 128, ""), ("lr", float, 1e-3, "highest"), ("drop-path", float, 0.05, ""), ("seed", int, 0, ""),
-        ("init", str, "random", "or, to fine-tune: pretrained, FILE"), ("limit", int, None, "images a class, for quick tries"),
+        ("model", str, "cmt_nano", "see cmt-export --list-models"), ("init", str, "random", "first weights: or pretrained, or FILE"),
+        ("imgsz", int, None, "pixels"), ("epochs", int, 22, "passes"), ("batch", int, 128, "images a step"), ("lr", float, 1e-3, "highest"),
+        ("drop-path", float, 0.05, "stochastic depth"), ("seed", int, 0, ""), ("threads", int, None, ""), ("limit", int, None, "images a class"),
     ):  # fmt: skip
-        p.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default %(default)s)")
+        p.add_argument(f"--{name}", type=kind, default=default, help=text + (f" (default {default})" if default else ""))
     return run(train, p.parse_args(argv))
 
 
