@@ -23,14 +23,17 @@ from cmt.weights import randomize
 from deploy.backends.openvino import has_bf16
 from deploy.benchmark import Protocol, benchmark
 from deploy.bundle import ONNX, Bundle
+from deploy.console import Progress
 from deploy.files import write_atomic
 from deploy.host import describe
 from deploy.report import table
-from export import ExportConfig, run
+from export import ExportConfig, pipeline, run
 from export.config import OPSET
 from export.to_onnx import export_onnx, simplify
 
 GIANT_MACS = 12e9
+CALIBRATED_ON = 8
+"""Images; enough for latencies, which do not depend on ranges."""
 HEADER = [
     "model",
     "input",
@@ -80,16 +83,25 @@ def figures(spec: ModelSpec) -> list[str]:
     return [spec.name, str(spec.img_size), f"{(spec.params or 0) / 1e6:.2f}", f"{(spec.macs or 0) / 1e9:.2f}", spec.top1 or "-"]
 
 
+def exported(name: str, folder: str, threads: int) -> list[Bundle]:
+    """The model as fp32 and int8, traced once."""
+    config = ExportConfig(name, "openvino", "int8", weights="random", data="generated", calib_size=CALIBRATED_ON, output=folder,
+                          threads=threads)  # fmt: skip
+    progress = Progress(quiet=True)
+    reference = pipeline._reference(config)
+    graph, steps = pipeline._graph(config, reference, progress)
+    data = pipeline._images(config, reference.classifier, progress)
+    prepared = pipeline.Prepared(reference, graph, steps, data, Path(folder) / "calibrated", None)
+    plain = replace(config, precision="fp32", data=None, calib_size=None)
+    return [run(chosen, prepared=prepared) for chosen in (plain, config)]
+
+
 def measure(spec: ModelSpec, threads: int) -> list[str]:
     model = create_model(spec.name)
     randomize(model)
     plain = len(simplify(export_onnx(model, spec.img_size, OPSET)).graph.node)
     with tempfile.TemporaryDirectory() as folder:
-        fp32, int8 = (
-            run(ExportConfig(spec.name, "openvino", precision, weights="random", data="generated" if precision == "int8" else None,
-                             calib_size=32 if precision == "int8" else None, output=folder, threads=threads))
-            for precision in ("fp32", "int8")
-        )  # fmt: skip
+        fp32, int8 = exported(spec.name, folder, threads)
         rewritten = len(onnx.load(fp32.file(ONNX)).graph.node)
         bf16 = Bundle(fp32.path, replace(fp32.manifest, precision="bf16"))  # the same files, another demand
         bundles = [fp32, *([bf16] if has_bf16() else []), int8]

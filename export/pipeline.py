@@ -67,14 +67,14 @@ class _Reference:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What ``precision="auto"`` has made already and hands to the export of its winner."""
+    """What several exports of one model share: made once by ``precision="auto"`` and handed to the export of its winner."""
 
     reference: _Reference
     graph: onnx.ModelProto
     steps: dict[str, float]
     data: CalibrationSet | None
     calibrated: Path
-    verdict: dict[str, Any]
+    verdict: dict[str, Any] | None
 
 
 def run(config: ExportConfig, progress: Progress | None = None, *, prepared: Prepared | None = None) -> Bundle:

@@ -94,6 +94,13 @@ def traced_once():
         yield patch
 
 
+@pytest.fixture(scope="module")
+def one_trace():
+    """See :func:`traced_once`."""
+    with traced_once():
+        yield
+
+
 FAKES = ROOT / "tests" / "fakes"
 
 

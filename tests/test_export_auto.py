@@ -18,6 +18,8 @@ from deploy.measuring import MeasuringProcess
 from export import auto, run
 from export.auto import Cache
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 MEASURED = ("logits", "benchmark", "kernels")
 
 

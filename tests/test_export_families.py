@@ -10,8 +10,9 @@ from conftest import TRACED, traced_once
 
 from cmt import list_models, model_spec
 from deploy import Bundle
+from deploy.benchmark import Protocol
 from deploy.parity import verify
-from export import ExportConfig, run
+from export import ExportConfig, pipeline, run
 
 SMALL = ("cvt_13", "convit_tiny", "mvitv2_t", "xformer_reading")
 EVERY = [pytest.param(n, marks=pytest.mark.giant) for n in list_models()]
@@ -47,7 +48,8 @@ def test_each_family(name, tmp_path):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_every_model_at_its_published_size(name, tmp_path, capsys):
-    with traced_once():
+    with traced_once() as patch:
+        patch.setattr(pipeline, "QUICK", Protocol(iters=3, seconds=0.0, warmup_iters=1, warmup_seconds=0.0))
         for form, precision in ROADS:
             made = export(name, form, precision, tmp_path, model_spec(name).img_size)
             again = [verify(Bundle.open(made.path), backend=backend) for backend in ("openvino", "onnxruntime")]

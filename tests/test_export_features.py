@@ -17,6 +17,8 @@ from deploy.parity import MAP_ATOL, check_golden, distance, verify
 from export import ExportConfig, run
 from export.to_onnx import require_parity
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 HIERARCHICAL = [n for n in list_models() if model_spec(n).strides]
 SMALLEST = ["cmt_nano", "cvt_13", "mvitv2_t", "xformer_reading"]
 """One of each family."""

@@ -20,6 +20,8 @@ from export import ExportConfig, run
 from export.cli import main
 from export.config import ALIASES
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 PRECISIONS = ("fp32", "fp16", "int8")
 DATA = {"fp32": None, "fp16": None, "int8": "generated"}
 
