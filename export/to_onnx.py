@@ -53,6 +53,7 @@ def export_onnx(model: nn.Module, img_size: int, opset: int, outputs: Sequence[s
     return checked("export to ONNX", _traced(model, img_size, opset, outputs, None))
 
 
+FATAL_ONLY = 4
 TRACED_BATCH = 13
 """Not a size that models use themselves, so that it is known again in the graph's shapes."""
 OTHER_BATCH = 2
@@ -157,7 +158,7 @@ def run_graph(graph: onnx.ModelProto, step: str) -> Callable[[np.ndarray], list[
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = FATAL_ONLY  # errors are raised
     with guarded(step):
         session = ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
