@@ -55,6 +55,7 @@ def test_peers_measures_rows_against_the_base(tmp_path):
     assert "ONNX Runtime fp32" in plot.read_text(encoding="utf-8") or plot.stat().st_size > 1000
 
 
+@pytest.mark.giant
 def test_a_row_that_cannot_be_made_says_why(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     content, text = run("peers.py", tmp_path, "--models", "cmt_nano", "--only", "torch_compile")
@@ -65,6 +66,7 @@ def test_a_row_that_cannot_be_made_says_why(tmp_path, monkeypatch):
     assert "- torch.compile: left out: " in text
 
 
+@pytest.mark.giant
 def test_ablation_measures_a_rewrite_alone_and_left_out(tmp_path):
     content, text = run("ablation.py", tmp_path, "--model", "cmt_nano", "--only", "scale into q", "attention float")
     found = {(v["name"], v["precision"]): v for v in content["variants"]}
