@@ -35,6 +35,7 @@ def run(script: str, folder: Path, *arguments: str) -> tuple[dict, str]:
     return json.loads(files[0].read_text(encoding="utf-8")), text
 
 
+@pytest.mark.giant
 def test_peers_measures_rows_against_the_base(tmp_path):
     plot = tmp_path / "speed.svg"
     content, text = run("peers.py", tmp_path, "--models", "cmt_nano", "--only", "ort_fp32", "ours_fp32", "--plot", str(plot))

@@ -131,6 +131,7 @@ def test_a_second_run_measures_nothing(finished, images, tmp_path, calls):
 
 
 @pytest.mark.slow
+@pytest.mark.giant
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch, calls, two_groups):
     monkeypatch.setenv("CMT_EDGE_CACHE", str(tmp_path / "cache"))
     real, answered = MeasuringProcess.logits, []

@@ -94,16 +94,16 @@ def test_every_runtime_gives_the_maps_of_pytorch(bundle, backend, count):
             np.testing.assert_allclose(ours, expected, atol=1e-3)
 
 
+ROADS = [
+    ("cmt_nano", "openvino", "int8"),
+    pytest.param("cvt_13", "openvino", "bf16", marks=pytest.mark.giant),
+    ("mvitv2_t", "trt", "fp16"),
+    pytest.param("xformer_reading", "onnx", "int8", marks=pytest.mark.giant),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "form", "precision"),
-    [
-        ("cmt_nano", "openvino", "int8"),
-        ("cvt_13", "openvino", "bf16"),
-        ("mvitv2_t", "trt", "fp16"),
-        ("xformer_reading", "onnx", "int8"),
-    ],
-)
+@pytest.mark.parametrize(("name", "form", "precision"), ROADS)
 def test_each_family_on_each_road(name, form, precision, tmp_path):
     made = export(name, tmp_path, form, precision)
     golden = made.manifest.verification["golden"]

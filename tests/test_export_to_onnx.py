@@ -68,7 +68,7 @@ def test_what_cannot_be_freed_is_traced_with_a_symbolic_batch(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["cmt_nano", "cvt_13"])
+@pytest.mark.parametrize("name", ["cmt_nano", pytest.param("cvt_13", marks=pytest.mark.giant)])
 def test_both_ways_give_the_same_graph(name):
     reference = create_model(name, img_size=64)
     randomize(reference)
