@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
 
 from deploy.errors import GateError, InputError, StepError
 from deploy.files import write_atomic
@@ -25,6 +24,7 @@ from .cache import evict, locked
 from .data import CalibrationSet
 from .groups import classes_of, groups_of
 from .lint import lint
+from .pairs import at_convs, signed
 from .recipe import DEFAULT, Recipe
 from .restore import int8_nodes, restore
 
@@ -173,38 +173,7 @@ def _run(
             raise
         raise StepError("calibration failed in NNCF", why=f"{type(exc).__name__}: {exc}",
                         remedy="export fp32 or bf16, and report the model") from exc  # fmt: skip
-    return signed(result)
-
-
-def signed(model: onnx.ModelProto) -> onnx.ModelProto:
-    """``model`` with every unsigned quantizer (of values that are never negative) made a signed one of the same range.
-
-    That costs one bit there; TensorRT reads nothing else, and one kind of activation serves every runtime. In place.
-    """
-    constants = {i.name: i for i in model.graph.initializer}
-    unsigned = [
-        n.input[1:3]
-        for n in model.graph.node
-        if n.op_type in ("QuantizeLinear", "DequantizeLinear") and len(n.input) == 3 and _unsigned(constants.get(n.input[2]))
-    ]
-    outputs = {
-        n.output[0]
-        for n in model.graph.node
-        if n.op_type == "QuantizeLinear" and len(n.input) == 3 and _unsigned(constants.get(n.input[2]))
-    }
-    for value in model.graph.value_info:
-        if value.name in outputs:
-            value.type.tensor_type.elem_type = onnx.TensorProto.INT8
-    for name in {scale for scale, _ in unsigned if scale in constants}:
-        wider = numpy_helper.to_array(constants[name]) * np.float32(255 / 127)
-        constants[name].CopyFrom(numpy_helper.from_array(wider, name))
-    for name in {zero for _, zero in unsigned}:
-        constants[name].CopyFrom(numpy_helper.from_array(numpy_helper.to_array(constants[name]).astype(np.int8), name))
-    return model
-
-
-def _unsigned(zero: onnx.TensorProto | None) -> bool:
-    return zero is not None and zero.data_type == onnx.TensorProto.UINT8 and not numpy_helper.to_array(zero).any()
+    return at_convs(signed(result))
 
 
 def _import_nncf() -> Any:

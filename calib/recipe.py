@@ -25,7 +25,7 @@ INT8_OPS = ("Conv", "Gemm", "MatMul")
 """Operations that compute in int8."""
 
 
-RULES = 3
+RULES = 4
 """Counts up when :meth:`Recipe.float_nodes` or what follows it changes, so that no cached graph of older rules is used."""
 
 

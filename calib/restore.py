@@ -14,6 +14,7 @@ import onnx
 from deploy.errors import InputError, StepError
 
 from .lint import source_of
+from .pairs import replace_nodes
 from .recipe import INT8_OPS, MOVES
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
@@ -90,8 +91,8 @@ class _Restoration:
             elif node.op_type == "Add" and self._follows_chosen(node):  # a product's bias
                 for i, name in enumerate(node.input):
                     node.input[i] = self._constant(name, node)
-        self._place_clones()
-        self._sweep()
+        copies = {clone.name.removesuffix(SUFFIX): clone for clone in self.clones}  # each right after what it was copied from
+        replace_nodes(self.graph, [n for node in self.graph.node for n in (node, copies.get(node.name)) if n is not None])
 
     def _before(self, node: onnx.NodeProto, position: int) -> str:
         inputs = self.original[node.name].input
@@ -178,29 +179,3 @@ class _Restoration:
             self.floats[output] = output + SUFFIX
         self.clones.append(clone)
         return tensor + SUFFIX
-
-    def _place_clones(self) -> None:
-        """Each copy right after what it was copied from, so that the graph stays in topological order."""
-        if not self.clones:
-            return
-        copies = {clone.name.removesuffix(SUFFIX): clone for clone in self.clones}
-        ordered = [n for node in self.graph.node for n in (node, copies.get(node.name)) if n is not None]
-        ordered = [onnx.NodeProto.FromString(n.SerializeToString()) for n in ordered]
-        del self.graph.node[:]
-        self.graph.node.extend(ordered)
-
-    def _sweep(self) -> None:
-        """Remove what nobody reads any more."""
-        needed, kept = {o.name for o in self.graph.output}, []
-        for node in reversed(self.graph.node):
-            if needed.intersection(node.output):
-                needed.update(node.input)
-                kept.append(onnx.NodeProto.FromString(node.SerializeToString()))
-        del self.graph.node[:]
-        self.graph.node.extend(reversed(kept))
-        made = {o for node in kept for o in node.output}
-        for field, wanted in ((self.graph.initializer, needed), (self.graph.value_info, made)):
-            remaining = [item for item in field if item.name in wanted]
-            copies = [type(item).FromString(item.SerializeToString()) for item in remaining]
-            del field[:]
-            field.extend(copies)

@@ -155,6 +155,7 @@ def logits_of(graph: onnx.ModelProto, batch: np.ndarray, step: str) -> np.ndarra
 
 def run_graph(graph: onnx.ModelProto, step: str) -> Callable[[np.ndarray], list[np.ndarray]]:
     """``graph``, opened in ONNX Runtime: a function from a batch, float32 ``(N, 3, S, S)``, to all outputs."""
+    name = graph.graph.input[0].name
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -164,7 +165,7 @@ def run_graph(graph: onnx.ModelProto, step: str) -> Callable[[np.ndarray], list[
 
     def run(batch: np.ndarray) -> list[np.ndarray]:
         with guarded(step):
-            return session.run(None, {INPUT: batch})
+            return session.run(None, {name: batch})
 
     return run
 
