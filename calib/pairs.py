@@ -49,21 +49,23 @@ def _unsigned(zero: onnx.TensorProto | None) -> bool:
 def at_convs(model: onnx.ModelProto) -> onnx.ModelProto:
     """``model`` with every pair that a conv reads through moves standing directly before the conv instead. In place.
 
-    The same values: one scale serves the whole tensor. OpenVINO 2026.4 answers otherwise where a pair stands before a transposition and
-    any ``Concat`` is in the graph: int8 CvT was two to four times farther from PyTorch there than in ONNX Runtime.
+    The same values, where one scale serves the whole tensor; other pairs stay. OpenVINO 2026.4 answers otherwise where a pair stands
+    before a transposition and any ``Concat`` is in the graph: int8 CvT was two to four times farther from PyTorch there than in ONNX
+    Runtime.
     """
     graph = model.graph
     producer = {output: node for node in graph.node for output in node.output}
     readers: dict[str, int] = defaultdict(int)
     for name in (*(i for node in graph.node for i in node.input), *(o.name for o in graph.output)):
         readers[name] += 1
+    scalars = {i.name for i in graph.initializer if not i.dims}
     pairs: dict[str, list[onnx.NodeProto]] = {}
     for conv in (n for n in graph.node if n.op_type == "Conv"):
         name, first = conv.input[0], None
         while (node := producer.get(name)) is not None and node.op_type in MOVES and readers[name] == len(node.output) == 1:
             name, first = node.input[0], node
         source = producer.get(node.input[0]) if first is not None and node is not None else None
-        if first is not None and node is not None and source is not None and source.op_type == "QuantizeLinear":
+        if first is not None and source is not None and source.op_type == "QuantizeLinear" and source.input[1] in scalars:
             first.input[0] = source.input[0]
             pairs[conv.name] = _pair(conv, source)
     if pairs:

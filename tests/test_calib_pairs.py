@@ -130,6 +130,17 @@ def test_a_pair_stands_before_its_conv_and_changes_no_value(kind):
     assert ("Q" in {n.name for n in model.graph.node}) is bool(kind)  # gone where nobody else reads it
 
 
+def test_a_pair_with_a_scale_for_each_channel_stays():
+    model = tokens_then_conv()
+    for node in model.graph.node[:2]:
+        node.attribute.append(onnx.helper.make_attribute("axis", 2))
+    for i in model.graph.initializer:
+        if i.name in "sz":
+            i.CopyFrom(onnx.numpy_helper.from_array(np.tile(onnx.numpy_helper.to_array(i), 16), i.name))
+    before = model.SerializeToString(deterministic=True)
+    assert at_convs(model).SerializeToString(deterministic=True) == before
+
+
 def test_openvino_answers_as_onnxruntime_beside_a_concat():
     ov = pytest.importorskip("openvino")
     model = at_convs(tokens_then_conv())
