@@ -16,7 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .fuse import affine_into, batch_norm_after, batch_norm_as_affine, scale_into, shortcut_into_depthwise
+from .fuse import (
+    affine_into,
+    batch_norm_after,
+    batch_norm_as_affine,
+    keys_and_values_as_one,
+    output_into_values,
+    query_into_keys,
+    scale_into,
+    shortcut_into_depthwise,
+)
 from .layers import DropPath, ResidualDepthwise, merge_heads, scaled, split_heads, to_map, to_tokens
 from .registry import ModelSpec, Pretrained, register
 
@@ -50,15 +59,24 @@ class Attention(nn.Module):
             self.reduce = nn.Conv2d(dim, dim, reduction, stride=reduction, groups=dim)
             self.reduce_norm = nn.BatchNorm2d(dim)
         self.proj = nn.Linear(dim, dim)
+        self.kv: nn.Linear | None = None  # keys and values as one product, after a rewrite
 
     def forward(self, x: Tensor, size: tuple[int, int], position_bias: Tensor) -> Tensor:
         """``x`` (B, N, C), ``position_bias`` (heads, N, N / reduction**2) -> (B, N, C)."""
         reduced = x
         if self.reduction > 1:
             reduced = to_tokens(self.reduce_norm(self.reduce(to_map(x, *size))))  # (B, Nk, C)
-        q, k, v = (split_heads(t, self.heads) for t in (self.q(x), self.k(reduced), self.v(reduced)))
+        q = split_heads(self.q(x), self.heads)
+        k, v = self._keys_values(reduced)
         scores = scaled(q @ k.transpose(-2, -1), self.scale) + position_bias  # (B, heads, N, Nk)
         return self.proj(merge_heads(scores.softmax(-1) @ v))
+
+    def _keys_values(self, reduced: Tensor) -> tuple[Tensor, Tensor]:
+        """``(B, Nk, C)`` -> keys and values, ``(B, heads, Nk, d)`` each."""
+        if self.kv is None:
+            return split_heads(self.k(reduced), self.heads), split_heads(self.v(reduced), self.heads)
+        both = split_heads(self.kv(reduced), 2 * self.heads)
+        return both[:, : self.heads], both[:, self.heads :]
 
 
 class InvertedResidualFFN(nn.Module):
@@ -270,6 +288,9 @@ REWRITES = (
     batch_norm_after("reduce", "reduce_norm"),
     affine_into("norm1", "attn.q", "attn.reduce"),
     affine_into("norm1", "attn.q", "attn.k", "attn.v", unless="attn.reduce"),
+    output_into_values(),  # stage 1, the one with the most tokens, has one head
+    query_into_keys("norm1", "attn"),
+    keys_and_values_as_one(),
     affine_into("norm2", "ffn.expand"),
     shortcut_into_depthwise(),
     affine_into("depthwise_norm", "project"),

@@ -10,10 +10,13 @@ rounded once:
 * :func:`shortcut_into_depthwise`:  ``DW x + x  ==  (DW + I) x``: one is added to the centre tap.
 * :func:`scale_into`:  ``(q k^T) c  ==  (c q) k^T``: the attention's scale goes into the query projection.
 * :func:`key_bias_dropped`, :func:`value_bias_into`: what a softmax does not see, and what passes it because its rows sum to 1.
+* :func:`output_into_values`, :func:`query_into_keys`: with one head, the projections of the many queries' tokens move to the few keys'.
 * :func:`batch_norm_as_affine`: between an activation and a zero-padded conv a batch norm cannot be folded exactly; it stays as
   one scale-and-shift, which a runtime attaches to the conv before it.
 
-Merging the products for queries, keys and values was measured and left out: splitting the result again cost what the larger product saved.
+* :func:`keys_and_values_as_one`: one product for both, ordered so that splitting it again is free. Queries stay apart: they are of other tokens, and
+  where they are not, splitting three ways cost what the larger product saved.
+
 Dropout and stochastic depth are the identity in eval mode and disappear.
 """
 
@@ -162,6 +165,71 @@ def value_bias_into(layer: str, proj: str) -> Rewrite:
     return Rewrite(f"bias of {layer} into {proj}", "P (A (V + 1 b)) + c == P A V + (P b + c), as A 1 == 1", apply)
 
 
+def output_into_values() -> Rewrite:
+    """Where there is one head (attributes ``heads``, ``v``, ``proj``), the linear ``proj`` goes into ``v``: it runs on the keys' tokens only."""
+
+    def apply(module: nn.Module) -> int:
+        places = [cast(Any, m) for m in having(module, "heads", "v", "proj.weight") if m.heads == 1]
+        for place in places:
+            place.v, place.proj = linear_after(place.v, place.proj), nn.Identity()
+        return len(places)
+
+    return Rewrite("proj into v", "P (A (X V)) + c == A (X V P + 1 c), as A 1 == 1", apply)
+
+
+def query_into_keys(norm: str, attention: str) -> Rewrite:
+    """Where there is one head, the linear ``q`` of ``attention`` goes into ``k``, which runs on fewer tokens; both read the ``norm``.
+
+    What is left of the bias of ``q`` is one number for each key, ``d_j``. A normalised token sums to 0, so adding 1/2 to each of its
+    channels makes its product with ``1`` a constant, which carries that number: ``a_j`` is such that ``c sum(Q' k_j + a_j 1) == d_j``.
+    """
+    paths = [f"{attention}.{name}" for name in ("reduce", "q.weight", "k.weight")]
+    affine = affine_into(norm, f"{attention}.q", f"{attention}.reduce")
+
+    def apply(module: nn.Module) -> int:
+        places = [m for m in having(module, norm, *paths) if cast(Any, _get(m, attention)).heads == 1]
+        for place in places:
+            if isinstance(_get(place, norm), nn.LayerNorm):  # otherwise it has been folded before
+                affine.apply(place)
+            plain, attn = cast(PlainNorm, _get(place, norm)), cast(Any, _get(place, attention))
+            plain.shift = QUERY_SHIFT
+            one = torch.ones(attn.reduce.in_channels, dtype=torch.float64)
+            attn.reduce = affine_before(attn.reduce, one, -QUERY_SHIFT * one)
+            attn.k, attn.q = _with_query(attn.k, attn.q), nn.Identity()
+        return len(places)
+
+    return Rewrite("q into k", "softmax_j((Q x + b) k_j) == softmax_j((x + c 1) (Q' k_j + a_j 1)), as sum(x) == 0", apply)
+
+
+def keys_and_values_as_one() -> Rewrite:
+    """The linears ``k`` and ``v``, which read the same tokens, become one, ``kv``: keys first, so that heads split it without moving values."""
+
+    def apply(module: nn.Module) -> int:
+        places = [cast(Any, m) for m in having(module, "k.weight", "v.weight", "heads") if hasattr(m, "kv")]
+        for place in places:
+            (weight, bias), (weight_v, bias_v) = doubled(place.k), doubled(place.v)
+            both = nn.Linear(place.k.in_features, 2 * place.k.out_features, dtype=torch.float64)
+            place.kv = with_weights(both, torch.cat([weight, weight_v]), torch.cat([bias, bias_v]))
+            place.k = place.v = nn.Identity()
+        return len(places)
+
+    return Rewrite("k and v as one", "[X K, X V] == X [K, V]", apply)
+
+
+QUERY_SHIFT = 0.5
+"""Half the standard deviation of what it is added to: it costs little of a quantizer's range and keeps ``a_j`` small."""
+
+
+def _with_query(keys: nn.Linear, query: nn.Linear) -> nn.Linear:
+    (key, key_bias), (weight, bias) = doubled(keys), doubled(query)
+
+    def folded(k: Tensor) -> Tensor:  # (channels, columns)
+        plain = weight.T @ k
+        return plain + (bias @ k / QUERY_SHIFT - plain.sum(0)) / weight.shape[1]
+
+    return with_weights(keys, folded(key), folded(key_bias[:, None])[:, 0])
+
+
 def class_token_only() -> Rewrite:
     """The last block computes the class token alone, which is all that the head reads: models with the switch ``class_only``."""
 
@@ -289,6 +357,12 @@ def affine_after(layer: Layer, scale: Tensor, shift: Tensor) -> Layer:
     return with_weights(layer, weight * scale.reshape(-1, *[1] * (weight.ndim - 1)), bias * scale + shift)
 
 
+def linear_after(layer: nn.Linear, after: nn.Linear) -> nn.Linear:
+    """``after(layer(x))`` as one linear."""
+    (weight, bias), (outer, constant) = doubled(layer), doubled(after)
+    return with_weights(layer, outer @ weight, outer @ bias + constant)
+
+
 def affine_before(layer: Layer, scale: Tensor, shift: Tensor) -> Layer:
     """``layer(scale * x + shift)`` as one layer; refuses a zero-padded conv, where it would be wrong at the borders."""
     weight: Tensor
@@ -342,11 +416,12 @@ class GlobalMean(nn.Module):
 
 
 class PlainNorm(nn.Module):
-    """Layer norm over the last axis without an affine part."""
+    """Layer norm over the last axis without an affine part, but for one number ``shift`` that is added to all."""
 
     def __init__(self, norm: nn.LayerNorm) -> None:
         super().__init__()
-        self.shape, self.eps = norm.normalized_shape, norm.eps
+        self.shape, self.eps, self.shift = norm.normalized_shape, norm.eps, 0.0
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.shape, eps=self.eps)
+        normed = F.layer_norm(x, self.shape, eps=self.eps)
+        return normed + self.shift if self.shift else normed
