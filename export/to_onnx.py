@@ -54,6 +54,8 @@ def export_onnx(model: nn.Module, img_size: int, opset: int, outputs: Sequence[s
 
 
 FATAL_ONLY = 4
+UNWANTED = ("fuse_matmul_add_bias_into_gemm", "fuse_matmul_add_bias_into_gemm_batched")
+"""Passes of onnxsim that are left out: a ``Gemm`` needs its tokens flattened, and OpenVINO copies a tensor that is read both so and as a map."""
 TRACED_BATCH = 13
 """Not a size that models use themselves, so that it is known again in the graph's shapes."""
 OTHER_BATCH = 2
@@ -106,7 +108,7 @@ def _constant(node: onnx.NodeProto) -> np.ndarray:
 def simplify(graph: onnx.ModelProto) -> onnx.ModelProto:
     """``graph`` after onnxsim: constants folded, redundant operations gone."""
     with guarded("simplify"), _quiet():
-        simplified, ok = onnxsim.simplify(graph)
+        simplified, ok = onnxsim.simplify(graph, skipped_optimizers=list(UNWANTED))
         if not ok:
             raise StepError("step 'simplify' failed: onnxsim's own check did not pass", remedy="report the model")
     return checked("simplify", _relabelled(_anonymous(simplified), graph))
