@@ -6,7 +6,7 @@ Rewrites: only this one, against none; and all but this one, against all; in flo
 Recipe: the default with one choice changed, as int8, against the default. Variants are measured in groups that fit memory, each group
 interleaved with the same bases, so that a ratio never compares two runs. ``--backend onnxruntime`` measures there (no bfloat16).
 
-A quick look: ``--model cmt_nano --only "scale into q" "depthwise int8" --iters 20 --seconds 0.2 --warmup 0.1 --calib-size 16``.
+A quick look: ``--model cmt_nano --only "scale into q" "inner depthwise float" --iters 20 --seconds 0.2 --warmup 0.1 --calib-size 16``.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from common import (
 from torch import nn
 
 from calib import CalibrationSet
-from calib.quantize import _run as quantize_unchecked
+from calib.quantize import unchecked
 from calib.recipe import DEFAULT, Recipe
 from cmt import fuse, model_spec
 from cmt.reference import build
@@ -65,12 +65,13 @@ NONE, ALL, DEFAULT_RECIPE = "none", "all", "default recipe"
 ONLY, BUT = "only: ", "all but: "
 IMAGES = 16
 RECIPES: dict[str, dict[str, Any]] = {
-    "depthwise int8": {"depthwise": True},
-    "attention float": {"attention": False},
+    "not equalized": {"equalize": False},
+    "inner depthwise float": {"depthwise": False},
+    "attention products int8": {"attention": True},
     "smooth-quant 0.5": {"smooth_quant": 0.5},
     "smooth-quant 0.95": {"smooth_quant": 0.95},
     "no bias correction": {"bias_correction": False},
-    "minmax ranges": {"range_estimator": "minmax"},
+    "mean ranges": {"range_estimator": "mean_minmax"},
 }
 """Names of the rows and what they change in the default recipe."""
 
@@ -157,7 +158,7 @@ def recipe_graphs(bench: Bench) -> Iterator[Variant]:
         with step(f"quantize with {name}"):
             recipe: Recipe = replace(DEFAULT, **changes)
             try:  # unchecked: the rules of calib.lint forbid what some of these choices do
-                quantized = quantize_unchecked(graph, data, spec, recipe, None)
+                quantized = unchecked(graph, data, spec, recipe, None).model
                 yield Variant(part="recipe", precision="int8", **stored(bench, quantized, name))
             except Exception as exc:
                 yield Variant(name, "recipe", "int8", note=first_lines(exc))

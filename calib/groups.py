@@ -12,12 +12,14 @@ from collections.abc import Collection, Iterable, Mapping
 
 import onnx
 
+from .recipe import is_depthwise
+
 MODULE = "module"
 """Key of a node's metadata: path of the module that made it, as in the model's ``state_dict``."""
 PARTS = 4
 """A row of blocks that is no part of a stage is cut into so many groups, if it has at least twice as many blocks."""
-CLASSES = ("@products", "@linears")
-"""Groups of every model: products of two activations; products of any kind (all that is not a conv)."""
+CLASSES = ("@products", "@depthwise", "@linears")
+"""Groups of every model: products of two activations; depthwise convs; products of any kind (all that is not a conv)."""
 
 
 def module_of(node: onnx.NodeProto) -> str:
@@ -90,4 +92,5 @@ def classes_of(model: onnx.ModelProto, nodes: Collection[str]) -> dict[str, tupl
     constants = {i.name for i in model.graph.initializer}
     products = [n for n in model.graph.node if n.name in nodes and n.op_type in ("MatMul", "Gemm")]
     free = tuple(n.name for n in products if not constants.intersection(n.input))
-    return dict(zip(CLASSES, (free, tuple(n.name for n in products)), strict=True))
+    depthwise = tuple(n.name for n in model.graph.node if n.name in nodes and is_depthwise(n))
+    return dict(zip(CLASSES, (free, depthwise, tuple(n.name for n in products)), strict=True))

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from .recipe import FLOAT_OPS, INT8_OPS, MOVES, is_depthwise
+from .recipe import FLOAT_OPS, INT8_OPS, MOVES
 
 MAX_OPSET = 20
 
@@ -69,7 +69,7 @@ def _check_consumer(
     findings = []
     for position, dq in dequantized:
         constant = dq.input[0] in constants
-        if node.op_type in FLOAT_OPS or is_depthwise(node):
+        if node.op_type in FLOAT_OPS:
             findings.append(f"{node.name}: {node.op_type} must stay float but reads int8")
         elif node.op_type in ("Conv", "Gemm") and position == 2:
             findings.append(f"{node.name}: quantized bias")

@@ -22,6 +22,7 @@ from deploy.preprocess import Preprocess
 
 from .cache import evict, locked
 from .data import CalibrationSet
+from .equalize import equalize
 from .groups import classes_of, groups_of
 from .lint import lint
 from .pairs import at_convs, signed
@@ -29,14 +30,22 @@ from .recipe import DEFAULT, Recipe
 from .restore import int8_nodes, restore
 
 CACHED_FILES = 20
-"""So many calibrated graphs are kept; the oldest go first."""
+"""So many calibrated graphs, and the float ones they were made from, are kept; the oldest go first."""
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """The result of :func:`quantize`; ``cached`` if it was not computed now."""
+    """The result of :func:`quantize`.
+
+    Attributes:
+        model: the Q/DQ graph.
+        source: the float graph that it was made from; the given one, equalized.
+        recipe: key of the recipe.
+        cached: it was not computed now.
+    """
 
     model: onnx.ModelProto
+    source: onnx.ModelProto
     recipe: str
     cached: bool
 
@@ -67,31 +76,35 @@ def quantize(
     """
     if recipe.keep_float:
         whole = quantize(model, data, spec, replace(recipe, keep_float=()), cache=cache, progress=progress)
-        return replace(whole, model=keep_float(whole.model, model, recipe.keep_float), recipe=recipe.key())
+        return replace(whole, model=keep_float(whole, recipe.keep_float), recipe=recipe.key())
+    if cache is None:
+        return _checked(unchecked(model, data, spec, recipe, progress))
     content = model.SerializeToString(deterministic=True)
-    path = cache / f"{_key(content, data, spec, recipe)}.onnx" if cache else None
-    if path is None:
-        return Quantized(_checked(_run(model, data, spec, recipe, progress)), recipe.key(), False)
+    path = cache / f"{_key(content, data, spec, recipe)}.onnx"
+    source = path.with_suffix(".float")
     with locked(path):
         with contextlib.suppress(Exception):  # an unreadable entry is made again
             if path.exists():
-                cached = onnx.load(path)
-                if not lint(cached):
+                cached = Quantized(onnx.load(path), onnx.load(source), recipe.key(), True)
+                if not lint(cached.model):
                     path.touch()
-                    return Quantized(cached, recipe.key(), True)
-        result = _checked(_run(model, data, spec, recipe, progress))
-        write_atomic(path, result.SerializeToString(deterministic=True))
-        evict(path.parent, "*.onnx", CACHED_FILES)
-    return Quantized(result, recipe.key(), False)
+                    source.touch()
+                    return cached
+        result = _checked(unchecked(model, data, spec, recipe, progress))
+        for file, graph in ((source, result.source), (path, result.model)):
+            write_atomic(file, graph.SerializeToString(deterministic=True))
+        for pattern in ("*.onnx", "*.float"):
+            evict(path.parent, pattern, CACHED_FILES)
+    return result
 
 
-def keep_float(quantized: onnx.ModelProto, original: onnx.ModelProto, names: tuple[str, ...]) -> onnx.ModelProto:
-    """``quantized`` with the named groups or operations of ``original`` float again.
+def keep_float(quantized: Quantized, names: tuple[str, ...]) -> onnx.ModelProto:
+    """The graph of ``quantized`` with the named groups or operations float again.
 
     Raises:
         InputError: a name that is neither, or nothing would be left in int8.
     """
-    candidates = int8_nodes(quantized)
+    original, candidates = quantized.source, int8_nodes(quantized.model)
     groups = groups_of(original, candidates) | classes_of(original, candidates)
     singles = {node.name for node in original.graph.node}
     unknown = [name for name in names if name not in groups and name not in singles]
@@ -101,7 +114,7 @@ def keep_float(quantized: onnx.ModelProto, original: onnx.ModelProto, names: tup
     chosen = {node for name in names for node in groups.get(name, (name,))}
     if chosen.issuperset(candidates):
         raise InputError("nothing would be left in int8", remedy="keep fewer groups float, or use --precision fp32 or bf16")
-    return _checked(restore(quantized, original, chosen))
+    return _checked(replace(quantized, model=restore(quantized.model, original, chosen))).model
 
 
 def _key(content: bytes, data: CalibrationSet, spec: Preprocess, recipe: Recipe) -> str:
@@ -110,13 +123,13 @@ def _key(content: bytes, data: CalibrationSet, spec: Preprocess, recipe: Recipe)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _checked(model: onnx.ModelProto) -> onnx.ModelProto:
-    findings = lint(model)
+def _checked(quantized: Quantized) -> Quantized:
+    findings = lint(quantized.model)
     if findings:
         more = f" and {len(findings) - 5} more" if len(findings) > 5 else ""
         raise GateError("the quantized graph breaks the rules for int8", why="; ".join(findings[:5]) + more,
                         remedy="report the model; an fp32 or bf16 bundle is not affected")  # fmt: skip
-    return model
+    return quantized
 
 
 class _Batches:
@@ -148,12 +161,22 @@ class _Batches:
             self._kept = kept
 
 
-def _run(
+def unchecked(
     model: onnx.ModelProto, data: CalibrationSet, spec: Preprocess, recipe: Recipe, progress: Callable[[int, int], None] | None
-) -> onnx.ModelProto:
+) -> Quantized:
+    """:func:`quantize` without a cache and without the rules of :func:`calib.lint.lint`, which some choices of a recipe break."""
+    batches = _Batches(data, spec, progress)
+    source = equalize(model, batches) if recipe.equalize else model
+    ranges = recipe.range_estimator
+    if ranges == "auto":
+        ranges = "mean_minmax" if source is model else "minmax"
+    return Quantized(_calibrated(source, batches, replace(recipe, range_estimator=ranges)), source, recipe.key(), False)
+
+
+def _calibrated(model: onnx.ModelProto, batches: _Batches, recipe: Recipe) -> onnx.ModelProto:
     nncf = _import_nncf()
     name = model.graph.input[0].name
-    dataset = nncf.Dataset(_Batches(data, spec, progress), lambda batch: {name: batch})
+    dataset = nncf.Dataset(batches, lambda batch: {name: batch})
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     try:
@@ -163,7 +186,7 @@ def _run(
                 dataset,
                 preset=nncf.QuantizationPreset.PERFORMANCE,  # symmetric activations
                 model_type=nncf.ModelType.TRANSFORMER,
-                subset_size=len(data),
+                subset_size=len(batches),
                 fast_bias_correction=True,
                 ignored_scope=nncf.IgnoredScope(names=recipe.float_nodes(copy), validate=False),
                 advanced_parameters=_advanced(nncf, recipe),
@@ -201,7 +224,7 @@ def _advanced(nncf: Any, recipe: Recipe) -> Any:
     ranges = {"mean_minmax": RangeEstimatorParametersSet.MEAN_MINMAX, "minmax": RangeEstimatorParametersSet.MINMAX}
     alpha = -1.0 if recipe.smooth_quant is None else recipe.smooth_quant
     return advanced.AdvancedQuantizationParameters(
-        activations_quantization_params=advanced.QuantizationParameters(mode=QuantizationScheme.SYMMETRIC),
+        activations_quantization_params=advanced.QuantizationParameters(mode=QuantizationScheme.SYMMETRIC, per_channel=False),
         weights_quantization_params=advanced.QuantizationParameters(mode=QuantizationScheme.SYMMETRIC, per_channel=True),
         activations_range_estimator_params=ranges[recipe.range_estimator],
         smooth_quant_alphas=advanced.AdvancedSmoothQuantParameters(matmul=alpha, convolution=-1.0),

@@ -53,7 +53,7 @@ QUICK_IMAGES = 1000
 PROBES = 64
 """Logit deviations are means over so many calibration images where labelled ones give the top-1."""
 OWN_CHOICE_WARNING = 0.05
-NAMES = {CLASSES[0]: "attention products", CLASSES[1]: "linears"}
+NAMES = dict(zip(CLASSES, ("attention products", "depthwise", "linears"), strict=True))
 
 
 class Cache:
@@ -171,9 +171,9 @@ class _Work:
         self.graph, self.steps = pipeline._graph(config, self.reference, progress)
         self.calibrated = cache_folder() / "calibrated" if config.cache else folder / "calibrated"
         with progress.step(f"calibrate on {len(self.data)} images"):
-            self.int8 = quantize(self.graph, self.data, spec, cache=self.calibrated, progress=progress.count).model
-        candidates = int8_nodes(self.int8)
-        self.groups, self.classes = groups_of(self.graph, candidates), classes_of(self.graph, candidates)
+            self.int8 = quantize(self.graph, self.data, spec, cache=self.calibrated, progress=progress.count)
+        candidates = int8_nodes(self.int8.model)
+        self.groups, self.classes = (f(self.int8.source, candidates) for f in (groups_of, classes_of))
         self.all_int8 = set(candidates)
         self._read_images()
 
@@ -205,7 +205,7 @@ class _Work:
     def graph_of(self, variant: Variant) -> onnx.ModelProto:
         graph = self.graph
         if variant.precision == "int8":
-            graph = keep_float(self.int8, graph, variant.keep_float) if variant.keep_float else self.int8
+            graph = keep_float(self.int8, variant.keep_float) if variant.keep_float else self.int8.model
         return with_batch(graph, self.config.batch)
 
 

@@ -66,27 +66,28 @@ def test_every_operation_knows_its_module_and_the_bundle_does_not(graph):  # noq
 
 
 def test_groups_of_the_real_graph(graph, quantized):  # noqa: F811
-    groups = groups_of(graph, int8_nodes(quantized.model))
+    groups = groups_of(quantized.source, int8_nodes(quantized.model))
     assert list(groups) == [
         "stem", *(f"stages.{s}.{kind}" for s in range(4) for kind in ("embed", "attn", "ffn")), "head",
     ]  # fmt: skip  # lpu is depthwise, so it is float already
     assert sum(map(len, groups.values())) == len(int8_nodes(quantized.model))
-    classes = classes_of(graph, int8_nodes(quantized.model))
-    assert len(classes["@products"]) == 10
-    assert set(classes["@products"]) < set(classes["@linears"])
+    classes = classes_of(quantized.source, int8_nodes(quantized.model))
+    assert classes["@products"] == ()  # the attention's own are float
+    assert len(classes["@depthwise"]) == 10
+    assert set(classes["@linears"]) < set(int8_nodes(quantized.model))
 
 
 def test_restoring_nothing_changes_nothing(graph, quantized):  # noqa: F811
-    same = restore(quantized.model, graph, [])
+    same = restore(quantized.model, quantized.source, [])
     assert same.SerializeToString(deterministic=True) == quantized.model.SerializeToString(deterministic=True)
 
 
 def test_restoring_everything_is_the_float_graph(graph, quantized, batch, expected):  # noqa: F811
     before = quantized.model.SerializeToString(deterministic=True)
-    whole = restore(quantized.model, graph, int8_nodes(quantized.model))
+    whole = restore(quantized.model, quantized.source, int8_nodes(quantized.model))
     assert np.abs(logits_of(whole, batch, "restored") - expected).max() < 1e-5
-    assert {n.op_type for n in whole.graph.node} == {n.op_type for n in graph.graph.node}
-    assert len(whole.graph.node) == len(graph.graph.node)
+    assert {n.op_type for n in whole.graph.node} == {n.op_type for n in quantized.source.graph.node}
+    assert len(whole.graph.node) == len(quantized.source.graph.node)
     assert int8_nodes(whole) == []
     assert quantized.model.SerializeToString(deterministic=True) == before
 
@@ -100,15 +101,15 @@ def check(variant, left):
 def test_every_operation_alone_can_be_restored_or_left(graph, quantized):  # noqa: F811
     every = int8_nodes(quantized.model)
     for node in every[::3]:
-        check(restore(quantized.model, graph, [node]), [n for n in every if n != node])
-        check(restore(quantized.model, graph, [n for n in every if n != node]), [node])
+        check(restore(quantized.model, quantized.source, [node]), [n for n in every if n != node])
+        check(restore(quantized.model, quantized.source, [n for n in every if n != node]), [node])
 
 
 def test_every_group_comes_closer_to_the_float_answers(graph, quantized, batch, expected):  # noqa: F811
     every = int8_nodes(quantized.model)
     whole = np.abs(logits_of(quantized.model, batch, "int8") - expected).mean()
-    for nodes in groups_of(graph, every).values():
-        alone = restore(quantized.model, graph, [n for n in every if n not in nodes])
+    for nodes in groups_of(quantized.source, every).values():
+        alone = restore(quantized.model, quantized.source, [n for n in every if n not in nodes])
         check(alone, nodes)
         assert 0 < np.abs(logits_of(alone, batch, "alone") - expected).mean() < whole
 
@@ -118,28 +119,28 @@ def test_random_choices(graph, quantized):  # noqa: F811
     for _ in range(8):
         chosen = [n for n in every if rng.random() < rng.random()]
         if len(chosen) < len(every):
-            check(restore(quantized.model, graph, chosen), set(every) - set(chosen))
+            check(restore(quantized.model, quantized.source, chosen), set(every) - set(chosen))
 
 
 def test_corrected_biases_are_the_original_ones_again(graph, quantized):  # noqa: F811
-    before = {i.name: numpy_helper.to_array(i) for i in graph.graph.initializer}
+    before = {i.name: numpy_helper.to_array(i) for i in quantized.source.graph.initializer}
 
-    def bias(model, name="stem.0.conv.bias"):
+    def bias(model, name="stem.1.conv.bias"):
         return next(numpy_helper.to_array(i) for i in model.graph.initializer if i.name == name)
 
-    assert not np.array_equal(bias(quantized.model), before["stem.0.conv.bias"])
-    stem = groups_of(graph, int8_nodes(quantized.model))["stem"]
-    assert np.array_equal(bias(restore(quantized.model, graph, stem)), before["stem.0.conv.bias"])
+    assert not np.array_equal(bias(quantized.model), before["stem.1.conv.bias"])
+    stem = groups_of(quantized.source, int8_nodes(quantized.model))["stem"]
+    assert np.array_equal(bias(restore(quantized.model, quantized.source, stem)), before["stem.1.conv.bias"])
 
 
 def test_the_recipe_keeps_groups_float(graph, data, cache, quantized):  # noqa: F811
-    recipe = Recipe(keep_float=("stem", "@products", "stages.3.ffn"))
+    recipe = Recipe(keep_float=("stem", "@linears", "stages.3.ffn"))
     result = quantize(graph, data, SPEC, recipe, cache=cache)
     assert result.cached  # the calibrated graph is that of the plain recipe
     assert result.recipe == recipe.key() != quantized.recipe
     left = set(int8_nodes(result.model))
-    groups, classes = (f(graph, int8_nodes(quantized.model)) for f in (groups_of, classes_of))
-    assert left == set(int8_nodes(quantized.model)) - {*groups["stem"], *groups["stages.3.ffn"], *classes["@products"]}
+    groups, classes = (f(quantized.source, int8_nodes(quantized.model)) for f in (groups_of, classes_of))
+    assert left == set(int8_nodes(quantized.model)) - {*groups["stem"], *groups["stages.3.ffn"], *classes["@linears"]}
 
 
 @pytest.mark.parametrize(("keep", "message"), [(("stages.9.ffn",), "no group"), (("@linears", "stem", *(f"stages.{s}.{k}" for s in range(4)
@@ -151,7 +152,7 @@ def test_names_that_cannot_be_kept_float(graph, data, cache, quantized, keep, me
 
 def test_unknown_operations_and_foreign_graphs_are_refused(graph, quantized):  # noqa: F811
     with pytest.raises(InputError, match="no operation 'nothing'"):
-        restore(quantized.model, graph, ["nothing"])
+        restore(quantized.model, quantized.source, ["nothing"])
     smoothed = onnx.ModelProto()
     smoothed.CopyFrom(quantized.model)
     smoothed.graph.node.add().CopyFrom(helper.make_node("Mul", ["input", "input"], ["smoothed"], name="smooth"))

@@ -93,7 +93,7 @@ def test_the_bundle_is_an_ordinary_one_of_the_winner(finished):
 @pytest.mark.slow
 def test_everything_measured_is_in_the_verdict(finished):
     verdict = finished.manifest.verdict
-    assert names(verdict) == ["fp32", "bf16", "int8", "int8, attention products float", "int8, linears float"]
+    assert names(verdict) == ["fp32", "bf16", "int8", "int8, depthwise float", "int8, linears float"]
     for c in verdict["candidates"]:
         if c["variant"]["name"] == "bf16" and not has_bf16():
             assert "no hardware" in c["why_not"]
