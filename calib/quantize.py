@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -31,6 +33,11 @@ from .restore import int8_nodes, restore
 
 CACHED_FILES = 20
 """So many calibrated graphs, and the float ones they were made from, are kept; the oldest go first."""
+
+EQUALIZED_ON = 64
+"""Images on which activations are equalized; all are calibrated on."""
+GROUP = 4
+"""Images that statistics are collected on at once; more need more memory and save little."""
 
 
 @dataclass(frozen=True)
@@ -166,17 +173,33 @@ def unchecked(
 ) -> Quantized:
     """:func:`quantize` without a cache and without the rules of :func:`calib.lint.lint`, which some choices of a recipe break."""
     batches = _Batches(data, spec, progress)
-    source = equalize(model, batches) if recipe.equalize else model
+    source = equalize(model, itertools.islice(batches, EQUALIZED_ON)) if recipe.equalize else model
     ranges = recipe.range_estimator
     if ranges == "auto":
         ranges = "mean_minmax" if source is model else "minmax"
     return Quantized(_calibrated(source, batches, replace(recipe, range_estimator=ranges)), source, recipe.key(), False)
 
 
+class _Grouped:
+    """``batches``, ``size`` at a time: extremes over all are the same, and statistics of many small tensors cost more than of a few larger ones."""
+
+    def __init__(self, batches: _Batches, size: int) -> None:
+        self._batches, self._size = batches, size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self._batches) / self._size)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        images = iter(self._batches)
+        while group := list(itertools.islice(images, self._size)):
+            yield np.concatenate(group)
+
+
 def _calibrated(model: onnx.ModelProto, batches: _Batches, recipe: Recipe) -> onnx.ModelProto:
     nncf = _import_nncf()
     name = model.graph.input[0].name
-    dataset = nncf.Dataset(batches, lambda batch: {name: batch})
+    grouped = _Grouped(batches, GROUP) if recipe.range_estimator == "minmax" else batches
+    dataset = nncf.Dataset(grouped, lambda batch: {name: batch})
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     try:
@@ -186,7 +209,7 @@ def _calibrated(model: onnx.ModelProto, batches: _Batches, recipe: Recipe) -> on
                 dataset,
                 preset=nncf.QuantizationPreset.PERFORMANCE,  # symmetric activations
                 model_type=nncf.ModelType.TRANSFORMER,
-                subset_size=len(batches),
+                subset_size=len(grouped),
                 fast_bias_correction=True,
                 ignored_scope=nncf.IgnoredScope(names=recipe.float_nodes(copy), validate=False),
                 advanced_parameters=_advanced(nncf, recipe),

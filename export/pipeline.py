@@ -47,7 +47,7 @@ GOLDEN_SEED = 7
 OBSERVED_IMAGES = 32
 """Activations are observed on so many images; the ranges hardly grow with more, and :data:`~export.precision.SAFETY` covers the rest."""
 DYNAMIC_SIZES = (1, 3, 8)
-QUICK = Protocol(iters=50, seconds=1.0, warmup_seconds=0.5)
+QUICK = Protocol(iters=25, seconds=0.5, warmup_seconds=0.25)
 
 
 @dataclass(frozen=True)
