@@ -34,8 +34,6 @@ from .restore import int8_nodes, restore
 CACHED_FILES = 20
 """So many calibrated graphs, and the float ones they were made from, are kept; the oldest go first."""
 
-EQUALIZED_ON = 64
-"""Images on which activations are equalized; all are calibrated on."""
 GROUP = 4
 """Images that statistics are collected on at once; more need more memory and save little."""
 
@@ -173,7 +171,7 @@ def unchecked(
 ) -> Quantized:
     """:func:`quantize` without a cache and without the rules of :func:`calib.lint.lint`, which some choices of a recipe break."""
     batches = _Batches(data, spec, progress)
-    source = equalize(model, itertools.islice(batches, EQUALIZED_ON)) if recipe.equalize else model
+    source = equalize(model, batches) if recipe.equalize else model
     ranges = recipe.range_estimator
     if ranges == "auto":
         ranges = "mean_minmax" if source is model else "minmax"
