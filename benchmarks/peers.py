@@ -6,6 +6,8 @@ The same random weights and calibration images in every row. Ratios refer to Ope
 a process of its own, from the PyTorch model on, which gives export time and memory; another process loads it and runs 20 inferences, which
 gives the memory of running. A row that cannot be made or run here says why; the others go on. ``--only`` measures some rows (and the base).
 
+Models measured in several runs go into one document with ``--again xs.json s.json --markdown peers.md --plot peers.png``.
+
 A quick look: ``--models cmt_nano --only ort_fp32 ours_int8 --iters 20 --seconds 0.2 --warmup 0.1 --calib-size 16``.
 """
 
@@ -528,6 +530,34 @@ def plot(results: dict[str, list[Result]], path: Path, caption: str) -> None:
     write_atomic(path, buffer.getvalue())
 
 
+def again(paths: Sequence[Path]) -> tuple[dict[str, Any], dict[str, list[Result]], Protocol]:
+    """Content, results and protocol of earlier runs on one machine, as one; of protocols the shortest.
+
+    Raises:
+        SystemExit: the runs are of different machines, versions or thread counts.
+    """
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    for key in ("versions", "threads", "base"):
+        if any(run[key] != runs[0][key] for run in runs):
+            raise SystemExit(f"the runs differ in their {key}: they do not belong into one table")
+    if any(
+        (run["machine"]["cpu"], run["machine"]["flags"]) != (runs[0]["machine"]["cpu"], runs[0]["machine"]["flags"])
+        for run in runs
+    ):
+        raise SystemExit("the runs are of different machines: they do not belong into one table")
+    results = {name: [_result(r) for r in rows] for run in runs for name, rows in run["models"].items()}
+    calibration = {
+        key: ", ".join(dict.fromkeys(str(run["calibration"][key]) for run in runs)) for key in runs[0]["calibration"]
+    }
+    protocol = Protocol(**{key: min(run["protocol"][key] for run in runs) for key in runs[0]["protocol"]})
+    return runs[0] | {"calibration": calibration}, results, protocol
+
+
+def _result(entry: dict[str, Any]) -> Result:
+    latency = entry["latency"] and Latency(**entry["latency"] | {"ci": tuple(entry["latency"]["ci"])})
+    return Result(**entry | {"latency": latency, "ratio": entry["ratio"] and tuple(entry["ratio"])})
+
+
 # --- the command -----------------------------------------------------------------------------------------------------------
 
 
@@ -539,6 +569,9 @@ def parsed() -> argparse.Namespace:
     p.add_argument("--json", type=Path, help="write everything here; after each model, so that little is lost")
     p.add_argument("--markdown", type=Path, help="write the tables here too")
     p.add_argument("--plot", type=Path, help="write the speed-ups here, as .png or .svg")
+    p.add_argument(
+        "--again", nargs="+", type=Path, metavar="JSON", help="measure nothing: write tables and plot of these earlier runs"
+    )
     p.add_argument("--folder", type=Path, help="keep artefacts and logs in this empty folder (default: a temporary one)")
     p.add_argument("--model", help=argparse.SUPPRESS)
     p.add_argument("--build", choices=ROWS, metavar="ROW", help="only make this row's artefact of --model in --folder")
@@ -551,6 +584,9 @@ def main() -> None:
     if args.build or args.run:
         action = "build" if args.build else "run"
         child(Job(args.model, args.folder, args.threads, args.data, args.calib_size), ROWS[args.build or args.run], action)
+        return
+    if args.again:
+        print(written(args, *again(args.again)))
         return
     with contextlib.ExitStack() as stack:
         folder = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -578,15 +614,21 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
         job.folder.mkdir(parents=True)
         results[name] = measure(job, rows, protocol)
         content["models"][name] = [asdict(r) for r in results[name]]
-        text = markdown(content, results, protocol)
         if args.json:
             write_atomic(args.json, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
-        if args.markdown:
-            write_atomic(args.markdown, text.encode())
-        if args.plot:
-            plot(results, args.plot, f"{content['machine']['cpu']}, {args.threads} threads, batch 1")
+        text = written(args, content, results, protocol)
         forget()
     print(text)
+
+
+def written(args: argparse.Namespace, content: dict[str, Any], results: dict[str, list[Result]], protocol: Protocol) -> str:
+    """The Markdown text, which is also written where it was asked for, as is the plot."""
+    text = markdown(content, results, protocol)
+    if args.markdown:
+        write_atomic(args.markdown, text.encode())
+    if args.plot:
+        plot(results, args.plot, f"{content['machine']['cpu']}, {content['threads']} threads, batch 1")
+    return text
 
 
 def forget() -> None:

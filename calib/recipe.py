@@ -125,8 +125,12 @@ def inner_depthwise(model: onnx.ModelProto) -> set[str]:
         return is_dense(node) or (node.op_type in BETWEEN and dense_after(node.output[0]))
 
     def scaled(name: str) -> bool:
-        node = producer.get(name)
-        return node is not None and node.op_type == "Add" and any(i in made for i in node.input)
+        shift = producer.get(name)
+        scale = next((producer[i] for i in shift.input if i in producer), None) if shift is not None else None
+        return all(
+            node is not None and node.op_type == kind and any(i in made for i in node.input)
+            for node, kind in ((shift, "Add"), (scale, "Mul"))
+        )
 
     return {
         n.name

@@ -69,17 +69,17 @@ def test_a_row_that_cannot_be_made_says_why(tmp_path, monkeypatch):
 
 @pytest.mark.giant
 def test_ablation_measures_a_rewrite_alone_and_left_out(tmp_path):
-    content, text = run("ablation.py", tmp_path, "--model", "cmt_nano", "--only", "scale into q", "attention float")
+    content, text = run("ablation.py", tmp_path, "--model", "cmt_nano", "--only", "scale into q", "attention products int8")
     found = {(v["name"], v["precision"]): v for v in content["variants"]}
     for name in ("none", "all", "only: scale into q", "all but: scale into q"):
         row = found[name, "fp32"]
         assert row["deviation"] < 1e-4
         assert set(row["ratios"]) == {"none", "all"}
     assert found["none", "fp32"]["ratios"]["none"][0] == 1
-    assert {n for n, p in found if p == "int8"} == {"default recipe", "attention float"}
-    assert found["attention float", "int8"]["ratios"]["default recipe"][0] > 0
+    assert {n for n, p in found if p == "int8"} == {"default recipe", "attention products int8"}
+    assert found["attention products int8", "int8"]["ratios"]["default recipe"][0] > 0
     assert "| scale into q " in text
-    assert "| attention float " in text
+    assert "| attention products int8 " in text
 
 
 def test_ablation_refuses_an_unknown_rewrite(tmp_path):
@@ -87,3 +87,62 @@ def test_ablation_refuses_an_unknown_rewrite(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 2
     assert "scale into q" in done.stderr
+
+
+def stored(folder: Path, model: str, **changes) -> Path:
+    """The JSON of a run, as ``--json`` writes it."""
+    latency = {
+        "count": 9,
+        "p50": 2.0,
+        "ci": [1.9, 2.1],
+        "p90": 3.0,
+        "p95": 3.0,
+        "p99": None,
+        "max": 4.0,
+        "mean": 2.0,
+        "drift": 0.0,
+    }
+    row = {
+        "key": "ov_fp32",
+        "label": "OpenVINO fp32",
+        "ours": False,
+        "latency": latency,
+        "ratio": [1.0, 0.9, 1.1],
+        "executed": "fp32 100 %",
+    }
+    content = {
+        "machine": {"cpu": "a CPU", "cores": 2, "flags": ["avx2"]}, "versions": {"openvino": "1"}, "threads": 2, "base": "ov_fp32",
+        "protocol": {"iters": 100, "seconds": 3.0, "warmup_iters": 10, "warmup_seconds": 1.0},
+        "calibration": {"source": "generated", "images": 32}, "models": {model: [row]},
+    } | changes  # fmt: skip
+    path = folder / f"{model}.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def again(folder: Path, *paths: Path) -> subprocess.CompletedProcess[str]:
+    files = ("--markdown", str(folder / "all.md"), "--plot", str(folder / "all.svg"))
+    command = [sys.executable, str(BENCHMARKS / "peers.py"), "--again", *map(str, paths), *files]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+
+
+def test_earlier_runs_go_into_one_document(tmp_path):
+    done = again(
+        tmp_path, stored(tmp_path, "cmt_ti"), stored(tmp_path, "cmt_s", calibration={"source": "generated", "images": 64})
+    )
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "all.md").read_text(encoding="utf-8")
+    assert text.index("## cmt_ti") < text.index("## cmt_s")
+    assert text.count("| OpenVINO fp32 |   2.00 |   1.00 (0.90-1.10) |") == 2
+    assert "generated, 32, 64." in text
+    assert (tmp_path / "all.svg").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "change", [{"threads": 1}, {"versions": {"openvino": "2"}}, {"machine": {"cpu": "another", "cores": 2, "flags": []}}]
+)
+def test_runs_that_differ_are_not_mixed(tmp_path, change):
+    done = again(tmp_path, stored(tmp_path, "cmt_ti"), stored(tmp_path, "cmt_s", **change))
+    assert done.returncode != 0
+    assert "do not belong into one table" in done.stderr
+    assert not (tmp_path / "all.md").exists()
