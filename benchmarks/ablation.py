@@ -39,7 +39,6 @@ from common import (
     ratio,
     ratio_text,
     say,
-    settled,
     share_of,
     step,
 )
@@ -206,8 +205,7 @@ def run_group(bench: Bench, variants: Sequence[Variant], phase: str) -> dict[str
                 v.deviation = deviation(logits(session, bench.images), bench.truth)
                 v.executed = session.executed(bench.images[:1]).summary()
             calls[v.name] = partial(session.run, bench.images[:1])
-        timed = settled if bench.args.backend == "onnxruntime" else interleaved  # its threads spin into the next call
-        return timed(calls, bench.protocol, share_of(phase))
+        return interleaved(calls, bench.protocol, share_of(phase))
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,11 @@ import numpy as np
 
 from deploy import Preprocess
 from deploy.backends import LoadOptions, Session
-from deploy.benchmark import Latency, Protocol, _bootstrap_medians, interleaved
+from deploy.benchmark import Latency, Protocol, _bootstrap_medians
 from deploy.preprocess import normalise, pixels
 
 CHECK_SEED = 91
 """Of the images on which logits are compared: other ones than those for calibration."""
-SETTLING = " (settling)"
 MARGIN = 1.3
 """How much larger than the model's input the images are."""
 
@@ -100,20 +99,6 @@ def ratio(base: np.ndarray, other: np.ndarray) -> Ratio:
     rng = np.random.default_rng(0)
     low, high = np.percentile(_bootstrap_medians(base, rng) / _bootstrap_medians(other, rng), [2.5, 97.5])
     return float(np.median(base) / np.median(other)), float(low), float(high)
-
-
-def settled(
-    calls: Mapping[str, Callable[[], object]], protocol: Protocol, progress: Callable[[float], None] | None = None
-) -> dict[str, np.ndarray]:
-    """:func:`deploy.benchmark.interleaved` where every turn of a variant begins with calls that are not counted.
-
-    Other runtimes' threads go on spinning for milliseconds after their call (ONNX Runtime's, OpenMP's), on the cores that the next
-    variant needs: back to back, each row would pay for the one before it. The uncounted calls absorb that, and fill the caches with
-    the variant's own weights, as in a process that serves one model.
-    """
-    pairs = {label: call for name, call in calls.items() for label, call in ((name + SETTLING, call), (name, call))}
-    samples = interleaved(pairs, protocol, progress)
-    return {name: samples[name] for name in calls}
 
 
 def openvino_session(model: Path, threads: int, precision: str | None, throughput: bool = False) -> Session:

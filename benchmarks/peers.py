@@ -45,14 +45,13 @@ from common import (
     ratio,
     ratio_text,
     say,
-    settled,
     share_of,
     step,
 )
 
 from deploy import Predictor, Preprocess
 from deploy.backends import Session
-from deploy.benchmark import DRIFT_WARNING, Latency, Protocol, summarise, throughput
+from deploy.benchmark import DRIFT_WARNING, Latency, Protocol, interleaved, summarise, throughput
 from deploy.errors import CmtEdgeError
 from deploy.files import write_atomic
 from deploy.host import describe, versions
@@ -431,7 +430,7 @@ def measure(job: Job, rows: Sequence[Row], protocol: Protocol) -> list[Result]:
             raise SystemExit(f"the base of all ratios cannot run: {results[BASE].note}")
         check(job, sessions, results, images)
         calls = {key: partial(session.run, images[:1]) for key, session in sessions.items()}
-        samples = settled(calls, protocol, share_of(f"{job.model}: latency"))
+        samples = interleaved(calls, protocol, share_of(f"{job.model}: latency"))
         for key, session in sessions.items():
             result = results[key]
             result.latency, result.ratio = summarise(samples[key]), ratio(samples[BASE], samples[key])

@@ -124,22 +124,29 @@ def _bootstrap_medians(values: np.ndarray, rng: np.random.Generator) -> np.ndarr
 def interleaved(
     variants: Mapping[str, Callable[[], object]], protocol: Protocol, progress: Callable[[float], None] | None = None
 ) -> dict[str, np.ndarray]:
-    """Time the callables in turn, A B A B; nanoseconds of each call, in order, after a warm-up of each."""
+    """Time the callables in turn, A B A B; nanoseconds of each call, in order, after a warm-up of each.
+
+    Where there are several, each turn begins with a call that is not counted: it brings the variant's own weights back into the caches, as
+    in a process that serves one model, and lets the threads of other runtimes, which spin for milliseconds after their call, come to rest.
+    """
     typical = {name: _warm_up(call, protocol) for name, call in variants.items()}
     slowest = max(typical.values())
     # much faster variants run several times a round, or the slow ones would run for minutes until the fast have their seconds
-    rounds = [(name, call) for name, call in variants.items() for _ in range(max(1, int(slowest / typical[name] / 2)))]
+    turns = [(name, call, max(1, int(slowest / typical[name] / 2))) for name, call in variants.items()]
     samples: dict[str, list[int]] = {name: [] for name in variants}
     spent = dict.fromkeys(variants, 0)
     need = protocol.seconds * 1e9
     count = 0
     while count < protocol.iters or min(spent.values()) < need:
-        for name, call in rounds:
-            start = time.perf_counter_ns()
-            call()
-            elapsed = time.perf_counter_ns() - start
-            samples[name].append(elapsed)
-            spent[name] += elapsed
+        for name, call, repeats in turns:
+            if len(turns) > 1:
+                call()
+            for _ in range(repeats):
+                start = time.perf_counter_ns()
+                call()
+                elapsed = time.perf_counter_ns() - start
+                samples[name].append(elapsed)
+                spent[name] += elapsed
         count += 1
         if progress and count % 20 == 0:
             progress(min(count / max(1, protocol.iters), min(spent.values()) / need if need else 1.0))

@@ -138,7 +138,7 @@ def _scratch() -> Iterator[Path]:
 
 def _settings(config: ExportConfig, start: float) -> Settings:
     deadline = None if config.time_budget is None else start + config.time_budget
-    each = 2 * (PROTOCOL.seconds + PROTOCOL.warmup_seconds) + 1  # model only, then end to end
+    each = 2 * (2 * PROTOCOL.seconds + PROTOCOL.warmup_seconds) + 1  # counted and uncounted calls; model only, then end to end
     return Settings(config.allowed_drop, config.latency_budget, deadline, each)
 
 
