@@ -13,7 +13,6 @@ rounded once:
 * :func:`output_into_values`, :func:`query_into_keys`: with one head, the projections of the many queries' tokens move to the few keys'.
 * :func:`batch_norm_as_affine`: between an activation and a zero-padded conv a batch norm cannot be folded exactly; it stays as
   one scale-and-shift, which a runtime attaches to the conv before it.
-
 * :func:`keys_and_values_as_one`: one product for both, ordered so that splitting it again is free. Queries stay apart: they are of other tokens, and
   where they are not, splitting three ways cost what the larger product saved.
 
