@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from .recipe import MOVES
+from .recipe import INT8_OPS, MOVES
 
 Message = TypeVar("Message", onnx.NodeProto, onnx.TensorProto, onnx.ValueInfoProto)
 
@@ -46,12 +46,12 @@ def _unsigned(zero: onnx.TensorProto | None) -> bool:
     return zero is not None and zero.data_type == onnx.TensorProto.UINT8 and not numpy_helper.to_array(zero).any()
 
 
-def at_convs(model: onnx.ModelProto) -> onnx.ModelProto:
-    """``model`` with every pair that a conv reads through moves standing directly before the conv instead. In place.
+def at_layers(model: onnx.ModelProto) -> onnx.ModelProto:
+    """``model`` with every pair that a conv or linear reads through moves standing directly before that layer instead. In place.
 
-    The same values, where one scale serves the whole tensor; other pairs stay. OpenVINO 2026.4 answers otherwise where a pair stands
-    before a transposition and any ``Concat`` is in the graph: int8 CvT was two to four times farther from PyTorch there than in ONNX
-    Runtime.
+    The same values, where one scale serves the whole tensor; other pairs stay, and so do those that several read. OpenVINO moves int8 values
+    more slowly than floats (a transposition of heads took twice as long), and 2026.4 answers otherwise where a pair stands before a
+    transposition and any ``Concat`` is in the graph: int8 CvT was two to four times farther from PyTorch there than in ONNX Runtime.
     """
     graph = model.graph
     producer = {output: node for node in graph.node for output in node.output}
@@ -59,29 +59,38 @@ def at_convs(model: onnx.ModelProto) -> onnx.ModelProto:
     for name in (*(i for node in graph.node for i in node.input), *(o.name for o in graph.output)):
         readers[name] += 1
     scalars = {i.name for i in graph.initializer if not i.dims}
+    constants = {i.name for i in graph.initializer}
     pairs: dict[str, list[onnx.NodeProto]] = {}
-    for conv in (n for n in graph.node if n.op_type == "Conv"):
-        name, first = conv.input[0], None
+    for layer in (n for n in graph.node if n.op_type in INT8_OPS and _has_weight(n, producer, constants)):
+        name, first = layer.input[0], None
         while (node := producer.get(name)) is not None and node.op_type in MOVES and readers[name] == len(node.output) == 1:
             name, first = node.input[0], node
         source = producer.get(node.input[0]) if first is not None and node is not None else None
         if first is not None and source is not None and source.op_type == "QuantizeLinear" and source.input[1] in scalars:
             first.input[0] = source.input[0]
-            pairs[conv.name] = _pair(conv, source)
+            pairs[layer.name] = _pair(layer, source)
     if pairs:
         ordered = [n for node in graph.node for n in (*pairs.get(node.name, ()), node)]
         replace_nodes(graph, ordered)
     return model
 
 
-def _pair(conv: onnx.NodeProto, quantizer: onnx.NodeProto) -> list[onnx.NodeProto]:
-    """A pair like that of ``quantizer`` between ``conv`` and what it reads."""
-    names = [f"{conv.name}_input_{end}" for end in ("quantized", "dequantized")]
+def _has_weight(node: onnx.NodeProto, producer: dict[str, onnx.NodeProto], constants: set[str]) -> bool:
+    """Whether the second operand of a conv or product is a constant, quantized or not."""
+    name = node.input[1]
+    while (source := producer.get(name)) is not None and source.op_type in ("DequantizeLinear", *MOVES):
+        name = source.input[0]
+    return name in constants
+
+
+def _pair(layer: onnx.NodeProto, quantizer: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """A pair like that of ``quantizer`` between ``layer`` and what it reads."""
+    names = [f"{layer.name}_input_{end}" for end in ("quantized", "dequantized")]
     nodes = [
         helper.make_node(kind, [source, *quantizer.input[1:]], [name], name)
-        for kind, source, name in zip(("QuantizeLinear", "DequantizeLinear"), (conv.input[0], names[0]), names, strict=True)
+        for kind, source, name in zip(("QuantizeLinear", "DequantizeLinear"), (layer.input[0], names[0]), names, strict=True)
     ]
-    conv.input[0] = names[1]
+    layer.input[0] = names[1]
     return nodes
 
 

@@ -27,7 +27,7 @@ from .data import CalibrationSet
 from .equalize import equalize
 from .groups import classes_of, groups_of
 from .lint import lint
-from .pairs import at_convs, signed
+from .pairs import at_layers, signed
 from .recipe import DEFAULT, Recipe
 from .restore import int8_nodes, restore
 
@@ -217,7 +217,7 @@ def _calibrated(model: onnx.ModelProto, batches: _Batches, recipe: Recipe) -> on
             raise
         raise StepError("calibration failed in NNCF", why=f"{type(exc).__name__}: {exc}",
                         remedy="export fp32 or bf16, and report the model") from exc  # fmt: skip
-    return at_convs(signed(result))
+    return at_layers(signed(result))
 
 
 def _import_nncf() -> Any:

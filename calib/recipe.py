@@ -29,7 +29,7 @@ INT8_OPS = ("Conv", "Gemm", "MatMul")
 """Operations that compute in int8."""
 
 
-RULES = 6
+RULES = 7
 """Counts up when :meth:`Recipe.float_nodes` or what follows it changes, so that no cached graph of older rules is used."""
 
 

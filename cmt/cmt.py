@@ -18,11 +18,10 @@ from torch.nn import functional as F
 
 from .fuse import (
     affine_into,
+    attention_over_keys,
     batch_norm_after,
     batch_norm_as_affine,
     keys_and_values_as_one,
-    output_into_values,
-    query_into_keys,
     scale_into,
     shortcut_into_depthwise,
 )
@@ -60,12 +59,15 @@ class Attention(nn.Module):
             self.reduce_norm = nn.BatchNorm2d(dim)
         self.proj = nn.Linear(dim, dim)
         self.kv: nn.Linear | None = None  # keys and values as one product, after a rewrite
+        self.over_keys = False  # q is in k and proj in v, after a rewrite
 
     def forward(self, x: Tensor, size: tuple[int, int], position_bias: Tensor) -> Tensor:
         """``x`` (B, N, C), ``position_bias`` (heads, N, N / reduction**2) -> (B, N, C)."""
         reduced = x
         if self.reduction > 1:
             reduced = to_tokens(self.reduce_norm(self.reduce(to_map(x, *size))))  # (B, Nk, C)
+        if self.over_keys:
+            return self._over_keys(x, reduced, position_bias)
         q = split_heads(self.q(x), self.heads)
         k, v = self._keys_values(reduced)
         scores = scaled(q @ k.transpose(-2, -1), self.scale) + position_bias  # (B, heads, N, Nk)
@@ -77,6 +79,19 @@ class Attention(nn.Module):
             return split_heads(self.k(reduced), self.heads), split_heads(self.v(reduced), self.heads)
         both = split_heads(self.kv(reduced), 2 * self.heads)
         return both[:, : self.heads], both[:, self.heads :]
+
+    def _over_keys(self, x: Tensor, reduced: Tensor, position_bias: Tensor) -> Tensor:
+        """Attention whose projections are all of the keys' tokens; each key has a row of C channels for each head.
+
+        ``x`` (B, N, C), ``reduced`` (B, Nk, C), ``position_bias`` (Nk * heads, N) -> (B, N, C). Scores have a row for each key: a softmax
+        over rows works on all queries side by side, where one along rows of a few keys works on few numbers at a time.
+        """
+        nk, n, c = reduced.shape[1], x.shape[1], x.shape[2]
+        k, v = (self.k(reduced), self.v(reduced)) if self.kv is None else self.kv(reduced).chunk(2, -1)
+        k, v = k.reshape(-1, nk * self.heads, c), v.reshape(-1, nk * self.heads, c)
+        scores = scaled(k @ x.transpose(1, 2), self.scale) + position_bias  # (B, Nk * heads, N)
+        weights = scores.reshape(-1, nk, self.heads * n).softmax(1).reshape(-1, nk * self.heads, n)
+        return weights.transpose(1, 2) @ v
 
 
 class InvertedResidualFFN(nn.Module):
@@ -115,7 +130,8 @@ class Block(nn.Module):
         size = (x.shape[2], x.shape[3])
         tokens = to_tokens(self.lpu(x))  # (B, N, C)
         tokens = tokens + self.drop_path(self.attn(self.norm1(tokens), size, position_bias))
-        return to_map(tokens, *size) + self.drop_path(self.ffn(to_map(self.norm2(tokens), *size)))
+        # The shortcut comes second: OpenVINO overwrites the first operand, and copies tokens that are read elsewhere first.
+        return self.drop_path(self.ffn(to_map(self.norm2(tokens), *size))) + to_map(tokens, *size)
 
 
 class Stage(nn.Module):
@@ -288,8 +304,7 @@ REWRITES = (
     batch_norm_after("reduce", "reduce_norm"),
     affine_into("norm1", "attn.q", "attn.reduce"),
     affine_into("norm1", "attn.q", "attn.k", "attn.v", unless="attn.reduce"),
-    output_into_values(),  # stage 1, the one with the most tokens, has one head
-    query_into_keys("norm1", "attn"),
+    attention_over_keys("blocks", "norm1", "attn"),  # stages 1 and 2, which have the most tokens
     keys_and_values_as_one(),
     affine_into("norm2", "ffn.expand"),
     shortcut_into_depthwise(),

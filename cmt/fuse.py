@@ -10,7 +10,7 @@ rounded once:
 * :func:`shortcut_into_depthwise`:  ``DW x + x  ==  (DW + I) x``: one is added to the centre tap.
 * :func:`scale_into`:  ``(q k^T) c  ==  (c q) k^T``: the attention's scale goes into the query projection.
 * :func:`key_bias_dropped`, :func:`value_bias_into`: what a softmax does not see, and what passes it because its rows sum to 1.
-* :func:`output_into_values`, :func:`query_into_keys`: with one head, the projections of the many queries' tokens move to the few keys'.
+* :func:`attention_over_keys`: the projections of the many queries' tokens move to the few keys'.
 * :func:`batch_norm_as_affine`: between an activation and a zero-padded conv a batch norm cannot be folded exactly; it stays as
   one scale-and-shift, which a runtime attaches to the conv before it.
 * :func:`keys_and_values_as_one`: one product for both, ordered so that splitting it again is free. Queries stay apart: they are of other tokens, and
@@ -164,40 +164,70 @@ def value_bias_into(layer: str, proj: str) -> Rewrite:
     return Rewrite(f"bias of {layer} into {proj}", "P (A (V + 1 b)) + c == P A V + (P b + c), as A 1 == 1", apply)
 
 
-def output_into_values() -> Rewrite:
-    """Where there is one head (attributes ``heads``, ``v``, ``proj``), the linear ``proj`` goes into ``v``: it runs on the keys' tokens only."""
+def attention_over_keys(blocks: str, norm: str, attention: str, position_bias: str = "position_bias") -> Rewrite:
+    """The linears ``q`` and ``proj`` of an attention go into ``k`` and ``v``, which run on fewer tokens; ``q`` and ``reduce`` read the ``norm``.
 
-    def apply(module: nn.Module) -> int:
-        places = [cast(Any, m) for m in having(module, "heads", "v", "proj.weight") if m.heads == 1]
-        for place in places:
-            place.v, place.proj = linear_after(place.v, place.proj), nn.Identity()
-        return len(places)
+    For head ``h``, with keys and values ``K_h x_j``, ``V_h x_j`` of reduced tokens ``x_j``, both factors of a product meet in one matrix:
 
-    return Rewrite("proj into v", "P (A (X V)) + c == A (X V P + 1 c), as A 1 == 1", apply)
-
-
-def query_into_keys(norm: str, attention: str) -> Rewrite:
-    """Where there is one head, the linear ``q`` of ``attention`` goes into ``k``, which runs on fewer tokens; both read the ``norm``.
+    * scores: ``(Q_h x_i)^T (K_h x_j) == x_i^T (Q_h^T K_h x_j)``;
+    * output: ``P [A_1 V_1; ..; A_h V_h] + c == sum_h A_h (P_h V_h) + c``, and as the rows of every ``A_h`` sum to 1, ``c / heads`` goes into each
+      head's values.
 
     What is left of the bias of ``q`` is one number for each key, ``d_j``. A normalised token sums to 0, so adding 1/2 to each of its
     channels makes its product with ``1`` a constant, which carries that number: ``a_j`` is such that ``c sum(Q' k_j + a_j 1) == d_j``.
+
+    A key gets a row of all channels for each head. That is done in the stages (submodules with ``blocks`` and ``position_bias``) where it needs
+    neither more weights (up to two heads) nor more multiplications; the bias is reordered with the rows, from ``(heads, N, Nk)`` to ``(Nk heads, N)``.
     """
-    paths = [f"{attention}.{name}" for name in ("reduce", "q.weight", "k.weight")]
-    affine = affine_into(norm, f"{attention}.q", f"{attention}.reduce")
 
     def apply(module: nn.Module) -> int:
-        places = [m for m in having(module, norm, *paths) if cast(Any, _get(m, attention)).heads == 1]
+        places = [m for m in having(module, blocks, position_bias) if _pays(m, blocks, attention, position_bias)]
         for place in places:
-            if isinstance(_get(place, norm), nn.LayerNorm):  # otherwise it has been folded before
-                affine.apply(place)
-            plain, attn = cast(PlainNorm, _get(place, norm)), cast(Any, _get(place, attention))
-            plain.shift = QUERY_SHIFT
-            one = torch.ones(attn.reduce.in_channels, dtype=torch.float64)
-            attn.reduce = affine_before(attn.reduce, one, -QUERY_SHIFT * one)
-            attn.k, attn.q = _with_query(attn.k, attn.q), nn.Identity()
+            bias = cast(Tensor, _get(place, position_bias))
+            _set(place, position_bias, nn.Parameter(bias.detach().permute(2, 0, 1).flatten(0, 1).contiguous()))
+            for block in _get(place, blocks):
+                if isinstance(_get(block, norm), nn.LayerNorm):  # otherwise it has been folded before
+                    affine_into(norm, f"{attention}.q", f"{attention}.reduce").apply(block)
+                _get(block, norm).shift = QUERY_SHIFT
+                _project_keys_alone(_get(block, attention))
         return len(places)
 
-    return Rewrite("q into k", "softmax_j((Q x + b) k_j) == softmax_j((x + c 1) (Q' k_j + a_j 1)), as sum(x) == 0", apply)
+    algebra = "softmax_j((Q x_i + b) k_j) == softmax_j((x_i + c 1) (Q' k_j + a_j 1)), as sum(x_i) == 0; P (A V) + c == A (P V + 1 c), as A 1 == 1"
+    return Rewrite("q and proj into k and v", algebra, apply)
+
+
+def _pays(stage: nn.Module, blocks: str, attention: str, position_bias: str) -> bool:
+    """Whether the products of an attention become fewer and its weights no more."""
+    attn = _get(_get(stage, blocks)[0], attention)
+    if not _has(attn, "reduce"):
+        return False
+    (heads, queries, keys), width = cast(Tensor, _get(stage, position_bias)).shape, attn.q.in_features
+    before = 2 * queries * width**2 + 2 * keys * width**2 + 2 * queries * keys * width
+    after = 2 * heads * keys * width**2 + 2 * heads * queries * keys * width
+    return heads <= 2 and after < before
+
+
+def _project_keys_alone(attn: Any) -> None:
+    """Of one attention with ``q``, ``k``, ``v``, ``proj`` and ``reduce`` that reads plain normalised tokens; its input gets :data:`QUERY_SHIFT`."""
+    one = torch.ones(attn.reduce.in_channels, dtype=torch.float64)
+    attn.reduce = affine_before(attn.reduce, one, -QUERY_SHIFT * one)
+    (query, query_bias), (outer, constant) = doubled(attn.q), doubled(attn.proj)
+    (key, key_bias), (value, value_bias) = doubled(attn.k), doubled(attn.v)
+    width, heads = query.shape[1], attn.heads
+    rows = torch.arange(query.shape[0]).chunk(heads)
+
+    def with_query(k: Tensor, head: Tensor) -> Tensor:  # (d, columns) -> (width, columns)
+        plain = query[head].T @ k
+        return plain + (query_bias[head] @ k / QUERY_SHIFT - plain.sum(0)) / width
+
+    keys = [(with_query(key[h], h), with_query(key_bias[h, None], h)[:, 0]) for h in rows]
+    values = [(outer[:, h] @ value[h], outer[:, h] @ value_bias[h] + constant / heads) for h in rows]
+    wide = nn.Linear(attn.k.in_features, heads * width, dtype=torch.float64)
+    attn.k, attn.v = (
+        with_weights(wide, torch.cat([w for w, _ in parts]), torch.cat([b for _, b in parts])) for parts in (keys, values)
+    )
+    attn.q = attn.proj = nn.Identity()
+    attn.over_keys = True
 
 
 def keys_and_values_as_one() -> Rewrite:
@@ -217,16 +247,6 @@ def keys_and_values_as_one() -> Rewrite:
 
 QUERY_SHIFT = 0.5
 """Half the standard deviation of what it is added to: it costs little of a quantizer's range and keeps ``a_j`` small."""
-
-
-def _with_query(keys: nn.Linear, query: nn.Linear) -> nn.Linear:
-    (key, key_bias), (weight, bias) = doubled(keys), doubled(query)
-
-    def folded(k: Tensor) -> Tensor:  # (channels, columns)
-        plain = weight.T @ k
-        return plain + (bias @ k / QUERY_SHIFT - plain.sum(0)) / weight.shape[1]
-
-    return with_weights(keys, folded(key), folded(key_bias[:, None])[:, 0])
 
 
 def class_token_only() -> Rewrite:
@@ -354,12 +374,6 @@ def affine_after(layer: Layer, scale: Tensor, shift: Tensor) -> Layer:
     """``scale * layer(x) + shift`` as one layer."""
     weight, bias = doubled(layer)
     return with_weights(layer, weight * scale.reshape(-1, *[1] * (weight.ndim - 1)), bias * scale + shift)
-
-
-def linear_after(layer: nn.Linear, after: nn.Linear) -> nn.Linear:
-    """``after(layer(x))`` as one linear."""
-    (weight, bias), (outer, constant) = doubled(layer), doubled(after)
-    return with_weights(layer, outer @ weight, outer @ bias + constant)
 
 
 def affine_before(layer: Layer, scale: Tensor, shift: Tensor) -> Layer:

@@ -6,10 +6,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from calib import DEFAULT, CalibrationSet, lint, quantize
-from calib.pairs import at_convs, signed
+from calib.pairs import at_layers, signed
 from deploy.preprocess import Preprocess
 from export.to_onnx import export_onnx, logits_of, run_graph, simplify
 
@@ -119,7 +120,7 @@ def answers(model: onnx.ModelProto) -> list[np.ndarray]:
 @pytest.mark.parametrize("kind", [{}, {"residual": True}, {"other_reader": True}])
 def test_a_pair_stands_before_its_conv_and_changes_no_value(kind):
     expected = answers(tokens_then_conv(**kind))
-    model = at_convs(tokens_then_conv(**kind))
+    model = at_layers(tokens_then_conv(**kind))
     onnx.checker.check_model(model, full_check=True)
     for ours, before in zip(answers(model), expected, strict=True):
         np.testing.assert_array_equal(ours, before)
@@ -130,6 +131,43 @@ def test_a_pair_stands_before_its_conv_and_changes_no_value(kind):
     assert ("Q" in {n.name for n in model.graph.node}) is bool(kind)  # gone where nobody else reads it
 
 
+@pytest.mark.parametrize(("weight", "moved"), [("quantized", True), ("float", True), ("computed", False)])
+def test_a_pair_stands_before_its_linear_but_not_before_a_product_of_activations(weight, moved):
+    rng, make = np.random.default_rng(0), onnx.helper.make_node
+    nodes = [
+        make("QuantizeLinear", ["heads", "s", "z"], ["q"], "Q"),
+        make("DequantizeLinear", ["q", "s", "z"], ["d"], "DQ"),
+        make("Transpose", ["d"], ["t"], "T", perm=[0, 2, 1, 3]),
+        make("Reshape", ["t", "shape"], ["r"], "R"),
+        make("DequantizeLinear", ["w", "ws", "wz"], ["wd"], "W", axis=1),
+        make("Relu", ["other"], ["relu"], "Relu"),
+        make("MatMul", ["r", {"quantized": "wd", "float": "wf", "computed": "relu"}[weight]], ["y"], "linear"),
+    ]
+    used = {i for node in nodes[:4] + nodes[6:] for i in node.input} | ({"w", "ws", "wz"} if weight == "quantized" else set())
+    nodes = [n for n in nodes if n.name not in ("W", "Relu") or n.output[0] in used]
+    constants = {
+        "s": np.float32(0.03), "z": np.int8(0), "shape": np.array([-1, 8, 32]), "w": rng.integers(-127, 128, (32, 6)).astype(np.int8),
+        "ws": rng.uniform(5e-4, 1e-3, 6).astype(np.float32), "wz": np.zeros(6, np.int8), "wf": rng.standard_normal((32, 6)).astype(np.float32),
+    }  # fmt: skip
+    value = onnx.helper.make_tensor_value_info
+    inputs = [value("heads", 1, [1, 2, 8, 16]), *([value("other", 1, [32, 6])] if weight == "computed" else [])]
+    graph = onnx.helper.make_graph(
+        nodes, "g", inputs, [value("y", 1, [1, 8, 6])],
+        [onnx.numpy_helper.from_array(v, k) for k, v in constants.items() if k in used],
+    )  # fmt: skip
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9)
+    feeds = {
+        i.name: rng.standard_normal([d.dim_value for d in i.type.tensor_type.shape.dim]).astype(np.float32) for i in inputs
+    }
+    run = lambda: ReferenceEvaluator(model).run(None, feeds)[0]  # noqa: E731
+    before = run()
+    at_layers(model)
+    onnx.checker.check_model(model, full_check=True)
+    np.testing.assert_array_equal(run(), before)
+    by_output = {o: n for n in model.graph.node for o in n.output}
+    assert (by_output[by_output["y"].input[0]].op_type == "DequantizeLinear") is moved
+
+
 def test_a_pair_with_a_scale_for_each_channel_stays():
     model = tokens_then_conv()
     for node in model.graph.node[:2]:
@@ -138,12 +176,12 @@ def test_a_pair_with_a_scale_for_each_channel_stays():
         if i.name in "sz":
             i.CopyFrom(onnx.numpy_helper.from_array(np.tile(onnx.numpy_helper.to_array(i), 16), i.name))
     before = model.SerializeToString(deterministic=True)
-    assert at_convs(model).SerializeToString(deterministic=True) == before
+    assert at_layers(model).SerializeToString(deterministic=True) == before
 
 
 def test_openvino_answers_as_onnxruntime_beside_a_concat():
     ov = pytest.importorskip("openvino")
-    model = at_convs(tokens_then_conv())
+    model = at_layers(tokens_then_conv())
     compiled = ov.Core().compile_model(
         ov.Core().read_model(model.SerializeToString()), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
     )
