@@ -14,12 +14,14 @@ or generated ones, since zero, the most frequent value, is rounded then.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
+
+from deploy.errors import StepError
 
 from .groups import MODULE, module_of
 from .recipe import is_depthwise
@@ -41,24 +43,50 @@ class _Site:
     shift: str | None = None
 
 
-def equalize(model: onnx.ModelProto, batches: Iterable[np.ndarray]) -> onnx.ModelProto:
-    """A copy of the float graph ``model`` with the same outputs up to rounding, easier to quantize; ``model`` itself if it has no such place.
+@dataclass(frozen=True)
+class Equalized:
+    """The result of :func:`equalize`.
+
+    Attributes:
+        model: a copy with the same outputs up to rounding, easier to quantize; the given graph itself if it has no such place.
+        telling: numbers of the batches on which some tensor of ``model`` that was asked about reaches its largest magnitude over all
+            batches, ascending: symmetric ranges over these are the ranges over all. Empty for the given graph.
+    """
+
+    model: onnx.ModelProto
+    telling: tuple[int, ...] = ()
+
+
+def equalize(model: onnx.ModelProto, batches: Iterable[np.ndarray], read: Collection[str] = ()) -> Equalized:
+    """Rescale what the convs of a float graph read.
 
     Args:
-        model: float32 ONNX graph with input ``(batch, 3, S, S)``.
+        model: float32 ONNX graph with input ``(batch, 3, S, S)``, not modified.
         batches: calibration images, float32 ``(1, 3, S, S)`` each.
+        read: tensors whose extremes are wanted, besides those that are rescaled.
+
+    Raises:
+        StepError: ONNX Runtime cannot run the graph.
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     sites = _sites(copy.graph)
     if not sites:
-        return model
-    low, high = _ranges(copy, [site.tensor for site in sites], batches)
+        return Equalized(model)
+    rescaled = [site.tensor for site in sites]
+    extremes = _extremes(copy, rescaled, sorted(set(read) - set(rescaled)), batches)
     constants = {i.name: i for i in copy.graph.initializer}
     for site in sites:
-        _apply(copy.graph, constants, site, low[site.tensor], high[site.tensor])
+        low, high = extremes[site.tensor]
+        factor = _factor(low.min(0), high.max(0))
+        _apply(copy.graph, constants, site, factor)
+        extremes[site.tensor] = low / factor, high / factor
     del copy.graph.value_info[:]
-    return copy
+    return Equalized(copy, _telling(extremes))
+
+
+def _telling(extremes: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> tuple[int, ...]:
+    return tuple(sorted({int(np.maximum(-low.min(1), high.max(1)).argmax()) for low, high in extremes.values()}))
 
 
 def _sites(graph: onnx.GraphProto) -> list[_Site]:
@@ -99,38 +127,60 @@ def _channels(conv: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> i
     return groups if weight.dims[0] == groups and weight.dims[1] == 1 else None
 
 
-def _ranges(
-    model: onnx.ModelProto, tensors: list[str], batches: Iterable[np.ndarray]
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Each channel's smallest and largest value over the images, by tensor: ``(C,)``."""
-    import onnxruntime as ort
-
+def _extremes(
+    model: onnx.ModelProto, by_channel: list[str], whole: list[str], batches: Iterable[np.ndarray]
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Smallest and largest values of tensors on each batch: float64 ``(batches, C)``, ``C`` being 1 for those taken as a ``whole``."""
     watched = onnx.ModelProto()
     watched.CopyFrom(model)
     graph = watched.graph
     graph.initializer.append(numpy_helper.from_array(np.array([0, 2, 3], np.int64), "watched_axes"))
-    ends = {kind: [f"{name}_{kind}" for name in tensors] for kind in ("ReduceMin", "ReduceMax")}
-    for kind, names in ends.items():
-        for name, result in zip(tensors, names, strict=True):
-            graph.node.append(helper.make_node(kind, [name, "watched_axes"], [result], result, keepdims=0))
-            graph.output.append(helper.make_tensor_value_info(result, onnx.TensorProto.FLOAT, None))
+    names = [*by_channel, *whole]
+    for kind in ENDS:
+        for name in names:
+            inputs = [name, "watched_axes"] if name in by_channel else [name]
+            graph.node.append(helper.make_node(kind, inputs, [f"{name}_{kind}"], f"{name}_{kind}", keepdims=0))
+            graph.output.append(helper.make_tensor_value_info(f"{name}_{kind}", onnx.TensorProto.FLOAT, None))
+    seen = _answers(watched, [f"{name}_{kind}" for kind in ENDS for name in names], batches)
+    stacked = [np.stack([answer[i].reshape(-1) for answer in seen]).astype(np.float64) for i in range(2 * len(names))]
+    return {name: (stacked[i], stacked[len(names) + i]) for i, name in enumerate(names)}
+
+
+ENDS = ("ReduceMin", "ReduceMax")
+
+
+def _answers(model: onnx.ModelProto, outputs: list[str], batches: Iterable[np.ndarray]) -> list[list[np.ndarray]]:
+    """What ONNX Runtime answers to each batch."""
+    import onnxruntime as ort
+
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    session = ort.InferenceSession(watched.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    wanted = [*ends["ReduceMin"], *ends["ReduceMax"]]
-    seen = [session.run(wanted, {graph.input[0].name: batch}) for batch in batches]
-    split = len(tensors)
-    low = {name: np.min([results[i] for results in seen], 0).astype(np.float64) for i, name in enumerate(tensors)}
-    high = {name: np.max([results[split + i] for results in seen], 0).astype(np.float64) for i, name in enumerate(tensors)}
-    return low, high
+    try:
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as exc:
+        raise _refused(exc) from exc
+    answers = []
+    for batch in batches:  # outside of what is caught: an unreadable image is an error of its own
+        try:
+            answers.append(session.run(outputs, {model.graph.input[0].name: batch}))
+        except Exception as exc:
+            raise _refused(exc) from exc
+    return answers
 
 
-def _apply(
-    graph: onnx.GraphProto, constants: dict[str, onnx.TensorProto], site: _Site, low: np.ndarray, high: np.ndarray
-) -> None:
-    """Rescale one tensor and its conv, in float64, rounded once."""
+def _refused(cause: Exception) -> StepError:
+    return StepError("calibration failed in ONNX Runtime", why=f"{type(cause).__name__}: {cause}",
+                     remedy="export fp32 or bf16, and report the model")  # fmt: skip
+
+
+def _factor(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """By how much each channel is larger than it shall be, ``(C,)``, from its extremes over all batches."""
     reach = np.maximum(np.abs(low), np.abs(high))
-    factor = np.maximum(reach / max(reach.max(), 1e-30), SMALLEST) ** ALPHA
+    return np.maximum(reach / max(reach.max(), 1e-30), SMALLEST) ** ALPHA
+
+
+def _apply(graph: onnx.GraphProto, constants: dict[str, onnx.TensorProto], site: _Site, factor: np.ndarray) -> None:
+    """Divide one tensor by ``factor`` ``(C,)`` and multiply its conv, in float64, rounded once."""
     weight = constants[site.conv.input[1]]
     _set(weight, numpy_helper.to_array(weight) * factor.reshape((-1, 1, 1, 1) if is_depthwise(site.conv) else (1, -1, 1, 1)))
     if site.scale is None or site.shift is None:

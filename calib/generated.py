@@ -77,5 +77,5 @@ def _pink_noise(rng: np.random.Generator, height: int, width: int) -> np.ndarray
 
 def _encode(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    image.save(buffer, "PNG", compress_level=1)  # most of the time otherwise
     return buffer.getvalue()

@@ -9,7 +9,7 @@ import itertools
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -24,11 +24,11 @@ from deploy.preprocess import Preprocess
 
 from .cache import evict, locked
 from .data import CalibrationSet
-from .equalize import equalize
+from .equalize import Equalized, equalize
 from .groups import classes_of, groups_of
 from .lint import lint
 from .pairs import at_layers, signed
-from .recipe import DEFAULT, Recipe
+from .recipe import DEFAULT, INT8_OPS, Recipe
 from .restore import int8_nodes, restore
 
 CACHED_FILES = 20
@@ -171,32 +171,58 @@ def unchecked(
 ) -> Quantized:
     """:func:`quantize` without a cache and without the rules of :func:`calib.lint.lint`, which some choices of a recipe break."""
     batches = _Batches(data, spec, progress)
-    source = equalize(model, batches) if recipe.equalize else model
+    equalized = equalize(model, batches, _read_in_int8(model, recipe)) if recipe.equalize else Equalized(model)
     ranges = recipe.range_estimator
     if ranges == "auto":
-        ranges = "mean_minmax" if source is model else "minmax"
-    return Quantized(_calibrated(source, batches, replace(recipe, range_estimator=ranges)), source, recipe.key(), False)
+        ranges = "mean_minmax" if equalized.model is model else "minmax"
+    chosen: Collection[int] = range(len(batches))
+    if ranges == "minmax" and equalized.telling:
+        chosen = enough(equalized.telling, len(batches))
+    calibrated = _calibrated(equalized.model, batches, chosen, replace(recipe, range_estimator=ranges))
+    return Quantized(calibrated, equalized.model, recipe.key(), False)
+
+
+def _read_in_int8(model: onnx.ModelProto, recipe: Recipe) -> set[str]:
+    """Tensors that layers may read in int8."""
+    floats = set(recipe.float_nodes(model))
+    constants = {i.name for i in model.graph.initializer}
+    layers = (node for node in model.graph.node if node.op_type in INT8_OPS and node.name not in floats)
+    return {name for node in layers for name in node.input[:2] if name not in constants}
+
+
+ENOUGH = 64
+"""Means, for the correction of biases, are taken over at least so many images."""
+
+
+def enough(telling: Collection[int], count: int) -> list[int]:
+    """Numbers of ``telling`` images, filled up to :data:`ENOUGH` of ``count`` with others, evenly spread."""
+    others = [i for i in range(count) if i not in telling]
+    missing = max(0, min(ENOUGH, count) - len(telling))
+    return sorted({*telling, *(others[i * len(others) // missing] for i in range(missing))})
 
 
 class _Grouped:
-    """``batches``, ``size`` at a time: extremes over all are the same, and statistics of many small tensors cost more than of a few larger ones."""
+    """The ``chosen`` ones of ``batches``, ``size`` at a time.
 
-    def __init__(self, batches: _Batches, size: int) -> None:
-        self._batches, self._size = batches, size
+    Extremes over all are the same, and statistics of many small tensors cost more than of a few larger ones.
+    """
+
+    def __init__(self, batches: _Batches, chosen: Collection[int], size: int) -> None:
+        self._batches, self._chosen, self._size = batches, set(chosen), size
 
     def __len__(self) -> int:
-        return math.ceil(len(self._batches) / self._size)
+        return math.ceil(len(self._chosen) / self._size)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        images = iter(self._batches)
+        images = (batch for i, batch in enumerate(self._batches) if i in self._chosen)
         while group := list(itertools.islice(images, self._size)):
             yield np.concatenate(group)
 
 
-def _calibrated(model: onnx.ModelProto, batches: _Batches, recipe: Recipe) -> onnx.ModelProto:
+def _calibrated(model: onnx.ModelProto, batches: _Batches, chosen: Collection[int], recipe: Recipe) -> onnx.ModelProto:
     nncf = _import_nncf()
     name = model.graph.input[0].name
-    grouped = _Grouped(batches, GROUP) if recipe.range_estimator == "minmax" else batches
+    grouped = _Grouped(batches, chosen, GROUP if recipe.range_estimator == "minmax" else 1)
     dataset = nncf.Dataset(grouped, lambda batch: {name: batch})
     copy = onnx.ModelProto()
     copy.CopyFrom(model)

@@ -87,7 +87,11 @@ class Attention(nn.Module):
         over rows works on all queries side by side, where one along rows of a few keys works on few numbers at a time.
         """
         nk, n, c = reduced.shape[1], x.shape[1], x.shape[2]
-        k, v = (self.k(reduced), self.v(reduced)) if self.kv is None else self.kv(reduced).chunk(2, -1)
+        if self.kv is None:
+            k, v = self.k(reduced), self.v(reduced)
+        else:
+            both = self.kv(reduced)
+            k, v = both[..., : self.heads * c], both[..., self.heads * c :]
         k, v = k.reshape(-1, nk * self.heads, c), v.reshape(-1, nk * self.heads, c)
         scores = scaled(k @ x.transpose(1, 2), self.scale) + position_bias  # (B, Nk * heads, N)
         weights = scores.reshape(-1, nk, self.heads * n).softmax(1).reshape(-1, nk * self.heads, n)

@@ -190,11 +190,14 @@ def _graph(config: ExportConfig, reference: _Reference, progress: Progress) -> t
     with progress.step("fuse"):
         fused = with_head(fuse(reference.classifier), config.head)
         steps["fuse"] = require_parity("fuse", TorchSession(fused).run(reference.batch), reference.outputs, FUSE_ATOL)
-    with progress.step("export to ONNX"):
-        graph = export_onnx(fused, config.img_size, OPSET, config.outputs)
+
+    def compare(graph: onnx.ModelProto) -> None:
         steps["onnx"] = require_parity(
             "export to ONNX", outputs_of(graph, reference.batch, "export to ONNX"), reference.outputs
         )
+
+    with progress.step("export to ONNX"):
+        graph = export_onnx(fused, config.img_size, OPSET, config.outputs, compare)
     with progress.step("simplify"):
         graph = simplify(graph)
         steps["simplify"] = require_parity("simplify", outputs_of(graph, reference.batch, "simplify"), reference.outputs)

@@ -32,25 +32,47 @@ onnxsim leaves them, with the batch norms behind such convs; torch.onnx's own op
 """
 
 
-def export_onnx(model: nn.Module, img_size: int, opset: int, outputs: Sequence[str] = (LOGITS,)) -> onnx.ModelProto:
+def export_onnx(
+    model: nn.Module,
+    img_size: int,
+    opset: int,
+    outputs: Sequence[str] = (LOGITS,),
+    check: Callable[[onnx.ModelProto], object] | None = None,
+) -> onnx.ModelProto:
     """Trace ``model``; the graph takes any batch size; ``outputs`` names what it returns.
 
     Tracing with a fixed batch takes half the time of a symbolic one, so that is tried first, the batch freed afterwards and the graph
     compared with ``model`` on another batch size. The graph holds no stack traces or paths, so equal inputs give equal bytes; each node
     keeps the name of the module it comes from as metadata (:data:`calib.groups.MODULE`), until :func:`with_batch`.
 
+    Args:
+        model: in eval mode.
+        img_size: height and width of its images.
+        opset: of ONNX.
+        outputs: names of what it returns.
+        check: raises ``ParityError`` if a graph does not answer as ``model`` on some batch whose size is not :data:`TRACED_BATCH`; default: that of
+            two images made here.
+
     Raises:
         StepError: torch.onnx or onnx.checker refuses the model.
+        ParityError: ``check`` refused the graph.
     """
+    check = check or (lambda graph: _require_same(model, graph, img_size))
     with contextlib.suppress(StepError, ParityError):  # a model may build its shapes in another way
         graph = _batch_freed(_traced(model, img_size, opset, outputs, TRACED_BATCH))
-        images = torch.linspace(-2, 2, OTHER_BATCH * 3 * img_size**2).reshape(OTHER_BATCH, 3, img_size, img_size).sin()
-        with torch.inference_mode():
-            given = model(images)
-        expected = [v.numpy() for v in ((given,) if isinstance(given, torch.Tensor) else given)]
-        require_parity("free the batch size", outputs_of(graph, images.numpy(), "free the batch size"), expected)
+        check(graph)
         return graph
-    return checked("export to ONNX", _traced(model, img_size, opset, outputs, None))
+    graph = checked("export to ONNX", _traced(model, img_size, opset, outputs, None))
+    check(graph)
+    return graph
+
+
+def _require_same(model: nn.Module, graph: onnx.ModelProto, img_size: int) -> float:
+    images = torch.linspace(-2, 2, OTHER_BATCH * 3 * img_size**2).reshape(OTHER_BATCH, 3, img_size, img_size).sin()
+    with torch.inference_mode():
+        given = model(images)
+    expected = [v.numpy() for v in ((given,) if isinstance(given, torch.Tensor) else given)]
+    return require_parity("export to ONNX", outputs_of(graph, images.numpy(), "export to ONNX"), expected)
 
 
 FATAL_ONLY = 4
