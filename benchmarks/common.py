@@ -16,6 +16,7 @@ from deploy import Preprocess
 from deploy.backends import LoadOptions, Session
 from deploy.benchmark import Latency, Protocol, _bootstrap_medians
 from deploy.preprocess import normalise, pixels
+from deploy.report import how_measured
 
 CHECK_SEED = 91
 """Of the images on which logits are compared: other ones than those for calibration."""
@@ -135,7 +136,7 @@ def machine_text(host: dict[str, Any], versions: dict[str, str], threads: int, p
     """The line under a table: what was measured on, with and how."""
     named = ", ".join(f"{k} {versions[k]}" for k in ("openvino", "nncf", "onnxruntime", "torch") if k in versions)
     return (f"{host['cpu']}, {host['cores']} cores ({', '.join(host['flags']) or 'no flags of note'}); {named}; threads: {threads}; "
-            f"batch 1; interleaved, at least {protocol.iters} iterations and {protocol.seconds:g} s each after warm-up.")  # fmt: skip
+            f"batch 1; {how_measured(protocol)}.")  # fmt: skip
 
 
 def first_lines(exc: BaseException, limit: int = 240) -> str:

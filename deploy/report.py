@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .backends.base import ExecutedPrecision
-from .benchmark import Benchmark, Latency
+from .benchmark import Benchmark, Latency, Protocol
 from .bundle import LOGITS, Bundle
 from .errors import RuntimeMissingError
 from .files import write_atomic
@@ -51,6 +51,12 @@ def _ms(latency: Latency) -> list[str]:
     return [f"{latency.p50:.2f}", f"{latency.p90:.2f}", f"{latency.p95:.2f}", p99, f"{latency.max:.2f}"]
 
 
+def how_measured(protocol: Protocol) -> str:
+    """What the line under a table of latencies says of the order and number of calls."""
+    return (f"interleaved, at least {protocol.iters} iterations and {protocol.seconds:g} s each after warm-up, turns after "
+            f"{1e3 * protocol.settle_seconds:g} ms uncounted")  # fmt: skip
+
+
 def benchmark_text(result: Benchmark, markdown: bool = False) -> str:
     """Latency table, what really ran, the machine, and warnings."""
     rows = []
@@ -72,7 +78,7 @@ def benchmark_text(result: Benchmark, markdown: bool = False) -> str:
         table(header, rows, markdown),
         table(["bundle", "asked", "what really ran (share of time)", "conversions", "runtime"], executed, markdown),
         f"{host['cpu']}, {host['cores']} cores ({flags}); threads: {result.threads or 'all'}; batch {result.results[0].batch}; "
-        f"interleaved, at least {protocol.iters} iterations and {protocol.seconds:g} s each after warm-up.",
+        f"{how_measured(protocol)}.",
         *_fastest(result),
         *(f"warning: {r.name}: {w}" for r in result.results for w in r.warnings),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -16,8 +17,8 @@ from deploy.backends import ExecutedPrecision, fake
 from deploy.backends.fake import FakeSession
 from deploy.benchmark import Protocol, benchmark, interleaved, precision_warnings, summarise, throughput
 
-QUICK = Protocol(iters=5, seconds=0.05, warmup_iters=2, warmup_seconds=0.01)
-ONCE = Protocol(iters=4, seconds=0, warmup_iters=1, warmup_seconds=0)
+QUICK = Protocol(iters=5, seconds=0.05, warmup_iters=2, warmup_seconds=0.01, settle_seconds=0)
+ONCE = Protocol(iters=4, seconds=0, warmup_iters=1, warmup_seconds=0, settle_seconds=0)
 
 
 def strict(text: str):
@@ -117,6 +118,17 @@ def test_variants_take_turns():
     assert log.index("b") > log.index("a")
 
 
+def test_turns_settle_before_they_count():
+    log = []
+    calls = {"a": lambda: (log.append("a"), time.sleep(0.004)), "b": lambda: (log.append("b"), time.sleep(0.004))}
+    protocol = Protocol(iters=9, seconds=0, warmup_iters=1, warmup_seconds=0, settle_seconds=0.02)
+    samples = interleaved(calls, protocol)
+    turns = [len(list(group)) for _, group in itertools.groupby(log)][2:]  # after the warm-up
+    assert len(turns) in (6, 8, 10)  # at most so many calls fit into 0.02 s, on a busy machine fewer
+    assert all(3 <= turn <= 10 for turn in turns)
+    assert 9 <= len(samples["a"]) < sum(turns) / 2
+
+
 def test_samples_are_in_order_and_in_nanoseconds():
     pauses = iter([0.001, 0.001, 0.03, 0.001, 0.001])
     samples = interleaved({"a": lambda: time.sleep(next(pauses))}, ONCE)["a"]
@@ -128,7 +140,7 @@ def test_samples_are_in_order_and_in_nanoseconds():
 
 def test_both_limits_must_be_met():
     calls = {"fast": lambda: time.sleep(0.002), "slow": lambda: time.sleep(0.004)}
-    by_time = interleaved(calls, Protocol(iters=1, seconds=0.03, warmup_iters=1, warmup_seconds=0))
+    by_time = interleaved(calls, Protocol(iters=1, seconds=0.03, warmup_iters=1, warmup_seconds=0, settle_seconds=0))
     assert by_time["slow"].sum() >= 0.03e9
     assert by_time["fast"].sum() >= 0.03e9
     by_count = interleaved({"slow": calls["slow"]}, Protocol(iters=12, seconds=0.0, warmup_iters=1, warmup_seconds=0))
