@@ -83,11 +83,13 @@ def traced_once():
 
     real = pipeline.export_onnx
 
-    def export_onnx(model, img_size, opset, outputs):
+    def export_onnx(model, img_size, opset, outputs, check):
         key = weights_fingerprint(model), img_size, opset, tuple(outputs)
         if key not in TRACED:
             TRACED[key] = real(model, img_size, opset, outputs).SerializeToString()
-        return onnx.load_from_string(TRACED[key])
+        graph = onnx.load_from_string(TRACED[key])
+        check(graph)
+        return graph
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "export_onnx", export_onnx)

@@ -16,6 +16,7 @@ from calib import DEFAULT, quantize
 from calib.equalize import Equalized, _extremes, _sites, equalize
 from calib.generated import generate
 from calib.recipe import inner_depthwise
+from deploy.errors import StepError
 from deploy.preprocess import preprocess
 from export.to_onnx import logits_of
 
@@ -70,6 +71,34 @@ def test_the_answers_are_the_same(seed, channels, padding, affine, depthwise, pr
     for batch in images(rng, 3):  # other ones
         ours, expected = logits_of(equal, batch, "equalized"), logits_of(model, batch, "given")
         assert np.abs(ours - expected).max() <= 2e-5 * max(1, np.abs(expected).max())
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**16), affine=st.booleans())
+def test_telling_batches_alone_have_the_same_ranges(seed, affine):
+    rng = np.random.default_rng(seed)
+    model, batches = (
+        chain(rng, affine=affine),
+        [b * np.float32(s) for b, s in zip(images(rng, 9), rng.uniform(0.1, 3, 9), strict=True)],
+    )
+    equalized = equalize(model, batches, [n.input[0] for n in model.graph.node if n.op_type == "Conv"])
+    assert 0 < len(equalized.telling) <= 3
+    tensors = [n.input[0] for n in equalized.model.graph.node if n.op_type == "Conv"]
+    largest = []
+    for chosen in (batches, [batches[i] for i in equalized.telling]):
+        found = _extremes(equalized.model, [], tensors, chosen)
+        largest.append([max(-low.min(), high.max()) for low, high in found.values()])
+    np.testing.assert_allclose(largest[1], largest[0], rtol=1e-5)
+
+
+def test_a_graph_that_cannot_run_is_a_typed_error():
+    model = chain(np.random.default_rng(0))
+    with pytest.raises(StepError, match="ONNX Runtime") as error:
+        equalize(model, [np.zeros((1, 4, SIZE, SIZE), np.float32)])
+    assert "export fp32" in error.value.remedy
+    model.graph.node[1].op_type = "NoSuchOperation"
+    with pytest.raises(StepError, match="ONNX Runtime"):
+        equalize(model, images(np.random.default_rng(0), 1))
 
 
 def test_ranges_become_more_equal():

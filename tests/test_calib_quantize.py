@@ -8,6 +8,8 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
 from calib import DEFAULT, CalibrationSet, Recipe, lint, quantize
@@ -369,3 +371,27 @@ def test_a_graph_that_breaks_the_rules_is_never_returned(graph, data, quantized,
         quantize(graph, data, SPEC, cache=tmp_path)
     assert error.value.exit_code == 1
     assert not list(tmp_path.glob("*.onnx"))
+
+
+# --- which images are read -----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 400), st.data())
+def test_telling_images_are_filled_up(count, draw):
+    telling = draw.draw(st.sets(st.integers(0, count - 1), max_size=100))
+    chosen = MODULE.enough(telling, count)
+    assert chosen == sorted(set(chosen))
+    assert telling <= set(chosen) <= set(range(count))
+    assert len(chosen) == max(len(telling), min(MODULE.ENOUGH, count))
+
+
+def test_ranges_are_those_of_all_images(graph, data, quantized, monkeypatch):
+    monkeypatch.setattr(MODULE, "ENOUGH", 0)
+    few = quantize(graph, data, SPEC).model
+    monkeypatch.setattr(MODULE, "ENOUGH", IMAGES)
+    ours, every = constants_of(few), constants_of(quantize(graph, data, SPEC).model)
+    scales = {n.input[1] for n in nodes(few, "QuantizeLinear")}
+    assert len(scales) > 20
+    for name in scales:
+        np.testing.assert_allclose(ours[name], every[name], rtol=1e-5)

@@ -9,6 +9,7 @@ from torch import nn
 
 from cmt import create_model, fuse
 from cmt.weights import randomize
+from deploy.errors import ParityError
 from export import to_onnx
 from export.config import OPSET
 from export.to_onnx import BATCH, TRACED_BATCH, export_onnx, outputs_of, simplify
@@ -54,6 +55,21 @@ def test_any_batch_size(module, count):
         expected = model(torch.from_numpy(images(count))).numpy()
     np.testing.assert_allclose(outputs_of(graph, images(count), "test")[0], expected, atol=1e-5)
     assert [v.type.tensor_type.shape.dim[0].dim_param for v in (graph.graph.input[0], graph.graph.output[0])] == [BATCH, BATCH]
+
+
+def test_a_refused_graph_is_traced_in_another_way_and_then_refused_for_good():
+    seen = []
+
+    def refuse(graph):
+        seen.append(graph)
+        raise ParityError("not the same")
+
+    with pytest.raises(ParityError, match="not the same"):
+        export_onnx(Tokens().eval(), 8, OPSET, check=refuse)
+    assert len(seen) == 2
+    seen.clear()
+    graph = export_onnx(Tokens().eval(), 8, OPSET, check=seen.append)
+    assert seen == [graph]
 
 
 def test_what_cannot_be_freed_is_traced_with_a_symbolic_batch(monkeypatch):
