@@ -24,46 +24,39 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from common import (
-    Ratio,
     add_protocol_arguments,
     check_images,
     deviation,
     first_lines,
-    latency_text,
     logits,
-    machine_text,
     onnxruntime_session,
     openvino_session,
     protocol_of,
     ratio,
-    ratio_text,
     say,
     share_of,
     step,
 )
+from peers_report import BASE, IMAGES, INFERENCES, Result, again, markdown, plot
 
 from deploy import Predictor, Preprocess
 from deploy.backends import Session
-from deploy.benchmark import DRIFT_WARNING, Latency, Protocol, interleaved, summarise, throughput
+from deploy.benchmark import DRIFT_WARNING, Protocol, interleaved, summarise, throughput
 from deploy.errors import CmtEdgeError
 from deploy.files import write_atomic
 from deploy.host import describe, versions
-from deploy.report import table
 
 if TYPE_CHECKING:  # the children that only run a model must not load PyTorch
     import onnx
     from torch import nn
 
-BASE = "ov_fp32"
-IMAGES = 8
-INFERENCES = 20
 ONNX, IR, WEIGHTS = "model.onnx", "openvino.xml", "weights.pt"
 OPENVINO_FILES = (IR, "openvino.bin")
 IMAGES_FILE = "images.npy"
@@ -124,28 +117,6 @@ class Row:
 
     def folder(self, job: Job) -> Path:
         return job.folder / (self.artefact or self.key)
-
-
-@dataclass
-class Result:
-    """What was found out about one row; ``note`` says why the rest is missing. Times in seconds, memory and sizes in bytes."""
-
-    key: str
-    label: str
-    ours: bool
-    note: str = ""
-    latency: Latency | None = None
-    ratio: Ratio | None = None
-    images_per_second: float | None = None
-    requests: int = 1
-    bytes_read: int | None = None
-    bytes_on_disk: int | None = None
-    export_s: float | None = None
-    export_peak: int | None = None
-    running_peak: int | None = None
-    deviation: float | None = None
-    executed: str = ""
-    warnings: list[str] = field(default_factory=list)
 
 
 # --- making the artefacts: each from the PyTorch model on ------------------------------------------------------------------
@@ -462,101 +433,6 @@ def rate(job: Job, row: Row, session: Session, result: Result, batch: np.ndarray
         fast.close()
 
 
-# --- writing ---------------------------------------------------------------------------------------------------------------
-
-HEADER = ("row", "p50 ms", "speed-up (95 % CI)", "images/s (requests)", "MB read", "MB on disk", "export s", "export peak MB",
-          "running peak MB", "logits off, std", "what really ran")  # fmt: skip
-
-
-def cells(r: Result) -> list[str]:
-    """One line of the Markdown table."""
-    mb = [None if n is None else n / 1e6 for n in (r.bytes_read, r.bytes_on_disk, r.export_peak, r.running_peak)]
-    read, disk, export_peak, running_peak = ("-" if n is None else f"{n:.1f}" if n < 1000 else f"{n:.0f}" for n in mb)
-    images = "-" if r.images_per_second is None else f"{r.images_per_second:.1f} ({r.requests})"
-    seconds = "-" if r.export_s is None else f"{r.export_s:.1f}"
-    off = "-" if r.deviation is None else f"{r.deviation:.1e}"
-    return [f"**{r.label}**" if r.ours else r.label, latency_text(r.latency), ratio_text(r.ratio), images, read, disk, seconds,
-            export_peak, running_peak, off, r.executed or "-"]  # fmt: skip
-
-
-def markdown(content: dict[str, Any], results: dict[str, list[Result]], protocol: Protocol) -> str:
-    """A table a model, what the rows are, and the machine."""
-    parts = []
-    for name, rows in results.items():
-        parts += [f"## {name}", table(HEADER, [cells(r) for r in rows], markdown=True)]
-        remarks = [f"- {r.label}: {text}" for r in rows for text in (*([f"left out: {r.note}"] if r.note else []), *r.warnings)]
-        parts += ["\n".join(remarks)] if remarks else []
-    shown = {r.key for rows in results.values() for r in rows}
-    parts += ["## What the rows are", "\n".join(f"- {row.label}: {row.about}." for row in ROWS.values() if row.key in shown)]
-    parts += ["Export: one process from the PyTorch model to the finished files, start-up included. Running: a process that loads the files "
-              f"and runs {INFERENCES} inferences. MB read: the files that the runtime opens. Logits off: mean absolute difference from eager "
-              f"PyTorch on {IMAGES} generated images, in standard deviations of the logits; the weights are random, so it shows "
-              "broken rows, not accuracy. int8 is calibrated on "
-              f"the same images in every row: {content['calibration']['source']}, {content['calibration']['images']}.",
-              machine_text(content["machine"], content["versions"], content["threads"], protocol)]  # fmt: skip
-    return "\n\n".join(parts) + "\n"
-
-
-def plot(results: dict[str, list[Result]], path: Path, caption: str) -> None:
-    """Horizontal bars of the speed-up, a panel a model, ours in another colour, written as PNG or SVG."""
-    import io
-
-    from matplotlib.figure import Figure
-
-    measured = {name: [r for r in reversed(rows) if r.ratio] for name, rows in results.items()}
-    heights = [len(rows) + 1 for rows in measured.values()]
-    figure = Figure(figsize=(8.5, 1.1 + 0.27 * sum(heights)), layout="constrained")
-    panels = figure.subplots(len(measured), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-    for axes, (name, rows) in zip(panels, measured.items(), strict=True):
-        ratios = np.array([r.ratio for r in rows])
-        whiskers = np.abs(ratios[:, 1:] - ratios[:, :1]).T
-        colours = ["#cc6677" if r.ours else "#888888" if r.key == BASE else "#88aacc" for r in rows]
-        bars = axes.barh([r.label for r in rows], ratios[:, 0], xerr=whiskers, color=colours, capsize=2, ecolor="#333333")
-        texts = [f"{r.ratio[0]:.2f}x  ({r.latency.p50:.2f} ms)" for r in rows if r.ratio and r.latency]
-        axes.bar_label(bars, texts, padding=4, fontsize=8)
-        axes.axvline(1.0, color="#888888", linewidth=1, linestyle=":")
-        axes.set_title(name, loc="left", fontsize=10, fontweight="bold")
-        axes.tick_params(axis="y", labelsize=8, length=0)
-        axes.spines[["top", "right"]].set_visible(False)
-    longest = max(r.ratio[2] for rows in measured.values() for r in rows if r.ratio)
-    panels[-1].set_xlim(0, 1.25 * longest)
-    panels[-1].set_xlabel(
-        "speed-up of one inference over OpenVINO fp32 (grey); red: cmt-edge; whiskers: 95 % interval", fontsize=9
-    )
-    figure.suptitle(caption, fontsize=9)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix.lstrip(".") or "png", dpi=150)
-    write_atomic(path, buffer.getvalue())
-
-
-def again(paths: Sequence[Path]) -> tuple[dict[str, Any], dict[str, list[Result]], Protocol]:
-    """Content, results and protocol of earlier runs on one machine, as one; of protocols the shortest.
-
-    Raises:
-        SystemExit: the runs are of different machines, versions or thread counts.
-    """
-    runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    for key in ("versions", "threads", "base"):
-        if any(run[key] != runs[0][key] for run in runs):
-            raise SystemExit(f"the runs differ in their {key}: they do not belong into one table")
-    if any(
-        (run["machine"]["cpu"], run["machine"]["flags"]) != (runs[0]["machine"]["cpu"], runs[0]["machine"]["flags"])
-        for run in runs
-    ):
-        raise SystemExit("the runs are of different machines: they do not belong into one table")
-    results = {name: [_result(r) for r in rows] for run in runs for name, rows in run["models"].items()}
-    calibration = {
-        key: ", ".join(dict.fromkeys(str(run["calibration"][key]) for run in runs)) for key in runs[0]["calibration"]
-    }
-    protocol = Protocol(**{key: min(run["protocol"][key] for run in runs) for key in runs[0]["protocol"]})
-    return runs[0] | {"calibration": calibration}, results, protocol
-
-
-def _result(entry: dict[str, Any]) -> Result:
-    latency = entry["latency"] and Latency(**entry["latency"] | {"ci": tuple(entry["latency"]["ci"])})
-    return Result(**entry | {"latency": latency, "ratio": entry["ratio"] and tuple(entry["ratio"])})
-
-
 # --- the command -----------------------------------------------------------------------------------------------------------
 
 
@@ -622,7 +498,7 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
 
 def written(args: argparse.Namespace, content: dict[str, Any], results: dict[str, list[Result]], protocol: Protocol) -> str:
     """The Markdown text, which is also written where it was asked for, as is the plot."""
-    text = markdown(content, results, protocol)
+    text = markdown(content, results, protocol, [(row.key, row.label, row.about) for row in ROWS.values()])
     if args.markdown:
         write_atomic(args.markdown, text.encode())
     if args.plot:
