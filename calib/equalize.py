@@ -7,7 +7,7 @@ the largest, to the power of :data:`ALPHA`. Ranges are the extremes over all cal
 for being quiet there would set the range of the whole tensor by one loud image of the others.
 
 The idea is that of data-free quantization (Nagel et al., ICCV 2019, cross-layer equalization) and SmoothQuant (Xiao et al., ICML 2023). On the
-embedded CMT it halved the mean difference of the int8 logits on the CIFAR-10 test images, from 0.092 to 0.043 (``benchmarks/cifar10_accuracy.py``).
+embedded CMT it halved the mean difference of the int8 logits on the CIFAR-10 test images, from 0.092 to 0.042 (``benchmarks/cifar10_accuracy.py``).
 Centring each channel too, with what it shifts taken back by the conv's bias, was tried and left out: better with many real images, worse with few
 or generated ones, since zero, the most frequent value, is rounded then.
 """
@@ -29,6 +29,7 @@ from .recipe import is_depthwise
 ALPHA = 0.4
 """Between 0 (nothing is equalized) and 1 (all channels get the same range, and what is not equal goes into the weights). In between activations
 become more equal, weights not too unequal, and a channel that is louder on other images than on those of the calibration keeps some headroom."""
+ENDS = ("ReduceMin", "ReduceMax")
 SMALLEST = 2.0**-8
 """No channel is enlarged more than this: a channel that was almost silent on the calibration images may not be elsewhere."""
 
@@ -86,6 +87,7 @@ def equalize(model: onnx.ModelProto, batches: Iterable[np.ndarray], read: Collec
 
 
 def _telling(extremes: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> tuple[int, ...]:
+    """Of which batches some tensor's largest magnitude is; ``extremes``: of each tensor, ``(batches, C)``."""
     return tuple(sorted({int(np.maximum(-low.min(1), high.max(1)).argmax()) for low, high in extremes.values()}))
 
 
@@ -144,9 +146,6 @@ def _extremes(
     seen = _answers(watched, [f"{name}_{kind}" for kind in ENDS for name in names], batches)
     stacked = [np.stack([answer[i].reshape(-1) for answer in seen]).astype(np.float64) for i in range(2 * len(names))]
     return {name: (stacked[i], stacked[len(names) + i]) for i, name in enumerate(names)}
-
-
-ENDS = ("ReduceMin", "ReduceMax")
 
 
 def _answers(model: onnx.ModelProto, outputs: list[str], batches: Iterable[np.ndarray]) -> list[list[np.ndarray]]:

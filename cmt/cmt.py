@@ -90,7 +90,7 @@ class Attention(nn.Module):
         if self.kv is None:
             k, v = self.k(reduced), self.v(reduced)
         else:
-            both = self.kv(reduced)
+            both = self.kv(reduced)  # cut by slices: torch.onnx takes twice as long for ``chunk``
             k, v = both[..., : self.heads * c], both[..., self.heads * c :]
         k, v = k.reshape(-1, nk * self.heads, c), v.reshape(-1, nk * self.heads, c)
         scores = scaled(k @ x.transpose(1, 2), self.scale) + position_bias  # (B, Nk * heads, N)

@@ -132,7 +132,7 @@ def interleaved(
 
     Where there are several, each turn begins with calls that are not counted: they bring the variant's own weights back into the caches, as
     in a process that serves one model, and let clocks follow its instructions and the threads of other runtimes, which spin for milliseconds
-    after their call, come to rest. On a Xeon the first call after another model's took 1.25 times as long as the sixth, the second 1.15 times.
+    after their call, come to rest. On a Xeon with AMX a model's calls became faster until the sixth after another model's.
     """
     typical = {name: _warm_up(call, protocol) for name, call in variants.items()}
     slowest = max(typical.values())

@@ -39,7 +39,7 @@ def export_onnx(
     outputs: Sequence[str] = (LOGITS,),
     check: Callable[[onnx.ModelProto], object] | None = None,
 ) -> onnx.ModelProto:
-    """Trace ``model``; the graph takes any batch size; ``outputs`` names what it returns.
+    """Trace ``model``; the graph takes any batch size.
 
     Tracing with a fixed batch takes half the time of a symbolic one, so that is tried first, the batch freed afterwards and the graph
     compared with ``model`` on another batch size. The graph holds no stack traces or paths, so equal inputs give equal bytes; each node
@@ -50,8 +50,8 @@ def export_onnx(
         img_size: height and width of its images.
         opset: of ONNX.
         outputs: names of what it returns.
-        check: raises ``ParityError`` if a graph does not answer as ``model`` on some batch whose size is not :data:`TRACED_BATCH`; default: that of
-            two images made here.
+        check: raises ``ParityError`` if a graph does not answer as ``model`` on a batch whose size is not :data:`TRACED_BATCH`; default: on two
+            images made here.
 
     Raises:
         StepError: torch.onnx or onnx.checker refuses the model.
@@ -68,6 +68,7 @@ def export_onnx(
 
 
 def _require_same(model: nn.Module, graph: onnx.ModelProto, img_size: int) -> float:
+    """The largest difference from ``model`` on two images; raises :class:`ParityError` beyond :data:`ATOL`."""
     images = torch.linspace(-2, 2, OTHER_BATCH * 3 * img_size**2).reshape(OTHER_BATCH, 3, img_size, img_size).sin()
     with torch.inference_mode():
         given = model(images)

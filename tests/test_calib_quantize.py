@@ -386,12 +386,18 @@ def test_telling_images_are_filled_up(count, draw):
     assert len(chosen) == max(len(telling), min(MODULE.ENOUGH, count))
 
 
-def test_ranges_are_those_of_all_images(graph, data, quantized, monkeypatch):
-    monkeypatch.setattr(MODULE, "ENOUGH", 0)
-    few = quantize(graph, data, SPEC).model
-    monkeypatch.setattr(MODULE, "ENOUGH", IMAGES)
-    ours, every = constants_of(few), constants_of(quantize(graph, data, SPEC).model)
-    scales = {n.input[1] for n in nodes(few, "QuantizeLinear")}
+def test_ranges_are_those_of_all_images(graph, monkeypatch):
+    many, read = CalibrationSet.choose("generated", 40, SPEC), []
+    enough = MODULE.enough
+    monkeypatch.setattr(MODULE, "enough", lambda telling, count: read.append(len(chosen := enough(telling, count))) or chosen)
+    results = []
+    for least in (0, 40):
+        monkeypatch.setattr(MODULE, "ENOUGH", least)
+        results.append(quantize(graph, many, SPEC).model)
+    assert read[0] < 35
+    assert read[1] == 40
+    ours, every = map(constants_of, results)
+    scales = {n.input[1] for n in nodes(results[0], "QuantizeLinear")}
     assert len(scales) > 20
     for name in scales:
         np.testing.assert_allclose(ours[name], every[name], rtol=1e-5)

@@ -22,21 +22,14 @@ from cmt import count_params, create_model, fuse, load_pretrained, load_weights,
 from cmt.fuse import PlainNorm, Rewrite
 from cmt.layers import DropPath
 from cmt.mvit import (
-    Attention,
     ConstantPositions,
     JointPooling,
-    MViT,
-    MViTConfig,
-    Pooling,
-    RelativePositions,
-    SplitHeads,
     adapt,
-    block_shapes,
-    relative_index,
     resize_position_embedding,
     resize_relative,
     rewrites_of,
-)  # fmt: skip
+)
+from cmt.mvit_model import Attention, MViT, MViTConfig, Pooling, RelativePositions, SplitHeads, block_shapes, relative_index
 from cmt.weights import randomize
 from deploy.errors import InputError, WeightsError
 from export.to_onnx import export_onnx, logits_of, simplify

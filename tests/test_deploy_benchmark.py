@@ -7,6 +7,7 @@ import json
 import math
 import time
 from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import pytest
@@ -118,15 +119,22 @@ def test_variants_take_turns():
     assert log.index("b") > log.index("a")
 
 
-def test_turns_settle_before_they_count():
-    log = []
-    calls = {"a": lambda: (log.append("a"), time.sleep(0.004)), "b": lambda: (log.append("b"), time.sleep(0.004))}
-    protocol = Protocol(iters=9, seconds=0, warmup_iters=1, warmup_seconds=0, settle_seconds=0.02)
+def test_turns_settle_before_they_count(monkeypatch):
+    now, log = 0.0, []
+
+    def call(name: str, seconds: float) -> None:
+        nonlocal now
+        now += seconds
+        log.append(name)
+
+    monkeypatch.setattr("deploy.benchmark.time.perf_counter", lambda: now)
+    monkeypatch.setattr("deploy.benchmark.time.perf_counter_ns", lambda: round(1e9 * now))
+    calls = {"a": partial(call, "a", 0.004), "b": partial(call, "b", 0.005)}
+    protocol = Protocol(iters=9, seconds=0, warmup_iters=1, warmup_seconds=0, settle_seconds=0.021)
     samples = interleaved(calls, protocol)
-    turns = [len(list(group)) for _, group in itertools.groupby(log)][2:]  # after the warm-up
-    assert len(turns) in (6, 8, 10)  # at most so many calls fit into 0.02 s, on a busy machine fewer
-    assert all(3 <= turn <= 10 for turn in turns)
-    assert 9 <= len(samples["a"]) < sum(turns) / 2
+    turns = [(name, len(list(group))) for name, group in itertools.groupby(log)][2:]  # after the warm-up
+    assert turns == 3 * [("a", 6 + 5), ("b", 5 + 4)]  # 0.024 and 0.025 s uncounted, then as many as fit into 0.021 s
+    assert {name: len(ns) for name, ns in samples.items()} == {"a": 15, "b": 12}
 
 
 def test_samples_are_in_order_and_in_nanoseconds():
