@@ -23,7 +23,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 FAMILIES = ("cmt.cmt", "cmt.cvt", "cmt.convit", "cmt.mvit", "cmt.xformer")
-"""Modules that register models when imported: one entry a family."""
+"""Modules or packages that register models when imported: one entry a family."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,12 @@ def list_models() -> list[str]:
     """Names of all models, in the order of :data:`FAMILIES` and as each registers them."""
     _load_families()
     order = {module: i for i, module in enumerate(FAMILIES)}
-    return sorted(_REGISTRY, key=lambda name: order.get(_REGISTRY[name].build.__module__, len(order)))
+
+    def place(name: str) -> int:
+        module = _REGISTRY[name].build.__module__.split(".")
+        return order.get(".".join(module[:2]), len(order))  # a family may be a package
+
+    return sorted(_REGISTRY, key=place)
 
 
 def model_spec(name: str) -> ModelSpec:

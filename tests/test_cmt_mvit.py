@@ -29,7 +29,7 @@ from cmt.mvit import (
     resize_relative,
     rewrites_of,
 )
-from cmt.mvit_model import Attention, MViT, MViTConfig, Pooling, RelativePositions, SplitHeads, block_shapes, relative_index
+from cmt.mvit.model import Attention, MViT, MViTConfig, Pooling, RelativePositions, SplitHeads, block_shapes, relative_index
 from cmt.weights import randomize
 from deploy.errors import InputError, WeightsError
 from export.to_onnx import export_onnx, logits_of, simplify

@@ -1,4 +1,4 @@
-"""MViT and MViTv2 as a family: published weights, other resolutions, deployment rewrites, variants. The model is in :mod:`cmt.mvit_model`."""
+"""MViT and MViTv2 as a family: published weights, other resolutions, deployment rewrites, variants. The model is in :mod:`cmt.mvit.model`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .fuse import (
+from ..fuse import (
     PlainNorm,
     Rewrite,
     affine_after,
@@ -24,8 +24,8 @@ from .fuse import (
     replaced,
     with_weights,
 )
-from .mvit_model import Attention, Block, MViT, MViTConfig, Pooling, RelativePositions, SplitHeads, on_map
-from .registry import ModelSpec, Pretrained, register
+from ..registry import ModelSpec, Pretrained, register
+from .model import Attention, Block, MViT, MViTConfig, Pooling, RelativePositions, SplitHeads, on_map
 
 # Published key -> ours. What stays stacked in `attn.qkv` is taken apart by `adapt`.
 _RENAMES: list[tuple[re.Pattern[str], str]] = [

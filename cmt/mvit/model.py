@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layers import DropPath, merge_heads, scaled, split_heads, to_map, to_tokens
+from ..layers import DropPath, merge_heads, scaled, split_heads, to_map, to_tokens
 
 
 @dataclass(frozen=True)
