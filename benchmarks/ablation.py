@@ -18,7 +18,6 @@ import json
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ from cmt.reference import build
 from deploy.backends import Session
 from deploy.backends.openvino import has_bf16
 from deploy.backends.torch import TorchSession
-from deploy.benchmark import Latency, Protocol, interleaved, summarise
+from deploy.benchmark import Latency, Protocol, bound, interleaved, summarise
 from deploy.files import write_atomic
 from deploy.host import describe, versions
 from deploy.report import table
@@ -204,7 +203,7 @@ def run_group(bench: Bench, variants: Sequence[Variant], phase: str) -> dict[str
             if v.deviation is None:
                 v.deviation = deviation(logits(session, bench.images), bench.truth)
                 v.executed = session.executed(bench.images[:1]).summary()
-            calls[v.name] = partial(session.run, bench.images[:1])
+            calls[v.name] = bound(session, bench.images[:1])
         return interleaved(calls, bench.protocol, share_of(phase))
 
 

@@ -48,7 +48,7 @@ from peers_report import BASE, IMAGES, INFERENCES, Result, again, markdown, plot
 
 from deploy import Predictor, Preprocess
 from deploy.backends import Session
-from deploy.benchmark import DRIFT_WARNING, Protocol, interleaved, summarise, throughput
+from deploy.benchmark import DRIFT_WARNING, Protocol, bound, interleaved, summarise, throughput
 from deploy.errors import CmtEdgeError
 from deploy.files import write_atomic
 from deploy.host import describe, versions
@@ -400,7 +400,7 @@ def measure(job: Job, rows: Sequence[Row], protocol: Protocol) -> list[Result]:
         if BASE not in sessions:
             raise SystemExit(f"the base of all ratios cannot run: {results[BASE].note}")
         check(job, sessions, results, images)
-        calls = {key: partial(session.run, images[:1]) for key, session in sessions.items()}
+        calls = {key: bound(session, images[:1]) for key, session in sessions.items()}
         samples = interleaved(calls, protocol, share_of(f"{job.model}: latency"))
         for key, session in sessions.items():
             result = results[key]

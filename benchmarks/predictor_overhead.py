@@ -29,7 +29,7 @@ from PIL import Image
 from calib.generated import generate
 from deploy import Bundle, Predictor
 from deploy.backends.base import batch_limit
-from deploy.benchmark import throughput
+from deploy.benchmark import bound, throughput
 from deploy.host import describe, versions
 from deploy.preprocess import normalise, pixels
 from deploy.report import table
@@ -40,6 +40,7 @@ PHOTO = (500, 375)
 PHOTOS = 16
 BASE = {
     "bare, array given each time": "bare",
+    "session.bind(shape).run()": "bare",
     "session.run(batch)": "bare",
     "logits(batch)": "bare",
     "predictor(array of the right size)": "array of the right size, by hand",
@@ -110,6 +111,7 @@ def overhead(predictor: Predictor, files: list[bytes], seconds: float) -> str:
 
     calls = {
         **bare,
+        "session.bind(shape).run()": bound(predictor.session, batch),
         "session.run(batch)": lambda: predictor.session.run(batch),
         "logits(batch)": lambda: predictor.logits(batch),
         "decode and resize": lambda: pixels(files[0], spec),

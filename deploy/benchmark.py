@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .backends.base import ExecutedPrecision
+from .backends.base import ExecutedPrecision, Session
 from .bundle import LOGITS, Bundle
 from .host import describe, versions
 from .predictor import Predictor
@@ -198,8 +198,9 @@ def throughput(predictor: Predictor, batch: np.ndarray, seconds: float) -> float
     start = time.perf_counter()
 
     def work(index: int) -> None:
+        infer = bound(predictor.session, batch)
         while time.perf_counter() - start < seconds:
-            predictor.session.run(batch)
+            infer()
             counts[index] += len(batch)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(workers)]
@@ -212,9 +213,10 @@ def throughput(predictor: Predictor, batch: np.ndarray, seconds: float) -> float
 
 def sustained(predictor: Predictor, batch: np.ndarray, seconds: float) -> tuple[int, float]:
     """One request after the other for ``seconds``: images done and milliseconds taken."""
+    infer = bound(predictor.session, batch)
     images, start = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - start) < seconds:
-        predictor.session.run(batch)
+        infer()
         images += len(batch)
     return images, 1e3 * elapsed
 
@@ -255,7 +257,7 @@ def benchmark(
             predictor = load(bundle, backend=backend, device=device, threads=threads)
             predictors[name] = stack.enter_context(predictor)
         batches = {n: golden_batch(b, p) for (n, p), b in zip(predictors.items(), bundles, strict=True)}
-        calls = {n: _model_call(p, batches[n]) for n, p in predictors.items()}
+        calls = {n: bound(p.session, batches[n]) for n, p in predictors.items()}
         model = interleaved(calls, protocol, lambda s: report("latency, model only", s))
         encoded = [images or b.golden().sources for b in bundles]
         calls = {n: _end_to_end_call(p, e) for (n, p), e in zip(predictors.items(), encoded, strict=True)}
@@ -291,8 +293,11 @@ def golden_batch(bundle: Bundle, predictor: Predictor) -> np.ndarray:
     return normalise(np.resize(pixels, (count, *pixels.shape[1:])), bundle.preprocess)
 
 
-def _model_call(predictor: Predictor, batch: np.ndarray) -> Callable[[], object]:
-    return lambda: predictor.session.run(batch)
+def bound(session: Session, batch: np.ndarray) -> Callable[[], object]:
+    """The inference of ``batch``, which lies where the runtime reads it: what :class:`~deploy.Predictor` runs on an image once prepared."""
+    binding = session.bind(batch.shape)
+    binding.batch[:] = batch
+    return binding.run
 
 
 def _end_to_end_call(predictor: Predictor, images: Sequence[bytes]) -> Callable[[], object]:

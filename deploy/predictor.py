@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .backends import FORMATS, LoadOptions, Session, backend
-from .backends.base import batch_limit
+from .backends.base import Binding, batch_limit
 from .bundle import LOGITS, Bundle
 from .errors import InputError
 from .preprocess import ImageLike, Preprocess, preprocess
@@ -20,8 +20,8 @@ from .stream import Stages, stream
 
 DYNAMIC_CHUNK = 8
 """Images a call of a dynamic-batch model: bounds memory; larger batches gained nothing on CPUs."""
-KEPT_BUFFERS = 4
-"""Input buffers that a Predictor keeps for the next calls."""
+KEPT_BINDINGS = 4
+"""Bound inputs of one size that a Predictor keeps for the next calls."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Predictor:
         self.session, self.spec, self.labels, self.batch, self.head = session, preprocess, list(labels), batch, head
         self._closed, self._running, self._lock = False, 0, threading.Lock()
         self._idle = threading.Condition(self._lock)
-        self._buffers: list[np.ndarray] = []
+        self._bound: dict[int, list[Binding]] = {}  # by number of images; not in use now
 
     @classmethod
     def load(
@@ -104,10 +104,10 @@ class Predictor:
     def __call__(self, image: ImageLike) -> Prediction:
         """Classify one image: path, encoded bytes, file object, Pillow image, or HWC uint8 RGB array."""
         self._require(LOGITS)
-        rows = self._take()
-        source = self._decode(image, rows[0])
-        logits = self._infer(rows, 1)[0]
-        self._give(rows)
+        binding = self._take(self.batch or 1)
+        source = self._decode(image, binding.batch[0])
+        logits = self._infer(binding, 1)[0]
+        self._give(binding)
         return Prediction(logits, self.labels, source)
 
     def predict(self, images: Iterable[ImageLike]) -> list[Prediction]:
@@ -181,7 +181,8 @@ class Predictor:
         self._require(LOGITS)
         if in_flight is not None and in_flight < 1:
             raise InputError(f"{in_flight} inferences in flight were asked for", remedy="ask for 1 or more, or leave it out")
-        stages = Stages(self.batch or DYNAMIC_CHUNK, self._decode, self._infer, self._take, self._give)
+        size = self.batch or DYNAMIC_CHUNK
+        stages = Stages(size, self._decode, self._infer, lambda: self._take(size), self._give)
         several = in_flight or max(1, self.session.parallelism)
         for source, logits in stream(images, stages, workers=workers, in_flight=several):
             yield Prediction(logits, self.labels, source)
@@ -191,25 +192,29 @@ class Predictor:
         preprocess(image, self.spec, row)
         return str(image) if isinstance(image, (str, Path)) else None
 
-    def _infer(self, rows: np.ndarray, count: int) -> np.ndarray:
-        """Logits of the first ``count`` rows of a buffer."""
-        if count == len(rows):
-            return self._session_run(rows)[0]
+    def _infer(self, binding: Binding, count: int) -> np.ndarray:
+        """Logits of the first ``count`` images."""
+        if count == len(binding.batch):
+            return self._counted(binding.run)[0]
         if not self.batch:
-            return self._session_run(rows[:count])[0]
-        rows[count:] = 0
-        return self._session_run(rows)[0][:count]
+            return self._counted(self.session.run, binding.batch[:count])[0]
+        binding.batch[count:] = 0
+        return self._counted(binding.run)[0][:count]
 
-    def _take(self) -> np.ndarray:
-        """A buffer of one inference's images, for one thread at a time."""
+    def _take(self, count: int) -> Binding:
+        """The input of an inference of so many images, for one thread at a time."""
         try:
-            return self._buffers.pop()
-        except IndexError:
-            return self._rows(self.batch or DYNAMIC_CHUNK)
+            return self._bound[count].pop()
+        except LookupError:
+            with self._lock:
+                if self._closed:  # said in its turn, by the inference
+                    return Binding(self._rows(count), list)
+                return self.session.bind((count, 3, self.spec.size, self.spec.size))
 
-    def _give(self, rows: np.ndarray) -> None:
-        if len(self._buffers) < KEPT_BUFFERS:
-            self._buffers.append(rows)
+    def _give(self, binding: Binding) -> None:
+        kept = self._bound.setdefault(len(binding.batch), [])
+        if len(kept) < KEPT_BINDINGS and not self._closed:
+            kept.append(binding)
 
     def _rows(self, count: int) -> np.ndarray:
         return np.empty((count, 3, self.spec.size, self.spec.size), np.float32)
@@ -222,7 +227,7 @@ class Predictor:
     def _run(self, batch: np.ndarray) -> list[np.ndarray]:
         batch = np.ascontiguousarray(batch)
         if self.batch == 0 or len(batch) == self.batch:
-            return self._session_run(batch)
+            return self._counted(self.session.run, batch)
         if not len(batch):  # nothing to run, but the shapes are the model's
             return [output[:0] for output in self._padded(batch)]
         parts = [self._padded(batch[i : i + self.batch]) for i in range(0, len(batch), self.batch)]
@@ -232,16 +237,16 @@ class Predictor:
         """Run ``part``, at most one fixed batch; missing images are zeros whose answers are dropped."""
         missing = self.batch - len(part)
         full = np.concatenate([part, np.zeros((missing, *part.shape[1:]), np.float32)]) if missing else part
-        return [output[: len(part)] for output in self._session_run(full)]
+        return [output[: len(part)] for output in self._counted(self.session.run, full)]
 
-    def _session_run(self, batch: np.ndarray) -> list[np.ndarray]:
+    def _counted(self, infer: Callable[..., list[np.ndarray]], *batch: np.ndarray) -> list[np.ndarray]:
         """One inference, which :meth:`close` waits for."""
         with self._lock:
             if self._closed:
                 raise InputError("this Predictor is closed", remedy="load the bundle again")
             self._running += 1
         try:
-            return self.session.run(batch)
+            return infer(*batch)
         finally:
             with self._lock:
                 self._running -= 1
@@ -260,7 +265,7 @@ class Predictor:
                 return
             self._closed = True
             self._idle.wait_for(lambda: not self._running)
-        self._buffers.clear()
+        self._bound.clear()
         self.session.close()
 
     def __enter__(self) -> Predictor:

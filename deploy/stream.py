@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from .backends.base import Binding
+
 
 @dataclass(frozen=True)
 class Stages:
@@ -25,21 +27,21 @@ class Stages:
         size: images an inference.
         decode: fills one row, float32 ``(3, H, W)``, with an image; gives a name for it.
         infer: the answers, ``(count, ...)``, to the first ``count`` rows.
-        take, give: borrow and return rows, float32 ``(size, 3, H, W)``.
+        take, give: borrow and return the input of an inference, whose ``batch`` is float32 ``(size, 3, H, W)``.
     """
 
     size: int
     decode: Callable[[Any, np.ndarray], Any]
-    infer: Callable[[np.ndarray, int], np.ndarray]
-    take: Callable[[], np.ndarray]
-    give: Callable[[np.ndarray], object]
+    infer: Callable[[Binding, int], np.ndarray]
+    take: Callable[[], Binding]
+    give: Callable[[Binding], object]
 
 
 @dataclass
 class _Group:
     """The images of one inference, in order."""
 
-    rows: np.ndarray
+    binding: Binding
     decoding: list[Any] = field(default_factory=list)
     answer: Any = None
 
@@ -95,7 +97,7 @@ class _Stream:
 
     def _add(self, image: Any) -> None:
         group = self._open = self._open or _Group(self._stages.take())
-        row = group.rows[len(group.decoding)]
+        row = group.binding.batch[len(group.decoding)]
         group.decoding.append(self._decoders.submit(self._stages.decode, image, row))
         self._held += 1
         if len(group.decoding) == self._stages.size:
@@ -119,13 +121,13 @@ class _Stream:
             if failure is not None:
                 break
             count += 1
-        return (self._stages.infer(group.rows, count) if count else None), failure
+        return (self._stages.infer(group.binding, count) if count else None), failure
 
     def _deliver(self, group: _Group) -> Iterator[tuple[Any, np.ndarray]]:
         answers, failure = group.answer.result()
         self._held -= len(group.decoding)
         if failure is None:  # otherwise a decoder may still be writing there
-            self._stages.give(group.rows)
+            self._stages.give(group.binding)
         if answers is not None:
             yield from (
                 (decoding.result(), answer) for decoding, answer in zip(group.decoding, answers, strict=failure is None)

@@ -265,17 +265,22 @@ def test_images_are_let_go_once_decoded():
     assert len(list(stream)) == 39
 
 
-def test_buffers_are_used_again(monkeypatch):
-    made = []
-    original = Predictor._rows
-    monkeypatch.setattr(Predictor, "_rows", lambda self, count: made.append(count) or original(self, count))
-    p = tiny()
+def test_bound_inputs_are_used_again():
+    class Counting(FakeSession):
+        made = 0
+
+        def bind(self, shape):
+            self.made += 1
+            return super().bind(shape)
+
+    session = Counting(3)
+    p = tiny(session=session)
     for _ in range(20):
         p(RED)
         p.predict([RED, BLUE])
-    assert len(made) == 1
+    assert session.made == 1
     list(p.stream([RED] * 100, workers=2, in_flight=2))
-    assert len(made) <= bound(1, 2, 2) + 1
+    assert session.made <= bound(1, 2, 2) + 1
 
 
 # --- failures --------------------------------------------------------------------------------------------------------

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,19 @@ class DeviceTimes:
     enqueue: np.ndarray
 
 
+@dataclass(frozen=True)
+class Binding:
+    """A batch and the inference of it, for one thread at a time: fill, run, and again.
+
+    Attributes:
+        batch: contiguous float32 ``(N, 3, H, W)``; of any content at first.
+        run: the inference; gives what :meth:`Session.run` gives for ``batch``.
+    """
+
+    batch: np.ndarray
+    run: Callable[[], list[np.ndarray]]
+
+
 class Session(ABC):
     """A loaded model. ``run`` may be called from several threads at once."""
 
@@ -85,6 +99,11 @@ class Session(ABC):
 
         The caller fills ``batch`` again as soon as the call returns.
         """
+
+    def bind(self, shape: tuple[int, ...]) -> Binding:
+        """A batch ``(N, 3, H, W)`` from which the runtime reads with as few copies as it can; any number may be bound at once."""
+        batch = np.empty(shape, np.float32)
+        return Binding(batch, partial(self.run, batch))
 
     @abstractmethod
     def executed(self, batch: np.ndarray, repeats: int = 10) -> ExecutedPrecision:
