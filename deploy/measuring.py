@@ -54,6 +54,9 @@ class Isa:
 ISAS = {
     "avx2": Isa("AVX2", "avx2", ("avx512", "amx", "vnni"), False, "Intel Core before 2021, AMD before Zen 4"),
     "avx2_vnni": Isa("AVX2_VNNI", "avx_vnni", ("avx512", "amx"), True, "Intel N100, Core from the 12th generation on"),
+    "avx512_vnni": Isa(
+        "AVX512_CORE_VNNI", "avx512_vnni", ("amx",), True, "Intel Core of the 10th and 11th generation, Xeon before 2023"
+    ),
 }
 """``--isa``: instruction sets of edge boxes."""
 INT8_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}

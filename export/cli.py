@@ -13,6 +13,7 @@ from typing import Any
 from deploy import report
 from deploy.console import Progress, parser, run
 from deploy.errors import RuntimeMissingError
+from deploy.measuring import ISAS
 
 EPILOG = """\
 examples:
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     p.add_argument("--latency-budget", type=float, metavar="MS", help="auto: allowed median latency of one batch", **keep)
     p.add_argument("--time-budget", type=float, metavar="S", help="auto: refine no further after so many seconds", **keep)
-    p.add_argument("--isa", help="auto: limit the runtime to an older CPU's instructions while it is measured: avx2 or avx2_vnni "
+    p.add_argument("--isa", help=f"auto: limit the runtime to an older CPU's instructions while it is measured: {', '.join(ISAS)} "
                    "(openvino)", **keep)  # fmt: skip
     p.add_argument("--atol", type=float, help="allowed golden logit difference (default: by precision)", **keep)
     p.add_argument("--mean", metavar="R,G,B", help="mean of the values 0..1 (default: the model's)", **keep)

@@ -70,7 +70,7 @@ class ExportConfig:
         keep_float: int8 only: groups of operations that stay float, as ``"stem,stages.0.attn"`` (``"auto"`` names them).
         latency_budget: auto only: allowed median latency of one batch, milliseconds.
         time_budget: auto only: seconds after which nothing more is refined.
-        isa: auto only: limit the runtime to the instructions of an older CPU while it is measured, ``"avx2"`` or ``"avx2_vnni"``.
+        isa: auto only: limit the runtime to the instructions of an older CPU while it is measured, a key of :data:`deploy.measuring.ISAS`.
     """
 
     model: str
