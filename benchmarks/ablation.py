@@ -59,7 +59,7 @@ from export import ExportConfig
 from export.config import OPSET
 from export.to_onnx import export_onnx, simplify, with_batch
 
-NONE, ALL, DEFAULT_RECIPE = "none", "all", "default recipe"
+NONE, ALL, DEFAULT_RECIPE, SIGNED = "none", "all", "default recipe", "signed inputs of convs"
 ONLY, BUT = "only: ", "all but: "
 IMAGES = 16
 RECIPES: dict[str, dict[str, Any]] = {
@@ -76,12 +76,14 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Variant:
-    """One graph in one precision; ``ratios`` are speed-ups over each base, ``note`` says why it was not measured."""
+    """One graph in one precision; ``rewritten`` as OpenVINO bundles are, ``ratios`` are speed-ups over each base, ``note`` says why it was not
+    measured."""
 
     name: str
     part: str
     precision: str
     graph: Path | None = None
+    rewritten: bool = True
     note: str = ""
     nodes: int | None = None
     bytes: int | None = None
@@ -106,7 +108,7 @@ class Bench:
         assert variant.graph is not None
         if self.args.backend == "onnxruntime":
             return onnxruntime_session(variant.graph, self.args.threads)
-        return openvino_session(variant.graph, self.args.threads, variant.precision)
+        return openvino_session(variant.graph, self.args.threads, variant.precision, rewritten=variant.rewritten)
 
     @property
     def precisions(self) -> list[str]:
@@ -147,7 +149,8 @@ def rewrite_graphs(bench: Bench) -> Iterator[dict[str, Any]]:
 def recipe_graphs(bench: Bench) -> Iterator[Variant]:
     """The default recipe, each choice changed, and the float graph they are made from."""
     chosen = {name: changes for name, changes in RECIPES.items() if not bench.args.only or name in bench.args.only}
-    if not chosen:
+    signed = bench.args.backend == "openvino" and (not bench.args.only or SIGNED in bench.args.only)
+    if not chosen and not signed:
         return
     graph = fused_graph(bench, ())
     spec = ExportConfig(bench.args.model).preprocess
@@ -157,7 +160,10 @@ def recipe_graphs(bench: Bench) -> Iterator[Variant]:
             recipe: Recipe = replace(DEFAULT, **changes)
             try:  # unchecked: the rules of calib.lint forbid what some of these choices do
                 quantized = unchecked(graph, data, spec, recipe, None).model
-                yield Variant(part="recipe", precision="int8", **stored(bench, quantized, name))
+                fields = stored(bench, quantized, name)
+                yield Variant(part="recipe", precision="int8", **fields)
+                if name == DEFAULT_RECIPE and signed:
+                    yield Variant(part="recipe", precision="int8", rewritten=False, **(fields | {"name": SIGNED}))
             except Exception as exc:
                 yield Variant(name, "recipe", "int8", note=first_lines(exc))
     fields = stored(bench, graph, "not quantized")
@@ -282,7 +288,7 @@ def parsed() -> argparse.Namespace:
     p.add_argument("--json", type=Path, help="write everything here")
     p.add_argument("--markdown", type=Path, help="write the tables here too")
     args = p.parse_args()
-    known = [r.name for r in model_spec(args.model).rewrites] + [*RECIPES]
+    known = [r.name for r in model_spec(args.model).rewrites] + [*RECIPES, SIGNED]
     if unknown := [n for n in args.only or () if n not in known]:
         p.error(f"unknown: {unknown[0]!r}; choose from: {', '.join(known)}")
     return args

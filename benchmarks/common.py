@@ -102,11 +102,17 @@ def ratio(base: np.ndarray, other: np.ndarray) -> Ratio:
     return float(np.median(base) / np.median(other)), float(low), float(high)
 
 
-def openvino_session(model: Path, threads: int, precision: str | None, throughput: bool = False) -> Session:
-    """OpenVINO on the CPU; ``precision`` is ``"fp32"``, ``"bf16"`` or ``"int8"`` as in bundles, ``None`` the runtime's own choice."""
+def openvino_session(
+    model: Path, threads: int, precision: str | None, throughput: bool = False, rewritten: bool = True
+) -> Session:
+    """OpenVINO on the CPU; ``precision`` is ``"fp32"``, ``"bf16"`` or ``"int8"`` as in bundles, ``None`` the runtime's own choice.
+
+    An ONNX file is ``rewritten`` as in bundles.
+    """
     import openvino as ov
 
     from deploy.backends.openvino import OpenVINOSession, float_precision
+    from deploy.backends.openvino_graph import read
 
     config: dict[str, Any] = {
         "PERFORMANCE_HINT": "THROUGHPUT" if throughput else "LATENCY",
@@ -114,7 +120,7 @@ def openvino_session(model: Path, threads: int, precision: str | None, throughpu
     }
     if precision is not None:
         config["INFERENCE_PRECISION_HINT"] = float_precision(precision, None)
-    return OpenVINOSession(ov.Core().read_model(model), "CPU", config)
+    return OpenVINOSession(read(model) if rewritten else ov.Core().read_model(model), "CPU", config)
 
 
 def onnxruntime_session(model: Path, threads: int, throughput: bool = False) -> Session:

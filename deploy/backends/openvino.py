@@ -19,6 +19,7 @@ import openvino as ov
 from ..bundle import ONNX, Bundle
 from ..errors import InputError, RuntimeMissingError
 from .base import Binding, ExecutedPrecision, LoadOptions, Session
+from .openvino_graph import read
 
 IR = "openvino.xml"
 PRECISIONS = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "i8": "int8", "u8": "int8"}
@@ -44,8 +45,8 @@ def has_bf16(device: str | None = None) -> bool:
 
 
 def compile(onnx: Path, folder: Path) -> list[Path]:
-    """Convert ``onnx`` to OpenVINO's IR in ``folder``; weights keep their types."""
-    model = ov.Core().read_model(onnx)
+    """Convert ``onnx`` to OpenVINO's IR in ``folder``, rewritten as in :mod:`.openvino_graph`; weights keep their types."""
+    model = read(onnx)
     target = folder / IR
     try:
         ov.save_model(model, target, compress_to_fp16=False)
@@ -184,4 +185,4 @@ def load(bundle: Bundle, options: LoadOptions) -> Session:
     }
     if options.threads:
         config["INFERENCE_NUM_THREADS"] = options.threads
-    return OpenVINOSession(ov.Core().read_model(path), device, config)
+    return OpenVINOSession(read(path), device, config)
