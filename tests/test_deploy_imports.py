@@ -15,8 +15,8 @@ OURS = ("cmt", "deploy", "calib", "export")
 HEAVY = ("torch", "onnx", "onnxruntime", "openvino", "tensorrt", "cuda", "pynvml", "nncf", "matplotlib")
 BUDGET_S = 0.3
 RUNTIMES = (
-    "deploy.backends.openvino", "deploy.backends.onnxruntime", "deploy.backends.torch", "deploy.backends.tensorrt",
-    "deploy.engine_builder",
+    "deploy.backends.openvino", "deploy.backends.openvino_graph", "deploy.backends.onnxruntime", "deploy.backends.torch",
+    "deploy.backends.tensorrt", "deploy.engine_builder",
 )  # fmt: skip
 BLOCKER = f"""
 import sys
