@@ -93,6 +93,7 @@ def test_convs_without_padding_answer_the_same(kernel, stride, bias, channels, s
     content = graph(kernel=kernel, stride=stride, bias=bias, channels=channels, scale=scale)
     model, x = rewritten(content), images(channels, scale=scale)
     assert lows(model) == [0.0]
+    assert model.output(0).get_names() == {"y"}
     expected = ReferenceEvaluator(content).run(None, {"x": x})
     for ours, theirs in zip(answers(model, x), expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * max(1.0, np.abs(theirs).max()))
