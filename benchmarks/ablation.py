@@ -2,11 +2,14 @@
 
     python benchmarks/ablation.py --model cmt_xs --threads 2 --json ablation.json --markdown ablation.md
 
-Rewrites: only this one, against none; and all but this one, against all; in float32 and in bfloat16 (OpenVINO, where the CPU has it).
-Recipe: the default with one choice changed, as int8, against the default. Variants are measured in groups that fit memory, each group
-interleaved with the same bases, so that a ratio never compares two runs. ``--backend onnxruntime`` measures there (no bfloat16).
+Rewrites: only this one, against none; and all but this one, against all; in float32 and in bfloat16
+(OpenVINO, where the CPU has it).
+Recipe: the default with one choice changed, as int8, against the default. Variants are measured in groups
+that fit memory, each group interleaved with the same bases, so that a ratio never compares two runs.
+``--backend onnxruntime`` measures there (no bfloat16).
 
-A quick look: ``--model cmt_nano --only "scale into q" "inner depthwise float" --iters 20 --seconds 0.2 --warmup 0.1 --calib-size 16``.
+A quick look: ``--model cmt_nano --only "scale into q" "inner depthwise float" --iters 20 --seconds 0.2
+--warmup 0.1 --calib-size 16``.
 """
 
 from __future__ import annotations
@@ -43,21 +46,21 @@ from common import (
 )
 from torch import nn
 
-from calib import CalibrationSet
-from calib.quantize import unchecked
-from calib.recipe import DEFAULT, Recipe
-from cmt import fuse, model_spec
-from cmt.reference import build
-from deploy.backends import Session
-from deploy.backends.openvino import has_bf16
-from deploy.backends.torch import TorchSession
-from deploy.benchmark import Latency, Protocol, bound, interleaved, summarise
-from deploy.files import write_atomic
-from deploy.host import describe, versions
-from deploy.report import table
-from export import ExportConfig
-from export.config import OPSET
-from export.to_onnx import export_onnx, simplify, with_batch
+from cmt_edge.calib import CalibrationSet
+from cmt_edge.calib.quantize import unchecked
+from cmt_edge.calib.recipe import DEFAULT, Recipe
+from cmt_edge.cmt import fuse, model_spec
+from cmt_edge.cmt.reference import build
+from cmt_edge.deploy.backends import Session
+from cmt_edge.deploy.backends.openvino import has_bf16
+from cmt_edge.deploy.backends.torch import TorchSession
+from cmt_edge.deploy.files import write_atomic
+from cmt_edge.deploy.measure.benchmark import Latency, Protocol, bound, interleaved, summarise
+from cmt_edge.deploy.measure.host import describe, versions
+from cmt_edge.deploy.report import table
+from cmt_edge.export import ExportConfig
+from cmt_edge.export.config import OPSET
+from cmt_edge.export.to_onnx import export_onnx, simplify, with_batch
 
 NONE, ALL, DEFAULT_RECIPE, SIGNED = "none", "all", "default recipe", "signed inputs of convs"
 ONLY, BUT = "only: ", "all but: "
@@ -76,8 +79,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Variant:
-    """One graph in one precision; ``rewritten`` as OpenVINO bundles are, ``ratios`` are speed-ups over each base, ``note`` says why it was not
-    measured."""
+    """One graph in one precision; ``rewritten`` as OpenVINO bundles are, ``ratios`` are speed-ups over each
+    base, ``note`` says why it was not measured."""
 
     name: str
     part: str
@@ -108,14 +111,16 @@ class Bench:
         assert variant.graph is not None
         if self.args.backend == "onnxruntime":
             return onnxruntime_session(variant.graph, self.args.threads)
-        return openvino_session(variant.graph, self.args.threads, variant.precision, rewritten=variant.rewritten)
+        return openvino_session(
+            variant.graph, self.args.threads, variant.precision, rewritten=variant.rewritten
+        )
 
     @property
     def precisions(self) -> list[str]:
         return ["fp32", *(["bf16"] if self.args.backend == "openvino" and has_bf16() else [])]
 
 
-# --- making the graphs -----------------------------------------------------------------------------------------------------
+# --- making the graphs ----------------------------------------------------------------------------
 
 
 def fused_graph(bench: Bench, without: Collection[str]) -> onnx.ModelProto:
@@ -148,7 +153,9 @@ def rewrite_graphs(bench: Bench) -> Iterator[dict[str, Any]]:
 
 def recipe_graphs(bench: Bench) -> Iterator[Variant]:
     """The default recipe, each choice changed, and the float graph they are made from."""
-    chosen = {name: changes for name, changes in RECIPES.items() if not bench.args.only or name in bench.args.only}
+    chosen = {
+        name: changes for name, changes in RECIPES.items() if not bench.args.only or name in bench.args.only
+    }
     signed = bench.args.backend == "openvino" and (not bench.args.only or SIGNED in bench.args.only)
     if not chosen and not signed:
         return
@@ -158,20 +165,24 @@ def recipe_graphs(bench: Bench) -> Iterator[Variant]:
     for name, changes in {DEFAULT_RECIPE: {}, **chosen}.items():
         with step(f"quantize with {name}"):
             recipe: Recipe = replace(DEFAULT, **changes)
-            try:  # unchecked: the rules of calib.lint forbid what some of these choices do
+            try:  # unchecked: the rules of cmt_edge.calib.lint forbid what some of these choices do
                 quantized = unchecked(graph, data, spec, recipe, None).model
                 fields = stored(bench, quantized, name)
                 yield Variant(part="recipe", precision="int8", **fields)
                 if name == DEFAULT_RECIPE and signed:
-                    yield Variant(part="recipe", precision="int8", rewritten=False, **(fields | {"name": SIGNED}))
+                    yield Variant(
+                        part="recipe", precision="int8", rewritten=False, **(fields | {"name": SIGNED})
+                    )
             except Exception as exc:
                 yield Variant(name, "recipe", "int8", note=first_lines(exc))
     fields = stored(bench, graph, "not quantized")
     for precision in bench.precisions:
-        yield Variant(part="recipe", precision=precision, **(fields | {"name": f"not quantized, {precision}"}))
+        yield Variant(
+            part="recipe", precision=precision, **(fields | {"name": f"not quantized, {precision}"})
+        )
 
 
-# --- measuring -------------------------------------------------------------------------------------------------------------
+# --- measuring ------------------------------------------------------------------------------------
 
 
 def measure(bench: Bench, variants: Sequence[Variant], bases: Sequence[str], phase: str) -> None:
@@ -179,14 +190,17 @@ def measure(bench: Bench, variants: Sequence[Variant], bases: Sequence[str], pha
     named = {v.name: v for v in variants if v.graph}
     if missing := [b for b in bases if b not in named]:
         raise SystemExit(
-            f"the base {missing[0]!r} cannot be measured: {next(v.note for v in variants if v.name == missing[0])}"
+            f"the base {missing[0]!r} cannot be measured:"
+            f" {next(v.note for v in variants if v.name == missing[0])}"
         )
     others = [name for name in named if name not in bases]
     size = max(1, bench.args.group)
     groups = [others[i : i + size] for i in range(0, len(others), size)] or [[]]
     pooled: dict[str, list[np.ndarray]] = {base: [] for base in bases}
     for i, group in enumerate(groups):
-        samples = run_group(bench, [named[n] for n in (*bases, *group)], f"{phase}, group {i + 1} of {len(groups)}")
+        samples = run_group(
+            bench, [named[n] for n in (*bases, *group)], f"{phase}, group {i + 1} of {len(groups)}"
+        )
         for name in group:
             named[name].latency = summarise(samples[name])
             named[name].ratios = {base: ratio(samples[base], samples[name]) for base in bases}
@@ -213,7 +227,7 @@ def run_group(bench: Bench, variants: Sequence[Variant], phase: str) -> dict[str
         return interleaved(calls, bench.protocol, share_of(phase))
 
 
-# --- writing ---------------------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 
 def rewrite_table(variants: Sequence[Variant], precisions: Sequence[str]) -> str:
@@ -228,13 +242,19 @@ def rewrite_table(variants: Sequence[Variant], precisions: Sequence[str]) -> str
     rows = []
     for label in (NONE, ALL):
         of = [found[label, p] for p in precisions]
-        rows.append([f"{label} of them", *(c for v in of for c in (_against(v, NONE), _against(v, ALL))), _off(of)])
+        rows.append(
+            [f"{label} of them", *(c for v in of for c in (_against(v, NONE), _against(v, ALL))), _off(of)]
+        )
     for name in names:
         pairs = [(found[ONLY + name, p], found[BUT + name, p]) for p in precisions]
         cells = [c for alone, out in pairs for c in (_against(alone, NONE), _against(out, ALL))]
         rows.append([name, *cells, _off([v for pair in pairs for v in pair])])
-    times = [f"- {label} of them, {p}: {latency_text(found[label, p].latency)} ms, {found[label, p].nodes} ONNX nodes"
-             for label in (NONE, ALL) for p in precisions]  # fmt: skip
+    times = [
+        f"- {label} of them, {p}: {latency_text(found[label, p].latency)} ms, {found[label, p].nodes} ONNX"
+        " nodes"
+        for label in (NONE, ALL)
+        for p in precisions
+    ]
     return table(header, rows, markdown=True) + "\n\n" + "\n".join(times)
 
 
@@ -245,17 +265,37 @@ def _against(v: Variant, base: str) -> str:
 def _off(variants: Sequence[Variant]) -> str:
     """The largest deviation in float32: exact rewrites stay near 1e-6."""
     return max(
-        (f"{v.deviation:.1e}" for v in variants if v.deviation is not None and v.precision == "fp32"), key=float, default="-"
+        (f"{v.deviation:.1e}" for v in variants if v.deviation is not None and v.precision == "fp32"),
+        key=float,
+        default="-",
     )
 
 
 def recipe_table(variants: Sequence[Variant]) -> str:
-    header = ["recipe", "p50 ms", "over the default (95 % CI)", "logits off, std", "MB", "ONNX nodes", "what really ran"]
+    header = [
+        "recipe",
+        "p50 ms",
+        "over the default (95 % CI)",
+        "logits off, std",
+        "MB",
+        "ONNX nodes",
+        "what really ran",
+    ]
     rows = []
     for v in variants:
-        off, mb = ("-" if x is None else f"{x:.{n}g}" for x, n in ((v.deviation, 2), (v.bytes and v.bytes / 1e6, 3)))
+        off, mb = (
+            "-" if x is None else f"{x:.{n}g}" for x, n in ((v.deviation, 2), (v.bytes and v.bytes / 1e6, 3))
+        )
         rows.append(
-            [v.name, latency_text(v.latency), _against(v, DEFAULT_RECIPE), off, mb, str(v.nodes or "-"), v.executed or "-"]
+            [
+                v.name,
+                latency_text(v.latency),
+                _against(v, DEFAULT_RECIPE),
+                off,
+                mb,
+                str(v.nodes or "-"),
+                v.executed or "-",
+            ]
         )
     return table(header, rows, markdown=True)
 
@@ -269,22 +309,31 @@ def markdown(bench: Bench, variants: Sequence[Variant], content: dict[str, Any])
     if recipes:
         parts += ["## Recipe of int8", recipe_table(recipes)]
     parts += ["\n".join(f"- {v.name} ({v.precision}) left out: {v.note}" for v in variants if v.note)]
-    parts += [f"Logits off: mean absolute difference from PyTorch on {IMAGES} generated images, in standard deviations of the logits.",
-              machine_text(content["machine"], content["versions"], args.threads, bench.protocol)]  # fmt: skip
+    parts += [
+        (
+            f"Logits off: mean absolute difference from PyTorch on {IMAGES} generated images, in standard"
+            " deviations of the logits."
+        ),
+        machine_text(content["machine"], content["versions"], args.threads, bench.protocol),
+    ]
     return "\n\n".join(p for p in parts if p) + "\n"
 
 
-# --- the command -----------------------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 
 def parsed() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    p.add_argument("--model", default="cmt_xs", help="any name of cmt-export --list-models whose family has rewrites")
+    p.add_argument(
+        "--model", default="cmt_xs", help="any name of cmt-export --list-models whose family has rewrites"
+    )
     p.add_argument("--weights", default="random", help="random (default), pretrained or a checkpoint file")
     p.add_argument("--backend", choices=("openvino", "onnxruntime"), default="openvino")
     add_protocol_arguments(p)
     p.add_argument("--only", nargs="+", metavar="NAME", help="these rewrites and recipe rows; default: all")
-    p.add_argument("--group", type=int, default=4, help="variants measured at once besides the bases (default 4)")
+    p.add_argument(
+        "--group", type=int, default=4, help="variants measured at once besides the bases (default 4)"
+    )
     p.add_argument("--json", type=Path, help="write everything here")
     p.add_argument("--markdown", type=Path, help="write the tables here too")
     args = p.parse_args()
@@ -303,9 +352,15 @@ def main() -> None:
         bench = Bench(model, images, truth, Path(folder), args, protocol_of(args))
         variants = ablate(bench)
     content = {
-        "machine": describe(), "versions": versions(), "threads": args.threads, "protocol": asdict(bench.protocol), "model": args.model,
-        "weights": args.weights, "backend": args.backend, "variants": [asdict(v) for v in variants],
-    }  # fmt: skip
+        "machine": describe(),
+        "versions": versions(),
+        "threads": args.threads,
+        "protocol": asdict(bench.protocol),
+        "model": args.model,
+        "weights": args.weights,
+        "backend": args.backend,
+        "variants": [asdict(v) for v in variants],
+    }
     for entry in content["variants"]:
         del entry["graph"]  # a temporary file
     text = markdown(bench, variants, content)

@@ -1,6 +1,8 @@
-"""Top-1 and agreement of cmt_nano on CIFAR-10 test images, by runtime and precision, and what calibrating on what costs.
+"""Top-1 and agreement of cmt_nano on CIFAR-10 test images, by runtime and precision, and what calibrating on
+what costs.
 
-    python benchmarks/cifar10_accuracy.py ../shared/data/cifar10.tar --weights ../shared/weights/cmt_nano_cifar10.pt
+    python benchmarks/cifar10_accuracy.py ../shared/data/cifar10.tar \
+        --weights ../shared/weights/cmt_nano_cifar10.pt
 
 The archive holds train/CLASS/*.jpg and test/CLASS/*.jpg. Without --weights the embedded weights are used.
 --only synthetic --seed 1 measures one of the rows again with other images.
@@ -15,10 +17,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from deploy.report import table
-from export import ExportConfig, run
+from cmt_edge.deploy.report import table
+from cmt_edge.export import ExportConfig, run
 
-COLUMNS = ["bundle", "calibrated on", "reference top-1 %", "top-1 %", "drop (95 % CI)", "agreement %", "mean logit diff"]
+COLUMNS = [
+    "bundle",
+    "calibrated on",
+    "reference top-1 %",
+    "top-1 %",
+    "drop (95 % CI)",
+    "agreement %",
+    "mean logit diff",
+]
 
 
 def noise_images(folder: Path, seed: int, count: int = 300) -> str:
@@ -49,20 +59,40 @@ def main() -> None:
             ("openvino", "int8", "synthetic"),
             ("openvino", "int8", noise_images(Path(folder) / "noise", args.seed)),
         ]
-        rows = [row(args, folder, *variant) for variant in variants
-                if args.only in (None, Path(variant[2] or "").name)]  # fmt: skip
+        rows = [
+            row(args, folder, *variant)
+            for variant in variants
+            if args.only in (None, Path(variant[2] or "").name)
+        ]
     print(table(COLUMNS, rows, markdown=True))
 
 
 def row(args: argparse.Namespace, folder: str, form: str, precision: str, data: str | None) -> list[str]:
-    config = ExportConfig("cmt_nano", form, precision, weights=args.weights, data=data, eval_data=str(args.archive / "test"),
-                          output=folder, seed=args.seed, max_drop=100.0, atol=100.0)  # fmt: skip  # measured here, not gated
+    config = ExportConfig(
+        "cmt_nano",
+        form,
+        precision,
+        weights=args.weights,
+        data=data,
+        eval_data=str(args.archive / "test"),
+        output=folder,
+        seed=args.seed,
+        max_drop=100.0,  # measured here, not gated
+        atol=100.0,
+    )
     bundle = run(config)
     d = bundle.manifest.verification["data"]
     images = "-" if data is None else f"{bundle.manifest.calibration['images']} {Path(data).name} images"
     low, high = d["drop_ci"]
-    return [f"{precision} {form}", images, f"{d['reference_top1']:.2f}", f"{d['top1']:.2f}", f"{d['drop']:+.2f} ({low:+.2f} to {high:+.2f})",
-            f"{d['agreement']:.2f}", f"{d['logit_mean_diff']:.2g}"]  # fmt: skip
+    return [
+        f"{precision} {form}",
+        images,
+        f"{d['reference_top1']:.2f}",
+        f"{d['top1']:.2f}",
+        f"{d['drop']:+.2f} ({low:+.2f} to {high:+.2f})",
+        f"{d['agreement']:.2f}",
+        f"{d['logit_mean_diff']:.2g}",
+    ]
 
 
 if __name__ == "__main__":

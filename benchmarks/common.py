@@ -1,4 +1,5 @@
-"""What ``peers.py`` and ``ablation.py`` share. Imports no PyTorch by itself: children that only run a model must stay small."""
+"""What ``peers.py`` and ``ablation.py`` share. Imports no PyTorch by itself: children that only run a model
+must stay small."""
 
 from __future__ import annotations
 
@@ -12,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from deploy import Preprocess
-from deploy.backends import LoadOptions, Session
-from deploy.benchmark import Latency, Protocol, _bootstrap_medians
-from deploy.preprocess import normalise, pixels
-from deploy.report import how_measured
+from cmt_edge.deploy import Preprocess
+from cmt_edge.deploy.backends import LoadOptions, Session
+from cmt_edge.deploy.measure.benchmark import Latency, Protocol, _bootstrap_medians
+from cmt_edge.deploy.preprocessing import normalise, pixels
+from cmt_edge.deploy.report import how_measured
 
 CHECK_SEED = 91
 """Of the images on which logits are compared: other ones than those for calibration."""
@@ -57,15 +58,30 @@ def share_of(phase: str) -> Callable[[float], None]:
 def add_protocol_arguments(parser: argparse.ArgumentParser) -> None:
     """``--threads``, ``--iters``, ``--seconds``, ``--warmup`` and the calibration images."""
     default = Protocol()
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of one inference, in every runtime (default 2)")
-    parser.add_argument("--iters", type=int, default=default.iters, help=f"at least so many timed calls ({default.iters})")
     parser.add_argument(
-        "--seconds", type=float, default=default.seconds, help=f"and so many seconds each ({default.seconds:g})"
+        "--threads", type=int, default=2, help="CPU threads of one inference, in every runtime (default 2)"
     )
-    parser.add_argument("--warmup", type=float, default=default.warmup_seconds, help="warm-up of each, seconds (1)")
-    parser.add_argument("--data", default="generated", help="calibration images: a folder, ARCHIVE.tar, or generated (default)")
     parser.add_argument(
-        "--calib-size", type=int, help="number of calibration images (default 300, or all where there are fewer)"
+        "--iters", type=int, default=default.iters, help=f"at least so many timed calls ({default.iters})"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=default.seconds,
+        help=f"and so many seconds each ({default.seconds:g})",
+    )
+    parser.add_argument(
+        "--warmup", type=float, default=default.warmup_seconds, help="warm-up of each, seconds (1)"
+    )
+    parser.add_argument(
+        "--data",
+        default="generated",
+        help="calibration images: a folder, ARCHIVE.tar, or generated (default)",
+    )
+    parser.add_argument(
+        "--calib-size",
+        type=int,
+        help="number of calibration images (default 300, or all where there are fewer)",
     )
 
 
@@ -75,7 +91,7 @@ def protocol_of(args: argparse.Namespace) -> Protocol:
 
 def check_images(spec: Preprocess, count: int) -> np.ndarray:
     """Generated images, preprocessed: float32 ``(count, 3, S, S)``."""
-    from calib.generated import generate
+    from cmt_edge.calib.generated import generate
 
     sources = generate(count, round(MARGIN * spec.size), seed=CHECK_SEED)
     return normalise(np.stack([pixels(source, spec) for source in sources]), spec)
@@ -96,7 +112,8 @@ def deviation(ours: np.ndarray, reference: np.ndarray) -> float:
 
 
 def ratio(base: np.ndarray, other: np.ndarray) -> Ratio:
-    """Speed of ``other`` over ``base`` (above 1 is faster) from samples in nanoseconds, as ``deploy.benchmark`` computes it."""
+    """Speed of ``other`` over ``base`` (above 1 is faster) from samples in nanoseconds, as
+    ``deploy.benchmark`` computes it."""
     rng = np.random.default_rng(0)
     low, high = np.percentile(_bootstrap_medians(base, rng) / _bootstrap_medians(other, rng), [2.5, 97.5])
     return float(np.median(base) / np.median(other)), float(low), float(high)
@@ -105,14 +122,15 @@ def ratio(base: np.ndarray, other: np.ndarray) -> Ratio:
 def openvino_session(
     model: Path, threads: int, precision: str | None, throughput: bool = False, rewritten: bool = True
 ) -> Session:
-    """OpenVINO on the CPU; ``precision`` is ``"fp32"``, ``"bf16"`` or ``"int8"`` as in bundles, ``None`` the runtime's own choice.
+    """OpenVINO on the CPU; ``precision`` is ``"fp32"``, ``"bf16"`` or ``"int8"`` as in bundles, ``None`` the
+    runtime's own choice.
 
     An ONNX file is ``rewritten`` as in bundles.
     """
     import openvino as ov
 
-    from deploy.backends.openvino import OpenVINOSession, float_precision
-    from deploy.backends.openvino_graph import read
+    from cmt_edge.deploy.backends.openvino import OpenVINOSession, float_precision
+    from cmt_edge.deploy.backends.openvino_graph import read
 
     config: dict[str, Any] = {
         "PERFORMANCE_HINT": "THROUGHPUT" if throughput else "LATENCY",
@@ -125,7 +143,7 @@ def openvino_session(
 
 def onnxruntime_session(model: Path, threads: int, throughput: bool = False) -> Session:
     """ONNX Runtime on the CPU with the settings that bundles get."""
-    from deploy.backends.onnxruntime import OnnxRuntimeSession
+    from cmt_edge.deploy.backends.onnxruntime import OnnxRuntimeSession
 
     return OnnxRuntimeSession(model, LoadOptions(threads=threads, throughput=throughput))
 
@@ -140,9 +158,13 @@ def latency_text(latency: Latency | None) -> str:
 
 def machine_text(host: dict[str, Any], versions: dict[str, str], threads: int, protocol: Protocol) -> str:
     """The line under a table: what was measured on, with and how."""
-    named = ", ".join(f"{k} {versions[k]}" for k in ("openvino", "nncf", "onnxruntime", "torch") if k in versions)
-    return (f"{host['cpu']}, {host['cores']} cores ({', '.join(host['flags']) or 'no flags of note'}); {named}; threads: {threads}; "
-            f"batch 1; {how_measured(protocol)}.")  # fmt: skip
+    named = ", ".join(
+        f"{k} {versions[k]}" for k in ("openvino", "nncf", "onnxruntime", "torch") if k in versions
+    )
+    return (
+        f"{host['cpu']}, {host['cores']} cores ({', '.join(host['flags']) or 'no flags of note'}); {named};"
+        f" threads: {threads}; batch 1; {how_measured(protocol)}."
+    )
 
 
 def first_lines(exc: BaseException, limit: int = 240) -> str:

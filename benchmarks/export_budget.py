@@ -14,14 +14,16 @@ import sys
 import tempfile
 import time
 
-from deploy.report import table
+from cmt_edge.deploy.report import table
 
 
 def measure(arguments: list[str]) -> tuple[float, float]:
     """Wall seconds and peak resident GB of one ``cmt-export``."""
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-c", "from export.cli import main; raise SystemExit(main())", *arguments],
-                               stdout=subprocess.DEVNULL)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from cmt_edge.export.cli import main; raise SystemExit(main())", *arguments],
+        stdout=subprocess.DEVNULL,
+    )
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"cmt-export {' '.join(arguments)} failed")
@@ -36,8 +38,22 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for precision in ("fp32", "bf16", "int8"):
-            extra = ["--data", "generated", "--calib-size", args.calib_size, "--no-cache"] if precision == "int8" else []
-            command = ["--model", args.model, "--weights", "random", "--precision", precision, "-o", folder, *extra]
+            extra = (
+                ["--data", "generated", "--calib-size", args.calib_size, "--no-cache"]
+                if precision == "int8"
+                else []
+            )
+            command = [
+                "--model",
+                args.model,
+                "--weights",
+                "random",
+                "--precision",
+                precision,
+                "-o",
+                folder,
+                *extra,
+            ]
             seconds, gigabytes = measure(command)
             rows.append([precision, f"{seconds:.1f}", f"{gigabytes:.2f}"])
     print(table(["precision", "wall s", "peak GB"], rows, markdown=True))

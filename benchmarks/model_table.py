@@ -1,9 +1,10 @@
-"""The table of models in docs/models.md: figures of the registry, and what rewriting and precision make of each model on this machine.
+"""The table of models in docs/models.md: figures of the registry, and what rewriting and precision make of
+each model on this machine.
 
     python benchmarks/model_table.py [NAME ...] [--threads 2] [--output docs/models.md]
 
-Random weights, generated calibration images; latencies are interleaved medians at batch 1, so trust the ratios. Without names all models
-below 12 GMACs are measured; the others appear with their figures only.
+Random weights, generated calibration images; latencies are interleaved medians at batch 1, so trust the
+ratios. Without names all models below 12 GMACs are measured; the others appear with their figures only.
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ from pathlib import Path
 
 import onnx
 
-from cmt import create_model, list_models, model_spec
-from cmt.registry import ModelSpec
-from cmt.weights import randomize
-from deploy.backends.openvino import has_bf16
-from deploy.benchmark import Protocol, benchmark
-from deploy.bundle import ONNX, Bundle
-from deploy.console import Progress
-from deploy.files import write_atomic
-from deploy.host import describe
-from deploy.report import table
-from export import ExportConfig, pipeline, run
-from export.config import OPSET
-from export.to_onnx import export_onnx, simplify
+from cmt_edge.cmt import create_model, list_models, model_spec
+from cmt_edge.cmt.registry import ModelSpec
+from cmt_edge.cmt.weights import randomize
+from cmt_edge.deploy.backends.openvino import has_bf16
+from cmt_edge.deploy.bundle import ONNX, Bundle
+from cmt_edge.deploy.files import write_atomic
+from cmt_edge.deploy.measure.benchmark import Protocol, benchmark
+from cmt_edge.deploy.measure.host import describe
+from cmt_edge.deploy.progress import Progress
+from cmt_edge.deploy.report import table
+from cmt_edge.export import ExportConfig, pipeline, run
+from cmt_edge.export.config import OPSET
+from cmt_edge.export.to_onnx import export_onnx, simplify
 
 GIANT_MACS = 12e9
 CALIBRATED_ON = 8
@@ -64,7 +65,13 @@ def main() -> None:
         gc.collect()
     sources = sorted({f"- {spec.family}: {spec.source}" for spec in map(model_spec, list_models())})
     text = "\n".join(
-        [table(HEADER, rows, markdown=True), "", *sources, "", f"Machine: {describe()['cpu']}, {args.threads} threads."]
+        [
+            table(HEADER, rows, markdown=True),
+            "",
+            *sources,
+            "",
+            f"Machine: {describe()['cpu']}, {args.threads} threads.",
+        ]
     )
     if args.output:
         write_atomic(args.output, (PREFACE + text + "\n").encode())
@@ -73,20 +80,35 @@ def main() -> None:
 
 PREFACE = f"""# Models
 
-Made by `python benchmarks/model_table.py --output docs/models.md`. "bf16" and "int8" are speed-ups against our fp32 (OpenVINO, batch 1,
-interleaved, random weights); models above {GIANT_MACS / 1e9:g} GMACs are not measured.
+Made by `python benchmarks/model_table.py --output docs/models.md`. "bf16" and "int8" are speed-ups against
+our fp32
+(OpenVINO, batch 1, interleaved, random weights); models above {GIANT_MACS / 1e9:g} GMACs are not measured.
 
 """
 
 
 def figures(spec: ModelSpec) -> list[str]:
-    return [spec.name, str(spec.img_size), f"{(spec.params or 0) / 1e6:.2f}", f"{(spec.macs or 0) / 1e9:.2f}", spec.top1 or "-"]
+    return [
+        spec.name,
+        str(spec.img_size),
+        f"{(spec.params or 0) / 1e6:.2f}",
+        f"{(spec.macs or 0) / 1e9:.2f}",
+        spec.top1 or "-",
+    ]
 
 
 def exported(name: str, folder: str, threads: int) -> list[Bundle]:
     """The model as fp32 and int8, traced once."""
-    config = ExportConfig(name, "openvino", "int8", weights="random", data="generated", calib_size=CALIBRATED_ON, output=folder,
-                          threads=threads)  # fmt: skip
+    config = ExportConfig(
+        name,
+        "openvino",
+        "int8",
+        weights="random",
+        data="generated",
+        calib_size=CALIBRATED_ON,
+        output=folder,
+        threads=threads,
+    )
     progress = Progress(quiet=True)
     reference = pipeline._reference(config)
     graph, steps = pipeline._graph(config, reference, progress)

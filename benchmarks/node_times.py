@@ -1,8 +1,10 @@
-"""Where the time of a bundle goes: per-node times of OpenVINO's execution graph, added up by kind of layer, kernel and precision.
+"""Where the time of a bundle goes: per-node times of OpenVINO's execution graph, added up by kind of layer,
+kernel and precision.
 
     python benchmarks/node_times.py BUNDLE [BUNDLE ...] --threads 2
 
-Counting costs time itself, so the sum is above the latency that ``cmt-bench`` measures. Nodes that took no time (views) are left out.
+Counting costs time itself, so the sum is above the latency that ``cmt-bench`` measures. Nodes that took no
+time (views) are left out.
 """
 
 from __future__ import annotations
@@ -11,10 +13,10 @@ import argparse
 from collections import defaultdict
 from pathlib import Path
 
-from deploy import Bundle, Predictor
-from deploy.backends.openvino import SKIPPED, OpenVINOSession
-from deploy.benchmark import golden_batch
-from deploy.report import table
+from cmt_edge.deploy import Bundle, Predictor
+from cmt_edge.deploy.backends.openvino import SKIPPED, OpenVINOSession
+from cmt_edge.deploy.measure.benchmark import golden_batch
+from cmt_edge.deploy.report import table
 
 ENTRIES = ("layerType", "primitiveType", "runtimePrecision")
 REPEATS = 50
@@ -35,7 +37,9 @@ def rows(path: Path, threads: int) -> list[list[str]]:
             kinds[kind].append(1000 * times[node] / REPEATS)
     total = sum(map(sum, kinds.values()))
     ordered = sorted(kinds.items(), key=lambda item: -sum(item[1]))
-    found = [[*kind, str(len(ms)), f"{sum(ms):.2f}", f"{100 * sum(ms) / total:.0f} %"] for kind, ms in ordered]
+    found = [
+        [*kind, str(len(ms)), f"{sum(ms):.2f}", f"{100 * sum(ms) / total:.0f} %"] for kind, ms in ordered
+    ]
     return [*found, ["all", "", "", str(sum(map(len, kinds.values()))), f"{total:.2f}", "100 %"]]
 
 
@@ -47,7 +51,12 @@ def main() -> None:
     for path in args.bundles:
         print(f"**{path.name}**, {args.threads} threads\n")
         print(
-            table(["layer", "kernel", "precision", "nodes", "ms", "share"], rows(path, args.threads), markdown=True), end="\n\n"
+            table(
+                ["layer", "kernel", "precision", "nodes", "ms", "share"],
+                rows(path, args.threads),
+                markdown=True,
+            ),
+            end="\n\n",
         )
 
 

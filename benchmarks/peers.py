@@ -1,14 +1,19 @@
-"""Latency, throughput, size, memory and export time beside what others offer for the same model, in one interleaved run a model.
+"""Latency, throughput, size, memory and export time beside what others offer for the same model, in one
+interleaved run a model.
 
-    python benchmarks/peers.py --models cmt_ti cmt_xs cmt_s --threads 2 --json peers.json --markdown peers.md --plot peers.png
+    python benchmarks/peers.py --models cmt_ti cmt_xs cmt_s --threads 2 --json peers.json \
+        --markdown peers.md --plot peers.png
 
-The same random weights and calibration images in every row. Ratios refer to OpenVINO in float32 on a plain export. Each artefact is made in
-a process of its own, from the PyTorch model on, which gives export time and memory; another process loads it and runs 20 inferences, which
-gives the memory of running. A row that cannot be made or run here says why; the others go on. ``--only`` measures some rows (and the base).
+The same random weights and calibration images in every row. Ratios refer to OpenVINO in float32 on a plain
+export. Each artefact is made in a process of its own, from the PyTorch model on, which gives export time and
+memory; another process loads it and runs 20 inferences, which gives the memory of running. A row that cannot
+be made or run here says why; the others go on. ``--only`` measures some rows (and the base).
 
-Models measured in several runs go into one document with ``--again xs.json s.json --markdown peers.md --plot peers.png``.
+Models measured in several runs go into one document with ``--again xs.json s.json --markdown peers.md --plot
+peers.png``.
 
-A quick look: ``--models cmt_nano --only ort_fp32 ours_int8 --iters 20 --seconds 0.2 --warmup 0.1 --calib-size 16``.
+A quick look: ``--models cmt_nano --only ort_fp32 ours_int8 --iters 20 --seconds 0.2 --warmup 0.1 --calib-size
+16``.
 """
 
 from __future__ import annotations
@@ -46,12 +51,19 @@ from common import (
 )
 from peers_report import BASE, IMAGES, INFERENCES, Result, again, markdown, plot
 
-from deploy import Predictor, Preprocess
-from deploy.backends import Session
-from deploy.benchmark import DRIFT_WARNING, Protocol, bound, interleaved, summarise, throughput
-from deploy.errors import CmtEdgeError
-from deploy.files import write_atomic
-from deploy.host import describe, versions
+from cmt_edge.deploy import Predictor, Preprocess
+from cmt_edge.deploy.backends import Session
+from cmt_edge.deploy.errors import CmtEdgeError
+from cmt_edge.deploy.files import write_atomic
+from cmt_edge.deploy.measure.benchmark import (
+    DRIFT_WARNING,
+    Protocol,
+    bound,
+    interleaved,
+    summarise,
+    throughput,
+)
+from cmt_edge.deploy.measure.host import describe, versions
 
 if TYPE_CHECKING:  # the children that only run a model must not load PyTorch
     import onnx
@@ -74,7 +86,7 @@ class Job:
 
     @property
     def preprocess(self) -> Preprocess:
-        from export import ExportConfig
+        from cmt_edge.export import ExportConfig
 
         return ExportConfig(self.model).preprocess
 
@@ -84,7 +96,12 @@ class Job:
 
     def arguments(self) -> list[str]:
         """For a child process."""
-        pairs = {"--model": self.model, "--folder": self.folder, "--threads": self.threads, "--data": self.data}
+        pairs = {
+            "--model": self.model,
+            "--folder": self.folder,
+            "--threads": self.threads,
+            "--data": self.data,
+        }
         pairs |= {} if self.calib_size is None else {"--calib-size": self.calib_size}
         return [str(part) for pair in pairs.items() for part in pair]
 
@@ -119,13 +136,14 @@ class Row:
         return job.folder / (self.artefact or self.key)
 
 
-# --- making the artefacts: each from the PyTorch model on ------------------------------------------------------------------
+# --- making the artefacts: each from the PyTorch model on -----------------------------------------
 
 
 def reference(name: str) -> nn.Module:
-    """The unfused PyTorch model, with the same random weights wherever it is asked for (also by ``export.run``)."""
-    from cmt import create_model
-    from cmt.weights import randomize
+    """The unfused PyTorch model, with the same random weights wherever it is asked for (also by
+    ``export.run``)."""
+    from cmt_edge.cmt import create_model
+    from cmt_edge.cmt.weights import randomize
 
     model = create_model(name, seed=0)
     randomize(model)
@@ -133,15 +151,24 @@ def reference(name: str) -> nn.Module:
 
 
 def plain_onnx(job: Job) -> onnx.ModelProto:
-    """The reference as its user would export it: ``torch.onnx`` with its defaults and a fixed batch of 1, then onnxsim."""
+    """The reference as its user would export it: ``torch.onnx`` with its defaults and a fixed batch of 1,
+    then onnxsim."""
     import onnxsim
     import torch
 
-    from export.config import OPSET
+    from cmt_edge.export.config import OPSET
 
     size = job.preprocess.size
-    program = torch.onnx.export(reference(job.model), (torch.zeros(1, 3, size, size),), dynamo=True, opset_version=OPSET,
-                                input_names=["input"], output_names=["logits"], external_data=False, verbose=False)  # fmt: skip
+    program = torch.onnx.export(
+        reference(job.model),
+        (torch.zeros(1, 3, size, size),),
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=["input"],
+        output_names=["logits"],
+        external_data=False,
+        verbose=False,
+    )
     assert program is not None
     graph, ok = onnxsim.simplify(program.model_proto)
     if not ok:
@@ -151,8 +178,8 @@ def plain_onnx(job: Job) -> onnx.ModelProto:
 
 def calibration(job: Job) -> Any:
     """The images that every int8 row is calibrated on, through the same reader: iterable, with a length."""
-    from calib import CalibrationSet
-    from calib.quantize import _Batches
+    from cmt_edge.calib import CalibrationSet
+    from cmt_edge.calib.quantize import _Batches
 
     return _Batches(CalibrationSet.choose(job.data, job.calib_size, job.preprocess), job.preprocess, None)
 
@@ -175,7 +202,8 @@ def make_onnx(job: Job, folder: Path) -> None:
 
 
 def make_ort_int8(job: Job, folder: Path) -> None:
-    """As ONNX Runtime's documentation says: pre-process, then Q/DQ with its default signed types, one scale a channel."""
+    """As ONNX Runtime's documentation says: pre-process, then Q/DQ with its default signed types, one scale a
+    channel."""
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -208,7 +236,10 @@ def make_nncf(job: Job, folder: Path) -> None:
 
     batches = calibration(job)
     model = nncf.quantize(
-        _converted(job), nncf.Dataset(batches), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(batches)
+        _converted(job),
+        nncf.Dataset(batches),
+        model_type=nncf.ModelType.TRANSFORMER,
+        subset_size=len(batches),
     )
     ov.save_model(model, folder / IR, compress_to_fp16=False)
 
@@ -222,15 +253,29 @@ def _converted(job: Job) -> Any:
 
 
 def make_ours(job: Job, folder: Path, precision: str) -> None:
-    """What ``cmt-export`` does, its checks and its quick measurement included; nothing is taken from the cache."""
-    from export import ExportConfig, run
+    """What ``cmt-export`` does, its checks and its quick measurement included; nothing is taken from the
+    cache."""
+    from cmt_edge.export import ExportConfig, run
 
-    calibrated: dict[str, Any] = {"data": job.data, "calib_size": job.calib_size} if precision == "int8" else {}
-    run(ExportConfig(job.model, "openvino", precision, weights="random", output=str(folder), threads=job.threads, cache=False,
-                     atol=1e9, **calibrated))  # fmt: skip  # random weights would fail the int8 gate
+    calibrated: dict[str, Any] = (
+        {"data": job.data, "calib_size": job.calib_size} if precision == "int8" else {}
+    )
+    run(
+        ExportConfig(
+            job.model,
+            "openvino",
+            precision,
+            weights="random",
+            output=str(folder),
+            threads=job.threads,
+            cache=False,
+            atol=1e9,  # random weights would fail the int8 gate
+            **calibrated,
+        )
+    )
 
 
-# --- opening them ----------------------------------------------------------------------------------------------------------
+# --- opening them ---------------------------------------------------------------------------------
 
 
 def _loaded(job: Job, folder: Path) -> nn.Module:
@@ -242,16 +287,17 @@ def _loaded(job: Job, folder: Path) -> nn.Module:
 
 
 def load_torch(job: Job, folder: Path, throughput: bool) -> Session:
-    from deploy.backends.torch import TorchSession
+    from cmt_edge.deploy.backends.torch import TorchSession
 
     return TorchSession(_loaded(job, folder), job.threads)
 
 
 def load_compiled(job: Job, folder: Path, throughput: bool, freezing: bool) -> Session:
-    """Compiled at once, for one image; what the compiler makes is kept beside the artefact for the next process."""
+    """Compiled at once, for one image; what the compiler makes is kept beside the artefact for the next
+    process."""
     import torch
 
-    from deploy.backends.torch import TorchSession
+    from cmt_edge.deploy.backends.torch import TorchSession
 
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder) + ".inductor"
     torch.set_num_threads(job.threads)  # is compiled in
@@ -280,33 +326,108 @@ def _ours(precision: str, backend: str = "openvino", artefact: str = "") -> Row:
     key, name = f"ours_{precision}", "OpenVINO"
     if backend == "onnxruntime":
         key, name, files = f"{key}_ort", "ONNX Runtime", (ONNX,)
-    about = f"bundle of cmt-export --precision {precision}, in {name}; its export time includes verification and a quick measurement"
-    return Row(key, f"cmt-edge {precision} ({name})", about, files, partial(make_ours, precision=precision),
-               partial(load_ours, backend=backend), artefact)  # fmt: skip
+    about = (
+        f"bundle of cmt-export --precision {precision}, in {name}; its export time includes verification and"
+        " a quick measurement"
+    )
+    return Row(
+        key,
+        f"cmt-edge {precision} ({name})",
+        about,
+        files,
+        partial(make_ours, precision=precision),
+        partial(load_ours, backend=backend),
+        artefact,
+    )
 
 
-ROWS = {row.key: row for row in (
-    Row("torch", "PyTorch eager", "the unfused model in eval and inference mode", (WEIGHTS,), make_weights, load_torch),
-    Row("torch_compile", "torch.compile", "inductor with its defaults; nothing is shipped but the weights, each process compiles or "
-        "reads a cache", (WEIGHTS,), partial(make_compiled, freezing=False), partial(load_compiled, freezing=False)),
-    Row("torch_frozen", "torch.compile, freezing", "inductor with freezing, which folds and packs weights", (WEIGHTS,),
-        partial(make_compiled, freezing=True), partial(load_compiled, freezing=True)),
-    Row("ort_fp32", "ONNX Runtime fp32", "plain export: torch.onnx of the unfused model, then onnxsim", (ONNX,), make_onnx, load_onnx),
-    Row("ort_int8", "ONNX Runtime int8 (own)", "plain export, quant_pre_process and quantize_static: Q/DQ, per channel, else defaults",
-        (ONNX,), make_ort_int8, load_onnx),
-    Row("ov_fp32", "OpenVINO fp32", "plain export, f32 hint: the base of all ratios", OPENVINO_FILES, make_openvino,
-        partial(load_openvino, precision="fp32")),
-    Row("ov_bf16", "OpenVINO bf16", "the same file, bf16 hint", OPENVINO_FILES, make_openvino,
-        partial(load_openvino, precision="bf16"), "ov_fp32"),
-    Row("nncf_f32", "NNCF int8, f32 hint", "plain export, nncf.quantize(model_type=TRANSFORMER), the rest in float32", OPENVINO_FILES,
-        make_nncf, partial(load_openvino, precision="fp32")),
-    Row("nncf_default", "NNCF int8, runtime default", "the same file without a hint: the rest in bfloat16 where the CPU has it",
-        OPENVINO_FILES, make_nncf, partial(load_openvino, precision=None), "nncf_f32"),
-    _ours("fp32"), _ours("bf16"), _ours("int8"), _ours("int8", "onnxruntime", "ours_int8"),
-)}  # fmt: skip
+ROWS = {
+    row.key: row
+    for row in (
+        Row(
+            "torch",
+            "PyTorch eager",
+            "the unfused model in eval and inference mode",
+            (WEIGHTS,),
+            make_weights,
+            load_torch,
+        ),
+        Row(
+            "torch_compile",
+            "torch.compile",
+            "inductor with its defaults; nothing is shipped but the weights, each process compiles or "
+            "reads a cache",
+            (WEIGHTS,),
+            partial(make_compiled, freezing=False),
+            partial(load_compiled, freezing=False),
+        ),
+        Row(
+            "torch_frozen",
+            "torch.compile, freezing",
+            "inductor with freezing, which folds and packs weights",
+            (WEIGHTS,),
+            partial(make_compiled, freezing=True),
+            partial(load_compiled, freezing=True),
+        ),
+        Row(
+            "ort_fp32",
+            "ONNX Runtime fp32",
+            "plain export: torch.onnx of the unfused model, then onnxsim",
+            (ONNX,),
+            make_onnx,
+            load_onnx,
+        ),
+        Row(
+            "ort_int8",
+            "ONNX Runtime int8 (own)",
+            "plain export, quant_pre_process and quantize_static: Q/DQ, per channel, else defaults",
+            (ONNX,),
+            make_ort_int8,
+            load_onnx,
+        ),
+        Row(
+            "ov_fp32",
+            "OpenVINO fp32",
+            "plain export, f32 hint: the base of all ratios",
+            OPENVINO_FILES,
+            make_openvino,
+            partial(load_openvino, precision="fp32"),
+        ),
+        Row(
+            "ov_bf16",
+            "OpenVINO bf16",
+            "the same file, bf16 hint",
+            OPENVINO_FILES,
+            make_openvino,
+            partial(load_openvino, precision="bf16"),
+            "ov_fp32",
+        ),
+        Row(
+            "nncf_f32",
+            "NNCF int8, f32 hint",
+            "plain export, nncf.quantize(model_type=TRANSFORMER), the rest in float32",
+            OPENVINO_FILES,
+            make_nncf,
+            partial(load_openvino, precision="fp32"),
+        ),
+        Row(
+            "nncf_default",
+            "NNCF int8, runtime default",
+            "the same file without a hint: the rest in bfloat16 where the CPU has it",
+            OPENVINO_FILES,
+            make_nncf,
+            partial(load_openvino, precision=None),
+            "nncf_f32",
+        ),
+        _ours("fp32"),
+        _ours("bf16"),
+        _ours("int8"),
+        _ours("int8", "onnxruntime", "ours_int8"),
+    )
+}
 
 
-# --- children --------------------------------------------------------------------------------------------------------------
+# --- children -------------------------------------------------------------------------------------
 
 
 def child(job: Job, row: Row, action: str) -> None:
@@ -346,7 +467,8 @@ def _outcome(job: Job, row: Row, action: str) -> Path:
 
 
 def in_child(job: Job, row: Row, action: str) -> tuple[float, int, str]:
-    """Wall seconds of the whole process, its peak memory, and why it failed if it did; its output goes into a log."""
+    """Wall seconds of the whole process, its peak memory, and why it failed if it did; its output goes into a
+    log."""
     command = [sys.executable, __file__, f"--{action}", row.key, *job.arguments()]
     start = time.perf_counter()
     with open(job.folder / f"{row.key}.{action}.log", "wb") as log:
@@ -358,7 +480,7 @@ def in_child(job: Job, row: Row, action: str) -> tuple[float, int, str]:
     return seconds, outcome["peak"], outcome.get("error", "")
 
 
-# --- measuring -------------------------------------------------------------------------------------------------------------
+# --- measuring ------------------------------------------------------------------------------------
 
 
 def prepare(job: Job, rows: Sequence[Row]) -> list[Result]:
@@ -407,7 +529,9 @@ def measure(job: Job, rows: Sequence[Row], protocol: Protocol) -> list[Result]:
             result.latency, result.ratio = summarise(samples[key]), ratio(samples[BASE], samples[key])
             result.executed = session.executed(images[:1]).summary()
             if abs(drift := result.latency.drift) > DRIFT_WARNING:
-                result.warnings.append(f"latency drifted by {100 * drift:+.0f} % from the first to the last 100 calls")
+                result.warnings.append(
+                    f"latency drifted by {100 * drift:+.0f} % from the first to the last 100 calls"
+                )
         for key, session in sessions.items():
             say(f"{job.model}: throughput of {key}")
             rate(job, ROWS[key], session, results[key], images[:1], max(0.5, protocol.seconds / 2))
@@ -416,7 +540,7 @@ def measure(job: Job, rows: Sequence[Row], protocol: Protocol) -> list[Result]:
 
 def check(job: Job, sessions: dict[str, Session], results: dict[str, Result], images: np.ndarray) -> None:
     """Compare each row's logits with eager PyTorch's."""
-    from deploy.backends.torch import TorchSession
+    from cmt_edge.deploy.backends.torch import TorchSession
 
     truth = logits(TorchSession(reference(job.model), job.threads), images)
     for key, session in sessions.items():
@@ -433,23 +557,40 @@ def rate(job: Job, row: Row, session: Session, result: Result, batch: np.ndarray
         fast.close()
 
 
-# --- the command -----------------------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 
 def parsed() -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], epilog="rows: " + ", ".join(ROWS))
-    p.add_argument("--models", nargs="+", default=["cmt_ti", "cmt_xs", "cmt_s"], help="any names of cmt-export --list-models")
+    p = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], epilog="rows: " + ", ".join(ROWS)
+    )
+    p.add_argument(
+        "--models",
+        nargs="+",
+        default=["cmt_ti", "cmt_xs", "cmt_s"],
+        help="any names of cmt-export --list-models",
+    )
     add_protocol_arguments(p)
     p.add_argument("--only", nargs="+", choices=ROWS, metavar="ROW", help="measure these rows and the base")
-    p.add_argument("--json", type=Path, help="write everything here; after each model, so that little is lost")
+    p.add_argument(
+        "--json", type=Path, help="write everything here; after each model, so that little is lost"
+    )
     p.add_argument("--markdown", type=Path, help="write the tables here too")
     p.add_argument("--plot", type=Path, help="write the speed-ups here, as .png or .svg")
     p.add_argument(
-        "--again", nargs="+", type=Path, metavar="JSON", help="measure nothing: write tables and plot of these earlier runs"
+        "--again",
+        nargs="+",
+        type=Path,
+        metavar="JSON",
+        help="measure nothing: write tables and plot of these earlier runs",
     )
-    p.add_argument("--folder", type=Path, help="keep artefacts and logs in this empty folder (default: a temporary one)")
+    p.add_argument(
+        "--folder", type=Path, help="keep artefacts and logs in this empty folder (default: a temporary one)"
+    )
     p.add_argument("--model", help=argparse.SUPPRESS)
-    p.add_argument("--build", choices=ROWS, metavar="ROW", help="only make this row's artefact of --model in --folder")
+    p.add_argument(
+        "--build", choices=ROWS, metavar="ROW", help="only make this row's artefact of --model in --folder"
+    )
     p.add_argument("--run", choices=ROWS, metavar="ROW", help="only load it and run 20 inferences")
     return p.parse_args()
 
@@ -458,7 +599,11 @@ def main() -> None:
     args = parsed()
     if args.build or args.run:
         action = "build" if args.build else "run"
-        child(Job(args.model, args.folder, args.threads, args.data, args.calib_size), ROWS[args.build or args.run], action)
+        child(
+            Job(args.model, args.folder, args.threads, args.data, args.calib_size),
+            ROWS[args.build or args.run],
+            action,
+        )
         return
     if args.again:
         print(written(args, *again(args.again)))
@@ -477,10 +622,17 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
     protocol = protocol_of(args)
     rows = [row for row in ROWS.values() if not args.only or row.key in (*args.only, BASE)]
     content: dict[str, Any] = {
-        "machine": describe(), "versions": versions(), "threads": args.threads, "protocol": asdict(protocol), "base": BASE,
-        "calibration": {"source": Path(args.data).name, "images": args.calib_size or "300, or all where there are fewer"},
+        "machine": describe(),
+        "versions": versions(),
+        "threads": args.threads,
+        "protocol": asdict(protocol),
+        "base": BASE,
+        "calibration": {
+            "source": Path(args.data).name,
+            "images": args.calib_size or "300, or all where there are fewer",
+        },
         "models": {},
-    }  # fmt: skip
+    }
     results: dict[str, list[Result]] = {}
     for name in args.models:
         job = Job(name, folder / name.replace("/", "_"), args.threads, args.data, args.calib_size)
@@ -496,7 +648,9 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
     print(text)
 
 
-def written(args: argparse.Namespace, content: dict[str, Any], results: dict[str, list[Result]], protocol: Protocol) -> str:
+def written(
+    args: argparse.Namespace, content: dict[str, Any], results: dict[str, list[Result]], protocol: Protocol
+) -> str:
     """The Markdown text, which is also written where it was asked for, as is the plot."""
     text = markdown(content, results, protocol, [(row.key, row.label, row.about) for row in ROWS.values()])
     if args.markdown:

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from common import Ratio, latency_text, machine_text, ratio_text
 
-from deploy.benchmark import Latency, Protocol
-from deploy.files import write_atomic
-from deploy.report import table
+from cmt_edge.deploy.files import write_atomic
+from cmt_edge.deploy.measure.benchmark import Latency, Protocol
+from cmt_edge.deploy.report import table
 
 BASE = "ov_fp32"
 """Key of the row that ratios refer to."""
@@ -26,7 +26,8 @@ INFERENCES = 20
 
 @dataclass
 class Result:
-    """What was found out about one row; ``note`` says why the rest is missing. Times in seconds, memory and sizes in bytes."""
+    """What was found out about one row; ``note`` says why the rest is missing. Times in seconds, memory and
+    sizes in bytes."""
 
     key: str
     label: str
@@ -46,38 +47,80 @@ class Result:
     warnings: list[str] = field(default_factory=list)
 
 
-HEADER = ("row", "p50 ms", "speed-up (95 % CI)", "images/s (requests)", "MB read", "MB on disk", "export s", "export peak MB",
-          "running peak MB", "logits off, std", "what really ran")  # fmt: skip
+HEADER = (
+    "row",
+    "p50 ms",
+    "speed-up (95 % CI)",
+    "images/s (requests)",
+    "MB read",
+    "MB on disk",
+    "export s",
+    "export peak MB",
+    "running peak MB",
+    "logits off, std",
+    "what really ran",
+)
 
 
 def cells(r: Result) -> list[str]:
     """One line of the Markdown table."""
-    mb = [None if n is None else n / 1e6 for n in (r.bytes_read, r.bytes_on_disk, r.export_peak, r.running_peak)]
-    read, disk, export_peak, running_peak = ("-" if n is None else f"{n:.1f}" if n < 1000 else f"{n:.0f}" for n in mb)
+    mb = [
+        None if n is None else n / 1e6 for n in (r.bytes_read, r.bytes_on_disk, r.export_peak, r.running_peak)
+    ]
+    read, disk, export_peak, running_peak = (
+        "-" if n is None else f"{n:.1f}" if n < 1000 else f"{n:.0f}" for n in mb
+    )
     images = "-" if r.images_per_second is None else f"{r.images_per_second:.1f} ({r.requests})"
     seconds = "-" if r.export_s is None else f"{r.export_s:.1f}"
     off = "-" if r.deviation is None else f"{r.deviation:.1e}"
-    return [f"**{r.label}**" if r.ours else r.label, latency_text(r.latency), ratio_text(r.ratio), images, read, disk, seconds,
-            export_peak, running_peak, off, r.executed or "-"]  # fmt: skip
+    return [
+        f"**{r.label}**" if r.ours else r.label,
+        latency_text(r.latency),
+        ratio_text(r.ratio),
+        images,
+        read,
+        disk,
+        seconds,
+        export_peak,
+        running_peak,
+        off,
+        r.executed or "-",
+    ]
 
 
 def markdown(
-    content: dict[str, Any], results: dict[str, list[Result]], protocol: Protocol, legend: Sequence[tuple[str, str, str]]
+    content: dict[str, Any],
+    results: dict[str, list[Result]],
+    protocol: Protocol,
+    legend: Sequence[tuple[str, str, str]],
 ) -> str:
-    """A table a model, what the rows are, and the machine; ``legend`` has the key, label and description of every row there is."""
+    """A table a model, what the rows are, and the machine; ``legend`` has the key, label and description of
+    every row there is."""
     parts = []
     for name, rows in results.items():
         parts += [f"## {name}", table(HEADER, [cells(r) for r in rows], markdown=True)]
-        remarks = [f"- {r.label}: {text}" for r in rows for text in (*([f"left out: {r.note}"] if r.note else []), *r.warnings)]
+        remarks = [
+            f"- {r.label}: {text}"
+            for r in rows
+            for text in (*([f"left out: {r.note}"] if r.note else []), *r.warnings)
+        ]
         parts += ["\n".join(remarks)] if remarks else []
     shown = {r.key for rows in results.values() for r in rows}
-    parts += ["## What the rows are", "\n".join(f"- {label}: {about}." for key, label, about in legend if key in shown)]
-    parts += ["Export: one process from the PyTorch model to the finished files, start-up included. Running: a process that loads the files "
-              f"and runs {INFERENCES} inferences. MB read: the files that the runtime opens. Logits off: mean absolute difference from eager "
-              f"PyTorch on {IMAGES} generated images, in standard deviations of the logits; the weights are random, so it shows "
-              "broken rows, not accuracy. int8 is calibrated on "
-              f"the same images in every row: {content['calibration']['source']}, {content['calibration']['images']}.",
-              machine_text(content["machine"], content["versions"], content["threads"], protocol)]  # fmt: skip
+    parts += [
+        "## What the rows are",
+        "\n".join(f"- {label}: {about}." for key, label, about in legend if key in shown),
+    ]
+    parts += [
+        (
+            "Export: one process from the PyTorch model to the finished files, start-up included. Running: a"
+            f" process that loads the files and runs {INFERENCES} inferences. MB read: the files that the"
+            f" runtime opens. Logits off: mean absolute difference from eager PyTorch on {IMAGES} generated"
+            " images, in standard deviations of the logits; the weights are random, so it shows broken rows,"
+            " not accuracy. int8 is calibrated on the same images in every row:"
+            f" {content['calibration']['source']}, {content['calibration']['images']}."
+        ),
+        machine_text(content["machine"], content["versions"], content["threads"], protocol),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -93,7 +136,9 @@ def plot(results: dict[str, list[Result]], path: Path, caption: str) -> None:
         ratios = np.array([r.ratio for r in rows])
         whiskers = np.abs(ratios[:, 1:] - ratios[:, :1]).T
         colours = ["#cc6677" if r.ours else "#888888" if r.key == BASE else "#88aacc" for r in rows]
-        bars = axes.barh([r.label for r in rows], ratios[:, 0], xerr=whiskers, color=colours, capsize=2, ecolor="#333333")
+        bars = axes.barh(
+            [r.label for r in rows], ratios[:, 0], xerr=whiskers, color=colours, capsize=2, ecolor="#333333"
+        )
         texts = [f"{r.ratio[0]:.2f}x  ({r.latency.p50:.2f} ms)" for r in rows if r.ratio and r.latency]
         axes.bar_label(bars, texts, padding=4, fontsize=8)
         axes.axvline(1.0, color="#888888", linewidth=1, linestyle=":")
@@ -103,7 +148,8 @@ def plot(results: dict[str, list[Result]], path: Path, caption: str) -> None:
     longest = max(r.ratio[2] for rows in measured.values() for r in rows if r.ratio)
     panels[-1].set_xlim(0, 1.25 * longest)
     panels[-1].set_xlabel(
-        "speed-up of one inference over OpenVINO fp32 (grey); red: cmt-edge; whiskers: 95 % interval", fontsize=9
+        "speed-up of one inference over OpenVINO fp32 (grey); red: cmt-edge; whiskers: 95 % interval",
+        fontsize=9,
     )
     figure.suptitle(caption, fontsize=9)
     buffer = io.BytesIO()
@@ -122,13 +168,15 @@ def again(paths: Sequence[Path]) -> tuple[dict[str, Any], dict[str, list[Result]
         if any(run[key] != runs[0][key] for run in runs):
             raise SystemExit(f"the runs differ in their {key}: they do not belong into one table")
     if any(
-        (run["machine"]["cpu"], run["machine"]["flags"]) != (runs[0]["machine"]["cpu"], runs[0]["machine"]["flags"])
+        (run["machine"]["cpu"], run["machine"]["flags"])
+        != (runs[0]["machine"]["cpu"], runs[0]["machine"]["flags"])
         for run in runs
     ):
         raise SystemExit("the runs are of different machines: they do not belong into one table")
     results = {name: [_result(r) for r in rows] for run in runs for name, rows in run["models"].items()}
     calibration = {
-        key: ", ".join(dict.fromkeys(str(run["calibration"][key]) for run in runs)) for key in runs[0]["calibration"]
+        key: ", ".join(dict.fromkeys(str(run["calibration"][key]) for run in runs))
+        for key in runs[0]["calibration"]
     }
     protocol = Protocol(**{key: min(run["protocol"][key] for run in runs) for key in runs[0]["protocol"]})
     return runs[0] | {"calibration": calibration}, results, protocol

@@ -1,12 +1,15 @@
-"""What ``Predictor`` costs beside the runtime's own inference, and what ``Predictor.stream`` reaches from encoded files.
+"""What ``Predictor`` costs beside the runtime's own inference, and what ``Predictor.stream`` reaches from
+encoded files.
 
     python benchmarks/predictor_overhead.py [BUNDLE ...] [--threads 2] [--seconds 10] [--backend onnxruntime]
 
-Without bundles: cmt_nano and cmt_xs (random weights) in fp32 for OpenVINO, exported to a temporary folder. Every row of a table is
-measured in turn with the others, in random order, in one process. The overhead of a row is its median minus that of ``bare`` (the
-runtime's API on an input bound in advance) or, where images are given, of the same steps by hand: decoding with resizing, normalising
-into the bound input, inference. Budget: under 3 % of ``bare``. The sum of the steps' own medians is printed too; it is below what the
-steps take one after the other, because the runtime's threads fall asleep while an image is decoded.
+Without bundles: cmt_nano and cmt_xs (random weights) in fp32 for OpenVINO, exported to a temporary folder.
+Every row of a table is measured in turn with the others, in random order, in one process. The overhead of a
+row is its median minus that of ``bare`` (the runtime's API on an input bound in advance) or, where images are
+given, of the same steps by hand: decoding with resizing, normalising
+into the bound input, inference. Budget: under 3 % of ``bare``. The sum of the steps' own medians is printed
+too; it is below what the steps take one after the other, because the runtime's threads fall asleep while an
+image is decoded.
 """
 
 from __future__ import annotations
@@ -26,13 +29,13 @@ import numpy as np
 from common import say
 from PIL import Image
 
-from calib.generated import generate
-from deploy import Bundle, Predictor
-from deploy.backends.base import batch_limit
-from deploy.benchmark import bound, throughput
-from deploy.host import describe, versions
-from deploy.preprocess import normalise, pixels
-from deploy.report import table
+from cmt_edge.calib.generated import generate
+from cmt_edge.deploy import Bundle, Predictor
+from cmt_edge.deploy.backends.base import batch_limit
+from cmt_edge.deploy.measure.benchmark import bound, throughput
+from cmt_edge.deploy.measure.host import describe, versions
+from cmt_edge.deploy.preprocessing import normalise, pixels
+from cmt_edge.deploy.report import table
 
 DEFAULT = ("cmt_nano", "cmt_xs")
 PHOTO = (500, 375)
@@ -72,7 +75,9 @@ def bare_calls(predictor: Predictor, batch: np.ndarray) -> dict[str, Callable[[]
         bound.set_input_tensor(ov.Tensor(batch, shared_memory=True))
         return {
             "bare": lambda: bound.infer(share_outputs=True),
-            "bare, array given each time": lambda: given.infer([batch], share_inputs=True, share_outputs=True),
+            "bare, array given each time": lambda: given.infer(
+                [batch], share_inputs=True, share_outputs=True
+            ),
         }
     if session.runtime.startswith("onnxruntime"):
         return {"bare": lambda: session._session.run(None, {session._input: batch})}
@@ -125,7 +130,11 @@ def overhead(predictor: Predictor, files: list[bytes], seconds: float) -> str:
     rows = []
     for name, median in ms.items():
         base = ms[BASE[name]] if name in BASE else None
-        beyond = ["-", "-"] if base is None else [f"{median - base:+.3f}", f"{100 * (median - base) / ms['bare']:+.1f}"]
+        beyond = (
+            ["-", "-"]
+            if base is None
+            else [f"{median - base:+.3f}", f"{100 * (median - base) / ms['bare']:+.1f}"]
+        )
         rows.append([name, f"{median:.3f}", *beyond])
     summed = ms["bare"] + ms["decode and resize"] + ms["normalise"]
     rows.append(["JPEG, sum of the steps", f"{summed:.3f}", "-", "-"])
@@ -133,7 +142,8 @@ def overhead(predictor: Predictor, files: list[bytes], seconds: float) -> str:
 
 
 def loop_before(predictor: Predictor, images: Iterable[Any], workers: int) -> Iterator[np.ndarray]:
-    """The loop that :meth:`deploy.Predictor.stream` was before: arrays made anew, one inference at a time in the caller's thread."""
+    """The loop that :meth:`cmt_edge.deploy.Predictor.stream` was before: arrays made anew, one inference at a
+    time in the caller's thread."""
     spec = predictor.spec
 
     def decode(image: Any) -> np.ndarray:
@@ -159,10 +169,12 @@ def streams(one: Predictor, many: Predictor, files: list[bytes], rounds: int) ->
     for workers in (1, 2):
         calls[f"before, {workers} decoding"] = lambda images, w=workers: loop_before(one, images, w)
         calls[f"stream, {workers} decoding"] = lambda images, w=workers: one.stream(images, workers=w)
-        calls[f"stream, {workers} decoding, throughput=True"] = lambda images, w=workers: many.stream(images, workers=w)
+        calls[f"stream, {workers} decoding, throughput=True"] = lambda images, w=workers: many.stream(
+            images, workers=w
+        )
     for flight in (1, 2, 3, 4):
-        calls[f"stream, 2 decoding, throughput=True, in_flight={flight}"] = lambda images, f=flight: many.stream(
-            images, workers=2, in_flight=f
+        calls[f"stream, 2 decoding, throughput=True, in_flight={flight}"] = lambda images, f=flight: (
+            many.stream(images, workers=2, in_flight=f)
         )
     rates: dict[str, list[float]] = {name: [] for name in calls}
     count = max(32, int(ROUND_S * _rate(calls["stream, 2 decoding"], files, 32)))
@@ -174,7 +186,13 @@ def streams(one: Predictor, many: Predictor, files: list[bytes], rounds: int) ->
         bound.append(throughput(many, batch, ROUND_S))
     before = np.median(rates["before, 2 decoding"])
     rows = [[name, f"{np.median(r):.0f}", f"{np.median(r) / before:.2f}"] for name, r in rates.items()]
-    rows.append(["cmt-bench's images/s: inference alone", f"{np.median(bound):.0f}", f"{np.median(bound) / before:.2f}"])
+    rows.append(
+        [
+            "cmt-bench's images/s: inference alone",
+            f"{np.median(bound):.0f}",
+            f"{np.median(bound) / before:.2f}",
+        ]
+    )
     return table(["from encoded files", "images/s", "of before"], rows, markdown=True)
 
 
@@ -197,7 +215,10 @@ def report(path: Path, args: argparse.Namespace) -> None:
         Predictor.load(bundle, backend=args.backend, threads=args.threads, throughput=True) as many,
     ):
         say(f"{path.name}: one at a time ...")
-        print(f"\n**{path.name}** on {one.info['runtime']}, {args.threads} threads\n\n{overhead(one, files, args.seconds)}\n")
+        print(
+            f"\n**{path.name}** on {one.info['runtime']}, {args.threads}"
+            f" threads\n\n{overhead(one, files, args.seconds)}\n"
+        )
         if args.rounds:
             say(f"{path.name}: streams ...")
             print(streams(one, many, files, args.rounds), flush=True)
@@ -209,7 +230,12 @@ def main() -> None:
     p.add_argument("--backend", help="runtime to use (default: the one of the bundle's format)")
     p.add_argument("--threads", type=int, default=2, help="CPU threads of one inference (default 2)")
     p.add_argument("--seconds", type=float, default=10.0, help="about so long for each row (default 10)")
-    p.add_argument("--rounds", type=int, default=7, help="turns of each stream of about a second; 0: no streams (default 7)")
+    p.add_argument(
+        "--rounds",
+        type=int,
+        default=7,
+        help="turns of each stream of about a second; 0: no streams (default 7)",
+    )
     args = p.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for path in args.bundles or _exported(Path(folder)):
@@ -219,7 +245,7 @@ def main() -> None:
 
 
 def _exported(folder: Path) -> Iterator[Path]:
-    from export import ExportConfig, run
+    from cmt_edge.export import ExportConfig, run
 
     for name in DEFAULT:
         say(f"exporting {name} ...")

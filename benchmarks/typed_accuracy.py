@@ -1,11 +1,13 @@
 """What the typed graphs of ``--format trt`` cost in accuracy, measured without a GPU.
 
-    python benchmarks/typed_accuracy.py ../shared/data/cifar10.tar --weights ../shared/weights/cmt_nano_cifar10.pt \\
+    python benchmarks/typed_accuracy.py ../shared/data/cifar10.tar \
+        --weights ../shared/weights/cmt_nano_cifar10.pt \\
         --golden ../shared/golden --photos ../shared/data/imagenet_sample
 
-First table: ``cmt_nano`` on the CIFAR-10 test images. Second: ``cmt_xs`` with the golden weights (``--golden``), logits on photographs
-against its own float32 graph, in standard deviations of the logits. "rounded" runs every float16 tensor rounded to float16, as a GPU
-does; "as it is" is ONNX Runtime on the typed file, which computes float16 in float32.
+First table: ``cmt_nano`` on the CIFAR-10 test images. Second: ``cmt_xs`` with the golden weights
+(``--golden``), logits on photographs against its own float32 graph, in standard deviations of the logits.
+"rounded" runs every float16 tensor rounded to float16, as a GPU does; "as it is" is ONNX Runtime on the typed
+file, which computes float16 in float32.
 """
 
 from __future__ import annotations
@@ -20,13 +22,13 @@ import numpy as np
 import onnx
 import torch
 
-from deploy import Bundle, Predictor, preprocess
-from deploy.images import ImageSet
-from deploy.parity import verify
-from deploy.report import table
-from export import ExportConfig, run
-from export.precision import rounded
-from export.to_onnx import run_graph
+from cmt_edge.deploy import Bundle, Predictor, preprocess
+from cmt_edge.deploy.images import ImageSet
+from cmt_edge.deploy.measure.parity import verify
+from cmt_edge.deploy.report import table
+from cmt_edge.export import ExportConfig, run
+from cmt_edge.export.to_onnx import run_graph
+from cmt_edge.export.typed import rounded
 
 PRECISIONS = ("fp32", "fp16", "int8")
 PHOTOS = 64
@@ -56,19 +58,36 @@ def main() -> None:
 
 
 def export(folder: str, model: str, precision: str, data: str | None, **settings: Any) -> Bundle:
-    config = ExportConfig(model, "trt", precision, build=False, data=data if precision == "int8" else None, output=folder, max_drop=100.0,
-                          atol=100.0, **settings)  # fmt: skip  # measured here, not gated
+    config = ExportConfig(
+        model,
+        "trt",
+        precision,
+        build=False,
+        data=data if precision == "int8" else None,
+        output=folder,
+        max_drop=100.0,  # measured here, not gated
+        atol=100.0,
+        **settings,
+    )
     return run(config)
 
 
 def top1_row(args: argparse.Namespace, folder: str, precision: str) -> list[str]:
     test = str(args.archive / "test")
-    bundle = export(folder, "cmt_nano", precision, str(args.archive / "train"), weights=args.weights, eval_data=test)
+    bundle = export(
+        folder, "cmt_nano", precision, str(args.archive / "train"), weights=args.weights, eval_data=test
+    )
     d = bundle.manifest.verification["data"]
     plain = verify(bundle, data=ImageSet(test), backend="onnxruntime", max_drop=100.0).data
     low, high = d["drop_ci"]
-    return [precision, f"{d['reference_top1']:.2f}", f"{d['top1']:.2f}", f"{d['drop']:+.2f} ({low:+.2f} to {high:+.2f})",
-            f"{d['agreement']:.2f}", f"{plain.top1:.2f}"]  # fmt: skip
+    return [
+        precision,
+        f"{d['reference_top1']:.2f}",
+        f"{d['top1']:.2f}",
+        f"{d['drop']:+.2f} ({low:+.2f} to {high:+.2f})",
+        f"{d['agreement']:.2f}",
+        f"{plain.top1:.2f}",
+    ]
 
 
 def golden_table(args: argparse.Namespace, folder: str) -> str:
@@ -76,8 +95,16 @@ def golden_table(args: argparse.Namespace, folder: str) -> str:
     path = Path(folder) / "golden.pt"
     torch.save({k: torch.from_numpy(np.array(v)) for k, v in golden["weights"]("cmt_xs").items()}, path)
     rows = logit_rows(args, folder, str(path))
-    columns = ["cmt_xs, golden weights", "operations", "largest activation", "finite", "largest diff, rounded", "mean", "top-1 agreement %",
-               "largest diff, as it is"]  # fmt: skip
+    columns = [
+        "cmt_xs, golden weights",
+        "operations",
+        "largest activation",
+        "finite",
+        "largest diff, rounded",
+        "mean",
+        "top-1 agreement %",
+        "largest diff, as it is",
+    ]
     return table(columns, rows, markdown=True)
 
 
@@ -87,7 +114,9 @@ def logit_rows(args: argparse.Namespace, folder: str, weights: str) -> list[list
         bundle = export(folder, "cmt_xs", precision, args.photos, weights=weights)
         if images is None:
             source = ImageSet(args.photos)
-            images = np.stack([preprocess(source.read(item), bundle.preprocess) for item in source.items[:PHOTOS]])
+            images = np.stack(
+                [preprocess(source.read(item), bundle.preprocess) for item in source.items[:PHOTOS]]
+            )
             with Predictor.load(bundle, backend="onnxruntime") as p:
                 truth = p.logits(images)
         with Predictor.load(bundle, backend="onnxruntime") as p:
@@ -98,9 +127,18 @@ def logit_rows(args: argparse.Namespace, folder: str, weights: str) -> list[list
         diff, typing = np.abs(ours - truth) / deviation, bundle.manifest.typing
         counts = " + ".join(f"{n} {p}" for p, n in sorted(typing["operations"].items()))
         largest = f"{typing['observed']['largest']:.3g}" if typing["observed"] else "-"
-        rows.append([precision, counts, largest, "yes" if np.isfinite(ours).all() else "NO", f"{diff.max():.2g}",
-                     f"{diff.mean():.2g}", f"{100 * (ours.argmax(1) == truth.argmax(1)).mean():.1f}",
-                     f"{np.abs(plain - truth).max() / deviation:.2g}"])  # fmt: skip
+        rows.append(
+            [
+                precision,
+                counts,
+                largest,
+                "yes" if np.isfinite(ours).all() else "NO",
+                f"{diff.max():.2g}",
+                f"{diff.mean():.2g}",
+                f"{100 * (ours.argmax(1) == truth.argmax(1)).mean():.1f}",
+                f"{np.abs(plain - truth).max() / deviation:.2g}",
+            ]
+        )
     return rows
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from deploy.files import writing
+from cmt_edge.deploy.files import writing
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the entry ``path``, whose folder is made; others that want it wait. Raises :class:`~deploy.errors.OutputError`."""
+    """Hold the entry ``path``, whose folder is made; others that want it wait. Raises
+    :class:`~cmt_edge.deploy.errors.OutputError`."""
     with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{path}.lock")

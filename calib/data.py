@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from deploy.errors import DataError
-from deploy.images import ImageSet, Item, digest
-from deploy.preprocess import NamedBytes, Preprocess, preprocess
+from cmt_edge.deploy.errors import DataError
+from cmt_edge.deploy.images import ImageSet, Item, digest
+from cmt_edge.deploy.preprocessing import NamedBytes, Preprocess, preprocess
 
 from .generated import generate
 
 GENERATED = "generated"
-"""The name that asks for images made by :mod:`calib.generated` instead of a folder."""
+"""The name that asks for images made by :mod:`cmt_edge.calib.generated` instead of a folder."""
 SYNTHETIC = "synthetic"
-"""The name that asks for images made from the model by :mod:`calib.synthetic`."""
+"""The name that asks for images made from the model by :mod:`cmt_edge.calib.synthetic`."""
 DEFAULT_SIZE = 300
 GENERATED_SEED = 20
 
@@ -45,12 +45,14 @@ class CalibrationSet:
 
     @classmethod
     def choose(cls, data: str | Path, size: int | None, spec: Preprocess, seed: int = 0) -> CalibrationSet:
-        """``size`` images of ``data`` (default: 300, or all where there are fewer), the classes in equal parts.
+        """``size`` images of ``data`` (default: 300, or all where there are fewer), the classes in equal
+        parts.
 
         ``data`` is a folder, ``ARCHIVE.tar[/FOLDER]``, or ``"generated"``.
 
         Raises:
-            DataError: no images, or fewer than asked for; ``"synthetic"``, whose images are made from a model.
+            DataError: no images, or fewer than asked for; ``"synthetic"``, whose images are made from a
+                model.
         """
         if size is not None and size < 1:
             raise DataError(f"{size} calibration images were asked for", remedy="ask for 1 or more")
@@ -58,11 +60,17 @@ class CalibrationSet:
             blobs = tuple(generate(size or DEFAULT_SIZE, spec.size, seed=GENERATED_SEED + seed))
             return cls(GENERATED, fingerprint(map(digest, blobs)), len(blobs), _blobs=blobs)
         if str(data) == SYNTHETIC:
-            raise DataError("synthetic images are made from a model", remedy="call calib.synthetic.synthetic_set(model, ...)")
+            raise DataError(
+                "synthetic images are made from a model",
+                remedy="call cmt_edge.calib.synthetic.synthetic_set(model, ...)",
+            )
         images = ImageSet(data)
         if size is not None and size > len(images):
-            raise DataError(f"holds {len(images)} images, {size} were asked for", where=data,
-                            remedy=f"give more images, or --calib-size {len(images)}")  # fmt: skip
+            raise DataError(
+                f"holds {len(images)} images, {size} were asked for",
+                where=data,
+                remedy=f"give more images, or --calib-size {len(images)}",
+            )
         chosen = images.select(_spread(images.items, min(size or DEFAULT_SIZE, len(images)), seed))
         total = fingerprint(digest(chosen.read(item)) for item in chosen)
         return cls("/".join(Path(data).parts[-2:]), total, len(chosen), _images=chosen)

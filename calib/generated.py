@@ -1,8 +1,10 @@
-"""Images made from nothing: dead leaves with texture, whose edges, scales and colours are spread like those of photographs.
+"""Images made from nothing: dead leaves with texture, whose edges, scales and colours are spread like those
+of photographs.
 
-Overlapping discs and polygons with power-law sizes reproduce the scale invariance and occlusion statistics of natural
-images (Lee, Mumford and Huang, IJCV 2001); 1/f noise inside the shapes adds texture. They serve where no data set is at
-hand: golden vectors, and calibration when it is asked for by name. Real images calibrate better.
+Overlapping discs and polygons with power-law sizes reproduce the scale invariance and occlusion statistics of
+natural images (Lee, Mumford and Huang, IJCV 2001); 1/f noise inside the shapes adds texture. They serve where
+no data set is at hand: golden vectors, and calibration when it is asked for by name. Real images calibrate
+better.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ SHAPES = 90
 
 
 def generate(count: int, size: int, seed: int = 0) -> list[bytes]:
-    """``count`` landscape images of ``size`` pixels height as encoded PNG; equal arguments give equal pixels."""
+    """``count`` landscape images of ``size`` pixels height as encoded PNG; equal arguments give equal
+    pixels."""
     rng = np.random.default_rng(seed)
     return [_encode(dead_leaves(round(size * ASPECT), size, rng)) for _ in range(count)]
 
@@ -48,7 +51,11 @@ def _power_law(rng: np.random.Generator, low: float, high: float) -> float:
 
 
 def _leaf(
-    draw: ImageDraw.ImageDraw, rng: np.random.Generator, centre: np.ndarray, radius: float, colour: tuple[int, ...]
+    draw: ImageDraw.ImageDraw,
+    rng: np.random.Generator,
+    centre: np.ndarray,
+    radius: float,
+    colour: tuple[int, ...],
 ) -> None:
     x, y = centre
     if rng.uniform() < 0.5:

@@ -1,8 +1,10 @@
-"""Groups of operations that are judged and kept float together: one kind of layer in one stage, in the model's own names.
+"""Groups of operations that are judged and kept float together: one kind of layer in one stage, in the
+model's own names.
 
-A node's group comes from the path of the module that made it (:data:`MODULE` in the node's metadata), without the numbers of the
-blocks: ``stages.2.blocks.5.ffn.expand`` is in ``stages.2.ffn``. Models without stages have one long row of blocks, which is cut into
-:data:`PARTS`: ``blocks.4.attn.qkv`` of 12 blocks is in ``blocks[3-5].attn``.
+A node's group comes from the path of the module that made it (:data:`MODULE` in the node's metadata), without
+the numbers of the blocks: ``stages.2.blocks.5.ffn.expand`` is in ``stages.2.ffn``. Models without stages have
+one long row of blocks, which is cut into :data:`PARTS`: ``blocks.4.attn.qkv`` of 12 blocks is in
+``blocks[3-5].attn``.
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ from .recipe import is_depthwise
 MODULE = "module"
 """Key of a node's metadata: path of the module that made it, as in the model's ``state_dict``."""
 PARTS = 4
-"""A row of blocks that is no part of a stage is cut into so many groups, if it has at least twice as many blocks."""
+"""A row of blocks that is no part of a stage is cut into so many groups, if it has at least twice as many
+blocks."""
 CLASSES = ("@products", "@depthwise", "@linears")
-"""Groups of every model: products of two activations; depthwise convs; products of any kind (all that is not a conv)."""
+"""Groups of every model: products of two activations; depthwise convs; products of any kind (all that is not
+a conv)."""
 
 
 def module_of(node: onnx.NodeProto) -> str:
@@ -28,14 +32,20 @@ def module_of(node: onnx.NodeProto) -> str:
 
 
 def group_names(paths: Collection[str]) -> dict[str, str]:
-    """Module path -> group. ``paths``: of all operations in question; how a model is divided shows only in their whole."""
+    """Module path -> group. ``paths``: of all operations in question; how a model is divided shows only in
+    their whole."""
     rows = _rows(paths)
     stages = {_parent(row) for row in rows}
     names = {path: _group(path, rows, stages) for path in paths}
     siblings = defaultdict(set)
     for name in names.values():
         siblings[_parent(name)].add(name)
-    alone = {name for parent, children in siblings.items() if parent in rows and len(children) == 1 for name in children}
+    alone = {
+        name
+        for parent, children in siblings.items()
+        if parent in rows and len(children) == 1
+        for name in children
+    }
     return {path: _parent(name) if name in alone else name for path, name in names.items()}
 
 
@@ -52,7 +62,14 @@ def _rows(paths: Iterable[str]) -> dict[str, list[int]]:
 
 
 def _group(path: str, rows: Mapping[str, list[int]], stages: Collection[str]) -> str:
-    row = next((r for r in rows if path.startswith(f"{r}.") and path[len(r) + 1 :].split(".", maxsplit=1)[0].isdigit()), None)
+    row = next(
+        (
+            r
+            for r in rows
+            if path.startswith(f"{r}.") and path[len(r) + 1 :].split(".", maxsplit=1)[0].isdigit()
+        ),
+        None,
+    )
     if row is not None:
         number, _, rest = path[len(row) + 1 :].partition(".")
         kind = rest.split(".")[0]
@@ -78,7 +95,8 @@ def _parent(path: str) -> str:
 
 
 def groups_of(model: onnx.ModelProto, nodes: Collection[str]) -> dict[str, tuple[str, ...]]:
-    """Group -> names of those of ``nodes`` in it, in the graph's order; ``model`` carries the modules' names."""
+    """Group -> names of those of ``nodes`` in it, in the graph's order; ``model`` carries the modules'
+    names."""
     chosen = [node for node in model.graph.node if node.name in nodes]
     names = group_names({module_of(node) for node in chosen})
     groups: dict[str, list[str]] = {}

@@ -1,4 +1,5 @@
-"""Checks a Q/DQ graph against the rules that every runtime of ours accepts (see :mod:`calib.recipe`)."""
+"""Checks a Q/DQ graph against the rules that every runtime of ours accepts (see
+:mod:`cmt_edge.calib.recipe`)."""
 
 from __future__ import annotations
 
@@ -36,9 +37,13 @@ def common_findings(model: onnx.ModelProto) -> list[str]:
         if o.domain in ("", "ai.onnx") and o.version > MAX_OPSET
     ]
     findings += [
-        f"operation domain {o.domain!r} is not standard" for o in model.opset_import if o.domain not in ("", "ai.onnx")
+        f"operation domain {o.domain!r} is not standard"
+        for o in model.opset_import
+        if o.domain not in ("", "ai.onnx")
     ]
-    return findings + [f"{i.name}: weights are stored outside the file" for i in model.graph.initializer if i.external_data]
+    return findings + [
+        f"{i.name}: weights are stored outside the file" for i in model.graph.initializer if i.external_data
+    ]
 
 
 def check_parameters(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> list[str]:
@@ -65,7 +70,9 @@ def _check_consumer(
     if node.op_type not in (*FLOAT_OPS, *INT8_OPS):
         return []
     sources = [(i, source_of(name, producer)) for i, name in enumerate(node.input)]
-    dequantized = [(i, source) for i, source in sources if source is not None and source.op_type == "DequantizeLinear"]
+    dequantized = [
+        (i, source) for i, source in sources if source is not None and source.op_type == "DequantizeLinear"
+    ]
     findings = []
     for position, dq in dequantized:
         constant = dq.input[0] in constants
@@ -74,7 +81,9 @@ def _check_consumer(
         elif node.op_type in ("Conv", "Gemm") and position == 2:
             findings.append(f"{node.name}: quantized bias")
         elif (
-            node.op_type in INT8_OPS and constant and _size(constants.get(dq.input[1])) == 1 < _channels(constants[dq.input[0]])
+            node.op_type in INT8_OPS
+            and constant
+            and _size(constants.get(dq.input[1])) == 1 < _channels(constants[dq.input[0]])
         ):
             findings.append(f"{node.name}: weights with a single scale")
     if node.op_type in INT8_OPS and len(dequantized) == 1:
@@ -83,7 +92,8 @@ def _check_consumer(
 
 
 def source_of(name: str, producer: dict[str, onnx.NodeProto]) -> onnx.NodeProto | None:
-    """The node that computed a tensor, looking through operations that only move its values, and joints of dequantized ones."""
+    """The node that computed a tensor, looking through operations that only move its values, and joints of
+    dequantized ones."""
     node = producer.get(name)
     while node is not None and node.op_type in MOVES:
         node = producer.get(node.input[0])

@@ -18,16 +18,16 @@ from typing import Any
 import numpy as np
 import onnx
 
-from deploy.errors import GateError, InputError, StepError
-from deploy.files import write_atomic
-from deploy.preprocess import Preprocess
+from cmt_edge.deploy.errors import CmtEdgeError, GateError, InputError, StepError
+from cmt_edge.deploy.files import write_atomic
+from cmt_edge.deploy.preprocessing import Preprocess
 
 from .cache import evict, locked
 from .data import CalibrationSet
 from .equalize import Equalized, equalize
 from .groups import classes_of, groups_of
 from .lint import lint
-from .pairs import at_layers, signed
+from .qdq_pairs import at_layers, signed
 from .recipe import DEFAULT, INT8_OPS, Recipe
 from .restore import int8_nodes, restore
 
@@ -71,11 +71,12 @@ def quantize(
         data: the calibration images.
         spec: their preprocessing.
         recipe: what stays float.
-        cache: folder of calibrated graphs; the same graph, images, preprocessing and recipe are not calibrated twice.
+        cache: folder of calibrated graphs; the same graph, images, preprocessing and recipe are not
+            calibrated twice.
         progress: called with images read and the number of readings.
 
     Raises:
-        GateError: the result breaks a rule of :func:`calib.lint.lint`.
+        GateError: the result breaks a rule of :func:`cmt_edge.calib.lint.lint`.
         InputError: ``recipe.keep_float`` names what the graph has not, or all that could be int8.
         StepError: NNCF failed.
     """
@@ -114,11 +115,15 @@ def keep_float(quantized: Quantized, names: tuple[str, ...]) -> onnx.ModelProto:
     singles = {node.name for node in original.graph.node}
     unknown = [name for name in names if name not in groups and name not in singles]
     if unknown:
-        raise InputError(f"the model has no group of operations {unknown[0]!r} to keep float",
-                         remedy=f"choose from {', '.join(groups)}")  # fmt: skip
+        raise InputError(
+            f"the model has no group of operations {unknown[0]!r} to keep float",
+            remedy=f"choose from {', '.join(groups)}",
+        )
     chosen = {node for name in names for node in groups.get(name, (name,))}
     if chosen.issuperset(candidates):
-        raise InputError("nothing would be left in int8", remedy="keep fewer groups float, or use --precision fp32 or bf16")
+        raise InputError(
+            "nothing would be left in int8", remedy="keep fewer groups float, or use --precision fp32 or bf16"
+        )
     return _checked(replace(quantized, model=restore(quantized.model, original, chosen))).model
 
 
@@ -132,20 +137,26 @@ def _checked(quantized: Quantized) -> Quantized:
     findings = lint(quantized.model)
     if findings:
         more = f" and {len(findings) - 5} more" if len(findings) > 5 else ""
-        raise GateError("the quantized graph breaks the rules for int8", why="; ".join(findings[:5]) + more,
-                        remedy="report the model; an fp32 or bf16 bundle is not affected")  # fmt: skip
+        raise GateError(
+            "the quantized graph breaks the rules for int8",
+            why="; ".join(findings[:5]) + more,
+            remedy="report the model; an fp32 or bf16 bundle is not affected",
+        )
     return quantized
 
 
 class _Batches:
     """Preprocessed images as a list that NNCF may read several times; decoded once, kept as float32.
 
-    300 images of 192 x 192 are 130 MB; beyond ``LIMIT`` bytes they are decoded again at every reading instead.
+    300 images of 192 x 192 are 130 MB; beyond ``LIMIT`` bytes they are decoded again at every reading
+    instead.
     """
 
     LIMIT = 512 << 20
 
-    def __init__(self, data: CalibrationSet, spec: Preprocess, progress: Callable[[int, int], None] | None) -> None:
+    def __init__(
+        self, data: CalibrationSet, spec: Preprocess, progress: Callable[[int, int], None] | None
+    ) -> None:
         self._data, self._spec, self._progress = data, spec, progress
         self._kept: list[np.ndarray] | None = None
 
@@ -167,11 +178,18 @@ class _Batches:
 
 
 def unchecked(
-    model: onnx.ModelProto, data: CalibrationSet, spec: Preprocess, recipe: Recipe, progress: Callable[[int, int], None] | None
+    model: onnx.ModelProto,
+    data: CalibrationSet,
+    spec: Preprocess,
+    recipe: Recipe,
+    progress: Callable[[int, int], None] | None,
 ) -> Quantized:
-    """:func:`quantize` without a cache and without the rules of :func:`calib.lint.lint`, which some choices of a recipe break."""
+    """:func:`quantize` without a cache and without the rules of :func:`cmt_edge.calib.lint.lint`, which some
+    choices of a recipe break."""
     batches = _Batches(data, spec, progress)
-    equalized = equalize(model, batches, _read_in_int8(model, recipe)) if recipe.equalize else Equalized(model)
+    equalized = (
+        equalize(model, batches, _read_in_int8(model, recipe)) if recipe.equalize else Equalized(model)
+    )
     ranges = recipe.range_estimator
     if ranges == "auto":
         ranges = "mean_minmax" if equalized.model is model else "minmax"
@@ -219,7 +237,9 @@ class _Grouped:
             yield np.concatenate(group)
 
 
-def _calibrated(model: onnx.ModelProto, batches: _Batches, chosen: Collection[int], recipe: Recipe) -> onnx.ModelProto:
+def _calibrated(
+    model: onnx.ModelProto, batches: _Batches, chosen: Collection[int], recipe: Recipe
+) -> onnx.ModelProto:
     nncf = _import_nncf()
     name = model.graph.input[0].name
     grouped = _Grouped(batches, chosen, GROUP if recipe.range_estimator == "minmax" else 1)
@@ -238,11 +258,14 @@ def _calibrated(model: onnx.ModelProto, batches: _Batches, chosen: Collection[in
                 ignored_scope=nncf.IgnoredScope(names=recipe.float_nodes(copy), validate=False),
                 advanced_parameters=_advanced(nncf, recipe),
             )
+    except CmtEdgeError:
+        raise
     except Exception as exc:
-        if type(exc).__module__.startswith("deploy"):
-            raise
-        raise StepError("calibration failed in NNCF", why=f"{type(exc).__name__}: {exc}",
-                        remedy="export fp32 or bf16, and report the model") from exc  # fmt: skip
+        raise StepError(
+            "calibration failed in NNCF",
+            why=f"{type(exc).__name__}: {exc}",
+            remedy="export fp32 or bf16, and report the model",
+        ) from exc
     return at_layers(signed(result))
 
 
@@ -268,11 +291,18 @@ def _advanced(nncf: Any, recipe: Recipe) -> Any:
     from nncf.quantization import advanced_parameters as advanced
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
-    ranges = {"mean_minmax": RangeEstimatorParametersSet.MEAN_MINMAX, "minmax": RangeEstimatorParametersSet.MINMAX}
+    ranges = {
+        "mean_minmax": RangeEstimatorParametersSet.MEAN_MINMAX,
+        "minmax": RangeEstimatorParametersSet.MINMAX,
+    }
     alpha = -1.0 if recipe.smooth_quant is None else recipe.smooth_quant
     return advanced.AdvancedQuantizationParameters(
-        activations_quantization_params=advanced.QuantizationParameters(mode=QuantizationScheme.SYMMETRIC, per_channel=False),
-        weights_quantization_params=advanced.QuantizationParameters(mode=QuantizationScheme.SYMMETRIC, per_channel=True),
+        activations_quantization_params=advanced.QuantizationParameters(
+            mode=QuantizationScheme.SYMMETRIC, per_channel=False
+        ),
+        weights_quantization_params=advanced.QuantizationParameters(
+            mode=QuantizationScheme.SYMMETRIC, per_channel=True
+        ),
         activations_range_estimator_params=ranges[recipe.range_estimator],
         smooth_quant_alphas=advanced.AdvancedSmoothQuantParameters(matmul=alpha, convolution=-1.0),
         disable_bias_correction=not recipe.bias_correction,

@@ -2,14 +2,18 @@
 
 Rules are about node classes, never about names of a family. Measured on CMT (``docs/int8.md``):
 
-* Dense convs and linears are int8, weights per output channel, activations per tensor, all symmetric with zero point 0: TensorRT accepts
-  nothing else, and asymmetric activations cost extra work on CPUs. What convs read is made to suit that first (:mod:`calib.equalize`).
-* Depthwise convs between two dense ones whose channels have been equalized are int8: nothing is converted on the way then. Others stay float:
-  they are bound by memory, and a scale for all channels costs them accuracy.
+* Dense convs and linears are int8, weights per output channel, activations per tensor, all symmetric with
+  zero point 0: TensorRT accepts nothing else, and asymmetric activations cost extra work on CPUs. What convs
+  read is made to suit that first (:mod:`cmt_edge.calib.equalize`).
+* Depthwise convs between two dense ones whose channels have been equalized are int8: nothing is converted on
+  the way then. Others stay float: they are bound by memory, and a scale for all channels costs them accuracy.
 * A conv of an image by small filters stays float: quantizing the image cost more than int8 saved.
-* The attention's own products of two activations stay float: they cost little, and pairs around them more than int8 saves.
-* LayerNorm, Softmax (and its product with the values), GELU and elementwise operations stay float: cheap, and where accuracy goes first.
-* Products with a table of more than two dimensions (relative positions) stay float: small, and runtimes expect one scale there.
+* The attention's own products of two activations stay float: they cost little, and pairs around them more
+than int8 saves.
+* LayerNorm, Softmax (and its product with the values), GELU and elementwise operations stay float: cheap, and
+where accuracy goes first.
+* Products with a table of more than two dimensions (relative positions) stay float: small, and runtimes
+expect one scale there.
 * Biases stay float: they are added in the accumulator's precision anyway.
 """
 
@@ -30,25 +34,27 @@ INT8_OPS = ("Conv", "Gemm", "MatMul")
 
 
 RULES = 7
-"""Counts up when :meth:`Recipe.float_nodes` or what follows it changes, so that no cached graph of older rules is used."""
+"""Counts up when :meth:`Recipe.float_nodes` or what follows it changes, so that no cached graph of older
+rules is used."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Choices of :func:`calib.quantize.quantize`.
+    """Choices of :func:`cmt_edge.calib.quantize.quantize`.
 
     Attributes:
-        equalize: rescale what convs read before calibration (:func:`calib.equalize.equalize`).
+        equalize: rescale what convs read before calibration (:func:`cmt_edge.calib.equalize.equalize`).
         depthwise: quantize the depthwise convs of :func:`inner_depthwise` too.
         attention: quantize the attention's own products of two activations, where NNCF would.
-        smooth_quant: alpha of activation smoothing for matrix products, ``None`` for none; it adds a multiplication
-            before each of them.
+        smooth_quant: alpha of activation smoothing for matrix products, ``None`` for none; it adds a
+            multiplication before each of them.
         bias_correction: correct biases for the mean error that rounding weights causes.
-        range_estimator: how activation ranges are found: ``"mean_minmax"`` (mean over images of each image's extremes), ``"minmax"``,
-            or ``"auto"``: ``"minmax"`` for a graph that was equalized, where every channel reaches its extremes on some image and
-            a mean would cut most of them off.
-        keep_float: groups of operations (:mod:`calib.groups`) or single ones that are taken back to float after calibration, see
-            :mod:`calib.restore`; they do not change how the others are calibrated.
+        range_estimator: how activation ranges are found: ``"mean_minmax"`` (mean over images of each image's
+            extremes), ``"minmax"``, or ``"auto"``: ``"minmax"`` for a graph that was equalized, where every
+            channel reaches its extremes on some image and a mean would cut most of them off.
+        keep_float: groups of operations (:mod:`cmt_edge.calib.groups`) or single ones that are taken back to
+            float after calibration, see :mod:`cmt_edge.calib.restore`; they do not change how the others are
+            calibrated.
     """
 
     equalize: bool = True
@@ -61,7 +67,9 @@ class Recipe:
 
     def key(self) -> str:
         """Hash of all choices, for caches and the manifest."""
-        return hashlib.sha256(json.dumps(asdict(self) | {"rules": RULES}, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps(asdict(self) | {"rules": RULES}, sort_keys=True).encode()
+        ).hexdigest()
 
     def float_nodes(self, model: onnx.ModelProto) -> list[str]:
         """Names of the nodes of ``model`` that stay float although their operation could be int8."""
@@ -73,19 +81,32 @@ class Recipe:
         for node in model.graph.node:
             if is_depthwise(node) and node.name not in inner:
                 nodes.append(node.name)
-            if is_dense(node) and node.input[0] in image and _filter_size(constants.get(node.input[1])) < SMALL_FILTER:
+            if (
+                is_dense(node)
+                and node.input[0] in image
+                and _filter_size(constants.get(node.input[1])) < SMALL_FILTER
+            ):
                 nodes.append(node.name)
-            if node.op_type == "MatMul" and any(_comes_from(name, "Softmax", producer) for name in node.input):
+            if node.op_type == "MatMul" and any(
+                _comes_from(name, "Softmax", producer) for name in node.input
+            ):
                 nodes.append(node.name)
-            if node.op_type == "MatMul" and any(name in constants and len(constants[name].dims) > 2 for name in node.input):
+            if node.op_type == "MatMul" and any(
+                name in constants and len(constants[name].dims) > 2 for name in node.input
+            ):
                 nodes.append(node.name)
-            if not self.attention and node.op_type == "MatMul" and not any(name in constants for name in node.input):
+            if (
+                not self.attention
+                and node.op_type == "MatMul"
+                and not any(name in constants for name in node.input)
+            ):
                 nodes.append(node.name)
         return nodes
 
 
 SMALL_FILTER = 32
-"""A conv of the image stays float if its filters read fewer values: int8 has little to multiply there, and the image to convert."""
+"""A conv of the image stays float if its filters read fewer values: int8 has little to multiply there, and
+the image to convert."""
 DEFAULT = Recipe()
 MOVES = ("Reshape", "Transpose", "Split", "Slice", "Squeeze", "Unsqueeze", "Flatten")
 """Operations that only move values."""
@@ -95,15 +116,19 @@ ELEMENTWISE = ("Add", "Sub", "Mul", "Div")
 
 
 def _comes_from(name: str, op_type: str, producer: Mapping[str, onnx.NodeProto]) -> bool:
-    """Whether a tensor is made from the output of such an operation by moves and elementwise arithmetic alone."""
+    """Whether a tensor is made from the output of such an operation by moves and elementwise arithmetic
+    alone."""
     node = producer.get(name)
     if node is None or node.op_type == op_type:
         return node is not None
-    return node.op_type in (*MOVES, *ELEMENTWISE) and any(_comes_from(i, op_type, producer) for i in node.input)
+    return node.op_type in (*MOVES, *ELEMENTWISE) and any(
+        _comes_from(i, op_type, producer) for i in node.input
+    )
 
 
 def inner_depthwise(model: onnx.ModelProto) -> set[str]:
-    """Names of depthwise convs that read a dense conv and are read by one alone, with activations and a scale and shift between."""
+    """Names of depthwise convs that read a dense conv and are read by one alone, with activations and a scale
+    and shift between."""
     producer = {output: node for node in model.graph.node for output in node.output}
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in model.graph.node:

@@ -1,7 +1,8 @@
 """Takes chosen operations of a Q/DQ graph back to float, without calibrating again.
 
-A restored operation reads what it read in the float graph: weights and biases as they were before quantization (so a bias corrected for
-rounded weights is the original one again), activations from before their Q/DQ pair. A pair that no int8 operation reads any more goes.
+A restored operation reads what it read in the float graph: weights and biases as they were before
+quantization (so a bias corrected for rounded weights is the original one again), activations from before
+their Q/DQ pair. A pair that no int8 operation reads any more goes.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from collections.abc import Collection
 
 import onnx
 
-from deploy.errors import InputError, StepError
+from cmt_edge.deploy.errors import InputError, StepError
 
 from .lint import source_of
-from .pairs import replace_nodes
+from .qdq_pairs import replace_nodes
 from .recipe import INT8_OPS, MOVES
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
@@ -28,27 +29,34 @@ def int8_nodes(quantized: onnx.ModelProto) -> list[str]:
         node.name
         for node in quantized.graph.node
         if node.op_type in INT8_OPS
-        and any((source := source_of(name, producer)) is not None and source.op_type == DEQUANTIZE for name in node.input)
+        and any(
+            (source := source_of(name, producer)) is not None and source.op_type == DEQUANTIZE
+            for name in node.input
+        )
     ]
 
 
 def restore(quantized: onnx.ModelProto, original: onnx.ModelProto, nodes: Collection[str]) -> onnx.ModelProto:
-    """A copy of ``quantized`` in which ``nodes`` are float; all other operations keep their Q/DQ pairs and values.
+    """A copy of ``quantized`` in which ``nodes`` are float; all other operations keep their Q/DQ pairs and
+    values.
 
     Args:
-        quantized: made by :func:`calib.quantize` from ``original``, without smoothing.
+        quantized: made by :func:`cmt_edge.calib.quantize` from ``original``, without smoothing.
         original: the float graph.
         nodes: names of operations of both; those that are float already stay so.
 
     Raises:
         InputError: a name that ``original`` has not.
-        StepError: ``quantized`` has other operations than ``original`` (it was smoothed, say), so there is no way back.
+        StepError: ``quantized`` has other operations than ``original`` (it was smoothed, say), so there is no
+            way back.
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(quantized)
     unknown = sorted(set(nodes) - {n.name for n in original.graph.node})
     if unknown:
-        raise InputError(f"the graph has no operation {unknown[0]!r}", remedy="name operations of the float graph")
+        raise InputError(
+            f"the graph has no operation {unknown[0]!r}", remedy="name operations of the float graph"
+        )
     chosen = set(nodes) & set(int8_nodes(quantized))
     if chosen:
         _Restoration(copy, original, chosen).run()
@@ -63,10 +71,17 @@ class _Restoration:
         self.original = {node.name: node for node in original.graph.node}
         self.values = {i.name: i for i in original.graph.initializer}
         self.left = set(int8_nodes(model)) - chosen
-        others = [n.name for n in self.graph.node if n.op_type not in (QUANTIZE, DEQUANTIZE) and n.name not in self.original]
+        others = [
+            n.name
+            for n in self.graph.node
+            if n.op_type not in (QUANTIZE, DEQUANTIZE) and n.name not in self.original
+        ]
         if others:
-            raise StepError("the int8 graph cannot be taken back to float in part", why=f"it has an operation {others[0]} that the "
-                            "float graph has not", remedy="quantize without smoothing")  # fmt: skip
+            raise StepError(
+                "the int8 graph cannot be taken back to float in part",
+                why=f"it has an operation {others[0]} that the float graph has not",
+                remedy="quantize without smoothing",
+            )
         self._index()
 
     def _index(self) -> None:
@@ -86,13 +101,20 @@ class _Restoration:
             if node.name in self.chosen:
                 for i, name in enumerate(node.input):
                     node.input[i] = (
-                        self._constant(self._before(node, i), node) if self._is_value(node, i) else self._float(name)
+                        self._constant(self._before(node, i), node)
+                        if self._is_value(node, i)
+                        else self._float(name)
                     )
             elif node.op_type == "Add" and self._follows_chosen(node):  # a product's bias
                 for i, name in enumerate(node.input):
                     node.input[i] = self._constant(name, node)
-        copies = {clone.name.removesuffix(SUFFIX): clone for clone in self.clones}  # each right after what it was copied from
-        replace_nodes(self.graph, [n for node in self.graph.node for n in (node, copies.get(node.name)) if n is not None])
+        copies = {
+            clone.name.removesuffix(SUFFIX): clone for clone in self.clones
+        }  # each right after what it was copied from
+        replace_nodes(
+            self.graph,
+            [n for node in self.graph.node for n in (node, copies.get(node.name)) if n is not None],
+        )
 
     def _before(self, node: onnx.NodeProto, position: int) -> str:
         inputs = self.original[node.name].input
@@ -103,7 +125,8 @@ class _Restoration:
         return before in self.values or before == ""
 
     def _constant(self, name: str, node: onnx.NodeProto) -> str:
-        """Name of an initializer with the original value; another name where int8 operations read a changed one."""
+        """Name of an initializer with the original value; another name where int8 operations read a changed
+        one."""
         if name not in self.values:
             return name
         now = self.constants.get(name)
@@ -129,8 +152,12 @@ class _Restoration:
 
     def _bypass_unread_pairs(self) -> None:
         """Let the readers of a pair read its input where no operation that stays int8 depends on the pair."""
-        for pair in [n for n in self.graph.node if n.op_type == DEQUANTIZE and n.input[0] not in self.constants]:
-            readers = self._int8_readers(pair.output[0], (*MOVES, "Concat")) or self._int8_readers(pair.output[0], None)
+        for pair in [
+            n for n in self.graph.node if n.op_type == DEQUANTIZE and n.input[0] not in self.constants
+        ]:
+            readers = self._int8_readers(pair.output[0], (*MOVES, "Concat")) or self._int8_readers(
+                pair.output[0], None
+            )
             if not readers & self.left:
                 before = self.producer[pair.input[0]].input[0]
                 for node in self.readers[pair.output[0]]:
@@ -140,7 +167,8 @@ class _Restoration:
                             self.readers[before].append(node)
 
     def _int8_readers(self, tensor: str, through: tuple[str, ...] | None) -> set[str]:
-        """Operations that compute in int8 and read ``tensor``, looking through operations of these kinds (``None``: of all)."""
+        """Operations that compute in int8 and read ``tensor``, looking through operations of these kinds
+        (``None``: of all)."""
         found: set[str] = set()
         seen, queue = {tensor}, [tensor]
         while queue:
@@ -153,7 +181,8 @@ class _Restoration:
         return found
 
     def _float(self, tensor: str) -> str:
-        """The tensor with the values of ``tensor`` from before its Q/DQ pair; operations in between are copied."""
+        """The tensor with the values of ``tensor`` from before its Q/DQ pair; operations in between are
+        copied."""
         if tensor in self.floats:
             return self.floats[tensor]
         node = self.producer.get(tensor)

@@ -1,9 +1,11 @@
-"""Calibration images made from the model itself: optimised until what every batch norm sees looks like its training data.
+"""Calibration images made from the model itself: optimised until what every batch norm sees looks like its
+training data.
 
-A batch norm keeps the mean and variance that each of its input channels had in training. Images are optimised so that a
-batch of them has the same statistics (Cai et al., "ZeroQ", CVPR 2020; Yin et al., "Dreaming to Distill" (DeepInversion),
-CVPR 2020, section 3.2; Haroush et al., "The Knowledge Within", CVPR 2020). They start from the dead leaves of
-:mod:`calib.generated`, not from noise, and end as 8-bit images that go through the same preprocessing as photographs.
+A batch norm keeps the mean and variance that each of its input channels had in training. Images are optimised
+so that a batch of them has the same statistics (Cai et al., "ZeroQ", CVPR 2020; Yin et al., "Dreaming to
+Distill" (DeepInversion), CVPR 2020, section 3.2; Haroush et al., "The Knowledge Within", CVPR 2020). They
+start from the dead leaves of :mod:`cmt_edge.calib.generated`, not from noise, and end as 8-bit images that go
+through the same preprocessing as photographs.
 
 The only module of this package that needs torch; nothing here imports it but the export.
 """
@@ -28,17 +30,18 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from deploy.errors import InputError, StepError
-from deploy.files import write_atomic
-from deploy.images import digest
-from deploy.preprocess import Preprocess, pixels
+from cmt_edge.deploy.errors import InputError, StepError
+from cmt_edge.deploy.files import write_atomic
+from cmt_edge.deploy.images import digest
+from cmt_edge.deploy.preprocessing import Preprocess, pixels
 
 from .cache import evict, locked
 from .data import SYNTHETIC, CalibrationSet, fingerprint
 from .generated import generate
 
 DEFAULT_SIZE = 64
-"""Images made unless told otherwise, half of it above 128 pixels for the time it takes; ranges are means over images, and need no more."""
+"""Images made unless told otherwise, half of it above 128 pixels for the time it takes; ranges are means over
+images, and need no more."""
 STEPS = 20
 LEARNING_RATE = 0.02
 """Of Adam, in pixel values 0..1, falling to 0 along a cosine."""
@@ -61,7 +64,8 @@ class Synthesis:
     Attributes:
         seed: of the images they started from.
         steps, steps_asked: of the optimisation; fewer where the time was up, then the least of all batches.
-        loss_before, loss_after: distance of the batch statistics from the model's (:func:`synthesise`), of 8-bit images.
+        loss_before, loss_after: distance of the batch statistics from the model's (:func:`synthesise`), of
+            8-bit images.
     """
 
     seed: int
@@ -92,9 +96,10 @@ def synthesise(
 ) -> tuple[np.ndarray, Synthesis]:
     """Images whose statistics at the batch norms of ``model`` are those of its training data.
 
-    The loss is the mean over batch norms of ``mean_c(((m - M) / S)^2 + (s / S - 1)^2)`` with mean ``m`` and deviation ``s``
-    of a batch's input, running mean ``M`` and deviation ``S``. Equal arguments give equal pixels on the same machine, torch and
-    number of threads (float sums depend on these), unless the time ran out.
+    The loss is the mean over batch norms of ``mean_c(((m - M) / S)^2 + (s / S - 1)^2)`` with mean ``m`` and
+    deviation ``s`` of a batch's input, running mean ``M`` and deviation ``S``. Equal arguments give equal
+    pixels on the same machine, torch and number of threads (float sums depend on these), unless the time ran
+    out.
 
     Args:
         model: takes float32 ``(N, 3, S, S)``; not modified.
@@ -115,13 +120,17 @@ def synthesise(
     norms = require_statistics(model)
     start = np.stack([pixels(blob, spec) for blob in generate(count, spec.size, seed=SEED + seed)])
     values = torch.from_numpy(start).permute(0, 3, 1, 2).float() / 255  # (N, 3, S, S)
-    batches = values.split(_even(count, max(_SMALLEST_BATCH, min(_LARGEST_BATCH, _BATCH_PIXELS // spec.size**2))))
+    batches = values.split(
+        _even(count, max(_SMALLEST_BATCH, min(_LARGEST_BATCH, _BATCH_PIXELS // spec.size**2)))
+    )
     distance = _Distance(model, norms, spec, batches[0][:1])
     begin, made, taken, before, after = time.monotonic(), [], [], [], []
     for i, batch in enumerate(batches):
         before.append(distance.of(batch))
         deadline = begin + time_limit_s * (i + 1) / len(batches)
-        tick = None if progress is None else (lambda step, i=i: progress(i * steps + step, len(batches) * steps))
+        tick = (
+            None if progress is None else (lambda step, i=i: progress(i * steps + step, len(batches) * steps))
+        )
         result, done = _optimise(distance, batch, steps, deadline, tick)
         made.append(result.mul(255).round().to(torch.uint8))
         taken.append(done)
@@ -129,8 +138,10 @@ def synthesise(
     sizes = [len(b) for b in batches]
     losses = [float(np.average(all_, weights=sizes)) for all_ in (before, after)]
     if not all(map(math.isfinite, losses)):
-        raise StepError("synthetic images cannot be made: the statistics of the model's activations are not finite",
-                        remedy="check the weights; or calibrate with --data FOLDER or --data generated")  # fmt: skip
+        raise StepError(
+            "synthetic images cannot be made: the statistics of the model's activations are not finite",
+            remedy="check the weights; or calibrate with --data FOLDER or --data generated",
+        )
     images = torch.cat(made).permute(0, 2, 3, 1).contiguous().numpy()
     return images, Synthesis(seed, min(taken), steps, *losses)
 
@@ -152,7 +163,8 @@ def synthetic_set(
     Args:
         weights: identifies the model and its weights, for the cache.
         cache: folder of sets of images.
-        model, count, spec, seed, steps, time_limit_s, progress: as :func:`synthesise`, which also says what is raised.
+        model, count, spec, seed, steps, time_limit_s, progress: as :func:`synthesise`, which also says what
+            is raised.
     """
     require_statistics(model)
 
@@ -177,14 +189,21 @@ def synthetic_set(
 
 
 def require_statistics(model: nn.Module) -> list[_BatchNorm]:
-    """The batch norms of ``model`` that training has given statistics; raises :class:`InputError` where there is none."""
+    """The batch norms of ``model`` that training has given statistics; raises :class:`InputError` where there
+    is none."""
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
     trained = [m for m in norms if _has_statistics(m)]
     if not trained:
-        why = "it has no batch norm, whose statistics the images are made from" if not norms else (
-            f"its {len(norms)} batch norms hold no statistics of training (mean 0, variance 1)")  # fmt: skip
-        raise InputError("synthetic images cannot be made for this model", why=why,
-                         remedy="--data FOLDER with typical images, or --data generated")  # fmt: skip
+        why = (
+            "it has no batch norm, whose statistics the images are made from"
+            if not norms
+            else (f"its {len(norms)} batch norms hold no statistics of training (mean 0, variance 1)")
+        )
+        raise InputError(
+            "synthetic images cannot be made for this model",
+            why=why,
+            remedy="--data FOLDER with typical images, or --data generated",
+        )
     return trained
 
 
@@ -237,8 +256,9 @@ def _optimise(
 ) -> tuple[Tensor, int]:
     """``(N, 3, S, S)`` in 0..1, and the steps taken until the deadline.
 
-    What is added to ``start`` is optimised as a spectrum in which fine detail weighs less, as in photographs (Olah et al., "Feature
-    Visualization", Distill 2017, "preconditioning"). Optimised pixels turn into a grain that sets ranges of its own.
+    What is added to ``start`` is optimised as a spectrum in which fine detail weighs less, as in photographs
+    (Olah et al., "Feature Visualization", Distill 2017, "preconditioning"). Optimised pixels turn into a
+    grain that sets ranges of its own.
     """
     n, channels, size, _ = start.shape
     amplitude = _amplitude(size)
@@ -263,7 +283,9 @@ def _optimise(
 
 def _amplitude(size: int) -> Tensor:
     """``(size, size // 2 + 1)``: 1 / frequency ** ``FALL``, of mean square 1."""
-    frequency = torch.hypot(torch.fft.fftfreq(size)[:, None], torch.fft.rfftfreq(size)[None]).clamp_min(1 / size)
+    frequency = torch.hypot(torch.fft.fftfreq(size)[:, None], torch.fft.rfftfreq(size)[None]).clamp_min(
+        1 / size
+    )
     amplitude = frequency**-FALL
     return amplitude / amplitude.square().mean().sqrt()
 
@@ -290,7 +312,8 @@ def _as_set(images: np.ndarray, how: Synthesis, spec: Preprocess, cached: bool) 
 
 
 def _encoded(images: np.ndarray, spec: Preprocess) -> Iterator[bytes]:
-    """PNGs of which preprocessing gives exactly ``images``: what the centre crop takes away is added around them."""
+    """PNGs of which preprocessing gives exactly ``images``: what the centre crop takes away is added around
+    them."""
     edge = (spec.short_side or spec.size) - spec.size
     near = round(edge / 2)
     for image in images:

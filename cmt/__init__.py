@@ -8,8 +8,8 @@
 
 from .analysis import count_params, macs
 from .features import FeatureMaps, with_head
-from .fuse import fuse
 from .registry import ModelSpec, create_model, labels_of, list_models, model_spec
+from .rewrites import fuse
 from .weights import load_pretrained, load_weights, weights_fingerprint
 
 __all__ = [

@@ -17,8 +17,8 @@ def count_params(model: nn.Module) -> int:
 def macs(model: nn.Module, img_size: int | None = None) -> int:
     """Multiply-accumulates of one image: convolutions, linears and matrix products only.
 
-    Biases, norms, softmax, activations and pooling are not counted; papers print this figure under the name FLOPs.
-    The model is traced on the ``meta`` device, so nothing is computed and the size does not matter.
+    Biases, norms, softmax, activations and pooling are not counted; papers print this figure under the name
+    FLOPs. The model is traced on the ``meta`` device, so nothing is computed and the size does not matter.
     """
     size = img_size or int(model.img_size)  # type: ignore[arg-type]
     meta = copy.deepcopy(model).to("meta", torch.float32).eval()

@@ -12,8 +12,8 @@ from typing import Any
 from filelock import FileLock
 from tqdm import tqdm
 
-from deploy.errors import DownloadError
-from deploy.files import cache_folder, sha256_of
+from cmt_edge.deploy.errors import DownloadError
+from cmt_edge.deploy.files import cache_folder, sha256_of
 
 from .registry import Pretrained
 
@@ -26,8 +26,8 @@ PARTIAL = ".partial"
 def fetch(published: Pretrained, folder: Path | None = None) -> Path:
     """Path of the published file in the cache, downloaded if it is not there.
 
-    An interrupted download goes on where it stopped. The length the server announces is always checked, ``size`` and
-    ``sha256`` where the registry knows them.
+    An interrupted download goes on where it stopped. The length the server announces is always checked,
+    ``size`` and ``sha256`` where the registry knows them.
 
     Raises:
         DownloadError: no network, a wrong length or hash, or a full disk.
@@ -73,7 +73,8 @@ def _download(url: str, partial: Path) -> None:
 
 
 def _receive(response: Any, partial: Path, have: int) -> None:
-    """Write the body behind the first ``have`` bytes of ``partial``; raises :class:`OSError` if it is cut short."""
+    """Write the body behind the first ``have`` bytes of ``partial``; raises :class:`OSError` if it is cut
+    short."""
     length = int(response.headers.get("Content-Length") or 0)
     if have + length > MAX_BYTES:
         raise OSError(f"the server announces {have + length} bytes, more than the cap of {MAX_BYTES}")
@@ -83,7 +84,9 @@ def _receive(response: Any, partial: Path, have: int) -> None:
     name = partial.name.removesuffix(PARTIAL)
     with (
         open(partial, "ab" if have else "wb") as out,
-        tqdm(total=have + length or None, initial=have, unit="B", unit_scale=True, disable=None, desc=name) as bar,
+        tqdm(
+            total=have + length or None, initial=have, unit="B", unit_scale=True, disable=None, desc=name
+        ) as bar,
     ):
         while (chunk := response.read(CHUNK)) and received <= MAX_BYTES:
             out.write(chunk)

@@ -6,13 +6,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deploy.errors import InputError
+from cmt_edge.deploy.errors import InputError
 
 HEADS = ("logits", "features")
 
 
 class FeatureMaps(nn.Module):
-    """A hierarchical model without its head: float32 ``(N, 3, S, S)`` -> the map of each stage, ``(N, C, S / stride, S / stride)``.
+    """A hierarchical model without its head: float32 ``(N, 3, S, S)`` -> the map of each stage, ``(N, C, S /
+    stride, S / stride)``.
 
     Strides are ``model.spec.strides``; the maps come before any norm that belongs to the head.
     """
@@ -37,7 +38,11 @@ def with_head(model: nn.Module, head: str) -> nn.Module:
 
 
 def require_head(spec: Any, head: str) -> None:
-    """Raise :class:`~deploy.errors.InputError` unless models of a :class:`~cmt.registry.ModelSpec` can have this head."""
+    """Raise :class:`~cmt_edge.deploy.errors.InputError` unless models of a
+    :class:`~cmt_edge.cmt.registry.ModelSpec` can have this head."""
     if head == "features" and not spec.strides:
-        raise InputError(f"{spec.name} has no feature maps: it is not hierarchical, or has no method features(x) -> list of maps",
-                         remedy="--head logits, or a model of another family (cmt, cvt, mvit, xformer)")  # fmt: skip
+        raise InputError(
+            f"{spec.name} has no feature maps: it is not hierarchical, or has no method features(x) -> list"
+            " of maps",
+            remedy="--head logits, or a model of another family (cmt, cvt, mvit, xformer)",
+        )

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 def to_tokens(x: Tensor) -> Tensor:
     """``(B, C, H, W)`` -> ``(B, H*W, C)``, row-major.
 
-    Written as permute and reshape so that a runtime which keeps the map channel-last sees a view: ``flatten`` followed
-    by ``transpose`` made OpenVINO reorder and transpose in every block.
+    Written as permute and reshape so that a runtime which keeps the map channel-last sees a view: ``flatten``
+    followed by ``transpose`` made OpenVINO reorder and transpose in every block.
     """
     _, c, h, w = x.shape
     return x.permute(0, 2, 3, 1).reshape(-1, h * w, c)
@@ -38,7 +38,8 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drops a residual branch for whole samples while training (Huang et al., ECCV 2016)."""
+    """Stochastic depth: drops a residual branch for whole samples while training (Huang et al., ECCV
+    2016)."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()

@@ -1,4 +1,5 @@
-"""Rebuilds the PyTorch reference of a bundle: the entry point ``cmt_edge.reference`` that ``deploy`` looks up."""
+"""Rebuilds the PyTorch reference of a bundle: the entry point ``cmt_edge.reference`` that ``deploy`` looks
+up."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from deploy.errors import WeightsError
+from cmt_edge.deploy.errors import WeightsError
 
 from .features import with_head
 from .registry import create_model
@@ -18,9 +19,16 @@ PROVIDER = "cmt"
 
 
 def build(
-    name: str, weights: str | Path, *, img_size: int | None = None, num_classes: int | None = None, seed: int = 0,
-    ema: bool | None = None, fresh_head: bool = False, resize: bool = False,
-) -> tuple[nn.Module, LoadedWeights]:  # fmt: skip
+    name: str,
+    weights: str | Path,
+    *,
+    img_size: int | None = None,
+    num_classes: int | None = None,
+    seed: int = 0,
+    ema: bool | None = None,
+    fresh_head: bool = False,
+    resize: bool = False,
+) -> tuple[nn.Module, LoadedWeights]:
     """A reference model in eval mode with weights ``"pretrained"``, ``"random"`` or of a checkpoint file."""
     model = create_model(name, img_size=img_size, num_classes=num_classes, seed=seed)
     if str(weights) == "random":
@@ -47,7 +55,13 @@ def rebuild(entry: dict[str, Any], weights: str | Path | None) -> tuple[nn.Modul
             )
         weights = made["source"]
     model, _ = build(
-        entry["name"], weights, img_size=entry["img_size"], num_classes=entry["num_classes"], seed=made["seed"],
-        ema=made["ema"], fresh_head=bool(made["fresh"]), resize=bool(made["resized"]),
-    )  # fmt: skip
+        entry["name"],
+        weights,
+        img_size=entry["img_size"],
+        num_classes=entry["num_classes"],
+        seed=made["seed"],
+        ema=made["ema"],
+        fresh_head=bool(made["fresh"]),
+        resize=bool(made["resized"]),
+    )
     return with_head(model, entry["head"]), weights_fingerprint(model)

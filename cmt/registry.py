@@ -1,6 +1,7 @@
 """The table of models: every command and every parametrised test reads it.
 
-A family adds its variants with :func:`register` in its own file; nothing else in the project knows a model by name.
+A family adds its variants with :func:`register` in its own file; nothing else in the project knows a model by
+name.
 """
 
 from __future__ import annotations
@@ -15,14 +16,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from deploy.errors import InputError, UnknownNameError
+from cmt_edge.deploy.errors import InputError, UnknownNameError
 
-from .fuse import Rewrite
+from .rewrites import Rewrite
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-FAMILIES = ("cmt.cmt", "cmt.cvt", "cmt.convit", "cmt.mvit", "cmt.xformer")
+FAMILIES = (
+    "cmt_edge.cmt.families.cmt",
+    "cmt_edge.cmt.families.cvt",
+    "cmt_edge.cmt.families.convit",
+    "cmt_edge.cmt.families.mvit",
+    "cmt_edge.cmt.families.xformer",
+)
 """Modules or packages that register models when imported: one entry a family."""
 
 
@@ -30,8 +37,8 @@ FAMILIES = ("cmt.cmt", "cmt.cvt", "cmt.convit", "cmt.mvit", "cmt.xformer")
 class Pretrained:
     """Where published weights come from.
 
-    ``resource`` names a file shipped in ``cmt/data``; ``url`` a release file that is downloaded on request. ``size``
-    (bytes) and ``sha256`` are checked where they are known.
+    ``resource`` names a file shipped in ``cmt/data``; ``url`` a release file that is downloaded on request.
+    ``size`` (bytes) and ``sha256`` are checked where they are known.
     """
 
     url: str | None = None
@@ -52,10 +59,13 @@ class ModelSpec:
         img_size: default input height and width in pixels.
         num_classes: default number of classes.
         size_multiple: the input size must be a multiple of this.
-        rewrites: the exact rewrites the family subscribes to, see :mod:`cmt.fuse`; applied in this order.
+        rewrites: the exact rewrites the family subscribes to, see :mod:`cmt_edge.cmt.rewrites`; applied in
+            this order.
         rename: maps a published state-dict key to ours.
-        adapt: ``adapt(state_dict) -> state_dict``, under our keys, where published values have another layout.
-        resize: ``(model, state_dict) -> (state_dict, keys)`` for another resolution; ``keys`` are those it changed.
+        adapt: ``adapt(state_dict) -> state_dict``, under our keys, where published values have another
+            layout.
+        resize: ``(model, state_dict) -> (state_dict, keys)`` for another resolution; ``keys`` are those it
+            changed.
         head_keys: our keys whose shape depends on the class count.
         crop_ratio: evaluation resizes the short side to ``int(img_size / crop_ratio)`` and crops the centre;
             ``None`` resizes to exactly ``img_size`` x ``img_size``.
@@ -119,17 +129,18 @@ def list_models() -> list[str]:
 
     def place(name: str) -> int:
         module = _REGISTRY[name].build.__module__.split(".")
-        return order.get(".".join(module[:2]), len(order))  # a family may be a package
+        return order.get(".".join(module[:4]), len(order))  # a family may be a package
 
     return sorted(_REGISTRY, key=place)
 
 
 def model_spec(name: str) -> ModelSpec:
-    """The registry entry of ``name``, or one for ``module:factory`` and ``timm:NAME`` (see :mod:`cmt.custom`).
+    """The registry entry of ``name``, or one for ``module:factory`` and ``timm:NAME`` (see
+    :mod:`cmt_edge.cmt.outside`).
 
-    Raises :class:`~deploy.errors.UnknownNameError` with the closest names.
+    Raises :class:`~cmt_edge.deploy.errors.UnknownNameError` with the closest names.
     """
-    from .custom import custom_spec, is_custom
+    from .outside import custom_spec, is_custom
 
     if is_custom(name):
         return custom_spec(name)
@@ -142,20 +153,27 @@ def model_spec(name: str) -> ModelSpec:
 
 
 def create_model(
-    name: str, *, img_size: int | None = None, num_classes: int | None = None, seed: int | None = None, **overrides: Any
+    name: str,
+    *,
+    img_size: int | None = None,
+    num_classes: int | None = None,
+    seed: int | None = None,
+    **overrides: Any,
 ) -> nn.Module:
     """Build a reference model with random weights, in eval mode.
 
     Args:
         name: a name of :func:`list_models`.
-        img_size: input height and width in pixels (default: the published size); a multiple of ``size_multiple``.
+        img_size: input height and width in pixels (default: the published size); a multiple of
+            ``size_multiple``.
         num_classes: number of logits (default: the published number).
-        seed: seeds the initialisation without touching the global generator; ``None`` draws from the global one.
+        seed: seeds the initialisation without touching the global generator; ``None`` draws from the global
+            one.
         overrides: fields of the family's config dataclass, e.g. ``drop_path=0.1`` for training.
 
     Returns:
-        A module mapping float32 ``(N, 3, img_size, img_size)`` to logits ``(N, num_classes)``; its registry entry is
-        its attribute ``spec``.
+        A module mapping float32 ``(N, 3, img_size, img_size)`` to logits ``(N, num_classes)``; its registry
+        entry is its attribute ``spec``.
 
     Raises:
         UnknownNameError: no such model.
@@ -168,7 +186,11 @@ def create_model(
     num_classes = spec.num_classes if num_classes is None else num_classes
     check_size(spec, img_size)
     if num_classes < 1:
-        raise InputError(f"{num_classes} classes were asked of {name}", where="num_classes", remedy="ask for 1 class or more")
+        raise InputError(
+            f"{num_classes} classes were asked of {name}",
+            where="num_classes",
+            remedy="ask for 1 class or more",
+        )
     config = replace(spec.config, **overrides)
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
@@ -179,7 +201,8 @@ def create_model(
 
 
 def check_size(spec: ModelSpec, img_size: int) -> None:
-    """Raise :class:`~deploy.errors.InputError` unless the model can be built for ``img_size`` pixels."""
+    """Raise :class:`~cmt_edge.deploy.errors.InputError` unless the model can be built for ``img_size``
+    pixels."""
     m = spec.size_multiple
     if img_size < m or img_size % m:
         below = max(m, img_size // m * m)
@@ -191,13 +214,16 @@ def check_size(spec: ModelSpec, img_size: int) -> None:
 
 
 def labels_of(spec: ModelSpec, num_classes: int) -> list[tuple[str, str]] | None:
-    """``[(class id, readable name), ...]`` of the published classes, or ``None`` where the class count differs.
+    """``[(class id, readable name), ...]`` of the published classes, or ``None`` where the class count
+    differs.
 
-    The id is what a data set's class folder is called (an ImageNet synset such as ``n01440764``); where a data set
-    has no ids, both are the name.
+    The id is what a data set's class folder is called (an ImageNet synset such as ``n01440764``); where a
+    data set has no ids, both are the name.
     """
     if spec.labels is None or num_classes != spec.num_classes:
         return None
-    lines = resources.files("cmt").joinpath("data", spec.labels).read_text(encoding="utf-8").splitlines()
+    lines = (
+        resources.files("cmt_edge.cmt").joinpath("data", spec.labels).read_text(encoding="utf-8").splitlines()
+    )
     pairs = [line.split(" ", 1) for line in lines if line]
     return [(p[0], p[-1]) for p in pairs]

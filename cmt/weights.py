@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deploy.errors import WeightsError
+from cmt_edge.deploy.errors import WeightsError
 
 from .registry import ModelSpec
 
@@ -45,21 +45,27 @@ class LoadedWeights:
 
 
 def load_weights(
-    model: nn.Module, path: str | Path, *, ema: bool | None = None, fresh_head: bool = False, resize: bool = False
+    model: nn.Module,
+    path: str | Path,
+    *,
+    ema: bool | None = None,
+    fresh_head: bool = False,
+    resize: bool = False,
 ) -> LoadedWeights:
     """Load a checkpoint into ``model``, completely or not at all.
 
     Args:
-        model: built by :func:`cmt.create_model`.
-        path: ``.safetensors``; or a PyTorch file holding a bare state dict or a dict with ``model`` and optionally
-            ``model_ema``, or with ``model_state``. Keys may be the published ones or ours.
-        ema: ``True`` takes ``model_ema``, ``False`` takes ``model``; ``None`` takes ``model_ema`` where the checkpoint
-            has one, as the official evaluation does.
+        model: built by :func:`cmt_edge.cmt.create_model`.
+        path: ``.safetensors``; or a PyTorch file holding a bare state dict or a dict with ``model`` and
+            optionally ``model_ema``, or with ``model_state``. Keys may be the published ones or ours.
+        ema: ``True`` takes ``model_ema``, ``False`` takes ``model``; ``None`` takes ``model_ema`` where the
+            checkpoint has one, as the official evaluation does.
         fresh_head: leave the classifier as initialised when its shape differs (another class count).
         resize: interpolate position biases when the checkpoint was trained at another resolution.
 
     Raises:
-        WeightsError: unreadable, unsafe, or not fitting; names every missing, unexpected, mis-shaped and non-finite key.
+        WeightsError: unreadable, unsafe, or not fitting; names every missing, unexpected, mis-shaped and
+            non-finite key.
     """
     path = Path(path)
     state, used_ema, classes = _read(path, ema)
@@ -80,12 +86,16 @@ def load_pretrained(
     if spec.built_with_weights:
         return LoadedWeights("pretrained")
     if spec.published_state is not None:
-        return _assign(model, spec.published_state(), spec.name, False, None, fresh_head=fresh_head, resize=resize)
+        return _assign(
+            model, spec.published_state(), spec.name, False, None, fresh_head=fresh_head, resize=resize
+        )
     if published is None:
-        raise WeightsError(f"no weights are published for {spec.name}", remedy="give --weights PATH or --weights random")
+        raise WeightsError(
+            f"no weights are published for {spec.name}", remedy="give --weights PATH or --weights random"
+        )
     options: dict[str, Any] = {"ema": ema, "fresh_head": fresh_head, "resize": resize}
     if published.resource:
-        with resources.as_file(resources.files("cmt").joinpath("data", published.resource)) as path:
+        with resources.as_file(resources.files("cmt_edge.cmt").joinpath("data", published.resource)) as path:
             return load_weights(model, path, **options)
     from .download import fetch
 
@@ -95,8 +105,9 @@ def load_pretrained(
 def randomize(model: nn.Module, seed: int = 0) -> None:
     """Fill ``model`` with random weights *and statistics*, for latency measurements without a checkpoint.
 
-    A freshly initialised model has zero biases and identity norms, which a simplifier removes: it would be measured
-    faster than any trained one. Matrices are normal with variance 1 / fan-in, norms near 1, all else near 0.
+    A freshly initialised model has zero biases and identity norms, which a simplifier removes: it would be
+    measured faster than any trained one. Matrices are normal with variance 1 / fan-in, norms near 1, all else
+    near 0.
     """
     generator = torch.Generator().manual_seed(seed)
     for key, tensor in model.state_dict().items():
@@ -113,7 +124,8 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """SHA-256 over all parameters and buffers by name, dtype, shape and value; independent of file and container."""
+    """SHA-256 over all parameters and buffers by name, dtype, shape and value; independent of file and
+    container."""
     digest = hashlib.sha256()
     for key, tensor in sorted(model.state_dict().items()):
         digest.update(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
@@ -135,7 +147,9 @@ def _read(path: Path, ema: bool | None) -> tuple[dict[str, Tensor], bool, tuple[
     except Exception as exc:  # torch raises many types for damaged files; all mean the same to the user
         raise _unreadable(path, exc) from exc
     if not isinstance(content, Mapping):
-        raise WeightsError(f"holds a {type(content).__name__}, not a state dict", where=path, remedy=_SAVE_HINT)
+        raise WeightsError(
+            f"holds a {type(content).__name__}, not a state dict", where=path, remedy=_SAVE_HINT
+        )
     classes = content.get("classes")
     names = tuple(map(str, classes)) if isinstance(classes, (list, tuple)) else None
     if isinstance(content.get("model_state"), Mapping):  # SlowFast and MViT
@@ -160,14 +174,20 @@ _SAVE_HINT = "save model.state_dict() with torch.save or safetensors"
 
 def _unreadable(path: Path, exc: Exception) -> WeightsError:
     """Tell a file that wants to run code from one that is damaged or something else."""
-    text = str(exc).rpartition("WeightsUnpickler error:")[2].strip()  # before it torch advises to switch the check off
+    text = (
+        str(exc).rpartition("WeightsUnpickler error:")[2].strip()
+    )  # before it torch advises to switch the check off
     lines = text.splitlines() or [type(exc).__name__]
     forbidden = next((line for line in lines if any(word in line for word in _CODE)), None)
     if forbidden:
         why = forbidden.strip()[:300]
-        return WeightsError("refused: the file asks to run code while it is read", where=path, why=why, remedy=_SAVE_HINT)
+        return WeightsError(
+            "refused: the file asks to run code while it is read", where=path, why=why, remedy=_SAVE_HINT
+        )
     remedy = "is it complete, and saved by torch.save? copy it again"
-    return WeightsError("cannot be read as a PyTorch checkpoint", where=path, why=lines[0][:300], remedy=remedy)
+    return WeightsError(
+        "cannot be read as a PyTorch checkpoint", where=path, why=lines[0][:300], remedy=remedy
+    )
 
 
 _CODE = ("Unsupported global", "GLOBAL", "Unsupported class", "unrecognized function")
@@ -187,7 +207,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _tensors(state: Any, path: Path) -> dict[str, Tensor]:
-    """``state`` if it is a flat mapping of tensors; the ``module.`` prefix of distributed training is dropped."""
+    """``state`` if it is a flat mapping of tensors; the ``module.`` prefix of distributed training is
+    dropped."""
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise WeightsError("holds no state dict of tensors", where=path, remedy=_SAVE_HINT)
     prefix = "module." if all(str(k).startswith("module.") for k in state) else ""
@@ -226,9 +247,13 @@ def _check(spec: ModelSpec, target: dict[str, Tensor], ours: dict[str, Tensor], 
     problems = {
         "missing": [k for k in target if k not in ours],
         "unexpected": [k for k in ours if k not in target],
-        "wrong shape": [f"{k} {tuple(ours[k].shape)}, the model has {tuple(target[k].shape)}" for k in shapes],
+        "wrong shape": [
+            f"{k} {tuple(ours[k].shape)}, the model has {tuple(target[k].shape)}" for k in shapes
+        ],
         "wrong type": [k for k in shared if ours[k].is_floating_point() != target[k].is_floating_point()],
-        "not finite": [k for k in shared if ours[k].is_floating_point() and not bool(ours[k].isfinite().all())],
+        "not finite": [
+            k for k in shared if ours[k].is_floating_point() and not bool(ours[k].isfinite().all())
+        ],
     }
     if not any(problems.values()):
         return
@@ -238,7 +263,10 @@ def _check(spec: ModelSpec, target: dict[str, Tensor], ours: dict[str, Tensor], 
             rest = f" and {len(keys) - MAX_LISTED} more" if len(keys) > MAX_LISTED else ""
             lines.append(f"{len(keys)} {kind}: " + "; ".join(keys[:MAX_LISTED]) + rest)
     raise WeightsError(
-        f"does not fit {spec.name}", where=source, why="\n       ".join(lines), remedy=_remedy(spec, problems, shapes, ours)
+        f"does not fit {spec.name}",
+        where=source,
+        why="\n       ".join(lines),
+        remedy=_remedy(spec, problems, shapes, ours),
     )
 
 
@@ -246,14 +274,22 @@ _SIZED = ("position_bias", "position_embedding", ".relative.")
 """Parts of the names of weights that belong to a resolution."""
 
 
-def _remedy(spec: ModelSpec, problems: dict[str, list[str]], shapes: list[str], ours: dict[str, Tensor]) -> str:
+def _remedy(
+    spec: ModelSpec, problems: dict[str, list[str]], shapes: list[str], ours: dict[str, Tensor]
+) -> str:
     if problems["not finite"]:
         return "the training diverged or the file is damaged: use an earlier checkpoint"
     head = [k for k in shapes if k in spec.head_keys]
     if shapes and not problems["missing"] and not problems["unexpected"]:
         if len(head) == len(shapes):
             count = ours[head[0]].shape[0]
-            return f"the checkpoint has {count} classes: --num-classes {count}, or --fresh-head to start a new classifier"
+            return (
+                f"the checkpoint has {count} classes: --num-classes {count}, or --fresh-head to start a new"
+                " classifier"
+            )
         if all(any(word in k for word in _SIZED) or k in head for k in shapes):
-            return "it was trained at another resolution: give its --imgsz, or --resize-position-bias to interpolate"
+            return (
+                "it was trained at another resolution: give its --imgsz, or --resize-position-bias to"
+                " interpolate"
+            )
     return "is it a checkpoint of another variant? choose the matching --model"

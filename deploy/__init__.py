@@ -1,4 +1,5 @@
-"""What runs on the device: bundles, the Predictor, verification and measurement. Needs NumPy, Pillow and one runtime.
+"""What runs on the device: bundles, the Predictor, verification and measurement. Needs NumPy, Pillow and one
+runtime.
 
 >>> from deploy import Predictor
 >>> with Predictor.load("cmt_nano_int8_openvino") as p:
@@ -8,6 +9,6 @@
 from .bundle import Bundle
 from .errors import CmtEdgeError
 from .predictor import Prediction, Predictor
-from .preprocess import Preprocess, preprocess
+from .preprocessing import Preprocess, preprocess
 
 __all__ = ["Bundle", "CmtEdgeError", "Prediction", "Predictor", "Preprocess", "preprocess"]

@@ -1,4 +1,5 @@
-"""Every error of the project on one screen. Standard library only: it is the one module every room may import.
+"""Every error of the project on one screen. Standard library only: it is the one module every room may
+import.
 
 An error says what is wrong, where, why, and the remedy; its ``exit_code`` is what a command ends with:
 1 a verification or gate failed, 2 bad usage or input, 3 a runtime or device is missing, 4 internal failure.
@@ -14,7 +15,9 @@ class CmtEdgeError(Exception):
 
     exit_code = 4
 
-    def __init__(self, what: str, *, where: object = None, why: object = None, remedy: str | None = None) -> None:
+    def __init__(
+        self, what: str, *, where: object = None, why: object = None, remedy: str | None = None
+    ) -> None:
         self.what = what
         self.where = None if where is None else str(where)
         self.why = None if why is None else str(why)

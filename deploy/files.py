@@ -17,7 +17,8 @@ CHUNK = 1 << 20
 
 
 def cache_folder() -> Path:
-    """Folder of what can be made again (downloads, calibrated graphs, timing caches); ``CMT_EDGE_CACHE`` overrides it."""
+    """Folder of what can be made again (downloads, calibrated graphs, timing caches); ``CMT_EDGE_CACHE``
+    overrides it."""
     override = os.environ.get("CMT_EDGE_CACHE")
     return Path(override) if override else user_cache_path("cmt-edge", appauthor=False)
 
@@ -32,7 +33,8 @@ def sha256_of(path: Path) -> str:
 
 
 def write_atomic(path: Path, data: bytes, mode: int = 0o666) -> None:
-    """Write ``data`` to ``path`` completely or not at all, with permissions ``mode``; raises :class:`OutputError`."""
+    """Write ``data`` to ``path`` completely or not at all, with permissions ``mode``; raises
+    :class:`OutputError`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with writing(path):

@@ -15,14 +15,15 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from .errors import DataError
-from .preprocess import EXTENSIONS, MAX_BYTES
+from .preprocessing import EXTENSIONS, MAX_BYTES
 
 MAX_ITEMS = 5_000_000
 
 
 @dataclass(frozen=True)
 class Item:
-    """One image: ``name`` relative to the collection's root, ``label`` its class folder (``None`` in a flat folder)."""
+    """One image: ``name`` relative to the collection's root, ``label`` its class folder (``None`` in a flat
+    folder)."""
 
     name: str
     label: str | None
@@ -31,10 +32,12 @@ class Item:
 
 
 class ImageSet(Sequence[Item]):
-    """Images below ``path``, sorted by name. Thread-safe; holds one open file for an archive until :meth:`close`.
+    """Images below ``path``, sorted by name. Thread-safe; holds one open file for an archive until
+    :meth:`close`.
 
     Raises:
-        DataError: no such place, not readable, no images, a damaged archive, or class folders mixed with loose images.
+        DataError: no such place, not readable, no images, a damaged archive, or class folders mixed with
+            loose images.
     """
 
     def __init__(self, path: str | Path, items: list[Item] | None = None) -> None:
@@ -76,7 +79,9 @@ class ImageSet(Sequence[Item]):
                 self._file.seek(item.offset)
                 return self._file.read(item.size)
         except OSError as exc:
-            raise DataError("cannot be read", where=self.path / item.name, why=exc.strerror, remedy="check it") from exc
+            raise DataError(
+                "cannot be read", where=self.path / item.name, why=exc.strerror, remedy="check it"
+            ) from exc
 
     def close(self) -> None:
         with self._lock:
@@ -102,14 +107,20 @@ def _split(path: Path) -> tuple[Path | None, str]:
 def _scan_folder(path: Path) -> list[Item]:
     if not os.path.isdir(path):
         raise DataError(
-            "no such folder of images" if not os.path.exists(path) else "is neither a folder nor a .tar archive",
+            (
+                "no such folder of images"
+                if not os.path.exists(path)
+                else "is neither a folder nor a .tar archive"
+            ),
             where=path,
             remedy="give a folder of images, a folder of class folders, or a .tar of either",
         )
     items: list[Item] = []
 
     def fail(exc: OSError) -> None:
-        raise DataError("cannot be read", where=exc.filename, why=exc.strerror, remedy="check its permissions")
+        raise DataError(
+            "cannot be read", where=exc.filename, why=exc.strerror, remedy="check its permissions"
+        )
 
     for folder, folders, files in os.walk(path, onerror=fail):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
@@ -127,12 +138,18 @@ def _scan_tar(archive: Path, prefix: str) -> list[Item]:
             for member in tar:
                 name = PurePosixPath(member.name)
                 text = name.as_posix().removeprefix("./")
-                if not member.isfile() or not text.startswith(prefix) or not text.lower().endswith(EXTENSIONS):
+                if (
+                    not member.isfile()
+                    or not text.startswith(prefix)
+                    or not text.lower().endswith(EXTENSIONS)
+                ):
                     continue
                 inner = PurePosixPath(text.removeprefix(prefix))
                 if any(part.startswith(".") for part in inner.parts) or member.size > MAX_BYTES:
                     continue
-                items.append(Item(inner.as_posix(), inner.parent.name or None, member.offset_data, member.size))
+                items.append(
+                    Item(inner.as_posix(), inner.parent.name or None, member.offset_data, member.size)
+                )
                 if len(items) > MAX_ITEMS:
                     raise DataError(f"more than {MAX_ITEMS} images", where=archive, remedy="use a part of it")
             end = tar.offset
@@ -142,7 +159,10 @@ def _scan_tar(archive: Path, prefix: str) -> list[Item]:
                 raise tarfile.ReadError(f"damaged at byte {end}, or cut off")
     except (tarfile.TarError, EOFError, OSError) as exc:
         raise DataError(
-            "cannot be read as a tar archive", where=archive, why=exc, remedy="is it complete, and not compressed?"
+            "cannot be read as a tar archive",
+            where=archive,
+            why=exc,
+            remedy="is it complete, and not compressed?",
         ) from exc
     return items
 
@@ -154,9 +174,11 @@ def _labelled(items: list[Item], path: Path) -> list[Item]:
     loose = [i for i in items if i.label is None]
     if loose and len(loose) < len(items):
         raise DataError(
-            "mixes loose images with class folders", where=path, why=f"for instance {loose[0].name}",
+            "mixes loose images with class folders",
+            where=path,
+            why=f"for instance {loose[0].name}",
             remedy="move every image into its class folder",
-        )  # fmt: skip
+        )
     places: dict[str, set[str]] = {}
     for item in items:
         if item.label is not None:
@@ -165,7 +187,8 @@ def _labelled(items: list[Item], path: Path) -> list[Item]:
     if double:
         splits = sorted({PurePosixPath(p).parts[0] for p in double})
         raise DataError(
-            f"the same class stands at several places: {', '.join(double)}", where=path,
+            f"the same class stands at several places: {', '.join(double)}",
+            where=path,
             remedy=f"choose one: {path / splits[0]}",
-        )  # fmt: skip
+        )
     return items

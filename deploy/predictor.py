@@ -15,7 +15,7 @@ from .backends import FORMATS, LoadOptions, Session, backend
 from .backends.base import Binding, batch_limit
 from .bundle import LOGITS, Bundle
 from .errors import InputError
-from .preprocess import ImageLike, Preprocess, preprocess
+from .preprocessing import ImageLike, Preprocess, preprocess
 from .stream import Stages, stream
 
 DYNAMIC_CHUNK = 8
@@ -50,7 +50,8 @@ class Prediction:
         return self.labels[int(self.logits.argmax())]
 
     def top(self, k: int = 5) -> list[tuple[str, float]]:
-        """The ``k`` most probable classes as ``(label, probability)``, best first; fewer where there are fewer classes."""
+        """The ``k`` most probable classes as ``(label, probability)``, best first; fewer where there are
+        fewer classes."""
         p = self.probabilities
         return [(self.labels[i], float(p[i])) for i in np.argsort(-p, kind="stable")[: max(k, 0)]]
 
@@ -63,10 +64,23 @@ class Predictor:
     """
 
     def __init__(
-        self, session: Session, preprocess: Preprocess, labels: Sequence[str], *, batch: int = 1, head: str = LOGITS
+        self,
+        session: Session,
+        preprocess: Preprocess,
+        labels: Sequence[str],
+        *,
+        batch: int = 1,
+        head: str = LOGITS,
     ) -> None:
-        """``batch``: the fixed batch size of ``session``, ``0`` if any size goes. Most callers want :meth:`load`."""
-        self.session, self.spec, self.labels, self.batch, self.head = session, preprocess, list(labels), batch, head
+        """``batch``: the fixed batch size of ``session``, ``0`` if any size goes. Most callers want
+        :meth:`load`."""
+        self.session, self.spec, self.labels, self.batch, self.head = (
+            session,
+            preprocess,
+            list(labels),
+            batch,
+            head,
+        )
         self._closed, self._running, self._lock = False, 0, threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._bound: dict[int, list[Binding]] = {}  # by number of images; not in use now
@@ -86,8 +100,9 @@ class Predictor:
 
         Args:
             path: bundle folder.
-            backend: ``"openvino"``, ``"onnxruntime"``, ``"tensorrt"``, ``"torch"`` or ``"fake"``; default: the one of the bundle's format.
-            device, threads, throughput, weights: see :class:`~deploy.backends.base.LoadOptions`.
+            backend: ``"openvino"``, ``"onnxruntime"``, ``"tensorrt"``, ``"torch"`` or ``"fake"``; default:
+                the one of the bundle's format.
+            device, threads, throughput, weights: see :class:`~cmt_edge.deploy.backends.base.LoadOptions`.
 
         Raises:
             BundleError: the bundle is damaged. RuntimeMissingError: the runtime or device is not here.
@@ -96,7 +111,9 @@ class Predictor:
         bundle = path if isinstance(path, Bundle) else Bundle.open(path)
         name = backend or FORMATS.get(bundle.manifest.format, bundle.manifest.format)
         if threads is not None and threads < 1:
-            raise InputError(f"{threads} threads were asked for", remedy="ask for 1 or more, or leave it out for all cores")
+            raise InputError(
+                f"{threads} threads were asked for", remedy="ask for 1 or more, or leave it out for all cores"
+            )
         session = _backend(name).load(bundle, LoadOptions(device, threads, throughput, weights))
         fixed = 0 if name in ("torch", "fake") else batch_limit(bundle)
         return cls(session, bundle.preprocess, bundle.labels, batch=fixed, head=bundle.head)
@@ -111,11 +128,13 @@ class Predictor:
         return Prediction(logits, self.labels, source)
 
     def predict(self, images: Iterable[ImageLike]) -> list[Prediction]:
-        """Classify several images; raises :class:`~deploy.errors.ImageError` at the first that cannot be read."""
+        """Classify several images; raises :class:`~cmt_edge.deploy.errors.ImageError` at the first that
+        cannot be read."""
         return list(self.stream(images, workers=0, in_flight=1))
 
     def logits(self, batch: np.ndarray) -> np.ndarray:
-        """Preprocessed float32 ``(N, 3, H, W)`` -> float32 ``(N, classes)``; any ``N``, in the model's own batches.
+        """Preprocessed float32 ``(N, 3, H, W)`` -> float32 ``(N, classes)``; any ``N``, in the model's own
+        batches.
 
         Raises:
             InputError: another dtype or shape, values that are not finite, or a bundle of feature maps.
@@ -124,7 +143,8 @@ class Predictor:
         return self.outputs(batch)[0]
 
     def features(self, batch: np.ndarray) -> list[np.ndarray]:
-        """Preprocessed float32 ``(N, 3, H, W)`` -> the stage maps, float32 ``(N, C, H / stride, W / stride)``, finest first.
+        """Preprocessed float32 ``(N, 3, H, W)`` -> the stage maps, float32 ``(N, C, H / stride, W /
+        stride)``, finest first.
 
         Raises:
             InputError: as :meth:`logits`, or a bundle of a classifier.
@@ -133,7 +153,8 @@ class Predictor:
         return self.outputs(batch)
 
     def prepare(self, images: Iterable[ImageLike]) -> np.ndarray:
-        """Decode, resize, crop and normalise: the float32 batch ``(N, 3, H, W)`` that :meth:`logits` and :meth:`features` take."""
+        """Decode, resize, crop and normalise: the float32 batch ``(N, 3, H, W)`` that :meth:`logits` and
+        :meth:`features` take."""
         if not isinstance(images, Sequence):
             arrays = [preprocess(image, self.spec) for image in images]
             return np.stack(arrays) if arrays else self._rows(0)
@@ -154,33 +175,38 @@ class Predictor:
             got = f"{batch.dtype} {batch.shape}" if isinstance(batch, np.ndarray) else type(batch).__name__
             raise InputError(
                 f"expected a float32 array (N, 3, {size}, {size}), got {got}",
-                remedy="preprocess images with deploy.preprocess, or pass them to predict()",
+                remedy="preprocess images with cmt_edge.deploy.preprocessing, or pass them to predict()",
             )
         if not _finite(batch):
             raise InputError("the input holds NaN or infinite values", remedy="check how it was normalised")
         return self._run(batch)
 
-    def stream(self, images: Iterable[ImageLike], *, workers: int = 2, in_flight: int | None = None) -> Iterator[Prediction]:
+    def stream(
+        self, images: Iterable[ImageLike], *, workers: int = 2, in_flight: int | None = None
+    ) -> Iterator[Prediction]:
         """Predictions in order, one by one: threads decode ahead while the runtime computes.
 
-        ``images`` is read in the caller's thread, and only as far ahead as is worth it, so an endless iterable is fine: at most
-        ``in_flight * batch + max(batch, 2 * workers)`` images are held (a dynamic batch counts as 8). Closing the stream, or
-        leaving the loop, ends its threads.
+        ``images`` is read in the caller's thread, and only as far ahead as is worth it, so an endless
+        iterable is fine: at most ``in_flight * batch + max(batch, 2 * workers)`` images are held (a dynamic
+        batch counts as 8). Closing the stream, or leaving the loop, ends its threads.
 
         Args:
             images: as :meth:`predict`; may be endless.
             workers: threads that decode; ``0`` decodes in the caller's thread.
-            in_flight: inferences at once; default: what the runtime gains from, which is 1 unless the bundle was loaded with
-                ``throughput=True``.
+            in_flight: inferences at once; default: what the runtime gains from, which is 1 unless the bundle
+                was loaded with ``throughput=True``.
 
         Raises:
-            ImageError: an image cannot be read. Raised at its turn, after the predictions of all images before it, like
-                errors of the runtime and of ``images`` itself.
+            ImageError: an image cannot be read. Raised at its turn, after the predictions of all images
+                before it, like errors of the runtime and of ``images`` itself.
             InputError: ``in_flight`` below 1, a closed Predictor, or a bundle of feature maps.
         """
         self._require(LOGITS)
         if in_flight is not None and in_flight < 1:
-            raise InputError(f"{in_flight} inferences in flight were asked for", remedy="ask for 1 or more, or leave it out")
+            raise InputError(
+                f"{in_flight} inferences in flight were asked for",
+                remedy="ask for 1 or more, or leave it out",
+            )
         size = self.batch or DYNAMIC_CHUNK
         stages = Stages(size, self._decode, self._infer, lambda: self._take(size), self._give)
         several = in_flight or max(1, self.session.parallelism)
@@ -221,8 +247,13 @@ class Predictor:
 
     def _require(self, head: str) -> None:
         if self.head != head:
-            wanted, use = ("classes", "features()") if head == LOGITS else ("feature maps", "logits() or predict()")
-            raise InputError(f"this bundle gives {self.head}, not {wanted}", remedy=f"use {use}, or export with --head {head}")
+            wanted, use = (
+                ("classes", "features()") if head == LOGITS else ("feature maps", "logits() or predict()")
+            )
+            raise InputError(
+                f"this bundle gives {self.head}, not {wanted}",
+                remedy=f"use {use}, or export with --head {head}",
+            )
 
     def _run(self, batch: np.ndarray) -> list[np.ndarray]:
         batch = np.ascontiguousarray(batch)
@@ -259,7 +290,8 @@ class Predictor:
         return self.session.info
 
     def close(self) -> None:
-        """Free the runtime's resources once running inferences are done. Further calls raise :class:`~deploy.errors.InputError`."""
+        """Free the runtime's resources once running inferences are done. Further calls raise
+        :class:`~cmt_edge.deploy.errors.InputError`."""
         with self._lock:
             if self._closed:
                 return
@@ -276,7 +308,8 @@ class Predictor:
 
 
 def _finite(batch: np.ndarray) -> bool:
-    """Whether no value is NaN or infinite; in one pass without a temporary, because small models take a millisecond."""
+    """Whether no value is NaN or infinite; in one pass without a temporary, because small models take a
+    millisecond."""
     with np.errstate(all="ignore"):
         total = np.add.reduce(batch, axis=None)
     return math.isfinite(total) or bool(np.isfinite(batch).all())  # finite values may have an infinite sum

@@ -1,8 +1,8 @@
 """Decoding ahead and several inferences in flight: answers in order, memory bounded, whatever fails.
 
-All decisions are taken in the thread that asks for the next answer, so nothing has to be signalled or polled: it pulls images
-until enough are held, hands each to a decoder and each full group to an inference thread (which waits for its images), and then
-waits for the oldest group.
+All decisions are taken in the thread that asks for the next answer, so nothing has to be signalled or polled:
+it pulls images until enough are held, hands each to a decoder and each full group to an inference thread
+(which waits for its images), and then waits for the oldest group.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class Stages:
         size: images an inference.
         decode: fills one row, float32 ``(3, H, W)``, with an image; gives a name for it.
         infer: the answers, ``(count, ...)``, to the first ``count`` rows.
-        take, give: borrow and return the input of an inference, whose ``batch`` is float32 ``(size, 3, H, W)``.
+        take, give: borrow and return the input of an inference, whose ``batch`` is float32 ``(size, 3, H,
+            W)``.
     """
 
     size: int
@@ -46,12 +47,15 @@ class _Group:
     answer: Any = None
 
 
-def stream(images: Iterable[Any], stages: Stages, *, workers: int, in_flight: int) -> Iterator[tuple[Any, np.ndarray]]:
+def stream(
+    images: Iterable[Any], stages: Stages, *, workers: int, in_flight: int
+) -> Iterator[tuple[Any, np.ndarray]]:
     """The name and the answer of each image, in order.
 
-    ``workers`` threads decode; with 0 the caller's thread does, and infers too unless ``in_flight`` is above 1. At most
-    ``max((in_flight + 1) * size, in_flight * size + 2 * workers)`` images are held that were not answered yet, ``size`` without
-    threads. What fails (an image, an inference, ``images`` itself) raises after the answers of all images before it.
+    ``workers`` threads decode; with 0 the caller's thread does, and infers too unless ``in_flight`` is above
+    1. At most ``max((in_flight + 1) * size, in_flight * size + 2 * workers)`` images are held that were not
+    answered yet, ``size`` without threads. What fails (an image, an inference, ``images`` itself) raises
+    after the answers of all images before it.
     """
     return _Stream(stages, workers, in_flight).answers(images)
 
@@ -130,7 +134,8 @@ class _Stream:
             self._stages.give(group.binding)
         if answers is not None:
             yield from (
-                (decoding.result(), answer) for decoding, answer in zip(group.decoding, answers, strict=failure is None)
+                (decoding.result(), answer)
+                for decoding, answer in zip(group.decoding, answers, strict=failure is None)
             )
         if failure is not None:
             try:
@@ -143,7 +148,8 @@ class _Stream:
         self._decoders.cancel()
         self._requests.cancel()
         for threads in (self._decoders, self._requests):
-            # an abandoned stream may be collected in any thread, even its own ones, and these cannot wait for themselves
+            # an abandoned stream may be collected in any thread, even its own ones, and these cannot wait for
+            # themselves
             if threading.get_ident() not in self._decoders.idents | self._requests.idents:
                 threads.join()
 

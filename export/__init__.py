@@ -1,19 +1,26 @@
 """From a PyTorch checkpoint to a verified bundle.
 
->>> from export import ExportConfig, run
+>>> from cmt_edge.export import ExportConfig, run
 >>> bundle = run(ExportConfig("cmt_nano", format="openvino", precision="fp32"))
+
+The module itself can be called, so that ``from cmt_edge import export`` gives one object that is both the
+subpackage and the function :func:`cmt_edge.export.pipeline.run`.
 """
 
-import typing as _typing
+from __future__ import annotations
 
-if _typing.TYPE_CHECKING:
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
     from .config import ExportConfig
     from .pipeline import run
 
 __all__ = ["ExportConfig", "run"]
 
 
-def __getattr__(name: str) -> _typing.Any:
+def __getattr__(name: str) -> Any:
     """Import on first use: ``cmt-export`` must be able to say that PyTorch is missing."""
     if name == "ExportConfig":
         from .config import ExportConfig
@@ -27,4 +34,15 @@ def __getattr__(name: str) -> _typing.Any:
 
 
 def __dir__() -> list[str]:
-    return [*__all__, *(name for name in globals() if name.startswith("__"))]
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
+
+
+class _CallableModule(ModuleType):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """See :func:`cmt_edge.export.pipeline.run`."""
+        from .pipeline import run
+
+        return run(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallableModule

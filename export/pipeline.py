@@ -1,6 +1,7 @@
 """The recipe: reference model -> fuse -> ONNX -> simplify -> [quantize] -> bundle -> verify -> measure.
 
-Every step proves itself against the PyTorch reference before the next one starts; a failed gate leaves nothing behind.
+Every step proves itself against the PyTorch reference before the next one starts; a failed gate leaves
+nothing behind.
 """
 
 from __future__ import annotations
@@ -14,45 +15,56 @@ import numpy as np
 import onnx
 from torch import nn
 
-from calib import CalibrationSet, quantize
-from calib.data import SYNTHETIC
-from calib.generated import generate
-from calib.parser import parser_findings
-from calib.synthetic import default_size, synthetic_set
-from cmt import count_params, fuse, labels_of, macs, weights_fingerprint, with_head
-from cmt.reference import PROVIDER, build
-from cmt.weights import LoadedWeights
-from deploy import Bundle, Predictor, report
-from deploy.backends import FORMATS as RUNTIME_OF
-from deploy.backends import LoadOptions, backend
-from deploy.backends.torch import TorchSession
-from deploy.benchmark import Benchmark, Protocol, benchmark, summary
-from deploy.build import finish, require_tensorrt
-from deploy.bundle import GOLDEN, LOGITS, ONNX, REFERENCE, BundleWriter, Golden, Manifest, save_reference
-from deploy.console import Progress
-from deploy.engine import EngineOptions
-from deploy.errors import GateError, ParityError, RuntimeMissingError
-from deploy.files import cache_folder, writing
-from deploy.host import describe, versions
-from deploy.images import ImageSet
-from deploy.parity import Verification, distance, match_labels, tolerance, verify
-from deploy.preprocess import normalise, pixels
+from cmt_edge.calib import CalibrationSet, quantize
+from cmt_edge.calib.data import SYNTHETIC
+from cmt_edge.calib.generated import generate
+from cmt_edge.calib.synthetic import default_size, synthetic_set
+from cmt_edge.cmt import count_params, fuse, labels_of, macs, weights_fingerprint, with_head
+from cmt_edge.cmt.reference import PROVIDER, build
+from cmt_edge.cmt.weights import LoadedWeights
+from cmt_edge.deploy import Bundle, Predictor, report
+from cmt_edge.deploy.backends import FORMATS as RUNTIME_OF
+from cmt_edge.deploy.backends import LoadOptions, backend
+from cmt_edge.deploy.backends.torch import TorchSession
+from cmt_edge.deploy.bundle import (
+    GOLDEN,
+    LOGITS,
+    ONNX,
+    REFERENCE,
+    BundleWriter,
+    Golden,
+    Manifest,
+    save_reference,
+)
+from cmt_edge.deploy.errors import GateError, ParityError, RuntimeMissingError
+from cmt_edge.deploy.files import cache_folder, writing
+from cmt_edge.deploy.images import ImageSet
+from cmt_edge.deploy.measure.benchmark import Benchmark, Protocol, benchmark, summary
+from cmt_edge.deploy.measure.host import describe, versions
+from cmt_edge.deploy.measure.parity import Verification, distance, match_labels, tolerance, verify
+from cmt_edge.deploy.preprocessing import normalise, pixels
+from cmt_edge.deploy.progress import Progress
+from cmt_edge.deploy.tensorrt.build import finish, require_tensorrt
+from cmt_edge.deploy.tensorrt.engine import EngineOptions
+from cmt_edge.deploy.tensorrt.parser_rules import parser_findings
 
 from .config import OPSET, ExportConfig
-from .precision import observe, rounded, typed
 from .to_onnx import FUSE_ATOL, export_onnx, outputs_of, require_parity, simplify, with_batch
+from .typed import observe, rounded, typed
 
 GOLDEN_IMAGES = 4
 GOLDEN_SEED = 7
 OBSERVED_IMAGES = 32
-"""Activations are observed on so many images; the ranges hardly grow with more, and :data:`~export.precision.SAFETY` covers the rest."""
+"""Activations are observed on so many images; the ranges hardly grow with more, and
+:data:`~cmt_edge.export.typed.SAFETY` covers the rest."""
 DYNAMIC_SIZES = (1, 3, 8)
 QUICK = Protocol(iters=25, seconds=0.5, warmup_seconds=0.25)
 
 
 @dataclass(frozen=True)
 class _Reference:
-    """The untouched PyTorch side of every comparison; ``model`` is ``classifier`` with the head that was asked for."""
+    """The untouched PyTorch side of every comparison; ``model`` is ``classifier`` with the head that was
+    asked for."""
 
     classifier: nn.Module
     model: nn.Module
@@ -67,7 +79,8 @@ class _Reference:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What several exports of one model share: made once by ``precision="auto"`` and handed to the export of its winner."""
+    """What several exports of one model share: made once by ``precision="auto"`` and handed to the export of
+    its winner."""
 
     reference: _Reference
     graph: onnx.ModelProto
@@ -77,16 +90,19 @@ class Prepared:
     verdict: dict[str, Any] | None
 
 
-def run(config: ExportConfig, progress: Progress | None = None, *, prepared: Prepared | None = None) -> Bundle:
+def run(
+    config: ExportConfig, progress: Progress | None = None, *, prepared: Prepared | None = None
+) -> Bundle:
     """Export, verify and measure; returns the finished bundle. Callers leave ``prepared`` out.
 
     Raises:
         InputError and its kin: something asked for or given cannot be used (exit code 2).
         RuntimeMissingError: a runtime or instruction set is missing here (3).
-        GateError: a step or the result differs from the reference by more than allowed (1); nothing is written.
+        GateError: a step or the result differs from the reference by more than allowed (1); nothing is
+            written.
     """
     if config.precision == "auto":
-        from .auto import run_auto
+        from .auto.choose import run_auto
 
         return run_auto(config, progress)
     preflight(config)
@@ -95,7 +111,9 @@ def run(config: ExportConfig, progress: Progress | None = None, *, prepared: Pre
     with BundleWriter(config.target) as writer:
         with progress.step("load the reference model"):
             reference = prepared.reference if prepared else _reference(config)
-            labels, labels_source = _labels(config, reference.loaded) if config.head == LOGITS else ([], "none")
+            labels, labels_source = (
+                _labels(config, reference.loaded) if config.head == LOGITS else ([], "none")
+            )
         manifest = _manifest(config, reference, labels, labels_source)
         manifest = replace(manifest, verdict=prepared.verdict if prepared else None)
         if labelled:  # before the long work: a mismatch is the user's to mend
@@ -104,11 +122,26 @@ def run(config: ExportConfig, progress: Progress | None = None, *, prepared: Pre
         graph, steps = (prepared.graph, prepared.steps) if prepared else _graph(config, reference, progress)
         if data and config.precision == "int8":
             with progress.step(f"calibrate on {len(data)} images"):
-                cache = prepared.calibrated if prepared else cache_folder() / "calibrated" if config.cache else None
-                quantized = quantize(graph, data, config.preprocess, config.recipe, cache=cache, progress=progress.count)
+                cache = (
+                    prepared.calibrated
+                    if prepared
+                    else cache_folder() / "calibrated"
+                    if config.cache
+                    else None
+                )
+                quantized = quantize(
+                    graph, data, config.preprocess, config.recipe, cache=cache, progress=progress.count
+                )
             graph = quantized.model
-            manifest = replace(manifest, calibration=data.describe() | {"recipe": quantized.recipe, "cached": quantized.cached,
-                                                                        "keep_float": list(config.recipe.keep_float)})  # fmt: skip
+            manifest = replace(
+                manifest,
+                calibration=data.describe()
+                | {
+                    "recipe": quantized.recipe,
+                    "cached": quantized.cached,
+                    "keep_float": list(config.recipe.keep_float),
+                },
+            )
         if config.format == "trt":
             with progress.step("write the precision into the graph"):
                 graph, manifest = _typed(config, graph, data, reference, manifest, steps)
@@ -124,17 +157,25 @@ def run(config: ExportConfig, progress: Progress | None = None, *, prepared: Pre
         speed = None
         if config.format != "trt":  # an engine has been measured where it was built
             with progress.step("measure"):
-                speed = benchmark([writer.staged(manifest)], threads=config.threads, protocol=QUICK, with_throughput=False,
-                                  progress=progress.share)  # fmt: skip
+                speed = benchmark(
+                    [writer.staged(manifest)],
+                    threads=config.threads,
+                    protocol=QUICK,
+                    with_throughput=False,
+                    progress=progress.share,
+                )
             manifest = replace(manifest, latency=summary(speed))
-        manifest = replace(manifest, verification=report.plain(result) | {"steps": steps, "bundle": config.name})
+        manifest = replace(
+            manifest, verification=report.plain(result) | {"steps": steps, "bundle": config.name}
+        )
         with progress.step("write the bundle"), writing(config.target):
             _write_reports(writer.folder, config, result, speed, manifest.verdict)
             return writer.commit(manifest)
 
 
 def preflight(config: ExportConfig) -> None:
-    """Fail before the long work where something is missing, or where the result could not be verified or written here.
+    """Fail before the long work where something is missing, or where the result could not be verified or
+    written here.
 
     Raises as :func:`run`.
     """
@@ -153,9 +194,15 @@ def preflight(config: ExportConfig) -> None:
 
 def _reference(config: ExportConfig) -> _Reference:
     model, loaded = build(
-        config.model, config.weights, img_size=config.img_size, num_classes=config.classes, seed=config.seed,
-        ema=config.ema, fresh_head=config.fresh_head, resize=config.resize_position_bias,
-    )  # fmt: skip
+        config.model,
+        config.weights,
+        img_size=config.img_size,
+        num_classes=config.classes,
+        seed=config.seed,
+        ema=config.ema,
+        fresh_head=config.fresh_head,
+        resize=config.resize_position_bias,
+    )
     spec = config.preprocess
     sources = generate(GOLDEN_IMAGES, round(1.3 * config.img_size), seed=GOLDEN_SEED)
     values = np.stack([pixels(source, spec) for source in sources])
@@ -173,9 +220,14 @@ def _images(config: ExportConfig, model: nn.Module, progress: Progress) -> Calib
     count = synthetic_count(config)
     with progress.step(f"make {count} synthetic images"):
         return synthetic_set(
-            model, count, config.preprocess, config.seed, weights=f"{config.model} {weights_fingerprint(model)}",
-            cache=cache_folder() / "synthetic" if config.cache else None, progress=progress.count,
-        )  # fmt: skip
+            model,
+            count,
+            config.preprocess,
+            config.seed,
+            weights=f"{config.model} {weights_fingerprint(model)}",
+            cache=cache_folder() / "synthetic" if config.cache else None,
+            progress=progress.count,
+        )
 
 
 def synthetic_count(config: ExportConfig) -> int:
@@ -184,12 +236,16 @@ def synthetic_count(config: ExportConfig) -> int:
     return count if config.precision in ("int8", "auto") else min(count, OBSERVED_IMAGES)
 
 
-def _graph(config: ExportConfig, reference: _Reference, progress: Progress) -> tuple[onnx.ModelProto, dict[str, float]]:
+def _graph(
+    config: ExportConfig, reference: _Reference, progress: Progress
+) -> tuple[onnx.ModelProto, dict[str, float]]:
     """The simplified float32 graph with a dynamic batch, and each step's largest difference."""
     steps = {}
     with progress.step("fuse"):
         fused = with_head(fuse(reference.classifier), config.head)
-        steps["fuse"] = require_parity("fuse", TorchSession(fused).run(reference.batch), reference.outputs, FUSE_ATOL)
+        steps["fuse"] = require_parity(
+            "fuse", TorchSession(fused).run(reference.batch), reference.outputs, FUSE_ATOL
+        )
 
     def compare(graph: onnx.ModelProto) -> None:
         steps["onnx"] = require_parity(
@@ -200,7 +256,9 @@ def _graph(config: ExportConfig, reference: _Reference, progress: Progress) -> t
         graph = export_onnx(fused, config.img_size, OPSET, config.outputs, compare)
     with progress.step("simplify"):
         graph = simplify(graph)
-        steps["simplify"] = require_parity("simplify", outputs_of(graph, reference.batch, "simplify"), reference.outputs)
+        steps["simplify"] = require_parity(
+            "simplify", outputs_of(graph, reference.batch, "simplify"), reference.outputs
+        )
         if config.batch == 0:
             for count in DYNAMIC_SIZES:
                 index = np.arange(count) % len(reference.batch)
@@ -214,14 +272,23 @@ def _require_tensorrt(config: ExportConfig) -> None:
     try:
         require_tensorrt(config.device)
     except RuntimeMissingError as exc:
-        raise RuntimeMissingError(exc.what, why=exc.why, remedy="--no-build writes a complete bundle without the engine; "
-                                  "cmt-build finishes it on the device") from exc  # fmt: skip
+        raise RuntimeMissingError(
+            exc.what,
+            why=exc.why,
+            remedy=(
+                "--no-build writes a complete bundle without the engine; cmt-build finishes it on the device"
+            ),
+        ) from exc
 
 
 def _typed(
-    config: ExportConfig, graph: onnx.ModelProto, data: CalibrationSet | None, reference: _Reference, manifest: Manifest,
+    config: ExportConfig,
+    graph: onnx.ModelProto,
+    data: CalibrationSet | None,
+    reference: _Reference,
+    manifest: Manifest,
     steps: dict[str, float],
-) -> tuple[onnx.ModelProto, Manifest]:  # fmt: skip
+) -> tuple[onnx.ModelProto, Manifest]:
     """The graph with its precision written into it; what stayed float32 goes into the manifest."""
     observed: dict[str, float] = {}
     images = data or CalibrationSet.choose("generated", OBSERVED_IMAGES, config.preprocess, config.seed)
@@ -230,33 +297,65 @@ def _typed(
         observed = observe(graph, itertools.chain(np.split(reference.batch, len(reference.batch)), batches))
     result = typed(graph, config.precision, observed)
     if findings := parser_findings(result.model):
-        raise GateError("TensorRT's parser would refuse the graph", why="; ".join(findings[:5]),
-                        remedy="nothing was written; report the model, or export --format onnx or openvino")  # fmt: skip
+        raise GateError(
+            "TensorRT's parser would refuse the graph",
+            why="; ".join(findings[:5]),
+            remedy="nothing was written; report the model, or export --format onnx or openvino",
+        )
     steps[f"typed {config.precision}"] = _require_typed(config, graph, result.model, reference)
-    ranges = {"source": images.describe()["source"], "images": min(len(images), OBSERVED_IMAGES) + len(reference.batch),
-              "largest": result.largest} | ({"synthesis": images.synthesis} if images.synthesis else {}) if observed else None  # fmt: skip
-    typing = {"operations": result.operations, "islands": [asdict(i) for i in result.islands], "observed": ranges}
+    ranges = (
+        {
+            "source": images.describe()["source"],
+            "images": min(len(images), OBSERVED_IMAGES) + len(reference.batch),
+            "largest": result.largest,
+        }
+        | ({"synthesis": images.synthesis} if images.synthesis else {})
+        if observed
+        else None
+    )
+    typing = {
+        "operations": result.operations,
+        "islands": [asdict(i) for i in result.islands],
+        "observed": ranges,
+    }
     return result.model, replace(manifest, typing=typing)
 
 
-def _require_typed(config: ExportConfig, before: onnx.ModelProto, after: onnx.ModelProto, reference: _Reference) -> float:
+def _require_typed(
+    config: ExportConfig, before: onnx.ModelProto, after: onnx.ModelProto, reference: _Reference
+) -> float:
     """The largest difference that writing the precision made, with every float16 tensor rounded."""
     step = "write the precision into the graph"
-    ours, expected = outputs_of(rounded(after), reference.batch, step), outputs_of(before, reference.batch, step)
+    ours, expected = (
+        outputs_of(rounded(after), reference.batch, step),
+        outputs_of(before, reference.batch, step),
+    )
     differences = [distance(a, b) for a, b in zip(ours, expected, strict=True)]
     for name, found, output in zip(config.outputs, differences, reference.outputs, strict=True):
         allowed = tolerance(output, config.precision, config.atol)
         if not found <= allowed:
-            raise ParityError(f"{config.precision} changes the {name} by {found:.3g}, allowed are {allowed:.3g}",
-                              remedy="nothing was written; give typical images with --data, allow more with --atol, or use --precision fp32")  # fmt: skip
+            raise ParityError(
+                f"{config.precision} changes the {name} by {found:.3g}, allowed are {allowed:.3g}",
+                remedy=(
+                    "nothing was written; give typical images with --data, allow more with --atol, or use"
+                    " --precision fp32"
+                ),
+            )
     return max(differences)
 
 
-def _build_engine(config: ExportConfig, writer: BundleWriter, manifest: Manifest, progress: Progress) -> Manifest:
+def _build_engine(
+    config: ExportConfig, writer: BundleWriter, manifest: Manifest, progress: Progress
+) -> Manifest:
     """What ``cmt-build`` does, on the bundle that is being written."""
     options = EngineOptions(config.workspace)
     finished = finish(
-        writer.staged(manifest), options, device=config.device, atol=config.atol, progress=progress, name=config.name
+        writer.staged(manifest),
+        options,
+        device=config.device,
+        atol=config.atol,
+        progress=progress,
+        name=config.name,
     )
     for name, content in finished.files.items():
         with writing(config.target):
@@ -266,9 +365,14 @@ def _build_engine(config: ExportConfig, writer: BundleWriter, manifest: Manifest
 
 
 def _write(
-    config: ExportConfig, writer: BundleWriter, graph: onnx.ModelProto, reference: _Reference, manifest: Manifest
+    config: ExportConfig,
+    writer: BundleWriter,
+    graph: onnx.ModelProto,
+    reference: _Reference,
+    manifest: Manifest,
 ) -> Manifest:
-    """``model.onnx``, the compiled artefact and the golden vectors; the manifest knows the runtime's options."""
+    """``model.onnx``, the compiled artefact and the golden vectors; the manifest knows the runtime's
+    options."""
     path = writer.folder / ONNX
     path.write_bytes(graph.SerializeToString(deterministic=True))
     reference.golden.save(writer.folder / GOLDEN)
@@ -283,23 +387,38 @@ def _write(
 def _verify(
     config: ExportConfig, bundle: Bundle, reference: _Reference, labelled: ImageSet | None, progress: Progress
 ) -> Verification:
-    with Predictor(TorchSession(reference.model), config.preprocess, bundle.labels, batch=0, head=config.head) as torch_side:
+    with Predictor(
+        TorchSession(reference.model), config.preprocess, bundle.labels, batch=0, head=config.head
+    ) as torch_side:
         result = verify(
-            bundle, data=labelled, by_order=config.by_order, threads=config.threads, device=config.device, reference=torch_side,
-            max_drop=config.allowed_drop, atol=config.atol, limit=config.eval_limit, progress=progress.count,
+            bundle,
+            data=labelled,
+            by_order=config.by_order,
+            threads=config.threads,
+            device=config.device,
+            reference=torch_side,
+            max_drop=config.allowed_drop,
+            atol=config.atol,
+            limit=config.eval_limit,
+            progress=progress.count,
             candidate=_emulated(config, bundle) if config.format == "trt" and not config.build else None,
-        )  # fmt: skip
+        )
     if not result.passed:
         text = report.verification_text(replace(result, bundle=config.name))
-        raise GateError("the exported model differs from the reference by more than allowed", why="\n       ".join(text.splitlines()),
-                        remedy="nothing was written; calibrate on more and more typical images, use bf16 or fp32, or allow more "
-                               "with --max-drop or --atol")  # fmt: skip
+        raise GateError(
+            "the exported model differs from the reference by more than allowed",
+            why="\n       ".join(text.splitlines()),
+            remedy=(
+                "nothing was written; calibrate on more and more typical images, use bf16 or fp32, or allow"
+                " more with --max-drop or --atol"
+            ),
+        )
     return replace(result, bundle=config.name)
 
 
 def _emulated(config: ExportConfig, bundle: Bundle) -> Predictor:
     """A typed graph on the CPU with every float16 tensor rounded, for where the engine cannot be built."""
-    from deploy.backends.onnxruntime import OnnxRuntimeSession
+    from cmt_edge.deploy.backends.onnxruntime import OnnxRuntimeSession
 
     graph = rounded(onnx.load(bundle.file(ONNX)))
     session = OnnxRuntimeSession(graph.SerializeToString(), LoadOptions(threads=config.threads))
@@ -319,20 +438,39 @@ def _labels(config: ExportConfig, loaded: LoadedWeights) -> tuple[list[list[str]
     return [[f"class_{i}", f"class_{i}"] for i in range(config.classes)], "numbered"
 
 
-def _manifest(config: ExportConfig, reference: _Reference, labels: list[list[str]], labels_source: str) -> Manifest:
+def _manifest(
+    config: ExportConfig, reference: _Reference, labels: list[list[str]], labels_source: str
+) -> Manifest:
     loaded, model = reference.loaded, reference.classifier
     source = config.weights if config.weights in ("pretrained", "random") else loaded.source
-    weights: dict[str, Any] = {"source": source, "sha256": weights_fingerprint(model), "seed": config.seed,
-                               "ema": loaded.ema, "fresh": list(loaded.fresh), "resized": list(loaded.resized)}  # fmt: skip
+    weights: dict[str, Any] = {
+        "source": source,
+        "sha256": weights_fingerprint(model),
+        "seed": config.seed,
+        "ema": loaded.ema,
+        "fresh": list(loaded.fresh),
+        "resized": list(loaded.resized),
+    }
     size = config.img_size
     batch: int | str = config.batch or "batch"
     return Manifest(
-        model={"provider": PROVIDER, "name": config.model, "family": config.spec.family, "img_size": size,
-               "num_classes": config.classes, "head": config.head, "params": count_params(model),
-               "macs": macs(reference.model), "opset": OPSET, "weights": weights},
+        model={
+            "provider": PROVIDER,
+            "name": config.model,
+            "family": config.spec.family,
+            "img_size": size,
+            "num_classes": config.classes,
+            "head": config.head,
+            "params": count_params(model),
+            "macs": macs(reference.model),
+            "opset": OPSET,
+            "weights": weights,
+        },
         input={"name": "input", "shape": [batch, 3, size, size], "dtype": "float32"},
-        outputs=[{"name": name, "shape": [batch, *output.shape[1:]], "dtype": "float32"}
-                 for name, output in zip(config.outputs, reference.outputs, strict=True)],
+        outputs=[
+            {"name": name, "shape": [batch, *output.shape[1:]], "dtype": "float32"}
+            for name, output in zip(config.outputs, reference.outputs, strict=True)
+        ],
         preprocess=config.preprocess.to_json(),
         labels=labels,
         labels_source=labels_source,
@@ -340,11 +478,15 @@ def _manifest(config: ExportConfig, reference: _Reference, labels: list[list[str
         format=config.format,
         versions=versions(),
         host=describe(),
-    )  # fmt: skip
+    )
 
 
 def _write_reports(
-    folder: Path, config: ExportConfig, result: Verification, speed: Benchmark | None, verdict: dict[str, Any] | None
+    folder: Path,
+    config: ExportConfig,
+    result: Verification,
+    speed: Benchmark | None,
+    verdict: dict[str, Any] | None,
 ) -> None:
     text = f"# {config.name}\n\n## Verification\n\n{report.verification_text(result, markdown=True)}\n"
     content = {"verification": report.plain(result)}

@@ -16,19 +16,21 @@ import torch
 from onnx import helper, numpy_helper
 from torch import nn
 
-from calib.groups import MODULE
-from cmt import FeatureMaps
-from deploy.bundle import LOGITS
-from deploy.errors import CmtEdgeError, ParityError, StepError
+from cmt_edge.calib.groups import MODULE
+from cmt_edge.cmt import FeatureMaps
+from cmt_edge.deploy.bundle import LOGITS
+from cmt_edge.deploy.errors import CmtEdgeError, ParityError, StepError
 
 INPUT, BATCH = "input", "batch"
 ATOL = 1e-4
 """Allowed difference of a float32 graph's output, relative to the largest value but at least absolute."""
 FUSE_ATOL = 1e-5
 UNTYPED = ("CastLike", "SplitToSequence")
-"""What torch.onnx writes for a conv without a bias (zeros "like" its input, made at every inference) and for ``split`` and ``chunk``.
+"""What torch.onnx writes for a conv without a bias (zeros "like" its input, made at every inference) and for
+``split`` and ``chunk``.
 
-onnxsim leaves them, with the batch norms behind such convs; torch.onnx's own optimizer does not. Rewritten families have neither.
+onnxsim leaves them, with the batch norms behind such convs; torch.onnx's own optimizer does not. Rewritten
+families have neither.
 """
 
 
@@ -41,17 +43,18 @@ def export_onnx(
 ) -> onnx.ModelProto:
     """Trace ``model``; the graph takes any batch size.
 
-    Tracing with a fixed batch takes half the time of a symbolic one, so that is tried first, the batch freed afterwards and the graph
-    compared with ``model`` on another batch size. The graph holds no stack traces or paths, so equal inputs give equal bytes; each node
-    keeps the name of the module it comes from as metadata (:data:`calib.groups.MODULE`), until :func:`with_batch`.
+    Tracing with a fixed batch takes half the time of a symbolic one, so that is tried first, the batch freed
+    afterwards and the graph compared with ``model`` on another batch size. The graph holds no stack traces or
+    paths, so equal inputs give equal bytes; each node keeps the name of the module it comes from as metadata
+    (:data:`cmt_edge.calib.groups.MODULE`), until :func:`with_batch`.
 
     Args:
         model: in eval mode.
         img_size: height and width of its images.
         opset: of ONNX.
         outputs: names of what it returns.
-        check: raises ``ParityError`` if a graph does not answer as ``model`` on a batch whose size is not :data:`TRACED_BATCH`; default: on two
-            images made here.
+        check: raises ``ParityError`` if a graph does not answer as ``model`` on a batch whose size is not
+            :data:`TRACED_BATCH`; default: on two images made here.
 
     Raises:
         StepError: torch.onnx or onnx.checker refuses the model.
@@ -68,8 +71,11 @@ def export_onnx(
 
 
 def _require_same(model: nn.Module, graph: onnx.ModelProto, img_size: int) -> float:
-    """The largest difference from ``model`` on two images; raises :class:`ParityError` beyond :data:`ATOL`."""
-    images = torch.linspace(-2, 2, OTHER_BATCH * 3 * img_size**2).reshape(OTHER_BATCH, 3, img_size, img_size).sin()
+    """The largest difference from ``model`` on two images; raises :class:`ParityError` beyond
+    :data:`ATOL`."""
+    images = (
+        torch.linspace(-2, 2, OTHER_BATCH * 3 * img_size**2).reshape(OTHER_BATCH, 3, img_size, img_size).sin()
+    )
     with torch.inference_mode():
         given = model(images)
     expected = [v.numpy() for v in ((given,) if isinstance(given, torch.Tensor) else given)]
@@ -78,21 +84,31 @@ def _require_same(model: nn.Module, graph: onnx.ModelProto, img_size: int) -> fl
 
 FATAL_ONLY = 4
 UNWANTED = ("fuse_matmul_add_bias_into_gemm", "fuse_matmul_add_bias_into_gemm_batched")
-"""Passes of onnxsim that are left out: a ``Gemm`` needs its tokens flattened, and OpenVINO copies a tensor that is read both so and as a map."""
+"""Passes of onnxsim that are left out: a ``Gemm`` needs its tokens flattened, and OpenVINO copies a tensor
+that is read both so and as a map."""
 TRACED_BATCH = 13
 """Not a size that models use themselves, so that it is known again in the graph's shapes."""
 OTHER_BATCH = 2
 
 
-def _traced(model: nn.Module, img_size: int, opset: int, outputs: Sequence[str], batch: int | None) -> onnx.ModelProto:
+def _traced(
+    model: nn.Module, img_size: int, opset: int, outputs: Sequence[str], batch: int | None
+) -> onnx.ModelProto:
     """What torch.onnx makes of ``model`` with a fixed batch size, or with a symbolic one (``None``)."""
     example = torch.zeros(batch or 2, 3, img_size, img_size)  # 2: a symbolic batch of 1 would be baked in
     with guarded("export to ONNX"), _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            model, (example,), dynamo=True, opset_version=opset, input_names=[INPUT], output_names=list(outputs),
-            dynamic_shapes=None if batch else ({0: torch.export.Dim(BATCH)},), external_data=False, verbose=False,
+            model,
+            (example,),
+            dynamo=True,
+            opset_version=opset,
+            input_names=[INPUT],
+            output_names=list(outputs),
+            dynamic_shapes=None if batch else ({0: torch.export.Dim(BATCH)},),
+            external_data=False,
+            verbose=False,
             optimize=False,  # onnxsim does it faster
-        )  # fmt: skip
+        )
         assert program is not None
         if any(node.op_type in UNTYPED for node in program.model_proto.graph.node):
             program.optimize()
@@ -102,11 +118,13 @@ def _traced(model: nn.Module, img_size: int, opset: int, outputs: Sequence[str],
 def _batch_freed(model: onnx.ModelProto) -> onnx.ModelProto:
     """``model``, traced with :data:`TRACED_BATCH`, in place, with every shape that begins with it left open.
 
-    torch.onnx builds shapes by concatenating constants. Where only reshapes read one, the batch becomes -1; elsewhere (class tokens are
-    expanded) the input's own.
+    torch.onnx builds shapes by concatenating constants. Where only reshapes read one, the batch becomes -1;
+    elsewhere (class tokens are expanded) the input's own.
     """
     graph = model.graph
-    constants = {i.name: numpy_helper.to_array(i) for i in graph.initializer if i.data_type == onnx.TensorProto.INT64}
+    constants = {
+        i.name: numpy_helper.to_array(i) for i in graph.initializer if i.data_type == onnx.TensorProto.INT64
+    }
     constants |= {n.output[0]: np.atleast_1d(_constant(n)) for n in graph.node if n.op_type == "Constant"}
     readers: dict[str, set[str]] = {}
     for node in graph.node:
@@ -116,7 +134,9 @@ def _batch_freed(model: onnx.ModelProto) -> onnx.ModelProto:
         if node.op_type == "Concat" and all(name in constants for name in node.input):
             shape = np.concatenate([np.atleast_1d(constants[name]) for name in node.input])
             if shape[0] == TRACED_BATCH:
-                node.input[0] = "open" if readers.get(node.output[0]) == {"Reshape"} and -1 not in shape else "batch_size"
+                node.input[0] = (
+                    "open" if readers.get(node.output[0]) == {"Reshape"} and -1 not in shape else "batch_size"
+                )
     graph.initializer.append(numpy_helper.from_array(np.array([-1], np.int64), "open"))
     graph.node.insert(0, helper.make_node("Shape", [INPUT], ["batch_size"], "batch_size", start=0, end=1))
     return _with_ends(model, 0)
@@ -133,12 +153,15 @@ def simplify(graph: onnx.ModelProto) -> onnx.ModelProto:
     with guarded("simplify"), _quiet():
         simplified, ok = onnxsim.simplify(graph, skipped_optimizers=list(UNWANTED))
         if not ok:
-            raise StepError("step 'simplify' failed: onnxsim's own check did not pass", remedy="report the model")
+            raise StepError(
+                "step 'simplify' failed: onnxsim's own check did not pass", remedy="report the model"
+            )
     return checked("simplify", _relabelled(_anonymous(simplified), graph))
 
 
 def with_batch(graph: onnx.ModelProto, batch: int) -> onnx.ModelProto:
-    """A copy whose input and outputs have a fixed batch size; ``0`` keeps it dynamic. Names of modules are left out.
+    """A copy whose input and outputs have a fixed batch size; ``0`` keeps it dynamic. Names of modules are
+    left out.
 
     Nothing else in the graph depends on the batch: reshapes leave it to -1.
     """
@@ -150,7 +173,8 @@ def with_batch(graph: onnx.ModelProto, batch: int) -> onnx.ModelProto:
 
 
 def _with_ends(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
-    """``model``, in place, with the batch size of its input and outputs set, and no shapes of what lies between."""
+    """``model``, in place, with the batch size of its input and outputs set, and no shapes of what lies
+    between."""
     del model.graph.value_info[:]
     for value in (model.graph.input[0], *model.graph.output):
         dim = value.type.tensor_type.shape.dim[0]
@@ -179,7 +203,8 @@ def logits_of(graph: onnx.ModelProto, batch: np.ndarray, step: str) -> np.ndarra
 
 
 def run_graph(graph: onnx.ModelProto, step: str) -> Callable[[np.ndarray], list[np.ndarray]]:
-    """``graph``, opened in ONNX Runtime: a function from a batch, float32 ``(N, 3, S, S)``, to all outputs."""
+    """``graph``, opened in ONNX Runtime: a function from a batch, float32 ``(N, 3, S, S)``, to all
+    outputs."""
     name = graph.graph.input[0].name
     import onnxruntime as ort
 
@@ -195,8 +220,11 @@ def run_graph(graph: onnx.ModelProto, step: str) -> Callable[[np.ndarray], list[
     return run
 
 
-def require_parity(step: str, ours: Sequence[np.ndarray], reference: Sequence[np.ndarray], atol: float = ATOL) -> float:
-    """The largest difference of any output; raises :class:`ParityError` with the step's name beyond ``atol``."""
+def require_parity(
+    step: str, ours: Sequence[np.ndarray], reference: Sequence[np.ndarray], atol: float = ATOL
+) -> float:
+    """The largest difference of any output; raises :class:`ParityError` with the step's name beyond
+    ``atol``."""
     differences = [_largest_difference(a, b) for a, b in zip(ours, reference, strict=True)]
     for i, (found, expected) in enumerate(zip(differences, reference, strict=True)):
         allowed = atol * max(1.0, float(np.abs(expected).max()))
@@ -223,12 +251,16 @@ def guarded(step: str) -> Iterator[None]:
         raise
     except Exception as exc:
         text = str(exc).strip().splitlines()
-        raise StepError(f"step '{step}' failed", why=f"{type(exc).__name__}: {text[0] if text else ''}",
-                        remedy="see the trace with -v and report the model") from exc  # fmt: skip
+        raise StepError(
+            f"step '{step}' failed",
+            why=f"{type(exc).__name__}: {text[0] if text else ''}",
+            remedy="see the trace with -v and report the model",
+        ) from exc
 
 
 def _anonymous(graph: onnx.ModelProto, wrapper: str = "") -> onnx.ModelProto:
-    """Without doc strings and metadata, which name files of the exporting machine; of the latter only module names stay.
+    """Without doc strings and metadata, which name files of the exporting machine; of the latter only module
+    names stay.
 
     They begin inside ``wrapper``, a prefix of all of them.
     """
@@ -247,7 +279,8 @@ def _anonymous(graph: onnx.ModelProto, wrapper: str = "") -> onnx.ModelProto:
 
 
 def _module(node: onnx.NodeProto) -> str | None:
-    """Path of the module whose ``forward`` made ``node``, as torch.onnx recorded it; ``None`` where it is not known."""
+    """Path of the module whose ``forward`` made ``node``, as torch.onnx recorded it; ``None`` where it is not
+    known."""
     known = {p.key: p.value for p in node.metadata_props}
     if MODULE in known:
         return known[MODULE]
@@ -259,8 +292,11 @@ def _module(node: onnx.NodeProto) -> str | None:
 
 
 def _relabelled(simplified: onnx.ModelProto, traced: onnx.ModelProto) -> onnx.ModelProto:
-    """``simplified`` with module names on operations that onnxsim made too: the name of what reads their result first."""
-    known = {output: module for node in traced.graph.node if (module := _module(node)) for output in node.output}
+    """``simplified`` with module names on operations that onnxsim made too: the name of what reads their
+    result first."""
+    known = {
+        output: module for node in traced.graph.node if (module := _module(node)) for output in node.output
+    }
     for node in reversed(simplified.graph.node):
         module = next((known[name] for name in node.output if name in known), None)
         del node.metadata_props[:]

@@ -1,10 +1,12 @@
-"""Shows that what a device needs resolves to wheels, with no source builds, on the Pythons of Jetson's two Ubuntus.
+"""Shows that what a device needs resolves to wheels, with no source builds, on the Pythons of Jetson's two
+Ubuntus.
 
     python scripts/check_aarch64_wheels.py [--json]
 
-Asks the package index that pip is set up with; resolves but installs nothing. TensorRT itself is not resolved: it comes
-with JetPack. Exit code 0 if every required extra resolves, 1 if one does not, 2 if pyproject.toml lacks one, 3 if the
-index cannot be reached. OpenVINO is shown as information and decides nothing.
+Asks the package index that pip is set up with; resolves but installs nothing. TensorRT itself is not
+resolved: it comes with JetPack. Exit code 0 if every required extra resolves, 1 if one does not, 2 if
+pyproject.toml lacks one, 3 if the index cannot be reached. OpenVINO is shown as information and decides
+nothing.
 """
 
 from __future__ import annotations
@@ -20,15 +22,15 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from deploy.report import table
+from cmt_edge.deploy.report import table
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIRED = ("onnxruntime", "tensorrt", "tensorrt-cu12")
 INFORMATION = ("openvino",)
 UNREACHABLE = re.compile("connection broken|Could not fetch URL|ConnectionError|ReadTimeout", re.IGNORECASE)
 
-# pip takes wheel tags from its options but evaluates markers for the Python that runs it, so markers are told the target.
-# The report names the environment it was made for, which resolve() checks.
+# pip takes wheel tags from its options but evaluates markers for the Python that runs it, so markers are told
+# the target. The report names the environment it was made for, which resolve() checks.
 PIP = """
 import json, runpy, sys
 from pip._vendor.packaging import markers
@@ -56,7 +58,12 @@ class Target:
 
     def markers(self) -> dict[str, str]:
         version = {"python_version": self.python.rpartition(".")[0], "python_full_version": self.python}
-        system = {"platform_machine": "aarch64", "platform_system": "Linux", "sys_platform": "linux", "os_name": "posix"}
+        system = {
+            "platform_machine": "aarch64",
+            "platform_system": "Linux",
+            "sys_platform": "linux",
+            "os_name": "posix",
+        }
         return version | system | {"implementation_name": "cpython", "implementation_version": self.python}
 
 
@@ -94,14 +101,35 @@ def requirements(pyproject: Path) -> dict[str, list[str]]:
 
 
 def resolve(target: Target, extra: str, wanted: list[str]) -> Resolution:
-    """Let pip resolve ``wanted`` for ``target``; raises UnreachableError, and ValueError where pip ignores the target."""
+    """Let pip resolve ``wanted`` for ``target``; raises UnreachableError, and ValueError where pip ignores
+    the target."""
     platforms = [part for tag in target.platforms() for part in ("--platform", tag)]
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            sys.executable, "-c", PIP, json.dumps(target.markers()), "install", "--dry-run", "--ignore-installed",
-            "--only-binary=:all:", "--target", folder, "--implementation", "cp", "--python-version", target.python, *platforms,
-            "--disable-pip-version-check", "--no-input", "--retries", "1", "--quiet", "--report", "-", *wanted,
-        ]  # fmt: skip
+            sys.executable,
+            "-c",
+            PIP,
+            json.dumps(target.markers()),
+            "install",
+            "--dry-run",
+            "--ignore-installed",
+            "--only-binary=:all:",
+            "--target",
+            folder,
+            "--implementation",
+            "cp",
+            "--python-version",
+            target.python,
+            *platforms,
+            "--disable-pip-version-check",
+            "--no-input",
+            "--retries",
+            "1",
+            "--quiet",
+            "--report",
+            "-",
+            *wanted,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     required = extra in REQUIRED
     if done.returncode:
@@ -112,7 +140,9 @@ def resolve(target: Target, extra: str, wanted: list[str]) -> Resolution:
     report = json.loads(done.stdout)
     if not target.markers().items() <= report["environment"].items():
         raise ValueError("this pip evaluates markers for the machine it runs on, not for the target")
-    return Resolution(target, extra, required, sorted(map(wheel, report["install"]), key=lambda w: w.package.lower()))
+    return Resolution(
+        target, extra, required, sorted(map(wheel, report["install"]), key=lambda w: w.package.lower())
+    )
 
 
 def wheel(item: dict) -> Wheel:
@@ -132,14 +162,23 @@ def size(url: str) -> int | None:
 
 def text(results: list[Resolution]) -> str:
     rows = [
-        [r.target.python, r.extra, w.package, w.version, w.file, "?" if w.bytes is None else f"{w.bytes / 1e6:.1f}"]
+        [
+            r.target.python,
+            r.extra,
+            w.package,
+            w.version,
+            w.file,
+            "?" if w.bytes is None else f"{w.bytes / 1e6:.1f}",
+        ]
         for r in results
         for w in r.wheels
     ]
     lines = [table(["Python", "extra", "package", "version", "wheel", "MB"], rows), ""]
     for r in results:
         known = [w.bytes for w in r.wheels if w.bytes is not None]
-        total = f"{len(r.wheels)} wheels, {sum(known) / 1e6:.1f} MB" + (" or more" if len(known) < len(r.wheels) else "")
+        total = f"{len(r.wheels)} wheels, {sum(known) / 1e6:.1f} MB" + (
+            " or more" if len(known) < len(r.wheels) else ""
+        )
         note = "" if r.required else " (information only)"
         lines.append(f"Python {r.target.python} ({r.target.name}), {r.extra}{note}: {r.error or total}")
     return "\n".join(lines)
@@ -147,16 +186,25 @@ def text(results: list[Resolution]) -> str:
 
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--pyproject", type=Path, default=ROOT / "pyproject.toml", help="read another file's requirements")
+    p.add_argument(
+        "--pyproject", type=Path, default=ROOT / "pyproject.toml", help="read another file's requirements"
+    )
     p.add_argument("--json", action="store_true", help="print one JSON object")
     args = p.parse_args()
     try:
-        results = [resolve(t, extra, wanted) for t in TARGETS for extra, wanted in requirements(args.pyproject).items()]
+        results = [
+            resolve(t, extra, wanted)
+            for t in TARGETS
+            for extra, wanted in requirements(args.pyproject).items()
+        ]
     except (OSError, ValueError) as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 2
     except UnreachableError:
-        print("error: the package index cannot be reached; check the network and pip's settings", file=sys.stderr)
+        print(
+            "error: the package index cannot be reached; check the network and pip's settings",
+            file=sys.stderr,
+        )
         return 3
     failed = [r for r in results if r.error and r.required]
     as_json = {"passed": not failed, "resolutions": [asdict(r) for r in results]}

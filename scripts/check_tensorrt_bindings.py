@@ -1,8 +1,10 @@
-"""Drive the build and run code of ``deploy`` through NVIDIA's real Python bindings over a backend that computes nothing.
+"""Drive the build and run code of ``deploy`` through NVIDIA's real Python bindings over a backend that
+computes nothing.
 
-``scripts/check_tensorrt_bindings.sh`` runs this once for each supported version. The bindings check every name, argument type and
-overload; what they return is meaningless (every name is "DCBA", every shape empty), so the places that read such a value are
-replaced, and so is copying the bytes of a plan. CUDA is the fake of ``tests/fakes``.
+``scripts/check_tensorrt_bindings.sh`` runs this once for each supported version. The bindings check every
+name, argument type and overload; what they return is meaningless (every name is "DCBA", every shape empty),
+so the places that read such a value are replaced, and so is copying the bytes of a plan. CUDA is the fake of
+``tests/fakes``.
 """
 
 from __future__ import annotations
@@ -25,16 +27,26 @@ PARSER_ERROR = ("code", "desc", "file", "func", "line", "node", "node_name", "no
 
 def build(folder: Path) -> None:
     """A static and a dynamic engine, with and without a timing cache and TF32."""
-    from deploy import engine_builder
-    from deploy.backends.tensorrt import Log
-    from deploy.engine import Request
+    from cmt_edge.deploy.tensorrt import builder as engine_builder
+    from cmt_edge.deploy.tensorrt.engine import Request
+    from cmt_edge.deploy.tensorrt.session import Log
 
     engine_builder.blob = lambda memory: b"plan"
     (folder / "model.onnx").write_bytes(b"onnx")
     for tf32, profile in ((False, None), (True, (1, 2, 8))):
         digest = hashlib.sha256(b"onnx").hexdigest()
-        request = Request(str(folder / "model.onnx"), digest, str(folder / "plan"), str(folder / "timing"), NAME, (1, 3, 64, 64), 1 << 30, 3,
-                          tf32, profile)  # fmt: skip
+        request = Request(
+            str(folder / "model.onnx"),
+            digest,
+            str(folder / "plan"),
+            str(folder / "timing"),
+            NAME,
+            (1, 3, 64, 64),
+            1 << 30,
+            3,
+            tf32,
+            profile,
+        )
         seen: list[str] = []
         engine_builder.build(request, lambda phase, share, seen=seen: seen.append(phase), Log())
         assert (folder / "plan").read_bytes() == b"plan"
@@ -46,9 +58,9 @@ def build(folder: Path) -> None:
 
 def run() -> None:
     """Open, run with a CUDA graph and without, time, profile and inspect."""
-    from deploy.backends import tensorrt as backend
-    from deploy.cuda import open_cuda
-    from deploy.errors import StepError
+    from cmt_edge.deploy.errors import StepError
+    from cmt_edge.deploy.tensorrt import session as backend
+    from cmt_edge.deploy.tensorrt.cuda import open_cuda
 
     backend.TensorRTSession._largest_batch = lambda self: 8  # type: ignore[method-assign]
     require(StepError, "not one float32 input", lambda: backend.TensorRTSession(b"plan", open_cuda()))
@@ -82,13 +94,17 @@ def require(kind: type[Exception], word: str, call: Callable[[], object]) -> Non
 
 
 def main() -> int:
-    """1 where a step fails; ends the process at once, because destroying objects of the null backend is undefined."""
+    """1 where a step fails; ends the process at once, because destroying objects of the null backend is
+    undefined."""
     sys.path[:0] = [str(ROOT)]
     sys.path.append(str(ROOT / "tests" / "fakes"))  # after the real bindings: only its `cuda` is wanted
     os.environ["CMT_EDGE_CACHE"] = os.environ["CMT_EDGE_STATE"] = tempfile.mkdtemp()
     found = PathFinder.find_spec("tensorrt")
     if found is None or "fakes" in str(found.origin):
-        print("error: the real bindings are not on the path; run scripts/check_tensorrt_bindings.sh", file=sys.stderr)
+        print(
+            "error: the real bindings are not on the path; run scripts/check_tensorrt_bindings.sh",
+            file=sys.stderr,
+        )
         return 3
     import tensorrt as trt
 

@@ -81,7 +81,7 @@ arm_python() { PYTHONSAFEPATH=1 PYTHONPATH=$site "$qemu" -cpu cortex-a76 -L "$ro
 say "cmt-edge[onnxruntime,openvino] and its wheels for aarch64"
 rm -rf "$site" "$work/source"
 mkdir "$work/source" # setuptools builds in the source folder
-for part in pyproject.toml README.md LICENSE cmt export calib deploy; do
+for part in pyproject.toml README.md LICENSE src cmt export calib deploy; do
     cp -R "$repository/$part" "$work/source"
 done
 version=$(arm_python -c 'import platform; print(platform.python_version())')
@@ -105,5 +105,5 @@ fi
 say "cmt-verify"
 arm_python -c 'import platform; print(platform.machine(), *platform.libc_ver(), "Python", platform.python_version())'
 for bundle in "$@"; do
-    arm_python -c 'from deploy.cli import verify; raise SystemExit(verify())' "$bundle"
+    arm_python -c 'from cmt_edge.deploy.cli.verify import main; raise SystemExit(main())' "$bundle"
 done

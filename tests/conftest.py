@@ -36,7 +36,7 @@ def cifar() -> Path:
 
 
 def _export(tmp_path_factory, **settings):
-    from export import ExportConfig, run
+    from cmt_edge.export import ExportConfig, run
 
     return run(ExportConfig("cmt_nano", output=str(tmp_path_factory.mktemp("bundles")), **settings))
 
@@ -61,7 +61,8 @@ def int8_bundle(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """PyTorch on one thread: as the golden data was made, and much faster where other work keeps the cores busy."""
+    """PyTorch on one thread: as the golden data was made, and much faster where other work keeps the cores
+    busy."""
     import torch
 
     threads = torch.get_num_threads()
@@ -78,8 +79,8 @@ def traced_once():
     """torch.onnx takes ten seconds: equal weights are traced once a session."""
     import onnx
 
-    from cmt import weights_fingerprint
-    from export import pipeline
+    from cmt_edge.cmt import weights_fingerprint
+    from cmt_edge.export import pipeline
 
     real = pipeline.export_onnx
 
@@ -108,7 +109,8 @@ FAKES = ROOT / "tests" / "fakes"
 
 @pytest.fixture
 def gpu_machine(monkeypatch, tmp_path):
-    """A machine with a fake GPU and a fake TensorRT, its own secret and its own cache; the path of a log of deserialised engines.
+    """A machine with a fake GPU and a fake TensorRT, its own secret and its own cache; the path of a log of
+    deserialised engines.
 
     Child processes see the fakes too. ``FAKE_TRT`` and ``FAKE_CUDA`` in the environment make them fail.
     """
@@ -126,17 +128,24 @@ def gpu_machine(monkeypatch, tmp_path):
 def forget_fakes() -> None:
     """Import TensorRT, CUDA and the backend over them anew."""
     for name in [*sys.modules]:
-        if name.split(".")[0] in ("tensorrt", "cuda") or name in ("deploy.backends.tensorrt", "deploy.engine_builder"):
+        if name.split(".")[0] in ("tensorrt", "cuda") or name in (
+            "cmt_edge.deploy.tensorrt.session",
+            "cmt_edge.deploy.tensorrt.builder",
+        ):
             del sys.modules[name]
 
 
 GIANT_MACS = 9e9
-"""Models above this are tested on demand (``pytest -m giant``): their goldens and exports take minutes and gigabytes."""
+"""Models above this are tested on demand (``pytest -m giant``): their goldens and exports take minutes and
+gigabytes."""
 
 
 def marked_models(names=None):
     """Registry names for ``parametrize``; giant ones carry the marker ``giant``."""
-    from cmt import list_models, model_spec
+    from cmt_edge.cmt import list_models, model_spec
 
     names = list_models() if names is None else names
-    return [pytest.param(n, marks=pytest.mark.giant) if (model_spec(n).macs or 0) > GIANT_MACS else n for n in names]
+    return [
+        pytest.param(n, marks=pytest.mark.giant) if (model_spec(n).macs or 0) > GIANT_MACS else n
+        for n in names
+    ]

@@ -1,4 +1,5 @@
-"""A family in one file: what docs/families.md describes, on a hybrid with one conv and one attention block a stage.
+"""A family in one file: what docs/families.md describes, on a hybrid with one conv and one attention block a
+stage.
 
 ``tests/test_example_family.py`` registers it as a user would, by one more entry in ``cmt.registry.FAMILIES``.
 """
@@ -10,9 +11,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from cmt.fuse import affine_into, batch_norm_after, key_bias_dropped, scale_into, value_bias_into
-from cmt.layers import merge_heads, scaled, split_heads, to_map, to_tokens
-from cmt.registry import ModelSpec, register
+from cmt_edge.cmt.layers import merge_heads, scaled, split_heads, to_map, to_tokens
+from cmt_edge.cmt.registry import ModelSpec, register
+from cmt_edge.cmt.rewrites import affine_into, batch_norm_after, key_bias_dropped, scale_into, value_bias_into
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class Stage(nn.Module):
 
 
 class Example(nn.Module):
-    """Example classifier: float32 ``(N, 3, S, S)`` -> logits ``(N, num_classes)``; no weight depends on ``S``."""
+    """Example classifier: float32 ``(N, 3, S, S)`` -> logits ``(N, num_classes)``; no weight depends on
+    ``S``."""
 
     spec: ClassVar[Any]
 
@@ -68,7 +70,8 @@ class Example(nn.Module):
         self.config, self.img_size, self.num_classes = config, img_size, num_classes
         in_dims = (3, *config.dims)
         self.stages = nn.ModuleList(
-            Stage(in_dims[i], dim, config.heads[i], dim * config.mlp_ratio) for i, dim in enumerate(config.dims)
+            Stage(in_dims[i], dim, config.heads[i], dim * config.mlp_ratio)
+            for i, dim in enumerate(config.dims)
         )
         self.norm, self.head = nn.LayerNorm(config.dims[-1]), nn.Linear(config.dims[-1], num_classes)
 
@@ -85,7 +88,8 @@ class Example(nn.Module):
 
 
 def published_key(key: str) -> str:
-    """Our name of a key as the (imagined) authors publish it, e.g. ``layers.0.conv.weight``; ours are left as they are."""
+    """Our name of a key as the (imagined) authors publish it, e.g. ``layers.0.conv.weight``; ours are left as
+    they are."""
     return key.replace("layers.", "stages.", 1) if key.startswith("layers.") else key
 
 

@@ -38,7 +38,9 @@ def run(script: str, folder: Path, *arguments: str) -> tuple[dict, str]:
 @pytest.mark.giant
 def test_peers_measures_rows_against_the_base(tmp_path):
     plot = tmp_path / "speed.svg"
-    content, text = run("peers.py", tmp_path, "--models", "cmt_nano", "--only", "ort_fp32", "ours_fp32", "--plot", str(plot))
+    content, text = run(
+        "peers.py", tmp_path, "--models", "cmt_nano", "--only", "ort_fp32", "ours_fp32", "--plot", str(plot)
+    )
     rows = {r["key"]: r for r in content["models"]["cmt_nano"]}
     assert list(rows) == ["ort_fp32", "ov_fp32", "ours_fp32"]
     for row in rows.values():
@@ -69,7 +71,9 @@ def test_a_row_that_cannot_be_made_says_why(tmp_path, monkeypatch):
 
 @pytest.mark.giant
 def test_ablation_measures_a_rewrite_alone_and_left_out(tmp_path):
-    content, text = run("ablation.py", tmp_path, "--model", "cmt_nano", "--only", "scale into q", "attention products int8")
+    content, text = run(
+        "ablation.py", tmp_path, "--model", "cmt_nano", "--only", "scale into q", "attention products int8"
+    )
     found = {(v["name"], v["precision"]): v for v in content["variants"]}
     for name in ("none", "all", "only: scale into q", "all but: scale into q"):
         row = found[name, "fp32"]
@@ -111,10 +115,14 @@ def stored(folder: Path, model: str, **changes) -> Path:
         "executed": "fp32 100 %",
     }
     content = {
-        "machine": {"cpu": "a CPU", "cores": 2, "flags": ["avx2"]}, "versions": {"openvino": "1"}, "threads": 2, "base": "ov_fp32",
+        "machine": {"cpu": "a CPU", "cores": 2, "flags": ["avx2"]},
+        "versions": {"openvino": "1"},
+        "threads": 2,
+        "base": "ov_fp32",
         "protocol": {"iters": 100, "seconds": 3.0, "warmup_iters": 10, "warmup_seconds": 1.0},
-        "calibration": {"source": "generated", "images": 32}, "models": {model: [row]},
-    } | changes  # fmt: skip
+        "calibration": {"source": "generated", "images": 32},
+        "models": {model: [row]},
+    } | changes
     path = folder / f"{model}.json"
     path.write_text(json.dumps(content), encoding="utf-8")
     return path
@@ -128,7 +136,9 @@ def again(folder: Path, *paths: Path) -> subprocess.CompletedProcess[str]:
 
 def test_earlier_runs_go_into_one_document(tmp_path):
     done = again(
-        tmp_path, stored(tmp_path, "cmt_ti"), stored(tmp_path, "cmt_s", calibration={"source": "generated", "images": 64})
+        tmp_path,
+        stored(tmp_path, "cmt_ti"),
+        stored(tmp_path, "cmt_s", calibration={"source": "generated", "images": 64}),
     )
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "all.md").read_text(encoding="utf-8")
@@ -139,7 +149,12 @@ def test_earlier_runs_go_into_one_document(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"threads": 1}, {"versions": {"openvino": "2"}}, {"machine": {"cpu": "another", "cores": 2, "flags": []}}]
+    "change",
+    [
+        {"threads": 1},
+        {"versions": {"openvino": "2"}},
+        {"machine": {"cpu": "another", "cores": 2, "flags": []}},
+    ],
 )
 def test_runs_that_differ_are_not_mixed(tmp_path, change):
     done = again(tmp_path, stored(tmp_path, "cmt_ti"), stored(tmp_path, "cmt_s", **change))

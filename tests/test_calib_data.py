@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from calib import CalibrationSet
-from calib.generated import generate
-from deploy.errors import DataError, ImageError
-from deploy.images import ImageSet
-from deploy.preprocess import Preprocess, preprocess
+from cmt_edge.calib import CalibrationSet
+from cmt_edge.calib.generated import generate
+from cmt_edge.deploy.errors import DataError, ImageError
+from cmt_edge.deploy.images import ImageSet
+from cmt_edge.deploy.preprocessing import Preprocess, preprocess
 
 SPEC = Preprocess(32, None, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 CLASSES = ("cat", "dog", "owl")
@@ -23,7 +23,9 @@ CLASSES = ("cat", "dog", "owl")
 
 def png(seed: int, size: int = 12) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)).save(buffer, "PNG")
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)).save(
+        buffer, "PNG"
+    )
     return buffer.getvalue()
 
 
@@ -59,15 +61,20 @@ def test_choice_is_reproducible_and_depends_on_the_seed(photos):
     assert len(first) == first.count == 9
 
 
-@pytest.mark.parametrize(("counts", "size", "expected"), [
-    ((10, 10, 10), 9, (3, 3, 3)),
-    ((10, 10, 10), 10, (3, 3, 4)),
-    ((1, 10, 10), 9, (1, 4, 4)),
-    ((2, 1, 3), 6, (1, 2, 3)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("counts", "size", "expected"),
+    [
+        ((10, 10, 10), 9, (3, 3, 3)),
+        ((10, 10, 10), 10, (3, 3, 4)),
+        ((1, 10, 10), 9, (1, 4, 4)),
+        ((2, 1, 3), 6, (1, 2, 3)),
+    ],
+)
 def test_classes_take_part_equally(tmp_path, counts, size, expected):
     make(tmp_path, dict(zip(CLASSES, counts, strict=True)))
-    labels = {tuple(preprocess((tmp_path / i.name).read_bytes(), SPEC).ravel()): i.label for i in ImageSet(tmp_path)}
+    labels = {
+        tuple(preprocess((tmp_path / i.name).read_bytes(), SPEC).ravel()): i.label for i in ImageSet(tmp_path)
+    }
     chosen = content(CalibrationSet.choose(tmp_path, size, SPEC))
     assert len(np.unique(chosen.reshape(size, -1), axis=0)) == size  # none twice
     taken = Counter(labels[tuple(image.ravel())] for image in chosen)
@@ -95,9 +102,15 @@ def test_one_changed_image_changes_the_fingerprint(photos):
 
 def test_names_do_not_count_for_the_fingerprint_but_content_does(photos, tmp_path):
     other = make(tmp_path / "elsewhere", dict.fromkeys(CLASSES, 10))
-    assert CalibrationSet.choose(photos, 5, SPEC).fingerprint == CalibrationSet.choose(other, 5, SPEC).fingerprint
+    assert (
+        CalibrationSet.choose(photos, 5, SPEC).fingerprint
+        == CalibrationSet.choose(other, 5, SPEC).fingerprint
+    )
     different = make(tmp_path / "different", dict.fromkeys(CLASSES, 10), seed=50_000)
-    assert CalibrationSet.choose(photos, 5, SPEC).fingerprint != CalibrationSet.choose(different, 5, SPEC).fingerprint
+    assert (
+        CalibrationSet.choose(photos, 5, SPEC).fingerprint
+        != CalibrationSet.choose(different, 5, SPEC).fingerprint
+    )
 
 
 @pytest.mark.parametrize(("available", "chosen"), [(7, 7), (310, 300)])
@@ -153,7 +166,9 @@ def test_batches_are_single_preprocessed_images(photos, tmp_path, source):
 
 
 def test_generated_images_by_name():
-    first, again, other, more = (CalibrationSet.choose("generated", n, SPEC, s) for n, s in ((3, 0), (3, 0), (3, 1), (4, 0)))
+    first, again, other, more = (
+        CalibrationSet.choose("generated", n, SPEC, s) for n, s in ((3, 0), (3, 0), (3, 1), (4, 0))
+    )
     assert first.fingerprint == again.fingerprint
     assert len({first.fingerprint, other.fingerprint, more.fingerprint}) == 3
     assert first.describe()["source"] == "generated"

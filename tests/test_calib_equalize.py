@@ -12,37 +12,58 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from test_calib_quantize import SPEC, cache, data, graph, quantized  # noqa: F401
 
-from calib import DEFAULT, quantize
-from calib.equalize import Equalized, _extremes, _sites, equalize
-from calib.generated import generate
-from calib.recipe import inner_depthwise
-from deploy.errors import StepError
-from deploy.preprocess import preprocess
-from export.to_onnx import logits_of
+from cmt_edge.calib import DEFAULT, quantize
+from cmt_edge.calib.equalize import Equalized, _extremes, _sites, equalize
+from cmt_edge.calib.generated import generate
+from cmt_edge.calib.recipe import inner_depthwise
+from cmt_edge.deploy.errors import StepError
+from cmt_edge.deploy.preprocessing import preprocess
+from cmt_edge.export.to_onnx import logits_of
 
 SIZE = 6
 
 
-def chain(rng, *, channels=5, hidden=4, padding=1, affine=True, depthwise=True, project_padding=0) -> onnx.ModelProto:
-    """1x1 conv, GELU, batch norm as scale and shift, 3x3 conv, GELU, 1x1 conv; channels of very different sizes."""
+def chain(
+    rng, *, channels=5, hidden=4, padding=1, affine=True, depthwise=True, project_padding=0
+) -> onnx.ModelProto:
+    """1x1 conv, GELU, batch norm as scale and shift, 3x3 conv, GELU, 1x1 conv; channels of very different
+    sizes."""
     wide = channels if depthwise else hidden
     values = {
-        "w1": rng.standard_normal((channels, 3, 1, 1)) * 10.0 ** rng.uniform(-2, 1, (channels, 1, 1, 1)), "b1": rng.standard_normal(channels),
-        "s": rng.uniform(0.2, 3, (1, channels, 1, 1)), "t": rng.standard_normal((1, channels, 1, 1)),
-        "w2": rng.standard_normal((wide, 1 if depthwise else channels, 3, 3)), "b2": rng.standard_normal(wide),
-        "w3": rng.standard_normal((2, wide, 1, 1)), "b3": rng.standard_normal(2),
-    }  # fmt: skip
+        "w1": rng.standard_normal((channels, 3, 1, 1)) * 10.0 ** rng.uniform(-2, 1, (channels, 1, 1, 1)),
+        "b1": rng.standard_normal(channels),
+        "s": rng.uniform(0.2, 3, (1, channels, 1, 1)),
+        "t": rng.standard_normal((1, channels, 1, 1)),
+        "w2": rng.standard_normal((wide, 1 if depthwise else channels, 3, 3)),
+        "b2": rng.standard_normal(wide),
+        "w3": rng.standard_normal((2, wide, 1, 1)),
+        "b3": rng.standard_normal(2),
+    }
     pads = [padding] * 4
-    nodes = [helper.make_node("Conv", ["input", "w1", "b1"], ["x"], "expand"), helper.make_node("Gelu", ["x"], ["g"], "gelu")]
+    nodes = [
+        helper.make_node("Conv", ["input", "w1", "b1"], ["x"], "expand"),
+        helper.make_node("Gelu", ["x"], ["g"], "gelu"),
+    ]
     if affine:
-        nodes += [helper.make_node("Mul", ["g", "s"], ["m"], "scale"), helper.make_node("Add", ["m", "t"], ["a"], "shift")]
+        nodes += [
+            helper.make_node("Mul", ["g", "s"], ["m"], "scale"),
+            helper.make_node("Add", ["m", "t"], ["a"], "shift"),
+        ]
     nodes += [
-        helper.make_node("Conv", ["a" if affine else "g", "w2", "b2"], ["y"], "middle", pads=pads, group=channels if depthwise else 1),
+        helper.make_node(
+            "Conv",
+            ["a" if affine else "g", "w2", "b2"],
+            ["y"],
+            "middle",
+            pads=pads,
+            group=channels if depthwise else 1,
+        ),
         helper.make_node("Gelu", ["y"], ["h"], "gelu2"),
         helper.make_node("Conv", ["h", "w3", "b3"], ["logits"], "project", pads=[project_padding] * 4),
-    ]  # fmt: skip
+    ]
     io = [
-        helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", c, None, None]) for n, c in (("input", 3), ("logits", 2))
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", c, None, None])
+        for n, c in (("input", 3), ("logits", 2))
     ]
     used = {i for n in nodes for i in n.input}
     constants = [numpy_helper.from_array(v.astype(np.float32), k) for k, v in values.items() if k in used]
@@ -59,11 +80,24 @@ def images(rng, count):
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 2**16), channels=st.integers(1, 9), padding=st.integers(0, 1), affine=st.booleans(), depthwise=st.booleans(),
-       project_padding=st.integers(0, 1))  # fmt: skip
+@given(
+    seed=st.integers(0, 2**16),
+    channels=st.integers(1, 9),
+    padding=st.integers(0, 1),
+    affine=st.booleans(),
+    depthwise=st.booleans(),
+    project_padding=st.integers(0, 1),
+)
 def test_the_answers_are_the_same(seed, channels, padding, affine, depthwise, project_padding):
     rng = np.random.default_rng(seed)
-    model = chain(rng, channels=channels, padding=padding, affine=affine, depthwise=depthwise, project_padding=project_padding)
+    model = chain(
+        rng,
+        channels=channels,
+        padding=padding,
+        affine=affine,
+        depthwise=depthwise,
+        project_padding=project_padding,
+    )
     before = model.SerializeToString(deterministic=True)
     equal = equalize(model, images(rng, 3)).model
     assert model.SerializeToString(deterministic=True) == before
@@ -138,7 +172,9 @@ def test_a_silent_channel_does_not_become_loud():
     equal = equalize(model, images(rng, 2)).model
     assert all(np.isfinite(numpy_helper.to_array(t)).all() for t in equal.graph.initializer)
     batch = images(rng, 1)[0]
-    assert np.allclose(logits_of(equal, batch, "equalized"), logits_of(model, batch, "given"), rtol=1e-4, atol=1e-4)
+    assert np.allclose(
+        logits_of(equal, batch, "equalized"), logits_of(model, batch, "given"), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_the_places_of_a_real_graph(graph):  # noqa: F811
@@ -146,7 +182,9 @@ def test_the_places_of_a_real_graph(graph):  # noqa: F811
     inner = inner_depthwise(graph)
     assert len(inner) == 10  # one a block
     assert inner < read_by
-    assert len(read_by) == 10 + 10 + 3  # and what projects, and two convs of the stem and the one that reads it
+    assert (
+        len(read_by) == 10 + 10 + 3
+    )  # and what projects, and two convs of the stem and the one that reads it
 
 
 def test_depthwise_convs_elsewhere_stay_float(graph):  # noqa: F811

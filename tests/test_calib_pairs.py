@@ -1,4 +1,5 @@
-"""Pairs after calibration: every quantizer signed, because not every runtime reads uint8, and directly before its conv."""
+"""Pairs after calibration: every quantizer signed, because not every runtime reads uint8, and directly before
+its conv."""
 
 from __future__ import annotations
 
@@ -9,10 +10,10 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
-from calib import DEFAULT, CalibrationSet, lint, quantize
-from calib.pairs import at_layers, signed
-from deploy.preprocess import Preprocess
-from export.to_onnx import export_onnx, logits_of, run_graph, simplify
+from cmt_edge.calib import DEFAULT, CalibrationSet, lint, quantize
+from cmt_edge.calib.qdq_pairs import at_layers, signed
+from cmt_edge.deploy.preprocessing import Preprocess
+from cmt_edge.export.to_onnx import export_onnx, logits_of, run_graph, simplify
 
 SPEC = Preprocess(32, None, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
@@ -60,7 +61,8 @@ def test_what_reads_a_softmax_stays_float(graph):
     reading = [
         n
         for n in graph.graph.node
-        if n.op_type == "MatMul" and any(producer.get(i) and producer[i].op_type == "Softmax" for i in n.input)
+        if n.op_type == "MatMul"
+        and any(producer.get(i) and producer[i].op_type == "Softmax" for i in n.input)
     ]
     assert reading
     assert {n.name for n in reading} <= set(names)
@@ -68,8 +70,13 @@ def test_what_reads_a_softmax_stays_float(graph):
 
 def test_a_signed_quantizer_covers_the_same_range():
     h = onnx.helper
-    nodes = [h.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]), h.make_node("DequantizeLinear", ["q", "s", "z"], ["y"])]
-    constants = [onnx.numpy_helper.from_array(v, k) for k, v in {"s": np.float32(0.01), "z": np.uint8(0)}.items()]
+    nodes = [
+        h.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        h.make_node("DequantizeLinear", ["q", "s", "z"], ["y"]),
+    ]
+    constants = [
+        onnx.numpy_helper.from_array(v, k) for k, v in {"s": np.float32(0.01), "z": np.uint8(0)}.items()
+    ]
     ends = [h.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [3]) for n in "xy"]
     model = signed(h.make_model(h.make_graph(nodes, "g", ends[:1], ends[1:], constants)))
     values = {i.name: onnx.numpy_helper.to_array(i) for i in model.graph.initializer}
@@ -77,11 +84,12 @@ def test_a_signed_quantizer_covers_the_same_range():
     assert values["s"] * 127 == pytest.approx(0.01 * 255)
 
 
-# --- where pairs stand ----------------------------------------------------------------------------------------------------
+# --- where pairs stand ----------------------------------------------------------------------------
 
 
 def tokens_then_conv(*, residual: bool = False, other_reader: bool = False) -> onnx.ModelProto:
-    """A pair on tokens, then a map, a conv and a class token in front of its answers: CvT's embedding of a stage."""
+    """A pair on tokens, then a map, a conv and a class token in front of its answers: CvT's embedding of a
+    stage."""
     rng, make = np.random.default_rng(0), onnx.helper.make_node
     nodes = [
         make("QuantizeLinear", ["tokens", "s", "z"], ["q"], "Q"),
@@ -100,15 +108,23 @@ def tokens_then_conv(*, residual: bool = False, other_reader: bool = False) -> o
         nodes.append(make("Relu", ["r"], ["relu"], "Relu"))
         ends.append(("relu", [1, 8, 8, 16]))
     constants = {
-        "s": np.float32(0.03), "z": np.int8(0), "shape": np.array([-1, 8, 8, 16]), "w": rng.integers(-127, 128, (12, 16, 3, 3)).astype(np.int8),
-        "ws": rng.uniform(5e-4, 1e-3, 12).astype(np.float32), "wz": np.zeros(12, np.int8), "b": rng.standard_normal(12).astype(np.float32),
+        "s": np.float32(0.03),
+        "z": np.int8(0),
+        "shape": np.array([-1, 8, 8, 16]),
+        "w": rng.integers(-127, 128, (12, 16, 3, 3)).astype(np.int8),
+        "ws": rng.uniform(5e-4, 1e-3, 12).astype(np.float32),
+        "wz": np.zeros(12, np.int8),
+        "b": rng.standard_normal(12).astype(np.float32),
         "first": rng.standard_normal((1, 12, 8, 1)).astype(np.float32),
-    }  # fmt: skip
+    }
     value = onnx.helper.make_tensor_value_info
     graph = onnx.helper.make_graph(
-        nodes, "g", [value("tokens", 1, [1, 64, 16])], [value(n, 1, s) for n, s in ends],
+        nodes,
+        "g",
+        [value("tokens", 1, [1, 64, 16])],
+        [value(n, 1, s) for n, s in ends],
         [onnx.numpy_helper.from_array(v, k) for k, v in constants.items()],
-    )  # fmt: skip
+    )
     return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9)
 
 
@@ -141,23 +157,39 @@ def test_a_pair_stands_before_its_linear_but_not_before_a_product_of_activations
         make("Reshape", ["t", "shape"], ["r"], "R"),
         make("DequantizeLinear", ["w", "ws", "wz"], ["wd"], "W", axis=1),
         make("Relu", ["other"], ["relu"], "Relu"),
-        make("MatMul", ["r", {"quantized": "wd", "float": "wf", "computed": "relu"}[weight]], ["y"], "linear"),
+        make(
+            "MatMul", ["r", {"quantized": "wd", "float": "wf", "computed": "relu"}[weight]], ["y"], "linear"
+        ),
     ]
-    used = {i for node in nodes[:4] + nodes[6:] for i in node.input} | ({"w", "ws", "wz"} if weight == "quantized" else set())
+    used = {i for node in nodes[:4] + nodes[6:] for i in node.input} | (
+        {"w", "ws", "wz"} if weight == "quantized" else set()
+    )
     nodes = [n for n in nodes if n.name not in ("W", "Relu") or n.output[0] in used]
     constants = {
-        "s": np.float32(0.03), "z": np.int8(0), "shape": np.array([-1, 8, 32]), "w": rng.integers(-127, 128, (32, 6)).astype(np.int8),
-        "ws": rng.uniform(5e-4, 1e-3, 6).astype(np.float32), "wz": np.zeros(6, np.int8), "wf": rng.standard_normal((32, 6)).astype(np.float32),
-    }  # fmt: skip
+        "s": np.float32(0.03),
+        "z": np.int8(0),
+        "shape": np.array([-1, 8, 32]),
+        "w": rng.integers(-127, 128, (32, 6)).astype(np.int8),
+        "ws": rng.uniform(5e-4, 1e-3, 6).astype(np.float32),
+        "wz": np.zeros(6, np.int8),
+        "wf": rng.standard_normal((32, 6)).astype(np.float32),
+    }
     value = onnx.helper.make_tensor_value_info
-    inputs = [value("heads", 1, [1, 2, 8, 16]), *([value("other", 1, [32, 6])] if weight == "computed" else [])]
+    inputs = [
+        value("heads", 1, [1, 2, 8, 16]),
+        *([value("other", 1, [32, 6])] if weight == "computed" else []),
+    ]
     graph = onnx.helper.make_graph(
-        nodes, "g", inputs, [value("y", 1, [1, 8, 6])],
+        nodes,
+        "g",
+        inputs,
+        [value("y", 1, [1, 8, 6])],
         [onnx.numpy_helper.from_array(v, k) for k, v in constants.items() if k in used],
-    )  # fmt: skip
+    )
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9)
     feeds = {
-        i.name: rng.standard_normal([d.dim_value for d in i.type.tensor_type.shape.dim]).astype(np.float32) for i in inputs
+        i.name: rng.standard_normal([d.dim_value for d in i.type.tensor_type.shape.dim]).astype(np.float32)
+        for i in inputs
     }
     run = lambda: ReferenceEvaluator(model).run(None, feeds)[0]  # noqa: E731
     before = run()
@@ -187,4 +219,6 @@ def test_openvino_answers_as_onnxruntime_beside_a_concat():
     )
     tokens = np.random.default_rng(1).normal(0, 1.2, (1, 64, 16)).astype(np.float32)
     ours = compiled([tokens])[0]
-    np.testing.assert_allclose(ours, answers(model)[0], atol=1e-2)  # a rounding more or less; 0.3 on average before
+    np.testing.assert_allclose(
+        ours, answers(model)[0], atol=1e-2
+    )  # a rounding more or less; 0.3 on average before

@@ -1,4 +1,5 @@
-"""The rules of TensorRT's parser: each is found when it is broken, and the graphs of every export keep them."""
+"""The rules of TensorRT's parser: each is found when it is broken, and the graphs of every export keep
+them."""
 
 from __future__ import annotations
 
@@ -7,15 +8,17 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from calib.parser import SUPPORTED, parser_findings
+from cmt_edge.deploy.tensorrt.parser_rules import SUPPORTED, parser_findings
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 
 
 def model(nodes, constants=(), *, opset: int = 20, ends=(FLOAT, FLOAT), shape=("batch", 4), opsets=()):
     initializers = [numpy_helper.from_array(np.asarray(v), k) for k, v in dict(constants).items()]
-    made = [helper.make_node(op, ins, outs if isinstance(outs, list) else [outs], f"n{i}", **attributes)
-            for i, (op, ins, outs, attributes) in enumerate(nodes)]  # fmt: skip
+    made = [
+        helper.make_node(op, ins, outs if isinstance(outs, list) else [outs], f"n{i}", **attributes)
+        for i, (op, ins, outs, attributes) in enumerate(nodes)
+    ]
     source, target = (
         helper.make_tensor_value_info("input", ends[0], shape),
         helper.make_tensor_value_info("logits", ends[1], None),
@@ -36,7 +39,10 @@ def q_dq(zero=ZERO, scale=SCALE, attributes=(), missing=False):
     """A quantized activation."""
     inputs = ["input", "s"] if missing else ["input", "s", "z"]
     again = ["q", "s"] if missing else ["q", "s", "z"]
-    nodes = [("QuantizeLinear", inputs, "q", dict(attributes)), ("DequantizeLinear", again, "logits", dict(attributes))]
+    nodes = [
+        ("QuantizeLinear", inputs, "q", dict(attributes)),
+        ("DequantizeLinear", again, "logits", dict(attributes)),
+    ]
     return model(nodes, {"s": scale, "z": zero})
 
 
@@ -44,21 +50,39 @@ BROKEN = {
     "opset 21 is above 20": model([("Relu", ["input"], "logits", {})], opset=21),
     "domain 'com.microsoft'": model([("Relu", ["input"], "logits", {})], opsets=[("com.microsoft", 1)]),
     "no such operation": model([("BitShift", ["input", "input"], "logits", {"direction": "LEFT"})]),
-    "input: inputs and outputs must be float32": model([("Cast", ["input"], "logits", {"to": FLOAT})], ends=(HALF, FLOAT)),
-    "logits: inputs and outputs must be float32": model([("Cast", ["input"], "logits", {"to": HALF})], ends=(FLOAT, HALF)),
-    "tensors of type DOUBLE": model([("Cast", ["input"], "d", {"to": TensorProto.DOUBLE}), ("Cast", ["d"], "logits", {"to": FLOAT})]),
+    "input: inputs and outputs must be float32": model(
+        [("Cast", ["input"], "logits", {"to": FLOAT})], ends=(HALF, FLOAT)
+    ),
+    "logits: inputs and outputs must be float32": model(
+        [("Cast", ["input"], "logits", {"to": HALF})], ends=(FLOAT, HALF)
+    ),
+    "tensors of type DOUBLE": model(
+        [("Cast", ["input"], "d", {"to": TensorProto.DOUBLE}), ("Cast", ["d"], "logits", {"to": FLOAT})]
+    ),
     "uint8 instead of int8": q_dq(zero=np.uint8(0)),
     "zero point is not 0": q_dq(zero=np.int8(3)),
     "scale is not positive": q_dq(scale=np.float32(0)),
     "scale and zero point must be constants": q_dq(missing=True),
-    "activation with one scale a channel": q_dq(zero=np.zeros(4, np.int8), scale=f32(1, 2, 3, 4), attributes={"axis": 1}),
+    "activation with one scale a channel": q_dq(
+        zero=np.zeros(4, np.int8), scale=f32(1, 2, 3, 4), attributes={"axis": 1}
+    ),
     "no axis, and versions differ": q_dq(zero=np.zeros(4, np.int8), scale=f32(1, 2, 3, 4)),
-    "alpha and beta other than 1": model([("Gemm", ["input", "w"], "logits", {"alpha": 0.5})], {"w": np.eye(4, dtype=np.float32)}),
-    "axes must be constant": model([("Cast", ["input"], "i", {"to": TensorProto.INT64}), ("ReduceMean", ["input", "i"], "logits", {})]),
-    "inputs from the 2. on must be constant": model([("Cast", ["input"], "i", {"to": TensorProto.INT64}), ("Unsqueeze", ["input", "i"], "logits", {})]),
-    "only the first output": model([("LayerNormalization", ["input", "w"], ["logits", "mean"], {})], {"w": f32(1, 1, 1, 1)}),
-    "reads float32 and float16 at once": model([("Cast", ["input"], "h", {"to": HALF}), ("Add", ["input", "h"], "logits", {})]),
-}  # fmt: skip
+    "alpha and beta other than 1": model(
+        [("Gemm", ["input", "w"], "logits", {"alpha": 0.5})], {"w": np.eye(4, dtype=np.float32)}
+    ),
+    "axes must be constant": model(
+        [("Cast", ["input"], "i", {"to": TensorProto.INT64}), ("ReduceMean", ["input", "i"], "logits", {})]
+    ),
+    "inputs from the 2. on must be constant": model(
+        [("Cast", ["input"], "i", {"to": TensorProto.INT64}), ("Unsqueeze", ["input", "i"], "logits", {})]
+    ),
+    "only the first output": model(
+        [("LayerNormalization", ["input", "w"], ["logits", "mean"], {})], {"w": f32(1, 1, 1, 1)}
+    ),
+    "reads float32 and float16 at once": model(
+        [("Cast", ["input"], "h", {"to": HALF}), ("Add", ["input", "h"], "logits", {})]
+    ),
+}
 
 
 @pytest.mark.parametrize("finding", BROKEN)
@@ -69,12 +93,19 @@ def test_each_broken_rule_is_found(finding):
 def test_weights_outside_the_file(tmp_path):
     made = model([("Add", ["input", "w"], "logits", {})], {"w": np.ones((1, 4), np.float32)})
     onnx.save(made, tmp_path / "m.onnx", save_as_external_data=True, size_threshold=0)
-    assert any("outside the file" in f for f in parser_findings(onnx.load(tmp_path / "m.onnx", load_external_data=False)))
+    assert any(
+        "outside the file" in f
+        for f in parser_findings(onnx.load(tmp_path / "m.onnx", load_external_data=False))
+    )
 
 
 def test_a_good_graph_has_no_findings():
-    nodes = [("QuantizeLinear", ["input", "s", "z"], "q", {}), ("DequantizeLinear", ["q", "s", "z"], "x", {}),
-             ("DequantizeLinear", ["w", "ws", "wz"], "dw", {"axis": 1}), ("MatMul", ["x", "dw"], "logits", {})]  # fmt: skip
+    nodes = [
+        ("QuantizeLinear", ["input", "s", "z"], "q", {}),
+        ("DequantizeLinear", ["q", "s", "z"], "x", {}),
+        ("DequantizeLinear", ["w", "ws", "wz"], "dw", {"axis": 1}),
+        ("MatMul", ["x", "dw"], "logits", {}),
+    ]
     constants = {
         "s": np.float32(0.1),
         "z": np.int8(0),

@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
-from calib import DEFAULT, CalibrationSet, Recipe, lint, quantize
-from calib.generated import generate
-from calib.recipe import FLOAT_OPS, is_depthwise
-from cmt import create_model, fuse, load_pretrained
-from deploy.errors import CmtEdgeError, ImageError
-from deploy.preprocess import preprocess
-from export import ExportConfig
-from export.config import OPSET
-from export.to_onnx import export_onnx, logits_of, simplify
+from cmt_edge.calib import DEFAULT, CalibrationSet, Recipe, lint, quantize
+from cmt_edge.calib.generated import generate
+from cmt_edge.calib.recipe import FLOAT_OPS, is_depthwise
+from cmt_edge.cmt import create_model, fuse, load_pretrained
+from cmt_edge.deploy.errors import CmtEdgeError, ImageError
+from cmt_edge.deploy.preprocessing import preprocess
+from cmt_edge.export import ExportConfig
+from cmt_edge.export.config import OPSET
+from cmt_edge.export.to_onnx import export_onnx, logits_of, simplify
 
 SPEC = ExportConfig("cmt_nano").preprocess
 IMAGES = 12
@@ -110,7 +110,9 @@ def test_what_is_int8_and_what_stays_float(graph, quantized):
     assert len(depthwise) == sum(is_depthwise(n) for n in graph.graph.node) > 0
     products = nodes(quantized.model, "MatMul", "Gemm")
     weighted = [
-        n for n, f in zip(products, nodes(graph, "MatMul", "Gemm"), strict=True) if set(f.input) & set(constants_of(graph))
+        n
+        for n, f in zip(products, nodes(graph, "MatMul", "Gemm"), strict=True)
+        if set(f.input) & set(constants_of(graph))
     ]
     first, *dense = dense
     assert not any(reads_int8(first))  # the conv of the image
@@ -139,7 +141,9 @@ def test_the_same_request_is_answered_from_the_cache(graph, data, cache, quantiz
         raise AssertionError("calibrated again")
 
     monkeypatch.setattr(MODULE, "unchecked", must_not_run)
-    again = quantize(edited(graph), CalibrationSet.choose("generated", IMAGES, SPEC), SPEC, Recipe(), cache=cache)
+    again = quantize(
+        edited(graph), CalibrationSet.choose("generated", IMAGES, SPEC), SPEC, Recipe(), cache=cache
+    )
     assert again.cached
     for ours, first in ((again.model, quantized.model), (again.source, quantized.source)):
         assert ours.SerializeToString(deterministic=True) == first.SerializeToString(deterministic=True)
@@ -158,7 +162,9 @@ def changed(graph, what):
     other = edited(graph)
     if what == "graph":
         other.graph.initializer[0].CopyFrom(
-            numpy_helper.from_array(numpy_helper.to_array(other.graph.initializer[0]) * 2, other.graph.initializer[0].name)
+            numpy_helper.from_array(
+                numpy_helper.to_array(other.graph.initializer[0]) * 2, other.graph.initializer[0].name
+            )
         )
     images = CalibrationSet.choose("generated", IMAGES, SPEC, seed=int(what == "images"))
     spec = ExportConfig("cmt_nano", exif="ignore").preprocess if what == "preprocessing" else SPEC
@@ -184,7 +190,9 @@ def test_a_damaged_cache_entry_is_made_again(graph, data, quantized, tmp_path, m
     monkeypatch.setattr(MODULE, "unchecked", lambda *_: calls.append(1) or copied(quantized))
     quantize(graph, data, SPEC, cache=tmp_path)
     entry = next(tmp_path.glob("*.onnx"))
-    entry.write_bytes({"garbage": b"\xff" * 100, "empty": b"", "float graph": graph.SerializeToString()}[damage])
+    entry.write_bytes(
+        {"garbage": b"\xff" * 100, "empty": b"", "float graph": graph.SerializeToString()}[damage]
+    )
     assert not quantize(graph, data, SPEC, cache=tmp_path).cached
     assert len(calls) == 2
     assert quantize(graph, data, SPEC, cache=tmp_path).cached
@@ -222,7 +230,8 @@ def test_a_damaged_image_is_named(graph, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "recipe", [Recipe(attention=True), Recipe(smooth_quant=0.5), Recipe(bias_correction=False, equalize=False)]
+    "recipe",
+    [Recipe(attention=True), Recipe(smooth_quant=0.5), Recipe(bias_correction=False, equalize=False)],
 )
 def test_other_recipes_keep_the_rules_too(graph, data, quantized, recipe):
     result = quantize(graph, data, SPEC, recipe)
@@ -233,7 +242,7 @@ def test_other_recipes_keep_the_rules_too(graph, data, quantized, recipe):
         assert len(nodes(result.model, "QuantizeLinear")) > len(nodes(quantized.model, "QuantizeLinear"))
 
 
-# --- the linter ---------------------------------------------------------------------------------------------------------
+# --- the linter -----------------------------------------------------------------------------------
 
 
 def initializer(model: onnx.ModelProto, name: str) -> onnx.TensorProto:
@@ -250,16 +259,25 @@ def first_activation(model: onnx.ModelProto) -> onnx.NodeProto:
 
 def weight_dq(model: onnx.ModelProto) -> onnx.NodeProto:
     constants = constants_of(model)
-    return next(n for n in nodes(model, "DequantizeLinear") if n.input[0] in constants and constants[n.input[0]].ndim == 4)
+    return next(
+        n
+        for n in nodes(model, "DequantizeLinear")
+        if n.input[0] in constants and constants[n.input[0]].ndim == 4
+    )
 
 
 def dequantized(model: onnx.ModelProto, node: onnx.NodeProto, position: int) -> None:
     """Make ``node`` read an int8 constant at ``position``."""
-    model.graph.initializer.extend([
-        numpy_helper.from_array(np.ones(8, np.int8), "x_int8"), numpy_helper.from_array(np.float32(0.1), "x_scale"),
-        numpy_helper.from_array(np.int8(0), "x_zero"),
-    ])  # fmt: skip
-    model.graph.node.append(helper.make_node("DequantizeLinear", ["x_int8", "x_scale", "x_zero"], ["x_float"], name="x"))
+    model.graph.initializer.extend(
+        [
+            numpy_helper.from_array(np.ones(8, np.int8), "x_int8"),
+            numpy_helper.from_array(np.float32(0.1), "x_scale"),
+            numpy_helper.from_array(np.int8(0), "x_zero"),
+        ]
+    )
+    model.graph.node.append(
+        helper.make_node("DequantizeLinear", ["x_int8", "x_scale", "x_zero"], ["x_float"], name="x")
+    )
     node.input[position] = "x_float"
 
 
@@ -316,7 +334,9 @@ def norm_reads_int8(m):
 def one_side_float(m):
     producer = {o: n for n in m.graph.node for o in n.output}
     matmul = next(n for n in nodes(m, "Conv") if n.input[0] in producer)
-    matmul.input[0] = producer[producer[matmul.input[0]].input[0]].input[0]  # past DequantizeLinear and QuantizeLinear
+    matmul.input[0] = producer[producer[matmul.input[0]].input[0]].input[
+        0
+    ]  # past DequantizeLinear and QuantizeLinear
 
 
 def newer_opset(m):
@@ -373,7 +393,7 @@ def test_a_graph_that_breaks_the_rules_is_never_returned(graph, data, quantized,
     assert not list(tmp_path.glob("*.onnx"))
 
 
-# --- which images are read -----------------------------------------------------------------------------------------------
+# --- which images are read ------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
@@ -389,7 +409,9 @@ def test_telling_images_are_filled_up(count, draw):
 def test_ranges_are_those_of_all_images(graph, monkeypatch):
     many, read = CalibrationSet.choose("generated", 40, SPEC), []
     enough = MODULE.enough
-    monkeypatch.setattr(MODULE, "enough", lambda telling, count: read.append(len(chosen := enough(telling, count))) or chosen)
+    monkeypatch.setattr(
+        MODULE, "enough", lambda telling, count: read.append(len(chosen := enough(telling, count))) or chosen
+    )
     results = []
     for least in (0, 40):
         monkeypatch.setattr(MODULE, "ENOUGH", least)

@@ -1,4 +1,5 @@
-"""Groups of operations by module, and taking them back to float: on the real graphs, for every group and every operation."""
+"""Groups of operations by module, and taking them back to float: on the real graphs, for every group and
+every operation."""
 
 from __future__ import annotations
 
@@ -8,13 +9,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from test_calib_quantize import SPEC, cache, data, graph, quantized  # noqa: F401
 
-from calib import Recipe, lint, quantize
-from calib.generated import generate
-from calib.groups import MODULE, classes_of, group_names, groups_of
-from calib.restore import int8_nodes, restore
-from deploy.errors import InputError, StepError
-from deploy.preprocess import preprocess
-from export.to_onnx import logits_of, with_batch
+from cmt_edge.calib import Recipe, lint, quantize
+from cmt_edge.calib.generated import generate
+from cmt_edge.calib.groups import MODULE, classes_of, group_names, groups_of
+from cmt_edge.calib.restore import int8_nodes, restore
+from cmt_edge.deploy.errors import InputError, StepError
+from cmt_edge.deploy.preprocessing import preprocess
+from cmt_edge.export.to_onnx import logits_of, with_batch
 
 
 def names(*paths: str) -> dict[str, str]:
@@ -22,17 +23,37 @@ def names(*paths: str) -> dict[str, str]:
 
 
 def test_groups_are_a_kind_of_layer_in_a_stage():
-    found = names("stem.0.conv", "stem.1.conv", "stages.0.embed", "stages.0.blocks.0.lpu", "stages.0.blocks.1.ffn.expand",
-                  "stages.0.blocks.0.ffn.project", "stages.1.blocks.0.attn.q", "stages.1.blocks.0.attn", "head.fc", "head.conv")  # fmt: skip
+    found = names(
+        "stem.0.conv",
+        "stem.1.conv",
+        "stages.0.embed",
+        "stages.0.blocks.0.lpu",
+        "stages.0.blocks.1.ffn.expand",
+        "stages.0.blocks.0.ffn.project",
+        "stages.1.blocks.0.attn.q",
+        "stages.1.blocks.0.attn",
+        "head.fc",
+        "head.conv",
+    )
     assert found == {
-        "stem.0.conv": "stem", "stem.1.conv": "stem", "stages.0.embed": "stages.0.embed", "stages.0.blocks.0.lpu": "stages.0.lpu",
-        "stages.0.blocks.1.ffn.expand": "stages.0.ffn", "stages.0.blocks.0.ffn.project": "stages.0.ffn",
-        "stages.1.blocks.0.attn.q": "stages.1.attn", "stages.1.blocks.0.attn": "stages.1.attn", "head.fc": "head", "head.conv": "head",
-    }  # fmt: skip
+        "stem.0.conv": "stem",
+        "stem.1.conv": "stem",
+        "stages.0.embed": "stages.0.embed",
+        "stages.0.blocks.0.lpu": "stages.0.lpu",
+        "stages.0.blocks.1.ffn.expand": "stages.0.ffn",
+        "stages.0.blocks.0.ffn.project": "stages.0.ffn",
+        "stages.1.blocks.0.attn.q": "stages.1.attn",
+        "stages.1.blocks.0.attn": "stages.1.attn",
+        "head.fc": "head",
+        "head.conv": "head",
+    }
 
 
 def test_a_long_row_of_blocks_is_cut_into_parts():
-    found = names(*(f"blocks.{i}.{kind}.{leaf}" for i in range(12) for kind in ("attn", "mlp") for leaf in ("a", "b")), "head")
+    found = names(
+        *(f"blocks.{i}.{kind}.{leaf}" for i in range(12) for kind in ("attn", "mlp") for leaf in ("a", "b")),
+        "head",
+    )
     assert found["blocks.0.attn.a"] == found["blocks.2.attn.b"] == "blocks[0-2].attn"
     assert found["blocks.11.mlp.a"] == "blocks[9-11].mlp"
     assert found["head"] == "head"
@@ -40,7 +61,12 @@ def test_a_long_row_of_blocks_is_cut_into_parts():
 
 
 def test_numbers_inside_a_block_are_no_blocks():
-    found = names("layers.0.blocks.0.mlp.0", "layers.0.blocks.0.mlp.3", "layers.0.blocks.1.attn.qkv", "layers.1.blocks.0.mlp.0")
+    found = names(
+        "layers.0.blocks.0.mlp.0",
+        "layers.0.blocks.0.mlp.3",
+        "layers.0.blocks.1.attn.qkv",
+        "layers.1.blocks.0.mlp.0",
+    )
     assert found["layers.0.blocks.0.mlp.3"] == "layers.0.mlp"
     assert found["layers.1.blocks.0.mlp.0"] == "layers.1.mlp"
 
@@ -61,7 +87,11 @@ def expected(graph, batch):  # noqa: F811
 
 
 def test_every_operation_knows_its_module_and_the_bundle_does_not(graph):  # noqa: F811
-    assert all(node.metadata_props[0].key == MODULE for node in graph.graph.node if node.op_type in ("Conv", "Gemm", "MatMul"))
+    assert all(
+        node.metadata_props[0].key == MODULE
+        for node in graph.graph.node
+        if node.op_type in ("Conv", "Gemm", "MatMul")
+    )
     assert not any(node.metadata_props for node in with_batch(graph, 1).graph.node)
 
 
@@ -140,11 +170,28 @@ def test_the_recipe_keeps_groups_float(graph, data, cache, quantized):  # noqa: 
     assert result.recipe == recipe.key() != quantized.recipe
     left = set(int8_nodes(result.model))
     groups, classes = (f(quantized.source, int8_nodes(quantized.model)) for f in (groups_of, classes_of))
-    assert left == set(int8_nodes(quantized.model)) - {*groups["stem"], *groups["stages.3.ffn"], *classes["@linears"]}
+    assert left == set(int8_nodes(quantized.model)) - {
+        *groups["stem"],
+        *groups["stages.3.ffn"],
+        *classes["@linears"],
+    }
 
 
-@pytest.mark.parametrize(("keep", "message"), [(("stages.9.ffn",), "no group"), (("@linears", "stem", *(f"stages.{s}.{k}" for s in range(4)
-                         for k in ("embed", "attn", "ffn")), "head"), "nothing would be left")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        (("stages.9.ffn",), "no group"),
+        (
+            (
+                "@linears",
+                "stem",
+                *(f"stages.{s}.{k}" for s in range(4) for k in ("embed", "attn", "ffn")),
+                "head",
+            ),
+            "nothing would be left",
+        ),
+    ],
+)
 def test_names_that_cannot_be_kept_float(graph, data, cache, quantized, keep, message):  # noqa: F811
     with pytest.raises(InputError, match=message):
         quantize(graph, data, SPEC, Recipe(keep_float=keep), cache=cache)
@@ -155,20 +202,28 @@ def test_unknown_operations_and_foreign_graphs_are_refused(graph, quantized):  #
         restore(quantized.model, quantized.source, ["nothing"])
     smoothed = onnx.ModelProto()
     smoothed.CopyFrom(quantized.model)
-    smoothed.graph.node.add().CopyFrom(helper.make_node("Mul", ["input", "input"], ["smoothed"], name="smooth"))
+    smoothed.graph.node.add().CopyFrom(
+        helper.make_node("Mul", ["input", "input"], ["smoothed"], name="smooth")
+    )
     with pytest.raises(StepError, match="taken back"):
         restore(smoothed, graph, int8_nodes(quantized.model)[:1])
 
 
-# --- small graphs: shared pairs, shared constants, biases added apart -----------------------------------------------------
+# --- small graphs: shared pairs, shared constants, biases added apart -----------------------------
 
 
 def pair(name: str, scale: float) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
     nodes = [
         helper.make_node(op, [source, f"{name}_s", f"{name}_z"], [target], name=f"{op}_{name}")
-        for op, source, target in (("QuantizeLinear", name, f"{name}_q"), ("DequantizeLinear", f"{name}_q", f"{name}_dq"))
+        for op, source, target in (
+            ("QuantizeLinear", name, f"{name}_q"),
+            ("DequantizeLinear", f"{name}_q", f"{name}_dq"),
+        )
     ]
-    values = [numpy_helper.from_array(np.float32(scale), f"{name}_s"), numpy_helper.from_array(np.int8(0), f"{name}_z")]
+    values = [
+        numpy_helper.from_array(np.float32(scale), f"{name}_s"),
+        numpy_helper.from_array(np.int8(0), f"{name}_z"),
+    ]
     return nodes, values
 
 
@@ -184,7 +239,8 @@ def model_of(nodes, constants) -> onnx.ModelProto:
 
 @pytest.fixture
 def twins():
-    """Two products of one reshaped input with one weight; the second's bias is added apart and was corrected."""
+    """Two products of one reshaped input with one weight; the second's bias is added apart and was
+    corrected."""
     rng = np.random.default_rng(0)
     weight, bias = rng.standard_normal((4, 4)).astype(np.float32), rng.standard_normal(4).astype(np.float32)
     scale = np.abs(weight).max(0) / 127
@@ -192,9 +248,11 @@ def twins():
 
     def tail(first, second):
         return [
-            helper.make_node("MatMul", [first, second], ["x"], name="one"), helper.make_node("MatMul", [first, second], ["y"], name="two"),
-            helper.make_node("Add", ["y", "bias"], ["yb"], name="add"), helper.make_node("Add", ["x", "yb"], ["logits"], name="sum"),
-        ]  # fmt: skip
+            helper.make_node("MatMul", [first, second], ["x"], name="one"),
+            helper.make_node("MatMul", [first, second], ["y"], name="two"),
+            helper.make_node("Add", ["y", "bias"], ["yb"], name="add"),
+            helper.make_node("Add", ["x", "yb"], ["logits"], name="sum"),
+        ]
 
     flat = helper.make_node("Reshape", ["input", "shape"], ["flat"], name="flatten")
     values = [numpy_helper.from_array(v, n) for v, n in ((weight, "weight"), (bias, "bias"))]
@@ -203,10 +261,14 @@ def twins():
     flat_int8 = helper.make_node("Reshape", ["input_dq", "shape"], ["flat"], name="flatten")
     weights = helper.make_node("DequantizeLinear", ["w_q", "w_s", "w_z"], ["w_dq"], name="dq_w", axis=1)
     int8 = [
-        numpy_helper.from_array(np.round(weight / scale).astype(np.int8), "w_q"), numpy_helper.from_array(scale, "w_s"),
-        numpy_helper.from_array(np.zeros(4, np.int8), "w_z"), numpy_helper.from_array(bias + 1, "bias"),
-    ]  # fmt: skip
-    return original, model_of([*quantizing, flat_int8, weights, *tail("flat", "w_dq")], [shape, *scales, *int8])
+        numpy_helper.from_array(np.round(weight / scale).astype(np.int8), "w_q"),
+        numpy_helper.from_array(scale, "w_s"),
+        numpy_helper.from_array(np.zeros(4, np.int8), "w_z"),
+        numpy_helper.from_array(bias + 1, "bias"),
+    ]
+    return original, model_of(
+        [*quantizing, flat_int8, weights, *tail("flat", "w_dq")], [shape, *scales, *int8]
+    )
 
 
 def test_one_of_two_readers_of_a_pair(twins):

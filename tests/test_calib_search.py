@@ -7,14 +7,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calib.search import Accuracy, Answers, Candidate, Settings, Speed, Variant, choose, judge, search, wilson
+from cmt_edge.export.auto.search import (
+    Accuracy,
+    Answers,
+    Candidate,
+    Settings,
+    Speed,
+    Variant,
+    choose,
+    judge,
+    search,
+    wilson,
+)
 
 FP32, BF16, INT8 = (Variant(p, p) for p in ("fp32", "bf16", "int8"))
 IMAGES = 1000
 
 
 class Fake:
-    """Each group in int8 turns ``damage[group]`` of 1000 answers wrong; a variant takes ``times[name]`` ms (default 10)."""
+    """Each group in int8 turns ``damage[group]`` of 1000 answers wrong; a variant takes ``times[name]`` ms
+    (default 10)."""
 
     def __init__(self, damage, times=None, labelled=True, seconds=1.0, spread=0.01):
         self.damage, self.times, self.labelled, self.spread = damage, times or {}, labelled, spread
@@ -52,7 +64,7 @@ def by_name(verdict):
     return {c.variant.name: c for c in verdict.candidates}
 
 
-# --- accuracy -----------------------------------------------------------------------------------------------------------
+# --- accuracy -------------------------------------------------------------------------------------
 
 
 def test_drop_is_paired_and_signed():
@@ -83,7 +95,7 @@ def test_wilson_interval_holds_the_share(trials):
     assert high > low
 
 
-# --- what wins ----------------------------------------------------------------------------------------------------------
+# --- what wins ------------------------------------------------------------------------------------
 
 
 def test_the_fastest_that_passes_wins():
@@ -140,7 +152,7 @@ def test_choose_nothing_from_nothing():
     assert choose([refused]) == (None, ())
 
 
-# --- sensitivity and refinement -----------------------------------------------------------------------------------------
+# --- sensitivity and refinement -------------------------------------------------------------------
 
 
 def test_groups_are_ranked_by_what_they_do_alone():
@@ -183,8 +195,17 @@ def test_a_single_group_cannot_be_refined():
 damages = st.dictionaries(st.sampled_from("abcdefgh"), st.integers(0, 60), min_size=1)
 
 
-@given(damages, st.integers(0, 40), st.floats(1, 20), st.floats(1, 20), st.booleans(), st.one_of(st.none(), st.floats(0.5, 25)))
-def test_the_winner_always_passes_and_nothing_faster_that_passes_is_left(damage, drop, bf16, int8, labelled, budget):
+@given(
+    damages,
+    st.integers(0, 40),
+    st.floats(1, 20),
+    st.floats(1, 20),
+    st.booleans(),
+    st.one_of(st.none(), st.floats(0.5, 25)),
+)
+def test_the_winner_always_passes_and_nothing_faster_that_passes_is_left(
+    damage, drop, bf16, int8, labelled, budget
+):
     fake = Fake(damage, {"bf16": bf16, "int8": int8}, labelled)
     verdict = found(fake, max_drop=drop / 10, latency_budget=budget)
     able = [c for c in verdict.candidates if c.passes]
@@ -199,11 +220,15 @@ def test_the_winner_always_passes_and_nothing_faster_that_passes_is_left(damage,
     for c in able:
         assert c.speed.ratio_ci[0] <= winner.speed.ratio_ci[1] or c.variant.name in verdict.tied
     reachable = sorted(damage.values())[: len(damage) - 1]
-    if len(damage) > 1 and min(reachable) <= drop:  # taking the worst back must reach what the best group alone does
-        assert any(c.variant.precision == "int8" and c.accuracy.drop <= drop / 10 + 1e-6 for c in verdict.candidates)
+    if (
+        len(damage) > 1 and min(reachable) <= drop
+    ):  # taking the worst back must reach what the best group alone does
+        assert any(
+            c.variant.precision == "int8" and c.accuracy.drop <= drop / 10 + 1e-6 for c in verdict.candidates
+        )
 
 
-# --- time ---------------------------------------------------------------------------------------------------------------
+# --- time -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("budget", range(1, 14))

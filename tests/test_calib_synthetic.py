@@ -10,15 +10,15 @@ import torch
 from test_export_cli import failed, succeeded
 from torch import nn
 
-from calib import CalibrationSet, synthetic
-from calib.synthetic import require_statistics, synthesise, synthetic_set
-from cmt import create_model, weights_fingerprint
-from cmt.reference import build
-from deploy import Bundle
-from deploy.errors import DataError, InputError, OutputError, StepError
-from deploy.preprocess import Preprocess, pixels
-from export import ExportConfig
-from export.pipeline import synthetic_count
+from cmt_edge.calib import CalibrationSet, synthetic
+from cmt_edge.calib.synthetic import require_statistics, synthesise, synthetic_set
+from cmt_edge.cmt import create_model, weights_fingerprint
+from cmt_edge.cmt.reference import build
+from cmt_edge.deploy import Bundle
+from cmt_edge.deploy.errors import DataError, InputError, OutputError, StepError
+from cmt_edge.deploy.preprocessing import Preprocess, pixels
+from cmt_edge.export import ExportConfig
+from cmt_edge.export.pipeline import synthetic_count
 
 SIZE = 32
 SPEC = Preprocess(SIZE, None, (0.5, 0.4, 0.3), (0.25, 0.2, 0.3))
@@ -27,7 +27,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Small(nn.Module):
-    """Two convs with norms that have seen a batch of smooth blue-ish images, one of them through a view of its map."""
+    """Two convs with norms that have seen a batch of smooth blue-ish images, one of them through a view of
+    its map."""
 
     def __init__(self, norm: type[nn.Module] = nn.BatchNorm2d) -> None:
         super().__init__()
@@ -46,7 +47,9 @@ def seen(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for _ in range(60):
-            x = torch.rand(16, 3, 4, 4, generator=generator) * torch.tensor([0.3, 0.5, 1.0]).reshape(1, 3, 1, 1)
+            x = torch.rand(16, 3, 4, 4, generator=generator) * torch.tensor([0.3, 0.5, 1.0]).reshape(
+                1, 3, 1, 1
+            )
             model.train()(nn.functional.interpolate(x * 2 - 0.5, SIZE, mode="bilinear"))
     return model.eval()
 
@@ -62,10 +65,12 @@ def nano() -> nn.Module:
 
 
 def the_set(model: nn.Module, cache=None, count: int = 4, **settings) -> CalibrationSet:
-    return synthetic_set(model, count, SPEC, weights=weights_fingerprint(model), cache=cache, **{"steps": 3} | settings)
+    return synthetic_set(
+        model, count, SPEC, weights=weights_fingerprint(model), cache=cache, **{"steps": 3} | settings
+    )
 
 
-# --- what they match ----------------------------------------------------------------------------------------------------
+# --- what they match ------------------------------------------------------------------------------
 
 
 def test_statistics_come_much_closer(small):
@@ -84,9 +89,9 @@ def test_statistics_of_a_hybrid_come_closer(nano):
 
 def test_the_loss_is_what_the_docstring_says(small):
     images, how = synthesise(small, 6, SPEC, steps=2)
-    x = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - torch.tensor(SPEC.mean).reshape(3, 1, 1)) / torch.tensor(
-        SPEC.std
-    ).reshape(3, 1, 1)
+    x = (
+        torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - torch.tensor(SPEC.mean).reshape(3, 1, 1)
+    ) / torch.tensor(SPEC.std).reshape(3, 1, 1)
     terms = []
     with torch.no_grad():
         for layer in small.net:
@@ -133,15 +138,19 @@ def test_progress_counts_every_step(small):
     assert seen_steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
-# --- what cannot be made ------------------------------------------------------------------------------------------------
+# --- what cannot be made --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("model", "why"), [(lambda: Small(lambda n: nn.GroupNorm(1, n)), "no batch norm"), (Small, "mean 0, variance 1"),
-                       (lambda: Small(lambda n: nn.BatchNorm2d(n, track_running_stats=False)), "no statistics"),
-                       (lambda: create_model("convit_tiny"), "no batch norm")],
+    ("model", "why"),
+    [
+        (lambda: Small(lambda n: nn.GroupNorm(1, n)), "no batch norm"),
+        (Small, "mean 0, variance 1"),
+        (lambda: Small(lambda n: nn.BatchNorm2d(n, track_running_stats=False)), "no statistics"),
+        (lambda: create_model("convit_tiny"), "no batch norm"),
+    ],
     ids=["group norm", "fresh", "untracked", "convit_tiny"],
-)  # fmt: skip
+)
 def test_a_model_without_statistics_is_refused(model, why, tmp_path):
     for call in (lambda: synthesise(model(), 2, SPEC), lambda: the_set(model(), tmp_path / "cache")):
         with pytest.raises(InputError) as error:
@@ -169,7 +178,7 @@ def test_choose_names_the_function(small):
         CalibrationSet.choose("synthetic", 3, SPEC)
 
 
-# --- bounded time -------------------------------------------------------------------------------------------------------
+# --- bounded time ---------------------------------------------------------------------------------
 
 
 def test_it_stops_when_the_time_is_up(small, monkeypatch):
@@ -189,7 +198,7 @@ def test_no_time_at_all_is_said(small):
     assert how.loss_after == how.loss_before
 
 
-# --- cache --------------------------------------------------------------------------------------------------------------
+# --- cache ----------------------------------------------------------------------------------------
 
 
 def test_a_cached_set_is_the_same_without_work(small, tmp_path, monkeypatch):
@@ -225,7 +234,9 @@ def test_a_damaged_entry_is_made_again(small, tmp_path, damage):
     else:
         middle = len(content) // 2
         flipped = content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :]
-        entry.write_bytes({"truncated": content[:middle], "flipped": flipped, "empty": b"", "garbage": b"PK"}[damage])
+        entry.write_bytes(
+            {"truncated": content[:middle], "flipped": flipped, "empty": b"", "garbage": b"PK"}[damage]
+        )
     again = the_set(small, tmp_path)
     assert again.synthesis["cached"] is False
     assert again._blobs == first._blobs
@@ -252,15 +263,20 @@ def test_a_cache_that_cannot_be_written(small, tmp_path):
         the_set(small, tmp_path / "file" / "below")
 
 
-# --- the command --------------------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 ARGV = ("--model", "cmt_nano", "--int8", "--data", "synthetic", "--calib-size", 4)
 
 
 @pytest.mark.slow
 def test_an_export_with_few_steps_verifies(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(synthetic.synthetic_set, "__kwdefaults__", synthetic.synthetic_set.__kwdefaults__ | {"steps": 2})
-    entries = [json.loads(succeeded(capsys, *ARGV, "-o", tmp_path / name, "--json"))["calibration"] for name in ("a", "b")]
+    monkeypatch.setattr(
+        synthetic.synthetic_set, "__kwdefaults__", synthetic.synthetic_set.__kwdefaults__ | {"steps": 2}
+    )
+    entries = [
+        json.loads(succeeded(capsys, *ARGV, "-o", tmp_path / name, "--json"))["calibration"]
+        for name in ("a", "b")
+    ]
     assert entries[0]["source"] == "synthetic"
     assert entries[0]["images"] == 4
     made = entries[0]["synthesis"]
@@ -273,9 +289,25 @@ def test_an_export_with_few_steps_verifies(capsys, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_ranges_of_fp16_are_observed_on_them(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(synthetic.synthetic_set, "__kwdefaults__", synthetic.synthetic_set.__kwdefaults__ | {"steps": 1})
-    succeeded(capsys, "--model", "cmt_nano", "--half", "--format", "trt", "--no-build", "--data", "synthetic", "--calib-size", 3,
-              "-o", tmp_path, "--no-cache")  # fmt: skip
+    monkeypatch.setattr(
+        synthetic.synthetic_set, "__kwdefaults__", synthetic.synthetic_set.__kwdefaults__ | {"steps": 1}
+    )
+    succeeded(
+        capsys,
+        "--model",
+        "cmt_nano",
+        "--half",
+        "--format",
+        "trt",
+        "--no-build",
+        "--data",
+        "synthetic",
+        "--calib-size",
+        3,
+        "-o",
+        tmp_path,
+        "--no-cache",
+    )
     observed = Bundle.open(tmp_path / "cmt_nano_fp16_trt").manifest.typing["observed"]
     assert (observed["source"], observed["images"], observed["synthesis"]["steps"]) == ("synthetic", 7, 1)
 
@@ -289,12 +321,19 @@ def test_the_plan_names_them_without_making_them(capsys, tmp_path, monkeypatch):
     assert not [*tmp_path.iterdir()]
 
 
-@pytest.mark.parametrize(("model", "settings", "count"), [
-    ("cmt_nano", {}, 64), ("cmt_xs", {}, 32), ("cmt_xs", {"calib_size": 5}, 5),
-    ("cmt_xs", {"precision": "fp16", "format": "trt", "calib_size": 99}, 32),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model", "settings", "count"),
+    [
+        ("cmt_nano", {}, 64),
+        ("cmt_xs", {}, 32),
+        ("cmt_xs", {"calib_size": 5}, 5),
+        ("cmt_xs", {"precision": "fp16", "format": "trt", "calib_size": 99}, 32),
+    ],
+)
 def test_how_many_are_made(model, settings, count):
-    assert synthetic_count(ExportConfig(model, **{"precision": "int8", "data": "synthetic"} | settings)) == count
+    assert (
+        synthetic_count(ExportConfig(model, **{"precision": "int8", "data": "synthetic"} | settings)) == count
+    )
 
 
 def test_random_weights_have_nothing_to_match(capsys, tmp_path):

@@ -1,4 +1,5 @@
-"""ConViT: golden logits of the official code, published keys, other resolutions, positions, its rewrites and its export."""
+"""ConViT: golden logits of the official code, published keys, other resolutions, positions, its rewrites and
+its export."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import shared
-from test_cmt_models import (  # importing it lists the models, so that the registry has the families in their order
+from test_cmt_models import (
     golden,
     ours,
     published,
@@ -16,8 +17,8 @@ from test_cmt_models import (  # importing it lists the models, so that the regi
 from torch import nn
 from torch.nn import functional as F
 
-from cmt import create_model, fuse, load_weights, macs, model_spec
-from cmt.convit import (
+from cmt_edge.cmt import create_model, fuse, load_weights, macs, model_spec
+from cmt_edge.cmt.families.convit import (
     Attention,
     GatedAttention,
     PositionAttention,
@@ -27,11 +28,11 @@ from cmt.convit import (
     resize_position_embedding,
     separated,
 )
-from cmt.fuse import PlainNorm
-from cmt.layers import DropPath
-from cmt.weights import randomize
-from deploy.errors import InputError, WeightsError
-from export.to_onnx import export_onnx, logits_of, simplify
+from cmt_edge.cmt.layers import DropPath
+from cmt_edge.cmt.rewrites import PlainNorm
+from cmt_edge.cmt.weights import randomize
+from cmt_edge.deploy.errors import InputError, WeightsError
+from cmt_edge.export.to_onnx import export_onnx, logits_of, simplify
 
 NAME = "convit_tiny"
 REWRITES = [rewrite.name for rewrite in model_spec(NAME).rewrites]
@@ -61,10 +62,14 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max())
 
 
-# --- against the official code ----------------------------------------------------------------------------------------
+# --- against the official code --------------------------------------------------------------------
 
 
-VARIANTS = [("convit_tiny", 224), ("convit_tiny_256", 256), pytest.param("convit_base", 224, marks=pytest.mark.slow)]
+VARIANTS = [
+    ("convit_tiny", 224),
+    ("convit_tiny_256", 256),
+    pytest.param("convit_base", 224, marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.giant
@@ -104,10 +109,14 @@ def test_published_key(theirs, our_key):
 
 def test_stacked_linears_are_taken_apart_and_ours_left_alone():
     stacked = torch.arange(18.0).reshape(9, 2)
-    state = separated({"blocks.10.attn.qkv.weight": stacked, "blocks.0.attn.qk.weight": stacked[:6], "norm.weight": stacked})
+    state = separated(
+        {"blocks.10.attn.qkv.weight": stacked, "blocks.0.attn.qk.weight": stacked[:6], "norm.weight": stacked}
+    )
     assert list(state) == [
-        *(f"blocks.10.attn.{n}.weight" for n in "qkv"), *(f"blocks.0.attn.{n}.weight" for n in "qk"), "norm.weight",
-    ]  # fmt: skip
+        *(f"blocks.10.attn.{n}.weight" for n in "qkv"),
+        *(f"blocks.0.attn.{n}.weight" for n in "qk"),
+        "norm.weight",
+    ]
     assert torch.equal(state["blocks.10.attn.k.weight"], stacked[3:6])
     assert torch.equal(state["blocks.0.attn.k.weight"], stacked[3:6])
     mine = create_model(NAME, img_size=16).state_dict()
@@ -125,7 +134,7 @@ def test_a_damaged_stacked_linear_is_an_error_that_names_it(tmp_path, damage):
     assert "blocks.3.attn.q" in str(error.value)
 
 
-# --- resolutions --------------------------------------------------------------------------------------------------------
+# --- resolutions ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [0, 8, 72, 231])
@@ -178,7 +187,7 @@ def test_an_embedding_that_is_no_square_grid_is_not_resized(tmp_path, shape):
         load_weights(create_model(NAME, img_size=256), path, resize=True)
 
 
-# --- positions ----------------------------------------------------------------------------------------------------------
+# --- positions ------------------------------------------------------------------------------------
 
 
 def test_patch_offsets_are_dx_dy_and_the_squared_distance():
@@ -239,7 +248,7 @@ def test_stochastic_depth_rises_linearly_and_every_parameter_is_trained():
     assert [k for k, p in model.named_parameters() if p.grad is None] == []
 
 
-# --- rewrites -----------------------------------------------------------------------------------------------------------
+# --- rewrites -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rewrite", REWRITES)
@@ -288,7 +297,9 @@ def test_positions_cost_nothing_and_the_last_block_computes_the_class_token_alon
     fused = fuse(model)
     tokens, dim, heads = (size // 16) ** 2, 192, 4
     positions = 10 * 3 * heads * tokens**2
-    row = (1 + 1 + 2 * 4) * dim**2 + 2 * (1 + tokens) * dim  # q, proj and the MLP; scores and their product with the values
+    row = (1 + 1 + 2 * 4) * dim**2 + 2 * (
+        1 + tokens
+    ) * dim  # q, proj and the MLP; scores and their product with the values
     assert macs(model) - macs(fused) == positions + tokens * row
     seen: list[torch.Size] = []
     fused.blocks[-1].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
@@ -298,7 +309,7 @@ def test_positions_cost_nothing_and_the_last_block_computes_the_class_token_alon
     assert not model.class_only
 
 
-# --- export -------------------------------------------------------------------------------------------------------------
+# --- export ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.giant

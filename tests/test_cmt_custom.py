@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import nn
 
-from cmt import create_model, fuse, macs, model_spec, reference
-from cmt.custom import custom_spec
-from deploy import Bundle, Predictor
-from deploy.errors import InputError, RuntimeMissingError, UnknownNameError, WeightsError
-from deploy.parity import verify
-from export import ExportConfig, run
-from export.cli import main
+from cmt_edge.cmt import create_model, fuse, macs, model_spec, reference
+from cmt_edge.cmt.outside import custom_spec
+from cmt_edge.deploy import Bundle, Predictor
+from cmt_edge.deploy.errors import InputError, RuntimeMissingError, UnknownNameError, WeightsError
+from cmt_edge.deploy.measure.parity import verify
+from cmt_edge.export import ExportConfig, run
+from cmt_edge.export.cli import main
 
 SOURCE = '''
 import torch
@@ -28,12 +28,14 @@ from torch import nn
 
 class Small(nn.Module):
     """Convs, attention over a grid, a class for each logit."""
-    default_cfg = {"input_size": (3, 32, 32), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.2), "crop_pct": 0.9}
+    default_cfg = {"input_size": (3, 32, 32), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.2)}
+    default_cfg["crop_pct"] = 0.9
 
     def __init__(self, classes):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, stride=4, padding=1), nn.BatchNorm2d(16), nn.GELU())
-        self.norm, self.q, self.k, self.v = nn.LayerNorm(16), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.norm, self.q = nn.LayerNorm(16), nn.Linear(16, 16)
+        self.k, self.v = nn.Linear(16, 16), nn.Linear(16, 16)
         self.head = nn.Linear(16, classes)
 
     def features(self, x):
@@ -110,24 +112,44 @@ def test_settings_come_from_the_model(outside):
 
 
 @pytest.mark.parametrize(
-    ("form", "precision", "data"), [("onnx", "fp32", None), ("openvino", "int8", "generated"), ("trt", "fp16", None)]
+    ("form", "precision", "data"),
+    [("onnx", "fp32", None), ("openvino", "int8", "generated"), ("trt", "fp16", None)],
 )
 def test_the_whole_road(outside, form, precision, data):
-    made = run(ExportConfig("outside_models:build", format=form, precision=precision, data=data, calib_size=8 if data else None, batch=0,
-                            build=form != "trt", output="out"))  # fmt: skip
+    made = run(
+        ExportConfig(
+            "outside_models:build",
+            format=form,
+            precision=precision,
+            data=data,
+            calib_size=8 if data else None,
+            batch=0,
+            build=form != "trt",
+            output="out",
+        )
+    )
     assert made.path.name == f"outside_models_build_{precision}_{form}_dynamic"
     opened = Bundle.open(made.path)
     assert opened.preprocess.mean == (0.5, 0.4, 0.3)
-    with Predictor.load(opened, backend="onnxruntime") as ours, Predictor.load(opened, backend="torch") as reference:
+    with (
+        Predictor.load(opened, backend="onnxruntime") as ours,
+        Predictor.load(opened, backend="torch") as reference,
+    ):
         batch = np.random.default_rng(0).normal(size=(3, 3, 32, 32)).astype(np.float32)
-        assert np.abs(ours.logits(batch) - reference.logits(batch)).max() < {"fp32": 1e-4, "fp16": 0.01, "int8": 0.3}[precision]
+        assert (
+            np.abs(ours.logits(batch) - reference.logits(batch)).max()
+            < {"fp32": 1e-4, "fp16": 0.01, "int8": 0.3}[precision]
+        )
 
 
 def test_maps_of_a_method_features(outside):
     assert model_spec("outside_models:build").strides == (4, 8)
     made = run(ExportConfig("outside_models:build", format="onnx", head="features", output="out"))
     with Predictor.load(made) as ours:
-        assert [m.shape for m in ours.features(ours.prepare(made.golden().sources))] == [(4, 16, 8, 8), (4, 16, 4, 4)]
+        assert [m.shape for m in ours.features(ours.prepare(made.golden().sources))] == [
+            (4, 16, 8, 8),
+            (4, 16, 4, 4),
+        ]
     assert model_spec("outside_models:Plain").strides == ()
     with pytest.raises(InputError, match="has no feature maps"):
         ExportConfig("outside_models:Plain", head="features").check()
@@ -137,7 +159,11 @@ def test_flags_win_over_the_models_settings(outside, capsys):
     flags = ["--mean", "0,0,0", "--std", "1,1,1", "--crop-ratio", "0", "--num-classes", "4", "-o", "out"]
     assert main(["--model", "outside_models:build", "--format", "onnx", *flags]) == 0
     made = Bundle.open("out/outside_models_build_fp32_onnx")
-    assert (made.preprocess.mean, made.preprocess.std, made.preprocess.short_side) == ((0, 0, 0), (1, 1, 1), None)
+    assert (made.preprocess.mean, made.preprocess.std, made.preprocess.short_side) == (
+        (0, 0, 0),
+        (1, 1, 1),
+        None,
+    )
     assert len(made.labels) == 4
 
 
@@ -195,9 +221,12 @@ def test_a_factory_that_ignores_the_class_count(outside):
 
 
 CROPS = [
-    ({"crop_pct": 0.9}, 35), ({"crop_pct": 1.0}, 32), ({"crop_pct": 1.0, "crop_mode": "squash"}, None), ({}, 36),
+    ({"crop_pct": 0.9}, 35),
+    ({"crop_pct": 1.0}, 32),
+    ({"crop_pct": 1.0, "crop_mode": "squash"}, None),
+    ({}, 36),
     ({"crop_pct": 0.95, "interpolation": "bilinear"}, 33),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("given", "short_side"), CROPS)
@@ -209,7 +238,11 @@ def test_crop_and_interpolation(outside, given, short_side):
     assert (made.short_side, made.interpolation) == (short_side, given.get("interpolation", "bicubic"))
 
 
-UNKNOWN = [{"crop_mode": "border", "crop_pct": 1.0}, {"crop_mode": "squash", "crop_pct": 0.95}, {"interpolation": "lanczos"}]
+UNKNOWN = [
+    {"crop_mode": "border", "crop_pct": 1.0},
+    {"crop_mode": "squash", "crop_pct": 0.95},
+    {"interpolation": "lanczos"},
+]
 
 
 @pytest.mark.parametrize("given", UNKNOWN)
@@ -223,13 +256,16 @@ def test_preprocessing_that_we_do_not_have_is_refused(outside, given):
 
 
 class Plain(nn.Module):
-    """Convs without a bias before batch norms, ``chunk``, a pooled channels-last map: what torch.onnx writes in a roundabout way."""
+    """Convs without a bias before batch norms, ``chunk``, a pooled channels-last map: what torch.onnx writes
+    in a roundabout way."""
 
     default_cfg: ClassVar[dict] = {"input_size": (3, 32, 32)}
 
     def __init__(self):
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, stride=4, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 16, 3, stride=4, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
+        )
         self.body = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32))
         self.pool, self.head = nn.AdaptiveAvgPool2d(1), nn.Linear(16, 3)
 
@@ -242,8 +278,17 @@ class Plain(nn.Module):
 def test_an_ordinary_cnn_becomes_int8(outside):
     create_model("outside_models:build")
     sys.modules["outside_models"].Plain = Plain
-    made = run(ExportConfig("outside_models:Plain", weights="random", format="onnx", precision="int8", data="generated", calib_size=8,
-                            output="out"))  # fmt: skip
+    made = run(
+        ExportConfig(
+            "outside_models:Plain",
+            weights="random",
+            format="onnx",
+            precision="int8",
+            data="generated",
+            calib_size=8,
+            output="out",
+        )
+    )
     graph = onnx.load(made.path / "model.onnx").graph
     operations = Counter(node.op_type for node in graph.node)
     assert not {"BatchNormalization", "CastLike", "Expand", "Gather", "SplitToSequence"} & set(operations)
@@ -252,11 +297,13 @@ def test_an_ordinary_cnn_becomes_int8(outside):
     int8 = [node.name for node in dense if producer.get(node.input[1]) == "DequantizeLinear"]
     assert len(dense) == 3
     assert dense[0].input[0] == graph.input[0].name
-    assert int8 == [node.name for node in dense[1:]]  # the conv of the image stays float: its filters are small
+    assert int8 == [
+        node.name for node in dense[1:]
+    ]  # the conv of the image stays float: its filters are small
     assert verify(made, backend="onnxruntime").passed
 
 
-# --- timm -----------------------------------------------------------------------------------------------------------------
+# --- timm -----------------------------------------------------------------------------------------
 
 
 class FakeTimm(ModuleType):
@@ -350,14 +397,26 @@ def importable_timm():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "form", "precision"), [("mobilevitv2_050", "onnx", "fp32"), ("coatnet_nano_rw_224", "openvino", "int8")]
+    ("name", "form", "precision"),
+    [("mobilevitv2_050", "onnx", "fp32"), ("coatnet_nano_rw_224", "openvino", "int8")],
 )
 def test_a_timm_model_on_the_whole_road(tmp_path, name, form, precision):
-    """Convs without biases, separable self-attention and group norms; attention with relative positions, channels-last pooling."""
+    """Convs without biases, separable self-attention and group norms; attention with relative positions,
+    channels-last pooling."""
     importable_timm()
     data = {"data": "generated", "calib_size": 8} if precision == "int8" else {}
-    made = run(ExportConfig(f"timm:{name}", weights="random", imgsz=96, format=form, precision=precision, batch=0,
-                            output=str(tmp_path), **data))  # fmt: skip
+    made = run(
+        ExportConfig(
+            f"timm:{name}",
+            weights="random",
+            imgsz=96,
+            format=form,
+            precision=precision,
+            batch=0,
+            output=str(tmp_path),
+            **data,
+        )
+    )
     assert made.manifest.verification["golden"]["passed"]
     assert verify(made, backend="onnxruntime").passed
 

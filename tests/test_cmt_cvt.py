@@ -1,4 +1,5 @@
-"""CvT: golden logits and stage maps of the official code, published keys, any resolution, its rewrites and its export."""
+"""CvT: golden logits and stage maps of the official code, published keys, any resolution, its rewrites and
+its export."""
 
 from __future__ import annotations
 
@@ -9,19 +10,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import shared
-from test_cmt_models import (  # importing it lists the models, so that the registry has the families in their order
+from test_cmt_models import (
     golden,
     published,
 )
 from torch import nn
 
-from cmt import create_model, fuse, load_pretrained, load_weights, macs, model_spec
-from cmt.cvt import Attention, CvT, QuickGELU
-from cmt.fuse import PlainNorm, affine_into, key_bias_dropped, value_bias_into
-from cmt.layers import DropPath
-from cmt.weights import randomize
-from deploy.errors import InputError, WeightsError
-from export.to_onnx import export_onnx, logits_of, simplify
+from cmt_edge.cmt import create_model, fuse, load_pretrained, load_weights, macs, model_spec
+from cmt_edge.cmt.families.cvt import Attention, CvT, QuickGELU
+from cmt_edge.cmt.layers import DropPath
+from cmt_edge.cmt.rewrites import PlainNorm, affine_into, key_bias_dropped, value_bias_into
+from cmt_edge.cmt.weights import randomize
+from cmt_edge.deploy.errors import InputError, WeightsError
+from cmt_edge.export.to_onnx import export_onnx, logits_of, simplify
 
 NAME = "cvt_13"
 REWRITES = [rewrite.name for rewrite in model_spec(NAME).rewrites]
@@ -45,7 +46,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max())
 
 
-# --- against the official code ----------------------------------------------------------------------------------------
+# --- against the official code --------------------------------------------------------------------
 
 
 @lru_cache(maxsize=1)
@@ -56,7 +57,11 @@ def golden_model(variant: str, rule: str) -> nn.Module:
     return model
 
 
-SIZES = ["cvt_13_224", pytest.param("cvt_13_384", marks=pytest.mark.slow), pytest.param("cvt_21_384", marks=pytest.mark.slow)]
+SIZES = [
+    "cvt_13_224",
+    pytest.param("cvt_13_384", marks=pytest.mark.slow),
+    pytest.param("cvt_21_384", marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.giant
@@ -81,7 +86,9 @@ def test_features_are_the_maps_of_the_official_stages(fused):
         maps = (fuse(model) if fused else model).features(x)
     with np.load(shared("golden/cvt_13_224.npz")) as data:
         for i, stage_map in enumerate(maps):
-            np.testing.assert_allclose(stage_map[0].flatten()[:64].numpy(), data[f"tap/stage{i}"], rtol=0, atol=2e-5)
+            np.testing.assert_allclose(
+                stage_map[0].flatten()[:64].numpy(), data[f"tap/stage{i}"], rtol=0, atol=2e-5
+            )
 
 
 @pytest.mark.parametrize(
@@ -115,7 +122,7 @@ def test_a_published_file_loads_at_both_resolutions_and_no_other_variant_takes_i
         load_weights(other, path)
 
 
-# --- facts of the family ----------------------------------------------------------------------------------------------
+# --- facts of the family --------------------------------------------------------------------------
 
 
 def test_attention_is_scaled_by_the_whole_width():
@@ -134,7 +141,9 @@ def test_preprocessing_and_publication():
     assert [s.img_size for s in specs] == [224, 224, 384, 384, 384]
     assert [s.crop_ratio for s in specs] == [0.875, 0.875, None, None, None]
     assert all(s.family == "CvT" and s.rewrites == specs[0].rewrites for s in specs)
-    with pytest.raises(WeightsError, match="no weights are published") as error:  # none with an address of its own
+    with pytest.raises(
+        WeightsError, match="no weights are published"
+    ) as error:  # none with an address of its own
         load_pretrained(create_model(NAME, img_size=16))
     assert "--weights" in error.value.remedy
 
@@ -172,7 +181,7 @@ def test_every_parameter_is_trained():
     assert [k for k, p in model.named_parameters() if p.grad is None] == []
 
 
-# --- features -----------------------------------------------------------------------------------------------------------
+# --- features -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [64, 80])
@@ -180,11 +189,13 @@ def test_features_have_strides_4_8_16_and_survive_the_rewrites(size):
     model, x = randomized(1).double(), images(2, size).double()
     with torch.inference_mode():
         maps, rewritten = model.features(x), fuse(model).features(x)
-    assert [tuple(m.shape) for m in maps] == [(2, d, size // s, size // s) for d, s in ((64, 4), (192, 8), (384, 16))]
+    assert [tuple(m.shape) for m in maps] == [
+        (2, d, size // s, size // s) for d, s in ((64, 4), (192, 8), (384, 16))
+    ]
     assert max(difference(a, b) for a, b in zip(maps, rewritten, strict=True)) < 1e-10
 
 
-# --- rewrites -----------------------------------------------------------------------------------------------------------
+# --- rewrites -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [64, 80])  # 80: the last map is 5 x 5, its keys' map 3 x 3
@@ -209,7 +220,9 @@ def test_what_is_left_of_a_rewritten_block():
     fused = fuse(randomized(0))
     for block in (b for stage in fused.stages for b in stage.blocks):
         attn = block.attn
-        assert all(isinstance(p.norm, nn.Identity) and p.conv.bias is not None for p in (attn.q, attn.k, attn.v))
+        assert all(
+            isinstance(p.norm, nn.Identity) and p.conv.bias is not None for p in (attn.q, attn.k, attn.v)
+        )
         assert (attn.scale, attn.k.linear.bias, attn.v.linear.bias) == (1.0, None, None)
         assert isinstance(block.norm1, nn.LayerNorm)  # zero-padded convs read it
         assert isinstance(block.norm2, PlainNorm)
@@ -255,7 +268,7 @@ def test_the_key_bias_may_be_anything_but_the_value_bias_may_not():
         assert difference(model(x), before) > 1e-3
 
 
-# --- export -------------------------------------------------------------------------------------------------------------
+# --- export ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.giant
@@ -272,6 +285,8 @@ def test_onnx_equals_pytorch_at_any_batch_and_the_rewrites_make_it_smaller():
                 expected = model(x).numpy()
             np.testing.assert_allclose(logits_of(graph, x.numpy(), form), expected, rtol=0, atol=1e-4)
     rewritten = counts["rewritten"]
-    assert rewritten.total() < 0.95 * counts["reference"].total()  # whose batch norms the graph has folded too
+    assert (
+        rewritten.total() < 0.95 * counts["reference"].total()
+    )  # whose batch norms the graph has folded too
     assert not {"BatchNormalization", "SequenceAt", "SplitToSequence", "If", "Loop"} & set(rewritten)
     assert rewritten["Conv"] == 3 + 3 * 4 - 1  # the last block's queries need no conv

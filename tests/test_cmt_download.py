@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from test_cmt_weights import holds, nano, release, saved, state_of
 
-from cmt import download as download_module
-from cmt import load_pretrained
-from cmt.download import fetch
-from cmt.registry import Pretrained
-from deploy.errors import DownloadError
+from cmt_edge.cmt import download as download_module
+from cmt_edge.cmt import load_pretrained
+from cmt_edge.cmt.download import fetch
+from cmt_edge.cmt.registry import Pretrained
+from cmt_edge.deploy.errors import DownloadError
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
 HASH = hashlib.sha256(CONTENT).hexdigest()
@@ -62,7 +62,9 @@ class Handler(BaseHTTPRequestHandler):
         body = server.content[start:]
         self.send_response(206 if start else 200)
         if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(server.content) - 1}/{len(server.content)}")
+            self.send_header(
+                "Content-Range", f"bytes {start}-{len(server.content) - 1}/{len(server.content)}"
+            )
         if server.chunked:
             self.send_header("Transfer-Encoding", "chunked")
         else:
@@ -70,7 +72,9 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         body = body[: server.cut]
         if server.chunked:
-            self.wfile.write(f"{len(body):x}\r\n".encode() + body + (b"\r\n" if server.cut else b"\r\n0\r\n\r\n"))
+            self.wfile.write(
+                f"{len(body):x}\r\n".encode() + body + (b"\r\n" if server.cut else b"\r\n0\r\n\r\n")
+            )
         else:
             self.wfile.write(body)
 
@@ -113,7 +117,10 @@ def test_full_download_happens_once(server, tmp_path, chunked):
 
 def test_two_downloads_at_once_make_one_request(server, tmp_path):
     paths = []
-    threads = [threading.Thread(target=lambda: paths.append(fetch(Pretrained(server.url), tmp_path))) for _ in range(3)]
+    threads = [
+        threading.Thread(target=lambda: paths.append(fetch(Pretrained(server.url), tmp_path)))
+        for _ in range(3)
+    ]
     for t in threads:
         t.start()
     for t in threads:
@@ -177,7 +184,8 @@ def test_a_complete_partial_file_is_taken_and_a_stale_one_dropped(server, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("size", "sha256", "word"), [(299_999, None, "bytes"), (len(CONTENT), "0" * 64, "SHA-256"), (None, HASH[::-1], "SHA-256")]
+    ("size", "sha256", "word"),
+    [(299_999, None, "bytes"), (len(CONTENT), "0" * 64, "SHA-256"), (None, HASH[::-1], "SHA-256")],
 )
 def test_a_file_that_fails_its_check_is_not_kept(server, tmp_path, size, sha256, word):
     assert word in failed(Pretrained(server.url, size=size, sha256=sha256), tmp_path).why

@@ -9,11 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from cmt import create_model, fuse, list_models, load_pretrained, model_spec
-from cmt.fuse import PlainNorm, ScaleShift, affine_after, affine_before, norm_affine, with_identity
-from cmt.layers import DropPath
-from cmt.weights import randomize
-from deploy.errors import InputError
+from cmt_edge.cmt import create_model, fuse, list_models, load_pretrained, model_spec
+from cmt_edge.cmt.layers import DropPath
+from cmt_edge.cmt.rewrites import (
+    PlainNorm,
+    ScaleShift,
+    affine_after,
+    affine_before,
+    norm_affine,
+    with_identity,
+)
+from cmt_edge.cmt.weights import randomize
+from cmt_edge.deploy.errors import InputError
 
 PUBLISHED_SIZE = [
     "cmt_nano",
@@ -137,7 +144,9 @@ def test_training_mode_is_refused():
     assert "eval()" in error.value.remedy
 
 
-@pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.Sequential(nn.Conv2d(3, 3, 1))], ids=["linear", "sequential"])
+@pytest.mark.parametrize(
+    "model", [nn.Linear(2, 2), nn.Sequential(nn.Conv2d(3, 3, 1))], ids=["linear", "sequential"]
+)
 def test_a_foreign_module_is_refused(model):
     with pytest.raises(InputError, match="no registered rewrite"):
         fuse(model.eval())
@@ -148,7 +157,7 @@ def test_a_fused_model_is_refused_not_crashed_on():
         fuse(fuse(create_model("cmt_nano")))
 
 
-# --- single layers ------------------------------------------------------------------------------------------------------
+# --- single layers --------------------------------------------------------------------------------
 
 
 def filled(layer: nn.Module, seed: int) -> nn.Module:

@@ -12,12 +12,16 @@ import pytest
 import torch
 from conftest import GIANT_MACS, SHARED, marked_models, shared
 
-from cmt import count_params, create_model, labels_of, list_models, macs, model_spec
-from cmt.layers import DropPath
-from deploy.errors import InputError, UnknownNameError
+from cmt_edge.cmt import count_params, create_model, labels_of, list_models, macs, model_spec
+from cmt_edge.cmt.layers import DropPath
+from cmt_edge.deploy.errors import InputError, UnknownNameError
 
 GOLDEN = sorted(p.stem for p in (SHARED / "golden").glob("*.npz")) or ["cmt_ti"]
-FIGURES = json.loads((SHARED / "golden/models.json").read_text()) if (SHARED / "golden/models.json").exists() else []
+FIGURES = (
+    json.loads((SHARED / "golden/models.json").read_text())
+    if (SHARED / "golden/models.json").exists()
+    else []
+)
 RENAMED = {"cvt_13_224": "cvt_13", "cvt_21_224": "cvt_21", "cvt_w24_384": "cvt_w24"}
 """Golden variants whose registry name is not their own, or their own without a size."""
 SLOW_MACS = 3e9
@@ -51,7 +55,9 @@ def described(variant: str) -> dict:
 def marked(variants, largest=pytest.mark.giant):
     """Marked by their cost; ``largest`` marks those of more than ``GIANT_MACS``."""
     costs = {v: model_spec(name_of(v)).macs or 0 for v in variants}
-    marks = {v: largest if cost > GIANT_MACS else pytest.mark.slow for v, cost in costs.items() if cost > SLOW_MACS}
+    marks = {
+        v: largest if cost > GIANT_MACS else pytest.mark.slow for v, cost in costs.items() if cost > SLOW_MACS
+    }
     return [pytest.param(v, marks=marks[v]) if v in marks else v for v in variants]
 
 
@@ -74,7 +80,9 @@ def golden_cases():
         for rule in ("fanin", "flat"):
             giant = macs > (GIANT_MACS if rule == "fanin" else SLOW_MACS)
             yield pytest.param(
-                variant, rule, marks=[pytest.mark.giant] if giant else [pytest.mark.slow] if macs > SLOW_MACS else []
+                variant,
+                rule,
+                marks=[pytest.mark.giant] if giant else [pytest.mark.slow] if macs > SLOW_MACS else [],
             )
 
 
@@ -112,7 +120,9 @@ def test_our_own_keys_are_left_as_they_are(name):
     assert [model.spec.rename(k) for k in model.state_dict()] == list(model.state_dict())
 
 
-@pytest.mark.parametrize("figures", [f for f in FIGURES if f["macs"] < GIANT_MACS], ids=lambda f: f["variant"])
+@pytest.mark.parametrize(
+    "figures", [f for f in FIGURES if f["macs"] < GIANT_MACS], ids=lambda f: f["variant"]
+)
 def test_parameters_and_macs_are_the_official_ones(figures):
     model = create_model(name_of(figures["variant"]), img_size=figures["input_size"])
     assert count_params(model) == figures["num_params"]
@@ -155,7 +165,9 @@ def test_shapes_follow_the_arguments(name):
         assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 7)
 
 
-@pytest.mark.parametrize(("name", "close"), [("cmt_nan", "cmt_nano"), ("cmt-xs", "cmt_xs"), ("CMT_B", None), ("resnet", None)])
+@pytest.mark.parametrize(
+    ("name", "close"), [("cmt_nan", "cmt_nano"), ("cmt-xs", "cmt_xs"), ("CMT_B", None), ("resnet", None)]
+)
 def test_unknown_name_tells_the_closest(name, close):
     with pytest.raises(UnknownNameError, match=f"unknown model '{name}'") as error:
         create_model(name)
@@ -214,7 +226,9 @@ def test_trains_with_stochastic_depth():
             loss = torch.nn.functional.cross_entropy(model(x), y)
             optimizer.zero_grad()
             loss.backward()
-            if not losses:  # every parameter takes part; the key bias cancels in the softmax but still has a gradient
+            if (
+                not losses
+            ):  # every parameter takes part; the key bias cancels in the softmax but still has a gradient
                 assert all(p.grad is not None for p in model.parameters())
             optimizer.step()
             losses.append(float(loss.detach()))

@@ -1,4 +1,5 @@
-"""MViT and MViTv2: golden logits and maps of the official code, published keys, other resolutions, rewrites and export."""
+"""MViT and MViTv2: golden logits and maps of the official code, published keys, other resolutions, rewrites
+and export."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import shared
-from test_cmt_models import (  # importing it lists the models, so that the registry has the families in their order
+from test_cmt_models import (
     golden,
     ours,
     published,
@@ -18,10 +19,8 @@ from test_cmt_models import (  # importing it lists the models, so that the regi
 from torch import nn
 from torch.nn import functional as F
 
-from cmt import count_params, create_model, fuse, load_pretrained, load_weights, macs, model_spec
-from cmt.fuse import PlainNorm, Rewrite
-from cmt.layers import DropPath
-from cmt.mvit import (
+from cmt_edge.cmt import count_params, create_model, fuse, load_pretrained, load_weights, macs, model_spec
+from cmt_edge.cmt.families.mvit import (
     ConstantPositions,
     JointPooling,
     adapt,
@@ -29,10 +28,21 @@ from cmt.mvit import (
     resize_relative,
     rewrites_of,
 )
-from cmt.mvit.model import Attention, MViT, MViTConfig, Pooling, RelativePositions, SplitHeads, block_shapes, relative_index
-from cmt.weights import randomize
-from deploy.errors import InputError, WeightsError
-from export.to_onnx import export_onnx, logits_of, simplify
+from cmt_edge.cmt.families.mvit.model import (
+    Attention,
+    MViT,
+    MViTConfig,
+    Pooling,
+    RelativePositions,
+    SplitHeads,
+    block_shapes,
+    relative_index,
+)
+from cmt_edge.cmt.layers import DropPath
+from cmt_edge.cmt.rewrites import PlainNorm, Rewrite
+from cmt_edge.cmt.weights import randomize
+from cmt_edge.deploy.errors import InputError, WeightsError
+from cmt_edge.export.to_onnx import export_onnx, logits_of, simplify
 
 V1, V2 = "mvitv1_b16", "mvitv2_t"
 NAMES = [V1, V2, "mvitv2_s", "mvitv2_b", "mvitv2_l"]
@@ -70,7 +80,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max().clamp(min=1))
 
 
-# --- against the official code ----------------------------------------------------------------------------------------
+# --- against the official code --------------------------------------------------------------------
 
 
 def name_of(variant: str) -> str:
@@ -159,9 +169,17 @@ def test_published_key(theirs, our_key):
 
 
 def test_stacked_linears_are_taken_apart_convs_lose_their_time_axis_and_ours_are_left_alone():
-    weight, bias, conv = torch.arange(24.0).reshape(12, 2), torch.arange(12.0), torch.arange(36.0).reshape(4, 1, 1, 3, 3)
+    weight, bias, conv = (
+        torch.arange(24.0).reshape(12, 2),
+        torch.arange(12.0),
+        torch.arange(36.0).reshape(4, 1, 1, 3, 3),
+    )
     state = adapt(
-        {"blocks.0.attn.qkv.weight": weight, "blocks.0.attn.qkv.bias": bias, "blocks.0.attn.pool_k.conv.weight": conv}
+        {
+            "blocks.0.attn.qkv.weight": weight,
+            "blocks.0.attn.qkv.bias": bias,
+            "blocks.0.attn.pool_k.conv.weight": conv,
+        }
     )
     assert torch.equal(state["blocks.0.attn.q.weight"], weight[:4])
     assert torch.equal(state["blocks.0.attn.k.weight"], weight[4:8])
@@ -176,7 +194,10 @@ def test_stacked_linears_are_taken_apart_convs_lose_their_time_axis_and_ours_are
 @pytest.mark.parametrize("name", [V1, V2])
 def test_a_published_checkpoint_is_loaded(tmp_path, name):
     """The container of the official training code, and 5-D convs, which published files may have."""
-    state = {k: v.unsqueeze(2) if re.search(r"pool_.\.weight$", k) and v.ndim == 4 else v for k, v in published(name).items()}
+    state = {
+        k: v.unsqueeze(2) if re.search(r"pool_.\.weight$", k) and v.ndim == 4 else v
+        for k, v in published(name).items()
+    }
     path = tmp_path / f"{name}.pyth"
     torch.save({"epoch": 299, "model_state": state, "optimizer_state": {}, "cfg": "MODEL: {}"}, path)
     model = create_model(name)
@@ -185,9 +206,10 @@ def test_a_published_checkpoint_is_loaded(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "damage", [torch.zeros(100, 96), torch.zeros(()), torch.zeros(0, 96), torch.zeros(288, 95)],
+    "damage",
+    [torch.zeros(100, 96), torch.zeros(()), torch.zeros(0, 96), torch.zeros(288, 95)],
     ids=["rows", "scalar", "empty", "columns"],
-)  # fmt: skip
+)
 def test_a_damaged_stacked_linear_is_an_error_that_names_it(tmp_path, damage):
     path = tmp_path / "mvitv2_t.pyth"
     torch.save({**published(V2), "blocks.0.attn.qkv.weight": damage}, path)
@@ -209,12 +231,14 @@ def test_preprocessing_and_publication():
     assert all((s.img_size, s.crop_ratio, s.num_classes) == (224, 0.875, 1000) for s in specs)
     assert [s.family for s in specs] == ["MViTv1", *["MViTv2"] * 4]
     folder = "https://dl.fbaipublicfiles.com/mvit/mvitv2_models"
-    assert [s.pretrained.url for s in specs if s.pretrained] == [f"{folder}/MViTv2_{v}_in1k.pyth" for v in "TSBL"]
+    assert [s.pretrained.url for s in specs if s.pretrained] == [
+        f"{folder}/MViTv2_{v}_in1k.pyth" for v in "TSBL"
+    ]
     with pytest.raises(WeightsError, match="no weights are published"):
         load_pretrained(create_model(V1, img_size=32))
 
 
-# --- resolutions --------------------------------------------------------------------------------------------------------
+# --- resolutions ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [V1, V2])
@@ -249,13 +273,17 @@ def test_a_checkpoint_is_moved_to_another_resolution_when_asked(tmp_path, name, 
         assert model(images(1, 256)).isfinite().all()
     if name == V1:
         grid = state["pos_embed"][:, 1:].reshape(1, 56, 56, 96).permute(0, 3, 1, 2)
-        expected = F.interpolate(grid[:, :, None], (1, 64, 64), mode="trilinear", align_corners=False)[:, :, 0]  # as officially
+        expected = F.interpolate(grid[:, :, None], (1, 64, 64), mode="trilinear", align_corners=False)[
+            :, :, 0
+        ]  # as officially
         expected = expected.permute(0, 2, 3, 1).reshape(1, 64 * 64, 96)
         assert torch.allclose(model.position_embedding[:, 1:], expected, atol=1e-7)
         assert torch.equal(model.position_embedding[:, :1], state["pos_embed"][:, :1])
     else:
         table = state["blocks.9.attn.rel_pos_w"]  # 7 x 7 -> 8 x 8: 13 -> 15 distances
-        expected = np.stack([np.interp((np.arange(15) + 0.5) * 13 / 15 - 0.5, np.arange(13), c) for c in table.T.numpy()], 1)
+        expected = np.stack(
+            [np.interp((np.arange(15) + 0.5) * 13 / 15 - 0.5, np.arange(13), c) for c in table.T.numpy()], 1
+        )
         np.testing.assert_allclose(model.blocks[9].attn.relative.columns.detach(), expected, atol=1e-6)
 
 
@@ -270,7 +298,9 @@ def test_resizing_keeps_equal_sizes_and_the_order_of_distances():
     assert torch.allclose(resize_position_embedding(torch.ones(1, 17, 4), 65), torch.ones(1, 65, 4))
 
 
-@pytest.mark.parametrize("shape", [(1, 3136, 96), (1, 3137, 95), (3137, 96), (2, 3137, 96), (1, 0, 96), (1, 1, 96)])
+@pytest.mark.parametrize(
+    "shape", [(1, 3136, 96), (1, 3137, 95), (3137, 96), (2, 3137, 96), (1, 0, 96), (1, 1, 96)]
+)
 def test_an_embedding_that_is_no_square_grid_is_not_resized(tmp_path, shape):
     path = tmp_path / "weights.pyth"
     torch.save({**published(V1), "pos_embed": torch.zeros(shape)}, path)
@@ -286,7 +316,7 @@ def test_a_table_of_another_kind_is_not_resized(tmp_path, shape):
         load_weights(create_model(V2, img_size=256), path, resize=True)
 
 
-# --- architecture -------------------------------------------------------------------------------------------------------
+# --- architecture ---------------------------------------------------------------------------------
 
 
 def test_relative_index_counts_distances_on_the_finer_grid():
@@ -334,7 +364,7 @@ def test_blocks_change_widths_and_pool_where_the_variants_say():
 def test_queries_are_pooled_everywhere_in_v2_and_with_the_map_in_v1():
     pooled = {
         n: [isinstance(b.attn.pool_q, Pooling) for b in create_model(n, img_size=32).blocks] for n in (V1, V2)
-    }  # fmt: skip
+    }
     assert [i for i, p in enumerate(pooled[V1]) if p] == [1, 3, 14]
     assert all(pooled[V2])
 
@@ -368,13 +398,17 @@ def test_a_new_model_starts_from_small_positions_and_unbiased_linears():
     for name in (V1, V2):
         model = create_model(name, img_size=64, seed=0)
         parameters = dict(model.named_parameters())
-        positions = [p for k, p in parameters.items() if re.search(r"relative|position_embedding|class_token", k)]
+        positions = [
+            p for k, p in parameters.items() if re.search(r"relative|position_embedding|class_token", k)
+        ]
         assert len(positions) == (2 if name == V1 else 20)
         assert torch.cat([p.flatten() for p in positions]).std().item() == pytest.approx(0.02, rel=0.05)
-        assert not any(parameters[k].any() for k in parameters if re.search(r"(\.[qkv]|proj|fc.|head)\.bias$", k))
+        assert not any(
+            parameters[k].any() for k in parameters if re.search(r"(\.[qkv]|proj|fc.|head)\.bias$", k)
+        )
 
 
-# --- rewrites -----------------------------------------------------------------------------------------------------------
+# --- rewrites -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "rewrite"), REWRITES)
@@ -399,7 +433,8 @@ def test_all_rewrites_together_are_exact(name, size):
 
 
 def test_the_random_models_would_show_a_lost_rewrite():
-    """Ignored scales, shifts and positions move the logits far beyond the tolerance: the tests above can fail."""
+    """Ignored scales, shifts and positions move the logits far beyond the tolerance: the tests above can
+    fail."""
     x = images(1, 64)
     for name in (V1, V2):
         paths = ["pool_k.norm.weight", "pool_v.norm.weight", "pool_v.norm.bias"]
@@ -422,10 +457,14 @@ def test_what_is_left_of_a_rewritten_v1():
     for i, block in enumerate(fused.blocks):
         attn = block.attn
         assert attn.scale == 1.0
-        assert all(isinstance(n, PlainNorm) for n in (block.norm1, block.norm2, attn.pool_k.norm, attn.pool_v.norm))
+        assert all(
+            isinstance(n, PlainNorm) for n in (block.norm1, block.norm2, attn.pool_k.norm, attn.pool_v.norm)
+        )
         assert isinstance(attn.pool_k, JointPooling)
         assert isinstance(attn.pool_q, JointPooling if i in (1, 3, 6) else SplitHeads)
-    assert [m for m in fused.modules() if isinstance(m, nn.LayerNorm)] == [fused.blocks[i].attn.pool_q.norm for i in (1, 3, 6)]
+    assert [m for m in fused.modules() if isinstance(m, nn.LayerNorm)] == [
+        fused.blocks[i].attn.pool_q.norm for i in (1, 3, 6)
+    ]
 
 
 def test_what_is_left_of_a_rewritten_v2():
@@ -451,7 +490,9 @@ def test_the_last_block_of_v1_computes_the_class_token_alone():
     model = randomized(V1, 0)
     fused = fuse(model)
     tokens, dim = (64 // 32) ** 2, DIMS[-1]
-    row = (1 + 1 + 2 * 4) * dim**2 + 2 * (1 + tokens) * dim  # q, proj and the MLP; scores and their product with the values
+    row = (1 + 1 + 2 * 4) * dim**2 + 2 * (
+        1 + tokens
+    ) * dim  # q, proj and the MLP; scores and their product with the values
     assert macs(model) - macs(fused) == tokens * row
     assert macs(fuse(model, without=[CLASS_ONLY])) == macs(model)
     seen: list[torch.Size] = []
@@ -488,7 +529,7 @@ def test_variants_subscribe_to_what_is_exact_in_them():
     assert [n for n in NAMES if CLASS_ONLY in names[n]] == [V1]
 
 
-# --- export -------------------------------------------------------------------------------------------------------------
+# --- export ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.giant

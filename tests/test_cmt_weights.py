@@ -18,10 +18,10 @@ from conftest import shared
 from safetensors.torch import load_file, save_file
 from test_cmt_models import golden
 
-from cmt import create_model, load_pretrained, load_weights, weights_fingerprint
-from cmt.cmt import resize_position_bias
-from cmt.weights import randomize
-from deploy.errors import WeightsError
+from cmt_edge.cmt import create_model, load_pretrained, load_weights, weights_fingerprint
+from cmt_edge.cmt.families.cmt import resize_position_bias
+from cmt_edge.cmt.weights import randomize
+from cmt_edge.deploy.errors import WeightsError
 
 NANO = "cmt_nano"
 
@@ -43,8 +43,14 @@ def holds(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> bool:
 def release(model, ema) -> dict:
     """The container of the official training code."""
     args = argparse.Namespace(lr=1e-3, model="cmt", opt_betas=None, output_dir="out")
-    return {"model": model, "model_ema": ema, "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]},
-            "lr_scheduler": {"last_epoch": 3}, "epoch": 300, "args": args}  # fmt: skip
+    return {
+        "model": model,
+        "model_ema": ema,
+        "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]},
+        "lr_scheduler": {"last_epoch": 3},
+        "epoch": 300,
+        "args": args,
+    }
 
 
 def saved(tmp_path: Path, content, name: str = "model.pth") -> Path:
@@ -71,7 +77,7 @@ def refused(path: Path, model=None, **options) -> WeightsError:
     return error
 
 
-# --- containers ---------------------------------------------------------------------------------------------------------
+# --- containers -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
@@ -80,7 +86,13 @@ def test_bare_state_dict(tmp_path, name, prefix):
     state, model = state_of(1), nano()
     loaded = load_weights(model, saved(tmp_path, {prefix + k: v for k, v in state.items()}, name))
     assert holds(model, state)
-    assert (loaded.source, loaded.ema, loaded.fresh, loaded.resized, loaded.classes) == (name, False, (), (), None)
+    assert (loaded.source, loaded.ema, loaded.fresh, loaded.resized, loaded.classes) == (
+        name,
+        False,
+        (),
+        (),
+        None,
+    )
 
 
 def test_legacy_pickle_file(tmp_path):
@@ -92,7 +104,13 @@ def test_legacy_pickle_file(tmp_path):
 
 @pytest.mark.parametrize(
     ("has_ema", "asked", "takes_ema"),
-    [(True, None, True), (True, True, True), (True, False, False), (False, None, False), (False, False, False)],
+    [
+        (True, None, True),
+        (True, True, True),
+        (True, False, False),
+        (False, None, False),
+        (False, False, False),
+    ],
 )
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_release_checkpoint(tmp_path, has_ema, asked, takes_ema, prefix):
@@ -105,7 +123,11 @@ def test_release_checkpoint(tmp_path, has_ema, asked, takes_ema, prefix):
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("release.pth", release(state_of(1), None)), ("bare.pth", state_of(1)), ("bare.safetensors", state_of(1))],
+    [
+        ("release.pth", release(state_of(1), None)),
+        ("bare.pth", state_of(1)),
+        ("bare.safetensors", state_of(1)),
+    ],
     ids=["release", "bare", "safetensors"],
 )
 def test_averaged_weights_asked_for_but_absent(tmp_path, name, content):
@@ -150,7 +172,9 @@ def test_embedded_pretrained_fills_every_key():
 
 @pytest.mark.parametrize("rule", ["fanin", "flat"])
 def test_published_file_reproduces_the_golden_logits(tmp_path, rule):
-    state = {f"module.{k}": torch.from_numpy(np.array(v)) for k, v in golden().weights("cmt_ti", rule).items()}
+    state = {
+        f"module.{k}": torch.from_numpy(np.array(v)) for k, v in golden().weights("cmt_ti", rule).items()
+    }
     model = create_model("cmt_ti")
     load_weights(model, saved(tmp_path, release(state, None)))
     with torch.inference_mode():
@@ -167,7 +191,7 @@ def test_fingerprint_is_of_content_not_of_container(tmp_path):
     assert first == second != other
 
 
-# --- refusals -----------------------------------------------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["gone.pth", "gone.safetensors"])
@@ -190,7 +214,11 @@ def test_truncated_file(tmp_path, name, keep):
 
 @pytest.mark.parametrize(
     "content",
-    [b"<!DOCTYPE html><html>Not Found</html>", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\n", bytes(4096)],
+    [
+        b"<!DOCTYPE html><html>Not Found</html>",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\n",
+        bytes(4096),
+    ],
     ids=["web page", "lfs pointer", "zeros"],
 )
 def test_a_file_of_another_kind_is_unreadable_not_accused_of_running_code(tmp_path, content):
@@ -225,8 +253,20 @@ def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path, save):
     assert not victim.exists()
 
 
-@pytest.mark.parametrize("content", [[1, 2], torch.zeros(3), "text", {}, {"model": {}}, {"model": None}, {"model": [1]},
-                                     {"a": 1}, {"stem.0.conv.weight": "x"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        [1, 2],
+        torch.zeros(3),
+        "text",
+        {},
+        {"model": {}},
+        {"model": None},
+        {"model": [1]},
+        {"a": 1},
+        {"stem.0.conv.weight": "x"},
+    ],
+)
 def test_other_contents_are_refused(tmp_path, content):
     assert "state dict" in refused(saved(tmp_path, content)).what
 
@@ -258,9 +298,15 @@ def test_every_kind_of_misfit_is_named_in_one_error(tmp_path):
     state["stem.1.conv.bias"] = torch.zeros(16, dtype=torch.int32)
     state["stem.2.conv.bias"][0] = float("nan")
     why = refused(saved(tmp_path, state)).why
-    for text in ("2 missing: ", "head.conv.bias", "stages.3.norm.bias", "1 unexpected: extra.weight",
-                 "1 wrong shape: stem.0.conv.weight (16, 3, 5, 5), the model has (16, 3, 3, 3)",
-                 "1 wrong type: stem.1.conv.bias", "1 not finite: stem.2.conv.bias"):  # fmt: skip
+    for text in (
+        "2 missing: ",
+        "head.conv.bias",
+        "stages.3.norm.bias",
+        "1 unexpected: extra.weight",
+        "1 wrong shape: stem.0.conv.weight (16, 3, 5, 5), the model has (16, 3, 3, 3)",
+        "1 wrong type: stem.1.conv.bias",
+        "1 not finite: stem.2.conv.bias",
+    ):
         assert text in why
 
 
@@ -312,7 +358,7 @@ def test_nothing_published_or_unknown_leaves_a_remedy():
     assert "--weights PATH" in error.value.remedy
 
 
-# --- another resolution -------------------------------------------------------------------------------------------------
+# --- another resolution ---------------------------------------------------------------------------
 
 
 def test_another_resolution_names_the_flags(tmp_path):
@@ -356,7 +402,10 @@ def test_resize_to_the_same_size_changes_nothing(tmp_path):
 def test_resize_does_not_hide_another_misfit(tmp_path):
     state = state_of(1)
     state["stages.0.position_bias"] = torch.zeros(2, 256, 4)  # another number of heads
-    assert "stages.0.position_bias (2, 256, 4)" in refused(saved(tmp_path, state), nano(img_size=96), resize=True).why
+    assert (
+        "stages.0.position_bias (2, 256, 4)"
+        in refused(saved(tmp_path, state), nano(img_size=96), resize=True).why
+    )
 
 
 @pytest.mark.parametrize(("old", "new"), [(4, 6), (8, 5), (2, 7)])
@@ -377,20 +426,26 @@ def test_resize_is_bicubic_on_both_grids(queries, keys):
     bias = torch.randn(heads, q * q, k * k, generator=torch.Generator().manual_seed(0))
 
     def bicubic(grid, size):
-        return torch.nn.functional.interpolate(grid[None, None], (size, size), mode="bicubic", align_corners=False)[0, 0]
+        return torch.nn.functional.interpolate(
+            grid[None, None], (size, size), mode="bicubic", align_corners=False
+        )[0, 0]
 
     expected = torch.empty(heads, new_q**2, k * k)
     for h in range(heads):
         for j in range(k * k):
-            expected[h, :, j] = bicubic(bias[h, :, j].reshape(q, q), new_q).flatten() if q != new_q else bias[h, :, j]
+            expected[h, :, j] = (
+                bicubic(bias[h, :, j].reshape(q, q), new_q).flatten() if q != new_q else bias[h, :, j]
+            )
     final = torch.empty(heads, new_q**2, new_k**2)
     for h in range(heads):
         for i in range(new_q**2):
-            final[h, i] = bicubic(expected[h, i].reshape(k, k), new_k).flatten() if k != new_k else expected[h, i]
+            final[h, i] = (
+                bicubic(expected[h, i].reshape(k, k), new_k).flatten() if k != new_k else expected[h, i]
+            )
     assert torch.allclose(resize_position_bias(bias, new_q**2, new_k**2), final, atol=1e-6)
 
 
-# --- random weights -----------------------------------------------------------------------------------------------------
+# --- random weights -------------------------------------------------------------------------------
 
 
 def test_randomize_is_reproducible_and_fills_statistics():

@@ -1,4 +1,5 @@
-"""XFormer, our reading: what it claims, its linear cost, that it trains, its rewrites, float16 and its export.
+"""XFormer, our reading: what it claims, its linear cost, that it trains, its rewrites, float16 and its
+export.
 
 There are no golden logits: no official code or weights exist.
 """
@@ -15,13 +16,14 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cmt import count_params, create_model, fuse, load_weights, macs, model_spec, xformer
-from cmt.weights import randomize
-from cmt.xformer import CrossFeatureAttention
-from deploy.images import ImageSet
-from deploy.preprocess import Preprocess, preprocess
-from export.precision import observe, rounded, typed
-from export.to_onnx import export_onnx, logits_of, simplify
+from cmt_edge.cmt import count_params, create_model, fuse, load_weights, macs, model_spec
+from cmt_edge.cmt.families import xformer
+from cmt_edge.cmt.families.xformer import CrossFeatureAttention
+from cmt_edge.cmt.weights import randomize
+from cmt_edge.deploy.images import ImageSet
+from cmt_edge.deploy.preprocessing import Preprocess, preprocess
+from cmt_edge.export.to_onnx import export_onnx, logits_of, simplify
+from cmt_edge.export.typed import observe, rounded, typed
 
 NAME = "xformer_reading"
 REWRITES = [rewrite.name for rewrite in model_spec(NAME).rewrites]
@@ -34,7 +36,8 @@ def attentions(model: nn.Module) -> list[CrossFeatureAttention]:
 
 
 def randomized(seed: int, size: int = 64) -> nn.Module:
-    """Random weights and statistics; temperatures of 1 to 3 times a new model's, so that attention shows in the logits."""
+    """Random weights and statistics; temperatures of 1 to 3 times a new model's, so that attention shows in
+    the logits."""
     model = create_model(NAME, img_size=size)
     randomize(model, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -47,7 +50,7 @@ def images(count: int, size: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
-# --- what it is -------------------------------------------------------------------------------------------------------
+# --- what it is -----------------------------------------------------------------------------------
 
 
 def test_it_has_the_parameters_of_the_paper():
@@ -71,7 +74,7 @@ def test_it_says_what_is_ours_and_claims_no_accuracy():
         assert re.search(r"\bours?\b", inspect.getdoc(part)), part
 
 
-# --- linear cost ------------------------------------------------------------------------------------------------------
+# --- linear cost ----------------------------------------------------------------------------------
 
 
 def attention_macs(dim: int, tokens: int) -> int:
@@ -88,7 +91,9 @@ def test_attention_costs_in_proportion_to_tokens(dim):
     assert costs[1] == 4 * costs[0]
     assert costs[2] == 4 * costs[1]
     tokens = (128 // stride) ** 2
-    assert costs[0] == 4 * tokens * dim**2 + 2 * tokens * dim * 32  # four linears, two products of d = 32 features
+    assert (
+        costs[0] == 4 * tokens * dim**2 + 2 * tokens * dim * 32
+    )  # four linears, two products of d = 32 features
 
 
 def test_the_whole_model_costs_in_proportion_to_pixels():
@@ -99,7 +104,7 @@ def test_the_whole_model_costs_in_proportion_to_pixels():
     assert macs(create_model(NAME, img_size=512)) == large
 
 
-# --- what attention computes ------------------------------------------------------------------------------------------
+# --- what attention computes ----------------------------------------------------------------------
 
 
 def attention(seed: int = 0, dim: int = 64, heads: int = 2) -> CrossFeatureAttention:
@@ -111,7 +116,10 @@ def attention(seed: int = 0, dim: int = 64, heads: int = 2) -> CrossFeatureAtten
 
 
 def test_attention_is_the_documented_formula():
-    attn, x = attention(), torch.randn(2, 50, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    attn, x = (
+        attention(),
+        torch.randn(2, 50, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1)),
+    )
     with torch.inference_mode():
         q, k, v = attn.q(x) / 32, attn.k(x) / 32, attn.v(x)
         expected = torch.empty_like(v)
@@ -124,7 +132,10 @@ def test_attention_is_the_documented_formula():
 
 
 def test_attention_does_not_depend_on_the_order_of_tokens():
-    attn, x = attention(), torch.randn(1, 20, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    attn, x = (
+        attention(),
+        torch.randn(1, 20, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1)),
+    )
     order = torch.randperm(20, generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
         torch.testing.assert_close(attn(x[:, order]), attn(x)[:, order], rtol=1e-12, atol=1e-12)
@@ -133,7 +144,8 @@ def test_attention_does_not_depend_on_the_order_of_tokens():
 @pytest.mark.parametrize("kind", ["normal", "large", "tiny", "zero", "constant", "one token differs"])
 @pytest.mark.parametrize("divide_scores", [False, True])
 def test_attention_is_safe_in_float16(kind, divide_scores):
-    """4096 tokens (512 pixels at stride 8): sums over unscaled queries would overflow, and the epsilon must not vanish."""
+    """4096 tokens (512 pixels at stride 8): sums over unscaled queries would overflow, and the epsilon must
+    not vanish."""
     generator = torch.Generator().manual_seed(3)
     q, k = torch.randn(2, 1, 2, 4096, 32, generator=generator, dtype=torch.float64)
     if kind == "one token differs":
@@ -165,14 +177,16 @@ def test_gradients_are_finite_where_features_vanish():
     assert all(p.grad is None or p.grad.isfinite().all() for p in attn.parameters())
 
 
-# --- the model --------------------------------------------------------------------------------------------------------
+# --- the model ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (32, 32), (96, 160)])
 def test_features_have_strides_4_to_32_before_and_after_the_rewrites(shape):
     model = randomized(0)  # built for 64 pixels: nothing in it depends on the size
     deployed, x = fuse(model), torch.randn(2, 3, *shape, generator=torch.Generator().manual_seed(0))
-    expected = [(2, c, shape[0] // s, shape[1] // s) for c, s in zip((32, 64, 112, 160), (4, 8, 16, 32), strict=True)]
+    expected = [
+        (2, c, shape[0] // s, shape[1] // s) for c, s in zip((32, 64, 112, 160), (4, 8, 16, 32), strict=True)
+    ]
     with torch.inference_mode():
         maps, rewritten = model.features(x), deployed.features(x)
         assert [tuple(m.shape) for m in maps] == expected
@@ -195,7 +209,9 @@ def test_it_trains_on_photographs(cifar):
     x = torch.from_numpy(np.stack([preprocess(files.read(first[label]), spec) for label in files.classes]))
     files.close()
     y = torch.arange(len(files.classes))
-    model = create_model(NAME, img_size=64, num_classes=len(y), seed=0, head_dropout=0.0, drop_path=0.05).train()
+    model = create_model(
+        NAME, img_size=64, num_classes=len(y), seed=0, head_dropout=0.0, drop_path=0.05
+    ).train()
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     losses = []
     with torch.random.fork_rng():
@@ -205,7 +221,9 @@ def test_it_trains_on_photographs(cifar):
             optimizer.zero_grad()
             loss.backward()
             if not losses:
-                idle = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+                idle = [
+                    n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0
+                ]
                 assert not idle
             optimizer.step()
             losses.append(float(loss.detach()))
@@ -213,7 +231,7 @@ def test_it_trains_on_photographs(cifar):
     assert losses[-1] < 0.1 * losses[0]
 
 
-# --- rewrites and export ----------------------------------------------------------------------------------------------
+# --- rewrites and export --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kept", [*([name] for name in REWRITES), REWRITES], ids=[*REWRITES, "all"])
@@ -231,7 +249,11 @@ def test_the_random_models_would_show_a_lost_rewrite():
     """Attention, norms and biases move the logits far beyond the tolerance: the test above can fail."""
     x = images(2, 64)
     with torch.inference_mode():
-        for kind, name in ((CrossFeatureAttention, "temperature"), (nn.BatchNorm2d, "running_mean"), (nn.LayerNorm, "bias")):
+        for kind, name in (
+            (CrossFeatureAttention, "temperature"),
+            (nn.BatchNorm2d, "running_mean"),
+            (nn.LayerNorm, "bias"),
+        ):
             model = randomized(1)
             before = model(x)
             for module in model.modules():

@@ -1,4 +1,5 @@
-"""Benchmarks: the statistics are NumPy's, the order is A B A B, nothing is clipped, and reports say what was run."""
+"""Benchmarks: the statistics are NumPy's, the order is A B A B, nothing is clipped, and reports say what was
+run."""
 
 from __future__ import annotations
 
@@ -13,10 +14,17 @@ import numpy as np
 import pytest
 from test_deploy_bundle import LABELS, SPEC, make_bundle, tiny_golden
 
-from deploy import Predictor, report
-from deploy.backends import ExecutedPrecision, fake
-from deploy.backends.fake import FakeSession
-from deploy.benchmark import Protocol, benchmark, interleaved, precision_warnings, summarise, throughput
+from cmt_edge.deploy import Predictor, report
+from cmt_edge.deploy.backends import ExecutedPrecision, fake
+from cmt_edge.deploy.backends.fake import FakeSession
+from cmt_edge.deploy.measure.benchmark import (
+    Protocol,
+    benchmark,
+    interleaved,
+    precision_warnings,
+    summarise,
+    throughput,
+)
 
 QUICK = Protocol(iters=5, seconds=0.05, warmup_iters=2, warmup_seconds=0.01, settle_seconds=0)
 ONCE = Protocol(iters=4, seconds=0, warmup_iters=1, warmup_seconds=0, settle_seconds=0)
@@ -40,7 +48,7 @@ def numbers(value):
     return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else []
 
 
-# --- statistics ------------------------------------------------------------------------------------------------------
+# --- statistics -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 200, 1500])
@@ -96,13 +104,16 @@ def test_drift_compares_the_first_and_last_hundred(last, drift):
     assert summarise(ns).drift == pytest.approx(drift)
 
 
-# --- order and duration ----------------------------------------------------------------------------------------------
+# --- order and duration ---------------------------------------------------------------------------
 
 
 def test_much_faster_variants_run_several_times_a_round():
     """Or the slow one would run for minutes until the fast one has its seconds."""
     log = []
-    calls = {"slow": lambda: (log.append("s"), time.sleep(0.02)), "fast": lambda: (log.append("f"), time.sleep(0.001))}
+    calls = {
+        "slow": lambda: (log.append("s"), time.sleep(0.02)),
+        "fast": lambda: (log.append("f"), time.sleep(0.001)),
+    }
     samples = interleaved(calls, ONCE)
     assert len(samples["slow"]) == ONCE.iters
     assert len(samples["fast"]) >= 2 * len(samples["slow"])
@@ -113,7 +124,9 @@ def test_much_faster_variants_run_several_times_a_round():
 
 def test_variants_take_turns():
     log = []
-    samples = interleaved({"a": lambda: log.append("a"), "b": lambda: log.append("b"), "c": lambda: log.append("c")}, ONCE)
+    samples = interleaved(
+        {"a": lambda: log.append("a"), "b": lambda: log.append("b"), "c": lambda: log.append("c")}, ONCE
+    )
     assert "".join(log[-24:]) == 4 * "aabbcc"  # the first of each turn is not counted
     assert all(len(v) == 4 for v in samples.values())
     assert log.index("b") > log.index("a")
@@ -127,13 +140,16 @@ def test_turns_settle_before_they_count(monkeypatch):
         now += seconds
         log.append(name)
 
-    monkeypatch.setattr("deploy.benchmark.time.perf_counter", lambda: now)
-    monkeypatch.setattr("deploy.benchmark.time.perf_counter_ns", lambda: round(1e9 * now))
+    monkeypatch.setattr("cmt_edge.deploy.measure.benchmark.time.perf_counter", lambda: now)
+    monkeypatch.setattr("cmt_edge.deploy.measure.benchmark.time.perf_counter_ns", lambda: round(1e9 * now))
     calls = {"a": partial(call, "a", 0.004), "b": partial(call, "b", 0.005)}
     protocol = Protocol(iters=9, seconds=0, warmup_iters=1, warmup_seconds=0, settle_seconds=0.021)
     samples = interleaved(calls, protocol)
     turns = [(name, len(list(group))) for name, group in itertools.groupby(log)][2:]  # after the warm-up
-    assert turns == 3 * [("a", 6 + 5), ("b", 5 + 4)]  # 0.024 and 0.025 s uncounted, then as many as fit into 0.021 s
+    assert turns == 3 * [
+        ("a", 6 + 5),
+        ("b", 5 + 4),
+    ]  # 0.024 and 0.025 s uncounted, then as many as fit into 0.021 s
     assert {name: len(ns) for name, ns in samples.items()} == {"a": 15, "b": 12}
 
 
@@ -148,10 +164,14 @@ def test_samples_are_in_order_and_in_nanoseconds():
 
 def test_both_limits_must_be_met():
     calls = {"fast": lambda: time.sleep(0.002), "slow": lambda: time.sleep(0.004)}
-    by_time = interleaved(calls, Protocol(iters=1, seconds=0.03, warmup_iters=1, warmup_seconds=0, settle_seconds=0))
+    by_time = interleaved(
+        calls, Protocol(iters=1, seconds=0.03, warmup_iters=1, warmup_seconds=0, settle_seconds=0)
+    )
     assert by_time["slow"].sum() >= 0.03e9
     assert by_time["fast"].sum() >= 0.03e9
-    by_count = interleaved({"slow": calls["slow"]}, Protocol(iters=12, seconds=0.0, warmup_iters=1, warmup_seconds=0))
+    by_count = interleaved(
+        {"slow": calls["slow"]}, Protocol(iters=12, seconds=0.0, warmup_iters=1, warmup_seconds=0)
+    )
     assert len(by_count["slow"]) == 12
 
 
@@ -169,7 +189,9 @@ def test_warm_up_is_not_counted():
 
 def test_warm_up_lasts_its_time():
     start = time.perf_counter()
-    interleaved({"a": lambda: time.sleep(0.001)}, Protocol(iters=1, seconds=0, warmup_iters=1, warmup_seconds=0.1))
+    interleaved(
+        {"a": lambda: time.sleep(0.001)}, Protocol(iters=1, seconds=0, warmup_iters=1, warmup_seconds=0.1)
+    )
     assert time.perf_counter() - start >= 0.1
 
 
@@ -180,7 +202,9 @@ def test_error_of_a_variant_comes_through():
 
 def test_progress_ends_at_one():
     shares = []
-    interleaved({"a": lambda: None}, Protocol(iters=100, seconds=0, warmup_iters=1, warmup_seconds=0), shares.append)
+    interleaved(
+        {"a": lambda: None}, Protocol(iters=100, seconds=0, warmup_iters=1, warmup_seconds=0), shares.append
+    )
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
 
@@ -198,20 +222,24 @@ def test_throughput_uses_what_the_runtime_recommends():
     assert 110 < rate <= 410
 
 
-# --- whole benchmarks ------------------------------------------------------------------------------------------------
+# --- whole benchmarks -----------------------------------------------------------------------------
 
 
 @pytest.fixture
 def slow_and_fast(tmp_path, monkeypatch):
     """Two bundles served by fakes, the first four times slower."""
     delays = {"slow": 0.008, "fast": 0.002}
-    monkeypatch.setattr(fake, "load", lambda b, options: FakeSession(len(b.labels), delays.get(b.path.name, 0.0)))
+    monkeypatch.setattr(
+        fake, "load", lambda b, options: FakeSession(len(b.labels), delays.get(b.path.name, 0.0))
+    )
     return [make_bundle(tmp_path / name) for name in delays]
 
 
 def test_ratios(slow_and_fast):
     result = benchmark(
-        slow_and_fast, protocol=Protocol(iters=15, seconds=0.03, warmup_iters=2, warmup_seconds=0), with_throughput=False
+        slow_and_fast,
+        protocol=Protocol(iters=15, seconds=0.03, warmup_iters=2, warmup_seconds=0),
+        with_throughput=False,
     )
     slow, fast = result.results
     assert (slow.name, fast.name) == ("slow", "fast")
@@ -240,7 +268,9 @@ def test_drift_is_warned_about(tmp_path, monkeypatch):
 
 def test_the_same_bundle_twice_keeps_both(tmp_path):
     bundle = make_bundle(tmp_path / "b")
-    names = [r.name for r in benchmark([bundle, bundle, bundle], protocol=QUICK, with_throughput=False).results]
+    names = [
+        r.name for r in benchmark([bundle, bundle, bundle], protocol=QUICK, with_throughput=False).results
+    ]
     assert len(set(names)) == 3
     assert names[0] == "b"
 
@@ -263,11 +293,13 @@ def test_sessions_are_closed_also_after_an_error(tmp_path, monkeypatch):
 
 
 def test_given_images_are_what_is_measured_end_to_end(tmp_path, monkeypatch):
-    import deploy.predictor
+    import cmt_edge.deploy.predictor
 
     seen = []
-    original = deploy.predictor.preprocess
-    monkeypatch.setattr(deploy.predictor, "preprocess", lambda s, *a: seen.append(s.getvalue()) or original(s, *a))
+    original = cmt_edge.deploy.predictor.preprocess
+    monkeypatch.setattr(
+        cmt_edge.deploy.predictor, "preprocess", lambda s, *a: seen.append(s.getvalue()) or original(s, *a)
+    )
     images = tiny_golden().sources
     benchmark([make_bundle(tmp_path / "b")], images=images[:1], protocol=QUICK, with_throughput=False)
     assert set(seen) == {images[0]}
@@ -338,13 +370,15 @@ def test_tables_say_what_ran(real, markdown):
 
 def test_missing_figures_are_dashes_not_zeros(tmp_path):
     result = benchmark([make_bundle(tmp_path / "b")], protocol=ONCE, with_throughput=False)
-    row = next(line for line in report.benchmark_text(result, markdown=True).splitlines() if line.startswith("| b "))
+    row = next(
+        line for line in report.benchmark_text(result, markdown=True).splitlines() if line.startswith("| b ")
+    )
     cells = [c.strip() for c in row.strip("|").split("|")]
     assert cells[5] == "-"
     assert cells[8] == "-"
 
 
-# --- precision -------------------------------------------------------------------------------------------------------
+# --- precision ------------------------------------------------------------------------------------
 
 RAN = {
     "as asked": ("int8", {"int8": 0.8, "bf16": 0.2}, False),

@@ -8,10 +8,10 @@ import weakref
 import numpy as np
 import pytest
 
-from calib.generated import generate
-from deploy import Predictor, Preprocess
-from deploy.backends.fake import FakeSession
-from deploy.errors import InputError
+from cmt_edge.calib.generated import generate
+from cmt_edge.deploy import Predictor, Preprocess
+from cmt_edge.deploy.backends.fake import FakeSession
+from cmt_edge.deploy.errors import InputError
 
 SPEC = Preprocess(16, None, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 GREY = np.full((16, 16, 3), 90, np.uint8)

@@ -17,21 +17,22 @@ from conftest import ROOT, forget_fakes
 from test_deploy_bundle import SIZE, make_bundle, snapshot
 from trt_bundles import trt_bundle
 
-import deploy.build
-import deploy.bundle
-import deploy.cli
-from deploy import Bundle, Predictor
-from deploy.benchmark import Protocol
-from deploy.errors import BundleError, OutputError, RuntimeMissingError, StepError
-from deploy.jetson import Memory
-from deploy.parity import verify
+import cmt_edge.deploy.bundle.bundle
+import cmt_edge.deploy.bundle.manifest
+import cmt_edge.deploy.cli.build
+import cmt_edge.deploy.tensorrt.build
+from cmt_edge.deploy import Bundle, Predictor
+from cmt_edge.deploy.errors import BundleError, OutputError, RuntimeMissingError, StepError
+from cmt_edge.deploy.measure.benchmark import Protocol
+from cmt_edge.deploy.measure.parity import verify
+from cmt_edge.deploy.telemetry.jetson import Memory
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """How long to measure is not what these tests are about."""
-    monkeypatch.setattr(deploy.cli, "_protocol", lambda *_: Protocol(5, 0.0, 1, 0.0))
-    monkeypatch.setattr(deploy.build, "POWER_SECONDS", 0.05)
+    monkeypatch.setattr(cmt_edge.deploy.cli.build, "protocol_of", lambda *_: Protocol(5, 0.0, 1, 0.0))
+    monkeypatch.setattr(cmt_edge.deploy.tensorrt.build, "POWER_SECONDS", 0.05)
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def bundle(tmp_path):
 
 def build(bundle, *flags) -> int:
     forget_fakes()
-    return deploy.cli.build([str(bundle.path), *map(str, flags)])
+    return cmt_edge.deploy.cli.build.main([str(bundle.path), *map(str, flags)])
 
 
 def deserialized(trace) -> int:
@@ -88,12 +89,17 @@ def test_the_network_is_strongly_typed_and_the_options_arrive(gpu_machine, bundl
     header = json.loads(engine_path(bundle).read_bytes()[len(b"FAKEPLAN") :].split(b"\n", 1)[0])
     assert header["typed"]
     assert header["detailed"]
-    assert (header["workspace"], header["level"], header["tf32"], header["profile"]) == (1 << 29, 2, True, None)
+    assert (header["workspace"], header["level"], header["tf32"], header["profile"]) == (
+        1 << 29,
+        2,
+        True,
+        None,
+    )
 
 
 def test_defaults_leave_tf32_off_and_take_part_of_the_free_memory(gpu_machine, bundle, monkeypatch):
     """Of what the system could free, where GPU and CPU share their memory."""
-    monkeypatch.setattr(deploy.build, "memory", lambda root: Memory(8192, 5000, 0, 0))
+    monkeypatch.setattr(cmt_edge.deploy.tensorrt.build, "memory", lambda root: Memory(8192, 5000, 0, 0))
     assert build(bundle) == 0
     header = json.loads(engine_path(bundle).read_bytes()[len(b"FAKEPLAN") :].split(b"\n", 1)[0])
     assert (header["workspace"], header["level"], header["tf32"]) == (int(0.4 * (5000 << 20)), 3, False)
@@ -148,7 +154,9 @@ def test_a_stale_engine_is_not_loaded_but_built_again(gpu_machine, bundle, capsy
     Predictor.load(bundle.path).close()
 
 
-def test_an_engine_of_another_machine_is_not_loaded_but_built_again(gpu_machine, bundle, capsys, monkeypatch, tmp_path):
+def test_an_engine_of_another_machine_is_not_loaded_but_built_again(
+    gpu_machine, bundle, capsys, monkeypatch, tmp_path
+):
     assert build(bundle) == 0
     monkeypatch.setenv("CMT_EDGE_STATE", str(tmp_path / "elsewhere"))
     seen = deserialized(gpu_machine)
@@ -166,7 +174,7 @@ def test_a_forged_entry_is_not_loaded(gpu_machine, bundle):
     evil = engine_path(bundle).read_bytes().replace(b'"level": 3', b'"level": 4')
     manifest = opened.manifest
     entry = manifest.engine | {"file": "engines/evil.plan"}
-    opened.update(deploy.bundle.replace(manifest, engine=entry), {"engines/evil.plan": evil})
+    opened.update(cmt_edge.deploy.bundle.bundle.replace(manifest, engine=entry), {"engines/evil.plan": evil})
     seen = deserialized(gpu_machine)
     with pytest.raises(RuntimeMissingError, match="not built on this machine"):
         Predictor.load(bundle.path)
@@ -266,7 +274,8 @@ def test_an_unusable_timing_cache_is_replaced(gpu_machine, bundle, tmp_path):
 
 
 def test_power_loss_between_engine_and_manifest(gpu_machine, bundle, monkeypatch):
-    """The manifest comes last: until then the folder is the old bundle, and the next build clears what was left."""
+    """The manifest comes last: until then the folder is the old bundle, and the next build clears what was
+    left."""
 
     class PowerLoss(BaseException):
         pass
@@ -276,8 +285,8 @@ def test_power_loss_between_engine_and_manifest(gpu_machine, bundle, monkeypatch
             raise PowerLoss
         real(path, data, *mode)
 
-    real = deploy.bundle.write_atomic
-    monkeypatch.setattr(deploy.bundle, "write_atomic", write)
+    real = cmt_edge.deploy.bundle.bundle.write_atomic
+    monkeypatch.setattr(cmt_edge.deploy.bundle.bundle, "write_atomic", write)
     with pytest.raises(PowerLoss):
         build(bundle)
     left = list((bundle.path / "engines").iterdir())
@@ -286,7 +295,7 @@ def test_power_loss_between_engine_and_manifest(gpu_machine, bundle, monkeypatch
     assert Bundle.open(bundle.path).manifest.engine is None
     with pytest.raises(RuntimeMissingError, match="no TensorRT engine yet"):
         Predictor.load(bundle.path)
-    monkeypatch.setattr(deploy.bundle, "write_atomic", real)
+    monkeypatch.setattr(cmt_edge.deploy.bundle.bundle, "write_atomic", real)
     assert build(bundle) == 0
     assert {p.name for p in (bundle.path / "engines").iterdir()} == {
         name.split("/")[1] for name in Bundle.open(bundle.path).manifest.files if name.startswith("engines/")
@@ -298,9 +307,14 @@ def builders_of(process) -> list[int]:
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         listing = subprocess.run(
-            ["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True, check=False
+            ["ps", "-o", "pid=,args=", "--ppid", str(process.pid)],
+            capture_output=True,
+            text=True,
+            check=False,
         )
-        if found := [int(line.split()[0]) for line in listing.stdout.splitlines() if "engine_builder" in line]:
+        if found := [
+            int(line.split()[0]) for line in listing.stdout.splitlines() if "tensorrt.builder" in line
+        ]:
             return found
         time.sleep(0.1)
     raise AssertionError("no builder was started")
@@ -316,7 +330,7 @@ def running(pid: int) -> bool:
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_build_stops_its_child(gpu_machine, bundle, sent):
     before = snapshot(bundle.path)
-    code = f"from deploy.cli import build; raise SystemExit(build([{str(bundle.path)!r}]))"
+    code = f"from cmt_edge.deploy.cli.build import main; raise SystemExit(main([{str(bundle.path)!r}]))"
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"FAKE_TRT": "slow"}, stderr=subprocess.PIPE
     )
@@ -330,7 +344,7 @@ def test_an_interrupted_build_stops_its_child(gpu_machine, bundle, sent):
 
 
 def test_one_build_at_a_time(gpu_machine, bundle, capsys):
-    with deploy.build.building(bundle.path):
+    with cmt_edge.deploy.tensorrt.build.building(bundle.path):
         assert build(bundle) == 2
         assert build(bundle) == 2, "a refused build must not open the way for the next"
     assert "another build of this bundle is running" in capsys.readouterr().err
@@ -338,7 +352,7 @@ def test_one_build_at_a_time(gpu_machine, bundle, capsys):
 
 
 def test_a_folder_that_cannot_be_written_is_found_out_first(gpu_machine, bundle, capsys, monkeypatch):
-    monkeypatch.setattr(deploy.build.os, "access", lambda *_: False)
+    monkeypatch.setattr(cmt_edge.deploy.tensorrt.build.os, "access", lambda *_: False)
     assert build(bundle) == 2
     assert "copy the bundle to a writable folder" in capsys.readouterr().err
 
@@ -350,11 +364,23 @@ def test_a_secret_that_cannot_be_kept(gpu_machine, bundle, capsys, monkeypatch, 
     assert "CMT_EDGE_STATE" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("flags", "word"), [
-    (("--workspace", "0"), "--workspace"), (("--workspace", "nan"), "--workspace"), (("--level", "6"), "0 (fast build) to 5"),
-    (("--profile", "1,2"), "three batch sizes"), (("--profile", "2,2,8"), "MIN 1"), (("--profile", "1,9,8"), "OPT <= MAX"), (("--profile", "a,b,c"), "three"),
-    (("--time-limit", "0"), "--time-limit"), (("--time-limit", "inf"), "--time-limit"), (("--time-limit", "nan"), "--time-limit"), (("--atol", "-1"), "--atol"), (("--device", "one"), "number of a GPU"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (("--workspace", "0"), "--workspace"),
+        (("--workspace", "nan"), "--workspace"),
+        (("--level", "6"), "0 (fast build) to 5"),
+        (("--profile", "1,2"), "three batch sizes"),
+        (("--profile", "2,2,8"), "MIN 1"),
+        (("--profile", "1,9,8"), "OPT <= MAX"),
+        (("--profile", "a,b,c"), "three"),
+        (("--time-limit", "0"), "--time-limit"),
+        (("--time-limit", "inf"), "--time-limit"),
+        (("--time-limit", "nan"), "--time-limit"),
+        (("--atol", "-1"), "--atol"),
+        (("--device", "one"), "number of a GPU"),
+    ],
+)
 def test_bad_flags(gpu_machine, bundle, capsys, flags, word):
     assert build(bundle, *flags) == 2
     assert word in capsys.readouterr().err
@@ -372,16 +398,26 @@ def test_a_bundle_for_another_runtime(gpu_machine, tmp_path, capsys):
 
 def test_trtexec_is_printed_without_a_gpu(tmp_path, capsys):
     bundle = trt_bundle(tmp_path / "b", batch="batch")
-    assert deploy.cli.build([str(bundle.path), "--trtexec", "--workspace", "2", "--profile", "1,4,16"]) == 0
+    assert (
+        cmt_edge.deploy.cli.build.main(
+            [str(bundle.path), "--trtexec", "--workspace", "2", "--profile", "1,4,16"]
+        )
+        == 0
+    )
     line = capsys.readouterr().out
-    for part in ("--stronglyTyped", "--noTF32", "--memPoolSize=workspace:2048M", f"--maxShapes=input:16x3x{SIZE}x{SIZE}"):
+    for part in (
+        "--stronglyTyped",
+        "--noTF32",
+        "--memPoolSize=workspace:2048M",
+        f"--maxShapes=input:16x3x{SIZE}x{SIZE}",
+    ):
         assert part in line
 
 
 def test_without_tensorrt_the_error_names_what_is_missing(bundle, capsys):
     if shutil.which("nvidia-smi"):
         pytest.skip("this machine may have TensorRT")
-    assert deploy.cli.build([str(bundle.path)]) == 3
+    assert cmt_edge.deploy.cli.build.main([str(bundle.path)]) == 3
     error = capsys.readouterr().err
     assert "tensorrt is not installed" in error
     assert "NVIDIA GPU" in error
@@ -399,8 +435,10 @@ def test_update_never_replaces_a_file(bundle):
 def test_the_builder_speaks_only_its_protocol(gpu_machine, tmp_path):
     """Whatever libraries print, standard output stays readable by the parent."""
     (tmp_path / "request.json").write_text("{}")
-    command = [sys.executable, "-m", "deploy.engine_builder", str(tmp_path / "request.json")]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+    command = [sys.executable, "-m", "cmt_edge.deploy.tensorrt.builder", str(tmp_path / "request.json")]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
         (line,) = child.stdout.readlines()
     assert child.returncode == 1
     assert "TypeError" in json.loads(line)["failed"]
@@ -408,7 +446,7 @@ def test_the_builder_speaks_only_its_protocol(gpu_machine, tmp_path):
 
 def test_a_builder_ends_with_its_caller(gpu_machine, bundle, tmp_path):
     """Also where the caller had no chance to stop it: the pipe it held breaks."""
-    code = f"from deploy.cli import build; raise SystemExit(build([{str(bundle.path)!r}]))"
+    code = f"from cmt_edge.deploy.cli.build import main; raise SystemExit(main([{str(bundle.path)!r}]))"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"FAKE_TRT": "slow"})
     children = builders_of(process)
     process.kill()
@@ -431,7 +469,7 @@ def test_a_relative_bundle_and_cache(gpu_machine, bundle, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CMT_EDGE_CACHE", "here")
     forget_fakes()
-    assert deploy.cli.build([bundle.path.name]) == 0
+    assert cmt_edge.deploy.cli.build.main([bundle.path.name]) == 0
     assert list((tmp_path / "here" / "timing").iterdir())
 
 
@@ -471,8 +509,8 @@ def test_a_bundle_that_is_replaced_meanwhile(gpu_machine, bundle, capsys, monkey
         trt_bundle(bundle.path, half=False)
         return result
 
-    real = deploy.cli.finish
-    monkeypatch.setattr(deploy.cli, "finish", finish)
+    real = cmt_edge.deploy.cli.build.finish
+    monkeypatch.setattr(cmt_edge.deploy.cli.build, "finish", finish)
     assert build(bundle) == 2
     assert "changed meanwhile" in capsys.readouterr().err
     assert Bundle.open(bundle.path).manifest.precision == "fp32"
@@ -483,11 +521,13 @@ def test_a_graph_that_changes_under_the_builder(gpu_machine, bundle):
     with open(bundle.path / "model.onnx", "ab") as file:
         file.write(b"x")
     with pytest.raises(StepError, match="changed after the bundle was opened"):
-        deploy.build.finish(opened, deploy.build.EngineOptions())
+        cmt_edge.deploy.tensorrt.build.finish(opened, cmt_edge.deploy.tensorrt.build.EngineOptions())
 
 
 def test_a_tensorrt_that_cannot_be_loaded(bundle, capsys, monkeypatch, tmp_path):
-    (tmp_path / "tensorrt.py").write_text("raise ImportError('libnvdla_compiler.so: cannot open shared object file')")
+    (tmp_path / "tensorrt.py").write_text(
+        "raise ImportError('libnvdla_compiler.so: cannot open shared object file')"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     assert build(bundle) == 3
     error = capsys.readouterr().err
@@ -496,11 +536,18 @@ def test_a_tensorrt_that_cannot_be_loaded(bundle, capsys, monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "entry", [[], {"file": ["x"]}, {"file": "x", "seal": "é"}, {"file": "x", "seal": "s", "report": "r", "text": "t"}, "x"]
+    "entry",
+    [
+        [],
+        {"file": ["x"]},
+        {"file": "x", "seal": "é"},
+        {"file": "x", "seal": "s", "report": "r", "text": "t"},
+        "x",
+    ],
 )
 def test_an_engine_entry_that_is_none(bundle, entry):
     content = json.loads((bundle.path / "manifest.json").read_text()) | {"engine": entry}
-    content["checksum"] = deploy.bundle._content_hash(content)
+    content["checksum"] = cmt_edge.deploy.bundle.manifest.content_hash(content)
     (bundle.path / "manifest.json").write_text(json.dumps(content))
     with pytest.raises(BundleError, match="engine entry"):
         Bundle.open(bundle.path)

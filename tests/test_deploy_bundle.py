@@ -17,12 +17,22 @@ import numpy as np
 import onnx
 import pytest
 
-from calib.generated import generate
-from deploy import Bundle, Preprocess
-from deploy.backends.fake import FakeSession
-from deploy.bundle import GOLDEN, MANIFEST, MAX_MANIFEST, ONNX, REFERENCE, BundleWriter, Golden, Manifest, save_reference
-from deploy.errors import BundleError, OutputError
-from deploy.preprocess import normalise, pixels
+from cmt_edge.calib.generated import generate
+from cmt_edge.deploy import Bundle, Preprocess
+from cmt_edge.deploy.backends.fake import FakeSession
+from cmt_edge.deploy.bundle import (
+    GOLDEN,
+    MANIFEST,
+    MAX_MANIFEST,
+    ONNX,
+    REFERENCE,
+    BundleWriter,
+    Golden,
+    Manifest,
+    save_reference,
+)
+from cmt_edge.deploy.errors import BundleError, OutputError
+from cmt_edge.deploy.preprocessing import normalise, pixels
 
 SIZE = 16
 LABELS = ("red", "green", "blue")
@@ -51,8 +61,11 @@ def tiny_golden(classes: int = len(LABELS)) -> Golden:
     return Golden(sources, values, FakeSession(classes).run(normalise(values, SPEC)))
 
 
-def make_bundle(target: Path, *, golden: Golden | None = None, members=None, reference=None, **changes) -> Bundle:
-    """A finished bundle for the fake backend; ``members`` are further files, ``reference`` recorded answers."""
+def make_bundle(
+    target: Path, *, golden: Golden | None = None, members=None, reference=None, **changes
+) -> Bundle:
+    """A finished bundle for the fake backend; ``members`` are further files, ``reference`` recorded
+    answers."""
     manifest = tiny_manifest(**changes)
     with BundleWriter(Path(target)) as writer:
         (golden or tiny_golden(len(manifest.labels))).save(writer.folder / GOLDEN)
@@ -68,13 +81,17 @@ def make_bundle(target: Path, *, golden: Golden | None = None, members=None, ref
 def copy_bundle(bundle: Bundle, target: Path, edit=lambda folder: None, **changes) -> Bundle:
     """Another valid bundle with edited members and manifest entries."""
     with BundleWriter(Path(target)) as writer:
-        shutil.copytree(bundle.path, writer.folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
+        shutil.copytree(
+            bundle.path, writer.folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST)
+        )
         edit(writer.folder)
         return writer.commit(replace(bundle.manifest, **changes))
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 @pytest.fixture
@@ -83,7 +100,8 @@ def bundle(tmp_path) -> Bundle:
 
 
 def edit_manifest(bundle: Bundle, change, seal: bool = True) -> None:
-    """Rewrite ``manifest.json`` after ``change(content)``, leaving the other files; ``seal`` makes its checksum right."""
+    """Rewrite ``manifest.json`` after ``change(content)``, leaving the other files; ``seal`` makes its
+    checksum right."""
     path = bundle.path / MANIFEST
     content = json.loads(path.read_text())
     change(content)
@@ -93,10 +111,15 @@ def edit_manifest(bundle: Bundle, change, seal: bool = True) -> None:
     path.write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize("change", [
-    lambda m: m["labels"].reverse(), lambda m: m["preprocess"].update(mean=[0.1, 0.2, 0.3]),
-    lambda m: m.update(precision="int8"), lambda m: m.update(checksum=""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m["labels"].reverse(),
+        lambda m: m["preprocess"].update(mean=[0.1, 0.2, 0.3]),
+        lambda m: m.update(precision="int8"),
+        lambda m: m.update(checksum=""),
+    ],
+)
 def test_an_edited_manifest_is_refused(bundle, change):
     """Swapped labels would give wrong answers with right hashes."""
     edit_manifest(bundle, change, seal=False)
@@ -156,7 +179,9 @@ def test_weights_outside_the_model_file(onnx_bundle, tmp_path):
 
     def split(folder: Path) -> None:
         model = onnx.load(folder / ONNX)
-        onnx.save(model, folder / ONNX, save_as_external_data=True, location="weights.bin", size_threshold=1024)
+        onnx.save(
+            model, folder / ONNX, save_as_external_data=True, location="weights.bin", size_threshold=1024
+        )
 
     made = copy_bundle(onnx_bundle, tmp_path / "b", split)
     with pytest.raises(BundleError, match="outside the file"):
@@ -172,7 +197,10 @@ DAMAGE = {
     "extra hidden file": (lambda f: (f / ".more").write_text("x"), ".more"),
     "extra file below a folder": (lambda f: (f / "extra/more.txt").write_text("x"), "extra/more.txt"),
     "other case": (rename_case, "Model.bin"),
-    "member became a folder": (lambda f: ((f / "model.bin").unlink(), (f / "model.bin").mkdir()), "model.bin"),
+    "member became a folder": (
+        lambda f: ((f / "model.bin").unlink(), (f / "model.bin").mkdir()),
+        "model.bin",
+    ),
     "link to a member": (lambda f: (f / "link").symlink_to(f / "model.bin"), "link"),
     "link to a folder": (lambda f: (f / "link").symlink_to("/etc"), "link"),
     "broken link": (lambda f: (f / "link").symlink_to("nowhere"), "link"),
@@ -208,7 +236,8 @@ ENTRY = {"size": 7, "sha256": hashlib.sha256(b"weights").hexdigest()}
 
 
 @pytest.mark.parametrize(
-    "name", ["../model.bin", "/etc/passwd", "a/../../b", "..", ".", "", "C:\\x", "a\\b", "a//b", "./model.bin"]
+    "name",
+    ["../model.bin", "/etc/passwd", "a/../../b", "..", ".", "", "C:\\x", "a\\b", "a//b", "./model.bin"],
 )
 def test_names_outside_the_bundle(bundle, name):
     (bundle.path.parent / "model.bin").write_bytes(b"weights")
@@ -322,7 +351,7 @@ def test_golden_file_is_never_unpickled(tmp_path):
         bad.golden()
 
 
-# --- writing ---------------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 
 def hidden(folder: Path) -> list[str]:
@@ -410,7 +439,8 @@ def test_full_disk(tmp_path, monkeypatch, function, existing):
     ("moment", "error"), [("before", KeyboardInterrupt), ("after", KeyboardInterrupt), ("before", OSError)]
 )
 def test_interruption_while_moving_into_place(bundle, monkeypatch, call, moment, error):
-    """The old bundle is moved aside, the new one moved in; a signal may come before or after each of the two."""
+    """The old bundle is moved aside, the new one moved in; a signal may come before or after each of the
+    two."""
     old = snapshot(bundle.path)
     rename, count = os.rename, 0
 
@@ -500,7 +530,7 @@ def test_older_leftover_does_not_win_over_the_bundle(bundle):
 SLEEPER = """
 import sys, time
 from pathlib import Path
-from deploy.bundle import BundleWriter
+from cmt_edge.deploy.bundle import BundleWriter
 with BundleWriter(Path(sys.argv[1])) as writer:
     (writer.folder / "model.bin").write_bytes(b"half")
     print("ready", flush=True)
@@ -515,7 +545,9 @@ def test_signal_leaves_nothing_half_written(tmp_path, number, existing):
     if existing:
         make_bundle(target)
     before = snapshot(tmp_path)
-    process = subprocess.Popen([sys.executable, "-c", SLEEPER, str(target)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLEEPER, str(target)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
     assert process.stdout.readline() == b"ready\n"
     assert len(hidden(tmp_path)) == 1
     process.send_signal(number)
@@ -526,7 +558,9 @@ def test_signal_leaves_nothing_half_written(tmp_path, number, existing):
 
 
 def test_killed_run_is_cleaned_up_by_the_next(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", SLEEPER, str(tmp_path / "tiny")], stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLEEPER, str(tmp_path / "tiny")], stdout=subprocess.PIPE
+    )
     assert process.stdout.readline() == b"ready\n"
     process.kill()
     process.wait(10)

@@ -1,4 +1,5 @@
-"""Command lines: results on standard output, one message with a remedy on standard error, exit codes 0 to 4."""
+"""Command lines: results on standard output, one message with a remedy on standard error, exit codes 0 to
+4."""
 
 from __future__ import annotations
 
@@ -17,11 +18,15 @@ from test_deploy_benchmark import strict
 from test_deploy_bundle import copy_bundle, make_bundle, snapshot, tiny_golden
 from test_deploy_parity import blank_head, coloured, folder_of
 
-from deploy import Bundle, cli
-from deploy.benchmark import Protocol
-from deploy.bundle import Golden
-from deploy.console import INTERNAL, INTERRUPTED
-from deploy.images import digest
+from cmt_edge.deploy import Bundle
+from cmt_edge.deploy.bundle import Golden
+from cmt_edge.deploy.cli import bench as cmt_bench
+from cmt_edge.deploy.cli import predict as cmt_predict
+from cmt_edge.deploy.cli import protocol
+from cmt_edge.deploy.cli import verify as cmt_verify
+from cmt_edge.deploy.cli.console import INTERNAL, INTERRUPTED
+from cmt_edge.deploy.images import digest
+from cmt_edge.deploy.measure.benchmark import Protocol
 
 FAST = ["--iters", "3", "--seconds", "0.01", "--warmup", "2"]
 
@@ -35,18 +40,25 @@ class Brief(Protocol):
 
 @pytest.fixture(autouse=True)
 def brief(monkeypatch):
-    monkeypatch.setattr(cli, "Protocol", Brief)
+    monkeypatch.setattr(protocol, "Protocol", Brief)
 
 
 @pytest.fixture
 def bundle(tmp_path) -> Bundle:
-    recorded = {digest(coloured(name, shade)): i for i, name in enumerate(("red", "green", "blue")) for shade in range(5)}
+    recorded = {
+        digest(coloured(name, shade)): i
+        for i, name in enumerate(("red", "green", "blue"))
+        for shade in range(5)
+    }
     return make_bundle(tmp_path / "tiny", reference=recorded)
 
 
 @pytest.fixture
 def images(tmp_path) -> Path:
-    folder_of(tmp_path / "images", {name: [coloured(name, s) for s in range(3)] for name in ("red", "green", "blue")})
+    folder_of(
+        tmp_path / "images",
+        {name: [coloured(name, s) for s in range(3)] for name in ("red", "green", "blue")},
+    )
     return tmp_path / "images"
 
 
@@ -80,11 +92,13 @@ def fails(call):
     return run
 
 
-# --- cmt-predict -----------------------------------------------------------------------------------------------------
+# --- cmt-predict ----------------------------------------------------------------------------------
 
 
 def test_predict_text(call, bundle, images):
-    code, out, err = call(cli.predict, bundle.path, images / "red/000.png", images / "blue/001.png", "--topk", 2)
+    code, out, err = call(
+        cmt_predict.main, bundle.path, images / "red/000.png", images / "blue/001.png", "--topk", 2
+    )
     assert code == 0
     assert err == ""
     first, second = out.splitlines()
@@ -96,10 +110,15 @@ def test_predict_text(call, bundle, images):
 
 
 def test_predict_json(call, bundle, images):
-    code, out, _ = call(cli.predict, bundle.path, images / "green/000.png", images / "red/000.png", "--json")
+    code, out, _ = call(
+        cmt_predict.main, bundle.path, images / "green/000.png", images / "red/000.png", "--json"
+    )
     assert code == 0
     content = strict(out.splitlines()[-1])
-    assert [p["source"] for p in content["predictions"]] == [str(images / "green/000.png"), str(images / "red/000.png")]
+    assert [p["source"] for p in content["predictions"]] == [
+        str(images / "green/000.png"),
+        str(images / "red/000.png"),
+    ]
     top = content["predictions"][0]["top"]
     assert top[0]["label"] == "green"
     assert len(top) == 3
@@ -108,7 +127,7 @@ def test_predict_json(call, bundle, images):
 
 def test_predict_folder(call, bundle, images):
     (images / "notes.txt").write_text("no image")
-    code, out, _ = call(cli.predict, bundle.path, images, "--json")
+    code, out, _ = call(cmt_predict.main, bundle.path, images, "--json")
     assert code == 0
     predictions = json.loads(out)["predictions"]
     assert [p["source"] for p in predictions] == sorted(str(p) for p in images.rglob("*.png"))
@@ -118,21 +137,27 @@ def test_predict_folder(call, bundle, images):
 def test_predict_folder_ignores_hidden_files(call, bundle, images):
     """File managers leave companions such as ``._000.png`` that are no images."""
     (images / "red" / "._000.png").write_bytes(b"\0\5\x16\7 resource fork")
-    code, out, err = call(cli.predict, bundle.path, images, "--json")
+    code, out, err = call(cmt_predict.main, bundle.path, images, "--json")
     assert code == 0, err
     assert len(json.loads(out)["predictions"]) == 9
 
 
 def test_predict_with_real_bundles(call, fp32_bundle, int8_bundle, cifar, tmp_path):
-    from deploy.images import ImageSet
+    from cmt_edge.deploy.images import ImageSet
 
     data = ImageSet(cifar / "test")
     for i, item in enumerate(data.items[::700]):
         (tmp_path / f"{i}_{item.label}.jpg").write_bytes(data.read(item))
     data.close()
     answers = []
-    for path, backend in ((fp32_bundle.path, "openvino"), (fp32_bundle.path, "onnxruntime"), (int8_bundle.path, "openvino")):
-        code, out, _ = call(cli.predict, path, tmp_path, "--backend", backend, "--threads", 1, "--json", "--topk", 1)
+    for path, backend in (
+        (fp32_bundle.path, "openvino"),
+        (fp32_bundle.path, "onnxruntime"),
+        (int8_bundle.path, "openvino"),
+    ):
+        code, out, _ = call(
+            cmt_predict.main, path, tmp_path, "--backend", backend, "--threads", 1, "--json", "--topk", 1
+        )
         assert code == 0
         answers.append([p["top"][0]["label"] for p in json.loads(out)["predictions"]])
     truth = [p.stem.split("_")[1] for p in sorted(tmp_path.glob("*.jpg"))]
@@ -145,41 +170,43 @@ def test_predict_failures(fails, bundle, images, tmp_path):
     (tmp_path / "bad.jpg").write_bytes(b"no image")
     (tmp_path / "empty").mkdir()
     picture = images / "red/000.png"
-    assert "absent.png" in fails(2, cli.predict, bundle.path, tmp_path / "absent.png")
-    assert "bad.jpg" in fails(2, cli.predict, bundle.path, picture, tmp_path / "bad.jpg")
-    assert "no images" in fails(2, cli.predict, bundle.path, tmp_path / "empty")
-    assert "absent" in fails(2, cli.predict, tmp_path / "absent", picture)
-    assert "topk" in fails(2, cli.predict, bundle.path, picture, "--topk", 0)
-    assert "threads" in fails(2, cli.predict, bundle.path, picture, "--threads", 0)
-    assert "openvino" in fails(2, cli.predict, bundle.path, picture, "--backend", "openvin")
-    assert "x" * 20 in fails(2, cli.predict, bundle.path, "x" * 5000)
-    assert "x" * 20 in fails(2, cli.predict, "x" * 5000, picture)
+    assert "absent.png" in fails(2, cmt_predict.main, bundle.path, tmp_path / "absent.png")
+    assert "bad.jpg" in fails(2, cmt_predict.main, bundle.path, picture, tmp_path / "bad.jpg")
+    assert "no images" in fails(2, cmt_predict.main, bundle.path, tmp_path / "empty")
+    assert "absent" in fails(2, cmt_predict.main, tmp_path / "absent", picture)
+    assert "topk" in fails(2, cmt_predict.main, bundle.path, picture, "--topk", 0)
+    assert "threads" in fails(2, cmt_predict.main, bundle.path, picture, "--threads", 0)
+    assert "openvino" in fails(2, cmt_predict.main, bundle.path, picture, "--backend", "openvin")
+    assert "x" * 20 in fails(2, cmt_predict.main, bundle.path, "x" * 5000)
+    assert "x" * 20 in fails(2, cmt_predict.main, "x" * 5000, picture)
 
 
 def test_damaged_bundle(fails, bundle, images):
     (bundle.path / "model.bin").write_bytes(b"WEIGHTS")
-    for command in (cli.verify, cli.bench):
+    for command in (cmt_verify.main, cmt_bench.main):
         assert "model.bin" in fails(2, command, bundle.path)
-    assert "model.bin" in fails(2, cli.predict, bundle.path, images)
+    assert "model.bin" in fails(2, cmt_predict.main, bundle.path, images)
 
 
 def test_missing_runtime_and_device_end_with_three(fails, fp32_bundle, images, monkeypatch):
-    assert "NPU" in fails(3, cli.predict, fp32_bundle.path, images, "--device", "NPU")
+    assert "NPU" in fails(3, cmt_predict.main, fp32_bundle.path, images, "--device", "NPU")
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "openvino" else find(name, *a))
-    for command, argv in ((cli.predict, [images]), (cli.verify, []), (cli.bench, [])):
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "openvino" else find(name, *a)
+    )
+    for command, argv in ((cmt_predict.main, [images]), (cmt_verify.main, []), (cmt_bench.main, [])):
         assert "pip install" in fails(3, command, fp32_bundle.path, *argv)
 
 
-# --- cmt-verify ------------------------------------------------------------------------------------------------------
+# --- cmt-verify -----------------------------------------------------------------------------------
 
 
 def test_verify_text_and_json(call, bundle):
-    code, out, err = call(cli.verify, bundle.path)
+    code, out, err = call(cmt_verify.main, bundle.path)
     assert (code, err) == (0, "")
     assert "verified" in out
     assert "NOT" not in out
-    code, out, _ = call(cli.verify, bundle.path, "--json")
+    code, out, _ = call(cmt_verify.main, bundle.path, "--json")
     assert code == 0
     content = strict(out.splitlines()[-1])
     assert content["passed"] is True
@@ -187,11 +214,11 @@ def test_verify_text_and_json(call, bundle):
 
 
 def test_verify_with_images(call, bundle, images):
-    code, out, _ = call(cli.verify, bundle.path, "--data", images, "--json")
+    code, out, _ = call(cmt_verify.main, bundle.path, "--data", images, "--json")
     assert code == 0
     data = strict(out.splitlines()[-1])["data"]
     assert (data["images"], data["top1"], data["drop"]) == (9, 100.0, 0.0)
-    code, out, _ = call(cli.verify, bundle.path, "--data", images, "--limit", 3)
+    code, out, _ = call(cmt_verify.main, bundle.path, "--data", images, "--limit", 3)
     assert code == 0
     assert out.splitlines()[3].split()[0] == "3"
 
@@ -201,8 +228,8 @@ def test_verify_by_order(call, tmp_path, fails):
     recorded = {digest(coloured(name)): i for i, name in enumerate(("red", "green", "blue"))}
     bundle = make_bundle(tmp_path / "b", reference=recorded)
     folder_of(tmp_path / "d", {"1": [coloured("red")], "2": [coloured("green")], "3": [coloured("blue")]})
-    assert "--by-order" in fails(2, cli.verify, bundle.path, "--data", tmp_path / "d")
-    code, out, _ = call(cli.verify, bundle.path, "--data", tmp_path / "d", "--by-order", "--json")
+    assert "--by-order" in fails(2, cmt_verify.main, bundle.path, "--data", tmp_path / "d")
+    code, out, _ = call(cmt_verify.main, bundle.path, "--data", tmp_path / "d", "--by-order", "--json")
     assert code == 0
     assert json.loads(out)["data"]["top1"] == 100
 
@@ -210,35 +237,40 @@ def test_verify_by_order(call, tmp_path, fails):
 def test_verify_failure_is_exit_code_one(call, bundle, images, tmp_path):
     golden = tiny_golden()
     bad = make_bundle(tmp_path / "bad", golden=Golden(golden.sources, golden.pixels, [golden.logits + 1]))
-    code, out, err = call(cli.verify, bad.path)
+    code, out, err = call(cmt_verify.main, bad.path)
     assert code == 1
     assert "NOT verified" in out
     assert "--atol" in err
-    code, out, err = call(cli.verify, bad.path, "--json")
+    code, out, err = call(cmt_verify.main, bad.path, "--json")
     assert code == 1
     assert strict(out.splitlines()[-1])["passed"] is False
-    assert call(cli.verify, bad.path, "--atol", 1.5)[0] == 0
-    wrong = {digest(coloured(name, s)): i for i, name in enumerate(("red", "green", "blue")) for s in range(3)}
-    dark = folder_of(tmp_path / "dark", {"red": [coloured("red")], "green": [coloured("red", 9)], "blue": [coloured("blue")]})
+    assert call(cmt_verify.main, bad.path, "--atol", 1.5)[0] == 0
+    wrong = {
+        digest(coloured(name, s)): i for i, name in enumerate(("red", "green", "blue")) for s in range(3)
+    }
+    dark = folder_of(
+        tmp_path / "dark",
+        {"red": [coloured("red")], "green": [coloured("red", 9)], "blue": [coloured("blue")]},
+    )
     wrong[digest(coloured("red", 9))] = 1
     strictly = make_bundle(tmp_path / "c", reference=wrong)
-    code, out, _ = call(cli.verify, strictly.path, "--data", dark.path)
+    code, out, _ = call(cmt_verify.main, strictly.path, "--data", dark.path)
     assert code == 1
     assert "+33.33" in out
-    assert call(cli.verify, strictly.path, "--data", dark.path, "--max-drop", 34)[0] == 0
+    assert call(cmt_verify.main, strictly.path, "--data", dark.path, "--max-drop", 34)[0] == 0
 
 
 def test_verify_tampered_real_bundle(call, onnx_bundle, tmp_path):
     bad = copy_bundle(onnx_bundle, tmp_path / "bad", blank_head)
-    code, out, _ = call(cli.verify, bad.path, "--json")
+    code, out, _ = call(cmt_verify.main, bad.path, "--json")
     assert code == 1
     assert json.loads(out)["golden"]["passed"] is False
-    assert call(cli.verify, onnx_bundle.path)[0] == 0
+    assert call(cmt_verify.main, onnx_bundle.path)[0] == 0
 
 
 def test_verify_against_another_bundle(call, fails, int8_bundle, fp32_bundle, bundle, cifar, images):
     code, out, err = call(
-        cli.verify,
+        cmt_verify.main,
         int8_bundle.path,
         "--data",
         cifar / "test",
@@ -252,47 +284,53 @@ def test_verify_against_another_bundle(call, fails, int8_bundle, fp32_bundle, bu
     )
     assert code == 0, err
     assert json.loads(out)["data"]["reference_source"].startswith("openvino")
-    assert "other weights" in fails(2, cli.verify, bundle.path, "--data", images, "--reference", fp32_bundle.path)
+    assert "other weights" in fails(
+        2, cmt_verify.main, bundle.path, "--data", images, "--reference", fp32_bundle.path
+    )
 
 
 def test_verify_failures(fails, bundle, images, tmp_path):
     flat = images / "red"
-    assert "class folders" in fails(2, cli.verify, bundle.path, "--data", flat)
-    assert "absent" in fails(2, cli.verify, bundle.path, "--data", tmp_path / "absent")
+    assert "class folders" in fails(2, cmt_verify.main, bundle.path, "--data", flat)
+    assert "absent" in fails(2, cmt_verify.main, bundle.path, "--data", tmp_path / "absent")
     (images / "dog").mkdir()
     (images / "dog" / "x.png").write_bytes(coloured("red"))
-    message = fails(2, cli.verify, bundle.path, "--data", images)
+    message = fails(2, cmt_verify.main, bundle.path, "--data", images)
     assert "dog" in message
     assert "blue" in message
 
 
 @pytest.mark.parametrize("limit", [-1, 0])
 def test_impossible_limit(fails, bundle, images, limit):
-    fails(2, cli.verify, bundle.path, "--data", images, "--limit", limit)
+    fails(2, cmt_verify.main, bundle.path, "--data", images, "--limit", limit)
 
 
 def test_verify_without_a_reference_ends_with_three(fails, tmp_path, images, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "torch" else find(name, *a))
-    assert "no reference" in fails(3, cli.verify, make_bundle(tmp_path / "b").path, "--data", images)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "torch" else find(name, *a)
+    )
+    assert "no reference" in fails(3, cmt_verify.main, make_bundle(tmp_path / "b").path, "--data", images)
 
 
-# --- cmt-bench -------------------------------------------------------------------------------------------------------
+# --- cmt-bench ------------------------------------------------------------------------------------
 
 
 def test_bench_text_and_json(call, bundle):
-    code, out, err = call(cli.bench, bundle.path, *FAST)
+    code, out, err = call(cmt_bench.main, bundle.path, *FAST)
     assert (code, err) == (0, "")
     assert "tiny" in out
     assert "p50" in out
-    code, out, _ = call(cli.bench, bundle.path, "--json", *FAST)
+    code, out, _ = call(cmt_bench.main, bundle.path, "--json", *FAST)
     assert code == 0
     assert strict(out.splitlines()[-1])["results"][0]["name"] == "tiny"
 
 
 def test_bench_two_real_bundles_with_table_and_plot(call, fp32_bundle, onnx_bundle, tmp_path):
     table, plot = tmp_path / "table.md", tmp_path / "plot.png"
-    code, out, err = call(cli.bench, fp32_bundle.path, onnx_bundle.path, *FAST, "--markdown", table, "--plot", plot)
+    code, out, err = call(
+        cmt_bench.main, fp32_bundle.path, onnx_bundle.path, *FAST, "--markdown", table, "--plot", plot
+    )
     assert code == 0, err
     for name in (fp32_bundle.path.name, onnx_bundle.path.name):
         assert name in out
@@ -306,20 +344,22 @@ def test_bench_two_real_bundles_with_table_and_plot(call, fp32_bundle, onnx_bund
 
 
 def test_bench_plot_as_svg(call, bundle, tmp_path):
-    assert call(cli.bench, bundle.path, *FAST, "--no-throughput", "--plot", tmp_path / "plot.svg")[0] == 0
+    assert (
+        call(cmt_bench.main, bundle.path, *FAST, "--no-throughput", "--plot", tmp_path / "plot.svg")[0] == 0
+    )
     assert "<svg" in (tmp_path / "plot.svg").read_text()
 
 
 def test_bench_with_images(call, bundle, images, fails, tmp_path):
-    code, out, _ = call(cli.bench, bundle.path, "--data", images, "--no-throughput", "--json", *FAST)
+    code, out, _ = call(cmt_bench.main, bundle.path, "--data", images, "--no-throughput", "--json", *FAST)
     assert code == 0
     assert json.loads(out)["results"][0]["throughput"] is None
-    assert "absent" in fails(2, cli.bench, bundle.path, "--data", tmp_path / "absent", *FAST)
+    assert "absent" in fails(2, cmt_bench.main, bundle.path, "--data", tmp_path / "absent", *FAST)
 
 
 @pytest.mark.parametrize("flag", [["--iters", 0], ["--seconds", -1], ["--warmup", 0], ["--threads", -1]])
 def test_bench_of_impossible_length(fails, bundle, flag):
-    fails(2, cli.bench, bundle.path, *flag)
+    fails(2, cmt_bench.main, bundle.path, *flag)
 
 
 def test_bench_output_that_cannot_be_written(fails, bundle, tmp_path):
@@ -327,23 +367,23 @@ def test_bench_output_that_cannot_be_written(fails, bundle, tmp_path):
     before = snapshot(tmp_path)
     for flag, name in (("--markdown", "t.md"), ("--plot", "p.png")):
         for place in (tmp_path / "absent", tmp_path / "file"):
-            assert name in fails(2, cli.bench, bundle.path, *FAST, flag, place / name)
+            assert name in fails(2, cmt_bench.main, bundle.path, *FAST, flag, place / name)
     assert snapshot(tmp_path) == before
 
 
 def test_bench_plot_of_an_unknown_kind(fails, bundle, tmp_path):
-    fails(2, cli.bench, bundle.path, *FAST, "--plot", tmp_path / "plot.xyz")
+    fails(2, cmt_bench.main, bundle.path, *FAST, "--plot", tmp_path / "plot.xyz")
 
 
 def test_bench_plot_without_matplotlib(fails, bundle, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert "report" in fails(3, cli.bench, bundle.path, *FAST, "--plot", tmp_path / "plot.png")
+    assert "report" in fails(3, cmt_bench.main, bundle.path, *FAST, "--plot", tmp_path / "plot.png")
 
 
-# --- all -------------------------------------------------------------------------------------------------------------
+# --- all ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [cli.predict, cli.verify, cli.bench])
+@pytest.mark.parametrize("command", [cmt_predict.main, cmt_verify.main, cmt_bench.main])
 def test_bad_usage_is_exit_code_two(call, command):
     for argv in ([], ["--nonsense"], ["b", "i", "--threads", "many"]):
         code, out, err = call(command, *argv)
@@ -352,7 +392,7 @@ def test_bad_usage_is_exit_code_two(call, command):
         assert "usage: cmt-" in err
 
 
-@pytest.mark.parametrize("command", [cli.predict, cli.verify, cli.bench])
+@pytest.mark.parametrize("command", [cmt_predict.main, cmt_verify.main, cmt_bench.main])
 def test_help_and_version(call, command):
     code, out, _ = call(command, "--help")
     assert code == 0
@@ -364,11 +404,11 @@ def test_help_and_version(call, command):
 
 
 def test_abbreviated_flags_are_not_guessed(call, bundle):
-    assert call(cli.bench, bundle.path, "--iter", "3")[0] == 2
+    assert call(cmt_bench.main, bundle.path, "--iter", "3")[0] == 2
 
 
 def test_verbose_shows_the_trace(call, tmp_path):
-    code, _, err = call(cli.verify, tmp_path / "absent", "-v")
+    code, _, err = call(cmt_verify.main, tmp_path / "absent", "-v")
     assert code == 2
     assert "Traceback" in err
     assert err.rstrip().splitlines()[-1].startswith("  remedy: ")
@@ -381,12 +421,12 @@ def test_interruption_and_internal_failure(call, bundle, images, monkeypatch):
 
         return load
 
-    monkeypatch.setattr(cli.Predictor, "load", raiser(KeyboardInterrupt()))
-    code, _, err = call(cli.predict, bundle.path, images)
+    monkeypatch.setattr(cmt_predict.Predictor, "load", raiser(KeyboardInterrupt()))
+    code, _, err = call(cmt_predict.main, bundle.path, images)
     assert code == INTERRUPTED
     assert "Traceback" not in err
-    monkeypatch.setattr(cli.Predictor, "load", raiser(ZeroDivisionError("odd")))
-    code, _, err = call(cli.predict, bundle.path, images)
+    monkeypatch.setattr(cmt_predict.Predictor, "load", raiser(ZeroDivisionError("odd")))
+    code, _, err = call(cmt_predict.main, bundle.path, images)
     assert code == INTERNAL
     assert "ZeroDivisionError: odd" in err
     assert "report it" in err
@@ -402,8 +442,8 @@ class Terminal(io.StringIO):
 )
 def test_progress_only_on_a_terminal(bundle, images, monkeypatch, capsys, stream, flags, silent):
     commands = {
-        cli.verify: ["--data", str(images)],
-        cli.bench: ["--iters", "40", "--seconds", "0", "--warmup", "1", "--no-throughput"],
+        cmt_verify.main: ["--data", str(images)],
+        cmt_bench.main: ["--iters", "40", "--seconds", "0", "--warmup", "1", "--no-throughput"],
     }
     for command, argv in commands.items():
         screen = stream()
@@ -416,7 +456,9 @@ def test_progress_only_on_a_terminal(bundle, images, monkeypatch, capsys, stream
 def test_installed_commands(bundle, images):
     """Through the entry points of the distribution, as a user runs them."""
     folder = Path(sys.executable).parent
-    done = subprocess.run([folder / "cmt-predict", bundle.path, images, "--json"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [folder / "cmt-predict", bundle.path, images, "--json"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0
     assert done.stderr == ""
     assert len(json.loads(done.stdout)["predictions"]) == 9
@@ -433,7 +475,7 @@ def test_closed_pipe_is_no_error(bundle, images):
     command = [
         sys.executable,
         "-c",
-        "import sys; from deploy.cli import predict; sys.exit(predict())",
+        "import sys; from cmt_edge.deploy.cli.predict import main; sys.exit(main())",
         str(bundle.path),
         str(images),
     ]

@@ -1,4 +1,5 @@
-"""CUDA calls through both ways: a fake ``cuda-bindings``, and a small library of C functions for ``ctypes``."""
+"""CUDA calls through both ways: a fake ``cuda-bindings``, and a small library of C functions for
+``ctypes``."""
 
 from __future__ import annotations
 
@@ -14,9 +15,9 @@ from conftest import FAKES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deploy import cuda
-from deploy.cuda import TO_DEVICE, TO_HOST, CudaError, open_cuda
-from deploy.errors import RuntimeMissingError
+from cmt_edge.deploy.errors import RuntimeMissingError
+from cmt_edge.deploy.tensorrt import cuda
+from cmt_edge.deploy.tensorrt.cuda import TO_DEVICE, TO_HOST, CudaError, open_cuda
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +92,9 @@ def test_a_graph_is_captured_and_launched(device, monkeypatch):
     device.launch(graph, stream)
     device.synchronize(stream)
     if device.source.startswith("cuda"):  # the C library replays nothing
-        np.testing.assert_array_equal(np.ctypeslib.as_array((ctypes.c_float * 2).from_address(target)), [5, 6])
+        np.testing.assert_array_equal(
+            np.ctypeslib.as_array((ctypes.c_float * 2).from_address(target)), [5, 6]
+        )
     device.destroy_graph(graph)
 
 
@@ -152,7 +155,9 @@ def test_the_real_wheels_without_a_driver():
     if count:
         pytest.skip("there is a GPU here; see the tests marked gpu")
     assert int(code) in (35, 100)
-    assert all(hasattr(runtime, name) for name in [*cuda.SIGNATURES, "cudaStreamEndCapture", "cudaGetErrorString"])
+    assert all(
+        hasattr(runtime, name) for name in [*cuda.SIGNATURES, "cudaStreamEndCapture", "cudaGetErrorString"]
+    )
     built = cuda._bindings()
     with pytest.raises(CudaError, match="insufficient"):
         built.device_memory(16)

@@ -1,4 +1,5 @@
-"""The device's state and its power: on trees recorded from Jetsons, on a made-up NVML, and where nothing answers."""
+"""The device's state and its power: on trees recorded from Jetsons, on a made-up NVML, and where nothing
+answers."""
 
 from __future__ import annotations
 
@@ -16,10 +17,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_deploy_jetson import CLOCKS, NVPMODEL, plant
 
-from deploy import device, dgpu
-from deploy.device import Power, PowerMonitor, PowerSensor, find_power_sensor, run_tool, snapshot
-from deploy.dgpu import DGpu, clock_reasons, read_dgpu
-from deploy.errors import InputError
+from cmt_edge.deploy.errors import InputError
+from cmt_edge.deploy.telemetry import device, dgpu
+from cmt_edge.deploy.telemetry.device import (
+    Power,
+    PowerMonitor,
+    PowerSensor,
+    find_power_sensor,
+    run_tool,
+    snapshot,
+)
+from cmt_edge.deploy.telemetry.dgpu import DGpu, clock_reasons, read_dgpu
 
 ROOT_ONLY = "Error: Run this script(/usr/bin/jetson_clocks) as a root user\n"
 
@@ -42,7 +50,7 @@ def wait_for(condition, seconds=5.0):
         time.sleep(0.002)
 
 
-# --- NVML ------------------------------------------------------------------------------------------------------------
+# --- NVML -----------------------------------------------------------------------------------------
 
 
 class NVMLError(Exception):
@@ -116,11 +124,23 @@ def no_nvml(monkeypatch):
 
 
 EXPECTED = DGpu(
-    index=0, name="NVIDIA GeForce RTX 4060", driver="595.71.05", cuda="13.2", power_w=71.25, power_limit_w=115.0,
-    sm_mhz=1830, sm_max_mhz=3105, memory_mhz=8501, memory_max_mhz=8501, temperature_c=51, memory_used_mb=700,
-    memory_total_mb=8188, persistence=True, performance_state="P2",
+    index=0,
+    name="NVIDIA GeForce RTX 4060",
+    driver="595.71.05",
+    cuda="13.2",
+    power_w=71.25,
+    power_limit_w=115.0,
+    sm_mhz=1830,
+    sm_max_mhz=3105,
+    memory_mhz=8501,
+    memory_max_mhz=8501,
+    temperature_c=51,
+    memory_used_mb=700,
+    memory_total_mb=8188,
+    persistence=True,
+    performance_state="P2",
     clock_reasons=["software power cap", "software thermal slowdown"],
-)  # fmt: skip
+)
 
 
 def test_gpu(nvml):
@@ -137,7 +157,12 @@ def test_old_packages_answer_in_bytes_and_lack_functions(nvml):
         nvmlDeviceGetPersistenceMode=lambda h: 0,
     )
     gpu, notes = read_dgpu()
-    assert (gpu.name, gpu.temperature_c, gpu.clock_reasons, gpu.performance_state) == ("Tesla T4", 50, ["idle"], None)
+    assert (gpu.name, gpu.temperature_c, gpu.clock_reasons, gpu.performance_state) == (
+        "Tesla T4",
+        50,
+        ["idle"],
+        None,
+    )
     assert gpu.persistence is False
     assert notes == []
 
@@ -196,14 +221,18 @@ def test_every_reason_is_named_or_numbered(bits):
     assert sum(back[n] if n in back else int(n, 16) for n in names) == bits
 
 
-# --- snapshot --------------------------------------------------------------------------------------------------------
+# --- snapshot -------------------------------------------------------------------------------------
 
 
 def test_jetson(tmp_path):
     run = tools(NVPMODEL["agx-orin"], CLOCKS["agx-orin-l4t36-locked"])
     state = snapshot(plant("agx-orin", tmp_path), run)
     assert run.asked == [["nvpmodel", "-q"], ["jetson_clocks", "--show"]]
-    assert (state.kind, state.module, state.l4t) == ("jetson", "NVIDIA Jetson AGX Orin Developer Kit", "36.4.4")
+    assert (state.kind, state.module, state.l4t) == (
+        "jetson",
+        "NVIDIA Jetson AGX Orin Developer Kit",
+        "36.4.4",
+    )
     assert (state.jetpack, state.power_mode.name, state.clocks.locked) == ("6.2.1", "MODE_30W", True)
     assert state.temperatures_c == {"cpu-thermal": 52.343, "tj-thermal": 52.343}
     assert list(state.rails_w) == ["VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0", "VDDQ_VDD2_1V8AO"]
@@ -229,7 +258,14 @@ def test_silent_tools_and_a_bare_tree_are_notes(tmp_path):
     (tmp_path / "etc/nv_tegra_release").write_text("# R36 (release), REVISION: 9.9, GCID: 1\n")
     state = snapshot(tmp_path, tools(None, "garbage\nmore"))
     assert (state.kind, state.jetpack, state.power_mode, state.memory) == ("jetson", "6.x", None, None)
-    starts = ["JetPack:", "nvpmodel -q: not found", "jetson_clocks --show: garbage", "temperatures:", "power rails:", "memory:"]
+    starts = [
+        "JetPack:",
+        "nvpmodel -q: not found",
+        "jetson_clocks --show: garbage",
+        "temperatures:",
+        "power rails:",
+        "memory:",
+    ]
     assert [n[: len(s)] for n, s in zip(state.notes, starts, strict=True)] == starts
 
 
@@ -261,7 +297,13 @@ def test_a_jetson_is_not_asked_through_nvml(tmp_path, nvml):
 
 def test_machine_without_a_gpu(tmp_path, no_nvml):
     state = snapshot(tmp_path)
-    assert (state.kind, state.module, state.clocks, state.rails_w, state.dgpu) == ("cpu", None, None, {}, None)
+    assert (state.kind, state.module, state.clocks, state.rails_w, state.dgpu) == (
+        "cpu",
+        None,
+        None,
+        {},
+        None,
+    )
     assert "pynvml" in state.notes[0]
 
 
@@ -279,7 +321,7 @@ def test_unusable_input(settings, tmp_path):
         PowerMonitor(**({"root": tmp_path} | settings))
 
 
-# --- tools -----------------------------------------------------------------------------------------------------------
+# --- tools ----------------------------------------------------------------------------------------
 
 
 def program(path, text):
@@ -311,7 +353,7 @@ def test_absent_slow_and_broken_tools_have_no_answer(tmp_path, monkeypatch):
     assert time.monotonic() - begin < 10
 
 
-# --- power -----------------------------------------------------------------------------------------------------------
+# --- power ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -390,7 +432,9 @@ def test_inner_rails_do_not_stand_in_for_the_total(name, file, note, tmp_path):
     assert find_power_sensor(tmp_path) == (None, [note, "power: tegrastats is not here either"])
 
 
-RECORDED = dict(re.findall(r"^# (\S+)\n(.+)$", (ROOT / "tests/data/jetson/tegrastats.txt").read_text(), re.MULTILINE))
+RECORDED = dict(
+    re.findall(r"^# (\S+)\n(.+)$", (ROOT / "tests/data/jetson/tegrastats.txt").read_text(), re.MULTILINE)
+)
 
 
 def tegrastats(folder, body, monkeypatch):
@@ -463,7 +507,9 @@ def test_a_sum_without_one_of_its_rails_is_no_sample(tmp_path):
     assert power.during.watts == pytest.approx(8.7112)
 
 
-@pytest.mark.parametrize("failure", [OSError("gone"), ValueError(), RuntimeError("driver lost"), float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "failure", [OSError("gone"), ValueError(), RuntimeError("driver lost"), float("nan"), float("inf")]
+)
 def test_a_sensor_that_only_fails(failure, tmp_path):
     closed = []
 
@@ -525,7 +571,9 @@ def test_a_sensor_that_hangs_is_left_behind(tmp_path, monkeypatch):
 
 def test_a_monitor_starts_afresh(tmp_path):
     level = [1.0]
-    monitor = PowerMonitor(tmp_path, interval_s=0.002, idle_s=0.01, sensor=PowerSensor("rail", lambda: level[0]))
+    monitor = PowerMonitor(
+        tmp_path, interval_s=0.002, idle_s=0.01, sensor=PowerSensor("rail", lambda: level[0])
+    )
     for level[0] in (1.0, 3.0):
         with monitor as power:
             wait_for(lambda: power.during.samples >= 2)
@@ -540,7 +588,9 @@ def test_unusable_times(settings):
         PowerMonitor(**settings)
 
 
-@pytest.mark.parametrize(("latency", "images"), [(0, 1), (-1, 1), (float("nan"), 1), (float("inf"), 1), (1.0, 0)])
+@pytest.mark.parametrize(
+    ("latency", "images"), [(0, 1), (-1, 1), (float("nan"), 1), (float("inf"), 1), (1.0, 0)]
+)
 def test_energy_of_nothing(latency, images):
     with pytest.raises(InputError):
         PowerMonitor().energy_per_inference(latency, images)

@@ -9,12 +9,12 @@ import pytest
 from test_deploy_bundle import SIZE
 from trt_bundles import trt_bundle
 
-import deploy.cli
-from deploy import Bundle, Predictor
-from deploy.cuda import TO_DEVICE, TO_HOST, CudaError, open_cuda
-from deploy.device import PowerMonitor, snapshot
-from deploy.errors import RuntimeMissingError
-from deploy.parity import verify
+import cmt_edge.deploy.cli.build
+from cmt_edge.deploy import Bundle, Predictor
+from cmt_edge.deploy.errors import RuntimeMissingError
+from cmt_edge.deploy.measure.parity import verify
+from cmt_edge.deploy.telemetry.device import PowerMonitor, snapshot
+from cmt_edge.deploy.tensorrt.cuda import TO_DEVICE, TO_HOST, CudaError, open_cuda
 
 pytestmark = pytest.mark.gpu
 
@@ -56,8 +56,13 @@ def test_bytes_survive_the_device(device):
     device.synchronize(stream)
     np.testing.assert_array_equal(back, source)
     assert 0 < device.elapsed_ms(start, end) < 1000
-    for free, handle in ((device.free_pinned_memory, pinned), (device.free_device_memory, there), (device.destroy_event, start),
-                         (device.destroy_event, end), (device.destroy_stream, stream)):  # fmt: skip
+    for free, handle in (
+        (device.free_pinned_memory, pinned),
+        (device.free_device_memory, there),
+        (device.destroy_event, start),
+        (device.destroy_event, end),
+        (device.destroy_stream, stream),
+    ):
         free(handle)
 
 
@@ -106,7 +111,7 @@ def test_the_state_of_the_device(device):
 @pytest.mark.parametrize("batch", [1, "batch"])
 def test_build_verify_and_predict(tensorrt, tmp_path, batch, capsys):
     bundle = trt_bundle(tmp_path / "tiny_fp16_trt", batch=batch)
-    assert deploy.cli.build([str(bundle.path), "--seconds", "0.2"]) == 0
+    assert cmt_edge.deploy.cli.build.main([str(bundle.path), "--seconds", "0.2"]) == 0
     print(capsys.readouterr().out)
     built = Bundle.open(bundle.path)
     assert verify(built).passed
@@ -119,7 +124,7 @@ def test_build_verify_and_predict(tensorrt, tmp_path, batch, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_cmt_nano(tensorrt, tmp_path, precision):
-    from export import ExportConfig, run
+    from cmt_edge.export import ExportConfig, run
 
     data = "generated" if precision == "int8" else None
     made = run(ExportConfig("cmt_nano", format="trt", precision=precision, data=data, output=str(tmp_path)))

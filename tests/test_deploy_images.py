@@ -1,4 +1,5 @@
-"""Collections of images: folders and archives of equal content are equal collections; what is wrong is said."""
+"""Collections of images: folders and archives of equal content are equal collections; what is wrong is
+said."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from deploy.errors import DataError
-from deploy.images import ImageSet, digest
+from cmt_edge.deploy.errors import DataError
+from cmt_edge.deploy.images import ImageSet, digest
 
 CLASSES = {
     "dog/b.png": b"bee",
@@ -25,7 +26,9 @@ CLASSES = {
     ".DS_Store": b"junk",
 }
 FLAT = {"b.png": b"bee", "a.jpg": b"ay", "readme.md": b"no", ".c.png": b"hidden"}
-SPLIT = {f"{part}/{name}": data for part in ("train", "test") for name, data in CLASSES.items() if "/" in name}
+SPLIT = {
+    f"{part}/{name}": data for part in ("train", "test") for name, data in CLASSES.items() if "/" in name
+}
 
 
 def fill(folder: Path, files: dict[str, bytes]) -> Path:
@@ -96,7 +99,9 @@ def test_part_names_are_whole_folders(place):
 
 def test_hidden_folders_are_ignored(place):
     """Notebooks and file managers leave copies of images in folders that begin with a dot."""
-    images = ImageSet(place({"cat/1.jpg": b"1", "cat/.ipynb_checkpoints/1-checkpoint.jpg": b"2", ".trash/cat/3.jpg": b"3"}))
+    images = ImageSet(
+        place({"cat/1.jpg": b"1", "cat/.ipynb_checkpoints/1-checkpoint.jpg": b"2", ".trash/cat/3.jpg": b"3"})
+    )
     assert contents(images) == {"cat/1.jpg": ("cat", b"1")}
 
 
@@ -127,7 +132,11 @@ def test_no_images(place, tmp_path, files):
 
 def test_missing_folder_and_plain_file(tmp_path):
     (tmp_path / "file.txt").write_text("x")
-    for name, text in (("absent", "no such folder"), ("absent.tar", "no such folder"), ("file.txt", "neither")):
+    for name, text in (
+        ("absent", "no such folder"),
+        ("absent.tar", "no such folder"),
+        ("file.txt", "neither"),
+    ):
         with pytest.raises(DataError, match=text) as caught:
             ImageSet(tmp_path / name)
         assert caught.value.where == str(tmp_path / name)
@@ -200,7 +209,11 @@ def test_damaged_archive(tmp_path, damage):
 def test_only_regular_members_count(tmp_path):
     path = archive(tmp_path / "x.tar", {"a.png": b"ay"})
     with tarfile.open(path, "a") as tar:
-        for name, kind in (("link.png", tarfile.SYMTYPE), ("folder.png", tarfile.DIRTYPE), ("pipe.png", tarfile.FIFOTYPE)):
+        for name, kind in (
+            ("link.png", tarfile.SYMTYPE),
+            ("folder.png", tarfile.DIRTYPE),
+            ("pipe.png", tarfile.FIFOTYPE),
+        ):
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "/etc/passwd"
             tar.addfile(info)
@@ -243,6 +256,17 @@ def test_digest_names_content():
 def test_shared_archive_has_its_classes(cifar):
     images = ImageSet(cifar / "test")
     assert len(images) == 5000
-    assert images.classes == ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    assert images.classes == [
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
+    ]
     assert images.read(images[0])[:2] == b"\xff\xd8"
     images.close()

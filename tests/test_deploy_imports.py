@@ -15,9 +15,14 @@ OURS = ("cmt", "deploy", "calib", "export")
 HEAVY = ("torch", "onnx", "onnxruntime", "openvino", "tensorrt", "cuda", "pynvml", "nncf", "matplotlib")
 BUDGET_S = 0.3
 RUNTIMES = (
-    "deploy.backends.openvino", "deploy.backends.openvino_graph", "deploy.backends.onnxruntime", "deploy.backends.torch",
-    "deploy.backends.tensorrt", "deploy.engine_builder",
-)  # fmt: skip
+    "cmt_edge.deploy.tensorrt.parser_rules",
+    "cmt_edge.deploy.backends.openvino",
+    "cmt_edge.deploy.backends.openvino_graph",
+    "cmt_edge.deploy.backends.onnxruntime",
+    "cmt_edge.deploy.backends.torch",
+    "cmt_edge.deploy.tensorrt.session",
+    "cmt_edge.deploy.tensorrt.builder",
+)
 BLOCKER = f"""
 import sys
 class Blocker:
@@ -29,16 +34,18 @@ sys.meta_path.insert(0, Blocker())
 
 
 def module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = ("cmt_edge", *path.relative_to(ROOT).with_suffix("").parts)
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 FILES = {module_name(path): path for package in OURS for path in sorted((ROOT / package).rglob("*.py"))}
-DEPLOY = [name for name in FILES if name.split(".")[0] == "deploy" and name not in RUNTIMES]
+DEPLOY = [name for name in FILES if name.startswith("cmt_edge.deploy") and name not in RUNTIMES]
 
 
 def python(code: str, *argv: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, cwd=ROOT, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *argv], capture_output=True, text=True, cwd=ROOT, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -46,9 +53,10 @@ def python(code: str, *argv: str) -> str:
 IMPORT = """
 import time, sys, json
 start = time.process_time()
-import deploy
+import cmt_edge.deploy
 spent = time.process_time() - start
-print(json.dumps([spent, sorted({m.split(".")[0] for m in sys.modules})]))
+depth = lambda name: 2 if name.startswith("cmt_edge.") else 1
+print(json.dumps([spent, sorted({".".join(m.split(".")[: depth(m)]) for m in sys.modules})]))
 """
 
 
@@ -56,11 +64,20 @@ def test_deploy_imports_fast_and_light():
     runs = [json.loads(python(IMPORT)) for _ in range(3)]
     assert min(seconds for seconds, _ in runs) < BUDGET_S
     for _, modules in runs:
-        assert not {*HEAVY, "cmt", "calib", "export"} & set(modules)
-        assert {"deploy", "numpy", "PIL"} <= set(modules)
+        assert not {*HEAVY, "cmt_edge.cmt", "cmt_edge.calib", "cmt_edge.export"} & set(modules)
+        assert {"cmt_edge.deploy", "numpy", "PIL"} <= set(modules)
 
 
-@pytest.mark.parametrize("name", ["deploy.cli", "deploy.report", "deploy.parity", "deploy.benchmark", "deploy.build"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cmt_edge.deploy.cli.predict",
+        "cmt_edge.deploy.report",
+        "cmt_edge.deploy.measure.parity",
+        "cmt_edge.deploy.measure.benchmark",
+        "cmt_edge.deploy.tensorrt.build",
+    ],
+)
 def test_tools_stay_light(name):
     loaded = json.loads(python(f"import sys, json, {name}; print(json.dumps(sorted(sys.modules)))"))
     assert name in loaded
@@ -80,9 +97,9 @@ def test_the_blocker_hides_the_runtimes(name):
 
 USE = """
 import sys
-from deploy import Bundle, Predictor
-from deploy.cli import verify
-from deploy.errors import RuntimeMissingError
+from cmt_edge.deploy import Bundle, Predictor
+from cmt_edge.deploy.cli.verify import main as verify
+from cmt_edge.deploy.errors import RuntimeMissingError
 import importlib.util
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *a: None if name in sys.argv[2].split() else find(name, *a)
@@ -122,37 +139,44 @@ def imports(name: str) -> list[tuple[str, int]]:
 
 
 def allowed(importer: str, imported: str) -> bool:
-    ours, theirs = importer.split(".", maxsplit=1)[0], imported.split(".", maxsplit=1)[0]
+    if not imported.startswith("cmt_edge."):
+        return True
+    ours, theirs = (name.split(".")[1] for name in (importer, imported))
     if theirs not in OURS or theirs == ours:
         return True
     return {
-        "deploy": False,
-        "cmt": imported in ("deploy.errors", "deploy.files"),
+        "cmt": imported in ("cmt_edge.deploy.errors", "cmt_edge.deploy.files"),
         "calib": theirs == "deploy",
+        "deploy": imported == "cmt_edge.calib.lint" and importer.endswith("parser_rules"),
         "export": True,
     }[ours]
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_direction_of_imports(name):
-    wrong = [f"{FILES[name]}:{line} imports {imported}" for imported, line in imports(name) if not allowed(name, imported)]
+    wrong = [
+        f"{FILES[name]}:{line} imports {imported}"
+        for imported, line in imports(name)
+        if not allowed(name, imported)
+    ]
     assert not wrong
 
 
 def test_imports_are_found():
     """The reader of imports sees relative, absolute and late ones."""
-    assert "deploy.backends.base" in dict(imports("deploy.backends.openvino"))
-    assert "deploy.errors" in dict(imports("deploy"))
-    assert "calib.generated" in dict(imports("export.pipeline"))
-    assert "deploy.predictor" in dict(imports("deploy.benchmark"))
-    assert not allowed("deploy.cli", "cmt")
-    assert not allowed("cmt.cmt", "deploy.bundle")
-    assert not allowed("calib", "export.config")
+    assert "cmt_edge.deploy.backends.base" in dict(imports("cmt_edge.deploy.backends.openvino"))
+    assert "cmt_edge.deploy.errors" in dict(imports("cmt_edge.deploy"))
+    assert "cmt_edge.calib.generated" in dict(imports("cmt_edge.export.pipeline"))
+    assert "cmt_edge.deploy.predictor" in dict(imports("cmt_edge.deploy.measure.benchmark"))
+    assert not allowed("cmt_edge.deploy.cli.predict", "cmt_edge.cmt")
+    assert not allowed("cmt_edge.cmt.families.cmt", "cmt_edge.deploy.bundle")
+    assert not allowed("cmt_edge.calib", "cmt_edge.export.config")
 
 
 def test_errors_and_files_need_next_to_nothing():
-    for name in ("deploy.errors", "deploy.files"):
+    for name in ("cmt_edge.deploy.errors", "cmt_edge.deploy.files"):
         for imported, _ in imports(name):
             assert (
-                imported in ("deploy.errors", "__future__", "platformdirs") or imported.split(".")[0] in sys.stdlib_module_names
+                imported in ("cmt_edge.deploy.errors", "__future__", "platformdirs")
+                or imported.split(".")[0] in sys.stdlib_module_names
             )

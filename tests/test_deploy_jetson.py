@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy.jetson import (
+from cmt_edge.deploy.telemetry.jetson import (
     JETPACK,
     Core,
     Engine,
@@ -32,7 +32,16 @@ from deploy.jetson import (
 )
 
 DATA = Path(__file__).parent / "data" / "jetson"
-NOISE = ["", "\n", "\0\xff\x80", "command not found", "RAM CPU [", "NV Power Mode:", "GPU MinFreq= MaxFreq=", "9" * 6000]
+NOISE = [
+    "",
+    "\n",
+    "\0\xff\x80",
+    "command not found",
+    "RAM CPU [",
+    "NV Power Mode:",
+    "GPU MinFreq= MaxFreq=",
+    "9" * 6000,
+]
 
 
 def recorded(name: str) -> dict[str, str]:
@@ -41,7 +50,9 @@ def recorded(name: str) -> dict[str, str]:
     return {head: body for head, _, body in (p.partition("\n") for p in parts)}
 
 
-TEGRASTATS, NVPMODEL, CLOCKS, TREES = (recorded(f"{name}.txt") for name in ("tegrastats", "nvpmodel", "jetson_clocks", "trees"))
+TEGRASTATS, NVPMODEL, CLOCKS, TREES = (
+    recorded(f"{name}.txt") for name in ("tegrastats", "nvpmodel", "jetson_clocks", "trees")
+)
 
 
 def plant(name: str, root: Path) -> Path:
@@ -54,7 +65,7 @@ def plant(name: str, root: Path) -> Path:
     return root
 
 
-# --- nvpmodel --------------------------------------------------------------------------------------------------------
+# --- nvpmodel -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -81,12 +92,14 @@ def test_power_modes_with_either_line_end():
         assert parse_nvpmodel(text.replace("\n", "\r\n")) == parse_nvpmodel(text)
 
 
-@pytest.mark.parametrize("text", [*NOISE, "NVPM WARN: power mode is not set!\n", "NV Fan Mode:quiet\n", "3\n"])
+@pytest.mark.parametrize(
+    "text", [*NOISE, "NVPM WARN: power mode is not set!\n", "NV Fan Mode:quiet\n", "3\n"]
+)
 def test_no_power_mode(text):
     assert parse_nvpmodel(text) is None
 
 
-# --- jetson_clocks ---------------------------------------------------------------------------------------------------
+# --- jetson_clocks --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -119,9 +132,20 @@ def test_frequencies_are_megahertz():
     clocks = parse_jetson_clocks(CLOCKS["agx-orin-l4t36"])
     assert clocks.machine == "NVIDIA Jetson AGX Orin Developer Kit"
     cpu = clocks.cpus["cpu4"]
-    assert (cpu.min_mhz, cpu.max_mhz, cpu.current_mhz, cpu.online, cpu.governor) == (729.6, 1728.0, 1497.6, True, "schedutil")
+    assert (cpu.min_mhz, cpu.max_mhz, cpu.current_mhz, cpu.online, cpu.governor) == (
+        729.6,
+        1728.0,
+        1497.6,
+        True,
+        "schedutil",
+    )
     assert asdict(clocks.gpus["GPU"]) == {"min_mhz": 306.0, "max_mhz": 612.0, "current_mhz": 306.0}
-    assert asdict(clocks.emc) == {"min_mhz": 204.0, "max_mhz": 3199.0, "current_mhz": 3199.0, "override": False}
+    assert asdict(clocks.emc) == {
+        "min_mhz": 204.0,
+        "max_mhz": 3199.0,
+        "current_mhz": 3199.0,
+        "override": False,
+    }
 
 
 def test_thor_names_its_gpu_clocks_and_jetpack_7_prints_no_override():
@@ -135,7 +159,10 @@ def test_thor_names_its_gpu_clocks_and_jetpack_7_prints_no_override():
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("cpu3:  Online=1 Governor=schedutil MinFreq=1728000", "cpu3:  Online=1 Governor=schedutil MinFreq=729600"),
+        (
+            "cpu3:  Online=1 Governor=schedutil MinFreq=1728000",
+            "cpu3:  Online=1 Governor=schedutil MinFreq=729600",
+        ),
         ("GPU MinFreq=612000000", "GPU MinFreq=306000000"),
         ("FreqOverride=1", "FreqOverride=0"),
         ("CurrentFreq=3199000000", "CurrentFreq=2133000000"),
@@ -157,27 +184,162 @@ def test_no_clocks(text):
     assert parse_jetson_clocks(text) is None
 
 
-# --- tegrastats ------------------------------------------------------------------------------------------------------
+# --- tegrastats -----------------------------------------------------------------------------------
 
 # name: RAM used and total, largest block and count, swap, cores on and all, EMC, GPU, one sensor, rails
 LINES = {
     "tx1-l4t28": ((3607, 3983), (4, 47), (873, 8192), (4, 4), (1, [1600]), (39, [76]), None, {}),
-    "tx2": ((2344, 7852), (4, 1154), (0, 3926), (4, 6), (4, [1600]), (0, [624]), ("GPU", 35.0), {"VDD_IN": 3056, "VDD_SYS_DDR": 883}),
-    "nano": ((534, 3964), (4, 98), (5, 1982), (4, 4), (0, [204]), (0, [76]), ("CPU", 36.5), {"POM_5V_IN": 1022, "POM_5V_CPU": 204}),
-    "nano-user": ((2015, 3964), (4, 98), (29, 1982), (4, 4), (0, []), (0, []), ("thermal", 31.25), {"POM_5V_IN": 1388}),
-    "xavier-nx": ((4412, 7772), (4, 237), (139, 3886), (6, 6), (10, [1600]), (62, [306]), ("AO", 41.5), {"VDD_IN": 4067}),
-    "agx-xavier": ((721, 31927), (4, 7291), (0, 15963), (4, 8), (0, [665]), (0, [318]), ("Tdiode", 40.0), {"GPU": 0, "SYS5V": 1482}),
-    "agx-xavier-l4t32-user": ((3149, 31920), (4, 5889), (0, 15960), (4, 8), (0, []), (39, []), ("AUX", 34.5), {}),
-    "agx-xavier-milliwatts": ((721, 31927), (4, 7291), None, (8, 8), (0, [1331]), (0, [114]), ("GPU", 35.0), {"GPU": 467, "CV": 0}),
-    "agx-orin-l4t35": ((1205, 30623), (4, 6429), (0, 15311), (12, 12), (0, [204]), (0, [114, 114]), ("GPU", 38.156), {"VIN_SYS_5V0": 3842}),
-    "agx-orin-l4t36": ((18202, 62841), (4, 466), (86, 31420), (12, 12), (3, [2133]), (0, [0, 0]), ("tj", 52.343), {"VIN_SYS_5V0": 4607}),
-    "agx-orin-spaces": ((29114, 30697), (4, 3), (4915, 15348), (12, 12), (1, [2133]), (0, [305, 305]), ("soc1", 48.968), {"VDD_CPU_CV": 4405}),
-    "orin-nx-l4t36": ((6982, 7620), (1, 5), (2640, 16384), (6, 6), (18, [3199]), (84, [713]), ("cv2", 60.875), {"VDD_IN": 17946}),
-    "orin-nano-l4t36": ((6185, 7620), (2, 8), (851, 3810), (6, 6), (43, [2133]), (63, [621]), ("gpu", 53.343), {"VDD_IN": 12479}),
-    "orin-nano-l4t39": ((2845, 7486), (4, 33), None, (6, 6), (3, [665]), (0, [305]), ("cpu", 45.375), {"VDD_IN": 3462, "VDD_SOC": 1127}),
-    "thor-l4t38": ((105265, 125772), (4, 34), None, (14, 14), (0, [2750]), (None, [314] * 3), ("soc012", 37.468), {"VIN": 19780}),
-    "thor-l4t39-user": ((36529, 125749), (4, 12), (11, 4096), (14, 14), None, None, ("gpu", 62.906), {"VDD_GPU": 37528, "VIN": 87426}),
-}  # fmt: skip
+    "tx2": (
+        (2344, 7852),
+        (4, 1154),
+        (0, 3926),
+        (4, 6),
+        (4, [1600]),
+        (0, [624]),
+        ("GPU", 35.0),
+        {"VDD_IN": 3056, "VDD_SYS_DDR": 883},
+    ),
+    "nano": (
+        (534, 3964),
+        (4, 98),
+        (5, 1982),
+        (4, 4),
+        (0, [204]),
+        (0, [76]),
+        ("CPU", 36.5),
+        {"POM_5V_IN": 1022, "POM_5V_CPU": 204},
+    ),
+    "nano-user": (
+        (2015, 3964),
+        (4, 98),
+        (29, 1982),
+        (4, 4),
+        (0, []),
+        (0, []),
+        ("thermal", 31.25),
+        {"POM_5V_IN": 1388},
+    ),
+    "xavier-nx": (
+        (4412, 7772),
+        (4, 237),
+        (139, 3886),
+        (6, 6),
+        (10, [1600]),
+        (62, [306]),
+        ("AO", 41.5),
+        {"VDD_IN": 4067},
+    ),
+    "agx-xavier": (
+        (721, 31927),
+        (4, 7291),
+        (0, 15963),
+        (4, 8),
+        (0, [665]),
+        (0, [318]),
+        ("Tdiode", 40.0),
+        {"GPU": 0, "SYS5V": 1482},
+    ),
+    "agx-xavier-l4t32-user": (
+        (3149, 31920),
+        (4, 5889),
+        (0, 15960),
+        (4, 8),
+        (0, []),
+        (39, []),
+        ("AUX", 34.5),
+        {},
+    ),
+    "agx-xavier-milliwatts": (
+        (721, 31927),
+        (4, 7291),
+        None,
+        (8, 8),
+        (0, [1331]),
+        (0, [114]),
+        ("GPU", 35.0),
+        {"GPU": 467, "CV": 0},
+    ),
+    "agx-orin-l4t35": (
+        (1205, 30623),
+        (4, 6429),
+        (0, 15311),
+        (12, 12),
+        (0, [204]),
+        (0, [114, 114]),
+        ("GPU", 38.156),
+        {"VIN_SYS_5V0": 3842},
+    ),
+    "agx-orin-l4t36": (
+        (18202, 62841),
+        (4, 466),
+        (86, 31420),
+        (12, 12),
+        (3, [2133]),
+        (0, [0, 0]),
+        ("tj", 52.343),
+        {"VIN_SYS_5V0": 4607},
+    ),
+    "agx-orin-spaces": (
+        (29114, 30697),
+        (4, 3),
+        (4915, 15348),
+        (12, 12),
+        (1, [2133]),
+        (0, [305, 305]),
+        ("soc1", 48.968),
+        {"VDD_CPU_CV": 4405},
+    ),
+    "orin-nx-l4t36": (
+        (6982, 7620),
+        (1, 5),
+        (2640, 16384),
+        (6, 6),
+        (18, [3199]),
+        (84, [713]),
+        ("cv2", 60.875),
+        {"VDD_IN": 17946},
+    ),
+    "orin-nano-l4t36": (
+        (6185, 7620),
+        (2, 8),
+        (851, 3810),
+        (6, 6),
+        (43, [2133]),
+        (63, [621]),
+        ("gpu", 53.343),
+        {"VDD_IN": 12479},
+    ),
+    "orin-nano-l4t39": (
+        (2845, 7486),
+        (4, 33),
+        None,
+        (6, 6),
+        (3, [665]),
+        (0, [305]),
+        ("cpu", 45.375),
+        {"VDD_IN": 3462, "VDD_SOC": 1127},
+    ),
+    "thor-l4t38": (
+        (105265, 125772),
+        (4, 34),
+        None,
+        (14, 14),
+        (0, [2750]),
+        (None, [314] * 3),
+        ("soc012", 37.468),
+        {"VIN": 19780},
+    ),
+    "thor-l4t39-user": (
+        (36529, 125749),
+        (4, 12),
+        (11, 4096),
+        (14, 14),
+        None,
+        None,
+        ("gpu", 62.906),
+        {"VDD_GPU": 37528, "VIN": 87426},
+    ),
+}
 
 
 @pytest.mark.parametrize("name", TEGRASTATS)
@@ -200,8 +362,20 @@ def test_all_of_one_line():
     got = parse_tegrastats(TEGRASTATS["agx-orin-l4t35"])
     assert got.time == "10-16-2023 10:59:22"
     assert got.cpus[5] == Core(True, 0, 730)
-    assert list(got.temperatures_c) == ["CPU", "Tdiode", "SOC2", "SOC0", "GPU", "SOC1"]  # CV0, CV1 and CV2 are off
-    assert got.rails_mw == {"VDD_GPU_SOC": 4788, "VDD_CPU_CV": 798, "VIN_SYS_5V0": 3842, "VDDQ_VDD2_1V8AO": 707}
+    assert list(got.temperatures_c) == [
+        "CPU",
+        "Tdiode",
+        "SOC2",
+        "SOC0",
+        "GPU",
+        "SOC1",
+    ]  # CV0, CV1 and CV2 are off
+    assert got.rails_mw == {
+        "VDD_GPU_SOC": 4788,
+        "VDD_CPU_CV": 798,
+        "VIN_SYS_5V0": 3842,
+        "VDDQ_VDD2_1V8AO": 707,
+    }
     assert parse_tegrastats(TEGRASTATS["tx2"]).cpus[:2] == [Core(True, 1, 345), Core(False)]
     assert parse_tegrastats(TEGRASTATS["tx1-l4t28"]).cpus[1] == Core(True, 11, 1734)
     assert parse_tegrastats(TEGRASTATS["nano"]).time is None
@@ -234,8 +408,16 @@ def test_gpu(token, engine):
 
 
 @pytest.mark.parametrize(
-    "line", [*NOISE, "RAM 1/2MB (lfb 1x4MB)", "CPU [1%@100]", "RAM 1/2MB CPU [1%@1]" + " x" * 4000, CLOCKS["nano"], "RAM " + "9" * 5000]
-)  # fmt: skip
+    "line",
+    [
+        *NOISE,
+        "RAM 1/2MB (lfb 1x4MB)",
+        "CPU [1%@100]",
+        "RAM 1/2MB CPU [1%@1]" + " x" * 4000,
+        CLOCKS["nano"],
+        "RAM " + "9" * 5000,
+    ],
+)
 def test_not_tegrastats(line):
     assert parse_tegrastats(line) is None
 
@@ -251,7 +433,9 @@ TAKEN = ("RAM", "SWAP", "CPU", "cpu", "EMC", "GR3D", "NC", "GR3D2")
     cores=st.lists(st.none() | st.tuples(st.integers(0, 100), numbers), min_size=1, max_size=16),
     gpu=st.tuples(st.none() | st.integers(0, 100), st.lists(numbers, max_size=3)),
     zones=st.dictionaries(names, st.integers(-255999, 130999)),
-    rails=st.dictionaries(names.filter(lambda n: n.removesuffix("_FREQ") not in TAKEN), st.tuples(numbers, numbers, numbers)),
+    rails=st.dictionaries(
+        names.filter(lambda n: n.removesuffix("_FREQ") not in TAKEN), st.tuples(numbers, numbers, numbers)
+    ),
     unit=st.sampled_from(["", "mW"]),
     time=st.booleans(),
 )
@@ -262,16 +446,22 @@ def test_a_line_of_any_values_parses_back(ram, swap, cores, gpu, zones, rails, u
     tokens += ["SWAP {}/{}MB (cached 0MB)".format(*swap)] if swap else []
     tokens += ["CPU [" + ",".join("off" if c is None else f"{c[0]}%@{c[1]}" for c in cores) + "]"]
     clock = f"@[{','.join(map(str, mhz))}]" if mhz else ""
-    tokens += ["GR3D_FREQ " + ("" if load is None else f"{load}%") + clock] if clock or load is not None else []
+    tokens += (
+        ["GR3D_FREQ " + ("" if load is None else f"{load}%") + clock] if clock or load is not None else []
+    )
     tokens += ["VIC off", "APE 174", "MTS fg 0% bg 0%"]
     tokens += [f"{name}@{value / 1000:g}C" for name, value in zones.items()]
-    tokens += [f"{name} {a}{unit}/{b}{unit}" + (f"/{c}{unit}" if unit else "") for name, (a, b, c) in rails.items()]
+    tokens += [
+        f"{name} {a}{unit}/{b}{unit}" + (f"/{c}{unit}" if unit else "") for name, (a, b, c) in rails.items()
+    ]
     got = parse_tegrastats(" ".join(tokens) + "\n")
     assert (got.ram_used_mb, got.ram_total_mb, got.free_blocks, got.largest_free_block_mb) == ram
     assert (got.swap_used_mb, got.swap_total_mb) == (swap or (None, None))
     assert got.cpus == [Core(False) if c is None else Core(True, *c) for c in cores]
     assert got.gpu == (Engine(load, mhz) if clock or load is not None else None)
-    assert got.temperatures_c == {k: float(f"{v / 1000:g}") for k, v in zones.items() if f"{v / 1000:g}" != "-256"}
+    assert got.temperatures_c == {
+        k: float(f"{v / 1000:g}") for k, v in zones.items() if f"{v / 1000:g}" != "-256"
+    }
     assert got.rails_mw == {k: v[0] for k, v in rails.items()}
     assert got.average_rails_mw == {k: v[1] for k, v in rails.items()}
     assert (got.time is not None) == time
@@ -285,7 +475,7 @@ def test_nothing_raises(text):
     parse_tegrastats(f"RAM 1/2MB CPU [{text}] {text}")
 
 
-# --- trees -----------------------------------------------------------------------------------------------------------
+# --- trees ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -294,7 +484,10 @@ def test_nothing_raises(text):
         ("nano", Module("NVIDIA Jetson Nano Developer Kit", "32.6.1", "4.6")),
         ("agx-xavier", Module("Jetson-AGX", "32.6.1", "4.6")),
         ("agx-orin", Module("NVIDIA Jetson AGX Orin Developer Kit", "36.4.4", "6.2.1")),
-        ("orin-nano", Module("NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super", "36.4.3", "6.2")),
+        (
+            "orin-nano",
+            Module("NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super", "36.4.3", "6.2"),
+        ),
         ("thor", Module("NVIDIA Jetson AGX Thor Developer Kit", "38.2.2", "7.x")),
     ],
 )
@@ -324,7 +517,10 @@ def test_release(line, l4t, jetpack, tmp_path):
 
 
 def test_table_of_releases_grows_with_jetpack():
-    versions = [([int(n) for n in l4t.split(".")], [int(n) for n in jp.split()[0].split(".")]) for l4t, jp in JETPACK.items()]
+    versions = [
+        ([int(n) for n in l4t.split(".")], [int(n) for n in jp.split()[0].split(".")])
+        for l4t, jp in JETPACK.items()
+    ]
     assert [v[0] for v in sorted(versions)] == [v[0] for v in versions]
     assert all(a <= b for (_, a), (_, b) in pairwise(versions))
 
@@ -347,7 +543,12 @@ def test_other_boards_are_no_jetson(tmp_path):
         ),
         (
             "agx-orin",
-            {"VDD_GPU_SOC": 3.36224, "VDD_CPU_CV": 0.48032, "VIN_SYS_5V0": 4.86864, "VDDQ_VDD2_1V8AO": 0.39744},
+            {
+                "VDD_GPU_SOC": 3.36224,
+                "VDD_CPU_CV": 0.48032,
+                "VIN_SYS_5V0": 4.86864,
+                "VDDQ_VDD2_1V8AO": 0.39744,
+            },
             ["VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"],
         ),
         ("orin-nano", {"VDD_IN": 5.2116, "VDD_CPU_GPU_CV": 0.516, "VDD_SOC": 1.1352}, ["VDD_IN"]),
@@ -369,7 +570,10 @@ def test_a_rail_that_cannot_be_read_is_left_out(content, tmp_path):
 
 def test_temperatures(tmp_path):
     plant("agx-orin", tmp_path)
-    assert read_temperatures(tmp_path) == {"cpu-thermal": 52.343, "tj-thermal": 52.343}  # cv0 is off, zone 10 is last
+    assert read_temperatures(tmp_path) == {
+        "cpu-thermal": 52.343,
+        "tj-thermal": 52.343,
+    }  # cv0 is off, zone 10 is last
     zone = tmp_path / "sys/class/thermal/thermal_zone11"
     zone.mkdir()
     (zone / "type").write_text("cpu-thermal\n")

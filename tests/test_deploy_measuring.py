@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from test_deploy_bundle import make_bundle
 
-from deploy import Predictor, measuring
-from deploy.benchmark import Protocol
-from deploy.errors import BundleError, RuntimeMissingError, StepError, UnknownNameError
-from deploy.measuring import ISAS, MeasuringProcess, int8_hardware
+from cmt_edge.deploy import Predictor
+from cmt_edge.deploy.errors import BundleError, RuntimeMissingError, StepError, UnknownNameError
+from cmt_edge.deploy.measure import child as measuring
+from cmt_edge.deploy.measure.benchmark import Protocol
+from cmt_edge.deploy.measure.child import ISAS, MeasuringProcess, int8_hardware
 
 SHORT = Protocol(iters=3, seconds=0.0, warmup_iters=1, warmup_seconds=0.0)
 
@@ -36,7 +37,10 @@ def test_logits_are_those_of_a_predictor(process, bundle, tmp_path):
     assert np.array_equal(process.logits(bundle.path, tmp_path / "batch.npy", None), predictor.logits(batch))
     pixels = bundle.golden().pixels
     np.save(tmp_path / "pixels.npy", pixels)
-    assert process.logits(bundle.path, tmp_path / "pixels.npy", None).shape == (len(pixels), len(bundle.labels))
+    assert process.logits(bundle.path, tmp_path / "pixels.npy", None).shape == (
+        len(pixels),
+        len(bundle.labels),
+    )
 
 
 def test_latencies_refer_to_the_first(process, bundle, tmp_path):
@@ -86,7 +90,9 @@ def test_a_limit_that_this_cpu_has_not(monkeypatch, isa):
 
 
 def test_kernels_beyond_the_limit_are_refused(monkeypatch):
-    monkeypatch.setattr(measuring, "describe", lambda: {"flags": [i.flag for i in ISAS.values()], "cpu": "new"})
+    monkeypatch.setattr(
+        measuring, "describe", lambda: {"flags": [i.flag for i in ISAS.values()], "cpu": "new"}
+    )
     with MeasuringProcess("avx2") as process:
         process.check_limit({"brgconv_avx2_f32": 0.9, "gemm_mlas_f32": 0.1})
         with pytest.raises(RuntimeMissingError, match="brgconv_avx512_f32"):

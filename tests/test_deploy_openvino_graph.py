@@ -1,4 +1,5 @@
-"""Signed inputs of int8 convs made unsigned for OpenVINO: the same answers, and only where the algebra holds."""
+"""Signed inputs of int8 convs made unsigned for OpenVINO: the same answers, and only where the algebra
+holds."""
 
 from __future__ import annotations
 
@@ -12,28 +13,45 @@ from onnx.reference import ReferenceEvaluator
 
 ov = pytest.importorskip("openvino")
 
-from deploy.backends.openvino import compile  # noqa: E402
-from deploy.backends.openvino_graph import read, unsigned  # noqa: E402
+from cmt_edge.deploy.backends.openvino import compile  # noqa: E402
+from cmt_edge.deploy.backends.openvino_graph import read, unsigned  # noqa: E402
 
 h = onnx.helper
 SIZE = 6
 
 
 def pair(name: str, scale: np.ndarray | float, axis: int | None = None):
-    """A signed Q/DQ pair of the activation ``name``, or the ``DequantizeLinear`` of weights (with an axis)."""
-    constants = {f"{name}_scale": np.asarray(scale, np.float32), f"{name}_zero": np.zeros_like(scale, np.int8)}
+    """A signed Q/DQ pair of the activation ``name``, or the ``DequantizeLinear`` of weights (with an
+    axis)."""
+    constants = {
+        f"{name}_scale": np.asarray(scale, np.float32),
+        f"{name}_zero": np.zeros_like(scale, np.int8),
+    }
     if axis is not None:
         return constants, [h.make_node("DequantizeLinear", [name, *constants], [f"{name}_dq"], axis=axis)]
-    nodes = [h.make_node("QuantizeLinear", [name, *constants], [f"{name}_q"], f"{name}_q"),
-             h.make_node("DequantizeLinear", [f"{name}_q", *constants], [f"{name}_dq"], f"{name}_dq")]  # fmt: skip
+    nodes = [
+        h.make_node("QuantizeLinear", [name, *constants], [f"{name}_q"], f"{name}_q"),
+        h.make_node("DequantizeLinear", [f"{name}_q", *constants], [f"{name}_dq"], f"{name}_dq"),
+    ]
     return constants, nodes
 
 
 def graph(
-    *, kernel: int = 1, stride: int = 1, pad: int = 0, groups: int = 1, bias: bool = True, shared: bool = False, channels: int = 4,
-    scale: float = 0.02, batch: int | str = "batch", auto_pad: str = "NOTSET", weights: bool = True,
-) -> bytes:  # fmt: skip
-    """``x -> Q -> DQ -> Conv -> y``; ``shared``: another operation reads the pair too; ``weights``: those are int8."""
+    *,
+    kernel: int = 1,
+    stride: int = 1,
+    pad: int = 0,
+    groups: int = 1,
+    bias: bool = True,
+    shared: bool = False,
+    channels: int = 4,
+    scale: float = 0.02,
+    batch: int | str = "batch",
+    auto_pad: str = "NOTSET",
+    weights: bool = True,
+) -> bytes:
+    """``x -> Q -> DQ -> Conv -> y``; ``shared``: another operation reads the pair too; ``weights``: those are
+    int8."""
     rng = np.random.default_rng(0)
     shape = (3 * groups, channels // groups, kernel, kernel)
     activation, nodes = pair("x", scale)
@@ -53,8 +71,9 @@ def graph(
     source = [h.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [batch, channels, SIZE, SIZE])]
     model = h.make_model(
         h.make_graph(nodes, "g", source, ends, [numpy_helper.from_array(v, k) for k, v in constants.items()]),
-        opset_imports=[h.make_opsetid("", 20)], ir_version=10,
-    )  # fmt: skip
+        opset_imports=[h.make_opsetid("", 20)],
+        ir_version=10,
+    )
     onnx.checker.check_model(model)
     return model.SerializeToString()
 
@@ -101,7 +120,13 @@ def test_convs_without_padding_answer_the_same(kernel, stride, bias, channels, s
 
 @pytest.mark.parametrize(
     "case",
-    [{"kernel": 3, "pad": 1}, {"kernel": 3, "auto_pad": "SAME_UPPER"}, {"groups": 2}, {"shared": True}, {"weights": False}],
+    [
+        {"kernel": 3, "pad": 1},
+        {"kernel": 3, "auto_pad": "SAME_UPPER"},
+        {"groups": 2},
+        {"shared": True},
+        {"weights": False},
+    ],
     ids=["padded", "automatic padding", "groups", "read by others too", "float weights"],
 )
 def test_others_are_left_alone(case):
@@ -115,13 +140,24 @@ def test_others_are_left_alone(case):
 def test_a_graph_without_quantizers_is_left_alone():
     source = h.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1, 4])
     end = h.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1, 4])
-    model = h.make_model(h.make_graph([h.make_node("Abs", ["x"], ["y"])], "g", [source], [end]), ir_version=10)
-    assert [o.get_type_name() for o in rewritten(model.SerializeToString()).get_ordered_ops()] == ["Parameter", "Abs", "Result"]
+    model = h.make_model(
+        h.make_graph([h.make_node("Abs", ["x"], ["y"])], "g", [source], [end]), ir_version=10
+    )
+    assert [o.get_type_name() for o in rewritten(model.SerializeToString()).get_ordered_ops()] == [
+        "Parameter",
+        "Abs",
+        "Result",
+    ]
 
 
 def test_the_conv_still_runs_as_int8_with_one_operation():
-    compiled = ov.Core().compile_model(rewritten(graph(batch=2, channels=32)), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    found = {str(o.get_rt_info()["layerType"].astype(str)): o.get_rt_info() for o in compiled.get_runtime_model().get_ops()}
+    compiled = ov.Core().compile_model(
+        rewritten(graph(batch=2, channels=32)), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )
+    found = {
+        str(o.get_rt_info()["layerType"].astype(str)): o.get_rt_info()
+        for o in compiled.get_runtime_model().get_ops()
+    }
     assert str(found["Convolution"]["runtimePrecision"].astype(str)) in ("u8", "i8")
     assert not {"Add", "Eltwise", "FullyConnected"} & set(found), "the correction belongs into the bias"
 
@@ -133,4 +169,6 @@ def test_what_is_compiled_is_rewritten_once(tmp_path):
     assert weights.is_file()
     assert lows(read(path)) == lows(read(xml)) == [0.0]
     x = images()
-    np.testing.assert_allclose(answers(read(xml), x)[0], answers(ov.Core().read_model(path), x)[0], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        answers(read(xml), x)[0], answers(ov.Core().read_model(path), x)[0], rtol=1e-4, atol=1e-4
+    )

@@ -1,4 +1,5 @@
-"""Verification: a faithful bundle passes, a tampered one fails, and the figures are those of a hand calculation."""
+"""Verification: a faithful bundle passes, a tampered one fails, and the figures are those of a hand
+calculation."""
 
 from __future__ import annotations
 
@@ -15,12 +16,12 @@ from PIL import Image
 from test_deploy_benchmark import strict
 from test_deploy_bundle import SPEC, copy_bundle, make_bundle, tiny_golden
 
-from deploy import Bundle, Predictor, report
-from deploy.backends.fake import FakeSession
-from deploy.bundle import GOLDEN, ONNX, REFERENCE, Golden, save_reference
-from deploy.errors import DataError, ImageError, RuntimeMissingError
-from deploy.images import ImageSet, digest
-from deploy.parity import MAX_DROP, match_labels, verify
+from cmt_edge.deploy import Bundle, Predictor, report
+from cmt_edge.deploy.backends.fake import FakeSession
+from cmt_edge.deploy.bundle import GOLDEN, ONNX, REFERENCE, Golden, save_reference
+from cmt_edge.deploy.errors import DataError, ImageError, RuntimeMissingError
+from cmt_edge.deploy.images import ImageSet, digest
+from cmt_edge.deploy.measure.parity import MAX_DROP, match_labels, verify
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
@@ -64,10 +65,12 @@ def bundle(tmp_path) -> Bundle:
 @pytest.fixture
 def no_torch(monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "torch" else find(name, *a))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "torch" else find(name, *a)
+    )
 
 
-# --- real bundles ----------------------------------------------------------------------------------------------------
+# --- real bundles ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("which", ["fp32_bundle", "onnx_bundle", "int8_bundle"])
@@ -98,7 +101,9 @@ def test_fake_runtime_is_no_substitute(fp32_bundle):
 def test_top1_on_images_against_pytorch(fp32_bundle, cifar):
     seen = []
     data = ImageSet(cifar / "test")
-    result = verify(fp32_bundle, data=data, limit=50, threads=1, progress=lambda done, total: seen.append((done, total)))
+    result = verify(
+        fp32_bundle, data=data, limit=50, threads=1, progress=lambda done, total: seen.append((done, total))
+    )
     d = result.data
     assert result.passed
     assert (d.images, d.agreement, d.drop, d.drop_ci) == (50, 100.0, 0.0, (0.0, 0.0))
@@ -128,7 +133,9 @@ def blank_head(folder) -> None:
     model = onnx.load(folder / ONNX)
     for tensor in model.graph.initializer:
         if list(tensor.dims)[-1:] == [10] or list(tensor.dims)[:1] == [10]:
-            tensor.CopyFrom(numpy_helper.from_array(np.zeros_like(numpy_helper.to_array(tensor)), tensor.name))
+            tensor.CopyFrom(
+                numpy_helper.from_array(np.zeros_like(numpy_helper.to_array(tensor)), tensor.name)
+            )
     onnx.save(model, folder / ONNX)
 
 
@@ -166,7 +173,7 @@ def test_large_max_drop_lets_it_pass(tampered, cifar):
     data.close()
 
 
-# --- golden ----------------------------------------------------------------------------------------------------------
+# --- golden ---------------------------------------------------------------------------------------
 
 
 def with_golden(path, **changes) -> Bundle:
@@ -178,7 +185,9 @@ def test_golden_logits_of_another_model(tmp_path):
     bad = with_golden(tmp_path / "b", outputs=[golden.logits[:, ::-1].copy()])
     result = verify(bad)
     assert not result.passed
-    assert result.golden.diff == pytest.approx(float(np.abs(golden.logits - golden.logits[:, ::-1]).max()), rel=1e-5)
+    assert result.golden.diff == pytest.approx(
+        float(np.abs(golden.logits - golden.logits[:, ::-1]).max()), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize(("levels", "passed"), [(0, True), (2, True), (3, False), (40, False)])
@@ -213,13 +222,15 @@ def test_atol_overrides_the_default(tmp_path, atol, passed):
 
 
 def test_default_tolerance_grows_from_fp32_to_int8(tmp_path):
-    tolerances = [verify(make_bundle(tmp_path / p, precision=p)).golden.atol for p in ("fp32", "bf16", "int8")]
+    tolerances = [
+        verify(make_bundle(tmp_path / p, precision=p)).golden.atol for p in ("fp32", "bf16", "int8")
+    ]
     assert tolerances == sorted(tolerances)
     assert tolerances[0] < 0.01 * tolerances[2]
 
 
 def test_model_that_returns_nan_fails(tmp_path, monkeypatch):
-    from deploy.backends import fake
+    from cmt_edge.deploy.backends import fake
 
     class Broken(FakeSession):
         def run(self, batch):
@@ -231,7 +242,7 @@ def test_model_that_returns_nan_fails(tmp_path, monkeypatch):
     assert not result.passed
 
 
-# --- figures ---------------------------------------------------------------------------------------------------------
+# --- figures --------------------------------------------------------------------------------------
 
 
 def test_figures_of_a_hand_calculation(bundle, tmp_path):
@@ -262,7 +273,11 @@ def test_figures_of_a_hand_calculation(bundle, tmp_path):
     assert d.drop_ci == pytest.approx((40 - half, 40 + half))
     assert not result.passed
     assert verify(bundle, data=data, reference=reference(Differing(3)), max_drop=40).passed
-    expected = {digest(coloured("red", 100)): 1, digest(coloured("red")): 0, digest(coloured("green", 101)): 2}
+    expected = {
+        digest(coloured("red", 100)): 1,
+        digest(coloured("red")): 0,
+        digest(coloured("green", 101)): 2,
+    }
     assert expected.items() <= d.reference_answers.items()
     text = report.verification_text(result)
     assert "+40.00" in text
@@ -270,7 +285,10 @@ def test_figures_of_a_hand_calculation(bundle, tmp_path):
 
 
 def test_gains_outweigh_losses(bundle, tmp_path):
-    data = folder_of(tmp_path / "data", {"red": [coloured("red", 100), coloured("red", 101)], "green": [coloured("red", 102)]})
+    data = folder_of(
+        tmp_path / "data",
+        {"red": [coloured("red", 100), coloured("red", 101)], "green": [coloured("red", 102)]},
+    )
     d = verify(bundle, data=data, reference=reference(Differing(3))).data
     assert d.drop == pytest.approx(100 * (1 - 2) / 3)
     assert d.passed
@@ -282,7 +300,9 @@ def test_logit_differences(bundle, tmp_path):
         def run(self, batch):
             return [super().run(batch)[0] + np.float32([0.5, 0, 0])]
 
-    d = verify(bundle, data=folder_of(tmp_path / "d", {"red": [coloured("red")]}), reference=reference(Shifted(3))).data
+    d = verify(
+        bundle, data=folder_of(tmp_path / "d", {"red": [coloured("red")]}), reference=reference(Shifted(3))
+    ).data
     assert d.logit_max_diff == pytest.approx(0.5, abs=1e-6)
     assert d.logit_mean_diff == pytest.approx(0.5 / 3, abs=1e-6)
 
@@ -297,7 +317,9 @@ def test_more_images_than_one_chunk(bundle, tmp_path):
 
 @pytest.mark.parametrize("limit", [1, 7, 10, 19, 20, 50])
 def test_limit_is_kept_and_spread(bundle, tmp_path, limit):
-    data = folder_of(tmp_path / "d", {name: [coloured(name, s) for s in range(10)] for name in ("green", "red")})
+    data = folder_of(
+        tmp_path / "d", {name: [coloured(name, s) for s in range(10)] for name in ("green", "red")}
+    )
     d = verify(bundle, data=data, reference=reference(), limit=limit).data
     assert d.images == min(limit, 20)
     if limit > 1:
@@ -322,7 +344,14 @@ def test_json_says_whether_it_passed(tmp_path):
 def test_text_names_both_sides(bundle, tmp_path, markdown):
     result = verify(bundle, data=folder_of(tmp_path / "d", {"red": [coloured("red")]}), reference=reference())
     text = report.verification_text(result, markdown)
-    for part in ("golden images: 2", "reference top-1", "100.00", "fake 1", "verified", f"allowed drop {MAX_DROP:g}"):
+    for part in (
+        "golden images: 2",
+        "reference top-1",
+        "100.00",
+        "fake 1",
+        "verified",
+        f"allowed drop {MAX_DROP:g}",
+    ):
         assert part in text
 
 
@@ -332,7 +361,7 @@ def test_damaged_image_is_named(bundle, tmp_path):
         verify(bundle, data=data, reference=reference())
 
 
-# --- reference -------------------------------------------------------------------------------------------------------
+# --- reference ------------------------------------------------------------------------------------
 
 
 def test_recorded_reference_is_used_where_it_knows_the_images(tmp_path, no_torch):
@@ -352,9 +381,13 @@ def test_recorded_reference_is_used_where_it_knows_the_images(tmp_path, no_torch
 def test_real_bundle_verifies_without_pytorch_after_recording(fp32_bundle, tmp_path, cifar, monkeypatch):
     data = ImageSet(cifar / "test")
     first = verify(fp32_bundle, data=data, limit=20, threads=1).data
-    recorded = copy_bundle(fp32_bundle, tmp_path / "b", lambda f: save_reference(f / REFERENCE, first.reference_answers))
+    recorded = copy_bundle(
+        fp32_bundle, tmp_path / "b", lambda f: save_reference(f / REFERENCE, first.reference_answers)
+    )
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "torch" else find(name, *a))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "torch" else find(name, *a)
+    )
     again = verify(Bundle.open(recorded.path), data=data, limit=20).data
     assert again.reference_source == "the bundle's record"
     assert (again.top1, again.reference_top1, again.agreement) == (first.top1, first.reference_top1, 100)
@@ -385,7 +418,7 @@ def test_given_reference_wins_over_the_record(tmp_path):
     assert (d.reference_top1, d.reference_source) == (100, "fake 1")
 
 
-# --- labels ----------------------------------------------------------------------------------------------------------
+# --- labels ---------------------------------------------------------------------------------------
 
 PAIRS = (("n02", "tench"), ("n01", "great white shark"), ("n03", "hen"))
 
@@ -446,8 +479,9 @@ def test_flat_folder_has_no_classes(bundle, tmp_path):
 
 
 def test_golden_of_another_shape_is_not_accepted(tmp_path):
-    """Fewer logits than the model has, as after a change of the head: a verdict or a typed error, no crash."""
-    from deploy.errors import CmtEdgeError
+    """Fewer logits than the model has, as after a change of the head: a verdict or a typed error, no
+    crash."""
+    from cmt_edge.deploy.errors import CmtEdgeError
 
     golden = tiny_golden()
     bad = make_bundle(tmp_path / "b", golden=Golden(golden.sources, golden.pixels, [golden.logits[:, :2]]))

@@ -1,4 +1,5 @@
-"""One API over every runtime: equal inputs give equal answers, wrong ones typed errors, from any number of threads."""
+"""One API over every runtime: equal inputs give equal answers, wrong ones typed errors, from any number of
+threads."""
 
 from __future__ import annotations
 
@@ -15,11 +16,18 @@ import pytest
 from PIL import Image
 from test_deploy_bundle import LABELS, SPEC, edit_manifest, make_bundle
 
-from calib.generated import generate
-from deploy import Bundle, Prediction, Predictor, preprocess
-from deploy.backends import FORMATS, TABLE, backend
-from deploy.backends.fake import FakeSession
-from deploy.errors import BundleError, DataError, ImageError, InputError, RuntimeMissingError, UnknownNameError
+from cmt_edge.calib.generated import generate
+from cmt_edge.deploy import Bundle, Prediction, Predictor, preprocess
+from cmt_edge.deploy.backends import FORMATS, TABLE, backend
+from cmt_edge.deploy.backends.fake import FakeSession
+from cmt_edge.deploy.errors import (
+    BundleError,
+    DataError,
+    ImageError,
+    InputError,
+    RuntimeMissingError,
+    UnknownNameError,
+)
 
 BACKENDS = ("openvino", "onnxruntime", "torch", "fake")
 REAL = ("openvino", "onnxruntime", "torch")
@@ -65,7 +73,7 @@ def decoders() -> list[threading.Thread]:
     return [t for t in threading.enumerate() if t.name.startswith("decode")]
 
 
-# --- every runtime ---------------------------------------------------------------------------------------------------
+# --- every runtime --------------------------------------------------------------------------------
 
 
 def test_predictions_have_one_shape_everywhere(predictor, fp32_bundle, blobs):
@@ -84,7 +92,9 @@ def test_predictions_have_one_shape_everywhere(predictor, fp32_bundle, blobs):
 @pytest.mark.parametrize("which", ["fp32_bundle", "onnx_bundle"])
 def test_runtimes_agree_with_the_reference(request, which, name, blobs, expected):
     with Predictor.load(request.getfixturevalue(which), backend=name, threads=1) as p:
-        np.testing.assert_allclose(np.stack([q.logits for q in p.predict(blobs)]), expected, atol=1e-4, rtol=0)
+        np.testing.assert_allclose(
+            np.stack([q.logits for q in p.predict(blobs)]), expected, atol=1e-4, rtol=0
+        )
         batch = np.stack([preprocess(b, p.spec) for b in blobs])
         np.testing.assert_allclose(p.logits(batch), expected, atol=1e-4, rtol=0)
 
@@ -123,7 +133,9 @@ def test_any_number_of_inputs(predictor, count):
     whole = predictor.logits(batch)
     assert whole.shape == (count, 10)
     assert whole.dtype == np.float32
-    np.testing.assert_allclose(whole, np.concatenate([predictor.logits(b[None]) for b in batch]), atol=1e-4, rtol=0)
+    np.testing.assert_allclose(
+        whole, np.concatenate([predictor.logits(b[None]) for b in batch]), atol=1e-4, rtol=0
+    )
     np.testing.assert_allclose(predictor.logits(np.asfortranarray(batch)), whole, atol=1e-5, rtol=0)
 
 
@@ -185,7 +197,11 @@ def test_bad_image_in_a_list_is_named(predictor, blobs, tmp_path):
 def test_closed_predictor(fp32_bundle, blobs, name):
     with Predictor.load(fp32_bundle, backend=name, threads=1) as p:
         p(blobs[0])
-    for use in (lambda: p(blobs[0]), lambda: p.logits(np.zeros((1, 3, 64, 64), np.float32)), lambda: list(p.stream(blobs))):
+    for use in (
+        lambda: p(blobs[0]),
+        lambda: p.logits(np.zeros((1, 3, 64, 64), np.float32)),
+        lambda: list(p.stream(blobs)),
+    ):
         with pytest.raises(InputError, match="closed"):
             use()
     p.close()
@@ -244,7 +260,7 @@ def test_int8_bundle_runs_in_int8(int8_bundle):
 
 @pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
 def test_int8_bundle_agrees_on_the_class(int8_bundle, cifar, name):
-    from deploy.images import ImageSet
+    from cmt_edge.deploy.images import ImageSet
 
     images = ImageSet(cifar / "test")
     sources = [images.read(item) for item in images.items[::100]]
@@ -254,11 +270,12 @@ def test_int8_bundle_agrees_on_the_class(int8_bundle, cifar, name):
     assert np.mean([a == b for a, b in zip(ours, theirs, strict=True)]) >= 0.9
 
 
-# --- choosing a runtime ----------------------------------------------------------------------------------------------
+# --- choosing a runtime ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("which", "runtime"), [("fp32_bundle", "openvino"), ("onnx_bundle", "onnxruntime"), ("int8_bundle", "openvino")]
+    ("which", "runtime"),
+    [("fp32_bundle", "openvino"), ("onnx_bundle", "onnxruntime"), ("int8_bundle", "openvino")],
 )
 def test_default_runtime_is_the_one_of_the_format(request, which, runtime):
     with Predictor.load(str(request.getfixturevalue(which).path)) as p:
@@ -292,7 +309,9 @@ def test_hopeless_backend_name_lists_all():
 @pytest.mark.parametrize("name", REAL)
 def test_missing_runtime(monkeypatch, fp32_bundle, name):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda package, *a: None if package == name else find(package, *a))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda package, *a: None if package == name else find(package, *a)
+    )
     with pytest.raises(RuntimeMissingError, match="not installed") as caught:
         Predictor.load(fp32_bundle, backend=name)
     assert caught.value.exit_code == 3
@@ -327,7 +346,10 @@ def test_precision_that_openvino_does_not_know(fp32_bundle):
 
 
 def test_torch_reference_of_other_weights_is_refused(fp32_bundle):
-    model = {**fp32_bundle.manifest.model, "weights": {**fp32_bundle.manifest.model["weights"], "sha256": "0" * 64}}
+    model = {
+        **fp32_bundle.manifest.model,
+        "weights": {**fp32_bundle.manifest.model["weights"], "sha256": "0" * 64},
+    }
     with pytest.raises(BundleError, match="weights"):
         Predictor.load(Bundle(fp32_bundle.path, replace(fp32_bundle.manifest, model=model)), backend="torch")
 
@@ -361,7 +383,7 @@ INPUTS = {"no input entry": {}, "empty shape": {"shape": []}, "shape as text": {
 
 @pytest.mark.parametrize("entry", INPUTS.values(), ids=INPUTS.keys())
 def test_manifest_without_an_input_shape(tmp_path, entry, monkeypatch):
-    import deploy.backends.onnxruntime as module
+    import cmt_edge.deploy.backends.onnxruntime as module
 
     monkeypatch.setattr(module, "load", lambda bundle, options: FakeSession(3))
     bundle = make_bundle(tmp_path / "b", format="onnx")
@@ -378,7 +400,7 @@ def test_every_format_has_a_runtime(gpu_machine):
         assert module.check().split()[0] == name
 
 
-# --- the answer ------------------------------------------------------------------------------------------------------
+# --- the answer -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -411,7 +433,7 @@ def test_known_colours_get_known_classes(tmp_path, blob, label):
         assert p(blob).label == label
 
 
-# --- batches ---------------------------------------------------------------------------------------------------------
+# --- batches --------------------------------------------------------------------------------------
 
 
 class Recording(FakeSession):
@@ -454,10 +476,12 @@ def test_exported_static_batch(onnx_bundle, blobs, expected):
     """A session of a fixed batch of four over a graph that takes any: three answers of padding never leak."""
     with Predictor.load(onnx_bundle) as p:
         four = Predictor(p.session, p.spec, p.labels, batch=4)
-        np.testing.assert_allclose(np.stack([q.logits for q in four.predict(blobs)]), expected, atol=1e-4, rtol=0)
+        np.testing.assert_allclose(
+            np.stack([q.logits for q in four.predict(blobs)]), expected, atol=1e-4, rtol=0
+        )
 
 
-# --- streams ---------------------------------------------------------------------------------------------------------
+# --- streams --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", [0, 1, 4])

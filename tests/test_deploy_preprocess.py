@@ -1,4 +1,5 @@
-"""Preprocessing: every kind of image file either becomes the right array or a typed error, and never a crash."""
+"""Preprocessing: every kind of image file either becomes the right array or a typed error, and never a
+crash."""
 
 from __future__ import annotations
 
@@ -14,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from calib.generated import generate
-from deploy import Preprocess, preprocess
-from deploy.errors import BundleError, DataError, ImageError
-from deploy.preprocess import MAX_BYTES, NamedBytes, decode, normalise, pixels
+from cmt_edge.calib.generated import generate
+from cmt_edge.deploy import Preprocess, preprocess
+from cmt_edge.deploy.errors import BundleError, DataError, ImageError
+from cmt_edge.deploy.preprocessing import MAX_BYTES, NamedBytes, decode, normalise, pixels
 
 PLAIN = Preprocess(8, None, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 IMAGENET = Preprocess(32, 36, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -210,7 +211,9 @@ def test_alpha_is_dropped_not_blended():
 def test_first_frame_of_an_animation(kind):
     frames = [Image.new("RGB", (9, 7), c) for c in ((250, 0, 0), (0, 250, 0), (0, 0, 250))]
     options = {"WEBP": {"lossless": True}, "MPO": {"quality": 100}}.get(kind, {})
-    got = np.asarray(decode(encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options), PLAIN))
+    got = np.asarray(
+        decode(encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options), PLAIN)
+    )
     assert np.abs(got.astype(int) - [250, 0, 0]).max() <= 5
 
 
@@ -267,7 +270,11 @@ def reference(data: bytes, spec: Preprocess) -> np.ndarray:
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     else:
         w, h = image.size
-        new = (spec.short_side, int(spec.short_side * h / w)) if w <= h else (int(spec.short_side * w / h), spec.short_side)
+        new = (
+            (spec.short_side, int(spec.short_side * h / w))
+            if w <= h
+            else (int(spec.short_side * w / h), spec.short_side)
+        )
         image = image.resize(new, Image.Resampling.BICUBIC)
         left, top = round((new[0] - size) / 2), round((new[1] - size) / 2)
         image = image.crop((left, top, left + size, top + size))
@@ -277,7 +284,8 @@ def reference(data: bytes, spec: Preprocess) -> np.ndarray:
 
 @pytest.mark.parametrize("size", [(40, 30), (30, 41), (100, 37), (32, 32), (16, 16), (333, 500)])
 @pytest.mark.parametrize(
-    "spec", [IMAGENET, Preprocess(32, None, IMAGENET.mean, IMAGENET.std), Preprocess(7, 8, (0, 0.5, 1), (1, 0.2, 3))]
+    "spec",
+    [IMAGENET, Preprocess(32, None, IMAGENET.mean, IMAGENET.std), Preprocess(7, 8, (0, 0.5, 1), (1, 0.2, 3))],
 )
 def test_equals_the_usual_transform(size, spec):
     data = encoded(photo(*size))
@@ -296,7 +304,9 @@ def test_steps_compose_and_fill_the_given_array():
     assert values.shape == (32, 32, 3)
     expected = preprocess(data, IMAGENET)
     np.testing.assert_array_equal(normalise(values, IMAGENET), expected)
-    np.testing.assert_array_equal(normalise(np.stack([values, values]), IMAGENET), np.stack([expected, expected]))
+    np.testing.assert_array_equal(
+        normalise(np.stack([values, values]), IMAGENET), np.stack([expected, expected])
+    )
     batch = np.full((2, 3, 32, 32), np.nan, np.float32)
     preprocess(data, IMAGENET, out=batch[1])
     np.testing.assert_array_equal(batch[1], expected)
@@ -368,7 +378,10 @@ NONSENSE = {
 @pytest.mark.parametrize("short", [None, 12])
 def test_interpolation_is_the_one_asked_for(short):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8))
-    sharp, soft = (pixels(image, Preprocess(8, short, (0, 0, 0), (1, 1, 1), interpolation=i)) for i in ("bicubic", "bilinear"))
+    sharp, soft = (
+        pixels(image, Preprocess(8, short, (0, 0, 0), (1, 1, 1), interpolation=i))
+        for i in ("bicubic", "bilinear")
+    )
     assert (sharp != soft).any()
     if short is None:
         np.testing.assert_array_equal(soft, np.asarray(image.resize((8, 8), Image.Resampling.BILINEAR)))

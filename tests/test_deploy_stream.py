@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from test_deploy_bundle import LABELS, SPEC, make_bundle
 from test_deploy_predictor import BLUE, GREEN, RED, tiny
 
-from calib.generated import generate
-from deploy import Predictor, Preprocess
-from deploy.backends.fake import FakeSession
-from deploy.errors import ImageError, InputError
-from deploy.preprocess import normalise, pixels
+from cmt_edge.calib.generated import generate
+from cmt_edge.deploy import Predictor, Preprocess
+from cmt_edge.deploy.backends.fake import FakeSession
+from cmt_edge.deploy.errors import ImageError, InputError
+from cmt_edge.deploy.preprocessing import normalise, pixels
 
 SIZES = [0, 1, 3]
 """Batch sizes; 0 is dynamic."""
@@ -79,7 +79,7 @@ def no_thread_is_left():
     assert not helpers()
 
 
-# --- answers ---------------------------------------------------------------------------------------------------------
+# --- answers --------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
@@ -106,7 +106,7 @@ def test_stream_is_predict_up_to_the_first_error(count, batch, workers, in_fligh
 @pytest.mark.parametrize("batch", SIZES)
 @pytest.mark.parametrize(("workers", "in_flight"), SHAPES)
 def test_order_where_late_images_are_ready_first(monkeypatch, batch, workers, in_flight):
-    import deploy.predictor as module
+    import cmt_edge.deploy.predictor as module
 
     original = module.preprocess
 
@@ -115,7 +115,9 @@ def test_order_where_late_images_are_ready_first(monkeypatch, batch, workers, in
         return original(image, *rest)
 
     monkeypatch.setattr(module, "preprocess", uneven)
-    answers = levels(tiny(batch, session=Busy(0.002)).stream(map(grey, range(40)), workers=workers, in_flight=in_flight))
+    answers = levels(
+        tiny(batch, session=Busy(0.002)).stream(map(grey, range(40)), workers=workers, in_flight=in_flight)
+    )
     assert answers == sorted(answers)
     assert len(answers) == 40
 
@@ -173,7 +175,7 @@ def test_predictor_may_be_used_while_it_reads_the_images():
         assert levels(answers) == want
 
 
-# --- in flight -------------------------------------------------------------------------------------------------------
+# --- in flight ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", SIZES)
@@ -221,7 +223,7 @@ def test_runtime_computes_while_the_caller_is_busy():
     assert len(list(stream)) == 8
 
 
-# --- bounds ----------------------------------------------------------------------------------------------------------
+# --- bounds ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", SIZES)
@@ -283,7 +285,7 @@ def test_bound_inputs_are_used_again():
     assert session.made <= bound(1, 2, 2) + 1
 
 
-# --- failures --------------------------------------------------------------------------------------------------------
+# --- failures -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", SIZES)
@@ -308,7 +310,9 @@ def test_failing_inference_raises_at_its_turn(workers, in_flight):
             return super().run(batch)
 
     spec = Preprocess(16, None, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    stream = Predictor(Failing(3), spec, LABELS).stream(map(grey, range(30)), workers=workers, in_flight=in_flight)
+    stream = Predictor(Failing(3), spec, LABELS).stream(
+        map(grey, range(30)), workers=workers, in_flight=in_flight
+    )
     assert len(list(itertools.islice(stream, 5))) == 5
     with pytest.raises(RuntimeError, match="went away"):
         next(stream)
@@ -378,7 +382,9 @@ def test_stream_that_is_collected_in_its_own_thread():
                 done.set()
             return super().read(*args)
 
-    holder = [p.stream(itertools.chain([RED], [Dropping(RED)], itertools.repeat(RED)), workers=1, in_flight=1)]
+    holder = [
+        p.stream(itertools.chain([RED], [Dropping(RED)], itertools.repeat(RED)), workers=1, in_flight=1)
+    ]
     next(holder[0])
     assert started.wait(10)
     dropped.set()
@@ -415,11 +421,13 @@ def test_many_streams_of_one_predictor():
     p = tiny(3, session=FakeSession(3, 0.001))
     want = levels(p.predict(map(grey, range(25))))
     with ThreadPoolExecutor(4) as pool:
-        runs = pool.map(lambda w: levels(p.stream(map(grey, range(25)), workers=w, in_flight=2)), [0, 1, 2, 3])
+        runs = pool.map(
+            lambda w: levels(p.stream(map(grey, range(25)), workers=w, in_flight=2)), [0, 1, 2, 3]
+        )
         assert all(run == want for run in runs)
 
 
-# --- pixels and batches ----------------------------------------------------------------------------------------------
+# --- pixels and batches ---------------------------------------------------------------------------
 
 
 def normalise_plainly(values: np.ndarray, spec: Preprocess) -> np.ndarray:
@@ -469,7 +477,8 @@ def test_arrays_give_the_pixels_of_pictures(short, shape):
 
 @pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
 def test_batches_of_every_kind_of_memory(onnx_bundle, name):
-    """Read-only, not contiguous, changed in place, of changing size: the runtime sees the values of this call."""
+    """Read-only, not contiguous, changed in place, of changing size: the runtime sees the values of this
+    call."""
     with Predictor.load(onnx_bundle, backend=name, threads=1) as p:
         batch = np.random.default_rng(0).standard_normal((3, 3, 64, 64)).astype(np.float32)
         want = np.concatenate([p.logits(b[None]) for b in batch])
@@ -501,12 +510,12 @@ def test_prepare_takes_lists_and_generators():
     assert p.prepare([]).shape == p.prepare(iter([])).shape == (0, 3, SPEC.size, SPEC.size)
 
 
-# --- cmt-predict -----------------------------------------------------------------------------------------------------
+# --- cmt-predict ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [31, 32])
 def test_many_images_are_predicted_in_throughput_mode(monkeypatch, capsys, tmp_path, count):
-    from deploy import cli
+    from cmt_edge.deploy.cli import predict
 
     bundle = make_bundle(tmp_path / "b")
     (tmp_path / "images").mkdir()
@@ -514,7 +523,9 @@ def test_many_images_are_predicted_in_throughput_mode(monkeypatch, capsys, tmp_p
         (tmp_path / f"images/{i:03}.png").write_bytes(RED)
     asked = []
     load = Predictor.load
-    monkeypatch.setattr(cli.Predictor, "load", lambda path, **kw: asked.append(kw["throughput"]) or load(path, **kw))
-    assert cli.predict([str(bundle.path), str(tmp_path / "images")]) == 0
+    monkeypatch.setattr(
+        predict.Predictor, "load", lambda path, **kw: asked.append(kw["throughput"]) or load(path, **kw)
+    )
+    assert predict.main([str(bundle.path), str(tmp_path / "images")]) == 0
     assert asked == [count >= 32]
     assert capsys.readouterr().out.count(".png  red ") == count

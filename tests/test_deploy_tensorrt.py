@@ -17,19 +17,29 @@ from conftest import ROOT, forget_fakes, shared
 from test_deploy_bundle import SIZE
 from trt_bundles import tiny_graph
 
-from deploy.errors import InputError, RuntimeMissingError, StepError
+from cmt_edge.deploy.errors import InputError, RuntimeMissingError, StepError
 
 NAMES = json.loads((ROOT / "tests" / "data" / "tensorrt_names.json").read_text())
 ENUMS = {name.rpartition(".")[2]: set(members) for name, members in NAMES["enums"].items()}
 CLASSES = {name: set(members) for name, members in NAMES["classes"].items()} | {"Logger": {"Severity"}}
-CODE = (ROOT / "deploy" / "backends" / "tensorrt.py", ROOT / "deploy" / "engine_builder.py")
+CODE = (ROOT / "deploy" / "tensorrt" / "session.py", ROOT / "deploy" / "tensorrt" / "builder.py")
 RECEIVERS = {
-    "builder": "Builder", "network": "INetworkDefinition", "parser": "OnnxParser", "config": "IBuilderConfig",
-    "profile": "IOptimizationProfile", "cache": "ITimingCache", "e": "ParserError", "engine": "ICudaEngine",
-    "self._engine": "ICudaEngine", "self._runtime": "Runtime", "context": "IExecutionContext", "self.context": "IExecutionContext",
-    "lane.context": "IExecutionContext", "inspector": "EngineInspector",
+    "builder": "Builder",
+    "network": "INetworkDefinition",
+    "parser": "OnnxParser",
+    "config": "IBuilderConfig",
+    "profile": "IOptimizationProfile",
+    "cache": "ITimingCache",
+    "e": "ParserError",
+    "engine": "ICudaEngine",
+    "self._engine": "ICudaEngine",
+    "self._runtime": "Runtime",
+    "context": "IExecutionContext",
+    "self.context": "IExecutionContext",
+    "lane.context": "IExecutionContext",
+    "inspector": "EngineInspector",
     "network.get_input(0)": "ITensor",
-}  # fmt: skip
+}
 """Expressions in our code that hold an object of TensorRT."""
 
 
@@ -50,7 +60,9 @@ def test_every_name_we_use_is_in_all_versions():
             assert name in CLASSES or name in ENUMS or name == "__version__", name
         elif receiver.startswith("trt."):
             owner = receiver.rpartition(".")[2]
-            assert name in ENUMS.get(owner, set()) | CLASSES.get(owner, set()) | {"__init__"}, f"{receiver}.{name}"
+            assert name in ENUMS.get(owner, set()) | CLASSES.get(owner, set()) | {"__init__"}, (
+                f"{receiver}.{name}"
+            )
         elif receiver in RECEIVERS:
             seen.add(receiver)
             assert name in CLASSES[RECEIVERS[receiver]], f"{RECEIVERS[receiver]}.{name}"
@@ -58,12 +70,18 @@ def test_every_name_we_use_is_in_all_versions():
 
 
 def test_callbacks_have_the_names_tensorrt_calls():
-    for base, methods in (("IProgressMonitor", ("phase_start", "step_complete", "phase_finish")), ("ILogger", ("log",)),
-                          ("IProfiler", ("report_layer_time",))):  # fmt: skip
+    for base, methods in (
+        ("IProgressMonitor", ("phase_start", "step_complete", "phase_finish")),
+        ("ILogger", ("log",)),
+        ("IProfiler", ("report_layer_time",)),
+    ):
         assert set(methods) <= CLASSES[base]
-        defined = [{f.name for f in node.body if isinstance(f, ast.FunctionDef)} for path in CODE
-                   for node in ast.walk(ast.parse(path.read_text()))
-                   if isinstance(node, ast.ClassDef) and any(ast.unparse(b) == f"trt.{base}" for b in node.bases)]  # fmt: skip
+        defined = [
+            {f.name for f in node.body if isinstance(f, ast.FunctionDef)}
+            for path in CODE
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ClassDef) and any(ast.unparse(b) == f"trt.{base}" for b in node.bases)
+        ]
         assert defined
         assert all(set(methods) <= names for names in defined)
 
@@ -94,37 +112,49 @@ def test_the_committed_table_is_what_the_bindings_have():
 @pytest.mark.slow
 def test_the_real_bindings_accept_our_code():
     script = shared("trt/with_bindings.sh")
-    cached = all(os.path.exists(f"{os.environ.get('TRT_NULL_CACHE', '/tmp/trt-null')}/{v}/ready") for v in NAMES["versions"])
+    cached = all(
+        os.path.exists(f"{os.environ.get('TRT_NULL_CACHE', '/tmp/trt-null')}/{v}/ready")
+        for v in NAMES["versions"]
+    )
     if sys.version_info[:2] != (3, 11) or not cached:
         pytest.skip("needs CPython 3.11 and the bindings; scripts/check_tensorrt_bindings.sh fetches them")
-    done = subprocess.run([ROOT / "scripts" / "check_tensorrt_bindings.sh", sys.executable], capture_output=True, text=True, check=False,
-                          env=os.environ | {"WITH_BINDINGS": str(script)})  # fmt: skip
+    done = subprocess.run(
+        [ROOT / "scripts" / "check_tensorrt_bindings.sh", sys.executable],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"WITH_BINDINGS": str(script)},
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("build and run code accepted") == len(NAMES["versions"])
 
 
-# --- sessions --------------------------------------------------------------------------------------------------------
+# --- sessions -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def backend(gpu_machine):
-    return importlib.import_module("deploy.backends.tensorrt")
+    return importlib.import_module("cmt_edge.deploy.tensorrt.session")
 
 
 def plan(batch=1, profile=None, half=True) -> bytes:
-    header = {"typed": True, "detailed": True, "profile": profile and {"input": [[n, 3, SIZE, SIZE] for n in profile]}}
+    header = {
+        "typed": True,
+        "detailed": True,
+        "profile": profile and {"input": [[n, 3, SIZE, SIZE] for n in profile]},
+    }
     return b"FAKEPLAN" + json.dumps(header).encode() + b"\n" + tiny_graph(batch, half).SerializeToString()
 
 
 def session(backend, **options):
-    from deploy.cuda import open_cuda
+    from cmt_edge.deploy.tensorrt.cuda import open_cuda
 
     settings = {k: options.pop(k) for k in ("batch", "profile", "half") if k in options}
     return backend.TensorRTSession(plan(**settings), open_cuda(), **options)
 
 
 def expected(batch: np.ndarray) -> np.ndarray:
-    from deploy.backends.fake import FakeSession
+    from cmt_edge.deploy.backends.fake import FakeSession
 
     return FakeSession(3).run(batch)[0]
 
@@ -212,9 +242,13 @@ def test_where_a_graph_cannot_be_captured_it_runs_without(backend, monkeypatch):
 def test_what_ran_is_read_back(backend, monkeypatch, version):
     monkeypatch.setenv("FAKE_TRT_VERSION", version)
     forget_fakes()
-    executed = session(importlib.import_module("deploy.backends.tensorrt")).executed(random_batch(1), 3)
+    executed = session(importlib.import_module("cmt_edge.deploy.tensorrt.session")).executed(
+        random_batch(1), 3
+    )
     assert executed.operations == {"fp16": 2}
-    assert executed.time_share["fp16"] == pytest.approx(0.8)  # pool, flatten, product and the cast back of five layers
+    assert executed.time_share["fp16"] == pytest.approx(
+        0.8
+    )  # pool, flatten, product and the cast back of five layers
     assert executed.conversion_share == pytest.approx(0.6)
     assert "profiler" in executed.source
 
@@ -235,7 +269,9 @@ def test_two_gpus_in_one_thread(backend, monkeypatch):
     first, second = session(backend), session(backend)
     second._index = 1
     monkeypatch.setattr(
-        runtime, "cudaMalloc", lambda size, real=runtime.cudaMalloc: (seen.append(runtime.current()), real(size))[1]
+        runtime,
+        "cudaMalloc",
+        lambda size, real=runtime.cudaMalloc: (seen.append(runtime.current()), real(size))[1],
     )
     seen: list[int] = []
     first.run(random_batch(1))
@@ -247,7 +283,7 @@ def test_two_gpus_in_one_thread(backend, monkeypatch):
 
 
 def test_what_is_no_engine_is_refused(backend):
-    from deploy.cuda import open_cuda
+    from cmt_edge.deploy.tensorrt.cuda import open_cuda
 
     with pytest.raises(StepError, match="refused the engine") as error:
         backend.TensorRTSession(b"not an engine", open_cuda())

@@ -1,4 +1,5 @@
-"""A new family is one file and one registry line: listed, built, loaded, rewritten, exported and verified without another change."""
+"""A new family is one file and one registry line: listed, built, loaded, rewritten, exported and verified
+without another change."""
 
 from __future__ import annotations
 
@@ -7,10 +8,19 @@ import sys
 import pytest
 import torch
 
-from cmt import count_params, create_model, fuse, list_models, load_weights, macs, model_spec, registry
-from cmt.weights import randomize
-from deploy.parity import verify
-from export import ExportConfig, run
+from cmt_edge.cmt import (
+    count_params,
+    create_model,
+    fuse,
+    list_models,
+    load_weights,
+    macs,
+    model_spec,
+    registry,
+)
+from cmt_edge.cmt.weights import randomize
+from cmt_edge.deploy.measure.parity import verify
+from cmt_edge.export import ExportConfig, run
 
 NAME, MODULE = "example_tiny", "example_family"
 
@@ -48,7 +58,10 @@ def test_it_is_listed_last_and_its_row_tells_the_truth():
 
 def test_published_weights_load_under_their_own_names(tmp_path):
     trained = randomized()
-    torch.save({k.replace("stages.", "layers."): v for k, v in trained.state_dict().items()}, tmp_path / "published.pth")
+    torch.save(
+        {k.replace("stages.", "layers."): v for k, v in trained.state_dict().items()},
+        tmp_path / "published.pth",
+    )
     model = create_model(NAME, seed=1)
     load_weights(model, tmp_path / "published.pth")
     with torch.inference_mode():
@@ -72,7 +85,13 @@ def test_it_goes_the_whole_road(tmp_path, form, precision):
     data = {"data": "generated", "calib_size": 8} if precision == "int8" else {}
     made = run(
         ExportConfig(
-            NAME, weights="random", format=form, precision=precision, build=form != "trt", output=str(tmp_path), **data
+            NAME,
+            weights="random",
+            format=form,
+            precision=precision,
+            build=form != "trt",
+            output=str(tmp_path),
+            **data,
         )
     )
     assert made.manifest.verification["golden"]["passed"]

@@ -1,4 +1,5 @@
-"""The training example: it learns, goes on where it was interrupted, fine-tunes, and what it prints exports."""
+"""The training example: it learns, goes on where it was interrupted, fine-tunes, and what it prints
+exports."""
 
 from __future__ import annotations
 
@@ -13,10 +14,10 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from cmt import create_model, load_weights
-from deploy import Predictor
-from deploy.preprocess import Preprocess
-from export.cli import main as cmt_export
+from cmt_edge.cmt import create_model, load_weights
+from cmt_edge.deploy import Predictor
+from cmt_edge.deploy.preprocessing import Preprocess
+from cmt_edge.export.cli import main as cmt_export
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "train_cifar10.py"
 SMALL = ("--imgsz", "32", "--batch", "8", "--threads", "1", "--lr", "2e-3")
@@ -101,7 +102,9 @@ def test_an_interrupted_run_ends_with_the_same_weights(script, fruit, trained, t
     for ema in (False, True):
         ours, whole = weights(output, ema=ema), weights(trained, ema=ema)
         assert all(torch.equal(ours[key], whole[key]) for key in whole)
-    assert any(not torch.equal(a, b) for a, b in zip(weights(output, ema=False).values(), ours.values(), strict=True))
+    assert any(
+        not torch.equal(a, b) for a, b in zip(weights(output, ema=False).values(), ours.values(), strict=True)
+    )
 
 
 def test_a_finished_run_trains_no_further(script, fruit, trained, capsys):
@@ -114,18 +117,33 @@ def test_a_finished_run_trains_no_further(script, fruit, trained, capsys):
 
 
 def test_fine_tuning_other_classes_exports_as_printed(script, fruit, tmp_path, capsys):
-    command = ["--data", str(fruit[0]), "--eval-data", str(fruit[1]), "-o", str(tmp_path / "tuned.pt"), "--init", "pretrained"]
+    command = [
+        "--data",
+        str(fruit[0]),
+        "--eval-data",
+        str(fruit[1]),
+        "-o",
+        str(tmp_path / "tuned.pt"),
+        "--init",
+        "pretrained",
+    ]
     assert script.main([*command, "--epochs", "3", "--batch", "8", "--threads", "1"]) == 0
     out, err = capsys.readouterr()
     assert "a new classifier" in err
     printed = shlex.split(next(line for line in out.splitlines() if "cmt-export" in line))
     assert printed[0] == "cmt-export"
-    assert cmt_export([*printed[1:], "--format", "onnx", "--threads", "1", "-o", str(tmp_path), "--json"]) == 0
+    assert (
+        cmt_export([*printed[1:], "--format", "onnx", "--threads", "1", "-o", str(tmp_path), "--json"]) == 0
+    )
     top1 = re.search(r"top-1 on 12 images ([\d.]+) %", out)
     with Predictor.load(tmp_path / "cmt_nano_fp32_onnx") as predictor:
         assert predictor.labels == ["apple", "lime", "plum"]
-        right = [p.label == Path(p.source).parent.name for p in predictor.stream(sorted(fruit[1].rglob("*.png")))]
-    assert float(top1[1]) == pytest.approx(100 * np.mean(right), abs=0.01)  # the same preprocessing, to the pixel
+        right = [
+            p.label == Path(p.source).parent.name for p in predictor.stream(sorted(fruit[1].rglob("*.png")))
+        ]
+    assert float(top1[1]) == pytest.approx(
+        100 * np.mean(right), abs=0.01
+    )  # the same preprocessing, to the pixel
 
 
 def test_fine_tuning_keeps_or_interpolates_what_fits(script, trained, capsys):
@@ -182,9 +200,16 @@ FAILURES = {
 @pytest.mark.parametrize("kind", FAILURES)
 def test_failures_say_what_to_do(script, tmp_path, capsys, kind):
     train, output = tmp_path / "train", tmp_path / "f.pt"
-    draw(train, {"apple": "red"} if kind == "one class" else {} if kind in ("empty", "loose images") else COLOURS, 4, seed=0)
+    draw(
+        train,
+        {"apple": "red"} if kind == "one class" else {} if kind in ("empty", "loose images") else COLOURS,
+        4,
+        seed=0,
+    )
     train.mkdir(exist_ok=True)
-    test = draw(tmp_path / "test", {"quince": "yellow"} if kind == "other test classes" else COLOURS, 1, seed=1)
+    test = draw(
+        tmp_path / "test", {"quince": "yellow"} if kind == "other test classes" else COLOURS, 1, seed=1
+    )
     if kind == "damaged":
         (train / "lime" / "3.png").write_bytes(b"no image")
     if kind == "there":

@@ -9,14 +9,15 @@ import pytest
 from test_export_cli import failed, succeeded
 from test_export_pipeline import content, labelled, nano, quick_exports  # noqa: F401
 
-from deploy import Bundle, report
-from deploy.backends.openvino import has_bf16
-from deploy.benchmark import Protocol
-from deploy.errors import InputError, RuntimeMissingError
-from deploy.host import describe
-from deploy.measuring import MeasuringProcess
-from export import auto, run
-from export.auto import Cache
+from cmt_edge.deploy import Bundle, report
+from cmt_edge.deploy.backends.openvino import has_bf16
+from cmt_edge.deploy.errors import InputError, RuntimeMissingError
+from cmt_edge.deploy.measure.benchmark import Protocol
+from cmt_edge.deploy.measure.child import MeasuringProcess
+from cmt_edge.deploy.measure.host import describe
+from cmt_edge.export import run
+from cmt_edge.export.auto import choose as auto
+from cmt_edge.export.auto.choose import Cache
 
 pytestmark = pytest.mark.usefixtures("one_trace")
 
@@ -60,7 +61,15 @@ def images(tmp_path_factory) -> Path:
 def asked(output: Path, **settings):
     """All pass whatever the answers are, so only speed decides."""
     return nano(
-        output, **{"precision": "auto", "data": "generated", "calib_size": 6, "threads": 1, "max_drop": 100.0, **settings}
+        output,
+        **{
+            "precision": "auto",
+            "data": "generated",
+            "calib_size": 6,
+            "threads": 1,
+            "max_drop": 100.0,
+            **settings,
+        },
     )
 
 
@@ -73,7 +82,7 @@ def names(verdict) -> list[str]:
     return [c["variant"]["name"] for c in verdict["candidates"]]
 
 
-# --- verdict and bundle -------------------------------------------------------------------------------------------------
+# --- verdict and bundle ---------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -102,10 +111,16 @@ def test_everything_measured_is_in_the_verdict(finished):
         assert c["speed"]["p50"] > 0
         assert c["speed"]["ratio_ci"][0] <= c["speed"]["ratio"] <= c["speed"]["ratio_ci"][1] * 1.2
     float32, int8 = verdict["candidates"][0], verdict["candidates"][2]
-    assert (float32["accuracy"]["drop"], float32["accuracy"]["agreement"], float32["accuracy"]["deviation"]) == (0, 100, 0)
+    assert (
+        float32["accuracy"]["drop"],
+        float32["accuracy"]["agreement"],
+        float32["accuracy"]["deviation"],
+    ) == (0, 100, 0)
     assert int8["speed"]["size_bytes"] < 0.5 * float32["speed"]["size_bytes"]
     groups = [s["group"] for s in verdict["sensitivity"]]
-    assert sorted(groups) == sorted(["stem", *(f"stages.{s}.{k}" for s in range(4) for k in ("embed", "attn", "ffn")), "head"])
+    assert sorted(groups) == sorted(
+        ["stem", *(f"stages.{s}.{k}" for s in range(4) for k in ("embed", "attn", "ffn")), "head"]
+    )
     deviations = [s["accuracy"]["deviation"] for s in verdict["sensitivity"]]
     assert deviations == sorted(deviations, reverse=True)
     assert 0 < max(deviations) < int8["accuracy"]["deviation"]
@@ -152,11 +167,13 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch, call
     resumed = calls.count("logits") - before
     calls.clear()
     run(asked(tmp_path / "out", cache=False))
-    assert calls.count("logits") == before + resumed - 1  # the float32 logits were made again, to compare with
+    assert (
+        calls.count("logits") == before + resumed - 1
+    )  # the float32 logits were made again, to compare with
     assert "benchmark" in calls
 
 
-# --- what is asked ------------------------------------------------------------------------------------------------------
+# --- what is asked --------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -188,7 +205,11 @@ def test_without_labels_disagreement_decides(tmp_path, two_groups):
     verdict = bundle.manifest.verdict
     assert verdict["labelled"] is False
     assert any("disagreement" in note for note in verdict["notes"])
-    assert all(c["accuracy"]["top1"] is None and c["accuracy"]["images"] == 6 for c in verdict["candidates"] if c["accuracy"])
+    assert all(
+        c["accuracy"]["top1"] is None and c["accuracy"]["images"] == 6
+        for c in verdict["candidates"]
+        if c["accuracy"]
+    )
     assert "disagreement (95 % CI)" in report.verdict_text(verdict)
 
 
@@ -199,7 +220,10 @@ def test_onnx_has_no_bf16_candidate(tmp_path):
     assert "bf16" not in names(verdict)
     assert bundle.manifest.format == "onnx"
     assert any("time budget" in note for note in verdict["notes"])
-    assert (bundle.manifest.precision, verdict["candidates"][1]["why_not"]) == ("fp32", "not measured: no time left")
+    assert (bundle.manifest.precision, verdict["candidates"][1]["why_not"]) == (
+        "fp32",
+        "not measured: no time left",
+    )
 
 
 @pytest.mark.slow
@@ -258,7 +282,18 @@ def test_the_default_drop_is_stricter():
 
 
 def test_dry_run(capsys, tmp_path):
-    argv = (*AUTO, "--data", "generated", "--calib-size", 5, "--isa", "avx2", "--dry-run", "-o", tmp_path / "out")
+    argv = (
+        *AUTO,
+        "--data",
+        "generated",
+        "--calib-size",
+        5,
+        "--isa",
+        "avx2",
+        "--dry-run",
+        "-o",
+        tmp_path / "out",
+    )
     plan = json.loads(succeeded(capsys, *argv, "--json"))
     assert plan["allowed"] == {"drop": 0.3, "latency_ms": None, "time_s": None, "isa": "avx2"}
     assert plan["calibration"]["images"] == 5
@@ -274,7 +309,7 @@ def test_something_in_the_way_of_any_candidate_stops_before_the_work(tmp_path):
         run(asked(tmp_path))
 
 
-# --- the cache of measurements ------------------------------------------------------------------------------------------
+# --- the cache of measurements --------------------------------------------------------------------
 
 
 def test_measurements_are_kept_by_key_and_damage_is_measured_again(tmp_path):

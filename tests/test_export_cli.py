@@ -14,10 +14,10 @@ import pytest
 import torch
 from test_export_pipeline import NAME, content, labelled, quick_exports  # noqa: F401
 
-from cmt import create_model, list_models
-from deploy import Bundle
-from deploy import backends as backends_module
-from export.cli import main
+from cmt_edge.cmt import create_model, list_models
+from cmt_edge.deploy import Bundle
+from cmt_edge.deploy import backends as backends_module
+from cmt_edge.export.cli import main
 
 
 def failed(capsys, *argv: object, code: int = 2) -> str:
@@ -64,8 +64,23 @@ def test_export_prints_what_to_do_next(capsys, tmp_path):
 
 def test_export_as_json(capsys, tmp_path):
     images = labelled(tmp_path / "images", ["cat", "dog"], 3)
-    out = succeeded(capsys, "--model", "cmt_nano", "--int8", "--data", "generated", "--calib-size", 8, "--eval-data", images,
-                    "--max-drop", 100, "-o", tmp_path / "out", "--json")  # fmt: skip
+    out = succeeded(
+        capsys,
+        "--model",
+        "cmt_nano",
+        "--int8",
+        "--data",
+        "generated",
+        "--calib-size",
+        8,
+        "--eval-data",
+        images,
+        "--max-drop",
+        100,
+        "-o",
+        tmp_path / "out",
+        "--json",
+    )
     result = json.loads(out)
     assert Bundle.open(result["bundle"]).manifest.precision == result["precision"] == "int8"
     assert result["calibration"]["images"] == 8
@@ -74,7 +89,7 @@ def test_export_as_json(capsys, tmp_path):
     assert result["latency"]["p50_ms"] > 0
 
 
-# --- dry run and configuration ------------------------------------------------------------------------------------------
+# --- dry run and configuration --------------------------------------------------------------------
 
 
 def test_dry_run_writes_nothing(capsys, tmp_path):
@@ -82,7 +97,9 @@ def test_dry_run_writes_nothing(capsys, tmp_path):
     text = succeeded(capsys, *argv)
     assert "nothing was written" in text
     assert NAME in text
-    plan = json.loads(succeeded(capsys, *argv, "--json", "--precision", "int8", "--data", "generated", "--calib-size", 5))
+    plan = json.loads(
+        succeeded(capsys, *argv, "--json", "--precision", "int8", "--data", "generated", "--calib-size", 5)
+    )
     assert plan["calibration"]["images"] == 5
     assert plan["replaces"] is False
     assert plan["input"] == [1, 3, 64, 64]
@@ -93,14 +110,20 @@ def test_dry_run_writes_nothing(capsys, tmp_path):
 @pytest.mark.parametrize("flag", ["--weights", "--labels", "--eval-data", "--data", "--config"])
 def test_dry_run_finds_missing_files(capsys, tmp_path, flag):
     more = ["--int8"] if flag == "--data" else []
-    assert "gone" in failed(capsys, "--model", "cmt_nano", "--dry-run", "-o", tmp_path, flag, tmp_path / "gone", *more)
+    assert "gone" in failed(
+        capsys, "--model", "cmt_nano", "--dry-run", "-o", tmp_path, flag, tmp_path / "gone", *more
+    )
     assert content(tmp_path) == {}
 
 
 def test_flags_win_over_the_configuration_file(capsys, tmp_path):
     file = tmp_path / "export.toml"
-    file.write_text('model = "cmt_nano"\nformat = "onnx"\nbatch = 0\nimgsz = 96\nresize-position-bias = true\n')
-    plan = json.loads(succeeded(capsys, "--config", file, "--dry-run", "--json", "--batch", 4, "-o", tmp_path / "out"))
+    file.write_text(
+        'model = "cmt_nano"\nformat = "onnx"\nbatch = 0\nimgsz = 96\nresize-position-bias = true\n'
+    )
+    plan = json.loads(
+        succeeded(capsys, "--config", file, "--dry-run", "--json", "--batch", 4, "-o", tmp_path / "out")
+    )
     assert plan["bundle"] == str(tmp_path / "out" / "cmt_nano_96_fp32_onnx_b4")
     assert plan["input"] == [4, 3, 96, 96]
 
@@ -115,7 +138,11 @@ def test_export_of_a_configuration_file(capsys, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("model = ", "TOML"), ('modell = "cmt_nano"', "did you mean model"), ('model = "cmt_nano"\nbatch = "4"', "should be int")],
+    [
+        ("model = ", "TOML"),
+        ('modell = "cmt_nano"', "did you mean model"),
+        ('model = "cmt_nano"\nbatch = "4"', "should be int"),
+    ],
 )
 def test_faulty_configuration_file(capsys, tmp_path, text, message):
     file = tmp_path / "export.toml"
@@ -124,7 +151,7 @@ def test_faulty_configuration_file(capsys, tmp_path, text, message):
     assert not (tmp_path / "out").exists()
 
 
-# --- exit codes ---------------------------------------------------------------------------------------------------------
+# --- exit codes -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -156,7 +183,9 @@ def test_a_truncated_checkpoint_exits_with_2(capsys, tmp_path):
     path = tmp_path / "cut.pth"
     torch.save(create_model("cmt_nano").state_dict(), path)
     path.write_bytes(path.read_bytes()[:100_000])
-    assert "cut.pth: cannot be read" in failed(capsys, "--model", "cmt_nano", "--weights", path, "-o", tmp_path / "out")
+    assert "cut.pth: cannot be read" in failed(
+        capsys, "--model", "cmt_nano", "--weights", path, "-o", tmp_path / "out"
+    )
     assert content(tmp_path / "out") == {}
 
 
@@ -173,7 +202,9 @@ def test_a_failed_gate_exits_with_1(capsys, tmp_path):
 
 def test_a_missing_runtime_exits_with_3(capsys, tmp_path, monkeypatch):
     real = backends_module.util.find_spec
-    monkeypatch.setattr(backends_module.util, "find_spec", lambda n, *a: None if n == "openvino" else real(n, *a))
+    monkeypatch.setattr(
+        backends_module.util, "find_spec", lambda n, *a: None if n == "openvino" else real(n, *a)
+    )
     err = failed(capsys, "--model", "cmt_nano", "-o", tmp_path, code=3)
     assert "openvino is not installed" in err
     assert 'pip install "cmt-edge[openvino]"' in err
@@ -187,12 +218,12 @@ def test_verbose_shows_the_trace_before_the_message(capsys, tmp_path):
     assert err.rstrip().splitlines()[-2].startswith("error: ")
 
 
-# --- interruption -------------------------------------------------------------------------------------------------------
+# --- interruption ---------------------------------------------------------------------------------
 
 CODE = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background may ignore it
-from export.cli import main
+from cmt_edge.export.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -209,10 +240,14 @@ def begun(folder: Path, process: subprocess.Popen) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("signal_number", "delay"), [(signal.SIGTERM, 0.2), (signal.SIGTERM, 3), (signal.SIGINT, 1.5)])
+@pytest.mark.parametrize(
+    ("signal_number", "delay"), [(signal.SIGTERM, 0.2), (signal.SIGTERM, 3), (signal.SIGINT, 1.5)]
+)
 def test_an_interrupted_export_leaves_nothing(tmp_path, signal_number, delay):
     command = [sys.executable, "-c", CODE, "--model", "cmt_nano", "-o", str(tmp_path / "out")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ.copy())
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ.copy()
+    )
     try:
         assert begun(tmp_path / "out", process)
         time.sleep(delay)
@@ -230,7 +265,10 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, signal_number, delay):
 @pytest.mark.parametrize("package", ["torch", "onnx", "nncf"])
 def test_missing_packages_are_named(package):
     """A device has only the light needs; there the command says what is missing."""
-    code = f"import sys; sys.modules[{package!r}] = None; from export.cli import main; raise SystemExit(main(sys.argv[1:]))"
+    code = (
+        f"import sys; sys.modules[{package!r}] = None; from cmt_edge.export.cli import main; raise"
+        " SystemExit(main(sys.argv[1:]))"
+    )
     arguments = [
         "--model",
         "cmt_nano",
@@ -243,7 +281,11 @@ def test_missing_packages_are_named(package):
         "--no-cache",
         "--dry-run",
     ]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
+    )
     expected = 0 if package == "nncf" else 3  # nncf is needed only once calibration starts
     assert done.returncode == expected, done.stderr
-    assert expected == 0 or (package in done.stderr and "pip install" in done.stderr and "Traceback" not in done.stderr)
+    assert expected == 0 or (
+        package in done.stderr and "pip install" in done.stderr and "Traceback" not in done.stderr
+    )

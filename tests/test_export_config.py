@@ -7,20 +7,30 @@ from pathlib import Path
 
 import pytest
 
-from cmt import list_models, model_spec
-from deploy.errors import InputError, UnknownNameError
-from export import ExportConfig
-from export.config import read_config
+from cmt_edge.cmt import list_models, model_spec
+from cmt_edge.deploy.errors import InputError, UnknownNameError
+from cmt_edge.export import ExportConfig
+from cmt_edge.export.config import read_config
 
 GOOD = ExportConfig("cmt_nano")
 
 
 @pytest.mark.parametrize("name", list_models())
-@pytest.mark.parametrize("settings", [
-    {}, {"format": "onnx"}, {"precision": "bf16"}, {"precision": "int8", "data": "generated"},
-    {"batch": 0}, {"weights": "random", "imgsz": 96}, {"imgsz": 96, "resize_position_bias": True},
-    {"precision": "int8", "data": "x", "calib_size": 1}, {"num_classes": 3, "weights": "random"}, {"max_drop": 0.0},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"format": "onnx"},
+        {"precision": "bf16"},
+        {"precision": "int8", "data": "generated"},
+        {"batch": 0},
+        {"weights": "random", "imgsz": 96},
+        {"imgsz": 96, "resize_position_bias": True},
+        {"precision": "int8", "data": "x", "calib_size": 1},
+        {"num_classes": 3, "weights": "random"},
+        {"max_drop": 0.0},
+    ],
+)
 def test_possible_requests_pass(name, settings):
     ExportConfig(name, **settings).check()
 
@@ -74,11 +84,12 @@ def test_unknown_names_are_refused_with_the_closest(settings, close):
     assert close in error.value.remedy
 
 
-# --- mappings and files -------------------------------------------------------------------------------------------------
+# --- mappings and files ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("key", "close"), [("modle", "model"), ("calib-siz", "calib_size"), ("eval", "eval_data"), ("zzz", "atol")]
+    ("key", "close"),
+    [("modle", "model"), ("calib-siz", "calib_size"), ("eval", "eval_data"), ("zzz", "atol")],
 )
 def test_unknown_setting(key, close):
     with pytest.raises(UnknownNameError, match=f"unknown setting '{key}'") as error:
@@ -89,11 +100,19 @@ def test_unknown_setting(key, close):
 @pytest.mark.parametrize(
     ("key", "value", "kind"),
     [
-        ("batch", "4", "int"), ("batch", 1.5, "int"), ("batch", True, "int"), ("model", 3, "str"), ("cache", 1, "bool"),
-        ("cache", "no", "bool"), ("max_drop", "1", "float"), ("atol", [1], "float"), ("imgsz", {"a": 1}, "int"),
-        ("by-order", 0, "bool"), ("batch", None, "int"),
+        ("batch", "4", "int"),
+        ("batch", 1.5, "int"),
+        ("batch", True, "int"),
+        ("model", 3, "str"),
+        ("cache", 1, "bool"),
+        ("cache", "no", "bool"),
+        ("max_drop", "1", "float"),
+        ("atol", [1], "float"),
+        ("imgsz", {"a": 1}, "int"),
+        ("by-order", 0, "bool"),
+        ("batch", None, "int"),
     ],
-)  # fmt: skip
+)
 def test_wrong_type(key, value, kind):
     with pytest.raises(InputError) as error:
         ExportConfig.from_mapping({"model": "cmt_nano", key: value}, "here.toml")
@@ -103,7 +122,9 @@ def test_wrong_type(key, value, kind):
 
 
 def test_mapping_takes_fields_flags_and_whole_numbers():
-    config = ExportConfig.from_mapping({"model": "cmt_xs", "eval-limit": 5, "max_drop": 2, "by_order": True, "ema": None})
+    config = ExportConfig.from_mapping(
+        {"model": "cmt_xs", "eval-limit": 5, "max_drop": 2, "by_order": True, "ema": None}
+    )
     assert config == ExportConfig("cmt_xs", eval_limit=5, max_drop=2, by_order=True)
 
 
@@ -115,21 +136,58 @@ def test_no_model(values):
 
 def test_toml_file_with_every_setting(tmp_path):
     config = ExportConfig(
-        "cmt_s", "onnx", "int8", "features", "w.pth", True, True, True, 5, 96, "l.txt", "d.tar/train", 7, "e", 9, True, 0.25, 0.5, 0,
-        "0,0,0", "1,1,1", 0.9, "ignore", 2, 3, False, "1", 2.5, "out", False, "stem", 5.0, 60.0, "avx2",
-    )  # fmt: skip
+        "cmt_s",
+        "onnx",
+        "int8",
+        "features",
+        "w.pth",
+        True,
+        True,
+        True,
+        5,
+        96,
+        "l.txt",
+        "d.tar/train",
+        7,
+        "e",
+        9,
+        True,
+        0.25,
+        0.5,
+        0,
+        "0,0,0",
+        "1,1,1",
+        0.9,
+        "ignore",
+        2,
+        3,
+        False,
+        "1",
+        2.5,
+        "out",
+        False,
+        "stem",
+        5.0,
+        60.0,
+        "avx2",
+    )
     lines = []
     for field in fields(config):
         value = getattr(config, field.name)
         assert value != field.default  # a field added later must be added here
-        lines.append(f"{field.name.replace('_', '-')} = {str(value).lower() if isinstance(value, bool) else repr(value)}")
+        lines.append(
+            f"{field.name.replace('_', '-')} ="
+            f" {str(value).lower() if isinstance(value, bool) else repr(value)}"
+        )
     path = tmp_path / "export.toml"
     path.write_text("# all of it\n" + "\n".join(lines))
     assert ExportConfig.from_mapping(read_config(path), path) == config
 
 
 @pytest.mark.parametrize(
-    "content", [b"model = ", b"\xff\xfe", b"model cmt_nano", None], ids=["cut", "not utf-8", "not toml", "missing"]
+    "content",
+    [b"model = ", b"\xff\xfe", b"model cmt_nano", None],
+    ids=["cut", "not utf-8", "not toml", "missing"],
 )
 def test_unreadable_file(tmp_path, content):
     path = tmp_path / "export.toml"
@@ -140,7 +198,7 @@ def test_unreadable_file(tmp_path, content):
     assert str(path) in str(error.value)
 
 
-# --- what follows from it -----------------------------------------------------------------------------------------------
+# --- what follows from it -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Every family down the whole road, by the same commands: exported, quantized, typed, verified.
 
-One model of each architecture in every run, at a small size; every model with ``-m giant``, at their published size.
+One model of each architecture in every run, at a small size; every model with ``-m giant``, at their
+published size.
 """
 
 from __future__ import annotations
@@ -8,11 +9,11 @@ from __future__ import annotations
 import pytest
 from conftest import TRACED, traced_once
 
-from cmt import list_models, model_spec
-from deploy import Bundle
-from deploy.benchmark import Protocol
-from deploy.parity import verify
-from export import ExportConfig, pipeline, run
+from cmt_edge.cmt import list_models, model_spec
+from cmt_edge.deploy import Bundle
+from cmt_edge.deploy.measure.benchmark import Protocol
+from cmt_edge.deploy.measure.parity import verify
+from cmt_edge.export import ExportConfig, pipeline, run
 
 SMALL = ("cvt_13", "convit_tiny", "mvitv2_t", "xformer_reading")
 EVERY = [pytest.param(n, marks=pytest.mark.giant) for n in list_models()]
@@ -52,11 +53,15 @@ def test_every_model_at_its_published_size(name, tmp_path, capsys):
         patch.setattr(pipeline, "QUICK", Protocol(iters=3, seconds=0.0, warmup_iters=1, warmup_seconds=0.0))
         for form, precision in ROADS:
             made = export(name, form, precision, tmp_path, model_spec(name).img_size)
-            again = [verify(Bundle.open(made.path), backend=backend) for backend in ("openvino", "onnxruntime")]
+            again = [
+                verify(Bundle.open(made.path), backend=backend) for backend in ("openvino", "onnxruntime")
+            ]
             assert all(v.passed for v in again)
             with capsys.disabled():
                 print(
                     f"\n{made.path.name}:",
-                    ", ".join(f"{v.runtime['runtime']} {v.golden.diff:.2g} of {v.golden.atol:.2g}" for v in again),
+                    ", ".join(
+                        f"{v.runtime['runtime']} {v.golden.diff:.2g} of {v.golden.atol:.2g}" for v in again
+                    ),
                 )
     TRACED.clear()

@@ -9,13 +9,16 @@ import pytest
 import torch
 from conftest import marked_models
 
-from cmt import create_model, fuse, list_models, model_spec, with_head
-from deploy import Bundle, Predictor, cli
-from deploy.bundle import Golden
-from deploy.errors import InputError, ParityError
-from deploy.parity import MAP_ATOL, check_golden, distance, verify
-from export import ExportConfig, run
-from export.to_onnx import require_parity
+from cmt_edge.cmt import create_model, fuse, list_models, model_spec, with_head
+from cmt_edge.deploy import Bundle, Predictor
+from cmt_edge.deploy.bundle import Golden
+from cmt_edge.deploy.cli import bench as cmt_bench
+from cmt_edge.deploy.cli import predict as cmt_predict
+from cmt_edge.deploy.cli import verify as cmt_verify
+from cmt_edge.deploy.errors import InputError, ParityError
+from cmt_edge.deploy.measure.parity import MAP_ATOL, check_golden, distance, verify
+from cmt_edge.export import ExportConfig, run
+from cmt_edge.export.to_onnx import require_parity
 
 pytestmark = pytest.mark.usefixtures("one_trace")
 
@@ -26,7 +29,9 @@ SMALLEST = ["cmt_nano", "cvt_13", "mvitv2_t", "xformer_reading"]
 
 def export(name, folder, form="onnx", precision="fp32", **settings):
     data = {"data": "generated", "calib_size": 8} if precision == "int8" else {}
-    settings = {"weights": "random", "imgsz": 64, "build": form != "trt", "head": "features"} | data | settings
+    settings = (
+        {"weights": "random", "imgsz": 64, "build": form != "trt", "head": "features"} | data | settings
+    )
     return run(ExportConfig(name, form, precision, output=str(folder), **settings))
 
 
@@ -40,7 +45,7 @@ def photos(count: int, size: int = 64) -> np.ndarray:
     return np.random.default_rng(0).normal(size=(count, 3, size, size)).astype(np.float32)
 
 
-# --- models ----------------------------------------------------------------------------------------------------------
+# --- models ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", marked_models(HIERARCHICAL))
@@ -68,7 +73,7 @@ def test_a_model_of_one_resolution_has_none(name, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# --- bundles ---------------------------------------------------------------------------------------------------------
+# --- bundles --------------------------------------------------------------------------------------
 
 
 def test_the_bundle_says_what_it_gives(bundle):
@@ -131,12 +136,16 @@ def test_prepare_takes_what_predict_takes(bundle):
         assert p.prepare([]).shape == (0, 3, 64, 64)
 
 
-# --- refusals and gates ----------------------------------------------------------------------------------------------
+# --- refusals and gates ---------------------------------------------------------------------------
 
 
 def test_classes_and_maps_are_not_mixed_up(bundle, fp32_bundle):
     with Predictor.load(bundle) as maps, Predictor.load(fp32_bundle) as classes:
-        for call in (lambda: maps(bundle.golden().sources[0]), lambda: maps.logits(photos(1)), lambda: list(maps.stream([]))):
+        for call in (
+            lambda: maps(bundle.golden().sources[0]),
+            lambda: maps.logits(photos(1)),
+            lambda: list(maps.stream([])),
+        ):
             with pytest.raises(InputError, match=r"gives features, not classes[\s\S]*features\(\)"):
                 call()
         with pytest.raises(InputError, match=r"gives logits, not feature maps[\s\S]*--head features"):
@@ -144,15 +153,15 @@ def test_classes_and_maps_are_not_mixed_up(bundle, fp32_bundle):
 
 
 def test_commands_on_maps(bundle, tmp_path, capsys, cifar):
-    assert cli.verify([str(bundle.path), "--json"]) == 0
+    assert cmt_verify.main([str(bundle.path), "--json"]) == 0
     assert '"output": "stage' in capsys.readouterr().out
-    assert cli.bench([str(bundle.path), "--iters", "2", "--seconds", "0", "--no-throughput"]) == 0
+    assert cmt_bench.main([str(bundle.path), "--iters", "2", "--seconds", "0", "--no-throughput"]) == 0
     assert "cmt_nano_features" in capsys.readouterr().out
-    assert cli.predict([str(bundle.path), str(tmp_path)]) == 2
+    assert cmt_predict.main([str(bundle.path), str(tmp_path)]) == 2
     (tmp_path / "a.png").write_bytes(bundle.golden().sources[0])
-    assert cli.predict([str(bundle.path), str(tmp_path)]) == 2
+    assert cmt_predict.main([str(bundle.path), str(tmp_path)]) == 2
     assert "gives features, not classes" in capsys.readouterr().err
-    assert cli.verify([str(bundle.path), "--data", f"{cifar}/test"]) == 2
+    assert cmt_verify.main([str(bundle.path), "--data", f"{cifar}/test"]) == 2
     assert "feature maps have no top-1" in capsys.readouterr().err
 
 

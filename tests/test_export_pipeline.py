@@ -1,4 +1,5 @@
-"""The export from end to end: what a bundle holds, and that nothing is left where a step, a gate or a user says no."""
+"""The export from end to end: what a bundle holds, and that nothing is left where a step, a gate or a user
+says no."""
 
 from __future__ import annotations
 
@@ -17,12 +18,11 @@ import pytest
 import torch
 from conftest import ROOT, SHARED, traced_once
 
-from calib.generated import generate
-from cmt import count_params, create_model, load_pretrained, macs, weights_fingerprint
-from deploy import Bundle, Predictor
-from deploy.backends.openvino import has_bf16
-from deploy.benchmark import Protocol
-from deploy.errors import (
+from cmt_edge.calib.generated import generate
+from cmt_edge.cmt import count_params, create_model, load_pretrained, macs, weights_fingerprint
+from cmt_edge.deploy import Bundle, Predictor
+from cmt_edge.deploy.backends.openvino import has_bf16
+from cmt_edge.deploy.errors import (
     BundleError,
     DataError,
     GateError,
@@ -33,8 +33,9 @@ from deploy.errors import (
     RuntimeMissingError,
     WeightsError,
 )
-from deploy.preprocess import preprocess
-from export import ExportConfig, pipeline, run
+from cmt_edge.deploy.measure.benchmark import Protocol
+from cmt_edge.deploy.preprocessing import preprocess
+from cmt_edge.export import ExportConfig, pipeline, run
 
 CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 COMMON = {"model.onnx", "golden.npz", "report.md", "report.json"}
@@ -52,7 +53,9 @@ def quick_exports():
 def content(folder: Path) -> dict[str, str]:
     """Everything below ``folder``, hidden files too, with hashes."""
     return {
-        p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "folder"
+        p.relative_to(folder).as_posix(): (
+            hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "folder"
+        )
         for p in folder.rglob("*")
     }
 
@@ -71,17 +74,29 @@ def labelled(folder: Path, classes: list[str], each: int = 2) -> Path:
 
 
 def batch(count: int) -> np.ndarray:
-    return np.stack([preprocess(b, ExportConfig("cmt_nano").preprocess) for b in generate(count, 64, seed=12)])
+    return np.stack(
+        [preprocess(b, ExportConfig("cmt_nano").preprocess) for b in generate(count, 64, seed=12)]
+    )
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """A training checkpoint in the published container (and with the published keys where the shared data is there)."""
+    """A training checkpoint in the published container (and with the published keys where the shared data is
+    there)."""
     shared, model = SHARED / "weights/cmt_nano_cifar10.pt", create_model("cmt_nano")
     load_pretrained(model)
     state = torch.load(shared, weights_only=True)["model"] if shared.exists() else model.state_dict()
     path = tmp_path_factory.mktemp("training") / "trained.pth"
-    torch.save({"model": state, "model_ema": None, "optimizer": {}, "epoch": 3, "classes": [c.upper() for c in CIFAR]}, path)
+    torch.save(
+        {
+            "model": state,
+            "model_ema": None,
+            "optimizer": {},
+            "epoch": 3,
+            "classes": [c.upper() for c in CIFAR],
+        },
+        path,
+    )
     return path
 
 
@@ -96,10 +111,14 @@ def checkpoint_bundle(checkpoint, tmp_path_factory) -> Bundle:
 @pytest.fixture(scope="module")
 def random_bundle(tmp_path_factory) -> Bundle:
     """ONNX fp32, random weights, 7 classes, batch 4."""
-    return run(nano(tmp_path_factory.mktemp("random"), weights="random", seed=3, num_classes=7, batch=4, format="onnx"))
+    return run(
+        nano(
+            tmp_path_factory.mktemp("random"), weights="random", seed=3, num_classes=7, batch=4, format="onnx"
+        )
+    )
 
 
-# --- what a bundle holds ------------------------------------------------------------------------------------------------
+# --- what a bundle holds --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -127,11 +146,24 @@ def test_manifest(fp32_bundle):
     assert fp32_bundle.path.name == NAME
     assert (m.precision, m.format, m.calibration) == ("fp32", "openvino", None)
     assert m.model == {
-        "provider": "cmt", "name": "cmt_nano", "family": "CMT", "img_size": 64, "num_classes": 10, "head": "logits",
-        "params": count_params(reference), "macs": macs(reference), "opset": 20,
-        "weights": {"source": "pretrained", "sha256": weights_fingerprint(reference), "seed": 0, "ema": False, "fresh": [],
-                    "resized": []},
-    }  # fmt: skip
+        "provider": "cmt",
+        "name": "cmt_nano",
+        "family": "CMT",
+        "img_size": 64,
+        "num_classes": 10,
+        "head": "logits",
+        "params": count_params(reference),
+        "macs": macs(reference),
+        "opset": 20,
+        "weights": {
+            "source": "pretrained",
+            "sha256": weights_fingerprint(reference),
+            "seed": 0,
+            "ema": False,
+            "fresh": [],
+            "resized": [],
+        },
+    }
     assert m.input == {"name": "input", "shape": [1, 3, 64, 64], "dtype": "float32"}
     assert m.outputs == [{"name": "logits", "shape": [1, 10], "dtype": "float32"}]
     assert fp32_bundle.preprocess == ExportConfig("cmt_nano").preprocess
@@ -160,12 +192,23 @@ def test_reports_tell_what_the_manifest_tells(checkpoint_bundle):
     assert (checkpoint_bundle.path / "report.md").read_text().startswith(f"# {NAME}\n")
 
 
-@pytest.mark.parametrize("name", ["fp32_bundle", "onnx_bundle", "int8_bundle", "checkpoint_bundle", "random_bundle"])
+@pytest.mark.parametrize(
+    "name", ["fp32_bundle", "onnx_bundle", "int8_bundle", "checkpoint_bundle", "random_bundle"]
+)
 def test_graph_is_valid_and_says_nothing_of_the_machine(name, request):
     path = request.getfixturevalue(name).path / "model.onnx"
     onnx.checker.check_model(str(path), full_check=True)
     data = path.read_bytes()
-    for word in (str(ROOT), sys.prefix, str(Path.home()), "site-packages", ".py", "/tmp", "stack_trace", "namespace"):
+    for word in (
+        str(ROOT),
+        sys.prefix,
+        str(Path.home()),
+        "site-packages",
+        ".py",
+        "/tmp",
+        "stack_trace",
+        "namespace",
+    ):
         assert word.encode() not in data, word
     graph = onnx.load(path)
     assert not graph.metadata_props
@@ -184,10 +227,12 @@ def test_no_file_names_a_folder_of_the_machine(name, request):
 
 @pytest.mark.slow
 def test_another_process_makes_the_same_bytes(fp32_bundle, tmp_path):
-    code = "import sys; from export.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = "import sys; from cmt_edge.export.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "--model", "cmt_nano", "--json", "-o", "out"]
     env = os.environ | {"PYTHONHASHSEED": "123"}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["bundle"] == f"out/{NAME}"
     other = Bundle.open(tmp_path / "out" / NAME)
@@ -196,7 +241,7 @@ def test_another_process_makes_the_same_bytes(fp32_bundle, tmp_path):
     assert np.array_equal(other.golden().logits, fp32_bundle.golden().logits)
 
 
-# --- what it answers ----------------------------------------------------------------------------------------------------
+# --- what it answers ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
@@ -206,7 +251,10 @@ def test_dynamic_batch(onnx_bundle, backend):
         f"dynamic batch of {n}" for n in (1, 3, 8)
     ]
     x = batch(8)
-    with Predictor.load(onnx_bundle, backend=backend) as p, Predictor.load(onnx_bundle, backend="torch") as reference:
+    with (
+        Predictor.load(onnx_bundle, backend=backend) as p,
+        Predictor.load(onnx_bundle, backend="torch") as reference,
+    ):
         expected = reference.logits(x)
         for count in (1, 3, 8):
             np.testing.assert_allclose(p.session.run(x[:count])[0], expected[:count], atol=1e-3)
@@ -238,7 +286,7 @@ def test_static_batch(random_bundle):
             p.session.run(batch(3))
 
 
-# --- labels -------------------------------------------------------------------------------------------------------------
+# --- labels ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -265,7 +313,9 @@ def test_labels_of_a_file_and_replacing_a_bundle(fp32_bundle, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "lines", [CIFAR[:9], [*CIFAR[:9], "cat"], [*CIFAR, "more"], None], ids=["few", "double", "many", "missing"]
+    "lines",
+    [CIFAR[:9], [*CIFAR[:9], "cat"], [*CIFAR, "more"], None],
+    ids=["few", "double", "many", "missing"],
 )
 def test_labels_that_do_not_fit(tmp_path, lines):
     if lines:
@@ -275,7 +325,7 @@ def test_labels_that_do_not_fit(tmp_path, lines):
     assert content(tmp_path / "out") == {}
 
 
-# --- checkpoints --------------------------------------------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------------------
 
 
 def test_checkpoint_is_named_without_its_folder(checkpoint_bundle, checkpoint):
@@ -285,7 +335,10 @@ def test_checkpoint_is_named_without_its_folder(checkpoint_bundle, checkpoint):
 def test_torch_reference_of_a_checkpoint_needs_the_file(checkpoint_bundle, checkpoint, tmp_path):
     with pytest.raises(WeightsError, match=r"trained\.pth"):
         Predictor.load(checkpoint_bundle, backend="torch")
-    with Predictor.load(checkpoint_bundle, backend="torch", weights=checkpoint) as p, Predictor.load(checkpoint_bundle) as ours:
+    with (
+        Predictor.load(checkpoint_bundle, backend="torch", weights=checkpoint) as p,
+        Predictor.load(checkpoint_bundle) as ours,
+    ):
         np.testing.assert_allclose(p.logits(batch(2)), ours.logits(batch(2)), atol=1e-3)
     state = torch.load(checkpoint, weights_only=True)
     next(iter(state["model"].values())).view(-1)[0] += 1e-3
@@ -301,7 +354,7 @@ def test_evaluation_in_sorted_order(checkpoint_bundle):
     assert len(checkpoint_bundle.reference()) == 20
 
 
-# --- refusals: nothing is written, an old bundle survives ---------------------------------------------------------------
+# --- refusals: nothing is written, an old bundle survives -----------------------------------------
 
 
 @pytest.fixture(params=["empty folder", "old bundle"])
@@ -317,7 +370,7 @@ def output(request, fp32_bundle, tmp_path):
 
 
 def perturbed_module(model):
-    from cmt import fuse
+    from cmt_edge.cmt import fuse
 
     fused = fuse(model)
     with torch.no_grad():
@@ -339,7 +392,10 @@ def test_a_step_that_changes_the_logits_stops_the_export(step, output, monkeypat
     traced, simplify = pipeline.export_onnx, pipeline.simplify
     fault = {
         "fuse": ("fuse", perturbed_module),
-        "export to ONNX": ("export_onnx", lambda *a: traced(*a[:-1], lambda graph: a[-1](perturbed_graph(graph)))),
+        "export to ONNX": (
+            "export_onnx",
+            lambda *a: traced(*a[:-1], lambda graph: a[-1](perturbed_graph(graph))),
+        ),
         "simplify": ("simplify", lambda g: perturbed_graph(simplify(g))),
     }[step]
     monkeypatch.setattr(pipeline, *fault)
@@ -361,7 +417,9 @@ def test_a_step_that_makes_nan_stops_the_export(output, monkeypatch):
         run(nano(output))
 
 
-@pytest.mark.parametrize("settings", [{"precision": "int8", "data": "generated", "calib_size": 4}, {}], ids=["int8", "fp32"])
+@pytest.mark.parametrize(
+    "settings", [{"precision": "int8", "data": "generated", "calib_size": 4}, {}], ids=["int8", "fp32"]
+)
 def test_a_failed_gate_writes_nothing(tmp_path, settings):
     with pytest.raises(GateError, match="differs from the reference") as error:
         run(nano(tmp_path / "out", atol=1e-9, **settings))
@@ -469,7 +527,7 @@ def test_bf16(tmp_path):
     assert bundle.manifest.verification["golden"]["diff"] > 1e-4  # it was not fp32
 
 
-# --- real images --------------------------------------------------------------------------------------------------------
+# --- real images ----------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -9,22 +9,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from calib.parser import parser_findings
-from deploy.errors import StepError
-from export.precision import FP16_MAX, LIMIT, MAX_SCORE, observe, rounded, typed
-from export.to_onnx import run_graph
+from cmt_edge.deploy.errors import StepError
+from cmt_edge.deploy.tensorrt.parser_rules import parser_findings
+from cmt_edge.export.to_onnx import run_graph
+from cmt_edge.export.typed import FP16_MAX, LIMIT, MAX_SCORE, observe, rounded, typed
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 
 
 def graph(nodes, constants=(), width: int = 4, output: str = "logits", out_width: int | None = None):
-    """``input (batch, width) -> logits`` with named nodes; ``nodes`` are ``(op, inputs, output, attributes)``."""
-    made = [helper.make_node(op, ins, [out], f"node_{out}", **attributes) for op, ins, out, attributes in nodes]
-    initializers = [numpy_helper.from_array(np.asarray(value), name) for name, value in dict(constants).items()]
+    """``input (batch, width) -> logits`` with named nodes; ``nodes`` are ``(op, inputs, output,
+    attributes)``."""
+    made = [
+        helper.make_node(op, ins, [out], f"node_{out}", **attributes) for op, ins, out, attributes in nodes
+    ]
+    initializers = [
+        numpy_helper.from_array(np.asarray(value), name) for name, value in dict(constants).items()
+    ]
     source = helper.make_tensor_value_info("input", FLOAT, ["batch", width])
     target = helper.make_tensor_value_info(output, FLOAT, ["batch", out_width or width])
-    model = helper.make_model(helper.make_graph(made, "g", [source], [target], initializers), opset_imports=[helper.make_opsetid("", 20)],
-                              ir_version=9)  # fmt: skip
+    model = helper.make_model(
+        helper.make_graph(made, "g", [source], [target], initializers),
+        opset_imports=[helper.make_opsetid("", 20)],
+        ir_version=9,
+    )
     onnx.checker.check_model(model, full_check=True)
     return model
 
@@ -46,7 +54,11 @@ def islands(result) -> dict[str, str]:
 
 
 BATCH = np.array([[1.0, 2.0, 3.0, 4.0], [-1.0, 0.5, 2.0, -8.0]], np.float32)
-SIMPLE = [("Mul", ["input", "two"], "a", {}), ("Add", ["a", "input"], "b", {}), ("Identity", ["b"], "logits", {})]
+SIMPLE = [
+    ("Mul", ["input", "two"], "a", {}),
+    ("Add", ["a", "input"], "b", {}),
+    ("Identity", ["b"], "logits", {}),
+]
 
 
 def test_observed_ranges_are_the_largest_magnitudes():
@@ -61,7 +73,9 @@ def test_everything_becomes_float16_between_float32_ends():
     result = convert(model, BATCH)
     assert result.operations == {"fp16": 2}
     assert not result.islands
-    assert {v.type.tensor_type.elem_type for v in (*result.model.graph.input, *result.model.graph.output)} == {FLOAT}
+    assert {
+        v.type.tensor_type.elem_type for v in (*result.model.graph.input, *result.model.graph.output)
+    } == {FLOAT}
     assert {i.data_type for i in result.model.graph.initializer} == {HALF}
     np.testing.assert_allclose(run(result.model, BATCH), run(model, BATCH), rtol=1e-3)
     assert model.SerializeToString() == before, "the original is not touched"
@@ -77,38 +91,86 @@ def test_fp32_is_a_copy():
 
 CASES = {
     "a value that overflows": (
-        [("Mul", ["input", "k"], "big", {}), ("Mul", ["big", "k2"], "logits", {})], {"k": f32(1e4), "k2": f32(1e-4)}, 4,
-        {"node_big": "values leave float16", "node_logits": "values leave float16"}),
+        [("Mul", ["input", "k"], "big", {}), ("Mul", ["big", "k2"], "logits", {})],
+        {"k": f32(1e4), "k2": f32(1e-4)},
+        4,
+        {"node_big": "values leave float16", "node_logits": "values leave float16"},
+    ),
     "a constant that overflows": (
-        [("Div", ["input", "k"], "logits", {})], {"k": f32(1e6)}, 4, {"node_logits": "a constant leaves float16"}),
+        [("Div", ["input", "k"], "logits", {})],
+        {"k": f32(1e6)},
+        4,
+        {"node_logits": "a constant leaves float16"},
+    ),
     "an epsilon that becomes 0": (
-        [("Add", ["input", "eps"], "a", {}), ("Identity", ["a"], "logits", {})], {"eps": f32(1e-12)}, 4,
-        {"node_a": "a constant leaves float16"}),
+        [("Add", ["input", "eps"], "a", {}), ("Identity", ["a"], "logits", {})],
+        {"eps": f32(1e-12)},
+        4,
+        {"node_a": "a constant leaves float16"},
+    ),
     "squares inside a norm": (
         [("Mul", ["input", "k"], "a", {}), ("LayerNormalization", ["a", "w"], "logits", {"axis": -1})],
-        {"k": f32(50.0), "w": np.ones(4, np.float32)}, 4, {"node_logits": "squares of its input leave float16"}),
+        {"k": f32(50.0), "w": np.ones(4, np.float32)},
+        4,
+        {"node_logits": "squares of its input leave float16"},
+    ),
     "a long sum": (
         [("Mul", ["input", "k"], "a", {}), ("ReduceMean", ["a", "axes"], "logits", {"keepdims": 1})],
-        {"k": f32(2000.0), "axes": np.array([1], np.int64)}, 1, {"node_logits": "its sum leaves float16"}),
+        {"k": f32(2000.0), "axes": np.array([1], np.int64)},
+        1,
+        {"node_logits": "its sum leaves float16"},
+    ),
     "large logits": (
-        [("MatMul", ["input", "w"], "logits", {})], {"w": np.eye(4, dtype=np.float32) * 9}, 4,
-        {"node_logits": "logits too large for float16's steps"}),
+        [("MatMul", ["input", "w"], "logits", {})],
+        {"w": np.eye(4, dtype=np.float32) * 9},
+        4,
+        {"node_logits": "logits too large for float16's steps"},
+    ),
     "large logits with a bias": (
         [("MatMul", ["input", "w"], "product", {}), ("Add", ["product", "bias"], "logits", {})],
-        {"w": np.eye(4, dtype=np.float32) * 9, "bias": np.ones(4, np.float32)}, 4,
-        {"node_product": "logits too large for float16's steps", "node_logits": "logits too large for float16's steps"}),
+        {"w": np.eye(4, dtype=np.float32) * 9, "bias": np.ones(4, np.float32)},
+        4,
+        {
+            "node_product": "logits too large for float16's steps",
+            "node_logits": "logits too large for float16's steps",
+        },
+    ),
     "squares of a norm over channels": (
-        [("Mul", ["input", "k"], "a", {}), ("ReduceL2", ["a", "axes"], "b", {"keepdims": 1}), ("Mul", ["b", "small"], "logits", {})],
-        {"k": f32(20.0), "axes": np.array([1], np.int64), "small": f32(1e-3)}, 1, {"node_b": "its sum leaves float16"}),
+        [
+            ("Mul", ["input", "k"], "a", {}),
+            ("ReduceL2", ["a", "axes"], "b", {"keepdims": 1}),
+            ("Mul", ["b", "small"], "logits", {}),
+        ],
+        {"k": f32(20.0), "axes": np.array([1], np.int64), "small": f32(1e-3)},
+        1,
+        {"node_b": "its sum leaves float16"},
+    ),
     "small vectors": (
-        [("Mul", ["input", "k"], "logits", {})], {"k": f32(1e-9, 2e-9, 1e-9, 0)}, 4, {"node_logits": "a constant leaves float16"}),
+        [("Mul", ["input", "k"], "logits", {})],
+        {"k": f32(1e-9, 2e-9, 1e-9, 0)},
+        4,
+        {"node_logits": "a constant leaves float16"},
+    ),
     "sharp scores": (
-        [("MatMul", ["input", "w"], "product", {}), ("Add", ["product", "bias"], "scores", {}), ("Softmax", ["scores"], "p", {"axis": -1}),
-         ("MatMul", ["p", "w2"], "logits", {})],
-        {"w": np.eye(4, dtype=np.float32) * 9, "bias": np.ones(4, np.float32), "w2": np.eye(4, dtype=np.float32)}, 4,
-        {"node_product": "makes the scores of a float32 Softmax", "node_scores": "makes the scores of a float32 Softmax",
-         "node_p": "scores too large for float16's steps"}),
-}  # fmt: skip
+        [
+            ("MatMul", ["input", "w"], "product", {}),
+            ("Add", ["product", "bias"], "scores", {}),
+            ("Softmax", ["scores"], "p", {"axis": -1}),
+            ("MatMul", ["p", "w2"], "logits", {}),
+        ],
+        {
+            "w": np.eye(4, dtype=np.float32) * 9,
+            "bias": np.ones(4, np.float32),
+            "w2": np.eye(4, dtype=np.float32),
+        },
+        4,
+        {
+            "node_product": "makes the scores of a float32 Softmax",
+            "node_scores": "makes the scores of a float32 Softmax",
+            "node_p": "scores too large for float16's steps",
+        },
+    ),
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -161,13 +223,22 @@ def test_rounding_shows_an_overflow_that_onnxruntime_hides():
 def test_rounding_is_exactly_float16():
     model = graph([("Mul", ["input", "third"], "logits", {})], {"third": f32(1 / 3)})
     blind = typed(model, "fp16", {}).model
-    expected = (BATCH.astype(np.float16).astype(np.float32) * np.float32(np.float16(1 / 3))).astype(np.float16)
+    expected = (BATCH.astype(np.float16).astype(np.float32) * np.float32(np.float16(1 / 3))).astype(
+        np.float16
+    )
     np.testing.assert_array_equal(run(rounded(blind), BATCH), expected.astype(np.float32))
 
 
 def test_a_constant_read_by_both_precisions_exists_twice():
-    model = graph([("Mul", ["input", "k"], "a", {}), ("Mul", ["a", "big"], "b", {}), ("Mul", ["b", "k"], "c", {}), ("Mul", ["c", "small"], "logits", {})],
-                  {"k": f32(2.0), "big": f32(1e5), "small": f32(1e-5)})  # fmt: skip
+    model = graph(
+        [
+            ("Mul", ["input", "k"], "a", {}),
+            ("Mul", ["a", "big"], "b", {}),
+            ("Mul", ["b", "k"], "c", {}),
+            ("Mul", ["c", "small"], "logits", {}),
+        ],
+        {"k": f32(2.0), "big": f32(1e5), "small": f32(1e-5)},
+    )
     result = convert(model, BATCH)
     assert {i.name: i.data_type for i in result.model.graph.initializer if i.name.startswith("k")} == {
         "k": FLOAT,
@@ -191,8 +262,14 @@ def test_an_output_that_others_read_too():
 
 
 def test_constant_operations_and_shapes_are_kept():
-    model = graph([("Reshape", ["input", "shape"], "r", {}), ("Mul", ["r", "k"], "m", {}), ("Reshape", ["m", "back"], "logits", {})],
-                  {"shape": np.array([-1, 2, 2], np.int64), "back": np.array([-1, 4], np.int64), "k": f32(2.0)})  # fmt: skip
+    model = graph(
+        [
+            ("Reshape", ["input", "shape"], "r", {}),
+            ("Mul", ["r", "k"], "m", {}),
+            ("Reshape", ["m", "back"], "logits", {}),
+        ],
+        {"shape": np.array([-1, 2, 2], np.int64), "back": np.array([-1, 4], np.int64), "k": f32(2.0)},
+    )
     constant = helper.make_node("Constant", [], ["k"], "node_k", value=model.graph.initializer[2])
     del model.graph.initializer[2]
     model.graph.node.insert(0, constant)
@@ -205,7 +282,7 @@ def test_constant_operations_and_shapes_are_kept():
     np.testing.assert_allclose(run(result.model, BATCH), BATCH * 2)
 
 
-# --- Q/DQ ------------------------------------------------------------------------------------------------------------
+# --- Q/DQ -----------------------------------------------------------------------------------------
 
 
 def quantized(weight_scale=(0.01, 0.003, 1e-6), activation_scale=0.05):
@@ -219,8 +296,14 @@ def quantized(weight_scale=(0.01, 0.003, 1e-6), activation_scale=0.05):
         ("DequantizeLinear", ["w", "ws", "wz"], "dw", {"axis": 1}),
         ("MatMul", ["dq", "dw"], "logits", {}),
     ]
-    constants = {"half": f32(0.5), "s": np.float32(activation_scale), "z": np.int8(0), "w": weights, "ws": np.array(weight_scale, np.float32),
-                 "wz": np.zeros(len(weight_scale), np.int8)}  # fmt: skip
+    constants = {
+        "half": f32(0.5),
+        "s": np.float32(activation_scale),
+        "z": np.int8(0),
+        "w": weights,
+        "ws": np.array(weight_scale, np.float32),
+        "wz": np.zeros(len(weight_scale), np.int8),
+    }
     return graph(nodes, constants, out_width=len(weight_scale))
 
 
@@ -237,7 +320,11 @@ def test_scales_take_the_type_of_the_float_side():
     }
     assert result.operations == {"int8": 1, "fp16": 1}
     assert parser_findings(result.model) == []
-    assert not [n for n in result.model.graph.node if n.op_type == "Cast" and n.name not in ("cast_input_half", "cast_logits")]
+    assert not [
+        n
+        for n in result.model.graph.node
+        if n.op_type == "Cast" and n.name not in ("cast_input_half", "cast_logits")
+    ]
 
 
 @settings(max_examples=50, deadline=None)
@@ -263,7 +350,12 @@ def test_the_first_quantization_reads_the_input_without_a_conversion():
         ("Relu", ["dq"], "logits", {}),
     ]
     result = convert(graph(nodes, {"s": np.float32(0.1), "z": np.int8(0)}), BATCH)
-    assert [n.op_type for n in result.model.graph.node] == ["QuantizeLinear", "DequantizeLinear", "Relu", "Cast"]
+    assert [n.op_type for n in result.model.graph.node] == [
+        "QuantizeLinear",
+        "DequantizeLinear",
+        "Relu",
+        "Cast",
+    ]
     assert {i.name for i in result.model.graph.initializer} == {"s", "s_half", "z"}
 
 

@@ -1,4 +1,5 @@
-"""Tracing: with a fixed batch where that can be freed afterwards, with a symbolic one elsewhere; the graph is the same to its users."""
+"""Tracing: with a fixed batch where that can be freed afterwards, with a symbolic one elsewhere; the graph is
+the same to its users."""
 
 from __future__ import annotations
 
@@ -7,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from cmt import create_model, fuse
-from cmt.weights import randomize
-from deploy.errors import ParityError
-from export import to_onnx
-from export.config import OPSET
-from export.to_onnx import BATCH, TRACED_BATCH, export_onnx, outputs_of, simplify
+from cmt_edge.cmt import create_model, fuse
+from cmt_edge.cmt.weights import randomize
+from cmt_edge.deploy.errors import ParityError
+from cmt_edge.export import to_onnx
+from cmt_edge.export.config import OPSET
+from cmt_edge.export.to_onnx import BATCH, TRACED_BATCH, export_onnx, outputs_of, simplify
 
 
 class Tokens(nn.Module):
@@ -23,7 +24,9 @@ class Tokens(nn.Module):
         self.token, self.fc = nn.Parameter(torch.randn(1, 1, 3)), nn.Linear(3, 4)
 
     def forward(self, x):
-        tokens = torch.cat((self.token.expand(x.shape[0], -1, -1), x.reshape(x.shape[0], 3, -1).transpose(1, 2)), 1)
+        tokens = torch.cat(
+            (self.token.expand(x.shape[0], -1, -1), x.reshape(x.shape[0], 3, -1).transpose(1, 2)), 1
+        )
         return self.fc(tokens.mean(1))
 
 
@@ -54,7 +57,9 @@ def test_any_batch_size(module, count):
     with torch.inference_mode():
         expected = model(torch.from_numpy(images(count))).numpy()
     np.testing.assert_allclose(outputs_of(graph, images(count), "test")[0], expected, atol=1e-5)
-    assert [v.type.tensor_type.shape.dim[0].dim_param for v in (graph.graph.input[0], graph.graph.output[0])] == [BATCH, BATCH]
+    assert [
+        v.type.tensor_type.shape.dim[0].dim_param for v in (graph.graph.input[0], graph.graph.output[0])
+    ] == [BATCH, BATCH]
 
 
 def test_a_refused_graph_is_traced_in_another_way_and_then_refused_for_good():

@@ -1,4 +1,5 @@
-"""A small TensorRT bundle whose graph computes what the fake runtime does, so that its golden vectors hold."""
+"""A small TensorRT bundle whose graph computes what the fake runtime does, so that its golden vectors
+hold."""
 
 from __future__ import annotations
 
@@ -8,9 +9,9 @@ import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 from test_deploy_bundle import LABELS, SIZE, make_bundle
 
-from deploy import Bundle
-from deploy.backends.fake import FakeSession
-from deploy.bundle import ONNX
+from cmt_edge.deploy import Bundle
+from cmt_edge.deploy.backends.fake import FakeSession
+from cmt_edge.deploy.bundle import ONNX
 
 
 def tiny_graph(batch: int | str = 1, half: bool = True):
@@ -34,7 +35,10 @@ def trt_bundle(target: Path, *, batch: int | str = 1, half: bool = True) -> Bund
     """An unbuilt bundle of format ``trt``."""
     precision = "fp16" if half else "fp32"
     return make_bundle(
-        target, members={ONNX: tiny_graph(batch, half).SerializeToString()}, format="trt", precision=precision,
+        target,
+        members={ONNX: tiny_graph(batch, half).SerializeToString()},
+        format="trt",
+        precision=precision,
         input={"name": "input", "shape": [batch, 3, SIZE, SIZE], "dtype": "float32"},
         typing={"operations": {precision: 2}, "islands": [], "observed": None},
-    )  # fmt: skip
+    )

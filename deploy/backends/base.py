@@ -1,4 +1,5 @@
-"""What a runtime must offer. A new runtime is one module with ``check``, ``compile`` and ``load``, and a line in the table."""
+"""What a runtime must offer. A new runtime is one module with ``check``, ``compile`` and ``load``, and a line
+in the table."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ class LoadOptions:
     """How to open a bundle.
 
     Attributes:
-        device: the runtime's name of a device, e.g. ``"CPU"``; ``None`` is the runtime's default: the CPU, or the first GPU.
+        device: the runtime's name of a device, e.g. ``"CPU"``; ``None`` is the runtime's default: the CPU, or
+            the first GPU.
         threads: CPU threads of one inference; ``None`` uses all cores of this process.
         throughput: prefer many requests at once to the latency of one.
         weights: checkpoint for the torch backend where the bundle's weights came from a file.
@@ -49,7 +51,9 @@ class ExecutedPrecision:
 
     def summary(self) -> str:
         """For a table, e.g. ``"int8 58 % + bf16 42 %"``."""
-        shares = self.time_share or {k: v / max(1, sum(self.operations.values())) for k, v in self.operations.items()}
+        shares = self.time_share or {
+            k: v / max(1, sum(self.operations.values())) for k, v in self.operations.items()
+        }
         ordered = sorted(shares.items(), key=lambda kv: -kv[1])
         return " + ".join(f"{k} {100 * v:.0f} %" for k, v in ordered if v >= 0.005) or "unknown"
 
@@ -95,13 +99,15 @@ class Session(ABC):
 
     @abstractmethod
     def run(self, batch: np.ndarray) -> list[np.ndarray]:
-        """Contiguous float32 ``(N, 3, H, W)`` -> a new float32 array ``(N, ...)`` for each output, in the graph's order.
+        """Contiguous float32 ``(N, 3, H, W)`` -> a new float32 array ``(N, ...)`` for each output, in the
+        graph's order.
 
         The caller fills ``batch`` again as soon as the call returns.
         """
 
     def bind(self, shape: tuple[int, ...]) -> Binding:
-        """A batch ``(N, 3, H, W)`` from which the runtime reads with as few copies as it can; any number may be bound at once."""
+        """A batch ``(N, 3, H, W)`` from which the runtime reads with as few copies as it can; any number may
+        be bound at once."""
         batch = np.empty(shape, np.float32)
         return Binding(batch, partial(self.run, batch))
 

@@ -1,7 +1,7 @@
 """A runtime without a model, for tests of everything around one: instant, deterministic, image-dependent.
 
-Its logits are a fixed linear function of the mean of each colour channel, so equal images get equal answers and the
-class of a plain red, green or blue image is known. ``FakeSession.delay_s`` simulates a slow device.
+Its logits are a fixed linear function of the mean of each colour channel, so equal images get equal answers
+and the class of a plain red, green or blue image is known. ``FakeSession.delay_s`` simulates a slow device.
 """
 
 from __future__ import annotations

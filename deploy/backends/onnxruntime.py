@@ -23,7 +23,9 @@ ERRORS_ONLY = 3
 def check(device: str | None = None) -> str:
     """Name and version of the runtime; only the CPU is served."""
     if device is not None and device.upper() != "CPU":
-        raise RuntimeMissingError(f"the ONNX Runtime backend has no device {device!r}", remedy="use --device CPU")
+        raise RuntimeMissingError(
+            f"the ONNX Runtime backend has no device {device!r}", remedy="use --device CPU"
+        )
     return f"onnxruntime {ort.__version__}"
 
 
@@ -88,7 +90,10 @@ def _summarise(events: list[dict[str, Any]]) -> ExecutedPrecision:
         conversion += event["dur"] if kind in CONVERSIONS else 0
     total = sum(share.values()) or 1
     return ExecutedPrecision(
-        {k: v / total for k, v in share.items()}, dict(Counter(nodes.values())), conversion / total, "ONNX Runtime profile"
+        {k: v / total for k, v in share.items()},
+        dict(Counter(nodes.values())),
+        conversion / total,
+        "ONNX Runtime profile",
     )
 
 

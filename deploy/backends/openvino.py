@@ -1,8 +1,9 @@
 """OpenVINO: the CPU runtime of choice on x86.
 
-Precision is never left to the runtime's default (which is silently bfloat16 where the CPU has it): fp32 bundles force
-``f32``, bf16 bundles demand ``bf16`` and refuse a CPU without it, int8 bundles run what is not quantized in bfloat16 where
-the CPU has it and in float32 elsewhere, and :meth:`Session.executed` reports what happened.
+Precision is never left to the runtime's default (which is silently bfloat16 where the CPU has it): fp32
+bundles force ``f32``, bf16 bundles demand ``bf16`` and refuse a CPU without it, int8 bundles run what is not
+quantized in bfloat16 where the CPU has it and in float32 elsewhere, and :meth:`Session.executed` reports what
+happened.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ def check(device: str | None = None) -> str:
     available = ov.Core().available_devices
     if name != "AUTO" and name.split(".")[0] not in {d.split(".")[0] for d in available}:
         raise RuntimeMissingError(
-            f"OpenVINO has no device {device!r} here", why=f"available: {', '.join(available)}", remedy="choose one of these"
+            f"OpenVINO has no device {device!r} here",
+            why=f"available: {', '.join(available)}",
+            remedy="choose one of these",
         )
     return f"openvino {ov.__version__.split('-')[0]}"
 
@@ -45,7 +48,8 @@ def has_bf16(device: str | None = None) -> bool:
 
 
 def compile(onnx: Path, folder: Path) -> list[Path]:
-    """Convert ``onnx`` to OpenVINO's IR in ``folder``, rewritten as in :mod:`.openvino_graph`; weights keep their types."""
+    """Convert ``onnx`` to OpenVINO's IR in ``folder``, rewritten as in :mod:`.openvino_graph`; weights keep
+    their types."""
     model = read(onnx)
     target = folder / IR
     try:
@@ -84,7 +88,9 @@ class OpenVINOSession(Session):
     def run(self, batch: np.ndarray) -> list[np.ndarray]:
         lane = self._lane(batch.shape)
         try:
-            np.copyto(lane.batch, batch)  # handing OpenVINO another array costs up to a tenth of a small model's inference
+            np.copyto(
+                lane.batch, batch
+            )  # handing OpenVINO another array costs up to a tenth of a small model's inference
             return lane.run()
         finally:
             self._idle.append(lane)
@@ -117,17 +123,24 @@ class OpenVINOSession(Session):
         total = sum(share.values()) or 1.0
         return {name: spent / total for name, spent in share.items() if spent}
 
-    def _profile(self, batch: np.ndarray, repeats: int, entries: tuple[str, ...]) -> tuple[Counter[str], list[dict[str, str]]]:
-        """Seconds by node of the execution graph, and for each of ``entries`` what the graph says about every node."""
+    def _profile(
+        self, batch: np.ndarray, repeats: int, entries: tuple[str, ...]
+    ) -> tuple[Counter[str], list[dict[str, str]]]:
+        """Seconds by node of the execution graph, and for each of ``entries`` what the graph says about every
+        node."""
         compiled = ov.Core().compile_model(self._model, self.device, {**self._config, "PERF_COUNT": True})
-        nodes = {node.get_friendly_name(): node.get_rt_info() for node in compiled.get_runtime_model().get_ops()}
+        nodes = {
+            node.get_friendly_name(): node.get_rt_info() for node in compiled.get_runtime_model().get_ops()
+        }
         request = compiled.create_infer_request()
         times: Counter[str] = Counter()
         for i in range(repeats + 2):
             request.infer([batch])
             for node in request.profiling_info if i >= 2 else ():
                 times[node.node_name] += node.real_time.total_seconds()
-        return times, [{name: str(info[entry].astype(str)) for name, info in nodes.items()} for entry in entries]
+        return times, [
+            {name: str(info[entry].astype(str)) for name, info in nodes.items()} for entry in entries
+        ]
 
     def close(self) -> None:
         self._idle = []
@@ -149,7 +162,8 @@ class _Lane:
         return [output.copy() for output in self._outputs or self._bind_outputs()]
 
     def _bind_outputs(self) -> list[np.ndarray]:
-        """Have outputs written to arrays, now that their shapes are known: asking the request for them takes longer than copying them."""
+        """Have outputs written to arrays, now that their shapes are known: asking the request for them takes
+        longer than copying them."""
         for i, given in enumerate(self._request.output_tensors):
             output = given.data.copy()
             self._request.set_output_tensor(i, ov.Tensor(output, shared_memory=True))
@@ -170,7 +184,10 @@ def _summarise(times: Counter[str], precisions: dict[str, str], kinds: dict[str,
         conversion += times[name] if kinds[name] in CONVERSIONS else 0.0
     total = sum(share.values()) or 1.0
     return ExecutedPrecision(
-        {k: v / total for k, v in share.items()}, dict(operations), conversion / total, "OpenVINO execution graph"
+        {k: v / total for k, v in share.items()},
+        dict(operations),
+        conversion / total,
+        "OpenVINO execution graph",
     )
 
 

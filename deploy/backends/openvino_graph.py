@@ -1,14 +1,15 @@
 """What is rewritten, exactly, in a graph that OpenVINO has read from an ONNX file.
 
-**Unsigned inputs of int8 convs.** Signed int8 activations are what every runtime of ours reads, and processors without AMX multiply unsigned by
-signed bytes only: there OpenVINO (2026.4) shifts them by 128 and takes the shift back, as a zero point, in every conv. A conv without padding
-needs no taking back::
+**Unsigned inputs of int8 convs.** Signed int8 activations are what every runtime of ours reads, and
+processors without AMX multiply unsigned by signed bytes only: there OpenVINO (2026.4) shifts them by 128 and
+takes the shift back, as a zero point, in every conv. A conv without padding needs no taking back::
 
     x = q s,  q in -128 .. 127                                      # what the pair before the conv leaves
-    W * x + b = W * (x + 128 s) + (b - 128 s sum(W))                # sum over all of an output channel's weights
+    W * x + b = W * (x + 128 s) + (b - 128 s sum(W))                # sum over all of an output channel's
+    weights
 
-``x + 128 s = (q + 128) s`` is an unsigned value without zero point, and the new bias is a constant. Padded convs are left alone: the zeros
-around the map are zeros of ``x``, not of ``x + 128 s``.
+``x + 128 s = (q + 128) s`` is an unsigned value without zero point, and the new bias is a constant. Padded
+convs are left alone: the zeros around the map are zeros of ``x``, not of ``x + 128 s``.
 """
 
 from __future__ import annotations
@@ -61,11 +62,14 @@ def _pair_before(conv: ov.Node) -> tuple[ov.Node, ov.Node] | None:
 
 def _padded(conv: ov.Node) -> bool:
     attributes = conv.get_attributes()
-    return attributes["auto_pad"] not in ("explicit", "valid") or any((*attributes["pads_begin"], *attributes["pads_end"]))
+    return attributes["auto_pad"] not in ("explicit", "valid") or any(
+        (*attributes["pads_begin"], *attributes["pads_end"])
+    )
 
 
 def _dequantized(value: ov.Output) -> bool:
-    """Whether ``value`` is what OpenVINO reads a ``DequantizeLinear`` as: int8 values converted, less a zero point, times a scale."""
+    """Whether ``value`` is what OpenVINO reads a ``DequantizeLinear`` as: int8 values converted, less a zero
+    point, times a scale."""
     node = value.get_node()
     for kind in ("Multiply", "Subtract", "Convert"):
         if node.get_type_name() != kind:
@@ -91,7 +95,8 @@ def _channel_sums(weights: list[ov.Output]) -> list[np.ndarray]:
 
 
 def _add_to_bias(conv: ov.Node, correction: np.ndarray) -> None:
-    """Have all readers of ``conv`` read its sum with ``correction``, which OpenVINO adds to the bias behind it."""
+    """Have all readers of ``conv`` read its sum with ``correction``, which OpenVINO adds to the bias behind
+    it."""
     readers = conv.output(0).get_target_inputs()
     corrected = ops.add(conv, ops.constant(correction.astype(np.float32)))
     for reader in readers:

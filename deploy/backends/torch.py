@@ -67,12 +67,14 @@ def load(bundle: Bundle, options: LoadOptions) -> Session:
     providers = {e.name: e for e in metadata.entry_points(group=GROUP)}
     if entry.get("provider") not in providers:
         raise RuntimeMissingError(
-            f"nothing here can rebuild the PyTorch model {entry.get('name')!r}", remedy='pip install "cmt-edge[export]"'
+            f"nothing here can rebuild the PyTorch model {entry.get('name')!r}",
+            remedy='pip install "cmt-edge[export]"',
         )
     module, fingerprint = providers[entry["provider"]].load()(entry, options.weights)
     if fingerprint != entry["weights"]["sha256"]:
         raise BundleError(
-            "these are not the weights the bundle was made from", where=options.weights or bundle.path,
+            "these are not the weights the bundle was made from",
+            where=options.weights or bundle.path,
             remedy="give the same checkpoint as at export: --weights PATH",
-        )  # fmt: skip
+        )
     return TorchSession(module, options.threads)

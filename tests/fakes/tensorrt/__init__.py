@@ -1,8 +1,10 @@
-"""A TensorRT whose engines are ONNX Runtime sessions on the fake CUDA device: the whole of ``cmt-build`` runs on it.
+"""A TensorRT whose engines are ONNX Runtime sessions on the fake CUDA device: the whole of ``cmt-build`` runs
+on it.
 
-It offers only names that all real versions have (a test holds it to ``tests/data/tensorrt_names.json``). ``FAKE_TRT`` makes it fail:
-``parser_error``, ``no_memory``, ``nothing``, ``crash``, ``killed``, ``slow``, ``float_engine``, ``wrong_logits``, ``no_context``,
-``no_inspection``, ``no_types``, ``crash_at_end``. ``FAKE_TRT_VERSION`` is its version; from 11 on the inspection has the newer layout.
+It offers only names that all real versions have (a test holds it to ``tests/data/tensorrt_names.json``).
+``FAKE_TRT`` makes it fail: ``parser_error``, ``no_memory``, ``nothing``, ``crash``, ``killed``, ``slow``,
+``float_engine``, ``wrong_logits``, ``no_context``, ``no_inspection``, ``no_types``, ``crash_at_end``.
+``FAKE_TRT_VERSION`` is its version; from 11 on the inspection has the newer layout.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ def _enum(name: str, members: str) -> type[IntEnum]:
 DataType = _enum("DataType", "FLOAT HALF INT8 INT32 BOOL UINT8")
 TensorIOMode = _enum("TensorIOMode", "NONE INPUT OUTPUT")
 MemoryPoolType = _enum("MemoryPoolType", "WORKSPACE")
-NetworkDefinitionCreationFlag = IntEnum("NetworkDefinitionCreationFlag", {"STRONGLY_TYPED": 0 if __version__ > "11" else 1})
+NetworkDefinitionCreationFlag = IntEnum(
+    "NetworkDefinitionCreationFlag", {"STRONGLY_TYPED": 0 if __version__ > "11" else 1}
+)
 ProfilingVerbosity = _enum("ProfilingVerbosity", "LAYER_NAMES_ONLY NONE DETAILED")
 LayerInformationFormat = _enum("LayerInformationFormat", "ONELINE JSON")
 BuilderFlag = IntEnum("BuilderFlag", {"TF32": 6})
@@ -183,13 +187,22 @@ class Builder:
         if mode == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if mode == "no_memory":
-            self._logger.log(Logger.Severity.ERROR, "Error Code 2: OutOfMemory (Requested size was 1073741824 bytes.)")
+            self._logger.log(
+                Logger.Severity.ERROR, "Error Code 2: OutOfMemory (Requested size was 1073741824 bytes.)"
+            )
         if mode in ("nothing", "no_memory"):
             return None
         self._logger.log(Logger.Severity.WARNING, "a weight was rounded")
-        header = {"typed": network._typed, "tf32": BuilderFlag.TF32 in config._flags, "workspace": config._workspace,
-                  "level": config.builder_optimization_level, "detailed": int(config.profiling_verbosity) == 2,
-                  "profile": config._profiles[0]._shapes if config._profiles else None, "device": _cuda.current(), "stamp": time.time_ns()}  # fmt: skip
+        header = {
+            "typed": network._typed,
+            "tf32": BuilderFlag.TF32 in config._flags,
+            "workspace": config._workspace,
+            "level": config.builder_optimization_level,
+            "detailed": int(config.profiling_verbosity) == 2,
+            "profile": config._profiles[0]._shapes if config._profiles else None,
+            "device": _cuda.current(),
+            "stamp": time.time_ns(),
+        }
         return IHostMemory(_MAGIC + json.dumps(header).encode() + b"\n" + network._model.SerializeToString())
 
 
@@ -212,7 +225,9 @@ class ICudaEngine:
         self._header, self._model = header, model
         options = ort.SessionOptions()
         options.log_severity_level, options.intra_op_num_threads = 3, 1
-        self._session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        self._session = ort.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
         self._io = [model.graph.input[0], *model.graph.output]
 
     @property
@@ -269,7 +284,9 @@ class IExecutionContext:
 
     def _compute(self):
         source, *targets = (self._addresses[v.name] for v in self._engine._io)
-        outputs = self._engine._session.run(None, {self._engine._io[0].name: _array(source, self._shape).copy()})
+        outputs = self._engine._session.run(
+            None, {self._engine._io[0].name: _array(source, self._shape).copy()}
+        )
         for target, output in zip(targets, outputs, strict=True):
             _array(target, output.shape)[...] = output + (5.0 if _mode() == "wrong_logits" else 0.0)
         if self.profiler is not None:
@@ -295,9 +312,15 @@ class EngineInspector:
         found = _layers(self._engine._model)
         for tensor in (t for layer in found for t in layer["Inputs"] + layer["Outputs"]):
             if self._engine._header["profile"] and (not known or _mode() == "no_types"):
-                tensor.update({key: "N/A due to dynamic shapes" for key in tensor if "ormat" in key or "type" in key})
+                tensor.update(
+                    {key: "N/A due to dynamic shapes" for key in tensor if "ormat" in key or "type" in key}
+                )
         names = [value.name for value in self._engine._io]
-        ends = {"I/O Tensors": [{"Name": n, "DataType": "Float"} for n in names]} if __version__ > "11" else {"Bindings": names}
+        ends = (
+            {"I/O Tensors": [{"Name": n, "DataType": "Float"} for n in names]}
+            if __version__ > "11"
+            else {"Bindings": names}
+        )
         return json.dumps({"Layers": found, **ends})
 
 
@@ -308,12 +331,30 @@ def _layers(model):
     sources = {o: n for n in graph.node for o in n.output}
     layers = []
     for node in graph.node:
-        kinds = {"Cast": "Reformat", "QuantizeLinear": "Quantize", "DequantizeLinear": "Dequantize", "Reshape": "Shuffle",
-                 "Transpose": "Shuffle", "Flatten": "Shuffle", "Split": "NoOp", "Conv": "CaskConvolution", "Constant": "Constant"}  # fmt: skip
-        fused = node.op_type in ("Conv", "Gemm", "MatMul") and all(_dequantized(i, sources) for i in node.input[:2])
+        kinds = {
+            "Cast": "Reformat",
+            "QuantizeLinear": "Quantize",
+            "DequantizeLinear": "Dequantize",
+            "Reshape": "Shuffle",
+            "Transpose": "Shuffle",
+            "Flatten": "Shuffle",
+            "Split": "NoOp",
+            "Conv": "CaskConvolution",
+            "Constant": "Constant",
+        }
+        fused = node.op_type in ("Conv", "Gemm", "MatMul") and all(
+            _dequantized(i, sources) for i in node.input[:2]
+        )
         inputs = [_tensor(n, TensorProto.INT8 if fused else types[n]) for n in node.input if n in types]
         outputs = [_tensor(n, types[n]) for n in node.output]
-        layers.append({"Name": node.name, "LayerType": kinds.get(node.op_type, "kgen"), "Inputs": inputs, "Outputs": outputs})
+        layers.append(
+            {
+                "Name": node.name,
+                "LayerType": kinds.get(node.op_type, "kgen"),
+                "Inputs": inputs,
+                "Outputs": outputs,
+            }
+        )
     return layers
 
 
@@ -326,8 +367,13 @@ def _dequantized(name, sources):
 def _tensor(name, kind):
     if _mode() == "float_engine":
         kind = TensorProto.FLOAT
-    words = {TensorProto.FLOAT: ("Row major linear FP32", "Float"), TensorProto.FLOAT16: ("Row major linear FP16 format", "Half"),
-             TensorProto.INT8: ("Thirty-two wide channel vectorized row major Int8 format", "Int8")}  # fmt: skip
+    words = {
+        TensorProto.FLOAT: ("Row major linear FP32", "Float"),
+        TensorProto.FLOAT16: ("Row major linear FP16 format", "Half"),
+        TensorProto.INT8: ("Thirty-two wide channel vectorized row major Int8 format", "Int8"),
+    }
     long, short = words.get(kind, ("Row major linear Int64 format", "Int64"))
-    types = {"Format": "Row major linear", "Datatype": short} if __version__ > "11" else {"Format/Datatype": long}
+    types = (
+        {"Format": "Row major linear", "Datatype": short} if __version__ > "11" else {"Format/Datatype": long}
+    )
     return {"Name": name, "Location": "Device", "Dimensions": [], **types}

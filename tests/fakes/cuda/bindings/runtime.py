@@ -1,6 +1,7 @@
 """A CUDA device made of host memory, with the calls and return values of ``cuda.bindings.runtime``.
 
-Streams run at once unless they are being captured. ``FAKE_GPUS`` is how many there are. ``FAKE_CUDA`` makes it fail: ``old_driver``, ``no_device``, ``no_memory``, ``no_capture``.
+Streams run at once unless they are being captured. ``FAKE_GPUS`` is how many there are.
+``FAKE_CUDA`` makes it fail: ``old_driver``, ``no_device``, ``no_memory``, ``no_capture``.
 """
 
 from __future__ import annotations
@@ -80,7 +81,10 @@ def _mode() -> str:
 
 
 def cudaGetDeviceCount():
-    codes = {"old_driver": cudaError_t.cudaErrorInsufficientDriver, "no_device": cudaError_t.cudaErrorNoDevice}
+    codes = {
+        "old_driver": cudaError_t.cudaErrorInsufficientDriver,
+        "no_device": cudaError_t.cudaErrorNoDevice,
+    }
     return (codes[_mode()], None) if _mode() in codes else (OK, _count())
 
 

@@ -1,0 +1,302 @@
+"""CvT: Introducing Convolutions to Vision Transformers (Wu et al., ICCV 2021, arXiv 2103.15808).
+
+Epsilons, paddings and the order of layers follow the official code (microsoft/CvT, commit f851e68). Where it
+surprises: attention is scaled by the *whole* width, ``dim ** -0.5``, not by that of a head; the first token
+embedding pads a 7x7 conv by 2, not 3; the activation is ``x * sigmoid(1.702 x)``; only the last stage has a
+class token, which skips the convolutional projections. There is no position embedding: the same weights serve
+every resolution.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import DropPath, merge_heads, scaled, split_heads, to_map, to_tokens
+from ..registry import ModelSpec, register
+from ..rewrites import (
+    affine_after,
+    affine_before,
+    affine_into,
+    batch_norm_after,
+    class_token_only,
+    key_bias_dropped,
+    replaced,
+    scale_into,
+    value_bias_into,
+)
+
+
+@dataclass(frozen=True)
+class CvTConfig:
+    """Widths and depths of one variant (paper, Table 2); the tuples have one entry a stage."""
+
+    dims: tuple[int, int, int]
+    depths: tuple[int, int, int]
+    heads: tuple[int, int, int]
+    mlp_ratio: int = 4
+    drop_path: float = 0.0
+
+
+class QuickGELU(nn.Module):
+    """``x * sigmoid(1.702 x)``, close to GELU but not equal."""
+
+    SLOPE: ClassVar[float] = 1.702
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.SLOPE * x)
+
+
+class MLP(nn.Module):
+    """Two linears with an activation between them."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act: nn.Module = QuickGELU()
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Projection(nn.Module):
+    """Convolutional projection (paper, section 3.2): depthwise conv and batch norm on the map, then a linear
+    on the tokens."""
+
+    def __init__(self, dim: int, stride: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 3, stride=stride, padding=1, groups=dim, bias=False)
+        self.norm = nn.BatchNorm2d(dim)
+        self.linear = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, class_token: Tensor | None) -> Tensor:
+        """``x`` (B, C, H, W), ``class_token`` (B, 1, C), which skips the conv -> (B, [1 +] H/stride *
+        W/stride, C)."""
+        tokens = to_tokens(self.norm(self.conv(x)))
+        return self.linear(tokens if class_token is None else torch.cat((class_token, tokens), 1))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over convolutional projections; keys and values come from a map of half the
+    size."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.scale = heads, dim**-0.5  # of the whole width, as the official code has it
+        self.q, self.k, self.v = (Projection(dim, stride) for stride in (1, 2, 2))
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, class_token: Tensor | None, class_only: bool = False) -> Tensor:
+        """``x`` (B, C, H, W), ``class_token`` (B, 1, C) -> (B, [1 +] H*W, C), or (B, 1, C) if the class token
+        alone asks."""
+        q = self.q.linear(class_token) if class_only else self.q(x, class_token)
+        q, k, v = (split_heads(t, self.heads) for t in (q, self.k(x, class_token), self.v(x, class_token)))
+        scores = scaled(q @ k.transpose(-2, -1), self.scale)  # (B, heads, Nq, Nk)
+        return self.proj(merge_heads(scores.softmax(-1) @ v))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each with a shortcut."""
+
+    def __init__(self, dim: int, heads: int, hidden: int, drop_path: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = MLP(dim, hidden)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, size: tuple[int, int], prefix: int, class_only: bool = False) -> Tensor:
+        """(B, prefix + H*W, C) -> the same, or its first row (B, 1, C) if nothing else is read; ``prefix``
+        class tokens."""
+        y = self.norm1(x)
+        classes, grid = (y[:, :1], y[:, 1:]) if prefix else (None, y)
+        x = x[:, :1] if class_only else x
+        x = x + self.drop_path(self.attn(to_map(grid, *size), classes, class_only))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class Stage(nn.Module):
+    """Convolutional token embedding, then blocks; the last stage prepends a class token."""
+
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        heads: int,
+        hidden: int,
+        *,
+        first: bool,
+        last: bool,
+        drop_paths: list[float],
+    ) -> None:
+        super().__init__()
+        kernel, stride, padding = (7, 4, 2) if first else (3, 2, 1)
+        self.embed = nn.Conv2d(in_dim, dim, kernel, stride=stride, padding=padding)
+        self.norm = nn.LayerNorm(dim)
+        self.class_token = (
+            nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, dim), std=0.02)) if last else None
+        )
+        self.blocks = nn.ModuleList(Block(dim, heads, hidden, rate) for rate in drop_paths)
+
+    def forward(self, x: Tensor, class_only: bool = False) -> tuple[Tensor, tuple[int, int]]:
+        """(B, C_in, ..) -> tokens (B, [1 +] H*W, C), or the class token (B, 1, C) alone; and (H, W)."""
+        x = self.embed(x)
+        size, prefix = (x.shape[2], x.shape[3]), 0
+        x = self.norm(to_tokens(x))
+        if self.class_token is not None:
+            prefix, x = 1, torch.cat((self.class_token.expand(x.shape[0], -1, -1), x), 1)
+        *blocks, last = self.blocks
+        for block in blocks:
+            x = block(x, size, prefix)
+        return last(x, size, prefix, class_only), size
+
+
+class CvT(nn.Module):
+    """CvT classifier: float32 ``(N, 3, S, S)`` -> logits ``(N, num_classes)``; any ``S``, ``img_size`` is
+    only the usual one."""
+
+    spec: ClassVar[Any]
+
+    def __init__(self, config: CvTConfig, *, img_size: int, num_classes: int) -> None:
+        super().__init__()
+        self.config, self.img_size, self.num_classes = config, img_size, num_classes
+        self.class_only = False
+        """Whether the last block computes the class token alone in :meth:`forward`: a deployment rewrite."""
+        in_dims, last = (3, *config.dims), len(config.dims) - 1
+        self.stages = nn.ModuleList(
+            Stage(
+                in_dims[i],
+                dim,
+                config.heads[i],
+                dim * config.mlp_ratio,
+                first=i == 0,
+                last=i == last,
+                drop_paths=torch.linspace(0, config.drop_path if i == last else 0, config.depths[i]).tolist(),
+            )
+            for i, dim in enumerate(config.dims)
+        )
+        self.norm = nn.LayerNorm(config.dims[-1])
+        self.head = nn.Linear(config.dims[-1], num_classes)
+        self.apply(_init)
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """The map of each stage, ``(B, dims[i], S/4 >> i, S/4 >> i)``; the class token is not part of it."""
+        maps = self._first_maps(x)
+        tokens, size = self.stages[-1](maps[-1])
+        return [*maps, to_map(tokens[:, 1:], *size)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens, _ = self.stages[-1](self._first_maps(x)[-1], self.class_only)
+        return self.head(self.norm(tokens[:, 0]))
+
+    def _first_maps(self, x: Tensor) -> list[Tensor]:
+        """The maps of all stages but the last."""
+        *stages, _ = self.stages
+        maps = []
+        for stage in stages:
+            tokens, size = stage(x)
+            x = to_map(tokens, *size)
+            maps.append(x)
+        return maps
+
+
+def _init(module: nn.Module) -> None:
+    """Initialisation of the official code: truncated normal for linears, PyTorch's own for convs."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+# Published key -> ours.
+_RENAMES: list[tuple[re.Pattern[str], str]] = [
+    (re.compile(r"^stage(\d)\."), r"stages.\1."),
+    (re.compile(r"\.patch_embed\.proj\."), ".embed."),
+    (re.compile(r"\.patch_embed\.norm\."), ".norm."),
+    (re.compile(r"\.cls_token$"), ".class_token"),
+    (re.compile(r"\.conv_proj_([qkv])\.conv\."), r".\1.conv."),
+    (re.compile(r"\.conv_proj_([qkv])\.bn\."), r".\1.norm."),
+    (re.compile(r"\.proj_([qkv])\."), r".\1.linear."),
+]
+
+
+def published_key(key: str) -> str:
+    """Our name of a key in the official state dict, e.g. ``stage0.blocks.0.attn.proj_q.bias``; ours are left
+    as they are."""
+    for pattern, replacement in _RENAMES:
+        key = pattern.sub(replacement, key)
+    return key
+
+
+# --- deployment rewrites of this family -----------------------------------------------------------
+
+
+def _with_silu(module: nn.Module) -> nn.Module:
+    """The slope of the activation goes into the linears around it."""
+    mlp, slope = cast(MLP, copy.deepcopy(module)), torch.tensor(QuickGELU.SLOPE, dtype=torch.float64)
+    mlp.fc1 = affine_after(mlp.fc1, slope, slope * 0)
+    mlp.fc2 = affine_before(
+        mlp.fc2, (1 / slope).expand(mlp.fc2.in_features), torch.zeros(mlp.fc2.in_features)
+    )
+    mlp.act = nn.SiLU()
+    return mlp
+
+
+# norm1 keeps its affine part: the zero-padded convs of q, k and v read it, and so does the class token that
+# skips them.
+REWRITES = (
+    batch_norm_after("conv", "norm"),
+    scale_into("q.linear"),
+    key_bias_dropped("k.linear"),
+    value_bias_into("v.linear", "proj"),
+    affine_into("norm2", "mlp.fc1"),
+    replaced("quick GELU as SiLU", "x sigmoid(c x) == silu(c x) / c", MLP, _with_silu),
+    affine_into("norm", "head"),
+    class_token_only(),
+)
+
+_SOURCE = "official README; MACs and parameters counted on the official code"
+_CVT13, _CVT21, _W24 = (
+    CvTConfig((64, 192, 384), (1, 2, 10), (1, 3, 6)),
+    CvTConfig((64, 192, 384), (1, 4, 16), (1, 3, 6)),
+    CvTConfig((192, 768, 1024), (2, 2, 20), (3, 12, 16)),
+)
+
+# fmt: off
+VARIANTS = [
+    # name          size  config   params               macs  top-1   pre-trained on
+    ("cvt_13",       224, _CVT13,  19_997_480,   4_566_089_216, "81.6", "IN-1k"),
+    ("cvt_21",       224, _CVT21,  31_622_696,   7_177_985_024, "82.5", "IN-1k"),
+    ("cvt_13_384",   384, _CVT13,  19_997_480,  16_269_359_616, "83.0", "IN-1k"),
+    ("cvt_21_384",   384, _CVT21,  31_622_696,  24_849_091_584, "83.3", "IN-1k"),
+    ("cvt_w24",      384, _W24,   277_196_392, 194_221_654_016, "87.6", "IN-22k"),
+]
+# fmt: on
+
+for _name, _size, _config, _params, _macs, _top1, _data in VARIANTS:
+    register(
+        ModelSpec(
+            name=_name,
+            family="CvT",
+            build=CvT,
+            strides=(4, 8, 16),
+            config=_config,
+            img_size=_size,
+            size_multiple=16,  # maps of exactly S/4, S/8 and S/16; keys and values round an odd map up, as everywhere
+            rewrites=REWRITES,
+            rename=published_key,
+            head_keys=("head.weight", "head.bias"),
+            crop_ratio=0.875 if _size == 224 else None,
+            pretrained=None,  # published in a shared OneDrive folder only, no file of which has an address of its own
+            params=_params,
+            macs=_macs,
+            top1=_top1,
+            source=f"{_SOURCE}; top-1 of the weights pre-trained on {_data}",
+        )
+    )

@@ -1,0 +1,25 @@
+"""The product: a folder that any runtime can finish, serve, check and measure.
+
+``manifest.json`` names every other file with its size and SHA-256; it is written last, so a folder with a
+manifest is complete. Hashes protect against accidents; they do not prove where a bundle comes from.
+"""
+
+from .bundle import Bundle
+from .golden import Golden, save_reference
+from .manifest import ENGINES, GOLDEN, LOGITS, MANIFEST, MAX_MANIFEST, ONNX, REFERENCE, Manifest
+from .writer import BundleWriter
+
+__all__ = [
+    "ENGINES",
+    "GOLDEN",
+    "LOGITS",
+    "MANIFEST",
+    "MAX_MANIFEST",
+    "ONNX",
+    "REFERENCE",
+    "Bundle",
+    "BundleWriter",
+    "Golden",
+    "Manifest",
+    "save_reference",
+]

@@ -1,0 +1,189 @@
+"""Reading a bundle: everything is checked before anything is parsed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import mmap
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+from ..errors import BundleError
+from ..files import sha256_of, write_atomic, writing
+from ..preprocessing import Preprocess
+from .golden import Golden, open_npz
+from .manifest import (
+    ENGINES,
+    GOLDEN,
+    LOGITS,
+    MANIFEST,
+    MAX_FILES,
+    MAX_MANIFEST,
+    MAX_TOTAL,
+    REFERENCE,
+    Manifest,
+    broken,
+)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened, verified bundle."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | Path) -> Bundle:
+        """Read the manifest and check every file's presence, size and hash.
+
+        Raises:
+            BundleError: no bundle, a missing, edited, extra or linked file, or a manifest that cannot be
+                understood.
+        """
+        path = Path(path)
+        manifest_path = path / MANIFEST
+        if not os.path.isdir(path) or not os.path.isfile(manifest_path):
+            what = (
+                "is not a bundle: it has no manifest.json" if os.path.isdir(path) else "no such bundle folder"
+            )
+            raise BundleError(what, where=path, remedy="give the folder that cmt-export printed")
+        if manifest_path.is_symlink() or manifest_path.stat().st_size > MAX_MANIFEST:
+            raise broken("the manifest is a link or too large", manifest_path)
+        manifest = Manifest.from_bytes(manifest_path.read_bytes(), manifest_path)
+        _check_members(path, manifest)
+        return cls(path, manifest)
+
+    @property
+    def preprocess(self) -> Preprocess:
+        return Preprocess.from_json(self.manifest.preprocess)
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names of the outputs in the graph's order: ``["logits"]``, or one a feature map."""
+        return [output["name"] for output in self.manifest.outputs]
+
+    @property
+    def head(self) -> str:
+        """What the model gives: ``"logits"`` or ``"features"``."""
+        return LOGITS if self.outputs == [LOGITS] else "features"
+
+    @property
+    def labels(self) -> list[str]:
+        """Readable class names in logit order."""
+        return [str(pair[-1]) for pair in self.manifest.labels]
+
+    @property
+    def class_ids(self) -> list[str]:
+        """What data sets call the classes, in logit order (ImageNet: synset ids; elsewhere the names)."""
+        return [str(pair[0]) for pair in self.manifest.labels]
+
+    def file(self, name: str) -> Path:
+        """Path of a member; raises :class:`BundleError` if the bundle has none of this name."""
+        if name not in self.manifest.files:
+            raise broken(f"has no {name}", self.path)
+        return self.path / name
+
+    def update(self, manifest: Manifest, files: Mapping[str, bytes], drop: Collection[str] = ()) -> Bundle:
+        """Add ``files`` in place, the manifest last, then remove ``drop``: at every moment the folder is a
+        whole bundle.
+
+        New files go under ``engines/``, where :meth:`open` ignores what the manifest does not name, and never
+        replace one.
+        """
+        now = Manifest.from_bytes((self.path / MANIFEST).read_bytes(), self.path / MANIFEST)
+        if now.files != self.manifest.files:
+            raise BundleError(
+                "the bundle was changed meanwhile", where=self.path, remedy="run the command again"
+            )
+        entries = {name: entry for name, entry in self.manifest.files.items() if name not in drop}
+        for name, data in files.items():
+            digest = hashlib.sha256(data).hexdigest()
+            if name in self.manifest.files and self.manifest.files[name]["sha256"] != digest:
+                raise ValueError(f"{name} would be replaced before the manifest knows")
+            entries[name] = {"size": len(data), "sha256": digest}
+            with writing(self.path):
+                (self.path / name).parent.mkdir(exist_ok=True)
+            write_atomic(self.path / name, data)
+        manifest = replace(manifest, files=dict(sorted(entries.items())))
+        write_atomic(self.path / MANIFEST, manifest.to_bytes())
+        for name in [*drop, *_ignored(self.path, manifest)]:
+            with contextlib.suppress(OSError):
+                (self.path / name).unlink()
+        return Bundle(self.path, manifest)
+
+    def golden(self) -> Golden:
+        """The golden inputs and what the reference made of them."""
+        return Golden.from_file(self.file(GOLDEN))
+
+    def reference(self) -> dict[str, int]:
+        """Reference top-1 by image content (see :func:`cmt_edge.deploy.images.digest`), empty if none was
+        recorded."""
+        if REFERENCE not in self.manifest.files:
+            return {}
+        with open_npz(self.file(REFERENCE)) as data:
+            return dict(zip(data["digest"].tolist(), data["top1"].tolist(), strict=True))
+
+
+def _check_members(path: Path, manifest: Manifest) -> None:
+    files = manifest.files
+    if len(files) > MAX_FILES or len({n.lower() for n in files}) != len(files):
+        raise broken("has too many files, or names that differ only in case", path)
+    total = 0
+    for name, entry in files.items():
+        parts = PurePosixPath(name).parts
+        if (
+            not parts
+            or name != PurePosixPath(name).as_posix()
+            or ".." in parts
+            or parts[0] == "/"
+            or "\\" in name
+            or ":" in name
+        ):
+            raise broken(f"names a file outside the bundle: {name!r}", path)
+        if (
+            not isinstance(entry, dict)
+            or not isinstance(entry.get("size"), int)
+            or not isinstance(entry.get("sha256"), str)
+        ):
+            raise broken(f"the entry of {name} lacks size or sha256", path)
+        total += entry["size"]
+    if total > MAX_TOTAL:
+        raise broken(f"declares {total} bytes, the cap is {MAX_TOTAL}", path)
+    present = set()
+    for found in path.rglob("*"):
+        if found.is_symlink():
+            raise broken("holds a link, which bundles may not", found)
+        if not found.is_dir():
+            present.add(found.relative_to(path).as_posix())
+    extra = sorted(present - set(files) - {MANIFEST} - _ignored(path, manifest))
+    missing = sorted(set(files) - present)
+    if extra or missing:
+        text = [f"missing: {', '.join(missing)}"] if missing else []
+        text += [f"not in the manifest: {', '.join(extra)}"] if extra else []
+        raise broken("does not match its manifest", path, "; ".join(text))
+    for name, entry in files.items():
+        member = path / name
+        if member.stat().st_size != entry["size"] or sha256_of(member) != entry["sha256"]:
+            raise broken(f"{name} was changed after the export: its SHA-256 differs from the manifest", path)
+        if name.endswith(".onnx") and _has_external_data(member):
+            raise broken(f"{name} stores weights outside the file, which bundles may not", path)
+
+
+def _ignored(path: Path, manifest: Manifest) -> set[str]:
+    """Files that a power loss may leave: temporary ones, and engines the manifest was to name next. They are
+    never read."""
+    left = {p.relative_to(path).as_posix() for p in path.rglob(".*.tmp")}
+    left |= {p.relative_to(path).as_posix() for p in (path / ENGINES).glob("*") if p.is_file()}
+    return left - set(manifest.files)
+
+
+def _has_external_data(onnx: Path) -> bool:
+    """Whether an ONNX file refers to another file, found without parsing it: the key that protobuf writes for
+    such tensors."""
+    if onnx.stat().st_size == 0:
+        return False
+    with open(onnx, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(b"\x0a\x08location\x12") >= 0

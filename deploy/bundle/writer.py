@@ -1,0 +1,114 @@
+"""Writing a bundle: assembled beside its place, the manifest last, moved there in one step."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import OutputError
+from ..files import sha256_of, sync_folder, sync_tree, write_atomic, writing
+from ..signals import terminate_as_interrupt
+from .bundle import Bundle
+from .manifest import MANIFEST, Manifest
+
+
+class BundleWriter:
+    """Collects the files of a bundle in a hidden folder beside ``target`` and moves them there in one step.
+
+    Use as a context manager: on any error or interruption the hidden folder is removed and an existing bundle
+    stays as it was. Stale folders of runs that were killed are removed when the next one starts.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.folder = target
+        self._previous: Any = None
+
+    def check(self) -> None:
+        """Raise :class:`OutputError` where something that is no bundle stands in the way."""
+        if self.target.is_symlink() or (self.target.exists() and not (self.target / MANIFEST).is_file()):
+            raise OutputError(
+                "exists and is not a bundle, so it is not replaced",
+                where=self.target,
+                remedy="choose another -o DIR",
+            )
+
+    def __enter__(self) -> BundleWriter:
+        self.check()
+        parent = self.target.parent
+        with writing(parent):
+            parent.mkdir(parents=True, exist_ok=True)
+            self._recover()
+            self.folder = Path(
+                tempfile.mkdtemp(prefix=f".{self.target.name}.{os.getpid()}.", suffix=".tmp", dir=parent)
+            )
+            self.folder.chmod(0o755)
+        self._previous = terminate_as_interrupt()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        old = self._old()
+        if old.exists() and self.target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def staged(self, manifest: Manifest) -> Bundle:
+        """The unfinished bundle, to be verified and measured before :meth:`commit`."""
+        files = {}
+        for path in sorted(p for p in self.folder.rglob("*") if p.is_file()):
+            name = path.relative_to(self.folder).as_posix()
+            files[name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
+        return Bundle(self.folder, replace(manifest, files=files))
+
+    def commit(self, manifest: Manifest) -> Bundle:
+        """Hash every file, write the manifest last, and move the folder into place."""
+        with writing(self.folder):
+            manifest = self.staged(manifest).manifest
+            write_atomic(self.folder / MANIFEST, manifest.to_bytes())
+            sync_tree(self.folder)
+            self._swap()
+        return Bundle(self.target, manifest)
+
+    def _old(self) -> Path:
+        return self.target.with_name(f".{self.target.name}.old")
+
+    def _swap(self) -> None:
+        old = self._old()
+        shutil.rmtree(old, ignore_errors=True)
+        try:
+            if self.target.exists():
+                self.target.rename(old)
+            self.folder.rename(self.target)
+        except BaseException:
+            if old.exists() and not self.target.exists():
+                old.rename(self.target)
+            raise
+        sync_folder(self.target.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _recover(self) -> None:
+        """Finish or undo what a killed run left: its hidden folders go, a bundle moved aside comes back."""
+        old = self._old()
+        if old.exists() and not self.target.exists():
+            old.rename(self.target)
+        for stale in self.target.parent.glob(f".{self.target.name}.*.tmp"):
+            pid = stale.name[len(self.target.name) + 2 :].split(".", 1)[0]
+            if pid.isdigit() and int(pid) != os.getpid() and not _alive(int(pid)):
+                shutil.rmtree(stale, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

@@ -1,0 +1,80 @@
+"""``cmt-bench``: measure bundles side by side."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .. import report
+from ..bundle import Bundle
+from ..errors import InputError
+from ..files import write_atomic
+from ..images import ImageSet
+from ..measure.benchmark import Protocol
+from ..measure.benchmark import benchmark as run_benchmark
+from ..progress import Progress
+from .console import add_runtime_flags, parser, run
+from .protocol import protocol_of
+
+BENCH_IMAGES = 64
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of ``cmt-bench``."""
+    p = parser("cmt-bench", "Measure bundles side by side, interleaved; ratios refer to the first.")
+    p.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE")
+    p.add_argument("--data", help="images for the end-to-end figure (default: the bundle's golden images)")
+    p.add_argument(
+        "--iters", type=int, default=Protocol.iters, help="least iterations a variant (default %(default)s)"
+    )
+    p.add_argument(
+        "--seconds",
+        type=float,
+        default=Protocol.seconds,
+        help="least seconds a variant (default %(default)s)",
+    )
+    p.add_argument(
+        "--warmup",
+        type=int,
+        default=Protocol.warmup_iters,
+        help="least warm-up iterations (default %(default)s)",
+    )
+    p.add_argument("--no-throughput", action="store_true", help="skip the many-requests figure")
+    p.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables as Markdown")
+    p.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="also draw the latencies (PNG or SVG; needs the extra 'report')",
+    )
+    add_runtime_flags(p)
+    return run(_main, p.parse_args(argv))
+
+
+def _main(args: argparse.Namespace) -> int:
+    protocol = protocol_of(args.iters, args.seconds, args.warmup)
+    if args.plot and args.plot.suffix not in (".png", ".svg"):
+        raise InputError("plots are PNG or SVG", where=args.plot, remedy="name it .png or .svg")
+    bundles = [Bundle.open(path) for path in args.bundles]
+    images = []
+    if args.data:
+        source = ImageSet(args.data)
+        images = [source.read(item) for item in source.items[:BENCH_IMAGES]]
+    progress = Progress(args.quiet)
+    result = run_benchmark(
+        bundles,
+        backend=args.backend,
+        device=args.device,
+        threads=args.threads,
+        images=images,
+        protocol=protocol,
+        with_throughput=not args.no_throughput,
+        progress=progress.share,
+    )
+    progress.finish()
+    if args.markdown:
+        write_atomic(args.markdown, (report.benchmark_text(result, markdown=True) + "\n").encode())
+    if args.plot:
+        report.latency_plot(result, args.plot)
+    print(report.to_json(result) if args.json else report.benchmark_text(result))
+    return 0

@@ -1,0 +1,85 @@
+"""``cmt-verify``: check a bundle against its reference."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from .. import report
+from ..bundle import Bundle
+from ..errors import InputError
+from ..images import ImageSet
+from ..measure.parity import MAX_DROP
+from ..measure.parity import verify as run_verify
+from ..predictor import Predictor
+from ..progress import Progress
+from .console import add_runtime_flags, parser, run
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of ``cmt-verify``."""
+    p = parser(
+        "cmt-verify",
+        "Check a bundle: hashes and golden vectors always, top-1 against the reference with --data.",
+    )
+    p.add_argument("bundle", type=Path)
+    p.add_argument("--data", help="labelled images: a folder of class folders, or ARCHIVE.tar[/FOLDER]")
+    p.add_argument(
+        "--by-order", action="store_true", help="match class folders to labels in sorted order, not by name"
+    )
+    p.add_argument("--limit", type=int, help="use only so many images, evenly spread")
+    p.add_argument(
+        "--max-drop", type=float, default=MAX_DROP, help=f"allowed loss of top-1, points (default {MAX_DROP})"
+    )
+    p.add_argument("--atol", type=float, help="allowed golden logit difference (default: by precision)")
+    p.add_argument(
+        "--reference", type=Path, help="compare with this bundle (say, the fp32 one) instead of PyTorch"
+    )
+    p.add_argument(
+        "--weights", help="the checkpoint the bundle was made from, to rebuild the PyTorch reference"
+    )
+    add_runtime_flags(p)
+    return run(_main, p.parse_args(argv))
+
+
+def _main(args: argparse.Namespace) -> int:
+    bundle = Bundle.open(args.bundle)
+    data = ImageSet(args.data) if args.data else None
+    reference = _reference(bundle, args.reference, args.threads) if args.reference else None
+    progress = Progress(args.quiet)
+    result = run_verify(
+        bundle,
+        data=data,
+        by_order=args.by_order,
+        backend=args.backend,
+        device=args.device,
+        threads=args.threads,
+        reference=reference,
+        weights=args.weights,
+        max_drop=args.max_drop,
+        atol=args.atol,
+        limit=args.limit,
+        progress=progress.count,
+    )
+    progress.finish()
+    print(report.to_json(result) if args.json else report.verification_text(result))
+    if not result.passed and not args.json:
+        print(
+            "the bundle is not the model within the allowed difference; see --max-drop and --atol, or"
+            " calibrate on more images like those it will see",
+            file=sys.stderr,
+        )
+    return 0 if result.passed else 1
+
+
+def _reference(bundle: Bundle, path: Path, threads: int | None) -> Predictor:
+    """Another bundle of the same weights as the reference."""
+    other = Bundle.open(path)
+    if other.manifest.model["weights"]["sha256"] != bundle.manifest.model["weights"]["sha256"]:
+        raise InputError(
+            "was made from other weights, so it is no reference",
+            where=path,
+            remedy="export both from one checkpoint",
+        )
+    return Predictor.load(other, threads=threads)

@@ -1,0 +1,278 @@
+"""The only preprocessing there is: calibration, verification, benchmarks and the Predictor all call it.
+
+An image goes through four steps that can be checked apart: decode (formats and sizes capped, EXIF
+orientation, mode to RGB), resize (Pillow's filter, with its antialiasing), centre crop, normalise.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias
+
+import numpy as np
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
+
+from .errors import BundleError, ImageError
+
+ImageLike: TypeAlias = "str | Path | bytes | BinaryIO | Image.Image | np.ndarray"
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".mpo")
+MAX_PIXELS = 89_478_485
+"""Largest accepted width x height, read from the header before anything is decoded (Pillow's own warning
+level)."""
+MAX_BYTES = 256 << 20
+"""Largest accepted encoded file, bytes."""
+
+RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+class NamedBytes(io.BytesIO):
+    """Encoded bytes whose ``filename`` appears in error messages."""
+
+    def __init__(self, data: bytes, filename: str) -> None:
+        super().__init__(data)
+        self.filename = filename
+
+
+def _three_floats(values: Sequence[float]) -> tuple[float, float, float]:
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How an image becomes a model input.
+
+    Attributes:
+        size: input height and width in pixels.
+        short_side: the short side is resized to this many pixels and the centre ``size`` x ``size`` is
+            cropped; ``None`` resizes to exactly ``size`` x ``size`` without keeping the aspect ratio.
+        mean, std: per RGB channel, of values scaled to 0..1.
+        exif: ``"apply"`` turns the image as its EXIF orientation says, ``"ignore"`` takes the stored pixels.
+        interpolation: Pillow filter, a key of :data:`RESAMPLING`.
+    """
+
+    size: int
+    short_side: int | None
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    exif: str = "apply"
+    interpolation: str = "bicubic"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Any) -> Preprocess:
+        """Read the manifest's ``preprocess`` entry; raises :class:`BundleError` where it is not
+        understood."""
+        try:
+            mean, std = (_three_floats(data[key]) for key in ("mean", "std"))
+            short = data["short_side"]
+            spec = cls(
+                int(data["size"]),
+                None if short is None else int(short),
+                mean,
+                std,
+                data["exif"],
+                data["interpolation"],
+            )
+        except (KeyError, TypeError, ValueError, OverflowError) as exc:
+            raise BundleError(
+                "the preprocessing entry cannot be read",
+                where="manifest.json",
+                why=repr(exc),
+                remedy="export again",
+            ) from exc
+        known = spec.exif in ("apply", "ignore") and spec.interpolation in RESAMPLING
+        sizes = 1 <= spec.size <= 16384 and (spec.short_side is None or spec.size <= spec.short_side <= 32768)
+        finite = len(mean) == len(std) == 3 and bool(np.isfinite([*mean, *std]).all()) and min(std) > 0
+        if not known or not sizes or not finite:
+            raise BundleError(
+                f"preprocessing {data} is not supported",
+                where="manifest.json",
+                remedy="update cmt-edge or export again",
+            )
+        return spec
+
+
+def decode(source: ImageLike, spec: Preprocess) -> Image.Image:
+    """Decode to RGB; of an animation the first frame. ``source``: path, encoded bytes, file object, Pillow
+    image or HWC uint8.
+
+    Modes: CMYK, grey and palette images are converted by Pillow, alpha is dropped (what the usual training
+    loaders do), 16-bit images are scaled to 8 bits.
+
+    Raises:
+        ImageError: missing, empty, damaged, not an image, of an unsupported kind, or beyond
+            ``MAX_PIXELS``/``MAX_BYTES``.
+    """
+    if isinstance(source, np.ndarray):
+        return Image.fromarray(np.ascontiguousarray(_checked(source)))
+    name = _name(source)
+    try:
+        if isinstance(source, Image.Image):
+            return _convert(source, spec, name)
+        with _open(source, name) as image:
+            return _convert(image, spec, name)
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as exc:
+        raise _too_large(name, exc) from exc
+    except UnidentifiedImageError as exc:
+        raise ImageError(
+            "is damaged or not an image",
+            where=name,
+            remedy=f"replace or remove it; formats: {', '.join(FORMATS)}",
+        ) from exc
+    except Exception as exc:  # damaged files make Pillow's decoders raise almost anything
+        raise ImageError(
+            "cannot be decoded",
+            where=name,
+            why=exc or type(exc).__name__,
+            remedy="replace or remove the file",
+        ) from exc
+
+
+def pixels(source: ImageLike, spec: Preprocess) -> np.ndarray:
+    """Decoded, resized and cropped: ``(size, size, 3)`` uint8, read-only. Raises as :func:`decode`.
+
+    Of an array that needs no resizing the result is a view.
+    """
+    if isinstance(source, np.ndarray):
+        height, width = _checked(source).shape[:2]
+        new, (left, top, right, bottom) = _geometry(width, height, spec, source)
+        if new == (width, height):
+            view = source[top:bottom, left:right]
+            view.flags.writeable = False
+            return view
+    image = decode(source, spec)
+    new, box = _geometry(*image.size, spec, source)
+    if new != image.size:
+        image = image.resize(new, RESAMPLING[spec.interpolation])
+    return np.asarray(image if box == (0, 0, *new) else image.crop(box))
+
+
+def _geometry(
+    width: int, height: int, spec: Preprocess, source: ImageLike
+) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
+    """Width and height after resizing, and the box to crop then."""
+    size = spec.size
+    if spec.short_side is None:
+        return (size, size), (0, 0, size, size)
+    short = min(width, height)
+    # the long side is truncated and the crop offset rounded, as in torchvision, which published models were
+    # evaluated with
+    new = (max(size, int(spec.short_side * width / short)), max(size, int(spec.short_side * height / short)))
+    if new[0] * new[1] > MAX_PIXELS:
+        raise _too_large(
+            _name(source), f"resizing {width} x {height} by its short side gives {new[0]} x {new[1]}"
+        )
+    left, top = round((new[0] - size) / 2), round((new[1] - size) / 2)
+    return new, (left, top, left + size, top + size)
+
+
+def normalise(values: np.ndarray, spec: Preprocess, out: np.ndarray | None = None) -> np.ndarray:
+    """``(..., H, W, 3)`` uint8 -> ``(..., 3, H, W)`` float32, ``(v / 255 - mean) / std``.
+
+    ``out``: float32 of the result's shape, written without temporaries and returned; default: a new
+    contiguous array.
+    """
+    scale, shift = _affine(tuple(spec.mean), tuple(spec.std))
+    planes = values.swapaxes(-1, -2).swapaxes(-2, -3)
+    if out is None:
+        out = np.empty(planes.shape, np.float32)
+    np.copyto(
+        out, planes
+    )  # on its own: arithmetic on values this far apart in memory takes several times as long
+    np.multiply(out, scale, out=out)
+    return np.add(out, shift, out=out)
+
+
+@lru_cache(maxsize=64)
+def _affine(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """``scale`` and ``shift``, float32 ``(3, 1, 1)``, with ``(v / 255 - mean) / std = v * scale + shift``."""
+    scale = (1 / (255 * np.asarray(std))).astype(np.float32).reshape(3, 1, 1)
+    shift = (-np.asarray(mean) / np.asarray(std)).astype(np.float32).reshape(3, 1, 1)
+    return scale, shift
+
+
+def preprocess(source: ImageLike, spec: Preprocess, out: np.ndarray | None = None) -> np.ndarray:
+    """One image -> float32 ``(3, size, size)``, written into ``out`` if given. Raises as :func:`decode`."""
+    return normalise(pixels(source, spec), spec, out)
+
+
+def _name(source: ImageLike) -> object:
+    return source if isinstance(source, (str, Path)) else getattr(source, "filename", None) or "image"
+
+
+def _open(source: str | Path | bytes | BinaryIO, name: object) -> Image.Image:
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        if not path.is_file():
+            raise ImageError("no such image file", where=path, remedy="check the path")
+        count = path.stat().st_size
+    elif isinstance(source, (bytes, io.BytesIO)):
+        count = len(source) if isinstance(source, bytes) else source.getbuffer().nbytes
+    else:
+        count = -1
+    if count == 0:
+        raise ImageError("the image is empty (0 bytes)", where=name, remedy="replace or remove the file")
+    if count > MAX_BYTES:
+        raise _too_large(name, f"{count} bytes, the cap is {MAX_BYTES}")
+    image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        raise _too_large(name, f"{image.width} x {image.height} pixels, the cap is {MAX_PIXELS}")
+    return image
+
+
+def _too_large(name: object, why: object) -> ImageError:
+    return ImageError("the image is too large", where=name, why=why, remedy="make it smaller before using it")
+
+
+def _convert(image: Image.Image, spec: Preprocess, name: object) -> Image.Image:
+    if spec.exif == "apply":
+        image = ImageOps.exif_transpose(image)
+    elif isinstance(image, TiffImagePlugin.TiffImageFile):  # Pillow has turned it already
+        turned = _UNTURN.get(image.tag_v2.get(ORIENTATION) or 1)
+        image = image if turned is None else image.transpose(turned)
+    if image.mode == "F":
+        raise ImageError(
+            "floating-point pixels have no defined range", where=name, remedy="save it as 8 or 16 bits"
+        )
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        if values.size and (values.min() < 0 or values.max() > 65535):
+            raise ImageError("integer pixels outside 0..65535", where=name, remedy="save it as 8 or 16 bits")
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+    image.load()  # the file is closed when the caller gets it
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+ORIENTATION = 0x0112  # EXIF and TIFF tag
+_T = Image.Transpose
+_UNTURN = {
+    2: _T.FLIP_LEFT_RIGHT,
+    3: _T.ROTATE_180,
+    4: _T.FLIP_TOP_BOTTOM,
+    5: _T.TRANSPOSE,
+    6: _T.ROTATE_90,
+    7: _T.TRANSVERSE,
+    8: _T.ROTATE_270,
+}
+"""EXIF orientation -> what undoes it."""
+
+
+def _checked(array: np.ndarray) -> np.ndarray:
+    """``array``, if it is an image."""
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
+        raise ImageError(
+            f"an image array must be uint8 (H, W, 3), this is {array.dtype} {array.shape}",
+            remedy="for preprocessed float32 (N, 3, H, W) batches use Predictor.logits",
+        )
+    return array

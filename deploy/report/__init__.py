@@ -1,0 +1,35 @@
+"""The only place that formats results: terminal tables, Markdown, JSON, plots."""
+
+from .text import (
+    benchmark_text,
+    built_text,
+    bundle_json,
+    bundle_text,
+    device_text,
+    how_measured,
+    latency_plot,
+    plain,
+    prediction_json,
+    predictions_text,
+    table,
+    to_json,
+    verdict_text,
+    verification_text,
+)
+
+__all__ = [
+    "benchmark_text",
+    "built_text",
+    "bundle_json",
+    "bundle_text",
+    "device_text",
+    "how_measured",
+    "latency_plot",
+    "plain",
+    "prediction_json",
+    "predictions_text",
+    "table",
+    "to_json",
+    "verdict_text",
+    "verification_text",
+]

@@ -1,0 +1,546 @@
+"""The only place that formats results: terminal tables, Markdown, JSON, plots."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..backends.base import ExecutedPrecision
+from ..bundle import LOGITS, Bundle
+from ..errors import RuntimeMissingError
+from ..files import write_atomic
+from ..measure.benchmark import Benchmark, Latency, Protocol
+from ..measure.parity import Verification
+from ..predictor import Prediction
+
+
+def to_json(result: Any) -> str:
+    """A dataclass, mapping or list as one line of JSON."""
+    return json.dumps(plain(result), ensure_ascii=False)
+
+
+def plain(result: Any) -> Any:
+    """Dataclasses as dictionaries; a :class:`Verification` also says whether it passed."""
+    data = asdict(result) if hasattr(result, "__dataclass_fields__") else result
+    if isinstance(result, Verification):
+        data["passed"] = result.passed
+        if data["data"]:
+            del data["data"]["reference_answers"]
+    return data
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool = False) -> str:
+    """Aligned columns; the first is left-aligned, the others right-aligned."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [
+            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        return f"| {' | '.join(cells)} |" if markdown else "  ".join(cells).rstrip()
+
+    rule = [":" + "-" * (w - 1) if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    dashes = line(rule) if markdown else "  ".join("-" * w for w in widths)
+    return "\n".join([line(header), dashes, *map(line, rows)])
+
+
+def _ms(latency: Latency) -> list[str]:
+    p99 = "-" if latency.p99 is None else f"{latency.p99:.2f}"
+    return [f"{latency.p50:.2f}", f"{latency.p90:.2f}", f"{latency.p95:.2f}", p99, f"{latency.max:.2f}"]
+
+
+def how_measured(protocol: Protocol) -> str:
+    """What the line under a table of latencies says of the order and number of calls."""
+    return (
+        f"interleaved, at least {protocol.iters} iterations and {protocol.seconds:g} s each after warm-up,"
+        f" turns after {1e3 * protocol.settle_seconds:g} ms uncounted"
+    )
+
+
+def benchmark_text(result: Benchmark, markdown: bool = False) -> str:
+    """Latency table, what really ran, the machine, and warnings."""
+    rows = []
+    for r in result.results:
+        interval = f"{r.ratio_ci[0]:.2f}-{r.ratio_ci[1]:.2f}"
+        rate = "-" if r.throughput is None else f"{r.throughput:.0f}"
+        rows.append(
+            [
+                r.name,
+                f"{r.size_bytes / 1e6:.1f}",
+                *_ms(r.model),
+                f"{r.end_to_end.p50:.2f}",
+                rate,
+                f"{r.ratio:.2f} ({interval})",
+            ]
+        )
+    header = [
+        "bundle",
+        "MB",
+        "p50 ms",
+        "p90",
+        "p95",
+        "p99",
+        "max",
+        "end-to-end p50",
+        "images/s",
+        "speed-up (95 % CI)",
+    ]
+    executed = [
+        [
+            r.name,
+            r.precision,
+            r.executed.summary(),
+            f"{100 * r.executed.conversion_share:.0f} %",
+            r.runtime["runtime"],
+        ]
+        for r in result.results
+    ]
+    host = result.host
+    flags = ", ".join(host["flags"]) or "none of note"
+    protocol = result.protocol
+    parts = [
+        table(header, rows, markdown),
+        table(
+            ["bundle", "asked", "what really ran (share of time)", "conversions", "runtime"],
+            executed,
+            markdown,
+        ),
+        (
+            f"{host['cpu']}, {host['cores']} cores ({flags}); threads: {result.threads or 'all'}; batch"
+            f" {result.results[0].batch}; {how_measured(protocol)}."
+        ),
+        *_fastest(result),
+        *(f"warning: {r.name}: {w}" for r in result.results for w in r.warnings),
+    ]
+    return "\n\n".join(parts)
+
+
+def _fastest(result: Benchmark) -> list[str]:
+    """Which of several to take, if the others' intervals leave no doubt."""
+    if len(result.results) < 2:
+        return []
+    if len({r.batch for r in result.results}) > 1:
+        return []  # ratios are of calls
+    best, second = sorted(result.results, key=lambda r: -r.ratio)[:2]
+    close = second.ratio_ci[1] >= best.ratio_ci[0]
+    return [f"fastest: {best.name}" + (f" (no clear difference from {second.name})" if close else "")]
+
+
+def verification_text(v: Verification, markdown: bool = False) -> str:
+    """Golden check, top-1 table and verdict."""
+    g = v.golden
+    lines = [
+        f"golden images: {g.images}; pixels differ by at most {g.pixel_diff} grey levels; {g.output} by"
+        f" {g.diff:.2g} (allowed {g.atol:.2g}): {'ok' if g.passed else 'FAILED'}"
+    ]
+    if v.data:
+        d = v.data
+        header = [
+            "images",
+            "reference top-1 %",
+            "bundle top-1 %",
+            "drop (95 % CI)",
+            "agreement %",
+            "max logit diff",
+            "mean",
+        ]
+        values = [
+            f"{d.reference_top1:.2f}",
+            f"{d.top1:.2f}",
+            f"{d.drop:+.2f} ({d.drop_ci[0]:+.2f} to {d.drop_ci[1]:+.2f})",
+            f"{d.agreement:.2f}",
+        ]
+        diffs = ["-" if x is None else f"{x:.3g}" for x in (d.logit_max_diff, d.logit_mean_diff)]
+        lines.append(table(header, [[str(d.images), *values, *diffs]], markdown))
+        lines.append(
+            f"reference: {d.reference_source}; allowed drop {d.max_drop:g} points:"
+            f" {'ok' if d.passed else 'FAILED'}"
+        )
+    lines += [f"note: {n}" for n in v.notes]
+    lines.append(f"{v.bundle} on {v.runtime['runtime']}: {'verified' if v.passed else 'NOT verified'}")
+    return "\n".join(lines)
+
+
+def verdict_text(verdict: dict[str, Any], markdown: bool = False) -> str:
+    """What ``--precision auto`` measured and recommends: candidates, sensitivity of the groups, notes, the
+    winner."""
+    labelled, winner = verdict["labelled"], verdict["winner"]
+    rows = [_candidate_row(c, labelled, c["variant"] == winner) for c in verdict["candidates"]]
+    header = [
+        "candidate",
+        *(["top-1 %"] if labelled else []),
+        "drop (95 % CI)" if labelled else "disagreement (95 % CI)",
+        "agreement %",
+        "p50 ms",
+        "speed-up (95 % CI)",
+        "MB",
+        "verdict",
+    ]
+    parts = [table(header, rows, markdown)]
+    if verdict["sensitivity"]:
+        ranking = [
+            [s["group"], str(s["nodes"]), f"{s['accuracy']['deviation']:.4f}", *_drop(s["accuracy"])]
+            for s in verdict["sensitivity"]
+        ]
+        parts.append(
+            "sensitivity: each group alone in int8, the worst first; logits in standard deviations of fp32's"
+        )
+        parts.append(
+            table(
+                ["group", "operations", "logit deviation", "drop (95 % CI)", "agreement %"], ranking, markdown
+            )
+        )
+    if verdict["float_already"]:
+        parts.append(f"float in every int8 candidate (depthwise): {', '.join(verdict['float_already'])}")
+    measured = [c for c in verdict["candidates"] if c["accuracy"]]
+    images, budget, host = measured[0]["accuracy"]["images"], verdict["latency_budget"], verdict["host"]
+    what = "labelled images" if labelled else "calibration images"
+    limit = f", limited to {verdict['isa']}" if verdict["isa"] else ""
+    parts.append(
+        f"{images} {what}; allowed: drop {verdict['max_drop']:g}"
+        f" points{f', {budget:g} ms' if budget else ''}; {verdict['runtime']}, {host['cpu']}{limit}; threads:"
+        f" {verdict['threads'] or 'all'}; latencies interleaved"
+    )
+    parts += [
+        f"note: {c['variant']['name']}: {c['why_not']}" for c in verdict["candidates"] if ":" in c["why_not"]
+    ]
+    parts += [f"note: {note}" for note in verdict["notes"]]
+    parts += [
+        f"warning: {c['variant']['name']}: {w}"
+        for c in measured
+        if c["speed"]
+        for w in c["speed"]["warnings"]
+    ]
+    return "\n\n".join([*parts, _recommendation(verdict)])
+
+
+def _candidate_row(candidate: dict[str, Any], labelled: bool, best: bool) -> list[str]:
+    accuracy, speed = candidate["accuracy"], candidate["speed"]
+    top1 = [] if not labelled else [f"{accuracy['top1']:.2f}" if accuracy else "-"]
+    latency = ["-"] * 3
+    if speed:
+        low, high = speed["ratio_ci"]
+        latency = [
+            f"{speed['p50']:.2f}",
+            f"{speed['ratio']:.2f} ({low:.2f}-{high:.2f})",
+            f"{speed['size_bytes'] / 1e6:.1f}",
+        ]
+    verdict = "best" if best else candidate["why_not"].partition(":")[0] or "passes"
+    return [
+        candidate["variant"]["name"],
+        *top1,
+        *(_drop(accuracy) if accuracy else ["-", "-"]),
+        *latency,
+        verdict,
+    ]
+
+
+def _drop(accuracy: dict[str, Any]) -> list[str]:
+    low, high = accuracy["drop_ci"]
+    return [f"{accuracy['drop']:+.2f} ({low:+.2f} to {high:+.2f})", f"{accuracy['agreement']:.2f}"]
+
+
+def _recommendation(verdict: dict[str, Any]) -> str:
+    if verdict["winner"] is None:
+        return "recommended: none of these passes"
+    best = next(c for c in verdict["candidates"] if c["variant"] == verdict["winner"])
+    accuracy, speed, name = best["accuracy"], best["speed"], best["variant"]["name"]
+    (low, high), (worst, top) = accuracy["drop_ci"], speed["ratio_ci"]
+    base = verdict["candidates"][0]["variant"]["name"]
+    lines = [
+        f"recommended: {name}"
+        + (
+            f", {speed['ratio']:.2f} times as fast as {base} (95 % CI {worst:.2f} to {top:.2f})"
+            if name != base
+            else ""
+        )
+        + f", drop {accuracy['drop']:+.2f} points (95 % CI {low:+.2f} to {high:+.2f})"
+    ]
+    if best["variant"]["keep_float"]:
+        lines.append(
+            f"the same by name: --precision int8 --keep-float {','.join(best['variant']['keep_float'])}"
+        )
+    if high > verdict["max_drop"]:
+        lines.append(
+            f"the drop's interval reaches beyond the allowed {verdict['max_drop']:g} points: more images"
+            " would tell"
+        )
+    if verdict["tied"]:
+        lines.append(
+            f"no clear difference in speed: {'; '.join(verdict['tied'])}; of these the one closest to {base}"
+            " was taken"
+        )
+    return "\n".join(lines)
+
+
+def bundle_json(bundle: Bundle) -> dict[str, Any]:
+    """What an export produced, for machines."""
+    m = bundle.manifest
+    return {
+        "bundle": str(bundle.path),
+        "precision": m.precision,
+        "format": m.format,
+        "verification": m.verification,
+        "latency": m.latency,
+        "calibration": m.calibration,
+        "verdict": m.verdict,
+        "bytes": _size(bundle),
+    }
+
+
+def _synthesis_lines(made: dict[str, Any] | None) -> list[str]:
+    """What making synthetic calibration images came to."""
+    if made is None:
+        return []
+    lines = [
+        f"synthetic images: distance of the batch norms' statistics {made['loss_before']:.3f} ->"
+        f" {made['loss_after']:.3f} in {made['steps']} steps"
+    ]
+    if made["stopped_early"]:
+        lines.append(
+            f"note: the time was up after {made['steps']} of {made['steps_asked']} steps; fewer images"
+            " (--calib-size) get more of them, and --no-cache makes them anew"
+        )
+    return lines
+
+
+def bundle_text(bundle: Bundle) -> str:
+    """What an export produced and what to do next."""
+    m, path = bundle.manifest, bundle.path
+    latency = m.latency or {}
+    lines = [verdict_text(m.verdict), ""] if m.verdict else []
+    lines += [*_verified_lines(m.verification or {}), *_typed_lines(m.typing)]
+    if latency:
+        lines.append(
+            f"latency: median {latency['p50_ms']:.2f} ms a batch of {latency['batch']} "
+            "(a quick look; cmt-bench measures properly)"
+        )
+        lines.append(f"ran as: {ExecutedPrecision(**latency['executed']).summary()}")
+        lines += [f"warning: {w}" for w in latency["warnings"]]
+    else:
+        lines.append("latency: not measured, the bundle has no engine yet")
+    if m.labels_source == "numbered":
+        lines.append("note: the classes have no names; give them with --labels FILE")
+    if m.calibration and m.calibration["cached"]:
+        lines.append("note: calibration was taken from the cache (same graph, images and recipe)")
+    lines += _synthesis_lines((m.calibration or {}).get("synthesis"))
+    lines += [f"bundle: {path} ({_size(bundle) / 1e6:.1f} MB)", "", "next:"]
+    if m.format == "trt" and not m.engine:
+        return "\n".join([*lines, f"  copy {path} to the device", f"  cmt-build {path.name}"])
+    if bundle.head != LOGITS:
+        return "\n".join(
+            [
+                *lines,
+                f"  in Python: Predictor.load({str(path)!r}).features(batch)",
+                f"  cmt-bench {path}",
+                f"  cmt-verify {path}",
+            ]
+        )
+    return "\n".join(
+        [
+            *lines,
+            f"  cmt-predict {path} IMAGE",
+            f"  cmt-bench {path}",
+            f"  cmt-verify {path} --data LABELLED_IMAGES",
+        ]
+    )
+
+
+def _typed_lines(typing: dict[str, Any] | None) -> list[str]:
+    """What a typed graph computes in, and why some of it stays float32."""
+    if not typing:
+        return []
+    counts = ", ".join(f"{n} in {p}" for p, n in sorted(typing["operations"].items(), key=lambda kv: -kv[1]))
+    lines = [f"typed: {counts} (operations)"]
+    kinds = Counter((i["op"], i["reason"]) for i in typing["islands"])
+    lines += [f"float32: {n} {op}: {reason}" for (op, reason), n in kinds.items()]
+    if typing["observed"]:
+        seen = typing["observed"]
+        lines.append(
+            f"observed on {seen['images']} images ({seen['source']}): largest value {seen['largest']:.4g},"
+            " float16 holds 65504"
+        )
+    return lines
+
+
+def device_text(content: dict[str, Any], markdown: bool = False) -> str:
+    """The device report that ``cmt-build`` writes: engine, golden check, latency by both clocks, state of the
+    device, power."""
+    key, golden = content["key"], content["golden"]
+    measured = content["benchmark"]["results"][0]
+    how = "reused" if content["reused"] else f"built in {content['built_s']:.0f} s"
+    lines = [f"# {content['bundle']} on {key['gpu']}", ""] if markdown else []
+    lines += [
+        f"engine: {how}, {content['engine_bytes'] / 1e6:.1f} MB; TensorRT {key['tensorrt']}, CUDA"
+        f" {key['cuda']}, driver {key['driver']}, {key['gpu']} (sm {key['sm']})"
+    ]
+    lines += [f"replaced: {reason}" for reason in content["replaces"]]
+    lines += [
+        (
+            f"golden images: {golden['images']}; {golden['output']} differ by {golden['diff']:.2g} (allowed"
+            f" {golden['atol']:.2g}): ok"
+        ),
+        (
+            f"layers at the asked precision or below: {100 * content['low_precision_share']:.0f} %; "
+            f"ran as: {ExecutedPrecision(**measured['executed']).summary()}, "
+            f"{100 * measured['executed']['conversion_share']:.0f} % of the time on conversions"
+        ),
+        "",
+    ]
+    lines += [_device_latency(measured, markdown), ""]
+    lines += _power_lines(content["power"])
+    lines += _state_lines(content["state"])
+    lines += [f"warning: {w}" for w in [*measured["warnings"], *content["warnings"]]]
+    return "\n".join([*lines, ""] if markdown else lines)
+
+
+def built_text(bundle: Bundle, content: dict[str, Any]) -> str:
+    """What ``cmt-build`` did and what to do next."""
+    entry = bundle.manifest.engine or {}
+    lines = [
+        device_text(content),
+        f"bundle: {bundle.path} ({_size(bundle) / 1e6:.1f} MB), report: {bundle.path / entry['text']}",
+    ]
+    others = (
+        "build the other precisions too and compare them with cmt-bench: int8 is not always faster than fp16"
+        " on a GPU"
+    )
+    use = (
+        f"  cmt-predict {bundle.path} IMAGE"
+        if bundle.head == LOGITS
+        else "  in Python: Predictor.load(...).features(batch)"
+    )
+    return "\n".join([*lines, "", "next:", use, f"  cmt-bench {bundle.path} OTHER_BUNDLE", f"({others})"])
+
+
+def _device_latency(measured: dict[str, Any], markdown: bool) -> str:
+    """The numbers that are easily confused, side by side."""
+    clock = measured["on_device"]
+    named = {
+        "GPU, inference alone": clock and clock["compute"],
+        "GPU, with copies": clock and clock["with_copies"],
+        "host, starting it": clock and clock["enqueue"],
+        "host, one call": measured["model"],
+        "host, image file to answer": measured["end_to_end"],
+    }
+    rows = [[name, *_ms(Latency(**latency))] for name, latency in named.items() if latency]
+    text = table(["milliseconds", "p50", "p90", "p95", "p99", "max"], rows, markdown)
+    rate = measured["throughput"]
+    return text + (f"\n\nthroughput: {rate:.0f} images/s; batch {measured['batch']}" if rate else "")
+
+
+def _power_lines(power: dict[str, Any]) -> list[str]:
+    if power["source"] is None:
+        return ["power: not known here", *(f"note: {n}" for n in power["notes"])]
+    phases = ", ".join(
+        f"{phase} {power[phase]['watts']:.2f} W"
+        for phase in ("before", "during", "after")
+        if power[phase]["watts"] is not None
+    )
+    joules = power["joules_per_image"]
+    energy = f"; {1e3 * joules:.2f} mJ an image, idle power included" if joules else ""
+    return [f"power ({power['source']}): {phases}{energy}", *(f"note: {n}" for n in power["notes"])]
+
+
+def _state_lines(state: dict[str, Any]) -> list[str]:
+    """Module, clocks and temperatures before and after."""
+    before, after = state["before"], state["after"]
+    known = [before[k] for k in ("module",) if before[k]]
+    known += [f"L4T {before['l4t']}"] if before["l4t"] else []
+    known += [f"JetPack {before['jetpack']}"] if before["jetpack"] else []
+    known += [f"power mode {before['power_mode']['name']}"] if before["power_mode"] else []
+    if before["clocks"] and before["clocks"]["locked"] is not None:
+        known.append(
+            "clocks locked"
+            if before["clocks"]["locked"]
+            else "clocks NOT locked (sudo jetson_clocks locks them)"
+        )
+    lines = [f"device: {', '.join(known)}"] if known else []
+    hottest = [max(s["temperatures_c"].values(), default=None) for s in (before, after)]
+    lines += (
+        [f"hottest sensor: {hottest[0]:.0f} °C before, {hottest[1]:.0f} °C after"]
+        if None not in hottest
+        else []
+    )
+    gpu = after["dgpu"]
+    if gpu:
+        reasons = ", ".join(gpu["clock_reasons"] or []) or "nothing"
+        lines.append(
+            f"GPU: {gpu['temperature_c']} °C, {gpu['sm_mhz']} of {gpu['sm_max_mhz']} MHz, held back by"
+            f" {reasons}"
+        )
+    return lines + [f"note: {n}" for n in before["notes"]]
+
+
+def _size(bundle: Bundle) -> int:
+    return sum(entry["size"] for entry in bundle.manifest.files.values())
+
+
+def _verified_lines(verification: dict[str, Any]) -> list[str]:
+    """The manifest's verification entry: steps, golden images, top-1."""
+    golden, data = verification["golden"], verification["data"]
+    steps = ", ".join(f"{name} {difference:.1e}" for name, difference in verification["steps"].items())
+    lines = [
+        f"steps, largest difference: {steps}",
+        f"golden images: {golden['output']} differ by {golden['diff']:.2g} (allowed {golden['atol']:.2g})",
+    ]
+    if not data:
+        return [*lines, *(["top-1: not measured (no --eval-data)"] if golden["output"] == LOGITS else [])]
+    low, high = data["drop_ci"]
+    return [
+        *lines,
+        (
+            f"top-1 on {data['images']} images: reference {data['reference_top1']:.2f} %, bundle"
+            f" {data['top1']:.2f} %, drop {data['drop']:+.2f} points (95 % CI {low:+.2f} to {high:+.2f}),"
+            f" agreement {data['agreement']:.2f} %"
+        ),
+    ]
+
+
+def predictions_text(predictions: Sequence[Prediction], topk: int) -> str:
+    """One line an image: its name, then the most probable classes."""
+    width = max((len(p.source or "") for p in predictions), default=0)
+    lines = []
+    for p in predictions:
+        best = ", ".join(f"{label} {100 * probability:.1f} %" for label, probability in p.top(topk))
+        lines.append(f"{(p.source or '').ljust(width)}  {best}")
+    return "\n".join(lines)
+
+
+def prediction_json(prediction: Prediction, topk: int) -> dict[str, Any]:
+    """``{"source", "top": [{"label", "probability"}, ...]}``."""
+    top = [{"label": label, "probability": round(p, 6)} for label, p in prediction.top(topk)]
+    return {"source": prediction.source, "top": top}
+
+
+def latency_plot(result: Benchmark, path: Path) -> None:
+    """Horizontal bars of p50 with whiskers to p95, model only, written as PNG or SVG.
+
+    Raises:
+        RuntimeMissingError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as exc:
+        raise RuntimeMissingError("plots need matplotlib", remedy='pip install "cmt-edge[report]"') from exc
+    import io
+
+    results = list(reversed(result.results))
+    figure = Figure(figsize=(8, 1.2 + 0.6 * len(results)), layout="constrained")
+    axes = figure.add_subplot()
+    p50 = [r.model.p50 for r in results]
+    upper = [r.model.p95 - r.model.p50 for r in results]
+    bars = axes.barh(
+        [r.name for r in results], p50, xerr=[[0.0] * len(p50), upper], color="#4477aa", capsize=3
+    )
+    axes.bar_label(bars, [f"{v:.2f} ms" for v in p50], label_type="center", color="white")
+    axes.set_xlabel("latency of one inference, ms (bar: median; whisker: 95th percentile)")
+    axes.set_title(result.host["cpu"])
+    axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix.lstrip(".") or "png", dpi=120)
+    write_atomic(path, buffer.getvalue())

@@ -1,0 +1,433 @@
+"""State of the device beside a measurement: :func:`snapshot` reads it once, :class:`PowerMonitor` samples the
+power.
+
+What cannot be read becomes a note, never an exception: a latency without its power figure is still a latency.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from ..errors import InputError, RuntimeMissingError
+from . import dgpu, jetson
+from .dgpu import DGpu
+from .jetson import Clocks, Memory, PowerMode
+from .tegrastats import TegrastatsPower
+
+TOOL_TIMEOUT_S = 3.0
+TOOL_FOLDERS = ("/usr/sbin", "/usr/bin", "/sbin", "/bin")
+"""Searched after ``PATH``: ``nvpmodel`` lies in ``/usr/sbin``, which many users' ``PATH`` lacks."""
+JOIN_TIMEOUT_S = 5.0
+PHASES = ("before", "during", "after")
+NO_RAILS = "power rails: no power monitor can be read in sysfs; L4T 32 lets only root read it"
+
+T = TypeVar("T")
+Run = Callable[[Sequence[str]], "str | None"]
+
+
+@dataclass(frozen=True)
+class DeviceState:
+    """What a latency report records of the device; empty and ``None`` is what it does not tell.
+
+    Attributes:
+        kind: ``"jetson"``, ``"dgpu"`` (any machine with an NVIDIA GPU that NVML reads) or ``"cpu"``.
+        module, l4t, jetpack: of a Jetson, e.g. ``"NVIDIA Jetson AGX Orin Developer Kit"``, ``"36.4.3"``,
+            ``"6.2"``.
+        power_mode: of ``nvpmodel``.
+        clocks: of ``jetson_clocks --show``, in MHz; ``clocks.locked`` tells whether they may move.
+        temperatures_c: thermal zone -> degrees Celsius.
+        rails_w: power rail -> watts at the moment of the snapshot.
+        memory: total and available, in MB of 2**20 bytes.
+        dgpu: state of the GPU.
+        notes: what could not be read, and why.
+    """
+
+    kind: str
+    module: str | None = None
+    l4t: str | None = None
+    jetpack: str | None = None
+    power_mode: PowerMode | None = None
+    clocks: Clocks | None = None
+    temperatures_c: dict[str, float] = field(default_factory=dict)
+    rails_w: dict[str, float] = field(default_factory=dict)
+    memory: Memory | None = None
+    dgpu: DGpu | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PowerSensor:
+    """One reading of the total power: ``watts`` raises where it fails, ``close`` is called once at the
+    end."""
+
+    source: str
+    watts: Callable[[], float]
+    close: Callable[[], object] = lambda: None
+
+
+@dataclass(frozen=True)
+class Power:
+    """Mean of ``samples`` readings in watts; ``None`` without any."""
+
+    watts: float | None
+    samples: int
+
+
+@dataclass(frozen=True)
+class PowerReport:
+    """Power of a measurement; ``source`` names the rails or the GPU (``None``: no sensor), ``interval_s``
+    between samples."""
+
+    source: str | None
+    interval_s: float
+    before: Power
+    during: Power
+    after: Power
+    notes: list[str]
+
+
+# --- snapshot -------------------------------------------------------------------------------------
+
+
+def find_tool(name: str) -> str | None:
+    """Path of a program, also where the user's ``PATH`` lacks its folder."""
+    return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *TOOL_FOLDERS]))
+
+
+def run_tool(command: Sequence[str]) -> str | None:
+    """Standard output of a tool, whatever its exit code; ``None`` where it is absent or takes longer than 3
+    s.
+
+    No shell, no ``sudo``, no input.
+    """
+    program = find_tool(command[0])
+    if program is None:
+        return None
+    try:
+        done = subprocess.run(
+            [program, *command[1:]],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=TOOL_TIMEOUT_S,
+            check=False,
+            env={**os.environ, "LC_ALL": "C"},
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.decode("utf-8", "replace")
+
+
+def snapshot(root: Path = Path("/"), run: Run = run_tool, gpu_index: int = 0) -> DeviceState:
+    """The state now.
+
+    Args:
+        root: folder that holds ``proc``, ``sys`` and ``etc``.
+        run: runs a command and returns its standard output, ``None`` where it has no answer.
+        gpu_index: which GPU NVML is asked for; a Jetson is not asked.
+
+    Sources: as the functions of :mod:`cmt_edge.deploy.telemetry.jetson` and
+    :mod:`cmt_edge.deploy.telemetry.dgpu`. Raises :class:`InputError` for a root that is no folder and a
+    negative index.
+    """
+    root = Path(root)
+    _check(root, gpu_index)
+    return _jetson(root, run) if jetson.is_jetson(root) else _other(root, gpu_index)
+
+
+def _check(root: Path, gpu_index: int) -> None:
+    if not root.is_dir():
+        raise InputError("not a folder", where=root)
+    if gpu_index < 0:
+        raise InputError(f"no GPU has the index {gpu_index}", remedy="count from 0")
+
+
+def _jetson(root: Path, run: Run) -> DeviceState:
+    notes: list[str] = []
+    module = jetson.read_module(root)
+    if module.l4t is None:
+        notes.append("L4T release: /etc/nv_tegra_release is missing, as in most containers")
+    elif module.l4t not in jetson.JETPACK:
+        notes.append(f"JetPack: the release of L4T {module.l4t} is not in the table")
+    return DeviceState(
+        kind="jetson",
+        module=module.model,
+        l4t=module.l4t,
+        jetpack=module.jetpack,
+        power_mode=_ask(["nvpmodel", "-q"], run, jetson.parse_nvpmodel, notes),
+        clocks=_ask(["jetson_clocks", "--show"], run, jetson.parse_jetson_clocks, notes),
+        temperatures_c=_temperatures(root, notes),
+        rails_w=_rails(root, notes),
+        memory=_memory(root, notes),
+        notes=notes,
+    )
+
+
+def _other(root: Path, gpu_index: int) -> DeviceState:
+    gpu, notes = dgpu.read_dgpu(gpu_index)
+    return DeviceState(
+        kind="dgpu" if gpu else "cpu",
+        temperatures_c=_temperatures(root, notes),
+        memory=_memory(root, notes),
+        dgpu=gpu,
+        notes=notes,
+    )
+
+
+def _temperatures(root: Path, notes: list[str]) -> dict[str, float]:
+    zones = jetson.read_temperatures(root)
+    if not zones:
+        notes.append("temperatures: no thermal zone can be read in /sys/class/thermal")
+    return zones
+
+
+def _rails(root: Path, notes: list[str]) -> dict[str, float]:
+    rails = jetson.read_rails(root)
+    if not rails:
+        notes.append(NO_RAILS)
+    else:
+        notes += [
+            f"power rail {s.name}: cannot be read" for s in jetson.find_rails(root) if s.name not in rails
+        ]
+    return rails
+
+
+def _memory(root: Path, notes: list[str]) -> Memory | None:
+    memory = jetson.memory(root)
+    if memory is None:
+        notes.append("memory: /proc/meminfo cannot be read")
+    return memory
+
+
+def _ask(command: list[str], run: Run, parse: Callable[[str], T | None], notes: list[str]) -> T | None:
+    """What ``parse`` makes of the tool's answer, or ``None`` and a note."""
+    name = " ".join(command)
+    text = run(command)
+    if text is None:
+        notes.append(f"{name}: not found, or no answer within {TOOL_TIMEOUT_S:.0f} s")
+        return None
+    result = parse(text)
+    if result is None:
+        first = text.strip().split("\n")[0][:200]
+        # as a user, jetson_clocks prints one line that says so, on whichever stream
+        refused = "root" in first or (not first and command[0] == "jetson_clocks")
+        notes.append(f"{name} needs root: run with sudo" if refused else f"{name}: {first or 'empty answer'}")
+    return result
+
+
+# --- power ----------------------------------------------------------------------------------------
+
+
+def find_power_sensor(root: Path = Path("/"), gpu_index: int = 0) -> tuple[PowerSensor | None, list[str]]:
+    """What measures the total power here, tried once, or ``None`` and the reason.
+
+    On a Jetson the input rail of sysfs, or the sum of the rails where it has none
+    (:func:`cmt_edge.deploy.telemetry.jetson.total_rails`), or the same from ``tegrastats`` where sysfs cannot
+    be read; else the GPU's board power by NVML, without CPU and memory of the machine.
+    """
+    if not jetson.is_jetson(root):
+        return _gpu_sensor(gpu_index)
+    sensor, notes = _rail_sensor(root)
+    return (sensor, notes) if sensor else _tegrastats_sensor(notes)
+
+
+def _tegrastats_sensor(notes: list[str]) -> tuple[PowerSensor | None, list[str]]:
+    """The tool, or ``notes`` of why sysfs could not be read and what the tool lacks."""
+    program = find_tool("tegrastats")
+    if program is None:
+        return None, [*notes, "power: tegrastats is not here either"]
+    try:
+        running = TegrastatsPower([program])
+    except OSError as exc:
+        return None, [*notes, f"power: {exc}"]
+    return PowerSensor(running.source, running.watts, running.close), []
+
+
+def _rail_sensor(root: Path) -> tuple[PowerSensor | None, list[str]]:
+    sensors = {s.name: s for s in jetson.find_rails(root)}
+    names, readable = jetson.total_rails(sensors), jetson.read_rails(root)
+    if not names:
+        return None, [NO_RAILS]
+    if missing := [n for n in names if n not in readable]:  # a sum without them would be called the total
+        return None, [f"power: {', '.join(missing)} cannot be read"]
+    source = names[0] if len(names) == 1 else f"sum of {', '.join(names)}"
+    return PowerSensor(source, lambda: sum(sensors[n].watts() for n in names)), []
+
+
+def _gpu_sensor(index: int) -> tuple[PowerSensor | None, list[str]]:
+    stack = ExitStack()
+    try:
+        nvml, handle = stack.enter_context(dgpu.opened(index))
+    except RuntimeMissingError as exc:
+        return None, [f"power: {exc.what}"]
+    try:
+        dgpu.power_w(nvml, handle)
+    except nvml.NVMLError as exc:
+        stack.close()
+        return None, [f"power: GPU {index} does not tell it: {exc}"]
+    return (
+        PowerSensor(f"NVML, board power of GPU {index}", lambda: dgpu.power_w(nvml, handle), stack.close),
+        [],
+    )
+
+
+class PowerMonitor:
+    """Samples the total power in a background thread while the body of a ``with`` runs, and before and after
+    it.
+
+    >>> with PowerMonitor() as power:
+    ...     latency_ms = measure()
+    >>> power.during.watts, power.energy_per_inference(latency_ms)
+
+    The GPU's figure is itself an average over a second, and an INA3221 is read over I2C: let the body run for
+    some seconds.
+
+    Args:
+        root, gpu_index: as :func:`snapshot`.
+        interval_s: between two samples; each sample takes a few milliseconds of one core.
+        idle_s: how long to sample before and after the body, which waits; 0 leaves at most one sample.
+        sensor: instead of what :func:`find_power_sensor` finds.
+
+    Raises :class:`InputError` for an interval that is not positive or a negative idle time.
+    """
+
+    def __init__(
+        self,
+        root: Path = Path("/"),
+        *,
+        interval_s: float = 0.1,
+        idle_s: float = 1.0,
+        gpu_index: int = 0,
+        sensor: PowerSensor | None = None,
+    ) -> None:
+        if not (math.isfinite(interval_s) and interval_s > 0 and math.isfinite(idle_s) and idle_s >= 0):
+            raise InputError(f"cannot sample every {interval_s} s with {idle_s} s of idle time")
+        _check(Path(root), gpu_index)
+        self._root, self._gpu_index, self._given = Path(root), gpu_index, sensor
+        self._interval_s, self._idle_s = interval_s, idle_s
+        self._reset()
+
+    def _reset(self) -> None:
+        self.notes: list[str] = []
+        self._sensor: PowerSensor | None = None
+        self._samples: dict[str, list[float]] = {phase: [] for phase in PHASES}
+        self._failures = 0
+        self._phase = PHASES[0]
+        self._stop, self._wake = threading.Event(), threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> PowerMonitor:
+        self._reset()
+        self._sensor, self.notes = (
+            (self._given, []) if self._given else find_power_sensor(self._root, self._gpu_index)
+        )
+        if self._sensor is None:
+            return self
+        self._thread = threading.Thread(target=self._sample, args=(self._sensor,), name="power", daemon=True)
+        self._thread.start()
+        try:
+            time.sleep(self._idle_s)
+        except BaseException:  # interrupted here, __exit__ would not be called
+            self._end()
+            raise
+        self._enter_phase("during")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self._enter_phase("after")
+            if kind is None and self._thread is not None:
+                time.sleep(self._idle_s)
+        finally:
+            self._end()
+
+    def _enter_phase(self, phase: str) -> None:
+        self._phase = phase
+        self._wake.set()
+
+    def _sample(self, sensor: PowerSensor) -> None:
+        """The thread: one reading in each interval, and one as soon as a phase begins."""
+        while not self._stop.is_set():
+            phase = self._phase
+            try:
+                watts = sensor.watts()
+                if not math.isfinite(watts):
+                    raise ValueError(f"reads {watts}")
+            except Exception as exc:
+                self._failures += 1
+                if self._failures == 1:
+                    self.notes.append(
+                        f"power: {sensor.source} failed in the phase {phase!r}: {exc or type(exc).__name__}"
+                    )
+            else:
+                if phase == self._phase:  # a reading across two phases belongs to neither
+                    self._samples[phase].append(watts)
+            self._wake.wait(self._interval_s)
+            self._wake.clear()
+
+    def _end(self) -> None:
+        if self._thread is None or self._sensor is None:
+            return
+        self._stop.set()
+        self._wake.set()
+        self._thread.join(JOIN_TIMEOUT_S)
+        if self._thread.is_alive():
+            # closing under a call that hangs could crash; the thread ends with the call, or with the process
+            self.notes.append(f"power: {self._sensor.source} did not answer for {JOIN_TIMEOUT_S:.0f} s")
+        else:
+            self._sensor.close()
+        if self._failures > 1:
+            self.notes.append(f"power: {self._failures} readings failed in all")
+        self._thread = None
+
+    @property
+    def source(self) -> str | None:
+        """What is measured, ``None`` without a sensor."""
+        return self._sensor.source if self._sensor else None
+
+    @property
+    def before(self) -> Power:
+        """While idle, before the body."""
+        return self._mean("before")
+
+    @property
+    def during(self) -> Power:
+        """While the body ran."""
+        return self._mean("during")
+
+    @property
+    def after(self) -> Power:
+        """While idle, after the body."""
+        return self._mean("after")
+
+    def _mean(self, phase: str) -> Power:
+        samples = list(self._samples[phase])
+        return Power(math.fsum(samples) / len(samples) if samples else None, len(samples))
+
+    def report(self) -> PowerReport:
+        """All figures, for a file."""
+        return PowerReport(
+            self.source, self._interval_s, self.before, self.during, self.after, list(self.notes)
+        )
+
+    def energy_per_inference(self, latency_ms: float, images: int = 1) -> float | None:
+        """Joules for one image: mean watts during the body, times the seconds of one call, over the images of
+        one call.
+
+        Of the whole device, idle power included. ``None`` where the power is unknown. Raises
+        :class:`InputError` for a latency that is not positive or less than one image.
+        """
+        if not (math.isfinite(latency_ms) and latency_ms > 0) or images < 1:
+            raise InputError(f"no energy of {images} images in {latency_ms} ms")
+        watts = self.during.watts
+        return None if watts is None else watts * latency_ms / 1e3 / images

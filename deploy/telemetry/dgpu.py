@@ -1,0 +1,180 @@
+"""State of an NVIDIA GPU of a PC or server, through NVML (the optional package ``nvidia-ml-py``, module
+``pynvml``).
+
+Not for a Jetson: NVML opens there, but answers "Not Supported" to power, clocks, memory and temperature.
+Source of all functions and units: NVIDIA, *NVML API Reference Guide*, "Device Queries" and "System Queries".
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ..errors import RuntimeMissingError
+
+T = TypeVar("T")
+
+CLOCK_REASONS = {
+    0x001: "idle",
+    0x002: "application clocks",
+    0x004: "software power cap",
+    0x008: "hardware slowdown",
+    0x010: "sync boost",
+    0x020: "software thermal slowdown",
+    0x040: "hardware thermal slowdown",
+    0x080: "hardware power brake",
+    0x100: "display clock",
+    0x200: "board limit",
+    0x400: "reliability",
+}
+"""Bits of ``nvmlDeviceGetCurrentClocksEventReasons`` (NVML, "NvmlClocksEventReasons"; the last two are of old
+drivers)."""
+
+
+@dataclass(frozen=True)
+class DGpu:
+    """One GPU, every figure ``None`` where the driver does not tell it.
+
+    Attributes:
+        driver, cuda: version of the driver, and the newest CUDA that it runs.
+        power_w: board power in watts, which newer GPUs average over one second; ``power_limit_w`` what is
+            enforced.
+        sm_mhz, memory_mhz: clocks now; ``..._max_mhz`` the highest they can be set to.
+        persistence: whether the driver stays loaded without a client.
+        performance_state: ``"P0"`` (highest) to ``"P15"``.
+        clock_reasons: why the clocks are below their maximum, empty where nothing holds them.
+    """
+
+    index: int
+    name: str | None
+    driver: str | None
+    cuda: str | None
+    power_w: float | None
+    power_limit_w: float | None
+    sm_mhz: int | None
+    sm_max_mhz: int | None
+    memory_mhz: int | None
+    memory_max_mhz: int | None
+    temperature_c: int | None
+    memory_used_mb: int | None
+    memory_total_mb: int | None
+    persistence: bool | None
+    performance_state: str | None
+    clock_reasons: list[str] | None
+
+
+@contextmanager
+def opened(index: int = 0) -> Iterator[tuple[Any, Any]]:
+    """The module ``pynvml`` and the handle of one GPU; closes NVML at the end.
+
+    Raises :class:`RuntimeMissingError` where the package, the driver or the GPU is missing.
+    """
+    try:
+        nvml = importlib.import_module("pynvml")
+    except ImportError as exc:
+        raise RuntimeMissingError("pynvml is not installed", remedy="pip install nvidia-ml-py") from exc
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError as exc:
+        raise RuntimeMissingError("no NVIDIA driver", why=exc) from exc
+    try:
+        try:
+            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+        except nvml.NVMLError as exc:
+            raise RuntimeMissingError(f"no NVIDIA GPU {index}", why=exc) from exc
+        yield nvml, handle
+    finally:
+        with suppress(nvml.NVMLError):
+            nvml.nvmlShutdown()
+
+
+def power_w(nvml: Any, handle: Any) -> float:
+    """Board power in watts. Raises ``NVMLError``."""
+    return nvml.nvmlDeviceGetPowerUsage(handle) / 1e3
+
+
+def nvml_index(pci: str, default: int) -> int:
+    """NVML's number of the GPU at a bus address; CUDA counts the fastest first and hides some. ``default``
+    where NVML is not here."""
+    try:
+        with opened(default) as (nvml, _):
+            return int(nvml.nvmlDeviceGetIndex(nvml.nvmlDeviceGetHandleByPciBusId(pci)))
+    except Exception:  # whatever NVML lacks: the caller has a number to go on with
+        return default
+
+
+def read_dgpu(index: int = 0) -> tuple[DGpu | None, list[str]]:
+    """The GPU's state, and a sentence for each thing that could not be read. Never raises."""
+    try:
+        with opened(index) as (nvml, handle):
+            return _read(nvml, handle, index)
+    except RuntimeMissingError as exc:
+        return None, ["; ".join(filter(None, [f"dGPU: {exc.what}", exc.why, exc.remedy]))]
+
+
+def _read(nvml: Any, handle: Any, index: int) -> tuple[DGpu, list[str]]:
+    notes: list[str] = []
+
+    def ask(what: str, *calls: Callable[[], T]) -> T | None:
+        """The first call that answers; where none does, a note with the reason of the last."""
+        reason: Exception | None = None
+        for call in calls:
+            try:
+                return call()
+            except (
+                nvml.NVMLError,
+                AttributeError,
+            ) as exc:  # AttributeError: the package is older than the function
+                reason = exc
+        notes.append(f"dGPU {index}, {what}: {reason}")
+        return None
+
+    sm, mem, sensor = nvml.NVML_CLOCK_SM, nvml.NVML_CLOCK_MEM, nvml.NVML_TEMPERATURE_GPU
+    used = ask("memory", lambda: nvml.nvmlDeviceGetMemoryInfo(handle))
+    state = ask("performance state", lambda: nvml.nvmlDeviceGetPerformanceState(handle))
+    gpu = DGpu(
+        index=index,
+        name=ask("name", lambda: _text(nvml.nvmlDeviceGetName(handle))),
+        driver=ask("driver version", lambda: _text(nvml.nvmlSystemGetDriverVersion())),
+        cuda=ask("CUDA version", lambda: _cuda(nvml.nvmlSystemGetCudaDriverVersion_v2())),
+        power_w=ask("power", lambda: power_w(nvml, handle)),
+        power_limit_w=ask("power limit", lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3),
+        sm_mhz=ask("SM clock", lambda: nvml.nvmlDeviceGetClockInfo(handle, sm)),
+        sm_max_mhz=ask("highest SM clock", lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, sm)),
+        memory_mhz=ask("memory clock", lambda: nvml.nvmlDeviceGetClockInfo(handle, mem)),
+        memory_max_mhz=ask("highest memory clock", lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, mem)),
+        temperature_c=ask(
+            "temperature",
+            lambda: nvml.nvmlDeviceGetTemperatureV(handle, sensor),
+            lambda: nvml.nvmlDeviceGetTemperature(handle, sensor),
+        ),
+        memory_used_mb=None if used is None else int(used.used) // 2**20,
+        memory_total_mb=None if used is None else int(used.total) // 2**20,
+        persistence=ask("persistence mode", lambda: bool(nvml.nvmlDeviceGetPersistenceMode(handle))),
+        performance_state=None if state is None or state > 15 else f"P{state}",
+        clock_reasons=ask(
+            "clock reasons",
+            lambda: clock_reasons(nvml.nvmlDeviceGetCurrentClocksEventReasons(handle)),
+            lambda: clock_reasons(nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)),
+        ),
+    )
+    return gpu, notes
+
+
+def clock_reasons(bits: int) -> list[str]:
+    """Names of the set bits, lowest first; a bit without a name is given as a number."""
+    ones = [1 << i for i in range(bits.bit_length()) if bits >> i & 1]
+    return [CLOCK_REASONS.get(one, f"{one:#x}") for one in ones]
+
+
+def _text(value: str | bytes) -> str:
+    """Packages before 11.5 answer in bytes."""
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+
+
+def _cuda(version: int) -> str:
+    """``"12.4"`` of 12040."""
+    return f"{version // 1000}.{version % 1000 // 10}"

@@ -1,0 +1,1 @@
+"""TensorRT: building an engine on its device, reading it back, and running it."""

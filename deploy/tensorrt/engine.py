@@ -1,0 +1,262 @@
+"""TensorRT engines in a bundle: what they are keyed by, and which of them may be loaded.
+
+An engine is native code in effect: deserialising one from elsewhere runs whatever its author wanted. So an
+engine is loaded only if
+
+* its bytes hash to what the manifest says,
+* the manifest's entry carries a *seal*, an HMAC-SHA256 under a secret that never leaves this machine, and
+* its key (ONNX hash, TensorRT, CUDA, driver, GPU, options) is the present one.
+
+Everything else is rebuilt from ``model.onnx``, the portable artefact. Source: TensorRT documentation,
+"Security considerations".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import shlex
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from platformdirs import user_data_path
+
+from ..backends.base import batch_limit
+from ..bundle import ENGINES, ONNX, Bundle
+from ..errors import BundleError, InputError, OutputError, RuntimeMissingError
+from ..files import write_atomic
+from .cuda import Cuda, Gpu
+
+DEFAULT_LEVEL = 3
+SECRET_BYTES = 32
+PROFILE = (1, 1, 8)
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What a build depends on besides the graph and the machine.
+
+    Attributes:
+        workspace: GiB the builder and the engine may use for scratch memory; default 40 % of what is free.
+        level: TensorRT's builder optimization level, 0 (fast build) to 5 (thorough).
+        profile: smallest, typical and largest batch of a dynamic graph.
+        tf32: let float32 products round their inputs to TF32 (10 bits of mantissa).
+    """
+
+    workspace: float | None = None
+    level: int = DEFAULT_LEVEL
+    profile: tuple[int, int, int] = PROFILE
+    tf32: bool = False
+
+    def check(self) -> None:
+        """Raises :class:`InputError` for a value that TensorRT would refuse."""
+        if self.workspace is not None and not 0 < self.workspace < 4096:
+            raise InputError(f"a workspace of {self.workspace:g} GiB", remedy="give --workspace GiB, above 0")
+        if not 0 <= self.level <= 5:
+            raise InputError(f"optimization level {self.level}", remedy="give 0 (fast build) to 5 (thorough)")
+        least, typical, most = self.profile
+        if not 1 == least <= typical <= most:
+            raise InputError(
+                f"a batch profile of {least},{typical},{most}",
+                remedy="give MIN,OPT,MAX with MIN 1 (single images must run) <= OPT <= MAX",
+            )
+
+
+@dataclass(frozen=True)
+class Request:
+    """What :mod:`cmt_edge.deploy.tensorrt.builder` is to build; paths as text, ``profile`` only for a dynamic
+    batch, ``workspace`` in bytes."""
+
+    onnx: str
+    sha256: str
+    plan: str
+    timing_cache: str
+    input: str
+    shape: tuple[int | str, ...]
+    workspace: int
+    level: int
+    tf32: bool
+    profile: tuple[int, int, int] | None
+    device: int = 0
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self)))
+
+    @classmethod
+    def read(cls, path: Path) -> Request:
+        return cls(**json.loads(path.read_text()))
+
+
+@dataclass(frozen=True)
+class Device:
+    """The machine an engine is for."""
+
+    tensorrt: str
+    cuda: str
+    driver: str
+    gpu: Gpu
+
+    @classmethod
+    def here(cls, tensorrt: str, cuda: Cuda, index: int = 0) -> Device:
+        release = _driver_release()
+        driver = f"{cuda.driver_version()} ({release})" if release else cuda.driver_version()
+        return cls(tensorrt, cuda.runtime_version(), driver, cuda.gpu(index))
+
+
+def engine_key(bundle: Bundle, device: Device, options: EngineOptions) -> dict[str, Any]:
+    """Everything an engine depends on; equal keys mean that an engine may be used again."""
+    chosen = asdict(options)
+    chosen["profile"] = list(options.profile) if batch_limit(bundle) == 0 else None
+    return {
+        "onnx": bundle.manifest.files[ONNX]["sha256"],
+        "tensorrt": device.tensorrt,
+        "cuda": device.cuda,
+        "driver": device.driver,
+        "gpu": f"{device.gpu.name}, {device.gpu.processors} multiprocessors",
+        "sm": device.gpu.sm,
+        "options": chosen,
+    }
+
+
+def member(data: bytes, kind: str, suffix: str) -> str:
+    """Name of a new file of the bundle: by content, so that it never replaces one before the manifest
+    knows."""
+    return f"{ENGINES}/{kind}-{hashlib.sha256(data).hexdigest()[:12]}{suffix}"
+
+
+def timing_cache_name(device: Device) -> str:
+    """File of the timings TensorRT keeps between builds; they are good for one version on one kind of GPU."""
+    return f"{_digest(asdict(device))[:16]}.cache"
+
+
+def seal(sha256: str, key: dict[str, Any]) -> str:
+    """Proof that this machine recorded the engine of hash ``sha256`` under ``key``."""
+    return hmac.new(_secret(), f"{sha256} {_digest(key)}".encode(), hashlib.sha256).hexdigest()
+
+
+def trusted(bundle: Bundle) -> bool:
+    """Whether the bundle's engine entry was written on this machine."""
+    entry = bundle.manifest.engine
+    if not entry or entry["file"] not in bundle.manifest.files:
+        return False
+    expected = seal(bundle.manifest.files[entry["file"]]["sha256"], entry["key"])
+    return hmac.compare_digest(expected.encode(), entry["seal"].encode())
+
+
+def differences(entry: dict[str, Any], key: dict[str, Any]) -> list[str]:
+    """What changed between an engine and the present machine and bundle, readable; options are not
+    compared."""
+    return [
+        f"{name}: built for {entry['key'].get(name)}, here {key[name]}"
+        for name in key
+        if name != "options" and entry["key"].get(name) != key[name]
+    ]
+
+
+def read_engine(bundle: Bundle, device: Device) -> bytes:
+    """The bytes of the bundle's engine, if they may be deserialised here.
+
+    Raises:
+        RuntimeMissingError: there is no engine for this device; the remedy is ``cmt-build``.
+        BundleError: the file is not what the manifest says.
+    """
+    entry, remedy = bundle.manifest.engine, f"cmt-build {bundle.path}"
+    if not entry:
+        raise RuntimeMissingError(
+            "the bundle has no TensorRT engine yet",
+            where=bundle.path,
+            remedy=f"build it on this device: {remedy}",
+        )
+    if not trusted(bundle):
+        raise RuntimeMissingError(
+            "the engine was not built on this machine by this user, so it is not loaded",
+            where=bundle.path,
+            why="an engine is native code",
+            remedy=(
+                f"build it here: {remedy}; several users of one machine "
+                "share engines by naming one folder in CMT_EDGE_STATE"
+            ),
+        )
+    changed = differences(entry, engine_key(bundle, device, EngineOptions()))
+    if changed:
+        raise RuntimeMissingError(
+            "the engine does not fit this device",
+            where=bundle.path,
+            why="; ".join(changed),
+            remedy=f"build it again: {remedy}",
+        )
+    data = bundle.file(entry["file"]).read_bytes()
+    if hashlib.sha256(data).hexdigest() != bundle.manifest.files[entry["file"]]["sha256"]:
+        raise BundleError(
+            "the engine was changed",
+            where=bundle.path / entry["file"],
+            remedy=f"build it again: {remedy} --force",
+        )
+    return data
+
+
+def trtexec(bundle: Bundle, options: EngineOptions, device: str | None = None) -> str:
+    """The command line of NVIDIA's ``trtexec`` that builds the same engine, for comparing and for bug
+    reports.
+
+    Scratch memory is left to ``trtexec`` unless ``options`` name it.
+    """
+    version = (bundle.manifest.engine or {}).get("key", {}).get("tensorrt", "10")
+    parts = [
+        "trtexec",
+        f"--onnx={bundle.file(ONNX)}",
+        "--saveEngine=engine.plan",
+        f"--builderOptimizationLevel={options.level}",
+        "--profilingVerbosity=detailed",
+        "--timingCacheFile=timing.cache",
+    ]
+    parts += (
+        ["--stronglyTyped"] if version.split(".", maxsplit=1)[0] == "10" else []
+    )  # from 11 on there is nothing else
+    parts += [f"--memPoolSize=workspace:{round(options.workspace * 1024)}M"] if options.workspace else []
+    parts += [] if options.tf32 else ["--noTF32"]
+    if batch_limit(bundle) == 0:
+        rest = "x".join(map(str, bundle.manifest.input["shape"][1:]))
+        parts += [
+            f"--{kind}Shapes={bundle.manifest.input['name']}:{count}x{rest}"
+            for kind, count in zip(("min", "opt", "max"), options.profile, strict=True)
+        ]
+    parts += [f"--device={device}"] if device else []
+    return shlex.join(parts)
+
+
+def _digest(key: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+
+
+def _secret() -> bytes:
+    """This machine's secret, made at first use; ``CMT_EDGE_STATE`` moves the folder it lies in."""
+    folder = Path(os.environ.get("CMT_EDGE_STATE") or user_data_path("cmt-edge", appauthor=False))
+    path = folder / "machine.key"
+    try:
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write_atomic(path, secrets.token_bytes(SECRET_BYTES), mode=0o600)
+        secret = path.read_bytes()
+        if len(secret) != SECRET_BYTES:
+            raise OSError(f"it holds {len(secret)} bytes instead of {SECRET_BYTES}; delete it")
+        return secret
+    except (OSError, OutputError) as exc:
+        raise OutputError(
+            "the secret that seals engines cannot be kept",
+            where=path,
+            why=getattr(exc, "strerror", None) or exc,
+            remedy="name a writable folder in CMT_EDGE_STATE",
+        ) from exc
+
+
+def _driver_release(root: Path = Path("/")) -> str | None:
+    """Version of NVIDIA's kernel driver, where it says so."""
+    try:
+        return (root / "sys/module/nvidia/version").read_text().strip()
+    except OSError:
+        return None

@@ -1,0 +1,153 @@
+"""What an engine's layers really compute in, read from TensorRT's engine inspector.
+
+The JSON of ``get_engine_information`` differs between versions: an input's type stands in ``Format/Datatype``
+("Row major linear FP16 format", "Half") up to 10.x and apart from the format in 11 (``Datatype``). Only the
+words are looked at, so both are understood. Source: TensorRT documentation, "Engine Inspector"; the engines
+of NVIDIA's TREx examples.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..backends.base import ExecutedPrecision
+from ..errors import GateError, StepError
+
+WORDS = (
+    ("int8", r"\bint8\b"),
+    ("fp8", r"\bfp8\w*\b"),
+    ("bf16", r"\b(bf16|bfloat16|bfloat)\b"),
+    ("fp16", r"\b(fp16|half|float16)\b"),
+    ("fp32", r"\b(fp32|float|float32|tf32)\b"),
+)
+"""Precisions with the words for them, the lowest first."""
+CONVERSIONS = ("reformat", "cast", "copy", "noop", "shuffle", "identity", "quantize", "dequantize")
+NO_COMPUTE = ("constant", "shape", "shape_call", "assertion", "signal", "wait")
+GENERATED = re.compile(r"^__myl_(move|cast?|copy|reform|quan|dequ)+(_myl|$)", re.IGNORECASE)
+"""Names of generated kernels (kind "kgen") that only move or convert; the name lists what was fused into
+one."""
+TACTICS = (
+    ("int8", r"(?<![a-z0-9])(i8i8|s8s8|imma)"),
+    ("fp16", r"(?<![a-z0-9])(f16f16|h884|h1688|h16816|hmma)"),
+    ("fp32", r"(?<![a-z0-9])(f32f32|tf32|s1688)"),
+)
+"""Words of kernel names, for layers whose tensors tell nothing."""
+LEAST_SHARE = 0.5
+"""Fusions change how many operations there are, so an engine passes with this part of the low-precision share
+of its graph."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer: ``precision`` is the lowest its inputs have; ``conversion`` if it only moves or converts."""
+
+    name: str
+    kind: str
+    precision: str
+    conversion: bool
+
+
+def layers(text: str) -> list[Layer]:
+    """The computing and converting layers of an inspector's JSON; raises :class:`StepError` if it cannot be
+    understood."""
+    try:
+        entries = json.loads(text, strict=False)["Layers"]
+        found = [_layer(entry) for entry in entries if isinstance(entry, dict)]
+    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise StepError(
+            "the engine's inspection cannot be understood",
+            why=f"{type(exc).__name__}: {exc}",
+            remedy="report the TensorRT version and the first lines of the inspection",
+        ) from exc
+    if entries and not found:
+        raise StepError(
+            "the engine's inspection names its layers only",
+            why="it was built without detailed profiling verbosity",
+            remedy="build it again with cmt-build --force",
+        )
+    return [layer for layer in found if layer.precision and layer.kind.lower() not in NO_COMPUTE]
+
+
+def _layer(entry: Mapping[str, Any]) -> Layer:
+    kind = str(entry.get("LayerType", ""))
+    name = str(entry.get("Name", ""))
+    precision = (
+        _lowest(entry.get("Inputs"))
+        or _lowest(entry.get("Outputs"))
+        or _of_tactic(str(entry.get("TacticName", "")))
+    )
+    return Layer(
+        name,
+        kind,
+        precision,
+        any(word in kind.lower() for word in CONVERSIONS) or bool(GENERATED.match(name)),
+    )
+
+
+def _lowest(tensors: Any) -> str:
+    """The lowest precision that a list of tensors mentions, ``""`` if none has a float or int8 type."""
+    text = " ".join(" ".join(_words(t)) for t in tensors or () if isinstance(t, dict)).lower()
+    return next((precision for precision, pattern in WORDS if re.search(pattern, text)), "")
+
+
+def _of_tactic(name: str) -> str:
+    """The precision that a kernel's name tells, e.g. ``sm80_xmma_fprop_implicit_gemm_f16f16_f16f32_...``."""
+    return next((precision for precision, pattern in TACTICS if re.search(pattern, name.lower())), "")
+
+
+def _words(tensor: Mapping[str, Any]) -> list[str]:
+    return [str(value) for key, value in tensor.items() if "format" in key.lower() or "type" in key.lower()]
+
+
+def executed(found: list[Layer], times: Mapping[str, float] | None = None) -> ExecutedPrecision:
+    """Shares by precision: of time where ``times`` (layer name -> any unit) is given, and of layers."""
+    operations = Counter(layer.precision for layer in found if not layer.conversion)
+    source = "TensorRT engine inspector"
+    if not times or not (total := sum(times.values())):
+        return ExecutedPrecision({}, dict(operations), 0.0, source)
+    share: dict[str, float] = defaultdict(float)
+    by_name = {layer.name: layer for layer in found}
+    conversion = 0.0
+    for name, spent in times.items():
+        layer = by_name.get(name)
+        share[layer.precision if layer else "other"] += spent / total
+        conversion += spent / total if layer and layer.conversion else 0.0
+    return ExecutedPrecision(dict(share), dict(operations), conversion, f"{source} and profiler")
+
+
+def require_precision(asked: str, operations: Mapping[str, int], found: list[Layer]) -> float:
+    """The share of computing layers at the precision ``asked`` or below.
+
+    Args:
+        asked: the bundle's precision.
+        operations: precision -> operations in the bundle's graph, what the engine should have kept.
+        found: the engine's layers.
+
+    Raises:
+        GateError: less than half of what the graph asks for: the engine would be slower than it says.
+        StepError: the inspection does not tell.
+    """
+    low = {"int8": ("int8",), "fp16": ("int8", "fp8", "fp16", "bf16")}.get(asked)
+    computing = [layer for layer in found if not layer.conversion]
+    if low is None:
+        return 1.0
+    if not computing:
+        raise StepError(
+            f"the engine's inspection tells no types, so it is not known whether it computes in {asked}",
+            remedy="report the TensorRT version; a bundle of a fixed --batch may tell more",
+        )
+    share = sum(layer.precision in low for layer in computing) / len(computing)
+    expected = sum(operations.get(p, 0) for p in low) / max(1, sum(operations.values()))
+    if share < LEAST_SHARE * expected:
+        summary = ", ".join(f"{n} {p}" for p, n in Counter(layer.precision for layer in computing).items())
+        raise GateError(
+            f"{asked} was asked for, but only {100 * share:.0f} % of the engine's layers compute in it",
+            why=f"the graph has {100 * expected:.0f} %; the engine's layers: {summary}",
+            remedy="nothing was kept; build with another --level, or export another --precision",
+        )
+    return share

@@ -1,0 +1,372 @@
+"""TensorRT 10.3 to 11: engines on NVIDIA GPUs, built by ``cmt-build`` on the device that runs them.
+
+Precision is not chosen here: networks are strongly typed, so it stands in ``model.onnx``. Only names that
+every version from 10.3 to 11.4 has are used; numbers of enumerations differ between versions and are never
+stored. Each thread that runs gets an execution context of its own from a pool, with pinned buffers, a
+non-default stream and a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import queue
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorrt as trt
+
+from ..backends.base import DeviceTimes, ExecutedPrecision, LoadOptions, Session
+from ..bundle import Bundle
+from ..errors import InputError, RuntimeMissingError, StepError
+from .cuda import TO_DEVICE, TO_HOST, Cuda, CudaError, open_cuda
+from .engine import Device, read_engine
+from .inspection import executed, layers
+
+FLOAT_BYTES = 4
+KEPT_LINES = 20
+UNKNOWN_TYPES = "due to dynamic shapes"
+"""What the inspector writes for types it does not know."""
+
+
+class Log(trt.ILogger):
+    """Keeps TensorRT's last warnings and errors instead of printing them."""
+
+    def __init__(self) -> None:
+        trt.ILogger.__init__(self)
+        self.errors: list[str] = []
+        self.warnings: list[str] = []
+
+    def clear(self) -> None:
+        self.errors, self.warnings = [], []
+
+    def log(self, severity: Any, message: str) -> None:
+        if severity in (trt.Logger.Severity.INTERNAL_ERROR, trt.Logger.Severity.ERROR):
+            self.errors = [*self.errors, message][-KEPT_LINES:]
+        elif severity == trt.Logger.Severity.WARNING:
+            self.warnings = [*self.warnings, message][-KEPT_LINES:]
+
+
+LOG = Log()
+"""TensorRT keeps the first logger it is given for the whole process, so there is one."""
+
+
+def gpu_index(device: str | None) -> int:
+    """``None``, ``"0"``, ``"gpu:0"`` or ``"cuda:0"`` -> 0; raises :class:`InputError`."""
+    text = (device or "0").lower().removeprefix("cuda").removeprefix("gpu").removeprefix(":") or "0"
+    if not text.isdigit():
+        raise InputError(f"TensorRT has no device {device!r}", remedy="give the number of a GPU: --device 0")
+    return int(text)
+
+
+def check(device: str | None = None) -> str:
+    """Name and version of the runtime; raises :class:`RuntimeMissingError` where there is no such GPU."""
+    open_cuda().gpu(gpu_index(device))
+    return f"tensorrt {trt.__version__}"
+
+
+def compile(onnx: Path, folder: Path) -> list[Path]:
+    """Nothing to prepare off the device: :mod:`cmt_edge.deploy.tensorrt.build` makes the engine."""
+    return []
+
+
+def describe_device(device: str | None = None) -> tuple[Cuda, Device]:
+    """The GPU and what an engine for it is keyed by; raises :class:`RuntimeMissingError`."""
+    cuda = open_cuda()
+    return cuda, Device.here(trt.__version__, cuda, gpu_index(device))
+
+
+def load(bundle: Bundle, options: LoadOptions) -> Session:
+    """Open the engine of a bundle.
+
+    Raises:
+        RuntimeMissingError: no engine for this device yet, or one from elsewhere; the remedy is
+            ``cmt-build``.
+        BundleError: the engine was changed; found out before it is deserialised.
+    """
+    cuda, device = describe_device(options.device)
+    plan = read_engine(bundle, device)
+    return TensorRTSession(
+        plan, cuda, device.gpu.index, outputs=bundle.outputs, throughput=options.throughput
+    )
+
+
+class TensorRTSession(Session):
+    """A deserialised engine with one float32 input and float32 outputs; ``outputs`` names them in the order
+    of the graph."""
+
+    def __init__(
+        self,
+        plan: bytes,
+        cuda: Cuda,
+        index: int = 0,
+        *,
+        outputs: Sequence[str] = ("logits",),
+        graphs: bool = True,
+        throughput: bool = False,
+    ) -> None:
+        self.runtime = f"tensorrt {trt.__version__}"
+        self.parallelism = 2 if throughput else 1  # copies of one request overlap the other's computing
+        self.graphs = graphs
+        """Whether inferences are launched as CUDA graphs; turned off with a note in :attr:`notes` where that
+        fails."""
+        self.notes: list[str] = []
+        self._cuda, self._index = cuda, index
+        self._enter()
+        self.device = cuda.gpu(index).name
+        LOG.clear()
+        self._runtime = trt.Runtime(LOG)
+        self._engine = self._runtime.deserialize_cuda_engine(plan)
+        if self._engine is None:
+            raise StepError(
+                "TensorRT refused the engine",
+                why="; ".join(LOG.errors),
+                remedy="build it again with cmt-build --force",
+            )
+        self._input, self._outputs = self._names(outputs)
+        self._most = self._largest_batch()
+        self._idle: queue.SimpleQueue[_Lane] = queue.SimpleQueue()
+        self._lanes: list[_Lane] = []
+        self._lock = threading.Lock()
+
+    def _names(self, expected: Sequence[str]) -> tuple[str, list[str]]:
+        engine = self._engine
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        inputs = [n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
+        outputs = [n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.OUTPUT]
+        floats = all(engine.get_tensor_dtype(n) == trt.DataType.FLOAT for n in names)
+        if len(inputs) != 1 or set(outputs) != set(expected) or not floats:
+            raise StepError(
+                f"the engine's inputs and outputs are {', '.join(names)}, not one float32 input and"
+                f" {', '.join(expected)}",
+                remedy="build it from a bundle of cmt-export --format trt",
+            )
+        return inputs[0], list(expected)
+
+    def _largest_batch(self) -> int:
+        _least, _typical, most = self._engine.get_tensor_profile_shape(self._input, 0)
+        return int(most[0])
+
+    def run(self, batch: np.ndarray) -> list[np.ndarray]:
+        if not len(batch):
+            shapes = [tuple(self._engine.get_tensor_shape(name))[1:] for name in self._outputs]
+            return [np.empty((0, *shape), np.float32) for shape in shapes]
+        with self._lane() as lane:
+            parts = [lane.run(batch[i : i + self._most]) for i in range(0, len(batch), self._most)]
+        return (
+            parts[0] if len(parts) == 1 else [np.concatenate(output) for output in zip(*parts, strict=True)]
+        )
+
+    def device_times(self, batch: np.ndarray, count: int) -> DeviceTimes:
+        with self._lane() as lane:
+            lane.run(batch)
+            return DeviceTimes(
+                *(np.array(column) for column in zip(*(lane.timed(batch) for _ in range(count)), strict=True))
+            )
+
+    def executed(self, batch: np.ndarray, repeats: int = 10) -> ExecutedPrecision:
+        profiler = _LayerTimes()
+        self._enter()
+        lane = self._new_lane(graphs=False)
+        try:
+            lane.run(batch)
+            lane.context.profiler = profiler
+            for _ in range(repeats):
+                lane.run(batch)
+        finally:
+            lane.close()
+        return executed(layers(self.inspect()), profiler.milliseconds)
+
+    def inspect(self) -> str:
+        """The engine inspector's JSON; with a dynamic batch only a context with a shape knows the types."""
+        inspector = self._engine.create_engine_inspector()
+        text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+        if UNKNOWN_TYPES not in text:
+            return text
+        with self._lane() as lane:
+            lane.set_shape((1, *tuple(self._engine.get_tensor_shape(self._input))[1:]))
+            inspector.execution_context = lane.context
+            return inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+
+    def close(self) -> None:
+        self._enter()
+        with self._lock:
+            for lane in self._lanes:
+                lane.close()
+            self._lanes.clear()
+        self._idle = queue.SimpleQueue()
+        self._engine = self._runtime = None
+
+    def _enter(self) -> None:
+        """The current device is a property of each thread, and others may have changed it."""
+        self._cuda.use(self._index)
+
+    @contextlib.contextmanager
+    def _lane(self) -> Iterator[_Lane]:
+        self._enter()
+        try:
+            lane = self._idle.get_nowait()
+        except queue.Empty:
+            with self._lock:
+                lane = self._new_lane(self.graphs)
+                self._lanes.append(lane)
+        try:
+            yield lane
+        finally:
+            if lane.note:
+                self.graphs, self.notes = False, sorted({*self.notes, lane.note})
+            self._idle.put(lane)
+
+    def _new_lane(self, graphs: bool) -> _Lane:
+        context = self._engine.create_execution_context()
+        if context is None:
+            raise RuntimeMissingError(
+                "the engine does not fit the free memory of the device",
+                why="; ".join(LOG.errors),
+                remedy="close other programs, or build with a smaller --workspace or --profile",
+            )
+        return _Lane(context, self._cuda, self._input, self._outputs, graphs)
+
+
+@dataclass
+class _Lane:
+    """One execution context with its stream, buffers and CUDA graph; used by one thread at a time."""
+
+    context: Any
+    cuda: Cuda
+    input: str
+    outputs: list[str]
+    graphs: bool
+    note: str = ""
+    shape: tuple[int, ...] = ()
+    graph: int = 0
+    held: list[tuple[Any, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.stream = self.cuda.stream()
+        self.events = [self.cuda.event() for _ in range(4)]
+
+    def run(self, batch: np.ndarray) -> list[np.ndarray]:
+        """Contiguous float32 ``(N, 3, H, W)`` -> a new float32 array for each output."""
+        self._prepare(batch)
+        self._copy_in()
+        self._compute()
+        self._copy_out()
+        self.cuda.synchronize(self.stream)
+        return [host.copy() for _, host in self.out]
+
+    def timed(self, batch: np.ndarray) -> tuple[float, float, float]:
+        """Milliseconds: computing on the device, with copies on the device, enqueueing on the host."""
+        self._prepare(batch)
+        cuda, (begin, start, end, done) = self.cuda, self.events
+        cuda.record(begin, self.stream)
+        self._copy_in()
+        cuda.record(start, self.stream)
+        before = time.perf_counter_ns()
+        self._compute()
+        enqueue = (time.perf_counter_ns() - before) / 1e6
+        cuda.record(end, self.stream)
+        self._copy_out()
+        cuda.record(done, self.stream)
+        return cuda.elapsed_ms(start, end), cuda.elapsed_ms(begin, done), enqueue
+
+    def _prepare(self, batch: np.ndarray) -> None:
+        """Buffers and a graph for this shape, and the pixels in pinned memory."""
+        if batch.shape != self.shape:
+            self._reshape(batch.shape)
+        self.host_in[...] = batch
+        if self.graphs and not self.graph:
+            self._capture()
+
+    def _copy_in(self) -> None:
+        self.cuda.copy(self.device_in, self.host_in.ctypes.data, self.host_in.nbytes, TO_DEVICE, self.stream)
+
+    def _copy_out(self) -> None:
+        for device, host in self.out:
+            self.cuda.copy(host.ctypes.data, device, host.nbytes, TO_HOST, self.stream)
+
+    def _compute(self) -> None:
+        if self.graph:
+            self.cuda.launch(self.graph, self.stream)
+        else:
+            self._enqueue()
+
+    def _enqueue(self) -> None:
+        if not self.context.execute_async_v3(self.stream):
+            raise StepError(
+                "TensorRT could not start the inference",
+                remedy="build the engine again with cmt-build --force",
+            )
+
+    def set_shape(self, shape: tuple[int, ...]) -> None:
+        """Tell the context the input's shape; buffers and graph of another are given back."""
+        self._release()
+        if not self.context.set_input_shape(self.input, shape):
+            raise InputError(
+                f"the engine does not take an input of {shape}",
+                remedy="build it with another --profile MIN,OPT,MAX",
+            )
+
+    def _reshape(self, shape: tuple[int, ...]) -> None:
+        self.set_shape(shape)
+        self.device_in, self.host_in = self._buffers(shape)
+        self.out = [self._buffers(tuple(self.context.get_tensor_shape(name))) for name in self.outputs]
+        addresses = [self.device_in, *(device for device, _ in self.out)]
+        for name, address in zip((self.input, *self.outputs), addresses, strict=True):
+            if not self.context.set_tensor_address(name, address):
+                raise StepError(
+                    f"TensorRT refused the buffer of {name}",
+                    remedy="report the model and the TensorRT version",
+                )
+        self.shape = shape
+
+    def _buffers(self, shape: tuple[int, ...]) -> tuple[int, np.ndarray]:
+        """Device memory and a pinned host array of ``shape``, float32."""
+        count = int(np.prod(shape))
+        device = self.cuda.device_memory(count * FLOAT_BYTES)
+        self.held.append((self.cuda.free_device_memory, device))
+        pinned = self.cuda.pinned_memory(count * FLOAT_BYTES)
+        self.held.append((self.cuda.free_pinned_memory, pinned))
+        return device, np.ctypeslib.as_array((ctypes.c_float * count).from_address(pinned)).reshape(shape)
+
+    def _capture(self) -> None:
+        """Record the inference as a CUDA graph; without one where the engine cannot be captured."""
+        self._enqueue()  # what TensorRT does at the first call only is not part of the graph
+        self.cuda.synchronize(self.stream)
+        try:
+            self.graph = self.cuda.capture(self.stream, self._enqueue)
+        except (CudaError, StepError) as exc:
+            self.graphs, self.note = False, f"no CUDA graph, each inference is enqueued: {exc.what}"
+
+    def _release(self) -> None:
+        """Give back what belongs to one shape."""
+        if self.graph:
+            self.cuda.destroy_graph(self.graph)
+        self.graph, self.shape = 0, ()
+        while self.held:
+            free, address = self.held.pop()
+            free(address)
+
+    def close(self) -> None:
+        self._release()
+        for event in self.events:
+            self.cuda.destroy_event(event)
+        self.cuda.destroy_stream(self.stream)
+        self.context = None
+
+
+class _LayerTimes(trt.IProfiler):
+    """Sums the milliseconds of each layer."""
+
+    def __init__(self) -> None:
+        trt.IProfiler.__init__(self)
+        self.milliseconds: dict[str, float] = defaultdict(float)
+
+    def report_layer_time(self, layer_name: str, ms: float) -> None:
+        self.milliseconds[layer_name] += ms

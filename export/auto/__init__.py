@@ -1,0 +1,1 @@
+"""``--precision auto``: measures the candidates and decides; it never exports."""

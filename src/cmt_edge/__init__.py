@@ -1,0 +1,59 @@
+"""Hybrid CNN-transformer image classifiers from PyTorch to the device: fast, small and verified.
+
+>>> from cmt_edge import ExportConfig, Predictor, export
+>>> bundle = export(ExportConfig("cmt_nano", precision="int8", data="generated", output="out"))
+>>> with Predictor.load(bundle.path) as predictor:
+...     predictor("ship.jpg").top(3)
+
+Importing this package loads neither PyTorch nor a runtime: each name below is imported when it is first used.
+``cmt_edge.export`` is the subpackage and, called, :func:`cmt_edge.export.pipeline.run`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .cmt import create_model
+    from .deploy import Bundle, Predictor
+    from .deploy.measure.benchmark import benchmark
+    from .deploy.measure.parity import verify
+    from .export.config import ExportConfig
+    from .export.pipeline import run as export
+    from .version import __version__
+
+_HOMES = {
+    "Bundle": "deploy",
+    "ExportConfig": "export.config",
+    "Predictor": "deploy",
+    "__version__": "version",
+    "benchmark": "deploy.measure.benchmark",
+    "create_model": "cmt",
+    "verify": "deploy.measure.parity",
+}
+"""Public name -> the module that defines it."""
+
+__all__ = [
+    "Bundle",
+    "ExportConfig",
+    "Predictor",
+    "__version__",
+    "benchmark",
+    "create_model",
+    "export",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on its first use."""
+    if name == "export":
+        return import_module(".export", __name__)  # a module that can be called
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
