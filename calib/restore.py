@@ -225,4 +225,5 @@ def _before_pair(dequantizer: ir.Node) -> ir.Value:
 def _is_same(now: ir.Value, before: ir.Value) -> bool:
     """Whether two constants are stored alike."""
     ours: bytes = tensor_of(now).SerializeToString(deterministic=True)
-    return ours == tensor_of(before).SerializeToString(deterministic=True)
+    theirs: bytes = tensor_of(before).SerializeToString(deterministic=True)
+    return ours == theirs
