@@ -291,9 +291,9 @@ def copy_node(node: ir.Node, inputs: Sequence[ir.Value | None], suffix: str) -> 
 def detach_readers(value: ir.Value, name: str) -> ir.Value:
     """Rename a computed tensor, and return a new tensor under its old name, which everything reads instead.
 
-    The caller makes the node that computes the new tensor.
+    The new tensor has the type and shape of the old one; the caller makes the node that computes it.
     """
-    new = ir.val(value.name)
+    new = ir.val(value.name, type=value.type, shape=value.shape)
     value.name = name
     value.replace_all_uses_with(new, replace_graph_outputs=True)
     return new

@@ -220,8 +220,8 @@ def _round_output(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
     """Let the readers of ``value`` read it rounded to float16, as float32."""
     name = name_of(value)
     after = detach_readers(value, f"{name}_exact")
-    half = make_node("Cast", [value], f"{name}_rounded", f"{name}_round", {"to": int(HALF)})
-    single = ir.node("Cast", half.outputs, {"to": int(FLOAT)}, outputs=[after], name=f"{name}_widen")
+    half = make_node("Cast", [value], f"{name}_rounded", "", {"to": int(HALF)})
+    single = ir.node("Cast", half.outputs, {"to": int(FLOAT)}, outputs=[after], name="")
     graph.insert_after(node, [half, single])
 
 
