@@ -1,4 +1,4 @@
-"""The view of an ONNX graph: what is read and written again keeps its bytes, and changes change nothing else."""
+"""The view of an ONNX graph: reading and writing keeps every byte, and a change changes nothing else."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from cmt_edge.calib.graph import (
     make_node,
     measure_extremes,
     open_graph,
+    open_view,
     read_model,
     read_types,
     remove_unread,
@@ -130,6 +131,47 @@ def test_what_nothing_reads_goes_and_the_rest_stays():
     view = read_model(model)
     remove_unread(view.graph)
     assert stored(write_model(view)) == stored(awkward())
+
+
+def test_a_closed_view_holds_no_tensor():
+    """Otherwise the weights of every graph that was looked at would wait for the garbage collector."""
+    model = awkward()
+    with open_view(model) as view:
+        nodes, constants = list(view.graph), list(view.graph.initializers.values())
+        add_constant(view.graph, "added", np.zeros(3, np.float32))
+        unfold_constants(view.graph)
+        remove_unread(view.graph)
+        nodes += view.graph
+        constants += view.graph.initializers.values()
+    assert {value.name for value in constants} == {"top", "w", "added", "k"} - {"added"}
+    assert not any(value.const_value is not None for value in constants)
+    assert not any(node.meta or node.attributes for node in nodes)
+    assert not view.meta
+    with pytest.raises(ZeroDivisionError), open_view(model) as view:
+        raise ZeroDivisionError
+    assert not view.meta
+
+
+def test_types_are_inferred_without_the_values_of_large_constants():
+    nodes = [
+        helper.make_node("MatMul", ["input", "w"], ["m"], "m"),
+        helper.make_node("Reshape", ["m", "shape"], ["logits"], "r"),
+    ]
+    info = helper.make_tensor_value_info
+    large = np.zeros((40, 60), np.float32)
+    tensors = [numpy_helper.from_array(v, k) for k, v in {"w": large, "shape": np.array([-1, 30, 2])}.items()]
+    ends = [info("input", FLOAT, ["batch", 40]), info("logits", FLOAT, None)]
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", ends[:1], ends[1:], tensors),
+        opset_imports=[helper.make_opsetid("", 20)],
+    )
+    graph = read_types(model).graph
+    assert graph.node("m").outputs[0].shape[1] == 60
+    assert list(graph.outputs[0].shape)[1:] == [30, 2]
+    assert array_of(graph.initializers["w"]).shape == (40, 60)
+    model.graph.node[0].input[0] = "shape"
+    with pytest.raises(onnx.shape_inference.InferenceError):
+        read_types(model)
 
 
 def test_readers_are_inputs_of_nodes_and_outputs_of_the_graph():
@@ -295,13 +337,20 @@ def small() -> tuple[onnx.ModelProto, onnx.ModelProto]:
     return original, int8
 
 
+def rewritten(model: onnx.ModelProto, change) -> onnx.ModelProto:
+    with open_view(model) as view:
+        change(view.graph)
+        return write_model(view)
+
+
 def changed_graphs() -> dict[str, onnx.ModelProto]:
     """What each function that changes graphs makes of small ones."""
     original, int8 = small()
     observed = {"input": 1.0, "r": 1e5, "logits": 40.0}
-    final = move_pairs_to_layers(sign_quantizers(int8))
+    signed = rewritten(int8, sign_quantizers)
+    final = rewritten(signed, move_pairs_to_layers)
     return {
-        "signed": sign_quantizers(int8),
+        "signed": signed,
         "moved": final,
         "restored": restore(final, original, ["linear"]),
         "float16": typed(original, "fp16", observed).model,
