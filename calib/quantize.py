@@ -233,8 +233,8 @@ def calibrate(
 
 def _read_in_int8(model: onnx.ModelProto, recipe: Recipe) -> set[str]:
     """Tensors that layers may read in int8."""
-    floats = set(recipe.float_nodes(model))
     with open_view(model) as view:
+        floats = set(recipe.float_nodes_of(view.graph))
         layers = [node for node in view.graph if node.op_type in INT8_OPS and node.name not in floats]
         operands = [input_of(node, position) for node in layers for position in (0, 1)]
         return {name_of(value) for value in operands if not value.is_initializer()}

@@ -96,8 +96,12 @@ class Recipe:
         A name is repeated for each rule that applies.
         """
         with open_view(model) as view:
-            inner = _inner_depthwise(view.graph) if self.depthwise and self.equalize else set()
-            return [node_name(node) for node in view.graph for _ in range(self._count_rules(node, inner))]
+            return self.float_nodes_of(view.graph)
+
+    def float_nodes_of(self, graph: ir.Graph) -> list[str]:
+        """:meth:`float_nodes` of a graph that is already open."""
+        inner = _inner_depthwise(graph) if self.depthwise and self.equalize else set()
+        return [node_name(node) for node in graph for _ in range(self._count_rules(node, inner))]
 
     def _count_rules(self, node: ir.Node, inner: Collection[ir.Node]) -> int:
         """How many rules keep ``node`` float; ``inner``: the depthwise convs that become int8."""
