@@ -18,7 +18,7 @@ from test_cmt_weights import holds, nano, release, saved, state_of
 from cmt_edge.cmt import download as download_module
 from cmt_edge.cmt import load_pretrained
 from cmt_edge.cmt.download import fetch
-from cmt_edge.cmt.registry import Pretrained
+from cmt_edge.cmt.spec import Pretrained
 from cmt_edge.deploy.errors import DownloadError
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
