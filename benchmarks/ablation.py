@@ -50,7 +50,7 @@ from cmt_edge.calib import CalibrationSet
 from cmt_edge.calib.quantize import unchecked
 from cmt_edge.calib.recipe import DEFAULT, Recipe
 from cmt_edge.cmt import fuse, model_spec
-from cmt_edge.cmt.reference import build
+from cmt_edge.cmt.reference import load_reference
 from cmt_edge.deploy.backends import Session
 from cmt_edge.deploy.backends.openvino import has_bf16
 from cmt_edge.deploy.backends.torch import TorchSession
@@ -345,7 +345,7 @@ def parsed() -> argparse.Namespace:
 
 def main() -> None:
     args = parsed()
-    model, _ = build(args.model, args.weights)
+    model, _ = load_reference(args.model, args.weights)
     images = check_images(ExportConfig(args.model).preprocess, IMAGES)
     truth = logits(TorchSession(model, args.threads), images)
     with tempfile.TemporaryDirectory() as folder:
