@@ -18,11 +18,10 @@ from typing import Any
 import numpy as np
 import onnx
 
+from cmt_edge.deploy.cache import Cache, Files
 from cmt_edge.deploy.errors import CmtEdgeError, GateError, InputError, StepError
-from cmt_edge.deploy.files import write_atomic
 from cmt_edge.deploy.preprocessing import Preprocess
 
-from .cache import evict, locked
 from .data import CalibrationSet
 from .equalize import Equalized, equalize
 from .groups import classes_of, groups_of
@@ -86,22 +85,24 @@ def quantize(
     if cache is None:
         return _checked(unchecked(model, data, spec, recipe, progress))
     content = model.SerializeToString(deterministic=True)
-    path = cache / f"{_key(content, data, spec, recipe)}.onnx"
-    source = path.with_suffix(".float")
-    with locked(path):
-        with contextlib.suppress(Exception):  # an unreadable entry is made again
-            if path.exists():
-                cached = Quantized(onnx.load(path), onnx.load(source), recipe.key(), True)
-                if not lint(cached.model):
-                    path.touch()
-                    source.touch()
-                    return cached
-        result = _checked(unchecked(model, data, spec, recipe, progress))
-        for file, graph in ((source, result.source), (path, result.model)):
-            write_atomic(file, graph.SerializeToString(deterministic=True))
-        for pattern in ("*.onnx", "*.float"):
-            evict(path.parent, pattern, CACHED_FILES)
-    return result
+    store = Cache(cache, (".float", ".onnx"), CACHED_FILES)
+    return store.get(
+        _key(content, data, spec, recipe),
+        decode=lambda files: _from_files(files, recipe),
+        make=lambda: _checked(unchecked(model, data, spec, recipe, progress)),
+        encode=_as_files,
+    )
+
+
+def _as_files(quantized: Quantized) -> Files:
+    graphs = (quantized.source, quantized.model)
+    return tuple(graph.SerializeToString(deterministic=True) for graph in graphs)
+
+
+def _from_files(files: Files, recipe: Recipe) -> Quantized | None:
+    """An entry of the cache; ``None`` where the graph breaks today's rules."""
+    source, model = (onnx.load_from_string(content) for content in files)
+    return None if lint(model) else Quantized(model, source, recipe.key(), True)
 
 
 def keep_float(quantized: Quantized, names: tuple[str, ...]) -> onnx.ModelProto:

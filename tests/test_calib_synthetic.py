@@ -118,7 +118,7 @@ def test_batches_are_even(count, batches):
 @pytest.mark.parametrize("spec", [SPEC, CROPPED], ids=["whole", "cropped"])
 def test_preprocessing_gives_exactly_the_images_that_were_made(small, spec):
     images, how = synthesise(small, 3, spec, steps=2)
-    made = synthetic._as_set(images, how, spec, cached=False)
+    made = synthetic._as_set(synthetic._Made(images, how, cached=False), spec)
     assert np.array_equal(np.stack([pixels(blob, spec) for blob in made._blobs]), images)
     assert [b.shape for b in made.batches(spec)] == [(1, 3, SIZE, SIZE)] * 3
 

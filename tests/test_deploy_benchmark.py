@@ -22,9 +22,9 @@ from cmt_edge.deploy.measure.benchmark import (
     benchmark,
     interleaved,
     precision_warnings,
-    summarise,
     throughput,
 )
+from cmt_edge.deploy.measure.statistics import summarise
 
 QUICK = Protocol(iters=5, seconds=0.05, warmup_iters=2, warmup_seconds=0.01, settle_seconds=0)
 ONCE = Protocol(iters=4, seconds=0, warmup_iters=1, warmup_seconds=0, settle_seconds=0)

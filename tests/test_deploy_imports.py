@@ -145,7 +145,7 @@ def allowed(importer: str, imported: str) -> bool:
     if theirs not in OURS or theirs == ours:
         return True
     return {
-        "cmt": imported in ("cmt_edge.deploy.errors", "cmt_edge.deploy.files"),
+        "cmt": imported.removeprefix("cmt_edge.deploy.") in ("errors", "files", "locks"),
         "calib": theirs == "deploy",
         "deploy": imported == "cmt_edge.calib.lint" and importer.endswith("parser_rules"),
         "export": True,
@@ -173,8 +173,8 @@ def test_imports_are_found():
     assert not allowed("cmt_edge.calib", "cmt_edge.export.config")
 
 
-def test_errors_and_files_need_next_to_nothing():
-    for name in ("cmt_edge.deploy.errors", "cmt_edge.deploy.files"):
+def test_the_leaves_need_next_to_nothing():
+    for name in ("cmt_edge.deploy.errors", "cmt_edge.deploy.files", "cmt_edge.deploy.locks"):
         for imported, _ in imports(name):
             assert (
                 imported in ("cmt_edge.deploy.errors", "__future__", "platformdirs")
