@@ -35,9 +35,10 @@ from ..measure.parity import GoldenCheck, check_golden
 from ..predictor import Predictor
 from ..progress import Progress
 from ..signals import terminate_as_interrupt
-from ..telemetry.device import PowerMonitor, snapshot
 from ..telemetry.dgpu import nvml_index
-from ..telemetry.jetson import memory
+from ..telemetry.jetson import available_memory
+from ..telemetry.power import PowerMonitor
+from ..telemetry.state import snapshot
 from .cuda import Cuda, open_cuda
 from .engine import (
     Device,
@@ -302,8 +303,8 @@ def _clear_stale(scratch: Path) -> None:
 
 def _free_memory(cuda: Cuda, here: Device) -> float:
     """Bytes; what an integrated GPU calls free leaves out memory that the system would give up."""
-    shared = memory(Path("/")) if here.gpu.integrated else None
-    return shared.available_mb * float(1 << 20) if shared else cuda.memory()[0]
+    shared = available_memory(Path("/")) if here.gpu.integrated else None
+    return shared or cuda.memory()[0]
 
 
 def _run_child(request: Path, time_limit: float, progress: Progress) -> list[str]:

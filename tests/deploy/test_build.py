@@ -22,7 +22,6 @@ from cmt_edge.deploy import Bundle, Predictor
 from cmt_edge.deploy.errors import BundleError, OutputError, RuntimeMissingError, StepError
 from cmt_edge.deploy.measure.benchmark import Protocol
 from cmt_edge.deploy.measure.parity import verify
-from cmt_edge.deploy.telemetry.jetson import Memory
 from helpers.bundles import SIZE, make_bundle, snapshot
 from helpers.paths import ROOT
 from helpers.trt import forget_fakes, trt_bundle
@@ -99,7 +98,7 @@ def test_the_network_is_strongly_typed_and_the_options_arrive(gpu_machine, bundl
 
 def test_defaults_leave_tf32_off_and_take_part_of_the_free_memory(gpu_machine, bundle, monkeypatch):
     """Of what the system could free, where GPU and CPU share their memory."""
-    monkeypatch.setattr(cmt_edge.deploy.tensorrt.build, "memory", lambda root: Memory(8192, 5000, 0, 0))
+    monkeypatch.setattr(cmt_edge.deploy.tensorrt.build, "available_memory", lambda root: 5000 << 20)
     assert build(bundle) == 0
     header = json.loads(engine_path(bundle).read_bytes()[len(b"FAKEPLAN") :].split(b"\n", 1)[0])
     assert (header["workspace"], header["level"], header["tf32"]) == (int(0.4 * (5000 << 20)), 3, False)
