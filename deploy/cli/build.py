@@ -9,7 +9,8 @@ from .. import report
 from ..bundle import Bundle
 from ..errors import InputError
 from ..progress import Progress
-from ..tensorrt.build import QUICK, TIME_LIMIT_S, building, finish
+from ..tensorrt.build import DEVICE_PROTOCOL, exclusive, finish
+from ..tensorrt.building import TIME_LIMIT_S
 from ..tensorrt.engine import EngineOptions, trtexec
 from .console import parser, run
 from .protocol import protocol_of
@@ -54,10 +55,16 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--force", action="store_true", help="build even where the bundle's engine is still right")
     p.add_argument("--atol", type=float, help="allowed golden logit difference (default: by precision)")
     p.add_argument(
-        "--iters", type=int, default=QUICK.iters, help="least iterations to measure (default %(default)s)"
+        "--iters",
+        type=int,
+        default=DEVICE_PROTOCOL.iters,
+        help="least iterations to measure (default %(default)s)",
     )
     p.add_argument(
-        "--seconds", type=float, default=QUICK.seconds, help="least seconds to measure (default %(default)s)"
+        "--seconds",
+        type=float,
+        default=DEVICE_PROTOCOL.seconds,
+        help="least seconds to measure (default %(default)s)",
     )
     p.add_argument("--trtexec", action="store_true", help="print the equivalent trtexec command and exit")
     return run(_main, p.parse_args(argv))
@@ -79,7 +86,7 @@ def _main(args: argparse.Namespace) -> int:
     if args.trtexec:
         print(trtexec(bundle, options, args.device))
         return 0
-    with building(bundle.path):
+    with exclusive(bundle.path):
         result = finish(
             bundle,
             options,

@@ -26,16 +26,18 @@ from ..backends.base import DeviceTimes, ExecutedPrecision, LoadOptions, Session
 from ..bundle import Bundle
 from ..errors import InputError, RuntimeMissingError, StepError
 from .cuda import TO_DEVICE, TO_HOST, Cuda, CudaError, open_cuda
-from .engine import Device, read_engine
+from .engine import EngineTarget, read_engine
 from .inspection import executed, layers
 
 FLOAT_BYTES = 4
+"""Bytes of a float32 value."""
 KEPT_LINES = 20
+"""So many of TensorRT's last errors and warnings are kept."""
 UNKNOWN_TYPES = "due to dynamic shapes"
 """What the inspector writes for types it does not know."""
 
 
-class Log(trt.ILogger):
+class Log(trt.ILogger):  # type: ignore[misc, unused-ignore]
     """Keeps TensorRT's last warnings and errors instead of printing them."""
 
     def __init__(self) -> None:
@@ -76,24 +78,27 @@ def compile(onnx: Path, folder: Path) -> list[Path]:
     return []
 
 
-def describe_device(device: str | None = None) -> tuple[Cuda, Device]:
+def engine_target(device: str | None = None) -> tuple[Cuda, EngineTarget]:
     """The GPU and what an engine for it is keyed by; raises :class:`RuntimeMissingError`."""
     cuda = open_cuda()
-    return cuda, Device.here(trt.__version__, cuda, gpu_index(device))
+    return cuda, EngineTarget.here(trt.__version__, cuda, gpu_index(device))
 
 
 def load(bundle: Bundle, options: LoadOptions) -> Session:
     """Open the engine of a bundle.
 
     Raises:
-        RuntimeMissingError: no engine for this device yet, or one from elsewhere; the remedy is
+        RuntimeMissingError: there is no engine for this device yet, or one from elsewhere; the remedy is
             ``cmt-build``.
         BundleError: the engine was changed; found out before it is deserialised.
     """
-    cuda, device = describe_device(options.device)
-    plan = read_engine(bundle, device)
+    cuda, target = engine_target(options.device)
     return TensorRTSession(
-        plan, cuda, device.gpu.index, outputs=bundle.outputs, throughput=options.throughput
+        read_engine(bundle, target),
+        cuda,
+        target.gpu.index,
+        outputs=bundle.outputs,
+        throughput=options.throughput,
     )
 
 
@@ -120,15 +125,7 @@ class TensorRTSession(Session):
         self._cuda, self._index = cuda, index
         self._enter()
         self.device = cuda.gpu(index).name
-        LOG.clear()
-        self._runtime = trt.Runtime(LOG)
-        self._engine = self._runtime.deserialize_cuda_engine(plan)
-        if self._engine is None:
-            raise StepError(
-                "TensorRT refused the engine",
-                why="; ".join(LOG.errors),
-                remedy="build it again with cmt-build --force",
-            )
+        self._runtime, self._engine = _deserialised(plan)
         self._input, self._outputs = self._names(outputs)
         self._most = self._largest_batch()
         self._idle: queue.SimpleQueue[_Lane] = queue.SimpleQueue()
@@ -159,16 +156,16 @@ class TensorRTSession(Session):
             return [np.empty((0, *shape), np.float32) for shape in shapes]
         with self._lane() as lane:
             parts = [lane.run(batch[i : i + self._most]) for i in range(0, len(batch), self._most)]
-        return (
-            parts[0] if len(parts) == 1 else [np.concatenate(output) for output in zip(*parts, strict=True)]
-        )
+        if len(parts) == 1:
+            return parts[0]
+        return [np.concatenate(output) for output in zip(*parts, strict=True)]
 
     def device_times(self, batch: np.ndarray, count: int) -> DeviceTimes:
         with self._lane() as lane:
             lane.run(batch)
-            return DeviceTimes(
-                *(np.array(column) for column in zip(*(lane.timed(batch) for _ in range(count)), strict=True))
-            )
+            times = np.array([lane.timed(batch) for _ in range(count)]).reshape(count, 3)
+        compute, with_copies, enqueue = times.T
+        return DeviceTimes(compute, with_copies, enqueue)
 
     def executed(self, batch: np.ndarray, repeats: int = 10) -> ExecutedPrecision:
         profiler = _LayerTimes()
@@ -186,13 +183,13 @@ class TensorRTSession(Session):
     def inspect(self) -> str:
         """The engine inspector's JSON; with a dynamic batch only a context with a shape knows the types."""
         inspector = self._engine.create_engine_inspector()
-        text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+        text = str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
         if UNKNOWN_TYPES not in text:
             return text
         with self._lane() as lane:
             lane.set_shape((1, *tuple(self._engine.get_tensor_shape(self._input))[1:]))
             inspector.execution_context = lane.context
-            return inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+            return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
     def close(self) -> None:
         self._enter()
@@ -232,6 +229,20 @@ class TensorRTSession(Session):
                 remedy="close other programs, or build with a smaller --workspace or --profile",
             )
         return _Lane(context, self._cuda, self._input, self._outputs, graphs)
+
+
+def _deserialised(plan: bytes) -> tuple[Any, Any]:
+    """A runtime and the engine in it; raises :class:`StepError` with TensorRT's own words."""
+    LOG.clear()
+    runtime = trt.Runtime(LOG)
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise StepError(
+            "TensorRT refused the engine",
+            why="; ".join(LOG.errors),
+            remedy="build it again with cmt-build --force",
+        )
+    return runtime, engine
 
 
 @dataclass
@@ -361,7 +372,7 @@ class _Lane:
         self.context = None
 
 
-class _LayerTimes(trt.IProfiler):
+class _LayerTimes(trt.IProfiler):  # type: ignore[misc, unused-ignore]
     """Sums the milliseconds of each layer."""
 
     def __init__(self) -> None:
