@@ -128,8 +128,8 @@ class TensorRTSession(Session):
         self._runtime, self._engine = _deserialised(plan)
         self._input, self._outputs = self._names(outputs)
         self._most = self._largest_batch()
-        self._idle: queue.SimpleQueue[_Lane] = queue.SimpleQueue()
-        self._lanes: list[_Lane] = []
+        self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        self.workers: list[Worker] = []
         self._lock = threading.Lock()
 
     def _names(self, expected: Sequence[str]) -> tuple[str, list[str]]:
@@ -154,30 +154,30 @@ class TensorRTSession(Session):
         if not len(batch):
             shapes = [tuple(self._engine.get_tensor_shape(name))[1:] for name in self._outputs]
             return [np.empty((0, *shape), np.float32) for shape in shapes]
-        with self._lane() as lane:
-            parts = [lane.run(batch[i : i + self._most]) for i in range(0, len(batch), self._most)]
+        with self._worker() as worker:
+            parts = [worker.run(batch[i : i + self._most]) for i in range(0, len(batch), self._most)]
         if len(parts) == 1:
             return parts[0]
         return [np.concatenate(output) for output in zip(*parts, strict=True)]
 
     def device_times(self, batch: np.ndarray, count: int) -> DeviceTimes:
-        with self._lane() as lane:
-            lane.run(batch)
-            times = np.array([lane.timed(batch) for _ in range(count)]).reshape(count, 3)
+        with self._worker() as worker:
+            worker.run(batch)
+            times = np.array([worker.timed(batch) for _ in range(count)]).reshape(count, 3)
         compute, with_copies, enqueue = times.T
         return DeviceTimes(compute, with_copies, enqueue)
 
     def executed(self, batch: np.ndarray, repeats: int = 10) -> ExecutedPrecision:
         profiler = _LayerTimes()
         self._enter()
-        lane = self._new_lane(graphs=False)
+        worker = self._new_worker(graphs=False)
         try:
-            lane.run(batch)
-            lane.context.profiler = profiler
+            worker.run(batch)
+            worker.context.profiler = profiler
             for _ in range(repeats):
-                lane.run(batch)
+                worker.run(batch)
         finally:
-            lane.close()
+            worker.close()
         return executed(layers(self.inspect()), profiler.milliseconds)
 
     def inspect(self) -> str:
@@ -186,17 +186,17 @@ class TensorRTSession(Session):
         text = str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
         if UNKNOWN_TYPES not in text:
             return text
-        with self._lane() as lane:
-            lane.set_shape((1, *tuple(self._engine.get_tensor_shape(self._input))[1:]))
-            inspector.execution_context = lane.context
+        with self._worker() as worker:
+            worker.set_shape((1, *tuple(self._engine.get_tensor_shape(self._input))[1:]))
+            inspector.execution_context = worker.context
             return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
     def close(self) -> None:
         self._enter()
         with self._lock:
-            for lane in self._lanes:
-                lane.close()
-            self._lanes.clear()
+            for worker in self.workers:
+                worker.close()
+            self.workers.clear()
         self._idle = queue.SimpleQueue()
         self._engine = self._runtime = None
 
@@ -205,22 +205,22 @@ class TensorRTSession(Session):
         self._cuda.use(self._index)
 
     @contextlib.contextmanager
-    def _lane(self) -> Iterator[_Lane]:
+    def _worker(self) -> Iterator[Worker]:
         self._enter()
         try:
-            lane = self._idle.get_nowait()
+            worker = self._idle.get_nowait()
         except queue.Empty:
             with self._lock:
-                lane = self._new_lane(self.graphs)
-                self._lanes.append(lane)
+                worker = self._new_worker(self.graphs)
+                self.workers.append(worker)
         try:
-            yield lane
+            yield worker
         finally:
-            if lane.note:
-                self.graphs, self.notes = False, sorted({*self.notes, lane.note})
-            self._idle.put(lane)
+            if worker.note:
+                self.graphs, self.notes = False, sorted({*self.notes, worker.note})
+            self._idle.put(worker)
 
-    def _new_lane(self, graphs: bool) -> _Lane:
+    def _new_worker(self, graphs: bool) -> Worker:
         context = self._engine.create_execution_context()
         if context is None:
             raise RuntimeMissingError(
@@ -228,7 +228,7 @@ class TensorRTSession(Session):
                 why="; ".join(LOG.errors),
                 remedy="close other programs, or build with a smaller --workspace or --profile",
             )
-        return _Lane(context, self._cuda, self._input, self._outputs, graphs)
+        return Worker(context, self._cuda, self._input, self._outputs, graphs)
 
 
 def _deserialised(plan: bytes) -> tuple[Any, Any]:
@@ -246,7 +246,7 @@ def _deserialised(plan: bytes) -> tuple[Any, Any]:
 
 
 @dataclass
-class _Lane:
+class Worker:
     """One execution context with its stream, buffers and CUDA graph; used by one thread at a time."""
 
     context: Any
