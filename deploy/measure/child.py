@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from ..backends import backend
+from ..backends import get_runtime
 from ..bundle import Bundle
 from ..children import Child, ChildCrashed, Report, Request, serve
 from ..errors import CmtEdgeError, RuntimeMissingError, StepError
@@ -148,17 +148,14 @@ def _require_isa(isa: str) -> None:
 
 
 def _runtime(request: Request, _: Report) -> str:
-    version: str = backend(request["backend"]).check()
-    return version
+    return get_runtime(request["backend"]).check()
 
 
 def _missing(request: Request, _: Report) -> str:
-    module = backend(request["backend"])
-    if hasattr(module, "float_precision"):
-        try:
-            module.float_precision(request["precision"], None)
-        except RuntimeMissingError as exc:
-            return exc.what
+    try:
+        get_runtime(request["backend"]).float_precision(request["precision"])
+    except RuntimeMissingError as exc:
+        return exc.what
     return ""
 
 

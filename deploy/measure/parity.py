@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..backends import backend
+from ..backends import has_runtime
 from ..bundle import LOGITS, Bundle
 from ..errors import BundleError, DataError, InputError, RuntimeMissingError
 from ..images import ImageSet, Item, digest
@@ -295,7 +295,7 @@ def _reference(
     if given is not None or _is_recorded(bundle, labelled):
         yield given
         return
-    if backend_missing("torch"):
+    if not has_runtime("torch"):
         raise RuntimeMissingError(
             "no reference for these images: the bundle recorded other ones and PyTorch is not installed here",
             remedy=NO_REFERENCE_REMEDY,
@@ -309,15 +309,6 @@ def _is_recorded(bundle: Bundle, labelled: _Labelled) -> bool:
     if not recorded:
         return False
     return all(digest(labelled.data.read(item)) in recorded for item in labelled.items)
-
-
-def backend_missing(name: str) -> bool:
-    """Whether a runtime's packages are not installed."""
-    try:
-        backend(name)
-    except RuntimeMissingError:
-        return True
-    return False
 
 
 @dataclass(frozen=True)

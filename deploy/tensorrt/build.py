@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import report
-from ..backends import backend
+from ..backends import get_runtime
 from ..backends.base import batch_limit
 from ..bundle import ENGINES, Bundle, Manifest
 from ..errors import GateError, InputError, OutputError, RuntimeMissingError
@@ -89,11 +89,11 @@ class Finished:
     report: dict[str, Any]
 
 
-def require_tensorrt(device: str | None = None) -> Any:
-    """The TensorRT backend; raises :class:`RuntimeMissingError` that names all that is missing."""
+def require_tensorrt(device: str | None = None) -> None:
+    """Raise a :class:`RuntimeMissingError` that names everything that is missing."""
     missing = []
     try:
-        module = backend("tensorrt")
+        runtime = get_runtime("tensorrt")
     except RuntimeMissingError as exc:
         missing.append(exc.what)
     try:
@@ -106,8 +106,7 @@ def require_tensorrt(device: str | None = None) -> Any:
             why="; ".join(missing),
             remedy="build on the device; docs/tensorrt.md lists what it needs",
         )
-    module.check(device)
-    return module
+    runtime.check(device)
 
 
 @contextlib.contextmanager
@@ -245,14 +244,12 @@ class _Job:
     """One bundle on one GPU.
 
     Attributes:
-        module: the TensorRT backend.
         key: what an engine for it must be keyed by.
         nvml: NVML's number of the GPU.
     """
 
     bundle: Bundle
     options: EngineOptions
-    module: Any
     cuda: Cuda
     target: EngineTarget
     key: dict[str, Any]
@@ -260,10 +257,12 @@ class _Job:
 
     @classmethod
     def prepare(cls, bundle: Bundle, options: EngineOptions, device: str | None) -> _Job:
-        module = require_tensorrt(device)
-        cuda, target = module.engine_target(device)
+        require_tensorrt(device)
+        from .session import engine_target  # it imports TensorRT
+
+        cuda, target = engine_target(device)
         key = engine_key(bundle, target, options)
-        return cls(bundle, options, module, cuda, target, key, nvml_index(target.gpu.pci, target.gpu.index))
+        return cls(bundle, options, cuda, target, key, nvml_index(target.gpu.pci, target.gpu.index))
 
     def engine(self, force: bool, time_limit: float, progress: Progress) -> Built:
         """The bundle's engine if it was built here for exactly this key, else a new one."""
@@ -310,8 +309,10 @@ class _Job:
         return _OnDevice(speed, power, snapshot(gpu_index=self.nvml), notes)
 
     def _open(self, built: Built, throughput: bool = False) -> Predictor:
+        from .session import TensorRTSession  # it imports TensorRT
+
         bundle = self.bundle
-        session = self.module.TensorRTSession(
+        session = TensorRTSession(
             built.plan,
             self.cuda,
             self.target.gpu.index,
