@@ -26,7 +26,7 @@ LOG = logging.getLogger(__name__)
 """Warnings about caches that cannot be used; Python shows them on standard error."""
 
 T = TypeVar("T")
-
+"""The type of a result."""
 Files = tuple[bytes, ...]
 """The contents of an entry's files, in the order of :attr:`Cache.suffixes`."""
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from ..errors import RuntimeMissingError
 
 T = TypeVar("T")
+"""The type of an answer."""
 
 CLOCK_REASONS = {
     0x001: "idle",

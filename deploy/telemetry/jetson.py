@@ -279,7 +279,7 @@ def find_rails(root: Path) -> list[RailSensor]:
     the kernel's ``Documentation/hwmon/ina238.rst``).
     """
     drivers = root / "sys/bus/i2c/drivers"
-    rails = []
+    rails: list[tuple[Path, tuple[Path, ...]]] = []
     for label in sorted(drivers.glob("ina3221/*/hwmon/hwmon*/in[123]_label")):
         channel = label.name[2]
         files = (label.with_name(f"in{channel}_input"), label.with_name(f"curr{channel}_input"))

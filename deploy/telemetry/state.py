@@ -17,6 +17,7 @@ from .jetson import Clocks, PowerMode
 from .tools import TIMEOUT_S, run_tool
 
 T = TypeVar("T")
+"""The type of an answer."""
 Run = Callable[[Sequence[str]], "str | None"]
 """Runs a command and returns its standard output, ``None`` where it has no answer."""
 

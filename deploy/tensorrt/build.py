@@ -187,12 +187,7 @@ def finish(
         GateError: the engine does not compute in what was asked, or its logits differ from the reference.
     """
     options.check()
-    if bundle.manifest.format != "trt":
-        raise InputError(
-            f"is a bundle for {bundle.manifest.format}, not for TensorRT",
-            where=bundle.path,
-            remedy="export it with --format trt",
-        )
+    _require_format(bundle)
     progress = progress or Progress(quiet=True)
     job = _Job.prepare(bundle, options, device)
     before = snapshot(gpu_index=job.nvml)
@@ -205,10 +200,7 @@ def finish(
     content = {
         "bundle": name or bundle.path.name,
         "key": job.key,
-        "built_s": built.seconds,
-        "reused": built.reused,
-        "replaces": built.stale,
-        "engine_bytes": len(built.plan),
+        **_described(built),
         "low_precision_share": verified.low_precision_share,
         "golden": asdict(verified.golden),
         "benchmark": asdict(measured.speed),
@@ -218,6 +210,25 @@ def finish(
     }
     manifest = replace(bundle.manifest, latency=summary(measured.speed))
     return _finished(manifest, job.key, built, content)
+
+
+def _require_format(bundle: Bundle) -> None:
+    if bundle.manifest.format != "trt":
+        raise InputError(
+            f"is a bundle for {bundle.manifest.format}, not for TensorRT",
+            where=bundle.path,
+            remedy="export it with --format trt",
+        )
+
+
+def _described(built: Built) -> dict[str, Any]:
+    """How the engine came about, for the report."""
+    return {
+        "built_s": built.seconds,
+        "reused": built.reused,
+        "replaces": built.stale,
+        "engine_bytes": len(built.plan),
+    }
 
 
 @dataclass(frozen=True)

@@ -278,6 +278,7 @@ def _bindings() -> Cuda:
 # ctypes: C functions return the error and write results through leading pointers
 
 _P, _I, _S, _U = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t, ctypes.c_uint
+"""Short names of C types, for the table below."""
 SIGNATURES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "cudaRuntimeGetVersion": ((_I,), ()),
     "cudaDriverGetVersion": ((_I,), ()),
