@@ -2,7 +2,7 @@
 
 An entry is written by one process at a time and appears complete or not at all; the entries that were used
 last stay. A cache is never a reason to fail: what cannot be read is made again, and what cannot be kept is
-returned all the same, with a warning in the log.
+returned all the same, with a :class:`CacheWarning`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,8 +22,10 @@ from .errors import OutputError
 from .files import write_atomic, writing
 from .locks import locked
 
-LOG = logging.getLogger(__name__)
-"""Warnings about caches that cannot be used; Python shows them on standard error."""
+
+class CacheWarning(UserWarning):
+    """A cache cannot be used, so the next run makes again what this one made."""
+
 
 T = TypeVar("T")
 """The type of a result."""
@@ -129,6 +131,37 @@ class Cache:
         return self.folder / f"{key}{suffix}"
 
 
+class JsonCache:
+    """Results that JSON holds, under keys that JSON holds; what was asked for once stays in memory.
+
+    Without a folder the results last as long as this object.
+    """
+
+    def __init__(self, folder: Path | None, keep: int) -> None:
+        self._files = Cache(folder, (".json",), keep) if folder else None
+        self._known: dict[str, dict[str, Any]] = {}
+
+    def get(self, key: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What is kept under ``key``, or is made now and kept."""
+        name = digest_of(key)
+        if name not in self._known:
+            self._known[name] = make() if self._files is None else self._kept(self._files, name, make)
+        return self._known[name]
+
+    def _kept(self, files: Cache, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        return files.get(
+            name,
+            decode=_from_json,
+            make=make,
+            encode=lambda result: (json.dumps(result).encode(),),
+        )
+
+
+def _from_json(files: Files) -> dict[str, Any] | None:
+    result = json.loads(files[0])
+    return result if isinstance(result, dict) else None
+
+
 def _used(file: Path) -> float:
     """When an entry was used last, seconds; another process may just have dropped it."""
     try:
@@ -138,4 +171,5 @@ def _used(file: Path) -> float:
 
 
 def _warn(folder: Path, why: object) -> None:
-    LOG.warning("The cache %s cannot be used (%s): this result is not kept.", folder, why)
+    message = f"the cache {folder} cannot be used ({why}): this result is not kept"
+    warnings.warn(message, CacheWarning, stacklevel=3)

@@ -15,6 +15,7 @@ from onnx import helper, numpy_helper
 from cmt_edge.calib import DEFAULT, CalibrationSet, Recipe, lint, quantize
 from cmt_edge.calib.generated import generate
 from cmt_edge.calib.recipe import FLOAT_OPS, is_depthwise
+from cmt_edge.deploy.cache import CacheWarning
 from cmt_edge.deploy.errors import CmtEdgeError, ImageError
 from cmt_edge.deploy.preprocessing import preprocess
 from cmt_edge.export import ExportConfig
@@ -181,12 +182,11 @@ def test_only_the_newest_entries_are_kept(graph, data, quantized, tmp_path, monk
     assert quantize(graph, data, SPEC, Recipe(smooth_quant=0.3), cache=tmp_path).cached
 
 
-def test_an_unusable_cache_folder_costs_only_the_keeping(graph, data, tmp_path, caplog):
+def test_an_unusable_cache_folder_costs_only_the_keeping(graph, data, tmp_path):
     (tmp_path / "file").write_text("")
     folder = tmp_path / "file" / "calibrated"
-    made = quantize(graph, data, SPEC, cache=folder)
-    assert not made.cached
-    assert f"The cache {folder} cannot be used" in caplog.text
+    with pytest.warns(CacheWarning, match=f"the cache {folder} cannot be used"):
+        assert not quantize(graph, data, SPEC, cache=folder).cached
 
 
 def test_nothing_reaches_standard_output_and_progress_counts(graph, data, capfd):

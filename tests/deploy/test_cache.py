@@ -12,7 +12,7 @@ import time
 import pytest
 
 from cmt_edge.deploy import locks
-from cmt_edge.deploy.cache import Cache, digest_of
+from cmt_edge.deploy.cache import Cache, CacheWarning, JsonCache, digest_of
 from cmt_edge.deploy.children import SOURCE
 from cmt_edge.deploy.errors import GateError, OutputError
 from cmt_edge.deploy.locks import lock_descriptor, locked
@@ -81,15 +81,15 @@ def test_the_entries_that_were_used_last_stay(cache):
 
 
 @pytest.mark.parametrize("where", ["folder", "file"])
-def test_a_cache_that_cannot_be_used_costs_only_the_keeping(tmp_path, caplog, monkeypatch, where):
+def test_a_cache_that_cannot_be_used_costs_only_the_keeping(tmp_path, where):
     cache = Cache(tmp_path / "file" / "cache", (".head", ".tail"), 2)
     if where == "folder":
         (tmp_path / "file").write_text("in the way")
     else:
         (cache.folder / "k.tail").mkdir(parents=True)
         (cache.folder / "k.tail" / "in the way").write_text("")
-    assert text_of(cache, "k", lambda: "hello") == "hello"
-    assert f"The cache {cache.folder} cannot be used" in caplog.text
+    with pytest.warns(CacheWarning, match=f"the cache {cache.folder} cannot be used"):
+        assert text_of(cache, "k", lambda: "hello") == "hello"
 
 
 def test_writing_alone_tells_why_it_failed(tmp_path):
@@ -114,6 +114,29 @@ def test_one_thread_makes_what_several_ask_for(cache):
         thread.join()
     assert (made, results) == ([1], ["hello"] * 8)
     assert names(cache) == ["k.head", "k.tail"]
+
+
+def test_json_is_kept_in_a_folder_or_in_memory(tmp_path):
+    made = []
+
+    def make():
+        made.append(len(made))
+        return {"n": made[-1]}
+
+    folder = tmp_path / "search"
+    first = JsonCache(folder, keep=10)
+    assert [first.get(["a", {"b": 1}], make)["n"] for _ in range(2)] == [0, 0]
+    assert JsonCache(folder, keep=10).get(["a", {"b": 1}], make) == {"n": 0}
+    (file,) = folder.iterdir()
+    assert file.name == f"{digest_of(['a', {'b': 1}])}.json"
+    assert file.read_text() == '{"n": 0}'
+    for damage in ("", "[]", "{"):
+        file.write_text(damage)
+        assert JsonCache(folder, keep=10).get(["a", {"b": 1}], make)["n"] == made[-1]
+    assert made == [0, 1, 2, 3]
+    alone = JsonCache(None, keep=10)
+    assert alone.get("x", make) == alone.get("x", make) == {"n": 4}
+    assert JsonCache(None, keep=10).get("x", make) == {"n": 5}
 
 
 COUNT = """
