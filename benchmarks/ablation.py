@@ -55,8 +55,9 @@ from cmt_edge.deploy.backends import Session
 from cmt_edge.deploy.backends.openvino import has_bf16
 from cmt_edge.deploy.backends.torch import TorchSession
 from cmt_edge.deploy.files import write_atomic
-from cmt_edge.deploy.measure.benchmark import Latency, Protocol, bound, interleaved, summarise
+from cmt_edge.deploy.measure.benchmark import Protocol, bound, interleaved
 from cmt_edge.deploy.measure.host import describe, versions
+from cmt_edge.deploy.measure.statistics import Latency, summarise
 from cmt_edge.deploy.report import table
 from cmt_edge.export import ExportConfig
 from cmt_edge.export.config import OPSET

@@ -60,10 +60,10 @@ from cmt_edge.deploy.measure.benchmark import (
     Protocol,
     bound,
     interleaved,
-    summarise,
     throughput,
 )
 from cmt_edge.deploy.measure.host import describe, versions
+from cmt_edge.deploy.measure.statistics import summarise
 
 if TYPE_CHECKING:  # the children that only run a model must not load PyTorch
     import onnx
