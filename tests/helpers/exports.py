@@ -6,11 +6,9 @@ import hashlib
 from contextlib import contextmanager
 from pathlib import Path
 
-import onnx
 import pytest
 
-from cmt_edge.cmt import weights_fingerprint
-from cmt_edge.export import ExportConfig, pipeline
+from cmt_edge.export import ExportConfig
 
 TRACED: dict[tuple, bytes] = {}
 
@@ -18,6 +16,10 @@ TRACED: dict[tuple, bytes] = {}
 @contextmanager
 def traced_once():
     """torch.onnx takes ten seconds: equal weights are traced once a session."""
+    import onnx
+
+    from cmt_edge.cmt import weights_fingerprint
+    from cmt_edge.export import pipeline
 
     real = pipeline.export_onnx
 
