@@ -42,7 +42,7 @@ def changed_files(base: str | None) -> list[Path]:
 
 
 def branch_point() -> str:
-    """The commit where this branch left ``main``; HEAD where neither a local nor a remote ``main`` is known."""
+    """The commit where this branch left ``main``; HEAD where no ``main`` is known, local or remote."""
     for main in ("main", "origin/main"):
         try:
             return git("merge-base", "HEAD", main)[0]
