@@ -2,11 +2,11 @@
 
     python scripts/code_figures.py [FOLDER ...]
 
-Without a folder, the package is measured: src/cmt_edge and the four rooms. Counted are lines of code: no blank
-lines, no comments, no docstrings (of modules, classes, functions and constants). A *token* is what Python's
-``tokenize`` calls a name, a number, a string or an operator; brackets, commas and colons count, line ends and
-indentation do not. An f-string is one token up to Python 3.11 and several from 3.12 on: compare figures of one
-version.
+Without a folder, the package is measured: src/cmt_edge and the four rooms. Counted are lines of code: no
+blank lines, no comments, no docstrings (of modules, classes, functions and constants). A *token* is what
+Python's ``tokenize`` calls a name, a number, a string or an operator; brackets, commas and colons count, line
+ends and indentation do not. An f-string is one token up to Python 3.11 and several from 3.12 on: compare
+figures of one version.
 """
 
 from __future__ import annotations
