@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from cmt_edge.export import ExportConfig
+if TYPE_CHECKING:
+    from cmt_edge.export import ExportConfig
 
 TRACED: dict[tuple, bytes] = {}
 
@@ -50,4 +52,6 @@ def content(folder: Path) -> dict[str, str]:
 
 
 def nano(output: Path, **settings) -> ExportConfig:
+    from cmt_edge.export import ExportConfig
+
     return ExportConfig("cmt_nano", output=str(output), **settings)
