@@ -70,8 +70,13 @@ if TYPE_CHECKING:  # the children that only run a model must not load PyTorch
     from torch import nn
 
 ONNX, IR, WEIGHTS = "model.onnx", "openvino.xml", "weights.pt"
+"""Names of the files that a row makes."""
+
 OPENVINO_FILES = (IR, "openvino.bin")
+"""What OpenVINO reads."""
+
 IMAGES_FILE = "images.npy"
+"""The images on which logits are compared: float32 ``(N, 3, S, S)``."""
 
 
 @dataclass(frozen=True)

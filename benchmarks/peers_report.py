@@ -61,6 +61,7 @@ HEADER = (
     "logits off, std",
     "what really ran",
 )
+"""Heads of the table."""
 
 
 def cells(r: Result) -> list[str]:
