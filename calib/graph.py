@@ -23,7 +23,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 import onnx
@@ -438,8 +438,7 @@ def open_graph(
 
     def run(batch: np.ndarray) -> list[np.ndarray]:
         with guard():
-            answers: list[np.ndarray] = session.run(outputs, {source: batch})
-            return answers
+            return cast(list[np.ndarray], session.run(outputs, {source: batch}))
 
     return run
 
