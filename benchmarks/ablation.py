@@ -47,7 +47,7 @@ from common import (
 from torch import nn
 
 from cmt_edge.calib import CalibrationSet
-from cmt_edge.calib.quantize import unchecked
+from cmt_edge.calib.quantize import calibrate
 from cmt_edge.calib.recipe import DEFAULT, Recipe
 from cmt_edge.cmt import fuse, model_spec
 from cmt_edge.cmt.reference import load_reference
@@ -165,8 +165,8 @@ def recipe_graphs(bench: Bench) -> Iterator[Variant]:
     for name, changes in {DEFAULT_RECIPE: {}, **chosen}.items():
         with step(f"quantize with {name}"):
             recipe: Recipe = replace(DEFAULT, **changes)
-            try:  # unchecked: the rules of cmt_edge.calib.lint forbid what some of these choices do
-                quantized = unchecked(graph, data, spec, recipe, None).model
+            try:  # not quantize: the rules of cmt_edge.calib.lint forbid what some of these choices do
+                quantized = calibrate(graph, data, spec, recipe, None).model
                 fields = stored(bench, quantized, name)
                 yield Variant(part="recipe", precision="int8", **fields)
                 if name == DEFAULT_RECIPE and signed:

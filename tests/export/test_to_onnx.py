@@ -1,0 +1,100 @@
+"""Tracing: with a fixed batch where that can be freed afterwards, with a symbolic one elsewhere; the graph is
+the same to its users."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cmt_edge.cmt import create_model, fuse
+from cmt_edge.cmt.weights import randomize
+from cmt_edge.deploy.errors import ParityError
+from cmt_edge.export import to_onnx
+from cmt_edge.export.config import OPSET
+from cmt_edge.export.to_onnx import BATCH, TRACED_BATCH, export_onnx, outputs_of, simplify
+
+
+class Tokens(nn.Module):
+    """A class token that is expanded to the batch, and reshapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.fc = nn.Parameter(torch.randn(1, 1, 3)), nn.Linear(3, 4)
+
+    def forward(self, x):
+        tokens = torch.cat(
+            (self.token.expand(x.shape[0], -1, -1), x.reshape(x.shape[0], 3, -1).transpose(1, 2)), 1
+        )
+        return self.fc(tokens.mean(1))
+
+
+class BatchInAValue(nn.Module):
+    """Uses the batch size as a number, which no shape shows."""
+
+    def forward(self, x):
+        return x.mean((2, 3)) * x.shape[0]
+
+
+class MergedBatch(nn.Module):
+    """Reshapes into a multiple of the batch size."""
+
+    def forward(self, x):
+        return x.reshape(x.shape[0] * 3, -1).mean(1).reshape(-1, 3)
+
+
+def images(count: int, size: int = 8) -> np.ndarray:
+    return np.random.default_rng(count).normal(size=(count, 3, size, size)).astype(np.float32)
+
+
+@pytest.mark.parametrize("module", [Tokens, BatchInAValue, MergedBatch])
+@pytest.mark.parametrize("count", [1, 2, 5, TRACED_BATCH])
+def test_any_batch_size(module, count):
+    torch.manual_seed(0)
+    model = module().eval()
+    graph = simplify(export_onnx(model, 8, OPSET))
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(images(count))).numpy()
+    np.testing.assert_allclose(outputs_of(graph, images(count), "test")[0], expected, atol=1e-5)
+    assert [
+        v.type.tensor_type.shape.dim[0].dim_param for v in (graph.graph.input[0], graph.graph.output[0])
+    ] == [BATCH, BATCH]
+
+
+def test_a_refused_graph_is_traced_in_another_way_and_then_refused_for_good():
+    seen = []
+
+    def refuse(graph):
+        seen.append(graph)
+        raise ParityError("not the same")
+
+    with pytest.raises(ParityError, match="not the same"):
+        export_onnx(Tokens().eval(), 8, OPSET, check=refuse)
+    assert len(seen) == 2
+    seen.clear()
+    graph = export_onnx(Tokens().eval(), 8, OPSET, check=seen.append)
+    assert seen == [graph]
+
+
+def test_what_cannot_be_freed_is_traced_with_a_symbolic_batch(monkeypatch):
+    traced = []
+    real = to_onnx.trace
+    monkeypatch.setattr(to_onnx, "trace", lambda *a: traced.append(a[-1]) or real(*a))
+    export_onnx(BatchInAValue().eval(), 8, OPSET)
+    assert traced == [TRACED_BATCH, None]
+    traced.clear()
+    export_onnx(Tokens().eval(), 8, OPSET)
+    assert traced == [TRACED_BATCH]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cmt_nano", pytest.param("cvt_13", marks=pytest.mark.giant)])
+def test_both_ways_give_the_same_graph(name):
+    reference = create_model(name, img_size=64)
+    randomize(reference)
+    model = fuse(reference)
+    ours = simplify(export_onnx(model, 64, OPSET)).graph
+    symbolic = simplify(to_onnx.trace(model, 64, OPSET, ("logits",), None)).graph
+    assert {n.op_type for n in ours.node} <= {n.op_type for n in symbolic.node}
+    assert len(ours.node) <= len(symbolic.node)
