@@ -142,29 +142,49 @@ def synthesise(
     batches = _starting_batches(count, spec, seed)
     distance = _Distance(model, norms, spec, batches[0][:1])
     begin = time.monotonic()
-    total = len(batches) * steps
-    made, taken, before, after = [], [], [], []
+    made = []
     for i, batch in enumerate(batches):
 
         def tick(step: int, earlier: int = i * steps) -> None:
             if progress is not None:
-                progress(earlier + step, total)
+                progress(earlier + step, len(batches) * steps)
 
-        before.append(distance.of(batch))
         deadline = begin + time_limit_s * (i + 1) / len(batches)
-        values, done = _optimise(distance, batch, steps, deadline, tick)
-        made.append(values.mul(255).round().to(torch.uint8))
-        taken.append(done)
-        after.append(distance.of(made[-1] / 255))
-    sizes = [len(batch) for batch in batches]
-    losses = [float(np.average(values, weights=sizes)) for values in (before, after)]
-    if not all(map(math.isfinite, losses)):
+        made.append(_synthesise_batch(distance, batch, steps, deadline, tick))
+    images = torch.cat([batch.images for batch in made]).permute(0, 2, 3, 1).contiguous().numpy()
+    return images, _summarise(made, seed, steps)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Finished images, uint8 ``(N, 3, S, S)``, and how they were made (see :class:`Synthesis`)."""
+
+    images: Tensor
+    steps: int
+    loss_before: float
+    loss_after: float
+
+
+def _synthesise_batch(
+    distance: _Distance, start: Tensor, steps: int, deadline: float, tick: Callable[[int], None]
+) -> _Batch:
+    before = distance.of(start)
+    values, taken = _optimise(distance, start, steps, deadline, tick)
+    images = values.mul(255).round().to(torch.uint8)
+    return _Batch(images, taken, before, distance.of(images / 255))
+
+
+def _summarise(batches: list[_Batch], seed: int, steps: int) -> Synthesis:
+    """How all images were made; raises :class:`StepError` if a loss is not finite."""
+    sizes = [len(batch.images) for batch in batches]
+    before = float(np.average([batch.loss_before for batch in batches], weights=sizes))
+    after = float(np.average([batch.loss_after for batch in batches], weights=sizes))
+    if not (math.isfinite(before) and math.isfinite(after)):
         raise StepError(
             "synthetic images cannot be made: the statistics of the model's activations are not finite",
             remedy="check the weights; or calibrate with --data FOLDER or --data generated",
         )
-    images = torch.cat(made).permute(0, 2, 3, 1).contiguous().numpy()
-    return images, Synthesis(seed, min(taken), steps, *losses)
+    return Synthesis(seed, min(batch.steps for batch in batches), steps, before, after)
 
 
 def _starting_batches(count: int, spec: Preprocess, seed: int) -> list[Tensor]:

@@ -366,6 +366,7 @@ _READING = XFormerConfig(
     dims=   (    0,  128,  192,  256),
     layers= (    0,    2,    4,    3),
 )
+"""The configuration of the one variant."""
 # fmt: on
 
 SPECS = (
