@@ -11,7 +11,6 @@ This is the only module of ``calib`` that needs torch; only the export imports i
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import io
@@ -28,11 +27,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from cmt_edge.deploy.cache import Cache, Files
 from cmt_edge.deploy.errors import InputError, StepError
-from cmt_edge.deploy.files import write_atomic
 from cmt_edge.deploy.preprocessing import Preprocess, pixels
 
-from .cache import evict, locked
 from .data import SYNTHETIC, CalibrationSet
 from .generated import generate
 
@@ -225,24 +223,54 @@ def synthetic_set(
     """
     require_statistics(model)
 
-    def make() -> tuple[np.ndarray, Synthesis]:
-        return synthesise(model, count, spec, seed, steps=steps, time_limit_s=time_limit_s, progress=progress)
+    def make() -> Made:
+        images, how = synthesise(
+            model, count, spec, seed, steps=steps, time_limit_s=time_limit_s, progress=progress
+        )
+        return Made(images, how, cached=False)
 
     if cache is None:
-        return as_set(*make(), spec, cached=False)
+        return as_set(make(), spec)
     parts = [weights, count, spec, seed, steps, time_limit_s, LEARNING_RATE, FALL, VERSION]
     parts += [metadata.version("torch"), metadata.version("numpy"), metadata.version("pillow")]
-    path = cache / f"{hashlib.sha256(repr(parts).encode()).hexdigest()}.npz"
-    with locked(path):
-        if (found := _read(path, (count, spec.size, spec.size, 3))) is not None:
-            path.touch()
-            return as_set(*found, spec, cached=True)
-        images, how = make()
-        buffer = io.BytesIO()
-        np.savez(buffer, images=images, synthesis=json.dumps(asdict(how)))
-        write_atomic(path, buffer.getvalue())
-        evict(cache, "*.npz", CACHED_SETS)
-    return as_set(images, how, spec, cached=False)
+    shape = (count, spec.size, spec.size, 3)
+    made = Cache(cache, (".npz",), CACHED_SETS).get(
+        hashlib.sha256(repr(parts).encode()).hexdigest(),
+        decode=lambda files: _from_file(files[0], shape),
+        make=make,
+        encode=_as_files,
+    )
+    return as_set(made, spec)
+
+
+@dataclass(frozen=True)
+class Made:
+    """Images that were made from a model.
+
+    Attributes:
+        images: uint8 ``(count, S, S, 3)``.
+        how: how they were made.
+        cached: whether an earlier run made them.
+    """
+
+    images: np.ndarray
+    how: Synthesis
+    cached: bool
+
+
+def _as_files(made: Made) -> Files:
+    buffer = io.BytesIO()
+    np.savez(buffer, images=made.images, synthesis=json.dumps(asdict(made.how)))
+    return (buffer.getvalue(),)
+
+
+def _from_file(content: bytes, shape: tuple[int, ...]) -> Made | None:
+    """An entry of the cache; ``None`` where its images have another shape."""
+    with np.load(io.BytesIO(content), allow_pickle=False) as stored:
+        images, how = stored["images"], Synthesis(**json.loads(str(stored["synthesis"])))
+    if images.shape != shape or images.dtype != np.uint8:
+        return None
+    return Made(images, how, cached=True)
 
 
 def require_statistics(model: nn.Module) -> list[BatchNorm]:
@@ -349,20 +377,10 @@ def _amplitude(size: int) -> Tensor:
     return amplitude / amplitude.square().mean().sqrt()
 
 
-def _read(path: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, Synthesis] | None:
-    """An entry of the cache; ``None`` where it does not exist or cannot be used."""
-    with contextlib.suppress(Exception), np.load(path, allow_pickle=False) as content:
-        images, how = content["images"], Synthesis(**json.loads(str(content["synthesis"])))
-        if images.shape == shape and images.dtype == np.uint8:
-            return images, how
-    return None
-
-
-def as_set(images: np.ndarray, how: Synthesis, spec: Preprocess, cached: bool) -> CalibrationSet:
-    """``images`` (N, S, S, 3) uint8 as a calibration set; ``cached`` says whether they come from the
-    cache."""
-    made = asdict(how) | {"stopped_early": how.stopped_early, "cached": cached}
-    return CalibrationSet.of_blobs(SYNTHETIC, _encode(images, spec), made)
+def as_set(made: Made, spec: Preprocess) -> CalibrationSet:
+    """The images as a calibration set."""
+    story = asdict(made.how) | {"stopped_early": made.how.stopped_early, "cached": made.cached}
+    return CalibrationSet.of_blobs(SYNTHETIC, _encode(made.images, spec), story)
 
 
 def _encode(images: np.ndarray, spec: Preprocess) -> Iterator[bytes]:
