@@ -298,7 +298,11 @@ def _even(count: int, largest: int) -> list[int]:
 
 def _read(path: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, Synthesis] | None:
     """An entry of the cache, ``None`` where there is none or it cannot be used."""
-    with contextlib.suppress(Exception), np.load(path, allow_pickle=False) as content:
+    with (
+        contextlib.suppress(Exception),
+        open(path, "rb") as file,  # np.load would leave a damaged file open
+        np.load(file, allow_pickle=False) as content,
+    ):
         images, how = content["images"], Synthesis(**json.loads(str(content["synthesis"])))
         if images.shape == shape and images.dtype == np.uint8:
             return images, how

@@ -104,10 +104,11 @@ def test_kernels_beyond_the_limit_are_refused(monkeypatch):
 def test_the_switches_are_set_in_the_child_only(monkeypatch):
     monkeypatch.setattr(measuring, "describe", lambda: {"flags": ["avx2"], "cpu": "new"})
     monkeypatch.setattr(measuring.subprocess, "Popen", lambda *_, env, **__: env)
-    environment = MeasuringProcess("avx2")._start()
+    with MeasuringProcess("avx2") as limited, MeasuringProcess() as unlimited:
+        environment, free = limited._start(), unlimited._start()
     assert {environment[s] for s in measuring.SWITCHES} == {"AVX2"}
     assert not set(measuring.SWITCHES) & set(os.environ)
-    assert "OV_CPU_MAX_ISA" not in MeasuringProcess()._start()
+    assert "OV_CPU_MAX_ISA" not in free
 
 
 def test_int8_hardware(monkeypatch):
