@@ -6,11 +6,12 @@ import pytest
 
 from cmt_edge.deploy.measure.benchmark import Protocol
 from cmt_edge.export import pipeline
+from helpers.exports import traced_once
 
 
 @pytest.fixture(scope="module")
-def quick_exports(one_trace):
+def quick_exports():
     """Equal weights are traced once a session, and the final measurement is short."""
-    with pytest.MonkeyPatch.context() as patch:
+    with traced_once() as patch:
         patch.setattr(pipeline, "QUICK", Protocol(iters=10, seconds=0.1, warmup_iters=2, warmup_seconds=0.1))
         yield
