@@ -14,7 +14,7 @@ from cmt_edge.calib import DEFAULT, Recipe
 from cmt_edge.calib.data import SYNTHETIC
 from cmt_edge.cmt import model_spec
 from cmt_edge.cmt.features import HEADS, require_head
-from cmt_edge.cmt.registry import ModelSpec, check_size
+from cmt_edge.cmt.spec import ModelSpec, check_size
 from cmt_edge.deploy.bundle import LOGITS
 from cmt_edge.deploy.errors import InputError, UnknownNameError, WeightsError
 from cmt_edge.deploy.measure.child import ISAS
