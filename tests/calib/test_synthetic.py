@@ -130,7 +130,8 @@ def test_the_model_is_left_alone(small):
     assert weights_fingerprint(small) == before
     assert [p.requires_grad for p in small.parameters()] == flags
     assert all(p.grad is None for p in small.parameters())
-    assert not any(m._forward_pre_hooks for m in small.modules())  # noqa: SLF001 (torch has no public name)
+    hooks = [m._forward_pre_hooks for m in small.modules()]  # noqa: SLF001  # torch has no public list
+    assert not any(hooks)
 
 
 def test_progress_counts_every_step(small):
