@@ -8,11 +8,10 @@ from __future__ import annotations
 import hashlib
 import os
 import tarfile
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, overload
+from typing import overload
 
 from .errors import DataError
 from .preprocessing import EXTENSIONS, MAX_BYTES
@@ -38,8 +37,7 @@ class Item:
 
 
 class ImageSet(Sequence[Item]):
-    """Images below ``path``, sorted by name. Thread-safe; holds one open file for an archive until
-    :meth:`close`.
+    """Images below ``path``, sorted by name. Thread-safe; no file stays open between two reads.
 
     Raises:
         DataError: the place does not exist or cannot be read, it holds no images, the archive is damaged, or
@@ -49,8 +47,6 @@ class ImageSet(Sequence[Item]):
     def __init__(self, path: str | Path, items: list[Item] | None = None) -> None:
         self.path = Path(path)
         self._archive, self._prefix = _split(self.path)
-        self._lock = threading.Lock()
-        self._file: BinaryIO | None = None
         if items is None:
             found = _scan_tar(self._archive, self._prefix) if self._archive else _scan_folder(self.path)
             items = sorted(found, key=lambda item: item.name)
@@ -86,25 +82,13 @@ class ImageSet(Sequence[Item]):
         try:
             if self._archive is None:
                 return (self.path / item.name).read_bytes()
-            return self._read_archive(self._archive, item)
+            with open(self._archive, "rb") as archive:
+                archive.seek(item.offset)
+                return archive.read(item.size)
         except OSError as exc:
             raise DataError(
                 "cannot be read", where=self.path / item.name, why=exc.strerror, remedy="check it"
             ) from exc
-
-    def _read_archive(self, archive: Path, item: Item) -> bytes:
-        with self._lock:
-            if self._file is None:
-                self._file = open(archive, "rb")  # noqa: SIM115  # kept until close()
-            self._file.seek(item.offset)
-            return self._file.read(item.size)
-
-    def close(self) -> None:
-        """Close the archive; reading opens it again."""
-        with self._lock:
-            if self._file is not None:
-                self._file.close()
-                self._file = None
 
 
 def digest(data: bytes) -> str:

@@ -259,6 +259,7 @@ def _open(source: str | Path | bytes | BinaryIO, name: object) -> Image.Image:
     encoded = io.BytesIO(source) if isinstance(source, bytes) else source
     image = Image.open(encoded, formats=IMAGE_FORMATS)
     if image.width * image.height > MAX_PIXELS:
+        image.close()
         raise _too_large(name, f"{image.width} x {image.height} pixels, the cap is {MAX_PIXELS}")
     return image
 

@@ -28,6 +28,7 @@ def cifar() -> Path:
 
 
 def _export(tmp_path_factory, **settings):
+    pytest.importorskip("torch", reason="needs torch, which makes the bundle")
     from cmt_edge.export import ExportConfig, run
 
     return run(ExportConfig("cmt_nano", output=str(tmp_path_factory.mktemp("bundles")), **settings))
@@ -78,7 +79,8 @@ def gpu_machine(monkeypatch, tmp_path):
     Child processes see the fakes too. ``FAKE_TRT`` and ``FAKE_CUDA`` in the environment make them fail.
     """
     monkeypatch.syspath_prepend(str(FAKES))
-    monkeypatch.setenv("PYTHONPATH", str(FAKES))
+    children = [str(FAKES), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(children))
     monkeypatch.setenv("CMT_EDGE_STATE", str(tmp_path / "state"))
     monkeypatch.setenv("CMT_EDGE_CACHE", str(tmp_path / "cache"))
     trace = tmp_path / "deserialized.log"

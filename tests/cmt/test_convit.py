@@ -20,15 +20,14 @@ from cmt_edge.cmt.families.convit import (
     RowsToOne,
     patch_offsets,
     resize_position_embedding,
-    separated,
+    separate_projections,
 )
+from cmt_edge.cmt.folding import PlainNorm
 from cmt_edge.cmt.layers import DropPath
-from cmt_edge.cmt.rewrites import PlainNorm
 from cmt_edge.cmt.weights import randomize
 from cmt_edge.deploy.errors import InputError, WeightsError
 from cmt_edge.export.to_onnx import export_onnx, logits_of, simplify
-from helpers.golden import golden, ours, published
-from helpers.shared import shared
+from helpers.golden import published
 
 NAME = "convit_tiny"
 REWRITES = [rewrite.name for rewrite in model_spec(NAME).rewrites]
@@ -61,29 +60,6 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 # --- against the official code --------------------------------------------------------------------
 
 
-VARIANTS = [
-    ("convit_tiny", 224),
-    ("convit_tiny_256", 256),
-    pytest.param("convit_base", 224, marks=pytest.mark.slow),
-]
-
-
-@pytest.mark.giant
-@pytest.mark.parametrize("rule", ["fanin", "flat"])
-@pytest.mark.parametrize(("variant", "size"), VARIANTS)
-def test_logits_equal_the_official_code_before_and_after_rewriting(variant, size, rule):
-    state = published(variant, rule)
-    model = create_model("_".join(variant.split("_")[:2]), img_size=size)
-    model.load_state_dict(ours(model.spec, state))
-    x = torch.from_numpy(golden().golden_input(size))
-    with np.load(shared(f"golden/{variant}.npz")) as data, torch.inference_mode():
-        exact = torch.from_numpy(data["logits_f64" if rule == "fanin" else "logits_flat_f64"])
-        expected = torch.from_numpy(golden().logits(variant, rule))
-        assert difference(model(x), expected) < 2e-5
-        assert difference(fuse(model)(x), expected) < 2e-5
-        assert difference(model.double()(x.double()), exact) < 1e-9
-
-
 @pytest.mark.parametrize(
     ("theirs", "our_key"),
     [
@@ -105,7 +81,7 @@ def test_published_key(theirs, our_key):
 
 def test_stacked_linears_are_taken_apart_and_ours_left_alone():
     stacked = torch.arange(18.0).reshape(9, 2)
-    state = separated(
+    state = separate_projections(
         {"blocks.10.attn.qkv.weight": stacked, "blocks.0.attn.qk.weight": stacked[:6], "norm.weight": stacked}
     )
     assert list(state) == [
@@ -116,7 +92,7 @@ def test_stacked_linears_are_taken_apart_and_ours_left_alone():
     assert torch.equal(state["blocks.10.attn.k.weight"], stacked[3:6])
     assert torch.equal(state["blocks.0.attn.k.weight"], stacked[3:6])
     mine = create_model(NAME, img_size=16).state_dict()
-    assert all(separated(mine)[k] is v for k, v in mine.items())
+    assert all(separate_projections(mine)[k] is v for k, v in mine.items())
 
 
 @pytest.mark.parametrize(
