@@ -1,7 +1,7 @@
 """What runs on the device: bundles, the Predictor, verification and measurement. Needs NumPy, Pillow and one
 runtime.
 
->>> from deploy import Predictor
+>>> from cmt_edge.deploy import Predictor
 >>> with Predictor.load("cmt_nano_int8_openvino") as p:
 ...     p("ship.jpg").top(3)
 """

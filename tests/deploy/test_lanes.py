@@ -312,7 +312,7 @@ def test_closing_waits_for_inferences_and_bindings_but_not_for_lent_lanes():
 
     class Slow(FakeSession):
         def bind(self, shape):
-            time.sleep(0.05)
+            time.sleep(0.25)
             events.append("bound")
             return super().bind(shape)
 
