@@ -17,7 +17,6 @@ from cmt_edge.deploy.bundle.sections import (
     ObservedEntry,
     TensorEntry,
     TypingEntry,
-    VerdictEntry,
     WeightsEntry,
 )
 from cmt_edge.deploy.measure.benchmark import Benchmark
@@ -58,9 +57,7 @@ def describe_export(config: ExportConfig, reference: Reference) -> Manifest:
     batch: int | str = config.batch or "batch"
     return Manifest(
         model=_model(config, reference),
-        input=TensorEntry(
-            name=INPUT, shape=(batch, 3, config.img_size, config.img_size), dtype="float32"
-        ),
+        input=TensorEntry(name=INPUT, shape=(batch, 3, config.img_size, config.img_size), dtype="float32"),
         outputs=tuple(
             TensorEntry(name=name, shape=(batch, *output.shape[1:]), dtype="float32")
             for name, output in zip(config.outputs, reference.outputs, strict=True)
@@ -110,8 +107,8 @@ def describe_calibration(config: ExportConfig, data: CalibrationSet, cached: boo
 
 
 def describe_typing(result: Typed, data: CalibrationSet | None) -> TypingEntry:
-    """The precision that was written into a graph; ``data`` is what its ranges were observed on, besides the golden
-    images."""
+    """The precision that was written into a graph; ``data`` is what its ranges were observed on, besides the
+    golden images."""
     observed = None
     if data is not None:
         observed = ObservedEntry(
@@ -130,8 +127,8 @@ def write_report(
     result: Verification,
     speed: Benchmark | None,
 ) -> None:
-    """Write ``report.md`` and ``report.json``: verification, latency where it was measured, and the verdict of
-    ``auto``."""
+    """Write ``report.md`` and ``report.json``: verification, latency where it was measured, and the verdict
+    of ``auto``."""
     parts = [f"# {name}", "## Verification", report.verification_text(result, markdown=True)]
     content: dict[str, Any] = {"verification": result}
     if speed:

@@ -1,8 +1,8 @@
 """An export from a checkpoint to a bundle: prepare, choose, finish.
 
-Every step compares its result with the PyTorch reference before the next one starts; where one fails, nothing is
-left behind. The steps themselves are in :mod:`cmt_edge.export.steps`, their order in :mod:`cmt_edge.export.plan`.
-"""
+Every step compares its result with the PyTorch reference before the next one starts; where one fails, nothing
+is left behind. The steps themselves are in :mod:`cmt_edge.export.steps`, their order in
+:mod:`cmt_edge.export.plan`."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def run(config: ExportConfig, progress: Progress | None = None) -> Bundle:
     """Export, verify and measure; returns the finished bundle.
 
     Raises:
-        InputError, or an error derived from it: something that was asked for or given cannot be used (exit code 2).
-        RuntimeMissingError: a runtime or an instruction set is missing here (3).
-        GateError: a step or the result differs from the reference by more than allowed, or no precision passes (1);
+        InputError, or an error derived from it: something that was asked for or given cannot be used (exit
+        code 2). RuntimeMissingError: a runtime or an instruction set is missing here (3). GateError: a step
+        or the result differs from the reference by more than allowed, or no precision passes (1);
             nothing is written.
     """
     preflight(config)
@@ -64,8 +64,8 @@ def plan(config: ExportConfig) -> dict[str, Any]:
 
 
 def preflight(config: ExportConfig) -> None:
-    """Fail before the long work where something is missing, or where the result could not be verified or written
-    here.
+    """Fail before the long work where something is missing, or where the result could not be verified or
+    written here.
 
     Raises as :func:`run`.
     """
@@ -85,7 +85,8 @@ def preflight(config: ExportConfig) -> None:
 
 @contextmanager
 def _claimed(output: Path) -> Iterator[None]:
-    """A folder that exists and can be written to. Meanwhile a request to end the process unwinds like Ctrl-C."""
+    """A folder that exists and can be written to. Meanwhile a request to end the process unwinds like
+    Ctrl-C."""
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output).close()

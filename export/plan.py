@@ -1,7 +1,7 @@
 """The steps of an export in order: what ``--dry-run`` prints, and what a run keeps to.
 
-Each phase of a run opens a :class:`Journal` over its steps and announces every step that it takes. A step that is left
-out, added or taken out of turn is an error, so the printed plan and the run cannot drift apart.
+Each phase of a run opens a :class:`Journal` over its steps and announces every step that it takes. A step
+that is left out, added or taken out of turn is an error, so the printed plan and the run cannot drift apart.
 """
 
 from __future__ import annotations
@@ -158,8 +158,8 @@ def describe_plan(config: ExportConfig) -> dict[str, Any]:
 
 
 def _images(config: ExportConfig) -> dict[str, Any]:
-    """The images that an export calibrates on or observes; synthetic ones are made from the model, which a plan does
-    not load."""
+    """The images that an export calibrates on or observes; synthetic ones are made from the model, which a
+    plan does not load."""
     if config.data == SYNTHETIC:
         return {"source": SYNTHETIC, "images": synthetic_count(config)}
     data = chosen_images(config)

@@ -1,11 +1,11 @@
 """The steps of an export, each a function from values to values.
 
-:mod:`cmt_edge.export.pipeline` puts them in order, and :mod:`cmt_edge.export.auto` uses some of them to make its
-candidates. A step that changes the model compares its result with the untouched PyTorch reference and raises
-:class:`~cmt_edge.deploy.errors.ParityError` beyond what is allowed.
+:mod:`cmt_edge.export.pipeline` puts them in order, and :mod:`cmt_edge.export.auto` uses some of them to make
+its candidates. A step that changes the model compares its result with the untouched PyTorch reference and
+raises :class:`~cmt_edge.deploy.errors.ParityError` beyond what is allowed.
 
-Steps of TensorRT alone are in :mod:`cmt_edge.export.trt`, so that other exports do not import TensorRT's side.
-"""
+Steps of TensorRT alone are in :mod:`cmt_edge.export.trt`, so that other exports do not import TensorRT's
+side."""
 
 from __future__ import annotations
 
@@ -128,7 +128,8 @@ def make_golden(model: nn.Module, spec: Preprocess) -> tuple[Golden, np.ndarray]
 
 
 def match_evaluation(bundle: Bundle, path: str, by_order: bool) -> Evaluation:
-    """The labelled images of ``path``, matched with the labels of a bundle, of which only the manifest is read.
+    """The labelled images of ``path``, matched with the labels of a bundle, of which only the manifest is
+    read.
 
     Raises:
         DataError: the images cannot be used, or their folders are not the labels.
@@ -221,7 +222,8 @@ def compare_batch_sizes(graph: onnx.ModelProto, reference: Reference) -> Differe
 def calibrate(
     graph: onnx.ModelProto, data: CalibrationSet, spec: Preprocess, cached: bool, progress: Count
 ) -> Quantized:
-    """``graph`` in int8, calibrated on ``data``; an equal one of an earlier run is used again where ``cached``.
+    """``graph`` in int8, calibrated on ``data``; an equal one of an earlier run is used again where
+    ``cached``.
 
     Raises:
         GateError: the graph breaks a rule for int8.
@@ -260,7 +262,8 @@ def observe_ranges(
 def write_files(
     folder: Path, graph: onnx.ModelProto, batch: int, golden: Golden, format: str
 ) -> RuntimeEntry:
-    """Write ``model.onnx`` with its batch size, the golden vectors, and what the runtime reads instead of the graph.
+    """Write ``model.onnx`` with its batch size, the golden vectors, and what the runtime reads instead of the
+    graph.
 
     Returns:
         The runtime of the format; without a version for TensorRT, whose engine comes later.
@@ -316,15 +319,13 @@ def verify_bundle(
         raise GateError(
             "the exported model differs from the reference by more than allowed",
             why="\n       ".join(report.verification_text(result).splitlines()),
-            remedy="nothing was written; calibrate on more and more typical images, use bf16 or fp32, or allow"
-            " more with --max-drop or --atol",
+            remedy="nothing was written; calibrate on more and more typical images, use bf16 or fp32, or"
+            " allow more with --max-drop or --atol",
         )
     return result
 
 
-def measure_bundle(
-    bundle: Bundle, threads: int | None, progress: Callable[[str, float], None]
-) -> Benchmark:
+def measure_bundle(bundle: Bundle, threads: int | None, progress: Callable[[str, float], None]) -> Benchmark:
     """A short measurement of a staged bundle."""
     return benchmark(
         [bundle],

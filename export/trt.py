@@ -6,8 +6,6 @@ Nothing else in ``export`` imports :mod:`cmt_edge.deploy.tensorrt`, and this mod
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import onnx
 
 from cmt_edge.deploy import Bundle, Predictor
@@ -96,7 +94,9 @@ def _require_same(
     return max(differences)
 
 
-def build_engine(config: ExportConfig, bundle: Bundle, progress: Progress) -> tuple[Manifest, dict[str, bytes]]:
+def build_engine(
+    config: ExportConfig, bundle: Bundle, progress: Progress
+) -> tuple[Manifest, dict[str, bytes]]:
     """What ``cmt-build`` does, on a staged bundle.
 
     Returns:

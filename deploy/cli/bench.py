@@ -21,6 +21,11 @@ BENCH_IMAGES = 64
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``cmt-bench``."""
+    return run(_main, build_parser().parse_args(argv))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of ``cmt-bench``."""
     p = parser("cmt-bench", "Measure bundles side by side, interleaved; ratios refer to the first.")
     p.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE")
     p.add_argument("--data", help="images for the end-to-end figure (default: the bundle's golden images)")
@@ -48,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         help="also draw the latencies (PNG or SVG; needs the extra 'report')",
     )
     add_runtime_flags(p)
-    return run(_main, p.parse_args(argv))
+    return p
 
 
 def _main(args: argparse.Namespace) -> int:

@@ -19,6 +19,11 @@ MAX_TIME_LIMIT_S = 30 * 86400.0
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``cmt-build``."""
+    return run(_main, build_parser().parse_args(argv))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of ``cmt-build``."""
     p = parser(
         "cmt-build",
         "Finish a TensorRT bundle on the device that will run it: build the engine, verify it, measure it.",
@@ -60,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         "--seconds", type=float, default=QUICK.seconds, help="least seconds to measure (default %(default)s)"
     )
     p.add_argument("--trtexec", action="store_true", help="print the equivalent trtexec command and exit")
-    return run(_main, p.parse_args(argv))
+    return p
 
 
 def _main(args: argparse.Namespace) -> int:

@@ -19,6 +19,11 @@ MANY = 32
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``cmt-predict``."""
+    return run(_main, build_parser().parse_args(argv))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of ``cmt-predict``."""
     p = parser(
         "cmt-predict",
         f"Classify images with a bundle; {MANY} images or more with several inferences at once.",
@@ -27,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("images", type=Path, nargs="+", help="image files, or folders of them")
     p.add_argument("--topk", type=int, default=5, help="classes to print (default 5)")
     add_runtime_flags(p)
-    return run(_main, p.parse_args(argv))
+    return p
 
 
 def _main(args: argparse.Namespace) -> int:

@@ -19,6 +19,11 @@ from .console import add_runtime_flags, parser, run
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``cmt-verify``."""
+    return run(_main, build_parser().parse_args(argv))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of ``cmt-verify``."""
     p = parser(
         "cmt-verify",
         "Check a bundle: hashes and golden vectors always, top-1 against the reference with --data.",
@@ -40,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         "--weights", help="the checkpoint the bundle was made from, to rebuild the PyTorch reference"
     )
     add_runtime_flags(p)
-    return run(_main, p.parse_args(argv))
+    return p
 
 
 def _main(args: argparse.Namespace) -> int:

@@ -1,8 +1,8 @@
-"""Which precision is exported: the one that was named, or for ``auto`` the fastest that passes on this machine.
+"""Which precision is exported: the one that was named, or for ``auto`` the fastest that passes on this
+machine.
 
-What is measured is :mod:`cmt_edge.export.auto.workbench`, how it is decided :mod:`cmt_edge.export.auto.search`.
-Nothing here exports.
-"""
+What is measured is :mod:`cmt_edge.export.auto.workbench`, how it is decided
+:mod:`cmt_edge.export.auto.search`. Nothing here exports."""
 
 from __future__ import annotations
 
@@ -51,9 +51,7 @@ def choose(config: ExportConfig, prepared: Prepared, progress: Progress) -> Deci
         MeasuringProcess(config.isa, progress.share) as process,
     ):
         folder = Path(name)
-        questions = make_questions(
-            folder, data, prepared.evaluation, config.eval_limit, config.preprocess
-        )
+        questions = make_questions(folder, data, prepared.evaluation, config.eval_limit, config.preprocess)
         workbench = Workbench(config, prepared, quantized, questions, process, folder, progress)
         found = search(
             workbench.variants(),
@@ -85,8 +83,8 @@ def _nothing_passes(verdict: VerdictEntry) -> GateError:
     return GateError(
         "no precision passes",
         why="\n       ".join(report.verdict_text(verdict).splitlines()),
-        remedy="nothing was written; allow more with --max-drop or --latency-budget, calibrate on more and more"
-        " typical images, or train with quantization in mind",
+        remedy="nothing was written; allow more with --max-drop or --latency-budget, calibrate on more and"
+        " more typical images, or train with quantization in mind",
     )
 
 
@@ -115,7 +113,9 @@ def _notes(found: Verdict, isa: str | None) -> list[str]:
             " memory: trust the order, not the milliseconds; the bundle itself is verified without the limit"
         )
     if not int8_hardware(isa):
-        notes.append("no instructions for int8 products (VNNI) here: int8 runs in several steps of older ones")
+        notes.append(
+            "no instructions for int8 products (VNNI) here: int8 runs in several steps of older ones"
+        )
     speeds = [candidate.speed for candidate in found.candidates if candidate.speed]
     if any("drifted" in warning for speed in speeds for warning in speed.warnings):
         notes.append(

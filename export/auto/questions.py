@@ -20,7 +20,8 @@ from ..steps import Evaluation
 QUICK_IMAGES = 1000
 """Number of labelled images, at most, that the ranking of groups uses."""
 PROBES = 64
-"""Number of calibration images, at most, that logit deviations are means over where labelled ones give the top-1."""
+"""Number of calibration images, at most, that logit deviations are means over where labelled ones give the
+top-1."""
 
 
 class Images:

@@ -1,10 +1,9 @@
-"""What the search measures with: builds candidates as bundles, and asks a measuring process for their answers and
-latencies.
+"""What the search measures with: builds candidates as bundles, and asks a measuring process for their answers
+and latencies.
 
 int8 is calibrated once; variants with more operations in float are made from that graph
-(:mod:`cmt_edge.calib.restore`). Everything that was measured is kept by content (:class:`Cache`), so an interrupted
-or repeated run goes on where the last one stopped.
-"""
+(:mod:`cmt_edge.calib.restore`). Everything that was measured is kept by content (:class:`Cache`), so an
+interrupted or repeated run goes on where the last one stopped."""
 
 from __future__ import annotations
 
@@ -52,8 +51,8 @@ HASH_LENGTH = 16
 
 
 class Cache:
-    """Measurements as JSON files, one for each key; an unreadable or missing one is measured again. Without a folder
-    they last as long as this object."""
+    """Measurements as JSON files, one for each key; an unreadable or missing one is measured again. Without a
+    folder they last as long as this object."""
 
     def __init__(self, folder: Path | None) -> None:
         self.folder, self._known = folder, dict[str, dict[str, Any]]()
@@ -217,7 +216,8 @@ class Workbench:
         return self._process.logits(self._bundle(variant), images.path, self._config.threads)
 
     def _deviation(self, variant: Variant, logits: np.ndarray) -> float:
-        """Mean absolute difference from the float32 variant's logits on the probes, in their standard deviations."""
+        """Mean absolute difference from the float32 variant's logits on the probes, in their standard
+        deviations."""
         if variant.precision == "fp32":
             self._expected = logits
         elif self._expected is None:
@@ -242,9 +242,7 @@ class Workbench:
         if variant not in self._bundles:
             self._bundles[variant] = self._write(variant)
             if self._config.isa and len(self._bundles) == 1:  # before the long work
-                self._process.check_limit(
-                    self._process.kernels(self._bundles[variant], self._config.threads)
-                )
+                self._process.check_limit(self._process.kernels(self._bundles[variant], self._config.threads))
         return self._bundles[variant]
 
     def _write(self, variant: Variant) -> Path:

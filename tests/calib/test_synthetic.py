@@ -17,7 +17,7 @@ from cmt_edge.deploy import Bundle
 from cmt_edge.deploy.errors import DataError, InputError, OutputError, StepError
 from cmt_edge.deploy.preprocessing import Preprocess, pixels
 from cmt_edge.export import ExportConfig
-from cmt_edge.export.pipeline import synthetic_count
+from cmt_edge.export.steps import synthetic_count
 from helpers.cli import failed, succeeded
 
 SIZE = 32

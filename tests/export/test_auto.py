@@ -14,8 +14,8 @@ from cmt_edge.deploy.measure.benchmark import Protocol
 from cmt_edge.deploy.measure.child import MeasuringProcess
 from cmt_edge.deploy.measure.host import describe
 from cmt_edge.export import run
-from cmt_edge.export.auto import choose as auto
-from cmt_edge.export.auto.choose import Cache
+from cmt_edge.export.auto import choose, workbench
+from cmt_edge.export.auto.workbench import Cache
 from helpers.cli import failed, succeeded
 from helpers.exports import content, nano
 from helpers.images import labelled
@@ -28,7 +28,9 @@ MEASURED = ("logits", "benchmark", "kernels")
 @pytest.fixture(scope="module", autouse=True)
 def short_measurements():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(auto, "PROTOCOL", Protocol(iters=5, seconds=0.05, warmup_iters=2, warmup_seconds=0.05))
+        short = Protocol(iters=5, seconds=0.05, warmup_iters=2, warmup_seconds=0.05)
+        for module in (choose, workbench):
+            patch.setattr(module, "SEARCH_PROTOCOL", short)
         yield
 
 
@@ -50,8 +52,8 @@ def calls(monkeypatch) -> list[str]:
 @pytest.fixture
 def two_groups(monkeypatch):
     """Only two groups are ranked, for speed."""
-    real = auto.groups_of
-    monkeypatch.setattr(auto, "groups_of", lambda *args: dict(list(real(*args).items())[:2]))
+    real = workbench.groups_of
+    monkeypatch.setattr(workbench, "groups_of", lambda *args: dict(list(real(*args).items())[:2]))
 
 
 @pytest.fixture(scope="module")

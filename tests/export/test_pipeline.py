@@ -32,7 +32,7 @@ from cmt_edge.deploy.errors import (
     WeightsError,
 )
 from cmt_edge.deploy.preprocessing import preprocess
-from cmt_edge.export import ExportConfig, pipeline, run
+from cmt_edge.export import ExportConfig, pipeline, run, steps
 from helpers.exports import NAME, content, nano
 from helpers.images import labelled
 from helpers.paths import ROOT
@@ -361,7 +361,7 @@ def perturbed_graph(graph):
 
 @pytest.mark.parametrize("step", ["fuse", "export to ONNX", "simplify"])
 def test_a_step_that_changes_the_logits_stops_the_export(step, output, monkeypatch):
-    traced, simplify = pipeline.export_onnx, pipeline.simplify
+    traced, simplify = steps.export_onnx, steps.simplify
     fault = {
         "fuse": ("fuse", perturbed_module),
         "export to ONNX": (
@@ -370,7 +370,7 @@ def test_a_step_that_changes_the_logits_stops_the_export(step, output, monkeypat
         ),
         "simplify": ("simplify", lambda g: perturbed_graph(simplify(g))),
     }[step]
-    monkeypatch.setattr(pipeline, *fault)
+    monkeypatch.setattr(steps, *fault)
     with pytest.raises(ParityError, match=f"step '{step}' changed the logits") as error:
         run(nano(output))
     assert error.value.exit_code == 1
@@ -384,7 +384,7 @@ def test_a_step_that_makes_nan_stops_the_export(output, monkeypatch):
             fused.head.fc.bias[0] = float("nan")
         return fused
 
-    monkeypatch.setattr(pipeline, "fuse", broken)
+    monkeypatch.setattr(steps, "fuse", broken)
     with pytest.raises(ParityError, match="'fuse' changed the logits by inf"):
         run(nano(output))
 
@@ -400,12 +400,12 @@ def test_a_failed_gate_writes_nothing(tmp_path, settings):
     assert content(tmp_path / "out") == {}
 
 
-@pytest.mark.parametrize("place", ["benchmark", "_write_reports"])
+@pytest.mark.parametrize("place", [(steps, "benchmark"), (pipeline, "write_report")], ids=lambda p: p[1])
 def test_an_interruption_near_the_end_changes_nothing(output, monkeypatch, place):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, place, interrupt)
+    monkeypatch.setattr(*place, interrupt)
     with pytest.raises(KeyboardInterrupt):
         run(nano(output))
 
@@ -437,7 +437,7 @@ def no_long_work(monkeypatch):
     def too_late(*_):
         raise AssertionError("the long work was begun")
 
-    monkeypatch.setattr(pipeline, "fuse", too_late)
+    monkeypatch.setattr(steps, "fuse", too_late)
 
 
 @pytest.mark.usefixtures("no_long_work")

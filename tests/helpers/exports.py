@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from cmt_edge.cmt import weights_fingerprint
-from cmt_edge.export import ExportConfig, pipeline
+from cmt_edge.export import ExportConfig, steps
 
 TRACED: dict[tuple, bytes] = {}
 
@@ -19,7 +19,7 @@ TRACED: dict[tuple, bytes] = {}
 def traced_once():
     """torch.onnx takes ten seconds: equal weights are traced once a session."""
 
-    real = pipeline.export_onnx
+    real = steps.export_onnx
 
     def export_onnx(model, img_size, opset, outputs, check):
         key = weights_fingerprint(model), img_size, opset, tuple(outputs)
@@ -30,7 +30,7 @@ def traced_once():
         return graph
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "export_onnx", export_onnx)
+        patch.setattr(steps, "export_onnx", export_onnx)
         yield patch
 
 
