@@ -82,7 +82,7 @@ def test_lists_that_heavy_modules_have_too():
 
 @pytest.mark.parametrize("field", [f for f in fields(Settings) if option_of(f).choices], ids=lambda f: f.name)
 def test_choices_are_checked(field):
-    with pytest.raises(InputError, match="unknown .* 'nonsense'"):
+    with pytest.raises(InputError, match=r"unknown .* 'nonsense'"):
         replace(ExportConfig("cmt_nano"), **{field.name: "nonsense"}).check()
 
 
@@ -91,7 +91,7 @@ def test_choices_are_checked(field):
 )
 @pytest.mark.parametrize("value", [-1, float("nan")])
 def test_bounds_are_checked(field, value):
-    with pytest.raises(InputError, match=f"{flag_of(field)} .* is too small"):
+    with pytest.raises(InputError, match=rf"{flag_of(field)} .* is too small"):
         replace(ExportConfig("cmt_nano"), **{field.name: value}).check()
 
 

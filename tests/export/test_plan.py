@@ -18,6 +18,12 @@ def names(**settings) -> list[str]:
     return [step.name for step in steps_of(ExportConfig("cmt_nano", **settings))]
 
 
+def take(planned: list[Step], taken: list[Step]) -> None:
+    with Journal(planned, QUIET) as journal:
+        for step in taken:
+            journal.take(step)
+
+
 @pytest.mark.parametrize(
     ("settings", "steps"),
     [
@@ -64,22 +70,18 @@ def test_a_run_that_keeps_to_its_plan():
 
 @pytest.mark.parametrize("taken", [[Step.FUSE], [Step.LOAD, Step.LOAD], [*PREPARE, Step.WRITE]])
 def test_a_step_out_of_turn(taken):
-    with pytest.raises(RuntimeError, match="was planned"), Journal(PREPARE, QUIET) as journal:
-        for step in taken:
-            journal.take(step)
+    with pytest.raises(RuntimeError, match="was planned"):
+        take(PREPARE, taken)
 
 
 def test_steps_left_out():
-    with pytest.raises(RuntimeError, match="left out TRACE, SIMPLIFY"), Journal(PREPARE, QUIET) as journal:
-        journal.take(Step.LOAD)
-        journal.take(Step.FUSE)
+    with pytest.raises(RuntimeError, match="left out TRACE, SIMPLIFY"):
+        take(PREPARE, [Step.LOAD, Step.FUSE])
 
 
 @pytest.mark.parametrize("optional", [[], [Step.RANK], [Step.RANK, Step.REFINE]])
 def test_a_search_may_need_no_ranking_and_no_refining(optional):
-    with Journal(CHOOSE, QUIET) as journal:
-        for step in (Step.COMPARE, *optional, Step.TIME, Step.CHOOSE):
-            journal.take(step)
+    take(CHOOSE, [Step.COMPARE, *optional, Step.TIME, Step.CHOOSE])
 
 
 def test_an_error_in_a_step_is_not_hidden_by_the_steps_it_prevented():
