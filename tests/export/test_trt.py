@@ -16,7 +16,7 @@ from cmt_edge.deploy.measure.parity import verify
 from cmt_edge.deploy.tensorrt.parser_rules import parser_findings
 from cmt_edge.export import ExportConfig, run
 from cmt_edge.export.cli import main
-from cmt_edge.export.config import ALIASES
+from cmt_edge.export.settings import ALIASES
 from helpers.bundles import snapshot
 from helpers.shared import shared
 
