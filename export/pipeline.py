@@ -18,8 +18,7 @@ import onnx
 
 from cmt_edge.calib import CalibrationSet
 from cmt_edge.deploy import Bundle
-from cmt_edge.deploy.backends import FORMATS as RUNTIME_OF
-from cmt_edge.deploy.backends import backend
+from cmt_edge.deploy.backends import RUNTIME_OF_FORMAT, get_runtime
 from cmt_edge.deploy.bundle import REFERENCE, BundleWriter, Manifest, save_reference
 from cmt_edge.deploy.bundle.sections import TypingEntry, VerdictEntry
 from cmt_edge.deploy.files import writing
@@ -77,10 +76,10 @@ def preflight(config: ExportConfig) -> None:
 
         trt.preflight(config)
         return
-    module = backend(RUNTIME_OF[config.format])
-    module.check()
-    if config.format == "openvino" and config.precision != "auto":
-        module.float_precision(config.precision, None)
+    runtime = get_runtime(RUNTIME_OF_FORMAT[config.format])
+    runtime.check()
+    if config.precision != "auto":
+        runtime.float_precision(config.precision)
 
 
 @contextmanager

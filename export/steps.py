@@ -27,8 +27,7 @@ from cmt_edge.cmt import fuse, weights_fingerprint, with_head
 from cmt_edge.cmt.reference import build
 from cmt_edge.cmt.weights import LoadedWeights
 from cmt_edge.deploy import Bundle, Predictor, Preprocess, report
-from cmt_edge.deploy.backends import FORMATS as RUNTIME_OF
-from cmt_edge.deploy.backends import backend
+from cmt_edge.deploy.backends import RUNTIME_OF_FORMAT, get_runtime
 from cmt_edge.deploy.backends.torch import TorchSession
 from cmt_edge.deploy.bundle import GOLDEN, ONNX, Golden
 from cmt_edge.deploy.bundle.sections import RuntimeEntry
@@ -271,12 +270,12 @@ def write_files(
     path = folder / ONNX
     path.write_bytes(with_batch(graph, batch).SerializeToString(deterministic=True))
     golden.save(folder / GOLDEN)
-    name = RUNTIME_OF[format]
+    name = RUNTIME_OF_FORMAT[format]
     if format == "trt":
         return RuntimeEntry(backend=name, version=None)
-    module = backend(name)
-    module.compile(path, folder)
-    return RuntimeEntry(backend=name, version=module.check())
+    runtime = get_runtime(name)
+    runtime.compile(path, folder)
+    return RuntimeEntry(backend=name, version=runtime.check())
 
 
 def verify_bundle(

@@ -23,7 +23,7 @@ import onnx
 from cmt_edge.calib import Quantized
 from cmt_edge.calib.groups import CLASSES, classes_of, groups_of
 from cmt_edge.calib.restore import int8_nodes
-from cmt_edge.deploy.backends import FORMATS as RUNTIME_OF
+from cmt_edge.deploy.backends import RUNTIME_OF_FORMAT
 from cmt_edge.deploy.bundle import BundleWriter
 from cmt_edge.deploy.bundle.sections import ExecutedPrecision, Speed, Variant
 from cmt_edge.deploy.files import cache_folder, write_atomic, writing
@@ -98,7 +98,7 @@ class Workbench:
         self._config, self._prepared, self._questions = config, prepared, questions
         self._process, self._folder, self._progress = process, folder, progress
         self._cache = Cache(cache_folder() / "search" if config.cache else None)
-        self._backend = RUNTIME_OF[config.format]
+        self._backend = RUNTIME_OF_FORMAT[config.format]
         self.runtime = process.runtime(self._backend)
         self._int8_nodes = int8_nodes(quantized.model)
         self._source = quantized.source

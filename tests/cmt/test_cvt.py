@@ -4,7 +4,6 @@ its export."""
 from __future__ import annotations
 
 from collections import Counter
-from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -18,8 +17,7 @@ from cmt_edge.cmt.rewrites import PlainNorm, affine_into, key_bias_dropped, valu
 from cmt_edge.cmt.weights import randomize
 from cmt_edge.deploy.errors import InputError, WeightsError
 from cmt_edge.export.to_onnx import export_onnx, logits_of, simplify
-from helpers.golden import golden, published
-from helpers.shared import shared
+from helpers.golden import golden, kept_model, official_array, published
 
 NAME = "cvt_13"
 REWRITES = [rewrite.name for rewrite in model_spec(NAME).rewrites]
@@ -46,46 +44,15 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 # --- against the official code --------------------------------------------------------------------
 
 
-@lru_cache(maxsize=1)
-def golden_model(variant: str, rule: str) -> nn.Module:
-    name, size = variant.replace("_224", ""), int(variant[-3:])
-    model = create_model(name, img_size=size)
-    model.load_state_dict({model.spec.rename(k): v for k, v in published(variant, rule).items()})
-    return model
-
-
-SIZES = [
-    "cvt_13_224",
-    pytest.param("cvt_13_384", marks=pytest.mark.slow),
-    pytest.param("cvt_21_384", marks=pytest.mark.slow),
-]
-
-
-@pytest.mark.giant
-@pytest.mark.parametrize("rule", ["fanin", "flat"])
-@pytest.mark.parametrize("variant", SIZES)
-def test_logits_equal_the_official_code_before_and_after_rewriting(variant, rule):
-    model = golden_model(variant, rule).float()
-    x = torch.from_numpy(golden().golden_input(model.img_size))
-    with np.load(shared(f"golden/{variant}.npz")) as data, torch.inference_mode():
-        exact = torch.from_numpy(data["logits_f64" if rule == "fanin" else "logits_flat_f64"])
-        expected = torch.from_numpy(golden().logits(variant, rule))
-        assert difference(model(x), expected) < 2e-5
-        assert difference(fuse(model)(x), expected) < 2e-5
-        assert difference(model.double()(x.double()), exact) < 1e-9
-
-
 @pytest.mark.parametrize("fused", [False, True], ids=["reference", "rewritten"])
 def test_features_are_the_maps_of_the_official_stages(fused):
-    model = golden_model("cvt_13_224", "fanin").float()
+    model = kept_model("cvt_13_224")
     x = torch.from_numpy(golden().golden_input(224)[:1])
     with torch.inference_mode():
         maps = (fuse(model) if fused else model).features(x)
-    with np.load(shared("golden/cvt_13_224.npz")) as data:
-        for i, stage_map in enumerate(maps):
-            np.testing.assert_allclose(
-                stage_map[0].flatten()[:64].numpy(), data[f"tap/stage{i}"], rtol=0, atol=2e-5
-            )
+    for i, stage_map in enumerate(maps):
+        expected = official_array("cvt_13_224", f"tap/stage{i}")
+        np.testing.assert_allclose(stage_map[0].flatten()[:64].numpy(), expected, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize(

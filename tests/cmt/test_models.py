@@ -1,8 +1,6 @@
-"""The models against the official code: golden logits, parameters, MACs, keys; building and training them."""
+"""The models of the registry: what the registry tells of them, building them and training them."""
 
 from __future__ import annotations
-
-import json
 
 import numpy as np
 import pytest
@@ -11,85 +9,15 @@ import torch
 from cmt_edge.cmt import count_params, create_model, labels_of, list_models, macs, model_spec
 from cmt_edge.cmt.layers import DropPath
 from cmt_edge.deploy.errors import InputError, UnknownNameError
-from helpers.golden import described, golden, name_of, ours, published
-from helpers.models import GIANT_MACS, marked_models
-from helpers.shared import SHARED, shared
-
-GOLDEN = sorted(p.stem for p in (SHARED / "golden").glob("*.npz")) or ["cmt_ti"]
-FIGURES = (
-    json.loads((SHARED / "golden/models.json").read_text())
-    if (SHARED / "golden/models.json").exists()
-    else []
-)
-SLOW_MACS = 3e9
-
+from helpers.models import marked_models
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def marked(variants, largest=pytest.mark.giant):
-    """Marked by their cost; ``largest`` marks those of more than ``GIANT_MACS``."""
-    costs = {v: model_spec(name_of(v)).macs or 0 for v in variants}
-    marks = {
-        v: largest if cost > GIANT_MACS else pytest.mark.slow for v, cost in costs.items() if cost > SLOW_MACS
-    }
-    return [pytest.param(v, marks=marks[v]) if v in marks else v for v in variants]
-
-
-def golden_cases():
-    """Every variant under both rules; the secondary rule of the slow ones on demand."""
-    for variant in GOLDEN:
-        macs = model_spec(name_of(variant)).macs or 0
-        for rule in ("fanin", "flat"):
-            giant = macs > (GIANT_MACS if rule == "fanin" else SLOW_MACS)
-            yield pytest.param(
-                variant,
-                rule,
-                marks=[pytest.mark.giant] if giant else [pytest.mark.slow] if macs > SLOW_MACS else [],
-            )
-
-
-@pytest.mark.parametrize(("variant", "rule"), golden_cases())
-def test_logits_equal_the_official_code(variant, rule):
-    size = described(variant)["input_size"]
-    model = create_model(name_of(variant), img_size=size)
-    model.load_state_dict(ours(model.spec, published(variant, rule)))
-    x = torch.from_numpy(golden().golden_input(size))
-    with np.load(shared(f"golden/{variant}.npz")) as data:
-        exact = data["logits_f64" if rule == "fanin" else "logits_flat_f64"]
-    with torch.inference_mode():
-        single = model(x).numpy()
-        double = model.double()(x.double()).numpy()
-    assert single.dtype == np.float32
-    np.testing.assert_allclose(single, golden().logits(variant, rule), rtol=0, atol=2e-5)
-    np.testing.assert_allclose(double, exact, rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize("variant", marked(GOLDEN, pytest.mark.slow))
-def test_every_published_key_has_one_place_of_equal_shape(variant):
-    entries = golden().entries(variant)
-    model = create_model(name_of(variant), img_size=described(variant)["input_size"])
-    renamed = {model.spec.rename(e["key"]) for e in entries}
-    assert len(renamed) == len(entries)
-    state = {e["key"]: torch.zeros(e["shape"]) for e in entries}
-    assert {k: tuple(v.shape) for k, v in ours(model.spec, state).items()} == {
-        k: tuple(v.shape) for k, v in model.state_dict().items()
-    }
 
 
 @pytest.mark.parametrize("name", marked_models())
 def test_our_own_keys_are_left_as_they_are(name):
     model = create_model(name, img_size=32)
     assert [model.spec.rename(k) for k in model.state_dict()] == list(model.state_dict())
-
-
-@pytest.mark.parametrize(
-    "figures", [f for f in FIGURES if f["macs"] < GIANT_MACS], ids=lambda f: f["variant"]
-)
-def test_parameters_and_macs_are_the_official_ones(figures):
-    model = create_model(name_of(figures["variant"]), img_size=figures["input_size"])
-    assert count_params(model) == figures["num_params"]
-    assert macs(model) == figures["macs"]
 
 
 @pytest.mark.parametrize("name", marked_models())

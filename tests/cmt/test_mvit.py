@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -37,8 +36,7 @@ from cmt_edge.cmt.rewrites import PlainNorm, Rewrite
 from cmt_edge.cmt.weights import randomize
 from cmt_edge.deploy.errors import InputError, WeightsError
 from cmt_edge.export.to_onnx import export_onnx, logits_of, simplify
-from helpers.golden import golden, ours, published
-from helpers.shared import shared
+from helpers.golden import golden, kept_model, official_array, published
 
 V1, V2 = "mvitv1_b16", "mvitv2_t"
 NAMES = [V1, V2, "mvitv2_s", "mvitv2_b", "mvitv2_l"]
@@ -79,57 +77,15 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 # --- against the official code --------------------------------------------------------------------
 
 
-def name_of(variant: str) -> str:
-    return "_".join(variant.split("_")[:2])
-
-
-@lru_cache(maxsize=1)
-def golden_model(variant: str, rule: str) -> nn.Module:
-    model = create_model(name_of(variant), img_size=256 if variant.endswith("256") else 224)
-    model.load_state_dict(ours(model.spec, published(variant, rule)))
-    return model
-
-
-VARIANTS = [V2, *(pytest.param(v, marks=pytest.mark.slow) for v in (V1, "mvitv2_t_256", "mvitv2_b"))]
-
-
-@pytest.mark.giant
-@pytest.mark.parametrize("rule", ["fanin", "flat"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_equal_the_official_code_before_and_after_rewriting(variant, rule):
-    model = golden_model(variant, rule).float()
-    x = torch.from_numpy(golden().golden_input(model.img_size))
-    with np.load(shared(f"golden/{variant}.npz")) as data, torch.inference_mode():
-        exact = torch.from_numpy(data["logits_f64" if rule == "fanin" else "logits_flat_f64"])
-        expected = torch.from_numpy(golden().logits(variant, rule))
-        assert (model(x) - expected).abs().max() < 2e-5
-        assert (fuse(model)(x) - expected).abs().max() < 2e-5
-        assert (model.double()(x.double()) - exact).abs().max() < 1e-9
-
-
 @pytest.mark.parametrize("fused", [False, True], ids=["reference", "rewritten"])
 def test_features_are_the_outputs_of_the_official_blocks(fused):
-    model = golden_model(V2, "fanin").float()
+    model = kept_model(V2)
     x = torch.from_numpy(golden().golden_input(224)[:1])
-    with np.load(shared(f"golden/{V2}.npz")) as data, torch.inference_mode():
+    with torch.inference_mode():
         maps = (fuse(model) if fused else model).features(x)
-        for block, m in zip((0, 2, 7, 9), maps, strict=True):  # the last of each stage
-            expected = data[f"tap/blocks.{block}"]  # (tokens, channels), the first values
-            np.testing.assert_allclose(m[0, : len(expected), 0, 0], expected, rtol=0, atol=2e-5)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_published_keys_fill_every_place_once(name):
-    shared("golden/golden.py")
-    spec = model_spec(name)
-    if not (golden().HERE / f"{name}.json").exists():
-        pytest.skip(f"the shared data describes no {name}")
-    entries = golden().entries(name)
-    with torch.device("meta"):
-        model = spec.build(spec.config, img_size=224, num_classes=1000)
-        filled = ours(spec, {e["key"]: torch.empty(e["shape"]) for e in entries})
-    assert {k: v.shape for k, v in filled.items()} == {k: v.shape for k, v in model.state_dict().items()}
-    assert len({spec.rename(e["key"]) for e in entries}) == len(entries)
+    for block, m in zip((0, 2, 7, 9), maps, strict=True):  # the last of each stage
+        expected = official_array(V2, f"tap/blocks.{block}")  # (tokens, channels), the first values
+        np.testing.assert_allclose(m[0, : len(expected), 0, 0], expected, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)

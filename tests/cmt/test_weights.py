@@ -128,7 +128,7 @@ def test_embedded_pretrained_is_the_shared_checkpoint_up_to_rounding():
 def test_embedded_pretrained_fills_every_key():
     model = nano()
     load_pretrained(model)
-    stored = load_file(str(resources.files("cmt") / "data" / "cmt_nano_cifar10.safetensors"))
+    stored = load_file(str(resources.files("cmt_edge.cmt") / "data" / "cmt_nano_cifar10.safetensors"))
     assert holds(model, {k: v.to(model.state_dict()[k].dtype) for k, v in stored.items()})
 
 

@@ -221,7 +221,7 @@ def slow_and_fast(tmp_path, monkeypatch):
     """Two bundles served by fakes, the first four times slower."""
     delays = {"slow": 0.008, "fast": 0.002}
     monkeypatch.setattr(
-        fake, "load", lambda b, options: FakeSession(len(b.labels), delays.get(b.path.name, 0.0))
+        fake.RUNTIME, "load", lambda b, options: FakeSession(len(b.labels), delays.get(b.path.name, 0.0))
     )
     return [make_bundle(tmp_path / name) for name in delays]
 
@@ -250,7 +250,7 @@ def test_drift_is_warned_about(tmp_path, monkeypatch):
             self.delay_s += 2e-4
             return super().run(batch)
 
-    monkeypatch.setattr(fake, "load", lambda bundle, options: Tiring(3))
+    monkeypatch.setattr(fake.RUNTIME, "load", lambda bundle, options: Tiring(3))
     protocol = Protocol(iters=30, seconds=0, warmup_iters=1, warmup_seconds=0)
     result = benchmark([make_bundle(tmp_path / "b")], protocol=protocol, with_throughput=False)
     assert any("drifted by +" in w for w in result.results[0].warnings)
@@ -276,7 +276,7 @@ def test_sessions_are_closed_also_after_an_error(tmp_path, monkeypatch):
         def executed(self, batch, repeats=10):
             raise RuntimeError("profiling failed")
 
-    monkeypatch.setattr(fake, "load", lambda bundle, options: opened.append(Watched(3)) or opened[-1])
+    monkeypatch.setattr(fake.RUNTIME, "load", lambda bundle, options: opened.append(Watched(3)) or opened[-1])
     with pytest.raises(RuntimeError, match="profiling"):
         benchmark([make_bundle(tmp_path / "a"), make_bundle(tmp_path / "b")], protocol=QUICK)
     assert len(opened) == 2
@@ -298,7 +298,7 @@ def test_given_images_are_what_is_measured_end_to_end(tmp_path, monkeypatch):
 
 def test_options_reach_the_runtime(tmp_path, monkeypatch):
     options = []
-    monkeypatch.setattr(fake, "load", lambda b, o: options.append(o) or FakeSession(3))
+    monkeypatch.setattr(fake.RUNTIME, "load", lambda b, o: options.append(o) or FakeSession(3))
     benchmark([make_bundle(tmp_path / "b")], threads=3, device="X", protocol=QUICK)
     assert [(o.threads, o.device, o.throughput) for o in options] == [(3, "X", False), (3, "X", True)]
 

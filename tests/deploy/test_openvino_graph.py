@@ -13,7 +13,7 @@ from onnx.reference import ReferenceEvaluator
 
 ov = pytest.importorskip("openvino")
 
-from cmt_edge.deploy.backends.openvino import compile  # noqa: E402
+from cmt_edge.deploy.backends.openvino import RUNTIME  # noqa: E402
 from cmt_edge.deploy.backends.openvino_graph import read, unsigned  # noqa: E402
 
 h = onnx.helper
@@ -165,7 +165,7 @@ def test_the_conv_still_runs_as_int8_with_one_operation():
 def test_what_is_compiled_is_rewritten_once(tmp_path):
     path = tmp_path / "model.onnx"
     path.write_bytes(graph())
-    xml, weights = compile(path, tmp_path)
+    xml, weights = RUNTIME.compile(path, tmp_path)
     assert weights.is_file()
     assert lows(read(path)) == lows(read(xml)) == [0.0]
     x = images()

@@ -204,7 +204,7 @@ def test_model_that_returns_nan_fails(tmp_path, monkeypatch):
             return [np.full((len(batch), 3), np.nan, np.float32)]
 
     bundle = make_bundle(tmp_path / "b")
-    monkeypatch.setattr(fake, "load", lambda b, options: Broken(3))
+    monkeypatch.setattr(fake.RUNTIME, "load", lambda b, options: Broken(3))
     result = verify(bundle, atol=1e9)
     assert not result.passed
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from cmt_edge.calib.generated import generate
 from cmt_edge.deploy import Bundle, Prediction, Predictor, preprocess
-from cmt_edge.deploy.backends import FORMATS, TABLE, backend
+from cmt_edge.deploy.backends import RUNTIME_OF_FORMAT, RUNTIMES, Runtime, get_runtime
 from cmt_edge.deploy.backends.fake import FakeSession
 from cmt_edge.deploy.errors import (
     BundleError,
@@ -286,8 +286,8 @@ def test_unknown_backend_offers_close_names(tmp_path, asked, close):
 
 def test_hopeless_backend_name_lists_all():
     with pytest.raises(UnknownNameError) as caught:
-        backend("zzzz")
-    assert all(name in caught.value.remedy for name in TABLE)
+        get_runtime("zzzz")
+    assert all(name in caught.value.remedy for name in RUNTIMES)
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -369,7 +369,7 @@ INPUTS = {"no input entry": {}, "empty shape": {"shape": []}, "shape as text": {
 def test_manifest_without_an_input_shape(tmp_path, entry, monkeypatch):
     import cmt_edge.deploy.backends.onnxruntime as module
 
-    monkeypatch.setattr(module, "load", lambda bundle, options: FakeSession(3))
+    monkeypatch.setattr(module.RUNTIME, "load", lambda bundle, options: FakeSession(3))
     bundle = make_bundle(tmp_path / "b", format="onnx")
     edit_manifest(bundle, lambda m: m.update(input=entry))
     with pytest.raises(BundleError):
@@ -377,11 +377,12 @@ def test_manifest_without_an_input_shape(tmp_path, entry, monkeypatch):
 
 
 def test_every_format_has_a_runtime(gpu_machine):
-    assert set(FORMATS.values()) <= set(TABLE)
-    for name in TABLE:
-        module = backend(name)
-        assert all(callable(getattr(module, verb)) for verb in ("check", "compile", "load"))
-        assert module.check().split()[0] == name
+    assert set(RUNTIME_OF_FORMAT.values()) <= set(RUNTIMES)
+    for name in RUNTIMES:
+        runtime = get_runtime(name)
+        assert isinstance(runtime, Runtime)
+        assert runtime.check().split()[0] == name
+        assert runtime.float_precision("fp32") == runtime.float_precision("fp32", None) == "fp32"
 
 
 # --- the answer -----------------------------------------------------------------------------------

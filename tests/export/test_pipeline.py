@@ -36,7 +36,7 @@ from cmt_edge.export import ExportConfig, pipeline, run, steps
 from helpers.exports import NAME, content, nano
 from helpers.images import labelled
 from helpers.paths import ROOT
-from helpers.shared import SHARED
+from helpers.shared import find_shared
 
 CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 COMMON = {"model.onnx", "golden.npz", "report.md", "report.json"}
@@ -53,11 +53,10 @@ def batch(count: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """A training checkpoint in the published container (and with the published keys where the shared data is
-    there)."""
-    shared, model = SHARED / "weights/cmt_nano_cifar10.pt", create_model("cmt_nano")
+    """A training checkpoint in the published container, with the published keys if the shared data exists."""
+    model, published = create_model("cmt_nano"), find_shared("weights/cmt_nano_cifar10.pt")
     load_pretrained(model)
-    state = torch.load(shared, weights_only=True)["model"] if shared.exists() else model.state_dict()
+    state = torch.load(published, weights_only=True)["model"] if published else model.state_dict()
     path = tmp_path_factory.mktemp("training") / "trained.pth"
     torch.save(
         {
