@@ -195,6 +195,7 @@ def _verified(
         candidate = trt.emulate(config, bundle)
     labelled = prepared.evaluation.images if prepared.evaluation else None
     result = steps.verify_bundle(config, bundle, prepared.reference, labelled, candidate, progress.count)
+    steps.require_passed(result)
     if result.data:
         with writing(config.target):
             save_reference(writer.folder / REFERENCE, result.reference_answers)

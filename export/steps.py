@@ -297,11 +297,11 @@ def verify_bundle(
         progress: called with images done and total.
 
     Raises:
-        GateError: the bundle differs by more than allowed.
+        DataError: an image cannot be used.
     """
     session = TorchSession(reference.model)
     with Predictor(session, config.preprocess, bundle.labels, batch=0, head=config.head) as torch_side:
-        result = verify(
+        return verify(
             bundle,
             data=labelled,
             by_order=config.by_order,
@@ -314,6 +314,10 @@ def verify_bundle(
             progress=progress,
             candidate=candidate,
         )
+
+
+def require_passed(result: Verification) -> None:
+    """Raise :class:`~cmt_edge.deploy.errors.GateError` if a bundle differs by more than allowed."""
     if not result.passed:
         raise GateError(
             "the exported model differs from the reference by more than allowed",
@@ -321,7 +325,6 @@ def verify_bundle(
             remedy="nothing was written; calibrate on more and more typical images, use bf16 or fp32, or"
             " allow more with --max-drop or --atol",
         )
-    return result
 
 
 def measure_bundle(bundle: Bundle, threads: int | None, progress: Callable[[str, float], None]) -> Benchmark:
