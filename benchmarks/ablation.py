@@ -47,10 +47,10 @@ from common import (
 from torch import nn
 
 from cmt_edge.calib import CalibrationSet
-from cmt_edge.calib.quantize import unchecked
+from cmt_edge.calib.quantize import calibrate
 from cmt_edge.calib.recipe import DEFAULT, Recipe
 from cmt_edge.cmt import fuse, model_spec
-from cmt_edge.cmt.reference import build
+from cmt_edge.cmt.reference import load_reference
 from cmt_edge.deploy.backends import Session
 from cmt_edge.deploy.backends.openvino import has_bf16
 from cmt_edge.deploy.backends.torch import TorchSession
@@ -165,8 +165,8 @@ def recipe_graphs(bench: Bench) -> Iterator[Variant]:
     for name, changes in {DEFAULT_RECIPE: {}, **chosen}.items():
         with step(f"quantize with {name}"):
             recipe: Recipe = replace(DEFAULT, **changes)
-            try:  # unchecked: the rules of cmt_edge.calib.lint forbid what some of these choices do
-                quantized = unchecked(graph, data, spec, recipe, None).model
+            try:  # not quantize: the rules of cmt_edge.calib.lint forbid what some of these choices do
+                quantized = calibrate(graph, data, spec, recipe, None).model
                 fields = stored(bench, quantized, name)
                 yield Variant(part="recipe", precision="int8", **fields)
                 if name == DEFAULT_RECIPE and signed:
@@ -345,7 +345,7 @@ def parsed() -> argparse.Namespace:
 
 def main() -> None:
     args = parsed()
-    model, _ = build(args.model, args.weights)
+    model, _ = load_reference(args.model, args.weights)
     images = check_images(ExportConfig(args.model).preprocess, IMAGES)
     truth = logits(TorchSession(model, args.threads), images)
     with tempfile.TemporaryDirectory() as folder:

@@ -19,7 +19,7 @@ from pathlib import Path
 import onnx
 
 from cmt_edge.cmt import create_model, list_models, model_spec
-from cmt_edge.cmt.registry import ModelSpec
+from cmt_edge.cmt.spec import ModelSpec
 from cmt_edge.cmt.weights import randomize
 from cmt_edge.deploy.backends.openvino import has_bf16
 from cmt_edge.deploy.bundle import ONNX, Bundle

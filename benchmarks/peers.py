@@ -179,9 +179,9 @@ def plain_onnx(job: Job) -> onnx.ModelProto:
 def calibration(job: Job) -> Any:
     """The images that every int8 row is calibrated on, through the same reader: iterable, with a length."""
     from cmt_edge.calib import CalibrationSet
-    from cmt_edge.calib.quantize import _Batches
+    from cmt_edge.calib.quantize import Batches
 
-    return _Batches(CalibrationSet.choose(job.data, job.calib_size, job.preprocess), job.preprocess, None)
+    return Batches(CalibrationSet.choose(job.data, job.calib_size, job.preprocess), job.preprocess, None)
 
 
 def make_weights(job: Job, folder: Path) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 
 from cmt_edge.calib import DEFAULT, Recipe
 from cmt_edge.calib.data import SYNTHETIC
-from cmt_edge.cmt import ModelSpec, model_spec
+from cmt_edge.cmt import model_spec
 from cmt_edge.cmt.features import require_head
-from cmt_edge.cmt.registry import check_size
+from cmt_edge.cmt.spec import ModelSpec, check_size
 from cmt_edge.deploy.bundle import LOGITS
 from cmt_edge.deploy.errors import InputError, WeightsError
 from cmt_edge.deploy.measure.parity import MAX_DROP

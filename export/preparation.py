@@ -59,7 +59,7 @@ def prepare(config: ExportConfig, progress: Progress) -> Prepared:
     started = time.monotonic()
     with Journal(preparing(config), progress) as journal:
         with journal.step(Step.LOAD):
-            reference = steps.load_reference(config)
+            reference = steps.make_reference(config)
             manifest = describe_export(config, reference)
         evaluation = None
         if config.eval_data:  # before the long work: only the user can correct a mismatch

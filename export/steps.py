@@ -24,7 +24,7 @@ from cmt_edge.calib.generated import generate
 from cmt_edge.calib.quantize import keep_float
 from cmt_edge.calib.synthetic import default_size, synthetic_set
 from cmt_edge.cmt import fuse, weights_fingerprint, with_head
-from cmt_edge.cmt.reference import build
+from cmt_edge.cmt.reference import load_reference
 from cmt_edge.cmt.weights import LoadedWeights
 from cmt_edge.deploy import Bundle, Predictor, Preprocess, report
 from cmt_edge.deploy.backends import RUNTIME_OF_FORMAT, get_runtime
@@ -97,13 +97,13 @@ class Evaluation:
 # --- the reference --------------------------------------------------------------------------------
 
 
-def load_reference(config: ExportConfig) -> Reference:
+def make_reference(config: ExportConfig) -> Reference:
     """The model with the weights that were asked for, and its answers to the golden images.
 
     Raises:
         WeightsError: the weights cannot be read, or do not fit.
     """
-    classifier, loaded = build(
+    classifier, loaded = load_reference(
         config.model,
         config.weights,
         img_size=config.img_size,

@@ -12,7 +12,7 @@ from torch import nn
 from cmt_edge.calib import CalibrationSet, synthetic
 from cmt_edge.calib.synthetic import require_statistics, synthesise, synthetic_set
 from cmt_edge.cmt import create_model, weights_fingerprint
-from cmt_edge.cmt.reference import build
+from cmt_edge.cmt.reference import load_reference
 from cmt_edge.deploy import Bundle
 from cmt_edge.deploy.errors import DataError, InputError, OutputError, StepError
 from cmt_edge.deploy.preprocessing import Preprocess, pixels
@@ -61,7 +61,7 @@ def small() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def nano() -> nn.Module:
-    return build("cmt_nano", "pretrained")[0]
+    return load_reference("cmt_nano", "pretrained")[0]
 
 
 def the_set(model: nn.Module, cache=None, count: int = 4, **settings) -> CalibrationSet:

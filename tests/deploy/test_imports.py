@@ -17,6 +17,7 @@ HEAVY = ("torch", "onnx", "onnxruntime", "openvino", "tensorrt", "cuda", "pynvml
 BUDGET_S = 0.3
 RUNTIMES = (
     "cmt_edge.deploy.tensorrt.parser_rules",
+    "cmt_edge.deploy.backends.graph_rules",
     "cmt_edge.deploy.backends.openvino",
     "cmt_edge.deploy.backends.openvino_graph",
     "cmt_edge.deploy.backends.onnxruntime",
@@ -148,7 +149,7 @@ def allowed(importer: str, imported: str) -> bool:
     return {
         "cmt": imported in ("cmt_edge.deploy.errors", "cmt_edge.deploy.files"),
         "calib": theirs == "deploy",
-        "deploy": imported == "cmt_edge.calib.lint" and importer.endswith("parser_rules"),
+        "deploy": False,
         "export": True,
     }[ours]
 
