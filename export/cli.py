@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from cmt_edge.deploy.cli.console import parser, run
 from cmt_edge.deploy.errors import RuntimeMissingError
 
-from .options import add_flags, given_flags
+from .options import add_flags, read_flags
 from .settings import GROUPS, Settings
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def _export(args: argparse.Namespace) -> int:
     from .config import ExportConfig, read_config
 
     settings = read_config(args.config) if args.config else {}
-    config = ExportConfig.from_mapping(settings | given_flags(args, Settings), args.config)
+    config = ExportConfig.from_mapping(settings | read_flags(args, Settings), args.config)
     config.check()
     from . import pipeline
 

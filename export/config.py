@@ -19,7 +19,7 @@ from cmt_edge.deploy.errors import InputError, WeightsError
 from cmt_edge.deploy.measure.parity import MAX_DROP
 from cmt_edge.deploy.preprocessing import RESAMPLING, Preprocess
 
-from .options import check_values, defaults, given, read_mapping, require_least
+from .options import changed_flags, check_values, defaults_of, read_mapping, require_least
 from .settings import AUTO, AUTO_DROP, FORMATS, TENSORRT, Settings
 
 OPSET = 20
@@ -156,7 +156,7 @@ class ExportConfig(Settings):
             max_drop=self.allowed_drop,
             data=self.data if quantizes else None,
             calib_size=self.calib_size if quantizes else None,
-            **defaults(type(self), AUTO),
+            **defaults_of(type(self), AUTO),
         )
 
     # --- checks ---
@@ -216,7 +216,7 @@ class ExportConfig(Settings):
 
     def _check_auto_options(self) -> None:
         """Options of ``auto`` only with it, and those of int8 only without."""
-        flags = given(self, AUTO)
+        flags = changed_flags(self, AUTO)
         if flags and self.precision != "auto":
             raise InputError(
                 f"{' and '.join(flags)}: only --precision auto measures and chooses",
@@ -275,7 +275,7 @@ class ExportConfig(Settings):
                 f"--format {self.format} has no {self.precision}: {NOT_COMPUTED[self.format]}",
                 remedy=f"--format {' or '.join(others)}, or --precision {' or '.join(reversed(known))}",
             )
-        flags = given(self, TENSORRT)
+        flags = changed_flags(self, TENSORRT)
         if flags and self.format != "trt":
             raise InputError(
                 f"{' and '.join(flags)}: only --format trt builds engines",

@@ -1,6 +1,6 @@
 """Options that are written down once: a dataclass's fields carry their help, choices and group.
 
-From these fields come the flags of a command line (:func:`add_flags`, :func:`given_flags`), what a settings
+From these fields come the flags of a command line (:func:`add_flags`, :func:`read_flags`), what a settings
 file may hold (:func:`read_mapping`), and which values are possible (:func:`check_values`).
 
 >>> @dataclass(frozen=True)
@@ -50,14 +50,14 @@ class Option:
     what: str | None = None
 
 
-def described(help: str, group: str, **more: Any) -> Mapping[str, Option]:
+def describe_option(help: str, group: str, **more: Any) -> Mapping[str, Option]:
     """Metadata of a field without a default; the arguments are those of :class:`Option`."""
     return {KEY: Option(help, group, **more)}
 
 
 def option(default: T, *, help: str, group: str, **more: Any) -> T:
     """A dataclass field with ``default``; the other arguments are those of :class:`Option`."""
-    made: T = field(default=default, metadata=described(help, group, **more))
+    made: T = field(default=default, metadata=describe_option(help, group, **more))
     return made
 
 
@@ -73,7 +73,7 @@ def flag_of(described_field: Field[Any]) -> str:
     return f"--no-{name}" if described_field.default is True else f"--{name}"
 
 
-def given(settings: Any, group: str) -> list[str]:
+def changed_flags(settings: Any, group: str) -> list[str]:
     """Flags of a group whose values are not the defaults."""
     return [
         flag_of(f)
@@ -82,7 +82,7 @@ def given(settings: Any, group: str) -> list[str]:
     ]
 
 
-def defaults(settings: type, group: str) -> dict[str, Any]:
+def defaults_of(settings: type, group: str) -> dict[str, Any]:
     """Default by field name of every option of a group."""
     return {f.name: f.default for f in fields(settings) if option_of(f).group == group}
 
@@ -94,7 +94,7 @@ def add_flags(parser: argparse.ArgumentParser, settings: type, titles: Mapping[s
     """Add every option of a dataclass to ``parser``, in groups.
 
     A flag that was not given leaves no attribute behind, so that a settings file keeps its say; see
-    :func:`given_flags`.
+    :func:`read_flags`.
 
     Args:
         parser: of the command.
@@ -152,7 +152,7 @@ def _help(described_field: Field[Any]) -> str:
     return text.replace("%", "%%")
 
 
-def given_flags(args: argparse.Namespace, settings: type) -> dict[str, Any]:
+def read_flags(args: argparse.Namespace, settings: type) -> dict[str, Any]:
     """The options that stood on the command line."""
     return {f.name: getattr(args, f.name) for f in fields(settings) if hasattr(args, f.name)}
 

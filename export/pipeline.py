@@ -31,7 +31,7 @@ from . import steps
 from .auto.choose import choose
 from .config import ExportConfig
 from .description import describe_calibration, describe_typing, write_report
-from .plan import Journal, Step, describe_plan, finishing
+from .plan import Journal, Step, describe_plan, steps_to_finish
 from .preparation import Prepared, prepare
 from .steps import OBSERVED_IMAGES, Differences
 
@@ -108,7 +108,7 @@ def finish(
         verdict: why ``auto`` chose the precision, where it did.
         progress: draws the steps.
     """
-    with Journal(finishing(config), progress) as journal, BundleWriter(config.target) as writer:
+    with Journal(steps_to_finish(config), progress) as journal, BundleWriter(config.target) as writer:
         graph, manifest = _chosen(config, prepared, verdict)
         differences = prepared.differences
         if Step.TYPE in journal:

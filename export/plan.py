@@ -17,7 +17,7 @@ from cmt_edge.deploy.progress import Progress
 
 from .config import ExportConfig
 from .settings import FORMATS
-from .steps import OBSERVED_IMAGES, chosen_images, synthetic_count
+from .steps import OBSERVED_IMAGES, choose_images, count_synthetic
 
 
 class Step(Enum):
@@ -55,10 +55,10 @@ OPTIONAL = (Step.RANK, Step.REFINE)
 
 def steps_of(config: ExportConfig) -> list[Step]:
     """Every step of an export in order."""
-    return [*preparing(config), *choosing(config), *finishing(config)]
+    return [*steps_to_prepare(config), *steps_to_choose(config), *steps_to_finish(config)]
 
 
-def preparing(config: ExportConfig) -> Iterator[Step]:
+def steps_to_prepare(config: ExportConfig) -> Iterator[Step]:
     """Steps up to the simplified graph, and its int8 form where one is needed."""
     yield Step.LOAD
     if config.data == SYNTHETIC:
@@ -68,13 +68,13 @@ def preparing(config: ExportConfig) -> Iterator[Step]:
         yield Step.CALIBRATE
 
 
-def choosing(config: ExportConfig) -> Iterator[Step]:
+def steps_to_choose(config: ExportConfig) -> Iterator[Step]:
     """Steps from which the precision is chosen; none where it was named."""
     if config.precision == "auto":
         yield from (Step.COMPARE, Step.RANK, Step.REFINE, Step.TIME, Step.CHOOSE)
 
 
-def finishing(config: ExportConfig) -> Iterator[Step]:
+def steps_to_finish(config: ExportConfig) -> Iterator[Step]:
     """Steps from the graph to the bundle."""
     if config.format == "trt":
         if config.precision != "fp32":
@@ -161,8 +161,8 @@ def _images(config: ExportConfig) -> dict[str, Any]:
     """The images that an export calibrates on or observes; synthetic ones are made from the model, which a
     plan does not load."""
     if config.data == SYNTHETIC:
-        return {"source": SYNTHETIC, "images": synthetic_count(config)}
-    data = chosen_images(config)
+        return {"source": SYNTHETIC, "images": count_synthetic(config)}
+    data = choose_images(config)
     if data is None:
         return {"source": None, "images": OBSERVED_IMAGES}
     return {"source": data.source, "images": len(data), "fingerprint": data.fingerprint}

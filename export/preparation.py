@@ -15,7 +15,7 @@ from cmt_edge.deploy.progress import Progress
 from . import steps
 from .config import ExportConfig
 from .description import describe_export
-from .plan import Journal, Step, preparing
+from .plan import Journal, Step, steps_to_prepare
 from .steps import Differences, Evaluation, Reference
 
 
@@ -57,7 +57,7 @@ def prepare(config: ExportConfig, progress: Progress) -> Prepared:
         ParityError: a step changed the outputs by more than allowed.
     """
     started = time.monotonic()
-    with Journal(preparing(config), progress) as journal:
+    with Journal(steps_to_prepare(config), progress) as journal:
         with journal.step(Step.LOAD):
             reference = steps.make_reference(config)
             manifest = describe_export(config, reference)
@@ -79,8 +79,8 @@ def _images(
 ) -> CalibrationSet | None:
     """The images that were asked for, made from the model where they are synthetic."""
     if Step.SYNTHESISE not in journal:
-        return steps.chosen_images(config)
-    count = steps.synthetic_count(config)
+        return steps.choose_images(config)
+    count = steps.count_synthetic(config)
     with journal.step(Step.SYNTHESISE, images=count):
         return steps.synthesise(config, reference.classifier, count, progress.count)
 

@@ -140,7 +140,7 @@ def match_evaluation(bundle: Bundle, path: str, by_order: bool) -> Evaluation:
 # --- images for calibration -----------------------------------------------------------------------
 
 
-def chosen_images(config: ExportConfig) -> CalibrationSet | None:
+def choose_images(config: ExportConfig) -> CalibrationSet | None:
     """The calibration images that were asked for; ``None`` without any, and for synthetic ones, which
     :func:`synthesise` makes."""
     if config.data is None or config.data == SYNTHETIC:
@@ -148,7 +148,7 @@ def chosen_images(config: ExportConfig) -> CalibrationSet | None:
     return CalibrationSet.choose(config.data, config.calib_size, config.preprocess, config.seed)
 
 
-def synthetic_count(config: ExportConfig) -> int:
+def count_synthetic(config: ExportConfig) -> int:
     """How many synthetic images an export makes: those asked for, for fp16 never more than are observed."""
     count = default_size(config.preprocess) if config.calib_size is None else config.calib_size
     return count if config.quantizes else min(count, OBSERVED_IMAGES)

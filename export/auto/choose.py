@@ -19,7 +19,7 @@ from cmt_edge.deploy.measure.host import describe
 from cmt_edge.deploy.progress import Progress
 
 from ..config import ExportConfig
-from ..plan import Journal, Step, choosing
+from ..plan import Journal, Step, steps_to_choose
 from ..preparation import Prepared
 from .questions import make_questions
 from .search import Conditions, Verdict, search
@@ -46,7 +46,7 @@ def choose(config: ExportConfig, prepared: Prepared, progress: Progress) -> Deci
     data, quantized = prepared.data, prepared.quantized
     assert data is not None and quantized is not None, "auto needs images"  # noqa: PT018
     with (
-        Journal(choosing(config), progress) as journal,
+        Journal(steps_to_choose(config), progress) as journal,
         tempfile.TemporaryDirectory(prefix="cmt-edge-") as name,
         MeasuringProcess(config.isa, progress.share) as process,
     ):

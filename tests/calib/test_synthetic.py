@@ -17,7 +17,7 @@ from cmt_edge.deploy import Bundle
 from cmt_edge.deploy.errors import DataError, InputError, OutputError, StepError
 from cmt_edge.deploy.preprocessing import Preprocess, pixels
 from cmt_edge.export import ExportConfig
-from cmt_edge.export.steps import synthetic_count
+from cmt_edge.export.steps import count_synthetic
 from helpers.cli import failed, succeeded
 
 SIZE = 32
@@ -332,7 +332,7 @@ def test_the_plan_names_them_without_making_them(capsys, tmp_path, monkeypatch):
 )
 def test_how_many_are_made(model, settings, count):
     assert (
-        synthetic_count(ExportConfig(model, **{"precision": "int8", "data": "synthetic"} | settings)) == count
+        count_synthetic(ExportConfig(model, **{"precision": "int8", "data": "synthetic"} | settings)) == count
     )
 
 

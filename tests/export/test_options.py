@@ -13,7 +13,15 @@ from cmt_edge.deploy.errors import InputError
 from cmt_edge.export import ExportConfig
 from cmt_edge.export import settings as settings_module
 from cmt_edge.export.cli import build_parser
-from cmt_edge.export.options import add_flags, flag_of, given, given_flags, option, option_of, read_mapping
+from cmt_edge.export.options import (
+    add_flags,
+    changed_flags,
+    flag_of,
+    option,
+    option_of,
+    read_flags,
+    read_mapping,
+)
 from cmt_edge.export.settings import GROUPS, TENSORRT, Settings
 
 HELP = """
@@ -28,7 +36,7 @@ print(sorted({"torch", "onnx", "onnxruntime", "openvino", "nncf"} & set(sys.modu
 
 
 def parsed(*argv: str) -> dict[str, object]:
-    return given_flags(build_parser().parse_args(argv), Settings)
+    return read_flags(build_parser().parse_args(argv), Settings)
 
 
 def values(field) -> list[str]:
@@ -97,8 +105,8 @@ def test_bounds_are_checked(field, value):
 
 def test_options_of_a_group_that_differ_from_their_defaults():
     config = ExportConfig("cmt_nano", build=False, device="1")
-    assert given(config, TENSORRT) == ["--no-build", "--device"]
-    assert given(ExportConfig("cmt_nano"), TENSORRT) == []
+    assert changed_flags(config, TENSORRT) == ["--no-build", "--device"]
+    assert changed_flags(ExportConfig("cmt_nano"), TENSORRT) == []
 
 
 @dataclass(frozen=True)
@@ -115,7 +123,7 @@ def test_the_helpers_work_for_any_dataclass(capsys):
 
     parser = argparse.ArgumentParser()
     add_flags(parser, Small, {"g": "of a group"})
-    assert given_flags(parser.parse_args(["--share", "1", "--no-fast"]), Small) == {
+    assert read_flags(parser.parse_args(["--share", "1", "--no-fast"]), Small) == {
         "share": 1.0,
         "fast": False,
     }
