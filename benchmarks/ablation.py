@@ -55,16 +55,27 @@ from cmt_edge.deploy.backends import Session
 from cmt_edge.deploy.backends.openvino import has_bf16
 from cmt_edge.deploy.backends.torch import TorchSession
 from cmt_edge.deploy.files import write_atomic
-from cmt_edge.deploy.measure.benchmark import Latency, Protocol, bound, interleaved, summarise
+from cmt_edge.deploy.measure.benchmark import Protocol, bound, interleaved
 from cmt_edge.deploy.measure.host import describe, versions
+from cmt_edge.deploy.measure.statistics import Latency, summarise
 from cmt_edge.deploy.report import table
 from cmt_edge.export import ExportConfig
 from cmt_edge.export.config import OPSET
 from cmt_edge.export.to_onnx import export_onnx, simplify, with_batch
 
-NONE, ALL, DEFAULT_RECIPE, SIGNED = "none", "all", "default recipe", "signed inputs of convs"
+NONE, ALL = "none", "all"
+"""Names of the variants without any rewrite, and with all of them."""
+
 ONLY, BUT = "only: ", "all but: "
+"""Beginnings of the names of the other variants; the name of a rewrite follows."""
+
+DEFAULT_RECIPE, SIGNED = "default recipe", "signed inputs of convs"
+"""Names of two recipes that are more than settings: the default, and the one that
+OpenVINO reads unchanged."""
+
 IMAGES = 16
+"""Generated images on which logits are compared with PyTorch's."""
+
 RECIPES: dict[str, dict[str, Any]] = {
     "not equalized": {"equalize": False},
     "inner depthwise float": {"depthwise": False},

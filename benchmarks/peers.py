@@ -60,18 +60,23 @@ from cmt_edge.deploy.measure.benchmark import (
     Protocol,
     bound,
     interleaved,
-    summarise,
     throughput,
 )
 from cmt_edge.deploy.measure.host import describe, versions
+from cmt_edge.deploy.measure.statistics import summarise
 
 if TYPE_CHECKING:  # the children that only run a model must not load PyTorch
     import onnx
     from torch import nn
 
 ONNX, IR, WEIGHTS = "model.onnx", "openvino.xml", "weights.pt"
+"""Names of the files that a row makes."""
+
 OPENVINO_FILES = (IR, "openvino.bin")
+"""What OpenVINO reads."""
+
 IMAGES_FILE = "images.npy"
+"""The images on which logits are compared: float32 ``(N, 3, S, S)``."""
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,10 @@ from typing import Any
 import numpy as np
 import onnx
 
+from cmt_edge.deploy.cache import Cache, Files
 from cmt_edge.deploy.errors import CmtEdgeError, GateError, InputError, StepError
-from cmt_edge.deploy.files import write_atomic
 from cmt_edge.deploy.preprocessing import Preprocess
 
-from .cache import evict, locked
 from .data import CalibrationSet
 from .equalize import Equalized, equalize
 from .graph import input_of, name_of, read_model
@@ -99,39 +98,24 @@ def quantize(
     if cache is None:
         return _require_clean(calibrate(model, data, spec, recipe, progress))
     content = model.SerializeToString(deterministic=True)
-    path = cache / f"{_key(content, data, spec, recipe)}.onnx"
-    with locked(path):
-        cached = _read_cached(path, recipe)
-        if cached is not None:
-            return cached
-        result = _require_clean(calibrate(model, data, spec, recipe, progress))
-        _write_cached(path, result)
-    return result
+    store = Cache(cache, (".float", ".onnx"), CACHED_FILES)
+    return store.get(
+        _key(content, data, spec, recipe),
+        decode=lambda files: _from_files(files, recipe),
+        make=lambda: _require_clean(calibrate(model, data, spec, recipe, progress)),
+        encode=_as_files,
+    )
 
 
-def _float_path(path: Path) -> Path:
-    """Where the cache holds the float graph of the calibrated one at ``path``."""
-    return path.with_suffix(".float")
+def _as_files(quantized: Quantized) -> Files:
+    graphs = (quantized.source, quantized.model)
+    return tuple(graph.SerializeToString(deterministic=True) for graph in graphs)
 
 
-def _read_cached(path: Path, recipe: Recipe) -> Quantized | None:
-    """What the cache holds at ``path``; an entry that cannot be read or breaks a rule is made again."""
-    if not path.exists():
-        return None
-    with contextlib.suppress(Exception):
-        cached = Quantized(onnx.load(path), onnx.load(_float_path(path)), recipe.key(), True)
-        if not lint(cached.model):
-            path.touch()
-            _float_path(path).touch()
-            return cached
-    return None
-
-
-def _write_cached(path: Path, result: Quantized) -> None:
-    for file, graph in ((_float_path(path), result.source), (path, result.model)):
-        write_atomic(file, graph.SerializeToString(deterministic=True))
-    for pattern in ("*.onnx", "*.float"):
-        evict(path.parent, pattern, CACHED_FILES)
+def _from_files(files: Files, recipe: Recipe) -> Quantized | None:
+    """An entry of the cache; ``None`` where the graph breaks today's rules."""
+    source, model = (onnx.load_from_string(content) for content in files)
+    return None if lint(model) else Quantized(model, source, recipe.key(), True)
 
 
 def keep_float(quantized: Quantized, names: tuple[str, ...]) -> onnx.ModelProto:

@@ -9,11 +9,11 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from tqdm import tqdm
 
 from cmt_edge.deploy.errors import DownloadError
 from cmt_edge.deploy.files import cache_folder, sha256_of
+from cmt_edge.deploy.locks import locked
 
 from .spec import Pretrained
 
@@ -47,8 +47,7 @@ def fetch(published: Pretrained, folder: Path | None = None) -> Path:
     folder = folder or cache_folder() / "weights"
     target = folder / published.url.rsplit("/", 1)[-1]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{target}.lock"):
+        with locked(target):
             if not target.exists():
                 partial = target.with_name(target.name + PARTIAL)
                 _download(published.url, partial)

@@ -21,6 +21,7 @@ FLAGS = (
     "i8mm",
     "bf16",
 )
+"""CPU flags that decide how fast a model runs, by their names in ``/proc/cpuinfo``."""
 PACKAGES = (
     "cmt-edge",
     "numpy",
@@ -34,6 +35,7 @@ PACKAGES = (
     "tensorrt",
     "cuda-bindings",
 )
+"""Packages whose versions are recorded."""
 
 
 def describe() -> dict[str, Any]:
@@ -46,7 +48,7 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "cpu": info.get("model name") or platform.processor() or platform.machine(),
         "flags": [f for f in FLAGS if f in flags],
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": _cores(),
     }
     readings = {
         "mhz": info.get("cpu MHz"),
@@ -54,6 +56,13 @@ def describe() -> dict[str, Any]:
         "temperature_mc": _read("/sys/class/thermal/thermal_zone0/temp"),
     }
     return result | {k: v for k, v in readings.items() if v}
+
+
+def _cores() -> int | None:
+    """Cores that this process may use, where the system tells them apart."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 def versions() -> dict[str, str]:

@@ -14,8 +14,9 @@ from cmt_edge.calib import CalibrationSet
 from cmt_edge.deploy import report
 from cmt_edge.deploy.bundle.sections import VerdictEntry
 from cmt_edge.deploy.errors import GateError
-from cmt_edge.deploy.measure.child import ISAS, MeasuringProcess, int8_hardware
+from cmt_edge.deploy.measure.child import MeasuringProcess
 from cmt_edge.deploy.measure.host import describe
+from cmt_edge.deploy.measure.isa import ISAS, int8_hardware
 from cmt_edge.deploy.progress import Progress
 
 from ..config import ExportConfig

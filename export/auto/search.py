@@ -24,11 +24,10 @@ from typing import Protocol
 import numpy as np
 
 from cmt_edge.deploy.bundle.sections import Accuracy, Candidate, Sensitivity, Speed, Variant
+from cmt_edge.deploy.measure.statistics import paired_drop, wilson
 
 WIDTH = {"fp32": 2, "bf16": 1, "int8": 0}
 """Precision -> its rank by the width of its numbers; of equals the wider one is taken."""
-Z95 = 1.959964
-"""Half the width of a 95 % interval, in standard deviations of a normal distribution."""
 EPSILON = 1e-9
 """What rounding may add to a drop, percentage points."""
 
@@ -296,23 +295,12 @@ def judge(expected: Answers, ours: Answers) -> Accuracy:
             ours.deviation,
         )
     right = ours.top1 == expected.truth
-    lost = (expected.top1 == expected.truth).astype(np.float64) - right  # 1 lost, -1 gained
-    drop = 100 * float(lost.mean())
-    half = 100 * Z95 * float(lost.std(ddof=1)) / count**0.5 if count > 1 else 100.0
+    drop = paired_drop(expected.top1 == expected.truth, right)
     return Accuracy(
         count,
         100 * float(right.mean()),
         100 * agreement,
-        drop,
-        (max(-100.0, drop - half), min(100.0, drop + half)),
+        drop.mean,
+        (drop.interval.low, drop.interval.high),
         ours.deviation,
     )
-
-
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """95 % interval of a share of ``count`` trials (Wilson 1927): honest where the share is 0 or 1, unlike
-    the normal one."""
-    z = Z95**2 / count
-    middle = (share + z / 2) / (1 + z)
-    half = Z95 / (1 + z) * (share * (1 - share) / count + z / (4 * count)) ** 0.5
-    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))

@@ -2,16 +2,15 @@
 and latencies.
 
 int8 is calibrated once; variants with more operations in float are made from that graph
-(:mod:`cmt_edge.calib.restore`). Everything that was measured is kept by content (:class:`Cache`), so an
-interrupted or repeated run goes on where the last one stopped."""
+(:mod:`cmt_edge.calib.restore`). Everything that was measured is kept by content, so an interrupted or
+repeated run goes on where the last one stopped.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +25,8 @@ from cmt_edge.calib.restore import int8_nodes
 from cmt_edge.deploy.backends import RUNTIME_OF_FORMAT
 from cmt_edge.deploy.bundle import BundleWriter
 from cmt_edge.deploy.bundle.sections import ExecutedPrecision, Speed, Variant
-from cmt_edge.deploy.files import cache_folder, write_atomic, writing
+from cmt_edge.deploy.cache import JsonCache
+from cmt_edge.deploy.files import cache_folder
 from cmt_edge.deploy.measure.benchmark import Protocol
 from cmt_edge.deploy.measure.child import OWN_CHOICE, MeasuringProcess
 from cmt_edge.deploy.measure.host import describe, versions
@@ -46,35 +46,10 @@ OWN_CHOICE_WARNING = 0.05
 """Share of the time in kernels that heed no limit, from which on a warning says so."""
 CLASS_NAMES = dict(zip(CLASSES, ("attention products", "depthwise", "linears"), strict=True))
 """Class of operations -> what a candidate's name calls it."""
+KEPT_MEASUREMENTS = 10_000
+"""Number of measurements that are kept; a search makes some dozens of a few kilobytes."""
 HASH_LENGTH = 16
 """Hexadecimal digits of a graph's hash in the name of a candidate's folder."""
-
-
-class Cache:
-    """Measurements as JSON files, one for each key; an unreadable or missing one is measured again. Without a
-    folder they last as long as this object."""
-
-    def __init__(self, folder: Path | None) -> None:
-        self.folder, self._known = folder, dict[str, dict[str, Any]]()
-
-    def get(self, key: Sequence[Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What was measured under ``key`` (anything that JSON holds), or is measured now."""
-        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        if name not in self._known:
-            self._known[name] = (
-                measure() if self.folder is None else self._kept(self.folder / f"{name}.json", measure)
-            )
-        return self._known[name]
-
-    def _kept(self, path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        with contextlib.suppress(OSError, ValueError):
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return found
-        result = measure()
-        with writing(path.parent):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(result).encode())
-        return result
 
 
 class Workbench:
@@ -97,7 +72,7 @@ class Workbench:
     ) -> None:
         self._config, self._prepared, self._questions = config, prepared, questions
         self._process, self._folder, self._progress = process, folder, progress
-        self._cache = Cache(cache_folder() / "search" if config.cache else None)
+        self._measured = JsonCache(cache_folder() / "search" if config.cache else None, KEPT_MEASUREMENTS)
         self._backend = RUNTIME_OF_FORMAT[config.format]
         self.runtime = process.runtime(self._backend)
         self._int8_nodes = int8_nodes(quantized.model)
@@ -153,7 +128,7 @@ class Workbench:
             asked.probes.fingerprint,
             self._machine,
         ]
-        result = self._cache.get(key, measure)
+        result = self._measured.get(key, measure)
         return Answers(np.array(result["top1"]), result["deviation"], truth)
 
     def speeds(self, variants: Sequence[Variant]) -> Mapping[str, Speed]:
@@ -170,7 +145,7 @@ class Workbench:
 
         graphs = [[self._hash(v), v.precision] for v in variants]
         key = ["latency", graphs, asdict(SEARCH_PROTOCOL), self._machine]
-        result = self._cache.get(key, measure)
+        result = self._measured.get(key, measure)
         pairs = zip(result["results"], result["kernels"], strict=True)
         return {v.name: self._speed(*pair) for v, pair in zip(variants, pairs, strict=True)}
 

@@ -15,7 +15,6 @@ from cmt_edge.deploy.measure.child import MeasuringProcess
 from cmt_edge.deploy.measure.host import describe
 from cmt_edge.export import run
 from cmt_edge.export.auto import choose, workbench
-from cmt_edge.export.auto.workbench import Cache
 from helpers.cli import failed, succeeded
 from helpers.exports import content, nano
 from helpers.images import labelled
@@ -310,24 +309,3 @@ def test_something_in_the_way_of_any_candidate_stops_before_the_work(tmp_path):
     (tmp_path / "cmt_nano_bf16_openvino").mkdir()
     with pytest.raises(InputError, match="not a bundle"):
         run(asked(tmp_path))
-
-
-# --- the cache of measurements --------------------------------------------------------------------
-
-
-def test_measurements_are_kept_by_key_and_damage_is_measured_again(tmp_path):
-    made = []
-
-    def measure():
-        made.append(1)
-        return {"n": len(made)}
-
-    folder = tmp_path / "on demand"
-    assert [Cache(folder).get(["a", 1], measure)["n"] for _ in range(2)] == [1, 1]
-    assert Cache(folder).get(["a", 2], measure)["n"] == 2
-    for file in folder.iterdir():
-        file.write_text('{"n"')
-    assert Cache(folder).get(["a", 1], measure)["n"] == 3
-    nowhere = Cache(None)
-    assert [nowhere.get(["a", 1], measure)["n"] for _ in range(2)] == [4, 4]
-    assert Cache(None).get(["a", 1], measure)["n"] == 5

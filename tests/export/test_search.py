@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cmt_edge.deploy.measure.statistics import wilson
 from cmt_edge.export.auto.search import (
     Accuracy,
     Answers,
@@ -17,7 +18,6 @@ from cmt_edge.export.auto.search import (
     judge,
     pick_winner,
     search,
-    wilson,
 )
 
 FP32, BF16, INT8 = (Variant(p, p) for p in ("fp32", "bf16", "int8"))
