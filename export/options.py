@@ -20,7 +20,8 @@ from cmt_edge.deploy.errors import InputError, UnknownNameError
 
 T = TypeVar("T")
 KEY = "option"
-"""Key of an :class:`Option` in the metadata of a dataclass field."""
+"""Key of an :class:`Option` in the metadata of a dataclass field; a field without a default sets it
+itself."""
 CUTOFF = 0.4
 """Similarity, 0 to 1, from which on a known name is offered in place of a misspelled one."""
 
@@ -50,14 +51,21 @@ class Option:
     what: str | None = None
 
 
-def describe_option(help: str, group: str, **more: Any) -> Mapping[str, Option]:
-    """Metadata of a field without a default; the arguments are those of :class:`Option`."""
-    return {KEY: Option(help, group, **more)}
-
-
-def option(default: T, *, help: str, group: str, **more: Any) -> T:
+def option(
+    default: T,
+    *,
+    help: str,
+    group: str,
+    choices: tuple[str, ...] = (),
+    metavar: str | None = None,
+    least: int | None = None,
+    short: str | None = None,
+    shortcuts: tuple[tuple[str, str, str], ...] = (),
+    what: str | None = None,
+) -> T:
     """A dataclass field with ``default``; the other arguments are those of :class:`Option`."""
-    made: T = field(default=default, metadata=describe_option(help, group, **more))
+    known = Option(help, group, choices, metavar, least, short, shortcuts, what)
+    made: T = field(default=default, metadata={KEY: known})
     return made
 
 

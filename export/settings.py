@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from cmt_edge.deploy.measure.isa import ISAS
 from cmt_edge.deploy.measure.parity import MAX_DROP
 
-from .options import describe_option, option
+from .options import KEY, Option, option
 
 FORMATS = {
     "onnx": ("fp32", "int8"),
@@ -56,9 +56,9 @@ class Settings:
     """What an export is asked to do, unchecked; see :class:`cmt_edge.export.config.ExportConfig`."""
 
     model: str = field(
-        metadata=describe_option(
-            "model name, see --list-models; or MODULE:FACTORY of your own, or timm:NAME", MODEL
-        )
+        metadata={
+            KEY: Option("model name, see --list-models; or MODULE:FACTORY of your own, or timm:NAME", MODEL)
+        }
     )
     format: str = option(
         "openvino",
