@@ -22,7 +22,7 @@ from cmt_edge.calib import CalibrationSet, Quantized, quantize
 from cmt_edge.calib.data import SYNTHETIC
 from cmt_edge.calib.generated import generate
 from cmt_edge.calib.quantize import keep_float
-from cmt_edge.calib.synthetic import default_size, synthetic_set
+from cmt_edge.calib.synthetic import default_count, synthetic_set
 from cmt_edge.cmt import fuse, weights_fingerprint, with_head
 from cmt_edge.cmt.reference import load_reference
 from cmt_edge.cmt.weights import LoadedWeights
@@ -150,7 +150,7 @@ def choose_images(config: ExportConfig) -> CalibrationSet | None:
 
 def count_synthetic(config: ExportConfig) -> int:
     """How many synthetic images an export makes: those asked for, for fp16 never more than are observed."""
-    count = default_size(config.preprocess) if config.calib_size is None else config.calib_size
+    count = default_count(config.preprocess) if config.calib_size is None else config.calib_size
     return count if config.quantizes else min(count, OBSERVED_IMAGES)
 
 
