@@ -7,10 +7,10 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from cmt_edge.deploy.bundle.sections import ImagesEntry, SynthesisEntry
 from cmt_edge.deploy.errors import DataError
 from cmt_edge.deploy.images import ImageSet, Item, digest
 from cmt_edge.deploy.preprocessing import NamedBytes, Preprocess, preprocess
@@ -39,7 +39,7 @@ class CalibrationSet:
     source: str
     fingerprint: str
     count: int
-    synthesis: dict[str, Any] | None = None
+    synthesis: SynthesisEntry | None = None
     _images: ImageSet | None = field(default=None, repr=False)
     _blobs: tuple[bytes, ...] = field(default=(), repr=False)
 
@@ -89,10 +89,14 @@ class CalibrationSet:
     def __len__(self) -> int:
         return self.count
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> ImagesEntry:
         """For the manifest."""
-        entry = {"source": self.source, "images": self.count, "fingerprint": self.fingerprint}
-        return entry if self.synthesis is None else entry | {"synthesis": self.synthesis}
+        return ImagesEntry(
+            source=self.source,
+            images=self.count,
+            fingerprint=self.fingerprint,
+            synthesis=self.synthesis,
+        )
 
 
 def _spread(items: list[Item], count: int, seed: int) -> list[Item]:

@@ -30,6 +30,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from cmt_edge.deploy.bundle.sections import SynthesisEntry
 from cmt_edge.deploy.errors import InputError, StepError
 from cmt_edge.deploy.files import write_atomic
 from cmt_edge.deploy.images import digest
@@ -307,7 +308,7 @@ def _read(path: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, Synthesis] | 
 
 def _as_set(images: np.ndarray, how: Synthesis, spec: Preprocess, cached: bool) -> CalibrationSet:
     blobs = tuple(_encoded(images, spec))
-    made = asdict(how) | {"stopped_early": how.stopped_early, "cached": cached}
+    made = SynthesisEntry(**asdict(how), stopped_early=how.stopped_early, cached=cached)
     return CalibrationSet(SYNTHETIC, fingerprint(map(digest, blobs)), len(blobs), made, _blobs=blobs)
 
 

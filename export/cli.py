@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cmt_edge.deploy import report
+from cmt_edge.deploy.bundle import plain
 from cmt_edge.deploy.cli.console import parser, run
 from cmt_edge.deploy.errors import RuntimeMissingError
 from cmt_edge.deploy.measure.child import ISAS
@@ -294,9 +295,8 @@ def _plan(config: Any) -> dict[str, Any]:
             images = {"source": SYNTHETIC, "images": synthetic_count(config)}
             steps.insert(1, f"make {images['images']} synthetic images")
         else:
-            images = CalibrationSet.choose(
-                config.data, config.calib_size, config.preprocess, config.seed
-            ).describe()
+            chosen = CalibrationSet.choose(config.data, config.calib_size, config.preprocess, config.seed)
+            images = plain(chosen.describe())
         plan["calibration" if quantizes else "ranges"] = images
         steps.append(f"{'calibrate on' if quantizes else 'observe'} {images['images']} images")
     if config.eval_data:

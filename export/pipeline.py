@@ -7,7 +7,7 @@ nothing behind.
 from __future__ import annotations
 
 import itertools
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,16 @@ from cmt_edge.deploy.bundle import (
     Golden,
     Manifest,
     save_reference,
+)
+from cmt_edge.deploy.bundle.sections import (
+    CalibrationEntry,
+    ModelEntry,
+    ObservedEntry,
+    RuntimeEntry,
+    TensorEntry,
+    TypingEntry,
+    VerdictEntry,
+    WeightsEntry,
 )
 from cmt_edge.deploy.errors import GateError, ParityError, RuntimeMissingError
 from cmt_edge.deploy.files import cache_folder, writing
@@ -87,7 +97,7 @@ class Prepared:
     steps: dict[str, float]
     data: CalibrationSet | None
     calibrated: Path
-    verdict: dict[str, Any] | None
+    verdict: VerdictEntry | None
 
 
 def run(
@@ -112,7 +122,7 @@ def run(
         with progress.step("load the reference model"):
             reference = prepared.reference if prepared else _reference(config)
             labels, labels_source = (
-                _labels(config, reference.loaded) if config.head == LOGITS else ([], "none")
+                _labels(config, reference.loaded) if config.head == LOGITS else ((), "none")
             )
         manifest = _manifest(config, reference, labels, labels_source)
         manifest = replace(manifest, verdict=prepared.verdict if prepared else None)
@@ -135,12 +145,12 @@ def run(
             graph = quantized.model
             manifest = replace(
                 manifest,
-                calibration=data.describe()
-                | {
-                    "recipe": quantized.recipe,
-                    "cached": quantized.cached,
-                    "keep_float": list(config.recipe.keep_float),
-                },
+                calibration=CalibrationEntry(
+                    **vars(data.describe()),
+                    recipe=quantized.recipe,
+                    cached=quantized.cached,
+                    keep_float=tuple(config.recipe.keep_float),
+                ),
             )
         if config.format == "trt":
             with progress.step("write the precision into the graph"):
@@ -153,7 +163,7 @@ def run(
             result = _verify(config, writer.staged(manifest), reference, labelled, progress)
             if result.data:
                 with writing(config.target):
-                    save_reference(writer.folder / REFERENCE, result.data.reference_answers)
+                    save_reference(writer.folder / REFERENCE, result.reference_answers)
         speed = None
         if config.format != "trt":  # an engine has been measured where it was built
             with progress.step("measure"):
@@ -165,9 +175,7 @@ def run(
                     progress=progress.share,
                 )
             manifest = replace(manifest, latency=summary(speed))
-        manifest = replace(
-            manifest, verification=report.plain(result) | {"steps": steps, "bundle": config.name}
-        )
+        manifest = replace(manifest, verification=result.entry(steps))
         with progress.step("write the bundle"), writing(config.target):
             _write_reports(writer.folder, config, result, speed, manifest.verdict)
             return writer.commit(manifest)
@@ -303,21 +311,17 @@ def _typed(
             remedy="nothing was written; report the model, or export --format onnx or openvino",
         )
     steps[f"typed {config.precision}"] = _require_typed(config, graph, result.model, reference)
-    ranges = (
-        {
-            "source": images.describe()["source"],
-            "images": min(len(images), OBSERVED_IMAGES) + len(reference.batch),
-            "largest": result.largest,
-        }
-        | ({"synthesis": images.synthesis} if images.synthesis else {})
-        if observed
-        else None
+    ranges = ObservedEntry(
+        source=images.source,
+        images=min(len(images), OBSERVED_IMAGES) + len(reference.batch),
+        largest=result.largest,
+        synthesis=images.synthesis,
     )
-    typing = {
-        "operations": result.operations,
-        "islands": [asdict(i) for i in result.islands],
-        "observed": ranges,
-    }
+    typing = TypingEntry(
+        operations=result.operations,
+        islands=result.islands,
+        observed=ranges if observed else None,
+    )
     return result.model, replace(manifest, typing=typing)
 
 
@@ -355,7 +359,6 @@ def _build_engine(
         device=config.device,
         atol=config.atol,
         progress=progress,
-        name=config.name,
     )
     for name, content in finished.files.items():
         with writing(config.target):
@@ -378,10 +381,10 @@ def _write(
     reference.golden.save(writer.folder / GOLDEN)
     name = RUNTIME_OF[config.format]
     if config.format == "trt":  # its artefact is the engine, see _build_engine
-        return replace(manifest, runtime={"backend": name, "version": None})
+        return replace(manifest, runtime=RuntimeEntry(backend=name, version=None))
     module = backend(name)
     module.compile(path, writer.folder)
-    return replace(manifest, runtime={"backend": name, "version": module.check()})
+    return replace(manifest, runtime=RuntimeEntry(backend=name, version=module.check()))
 
 
 def _verify(
@@ -404,7 +407,7 @@ def _verify(
             candidate=_emulated(config, bundle) if config.format == "trt" and not config.build else None,
         )
     if not result.passed:
-        text = report.verification_text(replace(result, bundle=config.name))
+        text = report.verification_text(result)
         raise GateError(
             "the exported model differs from the reference by more than allowed",
             why="\n       ".join(text.splitlines()),
@@ -413,7 +416,7 @@ def _verify(
                 " more with --max-drop or --atol"
             ),
         )
-    return replace(result, bundle=config.name)
+    return result
 
 
 def _emulated(config: ExportConfig, bundle: Bundle) -> Predictor:
@@ -426,52 +429,52 @@ def _emulated(config: ExportConfig, bundle: Bundle) -> Predictor:
     return Predictor(session, config.preprocess, bundle.labels, batch=config.batch, head=config.head)
 
 
-def _labels(config: ExportConfig, loaded: LoadedWeights) -> tuple[list[list[str]], str]:
-    """``[[id, name], ...]`` in logit order and where they come from."""
+def _labels(config: ExportConfig, loaded: LoadedWeights) -> tuple[tuple[tuple[str, str], ...], str]:
+    """``((id, name), ...)`` in logit order and where they come from."""
     if (names := config.read_labels()) is not None:
-        return [[n, n] for n in names], "file"
+        return tuple((n, n) for n in names), "file"
     if loaded.classes is not None:
         config.require_labels(loaded.classes, loaded.source)
-        return [[n, n] for n in loaded.classes], "checkpoint"
+        return tuple((n, n) for n in loaded.classes), "checkpoint"
     if (known := labels_of(config.spec, config.classes)) is not None:
-        return [list(pair) for pair in known], "published"
-    return [[f"class_{i}", f"class_{i}"] for i in range(config.classes)], "numbered"
+        return tuple((class_id, name) for class_id, name in known), "published"
+    return tuple((f"class_{i}", f"class_{i}") for i in range(config.classes)), "numbered"
 
 
 def _manifest(
-    config: ExportConfig, reference: _Reference, labels: list[list[str]], labels_source: str
+    config: ExportConfig, reference: _Reference, labels: tuple[tuple[str, str], ...], labels_source: str
 ) -> Manifest:
     loaded, model = reference.loaded, reference.classifier
     source = config.weights if config.weights in ("pretrained", "random") else loaded.source
-    weights: dict[str, Any] = {
-        "source": source,
-        "sha256": weights_fingerprint(model),
-        "seed": config.seed,
-        "ema": loaded.ema,
-        "fresh": list(loaded.fresh),
-        "resized": list(loaded.resized),
-    }
+    weights = WeightsEntry(
+        source=source,
+        sha256=weights_fingerprint(model),
+        seed=config.seed,
+        ema=loaded.ema,
+        fresh=tuple(loaded.fresh),
+        resized=tuple(loaded.resized),
+    )
     size = config.img_size
     batch: int | str = config.batch or "batch"
     return Manifest(
-        model={
-            "provider": PROVIDER,
-            "name": config.model,
-            "family": config.spec.family,
-            "img_size": size,
-            "num_classes": config.classes,
-            "head": config.head,
-            "params": count_params(model),
-            "macs": macs(reference.model),
-            "opset": OPSET,
-            "weights": weights,
-        },
-        input={"name": "input", "shape": [batch, 3, size, size], "dtype": "float32"},
-        outputs=[
-            {"name": name, "shape": [batch, *output.shape[1:]], "dtype": "float32"}
+        model=ModelEntry(
+            provider=PROVIDER,
+            name=config.model,
+            family=config.spec.family,
+            img_size=size,
+            num_classes=config.classes,
+            head=config.head,
+            params=count_params(model),
+            macs=macs(reference.model),
+            opset=OPSET,
+            weights=weights,
+        ),
+        input=TensorEntry(name="input", shape=(batch, 3, size, size), dtype="float32"),
+        outputs=tuple(
+            TensorEntry(name=name, shape=(batch, *output.shape[1:]), dtype="float32")
             for name, output in zip(config.outputs, reference.outputs, strict=True)
-        ],
-        preprocess=config.preprocess.to_json(),
+        ),
+        preprocess=config.preprocess,
         labels=labels,
         labels_source=labels_source,
         precision=config.precision,
@@ -486,14 +489,13 @@ def _write_reports(
     config: ExportConfig,
     result: Verification,
     speed: Benchmark | None,
-    verdict: dict[str, Any] | None,
+    verdict: VerdictEntry | None,
 ) -> None:
     text = f"# {config.name}\n\n## Verification\n\n{report.verification_text(result, markdown=True)}\n"
-    content = {"verification": report.plain(result)}
+    content: dict[str, Any] = {"verification": result}
     if speed:
-        speed = replace(speed, results=[replace(speed.results[0], name=config.name)])
         text += f"\n## Latency\n\n{report.benchmark_text(speed, markdown=True)}\n"
-        content["benchmark"] = report.plain(speed)
+        content["benchmark"] = speed
     if verdict:
         text += f"\n## Why {config.precision}\n\n{report.verdict_text(verdict, markdown=True)}\n"
         content["verdict"] = verdict

@@ -36,6 +36,7 @@ from onnx import TensorProto, helper, numpy_helper, shape_inference
 
 from cmt_edge.calib.lint import MOVES, source_of
 from cmt_edge.calib.recipe import INT8_OPS
+from cmt_edge.deploy.bundle.sections import Island
 
 from .to_onnx import checked, guarded, run_graph
 
@@ -58,16 +59,6 @@ SUMS = {
 ELEMENTWISE = ("Add", "Sub", "Mul", "Div")
 ALWAYS_FLOAT = {"Resize": (1, 2)}
 """Inputs that ONNX defines as float32 whatever the data is."""
-
-
-@dataclass(frozen=True)
-class Island:
-    """An operation that stays float32, and the observation that decided it."""
-
-    node: str
-    op: str
-    reason: str
-    observed: float
 
 
 @dataclass(frozen=True)

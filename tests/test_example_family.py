@@ -94,7 +94,7 @@ def test_it_goes_the_whole_road(tmp_path, form, precision):
             **data,
         )
     )
-    assert made.manifest.verification["golden"]["passed"]
+    assert made.manifest.verification.golden.passed
     assert verify(made, backend="onnxruntime").passed
 
 

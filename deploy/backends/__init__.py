@@ -6,8 +6,9 @@ import difflib
 from importlib import import_module, util
 from types import ModuleType
 
+from ..bundle.sections import ExecutedPrecision
 from ..errors import RuntimeMissingError, UnknownNameError
-from .base import DeviceTimes, ExecutedPrecision, LoadOptions, Session
+from .base import DeviceTimes, LoadOptions, Session
 
 # name -> (module, packages it needs, how to get them)
 TABLE: dict[str, tuple[str, tuple[str, ...], str]] = {

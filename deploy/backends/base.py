@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..bundle import Bundle
+from ..bundle.sections import ExecutedPrecision
 
 
 @dataclass(frozen=True)
@@ -31,31 +32,6 @@ class LoadOptions:
     threads: int | None = None
     throughput: bool = False
     weights: str | Path | None = None
-
-
-@dataclass(frozen=True)
-class ExecutedPrecision:
-    """What a runtime really ran, from its own execution graph.
-
-    Attributes:
-        time_share: precision -> share of the run time, summing to 1 (empty where the runtime tells no times).
-        operations: precision -> number of executed operations.
-        conversion_share: share of the time spent on reorders and type conversions.
-        source: where the figures come from.
-    """
-
-    time_share: dict[str, float] = field(default_factory=dict)
-    operations: dict[str, int] = field(default_factory=dict)
-    conversion_share: float = 0.0
-    source: str = ""
-
-    def summary(self) -> str:
-        """For a table, e.g. ``"int8 58 % + bf16 42 %"``."""
-        shares = self.time_share or {
-            k: v / max(1, sum(self.operations.values())) for k, v in self.operations.items()
-        }
-        ordered = sorted(shares.items(), key=lambda kv: -kv[1])
-        return " + ".join(f"{k} {100 * v:.0f} %" for k, v in ordered if v >= 0.005) or "unknown"
 
 
 @dataclass(frozen=True)
@@ -137,5 +113,5 @@ class Session(ABC):
 
 def batch_limit(bundle: Bundle) -> int:
     """Fixed batch size of the graph, ``0`` if it is dynamic."""
-    first = bundle.manifest.input["shape"][0]
+    first = bundle.manifest.input.shape[0]
     return first if isinstance(first, int) else 0

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from ..bundle import Bundle
-from .base import ExecutedPrecision, LoadOptions, Session
+from ..bundle.sections import ExecutedPrecision
+from .base import LoadOptions, Session
 
 
 def check(device: str | None = None) -> str:

@@ -13,8 +13,9 @@ import numpy as np
 import onnxruntime as ort
 
 from ..bundle import ONNX, Bundle
+from ..bundle.sections import ExecutedPrecision
 from ..errors import InputError, RuntimeMissingError
-from .base import ExecutedPrecision, LoadOptions, Session
+from .base import LoadOptions, Session
 
 CONVERSIONS = {"QuantizeLinear", "DequantizeLinear", "Cast", "ReorderInput", "ReorderOutput"}
 ERRORS_ONLY = 3

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from ..bundle import Bundle
+from ..bundle.sections import ExecutedPrecision
 from ..errors import BundleError, RuntimeMissingError
-from .base import ExecutedPrecision, LoadOptions, Session
+from .base import LoadOptions, Session
 
 GROUP = "cmt_edge.reference"
 
@@ -63,15 +63,15 @@ def load(bundle: Bundle, options: LoadOptions) -> Session:
         BundleError: other weights than the bundle was made from.
     """
     check(options.device)
-    entry: dict[str, Any] = bundle.manifest.model
+    entry = bundle.manifest.model
     providers = {e.name: e for e in metadata.entry_points(group=GROUP)}
-    if entry.get("provider") not in providers:
+    if entry.provider not in providers:
         raise RuntimeMissingError(
-            f"nothing here can rebuild the PyTorch model {entry.get('name')!r}",
+            f"nothing here can rebuild the PyTorch model {entry.name!r}",
             remedy='pip install "cmt-edge[export]"',
         )
-    module, fingerprint = providers[entry["provider"]].load()(entry, options.weights)
-    if fingerprint != entry["weights"]["sha256"]:
+    module, fingerprint = providers[entry.provider].load()(entry, options.weights)
+    if fingerprint != entry.weights.sha256:
         raise BundleError(
             "these are not the weights the bundle was made from",
             where=options.weights or bundle.path,

@@ -15,6 +15,7 @@ from ..files import sha256_of, sync_folder, sync_tree, write_atomic, writing
 from ..signals import terminate_as_interrupt
 from .bundle import Bundle
 from .manifest import MANIFEST, Manifest
+from .sections import FileEntry
 
 
 class BundleWriter:
@@ -64,8 +65,8 @@ class BundleWriter:
         files = {}
         for path in sorted(p for p in self.folder.rglob("*") if p.is_file()):
             name = path.relative_to(self.folder).as_posix()
-            files[name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
-        return Bundle(self.folder, replace(manifest, files=files))
+            files[name] = FileEntry(path.stat().st_size, sha256_of(path))
+        return Bundle(self.folder, replace(manifest, files=files), self.target)
 
     def commit(self, manifest: Manifest) -> Bundle:
         """Hash every file, write the manifest last, and move the folder into place."""

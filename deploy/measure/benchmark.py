@@ -11,13 +11,13 @@ import io
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..backends.base import ExecutedPrecision, Session
+from ..backends.base import Session
 from ..bundle import LOGITS, Bundle
+from ..bundle.sections import ExecutedPrecision, Host, LatencyEntry, RanOn
 from ..predictor import Predictor
 from ..preprocessing import normalise
 from .host import describe, versions
@@ -87,7 +87,7 @@ class Measured:
 
     name: str
     precision: str
-    runtime: dict[str, Any]
+    runtime: RanOn
     batch: int
     size_bytes: int
     executed: ExecutedPrecision
@@ -106,7 +106,7 @@ class Benchmark:
     faster)."""
 
     results: list[Measured]
-    host: dict[str, Any]
+    host: Host
     versions: dict[str, str]
     threads: int | None
     protocol: Protocol
@@ -308,7 +308,7 @@ def _names(bundles: Sequence[Bundle]) -> list[str]:
     """Folder names, numbered where they repeat."""
     names: list[str] = []
     for bundle in bundles:
-        name = bundle.path.resolve().name
+        name = bundle.name
         names.append(name if name not in names else f"{name} #{len(names) + 1}")
     return names
 
@@ -375,9 +375,9 @@ def _measured(
     return Measured(
         name,
         bundle.manifest.precision,
-        predictor.info,
+        RanOn(**predictor.info),
         len(batch),
-        sum(f["size"] for f in bundle.manifest.files.values()),
+        bundle.manifest.size_bytes,
         executed,
         latency,
         summarise(whole),
@@ -389,19 +389,19 @@ def _measured(
     )
 
 
-def summary(speed: Benchmark) -> dict[str, Any]:
+def summary(speed: Benchmark) -> LatencyEntry:
     """What a manifest keeps of the first bundle's figures."""
     measured = speed.results[0]
-    return {
-        "p50_ms": measured.model.p50,
-        "ci_ms": measured.model.ci,
-        "p95_ms": measured.model.p95,
-        "end_to_end_p50_ms": measured.end_to_end.p50,
-        "batch": measured.batch,
-        "threads": speed.threads,
-        "executed": asdict(measured.executed),
-        "warnings": measured.warnings,
-    }
+    return LatencyEntry(
+        p50_ms=measured.model.p50,
+        ci_ms=measured.model.ci,
+        p95_ms=measured.model.p95,
+        end_to_end_p50_ms=measured.end_to_end.p50,
+        batch=measured.batch,
+        threads=speed.threads,
+        executed=measured.executed,
+        warnings=tuple(measured.warnings),
+    )
 
 
 def precision_warnings(asked: str, executed: ExecutedPrecision) -> list[str]:

@@ -28,11 +28,10 @@ import numpy as np
 
 from .. import errors
 from ..backends import backend
-from ..bundle import Bundle
+from ..bundle import Bundle, plain
 from ..errors import CmtEdgeError, RuntimeMissingError, StepError
 from ..predictor import Predictor
 from ..preprocessing import normalise
-from ..report import plain
 from .benchmark import Protocol, benchmark, golden_batch
 from .host import describe
 
@@ -73,7 +72,7 @@ INT8_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
 
 def int8_hardware(isa: str | None) -> bool:
     """Whether this CPU, limited to ``isa``, has instructions that multiply and add int8 values."""
-    return ISAS[isa].int8 if isa else bool(INT8_FLAGS & set(describe()["flags"]))
+    return ISAS[isa].int8 if isa else bool(INT8_FLAGS & set(describe().flags))
 
 
 class MeasuringProcess:
@@ -83,10 +82,10 @@ class MeasuringProcess:
     def __init__(self, isa: str | None = None, progress: Callable[[str, float], None] | None = None) -> None:
         """``isa``: a key of :data:`ISAS`; raises :class:`RuntimeMissingError` where this CPU has not got it
         itself."""
-        if isa and ISAS[isa].flag not in describe()["flags"]:
+        if isa and ISAS[isa].flag not in describe().flags:
             raise RuntimeMissingError(
                 f"this processor has no {isa}, so it cannot be measured here",
-                why=describe()["cpu"],
+                why=describe().cpu,
                 remedy="choose another --isa, or leave it out",
             )
         self.isa, self._progress = isa, progress or (lambda phase, share: None)
@@ -225,11 +224,10 @@ def _logits(request: dict[str, Any], report: Callable[[str, float], None]) -> No
 def _benchmark(request: dict[str, Any], report: Callable[[str, float], None]) -> dict[str, Any]:
     bundles = [Bundle.open(path) for path in request["bundles"]]
     protocol = Protocol(**request["protocol"])
-    return plain(
-        benchmark(
-            bundles, threads=request["threads"], protocol=protocol, with_throughput=False, progress=report
-        )
+    measured = benchmark(
+        bundles, threads=request["threads"], protocol=protocol, with_throughput=False, progress=report
     )
+    return dict(plain(measured))
 
 
 def _kernels(request: dict[str, Any], _: Callable[[str, float], None]) -> dict[str, float]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from ..backends import backend
 from ..bundle import LOGITS, Bundle
+from ..bundle.sections import DataCheck, GoldenCheck, RanOn, VerificationEntry
 from ..errors import BundleError, DataError, InputError, RuntimeMissingError
 from ..images import ImageSet, Item, digest
 from ..predictor import Predictor
@@ -31,59 +31,34 @@ Z95 = 1.959964
 
 
 @dataclass(frozen=True)
-class GoldenCheck:
-    """Golden images: ``pixel_diff`` in grey levels (decode and resize), ``diff`` and ``atol`` by
-    :func:`distance` (numerics).
-
-    ``output`` is the one that comes closest to its tolerance: ``"logits"``, or a feature map.
-    """
-
-    images: int
-    pixel_diff: int
-    diff: float
-    atol: float
-    passed: bool
-    output: str = LOGITS
-
-
-@dataclass(frozen=True)
-class DataCheck:
-    """Labelled images; percentages. ``reference_*`` is the PyTorch model, ``drop`` = reference top-1 minus
-    the bundle's.
-
-    ``drop_ci`` is the 95 % interval of the paired difference. ``reference_source`` says where the reference
-    answers come from; the logit differences need a reference that runs here and are ``None`` otherwise.
-    """
-
-    images: int
-    top1: float
-    reference_top1: float
-    agreement: float
-    drop: float
-    drop_ci: tuple[float, float]
-    max_drop: float
-    passed: bool
-    reference_source: str
-    logit_max_diff: float | None = None
-    logit_mean_diff: float | None = None
-    reference_answers: dict[str, int] = field(default_factory=dict, repr=False)
-    """Content digest -> top-1 of the reference; what a bundle records. Left out of reports."""
-
-
-@dataclass(frozen=True)
 class Verification:
     """The result of :func:`verify`."""
 
     bundle: str
     precision: str
-    runtime: dict[str, Any]
+    runtime: RanOn
     golden: GoldenCheck
     data: DataCheck | None = None
-    notes: list[str] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
+    reference_answers: dict[str, int] = field(default_factory=dict, repr=False)
+    """Content digest -> top-1 of the reference on ``data``; what a bundle records, but no report shows."""
 
     @property
     def passed(self) -> bool:
         return self.golden.passed and (self.data is None or self.data.passed)
+
+    def entry(self, steps: dict[str, float] | None = None) -> VerificationEntry:
+        """What manifests and reports hold; ``steps`` are the export's own checks, by name."""
+        return VerificationEntry(
+            bundle=self.bundle,
+            precision=self.precision,
+            runtime=self.runtime,
+            golden=self.golden,
+            data=self.data,
+            notes=self.notes,
+            passed=self.passed,
+            steps=steps,
+        )
 
 
 def verify(
@@ -125,8 +100,9 @@ def verify(
     opened = candidate or Predictor.load(bundle, backend=backend, device=device, threads=threads)
     with opened if candidate is None else nullcontext(opened) as predictor:
         golden = check_golden(bundle, predictor, atol)
+        found = Verification(bundle.title, bundle.manifest.precision, RanOn(**predictor.info), golden)
         if data is None:
-            return Verification(str(bundle.path), bundle.manifest.precision, predictor.info, golden)
+            return found
         targets = match_labels(bundle, data, by_order)
         items = _spread(data.items, limit)
         truth = np.array([targets[i.label] for i in items if i.label is not None])
@@ -139,7 +115,7 @@ def verify(
         check = _compare(
             truth, answers, max_drop, "the bundle's record" if live is None else live.info["runtime"]
         )
-        return Verification(str(bundle.path), bundle.manifest.precision, predictor.info, golden, check)
+        return replace(found, data=check, reference_answers=answers.by_digest)
 
 
 def _spread(items: list[Item], limit: int | None) -> list[Item]:
@@ -286,6 +262,11 @@ class _Answers:
     digests: list[str]
     diffs: np.ndarray | None
 
+    @property
+    def by_digest(self) -> dict[str, int]:
+        """Content digest -> top-1 of the reference."""
+        return dict(zip(self.digests, self.theirs.tolist(), strict=True))
+
 
 def _run_both(
     predictor: Predictor,
@@ -342,5 +323,4 @@ def _compare(truth: np.ndarray, answers: _Answers, max_drop: float, source: str)
         reference_source=source,
         logit_max_diff=None if diffs is None else float(diffs.max()),
         logit_mean_diff=None if diffs is None else float(diffs.mean()),
-        reference_answers=dict(zip(answers.digests, theirs.tolist(), strict=True)),
     )

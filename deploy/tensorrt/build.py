@@ -27,11 +27,12 @@ from typing import IO, Any
 from .. import report
 from ..backends import backend
 from ..backends.base import batch_limit
-from ..bundle import ENGINES, ONNX, Bundle, Manifest
+from ..bundle import ENGINES, ONNX, Bundle, Manifest, plain
+from ..bundle.sections import EngineEntry, EngineKey, GoldenCheck
 from ..errors import GateError, InputError, OutputError, RuntimeMissingError, StepError
 from ..files import cache_folder, writing
 from ..measure.benchmark import Protocol, benchmark, golden_batch, summary, sustained
-from ..measure.parity import GoldenCheck, check_golden
+from ..measure.parity import check_golden
 from ..predictor import Predictor
 from ..progress import Progress
 from ..signals import terminate_as_interrupt
@@ -148,7 +149,6 @@ def finish(
     protocol: Protocol = QUICK,
     atol: float | None = None,
     progress: Progress | None = None,
-    name: str | None = None,
 ) -> Finished:
     """Build (or reuse) the engine of ``bundle``, verify it against the golden vectors, and measure it; the
     bundle is not changed.
@@ -163,7 +163,6 @@ def finish(
         atol: allowed golden logit difference; default by precision, see
             :data:`cmt_edge.deploy.measure.parity.ATOL`.
         progress: draws the steps.
-        name: what the report calls the bundle; default: its folder.
 
     Raises:
         InputError: the bundle is for another runtime, or an option is out of range.
@@ -197,10 +196,8 @@ def finish(
         )
 
     with progress.step("verify"), load() as predictor:
-        found = layers(predictor.session.inspect())
-        share = require_precision(
-            bundle.manifest.precision, (bundle.manifest.typing or {}).get("operations", {}), found
-        )
+        found, typing = layers(predictor.session.inspect()), bundle.manifest.typing
+        share = require_precision(bundle.manifest.precision, typing.operations if typing else {}, found)
         golden = _require_golden(bundle, predictor, atol)
     with progress.step("measure"):
         speed = benchmark([bundle], protocol=protocol, progress=progress.share, load=load)
@@ -209,56 +206,58 @@ def finish(
             notes = list(predictor.session.notes)
     state = {"before": asdict(before), "after": asdict(snapshot(gpu_index=nvml))}
     content = {
-        "bundle": name or bundle.path.name,
-        "key": key,
+        "bundle": bundle.name,
+        "key": plain(key),
         "built_s": built.seconds,
         "reused": built.reused,
         "replaces": built.stale,
         "engine_bytes": len(built.plan),
         "low_precision_share": share,
         "golden": asdict(golden),
-        "benchmark": report.plain(speed),
+        "benchmark": plain(speed),
         "power": power,
         "state": state,
         "warnings": [*notes, *built.warnings],
     }
-    return _finished(replace(bundle.manifest, latency=summary(speed)), key, built, content)
+    return _finished(replace(bundle.manifest, latency=summary(speed)), key, golden, built, content)
 
 
-def _finished(manifest: Manifest, key: dict[str, Any], built: Built, content: dict[str, Any]) -> Finished:
+def _finished(
+    manifest: Manifest, key: EngineKey, golden: GoldenCheck, built: Built, content: dict[str, Any]
+) -> Finished:
     """Everything that is to be written."""
     plan, text = member(built.plan, "engine", ".plan"), report.device_text(content, markdown=True).encode()
     data = (report.to_json(content) + "\n").encode()
     files = {plan: built.plan, member(data, "report", ".json"): data, member(text, "report", ".md"): text}
-    entry = {
-        "file": plan,
-        "key": key,
-        "seal": seal(hashlib.sha256(built.plan).hexdigest(), key),
-        "report": member(data, "report", ".json"),
-        "text": member(text, "report", ".md"),
-        "golden": content["golden"],
-        "low_precision_share": content["low_precision_share"],
-    }
+    entry = EngineEntry(
+        file=plan,
+        key=key,
+        seal=seal(hashlib.sha256(built.plan).hexdigest(), key),
+        report=member(data, "report", ".json"),
+        text=member(text, "report", ".md"),
+        golden=golden,
+        low_precision_share=content["low_precision_share"],
+    )
     old = [name for name in manifest.files if name.startswith(f"{ENGINES}/") and name not in files]
     return Finished(replace(manifest, engine=entry), files, old, content)
 
 
-def _reused(bundle: Bundle, here: Device, key: dict[str, Any]) -> Built | None:
+def _reused(bundle: Bundle, here: Device, key: EngineKey) -> Built | None:
     """The bundle's engine, if it was built here for exactly ``key``."""
     entry = bundle.manifest.engine
-    if not entry or not trusted(bundle) or entry["key"] != key:
+    if not entry or not trusted(bundle) or entry.key != key:
         return None
     return Built(read_engine(bundle, here), 0.0, True, [], [])
 
 
-def _stale(bundle: Bundle, key: dict[str, Any]) -> list[str]:
+def _stale(bundle: Bundle, key: EngineKey) -> list[str]:
     """Why the engine in the bundle is not used, empty if there is none."""
     entry = bundle.manifest.engine
     if not entry:
         return []
     if not trusted(bundle):
         return ["the engine in the bundle was not built on this machine"]
-    return differences(entry, key) or ["the options changed, or a build was asked for"]
+    return differences(entry.key, key) or ["the options changed, or a build was asked for"]
 
 
 def _build(
@@ -277,11 +276,11 @@ def _build(
         plan = Path(name) / "engine.plan"
         request = Request(
             str(bundle.file(ONNX).resolve()),
-            bundle.manifest.files[ONNX]["sha256"],
+            bundle.manifest.files[ONNX].sha256,
             str(plan),
             str(timing / timing_cache_name(here)),
-            bundle.manifest.input["name"],
-            tuple(bundle.manifest.input["shape"]),
+            bundle.manifest.input.name,
+            bundle.manifest.input.shape,
             int(workspace),
             options.level,
             options.tf32,

@@ -32,8 +32,8 @@ from cmt_edge.calib.quantize import keep_float
 from cmt_edge.calib.restore import int8_nodes
 from cmt_edge.deploy import Bundle, report
 from cmt_edge.deploy.backends import FORMATS as RUNTIME_OF
-from cmt_edge.deploy.backends.base import ExecutedPrecision
 from cmt_edge.deploy.bundle import BundleWriter
+from cmt_edge.deploy.bundle.sections import ExecutedPrecision, Speed, Variant, VerdictEntry
 from cmt_edge.deploy.errors import GateError
 from cmt_edge.deploy.files import cache_folder, write_atomic, writing
 from cmt_edge.deploy.images import ImageSet, digest
@@ -48,7 +48,7 @@ from cmt_edge.deploy.signals import terminate_as_interrupt
 from .. import pipeline
 from ..config import FORMATS, ExportConfig
 from ..to_onnx import with_batch
-from .search import Answers, Settings, Speed, Variant, Verdict, search
+from .search import Answers, Settings, Verdict, search
 
 PROTOCOL = Protocol(iters=100, seconds=2.0, warmup_seconds=0.5)
 QUICK_IMAGES = 1000
@@ -258,7 +258,7 @@ class _Workbench:
             "batch": self.config.batch,
             "preprocess": self.config.preprocess.to_json(),
             "versions": versions(),
-            **{k: host[k] for k in ("cpu", "flags", "cores", "machine")},
+            **{k: getattr(host, k) for k in ("cpu", "flags", "cores", "machine")},
         }
         self.bundles: dict[Variant, Path] = {}
         self.hashes: dict[Variant, str] = {}
@@ -343,7 +343,7 @@ class _Workbench:
             tuple(warnings),
         )
 
-    def describe(self, verdict: Verdict) -> dict[str, Any]:
+    def describe(self, verdict: Verdict) -> VerdictEntry:
         """For the manifest, the report and ``--json``."""
         work, notes = self.work, list(verdict.notes)
         if self.config.isa:
@@ -370,15 +370,16 @@ class _Workbench:
             set(groups_of(work.graph, {n.name for n in work.graph.graph.node if n.op_type == "Conv"}))
             - set(work.groups)
         )
-        content = report.plain(verdict) | {
-            "isa": self.config.isa,
-            "runtime": self.runtime,
-            "threads": self.config.threads,
-            "batch": self.config.batch,
-            "host": describe(),
-            "data": work.data.describe(),
-        }
-        return json.loads(json.dumps(content | {"notes": notes, "float_already": float_already}))
+        return VerdictEntry(
+            **{**vars(verdict), "notes": tuple(notes)},
+            isa=self.config.isa,
+            runtime=self.runtime,
+            threads=self.config.threads,
+            batch=self.config.batch,
+            host=describe(),
+            data=work.data.describe(),
+            float_already=tuple(float_already),
+        )
 
     def _logits(self, variant: Variant, images: Images) -> np.ndarray:
         return self.process.logits(self._bundle(variant), images.path, self.config.threads)

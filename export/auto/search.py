@@ -22,18 +22,11 @@ from typing import Protocol
 
 import numpy as np
 
+from cmt_edge.deploy.bundle.sections import Accuracy, Candidate, Sensitivity, Speed, Variant
+
 WIDTH = {"fp32": 2, "bf16": 1, "int8": 0}
 Z95 = 1.959964
 EPSILON = 1e-9
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to build the model; ``keep_float`` as in :class:`cmt_edge.calib.Recipe`."""
-
-    name: str
-    precision: str
-    keep_float: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,56 +43,6 @@ class Answers:
     top1: np.ndarray
     deviation: float
     truth: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Percentages and percentage points; ``drop`` is disagreement where no labels are known (then ``top1`` is
-    ``None``)."""
-
-    images: int
-    top1: float | None
-    agreement: float
-    drop: float
-    drop_ci: tuple[float, float]
-    deviation: float
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Milliseconds of one batch, model only; ``ratio`` of the first variant's median to this one's (above 1
-    is faster), 95 % intervals."""
-
-    p50: float
-    ci: tuple[float, float]
-    ratio: float
-    ratio_ci: tuple[float, float]
-    size_bytes: int
-    executed: str = ""
-    warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A variant with what was measured; ``why_not`` is empty if it passes."""
-
-    variant: Variant
-    accuracy: Accuracy | None = None
-    speed: Speed | None = None
-    why_not: str = ""
-
-    @property
-    def passes(self) -> bool:
-        return not self.why_not
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """A group of ``nodes`` operations, alone in int8: the damage it does."""
-
-    group: str
-    nodes: int
-    accuracy: Accuracy
 
 
 @dataclass(frozen=True)
