@@ -129,7 +129,7 @@ def openvino_session(
     """
     import openvino as ov
 
-    from cmt_edge.deploy.backends.openvino import OpenVINOSession, float_precision
+    from cmt_edge.deploy.backends.openvino import HINTS, RUNTIME, OpenVINOSession
     from cmt_edge.deploy.backends.openvino_graph import read
 
     config: dict[str, Any] = {
@@ -137,7 +137,7 @@ def openvino_session(
         "INFERENCE_NUM_THREADS": threads,
     }
     if precision is not None:
-        config["INFERENCE_PRECISION_HINT"] = float_precision(precision, None)
+        config["INFERENCE_PRECISION_HINT"] = HINTS[RUNTIME.float_precision(precision)]
     return OpenVINOSession(read(model) if rewritten else ov.Core().read_model(model), "CPU", config)
 
 

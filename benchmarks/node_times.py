@@ -29,7 +29,7 @@ def rows(path: Path, threads: int) -> list[list[str]]:
         session = predictor.session
         if not isinstance(session, OpenVINOSession):
             raise SystemExit(f"{path}: only OpenVINO bundles have an execution graph with times")
-        times, known = session._profile(golden_batch(bundle, predictor), REPEATS, ENTRIES)
+        times, known = session.node_times(golden_batch(bundle, predictor), REPEATS, ENTRIES)
     kinds: dict[tuple[str, ...], list[float]] = defaultdict(list)
     for node in known[0]:
         kind = tuple(entry[node] for entry in known)

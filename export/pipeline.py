@@ -23,8 +23,7 @@ from cmt_edge.cmt import count_params, fuse, labels_of, macs, weights_fingerprin
 from cmt_edge.cmt.reference import PROVIDER, build
 from cmt_edge.cmt.weights import LoadedWeights
 from cmt_edge.deploy import Bundle, Predictor, report
-from cmt_edge.deploy.backends import FORMATS as RUNTIME_OF
-from cmt_edge.deploy.backends import LoadOptions, backend
+from cmt_edge.deploy.backends import RUNTIME_OF_FORMAT, LoadOptions, get_runtime
 from cmt_edge.deploy.backends.torch import TorchSession
 from cmt_edge.deploy.bundle import (
     GOLDEN,
@@ -194,10 +193,10 @@ def preflight(config: ExportConfig) -> None:
         if config.build:
             _require_tensorrt(config)
         return
-    module = backend(RUNTIME_OF[config.format])
-    module.check()
-    if config.format == "openvino" and config.precision != "auto":
-        module.float_precision(config.precision, None)
+    runtime = get_runtime(RUNTIME_OF_FORMAT[config.format])
+    runtime.check()
+    if config.precision != "auto":
+        runtime.float_precision(config.precision)
 
 
 def _reference(config: ExportConfig) -> _Reference:
@@ -379,12 +378,12 @@ def _write(
     path = writer.folder / ONNX
     path.write_bytes(graph.SerializeToString(deterministic=True))
     reference.golden.save(writer.folder / GOLDEN)
-    name = RUNTIME_OF[config.format]
+    name = RUNTIME_OF_FORMAT[config.format]
     if config.format == "trt":  # its artefact is the engine, see _build_engine
         return replace(manifest, runtime=RuntimeEntry(backend=name, version=None))
-    module = backend(name)
-    module.compile(path, writer.folder)
-    return replace(manifest, runtime=RuntimeEntry(backend=name, version=module.check()))
+    runtime = get_runtime(name)
+    runtime.compile(path, writer.folder)
+    return replace(manifest, runtime=RuntimeEntry(backend=name, version=runtime.check()))
 
 
 def _verify(

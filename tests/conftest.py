@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-SHARED = Path(os.environ.get("CMT_EDGE_SHARED", ROOT.parent / "shared"))
+from helpers.exports import traced_once
+from helpers.paths import FAKES
+from helpers.shared import shared
+from helpers.trt import forget_fakes
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,14 +19,6 @@ def own_cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
     os.environ["CMT_EDGE_CACHE"] = str(folder)
     return folder
-
-
-def shared(name: str) -> Path:
-    """A file or folder of the shared data; skips the test where it is absent."""
-    path = SHARED / name
-    if not path.exists():
-        pytest.skip(f"needs {name} of the shared data, set CMT_EDGE_SHARED to its folder")
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -71,40 +63,11 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-TRACED: dict[tuple, bytes] = {}
-
-
-@contextmanager
-def traced_once():
-    """torch.onnx takes ten seconds: equal weights are traced once a session."""
-    import onnx
-
-    from cmt_edge.cmt import weights_fingerprint
-    from cmt_edge.export import pipeline
-
-    real = pipeline.export_onnx
-
-    def export_onnx(model, img_size, opset, outputs, check):
-        key = weights_fingerprint(model), img_size, opset, tuple(outputs)
-        if key not in TRACED:
-            TRACED[key] = real(model, img_size, opset, outputs).SerializeToString()
-        graph = onnx.load_from_string(TRACED[key])
-        check(graph)
-        return graph
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "export_onnx", export_onnx)
-        yield patch
-
-
 @pytest.fixture(scope="module")
 def one_trace():
     """See :func:`traced_once`."""
     with traced_once():
         yield
-
-
-FAKES = ROOT / "tests" / "fakes"
 
 
 @pytest.fixture
@@ -123,29 +86,3 @@ def gpu_machine(monkeypatch, tmp_path):
     forget_fakes()
     yield trace
     forget_fakes()
-
-
-def forget_fakes() -> None:
-    """Import TensorRT, CUDA and the backend over them anew."""
-    for name in [*sys.modules]:
-        if name.split(".")[0] in ("tensorrt", "cuda") or name in (
-            "cmt_edge.deploy.tensorrt.session",
-            "cmt_edge.deploy.tensorrt.builder",
-        ):
-            del sys.modules[name]
-
-
-GIANT_MACS = 9e9
-"""Models above this are tested on demand (``pytest -m giant``): their goldens and exports take minutes and
-gigabytes."""
-
-
-def marked_models(names=None):
-    """Registry names for ``parametrize``; giant ones carry the marker ``giant``."""
-    from cmt_edge.cmt import list_models, model_spec
-
-    names = list_models() if names is None else names
-    return [
-        pytest.param(n, marks=pytest.mark.giant) if (model_spec(n).macs or 0) > GIANT_MACS else n
-        for n in names
-    ]

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+from helpers.paths import ROOT
+
+BENCHMARKS = ROOT / "benchmarks"
 TINY = ("--threads", "1", "--iters", "5", "--seconds", "0.05", "--warmup", "0.05", "--calib-size", "8")
 
 pytestmark = pytest.mark.slow

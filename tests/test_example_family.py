@@ -22,7 +22,7 @@ from cmt_edge.cmt.weights import randomize
 from cmt_edge.deploy.measure.parity import verify
 from cmt_edge.export import ExportConfig, run
 
-NAME, MODULE = "example_tiny", "example_family"
+NAME, MODULE = "example_tiny", "helpers.example_family"
 
 pytestmark = pytest.mark.usefixtures("one_thread", "example_family")
 

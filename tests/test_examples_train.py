@@ -18,8 +18,9 @@ from cmt_edge.cmt import create_model, load_weights
 from cmt_edge.deploy import Predictor
 from cmt_edge.deploy.preprocessing import Preprocess
 from cmt_edge.export.cli import main as cmt_export
+from helpers.paths import ROOT
 
-SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "train_cifar10.py"
+SCRIPT = ROOT / "examples" / "train_cifar10.py"
 SMALL = ("--imgsz", "32", "--batch", "8", "--threads", "1", "--lr", "2e-3")
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]

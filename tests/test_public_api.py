@@ -7,7 +7,7 @@ from importlib import import_module
 
 import pytest
 
-PACKAGES = ("cmt", "deploy", "calib", "export")
+PACKAGES = ("cmt_edge.cmt", "cmt_edge.deploy", "cmt_edge.calib", "cmt_edge.export")
 NAMES = [(package, name) for package in PACKAGES for name in import_module(package).__all__]
 
 

@@ -3,56 +3,92 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import dataclass
 from importlib import import_module, util
-from types import ModuleType
 
 from ..bundle.sections import ExecutedPrecision
 from ..errors import RuntimeMissingError, UnknownNameError
-from .base import DeviceTimes, LoadOptions, Session
+from .base import Binding, DeviceTimes, LoadOptions, Runtime, Session
 
-# name -> (module, packages it needs, how to get them)
-TABLE: dict[str, tuple[str, tuple[str, ...], str]] = {
-    "openvino": (".openvino", ("openvino",), 'pip install "cmt-edge[openvino]"'),
-    "onnxruntime": (".onnxruntime", ("onnxruntime",), 'pip install "cmt-edge[onnxruntime]"'),
-    "tensorrt": (
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a runtime is implemented and what it needs.
+
+    Attributes:
+        module: its module, relative to this package; ``RUNTIME`` there is the :class:`Runtime`.
+        packages: the packages that it imports.
+        remedy: how the user gets them.
+    """
+
+    module: str
+    packages: tuple[str, ...] = ()
+    remedy: str = ""
+
+
+RUNTIMES = {
+    "openvino": Entry(".openvino", ("openvino",), 'pip install "cmt-edge[openvino]"'),
+    "onnxruntime": Entry(".onnxruntime", ("onnxruntime",), 'pip install "cmt-edge[onnxruntime]"'),
+    "tensorrt": Entry(
         "..tensorrt.session",
         ("tensorrt",),
-        (
-            "JetPack brings it (a virtual environment needs --system-site-packages); elsewhere see "
-            "docs/tensorrt.md. Here, --backend onnxruntime runs the same graph"
-        ),
+        "JetPack brings it (a virtual environment needs --system-site-packages); elsewhere see "
+        "docs/tensorrt.md. Here, --backend onnxruntime runs the same graph",
     ),
-    "torch": (".torch", ("torch",), 'pip install "cmt-edge[export]"'),
-    "fake": (".fake", (), ""),
+    "torch": Entry(".torch", ("torch",), 'pip install "cmt-edge[export]"'),
+    "fake": Entry(".fake"),
 }
+"""Name of a runtime, as ``--backend`` takes it -> where it is."""
 
-FORMATS = {"openvino": "openvino", "onnx": "onnxruntime", "trt": "tensorrt"}
-"""Bundle format -> the runtime that serves it."""
+RUNTIME_OF_FORMAT = {"openvino": "openvino", "onnx": "onnxruntime", "trt": "tensorrt"}
+"""Format of a bundle -> name of the runtime that serves it by default."""
 
 
-def backend(name: str) -> ModuleType:
-    """The module of a runtime.
+def get_runtime(name: str) -> Runtime:
+    """The runtime of that name.
 
     Raises:
-        UnknownNameError: no such runtime.
-        RuntimeMissingError: its packages are not installed.
+        UnknownNameError: there is no such runtime.
+        RuntimeMissingError: its packages are not installed, or they cannot be loaded.
     """
-    if name not in TABLE:
-        raise UnknownNameError(
-            "runtime", name, difflib.get_close_matches(name, TABLE, n=2, cutoff=0.4), TABLE
-        )
-    module, packages, remedy = TABLE[name]
-    missing = [p for p in packages if util.find_spec(p) is None]
+    if name not in RUNTIMES:
+        close = difflib.get_close_matches(name, RUNTIMES, n=2, cutoff=0.4)
+        raise UnknownNameError("runtime", name, close, RUNTIMES)
+    entry = RUNTIMES[name]
+    missing = [package for package in entry.packages if util.find_spec(package) is None]
     if missing:
-        raise RuntimeMissingError(f"{' and '.join(missing)} is not installed", remedy=remedy)
+        raise RuntimeMissingError(f"{' and '.join(missing)} is not installed", remedy=entry.remedy)
     try:
-        return import_module(module, __name__)
+        module = import_module(entry.module, __name__)
     except (ImportError, OSError) as exc:
         raise RuntimeMissingError(
-            f"{' and '.join(packages)} is installed but cannot be loaded",
+            f"{' and '.join(entry.packages)} is installed but cannot be loaded",
             why=exc,
-            remedy=f"repair the installation: {remedy}",
+            remedy=f"repair the installation: {entry.remedy}",
         ) from exc
+    runtime: Runtime = module.RUNTIME
+    return runtime
 
 
-__all__ = ["FORMATS", "TABLE", "DeviceTimes", "ExecutedPrecision", "LoadOptions", "Session", "backend"]
+def has_runtime(name: str) -> bool:
+    """Whether the packages of a runtime are installed and can be loaded."""
+    try:
+        get_runtime(name)
+    except RuntimeMissingError:
+        return False
+    return True
+
+
+__all__ = [
+    "RUNTIMES",
+    "RUNTIME_OF_FORMAT",
+    "Binding",
+    "DeviceTimes",
+    "Entry",
+    "ExecutedPrecision",
+    "LoadOptions",
+    "Runtime",
+    "Session",
+    "get_runtime",
+    "has_runtime",
+]

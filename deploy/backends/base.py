@@ -1,5 +1,9 @@
-"""What a runtime must offer. A new runtime is one module with ``check``, ``compile`` and ``load``, and a line
-in the table."""
+"""The whole contract of a runtime: :class:`Runtime` prepares and opens bundles, :class:`Session` runs them.
+
+A new runtime is one module in this folder that ends with ``RUNTIME = ...``, an instance of a subclass of
+:class:`Runtime`, and one line in the table of :mod:`cmt_edge.deploy.backends`. The module may import the
+runtime's package at its top: it is imported only when the runtime is asked for.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +40,12 @@ class LoadOptions:
 
 @dataclass(frozen=True)
 class DeviceTimes:
-    """Milliseconds by the device's own clock, one entry an inference, float64 ``(count,)``.
+    """Milliseconds measured by the device's own clock: float64 ``(count,)``, one entry per inference.
 
     Attributes:
         compute: the inference alone.
         with_copies: with the copies to and from the device.
-        enqueue: what the host spent on starting it.
+        enqueue: the time that the host needed to start it.
     """
 
     compute: np.ndarray
@@ -51,11 +55,11 @@ class DeviceTimes:
 
 @dataclass(frozen=True)
 class Binding:
-    """A batch and the inference of it, for one thread at a time: fill, run, and again.
+    """A batch and its inference, for one thread at a time: fill the batch, run, and fill it again.
 
     Attributes:
-        batch: contiguous float32 ``(N, 3, H, W)``; of any content at first.
-        run: the inference; gives what :meth:`Session.run` gives for ``batch``.
+        batch: contiguous float32 ``(N, 3, H, W)``; its first content is undefined.
+        run: the inference; it returns what :meth:`Session.run` returns for ``batch``.
     """
 
     batch: np.ndarray
@@ -66,37 +70,38 @@ class Session(ABC):
     """A loaded model. ``run`` may be called from several threads at once."""
 
     runtime: str
-    """Name and version, e.g. ``"openvino 2026.4.1"``."""
+    """Name and version of the runtime, e.g. ``"openvino 2026.4.1"``."""
     device: str
+    """The runtime's name of the device, e.g. ``"CPU"``."""
     parallelism: int = 1
-    """How many requests at once give the best throughput."""
+    """The number of concurrent requests that gives the best throughput."""
     notes: Sequence[str] = ()
-    """What the runtime could not do as asked, readable."""
+    """What the runtime could not do as asked, one readable sentence each."""
 
     @abstractmethod
     def run(self, batch: np.ndarray) -> list[np.ndarray]:
-        """Contiguous float32 ``(N, 3, H, W)`` -> a new float32 array ``(N, ...)`` for each output, in the
+        """Contiguous float32 ``(N, 3, H, W)`` -> one new float32 array ``(N, ...)`` per output, in the
         graph's order.
 
-        The caller fills ``batch`` again as soon as the call returns.
+        The caller may fill ``batch`` again as soon as the call has returned.
         """
 
     def bind(self, shape: tuple[int, ...]) -> Binding:
-        """A batch ``(N, 3, H, W)`` from which the runtime reads with as few copies as it can; any number may
-        be bound at once."""
+        """A batch ``(N, 3, H, W)`` that the runtime reads with as few copies as it can; any number of
+        bindings may exist at once."""
         batch = np.empty(shape, np.float32)
         return Binding(batch, partial(self.run, batch))
 
     @abstractmethod
     def executed(self, batch: np.ndarray, repeats: int = 10) -> ExecutedPrecision:
-        """Run ``batch`` with profiling and say which precisions executed."""
+        """Run ``batch`` with profiling and say which precisions were executed."""
 
     def device_times(self, batch: np.ndarray, count: int) -> DeviceTimes | None:
         """Time ``count`` inferences by the device's clock; ``None`` where host and device are the same."""
         return None
 
     def kernels(self, batch: np.ndarray) -> dict[str, float]:
-        """Share of the run time by the runtime's own names of its kernels; empty where it tells none."""
+        """Share of the run time by the runtime's own names of its kernels; empty where it names none."""
         return {}
 
     def inspect(self) -> str:
@@ -108,7 +113,49 @@ class Session(ABC):
 
     @property
     def info(self) -> dict[str, Any]:
+        """Runtime with its version, and device: what results name."""
         return {"runtime": self.runtime, "device": self.device}
+
+
+class Runtime(ABC):
+    """How a runtime prepares and opens bundles. It has no state: one instance serves the whole process."""
+
+    any_batch: bool = False
+    """Whether its sessions take any batch size, also for a bundle whose graph has a fixed one."""
+
+    @abstractmethod
+    def check(self, device: str | None = None) -> str:
+        """Name and version of the runtime, e.g. ``"openvino 2026.4.1"``.
+
+        Raises:
+            RuntimeMissingError: ``device`` is not available on this machine.
+        """
+
+    def float_precision(self, precision: str, device: str | None = None) -> str:
+        """The precision in which ``device`` computes what is not quantized in a bundle of ``precision``.
+
+        Raises:
+            RuntimeMissingError: the device lacks the instructions that ``precision`` needs.
+            InputError: the runtime cannot run ``precision`` at all.
+        """
+        return "fp32" if precision == "int8" else precision
+
+    def compile(self, onnx: Path, folder: Path) -> list[Path]:
+        """Convert ``onnx`` to the runtime's own files in ``folder``; returns their paths.
+
+        A runtime that reads ``model.onnx`` itself prepares nothing, which is the default.
+        """
+        return []
+
+    @abstractmethod
+    def load(self, bundle: Bundle, options: LoadOptions) -> Session:
+        """Open a bundle whose hashes were checked.
+
+        Raises:
+            RuntimeMissingError: the device, or an instruction set that the bundle needs, is missing.
+            InputError: the runtime cannot run the bundle's precision.
+            BundleError: the bundle lacks what the runtime needs.
+        """
 
 
 def batch_limit(bundle: Bundle) -> int:

@@ -1,4 +1,4 @@
-"""ONNX Runtime: serves ``model.onnx`` of every bundle, on every platform it has wheels for."""
+"""ONNX Runtime: serves ``model.onnx`` of every bundle, on every platform that it has wheels for."""
 
 from __future__ import annotations
 
@@ -15,38 +15,31 @@ import onnxruntime as ort
 from ..bundle import ONNX, Bundle
 from ..bundle.sections import ExecutedPrecision
 from ..errors import InputError, RuntimeMissingError
-from .base import LoadOptions, Session
+from .base import LoadOptions, Runtime, Session
 
-CONVERSIONS = {"QuantizeLinear", "DequantizeLinear", "Cast", "ReorderInput", "ReorderOutput"}
+CONVERSION_OPERATORS = {"QuantizeLinear", "DequantizeLinear", "Cast", "ReorderInput", "ReorderOutput"}
+"""Operators that only change the type or the memory layout of a tensor."""
+
 ERRORS_ONLY = 3
+"""ONNX Runtime's log level that hides warnings."""
 
-
-def check(device: str | None = None) -> str:
-    """Name and version of the runtime; only the CPU is served."""
-    if device is not None and device.upper() != "CPU":
-        raise RuntimeMissingError(
-            f"the ONNX Runtime backend has no device {device!r}", remedy="use --device CPU"
-        )
-    return f"onnxruntime {ort.__version__}"
-
-
-def compile(onnx: Path, folder: Path) -> list[Path]:
-    """Nothing to prepare: ONNX Runtime reads ``model.onnx`` itself."""
-    return []
+UNCOUNTED = 2
+"""Inferences at the start of a profile that warm up."""
 
 
 class OnnxRuntimeSession(Session):
+    """An ONNX file, or its bytes, on the CPU."""
+
     device = "CPU"
 
     def __init__(self, model: Path | bytes, options: LoadOptions) -> None:
         self._model = model if isinstance(model, bytes) else str(model)
-        self.runtime = check(options.device)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self._threads = options.threads or cores
-        if options.throughput:  # one thread an inference, as many inferences as threads
+        self.runtime = RUNTIME.check(options.device)
+        self._threads = options.threads or _count_cores()
+        if options.throughput:  # one thread per inference, as many inferences as threads
             self.parallelism, self._threads = self._threads, 1
-        self._session = self._open()
-        self._input = self._session.get_inputs()[0].name
+        self.inference = self._open()
+        self.input_name: str = self.inference.get_inputs()[0].name
 
     def _open(self, profile_prefix: str | None = None) -> ort.InferenceSession:
         settings = ort.SessionOptions()
@@ -59,51 +52,89 @@ class OnnxRuntimeSession(Session):
         return ort.InferenceSession(self._model, settings, providers=["CPUExecutionProvider"])
 
     def run(self, batch: np.ndarray) -> list[np.ndarray]:
-        return self._session.run(None, {self._input: batch})
+        outputs: list[np.ndarray] = self.inference.run(None, {self.input_name: batch})
+        return outputs
 
     def executed(self, batch: np.ndarray, repeats: int = 10) -> ExecutedPrecision:
         with tempfile.TemporaryDirectory() as folder:
             session = self._open(str(Path(folder) / "profile"))
-            for _ in range(repeats + 2):
-                session.run(None, {self._input: batch})
+            for _ in range(repeats + UNCOUNTED):
+                session.run(None, {self.input_name: batch})
             events = json.loads(Path(session.end_profiling()).read_text())
         return _summarise(events)
 
     def close(self) -> None:
-        del self._session
+        del self.inference
+
+
+def _count_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _summarise(events: list[dict[str, Any]]) -> ExecutedPrecision:
-    """Kernels by the integer types they read; quantize and dequantize nodes are conversions."""
+    """Label kernels by the types that they read; quantize and dequantize nodes count as conversions."""
     share: Counter[str] = Counter()
     nodes: dict[str, str] = {}
     conversion = 0.0
     for event in events:
-        args = event.get("args", {})
         if event.get("cat") != "Node" or not event["name"].endswith("_kernel_time"):
             continue
+        args = event.get("args", {})
         kind = args.get("op_name", "")
-        types = {t for entry in args.get("input_type_shape", []) for t in entry}
-        integer = kind not in CONVERSIONS and bool(types & {"int8", "uint8"})
-        label = "int8" if integer else "fp16" if "float16" in types else "fp32"
+        label = _label(kind, args.get("input_type_shape", []))
         share[label] += event["dur"]
         nodes[event["name"]] = label
-        conversion += event["dur"] if kind in CONVERSIONS else 0
+        conversion += event["dur"] if kind in CONVERSION_OPERATORS else 0
     total = sum(share.values()) or 1
     return ExecutedPrecision(
-        {k: v / total for k, v in share.items()},
-        dict(Counter(nodes.values())),
-        conversion / total,
-        "ONNX Runtime profile",
+        time_share={label: spent / total for label, spent in share.items()},
+        operations=dict(Counter(nodes.values())),
+        conversion_share=conversion / total,
+        source="ONNX Runtime profile",
     )
 
 
-def load(bundle: Bundle, options: LoadOptions) -> Session:
-    """Open ``model.onnx`` of a bundle; refuses bf16, for which ONNX Runtime has no CPU kernels."""
-    if bundle.manifest.precision == "bf16":
-        raise InputError(
-            "ONNX Runtime has no bfloat16 kernels on the CPU, so this bundle cannot run as asked",
-            where=bundle.path,
-            remedy="open it with --backend openvino, or export an fp32 or int8 bundle",
-        )
-    return OnnxRuntimeSession(bundle.file(ONNX), options)
+def _label(kind: str, inputs: list[dict[str, Any]]) -> str:
+    """The precision of a kernel, from the types of its inputs."""
+    types = {name for entry in inputs for name in entry}
+    if kind not in CONVERSION_OPERATORS and types & {"int8", "uint8"}:
+        return "int8"
+    return "fp16" if "float16" in types else "fp32"
+
+
+class OnnxRuntime(Runtime):
+    """Reads ``model.onnx`` as it is, so that nothing has to be prepared."""
+
+    def check(self, device: str | None = None) -> str:
+        """Name and version of the runtime; only the CPU is served."""
+        if device is not None and device.upper() != "CPU":
+            raise RuntimeMissingError(
+                f"the ONNX Runtime backend has no device {device!r}",
+                remedy="use --device CPU",
+            )
+        return f"onnxruntime {ort.__version__}"
+
+    def float_precision(self, precision: str, device: str | None = None) -> str:
+        """As :meth:`Runtime.float_precision`; bf16 is refused, because there are no CPU kernels for it."""
+        if precision == "bf16":
+            raise InputError(
+                "ONNX Runtime has no bfloat16 kernels on the CPU, so this bundle cannot run as asked",
+                remedy="open it with --backend openvino, or export an fp32 or int8 bundle",
+            )
+        return super().float_precision(precision, device)
+
+    def load(self, bundle: Bundle, options: LoadOptions) -> Session:
+        """Open ``model.onnx`` of a bundle."""
+        try:
+            self.float_precision(bundle.manifest.precision, options.device)
+        except InputError as exc:
+            exc.where = str(bundle.path)
+            raise
+        return OnnxRuntimeSession(bundle.file(ONNX), options)
+
+
+RUNTIME = OnnxRuntime()
+"""What the table of runtimes gives for ``"onnxruntime"``."""

@@ -14,6 +14,8 @@ LOGITS = "logits"
 """Name of a classifier's output, and of its head; feature maps are called ``stage1`` and so on."""
 MAX_TOTAL = 8 << 30
 """The files of a bundle have at most so many bytes together."""
+LEAST_SHARE = 0.005
+"""A precision with a smaller share than this is left out of :meth:`ExecutedPrecision.summary`."""
 
 Count = Annotated[int, Between(0)]
 """A number of things; none is possible."""
@@ -271,7 +273,8 @@ class ExecutedPrecision:
     """What a runtime really ran, from its own execution graph.
 
     Attributes:
-        time_share: precision -> share of the run time, summing to 1 (empty where the runtime tells no times).
+        time_share: precision -> share of the run time; the shares sum to 1. It is empty where the runtime
+            measures no times.
         operations: precision -> number of executed operations.
         conversion_share: share of the time spent on reorders and type conversions.
         source: where the figures come from.
@@ -284,11 +287,12 @@ class ExecutedPrecision:
 
     def summary(self) -> str:
         """For a table, e.g. ``"int8 58 % + bf16 42 %"``."""
-        shares = self.time_share or {
-            k: v / max(1, sum(self.operations.values())) for k, v in self.operations.items()
-        }
-        ordered = sorted(shares.items(), key=lambda kv: -kv[1])
-        return " + ".join(f"{k} {100 * v:.0f} %" for k, v in ordered if v >= 0.005) or "unknown"
+        total = max(1, sum(self.operations.values()))
+        counted = {precision: number / total for precision, number in self.operations.items()}
+        shares = self.time_share or counted
+        ordered = sorted(shares.items(), key=lambda item: -item[1])
+        shown = [f"{precision} {100 * share:.0f} %" for precision, share in ordered if share >= LEAST_SHARE]
+        return " + ".join(shown) or "unknown"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from .. import errors
-from ..backends import backend
+from ..backends import get_runtime
 from ..bundle import Bundle, plain
 from ..errors import CmtEdgeError, RuntimeMissingError, StepError
 from ..predictor import Predictor
@@ -194,16 +194,14 @@ def _error(answer: dict[str, Any]) -> CmtEdgeError:
 
 
 def _runtime(request: dict[str, Any], _: Callable[[str, float], None]) -> str:
-    return backend(request["backend"]).check()
+    return get_runtime(request["backend"]).check()
 
 
 def _missing(request: dict[str, Any], _: Callable[[str, float], None]) -> str:
-    module = backend(request["backend"])
-    if hasattr(module, "float_precision"):
-        try:
-            module.float_precision(request["precision"], None)
-        except RuntimeMissingError as exc:
-            return exc.what
+    try:
+        get_runtime(request["backend"]).float_precision(request["precision"])
+    except RuntimeMissingError as exc:
+        return exc.what
     return ""
 
 

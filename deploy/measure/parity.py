@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from ..backends import backend
+from ..backends import has_runtime
 from ..bundle import LOGITS, Bundle
 from ..bundle.sections import DataCheck, GoldenCheck, RanOn, VerificationEntry
 from ..errors import BundleError, DataError, InputError, RuntimeMissingError
@@ -232,7 +232,7 @@ def _live_reference(
     recorded = bundle.reference()
     if recorded and all(digest(data.read(item)) in recorded for item in items):
         return None
-    if backend_missing("torch"):
+    if not has_runtime("torch"):
         raise RuntimeMissingError(
             "no reference for these images: the bundle recorded other ones and PyTorch is not installed here",
             remedy=(
@@ -241,15 +241,6 @@ def _live_reference(
             ),
         )
     return Predictor.load(bundle, backend="torch", weights=weights, threads=threads)
-
-
-def backend_missing(name: str) -> bool:
-    """Whether a runtime's packages are not installed."""
-    try:
-        backend(name)
-    except RuntimeMissingError:
-        return True
-    return False
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .. import report
-from ..backends import backend
+from ..backends import get_runtime
 from ..backends.base import batch_limit
 from ..bundle import ENGINES, ONNX, Bundle, Manifest, plain
 from ..bundle.sections import EngineEntry, EngineKey, GoldenCheck
@@ -89,11 +89,11 @@ class Finished:
     report: dict[str, Any]
 
 
-def require_tensorrt(device: str | None = None) -> Any:
-    """The TensorRT backend; raises :class:`RuntimeMissingError` that names all that is missing."""
+def require_tensorrt(device: str | None = None) -> None:
+    """Raise a :class:`RuntimeMissingError` that names everything that is missing."""
     missing = []
     try:
-        module = backend("tensorrt")
+        runtime = get_runtime("tensorrt")
     except RuntimeMissingError as exc:
         missing.append(exc.what)
     try:
@@ -106,8 +106,7 @@ def require_tensorrt(device: str | None = None) -> Any:
             why="; ".join(missing),
             remedy="build on the device; docs/tensorrt.md lists what it needs",
         )
-    module.check(device)
-    return module
+    runtime.check(device)
 
 
 @contextlib.contextmanager
@@ -178,8 +177,10 @@ def finish(
             remedy="export it with --format trt",
         )
     progress = progress or Progress(quiet=True)
-    module = require_tensorrt(device)
-    cuda, here = module.describe_device(device)
+    require_tensorrt(device)
+    from .session import TensorRTSession, describe_device
+
+    cuda, here = describe_device(device)
     key = engine_key(bundle, here, options)
     nvml = nvml_index(here.gpu.pci, here.gpu.index)
     before = snapshot(gpu_index=nvml)
@@ -188,7 +189,7 @@ def finish(
         built = built or _build(bundle, options, here, cuda, time_limit, progress)
 
     def load(*_: object, throughput: bool = False, **__: object) -> Predictor:
-        session = module.TensorRTSession(
+        session = TensorRTSession(
             built.plan, cuda, here.gpu.index, outputs=bundle.outputs, throughput=throughput
         )
         return Predictor(

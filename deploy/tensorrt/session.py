@@ -16,13 +16,12 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorrt as trt
 
-from ..backends.base import DeviceTimes, LoadOptions, Session
+from ..backends.base import DeviceTimes, LoadOptions, Runtime, Session
 from ..bundle import Bundle
 from ..bundle.sections import ExecutedPrecision
 from ..errors import InputError, RuntimeMissingError, StepError
@@ -66,36 +65,10 @@ def gpu_index(device: str | None) -> int:
     return int(text)
 
 
-def check(device: str | None = None) -> str:
-    """Name and version of the runtime; raises :class:`RuntimeMissingError` where there is no such GPU."""
-    open_cuda().gpu(gpu_index(device))
-    return f"tensorrt {trt.__version__}"
-
-
-def compile(onnx: Path, folder: Path) -> list[Path]:
-    """Nothing to prepare off the device: :mod:`cmt_edge.deploy.tensorrt.build` makes the engine."""
-    return []
-
-
 def describe_device(device: str | None = None) -> tuple[Cuda, Device]:
     """The GPU and what an engine for it is keyed by; raises :class:`RuntimeMissingError`."""
     cuda = open_cuda()
     return cuda, Device.here(trt.__version__, cuda, gpu_index(device))
-
-
-def load(bundle: Bundle, options: LoadOptions) -> Session:
-    """Open the engine of a bundle.
-
-    Raises:
-        RuntimeMissingError: no engine for this device yet, or one from elsewhere; the remedy is
-            ``cmt-build``.
-        BundleError: the engine was changed; found out before it is deserialised.
-    """
-    cuda, device = describe_device(options.device)
-    plan = read_engine(bundle, device)
-    return TensorRTSession(
-        plan, cuda, device.gpu.index, outputs=bundle.outputs, throughput=options.throughput
-    )
 
 
 class TensorRTSession(Session):
@@ -371,3 +344,32 @@ class _LayerTimes(trt.IProfiler):
 
     def report_layer_time(self, layer_name: str, ms: float) -> None:
         self.milliseconds[layer_name] += ms
+
+
+class TensorRT(Runtime):
+    """Opens the engine that ``cmt-build`` made on this device."""
+
+    def check(self, device: str | None = None) -> str:
+        open_cuda().gpu(gpu_index(device))
+        return f"tensorrt {trt.__version__}"
+
+    def load(self, bundle: Bundle, options: LoadOptions) -> Session:
+        """Open the engine of a bundle.
+
+        Raises:
+            RuntimeMissingError: the bundle has no engine for this device yet, or one from another machine;
+                the remedy is ``cmt-build``.
+            BundleError: the engine was changed; this is found out before it is deserialised.
+        """
+        cuda, device = describe_device(options.device)
+        return TensorRTSession(
+            read_engine(bundle, device),
+            cuda,
+            device.gpu.index,
+            outputs=bundle.outputs,
+            throughput=options.throughput,
+        )
+
+
+RUNTIME = TensorRT()
+"""What the table of runtimes gives for ``"tensorrt"``."""

@@ -31,7 +31,7 @@ from cmt_edge.calib.groups import CLASSES, classes_of, groups_of
 from cmt_edge.calib.quantize import keep_float
 from cmt_edge.calib.restore import int8_nodes
 from cmt_edge.deploy import Bundle, report
-from cmt_edge.deploy.backends import FORMATS as RUNTIME_OF
+from cmt_edge.deploy.backends import RUNTIME_OF_FORMAT
 from cmt_edge.deploy.bundle import BundleWriter
 from cmt_edge.deploy.bundle.sections import ExecutedPrecision, Speed, Variant, VerdictEntry
 from cmt_edge.deploy.errors import GateError
@@ -248,7 +248,7 @@ class _Workbench:
     def __init__(self, work: _Work, process: MeasuringProcess) -> None:
         self.work, self.config, self.process = work, work.config, process
         self.cache = Cache(cache_folder() / "search" if work.config.cache else None)
-        self.backend = RUNTIME_OF[work.config.format]
+        self.backend = RUNTIME_OF_FORMAT[work.config.format]
         self.runtime = process.runtime(self.backend)
         host = describe()
         self.machine = {

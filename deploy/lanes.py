@@ -1,0 +1,193 @@
+"""The one way to a session: which batches it runs, who holds its bound inputs, and until when it is open.
+
+A *lane* is a bound input with its inference, lent to one caller at a time. Every lane comes back, whatever
+fails between: use it as a context manager, or call :meth:`Lanes.give` or :meth:`Lanes.drop`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import TypeVar
+
+import numpy as np
+
+from .backends import Binding, Session
+from .errors import InputError
+
+DYNAMIC_CHUNK = 8
+"""Images per inference where a model of any batch size has many to answer. It bounds the memory; larger
+batches gained nothing on CPUs."""
+
+KEPT_LANES = 4
+"""Idle lanes of one batch size that are kept for the next callers."""
+
+_Result = TypeVar("_Result")
+
+
+class Lanes:
+    """All inferences of one session. Thread-safe."""
+
+    def __init__(self, session: Session, batch: int, size: int) -> None:
+        """``batch``: the fixed batch size of ``session``, ``0`` if it takes any. ``size``: height and width
+        of an image in pixels."""
+        self.session = session
+        self.batch = batch
+        self.lent = 0
+        """Lanes that callers hold at this moment."""
+        self._image = (3, size, size)
+        self._idle: dict[int, list[Lane]] = {}  # by batch size
+        self._running: set[object] = set()
+        self._closed = self._freed = False
+        self._lock = threading.Lock()
+        self._quiet = threading.Condition(self._lock)
+
+    @property
+    def chunk(self) -> int:
+        """Images per inference where there are many."""
+        return self.batch or DYNAMIC_CHUNK
+
+    @property
+    def idle(self) -> int:
+        """Lanes that are kept for the next callers."""
+        return sum(map(len, self._idle.values()))
+
+    def take(self, count: int) -> Lane:
+        """Lend a lane for ``count`` images; a fixed batch size may give it more rows.
+
+        Raises:
+            InputError: the lanes are closed. Errors of the runtime come through as they are.
+        """
+        size = self.batch or count
+        with self._lock:
+            self._require_open()
+            idle = self._idle.get(size)
+            if idle:
+                return self._lend(idle.pop())
+        lane = Lane(self, self.counted(self.session.bind, (size, *self._image)))
+        with self._lock:
+            return self._lend(lane)
+
+    def give(self, lane: Lane) -> None:
+        """Take a lane back that nobody writes to any more. A second time is harmless."""
+        with self._lock:
+            if not lane.lent:
+                return
+            lane.lent = False
+            self.lent -= 1
+            kept = self._idle.setdefault(len(lane.batch), [])
+            if lane.usable and not self._closed and len(kept) < KEPT_LANES:
+                kept.append(lane)
+
+    def drop(self, lane: Lane) -> None:
+        """Take a lane back that somebody may still write to: it is not lent again."""
+        lane.usable = False
+        self.give(lane)
+
+    def run(self, batch: np.ndarray) -> list[np.ndarray]:
+        """Contiguous float32 ``(N, 3, H, W)`` of any ``N`` -> one float32 array ``(N, ...)`` per output.
+
+        Raises:
+            InputError: the lanes are closed. Errors of the runtime come through as they are.
+        """
+        if not len(batch):  # nothing to run, but the shapes are the model's
+            return self._run_rest(batch)
+        size = self.batch or len(batch)
+        whole = len(batch) - len(batch) % size
+        parts = [self.counted(self.session.run, batch[i : i + size]) for i in range(0, whole, size)]
+        if whole < len(batch):
+            parts.append(self._run_rest(batch[whole:]))
+        if len(parts) == 1:
+            return parts[0]
+        return [np.concatenate(output) for output in zip(*parts, strict=True)]
+
+    def _run_rest(self, rest: np.ndarray) -> list[np.ndarray]:
+        """Run fewer images than fill a lane."""
+        with self.take(max(1, len(rest))) as lane:
+            lane.batch[: len(rest)] = rest
+            return lane.run(len(rest))
+
+    def counted(self, call: Callable[..., _Result], *args: object) -> _Result:
+        """A call of the session that :meth:`close` waits for."""
+        token = object()
+        try:
+            with self._lock:
+                self._require_open()
+                self._running.add(token)
+            return call(*args)
+        finally:  # the token is taken away even where an interrupt comes just after it was added
+            with self._lock:
+                self._running.discard(token)
+                if self._closed:
+                    self._quiet.notify_all()
+
+    def close(self) -> None:
+        """Free the session once its running calls have ended. What is asked for later is refused; lanes that
+        are still lent may be given back."""
+        with self._lock:
+            self._closed = True
+            self._idle.clear()
+            self._quiet.wait_for(lambda: not self._running)
+            if self._freed:
+                return
+            self._freed = True
+        self.session.close()
+
+    def _lend(self, lane: Lane) -> Lane:
+        lane.lent = True
+        self.lent += 1
+        return lane
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise InputError("this Predictor is closed", remedy="load the bundle again")
+
+
+class Lane:
+    """A bound input and its inference, for one thread at a time; as a context manager it is given back.
+
+    Attributes:
+        batch: float32 ``(rows, 3, H, W)``, to be filled; its first content is undefined.
+        usable: whether it may be lent again. It may not after its inference failed, because nobody knows in
+            which state the runtime's request is then.
+        lent: whether a caller holds it; only :class:`Lanes` changes it.
+    """
+
+    __slots__ = ("_binding", "_lanes", "batch", "lent", "usable")
+
+    def __init__(self, lanes: Lanes, binding: Binding) -> None:
+        self._lanes = lanes
+        self._binding = binding
+        self.batch = binding.batch
+        self.usable = True
+        self.lent = False
+
+    def run(self, count: int) -> list[np.ndarray]:
+        """Each output, ``(count, ...)``, for the first ``count`` images in :attr:`batch`.
+
+        What is missing in a fixed batch is filled with zeros, whose answers are cut off.
+        """
+        usable, self.usable = self.usable, False
+        outputs = self._run(count)
+        self.usable = usable
+        return outputs
+
+    def _run(self, count: int) -> list[np.ndarray]:
+        if count == len(self.batch):
+            return self._lanes.counted(self._binding.run)
+        if count and not self._lanes.batch:
+            return self._lanes.counted(self._lanes.session.run, self.batch[:count])
+        self.batch[count:] = 0
+        return [output[:count] for output in self._lanes.counted(self._binding.run)]
+
+    def __enter__(self) -> Lane:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._lanes.give(self)

@@ -1,0 +1,35 @@
+"""The graph of the trained cmt_nano, float and quantized, for the tests of calibration."""
+
+from __future__ import annotations
+
+import onnx
+import pytest
+
+from cmt_edge.calib import CalibrationSet, quantize
+from cmt_edge.cmt import create_model, fuse, load_pretrained
+from cmt_edge.export.config import OPSET
+from cmt_edge.export.to_onnx import export_onnx, simplify
+from helpers.calibration import IMAGES, SPEC
+
+
+@pytest.fixture(scope="module")
+def graph() -> onnx.ModelProto:
+    """The simplified float graph of the trained cmt_nano."""
+    model = create_model("cmt_nano")
+    load_pretrained(model)
+    return simplify(export_onnx(fuse(model), 64, OPSET))
+
+
+@pytest.fixture(scope="module")
+def data() -> CalibrationSet:
+    return CalibrationSet.choose("generated", IMAGES, SPEC)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("calibrated") / "made" / "on demand"
+
+
+@pytest.fixture(scope="module")
+def quantized(graph, data, cache):
+    return quantize(graph, data, SPEC, cache=cache)

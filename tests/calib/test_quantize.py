@@ -1,0 +1,399 @@
+"""Quantization of the real cmt_nano graph: the rules it keeps, its answers, the cache; and the linter."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import helper, numpy_helper
+
+from cmt_edge.calib import DEFAULT, CalibrationSet, Recipe, lint, quantize
+from cmt_edge.calib.generated import generate
+from cmt_edge.calib.recipe import FLOAT_OPS, is_depthwise
+from cmt_edge.deploy.errors import CmtEdgeError, ImageError
+from cmt_edge.deploy.preprocessing import preprocess
+from cmt_edge.export import ExportConfig
+from cmt_edge.export.to_onnx import logits_of
+from helpers.calibration import IMAGES, SPEC
+
+MODULE = sys.modules[quantize.__module__]  # the package gives this name to its function
+
+
+def edited(graph: onnx.ModelProto) -> onnx.ModelProto:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(graph)
+    return copy
+
+
+def constants_of(graph: onnx.ModelProto) -> dict[str, np.ndarray]:
+    return {i.name: numpy_helper.to_array(i) for i in graph.graph.initializer}
+
+
+def nodes(graph: onnx.ModelProto, *kinds: str) -> list[onnx.NodeProto]:
+    return [n for n in graph.graph.node if n.op_type in kinds]
+
+
+def test_the_float_graph_is_not_modified(graph, data):
+    before = graph.SerializeToString(deterministic=True)
+    first = quantize(graph, data, SPEC)
+    assert graph.SerializeToString(deterministic=True) == before
+    assert not first.cached
+
+
+def test_result_keeps_every_rule(quantized):
+    assert lint(quantized.model) == []
+    assert not quantized.cached
+    assert quantized.recipe == DEFAULT.key()
+    onnx.checker.check_model(quantized.model, full_check=True)
+
+
+def test_scales_and_zero_points(quantized):
+    constants = constants_of(quantized.model)
+    pairs = nodes(quantized.model, "QuantizeLinear", "DequantizeLinear")
+    assert pairs
+    for node in pairs:
+        zero, scale = constants[node.input[2]], constants[node.input[1]]
+        assert zero.dtype == np.int8
+        assert not zero.any()
+        if node.input[0] in constants and constants[node.input[0]].ndim > 1:
+            assert scale.size in constants[node.input[0]].shape  # one scale a channel
+            assert scale.size > 1
+        else:
+            assert scale.size == 1
+
+
+def test_what_is_int8_and_what_stays_float(graph, quantized):
+    producer = {o: n for n in quantized.model.graph.node for o in n.output}
+
+    def dequantized_values(name: str) -> bool:
+        node = producer.get(name)
+        while node is not None and node.op_type in ("Reshape", "Transpose"):
+            node = producer.get(node.input[0])
+        return node is not None and node.op_type == "DequantizeLinear"
+
+    def reads_int8(node) -> list[bool]:
+        return [dequantized_values(name) for name in node.input]
+
+    dense = [n for n in nodes(quantized.model, "Conv") if not is_depthwise(n)]
+    depthwise = [n for n in nodes(quantized.model, "Conv") if is_depthwise(n)]
+    assert len(depthwise) == sum(is_depthwise(n) for n in graph.graph.node) > 0
+    products = nodes(quantized.model, "MatMul", "Gemm")
+    weighted = [
+        n
+        for n, f in zip(products, nodes(graph, "MatMul", "Gemm"), strict=True)
+        if set(f.input) & set(constants_of(graph))
+    ]
+    first, *dense = dense
+    assert not any(reads_int8(first))  # the conv of the image
+    assert [n.name for n in [*dense, *weighted] if reads_int8(n)[:2] != [True, True]] == []
+    assert not any(any(reads_int8(n)) for n in products if n not in weighted)  # the attention's own
+    assert not any(any(reads_int8(n)[2:]) for n in [*dense, *depthwise])  # biases
+    inner = {n.name for n in depthwise if "ffn.depthwise" in n.input[2]}
+    assert len(inner) == 10
+    assert {n.name for n in depthwise if reads_int8(n)[:2] == [True, True]} == inner
+    assert not any(any(reads_int8(n)) for n in depthwise if n.name not in inner)
+    assert not any(any(reads_int8(n)) for n in nodes(quantized.model, *FLOAT_OPS))
+    for kind in ("LayerNormalization", "Softmax", "Gelu"):
+        assert len(nodes(quantized.model, kind)) == len(nodes(graph, kind)) > 0
+
+
+def test_answers_stay_close_to_the_float_graph(graph, quantized):
+    batch = np.stack([preprocess(b, SPEC) for b in generate(24, 64, seed=99)])
+    a, b = logits_of(graph, batch, "float"), logits_of(quantized.model, batch, "int8")
+    assert np.corrcoef(a.ravel(), b.ravel())[0, 1] > 0.98
+    assert not np.array_equal(a, b)
+    assert (a.argmax(1) == b.argmax(1)).mean() > 0.8
+
+
+def test_the_same_request_is_answered_from_the_cache(graph, data, cache, quantized, monkeypatch):
+    def must_not_run(*_):
+        raise AssertionError("calibrated again")
+
+    monkeypatch.setattr(MODULE, "unchecked", must_not_run)
+    again = quantize(
+        edited(graph), CalibrationSet.choose("generated", IMAGES, SPEC), SPEC, Recipe(), cache=cache
+    )
+    assert again.cached
+    for ours, first in ((again.model, quantized.model), (again.source, quantized.source)):
+        assert ours.SerializeToString(deterministic=True) == first.SerializeToString(deterministic=True)
+
+
+def copied(quantized):
+    return replace(quantized, model=edited(quantized.model), cached=False)
+
+
+class Recalibrated(Exception):
+    """Raised where NNCF would start."""
+
+
+def changed(graph, what):
+    """Arguments of a request that differs in one respect."""
+    other = edited(graph)
+    if what == "graph":
+        other.graph.initializer[0].CopyFrom(
+            numpy_helper.from_array(
+                numpy_helper.to_array(other.graph.initializer[0]) * 2, other.graph.initializer[0].name
+            )
+        )
+    images = CalibrationSet.choose("generated", IMAGES, SPEC, seed=int(what == "images"))
+    spec = ExportConfig("cmt_nano", exif="ignore").preprocess if what == "preprocessing" else SPEC
+    return other, images, spec, Recipe(bias_correction=what != "recipe")
+
+
+@pytest.mark.parametrize("what", ["graph", "images", "preprocessing", "recipe", "nothing"])
+def test_any_other_request_is_calibrated(graph, cache, quantized, monkeypatch, what):
+    def stop(*_):
+        raise Recalibrated
+
+    monkeypatch.setattr(MODULE, "unchecked", stop)
+    if what == "nothing":
+        assert quantize(*changed(graph, what), cache=cache).cached
+        return
+    with pytest.raises(Recalibrated):
+        quantize(*changed(graph, what), cache=cache)
+
+
+@pytest.mark.parametrize("damage", ["garbage", "empty", "float graph"])
+def test_a_damaged_cache_entry_is_made_again(graph, data, quantized, tmp_path, monkeypatch, damage):
+    calls = []
+    monkeypatch.setattr(MODULE, "unchecked", lambda *_: calls.append(1) or copied(quantized))
+    quantize(graph, data, SPEC, cache=tmp_path)
+    entry = next(tmp_path.glob("*.onnx"))
+    entry.write_bytes(
+        {"garbage": b"\xff" * 100, "empty": b"", "float graph": graph.SerializeToString()}[damage]
+    )
+    assert not quantize(graph, data, SPEC, cache=tmp_path).cached
+    assert len(calls) == 2
+    assert quantize(graph, data, SPEC, cache=tmp_path).cached
+
+
+def test_only_the_newest_entries_are_kept(graph, data, quantized, tmp_path, monkeypatch):
+    monkeypatch.setattr(MODULE, "unchecked", lambda *_: copied(quantized))
+    monkeypatch.setattr(MODULE, "CACHED_FILES", 2)
+    for alpha in (0.1, 0.2, 0.3):
+        quantize(graph, data, SPEC, Recipe(smooth_quant=alpha), cache=tmp_path)
+    assert len(list(tmp_path.glob("*.onnx"))) == 2
+    assert quantize(graph, data, SPEC, Recipe(smooth_quant=0.3), cache=tmp_path).cached
+
+
+def test_an_unusable_cache_folder_is_a_typed_error(graph, data, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CmtEdgeError) as error:
+        quantize(graph, data, SPEC, cache=tmp_path / "file" / "calibrated")
+    assert error.value.exit_code == 2
+
+
+def test_nothing_reaches_standard_output_and_progress_counts(graph, data, capfd):
+    seen = []
+    quantize(graph, data, SPEC, progress=lambda done, total: seen.append((done, total)))
+    assert capfd.readouterr().out == ""
+    assert (IMAGES, IMAGES) in seen
+
+
+def test_a_damaged_image_is_named(graph, tmp_path):
+    for i, blob in enumerate(generate(3, 64)):
+        (tmp_path / f"{i}.png").write_bytes(blob if i != 1 else blob[:200])
+    with pytest.raises(ImageError, match=r"1\.png"):
+        quantize(graph, CalibrationSet.choose(tmp_path, None, SPEC), SPEC)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "recipe",
+    [Recipe(attention=True), Recipe(smooth_quant=0.5), Recipe(bias_correction=False, equalize=False)],
+)
+def test_other_recipes_keep_the_rules_too(graph, data, quantized, recipe):
+    result = quantize(graph, data, SPEC, recipe)
+    assert lint(result.model) == []
+    assert result.recipe != quantized.recipe
+    assert result.model.SerializeToString() != quantized.model.SerializeToString()
+    if recipe.attention:
+        assert len(nodes(result.model, "QuantizeLinear")) > len(nodes(quantized.model, "QuantizeLinear"))
+
+
+# --- the linter -----------------------------------------------------------------------------------
+
+
+def initializer(model: onnx.ModelProto, name: str) -> onnx.TensorProto:
+    return next(i for i in model.graph.initializer if i.name == name)
+
+
+def replaced(model: onnx.ModelProto, name: str, array: np.ndarray) -> None:
+    initializer(model, name).CopyFrom(numpy_helper.from_array(array, name))
+
+
+def first_activation(model: onnx.ModelProto) -> onnx.NodeProto:
+    return nodes(model, "QuantizeLinear")[0]
+
+
+def weight_dq(model: onnx.ModelProto) -> onnx.NodeProto:
+    constants = constants_of(model)
+    return next(
+        n
+        for n in nodes(model, "DequantizeLinear")
+        if n.input[0] in constants and constants[n.input[0]].ndim == 4
+    )
+
+
+def dequantized(model: onnx.ModelProto, node: onnx.NodeProto, position: int) -> None:
+    """Make ``node`` read an int8 constant at ``position``."""
+    model.graph.initializer.extend(
+        [
+            numpy_helper.from_array(np.ones(8, np.int8), "x_int8"),
+            numpy_helper.from_array(np.float32(0.1), "x_scale"),
+            numpy_helper.from_array(np.int8(0), "x_zero"),
+        ]
+    )
+    model.graph.node.append(
+        helper.make_node("DequantizeLinear", ["x_int8", "x_scale", "x_zero"], ["x_float"], name="x")
+    )
+    node.input[position] = "x_float"
+
+
+def unsigned_zero_point(m):
+    replaced(m, first_activation(m).input[2], np.uint8(0))
+
+
+def shifted_zero_point(m):
+    replaced(m, first_activation(m).input[2], np.int8(3))
+
+
+def zero_scale(m):
+    replaced(m, first_activation(m).input[1], np.float32(0))
+
+
+def negative_scale(m):
+    replaced(m, first_activation(m).input[1], np.float32(-0.1))
+
+
+def infinite_scale(m):
+    replaced(m, weight_dq(m).input[1], np.full_like(constants_of(m)[weight_dq(m).input[1]], np.inf))
+
+
+def computed_scale(m):
+    first_activation(m).input[1] = "somewhere"
+
+
+def no_zero_point(m):
+    del first_activation(m).input[2]
+
+
+def activation_by_channel(m):
+    replaced(m, first_activation(m).input[1], np.full(3, 0.1, np.float32))
+
+
+def quantized_bias(m):
+    conv = next(n for n in nodes(m, "Conv") if not is_depthwise(n))
+    dequantized(m, conv, 2)
+
+
+def single_scale_weight(m):
+    dq = weight_dq(m)
+    replaced(m, dq.input[1], np.float32(0.1))
+
+
+def softmax_reads_int8(m):
+    dequantized(m, nodes(m, "Softmax")[0], 0)
+
+
+def norm_reads_int8(m):
+    dequantized(m, nodes(m, "LayerNormalization")[0], 0)
+
+
+def one_side_float(m):
+    producer = {o: n for n in m.graph.node for o in n.output}
+    matmul = next(n for n in nodes(m, "Conv") if n.input[0] in producer)
+    matmul.input[0] = producer[producer[matmul.input[0]].input[0]].input[
+        0
+    ]  # past DequantizeLinear and QuantizeLinear
+
+
+def newer_opset(m):
+    m.opset_import[0].version = 22
+
+
+def foreign_domain(m):
+    m.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+
+
+def external_weights(m):
+    onnx.external_data_helper.set_external_data(m.graph.initializer[0], "weights.bin")
+
+
+@pytest.mark.parametrize(
+    ("edit", "finding"),
+    [
+        (unsigned_zero_point, "uint8 instead of int8"),
+        (shifted_zero_point, "zero point is not 0"),
+        (zero_scale, "scale is not positive"),
+        (negative_scale, "scale is not positive"),
+        (infinite_scale, "scale is not positive"),
+        (computed_scale, "must be constants"),
+        (no_zero_point, "must be constants"),
+        (activation_by_channel, "one scale a channel"),
+        (quantized_bias, "quantized bias"),
+        (single_scale_weight, "single scale"),
+        (softmax_reads_int8, "Softmax must stay float"),
+        (norm_reads_int8, "LayerNormalization must stay float"),
+        (one_side_float, "one side int8, the other float"),
+        (newer_opset, "opset 22 is above 20"),
+        (foreign_domain, "com.microsoft"),
+        (external_weights, "outside the file"),
+    ],
+    ids=lambda v: v.__name__ if callable(v) else "",
+)
+def test_linter_finds(quantized, edit, finding):
+    model = edited(quantized.model)
+    edit(model)
+    assert any(finding in f for f in lint(model)), lint(model)
+
+
+def test_linter_finds_a_graph_without_int8(graph):
+    assert lint(graph) == ["the graph has no quantized operation"]
+
+
+def test_a_graph_that_breaks_the_rules_is_never_returned(graph, data, quantized, tmp_path, monkeypatch):
+    broken = edited(quantized.model)
+    shifted_zero_point(broken)
+    monkeypatch.setattr(MODULE, "unchecked", lambda *_: replace(quantized, model=broken))
+    with pytest.raises(CmtEdgeError, match="breaks the rules") as error:
+        quantize(graph, data, SPEC, cache=tmp_path)
+    assert error.value.exit_code == 1
+    assert not list(tmp_path.glob("*.onnx"))
+
+
+# --- which images are read ------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 400), st.data())
+def test_telling_images_are_filled_up(count, draw):
+    telling = draw.draw(st.sets(st.integers(0, count - 1), max_size=100))
+    chosen = MODULE.enough(telling, count)
+    assert chosen == sorted(set(chosen))
+    assert telling <= set(chosen) <= set(range(count))
+    assert len(chosen) == max(len(telling), min(MODULE.ENOUGH, count))
+
+
+def test_ranges_are_those_of_all_images(graph, monkeypatch):
+    many, read = CalibrationSet.choose("generated", 40, SPEC), []
+    enough = MODULE.enough
+    monkeypatch.setattr(
+        MODULE, "enough", lambda telling, count: read.append(len(chosen := enough(telling, count))) or chosen
+    )
+    results = []
+    for least in (0, 40):
+        monkeypatch.setattr(MODULE, "ENOUGH", least)
+        results.append(quantize(graph, many, SPEC).model)
+    assert read[0] < 35
+    assert read[1] == 40
+    ours, every = map(constants_of, results)
+    scales = {n.input[1] for n in nodes(results[0], "QuantizeLinear")}
+    assert len(scales) > 20
+    for name in scales:
+        np.testing.assert_allclose(ours[name], every[name], rtol=1e-5)

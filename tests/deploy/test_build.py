@@ -1,0 +1,565 @@
+"""``cmt-build`` on a fake GPU: everything it does, and everything that may go wrong on a device."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cmt_edge.deploy.bundle.bundle
+import cmt_edge.deploy.bundle.manifest
+import cmt_edge.deploy.cli.build
+import cmt_edge.deploy.tensorrt.build
+from cmt_edge.deploy import Bundle, Predictor
+from cmt_edge.deploy.errors import BundleError, OutputError, RuntimeMissingError, StepError
+from cmt_edge.deploy.measure.benchmark import Protocol
+from cmt_edge.deploy.measure.parity import verify
+from cmt_edge.deploy.telemetry.jetson import Memory
+from helpers.bundles import SIZE, make_bundle, snapshot
+from helpers.paths import ROOT
+from helpers.trt import forget_fakes, trt_bundle
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """How long to measure is not what these tests are about."""
+    monkeypatch.setattr(cmt_edge.deploy.cli.build, "protocol_of", lambda *_: Protocol(5, 0.0, 1, 0.0))
+    monkeypatch.setattr(cmt_edge.deploy.tensorrt.build, "POWER_SECONDS", 0.05)
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    return trt_bundle(tmp_path / "tiny_fp16_trt")
+
+
+def build(bundle, *flags) -> int:
+    forget_fakes()
+    return cmt_edge.deploy.cli.build.main([str(bundle.path), *map(str, flags)])
+
+
+def deserialized(trace) -> int:
+    return len(trace.read_text().splitlines()) if trace.exists() else 0
+
+
+def engine_path(bundle):
+    return bundle.path / Bundle.open(bundle.path).manifest.engine.file
+
+
+def test_the_whole_job(gpu_machine, bundle, capsys):
+    before = set(bundle.manifest.files)
+    assert build(bundle) == 0
+    out = capsys.readouterr().out
+    for word in (
+        "built in",
+        "TensorRT 10.3.0",
+        "Fake Orin, 8 multiprocessors (sm 8.7)",
+        "GPU, inference alone",
+        "host, image file to answer",
+        "cmt-predict",
+    ):
+        assert word in out
+    built = Bundle.open(bundle.path)
+    entry = built.manifest.engine
+    assert before < set(built.manifest.files)
+    assert entry.key.onnx == bundle.manifest.files["model.onnx"].sha256
+    assert entry.golden.passed
+    report = json.loads((bundle.path / entry.report).read_text())
+    assert report["benchmark"]["results"][0]["on_device"]["compute"]["count"] == 5
+    assert "a weight was rounded" in report["warnings"]
+    assert "GPU, inference alone" in (bundle.path / entry.text).read_text()
+    assert built.manifest.latency.p50_ms > 0
+    assert verify(built).passed
+    with Predictor.load(built) as predictor:
+        assert predictor.info == {"runtime": "tensorrt 10.3.0", "device": "Fake Orin"}
+        red = np.zeros((SIZE, SIZE, 3), np.uint8)
+        red[..., 0] = 255
+        assert predictor(red).label == "red"
+
+
+def test_the_network_is_strongly_typed_and_the_options_arrive(gpu_machine, bundle):
+    assert build(bundle, "--workspace", 0.5, "--level", 2, "--tf32") == 0
+    header = json.loads(engine_path(bundle).read_bytes()[len(b"FAKEPLAN") :].split(b"\n", 1)[0])
+    assert header["typed"]
+    assert header["detailed"]
+    assert (header["workspace"], header["level"], header["tf32"], header["profile"]) == (
+        1 << 29,
+        2,
+        True,
+        None,
+    )
+
+
+def test_defaults_leave_tf32_off_and_take_part_of_the_free_memory(gpu_machine, bundle, monkeypatch):
+    """Of what the system could free, where GPU and CPU share their memory."""
+    monkeypatch.setattr(cmt_edge.deploy.tensorrt.build, "memory", lambda root: Memory(8192, 5000, 0, 0))
+    assert build(bundle) == 0
+    header = json.loads(engine_path(bundle).read_bytes()[len(b"FAKEPLAN") :].split(b"\n", 1)[0])
+    assert (header["workspace"], header["level"], header["tf32"]) == (int(0.4 * (5000 << 20)), 3, False)
+
+
+def test_json(gpu_machine, bundle, capsys):
+    assert build(bundle, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["key"]["sm"] == "8.7"
+
+
+def test_a_dynamic_batch_gets_a_profile(gpu_machine, tmp_path):
+    bundle = trt_bundle(tmp_path / "b", batch="batch")
+    assert build(bundle, "--profile", "1,2,4") == 0
+    with Predictor.load(bundle.path) as predictor:
+        batch = np.random.default_rng(0).normal(size=(11, 3, SIZE, SIZE)).astype(np.float32)
+        with Predictor.load(bundle.path, backend="onnxruntime") as other:
+            np.testing.assert_allclose(predictor.logits(batch), other.logits(batch), atol=1e-6)
+
+
+def test_an_engine_that_is_still_right_is_used_again(gpu_machine, bundle, capsys):
+    assert build(bundle) == 0
+    first = engine_path(bundle).read_bytes()
+    assert build(bundle) == 0
+    assert "engine: reused" in capsys.readouterr().out
+    assert engine_path(bundle).read_bytes() == first
+    assert build(bundle, "--force") == 0
+    assert engine_path(bundle).read_bytes() != first
+    assert build(bundle, "--level", 1) == 0
+    assert "replaced: the options changed" in capsys.readouterr().out
+    assert len(list((bundle.path / "engines").glob("*.plan"))) == 1
+
+
+CHANGES = {
+    "tensorrt": ("FAKE_TRT_VERSION", "11.0.0.114"),
+    "driver": ("FAKE_CUDA_DRIVER", "12080"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_stale_engine_is_not_loaded_but_built_again(gpu_machine, bundle, capsys, monkeypatch, what):
+    assert build(bundle) == 0
+    monkeypatch.setenv(*CHANGES[what])
+    forget_fakes()
+    seen = deserialized(gpu_machine)
+    with pytest.raises(RuntimeMissingError, match="does not fit this device") as error:
+        Predictor.load(bundle.path)
+    assert what in str(error.value)
+    assert "cmt-build" in error.value.remedy
+    assert deserialized(gpu_machine) == seen
+    assert build(bundle) == 0
+    assert f"replaced: {what}: built for" in capsys.readouterr().out
+    Predictor.load(bundle.path).close()
+
+
+def test_an_engine_of_another_machine_is_not_loaded_but_built_again(
+    gpu_machine, bundle, capsys, monkeypatch, tmp_path
+):
+    assert build(bundle) == 0
+    monkeypatch.setenv("CMT_EDGE_STATE", str(tmp_path / "elsewhere"))
+    seen = deserialized(gpu_machine)
+    with pytest.raises(RuntimeMissingError, match="not built on this machine"):
+        Predictor.load(bundle.path)
+    assert deserialized(gpu_machine) == seen
+    assert build(bundle) == 0
+    assert "replaced: the engine in the bundle was not built on this machine" in capsys.readouterr().out
+
+
+def test_a_forged_entry_is_not_loaded(gpu_machine, bundle):
+    """Whoever can write the manifest can make all hashes agree, but not the seal."""
+    assert build(bundle) == 0
+    opened = Bundle.open(bundle.path)
+    evil = engine_path(bundle).read_bytes().replace(b'"level": 3', b'"level": 4')
+    manifest = opened.manifest
+    entry = replace(manifest.engine, file="engines/evil.plan")
+    opened.update(replace(manifest, engine=entry), {"engines/evil.plan": evil})
+    seen = deserialized(gpu_machine)
+    with pytest.raises(RuntimeMissingError, match="not built on this machine"):
+        Predictor.load(bundle.path)
+    assert deserialized(gpu_machine) == seen
+
+
+def test_a_tampered_engine_is_refused_before_it_is_deserialised(gpu_machine, bundle):
+    assert build(bundle) == 0
+    opened = Bundle.open(bundle.path)
+    path = engine_path(bundle)
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    seen = deserialized(gpu_machine)
+    with pytest.raises(BundleError, match="SHA-256"):
+        Predictor.load(bundle.path)
+    with pytest.raises(BundleError, match="the engine was changed"):  # after the bundle was opened
+        Predictor.load(opened)
+    assert build(bundle) == 2
+    assert deserialized(gpu_machine) == seen
+
+
+FAILURES = {
+    "parser_error": (4, "parser refused model.onnx", "Fancy"),
+    "no_memory": (4, "out of memory", "--workspace"),
+    "nothing": (4, "built no engine", "--trtexec"),
+    "crash": (4, "SIGABRT", "segmentation fault in tactic"),
+    "killed": (4, "out of memory", "SIGKILL"),
+    "float_engine": (1, "fp16 was asked for, but only 0 %", "nothing was kept"),
+    "wrong_logits": (1, "logits differ from the reference by 5", "--atol"),
+    "no_context": (3, "does not fit the free memory", "--workspace"),
+    "no_inspection": (4, "names its layers only", "verbosity"),
+}
+
+
+@pytest.mark.parametrize("mode", FAILURES)
+def test_a_failure_leaves_the_bundle_as_it_was(gpu_machine, bundle, capsys, monkeypatch, mode, tmp_path):
+    before = snapshot(bundle.path)
+    monkeypatch.setenv("FAKE_TRT", mode)
+    code, *words = FAILURES[mode]
+    assert build(bundle) == code
+    error = capsys.readouterr().err
+    for word in words:
+        assert word in error
+    assert snapshot(bundle.path) == before
+    assert not (bundle.path / "engines").exists()
+    assert not list((tmp_path / "cache" / "build").iterdir())
+    monkeypatch.delenv("FAKE_TRT")
+    assert build(bundle) == 0
+
+
+def test_a_failed_rebuild_keeps_the_engine(gpu_machine, bundle, monkeypatch):
+    assert build(bundle) == 0
+    before = snapshot(bundle.path)
+    monkeypatch.setenv("FAKE_TRT", "crash")
+    assert build(bundle, "--force") == 4
+    assert snapshot(bundle.path) == before
+    Predictor.load(bundle.path).close()
+
+
+def test_a_build_that_takes_too_long_is_stopped(gpu_machine, bundle, capsys, monkeypatch):
+    monkeypatch.setenv("FAKE_TRT", "slow")
+    start = time.monotonic()
+    assert build(bundle, "--time-limit", 3) == 4
+    assert time.monotonic() - start < 15
+    assert "did not end within 3 s" in capsys.readouterr().err
+
+
+CUDA_FAILURES = {
+    "old_driver": (3, "older than this CUDA"),
+    "no_device": (3, "no device"),
+    "no_memory": (4, "CUDA error 2"),
+}
+
+
+@pytest.mark.parametrize("mode", CUDA_FAILURES)
+def test_cuda_failures_are_typed(gpu_machine, bundle, capsys, monkeypatch, mode):
+    monkeypatch.setenv("FAKE_CUDA", mode)
+    code, word = CUDA_FAILURES[mode]
+    assert build(bundle) == code
+    assert word in capsys.readouterr().err
+
+
+def test_where_graphs_cannot_be_captured_the_report_says_so(gpu_machine, bundle, capsys, monkeypatch):
+    monkeypatch.setenv("FAKE_CUDA", "no_capture")
+    assert build(bundle) == 0
+    assert "no CUDA graph, each inference is enqueued" in capsys.readouterr().out
+
+
+def test_an_unusable_timing_cache_is_replaced(gpu_machine, bundle, tmp_path):
+    assert build(bundle) == 0
+    (cache,) = (tmp_path / "cache" / "timing").iterdir()
+    first = cache.read_bytes()
+    assert build(bundle, "--force") == 0
+    assert cache.read_bytes() == first + b"+", "the second build started from the first one's timings"
+    cache.write_bytes(b"of another version")
+    assert build(bundle, "--force") == 0
+    assert cache.read_bytes() == first
+
+
+def test_power_loss_between_engine_and_manifest(gpu_machine, bundle, monkeypatch):
+    """The manifest comes last: until then the folder is the old bundle, and the next build clears what was
+    left."""
+
+    class PowerLoss(BaseException):
+        pass
+
+    def write(path, data, *mode):
+        if path.name == "manifest.json":
+            raise PowerLoss
+        real(path, data, *mode)
+
+    real = cmt_edge.deploy.bundle.bundle.write_atomic
+    monkeypatch.setattr(cmt_edge.deploy.bundle.bundle, "write_atomic", write)
+    with pytest.raises(PowerLoss):
+        build(bundle)
+    left = list((bundle.path / "engines").iterdir())
+    assert any(p.suffix == ".plan" for p in left)
+    (bundle.path / "engines" / ".engine.plan.123.tmp").write_bytes(b"half an engine")
+    assert Bundle.open(bundle.path).manifest.engine is None
+    with pytest.raises(RuntimeMissingError, match="no TensorRT engine yet"):
+        Predictor.load(bundle.path)
+    monkeypatch.setattr(cmt_edge.deploy.bundle.bundle, "write_atomic", real)
+    assert build(bundle) == 0
+    assert {p.name for p in (bundle.path / "engines").iterdir()} == {
+        name.split("/")[1] for name in Bundle.open(bundle.path).manifest.files if name.startswith("engines/")
+    }
+
+
+def builders_of(process) -> list[int]:
+    """Process ids of its builders, once there are some."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        listing = subprocess.run(
+            ["ps", "-o", "pid=,args=", "--ppid", str(process.pid)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if found := [
+            int(line.split()[0]) for line in listing.stdout.splitlines() if "tensorrt.builder" in line
+        ]:
+            return found
+        time.sleep(0.1)
+    raise AssertionError("no builder was started")
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_build_stops_its_child(gpu_machine, bundle, sent):
+    before = snapshot(bundle.path)
+    code = f"from cmt_edge.deploy.cli.build import main; raise SystemExit(main([{str(bundle.path)!r}]))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"FAKE_TRT": "slow"}, stderr=subprocess.PIPE
+    )
+    children = builders_of(process)
+    process.send_signal(sent)
+    _, error = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert b"interrupted" in error
+    assert not any(running(child) for child in children)
+    assert snapshot(bundle.path) == before
+
+
+def test_one_build_at_a_time(gpu_machine, bundle, capsys):
+    with cmt_edge.deploy.tensorrt.build.building(bundle.path):
+        assert build(bundle) == 2
+        assert build(bundle) == 2, "a refused build must not open the way for the next"
+    assert "another build of this bundle is running" in capsys.readouterr().err
+    assert build(bundle) == 0
+
+
+def test_a_folder_that_cannot_be_written_is_found_out_first(gpu_machine, bundle, capsys, monkeypatch):
+    monkeypatch.setattr(cmt_edge.deploy.tensorrt.build.os, "access", lambda *_: False)
+    assert build(bundle) == 2
+    assert "copy the bundle to a writable folder" in capsys.readouterr().err
+
+
+def test_a_secret_that_cannot_be_kept(gpu_machine, bundle, capsys, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("CMT_EDGE_STATE", str(tmp_path / "file" / "state"))
+    assert build(bundle) == 2
+    assert "CMT_EDGE_STATE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (("--workspace", "0"), "--workspace"),
+        (("--workspace", "nan"), "--workspace"),
+        (("--level", "6"), "0 (fast build) to 5"),
+        (("--profile", "1,2"), "three batch sizes"),
+        (("--profile", "2,2,8"), "MIN 1"),
+        (("--profile", "1,9,8"), "OPT <= MAX"),
+        (("--profile", "a,b,c"), "three"),
+        (("--time-limit", "0"), "--time-limit"),
+        (("--time-limit", "inf"), "--time-limit"),
+        (("--time-limit", "nan"), "--time-limit"),
+        (("--atol", "-1"), "--atol"),
+        (("--device", "one"), "number of a GPU"),
+    ],
+)
+def test_bad_flags(gpu_machine, bundle, capsys, flags, word):
+    assert build(bundle, *flags) == 2
+    assert word in capsys.readouterr().err
+
+
+def test_a_gpu_that_is_not_there(gpu_machine, bundle, capsys):
+    assert build(bundle, "--device", "3") == 3
+    assert "there is no GPU 3" in capsys.readouterr().err
+
+
+def test_a_bundle_for_another_runtime(gpu_machine, tmp_path, capsys):
+    assert build(make_bundle(tmp_path / "b")) == 2
+    assert "--format trt" in capsys.readouterr().err
+
+
+def test_trtexec_is_printed_without_a_gpu(tmp_path, capsys):
+    bundle = trt_bundle(tmp_path / "b", batch="batch")
+    assert (
+        cmt_edge.deploy.cli.build.main(
+            [str(bundle.path), "--trtexec", "--workspace", "2", "--profile", "1,4,16"]
+        )
+        == 0
+    )
+    line = capsys.readouterr().out
+    for part in (
+        "--stronglyTyped",
+        "--noTF32",
+        "--memPoolSize=workspace:2048M",
+        f"--maxShapes=input:16x3x{SIZE}x{SIZE}",
+    ):
+        assert part in line
+
+
+def test_without_tensorrt_the_error_names_what_is_missing(bundle, capsys):
+    if shutil.which("nvidia-smi"):
+        pytest.skip("this machine may have TensorRT")
+    assert cmt_edge.deploy.cli.build.main([str(bundle.path)]) == 3
+    error = capsys.readouterr().err
+    assert "tensorrt is not installed" in error
+    assert "NVIDIA GPU" in error
+
+
+def test_a_bundle_without_an_engine_runs_in_onnxruntime(bundle):
+    assert verify(bundle, backend="onnxruntime").passed
+
+
+def test_update_never_replaces_a_file(bundle):
+    with pytest.raises(ValueError, match="would be replaced"):
+        bundle.update(bundle.manifest, {"model.onnx": b"another"})
+
+
+def test_the_builder_speaks_only_its_protocol(gpu_machine, tmp_path):
+    """Whatever libraries print, standard output stays readable by the parent."""
+    (tmp_path / "request.json").write_text("{}")
+    command = [sys.executable, "-m", "cmt_edge.deploy.tensorrt.builder", str(tmp_path / "request.json")]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        (line,) = child.stdout.readlines()
+    assert child.returncode == 1
+    assert "TypeError" in json.loads(line)["failed"]
+
+
+def test_a_builder_ends_with_its_caller(gpu_machine, bundle, tmp_path):
+    """Also where the caller had no chance to stop it: the pipe it held breaks."""
+    code = f"from cmt_edge.deploy.cli.build import main; raise SystemExit(main([{str(bundle.path)!r}]))"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"FAKE_TRT": "slow"})
+    children = builders_of(process)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while any(running(child) for child in children) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(running(child) for child in children)
+
+
+def test_nothing_is_imported_from_the_current_folder(gpu_machine, bundle, tmp_path, monkeypatch):
+    (tmp_path / "stick").mkdir()
+    (tmp_path / "stick" / "tensorrt.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.chdir(tmp_path / "stick")
+    assert build(bundle) == 0
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_relative_bundle_and_cache(gpu_machine, bundle, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CMT_EDGE_CACHE", "here")
+    forget_fakes()
+    assert cmt_edge.deploy.cli.build.main([bundle.path.name]) == 0
+    assert list((tmp_path / "here" / "timing").iterdir())
+
+
+def test_another_gpu(gpu_machine, bundle, monkeypatch):
+    monkeypatch.setenv("FAKE_GPUS", "2")
+    assert build(bundle, "--device", "1") == 0
+    assert json.loads(engine_path(bundle).read_bytes()[len(b"FAKEPLAN") :].split(b"\n", 1)[0])["device"] == 1
+    with Predictor.load(bundle.path, device="1") as predictor:
+        predictor(np.zeros((SIZE, SIZE, 3), np.uint8))
+
+
+@pytest.mark.parametrize(("mode", "code"), [("float_engine", 1), ("no_types", 4)])
+def test_a_dynamic_engine_is_not_taken_on_trust(gpu_machine, tmp_path, monkeypatch, capsys, mode, code):
+    monkeypatch.setenv("FAKE_TRT", mode)
+    assert build(trt_bundle(tmp_path / "b", batch="batch")) == code
+    assert "fp16" in capsys.readouterr().err
+
+
+def test_a_crash_after_the_work_is_done_costs_nothing(gpu_machine, bundle, monkeypatch):
+    monkeypatch.setenv("FAKE_TRT", "crash_at_end")
+    assert build(bundle) == 0
+
+
+def test_timings_that_cannot_be_kept_cost_nothing(gpu_machine, bundle, tmp_path, capsys):
+    assert build(bundle) == 0
+    (cache,) = (tmp_path / "cache" / "timing").iterdir()
+    cache.unlink()
+    (cache / "in the way").mkdir(parents=True)
+    assert build(bundle, "--force") == 0
+    assert "the timings could not be kept" in capsys.readouterr().out
+
+
+def test_a_bundle_that_is_replaced_meanwhile(gpu_machine, bundle, capsys, monkeypatch):
+    def finish(*args, **options):
+        result = real(*args, **options)
+        shutil.rmtree(bundle.path)
+        trt_bundle(bundle.path, half=False)
+        return result
+
+    real = cmt_edge.deploy.cli.build.finish
+    monkeypatch.setattr(cmt_edge.deploy.cli.build, "finish", finish)
+    assert build(bundle) == 2
+    assert "changed meanwhile" in capsys.readouterr().err
+    assert Bundle.open(bundle.path).manifest.precision == "fp32"
+
+
+def test_a_graph_that_changes_under_the_builder(gpu_machine, bundle):
+    opened = Bundle.open(bundle.path)
+    with open(bundle.path / "model.onnx", "ab") as file:
+        file.write(b"x")
+    with pytest.raises(StepError, match="changed after the bundle was opened"):
+        cmt_edge.deploy.tensorrt.build.finish(opened, cmt_edge.deploy.tensorrt.build.EngineOptions())
+
+
+def test_a_tensorrt_that_cannot_be_loaded(bundle, capsys, monkeypatch, tmp_path):
+    (tmp_path / "tensorrt.py").write_text(
+        "raise ImportError('libnvdla_compiler.so: cannot open shared object file')"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert build(bundle) == 3
+    error = capsys.readouterr().err
+    assert "installed but cannot be loaded" in error
+    forget_fakes()
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        [],
+        {"file": ["x"]},
+        {"file": "x", "seal": "é"},
+        {"file": "x", "seal": "s", "report": "r", "text": "t"},
+        "x",
+    ],
+)
+def test_an_engine_entry_that_is_none(bundle, entry):
+    content = json.loads((bundle.path / "manifest.json").read_text()) | {"engine": entry}
+    content["checksum"] = cmt_edge.deploy.bundle.manifest.content_hash(content)
+    (bundle.path / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(BundleError, match="engine"):
+        Bundle.open(bundle.path)
+
+
+def test_a_damaged_secret(gpu_machine, bundle, tmp_path, capsys):
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "machine.key").write_bytes(b"")
+    assert build(bundle) == 2
+    assert "0 bytes instead of 32; delete it" in capsys.readouterr().err
+
+
+def test_output_error_is_an_input_error():
+    assert OutputError.exit_code == 2

@@ -1,0 +1,508 @@
+"""Bundles: only a complete, unaltered one opens; writing one is all or nothing."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from cmt_edge.deploy import Bundle
+from cmt_edge.deploy.bundle import (
+    GOLDEN,
+    MANIFEST,
+    MAX_MANIFEST,
+    ONNX,
+    BundleWriter,
+)
+from cmt_edge.deploy.bundle.sections import FileEntry
+from cmt_edge.deploy.errors import BundleError, OutputError
+from helpers.bundles import (
+    LABELS,
+    SPEC,
+    copy_bundle,
+    edit_manifest,
+    make_bundle,
+    snapshot,
+    tiny_golden,
+    tiny_manifest,
+)
+
+
+@pytest.fixture
+def bundle(tmp_path) -> Bundle:
+    return make_bundle(tmp_path / "tiny", members={"extra/notes.txt": b"hello"})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m["labels"].reverse(),
+        lambda m: m["preprocess"].update(mean=[0.1, 0.2, 0.3]),
+        lambda m: m.update(precision="int8"),
+        lambda m: m.update(checksum=""),
+    ],
+)
+def test_an_edited_manifest_is_refused(bundle, change):
+    """Swapped labels would give wrong answers with right hashes."""
+    edit_manifest(bundle, change, seal=False)
+    with pytest.raises(BundleError, match="manifest was changed"):
+        Bundle.open(bundle.path)
+
+
+def test_a_resealed_manifest_is_read(bundle):
+    """What the other tests edit is refused for what they edit, not for its checksum."""
+    edit_manifest(bundle, lambda m: m.update(labels_source="file"))
+    assert Bundle.open(bundle.path).manifest.labels_source == "file"
+
+
+def test_a_written_bundle_opens_and_tells_what_it_holds(bundle):
+    opened = Bundle.open(str(bundle.path))
+    assert opened.manifest.to_bytes() == bundle.manifest.to_bytes() == (bundle.path / MANIFEST).read_bytes()
+    assert opened.preprocess == SPEC
+    assert opened.labels == opened.class_ids == list(LABELS)
+    assert set(opened.manifest.files) == {GOLDEN, "model.bin", "extra/notes.txt"}
+    assert opened.file("extra/notes.txt").read_bytes() == b"hello"
+    entry = opened.manifest.files["model.bin"]
+    assert entry == FileEntry(7, hashlib.sha256(b"weights").hexdigest())
+    assert opened.reference() == {}
+
+
+def test_golden_and_reference_survive(tmp_path):
+    golden, answers = tiny_golden(), {"a" * 32: 2, "b" * 32: 0}
+    opened = Bundle.open(make_bundle(tmp_path / "b", golden=golden, reference=answers).path)
+    assert opened.reference() == answers
+    assert opened.golden().sources == golden.sources
+    np.testing.assert_array_equal(opened.golden().pixels, golden.pixels)
+    np.testing.assert_array_equal(opened.golden().logits, golden.logits)
+
+
+def test_labels_and_class_ids_differ_where_the_data_set_has_ids(tmp_path):
+    bundle = make_bundle(tmp_path / "b", labels=(("n01", "tench"), ("n02", "Fisch, groß")))
+    assert Bundle.open(bundle.path).labels == ["tench", "Fisch, groß"]
+    assert Bundle.open(bundle.path).class_ids == ["n01", "n02"]
+
+
+def test_unknown_member_is_a_bundle_error(bundle):
+    with pytest.raises(BundleError, match=r"model\.onnx"):
+        bundle.file("model.onnx")
+
+
+def test_real_bundles_open(fp32_bundle, onnx_bundle, int8_bundle):
+    for bundle in (fp32_bundle, onnx_bundle, int8_bundle):
+        assert Bundle.open(bundle.path).manifest.files == bundle.manifest.files
+
+
+def rename_case(folder: Path) -> None:
+    (folder / "model.bin").rename(folder / "Model.bin")
+
+
+def test_weights_outside_the_model_file(onnx_bundle, tmp_path):
+    """ONNX may refer to other files, also outside the bundle."""
+
+    def split(folder: Path) -> None:
+        model = onnx.load(folder / ONNX)
+        onnx.save(
+            model, folder / ONNX, save_as_external_data=True, location="weights.bin", size_threshold=1024
+        )
+
+    made = copy_bundle(onnx_bundle, tmp_path / "b", split)
+    with pytest.raises(BundleError, match="outside the file"):
+        Bundle.open(made.path)
+
+
+DAMAGE = {
+    "missing member": (lambda f: (f / "model.bin").unlink(), "model.bin"),
+    "edited, same size": (lambda f: (f / "model.bin").write_bytes(b"Weights"), "model.bin"),
+    "shortened": (lambda f: (f / "model.bin").write_bytes(b"weight"), "model.bin"),
+    "edited below a folder": (lambda f: (f / "extra/notes.txt").write_bytes(b"HELLO"), "notes.txt"),
+    "extra file": (lambda f: (f / "more.txt").write_text("x"), "more.txt"),
+    "extra hidden file": (lambda f: (f / ".more").write_text("x"), ".more"),
+    "extra file below a folder": (lambda f: (f / "extra/more.txt").write_text("x"), "extra/more.txt"),
+    "other case": (rename_case, "Model.bin"),
+    "member became a folder": (
+        lambda f: ((f / "model.bin").unlink(), (f / "model.bin").mkdir()),
+        "model.bin",
+    ),
+    "link to a member": (lambda f: (f / "link").symlink_to(f / "model.bin"), "link"),
+    "link to a folder": (lambda f: (f / "link").symlink_to("/etc"), "link"),
+    "broken link": (lambda f: (f / "link").symlink_to("nowhere"), "link"),
+}
+
+
+@pytest.mark.parametrize(("damage", "named"), DAMAGE.values(), ids=DAMAGE.keys())
+def test_damaged_bundle_does_not_open(bundle, damage, named):
+    damage(bundle.path)
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(bundle.path)
+    assert named in str(caught.value)
+    assert caught.value.remedy
+    assert caught.value.exit_code == 2
+
+
+def test_member_replaced_by_a_link_to_the_same_bytes(bundle, tmp_path):
+    member = bundle.path / "model.bin"
+    shutil.move(member, tmp_path / "elsewhere.bin")
+    member.symlink_to(tmp_path / "elsewhere.bin")
+    with pytest.raises(BundleError, match="link"):
+        Bundle.open(bundle.path)
+
+
+def test_linked_manifest(bundle, tmp_path):
+    shutil.move(bundle.path / MANIFEST, tmp_path / "m.json")
+    (bundle.path / MANIFEST).symlink_to(tmp_path / "m.json")
+    with pytest.raises(BundleError, match="link"):
+        Bundle.open(bundle.path)
+
+
+ENTRY = {"size": 7, "sha256": hashlib.sha256(b"weights").hexdigest()}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../model.bin", "/etc/passwd", "a/../../b", "..", ".", "", "C:\\x", "a\\b", "a//b", "./model.bin"],
+)
+def test_names_outside_the_bundle(bundle, name):
+    (bundle.path.parent / "model.bin").write_bytes(b"weights")
+    edit_manifest(bundle, lambda m: m["files"].update({name: ENTRY}))
+    with pytest.raises(BundleError, match="outside the bundle"):
+        Bundle.open(bundle.path)
+
+
+def change(**entries):
+    return lambda manifest: manifest.update(entries)
+
+
+MANIFESTS = {
+    "names that differ in case": lambda m: m["files"].update({"MODEL.BIN": ENTRY}),
+    "too many files": lambda m: m["files"].update({f"f{i}": ENTRY for i in range(300)}),
+    "absurd total size": lambda m: m["files"]["model.bin"].update(size=1 << 50),
+    "entry without hash": lambda m: m["files"]["model.bin"].pop("sha256"),
+    "entry without size": lambda m: m["files"]["model.bin"].pop("size"),
+    "entry of another type": lambda m: m["files"].update({"model.bin": "x"}),
+    "size as text": lambda m: m["files"]["model.bin"].update(size="7"),
+    "files as list": change(files=[]),
+    "model as text": change(model="cmt"),
+    "labels as text": change(labels="cat"),
+    "precision as number": change(precision=8),
+    "newer schema": change(schema=3),
+    "older schema": change(schema=1),
+    "schema as text": change(schema="2"),
+    "no schema": lambda m: m.pop("schema"),
+    "unknown entry": change(surprise=1),
+    "entry lacking": lambda m: m.pop("format"),
+}
+
+
+@pytest.mark.parametrize("edit", MANIFESTS.values(), ids=MANIFESTS.keys())
+def test_manifest_that_cannot_be_trusted(bundle, edit):
+    edit_manifest(bundle, edit)
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(bundle.path)
+    assert caught.value.remedy
+
+
+BROKEN = {
+    "empty": b"",
+    "half": b'{"schema": 2, "model": {',
+    "no JSON": b"schema: 1",
+    "not UTF-8": b'{"schema": "\xff\xfe"}',
+    "list": b"[1]",
+    "text": b'"schema"',
+    "number": b"1",
+    "null": b"null",
+    "deep": b"[" * 200_000,
+    "only a schema": b'{"schema": 2}',
+    "huge number": b'{"schema": ' + b"9" * 10_000 + b"}",
+}
+
+
+@pytest.mark.parametrize("data", BROKEN.values(), ids=BROKEN.keys())
+def test_broken_manifest(bundle, data):
+    (bundle.path / MANIFEST).write_bytes(data)
+    with pytest.raises(BundleError):
+        Bundle.open(bundle.path)
+
+
+def test_oversized_manifest_is_not_read(bundle):
+    with open(bundle.path / MANIFEST, "r+b") as file:
+        file.truncate(MAX_MANIFEST + 1)
+    with pytest.raises(BundleError, match="too large"):
+        Bundle.open(bundle.path)
+
+
+def test_what_is_not_a_bundle(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    for name in ("absent", "file", "folder", "file/below", "x" * 300, "x" * 5000):
+        with pytest.raises(BundleError) as caught:
+            Bundle.open(tmp_path / name)
+        assert name[:20] in str(caught.value)
+        assert "cmt-export" in caught.value.remedy
+
+
+USED = {
+    "labels are no pairs": (change(labels=[1, 2, 3]), lambda b: (b.labels, b.class_ids)),
+    "labels are empty pairs": (change(labels=[[], [], []]), lambda b: (b.labels, b.class_ids)),
+    "fewer labels than logits": (change(labels=[["red", "red"]]), lambda b: b.labels),
+    "preprocessing is a list": (change(preprocess=[]), lambda b: b.preprocess),
+    "preprocessing lacks a size": (lambda m: m["preprocess"].pop("size"), lambda b: b.preprocess),
+}
+
+
+@pytest.mark.parametrize(("edit", "use"), USED.values(), ids=USED.keys())
+def test_manifest_whose_inner_entries_are_wrong(bundle, edit, use):
+    """A checksum proves no good sense: content is checked at the latest where it is used."""
+    edit_manifest(bundle, edit)
+    with pytest.raises(BundleError):
+        use(Bundle.open(bundle.path))
+
+
+@pytest.mark.parametrize("data", [b"", b"no archive", b"PK\x03\x04 half"], ids=["empty", "text", "half"])
+def test_damaged_golden_file_is_a_bundle_error(tmp_path, data):
+    made = make_bundle(tmp_path / "b")
+    bad = copy_bundle(made, tmp_path / "c", lambda f: (f / GOLDEN).write_bytes(data))
+    with pytest.raises(BundleError, match="golden"):
+        Bundle.open(bad.path).golden()
+
+
+def test_golden_file_is_never_unpickled(tmp_path):
+    made = make_bundle(tmp_path / "b")
+    pickled = np.array([{"an": "object"}], dtype=object)
+    bad = copy_bundle(made, tmp_path / "c", lambda f: np.savez(f / GOLDEN, pixels=pickled, logits=pickled))
+    with pytest.raises(BundleError, match="golden"):
+        bad.golden()
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def hidden(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.name.startswith("."))
+
+
+def test_staged_bundle_is_usable_before_it_is_finished(tmp_path):
+    with BundleWriter(tmp_path / "new") as writer:
+        tiny_golden().save(writer.folder / GOLDEN)
+        staged = writer.staged(tiny_manifest())
+        assert len(staged.golden().sources) == 2
+        assert not (tmp_path / "new").exists()
+        writer.commit(staged.manifest)
+    assert Bundle.open(tmp_path / "new").labels == list(LABELS)
+    assert hidden(tmp_path) == []
+
+
+def test_commit_replaces_an_older_bundle(bundle):
+    make_bundle(bundle.path, members={"model.bin": b"newer"})
+    assert Bundle.open(bundle.path).file("model.bin").read_bytes() == b"newer"
+    assert not (bundle.path / "extra").exists()
+    assert hidden(bundle.path.parent) == []
+
+
+def test_missing_parents_are_made(tmp_path):
+    assert Bundle.open(make_bundle(tmp_path / "a" / "b" / "c").path).labels
+
+
+def test_relative_target(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_bundle(Path("here"))
+    assert Bundle.open("here").labels == list(LABELS)
+    assert hidden(tmp_path) == []
+
+
+def interrupted(writer: BundleWriter, error: type[BaseException]) -> None:
+    (writer.folder / "model.bin").write_bytes(b"half")
+    raise error
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, MemoryError])
+@pytest.mark.parametrize("existing", [True, False])
+def test_interruption_leaves_everything_as_it_was(tmp_path, error, existing):
+    target = tmp_path / "tiny"
+    if existing:
+        make_bundle(target)
+    before = snapshot(tmp_path)
+    with pytest.raises(error), BundleWriter(target) as writer:
+        interrupted(writer, error)
+    assert snapshot(tmp_path) == before
+    assert target.exists() == existing
+    assert hidden(tmp_path) == []
+
+
+def test_leaving_without_commit_writes_nothing(bundle):
+    before = snapshot(bundle.path)
+    with BundleWriter(bundle.path) as writer:
+        (writer.folder / "model.bin").write_bytes(b"half")
+    assert snapshot(bundle.path) == before
+    assert hidden(bundle.path.parent) == []
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace", "rename"])
+@pytest.mark.parametrize("existing", [True, False])
+def test_full_disk(tmp_path, monkeypatch, function, existing):
+    target = tmp_path / "tiny"
+    if existing:
+        make_bundle(target)
+    before = snapshot(tmp_path)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, function, full)
+    with pytest.raises(OutputError, match="No space left") as caught:
+        make_bundle(target, members={"model.bin": b"newer"})
+    assert caught.value.exit_code == 2
+    assert caught.value.remedy
+    assert snapshot(tmp_path) == before
+    assert hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize(
+    ("moment", "error"), [("before", KeyboardInterrupt), ("after", KeyboardInterrupt), ("before", OSError)]
+)
+def test_interruption_while_moving_into_place(bundle, monkeypatch, call, moment, error):
+    """The old bundle is moved aside, the new one moved in; a signal may come before or after each of the
+    two."""
+    old = snapshot(bundle.path)
+    rename, count = os.rename, 0
+
+    def rename_interrupted(source, target, **kwargs):
+        nonlocal count
+        count += 1
+        if count == call and moment == "before":
+            raise error(errno.EIO, "interrupted")
+        rename(source, target, **kwargs)
+        if count == call:
+            raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", rename_interrupted)
+        with pytest.raises((KeyboardInterrupt, OutputError)):
+            make_bundle(bundle.path, members={"model.bin": b"newer"})
+    assert count >= call
+    assert bundle.path.is_dir(), "the bundle is gone from its place"
+    Bundle.open(bundle.path)
+    if (call, moment) != (2, "after"):
+        assert snapshot(bundle.path) == old
+    assert hidden(bundle.path.parent) == []
+
+
+def test_place_below_a_file(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for target in (tmp_path / "file" / "b", tmp_path / "file" / "a" / "b"):
+        with pytest.raises(OutputError) as caught:
+            make_bundle(target)
+        assert caught.value.remedy
+    assert snapshot(tmp_path) == {"file": b"x"}
+
+
+def test_what_is_no_bundle_is_never_replaced(tmp_path, bundle):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "1.jpg").write_text("precious")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(bundle.path)
+    (tmp_path / "broken").symlink_to("nowhere")
+    before = snapshot(tmp_path)
+    for name in ("photos", "empty", "file", "link", "broken"):
+        with pytest.raises(OutputError, match="not replaced") as caught:
+            make_bundle(tmp_path / name)
+        assert caught.value.where == str(tmp_path / name)
+    assert snapshot(tmp_path) == before
+    assert hidden(tmp_path) == []
+
+
+def dead_pid() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_leftovers_of_a_killed_run_are_removed(tmp_path):
+    stale = tmp_path / f".tiny.{dead_pid()}.abc.tmp"
+    running = tmp_path / f".tiny.{os.getppid()}.abc.tmp"
+    others = tmp_path / f".other.{dead_pid()}.abc.tmp"
+    for folder in (stale, running, others):
+        folder.mkdir()
+        (folder / "model.bin").write_text("half")
+    make_bundle(tmp_path / "tiny")
+    assert not stale.exists()
+    assert (running / "model.bin").exists()
+    assert (others / "model.bin").exists()
+
+
+def test_bundle_moved_aside_comes_back(bundle):
+    before = snapshot(bundle.path)
+    bundle.path.rename(bundle.path.with_name(".tiny.old"))
+    with BundleWriter(bundle.path):
+        pass
+    assert snapshot(bundle.path) == before
+    assert hidden(bundle.path.parent) == []
+
+
+def test_older_leftover_does_not_win_over_the_bundle(bundle):
+    old = bundle.path.with_name(".tiny.old")
+    shutil.copytree(bundle.path, old)
+    (old / "model.bin").write_bytes(b"ancient")
+    make_bundle(bundle.path, members={"model.bin": b"newer"})
+    assert Bundle.open(bundle.path).file("model.bin").read_bytes() == b"newer"
+    assert not old.exists()
+
+
+SLEEPER = """
+import sys, time
+from pathlib import Path
+from cmt_edge.deploy.bundle import BundleWriter
+with BundleWriter(Path(sys.argv[1])) as writer:
+    (writer.folder / "model.bin").write_bytes(b"half")
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("existing", [True, False])
+def test_signal_leaves_nothing_half_written(tmp_path, number, existing):
+    target = tmp_path / "tiny"
+    if existing:
+        make_bundle(target)
+    before = snapshot(tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLEEPER, str(target)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert process.stdout.readline() == b"ready\n"
+    assert len(hidden(tmp_path)) == 1
+    process.send_signal(number)
+    assert process.wait(10) != 0
+    process.stdout.close()
+    assert snapshot(tmp_path) == before
+    assert hidden(tmp_path) == []
+
+
+def test_killed_run_is_cleaned_up_by_the_next(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLEEPER, str(tmp_path / "tiny")], stdout=subprocess.PIPE
+    )
+    assert process.stdout.readline() == b"ready\n"
+    process.kill()
+    process.wait(10)
+    process.stdout.close()
+    assert len(hidden(tmp_path)) == 1
+    make_bundle(tmp_path / "tiny")
+    assert hidden(tmp_path) == []
+
+
+def test_signal_handler_is_put_back(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    with BundleWriter(tmp_path / "tiny"):
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -1,0 +1,132 @@
+"""The real thing: needs an NVIDIA GPU; some tests need TensorRT too. ``pytest -m gpu`` on the device."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import numpy as np
+import pytest
+
+import cmt_edge.deploy.cli.build
+from cmt_edge.deploy import Bundle, Predictor
+from cmt_edge.deploy.errors import RuntimeMissingError
+from cmt_edge.deploy.measure.parity import verify
+from cmt_edge.deploy.telemetry.device import PowerMonitor, snapshot
+from cmt_edge.deploy.tensorrt.cuda import TO_DEVICE, TO_HOST, CudaError, open_cuda
+from helpers.bundles import SIZE
+from helpers.trt import trt_bundle
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def device():
+    try:
+        cuda = open_cuda()
+        cuda.gpu(0)
+    except RuntimeMissingError as exc:
+        pytest.skip(f"{exc.what}: {exc.why}")
+    return cuda
+
+
+@pytest.fixture
+def tensorrt(device):
+    if importlib.util.find_spec("tensorrt") is None:
+        pytest.skip("TensorRT is not installed; JetPack or NVIDIA's wheels bring it")
+
+
+def test_the_gpu_describes_itself(device):
+    gpu = device.gpu(0)
+    assert gpu.name
+    assert float(gpu.sm) >= 5
+    free, total = device.memory()
+    assert 0 < free <= total == gpu.memory
+    assert device.runtime_version().split(".")[0] <= device.driver_version().split(".")[0]
+
+
+def test_bytes_survive_the_device(device):
+    source = np.random.default_rng(0).normal(size=1 << 20).astype(np.float32)
+    stream, there, back = device.stream(), device.device_memory(source.nbytes), np.empty_like(source)
+    pinned = device.pinned_memory(source.nbytes)
+    start, end = device.event(), device.event()
+    device.record(start, stream)
+    device.copy(there, source.ctypes.data, source.nbytes, TO_DEVICE, stream)
+    device.copy(back.ctypes.data, there, source.nbytes, TO_HOST, stream)
+    device.record(end, stream)
+    device.synchronize(stream)
+    np.testing.assert_array_equal(back, source)
+    assert 0 < device.elapsed_ms(start, end) < 1000
+    for free, handle in (
+        (device.free_pinned_memory, pinned),
+        (device.free_device_memory, there),
+        (device.destroy_event, start),
+        (device.destroy_event, end),
+        (device.destroy_stream, stream),
+    ):
+        free(handle)
+
+
+def test_a_graph_of_copies(device):
+    import ctypes
+
+    stream, there, pinned = device.stream(), device.device_memory(64), device.pinned_memory(128)
+    values = np.ctypeslib.as_array((ctypes.c_float * 32).from_address(pinned))
+
+    def work() -> None:
+        device.copy(there, pinned, 64, TO_DEVICE, stream)
+        device.copy(pinned + 64, there, 64, TO_HOST, stream)
+
+    graph = device.capture(stream, work)
+    for value in (1.0, 7.0):
+        values[:16] = value
+        device.launch(graph, stream)
+        device.synchronize(stream)
+        assert (values[16:] == value).all()
+    device.destroy_graph(graph)
+
+
+def test_too_much_memory_is_a_typed_error(device):
+    with pytest.raises(CudaError, match="out of memory") as error:
+        device.device_memory(1 << 50)
+    assert error.value.code == 2
+    device.free_device_memory(device.device_memory(16))  # and the device still works
+
+
+def test_what_cannot_be_captured_leaves_the_stream_usable(device):
+    stream = device.stream()
+    with pytest.raises(CudaError):
+        device.capture(stream, lambda: device.synchronize(stream))
+    fresh = device.stream()
+    device.synchronize(fresh)
+
+
+def test_the_state_of_the_device(device):
+    state = snapshot()
+    assert state.kind in ("jetson", "dgpu"), state.notes
+    with PowerMonitor(idle_s=0.3) as power:
+        pass
+    assert power.source is None or power.report().before.samples > 0
+
+
+@pytest.mark.parametrize("batch", [1, "batch"])
+def test_build_verify_and_predict(tensorrt, tmp_path, batch, capsys):
+    bundle = trt_bundle(tmp_path / "tiny_fp16_trt", batch=batch)
+    assert cmt_edge.deploy.cli.build.main([str(bundle.path), "--seconds", "0.2"]) == 0
+    print(capsys.readouterr().out)
+    built = Bundle.open(bundle.path)
+    assert verify(built).passed
+    with Predictor.load(built) as ours, Predictor.load(built, backend="onnxruntime") as theirs:
+        images = np.random.default_rng(0).normal(size=(5, 3, SIZE, SIZE)).astype(np.float32)
+        np.testing.assert_allclose(ours.logits(images), theirs.logits(images), atol=5e-3)
+        assert ours.session.executed(images[:1]).time_share
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_cmt_nano(tensorrt, tmp_path, precision):
+    from cmt_edge.export import ExportConfig, run
+
+    data = "generated" if precision == "int8" else None
+    made = run(ExportConfig("cmt_nano", format="trt", precision=precision, data=data, output=str(tmp_path)))
+    assert made.manifest.engine.golden.passed
+    assert made.manifest.latency.p50_ms > 0

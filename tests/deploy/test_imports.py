@@ -1,0 +1,183 @@
+"""What may import what: the device side stays light, and dependencies between the packages point one way."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers.paths import ROOT
+
+OURS = ("cmt", "deploy", "calib", "export")
+HEAVY = ("torch", "onnx", "onnxruntime", "openvino", "tensorrt", "cuda", "pynvml", "nncf", "matplotlib")
+BUDGET_S = 0.3
+RUNTIMES = (
+    "cmt_edge.deploy.tensorrt.parser_rules",
+    "cmt_edge.deploy.backends.openvino",
+    "cmt_edge.deploy.backends.openvino_graph",
+    "cmt_edge.deploy.backends.onnxruntime",
+    "cmt_edge.deploy.backends.torch",
+    "cmt_edge.deploy.tensorrt.session",
+    "cmt_edge.deploy.tensorrt.builder",
+)
+BLOCKER = f"""
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {HEAVY!r}:
+            raise ModuleNotFoundError(f"hidden: {{name}}", name=name)
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def module_name(path: Path) -> str:
+    parts = ("cmt_edge", *path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(path): path for package in OURS for path in sorted((ROOT / package).rglob("*.py"))}
+DEPLOY = [name for name in FILES if name.startswith("cmt_edge.deploy") and name not in RUNTIMES]
+
+
+def python(code: str, *argv: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code, *argv], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+IMPORT = """
+import time, sys, json
+start = time.process_time()
+import cmt_edge.deploy
+spent = time.process_time() - start
+depth = lambda name: 2 if name.startswith("cmt_edge.") else 1
+print(json.dumps([spent, sorted({".".join(m.split(".")[: depth(m)]) for m in sys.modules})]))
+"""
+
+
+def test_deploy_imports_fast_and_light():
+    runs = [json.loads(python(IMPORT)) for _ in range(3)]
+    assert min(seconds for seconds, _ in runs) < BUDGET_S
+    for _, modules in runs:
+        assert not {*HEAVY, "cmt_edge.cmt", "cmt_edge.calib", "cmt_edge.export"} & set(modules)
+        assert {"cmt_edge.deploy", "numpy", "PIL"} <= set(modules)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cmt_edge.deploy.cli.predict",
+        "cmt_edge.deploy.report",
+        "cmt_edge.deploy.measure.parity",
+        "cmt_edge.deploy.measure.benchmark",
+        "cmt_edge.deploy.tensorrt.build",
+    ],
+)
+def test_tools_stay_light(name):
+    loaded = json.loads(python(f"import sys, json, {name}; print(json.dumps(sorted(sys.modules)))"))
+    assert name in loaded
+    assert not set(HEAVY) & set(loaded)
+
+
+def test_every_module_imports_without_the_optional_packages():
+    python(BLOCKER + "import importlib\nfor name in sys.argv[1:]: importlib.import_module(name)", *DEPLOY)
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_the_blocker_hides_the_runtimes(name):
+    """What the test above leaves out really needs its runtime, so the test above proves something."""
+    with pytest.raises(AssertionError, match="hidden"):
+        python(BLOCKER + f"import {name}")
+
+
+USE = """
+import sys
+from cmt_edge.deploy import Bundle, Predictor
+from cmt_edge.deploy.cli.verify import main as verify
+from cmt_edge.deploy.errors import RuntimeMissingError
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name in sys.argv[2].split() else find(name, *a)
+assert Predictor.load(sys.argv[1])(Bundle.open(sys.argv[1]).golden().sources[0]).label
+assert verify([sys.argv[1]]) == 0
+for name in ("openvino", "onnxruntime", "torch"):
+    try:
+        Predictor.load(sys.argv[1], backend=name)
+    except RuntimeMissingError as exc:
+        assert "pip install" in exc.remedy
+    else:
+        raise SystemExit(f"{name} was found")
+"""
+
+
+def test_a_device_without_any_heavy_package(tmp_path):
+    from helpers.bundles import make_bundle
+
+    python(BLOCKER + USE, str(make_bundle(tmp_path / "b").path), " ".join(HEAVY))
+
+
+def imports(name: str) -> list[tuple[str, int]]:
+    """Absolute names of everything a module imports, also inside functions, with line numbers."""
+    path = FILES[name]
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                full = f"{source}.{alias.name}"
+                found.append((full if full in FILES else source, node.lineno))
+    return found
+
+
+def allowed(importer: str, imported: str) -> bool:
+    if not imported.startswith("cmt_edge."):
+        return True
+    ours, theirs = (name.split(".")[1] for name in (importer, imported))
+    if theirs not in OURS or theirs == ours:
+        return True
+    return {
+        "cmt": imported in ("cmt_edge.deploy.errors", "cmt_edge.deploy.files"),
+        "calib": theirs == "deploy",
+        "deploy": imported == "cmt_edge.calib.lint" and importer.endswith("parser_rules"),
+        "export": True,
+    }[ours]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_direction_of_imports(name):
+    wrong = [
+        f"{FILES[name]}:{line} imports {imported}"
+        for imported, line in imports(name)
+        if not allowed(name, imported)
+    ]
+    assert not wrong
+
+
+def test_imports_are_found():
+    """The reader of imports sees relative, absolute and late ones."""
+    assert "cmt_edge.deploy.backends.base" in dict(imports("cmt_edge.deploy.backends.openvino"))
+    assert "cmt_edge.deploy.errors" in dict(imports("cmt_edge.deploy"))
+    assert "cmt_edge.calib.generated" in dict(imports("cmt_edge.export.pipeline"))
+    assert "cmt_edge.deploy.predictor" in dict(imports("cmt_edge.deploy.measure.benchmark"))
+    assert not allowed("cmt_edge.deploy.cli.predict", "cmt_edge.cmt")
+    assert not allowed("cmt_edge.cmt.families.cmt", "cmt_edge.deploy.bundle")
+    assert not allowed("cmt_edge.calib", "cmt_edge.export.config")
+
+
+def test_errors_and_files_need_next_to_nothing():
+    for name in ("cmt_edge.deploy.errors", "cmt_edge.deploy.files"):
+        for imported, _ in imports(name):
+            assert (
+                imported in ("cmt_edge.deploy.errors", "__future__", "platformdirs")
+                or imported.split(".")[0] in sys.stdlib_module_names
+            )

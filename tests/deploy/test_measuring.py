@@ -1,0 +1,119 @@
+"""The process that measures: answers, typed errors across the border, crashes, limits."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import numpy as np
+import pytest
+
+from cmt_edge.deploy import Predictor
+from cmt_edge.deploy.errors import BundleError, RuntimeMissingError, StepError, UnknownNameError
+from cmt_edge.deploy.measure import child as measuring
+from cmt_edge.deploy.measure.benchmark import Protocol
+from cmt_edge.deploy.measure.child import ISAS, MeasuringProcess, int8_hardware
+from helpers.bundles import make_bundle
+
+SHORT = Protocol(iters=3, seconds=0.0, warmup_iters=1, warmup_seconds=0.0)
+
+
+@pytest.fixture(scope="module")
+def process():
+    with MeasuringProcess() as p:
+        yield p
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    return make_bundle(tmp_path / "bundle")
+
+
+def test_logits_are_those_of_a_predictor(process, bundle, tmp_path):
+    predictor = Predictor.load(bundle)
+    size = predictor.spec.size
+    batch = np.random.default_rng(0).random((40, 3, size, size), np.float32)
+    np.save(tmp_path / "batch.npy", batch)
+    assert np.array_equal(process.logits(bundle.path, tmp_path / "batch.npy", None), predictor.logits(batch))
+    pixels = bundle.golden().pixels
+    np.save(tmp_path / "pixels.npy", pixels)
+    assert process.logits(bundle.path, tmp_path / "pixels.npy", None).shape == (
+        len(pixels),
+        len(bundle.labels),
+    )
+
+
+def test_latencies_refer_to_the_first(process, bundle, tmp_path):
+    other = make_bundle(tmp_path / "other")
+    result = process.benchmark([bundle.path, other.path], SHORT, None)
+    assert [r["name"] for r in result["results"]] == ["bundle", "other"]
+    assert result["protocol"]["iters"] == 3
+    assert process.kernels(bundle.path, None) == {}  # the fake runtime tells none
+
+
+def test_runtimes_and_their_precisions(process):
+    assert process.runtime("fake") == "fake 1"
+    assert process.missing("fake", "bf16") == ""
+    with pytest.raises(UnknownNameError, match="unknown runtime 'fakke'") as error:
+        process.runtime("fakke")
+    assert "did you mean fake" in (error.value.remedy or "")
+    assert process.runtime("fake") == "fake 1"  # an error does not end the process
+
+
+def test_errors_keep_their_kind_and_words(process, tmp_path):
+    with pytest.raises(BundleError) as error:
+        process.kernels(tmp_path / "nothing", None)
+    assert error.value.where == str(tmp_path / "nothing")
+    assert "cmt-export" in (error.value.remedy or "")
+
+
+def test_other_failures_are_typed_too(process, bundle, tmp_path):
+    with pytest.raises(StepError, match="measuring failed in the runtime") as error:
+        process.logits(bundle.path, tmp_path / "gone.npy", None)
+    assert "FileNotFoundError" in (error.value.why or "")
+
+
+def test_a_crash_is_one_typed_error():
+    with MeasuringProcess() as process:
+        process.runtime("fake")
+        assert process._child is not None
+        os.kill(process._child.pid, signal.SIGSEGV)
+        with pytest.raises(StepError, match=r"crashed .* exit code -11"):
+            process.runtime("fake")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_limit_that_this_cpu_has_not(monkeypatch, isa):
+    monkeypatch.setattr(measuring, "describe", lambda: {"flags": ["sse2"], "cpu": "old"})
+    with pytest.raises(RuntimeMissingError, match=f"no {isa}"):
+        MeasuringProcess(isa)
+
+
+def test_kernels_beyond_the_limit_are_refused(monkeypatch):
+    monkeypatch.setattr(
+        measuring, "describe", lambda: {"flags": [i.flag for i in ISAS.values()], "cpu": "new"}
+    )
+    with MeasuringProcess("avx2") as process:
+        process.check_limit({"brgconv_avx2_f32": 0.9, "gemm_mlas_f32": 0.1})
+        with pytest.raises(RuntimeMissingError, match="brgconv_avx512_f32"):
+            process.check_limit({"brgconv_avx512_f32": 0.01})
+    with MeasuringProcess() as process:
+        process.check_limit({"brgconv_avx512_f32": 1.0})
+
+
+def test_the_switches_are_set_in_the_child_only(monkeypatch):
+    monkeypatch.setattr(measuring, "describe", lambda: {"flags": ["avx2"], "cpu": "new"})
+    monkeypatch.setattr(measuring.subprocess, "Popen", lambda *_, env, **__: env)
+    environment = MeasuringProcess("avx2")._start()
+    assert {environment[s] for s in measuring.SWITCHES} == {"AVX2"}
+    assert not set(measuring.SWITCHES) & set(os.environ)
+    assert "OV_CPU_MAX_ISA" not in MeasuringProcess()._start()
+
+
+def test_int8_hardware(monkeypatch):
+    monkeypatch.setattr(measuring, "describe", lambda: {"flags": ["avx2", "avx512_vnni"], "cpu": "x"})
+    assert int8_hardware(None)
+    assert not int8_hardware("avx2")
+    assert int8_hardware("avx2_vnni")
+    monkeypatch.setattr(measuring, "describe", lambda: {"flags": ["avx2"], "cpu": "x"})
+    assert not int8_hardware(None)

@@ -1,0 +1,465 @@
+"""Verification: a faithful bundle passes, a tampered one fails, and the figures are those of a hand
+calculation."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from cmt_edge.deploy import Bundle, Predictor, report
+from cmt_edge.deploy.backends.fake import FakeSession
+from cmt_edge.deploy.bundle import GOLDEN, REFERENCE, Golden, save_reference
+from cmt_edge.deploy.errors import DataError, ImageError, RuntimeMissingError
+from cmt_edge.deploy.images import ImageSet, digest
+from cmt_edge.deploy.measure.parity import MAX_DROP, match_labels, verify
+from helpers.bundles import SPEC, blank_head, copy_bundle, make_bundle, tiny_golden
+from helpers.cli import strict
+from helpers.images import COLOURS, coloured, folder_of
+
+
+class Differing(FakeSession):
+    """A reference that sees the next class in images whose shade is 100 or more."""
+
+    def run(self, batch):
+        (logits,) = super().run(batch)
+        dark = batch.max((1, 2, 3)) < 0.7
+        logits[dark] = np.roll(logits[dark], 1, axis=1)
+        return [logits]
+
+
+def reference(session=None) -> Predictor:
+    return Predictor(session or FakeSession(3), SPEC, list(COLOURS), batch=0)
+
+
+@pytest.fixture
+def bundle(tmp_path) -> Bundle:
+    return make_bundle(tmp_path / "tiny")
+
+
+@pytest.fixture
+def no_torch(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "torch" else find(name, *a)
+    )
+
+
+# --- real bundles ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["fp32_bundle", "onnx_bundle", "int8_bundle"])
+def test_real_bundles_pass_their_golden_check(request, which):
+    bundle = request.getfixturevalue(which)
+    result = verify(Bundle.open(bundle.path))
+    assert result.passed
+    assert result.golden.images == 4
+    assert result.golden.pixel_diff == 0
+    assert 0 <= result.golden.diff <= result.golden.atol
+    assert result.data is None
+    assert result.precision == bundle.manifest.precision
+    assert result.bundle == str(bundle.path)
+
+
+@pytest.mark.parametrize("name", ["openvino", "onnxruntime", "torch"])
+def test_every_runtime_passes(fp32_bundle, name):
+    result = verify(fp32_bundle, backend=name, threads=1)
+    assert result.passed
+    assert result.runtime.runtime.startswith(name)
+    assert result.golden.diff < 1e-4
+
+
+def test_fake_runtime_is_no_substitute(fp32_bundle):
+    assert not verify(fp32_bundle, backend="fake").passed
+
+
+def test_top1_on_images_against_pytorch(fp32_bundle, cifar):
+    seen = []
+    data = ImageSet(cifar / "test")
+    result = verify(
+        fp32_bundle, data=data, limit=50, threads=1, progress=lambda done, total: seen.append((done, total))
+    )
+    d = result.data
+    assert result.passed
+    assert (d.images, d.agreement, d.drop, d.drop_ci) == (50, 100.0, 0.0, (0.0, 0.0))
+    assert d.top1 == d.reference_top1 >= 80
+    assert d.logit_max_diff < 1e-3
+    assert d.logit_mean_diff <= d.logit_max_diff
+    assert d.reference_source.startswith("torch ")
+    assert len(result.reference_answers) == 50
+    assert seen[-1] == (50, 50)
+    assert seen == sorted(seen)
+    data.close()
+
+
+def test_int8_against_an_fp32_bundle_needs_no_torch(int8_bundle, fp32_bundle, cifar, no_torch):
+    data = ImageSet(cifar / "test")
+    with Predictor.load(fp32_bundle, threads=1) as other:
+        result = verify(int8_bundle, data=data, limit=100, reference=other, max_drop=5)
+        assert result.passed
+        assert result.data.agreement >= 90
+        assert result.data.reference_source.startswith("openvino")
+        assert other.predict([]) == []
+    data.close()
+
+
+@pytest.fixture(scope="module")
+def tampered(onnx_bundle, tmp_path_factory):
+    """Other weights under valid hashes."""
+    return copy_bundle(onnx_bundle, tmp_path_factory.mktemp("tampered") / "b", blank_head)
+
+
+def test_tampered_model_fails_its_golden_check(tampered, onnx_bundle):
+    result = verify(Bundle.open(tampered.path))
+    assert not result.passed
+    assert not result.golden.passed
+    assert result.golden.diff > 100 * result.golden.atol
+    assert result.golden.pixel_diff == 0
+    assert "NOT verified" in report.verification_text(result)
+    assert verify(onnx_bundle).passed
+
+
+def test_tampered_model_fails_on_images(tampered, cifar):
+    data = ImageSet(cifar / "test")
+    result = verify(tampered, data=data, limit=50, atol=1e9, threads=1)
+    data.close()
+    assert result.golden.passed
+    assert not result.data.passed
+    assert not result.passed
+    assert result.data.drop > 50
+    assert result.data.drop_ci[0] < result.data.drop < result.data.drop_ci[1]
+    assert result.data.top1 <= 20
+
+
+def test_large_max_drop_lets_it_pass(tampered, cifar):
+    data = ImageSet(cifar / "test")
+    assert verify(tampered, data=data, limit=10, atol=1e9, max_drop=100, threads=1).passed
+    data.close()
+
+
+# --- golden ---------------------------------------------------------------------------------------
+
+
+def with_golden(path, **changes) -> Bundle:
+    return make_bundle(path, golden=replace(tiny_golden(), **changes))
+
+
+def test_golden_logits_of_another_model(tmp_path):
+    golden = tiny_golden()
+    bad = with_golden(tmp_path / "b", outputs=[golden.logits[:, ::-1].copy()])
+    result = verify(bad)
+    assert not result.passed
+    assert result.golden.diff == pytest.approx(
+        float(np.abs(golden.logits - golden.logits[:, ::-1]).max()), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize(("levels", "passed"), [(0, True), (2, True), (3, False), (40, False)])
+def test_golden_pixels(tmp_path, levels, passed):
+    golden = tiny_golden()
+    values = golden.pixels.copy()
+    y, x, c = np.argwhere(values[1] < 200)[0]
+    values[1, y, x, c] += levels
+    result = verify(with_golden(tmp_path / "b", pixels=values), atol=1.0)
+    assert result.golden.pixel_diff == levels
+    assert result.golden.passed == result.passed == passed
+
+
+def test_other_preprocessing_is_noticed(tmp_path):
+    made = make_bundle(tmp_path / "b")
+    turned = copy_bundle(made, tmp_path / "c", preprocess=replace(SPEC, short_side=20))
+    assert verify(turned).golden.pixel_diff > 2
+    assert not verify(turned).passed
+    shifted = copy_bundle(made, tmp_path / "d", preprocess=replace(SPEC, mean=(0.1, 0, 0)))
+    assert verify(shifted).golden.pixel_diff == 0
+    assert not verify(shifted).passed
+
+
+@pytest.mark.parametrize(("atol", "passed"), [(0.2, True), (0.09, False)])
+def test_atol_overrides_the_default(tmp_path, atol, passed):
+    bundle = with_golden(tmp_path / "b", outputs=[tiny_golden().logits + np.float32(0.1)])
+    assert not verify(bundle).passed
+    result = verify(bundle, atol=atol)
+    assert result.golden.atol == atol
+    assert result.golden.diff == pytest.approx(0.1, abs=1e-5)
+    assert result.passed == passed
+
+
+def test_default_tolerance_grows_from_fp32_to_int8(tmp_path):
+    tolerances = [
+        verify(make_bundle(tmp_path / p, precision=p)).golden.atol for p in ("fp32", "bf16", "int8")
+    ]
+    assert tolerances == sorted(tolerances)
+    assert tolerances[0] < 0.01 * tolerances[2]
+
+
+def test_model_that_returns_nan_fails(tmp_path, monkeypatch):
+    from cmt_edge.deploy.backends import fake
+
+    class Broken(FakeSession):
+        def run(self, batch):
+            return [np.full((len(batch), 3), np.nan, np.float32)]
+
+    bundle = make_bundle(tmp_path / "b")
+    monkeypatch.setattr(fake.RUNTIME, "load", lambda b, options: Broken(3))
+    result = verify(bundle, atol=1e9)
+    assert not result.passed
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+
+def test_figures_of_a_hand_calculation(bundle, tmp_path):
+    """Ten images: 4 right in both, 3 lost, 1 gained, 2 wrong in both in different ways."""
+    data = folder_of(
+        tmp_path / "data",
+        {
+            "red": [coloured("red", s) for s in (0, 1)],  # both right
+            "green": [
+                coloured("green", 0),
+                coloured("green", 2),
+                coloured("red", 100),
+                coloured("red", 110),
+                coloured("red", 120),
+            ],
+            "blue": [coloured("red", 101), coloured("red", 102), coloured("green", 101)],
+        },
+    )  # green: 2 right in both, 3 only in the reference; blue: 2 wrong in both, 1 only in the reference
+    result = verify(bundle, data=data, reference=reference(Differing(3)), max_drop=39.9)
+    d = result.data
+    assert d.images == 10
+    assert d.top1 == pytest.approx(40)
+    assert d.reference_top1 == pytest.approx(80)
+    assert d.drop == pytest.approx(40)
+    assert d.agreement == pytest.approx(40)
+    # differences: 4 times 1, 6 times 0; sample variance (4 * 0.36 + 6 * 0.16) / 9
+    half = 100 * 1.959964 * ((4 * 0.36 + 6 * 0.16) / 9) ** 0.5 / 10**0.5
+    assert d.drop_ci == pytest.approx((40 - half, 40 + half))
+    assert not result.passed
+    assert verify(bundle, data=data, reference=reference(Differing(3)), max_drop=40).passed
+    expected = {
+        digest(coloured("red", 100)): 1,
+        digest(coloured("red")): 0,
+        digest(coloured("green", 101)): 2,
+    }
+    assert expected.items() <= result.reference_answers.items()
+    text = report.verification_text(result)
+    assert "+40.00" in text
+    assert "FAILED" in text
+
+
+def test_gains_outweigh_losses(bundle, tmp_path):
+    data = folder_of(
+        tmp_path / "data",
+        {"red": [coloured("red", 100), coloured("red", 101)], "green": [coloured("red", 102)]},
+    )
+    d = verify(bundle, data=data, reference=reference(Differing(3))).data
+    assert d.drop == pytest.approx(100 * (1 - 2) / 3)
+    assert d.passed
+    assert d.agreement == 0
+
+
+def test_logit_differences(bundle, tmp_path):
+    class Shifted(FakeSession):
+        def run(self, batch):
+            return [super().run(batch)[0] + np.float32([0.5, 0, 0])]
+
+    d = verify(
+        bundle, data=folder_of(tmp_path / "d", {"red": [coloured("red")]}), reference=reference(Shifted(3))
+    ).data
+    assert d.logit_max_diff == pytest.approx(0.5, abs=1e-6)
+    assert d.logit_mean_diff == pytest.approx(0.5 / 3, abs=1e-6)
+
+
+def test_more_images_than_one_chunk(bundle, tmp_path):
+    shades = range(45)
+    data = folder_of(tmp_path / "d", {name: [coloured(name, s) for s in shades] for name in COLOURS})
+    result = verify(bundle, data=data, reference=reference())
+    d = result.data
+    assert (d.images, d.top1, d.agreement) == (135, 100.0, 100.0)
+    assert len(result.reference_answers) == 135
+
+
+@pytest.mark.parametrize("limit", [1, 7, 10, 19, 20, 50])
+def test_limit_is_kept_and_spread(bundle, tmp_path, limit):
+    data = folder_of(
+        tmp_path / "d", {name: [coloured(name, s) for s in range(10)] for name in ("green", "red")}
+    )
+    result = verify(bundle, data=data, reference=reference(), limit=limit)
+    assert result.data.images == min(limit, 20)
+    if limit > 1:
+        assert set(result.reference_answers.values()) == {0, 1}
+
+
+def test_report_of_a_single_image_is_strict_json(bundle, tmp_path):
+    result = verify(bundle, data=folder_of(tmp_path / "d", {"red": [coloured("red")]}), reference=reference())
+    content = strict(report.to_json(result))
+    assert content["passed"] is True
+    assert content["data"]["images"] == 1
+    assert "reference_answers" not in content
+
+
+def test_json_says_whether_it_passed(tmp_path):
+    bad = with_golden(tmp_path / "b", outputs=[tiny_golden().logits + 1])
+    assert json.loads(report.to_json(verify(bad)))["passed"] is False
+    assert json.loads(report.to_json(verify(bad)))["golden"]["passed"] is False
+
+
+@pytest.mark.parametrize("markdown", [False, True])
+def test_text_names_both_sides(bundle, tmp_path, markdown):
+    result = verify(bundle, data=folder_of(tmp_path / "d", {"red": [coloured("red")]}), reference=reference())
+    text = report.verification_text(result, markdown)
+    for part in (
+        "golden images: 2",
+        "reference top-1",
+        "100.00",
+        "fake 1",
+        "verified",
+        f"allowed drop {MAX_DROP:g}",
+    ):
+        assert part in text
+
+
+def test_damaged_image_is_named(bundle, tmp_path):
+    data = folder_of(tmp_path / "d", {"red": [coloured("red"), b"junk"]})
+    with pytest.raises(ImageError, match=r"red/001\.png"):
+        verify(bundle, data=data, reference=reference())
+
+
+# --- reference ------------------------------------------------------------------------------------
+
+
+def test_recorded_reference_is_used_where_it_knows_the_images(tmp_path, no_torch):
+    blobs = [coloured("red", s) for s in range(20)]
+    recorded = {digest(b): 0 for b in blobs} | {digest(blobs[3]): 2}
+    bundle = make_bundle(tmp_path / "b", reference=recorded)
+    d = verify(bundle, data=folder_of(tmp_path / "d", {"red": blobs})).data
+    assert d.reference_source == "the bundle's record"
+    assert d.reference_top1 == pytest.approx(95)
+    assert d.top1 == 100
+    assert d.drop == pytest.approx(-5)
+    assert d.logit_max_diff is d.logit_mean_diff is None
+    row = report.verification_text(replace(verify(bundle), data=d), markdown=True).splitlines()[3]
+    assert [cell.strip() for cell in row.strip("|").split("|")][-2:] == ["-", "-"]
+
+
+def test_real_bundle_verifies_without_pytorch_after_recording(fp32_bundle, tmp_path, cifar, monkeypatch):
+    data = ImageSet(cifar / "test")
+    first = verify(fp32_bundle, data=data, limit=20, threads=1)
+    recorded = copy_bundle(
+        fp32_bundle, tmp_path / "b", lambda f: save_reference(f / REFERENCE, first.reference_answers)
+    )
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "torch" else find(name, *a)
+    )
+    again = verify(Bundle.open(recorded.path), data=data, limit=20).data
+    assert again.reference_source == "the bundle's record"
+    assert (again.top1, again.reference_top1, again.agreement) == (
+        first.data.top1,
+        first.data.reference_top1,
+        100,
+    )
+    with pytest.raises(RuntimeMissingError):
+        verify(recorded, data=data, limit=30)
+    data.close()
+
+
+def test_no_reference_at_all(bundle, tmp_path, no_torch):
+    data = folder_of(tmp_path / "d", {"red": [coloured("red")]})
+    with pytest.raises(RuntimeMissingError, match="no reference") as caught:
+        verify(bundle, data=data)
+    assert caught.value.exit_code == 3
+    assert "--reference" in caught.value.remedy
+    assert verify(bundle).passed
+
+
+def test_record_of_other_images_is_no_reference(tmp_path, no_torch):
+    bundle = make_bundle(tmp_path / "b", reference={digest(coloured("red")): 0})
+    data = folder_of(tmp_path / "d", {"red": [coloured("red"), coloured("red", 1)]})
+    with pytest.raises(RuntimeMissingError):
+        verify(bundle, data=data)
+
+
+def test_given_reference_wins_over_the_record(tmp_path):
+    bundle = make_bundle(tmp_path / "b", reference={digest(coloured("red")): 2})
+    d = verify(bundle, data=folder_of(tmp_path / "d", {"red": [coloured("red")]}), reference=reference()).data
+    assert (d.reference_top1, d.reference_source) == (100, "fake 1")
+
+
+# --- labels ---------------------------------------------------------------------------------------
+
+PAIRS = (("n02", "tench"), ("n01", "great white shark"), ("n03", "hen"))
+
+
+def classes(path, names) -> ImageSet:
+    return folder_of(path, {name: [coloured("red")] for name in names})
+
+
+def test_labels_match_by_id_or_by_name(tmp_path):
+    bundle = make_bundle(tmp_path / "b", labels=PAIRS)
+    by_id = classes(tmp_path / "id", ["n01", "n02", "n03"])
+    by_name = classes(tmp_path / "name", ["hen", "tench", "great white shark"])
+    part = classes(tmp_path / "part", ["hen"])
+    assert match_labels(bundle, by_id, False) == {"n01": 1, "n02": 0, "n03": 2}
+    assert match_labels(bundle, by_name, False) == {"hen": 2, "tench": 0, "great white shark": 1}
+    assert match_labels(bundle, part, False) == {"hen": 2}
+
+
+def test_labels_match_by_order(tmp_path):
+    bundle = make_bundle(tmp_path / "b", labels=PAIRS)
+    assert match_labels(bundle, classes(tmp_path / "d", ["b", "c", "a"]), True) == {"a": 0, "b": 1, "c": 2}
+    with pytest.raises(DataError, match="2 class folders for 3 labels") as caught:
+        match_labels(bundle, classes(tmp_path / "two", ["a", "b"]), True)
+    assert caught.value.remedy
+
+
+def test_labels_that_do_not_match_show_both_sides(tmp_path):
+    bundle = make_bundle(tmp_path / "b", labels=PAIRS)
+    with pytest.raises(DataError, match="do not match") as caught:
+        match_labels(bundle, classes(tmp_path / "d", ["hen", "tensh", "wolf"]), False)
+    text = str(caught.value)
+    for name in ("tensh", "wolf", "tench", "n02", "great white shark"):
+        assert name in text
+    assert "--by-order" in caught.value.remedy
+
+
+def test_long_mismatch_stays_readable(tmp_path):
+    bundle = make_bundle(tmp_path / "b", labels=tuple(f"label{i}" for i in range(200)))
+    with pytest.raises(DataError, match="more") as caught:
+        match_labels(bundle, classes(tmp_path / "d", [f"folder{i:03}" for i in range(40)]), False)
+    assert len(str(caught.value)) < 1000
+
+
+def test_name_that_two_classes_share_is_refused(tmp_path):
+    """ImageNet has two classes "crane" (the bird, the machine) and two "maillot"."""
+    bundle = make_bundle(tmp_path / "b", labels=(("n1", "crane"), ("n2", "crane"), ("n3", "hen")))
+    assert match_labels(bundle, classes(tmp_path / "ids", ["n1", "n2"]), False) == {"n1": 0, "n2": 1}
+    with pytest.raises(DataError, match="crane"):
+        match_labels(bundle, classes(tmp_path / "names", ["crane", "hen"]), False)
+
+
+def test_flat_folder_has_no_classes(bundle, tmp_path):
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat" / "a.png").write_bytes(coloured("red"))
+    with pytest.raises(DataError, match="not in class folders") as caught:
+        verify(bundle, data=ImageSet(tmp_path / "flat"), reference=reference())
+    assert caught.value.remedy
+
+
+def test_golden_of_another_shape_is_not_accepted(tmp_path):
+    """Fewer logits than the model has, as after a change of the head: a verdict or a typed error, no
+    crash."""
+    from cmt_edge.deploy.errors import CmtEdgeError
+
+    golden = tiny_golden()
+    bad = make_bundle(tmp_path / "b", golden=Golden(golden.sources, golden.pixels, [golden.logits[:, :2]]))
+    assert GOLDEN in bad.manifest.files
+    try:
+        passed = verify(bad).passed
+    except CmtEdgeError:
+        passed = False
+    assert not passed

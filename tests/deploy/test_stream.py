@@ -1,0 +1,531 @@
+"""Streams: equal to ``predict`` whatever the threads do, in order, bounded, and tidy after every failure."""
+
+from __future__ import annotations
+
+import gc
+import io
+import itertools
+import threading
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cmt_edge.calib.generated import generate
+from cmt_edge.deploy import Predictor, Preprocess
+from cmt_edge.deploy.backends.fake import FakeSession
+from cmt_edge.deploy.errors import ImageError, InputError
+from cmt_edge.deploy.preprocessing import normalise, pixels
+from helpers.bundles import LABELS, SPEC, make_bundle, tiny
+from helpers.images import BLUE, GREEN, RED
+
+SIZES = [0, 1, 3]
+"""Batch sizes; 0 is dynamic."""
+SHAPES = [(0, 1), (0, 3), (1, 1), (2, 1), (2, 2), (1, 4), (4, 3)]
+"""Decode threads and inferences in flight."""
+
+
+def grey(level: int) -> np.ndarray:
+    """An image whose answer tells it from every other level."""
+    return np.full((20, 20, 3), level, np.uint8)
+
+
+def levels(predictions) -> list[float]:
+    return [float(p.logits[0]) for p in predictions]
+
+
+def helpers() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name.startswith(("decode", "infer"))]
+
+
+def bound(batch: int, workers: int, in_flight: int) -> int:
+    """What the documentation of ``stream`` says it holds at most."""
+    size = batch or 8
+    return in_flight * size + max(size, 2 * workers)
+
+
+class Busy(FakeSession):
+    """Counts the inferences at once."""
+
+    def __init__(self, delay_s: float = 0.02) -> None:
+        super().__init__(3, delay_s)
+        self.lock = threading.Lock()
+        self.now = self.most = self.calls = 0
+        self.closed_while_busy: bool | None = None
+
+    def run(self, batch):
+        with self.lock:
+            self.now += 1
+            self.calls += 1
+            self.most = max(self.most, self.now)
+        try:
+            return super().run(batch)
+        finally:
+            with self.lock:
+                self.now -= 1
+
+    def close(self):
+        self.closed_while_busy = self.now > 0
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left():
+    yield
+    gc.collect()
+    assert not helpers()
+
+
+# --- answers --------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    count=st.integers(0, 30),
+    batch=st.integers(0, 5),
+    workers=st.integers(0, 4),
+    in_flight=st.integers(1, 4),
+    bad=st.none() | st.integers(0, 29),
+)
+def test_stream_is_predict_up_to_the_first_error(count, batch, workers, in_flight, bad):
+    images: list = [grey(8 * i) for i in range(count)]
+    want = levels(tiny(batch).predict(images))
+    end = count
+    if bad is not None and bad < count:
+        images[bad], end = b"no image", bad
+    stream = tiny(batch).stream(images, workers=workers, in_flight=in_flight)
+    np.testing.assert_array_equal(levels(itertools.islice(stream, end)), want[:end])
+    with pytest.raises(StopIteration if end == count else ImageError):
+        next(stream)
+    assert next(stream, None) is None
+
+
+@pytest.mark.parametrize("batch", SIZES)
+@pytest.mark.parametrize(("workers", "in_flight"), SHAPES)
+def test_order_where_late_images_are_ready_first(monkeypatch, batch, workers, in_flight):
+    import cmt_edge.deploy.predictor as module
+
+    original = module.preprocess
+
+    def uneven(image, *rest):
+        time.sleep(0.004 * (image[0, 0, 0] % 3 == 0))
+        return original(image, *rest)
+
+    monkeypatch.setattr(module, "preprocess", uneven)
+    answers = levels(
+        tiny(batch, session=Busy(0.002)).stream(map(grey, range(40)), workers=workers, in_flight=in_flight)
+    )
+    assert answers == sorted(answers)
+    assert len(answers) == 40
+
+
+@pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize("throughput", [False, True])
+@pytest.mark.parametrize("in_flight", [None, 3])
+def test_runtimes_stream_what_they_predict(fp32_bundle, name, throughput, in_flight):
+    blobs = generate(7, 72, seed=3) * 3
+    with Predictor.load(fp32_bundle, backend=name, throughput=throughput) as p:
+        want = np.stack([p(b).logits for b in blobs])
+        np.testing.assert_array_equal(np.stack([q.logits for q in p.predict(blobs)]), want)
+        got = np.stack([q.logits for q in p.stream(blobs, in_flight=in_flight)])
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
+def test_dynamic_batch_of_runtimes(onnx_bundle, name):
+    blobs = generate(11, 72, seed=4)
+    with Predictor.load(onnx_bundle, backend=name, throughput=True) as p:
+        want = np.stack([p(b).logits for b in blobs])
+        for in_flight in (1, 3):
+            got = np.stack([q.logits for q in p.stream(blobs, in_flight=in_flight)])
+            np.testing.assert_allclose(got, want, atol=1e-4, rtol=0)
+
+
+def test_sources_are_named(tmp_path):
+    (tmp_path / "a.png").write_bytes(RED)
+    images = [tmp_path / "a.png", GREEN, str(tmp_path / "a.png"), io.BytesIO(BLUE)]
+    p = tiny(3)
+    for answers in (p.predict(images), p.stream(images, in_flight=2), [p(i) for i in images]):
+        assert [a.source for a in answers] == [str(images[0]), None, images[2], None]
+        images[3].seek(0)
+
+
+def test_answers_are_the_callers_own():
+    p = tiny(3)
+    stream = p.stream(map(grey, range(30)), in_flight=2)
+    kept = next(stream)
+    copy = kept.logits.copy()
+    list(stream)
+    np.testing.assert_array_equal(kept.logits, copy)
+
+
+def test_predictor_may_be_used_while_it_reads_the_images():
+    """By the iterable itself and between the answers; each use has its own buffers."""
+    p = tiny(3)
+    want = levels(map(p, map(grey, range(20))))
+    for workers in (0, 2):
+        answers = []
+        for answer in p.stream((grey(i) for i in range(20) if p(grey(200)).label), workers=workers):
+            answers.append(answer)
+            p(BLUE)
+            p.predict([RED, GREEN])
+        assert levels(answers) == want
+
+
+# --- in flight ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", SIZES)
+@pytest.mark.parametrize("in_flight", [1, 2, 4])
+def test_so_many_are_in_flight(batch, in_flight):
+    session = Busy()
+    list(tiny(batch, session=session).stream([RED] * 8 * (in_flight + 1), in_flight=in_flight))
+    assert session.most == in_flight
+
+
+@pytest.mark.parametrize("parallelism", [1, 3])
+def test_the_runtime_says_how_many(parallelism):
+    session = Busy()
+    session.parallelism = parallelism
+    list(tiny(session=session).stream([RED] * 12))
+    assert session.most == parallelism
+    session.most = 0
+    tiny(session=session).predict([RED] * 5)
+    assert session.most == 1
+
+
+def test_several_in_flight_save_time():
+    def seconds(in_flight: int) -> float:
+        start = time.perf_counter()
+        list(tiny(session=FakeSession(3, 0.03)).stream([RED] * 24, in_flight=in_flight))
+        return time.perf_counter() - start
+
+    assert seconds(4) < 0.6 * seconds(1)
+
+
+@pytest.mark.parametrize("in_flight", [0, -1])
+def test_none_in_flight_is_refused(in_flight):
+    with pytest.raises(InputError, match="in flight"):
+        next(tiny().stream([RED], in_flight=in_flight))
+
+
+def test_runtime_computes_while_the_caller_is_busy():
+    session = Busy(0.001)
+    stream = tiny(session=session).stream([RED] * 9, in_flight=2)
+    next(stream)
+    deadline = time.monotonic() + 10
+    while session.calls < 6 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert session.calls == 6  # 2 in flight and 4 decoded ahead, one of which was answered
+    assert len(list(stream)) == 8
+
+
+# --- bounds ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", SIZES)
+@pytest.mark.parametrize(("workers", "in_flight"), SHAPES)
+def test_images_held_are_bounded(batch, workers, in_flight):
+    taken = delivered = most = 0
+
+    def endless():
+        nonlocal taken, most
+        while True:
+            taken += 1
+            most = max(most, taken - delivered)
+            yield RED
+
+    stream = tiny(batch).stream(endless(), workers=workers, in_flight=in_flight)
+    for _ in itertools.islice(stream, 50):
+        delivered += 1
+        time.sleep(0.0005)
+    stream.close()
+    assert most <= bound(batch, workers, in_flight)
+
+
+def test_images_are_let_go_once_decoded():
+    """The pixels of a decoded picture are many times its preprocessed row."""
+
+    class Picture(io.BytesIO):
+        pass
+
+    alive: weakref.WeakSet = weakref.WeakSet()
+
+    def pictures():
+        for _ in range(40):
+            picture = Picture(RED)
+            alive.add(picture)
+            yield picture
+
+    stream = tiny(session=FakeSession(3, 0.01)).stream(pictures(), workers=1, in_flight=4)
+    next(stream)
+    time.sleep(0.1)
+    assert len(alive) <= 2
+    assert len(list(stream)) == 39
+
+
+def test_bound_inputs_are_used_again():
+    class Counting(FakeSession):
+        made = 0
+
+        def bind(self, shape):
+            self.made += 1
+            return super().bind(shape)
+
+    session = Counting(3)
+    p = tiny(session=session)
+    for _ in range(20):
+        p(RED)
+        p.predict([RED, BLUE])
+    assert session.made == 1
+    list(p.stream([RED] * 100, workers=2, in_flight=2))
+    assert session.made <= bound(1, 2, 2) + 1
+
+
+# --- failures -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", SIZES)
+@pytest.mark.parametrize(("workers", "in_flight"), SHAPES)
+def test_everything_before_the_error_of_the_iterable(batch, workers, in_flight):
+    def camera():
+        yield from map(grey, range(10))
+        raise ConnectionError("camera unplugged")
+
+    answers = []
+    with pytest.raises(ConnectionError, match="unplugged"):
+        answers.extend(tiny(batch).stream(camera(), workers=workers, in_flight=in_flight))
+    assert levels(answers) == levels(tiny(batch).predict(map(grey, range(10))))
+
+
+@pytest.mark.parametrize(("workers", "in_flight"), SHAPES)
+def test_failing_inference_raises_at_its_turn(workers, in_flight):
+    class Failing(FakeSession):
+        def run(self, batch):
+            if abs(batch.mean() * 255 - 5) < 0.1:
+                raise RuntimeError("the device went away")
+            return super().run(batch)
+
+    spec = Preprocess(16, None, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    stream = Predictor(Failing(3), spec, LABELS).stream(
+        map(grey, range(30)), workers=workers, in_flight=in_flight
+    )
+    assert len(list(itertools.islice(stream, 5))) == 5
+    with pytest.raises(RuntimeError, match="went away"):
+        next(stream)
+    assert not helpers()
+
+
+def test_the_first_of_two_bad_images_is_named(tmp_path):
+    for batch, in_flight in itertools.product(SIZES, (1, 3)):
+        images = [RED, tmp_path / "one.png", BLUE, tmp_path / "two.png"]
+        with pytest.raises(ImageError, match=r"one\.png"):
+            list(tiny(batch).stream(images, in_flight=in_flight))
+
+
+def test_what_is_no_iterable_is_a_type_error():
+    with pytest.raises(TypeError):
+        next(tiny().stream(7))
+    assert not helpers()
+
+
+def test_interrupt_from_the_iterable_comes_at_once():
+    def interrupted():
+        yield from [RED] * 3
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(tiny().stream(interrupted(), in_flight=2))
+    assert not helpers()
+
+
+@pytest.mark.parametrize("batch", SIZES)
+@pytest.mark.parametrize("in_flight", [1, 3])
+def test_early_close_cancels_what_has_not_begun(batch, in_flight):
+    session = Busy(0.05)
+    stream = tiny(batch, session=session).stream(itertools.repeat(RED), workers=3, in_flight=in_flight)
+    next(stream)
+    assert helpers()
+    before = session.calls
+    stream.close()
+    assert not helpers()
+    assert session.now == 0
+    assert session.calls <= before + in_flight
+    assert next(stream, None) is None
+
+
+def test_leaving_the_loop_frees_the_threads():
+    p = tiny(session=Busy())
+    for _ in p.stream(itertools.repeat(RED), in_flight=2):
+        break
+    assert not helpers()
+    with pytest.raises(ZeroDivisionError):
+        sum(1 / 0 for _ in p.stream(itertools.repeat(RED), in_flight=2))
+    gc.collect()
+    assert not helpers()
+
+
+def test_stream_that_is_collected_in_its_own_thread():
+    """Garbage is collected wherever memory is allocated: there, waiting for oneself would never end."""
+    p = tiny()
+    started, dropped, done = threading.Event(), threading.Event(), threading.Event()
+
+    class Dropping(io.BytesIO):
+        def read(self, *args):
+            if not started.is_set():
+                started.set()
+                dropped.wait(10)
+                holder.clear()  # the last reference, in a decode thread
+                done.set()
+            return super().read(*args)
+
+    holder = [
+        p.stream(itertools.chain([RED], [Dropping(RED)], itertools.repeat(RED)), workers=1, in_flight=1)
+    ]
+    next(holder[0])
+    assert started.wait(10)
+    dropped.set()
+    assert done.wait(10)
+    deadline = time.monotonic() + 10
+    while helpers() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not helpers()
+
+
+def test_closing_the_predictor_waits_for_what_runs():
+    session = Busy(0.1)
+    p = tiny(session=session)
+    stream = p.stream([RED] * 20, in_flight=3)
+    next(stream)
+    p.close()
+    assert session.closed_while_busy is False
+    with pytest.raises(InputError, match="closed"):
+        list(stream)
+    p.close()
+
+
+@pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
+def test_closing_a_real_predictor_in_the_middle(fp32_bundle, name):
+    p = Predictor.load(fp32_bundle, backend=name, throughput=True)
+    stream = p.stream(itertools.repeat(RED), in_flight=3)
+    next(stream)
+    p.close()
+    with pytest.raises(InputError, match="closed"):
+        list(stream)
+
+
+def test_many_streams_of_one_predictor():
+    p = tiny(3, session=FakeSession(3, 0.001))
+    want = levels(p.predict(map(grey, range(25))))
+    with ThreadPoolExecutor(4) as pool:
+        runs = pool.map(
+            lambda w: levels(p.stream(map(grey, range(25)), workers=w, in_flight=2)), [0, 1, 2, 3]
+        )
+        assert all(run == want for run in runs)
+
+
+# --- pixels and batches ---------------------------------------------------------------------------
+
+
+def normalise_plainly(values: np.ndarray, spec: Preprocess) -> np.ndarray:
+    """The formula in one expression each: what results have to equal to the last bit."""
+    scale = (1 / (255 * np.asarray(spec.std))).astype(np.float32).reshape(3, 1, 1)
+    shift = (-np.asarray(spec.mean) / np.asarray(spec.std)).astype(np.float32).reshape(3, 1, 1)
+    return np.multiply(np.moveaxis(values, -1, -3), scale, dtype=np.float32) + shift
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 4), max_size=2),
+    height=st.integers(1, 40),
+    width=st.integers(1, 40),
+    mean=st.tuples(*[st.floats(0, 1)] * 3),
+    std=st.tuples(*[st.floats(0.01, 2)] * 3),
+    seed=st.integers(0, 99),
+)
+def test_normalising_is_bit_identical(shape, height, width, mean, std, seed):
+    spec = Preprocess(8, None, mean, std)
+    values = np.random.default_rng(seed).integers(0, 256, (*shape, height, width, 3), np.uint8)
+    want = normalise_plainly(values, spec)
+    fresh = normalise(values, spec)
+    assert fresh.flags.c_contiguous
+    out = np.full(want.shape, np.nan, np.float32)
+    assert normalise(values, spec, out) is out
+    for got in (fresh, out, normalise(values[..., ::-1, :], spec)[..., ::-1]):
+        assert got.dtype == np.float32
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("short", [None, 16, 19, 24])
+@pytest.mark.parametrize("shape", [(16, 16), (19, 19), (19, 33), (24, 24), (47, 24), (7, 90)])
+def test_arrays_give_the_pixels_of_pictures(short, shape):
+    from PIL import Image
+
+    spec = Preprocess(16, short, SPEC.mean, SPEC.std)
+    array = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    kept = array.copy()
+    for source in (array, array[::-1, ::-1], np.asfortranarray(array)):
+        result = pixels(source, spec)
+        np.testing.assert_array_equal(result, pixels(Image.fromarray(np.ascontiguousarray(source)), spec))
+        assert not result.flags.writeable
+        assert source.flags.writeable
+    np.testing.assert_array_equal(array, kept)
+
+
+@pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
+def test_batches_of_every_kind_of_memory(onnx_bundle, name):
+    """Read-only, not contiguous, changed in place, of changing size: the runtime sees the values of this
+    call."""
+    with Predictor.load(onnx_bundle, backend=name, threads=1) as p:
+        batch = np.random.default_rng(0).standard_normal((3, 3, 64, 64)).astype(np.float32)
+        want = np.concatenate([p.logits(b[None]) for b in batch])
+        fixed = batch.copy()
+        fixed.flags.writeable = False
+        for source in (batch, fixed, np.asfortranarray(batch), np.repeat(batch, 2, 0)[::2]):
+            np.testing.assert_allclose(p.logits(source), want, atol=1e-4, rtol=0)
+        batch[...] = batch[::-1].copy()
+        np.testing.assert_allclose(p.logits(batch), want[::-1], atol=1e-4, rtol=0)
+        np.testing.assert_allclose(p.logits(batch[:1]), want[2:], atol=1e-4, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("values", [[np.inf, -np.inf], [np.nan], [np.inf], [-np.inf, 3e38], [np.nan, np.inf]])
+def test_no_sum_hides_what_is_not_finite(values):
+    p = tiny(0)
+    batch = np.full((2, 3, SPEC.size, SPEC.size), 3e38, np.float32)  # finite, though its sum is not
+    assert p.outputs(batch)[0].shape == (2, 3)
+    batch[0, 0, 0, : len(values)] = values
+    with pytest.raises(InputError, match="infinite"):
+        p.outputs(batch)
+
+
+def test_prepare_takes_lists_and_generators():
+    p = tiny()
+    listed = p.prepare([RED, BLUE])
+    np.testing.assert_array_equal(p.prepare(iter([RED, BLUE])), listed)
+    assert listed.shape == (2, 3, SPEC.size, SPEC.size)
+    assert p.prepare([]).shape == p.prepare(iter([])).shape == (0, 3, SPEC.size, SPEC.size)
+
+
+# --- cmt-predict ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [31, 32])
+def test_many_images_are_predicted_in_throughput_mode(monkeypatch, capsys, tmp_path, count):
+    from cmt_edge.deploy.cli import predict
+
+    bundle = make_bundle(tmp_path / "b")
+    (tmp_path / "images").mkdir()
+    for i in range(count):
+        (tmp_path / f"images/{i:03}.png").write_bytes(RED)
+    asked = []
+    load = Predictor.load
+    monkeypatch.setattr(
+        predict.Predictor, "load", lambda path, **kw: asked.append(kw["throughput"]) or load(path, **kw)
+    )
+    assert predict.main([str(bundle.path), str(tmp_path / "images")]) == 0
+    assert asked == [count >= 32]
+    assert capsys.readouterr().out.count(".png  red ") == count

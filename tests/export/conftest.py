@@ -1,0 +1,17 @@
+"""Exports that take little time."""
+
+from __future__ import annotations
+
+import pytest
+
+from cmt_edge.deploy.measure.benchmark import Protocol
+from cmt_edge.export import pipeline
+from helpers.exports import traced_once
+
+
+@pytest.fixture(scope="module")
+def quick_exports():
+    """Equal weights are traced once a session, and the final measurement is short."""
+    with traced_once() as patch:
+        patch.setattr(pipeline, "QUICK", Protocol(iters=10, seconds=0.1, warmup_iters=2, warmup_seconds=0.1))
+        yield

@@ -1,0 +1,67 @@
+"""Every family down the whole road, by the same commands: exported, quantized, typed, verified.
+
+One model of each architecture in every run, at a small size; every model with ``-m giant``, at their
+published size.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from cmt_edge.cmt import list_models, model_spec
+from cmt_edge.deploy import Bundle
+from cmt_edge.deploy.measure.benchmark import Protocol
+from cmt_edge.deploy.measure.parity import verify
+from cmt_edge.export import ExportConfig, pipeline, run
+from helpers.exports import TRACED, traced_once
+
+SMALL = ("cvt_13", "convit_tiny", "mvitv2_t", "xformer_reading")
+EVERY = [pytest.param(n, marks=pytest.mark.giant) for n in list_models()]
+ROADS = [("openvino", "fp32"), ("openvino", "int8")]
+
+
+def export(name, form, precision, folder, size):
+    data = {"data": "generated", "calib_size": 8} if precision == "int8" else {}
+    return run(
+        ExportConfig(
+            name,
+            format=form,
+            precision=precision,
+            weights="random",
+            imgsz=size,
+            build=form != "trt",
+            batch=0,
+            output=str(folder),
+            **data,
+        )
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
+def test_each_family(name, tmp_path):
+    """The longest road: float32 graph, int8, float16, linted, verified in ONNX Runtime."""
+    made = export(name, "trt", "int8", tmp_path, 64)
+    assert made.manifest.verification.golden.passed
+    assert made.manifest.typing.operations["int8"] > 20
+    assert verify(made, backend="onnxruntime").passed
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_model_at_its_published_size(name, tmp_path, capsys):
+    with traced_once() as patch:
+        patch.setattr(pipeline, "QUICK", Protocol(iters=3, seconds=0.0, warmup_iters=1, warmup_seconds=0.0))
+        for form, precision in ROADS:
+            made = export(name, form, precision, tmp_path, model_spec(name).img_size)
+            again = [
+                verify(Bundle.open(made.path), backend=backend) for backend in ("openvino", "onnxruntime")
+            ]
+            assert all(v.passed for v in again)
+            with capsys.disabled():
+                print(
+                    f"\n{made.path.name}:",
+                    ", ".join(
+                        f"{v.runtime.runtime} {v.golden.diff:.2g} of {v.golden.atol:.2g}" for v in again
+                    ),
+                )
+    TRACED.clear()

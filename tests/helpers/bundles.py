@@ -1,0 +1,131 @@
+"""Small bundles and predictors that the fake backend serves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from cmt_edge.calib.generated import generate
+from cmt_edge.deploy import Bundle, Predictor, Preprocess
+from cmt_edge.deploy.backends.fake import FakeSession
+from cmt_edge.deploy.bundle import (
+    GOLDEN,
+    MANIFEST,
+    ONNX,
+    REFERENCE,
+    BundleWriter,
+    Golden,
+    Manifest,
+    save_reference,
+)
+from cmt_edge.deploy.bundle.sections import ModelEntry, TensorEntry, WeightsEntry
+from cmt_edge.deploy.preprocessing import normalise, pixels
+
+SIZE = 16
+LABELS = ("red", "green", "blue")
+SPEC = Preprocess(SIZE, None, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+def tiny_model(classes: int) -> ModelEntry:
+    """The entry of a model that nothing can rebuild."""
+    return ModelEntry(
+        provider="none",
+        name="tiny",
+        family="none",
+        img_size=SIZE,
+        num_classes=classes,
+        head="logits",
+        params=0,
+        macs=0,
+        opset=20,
+        weights=WeightsEntry(source="random", sha256="0" * 64, seed=0, ema=False, fresh=(), resized=()),
+    )
+
+
+def tiny_manifest(labels=LABELS, **changes) -> Manifest:
+    """Of a model that the fake backend serves."""
+    count = len(labels)
+    made = Manifest(
+        model=tiny_model(count),
+        input=TensorEntry(name="input", shape=(1, 3, SIZE, SIZE), dtype="float32"),
+        outputs=(TensorEntry(name="logits", shape=(1, count), dtype="float32"),),
+        preprocess=SPEC,
+        labels=tuple(label if isinstance(label, tuple) else (label, label) for label in labels),
+        labels_source="numbered",
+        precision="fp32",
+        format="fake",
+    )
+    return replace(made, **changes)
+
+
+def tiny_golden(classes: int = len(LABELS)) -> Golden:
+    sources = generate(2, SIZE + 4, seed=1)
+    values = np.stack([pixels(source, SPEC) for source in sources])
+    return Golden(sources, values, FakeSession(classes).run(normalise(values, SPEC)))
+
+
+def make_bundle(
+    target: Path, *, golden: Golden | None = None, members=None, reference=None, **changes
+) -> Bundle:
+    """A finished bundle for the fake backend; ``members`` are further files, ``reference`` recorded
+    answers."""
+    manifest = tiny_manifest(**changes)
+    with BundleWriter(Path(target)) as writer:
+        (golden or tiny_golden(len(manifest.labels))).save(writer.folder / GOLDEN)
+        for name, data in {"model.bin": b"weights", **(members or {})}.items():
+            path = writer.folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        if reference is not None:
+            save_reference(writer.folder / REFERENCE, reference)
+        return writer.commit(manifest)
+
+
+def copy_bundle(bundle: Bundle, target: Path, edit=lambda folder: None, **changes) -> Bundle:
+    """Another valid bundle with edited members and manifest entries."""
+    with BundleWriter(Path(target)) as writer:
+        shutil.copytree(
+            bundle.path, writer.folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST)
+        )
+        edit(writer.folder)
+        return writer.commit(replace(bundle.manifest, **changes))
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
+
+
+def edit_manifest(bundle: Bundle, change, seal: bool = True) -> None:
+    """Rewrite ``manifest.json`` after ``change(content)``, leaving the other files; ``seal`` makes its
+    checksum right."""
+    path = bundle.path / MANIFEST
+    content = json.loads(path.read_text())
+    change(content)
+    if seal:
+        body = {k: v for k, v in content.items() if k != "checksum"}
+        content["checksum"] = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(content))
+
+
+def blank_head(folder) -> None:
+    """Zero the classifier's weights: every image gets the same answer."""
+    model = onnx.load(folder / ONNX)
+    for tensor in model.graph.initializer:
+        if list(tensor.dims)[-1:] == [10] or list(tensor.dims)[:1] == [10]:
+            tensor.CopyFrom(
+                numpy_helper.from_array(np.zeros_like(numpy_helper.to_array(tensor)), tensor.name)
+            )
+    onnx.save(model, folder / ONNX)
+
+
+def tiny(batch: int = 1, labels=LABELS, session=None) -> Predictor:
+    return Predictor(session or FakeSession(len(labels)), SPEC, labels, batch=batch)

@@ -1,0 +1,51 @@
+"""Exports of cmt_nano, with each model traced once a session."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx
+import pytest
+
+from cmt_edge.cmt import weights_fingerprint
+from cmt_edge.export import ExportConfig, pipeline
+
+TRACED: dict[tuple, bytes] = {}
+
+
+@contextmanager
+def traced_once():
+    """torch.onnx takes ten seconds: equal weights are traced once a session."""
+
+    real = pipeline.export_onnx
+
+    def export_onnx(model, img_size, opset, outputs, check):
+        key = weights_fingerprint(model), img_size, opset, tuple(outputs)
+        if key not in TRACED:
+            TRACED[key] = real(model, img_size, opset, outputs).SerializeToString()
+        graph = onnx.load_from_string(TRACED[key])
+        check(graph)
+        return graph
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "export_onnx", export_onnx)
+        yield patch
+
+
+NAME = "cmt_nano_fp32_openvino"
+
+
+def content(folder: Path) -> dict[str, str]:
+    """Everything below ``folder``, hidden files too, with hashes."""
+    return {
+        p.relative_to(folder).as_posix(): (
+            hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "folder"
+        )
+        for p in folder.rglob("*")
+    }
+
+
+def nano(output: Path, **settings) -> ExportConfig:
+    return ExportConfig("cmt_nano", output=str(output), **settings)

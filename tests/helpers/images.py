@@ -1,0 +1,52 @@
+"""Encoded images, and folders of them."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from PIL import Image
+
+from cmt_edge.calib.generated import generate
+from cmt_edge.deploy.images import ImageSet
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+
+
+def coloured(name: str, shade: int = 0) -> bytes:
+    """A plain image whose class the fake runtime knows; ``shade`` makes it a different file."""
+    colour = tuple(max(0, v - shade) if v else 0 for v in COLOURS[name])
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 20), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def folder_of(path, content: dict[str, list[bytes]]):
+    """Class folders with images."""
+    for label, blobs in content.items():
+        (path / label).mkdir(parents=True)
+        for i, blob in enumerate(blobs):
+            (path / label / f"{i:03}.png").write_bytes(blob)
+    return ImageSet(path)
+
+
+def plain(colour, size=(20, 20)) -> Image.Image:
+    return Image.new("RGB", size, colour)
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+RED, GREEN, BLUE = (png(plain(c)) for c in ("red", "#00ff00", "blue"))
+
+
+def labelled(folder: Path, classes: list[str], each: int = 2) -> Path:
+    blobs = iter(generate(each * len(classes), 64, seed=11))
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for i in range(each):
+            (folder / name / f"{i}.png").write_bytes(next(blobs))
+    return folder

@@ -1,0 +1,55 @@
+"""A small TensorRT bundle whose graph computes what the fake runtime does: its golden vectors hold."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from onnx import TensorProto, helper, numpy_helper
+
+from cmt_edge.deploy import Bundle
+from cmt_edge.deploy.backends.fake import FakeSession
+from cmt_edge.deploy.bundle import ONNX
+from cmt_edge.deploy.bundle.sections import TensorEntry, TypingEntry
+from helpers.bundles import LABELS, SIZE, make_bundle
+
+
+def forget_fakes() -> None:
+    """Import TensorRT, CUDA and the backend over them anew."""
+    for name in [*sys.modules]:
+        if name.split(".")[0] in ("tensorrt", "cuda") or name in (
+            "cmt_edge.deploy.tensorrt.session",
+            "cmt_edge.deploy.tensorrt.builder",
+        ):
+            del sys.modules[name]
+
+
+def tiny_graph(batch: int | str = 1, half: bool = True):
+    """Means of the colour channels times a matrix, in float16 between float32 ends."""
+    kind, dtype = (TensorProto.FLOAT16, np.float16) if half else (TensorProto.FLOAT, np.float32)
+    matrix = numpy_helper.from_array(FakeSession(len(LABELS)).matrix.astype(dtype), "matrix")
+    nodes = [
+        helper.make_node("Cast", ["input"], ["x"], "cast_in", to=kind),
+        helper.make_node("GlobalAveragePool", ["x"], ["mean"], "pool"),
+        helper.make_node("Flatten", ["mean"], ["flat"], "flatten"),
+        helper.make_node("MatMul", ["flat", "matrix"], ["y"], "head"),
+        helper.make_node("Cast", ["y"], ["logits"], "cast_out", to=TensorProto.FLOAT),
+    ]
+    source = helper.make_tensor_value_info("input", TensorProto.FLOAT, [batch, 3, SIZE, SIZE])
+    target = helper.make_tensor_value_info("logits", TensorProto.FLOAT, [batch, len(LABELS)])
+    graph = helper.make_graph(nodes, "tiny", [source], [target], [matrix])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+
+
+def trt_bundle(target: Path, *, batch: int | str = 1, half: bool = True) -> Bundle:
+    """An unbuilt bundle of format ``trt``."""
+    precision = "fp16" if half else "fp32"
+    return make_bundle(
+        target,
+        members={ONNX: tiny_graph(batch, half).SerializeToString()},
+        format="trt",
+        precision=precision,
+        input=TensorEntry(name="input", shape=(batch, 3, SIZE, SIZE), dtype="float32"),
+        typing=TypingEntry(operations={precision: 2}, islands=(), observed=None),
+    )
