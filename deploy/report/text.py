@@ -229,7 +229,7 @@ def _sensitivity_table(verdict: VerdictEntry, markdown: bool) -> list[str]:
 
 def _conditions(verdict: VerdictEntry) -> str:
     """On what, where and within which limits the candidates were measured."""
-    images = next(c.accuracy.images for c in verdict.candidates if c.accuracy)
+    images = next((c.accuracy.images for c in verdict.candidates if c.accuracy), 0)
     what = "labelled images" if verdict.labelled else "calibration images"
     budget = f", {verdict.latency_budget:g} ms" if verdict.latency_budget else ""
     limit = f", limited to {verdict.isa}" if verdict.isa else ""
