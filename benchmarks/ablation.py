@@ -47,25 +47,36 @@ from common import (
 from torch import nn
 
 from cmt_edge.calib import CalibrationSet
-from cmt_edge.calib.quantize import unchecked
+from cmt_edge.calib.quantize import calibrate
 from cmt_edge.calib.recipe import DEFAULT, Recipe
 from cmt_edge.cmt import fuse, model_spec
-from cmt_edge.cmt.reference import build
+from cmt_edge.cmt.reference import load_reference
 from cmt_edge.deploy.backends import Session
 from cmt_edge.deploy.backends.openvino import has_bf16
 from cmt_edge.deploy.backends.torch import TorchSession
 from cmt_edge.deploy.bundle import plain
 from cmt_edge.deploy.files import write_atomic
-from cmt_edge.deploy.measure.benchmark import Latency, Protocol, bound, interleaved, summarise
+from cmt_edge.deploy.measure.benchmark import Protocol, bound, interleaved
 from cmt_edge.deploy.measure.host import describe, versions
+from cmt_edge.deploy.measure.statistics import Latency, summarise
 from cmt_edge.deploy.report import table
 from cmt_edge.export import ExportConfig
 from cmt_edge.export.config import OPSET
 from cmt_edge.export.to_onnx import export_onnx, simplify, with_batch
 
-NONE, ALL, DEFAULT_RECIPE, SIGNED = "none", "all", "default recipe", "signed inputs of convs"
+NONE, ALL = "none", "all"
+"""Names of the variants without any rewrite, and with all of them."""
+
 ONLY, BUT = "only: ", "all but: "
+"""Beginnings of the names of the other variants; the name of a rewrite follows."""
+
+DEFAULT_RECIPE, SIGNED = "default recipe", "signed inputs of convs"
+"""Names of two recipes that are more than settings: the default, and the one that
+OpenVINO reads unchanged."""
+
 IMAGES = 16
+"""Generated images on which logits are compared with PyTorch's."""
+
 RECIPES: dict[str, dict[str, Any]] = {
     "not equalized": {"equalize": False},
     "inner depthwise float": {"depthwise": False},
@@ -166,8 +177,8 @@ def recipe_graphs(bench: Bench) -> Iterator[Variant]:
     for name, changes in {DEFAULT_RECIPE: {}, **chosen}.items():
         with step(f"quantize with {name}"):
             recipe: Recipe = replace(DEFAULT, **changes)
-            try:  # unchecked: the rules of cmt_edge.calib.lint forbid what some of these choices do
-                quantized = unchecked(graph, data, spec, recipe, None).model
+            try:  # not quantize: the rules of cmt_edge.calib.lint forbid what some of these choices do
+                quantized = calibrate(graph, data, spec, recipe, None).model
                 fields = stored(bench, quantized, name)
                 yield Variant(part="recipe", precision="int8", **fields)
                 if name == DEFAULT_RECIPE and signed:
@@ -346,7 +357,7 @@ def parsed() -> argparse.Namespace:
 
 def main() -> None:
     args = parsed()
-    model, _ = build(args.model, args.weights)
+    model, _ = load_reference(args.model, args.weights)
     images = check_images(ExportConfig(args.model).preprocess, IMAGES)
     truth = logits(TorchSession(model, args.threads), images)
     with tempfile.TemporaryDirectory() as folder:

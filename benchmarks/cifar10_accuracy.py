@@ -29,6 +29,7 @@ COLUMNS = [
     "agreement %",
     "mean logit diff",
 ]
+"""Heads of the table."""
 
 
 def noise_images(folder: Path, seed: int, count: int = 300) -> str:

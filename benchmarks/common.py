@@ -15,7 +15,8 @@ import numpy as np
 
 from cmt_edge.deploy import Preprocess
 from cmt_edge.deploy.backends import LoadOptions, Session
-from cmt_edge.deploy.measure.benchmark import Latency, Protocol, _bootstrap_medians
+from cmt_edge.deploy.measure.benchmark import Protocol
+from cmt_edge.deploy.measure.statistics import Latency, ratio_of_medians
 from cmt_edge.deploy.preprocessing import normalise, pixels
 from cmt_edge.deploy.report import how_measured
 
@@ -114,9 +115,8 @@ def deviation(ours: np.ndarray, reference: np.ndarray) -> float:
 def ratio(base: np.ndarray, other: np.ndarray) -> Ratio:
     """Speed of ``other`` over ``base`` (above 1 is faster) from samples in nanoseconds, as
     ``deploy.benchmark`` computes it."""
-    rng = np.random.default_rng(0)
-    low, high = np.percentile(_bootstrap_medians(base, rng) / _bootstrap_medians(other, rng), [2.5, 97.5])
-    return float(np.median(base) / np.median(other)), float(low), float(high)
+    value, low, high = ratio_of_medians(base, other)
+    return value, low, high
 
 
 def openvino_session(

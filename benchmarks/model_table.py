@@ -19,7 +19,7 @@ from pathlib import Path
 import onnx
 
 from cmt_edge.cmt import create_model, list_models, model_spec
-from cmt_edge.cmt.registry import ModelSpec
+from cmt_edge.cmt.spec import ModelSpec
 from cmt_edge.cmt.weights import randomize
 from cmt_edge.deploy.backends.openvino import has_bf16
 from cmt_edge.deploy.bundle import ONNX, Bundle
@@ -33,8 +33,11 @@ from cmt_edge.export.config import OPSET
 from cmt_edge.export.to_onnx import export_onnx, simplify
 
 GIANT_MACS = 12e9
+"""Models with more multiply-adds than this are not measured."""
+
 CALIBRATED_ON = 8
 """Images; enough for latencies, which do not depend on ranges."""
+
 HEADER = [
     "model",
     "input",
@@ -48,6 +51,7 @@ HEADER = [
     "bf16",
     "int8",
 ]
+"""Heads of the table."""
 
 
 def main() -> None:
@@ -81,10 +85,11 @@ def main() -> None:
 PREFACE = f"""# Models
 
 Made by `python benchmarks/model_table.py --output docs/models.md`. "bf16" and "int8" are speed-ups against
-our fp32
-(OpenVINO, batch 1, interleaved, random weights); models above {GIANT_MACS / 1e9:g} GMACs are not measured.
+our fp32 (OpenVINO, batch 1, interleaved, random weights); models above {GIANT_MACS / 1e9:g} GMACs are not
+measured.
 
 """
+"""What stands above the table."""
 
 
 def figures(spec: ModelSpec) -> list[str]:

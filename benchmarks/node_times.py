@@ -19,7 +19,10 @@ from cmt_edge.deploy.measure.benchmark import golden_batch
 from cmt_edge.deploy.report import table
 
 ENTRIES = ("layerType", "primitiveType", "runtimePrecision")
+"""Entries of OpenVINO's execution graph that are printed for each node."""
+
 REPEATS = 50
+"""Profiled inferences."""
 
 
 def rows(path: Path, threads: int) -> list[list[str]]:

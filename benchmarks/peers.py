@@ -61,18 +61,23 @@ from cmt_edge.deploy.measure.benchmark import (
     Protocol,
     bound,
     interleaved,
-    summarise,
     throughput,
 )
 from cmt_edge.deploy.measure.host import describe, versions
+from cmt_edge.deploy.measure.statistics import summarise
 
 if TYPE_CHECKING:  # the children that only run a model must not load PyTorch
     import onnx
     from torch import nn
 
 ONNX, IR, WEIGHTS = "model.onnx", "openvino.xml", "weights.pt"
+"""Names of the files that a row makes."""
+
 OPENVINO_FILES = (IR, "openvino.bin")
+"""What OpenVINO reads."""
+
 IMAGES_FILE = "images.npy"
+"""The images on which logits are compared: float32 ``(N, 3, S, S)``."""
 
 
 @dataclass(frozen=True)
@@ -180,9 +185,9 @@ def plain_onnx(job: Job) -> onnx.ModelProto:
 def calibration(job: Job) -> Any:
     """The images that every int8 row is calibrated on, through the same reader: iterable, with a length."""
     from cmt_edge.calib import CalibrationSet
-    from cmt_edge.calib.quantize import _Batches
+    from cmt_edge.calib.quantize import Batches
 
-    return _Batches(CalibrationSet.choose(job.data, job.calib_size, job.preprocess), job.preprocess, None)
+    return Batches(CalibrationSet.choose(job.data, job.calib_size, job.preprocess), job.preprocess, None)
 
 
 def make_weights(job: Job, folder: Path) -> None:

@@ -13,7 +13,8 @@ import numpy as np
 from common import Ratio, latency_text, machine_text, ratio_text
 
 from cmt_edge.deploy.files import write_atomic
-from cmt_edge.deploy.measure.benchmark import Latency, Protocol
+from cmt_edge.deploy.measure.benchmark import Protocol
+from cmt_edge.deploy.measure.statistics import Latency
 from cmt_edge.deploy.report import table
 
 BASE = "ov_fp32"
@@ -60,6 +61,7 @@ HEADER = (
     "logits off, std",
     "what really ran",
 )
+"""Heads of the table."""
 
 
 def cells(r: Result) -> list[str]:

@@ -31,7 +31,10 @@ from cmt_edge.export.to_onnx import run_graph
 from cmt_edge.export.typed import rounded
 
 PRECISIONS = ("fp32", "fp16", "int8")
+"""The typed graphs that are compared."""
+
 PHOTOS = 64
+"""At most so many photographs are read."""
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
-"""Groups of operations that are judged and kept float together: one kind of layer in one stage, in the
-model's own names.
+"""Groups of operations that are judged together and stay float together: one kind of layer in one stage, in
+the model's own names.
 
 A node's group comes from the path of the module that made it (:data:`MODULE` in the node's metadata), without
 the numbers of the blocks: ``stages.2.blocks.5.ffn.expand`` is in ``stages.2.ffn``. Models without stages have
-one long row of blocks, which is cut into :data:`PARTS`: ``blocks.4.attn.qkv`` of 12 blocks is in
+one long row of blocks, which is cut into :data:`PARTS` groups: ``blocks.4.attn.qkv`` of 12 blocks is in
 ``blocks[3-5].attn``.
 """
 
@@ -13,44 +13,52 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 
 import onnx
+import onnx_ir as ir
 
+from .graph import is_constant, node_name, read_model
 from .recipe import is_depthwise
 
 MODULE = "module"
-"""Key of a node's metadata: path of the module that made it, as in the model's ``state_dict``."""
+"""Key in a node's metadata: the path of the module that made the node, as in the model's ``state_dict``."""
+
 PARTS = 4
-"""A row of blocks that is no part of a stage is cut into so many groups, if it has at least twice as many
+"""The number of groups into which a row of blocks outside of stages is cut, if it has at least twice as many
 blocks."""
+
 CLASSES = ("@products", "@depthwise", "@linears")
-"""Groups of every model: products of two activations; depthwise convs; products of any kind (all that is not
-a conv)."""
+"""Names of the groups that every model has: products of two activations, depthwise convs, and products of any
+kind (every int8 operation that is not a conv)."""
 
 
-def module_of(node: onnx.NodeProto) -> str:
+def module_of(node: ir.Node) -> str:
     """Path of the module that made ``node``; its own name where that is not known."""
-    return next((p.value for p in node.metadata_props if p.key == MODULE), node.name)
+    return node.metadata_props.get(MODULE, node_name(node))
 
 
 def group_names(paths: Collection[str]) -> dict[str, str]:
-    """Module path -> group. ``paths``: of all operations in question; how a model is divided shows only in
-    their whole."""
+    """Module path -> group.
+
+    ``paths`` are those of all operations that may be grouped: how a model is divided into stages and blocks
+    shows only in all of them together.
+    """
     rows = _rows(paths)
     stages = {_parent(row) for row in rows}
     names = {path: _group(path, rows, stages) for path in paths}
-    siblings = defaultdict(set)
-    for name in names.values():
-        siblings[_parent(name)].add(name)
-    alone = {
-        name
-        for parent, children in siblings.items()
-        if parent in rows and len(children) == 1
-        for name in children
-    }
+    alone = _only_children(names.values(), rows)
     return {path: _parent(name) if name in alone else name for path, name in names.items()}
 
 
+def _only_children(names: Iterable[str], rows: Collection[str]) -> set[str]:
+    """Groups that are the only one in their row of blocks."""
+    siblings = defaultdict(set)
+    for name in names:
+        siblings[_parent(name)].add(name)
+    lonely = [children for parent, children in siblings.items() if parent in rows and len(children) == 1]
+    return set().union(*lonely)
+
+
 def _rows(paths: Iterable[str]) -> dict[str, list[int]]:
-    """Innermost containers of numbered blocks that are modules of their own, and the numbers in use."""
+    """The innermost containers of numbered blocks with modules of their own, and the blocks' numbers."""
     rows: dict[str, set[int]] = defaultdict(set)
     for path in paths:
         parts = path.split(".")
@@ -62,27 +70,23 @@ def _rows(paths: Iterable[str]) -> dict[str, list[int]]:
 
 
 def _group(path: str, rows: Mapping[str, list[int]], stages: Collection[str]) -> str:
-    row = next(
-        (
-            r
-            for r in rows
-            if path.startswith(f"{r}.") and path[len(r) + 1 :].split(".", maxsplit=1)[0].isdigit()
-        ),
-        None,
-    )
-    if row is not None:
-        number, _, rest = path[len(row) + 1 :].partition(".")
-        kind = rest.split(".")[0]
-        container = _parent(row) or row + _part(int(number), rows[row])
-        return f"{container}.{kind}" if kind else container
-    inside = [s for s in stages if s and path.startswith(f"{s}.")]
+    """The group of one module, in a block or beside the blocks."""
+    for row, numbers in rows.items():
+        number, _, rest = path.removeprefix(f"{row}.").partition(".")
+        if path.startswith(f"{row}.") and number.isdigit():
+            container = _parent(row) or row + _part(int(number), numbers)
+            kind = rest.split(".")[0]
+            return f"{container}.{kind}" if kind else container
+    inside = [stage for stage in stages if stage and path.startswith(f"{stage}.")]
     stage = max(inside, key=len, default="")
-    child = path[len(stage) + 1 if stage else 0 :].split(".", maxsplit=1)[0]
-    return f"{stage}.{child}" if stage else child
+    if not stage:
+        return path.split(".", maxsplit=1)[0]
+    child = path.removeprefix(f"{stage}.").split(".")[0]
+    return f"{stage}.{child}"
 
 
 def _part(number: int, numbers: list[int]) -> str:
-    """``"[3-5]"``: the part of a row that ``number`` is in; empty for a short row."""
+    """The part of a row that a block is in, like ``"[3-5]"``; empty for a short row."""
     if len(numbers) < 2 * PARTS:
         return ""
     place = numbers.index(number) * PARTS // len(numbers)
@@ -97,18 +101,23 @@ def _parent(path: str) -> str:
 def groups_of(model: onnx.ModelProto, nodes: Collection[str]) -> dict[str, tuple[str, ...]]:
     """Group -> names of those of ``nodes`` in it, in the graph's order; ``model`` carries the modules'
     names."""
-    chosen = [node for node in model.graph.node if node.name in nodes]
+    chosen = [node for node in read_model(model).graph if node.name in nodes]
     names = group_names({module_of(node) for node in chosen})
     groups: dict[str, list[str]] = {}
     for node in chosen:
-        groups.setdefault(names[module_of(node)], []).append(node.name)
+        groups.setdefault(names[module_of(node)], []).append(node_name(node))
     return {group: tuple(members) for group, members in groups.items()}
 
 
 def classes_of(model: onnx.ModelProto, nodes: Collection[str]) -> dict[str, tuple[str, ...]]:
     """As :func:`groups_of`, for the groups that every model has (:data:`CLASSES`)."""
-    constants = {i.name for i in model.graph.initializer}
-    products = [n for n in model.graph.node if n.name in nodes and n.op_type in ("MatMul", "Gemm")]
-    free = tuple(n.name for n in products if not constants.intersection(n.input))
-    depthwise = tuple(n.name for n in model.graph.node if n.name in nodes and is_depthwise(n))
-    return dict(zip(CLASSES, (free, depthwise, tuple(n.name for n in products)), strict=True))
+    chosen = [node for node in read_model(model).graph if node.name in nodes]
+    products = [node for node in chosen if node.op_type in ("MatMul", "Gemm")]
+    members = (
+        [node for node in products if not any(is_constant(value) for value in node.inputs)],
+        [node for node in chosen if is_depthwise(node)],
+        products,
+    )
+    return {
+        name: tuple(node_name(node) for node in found) for name, found in zip(CLASSES, members, strict=True)
+    }

@@ -1,4 +1,7 @@
-"""Graph + images + recipe -> one Q/DQ ONNX graph for every runtime, through NNCF; cached by content."""
+"""Makes one Q/DQ ONNX graph for every runtime from a float graph, images, and a recipe.
+
+NNCF calibrates; results are cached by content.
+"""
 
 from __future__ import annotations
 
@@ -18,24 +21,34 @@ from typing import Any
 import numpy as np
 import onnx
 
+from cmt_edge.deploy.cache import Cache, Files
 from cmt_edge.deploy.errors import CmtEdgeError, GateError, InputError, StepError
-from cmt_edge.deploy.files import write_atomic
 from cmt_edge.deploy.preprocessing import Preprocess
 
-from .cache import evict, locked
 from .data import CalibrationSet
 from .equalize import Equalized, equalize
+from .graph import input_of, name_of, read_model
 from .groups import classes_of, groups_of
 from .lint import lint
-from .qdq_pairs import at_layers, signed
+from .qdq_pairs import move_pairs_to_layers, sign_quantizers
 from .recipe import DEFAULT, INT8_OPS, Recipe
 from .restore import int8_nodes, restore
 
 CACHED_FILES = 20
-"""So many calibrated graphs, and the float ones they were made from, are kept; the oldest go first."""
+"""The number of calibrated graphs that the cache keeps, with the float graphs they were made from. The oldest
+are deleted first."""
 
 GROUP = 4
-"""Images that statistics are collected on at once; more need more memory and save little."""
+"""The number of images on which statistics are collected at once. More need more memory and save little."""
+
+ENOUGH = 64
+"""The smallest number of images from which means are taken, for the correction of biases."""
+
+KEPT_BYTES = 512 << 20
+"""Preprocessed images are kept in memory up to this size, in bytes. 300 images of 192 x 192 are 130 MB."""
+
+SHOWN_FINDINGS = 5
+"""The number of broken rules that an error message quotes."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +57,9 @@ class Quantized:
 
     Attributes:
         model: the Q/DQ graph.
-        source: the float graph that it was made from; the given one, equalized.
-        recipe: key of the recipe.
-        cached: it was not computed now.
+        source: the float graph that it was made from: the given one, equalized.
+        recipe: the key of the recipe.
+        cached: whether it was read from the cache.
     """
 
     model: onnx.ModelProto
@@ -67,48 +80,49 @@ def quantize(
     """Quantize a float graph.
 
     Args:
-        model: float32 ONNX graph with input ``(batch, 3, S, S)``, not modified.
-        data: the calibration images.
-        spec: their preprocessing.
-        recipe: what stays float.
-        cache: folder of calibrated graphs; the same graph, images, preprocessing and recipe are not
+        model: float32 ONNX graph with input ``(batch, 3, S, S)``, not modified. data: the calibration
+        images. spec: their preprocessing. recipe: what stays float. cache: a folder of calibrated graphs,
+        in which the same graph, images, preprocessing and recipe are not
             calibrated twice.
-        progress: called with images read and the number of readings.
+        progress: is called with the number of images that were read, and the number of all images.
 
     Raises:
         GateError: the result breaks a rule of :func:`cmt_edge.calib.lint.lint`.
-        InputError: ``recipe.keep_float`` names what the graph has not, or all that could be int8.
+        InputError: ``recipe.keep_float`` names something that the graph does not have, or all that could be
+            int8.
         StepError: NNCF failed.
     """
     if recipe.keep_float:
         whole = quantize(model, data, spec, replace(recipe, keep_float=()), cache=cache, progress=progress)
         return replace(whole, model=keep_float(whole, recipe.keep_float), recipe=recipe.key())
     if cache is None:
-        return _checked(unchecked(model, data, spec, recipe, progress))
+        return _require_clean(calibrate(model, data, spec, recipe, progress))
     content = model.SerializeToString(deterministic=True)
-    path = cache / f"{_key(content, data, spec, recipe)}.onnx"
-    source = path.with_suffix(".float")
-    with locked(path):
-        with contextlib.suppress(Exception):  # an unreadable entry is made again
-            if path.exists():
-                cached = Quantized(onnx.load(path), onnx.load(source), recipe.key(), True)
-                if not lint(cached.model):
-                    path.touch()
-                    source.touch()
-                    return cached
-        result = _checked(unchecked(model, data, spec, recipe, progress))
-        for file, graph in ((source, result.source), (path, result.model)):
-            write_atomic(file, graph.SerializeToString(deterministic=True))
-        for pattern in ("*.onnx", "*.float"):
-            evict(path.parent, pattern, CACHED_FILES)
-    return result
+    store = Cache(cache, (".float", ".onnx"), CACHED_FILES)
+    return store.get(
+        _key(content, data, spec, recipe),
+        decode=lambda files: _from_files(files, recipe),
+        make=lambda: _require_clean(calibrate(model, data, spec, recipe, progress)),
+        encode=_as_files,
+    )
+
+
+def _as_files(quantized: Quantized) -> Files:
+    graphs = (quantized.source, quantized.model)
+    return tuple(graph.SerializeToString(deterministic=True) for graph in graphs)
+
+
+def _from_files(files: Files, recipe: Recipe) -> Quantized | None:
+    """An entry of the cache; ``None`` where the graph breaks today's rules."""
+    source, model = (onnx.load_from_string(content) for content in files)
+    return None if lint(model) else Quantized(model, source, recipe.key(), True)
 
 
 def keep_float(quantized: Quantized, names: tuple[str, ...]) -> onnx.ModelProto:
     """The graph of ``quantized`` with the named groups or operations float again.
 
     Raises:
-        InputError: a name that is neither, or nothing would be left in int8.
+        InputError: a name belongs to neither a group nor an operation, or nothing would be left in int8.
     """
     original, candidates = quantized.source, int8_nodes(quantized.model)
     groups = groups_of(original, candidates) | classes_of(original, candidates)
@@ -124,7 +138,7 @@ def keep_float(quantized: Quantized, names: tuple[str, ...]) -> onnx.ModelProto:
         raise InputError(
             "nothing would be left in int8", remedy="keep fewer groups float, or use --precision fp32 or bf16"
         )
-    return _checked(replace(quantized, model=restore(quantized.model, original, chosen))).model
+    return _require_clean(replace(quantized, model=restore(quantized.model, original, chosen))).model
 
 
 def _key(content: bytes, data: CalibrationSet, spec: Preprocess, recipe: Recipe) -> str:
@@ -133,86 +147,85 @@ def _key(content: bytes, data: CalibrationSet, spec: Preprocess, recipe: Recipe)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _checked(quantized: Quantized) -> Quantized:
+def _require_clean(quantized: Quantized) -> Quantized:
+    """``quantized``, if its graph keeps every rule; raises :class:`GateError` otherwise."""
     findings = lint(quantized.model)
     if findings:
-        more = f" and {len(findings) - 5} more" if len(findings) > 5 else ""
+        hidden = len(findings) - SHOWN_FINDINGS
+        more = f" and {hidden} more" if hidden > 0 else ""
         raise GateError(
             "the quantized graph breaks the rules for int8",
-            why="; ".join(findings[:5]) + more,
+            why="; ".join(findings[:SHOWN_FINDINGS]) + more,
             remedy="report the model; an fp32 or bf16 bundle is not affected",
         )
     return quantized
 
 
-class _Batches:
-    """Preprocessed images as a list that NNCF may read several times; decoded once, kept as float32.
+class Batches:
+    """Preprocessed images that may be read several times.
 
-    300 images of 192 x 192 are 130 MB; beyond ``LIMIT`` bytes they are decoded again at every reading
-    instead.
+    They are decoded once and kept as float32 up to :data:`KEPT_BYTES`; beyond that they are decoded again at
+    every reading.
     """
-
-    LIMIT = 512 << 20
 
     def __init__(
         self, data: CalibrationSet, spec: Preprocess, progress: Callable[[int, int], None] | None
     ) -> None:
         self._data, self._spec, self._progress = data, spec, progress
+        self._keeps = len(data) * 3 * spec.size**2 * np.dtype(np.float32).itemsize <= KEPT_BYTES
         self._kept: list[np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self._data)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        small = len(self) * 3 * self._spec.size**2 * 4 <= self.LIMIT
         source = self._kept if self._kept is not None else self._data.batches(self._spec)
-        kept = []
+        keeps = self._keeps and self._kept is None
+        read = []
         for i, batch in enumerate(source):
-            if small and self._kept is None:
-                kept.append(batch)
+            if keeps:
+                read.append(batch)
             if self._progress:
                 self._progress(i + 1, len(self))
             yield batch
-        if small and self._kept is None:
-            self._kept = kept
+        if keeps:
+            self._kept = read
 
 
-def unchecked(
+def calibrate(
     model: onnx.ModelProto,
     data: CalibrationSet,
     spec: Preprocess,
     recipe: Recipe,
     progress: Callable[[int, int], None] | None,
 ) -> Quantized:
-    """:func:`quantize` without a cache and without the rules of :func:`cmt_edge.calib.lint.lint`, which some
-    choices of a recipe break."""
-    batches = _Batches(data, spec, progress)
-    equalized = (
-        equalize(model, batches, _read_in_int8(model, recipe)) if recipe.equalize else Equalized(model)
-    )
+    """:func:`quantize` without a cache, without ``keep_float``, and without the rules of
+    :func:`cmt_edge.calib.lint.lint`, which some choices of a recipe break."""
+    batches = Batches(data, spec, progress)
+    equalized = Equalized(model)
+    if recipe.equalize:
+        equalized = equalize(model, batches, _read_in_int8(model, recipe))
     ranges = recipe.range_estimator
     if ranges == "auto":
         ranges = "mean_minmax" if equalized.model is model else "minmax"
     chosen: Collection[int] = range(len(batches))
     if ranges == "minmax" and equalized.telling:
-        chosen = enough(equalized.telling, len(batches))
-    calibrated = _calibrated(equalized.model, batches, chosen, replace(recipe, range_estimator=ranges))
+        chosen = fill_up(equalized.telling, len(batches))
+    calibrated = _run_nncf(equalized.model, batches, chosen, replace(recipe, range_estimator=ranges))
     return Quantized(calibrated, equalized.model, recipe.key(), False)
 
 
 def _read_in_int8(model: onnx.ModelProto, recipe: Recipe) -> set[str]:
     """Tensors that layers may read in int8."""
     floats = set(recipe.float_nodes(model))
-    constants = {i.name for i in model.graph.initializer}
-    layers = (node for node in model.graph.node if node.op_type in INT8_OPS and node.name not in floats)
-    return {name for node in layers for name in node.input[:2] if name not in constants}
+    layers = [
+        node for node in read_model(model).graph if node.op_type in INT8_OPS and node.name not in floats
+    ]
+    operands = (input_of(node, position) for node in layers for position in (0, 1))
+    return {name_of(value) for value in operands if not value.is_initializer()}
 
 
-ENOUGH = 64
-"""Means, for the correction of biases, are taken over at least so many images."""
-
-
-def enough(telling: Collection[int], count: int) -> list[int]:
+def fill_up(telling: Collection[int], count: int) -> list[int]:
     """Numbers of ``telling`` images, filled up to :data:`ENOUGH` of ``count`` with others, evenly spread."""
     others = [i for i in range(count) if i not in telling]
     missing = max(0, min(ENOUGH, count) - len(telling))
@@ -225,7 +238,7 @@ class _Grouped:
     Extremes over all are the same, and statistics of many small tensors cost more than of a few larger ones.
     """
 
-    def __init__(self, batches: _Batches, chosen: Collection[int], size: int) -> None:
+    def __init__(self, batches: Batches, chosen: Collection[int], size: int) -> None:
         self._batches, self._chosen, self._size = batches, set(chosen), size
 
     def __len__(self) -> int:
@@ -237,9 +250,10 @@ class _Grouped:
             yield np.concatenate(group)
 
 
-def _calibrated(
-    model: onnx.ModelProto, batches: _Batches, chosen: Collection[int], recipe: Recipe
+def _run_nncf(
+    model: onnx.ModelProto, batches: Batches, chosen: Collection[int], recipe: Recipe
 ) -> onnx.ModelProto:
+    """The Q/DQ graph that NNCF makes of ``model``, with signed pairs directly before the layers."""
     nncf = _import_nncf()
     name = model.graph.input[0].name
     grouped = _Grouped(batches, chosen, GROUP if recipe.range_estimator == "minmax" else 1)
@@ -266,11 +280,11 @@ def _calibrated(
             why=f"{type(exc).__name__}: {exc}",
             remedy="export fp32 or bf16, and report the model",
         ) from exc
-    return at_layers(signed(result))
+    return move_pairs_to_layers(sign_quantizers(result))
 
 
 def _import_nncf() -> Any:
-    """NNCF without its telemetry and log lines (it must never reach for the network)."""
+    """NNCF without its telemetry, which would use the network, and without its log lines."""
     os.environ["NNCF_CI"] = "1"
     with _silence():
         import nncf
@@ -281,12 +295,13 @@ def _import_nncf() -> Any:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """NNCF draws its own progress on standard output, which belongs to results."""
+    """Discard standard output, which is reserved for results: NNCF draws its own progress there."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield
 
 
 def _advanced(nncf: Any, recipe: Recipe) -> Any:
+    """NNCF's parameters for ``recipe``: symmetric, weights per channel, activations per tensor."""
     from nncf.common.quantization.structs import QuantizationScheme
     from nncf.quantization import advanced_parameters as advanced
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet

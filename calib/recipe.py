@@ -1,19 +1,20 @@
-"""Which nodes of a hybrid stay float, once, for every runtime.
+"""Which nodes of a hybrid stay float, decided once for every runtime.
 
-Rules are about node classes, never about names of a family. Measured on CMT (``docs/int8.md``):
+Rules are about classes of nodes, never about names of a family. They were measured on CMT (``docs/int8.md``):
 
-* Dense convs and linears are int8, weights per output channel, activations per tensor, all symmetric with
-  zero point 0: TensorRT accepts nothing else, and asymmetric activations cost extra work on CPUs. What convs
-  read is made to suit that first (:mod:`cmt_edge.calib.equalize`).
-* Depthwise convs between two dense ones whose channels have been equalized are int8: nothing is converted on
-  the way then. Others stay float: they are bound by memory, and a scale for all channels costs them accuracy.
+* Dense convs and linears are int8: weights have a scale an output channel, activations a scale a tensor, and
+  every zero point is 0. TensorRT accepts nothing else, and asymmetric activations cost CPUs extra work. What
+  convs read is rescaled first so that one scale suits it (:mod:`cmt_edge.calib.equalize`).
+* Depthwise convs between two dense ones whose channels were equalized are int8, because nothing is
+  converted between the three then. Others stay float: memory limits them, and one scale for all channels
+  costs accuracy.
 * A conv of an image by small filters stays float: quantizing the image cost more than int8 saved.
-* The attention's own products of two activations stay float: they cost little, and pairs around them more
-than int8 saves.
-* LayerNorm, Softmax (and its product with the values), GELU and elementwise operations stay float: cheap, and
-where accuracy goes first.
-* Products with a table of more than two dimensions (relative positions) stay float: small, and runtimes
-expect one scale there.
+* The attention's own products of two activations stay float: they cost little, and the pairs around them cost
+  more than int8 saves.
+* LayerNorm, Softmax (and its product with the values), GELU and elementwise operations stay float: they are
+  cheap, and int8 costs most accuracy there.
+* Products with a table of more than two dimensions (relative positions) stay float: they are small, and
+  runtimes expect one scale there.
 * Biases stay float: they are added in the accumulator's precision anyway.
 """
 
@@ -22,20 +23,38 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import onnx
+import onnx_ir as ir
+
+from .graph import (
+    ELEMENTWISE,
+    MOVES,
+    constant_dims,
+    input_of,
+    is_constant,
+    node_name,
+    producer_of,
+    read_model,
+)
 
 FLOAT_OPS = ("LayerNormalization", "Softmax", "Gelu", "Sigmoid", "Erf", "ReduceMean", "GlobalAveragePool")
 """Operations that never read a dequantized activation directly."""
+
 INT8_OPS = ("Conv", "Gemm", "MatMul")
 """Operations that compute in int8."""
 
+BETWEEN = ("Gelu", "Relu", "Mul", "Add")
+"""Operations that may stand between a depthwise conv and the dense convs around it."""
+
+SMALL_FILTER = 32
+"""A conv of the image stays float if each of its filters reads fewer values than this: int8 has little to
+multiply there, and the whole image to convert."""
 
 RULES = 7
-"""Counts up when :meth:`Recipe.float_nodes` or what follows it changes, so that no cached graph of older
-rules is used."""
+"""The version of the rules in :meth:`Recipe.float_nodes` and of what follows it. It is increased when they
+change, so that no calibrated graph of older rules is taken from the cache."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +71,8 @@ class Recipe:
         range_estimator: how activation ranges are found: ``"mean_minmax"`` (mean over images of each image's
             extremes), ``"minmax"``, or ``"auto"``: ``"minmax"`` for a graph that was equalized, where every
             channel reaches its extremes on some image and a mean would cut most of them off.
-        keep_float: groups of operations (:mod:`cmt_edge.calib.groups`) or single ones that are taken back to
-            float after calibration, see :mod:`cmt_edge.calib.restore`; they do not change how the others are
-            calibrated.
+        keep_float: groups of operations (:mod:`cmt_edge.calib.groups`) or single operations that become float
+            again after calibration (:mod:`cmt_edge.calib.restore`). The others are calibrated as without it.
     """
 
     equalize: bool = True
@@ -72,111 +90,123 @@ class Recipe:
         ).hexdigest()
 
     def float_nodes(self, model: onnx.ModelProto) -> list[str]:
-        """Names of the nodes of ``model`` that stay float although their operation could be int8."""
-        constants = {i.name: i for i in model.graph.initializer}
-        producer = {output: node for node in model.graph.node for output in node.output}
-        image = {i.name for i in model.graph.input}
-        inner = inner_depthwise(model) if self.depthwise and self.equalize else set()
-        nodes = []
-        for node in model.graph.node:
-            if is_depthwise(node) and node.name not in inner:
-                nodes.append(node.name)
-            if (
-                is_dense(node)
-                and node.input[0] in image
-                and _filter_size(constants.get(node.input[1])) < SMALL_FILTER
-            ):
-                nodes.append(node.name)
-            if node.op_type == "MatMul" and any(
-                _comes_from(name, "Softmax", producer) for name in node.input
-            ):
-                nodes.append(node.name)
-            if node.op_type == "MatMul" and any(
-                name in constants and len(constants[name].dims) > 2 for name in node.input
-            ):
-                nodes.append(node.name)
-            if (
-                not self.attention
-                and node.op_type == "MatMul"
-                and not any(name in constants for name in node.input)
-            ):
-                nodes.append(node.name)
-        return nodes
+        """Names of the nodes of ``model`` that stay float although their operation could be int8.
+
+        A name is repeated for each rule that applies.
+        """
+        graph = read_model(model).graph
+        inner = _inner_depthwise(graph) if self.depthwise and self.equalize else set()
+        names = []
+        for node in graph:
+            rules = (
+                is_depthwise(node) and node not in inner,
+                _reads_image_by_small_filters(node),
+                _reads_softmax(node),
+                _reads_table(node),
+                not self.attention and _multiplies_activations(node),
+            )
+            names += [node_name(node)] * sum(rules)
+        return names
 
 
-SMALL_FILTER = 32
-"""A conv of the image stays float if its filters read fewer values: int8 has little to multiply there, and
-the image to convert."""
 DEFAULT = Recipe()
-MOVES = ("Reshape", "Transpose", "Split", "Slice", "Squeeze", "Unsqueeze", "Flatten")
-"""Operations that only move values."""
+"""The recipe of every export that does not choose another one."""
 
 
-ELEMENTWISE = ("Add", "Sub", "Mul", "Div")
+def _reads_image_by_small_filters(node: ir.Node) -> bool:
+    """Whether it is a dense conv of the graph's input by filters of less than :data:`SMALL_FILTER` values."""
+    if not is_dense(node) or not input_of(node, 0).is_graph_input():
+        return False
+    dims = constant_dims(node.inputs[1])
+    return dims is not None and math.prod(dims[1:]) < SMALL_FILTER
 
 
-def _comes_from(name: str, op_type: str, producer: Mapping[str, onnx.NodeProto]) -> bool:
+def _reads_softmax(node: ir.Node) -> bool:
+    """Whether it is a product with the scores of an attention."""
+    return node.op_type == "MatMul" and any(_comes_from(value, "Softmax") for value in node.inputs)
+
+
+def _reads_table(node: ir.Node) -> bool:
+    """Whether it is a product with a constant of more than two dimensions."""
+    if node.op_type != "MatMul":
+        return False
+    return any(len(dims) > 2 for dims in map(constant_dims, node.inputs) if dims is not None)
+
+
+def _multiplies_activations(node: ir.Node) -> bool:
+    return node.op_type == "MatMul" and not any(is_constant(value) for value in node.inputs)
+
+
+def _comes_from(value: ir.Value | None, op_type: str) -> bool:
     """Whether a tensor is made from the output of such an operation by moves and elementwise arithmetic
     alone."""
-    node = producer.get(name)
+    node = producer_of(value)
     if node is None or node.op_type == op_type:
         return node is not None
-    return node.op_type in (*MOVES, *ELEMENTWISE) and any(
-        _comes_from(i, op_type, producer) for i in node.input
-    )
+    return node.op_type in (*MOVES, *ELEMENTWISE) and any(_comes_from(part, op_type) for part in node.inputs)
 
 
 def inner_depthwise(model: onnx.ModelProto) -> set[str]:
     """Names of depthwise convs that read a dense conv and are read by one alone, with activations and a scale
     and shift between."""
-    producer = {output: node for node in model.graph.node for output in node.output}
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    made = {i.name for i in model.graph.initializer}
+    return {node_name(node) for node in _inner_depthwise(read_model(model).graph)}
 
-    def dense_before(name: str) -> bool:
-        node = producer.get(name)
-        if node is None or len(readers[name]) != 1:
-            return False
-        values = [i for i in node.input if i not in made]
-        return is_dense(node) or (node.op_type in BETWEEN and len(values) == 1 and dense_before(values[0]))
 
-    def dense_after(name: str) -> bool:
-        if len(readers.get(name, [])) != 1:
-            return False
-        (node,) = readers[name]
-        return is_dense(node) or (node.op_type in BETWEEN and dense_after(node.output[0]))
-
-    def scaled(name: str) -> bool:
-        shift = producer.get(name)
-        scale = next((producer[i] for i in shift.input if i in producer), None) if shift is not None else None
-        return all(
-            node is not None and node.op_type == kind and any(i in made for i in node.input)
-            for node, kind in ((shift, "Add"), (scale, "Mul"))
-        )
-
+def _inner_depthwise(graph: ir.Graph) -> set[ir.Node]:
+    """See :func:`inner_depthwise`."""
     return {
-        n.name
-        for n in model.graph.node
-        if is_depthwise(n) and scaled(n.input[0]) and dense_before(n.input[0]) and dense_after(n.output[0])
+        node
+        for node in graph
+        if is_depthwise(node)
+        and _is_scaled_and_shifted(input_of(node, 0))
+        and _is_dense_before(input_of(node, 0))
+        and _is_dense_after(node.outputs[0])
     }
 
 
-BETWEEN = ("Gelu", "Relu", "Mul", "Add")
+def _is_scaled_and_shifted(value: ir.Value) -> bool:
+    """Whether a tensor is made by a multiplication and an addition of constants."""
+    shift = value.producer()
+    if shift is None:
+        return False
+    scale = next((node for node in map(producer_of, shift.inputs) if node is not None), None)
+    return _reads_constant(shift, "Add") and scale is not None and _reads_constant(scale, "Mul")
 
 
-def _filter_size(weight: onnx.TensorProto | None) -> int:
-    """How many values one filter reads."""
-    return SMALL_FILTER if weight is None else math.prod(weight.dims[1:])
+def _reads_constant(node: ir.Node, op_type: str) -> bool:
+    """Whether ``node`` is such an operation with a constant."""
+    return node.op_type == op_type and any(is_constant(value) for value in node.inputs)
 
 
-def is_dense(node: onnx.NodeProto) -> bool:
+def _is_dense_before(value: ir.Value) -> bool:
+    """Whether a tensor comes from a dense conv that nothing else reads."""
+    node = value.producer()
+    if node is None or len(value.uses()) != 1:
+        return False
+    if is_dense(node):
+        return True
+    computed = [part for part in node.inputs if part is not None and not part.is_initializer()]
+    return node.op_type in BETWEEN and len(computed) == 1 and _is_dense_before(computed[0])
+
+
+def _is_dense_after(value: ir.Value) -> bool:
+    """Whether a tensor goes to a dense conv and to nothing else."""
+    if len(value.uses()) != 1:
+        return False
+    (use,) = value.uses()
+    return is_dense(use.node) or (use.node.op_type in BETWEEN and _is_dense_after(use.node.outputs[0]))
+
+
+def is_dense(node: ir.Node) -> bool:
     """Whether ``node`` is a conv whose filters read all channels."""
     return node.op_type == "Conv" and not is_depthwise(node)
 
 
-def is_depthwise(node: onnx.NodeProto) -> bool:
+def is_depthwise(node: ir.Node) -> bool:
     """Whether ``node`` is a grouped conv (in these families every grouped conv is depthwise)."""
-    return node.op_type == "Conv" and any(a.name == "group" and a.i > 1 for a in node.attribute)
+    return node.op_type == "Conv" and group_count(node) > 1
+
+
+def group_count(conv: ir.Node) -> int:
+    """The number of groups into which a conv divides its channels."""
+    return conv.attributes.get_int("group", 1)

@@ -1,39 +1,53 @@
-"""Takes chosen operations of a Q/DQ graph back to float, without calibrating again.
+"""Makes chosen operations of a Q/DQ graph float again, without calibrating again.
 
 A restored operation reads what it read in the float graph: weights and biases as they were before
-quantization (so a bias corrected for rounded weights is the original one again), activations from before
-their Q/DQ pair. A pair that no int8 operation reads any more goes.
+quantization (a bias that was corrected for rounded weights is the original one again), and activations
+from before their Q/DQ pair. A pair that no int8 operation reads any more is removed.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection
 
 import onnx
+import onnx_ir as ir
 
 from cmt_edge.deploy.errors import InputError, StepError
 
-from .lint import source_of
-from .qdq_pairs import replace_nodes
-from .recipe import INT8_OPS, MOVES
+from .graph import (
+    DEQUANTIZE,
+    MOVES,
+    QUANTIZE,
+    copy_node,
+    input_of,
+    is_constant,
+    name_of,
+    node_name,
+    producer_of,
+    read_model,
+    readers_of,
+    remove_unread,
+    replace_inputs,
+    source_of,
+    tensor_of,
+    write_model,
+)
+from .recipe import INT8_OPS
 
-QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 SUFFIX = "_float"
+"""Is added to the names of constants and moves that exist in a float and in an int8 form."""
 
 
 def int8_nodes(quantized: onnx.ModelProto) -> list[str]:
     """Names of the operations of a Q/DQ graph that compute in int8, in the graph's order."""
-    producer = {output: node for node in quantized.graph.node for output in node.output}
-    return [
-        node.name
-        for node in quantized.graph.node
-        if node.op_type in INT8_OPS
-        and any(
-            (source := source_of(name, producer)) is not None and source.op_type == DEQUANTIZE
-            for name in node.input
-        )
-    ]
+    return [node_name(node) for node in read_model(quantized).graph if _computes_in_int8(node)]
+
+
+def _computes_in_int8(node: ir.Node) -> bool:
+    sources = (source_of(value) for value in node.inputs)
+    return node.op_type in INT8_OPS and any(
+        source is not None and source.op_type == DEQUANTIZE for source in sources
+    )
 
 
 def restore(quantized: onnx.ModelProto, original: onnx.ModelProto, nodes: Collection[str]) -> onnx.ModelProto:
@@ -43,168 +57,173 @@ def restore(quantized: onnx.ModelProto, original: onnx.ModelProto, nodes: Collec
     Args:
         quantized: made by :func:`cmt_edge.calib.quantize` from ``original``, without smoothing.
         original: the float graph.
-        nodes: names of operations of both; those that are float already stay so.
+        nodes: names of operations of both graphs; those that are float already stay float.
 
     Raises:
-        InputError: a name that ``original`` has not.
-        StepError: ``quantized`` has other operations than ``original`` (it was smoothed, say), so there is no
-            way back.
+        InputError: ``original`` has no operation of a given name. StepError: ``quantized`` has other
+        operations than ``original`` (after smoothing, for example), so that
+            nothing can be restored.
     """
-    copy = onnx.ModelProto()
-    copy.CopyFrom(quantized)
-    unknown = sorted(set(nodes) - {n.name for n in original.graph.node})
+    source = read_model(original).graph
+    unknown = sorted(set(nodes) - {node_name(node) for node in source})
     if unknown:
         raise InputError(
             f"the graph has no operation {unknown[0]!r}", remedy="name operations of the float graph"
         )
-    chosen = set(nodes) & set(int8_nodes(quantized))
+    view = read_model(quantized)
+    chosen = [node for node in view.graph if node.name in nodes and _computes_in_int8(node)]
     if chosen:
-        _Restoration(copy, original, chosen).run()
-    return copy
+        _Restoration(view.graph, source, chosen).run()
+    return write_model(view)
 
 
 class _Restoration:
-    """One run of :func:`restore` on the graph ``model``, in place."""
+    """One run of :func:`restore` on the graph ``quantized``, in place."""
 
-    def __init__(self, model: onnx.ModelProto, original: onnx.ModelProto, chosen: set[str]) -> None:
-        self.graph, self.chosen = model.graph, chosen
-        self.original = {node.name: node for node in original.graph.node}
-        self.values = {i.name: i for i in original.graph.initializer}
-        self.left = set(int8_nodes(model)) - chosen
-        others = [
-            n.name
-            for n in self.graph.node
-            if n.op_type not in (QUANTIZE, DEQUANTIZE) and n.name not in self.original
-        ]
-        if others:
-            raise StepError(
-                "the int8 graph cannot be taken back to float in part",
-                why=f"it has an operation {others[0]} that the float graph has not",
-                remedy="quantize without smoothing",
-            )
-        self._index()
+    def __init__(self, quantized: ir.Graph, original: ir.Graph, chosen: Collection[ir.Node]) -> None:
+        self.graph = quantized
+        self.chosen = set(chosen)
+        self.left = {node for node in quantized if _computes_in_int8(node)} - self.chosen
+        self.original = {node_name(node): node for node in original}
+        self.values = original.initializers
+        # tensor -> the tensor with its values from before the Q/DQ pair
+        self.floats: dict[ir.Value, ir.Value] = {}
+        self._require_same_operations()
 
-    def _index(self) -> None:
-        self.producer = {output: node for node in self.graph.node for output in node.output}
-        self.readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
-        for node in self.graph.node:
-            for name in node.input:
-                self.readers[name].append(node)
-        self.constants = {i.name: i for i in self.graph.initializer}
+    def _require_same_operations(self) -> None:
+        for node in self.graph:
+            if node.op_type not in (QUANTIZE, DEQUANTIZE) and node.name not in self.original:
+                raise StepError(
+                    "the int8 graph cannot become float again in part",
+                    why=f"it has an operation {node.name} that the float graph does not have",
+                    remedy="quantize without smoothing",
+                )
 
     def run(self) -> None:
         self._bypass_unread_pairs()
-        self._index()
-        self.clones: list[onnx.NodeProto] = []
-        self.floats: dict[str, str] = {}
-        for node in self.graph.node:
-            if node.name in self.chosen:
-                for i, name in enumerate(node.input):
-                    node.input[i] = (
-                        self._constant(self._before(node, i), node)
-                        if self._is_value(node, i)
-                        else self._float(name)
-                    )
-            elif node.op_type == "Add" and self._follows_chosen(node):  # a product's bias
-                for i, name in enumerate(node.input):
-                    node.input[i] = self._constant(name, node)
-        copies = {
-            clone.name.removesuffix(SUFFIX): clone for clone in self.clones
-        }  # each right after what it was copied from
-        replace_nodes(
-            self.graph,
-            [n for node in self.graph.node for n in (node, copies.get(node.name)) if n is not None],
-        )
+        # initializer -> the nodes that read it before any of them is restored
+        self.readers = {value: set(readers_of(value)) for value in self.graph.initializers.values()}
+        for node in list(self.graph):
+            if node in self.chosen:
+                self._restore_operation(node)
+            elif node.op_type == "Add" and self._follows_chosen(node):
+                self._restore_bias(node)
+        remove_unread(self.graph)
 
-    def _before(self, node: onnx.NodeProto, position: int) -> str:
-        inputs = self.original[node.name].input
-        return inputs[position] if position < len(inputs) else ""  # NNCF may add a bias where there was none
-
-    def _is_value(self, node: onnx.NodeProto, position: int) -> bool:
-        before = self._before(node, position)
-        return before in self.values or before == ""
-
-    def _constant(self, name: str, node: onnx.NodeProto) -> str:
-        """Name of an initializer with the original value; another name where int8 operations read a changed
-        one."""
-        if name not in self.values:
-            return name
-        now = self.constants.get(name)
-        if now is not None and now.SerializeToString(deterministic=True) == self._value(name):
-            return name
-        shared = now is not None and any(r.name != node.name for r in self.readers[name])
-        target = name + SUFFIX if shared else name
-        if now is not None and not shared:
-            now.CopyFrom(self.values[name])
-        elif target not in self.constants:
-            fresh = self.graph.initializer.add()
-            fresh.CopyFrom(self.values[name])
-            fresh.name = target
-            self.constants[target] = fresh
-        return target
-
-    def _value(self, name: str) -> bytes:
-        return self.values[name].SerializeToString(deterministic=True)
-
-    def _follows_chosen(self, node: onnx.NodeProto) -> bool:
-        source = next((s for name in node.input if (s := source_of(name, self.producer)) is not None), None)
-        return source is not None and source.name in self.chosen
+    # pairs
 
     def _bypass_unread_pairs(self) -> None:
         """Let the readers of a pair read its input where no operation that stays int8 depends on the pair."""
-        for pair in [
-            n for n in self.graph.node if n.op_type == DEQUANTIZE and n.input[0] not in self.constants
-        ]:
-            readers = self._int8_readers(pair.output[0], (*MOVES, "Concat")) or self._int8_readers(
-                pair.output[0], None
-            )
+        for pair in list(self.graph):
+            if pair.op_type != DEQUANTIZE or is_constant(pair.inputs[0]):
+                continue
+            value = pair.outputs[0]
+            readers = self._int8_readers(value, (*MOVES, "Concat")) or self._int8_readers(value, None)
             if not readers & self.left:
-                before = self.producer[pair.input[0]].input[0]
-                for node in self.readers[pair.output[0]]:
-                    for i, name in enumerate(node.input):
-                        if name == pair.output[0]:
-                            node.input[i] = before
-                            self.readers[before].append(node)
+                before = _before_pair(pair)
+                for node in readers_of(value):
+                    replace_inputs(node, value, before)
 
-    def _int8_readers(self, tensor: str, through: tuple[str, ...] | None) -> set[str]:
+    def _int8_readers(self, tensor: ir.Value, through: tuple[str, ...] | None) -> set[ir.Node]:
         """Operations that compute in int8 and read ``tensor``, looking through operations of these kinds
-        (``None``: of all)."""
-        found: set[str] = set()
+        (``None``: of all kinds)."""
+        found: set[ir.Node] = set()
         seen, queue = {tensor}, [tensor]
         while queue:
-            for node in self.readers[queue.pop()]:
-                if node.name in self.left or node.name in self.chosen:
-                    found.add(node.name)
+            for node in readers_of(queue.pop()):
+                if node in self.left or node in self.chosen:
+                    found.add(node)
                 elif through is None or node.op_type in through:
-                    queue += [o for o in node.output if o not in seen]
-                    seen.update(node.output)
+                    queue += [value for value in node.outputs if value not in seen]
+                    seen.update(node.outputs)
         return found
 
-    def _float(self, tensor: str) -> str:
-        """The tensor with the values of ``tensor`` from before its Q/DQ pair; operations in between are
-        copied."""
+    # operations
+
+    def _restore_operation(self, node: ir.Node) -> None:
+        """Let ``node`` read the float graph's constants, and activations from before their pairs."""
+        inputs = self.original[node_name(node)].inputs
+        for position, value in enumerate(node.inputs):
+            before = inputs[position] if position < len(inputs) else None  # NNCF may have added a bias
+            if before is None:
+                node.replace_input_with(position, None)
+            elif is_constant(before):
+                node.replace_input_with(position, self._constant(before, node))
+            elif value is not None:
+                node.replace_input_with(position, self._float(value))
+
+    def _follows_chosen(self, node: ir.Node) -> bool:
+        """Whether ``node`` adds something to the result of a chosen operation."""
+        sources = (source_of(value) for value in node.inputs)
+        return next((source for source in sources if source is not None), None) in self.chosen
+
+    def _restore_bias(self, addition: ir.Node) -> None:
+        """Let the addition that follows a product read the float graph's bias."""
+        for position, value in enumerate(addition.inputs):
+            before = self.values.get(name_of(value))
+            if before is not None:
+                addition.replace_input_with(position, self._constant(before, addition))
+
+    def _constant(self, before: ir.Value, node: ir.Node) -> ir.Value:
+        """The constant that ``node`` reads with the value that it has in the float graph.
+
+        It gets another name where other operations read a changed value under the old one.
+        """
+        name = name_of(before)
+        now = self.graph.initializers.get(name)
+        if now is not None and _is_same(now, before):
+            return now
+        shared = now is not None and bool(self.readers.get(now, set()) - {node})
+        if now is not None and not shared:
+            now.const_value = before.const_value
+            return now
+        target = name + SUFFIX if shared else name
+        if target not in self.graph.initializers:
+            self._add_constant(target, before)
+        return self.graph.initializers[target]
+
+    def _add_constant(self, name: str, before: ir.Value) -> None:
+        """Add a copy of a constant of the float graph under another name."""
+        tensor = onnx.TensorProto()
+        tensor.CopyFrom(tensor_of(before))
+        tensor.name = name
+        self.graph.register_initializer(ir.val(name, const_value=ir.TensorProtoTensor(tensor)))
+
+    def _float(self, tensor: ir.Value) -> ir.Value:
+        """The tensor with the values of ``tensor`` from before its Q/DQ pair; moves in between are copied."""
         if tensor in self.floats:
             return self.floats[tensor]
-        node = self.producer.get(tensor)
+        node = tensor.producer()
         result = tensor
-        if node is not None and node.op_type == DEQUANTIZE and node.input[0] not in self.constants:
-            result = self.producer[node.input[0]].input[0]
+        if node is not None and node.op_type == DEQUANTIZE and not is_constant(node.inputs[0]):
+            result = _before_pair(node)
         elif node is not None and node.op_type in (*MOVES, "Concat"):
-            count = len(node.input) if node.op_type == "Concat" else 1
-            sources = [self._float(name) for name in node.input[:count]]
-            if sources != list(node.input[:count]):
-                result = self._clone(node, sources, tensor)
+            result = self._float_move(node, tensor)
         self.floats[tensor] = result
         return result
 
-    def _clone(self, node: onnx.NodeProto, sources: list[str], tensor: str) -> str:
-        clone = onnx.NodeProto()
-        clone.CopyFrom(node)
-        clone.name += SUFFIX
-        for i, source in enumerate(sources):
-            clone.input[i] = source
-        for i, output in enumerate(clone.output):
-            clone.output[i] = output + SUFFIX
-            self.floats[output] = output + SUFFIX
-        self.clones.append(clone)
-        return tensor + SUFFIX
+    def _float_move(self, node: ir.Node, tensor: ir.Value) -> ir.Value:
+        """``tensor``, or a copy of it if what ``node`` moves has another float form."""
+        count = len(node.inputs) if node.op_type == "Concat" else 1
+        sources = [self._float(input_of(node, position)) for position in range(count)]
+        if sources == list(node.inputs[:count]):
+            return tensor
+        copy = copy_node(node, [*sources, *node.inputs[count:]], SUFFIX)
+        self.graph.insert_after(node, copy)
+        self.floats |= dict(zip(node.outputs, copy.outputs, strict=True))
+        return self.floats[tensor]
+
+
+def _before_pair(dequantizer: ir.Node) -> ir.Value:
+    """What the quantizer of a pair reads."""
+    quantizer = producer_of(dequantizer.inputs[0])
+    if quantizer is None:
+        raise TypeError(f"{dequantizer.name} does not read a quantizer")
+    return input_of(quantizer, 0)
+
+
+def _is_same(now: ir.Value, before: ir.Value) -> bool:
+    """Whether two constants are stored alike."""
+    ours: bytes = tensor_of(now).SerializeToString(deterministic=True)
+    theirs: bytes = tensor_of(before).SerializeToString(deterministic=True)
+    return ours == theirs

@@ -12,7 +12,6 @@ The only module of this package that needs torch; nothing here imports it but th
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import io
@@ -31,12 +30,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cmt_edge.deploy.bundle.sections import SynthesisEntry
+from cmt_edge.deploy.cache import Cache, Files
 from cmt_edge.deploy.errors import InputError, StepError
-from cmt_edge.deploy.files import write_atomic
 from cmt_edge.deploy.images import digest
 from cmt_edge.deploy.preprocessing import Preprocess, pixels
 
-from .cache import evict, locked
 from .data import SYNTHETIC, CalibrationSet, fingerprint
 from .generated import generate
 
@@ -169,24 +167,48 @@ def synthetic_set(
     """
     require_statistics(model)
 
-    def make() -> tuple[np.ndarray, Synthesis]:
-        return synthesise(model, count, spec, seed, steps=steps, time_limit_s=time_limit_s, progress=progress)
+    def make() -> _Made:
+        images, how = synthesise(
+            model, count, spec, seed, steps=steps, time_limit_s=time_limit_s, progress=progress
+        )
+        return _Made(images, how, cached=False)
 
     if cache is None:
-        return _as_set(*make(), spec, cached=False)
+        return _as_set(make(), spec)
     parts = [weights, count, spec, seed, steps, time_limit_s, LEARNING_RATE, FALL, VERSION]
     parts += [metadata.version("torch"), metadata.version("numpy"), metadata.version("pillow")]
-    path = cache / f"{hashlib.sha256(repr(parts).encode()).hexdigest()}.npz"
-    with locked(path):
-        if (found := _read(path, (count, spec.size, spec.size, 3))) is not None:
-            path.touch()
-            return _as_set(*found, spec, cached=True)
-        images, how = make()
-        buffer = io.BytesIO()
-        np.savez(buffer, images=images, synthesis=json.dumps(asdict(how)))
-        write_atomic(path, buffer.getvalue())
-        evict(cache, "*.npz", CACHED_SETS)
-    return _as_set(images, how, spec, cached=False)
+    shape = (count, spec.size, spec.size, 3)
+    made = Cache(cache, (".npz",), CACHED_SETS).get(
+        hashlib.sha256(repr(parts).encode()).hexdigest(),
+        decode=lambda files: _from_file(files[0], shape),
+        make=make,
+        encode=_as_files,
+    )
+    return _as_set(made, spec)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """Images, uint8 ``(count, S, S, 3)``, how they were made, and whether that was in an earlier run."""
+
+    images: np.ndarray
+    how: Synthesis
+    cached: bool
+
+
+def _as_files(made: _Made) -> Files:
+    buffer = io.BytesIO()
+    np.savez(buffer, images=made.images, synthesis=json.dumps(asdict(made.how)))
+    return (buffer.getvalue(),)
+
+
+def _from_file(content: bytes, shape: tuple[int, ...]) -> _Made | None:
+    """An entry of the cache; ``None`` where its images have another shape."""
+    with np.load(io.BytesIO(content), allow_pickle=False) as stored:
+        images, how = stored["images"], Synthesis(**json.loads(str(stored["synthesis"])))
+    if images.shape != shape or images.dtype != np.uint8:
+        return None
+    return _Made(images, how, cached=True)
 
 
 def require_statistics(model: nn.Module) -> list[_BatchNorm]:
@@ -297,19 +319,11 @@ def _even(count: int, largest: int) -> list[int]:
     return [count // parts + (i < count % parts) for i in range(parts)]
 
 
-def _read(path: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, Synthesis] | None:
-    """An entry of the cache, ``None`` where there is none or it cannot be used."""
-    with contextlib.suppress(Exception), np.load(path, allow_pickle=False) as content:
-        images, how = content["images"], Synthesis(**json.loads(str(content["synthesis"])))
-        if images.shape == shape and images.dtype == np.uint8:
-            return images, how
-    return None
-
-
-def _as_set(images: np.ndarray, how: Synthesis, spec: Preprocess, cached: bool) -> CalibrationSet:
-    blobs = tuple(_encoded(images, spec))
-    made = SynthesisEntry(**asdict(how), stopped_early=how.stopped_early, cached=cached)
-    return CalibrationSet(SYNTHETIC, fingerprint(map(digest, blobs)), len(blobs), made, _blobs=blobs)
+def _as_set(made: _Made, spec: Preprocess) -> CalibrationSet:
+    blobs = tuple(_encoded(made.images, spec))
+    early = made.how.stopped_early
+    story = SynthesisEntry(**asdict(made.how), stopped_early=early, cached=made.cached)
+    return CalibrationSet(SYNTHETIC, fingerprint(map(digest, blobs)), len(blobs), story, _blobs=blobs)
 
 
 def _encoded(images: np.ndarray, spec: Preprocess) -> Iterator[bytes]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from typing import cast
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from .spec import Classifier
 
 
 def count_params(model: nn.Module) -> int:
@@ -18,9 +21,13 @@ def macs(model: nn.Module, img_size: int | None = None) -> int:
     """Multiply-accumulates of one image: convolutions, linears and matrix products only.
 
     Biases, norms, softmax, activations and pooling are not counted; papers print this figure under the name
-    FLOPs. The model is traced on the ``meta`` device, so nothing is computed and the size does not matter.
+    FLOPs. The model runs on the ``meta`` device, where nothing is computed, so that even a large one is fast.
+
+    Args:
+        model: takes float32 ``(N, 3, S, S)``; it stays as it is.
+        img_size: ``S`` in pixels (default: the model's ``img_size``).
     """
-    size = img_size or int(model.img_size)  # type: ignore[arg-type]
+    size = img_size or cast(Classifier, model).img_size
     meta = copy.deepcopy(model).to("meta", torch.float32).eval()
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():

@@ -9,25 +9,36 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from tqdm import tqdm
 
 from cmt_edge.deploy.errors import DownloadError
 from cmt_edge.deploy.files import cache_folder, sha256_of
+from cmt_edge.deploy.locks import locked
 
-from .registry import Pretrained
+from .spec import Pretrained
 
 TIMEOUT_S = 30
+"""Seconds without an answer after which a connection is given up."""
+
 CHUNK = 1 << 20
+"""Bytes that are read at once."""
+
 MAX_BYTES = 4 << 30
+"""Largest file, in bytes, that is accepted."""
+
 PARTIAL = ".partial"
+"""Ending of the name of a file that is not complete yet."""
 
 
 def fetch(published: Pretrained, folder: Path | None = None) -> Path:
-    """Path of the published file in the cache, downloaded if it is not there.
+    """Path of the published file in the cache; the file is downloaded first if the cache does not have it.
 
-    An interrupted download goes on where it stopped. The length the server announces is always checked,
-    ``size`` and ``sha256`` where the registry knows them.
+    An interrupted download goes on where it stopped. The length that the server announces is always checked,
+    and ``size`` and ``sha256`` where the registry knows them.
+
+    Args:
+        published: has a ``url``.
+        folder: where the file is kept (default: ``weights`` in the user's cache).
 
     Raises:
         DownloadError: no network, a wrong length or hash, or a full disk.
@@ -36,8 +47,7 @@ def fetch(published: Pretrained, folder: Path | None = None) -> Path:
     folder = folder or cache_folder() / "weights"
     target = folder / published.url.rsplit("/", 1)[-1]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{target}.lock"):
+        with locked(target):
             if not target.exists():
                 partial = target.with_name(target.name + PARTIAL)
                 _download(published.url, partial)
@@ -73,21 +83,18 @@ def _download(url: str, partial: Path) -> None:
 
 
 def _receive(response: Any, partial: Path, have: int) -> None:
-    """Write the body behind the first ``have`` bytes of ``partial``; raises :class:`OSError` if it is cut
-    short."""
+    """Write the body behind the first ``have`` bytes of ``partial``.
+
+    Raises :class:`OSError` if the body is too long or ends early.
+    """
     length = int(response.headers.get("Content-Length") or 0)
     if have + length > MAX_BYTES:
         raise OSError(f"the server announces {have + length} bytes, more than the cap of {MAX_BYTES}")
     if have and not (response.headers.get("Content-Range") or "").startswith(f"bytes {have}-"):
         raise OSError("the server continues at another place than asked for")
     received = 0
-    name = partial.name.removesuffix(PARTIAL)
-    with (
-        open(partial, "ab" if have else "wb") as out,
-        tqdm(
-            total=have + length or None, initial=have, unit="B", unit_scale=True, disable=None, desc=name
-        ) as bar,
-    ):
+    mode = "ab" if have else "wb"
+    with open(partial, mode) as out, _bar(partial, have, have + length) as bar:
         while (chunk := response.read(CHUNK)) and received <= MAX_BYTES:
             out.write(chunk)
             bar.update(len(chunk))
@@ -100,7 +107,20 @@ def _receive(response: Any, partial: Path, have: int) -> None:
         raise OSError(f"the connection ended after {received} of {length} bytes; run again to go on")
 
 
+def _bar(partial: Path, have: int, total: int) -> tqdm[Any]:
+    """A bar of progress in bytes; a ``total`` of 0 is unknown."""
+    return tqdm(
+        total=total or None,
+        initial=have,
+        unit="B",
+        unit_scale=True,
+        disable=None,
+        desc=partial.name.removesuffix(PARTIAL),
+    )
+
+
 def _check(published: Pretrained, partial: Path) -> None:
+    """Delete ``partial`` and raise :class:`DownloadError` unless it has the published length and hash."""
     size = partial.stat().st_size
     wrong = None
     if published.size is not None and size != published.size:

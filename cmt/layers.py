@@ -1,6 +1,6 @@
 """Blocks that more than one family uses.
 
-Every reshape leaves the batch to `-1`: an exported graph then holds no batch size but that of its input.
+Every reshape leaves the batch to ``-1``, so that an exported graph holds no batch size but that of its input.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 def to_tokens(x: Tensor) -> Tensor:
     """``(B, C, H, W)`` -> ``(B, H*W, C)``, row-major.
 
-    Written as permute and reshape so that a runtime which keeps the map channel-last sees a view: ``flatten``
+    A runtime that keeps the map channel-last sees a view in this permutation and reshape. ``flatten``
     followed by ``transpose`` made OpenVINO reorder and transpose in every block.
     """
     _, c, h, w = x.shape
@@ -38,8 +38,7 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drops a residual branch for whole samples while training (Huang et al., ECCV
-    2016)."""
+    """Stochastic depth: drops a residual branch for whole samples in training (Huang et al., ECCV 2016)."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()

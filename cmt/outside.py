@@ -1,12 +1,12 @@
 """Models from outside the registry: ``package.module:factory``, and ``timm:NAME`` where timm is installed.
 
-A factory is any callable without required arguments that returns an image classifier, an ``nn.Module`` from
-float32 ``(N, 3, S, S)`` to logits ``(N, classes)``. Where it takes ``num_classes`` or ``img_size`` it gets
-them when they are asked for. Preprocessing comes from the model's ``pretrained_cfg`` or ``default_cfg`` (the
-names timm uses: ``input_size``, ``crop_pct``, ``crop_mode``, ``interpolation``, ``mean``, ``std``) and from
-flags. Importing the module runs its code: name only code you trust.
+A factory is any callable without required arguments that returns an image classifier: an ``nn.Module`` from
+float32 ``(N, 3, S, S)`` to logits ``(N, classes)``. A factory that takes ``num_classes`` or ``img_size`` gets
+them when they are asked for. Preprocessing comes from the model's ``pretrained_cfg`` or ``default_cfg`` (with
+the names that timm uses: ``input_size``, ``crop_pct``, ``crop_mode``, ``interpolation``, ``mean``, ``std``)
+and from flags. Importing a module runs its code: name only code that you trust.
 
-"Pretrained" weights are those the factory returns; timm's are asked of timm, which downloads them.
+For a factory, "pretrained" means the weights that it returns; for timm, those that timm downloads.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +33,20 @@ from cmt_edge.deploy.errors import (
     WeightsError,
 )
 
-from .registry import IMAGENET_MEAN, IMAGENET_STD, ModelSpec
-from .rewrites import Rewrite, global_pool_as_mean
+from .rewrites import global_pool_as_mean
+from .spec import IMAGENET_MEAN, IMAGENET_STD, Classifier, ModelSpec, Rewrite, StateDict
 
 DEFAULT_SIZE = 224
+"""Height and width, in pixels, of the input of a model that does not tell its own."""
+
 DEFAULT_CROP = 0.875
+"""Share of the resized image that the centre crop keeps, for a model that does not tell its own."""
+
 TIMM = "timm"
+"""Name of the library, and what stands before the colon of its models."""
+
+Factory = Callable[..., Any]
+"""A user's callable that returns a model, and timm's behind the same interface."""
 
 
 @dataclass(frozen=True)
@@ -45,76 +54,103 @@ class NoConfig:
     """A model from outside has no configuration of ours."""
 
 
-def is_custom(name: str) -> bool:
+def is_outside(name: str) -> bool:
     """Whether ``name`` is ``module:factory`` or ``timm:NAME``."""
     return ":" in name
 
 
 @lru_cache(maxsize=8)
-def custom_spec(name: str) -> ModelSpec:
+def outside_spec(name: str) -> ModelSpec:
     """A registry entry for ``module:factory`` or ``timm:NAME``.
 
     Raises:
-        InputError: no such module or factory, or what it returns is no image classifier.
+        InputError: the module or factory does not exist, or does not return an image classifier.
         RuntimeMissingError: timm is not installed.
     """
     module, _, attribute = name.partition(":")
-    of_timm = module == TIMM
-    factory = _timm_factory(attribute) if of_timm else _factory(module, attribute)
+    if module == TIMM:
+        return _timm_spec(name, attribute)
+    factory = _find_factory(module, attribute)
+    return ModelSpec(**_describe(factory, name), family="custom", built_with_weights=True, labels=None)
+
+
+def _timm_spec(name: str, model: str) -> ModelSpec:
+    described = _describe(_timm_factory(model), name)
+    labels = "imagenet_labels.txt" if described["num_classes"] == 1000 else None
+    return ModelSpec(**described, family="timm", labels=labels, published_state=partial(_timm_state, model))
+
+
+def _describe(factory: Factory, name: str) -> dict[str, Any]:
+    """The fields of a :class:`ModelSpec` that a model made by ``factory`` tells."""
     prototype = _call(factory, name)
     settings = _settings(prototype)
     size = int(settings.get("input_size", (3, DEFAULT_SIZE, DEFAULT_SIZE))[-1])
     classes = _count_classes(prototype, size, name)
-    return ModelSpec(
-        name=name,
-        family="timm" if of_timm else "custom",
-        build=_builder(factory, name),
-        config=NoConfig(),
-        img_size=size,
-        num_classes=classes,
-        size_multiple=1,
-        rewrites=_rewrites(prototype),
-        head_keys=_head_keys(settings),
-        crop_ratio=_crop_ratio(settings, name),
-        interpolation=str(settings.get("interpolation", "bicubic")),
-        mean=tuple(settings.get("mean", IMAGENET_MEAN)),
-        std=tuple(settings.get("std", IMAGENET_STD)),
-        labels="imagenet_labels.txt" if of_timm and classes == 1000 else None,
-        strides=_strides(prototype, size),
-        published_state=partial(_timm_state, attribute) if of_timm else None,
-        built_with_weights=not of_timm,
-        source="from outside the registry",
-    )
+    return {
+        "name": name,
+        "constructor": _constructor(factory, name, size, classes),
+        "config": NoConfig(),
+        "img_size": size,
+        "num_classes": classes,
+        "size_multiple": 1,
+        "rewrites": _applicable_rewrites(prototype),
+        "head_keys": _head_keys(settings),
+        "crop_ratio": _crop_ratio(settings, name),
+        "interpolation": str(settings.get("interpolation", "bicubic")),
+        "mean": tuple(settings.get("mean", IMAGENET_MEAN)),
+        "std": tuple(settings.get("std", IMAGENET_STD)),
+        "strides": _strides(prototype, size),
+        "source": "from outside the registry",
+    }
 
 
-def _builder(factory: Callable[..., Any], name: str) -> Callable[..., nn.Module]:
-    def build(_: Any, *, img_size: int, num_classes: int) -> nn.Module:
-        spec = custom_spec(name)
-        asked = {"img_size": (img_size, spec.img_size), "num_classes": (num_classes, spec.num_classes)}
+def _constructor(factory: Factory, name: str, size: int, classes: int) -> Callable[..., nn.Module]:
+    """:attr:`ModelSpec.constructor` of a factory whose own input size and number of classes are given."""
+
+    def construct(_: NoConfig, *, img_size: int, num_classes: int) -> nn.Module:
         accepted = inspect.signature(factory).parameters
-        changed = {key: value for key, (value, default) in asked.items() if value != default}
-        if "num_classes" in changed and "num_classes" not in accepted:
+        if num_classes != classes and "num_classes" not in accepted:
             raise InputError(
-                f"{name} takes no num_classes", remedy="leave --num-classes out, or let the factory take it"
+                f"{name} takes no num_classes",
+                remedy="leave --num-classes out, or let the factory take it",
             )
-        model = _call(factory, name, **{key: value for key, value in changed.items() if key in accepted})
+        options = {}
+        if num_classes != classes:
+            options["num_classes"] = num_classes
+        if img_size != size and "img_size" in accepted:
+            options["img_size"] = img_size
+        model = _call(factory, name, **options)
         made = _count_classes(model, img_size, name)
         if made != num_classes:
             raise InputError(
-                f"{name} has {made} classes, not the {num_classes} asked for", remedy="mend the factory"
+                f"{name} has {made} classes, not the {num_classes} asked for",
+                remedy="correct the factory",
             )
-        model.img_size, model.num_classes = img_size, num_classes  # type: ignore[assignment]
-        return model
+        classifier = cast(Classifier, model)
+        classifier.img_size = img_size
+        classifier.num_classes = num_classes
+        return classifier
 
-    return build
+    return construct
 
 
-def _factory(module: str, attribute: str) -> Callable[..., Any]:
+def _find_factory(module: str, attribute: str) -> Factory:
+    found = _import(module)
+    factory: Factory | None = getattr(found, attribute, None)
+    if callable(factory):
+        return factory
+    public = [name for name in dir(found) if callable(getattr(found, name)) and not name.startswith("_")]
+    close = difflib.get_close_matches(attribute, public, n=3, cutoff=0.4)
+    raise UnknownNameError(f"factory in {module}", attribute, close, public[:20])
+
+
+def _import(module: str) -> ModuleType:
+    """The user's module, also from the folder that the command runs in."""
     folder = str(Path.cwd())
     if folder not in sys.path:
-        sys.path.append(folder)  # users name modules of the folder they work in
+        sys.path.append(folder)
     try:
-        found = import_module(module)
+        return import_module(module)
     except ModuleNotFoundError as exc:
         raise InputError(
             f"there is no module {module!r}",
@@ -125,18 +161,8 @@ def _factory(module: str, attribute: str) -> Callable[..., Any]:
         raise InputError(
             f"module {module!r} cannot be imported",
             why=f"{type(exc).__name__}: {exc}",
-            remedy="mend it, then try again",
+            remedy="correct it, then try again",
         ) from exc
-    factory = getattr(found, attribute, None)
-    if not callable(factory):
-        public = [n for n in dir(found) if callable(getattr(found, n)) and not n.startswith("_")]
-        raise UnknownNameError(
-            f"factory in {module}",
-            attribute,
-            difflib.get_close_matches(attribute, public, n=3, cutoff=0.4),
-            public[:20],
-        )
-    return factory
 
 
 def _timm() -> Any:
@@ -144,7 +170,7 @@ def _timm() -> Any:
         return import_module(TIMM)
     except ImportError as exc:
         raise RuntimeMissingError("timm cannot be imported", why=exc, remedy="pip install timm") from exc
-    except Exception as exc:  # a torchvision built for another torch raises RuntimeError
+    except Exception as exc:  # torchvision raises RuntimeError if it was built for another torch
         raise RuntimeMissingError(
             "timm cannot be imported",
             why=f"{type(exc).__name__}: {exc}",
@@ -152,26 +178,30 @@ def _timm() -> Any:
         ) from exc
 
 
-def _timm_factory(name: str) -> Callable[..., Any]:
+def _timm_factory(name: str) -> Factory:
     timm = _timm()
     if not timm.is_model(name):
-        close = timm.list_models(f"*{name}*")[:3] or difflib.get_close_matches(
-            name, timm.list_models(), n=3, cutoff=0.4
-        )
+        close = timm.list_models(f"*{name}*")[:3]
+        close = close or difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
         raise UnknownNameError("timm model", name, close, ["see timm.list_models()"])
-    fixed_size = getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False)  # only these take img_size
+    fixed_size = getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False)
 
-    def create(num_classes: int | None = None, img_size: int | None = None) -> nn.Module:
-        options = {"num_classes": num_classes, "img_size": img_size if fixed_size else None}
-        return timm.create_model(name, **{key: value for key, value in options.items() if value is not None})
+    def create(num_classes: int | None = None, img_size: int | None = None) -> Any:
+        options = {}
+        if num_classes is not None:
+            options["num_classes"] = num_classes
+        if img_size is not None and fixed_size:  # only these models of timm take an img_size
+            options["img_size"] = img_size
+        return timm.create_model(name, **options)
 
     return create
 
 
-def _timm_state(name: str) -> dict[str, Tensor]:
+def _timm_state(name: str) -> StateDict:
     """The published weights; timm finds, downloads and converts them."""
     try:
-        return _timm().create_model(name, pretrained=True).state_dict()
+        state: StateDict = _timm().create_model(name, pretrained=True).state_dict()
+        return state
     except CmtEdgeError:
         raise
     except Exception as exc:  # no network, nothing published, a package missing
@@ -182,7 +212,8 @@ def _timm_state(name: str) -> dict[str, Tensor]:
         ) from exc
 
 
-def _call(factory: Callable[..., Any], name: str, **options: Any) -> nn.Module:
+def _call(factory: Factory, name: str, **options: Any) -> nn.Module:
+    """The model that ``factory`` returns, in eval mode."""
     try:
         model = factory(**options)
     except CmtEdgeError:
@@ -200,8 +231,8 @@ def _call(factory: Callable[..., Any], name: str, **options: Any) -> nn.Module:
     return model.eval()
 
 
-def _rewrites(model: nn.Module) -> tuple[Rewrite, ...]:
-    """Those of any model that find a place; ``model`` is changed."""
+def _applicable_rewrites(model: nn.Module) -> tuple[Rewrite, ...]:
+    """The rewrites for any model that find a place in this one; ``model`` is changed."""
     return tuple(rewrite for rewrite in (global_pool_as_mean(),) if rewrite.apply(model))
 
 
@@ -213,39 +244,47 @@ def _settings(model: nn.Module) -> dict[str, Any]:
         if isinstance(config, Mapping):
             found |= {key: value for key, value in config.items() if value is not None}
     size = getattr(model, "img_size", None)
-    return ({"input_size": (3, size, size)} if isinstance(size, int) else {}) | found
+    if isinstance(size, int):
+        found.setdefault("input_size", (3, size, size))
+    return found
 
 
 def _strides(model: nn.Module, size: int) -> tuple[int, ...]:
-    """Strides of what a method ``features`` of the model gives: a list of maps ``(N, C, H, W)``; empty where
-    it has no such method."""
+    """Strides of the maps ``(N, C, H, W)`` that the model's method ``features`` returns as a list.
+
+    Empty where the model has no such method, or where it returns something else.
+    """
     method = getattr(model, "features", None)
-    if method is None or isinstance(method, nn.Module):  # many models call their convs so
+    if method is None or isinstance(method, nn.Module):  # in many models, `features` is a module: the convs
         return ()
     try:
         with torch.inference_mode():
             maps = method(torch.zeros(1, 3, size, size))
-    except Exception:  # the user's code: anything may happen, and nobody asked for feature maps yet
+    except Exception:  # the user's code: anything may happen, and nobody has asked for feature maps yet
         return ()
-    if not isinstance(maps, (list, tuple)) or not all(
-        isinstance(m, torch.Tensor) and m.ndim == 4 for m in maps
-    ):
+    if not isinstance(maps, (list, tuple)):
         return ()
-    return tuple(size // m.shape[-1] for m in maps)
+    if not all(isinstance(x, Tensor) and x.ndim == 4 for x in maps):
+        return ()
+    return tuple(size // x.shape[-1] for x in maps)
 
 
 def _head_keys(settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """State-dict keys of the classifier, of which some models have two."""
+    """State-dict keys of the classifier; some models have two."""
     names = settings.get("classifier", ())
-    return tuple(
-        f"{n}.{kind}" for n in ((names,) if isinstance(names, str) else names) for kind in ("weight", "bias")
-    )
+    if isinstance(names, str):
+        names = (names,)
+    return tuple(f"{name}.{kind}" for name in names for kind in ("weight", "bias"))
 
 
 def _crop_ratio(settings: Mapping[str, Any], name: str) -> float | None:
-    """timm's ``center`` keeps the aspect ratio, even where nothing but the long side is cropped; ``squash``
-    does not."""
-    crop, mode = float(settings.get("crop_pct") or DEFAULT_CROP), settings.get("crop_mode", "center")
+    """:attr:`ModelSpec.crop_ratio` of timm's settings.
+
+    timm's mode ``center`` always keeps the aspect ratio, even with a share of 1, which crops the long side
+    only. Its mode ``squash`` does not keep it.
+    """
+    crop = float(settings.get("crop_pct") or DEFAULT_CROP)
+    mode = settings.get("crop_mode", "center")
     if mode == "center":
         return crop
     if mode == "squash" and crop == 1:
@@ -257,7 +296,7 @@ def _crop_ratio(settings: Mapping[str, Any], name: str) -> float | None:
 
 
 def _count_classes(model: nn.Module, size: int, name: str) -> int:
-    """Number of logits; raises :class:`InputError` where ``model`` is no classifier of images of ``size``
+    """Number of logits; raises :class:`InputError` where ``model`` does not classify images of ``size``
     pixels."""
     try:
         with torch.inference_mode():

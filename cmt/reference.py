@@ -1,5 +1,7 @@
-"""Rebuilds the PyTorch reference of a bundle: the entry point ``cmt_edge.reference`` that ``deploy`` looks
-up."""
+"""Rebuilds the PyTorch reference of a bundle.
+
+``deploy`` finds this module through the entry point ``cmt_edge.reference``.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ from cmt_edge.deploy.errors import WeightsError
 
 from .features import with_head
 from .registry import create_model
+from .spec import Classifier
 from .weights import LoadedWeights, load_pretrained, load_weights, randomize, weights_fingerprint
 
 PROVIDER = "cmt"
@@ -48,7 +51,7 @@ class ModelEntry(Protocol):
     def weights(self) -> WeightsEntry: ...
 
 
-def build(
+def load_reference(
     name: str,
     weights: str | Path,
     *,
@@ -58,8 +61,15 @@ def build(
     ema: bool | None = None,
     fresh_head: bool = False,
     resize: bool = False,
-) -> tuple[nn.Module, LoadedWeights]:
-    """A reference model in eval mode with weights ``"pretrained"``, ``"random"`` or of a checkpoint file."""
+) -> tuple[Classifier, LoadedWeights]:
+    """A reference model in eval mode with its weights.
+
+    Args:
+        name, img_size, num_classes: as for :func:`cmt_edge.cmt.create_model`.
+        weights: ``"pretrained"``, ``"random"``, or the path of a checkpoint.
+        seed: of the initial weights, and of random ones.
+        ema, fresh_head, resize: as for :func:`cmt_edge.cmt.load_weights`.
+    """
     model = create_model(name, img_size=img_size, num_classes=num_classes, seed=seed)
     if str(weights) == "random":
         randomize(model, seed)
@@ -71,10 +81,10 @@ def build(
 
 
 def rebuild(entry: ModelEntry, weights: str | Path | None) -> tuple[nn.Module, str]:
-    """The model of a manifest's ``model`` entry and the fingerprint of its weights.
+    """The model of a manifest's ``model`` entry, and the fingerprint of its weights.
 
     Raises:
-        WeightsError: the weights came from a file and ``weights`` does not name it.
+        WeightsError: the weights came from a file, and ``weights`` does not name it.
     """
     made = entry.weights
     if weights is None:
@@ -84,7 +94,7 @@ def rebuild(entry: ModelEntry, weights: str | Path | None) -> tuple[nn.Module, s
                 remedy="name that file: --weights PATH",
             )
         weights = made.source
-    model, _ = build(
+    model, _ = load_reference(
         entry.name,
         weights,
         img_size=entry.img_size,

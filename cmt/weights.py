@@ -1,28 +1,26 @@
-"""Weights in: strict and safe loading, published downloads, a content fingerprint.
-
-Files are read by ``safetensors`` or by ``torch.load(weights_only=True)`` with one extra class allowed, the
-``argparse.Namespace`` that published training checkpoints carry. Nothing of a checkpoint is executed.
-"""
+"""Weights of a model: strict loading of checkpoints, published weights, random weights, and a fingerprint."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cmt_edge.deploy.errors import WeightsError
 
-from .registry import ModelSpec
+from .checkpoint import Checkpoint, read_checkpoint
+from .spec import Classifier, ModelSpec, StateDict
 
 MAX_LISTED = 6
-"""So many keys of each kind are named in an error."""
+"""Number of keys of each kind that an error names."""
+
+SIZED = ("position_bias", "position_embedding", ".relative.")
+"""Parts of the names of weights that belong to a resolution."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class LoadedWeights:
         ema: whether the averaged weights of the checkpoint were taken.
         fresh: keys left at their initial values (a fresh head asked for).
         resized: keys interpolated to the model's resolution.
-        classes: class names the checkpoint carries under ``classes``, or ``None``.
+        classes: class names in the checkpoint's entry ``classes``, or ``None``.
     """
 
     source: str
@@ -56,20 +54,20 @@ def load_weights(
 
     Args:
         model: built by :func:`cmt_edge.cmt.create_model`.
-        path: ``.safetensors``; or a PyTorch file holding a bare state dict or a dict with ``model`` and
-            optionally ``model_ema``, or with ``model_state``. Keys may be the published ones or ours.
+        path: a ``.safetensors`` file, or a PyTorch file with a bare state dict, with ``model`` and optionally
+            ``model_ema``, or with ``model_state``. Keys may be the published ones or ours.
         ema: ``True`` takes ``model_ema``, ``False`` takes ``model``; ``None`` takes ``model_ema`` where the
             checkpoint has one, as the official evaluation does.
         fresh_head: leave the classifier as initialised when its shape differs (another class count).
-        resize: interpolate position biases when the checkpoint was trained at another resolution.
+        resize: interpolate positions when the checkpoint was trained at another resolution.
 
     Raises:
-        WeightsError: unreadable, unsafe, or not fitting; names every missing, unexpected, mis-shaped and
-            non-finite key.
+        WeightsError: the file is unreadable or unsafe, or it does not fit; the error names missing,
+            unexpected, mis-shaped and non-finite keys.
     """
     path = Path(path)
-    state, used_ema, classes = _read(path, ema)
-    return _assign(model, state, path.name, used_ema, classes, fresh_head=fresh_head, resize=resize)
+    checkpoint = read_checkpoint(path, ema)
+    return _assign(model, checkpoint, path.name, fresh_head=fresh_head, resize=resize)
 
 
 def load_pretrained(
@@ -77,37 +75,37 @@ def load_pretrained(
 ) -> LoadedWeights:
     """Load the published weights of ``model``: from the package, the user's cache, or by download.
 
+    The arguments are those of :func:`load_weights`.
+
     Raises:
-        DownloadError: no network, or the file fails its check.
+        DownloadError: there is no network, or the file fails its check.
         WeightsError: as :func:`load_weights`, or nothing is published for this model.
     """
-    spec: ModelSpec = model.spec  # type: ignore[assignment]
-    published = spec.pretrained
+    spec = cast(Classifier, model).spec
+    options: dict[str, Any] = {"fresh_head": fresh_head, "resize": resize}
     if spec.built_with_weights:
         return LoadedWeights("pretrained")
     if spec.published_state is not None:
-        return _assign(
-            model, spec.published_state(), spec.name, False, None, fresh_head=fresh_head, resize=resize
-        )
-    if published is None:
+        return _assign(model, Checkpoint(spec.published_state()), spec.name, **options)
+    if spec.pretrained is None:
         raise WeightsError(
             f"no weights are published for {spec.name}", remedy="give --weights PATH or --weights random"
         )
-    options: dict[str, Any] = {"ema": ema, "fresh_head": fresh_head, "resize": resize}
-    if published.resource:
-        with resources.as_file(resources.files("cmt_edge.cmt").joinpath("data", published.resource)) as path:
-            return load_weights(model, path, **options)
+    if spec.pretrained.resource:
+        shipped = resources.files("cmt_edge.cmt").joinpath("data", spec.pretrained.resource)
+        with resources.as_file(shipped) as path:
+            return load_weights(model, path, ema=ema, **options)
     from .download import fetch
 
-    return load_weights(model, fetch(published), **options)
+    return load_weights(model, fetch(spec.pretrained), ema=ema, **options)
 
 
 def randomize(model: nn.Module, seed: int = 0) -> None:
     """Fill ``model`` with random weights *and statistics*, for latency measurements without a checkpoint.
 
-    A freshly initialised model has zero biases and identity norms, which a simplifier removes: it would be
-    measured faster than any trained one. Matrices are normal with variance 1 / fan-in, norms near 1, all else
-    near 0.
+    A freshly initialised model has zero biases and identity norms, which a simplifier removes, so that it
+    would be faster than any trained one. Matrices are normal with variance 1 / fan-in, norms are near 1, all
+    else is near 0.
     """
     generator = torch.Generator().manual_seed(seed)
     for key, tensor in model.state_dict().items():
@@ -124,8 +122,10 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """SHA-256 over all parameters and buffers by name, dtype, shape and value; independent of file and
-    container."""
+    """SHA-256, in hex, over name, dtype, shape and value of all parameters and buffers.
+
+    It does not depend on the file or container that the weights came from.
+    """
     digest = hashlib.sha256()
     for key, tensor in sorted(model.state_dict().items()):
         digest.update(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
@@ -133,163 +133,92 @@ def weights_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path, ema: bool | None) -> tuple[dict[str, Tensor], bool, tuple[str, ...] | None]:
-    """State dict of the file, whether it is the averaged one, and the class names it carries."""
-    if not path.is_file():
-        raise WeightsError("no such checkpoint file", where=path, remedy="check the path given to --weights")
-    if path.suffix == ".safetensors":
-        if ema:
-            raise _no_average(path)
-        return _tensors(_read_safetensors(path), path), False, None
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as exc:  # torch raises many types for damaged files; all mean the same to the user
-        raise _unreadable(path, exc) from exc
-    if not isinstance(content, Mapping):
-        raise WeightsError(
-            f"holds a {type(content).__name__}, not a state dict", where=path, remedy=_SAVE_HINT
-        )
-    classes = content.get("classes")
-    names = tuple(map(str, classes)) if isinstance(classes, (list, tuple)) else None
-    if isinstance(content.get("model_state"), Mapping):  # SlowFast and MViT
-        content = content["model_state"]
-    if "model" not in content and "model_ema" not in content:
-        if ema:
-            raise _no_average(path)
-        return _tensors(content, path), False, names
-    averaged = content.get("model_ema")
-    if ema and averaged is None:
-        raise _no_average(path)
-    use_ema = averaged is not None if ema is None else ema
-    return _tensors(averaged if use_ema else content.get("model"), path), use_ema, names
-
-
-def _no_average(path: Path) -> WeightsError:
-    return WeightsError("has no averaged weights (model_ema)", where=path, remedy="load it without --ema")
-
-
-_SAVE_HINT = "save model.state_dict() with torch.save or safetensors"
-
-
-def _unreadable(path: Path, exc: Exception) -> WeightsError:
-    """Tell a file that wants to run code from one that is damaged or something else."""
-    text = (
-        str(exc).rpartition("WeightsUnpickler error:")[2].strip()
-    )  # before it torch advises to switch the check off
-    lines = text.splitlines() or [type(exc).__name__]
-    forbidden = next((line for line in lines if any(word in line for word in _CODE)), None)
-    if forbidden:
-        why = forbidden.strip()[:300]
-        return WeightsError(
-            "refused: the file asks to run code while it is read", where=path, why=why, remedy=_SAVE_HINT
-        )
-    remedy = "is it complete, and saved by torch.save? copy it again"
-    return WeightsError(
-        "cannot be read as a PyTorch checkpoint", where=path, why=lines[0][:300], remedy=remedy
-    )
-
-
-_CODE = ("Unsupported global", "GLOBAL", "Unsupported class", "unrecognized function")
-"""How torch's restricted unpickler names what it refuses to call."""
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as exc:
-        raise WeightsError(
-            "cannot be read as safetensors", where=path, why=exc, remedy="is it complete? copy it again"
-        ) from exc
-
-
-def _tensors(state: Any, path: Path) -> dict[str, Tensor]:
-    """``state`` if it is a flat mapping of tensors; the ``module.`` prefix of distributed training is
-    dropped."""
-    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise WeightsError("holds no state dict of tensors", where=path, remedy=_SAVE_HINT)
-    prefix = "module." if all(str(k).startswith("module.") for k in state) else ""
-    return {str(k)[len(prefix) :]: v for k, v in state.items()}
-
-
 def _assign(
-    model: nn.Module,
-    state: dict[str, Tensor],
-    source: str,
-    used_ema: bool,
-    classes: tuple[str, ...] | None,
-    *,
-    fresh_head: bool,
-    resize: bool,
+    model: nn.Module, checkpoint: Checkpoint, source: str, *, fresh_head: bool, resize: bool
 ) -> LoadedWeights:
-    spec: ModelSpec = model.spec  # type: ignore[assignment]
+    """Copy the checkpoint's values into ``model`` after every check has passed."""
+    spec = cast(Classifier, model).spec
     target = model.state_dict()
-    ours = {spec.rename(key): value for key, value in state.items()}
-    ours = spec.adapt(ours) if spec.adapt else ours
+    ours = {spec.rename(key): value for key, value in checkpoint.state.items()}
+    if spec.adapt is not None:
+        ours = spec.adapt(ours)
     resized: list[str] = []
     if resize and spec.resize is not None:
         ours, resized = spec.resize(model, ours)
-    fresh = [k for k in spec.head_keys if fresh_head and k in ours and ours[k].shape != target[k].shape]
-    for key in fresh:
-        ours[key] = target[key]
-    _check(spec, target, ours, source)
+    fresh = []
+    if fresh_head:
+        fresh = [key for key in spec.head_keys if key in ours and ours[key].shape != target[key].shape]
+        ours.update({key: target[key] for key in fresh})
+    if mismatch := _compare(target, ours):
+        raise WeightsError(
+            f"does not fit {spec.name}",
+            where=source,
+            why=mismatch.describe(target, ours),
+            remedy=_remedy(spec, mismatch, ours),
+        )
     model.load_state_dict(ours)
-    return LoadedWeights(source, used_ema, tuple(fresh), tuple(resized), None if fresh else classes)
+    classes = None if fresh else checkpoint.classes
+    return LoadedWeights(source, checkpoint.ema, tuple(fresh), tuple(resized), classes)
 
 
-def _check(spec: ModelSpec, target: dict[str, Tensor], ours: dict[str, Tensor], source: str) -> None:
-    """Raise one error that names everything that does not fit."""
-    shared = [k for k in target if k in ours]
-    shapes = [k for k in shared if ours[k].shape != target[k].shape]
-    problems = {
-        "missing": [k for k in target if k not in ours],
-        "unexpected": [k for k in ours if k not in target],
-        "wrong shape": [
-            f"{k} {tuple(ours[k].shape)}, the model has {tuple(target[k].shape)}" for k in shapes
-        ],
-        "wrong type": [k for k in shared if ours[k].is_floating_point() != target[k].is_floating_point()],
-        "not finite": [
-            k for k in shared if ours[k].is_floating_point() and not bool(ours[k].isfinite().all())
-        ],
-    }
-    if not any(problems.values()):
-        return
-    lines = []
-    for kind, keys in problems.items():
-        if keys:
+@dataclass(frozen=True)
+class _Mismatch:
+    """Keys of a checkpoint that do not fit a model, by kind."""
+
+    missing: list[str]
+    unexpected: list[str]
+    wrong_shape: list[str]
+    wrong_type: list[str]
+    not_finite: list[str]
+
+    def __bool__(self) -> bool:
+        return any(vars(self).values())
+
+    def describe(self, target: StateDict, ours: StateDict) -> str:
+        """One line for each kind, with its first keys."""
+        lines = []
+        for kind, keys in vars(self).items():
+            if not keys:
+                continue
+            shown = keys[:MAX_LISTED]
+            if kind == "wrong_shape":
+                shown = [_describe_shapes(key, ours, target) for key in shown]
             rest = f" and {len(keys) - MAX_LISTED} more" if len(keys) > MAX_LISTED else ""
-            lines.append(f"{len(keys)} {kind}: " + "; ".join(keys[:MAX_LISTED]) + rest)
-    raise WeightsError(
-        f"does not fit {spec.name}",
-        where=source,
-        why="\n       ".join(lines),
-        remedy=_remedy(spec, problems, shapes, ours),
+            lines.append(f"{len(keys)} {kind.replace('_', ' ')}: {'; '.join(shown)}{rest}")
+        return "\n       ".join(lines)
+
+
+def _describe_shapes(key: str, ours: StateDict, target: StateDict) -> str:
+    return f"{key} {tuple(ours[key].shape)}, the model has {tuple(target[key].shape)}"
+
+
+def _compare(target: StateDict, ours: StateDict) -> _Mismatch:
+    shared = [key for key in target if key in ours]
+    floating = [key for key in shared if ours[key].is_floating_point()]
+    return _Mismatch(
+        missing=[key for key in target if key not in ours],
+        unexpected=[key for key in ours if key not in target],
+        wrong_shape=[key for key in shared if ours[key].shape != target[key].shape],
+        wrong_type=[key for key in shared if (key in floating) != target[key].is_floating_point()],
+        not_finite=[key for key in floating if not bool(ours[key].isfinite().all())],
     )
 
 
-_SIZED = ("position_bias", "position_embedding", ".relative.")
-"""Parts of the names of weights that belong to a resolution."""
-
-
-def _remedy(
-    spec: ModelSpec, problems: dict[str, list[str]], shapes: list[str], ours: dict[str, Tensor]
-) -> str:
-    if problems["not finite"]:
+def _remedy(spec: ModelSpec, mismatch: _Mismatch, ours: StateDict) -> str:
+    if mismatch.not_finite:
         return "the training diverged or the file is damaged: use an earlier checkpoint"
-    head = [k for k in shapes if k in spec.head_keys]
-    if shapes and not problems["missing"] and not problems["unexpected"]:
+    shapes = mismatch.wrong_shape
+    head = [key for key in shapes if key in spec.head_keys]
+    if shapes and not mismatch.missing and not mismatch.unexpected:
         if len(head) == len(shapes):
             count = ours[head[0]].shape[0]
             return (
                 f"the checkpoint has {count} classes: --num-classes {count}, or --fresh-head to start a new"
                 " classifier"
             )
-        if all(any(word in k for word in _SIZED) or k in head for k in shapes):
+        if all(key in head or any(part in key for part in SIZED) for key in shapes):
             return (
                 "it was trained at another resolution: give its --imgsz, or --resize-position-bias to"
                 " interpolate"
             )
-    return "is it a checkpoint of another variant? choose the matching --model"
+    return "if it is a checkpoint of another variant, choose the matching --model"

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from tqdm import tqdm
 
@@ -15,7 +16,7 @@ class Progress:
 
     def __init__(self, quiet: bool = False) -> None:
         self.off = quiet or not sys.stderr.isatty()
-        self._bar: tqdm | None = None
+        self._bar: tqdm[Any] | None = None
         self._phase = ""
 
     @contextmanager

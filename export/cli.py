@@ -14,7 +14,7 @@ from cmt_edge.deploy import report
 from cmt_edge.deploy.bundle import plain
 from cmt_edge.deploy.cli.console import parser, run
 from cmt_edge.deploy.errors import RuntimeMissingError
-from cmt_edge.deploy.measure.child import ISAS
+from cmt_edge.deploy.measure.isa import ISAS
 from cmt_edge.deploy.progress import Progress
 
 EPILOG = """\

@@ -14,10 +14,10 @@ from cmt_edge.calib import DEFAULT, Recipe
 from cmt_edge.calib.data import SYNTHETIC
 from cmt_edge.cmt import model_spec
 from cmt_edge.cmt.features import HEADS, require_head
-from cmt_edge.cmt.registry import ModelSpec, check_size
+from cmt_edge.cmt.spec import ModelSpec, check_size
 from cmt_edge.deploy.bundle import LOGITS
 from cmt_edge.deploy.errors import InputError, UnknownNameError, WeightsError
-from cmt_edge.deploy.measure.child import ISAS
+from cmt_edge.deploy.measure.isa import ISAS
 from cmt_edge.deploy.measure.parity import MAX_DROP
 from cmt_edge.deploy.preprocessing import RESAMPLING, Preprocess
 from cmt_edge.deploy.tensorrt.engine import EngineOptions
@@ -78,7 +78,7 @@ class ExportConfig:
         latency_budget: auto only: allowed median latency of one batch, milliseconds.
         time_budget: auto only: seconds after which nothing more is refined.
         isa: auto only: limit the runtime to the instructions of an older CPU while it is measured, a key of
-            :data:`cmt_edge.deploy.measure.child.ISAS`.
+            :data:`cmt_edge.deploy.measure.isa.ISAS`.
     """
 
     model: str

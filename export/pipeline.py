@@ -20,7 +20,7 @@ from cmt_edge.calib.data import SYNTHETIC
 from cmt_edge.calib.generated import generate
 from cmt_edge.calib.synthetic import default_size, synthetic_set
 from cmt_edge.cmt import count_params, fuse, labels_of, macs, weights_fingerprint, with_head
-from cmt_edge.cmt.reference import PROVIDER, build
+from cmt_edge.cmt.reference import PROVIDER, load_reference
 from cmt_edge.cmt.weights import LoadedWeights
 from cmt_edge.deploy import Bundle, Predictor, report
 from cmt_edge.deploy.backends import RUNTIME_OF_FORMAT, LoadOptions, get_runtime
@@ -200,7 +200,7 @@ def preflight(config: ExportConfig) -> None:
 
 
 def _reference(config: ExportConfig) -> _Reference:
-    model, loaded = build(
+    model, loaded = load_reference(
         config.model,
         config.weights,
         img_size=config.img_size,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import io
 import logging
 import warnings
@@ -11,27 +12,57 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxsim
 import torch
-from onnx import helper, numpy_helper
 from torch import nn
 
+from cmt_edge.calib.graph import (
+    Run,
+    add_constant,
+    array_of,
+    make_node,
+    open_graph,
+    read_model,
+    readers_of,
+    write_model,
+)
 from cmt_edge.calib.groups import MODULE
 from cmt_edge.cmt import FeatureMaps
 from cmt_edge.deploy.bundle import LOGITS
 from cmt_edge.deploy.errors import CmtEdgeError, ParityError, StepError
 
-INPUT, BATCH = "input", "batch"
+INPUT = "input"
+"""The name of the graph's input."""
+
+BATCH = "batch"
+"""The name of an open batch dimension."""
+
 ATOL = 1e-4
-"""Allowed difference of a float32 graph's output, relative to the largest value but at least absolute."""
+"""The allowed difference of a float32 graph's output, relative to the largest value of the reference, which
+counts as at least 1."""
+
 FUSE_ATOL = 1e-5
+"""The allowed difference that fusing makes, in the same unit as :data:`ATOL`."""
+
 UNTYPED = ("CastLike", "SplitToSequence")
 """What torch.onnx writes for a conv without a bias (zeros "like" its input, made at every inference) and for
 ``split`` and ``chunk``.
 
-onnxsim leaves them, with the batch norms behind such convs; torch.onnx's own optimizer does not. Rewritten
-families have neither.
+onnxsim leaves them, and the batch norms behind such convs; torch.onnx's own optimizer replaces them.
+Rewritten families have neither.
 """
+
+UNWANTED = ("fuse_matmul_add_bias_into_gemm", "fuse_matmul_add_bias_into_gemm_batched")
+"""Passes of onnxsim that are left out: a ``Gemm`` needs its tokens flattened, and OpenVINO copies a
+tensor that is read both flattened and as a map."""
+
+TRACED_BATCH = 13
+"""The batch size of a trace. Models do not use this size themselves, so that the batch is recognised in the
+graph's shapes."""
+
+OTHER_BATCH = 2
+"""The batch size on which a graph is compared with its model."""
 
 
 def export_onnx(
@@ -62,10 +93,10 @@ def export_onnx(
     """
     check = check or (lambda graph: _require_same(model, graph, img_size))
     with contextlib.suppress(StepError, ParityError):  # a model may build its shapes in another way
-        graph = _batch_freed(_traced(model, img_size, opset, outputs, TRACED_BATCH))
+        graph = _batch_freed(trace(model, img_size, opset, outputs, TRACED_BATCH))
         check(graph)
         return graph
-    graph = checked("export to ONNX", _traced(model, img_size, opset, outputs, None))
+    graph = checked("export to ONNX", trace(model, img_size, opset, outputs, None))
     check(graph)
     return graph
 
@@ -82,16 +113,7 @@ def _require_same(model: nn.Module, graph: onnx.ModelProto, img_size: int) -> fl
     return require_parity("export to ONNX", outputs_of(graph, images.numpy(), "export to ONNX"), expected)
 
 
-FATAL_ONLY = 4
-UNWANTED = ("fuse_matmul_add_bias_into_gemm", "fuse_matmul_add_bias_into_gemm_batched")
-"""Passes of onnxsim that are left out: a ``Gemm`` needs its tokens flattened, and OpenVINO copies a tensor
-that is read both so and as a map."""
-TRACED_BATCH = 13
-"""Not a size that models use themselves, so that it is known again in the graph's shapes."""
-OTHER_BATCH = 2
-
-
-def _traced(
+def trace(
     model: nn.Module, img_size: int, opset: int, outputs: Sequence[str], batch: int | None
 ) -> onnx.ModelProto:
     """What torch.onnx makes of ``model`` with a fixed batch size, or with a symbolic one (``None``)."""
@@ -116,36 +138,45 @@ def _traced(
 
 
 def _batch_freed(model: onnx.ModelProto) -> onnx.ModelProto:
-    """``model``, traced with :data:`TRACED_BATCH`, in place, with every shape that begins with it left open.
+    """A copy of ``model``, traced with :data:`TRACED_BATCH`, in which every shape that begins with it is
+    open.
 
     torch.onnx builds shapes by concatenating constants. Where only reshapes read one, the batch becomes -1;
-    elsewhere (class tokens are expanded) the input's own.
+    elsewhere (class tokens are expanded) it becomes the input's own batch size.
     """
-    graph = model.graph
-    constants = {
-        i.name: numpy_helper.to_array(i) for i in graph.initializer if i.data_type == onnx.TensorProto.INT64
-    }
-    constants |= {n.output[0]: np.atleast_1d(_constant(n)) for n in graph.node if n.op_type == "Constant"}
-    readers: dict[str, set[str]] = {}
-    for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, set()).add(node.op_type)
-    for node in graph.node:
-        if node.op_type == "Concat" and all(name in constants for name in node.input):
-            shape = np.concatenate([np.atleast_1d(constants[name]) for name in node.input])
-            if shape[0] == TRACED_BATCH:
-                node.input[0] = (
-                    "open" if readers.get(node.output[0]) == {"Reshape"} and -1 not in shape else "batch_size"
-                )
-    graph.initializer.append(numpy_helper.from_array(np.array([-1], np.int64), "open"))
-    graph.node.insert(0, helper.make_node("Shape", [INPUT], ["batch_size"], "batch_size", start=0, end=1))
-    return _with_ends(model, 0)
+    view = read_model(model)
+    graph = view.graph
+    shapes = [node for node in graph if node.op_type == "Concat" and _begins_with_batch(node)]
+    opened = add_constant(graph, "open", np.array([-1], np.int64))
+    size = make_node("Shape", [graph.inputs[0]], "batch_size", "batch_size", {"end": 1, "start": 0})
+    graph.insert_before(graph[0], size)
+    for node in shapes:
+        node.replace_input_with(0, opened if _is_reshape_only(node) else size.outputs[0])
+    return _with_ends(write_model(view), 0)
 
 
-def _constant(node: onnx.NodeProto) -> np.ndarray:
-    """The value of a ``Constant`` node, as an array."""
-    value = helper.get_attribute_value(node.attribute[0])
-    return numpy_helper.to_array(value) if isinstance(value, onnx.TensorProto) else np.asarray(value)
+def _begins_with_batch(concat: ir.Node) -> bool:
+    """Whether it makes a constant shape of which the first dimension is the traced batch."""
+    parts = [_integers(value) for value in concat.inputs]
+    return all(part is not None for part in parts) and _joined(parts)[0] == TRACED_BATCH
+
+
+def _is_reshape_only(concat: ir.Node) -> bool:
+    """Whether only reshapes read the shape, and no other dimension of it is open."""
+    readers = {node.op_type for node in readers_of(concat.outputs[0])}
+    return readers == {"Reshape"} and -1 not in _joined([_integers(value) for value in concat.inputs])
+
+
+def _joined(parts: Sequence[np.ndarray | None]) -> np.ndarray:
+    return np.concatenate([part for part in parts if part is not None])
+
+
+def _integers(value: ir.Value | None) -> np.ndarray | None:
+    """The value of an int64 initializer or of a ``Constant`` node, with at least one dimension."""
+    array = array_of(value)
+    if array is None or (value is not None and value.is_initializer() and array.dtype != np.int64):
+        return None
+    return np.atleast_1d(array)
 
 
 def simplify(graph: onnx.ModelProto) -> onnx.ModelProto:
@@ -202,22 +233,14 @@ def logits_of(graph: onnx.ModelProto, batch: np.ndarray, step: str) -> np.ndarra
     return outputs_of(graph, batch, step)[0]
 
 
-def run_graph(graph: onnx.ModelProto, step: str) -> Callable[[np.ndarray], list[np.ndarray]]:
+def run_graph(graph: onnx.ModelProto, step: str) -> Run:
     """``graph``, opened in ONNX Runtime: a function from a batch, float32 ``(N, 3, S, S)``, to all
-    outputs."""
-    name = graph.graph.input[0].name
-    import onnxruntime as ort
+    outputs.
 
-    options = ort.SessionOptions()
-    options.log_severity_level = FATAL_ONLY  # errors are raised
-    with guarded(step):
-        session = ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-    def run(batch: np.ndarray) -> list[np.ndarray]:
-        with guarded(step):
-            return session.run(None, {name: batch})
-
-    return run
+    Raises:
+        StepError: ONNX Runtime cannot open the graph, or, when the function is called, run it.
+    """
+    return open_graph(graph, functools.partial(guarded, step))
 
 
 def require_parity(
@@ -281,14 +304,14 @@ def _anonymous(graph: onnx.ModelProto, wrapper: str = "") -> onnx.ModelProto:
 def _module(node: onnx.NodeProto) -> str | None:
     """Path of the module whose ``forward`` made ``node``, as torch.onnx recorded it; ``None`` where it is not
     known."""
-    known = {p.key: p.value for p in node.metadata_props}
+    known: dict[str, str] = {entry.key: entry.value for entry in node.metadata_props}
     if MODULE in known:
         return known[MODULE]
     try:  # a list of nested modules' paths, '' for the model, and at last the operation
         scopes = ast.literal_eval(known.get("pkg.torch.onnx.name_scopes", "[]"))
     except (ValueError, SyntaxError):
         return None
-    return scopes[-2] if len(scopes) > 1 and scopes[0] == "" else None
+    return str(scopes[-2]) if len(scopes) > 1 and scopes[0] == "" else None
 
 
 def _relabelled(simplified: onnx.ModelProto, traced: onnx.ModelProto) -> onnx.ModelProto:

@@ -5,48 +5,90 @@
 * the graph's input and output, which stay float32 for every precision;
 * *float32 islands*: operations whose observed values do not fit float16. With ``S`` = :data:`SAFETY`:
 
-  =====================
-  ========================================================================================== any operation
-  a value beyond ``65504 / S``, or a constant that overflows or becomes 0 LayerNormalization     ``max|x|**2``
-  beyond ``65504 / S``: a runtime that squares in float16 would overflow Softmax                scores beyond
-  :data:`MAX_SCORE`, where float16 rounds an exponent by more than 0.8 %; the
-                         island reaches back to the product that makes the scores
-  sums (pooling, Reduce) ``count * max|x|`` beyond ``65504 / S``
-  the classifier         logits beyond :data:`MAX_SCORE`, where neighbours could swap places; reaches back to
-  their product =====================
-  ==========================================================================================
+  ======================  ===============================================================================
+  any operation           a value is beyond ``65504 / S``, or a constant overflows or becomes 0
+  LayerNormalization      ``max|x|**2`` is beyond ``65504 / S``: a runtime that squares in float16 would
+                          overflow
+  Softmax                 scores are beyond :data:`MAX_SCORE`, where float16 rounds an exponent by more than
+                          0.8 %; the island reaches back to the product that makes the scores
+  sums (pooling, Reduce)  ``count * max|x|`` is beyond ``65504 / S``
+  the classifier          logits are beyond :data:`MAX_SCORE`, where neighbours could swap places; the island
+                          reaches back to their product
+  ======================  ===============================================================================
 
 Quantize and dequantize operations keep int8 between them; their scales take the type of the float side, so
-that no conversion is needed. Scales are rounded to float16 and int8 weights are quantized again with the
+that no conversion is needed. Scales are rounded to float16, and int8 weights are quantized again with the
 rounded scale.
 
-Why not a converter from a package: they clamp or skip what does not fit without a word, know no ranges, and
-do not take Q/DQ graphs.
+Converters from packages are not used: they clamp or skip what does not fit without telling, know no
+ranges, and do not take Q/DQ graphs.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper, shape_inference
+import onnx_ir as ir
 
-from cmt_edge.calib.lint import MOVES, source_of
+from cmt_edge.calib.graph import (
+    DEQUANTIZE,
+    ELEMENTWISE,
+    MOVES,
+    QUANTIZE,
+    add_constant,
+    array_of,
+    constant_array,
+    detach_readers,
+    input_of,
+    inputs_of,
+    is_constant,
+    make_node,
+    measure_extremes,
+    name_of,
+    node_name,
+    producer_of,
+    read_types,
+    readers_of,
+    set_constant,
+    source_of,
+    unfold_constants,
+    write_model,
+)
 from cmt_edge.calib.recipe import INT8_OPS
 from cmt_edge.deploy.bundle.sections import Island
 
-from .to_onnx import checked, guarded, run_graph
+from .to_onnx import checked, guarded
+
+FLOAT = ir.DataType.FLOAT
+"""The type of tensors before the conversion, and of float32 islands after it."""
+
+HALF = ir.DataType.FLOAT16
+"""The type of tensors after the conversion."""
 
 FP16_MAX = 65504.0
+"""The largest finite float16."""
+
+SMALLEST_HALF = np.float16(2**-24)
+"""The smallest positive float16."""
+
 SAFETY = 4.0
 """Unseen images may exceed the observed range by this factor."""
+
 LIMIT = FP16_MAX / SAFETY
-LOGITS = "logits too large for float16's steps"
+"""The largest observed value that may become float16."""
+
 MAX_SCORE = 32.0
-FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
+"""The largest observed score of a Softmax, or logit of a classifier, that may become float16."""
+
+LARGE_LOGITS = "logits too large for float16's steps"
+"""Why a classifier stays float32."""
+
 SUMS = {
     "GlobalAveragePool": 1,
     "AveragePool": 1,
@@ -55,10 +97,16 @@ SUMS = {
     "ReduceSumSquare": 2,
     "ReduceL2": 2,
 }
-"""Operations that add up many values, and the power they raise each to."""
-ELEMENTWISE = ("Add", "Sub", "Mul", "Div")
+"""Operations that add up many values, and the power to which they raise each value."""
+
 ALWAYS_FLOAT = {"Resize": (1, 2)}
-"""Inputs that ONNX defines as float32 whatever the data is."""
+"""Operation -> positions of inputs that ONNX defines as float32, whatever type the data has."""
+
+NOT_COUNTED = (*MOVES, QUANTIZE, DEQUANTIZE, "Cast", "Constant", "Identity")
+"""Operations that compute nothing: :attr:`Typed.operations` leaves them out."""
+
+STEP = "write the precision into the graph"
+"""The name of this step in error messages."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +117,8 @@ class Typed:
         model: the typed graph.
         operations: precision -> number of operations that compute in it (moves and conversions are not
             counted).
-        islands: what stayed float32 in a float16 graph.
-        largest: largest absolute value observed in any tensor.
+        islands: the operations that stayed float32 in a float16 graph.
+        largest: the largest absolute value observed in any tensor.
     """
 
     model: onnx.ModelProto
@@ -80,29 +128,23 @@ class Typed:
 
 
 def observe(graph: onnx.ModelProto, batches: Iterable[np.ndarray]) -> dict[str, float]:
-    """Largest absolute value of every float tensor of ``graph`` over ``batches`` of ``(N, 3, S, S)`` float32.
+    """The largest absolute value of every float tensor of ``graph`` over ``batches``.
 
-    The extremes are computed inside the graph, so that no activation has to be copied out.
+    Args:
+        graph: an ONNX graph with one input.
+        batches: float32 ``(N, 3, S, S)`` each.
+
+    Raises:
+        StepError: ONNX Runtime cannot run the graph.
     """
-    probe = onnx.ModelProto()
-    probe.CopyFrom(graph)
-    names = [name for name, kind in _types(graph).items() if kind == FLOAT]
-    for i, name in enumerate(names):
-        for op in ("ReduceMax", "ReduceMin"):
-            output = f"observed_{op}_{i}"
-            probe.graph.node.append(helper.make_node(op, [name], [output], keepdims=0))
-            probe.graph.output.append(helper.make_tensor_value_info(output, FLOAT, []))
-    largest = np.zeros(len(names))
-    first = len(graph.graph.output)
-    run = run_graph(probe, "observe activations")
-    for batch in batches:
-        extremes = np.abs(np.array(run(batch)[first:], np.float64)).reshape(-1, 2)
-        largest = np.maximum(largest, extremes.max(1))
-    return dict(zip(names, largest.tolist(), strict=True))
+    names = [name for name, value in _typed_values(read_types(graph)).items() if value.dtype == FLOAT]
+    guard = functools.partial(guarded, "observe activations")
+    extremes = measure_extremes(graph, [], names, batches, guard)
+    return {name: float(np.abs([low, high]).max(initial=0.0)) for name, (low, high) in extremes.items()}
 
 
 def typed(graph: onnx.ModelProto, precision: str, observed: Mapping[str, float]) -> Typed:
-    """``graph``, float32 or Q/DQ, typed for ``precision``: a copy.
+    """A copy of ``graph``, float32 or Q/DQ, typed for ``precision``.
 
     Args:
         graph: float32 input and output.
@@ -116,12 +158,16 @@ def typed(graph: onnx.ModelProto, precision: str, observed: Mapping[str, float])
     if precision == "fp32":
         copy = onnx.ModelProto()
         copy.CopyFrom(graph)
-        return Typed(copy, _count(copy), largest=largest)
-    with guarded("write the precision into the graph"):
-        conversion = _Conversion(graph, observed)
-        model = conversion.run()
-    islands = tuple(conversion.islands.values())
-    return Typed(checked("write the precision into the graph", model), _count(model), islands, largest)
+        return Typed(copy, _count_operations(copy), largest=largest)
+    with guarded(STEP):
+        view = read_types(graph)
+        unfold_constants(view.graph)
+        islands = _Islands(view.graph, observed).found
+        _Conversion(view.graph, islands).run()
+        model = write_model(view)
+        del model.graph.value_info[:]
+    checked(STEP, model)
+    return Typed(model, _count_operations(model), tuple(islands.values()), largest)
 
 
 def rounded(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -131,281 +177,253 @@ def rounded(model: onnx.ModelProto) -> onnx.ModelProto:
     overflow would not show. Here it does. Sums inside one operation stay float32 here; a GPU may add in
     float16, for which :data:`SAFETY` leaves room.
     """
-    types = _types(model)
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    del result.graph.node[:], result.graph.value_info[:], result.graph.initializer[:]
-    for tensor in model.graph.initializer:
-        half = tensor.data_type == HALF
-        value = numpy_helper.to_array(tensor).astype(np.float32) if half else None
-        result.graph.initializer.append(
-            tensor if value is None else numpy_helper.from_array(value, tensor.name)
-        )
-    for node in model.graph.node:
-        new = result.graph.node.add()
-        new.CopyFrom(node)
-        if node.op_type == "Cast" and {types.get(node.input[0]), types[node.output[0]]} <= {FLOAT, HALF}:
-            new.op_type = "Identity"
-            del new.attribute[:]
-        if node.op_type in MOVES:
-            continue
-        for i, name in enumerate(node.output):
-            if types.get(name) == HALF:
-                new.output[i] = f"{name}_exact"
-                result.graph.node.append(
-                    helper.make_node("Cast", [f"{name}_exact"], [f"{name}_rounded"], to=HALF)
-                )
-                result.graph.node.append(helper.make_node("Cast", [f"{name}_rounded"], [name], to=FLOAT))
+    view = read_types(model)
+    for value in view.graph.initializers.values():
+        if value.dtype == HALF:
+            set_constant(value, constant_array(value).astype(np.float32))
+    for node in list(view.graph):
+        if node.op_type == "Cast" and _converts_floats(node):
+            node.op_type = "Identity"
+            node.attributes.clear()
+        if node.op_type not in MOVES:
+            for value in node.outputs:
+                if value.dtype == HALF:
+                    _round_output(view.graph, node, value)
+    result = write_model(view)
+    del result.graph.value_info[:]
     return checked("round to float16", result)
 
 
-def _types(model: onnx.ModelProto) -> dict[str, int]:
-    """Element type of every tensor but the initializers."""
-    graph = shape_inference.infer_shapes(model, strict_mode=True).graph
-    values = (*graph.input, *graph.value_info, *graph.output)
-    return {v.name: v.type.tensor_type.elem_type for v in values}
+def _converts_floats(cast: ir.Node) -> bool:
+    """Whether a ``Cast`` converts a computed tensor between float32 and float16."""
+    source = input_of(cast, 0)
+    return not is_constant(source) and {source.dtype, cast.outputs[0].dtype} <= {FLOAT, HALF}
 
 
-def _count(model: onnx.ModelProto) -> dict[str, int]:
-    """Computing operations by the precision they read."""
-    types = _types(model) | {i.name: i.data_type for i in model.graph.initializer}
-    producer = {o: n for n in model.graph.node for o in n.output}
+def _round_output(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
+    """Let the readers of ``value`` read it rounded to float16, as float32."""
+    name = name_of(value)
+    after = detach_readers(value, f"{name}_exact")
+    half = make_node("Cast", [value], f"{name}_rounded", f"{name}_round", {"to": int(HALF)})
+    single = ir.node("Cast", half.outputs, {"to": int(FLOAT)}, outputs=[after], name=f"{name}_widen")
+    graph.insert_after(node, [half, single])
+
+
+def _typed_values(view: ir.Model) -> dict[str, ir.Value]:
+    """The inputs of a graph and everything that its nodes make, by name."""
+    made = [value for node in view.graph for value in node.outputs]
+    return {name_of(value): value for value in (*view.graph.inputs, *made)}
+
+
+def _count_operations(model: onnx.ModelProto) -> dict[str, int]:
+    """The number of computing operations by the precision that they read."""
     count: Counter[str] = Counter()
-    for node in model.graph.node:
-        kinds = {types.get(o) for o in node.output}
-        if node.op_type in (*MOVES, "Cast", "QuantizeLinear", "DequantizeLinear", "Constant", "Identity"):
+    for node in read_types(model).graph:
+        if node.op_type in NOT_COUNTED:
             continue
-        sources = [source_of(name, producer) for name in node.input[:2]]
-        quantized = node.op_type in INT8_OPS and all(
-            s is not None and s.op_type == "DequantizeLinear" for s in sources
-        )
-        if quantized or kinds & {FLOAT, HALF}:
-            count["int8" if quantized else "fp16" if HALF in kinds else "fp32"] += 1
+        kinds = {value.dtype for value in node.outputs}
+        if node.op_type in INT8_OPS and _reads_int8(node):
+            count["int8"] += 1
+        elif HALF in kinds:
+            count["fp16"] += 1
+        elif FLOAT in kinds:
+            count["fp32"] += 1
     return dict(count)
 
 
-@dataclass
-class _Conversion:
-    """One float32 graph on its way to float16."""
+def _reads_int8(node: ir.Node) -> bool:
+    """Whether both operands are dequantized."""
+    sources = [source_of(value) for value in node.inputs[:2]]
+    return all(source is not None and source.op_type == DEQUANTIZE for source in sources)
 
-    graph: onnx.ModelProto
-    observed: Mapping[str, float]
-    islands: dict[int, Island] = field(default_factory=dict)
 
-    def run(self) -> onnx.ModelProto:
-        graph = self.graph.graph
-        self.constants = _constants(self.graph)
-        self.nodes = [n for n in graph.node if n.op_type != "Constant"]
-        self.producer = {o: i for i, n in enumerate(self.nodes) for o in n.output}
-        self.consumers: dict[str, list[int]] = {}
-        for i, node in enumerate(self.nodes):
-            for name in node.input:
-                self.consumers.setdefault(name, []).append(i)
-        inferred = shape_inference.infer_shapes(self.graph, strict_mode=True).graph
-        values = (*inferred.input, *inferred.value_info, *inferred.output)
-        self.shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
-        self.kinds = {v.name: v.type.tensor_type.elem_type for v in values}
-        self.outputs = {o.name for o in graph.output}
-        for i, node in enumerate(self.nodes):
-            self._decide(i, node)
-        self._round_scales()
-        self.new_nodes: list[onnx.NodeProto] = []
-        self.new_constants: dict[str, onnx.TensorProto] = {}
-        self.now: dict[str, int] = {
-            i.name: FLOAT for i in graph.input if self.kinds[i.name] == FLOAT
-        }  # in the new graph
-        self.cast: dict[tuple[str, int], str] = {}
-        for i, node in enumerate(self.nodes):
-            self._convert(i, node)
-        return self._assemble()
+class _Islands:
+    """Decides which operations of a float32 graph stay float32."""
 
-    # which operations stay float32
+    def __init__(self, graph: ir.Graph, observed: Mapping[str, float]) -> None:
+        self._observed = observed
+        self.found: dict[ir.Node, Island] = {}
+        for node in graph:
+            if node.op_type not in (QUANTIZE, DEQUANTIZE):
+                self._decide(node)
 
-    def _decide(self, index: int, node: onnx.NodeProto) -> None:
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+    def _decide(self, node: ir.Node) -> None:
+        found = self._reason(node)
+        if found is None:
             return
-        if (found := self._reason(node)) is None:
-            return
-        self._add(index, *found)
+        reason, value = found
+        self._add(node, reason, value)
         if node.op_type == "Softmax":
-            self._reach_back(node.input[0], "makes the scores of a float32 Softmax", found[1])
-        elif found[0] == LOGITS and node.op_type in (*MOVES, *ELEMENTWISE):
-            self._reach_back(node.input[0], *found)
+            self._reach_back(node, "makes the scores of a float32 Softmax", value)
+        elif reason == LARGE_LOGITS and node.op_type in (*MOVES, *ELEMENTWISE):
+            self._reach_back(node, reason, value)
 
-    def _add(self, index: int, reason: str, observed: float) -> None:
-        node = self.nodes[index]
-        self.islands.setdefault(index, Island(node.name, node.op_type, reason, observed))
+    def _add(self, node: ir.Node, reason: str, observed: float) -> None:
+        self.found.setdefault(node, Island(node_name(node), node.op_type, reason, observed))
 
-    def _reach_back(self, name: str, reason: str, observed: float) -> None:
-        """Keep what computes large values in float32, up to the product that makes them: not rounding them
-        later would be no help."""
-        index = self.producer.get(name)
-        while index is not None:
-            node = self.nodes[index]
-            self._add(index, reason, observed)
-            if node.op_type not in (*MOVES, *ELEMENTWISE):
+    def _reach_back(self, node: ir.Node, reason: str, observed: float) -> None:
+        """Keep what computes the input of ``node`` in float32, up to the product that makes its large values:
+        it would not help to leave out only their last rounding."""
+        before = producer_of(node.inputs[0])
+        while before is not None:
+            self._add(before, reason, observed)
+            if before.op_type not in (*MOVES, *ELEMENTWISE):
                 return
-            index = next((self.producer[n] for n in node.input if n in self.producer), None)
+            before = next((made for made in map(producer_of, before.inputs) if made is not None), None)
 
-    def _reason(self, node: onnx.NodeProto) -> tuple[str, float] | None:
+    def _reason(self, node: ir.Node) -> tuple[str, float] | None:
         """Why ``node`` cannot be float16, with the observed value; ``None`` if it can."""
-        for name in (*node.input, *node.output):
-            if self.observed.get(name, 0.0) > LIMIT:
-                return "values leave float16", self.observed[name]
-        for position, name in enumerate(node.input):
-            if position in ALWAYS_FLOAT.get(node.op_type, ()) or name not in self.constants:
-                continue
-            if (bad := _unrepresentable(self.constants[name])) is not None:
+        for value in (*node.inputs, *node.outputs):
+            if (largest := self._largest(value)) > LIMIT:
+                return "values leave float16", largest
+        fixed = ALWAYS_FLOAT.get(node.op_type, ())
+        for position, value in enumerate(node.inputs):
+            bad = _unrepresentable(array_of(value)) if position not in fixed else None
+            if bad is not None:
                 return "a constant leaves float16", bad
         return self._inside(node)
 
-    def _inside(self, node: onnx.NodeProto) -> tuple[str, float] | None:
+    def _inside(self, node: ir.Node) -> tuple[str, float] | None:
         """What would go wrong inside an operation whose inputs and outputs fit."""
-        largest = max((self.observed.get(n, 0.0) for n in node.input), default=0.0)
-        logits = max((self.observed.get(o, 0.0) for o in node.output if o in self.outputs), default=0.0)
+        largest = max(map(self._largest, node.inputs), default=0.0)
         if node.op_type == "LayerNormalization" and largest**2 > LIMIT:
             return "squares of its input leave float16", largest
         if node.op_type == "Softmax" and largest > MAX_SCORE:
             return "scores too large for float16's steps", largest
-        if node.op_type in SUMS and largest ** SUMS[node.op_type] * self._summed(node) > LIMIT:
+        if node.op_type in SUMS and largest ** SUMS[node.op_type] * _summed(node) > LIMIT:
             return "its sum leaves float16", largest
-        if logits > MAX_SCORE and any(self.kinds.get(o) == FLOAT for o in node.output):
-            return LOGITS, logits
+        answers = [value for value in node.outputs if value.is_graph_output()]
+        logits = max(map(self._largest, answers), default=0.0)
+        if logits > MAX_SCORE and any(value.dtype == FLOAT for value in node.outputs):
+            return LARGE_LOGITS, logits
         return None
 
-    def _summed(self, node: onnx.NodeProto) -> int:
-        """How many values an element of the output sums."""
-        before, after = (
-            np.prod([d or 1 for d in self.shapes.get(n, [])]) for n in (node.input[0], node.output[0])
-        )
-        return max(1, int(before // max(1, after)))
-
-    # the new graph
-
-    def _round_scales(self) -> None:
-        """Scales become values that float16 holds; weights are quantized again with them."""
-        scaled = [n for n in self.nodes if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
-        exact = {n.input[1]: numpy_helper.to_array(self.constants[n.input[1]]) for n in scaled}
-        held = {
-            name: np.maximum(scale.astype(np.float16), np.float16(2**-24)) for name, scale in exact.items()
-        }
-        weights = {n.input[0]: n for n in scaled if n.input[0] in self.constants}
-        for name, node in weights.items():
-            values = numpy_helper.to_array(self.constants[name])
-            ratio = exact[node.input[1]].astype(np.float64) / held[node.input[1]]
-            axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
-            again = np.clip(np.rint(values * _along(ratio, axis, values.ndim)), -128, 127).astype(np.int8)
-            self.constants[name] = numpy_helper.from_array(again, name)
-        for name, scale in held.items():
-            self.constants[name] = numpy_helper.from_array(np.asarray(scale, np.float32), name)
-
-    def _convert(self, index: int, node: onnx.NodeProto) -> None:
-        kind = self._kind(index, node)
-        new = onnx.NodeProto()
-        new.CopyFrom(node)
-        fixed = ALWAYS_FLOAT.get(node.op_type, ())
-        for position, name in enumerate(node.input):
-            if name:
-                new.input[position] = self._read(name, FLOAT if position in fixed else kind)
-        for attribute in new.attribute:
-            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == FLOAT:
-                attribute.i = kind
-        for position, name in enumerate(node.output):
-            if self.kinds.get(name) != FLOAT:
-                continue
-            if name in self.outputs and kind == HALF:
-                new.output[position] = f"{name}_half"
-            self.now[new.output[position]] = kind
-        self.new_nodes.append(new)
-        for name in self.outputs.intersection(node.output):
-            if f"{name}_half" in new.output:
-                self.now[name], self.cast[name, HALF] = FLOAT, f"{name}_half"
-                self.new_nodes.append(
-                    helper.make_node("Cast", [f"{name}_half"], [name], f"cast_{name}", to=FLOAT)
-                )
-
-    def _kind(self, index: int, node: onnx.NodeProto) -> int:
-        """Type of the float side of an operation."""
-        if node.op_type == "QuantizeLinear":  # as it comes: a conversion before quantizing would be waste
-            return self.now[node.input[0]]
-        if node.op_type == "DequantizeLinear":
-            readers = self.consumers.get(node.output[0], [])
-            return FLOAT if readers and all(i in self.islands for i in readers) else HALF
-        made_from_nothing = node.op_type != "Cast" and not any(
-            n in self.now or self._is_float(n) for n in node.input
-        )
-        return FLOAT if index in self.islands or made_from_nothing else HALF
-
-    def _is_float(self, name: str) -> bool:
-        return name in self.constants and self.constants[name].data_type == FLOAT
-
-    def _read(self, name: str, kind: int) -> str:
-        """Name of ``name``'s values in type ``kind``; other types than float32 are left alone."""
-        if name in self.constants:
-            return self._constant(name, kind)
-        have = self.now.get(name)
-        if have is None or have == kind:
-            return name
-        if (name, kind) not in self.cast:
-            new = f"{name}_{'half' if kind == HALF else 'float'}"
-            self.new_nodes.append(helper.make_node("Cast", [name], [new], f"cast_{new}", to=kind))
-            self.cast[name, kind] = new
-        return self.cast[name, kind]
-
-    def _constant(self, name: str, kind: int) -> str:
-        tensor = self.constants[name]
-        if tensor.data_type != FLOAT or kind == FLOAT:
-            self.new_constants[name] = tensor
-            return name
-        half = f"{name}_half"
-        if half not in self.new_constants:
-            self.new_constants[half] = numpy_helper.from_array(
-                numpy_helper.to_array(tensor).astype(np.float16), half
-            )
-        return half
-
-    def _assemble(self) -> onnx.ModelProto:
-        model = onnx.ModelProto()
-        model.CopyFrom(self.graph)
-        del model.graph.node[:], model.graph.initializer[:], model.graph.value_info[:]
-        model.graph.node.extend(self.new_nodes)
-        model.graph.initializer.extend(self.new_constants.values())
-        return model
+    def _largest(self, value: ir.Value | None) -> float:
+        """The largest observed absolute value of a tensor; 0 where nothing was observed."""
+        return self._observed.get(name_of(value), 0.0)
 
 
-def _constants(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
-    """Initializers, and Constant operations as if they were some."""
-    found = {i.name: i for i in model.graph.initializer}
-    for name, value in _constant_nodes(model):
-        tensor = onnx.TensorProto()
-        tensor.CopyFrom(value)
-        tensor.name = name
-        found[name] = tensor
-    return found
+def _summed(node: ir.Node) -> int:
+    """How many values an element of the output sums; the batch and other open dimensions count as 1."""
+    before, after = (_count_elements(value) for value in (node.inputs[0], node.outputs[0]))
+    return max(1, before // max(1, after))
 
 
-def _constant_nodes(model: onnx.ModelProto) -> Iterator[tuple[str, onnx.TensorProto]]:
-    for node in model.graph.node:
-        if node.op_type == "Constant":
-            attribute = node.attribute[0]
-            value = helper.get_attribute_value(attribute)
-            if attribute.name != "value":  # value_float, value_ints, ...
-                value = numpy_helper.from_array(
-                    np.array(value, np.float32 if "float" in attribute.name else np.int64)
-                )
-            yield node.output[0], value
+def _count_elements(value: ir.Value | None) -> int:
+    dims = value.shape if value is not None and value.shape is not None else ()
+    return math.prod(dim for dim in dims if isinstance(dim, int) and dim > 0)
 
 
-def _unrepresentable(tensor: onnx.TensorProto) -> float | None:
-    """A constant's largest value, if float16 cannot hold it: too large, or everything would become 0."""
-    if tensor.data_type != FLOAT:
+def _unrepresentable(constant: np.ndarray | None) -> float | None:
+    """A constant's largest value, if float16 cannot hold it: it is too large, or everything would become
+    0."""
+    if constant is None or constant.dtype != np.float32 or not constant.size:
         return None
-    values = np.abs(numpy_helper.to_array(tensor))
-    if values.size and values.max() > FP16_MAX:
-        return float(values.max())
-    if values.size and values.max() and not values.astype(np.float16).max():
-        return float(values.max())
+    largest = np.abs(constant).max()
+    if largest > FP16_MAX or (largest and not largest.astype(np.float16)):
+        return float(largest)
     return None
+
+
+class _Conversion:
+    """Turns a float32 graph, in place, into a float16 graph with ``islands`` of float32."""
+
+    def __init__(self, graph: ir.Graph, islands: Collection[ir.Node]) -> None:
+        self._graph, self._islands = graph, islands
+        # computed tensor that was float32 -> its type now
+        self._types = {value: FLOAT for value in graph.inputs if value.dtype == FLOAT}
+        # (tensor, type) -> the tensor converted to this type
+        self._casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+        # constants of the new graph by name, in the order in which nodes read them
+        self._constants: dict[str, ir.Value] = {}
+
+    def run(self) -> None:
+        _round_scales(self._graph)
+        for node in list(self._graph):
+            self._convert(node)
+        self._graph.initializers.clear()
+        for value in self._constants.values():
+            self._graph.register_initializer(value)
+
+    def _convert(self, node: ir.Node) -> None:
+        kind = self._kind(node)
+        fixed = ALWAYS_FLOAT.get(node.op_type, ())
+        for position, value in enumerate(node.inputs):
+            if value is not None:
+                wanted = FLOAT if position in fixed else kind
+                node.replace_input_with(position, self._read(node, value, wanted))
+        if node.op_type == "Cast" and node.attributes.get_int("to") == FLOAT:
+            node.attributes["to"] = ir.AttrInt64("to", int(kind))
+        for value in node.outputs:
+            if value.dtype == FLOAT:
+                self._types[value] = kind
+                if value.is_graph_output() and kind == HALF:
+                    self._cast_output(node, value)
+
+    def _cast_output(self, node: ir.Node, value: ir.Value) -> None:
+        """Keep an output of the graph float32, under its name."""
+        name = name_of(value)
+        output = detach_readers(value, f"{name}_half")
+        cast = ir.node("Cast", [value], {"to": int(FLOAT)}, outputs=[output], name=f"cast_{name}")
+        self._graph.insert_after(node, cast)
+        self._types[output] = FLOAT
+        self._casts[output, HALF] = value
+
+    def _kind(self, node: ir.Node) -> ir.DataType:
+        """The type of the float side of an operation."""
+        if node.op_type == QUANTIZE:  # keeps the type of its input: a conversion before it would cost time
+            return self._types[input_of(node, 0)]
+        if node.op_type == DEQUANTIZE:
+            readers = readers_of(node.outputs[0])
+            return FLOAT if readers and all(reader in self._islands for reader in readers) else HALF
+        reads_floats = any(value in self._types or _is_float_constant(value) for value in inputs_of(node))
+        made_from_nothing = node.op_type != "Cast" and not reads_floats
+        return FLOAT if node in self._islands or made_from_nothing else HALF
+
+    def _read(self, node: ir.Node, value: ir.Value, kind: ir.DataType) -> ir.Value:
+        """What ``node`` reads instead of ``value`` in type ``kind``; other types than float32 stay."""
+        if value.is_initializer():
+            return self._constant(value, kind)
+        have = self._types.get(value)
+        if have is None or have == kind:
+            return value
+        if (value, kind) not in self._casts:
+            name = f"{name_of(value)}_{'half' if kind == HALF else 'float'}"
+            cast = make_node("Cast", [value], name, f"cast_{name}", {"to": int(kind)})
+            self._graph.insert_before(node, cast)
+            self._casts[value, kind] = cast.outputs[0]
+        return self._casts[value, kind]
+
+    def _constant(self, value: ir.Value, kind: ir.DataType) -> ir.Value:
+        """A constant in type ``kind``; other types than float32 stay."""
+        name = name_of(value)
+        if value.dtype != FLOAT or kind == FLOAT:
+            return self._constants.setdefault(name, value)
+        half = f"{name}_half"
+        if half not in self._constants:
+            array = constant_array(value).astype(np.float16)
+            self._constants[half] = add_constant(self._graph, half, array)
+        return self._constants[half]
+
+
+def _is_float_constant(value: ir.Value) -> bool:
+    return is_constant(value) and value.dtype == FLOAT
+
+
+def _round_scales(graph: ir.Graph) -> None:
+    """Round scales to values that float16 holds, and quantize weights again with them."""
+    scaled = [node for node in graph if node.op_type in (QUANTIZE, DEQUANTIZE)]
+    exact = {input_of(node, 1): constant_array(node.inputs[1]) for node in scaled}
+    held = {value: np.maximum(scale.astype(np.float16), SMALLEST_HALF) for value, scale in exact.items()}
+    weights = {input_of(node, 0): node for node in scaled if is_constant(node.inputs[0])}
+    for value, node in weights.items():
+        array, key = constant_array(value), input_of(node, 1)
+        ratio = exact[key].astype(np.float64) / held[key]
+        axis = node.attributes.get_int("axis", 1)
+        again = np.rint(array * _along(ratio, axis, array.ndim))
+        set_constant(value, np.clip(again, -128, 127).astype(np.int8))
+    for value, scale in held.items():
+        set_constant(value, np.asarray(scale, np.float32))
 
 
 def _along(values: np.ndarray, axis: int, ndim: int) -> np.ndarray:

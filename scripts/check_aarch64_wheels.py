@@ -25,12 +25,16 @@ from pathlib import Path
 from cmt_edge.deploy.report import table
 
 ROOT = Path(__file__).resolve().parent.parent
-REQUIRED = ("onnxruntime", "tensorrt", "tensorrt-cu12")
-INFORMATION = ("openvino",)
-UNREACHABLE = re.compile("connection broken|Could not fetch URL|ConnectionError|ReadTimeout", re.IGNORECASE)
 
-# pip takes wheel tags from its options but evaluates markers for the Python that runs it, so markers are told
-# the target. The report names the environment it was made for, which resolve() checks.
+REQUIRED = ("onnxruntime", "tensorrt", "tensorrt-cu12")
+"""Extras that must resolve on every target."""
+
+INFORMATION = ("openvino",)
+"""Extras that are reported only."""
+
+UNREACHABLE = re.compile("connection broken|Could not fetch URL|ConnectionError|ReadTimeout", re.IGNORECASE)
+"""What pip says where the index does not answer."""
+
 PIP = """
 import json, runpy, sys
 from pip._vendor.packaging import markers
@@ -38,6 +42,9 @@ environment = {**markers.default_environment(), **json.loads(sys.argv.pop(1))}
 markers.default_environment = lambda: dict(environment)
 runpy.run_module("pip", run_name="__main__", alter_sys=True)
 """
+"""Runs pip for another machine. pip takes wheel tags from its options, but it evaluates markers for the
+Python that runs it, so this tells the markers the target. The report names its environment, which
+:func:`resolve` checks."""
 
 
 class UnreachableError(Exception):
@@ -68,6 +75,7 @@ class Target:
 
 
 TARGETS = (Target("Ubuntu 22.04, JetPack 6", "3.10.12", 35), Target("Ubuntu 24.04, JetPack 7", "3.12.3", 39))
+"""The systems of the devices that are supported."""
 
 
 @dataclass(frozen=True)
@@ -103,33 +111,8 @@ def requirements(pyproject: Path) -> dict[str, list[str]]:
 def resolve(target: Target, extra: str, wanted: list[str]) -> Resolution:
     """Let pip resolve ``wanted`` for ``target``; raises UnreachableError, and ValueError where pip ignores
     the target."""
-    platforms = [part for tag in target.platforms() for part in ("--platform", tag)]
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            "-c",
-            PIP,
-            json.dumps(target.markers()),
-            "install",
-            "--dry-run",
-            "--ignore-installed",
-            "--only-binary=:all:",
-            "--target",
-            folder,
-            "--implementation",
-            "cp",
-            "--python-version",
-            target.python,
-            *platforms,
-            "--disable-pip-version-check",
-            "--no-input",
-            "--retries",
-            "1",
-            "--quiet",
-            "--report",
-            "-",
-            *wanted,
-        ]
+        command = pip_command(target, folder, wanted)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     required = extra in REQUIRED
     if done.returncode:
@@ -140,9 +123,18 @@ def resolve(target: Target, extra: str, wanted: list[str]) -> Resolution:
     report = json.loads(done.stdout)
     if not target.markers().items() <= report["environment"].items():
         raise ValueError("this pip evaluates markers for the machine it runs on, not for the target")
-    return Resolution(
-        target, extra, required, sorted(map(wheel, report["install"]), key=lambda w: w.package.lower())
-    )
+    wheels = sorted(map(wheel, report["install"]), key=lambda w: w.package.lower())
+    return Resolution(target, extra, required, wheels)
+
+
+def pip_command(target: Target, folder: str, wanted: list[str]) -> list[str]:
+    """pip, which installs nothing and reports as JSON what it would install into ``folder``."""
+    python = [sys.executable, "-c", PIP, json.dumps(target.markers())]
+    install = ["install", "--dry-run", "--ignore-installed", "--only-binary=:all:", "--target", folder]
+    platforms = [part for tag in target.platforms() for part in ("--platform", tag)]
+    machine = ["--implementation", "cp", "--python-version", target.python, *platforms]
+    quiet = ["--disable-pip-version-check", "--no-input", "--retries", "1", "--quiet", "--report", "-"]
+    return [*python, *install, *machine, *quiet, *wanted]
 
 
 def wheel(item: dict) -> Wheel:

@@ -28,27 +28,28 @@ PARSER_ERROR = ("code", "desc", "file", "func", "line", "node", "node_name", "no
 def build(folder: Path) -> None:
     """A static and a dynamic engine, with and without a timing cache and TF32."""
     from cmt_edge.deploy.tensorrt import builder as engine_builder
-    from cmt_edge.deploy.tensorrt.engine import Request
+    from cmt_edge.deploy.tensorrt.engine import BuildRequest
     from cmt_edge.deploy.tensorrt.session import Log
 
     engine_builder.blob = lambda memory: b"plan"
     (folder / "model.onnx").write_bytes(b"onnx")
     for tf32, profile in ((False, None), (True, (1, 2, 8))):
         digest = hashlib.sha256(b"onnx").hexdigest()
-        request = Request(
-            str(folder / "model.onnx"),
-            digest,
-            str(folder / "plan"),
-            str(folder / "timing"),
-            NAME,
-            (1, 3, 64, 64),
-            1 << 30,
-            3,
-            tf32,
-            profile,
+        request = BuildRequest(
+            onnx=str(folder / "model.onnx"),
+            sha256=digest,
+            plan=str(folder / "plan"),
+            timing_folder=str(folder / "timing"),
+            timing_key="timings",
+            input=NAME,
+            shape=(1, 3, 64, 64),
+            workspace=1 << 30,
+            level=3,
+            tf32=tf32,
+            profile=profile,
         )
         seen: list[str] = []
-        engine_builder.build(request, lambda phase, share, seen=seen: seen.append(phase), Log())
+        engine_builder.build_engine(request, lambda phase, share, seen=seen: seen.append(phase), Log())
         assert (folder / "plan").read_bytes() == b"plan"
     monitor = engine_builder.Monitor(lambda phase, share: None)
     monitor.phase_start("phase", None, 2)

@@ -28,6 +28,7 @@ def cifar() -> Path:
 
 
 def _export(tmp_path_factory, **settings):
+    pytest.importorskip("torch", reason="needs torch, which makes the bundle")
     from cmt_edge.export import ExportConfig, run
 
     return run(ExportConfig("cmt_nano", output=str(tmp_path_factory.mktemp("bundles")), **settings))

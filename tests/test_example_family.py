@@ -3,8 +3,6 @@ without another change."""
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 
@@ -19,6 +17,7 @@ from cmt_edge.cmt import (
     registry,
 )
 from cmt_edge.cmt.weights import randomize
+from cmt_edge.deploy.errors import UnknownNameError
 from cmt_edge.deploy.measure.parity import verify
 from cmt_edge.export import ExportConfig, run
 
@@ -30,14 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "example_family")
 @pytest.fixture
 def example_family(monkeypatch):
     """The one line, ``FAMILIES = (..., "example_family")``, for the time of a test."""
-    list_models()
-    monkeypatch.setattr(registry, "_REGISTRY", {**registry._REGISTRY})
     monkeypatch.setattr(registry, "FAMILIES", (*registry.FAMILIES, MODULE))
-    monkeypatch.delitem(sys.modules, MODULE, raising=False)
-    registry._load_families.cache_clear()
-    yield
-    monkeypatch.undo()
-    registry._load_families.cache_clear()
 
 
 def randomized(seed: int = 0) -> torch.nn.Module:
@@ -100,5 +92,12 @@ def test_it_goes_the_whole_road(tmp_path, form, precision):
 
 def test_nothing_of_it_stays_behind(monkeypatch):
     monkeypatch.undo()
-    assert NAME not in registry._REGISTRY
-    assert MODULE not in registry.FAMILIES
+    assert NAME not in list_models()
+    with pytest.raises(UnknownNameError):
+        create_model(NAME)
+
+
+def test_a_name_is_taken_only_once(monkeypatch):
+    monkeypatch.setattr(registry, "FAMILIES", (*registry.FAMILIES, MODULE))
+    with pytest.raises(ValueError, match="two models have the name 'example_tiny'"):
+        list_models()

@@ -11,14 +11,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..layers import DropPath, ResidualDepthwise, merge_heads, scaled, split_heads, to_map, to_tokens
-from ..registry import ModelSpec, Pretrained, register
 from ..rewrites import (
     affine_into,
     attention_over_keys,
@@ -28,6 +27,7 @@ from ..rewrites import (
     scale_into,
     shortcut_into_depthwise,
 )
+from ..spec import Classifier, ModelSpec, Pretrained, StateDict
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,18 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, heads: int, reduction: int) -> None:
         super().__init__()
-        self.heads, self.reduction, self.scale = heads, reduction, (dim // heads) ** -0.5
+        self.heads = heads
+        self.reduction = reduction
+        self.scale = (dim // heads) ** -0.5
         self.q, self.k, self.v = (nn.Linear(dim, dim) for _ in range(3))
         if reduction > 1:
             self.reduce = nn.Conv2d(dim, dim, reduction, stride=reduction, groups=dim)
             self.reduce_norm = nn.BatchNorm2d(dim)
         self.proj = nn.Linear(dim, dim)
-        self.kv: nn.Linear | None = None  # keys and values as one product, after a rewrite
-        self.over_keys = False  # q is in k and proj in v, after a rewrite
+        self.kv: nn.Linear | None = None
+        """Keys and values as one product, after a rewrite."""
+        self.over_keys = False
+        """Whether a rewrite has put q into k, and proj into v."""
 
     def forward(self, x: Tensor, size: tuple[int, int], position_bias: Tensor) -> Tensor:
         """``x`` (B, N, C), ``position_bias`` (heads, N, N / reduction**2) -> (B, N, C)."""
@@ -72,7 +76,8 @@ class Attention(nn.Module):
         q = split_heads(self.q(x), self.heads)
         k, v = self._keys_values(reduced)
         scores = scaled(q @ k.transpose(-2, -1), self.scale) + position_bias  # (B, heads, N, Nk)
-        return self.proj(merge_heads(scores.softmax(-1) @ v))
+        mixed: Tensor = self.proj(merge_heads(scores.softmax(-1) @ v))
+        return mixed
 
     def _keys_values(self, reduced: Tensor) -> tuple[Tensor, Tensor]:
         """``(B, Nk, C)`` -> keys and values, ``(B, heads, Nk, d)`` each."""
@@ -82,23 +87,25 @@ class Attention(nn.Module):
         return both[:, : self.heads], both[:, self.heads :]
 
     def _over_keys(self, x: Tensor, reduced: Tensor, position_bias: Tensor) -> Tensor:
-        """Attention whose projections are all of the keys' tokens; each key has a row of C channels for each
+        """Attention in which only the keys' tokens are projected; a key has a row of C channels for each
         head.
 
-        ``x`` (B, N, C), ``reduced`` (B, Nk, C), ``position_bias`` (Nk * heads, N) -> (B, N, C). Scores have a
-        row for each key: a softmax over rows works on all queries side by side, where one along rows of a few
-        keys works on few numbers at a time.
+        ``x`` (B, N, C), ``reduced`` (B, Nk, C), ``position_bias`` (Nk * heads, N) -> (B, N, C). The scores
+        have a row for each key: a softmax over rows works on all queries side by side, whereas one along rows
+        of a few keys works on few numbers at a time.
         """
         nk, n, c = reduced.shape[1], x.shape[1], x.shape[2]
         if self.kv is None:
             k, v = self.k(reduced), self.v(reduced)
         else:
-            both = self.kv(reduced)  # cut by slices: torch.onnx takes twice as long for ``chunk``
+            both = self.kv(reduced)  # cut by slices, because torch.onnx takes twice as long for ``chunk``
             k, v = both[..., : self.heads * c], both[..., self.heads * c :]
-        k, v = k.reshape(-1, nk * self.heads, c), v.reshape(-1, nk * self.heads, c)
+        k = k.reshape(-1, nk * self.heads, c)
+        v = v.reshape(-1, nk * self.heads, c)
         scores = scaled(k @ x.transpose(1, 2), self.scale) + position_bias  # (B, Nk * heads, N)
         weights = scores.reshape(-1, nk, self.heads * n).softmax(1).reshape(-1, nk * self.heads, n)
-        return weights.transpose(1, 2) @ v
+        mixed: Tensor = weights.transpose(1, 2) @ v
+        return mixed
 
 
 class InvertedResidualFFN(nn.Module):
@@ -118,7 +125,8 @@ class InvertedResidualFFN(nn.Module):
         """(B, C, H, W) -> (B, C, H, W)."""
         x = self.expand_norm(F.gelu(self.expand(x)))
         x = self.depthwise_norm(F.gelu(self.depthwise(x)))
-        return self.project_norm(self.project(x))
+        projected: Tensor = self.project_norm(self.project(x))
+        return projected
 
 
 class Block(nn.Module):
@@ -138,9 +146,10 @@ class Block(nn.Module):
         size = (x.shape[2], x.shape[3])
         tokens = to_tokens(self.lpu(x))  # (B, N, C)
         tokens = tokens + self.drop_path(self.attn(self.norm1(tokens), size, position_bias))
-        # The shortcut comes second: OpenVINO overwrites the first operand, and copies tokens that are read
-        # elsewhere first.
-        return self.drop_path(self.ffn(to_map(self.norm2(tokens), *size))) + to_map(tokens, *size)
+        # The shortcut is the second operand: OpenVINO overwrites the first one, and would have to copy tokens
+        # that another operation reads.
+        branch: Tensor = self.drop_path(self.ffn(to_map(self.norm2(tokens), *size)))
+        return branch + to_map(tokens, *size)
 
 
 class Stage(nn.Module):
@@ -181,7 +190,8 @@ class StemLayer(nn.Module):
         self.norm = nn.BatchNorm2d(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(F.gelu(self.conv(x)))
+        normed: Tensor = self.norm(F.gelu(self.conv(x)))
+        return normed
 
 
 class Head(nn.Module):
@@ -196,20 +206,22 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, num_classes)."""
-        return self.fc(self.dropout(F.silu(self.norm(self.conv(x))).mean((2, 3))))
+        pooled = F.silu(self.norm(self.conv(x))).mean((2, 3))
+        logits: Tensor = self.fc(self.dropout(pooled))
+        return logits
 
 
-class CMT(nn.Module):
+class CMT(Classifier):
     """CMT classifier: float32 ``(N, 3, S, S)`` -> logits ``(N, num_classes)``, ``S = img_size``.
 
     The position biases fix the input size; ``load_weights(..., resize=True)`` moves them to another one.
     """
 
-    spec: ClassVar[Any]
-
     def __init__(self, config: CMTConfig, *, img_size: int, num_classes: int) -> None:
         super().__init__()
-        self.config, self.img_size, self.num_classes = config, img_size, num_classes
+        self.config = config
+        self.img_size = img_size
+        self.num_classes = num_classes
         widths = (3, config.stem, config.stem, config.stem)
         self.stem = nn.Sequential(
             *(StemLayer(widths[i], widths[i + 1], 2 if i == 0 else 1) for i in range(3))
@@ -233,10 +245,7 @@ class CMT(nn.Module):
 
     def features(self, x: Tensor) -> list[Tensor]:
         """The map of each stage, ``(B, dims[i], S/4 >> i, S/4 >> i)``."""
-        if x.shape[-2:] != (self.img_size, self.img_size):
-            raise ValueError(
-                f"this model was built for {self.img_size} pixels, the input is {tuple(x.shape)}"
-            )
+        self.require_size(x)
         x = self.stem(x)  # (B, stem, S/2, S/2)
         maps = []
         for stage in self.stages:
@@ -245,7 +254,8 @@ class CMT(nn.Module):
         return maps
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(x)[-1])
+        logits: Tensor = self.head(self.features(x)[-1])
+        return logits
 
 
 def _init(module: nn.Module) -> None:
@@ -258,14 +268,17 @@ def _init(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-# Published key -> ours. Stages are lettered a to d; three different modules are called `proj` in a published
-# block.
+def _stage(match: re.Match[str]) -> str:
+    """``stages.0`` for the published letter ``a``."""
+    return f"stages.{'abcd'.index(match[1])}"
+
+
 _RENAMES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"^stem_(conv|norm)(\d)\."), lambda m: f"stem.{int(m[2]) - 1}.{m[1]}."),
-    (re.compile(r"^relative_pos_([a-d])$"), lambda m: f"stages.{'abcd'.index(m[1])}.position_bias"),
-    (re.compile(r"^patch_embed_([a-d])\.proj\."), lambda m: f"stages.{'abcd'.index(m[1])}.embed."),
-    (re.compile(r"^patch_embed_([a-d])\.norm\."), lambda m: f"stages.{'abcd'.index(m[1])}.norm."),
-    (re.compile(r"^blocks_([a-d])\."), lambda m: f"stages.{'abcd'.index(m[1])}.blocks."),
+    (re.compile(r"^relative_pos_([a-d])$"), lambda m: f"{_stage(m)}.position_bias"),
+    (re.compile(r"^patch_embed_([a-d])\.proj\."), lambda m: f"{_stage(m)}.embed."),
+    (re.compile(r"^patch_embed_([a-d])\.norm\."), lambda m: f"{_stage(m)}.norm."),
+    (re.compile(r"^blocks_([a-d])\."), lambda m: f"{_stage(m)}.blocks."),
     (re.compile(r"(blocks\.\d+)\.proj\."), r"\1.lpu."),
     (re.compile(r"\.attn\.sr\.0\."), ".attn.reduce."),
     (re.compile(r"\.attn\.sr\.1\."), ".attn.reduce_norm."),
@@ -279,11 +292,12 @@ _RENAMES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"^_bn\."), "head.norm."),
     (re.compile(r"^head\.(weight|bias)$"), r"head.fc.\1"),
 ]
+"""Published key -> ours. Stages have the letters a to d, and three modules of a published block are all
+called `proj`."""
 
 
 def published_key(key: str) -> str:
-    """Our name of a key in the official state dict, e.g. ``blocks_a.0.mlp.proj.bias``; ours are left as they
-    are."""
+    """Our name of a key in the official state dict, e.g. ``blocks_a.0.mlp.proj.bias``; our own keys stay."""
     for pattern, replacement in _RENAMES:
         key = pattern.sub(replacement, key)
     return key
@@ -294,7 +308,8 @@ def resize_position_bias(bias: Tensor, queries: int, keys: int) -> Tensor:
     key grid.
 
     Both grids are square. The paper says only ``B' = Bicubic(B)``; interpolating each grid keeps its 2-D
-    geometry, which one bicubic over the flattened matrix would not. Equal sizes return the very same tensor.
+    geometry, which one bicubic over the flattened matrix would not. Equal sizes return the same tensor
+    object.
     """
     heads, old_queries, old_keys = bias.shape
 
@@ -317,9 +332,11 @@ def _resizable(old: torch.Size, new: torch.Size) -> bool:
     return square and old != new and old[0] == new[0]
 
 
-def resize(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Move every position bias of ``state`` (our keys) to the size ``model`` was built for; also the changed
-    keys."""
+def resize(model: nn.Module, state: StateDict) -> tuple[StateDict, list[str]]:
+    """Move every position bias of ``state`` (our keys) to the size that ``model`` was built for.
+
+    Returns the new state and the changed keys.
+    """
     state, changed = dict(state), []
     for key, target in model.state_dict().items():
         if key.endswith("position_bias") and key in state and _resizable(state[key].shape, target.shape):
@@ -343,46 +360,65 @@ REWRITES = (
     batch_norm_after("head.conv", "head.norm"),
     batch_norm_as_affine(),  # stem and expand_norm: between an activation and a zero-padded conv
 )
+"""The exact rewrites of CMT, in the order in which they apply."""
 
 _RELEASE = "https://github.com/ggjy/CMT.pytorch/releases/download/release-v1/"
-_SOURCE = "paper Table 1 and official README; MACs and parameters counted on the official code"
+"""Where the official weights of the ImageNet models lie."""
+
+_FIGURES = "paper Table 1 and official README; MACs and parameters counted on the official code"
+"""Where the figures of the ImageNet models come from."""
+
+
+def _spec(name: str, img_size: int, params: int, macs: int, top1: str | None, **settings: Any) -> ModelSpec:
+    return ModelSpec(
+        name=name,
+        family="CMT",
+        constructor=CMT,
+        config=_CONFIGS[name],
+        img_size=img_size,
+        rewrites=REWRITES,
+        rename=published_key,
+        resize=resize,
+        head_keys=("head.fc.weight", "head.fc.bias"),
+        params=params,
+        macs=macs,
+        top1=top1,
+        **settings,
+    )
+
+
+def _published(file: str) -> dict[str, Any]:
+    """Settings of a model with official weights in the release file ``file``."""
+    return {"pretrained": Pretrained(f"{_RELEASE}{file}"), "source": _FIGURES}
+
+
+_CIFAR: dict[str, Any] = {
+    "num_classes": 10,
+    "crop_ratio": None,
+    "labels": "cifar10_labels.txt",
+    "pretrained": Pretrained(resource="cmt_nano_cifar10.safetensors"),
+    "source": "trained here on CIFAR-10 at 64 pixels",
+}
+"""Settings of the model that was trained on CIFAR-10."""
 
 # fmt: off
-VARIANTS = [
-    # name        size  classes  dims                  depths         mlp   stem  dropout fc_dim  params
-    # macs           top-1   release file
-    ("cmt_nano",   64,    10,   (24, 48, 96, 192),    (2, 2, 4, 2),   4.0,  16,   0.1,    512,   1_689_282,     23_922_176, None,   None),
-    ("cmt_ti",    160,  1000,   (46, 92, 184, 368),   (2, 2, 10, 2),  3.6,  16,   0.1,   1280,   9_492_426,    638_904_600, "79.1", "cmt_tiny.pth"),
-    ("cmt_xs",    192,  1000,   (52, 104, 208, 416),  (3, 3, 12, 3),  3.77, 16,   0.1,   1280,  15_247_208,  1_546_873_472, "81.8", "cmt_xs.pth"),
-    ("cmt_s",     224,  1000,   (64, 128, 256, 512),  (3, 3, 16, 3),  4.0,  32,   0.1,   1280,  26_256_160,  4_031_742_464, "83.5", "cmt_small.pth"),
-    ("cmt_b",     256,  1000,   (76, 152, 304, 608),  (4, 4, 20, 4),  4.0,  38,   0.3,   1280,  45_715_076,  9_317_124_096, "84.5", "cmt_base.pth"),
-]
-# fmt: on
+_CONFIGS = {
+    # name                 dims                  depths         mlp   stem
+    "cmt_nano":  CMTConfig((24, 48, 96, 192),    (2, 2, 4, 2),  4.0,  16, fc_dim=512),
+    "cmt_ti":    CMTConfig((46, 92, 184, 368),   (2, 2, 10, 2), 3.6,  16),
+    "cmt_xs":    CMTConfig((52, 104, 208, 416),  (3, 3, 12, 3), 3.77, 16),
+    "cmt_s":     CMTConfig((64, 128, 256, 512),  (3, 3, 16, 3), 4.0,  32),
+    "cmt_b":     CMTConfig((76, 152, 304, 608),  (4, 4, 20, 4), 4.0,  38, head_dropout=0.3),
+}
+"""The configuration of each variant."""
 
-for _name, _size, _classes, _dims, _depths, _mlp, _stem, _drop, _fc, _params, _macs, _top1, _file in VARIANTS:
-    _cifar = _name == "cmt_nano"
-    register(
-        ModelSpec(
-            name=_name,
-            family="CMT",
-            build=CMT,
-            config=CMTConfig(_dims, _depths, _mlp, _stem, _drop, _fc),
-            img_size=_size,
-            num_classes=_classes,
-            rewrites=REWRITES,
-            rename=published_key,
-            resize=resize,
-            head_keys=("head.fc.weight", "head.fc.bias"),
-            crop_ratio=None if _cifar else 0.875,
-            labels="cifar10_labels.txt" if _cifar else "imagenet_labels.txt",
-            pretrained=(
-                Pretrained(resource="cmt_nano_cifar10.safetensors")
-                if _cifar
-                else Pretrained(f"{_RELEASE}{_file}")
-            ),
-            params=_params,
-            macs=_macs,
-            top1=_top1,
-            source="trained here on CIFAR-10 at 64 pixels" if _cifar else _SOURCE,
-        )
-    )
+SPECS = (
+    #     name      size      params           macs   top-1
+    _spec("cmt_nano",  64,  1_689_282,    23_922_176, None,   **_CIFAR),
+    _spec("cmt_ti",   160,  9_492_426,   638_904_600, "79.1", **_published("cmt_tiny.pth")),
+    _spec("cmt_xs",   192, 15_247_208, 1_546_873_472, "81.8", **_published("cmt_xs.pth")),
+    _spec("cmt_s",    224, 26_256_160, 4_031_742_464, "83.5", **_published("cmt_small.pth")),
+    _spec("cmt_b",    256, 45_715_076, 9_317_124_096, "84.5", **_published("cmt_base.pth")),
+)
+"""The variants of CMT, from the smallest to the largest."""
+# fmt: on

@@ -12,14 +12,13 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..layers import DropPath, merge_heads, scaled, split_heads, to_tokens
-from ..registry import ModelSpec, Pretrained, register
 from ..rewrites import (
     affine_into,
     class_token_only,
@@ -29,6 +28,7 @@ from ..rewrites import (
     scale_into,
     value_bias_into,
 )
+from ..spec import Classifier, ModelSpec, Pretrained, StateDict
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,21 @@ class ConViTConfig:
 
 
 def patch_offsets(side: int) -> Tensor:
-    """``(N, N, 3)`` float, ``N = side**2``: (dx, dy, dx**2 + dy**2) from each query to each key, in patches,
-    row-major."""
-    row, column = (t.flatten() for t in torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"))
+    """``(N, N, 3)`` float, ``N = side**2``: (dx, dy, dx**2 + dy**2) from each query to each key.
+
+    The unit is a patch; patches are numbered row by row.
+    """
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    row, column = rows.flatten(), columns.flatten()
     dx, dy = column - column[:, None], row - row[:, None]  # (query, key)
     return torch.stack((dx, dy, dx**2 + dy**2), -1).float()
 
 
 class PositionAttention(nn.Module):
     """The part of gated attention that does not depend on the image (paper, section 3)."""
+
+    offsets: Tensor
+    """See :func:`patch_offsets`."""
 
     def __init__(self, heads: int, side: int) -> None:
         super().__init__()
@@ -62,8 +68,8 @@ class PositionAttention(nn.Module):
         self.register_buffer("offsets", patch_offsets(side), persistent=False)
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """``1 - s`` (heads, 1, 1) and ``s * P`` (heads, N, N): share of the content attention, weighted
-        position attention."""
+        """``1 - s`` (heads, 1, 1), the share of the content attention, and ``s * P`` (heads, N, N), the
+        weighted position attention."""
         share = self.gate.sigmoid().reshape(-1, 1, 1)
         scores = self.proj(self.offsets).permute(2, 0, 1)  # (heads, N, N)
         return 1 - share, share * scores.softmax(-1)
@@ -81,7 +87,8 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
-        self.heads, self.scale = heads, (dim // heads) ** -0.5
+        self.heads = heads
+        self.scale = (dim // heads) ** -0.5
         self.q, self.k, self.v = (nn.Linear(dim, dim, bias=False) for _ in range(3))
         self.proj = nn.Linear(dim, dim)
 
@@ -89,7 +96,8 @@ class Attention(nn.Module):
         """``queries`` (B, Nq, C), rows of ``x`` (B, N, C) -> (B, Nq, C)."""
         q, k, v = (split_heads(t, self.heads) for t in (self.q(queries), self.k(x), self.v(x)))
         scores = scaled(q @ k.transpose(-2, -1), self.scale)  # (B, heads, Nq, N)
-        return self.proj(merge_heads(self.weights(scores) @ v))
+        mixed: Tensor = self.proj(merge_heads(self.weights(scores) @ v))
+        return mixed
 
     def weights(self, scores: Tensor) -> Tensor:
         """(B, heads, Nq, N) -> the same, rows of sum 1."""
@@ -107,7 +115,8 @@ class GatedAttention(Attention):
 
     def weights(self, scores: Tensor) -> Tensor:
         share, position = self.position()
-        return self.rows_to_one(share * scores.softmax(-1) + position)
+        weights: Tensor = self.rows_to_one(share * scores.softmax(-1) + position)
+        return weights
 
 
 class MLP(nn.Module):
@@ -118,7 +127,8 @@ class MLP(nn.Module):
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        mixed: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return mixed
 
 
 class Block(nn.Module):
@@ -133,27 +143,30 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, class_only: bool = False) -> Tensor:
-        """(B, N, C) -> the same, or its first row (B, 1, C) if nothing else is read."""
+        """(B, N, C) -> (B, N, C), or only its first row (B, 1, C) for ``class_only``."""
         y = self.norm1(x)
         x, queries = (x[:, :1], y[:, :1]) if class_only else (x, y)
         x = x + self.drop_path(self.attn(queries, y))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        branch: Tensor = self.drop_path(self.mlp(self.norm2(x)))
+        return x + branch
 
 
-class ConViT(nn.Module):
+class ConViT(Classifier):
     """ConViT classifier: float32 ``(N, 3, S, S)`` -> logits ``(N, num_classes)``, ``S = img_size``.
 
     The position embedding fixes the input size; ``load_weights(..., resize=True)`` moves it to another one.
     """
 
-    spec: ClassVar[Any]
-
     def __init__(self, config: ConViTConfig, *, img_size: int, num_classes: int) -> None:
         super().__init__()
-        self.config, self.img_size, self.num_classes = config, img_size, num_classes
+        self.config = config
+        self.img_size = img_size
+        self.num_classes = num_classes
         self.class_only = False
         """Whether the last block computes the class token alone: a deployment rewrite."""
-        heads, dim, side = config.heads, config.heads * config.head_dim, img_size // config.patch
+        heads = config.heads
+        dim = heads * config.head_dim
+        side = img_size // config.patch
         self.embed = nn.Conv2d(3, dim, config.patch, stride=config.patch)
         self.position_embedding = nn.Parameter(torch.zeros(1, side**2, dim))
         self.class_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -174,22 +187,19 @@ class ConViT(nn.Module):
         self.apply(_init)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-2:] != (self.img_size, self.img_size):
-            raise ValueError(
-                f"this model was built for {self.img_size} pixels, the input is {tuple(x.shape)}"
-            )
+        self.require_size(x)
         x = to_tokens(self.embed(x)) + self.position_embedding  # (B, N, C)
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             if i == self.config.local_depth:
                 x = torch.cat((self.class_token.expand(x.shape[0], -1, -1), x), 1)  # (B, 1 + N, C)
             x = block(x, self.class_only and i == last)
-        return self.head(self.norm(x[:, 0]))
+        logits: Tensor = self.head(self.norm(x[:, 0]))
+        return logits
 
 
 def _init(module: nn.Module) -> None:
-    """Initialisation of the official code: truncated normal for linears; gated heads look like a
-    convolution."""
+    """Initialisation of the official code: truncated normal for linears; gated heads act as a convolution."""
     if isinstance(module, GatedAttention):
         nn.init.eye_(module.v.weight)
         _look_at_neighbours(module.position.proj)
@@ -201,18 +211,19 @@ def _init(module: nn.Module) -> None:
 
 def _look_at_neighbours(proj: nn.Linear) -> None:
     """Each head attends to one cell of a square kernel around the query (paper, section 3; locality strength
-    1)."""
+    1).
+
+    A score is ``-|offset - cell|^2 = -d^2 + 2 dx cell_x + 2 dy cell_y`` and a constant, which the softmax
+    does not see.
+    """
     heads = proj.out_features
     kernel = math.isqrt(heads)
     middle = (kernel - 1) / 2
     cells = [(h % kernel - middle, h // kernel - middle) for h in range(kernel**2)]  # (dy, dx)
-    with (
-        torch.no_grad()
-    ):  # -|offset - cell|^2 = -d^2 + 2 dx cell_x + 2 dy cell_y + a constant that softmax does not see
+    with torch.no_grad():
         proj.weight[: kernel**2] = torch.tensor([[2 * dx, 2 * dy, -1] for dy, dx in cells])
 
 
-# Published key -> ours.
 _RENAMES: list[tuple[re.Pattern[str], str]] = [
     (re.compile(r"^patch_embed\.proj\."), "embed."),
     (re.compile(r"^pos_embed$"), "position_embedding"),
@@ -220,20 +231,21 @@ _RENAMES: list[tuple[re.Pattern[str], str]] = [
     (re.compile(r"\.attn\.pos_proj\."), ".attn.position.proj."),
     (re.compile(r"\.attn\.gating_param$"), ".attn.position.gate"),
 ]
+"""Published key -> ours."""
 
 
 def published_key(key: str) -> str:
-    """Our name of a key in the official state dict, e.g. ``blocks.0.attn.gating_param``; ours are left as
-    they are."""
+    """Our name of a key in the official state dict, e.g. ``blocks.0.attn.gating_param``; our own keys
+    stay."""
     for pattern, replacement in _RENAMES:
         key = pattern.sub(replacement, key)
     return key
 
 
-def separated(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``state`` with the published ``attn.qk`` and ``attn.qkv``, linears stacked in one matrix, as
-    ``attn.q``, ``k``, ``v``."""
-    result: dict[str, Tensor] = {}
+def separate_projections(state: StateDict) -> StateDict:
+    """``state`` with ``attn.q``, ``attn.k`` and ``attn.v`` in place of the published ``attn.qk`` and
+    ``attn.qkv``, which stack them in one matrix."""
+    result: StateDict = {}
     for key, value in state.items():
         stacked = re.fullmatch(r"(blocks\.\d+\.attn\.)(qkv?)\.weight", key)
         if stacked is None or value.ndim != 2:
@@ -247,8 +259,8 @@ def separated(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def resize_position_embedding(embedding: Tensor, tokens: int) -> Tensor:
     """Resize ``(1, H*W, C)`` to ``(1, tokens, C)``: bicubic over the square grid, as DeiT does.
 
-    Equal sizes return the very same tensor. The attention's positions need no resizing: they are made of
-    patch distances.
+    Equal sizes return the same tensor object. The attention's positions need no resizing, because they are
+    computed from patch distances.
     """
     _, old_tokens, dim = embedding.shape
     if tokens == old_tokens:
@@ -259,20 +271,24 @@ def resize_position_embedding(embedding: Tensor, tokens: int) -> Tensor:
     return grid.permute(0, 2, 3, 1).reshape(1, tokens, dim)
 
 
-def resize(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Move the position embedding of ``state`` (our keys) to the size ``model`` was built for; also the
-    changed keys."""
+def resize(model: nn.Module, state: StateDict) -> tuple[StateDict, list[str]]:
+    """Move the position embedding of ``state`` (our keys) to the size that ``model`` was built for.
+
+    Returns the new state and the changed keys.
+    """
     key = "position_embedding"
-    new, old = model.state_dict()[key].shape, state[key].shape if key in state else torch.Size()
-    resizable = (
-        len(old) == 3
-        and old != new
-        and (old[0], old[2]) == (new[0], new[2])
-        and 0 < math.isqrt(old[1]) ** 2 == old[1]
-    )
-    if not resizable:
+    new = model.state_dict()[key].shape
+    if key not in state or not _resizable(state[key].shape, new):
         return state, []
     return {**state, key: resize_position_embedding(state[key].float(), new[1])}, [key]
+
+
+def _resizable(old: torch.Size, new: torch.Size) -> bool:
+    """Whether two position embeddings differ only in the size of their (square) grid."""
+    if len(old) != 3 or old == new:
+        return False
+    square = 0 < math.isqrt(old[1]) ** 2 == old[1]
+    return square and (old[0], old[2]) == (new[0], new[2])
 
 
 # --- deployment rewrites of this family -----------------------------------------------------------
@@ -284,14 +300,15 @@ class PositionTable(nn.Module):
     def __init__(self, position: PositionAttention) -> None:
         super().__init__()
         share, table = position()
-        self.share, self.table = nn.Parameter(share.detach()), nn.Parameter(table.detach())
+        self.share = nn.Parameter(share.detach())
+        self.table = nn.Parameter(table.detach())
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        return cast(Tensor, self.share), cast(Tensor, self.table)
+        return self.share, self.table
 
 
-# The share 1 - s could go into v as well, with s / (1 - s) P as the table. It does not: a head that looks at
-# positions only has a share near 0, and such a table would overflow float16.
+# The share 1 - s could go into v as well, with s / (1 - s) P as the table. But a head that looks at positions
+# only has a share near 0, and its table would overflow float16.
 REWRITES = (
     replaced(
         "position attention as a table",
@@ -306,7 +323,7 @@ REWRITES = (
         lambda _: nn.Identity(),
     ),
     scale_into("q"),
-    # The affine part makes biases, of which only the queries' stays where it is.
+    # The affine part makes biases; of these only the queries' stays in its place.
     in_order(
         affine_into("norm1", "attn.q", "attn.k", "attn.v"),
         key_bias_dropped("attn.k"),
@@ -316,38 +333,43 @@ REWRITES = (
     affine_into("norm", "head"),
     class_token_only(),
 )
+"""The exact rewrites of ConViT, in the order in which they apply."""
 
 _RELEASE = "https://dl.fbaipublicfiles.com/convit/"
-_SOURCE = "paper Table 1; MACs and parameters counted on the official code"
+"""Where the official weights lie."""
+
+_FIGURES = "paper Table 1; MACs and parameters counted on the official code"
+"""Where the figures come from."""
+
+
+def _spec(name: str, heads: int, params: int, macs: int, top1: str) -> ModelSpec:
+    return ModelSpec(
+        name=name,
+        family="ConViT",
+        constructor=ConViT,
+        config=ConViTConfig(heads),
+        img_size=224,
+        size_multiple=16,  # the patch size
+        rewrites=REWRITES,
+        rename=published_key,
+        adapt=separate_projections,
+        resize=resize,
+        head_keys=("head.weight", "head.bias"),
+        strides=(),  # one resolution throughout
+        pretrained=Pretrained(f"{_RELEASE}{name}.pth"),
+        params=params,
+        macs=macs,
+        top1=top1,
+        source=_FIGURES,
+    )
+
 
 # fmt: off
-VARIANTS = [
-    # name          heads  params           macs  top-1
-    ("convit_tiny",   4,    5_710_512,  1_252_360_320, "73.1"),
-    ("convit_small",  9,   27_777_322,  5_746_563_360, "81.3"),
-    ("convit_base",  16,   86_540_040, 17_505_452_544, "82.4"),
-]
+SPECS = (
+    #     name          heads  params            macs  top-1
+    _spec("convit_tiny",   4,  5_710_512,  1_252_360_320, "73.1"),
+    _spec("convit_small",  9, 27_777_322,  5_746_563_360, "81.3"),
+    _spec("convit_base",  16, 86_540_040, 17_505_452_544, "82.4"),
+)
+"""The variants of ConViT, from the smallest to the largest."""
 # fmt: on
-
-for _name, _heads, _params, _macs, _top1 in VARIANTS:
-    register(
-        ModelSpec(
-            name=_name,
-            family="ConViT",
-            build=ConViT,
-            strides=(),  # one resolution throughout
-            config=ConViTConfig(_heads),
-            img_size=224,
-            size_multiple=16,  # the patch size
-            rewrites=REWRITES,
-            rename=published_key,
-            adapt=separated,
-            resize=resize,
-            head_keys=("head.weight", "head.bias"),
-            pretrained=Pretrained(f"{_RELEASE}{_name}.pth"),
-            params=_params,
-            macs=_macs,
-            top1=_top1,
-            source=_SOURCE,
-        )
-    )

@@ -12,16 +12,14 @@ from __future__ import annotations
 import copy
 import re
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from ..folding import affine_after, affine_before
 from ..layers import DropPath, merge_heads, scaled, split_heads, to_map, to_tokens
-from ..registry import ModelSpec, register
 from ..rewrites import (
-    affine_after,
-    affine_before,
     affine_into,
     batch_norm_after,
     class_token_only,
@@ -30,6 +28,7 @@ from ..rewrites import (
     scale_into,
     value_bias_into,
 )
+from ..spec import Classifier, ModelSpec
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,8 @@ class CvTConfig:
 class QuickGELU(nn.Module):
     """``x * sigmoid(1.702 x)``, close to GELU but not equal."""
 
-    SLOPE: ClassVar[float] = 1.702
+    SLOPE = 1.702
+    """Factor of the sigmoid's argument."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(self.SLOPE * x)
@@ -62,7 +62,8 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        mixed: Tensor = self.fc2(self.act(self.fc1(x)))
+        return mixed
 
 
 class Projection(nn.Module):
@@ -76,29 +77,38 @@ class Projection(nn.Module):
         self.linear = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, class_token: Tensor | None) -> Tensor:
-        """``x`` (B, C, H, W), ``class_token`` (B, 1, C), which skips the conv -> (B, [1 +] H/stride *
-        W/stride, C)."""
+        """``x`` (B, C, H, W), ``class_token`` (B, 1, C) -> (B, [1 +] H/stride * W/stride, C).
+
+        The class token skips the conv.
+        """
         tokens = to_tokens(self.norm(self.conv(x)))
-        return self.linear(tokens if class_token is None else torch.cat((class_token, tokens), 1))
+        if class_token is not None:
+            tokens = torch.cat((class_token, tokens), 1)
+        projected: Tensor = self.linear(tokens)
+        return projected
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over convolutional projections; keys and values come from a map of half the
-    size."""
+    """Multi-head self-attention over convolutional projections.
+
+    Keys and values come from a map of half the size.
+    """
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
-        self.heads, self.scale = heads, dim**-0.5  # of the whole width, as the official code has it
+        self.heads = heads
+        self.scale = dim**-0.5  # of the whole width, as in the official code
         self.q, self.k, self.v = (Projection(dim, stride) for stride in (1, 2, 2))
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, class_token: Tensor | None, class_only: bool = False) -> Tensor:
-        """``x`` (B, C, H, W), ``class_token`` (B, 1, C) -> (B, [1 +] H*W, C), or (B, 1, C) if the class token
-        alone asks."""
+        """``x`` (B, C, H, W), ``class_token`` (B, 1, C) -> (B, [1 +] H*W, C), or (B, 1, C) for
+        ``class_only``, where the class token makes the only query."""
         q = self.q.linear(class_token) if class_only else self.q(x, class_token)
         q, k, v = (split_heads(t, self.heads) for t in (q, self.k(x, class_token), self.v(x, class_token)))
         scores = scaled(q @ k.transpose(-2, -1), self.scale)  # (B, heads, Nq, Nk)
-        return self.proj(merge_heads(scores.softmax(-1) @ v))
+        mixed: Tensor = self.proj(merge_heads(scores.softmax(-1) @ v))
+        return mixed
 
 
 class Block(nn.Module):
@@ -113,13 +123,16 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, size: tuple[int, int], prefix: int, class_only: bool = False) -> Tensor:
-        """(B, prefix + H*W, C) -> the same, or its first row (B, 1, C) if nothing else is read; ``prefix``
-        class tokens."""
+        """(B, prefix + H*W, C) -> (B, prefix + H*W, C), or only its first row (B, 1, C) for ``class_only``.
+
+        ``prefix`` is the number of class tokens, 0 or 1.
+        """
         y = self.norm1(x)
         classes, grid = (y[:, :1], y[:, 1:]) if prefix else (None, y)
         x = x[:, :1] if class_only else x
         x = x + self.drop_path(self.attn(to_map(grid, *size), classes, class_only))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        branch: Tensor = self.drop_path(self.mlp(self.norm2(x)))
+        return x + branch
 
 
 class Stage(nn.Module):
@@ -140,33 +153,37 @@ class Stage(nn.Module):
         kernel, stride, padding = (7, 4, 2) if first else (3, 2, 1)
         self.embed = nn.Conv2d(in_dim, dim, kernel, stride=stride, padding=padding)
         self.norm = nn.LayerNorm(dim)
-        self.class_token = (
-            nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, dim), std=0.02)) if last else None
-        )
+        self.class_token: nn.Parameter | None = None
+        if last:
+            self.class_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, dim), std=0.02))
         self.blocks = nn.ModuleList(Block(dim, heads, hidden, rate) for rate in drop_paths)
 
     def forward(self, x: Tensor, class_only: bool = False) -> tuple[Tensor, tuple[int, int]]:
         """(B, C_in, ..) -> tokens (B, [1 +] H*W, C), or the class token (B, 1, C) alone; and (H, W)."""
         x = self.embed(x)
-        size, prefix = (x.shape[2], x.shape[3]), 0
+        size = (x.shape[2], x.shape[3])
+        prefix = 0
         x = self.norm(to_tokens(x))
         if self.class_token is not None:
-            prefix, x = 1, torch.cat((self.class_token.expand(x.shape[0], -1, -1), x), 1)
+            prefix = 1
+            x = torch.cat((self.class_token.expand(x.shape[0], -1, -1), x), 1)
         *blocks, last = self.blocks
         for block in blocks:
             x = block(x, size, prefix)
         return last(x, size, prefix, class_only), size
 
 
-class CvT(nn.Module):
-    """CvT classifier: float32 ``(N, 3, S, S)`` -> logits ``(N, num_classes)``; any ``S``, ``img_size`` is
-    only the usual one."""
+class CvT(Classifier):
+    """CvT classifier: float32 ``(N, 3, S, S)`` -> logits ``(N, num_classes)``.
 
-    spec: ClassVar[Any]
+    No weight depends on ``S``; ``img_size`` is only the usual one.
+    """
 
     def __init__(self, config: CvTConfig, *, img_size: int, num_classes: int) -> None:
         super().__init__()
-        self.config, self.img_size, self.num_classes = config, img_size, num_classes
+        self.config = config
+        self.img_size = img_size
+        self.num_classes = num_classes
         self.class_only = False
         """Whether the last block computes the class token alone in :meth:`forward`: a deployment rewrite."""
         in_dims, last = (3, *config.dims), len(config.dims) - 1
@@ -194,7 +211,8 @@ class CvT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens, _ = self.stages[-1](self._first_maps(x)[-1], self.class_only)
-        return self.head(self.norm(tokens[:, 0]))
+        logits: Tensor = self.head(self.norm(tokens[:, 0]))
+        return logits
 
     def _first_maps(self, x: Tensor) -> list[Tensor]:
         """The maps of all stages but the last."""
@@ -214,7 +232,6 @@ def _init(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-# Published key -> ours.
 _RENAMES: list[tuple[re.Pattern[str], str]] = [
     (re.compile(r"^stage(\d)\."), r"stages.\1."),
     (re.compile(r"\.patch_embed\.proj\."), ".embed."),
@@ -224,11 +241,14 @@ _RENAMES: list[tuple[re.Pattern[str], str]] = [
     (re.compile(r"\.conv_proj_([qkv])\.bn\."), r".\1.norm."),
     (re.compile(r"\.proj_([qkv])\."), r".\1.linear."),
 ]
+"""Published key -> ours."""
 
 
 def published_key(key: str) -> str:
-    """Our name of a key in the official state dict, e.g. ``stage0.blocks.0.attn.proj_q.bias``; ours are left
-    as they are."""
+    """Our name of a key in the official state dict, e.g. ``stage0.blocks.0.attn.proj_q.bias``.
+
+    Our own keys stay.
+    """
     for pattern, replacement in _RENAMES:
         key = pattern.sub(replacement, key)
     return key
@@ -239,16 +259,16 @@ def published_key(key: str) -> str:
 
 def _with_silu(module: nn.Module) -> nn.Module:
     """The slope of the activation goes into the linears around it."""
-    mlp, slope = cast(MLP, copy.deepcopy(module)), torch.tensor(QuickGELU.SLOPE, dtype=torch.float64)
+    mlp = cast(MLP, copy.deepcopy(module))
+    hidden = mlp.fc2.in_features
+    slope = torch.tensor(QuickGELU.SLOPE, dtype=torch.float64)
     mlp.fc1 = affine_after(mlp.fc1, slope, slope * 0)
-    mlp.fc2 = affine_before(
-        mlp.fc2, (1 / slope).expand(mlp.fc2.in_features), torch.zeros(mlp.fc2.in_features)
-    )
+    mlp.fc2 = affine_before(mlp.fc2, (1 / slope).expand(hidden), torch.zeros(hidden))
     mlp.act = nn.SiLU()
     return mlp
 
 
-# norm1 keeps its affine part: the zero-padded convs of q, k and v read it, and so does the class token that
+# norm1 keeps its affine part: the zero-padded convs of q, k and v read it, and so does the class token, which
 # skips them.
 REWRITES = (
     batch_norm_after("conv", "norm"),
@@ -260,43 +280,54 @@ REWRITES = (
     affine_into("norm", "head"),
     class_token_only(),
 )
+"""The exact rewrites of CvT, in the order in which they apply."""
 
-_SOURCE = "official README; MACs and parameters counted on the official code"
-_CVT13, _CVT21, _W24 = (
-    CvTConfig((64, 192, 384), (1, 2, 10), (1, 3, 6)),
-    CvTConfig((64, 192, 384), (1, 4, 16), (1, 3, 6)),
-    CvTConfig((192, 768, 1024), (2, 2, 20), (3, 12, 16)),
-)
+_FIGURES = "official README; MACs and parameters counted on the official code"
+"""Where the figures come from."""
+
+_CVT13 = CvTConfig((64, 192, 384), (1, 2, 10), (1, 3, 6))
+_CVT21 = CvTConfig((64, 192, 384), (1, 4, 16), (1, 3, 6))
+_W24 = CvTConfig((192, 768, 1024), (2, 2, 20), (3, 12, 16))
+
+
+def _spec(
+    name: str,
+    img_size: int,
+    config: CvTConfig,
+    params: int,
+    macs: int,
+    top1: str,
+    data: str,
+) -> ModelSpec:
+    """One variant; ``data`` is what its published weights were pre-trained on."""
+    return ModelSpec(
+        name=name,
+        family="CvT",
+        constructor=CvT,
+        config=config,
+        img_size=img_size,
+        size_multiple=16,  # maps of exactly S/4, S/8 and S/16; keys and values round an odd map up
+        rewrites=REWRITES,
+        rename=published_key,
+        head_keys=("head.weight", "head.bias"),
+        strides=(4, 8, 16),
+        crop_ratio=0.875 if img_size == 224 else None,
+        pretrained=None,  # the files are in a shared OneDrive folder, where none has an address of its own
+        params=params,
+        macs=macs,
+        top1=top1,
+        source=f"{_FIGURES}; top-1 of the weights pre-trained on {data}",
+    )
+
 
 # fmt: off
-VARIANTS = [
-    # name          size  config   params               macs  top-1   pre-trained on
-    ("cvt_13",       224, _CVT13,  19_997_480,   4_566_089_216, "81.6", "IN-1k"),
-    ("cvt_21",       224, _CVT21,  31_622_696,   7_177_985_024, "82.5", "IN-1k"),
-    ("cvt_13_384",   384, _CVT13,  19_997_480,  16_269_359_616, "83.0", "IN-1k"),
-    ("cvt_21_384",   384, _CVT21,  31_622_696,  24_849_091_584, "83.3", "IN-1k"),
-    ("cvt_w24",      384, _W24,   277_196_392, 194_221_654_016, "87.6", "IN-22k"),
-]
+SPECS = (
+    #     name        size  config   params             macs  top-1   pre-trained on
+    _spec("cvt_13",     224, _CVT13,  19_997_480,   4_566_089_216, "81.6", "IN-1k"),
+    _spec("cvt_21",     224, _CVT21,  31_622_696,   7_177_985_024, "82.5", "IN-1k"),
+    _spec("cvt_13_384", 384, _CVT13,  19_997_480,  16_269_359_616, "83.0", "IN-1k"),
+    _spec("cvt_21_384", 384, _CVT21,  31_622_696,  24_849_091_584, "83.3", "IN-1k"),
+    _spec("cvt_w24",    384, _W24,   277_196_392, 194_221_654_016, "87.6", "IN-22k"),
+)
+"""The variants of CvT: at 224 pixels, at 384 pixels, and the widest."""
 # fmt: on
-
-for _name, _size, _config, _params, _macs, _top1, _data in VARIANTS:
-    register(
-        ModelSpec(
-            name=_name,
-            family="CvT",
-            build=CvT,
-            strides=(4, 8, 16),
-            config=_config,
-            img_size=_size,
-            size_multiple=16,  # maps of exactly S/4, S/8 and S/16; keys and values round an odd map up, as everywhere
-            rewrites=REWRITES,
-            rename=published_key,
-            head_keys=("head.weight", "head.bias"),
-            crop_ratio=0.875 if _size == 224 else None,
-            pretrained=None,  # published in a shared OneDrive folder only, no file of which has an address of its own
-            params=_params,
-            macs=_macs,
-            top1=_top1,
-            source=f"{_SOURCE}; top-1 of the weights pre-trained on {_data}",
-        )
-    )

@@ -9,9 +9,9 @@ The paper's (abstract):
 
 * "cross feature attention (XFA)" brings down the cost of the transformer part;
 * with efficient mobile CNN blocks it makes a light CNN-transformer hybrid of local and global
-representations;
-* 5.5 million parameters. (Its ImageNet top-1, 78.5 %, is that of the authors' model: none is published for
-this one.)
+  representations;
+* 5.5 million parameters. (Its ImageNet top-1, 78.5 %, is that of the authors' model; nothing is known about
+  the accuracy of this one.)
 
 Ours, everything else: what XFA computes (:class:`CrossFeatureAttention`), the transformer layer and the XF
 block around it, MobileNetV3's inverted residual (Howard et al., ICCV 2019) as the mobile block, all widths,
@@ -23,15 +23,15 @@ softmax.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..folding import with_weights
 from ..layers import DropPath, merge_heads, split_heads, to_map, to_tokens
-from ..registry import ModelSpec, register
-from ..rewrites import Rewrite, affine_into, batch_norm_after, scale_into, with_weights
+from ..rewrites import affine_into, batch_norm_after, scale_into
+from ..spec import Classifier, ModelSpec, Rewrite
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class XFormerConfig:
         blocks: inverted residuals in each stage; the first one halves the map.
         kernels: kernel sizes of their depthwise convs.
         excite: whether they have squeeze-and-excitation.
-        dims: token widths of the XF blocks; 0 is a stage without.
+        dims: token widths of the XF blocks; 0 means that the stage has none.
         layers: transformer layers in each XF block.
         expand: hidden channels of an inverted residual, as a multiple of its input.
         head_dim: features an attention head compares with one another.
@@ -84,8 +84,8 @@ class ConvNorm(nn.Sequential):
 
 
 class SqueezeExcitation(nn.Module):
-    """Weights every channel by what the whole map holds, with a hard-sigmoid gate (MobileNetV3, section 5.3;
-    our choice)."""
+    """Multiplies each channel by a hard-sigmoid gate that reads the whole map (MobileNetV3, section 5.3; our
+    choice)."""
 
     def __init__(self, dim: int, squeezed: int) -> None:
         super().__init__()
@@ -99,10 +99,10 @@ class SqueezeExcitation(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Expand, depthwise conv, squeeze-and-excitation, project (MobileNetV3, section 3); a shortcut where the
-    shapes agree.
+    """Expand, depthwise conv, squeeze-and-excitation, project (MobileNetV3, section 3).
 
-    That the mobile blocks are these is our choice: the paper's abstract says "efficient mobile CNNs".
+    A block whose input and output have the same shape has a shortcut. To take these blocks is our choice: the
+    paper's abstract says "efficient mobile CNNs".
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class InvertedResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C, H / stride, W / stride)."""
-        y = self.project(self.excite(self.depthwise(self.expand(x))))
+        y: Tensor = self.project(self.excite(self.depthwise(self.expand(x))))
         return x + self.drop_path(y) if self.shortcut else y
 
 
@@ -142,18 +142,20 @@ class CrossFeatureAttention(nn.Module):
     """
 
     EPS = 1e-4
-    """Added to the squared length; float16 is normal down to 6.1e-5. A feature that nearly vanishes stays
-    small, not noise."""
+    """Added to the squared length; float16 is normal down to 6.1e-5.
+
+    A feature that nearly vanishes stays small and does not become noise.
+    """
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim) for _ in range(4))
-        self.temperature: nn.Parameter | None = nn.Parameter(
-            torch.full((heads,), heads / dim)
-        )  # at first y is a mean
-        self.q_scale = self.k_scale = 1 / 32  # a power of two: exact. It cancels but for EPS
+        self.temperature: nn.Parameter | None
+        self.temperature = nn.Parameter(torch.full((heads,), heads / dim))  # at first y is a mean
+        self.q_scale = self.k_scale = 1 / 32  # exact, as a power of two, and it cancels except for EPS
         self.divide_scores = False
+        """Whether the lengths divide the scores and not the features: a deployment rewrite."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
@@ -163,26 +165,27 @@ class CrossFeatureAttention(nn.Module):
         y = v @ self._cosines(k.mT, q)  # (B, heads, N, d)
         if self.temperature is not None:
             y = y * self.temperature[:, None, None]
-        return self.proj(merge_heads(y))
+        mixed: Tensor = self.proj(merge_heads(y))
+        return mixed
 
     def _cosines(self, k: Tensor, q: Tensor) -> Tensor:
         """``k`` (B, heads, d, N), ``q`` (B, heads, N, d) -> (B, heads, d, d)."""
-        k_factor, q_factor = (
-            self._inverse_length(k, -1),
-            self._inverse_length(q, -2),
-        )  # (B, heads, d, 1), (B, heads, 1, d)
+        k_factor = self._inverse_length(k, -1)  # (B, heads, d, 1)
+        q_factor = self._inverse_length(q, -2)  # (B, heads, 1, d)
         if self.divide_scores:
             return k @ q * k_factor * q_factor
         return (k * k_factor) @ (q * q_factor)
 
     def _inverse_length(self, x: Tensor, tokens: int) -> Tensor:
-        """1 / length along the axis ``tokens``, which becomes 1."""
+        """1 / length along the axis ``tokens``; the axis stays, with length 1."""
         return torch.rsqrt((x * x).sum(tokens, keepdim=True) + self.EPS)
 
 
 class Layer(nn.Module):
-    """Transformer layer (ours): attention, then an MLP with hard-swish, each behind a layer norm and with a
-    shortcut."""
+    """Transformer layer (ours): attention, then an MLP with hard-swish.
+
+    Each has a layer norm before it and a shortcut around it.
+    """
 
     def __init__(self, dim: int, heads: int, hidden: int, drop_path: float) -> None:
         super().__init__()
@@ -196,14 +199,16 @@ class Layer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
         x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.project(F.hardswish(self.expand(self.norm2(x)))))
+        hidden = F.hardswish(self.expand(self.norm2(x)))
+        branch: Tensor = self.drop_path(self.project(hidden))
+        return x + branch
 
 
 class XFBlock(nn.Module):
-    """XF block (ours): local conv, transformer layers over all positions, fusion with the input map by a 1x1
-    conv and a sum.
+    """XF block (ours): local conv, transformer layers over all positions, fusion with the input map.
 
-    Attention between features does not see where a token lies; the depthwise convs around it do.
+    The fusion is a 1x1 conv and a sum. Attention between features does not see the place of a token; the
+    depthwise convs around it do.
     """
 
     def __init__(
@@ -220,7 +225,8 @@ class XFBlock(nn.Module):
         tokens = to_tokens(self.embed(self.local(x)))  # (B, H * W, dim)
         for layer in self.layers:
             tokens = layer(tokens)
-        return x + self.fuse(to_map(tokens, x.shape[2], x.shape[3]))
+        fused: Tensor = self.fuse(to_map(tokens, x.shape[2], x.shape[3]))
+        return x + fused
 
 
 class Head(nn.Module):
@@ -234,20 +240,22 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, num_classes)."""
-        return self.fc(self.dropout(self.conv(x).mean((2, 3))))
+        pooled = self.conv(x).mean((2, 3))
+        logits: Tensor = self.fc(self.dropout(pooled))
+        return logits
 
 
-class XFormer(nn.Module):
+class XFormer(Classifier):
     """Classifier of our reading: float32 ``(N, 3, S, S)`` -> logits ``(N, num_classes)``.
 
     No weight depends on the input size: one checkpoint serves every multiple of 32.
     """
 
-    spec: ClassVar[Any]
-
     def __init__(self, config: XFormerConfig, *, img_size: int, num_classes: int) -> None:
         super().__init__()
-        self.config, self.img_size, self.num_classes = config, img_size, num_classes
+        self.config = config
+        self.img_size = img_size
+        self.num_classes = num_classes
         self.stem = ConvNorm(3, config.stem, 3, stride=2)
         count = sum(config.blocks) + sum(config.layers)
         rates = iter(torch.linspace(0, config.drop_path, count).tolist())  # linear in depth
@@ -259,14 +267,16 @@ class XFormer(nn.Module):
 
     def features(self, x: Tensor) -> list[Tensor]:
         """Four maps ``(B, widths[i], S/4 >> i, S/4 >> i)``: strides 4, 8, 16 and 32."""
-        x, maps = self.stem(x), []
+        x = self.stem(x)
+        maps = []
         for stage in self.stages:
             x = stage(x)
             maps.append(x)
         return maps
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(x)[-1])
+        logits: Tensor = self.head(self.features(x)[-1])
+        return logits
 
 
 def _depths(config: XFormerConfig) -> list[int]:
@@ -278,18 +288,14 @@ def _stage(config: XFormerConfig, i: int, drop_paths: list[float]) -> nn.Sequent
     """Inverted residuals, the first of stride 2, then the XF block if there is one."""
     width, kernel, blocks, dim = config.widths[i], config.kernels[i], config.blocks[i], config.dims[i]
     in_dims = [(config.stem, *config.widths)[i]] + [width] * (blocks - 1)
-    stage = nn.Sequential(
-        *(
-            InvertedResidual(
-                n, width, n * config.expand, kernel, 1 if j else 2, config.excite[i], drop_paths[j]
-            )
-            for j, n in enumerate(in_dims)
-        )
-    )
+    stage = nn.Sequential()
+    for j, in_dim in enumerate(in_dims):
+        stride = 2 if j == 0 else 1
+        hidden = in_dim * config.expand
+        stage.append(InvertedResidual(in_dim, width, hidden, kernel, stride, config.excite[i], drop_paths[j]))
     if dim:
-        stage.append(
-            XFBlock(width, dim, dim // config.head_dim, dim * config.mlp_ratio, kernel, drop_paths[blocks:])
-        )
+        heads, hidden = dim // config.head_dim, dim * config.mlp_ratio
+        stage.append(XFBlock(width, dim, heads, hidden, kernel, drop_paths[blocks:]))
     return stage
 
 
@@ -304,7 +310,7 @@ def _init(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-# --- deployment form: the same logits from fewer operations (algebra in cmt/fuse.py) --------------
+# --- deployment rewrites of this family -----------------------------------------------------------
 
 
 def _attentions(model: nn.Module) -> list[CrossFeatureAttention]:
@@ -323,6 +329,7 @@ def _fold_temperature(model: nn.Module) -> int:
 
 
 def _divide_scores(model: nn.Module) -> int:
+    """Divide the d x d scores by the lengths, and not the N x d features."""
     attentions = [attn for attn in _attentions(model) if not attn.divide_scores]
     for attn in attentions:
         attn.divide_scores = True
@@ -340,46 +347,39 @@ REWRITES = (
         "lengths onto the scores", "(k a)^T (q b) == a^T (k^T q) b: d x d products, not N x d", _divide_scores
     ),
 )
+"""The exact rewrites of this family, in the order in which they apply."""
 
-_SOURCE = (
+_FIGURES = (
     "our reading of XFormer (arXiv 2207.07268): only the abstract is public, formula and layout are ours; "
     "not the authors' model, its 78.5 % top-1 is not claimed; MACs and parameters counted here"
 )
+"""Where the figures come from."""
 
 # fmt: off
-VARIANTS = [
-    # name             size  classes  stem  widths              blocks        kernels       excite
-    # dims                layers        params     macs
-    ("xformer_reading", 256,   1000,  16,  (32, 64, 112, 160), (2, 2, 2, 2), (3, 5, 3, 5), (False, True, True, True), (0, 128, 192, 256), (0, 2, 4, 3), 5_516_128, 976_622_080),
-]
+_READING = XFormerConfig(
+    stem=16,
+    # stage    1      2     3     4
+    widths= (   32,   64,  112,  160),
+    blocks= (    2,    2,    2,    2),
+    kernels=(    3,    5,    3,    5),
+    excite= (False, True, True, True),
+    dims=   (    0,  128,  192,  256),
+    layers= (    0,    2,    4,    3),
+)
 # fmt: on
 
-for (
-    _name,
-    _size,
-    _classes,
-    _stem,
-    _widths,
-    _blocks,
-    _kernels,
-    _excite,
-    _dims,
-    _layers,
-    _params,
-    _macs,
-) in VARIANTS:
-    register(
-        ModelSpec(
-            name=_name,
-            family="XFormer (our reading)",
-            build=XFormer,
-            config=XFormerConfig(_stem, _widths, _blocks, _kernels, _excite, _dims, _layers),
-            img_size=_size,
-            num_classes=_classes,
-            rewrites=REWRITES,
-            head_keys=("head.fc.weight", "head.fc.bias"),
-            params=_params,
-            macs=_macs,
-            source=_SOURCE,
-        )
-    )
+SPECS = (
+    ModelSpec(
+        name="xformer_reading",
+        family="XFormer (our reading)",
+        constructor=XFormer,
+        config=_READING,
+        img_size=256,
+        rewrites=REWRITES,
+        head_keys=("head.fc.weight", "head.fc.bias"),
+        params=5_516_128,
+        macs=976_622_080,
+        source=_FIGURES,
+    ),
+)
+"""The one variant."""

@@ -14,59 +14,51 @@ from ..measure.benchmark import Protocol
 from ..measure.benchmark import benchmark as run_benchmark
 from ..progress import Progress
 from .console import add_runtime_flags, parser, run
-from .protocol import protocol_of
+from .measuring import add_measuring_flags, protocol_of
 
 BENCH_IMAGES = 64
+"""So many images of ``--data`` are used, the first ones."""
+PLOTS = (".png", ".svg")
+"""Suffixes of ``--plot``."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``cmt-bench``."""
+    return run(_main, build_parser().parse_args(argv))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of ``cmt-bench``."""
     p = parser("cmt-bench", "Measure bundles side by side, interleaved; ratios refer to the first.")
     p.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE")
-    p.add_argument("--data", help="images for the end-to-end figure (default: the bundle's golden images)")
-    p.add_argument(
-        "--iters", type=int, default=Protocol.iters, help="least iterations a variant (default %(default)s)"
-    )
-    p.add_argument(
-        "--seconds",
-        type=float,
-        default=Protocol.seconds,
-        help="least seconds a variant (default %(default)s)",
-    )
-    p.add_argument(
-        "--warmup",
-        type=int,
-        default=Protocol.warmup_iters,
-        help="least warm-up iterations (default %(default)s)",
-    )
-    p.add_argument("--no-throughput", action="store_true", help="skip the many-requests figure")
-    p.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables as Markdown")
-    p.add_argument(
+    what = p.add_argument_group("what is measured")
+    what.add_argument("--data", help="images for the end-to-end figure (default: the bundle's golden images)")
+    what.add_argument("--no-throughput", action="store_true", help="skip the many-requests figure")
+    add_measuring_flags(p, Protocol(), warmup=True)
+    output = p.add_argument_group("output")
+    output.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables as Markdown")
+    output.add_argument(
         "--plot",
         type=Path,
         metavar="FILE",
         help="also draw the latencies (PNG or SVG; needs the extra 'report')",
     )
     add_runtime_flags(p)
-    return run(_main, p.parse_args(argv))
+    return p
 
 
 def _main(args: argparse.Namespace) -> int:
-    protocol = protocol_of(args.iters, args.seconds, args.warmup)
-    if args.plot and args.plot.suffix not in (".png", ".svg"):
+    protocol = protocol_of(args)
+    if args.plot and args.plot.suffix not in PLOTS:
         raise InputError("plots are PNG or SVG", where=args.plot, remedy="name it .png or .svg")
     bundles = [Bundle.open(path) for path in args.bundles]
-    images = []
-    if args.data:
-        source = ImageSet(args.data)
-        images = [source.read(item) for item in source.items[:BENCH_IMAGES]]
     progress = Progress(args.quiet)
     result = run_benchmark(
         bundles,
         backend=args.backend,
         device=args.device,
         threads=args.threads,
-        images=images,
+        images=_images(args.data) if args.data else [],
         protocol=protocol,
         with_throughput=not args.no_throughput,
         progress=progress.share,
@@ -78,3 +70,8 @@ def _main(args: argparse.Namespace) -> int:
         report.latency_plot(result, args.plot)
     print(report.to_json(result) if args.json else report.benchmark_text(result))
     return 0
+
+
+def _images(data: str) -> list[bytes]:
+    source = ImageSet(data)
+    return [source.read(item) for item in source.items[:BENCH_IMAGES]]

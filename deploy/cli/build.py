@@ -9,77 +9,79 @@ from .. import report
 from ..bundle import Bundle
 from ..errors import InputError
 from ..progress import Progress
-from ..tensorrt.build import QUICK, TIME_LIMIT_S, building, finish
+from ..tensorrt.build import DEVICE_PROTOCOL, exclusive, finish
+from ..tensorrt.building import TIME_LIMIT_S
 from ..tensorrt.engine import EngineOptions, trtexec
 from .console import parser, run
-from .protocol import protocol_of
+from .measuring import add_measuring_flags, protocol_of
 
 MAX_TIME_LIMIT_S = 30 * 86400.0
+"""Seconds of the longest ``--time-limit``: a month."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``cmt-build``."""
+    return run(_main, build_parser().parse_args(argv))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of ``cmt-build``."""
     p = parser(
         "cmt-build",
         "Finish a TensorRT bundle on the device that will run it: build the engine, verify it, measure it.",
     )
     p.add_argument("bundle", type=Path)
-    p.add_argument(
+    _add_engine_flags(p)
+    gates = p.add_argument_group("accuracy gates")
+    gates.add_argument("--atol", type=float, help="allowed golden logit difference (default: by precision)")
+    add_measuring_flags(p, DEVICE_PROTOCOL)
+    return p
+
+
+def _add_engine_flags(p: argparse.ArgumentParser) -> None:
+    engine = p.add_argument_group("engine")
+    engine.add_argument(
         "--workspace",
         type=float,
         metavar="GiB",
         help="scratch memory of the builder (default: 40 %% of what is free)",
     )
-    p.add_argument(
+    engine.add_argument(
         "--level",
         type=int,
         default=EngineOptions.level,
         help="optimization level, 0 (fast build) to 5 (default %(default)s)",
     )
-    p.add_argument(
+    engine.add_argument(
         "--profile",
         default=",".join(map(str, EngineOptions.profile)),
         metavar="MIN,OPT,MAX",
         help="batch sizes of a dynamic bundle (default %(default)s)",
     )
-    p.add_argument("--tf32", action="store_true", help="let float32 products round their inputs to TF32")
-    p.add_argument(
+    engine.add_argument("--tf32", action="store_true", help="let float32 products round their inputs to TF32")
+    engine.add_argument(
         "--time-limit",
         type=float,
         default=TIME_LIMIT_S,
         metavar="S",
         help="stop the build after so long (default %(default)g)",
     )
-    p.add_argument("--device", help="number of the GPU (default 0)")
-    p.add_argument("--force", action="store_true", help="build even where the bundle's engine is still right")
-    p.add_argument("--atol", type=float, help="allowed golden logit difference (default: by precision)")
-    p.add_argument(
-        "--iters", type=int, default=QUICK.iters, help="least iterations to measure (default %(default)s)"
+    engine.add_argument("--device", help="number of the GPU (default 0)")
+    engine.add_argument(
+        "--force", action="store_true", help="build even where the bundle's engine is still right"
     )
-    p.add_argument(
-        "--seconds", type=float, default=QUICK.seconds, help="least seconds to measure (default %(default)s)"
+    engine.add_argument(
+        "--trtexec", action="store_true", help="print the equivalent trtexec command and exit"
     )
-    p.add_argument("--trtexec", action="store_true", help="print the equivalent trtexec command and exit")
-    return run(_main, p.parse_args(argv))
 
 
 def _main(args: argparse.Namespace) -> int:
-    sizes = args.profile.split(",")
-    if len(sizes) != 3 or not all(s.strip().isdigit() for s in sizes):
-        raise InputError(f"--profile {args.profile}", remedy="give three batch sizes: --profile MIN,OPT,MAX")
-    if not 0 < args.time_limit <= MAX_TIME_LIMIT_S or (args.atol is not None and not args.atol >= 0):
-        raise InputError(
-            "--time-limit must be above 0 and at most a month, --atol 0 or more",
-            remedy="leave them out for the defaults",
-        )
-    low, typical, high = map(int, sizes)
-    options = EngineOptions(args.workspace, args.level, (low, typical, high), args.tf32)
-    options.check()
+    options = _options(args)
     bundle = Bundle.open(args.bundle)
     if args.trtexec:
         print(trtexec(bundle, options, args.device))
         return 0
-    with building(bundle.path):
+    with exclusive(bundle.path):
         result = finish(
             bundle,
             options,
@@ -87,9 +89,27 @@ def _main(args: argparse.Namespace) -> int:
             force=args.force,
             time_limit=args.time_limit,
             atol=args.atol,
-            protocol=protocol_of(args.iters, args.seconds),
+            protocol=protocol_of(args),
             progress=Progress(args.quiet),
         )
         bundle = bundle.update(result.manifest, result.files, result.drop)
     print(report.to_json(result.report) if args.json else report.built_text(bundle, result.report))
     return 0
+
+
+def _options(args: argparse.Namespace) -> EngineOptions:
+    """What the flags ask for; raises :class:`InputError` for impossible ones."""
+    sizes = args.profile.split(",")
+    if len(sizes) != 3 or not all(size.strip().isdigit() for size in sizes):
+        raise InputError(f"--profile {args.profile}", remedy="give three batch sizes: --profile MIN,OPT,MAX")
+    bad_limit = not 0 < args.time_limit <= MAX_TIME_LIMIT_S
+    bad_tolerance = args.atol is not None and not args.atol >= 0
+    if bad_limit or bad_tolerance:
+        raise InputError(
+            "--time-limit must be above 0 and at most a month, --atol 0 or more",
+            remedy="leave them out for the defaults",
+        )
+    least, typical, most = map(int, sizes)
+    options = EngineOptions(args.workspace, args.level, (least, typical, most), args.tf32)
+    options.check()
+    return options

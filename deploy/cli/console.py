@@ -14,7 +14,9 @@ from cmt_edge.version import __version__
 from ..errors import CmtEdgeError
 
 INTERNAL = 4
+"""Exit code of a failure that is a bug of ours."""
 INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 and the number of SIGINT."""
 
 
 def parser(prog: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
@@ -37,9 +39,10 @@ def parser(prog: str, description: str, epilog: str = "") -> argparse.ArgumentPa
 
 def add_runtime_flags(p: argparse.ArgumentParser) -> None:
     """``--backend``, ``--device``, ``--threads``."""
-    p.add_argument("--backend", help="runtime to use (default: the one of the bundle's format)")
-    p.add_argument("--device", help="the runtime's device (default: CPU; TensorRT: GPU 0)")
-    p.add_argument("--threads", type=int, help="CPU threads of one inference (default: all cores)")
+    runtime = p.add_argument_group("runtime")
+    runtime.add_argument("--backend", help="runtime to use (default: the one of the bundle's format)")
+    runtime.add_argument("--device", help="the runtime's device (default: CPU; TensorRT: GPU 0)")
+    runtime.add_argument("--threads", type=int, help="CPU threads of one inference (default: all cores)")
 
 
 def run(main: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
@@ -59,9 +62,6 @@ def run(main: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> 
         return 0
     except Exception as exc:
         traceback.print_exc()
-        print(
-            f"error: internal failure: {type(exc).__name__}: {exc}\n  remedy: please report it with this"
-            " trace",
-            file=sys.stderr,
-        )
+        print(f"error: internal failure: {type(exc).__name__}: {exc}", file=sys.stderr)
+        print("  remedy: please report it with this trace", file=sys.stderr)
         return INTERNAL

@@ -16,31 +16,52 @@ from ..predictor import Predictor
 from ..progress import Progress
 from .console import add_runtime_flags, parser, run
 
+REMEDY = (
+    "the bundle is not the model within the allowed difference; see --max-drop and --atol, or calibrate on"
+    " more images like those it will see"
+)
+"""What standard error says after a failed check."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``cmt-verify``."""
+    return run(_main, build_parser().parse_args(argv))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of ``cmt-verify``."""
     p = parser(
         "cmt-verify",
         "Check a bundle: hashes and golden vectors always, top-1 against the reference with --data.",
     )
     p.add_argument("bundle", type=Path)
-    p.add_argument("--data", help="labelled images: a folder of class folders, or ARCHIVE.tar[/FOLDER]")
-    p.add_argument(
+    images = p.add_argument_group("labelled images")
+    images.add_argument("--data", help="a folder of class folders, or ARCHIVE.tar[/FOLDER]")
+    images.add_argument(
         "--by-order", action="store_true", help="match class folders to labels in sorted order, not by name"
     )
-    p.add_argument("--limit", type=int, help="use only so many images, evenly spread")
-    p.add_argument(
+    images.add_argument("--limit", type=int, help="use only so many images, evenly spread")
+    _add_reference_flags(p)
+    gates = p.add_argument_group("accuracy gates")
+    gates.add_argument(
         "--max-drop", type=float, default=MAX_DROP, help=f"allowed loss of top-1, points (default {MAX_DROP})"
     )
-    p.add_argument("--atol", type=float, help="allowed golden logit difference (default: by precision)")
-    p.add_argument(
-        "--reference", type=Path, help="compare with this bundle (say, the fp32 one) instead of PyTorch"
+    gates.add_argument("--atol", type=float, help="allowed golden logit difference (default: by precision)")
+    add_runtime_flags(p)
+    return p
+
+
+def _add_reference_flags(p: argparse.ArgumentParser) -> None:
+    reference = p.add_argument_group("reference")
+    reference.add_argument(
+        "--reference",
+        type=Path,
+        metavar="BUNDLE",
+        help="compare with this bundle (say, the fp32 one) instead of PyTorch",
     )
-    p.add_argument(
+    reference.add_argument(
         "--weights", help="the checkpoint the bundle was made from, to rebuild the PyTorch reference"
     )
-    add_runtime_flags(p)
-    return run(_main, p.parse_args(argv))
 
 
 def _main(args: argparse.Namespace) -> int:
@@ -65,11 +86,7 @@ def _main(args: argparse.Namespace) -> int:
     progress.finish()
     print(report.to_json(result) if args.json else report.verification_text(result))
     if not result.passed and not args.json:
-        print(
-            "the bundle is not the model within the allowed difference; see --max-drop and --atol, or"
-            " calibrate on more images like those it will see",
-            file=sys.stderr,
-        )
+        print(REMEDY, file=sys.stderr)
     return 0 if result.passed else 1
 
 

@@ -1,7 +1,7 @@
 """Latency and throughput, measured interleaved. Returns dataclasses, prints nothing.
 
-Protocol: warm up until at least 10 iterations and 1 s have passed and the rolling median is stable within 2
-%; then at least ``iters`` iterations and ``seconds`` for each variant, A B A B. No outlier is removed.
+Protocol: warm up until at least 10 iterations and 1 s have passed and the rolling median is stable within
+2 %; then at least ``iters`` iterations and ``seconds`` for each variant, A B A B. No outlier is removed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -21,15 +22,23 @@ from ..bundle.sections import ExecutedPrecision, Host, LatencyEntry, RanOn
 from ..predictor import Predictor
 from ..preprocessing import normalise
 from .host import describe, versions
+from .statistics import NS_PER_MS, Latency, ratio_of_medians, summarise
 
 WARMUP_LIMIT_S = 15.0
+"""Seconds after which a warm-up ends, stable or not."""
+WARMUP_WINDOW = 10
+"""Number of calls whose median is compared with that of as many before them."""
+STABLE = 0.02
+"""Two such medians that differ by less than this share are stable."""
 DRIFT_WARNING = 0.05
+"""A drift of the latency beyond this share makes a warning."""
 ENQUEUE_WARNING = 0.8
-MIN_FOR_P99 = 1000
-BOOTSTRAP = 1000
+"""Starting an inference takes the host too long beyond this share of the device's time."""
 CLOCK_FLOOR_S = 1e-4
-"""Shorter calls count as this long when deciding how often a variant runs in a round: their ratio is
+"""Shorter calls count as this many seconds when deciding how often a variant runs in a round: their ratio is
 noise."""
+PROGRESS_ROUNDS = 20
+"""Progress is told once in so many rounds."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,7 @@ class Protocol:
     """How long to measure; the defaults are for figures that are published.
 
     Where several variants take turns, each turn begins with calls of ``settle_seconds`` that are not counted,
-    and as many that are follow.
+    and as many that are counted follow.
     """
 
     iters: int = 200
@@ -45,25 +54,6 @@ class Protocol:
     warmup_iters: int = 10
     warmup_seconds: float = 1.0
     settle_seconds: float = 0.05
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Milliseconds of one variant; ``p99`` is ``None`` below 1000 samples, ``ci`` the 95 % bootstrap interval
-    of p50.
-
-    ``drift`` is the last 100 samples' median over the first 100's, minus 1.
-    """
-
-    count: int
-    p50: float
-    ci: tuple[float, float]
-    p90: float
-    p95: float
-    p99: float | None
-    max: float
-    mean: float
-    drift: float
 
 
 @dataclass(frozen=True)
@@ -112,32 +102,6 @@ class Benchmark:
     protocol: Protocol
 
 
-def summarise(samples_ns: Sequence[int] | np.ndarray, seed: int = 0) -> Latency:
-    """Statistics of one variant's samples in nanoseconds."""
-    ms = np.asarray(samples_ns, np.float64) / 1e6
-    low, high = np.percentile(_bootstrap_medians(ms, np.random.default_rng(seed)), [2.5, 97.5])
-    p50, p90, p95, p99 = np.percentile(ms, [50, 90, 95, 99])
-    edge = min(100, max(1, len(ms) // 2))
-    drift = float(np.median(ms[-edge:]) / np.median(ms[:edge]) - 1)
-    return Latency(
-        len(ms),
-        float(p50),
-        (float(low), float(high)),
-        float(p90),
-        float(p95),
-        float(p99) if len(ms) >= MIN_FOR_P99 else None,
-        float(ms.max()),
-        float(ms.mean()),
-        drift,
-    )
-
-
-def _bootstrap_medians(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Medians of ``BOOTSTRAP`` resamples."""
-    n = len(values)
-    return np.array([np.median(values[rng.integers(0, n, n)]) for _ in range(BOOTSTRAP)])
-
-
 def interleaved(
     variants: Mapping[str, Callable[[], object]],
     protocol: Protocol,
@@ -150,39 +114,59 @@ def interleaved(
     instructions and the threads of other runtimes, which spin for milliseconds after their call, come to
     rest. On a Xeon with AMX a model's calls became faster until the sixth after another model's.
     """
-    typical = {name: _warm_up(call, protocol) for name, call in variants.items()}
-    slowest = max(typical.values())
-    several = len(variants) > 1
-    turns = []
-    for name, call in variants.items():
-        # much faster variants run several times a round, or the slow ones would run for minutes until the
-        # fast have their seconds
-        repeats = max(
-            int(slowest / typical[name] / 2),
-            int(protocol.settle_seconds / typical[name]) if several else 0,
-            1,
-        )
-        turns.append((name, call, repeats))
+    turns = _turns(variants, protocol)
+    several = len(turns) > 1
     samples: dict[str, list[int]] = {name: [] for name in variants}
     spent = dict.fromkeys(variants, 0)
     need = protocol.seconds * 1e9
     rounds = 0
     while (count := min(map(len, samples.values()))) < protocol.iters or min(spent.values()) < need:
-        for name, call, repeats in turns:
+        for turn in turns:
             if several:
-                _settle(call, protocol.settle_seconds)
-            for _ in range(repeats):
-                start = time.perf_counter_ns()
-                call()
-                elapsed = time.perf_counter_ns() - start
-                samples[name].append(elapsed)
-                spent[name] += elapsed
+                _settle(turn.call, protocol.settle_seconds)
+            times = _timed(turn.call, turn.repeats)
+            samples[turn.name] += times
+            spent[turn.name] += sum(times)
         rounds += 1
-        if progress and rounds % 20 == 0:
-            progress(min(count / max(1, protocol.iters), min(spent.values()) / need if need else 1.0, 1.0))
+        if progress and rounds % PROGRESS_ROUNDS == 0:
+            time_share = min(spent.values()) / need if need else 1.0
+            progress(min(count / max(1, protocol.iters), time_share, 1.0))
     if progress:
         progress(1.0)
     return {name: np.array(values) for name, values in samples.items()}
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A variant, and how many calls of it are counted in one round."""
+
+    name: str
+    call: Callable[[], object]
+    repeats: int
+
+
+def _turns(variants: Mapping[str, Callable[[], object]], protocol: Protocol) -> list[_Turn]:
+    """Warm every variant up, and give much faster ones several calls a round: otherwise the slow ones would
+    run for minutes until the fast ones have their seconds."""
+    typical = {name: _warm_up(call, protocol) for name, call in variants.items()}
+    slowest = max(typical.values())
+    several = len(variants) > 1
+    turns = []
+    for name, call in variants.items():
+        for_balance = int(slowest / typical[name] / 2)
+        after_settling = int(protocol.settle_seconds / typical[name]) if several else 0
+        turns.append(_Turn(name, call, max(for_balance, after_settling, 1)))
+    return turns
+
+
+def _timed(call: Callable[[], object], repeats: int) -> list[int]:
+    """Nanoseconds of each of ``repeats`` calls."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter_ns()
+        call()
+        times.append(time.perf_counter_ns() - start)
+    return times
 
 
 def _settle(call: Callable[[], object], seconds: float) -> None:
@@ -194,9 +178,9 @@ def _settle(call: Callable[[], object], seconds: float) -> None:
 
 
 def _warm_up(call: Callable[[], object], protocol: Protocol) -> float:
-    """Until iterations and time have passed and the medians of the last two windows of 10 agree within 2 %.
+    """Call until iterations and time have passed and the latency is stable.
 
-    Returns the median of the last 10 in seconds.
+    Returns the median of the last calls in seconds.
     """
     times: list[float] = []
     begin = time.perf_counter()
@@ -206,9 +190,17 @@ def _warm_up(call: Callable[[], object], protocol: Protocol) -> float:
         times.append(time.perf_counter() - start)
         passed = time.perf_counter() - begin
         enough = len(times) >= max(1, protocol.warmup_iters) and passed >= protocol.warmup_seconds
-        stable = len(times) < 20 or abs(np.median(times[-10:]) / np.median(times[-20:-10]) - 1) < 0.02
-        if (enough and stable) or passed >= max(WARMUP_LIMIT_S, protocol.warmup_seconds):
-            return max(CLOCK_FLOOR_S, float(np.median(times[-10:])))
+        if (enough and _stable(times)) or passed >= max(WARMUP_LIMIT_S, protocol.warmup_seconds):
+            return max(CLOCK_FLOOR_S, float(np.median(times[-WARMUP_WINDOW:])))
+
+
+def _stable(times: Sequence[float]) -> bool:
+    """Whether the medians of the last two windows agree; also where there are not yet two windows."""
+    if len(times) < 2 * WARMUP_WINDOW:
+        return True
+    last = np.median(times[-WARMUP_WINDOW:])
+    before = np.median(times[-2 * WARMUP_WINDOW : -WARMUP_WINDOW])
+    return bool(abs(last / before - 1) < STABLE)
 
 
 def throughput(predictor: Predictor, batch: np.ndarray, seconds: float) -> float:
@@ -242,13 +234,27 @@ def sustained(predictor: Predictor, batch: np.ndarray, seconds: float) -> tuple[
     return images, 1e3 * elapsed
 
 
-def _on_device(predictor: Predictor, batch: np.ndarray, count: int) -> OnDevice | None:
-    times = predictor.session.device_times(batch, count)
-    return (
-        None
-        if times is None
-        else OnDevice(*(summarise(1e6 * t) for t in (times.compute, times.with_copies, times.enqueue)))
+def _on_device(session: Session, batch: np.ndarray, count: int) -> OnDevice | None:
+    times = session.device_times(batch, count)
+    if times is None:
+        return None
+    return OnDevice(
+        compute=summarise(NS_PER_MS * times.compute),
+        with_copies=summarise(NS_PER_MS * times.with_copies),
+        enqueue=summarise(NS_PER_MS * times.enqueue),
     )
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """What was measured of one opened bundle; times in nanoseconds."""
+
+    batch: np.ndarray
+    runtime: RanOn
+    model: np.ndarray
+    end_to_end: np.ndarray
+    executed: ExecutedPrecision
+    on_device: OnDevice | None
 
 
 def benchmark(
@@ -275,33 +281,58 @@ def benchmark(
         load: opens a bundle, as :meth:`cmt_edge.deploy.Predictor.load`.
     """
     report = progress or (lambda phase, share: None)
-    names = _names(bundles)
-    with contextlib.ExitStack() as stack:
-        predictors = {}
-        for name, bundle in zip(names, bundles, strict=True):
-            predictor = load(bundle, backend=backend, device=device, threads=threads)
-            predictors[name] = stack.enter_context(predictor)
-        batches = {n: golden_batch(b, p) for (n, p), b in zip(predictors.items(), bundles, strict=True)}
-        calls = {n: bound(p.session, batches[n]) for n, p in predictors.items()}
-        model = interleaved(calls, protocol, lambda s: report("latency, model only", s))
-        encoded = [images or b.golden().sources for b in bundles]
-        calls = {n: _end_to_end_call(p, e) for (n, p), e in zip(predictors.items(), encoded, strict=True)}
-        whole = interleaved(calls, protocol, lambda s: report("latency, end to end", s))
-        executed = {n: p.session.executed(batches[n]) for n, p in predictors.items()}
-        clocks = {n: _on_device(p, batches[n], protocol.iters) for n, p in predictors.items()}
-    rates: dict[str, float | None] = dict.fromkeys(names)
+    named = dict(zip(_names(bundles), bundles, strict=True))
+    opened = partial(load, backend=backend, device=device, threads=threads)
+    samples = _latencies(named, opened, images, protocol, report)
+    rates: dict[str, float] = {}
     if with_throughput:
-        for n, b in zip(names, bundles, strict=True):
-            report(f"throughput of {n}", 0.0)
-            with load(b, backend=backend, device=device, threads=threads, throughput=True) as p:
-                rates[n] = throughput(p, batches[n], max(0.5, protocol.seconds / 2))
+        for name, bundle in named.items():
+            report(f"throughput of {name}", 0.0)
+            with opened(bundle, throughput=True) as predictor:
+                seconds = max(0.5, protocol.seconds / 2)
+                rates[name] = throughput(predictor, samples[name].batch, seconds)
+    base = next(iter(samples.values()))
     results = [
-        _measured(
-            n, b, predictors[n], batches[n], executed[n], model, whole[n], rates[n], names[0], clocks[n]
-        )
-        for n, b in zip(names, bundles, strict=True)
+        _measured(name, bundle, samples[name], base, rates.get(name)) for name, bundle in named.items()
     ]
     return Benchmark(results, describe(), versions(), threads, protocol)
+
+
+def _latencies(
+    bundles: Mapping[str, Bundle],
+    opened: Callable[[Bundle], Predictor],
+    images: Sequence[bytes],
+    protocol: Protocol,
+    report: Callable[[str, float], None],
+) -> dict[str, _Samples]:
+    """Open all bundles at once and time them in turn: first the model alone, then from image to answer."""
+    with contextlib.ExitStack() as stack:
+        predictors = {name: stack.enter_context(opened(bundle)) for name, bundle in bundles.items()}
+        batches = {name: golden_batch(bundles[name], p) for name, p in predictors.items()}
+        model = interleaved(
+            {name: bound(p.session, batches[name]) for name, p in predictors.items()},
+            protocol,
+            lambda share: report("latency, model only", share),
+        )
+        end_to_end = interleaved(
+            {
+                name: _end_to_end_call(p, images or bundles[name].golden().sources)
+                for name, p in predictors.items()
+            },
+            protocol,
+            lambda share: report("latency, end to end", share),
+        )
+        return {
+            name: _Samples(
+                batch=batches[name],
+                runtime=RanOn(**p.info),
+                model=model[name],
+                end_to_end=end_to_end[name],
+                executed=p.session.executed(batches[name]),
+                on_device=_on_device(p.session, batches[name], protocol.iters),
+            )
+            for name, p in predictors.items()
+        }
 
 
 def _names(bundles: Sequence[Bundle]) -> list[str]:
@@ -345,22 +376,34 @@ def _end_to_end_call(predictor: Predictor, images: Sequence[bytes]) -> Callable[
     return call
 
 
-def _measured(
-    name: str,
-    bundle: Bundle,
-    predictor: Predictor,
-    batch: np.ndarray,
-    executed: ExecutedPrecision,
-    model: dict[str, np.ndarray],
-    whole: np.ndarray,
-    rate: float | None,
-    base: str,
-    clock: OnDevice | None,
-) -> Measured:
-    latency = summarise(model[name])
-    rng = np.random.default_rng(0)
-    ratios = _bootstrap_medians(model[base], rng) / _bootstrap_medians(model[name], rng)
-    warnings = precision_warnings(bundle.manifest.precision, executed)
+def _measured(name: str, bundle: Bundle, samples: _Samples, base: _Samples, rate: float | None) -> Measured:
+    """The figures of one bundle; its ratio refers to ``base``."""
+    latency = summarise(samples.model)
+    ratio = ratio_of_medians(base.model, samples.model)
+    warnings = [
+        *precision_warnings(bundle.manifest.precision, samples.executed),
+        *_latency_warnings(latency, samples.on_device),
+    ]
+    return Measured(
+        name=name,
+        precision=bundle.manifest.precision,
+        runtime=samples.runtime,
+        batch=len(samples.batch),
+        size_bytes=bundle.manifest.size_bytes,
+        executed=samples.executed,
+        model=latency,
+        end_to_end=summarise(samples.end_to_end),
+        throughput=rate,
+        ratio=ratio.value,
+        ratio_ci=(ratio.low, ratio.high),
+        warnings=warnings,
+        on_device=samples.on_device,
+    )
+
+
+def _latency_warnings(latency: Latency, clock: OnDevice | None) -> list[str]:
+    """A sentence where the latency drifted, and where the host limits the device."""
+    warnings = []
     if abs(latency.drift) > DRIFT_WARNING:
         warnings.append(
             f"latency drifted by {100 * latency.drift:+.0f} % between the first and the last 100 iterations"
@@ -371,22 +414,7 @@ def _measured(
             f" {clock.compute.p50:.2f} ms: the host, not the GPU, limits the speed; use a larger batch or"
             " several requests at once"
         )
-    low, high = np.percentile(ratios, [2.5, 97.5])
-    return Measured(
-        name,
-        bundle.manifest.precision,
-        RanOn(**predictor.info),
-        len(batch),
-        bundle.manifest.size_bytes,
-        executed,
-        latency,
-        summarise(whole),
-        rate,
-        float(np.median(model[base]) / np.median(model[name])),
-        (float(low), float(high)),
-        warnings,
-        clock,
-    )
+    return warnings
 
 
 def summary(speed: Benchmark) -> LatencyEntry:

@@ -22,6 +22,7 @@ FLAGS = (
     "i8mm",
     "bf16",
 )
+"""CPU flags that decide how fast a model runs, by their names in ``/proc/cpuinfo``."""
 PACKAGES = (
     "cmt-edge",
     "numpy",
@@ -35,6 +36,7 @@ PACKAGES = (
     "tensorrt",
     "cuda-bindings",
 )
+"""Packages whose versions are recorded."""
 
 
 def describe() -> Host:
@@ -47,11 +49,18 @@ def describe() -> Host:
         python=platform.python_version(),
         cpu=info.get("model name") or platform.processor() or platform.machine(),
         flags=tuple(f for f in FLAGS if f in flags),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        cores=_cores(),
         mhz=info.get("cpu MHz") or None,
         governor=_read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or None,
         temperature_mc=_read("/sys/class/thermal/thermal_zone0/temp") or None,
     )
+
+
+def _cores() -> int | None:
+    """Cores that this process may use, where the system tells them apart."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 def versions() -> dict[str, str]:

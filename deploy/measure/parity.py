@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,19 +15,29 @@ from ..errors import BundleError, DataError, InputError, RuntimeMissingError
 from ..images import ImageSet, Item, digest
 from ..predictor import Predictor
 from ..preprocessing import NamedBytes, normalise, pixels, preprocess
+from .statistics import paired_drop
 
 ATOL = {"fp32": 1e-3, "fp16": 0.1, "bf16": 0.25, "int8": 1.5}
-"""Default tolerance on golden logits: largest difference, in units of the standard deviation of the reference
-logits."""
+"""Default tolerance on golden logits, by precision: the largest difference, in standard deviations of the
+reference logits."""
 MAP_ATOL = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.1, "int8": 0.6}
-"""The same for golden feature maps: root mean square over an image's map. The largest of 10^5 differences
-says little about a map."""
+"""Default tolerance on golden feature maps, by precision: the root mean square over an image's map, in
+standard deviations of the reference map. The largest of 10^5 differences says little about a map."""
 MAX_DROP = 1.0
 """Default tolerance on top-1, percentage points."""
 PIXEL_TOLERANCE = 2
 """Golden images may decode and resize up to so many grey levels apart (library versions differ in
 rounding)."""
-Z95 = 1.959964
+EPSILON = 1e-9
+"""Percentage points by which rounding may move a drop beyond the allowed one."""
+CHUNK = 16
+"""Labelled images that go through both sides at once, at least."""
+BY_NAME = "name the folders like the labels, or match them in sorted order with --by-order"
+"""The remedy where class folders and labels do not match."""
+NO_REFERENCE_REMEDY = (
+    "verify on the exporting machine, pass --reference BUNDLE (an fp32 bundle), or leave --data out"
+)
+"""The remedy where nothing here knows the reference's answers."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +105,7 @@ def verify(
     Raises:
         DataError: unlabelled images, or class folders that do not match the labels.
         InputError: images were given for a bundle of feature maps.
-        RuntimeMissingError: images were given but no reference for them is to be had.
+        RuntimeMissingError: images were given, but nothing here knows the reference's answers to them.
     """
     opened = candidate or Predictor.load(bundle, backend=backend, device=device, threads=threads)
     with opened if candidate is None else nullcontext(opened) as predictor:
@@ -103,19 +113,28 @@ def verify(
         found = Verification(bundle.title, bundle.manifest.precision, RanOn(**predictor.info), golden)
         if data is None:
             return found
+        labelled = _Labelled.of(bundle, data, by_order, limit)
+        with _reference(reference, bundle, labelled, weights, threads) as live:
+            answers = _run_both(predictor, live, bundle, labelled, progress)
+            source = "the bundle's record" if live is None else live.info["runtime"]
+        check = _compare(labelled.truth, answers, max_drop, source)
+        return replace(found, data=check, reference_answers=answers.by_digest)
+
+
+@dataclass(frozen=True)
+class _Labelled:
+    """The images that are compared; ``truth`` holds their labels, int ``(N,)``."""
+
+    data: ImageSet
+    items: list[Item]
+    truth: np.ndarray
+
+    @classmethod
+    def of(cls, bundle: Bundle, data: ImageSet, by_order: bool, limit: int | None) -> _Labelled:
         targets = match_labels(bundle, data, by_order)
         items = _spread(data.items, limit)
-        truth = np.array([targets[i.label] for i in items if i.label is not None])
-        live = reference or _live_reference(bundle, data, items, weights, threads)
-        try:
-            answers = _run_both(predictor, live, bundle, data, items, progress)
-        finally:
-            if live is not None and live is not reference:
-                live.close()
-        check = _compare(
-            truth, answers, max_drop, "the bundle's record" if live is None else live.info["runtime"]
-        )
-        return replace(found, data=check, reference_answers=answers.by_digest)
+        truth = np.array([targets[item.label] for item in items if item.label is not None])
+        return cls(data, items, truth)
 
 
 def _spread(items: list[Item], limit: int | None) -> list[Item]:
@@ -128,27 +147,40 @@ def _spread(items: list[Item], limit: int | None) -> list[Item]:
 
 
 def check_golden(bundle: Bundle, predictor: Predictor, atol: float | None = None) -> GoldenCheck:
-    """Decode, resize and numerics of the golden images."""
+    """Check decoding, resizing and numerics on the golden images."""
     golden = bundle.golden()
-    spec = bundle.preprocess
-    decoded = np.stack([pixels(source, spec) for source in golden.sources])
-    pixel_diff = int(np.abs(decoded.astype(np.int16) - golden.pixels).max())
-    ours = predictor.outputs(normalise(golden.pixels, spec))
-    shapes = [[output.shape for output in side] for side in (ours, golden.outputs)]
-    if shapes[0] != shapes[1]:
-        raise BundleError(
-            f"the outputs' shapes are {shapes[0]}, the golden ones' {shapes[1]}",
-            where=bundle.path,
-            remedy="export again",
-        )
+    pixel_diff = _pixel_difference(bundle)
+    ours = predictor.outputs(normalise(golden.pixels, bundle.preprocess))
+    _require_shapes(bundle, ours, golden.outputs)
     differences = [distance(a, b) for a, b in zip(ours, golden.outputs, strict=True)]
     allowed = [tolerance(output, bundle.manifest.precision, atol) for output in golden.outputs]
     fits = [difference <= bound for difference, bound in zip(differences, allowed, strict=True)]
     worst = max(range(len(ours)), key=lambda i: (not fits[i], differences[i] / max(allowed[i], 1e-30)))
-    passed = pixel_diff <= PIXEL_TOLERANCE and all(fits)
     return GoldenCheck(
-        len(decoded), pixel_diff, differences[worst], allowed[worst], passed, bundle.outputs[worst]
+        images=len(golden.sources),
+        pixel_diff=pixel_diff,
+        diff=differences[worst],
+        atol=allowed[worst],
+        passed=pixel_diff <= PIXEL_TOLERANCE and all(fits),
+        output=bundle.outputs[worst],
     )
+
+
+def _pixel_difference(bundle: Bundle) -> int:
+    """Grey levels by which golden images that are decoded and resized here differ from the recorded ones."""
+    golden = bundle.golden()
+    decoded = np.stack([pixels(source, bundle.preprocess) for source in golden.sources])
+    return int(np.abs(decoded.astype(np.int16) - golden.pixels).max())
+
+
+def _require_shapes(bundle: Bundle, ours: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> None:
+    found, golden = ([output.shape for output in side] for side in (ours, expected))
+    if found != golden:
+        raise BundleError(
+            f"the outputs' shapes are {found}, the golden ones' {golden}",
+            where=bundle.path,
+            remedy="export again",
+        )
 
 
 def distance(ours: np.ndarray, reference: np.ndarray) -> float:
@@ -189,14 +221,19 @@ def match_labels(bundle: Bundle, data: ImageSet, by_order: bool) -> dict[str, in
             where=data.path,
             remedy="sort them into one folder a class, or leave --data out",
         )
+    return _by_order(bundle, data, folders) if by_order else _by_name(bundle, data, folders)
+
+
+def _by_order(bundle: Bundle, data: ImageSet, folders: Sequence[str]) -> dict[str, int]:
+    count = len(bundle.class_ids)
+    if len(folders) != count:
+        raise DataError(f"{len(folders)} class folders for {count} labels", where=data.path, remedy=BY_NAME)
+    return {folder: i for i, folder in enumerate(folders)}
+
+
+def _by_name(bundle: Bundle, data: ImageSet, folders: Sequence[str]) -> dict[str, int]:
+    """By class id or readable name; a name that several classes have names none of them."""
     ids, names = bundle.class_ids, bundle.labels
-    if by_order:
-        if len(folders) != len(ids):
-            raise DataError(
-                f"{len(folders)} class folders for {len(ids)} labels", where=data.path, remedy=_BY_NAME
-            )
-        return {folder: i for i, folder in enumerate(folders)}
-    known = {name: i for i, name in enumerate(names)} | {cid: i for i, cid in enumerate(ids)}
     shared = [f for f in folders if f not in ids and names.count(f) > 1]
     if shared:
         raise DataError(
@@ -204,43 +241,50 @@ def match_labels(bundle: Bundle, data: ImageSet, by_order: bool) -> dict[str, in
             where=data.path,
             remedy="name the folders by class id",
         )
+    known = {name: i for i, name in enumerate(names)} | {cid: i for i, cid in enumerate(ids)}
     unknown = [f for f in folders if f not in known]
     if unknown:
+        labels = [n if n == c else f"{c} ({n})" for c, n in zip(ids, names, strict=True)]
         raise DataError(
             "class folders do not match the bundle's labels",
             where=data.path,
-            why=(
-                f"folders without a label: {_some(unknown)}; labels:"
-                f" {_some([n if n == c else f'{c} ({n})' for c, n in zip(ids, names, strict=True)])}"
-            ),
-            remedy=_BY_NAME,
+            why=f"folders without a label: {_some(unknown)}; labels: {_some(labels)}",
+            remedy=BY_NAME,
         )
     return {f: known[f] for f in folders}
-
-
-_BY_NAME = "name the folders like the labels, or match them in sorted order with --by-order"
 
 
 def _some(names: Sequence[str], count: int = 8) -> str:
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
-def _live_reference(
-    bundle: Bundle, data: ImageSet, items: list[Item], weights: str | None, threads: int | None
-) -> Predictor | None:
-    """``None`` if the bundle recorded the reference's answers for all ``items``, else the PyTorch model."""
-    recorded = bundle.reference()
-    if recorded and all(digest(data.read(item)) in recorded for item in items):
-        return None
+@contextmanager
+def _reference(
+    given: Predictor | None,
+    bundle: Bundle,
+    labelled: _Labelled,
+    weights: str | None,
+    threads: int | None,
+) -> Iterator[Predictor | None]:
+    """The ``given`` reference, ``None`` if the bundle recorded the reference's answers for all images, else
+    the PyTorch model, which is closed at the end."""
+    if given is not None or _is_recorded(bundle, labelled):
+        yield given
+        return
     if not has_runtime("torch"):
         raise RuntimeMissingError(
             "no reference for these images: the bundle recorded other ones and PyTorch is not installed here",
-            remedy=(
-                "verify on the exporting machine, pass --reference BUNDLE (an fp32 bundle), or leave"
-                " --data out"
-            ),
+            remedy=NO_REFERENCE_REMEDY,
         )
-    return Predictor.load(bundle, backend="torch", weights=weights, threads=threads)
+    with Predictor.load(bundle, backend="torch", weights=weights, threads=threads) as predictor:
+        yield predictor
+
+
+def _is_recorded(bundle: Bundle, labelled: _Labelled) -> bool:
+    recorded = bundle.reference()
+    if not recorded:
+        return False
+    return all(digest(labelled.data.read(item)) in recorded for item in labelled.items)
 
 
 @dataclass(frozen=True)
@@ -263,54 +307,53 @@ def _run_both(
     predictor: Predictor,
     live: Predictor | None,
     bundle: Bundle,
-    data: ImageSet,
-    items: list[Item],
+    labelled: _Labelled,
     progress: Callable[[int, int], None] | None,
 ) -> _Answers:
-    """Both sides over ``items``, a chunk at a time."""
+    """Both sides over the images, a chunk at a time."""
     recorded = bundle.reference() if live is None else {}
     ours, theirs, diffs = [], [], []
     digests: list[str] = []
-    chunk = max(16, predictor.batch)
+    items = labelled.items
+    chunk = max(CHUNK, predictor.batch)
     for start in range(0, len(items), chunk):
-        blobs = [data.read(item) for item in items[start : start + chunk]]
-        batch = np.stack(
-            [
-                preprocess(NamedBytes(b, i.name), bundle.preprocess)
-                for b, i in zip(blobs, items[start:], strict=False)
-            ]
-        )
+        part = items[start : start + chunk]
+        blobs = [labelled.data.read(item) for item in part]
+        names = [digest(blob) for blob in blobs]
+        batch = _prepared(bundle, part, blobs)
         logits = predictor.logits(batch)
         ours.append(logits.argmax(1))
-        digests += map(digest, blobs)
+        digests += names
         if live is None:
-            theirs.append(np.array([recorded[d] for d in digests[start:]]))
+            theirs.append(np.array([recorded[name] for name in names]))
         else:
             expected = live.logits(batch)
             theirs.append(expected.argmax(1))
             diffs.append(np.abs(logits - expected))
         if progress:
             progress(min(start + chunk, len(items)), len(items))
-    return _Answers(
-        np.concatenate(ours), np.concatenate(theirs), digests, np.concatenate(diffs) if diffs else None
-    )
+    differences = np.concatenate(diffs) if diffs else None
+    return _Answers(np.concatenate(ours), np.concatenate(theirs), digests, differences)
+
+
+def _prepared(bundle: Bundle, items: Sequence[Item], blobs: Sequence[bytes]) -> np.ndarray:
+    """Encoded images as a batch, float32 ``(N, 3, S, S)``; errors name the image."""
+    named = [NamedBytes(blob, item.name) for blob, item in zip(blobs, items, strict=True)]
+    return np.stack([preprocess(image, bundle.preprocess) for image in named])
 
 
 def _compare(truth: np.ndarray, answers: _Answers, max_drop: float, source: str) -> DataCheck:
     ours, theirs, diffs = answers.ours, answers.theirs, answers.diffs
-    difference = (theirs == truth).astype(np.float64) - (ours == truth)  # +1 lost, -1 gained
-    n = len(truth)
-    drop = 100 * float(difference.mean())
-    half = 100 * Z95 * float(difference.std(ddof=1)) / n**0.5 if n > 1 else float("inf")
+    drop = paired_drop(theirs == truth, ours == truth)
     return DataCheck(
-        images=n,
+        images=len(truth),
         top1=100 * float((ours == truth).mean()),
         reference_top1=100 * float((theirs == truth).mean()),
         agreement=100 * float((ours == theirs).mean()),
-        drop=drop,
-        drop_ci=(max(-100.0, drop - half), min(100.0, drop + half)),
+        drop=drop.mean,
+        drop_ci=(drop.interval.low, drop.interval.high),
         max_drop=max_drop,
-        passed=drop <= max_drop + 1e-9,
+        passed=drop.mean <= max_drop + EPSILON,
         reference_source=source,
         logit_max_diff=None if diffs is None else float(diffs.max()),
         logit_mean_diff=None if diffs is None else float(diffs.mean()),

@@ -19,8 +19,9 @@ from ..bundle.sections import (
     VerdictEntry,
     VerificationEntry,
 )
-from ..measure.benchmark import Benchmark, Latency, Protocol
+from ..measure.benchmark import Benchmark, Protocol
 from ..measure.parity import Verification
+from ..measure.statistics import Latency
 from ..predictor import Prediction
 
 

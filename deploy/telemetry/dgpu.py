@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from ..errors import RuntimeMissingError
 
 T = TypeVar("T")
+"""The type of an answer."""
 
 CLOCK_REASONS = {
     0x001: "idle",
@@ -34,34 +35,31 @@ CLOCK_REASONS = {
 drivers)."""
 
 
+MW_PER_W = 1e3
+"""Milliwatts in a watt."""
+LOWEST_STATE = 15
+"""The lowest performance state, P15; NVML answers 32 where it does not know."""
+
+
 @dataclass(frozen=True)
 class DGpu:
     """One GPU, every figure ``None`` where the driver does not tell it.
 
     Attributes:
-        driver, cuda: version of the driver, and the newest CUDA that it runs.
-        power_w: board power in watts, which newer GPUs average over one second; ``power_limit_w`` what is
-            enforced.
+        power_limit_w: board power that is enforced, in watts.
         sm_mhz, memory_mhz: clocks now; ``..._max_mhz`` the highest they can be set to.
-        persistence: whether the driver stays loaded without a client.
         performance_state: ``"P0"`` (highest) to ``"P15"``.
         clock_reasons: why the clocks are below their maximum, empty where nothing holds them.
     """
 
     index: int
     name: str | None
-    driver: str | None
-    cuda: str | None
-    power_w: float | None
     power_limit_w: float | None
     sm_mhz: int | None
     sm_max_mhz: int | None
     memory_mhz: int | None
     memory_max_mhz: int | None
     temperature_c: int | None
-    memory_used_mb: int | None
-    memory_total_mb: int | None
-    persistence: bool | None
     performance_state: str | None
     clock_reasons: list[str] | None
 
@@ -92,8 +90,8 @@ def opened(index: int = 0) -> Iterator[tuple[Any, Any]]:
 
 
 def power_w(nvml: Any, handle: Any) -> float:
-    """Board power in watts. Raises ``NVMLError``."""
-    return nvml.nvmlDeviceGetPowerUsage(handle) / 1e3
+    """Board power in watts, which newer GPUs average over one second. Raises ``NVMLError``."""
+    return float(nvml.nvmlDeviceGetPowerUsage(handle)) / MW_PER_W
 
 
 def nvml_index(pci: str, default: int) -> int:
@@ -116,52 +114,53 @@ def read_dgpu(index: int = 0) -> tuple[DGpu | None, list[str]]:
 
 
 def _read(nvml: Any, handle: Any, index: int) -> tuple[DGpu, list[str]]:
-    notes: list[str] = []
-
-    def ask(what: str, *calls: Callable[[], T]) -> T | None:
-        """The first call that answers; where none does, a note with the reason of the last."""
-        reason: Exception | None = None
-        for call in calls:
-            try:
-                return call()
-            except (
-                nvml.NVMLError,
-                AttributeError,
-            ) as exc:  # AttributeError: the package is older than the function
-                reason = exc
-        notes.append(f"dGPU {index}, {what}: {reason}")
-        return None
-
-    sm, mem, sensor = nvml.NVML_CLOCK_SM, nvml.NVML_CLOCK_MEM, nvml.NVML_TEMPERATURE_GPU
-    used = ask("memory", lambda: nvml.nvmlDeviceGetMemoryInfo(handle))
+    """Ask for one thing after the other; the notes name those that the driver refuses."""
+    asked = _Questions(nvml, index)
+    ask = asked.ask
+    core, memory, sensor = nvml.NVML_CLOCK_SM, nvml.NVML_CLOCK_MEM, nvml.NVML_TEMPERATURE_GPU
     state = ask("performance state", lambda: nvml.nvmlDeviceGetPerformanceState(handle))
     gpu = DGpu(
         index=index,
         name=ask("name", lambda: _text(nvml.nvmlDeviceGetName(handle))),
-        driver=ask("driver version", lambda: _text(nvml.nvmlSystemGetDriverVersion())),
-        cuda=ask("CUDA version", lambda: _cuda(nvml.nvmlSystemGetCudaDriverVersion_v2())),
-        power_w=ask("power", lambda: power_w(nvml, handle)),
-        power_limit_w=ask("power limit", lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3),
-        sm_mhz=ask("SM clock", lambda: nvml.nvmlDeviceGetClockInfo(handle, sm)),
-        sm_max_mhz=ask("highest SM clock", lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, sm)),
-        memory_mhz=ask("memory clock", lambda: nvml.nvmlDeviceGetClockInfo(handle, mem)),
-        memory_max_mhz=ask("highest memory clock", lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, mem)),
+        power_limit_w=ask("power limit", lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / MW_PER_W),
+        sm_mhz=ask("SM clock", lambda: nvml.nvmlDeviceGetClockInfo(handle, core)),
+        sm_max_mhz=ask("highest SM clock", lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, core)),
+        memory_mhz=ask("memory clock", lambda: nvml.nvmlDeviceGetClockInfo(handle, memory)),
+        memory_max_mhz=ask("highest memory clock", lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, memory)),
         temperature_c=ask(
             "temperature",
             lambda: nvml.nvmlDeviceGetTemperatureV(handle, sensor),
             lambda: nvml.nvmlDeviceGetTemperature(handle, sensor),
         ),
-        memory_used_mb=None if used is None else int(used.used) // 2**20,
-        memory_total_mb=None if used is None else int(used.total) // 2**20,
-        persistence=ask("persistence mode", lambda: bool(nvml.nvmlDeviceGetPersistenceMode(handle))),
-        performance_state=None if state is None or state > 15 else f"P{state}",
+        performance_state=None if state is None or state > LOWEST_STATE else f"P{state}",
         clock_reasons=ask(
             "clock reasons",
             lambda: clock_reasons(nvml.nvmlDeviceGetCurrentClocksEventReasons(handle)),
             lambda: clock_reasons(nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)),
         ),
     )
-    return gpu, notes
+    return gpu, asked.notes
+
+
+class _Questions:
+    """Asks NVML, and notes what it does not answer."""
+
+    def __init__(self, nvml: Any, index: int) -> None:
+        self.notes: list[str] = []
+        self._index = index
+        # AttributeError: the package is older than the function
+        self._refusals = (nvml.NVMLError, AttributeError)
+
+    def ask(self, what: str, *calls: Callable[[], T]) -> T | None:
+        """The answer of the first call that has one; where none does, a note with the reason of the last."""
+        reason: Exception | None = None
+        for call in calls:
+            try:
+                return call()
+            except self._refusals as exc:
+                reason = exc
+        self.notes.append(f"dGPU {self._index}, {what}: {reason}")
+        return None
 
 
 def clock_reasons(bits: int) -> list[str]:
@@ -173,8 +172,3 @@ def clock_reasons(bits: int) -> list[str]:
 def _text(value: str | bytes) -> str:
     """Packages before 11.5 answer in bytes."""
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
-
-
-def _cuda(version: int) -> str:
-    """``"12.4"`` of 12040."""
-    return f"{version // 1000}.{version % 1000 // 10}"

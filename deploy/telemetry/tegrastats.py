@@ -6,15 +6,35 @@ Source: *NVIDIA Jetson Linux Developer Guide*, "tegrastats Utility".
 from __future__ import annotations
 
 import contextlib
+import re
 import subprocess
 import threading
 from collections.abc import Sequence
 
-from .jetson import parse_tegrastats, total_rails
+from .jetson import LONGEST_LINE, UNCONNECTED, total_rails
 
 INTERVAL_MS = 100
+"""Milliseconds between two lines of the tool."""
 FIRST_LINE_S = 3.0
+"""Seconds that the tool has for its first line."""
 END_S = 2.0
+"""Seconds that the tool has to end."""
+MW_PER_W = 1e3
+"""Milliwatts in a watt."""
+RAIL = re.compile(r"(?<!\S)([A-Za-z]\w*)\s+(\d+)mW(?:/\d+(?:mW)?)*(?!\S)")
+"""A rail of a line: its power now, mostly followed by its average, and in JetPack 7 by its maximum."""
+
+
+def parse_rails(line: str) -> dict[str, int]:
+    """Rail -> milliwatts now, of one line of ``tegrastats``; empty where it names none.
+
+    Source: Jetson Linux Developer Guide, "tegrastats Utility", "Reported Statistics".
+    """
+    if len(line) > LONGEST_LINE:
+        return {}
+    rails = {found[1]: int(found[2]) for found in RAIL.finditer(line)}
+    rails.pop(UNCONNECTED, None)
+    return rails
 
 
 class TegrastatsPower:
@@ -45,10 +65,10 @@ class TegrastatsPower:
 
     def _read(self) -> None:
         for raw in self._lines:
-            line = parse_tegrastats(raw.decode("utf-8", "replace"))
-            names = total_rails(line.rails_mw) if line else []
-            if line and names:
-                self._watts = sum(line.rails_mw[name] for name in names) / 1e3
+            rails = parse_rails(raw.decode("utf-8", "replace"))
+            names = total_rails(rails)
+            if names:
+                self._watts = sum(rails[name] for name in names) / MW_PER_W
                 self.source = f"tegrastats, {' + '.join(names)}"
                 self._told.set()
         self._watts = None  # the tool has ended: its last figure is no present one

@@ -1,4 +1,4 @@
-"""Finishing a bundle on the device: build the engine in a child process, read it back, verify, measure.
+"""Finishing a bundle on the device: build the engine or use it again, read it back, verify, measure.
 
 Nothing of the bundle changes until all of that has passed; then the engine, its report and the manifest are
 written, in this order.
@@ -7,70 +7,64 @@ written, in this order.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
-import json
 import os
-import re
-import shutil
 import signal
-import subprocess
-import sys
-import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from .. import report
 from ..backends import get_runtime
 from ..backends.base import batch_limit
-from ..bundle import ENGINES, ONNX, Bundle, Manifest, plain
+from ..bundle import ENGINES, Bundle, Manifest, plain
 from ..bundle.sections import EngineEntry, EngineKey, GoldenCheck
-from ..errors import GateError, InputError, OutputError, RuntimeMissingError, StepError
-from ..files import cache_folder, writing
-from ..measure.benchmark import Protocol, benchmark, golden_batch, summary, sustained
+from ..errors import GateError, InputError, OutputError, RuntimeMissingError
+from ..files import writing
+from ..locks import lock_descriptor
+from ..measure.benchmark import Benchmark, Protocol, benchmark, golden_batch, summary, sustained
 from ..measure.parity import check_golden
 from ..predictor import Predictor
 from ..progress import Progress
 from ..signals import terminate_as_interrupt
-from ..telemetry.device import PowerMonitor, snapshot
 from ..telemetry.dgpu import nvml_index
-from ..telemetry.jetson import memory
+from ..telemetry.power import PowerMonitor
+from ..telemetry.state import DeviceState, snapshot
+from .building import TIME_LIMIT_S, build_plan
 from .cuda import Cuda, open_cuda
 from .engine import (
-    Device,
     EngineOptions,
-    Request,
+    EngineTarget,
     differences,
     engine_key,
     member,
     read_engine,
     seal,
-    timing_cache_name,
     trusted,
 )
 from .inspection import layers, require_precision
 
-FREE_SHARE = 0.4
-"""Part of the free device memory that the builder may use, unless ``--workspace`` says otherwise."""
-TIME_LIMIT_S = 3600.0
 POWER_SECONDS = 3.0
-STALE_S = 86400.0
-QUICK = Protocol(iters=100, seconds=3.0)
-MEMORY = re.compile(
-    r"out ?of ?memory|insufficient memory|memory is insufficient|amount of GPU memory|memory"
-    r" allocation|(could not|failed to) allocate|NvMapMemAlloc",
-    re.IGNORECASE,
-)
-"""What TensorRT and its allocators say when memory is short."""
+"""Seconds of uninterrupted inference while the power is sampled."""
+DEVICE_PROTOCOL = Protocol(iters=100, seconds=3.0)
+"""How long ``cmt-build`` measures."""
+STOPPED_BY = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+"""Signals that unwind a build as Ctrl-C does. SIGHUP: the connection of the terminal broke."""
 
 
 @dataclass(frozen=True)
 class Built:
-    """An engine and how it came about; ``reused`` if the bundle's own was still right."""
+    """An engine and how it came about.
+
+    Attributes:
+        plan: its bytes.
+        seconds: how long the build took.
+        reused: the bundle's own engine was still right.
+        stale: why that one was not used.
+        warnings: TensorRT's.
+    """
 
     plan: bytes
     seconds: float
@@ -81,7 +75,14 @@ class Built:
 
 @dataclass(frozen=True)
 class Finished:
-    """The result of :func:`finish`: what is to be added to the bundle, and the device report."""
+    """The result of :func:`finish`: what is added to the bundle, and the device report.
+
+    Attributes:
+        manifest: the new one.
+        files: name -> content of new files.
+        drop: names of files that go.
+        report: what the device report holds.
+    """
 
     manifest: Manifest
     files: dict[str, bytes]
@@ -110,32 +111,47 @@ def require_tensorrt(device: str | None = None) -> None:
 
 
 @contextlib.contextmanager
-def building(folder: Path) -> Iterator[None]:
-    """One build of a bundle at a time, and a place that can be written to, found out before the long work."""
+def exclusive(folder: Path) -> Iterator[None]:
+    """One build of a bundle at a time, and a place that can be written to, found out before the long work.
+
+    Raises :class:`OutputError` where another build runs, or the folder cannot be written to.
+    """
     with writing(folder):
         (folder / ENGINES).mkdir(exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
-    signals = (signal.SIGTERM, signal.SIGHUP)  # SIGHUP: the connection of the terminal broke
-    previous = {number: terminate_as_interrupt(number) for number in signals}
     try:
-        if not os.access(folder, os.W_OK):
-            raise OutputError(
-                "cannot write here", where=folder, remedy="copy the bundle to a writable folder"
-            )
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as exc:
-            raise OutputError(
-                "another build of this bundle is running", where=folder, remedy="wait for it to end"
-            ) from exc
+        with _stopped_by_signals():
+            _claim(folder, descriptor)
+            yield
+    finally:
+        with contextlib.suppress(OSError):
+            (folder / ENGINES).rmdir()  # stays where there is an engine
+        os.close(descriptor)
+
+
+def _claim(folder: Path, descriptor: int) -> None:
+    """Lock the folder until ``descriptor`` is closed."""
+    if not os.access(folder, os.W_OK):
+        raise OutputError("cannot write here", where=folder, remedy="copy the bundle to a writable folder")
+    try:
+        lock_descriptor(descriptor, wait=False)
+    except OSError as exc:
+        raise OutputError(
+            "another build of this bundle is running", where=folder, remedy="wait for it to end"
+        ) from exc
+
+
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Let the signals of :data:`STOPPED_BY` unwind the body as Ctrl-C does."""
+    numbers = [getattr(signal, name) for name in STOPPED_BY]
+    previous = {number: terminate_as_interrupt(number) for number in numbers}
+    try:
         yield
     finally:
         for number, handler in previous.items():
             if handler is not None:
                 signal.signal(number, handler)
-        with contextlib.suppress(OSError):
-            (folder / ENGINES).rmdir()  # stays where there is an engine
-        os.close(descriptor)
 
 
 def finish(
@@ -145,7 +161,7 @@ def finish(
     device: str | None = None,
     force: bool = False,
     time_limit: float = TIME_LIMIT_S,
-    protocol: Protocol = QUICK,
+    protocol: Protocol = DEVICE_PROTOCOL,
     atol: float | None = None,
     progress: Progress | None = None,
 ) -> Finished:
@@ -170,64 +186,164 @@ def finish(
         GateError: the engine does not compute in what was asked, or its logits differ from the reference.
     """
     options.check()
+    _require_format(bundle)
+    progress = progress or Progress(quiet=True)
+    job = _Job.prepare(bundle, options, device)
+    before = snapshot(gpu_index=job.nvml)
+    with progress.step("build the engine"):
+        built = job.engine(force, time_limit, progress)
+    with progress.step("verify"):
+        verified = job.verify(built, atol)
+    with progress.step("measure"):
+        measured = job.measure(built, protocol, progress)
+    content = {
+        "bundle": bundle.name,
+        "key": plain(job.key),
+        **_described(built),
+        "low_precision_share": verified.low_precision_share,
+        "golden": asdict(verified.golden),
+        "benchmark": plain(measured.speed),
+        "power": measured.power,
+        "state": {"before": asdict(before), "after": asdict(measured.after)},
+        "warnings": [*measured.notes, *built.warnings],
+    }
+    manifest = replace(bundle.manifest, latency=summary(measured.speed))
+    return _finished(manifest, job.key, verified.golden, built, content)
+
+
+def _require_format(bundle: Bundle) -> None:
     if bundle.manifest.format != "trt":
         raise InputError(
             f"is a bundle for {bundle.manifest.format}, not for TensorRT",
             where=bundle.path,
             remedy="export it with --format trt",
         )
-    progress = progress or Progress(quiet=True)
-    require_tensorrt(device)
-    from .session import TensorRTSession, describe_device
 
-    cuda, here = describe_device(device)
-    key = engine_key(bundle, here, options)
-    nvml = nvml_index(here.gpu.pci, here.gpu.index)
-    before = snapshot(gpu_index=nvml)
-    with progress.step("build the engine"):
-        built = None if force else _reused(bundle, here, key)
-        built = built or _build(bundle, options, here, cuda, time_limit, progress)
 
-    def load(*_: object, throughput: bool = False, **__: object) -> Predictor:
-        session = TensorRTSession(
-            built.plan, cuda, here.gpu.index, outputs=bundle.outputs, throughput=throughput
-        )
-        return Predictor(
-            session, bundle.preprocess, bundle.labels, batch=batch_limit(bundle), head=bundle.head
-        )
-
-    with progress.step("verify"), load() as predictor:
-        found, typing = layers(predictor.session.inspect()), bundle.manifest.typing
-        share = require_precision(bundle.manifest.precision, typing.operations if typing else {}, found)
-        golden = _require_golden(bundle, predictor, atol)
-    with progress.step("measure"):
-        speed = benchmark([bundle], protocol=protocol, progress=progress.share, load=load)
-        with load() as predictor:
-            power = _power(bundle, predictor, nvml)
-            notes = list(predictor.session.notes)
-    state = {"before": asdict(before), "after": asdict(snapshot(gpu_index=nvml))}
-    content = {
-        "bundle": bundle.name,
-        "key": plain(key),
+def _described(built: Built) -> dict[str, Any]:
+    """How the engine came about, for the report."""
+    return {
         "built_s": built.seconds,
         "reused": built.reused,
         "replaces": built.stale,
         "engine_bytes": len(built.plan),
-        "low_precision_share": share,
-        "golden": asdict(golden),
-        "benchmark": plain(speed),
-        "power": power,
-        "state": state,
-        "warnings": [*notes, *built.warnings],
     }
-    return _finished(replace(bundle.manifest, latency=summary(speed)), key, golden, built, content)
+
+
+@dataclass(frozen=True)
+class _Verified:
+    """What the engine was found to be: the share of its layers at the asked precision or below, and the
+    golden check."""
+
+    low_precision_share: float
+    golden: GoldenCheck
+
+
+@dataclass(frozen=True)
+class _OnDevice:
+    """What was measured with the engine; ``after`` is the state of the device then."""
+
+    speed: Benchmark
+    power: dict[str, Any]
+    after: DeviceState
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One bundle on one GPU.
+
+    Attributes:
+        key: what an engine for it must be keyed by.
+        nvml: NVML's number of the GPU.
+    """
+
+    bundle: Bundle
+    options: EngineOptions
+    cuda: Cuda
+    target: EngineTarget
+    key: EngineKey
+    nvml: int
+
+    @classmethod
+    def prepare(cls, bundle: Bundle, options: EngineOptions, device: str | None) -> _Job:
+        require_tensorrt(device)
+        from .session import engine_target  # it imports TensorRT
+
+        cuda, target = engine_target(device)
+        key = engine_key(bundle, target, options)
+        return cls(bundle, options, cuda, target, key, nvml_index(target.gpu.pci, target.gpu.index))
+
+    def engine(self, force: bool, time_limit: float, progress: Progress) -> Built:
+        """The bundle's engine if it was built here for exactly this key, else a new one."""
+        entry = self.bundle.manifest.engine
+        if entry and not force and trusted(self.bundle) and entry.key == self.key:
+            return Built(read_engine(self.bundle, self.target), 0.0, True, [], [])
+        start = time.perf_counter()
+        plan, warnings = build_plan(
+            self.bundle,
+            self.options,
+            self.target,
+            self.cuda,
+            time_limit=time_limit,
+            progress=progress,
+        )
+        return Built(plan, time.perf_counter() - start, False, self._stale(), warnings)
+
+    def _stale(self) -> list[str]:
+        """Why the engine in the bundle is not used, empty if there is none."""
+        entry = self.bundle.manifest.engine
+        if not entry:
+            return []
+        if not trusted(self.bundle):
+            return ["the engine in the bundle was not built on this machine"]
+        return differences(entry.key, self.key) or ["the options changed, or a build was asked for"]
+
+    def verify(self, built: Built, atol: float | None) -> _Verified:
+        """Read the engine back and run the golden images; raises :class:`GateError`."""
+        manifest = self.bundle.manifest
+        operations = manifest.typing.operations if manifest.typing else {}
+        with self._open(built) as predictor:
+            found = layers(predictor.session.inspect())
+            share = require_precision(manifest.precision, operations, found)
+            return _Verified(share, _require_golden(self.bundle, predictor, atol))
+
+    def measure(self, built: Built, protocol: Protocol, progress: Progress) -> _OnDevice:
+        def load(*_: object, throughput: bool = False, **__: object) -> Predictor:
+            return self._open(built, throughput)
+
+        speed = benchmark([self.bundle], protocol=protocol, progress=progress.share, load=load)
+        with self._open(built) as predictor:
+            power = _power(self.bundle, predictor, self.nvml)
+            notes = list(predictor.session.notes)
+        return _OnDevice(speed, power, snapshot(gpu_index=self.nvml), notes)
+
+    def _open(self, built: Built, throughput: bool = False) -> Predictor:
+        from .session import TensorRTSession  # it imports TensorRT
+
+        bundle = self.bundle
+        session = TensorRTSession(
+            built.plan,
+            self.cuda,
+            self.target.gpu.index,
+            outputs=bundle.outputs,
+            throughput=throughput,
+        )
+        return Predictor(
+            session,
+            bundle.preprocess,
+            bundle.labels,
+            batch=batch_limit(bundle),
+            head=bundle.head,
+        )
 
 
 def _finished(
     manifest: Manifest, key: EngineKey, golden: GoldenCheck, built: Built, content: dict[str, Any]
 ) -> Finished:
-    """Everything that is to be written."""
-    plan, text = member(built.plan, "engine", ".plan"), report.device_text(content, markdown=True).encode()
+    """Everything that is written."""
+    plan = member(built.plan, "engine", ".plan")
+    text = report.device_text(content, markdown=True).encode()
     data = (report.to_json(content) + "\n").encode()
     files = {plan: built.plan, member(data, "report", ".json"): data, member(text, "report", ".md"): text}
     entry = EngineEntry(
@@ -241,163 +357,6 @@ def _finished(
     )
     old = [name for name in manifest.files if name.startswith(f"{ENGINES}/") and name not in files]
     return Finished(replace(manifest, engine=entry), files, old, content)
-
-
-def _reused(bundle: Bundle, here: Device, key: EngineKey) -> Built | None:
-    """The bundle's engine, if it was built here for exactly ``key``."""
-    entry = bundle.manifest.engine
-    if not entry or not trusted(bundle) or entry.key != key:
-        return None
-    return Built(read_engine(bundle, here), 0.0, True, [], [])
-
-
-def _stale(bundle: Bundle, key: EngineKey) -> list[str]:
-    """Why the engine in the bundle is not used, empty if there is none."""
-    entry = bundle.manifest.engine
-    if not entry:
-        return []
-    if not trusted(bundle):
-        return ["the engine in the bundle was not built on this machine"]
-    return differences(entry.key, key) or ["the options changed, or a build was asked for"]
-
-
-def _build(
-    bundle: Bundle, options: EngineOptions, here: Device, cuda: Cuda, time_limit: float, progress: Progress
-) -> Built:
-    start = time.perf_counter()
-    key = engine_key(bundle, here, options)
-    workspace = options.workspace * (1 << 30) if options.workspace else FREE_SHARE * _free_memory(cuda, here)
-    timing = cache_folder().resolve() / "timing"
-    scratch = cache_folder().resolve() / "build"
-    with writing(scratch):
-        for folder in (timing, scratch):
-            folder.mkdir(parents=True, exist_ok=True)
-        _clear_stale(scratch)
-    with tempfile.TemporaryDirectory(dir=scratch) as name:
-        plan = Path(name) / "engine.plan"
-        request = Request(
-            str(bundle.file(ONNX).resolve()),
-            bundle.manifest.files[ONNX].sha256,
-            str(plan),
-            str(timing / timing_cache_name(here)),
-            bundle.manifest.input.name,
-            bundle.manifest.input.shape,
-            int(workspace),
-            options.level,
-            options.tf32,
-            options.profile if batch_limit(bundle) == 0 else None,
-            here.gpu.index,
-        )
-        request.save(Path(name) / "request.json")
-        warnings = _run_child(Path(name) / "request.json", time_limit, progress)
-        return Built(plan.read_bytes(), time.perf_counter() - start, False, _stale(bundle, key), warnings)
-
-
-def _clear_stale(scratch: Path) -> None:
-    """Remove what a build left that was killed more than a day ago; a younger one may still run."""
-    for folder in scratch.iterdir():
-        if time.time() - folder.stat().st_mtime > STALE_S:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _free_memory(cuda: Cuda, here: Device) -> float:
-    """Bytes; what an integrated GPU calls free leaves out memory that the system would give up."""
-    shared = memory(Path("/")) if here.gpu.integrated else None
-    return shared.available_mb * float(1 << 20) if shared else cuda.memory()[0]
-
-
-def _run_child(request: Path, time_limit: float, progress: Progress) -> list[str]:
-    """Run the builder; its warnings. Raises :class:`StepError` with TensorRT's own words."""
-    root = str(Path(__file__).absolute().parents[3])
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    }
-    with open(request.with_name("stderr"), "w+", encoding="utf-8", errors="replace") as errors:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "cmt_edge.deploy.tensorrt.builder", str(request)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env=environment,
-            start_new_session=True,
-            cwd=request.parent,
-        )
-        expired = threading.Event()
-
-        def expire() -> None:
-            expired.set()
-            _kill(child)
-
-        timer = threading.Timer(time_limit, expire)
-        timer.start()
-        try:
-            assert child.stdout is not None
-            last = _follow(child.stdout, progress)
-            child.wait()
-        finally:
-            timer.cancel()
-            _kill(child)
-            child.communicate()
-            progress.finish()
-        errors.seek(0)
-        tail = errors.read()[-2000:].strip().splitlines()[-3:]
-    if expired.is_set():
-        raise StepError(
-            f"the build did not end within {time_limit:g} s",
-            remedy="allow more with --time-limit, or use --level 0 to 2",
-        )
-    if last.get("done"):  # whatever its exit was like: the plan was written before
-        return list(last.get("warnings", []))
-    raise _failure(child.returncode, last, tail)
-
-
-def _follow(lines: IO[str], progress: Progress) -> dict[str, Any]:
-    """Draw the builder's progress until it ends; its last message."""
-    last: dict[str, Any] = {}
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            last = json.loads(line)
-            if "progress" in last:
-                progress.share(*last["progress"])
-    return last
-
-
-def _kill(child: subprocess.Popen[str]) -> None:
-    if child.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-
-
-def _failure(code: int, last: dict[str, Any], tail: list[str]) -> StepError:
-    """What went wrong in the builder, as far as it could say."""
-    details = [*last.get("details", []), *([] if "failed" in last else tail)]
-    text = "; ".join(details)
-    killed = code == -signal.SIGKILL
-    if killed or MEMORY.search(text):
-        return StepError(
-            "the build ran out of memory",
-            why=text or "the system stopped it (signal SIGKILL)",
-            remedy=(
-                "close other programs, add swap, or use a smaller --workspace GiB, --level 2 or a smaller"
-                " --profile"
-            ),
-        )
-    if "failed" in last:
-        return StepError(
-            last["failed"],
-            why=text or None,
-            remedy=(
-                "report the model with the TensorRT version; cmt-build --trtexec "
-                "prints the command that shows whether NVIDIA's own tool fails alike"
-            ),
-        )
-    name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    return StepError(
-        f"TensorRT crashed while it built the engine ({name})",
-        why=text or None,
-        remedy="try --level 2, then cmt-build --trtexec and report what it prints",
-    )
 
 
 def _require_golden(bundle: Bundle, predictor: Predictor, atol: float | None) -> GoldenCheck:

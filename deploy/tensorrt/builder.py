@@ -1,43 +1,43 @@
-"""Builds one TensorRT engine: the child process of :mod:`cmt_edge.deploy.tensorrt.build` (repeated builds
+"""Builds one TensorRT engine: the child process of :mod:`cmt_edge.deploy.tensorrt.building` (repeated builds
 leak, and a crash must not take the caller along).
 
-``python -m cmt_edge.deploy.tensorrt.builder REQUEST.json`` reads the paths and options, writes the plan and
-the timing cache, and says on standard output, one JSON object a line, how far it is and at last what it did:
-``{"progress": ...}``, ``{"failed": ...}`` or ``{"done": ...}``.
+It answers the request ``build``, see :mod:`cmt_edge.deploy.children`: it writes the plan and the timing
+cache, and returns TensorRT's warnings.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import sys
-import threading
-from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import tensorrt as trt
 
-from ..errors import OutputError
+from ..cache import Cache
+from ..children import Report, Request, serve
+from ..errors import CmtEdgeError, OutputError, StepError
 from ..files import write_atomic
 from .cuda import open_cuda
-from .engine import Request
+from .engine import BuildRequest
 from .session import LOG, Log
 
+REPORT_REMEDY = (
+    "report the model with the TensorRT version; cmt-build --trtexec prints the command that shows whether"
+    " NVIDIA's own tool fails alike"
+)
+"""The remedy where TensorRT fails for a reason that this program does not know."""
 
-class BuildFailed(Exception):
-    """A step of TensorRT that returned nothing; the message names it, ``details`` are its own words."""
-
-    def __init__(self, what: str, details: list[str]) -> None:
-        self.details = details
-        super().__init__(what)
+TIMINGS = ".cache"
+"""Suffix of a file of timings."""
+KEPT_TIMINGS = 8
+"""So many files of timings are kept, one for each version of TensorRT on each kind of GPU."""
 
 
-class Monitor(trt.IProgressMonitor):
+class Monitor(trt.IProgressMonitor):  # type: ignore[misc, unused-ignore]
     """Reports the steps of the outermost phase."""
 
-    def __init__(self, report: Callable[[str, float], None]) -> None:
+    def __init__(self, report: Report) -> None:
         trt.IProgressMonitor.__init__(self)
         self._report = report
         self._steps: dict[str, int] = {}
@@ -56,47 +56,48 @@ class Monitor(trt.IProgressMonitor):
         self._steps.pop(phase_name, None)
 
 
-def build(request: Request, report: Callable[[str, float], None], log: Log) -> None:
-    """Build and write the engine and the timing cache; raises :class:`BuildFailed`."""
+def build_engine(request: BuildRequest, report: Report, log: Log) -> None:
+    """Build and write the engine and the timings; raises :class:`StepError` with TensorRT's own words."""
     open_cuda().use(request.device)  # TensorRT builds for the device that is current
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = parse(
-        network, request, log
-    )  # held until the build is over: the network's weights are the parser's
+    # the parser is held until the build is over: it owns the network's weights
+    parser = parse(network, request, log)
     config = builder.create_builder_config()
-    cache = configure(builder, config, request, report)
+    timings = configure(builder, config, request, report)
     plan = builder.build_serialized_network(network, config)
     del parser
     if plan is None:
-        raise BuildFailed("TensorRT built no engine", [*log.errors, *log.warnings])
+        raise failure("TensorRT built no engine", [*log.errors, *log.warnings])
     write_atomic(Path(request.plan), blob(plan))
     try:
-        write_atomic(Path(request.timing_cache), blob(cache.serialize()))
+        timing_cache(request).write(request.timing_key, (blob(timings.serialize()),))
     except OutputError as exc:  # the next build is slower, that is all
         log.warnings.append(f"the timings could not be kept: {exc.why}")
 
 
-def parse(network: Any, request: Request, log: Log) -> Any:
+def failure(what: str, details: list[str]) -> StepError:
+    """A step of TensorRT that failed; ``details`` are its own words."""
+    return StepError(what, why="; ".join(details) or None, remedy=REPORT_REMEDY)
+
+
+def parse(network: Any, request: BuildRequest, log: Log) -> Any:
     """Read the ONNX file into ``network``; returns the parser."""
     parser = trt.OnnxParser(network, log)
     content = Path(request.onnx).read_bytes()
     if hashlib.sha256(content).hexdigest() != request.sha256:
-        raise BuildFailed("model.onnx was changed after the bundle was opened", [])
+        raise failure("model.onnx was changed after the bundle was opened", [])
     if not parser.parse(content, request.onnx):
-        errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        raise BuildFailed(
-            "TensorRT's parser refused model.onnx", [str(e.desc()) for e in errors] + log.errors
-        )
-    if (
-        network.num_inputs != 1 or network.get_input(0).name != request.input
-    ):  # outputs are checked where the engine is opened
-        raise BuildFailed("model.onnx does not have the input its manifest names", log.errors)
+        errors = [str(parser.get_error(i).desc()) for i in range(parser.num_errors)]
+        raise failure("TensorRT's parser refused model.onnx", errors + log.errors)
+    # outputs are checked where the engine is opened
+    if network.num_inputs != 1 or network.get_input(0).name != request.input:
+        raise failure("model.onnx does not have the input its manifest names", log.errors)
     return parser
 
 
-def configure(builder: Any, config: Any, request: Request, report: Callable[[str, float], None]) -> Any:
-    """Set every option of ``config``; returns its timing cache, which must live until the build is over."""
+def configure(builder: Any, config: Any, request: BuildRequest, report: Report) -> Any:
+    """Set every option of ``config``; returns its timings, which must live until the build is over."""
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(request.workspace))
     config.builder_optimization_level = request.level
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -110,17 +111,22 @@ def configure(builder: Any, config: Any, request: Request, report: Callable[[str
         rest = tuple(int(d) for d in request.shape[1:])
         profile.set_shape(request.input, *((count, *rest) for count in request.profile))
         config.add_optimization_profile(profile)
-    try:
-        saved = Path(request.timing_cache).read_bytes()
-    except OSError:
-        saved = b""
-    cache = config.create_timing_cache(saved)
-    if cache is None or not config.set_timing_cache(
-        cache, False
-    ):  # written by another version: start a new one
-        cache = config.create_timing_cache(b"")
-        config.set_timing_cache(cache, False)
-    return cache
+    return _timings(config, request)
+
+
+def _timings(config: Any, request: BuildRequest) -> Any:
+    """The timings of earlier builds; new ones where there are none, or those of another version."""
+    saved = timing_cache(request).read(request.timing_key)
+    timings = config.create_timing_cache(saved[0] if saved else b"")
+    if timings is None or not config.set_timing_cache(timings, False):
+        timings = config.create_timing_cache(b"")
+        config.set_timing_cache(timings, False)
+    return timings
+
+
+def timing_cache(request: BuildRequest) -> Cache:
+    """What TensorRT keeps between builds."""
+    return Cache(Path(request.timing_folder), (TIMINGS,), KEPT_TIMINGS)
 
 
 def blob(memory: Any) -> bytes:
@@ -128,37 +134,16 @@ def blob(memory: Any) -> bytes:
     return bytes(memory)
 
 
-def main(path: str) -> int:
-    """Build what ``path`` asks for; standard output carries nothing but the protocol."""
-    channel = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-
-    def say(**message: Any) -> None:
-        try:
-            channel.write(json.dumps(message) + "\n")
-        except BrokenPipeError:  # the caller is gone
-            os._exit(1)
-
-    log = LOG
-    threading.Thread(target=_end_with_the_caller, daemon=True).start()
-    try:
-        build(Request.read(Path(path)), lambda phase, share: say(progress=[phase, round(share, 3)]), log)
-    except BuildFailed as exc:
-        say(failed=str(exc), details=exc.details)
-        return 1
-    except Exception as exc:
-        say(failed=f"{type(exc).__name__}: {exc}", details=log.errors)
-        return 1
-    say(done=True, warnings=log.warnings)
-    channel.flush()
-    os._exit(0)  # the plan is written: what TensorRT's destructors do now can only harm
+def _build(request: Request, report: Report) -> list[str]:
+    """TensorRT's warnings while it built what the request asks for."""
+    names = [field.name for field in fields(BuildRequest)]
+    build_engine(BuildRequest(**{name: request[name] for name in names}), report, LOG)
+    return LOG.warnings
 
 
-def _end_with_the_caller() -> None:
-    """Standard input is a pipe that the caller holds open: when that ends, so does the build."""
-    os.read(0, 1)  # not sys.stdin, whose lock would be in the way at exit
-    os._exit(1)
+def _unexpected(exc: Exception) -> CmtEdgeError:
+    return failure(f"{type(exc).__name__}: {exc}", LOG.errors)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    serve({"build": _build}, _unexpected)

@@ -1,10 +1,9 @@
 """The few CUDA runtime calls that running an engine takes: memory, one stream, events, graphs.
 
-Two ways to the same C functions, tried in this order: ``cuda-bindings`` (small wheels; 12.9 serves CUDA 12
-drivers, 13 CUDA 13 drivers), then ``ctypes`` on the ``libcudart`` of the machine, for devices those wheels do
-not fit. Neither PyTorch nor CuPy is
-needed. Addresses and handles are plain integers. Source: CUDA Runtime API reference, "Memory Management",
-"Stream Management", "Event Management", "Graph Management".
+Two ways to the same C functions are tried in this order: ``cuda-bindings`` (small wheels; 12.9 serves CUDA
+12 drivers, 13 CUDA 13 drivers), then ``ctypes`` on the ``libcudart`` of the machine, for devices those wheels
+do not fit. Neither PyTorch nor CuPy is needed. Addresses and handles are plain integers. Source: CUDA Runtime
+API reference, "Memory Management", "Stream Management", "Event Management", "Graph Management".
 """
 
 from __future__ import annotations
@@ -18,20 +17,34 @@ from typing import Any
 
 from ..errors import CmtEdgeError, RuntimeMissingError
 
-NON_BLOCKING = 1  # cudaStreamNonBlocking: does not wait for the default stream
-TO_DEVICE, TO_HOST = 1, 2  # cudaMemcpyKind
-RELAXED = 2  # cudaStreamCaptureModeRelaxed: other threads may allocate meanwhile
-MAJOR, MINOR, INTEGRATED, PROCESSORS, PCI_BUS, PCI_DEVICE, PCI_DOMAIN = (
-    75,
-    76,
-    18,
-    16,
-    33,
-    34,
-    50,
-)  # cudaDeviceAttr
-OUT_OF_MEMORY, NO_DEVICE, INSUFFICIENT_DRIVER = 2, 100, 35  # cudaError
+NON_BLOCKING = 1
+"""``cudaStreamNonBlocking``: the stream does not wait for the default stream."""
+TO_DEVICE, TO_HOST = 1, 2
+"""``cudaMemcpyKind``."""
+RELAXED = 2
+"""``cudaStreamCaptureModeRelaxed``: other threads may allocate meanwhile."""
+ATTRIBUTES = {
+    "major": 75,
+    "minor": 76,
+    "integrated": 18,
+    "processors": 16,
+    "pci_domain": 50,
+    "pci_bus": 33,
+    "pci_device": 34,
+}
+"""What is asked of a device -> ``cudaDeviceAttr``."""
+OUT_OF_MEMORY = 2
+"""``cudaErrorMemoryAllocation``."""
+NO_GPU = {
+    0: "no device",
+    100: "no device",
+    35: "the driver is missing or older than this CUDA",
+}
+"""``cudaError`` -> why no GPU can be used, for what happens often."""
 LIBRARIES = ("libcudart.so.13", "libcudart.so.12", "libcudart.so")
+"""Names under which the CUDA runtime is looked for, the newest first."""
+NAME_BYTES = 256
+"""Room for the name of a device."""
 
 
 class CudaError(CmtEdgeError):
@@ -81,9 +94,13 @@ class Cuda:
             raise CudaError(name, code, self.error_text(code))
         return result
 
+    def attempt(self, name: str, *arguments: Any) -> tuple[int, Any]:
+        """The error code of a CUDA function, 0 for none, and its result."""
+        return self._raw(name, *arguments)
+
     def error_text(self, code: int) -> str:
         """CUDA's own words for an error code."""
-        _, text = self._raw("cudaGetErrorString", code)
+        _, text = self.attempt("cudaGetErrorString", code)
         return text.decode() if isinstance(text, bytes) else str(text)
 
     def runtime_version(self) -> str:
@@ -102,19 +119,18 @@ class Cuda:
                 f"there is no GPU {index}", why=f"{count} found", remedy="choose another with --device N"
             )
         self.call("cudaSetDevice", index)
-        asked = (MAJOR, MINOR, INTEGRATED, PROCESSORS, PCI_DOMAIN, PCI_BUS, PCI_DEVICE)
-        major, minor, integrated, processors, *pci = (
-            int(self.call("cudaDeviceGetAttribute", a, index)) for a in asked
-        )
-        address = "{:04x}:{:02x}:{:02x}.0".format(*pci)
+        found = {
+            name: int(self.call("cudaDeviceGetAttribute", number, index))
+            for name, number in ATTRIBUTES.items()
+        }
         return Gpu(
-            index,
-            self._name_of(index),
-            f"{major}.{minor}",
-            processors,
-            self.memory()[1],
-            bool(integrated),
-            address,
+            index=index,
+            name=self._name_of(index),
+            sm="{major}.{minor}".format(**found),
+            processors=found["processors"],
+            memory=self.memory()[1],
+            integrated=bool(found["integrated"]),
+            pci="{pci_domain:04x}:{pci_bus:02x}:{pci_device:02x}.0".format(**found),
         )
 
     def memory(self) -> tuple[int, int]:
@@ -178,7 +194,7 @@ class Cuda:
         try:
             graph = int(self.call("cudaStreamEndCapture", stream))
         except CudaError:
-            self._raw("cudaGetLastError")  # or the next call that asks reports this failure as its own
+            self.attempt("cudaGetLastError")  # or the next call that asks reports this failure as its own
             raise
         try:
             return int(self.call("cudaGraphInstantiate", graph, 0))
@@ -186,10 +202,10 @@ class Cuda:
             self.call("cudaGraphDestroy", graph)
 
     def _abandon_capture(self, stream: int) -> None:
-        code, graph = self._raw("cudaStreamEndCapture", stream)
+        code, graph = self.attempt("cudaStreamEndCapture", stream)
         if code == 0 and graph:
-            self._raw("cudaGraphDestroy", int(graph))
-        self._raw("cudaGetLastError")
+            self.attempt("cudaGraphDestroy", int(graph))
+        self.attempt("cudaGetLastError")
 
     def launch(self, graph: int, stream: int) -> None:
         self.call("cudaGraphLaunch", graph, stream)
@@ -208,18 +224,14 @@ def open_cuda() -> Cuda:
     for way in (_bindings, _library):
         try:
             cuda = way()
-            code, count = cuda._raw("cudaGetDeviceCount")
+            code, count = cuda.attempt("cudaGetDeviceCount")
         except (ImportError, OSError, AttributeError) as exc:
             reasons.append(str(exc))
             continue
         if code == 0 and count:
             return cuda
-        known = {
-            0: "no device",
-            NO_DEVICE: "no device",
-            INSUFFICIENT_DRIVER: "the driver is missing or older than this CUDA",
-        }
-        reasons.append(f"{cuda.source}: {known.get(code) or cuda.error_text(code)} (CUDA error {code})")
+        words = NO_GPU.get(code) or cuda.error_text(code)
+        reasons.append(f"{cuda.source}: {words} (CUDA error {code})")
     raise RuntimeMissingError(
         "no NVIDIA GPU can be used here",
         why="; ".join(reasons),
@@ -266,7 +278,8 @@ def _bindings() -> Cuda:
 # ctypes: C functions return the error and write results through leading pointers
 
 _P, _I, _S, _U = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t, ctypes.c_uint
-SIGNATURES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {  # name -> (results, arguments)
+"""Short names of C types, for the table below."""
+SIGNATURES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "cudaRuntimeGetVersion": ((_I,), ()),
     "cudaDriverGetVersion": ((_I,), ()),
     "cudaGetDeviceCount": ((_I,), ()),
@@ -293,6 +306,9 @@ SIGNATURES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {  # name -> (r
     "cudaGraphExecDestroy": ((), (_P,)),
     "cudaGetLastError": ((), ()),
 }
+"""Function -> the types of its results and of its arguments."""
+RENAMED = {"cudaGraphInstantiate": "cudaGraphInstantiateWithFlags"}
+"""Function -> the symbol of the library, where another one has these arguments in every CUDA."""
 
 
 def _library() -> Cuda:
@@ -309,9 +325,7 @@ def _library() -> Cuda:
         results, kinds = SIGNATURES[name]
         slots = [kind() for kind in results]
         values = [kind(value) for kind, value in zip(kinds, arguments, strict=True)]
-        symbol = (
-            "cudaGraphInstantiateWithFlags" if name == "cudaGraphInstantiate" else name
-        )  # the other differed in CUDA 11
+        symbol = RENAMED.get(name, name)
         code = int(getattr(library, symbol)(*map(ctypes.byref, slots), *values))
         out = tuple(slot.value or 0 for slot in slots)
         return code, out[0] if len(out) == 1 else out
@@ -331,7 +345,7 @@ def _load(names: tuple[str, ...]) -> tuple[ctypes.CDLL, str]:
 def _driver_name(index: int) -> str:
     """Name of a device from the driver: the runtime's own struct of properties differs between versions."""
     driver = ctypes.CDLL("libcuda.so.1")
-    device, text = ctypes.c_int(), ctypes.create_string_buffer(256)
+    device, text = ctypes.c_int(), ctypes.create_string_buffer(NAME_BYTES)
     driver.cuInit(0)
     driver.cuDeviceGet(ctypes.byref(device), index)
     driver.cuDeviceGetName(text, len(text), device)

@@ -33,8 +33,13 @@ from ..files import write_atomic
 from .cuda import Cuda, Gpu
 
 DEFAULT_LEVEL = 3
+"""TensorRT's own default of the builder optimization level, which goes from 0 to 5."""
+DEFAULT_PROFILE = (1, 1, 8)
+"""Smallest, typical and largest batch that an engine of a dynamic graph takes, unless told otherwise."""
+MAX_WORKSPACE_GIB = 4096
+"""No device has so much memory; what is not below it is a mistake."""
 SECRET_BYTES = 32
-PROFILE = (1, 1, 8)
+"""Length of the secret that seals engines."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +55,12 @@ class EngineOptions:
 
     workspace: float | None = None
     level: int = DEFAULT_LEVEL
-    profile: tuple[int, int, int] = PROFILE
+    profile: tuple[int, int, int] = DEFAULT_PROFILE
     tf32: bool = False
 
     def check(self) -> None:
         """Raises :class:`InputError` for a value that TensorRT would refuse."""
-        if self.workspace is not None and not 0 < self.workspace < 4096:
+        if self.workspace is not None and not 0 < self.workspace < MAX_WORKSPACE_GIB:
             raise InputError(f"a workspace of {self.workspace:g} GiB", remedy="give --workspace GiB, above 0")
         if not 0 <= self.level <= 5:
             raise InputError(f"optimization level {self.level}", remedy="give 0 (fast build) to 5 (thorough)")
@@ -68,14 +73,25 @@ class EngineOptions:
 
 
 @dataclass(frozen=True)
-class Request:
-    """What :mod:`cmt_edge.deploy.tensorrt.builder` is to build; paths as text, ``profile`` only for a dynamic
-    batch, ``workspace`` in bytes."""
+class BuildRequest:
+    """What :mod:`cmt_edge.deploy.tensorrt.builder` builds.
+
+    Attributes:
+        onnx, sha256: path of the graph, and its hash.
+        plan: path of the engine that is written.
+        timing_folder, timing_key: the cache of timings, and the entry in it.
+        input, shape: name and shape of the graph's input; the batch may be a name.
+        workspace: bytes of scratch memory.
+        level, tf32: as :class:`EngineOptions`.
+        profile: as :class:`EngineOptions`, only for a dynamic batch.
+        device: number of the GPU.
+    """
 
     onnx: str
     sha256: str
     plan: str
-    timing_cache: str
+    timing_folder: str
+    timing_key: str
     input: str
     shape: tuple[int | str, ...]
     workspace: int
@@ -84,17 +100,10 @@ class Request:
     profile: tuple[int, int, int] | None
     device: int = 0
 
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self)))
-
-    @classmethod
-    def read(cls, path: Path) -> Request:
-        return cls(**json.loads(path.read_text()))
-
 
 @dataclass(frozen=True)
-class Device:
-    """The machine an engine is for."""
+class EngineTarget:
+    """What an engine is built for: the versions and the GPU of this machine."""
 
     tensorrt: str
     cuda: str
@@ -102,13 +111,14 @@ class Device:
     gpu: Gpu
 
     @classmethod
-    def here(cls, tensorrt: str, cuda: Cuda, index: int = 0) -> Device:
+    def here(cls, tensorrt: str, cuda: Cuda, index: int = 0) -> EngineTarget:
+        """This machine with GPU ``index``; raises :class:`RuntimeMissingError` where there is no such GPU."""
         release = _driver_release()
         driver = f"{cuda.driver_version()} ({release})" if release else cuda.driver_version()
         return cls(tensorrt, cuda.runtime_version(), driver, cuda.gpu(index))
 
 
-def engine_key(bundle: Bundle, device: Device, options: EngineOptions) -> EngineKey:
+def engine_key(bundle: Bundle, target: EngineTarget, options: EngineOptions) -> EngineKey:
     """Everything an engine depends on; equal keys mean that an engine may be used again."""
     chosen = BuildOptions(
         workspace=options.workspace,
@@ -118,11 +128,11 @@ def engine_key(bundle: Bundle, device: Device, options: EngineOptions) -> Engine
     )
     return EngineKey(
         onnx=bundle.manifest.files[ONNX].sha256,
-        tensorrt=device.tensorrt,
-        cuda=device.cuda,
-        driver=device.driver,
-        gpu=f"{device.gpu.name}, {device.gpu.processors} multiprocessors",
-        sm=device.gpu.sm,
+        tensorrt=target.tensorrt,
+        cuda=target.cuda,
+        driver=target.driver,
+        gpu=f"{target.gpu.name}, {target.gpu.processors} multiprocessors",
+        sm=target.gpu.sm,
         options=chosen,
     )
 
@@ -133,9 +143,9 @@ def member(data: bytes, kind: str, suffix: str) -> str:
     return f"{ENGINES}/{kind}-{hashlib.sha256(data).hexdigest()[:12]}{suffix}"
 
 
-def timing_cache_name(device: Device) -> str:
-    """File of the timings TensorRT keeps between builds; they are good for one version on one kind of GPU."""
-    return f"{_digest(asdict(device))[:16]}.cache"
+def timing_key(target: EngineTarget) -> str:
+    """Key of the timings TensorRT keeps between builds; they hold for one version on one kind of GPU."""
+    return _digest(asdict(target))[:16]
 
 
 def seal(sha256: str, key: EngineKey) -> str:
@@ -160,7 +170,7 @@ def differences(built: EngineKey, here: EngineKey) -> list[str]:
     return [f"{name}: built for {old}, here {new}" for name, old, new in pairs if old != new]
 
 
-def read_engine(bundle: Bundle, device: Device) -> bytes:
+def read_engine(bundle: Bundle, target: EngineTarget) -> bytes:
     """The bytes of the bundle's engine, if they may be deserialised here.
 
     Raises:
@@ -184,7 +194,7 @@ def read_engine(bundle: Bundle, device: Device) -> bytes:
                 "share engines by naming one folder in CMT_EDGE_STATE"
             ),
         )
-    changed = differences(entry.key, engine_key(bundle, device, EngineOptions()))
+    changed = differences(entry.key, engine_key(bundle, target, EngineOptions()))
     if changed:
         raise RuntimeMissingError(
             "the engine does not fit this device",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +26,10 @@ WORDS = (
     ("fp32", r"\b(fp32|float|float32|tf32)\b"),
 )
 """Precisions with the words for them, the lowest first."""
-CONVERSIONS = ("reformat", "cast", "copy", "noop", "shuffle", "identity", "quantize", "dequantize")
+CONVERTING_KINDS = ("reformat", "cast", "copy", "noop", "shuffle", "identity", "quantize", "dequantize")
+"""Words in the kinds of layers that only move or convert."""
 NO_COMPUTE = ("constant", "shape", "shape_call", "assertion", "signal", "wait")
+"""Kinds of layers that neither compute nor convert."""
 GENERATED = re.compile(r"^__myl_(move|cast?|copy|reform|quan|dequ)+(_myl|$)", re.IGNORECASE)
 """Names of generated kernels (kind "kgen") that only move or convert; the name lists what was fused into
 one."""
@@ -37,6 +39,10 @@ TACTICS = (
     ("fp32", r"(?<![a-z0-9])(f32f32|tf32|s1688)"),
 )
 """Words of kernel names, for layers whose tensors tell nothing."""
+LOW = {"int8": ("int8",), "fp16": ("int8", "fp8", "fp16", "bf16")}
+"""Precision that was asked for -> those that are as low or lower."""
+SOURCE = "TensorRT engine inspector"
+"""Where the figures come from, for reports."""
 LEAST_SHARE = 0.5
 """Fusions change how many operations there are, so an engine passes with this part of the low-precision share
 of its graph."""
@@ -81,23 +87,33 @@ def _layer(entry: Mapping[str, Any]) -> Layer:
         or _lowest(entry.get("Outputs"))
         or _of_tactic(str(entry.get("TacticName", "")))
     )
-    return Layer(
-        name,
-        kind,
-        precision,
-        any(word in kind.lower() for word in CONVERSIONS) or bool(GENERATED.match(name)),
-    )
+    return Layer(name, kind, precision, _converts(kind, name))
+
+
+def _converts(kind: str, name: str) -> bool:
+    if any(word in kind.lower() for word in CONVERTING_KINDS):
+        return True
+    return bool(GENERATED.match(name))
 
 
 def _lowest(tensors: Any) -> str:
     """The lowest precision that a list of tensors mentions, ``""`` if none has a float or int8 type."""
-    text = " ".join(" ".join(_words(t)) for t in tensors or () if isinstance(t, dict)).lower()
-    return next((precision for precision, pattern in WORDS if re.search(pattern, text)), "")
+    words = [word for tensor in tensors or () if isinstance(tensor, dict) for word in _words(tensor)]
+    return _first_match(WORDS, " ".join(words))
 
 
 def _of_tactic(name: str) -> str:
     """The precision that a kernel's name tells, e.g. ``sm80_xmma_fprop_implicit_gemm_f16f16_f16f32_...``."""
-    return next((precision for precision, pattern in TACTICS if re.search(pattern, name.lower())), "")
+    return _first_match(TACTICS, name)
+
+
+def _first_match(patterns: Sequence[tuple[str, str]], text: str) -> str:
+    """The first precision whose pattern the text holds, ``""`` for none."""
+    text = text.lower()
+    for precision, pattern in patterns:
+        if re.search(pattern, text):
+            return precision
+    return ""
 
 
 def _words(tensor: Mapping[str, Any]) -> list[str]:
@@ -107,17 +123,18 @@ def _words(tensor: Mapping[str, Any]) -> list[str]:
 def executed(found: list[Layer], times: Mapping[str, float] | None = None) -> ExecutedPrecision:
     """Shares by precision: of time where ``times`` (layer name -> any unit) is given, and of layers."""
     operations = Counter(layer.precision for layer in found if not layer.conversion)
-    source = "TensorRT engine inspector"
-    if not times or not (total := sum(times.values())):
-        return ExecutedPrecision({}, dict(operations), 0.0, source)
-    share: dict[str, float] = defaultdict(float)
+    total = sum(times.values()) if times else 0.0
+    if not times or not total:
+        return ExecutedPrecision({}, dict(operations), 0.0, SOURCE)
     by_name = {layer.name: layer for layer in found}
+    share: dict[str, float] = defaultdict(float)
     conversion = 0.0
     for name, spent in times.items():
         layer = by_name.get(name)
         share[layer.precision if layer else "other"] += spent / total
-        conversion += spent / total if layer and layer.conversion else 0.0
-    return ExecutedPrecision(dict(share), dict(operations), conversion, f"{source} and profiler")
+        if layer and layer.conversion:
+            conversion += spent / total
+    return ExecutedPrecision(dict(share), dict(operations), conversion, f"{SOURCE} and profiler")
 
 
 def require_precision(asked: str, operations: Mapping[str, int], found: list[Layer]) -> float:
@@ -132,10 +149,10 @@ def require_precision(asked: str, operations: Mapping[str, int], found: list[Lay
         GateError: less than half of what the graph asks for: the engine would be slower than it says.
         StepError: the inspection does not tell.
     """
-    low = {"int8": ("int8",), "fp16": ("int8", "fp8", "fp16", "bf16")}.get(asked)
-    computing = [layer for layer in found if not layer.conversion]
+    low = LOW.get(asked)
     if low is None:
         return 1.0
+    computing = [layer for layer in found if not layer.conversion]
     if not computing:
         raise StepError(
             f"the engine's inspection tells no types, so it is not known whether it computes in {asked}",
@@ -144,7 +161,8 @@ def require_precision(asked: str, operations: Mapping[str, int], found: list[Lay
     share = sum(layer.precision in low for layer in computing) / len(computing)
     expected = sum(operations.get(p, 0) for p in low) / max(1, sum(operations.values()))
     if share < LEAST_SHARE * expected:
-        summary = ", ".join(f"{n} {p}" for p, n in Counter(layer.precision for layer in computing).items())
+        counts = Counter(layer.precision for layer in computing)
+        summary = ", ".join(f"{count} {precision}" for precision, count in counts.items())
         raise GateError(
             f"{asked} was asked for, but only {100 * share:.0f} % of the engine's layers compute in it",
             why=f"the graph has {100 * expected:.0f} %; the engine's layers: {summary}",

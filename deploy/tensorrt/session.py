@@ -26,16 +26,18 @@ from ..bundle import Bundle
 from ..bundle.sections import ExecutedPrecision
 from ..errors import InputError, RuntimeMissingError, StepError
 from .cuda import TO_DEVICE, TO_HOST, Cuda, CudaError, open_cuda
-from .engine import Device, read_engine
+from .engine import EngineTarget, read_engine
 from .inspection import executed, layers
 
 FLOAT_BYTES = 4
+"""Bytes of a float32 value."""
 KEPT_LINES = 20
+"""So many of TensorRT's last errors and warnings are kept."""
 UNKNOWN_TYPES = "due to dynamic shapes"
 """What the inspector writes for types it does not know."""
 
 
-class Log(trt.ILogger):
+class Log(trt.ILogger):  # type: ignore[misc, unused-ignore]
     """Keeps TensorRT's last warnings and errors instead of printing them."""
 
     def __init__(self) -> None:
@@ -65,10 +67,10 @@ def gpu_index(device: str | None) -> int:
     return int(text)
 
 
-def describe_device(device: str | None = None) -> tuple[Cuda, Device]:
+def engine_target(device: str | None = None) -> tuple[Cuda, EngineTarget]:
     """The GPU and what an engine for it is keyed by; raises :class:`RuntimeMissingError`."""
     cuda = open_cuda()
-    return cuda, Device.here(trt.__version__, cuda, gpu_index(device))
+    return cuda, EngineTarget.here(trt.__version__, cuda, gpu_index(device))
 
 
 class TensorRTSession(Session):
@@ -94,19 +96,11 @@ class TensorRTSession(Session):
         self._cuda, self._index = cuda, index
         self._enter()
         self.device = cuda.gpu(index).name
-        LOG.clear()
-        self._runtime = trt.Runtime(LOG)
-        self._engine = self._runtime.deserialize_cuda_engine(plan)
-        if self._engine is None:
-            raise StepError(
-                "TensorRT refused the engine",
-                why="; ".join(LOG.errors),
-                remedy="build it again with cmt-build --force",
-            )
+        self._runtime, self._engine = _deserialised(plan)
         self._input, self._outputs = self._names(outputs)
         self._most = self._largest_batch()
-        self._idle: queue.SimpleQueue[_Lane] = queue.SimpleQueue()
-        self._lanes: list[_Lane] = []
+        self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        self.workers: list[Worker] = []
         self._lock = threading.Lock()
 
     def _names(self, expected: Sequence[str]) -> tuple[str, list[str]]:
@@ -131,49 +125,49 @@ class TensorRTSession(Session):
         if not len(batch):
             shapes = [tuple(self._engine.get_tensor_shape(name))[1:] for name in self._outputs]
             return [np.empty((0, *shape), np.float32) for shape in shapes]
-        with self._lane() as lane:
-            parts = [lane.run(batch[i : i + self._most]) for i in range(0, len(batch), self._most)]
-        return (
-            parts[0] if len(parts) == 1 else [np.concatenate(output) for output in zip(*parts, strict=True)]
-        )
+        with self._worker() as worker:
+            parts = [worker.run(batch[i : i + self._most]) for i in range(0, len(batch), self._most)]
+        if len(parts) == 1:
+            return parts[0]
+        return [np.concatenate(output) for output in zip(*parts, strict=True)]
 
     def device_times(self, batch: np.ndarray, count: int) -> DeviceTimes:
-        with self._lane() as lane:
-            lane.run(batch)
-            return DeviceTimes(
-                *(np.array(column) for column in zip(*(lane.timed(batch) for _ in range(count)), strict=True))
-            )
+        with self._worker() as worker:
+            worker.run(batch)
+            times = np.array([worker.timed(batch) for _ in range(count)]).reshape(count, 3)
+        compute, with_copies, enqueue = times.T
+        return DeviceTimes(compute, with_copies, enqueue)
 
     def executed(self, batch: np.ndarray, repeats: int = 10) -> ExecutedPrecision:
         profiler = _LayerTimes()
         self._enter()
-        lane = self._new_lane(graphs=False)
+        worker = self._new_worker(graphs=False)
         try:
-            lane.run(batch)
-            lane.context.profiler = profiler
+            worker.run(batch)
+            worker.context.profiler = profiler
             for _ in range(repeats):
-                lane.run(batch)
+                worker.run(batch)
         finally:
-            lane.close()
+            worker.close()
         return executed(layers(self.inspect()), profiler.milliseconds)
 
     def inspect(self) -> str:
         """The engine inspector's JSON; with a dynamic batch only a context with a shape knows the types."""
         inspector = self._engine.create_engine_inspector()
-        text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+        text = str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
         if UNKNOWN_TYPES not in text:
             return text
-        with self._lane() as lane:
-            lane.set_shape((1, *tuple(self._engine.get_tensor_shape(self._input))[1:]))
-            inspector.execution_context = lane.context
-            return inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+        with self._worker() as worker:
+            worker.set_shape((1, *tuple(self._engine.get_tensor_shape(self._input))[1:]))
+            inspector.execution_context = worker.context
+            return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
     def close(self) -> None:
         self._enter()
         with self._lock:
-            for lane in self._lanes:
-                lane.close()
-            self._lanes.clear()
+            for worker in self.workers:
+                worker.close()
+            self.workers.clear()
         self._idle = queue.SimpleQueue()
         self._engine = self._runtime = None
 
@@ -182,22 +176,22 @@ class TensorRTSession(Session):
         self._cuda.use(self._index)
 
     @contextlib.contextmanager
-    def _lane(self) -> Iterator[_Lane]:
+    def _worker(self) -> Iterator[Worker]:
         self._enter()
         try:
-            lane = self._idle.get_nowait()
+            worker = self._idle.get_nowait()
         except queue.Empty:
             with self._lock:
-                lane = self._new_lane(self.graphs)
-                self._lanes.append(lane)
+                worker = self._new_worker(self.graphs)
+                self.workers.append(worker)
         try:
-            yield lane
+            yield worker
         finally:
-            if lane.note:
-                self.graphs, self.notes = False, sorted({*self.notes, lane.note})
-            self._idle.put(lane)
+            if worker.note:
+                self.graphs, self.notes = False, sorted({*self.notes, worker.note})
+            self._idle.put(worker)
 
-    def _new_lane(self, graphs: bool) -> _Lane:
+    def _new_worker(self, graphs: bool) -> Worker:
         context = self._engine.create_execution_context()
         if context is None:
             raise RuntimeMissingError(
@@ -205,11 +199,25 @@ class TensorRTSession(Session):
                 why="; ".join(LOG.errors),
                 remedy="close other programs, or build with a smaller --workspace or --profile",
             )
-        return _Lane(context, self._cuda, self._input, self._outputs, graphs)
+        return Worker(context, self._cuda, self._input, self._outputs, graphs)
+
+
+def _deserialised(plan: bytes) -> tuple[Any, Any]:
+    """A runtime and the engine in it; raises :class:`StepError` with TensorRT's own words."""
+    LOG.clear()
+    runtime = trt.Runtime(LOG)
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise StepError(
+            "TensorRT refused the engine",
+            why="; ".join(LOG.errors),
+            remedy="build it again with cmt-build --force",
+        )
+    return runtime, engine
 
 
 @dataclass
-class _Lane:
+class Worker:
     """One execution context with its stream, buffers and CUDA graph; used by one thread at a time."""
 
     context: Any
@@ -335,7 +343,7 @@ class _Lane:
         self.context = None
 
 
-class _LayerTimes(trt.IProfiler):
+class _LayerTimes(trt.IProfiler):  # type: ignore[misc, unused-ignore]
     """Sums the milliseconds of each layer."""
 
     def __init__(self) -> None:
@@ -361,11 +369,11 @@ class TensorRT(Runtime):
                 the remedy is ``cmt-build``.
             BundleError: the engine was changed; this is found out before it is deserialised.
         """
-        cuda, device = describe_device(options.device)
+        cuda, target = engine_target(options.device)
         return TensorRTSession(
-            read_engine(bundle, device),
+            read_engine(bundle, target),
             cuda,
-            device.gpu.index,
+            target.gpu.index,
             outputs=bundle.outputs,
             throughput=options.throughput,
         )

@@ -38,8 +38,9 @@ from cmt_edge.deploy.errors import GateError
 from cmt_edge.deploy.files import cache_folder, write_atomic, writing
 from cmt_edge.deploy.images import ImageSet, digest
 from cmt_edge.deploy.measure.benchmark import Protocol
-from cmt_edge.deploy.measure.child import ISAS, OWN_CHOICE, MeasuringProcess, int8_hardware
+from cmt_edge.deploy.measure.child import OWN_CHOICE, MeasuringProcess
 from cmt_edge.deploy.measure.host import describe, versions
+from cmt_edge.deploy.measure.isa import ISAS, int8_hardware
 from cmt_edge.deploy.measure.parity import match_labels
 from cmt_edge.deploy.preprocessing import NamedBytes, pixels
 from cmt_edge.deploy.progress import Progress

@@ -23,9 +23,9 @@ from typing import Protocol
 import numpy as np
 
 from cmt_edge.deploy.bundle.sections import Accuracy, Candidate, Sensitivity, Speed, Variant
+from cmt_edge.deploy.measure.statistics import paired_drop, wilson
 
 WIDTH = {"fp32": 2, "bf16": 1, "int8": 0}
-Z95 = 1.959964
 EPSILON = 1e-9
 
 
@@ -239,21 +239,7 @@ def judge(expected: Answers, ours: Answers) -> Accuracy:
         return Accuracy(
             n, None, 100 * agreement, 100 * (1 - agreement), (100 * low, 100 * high), ours.deviation
         )
-    difference = (expected.top1 == expected.truth).astype(np.float64) - (
-        ours.top1 == expected.truth
-    )  # +1 lost, -1 gained
-    drop = 100 * float(difference.mean())
-    half = 100 * Z95 * float(difference.std(ddof=1)) / n**0.5 if n > 1 else 100.0
-    interval = max(-100.0, drop - half), min(100.0, drop + half)
-    return Accuracy(
-        n, 100 * float((ours.top1 == expected.truth).mean()), 100 * agreement, drop, interval, ours.deviation
-    )
-
-
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """95 % interval of a share of ``count`` trials (Wilson 1927): honest where the share is 0 or 1, unlike
-    the normal one."""
-    z = Z95**2 / count
-    middle = (share + z / 2) / (1 + z)
-    half = Z95 / (1 + z) * (share * (1 - share) / count + z / (4 * count)) ** 0.5
-    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
+    drop = paired_drop(expected.top1 == expected.truth, ours.top1 == expected.truth)
+    top1 = 100 * float((ours.top1 == expected.truth).mean())
+    interval = (drop.interval.low, drop.interval.high)
+    return Accuracy(n, top1, 100 * agreement, drop.mean, interval, ours.deviation)

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from cmt_edge.calib import DEFAULT, quantize
-from cmt_edge.calib.equalize import Equalized, _extremes, _sites, equalize
+from cmt_edge.calib.equalize import Equalized, equalize, find_sites
 from cmt_edge.calib.generated import generate
+from cmt_edge.calib.graph import measure_extremes, read_model
 from cmt_edge.calib.recipe import inner_depthwise
 from cmt_edge.deploy.errors import StepError
 from cmt_edge.deploy.preprocessing import preprocess
@@ -120,7 +121,7 @@ def test_telling_batches_alone_have_the_same_ranges(seed, affine):
     tensors = [n.input[0] for n in equalized.model.graph.node if n.op_type == "Conv"]
     largest = []
     for chosen in (batches, [batches[i] for i in equalized.telling]):
-        found = _extremes(equalized.model, [], tensors, chosen)
+        found = measure_extremes(equalized.model, [], tensors, chosen)
         largest.append([max(-low.min(), high.max()) for low, high in found.values()])
     np.testing.assert_allclose(largest[1], largest[0], rtol=1e-5)
 
@@ -143,7 +144,7 @@ def test_ranges_become_more_equal():
         spread = []
         for graph_ in (model, equal):
             tensor = next(n.input[0] for n in graph_.graph.node if n.name == read_by)
-            low, high = _extremes(graph_, [tensor], [], batches)[tensor]
+            low, high = measure_extremes(graph_, [tensor], [], batches)[tensor]
             spread.append(np.maximum(-low.min(0), high.max(0)))
         assert spread[1].max() / spread[1].min() < 0.8 * spread[0].max() / spread[0].min()
 
@@ -178,7 +179,7 @@ def test_a_silent_channel_does_not_become_loud():
 
 
 def test_the_places_of_a_real_graph(graph):
-    read_by = {site.conv.name for site in _sites(graph.graph)}
+    read_by = {site.conv.name for site in find_sites(read_model(graph).graph)}
     inner = inner_depthwise(graph)
     assert len(inner) == 10  # one a block
     assert inner < read_by

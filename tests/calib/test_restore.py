@@ -205,7 +205,7 @@ def test_unknown_operations_and_foreign_graphs_are_refused(graph, quantized):
     smoothed.graph.node.add().CopyFrom(
         helper.make_node("Mul", ["input", "input"], ["smoothed"], name="smooth")
     )
-    with pytest.raises(StepError, match="taken back"):
+    with pytest.raises(StepError, match="become float again"):
         restore(smoothed, graph, int8_nodes(quantized.model)[:1])
 
 

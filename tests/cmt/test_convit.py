@@ -20,10 +20,10 @@ from cmt_edge.cmt.families.convit import (
     RowsToOne,
     patch_offsets,
     resize_position_embedding,
-    separated,
+    separate_projections,
 )
+from cmt_edge.cmt.folding import PlainNorm
 from cmt_edge.cmt.layers import DropPath
-from cmt_edge.cmt.rewrites import PlainNorm
 from cmt_edge.cmt.weights import randomize
 from cmt_edge.deploy.errors import InputError, WeightsError
 from cmt_edge.export.to_onnx import export_onnx, logits_of, simplify
@@ -81,7 +81,7 @@ def test_published_key(theirs, our_key):
 
 def test_stacked_linears_are_taken_apart_and_ours_left_alone():
     stacked = torch.arange(18.0).reshape(9, 2)
-    state = separated(
+    state = separate_projections(
         {"blocks.10.attn.qkv.weight": stacked, "blocks.0.attn.qk.weight": stacked[:6], "norm.weight": stacked}
     )
     assert list(state) == [
@@ -92,7 +92,7 @@ def test_stacked_linears_are_taken_apart_and_ours_left_alone():
     assert torch.equal(state["blocks.10.attn.k.weight"], stacked[3:6])
     assert torch.equal(state["blocks.0.attn.k.weight"], stacked[3:6])
     mine = create_model(NAME, img_size=16).state_dict()
-    assert all(separated(mine)[k] is v for k, v in mine.items())
+    assert all(separate_projections(mine)[k] is v for k, v in mine.items())
 
 
 @pytest.mark.parametrize(

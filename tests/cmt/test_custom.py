@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from cmt_edge.cmt import create_model, fuse, macs, model_spec, reference
-from cmt_edge.cmt.outside import custom_spec
+from cmt_edge.cmt.outside import outside_spec
 from cmt_edge.deploy import Bundle, Predictor
 from cmt_edge.deploy.errors import InputError, RuntimeMissingError, UnknownNameError, WeightsError
 from cmt_edge.deploy.measure.parity import verify
@@ -89,9 +89,9 @@ def outside(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     for name in ("outside_models", "cannot"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    custom_spec.cache_clear()
+    outside_spec.cache_clear()
     yield tmp_path
-    custom_spec.cache_clear()
+    outside_spec.cache_clear()
 
 
 def test_settings_come_from_the_model(outside):
@@ -233,7 +233,7 @@ CROPS = [
 def test_crop_and_interpolation(outside, given, short_side):
     create_model("outside_models:build")
     sys.modules["outside_models"].Small.default_cfg = {"input_size": (3, 32, 32), **given}
-    custom_spec.cache_clear()
+    outside_spec.cache_clear()
     made = ExportConfig("outside_models:build").preprocess
     assert (made.short_side, made.interpolation) == (short_side, given.get("interpolation", "bicubic"))
 
@@ -249,7 +249,7 @@ UNKNOWN = [
 def test_preprocessing_that_we_do_not_have_is_refused(outside, given):
     create_model("outside_models:build")
     sys.modules["outside_models"].Small.default_cfg = {"input_size": (3, 32, 32), **given}
-    custom_spec.cache_clear()
+    outside_spec.cache_clear()
     with pytest.raises(InputError, match=r"crops in the mode|lanczos") as error:
         ExportConfig("outside_models:build").check()
     assert "default_cfg" in error.value.remedy
@@ -342,22 +342,22 @@ def fake_timm(outside, monkeypatch):
 
 
 def test_pretrained_timm_weights_are_the_published_ones(fake_timm):
-    model, loaded = reference.build("timm:tiny.tag", "pretrained")
+    model, loaded = reference.load_reference("timm:tiny.tag", "pretrained")
     assert model.head.bias.tolist() == [7.0] * 3
     assert loaded.source == "timm:tiny.tag"
     with pytest.raises(WeightsError, match="does not fit timm:tiny") as error:
-        reference.build("timm:tiny", "pretrained", num_classes=5)
+        reference.load_reference("timm:tiny", "pretrained", num_classes=5)
     assert "--fresh-head" in error.value.remedy
-    model, loaded = reference.build("timm:tiny", "pretrained", num_classes=5, fresh_head=True)
+    model, loaded = reference.load_reference("timm:tiny", "pretrained", num_classes=5, fresh_head=True)
     assert (len(model.head.bias), loaded.fresh) == (5, ("head.weight", "head.bias"))
 
 
 def test_timm_weights_that_cannot_be_had_are_an_error(fake_timm):
     with pytest.raises(WeightsError, match="did not load the published weights") as error:
-        reference.build("timm:tiny.offline", "pretrained")
+        reference.load_reference("timm:tiny.offline", "pretrained")
     assert "no network" in str(error.value)
     assert "--weights random" in error.value.remedy
-    reference.build("timm:tiny.offline", "random")
+    reference.load_reference("timm:tiny.offline", "random")
 
 
 def test_timm_models_of_a_fixed_size_are_told_it(fake_timm):

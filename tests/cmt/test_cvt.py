@@ -12,8 +12,9 @@ from torch import nn
 
 from cmt_edge.cmt import create_model, fuse, load_pretrained, load_weights, macs, model_spec
 from cmt_edge.cmt.families.cvt import Attention, CvT, QuickGELU
+from cmt_edge.cmt.folding import PlainNorm
 from cmt_edge.cmt.layers import DropPath
-from cmt_edge.cmt.rewrites import PlainNorm, affine_into, key_bias_dropped, value_bias_into
+from cmt_edge.cmt.rewrites import affine_into, key_bias_dropped, value_bias_into
 from cmt_edge.cmt.weights import randomize
 from cmt_edge.deploy.errors import InputError, WeightsError
 from cmt_edge.export.to_onnx import export_onnx, logits_of, simplify

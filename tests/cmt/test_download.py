@@ -17,7 +17,7 @@ import pytest
 from cmt_edge.cmt import download as download_module
 from cmt_edge.cmt import load_pretrained
 from cmt_edge.cmt.download import fetch
-from cmt_edge.cmt.registry import Pretrained
+from cmt_edge.cmt.spec import Pretrained
 from cmt_edge.deploy.errors import DownloadError
 from helpers.weights import holds, nano, release, saved, state_of
 

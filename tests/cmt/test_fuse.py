@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from cmt_edge.cmt import create_model, fuse, list_models, load_pretrained, model_spec
-from cmt_edge.cmt.layers import DropPath
-from cmt_edge.cmt.rewrites import (
+from cmt_edge.cmt.folding import (
     PlainNorm,
     ScaleShift,
     affine_after,
@@ -18,6 +17,7 @@ from cmt_edge.cmt.rewrites import (
     norm_affine,
     with_identity,
 )
+from cmt_edge.cmt.layers import DropPath
 from cmt_edge.cmt.weights import randomize
 from cmt_edge.deploy.errors import InputError
 from helpers.models import marked_models

@@ -31,8 +31,9 @@ from cmt_edge.cmt.families.mvit.model import (
     block_shapes,
     relative_index,
 )
+from cmt_edge.cmt.folding import PlainNorm
 from cmt_edge.cmt.layers import DropPath
-from cmt_edge.cmt.rewrites import PlainNorm, Rewrite
+from cmt_edge.cmt.spec import Rewrite
 from cmt_edge.cmt.weights import randomize
 from cmt_edge.deploy.errors import InputError, WeightsError
 from cmt_edge.export.to_onnx import export_onnx, logits_of, simplify
@@ -92,7 +93,7 @@ def test_features_are_the_outputs_of_the_official_blocks(fused):
 def test_parameters_and_macs_are_the_published_ones(name):
     spec = model_spec(name)
     with torch.device("meta"):
-        model = spec.build(spec.config, img_size=224, num_classes=1000)
+        model = spec.constructor(spec.config, img_size=224, num_classes=1000)
     assert (count_params(model), macs(model)) == (spec.params, spec.macs)
 
 

@@ -20,9 +20,9 @@ from cmt_edge.deploy.measure.benchmark import (
     benchmark,
     interleaved,
     precision_warnings,
-    summarise,
     throughput,
 )
+from cmt_edge.deploy.measure.statistics import summarise
 from helpers.bundles import LABELS, SPEC, make_bundle, tiny_golden
 from helpers.cli import strict
 

@@ -19,11 +19,12 @@ import cmt_edge.deploy.bundle.bundle
 import cmt_edge.deploy.bundle.manifest
 import cmt_edge.deploy.cli.build
 import cmt_edge.deploy.tensorrt.build
+import cmt_edge.deploy.tensorrt.building
 from cmt_edge.deploy import Bundle, Predictor
+from cmt_edge.deploy.children import Child
 from cmt_edge.deploy.errors import BundleError, OutputError, RuntimeMissingError, StepError
 from cmt_edge.deploy.measure.benchmark import Protocol
 from cmt_edge.deploy.measure.parity import verify
-from cmt_edge.deploy.telemetry.jetson import Memory
 from helpers.bundles import SIZE, make_bundle, snapshot
 from helpers.paths import ROOT
 from helpers.trt import forget_fakes, trt_bundle
@@ -100,7 +101,7 @@ def test_the_network_is_strongly_typed_and_the_options_arrive(gpu_machine, bundl
 
 def test_defaults_leave_tf32_off_and_take_part_of_the_free_memory(gpu_machine, bundle, monkeypatch):
     """Of what the system could free, where GPU and CPU share their memory."""
-    monkeypatch.setattr(cmt_edge.deploy.tensorrt.build, "memory", lambda root: Memory(8192, 5000, 0, 0))
+    monkeypatch.setattr(cmt_edge.deploy.tensorrt.building, "available_memory", lambda root: 5000 << 20)
     assert build(bundle) == 0
     header = json.loads(engine_path(bundle).read_bytes()[len(b"FAKEPLAN") :].split(b"\n", 1)[0])
     assert (header["workspace"], header["level"], header["tf32"]) == (int(0.4 * (5000 << 20)), 3, False)
@@ -345,7 +346,7 @@ def test_an_interrupted_build_stops_its_child(gpu_machine, bundle, sent):
 
 
 def test_one_build_at_a_time(gpu_machine, bundle, capsys):
-    with cmt_edge.deploy.tensorrt.build.building(bundle.path):
+    with cmt_edge.deploy.tensorrt.build.exclusive(bundle.path):
         assert build(bundle) == 2
         assert build(bundle) == 2, "a refused build must not open the way for the next"
     assert "another build of this bundle is running" in capsys.readouterr().err
@@ -433,16 +434,11 @@ def test_update_never_replaces_a_file(bundle):
         bundle.update(bundle.manifest, {"model.onnx": b"another"})
 
 
-def test_the_builder_speaks_only_its_protocol(gpu_machine, tmp_path):
-    """Whatever libraries print, standard output stays readable by the parent."""
-    (tmp_path / "request.json").write_text("{}")
-    command = [sys.executable, "-m", "cmt_edge.deploy.tensorrt.builder", str(tmp_path / "request.json")]
-    with subprocess.Popen(
-        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as child:
-        (line,) = child.stdout.readlines()
-    assert child.returncode == 1
-    assert "TypeError" in json.loads(line)["failed"]
+def test_whatever_fails_in_the_builder_is_a_typed_error(gpu_machine, tmp_path):
+    with Child(cmt_edge.deploy.tensorrt.building.BUILDER) as child:
+        with pytest.raises(StepError, match="KeyError: 'onnx'") as error:
+            child.request("build")
+        assert "--trtexec" in error.value.remedy
 
 
 def test_a_builder_ends_with_its_caller(gpu_machine, bundle, tmp_path):

@@ -18,8 +18,8 @@ from PIL import Image
 from cmt_edge.deploy import Bundle
 from cmt_edge.deploy.bundle import Golden
 from cmt_edge.deploy.cli import bench as cmt_bench
+from cmt_edge.deploy.cli import measuring
 from cmt_edge.deploy.cli import predict as cmt_predict
-from cmt_edge.deploy.cli import protocol
 from cmt_edge.deploy.cli import verify as cmt_verify
 from cmt_edge.deploy.cli.console import INTERNAL, INTERRUPTED
 from cmt_edge.deploy.images import digest
@@ -40,7 +40,7 @@ class Brief(Protocol):
 
 @pytest.fixture(autouse=True)
 def brief(monkeypatch):
-    monkeypatch.setattr(protocol, "Protocol", Brief)
+    monkeypatch.setattr(measuring, "Protocol", Brief)
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ import cmt_edge.deploy.cli.build
 from cmt_edge.deploy import Bundle, Predictor
 from cmt_edge.deploy.errors import RuntimeMissingError
 from cmt_edge.deploy.measure.parity import verify
-from cmt_edge.deploy.telemetry.device import PowerMonitor, snapshot
+from cmt_edge.deploy.telemetry.power import PowerMonitor
+from cmt_edge.deploy.telemetry.state import snapshot
 from cmt_edge.deploy.tensorrt.cuda import TO_DEVICE, TO_HOST, CudaError, open_cuda
 from helpers.bundles import SIZE
 from helpers.trt import trt_bundle

@@ -17,6 +17,7 @@ HEAVY = ("torch", "onnx", "onnxruntime", "openvino", "tensorrt", "cuda", "pynvml
 BUDGET_S = 0.3
 RUNTIMES = (
     "cmt_edge.deploy.tensorrt.parser_rules",
+    "cmt_edge.deploy.backends.graph_rules",
     "cmt_edge.deploy.backends.openvino",
     "cmt_edge.deploy.backends.openvino_graph",
     "cmt_edge.deploy.backends.onnxruntime",
@@ -122,6 +123,48 @@ def test_a_device_without_any_heavy_package(tmp_path):
     python(BLOCKER + USE, str(make_bundle(tmp_path / "b").path), " ".join(HEAVY))
 
 
+POSIX = ("fcntl", "grp", "pwd", "resource", "termios")
+WITHOUT_POSIX = f"""
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {(*POSIX, "tensorrt", "cuda", "pynvml")!r}:
+            raise ModuleNotFoundError(f"hidden: {{name}}", name=name)
+sys.meta_path.insert(0, Blocker())
+for name in {POSIX!r}:
+    sys.modules.pop(name, None)
+"""
+COMMANDS = """
+import contextlib, io
+from cmt_edge.deploy.cli import bench, predict, verify
+for command in (bench, predict, verify):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+        command.main(["--help"])
+    assert "usage: cmt-" in out.getvalue()
+bundle, image, backend = sys.argv[1:]
+assert predict.main([bundle, image, "--backend", backend]) == 0
+assert verify.main([bundle, "--backend", backend]) == 0
+brief = ["--iters", "2", "--seconds", "0", "--warmup", "1", "--no-throughput"]
+assert bench.main([bundle, "--backend", backend, *brief]) == 0
+rooms = [name for name in sys.modules if name.startswith("cmt_edge.deploy.") and name.count(".") == 2]
+assert not {"cmt_edge.deploy.tensorrt", "cmt_edge.deploy.telemetry"} & set(rooms), rooms
+assert "fcntl" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("backend", ["fake", "onnxruntime"])
+def test_commands_need_neither_posix_nor_tensorrt(tmp_path, backend):
+    """They start on Windows; and of the rooms of TensorRT and its telemetry they import nothing."""
+    from helpers.bundles import make_bundle
+    from helpers.trt import trt_bundle
+
+    target = tmp_path / "b"
+    bundle = make_bundle(target) if backend == "fake" else trt_bundle(target, half=False)
+    image = tmp_path / "image.png"
+    image.write_bytes(bundle.golden().sources[0])
+    python(WITHOUT_POSIX + COMMANDS, str(bundle.path), str(image), backend)
+
+
 def imports(name: str) -> list[tuple[str, int]]:
     """Absolute names of everything a module imports, also inside functions, with line numbers."""
     path = FILES[name]
@@ -146,9 +189,9 @@ def allowed(importer: str, imported: str) -> bool:
     if theirs not in OURS or theirs == ours:
         return True
     return {
-        "cmt": imported in ("cmt_edge.deploy.errors", "cmt_edge.deploy.files"),
+        "cmt": imported.removeprefix("cmt_edge.deploy.") in ("errors", "files", "locks"),
         "calib": theirs == "deploy",
-        "deploy": imported == "cmt_edge.calib.lint" and importer.endswith("parser_rules"),
+        "deploy": False,
         "export": True,
     }[ours]
 
@@ -174,8 +217,8 @@ def test_imports_are_found():
     assert not allowed("cmt_edge.calib", "cmt_edge.export.config")
 
 
-def test_errors_and_files_need_next_to_nothing():
-    for name in ("cmt_edge.deploy.errors", "cmt_edge.deploy.files"):
+def test_the_leaves_need_next_to_nothing():
+    for name in ("cmt_edge.deploy.errors", "cmt_edge.deploy.files", "cmt_edge.deploy.locks"):
         for imported, _ in imports(name):
             assert (
                 imported in ("cmt_edge.deploy.errors", "__future__", "platformdirs")

@@ -30,14 +30,14 @@ RECEIVERS = {
     "parser": "OnnxParser",
     "config": "IBuilderConfig",
     "profile": "IOptimizationProfile",
-    "cache": "ITimingCache",
-    "e": "ParserError",
+    "timings": "ITimingCache",
+    "parser.get_error(i)": "ParserError",
     "engine": "ICudaEngine",
     "self._engine": "ICudaEngine",
-    "self._runtime": "Runtime",
+    "runtime": "Runtime",
     "context": "IExecutionContext",
     "self.context": "IExecutionContext",
-    "lane.context": "IExecutionContext",
+    "worker.context": "IExecutionContext",
     "inspector": "EngineInspector",
     "network.get_input(0)": "ITensor",
 }
@@ -208,7 +208,7 @@ def test_threads_share_a_session(backend):
     for thread in threads:
         thread.join()
     assert not failures
-    assert 1 <= len(opened._lanes) <= 8
+    assert 1 <= len(opened.workers) <= 8
 
 
 def test_nothing_is_left_behind(backend):
@@ -278,7 +278,7 @@ def test_two_gpus_in_one_thread(backend, monkeypatch):
     first.run(random_batch(1))
     assert set(seen) == {0}
     runtime.cudaSetDevice(1)  # somebody else's doing
-    first._lanes[0].shape = ()
+    first.workers[0].shape = ()
     first.run(random_batch(1))
     assert set(seen) == {0}
 

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cmt_edge.deploy.bundle.sections import Accuracy, Candidate, Speed, Variant
-from cmt_edge.export.auto.search import Answers, Settings, choose, judge, search, wilson
+from cmt_edge.deploy.measure.statistics import wilson
+from cmt_edge.export.auto.search import Answers, Settings, choose, judge, search
 
 FP32, BF16, INT8 = (Variant(p, p) for p in ("fp32", "bf16", "int8"))
 IMAGES = 1000

@@ -79,8 +79,8 @@ def test_a_refused_graph_is_traced_in_another_way_and_then_refused_for_good():
 
 def test_what_cannot_be_freed_is_traced_with_a_symbolic_batch(monkeypatch):
     traced = []
-    real = to_onnx._traced
-    monkeypatch.setattr(to_onnx, "_traced", lambda *a: traced.append(a[-1]) or real(*a))
+    real = to_onnx.trace
+    monkeypatch.setattr(to_onnx, "trace", lambda *a: traced.append(a[-1]) or real(*a))
     export_onnx(BatchInAValue().eval(), 8, OPSET)
     assert traced == [TRACED_BATCH, None]
     traced.clear()
@@ -95,6 +95,6 @@ def test_both_ways_give_the_same_graph(name):
     randomize(reference)
     model = fuse(reference)
     ours = simplify(export_onnx(model, 64, OPSET)).graph
-    symbolic = simplify(to_onnx._traced(model, 64, OPSET, ("logits",), None)).graph
+    symbolic = simplify(to_onnx.trace(model, 64, OPSET, ("logits",), None)).graph
     assert {n.op_type for n in ours.node} <= {n.op_type for n in symbolic.node}
     assert len(ours.node) <= len(symbolic.node)

@@ -1,19 +1,18 @@
-"""A family in one file: what docs/families.md describes, on a hybrid with one conv and one attention block a
-stage.
+"""A family in one file, as docs/families.md describes it: a hybrid with one conv and one attention block in
+each stage.
 
-``tests/test_example_family.py`` registers it as a user would, by one more entry in ``cmt.registry.FAMILIES``.
+``tests/test_example_family.py`` adds it as a user would, with one more entry in ``cmt.registry.FAMILIES``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from cmt_edge.cmt.layers import merge_heads, scaled, split_heads, to_map, to_tokens
-from cmt_edge.cmt.registry import ModelSpec, register
 from cmt_edge.cmt.rewrites import affine_into, batch_norm_after, key_bias_dropped, scale_into, value_bias_into
+from cmt_edge.cmt.spec import Classifier, ModelSpec
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,10 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, heads: int, hidden: int) -> None:
         super().__init__()
-        self.heads, self.scale = heads, (dim // heads) ** -0.5
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.heads = heads
+        self.scale = (dim // heads) ** -0.5
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
         self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim) for _ in range(4))
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
 
@@ -41,7 +42,8 @@ class Block(nn.Module):
         q, k, v = (split_heads(linear(y), self.heads) for linear in (self.q, self.k, self.v))
         scores = scaled(q @ k.transpose(-2, -1), self.scale)  # (B, heads, N, N)
         x = x + self.proj(merge_heads(scores.softmax(-1) @ v))
-        return x + self.mlp(self.norm2(x))
+        branch: Tensor = self.mlp(self.norm2(x))
+        return x + branch
 
 
 class Stage(nn.Module):
@@ -59,21 +61,24 @@ class Stage(nn.Module):
         return to_map(self.block(to_tokens(x)), x.shape[2], x.shape[3])
 
 
-class Example(nn.Module):
-    """Example classifier: float32 ``(N, 3, S, S)`` -> logits ``(N, num_classes)``; no weight depends on
-    ``S``."""
+class Example(Classifier):
+    """Example classifier: float32 ``(N, 3, S, S)`` -> logits ``(N, num_classes)``.
 
-    spec: ClassVar[Any]
+    No weight depends on ``S``.
+    """
 
     def __init__(self, config: ExampleConfig, *, img_size: int, num_classes: int) -> None:
         super().__init__()
-        self.config, self.img_size, self.num_classes = config, img_size, num_classes
+        self.config = config
+        self.img_size = img_size
+        self.num_classes = num_classes
         in_dims = (3, *config.dims)
         self.stages = nn.ModuleList(
             Stage(in_dims[i], dim, config.heads[i], dim * config.mlp_ratio)
             for i, dim in enumerate(config.dims)
         )
-        self.norm, self.head = nn.LayerNorm(config.dims[-1]), nn.Linear(config.dims[-1], num_classes)
+        self.norm = nn.LayerNorm(config.dims[-1])
+        self.head = nn.Linear(config.dims[-1], num_classes)
 
     def features(self, x: Tensor) -> list[Tensor]:
         """The map of each stage, ``(B, dims[i], S/4 >> 2i, S/4 >> 2i)``."""
@@ -84,12 +89,13 @@ class Example(nn.Module):
         return maps
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(to_tokens(self.features(x)[-1])).mean(1))
+        tokens = to_tokens(self.features(x)[-1])
+        logits: Tensor = self.head(self.norm(tokens).mean(1))
+        return logits
 
 
 def published_key(key: str) -> str:
-    """Our name of a key as the (imagined) authors publish it, e.g. ``layers.0.conv.weight``; ours are left as
-    they are."""
+    """Our name of a key of the (imagined) authors, e.g. ``layers.0.conv.weight``; our own keys stay."""
     return key.replace("layers.", "stages.", 1) if key.startswith("layers.") else key
 
 
@@ -103,29 +109,30 @@ REWRITES = (
     affine_into("norm", "head"),
 )
 
-# fmt: off
-VARIANTS = [
-    # name            size  classes  dims       heads    params       macs
-    ("example_tiny",   64,   10,    (32, 64),  (2, 4),   96_586,  8_282_752),
-]
-# fmt: on
 
-for _name, _size, _classes, _dims, _heads, _params, _macs in VARIANTS:
-    register(
-        ModelSpec(
-            name=_name,
-            family="Example",
-            build=Example,
-            config=ExampleConfig(_dims, _heads),
-            img_size=_size,
-            num_classes=_classes,
-            size_multiple=16,
-            rewrites=REWRITES,
-            rename=published_key,
-            head_keys=("head.weight", "head.bias"),
-            labels="cifar10_labels.txt",
-            params=_params,
-            macs=_macs,
-            source="counted here; an example, not a published model",
-        )
+def _spec(name: str, img_size: int, config: ExampleConfig, params: int, macs: int) -> ModelSpec:
+    return ModelSpec(
+        name=name,
+        family="Example",
+        constructor=Example,
+        config=config,
+        img_size=img_size,
+        num_classes=10,
+        size_multiple=16,
+        rewrites=REWRITES,
+        rename=published_key,
+        head_keys=("head.weight", "head.bias"),
+        strides=(4, 16),
+        labels="cifar10_labels.txt",
+        params=params,
+        macs=macs,
+        source="counted here; an example, not a published model",
     )
+
+
+# fmt: off
+SPECS = (
+    #     name          size                dims      heads    params       MACs
+    _spec("example_tiny", 64, ExampleConfig((32, 64), (2, 4)), 96_586, 8_282_752),
+)
+# fmt: on

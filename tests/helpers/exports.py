@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import onnx
 import pytest
 
-from cmt_edge.cmt import weights_fingerprint
-from cmt_edge.export import ExportConfig, pipeline
+if TYPE_CHECKING:
+    from cmt_edge.export import ExportConfig
 
 TRACED: dict[tuple, bytes] = {}
 
@@ -18,6 +18,10 @@ TRACED: dict[tuple, bytes] = {}
 @contextmanager
 def traced_once():
     """torch.onnx takes ten seconds: equal weights are traced once a session."""
+    import onnx
+
+    from cmt_edge.cmt import weights_fingerprint
+    from cmt_edge.export import pipeline
 
     real = pipeline.export_onnx
 
@@ -48,4 +52,6 @@ def content(folder: Path) -> dict[str, str]:
 
 
 def nano(output: Path, **settings) -> ExportConfig:
+    from cmt_edge.export import ExportConfig
+
     return ExportConfig("cmt_nano", output=str(output), **settings)

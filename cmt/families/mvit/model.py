@@ -12,20 +12,21 @@ facebookresearch/mvit, commit dfbdfdf. Where it surprises:
   which widen in the attention; of norm2 in MViTv1 and MViTv2-L, which widen in the last MLP of the stage
   before.
 * Only the product of queries and keys is scaled. Relative positions and residual pooling read the unscaled
-queries.
+  queries.
 * The official models return probabilities in evaluation; these return the logits.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...layers import DropPath, merge_heads, scaled, split_heads, to_map, to_tokens
+from ...spec import Classifier
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,15 @@ class MViTConfig:
 
 @dataclass(frozen=True)
 class BlockShape:
-    """Widths of one block's input, attention and output, the side of its input map, and its pooling
-    strides."""
+    """Sizes of one block.
+
+    Attributes:
+        in_dim, dim, out_dim: channels of the input, of the attention and of the output.
+        heads: number of attention heads.
+        size: side of the input map in tokens.
+        q_stride: stride of the queries' pooling.
+        kv_stride: stride of the keys' and values' pooling.
+    """
 
     in_dim: int
     dim: int
@@ -65,14 +73,19 @@ class BlockShape:
 
     @property
     def head_dim(self) -> int:
+        """Channels of one head."""
         return self.dim // self.heads
 
 
 def block_shapes(config: MViTConfig, img_size: int) -> list[BlockShape]:
-    """All blocks of all stages; the first block of each but stage 0 halves the map by pooling its queries
-    with stride 2."""
-    shapes, size = [], img_size // 4
+    """All blocks of all stages.
+
+    The first block of each stage but the first halves the map: it pools its queries with stride 2.
+    """
+    shapes = []
+    size = img_size // 4
     for stage, (dim, depth, heads) in enumerate(zip(config.dims, config.depths, config.heads, strict=True)):
+        kv_stride = max(config.kv_stride >> stage, 1)
         for i in range(depth):
             in_dim = out_dim = dim
             shrinks = stage > 0 and i == 0
@@ -81,19 +94,18 @@ def block_shapes(config: MViTConfig, img_size: int) -> list[BlockShape]:
             if not config.widen_in_attention and i == depth - 1 and stage + 1 < len(config.dims):
                 out_dim = config.dims[stage + 1]
             stride = 2 if shrinks else 1
-            shapes.append(
-                BlockShape(in_dim, dim, out_dim, heads, size, stride, max(config.kv_stride >> stage, 1))
-            )
+            shapes.append(BlockShape(in_dim, dim, out_dim, heads, size, stride, kv_stride))
             size //= stride
     return shapes
 
 
 def on_map(layer: nn.Module, x: Tensor, size: int, prefix: int) -> Tensor:
-    """``layer`` on the map (B, C, size, size) that tokens (B, prefix + size**2, C) make; ``prefix`` class
-    tokens pass by."""
-    if not prefix:
-        return to_tokens(layer(to_map(x, size, size)))
-    return torch.cat((x[:, :prefix], to_tokens(layer(to_map(x[:, prefix:], size, size)))), 1)
+    """``layer`` on the map (B, C, size, size) that tokens (B, prefix + size**2, C) make.
+
+    The first ``prefix`` tokens are class tokens, which skip the layer.
+    """
+    tokens = to_tokens(layer(to_map(x[:, prefix:] if prefix else x, size, size)))
+    return torch.cat((x[:, :prefix], tokens), 1) if prefix else tokens
 
 
 class SplitHeads(nn.Module):
@@ -109,12 +121,16 @@ class SplitHeads(nn.Module):
 
 
 class Pooling(nn.Module):
-    """Pooling of queries, keys or values: one small depthwise conv that all heads share, layer norm over a
-    head's channels."""
+    """Pooling of queries, keys or values.
+
+    One small depthwise conv that all heads share, then a layer norm over a head's channels.
+    """
 
     def __init__(self, shape: BlockShape, stride: int, prefix: int) -> None:
         super().__init__()
-        self.heads, self.size, self.prefix = shape.heads, shape.size, prefix
+        self.heads = shape.heads
+        self.size = shape.size
+        self.prefix = prefix
         d = shape.head_dim
         self.conv = nn.Conv2d(d, d, 3, stride=stride, padding=1, groups=d, bias=False)
         self.norm = nn.LayerNorm(d, eps=1e-6)
@@ -128,28 +144,32 @@ class Pooling(nn.Module):
 
 
 def relative_index(queries: int, keys: int) -> Tensor:
-    """Row of the position table for each pair along one side: (queries, keys), from 0 to ``2 * max(queries,
-    keys) - 2``.
+    """Row of the position table for each pair along one side: int64 ``(queries, keys)``.
 
-    Distances are counted on the finer of the two grids, one side length of which is a multiple of the other.
+    Rows go from 0 to ``2 * max(queries, keys) - 2``. Distances are counted on the finer of the two grids; the
+    side of one is a multiple of the other's.
     """
-    per_query, per_key = max(keys // queries, 1), max(queries // keys, 1)
+    per_query = max(keys // queries, 1)
+    per_key = max(queries // keys, 1)
     return torch.arange(queries)[:, None] * per_query + (keys - 1 - torch.arange(keys)) * per_key
 
 
 class RelativePositions(nn.Module):
-    """Decomposed relative positions (MViTv2): the score of q with a key gains ``q . R_rows[dy] + q .
-    R_columns[dx]``."""
+    """Decomposed relative positions (MViTv2).
+
+    The score of ``q`` with a key gains ``q . R_rows[dy] + q . R_columns[dx]``.
+    """
 
     def __init__(self, dim: int, queries: int, keys: int) -> None:
         super().__init__()
-        self.queries, self.keys = queries, keys
-        self.rows, self.columns = (
-            nn.Parameter(torch.zeros(2 * max(queries, keys) - 1, dim)) for _ in range(2)
-        )
+        self.queries = queries
+        self.keys = keys
+        distances = 2 * max(queries, keys) - 1
+        self.rows = nn.Parameter(torch.zeros(distances, dim))
+        self.columns = nn.Parameter(torch.zeros(distances, dim))
 
     def tables(self) -> tuple[Tensor, Tensor]:
-        """Of rows and of columns: (queries, d, keys)."""
+        """The tables of rows and of columns, (queries, d, keys) each."""
         index = relative_index(self.queries, self.keys).to(self.rows.device)
         return self.rows[index].transpose(1, 2), self.columns[index].transpose(1, 2)
 
@@ -165,34 +185,39 @@ class RelativePositions(nn.Module):
 
 
 class Attention(nn.Module):
-    """Pooling attention of MViT, in MViTv2 with relative positions and residual pooling; published weights
-    stack q, k, v."""
+    """Pooling attention of MViT, in MViTv2 with relative positions and residual pooling."""
 
     def __init__(self, shape: BlockShape, version: int) -> None:
         super().__init__()
-        self.heads, self.scale = shape.heads, shape.head_dim**-0.5
+        self.heads = shape.heads
+        self.scale = shape.head_dim**-0.5
         prefix = 1 if version == 1 else 0
         self.q, self.k, self.v = (nn.Linear(shape.in_dim, shape.dim) for _ in range(3))
-        pools_queries = version == 2 or shape.q_stride > 1
-        self.pool_q: nn.Module = (
-            Pooling(shape, shape.q_stride, prefix) if pools_queries else SplitHeads(shape.heads)
-        )
+        self.pool_q: nn.Module = SplitHeads(shape.heads)
+        if version == 2 or shape.q_stride > 1:
+            self.pool_q = Pooling(shape, shape.q_stride, prefix)
         self.pool_k, self.pool_v = (Pooling(shape, shape.kv_stride, prefix) for _ in range(2))
         self.relative: RelativePositions | None = None
         if version == 2:
-            self.relative = RelativePositions(
-                shape.head_dim, shape.size // shape.q_stride, shape.size // shape.kv_stride
-            )
+            queries = shape.size // shape.q_stride
+            keys = shape.size // shape.kv_stride
+            self.relative = RelativePositions(shape.head_dim, queries, keys)
         self.proj = nn.Linear(shape.dim, shape.dim)
 
     def forward(self, x: Tensor, class_only: bool = False) -> Tensor:
-        """(B, N, C_in) -> (B, N / q_stride**2, C), or (B, 1, C) if the class token alone asks."""
+        """(B, N, C_in) -> (B, N / q_stride**2, C), or (B, 1, C) for ``class_only``.
+
+        There the class token makes the only query.
+        """
         q = self.pool_q(self.q(x[:, :1] if class_only else x))  # (B, heads, Nq, d)
         k, v = self.pool_k(self.k(x)), self.pool_v(self.v(x))  # (B, heads, Nk, d)
         scores = scaled(q @ k.transpose(-2, -1), self.scale)
         if self.relative is None:
-            return self.proj(merge_heads(scores.softmax(-1) @ v))
-        return self.proj(merge_heads(self.relative(q, scores).softmax(-1) @ v + q))  # residual pooling
+            mixed = scores.softmax(-1) @ v
+        else:
+            mixed = self.relative(q, scores).softmax(-1) @ v + q  # residual pooling
+        projected: Tensor = self.proj(merge_heads(mixed))
+        return projected
 
 
 class TokenMaxPool(nn.Module):
@@ -200,7 +225,9 @@ class TokenMaxPool(nn.Module):
 
     def __init__(self, size: int, prefix: int) -> None:
         super().__init__()
-        self.size, self.prefix, self.pool = size, prefix, nn.MaxPool2d(3, stride=2, padding=1)
+        self.size = size
+        self.prefix = prefix
+        self.pool = nn.MaxPool2d(3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, prefix + size**2, C) -> (B, prefix + (size / 2)**2, C)."""
@@ -215,21 +242,25 @@ class MLP(nn.Module):
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        mixed: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return mixed
 
 
 class Block(nn.Module):
-    """Pooling attention and MLP, each with a shortcut; ``shortcut`` is the linear in one of the two where the
-    width changes."""
+    """Pooling attention and MLP, each with a shortcut.
+
+    Where the width changes, the shortcut of one of the two has the linear ``shortcut``.
+    """
 
     def __init__(self, shape: BlockShape, config: MViTConfig, drop_path: float) -> None:
         super().__init__()
-        self.shrinks, self.widens_in_attention = shape.q_stride > 1, shape.in_dim != shape.dim
+        self.shrinks = shape.q_stride > 1
+        self.widens_in_attention = shape.in_dim != shape.dim
         self.norm1 = nn.LayerNorm(shape.in_dim, eps=1e-6)
         self.attn = Attention(shape, config.version)
-        self.pool_skip: nn.Module = (
-            TokenMaxPool(shape.size, 2 - config.version) if self.shrinks else nn.Identity()
-        )
+        self.pool_skip: nn.Module = nn.Identity()
+        if self.shrinks:
+            self.pool_skip = TokenMaxPool(shape.size, 2 - config.version)
         self.norm2 = nn.LayerNorm(shape.dim, eps=1e-6)
         self.mlp = MLP(shape.dim, shape.dim * config.mlp_ratio, shape.out_dim)
         widens = shape.in_dim != shape.out_dim
@@ -237,8 +268,8 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, class_only: bool = False) -> Tensor:
-        """(B, N, C_in) -> (B, N / q_stride**2, C_out), or its first row (B, 1, C_out) if nothing else is
-        read."""
+        """(B, N, C_in) -> (B, N / q_stride**2, C_out), or only its first row (B, 1, C_out) for
+        ``class_only``."""
         y = self.norm1(x)
         if self.shortcut is not None and self.widens_in_attention:
             x = self.shortcut(y)
@@ -246,20 +277,21 @@ class Block(nn.Module):
         y = self.norm2(x)
         if self.shortcut is not None and not self.widens_in_attention:
             x = self.shortcut(y)
-        return x + self.drop_path(self.mlp(y))
+        branch: Tensor = self.drop_path(self.mlp(y))
+        return x + branch
 
 
-class MViT(nn.Module):
+class MViT(Classifier):
     """MViT classifier: float32 ``(N, 3, S, S)`` -> logits ``(N, num_classes)``, ``S = img_size``.
 
     The positions fix the input size; ``load_weights(..., resize=True)`` moves them to another one.
     """
 
-    spec: ClassVar[Any]
-
     def __init__(self, config: MViTConfig, *, img_size: int, num_classes: int) -> None:
         super().__init__()
-        self.config, self.img_size, self.num_classes = config, img_size, num_classes
+        self.config = config
+        self.img_size = img_size
+        self.num_classes = num_classes
         self.class_only = False
         """Whether the last block computes the class token alone in :meth:`forward`: a deployment rewrite."""
         self.embed = nn.Conv2d(3, config.dims[0], 7, stride=4, padding=3)
@@ -285,22 +317,26 @@ class MViT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self._stages(x, self.class_only)[-1]
-        if self.class_token is not None:
-            return self.head(self.norm(tokens[:, 0]))
-        return self.head(self.norm(tokens).mean(1))
+        if self.class_token is None:
+            pooled = self.norm(tokens).mean(1)
+            return self._logits(pooled)
+        return self._logits(self.norm(tokens[:, 0]))
+
+    def _logits(self, features: Tensor) -> Tensor:
+        """(B, C) -> (B, num_classes)."""
+        logits: Tensor = self.head(features)
+        return logits
 
     def _stages(self, x: Tensor, class_only: bool = False) -> list[Tensor]:
-        """Tokens (B, [1 +] N, C) after each stage; with ``class_only`` the class token (B, 1, C) after the
-        last."""
-        if x.shape[-2:] != (self.img_size, self.img_size):
-            raise ValueError(
-                f"this model was built for {self.img_size} pixels, the input is {tuple(x.shape)}"
-            )
-        tokens, done, last = to_tokens(self.embed(x)), [], len(self.blocks) - 1
+        """Tokens (B, [1 +] N, C) after each stage; with ``class_only`` the last are the class token (B, 1,
+        C)."""
+        self.require_size(x)
+        tokens = to_tokens(self.embed(x))
         if self.class_token is not None and self.position_embedding is not None:
-            tokens = (
-                torch.cat((self.class_token.expand(x.shape[0], -1, -1), tokens), 1) + self.position_embedding
-            )
+            classes = self.class_token.expand(x.shape[0], -1, -1)
+            tokens = torch.cat((classes, tokens), 1) + self.position_embedding
+        done: list[Tensor] = []
+        last = len(self.blocks) - 1
         for i, block in enumerate(cast("list[Block]", list(self.blocks))):
             if block.shrinks:
                 done.append(tokens)
@@ -309,8 +345,10 @@ class MViT(nn.Module):
 
 
 def _init(module: nn.Module) -> None:
-    """Truncated normal of 0.02 for linears and everything about positions, biases 0, PyTorch's own for
-    convs."""
+    """Initialisation of the official code.
+
+    Truncated normal of 0.02 for linears, positions and the class token; biases 0; PyTorch's own for convs.
+    """
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)

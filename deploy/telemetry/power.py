@@ -1,5 +1,4 @@
-"""State of the device beside a measurement: :func:`snapshot` reads it once, :class:`PowerMonitor` samples the
-power.
+"""Power beside a measurement: :class:`PowerMonitor` samples it in the background.
 
 What cannot be read becomes a note, never an exception: a latency without its power figure is still a latency.
 """
@@ -7,62 +6,27 @@ What cannot be read becomes a note, never an exception: a latency without its po
 from __future__ import annotations
 
 import math
-import os
-import shutil
-import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from ..errors import InputError, RuntimeMissingError
 from . import dgpu, jetson
-from .dgpu import DGpu
-from .jetson import Clocks, Memory, PowerMode
+from .state import check
 from .tegrastats import TegrastatsPower
+from .tools import find_tool
 
-TOOL_TIMEOUT_S = 3.0
-TOOL_FOLDERS = ("/usr/sbin", "/usr/bin", "/sbin", "/bin")
-"""Searched after ``PATH``: ``nvpmodel`` lies in ``/usr/sbin``, which many users' ``PATH`` lacks."""
 JOIN_TIMEOUT_S = 5.0
+"""Seconds that a sensor has to answer before it is left behind."""
 PHASES = ("before", "during", "after")
-NO_RAILS = "power rails: no power monitor can be read in sysfs; L4T 32 lets only root read it"
-
-T = TypeVar("T")
-Run = Callable[[Sequence[str]], "str | None"]
-
-
-@dataclass(frozen=True)
-class DeviceState:
-    """What a latency report records of the device; empty and ``None`` is what it does not tell.
-
-    Attributes:
-        kind: ``"jetson"``, ``"dgpu"`` (any machine with an NVIDIA GPU that NVML reads) or ``"cpu"``.
-        module, l4t, jetpack: of a Jetson, e.g. ``"NVIDIA Jetson AGX Orin Developer Kit"``, ``"36.4.3"``,
-            ``"6.2"``.
-        power_mode: of ``nvpmodel``.
-        clocks: of ``jetson_clocks --show``, in MHz; ``clocks.locked`` tells whether they may move.
-        temperatures_c: thermal zone -> degrees Celsius.
-        rails_w: power rail -> watts at the moment of the snapshot.
-        memory: total and available, in MB of 2**20 bytes.
-        dgpu: state of the GPU.
-        notes: what could not be read, and why.
-    """
-
-    kind: str
-    module: str | None = None
-    l4t: str | None = None
-    jetpack: str | None = None
-    power_mode: PowerMode | None = None
-    clocks: Clocks | None = None
-    temperatures_c: dict[str, float] = field(default_factory=dict)
-    rails_w: dict[str, float] = field(default_factory=dict)
-    memory: Memory | None = None
-    dgpu: DGpu | None = None
-    notes: list[str] = field(default_factory=list)
+"""Of a measurement, in order: idle, at work, idle."""
+MS_PER_S = 1e3
+"""Milliseconds in a second."""
+NO_RAILS = "power rails: no power monitor can be read in sysfs"
+"""The note where a Jetson's tree holds no labelled channel."""
 
 
 @dataclass(frozen=True)
@@ -96,138 +60,6 @@ class PowerReport:
     notes: list[str]
 
 
-# --- snapshot -------------------------------------------------------------------------------------
-
-
-def find_tool(name: str) -> str | None:
-    """Path of a program, also where the user's ``PATH`` lacks its folder."""
-    return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *TOOL_FOLDERS]))
-
-
-def run_tool(command: Sequence[str]) -> str | None:
-    """Standard output of a tool, whatever its exit code; ``None`` where it is absent or takes longer than 3
-    s.
-
-    No shell, no ``sudo``, no input.
-    """
-    program = find_tool(command[0])
-    if program is None:
-        return None
-    try:
-        done = subprocess.run(
-            [program, *command[1:]],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=TOOL_TIMEOUT_S,
-            check=False,
-            env={**os.environ, "LC_ALL": "C"},
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.decode("utf-8", "replace")
-
-
-def snapshot(root: Path = Path("/"), run: Run = run_tool, gpu_index: int = 0) -> DeviceState:
-    """The state now.
-
-    Args:
-        root: folder that holds ``proc``, ``sys`` and ``etc``.
-        run: runs a command and returns its standard output, ``None`` where it has no answer.
-        gpu_index: which GPU NVML is asked for; a Jetson is not asked.
-
-    Sources: as the functions of :mod:`cmt_edge.deploy.telemetry.jetson` and
-    :mod:`cmt_edge.deploy.telemetry.dgpu`. Raises :class:`InputError` for a root that is no folder and a
-    negative index.
-    """
-    root = Path(root)
-    _check(root, gpu_index)
-    return _jetson(root, run) if jetson.is_jetson(root) else _other(root, gpu_index)
-
-
-def _check(root: Path, gpu_index: int) -> None:
-    if not root.is_dir():
-        raise InputError("not a folder", where=root)
-    if gpu_index < 0:
-        raise InputError(f"no GPU has the index {gpu_index}", remedy="count from 0")
-
-
-def _jetson(root: Path, run: Run) -> DeviceState:
-    notes: list[str] = []
-    module = jetson.read_module(root)
-    if module.l4t is None:
-        notes.append("L4T release: /etc/nv_tegra_release is missing, as in most containers")
-    elif module.l4t not in jetson.JETPACK:
-        notes.append(f"JetPack: the release of L4T {module.l4t} is not in the table")
-    return DeviceState(
-        kind="jetson",
-        module=module.model,
-        l4t=module.l4t,
-        jetpack=module.jetpack,
-        power_mode=_ask(["nvpmodel", "-q"], run, jetson.parse_nvpmodel, notes),
-        clocks=_ask(["jetson_clocks", "--show"], run, jetson.parse_jetson_clocks, notes),
-        temperatures_c=_temperatures(root, notes),
-        rails_w=_rails(root, notes),
-        memory=_memory(root, notes),
-        notes=notes,
-    )
-
-
-def _other(root: Path, gpu_index: int) -> DeviceState:
-    gpu, notes = dgpu.read_dgpu(gpu_index)
-    return DeviceState(
-        kind="dgpu" if gpu else "cpu",
-        temperatures_c=_temperatures(root, notes),
-        memory=_memory(root, notes),
-        dgpu=gpu,
-        notes=notes,
-    )
-
-
-def _temperatures(root: Path, notes: list[str]) -> dict[str, float]:
-    zones = jetson.read_temperatures(root)
-    if not zones:
-        notes.append("temperatures: no thermal zone can be read in /sys/class/thermal")
-    return zones
-
-
-def _rails(root: Path, notes: list[str]) -> dict[str, float]:
-    rails = jetson.read_rails(root)
-    if not rails:
-        notes.append(NO_RAILS)
-    else:
-        notes += [
-            f"power rail {s.name}: cannot be read" for s in jetson.find_rails(root) if s.name not in rails
-        ]
-    return rails
-
-
-def _memory(root: Path, notes: list[str]) -> Memory | None:
-    memory = jetson.memory(root)
-    if memory is None:
-        notes.append("memory: /proc/meminfo cannot be read")
-    return memory
-
-
-def _ask(command: list[str], run: Run, parse: Callable[[str], T | None], notes: list[str]) -> T | None:
-    """What ``parse`` makes of the tool's answer, or ``None`` and a note."""
-    name = " ".join(command)
-    text = run(command)
-    if text is None:
-        notes.append(f"{name}: not found, or no answer within {TOOL_TIMEOUT_S:.0f} s")
-        return None
-    result = parse(text)
-    if result is None:
-        first = text.strip().split("\n")[0][:200]
-        # as a user, jetson_clocks prints one line that says so, on whichever stream
-        refused = "root" in first or (not first and command[0] == "jetson_clocks")
-        notes.append(f"{name} needs root: run with sudo" if refused else f"{name}: {first or 'empty answer'}")
-    return result
-
-
-# --- power ----------------------------------------------------------------------------------------
-
-
 def find_power_sensor(root: Path = Path("/"), gpu_index: int = 0) -> tuple[PowerSensor | None, list[str]]:
     """What measures the total power here, tried once, or ``None`` and the reason.
 
@@ -255,10 +87,12 @@ def _tegrastats_sensor(notes: list[str]) -> tuple[PowerSensor | None, list[str]]
 
 def _rail_sensor(root: Path) -> tuple[PowerSensor | None, list[str]]:
     sensors = {s.name: s for s in jetson.find_rails(root)}
-    names, readable = jetson.total_rails(sensors), jetson.read_rails(root)
+    names = jetson.total_rails(sensors)
     if not names:
         return None, [NO_RAILS]
-    if missing := [n for n in names if n not in readable]:  # a sum without them would be called the total
+    readable = jetson.read_rails(root)
+    missing = [name for name in names if name not in readable]
+    if missing:  # a sum without them would be called the total
         return None, [f"power: {', '.join(missing)} cannot be read"]
     source = names[0] if len(names) == 1 else f"sum of {', '.join(names)}"
     return PowerSensor(source, lambda: sum(sensors[n].watts() for n in names)), []
@@ -275,10 +109,8 @@ def _gpu_sensor(index: int) -> tuple[PowerSensor | None, list[str]]:
     except nvml.NVMLError as exc:
         stack.close()
         return None, [f"power: GPU {index} does not tell it: {exc}"]
-    return (
-        PowerSensor(f"NVML, board power of GPU {index}", lambda: dgpu.power_w(nvml, handle), stack.close),
-        [],
-    )
+    source = f"NVML, board power of GPU {index}"
+    return PowerSensor(source, lambda: dgpu.power_w(nvml, handle), stack.close), []
 
 
 class PowerMonitor:
@@ -293,7 +125,7 @@ class PowerMonitor:
     some seconds.
 
     Args:
-        root, gpu_index: as :func:`snapshot`.
+        root, gpu_index: as :func:`cmt_edge.deploy.telemetry.state.snapshot`.
         interval_s: between two samples; each sample takes a few milliseconds of one core.
         idle_s: how long to sample before and after the body, which waits; 0 leaves at most one sample.
         sensor: instead of what :func:`find_power_sensor` finds.
@@ -312,7 +144,7 @@ class PowerMonitor:
     ) -> None:
         if not (math.isfinite(interval_s) and interval_s > 0 and math.isfinite(idle_s) and idle_s >= 0):
             raise InputError(f"cannot sample every {interval_s} s with {idle_s} s of idle time")
-        _check(Path(root), gpu_index)
+        check(Path(root), gpu_index)
         self._root, self._gpu_index, self._given = Path(root), gpu_index, sensor
         self._interval_s, self._idle_s = interval_s, idle_s
         self._reset()
@@ -430,4 +262,4 @@ class PowerMonitor:
         if not (math.isfinite(latency_ms) and latency_ms > 0) or images < 1:
             raise InputError(f"no energy of {images} images in {latency_ms} ms")
         watts = self.during.watts
-        return None if watts is None else watts * latency_ms / 1e3 / images
+        return None if watts is None else watts * latency_ms / MS_PER_S / images

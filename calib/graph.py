@@ -1,0 +1,426 @@
+"""The one view of an ONNX graph: which node makes a tensor, which nodes read it, which tensors are constants.
+
+Graphs are stored as protobuf. :func:`read_model` opens one as objects of ``onnx_ir``, and :func:`write_model`
+stores it again. In between, these objects are the only index of a graph:
+
+* producers and readers: ``value.producer()``, ``value.uses()``, ``value.is_graph_output()``;
+* constants: ``value.is_initializer()`` and ``value.const_value``, or :func:`array_of`;
+* changes: ``value.replace_all_uses_with``, ``node.replace_input_with``, ``graph.insert_before``,
+  ``graph.remove`` and ``graph.sort`` keep producers and readers up to date.
+
+:func:`open_graph` runs a graph in ONNX Runtime, and :func:`measure_extremes` watches tensors inside it.
+
+The writer of ``onnx_ir`` is not used for nodes that were read, because it changes a file in which nothing was
+changed: it leaves out fields that are set but empty (``doc_string``, ``producer_version``, a domain
+``"ai.onnx"``), it adds an entry of ``value_info`` for every initializer, and it sorts the other entries by
+node. :func:`write_model` changes only what was changed in the view, so that equal graphs keep equal bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx import helper, numpy_helper, shape_inference
+
+QUANTIZE = "QuantizeLinear"
+"""The operation that turns float values into int8 values."""
+
+DEQUANTIZE = "DequantizeLinear"
+"""The operation that turns int8 values into float values."""
+
+MOVES = ("Reshape", "Transpose", "Split", "Slice", "Squeeze", "Unsqueeze", "Flatten")
+"""Operations that only move values."""
+
+ELEMENTWISE = ("Add", "Sub", "Mul", "Div")
+"""Operations of elementwise arithmetic."""
+
+STORED = "stored"
+"""Key in the ``meta`` of a model or a node of the view: the protobuf message that it was read from."""
+
+ONNX_RUNTIME_FATAL = 4
+"""ONNX Runtime's log level at which it prints fatal errors only; other errors are raised."""
+
+EXTREMES = ("ReduceMin", "ReduceMax")
+"""The operations that :func:`measure_extremes` adds to a graph."""
+
+Guard = Callable[[], AbstractContextManager[None]]
+"""Makes a context manager that turns errors of ONNX Runtime into errors of this package."""
+
+Run = Callable[[np.ndarray], list[np.ndarray]]
+"""Runs an opened graph: from a float32 batch ``(N, 3, S, S)`` to its outputs."""
+
+
+@dataclass(frozen=True)
+class _StoredNode:
+    """What a node of the view was read from."""
+
+    message: onnx.NodeProto
+    attributes: tuple[ir.Attr, ...]
+
+
+def read_model(model: onnx.ModelProto) -> ir.Model:
+    """Open a view of ``model``.
+
+    The view shares the tensors of ``model`` and never writes into them: a new value of a constant is set with
+    :func:`set_constant`. Constants must not be renamed for the same reason.
+    """
+    view = ir.from_proto(model)
+    view.meta[STORED] = model
+    for node, message in zip(view.graph, model.graph.node, strict=True):
+        node.meta[STORED] = _StoredNode(message, tuple(node.attributes.values()))
+    return view
+
+
+def read_types(model: onnx.ModelProto) -> ir.Model:
+    """Open a view in which every tensor has the type and shape that ONNX infers.
+
+    Raises:
+        onnx.shape_inference.InferenceError: the types of the graph contradict each other.
+    """
+    view = read_model(model)
+    inferred = shape_inference.infer_shapes(model, strict_mode=True).graph
+    infos = {info.name: info for info in (*inferred.input, *inferred.value_info, *inferred.output)}
+    made = [value for node in view.graph for value in node.outputs]
+    for value in (*view.graph.inputs, *made):
+        if value.name in infos:
+            ir.serde.deserialize_value_info_proto(infos[value.name], value)
+    return view
+
+
+def write_model(view: ir.Model) -> onnx.ModelProto:
+    """Store a view as a new message.
+
+    The header, the declarations of inputs and outputs, and the metadata of nodes that were read are those of
+    the model that was read. Entries of ``value_info`` stay in their order, without those of tensors that no
+    longer exist.
+    """
+    stored: onnx.ModelProto = view.meta[STORED]
+    result = onnx.ModelProto()
+    result.CopyFrom(stored)
+    graph = result.graph
+    del graph.node[:], graph.initializer[:], graph.value_info[:]
+    graph.node.extend(_write_node(node) for node in view.graph)
+    graph.initializer.extend(tensor_of(value) for value in view.graph.initializers.values())
+    made = [value for node in view.graph for value in node.outputs]
+    present = {name_of(value): value for value in (*made, *view.graph.initializers.values())}
+    for info in stored.graph.value_info:
+        value = present.get(info.name)
+        if value is not None:
+            _write_info(graph.value_info.add(), info, value)
+    return result
+
+
+def _write_node(node: ir.Node) -> onnx.NodeProto:
+    stored: _StoredNode | None = node.meta.get(STORED)
+    if stored is None:
+        return ir.to_proto(node)
+    result = onnx.NodeProto()
+    result.CopyFrom(stored.message)
+    if node.name:
+        result.name = node.name
+    result.op_type = node.op_type
+    del result.input[:], result.output[:]
+    result.input.extend(name_of(value) for value in node.inputs)
+    result.output.extend(name_of(value) for value in node.outputs)
+    attributes = tuple(node.attributes.values())
+    if attributes != stored.attributes:
+        del result.attribute[:]
+        result.attribute.extend(ir.to_proto(attribute) for attribute in attributes)
+    return result
+
+
+def _write_info(target: onnx.ValueInfoProto, stored: onnx.ValueInfoProto, value: ir.Value) -> None:
+    target.CopyFrom(stored)
+    if value.dtype is not None and stored.type.HasField("tensor_type"):
+        target.type.tensor_type.elem_type = int(value.dtype)
+
+
+def name_of(value: ir.Value | None) -> str:
+    """The name of a tensor as nodes store it: empty for an optional input or output that is left out."""
+    return (value.name or "") if value is not None else ""
+
+
+def node_name(node: ir.Node) -> str:
+    """The name of ``node``, which is empty if it has none."""
+    return node.name or ""
+
+
+def inputs_of(node: ir.Node) -> list[ir.Value]:
+    """What ``node`` reads, without optional inputs that are left out."""
+    return [value for value in node.inputs if value is not None]
+
+
+def input_of(node: ir.Node, position: int) -> ir.Value:
+    """An input of ``node`` that every valid graph has.
+
+    Raises:
+        IndexError, TypeError: the graph is not valid.
+    """
+    value = node.inputs[position]
+    if value is None:
+        raise TypeError(f"{node.name} ({node.op_type}) has no input {position}")
+    return value
+
+
+def producer_of(value: ir.Value | None) -> ir.Node | None:
+    """The node that makes a tensor; ``None`` for constants, for inputs of the graph and for no tensor."""
+    return value.producer() if value is not None else None
+
+
+def is_constant(value: ir.Value | None) -> bool:
+    """Whether a tensor is an initializer. Results of ``Constant`` nodes are not: see :func:`array_of`."""
+    return value is not None and value.is_initializer()
+
+
+def array_of(value: ir.Value | None) -> np.ndarray | None:
+    """The value of an initializer or of a ``Constant`` node; ``None`` for every other tensor."""
+    if value is None:
+        return None
+    if value.const_value is not None:
+        return value.const_value.numpy()
+    node = value.producer()
+    if node is None or node.op_type != "Constant":
+        return None
+    attribute = next(iter(node.attributes.values()))
+    if attribute.name == "value":
+        return attribute.as_tensor().numpy()
+    return np.array(attribute.value, np.float32 if "float" in attribute.name else np.int64)
+
+
+def constant_array(value: ir.Value | None) -> np.ndarray:
+    """The value of a tensor that is known to be constant.
+
+    Raises:
+        ValueError: it is not.
+    """
+    array = array_of(value)
+    if array is None:
+        raise ValueError(f"the tensor {name_of(value)!r} is not constant")
+    return array
+
+
+def constant_dims(value: ir.Value | None) -> tuple[int, ...] | None:
+    """The shape of an initializer; ``None`` for every other tensor."""
+    if value is None or not value.is_initializer() or value.const_value is None:
+        return None
+    return tuple(value.const_value.shape.numpy())
+
+
+def tensor_of(value: ir.Value) -> onnx.TensorProto:
+    """The message of an initializer, as it is stored; it must not be written into."""
+    tensor = value.const_value
+    if isinstance(tensor, ir.TensorProtoTensor):
+        return tensor.raw
+    if tensor is None:
+        raise ValueError(f"the initializer {value.name!r} has no value")
+    return ir.to_proto(tensor)
+
+
+def add_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """Add an initializer behind those that ``graph`` has."""
+    value = ir.val(name, const_value=ir.Tensor(array, name=name))
+    graph.register_initializer(value)
+    return value
+
+
+def set_constant(value: ir.Value, array: np.ndarray) -> None:
+    """Give an initializer another value, of any shape and type, in the view only."""
+    tensor = ir.Tensor(array, name=value.name)
+    value.const_value = tensor
+    value.dtype = tensor.dtype
+    value.shape = tensor.shape
+
+
+def unfold_constants(graph: ir.Graph) -> None:
+    """Replace ``Constant`` nodes by initializers of the same names, in place."""
+    for node in list(graph):
+        if node.op_type != "Constant":
+            continue
+        value = node.outputs[0]
+        initializer = ir.val(value.name, const_value=_renamed_tensor(value))
+        value.replace_all_uses_with(initializer, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+        graph.register_initializer(initializer)
+
+
+def _renamed_tensor(value: ir.Value) -> ir.TensorProtocol:
+    """The value of a ``Constant`` node, under the name of its output."""
+    node = value.producer()
+    attribute = node.attributes.get("value") if node is not None else None
+    if attribute is None:
+        return ir.Tensor(constant_array(value), name=value.name)
+    tensor = onnx.TensorProto()
+    tensor.CopyFrom(ir.to_proto(attribute.as_tensor()))
+    tensor.name = name_of(value)
+    return ir.TensorProtoTensor(tensor)
+
+
+def make_node(
+    op_type: str,
+    inputs: Sequence[ir.Value | None],
+    output: str,
+    name: str,
+    attributes: dict[str, int] | None = None,
+) -> ir.Node:
+    """A new node with one output, which belongs to no graph yet."""
+    return ir.node(op_type, inputs, attributes, outputs=[ir.val(output)], name=name)
+
+
+def copy_node(node: ir.Node, inputs: Sequence[ir.Value | None], suffix: str) -> ir.Node:
+    """A copy of ``node`` that reads ``inputs``; ``suffix`` is added to its name and to those of its
+    outputs."""
+    copy = ir.Node(
+        node.domain,
+        node.op_type,
+        inputs,
+        tuple(node.attributes.values()),
+        outputs=[ir.val(name_of(value) + suffix) for value in node.outputs],
+        name=node_name(node) + suffix,
+        metadata_props=dict(node.metadata_props),
+    )
+    if STORED in node.meta:
+        copy.meta[STORED] = node.meta[STORED]
+    return copy
+
+
+def detach_readers(value: ir.Value, name: str) -> ir.Value:
+    """Rename a computed tensor, and return a new tensor under its old name, which everything reads instead.
+
+    The caller makes the node that computes the new tensor.
+    """
+    new = ir.val(value.name)
+    value.name = name
+    value.replace_all_uses_with(new, replace_graph_outputs=True)
+    return new
+
+
+def replace_inputs(node: ir.Node, before: ir.Value, after: ir.Value) -> None:
+    """Let ``node`` read ``after`` wherever it reads ``before``."""
+    for position, value in enumerate(node.inputs):
+        if value is before:
+            node.replace_input_with(position, after)
+
+
+def count_readers(value: ir.Value) -> int:
+    """How often a tensor is read: by inputs of nodes, and as an output of the graph."""
+    return len(value.uses()) + value.is_graph_output()
+
+
+def readers_of(value: ir.Value) -> list[ir.Node]:
+    """Nodes that read a tensor, once for each of their inputs that does."""
+    return [use.node for use in value.uses()]
+
+
+def source_of(value: ir.Value | None) -> ir.Node | None:
+    """The node that computed a tensor.
+
+    It looks through operations that only move values (:data:`MOVES`), and through a ``Concat`` of which all
+    inputs are dequantized.
+    """
+    node = producer_of(value)
+    while node is not None and node.op_type in MOVES:
+        node = producer_of(node.inputs[0])
+    if node is None or node.op_type != "Concat":
+        return node
+    sources = [source_of(part) for part in node.inputs]
+    if all(source is not None and source.op_type == DEQUANTIZE for source in sources):
+        return sources[0]
+    return node
+
+
+def remove_unread(graph: ir.Graph) -> None:
+    """Remove nodes and initializers that nothing reads, in place.
+
+    ``onnx_ir``'s own pass also removes empty inputs and optional outputs of the nodes that stay.
+    """
+    for node in reversed(graph):
+        if not any(count_readers(value) for value in node.outputs):
+            graph.remove(node, safe=True)
+    for name, value in list(graph.initializers.items()):
+        if not count_readers(value):
+            del graph.initializers[name]
+
+
+def open_graph(
+    model: onnx.ModelProto, guard: Guard = nullcontext, outputs: Sequence[str] | None = None
+) -> Run:
+    """Open ``model`` in ONNX Runtime on the CPU.
+
+    Args:
+        model: a graph with one input.
+        guard: is entered around every call of ONNX Runtime.
+        outputs: names of the wanted outputs, all by default.
+
+    Returns:
+        A function from a batch, float32 ``(N, 3, S, S)``, to the outputs, ``(N, ...)`` each.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = ONNX_RUNTIME_FATAL
+    with guard():
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    source = model.graph.input[0].name
+
+    def run(batch: np.ndarray) -> list[np.ndarray]:
+        with guard():
+            answers: list[np.ndarray] = session.run(outputs, {source: batch})
+            return answers
+
+    return run
+
+
+def measure_extremes(
+    model: onnx.ModelProto,
+    by_channel: Sequence[str],
+    whole: Sequence[str],
+    batches: Iterable[np.ndarray],
+    guard: Guard = nullcontext,
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The smallest and the largest values of float tensors on each batch.
+
+    They are computed inside the graph, so that no activation has to be copied out.
+
+    Args:
+        model: a graph with one input, not modified.
+        by_channel: tensors ``(N, C, H, W)`` of which each channel has its own extremes.
+        whole: tensors that have one pair of extremes.
+        batches: float32 ``(N, 3, S, S)`` each. Errors that reading them raises pass through unchanged.
+        guard: is entered around every call of ONNX Runtime.
+
+    Returns:
+        For each tensor, two float64 arrays ``(batches, C)``; ``C`` is 1 for those of ``whole``.
+    """
+    names = [*by_channel, *whole]
+    watched, outputs = _watched(model, by_channel, whole)
+    run = open_graph(watched, guard, outputs)
+    seen = [run(batch) for batch in batches]
+    stacked = [
+        np.stack([answers[i].reshape(-1) for answers in seen]).astype(np.float64) for i in range(len(outputs))
+    ]
+    return {name: (stacked[i], stacked[len(names) + i]) for i, name in enumerate(names)}
+
+
+def _watched(
+    model: onnx.ModelProto, by_channel: Sequence[str], whole: Sequence[str]
+) -> tuple[onnx.ModelProto, list[str]]:
+    """A copy of ``model`` with the extremes of tensors as further outputs, and the names of these outputs."""
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    graph = result.graph
+    axes = numpy_helper.from_array(np.array([0, 2, 3], np.int64), "observed_axes")
+    graph.initializer.append(axes)
+    inputs = [*([name, axes.name] for name in by_channel), *([name] for name in whole)]
+    outputs = []
+    for kind in EXTREMES:
+        for i, read in enumerate(inputs):
+            output = f"observed_{kind}_{i}"
+            graph.node.append(helper.make_node(kind, read, [output], output, keepdims=0))
+            graph.output.append(helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None))
+            outputs.append(output)
+    return result, outputs

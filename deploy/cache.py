@@ -1,0 +1,175 @@
+"""The one cache: results that can be made again, kept as files under a key.
+
+An entry is written by one process at a time and appears complete or not at all; the entries that were used
+last stay. A cache is never a reason to fail: what cannot be read is made again, and what cannot be kept is
+returned all the same, with a :class:`CacheWarning`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .errors import OutputError
+from .files import write_atomic, writing
+from .locks import locked
+
+
+class CacheWarning(UserWarning):
+    """A cache cannot be used, so the next run makes again what this one made."""
+
+
+T = TypeVar("T")
+"""The type of a result."""
+Files = tuple[bytes, ...]
+"""The contents of an entry's files, in the order of :attr:`Cache.suffixes`."""
+
+
+def digest_of(key: Any) -> str:
+    """Hex SHA-256 of anything that JSON holds: the name of an entry."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A folder of entries.
+
+    Attributes:
+        folder: is made when the first entry is written.
+        suffixes: an entry is one file for each, ``KEY`` and the suffix; they are written in this order, and
+            an entry exists once the last is there.
+        keep: so many entries stay, those that were used last.
+    """
+
+    folder: Path
+    suffixes: tuple[str, ...]
+    keep: int
+
+    def get(
+        self,
+        key: str,
+        *,
+        decode: Callable[[Files], T | None],
+        make: Callable[[], T],
+        encode: Callable[[T], Files],
+    ) -> T:
+        """What is kept under ``key``, or is made now and kept.
+
+        Others that ask for the same key meanwhile wait for this result.
+
+        Args:
+            key: the name of the entry.
+            decode: makes the result of the files; an exception or ``None`` means that they are of no use.
+            make: makes the result anew; what it raises is raised here.
+            encode: makes the files of the result.
+        """
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self._file(key, self.suffixes[-1])))
+            except OSError as exc:
+                _warn(self.folder, exc)
+                return make()
+            found = self._decoded(key, decode)
+            if found is not None:
+                return found
+            result = make()
+            try:
+                self.write(key, encode(result))
+            except OutputError as exc:
+                _warn(self.folder, exc.why or exc)
+            return result
+
+    def _decoded(self, key: str, decode: Callable[[Files], T | None]) -> T | None:
+        contents = self.read(key)
+        if contents is None:
+            return None
+        with contextlib.suppress(Exception):  # whatever is wrong with an entry, it is made again
+            return decode(contents)
+        return None
+
+    def read(self, key: str) -> Files | None:
+        """The files of an entry, ``None`` where one is missing; marks the entry as used."""
+        files = self._files(key)
+        try:
+            contents = tuple(file.read_bytes() for file in files)
+        except OSError:
+            return None
+        with contextlib.suppress(OSError):
+            for file in files:
+                os.utime(file)
+        return contents
+
+    def write(self, key: str, contents: Sequence[bytes]) -> None:
+        """Keep an entry, and drop those beyond :attr:`keep`; raises :class:`OutputError`."""
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        for file, content in zip(self._files(key), contents, strict=True):
+            write_atomic(file, content)
+        self._evict()
+
+    def _evict(self) -> None:
+        """Drop the entries that were not used for longest; their last file goes first."""
+        last = self.suffixes[-1]
+        entries = sorted(self.folder.glob(f"*{last}"), key=_used, reverse=True)
+        for entry in entries[self.keep :]:
+            for file in reversed(self._files(entry.name.removesuffix(last))):
+                with contextlib.suppress(OSError):
+                    file.unlink()
+
+    def _files(self, key: str) -> list[Path]:
+        return [self._file(key, suffix) for suffix in self.suffixes]
+
+    def _file(self, key: str, suffix: str) -> Path:
+        return self.folder / f"{key}{suffix}"
+
+
+class JsonCache:
+    """Results that JSON holds, under keys that JSON holds; what was asked for once stays in memory.
+
+    Without a folder the results last as long as this object.
+    """
+
+    def __init__(self, folder: Path | None, keep: int) -> None:
+        self._files = Cache(folder, (".json",), keep) if folder else None
+        self._known: dict[str, dict[str, Any]] = {}
+
+    def get(self, key: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What is kept under ``key``, or is made now and kept."""
+        name = digest_of(key)
+        if name not in self._known:
+            self._known[name] = make() if self._files is None else self._kept(self._files, name, make)
+        return self._known[name]
+
+    def _kept(self, files: Cache, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        return files.get(
+            name,
+            decode=_from_json,
+            make=make,
+            encode=lambda result: (json.dumps(result).encode(),),
+        )
+
+
+def _from_json(files: Files) -> dict[str, Any] | None:
+    result = json.loads(files[0])
+    return result if isinstance(result, dict) else None
+
+
+def _used(file: Path) -> float:
+    """When an entry was used last, seconds; another process may just have dropped it."""
+    try:
+        return file.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _warn(folder: Path, why: object) -> None:
+    message = f"the cache {folder} cannot be used ({why}): this result is not kept"
+    warnings.warn(message, CacheWarning, stacklevel=3)

@@ -1,0 +1,156 @@
+"""The statistics behind every figure: percentiles, medians with bootstrap intervals, paired differences.
+
+All intervals are of 95 %. Every random draw has a fixed seed, so the same samples give the same figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+Z95 = 1.959964
+"""Standard deviations on either side of a normal mean that hold 95 % of its values."""
+BOOTSTRAP = 1000
+"""Number of resamples behind an interval."""
+BOUNDS = (2.5, 97.5)
+"""Percentiles between which an interval of 95 % lies."""
+MIN_FOR_P99 = 1000
+"""Number of samples below which the 99th percentile is not given: it would rest on fewer than ten values."""
+EDGE = 100
+"""Number of samples at either end whose medians are compared for drift."""
+NS_PER_MS = 1e6
+"""Nanoseconds in a millisecond."""
+
+
+class Interval(NamedTuple):
+    """The two ends of a 95 % interval."""
+
+    low: float
+    high: float
+
+
+class Ratio(NamedTuple):
+    """A ratio of medians with the two ends of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def interval(self) -> Interval:
+        return Interval(self.low, self.high)
+
+
+class Difference(NamedTuple):
+    """A mean of paired differences in percentage points, and its 95 % interval."""
+
+    mean: float
+    interval: Interval
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of one variant.
+
+    Attributes:
+        count: number of samples.
+        p50, p90, p95, max, mean: of all samples; no outlier is removed.
+        ci: 95 % bootstrap interval of ``p50``.
+        p99: ``None`` below :data:`MIN_FOR_P99` samples.
+        drift: median of the last 100 samples over the median of the first 100, minus 1.
+    """
+
+    count: int
+    p50: float
+    ci: tuple[float, float]
+    p90: float
+    p95: float
+    p99: float | None
+    max: float
+    mean: float
+    drift: float
+
+
+def summarise(samples_ns: Sequence[int] | np.ndarray, seed: int = 0) -> Latency:
+    """Statistics of one variant's samples, ``(count,)`` in nanoseconds."""
+    ms = np.asarray(samples_ns, np.float64) / NS_PER_MS
+    p50, p90, p95, p99 = np.percentile(ms, [50, 90, 95, 99])
+    interval = median_interval(ms, seed)
+    return Latency(
+        count=len(ms),
+        p50=float(p50),
+        ci=(interval.low, interval.high),
+        p90=float(p90),
+        p95=float(p95),
+        p99=float(p99) if len(ms) >= MIN_FOR_P99 else None,
+        max=float(ms.max()),
+        mean=float(ms.mean()),
+        drift=drift(ms),
+    )
+
+
+def drift(values: np.ndarray) -> float:
+    """Median of the last values over the median of the first ones, minus 1."""
+    edge = min(EDGE, max(1, len(values) // 2))
+    first = np.median(values[:edge])
+    last = np.median(values[-edge:])
+    return float(last / first - 1)
+
+
+def median_interval(values: np.ndarray, seed: int = 0) -> Interval:
+    """The bootstrap interval of a median (Efron 1979, percentile method)."""
+    medians = bootstrap_medians(values, np.random.default_rng(seed))
+    return _middle(medians)
+
+
+def ratio_of_medians(base: np.ndarray, other: np.ndarray, seed: int = 0) -> Ratio:
+    """How many times as fast as ``base`` the samples ``other`` are: above 1 is faster."""
+    rng = np.random.default_rng(seed)
+    base_medians = bootstrap_medians(base, rng)
+    other_medians = bootstrap_medians(other, rng)
+    low, high = _middle(base_medians / other_medians)
+    return Ratio(float(np.median(base) / np.median(other)), low, high)
+
+
+def bootstrap_medians(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Medians of :data:`BOOTSTRAP` resamples of ``values``."""
+    n = len(values)
+    medians = [np.median(values[rng.integers(0, n, n)]) for _ in range(BOOTSTRAP)]
+    return np.array(medians)
+
+
+def _middle(values: np.ndarray) -> Interval:
+    """The interval that holds the middle 95 % of ``values``."""
+    low, high = np.percentile(values, BOUNDS)
+    return Interval(float(low), float(high))
+
+
+def paired_drop(reference: np.ndarray, ours: np.ndarray) -> Difference:
+    """Points by which ``ours`` is right less often than ``reference``, image by image.
+
+    Args:
+        reference, ours: bool ``(N,)``, whether each image was answered correctly.
+
+    A single image says nothing about the spread, so its interval is -100 to 100.
+    """
+    difference = reference.astype(np.float64) - ours  # +1 lost, -1 gained
+    n = len(difference)
+    mean = 100 * float(difference.mean())
+    half = 100 * Z95 * float(difference.std(ddof=1)) / n**0.5 if n > 1 else float("inf")
+    return Difference(mean, Interval(max(-100.0, mean - half), min(100.0, mean + half)))
+
+
+def wilson(share: float, count: int) -> Interval:
+    """The interval of a share of ``count`` trials (Wilson 1927).
+
+    Unlike the normal interval it also holds where the share is 0 or 1.
+    """
+    z = Z95**2 / count
+    middle = (share + z / 2) / (1 + z)
+    half = Z95 / (1 + z) * (share * (1 - share) / count + z / (4 * count)) ** 0.5
+    low = max(0.0, min(share, middle - half))
+    high = min(1.0, max(share, middle + half))
+    return Interval(low, high)
