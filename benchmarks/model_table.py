@@ -76,7 +76,7 @@ def main() -> None:
             "",
             *sources,
             "",
-            f"Machine: {describe()['cpu']}, {args.threads} threads.",
+            f"Machine: {describe().cpu}, {args.threads} threads.",
         ]
     )
     if args.output:

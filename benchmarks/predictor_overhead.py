@@ -241,7 +241,7 @@ def main() -> None:
         for path in args.bundles or _exported(Path(folder)):
             report(path, args)
     host = describe()
-    print(f"\n{host['cpu']}, {host['cores']} cores; {', '.join(f'{k} {v}' for k, v in versions().items())}")
+    print(f"\n{host.cpu}, {host.cores} cores; {', '.join(f'{k} {v}' for k, v in versions().items())}")
 
 
 def _exported(folder: Path) -> Iterator[Path]:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from ..backends import get_runtime
-from ..bundle import Bundle
+from ..bundle import Bundle, plain
 from ..children import Child, ChildCrashed, Report, Request, serve
 from ..errors import CmtEdgeError, RuntimeMissingError, StepError
 from ..predictor import Predictor
@@ -136,10 +136,10 @@ class MeasuringProcess:
 
 def _require_isa(isa: str) -> None:
     host = describe()
-    if ISAS[isa].flag not in host["flags"]:
+    if ISAS[isa].flag not in host.flags:
         raise RuntimeMissingError(
             f"this processor has no {isa}, so it cannot be measured here",
-            why=host["cpu"],
+            why=host.cpu,
             remedy="choose another --isa, or leave it out",
         )
 
@@ -181,7 +181,7 @@ def _benchmark(request: Request, report: Report) -> dict[str, Any]:
         with_throughput=False,
         progress=report,
     )
-    return asdict(result)
+    return dict(plain(result))
 
 
 def _kernels(request: Request, _: Report) -> dict[str, float]:

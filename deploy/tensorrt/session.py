@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 import tensorrt as trt
 
-from ..backends.base import DeviceTimes, ExecutedPrecision, LoadOptions, Runtime, Session
+from ..backends.base import DeviceTimes, LoadOptions, Runtime, Session
 from ..bundle import Bundle
+from ..bundle.sections import ExecutedPrecision
 from ..errors import InputError, RuntimeMissingError, StepError
 from .cuda import TO_DEVICE, TO_HOST, Cuda, CudaError, open_cuda
 from .engine import EngineTarget, read_engine

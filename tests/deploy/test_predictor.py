@@ -330,10 +330,8 @@ def test_precision_that_openvino_does_not_know(fp32_bundle):
 
 
 def test_torch_reference_of_other_weights_is_refused(fp32_bundle):
-    model = {
-        **fp32_bundle.manifest.model,
-        "weights": {**fp32_bundle.manifest.model["weights"], "sha256": "0" * 64},
-    }
+    model = fp32_bundle.manifest.model
+    model = replace(model, weights=replace(model.weights, sha256="0" * 64))
     with pytest.raises(BundleError, match="weights"):
         Predictor.load(Bundle(fp32_bundle.path, replace(fp32_bundle.manifest, model=model)), backend="torch")
 

@@ -42,8 +42,8 @@ def export(name, form, precision, folder, size):
 def test_each_family(name, tmp_path):
     """The longest road: float32 graph, int8, float16, linted, verified in ONNX Runtime."""
     made = export(name, "trt", "int8", tmp_path, 64)
-    assert made.manifest.verification["golden"]["passed"]
-    assert made.manifest.typing["operations"]["int8"] > 20
+    assert made.manifest.verification.golden.passed
+    assert made.manifest.typing.operations["int8"] > 20
     assert verify(made, backend="onnxruntime").passed
 
 
@@ -62,7 +62,7 @@ def test_every_model_at_its_published_size(name, tmp_path, capsys):
                 print(
                     f"\n{made.path.name}:",
                     ", ".join(
-                        f"{v.runtime['runtime']} {v.golden.diff:.2g} of {v.golden.atol:.2g}" for v in again
+                        f"{v.runtime.runtime} {v.golden.diff:.2g} of {v.golden.atol:.2g}" for v in again
                     ),
                 )
     TRACED.clear()
