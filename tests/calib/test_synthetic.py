@@ -264,7 +264,7 @@ def test_a_cache_that_cannot_be_written_costs_only_the_keeping(small, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.warns(CacheWarning, match="this result is not kept"):
         made = the_set(small, tmp_path / "file" / "below")
-    assert made.synthesis["cached"] is False
+    assert made.synthesis.cached is False
 
 
 # --- the command ----------------------------------------------------------------------------------
