@@ -168,6 +168,21 @@ def test_commands_need_neither_posix_nor_tensorrt(tmp_path, backend):
     python(WITHOUT_POSIX + COMMANDS, str(bundle.path), str(image), backend)
 
 
+START = """
+import contextlib, io, sys
+from cmt_edge.deploy.cli import predict
+with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+    predict.main(["--help"])
+print(*sorted(name for name in sys.modules if name.startswith("cmt_edge.deploy.")))
+"""
+
+
+def test_cmt_predict_starts_without_what_measures():
+    rooms = {name.split(".")[2] for name in python(START).split()}
+    assert {"predictor", "lanes", "bundle", "backends"} <= rooms
+    assert not {"measure", "report", "tensorrt", "telemetry"} & rooms
+
+
 def imports(name: str) -> list[tuple[str, int]]:
     """Absolute names of everything a module imports, also inside functions, with line numbers."""
     path = FILES[name]
