@@ -77,7 +77,7 @@ def _tegrastats_sensor(notes: list[str]) -> tuple[PowerSensor | None, list[str]]
     """The tool, or ``notes`` of why sysfs could not be read and what the tool lacks."""
     program = find_tool("tegrastats")
     if program is None:
-        return None, [*notes, "power: tegrastats is not here either"]
+        return None, [*notes, "power: tegrastats was not found either"]
     try:
         running = TegrastatsPower([program])
     except OSError as exc:

@@ -406,7 +406,7 @@ def test_a_jetson_without_labelled_rails(tmp_path):
 )
 def test_inner_rails_do_not_stand_in_for_the_total(name, file, note, tmp_path):
     (plant(name, tmp_path) / "sys/bus/i2c/drivers" / file).unlink()
-    assert find_power_sensor(tmp_path) == (None, [note, "power: tegrastats is not here either"])
+    assert find_power_sensor(tmp_path) == (None, [note, "power: tegrastats was not found either"])
 
 
 def tegrastats(folder, body, monkeypatch):
