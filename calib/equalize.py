@@ -40,8 +40,8 @@ from .graph import (
     measure_extremes,
     name_of,
     node_name,
+    open_view,
     producer_of,
-    read_model,
     set_constant,
     write_model,
 )
@@ -106,19 +106,19 @@ def equalize(model: onnx.ModelProto, batches: Iterable[np.ndarray], read: Collec
     Raises:
         StepError: ONNX Runtime cannot run the graph.
     """
-    view = read_model(model)
-    sites = find_sites(view.graph)
-    if not sites:
-        return Equalized(model)
-    tensors = [site.tensor for site in sites]
-    others = sorted(set(read) - set(tensors))
-    extremes = measure_extremes(model, tensors, others, batches, _guarded)
-    for site, tensor in zip(sites, tensors, strict=True):
-        low, high = extremes[tensor]
-        factor = _factor(low.min(0), high.max(0))
-        _rescale(view.graph, site, factor)
-        extremes[tensor] = low / factor, high / factor
-    result = write_model(view)
+    with open_view(model) as view:
+        sites = find_sites(view.graph)
+        if not sites:
+            return Equalized(model)
+        tensors = [site.tensor for site in sites]
+        others = sorted(set(read) - set(tensors))
+        extremes = measure_extremes(model, tensors, others, batches, _guarded)
+        for site, tensor in zip(sites, tensors, strict=True):
+            low, high = extremes[tensor]
+            factor = _factor(low.min(0), high.max(0))
+            _rescale(view.graph, site, factor)
+            extremes[tensor] = low / factor, high / factor
+        result = write_model(view)
     del result.graph.value_info[:]
     return Equalized(result, _telling(extremes))
 

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Mapping
 import onnx
 import onnx_ir as ir
 
-from .graph import is_constant, node_name, read_model
+from .graph import is_constant, node_name, open_view
 from .recipe import is_depthwise
 
 MODULE = "module"
@@ -101,23 +101,25 @@ def _parent(path: str) -> str:
 def groups_of(model: onnx.ModelProto, nodes: Collection[str]) -> dict[str, tuple[str, ...]]:
     """Group -> names of those of ``nodes`` in it, in the graph's order; ``model`` carries the modules'
     names."""
-    chosen = [node for node in read_model(model).graph if node.name in nodes]
-    names = group_names({module_of(node) for node in chosen})
+    with open_view(model) as view:
+        chosen = [(node_name(node), module_of(node)) for node in view.graph if node.name in nodes]
+    names = group_names({module for _, module in chosen})
     groups: dict[str, list[str]] = {}
-    for node in chosen:
-        groups.setdefault(names[module_of(node)], []).append(node_name(node))
+    for node, module in chosen:
+        groups.setdefault(names[module], []).append(node)
     return {group: tuple(members) for group, members in groups.items()}
 
 
 def classes_of(model: onnx.ModelProto, nodes: Collection[str]) -> dict[str, tuple[str, ...]]:
     """As :func:`groups_of`, for the groups that every model has (:data:`CLASSES`)."""
-    chosen = [node for node in read_model(model).graph if node.name in nodes]
-    products = [node for node in chosen if node.op_type in ("MatMul", "Gemm")]
-    members = (
-        [node for node in products if not any(is_constant(value) for value in node.inputs)],
-        [node for node in chosen if is_depthwise(node)],
-        products,
-    )
+    with open_view(model) as view:
+        chosen = [node for node in view.graph if node.name in nodes]
+        products = [node for node in chosen if node.op_type in ("MatMul", "Gemm")]
+        members = (
+            [node for node in products if not any(is_constant(value) for value in node.inputs)],
+            [node for node in chosen if is_depthwise(node)],
+            products,
+        )
     return {
         name: tuple(node_name(node) for node in found) for name, found in zip(CLASSES, members, strict=True)
     }

@@ -10,24 +10,26 @@ import onnx_ir as ir
 
 from cmt_edge.deploy.backends.graph_rules import check_file, check_quantizer
 
-from .graph import DEQUANTIZE, QUANTIZE, constant_dims, read_model, source_of
+from .graph import DEQUANTIZE, QUANTIZE, constant_dims, open_view, source_of
 from .recipe import FLOAT_OPS, INT8_OPS
 
 
 def lint(model: onnx.ModelProto) -> list[str]:
     """Findings, one sentence each; empty if the graph keeps every rule."""
-    graph = read_model(model).graph
     findings = check_file(model)
-    quantized = False
-    for node in graph:
-        if node.op_type in (QUANTIZE, DEQUANTIZE):
-            quantized = True
-            findings += check_quantizer(node)
-        elif node.op_type in FLOAT_OPS:
-            findings += _check_float_operation(node)
-        elif node.op_type in INT8_OPS:
-            findings += _check_int8_operation(node)
-    return findings if quantized else [*findings, "the graph has no quantized operation"]
+    with open_view(model) as view:
+        for node in view.graph:
+            findings += _check_node(node)
+        kinds = {node.op_type for node in view.graph}
+    return findings if kinds & {QUANTIZE, DEQUANTIZE} else [*findings, "the graph has no quantized operation"]
+
+
+def _check_node(node: ir.Node) -> list[str]:
+    if node.op_type in (QUANTIZE, DEQUANTIZE):
+        return check_quantizer(node)
+    if node.op_type in FLOAT_OPS:
+        return _check_float_operation(node)
+    return _check_int8_operation(node) if node.op_type in INT8_OPS else []
 
 
 def _dequantized_inputs(node: ir.Node) -> list[tuple[int, ir.Node]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 
 from .graph import (
@@ -18,10 +17,8 @@ from .graph import (
     make_node,
     node_name,
     producer_of,
-    read_model,
     remove_unread,
     set_constant,
-    write_model,
 )
 from .recipe import INT8_OPS
 
@@ -29,15 +26,14 @@ SIGNED_RANGE = np.float32(255 / 127)
 """How much larger the scale of a signed quantizer is that has the range of an unsigned one."""
 
 
-def sign_quantizers(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of ``model`` in which every unsigned quantizer (of values that are never negative) is a
-    signed one of the same range.
+def sign_quantizers(graph: ir.Graph) -> None:
+    """Turn every unsigned quantizer (of values that are never negative) into a signed one of the same range,
+    in place.
 
     That costs one bit there, but TensorRT reads nothing else, and one kind of activation serves every
     runtime.
     """
-    view = read_model(model)
-    unsigned = [node for node in view.graph if node.op_type in (QUANTIZE, DEQUANTIZE) and _is_unsigned(node)]
+    unsigned = [node for node in graph if node.op_type in (QUANTIZE, DEQUANTIZE) and _is_unsigned(node)]
     for node in unsigned:
         if node.op_type == QUANTIZE:
             node.outputs[0].dtype = ir.DataType.INT8
@@ -46,7 +42,6 @@ def sign_quantizers(model: onnx.ModelProto) -> onnx.ModelProto:
             set_constant(scale, constant_array(scale) * SIGNED_RANGE)
     for zero in dict.fromkeys(input_of(node, 2) for node in unsigned):
         set_constant(zero, constant_array(zero).astype(np.int8))
-    return write_model(view)
 
 
 def _is_unsigned(quantizer: ir.Node) -> bool:
@@ -57,9 +52,9 @@ def _is_unsigned(quantizer: ir.Node) -> bool:
     return zero.dtype == np.uint8 and not zero.any()
 
 
-def move_pairs_to_layers(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of ``model`` in which every pair that a conv or linear reads through moves stands directly
-    before that layer instead.
+def move_pairs_to_layers(graph: ir.Graph) -> None:
+    """Move every pair that a conv or linear reads through moves of values to directly before that layer, in
+    place.
 
     The values are the same where one scale serves the whole tensor. Other pairs stay, and so do those
     that several layers read. OpenVINO moves int8 values more slowly than floats (a transposition of heads
@@ -67,18 +62,16 @@ def move_pairs_to_layers(model: onnx.ModelProto) -> onnx.ModelProto:
     transposition and any ``Concat`` is in the graph: int8 CvT was two to four times farther from PyTorch
     there than in ONNX Runtime.
     """
-    view = read_model(model)
     moved = False
-    for layer in list(view.graph):
+    for layer in list(graph):
         first = _first_move(layer) if layer.op_type in INT8_OPS and _has_weight(layer) else None
         quantizer = _quantizer_before(first) if first is not None else None
         if first is not None and quantizer is not None:
             first.replace_input_with(0, quantizer.inputs[0])
-            _insert_pair(view.graph, layer, quantizer)
+            _insert_pair(graph, layer, quantizer)
             moved = True
     if moved:
-        remove_unread(view.graph)
-    return write_model(view)
+        remove_unread(graph)
 
 
 def _first_move(layer: ir.Node) -> ir.Node | None:

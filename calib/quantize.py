@@ -27,7 +27,7 @@ from cmt_edge.deploy.preprocessing import Preprocess
 
 from .data import CalibrationSet
 from .equalize import Equalized, equalize
-from .graph import input_of, name_of, read_model
+from .graph import input_of, name_of, open_view, write_model
 from .groups import classes_of, groups_of
 from .lint import lint
 from .qdq_pairs import move_pairs_to_layers, sign_quantizers
@@ -217,12 +217,11 @@ def calibrate(
 
 def _read_in_int8(model: onnx.ModelProto, recipe: Recipe) -> set[str]:
     """Tensors that layers may read in int8."""
-    floats = set(recipe.float_nodes(model))
-    layers = [
-        node for node in read_model(model).graph if node.op_type in INT8_OPS and node.name not in floats
-    ]
-    operands = (input_of(node, position) for node in layers for position in (0, 1))
-    return {name_of(value) for value in operands if not value.is_initializer()}
+    with open_view(model) as view:
+        floats = set(recipe.float_nodes_of(view.graph))
+        layers = [node for node in view.graph if node.op_type in INT8_OPS and node.name not in floats]
+        operands = [input_of(node, position) for node in layers for position in (0, 1)]
+        return {name_of(value) for value in operands if not value.is_initializer()}
 
 
 def fill_up(telling: Collection[int], count: int) -> list[int]:
@@ -280,7 +279,10 @@ def _run_nncf(
             why=f"{type(exc).__name__}: {exc}",
             remedy="export fp32 or bf16, and report the model",
         ) from exc
-    return move_pairs_to_layers(sign_quantizers(result))
+    with open_view(result) as view:
+        sign_quantizers(view.graph)
+        move_pairs_to_layers(view.graph)
+        return write_model(view)
 
 
 def _import_nncf() -> Any:

@@ -23,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 
 import onnx
@@ -35,8 +36,8 @@ from .graph import (
     input_of,
     is_constant,
     node_name,
+    open_view,
     producer_of,
-    read_model,
 )
 
 FLOAT_OPS = ("LayerNormalization", "Softmax", "Gelu", "Sigmoid", "Erf", "ReduceMean", "GlobalAveragePool")
@@ -94,19 +95,24 @@ class Recipe:
 
         A name is repeated for each rule that applies.
         """
-        graph = read_model(model).graph
+        with open_view(model) as view:
+            return self.float_nodes_of(view.graph)
+
+    def float_nodes_of(self, graph: ir.Graph) -> list[str]:
+        """:meth:`float_nodes` of a graph that is already open."""
         inner = _inner_depthwise(graph) if self.depthwise and self.equalize else set()
-        names = []
-        for node in graph:
-            rules = (
-                is_depthwise(node) and node not in inner,
-                _reads_image_by_small_filters(node),
-                _reads_softmax(node),
-                _reads_table(node),
-                not self.attention and _multiplies_activations(node),
-            )
-            names += [node_name(node)] * sum(rules)
-        return names
+        return [node_name(node) for node in graph for _ in range(self._count_rules(node, inner))]
+
+    def _count_rules(self, node: ir.Node, inner: Collection[ir.Node]) -> int:
+        """How many rules keep ``node`` float; ``inner``: the depthwise convs that become int8."""
+        rules = (
+            is_depthwise(node) and node not in inner,
+            _reads_image_by_small_filters(node),
+            _reads_softmax(node),
+            _reads_table(node),
+            not self.attention and _multiplies_activations(node),
+        )
+        return sum(rules)
 
 
 DEFAULT = Recipe()
@@ -149,7 +155,8 @@ def _comes_from(value: ir.Value | None, op_type: str) -> bool:
 def inner_depthwise(model: onnx.ModelProto) -> set[str]:
     """Names of depthwise convs that read a dense conv and are read by one alone, with activations and a scale
     and shift between."""
-    return {node_name(node) for node in _inner_depthwise(read_model(model).graph)}
+    with open_view(model) as view:
+        return {node_name(node) for node in _inner_depthwise(view.graph)}
 
 
 def _inner_depthwise(graph: ir.Graph) -> set[ir.Node]:

@@ -23,8 +23,8 @@ from .graph import (
     is_constant,
     name_of,
     node_name,
+    open_view,
     producer_of,
-    read_model,
     readers_of,
     remove_unread,
     replace_inputs,
@@ -40,7 +40,8 @@ SUFFIX = "_float"
 
 def int8_nodes(quantized: onnx.ModelProto) -> list[str]:
     """Names of the operations of a Q/DQ graph that compute in int8, in the graph's order."""
-    return [node_name(node) for node in read_model(quantized).graph if _computes_in_int8(node)]
+    with open_view(quantized) as view:
+        return [node_name(node) for node in view.graph if _computes_in_int8(node)]
 
 
 def _computes_in_int8(node: ir.Node) -> bool:
@@ -64,17 +65,16 @@ def restore(quantized: onnx.ModelProto, original: onnx.ModelProto, nodes: Collec
         operations than ``original`` (after smoothing, for example), so that
             nothing can be restored.
     """
-    source = read_model(original).graph
-    unknown = sorted(set(nodes) - {node_name(node) for node in source})
-    if unknown:
-        raise InputError(
-            f"the graph has no operation {unknown[0]!r}", remedy="name operations of the float graph"
-        )
-    view = read_model(quantized)
-    chosen = [node for node in view.graph if node.name in nodes and _computes_in_int8(node)]
-    if chosen:
-        _Restoration(view.graph, source, chosen).run()
-    return write_model(view)
+    with open_view(original) as source, open_view(quantized) as view:
+        unknown = sorted(set(nodes) - {node_name(node) for node in source.graph})
+        if unknown:
+            raise InputError(
+                f"the graph has no operation {unknown[0]!r}", remedy="name operations of the float graph"
+            )
+        chosen = [node for node in view.graph if node.name in nodes and _computes_in_int8(node)]
+        if chosen:
+            _Restoration(view.graph, source.graph, chosen).run()
+        return write_model(view)
 
 
 class _Restoration:

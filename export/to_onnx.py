@@ -23,7 +23,7 @@ from cmt_edge.calib.graph import (
     array_of,
     make_node,
     open_graph,
-    read_model,
+    open_view,
     readers_of,
     write_model,
 )
@@ -144,15 +144,20 @@ def _batch_freed(model: onnx.ModelProto) -> onnx.ModelProto:
     torch.onnx builds shapes by concatenating constants. Where only reshapes read one, the batch becomes -1;
     elsewhere (class tokens are expanded) it becomes the input's own batch size.
     """
-    view = read_model(model)
-    graph = view.graph
+    with open_view(model) as view:
+        _free_batch(view.graph)
+        result = write_model(view)
+    return _with_ends(result, 0)
+
+
+def _free_batch(graph: ir.Graph) -> None:
+    """See :func:`_batch_freed`, in place."""
     shapes = [node for node in graph if node.op_type == "Concat" and _begins_with_batch(node)]
     opened = add_constant(graph, "open", np.array([-1], np.int64))
     size = make_node("Shape", [graph.inputs[0]], "batch_size", "batch_size", {"end": 1, "start": 0})
     graph.insert_before(graph[0], size)
     for node in shapes:
         node.replace_input_with(0, opened if _is_reshape_only(node) else size.outputs[0])
-    return _with_ends(write_model(view), 0)
 
 
 def _begins_with_batch(concat: ir.Node) -> bool:

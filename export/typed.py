@@ -52,8 +52,8 @@ from cmt_edge.calib.graph import (
     measure_extremes,
     name_of,
     node_name,
+    open_view,
     producer_of,
-    read_types,
     readers_of,
     set_constant,
     source_of,
@@ -153,7 +153,9 @@ def observe(graph: onnx.ModelProto, batches: Iterable[np.ndarray]) -> dict[str, 
     Raises:
         StepError: ONNX Runtime cannot run the graph.
     """
-    names = [name for name, value in _typed_values(read_types(graph)).items() if value.dtype == FLOAT]
+    with open_view(graph, types=True) as view:
+        made = [value for node in view.graph for value in node.outputs]
+        names = [name_of(value) for value in (*view.graph.inputs, *made) if value.dtype == FLOAT]
     guard = functools.partial(guarded, "observe activations")
     extremes = measure_extremes(graph, [], names, batches, guard)
     return {name: float(np.abs([low, high]).max(initial=0.0)) for name, (low, high) in extremes.items()}
@@ -175,15 +177,15 @@ def typed(graph: onnx.ModelProto, precision: str, observed: Mapping[str, float])
         copy = onnx.ModelProto()
         copy.CopyFrom(graph)
         return Typed(copy, _count_operations(copy), largest=largest)
-    with guarded(STEP):
-        view = read_types(graph)
+    with guarded(STEP), open_view(graph, types=True) as view:
         unfold_constants(view.graph)
         islands = _Islands(view.graph, observed).found
         _Conversion(view.graph, islands).run()
         model = write_model(view)
-        del model.graph.value_info[:]
+        found = tuple(islands.values())
+    del model.graph.value_info[:]
     checked(STEP, model)
-    return Typed(model, _count_operations(model), tuple(islands.values()), largest)
+    return Typed(model, _count_operations(model), found, largest)
 
 
 def rounded(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -193,21 +195,26 @@ def rounded(model: onnx.ModelProto) -> onnx.ModelProto:
     overflow would not show. Here it does. Sums inside one operation stay float32 here; a GPU may add in
     float16, for which :data:`SAFETY` leaves room.
     """
-    view = read_types(model)
-    for value in view.graph.initializers.values():
+    with open_view(model, types=True) as view:
+        _round_to_half(view.graph)
+        result = write_model(view)
+    del result.graph.value_info[:]
+    return checked("round to float16", result)
+
+
+def _round_to_half(graph: ir.Graph) -> None:
+    """See :func:`rounded`, in place."""
+    for value in graph.initializers.values():
         if value.dtype == HALF:
             set_constant(value, constant_array(value).astype(np.float32))
-    for node in list(view.graph):
+    for node in list(graph):
         if node.op_type == "Cast" and _converts_floats(node):
             node.op_type = "Identity"
             node.attributes.clear()
         if node.op_type not in MOVES:
             for value in node.outputs:
                 if value.dtype == HALF:
-                    _round_output(view.graph, node, value)
-    result = write_model(view)
-    del result.graph.value_info[:]
-    return checked("round to float16", result)
+                    _round_output(graph, node, value)
 
 
 def _converts_floats(cast: ir.Node) -> bool:
@@ -220,31 +227,26 @@ def _round_output(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
     """Let the readers of ``value`` read it rounded to float16, as float32."""
     name = name_of(value)
     after = detach_readers(value, f"{name}_exact")
-    half = make_node("Cast", [value], f"{name}_rounded", f"{name}_round", {"to": int(HALF)})
-    single = ir.node("Cast", half.outputs, {"to": int(FLOAT)}, outputs=[after], name=f"{name}_widen")
+    half = make_node("Cast", [value], f"{name}_rounded", "", {"to": int(HALF)})
+    single = ir.node("Cast", half.outputs, {"to": int(FLOAT)}, outputs=[after], name="")
     graph.insert_after(node, [half, single])
-
-
-def _typed_values(view: ir.Model) -> dict[str, ir.Value]:
-    """The inputs of a graph and everything that its nodes make, by name."""
-    made = [value for node in view.graph for value in node.outputs]
-    return {name_of(value): value for value in (*view.graph.inputs, *made)}
 
 
 def _count_operations(model: onnx.ModelProto) -> dict[str, int]:
     """The number of computing operations by the precision that they read."""
-    count: Counter[str] = Counter()
-    for node in read_types(model).graph:
-        if node.op_type in NOT_COUNTED:
-            continue
-        kinds = {value.dtype for value in node.outputs}
-        if node.op_type in INT8_OPS and _reads_int8(node):
-            count["int8"] += 1
-        elif HALF in kinds:
-            count["fp16"] += 1
-        elif FLOAT in kinds:
-            count["fp32"] += 1
-    return dict(count)
+    with open_view(model, types=True) as view:
+        precisions = [_precision(node) for node in view.graph if node.op_type not in NOT_COUNTED]
+    return dict(Counter(precision for precision in precisions if precision is not None))
+
+
+def _precision(node: ir.Node) -> str | None:
+    """The precision in which ``node`` computes; ``None`` for an operation on integers."""
+    kinds = {value.dtype for value in node.outputs}
+    if node.op_type in INT8_OPS and _reads_int8(node):
+        return "int8"
+    if HALF in kinds:
+        return "fp16"
+    return "fp32" if FLOAT in kinds else None
 
 
 def _reads_int8(node: ir.Node) -> bool:
