@@ -33,7 +33,7 @@ from .isa import ISAS
 
 CHUNK = 32
 """Images that go through the model at once, at least."""
-SWITCHES = ("OV_CPU_MAX_ISA", "ONEDNN_MAX_CPU_ISA")
+SWITCHES: tuple[str, ...] = ("OV_CPU_MAX_ISA", "ONEDNN_MAX_CPU_ISA")
 """Environment variables that limit OpenVINO, and oneDNN within it."""
 OWN_CHOICE = "mlas"
 """In the name of kernels that ask the CPU themselves and heed no switch."""

@@ -23,7 +23,7 @@ from ..bundle import ENGINES, Bundle, Manifest, plain
 from ..bundle.sections import EngineEntry, EngineKey, GoldenCheck
 from ..errors import GateError, InputError, OutputError, RuntimeMissingError
 from ..files import writing
-from ..locks import lock_descriptor
+from ..locks import try_lock
 from ..measure.benchmark import Benchmark, Protocol, benchmark, golden_batch, summary, sustained
 from ..measure.parity import check_golden
 from ..predictor import Predictor
@@ -133,12 +133,10 @@ def _claim(folder: Path, descriptor: int) -> None:
     """Lock the folder until ``descriptor`` is closed."""
     if not os.access(folder, os.W_OK):
         raise OutputError("cannot write here", where=folder, remedy="copy the bundle to a writable folder")
-    try:
-        lock_descriptor(descriptor, wait=False)
-    except OSError as exc:
+    if not try_lock(descriptor):
         raise OutputError(
             "another build of this bundle is running", where=folder, remedy="wait for it to end"
-        ) from exc
+        )
 
 
 @contextlib.contextmanager

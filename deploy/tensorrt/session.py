@@ -96,6 +96,8 @@ class TensorRTSession(Session):
         self._cuda, self._index = cuda, index
         self._enter()
         self.device = cuda.gpu(index).name
+        self._runtime: Any
+        self._engine: Any
         self._runtime, self._engine = _deserialised(plan)
         self._input, self._outputs = self._names(outputs)
         self._most = self._largest_batch()
