@@ -19,10 +19,15 @@ from .generated import generate
 
 GENERATED = "generated"
 """The name that asks for images made by :mod:`cmt_edge.calib.generated` instead of a folder."""
+
 SYNTHETIC = "synthetic"
 """The name that asks for images made from the model by :mod:`cmt_edge.calib.synthetic`."""
-DEFAULT_SIZE = 300
+
+DEFAULT_COUNT = 300
+"""Number of images unless another one is asked for."""
+
 GENERATED_SEED = 20
+"""Seed of generated images; the seed that is asked for is added to it."""
 
 
 @dataclass(frozen=True)
@@ -33,32 +38,37 @@ class CalibrationSet:
         source: what the user gave, for the manifest (a folder's last two parts, never a whole path).
         fingerprint: SHA-256 over the contents of the chosen images, in order.
         count: number of images.
-        synthesis: of synthetic images, how they came about.
+        synthesis: how synthetic images were made; ``None`` for others.
+        files: images that are read when they are needed.
+        blobs: encoded images in memory, where there are no files.
     """
 
     source: str
     fingerprint: str
     count: int
     synthesis: dict[str, Any] | None = None
-    _images: ImageSet | None = field(default=None, repr=False)
-    _blobs: tuple[bytes, ...] = field(default=(), repr=False)
+    files: ImageSet | None = field(default=None, repr=False)
+    blobs: tuple[bytes, ...] = field(default=(), repr=False)
 
     @classmethod
     def choose(cls, data: str | Path, size: int | None, spec: Preprocess, seed: int = 0) -> CalibrationSet:
-        """``size`` images of ``data`` (default: 300, or all where there are fewer), the classes in equal
-        parts.
+        """Choose images; each class gives the same number, as far as it has them.
 
-        ``data`` is a folder, ``ARCHIVE.tar[/FOLDER]``, or ``"generated"``.
+        Args:
+            data: a folder, ``ARCHIVE.tar[/FOLDER]``, or ``"generated"``.
+            size: number of images (default: 300, or all where there are fewer).
+            spec: the model's preprocessing.
+            seed: of the choice, and of generated images.
 
         Raises:
-            DataError: no images, or fewer than asked for; ``"synthetic"``, whose images are made from a
-                model.
+            DataError: ``data`` has no images, or fewer than asked for; or it is ``"synthetic"``, whose images
+                need a model.
         """
         if size is not None and size < 1:
             raise DataError(f"{size} calibration images were asked for", remedy="ask for 1 or more")
         if str(data) == GENERATED:
-            blobs = tuple(generate(size or DEFAULT_SIZE, spec.size, seed=GENERATED_SEED + seed))
-            return cls(GENERATED, fingerprint(map(digest, blobs)), len(blobs), _blobs=blobs)
+            blobs = generate(size or DEFAULT_COUNT, spec.size, seed=GENERATED_SEED + seed)
+            return cls.of_blobs(GENERATED, blobs)
         if str(data) == SYNTHETIC:
             raise DataError(
                 "synthetic images are made from a model",
@@ -71,32 +81,45 @@ class CalibrationSet:
                 where=data,
                 remedy=f"give more images, or --calib-size {len(images)}",
             )
-        chosen = images.select(_spread(images.items, min(size or DEFAULT_SIZE, len(images)), seed))
-        total = fingerprint(digest(chosen.read(item)) for item in chosen)
-        return cls("/".join(Path(data).parts[-2:]), total, len(chosen), _images=chosen)
+        count = min(size or DEFAULT_COUNT, len(images))
+        chosen = images.select(_spread(images.items, count, seed))
+        total = combine_digests(digest(chosen.read(item)) for item in chosen)
+        return cls("/".join(Path(data).parts[-2:]), total, len(chosen), files=chosen)
+
+    @classmethod
+    def of_blobs(
+        cls, source: str, images: Iterable[bytes], synthesis: dict[str, Any] | None = None
+    ) -> CalibrationSet:
+        """A set of encoded images that are in memory."""
+        blobs = tuple(images)
+        return cls(source, combine_digests(map(digest, blobs)), len(blobs), synthesis, blobs=blobs)
 
     def batches(self, spec: Preprocess) -> Iterator[np.ndarray]:
-        """Each image as float32 ``(1, 3, S, S)``: calibration never depends on the export's batch size."""
+        """Each image as float32 ``(1, 3, S, S)``, so that calibration never depends on the export's batch
+        size."""
         for blob, name in self._encoded():
             yield preprocess(NamedBytes(blob, name), spec)[None]
 
     def _encoded(self) -> Iterator[tuple[bytes, str]]:
-        if self._images is None:
-            yield from ((blob, f"{self.source} image {i}") for i, blob in enumerate(self._blobs))
+        """Each image as in its file, with a name for messages."""
+        if self.files is None:
+            for i, blob in enumerate(self.blobs):
+                yield blob, f"{self.source} image {i}"
         else:
-            yield from ((self._images.read(item), item.name) for item in self._images)
+            for item in self.files:
+                yield self.files.read(item), item.name
 
     def __len__(self) -> int:
         return self.count
 
     def describe(self) -> dict[str, Any]:
-        """For the manifest."""
+        """The manifest's entry."""
         entry = {"source": self.source, "images": self.count, "fingerprint": self.fingerprint}
         return entry if self.synthesis is None else entry | {"synthesis": self.synthesis}
 
 
 def _spread(items: list[Item], count: int, seed: int) -> list[Item]:
-    """``count`` items, shuffled with ``seed``, taking the classes in turn."""
+    """``count`` items, shuffled with ``seed``; the classes take turns."""
     rng = random.Random(seed)
     by_class: dict[str | None, list[Item]] = {}
     for item in items:
@@ -112,8 +135,8 @@ def _spread(items: list[Item], count: int, seed: int) -> list[Item]:
     return chosen
 
 
-def fingerprint(digests: Iterable[str]) -> str:
-    """One hex SHA-256 of many."""
+def combine_digests(digests: Iterable[str]) -> str:
+    """One SHA-256, in hex, of many."""
     total = hashlib.sha256()
     for one in digests:
         total.update(one.encode())

@@ -2,9 +2,9 @@
 of photographs.
 
 Overlapping discs and polygons with power-law sizes reproduce the scale invariance and occlusion statistics of
-natural images (Lee, Mumford and Huang, IJCV 2001); 1/f noise inside the shapes adds texture. They serve where
-no data set is at hand: golden vectors, and calibration when it is asked for by name. Real images calibrate
-better.
+natural images (Lee, Mumford and Huang, IJCV 2001); 1/f noise inside the shapes adds texture. They are used
+where no data set is needed: for golden vectors, and for calibration when a user asks for them by name. Real
+images calibrate better.
 """
 
 from __future__ import annotations
@@ -16,12 +16,17 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 ASPECT = 1.25
+"""Width of an image divided by its height."""
+
 SHAPES = 90
+"""Number of discs and polygons in an image."""
 
 
 def generate(count: int, size: int, seed: int = 0) -> list[bytes]:
-    """``count`` landscape images of ``size`` pixels height as encoded PNG; equal arguments give equal
-    pixels."""
+    """``count`` images as encoded PNG, ``size`` pixels high and wider than that.
+
+    Equal arguments give equal pixels.
+    """
     rng = np.random.default_rng(seed)
     return [_encode(dead_leaves(round(size * ASPECT), size, rng)) for _ in range(count)]
 
@@ -47,7 +52,7 @@ def dead_leaves(width: int, height: int, rng: np.random.Generator) -> Image.Imag
 def _power_law(rng: np.random.Generator, low: float, high: float) -> float:
     """A radius with density proportional to r**-3, which makes the picture scale-invariant."""
     u = rng.uniform()
-    return (low**-2 + u * (high**-2 - low**-2)) ** -0.5
+    return math.pow(low**-2 + u * (high**-2 - low**-2), -0.5)
 
 
 def _leaf(
@@ -57,6 +62,7 @@ def _leaf(
     radius: float,
     colour: tuple[int, ...],
 ) -> None:
+    """Draw a disc or a polygon."""
     x, y = centre
     if rng.uniform() < 0.5:
         stretch = rng.uniform(0.5, 1.0)
@@ -68,6 +74,7 @@ def _leaf(
 
 
 def _colour(rng: np.random.Generator, tint: np.ndarray, spread: float) -> tuple[int, ...]:
+    """Red, green and blue near ``tint``; ``spread`` is the standard deviation of the brightness."""
     light = rng.normal(0, spread)
     return tuple(int(v) for v in np.clip(tint + light + rng.normal(0, spread / 2, 3), 0, 255))
 
@@ -78,11 +85,11 @@ def _pink_noise(rng: np.random.Generator, height: int, width: int) -> np.ndarray
     frequency[0, 0] = 1.0
     spectrum = np.fft.rfft2(rng.standard_normal((height, width))) / frequency
     spectrum[0, 0] = 0
-    noise = np.fft.irfft2(spectrum, (height, width))
-    return noise / noise.std()
+    noise: np.ndarray = np.fft.irfft2(spectrum, (height, width))
+    return noise / float(noise.std())
 
 
 def _encode(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1)  # most of the time otherwise
+    image.save(buffer, "PNG", compress_level=1)  # a higher level would take most of the time
     return buffer.getvalue()

@@ -1,5 +1,4 @@
-"""Calibration images made from the model itself: optimised until what every batch norm sees looks like its
-training data.
+"""Calibration images made from the model itself: every batch norm sees the statistics of its training data.
 
 A batch norm keeps the mean and variance that each of its input channels had in training. Images are optimised
 so that a batch of them has the same statistics (Cai et al., "ZeroQ", CVPR 2020; Yin et al., "Dreaming to
@@ -7,7 +6,7 @@ Distill" (DeepInversion), CVPR 2020, section 3.2; Haroush et al., "The Knowledge
 start from the dead leaves of :mod:`cmt_edge.calib.generated`, not from noise, and end as 8-bit images that go
 through the same preprocessing as photographs.
 
-The only module of this package that needs torch; nothing here imports it but the export.
+This is the only module of ``calib`` that needs torch; only the export imports it.
 """
 
 from __future__ import annotations
@@ -27,43 +26,64 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from cmt_edge.deploy.cache import Cache, Files
 from cmt_edge.deploy.errors import InputError, StepError
-from cmt_edge.deploy.images import digest
 from cmt_edge.deploy.preprocessing import Preprocess, pixels
 
-from .data import SYNTHETIC, CalibrationSet, fingerprint
+from .data import SYNTHETIC, CalibrationSet
 from .generated import generate
 
-DEFAULT_SIZE = 64
-"""Images made unless told otherwise, half of it above 128 pixels for the time it takes; ranges are means over
-images, and need no more."""
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
+"""The modules that keep statistics of their training data."""
+
+DEFAULT_COUNT = 64
+"""Number of images unless another one is asked for; above 128 pixels half of it, because they take longer.
+
+Ranges are means over images, and more images do not change them.
+"""
+
 STEPS = 20
+"""Optimisation steps of each batch."""
+
 LEARNING_RATE = 0.02
-"""Of Adam, in pixel values 0..1, falling to 0 along a cosine."""
+"""Of Adam, in pixel values from 0 to 1; it falls to 0 along a cosine."""
+
 FALL = 1.5
 """The amplitude of what is added to an image falls with the frequency to this power."""
-TIME_LIMIT_S = 240.0
-SEED = 40
-CACHED_SETS = 10
-"""So many sets of images are kept; the oldest go first."""
-VERSION = 1
-"""Of the algorithm; part of the cache's key."""
 
-_BATCH_PIXELS, _SMALLEST_BATCH, _LARGEST_BATCH = 400_000, 8, 50
+TIME_LIMIT_S = 240.0
+"""Seconds after which no further step starts."""
+
+SEED = 40
+"""Seed of the images at the start; the seed that is asked for is added to it."""
+
+CACHED_SETS = 10
+"""Number of sets of images that the cache keeps; the oldest go first."""
+
+VERSION = 1
+"""Number of the algorithm, part of the cache's key."""
+
+BATCH_PIXELS = 400_000
+"""Pixels that a batch of images may have."""
+
+SMALLEST_BATCH = 8
+"""Least number of images in a batch, whatever their size: fewer have no useful statistics."""
+
+LARGEST_BATCH = 50
+"""Largest number of images in a batch, however small they are."""
 
 
 @dataclass(frozen=True)
 class Synthesis:
-    """How the images came about, for the manifest.
+    """How the images were made, for the manifest.
 
     Attributes:
-        seed: of the images they started from.
-        steps, steps_asked: of the optimisation; fewer where the time was up, then the least of all batches.
-        loss_before, loss_after: distance of the batch statistics from the model's (:func:`synthesise`), of
-            8-bit images.
+        seed: of the images at the start.
+        steps: optimisation steps taken, of the batch with the fewest.
+        steps_asked: optimisation steps asked for; more than ``steps`` where the time was up.
+        loss_before: distance of the batch statistics from the model's (see :func:`synthesise`) at the start.
+        loss_after: the same distance of the finished 8-bit images.
     """
 
     seed: int
@@ -74,12 +94,13 @@ class Synthesis:
 
     @property
     def stopped_early(self) -> bool:
+        """Whether the time was up before all steps were taken."""
         return self.steps < self.steps_asked
 
 
-def default_size(spec: Preprocess) -> int:
-    """How many images are made unless told otherwise."""
-    return DEFAULT_SIZE if spec.size <= 128 else DEFAULT_SIZE // 2
+def default_count(spec: Preprocess) -> int:
+    """Number of images unless another one is asked for."""
+    return DEFAULT_COUNT if spec.size <= 128 else DEFAULT_COUNT // 2
 
 
 def synthesise(
@@ -100,7 +121,7 @@ def synthesise(
     out.
 
     Args:
-        model: takes float32 ``(N, 3, S, S)``; not modified.
+        model: takes float32 ``(N, 3, S, S)``; it stays as it is.
         count: number of images.
         spec: the model's preprocessing.
         seed: of the images to start from.
@@ -109,39 +130,75 @@ def synthesise(
         progress: called with steps done and their number.
 
     Returns:
-        ``(count, size, size, 3)`` uint8 and how they came about.
+        Images ``(count, size, size, 3)`` uint8, and how they were made.
 
     Raises:
         InputError: the model has no batch norm with statistics of training.
         StepError: the loss is not finite.
     """
     norms = require_statistics(model)
-    start = np.stack([pixels(blob, spec) for blob in generate(count, spec.size, seed=SEED + seed)])
-    values = torch.from_numpy(start).permute(0, 3, 1, 2).float() / 255  # (N, 3, S, S)
-    batches = values.split(
-        _even(count, max(_SMALLEST_BATCH, min(_LARGEST_BATCH, _BATCH_PIXELS // spec.size**2)))
-    )
+    batches = _starting_batches(count, spec, seed)
     distance = _Distance(model, norms, spec, batches[0][:1])
-    begin, made, taken, before, after = time.monotonic(), [], [], [], []
+    begin = time.monotonic()
+    made = []
     for i, batch in enumerate(batches):
-        before.append(distance.of(batch))
+
+        def tick(step: int, earlier: int = i * steps) -> None:
+            if progress is not None:
+                progress(earlier + step, len(batches) * steps)
+
         deadline = begin + time_limit_s * (i + 1) / len(batches)
-        tick = (
-            None if progress is None else (lambda step, i=i: progress(i * steps + step, len(batches) * steps))
-        )
-        result, done = _optimise(distance, batch, steps, deadline, tick)
-        made.append(result.mul(255).round().to(torch.uint8))
-        taken.append(done)
-        after.append(distance.of(made[-1] / 255))
-    sizes = [len(b) for b in batches]
-    losses = [float(np.average(all_, weights=sizes)) for all_ in (before, after)]
-    if not all(map(math.isfinite, losses)):
+        made.append(_synthesise_batch(distance, batch, steps, deadline, tick))
+    images = torch.cat([batch.images for batch in made]).permute(0, 2, 3, 1).contiguous().numpy()
+    return images, _summarise(made, seed, steps)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Finished images, uint8 ``(N, 3, S, S)``, and how they were made (see :class:`Synthesis`)."""
+
+    images: Tensor
+    steps: int
+    loss_before: float
+    loss_after: float
+
+
+def _synthesise_batch(
+    distance: _Distance, start: Tensor, steps: int, deadline: float, tick: Callable[[int], None]
+) -> _Batch:
+    before = distance.of(start)
+    values, taken = _optimise(distance, start, steps, deadline, tick)
+    images = values.mul(255).round().to(torch.uint8)
+    return _Batch(images, taken, before, distance.of(images / 255))
+
+
+def _summarise(batches: list[_Batch], seed: int, steps: int) -> Synthesis:
+    """How all images were made; raises :class:`StepError` if a loss is not finite."""
+    sizes = [len(batch.images) for batch in batches]
+    before = float(np.average([batch.loss_before for batch in batches], weights=sizes))
+    after = float(np.average([batch.loss_after for batch in batches], weights=sizes))
+    if not (math.isfinite(before) and math.isfinite(after)):
         raise StepError(
             "synthetic images cannot be made: the statistics of the model's activations are not finite",
             remedy="check the weights; or calibrate with --data FOLDER or --data generated",
         )
-    images = torch.cat(made).permute(0, 2, 3, 1).contiguous().numpy()
-    return images, Synthesis(seed, min(taken), steps, *losses)
+    return Synthesis(seed, min(batch.steps for batch in batches), steps, before, after)
+
+
+def _starting_batches(count: int, spec: Preprocess, seed: int) -> list[Tensor]:
+    """Generated images as float32 ``(N, 3, S, S)`` with values from 0 to 1, in batches of nearly equal
+    size."""
+    encoded = generate(count, spec.size, seed=SEED + seed)
+    images = torch.from_numpy(np.stack([pixels(blob, spec) for blob in encoded]))
+    values = images.permute(0, 3, 1, 2).float() / 255
+    largest = max(SMALLEST_BATCH, min(LARGEST_BATCH, BATCH_PIXELS // spec.size**2))
+    return list(torch.split(values, batch_sizes(count, largest)))
+
+
+def batch_sizes(count: int, largest: int) -> list[int]:
+    """Sizes of batches of at most ``largest`` for ``count`` images, as equal as possible."""
+    parts = -(-count // largest)
+    return [count // parts + (i < count % parts) for i in range(parts)]
 
 
 def synthetic_set(
@@ -156,24 +213,24 @@ def synthetic_set(
     time_limit_s: float = TIME_LIMIT_S,
     progress: Callable[[int, int], None] | None = None,
 ) -> CalibrationSet:
-    """The images of :func:`synthesise` as a calibration set; made once for the same weights and settings.
+    """The images of :func:`synthesise` as a calibration set, made once for the same weights and settings.
 
     Args:
         weights: identifies the model and its weights, for the cache.
-        cache: folder of sets of images.
-        model, count, spec, seed, steps, time_limit_s, progress: as :func:`synthesise`, which also says what
-            is raised.
+        cache: folder of the sets of images; ``None`` keeps none.
+        model, count, spec, seed, steps, time_limit_s, progress: as for :func:`synthesise`, which also says
+            what is raised.
     """
     require_statistics(model)
 
-    def make() -> _Made:
+    def make() -> Made:
         images, how = synthesise(
             model, count, spec, seed, steps=steps, time_limit_s=time_limit_s, progress=progress
         )
-        return _Made(images, how, cached=False)
+        return Made(images, how, cached=False)
 
     if cache is None:
-        return _as_set(make(), spec)
+        return as_set(make(), spec)
     parts = [weights, count, spec, seed, steps, time_limit_s, LEARNING_RATE, FALL, VERSION]
     parts += [metadata.version("torch"), metadata.version("numpy"), metadata.version("pillow")]
     shape = (count, spec.size, spec.size, 3)
@@ -183,72 +240,81 @@ def synthetic_set(
         make=make,
         encode=_as_files,
     )
-    return _as_set(made, spec)
+    return as_set(made, spec)
 
 
 @dataclass(frozen=True)
-class _Made:
-    """Images, uint8 ``(count, S, S, 3)``, how they were made, and whether that was in an earlier run."""
+class Made:
+    """Images that were made from a model.
+
+    Attributes:
+        images: uint8 ``(count, S, S, 3)``.
+        how: how they were made.
+        cached: whether an earlier run made them.
+    """
 
     images: np.ndarray
     how: Synthesis
     cached: bool
 
 
-def _as_files(made: _Made) -> Files:
+def _as_files(made: Made) -> Files:
     buffer = io.BytesIO()
     np.savez(buffer, images=made.images, synthesis=json.dumps(asdict(made.how)))
     return (buffer.getvalue(),)
 
 
-def _from_file(content: bytes, shape: tuple[int, ...]) -> _Made | None:
+def _from_file(content: bytes, shape: tuple[int, ...]) -> Made | None:
     """An entry of the cache; ``None`` where its images have another shape."""
     with np.load(io.BytesIO(content), allow_pickle=False) as stored:
         images, how = stored["images"], Synthesis(**json.loads(str(stored["synthesis"])))
     if images.shape != shape or images.dtype != np.uint8:
         return None
-    return _Made(images, how, cached=True)
+    return Made(images, how, cached=True)
 
 
-def require_statistics(model: nn.Module) -> list[_BatchNorm]:
-    """The batch norms of ``model`` that training has given statistics; raises :class:`InputError` where there
-    is none."""
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-    trained = [m for m in norms if _has_statistics(m)]
-    if not trained:
-        why = (
-            "it has no batch norm, whose statistics the images are made from"
-            if not norms
-            else (f"its {len(norms)} batch norms hold no statistics of training (mean 0, variance 1)")
-        )
-        raise InputError(
-            "synthetic images cannot be made for this model",
-            why=why,
-            remedy="--data FOLDER with typical images, or --data generated",
-        )
-    return trained
+def require_statistics(model: nn.Module) -> list[BatchNorm]:
+    """The batch norms of ``model`` that have statistics of training.
+
+    Raises :class:`InputError` where there is none.
+    """
+    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
+    trained = [norm for norm in norms if _has_statistics(norm)]
+    if trained:
+        return trained
+    why = "it has no batch norm, and the images are made from the statistics of batch norms"
+    if norms:
+        why = f"its {len(norms)} batch norms hold no statistics of training (mean 0, variance 1)"
+    raise InputError(
+        "synthetic images cannot be made for this model",
+        why=why,
+        remedy="--data FOLDER with typical images, or --data generated",
+    )
 
 
-def _has_statistics(norm: _BatchNorm) -> bool:
+def _has_statistics(norm: BatchNorm) -> bool:
     mean, variance = norm.running_mean, norm.running_var
-    return mean is not None and variance is not None and not bool((mean == 0).all() and (variance == 1).all())
+    if mean is None or variance is None:
+        return False
+    return not bool((mean == 0).all() and (variance == 1).all())
 
 
 class _Distance:
     """The loss of :func:`synthesise`, on a copy of the model."""
 
-    def __init__(self, model: nn.Module, norms: list[_BatchNorm], spec: Preprocess, sample: Tensor) -> None:
+    def __init__(self, model: nn.Module, norms: list[BatchNorm], spec: Preprocess, sample: Tensor) -> None:
         chosen = {name for name, module in model.named_modules() if any(module is n for n in norms)}
         self._model = copy.deepcopy(model).eval().requires_grad_(False)
         for name, module in self._model.named_modules():
             if name in chosen:
                 module.register_forward_pre_hook(self._observe)
-        self._mean, self._std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (spec.mean, spec.std))
+        self._mean = torch.tensor(spec.mean).reshape(1, 3, 1, 1)
+        self._std = torch.tensor(spec.std).reshape(1, 3, 1, 1)
         self._terms: list[Tensor] = []
-        self.layout = torch.channels_last  # the faster one on CPUs
+        self.layout = torch.channels_last  # the faster layout on CPUs
         try:
             self.of(sample)
-        except RuntimeError:  # a model that takes views of its maps needs the other one
+        except RuntimeError:  # a model that takes views of its maps needs the other layout
             self.layout = torch.contiguous_format
 
     def __call__(self, values: Tensor) -> Tensor:
@@ -263,20 +329,21 @@ class _Distance:
         with torch.no_grad():
             return float(self(values))
 
-    def _observe(self, norm: _BatchNorm, inputs: tuple[Tensor, ...]) -> None:
+    def _observe(self, norm: BatchNorm, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0]
         assert norm.running_mean is not None
         assert norm.running_var is not None
         variance, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1], correction=0)
         expected = (norm.running_var + norm.eps).sqrt()
-        shift, spread = (mean - norm.running_mean) / expected, (variance + norm.eps).sqrt() / expected
+        shift = (mean - norm.running_mean) / expected
+        spread = (variance + norm.eps).sqrt() / expected
         self._terms.append((shift.square() + (spread - 1).square()).mean())
 
 
 def _optimise(
-    distance: _Distance, start: Tensor, steps: int, deadline: float, tick: Callable[[int], None] | None
+    distance: _Distance, start: Tensor, steps: int, deadline: float, tick: Callable[[int], None]
 ) -> tuple[Tensor, int]:
-    """``(N, 3, S, S)`` in 0..1, and the steps taken until the deadline.
+    """Images ``(N, 3, S, S)`` with values from 0 to 1, and the number of steps taken until the deadline.
 
     What is added to ``start`` is optimised as a spectrum in which fine detail weighs less, as in photographs
     (Olah et al., "Feature Visualization", Distill 2017, "preconditioning"). Optimised pixels turn into a
@@ -295,38 +362,30 @@ def _optimise(
     while taken < steps and time.monotonic() < deadline:
         adam.param_groups[0]["lr"] = LEARNING_RATE * (1 + math.cos(math.pi * taken / steps)) / 2
         adam.zero_grad()
-        distance(values()).backward()
+        torch.autograd.backward(distance(values()))
         adam.step()
         taken += 1
-        if tick:
-            tick(taken)
+        tick(taken)
     return values().detach(), taken
 
 
 def _amplitude(size: int) -> Tensor:
     """``(size, size // 2 + 1)``: 1 / frequency ** ``FALL``, of mean square 1."""
-    frequency = torch.hypot(torch.fft.fftfreq(size)[:, None], torch.fft.rfftfreq(size)[None]).clamp_min(
-        1 / size
-    )
-    amplitude = frequency**-FALL
+    rows = torch.fft.fftfreq(size)[:, None]
+    columns = torch.fft.rfftfreq(size)[None]
+    amplitude = torch.hypot(rows, columns).clamp_min(1 / size).pow(-FALL)
     return amplitude / amplitude.square().mean().sqrt()
 
 
-def _even(count: int, largest: int) -> list[int]:
-    """Sizes of batches of at most ``largest``, as equal as can be."""
-    parts = -(-count // largest)
-    return [count // parts + (i < count % parts) for i in range(parts)]
-
-
-def _as_set(made: _Made, spec: Preprocess) -> CalibrationSet:
-    blobs = tuple(_encoded(made.images, spec))
+def as_set(made: Made, spec: Preprocess) -> CalibrationSet:
+    """The images as a calibration set."""
     story = asdict(made.how) | {"stopped_early": made.how.stopped_early, "cached": made.cached}
-    return CalibrationSet(SYNTHETIC, fingerprint(map(digest, blobs)), len(blobs), story, _blobs=blobs)
+    return CalibrationSet.of_blobs(SYNTHETIC, _encode(made.images, spec), story)
 
 
-def _encoded(images: np.ndarray, spec: Preprocess) -> Iterator[bytes]:
-    """PNGs of which preprocessing gives exactly ``images``: what the centre crop takes away is added around
-    them."""
+def _encode(images: np.ndarray, spec: Preprocess) -> Iterator[bytes]:
+    """PNGs that preprocessing turns into exactly ``images``: they have a frame, which the centre crop takes
+    away."""
     edge = (spec.short_side or spec.size) - spec.size
     near = round(edge / 2)
     for image in images:

@@ -75,6 +75,7 @@ def _download(url: str, partial: Path) -> None:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
             _receive(response, partial, have if response.status == 206 else 0)
     except urllib.error.HTTPError as exc:
+        exc.close()
         if exc.code != 416 or not have:  # 416: nothing left to send, or a stale partial file
             raise
         if (exc.headers.get("Content-Range") or "").rpartition("/")[2] != str(have):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
+"""A layer that can take a scale and a shift."""
 
 
 def norm_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:

@@ -50,6 +50,7 @@ from .layers import DropPath, ResidualDepthwise
 from .spec import Rewrite
 
 Model = TypeVar("Model", bound=nn.Module)
+"""The class of a model, which :func:`fuse` keeps."""
 
 QUERY_SHIFT = 0.5
 """Added to each channel of a normalised token where a product carries a number (:func:`attention_over_keys`).

@@ -199,7 +199,9 @@ def _compare(target: StateDict, ours: StateDict) -> _Mismatch:
         missing=[key for key in target if key not in ours],
         unexpected=[key for key in ours if key not in target],
         wrong_shape=[key for key in shared if ours[key].shape != target[key].shape],
-        wrong_type=[key for key in shared if (key in floating) != target[key].is_floating_point()],
+        wrong_type=[
+            key for key in shared if ours[key].is_floating_point() != target[key].is_floating_point()
+        ],
         not_finite=[key for key in floating if not bool(ours[key].isfinite().all())],
     )
 

@@ -8,11 +8,9 @@ from __future__ import annotations
 import hashlib
 import os
 import tarfile
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
 from .errors import DataError
 from .preprocessing import EXTENSIONS, MAX_BYTES
@@ -32,8 +30,7 @@ class Item:
 
 
 class ImageSet(Sequence[Item]):
-    """Images below ``path``, sorted by name. Thread-safe; holds one open file for an archive until
-    :meth:`close`.
+    """Images below ``path``, sorted by name. Thread-safe; no file stays open between two reads.
 
     Raises:
         DataError: no such place, not readable, no images, a damaged archive, or class folders mixed with
@@ -43,8 +40,6 @@ class ImageSet(Sequence[Item]):
     def __init__(self, path: str | Path, items: list[Item] | None = None) -> None:
         self.path = Path(path)
         self._archive, self._prefix = _split(self.path)
-        self._lock = threading.Lock()
-        self._file: BinaryIO | None = None
         if items is None:
             items = _scan_tar(self._archive, self._prefix) if self._archive else _scan_folder(self.path)
             items = _labelled(sorted(items, key=lambda i: i.name), self.path)
@@ -73,21 +68,13 @@ class ImageSet(Sequence[Item]):
         try:
             if self._archive is None:
                 return (self.path / item.name).read_bytes()
-            with self._lock:
-                if self._file is None:
-                    self._file = open(self._archive, "rb")  # noqa: SIM115  # kept until close()
-                self._file.seek(item.offset)
-                return self._file.read(item.size)
+            with open(self._archive, "rb") as archive:
+                archive.seek(item.offset)
+                return archive.read(item.size)
         except OSError as exc:
             raise DataError(
                 "cannot be read", where=self.path / item.name, why=exc.strerror, remedy="check it"
             ) from exc
-
-    def close(self) -> None:
-        with self._lock:
-            if self._file is not None:
-                self._file.close()
-                self._file = None
 
 
 def digest(data: bytes) -> str:

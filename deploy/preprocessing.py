@@ -227,6 +227,7 @@ def _open(source: str | Path | bytes | BinaryIO, name: object) -> Image.Image:
         raise _too_large(name, f"{count} bytes, the cap is {MAX_BYTES}")
     image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
+        image.close()
         raise _too_large(name, f"{image.width} x {image.height} pixels, the cap is {MAX_PIXELS}")
     return image
 

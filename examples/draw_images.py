@@ -12,10 +12,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 SIZE = 256
+"""Height and width of a picture in pixels."""
 
 
 def canvas(top: tuple[int, int, int], bottom: tuple[int, int, int]) -> Image.Image:
-    """A vertical gradient with a little grain."""
+    """A vertical gradient from one colour to another, with a little grain."""
     t = np.linspace(0, 1, SIZE)[:, None, None]
     values = (1 - t) * np.array(top) + t * np.array(bottom) + np.zeros((SIZE, SIZE, 3))
     grain = np.random.default_rng(0).normal(0, 4, (SIZE, SIZE, 1))
@@ -23,6 +24,7 @@ def canvas(top: tuple[int, int, int], bottom: tuple[int, int, int]) -> Image.Ima
 
 
 def ship() -> Image.Image:
+    """A ship at sea."""
     image = canvas((150, 190, 230), (215, 225, 235))
     d = ImageDraw.Draw(image)
     d.rectangle((0, 165, 256, 256), fill=(35, 75, 120))
@@ -38,6 +40,7 @@ def ship() -> Image.Image:
 
 
 def airplane() -> Image.Image:
+    """An airplane in the sky."""
     image = canvas((90, 150, 220), (190, 215, 240))
     d = ImageDraw.Draw(image)
     d.ellipse((30, 112, 226, 146), fill=(230, 232, 238))
@@ -51,6 +54,7 @@ def airplane() -> Image.Image:
 
 
 def automobile() -> Image.Image:
+    """A red car from the side."""
     image = canvas((200, 215, 225), (180, 190, 190))
     d = ImageDraw.Draw(image)
     d.rectangle((0, 175, 256, 256), fill=(95, 95, 98))
@@ -66,6 +70,7 @@ def automobile() -> Image.Image:
 
 
 def truck() -> Image.Image:
+    """A lorry with a blue cab."""
     image = canvas((185, 205, 230), (215, 215, 205))
     d = ImageDraw.Draw(image)
     d.rectangle((0, 190, 256, 256), fill=(110, 108, 104))
@@ -79,9 +84,11 @@ def truck() -> Image.Image:
 
 
 DRAWINGS = {"airplane": airplane, "automobile": automobile, "ship": ship, "truck": truck}
+"""Each class and the function that draws it."""
 
 
 def main(folder: Path) -> None:
+    """Write all pictures to ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, draw in DRAWINGS.items():
         draw().filter(ImageFilter.GaussianBlur(1.2)).save(folder / f"{name}.png")

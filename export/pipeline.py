@@ -18,7 +18,7 @@ from torch import nn
 from cmt_edge.calib import CalibrationSet, quantize
 from cmt_edge.calib.data import SYNTHETIC
 from cmt_edge.calib.generated import generate
-from cmt_edge.calib.synthetic import default_size, synthetic_set
+from cmt_edge.calib.synthetic import default_count, synthetic_set
 from cmt_edge.cmt import count_params, fuse, labels_of, macs, weights_fingerprint, with_head
 from cmt_edge.cmt.reference import PROVIDER, load_reference
 from cmt_edge.cmt.weights import LoadedWeights
@@ -231,7 +231,7 @@ def _images(config: ExportConfig, model: nn.Module, progress: Progress) -> Calib
 
 def synthetic_count(config: ExportConfig) -> int:
     """How many synthetic images an export makes: those asked for, for fp16 never more than are observed."""
-    count = default_size(config.preprocess) if config.calib_size is None else config.calib_size
+    count = default_count(config.preprocess) if config.calib_size is None else config.calib_size
     return count if config.precision in ("int8", "auto") else min(count, OBSERVED_IMAGES)
 
 

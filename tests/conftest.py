@@ -79,7 +79,8 @@ def gpu_machine(monkeypatch, tmp_path):
     Child processes see the fakes too. ``FAKE_TRT`` and ``FAKE_CUDA`` in the environment make them fail.
     """
     monkeypatch.syspath_prepend(str(FAKES))
-    monkeypatch.setenv("PYTHONPATH", str(FAKES))
+    children = [str(FAKES), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(children))
     monkeypatch.setenv("CMT_EDGE_STATE", str(tmp_path / "state"))
     monkeypatch.setenv("CMT_EDGE_CACHE", str(tmp_path / "cache"))
     trace = tmp_path / "deserialized.log"

@@ -73,7 +73,7 @@ def test_each_rewrite_is_exact_alone_and_all_together():
 
 
 @pytest.mark.parametrize(("form", "precision"), [("openvino", "fp32"), ("openvino", "int8"), ("trt", "fp16")])
-def test_it_goes_the_whole_road(tmp_path, form, precision):
+def test_it_is_exported_and_verified(tmp_path, form, precision):
     data = {"data": "generated", "calib_size": 8} if precision == "int8" else {}
     made = run(
         ExportConfig(

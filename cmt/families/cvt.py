@@ -285,10 +285,6 @@ REWRITES = (
 _FIGURES = "official README; MACs and parameters counted on the official code"
 """Where the figures come from."""
 
-_CVT13 = CvTConfig((64, 192, 384), (1, 2, 10), (1, 3, 6))
-_CVT21 = CvTConfig((64, 192, 384), (1, 4, 16), (1, 3, 6))
-_W24 = CvTConfig((192, 768, 1024), (2, 2, 20), (3, 12, 16))
-
 
 def _spec(
     name: str,
@@ -321,6 +317,11 @@ def _spec(
 
 
 # fmt: off
+_CVT13 = CvTConfig((64, 192, 384), (1, 2, 10), (1, 3, 6))
+_CVT21 = CvTConfig((64, 192, 384), (1, 4, 16), (1, 3, 6))
+_W24 = CvTConfig((192, 768, 1024), (2, 2, 20), (3, 12, 16))
+"""Widths, depths and heads of the variants, one number for each stage."""
+
 SPECS = (
     #     name        size  config   params             macs  top-1   pre-trained on
     _spec("cvt_13",     224, _CVT13,  19_997_480,   4_566_089_216, "81.6", "IN-1k"),

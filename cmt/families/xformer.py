@@ -162,13 +162,13 @@ class CrossFeatureAttention(nn.Module):
         q, k, v = (split_heads(t, self.heads) for t in (self.q(x), self.k(x), self.v(x)))
         q = q if self.q_scale == 1 else q * self.q_scale
         k = k if self.k_scale == 1 else k * self.k_scale
-        y = v @ self._cosines(k.mT, q)  # (B, heads, N, d)
+        y = v @ self.cosines(k.mT, q)  # (B, heads, N, d)
         if self.temperature is not None:
             y = y * self.temperature[:, None, None]
         mixed: Tensor = self.proj(merge_heads(y))
         return mixed
 
-    def _cosines(self, k: Tensor, q: Tensor) -> Tensor:
+    def cosines(self, k: Tensor, q: Tensor) -> Tensor:
         """``k`` (B, heads, d, N), ``q`` (B, heads, N, d) -> (B, heads, d, d)."""
         k_factor = self._inverse_length(k, -1)  # (B, heads, d, 1)
         q_factor = self._inverse_length(q, -2)  # (B, heads, 1, d)
@@ -366,6 +366,7 @@ _READING = XFormerConfig(
     dims=   (    0,  128,  192,  256),
     layers= (    0,    2,    4,    3),
 )
+"""The configuration of the one variant."""
 # fmt: on
 
 SPECS = (

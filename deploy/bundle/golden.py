@@ -58,7 +58,7 @@ def save_reference(path: Path, top1: dict[str, int]) -> None:
 def open_npz(path: Path) -> Iterator[Any]:
     """An ``.npz`` opened without pickle, damage as a typed error."""
     try:
-        with np.load(path, allow_pickle=False) as data:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as data:  # closed after damage too
             yield data
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as exc:
         raise broken("cannot be read", path, exc) from exc

@@ -1,4 +1,7 @@
-"""The graph of the trained cmt_nano, float and quantized, for the tests of calibration."""
+"""The graph of the trained cmt_nano, float and quantized, for the tests of calibration.
+
+The fixtures are made once a session, so that a test must not change them.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from cmt_edge.export.to_onnx import export_onnx, simplify
 from helpers.calibration import IMAGES, SPEC
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def graph() -> onnx.ModelProto:
     """The simplified float graph of the trained cmt_nano."""
     model = create_model("cmt_nano")
@@ -20,16 +23,16 @@ def graph() -> onnx.ModelProto:
     return simplify(export_onnx(fuse(model), 64, OPSET))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def data() -> CalibrationSet:
     return CalibrationSet.choose("generated", IMAGES, SPEC)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("calibrated") / "made" / "on demand"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def quantized(graph, data, cache):
     return quantize(graph, data, SPEC, cache=cache)

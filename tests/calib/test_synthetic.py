@@ -113,14 +113,14 @@ def test_equal_seeds_give_equal_images(small):
 
 @pytest.mark.parametrize(("count", "batches"), [(1, [1]), (50, [50]), (51, [26, 25]), (101, [34, 34, 33])])
 def test_batches_are_even(count, batches):
-    assert synthetic._even(count, 50) == batches
+    assert synthetic.batch_sizes(count, 50) == batches
 
 
 @pytest.mark.parametrize("spec", [SPEC, CROPPED], ids=["whole", "cropped"])
 def test_preprocessing_gives_exactly_the_images_that_were_made(small, spec):
     images, how = synthesise(small, 3, spec, steps=2)
-    made = synthetic._as_set(synthetic._Made(images, how, cached=False), spec)
-    assert np.array_equal(np.stack([pixels(blob, spec) for blob in made._blobs]), images)
+    made = synthetic.as_set(synthetic.Made(images, how, cached=False), spec)
+    assert np.array_equal(np.stack([pixels(blob, spec) for blob in made.blobs]), images)
     assert [b.shape for b in made.batches(spec)] == [(1, 3, SIZE, SIZE)] * 3
 
 
@@ -130,7 +130,8 @@ def test_the_model_is_left_alone(small):
     assert weights_fingerprint(small) == before
     assert [p.requires_grad for p in small.parameters()] == flags
     assert all(p.grad is None for p in small.parameters())
-    assert not any(m._forward_pre_hooks for m in small.modules())
+    hooks = [m._forward_pre_hooks for m in small.modules()]  # noqa: SLF001  # torch has no public list
+    assert not any(hooks)
 
 
 def test_progress_counts_every_step(small):
@@ -207,7 +208,7 @@ def test_a_cached_set_is_the_same_without_work(small, tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic, "synthesise", None)
     again = the_set(small, tmp_path)
     assert again.fingerprint == first.fingerprint
-    assert again._blobs == first._blobs
+    assert again.blobs == first.blobs
     assert again.synthesis == first.synthesis | {"cached": True}
     assert first.synthesis["cached"] is False
 
@@ -240,7 +241,7 @@ def test_a_damaged_entry_is_made_again(small, tmp_path, damage):
         )
     again = the_set(small, tmp_path)
     assert again.synthesis["cached"] is False
-    assert again._blobs == first._blobs
+    assert again.blobs == first.blobs
     assert the_set(small, tmp_path).synthesis["cached"] is True
 
 

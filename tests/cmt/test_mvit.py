@@ -13,14 +13,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from cmt_edge.cmt import count_params, create_model, fuse, load_pretrained, load_weights, macs, model_spec
-from cmt_edge.cmt.families.mvit import (
-    ConstantPositions,
-    JointPooling,
-    adapt,
-    resize_position_embedding,
-    resize_relative,
-    rewrites_of,
-)
 from cmt_edge.cmt.families.mvit.model import (
     Attention,
     MViT,
@@ -31,6 +23,8 @@ from cmt_edge.cmt.families.mvit.model import (
     block_shapes,
     relative_index,
 )
+from cmt_edge.cmt.families.mvit.published import adapt, resize_position_embedding, resize_relative
+from cmt_edge.cmt.families.mvit.rewrites import ConstantPositions, JointPooling, rewrites_of
 from cmt_edge.cmt.folding import PlainNorm
 from cmt_edge.cmt.layers import DropPath
 from cmt_edge.cmt.spec import Rewrite

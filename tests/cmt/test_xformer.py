@@ -158,7 +158,7 @@ def test_attention_is_safe_in_float16(kind, divide_scores):
     q, k = q.half() / 32, k.half() / 32
     attn = attention()
     attn.divide_scores = divide_scores
-    exact, half = attn._cosines(k.double().mT, q.double()), attn._cosines(k.mT, q)
+    exact, half = attn.cosines(k.double().mT, q.double()), attn.cosines(k.mT, q)
     assert half.dtype == torch.float16
     assert exact.abs().max() <= 1
     assert half.isfinite().all()

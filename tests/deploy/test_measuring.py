@@ -105,9 +105,10 @@ def test_kernels_beyond_the_limit_are_refused(monkeypatch):
 
 def test_the_switches_are_set_in_the_child_only(monkeypatch):
     monkeypatch.setattr(measuring, "describe", lambda: {"flags": ["avx2"], "cpu": "new"})
-    assert MeasuringProcess("avx2").child.environment == dict.fromkeys(measuring.SWITCHES, "AVX2")
-    assert not set(measuring.SWITCHES) & set(os.environ)
-    assert MeasuringProcess().child.environment == {}
+    with MeasuringProcess("avx2") as limited, MeasuringProcess() as unlimited:
+        assert limited.child.environment == dict.fromkeys(measuring.SWITCHES, "AVX2")
+        assert not set(measuring.SWITCHES) & set(os.environ)
+        assert unlimited.child.environment == {}
 
 
 def test_int8_hardware(monkeypatch):

@@ -20,7 +20,7 @@ from helpers.cli import failed, succeeded
 from helpers.exports import content, nano
 from helpers.images import labelled
 
-pytestmark = pytest.mark.usefixtures("one_trace", "quick_exports")
+pytestmark = pytest.mark.usefixtures("quick_exports")
 
 MEASURED = ("logits", "benchmark", "kernels")
 
