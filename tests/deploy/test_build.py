@@ -309,7 +309,7 @@ def builders_of(process) -> list[int]:
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         listing = subprocess.run(
-            ["ps", "-o", "pid=,args=", "--ppid", str(process.pid)],
+            ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(process.pid)],
             capture_output=True,
             text=True,
             check=False,

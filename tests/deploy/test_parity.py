@@ -92,7 +92,6 @@ def test_top1_on_images_against_pytorch(fp32_bundle, cifar):
     assert len(result.reference_answers) == 50
     assert seen[-1] == (50, 50)
     assert seen == sorted(seen)
-    data.close()
 
 
 def test_int8_against_an_fp32_bundle_needs_no_torch(int8_bundle, fp32_bundle, cifar, no_torch):
@@ -103,7 +102,6 @@ def test_int8_against_an_fp32_bundle_needs_no_torch(int8_bundle, fp32_bundle, ci
         assert result.data.agreement >= 90
         assert result.data.reference_source.startswith("openvino")
         assert other.predict([]) == []
-    data.close()
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +123,6 @@ def test_tampered_model_fails_its_golden_check(tampered, onnx_bundle):
 def test_tampered_model_fails_on_images(tampered, cifar):
     data = ImageSet(cifar / "test")
     result = verify(tampered, data=data, limit=50, atol=1e9, threads=1)
-    data.close()
     assert result.golden.passed
     assert not result.data.passed
     assert not result.passed
@@ -137,7 +134,6 @@ def test_tampered_model_fails_on_images(tampered, cifar):
 def test_large_max_drop_lets_it_pass(tampered, cifar):
     data = ImageSet(cifar / "test")
     assert verify(tampered, data=data, limit=10, atol=1e9, max_drop=100, threads=1).passed
-    data.close()
 
 
 # --- golden ---------------------------------------------------------------------------------------
@@ -365,7 +361,6 @@ def test_real_bundle_verifies_without_pytorch_after_recording(fp32_bundle, tmp_p
     )
     with pytest.raises(RuntimeMissingError):
         verify(recorded, data=data, limit=30)
-    data.close()
 
 
 def test_no_reference_at_all(bundle, tmp_path, no_torch):

@@ -250,7 +250,6 @@ def test_int8_bundle_agrees_on_the_class(int8_bundle, cifar, name):
     sources = [images.read(item) for item in images.items[::100]]
     sides = [Predictor.load(int8_bundle, backend=runtime, threads=1) for runtime in (name, "torch")]
     ours, theirs = ([q.label for q in side.stream(sources)] for side in sides)
-    images.close()
     assert np.mean([a == b for a, b in zip(ours, theirs, strict=True)]) >= 0.9
 
 
