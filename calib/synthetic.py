@@ -357,7 +357,8 @@ def _optimise(
 
     def values() -> Tensor:
         added = torch.fft.irfft2(torch.view_as_complex(spectrum) * amplitude, s=(size, size), norm="ortho")
-        return (start + added).clamp(0, 1)
+        image: Tensor = (start + added).clamp(0, 1)
+        return image
 
     taken = 0
     while taken < steps and time.monotonic() < deadline:
