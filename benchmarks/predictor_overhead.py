@@ -291,7 +291,7 @@ def main() -> None:
             report(path, args)
     print(f"\n{own_time()}")
     host = describe()
-    print(f"\n{host['cpu']}, {host['cores']} cores; {', '.join(f'{k} {v}' for k, v in versions().items())}")
+    print(f"\n{host.cpu}, {host.cores} cores; {', '.join(f'{k} {v}' for k, v in versions().items())}")
 
 
 def _exported(folder: Path) -> Iterator[Path]:
