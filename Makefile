@@ -29,7 +29,7 @@ check: $(READY)
 test-light:
 	$(PYTHON) -m venv --clear $(LIGHT)
 	$(LIGHT)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test-light]"
-	$(LIGHT)/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not giant" tests/deploy tests/test_light.py
+	$(LIGHT)/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not giant" tests/deploy tests/test_docs.py
 
 # A figure, not a gate. The pages lie in htmlcov/.
 coverage: $(READY)

@@ -45,8 +45,9 @@ TAIL_CHARACTERS = 2000
 SOURCE = str(Path(__file__).absolute().parents[2])
 """The folder that holds ``cmt_edge``. It is not resolved: in a checkout the path leads through a link."""
 START = """\
-import importlib, runpy, sys, typing
+import sys
 sys.path[:] = [folder for folder in sys.path if folder]
+import importlib, runpy, typing
 source, module = sys.argv[1:]
 sys.path.insert(0, source)
 import cmt_edge
@@ -55,7 +56,8 @@ del sys.argv[1:]
 runpy.run_module(module, run_name="__main__", alter_sys=True)
 """
 """What the child runs first: it takes the working directory (an empty entry) off its import path, which
-``PYTHONSAFEPATH`` does only from Python 3.11 on, and imports the parent's ``cmt_edge`` before any other."""
+``PYTHONSAFEPATH`` does only from Python 3.11 on, and imports the parent's ``cmt_edge`` before any other. The
+modules that both need are imported before ``source`` is on the path, which may be ``site-packages``."""
 
 
 class ChildCrashed(Exception):
