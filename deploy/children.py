@@ -45,8 +45,9 @@ TAIL_CHARACTERS = 2000
 SOURCE = str(Path(__file__).absolute().parents[2])
 """The folder that holds ``cmt_edge``. It is not resolved: in a checkout the path leads through a link."""
 START = """\
-import importlib, runpy, sys, typing
+import sys
 sys.path[:] = [folder for folder in sys.path if folder]
+import importlib, runpy, typing
 source, module = sys.argv[1:]
 sys.path.insert(0, source)
 import cmt_edge
