@@ -568,5 +568,5 @@ def test_energy_of_nothing(latency, images):
 def test_energy_is_power_times_time_for_each_image(latency, images, watts):
     monitor = PowerMonitor()
     assert monitor.energy_per_inference(latency, images) is None
-    monitor._samples["during"] = [watts]  # noqa: SLF001 - readings without waiting for a thread
+    monitor._samples["during"] = [watts]
     assert monitor.energy_per_inference(latency, images) * images == pytest.approx(watts * latency / 1000)

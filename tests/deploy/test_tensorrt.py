@@ -268,7 +268,7 @@ def test_two_gpus_in_one_thread(backend, monkeypatch):
     monkeypatch.setenv("FAKE_GPUS", "2")
     runtime = importlib.import_module("cuda.bindings.runtime")
     first, second = session(backend), session(backend)
-    second._index = 1  # noqa: SLF001 - a second GPU, which the fake opens as the first
+    second._index = 1
     monkeypatch.setattr(
         runtime,
         "cudaMalloc",
