@@ -54,6 +54,7 @@ from cmt_edge.cmt.reference import load_reference
 from cmt_edge.deploy.backends import Session
 from cmt_edge.deploy.backends.openvino import has_bf16
 from cmt_edge.deploy.backends.torch import TorchSession
+from cmt_edge.deploy.bundle import plain
 from cmt_edge.deploy.files import write_atomic
 from cmt_edge.deploy.measure.benchmark import Protocol, bound, interleaved
 from cmt_edge.deploy.measure.host import describe, versions
@@ -363,7 +364,7 @@ def main() -> None:
         bench = Bench(model, images, truth, Path(folder), args, protocol_of(args))
         variants = ablate(bench)
     content = {
-        "machine": describe(),
+        "machine": plain(describe()),
         "versions": versions(),
         "threads": args.threads,
         "protocol": asdict(bench.protocol),

@@ -82,17 +82,17 @@ def row(args: argparse.Namespace, folder: str, form: str, precision: str, data: 
         atol=100.0,
     )
     bundle = run(config)
-    d = bundle.manifest.verification["data"]
-    images = "-" if data is None else f"{bundle.manifest.calibration['images']} {Path(data).name} images"
-    low, high = d["drop_ci"]
+    d = bundle.manifest.verification.data
+    images = "-" if data is None else f"{bundle.manifest.calibration.images} {Path(data).name} images"
+    low, high = d.drop_ci
     return [
         f"{precision} {form}",
         images,
-        f"{d['reference_top1']:.2f}",
-        f"{d['top1']:.2f}",
-        f"{d['drop']:+.2f} ({low:+.2f} to {high:+.2f})",
-        f"{d['agreement']:.2f}",
-        f"{d['logit_mean_diff']:.2g}",
+        f"{d.reference_top1:.2f}",
+        f"{d.top1:.2f}",
+        f"{d.drop:+.2f} ({low:+.2f} to {high:+.2f})",
+        f"{d.agreement:.2f}",
+        f"{d.logit_mean_diff:.2g}",
     ]
 
 

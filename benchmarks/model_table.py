@@ -28,8 +28,10 @@ from cmt_edge.deploy.measure.benchmark import Protocol, benchmark
 from cmt_edge.deploy.measure.host import describe
 from cmt_edge.deploy.progress import Progress
 from cmt_edge.deploy.report import table
-from cmt_edge.export import ExportConfig, pipeline, run
+from cmt_edge.export import ExportConfig
 from cmt_edge.export.config import OPSET
+from cmt_edge.export.pipeline import finish
+from cmt_edge.export.preparation import prepare
 from cmt_edge.export.to_onnx import export_onnx, simplify
 
 GIANT_MACS = 12e9
@@ -74,7 +76,7 @@ def main() -> None:
             "",
             *sources,
             "",
-            f"Machine: {describe()['cpu']}, {args.threads} threads.",
+            f"Machine: {describe().cpu}, {args.threads} threads.",
         ]
     )
     if args.output:
@@ -115,12 +117,9 @@ def exported(name: str, folder: str, threads: int) -> list[Bundle]:
         threads=threads,
     )
     progress = Progress(quiet=True)
-    reference = pipeline._reference(config)
-    graph, steps = pipeline._graph(config, reference, progress)
-    data = pipeline._images(config, reference.classifier, progress)
-    prepared = pipeline.Prepared(reference, graph, steps, data, Path(folder) / "calibrated", None)
+    prepared = prepare(config, progress)
     plain = replace(config, precision="fp32", data=None, calib_size=None)
-    return [run(chosen, prepared=prepared) for chosen in (plain, config)]
+    return [finish(chosen, prepared, None, progress) for chosen in (plain, config)]
 
 
 def measure(spec: ModelSpec, threads: int) -> list[str]:

@@ -53,6 +53,7 @@ from peers_report import BASE, IMAGES, INFERENCES, Result, again, markdown, plot
 
 from cmt_edge.deploy import Predictor, Preprocess
 from cmt_edge.deploy.backends import Session
+from cmt_edge.deploy.bundle import plain
 from cmt_edge.deploy.errors import CmtEdgeError
 from cmt_edge.deploy.files import write_atomic
 from cmt_edge.deploy.measure.benchmark import (
@@ -627,7 +628,7 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
     protocol = protocol_of(args)
     rows = [row for row in ROWS.values() if not args.only or row.key in (*args.only, BASE)]
     content: dict[str, Any] = {
-        "machine": describe(),
+        "machine": plain(describe()),
         "versions": versions(),
         "threads": args.threads,
         "protocol": asdict(protocol),

@@ -6,10 +6,12 @@ encoded files.
 Without bundles: cmt_nano and cmt_xs (random weights) in fp32 for OpenVINO, exported to a temporary folder.
 Every row of a table is measured in turn with the others, in random order, in one process. The overhead of a
 row is its median minus that of ``bare`` (the runtime's API on an input bound in advance) or, where images are
-given, of the same steps by hand: decoding with resizing, normalising
-into the bound input, inference. Budget: under 3 % of ``bare``. The sum of the steps' own medians is printed
-too; it is below what the steps take one after the other, because the runtime's threads fall asleep while an
-image is decoded.
+given, of the same steps by hand: decoding with resizing, normalising into the bound input, inference. Budget:
+under 3 % of ``bare``. The sum of the steps' own medians is printed too; it is below what the steps take one
+after the other, because the runtime's threads fall asleep while an image is decoded.
+
+The last table is the Predictor's own time in Python, in microseconds an image, with a session that answers at
+once: what is left of the overhead where no runtime disturbs the clock.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from common import say
 from PIL import Image
 
 from cmt_edge.calib.generated import generate
-from cmt_edge.deploy import Bundle, Predictor
+from cmt_edge.deploy import Bundle, Predictor, Preprocess
+from cmt_edge.deploy.backends import Binding, ExecutedPrecision, Session
 from cmt_edge.deploy.backends.base import batch_limit
 from cmt_edge.deploy.measure.benchmark import bound, throughput
 from cmt_edge.deploy.measure.host import describe, versions
@@ -41,6 +44,7 @@ DEFAULT = ("cmt_nano", "cmt_xs")
 PHOTO = (500, 375)
 """Width and height of the JPEG files, as ImageNet's are on average."""
 PHOTOS = 16
+"""JPEG files that the streams repeat."""
 BASE = {
     "bare, array given each time": "bare",
     "session.bind(shape).run()": "bare",
@@ -51,8 +55,11 @@ BASE = {
 }
 """What a row's overhead is counted from."""
 WARMUP_S = 2.0
+"""Seconds at the start of a table that are not counted."""
 ROUND_S = 1.0
-"""How long one turn of a stream lasts, about."""
+"""Seconds that one turn of a stream lasts, about."""
+REPEATS = 15
+"""Medians are taken of so many repeats of the Predictor's own time."""
 
 
 def photos() -> list[bytes]:
@@ -71,7 +78,7 @@ def bare_calls(predictor: Predictor, batch: np.ndarray) -> dict[str, Callable[[]
     if session.runtime.startswith("openvino"):
         import openvino as ov
 
-        bound, given = (session._compiled.create_infer_request() for _ in range(2))
+        bound, given = (session.compiled.create_infer_request() for _ in range(2))
         bound.set_input_tensor(ov.Tensor(batch, shared_memory=True))
         return {
             "bare": lambda: bound.infer(share_outputs=True),
@@ -80,7 +87,7 @@ def bare_calls(predictor: Predictor, batch: np.ndarray) -> dict[str, Callable[[]
             ),
         }
     if session.runtime.startswith("onnxruntime"):
-        return {"bare": lambda: session._session.run(None, {session._input: batch})}
+        return {"bare": lambda: session.inference.run(None, {session.input_name: batch})}
     raise SystemExit(f"nothing is known about the bare API of {session.runtime}")
 
 
@@ -196,6 +203,46 @@ def streams(one: Predictor, many: Predictor, files: list[bytes], rounds: int) ->
     return table(["from encoded files", "images/s", "of before"], rows, markdown=True)
 
 
+class Instant(Session):
+    """Answers at once, so that only the Predictor's own time is left."""
+
+    runtime = "instant 1"
+    device = "none"
+    answer = np.zeros((1, 10), np.float32)
+
+    def run(self, batch: np.ndarray) -> list[np.ndarray]:
+        return [self.answer]
+
+    def bind(self, shape: tuple[int, ...]) -> Binding:
+        outputs = [self.answer]
+        return Binding(np.zeros(shape, np.float32), lambda: outputs)
+
+    def executed(self, batch: np.ndarray, repeats: int = 10) -> ExecutedPrecision:
+        return ExecutedPrecision()
+
+
+def own_time() -> str:
+    """The table of the Predictor's own time: microseconds an image, median of :data:`REPEATS`."""
+    spec = Preprocess(16, None, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    predictor = Predictor(Instant(), spec, [str(i) for i in range(10)])
+    image, batch = np.zeros((16, 16, 3), np.uint8), np.zeros((1, 3, 16, 16), np.float32)
+    many = [image] * 50
+    calls: dict[str, tuple[Callable[[], object], int]] = {
+        "predictor(array of 16 x 16)": (lambda: [predictor(image) for _ in many], len(many)),
+        "logits(batch)": (lambda: [predictor.logits(batch) for _ in many], len(many)),
+        "predict of 50": (lambda: predictor.predict(many), len(many)),
+        "stream of 50, 2 decoding": (lambda: list(predictor.stream(many)), len(many)),
+    }
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(REPEATS):
+        for name, (call, count) in calls.items():
+            start = time.perf_counter()
+            call()
+            samples[name].append(1e6 * (time.perf_counter() - start) / count)
+    rows = [[name, f"{np.median(values):.1f}"] for name, values in samples.items()]
+    return table(["call", "us an image"], rows, markdown=True)
+
+
 def _rate(call: Callable[[Iterable[bytes]], Iterable[object]], files: list[bytes], count: int) -> float:
     """Images a second."""
     images = [files[i % len(files)] for i in range(count)]
@@ -206,6 +253,7 @@ def _rate(call: Callable[[Iterable[bytes]], Iterable[object]], files: list[bytes
 
 
 def report(path: Path, args: argparse.Namespace) -> None:
+    """Print the tables of one bundle."""
     bundle = Bundle.open(path)
     if batch_limit(bundle) > 1:
         raise SystemExit(f"{path}: a bundle of batch 1 or of any batch is needed")
@@ -225,7 +273,8 @@ def report(path: Path, args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Measure what the command line names."""
+    p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     p.add_argument("bundles", type=Path, nargs="*", metavar="BUNDLE")
     p.add_argument("--backend", help="runtime to use (default: the one of the bundle's format)")
     p.add_argument("--threads", type=int, default=2, help="CPU threads of one inference (default 2)")
@@ -240,8 +289,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for path in args.bundles or _exported(Path(folder)):
             report(path, args)
+    print(f"\n{own_time()}")
     host = describe()
-    print(f"\n{host['cpu']}, {host['cores']} cores; {', '.join(f'{k} {v}' for k, v in versions().items())}")
+    print(f"\n{host.cpu}, {host.cores} cores; {', '.join(f'{k} {v}' for k, v in versions().items())}")
 
 
 def _exported(folder: Path) -> Iterator[Path]:

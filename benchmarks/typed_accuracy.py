@@ -80,15 +80,15 @@ def top1_row(args: argparse.Namespace, folder: str, precision: str) -> list[str]
     bundle = export(
         folder, "cmt_nano", precision, str(args.archive / "train"), weights=args.weights, eval_data=test
     )
-    d = bundle.manifest.verification["data"]
+    d = bundle.manifest.verification.data
     plain = verify(bundle, data=ImageSet(test), backend="onnxruntime", max_drop=100.0).data
-    low, high = d["drop_ci"]
+    low, high = d.drop_ci
     return [
         precision,
-        f"{d['reference_top1']:.2f}",
-        f"{d['top1']:.2f}",
-        f"{d['drop']:+.2f} ({low:+.2f} to {high:+.2f})",
-        f"{d['agreement']:.2f}",
+        f"{d.reference_top1:.2f}",
+        f"{d.top1:.2f}",
+        f"{d.drop:+.2f} ({low:+.2f} to {high:+.2f})",
+        f"{d.agreement:.2f}",
         f"{plain.top1:.2f}",
     ]
 
@@ -128,8 +128,8 @@ def logit_rows(args: argparse.Namespace, folder: str, weights: str) -> list[list
         ours = np.concatenate([graph(images[i : i + 1])[0] for i in range(len(images))])
         deviation = truth.std(axis=1).mean()
         diff, typing = np.abs(ours - truth) / deviation, bundle.manifest.typing
-        counts = " + ".join(f"{n} {p}" for p, n in sorted(typing["operations"].items()))
-        largest = f"{typing['observed']['largest']:.3g}" if typing["observed"] else "-"
+        counts = " + ".join(f"{n} {p}" for p, n in sorted(typing.operations.items()))
+        largest = f"{typing.observed.largest:.3g}" if typing.observed else "-"
         rows.append(
             [
                 precision,

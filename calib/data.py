@@ -7,10 +7,10 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from cmt_edge.deploy.bundle.sections import ImagesEntry, SynthesisEntry
 from cmt_edge.deploy.errors import DataError
 from cmt_edge.deploy.images import ImageSet, Item, digest
 from cmt_edge.deploy.preprocessing import NamedBytes, Preprocess, preprocess
@@ -46,7 +46,7 @@ class CalibrationSet:
     source: str
     fingerprint: str
     count: int
-    synthesis: dict[str, Any] | None = None
+    synthesis: SynthesisEntry | None = None
     files: ImageSet | None = field(default=None, repr=False)
     blobs: tuple[bytes, ...] = field(default=(), repr=False)
 
@@ -88,7 +88,7 @@ class CalibrationSet:
 
     @classmethod
     def of_blobs(
-        cls, source: str, images: Iterable[bytes], synthesis: dict[str, Any] | None = None
+        cls, source: str, images: Iterable[bytes], synthesis: SynthesisEntry | None = None
     ) -> CalibrationSet:
         """A set of encoded images that are in memory."""
         blobs = tuple(images)
@@ -112,10 +112,14 @@ class CalibrationSet:
     def __len__(self) -> int:
         return self.count
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> ImagesEntry:
         """The manifest's entry."""
-        entry = {"source": self.source, "images": self.count, "fingerprint": self.fingerprint}
-        return entry if self.synthesis is None else entry | {"synthesis": self.synthesis}
+        return ImagesEntry(
+            source=self.source,
+            images=self.count,
+            fingerprint=self.fingerprint,
+            synthesis=self.synthesis,
+        )
 
 
 def _spread(items: list[Item], count: int, seed: int) -> list[Item]:

@@ -323,8 +323,7 @@ def _renamed_tensor(value: ir.Value) -> ir.TensorProtocol:
     attribute = node.attributes.get("value") if node is not None else None
     if attribute is None:
         return ir.Tensor(constant_array(value), name=value.name)
-    tensor = onnx.TensorProto()
-    tensor.CopyFrom(ir.to_proto(attribute.as_tensor()))
+    tensor = ir.to_proto(attribute.as_tensor())  # a copy
     tensor.name = name_of(value)
     return ir.TensorProtoTensor(tensor)
 

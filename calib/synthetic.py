@@ -27,6 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from cmt_edge.deploy.bundle.sections import SynthesisEntry
 from cmt_edge.deploy.cache import Cache, Files
 from cmt_edge.deploy.errors import InputError, StepError
 from cmt_edge.deploy.preprocessing import Preprocess, pixels
@@ -356,7 +357,8 @@ def _optimise(
 
     def values() -> Tensor:
         added = torch.fft.irfft2(torch.view_as_complex(spectrum) * amplitude, s=(size, size), norm="ortho")
-        return (start + added).clamp(0, 1)
+        image: Tensor = (start + added).clamp(0, 1)
+        return image
 
     taken = 0
     while taken < steps and time.monotonic() < deadline:
@@ -379,7 +381,8 @@ def _amplitude(size: int) -> Tensor:
 
 def as_set(made: Made, spec: Preprocess) -> CalibrationSet:
     """The images as a calibration set."""
-    story = asdict(made.how) | {"stopped_early": made.how.stopped_early, "cached": made.cached}
+    early = made.how.stopped_early
+    story = SynthesisEntry(**asdict(made.how), stopped_early=early, cached=made.cached)
     return CalibrationSet.of_blobs(SYNTHETIC, _encode(made.images, spec), story)
 
 

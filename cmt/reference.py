@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -19,6 +19,36 @@ from .weights import LoadedWeights, load_pretrained, load_weights, randomize, we
 
 PROVIDER = "cmt"
 """Name of the entry point, recorded in every manifest."""
+
+
+class WeightsEntry(Protocol):
+    """What is read of a manifest's entry on the weights; see :class:`LoadedWeights`."""
+
+    @property
+    def source(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def ema(self) -> bool: ...
+    @property
+    def fresh(self) -> tuple[str, ...]: ...
+    @property
+    def resized(self) -> tuple[str, ...]: ...
+
+
+class ModelEntry(Protocol):
+    """What is read of a manifest's entry on the model."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def img_size(self) -> int: ...
+    @property
+    def num_classes(self) -> int: ...
+    @property
+    def head(self) -> str: ...
+    @property
+    def weights(self) -> WeightsEntry: ...
 
 
 def load_reference(
@@ -50,28 +80,28 @@ def load_reference(
     return model, load_weights(model, weights, **options)
 
 
-def rebuild(entry: dict[str, Any], weights: str | Path | None) -> tuple[nn.Module, str]:
+def rebuild(entry: ModelEntry, weights: str | Path | None) -> tuple[nn.Module, str]:
     """The model of a manifest's ``model`` entry, and the fingerprint of its weights.
 
     Raises:
         WeightsError: the weights came from a file, and ``weights`` does not name it.
     """
-    made = entry["weights"]
+    made = entry.weights
     if weights is None:
-        if made["source"] not in ("pretrained", "random"):
+        if made.source not in ("pretrained", "random"):
             raise WeightsError(
-                f"the bundle was made from the checkpoint {made['source']!r}, which it does not contain",
+                f"the bundle was made from the checkpoint {made.source!r}, which it does not contain",
                 remedy="name that file: --weights PATH",
             )
-        weights = made["source"]
+        weights = made.source
     model, _ = load_reference(
-        entry["name"],
+        entry.name,
         weights,
-        img_size=entry["img_size"],
-        num_classes=entry["num_classes"],
-        seed=made["seed"],
-        ema=made["ema"],
-        fresh_head=bool(made["fresh"]),
-        resize=bool(made["resized"]),
+        img_size=entry.img_size,
+        num_classes=entry.num_classes,
+        seed=made.seed,
+        ema=made.ema,
+        fresh_head=bool(made.fresh),
+        resize=bool(made.resized),
     )
-    return with_head(model, entry["head"]), weights_fingerprint(model)
+    return with_head(model, entry.head), weights_fingerprint(model)

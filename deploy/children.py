@@ -56,7 +56,8 @@ del sys.argv[1:]
 runpy.run_module(module, run_name="__main__", alter_sys=True)
 """
 """What the child runs first: it takes the working directory (an empty entry) off its import path, which
-``PYTHONSAFEPATH`` does only from Python 3.11 on, and imports the parent's ``cmt_edge`` before any other."""
+``PYTHONSAFEPATH`` does only from Python 3.11 on, and imports the parent's ``cmt_edge`` before any other. The
+modules that both need are imported before ``source`` is on the path, which may be ``site-packages``."""
 
 
 class ChildCrashed(Exception):

@@ -6,6 +6,7 @@ fails between: use it as a context manager, or call :meth:`Lanes.give` or :meth:
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from types import TracebackType
@@ -27,17 +28,22 @@ _Result = TypeVar("_Result")
 
 
 class Lanes:
-    """All inferences of one session. Thread-safe."""
+    """All inferences of one session. Thread-safe.
+
+    An inference takes no lock, because small models take less than a millisecond: adding to a set or a list
+    and taking from it are atomic in Python. Whoever runs says so in ``_running`` *before* looking at
+    ``_closed``, and whoever closes sets ``_closed`` *before* looking at ``_running``, so that at least one of
+    the two sees the other.
+    """
 
     def __init__(self, session: Session, batch: int, size: int) -> None:
         """``batch``: the fixed batch size of ``session``, ``0`` if it takes any. ``size``: height and width
         of an image in pixels."""
         self.session = session
         self.batch = batch
-        self.lent = 0
-        """Lanes that callers hold at this moment."""
         self._image = (3, size, size)
         self._idle: dict[int, list[Lane]] = {}  # by batch size
+        self._alive = 0  # lanes, lent or idle
         self._running: set[object] = set()
         self._closed = self._freed = False
         self._lock = threading.Lock()
@@ -53,6 +59,11 @@ class Lanes:
         """Lanes that are kept for the next callers."""
         return sum(map(len, self._idle.values()))
 
+    @property
+    def lent(self) -> int:
+        """Lanes that callers hold."""
+        return self._alive - self.idle
+
     def take(self, count: int) -> Lane:
         """Lend a lane for ``count`` images; a fixed batch size may give it more rows.
 
@@ -60,25 +71,26 @@ class Lanes:
             InputError: the lanes are closed. Errors of the runtime come through as they are.
         """
         size = self.batch or count
-        with self._lock:
-            self._require_open()
-            idle = self._idle.get(size)
-            if idle:
-                return self._lend(idle.pop())
-        lane = Lane(self, self.counted(self.session.bind, (size, *self._image)))
-        with self._lock:
-            return self._lend(lane)
+        try:
+            lane = self._idle[size].pop()
+        except LookupError:
+            lane = self._make(size)
+        lane.lent = True
+        return lane
 
     def give(self, lane: Lane) -> None:
         """Take a lane back that nobody writes to any more. A second time is harmless."""
-        with self._lock:
-            if not lane.lent:
-                return
-            lane.lent = False
-            self.lent -= 1
-            kept = self._idle.setdefault(len(lane.batch), [])
-            if lane.usable and not self._closed and len(kept) < KEPT_LANES:
-                kept.append(lane)
+        if not lane.lent:
+            return
+        lane.lent = False
+        kept = self._idle[lane.rows]
+        if lane.usable and len(kept) < KEPT_LANES:
+            kept.append(lane)
+            if self._closed:
+                self._forget_idle()
+        else:
+            with self._lock:
+                self._alive -= 1
 
     def drop(self, lane: Lane) -> None:
         """Take a lane back that somebody may still write to: it is not lent again."""
@@ -94,12 +106,12 @@ class Lanes:
         if not len(batch):  # nothing to run, but the shapes are the model's
             return self._run_rest(batch)
         size = self.batch or len(batch)
+        if len(batch) == size:
+            return self.counted(self.session.run, batch)
         whole = len(batch) - len(batch) % size
         parts = [self.counted(self.session.run, batch[i : i + size]) for i in range(0, whole, size)]
         if whole < len(batch):
             parts.append(self._run_rest(batch[whole:]))
-        if len(parts) == 1:
-            return parts[0]
         return [np.concatenate(output) for output in zip(*parts, strict=True)]
 
     def _run_rest(self, rest: np.ndarray) -> list[np.ndarray]:
@@ -112,54 +124,62 @@ class Lanes:
         """A call of the session that :meth:`close` waits for."""
         token = object()
         try:
-            with self._lock:
-                self._require_open()
-                self._running.add(token)
+            self._running.add(token)
+            if self._closed:
+                raise InputError("this Predictor is closed", remedy="load the bundle again")
             return call(*args)
-        finally:  # the token is taken away even where an interrupt comes just after it was added
-            with self._lock:
-                self._running.discard(token)
-                if self._closed:
+        finally:  # also where an interrupt comes just after the token was added
+            self._running.discard(token)
+            if self._closed:
+                with self._lock:
                     self._quiet.notify_all()
 
     def close(self) -> None:
         """Free the session once its running calls have ended. What is asked for later is refused; lanes that
         are still lent may be given back."""
+        self._closed = True
+        self._forget_idle()
         with self._lock:
-            self._closed = True
-            self._idle.clear()
             self._quiet.wait_for(lambda: not self._running)
             if self._freed:
                 return
             self._freed = True
         self.session.close()
 
-    def _lend(self, lane: Lane) -> Lane:
-        lane.lent = True
-        self.lent += 1
+    def _make(self, size: int) -> Lane:
+        lane = Lane(self, self.counted(self.session.bind, (size, *self._image)))
+        with self._lock:
+            self._alive += 1
+            self._idle.setdefault(size, [])
         return lane
 
-    def _require_open(self) -> None:
-        if self._closed:
-            raise InputError("this Predictor is closed", remedy="load the bundle again")
+    def _forget_idle(self) -> None:
+        with self._lock:
+            for kept in self._idle.values():
+                with contextlib.suppress(IndexError):
+                    while True:
+                        kept.pop()
+                        self._alive -= 1
 
 
 class Lane:
     """A bound input and its inference, for one thread at a time; as a context manager it is given back.
 
     Attributes:
+        rows: images that it holds.
         batch: float32 ``(rows, 3, H, W)``, to be filled; its first content is undefined.
         usable: whether it may be lent again. It may not after its inference failed, because nobody knows in
             which state the runtime's request is then.
         lent: whether a caller holds it; only :class:`Lanes` changes it.
     """
 
-    __slots__ = ("_binding", "_lanes", "batch", "lent", "usable")
+    __slots__ = ("_binding", "_lanes", "batch", "lent", "rows", "usable")
 
     def __init__(self, lanes: Lanes, binding: Binding) -> None:
         self._lanes = lanes
         self._binding = binding
         self.batch = binding.batch
+        self.rows = len(binding.batch)
         self.usable = True
         self.lent = False
 
@@ -168,18 +188,17 @@ class Lane:
 
         What is missing in a fixed batch is filled with zeros, whose answers are cut off.
         """
-        usable, self.usable = self.usable, False
-        outputs = self._run(count)
-        self.usable = usable
-        return outputs
-
-    def _run(self, count: int) -> list[np.ndarray]:
-        if count == len(self.batch):
-            return self._lanes.counted(self._binding.run)
-        if count and not self._lanes.batch:
-            return self._lanes.counted(self._lanes.session.run, self.batch[:count])
-        self.batch[count:] = 0
-        return [output[:count] for output in self._lanes.counted(self._binding.run)]
+        lanes = self._lanes
+        try:
+            if count == self.rows:
+                return lanes.counted(self._binding.run)
+            if count and not lanes.batch:
+                return lanes.counted(lanes.session.run, self.batch[:count])
+            self.batch[count:] = 0
+            return [output[:count] for output in lanes.counted(self._binding.run)]
+        except BaseException:
+            self.usable = False
+            raise
 
     def __enter__(self) -> Lane:
         return self

@@ -59,6 +59,21 @@ def _acquired(file: Path) -> int:
         os.close(descriptor)  # the holder before us removed this file: the lock is another file by now
 
 
+def try_lock(descriptor: int) -> bool:
+    """Lock an open file or folder until it is closed; ``False`` where another process holds it.
+
+    A file system without locks lets everybody pass.
+    """
+    try:
+        lock_descriptor(descriptor, wait=False)
+    except BlockingIOError:
+        return False
+    except OSError as exc:
+        if exc.errno not in NOT_SUPPORTED:
+            raise
+    return True
+
+
 def _is_still(file: Path, descriptor: int) -> bool:
     """Whether ``file`` is what was opened."""
     try:
@@ -73,15 +88,15 @@ if sys.platform == "win32":
     def lock_descriptor(descriptor: int, wait: bool = True) -> None:
         """Lock an open file until it is closed.
 
-        Raises ``OSError`` where ``wait`` is false and another process holds it.
+        Raises ``BlockingIOError`` where ``wait`` is false and another process holds it.
         """
         while True:
             try:
                 msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
                 return
-            except OSError:
+            except OSError as exc:
                 if not wait:
-                    raise
+                    raise BlockingIOError(exc.errno, exc.strerror) from exc
                 time.sleep(POLL_S)
 
 else:
@@ -90,6 +105,6 @@ else:
     def lock_descriptor(descriptor: int, wait: bool = True) -> None:
         """Lock an open file or folder until it is closed.
 
-        Raises ``OSError`` where ``wait`` is false and another process holds it.
+        Raises ``BlockingIOError`` where ``wait`` is false and another process holds it.
         """
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

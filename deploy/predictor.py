@@ -37,7 +37,8 @@ class Prediction:
     def probabilities(self) -> np.ndarray:
         """Softmax of the logits, float32 ``(classes,)``."""
         exponentials: np.ndarray = np.exp(self.logits - self.logits.max())
-        return exponentials / exponentials.sum()
+        chances: np.ndarray = exponentials / exponentials.sum()
+        return chances
 
     @property
     def label(self) -> str:

@@ -1,6 +1,6 @@
-"""The only preprocessing there is: calibration, verification, benchmarks and the Predictor all call it.
+"""The only preprocessing in the project: calibration, verification, benchmarks and the Predictor all call it.
 
-An image goes through four steps that can be checked apart: decode (formats and sizes capped, EXIF
+An image goes through four steps that can be checked one by one: decode (formats and sizes are limited, EXIF
 orientation, mode to RGB), resize (Pillow's filter, with its antialiasing), centre crop, normalise.
 """
 
@@ -19,16 +19,46 @@ from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from .errors import BundleError, ImageError
 
 ImageLike: TypeAlias = "str | Path | bytes | BinaryIO | Image.Image | np.ndarray"
+"""What stands for one image: a path, encoded bytes, a file object, a Pillow image, or HWC uint8 RGB."""
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""Encodings that are accepted, by Pillow's names; its other decoders are never run."""
+
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".mpo")
+"""Endings of the file names, in lower case, that count as images in a folder or an archive."""
+
 MAX_PIXELS = 89_478_485
-"""Largest accepted width x height, read from the header before anything is decoded (Pillow's own warning
-level)."""
+"""Largest accepted width x height in pixels, read from the header before anything is decoded; this is the
+number at which Pillow warns."""
+
 MAX_BYTES = 256 << 20
-"""Largest accepted encoded file, bytes."""
+"""Largest accepted encoded file in bytes."""
+
+MAX_SIZE = 16384
+"""Largest input height and width of a model in pixels."""
+
+MAX_SHORT_SIDE = 32768
+"""Largest short side in pixels that a bundle may ask images to be resized to."""
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+"""Name of an interpolation -> Pillow's filter."""
+
+ORIENTATION = 0x0112
+"""EXIF and TIFF tag of the orientation."""
+
+UPRIGHT = 1
+"""The orientation of an image that need not be turned."""
+
+UNTURN = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+"""Orientation -> what undoes Pillow's turning of a TIFF image."""
 
 
 class NamedBytes(io.BytesIO):
@@ -65,22 +95,22 @@ class Preprocess:
     interpolation: str = "bicubic"
 
     def to_json(self) -> dict[str, Any]:
+        """The manifest's ``preprocess`` entry."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Any) -> Preprocess:
-        """Read the manifest's ``preprocess`` entry; raises :class:`BundleError` where it is not
+        """Read the manifest's ``preprocess`` entry; raises :class:`BundleError` where it cannot be
         understood."""
         try:
-            mean, std = (_three_floats(data[key]) for key in ("mean", "std"))
             short = data["short_side"]
             spec = cls(
-                int(data["size"]),
-                None if short is None else int(short),
-                mean,
-                std,
-                data["exif"],
-                data["interpolation"],
+                size=int(data["size"]),
+                short_side=None if short is None else int(short),
+                mean=_three_floats(data["mean"]),
+                std=_three_floats(data["std"]),
+                exif=data["exif"],
+                interpolation=data["interpolation"],
             )
         except (KeyError, TypeError, ValueError, OverflowError) as exc:
             raise BundleError(
@@ -89,10 +119,7 @@ class Preprocess:
                 why=repr(exc),
                 remedy="export again",
             ) from exc
-        known = spec.exif in ("apply", "ignore") and spec.interpolation in RESAMPLING
-        sizes = 1 <= spec.size <= 16384 and (spec.short_side is None or spec.size <= spec.short_side <= 32768)
-        finite = len(mean) == len(std) == 3 and bool(np.isfinite([*mean, *std]).all()) and min(std) > 0
-        if not known or not sizes or not finite:
+        if not spec.is_supported():
             raise BundleError(
                 f"preprocessing {data} is not supported",
                 where="manifest.json",
@@ -100,13 +127,23 @@ class Preprocess:
             )
         return spec
 
+    def is_supported(self) -> bool:
+        """Whether every value is one that this version can apply."""
+        if self.exif not in ("apply", "ignore") or self.interpolation not in tuple(RESAMPLING):
+            return False
+        if not 1 <= self.size <= MAX_SIZE:
+            return False
+        if self.short_side is not None and not self.size <= self.short_side <= MAX_SHORT_SIDE:
+            return False
+        return bool(np.isfinite([*self.mean, *self.std]).all()) and min(self.std) > 0
+
 
 def decode(source: ImageLike, spec: Preprocess) -> Image.Image:
-    """Decode to RGB; of an animation the first frame. ``source``: path, encoded bytes, file object, Pillow
+    """Decode to RGB; an animation gives its first frame. ``source``: path, encoded bytes, file object, Pillow
     image or HWC uint8.
 
-    Modes: CMYK, grey and palette images are converted by Pillow, alpha is dropped (what the usual training
-    loaders do), 16-bit images are scaled to 8 bits.
+    Modes: Pillow converts CMYK, grey and palette images; alpha is dropped, as the usual training loaders do;
+    16-bit images are scaled to 8 bits.
 
     Raises:
         ImageError: missing, empty, damaged, not an image, of an unsupported kind, or beyond
@@ -128,7 +165,7 @@ def decode(source: ImageLike, spec: Preprocess) -> Image.Image:
         raise ImageError(
             "is damaged or not an image",
             where=name,
-            remedy=f"replace or remove it; formats: {', '.join(FORMATS)}",
+            remedy=f"replace or remove it; formats: {', '.join(IMAGE_FORMATS)}",
         ) from exc
     except Exception as exc:  # damaged files make Pillow's decoders raise almost anything
         raise ImageError(
@@ -142,13 +179,13 @@ def decode(source: ImageLike, spec: Preprocess) -> Image.Image:
 def pixels(source: ImageLike, spec: Preprocess) -> np.ndarray:
     """Decoded, resized and cropped: ``(size, size, 3)`` uint8, read-only. Raises as :func:`decode`.
 
-    Of an array that needs no resizing the result is a view.
+    Where an array needs no resizing, the result is a view of it.
     """
     if isinstance(source, np.ndarray):
         height, width = _checked(source).shape[:2]
         new, (left, top, right, bottom) = _geometry(width, height, spec, source)
         if new == (width, height):
-            view = source[top:bottom, left:right]
+            view: np.ndarray = source[top:bottom, left:right]
             view.flags.writeable = False
             return view
     image = decode(source, spec)
@@ -161,7 +198,7 @@ def pixels(source: ImageLike, spec: Preprocess) -> np.ndarray:
 def _geometry(
     width: int, height: int, spec: Preprocess, source: ImageLike
 ) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
-    """Width and height after resizing, and the box to crop then."""
+    """Width and height after resizing, and the box that is then cut out, in pixels."""
     size = spec.size
     if spec.short_side is None:
         return (size, size), (0, 0, size, size)
@@ -187,16 +224,16 @@ def normalise(values: np.ndarray, spec: Preprocess, out: np.ndarray | None = Non
     planes = values.swapaxes(-1, -2).swapaxes(-2, -3)
     if out is None:
         out = np.empty(planes.shape, np.float32)
-    np.copyto(
-        out, planes
-    )  # on its own: arithmetic on values this far apart in memory takes several times as long
+    # copied first: arithmetic on values this far apart in memory takes several times as long
+    np.copyto(out, planes)
     np.multiply(out, scale, out=out)
-    return np.add(out, shift, out=out)
+    np.add(out, shift, out=out)
+    return out
 
 
 @lru_cache(maxsize=64)
 def _affine(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """``scale`` and ``shift``, float32 ``(3, 1, 1)``, with ``(v / 255 - mean) / std = v * scale + shift``."""
+    """``scale, shift``, float32 ``(3, 1, 1)`` each: ``(v / 255 - mean) / std = v * scale + shift``."""
     scale = (1 / (255 * np.asarray(std))).astype(np.float32).reshape(3, 1, 1)
     shift = (-np.asarray(mean) / np.asarray(std)).astype(np.float32).reshape(3, 1, 1)
     return scale, shift
@@ -208,28 +245,35 @@ def preprocess(source: ImageLike, spec: Preprocess, out: np.ndarray | None = Non
 
 
 def _name(source: ImageLike) -> object:
+    """What messages call the image."""
     return source if isinstance(source, (str, Path)) else getattr(source, "filename", None) or "image"
 
 
 def _open(source: str | Path | bytes | BinaryIO, name: object) -> Image.Image:
-    if isinstance(source, (str, Path)):
-        path = Path(source)
-        if not path.is_file():
-            raise ImageError("no such image file", where=path, remedy="check the path")
-        count = path.stat().st_size
-    elif isinstance(source, (bytes, io.BytesIO)):
-        count = len(source) if isinstance(source, bytes) else source.getbuffer().nbytes
-    else:
-        count = -1
+    """Read the header and check the sizes; nothing is decoded yet."""
+    count = _count_bytes(source)
     if count == 0:
         raise ImageError("the image is empty (0 bytes)", where=name, remedy="replace or remove the file")
-    if count > MAX_BYTES:
+    if count is not None and count > MAX_BYTES:
         raise _too_large(name, f"{count} bytes, the cap is {MAX_BYTES}")
-    image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+    encoded = io.BytesIO(source) if isinstance(source, bytes) else source
+    image = Image.open(encoded, formats=IMAGE_FORMATS)
     if image.width * image.height > MAX_PIXELS:
         image.close()
         raise _too_large(name, f"{image.width} x {image.height} pixels, the cap is {MAX_PIXELS}")
     return image
+
+
+def _count_bytes(source: str | Path | bytes | BinaryIO) -> int | None:
+    """Size of the encoded image; ``None`` where only reading it would tell."""
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        if not path.is_file():
+            raise ImageError("no such image file", where=path, remedy="check the path")
+        return path.stat().st_size
+    if isinstance(source, bytes):
+        return len(source)
+    return source.getbuffer().nbytes if isinstance(source, io.BytesIO) else None
 
 
 def _too_large(name: object, why: object) -> ImageError:
@@ -237,36 +281,30 @@ def _too_large(name: object, why: object) -> ImageError:
 
 
 def _convert(image: Image.Image, spec: Preprocess, name: object) -> Image.Image:
+    """Decode an opened image: upright as ``spec.exif`` says, in 8-bit RGB."""
     if spec.exif == "apply":
         image = ImageOps.exif_transpose(image)
-    elif isinstance(image, TiffImagePlugin.TiffImageFile):  # Pillow has turned it already
-        turned = _UNTURN.get(image.tag_v2.get(ORIENTATION) or 1)
-        image = image if turned is None else image.transpose(turned)
+    elif isinstance(image, TiffImagePlugin.TiffImageFile):  # Pillow has already turned it
+        undo = UNTURN.get(image.tag_v2.get(ORIENTATION) or UPRIGHT)
+        image = image if undo is None else image.transpose(undo)
     if image.mode == "F":
         raise ImageError(
             "floating-point pixels have no defined range", where=name, remedy="save it as 8 or 16 bits"
         )
     if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        if values.size and (values.min() < 0 or values.max() > 65535):
-            raise ImageError("integer pixels outside 0..65535", where=name, remedy="save it as 8 or 16 bits")
-        image = Image.fromarray((values >> 8).astype(np.uint8))
+        image = _to_8_bits(image, name)
     image.load()  # the file is closed when the caller gets it
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-ORIENTATION = 0x0112  # EXIF and TIFF tag
-_T = Image.Transpose
-_UNTURN = {
-    2: _T.FLIP_LEFT_RIGHT,
-    3: _T.ROTATE_180,
-    4: _T.FLIP_TOP_BOTTOM,
-    5: _T.TRANSPOSE,
-    6: _T.ROTATE_90,
-    7: _T.TRANSVERSE,
-    8: _T.ROTATE_270,
-}
-"""EXIF orientation -> what undoes it."""
+def _to_8_bits(image: Image.Image, name: object) -> Image.Image:
+    """Scale 16-bit grey values, which Pillow would clip, to 8 bits."""
+    values = np.asarray(image).astype(np.int64)
+    if values.size and (values.min() < 0 or values.max() > 65535):
+        raise ImageError(
+            "the pixels are integers outside 0..65535", where=name, remedy="save it as 8 or 16 bits"
+        )
+    return Image.fromarray((values >> 8).astype(np.uint8))
 
 
 def _checked(array: np.ndarray) -> np.ndarray:

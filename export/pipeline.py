@@ -1,175 +1,65 @@
-"""The recipe: reference model -> fuse -> ONNX -> simplify -> [quantize] -> bundle -> verify -> measure.
+"""An export from a checkpoint to a bundle: prepare, choose, finish.
 
-Every step proves itself against the PyTorch reference before the next one starts; a failed gate leaves
-nothing behind.
-"""
+Every step compares its result with the PyTorch reference before the next one starts; where one fails, nothing
+is left behind. The steps themselves are in :mod:`cmt_edge.export.steps`, their order in
+:mod:`cmt_edge.export.plan`."""
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import asdict, dataclass, replace
+import signal
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
-from torch import nn
 
-from cmt_edge.calib import CalibrationSet, quantize
-from cmt_edge.calib.data import SYNTHETIC
-from cmt_edge.calib.generated import generate
-from cmt_edge.calib.synthetic import default_count, synthetic_set
-from cmt_edge.cmt import count_params, fuse, labels_of, macs, weights_fingerprint, with_head
-from cmt_edge.cmt.reference import PROVIDER, load_reference
-from cmt_edge.cmt.weights import LoadedWeights
-from cmt_edge.deploy import Bundle, Predictor, report
-from cmt_edge.deploy.backends import RUNTIME_OF_FORMAT, LoadOptions, get_runtime
-from cmt_edge.deploy.backends.torch import TorchSession
-from cmt_edge.deploy.bundle import (
-    GOLDEN,
-    LOGITS,
-    ONNX,
-    REFERENCE,
-    BundleWriter,
-    Golden,
-    Manifest,
-    save_reference,
-)
-from cmt_edge.deploy.errors import GateError, ParityError, RuntimeMissingError
-from cmt_edge.deploy.files import cache_folder, writing
-from cmt_edge.deploy.images import ImageSet
-from cmt_edge.deploy.measure.benchmark import Benchmark, Protocol, benchmark, summary
-from cmt_edge.deploy.measure.host import describe, versions
-from cmt_edge.deploy.measure.parity import Verification, distance, match_labels, tolerance, verify
-from cmt_edge.deploy.preprocessing import normalise, pixels
+from cmt_edge.calib import CalibrationSet
+from cmt_edge.deploy import Bundle
+from cmt_edge.deploy.backends import RUNTIME_OF_FORMAT, get_runtime
+from cmt_edge.deploy.bundle import REFERENCE, BundleWriter, Manifest, save_reference
+from cmt_edge.deploy.bundle.sections import TypingEntry, VerdictEntry
+from cmt_edge.deploy.files import writing
+from cmt_edge.deploy.measure.benchmark import summary
+from cmt_edge.deploy.measure.parity import Verification
 from cmt_edge.deploy.progress import Progress
-from cmt_edge.deploy.tensorrt.build import finish, require_tensorrt
-from cmt_edge.deploy.tensorrt.engine import EngineOptions
-from cmt_edge.deploy.tensorrt.parser_rules import parser_findings
+from cmt_edge.deploy.signals import terminate_as_interrupt
 
-from .config import OPSET, ExportConfig
-from .to_onnx import FUSE_ATOL, export_onnx, outputs_of, require_parity, simplify, with_batch
-from .typed import observe, rounded, typed
-
-GOLDEN_IMAGES = 4
-GOLDEN_SEED = 7
-OBSERVED_IMAGES = 32
-"""Activations are observed on so many images; the ranges hardly grow with more, and
-:data:`~cmt_edge.export.typed.SAFETY` covers the rest."""
-DYNAMIC_SIZES = (1, 3, 8)
-QUICK = Protocol(iters=25, seconds=0.5, warmup_seconds=0.25)
+from . import steps
+from .auto.choose import choose
+from .config import ExportConfig
+from .description import describe_calibration, describe_typing, write_report
+from .plan import Journal, Step, describe_plan, steps_to_finish
+from .preparation import Prepared, prepare
+from .steps import OBSERVED_IMAGES, Differences
 
 
-@dataclass(frozen=True)
-class _Reference:
-    """The untouched PyTorch side of every comparison; ``model`` is ``classifier`` with the head that was
-    asked for."""
-
-    classifier: nn.Module
-    model: nn.Module
-    loaded: LoadedWeights
-    golden: Golden
-    batch: np.ndarray
-
-    @property
-    def outputs(self) -> list[np.ndarray]:
-        return self.golden.outputs
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What several exports of one model share: made once by ``precision="auto"`` and handed to the export of
-    its winner."""
-
-    reference: _Reference
-    graph: onnx.ModelProto
-    steps: dict[str, float]
-    data: CalibrationSet | None
-    calibrated: Path
-    verdict: dict[str, Any] | None
-
-
-def run(
-    config: ExportConfig, progress: Progress | None = None, *, prepared: Prepared | None = None
-) -> Bundle:
-    """Export, verify and measure; returns the finished bundle. Callers leave ``prepared`` out.
+def run(config: ExportConfig, progress: Progress | None = None) -> Bundle:
+    """Export, verify and measure; returns the finished bundle.
 
     Raises:
-        InputError and its kin: something asked for or given cannot be used (exit code 2).
-        RuntimeMissingError: a runtime or instruction set is missing here (3).
-        GateError: a step or the result differs from the reference by more than allowed (1); nothing is
-            written.
+        InputError, or an error derived from it: something that was asked for or given cannot be used (exit
+        code 2). RuntimeMissingError: a runtime or an instruction set is missing here (3). GateError: a step
+        or the result differs from the reference by more than allowed, or no precision passes (1);
+            nothing is written.
     """
-    if config.precision == "auto":
-        from .auto.choose import run_auto
-
-        return run_auto(config, progress)
     preflight(config)
     progress = progress or Progress(quiet=True)
-    labelled = ImageSet(config.eval_data) if config.eval_data else None
-    with BundleWriter(config.target) as writer:
-        with progress.step("load the reference model"):
-            reference = prepared.reference if prepared else _reference(config)
-            labels, labels_source = (
-                _labels(config, reference.loaded) if config.head == LOGITS else ([], "none")
-            )
-        manifest = _manifest(config, reference, labels, labels_source)
-        manifest = replace(manifest, verdict=prepared.verdict if prepared else None)
-        if labelled:  # before the long work: a mismatch is the user's to mend
-            match_labels(Bundle(config.target, manifest), labelled, config.by_order)
-        data = prepared.data if prepared else _images(config, reference.classifier, progress)
-        graph, steps = (prepared.graph, prepared.steps) if prepared else _graph(config, reference, progress)
-        if data and config.precision == "int8":
-            with progress.step(f"calibrate on {len(data)} images"):
-                cache = (
-                    prepared.calibrated
-                    if prepared
-                    else cache_folder() / "calibrated"
-                    if config.cache
-                    else None
-                )
-                quantized = quantize(
-                    graph, data, config.preprocess, config.recipe, cache=cache, progress=progress.count
-                )
-            graph = quantized.model
-            manifest = replace(
-                manifest,
-                calibration=data.describe()
-                | {
-                    "recipe": quantized.recipe,
-                    "cached": quantized.cached,
-                    "keep_float": list(config.recipe.keep_float),
-                },
-            )
-        if config.format == "trt":
-            with progress.step("write the precision into the graph"):
-                graph, manifest = _typed(config, graph, data, reference, manifest, steps)
-        with progress.step(f"compile for {config.format}"), writing(config.target):
-            manifest = _write(config, writer, with_batch(graph, config.batch), reference, manifest)
-        if config.format == "trt" and config.build:
-            manifest = _build_engine(config, writer, manifest, progress)
-        with progress.step("verify"):
-            result = _verify(config, writer.staged(manifest), reference, labelled, progress)
-            if result.data:
-                with writing(config.target):
-                    save_reference(writer.folder / REFERENCE, result.data.reference_answers)
-        speed = None
-        if config.format != "trt":  # an engine has been measured where it was built
-            with progress.step("measure"):
-                speed = benchmark(
-                    [writer.staged(manifest)],
-                    threads=config.threads,
-                    protocol=QUICK,
-                    with_throughput=False,
-                    progress=progress.share,
-                )
-            manifest = replace(manifest, latency=summary(speed))
-        manifest = replace(
-            manifest, verification=report.plain(result) | {"steps": steps, "bundle": config.name}
-        )
-        with progress.step("write the bundle"), writing(config.target):
-            _write_reports(writer.folder, config, result, speed, manifest.verdict)
-            return writer.commit(manifest)
+    with _claimed(Path(config.output)):
+        prepared = prepare(config, progress)
+        decision = choose(config, prepared, progress)
+        return finish(decision.config, prepared, decision.verdict, progress)
+
+
+def plan(config: ExportConfig) -> dict[str, Any]:
+    """What :func:`run` would do, once everything that can be checked has been; writes nothing.
+
+    Raises as :func:`run`.
+    """
+    preflight(config)
+    return describe_plan(config)
 
 
 def preflight(config: ExportConfig) -> None:
@@ -182,8 +72,9 @@ def preflight(config: ExportConfig) -> None:
     for target in config.targets:
         BundleWriter(target).check()
     if config.format == "trt":
-        if config.build:
-            _require_tensorrt(config)
+        from . import trt
+
+        trt.preflight(config)
         return
     runtime = get_runtime(RUNTIME_OF_FORMAT[config.format])
     runtime.check()
@@ -191,310 +82,121 @@ def preflight(config: ExportConfig) -> None:
         runtime.float_precision(config.precision)
 
 
-def _reference(config: ExportConfig) -> _Reference:
-    model, loaded = load_reference(
-        config.model,
-        config.weights,
-        img_size=config.img_size,
-        num_classes=config.classes,
-        seed=config.seed,
-        ema=config.ema,
-        fresh_head=config.fresh_head,
-        resize=config.resize_position_bias,
-    )
-    spec = config.preprocess
-    sources = generate(GOLDEN_IMAGES, round(1.3 * config.img_size), seed=GOLDEN_SEED)
-    values = np.stack([pixels(source, spec) for source in sources])
-    batch = normalise(values, spec)
-    headed = with_head(model, config.head)
-    return _Reference(model, headed, loaded, Golden(sources, values, TorchSession(headed).run(batch)), batch)
-
-
-def _images(config: ExportConfig, model: nn.Module, progress: Progress) -> CalibrationSet | None:
-    """The calibration images that were asked for."""
-    if config.data is None:
-        return None
-    if config.data != SYNTHETIC:
-        return CalibrationSet.choose(config.data, config.calib_size, config.preprocess, config.seed)
-    count = synthetic_count(config)
-    with progress.step(f"make {count} synthetic images"):
-        return synthetic_set(
-            model,
-            count,
-            config.preprocess,
-            config.seed,
-            weights=f"{config.model} {weights_fingerprint(model)}",
-            cache=cache_folder() / "synthetic" if config.cache else None,
-            progress=progress.count,
-        )
-
-
-def synthetic_count(config: ExportConfig) -> int:
-    """How many synthetic images an export makes: those asked for, for fp16 never more than are observed."""
-    count = default_count(config.preprocess) if config.calib_size is None else config.calib_size
-    return count if config.precision in ("int8", "auto") else min(count, OBSERVED_IMAGES)
-
-
-def _graph(
-    config: ExportConfig, reference: _Reference, progress: Progress
-) -> tuple[onnx.ModelProto, dict[str, float]]:
-    """The simplified float32 graph with a dynamic batch, and each step's largest difference."""
-    steps = {}
-    with progress.step("fuse"):
-        fused = with_head(fuse(reference.classifier), config.head)
-        steps["fuse"] = require_parity(
-            "fuse", TorchSession(fused).run(reference.batch), reference.outputs, FUSE_ATOL
-        )
-
-    def compare(graph: onnx.ModelProto) -> None:
-        steps["onnx"] = require_parity(
-            "export to ONNX", outputs_of(graph, reference.batch, "export to ONNX"), reference.outputs
-        )
-
-    with progress.step("export to ONNX"):
-        graph = export_onnx(fused, config.img_size, OPSET, config.outputs, compare)
-    with progress.step("simplify"):
-        graph = simplify(graph)
-        steps["simplify"] = require_parity(
-            "simplify", outputs_of(graph, reference.batch, "simplify"), reference.outputs
-        )
-        if config.batch == 0:
-            for count in DYNAMIC_SIZES:
-                index = np.arange(count) % len(reference.batch)
-                step = f"dynamic batch of {count}"
-                expected = [output[index] for output in reference.outputs]
-                steps[step] = require_parity(step, outputs_of(graph, reference.batch[index], step), expected)
-    return graph, steps
-
-
-def _require_tensorrt(config: ExportConfig) -> None:
+@contextmanager
+def _claimed(output: Path) -> Iterator[None]:
+    """A folder that exists and can be written to. Meanwhile a request to end the process unwinds like
+    Ctrl-C."""
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
+    previous = terminate_as_interrupt()
     try:
-        require_tensorrt(config.device)
-    except RuntimeMissingError as exc:
-        raise RuntimeMissingError(
-            exc.what,
-            why=exc.why,
-            remedy=(
-                "--no-build writes a complete bundle without the engine; cmt-build finishes it on the device"
-            ),
-        ) from exc
+        yield
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def finish(
+    config: ExportConfig, prepared: Prepared, verdict: VerdictEntry | None, progress: Progress
+) -> Bundle:
+    """The bundle of one precision, verified and measured.
+
+    Args:
+        config: names the precision.
+        prepared: of the same model.
+        verdict: why ``auto`` chose the precision, where it did.
+        progress: draws the steps.
+    """
+    with Journal(steps_to_finish(config), progress) as journal, BundleWriter(config.target) as writer:
+        graph, manifest = _chosen(config, prepared, verdict)
+        differences = prepared.differences
+        if Step.TYPE in journal:
+            graph, typing, found = _typed(config, graph, prepared, journal)
+            manifest, differences = replace(manifest, typing=typing), differences | found
+        with journal.step(Step.FILES, format=config.format), writing(config.target):
+            golden = prepared.reference.golden
+            runtime = steps.write_files(writer.folder, graph, config.batch, golden, config.format)
+            manifest = replace(manifest, runtime=runtime)
+        if Step.BUILD in journal:
+            journal.take(Step.BUILD)
+            manifest = _with_engine(config, writer, manifest, progress)
+        with journal.step(Step.VERIFY):
+            result = _verified(config, writer, manifest, prepared, progress)
+            manifest = replace(manifest, verification=result.entry(differences))
+        speed = None
+        if Step.MEASURE in journal:
+            with journal.step(Step.MEASURE):
+                speed = steps.measure_bundle(writer.staged(manifest), config.threads, progress.share)
+                manifest = replace(manifest, latency=summary(speed))
+        with journal.step(Step.WRITE), writing(config.target):
+            write_report(writer.folder, manifest, config.name, result, speed)
+            return writer.commit(manifest)
+
+
+def _chosen(
+    config: ExportConfig, prepared: Prepared, verdict: VerdictEntry | None
+) -> tuple[onnx.ModelProto, Manifest]:
+    """The graph of the precision, and the manifest as far as it is known."""
+    graph = prepared.graph_of(config.precision, config.kept_float)
+    calibration = None
+    if config.precision == "int8" and prepared.data is not None and prepared.quantized is not None:
+        calibration = describe_calibration(config, prepared.data, prepared.quantized.cached)
+    manifest = replace(
+        prepared.manifest,
+        precision=config.precision,
+        calibration=calibration,
+        verdict=verdict,
+    )
+    return graph, manifest
 
 
 def _typed(
-    config: ExportConfig,
-    graph: onnx.ModelProto,
-    data: CalibrationSet | None,
-    reference: _Reference,
-    manifest: Manifest,
-    steps: dict[str, float],
-) -> tuple[onnx.ModelProto, Manifest]:
-    """The graph with its precision written into it; what stayed float32 goes into the manifest."""
+    config: ExportConfig, graph: onnx.ModelProto, prepared: Prepared, journal: Journal
+) -> tuple[onnx.ModelProto, TypingEntry, Differences]:
+    """The graph with its precision written into it, and what is told of that."""
+    from . import trt
+
+    spec, images = config.preprocess, None
     observed: dict[str, float] = {}
-    images = data or CalibrationSet.choose("generated", OBSERVED_IMAGES, config.preprocess, config.seed)
-    if config.precision != "fp32":
-        batches = itertools.islice(images.batches(config.preprocess), OBSERVED_IMAGES)
-        observed = observe(graph, itertools.chain(np.split(reference.batch, len(reference.batch)), batches))
-    result = typed(graph, config.precision, observed)
-    if findings := parser_findings(result.model):
-        raise GateError(
-            "TensorRT's parser would refuse the graph",
-            why="; ".join(findings[:5]),
-            remedy="nothing was written; report the model, or export --format onnx or openvino",
-        )
-    steps[f"typed {config.precision}"] = _require_typed(config, graph, result.model, reference)
-    ranges = (
-        {
-            "source": images.describe()["source"],
-            "images": min(len(images), OBSERVED_IMAGES) + len(reference.batch),
-            "largest": result.largest,
-        }
-        | ({"synthesis": images.synthesis} if images.synthesis else {})
-        if observed
-        else None
-    )
-    typing = {
-        "operations": result.operations,
-        "islands": [asdict(i) for i in result.islands],
-        "observed": ranges,
-    }
-    return result.model, replace(manifest, typing=typing)
+    if Step.OBSERVE in journal:
+        images = prepared.data or CalibrationSet.choose("generated", OBSERVED_IMAGES, spec, config.seed)
+        with journal.step(Step.OBSERVE, images=min(len(images), OBSERVED_IMAGES)):
+            observed = steps.observe_ranges(graph, images, prepared.reference, spec)
+    with journal.step(Step.TYPE):
+        result, differences = trt.write_precision(config, graph, observed, prepared.reference)
+    return result.model, describe_typing(result, images), differences
 
 
-def _require_typed(
-    config: ExportConfig, before: onnx.ModelProto, after: onnx.ModelProto, reference: _Reference
-) -> float:
-    """The largest difference that writing the precision made, with every float16 tensor rounded."""
-    step = "write the precision into the graph"
-    ours, expected = (
-        outputs_of(rounded(after), reference.batch, step),
-        outputs_of(before, reference.batch, step),
-    )
-    differences = [distance(a, b) for a, b in zip(ours, expected, strict=True)]
-    for name, found, output in zip(config.outputs, differences, reference.outputs, strict=True):
-        allowed = tolerance(output, config.precision, config.atol)
-        if not found <= allowed:
-            raise ParityError(
-                f"{config.precision} changes the {name} by {found:.3g}, allowed are {allowed:.3g}",
-                remedy=(
-                    "nothing was written; give typical images with --data, allow more with --atol, or use"
-                    " --precision fp32"
-                ),
-            )
-    return max(differences)
-
-
-def _build_engine(
+def _with_engine(
     config: ExportConfig, writer: BundleWriter, manifest: Manifest, progress: Progress
 ) -> Manifest:
-    """What ``cmt-build`` does, on the bundle that is being written."""
-    options = EngineOptions(config.workspace)
-    finished = finish(
-        writer.staged(manifest),
-        options,
-        device=config.device,
-        atol=config.atol,
-        progress=progress,
-        name=config.name,
-    )
-    for name, content in finished.files.items():
-        with writing(config.target):
-            (writer.folder / name).parent.mkdir(exist_ok=True)
-            (writer.folder / name).write_bytes(content)
-    return finished.manifest
+    """The manifest with an engine in it, which lies beside the graph."""
+    from . import trt
+
+    manifest, files = trt.build_engine(config, writer.staged(manifest), progress)
+    with writing(config.target):
+        for name, content in files.items():
+            path = writer.folder / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content)
+    return manifest
 
 
-def _write(
-    config: ExportConfig,
-    writer: BundleWriter,
-    graph: onnx.ModelProto,
-    reference: _Reference,
-    manifest: Manifest,
-) -> Manifest:
-    """``model.onnx``, the compiled artefact and the golden vectors; the manifest knows the runtime's
-    options."""
-    path = writer.folder / ONNX
-    path.write_bytes(graph.SerializeToString(deterministic=True))
-    reference.golden.save(writer.folder / GOLDEN)
-    name = RUNTIME_OF_FORMAT[config.format]
-    if config.format == "trt":  # its artefact is the engine, see _build_engine
-        return replace(manifest, runtime={"backend": name, "version": None})
-    runtime = get_runtime(name)
-    runtime.compile(path, writer.folder)
-    return replace(manifest, runtime={"backend": name, "version": runtime.check()})
-
-
-def _verify(
-    config: ExportConfig, bundle: Bundle, reference: _Reference, labelled: ImageSet | None, progress: Progress
+def _verified(
+    config: ExportConfig, writer: BundleWriter, manifest: Manifest, prepared: Prepared, progress: Progress
 ) -> Verification:
-    with Predictor(
-        TorchSession(reference.model), config.preprocess, bundle.labels, batch=0, head=config.head
-    ) as torch_side:
-        result = verify(
-            bundle,
-            data=labelled,
-            by_order=config.by_order,
-            threads=config.threads,
-            device=config.device,
-            reference=torch_side,
-            max_drop=config.allowed_drop,
-            atol=config.atol,
-            limit=config.eval_limit,
-            progress=progress.count,
-            candidate=_emulated(config, bundle) if config.format == "trt" and not config.build else None,
-        )
-    if not result.passed:
-        text = report.verification_text(replace(result, bundle=config.name))
-        raise GateError(
-            "the exported model differs from the reference by more than allowed",
-            why="\n       ".join(text.splitlines()),
-            remedy=(
-                "nothing was written; calibrate on more and more typical images, use bf16 or fp32, or allow"
-                " more with --max-drop or --atol"
-            ),
-        )
-    return replace(result, bundle=config.name)
+    """The staged bundle compared with the reference, whose answers are kept in it."""
+    bundle = writer.staged(manifest)
+    candidate = None
+    if config.format == "trt" and not config.build:
+        from . import trt
 
-
-def _emulated(config: ExportConfig, bundle: Bundle) -> Predictor:
-    """A typed graph on the CPU with every float16 tensor rounded, for where the engine cannot be built."""
-    from cmt_edge.deploy.backends.onnxruntime import OnnxRuntimeSession
-
-    graph = rounded(onnx.load(bundle.file(ONNX)))
-    session = OnnxRuntimeSession(graph.SerializeToString(), LoadOptions(threads=config.threads))
-    session.runtime += ", float16 emulated" if config.precision != "fp32" else ""
-    return Predictor(session, config.preprocess, bundle.labels, batch=config.batch, head=config.head)
-
-
-def _labels(config: ExportConfig, loaded: LoadedWeights) -> tuple[list[list[str]], str]:
-    """``[[id, name], ...]`` in logit order and where they come from."""
-    if (names := config.read_labels()) is not None:
-        return [[n, n] for n in names], "file"
-    if loaded.classes is not None:
-        config.require_labels(loaded.classes, loaded.source)
-        return [[n, n] for n in loaded.classes], "checkpoint"
-    if (known := labels_of(config.spec, config.classes)) is not None:
-        return [list(pair) for pair in known], "published"
-    return [[f"class_{i}", f"class_{i}"] for i in range(config.classes)], "numbered"
-
-
-def _manifest(
-    config: ExportConfig, reference: _Reference, labels: list[list[str]], labels_source: str
-) -> Manifest:
-    loaded, model = reference.loaded, reference.classifier
-    source = config.weights if config.weights in ("pretrained", "random") else loaded.source
-    weights: dict[str, Any] = {
-        "source": source,
-        "sha256": weights_fingerprint(model),
-        "seed": config.seed,
-        "ema": loaded.ema,
-        "fresh": list(loaded.fresh),
-        "resized": list(loaded.resized),
-    }
-    size = config.img_size
-    batch: int | str = config.batch or "batch"
-    return Manifest(
-        model={
-            "provider": PROVIDER,
-            "name": config.model,
-            "family": config.spec.family,
-            "img_size": size,
-            "num_classes": config.classes,
-            "head": config.head,
-            "params": count_params(model),
-            "macs": macs(reference.model),
-            "opset": OPSET,
-            "weights": weights,
-        },
-        input={"name": "input", "shape": [batch, 3, size, size], "dtype": "float32"},
-        outputs=[
-            {"name": name, "shape": [batch, *output.shape[1:]], "dtype": "float32"}
-            for name, output in zip(config.outputs, reference.outputs, strict=True)
-        ],
-        preprocess=config.preprocess.to_json(),
-        labels=labels,
-        labels_source=labels_source,
-        precision=config.precision,
-        format=config.format,
-        versions=versions(),
-        host=describe(),
-    )
-
-
-def _write_reports(
-    folder: Path,
-    config: ExportConfig,
-    result: Verification,
-    speed: Benchmark | None,
-    verdict: dict[str, Any] | None,
-) -> None:
-    text = f"# {config.name}\n\n## Verification\n\n{report.verification_text(result, markdown=True)}\n"
-    content = {"verification": report.plain(result)}
-    if speed:
-        speed = replace(speed, results=[replace(speed.results[0], name=config.name)])
-        text += f"\n## Latency\n\n{report.benchmark_text(speed, markdown=True)}\n"
-        content["benchmark"] = report.plain(speed)
-    if verdict:
-        text += f"\n## Why {config.precision}\n\n{report.verdict_text(verdict, markdown=True)}\n"
-        content["verdict"] = verdict
-    (folder / "report.md").write_text(text, encoding="utf-8")
-    (folder / "report.json").write_text(report.to_json(content) + "\n", encoding="utf-8")
+        candidate = trt.emulate(config, bundle)
+    labelled = prepared.evaluation.images if prepared.evaluation else None
+    result = steps.verify_bundle(config, bundle, prepared.reference, labelled, candidate, progress.count)
+    steps.require_passed(result)
+    if result.data:
+        with writing(config.target):
+            save_reference(writer.folder / REFERENCE, result.reference_answers)
+    return result

@@ -61,6 +61,7 @@ from cmt_edge.calib.graph import (
     write_model,
 )
 from cmt_edge.calib.recipe import INT8_OPS
+from cmt_edge.deploy.bundle.sections import Island
 
 from .to_onnx import checked, guarded
 
@@ -106,23 +107,6 @@ NOT_COUNTED = (*MOVES, QUANTIZE, DEQUANTIZE, "Cast", "Constant", "Identity")
 
 STEP = "write the precision into the graph"
 """The name of this step in error messages."""
-
-
-@dataclass(frozen=True)
-class Island:
-    """An operation that stays float32, and the observation that decided it.
-
-    Attributes:
-        node: its name.
-        op: its type.
-        reason: why it stays float32.
-        observed: the observed value that decided it.
-    """
-
-    node: str
-    op: str
-    reason: str
-    observed: float
 
 
 @dataclass(frozen=True)

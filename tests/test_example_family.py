@@ -86,7 +86,7 @@ def test_it_is_exported_and_verified(tmp_path, form, precision):
             **data,
         )
     )
-    assert made.manifest.verification["golden"]["passed"]
+    assert made.manifest.verification.golden.passed
     assert verify(made, backend="onnxruntime").passed
 
 

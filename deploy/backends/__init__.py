@@ -6,8 +6,9 @@ import difflib
 from dataclasses import dataclass
 from importlib import import_module, util
 
+from ..bundle.sections import ExecutedPrecision
 from ..errors import RuntimeMissingError, UnknownNameError
-from .base import Binding, DeviceTimes, ExecutedPrecision, LoadOptions, Runtime, Session
+from .base import Binding, DeviceTimes, LoadOptions, Runtime, Session
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..bundle import Bundle
-
-LEAST_SHARE = 0.005
-"""A precision with a smaller share than this is left out of :meth:`ExecutedPrecision.summary`."""
+from ..bundle.sections import ExecutedPrecision
 
 
 @dataclass(frozen=True)
@@ -38,33 +36,6 @@ class LoadOptions:
     threads: int | None = None
     throughput: bool = False
     weights: str | Path | None = None
-
-
-@dataclass(frozen=True)
-class ExecutedPrecision:
-    """What a runtime really ran, from its own execution graph.
-
-    Attributes:
-        time_share: precision -> share of the run time; the shares sum to 1. It is empty where the runtime
-            measures no times.
-        operations: precision -> number of executed operations.
-        conversion_share: share of the time spent on reorders and type conversions.
-        source: where the figures come from.
-    """
-
-    time_share: dict[str, float] = field(default_factory=dict)
-    operations: dict[str, int] = field(default_factory=dict)
-    conversion_share: float = 0.0
-    source: str = ""
-
-    def summary(self) -> str:
-        """For a table, e.g. ``"int8 58 % + bf16 42 %"``."""
-        total = max(1, sum(self.operations.values()))
-        counted = {precision: number / total for precision, number in self.operations.items()}
-        shares = self.time_share or counted
-        ordered = sorted(shares.items(), key=lambda item: -item[1])
-        shown = [f"{precision} {100 * share:.0f} %" for precision, share in ordered if share >= LEAST_SHARE]
-        return " + ".join(shown) or "unknown"
 
 
 @dataclass(frozen=True)
@@ -189,5 +160,5 @@ class Runtime(ABC):
 
 def batch_limit(bundle: Bundle) -> int:
     """Fixed batch size of the graph, ``0`` if it is dynamic."""
-    first = bundle.manifest.input["shape"][0]
+    first = bundle.manifest.input.shape[0]
     return first if isinstance(first, int) else 0

@@ -33,7 +33,8 @@ import time
 import numpy as np
 
 from ..bundle import Bundle
-from .base import ExecutedPrecision, LoadOptions, Runtime, Session
+from ..bundle.sections import ExecutedPrecision
+from .base import LoadOptions, Runtime, Session
 
 
 class FakeSession(Session):

@@ -13,8 +13,9 @@ import numpy as np
 import onnxruntime as ort
 
 from ..bundle import ONNX, Bundle
+from ..bundle.sections import ExecutedPrecision
 from ..errors import InputError, RuntimeMissingError
-from .base import ExecutedPrecision, LoadOptions, Runtime, Session
+from .base import LoadOptions, Runtime, Session
 
 CONVERSION_OPERATORS = {"QuantizeLinear", "DequantizeLinear", "Cast", "ReorderInput", "ReorderOutput"}
 """Operators that only change the type or the memory layout of a tensor."""

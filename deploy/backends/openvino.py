@@ -18,8 +18,9 @@ import numpy as np
 import openvino as ov
 
 from ..bundle import ONNX, Bundle
+from ..bundle.sections import ExecutedPrecision
 from ..errors import InputError, RuntimeMissingError
-from .base import Binding, ExecutedPrecision, LoadOptions, Runtime, Session
+from .base import Binding, LoadOptions, Runtime, Session
 from .openvino_graph import read
 
 IR = "openvino.xml"

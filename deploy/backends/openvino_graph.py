@@ -1,15 +1,15 @@
-"""What is rewritten, exactly, in a graph that OpenVINO has read from an ONNX file.
+"""Exact rewrites of a graph that OpenVINO has read from an ONNX file.
 
-**Unsigned inputs of int8 convs.** Signed int8 activations are what every runtime of ours reads, and
-processors without AMX multiply unsigned by signed bytes only: there OpenVINO (2026.4) shifts them by 128 and
-takes the shift back, as a zero point, in every conv. A conv without padding needs no taking back::
+**Unsigned inputs of int8 convs.** Bundles hold signed int8 activations, because every runtime reads those.
+But processors without AMX only multiply unsigned by signed bytes: there OpenVINO (2026.4) shifts the
+activations by 128, and takes the shift back, as a zero point, in every conv. A conv without padding does not
+need this::
 
-    x = q s,  q in -128 .. 127                                      # what the pair before the conv leaves
-    W * x + b = W * (x + 128 s) + (b - 128 s sum(W))                # sum over all of an output channel's
-    weights
+    x = q s,  q in -128 .. 127                         # what the Q/DQ pair before the conv gives
+    W * x + b = W * (x + 128 s) + (b - 128 s sum(W))   # the sum of all weights of an output channel
 
-``x + 128 s = (q + 128) s`` is an unsigned value without zero point, and the new bias is a constant. Padded
-convs are left alone: the zeros around the map are zeros of ``x``, not of ``x + 128 s``.
+``x + 128 s = (q + 128) s`` is an unsigned value without a zero point, and the new bias is a constant. Convs
+with padding are left alone: the zeros around the map are zeros of ``x``, not of ``x + 128 s``.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from openvino import opset13 as ops
 
 
 def read(path: Path) -> ov.Model:
-    """The model in ``path``: an ONNX file as rewritten above, an IR as it is."""
+    """The model in ``path``: an ONNX file is rewritten as above, an IR is taken as it is."""
     model = ov.Core().read_model(path)
-    return model if path.suffix == ".xml" else unsigned(model)
+    return model if path.suffix == ".xml" else make_unsigned(model)
 
 
-def unsigned(model: ov.Model) -> ov.Model:
-    """``model`` with the inputs of int8 convs made unsigned, where no padding forbids it. In place.
+def make_unsigned(model: ov.Model) -> ov.Model:
+    """Make the inputs of int8 convs unsigned, where no padding forbids it; changes ``model`` and returns it.
 
-    Convs whose input or weights are not quantized, or whose pair others read too, stay as they are.
+    A conv stays as it is if its input or its weights are not quantized, or if others read its pair too.
     """
     found = [(conv, pair) for conv in model.get_ordered_ops() if (pair := _pair_before(conv)) is not None]
     sums = _channel_sums([conv.input_value(1) for conv, _ in found])
@@ -46,7 +46,8 @@ def unsigned(model: ov.Model) -> ov.Model:
 
 
 def _pair_before(conv: ov.Node) -> tuple[ov.Node, ov.Node] | None:
-    """Quantizer and end of the signed pair that only this conv reads, if its input may be shifted."""
+    """Quantizer and last node of the signed Q/DQ pair that only this conv reads, if its input may be
+    shifted."""
     if conv.get_type_name() != "Convolution" or _padded(conv) or not _dequantized(conv.input_value(1)):
         return None
     end = conv.input_value(0)
@@ -62,9 +63,8 @@ def _pair_before(conv: ov.Node) -> tuple[ov.Node, ov.Node] | None:
 
 def _padded(conv: ov.Node) -> bool:
     attributes = conv.get_attributes()
-    return attributes["auto_pad"] not in ("explicit", "valid") or any(
-        (*attributes["pads_begin"], *attributes["pads_end"])
-    )
+    pads = (*attributes["pads_begin"], *attributes["pads_end"])
+    return attributes["auto_pad"] not in ("explicit", "valid") or any(pads)
 
 
 def _dequantized(value: ov.Output) -> bool:
@@ -75,10 +75,11 @@ def _dequantized(value: ov.Output) -> bool:
         if node.get_type_name() != kind:
             return False
         node = node.input_value(0).get_node()
-    return node.get_output_element_type(0) == ov.Type.i8
+    return bool(node.get_output_element_type(0) == ov.Type.i8)
 
 
 def _size(value: ov.Output) -> int:
+    """Number of elements of a constant; 0 where the value is computed."""
     return int(value.get_node().data.size) if value.get_node().get_type_name() == "Constant" else 0
 
 
@@ -87,16 +88,17 @@ def _scalar(value: ov.Output) -> float:
 
 
 def _channel_sums(weights: list[ov.Output]) -> list[np.ndarray]:
-    """The sum of each output channel's weights."""
+    """The sum of each output channel's weights, float64 ``(channels,)``."""
     if not weights:
         return []
-    values = ov.Core().compile_model(ov.Model(weights, []), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})([])
+    model = ov.Model(weights, [])
+    values = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})([])
     return [values[i].reshape(len(values[i]), -1).sum(axis=1, dtype=np.float64) for i in range(len(weights))]
 
 
 def _add_to_bias(conv: ov.Node, correction: np.ndarray) -> None:
-    """Have all readers of ``conv`` read its sum with ``correction``, which OpenVINO adds to the bias behind
-    it."""
+    """Make all readers of ``conv`` read its sum with ``correction``; OpenVINO merges that with the bias that
+    follows."""
     readers = conv.output(0).get_target_inputs()
     corrected = ops.add(conv, ops.constant(correction.astype(np.float32)))
     for reader in readers:

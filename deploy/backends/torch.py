@@ -8,14 +8,14 @@ mode and the fingerprint of its weights.
 from __future__ import annotations
 
 from importlib import metadata
-from typing import Any
 
 import numpy as np
 import torch
 
 from ..bundle import Bundle
+from ..bundle.sections import ExecutedPrecision
 from ..errors import BundleError, RuntimeMissingError
-from .base import ExecutedPrecision, LoadOptions, Runtime, Session
+from .base import LoadOptions, Runtime, Session
 
 GROUP = "cmt_edge.reference"
 """Group of the entry points that rebuild a model from its entry in the manifest."""
@@ -72,16 +72,16 @@ class PyTorch(Runtime):
             BundleError: the weights are not those that the bundle was made from.
         """
         self.check(options.device)
-        entry: dict[str, Any] = bundle.manifest.model
+        entry = bundle.manifest.model
         providers = {point.name: point for point in metadata.entry_points(group=GROUP)}
-        if entry.get("provider") not in providers:
+        if entry.provider not in providers:
             raise RuntimeMissingError(
-                f"nothing here can rebuild the PyTorch model {entry.get('name')!r}",
+                f"nothing here can rebuild the PyTorch model {entry.name!r}",
                 remedy='pip install "cmt-edge[export]"',
             )
-        rebuild = providers[entry["provider"]].load()
+        rebuild = providers[entry.provider].load()
         module, fingerprint = rebuild(entry, options.weights)
-        if fingerprint != entry["weights"]["sha256"]:
+        if fingerprint != entry.weights.sha256:
             raise BundleError(
                 "these are not the weights that the bundle was made from",
                 where=options.weights or bundle.path,

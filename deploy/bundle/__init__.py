@@ -6,7 +6,9 @@ manifest is complete. Hashes protect against accidents; they do not prove where 
 
 from .bundle import Bundle
 from .golden import Golden, save_reference
-from .manifest import ENGINES, GOLDEN, LOGITS, MANIFEST, MAX_MANIFEST, ONNX, REFERENCE, Manifest
+from .manifest import ENGINES, GOLDEN, MANIFEST, MAX_MANIFEST, ONNX, REFERENCE, Manifest
+from .record import plain, read_record
+from .sections import LOGITS
 from .writer import BundleWriter
 
 __all__ = [
@@ -21,5 +23,7 @@ __all__ = [
     "BundleWriter",
     "Golden",
     "Manifest",
+    "plain",
+    "read_record",
     "save_reference",
 ]

@@ -17,15 +17,14 @@ from .golden import Golden, open_npz
 from .manifest import (
     ENGINES,
     GOLDEN,
-    LOGITS,
     MANIFEST,
     MAX_FILES,
     MAX_MANIFEST,
-    MAX_TOTAL,
     REFERENCE,
     Manifest,
     broken,
 )
+from .sections import LOGITS, MAX_TOTAL, FileEntry
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,18 @@ class Bundle:
 
     path: Path
     manifest: Manifest
+    target: Path | None = None
+    """Where a bundle that is still being written will lie; ``None`` once it is finished."""
+
+    @property
+    def name(self) -> str:
+        """Name of the folder, of an unfinished bundle the one it will have."""
+        return (self.target or self.path).resolve().name
+
+    @property
+    def title(self) -> str:
+        """What reports call the bundle: the path it was opened by, or the name that it will have."""
+        return str(self.path) if self.target is None else self.name
 
     @classmethod
     def open(cls, path: str | Path) -> Bundle:
@@ -58,12 +69,13 @@ class Bundle:
 
     @property
     def preprocess(self) -> Preprocess:
-        return Preprocess.from_json(self.manifest.preprocess)
+        """How an image becomes the model's input."""
+        return self.manifest.preprocess
 
     @property
     def outputs(self) -> list[str]:
         """Names of the outputs in the graph's order: ``["logits"]``, or one a feature map."""
-        return [output["name"] for output in self.manifest.outputs]
+        return [output.name for output in self.manifest.outputs]
 
     @property
     def head(self) -> str:
@@ -73,12 +85,12 @@ class Bundle:
     @property
     def labels(self) -> list[str]:
         """Readable class names in logit order."""
-        return [str(pair[-1]) for pair in self.manifest.labels]
+        return [name for _, name in self.manifest.labels]
 
     @property
     def class_ids(self) -> list[str]:
         """What data sets call the classes, in logit order (ImageNet: synset ids; elsewhere the names)."""
-        return [str(pair[0]) for pair in self.manifest.labels]
+        return [class_id for class_id, _ in self.manifest.labels]
 
     def file(self, name: str) -> Path:
         """Path of a member; raises :class:`BundleError` if the bundle has none of this name."""
@@ -101,9 +113,9 @@ class Bundle:
         entries = {name: entry for name, entry in self.manifest.files.items() if name not in drop}
         for name, data in files.items():
             digest = hashlib.sha256(data).hexdigest()
-            if name in self.manifest.files and self.manifest.files[name]["sha256"] != digest:
+            if name in self.manifest.files and self.manifest.files[name].sha256 != digest:
                 raise ValueError(f"{name} would be replaced before the manifest knows")
-            entries[name] = {"size": len(data), "sha256": digest}
+            entries[name] = FileEntry(len(data), digest)
             with writing(self.path):
                 (self.path / name).parent.mkdir(exist_ok=True)
             write_atomic(self.path / name, data)
@@ -143,13 +155,7 @@ def _check_members(path: Path, manifest: Manifest) -> None:
             or ":" in name
         ):
             raise broken(f"names a file outside the bundle: {name!r}", path)
-        if (
-            not isinstance(entry, dict)
-            or not isinstance(entry.get("size"), int)
-            or not isinstance(entry.get("sha256"), str)
-        ):
-            raise broken(f"the entry of {name} lacks size or sha256", path)
-        total += entry["size"]
+        total += entry.size
     if total > MAX_TOTAL:
         raise broken(f"declares {total} bytes, the cap is {MAX_TOTAL}", path)
     present = set()
@@ -166,7 +172,7 @@ def _check_members(path: Path, manifest: Manifest) -> None:
         raise broken("does not match its manifest", path, "; ".join(text))
     for name, entry in files.items():
         member = path / name
-        if member.stat().st_size != entry["size"] or sha256_of(member) != entry["sha256"]:
+        if member.stat().st_size != entry.size or sha256_of(member) != entry.sha256:
             raise broken(f"{name} was changed after the export: its SHA-256 differs from the manifest", path)
         if name.endswith(".onnx") and _has_external_data(member):
             raise broken(f"{name} stores weights outside the file, which bundles may not", path)

@@ -15,6 +15,10 @@ from ..files import sha256_of, sync_folder, sync_tree, write_atomic, writing
 from ..signals import terminate_as_interrupt
 from .bundle import Bundle
 from .manifest import MANIFEST, Manifest
+from .sections import FileEntry
+
+BACKDATE_NS = 10 * 10**9
+"""A hashed file is dated back by so many nanoseconds: more than the tick of any file system's clock."""
 
 
 class BundleWriter:
@@ -27,6 +31,7 @@ class BundleWriter:
     def __init__(self, target: Path) -> None:
         self.target = target
         self.folder = target
+        self._hashes = _Hashes()
         self._previous: Any = None
 
     def check(self) -> None:
@@ -60,15 +65,17 @@ class BundleWriter:
             signal.signal(signal.SIGTERM, self._previous)
 
     def staged(self, manifest: Manifest) -> Bundle:
-        """The unfinished bundle, to be verified and measured before :meth:`commit`."""
-        files = {}
-        for path in sorted(p for p in self.folder.rglob("*") if p.is_file()):
-            name = path.relative_to(self.folder).as_posix()
-            files[name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
-        return Bundle(self.folder, replace(manifest, files=files))
+        """The unfinished bundle, to be verified and measured before :meth:`commit`.
+
+        Its ``name`` is the one that it will have. A file is hashed when it is first seen here, and again only
+        if it has changed since.
+        """
+        paths = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        files = {path.relative_to(self.folder).as_posix(): self._hashes.entry(path) for path in paths}
+        return Bundle(self.folder, replace(manifest, files=files), self.target)
 
     def commit(self, manifest: Manifest) -> Bundle:
-        """Hash every file, write the manifest last, and move the folder into place."""
+        """Write the manifest last, with the hash of every file, and move the folder into place."""
         with writing(self.folder):
             manifest = self.staged(manifest).manifest
             write_atomic(self.folder / MANIFEST, manifest.to_bytes())
@@ -102,6 +109,48 @@ class BundleWriter:
             pid = stale.name[len(self.target.name) + 2 :].split(".", 1)[0]
             if pid.isdigit() and int(pid) != os.getpid() and not _alive(int(pid)):
                 shutil.rmtree(stale, ignore_errors=True)
+
+
+class _Hashes:
+    """Sizes and hashes of files, each computed once while the file stays the same.
+
+    A file is dated back before it is hashed, so that whatever is written to it later gives it another date:
+    even a change of equal length within the same tick of the file system's clock is noticed.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Path, tuple[tuple[int, ...], FileEntry]] = {}
+
+    def entry(self, path: Path) -> FileEntry:
+        """Size and SHA-256 of the file as it is now."""
+        stamp, entry = self._known.get(path, (None, None))
+        if entry is None or stamp != _stamp(path):
+            entry = self._hashed(path)
+        return entry
+
+    def _hashed(self, path: Path) -> FileEntry:
+        dated = _date_back(path)
+        stamp = _stamp(path)
+        entry = FileEntry(path.stat().st_size, sha256_of(path))
+        if dated and stamp == _stamp(path):
+            self._known[path] = stamp, entry
+        return entry
+
+
+def _date_back(path: Path) -> bool:
+    """Date a file back by :data:`BACKDATE_NS`; whether the file system let us."""
+    status = path.stat()
+    try:
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns - BACKDATE_NS))
+    except OSError:
+        return False
+    return True
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written to or replaced."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def _alive(pid: int) -> bool:

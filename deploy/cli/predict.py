@@ -6,7 +6,6 @@ import argparse
 import os
 from pathlib import Path
 
-from .. import report
 from ..errors import InputError
 from ..predictor import Prediction, Predictor
 from ..preprocessing import EXTENSIONS
@@ -39,6 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _main(args: argparse.Namespace) -> int:
+    from .. import report  # here, because the command should start without what measures
+
     if args.topk < 1:
         raise InputError(f"--topk {args.topk}", remedy="ask for 1 or more")
     paths = [file for path in args.images for file in _expand(path)]

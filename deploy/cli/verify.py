@@ -93,7 +93,7 @@ def _main(args: argparse.Namespace) -> int:
 def _reference(bundle: Bundle, path: Path, threads: int | None) -> Predictor:
     """Another bundle of the same weights as the reference."""
     other = Bundle.open(path)
-    if other.manifest.model["weights"]["sha256"] != bundle.manifest.model["weights"]["sha256"]:
+    if other.manifest.model.weights.sha256 != bundle.manifest.model.weights.sha256:
         raise InputError(
             "was made from other weights, so it is no reference",
             where=path,

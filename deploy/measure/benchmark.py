@@ -11,14 +11,14 @@ import io
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 
-from ..backends.base import ExecutedPrecision, Session
+from ..backends.base import Session
 from ..bundle import LOGITS, Bundle
+from ..bundle.sections import ExecutedPrecision, Host, LatencyEntry, RanOn
 from ..predictor import Predictor
 from ..preprocessing import normalise
 from .host import describe, versions
@@ -77,7 +77,7 @@ class Measured:
 
     name: str
     precision: str
-    runtime: dict[str, Any]
+    runtime: RanOn
     batch: int
     size_bytes: int
     executed: ExecutedPrecision
@@ -96,7 +96,7 @@ class Benchmark:
     faster)."""
 
     results: list[Measured]
-    host: dict[str, Any]
+    host: Host
     versions: dict[str, str]
     threads: int | None
     protocol: Protocol
@@ -250,7 +250,7 @@ class _Samples:
     """What was measured of one opened bundle; times in nanoseconds."""
 
     batch: np.ndarray
-    runtime: dict[str, Any]
+    runtime: RanOn
     model: np.ndarray
     end_to_end: np.ndarray
     executed: ExecutedPrecision
@@ -325,7 +325,7 @@ def _latencies(
         return {
             name: _Samples(
                 batch=batches[name],
-                runtime=p.info,
+                runtime=RanOn(**p.info),
                 model=model[name],
                 end_to_end=end_to_end[name],
                 executed=p.session.executed(batches[name]),
@@ -339,7 +339,7 @@ def _names(bundles: Sequence[Bundle]) -> list[str]:
     """Folder names, numbered where they repeat."""
     names: list[str] = []
     for bundle in bundles:
-        name = bundle.path.resolve().name
+        name = bundle.name
         names.append(name if name not in names else f"{name} #{len(names) + 1}")
     return names
 
@@ -389,7 +389,7 @@ def _measured(name: str, bundle: Bundle, samples: _Samples, base: _Samples, rate
         precision=bundle.manifest.precision,
         runtime=samples.runtime,
         batch=len(samples.batch),
-        size_bytes=sum(f["size"] for f in bundle.manifest.files.values()),
+        size_bytes=bundle.manifest.size_bytes,
         executed=samples.executed,
         model=latency,
         end_to_end=summarise(samples.end_to_end),
@@ -417,19 +417,19 @@ def _latency_warnings(latency: Latency, clock: OnDevice | None) -> list[str]:
     return warnings
 
 
-def summary(speed: Benchmark) -> dict[str, Any]:
+def summary(speed: Benchmark) -> LatencyEntry:
     """What a manifest keeps of the first bundle's figures."""
     measured = speed.results[0]
-    return {
-        "p50_ms": measured.model.p50,
-        "ci_ms": measured.model.ci,
-        "p95_ms": measured.model.p95,
-        "end_to_end_p50_ms": measured.end_to_end.p50,
-        "batch": measured.batch,
-        "threads": speed.threads,
-        "executed": asdict(measured.executed),
-        "warnings": measured.warnings,
-    }
+    return LatencyEntry(
+        p50_ms=measured.model.p50,
+        ci_ms=measured.model.ci,
+        p95_ms=measured.model.p95,
+        end_to_end_p50_ms=measured.end_to_end.p50,
+        batch=measured.batch,
+        threads=speed.threads,
+        executed=measured.executed,
+        warnings=tuple(measured.warnings),
+    )
 
 
 def precision_warnings(asked: str, executed: ExecutedPrecision) -> list[str]:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from ..backends import get_runtime
-from ..bundle import Bundle
+from ..bundle import Bundle, plain
 from ..children import Child, ChildCrashed, Report, Request, serve
 from ..errors import CmtEdgeError, RuntimeMissingError, StepError
 from ..predictor import Predictor
@@ -33,7 +33,7 @@ from .isa import ISAS
 
 CHUNK = 32
 """Images that go through the model at once, at least."""
-SWITCHES = ("OV_CPU_MAX_ISA", "ONEDNN_MAX_CPU_ISA")
+SWITCHES: tuple[str, ...] = ("OV_CPU_MAX_ISA", "ONEDNN_MAX_CPU_ISA")
 """Environment variables that limit OpenVINO, and oneDNN within it."""
 OWN_CHOICE = "mlas"
 """In the name of kernels that ask the CPU themselves and heed no switch."""
@@ -136,10 +136,10 @@ class MeasuringProcess:
 
 def _require_isa(isa: str) -> None:
     host = describe()
-    if ISAS[isa].flag not in host["flags"]:
+    if ISAS[isa].flag not in host.flags:
         raise RuntimeMissingError(
             f"this processor has no {isa}, so it cannot be measured here",
-            why=host["cpu"],
+            why=host.cpu,
             remedy="choose another --isa, or leave it out",
         )
 
@@ -181,7 +181,7 @@ def _benchmark(request: Request, report: Report) -> dict[str, Any]:
         with_throughput=False,
         progress=report,
     )
-    return asdict(result)
+    return dict(plain(result))
 
 
 def _kernels(request: Request, _: Report) -> dict[str, float]:

@@ -6,7 +6,8 @@ import os
 import platform
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+
+from ..bundle.sections import Host
 
 FLAGS = (
     "avx2",
@@ -38,24 +39,21 @@ PACKAGES = (
 """Packages whose versions are recorded."""
 
 
-def describe() -> dict[str, Any]:
+def describe() -> Host:
     """CPU model and flags, cores, clocks, governor and temperature, where known."""
     info = _cpuinfo()
     flags = set((info.get("flags") or info.get("Features") or "").split())
-    result: dict[str, Any] = {
-        "machine": platform.machine(),
-        "system": platform.platform(terse=True),
-        "python": platform.python_version(),
-        "cpu": info.get("model name") or platform.processor() or platform.machine(),
-        "flags": [f for f in FLAGS if f in flags],
-        "cores": _cores(),
-    }
-    readings = {
-        "mhz": info.get("cpu MHz"),
-        "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
-        "temperature_mc": _read("/sys/class/thermal/thermal_zone0/temp"),
-    }
-    return result | {k: v for k, v in readings.items() if v}
+    return Host(
+        machine=platform.machine(),
+        system=platform.platform(terse=True),
+        python=platform.python_version(),
+        cpu=info.get("model name") or platform.processor() or platform.machine(),
+        flags=tuple(f for f in FLAGS if f in flags),
+        cores=_cores(),
+        mhz=info.get("cpu MHz") or None,
+        governor=_read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or None,
+        temperature_mc=_read("/sys/class/thermal/thermal_zone0/temp") or None,
+    )
 
 
 def _cores() -> int | None:

@@ -59,4 +59,4 @@ def int8_hardware(isa: str | None) -> bool:
     """Whether this CPU, limited to ``isa``, has instructions that multiply and add int8 values."""
     if isa:
         return ISAS[isa].int8
-    return bool(INT8_FLAGS & set(describe()["flags"]))
+    return bool(INT8_FLAGS & set(describe().flags))

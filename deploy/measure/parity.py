@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from ..backends import has_runtime
 from ..bundle import LOGITS, Bundle
+from ..bundle.sections import DataCheck, GoldenCheck, RanOn, VerificationEntry
 from ..errors import BundleError, DataError, InputError, RuntimeMissingError
 from ..images import ImageSet, Item, digest
 from ..predictor import Predictor
@@ -41,59 +41,34 @@ NO_REFERENCE_REMEDY = (
 
 
 @dataclass(frozen=True)
-class GoldenCheck:
-    """Golden images: ``pixel_diff`` in grey levels (decode and resize), ``diff`` and ``atol`` by
-    :func:`distance` (numerics).
-
-    ``output`` is the one that comes closest to its tolerance: ``"logits"``, or a feature map.
-    """
-
-    images: int
-    pixel_diff: int
-    diff: float
-    atol: float
-    passed: bool
-    output: str = LOGITS
-
-
-@dataclass(frozen=True)
-class DataCheck:
-    """Labelled images; percentages. ``reference_*`` is the PyTorch model, ``drop`` = reference top-1 minus
-    the bundle's.
-
-    ``drop_ci`` is the 95 % interval of the paired difference. ``reference_source`` says where the reference
-    answers come from; the logit differences need a reference that runs here and are ``None`` otherwise.
-    """
-
-    images: int
-    top1: float
-    reference_top1: float
-    agreement: float
-    drop: float
-    drop_ci: tuple[float, float]
-    max_drop: float
-    passed: bool
-    reference_source: str
-    logit_max_diff: float | None = None
-    logit_mean_diff: float | None = None
-    reference_answers: dict[str, int] = field(default_factory=dict, repr=False)
-    """Content digest -> top-1 of the reference; what a bundle records. Left out of reports."""
-
-
-@dataclass(frozen=True)
 class Verification:
     """The result of :func:`verify`."""
 
     bundle: str
     precision: str
-    runtime: dict[str, Any]
+    runtime: RanOn
     golden: GoldenCheck
     data: DataCheck | None = None
-    notes: list[str] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
+    reference_answers: dict[str, int] = field(default_factory=dict, repr=False)
+    """Content digest -> top-1 of the reference on ``data``; what a bundle records, but no report shows."""
 
     @property
     def passed(self) -> bool:
         return self.golden.passed and (self.data is None or self.data.passed)
+
+    def entry(self, steps: dict[str, float] | None = None) -> VerificationEntry:
+        """What manifests and reports hold; ``steps`` are the export's own checks, by name."""
+        return VerificationEntry(
+            bundle=self.bundle,
+            precision=self.precision,
+            runtime=self.runtime,
+            golden=self.golden,
+            data=self.data,
+            notes=self.notes,
+            passed=self.passed,
+            steps=steps,
+        )
 
 
 def verify(
@@ -135,14 +110,15 @@ def verify(
     opened = candidate or Predictor.load(bundle, backend=backend, device=device, threads=threads)
     with opened if candidate is None else nullcontext(opened) as predictor:
         golden = check_golden(bundle, predictor, atol)
-        check = None
-        if data is not None:
-            labelled = _Labelled.of(bundle, data, by_order, limit)
-            with _reference(reference, bundle, labelled, weights, threads) as live:
-                answers = _run_both(predictor, live, bundle, labelled, progress)
-                source = "the bundle's record" if live is None else live.info["runtime"]
-            check = _compare(labelled.truth, answers, max_drop, source)
-        return Verification(str(bundle.path), bundle.manifest.precision, predictor.info, golden, check)
+        found = Verification(bundle.title, bundle.manifest.precision, RanOn(**predictor.info), golden)
+        if data is None:
+            return found
+        labelled = _Labelled.of(bundle, data, by_order, limit)
+        with _reference(reference, bundle, labelled, weights, threads) as live:
+            answers = _run_both(predictor, live, bundle, labelled, progress)
+            source = "the bundle's record" if live is None else live.info["runtime"]
+        check = _compare(labelled.truth, answers, max_drop, source)
+        return replace(found, data=check, reference_answers=answers.by_digest)
 
 
 @dataclass(frozen=True)
@@ -321,6 +297,11 @@ class _Answers:
     digests: list[str]
     diffs: np.ndarray | None
 
+    @property
+    def by_digest(self) -> dict[str, int]:
+        """Content digest -> top-1 of the reference."""
+        return dict(zip(self.digests, self.theirs.tolist(), strict=True))
+
 
 def _run_both(
     predictor: Predictor,
@@ -376,5 +357,4 @@ def _compare(truth: np.ndarray, answers: _Answers, max_drop: float, source: str)
         reference_source=source,
         logit_max_diff=None if diffs is None else float(diffs.max()),
         logit_mean_diff=None if diffs is None else float(diffs.mean()),
-        reference_answers=dict(zip(answers.digests, theirs.tolist(), strict=True)),
     )

@@ -1,18 +1,15 @@
 """The only place that formats results: terminal tables, Markdown, JSON, plots."""
 
+from .as_json import bundle_json, prediction_json, to_json
+from .plot import latency_plot
 from .text import (
     benchmark_text,
     built_text,
-    bundle_json,
     bundle_text,
     device_text,
     how_measured,
-    latency_plot,
-    plain,
-    prediction_json,
     predictions_text,
     table,
-    to_json,
     verdict_text,
     verification_text,
 )
@@ -25,7 +22,6 @@ __all__ = [
     "device_text",
     "how_measured",
     "latency_plot",
-    "plain",
     "prediction_json",
     "predictions_text",
     "table",

@@ -1,36 +1,28 @@
-"""The only place that formats results: terminal tables, Markdown, JSON, plots."""
+"""Results as text: terminal tables and Markdown."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from ..backends.base import ExecutedPrecision
 from ..bundle import LOGITS, Bundle
-from ..errors import RuntimeMissingError
-from ..files import write_atomic
-from ..measure.benchmark import Benchmark, Latency, Protocol
+from ..bundle.sections import (
+    Accuracy,
+    Candidate,
+    ExecutedPrecision,
+    LatencyEntry,
+    ObservedEntry,
+    Speed,
+    SynthesisEntry,
+    TypingEntry,
+    VerdictEntry,
+    VerificationEntry,
+)
+from ..measure.benchmark import Benchmark, Protocol
 from ..measure.parity import Verification
+from ..measure.statistics import Latency
 from ..predictor import Prediction
-
-
-def to_json(result: Any) -> str:
-    """A dataclass, mapping or list as one line of JSON."""
-    return json.dumps(plain(result), ensure_ascii=False)
-
-
-def plain(result: Any) -> Any:
-    """Dataclasses as dictionaries; a :class:`Verification` also says whether it passed."""
-    data = asdict(result) if hasattr(result, "__dataclass_fields__") else result
-    if isinstance(result, Verification):
-        data["passed"] = result.passed
-        if data["data"]:
-            del data["data"]["reference_answers"]
-    return data
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool = False) -> str:
@@ -95,12 +87,12 @@ def benchmark_text(result: Benchmark, markdown: bool = False) -> str:
             r.precision,
             r.executed.summary(),
             f"{100 * r.executed.conversion_share:.0f} %",
-            r.runtime["runtime"],
+            r.runtime.runtime,
         ]
         for r in result.results
     ]
     host = result.host
-    flags = ", ".join(host["flags"]) or "none of note"
+    flags = ", ".join(host.flags) or "none of note"
     protocol = result.protocol
     parts = [
         table(header, rows, markdown),
@@ -110,7 +102,7 @@ def benchmark_text(result: Benchmark, markdown: bool = False) -> str:
             markdown,
         ),
         (
-            f"{host['cpu']}, {host['cores']} cores ({flags}); threads: {result.threads or 'all'}; batch"
+            f"{host.cpu}, {host.cores} cores ({flags}); threads: {result.threads or 'all'}; batch"
             f" {result.results[0].batch}; {how_measured(protocol)}."
         ),
         *_fastest(result),
@@ -161,15 +153,33 @@ def verification_text(v: Verification, markdown: bool = False) -> str:
             f" {'ok' if d.passed else 'FAILED'}"
         )
     lines += [f"note: {n}" for n in v.notes]
-    lines.append(f"{v.bundle} on {v.runtime['runtime']}: {'verified' if v.passed else 'NOT verified'}")
+    lines.append(f"{v.bundle} on {v.runtime.runtime}: {'verified' if v.passed else 'NOT verified'}")
     return "\n".join(lines)
 
 
-def verdict_text(verdict: dict[str, Any], markdown: bool = False) -> str:
+def verdict_text(verdict: VerdictEntry, markdown: bool = False) -> str:
     """What ``--precision auto`` measured and recommends: candidates, sensitivity of the groups, notes, the
     winner."""
-    labelled, winner = verdict["labelled"], verdict["winner"]
-    rows = [_candidate_row(c, labelled, c["variant"] == winner) for c in verdict["candidates"]]
+    parts = [_candidate_table(verdict, markdown)]
+    if verdict.sensitivity:
+        parts += _sensitivity_table(verdict, markdown)
+    if verdict.float_already:
+        parts.append(f"float in every int8 candidate (depthwise): {', '.join(verdict.float_already)}")
+    parts.append(_conditions(verdict))
+    parts += [f"note: {c.variant.name}: {c.why_not}" for c in verdict.candidates if ":" in c.why_not]
+    parts += [f"note: {note}" for note in verdict.notes]
+    parts += [
+        f"warning: {c.variant.name}: {warning}"
+        for c in verdict.candidates
+        if c.accuracy and c.speed
+        for warning in c.speed.warnings
+    ]
+    return "\n\n".join([*parts, _recommendation(verdict)])
+
+
+def _candidate_table(verdict: VerdictEntry, markdown: bool) -> str:
+    labelled = verdict.labelled
+    rows = [_candidate_row(c, labelled, c.variant == verdict.winner) for c in verdict.candidates]
     header = [
         "candidate",
         *(["top-1 %"] if labelled else []),
@@ -180,129 +190,101 @@ def verdict_text(verdict: dict[str, Any], markdown: bool = False) -> str:
         "MB",
         "verdict",
     ]
-    parts = [table(header, rows, markdown)]
-    if verdict["sensitivity"]:
-        ranking = [
-            [s["group"], str(s["nodes"]), f"{s['accuracy']['deviation']:.4f}", *_drop(s["accuracy"])]
-            for s in verdict["sensitivity"]
-        ]
-        parts.append(
-            "sensitivity: each group alone in int8, the worst first; logits in standard deviations of fp32's"
-        )
-        parts.append(
-            table(
-                ["group", "operations", "logit deviation", "drop (95 % CI)", "agreement %"], ranking, markdown
-            )
-        )
-    if verdict["float_already"]:
-        parts.append(f"float in every int8 candidate (depthwise): {', '.join(verdict['float_already'])}")
-    measured = [c for c in verdict["candidates"] if c["accuracy"]]
-    images, budget, host = measured[0]["accuracy"]["images"], verdict["latency_budget"], verdict["host"]
-    what = "labelled images" if labelled else "calibration images"
-    limit = f", limited to {verdict['isa']}" if verdict["isa"] else ""
-    parts.append(
-        f"{images} {what}; allowed: drop {verdict['max_drop']:g}"
-        f" points{f', {budget:g} ms' if budget else ''}; {verdict['runtime']}, {host['cpu']}{limit}; threads:"
-        f" {verdict['threads'] or 'all'}; latencies interleaved"
-    )
-    parts += [
-        f"note: {c['variant']['name']}: {c['why_not']}" for c in verdict["candidates"] if ":" in c["why_not"]
-    ]
-    parts += [f"note: {note}" for note in verdict["notes"]]
-    parts += [
-        f"warning: {c['variant']['name']}: {w}"
-        for c in measured
-        if c["speed"]
-        for w in c["speed"]["warnings"]
-    ]
-    return "\n\n".join([*parts, _recommendation(verdict)])
+    return table(header, rows, markdown)
 
 
-def _candidate_row(candidate: dict[str, Any], labelled: bool, best: bool) -> list[str]:
-    accuracy, speed = candidate["accuracy"], candidate["speed"]
-    top1 = [] if not labelled else [f"{accuracy['top1']:.2f}" if accuracy else "-"]
-    latency = ["-"] * 3
-    if speed:
-        low, high = speed["ratio_ci"]
-        latency = [
-            f"{speed['p50']:.2f}",
-            f"{speed['ratio']:.2f} ({low:.2f}-{high:.2f})",
-            f"{speed['size_bytes'] / 1e6:.1f}",
-        ]
-    verdict = "best" if best else candidate["why_not"].partition(":")[0] or "passes"
+def _candidate_row(candidate: Candidate, labelled: bool, best: bool) -> list[str]:
+    accuracy, speed = candidate.accuracy, candidate.speed
+    top1 = f"{accuracy.top1:.2f}" if accuracy and accuracy.top1 is not None else "-"
     return [
-        candidate["variant"]["name"],
-        *top1,
+        candidate.variant.name,
+        *([top1] if labelled else []),
         *(_drop(accuracy) if accuracy else ["-", "-"]),
-        *latency,
-        verdict,
+        *(_speed(speed) if speed else ["-", "-", "-"]),
+        "best" if best else candidate.why_not.partition(":")[0] or "passes",
     ]
 
 
-def _drop(accuracy: dict[str, Any]) -> list[str]:
-    low, high = accuracy["drop_ci"]
-    return [f"{accuracy['drop']:+.2f} ({low:+.2f} to {high:+.2f})", f"{accuracy['agreement']:.2f}"]
+def _drop(accuracy: Accuracy) -> list[str]:
+    low, high = accuracy.drop_ci
+    return [f"{accuracy.drop:+.2f} ({low:+.2f} to {high:+.2f})", f"{accuracy.agreement:.2f}"]
 
 
-def _recommendation(verdict: dict[str, Any]) -> str:
-    if verdict["winner"] is None:
+def _speed(speed: Speed) -> list[str]:
+    low, high = speed.ratio_ci
+    return [f"{speed.p50:.2f}", f"{speed.ratio:.2f} ({low:.2f}-{high:.2f})", f"{speed.size_bytes / 1e6:.1f}"]
+
+
+def _sensitivity_table(verdict: VerdictEntry, markdown: bool) -> list[str]:
+    """The groups of operations and what the table means."""
+    rows = [
+        [s.group, str(s.nodes), f"{s.accuracy.deviation:.4f}", *_drop(s.accuracy)]
+        for s in verdict.sensitivity
+    ]
+    header = ["group", "operations", "logit deviation", "drop (95 % CI)", "agreement %"]
+    meaning = (
+        "sensitivity: each group alone in int8, the worst first; logits in standard deviations of fp32's"
+    )
+    return [meaning, table(header, rows, markdown)]
+
+
+def _conditions(verdict: VerdictEntry) -> str:
+    """On what, where and within which limits the candidates were measured."""
+    images = next((c.accuracy.images for c in verdict.candidates if c.accuracy), 0)
+    what = "labelled images" if verdict.labelled else "calibration images"
+    budget = f", {verdict.latency_budget:g} ms" if verdict.latency_budget else ""
+    limit = f", limited to {verdict.isa}" if verdict.isa else ""
+    return (
+        f"{images} {what}; allowed: drop {verdict.max_drop:g} points{budget};"
+        f" {verdict.runtime}, {verdict.host.cpu}{limit}; threads: {verdict.threads or 'all'};"
+        " latencies interleaved"
+    )
+
+
+def _recommendation(verdict: VerdictEntry) -> str:
+    best = next((c for c in verdict.candidates if c.variant == verdict.winner), None)
+    if best is None or best.accuracy is None or best.speed is None:
         return "recommended: none of these passes"
-    best = next(c for c in verdict["candidates"] if c["variant"] == verdict["winner"])
-    accuracy, speed, name = best["accuracy"], best["speed"], best["variant"]["name"]
-    (low, high), (worst, top) = accuracy["drop_ci"], speed["ratio_ci"]
-    base = verdict["candidates"][0]["variant"]["name"]
+    base, (low, high) = verdict.candidates[0].variant.name, best.accuracy.drop_ci
     lines = [
-        f"recommended: {name}"
-        + (
-            f", {speed['ratio']:.2f} times as fast as {base} (95 % CI {worst:.2f} to {top:.2f})"
-            if name != base
-            else ""
-        )
-        + f", drop {accuracy['drop']:+.2f} points (95 % CI {low:+.2f} to {high:+.2f})"
+        f"recommended: {best.variant.name}{_compared(best, best.speed, base)},"
+        f" drop {best.accuracy.drop:+.2f} points (95 % CI {low:+.2f} to {high:+.2f})"
     ]
-    if best["variant"]["keep_float"]:
+    if best.variant.keep_float:
+        groups = ",".join(best.variant.keep_float)
+        lines.append(f"the same by name: --precision int8 --keep-float {groups}")
+    if high > verdict.max_drop:
         lines.append(
-            f"the same by name: --precision int8 --keep-float {','.join(best['variant']['keep_float'])}"
-        )
-    if high > verdict["max_drop"]:
-        lines.append(
-            f"the drop's interval reaches beyond the allowed {verdict['max_drop']:g} points: more images"
+            f"the drop's interval reaches beyond the allowed {verdict.max_drop:g} points: more images"
             " would tell"
         )
-    if verdict["tied"]:
+    if verdict.tied:
         lines.append(
-            f"no clear difference in speed: {'; '.join(verdict['tied'])}; of these the one closest to {base}"
+            f"no clear difference in speed: {'; '.join(verdict.tied)}; of these the one closest to {base}"
             " was taken"
         )
     return "\n".join(lines)
 
 
-def bundle_json(bundle: Bundle) -> dict[str, Any]:
-    """What an export produced, for machines."""
-    m = bundle.manifest
-    return {
-        "bundle": str(bundle.path),
-        "precision": m.precision,
-        "format": m.format,
-        "verification": m.verification,
-        "latency": m.latency,
-        "calibration": m.calibration,
-        "verdict": m.verdict,
-        "bytes": _size(bundle),
-    }
+def _compared(best: Candidate, speed: Speed, base: str) -> str:
+    """How fast the recommended candidate is, unless it is the reference itself."""
+    if best.variant.name == base:
+        return ""
+    low, high = speed.ratio_ci
+    return f", {speed.ratio:.2f} times as fast as {base} (95 % CI {low:.2f} to {high:.2f})"
 
 
-def _synthesis_lines(made: dict[str, Any] | None) -> list[str]:
+def _synthesis_lines(made: SynthesisEntry | None) -> list[str]:
     """What making synthetic calibration images came to."""
     if made is None:
         return []
     lines = [
-        f"synthetic images: distance of the batch norms' statistics {made['loss_before']:.3f} ->"
-        f" {made['loss_after']:.3f} in {made['steps']} steps"
+        f"synthetic images: distance of the batch norms' statistics {made.loss_before:.3f} ->"
+        f" {made.loss_after:.3f} in {made.steps} steps"
     ]
-    if made["stopped_early"]:
+    if made.stopped_early:
         lines.append(
-            f"note: the time was up after {made['steps']} of {made['steps_asked']} steps; fewer images"
+            f"note: the time was up after {made.steps} of {made.steps_asked} steps; fewer images"
             " (--calib-size) get more of them, and --no-cache makes them anew"
         )
     return lines
@@ -310,61 +292,63 @@ def _synthesis_lines(made: dict[str, Any] | None) -> list[str]:
 
 def bundle_text(bundle: Bundle) -> str:
     """What an export produced and what to do next."""
-    m, path = bundle.manifest, bundle.path
-    latency = m.latency or {}
-    lines = [verdict_text(m.verdict), ""] if m.verdict else []
-    lines += [*_verified_lines(m.verification or {}), *_typed_lines(m.typing)]
-    if latency:
-        lines.append(
-            f"latency: median {latency['p50_ms']:.2f} ms a batch of {latency['batch']} "
-            "(a quick look; cmt-bench measures properly)"
-        )
-        lines.append(f"ran as: {ExecutedPrecision(**latency['executed']).summary()}")
-        lines += [f"warning: {w}" for w in latency["warnings"]]
-    else:
-        lines.append("latency: not measured, the bundle has no engine yet")
-    if m.labels_source == "numbered":
+    manifest, path = bundle.manifest, bundle.path
+    calibration = manifest.calibration
+    lines = [verdict_text(manifest.verdict), ""] if manifest.verdict else []
+    lines += _verified_lines(manifest.verification) if manifest.verification else []
+    lines += _typed_lines(manifest.typing)
+    lines += _latency_lines(manifest.latency)
+    if manifest.labels_source == "numbered":
         lines.append("note: the classes have no names; give them with --labels FILE")
-    if m.calibration and m.calibration["cached"]:
+    if calibration and calibration.cached:
         lines.append("note: calibration was taken from the cache (same graph, images and recipe)")
-    lines += _synthesis_lines((m.calibration or {}).get("synthesis"))
-    lines += [f"bundle: {path} ({_size(bundle) / 1e6:.1f} MB)", "", "next:"]
-    if m.format == "trt" and not m.engine:
-        return "\n".join([*lines, f"  copy {path} to the device", f"  cmt-build {path.name}"])
+    lines += _synthesis_lines(calibration.synthesis if calibration else None)
+    lines += [f"bundle: {path} ({manifest.size_bytes / 1e6:.1f} MB)", "", "next:"]
+    return "\n".join([*lines, *_next_commands(bundle)])
+
+
+def _latency_lines(latency: LatencyEntry | None) -> list[str]:
+    if latency is None:
+        return ["latency: not measured, the bundle has no engine yet"]
+    return [
+        f"latency: median {latency.p50_ms:.2f} ms a batch of {latency.batch} "
+        "(a quick look; cmt-bench measures properly)",
+        f"ran as: {latency.executed.summary()}",
+        *(f"warning: {warning}" for warning in latency.warnings),
+    ]
+
+
+def _next_commands(bundle: Bundle) -> list[str]:
+    """What to do with a new bundle, one command a line."""
+    path = bundle.path
+    if bundle.manifest.format == "trt" and not bundle.manifest.engine:
+        return [f"  copy {path} to the device", f"  cmt-build {path.name}"]
     if bundle.head != LOGITS:
-        return "\n".join(
-            [
-                *lines,
-                f"  in Python: Predictor.load({str(path)!r}).features(batch)",
-                f"  cmt-bench {path}",
-                f"  cmt-verify {path}",
-            ]
-        )
-    return "\n".join(
-        [
-            *lines,
-            f"  cmt-predict {path} IMAGE",
-            f"  cmt-bench {path}",
-            f"  cmt-verify {path} --data LABELLED_IMAGES",
-        ]
-    )
+        use = f"  in Python: Predictor.load({str(path)!r}).features(batch)"
+        return [use, f"  cmt-bench {path}", f"  cmt-verify {path}"]
+    return [
+        f"  cmt-predict {path} IMAGE",
+        f"  cmt-bench {path}",
+        f"  cmt-verify {path} --data LABELLED_IMAGES",
+    ]
 
 
-def _typed_lines(typing: dict[str, Any] | None) -> list[str]:
+def _typed_lines(typing: TypingEntry | None) -> list[str]:
     """What a typed graph computes in, and why some of it stays float32."""
-    if not typing:
+    if typing is None:
         return []
-    counts = ", ".join(f"{n} in {p}" for p, n in sorted(typing["operations"].items(), key=lambda kv: -kv[1]))
-    lines = [f"typed: {counts} (operations)"]
-    kinds = Counter((i["op"], i["reason"]) for i in typing["islands"])
-    lines += [f"float32: {n} {op}: {reason}" for (op, reason), n in kinds.items()]
-    if typing["observed"]:
-        seen = typing["observed"]
-        lines.append(
-            f"observed on {seen['images']} images ({seen['source']}): largest value {seen['largest']:.4g},"
-            " float16 holds 65504"
-        )
-    return lines
+    most_first = sorted(typing.operations.items(), key=lambda item: -item[1])
+    lines = [f"typed: {', '.join(f'{count} in {kind}' for kind, count in most_first)} (operations)"]
+    kinds = Counter((island.op, island.reason) for island in typing.islands)
+    lines += [f"float32: {count} {op}: {reason}" for (op, reason), count in kinds.items()]
+    return lines + (_observed_lines(typing.observed) if typing.observed else [])
+
+
+def _observed_lines(seen: ObservedEntry) -> list[str]:
+    return [
+        f"observed on {seen.images} images ({seen.source}): largest value {seen.largest:.4g},"
+        " float16 holds 65504"
+    ]
 
 
 def device_text(content: dict[str, Any], markdown: bool = False) -> str:
@@ -400,11 +384,9 @@ def device_text(content: dict[str, Any], markdown: bool = False) -> str:
 
 def built_text(bundle: Bundle, content: dict[str, Any]) -> str:
     """What ``cmt-build`` did and what to do next."""
-    entry = bundle.manifest.engine or {}
-    lines = [
-        device_text(content),
-        f"bundle: {bundle.path} ({_size(bundle) / 1e6:.1f} MB), report: {bundle.path / entry['text']}",
-    ]
+    entry, size = bundle.manifest.engine, bundle.manifest.size_bytes / 1e6
+    report = bundle.path / entry.text if entry else "none"
+    lines = [device_text(content), f"bundle: {bundle.path} ({size:.1f} MB), report: {report}"]
     others = (
         "build the other precisions too and compare them with cmt-bench: int8 is not always faster than fp16"
         " on a GPU"
@@ -476,28 +458,22 @@ def _state_lines(state: dict[str, Any]) -> list[str]:
     return lines + [f"note: {n}" for n in before["notes"]]
 
 
-def _size(bundle: Bundle) -> int:
-    return sum(entry["size"] for entry in bundle.manifest.files.values())
-
-
-def _verified_lines(verification: dict[str, Any]) -> list[str]:
+def _verified_lines(verification: VerificationEntry) -> list[str]:
     """The manifest's verification entry: steps, golden images, top-1."""
-    golden, data = verification["golden"], verification["data"]
-    steps = ", ".join(f"{name} {difference:.1e}" for name, difference in verification["steps"].items())
+    golden, data = verification.golden, verification.data
+    steps = ", ".join(f"{name} {largest:.1e}" for name, largest in (verification.steps or {}).items())
     lines = [
         f"steps, largest difference: {steps}",
-        f"golden images: {golden['output']} differ by {golden['diff']:.2g} (allowed {golden['atol']:.2g})",
+        f"golden images: {golden.output} differ by {golden.diff:.2g} (allowed {golden.atol:.2g})",
     ]
-    if not data:
-        return [*lines, *(["top-1: not measured (no --eval-data)"] if golden["output"] == LOGITS else [])]
-    low, high = data["drop_ci"]
+    if data is None:
+        return [*lines, *(["top-1: not measured (no --eval-data)"] if golden.output == LOGITS else [])]
+    low, high = data.drop_ci
     return [
         *lines,
-        (
-            f"top-1 on {data['images']} images: reference {data['reference_top1']:.2f} %, bundle"
-            f" {data['top1']:.2f} %, drop {data['drop']:+.2f} points (95 % CI {low:+.2f} to {high:+.2f}),"
-            f" agreement {data['agreement']:.2f} %"
-        ),
+        f"top-1 on {data.images} images: reference {data.reference_top1:.2f} %, bundle"
+        f" {data.top1:.2f} %, drop {data.drop:+.2f} points (95 % CI {low:+.2f} to {high:+.2f}),"
+        f" agreement {data.agreement:.2f} %",
     ]
 
 
@@ -509,38 +485,3 @@ def predictions_text(predictions: Sequence[Prediction], topk: int) -> str:
         best = ", ".join(f"{label} {100 * probability:.1f} %" for label, probability in p.top(topk))
         lines.append(f"{(p.source or '').ljust(width)}  {best}")
     return "\n".join(lines)
-
-
-def prediction_json(prediction: Prediction, topk: int) -> dict[str, Any]:
-    """``{"source", "top": [{"label", "probability"}, ...]}``."""
-    top = [{"label": label, "probability": round(p, 6)} for label, p in prediction.top(topk)]
-    return {"source": prediction.source, "top": top}
-
-
-def latency_plot(result: Benchmark, path: Path) -> None:
-    """Horizontal bars of p50 with whiskers to p95, model only, written as PNG or SVG.
-
-    Raises:
-        RuntimeMissingError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as exc:
-        raise RuntimeMissingError("plots need matplotlib", remedy='pip install "cmt-edge[report]"') from exc
-    import io
-
-    results = list(reversed(result.results))
-    figure = Figure(figsize=(8, 1.2 + 0.6 * len(results)), layout="constrained")
-    axes = figure.add_subplot()
-    p50 = [r.model.p50 for r in results]
-    upper = [r.model.p95 - r.model.p50 for r in results]
-    bars = axes.barh(
-        [r.name for r in results], p50, xerr=[[0.0] * len(p50), upper], color="#4477aa", capsize=3
-    )
-    axes.bar_label(bars, [f"{v:.2f} ms" for v in p50], label_type="center", color="white")
-    axes.set_xlabel("latency of one inference, ms (bar: median; whisker: 95th percentile)")
-    axes.set_title(result.host["cpu"])
-    axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix.lstrip(".") or "png", dpi=120)
-    write_atomic(path, buffer.getvalue())

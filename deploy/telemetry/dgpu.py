@@ -96,11 +96,11 @@ def power_w(nvml: Any, handle: Any) -> float:
 
 def nvml_index(pci: str, default: int) -> int:
     """NVML's number of the GPU at a bus address; CUDA counts the fastest first and hides some. ``default``
-    where NVML is not here."""
+    where NVML cannot be used."""
     try:
         with opened(default) as (nvml, _):
             return int(nvml.nvmlDeviceGetIndex(nvml.nvmlDeviceGetHandleByPciBusId(pci)))
-    except Exception:  # whatever NVML lacks: the caller has a number to go on with
+    except Exception:  # whatever NVML lacks, the caller goes on with its own number
         return default
 
 

@@ -77,7 +77,7 @@ def _tegrastats_sensor(notes: list[str]) -> tuple[PowerSensor | None, list[str]]
     """The tool, or ``notes`` of why sysfs could not be read and what the tool lacks."""
     program = find_tool("tegrastats")
     if program is None:
-        return None, [*notes, "power: tegrastats is not here either"]
+        return None, [*notes, "power: tegrastats was not found either"]
     try:
         running = TegrastatsPower([program])
     except OSError as exc:
@@ -253,13 +253,17 @@ class PowerMonitor:
         )
 
     def energy_per_inference(self, latency_ms: float, images: int = 1) -> float | None:
-        """Joules for one image: mean watts during the body, times the seconds of one call, over the images of
-        one call.
+        """Joules for one image by the power during the body, see :func:`joules_per_image`; ``None`` where
+        that is unknown."""
+        return joules_per_image(self.during.watts, latency_ms, images)
 
-        Of the whole device, idle power included. ``None`` where the power is unknown. Raises
-        :class:`InputError` for a latency that is not positive or less than one image.
-        """
-        if not (math.isfinite(latency_ms) and latency_ms > 0) or images < 1:
-            raise InputError(f"no energy of {images} images in {latency_ms} ms")
-        watts = self.during.watts
-        return None if watts is None else watts * latency_ms / MS_PER_S / images
+
+def joules_per_image(watts: float | None, latency_ms: float, images: int = 1) -> float | None:
+    """Mean watts times the seconds of one call, over the images of one call.
+
+    It is the energy of the whole device, idle power included; ``None`` where the power is unknown. Raises
+    :class:`InputError` for a latency that is not positive, and for less than one image.
+    """
+    if not (math.isfinite(latency_ms) and latency_ms > 0) or images < 1:
+        raise InputError(f"the energy of {images} images in {latency_ms} ms cannot be computed")
+    return None if watts is None else watts * latency_ms / MS_PER_S / images

@@ -19,12 +19,13 @@ from typing import Any
 from .. import report
 from ..backends import get_runtime
 from ..backends.base import batch_limit
-from ..bundle import ENGINES, Bundle, Manifest
+from ..bundle import ENGINES, Bundle, Manifest, plain
+from ..bundle.sections import EngineEntry, EngineKey, GoldenCheck
 from ..errors import GateError, InputError, OutputError, RuntimeMissingError
 from ..files import writing
-from ..locks import lock_descriptor
+from ..locks import try_lock
 from ..measure.benchmark import Benchmark, Protocol, benchmark, golden_batch, summary, sustained
-from ..measure.parity import GoldenCheck, check_golden
+from ..measure.parity import check_golden
 from ..predictor import Predictor
 from ..progress import Progress
 from ..signals import terminate_as_interrupt
@@ -132,12 +133,10 @@ def _claim(folder: Path, descriptor: int) -> None:
     """Lock the folder until ``descriptor`` is closed."""
     if not os.access(folder, os.W_OK):
         raise OutputError("cannot write here", where=folder, remedy="copy the bundle to a writable folder")
-    try:
-        lock_descriptor(descriptor, wait=False)
-    except OSError as exc:
+    if not try_lock(descriptor):
         raise OutputError(
             "another build of this bundle is running", where=folder, remedy="wait for it to end"
-        ) from exc
+        )
 
 
 @contextlib.contextmanager
@@ -163,7 +162,6 @@ def finish(
     protocol: Protocol = DEVICE_PROTOCOL,
     atol: float | None = None,
     progress: Progress | None = None,
-    name: str | None = None,
 ) -> Finished:
     """Build (or reuse) the engine of ``bundle``, verify it against the golden vectors, and measure it; the
     bundle is not changed.
@@ -178,7 +176,6 @@ def finish(
         atol: allowed golden logit difference; default by precision, see
             :data:`cmt_edge.deploy.measure.parity.ATOL`.
         progress: draws the steps.
-        name: what the report calls the bundle; default: its folder.
 
     Raises:
         InputError: the bundle is for another runtime, or an option is out of range.
@@ -198,18 +195,18 @@ def finish(
     with progress.step("measure"):
         measured = job.measure(built, protocol, progress)
     content = {
-        "bundle": name or bundle.path.name,
-        "key": job.key,
+        "bundle": bundle.name,
+        "key": plain(job.key),
         **_described(built),
         "low_precision_share": verified.low_precision_share,
         "golden": asdict(verified.golden),
-        "benchmark": asdict(measured.speed),
+        "benchmark": plain(measured.speed),
         "power": measured.power,
         "state": {"before": asdict(before), "after": asdict(measured.after)},
         "warnings": [*measured.notes, *built.warnings],
     }
     manifest = replace(bundle.manifest, latency=summary(measured.speed))
-    return _finished(manifest, job.key, built, content)
+    return _finished(manifest, job.key, verified.golden, built, content)
 
 
 def _require_format(bundle: Bundle) -> None:
@@ -263,7 +260,7 @@ class _Job:
     options: EngineOptions
     cuda: Cuda
     target: EngineTarget
-    key: dict[str, Any]
+    key: EngineKey
     nvml: int
 
     @classmethod
@@ -278,7 +275,7 @@ class _Job:
     def engine(self, force: bool, time_limit: float, progress: Progress) -> Built:
         """The bundle's engine if it was built here for exactly this key, else a new one."""
         entry = self.bundle.manifest.engine
-        if entry and not force and trusted(self.bundle) and entry["key"] == self.key:
+        if entry and not force and trusted(self.bundle) and entry.key == self.key:
             return Built(read_engine(self.bundle, self.target), 0.0, True, [], [])
         start = time.perf_counter()
         plan, warnings = build_plan(
@@ -298,12 +295,12 @@ class _Job:
             return []
         if not trusted(self.bundle):
             return ["the engine in the bundle was not built on this machine"]
-        return differences(entry, self.key) or ["the options changed, or a build was asked for"]
+        return differences(entry.key, self.key) or ["the options changed, or a build was asked for"]
 
     def verify(self, built: Built, atol: float | None) -> _Verified:
         """Read the engine back and run the golden images; raises :class:`GateError`."""
         manifest = self.bundle.manifest
-        operations = (manifest.typing or {}).get("operations", {})
+        operations = manifest.typing.operations if manifest.typing else {}
         with self._open(built) as predictor:
             found = layers(predictor.session.inspect())
             share = require_precision(manifest.precision, operations, found)
@@ -339,21 +336,23 @@ class _Job:
         )
 
 
-def _finished(manifest: Manifest, key: dict[str, Any], built: Built, content: dict[str, Any]) -> Finished:
+def _finished(
+    manifest: Manifest, key: EngineKey, golden: GoldenCheck, built: Built, content: dict[str, Any]
+) -> Finished:
     """Everything that is written."""
     plan = member(built.plan, "engine", ".plan")
     text = report.device_text(content, markdown=True).encode()
     data = (report.to_json(content) + "\n").encode()
     files = {plan: built.plan, member(data, "report", ".json"): data, member(text, "report", ".md"): text}
-    entry = {
-        "file": plan,
-        "key": key,
-        "seal": seal(hashlib.sha256(built.plan).hexdigest(), key),
-        "report": member(data, "report", ".json"),
-        "text": member(text, "report", ".md"),
-        "golden": content["golden"],
-        "low_precision_share": content["low_precision_share"],
-    }
+    entry = EngineEntry(
+        file=plan,
+        key=key,
+        seal=seal(hashlib.sha256(built.plan).hexdigest(), key),
+        report=member(data, "report", ".json"),
+        text=member(text, "report", ".md"),
+        golden=golden,
+        low_precision_share=content["low_precision_share"],
+    )
     old = [name for name in manifest.files if name.startswith(f"{ENGINES}/") and name not in files]
     return Finished(replace(manifest, engine=entry), files, old, content)
 

@@ -68,12 +68,12 @@ def _request(
     described = bundle.manifest.input
     return BuildRequest(
         onnx=str(bundle.file(ONNX).resolve()),
-        sha256=bundle.manifest.files[ONNX]["sha256"],
+        sha256=bundle.manifest.files[ONNX].sha256,
         plan=str(plan),
         timing_folder=str(cache_folder().resolve() / "timing"),
         timing_key=timing_key(target),
-        input=described["name"],
-        shape=tuple(described["shape"]),
+        input=described.name,
+        shape=described.shape,
         workspace=_workspace(options, target, cuda),
         level=options.level,
         tf32=options.tf32,

@@ -221,7 +221,7 @@ def open_cuda() -> Cuda:
         RuntimeMissingError: no way leads to a GPU; says what each lacked.
     """
     reasons = []
-    for way in (_bindings, _library):
+    for way in (open_bindings, open_library):
         try:
             cuda = way()
             code, count = cuda.attempt("cudaGetDeviceCount")
@@ -249,7 +249,8 @@ def _version(number: int) -> str:
 # cuda-bindings: functions return (error, result, ...) and want enumerations where C has them
 
 
-def _bindings() -> Cuda:
+def open_bindings() -> Cuda:
+    """CUDA through ``cuda-bindings``; raises ``ImportError`` where that is not installed."""
     import cuda.bindings
     from cuda.bindings import runtime
 
@@ -311,7 +312,8 @@ RENAMED = {"cudaGraphInstantiate": "cudaGraphInstantiateWithFlags"}
 """Function -> the symbol of the library, where another one has these arguments in every CUDA."""
 
 
-def _library() -> Cuda:
+def open_library() -> Cuda:
+    """CUDA through the ``libcudart`` of the machine; raises ``OSError`` where there is none."""
     library, found = _load(LIBRARIES)
 
     def call(name: str, *arguments: Any) -> tuple[int, Any]:

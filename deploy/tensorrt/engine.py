@@ -19,7 +19,7 @@ import json
 import os
 import secrets
 import shlex
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from platformdirs import user_data_path
 
 from ..backends.base import batch_limit
 from ..bundle import ENGINES, ONNX, Bundle
+from ..bundle.sections import BuildOptions, EngineKey
 from ..errors import BundleError, InputError, OutputError, RuntimeMissingError
 from ..files import write_atomic
 from .cuda import Cuda, Gpu
@@ -117,19 +118,23 @@ class EngineTarget:
         return cls(tensorrt, cuda.runtime_version(), driver, cuda.gpu(index))
 
 
-def engine_key(bundle: Bundle, target: EngineTarget, options: EngineOptions) -> dict[str, Any]:
+def engine_key(bundle: Bundle, target: EngineTarget, options: EngineOptions) -> EngineKey:
     """Everything an engine depends on; equal keys mean that an engine may be used again."""
-    chosen = asdict(options)
-    chosen["profile"] = list(options.profile) if batch_limit(bundle) == 0 else None
-    return {
-        "onnx": bundle.manifest.files[ONNX]["sha256"],
-        "tensorrt": target.tensorrt,
-        "cuda": target.cuda,
-        "driver": target.driver,
-        "gpu": f"{target.gpu.name}, {target.gpu.processors} multiprocessors",
-        "sm": target.gpu.sm,
-        "options": chosen,
-    }
+    chosen = BuildOptions(
+        workspace=options.workspace,
+        level=options.level,
+        profile=options.profile if batch_limit(bundle) == 0 else None,
+        tf32=options.tf32,
+    )
+    return EngineKey(
+        onnx=bundle.manifest.files[ONNX].sha256,
+        tensorrt=target.tensorrt,
+        cuda=target.cuda,
+        driver=target.driver,
+        gpu=f"{target.gpu.name}, {target.gpu.processors} multiprocessors",
+        sm=target.gpu.sm,
+        options=chosen,
+    )
 
 
 def member(data: bytes, kind: str, suffix: str) -> str:
@@ -143,28 +148,26 @@ def timing_key(target: EngineTarget) -> str:
     return _digest(asdict(target))[:16]
 
 
-def seal(sha256: str, key: dict[str, Any]) -> str:
+def seal(sha256: str, key: EngineKey) -> str:
     """Proof that this machine recorded the engine of hash ``sha256`` under ``key``."""
-    return hmac.new(_secret(), f"{sha256} {_digest(key)}".encode(), hashlib.sha256).hexdigest()
+    return hmac.new(_secret(), f"{sha256} {_digest(asdict(key))}".encode(), hashlib.sha256).hexdigest()
 
 
 def trusted(bundle: Bundle) -> bool:
     """Whether the bundle's engine entry was written on this machine."""
     entry = bundle.manifest.engine
-    if not entry or entry["file"] not in bundle.manifest.files:
+    if not entry or entry.file not in bundle.manifest.files:
         return False
-    expected = seal(bundle.manifest.files[entry["file"]]["sha256"], entry["key"])
-    return hmac.compare_digest(expected.encode(), entry["seal"].encode())
+    expected = seal(bundle.manifest.files[entry.file].sha256, entry.key)
+    return hmac.compare_digest(expected.encode(), entry.seal.encode())
 
 
-def differences(entry: dict[str, Any], key: dict[str, Any]) -> list[str]:
+def differences(built: EngineKey, here: EngineKey) -> list[str]:
     """What changed between an engine and the present machine and bundle, readable; options are not
     compared."""
-    return [
-        f"{name}: built for {entry['key'].get(name)}, here {key[name]}"
-        for name in key
-        if name != "options" and entry["key"].get(name) != key[name]
-    ]
+    names = [f.name for f in fields(EngineKey) if f.name != "options"]
+    pairs = [(name, getattr(built, name), getattr(here, name)) for name in names]
+    return [f"{name}: built for {old}, here {new}" for name, old, new in pairs if old != new]
 
 
 def read_engine(bundle: Bundle, target: EngineTarget) -> bytes:
@@ -191,7 +194,7 @@ def read_engine(bundle: Bundle, target: EngineTarget) -> bytes:
                 "share engines by naming one folder in CMT_EDGE_STATE"
             ),
         )
-    changed = differences(entry, engine_key(bundle, target, EngineOptions()))
+    changed = differences(entry.key, engine_key(bundle, target, EngineOptions()))
     if changed:
         raise RuntimeMissingError(
             "the engine does not fit this device",
@@ -199,11 +202,11 @@ def read_engine(bundle: Bundle, target: EngineTarget) -> bytes:
             why="; ".join(changed),
             remedy=f"build it again: {remedy}",
         )
-    data = bundle.file(entry["file"]).read_bytes()
-    if hashlib.sha256(data).hexdigest() != bundle.manifest.files[entry["file"]]["sha256"]:
+    data = bundle.file(entry.file).read_bytes()
+    if hashlib.sha256(data).hexdigest() != bundle.manifest.files[entry.file].sha256:
         raise BundleError(
             "the engine was changed",
-            where=bundle.path / entry["file"],
+            where=bundle.path / entry.file,
             remedy=f"build it again: {remedy} --force",
         )
     return data
@@ -215,7 +218,8 @@ def trtexec(bundle: Bundle, options: EngineOptions, device: str | None = None) -
 
     Scratch memory is left to ``trtexec`` unless ``options`` name it.
     """
-    version = (bundle.manifest.engine or {}).get("key", {}).get("tensorrt", "10")
+    entry = bundle.manifest.engine
+    version = entry.key.tensorrt if entry else "10"
     parts = [
         "trtexec",
         f"--onnx={bundle.file(ONNX)}",
@@ -230,9 +234,9 @@ def trtexec(bundle: Bundle, options: EngineOptions, device: str | None = None) -
     parts += [f"--memPoolSize=workspace:{round(options.workspace * 1024)}M"] if options.workspace else []
     parts += [] if options.tf32 else ["--noTF32"]
     if batch_limit(bundle) == 0:
-        rest = "x".join(map(str, bundle.manifest.input["shape"][1:]))
+        rest = "x".join(map(str, bundle.manifest.input.shape[1:]))
         parts += [
-            f"--{kind}Shapes={bundle.manifest.input['name']}:{count}x{rest}"
+            f"--{kind}Shapes={bundle.manifest.input.name}:{count}x{rest}"
             for kind, count in zip(("min", "opt", "max"), options.profile, strict=True)
         ]
     parts += [f"--device={device}"] if device else []

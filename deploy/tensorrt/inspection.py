@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..backends.base import ExecutedPrecision
+from ..bundle.sections import ExecutedPrecision
 from ..errors import GateError, StepError
 
 WORDS = (

@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 import tensorrt as trt
 
-from ..backends.base import DeviceTimes, ExecutedPrecision, LoadOptions, Runtime, Session
+from ..backends.base import DeviceTimes, LoadOptions, Runtime, Session
 from ..bundle import Bundle
+from ..bundle.sections import ExecutedPrecision
 from ..errors import InputError, RuntimeMissingError, StepError
 from .cuda import TO_DEVICE, TO_HOST, Cuda, CudaError, open_cuda
 from .engine import EngineTarget, read_engine
@@ -95,6 +96,8 @@ class TensorRTSession(Session):
         self._cuda, self._index = cuda, index
         self._enter()
         self.device = cuda.gpu(index).name
+        self._runtime: Any
+        self._engine: Any
         self._runtime, self._engine = _deserialised(plan)
         self._input, self._outputs = self._names(outputs)
         self._most = self._largest_batch()

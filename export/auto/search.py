@@ -1,16 +1,16 @@
 """Which precision wins on this machine? Pure logic: what it asks for is measured by the caller, so it is
 tested without models.
 
-1. Answers of the first variant, the float32 reference, then of all others; each is judged by its *drop*,
-   paired image by image with the reference: loss of top-1 where labels are known, else disagreement with the
+1. The first variant, the float32 reference, answers, then all others. Each is judged by its *drop*, paired
+   image by image with the reference: loss of top-1 where labels are known, else disagreement with the
    reference's top-1. A variant passes while the measured drop is at most the allowed one; its 95 % interval
    is reported beside it.
-2. Sensitivity: every group of operations alone in int8, all others float. The ranking goes by the mean logit
-deviation.
-3. Where int8 does not pass, the most sensitive groups are taken back to float one after the other until it
-does.
-4. Latencies of the variants, interleaved. The fastest that passes wins; where the intervals of their
-   speed-ups overlap, the one that agrees best with the reference, then the wider type.
+2. Sensitivity: every group of operations is alone in int8, all others float. The ranking goes by the mean
+   logit deviation.
+3. Where int8 does not pass, the most sensitive groups are taken back to float, one more each time, until it
+   does.
+4. Latencies of the variants, interleaved. The fastest that passes wins; where the intervals of their speed-
+   ups overlap, the one that agrees best with the reference, then the wider type.
 """
 
 from __future__ import annotations
@@ -18,23 +18,32 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Protocol
 
 import numpy as np
 
+from cmt_edge.deploy.bundle.sections import Accuracy, Candidate, Sensitivity, Speed, Variant
 from cmt_edge.deploy.measure.statistics import paired_drop, wilson
 
 WIDTH = {"fp32": 2, "bf16": 1, "int8": 0}
+"""Precision -> its rank by the width of its numbers; of equals the wider one is taken."""
 EPSILON = 1e-9
+"""What rounding may add to a drop, percentage points."""
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One way to build the model; ``keep_float`` as in :class:`cmt_edge.calib.Recipe`."""
+class Phase(Enum):
+    """A part of a search, in order; ranking and refining may be left out."""
 
-    name: str
-    precision: str
-    keep_float: tuple[str, ...] = ()
+    COMPARE = "every candidate answers"
+    RANK = "every group of operations is tried alone in int8"
+    REFINE = "groups go back to float"
+    TIME = "latencies are measured"
+    CHOOSE = "one is chosen"
+
+
+def ignore_phase(phase: Phase) -> None:
+    """Do nothing with the phase that begins."""
 
 
 @dataclass(frozen=True)
@@ -54,57 +63,7 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Accuracy:
-    """Percentages and percentage points; ``drop`` is disagreement where no labels are known (then ``top1`` is
-    ``None``)."""
-
-    images: int
-    top1: float | None
-    agreement: float
-    drop: float
-    drop_ci: tuple[float, float]
-    deviation: float
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Milliseconds of one batch, model only; ``ratio`` of the first variant's median to this one's (above 1
-    is faster), 95 % intervals."""
-
-    p50: float
-    ci: tuple[float, float]
-    ratio: float
-    ratio_ci: tuple[float, float]
-    size_bytes: int
-    executed: str = ""
-    warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A variant with what was measured; ``why_not`` is empty if it passes."""
-
-    variant: Variant
-    accuracy: Accuracy | None = None
-    speed: Speed | None = None
-    why_not: str = ""
-
-    @property
-    def passes(self) -> bool:
-        return not self.why_not
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """A group of ``nodes`` operations, alone in int8: the damage it does."""
-
-    group: str
-    nodes: int
-    accuracy: Accuracy
-
-
-@dataclass(frozen=True)
-class Settings:
+class Conditions:
     """When a variant passes, and how long to look.
 
     Attributes:
@@ -154,58 +113,69 @@ class Verdict:
 def search(
     variants: Sequence[Variant],
     groups: Mapping[str, int],
-    settings: Settings,
+    conditions: Conditions,
     measure: Measurement,
     missing: Mapping[str, str] | None = None,
+    entering: Callable[[Phase], None] = ignore_phase,
 ) -> Verdict:
     """Judge ``variants``, refine int8 where it does not pass, and choose.
 
     Args:
         variants: the reference first; the plain int8 one, if any, is the first of precision ``"int8"``.
         groups: groups of operations that are int8 in it, and their number of operations.
-        settings: when a variant passes.
+        conditions: when a variant passes.
         measure: measures.
         missing: names of variants that cannot run here, and why; they are reported, not measured.
+        entering: called with every phase as it begins.
     """
-    return _Search(variants, groups, settings, measure, missing or {}).run()
+    return _Search(variants, groups, conditions, measure, missing or {}, entering).run()
 
 
 class _Search:
+    """One search on its way.
+
+    Attributes:
+        variants: those that can run here, with the refined one once there is one.
+        refused: those that cannot.
+        judged: variant -> its accuracy, of those that were measured.
+        ranking: groups by their sensitivity, most sensitive first.
+        notes: readable.
+    """
+
     def __init__(
         self,
         variants: Sequence[Variant],
         groups: Mapping[str, int],
-        settings: Settings,
+        conditions: Conditions,
         measure: Measurement,
         missing: Mapping[str, str],
+        entering: Callable[[Phase], None],
     ) -> None:
         self.variants = [v for v in variants if v.name not in missing]
-        self.groups, self.settings, self.measure = groups, settings, measure
         self.refused = [Candidate(v, why_not=missing[v.name]) for v in variants if v.name in missing]
+        self.groups, self.conditions = groups, conditions
+        self.measure, self.entering = measure, entering
         self.judged: dict[Variant, Accuracy] = {}
         self.ranking: list[Sensitivity] = []
         self.notes: list[str] = []
 
     def run(self) -> Verdict:
-        reference, *others = self.variants
-        expected = self.measure.answers(reference, False)
-        self.judged[reference] = judge(expected, expected)
-        for variant in others:
-            if self._in_time("comparing variants"):
-                self.judged[variant] = judge(expected, self.measure.answers(variant, False))
-        int8 = next((v for v in others if v.precision == "int8"), None)
+        """The verdict."""
+        expected = self._compare()
+        int8 = next((v for v in self.variants[1:] if v.precision == "int8"), None)
         if int8 in self.judged and len(self.groups) > 1:
-            self._rank(reference, int8)
-            if not self._accurate(self.judged[int8]):
+            self._rank(int8)
+            if not self._is_accurate(self.judged[int8]):
                 self._refine(expected, int8)
+        self.entering(Phase.TIME)
         speeds = self.measure.speeds([v for v in self.variants if v in self.judged])
+        self.entering(Phase.CHOOSE)
         candidates = [self._candidate(v, speeds.get(v.name)) for v in self.variants]
-        winner, tied = choose(candidates)
-        settings = self.settings
+        winner, tied = pick_winner(candidates)
         return Verdict(
             expected.truth is not None,
-            settings.max_drop,
-            settings.latency_budget,
+            self.conditions.max_drop,
+            self.conditions.latency_budget,
             (*candidates, *self.refused),
             tuple(self.ranking),
             winner.variant if winner else None,
@@ -213,10 +183,22 @@ class _Search:
             tuple(self.notes),
         )
 
-    def _in_time(self, what: str) -> bool:
+    def _compare(self) -> Answers:
+        """Judge every variant; the answers of the reference."""
+        self.entering(Phase.COMPARE)
+        reference, *others = self.variants
+        expected = self.measure.answers(reference, False)
+        self.judged[reference] = judge(expected, expected)
+        for variant in others:
+            if self._is_in_time("comparing variants"):
+                self.judged[variant] = judge(expected, self.measure.answers(variant, False))
+        return expected
+
+    def _is_in_time(self, what: str) -> bool:
         """Whether there is time for one more accuracy; notes once where there is none."""
-        limit, reserve = self.settings.deadline, self.settings.latency_seconds * (len(self.judged) + 1)
-        if limit is None or self.settings.clock() + reserve < limit:
+        limit = self.conditions.deadline
+        reserve = self.conditions.latency_seconds * (len(self.judged) + 1)
+        if limit is None or self.conditions.clock() + reserve < limit:
             return True
         if not any("time budget" in note for note in self.notes):
             self.notes.append(
@@ -224,52 +206,55 @@ class _Search:
             )
         return False
 
-    def _rank(self, reference: Variant, int8: Variant) -> None:
+    def _rank(self, int8: Variant) -> None:
         """Every group alone in int8, most sensitive first."""
+        self.entering(Phase.RANK)
         expected = None
         for group, nodes in self.groups.items():
-            if not self._in_time("the ranking of groups"):
+            if not self._is_in_time("the ranking of groups"):
                 break
-            expected = expected or self.measure.answers(reference, True)
+            expected = expected or self.measure.answers(self.variants[0], True)
             others = tuple(other for other in self.groups if other != group)
             alone = replace(int8, name=f"only {group} in int8", keep_float=others)
-            self.ranking.append(Sensitivity(group, nodes, judge(expected, self.measure.answers(alone, True))))
+            accuracy = judge(expected, self.measure.answers(alone, True))
+            self.ranking.append(Sensitivity(group, nodes, accuracy))
         self.ranking.sort(key=lambda s: -s.accuracy.deviation)
 
     def _refine(self, expected: Answers, int8: Variant) -> None:
         """Take the most sensitive groups back to float, one more each time, until the drop holds."""
+        self.entering(Phase.REFINE)
         kept: tuple[str, ...] = ()
         refined = None
         for item in self.ranking:
             kept = (*kept, item.group)
-            if len(kept) == len(self.groups) or not self._in_time("taking groups back to float"):
+            if len(kept) == len(self.groups) or not self._is_in_time("taking groups back to float"):
                 break
             plural = "s" if len(kept) > 1 else ""
             refined = replace(int8, name=f"int8, {len(kept)} group{plural} float", keep_float=kept)
             accuracy = judge(expected, self.measure.answers(refined, False))
-            if self._accurate(accuracy):
+            if self._is_accurate(accuracy):
                 break
         if refined is not None:
             self.variants.append(refined)
             self.judged[refined] = accuracy
 
-    def _accurate(self, accuracy: Accuracy) -> bool:
-        return accuracy.drop <= self.settings.max_drop + EPSILON
+    def _is_accurate(self, accuracy: Accuracy) -> bool:
+        return accuracy.drop <= self.conditions.max_drop + EPSILON
 
     def _candidate(self, variant: Variant, speed: Speed | None) -> Candidate:
-        accuracy, budget = self.judged.get(variant), self.settings.latency_budget
-        reasons = []
+        """``variant`` with what was measured, and why it does not pass."""
+        accuracy, budget = self.judged.get(variant), self.conditions.latency_budget
         if accuracy is None or speed is None:
-            reasons.append("not measured: no time left")
-        else:
-            if not self._accurate(accuracy):
-                reasons.append(f"drop above {self.settings.max_drop:g}")
-            if budget is not None and speed.p50 > budget:
-                reasons.append(f"slower than {budget:g} ms")
+            return Candidate(variant, accuracy, speed, "not measured: no time left")
+        reasons = []
+        if not self._is_accurate(accuracy):
+            reasons.append(f"drop above {self.conditions.max_drop:g}")
+        if budget is not None and speed.p50 > budget:
+            reasons.append(f"slower than {budget:g} ms")
         return Candidate(variant, accuracy, speed, ", ".join(reasons))
 
 
-def choose(candidates: Sequence[Candidate]) -> tuple[Candidate | None, tuple[str, ...]]:
+def pick_winner(candidates: Sequence[Candidate]) -> tuple[Candidate | None, tuple[str, ...]]:
     """The winner among those that pass, and the names of those as fast as the fastest within the intervals
     (more than one, or none)."""
     able = [
@@ -279,25 +264,43 @@ def choose(candidates: Sequence[Candidate]) -> tuple[Candidate | None, tuple[str
     ]
     if not able:
         return None, ()
-    fastest = max(able, key=lambda entry: entry[2].ratio)[2]
-    close = [entry for entry in able if entry[2] is fastest or entry[2].ratio_ci[1] >= fastest.ratio_ci[0]]
-    best = max(
-        close,
-        key=lambda entry: (entry[1].agreement, WIDTH.get(entry[0].variant.precision, 0), entry[2].ratio),
-    )
-    return best[0], tuple(c.variant.name for c, _, _ in close) if len(close) > 1 else ()
+    fastest = max((speed for _, _, speed in able), key=lambda speed: speed.ratio)
+    close = [
+        (candidate, accuracy, speed)
+        for candidate, accuracy, speed in able
+        if speed is fastest or speed.ratio_ci[1] >= fastest.ratio_ci[0]
+    ]
+
+    def preference(entry: tuple[Candidate, Accuracy, Speed]) -> tuple[float, int, float]:
+        candidate, accuracy, speed = entry
+        return accuracy.agreement, WIDTH.get(candidate.variant.precision, 0), speed.ratio
+
+    winner = max(close, key=preference)[0]
+    tied = tuple(candidate.variant.name for candidate, _, _ in close)
+    return winner, tied if len(tied) > 1 else ()
 
 
 def judge(expected: Answers, ours: Answers) -> Accuracy:
     """Compare answers to the same images with the reference's."""
-    n = len(expected.top1)
+    count = len(expected.top1)
     agreement = float((ours.top1 == expected.top1).mean())
     if expected.truth is None:
-        low, high = wilson(1 - agreement, n)
+        low, high = wilson(1 - agreement, count)
         return Accuracy(
-            n, None, 100 * agreement, 100 * (1 - agreement), (100 * low, 100 * high), ours.deviation
+            count,
+            None,
+            100 * agreement,
+            100 * (1 - agreement),
+            (100 * low, 100 * high),
+            ours.deviation,
         )
-    drop = paired_drop(expected.top1 == expected.truth, ours.top1 == expected.truth)
-    top1 = 100 * float((ours.top1 == expected.truth).mean())
-    interval = (drop.interval.low, drop.interval.high)
-    return Accuracy(n, top1, 100 * agreement, drop.mean, interval, ours.deviation)
+    right = ours.top1 == expected.truth
+    drop = paired_drop(expected.top1 == expected.truth, right)
+    return Accuracy(
+        count,
+        100 * float(right.mean()),
+        100 * agreement,
+        drop.mean,
+        (drop.interval.low, drop.interval.high),
+        ours.deviation,
+    )

@@ -142,11 +142,11 @@ def test_no_such_folder(tmp_path):
 
 def test_manifest_entry_tells_no_path_of_the_machine(photos):
     entry = CalibrationSet.choose(photos, 4, SPEC).describe()
-    assert entry["source"] == f"{photos.parent.name}/photos"
-    assert entry["images"] == 4
-    assert len(entry["fingerprint"]) == 64
+    assert entry.source == f"{photos.parent.name}/photos"
+    assert entry.images == 4
+    assert len(entry.fingerprint) == 64
     root = CalibrationSet.choose(Path("/", *photos.parts[1:]), 4, SPEC).describe()
-    assert not root["source"].startswith("/")
+    assert not root.source.startswith("/")
 
 
 def test_a_damaged_image_is_named(photos):
@@ -171,7 +171,7 @@ def test_generated_images_by_name():
     )
     assert first.fingerprint == again.fingerprint
     assert len({first.fingerprint, other.fingerprint, more.fingerprint}) == 3
-    assert first.describe()["source"] == "generated"
+    assert first.describe().source == "generated"
 
 
 def test_generated_images_are_deterministic_varied_landscapes():

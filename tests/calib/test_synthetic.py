@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from cmt_edge.deploy.cache import CacheWarning
 from cmt_edge.deploy.errors import DataError, InputError, StepError
 from cmt_edge.deploy.preprocessing import Preprocess, pixels
 from cmt_edge.export import ExportConfig
-from cmt_edge.export.pipeline import synthetic_count
+from cmt_edge.export.steps import count_synthetic
 from helpers.cli import failed, succeeded
 
 SIZE = 32
@@ -209,8 +210,8 @@ def test_a_cached_set_is_the_same_without_work(small, tmp_path, monkeypatch):
     again = the_set(small, tmp_path)
     assert again.fingerprint == first.fingerprint
     assert again.blobs == first.blobs
-    assert again.synthesis == first.synthesis | {"cached": True}
-    assert first.synthesis["cached"] is False
+    assert again.synthesis == replace(first.synthesis, cached=True)
+    assert first.synthesis.cached is False
 
 
 @pytest.mark.parametrize(
@@ -222,7 +223,7 @@ def test_other_settings_are_other_entries(small, tmp_path, change):
     the_set(small, tmp_path)
     settings = {"count": 4, "steps": 3, "weights": weights_fingerprint(small)} | change
     other = synthetic_set(small, settings.pop("count"), SPEC, cache=tmp_path, **settings)
-    assert other.synthesis["cached"] is False
+    assert other.synthesis.cached is False
     assert len([*tmp_path.glob("*.npz")]) == 2
 
 
@@ -240,9 +241,9 @@ def test_a_damaged_entry_is_made_again(small, tmp_path, damage):
             {"truncated": content[:middle], "flipped": flipped, "empty": b"", "garbage": b"PK"}[damage]
         )
     again = the_set(small, tmp_path)
-    assert again.synthesis["cached"] is False
+    assert again.synthesis.cached is False
     assert again.blobs == first.blobs
-    assert the_set(small, tmp_path).synthesis["cached"] is True
+    assert the_set(small, tmp_path).synthesis.cached is True
 
 
 def test_the_cache_is_bounded(small, tmp_path, monkeypatch):
@@ -250,12 +251,12 @@ def test_the_cache_is_bounded(small, tmp_path, monkeypatch):
     for seed in range(4):
         the_set(small, tmp_path, count=1, seed=seed, steps=1)
     assert len([*tmp_path.glob("*.npz")]) == 2
-    assert the_set(small, tmp_path, count=1, seed=3, steps=1).synthesis["cached"] is True
+    assert the_set(small, tmp_path, count=1, seed=3, steps=1).synthesis.cached is True
     assert not [*tmp_path.glob("*.tmp")]
 
 
 def test_no_cache_leaves_nothing(small, tmp_path):
-    assert the_set(small).synthesis["cached"] is False
+    assert the_set(small).synthesis.cached is False
     assert not [*tmp_path.iterdir()]
 
 
@@ -263,7 +264,7 @@ def test_a_cache_that_cannot_be_written_costs_only_the_keeping(small, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.warns(CacheWarning, match="this result is not kept"):
         made = the_set(small, tmp_path / "file" / "below")
-    assert made.synthesis["cached"] is False
+    assert made.synthesis.cached is False
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -287,7 +288,7 @@ def test_an_export_with_few_steps_verifies(capsys, tmp_path, monkeypatch):
     assert 0 < made["loss_after"] < made["loss_before"]
     assert entries[1]["synthesis"] == made | {"cached": True}
     assert (entries[1]["fingerprint"], entries[1]["cached"]) == (entries[0]["fingerprint"], True)
-    assert Bundle.open(tmp_path / "a" / "cmt_nano_int8_openvino").manifest.verification["golden"]["passed"]
+    assert Bundle.open(tmp_path / "a" / "cmt_nano_int8_openvino").manifest.verification.golden.passed
 
 
 @pytest.mark.slow
@@ -311,8 +312,8 @@ def test_ranges_of_fp16_are_observed_on_them(capsys, tmp_path, monkeypatch):
         tmp_path,
         "--no-cache",
     )
-    observed = Bundle.open(tmp_path / "cmt_nano_fp16_trt").manifest.typing["observed"]
-    assert (observed["source"], observed["images"], observed["synthesis"]["steps"]) == ("synthetic", 7, 1)
+    observed = Bundle.open(tmp_path / "cmt_nano_fp16_trt").manifest.typing.observed
+    assert (observed.source, observed.images, observed.synthesis.steps) == ("synthetic", 7, 1)
 
 
 def test_the_plan_names_them_without_making_them(capsys, tmp_path, monkeypatch):
@@ -335,7 +336,7 @@ def test_the_plan_names_them_without_making_them(capsys, tmp_path, monkeypatch):
 )
 def test_how_many_are_made(model, settings, count):
     assert (
-        synthetic_count(ExportConfig(model, **{"precision": "int8", "data": "synthetic"} | settings)) == count
+        count_synthetic(ExportConfig(model, **{"precision": "int8", "data": "synthetic"} | settings)) == count
     )
 
 

@@ -417,7 +417,7 @@ def test_a_timm_model_on_the_whole_road(tmp_path, name, form, precision):
             **data,
         )
     )
-    assert made.manifest.verification["golden"]["passed"]
+    assert made.manifest.verification.golden.passed
     assert verify(made, backend="onnxruntime").passed
 
 

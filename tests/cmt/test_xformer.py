@@ -207,7 +207,6 @@ def test_it_trains_on_photographs(cifar):
     files = ImageSet(cifar / "test")
     first = {item.label: item for item in reversed(files)}
     x = torch.from_numpy(np.stack([preprocess(files.read(first[label]), spec) for label in files.classes]))
-    files.close()
     y = torch.arange(len(files.classes))
     model = create_model(
         NAME, img_size=64, num_classes=len(y), seed=0, head_dropout=0.0, drop_path=0.05

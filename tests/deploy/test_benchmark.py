@@ -323,14 +323,14 @@ def test_real_bundles_have_every_figure(real, fp32_bundle, int8_bundle):
     assert first.size_bytes == sum((fp32_bundle.path / n).stat().st_size for n in fp32_bundle.manifest.files)
     assert first.ratio == 1.0
     assert [r.precision for r in real.results] == ["fp32", "fp32", "int8"]
-    assert [r.runtime["runtime"].split()[0] for r in real.results] == ["openvino", "onnxruntime", "openvino"]
+    assert [r.runtime.runtime.split()[0] for r in real.results] == ["openvino", "onnxruntime", "openvino"]
     assert set(first.executed.time_share) == {"fp32"}
     assert "int8" in real.results[2].executed.time_share
 
 
 def test_machine_and_versions_are_recorded(real):
-    assert real.host["cpu"]
-    assert real.host["cores"] >= 1
+    assert real.host.cpu
+    assert real.host.cores >= 1
     assert {"numpy", "openvino", "onnxruntime"} <= set(real.versions)
     assert real.protocol == QUICK
 
@@ -350,8 +350,8 @@ def test_tables_say_what_ran(real, markdown):
         assert text.count(r.name) >= 2
         assert f"{r.model.p50:.2f}" in text
         assert r.executed.summary() in text
-        assert r.runtime["runtime"] in text
-    assert real.host["cpu"] in text
+        assert r.runtime.runtime in text
+    assert real.host.cpu in text
     assert "at least 5 iterations" in text
     if markdown:
         rows = [line for line in text.splitlines() if line.startswith("|")]

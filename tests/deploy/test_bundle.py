@@ -23,7 +23,9 @@ from cmt_edge.deploy.bundle import (
     ONNX,
     BundleWriter,
 )
+from cmt_edge.deploy.bundle.sections import FileEntry
 from cmt_edge.deploy.errors import BundleError, OutputError
+from cmt_edge.deploy.files import sha256_of
 from helpers.bundles import (
     LABELS,
     SPEC,
@@ -71,7 +73,7 @@ def test_a_written_bundle_opens_and_tells_what_it_holds(bundle):
     assert set(opened.manifest.files) == {GOLDEN, "model.bin", "extra/notes.txt"}
     assert opened.file("extra/notes.txt").read_bytes() == b"hello"
     entry = opened.manifest.files["model.bin"]
-    assert entry == {"size": 7, "sha256": hashlib.sha256(b"weights").hexdigest()}
+    assert entry == FileEntry(7, hashlib.sha256(b"weights").hexdigest())
     assert opened.reference() == {}
 
 
@@ -297,6 +299,112 @@ def test_staged_bundle_is_usable_before_it_is_finished(tmp_path):
         writer.commit(staged.manifest)
     assert Bundle.open(tmp_path / "new").labels == list(LABELS)
     assert hidden(tmp_path) == []
+
+
+def test_a_staged_bundle_has_its_final_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with BundleWriter(Path("new")) as writer:
+        tiny_golden().save(writer.folder / GOLDEN)
+        staged = writer.staged(tiny_manifest())
+        assert (staged.name, staged.title) == ("new", "new")
+        assert staged.path == writer.folder != staged.target
+        made = writer.commit(staged.manifest)
+    assert (made.name, made.title, made.target) == ("new", "new", None)
+    assert Bundle.open(tmp_path / "new").title == str(tmp_path / "new")
+    monkeypatch.chdir("new")
+    assert Bundle.open(".").name == "new"
+
+
+@pytest.fixture
+def hashed(monkeypatch) -> list[str]:
+    """Names of the files that the writer hashes."""
+    names: list[str] = []
+
+    def counted(path: Path) -> str:
+        names.append(path.name)
+        return sha256_of(path)
+
+    monkeypatch.setattr("cmt_edge.deploy.bundle.writer.sha256_of", counted)
+    return names
+
+
+def test_each_file_is_hashed_once(tmp_path, hashed):
+    with BundleWriter(tmp_path / "new") as writer:
+        tiny_golden().save(writer.folder / GOLDEN)
+        writer.staged(tiny_manifest())
+        (writer.folder / "model.bin").write_bytes(b"weights")
+        (writer.folder / "extra").mkdir()
+        (writer.folder / "extra" / "notes.txt").write_bytes(b"hello")
+        writer.staged(tiny_manifest())
+        writer.commit(writer.staged(tiny_manifest()).manifest)
+    assert sorted(hashed) == [GOLDEN, "model.bin", "notes.txt"]
+    assert set(Bundle.open(tmp_path / "new").manifest.files) == {GOLDEN, "model.bin", "extra/notes.txt"}
+
+
+def write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    other = path.with_name("other")
+    other.write_bytes(data)
+    shutil.copystat(path, other)
+    other.replace(path)
+
+
+def write_within(path: Path, data: bytes) -> None:
+    with open(path, "r+b") as file:
+        file.seek(1)
+        file.write(data[1:])
+
+
+def write_and_keep_the_date(path: Path, data: bytes) -> None:
+    status = path.stat()
+    path.write_bytes(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+CHANGES = [write, replace_file, write_within, write_and_keep_the_date]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_file_that_changes_after_it_was_hashed_is_hashed_again(tmp_path, change):
+    """Even at once, to content of the same length: the clock of a file system is coarse."""
+    with BundleWriter(tmp_path / "new") as writer:
+        tiny_golden().save(writer.folder / GOLDEN)
+        path = writer.folder / "model.bin"
+        path.write_bytes(b"w0000")
+        for i in range(1, 50):
+            before = writer.staged(tiny_manifest()).manifest.files["model.bin"]
+            change(path, b"w%04d" % i)
+            after = writer.staged(tiny_manifest()).manifest.files["model.bin"]
+            assert after.sha256 == hashlib.sha256(b"w%04d" % i).hexdigest() != before.sha256
+            change(path, b"W%04d" % i if change is not write_within else b"w%04d" % -i)
+        writer.commit(tiny_manifest())
+    assert Bundle.open(tmp_path / "new").name == "new"
+
+
+def test_a_file_that_cannot_be_dated_is_hashed_each_time(tmp_path, hashed, monkeypatch):
+    def refused(*_, **__):
+        raise PermissionError
+
+    with BundleWriter(tmp_path / "new") as writer:
+        tiny_golden().save(writer.folder / GOLDEN)
+        monkeypatch.setattr("cmt_edge.deploy.bundle.writer.os.utime", refused)
+        writer.staged(tiny_manifest())
+        writer.commit(tiny_manifest())
+    assert hashed == [GOLDEN, GOLDEN]
+    assert Bundle.open(tmp_path / "new").golden().sources
+
+
+def test_a_file_that_is_removed_after_it_was_hashed_is_not_named(tmp_path):
+    with BundleWriter(tmp_path / "new") as writer:
+        tiny_golden().save(writer.folder / GOLDEN)
+        (writer.folder / "model.bin").write_bytes(b"weights")
+        assert "model.bin" in writer.staged(tiny_manifest()).manifest.files
+        (writer.folder / "model.bin").unlink()
+        writer.commit(tiny_manifest())
+    assert set(Bundle.open(tmp_path / "new").manifest.files) == {GOLDEN}
 
 
 def test_commit_replaces_an_older_bundle(bundle):

@@ -148,7 +148,6 @@ def test_predict_with_real_bundles(call, fp32_bundle, int8_bundle, cifar, tmp_pa
     data = ImageSet(cifar / "test")
     for i, item in enumerate(data.items[::700]):
         (tmp_path / f"{i}_{item.label}.jpg").write_bytes(data.read(item))
-    data.close()
     answers = []
     for path, backend in (
         (fp32_bundle.path, "openvino"),

@@ -158,7 +158,7 @@ def test_the_real_wheels_without_a_driver():
     assert all(
         hasattr(runtime, name) for name in [*cuda.SIGNATURES, "cudaStreamEndCapture", "cudaGetErrorString"]
     )
-    built = cuda._bindings()
+    built = cuda.open_bindings()
     with pytest.raises(CudaError, match="insufficient"):
         built.device_memory(16)
     for call in (

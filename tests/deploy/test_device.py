@@ -18,7 +18,13 @@ from cmt_edge.deploy.errors import InputError
 from cmt_edge.deploy.telemetry import dgpu, tools
 from cmt_edge.deploy.telemetry import power as power_module
 from cmt_edge.deploy.telemetry.dgpu import DGpu, clock_reasons, read_dgpu
-from cmt_edge.deploy.telemetry.power import Power, PowerMonitor, PowerSensor, find_power_sensor
+from cmt_edge.deploy.telemetry.power import (
+    Power,
+    PowerMonitor,
+    PowerSensor,
+    find_power_sensor,
+    joules_per_image,
+)
 from cmt_edge.deploy.telemetry.state import snapshot
 from cmt_edge.deploy.telemetry.tools import run_tool
 from helpers.jetson import CLOCKS, NVPMODEL, TEGRASTATS, plant
@@ -400,7 +406,7 @@ def test_a_jetson_without_labelled_rails(tmp_path):
 )
 def test_inner_rails_do_not_stand_in_for_the_total(name, file, note, tmp_path):
     (plant(name, tmp_path) / "sys/bus/i2c/drivers" / file).unlink()
-    assert find_power_sensor(tmp_path) == (None, [note, "power: tegrastats is not here either"])
+    assert find_power_sensor(tmp_path) == (None, [note, "power: tegrastats was not found either"])
 
 
 def tegrastats(folder, body, monkeypatch):
@@ -566,7 +572,5 @@ def test_energy_of_nothing(latency, images):
 
 @given(latency=st.floats(1e-3, 1e5), images=st.integers(1, 4096), watts=st.floats(0, 1000))
 def test_energy_is_power_times_time_for_each_image(latency, images, watts):
-    monitor = PowerMonitor()
-    assert monitor.energy_per_inference(latency, images) is None
-    monitor._samples["during"] = [watts]
-    assert monitor.energy_per_inference(latency, images) * images == pytest.approx(watts * latency / 1000)
+    assert joules_per_image(None, latency, images) is None
+    assert joules_per_image(watts, latency, images) * images == pytest.approx(watts * latency / 1000)

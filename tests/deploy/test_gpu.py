@@ -129,5 +129,5 @@ def test_cmt_nano(tensorrt, tmp_path, precision):
 
     data = "generated" if precision == "int8" else None
     made = run(ExportConfig("cmt_nano", format="trt", precision=precision, data=data, output=str(tmp_path)))
-    assert made.manifest.engine["golden"]["passed"]
-    assert made.manifest.latency["p50_ms"] > 0
+    assert made.manifest.engine.golden.passed
+    assert made.manifest.latency.p50_ms > 0

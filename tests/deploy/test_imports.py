@@ -168,6 +168,21 @@ def test_commands_need_neither_posix_nor_tensorrt(tmp_path, backend):
     python(WITHOUT_POSIX + COMMANDS, str(bundle.path), str(image), backend)
 
 
+START = """
+import contextlib, io, sys
+from cmt_edge.deploy.cli import predict
+with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+    predict.main(["--help"])
+print(*sorted(name for name in sys.modules if name.startswith("cmt_edge.deploy.")))
+"""
+
+
+def test_cmt_predict_starts_without_what_measures():
+    rooms = {name.split(".")[2] for name in python(START).split()}
+    assert {"predictor", "lanes", "bundle", "backends"} <= rooms
+    assert not {"measure", "report", "tensorrt", "telemetry"} & rooms
+
+
 def imports(name: str) -> list[tuple[str, int]]:
     """Absolute names of everything a module imports, also inside functions, with line numbers."""
     path = FILES[name]
@@ -189,7 +204,7 @@ def test_imports_are_found():
     """The reader of imports sees relative, absolute and late ones."""
     assert "cmt_edge.deploy.backends.base" in dict(imports("cmt_edge.deploy.backends.openvino"))
     assert "cmt_edge.deploy.errors" in dict(imports("cmt_edge.deploy"))
-    assert "cmt_edge.calib.generated" in dict(imports("cmt_edge.export.pipeline"))
+    assert "cmt_edge.calib.generated" in dict(imports("cmt_edge.export.steps"))
     assert "cmt_edge.deploy.predictor" in dict(imports("cmt_edge.deploy.measure.benchmark"))
 
 

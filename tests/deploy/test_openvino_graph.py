@@ -14,7 +14,7 @@ from onnx.reference import ReferenceEvaluator
 ov = pytest.importorskip("openvino")
 
 from cmt_edge.deploy.backends.openvino import RUNTIME  # noqa: E402
-from cmt_edge.deploy.backends.openvino_graph import read, unsigned  # noqa: E402
+from cmt_edge.deploy.backends.openvino_graph import make_unsigned, read  # noqa: E402
 
 h = onnx.helper
 SIZE = 6
@@ -90,7 +90,7 @@ def lows(model: ov.Model) -> list[float]:
 
 
 def rewritten(content: bytes) -> ov.Model:
-    return unsigned(ov.Core().read_model(content))
+    return make_unsigned(ov.Core().read_model(content))
 
 
 def images(channels: int = 4, batch: int = 2, scale: float = 0.02) -> np.ndarray:

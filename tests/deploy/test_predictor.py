@@ -250,7 +250,6 @@ def test_int8_bundle_agrees_on_the_class(int8_bundle, cifar, name):
     sources = [images.read(item) for item in images.items[::100]]
     sides = [Predictor.load(int8_bundle, backend=runtime, threads=1) for runtime in (name, "torch")]
     ours, theirs = ([q.label for q in side.stream(sources)] for side in sides)
-    images.close()
     assert np.mean([a == b for a, b in zip(ours, theirs, strict=True)]) >= 0.9
 
 
@@ -330,10 +329,8 @@ def test_precision_that_openvino_does_not_know(fp32_bundle):
 
 
 def test_torch_reference_of_other_weights_is_refused(fp32_bundle):
-    model = {
-        **fp32_bundle.manifest.model,
-        "weights": {**fp32_bundle.manifest.model["weights"], "sha256": "0" * 64},
-    }
+    model = fp32_bundle.manifest.model
+    model = replace(model, weights=replace(model.weights, sha256="0" * 64))
     with pytest.raises(BundleError, match="weights"):
         Predictor.load(Bundle(fp32_bundle.path, replace(fp32_bundle.manifest, model=model)), backend="torch")
 

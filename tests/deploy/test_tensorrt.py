@@ -267,8 +267,7 @@ def test_an_empty_batch(backend):
 def test_two_gpus_in_one_thread(backend, monkeypatch):
     monkeypatch.setenv("FAKE_GPUS", "2")
     runtime = importlib.import_module("cuda.bindings.runtime")
-    first, second = session(backend), session(backend)
-    second._index = 1
+    first = session(backend)
     monkeypatch.setattr(
         runtime,
         "cudaMalloc",

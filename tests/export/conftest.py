@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cmt_edge.deploy.measure.benchmark import Protocol
-from cmt_edge.export import pipeline
+from cmt_edge.export import steps
 from helpers.exports import traced_once
 
 
@@ -13,5 +13,6 @@ from helpers.exports import traced_once
 def quick_exports():
     """Equal weights are traced once a session, and the final measurement is short."""
     with traced_once() as patch:
-        patch.setattr(pipeline, "QUICK", Protocol(iters=10, seconds=0.1, warmup_iters=2, warmup_seconds=0.1))
+        quick = Protocol(iters=10, seconds=0.1, warmup_iters=2, warmup_seconds=0.1)
+        patch.setattr(steps, "EXPORT_PROTOCOL", quick)
         yield

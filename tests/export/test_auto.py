@@ -14,8 +14,7 @@ from cmt_edge.deploy.measure.benchmark import Protocol
 from cmt_edge.deploy.measure.child import MeasuringProcess
 from cmt_edge.deploy.measure.host import describe
 from cmt_edge.export import run
-from cmt_edge.export.auto import choose as auto
-from cmt_edge.export.auto.choose import Cache
+from cmt_edge.export.auto import choose, workbench
 from helpers.cli import failed, succeeded
 from helpers.exports import content, nano
 from helpers.images import labelled
@@ -28,7 +27,9 @@ MEASURED = ("logits", "benchmark", "kernels")
 @pytest.fixture(scope="module", autouse=True)
 def short_measurements():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(auto, "PROTOCOL", Protocol(iters=5, seconds=0.05, warmup_iters=2, warmup_seconds=0.05))
+        short = Protocol(iters=5, seconds=0.05, warmup_iters=2, warmup_seconds=0.05)
+        for module in (choose, workbench):
+            patch.setattr(module, "SEARCH_PROTOCOL", short)
         yield
 
 
@@ -50,8 +51,8 @@ def calls(monkeypatch) -> list[str]:
 @pytest.fixture
 def two_groups(monkeypatch):
     """Only two groups are ranked, for speed."""
-    real = auto.groups_of
-    monkeypatch.setattr(auto, "groups_of", lambda *args: dict(list(real(*args).items())[:2]))
+    real = workbench.groups_of
+    monkeypatch.setattr(workbench, "groups_of", lambda *args: dict(list(real(*args).items())[:2]))
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +80,13 @@ def finished(tmp_path_factory, images) -> Bundle:
     return run(asked(tmp_path_factory.mktemp("out"), eval_data=str(images)))
 
 
+def as_json(result):
+    """As ``--json`` and reports show it."""
+    return json.loads(report.to_json(result))
+
+
 def names(verdict) -> list[str]:
-    return [c["variant"]["name"] for c in verdict["candidates"]]
+    return [c.variant.name for c in verdict.candidates]
 
 
 # --- verdict and bundle ---------------------------------------------------------------------------
@@ -90,42 +96,42 @@ def names(verdict) -> list[str]:
 def test_the_bundle_is_an_ordinary_one_of_the_winner(finished):
     bundle = Bundle.open(finished.path)
     manifest, verdict = bundle.manifest, bundle.manifest.verdict
-    assert manifest.precision == verdict["winner"]["precision"]
+    assert manifest.precision == verdict.winner.precision
     assert bundle.path.name == f"cmt_nano_{manifest.precision}_openvino"
     assert [p.name for p in bundle.path.parent.iterdir()] == [bundle.path.name]
-    assert manifest.verification["data"]["max_drop"] == 100.0
+    assert manifest.verification.data.max_drop == 100.0
     assert (manifest.calibration is not None) == (manifest.precision == "int8")
     if manifest.calibration:
-        assert manifest.calibration["keep_float"] == verdict["winner"]["keep_float"]
-    assert json.loads((bundle.path / "report.json").read_text())["verdict"] == verdict
+        assert manifest.calibration.keep_float == verdict.winner.keep_float
+    assert json.loads((bundle.path / "report.json").read_text())["verdict"] == as_json(verdict)
 
 
 @pytest.mark.slow
 def test_everything_measured_is_in_the_verdict(finished):
     verdict = finished.manifest.verdict
     assert names(verdict) == ["fp32", "bf16", "int8", "int8, depthwise float", "int8, linears float"]
-    for c in verdict["candidates"]:
-        if c["variant"]["name"] == "bf16" and not has_bf16():
-            assert "no hardware" in c["why_not"]
+    for c in verdict.candidates:
+        if c.variant.name == "bf16" and not has_bf16():
+            assert "no hardware" in c.why_not
             continue
-        assert c["accuracy"]["images"] == 12
-        assert c["speed"]["p50"] > 0
-        assert c["speed"]["ratio_ci"][0] <= c["speed"]["ratio"] <= c["speed"]["ratio_ci"][1] * 1.2
-    float32, int8 = verdict["candidates"][0], verdict["candidates"][2]
+        assert c.accuracy.images == 12
+        assert c.speed.p50 > 0
+        assert c.speed.ratio_ci[0] <= c.speed.ratio <= c.speed.ratio_ci[1] * 1.2
+    float32, int8 = verdict.candidates[0], verdict.candidates[2]
     assert (
-        float32["accuracy"]["drop"],
-        float32["accuracy"]["agreement"],
-        float32["accuracy"]["deviation"],
+        float32.accuracy.drop,
+        float32.accuracy.agreement,
+        float32.accuracy.deviation,
     ) == (0, 100, 0)
-    assert int8["speed"]["size_bytes"] < 0.5 * float32["speed"]["size_bytes"]
-    groups = [s["group"] for s in verdict["sensitivity"]]
+    assert int8.speed.size_bytes < 0.5 * float32.speed.size_bytes
+    groups = [s.group for s in verdict.sensitivity]
     assert sorted(groups) == sorted(
         ["stem", *(f"stages.{s}.{k}" for s in range(4) for k in ("embed", "attn", "ffn")), "head"]
     )
-    deviations = [s["accuracy"]["deviation"] for s in verdict["sensitivity"]]
+    deviations = [s.accuracy.deviation for s in verdict.sensitivity]
     assert deviations == sorted(deviations, reverse=True)
-    assert 0 < max(deviations) < int8["accuracy"]["deviation"]
-    assert verdict["float_already"] == [f"stages.{s}.lpu" for s in range(4)]
+    assert 0 < max(deviations) < int8.accuracy.deviation
+    assert verdict.float_already == [f"stages.{s}.lpu" for s in range(4)]
 
 
 @pytest.mark.slow
@@ -135,7 +141,7 @@ def test_the_report_recommends_with_intervals(finished):
         assert part in text
         assert part in page
     assert f"## Why {finished.manifest.precision}" in page
-    assert report.bundle_json(finished)["verdict"]["winner"] == finished.manifest.verdict["winner"]
+    assert as_json(report.bundle_json(finished))["verdict"] == as_json(finished.manifest.verdict)
 
 
 @pytest.mark.slow
@@ -204,13 +210,9 @@ def test_nothing_passes(capsys, finished, images, tmp_path):
 def test_without_labels_disagreement_decides(tmp_path, two_groups):
     bundle = run(asked(tmp_path, max_drop=20.0))
     verdict = bundle.manifest.verdict
-    assert verdict["labelled"] is False
-    assert any("disagreement" in note for note in verdict["notes"])
-    assert all(
-        c["accuracy"]["top1"] is None and c["accuracy"]["images"] == 6
-        for c in verdict["candidates"]
-        if c["accuracy"]
-    )
+    assert verdict.labelled is False
+    assert any("disagreement" in note for note in verdict.notes)
+    assert all(c.accuracy.top1 is None and c.accuracy.images == 6 for c in verdict.candidates if c.accuracy)
     assert "disagreement (95 % CI)" in report.verdict_text(verdict)
 
 
@@ -220,8 +222,8 @@ def test_onnx_has_no_bf16_candidate(tmp_path):
     verdict = bundle.manifest.verdict
     assert "bf16" not in names(verdict)
     assert bundle.manifest.format == "onnx"
-    assert any("time budget" in note for note in verdict["notes"])
-    assert (bundle.manifest.precision, verdict["candidates"][1]["why_not"]) == (
+    assert any("time budget" in note for note in verdict.notes)
+    assert (bundle.manifest.precision, verdict.candidates[1].why_not) == (
         "fp32",
         "not measured: no time left",
     )
@@ -229,25 +231,25 @@ def test_onnx_has_no_bf16_candidate(tmp_path):
 
 @pytest.mark.slow
 def test_an_older_cpu(tmp_path):
-    if "avx2" not in describe()["flags"]:
+    if "avx2" not in describe().flags:
         pytest.skip("needs AVX2")
     try:
         bundle = run(asked(tmp_path, isa="avx2", time_budget=1.0))
     except RuntimeMissingError as exc:
         pytest.skip(str(exc))
     verdict = bundle.manifest.verdict
-    bf16 = next(c for c in verdict["candidates"] if c["variant"]["name"] == "bf16")
-    assert bf16["why_not"].startswith("no hardware: this processor has no bfloat16")
-    assert verdict["isa"] == "avx2"
-    assert any("limited to avx2" in note for note in verdict["notes"])
-    assert any("VNNI" in note for note in verdict["notes"])
+    bf16 = next(c for c in verdict.candidates if c.variant.name == "bf16")
+    assert bf16.why_not.startswith("no hardware: this processor has no bfloat16")
+    assert verdict.isa == "avx2"
+    assert any("limited to avx2" in note for note in verdict.notes)
+    assert any("VNNI" in note for note in verdict.notes)
 
 
 @pytest.mark.slow
 def test_groups_kept_float_by_name(tmp_path):
     settings = {"precision": "int8", "data": "generated", "calib_size": 6}
     bundle = run(nano(tmp_path, keep_float="stem, @products", **settings))
-    assert bundle.manifest.calibration["keep_float"] == ["stem", "@products"]
+    assert bundle.manifest.calibration.keep_float == ("stem", "@products")
     with pytest.raises(InputError, match="no group of operations 'stam'"):
         run(nano(tmp_path / "no", keep_float="stam", **settings))
 
@@ -308,24 +310,3 @@ def test_something_in_the_way_of_any_candidate_stops_before_the_work(tmp_path):
     (tmp_path / "cmt_nano_bf16_openvino").mkdir()
     with pytest.raises(InputError, match="not a bundle"):
         run(asked(tmp_path))
-
-
-# --- the cache of measurements --------------------------------------------------------------------
-
-
-def test_measurements_are_kept_by_key_and_damage_is_measured_again(tmp_path):
-    made = []
-
-    def measure():
-        made.append(1)
-        return {"n": len(made)}
-
-    folder = tmp_path / "on demand"
-    assert [Cache(folder).get(["a", 1], measure)["n"] for _ in range(2)] == [1, 1]
-    assert Cache(folder).get(["a", 2], measure)["n"] == 2
-    for file in folder.iterdir():
-        file.write_text('{"n"')
-    assert Cache(folder).get(["a", 1], measure)["n"] == 3
-    nowhere = Cache(None)
-    assert [nowhere.get(["a", 1], measure)["n"] for _ in range(2)] == [4, 4]
-    assert Cache(None).get(["a", 1], measure)["n"] == 5

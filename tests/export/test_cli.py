@@ -211,12 +211,12 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def begun(folder: Path, process: subprocess.Popen) -> bool:
-    """Wait until the hidden folder of an export is there."""
+def begun(folder: Path, process: subprocess.Popen, writing: bool) -> bool:
+    """Wait until an export has claimed its folder, or until it is ``writing`` a hidden one there."""
     for _ in range(1200):
         if process.poll() is not None:
             return False
-        if folder.is_dir() and any(p.suffix == ".tmp" for p in folder.iterdir()):
+        if folder.is_dir() and (not writing or any(p.suffix == ".tmp" for p in folder.iterdir())):
             return True
         time.sleep(0.05)
     return False
@@ -224,15 +224,21 @@ def begun(folder: Path, process: subprocess.Popen) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("signal_number", "delay"), [(signal.SIGTERM, 0.2), (signal.SIGTERM, 3), (signal.SIGINT, 1.5)]
+    ("signal_number", "writing", "delay"),
+    [
+        (signal.SIGTERM, False, 0.2),
+        (signal.SIGTERM, False, 3),
+        (signal.SIGINT, False, 1.5),
+        (signal.SIGTERM, True, 0.0),
+    ],
 )
-def test_an_interrupted_export_leaves_nothing(tmp_path, signal_number, delay):
+def test_an_interrupted_export_leaves_nothing(tmp_path, signal_number, writing, delay):
     command = [sys.executable, "-c", CODE, "--model", "cmt_nano", "-o", str(tmp_path / "out")]
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ.copy()
     )
     try:
-        assert begun(tmp_path / "out", process)
+        assert begun(tmp_path / "out", process, writing)
         time.sleep(delay)
         assert process.poll() is None
         process.send_signal(signal_number)

@@ -12,7 +12,7 @@ from cmt_edge.cmt import list_models, model_spec
 from cmt_edge.deploy import Bundle
 from cmt_edge.deploy.measure.benchmark import Protocol
 from cmt_edge.deploy.measure.parity import verify
-from cmt_edge.export import ExportConfig, pipeline, run
+from cmt_edge.export import ExportConfig, run, steps
 from helpers.exports import TRACED, traced_once
 
 SMALL = ("cvt_13", "convit_tiny", "mvitv2_t", "xformer_reading")
@@ -42,15 +42,16 @@ def export(name, form, precision, folder, size):
 def test_each_family(name, tmp_path):
     """The longest road: float32 graph, int8, float16, linted, verified in ONNX Runtime."""
     made = export(name, "trt", "int8", tmp_path, 64)
-    assert made.manifest.verification["golden"]["passed"]
-    assert made.manifest.typing["operations"]["int8"] > 20
+    assert made.manifest.verification.golden.passed
+    assert made.manifest.typing.operations["int8"] > 20
     assert verify(made, backend="onnxruntime").passed
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_every_model_at_its_published_size(name, tmp_path, capsys):
     with traced_once() as patch:
-        patch.setattr(pipeline, "QUICK", Protocol(iters=3, seconds=0.0, warmup_iters=1, warmup_seconds=0.0))
+        quick = Protocol(iters=3, seconds=0.0, warmup_iters=1, warmup_seconds=0.0)
+        patch.setattr(steps, "EXPORT_PROTOCOL", quick)
         for form, precision in ROADS:
             made = export(name, form, precision, tmp_path, model_spec(name).img_size)
             again = [
@@ -61,7 +62,7 @@ def test_every_model_at_its_published_size(name, tmp_path, capsys):
                 print(
                     f"\n{made.path.name}:",
                     ", ".join(
-                        f"{v.runtime['runtime']} {v.golden.diff:.2g} of {v.golden.atol:.2g}" for v in again
+                        f"{v.runtime.runtime} {v.golden.diff:.2g} of {v.golden.atol:.2g}" for v in again
                     ),
                 )
     TRACED.clear()

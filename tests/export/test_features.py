@@ -79,13 +79,13 @@ def test_a_model_of_one_resolution_has_none(name, tmp_path):
 def test_the_bundle_says_what_it_gives(bundle):
     m = bundle.manifest
     assert bundle.path.name == "cmt_nano_features_fp32_onnx_dynamic"
-    assert [o["name"] for o in m.outputs] == bundle.outputs == ["stage1", "stage2", "stage3", "stage4"]
-    assert [o["shape"] for o in m.outputs] == [
-        ["batch", c, s, s] for c, s in zip((24, 48, 96, 192), (16, 8, 4, 2), strict=True)
+    assert [o.name for o in m.outputs] == bundle.outputs == ["stage1", "stage2", "stage3", "stage4"]
+    assert [o.shape for o in m.outputs] == [
+        ("batch", c, s, s) for c, s in zip((24, 48, 96, 192), (16, 8, 4, 2), strict=True)
     ]
-    assert (m.model["head"], bundle.head, m.labels, m.labels_source) == ("features", "features", [], "none")
-    assert m.verification["golden"]["output"] in bundle.outputs
-    assert m.model["macs"] < model_spec("cmt_nano").macs
+    assert (m.model.head, bundle.head, m.labels, m.labels_source) == ("features", "features", (), "none")
+    assert m.verification.golden.output in bundle.outputs
+    assert m.model.macs < model_spec("cmt_nano").macs
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "torch"])
@@ -111,9 +111,9 @@ ROADS = [
 @pytest.mark.parametrize(("name", "form", "precision"), ROADS)
 def test_each_family_on_each_road(name, form, precision, tmp_path):
     made = export(name, tmp_path, form, precision)
-    golden = made.manifest.verification["golden"]
-    assert golden["passed"]
-    assert 0 < golden["diff"] <= golden["atol"]
+    golden = made.manifest.verification.golden
+    assert golden.passed
+    assert 0 < golden.diff <= golden.atol
     again = verify(Bundle.open(made.path), backend="onnxruntime" if form == "trt" else None)
     assert again.passed
 

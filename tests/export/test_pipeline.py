@@ -20,6 +20,7 @@ from cmt_edge.calib.generated import generate
 from cmt_edge.cmt import count_params, create_model, load_pretrained, macs, weights_fingerprint
 from cmt_edge.deploy import Bundle, Predictor
 from cmt_edge.deploy.backends.openvino import has_bf16
+from cmt_edge.deploy.bundle.sections import ModelEntry, TensorEntry, WeightsEntry
 from cmt_edge.deploy.errors import (
     BundleError,
     DataError,
@@ -32,7 +33,7 @@ from cmt_edge.deploy.errors import (
     WeightsError,
 )
 from cmt_edge.deploy.preprocessing import preprocess
-from cmt_edge.export import ExportConfig, pipeline, run
+from cmt_edge.export import ExportConfig, pipeline, run, steps
 from helpers.exports import NAME, content, nano
 from helpers.images import labelled
 from helpers.paths import ROOT
@@ -116,44 +117,44 @@ def test_manifest(fp32_bundle):
     load_pretrained(reference)
     assert fp32_bundle.path.name == NAME
     assert (m.precision, m.format, m.calibration) == ("fp32", "openvino", None)
-    assert m.model == {
-        "provider": "cmt",
-        "name": "cmt_nano",
-        "family": "CMT",
-        "img_size": 64,
-        "num_classes": 10,
-        "head": "logits",
-        "params": count_params(reference),
-        "macs": macs(reference),
-        "opset": 20,
-        "weights": {
-            "source": "pretrained",
-            "sha256": weights_fingerprint(reference),
-            "seed": 0,
-            "ema": False,
-            "fresh": [],
-            "resized": [],
-        },
-    }
-    assert m.input == {"name": "input", "shape": [1, 3, 64, 64], "dtype": "float32"}
-    assert m.outputs == [{"name": "logits", "shape": [1, 10], "dtype": "float32"}]
+    assert m.model == ModelEntry(
+        provider="cmt",
+        name="cmt_nano",
+        family="CMT",
+        img_size=64,
+        num_classes=10,
+        head="logits",
+        params=count_params(reference),
+        macs=macs(reference),
+        opset=20,
+        weights=WeightsEntry(
+            source="pretrained",
+            sha256=weights_fingerprint(reference),
+            seed=0,
+            ema=False,
+            fresh=(),
+            resized=(),
+        ),
+    )
+    assert m.input == TensorEntry(name="input", shape=(1, 3, 64, 64), dtype="float32")
+    assert m.outputs == (TensorEntry(name="logits", shape=(1, 10), dtype="float32"),)
     assert fp32_bundle.preprocess == ExportConfig("cmt_nano").preprocess
-    assert m.runtime["backend"] == "openvino"
+    assert m.runtime.backend == "openvino"
     assert {"torch", "onnx", "openvino"} <= set(m.versions)
-    assert m.verification["bundle"] == NAME
-    assert m.verification["golden"]["passed"] is True
-    assert set(m.verification["steps"]) == {"fuse", "onnx", "simplify"}
-    assert 0 <= max(m.verification["steps"].values()) < 1e-3
-    assert 0 < m.latency["p50_ms"] <= m.latency["p95_ms"]
-    assert set(m.latency["executed"]["time_share"]) == {"fp32"}
+    assert m.verification.bundle == NAME
+    assert m.verification.golden.passed is True
+    assert set(m.verification.steps) == {"fuse", "onnx", "simplify"}
+    assert 0 <= max(m.verification.steps.values()) < 1e-3
+    assert 0 < m.latency.p50_ms <= m.latency.p95_ms
+    assert set(m.latency.executed.time_share) == {"fp32"}
 
 
 def test_manifest_of_int8(int8_bundle):
     m = int8_bundle.manifest
-    assert m.calibration["source"] == "generated"
-    assert m.calibration["images"] == 32
-    assert len(m.calibration["fingerprint"]) == len(m.calibration["recipe"]) == 64
-    assert "int8" in m.latency["executed"]["time_share"]
+    assert m.calibration.source == "generated"
+    assert m.calibration.images == 32
+    assert len(m.calibration.fingerprint) == len(m.calibration.recipe) == 64
+    assert "int8" in m.latency.executed.time_share
 
 
 def test_reports_tell_what_the_manifest_tells(checkpoint_bundle):
@@ -217,8 +218,8 @@ def test_another_process_makes_the_same_bytes(fp32_bundle, tmp_path):
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_dynamic_batch(onnx_bundle, backend):
-    assert onnx_bundle.manifest.input["shape"] == ["batch", 3, 64, 64]
-    assert [s for s in onnx_bundle.manifest.verification["steps"] if "batch" in s] == [
+    assert onnx_bundle.manifest.input.shape == ("batch", 3, 64, 64)
+    assert [s for s in onnx_bundle.manifest.verification.steps if "batch" in s] == [
         f"dynamic batch of {n}" for n in (1, 3, 8)
     ]
     x = batch(8)
@@ -236,7 +237,7 @@ def test_fp32_equals_pytorch(name, request):
     bundle = request.getfixturevalue(name)
     x = batch(6)
     with Predictor.load(bundle) as p, Predictor.load(bundle, backend="torch") as reference:
-        assert p.session.runtime.split()[0] == bundle.manifest.runtime["backend"]
+        assert p.session.runtime.split()[0] == bundle.manifest.runtime.backend
         np.testing.assert_allclose(p.logits(x), reference.logits(x), atol=1e-3)
     golden = bundle.golden()
     assert golden.logits.std(axis=0).min() > 1e-3  # golden images differ: the comparison means something
@@ -244,11 +245,13 @@ def test_fp32_equals_pytorch(name, request):
 
 def test_static_batch(random_bundle):
     graph = onnx.load(random_bundle.path / "model.onnx").graph
-    shapes = [[d.dim_value for d in v.type.tensor_type.shape.dim] for v in (graph.input[0], graph.output[0])]
+    shapes = [
+        tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in (graph.input[0], graph.output[0])
+    ]
     assert (
         shapes
-        == [[4, 3, 64, 64], [4, 7]]
-        == [random_bundle.manifest.input["shape"], random_bundle.manifest.outputs[0]["shape"]]
+        == [(4, 3, 64, 64), (4, 7)]
+        == [random_bundle.manifest.input.shape, random_bundle.manifest.outputs[0].shape]
     )
     with Predictor.load(random_bundle) as p:
         assert p.batch == 4
@@ -300,7 +303,7 @@ def test_labels_that_do_not_fit(tmp_path, lines):
 
 
 def test_checkpoint_is_named_without_its_folder(checkpoint_bundle, checkpoint):
-    assert checkpoint_bundle.manifest.model["weights"]["source"] == checkpoint.name
+    assert checkpoint_bundle.manifest.model.weights.source == checkpoint.name
 
 
 def test_torch_reference_of_a_checkpoint_needs_the_file(checkpoint_bundle, checkpoint, tmp_path):
@@ -319,9 +322,9 @@ def test_torch_reference_of_a_checkpoint_needs_the_file(checkpoint_bundle, check
 
 
 def test_evaluation_in_sorted_order(checkpoint_bundle):
-    data = checkpoint_bundle.manifest.verification["data"]
-    assert (data["images"], data["drop"], data["agreement"]) == (20, 0.0, 100.0)
-    assert data["top1"] == data["reference_top1"]
+    data = checkpoint_bundle.manifest.verification.data
+    assert (data.images, data.drop, data.agreement) == (20, 0.0, 100.0)
+    assert data.top1 == data.reference_top1
     assert len(checkpoint_bundle.reference()) == 20
 
 
@@ -360,7 +363,7 @@ def perturbed_graph(graph):
 
 @pytest.mark.parametrize("step", ["fuse", "export to ONNX", "simplify"])
 def test_a_step_that_changes_the_logits_stops_the_export(step, output, monkeypatch):
-    traced, simplify = pipeline.export_onnx, pipeline.simplify
+    traced, simplify = steps.export_onnx, steps.simplify
     fault = {
         "fuse": ("fuse", perturbed_module),
         "export to ONNX": (
@@ -369,7 +372,7 @@ def test_a_step_that_changes_the_logits_stops_the_export(step, output, monkeypat
         ),
         "simplify": ("simplify", lambda g: perturbed_graph(simplify(g))),
     }[step]
-    monkeypatch.setattr(pipeline, *fault)
+    monkeypatch.setattr(steps, *fault)
     with pytest.raises(ParityError, match=f"step '{step}' changed the logits") as error:
         run(nano(output))
     assert error.value.exit_code == 1
@@ -383,7 +386,7 @@ def test_a_step_that_makes_nan_stops_the_export(output, monkeypatch):
             fused.head.fc.bias[0] = float("nan")
         return fused
 
-    monkeypatch.setattr(pipeline, "fuse", broken)
+    monkeypatch.setattr(steps, "fuse", broken)
     with pytest.raises(ParityError, match="'fuse' changed the logits by inf"):
         run(nano(output))
 
@@ -399,12 +402,12 @@ def test_a_failed_gate_writes_nothing(tmp_path, settings):
     assert content(tmp_path / "out") == {}
 
 
-@pytest.mark.parametrize("place", ["benchmark", "_write_reports"])
+@pytest.mark.parametrize("place", [(steps, "benchmark"), (pipeline, "write_report")], ids=lambda p: p[1])
 def test_an_interruption_near_the_end_changes_nothing(output, monkeypatch, place):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, place, interrupt)
+    monkeypatch.setattr(*place, interrupt)
     with pytest.raises(KeyboardInterrupt):
         run(nano(output))
 
@@ -436,7 +439,7 @@ def no_long_work(monkeypatch):
     def too_late(*_):
         raise AssertionError("the long work was begun")
 
-    monkeypatch.setattr(pipeline, "fuse", too_late)
+    monkeypatch.setattr(steps, "fuse", too_late)
 
 
 @pytest.mark.usefixtures("no_long_work")
@@ -494,8 +497,8 @@ def test_bf16_without_bf16_instructions_is_refused(output):
 @pytest.mark.skipif(not has_bf16(), reason="this processor has no bfloat16")
 def test_bf16(tmp_path):
     bundle = run(nano(tmp_path, precision="bf16"))
-    assert bundle.manifest.latency["executed"]["time_share"]["bf16"] > 0.3
-    assert bundle.manifest.verification["golden"]["diff"] > 1e-4  # it was not fp32
+    assert bundle.manifest.latency.executed.time_share["bf16"] > 0.3
+    assert bundle.manifest.verification.golden.diff > 1e-4  # it was not fp32
 
 
 # --- real images ----------------------------------------------------------------------------------

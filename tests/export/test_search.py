@@ -12,11 +12,11 @@ from cmt_edge.export.auto.search import (
     Accuracy,
     Answers,
     Candidate,
-    Settings,
+    Conditions,
     Speed,
     Variant,
-    choose,
     judge,
+    pick_winner,
     search,
 )
 
@@ -56,8 +56,8 @@ def speed(ratio, base=10.0, spread=0.01):
 
 
 def found(fake, *, variants=(FP32, BF16, INT8), missing=None, **settings):
-    settings = Settings(**{"max_drop": 0.3, "clock": fake.clock, **settings})
-    return search(variants, dict.fromkeys(fake.damage, 2), settings, fake, missing)
+    conditions = Conditions(**{"max_drop": 0.3, "clock": fake.clock, **settings})
+    return search(variants, dict.fromkeys(fake.damage, 2), conditions, fake, missing)
 
 
 def by_name(verdict):
@@ -147,9 +147,9 @@ def test_what_has_no_hardware_is_reported_and_never_measured():
 
 
 def test_choose_nothing_from_nothing():
-    assert choose([]) == (None, ())
+    assert pick_winner([]) == (None, ())
     refused = Candidate(INT8, Accuracy(1, 1.0, 1.0, 1.0, (0, 1), 0.0), speed(2.0), "drop above 0.3")
-    assert choose([refused]) == (None, ())
+    assert pick_winner([refused]) == (None, ())
 
 
 # --- sensitivity and refinement -------------------------------------------------------------------

@@ -10,13 +10,14 @@ import pytest
 
 import cmt_edge.deploy.tensorrt.build
 from cmt_edge.deploy import Bundle, Predictor
+from cmt_edge.deploy.bundle.sections import RanOn, RuntimeEntry
 from cmt_edge.deploy.errors import GateError, InputError, RuntimeMissingError, StepError
 from cmt_edge.deploy.measure.benchmark import Protocol
 from cmt_edge.deploy.measure.parity import verify
 from cmt_edge.deploy.tensorrt.parser_rules import parser_findings
 from cmt_edge.export import ExportConfig, run
 from cmt_edge.export.cli import main
-from cmt_edge.export.config import ALIASES
+from cmt_edge.export.settings import ALIASES
 from helpers.bundles import snapshot
 from helpers.shared import shared
 
@@ -48,17 +49,17 @@ def test_a_bundle_without_an_engine_is_complete(bundle):
     opened = Bundle.open(bundle.path)
     manifest = opened.manifest
     assert manifest.format == "trt"
-    assert manifest.runtime == {"backend": "tensorrt", "version": None}
+    assert manifest.runtime == RuntimeEntry(backend="tensorrt", version=None)
     assert manifest.latency is manifest.engine is None
-    assert manifest.verification["golden"]["passed"]
-    assert f"typed {manifest.precision}" in manifest.verification["steps"]
-    assert manifest.typing["operations"]
+    assert manifest.verification.golden.passed
+    assert f"typed {manifest.precision}" in manifest.verification.steps
+    assert manifest.typing.operations
     assert parser_findings(onnx.load(opened.file("model.onnx"))) == []
 
 
 def test_its_graph_has_the_types_that_were_asked_for(bundle):
     model = onnx.load(bundle.file("model.onnx"))
-    operations = bundle.manifest.typing["operations"]
+    operations = bundle.manifest.typing.operations
     kinds = {i.data_type for i in model.graph.initializer}
     assert {v.type.tensor_type.elem_type for v in (*model.graph.input, *model.graph.output)} == {
         onnx.TensorProto.FLOAT
@@ -68,7 +69,7 @@ def test_its_graph_has_the_types_that_were_asked_for(bundle):
         assert onnx.TensorProto.FLOAT16 not in kinds
     else:
         assert operations["fp16"] > 100
-        assert bundle.manifest.typing["observed"]["images"] > 4
+        assert bundle.manifest.typing.observed.images > 4
         assert bundle.path.joinpath("model.onnx").stat().st_size < 4e6  # 1.7 M parameters
     assert ("int8" in operations) == (bundle.manifest.precision == "int8")
 
@@ -101,8 +102,8 @@ def test_other_names_of_the_format(alias):
 def test_images_for_the_ranges_of_fp16(tmp_path):
     """``--data`` with fp16 observes, it does not quantize."""
     made = run(config(tmp_path, data="generated", calib_size=8))
-    assert set(made.manifest.typing["operations"]) == {"fp16"}
-    assert made.manifest.typing["observed"]["images"] == 12
+    assert set(made.manifest.typing.operations) == {"fp16"}
+    assert made.manifest.typing.observed.images == 12
     assert made.manifest.calibration is None
     assert not {n.op_type for n in onnx.load(made.file("model.onnx")).graph.node} & {
         "QuantizeLinear",
@@ -129,8 +130,8 @@ def test_a_larger_model_is_typed_without_findings(name, tmp_path):
             name, format="trt", precision="fp16", weights="random", build=False, output=str(tmp_path)
         )
     )
-    assert made.manifest.typing["operations"]["fp16"] > 100
-    assert made.manifest.verification["golden"]["passed"]
+    assert made.manifest.typing.operations["fp16"] > 100
+    assert made.manifest.verification.golden.passed
 
 
 BAD = [
@@ -215,11 +216,11 @@ def test_export_builds_verifies_and_measures(gpu_machine, quick, tmp_path, preci
     )
     assert "cmt-bench" in capsys.readouterr().out
     made = Bundle.open(tmp_path / f"cmt_nano_{precision}_trt")
-    assert made.manifest.engine["golden"]["passed"]
-    assert made.manifest.latency["p50_ms"] > 0
-    assert made.manifest.verification["runtime"] == {"runtime": "tensorrt 10.3.0", "device": "Fake Orin"}
+    assert made.manifest.engine.golden.passed
+    assert made.manifest.latency.p50_ms > 0
+    assert made.manifest.verification.runtime == RanOn("tensorrt 10.3.0", "Fake Orin")
     assert (
-        (made.path / made.manifest.engine["text"])
+        (made.path / made.manifest.engine.text)
         .read_text()
         .startswith(f"# cmt_nano_{precision}_trt on Fake Orin")
     )
@@ -234,7 +235,7 @@ def test_feature_maps_come_from_an_engine_too(gpu_machine, quick, tmp_path, caps
         == 0
     )
     made = Bundle.open(tmp_path / "cmt_nano_features_fp16_trt")
-    assert made.manifest.engine["golden"]["passed"]
+    assert made.manifest.engine.golden.passed
     assert "features(batch)" in capsys.readouterr().out
     with Predictor.load(made) as predictor:
         maps = predictor.features(predictor.prepare(made.golden().sources))
@@ -294,6 +295,6 @@ def test_accuracy_on_photographs(precision, cifar, tmp_path):
             max_drop=ALLOWED_DROP[precision],
         )
     )
-    check = made.manifest.verification["data"]
-    assert check["images"] == LIMIT[precision]
-    assert check["drop"] <= ALLOWED_DROP[precision]
+    check = made.manifest.verification.data
+    assert check.images == LIMIT[precision]
+    assert check.drop <= ALLOWED_DROP[precision]

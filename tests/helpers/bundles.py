@@ -25,6 +25,7 @@ from cmt_edge.deploy.bundle import (
     Manifest,
     save_reference,
 )
+from cmt_edge.deploy.bundle.sections import ModelEntry, TensorEntry, WeightsEntry
 from cmt_edge.deploy.preprocessing import normalise, pixels
 
 SIZE = 16
@@ -32,15 +33,31 @@ LABELS = ("red", "green", "blue")
 SPEC = Preprocess(SIZE, None, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
+def tiny_model(classes: int) -> ModelEntry:
+    """The entry of a model that nothing can rebuild."""
+    return ModelEntry(
+        provider="none",
+        name="tiny",
+        family="none",
+        img_size=SIZE,
+        num_classes=classes,
+        head="logits",
+        params=0,
+        macs=0,
+        opset=20,
+        weights=WeightsEntry(source="random", sha256="0" * 64, seed=0, ema=False, fresh=(), resized=()),
+    )
+
+
 def tiny_manifest(labels=LABELS, **changes) -> Manifest:
     """Of a model that the fake backend serves."""
     count = len(labels)
     made = Manifest(
-        model={"provider": "none", "name": "tiny", "weights": {"source": "random", "sha256": "0" * 64}},
-        input={"name": "input", "shape": [1, 3, SIZE, SIZE], "dtype": "float32"},
-        outputs=[{"name": "logits", "shape": [1, count], "dtype": "float32"}],
-        preprocess=SPEC.to_json(),
-        labels=[list(label) if isinstance(label, tuple) else [label, label] for label in labels],
+        model=tiny_model(count),
+        input=TensorEntry(name="input", shape=(1, 3, SIZE, SIZE), dtype="float32"),
+        outputs=(TensorEntry(name="logits", shape=(1, count), dtype="float32"),),
+        preprocess=SPEC,
+        labels=tuple(label if isinstance(label, tuple) else (label, label) for label in labels),
         labels_source="numbered",
         precision="fp32",
         format="fake",

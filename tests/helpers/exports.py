@@ -21,9 +21,9 @@ def traced_once():
     import onnx
 
     from cmt_edge.cmt import weights_fingerprint
-    from cmt_edge.export import pipeline
+    from cmt_edge.export import steps
 
-    real = pipeline.export_onnx
+    real = steps.export_onnx
 
     def export_onnx(model, img_size, opset, outputs, check):
         key = weights_fingerprint(model), img_size, opset, tuple(outputs)
@@ -34,7 +34,7 @@ def traced_once():
         return graph
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "export_onnx", export_onnx)
+        patch.setattr(steps, "export_onnx", export_onnx)
         yield patch
 
 

@@ -11,6 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from cmt_edge.deploy import Bundle
 from cmt_edge.deploy.backends.fake import FakeSession
 from cmt_edge.deploy.bundle import ONNX
+from cmt_edge.deploy.bundle.sections import TensorEntry, TypingEntry
 from helpers.bundles import LABELS, SIZE, make_bundle
 
 
@@ -49,6 +50,6 @@ def trt_bundle(target: Path, *, batch: int | str = 1, half: bool = True) -> Bund
         members={ONNX: tiny_graph(batch, half).SerializeToString()},
         format="trt",
         precision=precision,
-        input={"name": "input", "shape": [batch, 3, SIZE, SIZE], "dtype": "float32"},
-        typing={"operations": {precision: 2}, "islands": [], "observed": None},
+        input=TensorEntry(name="input", shape=(batch, 3, SIZE, SIZE), dtype="float32"),
+        typing=TypingEntry(operations={precision: 2}, islands=(), observed=None),
     )

@@ -1,0 +1,269 @@
+"""Frozen dataclasses as JSON and back; what is read is checked field by field.
+
+A field's type says what JSON may hold there: ``str``, ``int``, ``float``, ``bool``, ``None``, ``list[T]``,
+``tuple[T, ...]``, ``tuple[T, T]``, ``dict[str, T]``, unions of these, and other dataclasses. ``Annotated``
+adds a :class:`Between` or a :class:`Matches`. A field with a default may be missing, any other may not.
+"""
+
+from __future__ import annotations
+
+import re
+import typing
+from collections.abc import Iterable
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from functools import cache
+from types import MappingProxyType, NoneType, UnionType
+from typing import Annotated, Any, TypeVar
+
+from ..errors import BundleError
+
+T = TypeVar("T")
+
+REMEDY = "copy the whole bundle again, or export it again"
+"""What to do about a bundle that cannot be read."""
+SHOWN = 40
+"""A message quotes at most so many characters of a wrong value."""
+
+OMITTED = MappingProxyType({"absent": "omitted"})
+"""Metadata of a field whose key is left out of the JSON where the value is ``None``."""
+EMPTIED = MappingProxyType({"absent": "emptied"})
+"""Metadata of a field that JSON holds as ``{}`` where the value is ``None``."""
+
+_KINDS: dict[Any, str] = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+    NoneType: "null",
+}
+
+
+@dataclass(frozen=True)
+class Between:
+    """A rule of a number: at least ``low`` and, unless it is ``None``, at most ``high``."""
+
+    low: float
+    high: float | None = None
+
+    def holds(self, value: Any) -> bool:
+        return bool(self.low <= value) and (self.high is None or bool(value <= self.high))
+
+    def __str__(self) -> str:
+        return f"at least {self.low}" if self.high is None else f"{self.low} to {self.high}"
+
+
+@dataclass(frozen=True)
+class Matches:
+    """A rule of a text: the regular expression ``pattern`` matches all of it; messages quote ``meaning``."""
+
+    pattern: str
+    meaning: str
+
+    def holds(self, value: Any) -> bool:
+        return re.fullmatch(self.pattern, value) is not None
+
+    def __str__(self) -> str:
+        return self.meaning
+
+
+def plain(value: Any) -> Any:
+    """``value`` with every dataclass in it, at any depth, as a dictionary that JSON can hold."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return dict(_members(value))
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(plain, value))
+    return value
+
+
+def _members(record: Any) -> Iterable[tuple[str, Any]]:
+    """Key and value of every field of a dataclass that is written."""
+    for member in fields(record):
+        value = getattr(record, member.name)
+        if value is None and member.metadata == EMPTIED:
+            yield member.name, {}
+        elif value is not None or member.metadata != OMITTED:
+            yield member.name, plain(value)
+
+
+def read_record(kind: type[T], content: object, where: object) -> T:
+    """A dataclass ``kind`` from parsed JSON.
+
+    Args:
+        kind: a dataclass.
+        content: what ``json.loads`` gave.
+        where: the file that errors name.
+
+    Raises:
+        BundleError: an entry is missing, unknown, of another type or out of range; the message names its
+            path, for example ``model.weights.sha256``.
+    """
+    result: T = _Reader(where).read(kind, content, "")
+    return result
+
+
+class _Reader:
+    """Reads values of one file; a ``path`` names the entry from the top, with dots."""
+
+    def __init__(self, where: object) -> None:
+        self.where = where
+
+    def read(self, kind: Any, content: Any, path: str) -> Any:
+        """``content`` as the type ``kind``."""
+        origin = typing.get_origin(kind)
+        if origin is Annotated:
+            return self._ruled(kind, content, path)
+        if origin in (UnionType, typing.Union):
+            return self._one_of(typing.get_args(kind), content, path)
+        if is_dataclass(kind):
+            return self._record(kind, content, path)
+        if not _fits(kind, content):
+            raise self._wrong(content, path, _named(kind))
+        if origin is None:
+            return self._scalar(kind, content, path)
+        return self._container(origin, typing.get_args(kind), content, path)
+
+    def _ruled(self, kind: Any, content: Any, path: str) -> Any:
+        inner, *rules = typing.get_args(kind)
+        value = self.read(inner, content, path)
+        for rule in rules:
+            if not rule.holds(value):
+                raise self._wrong(content, path, str(rule))
+        return value
+
+    def _one_of(self, kinds: tuple[Any, ...], content: Any, path: str) -> Any:
+        for kind in kinds:
+            if _fits(kind, content):
+                return self.read(kind, content, path)
+        raise self._wrong(content, path, " or ".join(map(_named, kinds)))
+
+    def _record(self, kind: Any, content: Any, path: str) -> Any:
+        if not isinstance(content, dict):
+            raise self._wrong(content, path, "an object")
+        known = {member.name: member for member in fields(kind)}
+        if unknown := [repr(key) for key in content if key not in known]:
+            raise self._broken(f"{path or 'the manifest'} holds unknown entries: {_listed(unknown)}")
+        missing = [name for name, member in known.items() if name not in content and _required(member)]
+        if missing:
+            raise self._broken(f"{path or 'the manifest'} lacks entries: {', '.join(missing)}")
+        kinds = _types_of(kind)
+        return kind(
+            **{
+                name: self._member(known[name], kinds[name], value, _below(path, name))
+                for name, value in content.items()
+            }
+        )
+
+    def _member(self, member: Field[Any], kind: Any, content: Any, path: str) -> Any:
+        if content == {} and member.metadata == EMPTIED:
+            return None
+        return self.read(kind, content, path)
+
+    def _container(self, origin: Any, kinds: tuple[Any, ...], content: Any, path: str) -> Any:
+        if origin is dict:
+            return self._dictionary(kinds[1], content, path)
+        if origin is list or kinds[-1] is Ellipsis:
+            kinds = (kinds[0],) * len(content)
+        if len(kinds) != len(content):
+            raise self._wrong(content, path, f"{len(kinds)} items")
+        return origin(self._items(kinds, content, path))
+
+    def _dictionary(self, kind: Any, content: dict[str, Any], path: str) -> dict[str, Any]:
+        return {
+            self._scalar(str, key, path): self.read(kind, value, _below(path, key))
+            for key, value in content.items()
+        }
+
+    def _items(self, kinds: tuple[Any, ...], content: list[Any], path: str) -> list[Any]:
+        pairs = zip(kinds, content, strict=True)
+        return [self.read(kind, item, f"{path}[{i}]") for i, (kind, item) in enumerate(pairs)]
+
+    def _scalar(self, kind: Any, content: Any, path: str) -> Any:
+        if kind is str and not _is_unicode(content):
+            raise self._wrong(content, path, "text without half characters")
+        if kind is float and not _is_float(content):
+            raise self._wrong(content, path, "a smaller number")
+        return content
+
+    def _wrong(self, content: Any, path: str, expected: str) -> BundleError:
+        return self._broken(f"{path or 'the manifest'} is {_shown(content)}, expected {expected}")
+
+    def _broken(self, what: str) -> BundleError:
+        return BundleError(what, where=self.where, remedy=REMEDY)
+
+
+@cache
+def _types_of(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind, include_extras=True)
+
+
+def _required(member: Field[Any]) -> bool:
+    return member.default is MISSING and member.default_factory is MISSING
+
+
+def _json_type(kind: Any) -> Any:
+    """The Python type that ``json.loads`` gives for a value of type ``kind``."""
+    origin = typing.get_origin(kind)
+    if origin is Annotated:
+        return _json_type(typing.get_args(kind)[0])
+    if is_dataclass(kind):
+        return dict
+    return {tuple: list, list: list, dict: dict}.get(origin, kind)
+
+
+def _fits(kind: Any, content: Any) -> bool:
+    """Whether ``content`` is of the right sort; what it contains is not looked at."""
+    wanted = _json_type(kind)
+    if wanted is float:
+        return isinstance(content, (int, float)) and not isinstance(content, bool)
+    return type(content) is wanted
+
+
+def _named(kind: Any) -> str:
+    return _KINDS[_json_type(kind)]
+
+
+def _shown(content: Any) -> str:
+    """A wrong value for a message: short, and safe to print."""
+    if isinstance(content, (list, dict)):
+        return f"{_KINDS[type(content)]} of {len(content)} items" if content else f"an empty {_word(content)}"
+    if isinstance(content, str):
+        return repr(content if len(content) <= SHOWN else f"{content[:SHOWN]}...")
+    if content is None or isinstance(content, bool):
+        return {None: "null", True: "true", False: "false"}[content]
+    text = repr(content)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def _word(content: list[Any] | dict[str, Any]) -> str:
+    return "list" if isinstance(content, list) else "object"
+
+
+def _listed(names: list[str]) -> str:
+    text = ", ".join(sorted(names))
+    return text if len(text) <= 5 * SHOWN else f"{text[: 5 * SHOWN]}..."
+
+
+def _below(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: JSON can hold half of a surrogate pair, which cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_float(number: float) -> bool:
+    """Whether a number, which may be a whole one of any size, can be computed with as a float."""
+    try:
+        float(number)
+    except OverflowError:
+        return False
+    return True

@@ -1,0 +1,46 @@
+"""Results as JSON objects, for machines."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ..bundle import Bundle, plain
+from ..measure.parity import Verification
+from ..predictor import Prediction
+
+
+def to_json(result: object) -> str:
+    """A dataclass, mapping or list as one line of JSON; of a :class:`Verification` what a manifest holds."""
+    return json.dumps(plain(_recorded(result)), ensure_ascii=False)
+
+
+def bundle_json(bundle: Bundle) -> dict[str, Any]:
+    """What an export produced."""
+    manifest = bundle.manifest
+    content = {
+        "bundle": str(bundle.path),
+        "precision": manifest.precision,
+        "format": manifest.format,
+        "verification": manifest.verification,
+        "latency": manifest.latency,
+        "calibration": manifest.calibration,
+        "verdict": manifest.verdict,
+        "bytes": manifest.size_bytes,
+    }
+    return dict(plain(content))
+
+
+def prediction_json(prediction: Prediction, topk: int) -> dict[str, Any]:
+    """``{"source", "top": [{"label", "probability"}, ...]}``."""
+    top = [{"label": label, "probability": round(p, 6)} for label, p in prediction.top(topk)]
+    return {"source": prediction.source, "top": top}
+
+
+def _recorded(result: object) -> object:
+    """``result`` with verifications as they are recorded."""
+    if isinstance(result, Verification):
+        return result.entry()
+    if isinstance(result, dict):
+        return {key: _recorded(value) for key, value in result.items()}
+    return result

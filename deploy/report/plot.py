@@ -1,0 +1,37 @@
+"""Results as pictures."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from ..errors import RuntimeMissingError
+from ..files import write_atomic
+from ..measure.benchmark import Benchmark
+
+
+def latency_plot(result: Benchmark, path: Path) -> None:
+    """Horizontal bars of p50 with whiskers to p95, model only, written as PNG or SVG.
+
+    Raises:
+        RuntimeMissingError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as exc:
+        raise RuntimeMissingError("plots need matplotlib", remedy='pip install "cmt-edge[report]"') from exc
+    results = list(reversed(result.results))
+    figure = Figure(figsize=(8, 1.2 + 0.6 * len(results)), layout="constrained")
+    axes = figure.add_subplot()
+    p50 = [r.model.p50 for r in results]
+    upper = [r.model.p95 - r.model.p50 for r in results]
+    bars = axes.barh(
+        [r.name for r in results], p50, xerr=[[0.0] * len(p50), upper], color="#4477aa", capsize=3
+    )
+    axes.bar_label(bars, [f"{v:.2f} ms" for v in p50], label_type="center", color="white")
+    axes.set_xlabel("latency of one inference, ms (bar: median; whisker: 95th percentile)")
+    axes.set_title(result.host.cpu)
+    axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix.lstrip(".") or "png", dpi=120)
+    write_atomic(path, buffer.getvalue())

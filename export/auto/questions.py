@@ -1,0 +1,137 @@
+"""The images that candidates answer, decoded once into files that a measuring process can read."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cmt_edge.calib import CalibrationSet
+from cmt_edge.deploy import Preprocess
+from cmt_edge.deploy.images import ImageSet, Item, digest
+from cmt_edge.deploy.preprocessing import NamedBytes, pixels
+
+from ..steps import Evaluation
+
+QUICK_IMAGES = 1000
+"""Number of labelled images, at most, that the ranking of groups uses."""
+PROBES = 64
+"""Number of calibration images, at most, that logit deviations are means over where labelled ones give the
+top-1."""
+
+
+class Images:
+    """Images as an array in a file, which is made when it is first asked for.
+
+    Attributes:
+        fingerprint: of their contents.
+        count: number of images.
+    """
+
+    def __init__(
+        self, path: Path, fingerprint: str, arrays: Callable[[], Iterator[np.ndarray]], count: int
+    ) -> None:
+        self.fingerprint, self.count = fingerprint, count
+        self._path, self._arrays = path, arrays
+
+    @property
+    def path(self) -> Path:
+        """A ``.npy`` file: ``(count, ...)``."""
+        if not self._path.exists():
+            self._write()
+        return self._path
+
+    def _write(self) -> None:
+        arrays = self._arrays()
+        first = next(arrays)
+        partial = self._path.with_suffix(".part")
+        target = np.lib.format.open_memmap(partial, "w+", first.dtype, (self.count, *first.shape))
+        for i, array in enumerate(itertools.chain([first], arrays)):
+            target[i] = array
+        del target
+        partial.rename(self._path)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What every candidate is asked.
+
+    Attributes:
+        probes: calibration images, on which logits are compared.
+        judged: images whose top-1 counts.
+        quick: some of them, for the ranking of groups.
+        truth, quick_truth: int ``(N,)``, the classes of ``judged`` and ``quick``; ``None`` without labels.
+    """
+
+    probes: Images
+    judged: Images
+    quick: Images
+    truth: np.ndarray | None = None
+    quick_truth: np.ndarray | None = None
+
+
+def make_questions(
+    folder: Path,
+    data: CalibrationSet,
+    evaluation: Evaluation | None,
+    limit: int | None,
+    spec: Preprocess,
+) -> Questions:
+    """The questions of one search.
+
+    Args:
+        folder: for the arrays.
+        data: calibration images.
+        evaluation: labelled images; without them the calibration images are judged.
+        limit: use only so many labelled images, evenly spread.
+        spec: preprocessing.
+    """
+
+    def batches() -> Iterator[np.ndarray]:
+        return (batch[0] for batch in data.batches(spec))
+
+    if evaluation is None:
+        everything = Images(folder / "calibration.npy", data.fingerprint, batches, len(data))
+        return Questions(everything, everything, everything)
+    few = min(PROBES, len(data))
+    probes = Images(
+        folder / "probes.npy",
+        f"{data.fingerprint} {few}",
+        lambda: itertools.islice(batches(), few),
+        few,
+    )
+    items = spread(evaluation.images.items, limit)
+    quick = spread(items, QUICK_IMAGES)
+    return Questions(
+        probes,
+        _decoded(folder / "judged.npy", evaluation.images, items, spec),
+        _decoded(folder / "quick.npy", evaluation.images, quick, spec),
+        _classes(items, evaluation.targets),
+        _classes(quick, evaluation.targets),
+    )
+
+
+def _decoded(path: Path, labelled: ImageSet, items: Sequence[Item], spec: Preprocess) -> Images:
+    """Labelled images as pixels, uint8 ``(N, S, S, 3)``."""
+    contents = "".join(f"{digest(labelled.read(item))} {item.label}\n" for item in items)
+
+    def decoded() -> Iterator[np.ndarray]:
+        return (pixels(NamedBytes(labelled.read(item), item.name), spec) for item in items)
+
+    return Images(path, hashlib.sha256(contents.encode()).hexdigest(), decoded, len(items))
+
+
+def _classes(items: Sequence[Item], targets: dict[str, int]) -> np.ndarray:
+    """The logit that is right for each image, int ``(N,)``."""
+    return np.array([targets[item.label] for item in items if item.label is not None])
+
+
+def spread(items: Sequence[Item], limit: int | None) -> Sequence[Item]:
+    """All of ``items``, or ``limit`` evenly spaced ones."""
+    if limit is None or limit >= len(items):
+        return items
+    return [items[i * len(items) // limit] for i in range(limit)]

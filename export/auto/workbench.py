@@ -1,0 +1,240 @@
+"""What the search measures with: builds candidates as bundles, and asks a measuring process for their answers
+and latencies.
+
+int8 is calibrated once; variants with more operations in float are made from that graph
+(:mod:`cmt_edge.calib.restore`). Everything that was measured is kept by content, so an interrupted or
+repeated run goes on where the last one stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from cmt_edge.calib import Quantized
+from cmt_edge.calib.groups import CLASSES, classes_of, groups_of
+from cmt_edge.calib.restore import int8_nodes
+from cmt_edge.deploy.backends import RUNTIME_OF_FORMAT
+from cmt_edge.deploy.bundle import BundleWriter
+from cmt_edge.deploy.bundle.sections import ExecutedPrecision, Speed, Variant
+from cmt_edge.deploy.cache import JsonCache
+from cmt_edge.deploy.files import cache_folder
+from cmt_edge.deploy.measure.benchmark import Protocol
+from cmt_edge.deploy.measure.child import OWN_CHOICE, MeasuringProcess
+from cmt_edge.deploy.measure.host import describe, versions
+from cmt_edge.deploy.progress import Progress
+
+from .. import steps
+from ..config import ExportConfig
+from ..preparation import Prepared
+from ..settings import FORMATS
+from ..to_onnx import with_batch
+from .questions import Images, Questions
+from .search import Answers
+
+SEARCH_PROTOCOL = Protocol(iters=100, seconds=2.0, warmup_seconds=0.5)
+"""How long each candidate is measured."""
+OWN_CHOICE_WARNING = 0.05
+"""Share of the time in kernels that heed no limit, from which on a warning says so."""
+CLASS_NAMES = dict(zip(CLASSES, ("attention products", "depthwise", "linears"), strict=True))
+"""Class of operations -> what a candidate's name calls it."""
+KEPT_MEASUREMENTS = 10_000
+"""Number of measurements that are kept; a search makes some dozens of a few kilobytes."""
+HASH_LENGTH = 16
+"""Hexadecimal digits of a graph's hash in the name of a candidate's folder."""
+
+
+class Workbench:
+    """Measures the variants of one export (:class:`cmt_edge.export.auto.search.Measurement`).
+
+    Attributes:
+        runtime: name and version of what runs the candidates.
+        groups: groups of operations that are int8 -> names of the operations.
+    """
+
+    def __init__(
+        self,
+        config: ExportConfig,
+        prepared: Prepared,
+        quantized: Quantized,
+        questions: Questions,
+        process: MeasuringProcess,
+        folder: Path,
+        progress: Progress,
+    ) -> None:
+        self._config, self._prepared, self._questions = config, prepared, questions
+        self._process, self._folder, self._progress = process, folder, progress
+        self._measured = JsonCache(cache_folder() / "search" if config.cache else None, KEPT_MEASUREMENTS)
+        self._backend = RUNTIME_OF_FORMAT[config.format]
+        self.runtime = process.runtime(self._backend)
+        self._int8_nodes = int8_nodes(quantized.model)
+        self._source = quantized.source
+        self.groups = groups_of(self._source, self._int8_nodes)
+        self._bundles: dict[Variant, Path] = {}
+        self._hashes: dict[Variant, str] = {}
+        self._expected: np.ndarray | None = None
+
+    # --- candidates ---
+
+    def variants(self) -> list[Variant]:
+        """fp32 first; int8 as a whole, and without the kinds of products that hybrids are sensitive in."""
+        floats = [Variant(p, p) for p in FORMATS[self._config.format] if p != "int8"]
+        partly = [
+            Variant(f"int8, {CLASS_NAMES[name]} float", "int8", (name,))
+            for name, nodes in classes_of(self._source, self._int8_nodes).items()
+            if nodes and set(nodes) != set(self._int8_nodes)
+        ]
+        return [*floats, Variant("int8", "int8"), *partly]
+
+    def missing(self) -> dict[str, str]:
+        """Names of the variants that this machine has no hardware for, and why."""
+        reasons = {v.name: self._process.missing(self._backend, v.precision) for v in self.variants()}
+        return {name: f"no hardware: {why}" for name, why in reasons.items() if why}
+
+    def float_already(self) -> tuple[str, ...]:
+        """Groups of convs that are float in every int8 candidate."""
+        graph = self._prepared.graph
+        convs = {node.name for node in graph.graph.node if node.op_type == "Conv"}
+        return tuple(sorted(set(groups_of(graph, convs)) - set(self.groups)))
+
+    # --- measurements ---
+
+    def answers(self, variant: Variant, quick: bool) -> Answers:
+        """What ``variant`` makes of all questions, or of the quick ones."""
+        asked = self._questions
+        images, truth = (asked.quick, asked.quick_truth) if quick else (asked.judged, asked.truth)
+
+        def measure() -> dict[str, Any]:
+            with self._progress.step(f"answers of {variant.name}"):
+                logits = self._logits(variant, images)
+                probed = logits if images is asked.probes else self._logits(variant, asked.probes)
+                deviation = self._deviation(variant, probed)
+            self._forget(variant, quick)
+            return {"top1": logits.argmax(1).tolist(), "deviation": deviation}
+
+        key = [
+            "answers",
+            self._hash(variant),
+            variant.precision,
+            images.fingerprint,
+            asked.probes.fingerprint,
+            self._machine,
+        ]
+        result = self._measured.get(key, measure)
+        return Answers(np.array(result["top1"]), result["deviation"], truth)
+
+    def speeds(self, variants: Sequence[Variant]) -> Mapping[str, Speed]:
+        """Latencies by the variant's name, measured interleaved."""
+        threads = self._config.threads
+
+        def measure() -> dict[str, Any]:
+            paths = [self._bundle(v) for v in variants]
+            with self._progress.step("latencies, interleaved"):
+                result = self._process.benchmark(paths, SEARCH_PROTOCOL, threads)
+                limited = self._config.isa is not None
+                kernels = [self._process.kernels(path, threads) if limited else {} for path in paths]
+            return {"results": result["results"], "kernels": kernels}
+
+        graphs = [[self._hash(v), v.precision] for v in variants]
+        key = ["latency", graphs, asdict(SEARCH_PROTOCOL), self._machine]
+        result = self._measured.get(key, measure)
+        pairs = zip(result["results"], result["kernels"], strict=True)
+        return {v.name: self._speed(*pair) for v, pair in zip(variants, pairs, strict=True)}
+
+    def _speed(self, entry: dict[str, Any], kernels: dict[str, float]) -> Speed:
+        self._process.check_limit(kernels)
+        warnings = list(entry["warnings"])
+        own = sum(share for name, share in kernels.items() if OWN_CHOICE in name)
+        if own > OWN_CHOICE_WARNING:
+            warnings.append(
+                f"{100 * own:.0f} % of its time is spent in kernels that choose their instructions themselves"
+                f" ({OWN_CHOICE}), which the limit to {self._config.isa} may not reach: on such a CPU it may"
+                " be slower than measured here"
+            )
+        low, high = entry["model"]["ci"]
+        return Speed(
+            entry["model"]["p50"],
+            (low, high),
+            entry["ratio"],
+            tuple(entry["ratio_ci"]),
+            entry["size_bytes"],
+            ExecutedPrecision(**entry["executed"]).summary(),
+            tuple(warnings),
+        )
+
+    @cached_property
+    def _machine(self) -> dict[str, Any]:
+        """Everything besides graph and images that a measurement depends on."""
+        host = describe()
+        return {
+            "runtime": self.runtime,
+            "isa": self._config.isa,
+            "threads": self._config.threads,
+            "batch": self._config.batch,
+            "preprocess": self._config.preprocess.to_json(),
+            "versions": versions(),
+            "cpu": host.cpu,
+            "flags": host.flags,
+            "cores": host.cores,
+            "machine": host.machine,
+        }
+
+    def _logits(self, variant: Variant, images: Images) -> np.ndarray:
+        return self._process.logits(self._bundle(variant), images.path, self._config.threads)
+
+    def _deviation(self, variant: Variant, logits: np.ndarray) -> float:
+        """Mean absolute difference from the float32 variant's logits on the probes, in their standard
+        deviations."""
+        if variant.precision == "fp32":
+            self._expected = logits
+        elif self._expected is None:
+            self._expected = self._logits(self.variants()[0], self._questions.probes)
+        expected = self._expected
+        return float(np.abs(logits - expected).mean() / expected.std(axis=1).mean())
+
+    # --- bundles ---
+
+    def _graph(self, variant: Variant) -> onnx.ModelProto:
+        return self._prepared.graph_of(variant.precision, variant.keep_float)
+
+    def _hash(self, variant: Variant) -> str:
+        if variant not in self._hashes:
+            graph = with_batch(self._graph(variant), self._config.batch)
+            content = graph.SerializeToString(deterministic=True)
+            self._hashes[variant] = hashlib.sha256(content).hexdigest()
+        return self._hashes[variant]
+
+    def _bundle(self, variant: Variant) -> Path:
+        """A bundle of ``variant`` in the scratch folder, as the export would write it."""
+        if variant not in self._bundles:
+            self._bundles[variant] = self._write(variant)
+            if self._config.isa and len(self._bundles) == 1:  # before the long work
+                self._process.check_limit(self._process.kernels(self._bundles[variant], self._config.threads))
+        return self._bundles[variant]
+
+    def _write(self, variant: Variant) -> Path:
+        config, prepared = self._config, self._prepared
+        name = f"{variant.precision}-{self._hash(variant)[:HASH_LENGTH]}"
+        with BundleWriter(self._folder / name) as writer:
+            runtime = steps.write_files(
+                writer.folder,
+                self._graph(variant),
+                config.batch,
+                prepared.reference.golden,
+                config.format,
+            )
+            manifest = replace(prepared.manifest, precision=variant.precision, runtime=runtime)
+            return writer.commit(manifest).path
+
+    def _forget(self, variant: Variant, quick: bool) -> None:
+        """Free the disk of a variant that only the ranking needs."""
+        if quick and variant.precision == "int8":
+            shutil.rmtree(self._bundles.pop(variant), ignore_errors=True)

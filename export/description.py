@@ -1,0 +1,141 @@
+"""What a bundle says of an export: the sections of its manifest and its report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cmt_edge.calib import CalibrationSet
+from cmt_edge.cmt import count_params, labels_of, macs, weights_fingerprint
+from cmt_edge.cmt.reference import PROVIDER
+from cmt_edge.cmt.weights import LoadedWeights
+from cmt_edge.deploy import report
+from cmt_edge.deploy.bundle import LOGITS, Manifest
+from cmt_edge.deploy.bundle.sections import (
+    CalibrationEntry,
+    ModelEntry,
+    ObservedEntry,
+    TensorEntry,
+    TypingEntry,
+    WeightsEntry,
+)
+from cmt_edge.deploy.measure.benchmark import Benchmark
+from cmt_edge.deploy.measure.host import describe, versions
+from cmt_edge.deploy.measure.parity import Verification
+
+from .config import NAMED_WEIGHTS, OPSET, ExportConfig
+from .steps import GOLDEN_IMAGES, OBSERVED_IMAGES, Reference
+from .to_onnx import INPUT
+from .typed import Typed
+
+Labels = tuple[tuple[str, str], ...]
+"""``((id, name), ...)`` in the order of the logits."""
+
+
+def choose_labels(config: ExportConfig, loaded: LoadedWeights) -> tuple[Labels, str]:
+    """The labels, and where they come from.
+
+    Raises:
+        InputError: the labels of the file or of the checkpoint are not one a class.
+    """
+    if config.head != LOGITS:
+        return (), "none"
+    if (names := config.read_labels()) is not None:
+        return tuple((name, name) for name in names), "file"
+    if loaded.classes is not None:
+        config.require_labels(loaded.classes, loaded.source)
+        return tuple((name, name) for name in loaded.classes), "checkpoint"
+    if (known := labels_of(config.spec, config.classes)) is not None:
+        return tuple(known), "published"
+    numbered = (f"class_{i}" for i in range(config.classes))
+    return tuple((name, name) for name in numbered), "numbered"
+
+
+def describe_export(config: ExportConfig, reference: Reference) -> Manifest:
+    """The manifest as far as it is known once the reference is loaded."""
+    labels, source = choose_labels(config, reference.loaded)
+    batch: int | str = config.batch or "batch"
+    return Manifest(
+        model=_model(config, reference),
+        input=TensorEntry(name=INPUT, shape=(batch, 3, config.img_size, config.img_size), dtype="float32"),
+        outputs=tuple(
+            TensorEntry(name=name, shape=(batch, *output.shape[1:]), dtype="float32")
+            for name, output in zip(config.outputs, reference.outputs, strict=True)
+        ),
+        preprocess=config.preprocess,
+        labels=labels,
+        labels_source=source,
+        precision=config.precision,
+        format=config.format,
+        versions=versions(),
+        host=describe(),
+    )
+
+
+def _model(config: ExportConfig, reference: Reference) -> ModelEntry:
+    loaded, classifier = reference.loaded, reference.classifier
+    weights = WeightsEntry(
+        source=config.weights if config.weights in NAMED_WEIGHTS else loaded.source,
+        sha256=weights_fingerprint(classifier),
+        seed=config.seed,
+        ema=loaded.ema,
+        fresh=tuple(loaded.fresh),
+        resized=tuple(loaded.resized),
+    )
+    return ModelEntry(
+        provider=PROVIDER,
+        name=config.model,
+        family=config.spec.family,
+        img_size=config.img_size,
+        num_classes=config.classes,
+        head=config.head,
+        params=count_params(classifier),
+        macs=macs(reference.model),
+        opset=OPSET,
+        weights=weights,
+    )
+
+
+def describe_calibration(config: ExportConfig, data: CalibrationSet, cached: bool) -> CalibrationEntry:
+    """What an int8 graph was calibrated on; ``cached`` if it was calibrated by an earlier run."""
+    return CalibrationEntry(
+        **vars(data.describe()),
+        recipe=config.recipe.key(),
+        cached=cached,
+        keep_float=config.kept_float,
+    )
+
+
+def describe_typing(result: Typed, data: CalibrationSet | None) -> TypingEntry:
+    """The precision that was written into a graph; ``data`` is what its ranges were observed on, besides the
+    golden images."""
+    observed = None
+    if data is not None:
+        observed = ObservedEntry(
+            source=data.source,
+            images=min(len(data), OBSERVED_IMAGES) + GOLDEN_IMAGES,
+            largest=result.largest,
+            synthesis=data.synthesis,
+        )
+    return TypingEntry(operations=result.operations, islands=result.islands, observed=observed)
+
+
+def write_report(
+    folder: Path,
+    manifest: Manifest,
+    name: str,
+    result: Verification,
+    speed: Benchmark | None,
+) -> None:
+    """Write ``report.md`` and ``report.json``: verification, latency where it was measured, and the verdict
+    of ``auto``."""
+    parts = [f"# {name}", "## Verification", report.verification_text(result, markdown=True)]
+    content: dict[str, Any] = {"verification": result}
+    if speed:
+        parts += ["## Latency", report.benchmark_text(speed, markdown=True)]
+        content["benchmark"] = speed
+    if manifest.verdict:
+        parts += [f"## Why {manifest.precision}", report.verdict_text(manifest.verdict, markdown=True)]
+        content["verdict"] = manifest.verdict
+    (folder / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    (folder / "report.json").write_text(report.to_json(content) + "\n", encoding="utf-8")

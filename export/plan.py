@@ -1,0 +1,184 @@
+"""The steps of an export in order: what ``--dry-run`` prints, and what a run keeps to.
+
+Each phase of a run opens a :class:`Journal` over its steps and announces every step that it takes. A step
+that is left out, added or taken out of turn is an error, so the printed plan and the run cannot drift apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from typing import Any
+
+from cmt_edge.calib.data import SYNTHETIC
+from cmt_edge.deploy.images import ImageSet
+from cmt_edge.deploy.progress import Progress
+
+from .config import ExportConfig
+from .settings import FORMATS
+from .steps import OBSERVED_IMAGES, choose_images, count_synthetic
+
+
+class Step(Enum):
+    """A step of an export; its value is what is announced."""
+
+    LOAD = "load the reference model"
+    SYNTHESISE = "make {images} synthetic images"
+    FUSE = "fuse"
+    TRACE = "export to ONNX"
+    SIMPLIFY = "simplify"
+    CALIBRATE = "calibrate on {images} images"
+
+    COMPARE = "measure the answers of every candidate"
+    RANK = "rank the groups by their sensitivity to int8"
+    REFINE = "keep the worst float until the drop holds"
+    TIME = "measure the latencies, interleaved"
+    CHOOSE = "choose"
+
+    OBSERVE = "observe {images} images"
+    TYPE = "write the precision into the graph"
+    FILES = "write the files for {format}"
+    BUILD = "build the engine"
+    VERIFY = "verify"
+    MEASURE = "measure"
+    WRITE = "write the bundle"
+
+    def title(self, **figures: object) -> str:
+        """What is announced, with the figures in it."""
+        return self.value.format(**figures)
+
+
+OPTIONAL = (Step.RANK, Step.REFINE)
+"""Steps that a run may find unnecessary: int8 may pass as a whole, or the time may be up."""
+
+
+def steps_of(config: ExportConfig) -> list[Step]:
+    """Every step of an export in order."""
+    return [*steps_to_prepare(config), *steps_to_choose(config), *steps_to_finish(config)]
+
+
+def steps_to_prepare(config: ExportConfig) -> Iterator[Step]:
+    """Steps up to the simplified graph, and its int8 form where one is needed."""
+    yield Step.LOAD
+    if config.data == SYNTHETIC:
+        yield Step.SYNTHESISE
+    yield from (Step.FUSE, Step.TRACE, Step.SIMPLIFY)
+    if config.quantizes:
+        yield Step.CALIBRATE
+
+
+def steps_to_choose(config: ExportConfig) -> Iterator[Step]:
+    """Steps from which the precision is chosen; none where it was named."""
+    if config.precision == "auto":
+        yield from (Step.COMPARE, Step.RANK, Step.REFINE, Step.TIME, Step.CHOOSE)
+
+
+def steps_to_finish(config: ExportConfig) -> Iterator[Step]:
+    """Steps from the graph to the bundle."""
+    if config.format == "trt":
+        if config.precision != "fp32":
+            yield Step.OBSERVE
+        yield Step.TYPE
+    yield Step.FILES
+    if config.format == "trt" and config.build:
+        yield Step.BUILD
+    yield Step.VERIFY
+    if config.format != "trt":  # an engine is measured where it is built
+        yield Step.MEASURE
+    yield Step.WRITE
+
+
+class Journal:
+    """Announces the steps of a run and holds it to its plan; a context manager."""
+
+    def __init__(self, steps: Iterable[Step], progress: Progress) -> None:
+        self._left, self._progress = list(steps), progress
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        missed = [step for step in self._left if step not in OPTIONAL]
+        if kind is None and missed:
+            raise RuntimeError(f"the run left out {', '.join(step.name for step in missed)}")
+
+    def __contains__(self, step: Step) -> bool:
+        """Whether a step is still to come."""
+        return step in self._left
+
+    @contextmanager
+    def step(self, step: Step, **figures: object) -> Iterator[None]:
+        """Take a step and announce it."""
+        self.take(step)
+        with self._progress.step(step.title(**figures)):
+            yield
+
+    def take(self, step: Step) -> None:
+        """Take a step whose parts are announced elsewhere."""
+        while self._left and self._left[0] is not step and self._left[0] in OPTIONAL:
+            del self._left[0]
+        if not self._left or self._left[0] is not step:
+            planned = self._left[0].name if self._left else "nothing"
+            raise RuntimeError(f"the run takes the step {step.name} where {planned} was planned")
+        del self._left[0]
+
+
+def describe_plan(config: ExportConfig) -> dict[str, Any]:
+    """What an export would do, for ``--dry-run``.
+
+    Raises:
+        DataError: the images that it names cannot be used.
+    """
+    images = _images(config)
+    plan: dict[str, Any] = {
+        "bundle": " or ".join(map(str, config.targets)),
+        "replaces": any(target.exists() for target in config.targets),
+        "weights": config.weights,
+    }
+    if config.data:
+        plan["calibration" if config.quantizes else "ranges"] = images
+    if config.eval_data:
+        plan["evaluation"] = _evaluation(config.eval_data, config.eval_limit)
+    if config.precision == "auto":
+        plan["allowed"] = {
+            "drop": config.allowed_drop,
+            "latency_ms": config.latency_budget,
+            "time_s": config.time_budget,
+            "isa": config.isa,
+        }
+        plan["candidates"] = [*FORMATS[config.format], "int8 in part"]
+    return plan | {
+        "input": [config.batch or "batch", 3, config.img_size, config.img_size],
+        "classes": config.classes,
+        "precision": config.precision,
+        "format": config.format,
+        "steps": _titles(config, images["images"]),
+    }
+
+
+def _images(config: ExportConfig) -> dict[str, Any]:
+    """The images that an export calibrates on or observes; synthetic ones are made from the model, which a
+    plan does not load."""
+    if config.data == SYNTHETIC:
+        return {"source": SYNTHETIC, "images": count_synthetic(config)}
+    data = choose_images(config)
+    if data is None:
+        return {"source": None, "images": OBSERVED_IMAGES}
+    return {"source": data.source, "images": len(data), "fingerprint": data.fingerprint}
+
+
+def _evaluation(path: str, limit: int | None) -> dict[str, int]:
+    """The labelled images that an export is judged on."""
+    labelled = ImageSet(path)
+    count = len(labelled) if limit is None else min(limit, len(labelled))
+    return {"images": count, "classes": len(labelled.classes)}
+
+
+def _titles(config: ExportConfig, images: int) -> list[str]:
+    """What a run announces."""
+    titles = []
+    for step in steps_of(config):
+        count = min(images, OBSERVED_IMAGES) if step is Step.OBSERVE else images
+        titles.append(step.title(images=count, format=config.format))
+    return titles

@@ -1,0 +1,102 @@
+"""The first phase of an export: everything that does not depend on the precision that is chosen."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import onnx
+
+from cmt_edge.calib import CalibrationSet, Quantized
+from cmt_edge.deploy import Bundle
+from cmt_edge.deploy.bundle import Manifest
+from cmt_edge.deploy.progress import Progress
+
+from . import steps
+from .config import ExportConfig
+from .description import describe_export
+from .plan import Journal, Step, steps_to_prepare
+from .steps import Differences, Evaluation, Reference
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the exports of one model share, whatever their precision.
+
+    Attributes:
+        started: when the work began, monotonic seconds.
+        reference: the PyTorch side.
+        manifest: as far as it is known.
+        evaluation: labelled images, where some were given.
+        data: images for calibration and for ranges, where some were given.
+        graph: simplified float32 graph with a dynamic batch.
+        differences: of the steps so far.
+        quantized: the graph in int8 as a whole, where int8 may be chosen.
+    """
+
+    started: float
+    reference: Reference
+    manifest: Manifest
+    evaluation: Evaluation | None
+    data: CalibrationSet | None
+    graph: onnx.ModelProto
+    differences: Differences
+    quantized: Quantized | None
+
+    def graph_of(self, precision: str, kept_float: tuple[str, ...] = ()) -> onnx.ModelProto:
+        """The graph of one precision, see :func:`cmt_edge.export.steps.choose_graph`."""
+        return steps.choose_graph(self.graph, self.quantized, precision, kept_float)
+
+
+def prepare(config: ExportConfig, progress: Progress) -> Prepared:
+    """Load the reference, choose the images, make the graph, and calibrate it where int8 may be chosen.
+
+    Raises:
+        InputError: weights, labels or images cannot be used.
+        StepError: a step failed in a library.
+        ParityError: a step changed the outputs by more than allowed.
+    """
+    started = time.monotonic()
+    with Journal(steps_to_prepare(config), progress) as journal:
+        with journal.step(Step.LOAD):
+            reference = steps.make_reference(config)
+            manifest = describe_export(config, reference)
+        evaluation = None
+        if config.eval_data:  # before the long work: only the user can correct a mismatch
+            bundle = Bundle(config.target, manifest)
+            evaluation = steps.match_evaluation(bundle, config.eval_data, config.by_order)
+        data = _images(config, reference, journal, progress)
+        graph, differences = _graph(config, reference, journal)
+        quantized = None
+        if data is not None and Step.CALIBRATE in journal:
+            with journal.step(Step.CALIBRATE, images=len(data)):
+                quantized = steps.calibrate(graph, data, config.preprocess, config.cache, progress.count)
+        return Prepared(started, reference, manifest, evaluation, data, graph, differences, quantized)
+
+
+def _images(
+    config: ExportConfig, reference: Reference, journal: Journal, progress: Progress
+) -> CalibrationSet | None:
+    """The images that were asked for, made from the model where they are synthetic."""
+    if Step.SYNTHESISE not in journal:
+        return steps.choose_images(config)
+    count = steps.count_synthetic(config)
+    with journal.step(Step.SYNTHESISE, images=count):
+        return steps.synthesise(config, reference.classifier, count, progress.count)
+
+
+def _graph(
+    config: ExportConfig, reference: Reference, journal: Journal
+) -> tuple[onnx.ModelProto, Differences]:
+    """The simplified float32 graph with a dynamic batch, and the differences of its steps."""
+    with journal.step(Step.FUSE):
+        fused, differences = steps.fuse_model(reference, config.head)
+    with journal.step(Step.TRACE):
+        traced, found = steps.trace_model(fused, reference, config.img_size, config.outputs)
+        differences |= found
+    with journal.step(Step.SIMPLIFY):
+        graph, found = steps.simplify_graph(traced, reference)
+        differences |= found
+        if config.batch == 0:
+            differences |= steps.compare_batch_sizes(graph, reference)
+    return graph, differences

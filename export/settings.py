@@ -1,0 +1,204 @@
+"""Every option of an export, once: its default, its help, its choices and its group.
+
+``cmt-export --help``, the keys of a settings file and ``docs/cli.md`` are made from this table. It imports
+neither PyTorch nor ONNX, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cmt_edge.deploy.measure.isa import ISAS
+from cmt_edge.deploy.measure.parity import MAX_DROP
+
+from .options import KEY, Option, option
+
+FORMATS = {
+    "onnx": ("fp32", "int8"),
+    "openvino": ("fp32", "bf16", "int8"),
+    "trt": ("fp32", "fp16", "int8"),
+}
+"""Format of a bundle -> the precisions that it can have."""
+ALIASES = {"engine": "trt", "tensorrt": "trt"}
+"""Other names of a format -> its name."""
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "auto")
+"""What can be asked for; ``auto`` measures the precisions of the format and chooses one."""
+HEADS = ("logits", "features")
+"""What the exported model gives: class logits, or the feature maps of its stages."""
+EXIF = ("apply", "ignore")
+"""What becomes of the orientation that a photograph records."""
+AUTO_DROP = 0.3
+"""Allowed loss of top-1 where ``auto`` chooses, percentage points. It is stricter than for a named precision
+because ``auto`` has other candidates."""
+
+MODEL, DATA, OUTPUT, GATES, AUTO, TENSORRT, MACHINE = (
+    "model",
+    "data",
+    "output",
+    "gates",
+    "auto",
+    "tensorrt",
+    "machine",
+)
+GROUPS = {
+    MODEL: "model",
+    DATA: "data and calibration",
+    OUTPUT: "output and format",
+    GATES: "accuracy gates",
+    AUTO: "--precision auto",
+    TENSORRT: "TensorRT (--format trt)",
+    MACHINE: "machine",
+}
+"""Group of options -> its heading in ``--help``, in this order."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an export is asked to do, unchecked; see :class:`cmt_edge.export.config.ExportConfig`."""
+
+    model: str = field(
+        metadata={
+            KEY: Option("model name, see --list-models; or MODULE:FACTORY of your own, or timm:NAME", MODEL)
+        }
+    )
+    format: str = option(
+        "openvino",
+        help="runtime that serves the bundle; onnx: ONNX Runtime; engine and tensorrt mean trt",
+        group=OUTPUT,
+        choices=(*FORMATS, *ALIASES),
+    )
+    precision: str = option(
+        "fp32",
+        help="fp16 needs trt, bf16 needs openvino; auto: measure them here and take the fastest that passes",
+        group=OUTPUT,
+        choices=PRECISIONS,
+        shortcuts=(
+            ("--int8", "int8", "same as --precision int8"),
+            ("--half", "fp16", "same as --precision fp16"),
+        ),
+    )
+    head: str = option(
+        "logits",
+        help="features: the stage maps (strides 4 to 32) for detection and segmentation, instead of classes",
+        group=MODEL,
+        choices=HEADS,
+    )
+    weights: str = option("pretrained", help="pretrained, random, or a checkpoint file", group=MODEL)
+    ema: bool | None = option(
+        None,
+        help="take a checkpoint's averaged weights, or not (default: take them where it has them)",
+        group=MODEL,
+    )
+    fresh_head: bool = option(
+        False, help="start a new classifier where the checkpoint has another class count", group=MODEL
+    )
+    resize_position_bias: bool = option(
+        False, help="interpolate a checkpoint of another resolution", group=MODEL
+    )
+    num_classes: int | None = option(
+        None, help="number of classes of the checkpoint (default: as published)", group=MODEL
+    )
+    imgsz: int | None = option(
+        None, help="input height and width, pixels (default: as published)", group=MODEL
+    )
+    labels: str | None = option(
+        None, help="text file with one class name a line, in the order of the logits", group=MODEL
+    )
+    data: str | None = option(
+        None,
+        help="calibration images (int8; fp16: for the ranges): folder, ARCHIVE.tar[/FOLDER], 'generated', or"
+        " 'synthetic' (made from the model's batch norms, takes up to some minutes)",
+        group=DATA,
+    )
+    calib_size: int | None = option(
+        None,
+        help="number of calibration images (default: 300, or all; synthetic: 64, above 128 pixels 32)",
+        group=DATA,
+        least=1,
+    )
+    eval_data: str | None = option(
+        None,
+        help="labelled images to measure top-1 on: class folders, or ARCHIVE.tar[/FOLDER]",
+        group=DATA,
+    )
+    eval_limit: int | None = option(
+        None, help="use only so many of the labelled images, evenly spread", group=DATA, least=1
+    )
+    by_order: bool = option(False, help="match class folders to labels in sorted order", group=DATA)
+    max_drop: float | None = option(
+        None,
+        help=f"allowed loss of top-1, percentage points (default: {MAX_DROP}; auto: {AUTO_DROP})",
+        group=GATES,
+        least=0,
+    )
+    atol: float | None = option(
+        None, help="allowed difference of the golden logits (default: by precision)", group=GATES, least=0
+    )
+    batch: int = option(1, help="batch size of the graph, 0 for any", group=OUTPUT, least=0)
+    mean: str | None = option(
+        None, help="mean of the values 0..1 (default: the model's)", group=MODEL, metavar="R,G,B"
+    )
+    std: str | None = option(
+        None,
+        help="standard deviation of the values 0..1 (default: the model's)",
+        group=MODEL,
+        metavar="R,G,B",
+    )
+    crop_ratio: float | None = option(
+        None,
+        help="share of the short side that the centre crop keeps, 0 for no crop (default: the model's)",
+        group=MODEL,
+    )
+    exif: str = option(
+        "apply",
+        help="what to do with the orientation of photographs",
+        group=MODEL,
+        choices=EXIF,
+        what="EXIF policy",
+    )
+    threads: int | None = option(
+        None,
+        help="CPU threads for verification and measurement (default: all cores)",
+        group=MACHINE,
+        least=1,
+    )
+    seed: int = option(0, help="seed of random weights and of the choice of images", group=MACHINE)
+    build: bool = option(
+        True,
+        help="write the bundle without an engine; cmt-build finishes it on the device",
+        group=TENSORRT,
+    )
+    device: str | None = option(None, help="number of the GPU (default: 0)", group=TENSORRT)
+    workspace: float | None = option(
+        None,
+        help="scratch memory of the builder (default: 40 % of what is free)",
+        group=TENSORRT,
+        metavar="GiB",
+    )
+    output: str = option(".", help="folder in which the bundle's folder is made", group=OUTPUT, short="-o")
+    cache: bool = option(
+        True,
+        help="do not reuse calibrated graphs, synthetic images and measurements of earlier runs",
+        group=MACHINE,
+    )
+    keep_float: str | None = option(
+        None,
+        help="int8: groups of operations that stay float, by commas (auto names them)",
+        group=DATA,
+        metavar="GROUPS",
+    )
+    latency_budget: float | None = option(
+        None, help="allowed median latency of one batch, milliseconds", group=AUTO, metavar="MS"
+    )
+    time_budget: float | None = option(
+        None, help="refine no further after so many seconds", group=AUTO, metavar="S"
+    )
+    isa: str | None = option(
+        None,
+        help="limit the runtime to an older CPU's instructions while it is measured (openvino)",
+        group=AUTO,
+        choices=tuple(ISAS),
+        what="instruction set",
+    )
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "format", ALIASES.get(self.format, self.format))

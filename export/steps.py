@@ -1,0 +1,338 @@
+"""The steps of an export, each a function from values to values.
+
+:mod:`cmt_edge.export.pipeline` puts them in order, and :mod:`cmt_edge.export.auto` uses some of them to make
+its candidates. A step that changes the model compares its result with the untouched PyTorch reference and
+raises :class:`~cmt_edge.deploy.errors.ParityError` beyond what is allowed.
+
+Steps of TensorRT alone are in :mod:`cmt_edge.export.trt`, so that other exports do not import TensorRT's
+side."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from torch import nn
+
+from cmt_edge.calib import CalibrationSet, Quantized, quantize
+from cmt_edge.calib.data import SYNTHETIC
+from cmt_edge.calib.generated import generate
+from cmt_edge.calib.quantize import keep_float
+from cmt_edge.calib.synthetic import default_count, synthetic_set
+from cmt_edge.cmt import fuse, weights_fingerprint, with_head
+from cmt_edge.cmt.reference import load_reference
+from cmt_edge.cmt.weights import LoadedWeights
+from cmt_edge.deploy import Bundle, Predictor, Preprocess, report
+from cmt_edge.deploy.backends import RUNTIME_OF_FORMAT, get_runtime
+from cmt_edge.deploy.backends.torch import TorchSession
+from cmt_edge.deploy.bundle import GOLDEN, ONNX, Golden
+from cmt_edge.deploy.bundle.sections import RuntimeEntry
+from cmt_edge.deploy.errors import GateError
+from cmt_edge.deploy.files import cache_folder
+from cmt_edge.deploy.images import ImageSet
+from cmt_edge.deploy.measure.benchmark import Benchmark, Protocol, benchmark
+from cmt_edge.deploy.measure.parity import Verification, match_labels, verify
+from cmt_edge.deploy.preprocessing import normalise, pixels
+
+from .config import OPSET, ExportConfig
+from .to_onnx import FUSE_ATOL, export_onnx, outputs_of, require_parity, simplify, with_batch
+from .typed import observe
+
+GOLDEN_IMAGES = 4
+"""Number of golden images in a bundle."""
+GOLDEN_SEED = 7
+"""Seed of the golden images."""
+GOLDEN_MARGIN = 1.3
+"""Size of a golden image before preprocessing, in sizes of the input, so that resizing is checked too."""
+OBSERVED_IMAGES = 32
+"""Number of images that activations are observed on; the ranges hardly grow with more, and
+:data:`~cmt_edge.export.typed.SAFETY` covers the rest."""
+DYNAMIC_SIZES = (1, 3, 8)
+"""Batch sizes that a graph with a dynamic batch is checked with."""
+EXPORT_PROTOCOL = Protocol(iters=25, seconds=0.5, warmup_seconds=0.25)
+"""How long a finished bundle is measured; ``cmt-bench`` measures longer."""
+
+Differences = dict[str, float]
+"""Step -> the largest difference of its outputs from the reference's."""
+Count = Callable[[int, int], None]
+"""Called with how many are done, and of how many."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The untouched PyTorch side of every comparison.
+
+    Attributes:
+        classifier: the model as it was loaded, in eval mode.
+        model: the classifier with the head that was asked for.
+        loaded: where its weights came from.
+        golden: the golden images and what ``model`` makes of them.
+        batch: the golden images preprocessed, float32 ``(K, 3, S, S)``.
+    """
+
+    classifier: nn.Module
+    model: nn.Module
+    loaded: LoadedWeights
+    golden: Golden
+    batch: np.ndarray
+
+    @property
+    def outputs(self) -> list[np.ndarray]:
+        """What ``model`` makes of ``batch``, float32 ``(K, ...)`` each."""
+        return self.golden.outputs
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Labelled images, and the logit of each of their class folders."""
+
+    images: ImageSet
+    targets: dict[str, int]
+
+
+# --- the reference --------------------------------------------------------------------------------
+
+
+def make_reference(config: ExportConfig) -> Reference:
+    """The model with the weights that were asked for, and its answers to the golden images.
+
+    Raises:
+        WeightsError: the weights cannot be read, or do not fit.
+    """
+    classifier, loaded = load_reference(
+        config.model,
+        config.weights,
+        img_size=config.img_size,
+        num_classes=config.classes,
+        seed=config.seed,
+        ema=config.ema,
+        fresh_head=config.fresh_head,
+        resize=config.resize_position_bias,
+    )
+    model = with_head(classifier, config.head)
+    golden, batch = make_golden(model, config.preprocess)
+    return Reference(classifier, model, loaded, golden, batch)
+
+
+def make_golden(model: nn.Module, spec: Preprocess) -> tuple[Golden, np.ndarray]:
+    """Golden images with what ``model`` makes of them, and the images preprocessed, ``(K, 3, S, S)``."""
+    sources = generate(GOLDEN_IMAGES, round(GOLDEN_MARGIN * spec.size), seed=GOLDEN_SEED)
+    decoded = np.stack([pixels(source, spec) for source in sources])
+    batch = normalise(decoded, spec)
+    return Golden(sources, decoded, TorchSession(model).run(batch)), batch
+
+
+def match_evaluation(bundle: Bundle, path: str, by_order: bool) -> Evaluation:
+    """The labelled images of ``path``, matched with the labels of a bundle, of which only the manifest is
+    read.
+
+    Raises:
+        DataError: the images cannot be used, or their folders are not the labels.
+    """
+    labelled = ImageSet(path)
+    return Evaluation(labelled, match_labels(bundle, labelled, by_order))
+
+
+# --- images for calibration -----------------------------------------------------------------------
+
+
+def choose_images(config: ExportConfig) -> CalibrationSet | None:
+    """The calibration images that were asked for; ``None`` without any, and for synthetic ones, which
+    :func:`synthesise` makes."""
+    if config.data is None or config.data == SYNTHETIC:
+        return None
+    return CalibrationSet.choose(config.data, config.calib_size, config.preprocess, config.seed)
+
+
+def count_synthetic(config: ExportConfig) -> int:
+    """How many synthetic images an export makes: those asked for, for fp16 never more than are observed."""
+    count = default_count(config.preprocess) if config.calib_size is None else config.calib_size
+    return count if config.quantizes else min(count, OBSERVED_IMAGES)
+
+
+def synthesise(config: ExportConfig, classifier: nn.Module, count: int, progress: Count) -> CalibrationSet:
+    """``count`` images made from the batch norms of ``classifier``.
+
+    Raises:
+        InputError: the model has no batch norm with statistics of training.
+    """
+    return synthetic_set(
+        classifier,
+        count,
+        config.preprocess,
+        config.seed,
+        weights=f"{config.model} {weights_fingerprint(classifier)}",
+        cache=cache_folder() / "synthetic" if config.cache else None,
+        progress=progress,
+    )
+
+
+# --- the graph ------------------------------------------------------------------------------------
+
+
+def fuse_model(reference: Reference, head: str) -> tuple[nn.Module, Differences]:
+    """The reference with the exact rewrites of its family."""
+    fused = with_head(fuse(reference.classifier), head)
+    outputs = TorchSession(fused).run(reference.batch)
+    return fused, {"fuse": require_parity("fuse", outputs, reference.outputs, FUSE_ATOL)}
+
+
+def trace_model(
+    fused: nn.Module, reference: Reference, img_size: int, outputs: list[str]
+) -> tuple[onnx.ModelProto, Differences]:
+    """The float32 graph of ``fused`` with a dynamic batch; ``outputs`` are its outputs' names.
+
+    Raises:
+        StepError: torch.onnx refuses the model.
+    """
+    step = "export to ONNX"
+    differences: Differences = {}
+
+    def compare(graph: onnx.ModelProto) -> None:
+        ours = outputs_of(graph, reference.batch, step)
+        differences["onnx"] = require_parity(step, ours, reference.outputs)
+
+    return export_onnx(fused, img_size, OPSET, outputs, compare), differences
+
+
+def simplify_graph(graph: onnx.ModelProto, reference: Reference) -> tuple[onnx.ModelProto, Differences]:
+    """``graph`` after onnxsim."""
+    simplified = simplify(graph)
+    ours = outputs_of(simplified, reference.batch, "simplify")
+    return simplified, {"simplify": require_parity("simplify", ours, reference.outputs)}
+
+
+def compare_batch_sizes(graph: onnx.ModelProto, reference: Reference) -> Differences:
+    """Differences of ``graph`` with batches of :data:`DYNAMIC_SIZES`."""
+    differences: Differences = {}
+    for count in DYNAMIC_SIZES:
+        step = f"dynamic batch of {count}"
+        index = np.arange(count) % len(reference.batch)
+        ours = outputs_of(graph, reference.batch[index], step)
+        expected = [output[index] for output in reference.outputs]
+        differences[step] = require_parity(step, ours, expected)
+    return differences
+
+
+def calibrate(
+    graph: onnx.ModelProto, data: CalibrationSet, spec: Preprocess, cached: bool, progress: Count
+) -> Quantized:
+    """``graph`` in int8, calibrated on ``data``; an equal one of an earlier run is used again where
+    ``cached``.
+
+    Raises:
+        GateError: the graph breaks a rule for int8.
+    """
+    cache = cache_folder() / "calibrated" if cached else None
+    return quantize(graph, data, spec, cache=cache, progress=progress)
+
+
+def choose_graph(
+    graph: onnx.ModelProto, quantized: Quantized | None, precision: str, kept_float: tuple[str, ...]
+) -> onnx.ModelProto:
+    """The graph of one precision: ``graph``, or for int8 the calibrated one with groups taken back to float.
+
+    Raises:
+        InputError: a name in ``kept_float`` is no group of the graph, or nothing would be left in int8.
+    """
+    if precision != "int8":
+        return graph
+    assert quantized is not None, "int8 was asked for, so the graph was calibrated"
+    return keep_float(quantized, kept_float) if kept_float else quantized.model
+
+
+def observe_ranges(
+    graph: onnx.ModelProto, data: CalibrationSet, reference: Reference, spec: Preprocess
+) -> dict[str, float]:
+    """Largest absolute value of every tensor on the golden images and the first :data:`OBSERVED_IMAGES` of
+    ``data``."""
+    golden = np.split(reference.batch, len(reference.batch))
+    images = itertools.islice(data.batches(spec), OBSERVED_IMAGES)
+    return observe(graph, itertools.chain(golden, images))
+
+
+# --- the bundle -----------------------------------------------------------------------------------
+
+
+def write_files(
+    folder: Path, graph: onnx.ModelProto, batch: int, golden: Golden, format: str
+) -> RuntimeEntry:
+    """Write ``model.onnx`` with its batch size, the golden vectors, and what the runtime reads instead of the
+    graph.
+
+    Returns:
+        The runtime of the format; without a version for TensorRT, whose engine comes later.
+    """
+    path = folder / ONNX
+    path.write_bytes(with_batch(graph, batch).SerializeToString(deterministic=True))
+    golden.save(folder / GOLDEN)
+    name = RUNTIME_OF_FORMAT[format]
+    if format == "trt":
+        return RuntimeEntry(backend=name, version=None)
+    runtime = get_runtime(name)
+    runtime.compile(path, folder)
+    return RuntimeEntry(backend=name, version=runtime.check())
+
+
+def verify_bundle(
+    config: ExportConfig,
+    bundle: Bundle,
+    reference: Reference,
+    labelled: ImageSet | None,
+    candidate: Predictor | None,
+    progress: Count,
+) -> Verification:
+    """Compare a staged bundle with the reference.
+
+    Args:
+        config: says how and how closely.
+        bundle: staged.
+        reference: the PyTorch side.
+        labelled: images in class folders, if there are some.
+        candidate: what to check instead of the bundle as its runtime opens it.
+        progress: called with images done and total.
+
+    Raises:
+        DataError: an image cannot be used.
+    """
+    session = TorchSession(reference.model)
+    with Predictor(session, config.preprocess, bundle.labels, batch=0, head=config.head) as torch_side:
+        return verify(
+            bundle,
+            data=labelled,
+            by_order=config.by_order,
+            threads=config.threads,
+            device=config.device,
+            reference=torch_side,
+            max_drop=config.allowed_drop,
+            atol=config.atol,
+            limit=config.eval_limit,
+            progress=progress,
+            candidate=candidate,
+        )
+
+
+def require_passed(result: Verification) -> None:
+    """Raise :class:`~cmt_edge.deploy.errors.GateError` if a bundle differs by more than allowed."""
+    if not result.passed:
+        raise GateError(
+            "the exported model differs from the reference by more than allowed",
+            why="\n       ".join(report.verification_text(result).splitlines()),
+            remedy="nothing was written; calibrate on more and more typical images, use bf16 or fp32, or"
+            " allow more with --max-drop or --atol",
+        )
+
+
+def measure_bundle(bundle: Bundle, threads: int | None, progress: Callable[[str, float], None]) -> Benchmark:
+    """A short measurement of a staged bundle."""
+    return benchmark(
+        [bundle],
+        threads=threads,
+        protocol=EXPORT_PROTOCOL,
+        with_throughput=False,
+        progress=progress,
+    )

@@ -1,0 +1,123 @@
+"""Write ``docs/cli.md``, the reference of all commands, from their parsers.
+
+usage: python scripts/cli_reference.py [--check]
+
+``--check`` writes nothing; the exit code is 1 if the page is not what the parsers say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cmt_edge.deploy.cli import bench, build, predict, verify
+from cmt_edge.export import cli as export
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
+"""The reference."""
+COMMANDS: dict[str, Callable[[], argparse.ArgumentParser]] = {
+    "cmt-export": export.build_parser,
+    "cmt-predict": predict.build_parser,
+    "cmt-verify": verify.build_parser,
+    "cmt-bench": bench.build_parser,
+    "cmt-build": build.build_parser,
+}
+"""Command -> what makes its parser, in the order of the page."""
+PREFACE = """\
+# Command line
+
+This page is made by `python scripts/cli_reference.py` from the commands themselves.
+
+`cmt-export` also reads its options from a TOML file (`--config FILE`). The keys are the flags without the
+leading `--`; `--no-build` is `build = false` and `--no-cache` is `cache = false`. A flag wins over the file.
+From Python the options are the fields of `ExportConfig`.
+
+Exit codes: 0 done and verified, 1 a verification or gate failed, 2 bad usage or input, 3 a runtime or device
+is missing, 4 internal failure, 128 + N ended by signal N. """
+"""What stands above the first command."""
+
+
+class Markdown(argparse.HelpFormatter):
+    """Formats a parser's help as tables, so that the page does not depend on argparse's own layout, which
+    differs between versions of Python."""
+
+    def __init__(self, prog: str, **_: Any) -> None:
+        super().__init__(prog)
+        self.parts: list[str] = []
+        self.rows: list[str] = []
+        self.heading = ""
+
+    def add_usage(self, *_: Any, **__: Any) -> None:
+        """Leave the usage line out: the tables say the same."""
+
+    def add_text(self, text: str | None) -> None:
+        """A description as it is; an epilog, which has several lines, as a block."""
+        if text and "\n" in text:
+            head, *lines = text.strip().splitlines()
+            block = "\n".join(line.strip() for line in lines)
+            self.parts.append(f"{head.capitalize()}\n\n```sh\n{block}\n```")
+        elif text:
+            self.parts.append(text)
+
+    def start_section(self, heading: str | None) -> None:
+        """Begin a table."""
+        self.heading, self.rows = heading or "", []
+
+    def add_argument(self, action: argparse.Action) -> None:
+        """A row of the table."""
+        if action.help is not argparse.SUPPRESS:
+            self.rows.append(f"| {_names(action)} | {self._text(action)} |")
+
+    def end_section(self) -> None:
+        """Close the table, unless it is empty."""
+        if self.rows:
+            head = self.heading[:1].upper() + self.heading[1:]
+            self.parts.append("\n".join([f"| {head} | |", "| :--- | :--- |", *self.rows]))
+        self.rows = []
+
+    def format_help(self) -> str:
+        """The tables of the whole command."""
+        return "\n\n".join(self.parts) + "\n"
+
+    def _text(self, action: argparse.Action) -> str:
+        text = (action.help or "") % {**vars(action), "prog": ""}
+        return text.replace("|", "\\|")
+
+
+def _names(action: argparse.Action) -> str:
+    """Flags and value of an option, or the name of an argument."""
+    value = action.metavar or (action.dest if not action.option_strings else action.dest.upper())
+    shown = str(value).replace("|", "\\|")
+    if not action.option_strings:
+        return f"`{shown}`"
+    flags = ", ".join(f"`{flag}`" for flag in action.option_strings)
+    return flags if action.nargs == 0 else f"{flags} `{shown}`"
+
+
+def reference() -> str:
+    """The whole page."""
+    parts = [PREFACE]
+    for name, make in COMMANDS.items():
+        parser = make()
+        parser.formatter_class = Markdown
+        parts.append(f"## {name}\n\n{parser.format_help()}")
+    return "\n".join(parts)
+
+
+def main(argv: list[str]) -> int:
+    """Write the page, or check it; returns the exit code."""
+    page = reference()
+    if argv != ["--check"]:
+        PAGE.write_text(page, encoding="utf-8")
+        return 0
+    current = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == page
+    if not current:
+        print("docs/cli.md is not current: python scripts/cli_reference.py", file=sys.stderr)
+    return 0 if current else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,134 @@
+"""Options are written once: flags, help, choices and settings files say the same."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass, fields, replace
+
+import pytest
+
+from cmt_edge.cmt.features import HEADS
+from cmt_edge.deploy.errors import InputError
+from cmt_edge.export import ExportConfig
+from cmt_edge.export import settings as settings_module
+from cmt_edge.export.cli import build_parser
+from cmt_edge.export.options import (
+    add_flags,
+    changed_flags,
+    flag_of,
+    option,
+    option_of,
+    read_flags,
+    read_mapping,
+)
+from cmt_edge.export.settings import GROUPS, TENSORRT, Settings
+
+HELP = """
+import sys
+from cmt_edge.export.cli import main
+try:
+    main(["--help"])
+except SystemExit:
+    pass
+print(sorted({"torch", "onnx", "onnxruntime", "openvino", "nncf"} & set(sys.modules)))
+"""
+
+
+def parsed(*argv: str) -> dict[str, object]:
+    return read_flags(build_parser().parse_args(argv), Settings)
+
+
+def values(field) -> list[str]:
+    """Arguments that change a field from its default."""
+    flag = flag_of(field)
+    if isinstance(field.default, bool) or field.name == "ema":
+        return [flag]
+    return [flag, "7"]
+
+
+@pytest.mark.parametrize("field", fields(Settings), ids=lambda f: f.name)
+def test_every_field_has_its_flag_its_group_and_its_help(field):
+    found = parsed(*values(field))
+    assert list(found) == [field.name]
+    assert found[field.name] != field.default
+    assert option_of(field).group in GROUPS
+    assert len(option_of(field).help) > 10
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], {}),
+        (["--int8"], {"precision": "int8"}),
+        (["--half"], {"precision": "fp16"}),
+        (["--no-build"], {"build": False}),
+        (["--no-cache"], {"cache": False}),
+        (["--no-ema"], {"ema": False}),
+        (["--ema"], {"ema": True}),
+        (["-o", "here"], {"output": "here"}),
+        (["--batch", "0", "--workspace", "2"], {"batch": 0, "workspace": 2.0}),
+        (["--imgsz", "64", "--half", "--precision", "int8"], {"imgsz": 64, "precision": "int8"}),
+    ],
+)
+def test_only_flags_that_were_given_have_a_say(argv, expected):
+    assert parsed(*argv) == expected
+
+
+def test_help_is_grouped_and_imports_nothing_heavy():
+    done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=True)
+    *text, heavy = done.stdout.splitlines()
+    assert heavy == "[]"
+    headings = [line[:-1] for line in text if line.endswith(":") and not line.startswith(" ")]
+    assert headings == ["options", *GROUPS.values(), "examples"]
+    assert "40 % of what is free" in " ".join(done.stdout.split())
+
+
+def test_lists_that_heavy_modules_have_too():
+    assert settings_module.HEADS == HEADS
+
+
+@pytest.mark.parametrize("field", [f for f in fields(Settings) if option_of(f).choices], ids=lambda f: f.name)
+def test_choices_are_checked(field):
+    with pytest.raises(InputError, match=r"unknown .* 'nonsense'"):
+        replace(ExportConfig("cmt_nano"), **{field.name: "nonsense"}).check()
+
+
+@pytest.mark.parametrize(
+    "field", [f for f in fields(Settings) if option_of(f).least is not None], ids=lambda f: f.name
+)
+@pytest.mark.parametrize("value", [-1, float("nan")])
+def test_bounds_are_checked(field, value):
+    with pytest.raises(InputError, match=rf"{flag_of(field)} .* is too small"):
+        replace(ExportConfig("cmt_nano"), **{field.name: value}).check()
+
+
+def test_options_of_a_group_that_differ_from_their_defaults():
+    config = ExportConfig("cmt_nano", build=False, device="1")
+    assert changed_flags(config, TENSORRT) == ["--no-build", "--device"]
+    assert changed_flags(ExportConfig("cmt_nano"), TENSORRT) == []
+
+
+@dataclass(frozen=True)
+class Small:
+    """Options of a test."""
+
+    share: float = option(0.5, help="5 % or more", group="g")
+    name: str | None = option(None, help="a name", group="g", metavar="NAME")
+    fast: bool = option(True, help="be slow", group="g")
+
+
+def test_the_helpers_work_for_any_dataclass(capsys):
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    add_flags(parser, Small, {"g": "of a group"})
+    assert read_flags(parser.parse_args(["--share", "1", "--no-fast"]), Small) == {
+        "share": 1.0,
+        "fast": False,
+    }
+    parser.print_help()
+    assert "5 % or more (default: 0.5)" in capsys.readouterr().out
+    assert read_mapping({"share": 1, "name": None}, Small) == {"share": 1, "name": None}
+    with pytest.raises(InputError, match="fast = None should be bool"):
+        read_mapping({"fast": None}, Small)
