@@ -452,9 +452,9 @@ def test_leaving_without_commit_writes_nothing(bundle):
     assert hidden(bundle.path.parent) == []
 
 
-@pytest.mark.parametrize("function", ["fsync", "replace", "rename"])
+@pytest.mark.parametrize(("owner", "function"), [(os, "fsync"), (os, "replace"), (Path, "rename")])
 @pytest.mark.parametrize("existing", [True, False])
-def test_full_disk(tmp_path, monkeypatch, function, existing):
+def test_full_disk(tmp_path, monkeypatch, owner, function, existing):
     target = tmp_path / "tiny"
     if existing:
         make_bundle(target)
@@ -463,7 +463,7 @@ def test_full_disk(tmp_path, monkeypatch, function, existing):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, function, full)
+    monkeypatch.setattr(owner, function, full)
     with pytest.raises(OutputError, match="No space left") as caught:
         make_bundle(target, members={"model.bin": b"newer"})
     assert caught.value.exit_code == 2
@@ -480,19 +480,19 @@ def test_interruption_while_moving_into_place(bundle, monkeypatch, call, moment,
     """The old bundle is moved aside, the new one moved in; a signal may come before or after each of the
     two."""
     old = snapshot(bundle.path)
-    rename, count = os.rename, 0
+    rename, count = Path.rename, 0
 
-    def rename_interrupted(source, target, **kwargs):
+    def rename_interrupted(source, target):
         nonlocal count
         count += 1
         if count == call and moment == "before":
             raise error(errno.EIO, "interrupted")
-        rename(source, target, **kwargs)
+        rename(source, target)
         if count == call:
             raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "rename", rename_interrupted)
+        patch.setattr(Path, "rename", rename_interrupted)
         with pytest.raises((KeyboardInterrupt, OutputError)):
             make_bundle(bundle.path, members={"model.bin": b"newer"})
     assert count >= call
