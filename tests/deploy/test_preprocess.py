@@ -387,8 +387,7 @@ def test_a_time_limit_comes_out_as_itself(error):
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.02)
         with pytest.raises(type(error)) as caught:
-            while True:  # until the alarm rings
-                decode(data, PLAIN)
+            [decode(data, PLAIN) for _ in range(100)]
         assert caught.value is error
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
