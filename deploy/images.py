@@ -135,9 +135,11 @@ class ImageSet(Sequence[Item]):
         if not self.skipped:
             return ""
         kinds = [f"{count} {kind}" for kind, count in self.skipped.most_common(SHOWN_KINDS)]
-        rest = sum(self.skipped.values()) - sum(count for _, count in self.skipped.most_common(SHOWN_KINDS))
+        total = sum(self.skipped.values())
+        rest = total - sum(count for _, count in self.skipped.most_common(SHOWN_KINDS))
         kinds += [f"{rest} others"] if rest else []
-        return f"{self.path}: {sum(self.skipped.values())} files were skipped: {', '.join(kinds)}"
+        counted = "1 file was" if total == 1 else f"{total} files were"
+        return f"{self.path}: {counted} skipped: {', '.join(kinds)}"
 
     @property
     def parts(self) -> dict[str, list[str]]:
