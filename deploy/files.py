@@ -23,7 +23,8 @@ BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-"""First bytes of a text file -> its encoding. The mark of UTF-32 begins like that of UTF-16, so it comes first."""
+"""First bytes of a text file and its encoding. The mark of UTF-32 begins like that of UTF-16, so it comes
+first."""
 
 
 def cache_folder() -> Path:

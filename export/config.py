@@ -322,8 +322,10 @@ class ExportConfig(Settings):
         return names
 
     def require_labels(self, names: Sequence[str], where: str) -> None:
-        """Raise :class:`InputError` unless ``names`` are one name a class. Two classes may have the same name:
-        ImageNet has two cranes."""
+        """Raise :class:`InputError` unless ``names`` are one name a class.
+
+        Two classes may have the same name: ImageNet has two cranes.
+        """
         if len(names) != self.classes:
             raise InputError(
                 f"{len(names)} labels for {self.classes} classes",
