@@ -50,7 +50,7 @@ class Prediction:
         fewer classes."""
         chances = self.probabilities
         best = np.argsort(-chances, kind="stable")[: max(k, 0)]
-        return [(self.labels[i], float(chances[i])) for i in best]
+        return [(self.labels[int(i)], float(chances[i])) for i in best]
 
 
 class Predictor:
