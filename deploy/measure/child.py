@@ -31,7 +31,7 @@ from .benchmark import Protocol, benchmark, golden_batch
 from .host import describe
 from .isa import ISAS
 
-CHUNK = 32
+CHUNK_IMAGES = 32
 """Images that go through the model at once, at least."""
 SWITCHES: tuple[str, ...] = ("OV_CPU_MAX_ISA", "ONEDNN_MAX_CPU_ISA")
 """Environment variables that limit OpenVINO, and oneDNN within it."""
@@ -163,7 +163,7 @@ def _logits(request: Request, report: Report) -> None:
     pixels = np.load(request["pixels"], mmap_mode="r")
     parts = []
     with Predictor.load(request["bundle"], threads=request["threads"]) as predictor:
-        chunk = max(CHUNK, predictor.batch)
+        chunk = max(CHUNK_IMAGES, predictor.batch)
         for start in range(0, len(pixels), chunk):
             part = np.asarray(pixels[start : start + chunk])
             batch = normalise(part, predictor.spec) if part.dtype == np.uint8 else part

@@ -30,7 +30,7 @@ PIXEL_TOLERANCE = 2
 rounding)."""
 EPSILON = 1e-9
 """Percentage points by which rounding may move a drop beyond the allowed one."""
-CHUNK = 16
+CHUNK_IMAGES = 16
 """Labelled images that go through both sides at once, at least."""
 BY_NAME = "name the folders like the labels, or match them in sorted order with --by-order"
 """The remedy where class folders and labels do not match."""
@@ -315,7 +315,7 @@ def _run_both(
     ours, theirs, diffs = [], [], []
     digests: list[str] = []
     items = labelled.items
-    chunk = max(CHUNK, predictor.batch)
+    chunk = max(CHUNK_IMAGES, predictor.batch)
     for start in range(0, len(items), chunk):
         part = items[start : start + chunk]
         blobs = [labelled.data.read(item) for item in part]

@@ -1,4 +1,4 @@
-"""Models from outside: the whole road for a factory of the user's own, its settings, and what goes wrong."""
+"""Models from outside: the whole export of a factory of the user's own, its settings, and what goes wrong."""
 
 from __future__ import annotations
 
