@@ -40,10 +40,11 @@ def run(config: ExportConfig, progress: Progress | None = None) -> Bundle:
     """Export, verify and measure; returns the finished bundle.
 
     Raises:
-        InputError, or an error derived from it: something that was asked for or given cannot be used (exit
-        code 2). RuntimeMissingError: a runtime or an instruction set is missing here (3). GateError: a step
-        or the result differs from the reference by more than allowed, or no precision passes (1);
-            nothing is written.
+        InputError: something that was asked for or given cannot be used (exit code 2); also an error that is
+            derived from it.
+        RuntimeMissingError: a runtime or an instruction set is missing here (3).
+        GateError: a step or the result differs from the reference by more than allowed, or no precision
+            passes (1); nothing is written.
     """
     preflight(config)
     progress = progress or Progress(quiet=True)
