@@ -23,6 +23,7 @@ from cmt_edge.deploy.bundle import REFERENCE, BundleWriter, Manifest, save_refer
 from cmt_edge.deploy.bundle.sections import TypingEntry, VerdictEntry
 from cmt_edge.deploy.files import writing
 from cmt_edge.deploy.measure.benchmark import summary
+from cmt_edge.deploy.measure.isa import require_isa
 from cmt_edge.deploy.measure.parity import Verification
 from cmt_edge.deploy.progress import Progress
 from cmt_edge.deploy.signals import terminate_as_interrupt
@@ -79,6 +80,8 @@ def preflight(config: ExportConfig) -> None:
         return
     runtime = get_runtime(RUNTIME_OF_FORMAT[config.format])
     runtime.check()
+    if config.isa is not None:
+        require_isa(config.isa)
     if config.precision != "auto":
         runtime.float_precision(config.precision)
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from cmt_edge.deploy import Bundle, report
 from cmt_edge.deploy.backends.openvino import has_bf16
 from cmt_edge.deploy.errors import InputError, RuntimeMissingError
+from cmt_edge.deploy.measure import isa
 from cmt_edge.deploy.measure.benchmark import Protocol
 from cmt_edge.deploy.measure.child import MeasuringProcess
 from cmt_edge.deploy.measure.host import describe
-from cmt_edge.export import run
+from cmt_edge.export import pipeline, run
 from cmt_edge.export.auto import choose, workbench
 from helpers.cli import failed, succeeded
 from helpers.exports import content, nano
@@ -244,6 +246,14 @@ def test_an_older_cpu(tmp_path):
     assert verdict.isa == "avx2"
     assert any("limited to avx2" in note for note in verdict.notes)
     assert any("VNNI" in note for note in verdict.notes)
+
+
+def test_an_instruction_set_that_is_missing_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(isa, "describe", lambda: SimpleNamespace(flags=["sse2"], cpu="old"))
+    monkeypatch.setattr(pipeline, "prepare", lambda *_: pytest.fail("the long work began"))
+    with pytest.raises(RuntimeMissingError, match="no avx2"):
+        run(asked(tmp_path, isa="avx2"))
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.slow
