@@ -51,7 +51,7 @@ class Prediction:
         fewer classes."""
         chances = self.probabilities
         best = np.argsort(-chances, kind="stable")[: max(k, 0)]
-        return [(self.labels[i], float(chances[i])) for i in best]
+        return [(self.labels[int(i)], float(chances[i])) for i in best]
 
 
 class Predictor:
@@ -90,6 +90,7 @@ class Predictor:
         threads: int | None = None,
         throughput: bool = False,
         weights: str | Path | None = None,
+        trusted_model: str | None = None,
         color: str = "rgb",
     ) -> Predictor:
         """Open a bundle and check the hash of every file.
@@ -98,14 +99,17 @@ class Predictor:
             path: bundle folder.
             backend: name of a runtime: ``"openvino"``, ``"onnxruntime"``, ``"tensorrt"``, ``"torch"`` or
                 ``"fake"``; default: the one of the bundle's format.
-            device, threads, throughput, weights: see :class:`~cmt_edge.deploy.backends.base.LoadOptions`.
+            device, threads, throughput, weights, trusted_model: see
+                :class:`~cmt_edge.deploy.backends.base.LoadOptions`.
             color: order of the channels of images that are arrays, ``"rgb"`` or ``"bgr"``, unless a call says
                 otherwise. OpenCV's arrays are ``"bgr"``. Encoded images and Pillow images know their order.
 
         Raises:
-            BundleError: the bundle is damaged. RuntimeMissingError: the runtime or device is missing here.
-            UnknownNameError: there is no such backend. InputError: the runtime cannot run the bundle's
-                precision, ``threads`` is below 1, or ``color`` is unknown.
+            BundleError: the bundle is damaged.
+            RuntimeMissingError: the runtime or device is missing here.
+            UnknownNameError: there is no such backend.
+            InputError: the runtime cannot run the bundle's precision, ``threads`` is below 1, or ``color`` is
+                unknown.
         """
         check_color(color)
         bundle = path if isinstance(path, Bundle) else Bundle.open(path)
@@ -117,7 +121,7 @@ class Predictor:
         runtime = get_runtime(
             backend or RUNTIME_OF_FORMAT.get(bundle.manifest.format, bundle.manifest.format)
         )
-        session = runtime.load(bundle, LoadOptions(device, threads, throughput, weights))
+        session = runtime.load(bundle, LoadOptions(device, threads, throughput, weights, trusted_model))
         batch = 0 if runtime.any_batch else batch_limit(bundle)
         return cls(session, bundle.preprocess, bundle.labels, batch=batch, head=bundle.head, color=color)
 
