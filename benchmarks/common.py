@@ -114,7 +114,7 @@ def deviation(ours: np.ndarray, reference: np.ndarray) -> float:
 
 def ratio(base: np.ndarray, other: np.ndarray) -> Ratio:
     """Speed of ``other`` over ``base`` (above 1 is faster) from samples in nanoseconds, as
-    ``deploy.benchmark`` computes it."""
+    ``cmt-bench`` computes it."""
     value, low, high = ratio_of_medians(base, other)
     return value, low, high
 

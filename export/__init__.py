@@ -14,6 +14,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cmt_edge.deploy import Bundle
+    from cmt_edge.deploy.progress import Progress
+
     from .config import ExportConfig
     from .pipeline import run
 
@@ -38,11 +41,11 @@ def __dir__() -> list[str]:
 
 
 class _CallableModule(ModuleType):
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """See :func:`cmt_edge.export.pipeline.run`."""
+    def __call__(self, config: ExportConfig, progress: Progress | None = None) -> Bundle:
+        """Export, verify and measure; see :func:`cmt_edge.export.pipeline.run`."""
         from .pipeline import run
 
-        return run(*args, **kwargs)
+        return run(config, progress)
 
 
 sys.modules[__name__].__class__ = _CallableModule

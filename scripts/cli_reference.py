@@ -10,20 +10,17 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from cmt_edge.deploy.cli import bench, build, predict, verify
-from cmt_edge.export import cli as export
+from cmt_edge import __main__
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
 """The reference."""
 COMMANDS: dict[str, Callable[[], argparse.ArgumentParser]] = {
-    "cmt-export": export.build_parser,
-    "cmt-predict": predict.build_parser,
-    "cmt-verify": verify.build_parser,
-    "cmt-bench": bench.build_parser,
-    "cmt-build": build.build_parser,
+    f"cmt-{name}": import_module(f"cmt_edge.{command.module}").build_parser
+    for name, command in __main__.COMMANDS.items()
 }
 """Command -> what makes its parser, in the order of the page."""
 PREFACE = """\

@@ -120,7 +120,7 @@ def _parsed(data: bytes, where: object) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError) as exc:
         raise broken("the manifest cannot be read", where, exc) from exc
     if schema != SCHEMA:
-        raise broken(f"manifest schema {schema} is not supported, this version reads {SCHEMA}", where)
+        raise broken(f"manifest schema {schema!r} is not supported, this version reads {SCHEMA}", where)
     return content
 
 
@@ -128,6 +128,9 @@ def _check_outputs(manifest: Manifest, where: object) -> None:
     """Every tensor has a shape, and there is one label a logit."""
     if not manifest.outputs:
         raise broken("the manifest names no output", where)
+    size = manifest.model.img_size
+    if manifest.input.shape[1:] != (3, size, size):
+        raise broken(f"the manifest's input is not one of images of {size} pixels", where)
     if not all(tensor.shape for tensor in (manifest.input, *manifest.outputs)):
         raise broken("the manifest's input or an output has no shape", where)
     logits = [output.shape[-1] for output in manifest.outputs if output.name == LOGITS]

@@ -7,6 +7,7 @@ adds a :class:`Between` or a :class:`Matches`. A field with a default may be mis
 
 from __future__ import annotations
 
+import math
 import re
 import typing
 from collections.abc import Iterable
@@ -185,7 +186,7 @@ class _Reader:
         if kind is str and not _is_unicode(content):
             raise self._wrong(content, path, "text without half characters")
         if kind is float and not _is_float(content):
-            raise self._wrong(content, path, "a smaller number")
+            raise self._wrong(content, path, "a finite number")
         return content
 
     def _wrong(self, content: Any, path: str, expected: str) -> BundleError:
@@ -263,7 +264,6 @@ def _is_unicode(text: str) -> bool:
 def _is_float(number: float) -> bool:
     """Whether a number, which may be a whole one of any size, can be computed with as a float."""
     try:
-        float(number)
+        return math.isfinite(number)
     except OverflowError:
         return False
-    return True

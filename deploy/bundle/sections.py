@@ -25,6 +25,12 @@ Sha256 = Annotated[str, Matches("[0-9a-f]{64}", "64 hexadecimal digits")]
 """A SHA-256 as text."""
 Duration = Annotated[float, Between(0)]
 """Milliseconds of a measurement."""
+Difference = Annotated[float, Between(0)]
+"""The size of a difference of outputs, or what is allowed of it."""
+Share = Annotated[float, Between(0, 1.001)]
+"""A part of a whole; sums of shares may end a rounding above 1."""
+Percent = Annotated[float, Between(0, 100.1)]
+"""A share in percent."""
 
 
 @dataclass(frozen=True)
@@ -213,10 +219,10 @@ class GoldenCheck:
     ``output`` is the one that comes closest to its tolerance: ``"logits"``, or a feature map.
     """
 
-    images: int
-    pixel_diff: int
-    diff: float
-    atol: float
+    images: Count
+    pixel_diff: Annotated[int, Between(0, 255)]
+    diff: Difference
+    atol: Difference
     passed: bool
     output: str = LOGITS
 
@@ -230,10 +236,10 @@ class DataCheck:
     answers come from; the logit differences need a reference that runs here and are ``None`` otherwise.
     """
 
-    images: int
-    top1: float
-    reference_top1: float
-    agreement: float
+    images: Count
+    top1: Percent
+    reference_top1: Percent
+    agreement: Percent
     drop: float
     drop_ci: tuple[float, float]
     max_drop: float
@@ -265,7 +271,7 @@ class VerificationEntry:
     data: DataCheck | None
     notes: tuple[str, ...]
     passed: bool
-    steps: dict[str, float] | None = field(default=None, metadata=OMITTED)
+    steps: dict[str, Difference] | None = field(default=None, metadata=OMITTED)
 
 
 @dataclass(frozen=True)
@@ -280,9 +286,9 @@ class ExecutedPrecision:
         source: where the figures come from.
     """
 
-    time_share: dict[str, float] = field(default_factory=dict)
-    operations: dict[str, int] = field(default_factory=dict)
-    conversion_share: float = 0.0
+    time_share: dict[str, Share] = field(default_factory=dict)
+    operations: dict[str, Count] = field(default_factory=dict)
+    conversion_share: Share = 0.0
     source: str = ""
 
     def summary(self) -> str:
@@ -314,7 +320,7 @@ class LatencyEntry:
     p95_ms: Duration
     end_to_end_p50_ms: Duration
     batch: Size
-    threads: int | None
+    threads: Size | None
     executed: ExecutedPrecision
     warnings: tuple[str, ...]
 
@@ -394,7 +400,7 @@ class Host:
     python: str
     cpu: str
     flags: tuple[str, ...]
-    cores: int | None
+    cores: Size | None
     mhz: str | None = field(default=None, metadata=OMITTED)
     governor: str | None = field(default=None, metadata=OMITTED)
     temperature_mc: str | None = field(default=None, metadata=OMITTED)

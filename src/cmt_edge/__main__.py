@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from importlib import import_module
 
+
+@dataclass(frozen=True)
+class Command:
+    """The module, inside the package, whose ``main`` runs a command, and what it does."""
+
+    module: str
+    does: str
+
+
 COMMANDS = {
-    "export": "export.cli",
-    "predict": "deploy.cli.predict",
-    "verify": "deploy.cli.verify",
-    "bench": "deploy.cli.bench",
-    "build": "deploy.cli.build",
+    "export": Command("export.cli", "export a PyTorch model to a verified bundle"),
+    "predict": Command("deploy.cli.predict", "classify images with a bundle"),
+    "verify": Command("deploy.cli.verify", "check a bundle against its reference"),
+    "bench": Command("deploy.cli.bench", "measure bundles side by side"),
+    "build": Command("deploy.cli.build", "finish a TensorRT bundle on its device"),
 }
-"""Command -> the module whose ``main`` runs it."""
+"""Every command by name. Pages and checks of the repository read this table."""
+
+LISTING = "\n".join(f"  {name:<9} {command.does}" for name, command in COMMANDS.items())
+"""What ``--help`` prints of the commands."""
 
 USAGE = f"""\
 usage: python -m cmt_edge {{{",".join(COMMANDS)}}} ...
 
-  export    export a PyTorch model to a verified bundle
-  predict   classify images with a bundle
-  verify    check a bundle against its reference
-  bench     measure bundles side by side
-  build     finish a TensorRT bundle on its device
+{LISTING}
 
 'python -m cmt_edge COMMAND --help' lists the flags of a command."""
+"""What ``--help`` prints."""
 
 
 def main(arguments: list[str]) -> int:
@@ -41,7 +51,7 @@ def main(arguments: list[str]) -> int:
         print(f"error: unknown command {name!r}" if name else "error: no command was named", file=sys.stderr)
         print(USAGE, file=sys.stderr)
         return 2
-    run = import_module(f".{COMMANDS[name]}", "cmt_edge").main
+    run = import_module(f".{COMMANDS[name].module}", "cmt_edge").main
     code: int = run(arguments[1:])
     return code
 

@@ -1,4 +1,4 @@
-// The CUDA runtime's C functions over host memory, for the ctypes way of deploy/cuda.py. Streams run at once; graphs replay nothing,
+// The CUDA runtime's C functions over host memory, for the ctypes way of deploy/tensorrt/cuda.py. Streams run at once; graphs replay nothing,
 // so capturing fails here, as on an engine that cannot be captured.
 #include <stdlib.h>
 #include <string.h>
