@@ -226,7 +226,7 @@ class DataCheck:
     """Labelled images; percentages. ``reference_*`` is the PyTorch model, ``drop`` = reference top-1 minus
     the bundle's.
 
-    ``drop_ci`` is the 95 % interval of the paired difference. ``reference_source`` says where the reference
+    ``drop_ci`` is the 95 % interval of the paired difference (Newcombe 1998, method 10). ``reference_source`` says where the reference
     answers come from; the logit differences need a reference that runs here and are ``None`` otherwise.
     """
 
@@ -241,6 +241,18 @@ class DataCheck:
     reference_source: str
     logit_max_diff: float | None = None
     logit_mean_diff: float | None = None
+
+    @property
+    def doubt(self) -> str:
+        """Why the images do not show that the drop is small enough; empty where they do, or where the drop
+        itself is too large."""
+        high = self.drop_ci[1]
+        if not self.passed or high <= self.max_drop:
+            return ""
+        return (
+            f"{self.images} images cannot show that the drop is at most {self.max_drop:g} points: it may be"
+            f" up to {high:.2f} points (95 % interval); verify on more images"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from ..errors import BundleError, DataError, InputError, RuntimeMissingError
 from ..images import ImageSet, Item, digest
 from ..predictor import Predictor
 from ..preprocessing import NamedBytes, normalise, pixels, preprocess
-from .statistics import paired_drop
+from .statistics import paired_drop, wilson
 
 ATOL = {"fp32": 1e-3, "fp16": 0.1, "bf16": 0.25, "int8": 1.5}
 """Default tolerance on golden logits, by precision: the largest difference, in standard deviations of the
@@ -30,6 +30,8 @@ PIXEL_TOLERANCE = 2
 rounding)."""
 EPSILON = 1e-9
 """Percentage points by which rounding may move a drop beyond the allowed one."""
+MANY_IMAGES = 30
+"""Number of images from which the interval of the reference's top-1 is compared with chance."""
 CHUNK = 16
 """Labelled images that go through both sides at once, at least."""
 BY_NAME = "name the folders like the labels, or match them in sorted order with --by-order"
@@ -118,7 +120,8 @@ def verify(
             answers = _run_both(predictor, live, bundle, labelled, progress)
             source = "the bundle's record" if live is None else live.info["runtime"]
         check = _compare(labelled.truth, answers, max_drop, source)
-        return replace(found, data=check, reference_answers=answers.by_digest)
+        notes = _notes(check, labelled.truth, len(bundle.labels))
+        return replace(found, data=check, notes=notes, reference_answers=answers.by_digest)
 
 
 @dataclass(frozen=True)
@@ -357,4 +360,33 @@ def _compare(truth: np.ndarray, answers: _Answers, max_drop: float, source: str)
         reference_source=source,
         logit_max_diff=None if diffs is None else float(diffs.max()),
         logit_mean_diff=None if diffs is None else float(diffs.mean()),
+    )
+
+
+def _notes(check: DataCheck, truth: np.ndarray, classes: int) -> tuple[str, ...]:
+    """What the figures do not tell by themselves: a reference that knows nothing of the images, and a drop
+    that so few images cannot show."""
+    return tuple(note for note in (_chance_note(check, truth, classes), check.doubt) if note)
+
+
+def _chance_note(check: DataCheck, truth: np.ndarray, classes: int) -> str:
+    """A sentence where the reference is at chance level on the images, else empty.
+
+    Chance is the share of the most frequent class; images of a single class count as drawn from all. Where
+    chance is below one half and there are many images, a figure that could be chance counts too.
+    """
+    counts = np.bincount(truth, minlength=1)
+    single = np.count_nonzero(counts) == 1
+    chance = 1 / classes if single else float(counts.max() / len(truth))
+    right = check.reference_top1 / 100
+    if len(truth) >= MANY_IMAGES and chance < 0.5:
+        at_chance = wilson(right, len(truth)).low <= chance
+    else:
+        at_chance = right <= chance
+    if classes < 2 or not at_chance:
+        return ""
+    guess = "drawing a class at random" if single else "naming the most frequent class"
+    return (
+        f"the REFERENCE itself is right on only {check.reference_top1:.2f} % of these images, no better than"
+        f" {guess} ({100 * chance:.2f} %): the labels, the preprocessing or the weights are wrong"
     )
