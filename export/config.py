@@ -320,12 +320,17 @@ class ExportConfig(Settings):
         self.require_labels(names, self.labels)
         return names
 
+    @property
+    def label_count(self) -> int:
+        """Number of labels: one a class, and two for a single logit."""
+        return 2 if self.classes == 1 else self.classes
+
     def require_labels(self, names: Sequence[str], where: str) -> None:
         """Raise :class:`InputError` unless ``names`` are one distinct name a class."""
         different = len(set(names))
-        if len(names) != self.classes or different != len(names):
+        if len(names) != self.label_count or different != len(names):
             raise InputError(
-                f"{len(names)} labels ({different} different) for {self.classes} classes",
+                f"{len(names)} labels ({different} different) for {self.label_count} classes",
                 where=where,
                 remedy=f"one distinct name a class; or --num-classes {len(names)}",
             )

@@ -33,7 +33,7 @@ Labels = tuple[tuple[str, str], ...]
 
 
 def choose_labels(config: ExportConfig, loaded: LoadedWeights) -> tuple[Labels, str]:
-    """The labels, and where they come from.
+    """The labels, and where they come from; a model of one logit has two.
 
     Raises:
         InputError: the labels of the file or of the checkpoint are not one a class.
@@ -47,7 +47,7 @@ def choose_labels(config: ExportConfig, loaded: LoadedWeights) -> tuple[Labels, 
         return tuple((name, name) for name in loaded.classes), "checkpoint"
     if (known := labels_of(config.spec, config.classes)) is not None:
         return tuple(known), "published"
-    numbered = (f"class_{i}" for i in range(config.classes))
+    numbered = (f"class_{i}" for i in range(config.label_count))
     return tuple((name, name) for name in numbered), "numbered"
 
 
@@ -59,7 +59,12 @@ def describe_export(config: ExportConfig, reference: Reference) -> Manifest:
         model=_model(config, reference),
         input=TensorEntry(name=INPUT, shape=(batch, 3, config.img_size, config.img_size), dtype="float32"),
         outputs=tuple(
-            TensorEntry(name=name, shape=(batch, *output.shape[1:]), dtype="float32")
+            TensorEntry(
+                name=name,
+                shape=(batch, *output.shape[1:]),
+                dtype="float32",
+                kind=None if reference.kind == LOGITS else reference.kind,
+            )
             for name, output in zip(config.outputs, reference.outputs, strict=True)
         ),
         preprocess=config.preprocess,

@@ -28,6 +28,12 @@ MAX_DROP = 1.0
 PIXEL_TOLERANCE = 2
 """Golden images may decode and resize up to so many grey levels apart (library versions differ in
 rounding)."""
+EPS_FLOAT32 = 1e-6
+"""What rounding may do to a float32 result, relative to the largest one; eight steps of the type."""
+EPS_FLOAT16 = 2.0**-10
+"""One step of float16, relative to the value."""
+EPS_BFLOAT16 = 2.0**-7
+"""One step of bfloat16, relative to the value."""
 EPSILON = 1e-9
 """Percentage points by which rounding may move a drop beyond the allowed one."""
 MANY_IMAGES = 30
@@ -199,9 +205,30 @@ def distance(ours: np.ndarray, reference: np.ndarray) -> float:
 
 def tolerance(reference: np.ndarray, precision: str, atol: float | None = None) -> float:
     """``atol``, or :data:`ATOL` (logits) or :data:`MAP_ATOL` (maps) standard deviations of an image's
-    ``reference`` values."""
+    ``reference`` values.
+
+    It is at least what rounding does to the largest value: values that are all alike have no deviation, and
+    a model may round its own outputs to halves.
+    """
+    if atol is not None:
+        return atol
     allowed = (ATOL if reference.ndim == 2 else MAP_ATOL)[precision]
-    return allowed * float(reference.reshape(len(reference), -1).std(axis=1).mean()) if atol is None else atol
+    spread = float(reference.reshape(len(reference), -1).std(axis=1).mean())
+    rounding = max(resolution(reference), EPS_FLOAT32)
+    return max(allowed * spread, rounding * float(np.abs(reference).max()))
+
+
+def resolution(outputs: np.ndarray) -> float:
+    """How far apart, relative to the largest value, two roundings of equal results may be: two steps of the
+    coarsest type that holds every value of ``outputs``; 0 for plain float32."""
+    values = outputs.astype(np.float32)
+    if not values.any():
+        return 0.0
+    if not (values.view(np.uint32) & 0xFFFF).any():
+        return 2 * EPS_BFLOAT16
+    with np.errstate(over="ignore"):
+        halves = values.astype(np.float16).astype(np.float32)
+    return 2 * EPS_FLOAT16 if np.array_equal(halves, values) else 0.0
 
 
 def match_labels(bundle: Bundle, data: ImageSet, by_order: bool) -> dict[str, int]:

@@ -5,6 +5,7 @@ All intervals are of 95 %. Every random draw has a fixed seed, so the same sampl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -166,7 +167,7 @@ def _correlation(reference: np.ndarray, ours: np.ndarray) -> float:
 
 def _combined(first: float, second: float, correlation: float) -> float:
     """The length of the difference of two distances with a ``correlation`` between them."""
-    return max(first**2 - 2 * correlation * first * second + second**2, 0.0) ** 0.5
+    return math.sqrt(max(first**2 - 2 * correlation * first * second + second**2, 0.0))
 
 
 def wilson(share: float, count: int) -> Interval:

@@ -497,7 +497,7 @@ def test_a_drop_that_fails_is_not_doubted_as_well(bundle, tmp_path):
 
 def test_a_reference_at_chance_level_is_a_warning(bundle, tmp_path):
     """Folders whose names are permuted: every answer is wrong on both sides, so that nothing drops."""
-    names = dict(zip(COLOURS, [*list(COLOURS)[1:], list(COLOURS)[0]], strict=True))
+    names = dict(zip(COLOURS, [*list(COLOURS)[1:], next(iter(COLOURS))], strict=True))
     data = folder_of(tmp_path / "d", {names[c]: [coloured(c, s) for s in range(20)] for c in COLOURS})
     result = verify(bundle, data=data, reference=reference())
     assert result.passed
