@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,21 @@ def choose_labels(config: ExportConfig, loaded: LoadedWeights) -> tuple[Labels, 
     if config.head != LOGITS:
         return (), "none"
     if (names := config.read_labels()) is not None:
-        return tuple((name, name) for name in names), "file"
+        return _named(config, names), "file"
     if loaded.classes is not None:
         config.require_labels(loaded.classes, loaded.source)
-        return tuple((name, name) for name in loaded.classes), "checkpoint"
+        return _named(config, loaded.classes), "checkpoint"
     if (known := labels_of(config.spec, config.classes)) is not None:
         return tuple(known), "published"
-    numbered = (f"class_{i}" for i in range(config.label_count))
-    return tuple((name, name) for name in numbered), "numbered"
+    numbered = [f"class_{i}" for i in range(config.label_count)]
+    return _named(config, numbered), "numbered"
+
+
+def _named(config: ExportConfig, names: Sequence[str]) -> Labels:
+    """``names`` as labels; of one logit, a single name is that of the positive class."""
+    if len(names) < config.label_count:
+        names = [f"not {names[0]}", names[0]]
+    return tuple((name, name) for name in names)
 
 
 def describe_export(config: ExportConfig, reference: Reference) -> Manifest:

@@ -38,7 +38,7 @@ EPSILON = 1e-9
 """Percentage points by which rounding may move a drop beyond the allowed one."""
 MANY_IMAGES = 30
 """Number of images from which the interval of the reference's top-1 is compared with chance."""
-CHUNK = 16
+CHUNK_IMAGES = 16
 """Labelled images that go through both sides at once, at least."""
 BY_NAME = "name the folders like the labels, or match them in sorted order with --by-order"
 """The remedy where class folders and labels do not match."""
@@ -89,6 +89,7 @@ def verify(
     threads: int | None = None,
     reference: Predictor | None = None,
     weights: str | None = None,
+    trusted_model: str | None = None,
     max_drop: float = MAX_DROP,
     atol: float | None = None,
     limit: int | None = None,
@@ -103,7 +104,8 @@ def verify(
         by_order: class folders match the labels in sorted order instead of by name.
         backend, device, threads: as :meth:`cmt_edge.deploy.Predictor.load`.
         reference: a Predictor of the reference; default: what the bundle recorded for these very images, else
-            the PyTorch model rebuilt here (``weights``: its checkpoint, where it came from a file).
+            the PyTorch model rebuilt here (``weights``: its checkpoint, where it came from a file;
+            ``trusted_model``: its name, where it is from outside the registry).
         max_drop: allowed loss of top-1 in percentage points.
         atol: allowed golden logit difference; default by precision, see :data:`ATOL`.
         limit: use only so many images, evenly spread.
@@ -115,14 +117,21 @@ def verify(
         InputError: images were given for a bundle of feature maps.
         RuntimeMissingError: images were given, but nothing here knows the reference's answers to them.
     """
-    opened = candidate or Predictor.load(bundle, backend=backend, device=device, threads=threads)
+    opened = candidate or Predictor.load(
+        bundle,
+        backend=backend,
+        device=device,
+        threads=threads,
+        weights=weights,
+        trusted_model=trusted_model,
+    )
     with opened if candidate is None else nullcontext(opened) as predictor:
         golden = check_golden(bundle, predictor, atol)
         found = Verification(bundle.title, bundle.manifest.precision, RanOn(**predictor.info), golden)
         if data is None:
             return found
         labelled = _Labelled.of(bundle, data, by_order, limit)
-        with _reference(reference, bundle, labelled, weights, threads) as live:
+        with _reference(reference, bundle, labelled, weights, trusted_model, threads) as live:
             answers = _run_both(predictor, live, bundle, labelled, progress)
             source = "the bundle's record" if live is None else live.info["runtime"]
         check = _compare(labelled.truth, answers, max_drop, source)
@@ -264,12 +273,15 @@ def _by_order(bundle: Bundle, data: ImageSet, folders: Sequence[str]) -> dict[st
 def _by_name(bundle: Bundle, data: ImageSet, folders: Sequence[str]) -> dict[str, int]:
     """By class id or readable name; a name that several classes have names none of them."""
     ids, names = bundle.class_ids, bundle.labels
-    shared = [f for f in folders if f not in ids and names.count(f) > 1]
+    shared = [f for f in folders if ids.count(f) > 1 or (f not in ids and names.count(f) > 1)]
     if shared:
+        unique = len(set(ids)) == len(ids)
         raise DataError(
             f"several classes are called {_some(shared)}",
             where=data.path,
-            remedy="name the folders by class id",
+            remedy="name the folders by class id"
+            if unique
+            else "export with labels that differ, and name the folders after them",
         )
     known = {name: i for i, name in enumerate(names)} | {cid: i for i, cid in enumerate(ids)}
     unknown = [f for f in folders if f not in known]
@@ -294,6 +306,7 @@ def _reference(
     bundle: Bundle,
     labelled: _Labelled,
     weights: str | None,
+    trusted_model: str | None,
     threads: int | None,
 ) -> Iterator[Predictor | None]:
     """The ``given`` reference, ``None`` if the bundle recorded the reference's answers for all images, else
@@ -306,7 +319,9 @@ def _reference(
             "no reference for these images: the bundle recorded other ones and PyTorch is not installed here",
             remedy=NO_REFERENCE_REMEDY,
         )
-    with Predictor.load(bundle, backend="torch", weights=weights, threads=threads) as predictor:
+    with Predictor.load(
+        bundle, backend="torch", weights=weights, trusted_model=trusted_model, threads=threads
+    ) as predictor:
         yield predictor
 
 
@@ -345,7 +360,7 @@ def _run_both(
     ours, theirs, diffs = [], [], []
     digests: list[str] = []
     items = labelled.items
-    chunk = max(CHUNK, predictor.batch)
+    chunk = max(CHUNK_IMAGES, predictor.batch)
     for start in range(0, len(items), chunk):
         part = items[start : start + chunk]
         blobs = [labelled.data.read(item) for item in part]

@@ -563,6 +563,6 @@ def test_a_bundle_says_what_its_values_are(tmp_path, kind):
     bundle = make_bundle(tmp_path / "b", outputs=(output,))
     assert bundle.kind == (kind or "logits")
     with Predictor.load(Bundle.open(bundle.path)) as predictor:
-        (called, *rest) = [predictor(RED), *predictor.predict([RED] * 2)]
+        (called, *rest) = [predictor(RED), *predictor.predict([RED] * 2), *predictor.attempt([RED])]
     assert {p.kind for p in (called, *rest)} == {bundle.kind}
     assert (called.probabilities.sum() == pytest.approx(1)) == (kind is None)

@@ -156,6 +156,8 @@ def test_two_labels_of_one_logit_come_from_a_file(nets):
     assert bundle.labels == ["cat", "dog"]
     assert bundle.manifest.model.num_classes == 1
     (nets / "labels.txt").write_text("dog\n")
+    assert exported("one", nets, labels=str(nets / "labels.txt")).labels == ["not dog", "dog"]
+    (nets / "labels.txt").write_text("cat\ndog\ncow\n")
     with pytest.raises(InputError, match="2 classes"):
         exported("one", nets, labels=str(nets / "labels.txt"))
 
