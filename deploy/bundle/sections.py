@@ -71,7 +71,7 @@ class ModelEntry:
         name: what the provider calls the model.
         family: architecture.
         img_size: height and width of the input in pixels.
-        num_classes: number of logits.
+        num_classes: number of logits; a single one has two labels.
         head: ``"logits"`` or ``"features"``.
         params: number of parameters.
         macs: multiply-accumulates of one image.
