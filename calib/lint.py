@@ -63,8 +63,11 @@ def _check_int8_operation(node: ir.Node) -> list[str]:
 
 
 def _has_single_scale(dequantizer: ir.Node) -> bool:
-    """Whether it gives constant weights of several channels one scale."""
+    """Whether it gives constant weights of several channels one scale; a binary head has one channel."""
     weights, scale = (constant_dims(value) for value in dequantizer.inputs[:2])
     if weights is None or scale is None:
+        return False
+    axis = dequantizer.attributes.get_int("axis", 1)
+    if -len(weights) <= axis < len(weights) and weights[axis] == 1:
         return False
     return math.prod(scale) == 1 < max(weights, default=1)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, cast
 
+import torch
 from torch import Tensor, nn
 
 from cmt_edge.deploy.errors import InputError
 
+from .outputs import PROBED, SIGMOIDS, TwoLabels, last_operation
 from .spec import Classifier, ModelSpec
 
 HEADS = ("logits", "features")
@@ -42,11 +44,22 @@ class FeatureMaps(nn.Module):
 def with_head(model: nn.Module, head: str) -> nn.Module:
     """``model`` as it is for ``"logits"``, or as :class:`FeatureMaps` for ``"features"``.
 
+    A classifier of one logit becomes one of two classes (:class:`~cmt_edge.cmt.outputs.TwoLabels`).
+
     Raises:
         InputError: the model has no stages of different resolution.
     """
     require_head(cast(Classifier, model).spec, head)
-    return FeatureMaps(model).eval() if head == "features" else model
+    if head == "features":
+        return FeatureMaps(model).eval()
+    return _with_two_labels(model) if cast(Classifier, model).num_classes == 1 else model
+
+
+def _with_two_labels(model: nn.Module) -> nn.Module:
+    """``model``, which has one output, as a classifier of two classes."""
+    size = cast(Classifier, model).img_size
+    example = torch.rand(PROBED, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return TwoLabels(model, last_operation(model, example) in SIGMOIDS).eval()
 
 
 def require_head(spec: ModelSpec, head: str) -> None:

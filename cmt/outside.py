@@ -1,10 +1,11 @@
 """Models from outside the registry: ``package.module:factory``, and ``timm:NAME`` where timm is installed.
 
 A factory is any callable without required arguments that returns an image classifier: an ``nn.Module`` from
-float32 ``(N, 3, S, S)`` to logits ``(N, classes)``. A factory that takes ``num_classes`` or ``img_size`` gets
-them when they are asked for. Preprocessing comes from the model's ``pretrained_cfg`` or ``default_cfg`` (with
-the names that timm uses: ``input_size``, ``crop_pct``, ``crop_mode``, ``interpolation``, ``mean``, ``std``)
-and from flags. Importing a module runs its code: name only code that you trust.
+float32 ``(N, 3, S, S)`` to logits ``(N, classes)``, or to something that :mod:`cmt_edge.cmt.outputs` finds
+them in. A factory that takes ``num_classes`` or ``img_size`` gets them when they are asked for. Preprocessing
+comes from the model's ``pretrained_cfg`` or ``default_cfg`` (with the names that timm uses: ``input_size``,
+``crop_pct``, ``crop_mode``, ``interpolation``, ``mean``, ``std``) and from flags. Importing a module runs its
+code: name only code that you trust.
 
 For a factory, "pretrained" means the weights that it returns; for timm, those that timm downloads.
 """
@@ -33,6 +34,7 @@ from cmt_edge.deploy.errors import (
     WeightsError,
 )
 
+from .outputs import PROBED, settle_output
 from .rewrites import global_pool_as_mean
 from .spec import IMAGENET_MEAN, IMAGENET_STD, Classifier, ModelSpec, Rewrite, StateDict
 
@@ -296,21 +298,15 @@ def _crop_ratio(settings: Mapping[str, Any], name: str) -> float | None:
 
 
 def _count_classes(model: nn.Module, size: int, name: str) -> int:
-    """Number of logits; raises :class:`InputError` where ``model`` does not classify images of ``size``
-    pixels."""
+    """Number of logits, which ``model`` then returns as a float32 tensor; raises :class:`InputError` where it
+    does not classify images of ``size`` pixels."""
     try:
-        with torch.inference_mode():
-            logits = model(torch.zeros(2, 3, size, size))
+        return settle_output(model, torch.zeros(PROBED, 3, size, size), name)
+    except CmtEdgeError:
+        raise
     except Exception as exc:  # the user's code: anything may happen
         raise InputError(
             f"{name} does not take images of {size} pixels",
             why=f"{type(exc).__name__}: {exc}",
             remedy="leave --imgsz out, or set the attribute img_size, an int, on the model",
         ) from exc
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != 2:
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise InputError(
-            f"{name} returns {got} for two images, not logits (2, classes)",
-            remedy="wrap it so that it returns its logits",
-        )
-    return int(logits.shape[1])

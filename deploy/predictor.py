@@ -25,18 +25,24 @@ class Prediction:
     """The answer for one image.
 
     Attributes:
-        logits: float32 ``(classes,)``.
+        logits: float32 ``(classes,)``, what the model gives; for a ``kind`` other than ``"logits"`` these are
+            the probabilities themselves.
         labels: class names in the order of the logits.
         source: the path, where the image was given as one.
+        kind: what the model gives: ``"logits"``, ``"probabilities"`` (they sum to 1) or ``"scores"`` (each
+            class has a probability of its own, so that several classes may be probable).
     """
 
     logits: np.ndarray
     labels: Sequence[str] = field(repr=False)
     source: str | None = None
+    kind: str = LOGITS
 
     @property
     def probabilities(self) -> np.ndarray:
-        """Softmax of the logits, float32 ``(classes,)``."""
+        """Float32 ``(classes,)``: the softmax of logits; what the model gives where that is no logits."""
+        if self.kind != LOGITS:
+            return self.logits
         exponentials: np.ndarray = np.exp(self.logits - self.logits.max())
         chances: np.ndarray = exponentials / exponentials.sum()
         return chances
@@ -69,6 +75,7 @@ class Predictor:
         *,
         batch: int = 1,
         head: str = LOGITS,
+        kind: str = LOGITS,
         color: str = "rgb",
     ) -> None:
         """``batch``: the fixed batch size of ``session``, ``0`` if it takes any. Most callers want
@@ -77,6 +84,7 @@ class Predictor:
         self.spec = preprocess
         self.labels = list(labels)
         self.head = head
+        self.kind = kind
         self.lanes = Lanes(session, batch, preprocess.size)
         """Run every inference."""
 
@@ -123,7 +131,15 @@ class Predictor:
         )
         session = runtime.load(bundle, LoadOptions(device, threads, throughput, weights, trusted_model))
         batch = 0 if runtime.any_batch else batch_limit(bundle)
-        return cls(session, bundle.preprocess, bundle.labels, batch=batch, head=bundle.head, color=color)
+        return cls(
+            session,
+            bundle.preprocess,
+            bundle.labels,
+            batch=batch,
+            head=bundle.head,
+            kind=bundle.kind,
+            color=color,
+        )
 
     @property
     def session(self) -> Session:
@@ -157,7 +173,7 @@ class Predictor:
         with self.lanes.take(1) as lane:
             source = decode(image, lane.batch[0])
             logits = lane.run(1)[0][0]
-        return Prediction(logits, self.labels, source)
+        return Prediction(logits, self.labels, source, self.kind)
 
     def predict(self, images: Iterable[ImageLike], *, color: str | None = None) -> list[Prediction]:
         """Classify several images, in the caller's thread. A single image gives a list of one.
@@ -207,7 +223,7 @@ class Predictor:
         decode = self._decoder(color)
         answers = self._answers(images, decode, workers=workers, in_flight=in_flight, copy=copy)
         for source, logits in answers:
-            yield Prediction(logits, self.labels, source)
+            yield Prediction(logits, self.labels, source, self.kind)
 
     def attempt(
         self,
@@ -234,11 +250,11 @@ class Predictor:
             if isinstance(source, ImageError):
                 yield source
             else:
-                yield Prediction(logits, self.labels, source)
+                yield Prediction(logits, self.labels, source, self.kind)
 
     def logits(self, batch: np.ndarray) -> np.ndarray:
         """Preprocessed float32 ``(N, 3, H, W)`` -> float32 ``(N, classes)``; any ``N``, in the model's own
-        batches.
+        batches. A model that ends in a softmax or a sigmoid gives probabilities here.
 
         Raises:
             InputError: another dtype or shape, values that are not finite, or a bundle of feature maps.

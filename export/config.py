@@ -321,14 +321,20 @@ class ExportConfig(Settings):
         self.require_labels(names, self.labels)
         return names
 
+    @property
+    def label_count(self) -> int:
+        """Number of labels: one a class, and two for a single logit."""
+        return 2 if self.classes == 1 else self.classes
+
     def require_labels(self, names: Sequence[str], where: str) -> None:
-        """Raise :class:`InputError` unless ``names`` are one name a class.
+        """Raise :class:`InputError` unless ``names`` are one name a class; a single logit takes the name of
+        the positive class alone, too.
 
         Two classes may have the same name: ImageNet has two cranes.
         """
-        if len(names) != self.classes:
+        if len(names) not in (self.classes, self.label_count):
             raise InputError(
-                f"{len(names)} labels for {self.classes} classes",
+                f"{len(names)} labels for {self.label_count} classes",
                 where=where,
                 remedy=f"give one name a class, each on its own line; or --num-classes {len(names)}",
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ Labels = tuple[tuple[str, str], ...]
 
 
 def choose_labels(config: ExportConfig, loaded: LoadedWeights) -> tuple[Labels, str]:
-    """The labels, and where they come from.
+    """The labels, and where they come from; a model of one logit has two.
 
     Raises:
         InputError: the labels of the file or of the checkpoint are not one a class.
@@ -41,14 +42,21 @@ def choose_labels(config: ExportConfig, loaded: LoadedWeights) -> tuple[Labels, 
     if config.head != LOGITS:
         return (), "none"
     if (names := config.read_labels()) is not None:
-        return tuple((name, name) for name in names), "file"
+        return _named(config, names), "file"
     if loaded.classes is not None:
         config.require_labels(loaded.classes, loaded.source)
-        return tuple((name, name) for name in loaded.classes), "checkpoint"
+        return _named(config, loaded.classes), "checkpoint"
     if (known := labels_of(config.spec, config.classes)) is not None:
         return tuple(known), "published"
-    numbered = (f"class_{i}" for i in range(config.classes))
-    return tuple((name, name) for name in numbered), "numbered"
+    numbered = [f"class_{i}" for i in range(config.label_count)]
+    return _named(config, numbered), "numbered"
+
+
+def _named(config: ExportConfig, names: Sequence[str]) -> Labels:
+    """``names`` as labels; of one logit, a single name is that of the positive class."""
+    if len(names) < config.label_count:
+        names = [f"not {names[0]}", names[0]]
+    return tuple((name, name) for name in names)
 
 
 def describe_export(config: ExportConfig, reference: Reference) -> Manifest:
@@ -59,7 +67,12 @@ def describe_export(config: ExportConfig, reference: Reference) -> Manifest:
         model=_model(config, reference),
         input=TensorEntry(name=INPUT, shape=(batch, 3, config.img_size, config.img_size), dtype="float32"),
         outputs=tuple(
-            TensorEntry(name=name, shape=(batch, *output.shape[1:]), dtype="float32")
+            TensorEntry(
+                name=name,
+                shape=(batch, *output.shape[1:]),
+                dtype="float32",
+                kind=None if reference.kind == LOGITS else reference.kind,
+            )
             for name, output in zip(config.outputs, reference.outputs, strict=True)
         ),
         preprocess=config.preprocess,

@@ -71,6 +71,7 @@ def preflight(config: ExportConfig) -> None:
     Raises as :func:`run`.
     """
     config.check()
+    steps.require_unit_scale(config.preprocess)
     for target in config.targets:
         BundleWriter(target).check()
     if config.format == "trt":

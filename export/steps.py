@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import onnx
+import torch
 from torch import nn
 
 from cmt_edge.calib import CalibrationSet, Quantized, quantize
@@ -24,22 +25,24 @@ from cmt_edge.calib.generated import generate
 from cmt_edge.calib.quantize import keep_float
 from cmt_edge.calib.synthetic import default_count, synthetic_set
 from cmt_edge.cmt import fuse, weights_fingerprint, with_head
+from cmt_edge.cmt.outputs import PROBED, TwoLabels, last_operation
 from cmt_edge.cmt.reference import load_reference
 from cmt_edge.cmt.weights import LoadedWeights
 from cmt_edge.deploy import Bundle, Predictor, Preprocess, report
 from cmt_edge.deploy.backends import RUNTIME_OF_FORMAT, get_runtime
 from cmt_edge.deploy.backends.torch import TorchSession
-from cmt_edge.deploy.bundle import GOLDEN, ONNX, Golden
+from cmt_edge.deploy.bundle import GOLDEN, LOGITS, ONNX, Golden
 from cmt_edge.deploy.bundle.sections import RuntimeEntry
-from cmt_edge.deploy.errors import GateError
+from cmt_edge.deploy.errors import GateError, InputError
 from cmt_edge.deploy.files import cache_folder
 from cmt_edge.deploy.images import ImageSet
 from cmt_edge.deploy.measure.benchmark import Benchmark, Protocol, benchmark
-from cmt_edge.deploy.measure.parity import Verification, match_labels, verify
+from cmt_edge.deploy.measure.parity import Verification, match_labels, resolution, verify
 from cmt_edge.deploy.preprocessing import normalise, pixels
 
 from .config import OPSET, ExportConfig
-from .to_onnx import FUSE_ATOL, export_onnx, outputs_of, require_parity, simplify, with_batch
+from .outputs import IN_UNIT_RANGE, find_kind, may_be_probabilities, require_finite
+from .to_onnx import ATOL, FUSE_ATOL, export_onnx, outputs_of, require_parity, simplify, with_batch
 from .typed import observe
 
 GOLDEN_IMAGES = 4
@@ -55,6 +58,13 @@ DYNAMIC_SIZES = (1, 3, 8)
 """Batch sizes that a graph with a dynamic batch is checked with."""
 EXPORT_PROTOCOL = Protocol(iters=25, seconds=0.5, warmup_seconds=0.25)
 """How long a finished bundle is measured; ``cmt-bench`` measures longer."""
+
+GREY_LEVELS = 255
+"""The largest value of a pixel before it is divided."""
+MAX_MEAN = 1.0
+"""A mean above this is no mean of values from 0 to 1."""
+MAX_STD = 2.0
+"""A deviation above this is none of values from 0 to 1, whose deviation is at most one half."""
 
 Differences = dict[str, float]
 """Step -> the largest difference of its outputs from the reference's."""
@@ -72,6 +82,7 @@ class Reference:
         loaded: where its weights came from.
         golden: the golden images and what ``model`` makes of them.
         batch: the golden images preprocessed, float32 ``(K, 3, S, S)``.
+        kind: what the outputs of a classifier are: logits, probabilities or scores.
     """
 
     classifier: nn.Module
@@ -79,11 +90,17 @@ class Reference:
     loaded: LoadedWeights
     golden: Golden
     batch: np.ndarray
+    kind: str = LOGITS
 
     @property
     def outputs(self) -> list[np.ndarray]:
         """What ``model`` makes of ``batch``, float32 ``(K, ...)`` each."""
         return self.golden.outputs
+
+    @property
+    def resolution(self) -> float:
+        """How coarse the model itself rounds its outputs, relative to the largest one; mostly 0."""
+        return max(resolution(output) for output in self.outputs)
 
 
 @dataclass(frozen=True)
@@ -94,6 +111,28 @@ class Evaluation:
     targets: dict[str, int]
 
 
+def require_unit_scale(spec: Preprocess) -> None:
+    """Raise :class:`InputError` where ``spec`` normalises with a mean or deviation of values from 0 to 255.
+
+    Values are from 0 to 1 here, so that no mean lies above 1 and no deviation above one half; a deviation of
+    1 changes nothing.
+    """
+    if max(spec.mean) <= MAX_MEAN and max(spec.std) <= MAX_STD:
+        return
+    mean, std = (
+        ",".join(f"{value / GREY_LEVELS:.5g}" for value in values) for values in (spec.mean, spec.std)
+    )
+    raise InputError(
+        f"mean {_listed(spec.mean)} and std {_listed(spec.std)} are not of values from 0 to 1",
+        why="they look like those of values from 0 to 255; the pixels are divided by 255 first",
+        remedy=f"divide both by 255: --mean {mean} --std {std}; keep what is of values from 0 to 1 already",
+    )
+
+
+def _listed(values: tuple[float, float, float]) -> str:
+    return ",".join(f"{value:g}" for value in values)
+
+
 # --- the reference --------------------------------------------------------------------------------
 
 
@@ -102,6 +141,7 @@ def make_reference(config: ExportConfig) -> Reference:
 
     Raises:
         WeightsError: the weights cannot be read, or do not fit.
+        InputError: the model's answers are no logits and no probabilities.
     """
     classifier, loaded = load_reference(
         config.model,
@@ -115,7 +155,15 @@ def make_reference(config: ExportConfig) -> Reference:
     )
     model = with_head(classifier, config.head)
     golden, batch = make_golden(model, config.preprocess)
-    return Reference(classifier, model, loaded, golden, batch)
+    require_finite(golden.outputs)
+    kind = find_kind(golden.logits, _last_operation(model, batch)) if config.head == LOGITS else LOGITS
+    return Reference(classifier, model, loaded, golden, batch, kind)
+
+
+def _last_operation(model: nn.Module, batch: np.ndarray) -> str:
+    """See :func:`cmt_edge.cmt.outputs.last_operation`; of a binary classifier its own."""
+    inner = model.model if isinstance(model, TwoLabels) else model
+    return last_operation(inner, torch.from_numpy(batch[:PROBED]))
 
 
 def make_golden(model: nn.Module, spec: Preprocess) -> tuple[Golden, np.ndarray]:
@@ -178,7 +226,9 @@ def fuse_model(reference: Reference, head: str) -> tuple[nn.Module, Differences]
     """The reference with the exact rewrites of its family."""
     fused = with_head(fuse(reference.classifier), head)
     outputs = TorchSession(fused).run(reference.batch)
-    return fused, {"fuse": require_parity("fuse", outputs, reference.outputs, FUSE_ATOL)}
+    return fused, {
+        "fuse": require_parity("fuse", outputs, reference.outputs, max(FUSE_ATOL, reference.resolution))
+    }
 
 
 def trace_model(
@@ -194,7 +244,7 @@ def trace_model(
 
     def compare(graph: onnx.ModelProto) -> None:
         ours = outputs_of(graph, reference.batch, step)
-        differences["onnx"] = require_parity(step, ours, reference.outputs)
+        differences["onnx"] = require_parity(step, ours, reference.outputs, max(ATOL, reference.resolution))
 
     return export_onnx(fused, img_size, OPSET, outputs, compare), differences
 
@@ -203,7 +253,8 @@ def simplify_graph(graph: onnx.ModelProto, reference: Reference) -> tuple[onnx.M
     """``graph`` after onnxsim."""
     simplified = simplify(graph)
     ours = outputs_of(simplified, reference.batch, "simplify")
-    return simplified, {"simplify": require_parity("simplify", ours, reference.outputs)}
+    allowed = max(ATOL, reference.resolution)
+    return simplified, {"simplify": require_parity("simplify", ours, reference.outputs, allowed)}
 
 
 def compare_batch_sizes(graph: onnx.ModelProto, reference: Reference) -> Differences:
@@ -214,7 +265,7 @@ def compare_batch_sizes(graph: onnx.ModelProto, reference: Reference) -> Differe
         index = np.arange(count) % len(reference.batch)
         ours = outputs_of(graph, reference.batch[index], step)
         expected = [output[index] for output in reference.outputs]
-        differences[step] = require_parity(step, ours, expected)
+        differences[step] = require_parity(step, ours, expected, max(ATOL, reference.resolution))
     return differences
 
 
@@ -301,7 +352,7 @@ def verify_bundle(
     """
     session = TorchSession(reference.model)
     with Predictor(session, config.preprocess, bundle.labels, batch=0, head=config.head) as torch_side:
-        return verify(
+        result = verify(
             bundle,
             data=labelled,
             by_order=config.by_order,
@@ -314,6 +365,9 @@ def verify_bundle(
             progress=progress,
             candidate=candidate,
         )
+    if config.head == LOGITS and may_be_probabilities(reference.golden.logits, reference.kind):
+        return replace(result, notes=(*result.notes, IN_UNIT_RANGE))
+    return result
 
 
 def require_passed(result: Verification) -> None:

@@ -29,6 +29,7 @@ from cmt_edge.calib.graph import (
 )
 from cmt_edge.calib.groups import MODULE
 from cmt_edge.cmt import FeatureMaps
+from cmt_edge.cmt.outputs import TwoLabels
 from cmt_edge.deploy.bundle import LOGITS
 from cmt_edge.deploy.errors import CmtEdgeError, ParityError, StepError
 
@@ -134,7 +135,9 @@ def trace(
         assert program is not None
         if any(node.op_type in UNTYPED for node in program.model_proto.graph.node):
             program.optimize()
-        return _anonymous(program.model_proto, "model." if isinstance(model, FeatureMaps) else "")
+        return _anonymous(
+            program.model_proto, "model." if isinstance(model, (FeatureMaps, TwoLabels)) else ""
+        )
 
 
 def _batch_freed(model: onnx.ModelProto) -> onnx.ModelProto:

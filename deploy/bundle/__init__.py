@@ -8,7 +8,7 @@ from .bundle import Bundle
 from .golden import Golden, save_reference
 from .manifest import ENGINES, GOLDEN, MANIFEST, MAX_MANIFEST, ONNX, REFERENCE, Manifest
 from .record import plain, read_record
-from .sections import LOGITS
+from .sections import LOGITS, PROBABILITIES, SCORES
 from .writer import BundleWriter
 
 __all__ = [
@@ -18,7 +18,9 @@ __all__ = [
     "MANIFEST",
     "MAX_MANIFEST",
     "ONNX",
+    "PROBABILITIES",
     "REFERENCE",
+    "SCORES",
     "Bundle",
     "BundleWriter",
     "Golden",

@@ -95,6 +95,11 @@ class Bundle:
         return LOGITS if self.outputs == [LOGITS] else "features"
 
     @property
+    def kind(self) -> str:
+        """What the values of a classifier's output are: ``"logits"``, ``"probabilities"`` or ``"scores"``."""
+        return self.manifest.outputs[0].kind or LOGITS
+
+    @property
     def labels(self) -> list[str]:
         """Readable class names in logit order."""
         return [name for _, name in self.manifest.labels]

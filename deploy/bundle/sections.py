@@ -12,6 +12,10 @@ from .record import OMITTED, Between, Matches
 
 LOGITS = "logits"
 """Name of a classifier's output, and of its head; feature maps are called ``stage1`` and so on."""
+PROBABILITIES = "probabilities"
+"""Kind of an output whose values are the classes' probabilities and sum to 1, as after a softmax."""
+SCORES = "scores"
+"""Kind of an output that gives each class a probability of its own, as after a sigmoid."""
 MAX_TOTAL = 8 << 30
 """The files of a bundle have at most so many bytes together."""
 LEAST_SHARE = 0.005
@@ -23,6 +27,8 @@ Size = Annotated[int, Between(1)]
 """A number of things of which there is at least one."""
 Sha256 = Annotated[str, Matches("[0-9a-f]{64}", "64 hexadecimal digits")]
 """A SHA-256 as text."""
+OutputKind = Annotated[str, Matches(f"{PROBABILITIES}|{SCORES}", f"{PROBABILITIES!r} or {SCORES!r}")]
+"""What the values of an output are, where they are no logits."""
 Duration = Annotated[float, Between(0)]
 """Milliseconds of a measurement."""
 Difference = Annotated[float, Between(0)]
@@ -71,7 +77,7 @@ class ModelEntry:
         name: what the provider calls the model.
         family: architecture.
         img_size: height and width of the input in pixels.
-        num_classes: number of logits.
+        num_classes: number of logits; a single one has two labels.
         head: ``"logits"`` or ``"features"``.
         params: number of parameters.
         macs: multiply-accumulates of one image.
@@ -93,11 +99,16 @@ class ModelEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorEntry:
-    """An input or output of the graph; ``"batch"`` stands in ``shape`` where the batch size is dynamic."""
+    """An input or output of the graph; ``"batch"`` stands in ``shape`` where the batch size is dynamic.
+
+    ``kind`` is :data:`PROBABILITIES` or :data:`SCORES` of an output that is no logits any more, and ``None``
+    of any other.
+    """
 
     name: str
     shape: tuple[Size | str, ...]
     dtype: str
+    kind: OutputKind | None = field(default=None, metadata=OMITTED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,8 +243,9 @@ class DataCheck:
     """Labelled images; percentages. ``reference_*`` is the PyTorch model, ``drop`` = reference top-1 minus
     the bundle's.
 
-    ``drop_ci`` is the 95 % interval of the paired difference. ``reference_source`` says where the reference
-    answers come from; the logit differences need a reference that runs here and are ``None`` otherwise.
+    ``drop_ci`` is the 95 % interval of the paired difference (Newcombe 1998, method 10).
+    ``reference_source`` says where the reference answers come from; the logit differences need a reference
+    that runs here and are ``None`` otherwise.
     """
 
     images: Count
@@ -247,6 +259,18 @@ class DataCheck:
     reference_source: str
     logit_max_diff: float | None = None
     logit_mean_diff: float | None = None
+
+    @property
+    def doubt(self) -> str:
+        """Why the images do not show that the drop is small enough; empty where they do, or where the drop
+        itself is too large."""
+        high = self.drop_ci[1]
+        if not self.passed or high <= self.max_drop:
+            return ""
+        return (
+            f"{self.images} images cannot show that the drop is at most {self.max_drop:g} points: it may be"
+            f" up to {high:.2f} points (95 % interval); verify on more images"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -383,6 +383,7 @@ def _measured(name: str, bundle: Bundle, samples: _Samples, base: _Samples, rate
     warnings = [
         *precision_warnings(bundle.manifest.precision, samples.executed),
         *_latency_warnings(latency, samples.on_device),
+        *_accuracy_warnings(bundle),
     ]
     return Measured(
         name=name,
@@ -399,6 +400,12 @@ def _measured(name: str, bundle: Bundle, samples: _Samples, base: _Samples, rate
         warnings=warnings,
         on_device=samples.on_device,
     )
+
+
+def _accuracy_warnings(bundle: Bundle) -> list[str]:
+    """What the export found about the accuracy and could not show."""
+    recorded = bundle.manifest.verification
+    return list(recorded.notes) if recorded else []
 
 
 def _latency_warnings(latency: Latency, clock: OnDevice | None) -> list[str]:

@@ -15,7 +15,7 @@ from ..errors import BundleError, DataError, InputError, RuntimeMissingError
 from ..images import ImageSet, Item, digest
 from ..predictor import Predictor
 from ..preprocessing import NamedBytes, normalise, pixels, preprocess
-from .statistics import paired_drop
+from .statistics import paired_drop, wilson
 
 ATOL = {"fp32": 1e-3, "fp16": 0.1, "bf16": 0.25, "int8": 1.5}
 """Default tolerance on golden logits, by precision: the largest difference, in standard deviations of the
@@ -28,8 +28,16 @@ MAX_DROP = 1.0
 PIXEL_TOLERANCE = 2
 """Golden images may decode and resize up to so many grey levels apart (library versions differ in
 rounding)."""
+EPS_FLOAT32 = 1e-6
+"""What rounding may do to a float32 result, relative to the largest one; eight steps of the type."""
+EPS_FLOAT16 = 2.0**-10
+"""One step of float16, relative to the value."""
+EPS_BFLOAT16 = 2.0**-7
+"""One step of bfloat16, relative to the value."""
 EPSILON = 1e-9
 """Percentage points by which rounding may move a drop beyond the allowed one."""
+MANY_IMAGES = 30
+"""Number of images from which the interval of the reference's top-1 is compared with chance."""
 CHUNK_IMAGES = 16
 """Labelled images that go through both sides at once, at least."""
 BY_NAME = "name the folders like the labels, or match them in sorted order with --by-order"
@@ -127,7 +135,8 @@ def verify(
             answers = _run_both(predictor, live, bundle, labelled, progress)
             source = "the bundle's record" if live is None else live.info["runtime"]
         check = _compare(labelled.truth, answers, max_drop, source)
-        return replace(found, data=check, reference_answers=answers.by_digest)
+        notes = _notes(check, labelled.truth, len(bundle.labels))
+        return replace(found, data=check, notes=notes, reference_answers=answers.by_digest)
 
 
 @dataclass(frozen=True)
@@ -205,9 +214,30 @@ def distance(ours: np.ndarray, reference: np.ndarray) -> float:
 
 def tolerance(reference: np.ndarray, precision: str, atol: float | None = None) -> float:
     """``atol``, or :data:`ATOL` (logits) or :data:`MAP_ATOL` (maps) standard deviations of an image's
-    ``reference`` values."""
+    ``reference`` values.
+
+    It is at least what rounding does to the largest value: values that are all alike have no deviation, and
+    a model may round its own outputs to halves.
+    """
+    if atol is not None:
+        return atol
     allowed = (ATOL if reference.ndim == 2 else MAP_ATOL)[precision]
-    return allowed * float(reference.reshape(len(reference), -1).std(axis=1).mean()) if atol is None else atol
+    spread = float(reference.reshape(len(reference), -1).std(axis=1).mean())
+    rounding = max(resolution(reference), EPS_FLOAT32)
+    return max(allowed * spread, rounding * float(np.abs(reference).max()))
+
+
+def resolution(outputs: np.ndarray) -> float:
+    """How far apart, relative to the largest value, two roundings of equal results may be: two steps of the
+    coarsest type that holds every value of ``outputs``; 0 for plain float32."""
+    values = outputs.astype(np.float32)
+    if not values.any():
+        return 0.0
+    if not (values.view(np.uint32) & 0xFFFF).any():
+        return 2 * EPS_BFLOAT16
+    with np.errstate(over="ignore"):
+        halves = values.astype(np.float16).astype(np.float32)
+    return 2 * EPS_FLOAT16 if np.array_equal(halves, values) else 0.0
 
 
 def match_labels(bundle: Bundle, data: ImageSet, by_order: bool) -> dict[str, int]:
@@ -372,4 +402,33 @@ def _compare(truth: np.ndarray, answers: _Answers, max_drop: float, source: str)
         reference_source=source,
         logit_max_diff=None if diffs is None else float(diffs.max()),
         logit_mean_diff=None if diffs is None else float(diffs.mean()),
+    )
+
+
+def _notes(check: DataCheck, truth: np.ndarray, classes: int) -> tuple[str, ...]:
+    """What the figures do not tell by themselves: a reference that knows nothing of the images, and a drop
+    that so few images cannot show."""
+    return tuple(note for note in (_chance_note(check, truth, classes), check.doubt) if note)
+
+
+def _chance_note(check: DataCheck, truth: np.ndarray, classes: int) -> str:
+    """A sentence where the reference is at chance level on the images, else empty.
+
+    Chance is the share of the most frequent class; images of a single class count as drawn from all. Where
+    chance is below one half and there are many images, a figure that could be chance counts too.
+    """
+    counts = np.bincount(truth, minlength=1)
+    single = np.count_nonzero(counts) == 1
+    chance = 1 / classes if single else float(counts.max() / len(truth))
+    right = check.reference_top1 / 100
+    if len(truth) >= MANY_IMAGES and chance < 0.5:
+        at_chance = wilson(right, len(truth)).low <= chance
+    else:
+        at_chance = right <= chance
+    if classes < 2 or not at_chance:
+        return ""
+    guess = "drawing a class at random" if single else "naming the most frequent class"
+    return (
+        f"the REFERENCE itself is right on only {check.reference_top1:.2f} % of these images, no better than"
+        f" {guess} ({100 * chance:.2f} %): the labels, the preprocessing or the weights are wrong"
     )

@@ -5,6 +5,7 @@ All intervals are of 95 %. Every random draw has a fixed seed, so the same sampl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -132,15 +133,41 @@ def paired_drop(reference: np.ndarray, ours: np.ndarray) -> Difference:
     """Points by which ``ours`` is right less often than ``reference``, image by image.
 
     Args:
-        reference, ours: bool ``(N,)``, whether each image was answered correctly.
+        reference, ours: bool ``(N,)``, whether each image was answered correctly; at least one image.
 
-    A single image says nothing about the spread, so its interval is -100 to 100.
+    The interval is method 10 of Newcombe (1998, "Improved confidence intervals for the difference between
+    binomial proportions based on paired data"). Unlike the normal interval it does not collapse where few
+    or no images are answered differently.
     """
-    difference = reference.astype(np.float64) - ours  # +1 lost, -1 gained
-    n = len(difference)
-    mean = 100 * float(difference.mean())
-    half = 100 * Z95 * float(difference.std(ddof=1)) / n**0.5 if n > 1 else float("inf")
-    return Difference(mean, Interval(max(-100.0, mean - half), min(100.0, mean + half)))
+    count = len(reference)
+    before, after = float(reference.mean()), float(ours.mean())
+    mean = float((reference.astype(np.float64) - ours).mean())
+    correlation = _correlation(reference, ours)
+    first, second = wilson(before, count), wilson(after, count)
+    below = _combined(before - first.low, second.high - after, correlation)
+    above = _combined(first.high - before, after - second.low, correlation)
+    interval = Interval(max(-100.0, 100 * (mean - below)), min(100.0, 100 * (mean + above)))
+    return Difference(100 * mean, interval)
+
+
+def _correlation(reference: np.ndarray, ours: np.ndarray) -> float:
+    """How strongly both sides are right on the same images, -1 to 1; corrected for continuity as Newcombe
+    does."""
+    count = len(reference)
+    right, ours_right = int(reference.sum()), int(ours.sum())
+    both = int((reference & ours).sum())
+    spread = right * (count - right) * ours_right * (count - ours_right)
+    if spread == 0:
+        return 0.0
+    neither = count - right - ours_right + both
+    excess = both * neither - (right - both) * (ours_right - both)
+    corrected = max(excess - count / 2, 0.0) if excess > 0 else excess
+    return float(corrected / spread**0.5)
+
+
+def _combined(first: float, second: float, correlation: float) -> float:
+    """The length of the difference of two distances with a ``correlation`` between them."""
+    return math.sqrt(max(first**2 - 2 * correlation * first * second + second**2, 0.0))
 
 
 def wilson(share: float, count: int) -> Interval:

@@ -152,9 +152,18 @@ def verification_text(v: Verification, markdown: bool = False) -> str:
             f"reference: {d.reference_source}; allowed drop {d.max_drop:g} points:"
             f" {'ok' if d.passed else 'FAILED'}"
         )
-    lines += [f"note: {n}" for n in v.notes]
-    lines.append(f"{v.bundle} on {v.runtime.runtime}: {'verified' if v.passed else 'NOT verified'}")
+    lines += [f"warning: {note}" for note in v.notes]
+    lines.append(f"{v.bundle} on {v.runtime.runtime}: {_conclusion(v)}")
     return "\n".join(lines)
+
+
+def _conclusion(v: Verification) -> str:
+    """What was verified: accuracy is only where the images can show it."""
+    if not v.passed:
+        return "NOT verified"
+    if v.data is None or not v.data.doubt:
+        return "verified"
+    return f"golden images verified; {v.data.images} images are too few to judge the accuracy"
 
 
 def verdict_text(verdict: VerdictEntry, markdown: bool = False) -> str:
@@ -474,6 +483,7 @@ def _verified_lines(verification: VerificationEntry) -> list[str]:
         f"top-1 on {data.images} images: reference {data.reference_top1:.2f} %, bundle"
         f" {data.top1:.2f} %, drop {data.drop:+.2f} points (95 % CI {low:+.2f} to {high:+.2f}),"
         f" agreement {data.agreement:.2f} %",
+        *(f"warning: {note}" for note in verification.notes),
     ]
 
 

@@ -18,6 +18,7 @@ from cmt_edge.deploy.bundle.manifest import content_hash
 from cmt_edge.deploy.bundle.record import EMPTIED, OMITTED, Between, Matches
 from cmt_edge.deploy.bundle.sections import ModelEntry, SynthesisEntry
 from cmt_edge.deploy.errors import BundleError
+from helpers.bundles import edit_manifest, make_bundle
 from helpers.paths import ROOT
 
 FOLDER = ROOT / "tests" / "data" / "manifests"
@@ -299,3 +300,14 @@ def test_sections_are_read_alone():
     }
     with pytest.raises(BundleError, match="the manifest lacks entries: seed"):
         read_record(SynthesisEntry, {}, "file")
+
+
+def test_the_kind_of_an_output_is_known(tmp_path):
+    """A kind that this version does not know is refused: its values would be taken for logits."""
+    bundle = make_bundle(tmp_path / "b")
+    assert "kind" not in json.loads((bundle.path / "manifest.json").read_text())["outputs"][0]
+    edit_manifest(bundle, lambda content: content["outputs"][0].update(kind="probabilities"))
+    assert Bundle.open(bundle.path).kind == "probabilities"
+    edit_manifest(bundle, lambda content: content["outputs"][0].update(kind="distances"))
+    with pytest.raises(BundleError, match=r"outputs.*kind is 'distances'"):
+        Bundle.open(bundle.path)

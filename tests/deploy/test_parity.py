@@ -84,7 +84,9 @@ def test_top1_on_images_against_pytorch(fp32_bundle, cifar):
     )
     d = result.data
     assert result.passed
-    assert (d.images, d.agreement, d.drop, d.drop_ci) == (50, 100.0, 0.0, (0.0, 0.0))
+    assert (d.images, d.agreement, d.drop) == (50, 100.0, 0.0)
+    assert -10 < d.drop_ci[0] < -MAX_DROP < MAX_DROP < d.drop_ci[1] < 10
+    assert any("50 images cannot show" in note for note in result.notes)
     assert d.top1 == d.reference_top1 >= 80
     assert d.logit_max_diff < 1e-3
     assert d.logit_mean_diff <= d.logit_max_diff
@@ -231,9 +233,8 @@ def test_figures_of_a_hand_calculation(bundle, tmp_path):
     assert d.reference_top1 == pytest.approx(80)
     assert d.drop == pytest.approx(40)
     assert d.agreement == pytest.approx(40)
-    # differences: 4 times 1, 6 times 0; sample variance (4 * 0.36 + 6 * 0.16) / 9
-    half = 100 * 1.959964 * ((4 * 0.36 + 6 * 0.16) / 9) ** 0.5 / 10**0.5
-    assert d.drop_ci == pytest.approx((40 - half, 40 + half))
+    # Wilson: 80 % of 10 is 49.02 to 94.33, 40 % is 16.82 to 68.73; correlation (4 * 2 - 5) / 384 ** 0.5
+    assert d.drop_ci == pytest.approx((1.10, 65.32), abs=0.01)
     assert not result.passed
     assert verify(bundle, data=data, reference=reference(Differing(3)), max_drop=40).passed
     expected = {
@@ -469,3 +470,78 @@ def test_golden_of_another_shape_is_not_accepted(tmp_path):
     except CmtEdgeError:
         passed = False
     assert not passed
+
+
+# --- what few images cannot show, and a reference at chance level ----------------------------------
+
+
+def test_two_equal_images_do_not_verify_the_accuracy(bundle, tmp_path):
+    data = folder_of(tmp_path / "d", {"red": [coloured("red")], "green": [coloured("green")]})
+    result = verify(bundle, data=data, reference=reference())
+    assert result.passed
+    assert result.data.drop_ci == pytest.approx((-65.76, 65.76), abs=0.01)
+    assert result.notes == (result.data.doubt,)
+    text = report.verification_text(result)
+    assert "warning: 2 images cannot show that the drop is at most 1 points" in text
+    assert text.splitlines()[-1].endswith(
+        "golden images verified; 2 images are too few to judge the accuracy"
+    )
+    assert strict(report.to_json(result))["notes"] == [result.data.doubt]
+
+
+def test_many_equal_images_verify_the_accuracy(bundle, tmp_path):
+    shades = range(140)
+    data = folder_of(tmp_path / "d", {name: [coloured(name, s) for s in shades] for name in COLOURS})
+    result = verify(bundle, data=data, reference=reference())
+    assert result.notes == ()
+    assert result.data.doubt == ""
+    assert report.verification_text(result).endswith(": verified")
+
+
+def test_a_drop_that_fails_is_not_doubted_as_well(bundle, tmp_path):
+    data = folder_of(tmp_path / "d", {"green": [coloured("red", 100), coloured("red", 101)]})
+    result = verify(bundle, data=data, reference=reference(Differing(3)))
+    assert not result.passed
+    assert result.data.doubt == ""
+    assert "NOT verified" in report.verification_text(result)
+
+
+def test_a_reference_at_chance_level_is_a_warning(bundle, tmp_path):
+    """Folders whose names are permuted: every answer is wrong on both sides, so that nothing drops."""
+    names = dict(zip(COLOURS, [*list(COLOURS)[1:], next(iter(COLOURS))], strict=True))
+    data = folder_of(tmp_path / "d", {names[c]: [coloured(c, s) for s in range(20)] for c in COLOURS})
+    result = verify(bundle, data=data, reference=reference())
+    assert result.passed
+    assert any("REFERENCE itself is right on only 0.00 %" in note for note in result.notes)
+    assert "warning: the REFERENCE" in report.verification_text(result)
+
+
+# right answers of the reference, images of each class, number of labels -> is it at chance level?
+CHANCE = [
+    (90, (50, 50), 2, False),
+    (50, (50, 50), 2, True),
+    (94, (95, 5), 2, True),
+    (97, (95, 5), 2, False),
+    (12, (10,) * 10, 10, True),
+    (60, (10,) * 10, 10, False),
+    (1, (1, 1, 1), 3, True),
+    (2, (1, 1, 1), 3, False),
+    (20, (20,), 3, False),
+    (6, (20,), 3, True),
+    (0, (1,), 3, True),
+    (1, (1,), 3, False),
+]
+
+
+@pytest.mark.parametrize(("right", "counts", "classes", "warned"), CHANCE)
+def test_what_chance_level_is(bundle, tmp_path, right, counts, classes, warned):
+    labels = [f"class_{i}" for i in range(classes)]
+    truth = np.repeat(np.arange(len(counts)), counts)
+    answers = np.where(np.arange(len(truth)) < right, truth, (truth + 1) % classes)
+    images = [coloured("red", shade) for shade in range(len(truth))]
+    recorded = {digest(image): int(answer) for image, answer in zip(images, answers, strict=True)}
+    made = make_bundle(tmp_path / "b", labels=labels, reference=recorded)
+    parts = {labels[c]: [i for i, t in zip(images, truth, strict=True) if t == c] for c in range(len(counts))}
+    result = verify(made, data=folder_of(tmp_path / "d", parts), max_drop=100)
+    assert result.data.reference_top1 == pytest.approx(100 * right / len(truth))
+    assert any("REFERENCE" in note for note in result.notes) == warned

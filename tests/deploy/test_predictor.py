@@ -19,6 +19,7 @@ from cmt_edge.calib.generated import generate
 from cmt_edge.deploy import Bundle, Prediction, Predictor, preprocess
 from cmt_edge.deploy.backends import RUNTIME_OF_FORMAT, RUNTIMES, Runtime, get_runtime
 from cmt_edge.deploy.backends.fake import FakeSession
+from cmt_edge.deploy.bundle.sections import TensorEntry
 from cmt_edge.deploy.errors import (
     BundleError,
     DataError,
@@ -541,3 +542,27 @@ def test_streams_at_once_from_several_threads():
     with ThreadPoolExecutor(6) as pool:
         runs = pool.map(lambda _: [q.label for q in p.stream([RED, GREEN, BLUE] * 10)], range(6))
         assert all(labels == want for labels in runs)
+
+
+# --- what the values mean --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["probabilities", "scores"])
+def test_probabilities_are_not_put_through_a_softmax_again(kind):
+    values = np.array([0.1, 0.9999997, 0.3], np.float32)
+    answer = Prediction(values, ["a", "b", "c"], kind=kind)
+    np.testing.assert_array_equal(answer.probabilities, values)
+    assert answer.label == "b"
+    assert answer.top(2) == [("b", pytest.approx(0.9999997)), ("c", pytest.approx(0.3))]
+
+
+@pytest.mark.parametrize("kind", [None, "probabilities", "scores"])
+def test_a_bundle_says_what_its_values_are(tmp_path, kind):
+    shape = (1, 3)
+    output = TensorEntry(name="logits", shape=shape, dtype="float32", kind=kind)
+    bundle = make_bundle(tmp_path / "b", outputs=(output,))
+    assert bundle.kind == (kind or "logits")
+    with Predictor.load(Bundle.open(bundle.path)) as predictor:
+        (called, *rest) = [predictor(RED), *predictor.predict([RED] * 2), *predictor.attempt([RED])]
+    assert {p.kind for p in (called, *rest)} == {bundle.kind}
+    assert (called.probabilities.sum() == pytest.approx(1)) == (kind is None)

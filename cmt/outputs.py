@@ -1,0 +1,231 @@
+"""What models return, brought into one form: a float32 tensor ``(N, classes)``.
+
+A user's model may return a dictionary, a tuple, halves, or maps of one pixel. :func:`settle_output` finds the
+logits in that, where they are unmistakable, and gives the model a hook that returns them alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from cmt_edge.deploy.errors import InputError
+
+PROBED = 2
+"""Number of images that a model is asked about."""
+LOGITS_KEY = "logits"
+"""Name of an entry that is taken whatever else there is."""
+OTHER_WORDS = (
+    "attention",
+    "attn",
+    "aux",
+    "embed",
+    "feat",
+    "hidden",
+    "index",
+    "label",
+    "loss",
+    "mask",
+    "pool",
+    "token",
+)
+"""An entry whose name contains one of these words is not logits."""
+PASSING = (
+    "__getitem__",
+    "bfloat16",
+    "clone",
+    "contiguous",
+    "detach",
+    "double",
+    "flatten",
+    "float",
+    "half",
+    "reshape",
+    "squeeze",
+    "to",
+    "type",
+    "unsqueeze",
+    "view",
+)
+"""Operations that change neither values nor their meaning, by PyTorch's names."""
+SIGMOIDS = ("hardsigmoid", "sigmoid", "special_expit")
+"""Operations that give each class a probability of its own, by PyTorch's names."""
+SOFTMAXES = ("softmax",)
+"""Operations that give the classes probabilities that sum to 1, by PyTorch's names."""
+REMEDY = "wrap the model so that it returns its logits alone, float32 (N, classes)"
+"""What to do about an output that cannot be used."""
+
+Key = str | int | None
+"""Where the logits are in what a model returns: a name, a position, or ``None`` for all of it."""
+
+
+def settle_output(model: nn.Module, example: Tensor, name: str) -> int:
+    """Make ``model`` return float32 logits ``(N, classes)``, if it does not yet, and count the classes.
+
+    Args:
+        model: in eval mode; it gets a forward hook where its output has another form.
+        example: float32 ``(2, 3, S, S)``.
+        name: of the model, for messages.
+
+    Raises:
+        InputError: the output is no logits, or it is not clear which part of it is. Whatever ``model`` raises
+            comes out as it is.
+    """
+    given = _answer(model, example)
+    key = _find_logits(given, len(example), name)
+    logits = _entries(given)[key] if key is not None else given
+    if not logits.is_floating_point():
+        raise InputError(
+            f"{name} returns {_describe(logits)}, which are no logits",
+            why="whole numbers are class indices or a mask, and a score of each class is needed",
+            remedy=REMEDY,
+        )
+    classes = _count(logits, len(example))
+    if classes is None:
+        raise InputError(
+            f"{name} returns {_describe(logits)} for {len(example)} images, not logits"
+            f" ({len(example)}, classes)",
+            remedy=REMEDY,
+        )
+    plain = key is None and logits.dtype == torch.float32 and logits.ndim == 2
+    if not plain:
+        model.register_forward_hook(partial(_take, key, classes))
+    return classes
+
+
+def last_operation(model: nn.Module, example: Tensor) -> str:
+    """PyTorch's name of the operation that gives the output its values, for example ``"sigmoid"``.
+
+    It is empty where it is not known.
+    """
+    trail = _Trail()
+    with torch.inference_mode(), trail:
+        output = model(example)
+    return trail.maker_of(output)
+
+
+class TwoLabels(nn.Module):
+    """A binary classifier of one output as one of two classes.
+
+    A logit ``z`` becomes the logits ``(0, z)``: their softmax is ``(1 - sigmoid(z), sigmoid(z))``. An output
+    ``p`` that is a sigmoid already becomes the probabilities ``(1 - p, p)``. So ``(N, 1)`` becomes
+    ``(N, 2)``, and the second class is the positive one.
+    """
+
+    def __init__(self, model: nn.Module, probability: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.probability = probability
+        self.img_size = getattr(model, "img_size", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        positive = self.model(x)
+        negative = 1 - positive if self.probability else 0 * positive
+        return torch.cat([negative, positive], 1)
+
+
+def _answer(model: nn.Module, example: Tensor) -> Any:
+    """What ``model`` returns. A model of halves or doubles that refuses float32 images becomes a float32 one,
+    whose weights have the same values."""
+    try:
+        with torch.inference_mode():
+            return model(example)
+    except Exception:
+        kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
+        if not kinds - {torch.float32}:
+            raise
+    model.float()
+    with torch.inference_mode():
+        return model(example)
+
+
+def _entries(given: Any) -> dict[str | int, Any]:
+    """The parts of what a model returned, by name where they have names; empty if there are none."""
+    if isinstance(given, Mapping):
+        return {str(key): value for key, value in given.items()}
+    if hasattr(given, "_fields"):
+        return dict(zip(given._fields, given, strict=True))
+    if isinstance(given, (tuple, list)):
+        return dict(enumerate(given))
+    if dataclasses.is_dataclass(given):
+        return {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
+    return {}
+
+
+def _find_logits(given: Any, count: int, name: str) -> Key:
+    """Where the logits are; raises :class:`InputError` where that is not clear."""
+    if isinstance(given, Tensor):
+        return None
+    entries = _entries(given)
+    tensors = {key: value for key, value in entries.items() if isinstance(value, Tensor)}
+    if LOGITS_KEY in tensors:
+        return LOGITS_KEY
+    able = [key for key, value in tensors.items() if _may_be_logits(key, value, count)]
+    if len(able) == 1:
+        return able[0]
+    shown = ", ".join(f"{key}: {_describe(value)}" for key, value in entries.items())
+    raise InputError(
+        f"{name} returns a {type(given).__name__}, and it is not clear which part of it is the logits",
+        why=f"its parts are {shown}" if shown else None,
+        remedy=f"{REMEDY}; of several parts, the one named 'logits' is taken",
+    )
+
+
+def _may_be_logits(key: str | int, value: Tensor, count: int) -> bool:
+    """Whether one part of an output, alone among the others, is taken for the logits."""
+    named_otherwise = any(word in str(key).lower() for word in OTHER_WORDS)
+    return value.is_floating_point() and _count(value, count) is not None and not named_otherwise
+
+
+def _count(logits: Tensor, count: int) -> int | None:
+    """Number of classes of ``count`` images: ``(N, C)``, ``(N, C, 1, 1)``, or ``(N,)`` of one logit; ``None``
+    for other shapes."""
+    shape = tuple(logits.shape)
+    if shape[:1] != (count,):
+        return None
+    if len(shape) == 1:
+        return 1
+    return shape[1] if shape[1] > 0 and all(size == 1 for size in shape[2:]) else None
+
+
+def _describe(value: Any) -> str:
+    """Type and shape of a part of an output."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+
+
+def _take(key: Key, classes: int, _module: nn.Module, _arguments: object, output: Any) -> Tensor:
+    """The forward hook of :func:`settle_output`."""
+    logits: Tensor = output if key is None else _entries(output)[key]
+    return logits.reshape(-1, classes).float()
+
+
+class _Trail(TorchFunctionMode):
+    """Remembers which operation gave each tensor its values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[int, str] = {}
+        self._kept: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if isinstance(output, Tensor):
+            called = getattr(func, "__name__", "")
+            operation = called.removesuffix("_")
+            if called in PASSING and args and isinstance(args[0], Tensor):
+                operation = self._made.get(id(args[0]), "")
+            self._made[id(output)] = operation
+            self._kept.append(output)  # an id is unique while its tensor lives
+        return output
+
+    def maker_of(self, output: object) -> str:
+        """Name of the operation, empty where it is not known."""
+        return self._made.get(id(output), "")
