@@ -20,7 +20,7 @@ from .spec import Pretrained
 TIMEOUT_S = 30
 """Seconds without an answer after which a connection is given up."""
 
-CHUNK = 1 << 20
+CHUNK_BYTES = 1 << 20
 """Bytes that are read at once."""
 
 MAX_BYTES = 4 << 30
@@ -96,7 +96,7 @@ def _receive(response: Any, partial: Path, have: int) -> None:
     received = 0
     mode = "ab" if have else "wb"
     with open(partial, mode) as out, _bar(partial, have, have + length) as bar:
-        while (chunk := response.read(CHUNK)) and received <= MAX_BYTES:
+        while (chunk := response.read(CHUNK_BYTES)) and received <= MAX_BYTES:
             out.write(chunk)
             bar.update(len(chunk))
             received += len(chunk)

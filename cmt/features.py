@@ -20,6 +20,7 @@ class Hierarchical(Protocol):
 
     def features(self, x: Tensor) -> Sequence[Tensor]:
         """The map of each stage, ``(N, C, S / stride, S / stride)``."""
+        ...
 
 
 class FeatureMaps(nn.Module):

@@ -134,7 +134,7 @@ def labels_of(spec: ModelSpec, num_classes: int) -> list[tuple[str, str]] | None
     """
     if spec.labels is None or num_classes != spec.num_classes:
         return None
-    file = resources.files("cmt_edge.cmt").joinpath("data", spec.labels)
+    file = resources.files("cmt_edge.cmt") / "data" / spec.labels
     lines = file.read_text(encoding="utf-8").splitlines()
     pairs = [line.split(" ", 1) for line in lines if line]
     return [(pair[0], pair[-1]) for pair in pairs]

@@ -106,7 +106,7 @@ def load_pretrained(
             f"no weights are published for {spec.name}", remedy="give --weights PATH or --weights random"
         )
     if spec.pretrained.resource:
-        shipped = resources.files("cmt_edge.cmt").joinpath("data", spec.pretrained.resource)
+        shipped = resources.files("cmt_edge.cmt") / "data" / spec.pretrained.resource
         with resources.as_file(shipped) as path:
             return load_weights(model, path, ema=ema, **options)
     from .download import fetch

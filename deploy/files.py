@@ -13,7 +13,7 @@ from platformdirs import user_cache_path
 
 from .errors import OutputError
 
-CHUNK = 1 << 20
+CHUNK_BYTES = 1 << 20
 
 
 def cache_folder() -> Path:
@@ -27,7 +27,7 @@ def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a file, read in chunks."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
+        while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
 

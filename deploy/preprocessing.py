@@ -222,13 +222,12 @@ def normalise(values: np.ndarray, spec: Preprocess, out: np.ndarray | None = Non
     """
     scale, shift = _affine(tuple(spec.mean), tuple(spec.std))
     planes = values.swapaxes(-1, -2).swapaxes(-2, -3)
-    if out is None:
-        out = np.empty(planes.shape, np.float32)
+    target: np.ndarray = np.empty(planes.shape, np.float32) if out is None else out
     # copied first: arithmetic on values this far apart in memory takes several times as long
-    np.copyto(out, planes)
-    np.multiply(out, scale, out=out)
-    np.add(out, shift, out=out)
-    return out
+    np.copyto(target, planes)
+    np.multiply(target, scale, out=target)
+    np.add(target, shift, out=target)
+    return target
 
 
 @lru_cache(maxsize=64)

@@ -120,7 +120,8 @@ class Learner:
     """A model, the average of its weights and statistics, which is deployed, and an optimizer."""
 
     def __init__(self, args: argparse.Namespace, classes: list[str]) -> None:
-        self.settings = {name: getattr(args, name) for name in SETTINGS} | {"classes": classes}
+        self.settings: dict[str, Any] = {name: getattr(args, name) for name in SETTINGS}
+        self.settings["classes"] = classes
         self.device = args.device
         self.epoch = 0
         self.model = _first_model(args, classes).to(args.device)

@@ -52,8 +52,8 @@ class OnnxRuntimeSession(Session):
         return ort.InferenceSession(self._model, settings, providers=["CPUExecutionProvider"])
 
     def run(self, batch: np.ndarray) -> list[np.ndarray]:
-        outputs: list[np.ndarray] = self.inference.run(None, {self.input_name: batch})
-        return outputs
+        outputs: Any = self.inference.run(None, {self.input_name: batch})
+        return list(outputs)
 
     def executed(self, batch: np.ndarray, repeats: int = 10) -> ExecutedPrecision:
         with tempfile.TemporaryDirectory() as folder:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ class OpenVINOSession(Session):
 
     def node_times(
         self, batch: np.ndarray, repeats: int, entries: tuple[str, ...]
-    ) -> tuple[Counter[str], list[dict[str, str]]]:
+    ) -> tuple[dict[str, float], list[dict[str, str]]]:
         """Seconds by node of the execution graph, summed over ``repeats`` inferences; and for each of
         ``entries`` what the graph says about every node (``"layerType"``, for instance)."""
         profiled = {**self._config, "PERF_COUNT": True}
@@ -134,9 +134,9 @@ class _Request:
         return self._outputs
 
 
-def _time_nodes(request: ov.InferRequest, batch: np.ndarray, repeats: int) -> Counter[str]:
+def _time_nodes(request: ov.InferRequest, batch: np.ndarray, repeats: int) -> dict[str, float]:
     """Seconds by node, summed over ``repeats`` inferences after the warm-up."""
-    times: Counter[str] = Counter()
+    times: defaultdict[str, float] = defaultdict(float)
     for i in range(repeats + UNCOUNTED):
         request.infer([batch])
         if i < UNCOUNTED:
@@ -146,9 +146,9 @@ def _time_nodes(request: ov.InferRequest, batch: np.ndarray, repeats: int) -> Co
     return times
 
 
-def _summarise(times: Counter[str], types: dict[str, str], kinds: dict[str, str]) -> ExecutedPrecision:
+def _summarise(times: dict[str, float], types: dict[str, str], kinds: dict[str, str]) -> ExecutedPrecision:
     """Shares by precision, from the seconds, the element type and the layer type of every node."""
-    share: Counter[str] = Counter()
+    share: defaultdict[str, float] = defaultdict(float)
     operations: Counter[str] = Counter()
     conversion = 0.0
     for name, element_type in types.items():

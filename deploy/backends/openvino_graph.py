@@ -91,7 +91,7 @@ def _channel_sums(weights: list[ov.Output]) -> list[np.ndarray]:
     """The sum of each output channel's weights, float64 ``(channels,)``."""
     if not weights:
         return []
-    model = ov.Model(weights, [])
+    model = ov.Model(weights, [])  # pyright: ignore  # its stubs disagree with themselves
     values = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})([])
     return [values[i].reshape(len(values[i]), -1).sum(axis=1, dtype=np.float64) for i in range(len(weights))]
 

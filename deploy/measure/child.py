@@ -28,10 +28,9 @@ from ..errors import CmtEdgeError, RuntimeMissingError, StepError
 from ..predictor import Predictor
 from ..preprocessing import normalise
 from .benchmark import Protocol, benchmark, golden_batch
-from .host import describe
-from .isa import ISAS
+from .isa import ISAS, require_isa
 
-CHUNK = 32
+CHUNK_IMAGES = 32
 """Images that go through the model at once, at least."""
 SWITCHES: tuple[str, ...] = ("OV_CPU_MAX_ISA", "ONEDNN_MAX_CPU_ISA")
 """Environment variables that limit OpenVINO, and oneDNN within it."""
@@ -50,7 +49,7 @@ class MeasuringProcess:
             RuntimeMissingError: this CPU does not have these instructions.
         """
         if isa:
-            _require_isa(isa)
+            require_isa(isa)
         self.isa = isa
         limits = dict.fromkeys(SWITCHES, ISAS[isa].switch) if isa else {}
         self.child = Child(__name__, environment=limits, progress=progress)
@@ -134,16 +133,6 @@ class MeasuringProcess:
         )
 
 
-def _require_isa(isa: str) -> None:
-    host = describe()
-    if ISAS[isa].flag not in host.flags:
-        raise RuntimeMissingError(
-            f"this processor has no {isa}, so it cannot be measured here",
-            why=host.cpu,
-            remedy="choose another --isa, or leave it out",
-        )
-
-
 # --- in the child ---------------------------------------------------------------------------------
 
 
@@ -163,7 +152,7 @@ def _logits(request: Request, report: Report) -> None:
     pixels = np.load(request["pixels"], mmap_mode="r")
     parts = []
     with Predictor.load(request["bundle"], threads=request["threads"]) as predictor:
-        chunk = max(CHUNK, predictor.batch)
+        chunk = max(CHUNK_IMAGES, predictor.batch)
         for start in range(0, len(pixels), chunk):
             part = np.asarray(pixels[start : start + chunk])
             batch = normalise(part, predictor.spec) if part.dtype == np.uint8 else part

@@ -87,9 +87,11 @@ class Measurement(Protocol):
 
     def answers(self, variant: Variant, quick: bool) -> Answers:
         """On all images, or, ``quick``, on some of them (the same for every variant)."""
+        ...
 
     def speeds(self, variants: Sequence[Variant]) -> Mapping[str, Speed]:
         """By name; measured interleaved, ratios refer to the first."""
+        ...
 
 
 @dataclass(frozen=True)

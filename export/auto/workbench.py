@@ -44,7 +44,7 @@ SEARCH_PROTOCOL = Protocol(iters=100, seconds=2.0, warmup_seconds=0.5)
 """How long each candidate is measured."""
 OWN_CHOICE_WARNING = 0.05
 """Share of the time in kernels that heed no limit, from which on a warning says so."""
-CLASS_NAMES = dict(zip(CLASSES, ("attention products", "depthwise", "linears"), strict=True))
+CLASS_NAMES: dict[str, str] = dict(zip(CLASSES, ("attention products", "depthwise", "linears"), strict=True))
 """Class of operations -> what a candidate's name calls it."""
 KEPT_MEASUREMENTS = 10_000
 """Number of measurements that are kept; a search makes some dozens of a few kilobytes."""

@@ -49,7 +49,7 @@ def each(variants, giant: float = float("inf")):
     return [pytest.param(v, marks=cost(v, giant), id=v.name) for v in variants]
 
 
-@pytest.mark.parametrize(("variant", "rule"), logits_cases())
+@pytest.mark.parametrize(("variant", "rule"), [*logits_cases()])
 def test_logits_equal_the_official_code(variant, rule):
     """The reference in float32 and float64, and the rewritten model in float32."""
     exact, rounded = official_array(variant.name, RULES[rule]), golden().logits(variant.name, rule)

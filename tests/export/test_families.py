@@ -1,4 +1,4 @@
-"""Every family down the whole road, by the same commands: exported, quantized, typed, verified.
+"""Every family through the whole pipeline, by the same commands: exported, quantized, typed, verified.
 
 One model of each architecture in every run, at a small size; every model with ``-m giant``, at their
 published size.
@@ -17,7 +17,7 @@ from helpers.exports import TRACED, traced_once
 
 SMALL = ("cvt_13", "convit_tiny", "mvitv2_t", "xformer_reading")
 EVERY = [pytest.param(n, marks=pytest.mark.giant) for n in list_models()]
-ROADS = [("openvino", "fp32"), ("openvino", "int8")]
+PATHS = [("openvino", "fp32"), ("openvino", "int8")]
 
 
 def export(name, form, precision, folder, size):
@@ -40,7 +40,7 @@ def export(name, form, precision, folder, size):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_each_family(name, tmp_path):
-    """The longest road: float32 graph, int8, float16, linted, verified in ONNX Runtime."""
+    """The longest path: float32 graph, int8, float16, linted, verified in ONNX Runtime."""
     made = export(name, "trt", "int8", tmp_path, 64)
     assert made.manifest.verification.golden.passed
     assert made.manifest.typing.operations["int8"] > 20
@@ -52,7 +52,7 @@ def test_every_model_at_its_published_size(name, tmp_path, capsys):
     with traced_once() as patch:
         quick = Protocol(iters=3, seconds=0.0, warmup_iters=1, warmup_seconds=0.0)
         patch.setattr(steps, "EXPORT_PROTOCOL", quick)
-        for form, precision in ROADS:
+        for form, precision in PATHS:
             made = export(name, form, precision, tmp_path, model_spec(name).img_size)
             again = [
                 verify(Bundle.open(made.path), backend=backend) for backend in ("openvino", "onnxruntime")

@@ -1,4 +1,4 @@
-"""``--head features``: the stage maps instead of classes, on every road, against PyTorch."""
+"""``--head features``: the stage maps instead of classes, on every path, against PyTorch."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_every_runtime_gives_the_maps_of_pytorch(bundle, backend, count):
             np.testing.assert_allclose(ours, expected, atol=1e-3)
 
 
-ROADS = [
+PATHS = [
     ("cmt_nano", "openvino", "int8"),
     pytest.param("cvt_13", "openvino", "bf16", marks=pytest.mark.giant),
     ("mvitv2_t", "trt", "fp16"),
@@ -108,8 +108,8 @@ ROADS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "form", "precision"), ROADS)
-def test_each_family_on_each_road(name, form, precision, tmp_path):
+@pytest.mark.parametrize(("name", "form", "precision"), PATHS)
+def test_each_family_on_each_path(name, form, precision, tmp_path):
     made = export(name, tmp_path, form, precision)
     golden = made.manifest.verification.golden
     assert golden.passed
