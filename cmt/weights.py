@@ -29,6 +29,9 @@ from .spec import Classifier, ModelSpec, StateDict
 MAX_LISTED = 6
 """Number of keys of each kind that an error names."""
 
+AS_BUILT = "as built"
+"""Source of the weights of a user's factory: nobody but the factory knows whether they were trained."""
+
 SIZED = ("position_bias", "position_embedding", ".relative.")
 """Parts of the names of weights that belong to a resolution."""
 
@@ -98,7 +101,7 @@ def load_pretrained(
     spec = cast(Classifier, model).spec
     options: dict[str, Any] = {"fresh_head": fresh_head, "resize": resize}
     if spec.built_with_weights:
-        return LoadedWeights("pretrained")
+        return LoadedWeights(AS_BUILT)
     if spec.published_state is not None:
         return _assign(model, spec.published_state(), Path(spec.name), ema=None, **options)
     if spec.pretrained is None:
