@@ -290,7 +290,7 @@ def _call(factory: Factory, name: str, **options: Any) -> nn.Module:
         raise InputError(
             f"{name} returned a {type(model).__name__}, not an nn.Module", remedy="return the model"
         )
-    if isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
+    if isinstance(model, torch.jit.ScriptModule):
         raise InputError(
             f"{name} returned a TorchScript module ({model.original_name}), which torch.export does not read",
             remedy="return the nn.Module itself, without torch.jit.script or torch.jit.trace",
