@@ -6,7 +6,7 @@
 >>> deployable = fuse(model)                     # same logits, fewer operations
 """
 
-from .analysis import count_params, macs
+from .analysis import count_params, macs, try_macs
 from .features import FeatureMaps, with_head
 from .registry import create_model, labels_of, list_models, model_spec
 from .rewrites import fuse
@@ -26,6 +26,7 @@ __all__ = [
     "load_weights",
     "macs",
     "model_spec",
+    "try_macs",
     "weights_fingerprint",
     "with_head",
 ]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .spec import Classifier
@@ -21,15 +23,37 @@ def macs(model: nn.Module, img_size: int | None = None) -> int:
     """Multiply-accumulates of one image: convolutions, linears and matrix products only.
 
     Biases, norms, softmax, activations and pooling are not counted; papers print this figure under the name
-    FLOPs. The model runs on the ``meta`` device, where nothing is computed, so that even a large one is fast.
+    FLOPs. The model runs on one real image, so that whatever its ``forward`` makes lies on the right device.
 
     Args:
         model: takes float32 ``(N, 3, S, S)``; it stays as it is.
         img_size: ``S`` in pixels (default: the model's ``img_size``).
     """
     size = img_size or cast(Classifier, model).img_size
-    meta = copy.deepcopy(model).to("meta", torch.float32).eval()
+    first = next(model.parameters(), torch.zeros(0))
+    image = torch.zeros(1, 3, size, size, device=first.device)
     counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
-        meta(torch.empty(1, 3, size, size, device="meta"))
+    # Attention is counted as the two matrix products that it is made of.
+    with evaluating(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        model(image)
     return counter.get_total_flops() // 2
+
+
+def try_macs(model: nn.Module) -> int | None:
+    """:func:`macs`; ``None`` where it cannot be counted, because nothing else depends on it."""
+    try:
+        return macs(model)
+    except Exception:  # the user's code under a counter: anything may happen
+        return None
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """``model`` in eval mode; afterwards each of its modules is in the mode that it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

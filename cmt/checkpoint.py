@@ -1,26 +1,29 @@
 """Checkpoint files: what they contain, read without running any of their code.
 
-Files are read by ``safetensors`` or by ``torch.load(weights_only=True)`` with one extra class allowed, the
-``argparse.Namespace`` that published training checkpoints contain.
+The content decides how a file is read, not its name: training programs write ``.pth``, ``.pt``, ``.bin``,
+``.ckpt`` and ``.pth.tar`` for the same thing.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cmt_edge.deploy.errors import WeightsError
 
 from .spec import StateDict
+from .unpickling import ALLOWED
 
 MAX_REASON = 300
 """Length, in characters, at which the text of another library's error is cut."""
+
+HEAD_BYTES = 512
+"""Length, in bytes, of the beginning of a file that tells its kind."""
 
 REFUSALS = ("Unsupported global", "GLOBAL", "Unsupported class", "unrecognized function")
 """Words with which torch's restricted unpickler refuses to call something."""
@@ -28,76 +31,135 @@ REFUSALS = ("Unsupported global", "GLOBAL", "Unsupported class", "unrecognized f
 SAVE_REMEDY = "save model.state_dict() with torch.save or safetensors"
 """The remedy for a file that is not a checkpoint."""
 
+AGAIN = "download the file itself again"
+"""The remedy for a page or a note that was saved in place of a file."""
+
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """The content of a checkpoint file.
+class Foreign:
+    """A kind of file that is taken for a checkpoint.
 
     Attributes:
-        state: parameters and buffers, under the names of the file.
-        ema: whether ``state`` is the average of the weights over training.
-        classes: names of the classes, or ``None`` where the file has none.
+        what: it is.
+        fits: whether a file is one, from its first bytes and the names in it where it is a ZIP archive.
+        remedy: what the user does with it.
     """
 
-    state: StateDict
-    ema: bool = False
-    classes: tuple[str, ...] | None = None
+    what: str
+    fits: Callable[[bytes, tuple[str, ...]], bool]
+    remedy: str
 
 
-def read_checkpoint(path: Path, ema: bool | None) -> Checkpoint:
-    """Read a ``.safetensors`` or PyTorch file.
+def _begins(*words: bytes) -> Callable[[bytes, tuple[str, ...]], bool]:
+    return lambda head, _: head.lstrip().lower().startswith(words)
 
-    Args:
-        path: of the file.
-        ema: ``True`` takes the averaged weights, ``False`` the others; ``None`` takes the averaged ones where
-            the file has them.
+
+def _has(*endings: str) -> Callable[[bytes, tuple[str, ...]], bool]:
+    return lambda _, names: any(name.endswith(endings) for name in names)
+
+
+FOREIGN = (
+    Foreign("it is empty", lambda head, _: not head, "copy it again"),
+    Foreign(
+        "it is a Git LFS pointer, a note that stands for the file",
+        _begins(b"version https://git-lfs", b"version http://git-media", b"version https://hawser"),
+        "run `git lfs pull` in the repository, or " + AGAIN,
+    ),
+    Foreign("it is a saved web page", _begins(b"<!doctype", b"<html", b"<head", b"<body"), AGAIN),
+    Foreign("it is an XML text, often an error message of a server", _begins(b"<?xml", b"<error"), AGAIN),
+    Foreign(
+        "it is a JSON text, as an index of shards or an error message of a server",
+        _begins(b"{", b"["),
+        "give the file that holds the weights",
+    ),
+    Foreign(
+        "it is a program exported by torch.export",
+        _has("serialized_exported_program.json", "archive_format"),
+        "load it with torch.export.load, then " + SAVE_REMEDY,
+    ),
+    Foreign(
+        "it is a TorchScript program",
+        lambda _, names: any("/code/" in name or name.endswith("constants.pkl") for name in names),
+        "torch.save(torch.jit.load(PATH).state_dict(), NEW), then give NEW",
+    ),
+    Foreign(
+        "it is a NumPy archive (.npz)",
+        _has(".npy"),
+        "torch.save({k: torch.from_numpy(v) for k, v in numpy.load(PATH).items()}, NEW), then give NEW",
+    ),
+    Foreign("it is a NumPy array", _begins(b"\x93numpy"), SAVE_REMEDY),
+    Foreign("it is a Keras model", _has("model.weights.h5"), SAVE_REMEDY),
+    Foreign("it is an HDF5 file", _begins(b"\x89hdf"), SAVE_REMEDY),
+    Foreign("it is a GGUF file", _begins(b"gguf"), SAVE_REMEDY),
+    Foreign(
+        "it is a ZIP archive without a checkpoint's data.pkl",
+        lambda _, names: bool(names) and not any(name.endswith("data.pkl") for name in names),
+        "unpack it and give the file with the weights",
+    ),
+    Foreign("it is compressed (gzip)", _begins(b"\x1f\x8b"), "unpack it with `gunzip` or `tar -xzf` first"),
+    Foreign("it is compressed (xz)", _begins(b"\xfd7zxz"), "unpack it with `xz -d` or `tar -xJf` first"),
+    Foreign("it is compressed (zstd)", _begins(b"\x28\xb5\x2f\xfd"), "unpack it with `zstd -d` first"),
+    Foreign("it is compressed (bzip2)", _begins(b"bzh"), "unpack it with `bunzip2` or `tar -xjf` first"),
+    Foreign(
+        "it is a tar archive",
+        lambda head, _: head[257:262] == b"ustar",
+        "unpack it with `tar -xf` and give the file with the weights",
+    ),
+    Foreign("it is an ONNX model", lambda head, _: b"pytorch" in head[:64], "give the PyTorch checkpoint"),
+)
+"""Kinds of files that are no checkpoints; the first one that fits is named."""
+
+
+def read_content(path: Path) -> Any:
+    """What a ``.safetensors`` or PyTorch file holds: a mapping, or whatever was saved.
 
     Raises:
-        WeightsError: the file is missing, unreadable, unsafe or without a state dict, or has no averaged
-            weights though they are asked for.
+        WeightsError: the file is missing, unreadable or unsafe.
     """
+    if path.is_dir():
+        raise WeightsError("is a folder", where=path, remedy="give the file in it that holds the weights")
     if not path.is_file():
         raise WeightsError("no such checkpoint file", where=path, remedy="check the path given to --weights")
-    if path.suffix == ".safetensors":
-        if ema:
-            raise _no_average(path)
-        return Checkpoint(_tensors(_load_safetensors(path), path))
-    content = _load_torch(path)
-    names = content.get("classes")
-    classes = tuple(map(str, names)) if isinstance(names, (list, tuple)) else None
-    state, averaged = _choose_state(content, ema, path)
-    return Checkpoint(_tensors(state, path), averaged, classes)
-
-
-def _choose_state(content: Mapping[str, Any], ema: bool | None, path: Path) -> tuple[Any, bool]:
-    """The state dict of a checkpoint, and whether it is the averaged one."""
-    if isinstance(content.get("model_state"), Mapping):  # SlowFast and MViT
-        state, average = content["model_state"], None
-    elif "model" in content or "model_ema" in content:  # CMT, ConViT, and our own training
-        state, average = content.get("model"), content.get("model_ema")
-    else:  # CvT: a bare state dict
-        state, average = content, None
-    if ema and average is None:
-        raise _no_average(path)
-    if ema or (ema is None and average is not None):
-        return average, True
-    return state, False
-
-
-def _no_average(path: Path) -> WeightsError:
-    return WeightsError("has no averaged weights (model_ema)", where=path, remedy="load it without --ema")
-
-
-def _load_torch(path: Path) -> Mapping[str, Any]:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+    except OSError as exc:
+        raise WeightsError("cannot be read", where=path, why=exc, remedy="check its permissions") from exc
+    if _is_safetensors(head, path.stat().st_size):
+        return _load_safetensors(path)
+    names = _names_in_zip(path, head)
+    for kind in FOREIGN:
+        if kind.fits(head, names):
+            what = f"cannot be read as a checkpoint: {kind.what}"
+            raise WeightsError(what, where=path, remedy=kind.remedy)
+    if path.suffix.lower() == ".safetensors" and not names and not head.startswith(b"\x80"):
+        return _load_safetensors(path)
+    return _load_torch(path)
+
+
+def _is_safetensors(head: bytes, size: int) -> bool:
+    """Whether a file begins with the length of a JSON header and that header."""
+    return len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size
+
+
+def _names_in_zip(path: Path, head: bytes) -> tuple[str, ...]:
+    """Names of the members of a ZIP archive; none for another file, and for a damaged one."""
+    if not head.startswith(b"PK"):
+        return ()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return tuple(archive.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return ()
+
+
+def _load_torch(path: Path) -> Any:
+    try:
+        # An open file, because torch.load takes the suffix .safetensors for the content.
+        with path.open("rb") as file, torch.serialization.safe_globals(ALLOWED):
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as exc:  # torch raises many types for damaged files; all mean the same to the user
         raise _unreadable(path, exc) from exc
-    if not isinstance(content, Mapping):
-        what = f"holds a {type(content).__name__}, not a state dict"
-        raise WeightsError(what, where=path, remedy=SAVE_REMEDY)
-    return content
 
 
 def _unreadable(path: Path, exc: Exception) -> WeightsError:
@@ -110,7 +172,7 @@ def _unreadable(path: Path, exc: Exception) -> WeightsError:
         return WeightsError(
             "refused: the file asks to run code while it is read",
             where=path,
-            why=refusal.strip()[:MAX_REASON],
+            why=refusal.strip().partition(" was not an allowed global")[0][:MAX_REASON],
             remedy=SAVE_REMEDY,
         )
     return WeightsError(
@@ -127,19 +189,10 @@ def _load_safetensors(path: Path) -> StateDict:
 
     try:
         return load_file(path)
-    except (SafetensorError, OSError, ValueError) as exc:
+    except (SafetensorError, OSError, ValueError, KeyError) as exc:
         raise WeightsError(
             "cannot be read as safetensors",
             where=path,
             why=exc,
             remedy="check that it is complete, or copy it again",
         ) from exc
-
-
-def _tensors(state: Any, path: Path) -> StateDict:
-    """``state`` if it is a flat mapping of tensors, without the prefix ``module.`` of distributed
-    training."""
-    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise WeightsError("holds no state dict of tensors", where=path, remedy=SAVE_REMEDY)
-    prefix = "module." if all(str(key).startswith("module.") for key in state) else ""
-    return {str(key)[len(prefix) :]: value for key, value in state.items()}

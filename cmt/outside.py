@@ -1,4 +1,5 @@
-"""Models from outside the registry: ``package.module:factory``, and ``timm:NAME`` where timm is installed.
+"""Models from outside the registry: ``package.module:factory``, ``folder/file.py:factory``, and ``timm:NAME``
+where timm is installed.
 
 A factory is any callable without required arguments that returns an image classifier: an ``nn.Module`` from
 float32 ``(N, 3, S, S)`` to logits ``(N, classes)``, or to something that :mod:`cmt_edge.cmt.outputs` finds
@@ -13,6 +14,8 @@ For a factory, "pretrained" means the weights that it returns; for timm, those t
 from __future__ import annotations
 
 import difflib
+import hashlib
+import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Mapping
@@ -47,6 +50,26 @@ DEFAULT_CROP = 0.875
 TIMM = "timm"
 """Name of the library, and what stands before the colon of its models."""
 
+MANY_CALLS = 16
+"""How often a model that draws random numbers is asked before its answers count as equal."""
+
+SAME = 1e-5
+"""Difference of answers to equal batches, as a share of the largest logit, that rounding explains."""
+
+ALIKE = 1e-3
+"""The same for batches of different sizes, for which libraries choose other kernels."""
+
+NORMS = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+)
+"""Modules that use statistics of the batch where they track none."""
+
+MAX_SUSPECTS = 4
+"""Number of modules that a message names."""
+
 Factory = Callable[..., Any]
 """A user's callable that returns a model, and timm's behind the same interface."""
 
@@ -62,31 +85,40 @@ def is_outside(name: str) -> bool:
 
 
 @lru_cache(maxsize=8)
-def outside_spec(name: str) -> ModelSpec:
+def outside_spec(name: str, img_size: int | None = None) -> ModelSpec:
     """A registry entry for ``module:factory`` or ``timm:NAME``.
 
+    Args:
+        name: of the model.
+        img_size: height and width, in pixels, of the images that the model is tried with, where it does not
+            tell its own.
+
     Raises:
-        InputError: the module or factory does not exist, or does not return an image classifier.
+        InputError: the module or factory does not exist, or does not return an image classifier that gives
+            one answer to one image.
         RuntimeMissingError: timm is not installed.
     """
-    module, _, attribute = name.partition(":")
-    if module == TIMM:
-        return _timm_spec(name, attribute)
+    library, _, model = name.partition(":")
+    if library == TIMM:
+        return _timm_spec(name, model, img_size)
+    module, _, attribute = name.rpartition(":")  # a path on Windows has a colon of its own
     factory = _find_factory(module, attribute)
-    return ModelSpec(**_describe(factory, name), family="custom", built_with_weights=True, labels=None)
+    described = _describe(factory, name, img_size)
+    return ModelSpec(**described, family="custom", built_with_weights=True, labels=None)
 
 
-def _timm_spec(name: str, model: str) -> ModelSpec:
-    described = _describe(_timm_factory(model), name)
+def _timm_spec(name: str, model: str, img_size: int | None) -> ModelSpec:
+    described = _describe(_timm_factory(model), name, img_size)
     labels = "imagenet_labels.txt" if described["num_classes"] == 1000 else None
     return ModelSpec(**described, family="timm", labels=labels, published_state=partial(_timm_state, model))
 
 
-def _describe(factory: Factory, name: str) -> dict[str, Any]:
+def _describe(factory: Factory, name: str, img_size: int | None) -> dict[str, Any]:
     """The fields of a :class:`ModelSpec` that a model made by ``factory`` tells."""
     prototype = _call(factory, name)
     settings = _settings(prototype)
-    size = int(settings.get("input_size", (3, DEFAULT_SIZE, DEFAULT_SIZE))[-1])
+    default = img_size or DEFAULT_SIZE
+    size = int(settings.get("input_size", (3, default, default))[-1])
     classes = _count_classes(prototype, size, name)
     return {
         "name": name,
@@ -147,7 +179,9 @@ def _find_factory(module: str, attribute: str) -> Factory:
 
 
 def _import(module: str) -> ModuleType:
-    """The user's module, also from the folder that the command runs in."""
+    """The user's module, by name (also from the folder that the command runs in) or by its file."""
+    if module.endswith(".py"):
+        return _import_file(Path(module).expanduser())
     folder = str(Path.cwd())
     if folder not in sys.path:
         sys.path.append(folder)
@@ -165,6 +199,34 @@ def _import(module: str) -> ModuleType:
             why=f"{type(exc).__name__}: {exc}",
             remedy="correct it, then try again",
         ) from exc
+
+
+def _import_file(path: Path) -> ModuleType:
+    """The module in a file, under a name of its own: ``cmt.py`` must not hide another ``cmt``."""
+    if not path.is_file():
+        raise InputError("there is no such file", where=path, remedy="give PATH/FILE.py:FACTORY")
+    path = path.resolve()
+    name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    if str(path.parent) not in sys.path:  # for what the file itself imports from beside it
+        sys.path.append(str(path.parent))
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None, "a name that ends with .py has a loader"
+    assert spec.loader is not None, "a name that ends with .py has a loader"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as exc:  # the user's code: anything may happen
+        del sys.modules[name]
+        raise InputError(
+            "the file cannot be imported",
+            where=path,
+            why=f"{type(exc).__name__}: {exc}",
+            remedy="correct it, then try again",
+        ) from exc
+    return module
 
 
 def _timm() -> Any:
@@ -230,7 +292,22 @@ def _call(factory: Factory, name: str, **options: Any) -> nn.Module:
         raise InputError(
             f"{name} returned a {type(model).__name__}, not an nn.Module", remedy="return the model"
         )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError(
+            f"{name} returned a TorchScript module ({model.original_name}), which torch.export does not read",
+            remedy="return the nn.Module itself, without torch.jit.script or torch.jit.trace",
+        )
+    _detach(model)
     return model.eval()
+
+
+def _detach(model: nn.Module) -> None:
+    """Cut tensors that the model keeps from an earlier call out of their graph: a copy of the model could not
+    be made with them."""
+    for module in model.modules():
+        for attribute, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                setattr(module, attribute, value.detach())
 
 
 def _applicable_rewrites(model: nn.Module) -> tuple[Rewrite, ...]:
@@ -298,15 +375,72 @@ def _crop_ratio(settings: Mapping[str, Any], name: str) -> float | None:
 
 
 def _count_classes(model: nn.Module, size: int, name: str) -> int:
-    """Number of logits, which ``model`` then returns as a float32 tensor; raises :class:`InputError` where it
-    does not classify images of ``size`` pixels."""
+    """Number of logits, which ``model`` then returns as a float32 tensor.
+
+    Raises:
+        InputError: ``model`` does not classify images of ``size`` pixels, or an image has no single answer.
+    """
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(PROBED, 3, size, size, generator=generator)
+    before = torch.get_rng_state()
     try:
-        return settle_output(model, torch.zeros(PROBED, 3, size, size), name)
+        classes = settle_output(model, images, name)
+        with torch.inference_mode():
+            logits: Tensor = model(images)
     except CmtEdgeError:
         raise
     except Exception as exc:  # the user's code: anything may happen
         raise InputError(
             f"{name} does not take images of {size} pixels",
             why=f"{type(exc).__name__}: {exc}",
-            remedy="leave --imgsz out, or set the attribute img_size, an int, on the model",
+            remedy="give its size with --imgsz, or set the attribute img_size, an int, on the model",
         ) from exc
+    drawn = not torch.equal(before, torch.get_rng_state())
+    _require_one_answer(model, images, logits, drawn, name)
+    return classes
+
+
+def _require_one_answer(model: nn.Module, images: Tensor, logits: Tensor, drawn: bool, name: str) -> None:
+    """Raise :class:`InputError` where an answer depends on chance, on the calls before or on other images.
+
+    ``drawn`` tells that the first call drew random numbers; the model is then asked more often, because a
+    rare drop shows in few calls.
+    """
+    with torch.inference_mode():
+        again = [model(images) for _ in range(MANY_CALLS if drawn else 1)]
+        alone = model(images[:1])
+    if any(_differ(logits, other, SAME) for other in again):
+        cause = "it draws random numbers" if drawn else "it keeps something from call to call"
+        raise InputError(
+            f"{name} answers differently when it is asked twice in eval mode",
+            why=f"{cause}, though model.eval() was called: {_suspects(model)}",
+            remedy="let it depend on self.training: F.dropout(x, p, self.training),"
+            " dropout_p=p if self.training else 0.0",
+        )
+    if _differ(logits[:1], alone, ALIKE):
+        raise InputError(
+            f"{name} answers differently to one image alone and beside another one",
+            why=f"it uses statistics of the batch in eval mode: {_suspects(model)}",
+            remedy="use track_running_stats=True in batch norms, and take means over an image, not the batch",
+        )
+
+
+def _differ(first: Tensor, second: Tensor, share: float) -> bool:
+    """Whether two answers differ by more than ``share`` of the largest value."""
+    if first.shape != second.shape:
+        return True
+    one, other = first.double(), second.double()
+    largest = float((one - other).nan_to_num(0.0).abs().max())
+    return largest > share * max(float(one.nan_to_num(0.0).abs().max()), 1e-12)
+
+
+def _suspects(model: nn.Module) -> str:
+    """Modules that often are the cause, with their names in ``model``; dropout comes first."""
+    found = [
+        (name, type(module).__name__)
+        for name, module in model.named_modules()
+        if name and (module.training or (isinstance(module, NORMS) and module.running_mean is None))
+    ]
+    found.sort(key=lambda pair: "drop" not in pair[1].lower())
+    shown = [f"{name} ({kind})" for name, kind in found[:MAX_SUSPECTS]]
+    return ", ".join(shown) or f"look into {type(model).__name__}.forward"

@@ -16,7 +16,7 @@ from .features import with_head
 from .outside import is_outside
 from .registry import create_model
 from .spec import Classifier
-from .weights import LoadedWeights, load_pretrained, load_weights, randomize, weights_fingerprint
+from .weights import AS_BUILT, LoadedWeights, load_pretrained, load_weights, randomize, weights_fingerprint
 
 PROVIDER = "cmt"
 """Name of the entry point, recorded in every manifest."""
@@ -106,12 +106,12 @@ def rebuild(
         )
     made = entry.weights
     if weights is None:
-        if made.source not in ("pretrained", "random"):
+        if made.source not in ("pretrained", "random", AS_BUILT):
             raise WeightsError(
                 f"the bundle was made from the checkpoint {made.source!r}, which it does not contain",
                 remedy="name that file: --weights PATH",
             )
-        weights = made.source
+        weights = "pretrained" if made.source == AS_BUILT else made.source
     model, _ = load_reference(
         name,
         weights,

@@ -52,15 +52,17 @@ def list_models() -> list[str]:
     return list(collect(FAMILIES))
 
 
-def model_spec(name: str) -> ModelSpec:
+def model_spec(name: str, img_size: int | None = None) -> ModelSpec:
     """The registry's entry of ``name``; one is made for ``module:factory`` and ``timm:NAME``.
+
+    ``img_size`` is for these alone, see :func:`cmt_edge.cmt.outside.outside_spec`.
 
     Raises:
         UnknownNameError: no model has this name; the error names the closest ones.
         InputError, RuntimeMissingError: see :func:`cmt_edge.cmt.outside.outside_spec`.
     """
     if is_outside(name):
-        return outside_spec(name)
+        return outside_spec(name, img_size)
     specs = collect(FAMILIES)
     if name not in specs:
         close = difflib.get_close_matches(name, specs, n=3, cutoff=0.4)
@@ -106,7 +108,7 @@ def create_model(
         UnknownNameError: no such model.
         InputError: ``img_size`` or ``num_classes`` is impossible.
     """
-    spec = model_spec(name)
+    spec = model_spec(name, img_size)
     img_size = spec.img_size if img_size is None else img_size
     num_classes = spec.num_classes if num_classes is None else num_classes
     check_size(spec, img_size)

@@ -9,15 +9,28 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cmt_edge.deploy.errors import WeightsError
 
-from .checkpoint import Checkpoint, read_checkpoint
+from .checkpoint import SAVE_REMEDY, read_content
+from .containers import (
+    BATCHES,
+    Candidate,
+    Undecided,
+    choose,
+    find_candidates,
+    find_class_names,
+    keys_of,
+    nearest_entry,
+)
 from .spec import Classifier, ModelSpec, StateDict
 
 MAX_LISTED = 6
 """Number of keys of each kind that an error names."""
+
+AS_BUILT = "as built"
+"""Source of the weights of a user's factory: nobody but the factory knows whether they were trained."""
 
 SIZED = ("position_bias", "position_embedding", ".relative.")
 """Parts of the names of weights that belong to a resolution."""
@@ -32,7 +45,9 @@ class LoadedWeights:
         ema: whether the averaged weights of the checkpoint were taken.
         fresh: keys left at their initial values (a fresh head asked for).
         resized: keys interpolated to the model's resolution.
-        classes: class names in the checkpoint's entry ``classes``, or ``None``.
+        classes: class names in the checkpoint, or ``None``.
+        entry: where in the checkpoint the weights were, e.g. ``"state_dict.model"``; empty where they did not
+            come from a file.
     """
 
     source: str
@@ -40,6 +55,7 @@ class LoadedWeights:
     fresh: tuple[str, ...] = ()
     resized: tuple[str, ...] = ()
     classes: tuple[str, ...] | None = None
+    entry: str = ""
 
 
 def load_weights(
@@ -54,11 +70,12 @@ def load_weights(
 
     Args:
         model: built by :func:`cmt_edge.cmt.create_model`.
-        path: a ``.safetensors`` file, or a PyTorch file with a bare state dict, with ``model`` and optionally
-            ``model_ema``, or with ``model_state``. Keys may be the published ones or ours.
-        ema: ``True`` takes ``model_ema``, ``False`` takes ``model``; ``None`` takes ``model_ema`` where the
-            checkpoint has one, as the official evaluation does.
-        fresh_head: leave the classifier as initialised when its shape differs (another class count).
+        path: a safetensors or PyTorch file in one of the containers that training programs write, see
+            :mod:`cmt_edge.cmt.containers`. Keys may be the published ones or ours.
+        ema: ``True`` takes averaged weights, ``False`` takes the others; ``None`` takes averaged ones where
+            the checkpoint has some, as the official evaluation does.
+        fresh_head: leave the classifier as initialised when its shape differs (another class count), or when
+            the checkpoint has none.
         resize: interpolate positions when the checkpoint was trained at another resolution.
 
     Raises:
@@ -66,8 +83,8 @@ def load_weights(
             unexpected, mis-shaped and non-finite keys.
     """
     path = Path(path)
-    checkpoint = read_checkpoint(path, ema)
-    return _assign(model, checkpoint, path.name, fresh_head=fresh_head, resize=resize)
+    content = read_content(path)
+    return _assign(model, content, path, ema=ema, fresh_head=fresh_head, resize=resize)
 
 
 def load_pretrained(
@@ -84,9 +101,9 @@ def load_pretrained(
     spec = cast(Classifier, model).spec
     options: dict[str, Any] = {"fresh_head": fresh_head, "resize": resize}
     if spec.built_with_weights:
-        return LoadedWeights("pretrained")
+        return LoadedWeights(AS_BUILT)
     if spec.published_state is not None:
-        return _assign(model, Checkpoint(spec.published_state()), spec.name, **options)
+        return _assign(model, spec.published_state(), Path(spec.name), ema=None, **options)
     if spec.pretrained is None:
         raise WeightsError(
             f"no weights are published for {spec.name}", remedy="give --weights PATH or --weights random"
@@ -129,36 +146,85 @@ def weights_fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for key, tensor in sorted(model.state_dict().items()):
         digest.update(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(_bytes_of(tensor))
     return digest.hexdigest()
 
 
+def _bytes_of(tensor: Tensor) -> bytes:
+    """The values of ``tensor`` as they lie in memory, row by row; NumPy lacks some of torch's types."""
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    return plain.view(torch.uint8).numpy().tobytes()
+
+
 def _assign(
-    model: nn.Module, checkpoint: Checkpoint, source: str, *, fresh_head: bool, resize: bool
+    model: nn.Module, content: Any, source: Path, *, ema: bool | None, fresh_head: bool, resize: bool
 ) -> LoadedWeights:
-    """Copy the checkpoint's values into ``model`` after every check has passed."""
+    """Copy the values of a checkpoint's ``content`` into ``model`` after every check has passed."""
     spec = cast(Classifier, model).spec
     target = model.state_dict()
-    ours = {spec.rename(key): value for key, value in checkpoint.state.items()}
-    if spec.adapt is not None:
-        ours = spec.adapt(ours)
+    try:
+        chosen = _choose(content, source, spec, target, ema)
+        classes = find_class_names(content, cast(Classifier, model).num_classes)
+    except Undecided as exc:
+        raise WeightsError(exc.what, where=source, why=exc.reason, remedy=exc.remedy) from None
+    ours = _settled(chosen.state, model, target)
     resized: list[str] = []
     if resize and spec.resize is not None:
         ours, resized = spec.resize(model, ours)
-    fresh = []
-    if fresh_head:
-        fresh = [key for key in spec.head_keys if key in ours and ours[key].shape != target[key].shape]
-        ours.update({key: target[key] for key in fresh})
-    if mismatch := _compare(target, ours):
-        raise WeightsError(
-            f"does not fit {spec.name}",
-            where=source,
-            why=mismatch.describe(target, ours),
-            remedy=_remedy(spec, mismatch, ours),
-        )
+    fresh = _fresh_keys(spec, target, ours) if fresh_head else []
+    ours.update({key: target[key] for key in fresh})
+    if mismatch := _compare(model, target, ours, chosen.beside):
+        why = mismatch.describe(target, ours)
+        if mismatch.missing or mismatch.unexpected:
+            why += f"\n       the file holds: {keys_of(content)}; {nearest_entry(chosen)}"
+        remedy = _remedy(spec, mismatch, ours)
+        raise WeightsError(f"does not fit {spec.name}", where=source.name, why=why, remedy=remedy)
     model.load_state_dict(ours)
-    classes = None if fresh else checkpoint.classes
-    return LoadedWeights(source, checkpoint.ema, tuple(fresh), tuple(resized), classes)
+    return LoadedWeights(
+        source.name,
+        chosen.averaged,
+        tuple(fresh),
+        tuple(resized),
+        None if fresh else classes,
+        chosen.entry,
+    )
+
+
+def _choose(content: Any, source: Path, spec: ModelSpec, target: StateDict, ema: bool | None) -> Candidate:
+    candidates = find_candidates(content, spec, target)
+    if not candidates:
+        raise WeightsError(
+            "holds no state dict of tensors",
+            where=source,
+            why=f"the file holds: {keys_of(content)}",
+            remedy=SAVE_REMEDY,
+        )
+    return choose(candidates, ema)
+
+
+def _settled(state: StateDict, model: nn.Module, target: StateDict) -> StateDict:
+    """``state`` without buffers that the model makes itself, and with counters that only training reads."""
+    made = dict(model.named_buffers())
+    ours = {
+        key: value
+        for key, value in state.items()
+        if key in target or not (key in made and _equal(value, made[key]))
+    }
+    for key in target:
+        counts = key.endswith(BATCHES) and key.replace(BATCHES, "running_var") in ours
+        if counts and (key not in ours or ours[key].is_floating_point()):
+            ours[key] = target[key]
+    return ours
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and torch.equal(first.to(second.dtype), second.cpu())
+
+
+def _fresh_keys(spec: ModelSpec, target: StateDict, ours: StateDict) -> list[str]:
+    """Keys of the classifier that the checkpoint lacks or has in another shape."""
+    known = [key for key in spec.head_keys if key in target]
+    return [key for key in known if key not in ours or ours[key].shape != target[key].shape]
 
 
 @dataclass(frozen=True)
@@ -192,18 +258,36 @@ def _describe_shapes(key: str, ours: StateDict, target: StateDict) -> str:
     return f"{key} {tuple(ours[key].shape)}, the model has {tuple(target[key].shape)}"
 
 
-def _compare(target: StateDict, ours: StateDict) -> _Mismatch:
+def _compare(model: nn.Module, target: StateDict, ours: StateDict, beside: tuple[str, ...]) -> _Mismatch:
     shared = [key for key in target if key in ours]
     floating = [key for key in shared if ours[key].is_floating_point()]
+    fitting = [key for key in floating if ours[key].shape == target[key].shape]
+    masks = {key for key, _ in model.named_buffers()}
     return _Mismatch(
         missing=[key for key in target if key not in ours],
-        unexpected=[key for key in ours if key not in target],
+        unexpected=[*(key for key in ours if key not in target), *beside],
         wrong_shape=[key for key in shared if ours[key].shape != target[key].shape],
         wrong_type=[
             key for key in shared if ours[key].is_floating_point() != target[key].is_floating_point()
         ],
-        not_finite=[key for key in floating if not bool(ours[key].isfinite().all())],
+        not_finite=[key for key in fitting if not _is_finite(ours[key], target[key], key in masks)],
     )
+
+
+def _is_finite(value: Tensor, made: Tensor, is_buffer: bool) -> bool:
+    """Whether ``value`` is finite in the model's type, or infinite on purpose.
+
+    A mask of attention is: a buffer that the model itself makes with the same infinities, or one of 0 and
+    -inf alone.
+    """
+    cast_value = value.to(made.dtype).float()
+    finite = cast_value.isfinite()
+    if bool(finite.all()):
+        return True
+    if not is_buffer:
+        return False
+    as_made = finite | (cast_value == made.float().cpu())
+    return bool(as_made.all()) or bool(((value == 0) | (value == float("-inf"))).all())
 
 
 def _remedy(spec: ModelSpec, mismatch: _Mismatch, ours: StateDict) -> str:

@@ -50,7 +50,7 @@ class ExportConfig(Settings):
     @property
     def spec(self) -> ModelSpec:
         """The model's entry in the registry."""
-        return model_spec(self.model)
+        return model_spec(self.model, self.imgsz)
 
     @property
     def img_size(self) -> int:

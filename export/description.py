@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from cmt_edge.calib import CalibrationSet
-from cmt_edge.cmt import count_params, labels_of, macs, weights_fingerprint
+from cmt_edge.cmt import count_params, labels_of, try_macs, weights_fingerprint
 from cmt_edge.cmt.reference import PROVIDER
-from cmt_edge.cmt.weights import LoadedWeights
+from cmt_edge.cmt.weights import AS_BUILT, LoadedWeights
 from cmt_edge.deploy import report
 from cmt_edge.deploy.bundle import LOGITS, Manifest
 from cmt_edge.deploy.bundle.sections import (
@@ -88,7 +88,7 @@ def describe_export(config: ExportConfig, reference: Reference) -> Manifest:
 def _model(config: ExportConfig, reference: Reference) -> ModelEntry:
     loaded, classifier = reference.loaded, reference.classifier
     weights = WeightsEntry(
-        source=config.weights if config.weights in NAMED_WEIGHTS else loaded.source,
+        source=_source(config, loaded),
         sha256=weights_fingerprint(classifier),
         seed=config.seed,
         ema=loaded.ema,
@@ -103,10 +103,17 @@ def _model(config: ExportConfig, reference: Reference) -> ModelEntry:
         num_classes=config.classes,
         head=config.head,
         params=count_params(classifier),
-        macs=macs(reference.model),
+        macs=try_macs(reference.model),
         opset=OPSET,
         weights=weights,
     )
+
+
+def _source(config: ExportConfig, loaded: LoadedWeights) -> str:
+    """``"pretrained"``, ``"random"``, what a factory's own weights are called, or a file's name."""
+    if config.weights in NAMED_WEIGHTS and loaded.source != AS_BUILT:
+        return config.weights
+    return loaded.source
 
 
 def describe_calibration(config: ExportConfig, data: CalibrationSet, cached: bool) -> CalibrationEntry:

@@ -31,7 +31,9 @@ from cmt_edge.calib.groups import MODULE
 from cmt_edge.cmt import FeatureMaps
 from cmt_edge.cmt.outputs import TwoLabels
 from cmt_edge.deploy.bundle import LOGITS
-from cmt_edge.deploy.errors import CmtEdgeError, ParityError, StepError
+from cmt_edge.deploy.errors import CmtEdgeError, InputError, ParityError, StepError
+
+from .refusals import explaining
 
 INPUT = "input"
 """The name of the graph's input."""
@@ -90,10 +92,13 @@ def export_onnx(
 
     Raises:
         StepError: torch.onnx or onnx.checker refuses the model.
+        InputError: the model uses what no graph can hold, see :mod:`cmt_edge.export.refusals`.
         ParityError: ``check`` refused the graph.
     """
     check = check or (lambda graph: _require_same(model, graph, img_size))
-    with contextlib.suppress(StepError, ParityError):  # a model may build its shapes in another way
+    with contextlib.suppress(
+        StepError, ParityError, InputError
+    ):  # a model may build its shapes in another way
         graph = _batch_freed(trace(model, img_size, opset, outputs, TRACED_BATCH))
         check(graph)
         return graph
@@ -119,7 +124,7 @@ def trace(
 ) -> onnx.ModelProto:
     """What torch.onnx makes of ``model`` with a fixed batch size, or with a symbolic one (``None``)."""
     example = torch.zeros(batch or 2, 3, img_size, img_size)  # 2: a symbolic batch of 1 would be baked in
-    with guarded("export to ONNX"), _quiet(), torch.no_grad():
+    with guarded("export to ONNX"), _quiet(), torch.no_grad(), explaining(model, example):
         program = torch.onnx.export(
             model,
             (example,),

@@ -52,7 +52,8 @@ class WeightsEntry:
     """Where the model's weights came from.
 
     Attributes:
-        source: ``"pretrained"``, ``"random"``, or the file name of a checkpoint.
+        source: ``"pretrained"``, ``"random"``, ``"as built"`` (a user's factory), or the file name of a
+            checkpoint.
         sha256: over names, types, shapes and values of the weights.
         seed: of random and fresh weights.
         ema: whether the averaged weights of the checkpoint were taken.
@@ -80,7 +81,7 @@ class ModelEntry:
         num_classes: number of logits; a single one has two labels.
         head: ``"logits"`` or ``"features"``.
         params: number of parameters.
-        macs: multiply-accumulates of one image.
+        macs: multiply-accumulates of one image; ``None`` where they could not be counted.
         opset: ONNX opset of ``model.onnx``.
         weights: where the weights came from.
     """
@@ -92,7 +93,7 @@ class ModelEntry:
     num_classes: Count
     head: str
     params: Count
-    macs: Count
+    macs: Count | None
     opset: Size
     weights: WeightsEntry
 

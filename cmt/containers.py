@@ -1,0 +1,468 @@
+"""Where a checkpoint keeps a model's weights and the names of its classes.
+
+Training programs nest a state dict under keys of their own (``state_dict``, ``net``, ``params_ema``), and
+put prefixes in front of its names (``module.``, ``model.``, ``backbone.``). There is no list of programs
+here, but a few rules. A *place* is a mapping in the file that holds tensors. It fits where all keys of the
+model are found in it behind one prefix. Words in the keys on the way tell averaged weights from others. Two
+places that fit with different values are refused, unless only one of them has a name that everybody uses.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .spec import ModelSpec, StateDict
+from .unpickling import PlainArray
+
+AVERAGE = re.compile(
+    r"(?:^|[^a-z])(?:model|net|params)?_?(?:ema|swa|avg|averaged?|averaging|polyak|shadow)"
+    r"(?:model|net|params|weights)?(?:[^a-z]|$)",
+    re.IGNORECASE,
+)
+"""Fits keys that name weights averaged over training: ``model_ema``, ``ema_state_dict``, ``swa_model``."""
+
+USUAL = {
+    "model",
+    "models",
+    "module",
+    "state",
+    "dict",
+    "statedict",
+    "net",
+    "network",
+    "param",
+    "params",
+    "parameter",
+    "parameters",
+    "weight",
+    "weights",
+    "backbone",
+    "checkpoint",
+    "ckpt",
+}
+"""Words of which the keys of weights are usually made."""
+
+OTHERS = {
+    "optimizer",
+    "optimizers",
+    "optim",
+    "scheduler",
+    "schedulers",
+    "scaler",
+    "amp",
+    "rng",
+    "grad",
+    "grads",
+    "gradients",
+    "momentum",
+    "loops",
+    "discriminator",
+}
+"""Words in keys below which no weights of the model are looked for."""
+
+WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+"""Parts of names that torch.compile, FSDP and activation checkpointing put in anywhere."""
+
+COUNTERS = {
+    "total_ops",
+    "total_params",
+    "n_averaged",
+    "num_updates",
+    "initted",
+    "step",
+    "global_step",
+    "epoch",
+    "decay",
+}
+"""Last parts of names of what profilers (thop) and averaging put beside weights."""
+
+AVERAGE_COUNTER = "n_averaged"
+"""What torch.optim.swa_utils.AveragedModel keeps beside averaged weights."""
+
+TRAINING = {
+    "criterion",
+    "criterions",
+    "loss",
+    "losses",
+    "metric",
+    "metrics",
+    "acc",
+    "accuracy",
+    "auroc",
+    "confmat",
+    "train",
+    "val",
+    "valid",
+    "validation",
+    "test",
+    "teacher",
+    "aux",
+    "auxiliary",
+    "discriminator",
+}
+"""Words in the first part of names that belong to training, not to the model."""
+
+BATCHES = "num_batches_tracked"
+"""Last part of the name of a batch norm's counter, which only training reads."""
+
+CLASS_NAMES = (
+    ("classes",),
+    ("class_names",),
+    ("class_to_idx",),
+    ("idx_to_class",),
+    ("names",),
+    ("labels",),
+    ("id2label",),
+    ("label2id",),
+    ("meta", "CLASSES"),
+    ("meta", "classes"),
+    ("meta", "dataset_meta", "classes"),
+    ("meta", "dataset_meta", "CLASSES"),
+    ("hyper_parameters", "classes"),
+    ("hyper_parameters", "class_names"),
+    ("hyper_parameters", "class_to_idx"),
+    ("config", "id2label"),
+    ("args", "class_names"),
+    ("args", "classes"),
+)
+"""Where checkpoints keep the names of their classes."""
+
+MAX_DEPTH = 4
+"""Number of keys on the way to a place, at most."""
+
+MAX_ITEMS = 16
+"""Length of a list in which places are looked for, at most."""
+
+MIN_SHARE = 0.3
+"""Share of the model's keys that a prefix needs before it is tried. Published files may hold fewer keys
+than the model, because they keep projections stacked."""
+
+MAX_KEYS = 8
+"""Number of top-level keys that a message names."""
+
+MAX_PREFIX = 6
+"""Number of parts of a prefix, at most."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A place and a prefix, compared with a model.
+
+    Attributes:
+        way: keys on the way to the place.
+        prefix: of the names in the place.
+        state: its values under the model's names.
+        beside: names outside the prefix that training does not explain.
+        missing: number of the model's names that it lacks.
+        shared: number of the model's names that it has; counters of batch norms do not count.
+        averaged: whether it holds averaged weights.
+        usual: whether the way to it is made of usual words.
+    """
+
+    way: tuple[str, ...]
+    prefix: str
+    state: StateDict
+    beside: tuple[str, ...]
+    missing: int
+    shared: int
+    averaged: bool
+    usual: bool
+
+    @property
+    def entry(self) -> str:
+        """The way and the prefix, as a message names them."""
+        return ".".join(filter(None, [*self.way, *self.prefix.split(".")])) or "the top level"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A mapping with tensors, and the keys on the way to it."""
+
+    way: tuple[str, ...]
+    state: StateDict
+
+
+def find_candidates(content: Any, spec: ModelSpec, target: StateDict) -> list[Candidate]:
+    """Every place of ``content`` with every prefix that may belong to the model; the best one first."""
+    found = [
+        _compare(place, prefix, spec, target)
+        for place in find_places(content)
+        for prefix in _prefixes(place.state, len(target))
+    ]
+    return sorted(
+        found, key=lambda candidate: (candidate.missing, len(candidate.beside), not candidate.usual)
+    )
+
+
+def find_places(content: Any, way: tuple[str, ...] = ()) -> Iterator[Place]:
+    """Every mapping in ``content`` that holds tensors or arrays."""
+    if len(way) > MAX_DEPTH or (way and OTHERS & words(way[-1])):
+        return
+    if isinstance(content, Mapping):
+        state = {
+            str(key): tensor for key, value in content.items() if (tensor := to_tensor(value)) is not None
+        }
+        if state:
+            yield Place(way, _unwrapped(state))
+        for key, value in content.items():
+            yield from find_places(value, (*way, str(key)))
+    elif isinstance(content, (list, tuple)) and len(content) <= MAX_ITEMS:
+        for index, value in enumerate(content):
+            yield from find_places(value, (*way, f"[{index}]"))
+
+
+def to_tensor(value: object) -> Tensor | None:
+    """A tensor or an array of numbers as a tensor; ``None`` for anything else."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    array = value.value if isinstance(value, PlainArray) else value
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "biufc":
+        return None
+    native = array.astype(array.dtype.newbyteorder("="))  # a copy that may be written to
+    try:
+        return torch.from_numpy(native)
+    except TypeError:  # torch lacks the type
+        return None
+
+
+def words(key: str) -> set[str]:
+    """The words that a key is made of, in lower case."""
+    split = re.sub(r"([a-z])([A-Z])", r"\1_\2", key)
+    return {word for word in re.split(r"[^a-z0-9]+", split.lower()) if word}
+
+
+def is_training_only(key: str) -> bool:
+    """Whether a name beside a model's belongs to its training, and not to its answers."""
+    parts = key.split(".")
+    return parts[-1] in COUNTERS or bool(TRAINING & words(parts[0]))
+
+
+def _unwrapped(state: StateDict) -> StateDict:
+    """``state`` without :data:`WRAPPERS` in its names."""
+    names = {key: ".".join(part for part in key.split(".") if part not in WRAPPERS) for key in state}
+    if len(set(names.values())) < len(names):
+        return state
+    return {names[key]: value for key, value in state.items()}
+
+
+def _prefixes(state: StateDict, wanted: int) -> list[str]:
+    """No prefix, and each one that enough of the names begin with."""
+    counts: Counter[str] = Counter()
+    for key in state:
+        parts = key.split(".")[:-1][:MAX_PREFIX]
+        counts.update(".".join(parts[: i + 1]) + "." for i in range(len(parts)))
+    return ["", *(prefix for prefix, count in counts.items() if count >= max(1, MIN_SHARE * wanted))]
+
+
+def _compare(place: Place, prefix: str, spec: ModelSpec, target: StateDict) -> Candidate:
+    inside = {key[len(prefix) :]: value for key, value in place.state.items() if key.startswith(prefix)}
+    state = _to_model(inside, spec, target)
+    outside = [key for key in place.state if not key.startswith(prefix)]
+    required = [key for key in target if not key.endswith(BATCHES)]
+    way = [*place.way, *prefix.split(".")]
+    averaged = any(AVERAGE.search(part) for part in way)
+    return Candidate(
+        way=place.way,
+        prefix=prefix,
+        state=state,
+        beside=tuple(key for key in outside if not is_training_only(key)),
+        missing=sum(key not in state for key in required),
+        shared=sum(key in state for key in required),
+        averaged=averaged or _has_average_counter(place.state, prefix),
+        usual=all(words(AVERAGE.sub(" ", part)) <= USUAL or part.startswith("[") for part in way),
+    )
+
+
+def _has_average_counter(state: StateDict, prefix: str) -> bool:
+    """Whether the counter of an average stands beside the prefix ``module.``, or behind the prefix."""
+    outer = prefix.removesuffix("module.")
+    return f"{outer}{AVERAGE_COUNTER}" in state or f"{prefix}{AVERAGE_COUNTER}" in state
+
+
+def _to_model(state: StateDict, spec: ModelSpec, target: StateDict) -> StateDict:
+    """``state`` under the model's names, without what belongs to training."""
+    ours = {spec.rename(key): value for key, value in state.items()}
+    if spec.adapt is not None:
+        ours = spec.adapt(ours)
+    firsts = {key.split(".")[0] for key in target}
+    if len(firsts) == 1 and not any(
+        key in target for key in ours
+    ):  # the factory wraps the net that was saved
+        (first,) = firsts
+        ours = {f"{first}.{key}": value for key, value in ours.items()}
+    return {key: value for key, value in ours.items() if key in target or not is_training_only(key)}
+
+
+# --- choosing -------------------------------------------------------------------------------------
+
+
+class Undecided(Exception):
+    """No single candidate can be taken; ``reason`` and ``remedy`` say why and what to do."""
+
+    def __init__(self, what: str, reason: str | None, remedy: str) -> None:
+        super().__init__(what)
+        self.what, self.reason, self.remedy = what, reason, remedy
+
+
+def choose(candidates: list[Candidate], ema: bool | None) -> Candidate:
+    """The candidate to load; it may still lack names, where none has all of them.
+
+    Args:
+        candidates: of :func:`find_candidates`, at least one.
+        ema: ``True`` for averaged weights, ``False`` for others, ``None`` for averaged ones where there are
+            some.
+
+    Raises:
+        Undecided: several fit with different values, or the kind that was asked for is absent.
+    """
+    near = [c for c in candidates if 2 * c.shared >= c.shared + c.missing and c.shared]
+    averaged, plain = [c for c in near if c.averaged], [c for c in near if not c.averaged]
+    if ema and not averaged:
+        raise Undecided("has no averaged weights (model_ema)", None, "load it without --ema")
+    if ema is False and averaged and not plain:
+        what = f"has only averaged weights ({averaged[0].entry})"
+        raise Undecided(what, None, "load it without --no-ema")
+    wanted = averaged if averaged and ema is not False else plain
+    if ema is None and averaged and averaged[0].missing and any(not c.missing for c in plain):
+        raise Undecided(
+            f"the averaged weights ({averaged[0].entry}) lack {averaged[0].missing} of the model's names",
+            None,
+            f"--no-ema takes the others ({plain[0].entry})",
+        )
+    complete = [c for c in candidates if not c.missing]
+    return _only([_without_siblings(c, complete) for c in wanted or candidates])
+
+
+def _only(candidates: list[Candidate]) -> Candidate:
+    """The best of ``candidates``; raises :class:`Undecided` where others are as good and differ."""
+    complete = [c for c in candidates if not c.missing]
+    if not complete:
+        return max(candidates, key=lambda c: (c.shared, -c.missing, c.usual))
+    clean = [c for c in complete if not c.beside] or complete
+    equals = [c for c in clean if c.usual] or clean
+    for other in equals[1:]:
+        if not _same(equals[0].state, other.state):
+            entries = sorted({c.entry for c in equals})
+            raise Undecided(
+                f"holds different weights of the model: {', '.join(entries)}",
+                None,
+                "save the ones that you mean alone: torch.save(checkpoint[KEY], NEW)",
+            )
+    return equals[0]
+
+
+def _without_siblings(chosen: Candidate, complete: list[Candidate]) -> Candidate:
+    """``chosen``, where names beside it that are a whole model too are not counted as strange."""
+    siblings = {c.prefix for c in complete if c.way == chosen.way and c.prefix != chosen.prefix}
+    siblings = {prefix for prefix in siblings if prefix and not chosen.prefix.startswith(prefix)}
+    if not chosen.beside or not siblings:
+        return chosen
+    left = tuple(key for key in chosen.beside if not key.startswith(tuple(siblings)))
+    return replace(chosen, beside=left)
+
+
+def _same(first: StateDict, second: StateDict) -> bool:
+    shared = first.keys() & second.keys()
+    return all(
+        first[key].shape == second[key].shape and torch.equal(first[key], second[key]) for key in shared
+    )
+
+
+# --- names of classes -----------------------------------------------------------------------------
+
+
+def find_class_names(content: Any, count: int) -> tuple[str, ...] | None:
+    """The names of the classes in the order of the logits; ``None`` where the checkpoint has none.
+
+    Args:
+        content: of the checkpoint.
+        count: number of the model's classes; of several lists those of this length are preferred.
+
+    Raises:
+        Undecided: two lists of this length have different orders.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for way in CLASS_NAMES:
+        names = _as_names(_follow(content, way), by_value=way[-1].endswith(("to_idx", "2id")))
+        if names and (len(names) == count or way == CLASS_NAMES[0]):
+            found[".".join(way)] = names
+    fitting = {key: names for key, names in found.items() if len(names) == count} or found
+    first = next(iter(fitting.values()), None)
+    for key, names in fitting.items():
+        if first and names != first and sorted(names) == sorted(first):
+            raise Undecided(
+                f"gives its classes in two orders: {next(iter(fitting))} and {key}",
+                None,
+                "correct the checkpoint's entries, or save its state dict alone and give --labels FILE",
+            )
+    return first
+
+
+def _follow(content: Any, way: Iterable[str]) -> Any:
+    for key in way:
+        if isinstance(content, Mapping):
+            content = content.get(key)
+        else:
+            content = vars(content).get(key) if hasattr(content, "__dict__") else None
+    return content
+
+
+def _as_names(value: Any, by_value: bool) -> tuple[str, ...] | None:
+    """Names by index from a list, an array, or a mapping; ``None`` for anything else.
+
+    ``by_value`` tells that a mapping's values are the indices.
+    """
+    if isinstance(value, PlainArray):
+        value = value.value
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return _in_order(value, by_value)
+    if not isinstance(value, (list, tuple)) or not value:
+        return None
+    return tuple(map(str, value)) if all(isinstance(name, (str, int)) for name in value) else None
+
+
+def _in_order(mapping: Mapping[Any, Any], by_value: bool) -> tuple[str, ...] | None:
+    """The names of a mapping from index to name, or from name to index, in the order of the indices."""
+    keys, values = list(mapping), list(mapping.values())
+    if not by_value:
+        text = not all(_is_whole(key) for key in keys)
+        by_value = text and all(_is_whole(value) for value in values)
+    indices, names = (values, keys) if by_value else (keys, values)
+    if not all(_is_whole(index) or (isinstance(index, str) and index.isdecimal()) for index in indices):
+        return None
+    by_index = {int(index): str(name) for index, name in zip(indices, names, strict=True)}
+    if sorted(by_index) != list(range(len(mapping))):
+        return None
+    return tuple(by_index[i] for i in range(len(mapping))) or None
+
+
+def _is_whole(value: object) -> bool:
+    """Whether ``value`` is an integer, or a tensor that holds one."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_floating_point()
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def keys_of(content: Any) -> str:
+    """The keys at the top of a checkpoint, for a message."""
+    if not isinstance(content, Mapping):
+        return f"a {type(content).__name__}"
+    keys = [str(key) for key in content]
+    rest = f" and {len(keys) - MAX_KEYS} more" if len(keys) > MAX_KEYS else ""
+    return ", ".join(keys[:MAX_KEYS]) + rest if keys else "nothing"
+
+
+def nearest_entry(candidate: Candidate) -> str:
+    """Where the best match is and how good it is, for a message."""
+    total = candidate.shared + candidate.missing
+    return f"{candidate.entry} has {candidate.shared} of the model's {total} names"

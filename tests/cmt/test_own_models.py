@@ -1,0 +1,243 @@
+"""Models of the user's own with habits that break exporters: what is exported, what is refused, and why."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from cmt_edge.cmt import create_model, macs, model_spec, try_macs
+from cmt_edge.cmt.outside import outside_spec
+from cmt_edge.deploy.errors import InputError
+from cmt_edge.export import ExportConfig, run
+
+SOURCE = '''
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+class Base(nn.Module):
+    img_size = 32
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 4, 1), nn.BatchNorm2d(16), nn.ReLU())
+        self.fc = nn.Linear(16, 5)
+
+    def mid(self, x):
+        return x
+
+    def forward(self, x):
+        return self.fc(self.mid(self.stem(x)).mean((2, 3)))
+
+class PlainTensor(Base):
+    def __init__(self):
+        super().__init__()
+        self.pos = torch.randn(1, 16, 8, 8)
+    def mid(self, x):
+        return x + self.pos
+
+class ListOfTensors(Base):
+    def __init__(self):
+        super().__init__()
+        self.grids = [torch.randn(1, 16, 8, 8) for _ in range(2)]
+    def mid(self, x):
+        return x + self.grids[0] + self.grids[1]
+
+class MadeInForward(Base):
+    def mid(self, x):
+        return x / torch.tensor([0.2, 0.3] * 8).view(16, 1, 1)
+
+class FromNumpy(Base):
+    def mid(self, x):
+        return x * torch.from_numpy(np.linspace(0, 1, 8, dtype=np.float32))
+
+class Item(Base):
+    def __init__(self):
+        super().__init__()
+        self.t = nn.Parameter(torch.tensor(2.0))
+    def mid(self, x):
+        return x * self.t.item()
+
+class Hook(Base):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+        self.stem.register_forward_hook(lambda module, args, out: self.seen.append(out.mean().item()))
+
+class Kept(Base):
+    """Keeps a map of a call that was made with gradients."""
+    def __init__(self):
+        super().__init__()
+        self.last = None
+        self(torch.zeros(2, 3, 32, 32))
+    def mid(self, x):
+        self.last = x * 2
+        return self.last
+
+class Training(Base):
+    def __init__(self):
+        super().__init__()
+        self.train()
+
+class Drop(Base):
+    def mid(self, x):
+        return F.dropout(x, 0.3)
+
+class RareDrop(Base):
+    def mid(self, x):
+        return x * (torch.rand(x.shape[0], 1, 1, 1) > 0.1)
+
+class NumpyNoise(Base):
+    def mid(self, x):
+        return x + float(np.random.rand())
+
+class Counting(Base):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+    def mid(self, x):
+        self.calls += 1
+        return x * self.calls
+
+class EvalIgnored(Base):
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.2)
+    def train(self, mode=True):
+        return self
+    def mid(self, x):
+        return self.drop(x)
+
+class BatchNorm(Base):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(16, track_running_stats=False)
+    def mid(self, x):
+        return self.norm(x)
+
+class BatchMean(Base):
+    def mid(self, x):
+        return x - x.mean(0, keepdim=True)
+
+class UnusedNoise(Base):
+    """Draws numbers without any use of them."""
+    def mid(self, x):
+        torch.rand(1)
+        return x
+
+def scripted():
+    return torch.jit.script(Base().eval())
+
+def traced():
+    return torch.jit.trace(Base().eval(), torch.zeros(1, 3, 32, 32))
+
+class Sized(Base):
+    """Takes 48 pixels alone, and does not say so."""
+    img_size = None
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(16 * 12 * 12, 5)
+    def forward(self, x):
+        return self.fc(self.stem(x).flatten(1))
+'''
+
+EXPORTED = ["PlainTensor", "ListOfTensors", "MadeInForward", "FromNumpy", "Item", "Hook", "Kept", "Training"]
+
+REFUSED = {
+    "Drop": ("asked twice", "random numbers"),
+    "RareDrop": ("asked twice", "random numbers"),
+    "NumpyNoise": ("asked twice", "from call to call"),
+    "Counting": ("asked twice", "from call to call"),
+    "EvalIgnored": ("asked twice", "drop (Dropout)"),
+    "BatchNorm": ("beside another one", "norm (BatchNorm2d)"),
+    "BatchMean": ("beside another one", "look into BatchMean.forward"),
+    "scripted": ("TorchScript module", "(Base)"),
+    "traced": ("TorchScript module", "(Base)"),
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with ``habits.py``, the current one."""
+    (tmp_path / "habits.py").write_text(SOURCE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "habits", raising=False)
+    outside_spec.cache_clear()
+    yield tmp_path
+    outside_spec.cache_clear()
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_a_habit_is_exported(folder, name):
+    made = run(ExportConfig(f"habits:{name}", format="onnx", output="out"))
+    entry = json.loads((made.path / "manifest.json").read_text())["model"]
+    assert entry["macs"] > 1000
+    assert entry["weights"]["source"] == "as built"
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_habit_is_refused_with_its_reason(folder, name):
+    what, why = REFUSED[name]
+    with pytest.raises(InputError, match=what) as error:
+        ExportConfig(f"habits:{name}").check()
+    assert why in str(error.value)
+    assert error.value.remedy
+
+
+def test_numbers_that_are_drawn_but_not_used_are_no_fault(folder):
+    assert model_spec("habits:UnusedNoise").num_classes == 5
+
+
+def test_the_size_that_was_asked_for_is_tried(folder):
+    with pytest.raises(InputError, match="224 pixels") as error:
+        ExportConfig("habits:Sized").check()
+    assert "--imgsz" in error.value.remedy
+    made = run(ExportConfig("habits:Sized", imgsz=48, format="onnx", output="out"))
+    assert made.manifest.input.shape[-1] == 48
+
+
+@pytest.mark.parametrize("path", ["habits.py", "./habits.py", "sub/cmt.py"])
+def test_a_factory_in_a_file(folder, path):
+    (folder / "sub").mkdir()
+    (folder / "sub" / "cmt.py").write_text("import beside\nfrom beside import build as PlainTensor")
+    (folder / "sub" / "beside.py").write_text(f"{SOURCE}\ndef build():\n    return PlainTensor()")
+    assert model_spec(f"{path}:PlainTensor").num_classes == 5
+    assert model_spec(f"{folder / path}:PlainTensor").num_classes == 5
+
+
+def test_a_file_that_is_not_there_or_cannot_be_imported(folder):
+    with pytest.raises(InputError, match="no such file"):
+        model_spec("gone.py:build")
+    (folder / "broken.py").write_text("raise OSError('no disk')")
+    for _ in range(2):  # what failed once is not taken for imported
+        with pytest.raises(InputError, match="OSError: no disk"):
+            model_spec("broken.py:build")
+
+
+def test_macs_that_cannot_be_counted_are_unknown():
+    class Picky(nn.Module):
+        img_size = 32
+
+        def forward(self, x):
+            raise RuntimeError("not under a counter")
+
+    assert try_macs(Picky()) is None
+    with pytest.raises(RuntimeError):
+        macs(Picky())
+
+
+def test_counting_leaves_the_model_as_it_was():
+    model = create_model("cmt_nano", seed=0)
+    model.stages[0].train()
+    before = {name: module.training for name, module in model.named_modules()}
+    mean = model.stem[0].norm.running_mean.clone()
+    macs(model)
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert torch.equal(model.stem[0].norm.running_mean, mean)
