@@ -264,7 +264,10 @@ def snapshot(source: ImageLike, spec: Preprocess) -> ImageLike:
         return bytes(source)
     if isinstance(source, (str, Path, bytes)) or not hasattr(source, "read"):
         return source
-    data = source.getvalue() if isinstance(source, io.BytesIO) else _read_all(source)
+    if isinstance(source, io.BytesIO) and type(source) in (io.BytesIO, NamedBytes):
+        data: bytes | None = source.getvalue()  # shares its memory until somebody writes
+    else:
+        data = _read_all(source)
     return source if data is None else NamedBytes(data, str(_name(source)))
 
 

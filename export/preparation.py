@@ -65,6 +65,7 @@ def prepare(config: ExportConfig, progress: Progress) -> Prepared:
         if config.eval_data:  # before the long work: only the user can correct a mismatch
             bundle = Bundle(config.target, manifest)
             evaluation = steps.match_evaluation(bundle, config.eval_data, config.by_order)
+            progress.tell(evaluation.images.note)
         data = _images(config, reference, journal, progress)
         graph, differences = _graph(config, reference, journal)
         quantized = None

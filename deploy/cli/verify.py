@@ -74,6 +74,7 @@ def _main(args: argparse.Namespace) -> int:
     data = ImageSet(args.data) if args.data else None
     reference = _reference(bundle, args.reference, args.threads) if args.reference else None
     progress = Progress(args.quiet)
+    progress.tell(data.note if data else "")
     result = run_verify(
         bundle,
         data=data,

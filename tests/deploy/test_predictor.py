@@ -566,3 +566,81 @@ def test_a_bundle_says_what_its_values_are(tmp_path, kind):
         (called, *rest) = [predictor(RED), *predictor.predict([RED] * 2), *predictor.attempt([RED])]
     assert {p.kind for p in (called, *rest)} == {bundle.kind}
     assert (called.probabilities.sum() == pytest.approx(1)) == (kind is None)
+
+
+# --- colours, and single images where several are expected ----------------------------------------
+
+
+def bgr(blob: bytes) -> np.ndarray:
+    """As ``cv2.imread`` gives it."""
+    with Image.open(io.BytesIO(blob)) as image:
+        return np.asarray(image.convert("RGB"))[..., ::-1]
+
+
+@pytest.mark.parametrize("where", ["load", "call"])
+def test_bgr_arrays(tmp_path, where):
+    bundle = make_bundle(tmp_path / "b")
+    blobs, want = [RED, GREEN, BLUE], ["red", "green", "blue"]
+    arrays = [bgr(blob) for blob in blobs]
+    with Predictor.load(bundle, **({"color": "bgr"} if where == "load" else {})) as p:
+        say = {"color": "bgr"} if where == "call" else {}
+        assert [p(array, **say).label for array in arrays] == want
+        assert [a.label for a in p.predict(arrays, **say)] == want
+        assert [a.label for a in p.stream(arrays, **say)] == want
+        assert [a.label for a in p.attempt(arrays, **say)] == want
+        for several in (arrays, iter(arrays)):
+            np.testing.assert_array_equal(p.prepare(several, **say), p.prepare(blobs))
+        assert [a.label for a in p.stream(blobs, **say)] == want  # encoded images know their order
+        assert [a.label for a in p.stream([Image.open(io.BytesIO(b)) for b in blobs], **say)] == want
+        assert p(arrays[0], color="rgb").label == "blue"  # a call overrules what was said before
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda path: Predictor.load(path, color="BGR"),
+        lambda path: Predictor.load(path)(RED, color="gbr"),
+        lambda path: Predictor.load(path).predict([RED], color=""),
+        lambda path: next(Predictor.load(path).stream([RED], color="rgba")),
+        lambda path: Predictor.load(path).prepare([RED], color="grey"),
+    ],
+)
+def test_an_unknown_order_of_colours_is_refused(tmp_path, ask):
+    with pytest.raises(InputError, match="order of colours") as caught:
+        ask(make_bundle(tmp_path / "b").path)
+    assert "bgr" in caught.value.remedy
+
+
+SINGLE = {
+    "path": lambda folder: folder / "a.png",
+    "text": lambda folder: str(folder / "a.png"),
+    "bytes": lambda folder: RED,
+    "bytearray": lambda folder: bytearray(RED),
+    "memoryview": lambda folder: memoryview(RED),
+    "file": lambda folder: open(folder / "a.png", "rb"),  # noqa: SIM115
+    "BytesIO": lambda folder: io.BytesIO(RED),
+    "Pillow image": lambda folder: Image.open(folder / "a.png"),
+    "array": lambda folder: bgr(BLUE),
+    "RGBA array": lambda folder: np.asarray(Image.open(folder / "a.png").convert("RGBA")),
+}
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.parametrize("single", SINGLE.values(), ids=SINGLE.keys())
+def test_a_single_image_where_several_are_expected(tmp_path, single):
+    """Nobody iterates over its letters, bytes, lines or rows."""
+    (tmp_path / "a.png").write_bytes(RED)
+    p = tiny()
+    assert [a.label for a in p.predict(single(tmp_path))] == ["red"]
+    assert [a.label for a in p.stream(single(tmp_path))] == ["red"]
+    assert p.prepare(single(tmp_path)).shape[0] == 1
+
+
+@pytest.mark.parametrize("shape", [(5, 20, 20), (5, 20, 20, 3), (5, 20, 20, 1), (5, 20, 20, 4)])
+def test_a_stack_of_arrays_is_several_images(shape):
+    assert len(tiny().predict(np.zeros(shape, np.uint8))) == 5
+
+
+@pytest.mark.parametrize("shape", [(20, 20), (20, 20, 1), (20, 20, 2), (20, 20, 3), (20, 20, 4)])
+def test_one_array_is_one_image(shape):
+    assert len(tiny().predict(np.zeros(shape, np.uint8))) == 1
