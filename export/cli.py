@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from cmt_edge.deploy.cli.console import parser, run
 from cmt_edge.deploy.errors import RuntimeMissingError
 
-from .options import add_flags, read_flags
+from .options import add_flags, read_flags, read_mapping
 from .settings import GROUPS, Settings
 
 if TYPE_CHECKING:
@@ -46,7 +46,11 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags of ``cmt-export``: those of :class:`~cmt_edge.export.settings.Settings`, and what is asked of
     the command itself."""
     p = parser("cmt-export", "Export a hybrid CNN-transformer classifier to a verified bundle.", EPILOG)
-    p.add_argument("--config", type=Path, help="TOML file with the same settings; flags win")
+    p.add_argument(
+        "--config",
+        type=Path,
+        help="TOML file with the same settings, as such or in a table [export]; flags win",
+    )
     p.add_argument("--list-models", action="store_true", help="print the models and exit")
     p.add_argument(
         "--dry-run",
@@ -72,7 +76,7 @@ def _export(args: argparse.Namespace) -> int:
 
     from .config import ExportConfig, read_config
 
-    settings = read_config(args.config) if args.config else {}
+    settings = read_mapping(read_config(args.config), Settings, args.config) if args.config else {}
     config = ExportConfig.from_mapping(settings | read_flags(args, Settings), args.config)
     config.check()
     from . import pipeline

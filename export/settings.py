@@ -135,13 +135,18 @@ class Settings:
     )
     batch: int = option(1, help="batch size of the graph, 0 for any", group=OUTPUT, least=0)
     mean: str | None = option(
-        None, help="mean of the values 0..1 (default: the model's)", group=MODEL, metavar="R,G,B"
+        None,
+        help="mean of the values 0..1 (default: the model's)",
+        group=MODEL,
+        metavar="R,G,B",
+        written=(list,),
     )
     std: str | None = option(
         None,
         help="standard deviation of the values 0..1 (default: the model's)",
         group=MODEL,
         metavar="R,G,B",
+        written=(list,),
     )
     crop_ratio: float | None = option(
         None,
@@ -167,7 +172,7 @@ class Settings:
         help="write the bundle without an engine; cmt-build finishes it on the device",
         group=TENSORRT,
     )
-    device: str | None = option(None, help="number of the GPU (default: 0)", group=TENSORRT)
+    device: str | None = option(None, help="number of the GPU (default: 0)", group=TENSORRT, written=(int,))
     workspace: float | None = option(
         None,
         help="scratch memory of the builder (default: 40 % of what is free)",
@@ -185,6 +190,7 @@ class Settings:
         help="int8: groups of operations that stay float, by commas (auto names them)",
         group=DATA,
         metavar="GROUPS",
+        written=(list,),
     )
     latency_budget: float | None = option(
         None, help="allowed median latency of one batch, milliseconds", group=AUTO, metavar="MS"

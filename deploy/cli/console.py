@@ -4,6 +4,7 @@ codes."""
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import traceback
@@ -43,6 +44,17 @@ def add_runtime_flags(p: argparse.ArgumentParser) -> None:
     runtime.add_argument("--backend", help="runtime to use (default: the one of the bundle's format)")
     runtime.add_argument("--device", help="the runtime's device (default: CPU; TensorRT: GPU 0)")
     runtime.add_argument("--threads", type=int, help="CPU threads of one inference (default: all cores)")
+
+
+def finite(text: str) -> float:
+    """The number in ``text``, for ``type=`` of a flag; refuses NaN and infinity, which no flag can mean."""
+    try:
+        number = float(text)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from exc
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return number
 
 
 def run(main: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:

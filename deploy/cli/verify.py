@@ -14,7 +14,7 @@ from ..measure.parity import MAX_DROP
 from ..measure.parity import verify as run_verify
 from ..predictor import Predictor
 from ..progress import Progress
-from .console import add_runtime_flags, parser, run
+from .console import add_runtime_flags, finite, parser, run
 
 REMEDY = (
     "the bundle is not the model within the allowed difference; see --max-drop and --atol, or calibrate on"
@@ -44,9 +44,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_reference_flags(p)
     gates = p.add_argument_group("accuracy gates")
     gates.add_argument(
-        "--max-drop", type=float, default=MAX_DROP, help=f"allowed loss of top-1, points (default {MAX_DROP})"
+        "--max-drop",
+        type=finite,
+        default=MAX_DROP,
+        help=f"allowed loss of top-1, points (default {MAX_DROP})",
     )
-    gates.add_argument("--atol", type=float, help="allowed golden logit difference (default: by precision)")
+    gates.add_argument("--atol", type=finite, help="allowed golden logit difference (default: by precision)")
     add_runtime_flags(p)
     return p
 

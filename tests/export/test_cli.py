@@ -111,6 +111,24 @@ def test_flags_win_over_the_configuration_file(capsys, tmp_path):
     assert plan["input"] == [4, 3, 96, 96]
 
 
+@pytest.mark.parametrize(
+    ("text", "argv", "name"),
+    [
+        ("int8 = true\ndata = 'generated'\ncalib-size = 4", ["--calib-size", "5"], "cmt_nano_int8_openvino"),
+        ("[export]\nint8 = true", ["--precision", "fp32"], "cmt_nano_fp32_openvino"),
+        ("format = 'trt'\nno-build = true", ["--format", "onnx", "--batch", 2], "engines"),
+    ],
+)
+def test_flags_win_over_every_spelling_in_the_file(capsys, tmp_path, text, argv, name):
+    file = tmp_path / "export.toml"
+    file.write_text(text)
+    argv = ["--model", "cmt_nano", "--config", file, "--dry-run", "-o", tmp_path / "out", *argv]
+    if name == "engines":  # the file's no-build is for another format than the flag's
+        assert "only --format trt builds engines" in failed(capsys, *argv)
+    else:
+        assert name in succeeded(capsys, *argv)
+
+
 def test_export_of_a_configuration_file(capsys, tmp_path):
     file = tmp_path / "export.toml"
     file.write_text(f'model = "cmt_nano"\nprecision = "int8"\nformat = "onnx"\noutput = "{tmp_path}/out"\n')
