@@ -80,10 +80,12 @@ def quantize(
     """Quantize a float graph.
 
     Args:
-        model: float32 ONNX graph with input ``(batch, 3, S, S)``, not modified. data: the calibration
-        images. spec: their preprocessing. recipe: what stays float. cache: a folder of calibrated graphs,
-        in which the same graph, images, preprocessing and recipe are not
-            calibrated twice.
+        model: float32 ONNX graph with input ``(batch, 3, S, S)``, which is not modified.
+        data: the calibration images.
+        spec: their preprocessing.
+        recipe: what stays float.
+        cache: a folder of calibrated graphs, in which the same graph, images, preprocessing and recipe are
+            not calibrated twice.
         progress: is called with the number of images that were read, and the number of all images.
 
     Raises:

@@ -61,9 +61,9 @@ def restore(quantized: onnx.ModelProto, original: onnx.ModelProto, nodes: Collec
         nodes: names of operations of both graphs; those that are float already stay float.
 
     Raises:
-        InputError: ``original`` has no operation of a given name. StepError: ``quantized`` has other
-        operations than ``original`` (after smoothing, for example), so that
-            nothing can be restored.
+        InputError: ``original`` has no operation of a given name.
+        StepError: ``quantized`` has other operations than ``original`` (after smoothing, for example), so
+            that nothing can be restored.
     """
     with open_view(original) as source, open_view(quantized) as view:
         unknown = sorted(set(nodes) - {node_name(node) for node in source.graph})

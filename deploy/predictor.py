@@ -97,9 +97,10 @@ class Predictor:
             device, threads, throughput, weights: see :class:`~cmt_edge.deploy.backends.base.LoadOptions`.
 
         Raises:
-            BundleError: the bundle is damaged. RuntimeMissingError: the runtime or device is missing here.
-            UnknownNameError: there is no such backend. InputError: the runtime cannot run the bundle's
-                precision, or ``threads`` is below 1.
+            BundleError: the bundle is damaged.
+            RuntimeMissingError: the runtime or device is missing here.
+            UnknownNameError: there is no such backend.
+            InputError: the runtime cannot run the bundle's precision, or ``threads`` is below 1.
         """
         bundle = path if isinstance(path, Bundle) else Bundle.open(path)
         if threads is not None and threads < 1:

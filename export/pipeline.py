@@ -23,6 +23,7 @@ from cmt_edge.deploy.bundle import REFERENCE, BundleWriter, Manifest, save_refer
 from cmt_edge.deploy.bundle.sections import TypingEntry, VerdictEntry
 from cmt_edge.deploy.files import writing
 from cmt_edge.deploy.measure.benchmark import summary
+from cmt_edge.deploy.measure.isa import require_isa
 from cmt_edge.deploy.measure.parity import Verification
 from cmt_edge.deploy.progress import Progress
 from cmt_edge.deploy.signals import terminate_as_interrupt
@@ -40,10 +41,11 @@ def run(config: ExportConfig, progress: Progress | None = None) -> Bundle:
     """Export, verify and measure; returns the finished bundle.
 
     Raises:
-        InputError, or an error derived from it: something that was asked for or given cannot be used (exit
-        code 2). RuntimeMissingError: a runtime or an instruction set is missing here (3). GateError: a step
-        or the result differs from the reference by more than allowed, or no precision passes (1);
-            nothing is written.
+        InputError: something that was asked for or given cannot be used (exit code 2); also an error that is
+            derived from it.
+        RuntimeMissingError: a runtime or an instruction set is missing here (3).
+        GateError: a step or the result differs from the reference by more than allowed, or no precision
+            passes (1); nothing is written.
     """
     preflight(config)
     progress = progress or Progress(quiet=True)
@@ -78,6 +80,8 @@ def preflight(config: ExportConfig) -> None:
         return
     runtime = get_runtime(RUNTIME_OF_FORMAT[config.format])
     runtime.check()
+    if config.isa is not None:
+        require_isa(config.isa)
     if config.precision != "auto":
         runtime.float_precision(config.precision)
 

@@ -28,8 +28,7 @@ from ..errors import CmtEdgeError, RuntimeMissingError, StepError
 from ..predictor import Predictor
 from ..preprocessing import normalise
 from .benchmark import Protocol, benchmark, golden_batch
-from .host import describe
-from .isa import ISAS
+from .isa import ISAS, require_isa
 
 CHUNK_IMAGES = 32
 """Images that go through the model at once, at least."""
@@ -50,7 +49,7 @@ class MeasuringProcess:
             RuntimeMissingError: this CPU does not have these instructions.
         """
         if isa:
-            _require_isa(isa)
+            require_isa(isa)
         self.isa = isa
         limits = dict.fromkeys(SWITCHES, ISAS[isa].switch) if isa else {}
         self.child = Child(__name__, environment=limits, progress=progress)
@@ -131,16 +130,6 @@ class MeasuringProcess:
             f"{limit if self.isa else ''}",
             why="; ".join(crash.tail) or None,
             remedy="report the model; export one precision by name",
-        )
-
-
-def _require_isa(isa: str) -> None:
-    host = describe()
-    if ISAS[isa].flag not in host.flags:
-        raise RuntimeMissingError(
-            f"this processor has no {isa}, so it cannot be measured here",
-            why=host.cpu,
-            remedy="choose another --isa, or leave it out",
         )
 
 

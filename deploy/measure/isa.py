@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..errors import RuntimeMissingError
 from .host import describe
 
 
@@ -60,3 +61,14 @@ def int8_hardware(isa: str | None) -> bool:
     if isa:
         return ISAS[isa].int8
     return bool(INT8_FLAGS & set(describe().flags))
+
+
+def require_isa(isa: str) -> None:
+    """Raise :class:`RuntimeMissingError` unless this CPU has the instructions of ``isa`` itself."""
+    host = describe()
+    if ISAS[isa].flag not in host.flags:
+        raise RuntimeMissingError(
+            f"this processor has no {isa}, so it cannot be measured here",
+            why=host.cpu,
+            remedy="choose another --isa, or leave it out",
+        )

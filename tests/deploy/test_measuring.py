@@ -87,14 +87,16 @@ def test_a_crash_is_one_typed_error():
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_a_limit_that_this_cpu_has_not(monkeypatch, isa):
-    monkeypatch.setattr(measuring, "describe", lambda: SimpleNamespace(flags=["sse2"], cpu="old"))
+    monkeypatch.setattr(instruction_sets, "describe", lambda: SimpleNamespace(flags=["sse2"], cpu="old"))
     with pytest.raises(RuntimeMissingError, match=f"no {isa}"):
         MeasuringProcess(isa)
 
 
 def test_kernels_beyond_the_limit_are_refused(monkeypatch):
     monkeypatch.setattr(
-        measuring, "describe", lambda: SimpleNamespace(flags=[i.flag for i in ISAS.values()], cpu="new")
+        instruction_sets,
+        "describe",
+        lambda: SimpleNamespace(flags=[i.flag for i in ISAS.values()], cpu="new"),
     )
     with MeasuringProcess("avx2") as process:
         process.check_limit({"brgconv_avx2_f32": 0.9, "gemm_mlas_f32": 0.1})
@@ -105,7 +107,7 @@ def test_kernels_beyond_the_limit_are_refused(monkeypatch):
 
 
 def test_the_switches_are_set_in_the_child_only(monkeypatch):
-    monkeypatch.setattr(measuring, "describe", lambda: SimpleNamespace(flags=["avx2"], cpu="new"))
+    monkeypatch.setattr(instruction_sets, "describe", lambda: SimpleNamespace(flags=["avx2"], cpu="new"))
     with MeasuringProcess("avx2") as limited, MeasuringProcess() as unlimited:
         assert limited.child.environment == dict.fromkeys(measuring.SWITCHES, "AVX2")
         assert not set(measuring.SWITCHES) & set(os.environ)

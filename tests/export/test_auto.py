@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from cmt_edge.deploy import Bundle, report
 from cmt_edge.deploy.backends.openvino import has_bf16
 from cmt_edge.deploy.errors import InputError, RuntimeMissingError
+from cmt_edge.deploy.measure import isa
 from cmt_edge.deploy.measure.benchmark import Protocol
 from cmt_edge.deploy.measure.child import MeasuringProcess
 from cmt_edge.deploy.measure.host import describe
-from cmt_edge.export import run
+from cmt_edge.export import pipeline, run
 from cmt_edge.export.auto import choose, workbench
 from helpers.cli import failed, succeeded
 from helpers.exports import content, nano
@@ -131,7 +134,7 @@ def test_everything_measured_is_in_the_verdict(finished):
     deviations = [s.accuracy.deviation for s in verdict.sensitivity]
     assert deviations == sorted(deviations, reverse=True)
     assert 0 < max(deviations) < int8.accuracy.deviation
-    assert verdict.float_already == [f"stages.{s}.lpu" for s in range(4)]
+    assert verdict.float_already == tuple(f"stages.{s}.lpu" for s in range(4))
 
 
 @pytest.mark.slow
@@ -149,7 +152,7 @@ def test_a_second_run_measures_nothing(finished, images, tmp_path, calls):
     again = run(asked(tmp_path, eval_data=str(images)))
     assert calls == []
     old, new = finished.manifest.verdict, again.manifest.verdict
-    assert {k: v for k, v in new.items() if k != "host"} == {k: v for k, v in old.items() if k != "host"}
+    assert replace(new, host=old.host) == old
 
 
 @pytest.mark.slow
@@ -243,6 +246,14 @@ def test_an_older_cpu(tmp_path):
     assert verdict.isa == "avx2"
     assert any("limited to avx2" in note for note in verdict.notes)
     assert any("VNNI" in note for note in verdict.notes)
+
+
+def test_an_instruction_set_that_is_missing_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(isa, "describe", lambda: SimpleNamespace(flags=["sse2"], cpu="old"))
+    monkeypatch.setattr(pipeline, "prepare", lambda *_: pytest.fail("the long work began"))
+    with pytest.raises(RuntimeMissingError, match="no avx2"):
+        run(asked(tmp_path, isa="avx2"))
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.slow

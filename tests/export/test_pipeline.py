@@ -159,7 +159,7 @@ def test_manifest_of_int8(int8_bundle):
 
 def test_reports_tell_what_the_manifest_tells(checkpoint_bundle):
     content = json.loads((checkpoint_bundle.path / "report.json").read_text())
-    assert content["verification"]["data"]["top1"] == checkpoint_bundle.manifest.verification["data"]["top1"]
+    assert content["verification"]["data"]["top1"] == checkpoint_bundle.manifest.verification.data.top1
     assert content["benchmark"]["results"][0]["name"] == NAME
     assert (checkpoint_bundle.path / "report.md").read_text().startswith(f"# {NAME}\n")
 
@@ -509,10 +509,10 @@ def test_accuracy_on_cifar10(cifar, tmp_path):
     common = {"eval_data": f"{cifar}/test", "eval_limit": 500, "max_drop": 2.0}
     int8 = run(nano(tmp_path, precision="int8", data=f"{cifar}/train", **common)).manifest
     fp32 = run(nano(tmp_path, **common)).manifest
-    assert (int8.calibration["source"], int8.calibration["images"]) == ("cifar10.tar/train", 300)
-    quantized, exact = int8.verification["data"], fp32.verification["data"]
-    assert quantized["images"] == exact["images"] == 500
-    assert exact["reference_top1"] == quantized["reference_top1"] > 80
-    assert exact["drop"] == 0
-    assert quantized["drop"] <= 2
-    assert quantized["agreement"] >= 95
+    assert (int8.calibration.source, int8.calibration.images) == ("cifar10.tar/train", 300)
+    quantized, exact = int8.verification.data, fp32.verification.data
+    assert quantized.images == exact.images == 500
+    assert exact.reference_top1 == quantized.reference_top1 > 80
+    assert exact.drop == 0
+    assert quantized.drop <= 2
+    assert quantized.agreement >= 95
