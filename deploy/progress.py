@@ -15,7 +15,7 @@ class Progress:
     """Steps and bars on standard error; silent where that is not a terminal, or ``quiet``."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self.off = quiet or not sys.stderr.isatty()
+        self.off = quiet or sys.stderr is None or not sys.stderr.isatty()
         self._bar: tqdm[Any] | None = None
         self._phase = ""
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmt_edge.deploy.cli.console import parser, run
+from cmt_edge.deploy.cli.console import parser, run, say
 from cmt_edge.deploy.errors import RuntimeMissingError
 
 from .options import add_flags, read_flags, read_mapping
@@ -83,11 +83,11 @@ def _export(args: argparse.Namespace) -> int:
 
     if args.dry_run:
         plan = pipeline.plan(config)
-        print(report.to_json(plan) if args.json else _plan_text(plan))
+        say(report.to_json(plan) if args.json else _plan_text(plan))
         return 0
     with _rare_collections():
         bundle = pipeline.run(config, Progress(args.quiet))
-    print(report.to_json(report.bundle_json(bundle)) if args.json else report.bundle_text(bundle))
+    say(report.to_json(report.bundle_json(bundle)) if args.json else report.bundle_text(bundle))
     return 0
 
 
@@ -118,10 +118,10 @@ def _list_models(as_json: bool) -> int:
 
     specs = [model_spec(name) for name in list_models()]
     if as_json:
-        print(report.to_json([_model_json(spec) for spec in specs]))
+        say(report.to_json([_model_json(spec) for spec in specs]))
         return 0
     header = ["model", "family", "size", "classes", "M params", "GMACs", "published top-1"]
-    print(report.table(header, [_model_row(spec) for spec in specs]))
+    say(report.table(header, [_model_row(spec) for spec in specs]))
     return 0
 
 

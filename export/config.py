@@ -94,6 +94,12 @@ class ExportConfig(Settings):
         return self.precision in ("int8", "auto")
 
     @property
+    def keeps_results(self) -> bool:
+        """Whether something that took long is kept for the next export."""
+        engine = self.format == "trt" and self.build
+        return self.cache and (self.quantizes or self.data == SYNTHETIC or engine)
+
+    @property
     def preprocess(self) -> Preprocess:
         """The model's preprocessing, with what was asked to differ."""
         spec, size = self.spec, self.img_size

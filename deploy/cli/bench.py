@@ -13,7 +13,7 @@ from ..images import ImageSet
 from ..measure.benchmark import Protocol
 from ..measure.benchmark import benchmark as run_benchmark
 from ..progress import Progress
-from .console import add_runtime_flags, parser, run
+from .console import add_runtime_flags, parser, run, say
 from .measuring import add_measuring_flags, protocol_of
 
 BENCH_IMAGES = 64
@@ -67,7 +67,7 @@ def _main(args: argparse.Namespace) -> int:
         write_atomic(args.markdown, (report.benchmark_text(result, markdown=True) + "\n").encode())
     if args.plot:
         report.latency_plot(result, args.plot)
-    print(report.to_json(result) if args.json else report.benchmark_text(result))
+    say(report.to_json(result) if args.json else report.benchmark_text(result))
     return 0
 
 

@@ -12,7 +12,7 @@ from ..progress import Progress
 from ..tensorrt.build import DEVICE_PROTOCOL, exclusive, finish
 from ..tensorrt.building import TIME_LIMIT_S
 from ..tensorrt.engine import EngineOptions, trtexec
-from .console import finite, parser, run
+from .console import finite, parser, run, say
 from .measuring import add_measuring_flags, protocol_of
 
 MAX_TIME_LIMIT_S = 30 * 86400.0
@@ -79,7 +79,7 @@ def _main(args: argparse.Namespace) -> int:
     options = _options(args)
     bundle = Bundle.open(args.bundle)
     if args.trtexec:
-        print(trtexec(bundle, options, args.device))
+        say(trtexec(bundle, options, args.device))
         return 0
     with exclusive(bundle.path):
         result = finish(
@@ -93,7 +93,7 @@ def _main(args: argparse.Namespace) -> int:
             progress=Progress(args.quiet),
         )
         bundle = bundle.update(result.manifest, result.files, result.drop)
-    print(report.to_json(result.report) if args.json else report.built_text(bundle, result.report))
+    say(report.to_json(result.report) if args.json else report.built_text(bundle, result.report))
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from .. import report
@@ -14,7 +13,7 @@ from ..measure.parity import MAX_DROP
 from ..measure.parity import verify as run_verify
 from ..predictor import Predictor
 from ..progress import Progress
-from .console import add_runtime_flags, finite, parser, run
+from .console import add_runtime_flags, finite, parser, run, say, tell
 
 REMEDY = (
     "the bundle is not the model within the allowed difference; see --max-drop and --atol, or calibrate on"
@@ -87,9 +86,9 @@ def _main(args: argparse.Namespace) -> int:
         progress=progress.count,
     )
     progress.finish()
-    print(report.to_json(result) if args.json else report.verification_text(result))
+    say(report.to_json(result) if args.json else report.verification_text(result))
     if not result.passed and not args.json:
-        print(REMEDY, file=sys.stderr)
+        tell(REMEDY)
     return 0 if result.passed else 1
 
 

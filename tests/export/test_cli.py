@@ -16,6 +16,7 @@ import torch
 from cmt_edge.cmt import create_model, list_models
 from cmt_edge.deploy import Bundle
 from cmt_edge.deploy import backends as backends_module
+from cmt_edge.export import pipeline
 from cmt_edge.export.cli import main
 from helpers.cli import failed, succeeded
 from helpers.exports import NAME, content
@@ -150,6 +151,21 @@ def test_faulty_configuration_file(capsys, tmp_path, text, message):
     file.write_text(text)
     assert message in failed(capsys, "--config", file, "-o", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_home_that_cannot_be_written_is_told_of_before_the_work_and_costs_only_the_cache(
+    capsys, tmp_path, monkeypatch
+):
+    (tmp_path / "home").write_text("not a folder")
+    monkeypatch.setenv("CMT_EDGE_CACHE", str(tmp_path / "home" / ".cache"))
+    told = []
+    real = pipeline.prepare
+    monkeypatch.setattr(pipeline, "prepare", lambda *a: told.append(capsys.readouterr().err) or real(*a))
+    argv = ["--int8", "--data", "generated", "--calib-size", 8, "--max-drop", 100]
+    out = succeeded(capsys, "--model", "cmt_nano", *argv, "-o", tmp_path / "out", "--format", "onnx")
+    assert "bundle:" in out
+    assert told[0].startswith("warning: the cache ")
+    assert told[0].count("\n") == 1
 
 
 # --- exit codes -----------------------------------------------------------------------------------
