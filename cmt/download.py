@@ -65,6 +65,12 @@ def fetch(published: Pretrained, folder: Path | None = None) -> Path:
     return target
 
 
+def is_kept(published: Pretrained) -> bool:
+    """Whether the user's cache has the published file, so that nothing needs to be downloaded."""
+    assert published.url is not None
+    return (cache_folder() / "weights" / published.url.rsplit("/", 1)[-1]).is_file()
+
+
 def _folder_for(name: str) -> Path:
     """Where a download is kept: ``weights`` in the user's cache, or, where that cannot be written to and does
     not have the file, a temporary folder of this process."""

@@ -75,6 +75,7 @@ def _export(args: argparse.Namespace) -> int:
     from cmt_edge.deploy.progress import Progress
 
     from .config import ExportConfig, read_config
+    from .replaced import describe_replaced, read_replaced
 
     settings = read_mapping(read_config(args.config), Settings, args.config) if args.config else {}
     config = ExportConfig.from_mapping(settings | read_flags(args, Settings), args.config)
@@ -85,9 +86,16 @@ def _export(args: argparse.Namespace) -> int:
         plan = pipeline.plan(config)
         say(report.to_json(plan) if args.json else _plan_text(plan))
         return 0
+    before = {target: read_replaced(target) for target in config.targets}
     with _rare_collections():
         bundle = pipeline.run(config, Progress(args.quiet))
-    say(report.to_json(report.bundle_json(bundle)) if args.json else report.bundle_text(bundle))
+    replaced = before.get(bundle.path)
+    if args.json:
+        say(report.to_json(report.bundle_json(bundle) | {"replaced": replaced}))
+        return 0
+    if replaced:
+        say(describe_replaced(replaced, bundle))
+    say(report.bundle_text(bundle))
     return 0
 
 

@@ -44,7 +44,7 @@ class ExportConfig(Settings):
     The fields are the command line's flags with underscores; :class:`~cmt_edge.export.settings.Settings` and
     ``docs/cli.md`` say what each means. Only ``model`` has no default.
 
-    >>> ExportConfig("cmt_nano", format="onnx", precision="int8", data="generated").name
+    >>> ExportConfig("cmt_nano", format="onnx", precision="int8", data="generated").folder
     'cmt_nano_int8_onnx'
     """
 
@@ -114,9 +114,9 @@ class ExportConfig(Settings):
         )
 
     @property
-    def name(self) -> str:
-        """Folder name of the bundle: everything that distinguishes two builds of one checkpoint."""
-        parts = [re.sub(r"[^\w.-]+", "_", self.model)]
+    def folder(self) -> str:
+        """Name of the bundle's folder: everything that distinguishes two builds of one checkpoint."""
+        parts = [self.name or re.sub(r"[^\w.-]+", "_", self.model)]
         if self.img_size != self.spec.img_size:
             parts.append(str(self.img_size))
         if self.head == "features":
@@ -129,7 +129,7 @@ class ExportConfig(Settings):
     @property
     def target(self) -> Path:
         """The bundle's folder."""
-        return Path(self.output) / self.name
+        return Path(self.output) / self.folder
 
     @property
     def targets(self) -> list[Path]:
@@ -175,6 +175,7 @@ class ExportConfig(Settings):
         check_values(self)
         self._check_model()
         self._check_preprocessing()
+        self._check_name()
         self._check_files()
         self._check_auto_options()
         self._check_auto()
@@ -210,6 +211,14 @@ class ExportConfig(Settings):
             raise InputError(
                 f"{self.spec.name} resizes by {self.spec.interpolation!r}; known: {', '.join(RESAMPLING)}",
                 remedy="change interpolation in the model's default_cfg",
+            )
+
+    def _check_name(self) -> None:
+        """A name that is one part of a path, on every system, and shows in a listing."""
+        if self.name is not None and not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise InputError(
+                f"--name {self.name!r} is not the name of a folder",
+                remedy="use letters, digits, '_', '-' and '.'; -o DIR says where the folder is made",
             )
 
     def _check_files(self) -> None:

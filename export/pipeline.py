@@ -137,7 +137,7 @@ def finish(
                 speed = steps.measure_bundle(writer.staged(manifest), config.threads, progress.share)
                 manifest = replace(manifest, latency=summary(speed))
         with journal.step(Step.WRITE), writing(config.target):
-            write_report(writer.folder, manifest, config.name, result, speed)
+            write_report(writer.folder, manifest, config.folder, result, speed)
             return writer.commit(manifest)
 
 

@@ -180,6 +180,12 @@ class Settings:
         metavar="GiB",
     )
     output: str = option(".", help="folder in which the bundle's folder is made", group=OUTPUT, short="-o")
+    name: str | None = option(
+        None,
+        help="stands for the model in the name of the bundle's folder, so that two checkpoints of one model"
+        " have two folders (default: the model's name)",
+        group=OUTPUT,
+    )
     cache: bool = option(
         True,
         help="do not reuse calibrated graphs, synthetic images and measurements of earlier runs",

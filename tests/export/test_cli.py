@@ -100,6 +100,80 @@ def test_dry_run_finds_missing_files(capsys, tmp_path, flag):
     assert content(tmp_path) == {}
 
 
+def saved_nano(path: Path, classes: list[str] | None = None, seed: int = 0) -> Path:
+    """A checkpoint of a nano, as a training of ours writes it."""
+    model = create_model("cmt_nano", num_classes=len(classes) if classes else None, seed=seed)
+    torch.save({"model": model.state_dict()} | ({"classes": classes} if classes else {}), path)
+    return path
+
+
+def test_dry_run_opens_the_weights(capsys, tmp_path):
+    good = saved_nano(tmp_path / "good.pth")
+    argv = ("--model", "cmt_nano", "--dry-run", "-o", tmp_path / "out", "--weights")
+    plan = json.loads(succeeded(capsys, *argv, good, "--json"))
+    assert len(plan["sha256"]) == 64
+    other = saved_nano(tmp_path / "other.pth", seed=1)
+    assert json.loads(succeeded(capsys, *argv, other, "--json"))["sha256"] != plan["sha256"]
+    (tmp_path / "bad.pth").write_bytes(b"not a checkpoint")
+    assert "bad.pth" in failed(capsys, *argv, tmp_path / "bad.pth")
+    torch.save(create_model("cmt_ti").state_dict(), tmp_path / "ti.pth")
+    assert "ti.pth" in failed(capsys, *argv, tmp_path / "ti.pth")
+    assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_counts_the_classes(capsys, tmp_path):
+    path = saved_nano(tmp_path / "three.pth", ["ant", "bee", "cat"])
+    labels = tmp_path / "labels.txt"
+    argv = ("--model", "cmt_nano", "--dry-run", "-o", tmp_path / "out", "--weights", path)
+    assert "--num-classes 3" in failed(capsys, *argv)
+    plan = json.loads(succeeded(capsys, *argv, "--num-classes", 3, "--json"))
+    assert (plan["classes"], plan["labels"]) == (3, "3 (checkpoint)")
+    labels.write_text("a\nb")
+    assert "2 labels" in failed(capsys, *argv, "--num-classes", 3, "--labels", labels)
+
+
+def test_dry_run_matches_the_folders(capsys, tmp_path):
+    path = saved_nano(tmp_path / "three.pth", ["ant", "bee", "cat"])
+    argv = ("--model", "cmt_nano", "--num-classes", 3, "--dry-run", "-o", tmp_path / "out", "--weights", path)
+    good = labelled(tmp_path / "good", ["ant", "cat"], 2)
+    plan = json.loads(succeeded(capsys, *argv, "--eval-data", good, "--json"))
+    assert plan["evaluation"] == {"images": 4, "classes": 2}
+    bad = labelled(tmp_path / "bad", ["ant", "dog"], 2)
+    assert "folders without a label: dog" in failed(capsys, *argv, "--eval-data", bad)
+    assert "class folders for 3 labels" in failed(capsys, *argv, "--eval-data", bad, "--by-order")
+    labelled(tmp_path / "flat" / "x", ["ant"], 1)
+    assert failed(capsys, *argv, "--eval-data", tmp_path / "flat" / "x" / "ant")
+
+
+def test_dry_run_downloads_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("cmt_edge.cmt.download.fetch", lambda *_: pytest.fail("it downloads"))
+    argv = ("--model", "cmt_ti", "--head", "features", "--dry-run", "-o", tmp_path / "out", "--json")
+    monkeypatch.setenv("CMT_EDGE_CACHE", str(tmp_path / "cache"))
+    plan = json.loads(succeeded(capsys, *argv))
+    assert plan["download"].startswith("https://")
+    assert "sha256" not in plan
+    assert content(tmp_path) == {}
+
+
+def test_two_checkpoints_of_one_model_have_two_names_or_a_word_about_the_replaced_one(capsys, tmp_path):
+    first, second = (saved_nano(tmp_path / f"{name}.pth", seed=seed) for seed, name in enumerate("ab"))
+    argv = ("--model", "cmt_nano", "--format", "onnx", "-o", tmp_path / "out", "--weights")
+    assert "replaced:" not in succeeded(capsys, *argv, first)
+    assert "replaced:" not in succeeded(capsys, *argv, second, "--name", "second")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "cmt_nano_fp32_onnx",
+        "second_fp32_onnx",
+    ]
+    out = succeeded(capsys, *argv, second)
+    assert "replaced: the bundle that was here, made from the other weights a.pth" in out
+    assert "--name" in out
+    result = json.loads(succeeded(capsys, *argv, second, "--json"))
+    assert result["replaced"]["weights"] == "b.pth"
+    assert json.loads(succeeded(capsys, *argv, second, "--name", "c", "--json"))["replaced"] is None
+    (tmp_path / "out" / "c_fp32_onnx" / "manifest.json").write_text("{}")
+    assert "replaced: a bundle that could not be read" in succeeded(capsys, *argv, second, "--name", "c")
+
+
 def test_flags_win_over_the_configuration_file(capsys, tmp_path):
     file = tmp_path / "export.toml"
     file.write_text(

@@ -13,6 +13,8 @@ from cmt_edge.export import ExportConfig
 from cmt_edge.export.config import read_config
 
 GOOD = ExportConfig("cmt_nano")
+BAD_NAMES = ["a/b", "../a", ".", "..", ".hidden", "a b", "a\\b", "a\n", "-a", "a:b", "*"]
+"""What ``--name`` refuses."""
 
 
 @pytest.mark.parametrize("name", list_models())
@@ -54,6 +56,7 @@ def test_possible_requests_pass(name, settings):
         ({"data": "photos"}, "int8", "--eval-data"),
         ({"precision": "bf16", "calib_size": 3}, "int8", "--eval-data"),
         ({"imgsz": 96}, "64 pixels, not 96", "--resize-position-bias"),
+        *(({"name": name}, "is not the name of a folder", "-o DIR") for name in BAD_NAMES),
     ],
     ids=lambda v: "-".join(f"{k}={x}" for k, x in v.items()) if isinstance(v, dict) else "",
 )
@@ -258,6 +261,7 @@ def test_toml_file_with_every_setting(tmp_path):
         "1",
         2.5,
         "out",
+        "birds",
         False,
         "stem",
         5.0,
@@ -311,11 +315,14 @@ def test_a_missing_file_is_called_missing(tmp_path):
         ({"imgsz": 96}, "cmt_nano_96_fp32_openvino"),
         ({"imgsz": 64}, "cmt_nano_fp32_openvino"),
         ({"imgsz": 32, "batch": 2, "format": "onnx"}, "cmt_nano_32_fp32_onnx_b2"),
+        ({"name": "birds"}, "birds_fp32_openvino"),
+        ({"name": "birds-2.1", "imgsz": 96, "batch": 0}, "birds-2.1_96_fp32_openvino_dynamic"),
+        ({"name": "vögel"}, "vögel_fp32_openvino"),
     ],
 )
 def test_bundle_name(settings, name):
     config = replace(GOOD, output="some/where", **settings)
-    assert config.name == name
+    assert config.folder == name
     assert config.target == Path("some/where") / name
 
 
