@@ -10,9 +10,10 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from cmt_edge.deploy.errors import WeightsError
+from cmt_edge.deploy.errors import InputError, WeightsError
 
 from .features import with_head
+from .outside import is_outside
 from .registry import create_model
 from .spec import Classifier
 from .weights import LoadedWeights, load_pretrained, load_weights, randomize, weights_fingerprint
@@ -80,12 +81,29 @@ def load_reference(
     return model, load_weights(model, weights, **options)
 
 
-def rebuild(entry: ModelEntry, weights: str | Path | None) -> tuple[nn.Module, str]:
+def rebuild(
+    entry: ModelEntry, weights: str | Path | None, trusted_model: str | None = None
+) -> tuple[nn.Module, str]:
     """The model of a manifest's ``model`` entry, and the fingerprint of its weights.
 
+    Args:
+        entry: of the manifest, which a stranger may have written.
+        weights: the checkpoint, where the weights came from a file.
+        trusted_model: the model to build instead of the one that the entry names. A name from outside the
+            registry (``module:factory``, ``timm:NAME``) makes Python import code, so it must come from the
+            user and never from a manifest.
+
     Raises:
+        InputError: the entry names a model from outside the registry, and ``trusted_model`` is missing.
         WeightsError: the weights came from a file, and ``weights`` does not name it.
     """
+    name = trusted_model or entry.name
+    if trusted_model is None and is_outside(entry.name):
+        raise InputError(
+            f"the bundle says that its PyTorch model is {entry.name!r}, which is not built without your word",
+            why="that name makes Python import a module, and anybody may have written the bundle",
+            remedy=f"if you trust that code: --reference-model {entry.name}",
+        )
     made = entry.weights
     if weights is None:
         if made.source not in ("pretrained", "random"):
@@ -95,7 +113,7 @@ def rebuild(entry: ModelEntry, weights: str | Path | None) -> tuple[nn.Module, s
             )
         weights = made.source
     model, _ = load_reference(
-        entry.name,
+        name,
         weights,
         img_size=entry.img_size,
         num_classes=entry.num_classes,

@@ -87,6 +87,7 @@ class Predictor:
         threads: int | None = None,
         throughput: bool = False,
         weights: str | Path | None = None,
+        trusted_model: str | None = None,
     ) -> Predictor:
         """Open a bundle and check the hash of every file.
 
@@ -94,7 +95,8 @@ class Predictor:
             path: bundle folder.
             backend: name of a runtime: ``"openvino"``, ``"onnxruntime"``, ``"tensorrt"``, ``"torch"`` or
                 ``"fake"``; default: the one of the bundle's format.
-            device, threads, throughput, weights: see :class:`~cmt_edge.deploy.backends.base.LoadOptions`.
+            device, threads, throughput, weights, trusted_model: see
+                :class:`~cmt_edge.deploy.backends.base.LoadOptions`.
 
         Raises:
             BundleError: the bundle is damaged.
@@ -111,7 +113,7 @@ class Predictor:
         runtime = get_runtime(
             backend or RUNTIME_OF_FORMAT.get(bundle.manifest.format, bundle.manifest.format)
         )
-        session = runtime.load(bundle, LoadOptions(device, threads, throughput, weights))
+        session = runtime.load(bundle, LoadOptions(device, threads, throughput, weights, trusted_model))
         batch = 0 if runtime.any_batch else batch_limit(bundle)
         return cls(session, bundle.preprocess, bundle.labels, batch=batch, head=bundle.head)
 

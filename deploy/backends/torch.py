@@ -1,8 +1,9 @@
 """PyTorch: the float32 reference that every other runtime is compared with.
 
 ``deploy`` knows no model. The package that exported the bundle registers an entry point in the group
-:data:`GROUP`: ``rebuild(model_entry_of_the_manifest, weights)``, which returns a ``torch.nn.Module`` in eval
-mode and the fingerprint of its weights.
+:data:`GROUP`: ``rebuild(model_entry_of_the_manifest, weights, trusted_model)``, which returns a
+``torch.nn.Module`` in eval mode and the fingerprint of its weights. It must import nothing that only the
+manifest names.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class PyTorch(Runtime):
                 remedy='pip install "cmt-edge[export]"',
             )
         rebuild = providers[entry.provider].load()
-        module, fingerprint = rebuild(entry, options.weights)
+        module, fingerprint = rebuild(entry, options.weights, options.trusted_model)
         if fingerprint != entry.weights.sha256:
             raise BundleError(
                 "these are not the weights that the bundle was made from",

@@ -64,6 +64,11 @@ def _add_reference_flags(p: argparse.ArgumentParser) -> None:
     reference.add_argument(
         "--weights", help="the checkpoint the bundle was made from, to rebuild the PyTorch reference"
     )
+    reference.add_argument(
+        "--reference-model",
+        metavar="MODULE:FACTORY",
+        help="your own model, where the bundle was made from one: code is imported only if you name it",
+    )
 
 
 def _main(args: argparse.Namespace) -> int:
@@ -80,6 +85,7 @@ def _main(args: argparse.Namespace) -> int:
         threads=args.threads,
         reference=reference,
         weights=args.weights,
+        trusted_model=args.reference_model,
         max_drop=args.max_drop,
         atol=args.atol,
         limit=args.limit,

@@ -81,6 +81,7 @@ def verify(
     threads: int | None = None,
     reference: Predictor | None = None,
     weights: str | None = None,
+    trusted_model: str | None = None,
     max_drop: float = MAX_DROP,
     atol: float | None = None,
     limit: int | None = None,
@@ -95,7 +96,8 @@ def verify(
         by_order: class folders match the labels in sorted order instead of by name.
         backend, device, threads: as :meth:`cmt_edge.deploy.Predictor.load`.
         reference: a Predictor of the reference; default: what the bundle recorded for these very images, else
-            the PyTorch model rebuilt here (``weights``: its checkpoint, where it came from a file).
+            the PyTorch model rebuilt here (``weights``: its checkpoint, where it came from a file;
+            ``trusted_model``: its name, where it is from outside the registry).
         max_drop: allowed loss of top-1 in percentage points.
         atol: allowed golden logit difference; default by precision, see :data:`ATOL`.
         limit: use only so many images, evenly spread.
@@ -107,14 +109,21 @@ def verify(
         InputError: images were given for a bundle of feature maps.
         RuntimeMissingError: images were given, but nothing here knows the reference's answers to them.
     """
-    opened = candidate or Predictor.load(bundle, backend=backend, device=device, threads=threads)
+    opened = candidate or Predictor.load(
+        bundle,
+        backend=backend,
+        device=device,
+        threads=threads,
+        weights=weights,
+        trusted_model=trusted_model,
+    )
     with opened if candidate is None else nullcontext(opened) as predictor:
         golden = check_golden(bundle, predictor, atol)
         found = Verification(bundle.title, bundle.manifest.precision, RanOn(**predictor.info), golden)
         if data is None:
             return found
         labelled = _Labelled.of(bundle, data, by_order, limit)
-        with _reference(reference, bundle, labelled, weights, threads) as live:
+        with _reference(reference, bundle, labelled, weights, trusted_model, threads) as live:
             answers = _run_both(predictor, live, bundle, labelled, progress)
             source = "the bundle's record" if live is None else live.info["runtime"]
         check = _compare(labelled.truth, answers, max_drop, source)
@@ -264,6 +273,7 @@ def _reference(
     bundle: Bundle,
     labelled: _Labelled,
     weights: str | None,
+    trusted_model: str | None,
     threads: int | None,
 ) -> Iterator[Predictor | None]:
     """The ``given`` reference, ``None`` if the bundle recorded the reference's answers for all images, else
@@ -276,7 +286,9 @@ def _reference(
             "no reference for these images: the bundle recorded other ones and PyTorch is not installed here",
             remedy=NO_REFERENCE_REMEDY,
         )
-    with Predictor.load(bundle, backend="torch", weights=weights, threads=threads) as predictor:
+    with Predictor.load(
+        bundle, backend="torch", weights=weights, trusted_model=trusted_model, threads=threads
+    ) as predictor:
         yield predictor
 
 

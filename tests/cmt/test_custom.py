@@ -115,7 +115,7 @@ def test_settings_come_from_the_model(outside):
     ("form", "precision", "data"),
     [("onnx", "fp32", None), ("openvino", "int8", "generated"), ("trt", "fp16", None)],
 )
-def test_the_whole_road(outside, form, precision, data):
+def test_the_whole_export(outside, form, precision, data):
     made = run(
         ExportConfig(
             "outside_models:build",
@@ -133,7 +133,7 @@ def test_the_whole_road(outside, form, precision, data):
     assert opened.preprocess.mean == (0.5, 0.4, 0.3)
     with (
         Predictor.load(opened, backend="onnxruntime") as ours,
-        Predictor.load(opened, backend="torch") as reference,
+        Predictor.load(opened, backend="torch", trusted_model="outside_models:build") as reference,
     ):
         batch = np.random.default_rng(0).normal(size=(3, 3, 32, 32)).astype(np.float32)
         assert (
@@ -173,7 +173,9 @@ def test_weights_of_a_file(outside):
         model.head.bias += 5
     torch.save(model.state_dict(), "trained.pt")
     made = run(ExportConfig("outside_models:build", format="onnx", weights="trained.pt", output="out"))
-    with Predictor.load(made, backend="torch", weights="trained.pt") as reference:
+    with Predictor.load(
+        made, backend="torch", weights="trained.pt", trusted_model="outside_models:build"
+    ) as reference:
         assert reference.logits(np.zeros((1, 3, 32, 32), np.float32)).mean() > 4
 
 
