@@ -95,7 +95,7 @@ def _export(args: argparse.Namespace) -> int:
         return 0
     if replaced:
         say(describe_replaced(replaced, bundle))
-    say(report.bundle_text(bundle))
+    say(report.bundle_text(bundle, config.verify_flags))
     return 0
 
 

@@ -14,6 +14,7 @@ from cmt_edge.calib import DEFAULT, Recipe
 from cmt_edge.calib.data import SYNTHETIC
 from cmt_edge.cmt import model_spec
 from cmt_edge.cmt.features import require_head
+from cmt_edge.cmt.outside import is_outside
 from cmt_edge.cmt.spec import ModelSpec, check_size
 from cmt_edge.deploy.bundle import LOGITS
 from cmt_edge.deploy.cli.console import finite
@@ -92,6 +93,17 @@ class ExportConfig(Settings):
     def quantizes(self) -> bool:
         """Whether an int8 graph is made."""
         return self.precision in ("int8", "auto")
+
+    @property
+    def verify_flags(self) -> list[str]:
+        """Flags of ``cmt-verify`` that repeat the comparison of this export with its reference."""
+        flags = ["--data", self.eval_data] if self.eval_data else []
+        flags += ["--by-order"] if self.by_order else []
+        flags += ["--limit", str(self.eval_limit)] if self.eval_limit else []
+        flags += ["--weights", self.weights] if self.weights not in NAMED_WEIGHTS else []
+        flags += ["--reference-model", self.model] if is_outside(self.model) else []
+        flags += ["--max-drop", f"{self.max_drop:g}"] if self.max_drop is not None else []
+        return flags + (["--atol", f"{self.atol:g}"] if self.atol is not None else [])
 
     @property
     def keeps_results(self) -> bool:

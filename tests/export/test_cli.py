@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,11 +18,12 @@ import torch
 from cmt_edge.cmt import create_model, list_models
 from cmt_edge.deploy import Bundle
 from cmt_edge.deploy import backends as backends_module
+from cmt_edge.deploy.cli import bench, verify
 from cmt_edge.export import pipeline
 from cmt_edge.export.cli import main
 from helpers.cli import failed, succeeded
 from helpers.exports import NAME, content
-from helpers.images import labelled
+from helpers.images import coloured, labelled
 
 pytestmark = pytest.mark.usefixtures("quick_exports")
 
@@ -71,6 +74,53 @@ def test_export_as_json(capsys, tmp_path):
     assert result["verification"]["data"]["images"] == 6
     assert result["bytes"] > 1e6
     assert result["latency"]["p50_ms"] > 0
+
+
+def pasted(out: str) -> list[list[str]]:
+    """The commands below ``next:`` that can be pasted as they stand."""
+    lines = out.split("next:\n")[1].splitlines()
+    return [shlex.split(line) for line in itertools.takewhile(lambda line: line.startswith("  "), lines)]
+
+
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_what_is_printed_next_works_as_it_stands(capsys, tmp_path, evaluated):
+    """In a folder whose name a shell would take apart, after a training run: the weights are a file."""
+    folder = tmp_path / "it's a $place"
+    folder.mkdir()
+    weights = saved_nano(folder / "best 1.pt", ["ant", "bee"])
+    images = labelled(folder / "images", ["ant", "bee"], 3)
+    more = ["--eval-data", images, "--eval-limit", 4, "--max-drop", 100] if evaluated else []
+    argv = ["--model", "cmt_nano", "--num-classes", 2, "--weights", weights, "--format", "onnx", *more]
+    out = succeeded(capsys, *argv, "-o", folder / "out")
+    (images / "ant" / "new.png").write_bytes(coloured("red"))  # its answer is not recorded
+    mains = {"cmt-bench": bench.main, "cmt-verify": verify.main}
+    commands = pasted(out)
+    assert [command[0] for command in commands] == ["cmt-bench", "cmt-verify"]
+    if not evaluated:
+        own = next(line for line in out.splitlines() if "LABELLED_IMAGES" in line)
+        commands.append(shlex.split(own.replace("LABELLED_IMAGES", shlex.quote(str(images)))))
+        commands[-1] += ["--max-drop", "100"]
+    for name, *arguments in commands:
+        short = ["--iters", "3", "--seconds", "0.01"] if name == "cmt-bench" else []
+        assert mains[name]([*arguments, *short]) == 0, capsys.readouterr().err
+    assert "reference: torch" in capsys.readouterr().out
+
+
+def test_verify_tries_the_recorded_checkpoint_in_this_folder(capsys, tmp_path, monkeypatch):
+    weights = saved_nano(tmp_path / "best.pt", ["ant", "bee"])
+    argv = ["--model", "cmt_nano", "--num-classes", 2, "--weights", weights, "--format", "onnx"]
+    succeeded(capsys, *argv, "-o", tmp_path)
+    images = labelled(tmp_path / "images", ["ant", "bee"], 2)
+    command = [str(tmp_path / "cmt_nano_fp32_onnx"), "--data", str(images)]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert verify.main(command) == 2
+    assert "--weights PATH" in capsys.readouterr().err
+    saved_nano(tmp_path / "elsewhere" / "best.pt", ["ant", "bee"], seed=5)
+    assert verify.main(command) == 2
+    assert "not the weights that the bundle was made from" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert verify.main(command) == 0, capsys.readouterr().err
 
 
 # --- dry run and configuration --------------------------------------------------------------------
