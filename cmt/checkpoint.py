@@ -69,6 +69,17 @@ def read_checkpoint(path: Path, ema: bool | None) -> Checkpoint:
     return Checkpoint(_tensors(state, path), averaged, classes)
 
 
+def read_content(path: Path) -> Any:
+    """Everything in a checkpoint file; of a ``.safetensors`` file its tensors.
+
+    Raises:
+        WeightsError: the file is missing, unreadable or unsafe.
+    """
+    if not path.is_file():
+        raise WeightsError("no such checkpoint file", where=path, remedy="check the path given to --weights")
+    return _load_safetensors(path) if path.suffix == ".safetensors" else _load_torch(path)
+
+
 def _choose_state(content: Mapping[str, Any], ema: bool | None, path: Path) -> tuple[Any, bool]:
     """The state dict of a checkpoint, and whether it is the averaged one."""
     if isinstance(content.get("model_state"), Mapping):  # SlowFast and MViT

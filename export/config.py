@@ -13,6 +13,7 @@ from typing import Any
 from cmt_edge.calib import DEFAULT, Recipe
 from cmt_edge.calib.data import SYNTHETIC
 from cmt_edge.cmt import model_spec
+from cmt_edge.cmt.described import describe_checkpoint
 from cmt_edge.cmt.features import require_head
 from cmt_edge.cmt.outside import is_outside
 from cmt_edge.cmt.spec import ModelSpec, check_size
@@ -158,10 +159,13 @@ class ExportConfig(Settings):
             InputError: a value has the wrong type, or no model was named.
         """
         found = read_mapping(values, cls, where)
+        found = _described_by_weights(found) | found
         if "model" not in found:
+            silent = found.get("weights", "pretrained") not in NAMED_WEIGHTS
             raise InputError(
                 "no model was named",
                 where=where,
+                why=f"{found['weights']} does not say which model it belongs to" if silent else None,
                 remedy="--model NAME; cmt-export --list-models prints them",
             )
         return cls(**found)
@@ -358,6 +362,19 @@ class ExportConfig(Settings):
                 where=where,
                 remedy=f"one distinct name a class; or --num-classes {len(names)}",
             )
+
+
+def _described_by_weights(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a checkpoint holds of its model: all where no model is named, and size and classes
+    where the same one is. What is asked for goes first."""
+    weights = settings.get("weights", "pretrained")
+    if weights in NAMED_WEIGHTS or not Path(weights).is_file():
+        return {}
+    said = describe_checkpoint(Path(weights))
+    if said.model is None or settings.get("model", said.model) != said.model:
+        return {}
+    known = {"model": said.model, "imgsz": said.img_size, "num_classes": said.num_classes}
+    return {name: value for name, value in known.items() if value is not None}
 
 
 TABLES = (("export",), ("cmt-export",), ("tool", "cmt-export"), ("tool", "cmt-edge"))

@@ -57,7 +57,11 @@ class Settings:
 
     model: str = field(
         metadata={
-            KEY: Option("model name, see --list-models; or MODULE:FACTORY of your own, or timm:NAME", MODEL)
+            KEY: Option(
+                "model name, see --list-models; or MODULE:FACTORY of your own, or timm:NAME (default: what"
+                " the checkpoint says)",
+                MODEL,
+            )
         }
     )
     format: str = option(

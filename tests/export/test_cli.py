@@ -157,6 +157,20 @@ def saved_nano(path: Path, classes: list[str] | None = None, seed: int = 0) -> P
     return path
 
 
+def test_a_checkpoint_that_says_what_it_is_needs_no_other_flag(capsys, tmp_path):
+    path = saved_nano(tmp_path / "best.pt", ["ant", "bee"])
+    content = torch.load(path, weights_only=True)
+    torch.save(content | {"settings": {"model": "cmt_nano", "imgsz": 64}}, path)
+    argv = ("--weights", path, "--dry-run", "--json", "-o", tmp_path / "out")
+    plan = json.loads(succeeded(capsys, *argv))
+    assert (plan["classes"], plan["labels"], plan["input"]) == (2, "2 (checkpoint)", [1, 3, 64, 64])
+    assert json.loads(succeeded(capsys, *argv, "--model", "cmt_nano"))["classes"] == 2
+    assert "2 classes" in failed(capsys, *argv, "--num-classes", 3)
+    assert "best.pt" in failed(capsys, *argv, "--model", "cmt_ti")
+    silent = saved_nano(tmp_path / "silent.pt")
+    assert "silent.pt does not say which model" in failed(capsys, "--weights", silent, "--dry-run")
+
+
 def test_dry_run_opens_the_weights(capsys, tmp_path):
     good = saved_nano(tmp_path / "good.pth")
     argv = ("--model", "cmt_nano", "--dry-run", "-o", tmp_path / "out", "--weights")
