@@ -6,7 +6,7 @@ import hashlib
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
@@ -40,6 +40,7 @@ class CalibrationSet:
         count: number of images.
         synthesis: how synthetic images were made; ``None`` for others.
         files: images that are read when they are needed.
+        note: what was skipped in their folder, in words; empty if nothing was.
         blobs: encoded images in memory, where there are no files.
     """
 
@@ -49,10 +50,13 @@ class CalibrationSet:
     synthesis: SynthesisEntry | None = None
     files: ImageSet | None = field(default=None, repr=False)
     blobs: tuple[bytes, ...] = field(default=(), repr=False)
+    note: str = field(default="", repr=False)
 
     @classmethod
     def choose(cls, data: str | Path, size: int | None, spec: Preprocess, seed: int = 0) -> CalibrationSet:
-        """Choose images; each class gives the same number, as far as it has them.
+        """Choose images; each folder gives the same number, as far as it has them.
+
+        Labels do not matter here: folders may be nested in any way, and images may lie beside them.
 
         Args:
             data: a folder, ``ARCHIVE.tar[/FOLDER]``, or ``"generated"``.
@@ -61,8 +65,8 @@ class CalibrationSet:
             seed: of the choice, and of generated images.
 
         Raises:
-            DataError: ``data`` has no images, or fewer than asked for; or it is ``"synthetic"``, whose images
-                need a model.
+            DataError: ``data`` has no images, or fewer than asked for; it holds several parts of a data set,
+                as ``train`` and ``test``; or it is ``"synthetic"``, whose images need a model.
         """
         if size is not None and size < 1:
             raise DataError(f"{size} calibration images were asked for", remedy="ask for 1 or more")
@@ -74,7 +78,8 @@ class CalibrationSet:
                 "synthetic images are made from a model",
                 remedy="call cmt_edge.calib.synthetic.synthetic_set(model, ...)",
             )
-        images = ImageSet(data)
+        images = ImageSet(data, labelled=False)
+        _require_one_part(images)
         if size is not None and size > len(images):
             raise DataError(
                 f"holds {len(images)} images, {size} were asked for",
@@ -84,7 +89,7 @@ class CalibrationSet:
         count = min(size or DEFAULT_COUNT, len(images))
         chosen = images.select(_spread(images.items, count, seed))
         total = combine_digests(digest(chosen.read(item)) for item in chosen)
-        return cls("/".join(Path(data).parts[-2:]), total, len(chosen), files=chosen)
+        return cls("/".join(Path(data).parts[-2:]), total, len(chosen), files=chosen, note=images.note)
 
     @classmethod
     def of_blobs(
@@ -122,13 +127,29 @@ class CalibrationSet:
         )
 
 
+def _require_one_part(images: ImageSet) -> None:
+    """Raise :class:`DataError` for a data set with several parts: whoever calibrates on the part that tests,
+    measures too well."""
+    parts = images.parts
+    if not parts:
+        return
+    found = ", ".join(f"{name} ({kind})" for kind, names in sorted(parts.items()) for name in names)
+    best = (parts.get("train") or parts.get("validation") or [""])[0]
+    raise DataError(
+        f"holds several parts of a data set: {found}",
+        where=images.path,
+        why="calibration on the images that test a model makes it look better than it is",
+        remedy=f"give the part to train on: {images.path / best}",
+    )
+
+
 def _spread(items: list[Item], count: int, seed: int) -> list[Item]:
-    """``count`` items, shuffled with ``seed``; the classes take turns."""
+    """``count`` items, shuffled with ``seed``; the folders take turns."""
     rng = random.Random(seed)
-    by_class: dict[str | None, list[Item]] = {}
+    by_folder: dict[PurePosixPath, list[Item]] = {}
     for item in items:
-        by_class.setdefault(item.label, []).append(item)
-    groups = list(by_class.values())
+        by_folder.setdefault(PurePosixPath(item.name).parent, []).append(item)
+    groups = list(by_folder.values())
     for group in groups:
         rng.shuffle(group)
     chosen: list[Item] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import hashlib
 import os
@@ -14,6 +15,16 @@ from platformdirs import user_cache_path
 from .errors import OutputError
 
 CHUNK_BYTES = 1 << 20
+
+BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+"""First bytes of a text file and its encoding. The mark of UTF-32 begins like that of UTF-16, so it comes
+first."""
 
 
 NOWHERE = Path(os.devnull) / "cmt-edge"
@@ -37,6 +48,18 @@ def sha256_of(path: Path) -> str:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def read_text(path: Path) -> str:
+    """The text of a file that an editor saved: UTF-8, or what its byte order mark says, which is left out.
+
+    Raises:
+        OSError: the file cannot be read.
+        UnicodeDecodeError: it is not text of that encoding.
+    """
+    data = path.read_bytes()
+    encoding = next((name for mark, name in BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8")
+    return data.decode(encoding).replace("\r\n", "\n")
 
 
 def write_atomic(path: Path, data: bytes, mode: int = 0o666) -> None:

@@ -7,17 +7,63 @@ from __future__ import annotations
 
 import hashlib
 import os
+import posixpath
+import re
+import shlex
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import overload
 
 from .errors import DataError
-from .preprocessing import EXTENSIONS, MAX_BYTES
+from .preprocessing import EXTENSIONS, MAX_BYTES, is_about_data
 
 MAX_ITEMS = 5_000_000
-"""Most images that an archive may hold."""
+"""Most images that a folder or an archive may hold."""
+
+MAX_LINKS = 20
+"""So many links in an archive may lead from one to the next."""
+
+JUNK = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found", "thumbs.db")
+"""Names, in lower case, that operating systems leave in folders; names with a dot in front are junk too."""
+
+SHOWN_KINDS = 6
+"""So many kinds of skipped files are named."""
+
+TRAIN_WORDS = frozenset({"train", "training", "trainval"})
+"""Words in the name of a folder that holds images to train on."""
+
+VALIDATION_WORDS = frozenset({"val", "valid", "validation", "dev"})
+"""Words in the name of a folder that holds images to choose settings by."""
+
+TEST_WORDS = frozenset({"test", "testing", "eval", "holdout"})
+"""Words in the name of a folder that holds images to evaluate on."""
+
+UNPACK = {
+    ".tar.gz": ("gunzip -k", ".tar"),
+    ".tgz": ("gunzip -k", ".tar"),
+    ".tar.bz2": ("bunzip2 -k", ".tar"),
+    ".tbz2": ("bunzip2 -k", ".tar"),
+    ".tbz": ("bunzip2 -k", ".tar"),
+    ".tar.xz": ("unxz -k", ".tar"),
+    ".txz": ("unxz -k", ".tar"),
+    ".tar.zst": ("zstd -d", ".tar"),
+    ".zip": ("unzip -q", ""),
+    ".7z": ("7z x", ""),
+    ".rar": ("unrar x", ""),
+}
+"""Ending of a compressed archive -> the command that unpacks it, and the ending of what is then there, which
+is "" for a folder."""
+
+COMPRESSED = {
+    b"\x1f\x8b": "gzip -dc",
+    b"BZh": "bzip2 -dc",
+    b"\xfd7zXZ": "xz -dc",
+    b"\x28\xb5\x2f\xfd": "zstd -dc",
+}
+"""First bytes of a compressed file -> the command that writes its content to standard output."""
 
 
 @dataclass(frozen=True)
@@ -39,18 +85,28 @@ class Item:
 class ImageSet(Sequence[Item]):
     """Images below ``path``, sorted by name. Thread-safe; no file stays open between two reads.
 
+    Links to files and folders are followed. Hidden files, and what operating systems leave in folders, are
+    ignored; other files that are no images are counted in :attr:`skipped`.
+
     Raises:
-        DataError: the place does not exist or cannot be read, it holds no images, the archive is damaged, or
-            class folders are mixed with loose images.
+        DataError: the place does not exist or cannot be read, it holds no images, the archive is damaged or
+            compressed, or (if ``labelled``) class folders are mixed with loose images, or a class is at
+            several places.
     """
 
-    def __init__(self, path: str | Path, items: list[Item] | None = None) -> None:
+    def __init__(self, path: str | Path, items: list[Item] | None = None, *, labelled: bool = True) -> None:
+        """``labelled``: whether the folders are classes; otherwise any nesting of folders is accepted."""
         self.path = Path(path)
+        self.skipped: Counter[str] = Counter()
+        """How many files of each kind were skipped."""
         self._archive, self._prefix = _split(self.path)
         if items is None:
             found = _scan_tar(self._archive, self._prefix) if self._archive else _scan_folder(self.path)
-            items = sorted(found, key=lambda item: item.name)
-            _check_labels(items, self.path)
+            items = sorted(found.items, key=lambda item: item.name)
+            self.skipped = found.skipped
+            _check_any(items, self)
+            if labelled:
+                _check_labels(items, self.path)
         self.items = items
 
     def __len__(self) -> int:
@@ -73,9 +129,46 @@ class ImageSet(Sequence[Item]):
         """Sorted names of the class folders; empty for a flat folder."""
         return sorted({item.label for item in self.items if item.label is not None})
 
+    @property
+    def note(self) -> str:
+        """What was skipped, in words; empty if nothing was."""
+        if not self.skipped:
+            return ""
+        kinds = [f"{count} {kind}" for kind, count in self.skipped.most_common(SHOWN_KINDS)]
+        total = sum(self.skipped.values())
+        rest = total - sum(count for _, count in self.skipped.most_common(SHOWN_KINDS))
+        kinds += [f"{rest} others"] if rest else []
+        counted = "1 file was" if total == 1 else f"{total} files were"
+        return f"{self.path}: {counted} skipped: {', '.join(kinds)}"
+
+    @property
+    def parts(self) -> dict[str, list[str]]:
+        """The folders that hold parts of a data set, by ``"train"``, ``"validation"`` and ``"test"``.
+
+        A folder counts only where another part lies beside it, because a class may be called "train".
+        """
+        beside: dict[str, set[str]] = {}
+        for item in self.items:
+            folder = PurePosixPath(item.name).parent
+            for inner in (folder, *folder.parents):
+                if inner.name:
+                    beside.setdefault(str(inner.parent), set()).add(str(inner))
+        for _, folders in sorted(beside.items()):
+            kinds: dict[str, list[str]] = {}
+            for name in sorted(folders):
+                if kind := _part_of(PurePosixPath(name).name):
+                    kinds.setdefault(kind, []).append(name)
+            if len(kinds) > 1:
+                return kinds
+        return {}
+
     def select(self, items: list[Item]) -> ImageSet:
         """The same place restricted to ``items``."""
         return ImageSet(self.path, items)
+
+    def location(self, item: Item) -> Path:
+        """Where an image lies, for messages; outside archives its path."""
+        return self.path / item.name
 
     def read(self, item: Item) -> bytes:
         """The encoded bytes of one image; raises :class:`DataError` where they cannot be read."""
@@ -86,9 +179,24 @@ class ImageSet(Sequence[Item]):
                 archive.seek(item.offset)
                 return archive.read(item.size)
         except OSError as exc:
+            if not is_about_data(exc):
+                raise
             raise DataError(
                 "cannot be read", where=self.path / item.name, why=exc.strerror, remedy="check it"
             ) from exc
+
+
+@dataclass
+class _Found:
+    """What a scan found."""
+
+    items: list[Item] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    def add(self, item: Item, where: Path) -> None:
+        self.items.append(item)
+        if len(self.items) > MAX_ITEMS:
+            raise DataError(f"more than {MAX_ITEMS} images", where=where, remedy="use a part of it")
 
 
 def digest(data: bytes) -> str:
@@ -96,17 +204,54 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:32]
 
 
+def is_archive(path: Path) -> bool:
+    """Whether ``path`` is a ``.tar`` or a part of one; raises :class:`DataError` for a compressed archive."""
+    return _split(path)[0] is not None
+
+
 def _split(path: Path) -> tuple[Path | None, str]:
     """``(archive, folder inside it)`` if some part of ``path`` is a tar file, else ``(None, "")``."""
     for part in (path, *path.parents):
-        if part.suffix == ".tar" and os.path.isfile(part):
-            inner = path.relative_to(part).as_posix()
-            return part, "" if inner == "." else inner + "/"
+        lower = part.name.lower()
+        if not lower.endswith((".tar", *UNPACK)) or not os.path.isfile(part):
+            continue
+        inner = path.relative_to(part).as_posix()
+        inner = "" if inner == "." else inner + "/"
+        if not lower.endswith(".tar"):
+            raise _packed(part, inner)
+        return part, inner
     return None, ""
 
 
-def _scan_folder(path: Path) -> list[Item]:
-    """All images below a folder; hidden files and folders are left out."""
+def _packed(archive: Path, inner: str) -> DataError:
+    """The error for a compressed archive, with the command that unpacks it."""
+    ending = max((e for e in UNPACK if archive.name.lower().endswith(e)), key=len)
+    command, left = UNPACK[ending]
+    target = archive.with_name(archive.name[: -len(ending)] + left)
+    source, place = shlex.quote(str(archive)), shlex.quote(str(target))
+    into = {".zip": f" -d {place}", ".7z": f" -o{place}", ".rar": f" {place}/"}.get(ending, "")
+    return DataError(
+        "is compressed, so single images cannot be read from it",
+        where=archive,
+        remedy=f"unpack it once: {command} {source}{into}   then give {target / inner}",
+    )
+
+
+def _is_junk(name: str) -> bool:
+    return name.startswith(".") or name.lower() in JUNK
+
+
+def _kind(name: str) -> str:
+    """What a file that is no image is counted as."""
+    return PurePosixPath(name.strip()).suffix.lower() or "without an ending"
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS)
+
+
+def _scan_folder(path: Path) -> _Found:
+    """All images below a folder; links are followed, but not in a circle."""
     if not os.path.isdir(path):
         missing = not os.path.exists(path)
         raise DataError(
@@ -114,55 +259,148 @@ def _scan_folder(path: Path) -> list[Item]:
             where=path,
             remedy="give a folder of images, a folder of class folders, or a .tar of either",
         )
-    items: list[Item] = []
+    found = _Found()
 
     def fail(exc: OSError) -> None:
         raise DataError(
             "cannot be read", where=exc.filename, why=exc.strerror, remedy="check its permissions"
         )
 
-    for folder, folders, files in os.walk(path, onerror=fail):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
+    above: dict[str, frozenset[tuple[int, int]]] = {}
+    for folder, folders, files in os.walk(path, onerror=fail, followlinks=True):
+        seen = above.pop(folder, frozenset()) | {_identity(folder)}
         relative = Path(folder).relative_to(path)
+        folders[:] = sorted(name for name in folders if not _is_junk(name))
+        for name in list(folders):
+            inner = os.path.join(folder, name)
+            if os.path.islink(inner) and _identity(inner) in seen:
+                folders.remove(name)
+                found.skipped["links to a folder above them"] += 1
+            above[inner] = seen
         for name in files:
-            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
-                items.append(Item((relative / name).as_posix(), relative.name or None))
-    return items
+            if not _is_junk(name):
+                _add_file(found, path, relative / name)
+    return found
 
 
-def _scan_tar(archive: Path, prefix: str) -> list[Item]:
-    """All images of an archive below the folder ``prefix``; hidden files and folders are left out."""
-    items: list[Item] = []
+def _identity(folder: str) -> tuple[int, int]:
+    """What tells a folder from every other one, whatever it is called."""
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _add_file(found: _Found, path: Path, relative: Path) -> None:
+    """Count one file of a folder: as an image, or as what is skipped."""
+    if not _is_image(relative.name):
+        found.skipped[_kind(relative.name)] += 1
+    elif os.path.isfile(path / relative):
+        found.add(Item(relative.as_posix(), relative.parent.name or None), path)
+    else:
+        link = os.path.islink(path / relative)
+        found.skipped["links that lead nowhere" if link else "no regular files"] += 1
+
+
+def _scan_tar(archive: Path, prefix: str) -> _Found:
+    """All images of an archive below the folder ``prefix``."""
+    members = _Members()
     try:
         with tarfile.open(archive, "r:") as tar:
             for member in tar:
-                item = _item_of(member, prefix)
-                if item is None:
-                    continue
-                items.append(item)
-                if len(items) > MAX_ITEMS:
-                    raise DataError(f"more than {MAX_ITEMS} images", where=archive, remedy="use a part of it")
+                members.add(member)
             end = tar.offset
         _check_end(archive, end)
     except (tarfile.TarError, EOFError, OSError) as exc:
-        raise DataError(
-            "cannot be read as a tar archive",
-            where=archive,
-            why=exc,
-            remedy="check that it is complete and not compressed",
-        ) from exc
-    return items
+        if isinstance(exc, OSError) and not is_about_data(exc):
+            raise
+        raise _unreadable(archive, exc) from exc
+    members.resolve()
+    found = _Found()
+    for name, place in members.files.items():
+        if name.startswith(prefix):
+            _add_member(found, archive, PurePosixPath(name.removeprefix(prefix)), place)
+    found.skipped["links that lead out of the archive"] += sum(
+        name.startswith(prefix) and _is_image(name) for name in members.links
+    )
+    found.skipped += Counter()  # drops what was counted 0 times
+    return found
 
 
-def _item_of(member: tarfile.TarInfo, prefix: str) -> Item | None:
-    """The image that a member of an archive is, if it is one."""
-    text = PurePosixPath(member.name).as_posix().removeprefix("./")
-    if not member.isfile() or not text.startswith(prefix) or not text.lower().endswith(EXTENSIONS):
-        return None
-    inner = PurePosixPath(text.removeprefix(prefix))
-    if any(part.startswith(".") for part in inner.parts) or member.size > MAX_BYTES:
-        return None
-    return Item(inner.as_posix(), inner.parent.name or None, member.offset_data, member.size)
+def _add_member(found: _Found, archive: Path, name: PurePosixPath, place: tuple[int, int] | None) -> None:
+    """Count one file of an archive: as an image, or as what is skipped."""
+    if any(map(_is_junk, name.parts)):
+        return
+    if not _is_image(name.name):
+        found.skipped[_kind(name.name)] += 1
+    elif place is None:
+        found.skipped["sparse files"] += 1
+    elif place[1] > MAX_BYTES:
+        found.skipped[f"larger than {MAX_BYTES >> 20} MiB"] += 1
+    else:
+        found.add(Item(name.as_posix(), name.parent.name or None, *place), archive)
+
+
+class _Members:
+    """The files of an archive by name, with offset and size, and its links by name, with their targets."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, tuple[int, int] | None] = {}
+        self.links: dict[str, str] = {}
+
+    def add(self, member: tarfile.TarInfo) -> None:
+        """Note one member; a later one of the same name replaces it, as in unpacking."""
+        name = _normal(member.name)
+        self.files.pop(name, None)
+        self.links.pop(name, None)
+        if member.islnk():
+            self.links[name] = _normal(member.linkname)
+        elif member.issym():
+            self.links[name] = _normal(posixpath.join(posixpath.dirname(name), member.linkname))
+        elif member.isfile():
+            self.files[name] = None if member.issparse() else (member.offset_data, member.size)
+        if len(self.files) + len(self.links) > MAX_ITEMS * 2:
+            raise DataError(
+                f"more than {2 * MAX_ITEMS} members", where=member.name, remedy="use a part of it"
+            )
+
+    def resolve(self) -> None:
+        """Replace links by what they lead to: a file, or all files of a folder. Those that lead out of the
+        archive, or in a circle, are left."""
+        for _ in range(MAX_LINKS):
+            resolved = {link: self._targets(target) for link, target in self.links.items()}
+            resolved = {link: found for link, found in resolved.items() if found}
+            for link, found in resolved.items():
+                del self.links[link]
+                for inner, place in found.items():
+                    self.files.setdefault(link + inner, place)
+            if not resolved:
+                break
+
+    def _targets(self, target: str) -> dict[str, tuple[int, int] | None]:
+        """The files that a link leads to, by what follows the link's own name."""
+        if target in self.files:
+            return {"": self.files[target]}
+        below = target + "/"
+        return {name[len(target) :]: place for name, place in self.files.items() if name.startswith(below)}
+
+
+def _normal(name: str) -> str:
+    """A member's name without ``./``."""
+    return posixpath.normpath(name)
+
+
+def _unreadable(archive: Path, exc: Exception) -> DataError:
+    """The error for an archive that is damaged or compressed."""
+    remedy = "check that it is complete"
+    try:
+        with open(archive, "rb") as file:
+            first = file.read(8)
+    except OSError:
+        first = b""
+    command = next((command for magic, command in COMPRESSED.items() if first.startswith(magic)), None)
+    if command is not None:
+        target = archive.with_name(f"{archive.stem}_unpacked.tar")
+        remedy = f"it is compressed: {command} {shlex.quote(str(archive))} > {shlex.quote(str(target))}"
+    return DataError("cannot be read as a tar archive", where=archive, why=exc, remedy=remedy)
 
 
 def _check_end(archive: Path, end: int) -> None:
@@ -174,11 +412,27 @@ def _check_end(archive: Path, end: int) -> None:
             raise tarfile.ReadError(f"damaged at byte {end}, or cut off")
 
 
+def _part_of(folder: str) -> str | None:
+    """Which part of a data set a folder is named after: ``"train"``, ``"validation"``, ``"test"`` or none."""
+    words = set(re.split(r"[^a-z]+", folder.lower()))
+    kinds = {"train": TRAIN_WORDS, "validation": VALIDATION_WORDS, "test": TEST_WORDS}
+    return next((kind for kind, known in kinds.items() if words & known), None)
+
+
+def _check_any(items: list[Item], images: ImageSet) -> None:
+    """Raise :class:`DataError` if there are no images."""
+    if not items:
+        raise DataError(
+            "holds no images",
+            where=images.path,
+            why=images.note.removeprefix(f"{images.path}: ") or None,
+            remedy=f"supported: {' '.join(EXTENSIONS)}",
+        )
+
+
 def _check_labels(items: list[Item], path: Path) -> None:
     """Check that the class folders mean one thing: each class is at one place, and no loose images lie beside
     them."""
-    if not items:
-        raise DataError("holds no images", where=path, remedy=f"supported: {' '.join(EXTENSIONS)}")
     loose = [item for item in items if item.label is None]
     if loose and len(loose) < len(items):
         raise DataError(
@@ -193,9 +447,25 @@ def _check_labels(items: list[Item], path: Path) -> None:
             places.setdefault(item.label, set()).add(str(PurePosixPath(item.name).parent))
     double = next((sorted(found) for found in places.values() if len(found) > 1), None)
     if double:
-        splits = sorted({PurePosixPath(place).parts[0] for place in double})
         raise DataError(
             f"the same class is at several places: {', '.join(double)}",
             where=path,
-            remedy=f"choose one: {path / splits[0]}",
+            remedy=_choice(path, double),
         )
+
+
+def _choice(path: Path, double: Sequence[str]) -> str:
+    """Which folder to give instead of one in which a class is at several places: the part to train on first,
+    the part to test on last."""
+    uses = {
+        "train": " to train or calibrate",
+        "validation": " to choose settings",
+        None: "",
+        "test": " to evaluate",
+    }
+    shared = len(PurePosixPath(posixpath.commonpath(double)).parts)
+    folders = sorted({"/".join(PurePosixPath(place).parts[: shared + 1]) for place in double})
+    parts = {folder: _part_of(PurePosixPath(folder).name) for folder in folders}
+    ordered = sorted(folders, key=lambda folder: list(uses).index(parts[folder]))
+    shown = [f"{path / folder}{uses[parts[folder]]}" for folder in ordered[:SHOWN_KINDS]]
+    return f"choose one: {', '.join(shown)}"

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .arrays import check_color
 from .backends import RUNTIME_OF_FORMAT, LoadOptions, Session, get_runtime
 from .backends.base import batch_limit
 from .bundle import LOGITS, Bundle
-from .errors import InputError
+from .errors import ImageError, InputError
 from .lanes import Lanes
-from .preprocessing import ImageLike, Preprocess, preprocess
+from .preprocessing import ImageLike, Preprocess, one_or_many, preprocess, snapshot
 from .stream import stream
 
 
@@ -68,9 +69,11 @@ class Predictor:
         *,
         batch: int = 1,
         head: str = LOGITS,
+        color: str = "rgb",
     ) -> None:
         """``batch``: the fixed batch size of ``session``, ``0`` if it takes any. Most callers want
         :meth:`load`."""
+        self.color = check_color(color)
         self.spec = preprocess
         self.labels = list(labels)
         self.head = head
@@ -88,6 +91,7 @@ class Predictor:
         throughput: bool = False,
         weights: str | Path | None = None,
         trusted_model: str | None = None,
+        color: str = "rgb",
     ) -> Predictor:
         """Open a bundle and check the hash of every file.
 
@@ -97,13 +101,17 @@ class Predictor:
                 ``"fake"``; default: the one of the bundle's format.
             device, threads, throughput, weights, trusted_model: see
                 :class:`~cmt_edge.deploy.backends.base.LoadOptions`.
+            color: order of the channels of images that are arrays, ``"rgb"`` or ``"bgr"``, unless a call says
+                otherwise. OpenCV's arrays are ``"bgr"``. Encoded images and Pillow images know their order.
 
         Raises:
             BundleError: the bundle is damaged.
             RuntimeMissingError: the runtime or device is missing here.
             UnknownNameError: there is no such backend.
-            InputError: the runtime cannot run the bundle's precision, or ``threads`` is below 1.
+            InputError: the runtime cannot run the bundle's precision, ``threads`` is below 1, or ``color`` is
+                unknown.
         """
+        check_color(color)
         bundle = path if isinstance(path, Bundle) else Bundle.open(path)
         if threads is not None and threads < 1:
             raise InputError(
@@ -115,7 +123,7 @@ class Predictor:
         )
         session = runtime.load(bundle, LoadOptions(device, threads, throughput, weights, trusted_model))
         batch = 0 if runtime.any_batch else batch_limit(bundle)
-        return cls(session, bundle.preprocess, bundle.labels, batch=batch, head=bundle.head)
+        return cls(session, bundle.preprocess, bundle.labels, batch=batch, head=bundle.head, color=color)
 
     @property
     def session(self) -> Session:
@@ -132,30 +140,42 @@ class Predictor:
         """Runtime with its version, and device."""
         return self.session.info
 
-    def __call__(self, image: ImageLike) -> Prediction:
-        """Classify one image: path, encoded bytes, file object, Pillow image, or HWC uint8 RGB array.
+    def __call__(self, image: ImageLike, *, color: str | None = None) -> Prediction:
+        """Classify one image.
+
+        Args:
+            image: a path, encoded bytes, a file object, a Pillow image, or a uint8 array: ``(H, W, 3)``, grey
+                ``(H, W)`` or ``(H, W, 1)``, with alpha ``(H, W, 2)`` or ``(H, W, 4)``.
+            color: order of an array's channels; default: what :meth:`load` was told.
 
         Raises:
             ImageError: the image cannot be read.
-            InputError: a closed Predictor, or a bundle of feature maps.
+            InputError: a closed Predictor, a bundle of feature maps, or an unknown ``color``.
         """
         self._require(LOGITS)
+        decode = self._decoder(color)
         with self.lanes.take(1) as lane:
-            source = self._decode(image, lane.batch[0])
+            source = decode(image, lane.batch[0])
             logits = lane.run(1)[0][0]
         return Prediction(logits, self.labels, source)
 
-    def predict(self, images: Iterable[ImageLike]) -> list[Prediction]:
-        """Classify several images, in the caller's thread.
+    def predict(self, images: Iterable[ImageLike], *, color: str | None = None) -> list[Prediction]:
+        """Classify several images, in the caller's thread. A single image gives a list of one.
 
         Raises:
             ImageError: an image cannot be read; the first such image is named.
-            InputError: a closed Predictor, or a bundle of feature maps.
+            InputError: a closed Predictor, a bundle of feature maps, or an unknown ``color``.
         """
-        return list(self.stream(images, workers=0, in_flight=1))
+        return list(self.stream(images, workers=0, in_flight=1, color=color))
 
     def stream(
-        self, images: Iterable[ImageLike], *, workers: int = 2, in_flight: int | None = None
+        self,
+        images: Iterable[ImageLike],
+        *,
+        workers: int = 2,
+        in_flight: int | None = None,
+        color: str | None = None,
+        copy: bool = True,
     ) -> Iterator[Prediction]:
         """Predictions in order, one by one: threads decode ahead while the runtime computes.
 
@@ -163,28 +183,58 @@ class Predictor:
         iterable is fine: at most ``in_flight * batch + max(batch, 2 * workers)`` images are held (a dynamic
         batch counts as 8). Closing the stream, or leaving the loop, ends its threads.
 
+        A camera may fill one buffer again and again. Arrays, Pillow images, buffers and file objects are
+        therefore copied when they are taken from ``images``, where threads decode them later. A path is read
+        when its image is decoded: where a program writes the same file again and again, give
+        ``Path(...).read_bytes()``.
+
         Args:
             images: as :meth:`predict`; may be endless.
             workers: threads that decode; ``0`` decodes in the caller's thread.
             in_flight: inferences at once; default: as many as the runtime gains from, which is 1 unless the
                 bundle was loaded with ``throughput=True``.
+            color: order of an array's channels; default: what :meth:`load` was told.
+            copy: ``False`` promises that nobody changes or closes an image after ``images`` gave it, and
+                saves the copy.
 
         Raises:
             ImageError: an image cannot be read. It is raised at its turn, after the predictions of all
                 images before it, like errors of the runtime and of ``images`` itself. The Predictor stays
                 usable.
-            InputError: ``in_flight`` below 1, a closed Predictor, or a bundle of feature maps.
+            InputError: ``in_flight`` below 1, a closed Predictor, a bundle of feature maps, or an unknown
+                ``color``.
         """
-        self._require(LOGITS)
-        if in_flight is not None and in_flight < 1:
-            raise InputError(
-                f"{in_flight} inferences in flight were asked for",
-                remedy="ask for 1 or more, or leave it out",
-            )
-        several = in_flight or max(1, self.session.parallelism)
-        answers = stream(images, self.lanes, self._decode, workers=workers, in_flight=several)
+        decode = self._decoder(color)
+        answers = self._answers(images, decode, workers=workers, in_flight=in_flight, copy=copy)
         for source, logits in answers:
             yield Prediction(logits, self.labels, source)
+
+    def attempt(
+        self,
+        images: Iterable[ImageLike],
+        *,
+        workers: int = 2,
+        in_flight: int | None = None,
+        color: str | None = None,
+        copy: bool = True,
+    ) -> Iterator[Prediction | ImageError]:
+        """As :meth:`stream`, but an image that cannot be read gives its :class:`ImageError` in place of a
+        prediction, and the images after it are answered."""
+        decode = self._decoder(color)
+
+        def decode_or_explain(image: ImageLike, row: np.ndarray) -> str | ImageError | None:
+            try:
+                return decode(image, row)
+            except ImageError as exc:
+                row[:] = 0  # its answer is thrown away
+                return exc.with_traceback(None)
+
+        answers = self._answers(images, decode_or_explain, workers=workers, in_flight=in_flight, copy=copy)
+        for source, logits in answers:
+            if isinstance(source, ImageError):
+                yield source
+            else:
+                yield Prediction(logits, self.labels, source)
 
     def logits(self, batch: np.ndarray) -> np.ndarray:
         """Preprocessed float32 ``(N, 3, H, W)`` -> float32 ``(N, classes)``; any ``N``, in the model's own
@@ -211,16 +261,18 @@ class Predictor:
         _check_batch(batch, self.spec.size)
         return self.lanes.run(np.ascontiguousarray(batch))
 
-    def prepare(self, images: Iterable[ImageLike]) -> np.ndarray:
+    def prepare(self, images: Iterable[ImageLike], *, color: str | None = None) -> np.ndarray:
         """Decode, resize, crop and normalise: the float32 batch ``(N, 3, H, W)`` that :meth:`logits` and
         :meth:`features` take. Raises :class:`~cmt_edge.deploy.errors.ImageError`."""
+        decode = self._decoder(color)
         size = self.spec.size
+        images = one_or_many(images)
         if not isinstance(images, Sequence):  # each image may be gone once the next is asked for
-            rows = [preprocess(image, self.spec) for image in images]
+            rows = [preprocess(image, self.spec, color=color or self.color) for image in images]
             return np.stack(rows) if rows else np.empty((0, 3, size, size), np.float32)
         batch = np.empty((len(images), 3, size, size), np.float32)
         for image, row in zip(images, batch, strict=True):
-            preprocess(image, self.spec, row)
+            decode(image, row)
         return batch
 
     def close(self) -> None:
@@ -234,10 +286,48 @@ class Predictor:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _decode(self, image: ImageLike, row: np.ndarray) -> str | None:
-        """Preprocess into ``row``; returns the path, where the image is given as one."""
-        preprocess(image, self.spec, row)
-        return str(image) if isinstance(image, (str, Path)) else None
+    def _answers(
+        self,
+        images: Iterable[ImageLike],
+        decode: Callable[[ImageLike, np.ndarray], Any],
+        *,
+        workers: int,
+        in_flight: int | None,
+        copy: bool,
+    ) -> Iterator[tuple[Any, np.ndarray]]:
+        """What ``decode`` returned for each image, and its logits."""
+        self._require(LOGITS)
+        if in_flight is not None and in_flight < 1:
+            raise InputError(
+                f"{in_flight} inferences in flight were asked for",
+                remedy="ask for 1 or more, or leave it out",
+            )
+        several = in_flight or max(1, self.session.parallelism)
+        images = one_or_many(images)
+        if copy and workers > 0:  # without threads an image is decoded before the next one is asked for
+            images = self._taken(images)
+        return stream(images, self.lanes, decode, workers=workers, in_flight=several)
+
+    def _taken(self, images: Iterable[ImageLike]) -> Iterator[Any]:
+        """Each image as it is when it is taken; in place of one that cannot be read, its error."""
+        for image in images:
+            try:
+                taken: Any = snapshot(image, self.spec)
+            except ImageError as exc:
+                taken = exc
+            yield taken
+
+    def _decoder(self, color: str | None) -> Callable[[ImageLike, np.ndarray], str | None]:
+        """What preprocesses an image into a row and returns its path, where it is given as one."""
+        order = self.color if color is None else check_color(color)
+
+        def decode(image: ImageLike, row: np.ndarray) -> str | None:
+            if isinstance(image, ImageError):  # it could not be copied when it was taken
+                raise image
+            preprocess(image, self.spec, row, order)
+            return str(image) if isinstance(image, (str, Path)) else None
+
+        return decode
 
     def _require(self, head: str) -> None:
         if self.head == head:

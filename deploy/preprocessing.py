@@ -7,6 +7,7 @@ orientation, mode to RGB), resize (Pillow's filter, with its antialiasing), cent
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -14,17 +15,24 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
-from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
+from .arrays import CHANNELS, as_rgb
 from .errors import BundleError, ImageError
 
-ImageLike: TypeAlias = "str | Path | bytes | BinaryIO | Image.Image | np.ndarray"
-"""What stands for one image: a path, encoded bytes, a file object, a Pillow image, or HWC uint8 RGB."""
+ImageLike: TypeAlias = "str | Path | bytes | bytearray | memoryview | BinaryIO | Image.Image | np.ndarray"
+"""What stands for one image: a path, encoded bytes, a file object, a Pillow image, or a uint8 array as
+:func:`~cmt_edge.deploy.arrays.as_rgb` takes it."""
 
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "AVIF")
 """Encodings that are accepted, by Pillow's names; its other decoders are never run."""
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".mpo")
+# fmt: off
+EXTENSIONS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif",
+    ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif",
+)
+# fmt: on
 """Endings of the file names, in lower case, that count as images in a folder or an archive."""
 
 MAX_PIXELS = 89_478_485
@@ -49,6 +57,17 @@ ORIENTATION = 0x0112
 UPRIGHT = 1
 """The orientation of an image that need not be turned."""
 
+TURN = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""Orientation -> what turns an image upright."""
+
 UNTURN = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -59,6 +78,12 @@ UNTURN = {
     8: Image.Transpose.ROTATE_270,
 }
 """Orientation -> what undoes Pillow's turning of a TIFF image."""
+
+LFS_POINTER = b"version https://git-lfs"
+"""First bytes of the small text file that Git LFS leaves where it has not fetched a file."""
+
+DECODING = ("PIL", "numpy", "defusedxml", __name__.split(".")[0])
+"""Packages whose failures while an image is decoded are about the image, as are the standard library's."""
 
 
 class NamedBytes(io.BytesIO):
@@ -138,19 +163,24 @@ class Preprocess:
         return bool(np.isfinite([*self.mean, *self.std]).all()) and min(self.std) > 0
 
 
-def decode(source: ImageLike, spec: Preprocess) -> Image.Image:
-    """Decode to RGB; an animation gives its first frame. ``source``: path, encoded bytes, file object, Pillow
-    image or HWC uint8.
+def decode(source: ImageLike, spec: Preprocess, color: str = "rgb") -> Image.Image:
+    """Decode to RGB; an animation gives its first frame.
 
     Modes: Pillow converts CMYK, grey and palette images; alpha is dropped, as the usual training loaders do;
-    16-bit images are scaled to 8 bits.
+    16-bit images are scaled to 8 bits. An exception that is not about the image, such as the caller's time
+    limit, comes out as it is.
+
+    Args:
+        source: a path, encoded bytes, a file object, a Pillow image, or a uint8 array.
+        spec: the model's preprocessing.
+        color: the order of an array's channels, ``"rgb"`` or ``"bgr"``; other images know theirs.
 
     Raises:
         ImageError: missing, empty, damaged, not an image, of an unsupported kind, or beyond
             ``MAX_PIXELS``/``MAX_BYTES``.
     """
     if isinstance(source, np.ndarray):
-        return Image.fromarray(np.ascontiguousarray(_checked(source)))
+        return Image.fromarray(np.ascontiguousarray(as_rgb(source, color)))
     name = _name(source)
     try:
         if isinstance(source, Image.Image):
@@ -159,36 +189,123 @@ def decode(source: ImageLike, spec: Preprocess) -> Image.Image:
             return _convert(image, spec, name)
     except ImageError:
         raise
-    except Image.DecompressionBombError as exc:
-        raise _too_large(name, exc) from exc
-    except UnidentifiedImageError as exc:
-        raise ImageError(
-            "is damaged or not an image",
-            where=name,
-            remedy=f"replace or remove it; formats: {', '.join(IMAGE_FORMATS)}",
-        ) from exc
     except Exception as exc:  # damaged files make Pillow's decoders raise almost anything
-        raise ImageError(
+        if not is_about_data(exc):
+            raise
+        raise _undecodable(source, name, exc) from exc
+
+
+def is_about_data(exc: Exception) -> bool:
+    """Whether a failure while an image was read or decoded is about the image's data, and not an exception of
+    the caller's own: a time limit, or what the caller's file object raised."""
+    if isinstance(exc, TimeoutError) and exc.errno is None:
+        return False
+    root = type(exc).__module__.split(".")[0]
+    if root not in ("builtins", "PIL", "struct", "zlib", "xml"):
+        return False
+    trace = exc.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return True
+    place = str(trace.tb_frame.f_globals.get("__name__", "")).split(".")[0]
+    return place in DECODING or (place != "__main__" and place in sys.stdlib_module_names)
+
+
+def _undecodable(source: ImageLike, name: object, exc: Exception) -> ImageError:
+    """The error for an image that Pillow could not decode."""
+    if isinstance(exc, Image.DecompressionBombError):
+        return _too_large(name, exc)
+    if not isinstance(exc, UnidentifiedImageError):
+        return ImageError(
             "cannot be decoded",
             where=name,
-            why=exc or type(exc).__name__,
+            why=str(exc) or type(exc).__name__,
             remedy="replace or remove the file",
-        ) from exc
+        )
+    if _first_bytes(source).startswith(LFS_POINTER):
+        return ImageError(
+            "is a Git LFS pointer; the image itself was not fetched", where=name, remedy="run: git lfs pull"
+        )
+    return ImageError(
+        "is damaged or not an image",
+        where=name,
+        remedy=f"replace or remove it; formats: {', '.join(IMAGE_FORMATS)}",
+    )
 
 
-def pixels(source: ImageLike, spec: Preprocess) -> np.ndarray:
-    """Decoded, resized and cropped: ``(size, size, 3)`` uint8, read-only. Raises as :func:`decode`.
+def _first_bytes(source: ImageLike) -> bytes:
+    """The first bytes of a file or of encoded bytes, empty where they cannot be had again."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return bytes(source[: len(LFS_POINTER)])
+    if isinstance(source, io.BytesIO):
+        return source.getvalue()[: len(LFS_POINTER)]
+    if isinstance(source, (str, Path)):
+        try:
+            with open(source, "rb") as file:
+                return file.read(len(LFS_POINTER))
+        except OSError:
+            return b""
+    return b""
+
+
+def snapshot(source: ImageLike, spec: Preprocess) -> ImageLike:
+    """The image as it is now, whatever its owner does with the array, image, buffer or file afterwards.
+
+    A path is returned as it is. Raises as :func:`decode`.
+    """
+    if isinstance(source, np.ndarray):
+        return source.copy()
+    if isinstance(source, Image.Image):
+        image = decode(source, spec).copy()
+        image.info.clear()  # it is upright now
+        return image
+    if isinstance(source, (bytearray, memoryview)):
+        return bytes(source)
+    if isinstance(source, (str, Path, bytes)) or not hasattr(source, "read"):
+        return source
+    data = source.getvalue() if isinstance(source, io.BytesIO) else _read_all(source)
+    return source if data is None else NamedBytes(data, str(_name(source)))
+
+
+def _read_all(file: BinaryIO) -> bytes | None:
+    """The content of a file object up to the cap; ``None`` where it cannot be read, which decoding then
+    explains."""
+    try:
+        if file.seekable():
+            file.seek(0)
+        data = file.read(MAX_BYTES + 1)
+    except (AttributeError, ValueError):  # no whole file object, or a closed one
+        return None
+    return data if isinstance(data, bytes) else None
+
+
+def one_or_many(images: Any) -> Any:
+    """``images``, in a list if it is a single image, so that nobody iterates over its letters, bytes, lines
+    or rows."""
+    if isinstance(images, np.ndarray):
+        single = images.ndim < 3 or (images.ndim == 3 and images.shape[2] in CHANNELS)
+    else:
+        kinds = (str, Path, bytes, bytearray, memoryview, Image.Image)
+        single = isinstance(images, kinds) or hasattr(images, "read")
+    return [images] if single else images
+
+
+def pixels(source: ImageLike, spec: Preprocess, color: str = "rgb") -> np.ndarray:
+    """Decoded, resized and cropped: ``(size, size, 3)`` uint8, read-only. Arguments and errors are those of
+    :func:`decode`.
 
     Where an array needs no resizing, the result is a view of it.
     """
     if isinstance(source, np.ndarray):
-        height, width = _checked(source).shape[:2]
+        rgb = as_rgb(source, color)
+        height, width = rgb.shape[:2]
         new, (left, top, right, bottom) = _geometry(width, height, spec, source)
         if new == (width, height):
-            view: np.ndarray = source[top:bottom, left:right]
+            view: np.ndarray = rgb[top:bottom, left:right]
             view.flags.writeable = False
             return view
-    image = decode(source, spec)
+    image = decode(source, spec, color)
     new, box = _geometry(*image.size, spec, source)
     if new != image.size:
         image = image.resize(new, RESAMPLING[spec.interpolation])
@@ -238,9 +355,12 @@ def _affine(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[np.ndarray
     return scale, shift
 
 
-def preprocess(source: ImageLike, spec: Preprocess, out: np.ndarray | None = None) -> np.ndarray:
-    """One image -> float32 ``(3, size, size)``, written into ``out`` if given. Raises as :func:`decode`."""
-    return normalise(pixels(source, spec), spec, out)
+def preprocess(
+    source: ImageLike, spec: Preprocess, out: np.ndarray | None = None, color: str = "rgb"
+) -> np.ndarray:
+    """One image -> float32 ``(3, size, size)``, written into ``out`` if given. The other arguments and the
+    errors are those of :func:`decode`."""
+    return normalise(pixels(source, spec, color), spec, out)
 
 
 def _name(source: ImageLike) -> object:
@@ -248,14 +368,15 @@ def _name(source: ImageLike) -> object:
     return source if isinstance(source, (str, Path)) else getattr(source, "filename", None) or "image"
 
 
-def _open(source: str | Path | bytes | BinaryIO, name: object) -> Image.Image:
+def _open(source: str | Path | bytes | bytearray | memoryview | BinaryIO, name: object) -> Image.Image:
     """Read the header and check the sizes; nothing is decoded yet."""
+    _require_kind(source, name)
     count = _count_bytes(source)
     if count == 0:
         raise ImageError("the image is empty (0 bytes)", where=name, remedy="replace or remove the file")
     if count is not None and count > MAX_BYTES:
         raise _too_large(name, f"{count} bytes, the cap is {MAX_BYTES}")
-    encoded = io.BytesIO(source) if isinstance(source, bytes) else source
+    encoded = io.BytesIO(source) if isinstance(source, (bytes, bytearray, memoryview)) else source
     image = Image.open(encoded, formats=IMAGE_FORMATS)
     if image.width * image.height > MAX_PIXELS:
         image.close()
@@ -263,15 +384,29 @@ def _open(source: str | Path | bytes | BinaryIO, name: object) -> Image.Image:
     return image
 
 
-def _count_bytes(source: str | Path | bytes | BinaryIO) -> int | None:
+def _require_kind(source: object, name: object) -> None:
+    """Raise :class:`ImageError` unless the object can be an encoded image."""
+    if isinstance(source, (str, Path, bytes, bytearray, memoryview)) or hasattr(source, "read"):
+        return
+    remedy = "give a path, encoded bytes, a file object, a Pillow image, or a uint8 array (H, W, 3)"
+    if source is None:
+        remedy = "check the source: cv2.imread() returns None for a file that it cannot read"
+    elif isinstance(source, (list, tuple)):
+        remedy = "give several images to predict() or stream()"
+    raise ImageError(f"this is no image but of type {type(source).__name__}", where=name, remedy=remedy)
+
+
+def _count_bytes(source: str | Path | bytes | bytearray | memoryview | BinaryIO) -> int | None:
     """Size of the encoded image; ``None`` where only reading it would tell."""
     if isinstance(source, (str, Path)):
         path = Path(source)
         if not path.is_file():
             raise ImageError("no such image file", where=path, remedy="check the path")
         return path.stat().st_size
-    if isinstance(source, bytes):
+    if isinstance(source, (bytes, bytearray)):
         return len(source)
+    if isinstance(source, memoryview):
+        return source.nbytes
     return source.getbuffer().nbytes if isinstance(source, io.BytesIO) else None
 
 
@@ -282,7 +417,7 @@ def _too_large(name: object, why: object) -> ImageError:
 def _convert(image: Image.Image, spec: Preprocess, name: object) -> Image.Image:
     """Decode an opened image: upright as ``spec.exif`` says, in 8-bit RGB."""
     if spec.exif == "apply":
-        image = ImageOps.exif_transpose(image)
+        image = _upright(image)
     elif isinstance(image, TiffImagePlugin.TiffImageFile):  # Pillow has already turned it
         undo = UNTURN.get(image.tag_v2.get(ORIENTATION) or UPRIGHT)
         image = image if undo is None else image.transpose(undo)
@@ -296,6 +431,21 @@ def _convert(image: Image.Image, spec: Preprocess, name: object) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn an image as its orientation says.
+
+    Only that entry is used: a photograph whose other entries are wrong is a good photograph.
+    """
+    image.load()  # Pillow turns a TIFF image here, and then forgets its orientation
+    try:
+        turn = TURN.get(image.getexif().get(ORIENTATION, UPRIGHT))
+    except Exception as exc:
+        if not is_about_data(exc):
+            raise
+        return image  # its metadata cannot be read, its pixels can
+    return image if turn is None else image.transpose(turn)
+
+
 def _to_8_bits(image: Image.Image, name: object) -> Image.Image:
     """Scale 16-bit grey values, which Pillow would clip, to 8 bits."""
     values = np.asarray(image).astype(np.int64)
@@ -304,13 +454,3 @@ def _to_8_bits(image: Image.Image, name: object) -> Image.Image:
             "the pixels are integers outside 0..65535", where=name, remedy="save it as 8 or 16 bits"
         )
     return Image.fromarray((values >> 8).astype(np.uint8))
-
-
-def _checked(array: np.ndarray) -> np.ndarray:
-    """``array``, if it is an image."""
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
-        raise ImageError(
-            f"an image array must be uint8 (H, W, 3), this is {array.dtype} {array.shape}",
-            remedy="for preprocessed float32 (N, 3, H, W) batches use Predictor.logits",
-        )
-    return array

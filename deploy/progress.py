@@ -15,6 +15,7 @@ class Progress:
     """Steps and bars on standard error; silent where that is not a terminal, or ``quiet``."""
 
     def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
         self.off = quiet or sys.stderr is None or not sys.stderr.isatty()
         self._bar: tqdm[Any] | None = None
         self._phase = ""
@@ -31,6 +32,12 @@ class Progress:
             self.finish()
             if not self.off:
                 print(f"\r{name:<34} {time.perf_counter() - start:6.1f} s", file=sys.stderr, flush=True)
+
+    def tell(self, note: str) -> None:
+        """Print a note that also logs should hold, unless it is empty or ``quiet``."""
+        if note and not self.quiet:
+            self.finish()
+            print(f"note: {note}", file=sys.stderr, flush=True)
 
     def count(self, done: int, total: int) -> None:
         """Progress of a countable step."""

@@ -20,6 +20,7 @@ from cmt_edge.cmt.spec import ModelSpec, check_size
 from cmt_edge.deploy.bundle import LOGITS
 from cmt_edge.deploy.cli.console import finite
 from cmt_edge.deploy.errors import InputError, WeightsError
+from cmt_edge.deploy.files import read_text
 from cmt_edge.deploy.measure.parity import MAX_DROP
 from cmt_edge.deploy.preprocessing import RESAMPLING, Preprocess
 
@@ -341,26 +342,28 @@ class ExportConfig(Settings):
         if self.labels is None:
             return None
         try:
-            lines = Path(self.labels).read_text(encoding="utf-8").splitlines()
+            lines = read_text(Path(self.labels)).splitlines()
         except (OSError, UnicodeDecodeError) as exc:
             raise InputError(
                 "the labels file cannot be read",
                 where=self.labels,
                 why=exc,
-                remedy="give a text file with one class name a line",
+                remedy="give a text file in UTF-8 with one class name a line",
             ) from exc
         names = [line.strip() for line in lines if line.strip()]
         self.require_labels(names, self.labels)
         return names
 
     def require_labels(self, names: Sequence[str], where: str) -> None:
-        """Raise :class:`InputError` unless ``names`` are one distinct name a class."""
-        different = len(set(names))
-        if len(names) != self.classes or different != len(names):
+        """Raise :class:`InputError` unless ``names`` are one name a class.
+
+        Two classes may have the same name: ImageNet has two cranes.
+        """
+        if len(names) != self.classes:
             raise InputError(
-                f"{len(names)} labels ({different} different) for {self.classes} classes",
+                f"{len(names)} labels for {self.classes} classes",
                 where=where,
-                remedy=f"one distinct name a class; or --num-classes {len(names)}",
+                remedy=f"give one name a class, each on its own line; or --num-classes {len(names)}",
             )
 
 
@@ -425,7 +428,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise InputError("no such settings file", where=path, remedy="check the path given to --config")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        return tomllib.loads(read_text(path))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
         raise InputError(
             "the configuration file cannot be read",

@@ -79,7 +79,9 @@ def _images(
 ) -> CalibrationSet | None:
     """The images that were asked for, made from the model where they are synthetic."""
     if Step.SYNTHESISE not in journal:
-        return steps.choose_images(config)
+        data = steps.choose_images(config)
+        progress.tell("" if data is None else data.note)
+        return data
     count = steps.count_synthetic(config)
     with journal.step(Step.SYNTHESISE, images=count):
         return steps.synthesise(config, reference.classifier, count, progress.count)

@@ -6,8 +6,9 @@ import contextlib
 import hashlib
 import mmap
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from ..errors import BundleError
@@ -25,6 +26,18 @@ from .manifest import (
     broken,
 )
 from .sections import LOGITS, MAX_TOTAL, FileEntry
+
+# fmt: off
+LEFT_BY_SYSTEMS = (
+    ".ds_store", "._*", "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", ".directory",
+    "@eadir", ".nfs*", ".fuse_hidden*", ".ipynb_checkpoints", ".cache", "..*",
+)
+# fmt: on
+"""Names, in lower case, of files and folders that file managers, network file systems, notebooks, download
+caches and Kubernetes (``..data``) leave beside a bundle's files. They are never read."""
+
+SHOWN_EXTRAS = 5
+"""So many files that the manifest does not name are listed."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +64,7 @@ class Bundle:
         """Read the manifest and check every file's presence, size and hash.
 
         Raises:
-            BundleError: no bundle, a missing, edited, extra or linked file, or a manifest that cannot be
-                understood.
+            BundleError: no bundle, a missing, edited or extra file, or a manifest that cannot be understood.
         """
         path = Path(path)
         manifest_path = path / MANIFEST
@@ -61,8 +73,8 @@ class Bundle:
                 "is not a bundle: it has no manifest.json" if os.path.isdir(path) else "no such bundle folder"
             )
             raise BundleError(what, where=path, remedy="give the folder that cmt-export printed")
-        if manifest_path.is_symlink() or manifest_path.stat().st_size > MAX_MANIFEST:
-            raise broken("the manifest is a link or too large", manifest_path)
+        if manifest_path.stat().st_size > MAX_MANIFEST:
+            raise broken("the manifest is too large", manifest_path)
         manifest = Manifest.from_bytes(manifest_path.read_bytes(), manifest_path)
         _check_members(path, manifest)
         return cls(path, manifest)
@@ -158,24 +170,55 @@ def _check_members(path: Path, manifest: Manifest) -> None:
         total += entry.size
     if total > MAX_TOTAL:
         raise broken(f"declares {total} bytes, the cap is {MAX_TOTAL}", path)
-    present = set()
-    for found in path.rglob("*"):
-        if found.is_symlink():
-            raise broken("holds a link, which bundles may not", found)
-        if not found.is_dir():
-            present.add(found.relative_to(path).as_posix())
-    extra = sorted(present - set(files) - {MANIFEST} - _ignored(path, manifest))
-    missing = sorted(set(files) - present)
-    if extra or missing:
-        text = [f"missing: {', '.join(missing)}"] if missing else []
-        text += [f"not in the manifest: {', '.join(extra)}"] if extra else []
-        raise broken("does not match its manifest", path, "; ".join(text))
+    _check_present(path, manifest)
     for name, entry in files.items():
         member = path / name
         if member.stat().st_size != entry.size or sha256_of(member) != entry.sha256:
             raise broken(f"{name} was changed after the export: its SHA-256 differs from the manifest", path)
         if name.endswith(".onnx") and _has_external_data(member):
             raise broken(f"{name} stores weights outside the file, which bundles may not", path)
+
+
+def _check_present(path: Path, manifest: Manifest) -> None:
+    """Check that the folder holds the manifest's files and no others, but for what systems leave there.
+
+    A member may be a link, as in a ConfigMap or the caches of Hugging Face and DVC: its content counts.
+    """
+    missing = sorted(name for name in manifest.files if not (path / name).is_file())
+    known = set(manifest.files) | {MANIFEST} | _ignored(path, manifest)
+    extra = sorted(name for name in _walk(path) if not _belongs(name, known))
+    if missing:
+        text = [f"missing: {', '.join(missing)}"]
+        text += [f"not in the manifest: {', '.join(extra[:SHOWN_EXTRAS])}"] if extra else []
+        raise broken("does not match its manifest", path, "; ".join(text))
+    if extra:
+        raise BundleError(
+            f"holds what its manifest does not name: {', '.join(extra[:SHOWN_EXTRAS])}",
+            where=path,
+            why=None if len(extra) <= SHOWN_EXTRAS else f"{len(extra)} files in all",
+            remedy="remove it" if len(extra) == 1 else "remove them",
+        )
+
+
+def _walk(path: Path) -> Iterator[str]:
+    """Every file and link below ``path``, by its relative name; links are not followed, and folders that
+    systems leave are not entered."""
+    for folder, folders, files in os.walk(path):
+        relative = Path(folder).relative_to(path)
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        folders[:] = [name for name in folders if name not in links and not _is_left_by_systems(name)]
+        yield from ((relative / name).as_posix() for name in [*files, *links])
+
+
+def _belongs(name: str, known: Collection[str]) -> bool:
+    """Whether a file or link is a member, a folder of members, or something that a system left."""
+    if name in known or _is_left_by_systems(PurePosixPath(name).name):
+        return True
+    return any(member.startswith(name + "/") for member in known)
+
+
+def _is_left_by_systems(name: str) -> bool:
+    return any(fnmatchcase(name.lower(), pattern) for pattern in LEFT_BY_SYSTEMS)
 
 
 def _ignored(path: Path, manifest: Manifest) -> set[str]:

@@ -3,19 +3,43 @@
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import ImageError, InputError
+from ..images import ImageSet, Item, is_archive
 from ..predictor import Prediction, Predictor
-from ..preprocessing import EXTENSIONS
+from ..preprocessing import ImageLike, NamedBytes
 from ..progress import Progress
-from .console import add_runtime_flags, parser, run
+from .console import add_runtime_flags, parser, run, say, tell
 
 MANY = 32
 """So many images are worth opening the bundle for several inferences at once."""
 SHOW_PROGRESS = 20
 """Fewer images show no progress: they are done before anybody could read it."""
+
+Show = Callable[[Prediction], None]
+"""Prints one answer."""
+
+
+@dataclass(frozen=True)
+class _Source:
+    """An image to classify: a file, or an image of an archive."""
+
+    name: str
+    archive: ImageSet | None = None
+    item: Item | None = None
+
+    def open(self) -> ImageLike:
+        """What the Predictor takes."""
+        if self.archive is None or self.item is None:
+            return Path(self.name)
+        return NamedBytes(self.archive.read(self.item), self.name)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,58 +51,105 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags of ``cmt-predict``."""
     p = parser(
         "cmt-predict",
-        f"Classify images with a bundle; {MANY} images or more with several inferences at once.",
+        f"Classify images with a bundle; {MANY} images or more with several inferences at once. Each answer"
+        " is printed as soon as it is known. Images that cannot be read are named on standard error, and the"
+        " exit code is then 2. With --json every answer is one object on a line of its own.",
     )
     p.add_argument("bundle", type=Path)
-    p.add_argument("images", type=Path, nargs="+", help="image files, or folders of them")
+    p.add_argument("images", type=Path, nargs="+", help="image files, or folders or .tar archives of them")
     output = p.add_argument_group("output")
     output.add_argument("--topk", type=int, default=5, help="classes to print (default 5)")
+    output.add_argument("--csv", action="store_true", help="print comma-separated values, one image a line")
     add_runtime_flags(p)
     return p
 
 
 def _main(args: argparse.Namespace) -> int:
-    from .. import report  # here, because the command should start without what measures
-
-    if args.topk < 1:
-        raise InputError(f"--topk {args.topk}", remedy="ask for 1 or more")
-    paths = [file for path in args.images for file in _expand(path)]
-    predictions = _predictions(args, paths)
-    if args.json:
-        found = [report.prediction_json(prediction, args.topk) for prediction in predictions]
-        print(report.to_json({"predictions": found}))
-    else:
-        print(report.predictions_text(predictions, args.topk))
-    return 0
-
-
-def _predictions(args: argparse.Namespace, paths: list[Path]) -> list[Prediction]:
-    predictions = []
-    progress = Progress(args.quiet or len(paths) < SHOW_PROGRESS)
+    _check(args)
+    sources = [source for path in args.images for source in _expand(path, args.quiet)]
+    failed = 0
     with Predictor.load(
         args.bundle,
         backend=args.backend,
         device=args.device,
         threads=args.threads,
-        throughput=len(paths) >= MANY,
+        throughput=len(sources) >= MANY,
     ) as predictor:
-        for prediction in predictor.stream(paths):
-            predictions.append(prediction)
-            progress.count(len(predictions), len(paths))
-        progress.finish()
-    return predictions
+        show = _show(args, sources, len(predictor.labels))
+        for answer in _answers(predictor, sources, args.quiet):
+            if isinstance(answer, ImageError):
+                failed += 1
+                tell(f"error: {answer}")
+            else:
+                show(answer)
+    if failed:
+        tell(f"{failed} of {len(sources)} images could not be read")
+    return InputError.exit_code if failed else 0
 
 
-def _expand(path: Path) -> list[Path]:
+def _check(args: argparse.Namespace) -> None:
+    """Raise :class:`InputError` for flags that cannot be used."""
+    if args.topk < 1:
+        raise InputError(f"--topk {args.topk}", remedy="ask for 1 or more")
+    if args.json and args.csv:
+        raise InputError("--json and --csv were both given", remedy="choose one of them")
+
+
+def _answers(predictor: Predictor, sources: list[_Source], quiet: bool) -> Iterator[Prediction | ImageError]:
+    """The answer for each image, named; progress is shown only where no answers appear between."""
+    progress = Progress(
+        quiet or len(sources) < SHOW_PROGRESS or (sys.stdout is not None and sys.stdout.isatty())
+    )
+    answers = predictor.attempt(_opened(sources), copy=False)
+    for done, (source, answer) in enumerate(zip(sources, answers, strict=True), 1):
+        progress.count(done, len(sources))
+        yield replace(answer, source=source.name) if isinstance(answer, Prediction) else answer
+    progress.finish()
+
+
+def _opened(sources: Iterable[_Source]) -> Iterator[ImageLike]:
+    return (source.open() for source in sources)
+
+
+def _show(args: argparse.Namespace, sources: list[_Source], classes: int) -> Show:
+    """What prints an answer in the form that was asked for."""
+    from .. import report  # here, because the command should start without what measures
+
+    if args.json:
+        return lambda answer: say(report.to_json(report.prediction_json(answer, args.topk)))
+    if args.csv:
+        return _csv(min(args.topk, classes))
+    width = max((len(source.name) for source in sources), default=0)
+    return lambda answer: say(report.prediction_text(answer, args.topk, width))
+
+
+def _csv(topk: int) -> Show:
+    """Prints the header now, and one line an answer: its source, then labels and probabilities by turns."""
+    columns = [f"{what}_{i}" for i in range(1, topk + 1) for what in ("label", "probability")]
+    say(_csv_line(["source", *columns]))
+
+    def show(answer: Prediction) -> None:
+        best = answer.top(topk)
+        say(_csv_line([answer.source, *(cell for label, p in best for cell in (label, f"{p:.6f}"))]))
+
+    return show
+
+
+def _csv_line(cells: Iterable[object]) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="").writerow(cells)
+    return line.getvalue()
+
+
+def _expand(path: Path, quiet: bool) -> list[_Source]:
     """``path``, or the images below it."""
-    if not os.path.isdir(path):
-        return [path]
-    shown = [file for file in path.rglob("*") if not _hidden(file.relative_to(path))]
-    found = sorted(file for file in shown if file.suffix.lower() in EXTENSIONS and file.is_file())
-    if not found:
-        raise InputError("holds no images", where=path, remedy=f"supported: {' '.join(EXTENSIONS)}")
-    return found
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+    if is_archive(path):
+        archive = ImageSet(path, labelled=False)
+        sources = [_Source(str(path / item.name), archive, item) for item in archive]
+    elif os.path.isdir(path):
+        archive = ImageSet(path, labelled=False)
+        sources = [_Source(str(path / item.name)) for item in archive]
+    else:
+        return [_Source(str(path))]
+    Progress(quiet).tell(archive.note)
+    return sources

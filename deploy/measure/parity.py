@@ -243,12 +243,15 @@ def _by_order(bundle: Bundle, data: ImageSet, folders: Sequence[str]) -> dict[st
 def _by_name(bundle: Bundle, data: ImageSet, folders: Sequence[str]) -> dict[str, int]:
     """By class id or readable name; a name that several classes have names none of them."""
     ids, names = bundle.class_ids, bundle.labels
-    shared = [f for f in folders if f not in ids and names.count(f) > 1]
+    shared = [f for f in folders if ids.count(f) > 1 or (f not in ids and names.count(f) > 1)]
     if shared:
+        unique = len(set(ids)) == len(ids)
         raise DataError(
             f"several classes are called {_some(shared)}",
             where=data.path,
-            remedy="name the folders by class id",
+            remedy="name the folders by class id"
+            if unique
+            else "export with labels that differ, and name the folders after them",
         )
     known = {name: i for i, name in enumerate(names)} | {cid: i for i, cid in enumerate(ids)}
     unknown = [f for f in folders if f not in known]

@@ -492,11 +492,7 @@ def _verified_lines(verification: VerificationEntry) -> list[str]:
     ]
 
 
-def predictions_text(predictions: Sequence[Prediction], topk: int) -> str:
-    """One line an image: its name, then the most probable classes."""
-    width = max((len(p.source or "") for p in predictions), default=0)
-    lines = []
-    for p in predictions:
-        best = ", ".join(f"{label} {100 * probability:.1f} %" for label, probability in p.top(topk))
-        lines.append(f"{(p.source or '').ljust(width)}  {best}")
-    return "\n".join(lines)
+def prediction_text(prediction: Prediction, topk: int, width: int = 0) -> str:
+    """One line: the image's name, padded to ``width``, then the most probable classes."""
+    best = (f"{label} {100 * probability:.1f} %" for label, probability in prediction.top(topk))
+    return f"{(prediction.source or '').ljust(width)}  {', '.join(best)}"

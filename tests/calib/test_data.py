@@ -182,3 +182,45 @@ def test_generated_images_are_deterministic_varied_landscapes():
         assert image.std() > 10  # not blank
         for other in images[:i]:
             assert np.abs(image - other).mean() > 5
+
+
+# --- folders as people have them ------------------------------------------------------------------
+
+
+def test_labels_do_not_matter(tmp_path):
+    """Years and months, and a stray picture beside folders."""
+    make(tmp_path, {"2023/01": 3, "2023/02": 3, "2024/01": 3, "": 1, "__MACOSX/2023": 2})
+    data = CalibrationSet.choose(tmp_path, None, SPEC)
+    assert len(data) == 10
+    assert len(content(data)) == 10
+    taken = CalibrationSet.choose(tmp_path, 4, SPEC).files
+    assert taken is not None
+    assert len({Path(item.name).parent for item in taken}) == 4  # the folders take turns
+
+
+def test_images_below_a_folder_of_that_name(tmp_path):
+    make(tmp_path, {"images": 3, "labels": 0})
+    (tmp_path / "labels" / "0.txt").write_text("0 0.5 0.5 1 1")
+    data = CalibrationSet.choose(tmp_path, None, SPEC)
+    assert len(data) == 3
+    assert "1 .txt" in data.note
+
+
+@pytest.mark.parametrize("inner", ["", "images/", "dataset/images/"])
+@pytest.mark.parametrize("below", ["", "/cat"])
+@pytest.mark.parametrize(
+    ("parts", "proposed"),
+    [(("test", "train"), "train"), (("test", "valid"), "valid"), (("Val", "Train"), "Train")],
+)
+def test_a_whole_data_set_is_refused_and_its_training_part_proposed(tmp_path, parts, proposed, inner, below):
+    make(tmp_path, {f"{inner}{part}{below}": 2 for part in parts})
+    with pytest.raises(DataError, match="several parts") as error:
+        CalibrationSet.choose(tmp_path, None, SPEC)
+    assert error.value.remedy.endswith(str(tmp_path / inner / proposed))
+    assert "test" not in error.value.remedy.removeprefix(f"give the part to train on: {tmp_path}")
+    assert len(CalibrationSet.choose(tmp_path / inner / proposed, None, SPEC)) == 2
+
+
+def test_a_class_called_train_is_no_part(tmp_path):
+    make(tmp_path, {"train": 2, "bus": 2})
+    assert len(CalibrationSet.choose(tmp_path, None, SPEC)) == 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import numpy as np
 import onnx
 import pytest
 
-from cmt_edge.deploy import Bundle
+from cmt_edge.deploy import Bundle, Predictor
 from cmt_edge.deploy.bundle import (
     GOLDEN,
     MANIFEST,
@@ -149,18 +150,111 @@ def test_damaged_bundle_does_not_open(bundle, damage, named):
     assert caught.value.exit_code == 2
 
 
-def test_member_replaced_by_a_link_to_the_same_bytes(bundle, tmp_path):
-    member = bundle.path / "model.bin"
-    shutil.move(member, tmp_path / "elsewhere.bin")
-    member.symlink_to(tmp_path / "elsewhere.bin")
-    with pytest.raises(BundleError, match="link"):
+EXTRAS = ["more.txt", ".more", "extra/more.txt", "README.md", "engines", "model.bin.bak"]
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+@pytest.mark.parametrize("kind", ["file", "link", "link to a folder"])
+def test_extra_files_are_to_be_removed(bundle, tmp_path, name, kind):
+    extra = bundle.path / name
+    if kind == "file":
+        extra.write_text("x")
+    else:
+        extra.symlink_to(tmp_path if "folder" in kind else bundle.path / "model.bin")
+    with pytest.raises(BundleError, match=re.escape(name)) as caught:
         Bundle.open(bundle.path)
+    assert caught.value.remedy == "remove it"
+    extra.unlink()
+    Bundle.open(bundle.path)
 
 
-def test_linked_manifest(bundle, tmp_path):
+LEFT = [
+    ".DS_Store",
+    "._model.bin",
+    "Thumbs.db",
+    "desktop.ini",
+    ".nfs000000000123abcd00000001",
+    ".fuse_hidden0000001",
+    ".directory",
+    "extra/.DS_Store",
+    "extra/thumbs.DB",
+    "__MACOSX/._model.bin",
+    "@eaDir/model.bin/SYNO",
+    ".ipynb_checkpoints/manifest-checkpoint.json",
+    ".cache/huggingface/download/model.bin.metadata",
+]
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_systems_leave_is_ignored(bundle, name):
+    place = bundle.path / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_bytes(b"junk")
+    opened = Bundle.open(bundle.path)
+    assert opened.manifest.files == bundle.manifest.files
+    with pytest.raises(BundleError):
+        opened.file(name)
+
+
+# --- bundles whose files are links ----------------------------------------------------------------
+
+
+def linked(bundle: Bundle, folder: Path, store: Path) -> Path:
+    """As Hugging Face's cache and DVC: every file is a link to one that is named by its content."""
+    for name, data in snapshot(bundle.path).items():
+        blob = store / hashlib.sha256(data).hexdigest()
+        blob.parent.mkdir(exist_ok=True)
+        blob.write_bytes(data)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(os.path.relpath(blob, (folder / name).parent))
+    return folder
+
+
+def mounted(bundle: Bundle, folder: Path, dated: str = "..2026_01_02_03_04_05.678") -> Path:
+    """As Kubernetes mounts a ConfigMap: ``file -> ..data/file``, ``..data -> ..2026_...``."""
+    shutil.copytree(bundle.path, folder / dated)
+    (folder / "..data").symlink_to(dated)
+    for entry in (folder / dated).iterdir():
+        (folder / entry.name).symlink_to(f"..data/{entry.name}")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["links", "mount"])
+def test_a_bundle_of_links_opens(bundle, tmp_path, kind):
+    target = tmp_path / "elsewhere"
+    made = linked(bundle, target, tmp_path / "store") if kind == "links" else mounted(bundle, target)
+    opened = Bundle.open(made)
+    assert opened.manifest.files == bundle.manifest.files
+    for name in bundle.manifest.files:
+        assert opened.file(name).read_bytes() == bundle.file(name).read_bytes()
+    with Predictor.load(made) as p:
+        assert p.labels == list(LABELS)
+
+
+@pytest.mark.parametrize("kind", ["other bytes", "nowhere", "folder", "device", "pipe"])
+def test_a_link_to_anything_else_does_not_open(bundle, tmp_path, kind):
+    made = linked(bundle, tmp_path / "elsewhere", tmp_path / "store")
+    (tmp_path / "other").write_bytes(b"Weights")
+    os.mkfifo(tmp_path / "pipe")
+    targets = {
+        "other bytes": "other",
+        "nowhere": "absent",
+        "folder": ".",
+        "device": "/dev/zero",
+        "pipe": "pipe",
+    }
+    (made / "model.bin").unlink()
+    (made / "model.bin").symlink_to(tmp_path / targets[kind])
+    with pytest.raises(BundleError, match=r"model\.bin"):
+        Bundle.open(made)
+
+
+def test_a_linked_manifest_is_checked_like_any_other(bundle, tmp_path):
     shutil.move(bundle.path / MANIFEST, tmp_path / "m.json")
     (bundle.path / MANIFEST).symlink_to(tmp_path / "m.json")
-    with pytest.raises(BundleError, match="link"):
+    assert Bundle.open(bundle.path).manifest.files == bundle.manifest.files
+    (tmp_path / "m.json").write_bytes(b"{}")
+    with pytest.raises(BundleError):
         Bundle.open(bundle.path)
 
 

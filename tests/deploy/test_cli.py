@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,12 +116,12 @@ def test_predict_json(call, bundle, images):
         cmt_predict.main, bundle.path, images / "green/000.png", images / "red/000.png", "--json"
     )
     assert code == 0
-    content = strict(out.splitlines()[-1])
-    assert [p["source"] for p in content["predictions"]] == [
+    predictions = [strict(line) for line in out.splitlines()]
+    assert [p["source"] for p in predictions] == [
         str(images / "green/000.png"),
         str(images / "red/000.png"),
     ]
-    top = content["predictions"][0]["top"]
+    top = predictions[0]["top"]
     assert top[0]["label"] == "green"
     assert len(top) == 3
     assert sum(t["probability"] for t in top) == pytest.approx(1, abs=1e-5)
@@ -127,9 +129,10 @@ def test_predict_json(call, bundle, images):
 
 def test_predict_folder(call, bundle, images):
     (images / "notes.txt").write_text("no image")
-    code, out, _ = call(cmt_predict.main, bundle.path, images, "--json")
+    code, out, err = call(cmt_predict.main, bundle.path, images, "--json")
     assert code == 0
-    predictions = json.loads(out)["predictions"]
+    assert err == f"note: {images}: 1 file was skipped: 1 .txt\n"
+    predictions = [json.loads(line) for line in out.splitlines()]
     assert [p["source"] for p in predictions] == sorted(str(p) for p in images.rglob("*.png"))
     assert all(p["top"][0]["label"] == Path(p["source"]).parent.name for p in predictions)
 
@@ -139,7 +142,7 @@ def test_predict_folder_ignores_hidden_files(call, bundle, images):
     (images / "red" / "._000.png").write_bytes(b"\0\5\x16\7 resource fork")
     code, out, err = call(cmt_predict.main, bundle.path, images, "--json")
     assert code == 0, err
-    assert len(json.loads(out)["predictions"]) == 9
+    assert len(out.splitlines()) == 9
 
 
 def test_predict_with_real_bundles(call, fp32_bundle, int8_bundle, cifar, tmp_path):
@@ -158,7 +161,7 @@ def test_predict_with_real_bundles(call, fp32_bundle, int8_bundle, cifar, tmp_pa
             cmt_predict.main, path, tmp_path, "--backend", backend, "--threads", 1, "--json", "--topk", 1
         )
         assert code == 0
-        answers.append([p["top"][0]["label"] for p in json.loads(out)["predictions"]])
+        answers.append([json.loads(line)["top"][0]["label"] for line in out.splitlines()])
     truth = [p.stem.split("_")[1] for p in sorted(tmp_path.glob("*.jpg"))]
     assert answers[0] == answers[1]
     for labels in answers:
@@ -170,7 +173,8 @@ def test_predict_failures(fails, bundle, images, tmp_path):
     (tmp_path / "empty").mkdir()
     picture = images / "red/000.png"
     assert "absent.png" in fails(2, cmt_predict.main, bundle.path, tmp_path / "absent.png")
-    assert "bad.jpg" in fails(2, cmt_predict.main, bundle.path, picture, tmp_path / "bad.jpg")
+    assert "bad.jpg" in fails(2, cmt_predict.main, bundle.path, tmp_path / "bad.jpg")
+    assert "both" in fails(2, cmt_predict.main, bundle.path, picture, "--json", "--csv")
     assert "no images" in fails(2, cmt_predict.main, bundle.path, tmp_path / "empty")
     assert "absent" in fails(2, cmt_predict.main, tmp_path / "absent", picture)
     assert "topk" in fails(2, cmt_predict.main, bundle.path, picture, "--topk", 0)
@@ -178,6 +182,78 @@ def test_predict_failures(fails, bundle, images, tmp_path):
     assert "openvino" in fails(2, cmt_predict.main, bundle.path, picture, "--backend", "openvin")
     assert "x" * 20 in fails(2, cmt_predict.main, bundle.path, "x" * 5000)
     assert "x" * 20 in fails(2, cmt_predict.main, "x" * 5000, picture)
+
+
+@pytest.mark.parametrize("form", [[], ["--json"], ["--csv"]])
+def test_predict_goes_on_past_bad_files(call, bundle, images, form):
+    (images / "green" / "001.png").write_bytes(b"no image")
+    (images / "red" / "000.png").write_bytes(b"")
+    absent = images / "absent.png"
+    code, out, err = call(cmt_predict.main, bundle.path, absent, images, *form)
+    assert code == 2
+    good = sorted(p for p in images.rglob("*.png") if p.stat().st_size > 10)
+    lines = out.splitlines()[1:] if form == ["--csv"] else out.splitlines()
+    assert len(lines) == len(good) == 7
+    assert all(str(path) in line for path, line in zip(good, lines, strict=True))
+    assert all(
+        path.parent.name in line.replace(str(path), "") for path, line in zip(good, lines, strict=True)
+    )
+    assert err.count("error: ") == 3
+    for bad in (absent, images / "green/001.png", images / "red/000.png"):
+        assert str(bad) in err
+    assert err.endswith("3 of 10 images could not be read\n")
+
+
+def test_predict_prints_answers_as_they_come(bundle, images, monkeypatch, capsys):
+    """What was printed before an interruption stays printed."""
+    told: list[str] = []
+
+    def interrupted(self, sources, **_):
+        for answer in self.predict(list(sources)[:4]):
+            told.append(capsys.readouterr().out)
+            yield answer
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cmt_predict.Predictor, "attempt", interrupted)
+    assert cmt_predict.main([str(bundle.path), str(images)]) == INTERRUPTED
+    assert [text.count("%") for text in told] == [0, 3, 3, 3]
+    assert capsys.readouterr().out.count("%") == 3
+
+
+def test_predict_csv(call, bundle, images):
+    (images / "red" / 'a, "b".png').write_bytes(coloured("red"))
+    code, out, err = call(cmt_predict.main, bundle.path, images, "--csv", "--topk", 2)
+    assert (code, err) == (0, "")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert list(rows[0]) == ["source", "label_1", "probability_1", "label_2", "probability_2"]
+    assert [row["source"] for row in rows] == sorted(str(p) for p in images.rglob("*.png"))
+    assert all(row["label_1"] == Path(row["source"]).parent.name for row in rows)
+    assert all(0.3 < float(row["probability_1"]) <= 1 for row in rows)
+
+
+def test_predict_csv_has_as_many_columns_as_classes(call, bundle, images):
+    _, out, _ = call(cmt_predict.main, bundle.path, images / "red/000.png", "--csv", "--topk", 9)
+    header, row = list(csv.reader(io.StringIO(out)))
+    assert len(header) == len(row) == 7
+
+
+def test_predict_an_archive(call, bundle, images, tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.add(images, "pictures")
+    want = call(cmt_predict.main, bundle.path, images / "red")[1].replace(str(images), "")
+    got = call(cmt_predict.main, bundle.path, tmp_path / "x.tar" / "pictures" / "red")[1]
+    assert got.replace(str(tmp_path / "x.tar" / "pictures"), "") == want != ""
+    with tarfile.open(tmp_path / "x.tgz", "w:gz") as tar:
+        tar.add(images, "pictures")
+    code, _, err = call(cmt_predict.main, bundle.path, tmp_path / "x.tgz")
+    assert (code, "gunzip -k" in err) == (2, True)
+
+
+def test_predict_follows_links(call, bundle, images, tmp_path):
+    (tmp_path / "subset").mkdir()
+    (tmp_path / "subset" / "red").symlink_to(images / "red", target_is_directory=True)
+    code, out, _ = call(cmt_predict.main, bundle.path, tmp_path / "subset")
+    assert (code, out.count("red/00")) == (0, 3)
 
 
 def test_damaged_bundle(fails, bundle, images):
@@ -492,7 +568,7 @@ def test_installed_commands(bundle, images):
     )
     assert done.returncode == 0
     assert done.stderr == ""
-    assert len(json.loads(done.stdout)["predictions"]) == 9
+    assert len(done.stdout.splitlines()) == 9
     done = subprocess.run([folder / "cmt-verify", images], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stdout == ""

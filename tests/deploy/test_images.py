@@ -6,8 +6,12 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import shlex
+import shutil
+import subprocess
 import tarfile
 import threading
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -265,3 +269,199 @@ def test_shared_archive_has_its_classes(cifar):
         "truck",
     ]
     assert images.read(images[0])[:2] == b"\xff\xd8"
+
+
+# --- folders as people have them ------------------------------------------------------------------
+
+
+def test_links_to_class_folders_are_followed(tmp_path):
+    """The usual way to make a subset."""
+    root = fill(tmp_path / "all", {"cat/1.jpg": b"c1", "cat/2.jpg": b"c2", "dog/1.jpg": b"d1"})
+    subset = fill(tmp_path / "subset", {"bird/1.jpg": b"b1"})
+    for name in ("cat", "dog"):
+        (subset / name).symlink_to(root / name, target_is_directory=True)
+    images = ImageSet(subset)
+    assert images.classes == ["bird", "cat", "dog"]
+    assert contents(images)["cat/2.jpg"] == ("cat", b"c2")
+    assert (len(images), images.note) == (4, "")
+    (tmp_path / "whole").symlink_to(subset, target_is_directory=True)
+    assert contents(ImageSet(tmp_path / "whole")) == contents(images)
+
+
+def test_two_links_to_one_folder_are_two_folders(tmp_path):
+    root = fill(tmp_path / "x", {"real/1.jpg": b"1"})
+    (root / "a").symlink_to(root / "real", target_is_directory=True)
+    assert ImageSet(root).classes == ["a", "real"]
+
+
+def test_links_in_a_circle_end(tmp_path):
+    root = fill(tmp_path / "x", {"cat/1.jpg": b"1", "dog/2.jpg": b"2"})
+    (root / "cat" / "up").symlink_to(root, target_is_directory=True)
+    (root / "dog" / "self").symlink_to(root / "dog", target_is_directory=True)
+    (root / "cat" / "side").symlink_to(root / "dog", target_is_directory=True)
+    images = ImageSet(root, labelled=False)
+    assert [item.name for item in images] == ["cat/1.jpg", "cat/side/2.jpg", "dog/2.jpg"]
+    assert "links to a folder above them" in images.note
+
+
+def test_links_to_files_are_followed_and_those_that_lead_nowhere_named(tmp_path):
+    """As the caches of DVC and git-annex leave them; what was not fetched leads nowhere."""
+    fill(tmp_path, {"store/1": b"one"})
+    (tmp_path / "x" / "cat").mkdir(parents=True)
+    (tmp_path / "x" / "cat" / "1.jpg").symlink_to(tmp_path / "store" / "1")
+    (tmp_path / "x" / "cat" / "2.jpg").symlink_to(tmp_path / "store" / "2")
+    images = ImageSet(tmp_path / "x")
+    assert contents(images) == {"cat/1.jpg": ("cat", b"one")}
+    assert "1 links that lead nowhere" in images.note
+    (tmp_path / "x" / "cat" / "1.jpg").unlink()
+    with pytest.raises(DataError, match="lead nowhere"):
+        ImageSet(tmp_path / "x")
+
+
+def test_what_is_skipped_is_counted_by_kind(place):
+    files = {"cat/1.jpg": b"1", "cat/2.heic": b"2", "cat/3.HEIC": b"3", "cat/4": b"4", "cat/5.jp2": b"5"}
+    images = ImageSet(place({**files, "cat/.hidden": b"", "__MACOSX/cat/._1.jpg": b"", "Thumbs.db": b""}))
+    assert dict(images.skipped) == {".heic": 2, ".jp2": 1, "without an ending": 1}
+    assert "4 files were skipped: 2 .heic" in images.note
+    assert ImageSet(images.path / "cat").note.count(".heic") == 1
+
+
+def test_only_unsupported_images_are_named_in_the_error(place):
+    with pytest.raises(DataError, match=r"2 \.heic"):
+        ImageSet(place({"cat/1.heic": b"1", "cat/2.heic": b"2"}))
+
+
+ENDINGS = [".jfif", ".jpe", ".JPG", ".pgm", ".pnm", ".pbm", ".dib", ".apng", ".avif", ".Jpeg", ".mpo"]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_endings_of_formats_that_are_decoded(place, ending):
+    assert len(ImageSet(place({f"cat/1{ending}": b"1"}))) == 1
+
+
+@pytest.mark.parametrize("junk", ["__MACOSX", ".ipynb_checkpoints", "@eaDir", ".git", "$RECYCLE.BIN"])
+def test_what_systems_leave_in_folders_is_ignored(place, junk):
+    images = ImageSet(place({"cat/1.jpg": b"1", f"{junk}/cat/1.jpg": b"x", f"cat/{junk}/1.jpg": b"y"}))
+    assert contents(images) == {"cat/1.jpg": ("cat", b"1")}
+    assert images.note == ""
+
+
+NESTED = {"2023/01/a.jpg": b"1", "2023/02/a.jpg": b"2", "2024/01/a.jpg": b"3", "b.jpg": b"4"}
+
+
+def test_any_nesting_without_labels(place):
+    root = place(NESTED)
+    assert len(ImageSet(root, labelled=False)) == 4
+    with pytest.raises(DataError):
+        ImageSet(root)
+
+
+PARTS = [
+    (("train", "test"), "train"),
+    (("Training", "Testing"), "Training"),
+    (("train2017", "val2017"), "train2017"),
+    (("img_train", "img_test", "img_val"), "img_train"),
+    (("test", "val"), "val"),
+    (("test", "other"), "other"),
+    (("images/test", "images/train"), "images/train"),
+]
+
+
+@pytest.mark.parametrize(("parts", "proposed"), PARTS)
+def test_the_part_to_test_on_is_proposed_last(place, parts, proposed):
+    root = place({f"{part}/{name}/1.jpg": b"x" for part in parts for name in ("cat", "dog")})
+    with pytest.raises(DataError, match="same class") as caught:
+        ImageSet(root)
+    remedy = next(Path(word.rstrip(",")) for word in caught.value.remedy.split() if str(root) in word)
+    assert remedy == root / proposed
+    assert len(ImageSet(remedy)) == 2
+
+
+def test_a_class_may_be_called_train(place):
+    root = place({"train/1.jpg": b"1", "bus/1.jpg": b"2", "testbench/1.jpg": b"3"})
+    images = ImageSet(root)
+    assert images.classes == ["bus", "testbench", "train"]
+    assert images.parts == {}
+
+
+# --- archives as people have them -----------------------------------------------------------------
+
+
+def linked_archive(path: Path, links: dict[str, tuple[bytes, str]]) -> Path:
+    archive(path, {"all/cat/1.png": b"one", "all/cat/2.png": b"two", "all/dog/1.png": b"dog"})
+    with tarfile.open(path, "a") as tar:
+        for name, (kind, target) in links.items():
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, target
+            tar.addfile(info)
+    return path
+
+
+def test_links_inside_an_archive_are_followed(tmp_path):
+    links = {
+        "some/cat/1.png": (tarfile.LNKTYPE, "all/cat/1.png"),
+        "some/cat/3.png": (tarfile.SYMTYPE, "../../all/cat/2.png"),
+        "some/dog": (tarfile.SYMTYPE, "../all/dog"),
+        "some/owl": (tarfile.SYMTYPE, "dog"),
+        "some/out.png": (tarfile.SYMTYPE, "/etc/passwd"),
+        "some/up.png": (tarfile.SYMTYPE, "../../../etc/passwd"),
+        "some/circle.png": (tarfile.SYMTYPE, "circle.png"),
+    }
+    images = ImageSet(linked_archive(tmp_path / "x.tar", links) / "some")
+    assert contents(images) == {
+        "cat/1.png": ("cat", b"one"),
+        "cat/3.png": ("cat", b"two"),
+        "dog/1.png": ("dog", b"dog"),
+        "owl/1.png": ("owl", b"dog"),
+    }
+    assert "3 links that lead out of the archive" in images.note
+
+
+def test_a_real_archive_with_hard_links(tmp_path):
+    """``tar`` stores the second name of a file as a link to the first."""
+    fill(tmp_path / "x", {"cat/1.png": b"one"})
+    (tmp_path / "x" / "dog").mkdir()
+    os.link(tmp_path / "x/cat/1.png", tmp_path / "x/dog/1.png")
+    with tarfile.open(tmp_path / "x.TAR", "w") as tar:
+        tar.add(tmp_path / "x", ".")
+    assert contents(ImageSet(tmp_path / "x.TAR")) == contents(ImageSet(tmp_path / "x"))
+
+
+def test_a_member_that_is_stored_twice_counts_as_it_is_unpacked(tmp_path):
+    path = archive(tmp_path / "x.tar", {"a.png": b"old"})
+    with tarfile.open(path, "a") as tar:
+        info = tarfile.TarInfo("a.png")
+        info.size = 3
+        tar.addfile(info, io.BytesIO(b"new"))
+    assert contents(ImageSet(path)) == {"a.png": (None, b"new")}
+
+
+@pytest.mark.parametrize("inner", ["", "train"])
+@pytest.mark.parametrize("packed", [".tar.gz", ".tgz", ".zip", ".tar.bz2", ".tar.xz", ".ZIP"])
+def test_a_compressed_archive_is_refused_with_the_command_that_unpacks_it(tmp_path, packed, inner):
+    source = fill(tmp_path / "source", {"train/cat/1.png": b"1", "train/dog/2.png": b"2"})
+    path = tmp_path / f"my photos{packed}"
+    if packed.lower() == ".zip":
+        with zipfile.ZipFile(path, "w") as file:
+            for name in ("train/cat/1.png", "train/dog/2.png"):
+                file.write(source / name, name)
+    else:
+        kind = {".tar.gz": "gz", ".tgz": "gz", ".tar.bz2": "bz2", ".tar.xz": "xz"}[packed]
+        with tarfile.open(path, f"w:{kind}") as tar:
+            tar.add(source, ".")
+    with pytest.raises(DataError, match="compressed") as caught:
+        ImageSet(path / inner)
+    command, give = caught.value.remedy.removeprefix("unpack it once: ").split("   then give ")
+    if shutil.which(shlex.split(command)[0]):
+        subprocess.run(command, shell=True, check=True, cwd="/")
+        assert len(ImageSet(give)) == 2
+
+
+def test_a_compressed_archive_by_another_name(tmp_path):
+    path = tmp_path / "x.tar"
+    path.write_bytes(gzip.compress(good_archive(tmp_path)))
+    with pytest.raises(DataError) as caught:
+        ImageSet(path)
+    command = caught.value.remedy.removeprefix("it is compressed: ")
+    subprocess.run(command, shell=True, check=True)
+    assert len(ImageSet(command.split(" > ")[1])) == 8

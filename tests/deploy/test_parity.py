@@ -437,6 +437,17 @@ def test_name_that_two_classes_share_is_refused(tmp_path):
         match_labels(bundle, classes(tmp_path / "names", ["crane", "hen"]), False)
 
 
+def test_a_folder_of_a_double_label_is_refused_not_guessed(tmp_path):
+    """Labels of a file are their own ids: which crane a folder "crane" holds, nobody knows."""
+    bundle = make_bundle(tmp_path / "b", labels=("crane", "crane", "hen"))
+    assert match_labels(bundle, classes(tmp_path / "hen", ["hen"]), False) == {"hen": 2}
+    with pytest.raises(DataError, match="several classes are called crane") as caught:
+        match_labels(bundle, classes(tmp_path / "both", ["crane", "hen"]), False)
+    assert "labels that differ" in caught.value.remedy
+    in_order = classes(tmp_path / "order", ["0", "1", "2"])
+    assert match_labels(bundle, in_order, True) == {"0": 0, "1": 1, "2": 2}
+
+
 def test_flat_folder_has_no_classes(bundle, tmp_path):
     (tmp_path / "flat").mkdir()
     (tmp_path / "flat" / "a.png").write_bytes(coloured("red"))

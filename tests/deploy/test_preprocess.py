@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import struct
 import time
 import zlib
@@ -17,7 +18,7 @@ from PIL import Image
 
 from cmt_edge.calib.generated import generate
 from cmt_edge.deploy import Preprocess, preprocess
-from cmt_edge.deploy.errors import BundleError, DataError, ImageError
+from cmt_edge.deploy.errors import BundleError, DataError, ImageError, InputError
 from cmt_edge.deploy.preprocessing import MAX_BYTES, NamedBytes, decode, normalise, pixels
 
 PLAIN = Preprocess(8, None, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -237,8 +238,9 @@ BAD_ARRAYS = {
     "float": np.zeros((8, 8, 3), np.float32),
     "int64": np.zeros((8, 8, 3), np.int64),
     "bool": np.zeros((8, 8, 3), bool),
-    "grey": np.zeros((8, 8), np.uint8),
-    "RGBA": np.zeros((8, 8, 4), np.uint8),
+    "uint16 grey": np.zeros((8, 8), np.uint16),
+    "five channels": np.zeros((8, 8, 5), np.uint8),
+    "no channel": np.zeros((8, 8, 0), np.uint8),
     "CHW": np.zeros((3, 8, 8), np.uint8),
     "batch": np.zeros((1, 8, 8, 3), np.uint8),
     "empty": np.zeros((0, 8, 3), np.uint8),
@@ -250,6 +252,158 @@ BAD_ARRAYS = {
 def test_wrong_arrays_are_image_errors(array):
     with pytest.raises(ImageError, match=r"uint8 \(H, W, 3\)"):
         preprocess(array, PLAIN)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA"])
+@pytest.mark.parametrize("spec", [IMAGENET, PLAIN, Preprocess(30, 30, (0.5,) * 3, (0.5,) * 3)])
+def test_arrays_of_other_modes_are_taken_as_pillow_images_of_them(mode, spec):
+    image = photo(40, 30).convert(mode)
+    if "A" in mode:
+        image.putalpha(photo(40, 30).convert("L"))
+    array = np.asarray(image)
+    want = preprocess(image, spec)
+    np.testing.assert_array_equal(preprocess(array, spec), want)
+    if mode == "L":
+        np.testing.assert_array_equal(preprocess(array[..., None], spec), want)
+    if array.shape[-1] in (3, 4):
+        bgr = array[..., [2, 1, 0, 3][: array.shape[2]]]
+        np.testing.assert_array_equal(preprocess(bgr, spec, color="bgr"), want)
+    else:
+        np.testing.assert_array_equal(preprocess(array, spec, color="bgr"), want)
+
+
+def test_the_order_of_colours_is_that_of_arrays_only():
+    for source in (photo(), encoded(photo()), io.BytesIO(encoded(photo()))):
+        np.testing.assert_array_equal(preprocess(source, PLAIN, color="bgr"), preprocess(photo(), PLAIN))
+    with pytest.raises(InputError, match="'gbr'"):
+        preprocess(np.asarray(photo()), PLAIN, color="gbr")
+
+
+@pytest.mark.parametrize("shape", [(-1,), (-1, 1), (1, -1)])
+def test_encoded_bytes_in_an_array_are_no_picture(shape):
+    """``cv2.imencode`` gives such arrays; one column of them would pass for a grey image."""
+    array = np.frombuffer(encoded(photo()), np.uint8).reshape(shape)
+    with pytest.raises(ImageError, match="encoded") as caught:
+        preprocess(array, PLAIN)
+    assert "tobytes" in caught.value.remedy
+
+
+@pytest.mark.parametrize("kind", [bytearray, memoryview])
+def test_buffers_of_encoded_bytes(kind):
+    np.testing.assert_array_equal(preprocess(kind(encoded(photo())), PLAIN), preprocess(photo(), PLAIN))
+
+
+def test_what_is_no_image_is_told_what_to_give():
+    for source, remedy in ((None, "imread"), ([photo()], "predict"), (3, "Pillow")):
+        with pytest.raises(ImageError, match=type(source).__name__) as caught:
+            preprocess(source, PLAIN)
+        assert remedy in caught.value.remedy
+    with pytest.raises(ImageError) as caught:
+        preprocess(np.zeros((3, 8, 8), np.uint8), PLAIN)
+    assert "transpose(1, 2, 0)" in caught.value.remedy
+
+
+@pytest.mark.parametrize("how", ["path", "bytes"])
+def test_git_lfs_pointer(tmp_path, how):
+    data = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7\n"
+    (tmp_path / "a.jpg").write_bytes(data)
+    with pytest.raises(ImageError, match="LFS") as caught:
+        preprocess(tmp_path / "a.jpg" if how == "path" else data, PLAIN)
+    assert "git lfs pull" in caught.value.remedy
+
+
+# --- one bad entry in a good photograph -----------------------------------------------------------
+
+AT = struct.pack("<I", 8 + 2 + 24 + 4)
+"""Where the value of the second entry lies, if it does not fit into the entry."""
+ENTRIES = {
+    "XResolution is a signed rational": (0x11A, 10, AT, struct.pack("<ii", -1, 0)),
+    "ImageWidth is text": (0x100, 2, b"abc\0", b""),
+    "ImageWidth is negative": (0x100, 9, b"\xff" * 4, b""),
+    "Compression is a float": (0x103, 11, struct.pack("<f", 1.5), b""),
+    "Compression is a negative byte": (0x103, 6, b"\xff\0\0\0", b""),
+    "XResolution is 0/0": (0x11A, 5, AT, struct.pack("<II", 0, 0)),
+    "GPS directory beyond the end": (0x8825, 4, struct.pack("<I", 1 << 30), b""),
+    "EXIF directory in a loop": (0x8769, 4, struct.pack("<I", 8), b""),
+    "unknown type": (0x131, 99, b"\0" * 4, b""),
+    "value beyond the end": (0x131, 2, struct.pack("<I", 1 << 20), b""),
+    "orientation again, as text": (0x112, 2, b"abc\0", b""),
+}
+
+
+def photograph(tag: int, kind: int, value: bytes, data: bytes, orientation: int = 6) -> bytes:
+    """A JPEG of 128 x 96 stored pixels with an orientation and one more entry."""
+    exif = b"Exif\0\0II*\0" + struct.pack("<I", 8) + struct.pack("<H", 2)
+    exif += struct.pack("<HHIHH", 0x112, 3, 1, orientation, 0)
+    exif += struct.pack("<HHI", tag, kind, 1) + value + struct.pack("<I", 0) + data
+    return encoded(Image.new("RGB", (128, 96)), "JPEG", exif=exif)
+
+
+@pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES.keys())
+@pytest.mark.parametrize("how", ["bytes", "Pillow image", "MPO"])
+def test_one_bad_entry_does_not_spoil_a_photograph(entry, how):
+    data = photograph(*entry)
+    source = Image.open(io.BytesIO(data)) if how == "Pillow image" else data
+    double = entry[0] == 0x112  # then nobody knows which of the two is right
+    assert decode(source, PLAIN).size in ({(96, 128), (128, 96)} if double else {(96, 128)})
+    assert decode(data, Preprocess(8, None, (0, 0, 0), (1, 1, 1), "ignore")).size == (128, 96)
+
+
+@pytest.mark.parametrize("exif", [b"", b"Exif\0\0", b"Exif\0\0XX", b"junk" * 9])
+def test_unreadable_metadata_leave_the_stored_pixels(exif):
+    assert decode(encoded(Image.new("RGB", (128, 96)), "JPEG", exif=exif), PLAIN).size == (128, 96)
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_unknown_orientation_leaves_the_stored_pixels(orientation):
+    entry = (0x131, 2, b"abc\0", b"")
+    assert decode(photograph(*entry, orientation=orientation), PLAIN).size == (128, 96)
+
+
+# --- exceptions that are not about the image ------------------------------------------------------
+
+
+class TimeLimit(Exception):
+    """What a task queue raises in the middle of whatever runs."""
+
+
+def alarm(error: BaseException):
+    def stop(*_):
+        raise error
+
+    return stop
+
+
+@pytest.mark.parametrize(
+    "error",
+    [TimeLimit("limit"), TimeoutError("limit"), RuntimeError("limit"), ValueError("limit"), OSError("limit")],
+    ids=lambda e: type(e).__name__,
+)
+def test_a_time_limit_comes_out_as_itself(error):
+    """Whatever its type, also one that damaged files raise."""
+    noise = np.random.default_rng(0).integers(0, 255, (2500, 2500, 3), np.uint8)
+    data = encoded(Image.fromarray(noise), compress_level=1)
+    previous = signal.signal(signal.SIGALRM, alarm(error))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
+        with pytest.raises(type(error)) as caught:
+            [decode(data, PLAIN) for _ in range(100)]
+        assert caught.value is error
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def test_what_the_callers_file_raises_comes_out_as_itself():
+    class Broken(io.RawIOBase):
+        def read(self, *_):
+            raise ConnectionError("storage is away")
+
+        def seek(self, *_):
+            return 0
+
+    with pytest.raises(ConnectionError, match="away"):
+        decode(Broken(), PLAIN)
 
 
 def test_source_is_left_unchanged():

@@ -283,7 +283,7 @@ def test_toml_file_with_every_setting(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [b"model = ", b"\xff\xfe", b"model cmt_nano", "folder"],
+    [b"model = ", b"\xc3\x28", b"model cmt_nano", "folder"],
     ids=["cut", "not utf-8", "not toml", "a folder"],
 )
 def test_unreadable_file(tmp_path, content):
@@ -349,3 +349,49 @@ def test_defaults_are_the_published_figures(name):
     config, spec = ExportConfig(name), model_spec(name)
     assert (config.img_size, config.classes, config.spec) == (spec.img_size, spec.num_classes, spec)
     assert replace(config, num_classes=3, imgsz=96).classes == 3
+
+
+# --- files as editors save them -------------------------------------------------------------------
+
+NAMES = ["straße", "crane", "crane", "猫", "e", "f", "g", "h", "i", "j"]
+ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-32", "utf-16-le with a mark", "utf-16-be with a mark"]
+
+
+def saved(path, text: str, encoding: str) -> str:
+    """A text file with or without a byte order mark."""
+    name, _, marked = encoding.partition(" ")
+    path.write_bytes((("\ufeff" if marked else "") + text).encode(name))
+    return str(path)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\n\n"])
+def test_labels_in_the_encodings_of_editors(tmp_path, encoding, ending):
+    """Two classes may have one name: ImageNet has two cranes and two maillots."""
+    path = saved(tmp_path / "names.txt", ending.join([*NAMES, ""]), encoding)
+    config = ExportConfig("cmt_nano", labels=path)
+    config.check()
+    assert config.read_labels() == NAMES
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_settings_in_the_encodings_of_editors(tmp_path, encoding, ending):
+    saved(tmp_path / "settings.toml", f'model = "cmt_nano"{ending}seed = 3{ending}', encoding)
+    read = ExportConfig.from_mapping(read_config(tmp_path / "settings.toml"))
+    assert read == ExportConfig("cmt_nano", seed=3)
+
+
+@pytest.mark.parametrize("data", ["straße".encode("latin-1"), b"\xff\xfe\x00"])
+def test_labels_that_are_no_unicode_say_so(tmp_path, data):
+    (tmp_path / "names.txt").write_bytes(data)
+    with pytest.raises(InputError, match="cannot be read") as caught:
+        ExportConfig("cmt_nano", labels=str(tmp_path / "names.txt")).read_labels()
+    assert "UTF-8" in caught.value.remedy
+
+
+@pytest.mark.parametrize("count", [9, 11])
+def test_labels_are_as_many_as_classes(tmp_path, count):
+    path = saved(tmp_path / "names.txt", "\n".join(["same"] * count), "utf-8")
+    with pytest.raises(InputError, match=f"{count} labels for 10 classes"):
+        ExportConfig("cmt_nano", labels=path).check()
