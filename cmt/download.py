@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 import urllib.error
 import urllib.request
 from http.client import HTTPException
@@ -11,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from cmt_edge.deploy.cache import can_keep
 from cmt_edge.deploy.errors import DownloadError
 from cmt_edge.deploy.files import cache_folder, sha256_of
 from cmt_edge.deploy.locks import locked
@@ -44,8 +48,11 @@ def fetch(published: Pretrained, folder: Path | None = None) -> Path:
         DownloadError: no network, a wrong length or hash, or a full disk.
     """
     assert published.url is not None
-    folder = folder or cache_folder() / "weights"
-    target = folder / published.url.rsplit("/", 1)[-1]
+    name = published.url.rsplit("/", 1)[-1]
+    folder = folder or _folder_for(name)
+    target = folder / name
+    if target.is_file():
+        return target  # complete: it has its name only since it passed its check
     try:
         with locked(target):
             if not target.exists():
@@ -56,6 +63,23 @@ def fetch(published: Pretrained, folder: Path | None = None) -> Path:
     except (OSError, HTTPException) as exc:  # URLError is an OSError
         raise _failed(published.url, exc) from exc
     return target
+
+
+def is_kept(published: Pretrained) -> bool:
+    """Whether the user's cache has the published file, so that nothing needs to be downloaded."""
+    assert published.url is not None
+    return (cache_folder() / "weights" / published.url.rsplit("/", 1)[-1]).is_file()
+
+
+def _folder_for(name: str) -> Path:
+    """Where a download is kept: ``weights`` in the user's cache, or, where that cannot be written to and does
+    not have the file, a temporary folder of this process."""
+    folder = cache_folder() / "weights"
+    if (folder / name).is_file() or can_keep(folder):
+        return folder
+    temporary = Path(tempfile.mkdtemp(prefix="cmt-edge-"))
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    return temporary
 
 
 def _failed(url: str, why: object) -> DownloadError:

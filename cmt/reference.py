@@ -106,7 +106,7 @@ def rebuild(
         )
     made = entry.weights
     if weights is None:
-        if made.source not in ("pretrained", "random", AS_BUILT):
+        if made.source not in ("pretrained", "random", AS_BUILT) and not _is_here(made.source):
             raise WeightsError(
                 f"the bundle was made from the checkpoint {made.source!r}, which it does not contain",
                 remedy="name that file: --weights PATH",
@@ -123,3 +123,9 @@ def rebuild(
         resize=bool(made.resized),
     )
     return with_head(model, entry.head), weights_fingerprint(model)
+
+
+def _is_here(source: str) -> bool:
+    """Whether the checkpoint that a manifest records lies in the current folder; a path is not followed,
+    because a stranger may have written it. Whether it is the right file, its fingerprint proves."""
+    return Path(source).name == source and Path(source).is_file()

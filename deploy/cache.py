@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -31,6 +32,24 @@ T = TypeVar("T")
 """The type of a result."""
 Files = tuple[bytes, ...]
 """The contents of an entry's files, in the order of :attr:`Cache.suffixes`."""
+
+
+_reported: set[Path] = set()
+"""Folders of which a :class:`CacheWarning` has told already."""
+
+
+def can_keep(folder: Path) -> bool:
+    """Whether files can be kept in ``folder``, which is made; warns with :class:`CacheWarning` where not.
+
+    To be asked before long work whose result would be kept.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as exc:
+        _warn(folder, exc)
+        return False
+    return True
 
 
 def digest_of(key: Any) -> str:
@@ -74,7 +93,10 @@ class Cache:
         with ExitStack() as stack:
             try:
                 stack.enter_context(locked(self._file(key, self.suffixes[-1])))
-            except OSError as exc:
+            except OSError as exc:  # what others have kept there can be used all the same
+                kept = self._decoded(key, decode)
+                if kept is not None:
+                    return kept
                 _warn(self.folder, exc)
                 return make()
             found = self._decoded(key, decode)
@@ -171,5 +193,12 @@ def _used(file: Path) -> float:
 
 
 def _warn(folder: Path, why: object) -> None:
-    message = f"the cache {folder} cannot be used ({why}): this result is not kept"
+    """Say once that a folder, or one that it lies in, cannot be used."""
+    if not _reported.isdisjoint((folder, *folder.parents)):
+        return
+    _reported.add(folder)
+    message = (
+        f"the cache {folder} cannot be used ({why}): results are not kept for the next run;"
+        " CMT_EDGE_CACHE=FOLDER names another place"
+    )
     warnings.warn(message, CacheWarning, stacklevel=3)

@@ -50,10 +50,12 @@ class InputError(CmtEdgeError):
 class UnknownNameError(InputError):
     """A model, format, precision or backend that does not exist."""
 
-    def __init__(self, kind: str, name: str, close: Iterable[str], known: Iterable[str]) -> None:
+    def __init__(
+        self, kind: str, name: str, close: Iterable[str], known: Iterable[str], where: object = None
+    ) -> None:
         close, known = list(close), list(known)
         remedy = f"did you mean {' or '.join(close)}?" if close else f"choose one of: {', '.join(known)}"
-        super().__init__(f"unknown {kind} {name!r}", remedy=remedy)
+        super().__init__(f"unknown {kind} {name!r}", where=where, remedy=remedy)
 
 
 class WeightsError(InputError):

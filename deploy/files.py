@@ -27,11 +27,18 @@ BYTE_ORDER_MARKS = (
 first."""
 
 
+NOWHERE = Path(os.devnull) / "cmt-edge"
+"""The cache of a user without a home: a folder that nobody can make."""
+
+
 def cache_folder() -> Path:
     """Folder of what can be made again (downloads, calibrated graphs, timing caches); ``CMT_EDGE_CACHE``
-    overrides it."""
+    overrides it. It may be one that cannot be written to: see :func:`cmt_edge.deploy.cache.can_keep`."""
     override = os.environ.get("CMT_EDGE_CACHE")
-    return Path(override) if override else user_cache_path("cmt-edge", appauthor=False)
+    if override:
+        return Path(override)
+    folder = user_cache_path("cmt-edge", appauthor=False)
+    return NOWHERE if folder.parts[0] == "~" else folder
 
 
 def sha256_of(path: Path) -> str:

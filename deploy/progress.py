@@ -16,7 +16,7 @@ class Progress:
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
-        self.off = quiet or not sys.stderr.isatty()
+        self.off = quiet or sys.stderr is None or not sys.stderr.isatty()
         self._bar: tqdm[Any] | None = None
         self._phase = ""
 

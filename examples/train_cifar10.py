@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cmt_edge.cmt import create_model, labels_of, load_pretrained, load_weights, model_spec
-from cmt_edge.deploy.cli.console import parser, run
+from cmt_edge.deploy.cli.console import parser, run, say
 from cmt_edge.deploy.errors import DataError, GateError, InputError, OutputError, RuntimeMissingError
 from cmt_edge.deploy.files import write_atomic, writing
 from cmt_edge.deploy.images import ImageSet, Item
@@ -324,10 +324,10 @@ def report(args: argparse.Namespace, classes: int, imgsz: int, score: str) -> No
         "next": shlex.join(command),
     }
     if args.json:
-        print(to_json(result))
+        say(to_json(result))
         return
-    print(f"{args.output}:{score}\n\nnext:\n  {result['next']}")
-    print(f"(int8: --precision int8 --data {shlex.quote(args.data)})")
+    say(f"{args.output}:{score}\n\nnext:\n  {result['next']}")
+    say(f"(int8: --precision int8 --data {shlex.quote(args.data)})")
 
 
 # fmt: off

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmt_edge.deploy.cli.console import parser, run
+from cmt_edge.deploy.cli.console import parser, run, say
 from cmt_edge.deploy.errors import RuntimeMissingError
 
-from .options import add_flags, read_flags
+from .options import add_flags, read_flags, read_mapping
 from .settings import GROUPS, Settings
 
 if TYPE_CHECKING:
@@ -46,7 +46,11 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags of ``cmt-export``: those of :class:`~cmt_edge.export.settings.Settings`, and what is asked of
     the command itself."""
     p = parser("cmt-export", "Export a hybrid CNN-transformer classifier to a verified bundle.", EPILOG)
-    p.add_argument("--config", type=Path, help="TOML file with the same settings; flags win")
+    p.add_argument(
+        "--config",
+        type=Path,
+        help="TOML file with the same settings, as such or in a table [export]; flags win",
+    )
     p.add_argument("--list-models", action="store_true", help="print the models and exit")
     p.add_argument(
         "--dry-run",
@@ -71,19 +75,27 @@ def _export(args: argparse.Namespace) -> int:
     from cmt_edge.deploy.progress import Progress
 
     from .config import ExportConfig, read_config
+    from .replaced import describe_replaced, read_replaced
 
-    settings = read_config(args.config) if args.config else {}
+    settings = read_mapping(read_config(args.config), Settings, args.config) if args.config else {}
     config = ExportConfig.from_mapping(settings | read_flags(args, Settings), args.config)
     config.check()
     from . import pipeline
 
     if args.dry_run:
         plan = pipeline.plan(config)
-        print(report.to_json(plan) if args.json else _plan_text(plan))
+        say(report.to_json(plan) if args.json else _plan_text(plan))
         return 0
+    before = {target: read_replaced(target) for target in config.targets}
     with _rare_collections():
         bundle = pipeline.run(config, Progress(args.quiet))
-    print(report.to_json(report.bundle_json(bundle)) if args.json else report.bundle_text(bundle))
+    replaced = before.get(bundle.path)
+    if args.json:
+        say(report.to_json(report.bundle_json(bundle) | {"replaced": replaced}))
+        return 0
+    if replaced:
+        say(describe_replaced(replaced, bundle))
+    say(report.bundle_text(bundle, config.verify_flags))
     return 0
 
 
@@ -114,10 +126,10 @@ def _list_models(as_json: bool) -> int:
 
     specs = [model_spec(name) for name in list_models()]
     if as_json:
-        print(report.to_json([_model_json(spec) for spec in specs]))
+        say(report.to_json([_model_json(spec) for spec in specs]))
         return 0
     header = ["model", "family", "size", "classes", "M params", "GMACs", "published top-1"]
-    print(report.table(header, [_model_row(spec) for spec in specs]))
+    say(report.table(header, [_model_row(spec) for spec in specs]))
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,9 +13,12 @@ from typing import Any
 from cmt_edge.calib import DEFAULT, Recipe
 from cmt_edge.calib.data import SYNTHETIC
 from cmt_edge.cmt import model_spec
+from cmt_edge.cmt.described import describe_checkpoint
 from cmt_edge.cmt.features import require_head
+from cmt_edge.cmt.outside import is_outside
 from cmt_edge.cmt.spec import ModelSpec, check_size
 from cmt_edge.deploy.bundle import LOGITS
+from cmt_edge.deploy.cli.console import finite
 from cmt_edge.deploy.errors import InputError, WeightsError
 from cmt_edge.deploy.files import read_text
 from cmt_edge.deploy.measure.parity import MAX_DROP
@@ -43,7 +47,7 @@ class ExportConfig(Settings):
     The fields are the command line's flags with underscores; :class:`~cmt_edge.export.settings.Settings` and
     ``docs/cli.md`` say what each means. Only ``model`` has no default.
 
-    >>> ExportConfig("cmt_nano", format="onnx", precision="int8", data="generated").name
+    >>> ExportConfig("cmt_nano", format="onnx", precision="int8", data="generated").folder
     'cmt_nano_int8_onnx'
     """
 
@@ -93,6 +97,23 @@ class ExportConfig(Settings):
         return self.precision in ("int8", "auto")
 
     @property
+    def verify_flags(self) -> list[str]:
+        """Flags of ``cmt-verify`` that repeat the comparison of this export with its reference."""
+        flags = ["--data", self.eval_data] if self.eval_data else []
+        flags += ["--by-order"] if self.by_order else []
+        flags += ["--limit", str(self.eval_limit)] if self.eval_limit else []
+        flags += ["--weights", self.weights] if self.weights not in NAMED_WEIGHTS else []
+        flags += ["--reference-model", self.model] if is_outside(self.model) else []
+        flags += ["--max-drop", f"{self.max_drop:g}"] if self.max_drop is not None else []
+        return flags + (["--atol", f"{self.atol:g}"] if self.atol is not None else [])
+
+    @property
+    def keeps_results(self) -> bool:
+        """Whether something that took long is kept for the next export."""
+        engine = self.format == "trt" and self.build
+        return self.cache and (self.quantizes or self.data == SYNTHETIC or engine)
+
+    @property
     def preprocess(self) -> Preprocess:
         """The model's preprocessing, with what was asked to differ."""
         spec, size = self.spec, self.img_size
@@ -107,9 +128,9 @@ class ExportConfig(Settings):
         )
 
     @property
-    def name(self) -> str:
-        """Folder name of the bundle: everything that distinguishes two builds of one checkpoint."""
-        parts = [re.sub(r"[^\w.-]+", "_", self.model)]
+    def folder(self) -> str:
+        """Name of the bundle's folder: everything that distinguishes two builds of one checkpoint."""
+        parts = [self.name or re.sub(r"[^\w.-]+", "_", self.model)]
         if self.img_size != self.spec.img_size:
             parts.append(str(self.img_size))
         if self.head == "features":
@@ -122,7 +143,7 @@ class ExportConfig(Settings):
     @property
     def target(self) -> Path:
         """The bundle's folder."""
-        return Path(self.output) / self.name
+        return Path(self.output) / self.folder
 
     @property
     def targets(self) -> list[Path]:
@@ -139,10 +160,13 @@ class ExportConfig(Settings):
             InputError: a value has the wrong type, or no model was named.
         """
         found = read_mapping(values, cls, where)
+        found = _described_by_weights(found) | found
         if "model" not in found:
+            silent = found.get("weights", "pretrained") not in NAMED_WEIGHTS
             raise InputError(
                 "no model was named",
                 where=where,
+                why=f"{found['weights']} does not say which model it belongs to" if silent else None,
                 remedy="--model NAME; cmt-export --list-models prints them",
             )
         return cls(**found)
@@ -168,6 +192,7 @@ class ExportConfig(Settings):
         check_values(self)
         self._check_model()
         self._check_preprocessing()
+        self._check_name()
         self._check_files()
         self._check_auto_options()
         self._check_auto()
@@ -203,6 +228,14 @@ class ExportConfig(Settings):
             raise InputError(
                 f"{self.spec.name} resizes by {self.spec.interpolation!r}; known: {', '.join(RESAMPLING)}",
                 remedy="change interpolation in the model's default_cfg",
+            )
+
+    def _check_name(self) -> None:
+        """A name that is one part of a path, on every system, and shows in a listing."""
+        if self.name is not None and not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise InputError(
+                f"--name {self.name!r} is not the name of a folder",
+                remedy="use letters, digits, '_', '-' and '.'; -o DIR says where the folder is made",
             )
 
     def _check_files(self) -> None:
@@ -340,12 +373,66 @@ class ExportConfig(Settings):
             )
 
 
+def _described_by_weights(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a checkpoint holds of its model: all where no model is named, and size and classes
+    where the same one is. What is asked for goes first."""
+    weights = settings.get("weights", "pretrained")
+    if weights in NAMED_WEIGHTS or not Path(weights).is_file():
+        return {}
+    said = describe_checkpoint(Path(weights))
+    if said.model is None or settings.get("model", said.model) != said.model:
+        return {}
+    known = {"model": said.model, "imgsz": said.img_size, "num_classes": said.num_classes}
+    return {name: value for name, value in known.items() if value is not None}
+
+
+TABLES = (("export",), ("cmt-export",), ("tool", "cmt-export"), ("tool", "cmt-edge"))
+"""Tables of a settings file that hold the settings of an export, in files that other tools read too."""
+
+
 def read_config(path: Path) -> dict[str, Any]:
-    """The settings of a TOML file; raises :class:`InputError`."""
+    """The settings of a TOML file: its keys and those of its table ``[export]``.
+
+    Other tables belong to other tools where there is an ``[export]``, and are refused as unknown settings
+    where there is none.
+
+    Raises:
+        InputError: the file is missing, cannot be read, or says something twice.
+    """
+    content = _read_toml(path)
+    found = [(names, table) for names in TABLES if (table := _table(content, names)) is not None]
+    if not found:
+        return content
+    if len(found) > 1:
+        both = " and ".join(f"[{'.'.join(names)}]" for names, _ in found)
+        raise InputError(f"has the tables {both}", where=path, remedy="keep one of them")
+    ((names, settings),) = found
+    outside = {key: value for key, value in content.items() if not isinstance(value, dict)}
+    for key in outside.keys() & settings.keys():
+        raise InputError(
+            f"says {key} both in [{'.'.join(names)}] and outside it",
+            where=path,
+            remedy="keep one of them",
+        )
+    return outside | settings
+
+
+def _table(content: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any] | None:
+    """The table with these names, each inside the one before."""
+    table: Any = content
+    for name in names:
+        table = table.get(name) if isinstance(table, dict) else None
+    return table if isinstance(table, dict) else None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    """The content of a TOML file, with or without a byte order mark; raises :class:`InputError`."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
         import tomli as tomllib
+    if not path.exists():
+        raise InputError("no such settings file", where=path, remedy="check the path given to --config")
     try:
         return tomllib.loads(read_text(path))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
@@ -353,15 +440,15 @@ def read_config(path: Path) -> dict[str, Any]:
             "the configuration file cannot be read",
             where=path,
             why=exc,
-            remedy="it must be TOML",
+            remedy="it must be TOML in UTF-8",
         ) from exc
 
 
 def _triple(text: str) -> tuple[float, float, float]:
     """``"r,g,b"`` as numbers; raises :class:`InputError`."""
     try:
-        red, green, blue = (float(part) for part in text.split(","))
-    except ValueError as exc:
+        red, green, blue = (finite(part) for part in text.split(","))
+    except (ValueError, ArgumentTypeError) as exc:
         raise InputError(
             f"{text!r} is not three numbers",
             remedy="give red, green and blue: 0.485,0.456,0.406",

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, TypeVar, get_args, get_type_hints
 
+from cmt_edge.deploy.cli.console import finite
 from cmt_edge.deploy.errors import InputError, UnknownNameError
 
 T = TypeVar("T")
@@ -39,6 +41,8 @@ class Option:
         short: one more flag, of one letter.
         shortcuts: (flag, value, help) of flags that set a value.
         what: what an error calls the value, where the field's name does not read well.
+        written: types besides its own in which a settings file may write a text: a number, or a list, whose
+            items are joined by commas.
     """
 
     help: str
@@ -49,6 +53,7 @@ class Option:
     short: str | None = None
     shortcuts: tuple[tuple[str, str, str], ...] = ()
     what: str | None = None
+    written: tuple[type, ...] = ()
 
 
 def option(
@@ -62,9 +67,10 @@ def option(
     short: str | None = None,
     shortcuts: tuple[tuple[str, str, str], ...] = (),
     what: str | None = None,
+    written: tuple[type, ...] = (),
 ) -> T:
     """A dataclass field with ``default``; the other arguments are those of :class:`Option`."""
-    known = Option(help, group, choices, metavar, least, short, shortcuts, what)
+    known = Option(help, group, choices, metavar, least, short, shortcuts, what, written)
     made: T = field(default=default, metadata={KEY: known})
     return made
 
@@ -149,7 +155,7 @@ def _reading(described_field: Field[Any], kind: Any) -> dict[str, Any]:
         return {"action": argparse.BooleanOptionalAction}
     number = next((t for t in types if t in (int, float)), None)
     choices = f"{{{','.join(known.choices)}}}" if known.choices else None
-    return {"type": number, "metavar": known.metavar or choices}
+    return {"type": finite if number is float else number, "metavar": known.metavar or choices}
 
 
 def _help(described_field: Field[Any]) -> str:
@@ -173,46 +179,131 @@ def types_of(kind: Any) -> tuple[type, ...]:
     return tuple(t for t in (get_args(kind) or (kind,)) if t is not type(None))
 
 
+@dataclass(frozen=True)
+class _Spelling:
+    """A key of a settings file.
+
+    Attributes:
+        field: name of the field that it sets.
+        meaning: of a key that is true or false, what each sets; ``None`` sets nothing. Other keys hold the
+            field's value itself.
+    """
+
+    field: str
+    meaning: Mapping[bool, Any] | None = None
+
+
+def _spellings(settings: type) -> dict[str, _Spelling]:
+    """Every key of a settings file, with underscores: field names, ``no_NAME`` of what is on or off, and
+    shortcuts such as ``int8``."""
+    found: dict[str, _Spelling] = {}
+    for described_field, kind in zip(fields(settings), get_type_hints(settings).values(), strict=True):
+        name = described_field.name
+        found[name] = _Spelling(name)
+        if bool in types_of(kind):
+            found[f"no_{name}"] = _Spelling(name, {True: False, False: True})
+        for flag, value, _ in option_of(described_field).shortcuts:
+            found[_plain(flag)] = _Spelling(name, {True: value, False: None})
+    return found
+
+
+def _plain(key: str) -> str:
+    """A key without leading hyphens and with underscores."""
+    return key.lstrip("-").replace("-", "_")
+
+
 def read_mapping(values: Mapping[str, Any], settings: type, where: object = None) -> dict[str, Any]:
     """The content of a settings file by field name; its keys are field names or flags.
 
     Raises:
         UnknownNameError: a key is no option.
-        InputError: a value has another type than its option.
+        InputError: a value has another type than its option, or two keys contradict each other.
     """
+    spellings = _spellings(settings)
+    described = {f.name: f for f in fields(settings)}
     kinds = get_type_hints(settings)
-    known = [f.name for f in fields(settings)]
     found: dict[str, Any] = {}
+    keys: dict[str, str] = {}
     for key, value in values.items():
-        name = key.replace("-", "_")
-        if name not in known:
-            raise UnknownNameError("setting", key, difflib.get_close_matches(name, known, n=2), sorted(known))
-        _check_type(key, value, kinds[name], where)
-        found[name] = value
+        spelling = spellings.get(_plain(key))
+        if spelling is None:
+            raise _unknown_setting(key, spellings, described, where)
+        name = spelling.field
+        if spelling.meaning is None:
+            meant = _typed(key, value, described[name], kinds[name], where)
+        elif type(value) is bool:
+            meant = spelling.meaning[value]
+            if meant is None:
+                continue
+        else:
+            raise _wrong_type(key, value, (bool,), where)
+        if name in found and found[name] != meant:
+            raise _contradiction(keys[name], key, where)
+        found[name], keys[name] = meant, key
     return found
 
 
-def _check_type(key: str, value: Any, kind: Any, where: object) -> None:
-    """Raise :class:`InputError` unless ``value`` has the type ``kind``; a whole number is a number too."""
+def _unknown_setting(
+    key: str, spellings: Iterable[str], names: Iterable[str], where: object
+) -> UnknownNameError:
+    close = difflib.get_close_matches(_plain(key), spellings, n=2)
+    return UnknownNameError("setting", key, close, sorted(names), where)
+
+
+def _contradiction(first: str, second: str, where: object) -> InputError:
+    return InputError(
+        f"{first} and {second} contradict each other",
+        where=where,
+        remedy="keep one of them",
+    )
+
+
+def _typed(key: str, value: Any, described_field: Field[Any], kind: Any, where: object) -> Any:
+    """``value`` in the type ``kind`` of its field: a whole number is a number too, and a text may be written
+    in the other types that its option allows.
+
+    Raises :class:`InputError` for other types.
+    """
     types = types_of(kind)
     optional = type(None) in get_args(kind)
-    fits = type(value) in types or (float in types and type(value) is int) or (optional and value is None)
-    if not fits:
-        names = " or ".join(t.__name__ for t in types)
-        raise InputError(f"{key} = {value!r} should be {names}", where=where, remedy="correct the file")
+    if type(value) in types or (optional and value is None) or (float in types and type(value) is int):
+        return value
+    written = option_of(described_field).written
+    if type(value) not in written:
+        raise _wrong_type(key, value, (*types, *written), where)
+    if type(value) is not list:
+        return str(value)
+    if not value or not all(type(item) in (str, int, float) for item in value):
+        raise InputError(
+            f"{key} = {value!r} should be a list of names or numbers", where=where, remedy="correct the file"
+        )
+    return ",".join(map(str, value))
+
+
+def _wrong_type(key: str, value: Any, types: Iterable[type], where: object) -> InputError:
+    names = " or ".join(t.__name__ for t in types)
+    return InputError(f"{key} = {value!r} should be {names}", where=where, remedy="correct the file")
 
 
 # --- values ---------------------------------------------------------------------------------------
 
 
 def check_values(settings: Any) -> None:
-    """Raise :class:`InputError` for the first value that is not among its choices or below its least."""
+    """Raise :class:`InputError` for the first value that is empty, not finite, not among its choices or below
+    its least."""
     for described_field in fields(settings):
         known, value = option_of(described_field), getattr(settings, described_field.name)
         if value is None:
             continue
+        if value == "":
+            raise InputError(f"{flag_of(described_field)} is empty", remedy="give a value, or leave it out")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(
+                f"{flag_of(described_field)} {value} is not a finite number",
+                remedy="give a number, or leave it out for the default",
+            )
         if known.choices:
-            require_choice(known.what or described_field.name, value, known.choices)
+            require_choice(known.what or described_field.name, str(value), known.choices)
         if known.least is not None:
             require_least(flag_of(described_field), value, known.least)
 

@@ -21,7 +21,8 @@ from cmt_edge.deploy import Bundle
 from cmt_edge.deploy.backends import RUNTIME_OF_FORMAT, get_runtime
 from cmt_edge.deploy.bundle import REFERENCE, BundleWriter, Manifest, save_reference
 from cmt_edge.deploy.bundle.sections import TypingEntry, VerdictEntry
-from cmt_edge.deploy.files import writing
+from cmt_edge.deploy.cache import can_keep
+from cmt_edge.deploy.files import cache_folder, writing
 from cmt_edge.deploy.measure.benchmark import summary
 from cmt_edge.deploy.measure.isa import require_isa
 from cmt_edge.deploy.measure.parity import Verification
@@ -48,6 +49,8 @@ def run(config: ExportConfig, progress: Progress | None = None) -> Bundle:
             passes (1); nothing is written.
     """
     preflight(config)
+    if config.keeps_results:
+        can_keep(cache_folder())  # says so before the long work
     progress = progress or Progress(quiet=True)
     with _claimed(Path(config.output)):
         prepared = prepare(config, progress)
@@ -135,7 +138,7 @@ def finish(
                 speed = steps.measure_bundle(writer.staged(manifest), config.threads, progress.share)
                 manifest = replace(manifest, latency=summary(speed))
         with journal.step(Step.WRITE), writing(config.target):
-            write_report(writer.folder, manifest, config.name, result, speed)
+            write_report(writer.folder, manifest, config.folder, result, speed)
             return writer.commit(manifest)
 
 

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import Enum
 from typing import Any
 
 from cmt_edge.calib.data import SYNTHETIC
+from cmt_edge.cmt.download import is_kept
+from cmt_edge.deploy import Bundle
 from cmt_edge.deploy.images import ImageSet
 from cmt_edge.deploy.progress import Progress
 
 from .config import ExportConfig
+from .description import describe_export
 from .settings import FORMATS
-from .steps import OBSERVED_IMAGES, choose_images, count_synthetic
+from .steps import OBSERVED_IMAGES, choose_images, count_synthetic, make_reference, match_evaluation
 
 
 class Step(Enum):
@@ -125,21 +129,24 @@ class Journal:
 
 
 def describe_plan(config: ExportConfig) -> dict[str, Any]:
-    """What an export would do, for ``--dry-run``.
+    """What an export would do, for ``--dry-run``: the weights are loaded, the classes are counted and matched
+    with the labels and with the folders, and the images are chosen.
 
     Raises:
+        WeightsError: the weights cannot be read, or do not fit.
+        InputError: the labels are not one a class.
         DataError: the images that it names cannot be used.
     """
     images = _images(config)
     plan: dict[str, Any] = {
         "bundle": " or ".join(map(str, config.targets)),
         "replaces": any(target.exists() for target in config.targets),
-        "weights": config.weights,
+        **_describe_subject(config),
     }
     if config.data:
         plan["calibration" if config.quantizes else "ranges"] = images
     if config.eval_data:
-        plan["evaluation"] = _evaluation(config.eval_data, config.eval_limit)
+        plan["evaluation"] = _count_evaluation(config.eval_data, config.eval_limit)
     if config.precision == "auto":
         plan["allowed"] = {
             "drop": config.allowed_drop,
@@ -168,7 +175,37 @@ def _images(config: ExportConfig) -> dict[str, Any]:
     return {"source": data.source, "images": len(data), "fingerprint": data.fingerprint}
 
 
-def _evaluation(path: str, limit: int | None) -> dict[str, int]:
+def _describe_subject(config: ExportConfig) -> dict[str, Any]:
+    """The weights and labels of the model that would be exported; its class folders are matched.
+
+    Weights that would be downloaded are not: random ones stand in for them.
+    """
+    download = _download_of(config)
+    opened = replace(config, weights="random") if download else config
+    reference = make_reference(opened)
+    manifest = describe_export(opened, reference)
+    if config.eval_data:
+        match_evaluation(Bundle(config.target, manifest), config.eval_data, config.by_order)
+    found: dict[str, Any] = {"weights": config.weights}
+    if download:
+        found["download"] = download
+    else:
+        found["sha256"] = manifest.model.weights.sha256
+    return found | {"labels": f"{len(manifest.labels)} ({manifest.labels_source})"}
+
+
+def _download_of(config: ExportConfig) -> str | None:
+    """Address of the weights that a run would have to download."""
+    spec = config.spec
+    published = spec.pretrained
+    if config.weights != "pretrained" or spec.built_with_weights or spec.published_state is not None:
+        return None
+    if published is None or published.resource or published.url is None or is_kept(published):
+        return None
+    return published.url
+
+
+def _count_evaluation(path: str, limit: int | None) -> dict[str, int]:
     """The labelled images that an export is judged on."""
     labelled = ImageSet(path)
     count = len(labelled) if limit is None else min(limit, len(labelled))

@@ -57,7 +57,11 @@ class Settings:
 
     model: str = field(
         metadata={
-            KEY: Option("model name, see --list-models; or MODULE:FACTORY of your own, or timm:NAME", MODEL)
+            KEY: Option(
+                "model name, see --list-models; or MODULE:FACTORY of your own, or timm:NAME (default: what"
+                " the checkpoint says)",
+                MODEL,
+            )
         }
     )
     format: str = option(
@@ -135,13 +139,18 @@ class Settings:
     )
     batch: int = option(1, help="batch size of the graph, 0 for any", group=OUTPUT, least=0)
     mean: str | None = option(
-        None, help="mean of the values 0..1 (default: the model's)", group=MODEL, metavar="R,G,B"
+        None,
+        help="mean of the values 0..1 (default: the model's)",
+        group=MODEL,
+        metavar="R,G,B",
+        written=(list,),
     )
     std: str | None = option(
         None,
         help="standard deviation of the values 0..1 (default: the model's)",
         group=MODEL,
         metavar="R,G,B",
+        written=(list,),
     )
     crop_ratio: float | None = option(
         None,
@@ -167,7 +176,7 @@ class Settings:
         help="write the bundle without an engine; cmt-build finishes it on the device",
         group=TENSORRT,
     )
-    device: str | None = option(None, help="number of the GPU (default: 0)", group=TENSORRT)
+    device: str | None = option(None, help="number of the GPU (default: 0)", group=TENSORRT, written=(int,))
     workspace: float | None = option(
         None,
         help="scratch memory of the builder (default: 40 % of what is free)",
@@ -175,6 +184,12 @@ class Settings:
         metavar="GiB",
     )
     output: str = option(".", help="folder in which the bundle's folder is made", group=OUTPUT, short="-o")
+    name: str | None = option(
+        None,
+        help="stands for the model in the name of the bundle's folder, so that two checkpoints of one model"
+        " have two folders (default: the model's name)",
+        group=OUTPUT,
+    )
     cache: bool = option(
         True,
         help="do not reuse calibrated graphs, synthetic images and measurements of earlier runs",
@@ -185,6 +200,7 @@ class Settings:
         help="int8: groups of operations that stay float, by commas (auto names them)",
         group=DATA,
         metavar="GROUPS",
+        written=(list,),
     )
     latency_budget: float | None = option(
         None, help="allowed median latency of one batch, milliseconds", group=AUTO, metavar="MS"

@@ -9,7 +9,7 @@ from .golden import Golden, save_reference
 from .manifest import ENGINES, GOLDEN, MANIFEST, MAX_MANIFEST, ONNX, REFERENCE, Manifest
 from .record import plain, read_record
 from .sections import LOGITS, PROBABILITIES, SCORES
-from .writer import BundleWriter
+from .writer import BundleWriter, require_outside_bundles
 
 __all__ = [
     "ENGINES",
@@ -27,5 +27,6 @@ __all__ = [
     "Manifest",
     "plain",
     "read_record",
+    "require_outside_bundles",
     "save_reference",
 ]

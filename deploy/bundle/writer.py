@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -14,11 +15,23 @@ from ..errors import OutputError
 from ..files import sha256_of, sync_folder, sync_tree, write_atomic, writing
 from ..signals import terminate_as_interrupt
 from .bundle import Bundle
-from .manifest import MANIFEST, Manifest
+from .manifest import MANIFEST, MAX_MANIFEST, Manifest
 from .sections import FileEntry
 
 BACKDATE_NS = 10 * 10**9
 """A hashed file is dated back by so many nanoseconds: more than the tick of any file system's clock."""
+
+
+def require_outside_bundles(target: Path) -> None:
+    """Raise :class:`OutputError` where ``target`` lies inside a bundle: a file that its manifest does not
+    name breaks it."""
+    for folder in target.resolve().parents:
+        if _is_manifest(folder / MANIFEST):
+            raise OutputError(
+                f"lies inside the bundle {folder}, which one more file would break",
+                where=target,
+                remedy="choose a place outside the bundle",
+            )
 
 
 class BundleWriter:
@@ -35,7 +48,9 @@ class BundleWriter:
         self._previous: Any = None
 
     def check(self) -> None:
-        """Raise :class:`OutputError` where something that is no bundle stands in the way."""
+        """Raise :class:`OutputError` where something that is no bundle stands in the way, or where the place
+        lies inside another bundle, which one more file would break."""
+        require_outside_bundles(self.target)
         if self.target.is_symlink() or (self.target.exists() and not (self.target / MANIFEST).is_file()):
             raise OutputError(
                 "exists and is not a bundle, so it is not replaced",
@@ -109,6 +124,18 @@ class BundleWriter:
             pid = stale.name[len(self.target.name) + 2 :].split(".", 1)[0]
             if pid.isdigit() and int(pid) != os.getpid() and not _alive(int(pid)):
                 shutil.rmtree(stale, ignore_errors=True)
+
+
+def _is_manifest(path: Path) -> bool:
+    """Whether ``path`` is the manifest of a bundle, whole or damaged; other programs have files of this name
+    too."""
+    try:
+        if path.stat().st_size > MAX_MANIFEST:
+            return False
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and content.keys() >= {"checksum", "files", "preprocess"}
 
 
 class _Hashes:

@@ -6,14 +6,14 @@ import argparse
 from pathlib import Path
 
 from .. import report
-from ..bundle import Bundle
-from ..errors import InputError
+from ..bundle import Bundle, require_outside_bundles
+from ..errors import InputError, OutputError
 from ..files import write_atomic
 from ..images import ImageSet
 from ..measure.benchmark import Protocol
 from ..measure.benchmark import benchmark as run_benchmark
 from ..progress import Progress
-from .console import add_runtime_flags, parser, run
+from .console import add_runtime_flags, parser, run, say
 from .measuring import add_measuring_flags, protocol_of
 
 BENCH_IMAGES = 64
@@ -49,8 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _main(args: argparse.Namespace) -> int:
     protocol = protocol_of(args)
-    if args.plot and args.plot.suffix not in PLOTS:
-        raise InputError("plots are PNG or SVG", where=args.plot, remedy="name it .png or .svg")
+    _check_targets(args)
     bundles = [Bundle.open(path) for path in args.bundles]
     progress = Progress(args.quiet)
     result = run_benchmark(
@@ -68,8 +67,24 @@ def _main(args: argparse.Namespace) -> int:
         write_atomic(args.markdown, (report.benchmark_text(result, markdown=True) + "\n").encode())
     if args.plot:
         report.latency_plot(result, args.plot)
-    print(report.to_json(result) if args.json else report.benchmark_text(result))
+    say(report.to_json(result) if args.json else report.benchmark_text(result))
     return 0
+
+
+def _check_targets(args: argparse.Namespace) -> None:
+    """Raise :class:`InputError` before the long work for files that could not be written at its end, or that
+    would break a bundle."""
+    if args.plot and args.plot.suffix.lower() not in PLOTS:
+        raise InputError("plots are PNG or SVG", where=args.plot, remedy="name it .png or .svg")
+    for target in filter(None, (args.markdown, args.plot)):
+        require_outside_bundles(target)
+        if not target.absolute().parent.is_dir() or target.is_dir():
+            raise OutputError(
+                "cannot write here",
+                where=target,
+                why="it is a folder" if target.is_dir() else "its folder does not exist",
+                remedy="name a file in a folder that exists",
+            )
 
 
 def _images(data: str) -> list[bytes]:

@@ -12,7 +12,7 @@ from ..progress import Progress
 from ..tensorrt.build import DEVICE_PROTOCOL, exclusive, finish
 from ..tensorrt.building import TIME_LIMIT_S
 from ..tensorrt.engine import EngineOptions, trtexec
-from .console import parser, run
+from .console import finite, parser, run, say
 from .measuring import add_measuring_flags, protocol_of
 
 MAX_TIME_LIMIT_S = 30 * 86400.0
@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("bundle", type=Path)
     _add_engine_flags(p)
     gates = p.add_argument_group("accuracy gates")
-    gates.add_argument("--atol", type=float, help="allowed golden logit difference (default: by precision)")
+    gates.add_argument("--atol", type=finite, help="allowed golden logit difference (default: by precision)")
     add_measuring_flags(p, DEVICE_PROTOCOL)
     return p
 
@@ -42,7 +42,7 @@ def _add_engine_flags(p: argparse.ArgumentParser) -> None:
     engine = p.add_argument_group("engine")
     engine.add_argument(
         "--workspace",
-        type=float,
+        type=finite,
         metavar="GiB",
         help="scratch memory of the builder (default: 40 %% of what is free)",
     )
@@ -61,7 +61,7 @@ def _add_engine_flags(p: argparse.ArgumentParser) -> None:
     engine.add_argument("--tf32", action="store_true", help="let float32 products round their inputs to TF32")
     engine.add_argument(
         "--time-limit",
-        type=float,
+        type=finite,
         default=TIME_LIMIT_S,
         metavar="S",
         help="stop the build after so long (default %(default)g)",
@@ -79,7 +79,7 @@ def _main(args: argparse.Namespace) -> int:
     options = _options(args)
     bundle = Bundle.open(args.bundle)
     if args.trtexec:
-        print(trtexec(bundle, options, args.device))
+        say(trtexec(bundle, options, args.device))
         return 0
     with exclusive(bundle.path):
         result = finish(
@@ -93,7 +93,7 @@ def _main(args: argparse.Namespace) -> int:
             progress=Progress(args.quiet),
         )
         bundle = bundle.update(result.manifest, result.files, result.drop)
-    print(report.to_json(result.report) if args.json else report.built_text(bundle, result.report))
+    say(report.to_json(result.report) if args.json else report.built_text(bundle, result.report))
     return 0
 
 

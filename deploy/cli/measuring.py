@@ -6,6 +6,7 @@ import argparse
 
 from ..errors import InputError
 from ..measure.benchmark import Protocol
+from .console import finite
 
 
 def add_measuring_flags(p: argparse.ArgumentParser, default: Protocol, *, warmup: bool = False) -> None:
@@ -19,7 +20,7 @@ def add_measuring_flags(p: argparse.ArgumentParser, default: Protocol, *, warmup
     )
     group.add_argument(
         "--seconds",
-        type=float,
+        type=finite,
         default=default.seconds,
         help="least seconds a variant (default %(default)s)",
     )

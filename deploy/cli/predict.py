@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +16,7 @@ from ..images import ImageSet, Item, is_archive
 from ..predictor import Prediction, Predictor
 from ..preprocessing import ImageLike, NamedBytes
 from ..progress import Progress
-from .console import add_runtime_flags, parser, run
+from .console import add_runtime_flags, parser, run, say, tell
 
 MANY = 32
 """So many images are worth opening the bundle for several inferences at once."""
@@ -78,11 +79,11 @@ def _main(args: argparse.Namespace) -> int:
         for answer in _answers(predictor, sources, args.quiet):
             if isinstance(answer, ImageError):
                 failed += 1
-                print(f"error: {answer}", file=sys.stderr, flush=True)
+                tell(f"error: {answer}")
             else:
                 show(answer)
     if failed:
-        print(f"{failed} of {len(sources)} images could not be read", file=sys.stderr)
+        tell(f"{failed} of {len(sources)} images could not be read")
     return InputError.exit_code if failed else 0
 
 
@@ -96,7 +97,9 @@ def _check(args: argparse.Namespace) -> None:
 
 def _answers(predictor: Predictor, sources: list[_Source], quiet: bool) -> Iterator[Prediction | ImageError]:
     """The answer for each image, named; progress is shown only where no answers appear between."""
-    progress = Progress(quiet or len(sources) < SHOW_PROGRESS or sys.stdout.isatty())
+    progress = Progress(
+        quiet or len(sources) < SHOW_PROGRESS or (sys.stdout is not None and sys.stdout.isatty())
+    )
     answers = predictor.attempt(_opened(sources), copy=False)
     for done, (source, answer) in enumerate(zip(sources, answers, strict=True), 1):
         progress.count(done, len(sources))
@@ -113,26 +116,29 @@ def _show(args: argparse.Namespace, sources: list[_Source], classes: int) -> Sho
     from .. import report  # here, because the command should start without what measures
 
     if args.json:
-        return lambda answer: print(report.to_json(report.prediction_json(answer, args.topk)), flush=True)
+        return lambda answer: say(report.to_json(report.prediction_json(answer, args.topk)))
     if args.csv:
         return _csv(min(args.topk, classes))
     width = max((len(source.name) for source in sources), default=0)
-    return lambda answer: print(report.prediction_text(answer, args.topk, width), flush=True)
+    return lambda answer: say(report.prediction_text(answer, args.topk, width))
 
 
 def _csv(topk: int) -> Show:
     """Prints the header now, and one line an answer: its source, then labels and probabilities by turns."""
-    rows = csv.writer(sys.stdout, lineterminator="\n")
-    rows.writerow(
-        ["source", *(f"{what}_{i}" for i in range(1, topk + 1) for what in ("label", "probability"))]
-    )
+    columns = [f"{what}_{i}" for i in range(1, topk + 1) for what in ("label", "probability")]
+    say(_csv_line(["source", *columns]))
 
     def show(answer: Prediction) -> None:
         best = answer.top(topk)
-        rows.writerow([answer.source, *(cell for label, p in best for cell in (label, f"{p:.6f}"))])
-        sys.stdout.flush()
+        say(_csv_line([answer.source, *(cell for label, p in best for cell in (label, f"{p:.6f}"))]))
 
     return show
+
+
+def _csv_line(cells: Iterable[object]) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="").writerow(cells)
+    return line.getvalue()
 
 
 def _expand(path: Path, quiet: bool) -> list[_Source]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from .. import report
@@ -14,7 +13,7 @@ from ..measure.parity import MAX_DROP
 from ..measure.parity import verify as run_verify
 from ..predictor import Predictor
 from ..progress import Progress
-from .console import add_runtime_flags, parser, run
+from .console import add_runtime_flags, finite, parser, run, say, tell
 
 REMEDY = (
     "the bundle is not the model within the allowed difference; see --max-drop and --atol, or calibrate on"
@@ -44,9 +43,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_reference_flags(p)
     gates = p.add_argument_group("accuracy gates")
     gates.add_argument(
-        "--max-drop", type=float, default=MAX_DROP, help=f"allowed loss of top-1, points (default {MAX_DROP})"
+        "--max-drop",
+        type=finite,
+        default=MAX_DROP,
+        help=f"allowed loss of top-1, points (default {MAX_DROP})",
     )
-    gates.add_argument("--atol", type=float, help="allowed golden logit difference (default: by precision)")
+    gates.add_argument("--atol", type=finite, help="allowed golden logit difference (default: by precision)")
     add_runtime_flags(p)
     return p
 
@@ -91,9 +93,9 @@ def _main(args: argparse.Namespace) -> int:
         progress=progress.count,
     )
     progress.finish()
-    print(report.to_json(result) if args.json else report.verification_text(result))
+    say(report.to_json(result) if args.json else report.verification_text(result))
     if not result.passed and not args.json:
-        print(REMEDY, file=sys.stderr)
+        tell(REMEDY)
     return 0 if result.passed else 1
 
 

@@ -33,5 +33,5 @@ def latency_plot(result: Benchmark, path: Path) -> None:
     axes.set_title(result.host.cpu)
     axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix.lstrip(".") or "png", dpi=120)
+    figure.savefig(buffer, format=path.suffix.lower().lstrip(".") or "png", dpi=120)
     write_atomic(path, buffer.getvalue())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -299,8 +300,13 @@ def _synthesis_lines(made: SynthesisEntry | None) -> list[str]:
     return lines
 
 
-def bundle_text(bundle: Bundle) -> str:
-    """What an export produced and what to do next."""
+def bundle_text(bundle: Bundle, verify_flags: Sequence[str] = ()) -> str:
+    """What an export produced and what to do next.
+
+    Args:
+        bundle: of the export.
+        verify_flags: what ``cmt-verify`` needs besides the bundle to compare it with the reference again.
+    """
     manifest, path = bundle.manifest, bundle.path
     calibration = manifest.calibration
     lines = [verdict_text(manifest.verdict), ""] if manifest.verdict else []
@@ -312,8 +318,8 @@ def bundle_text(bundle: Bundle) -> str:
     if calibration and calibration.cached:
         lines.append("note: calibration was taken from the cache (same graph, images and recipe)")
     lines += _synthesis_lines(calibration.synthesis if calibration else None)
-    lines += [f"bundle: {path} ({manifest.size_bytes / 1e6:.1f} MB)", "", "next:"]
-    return "\n".join([*lines, *_next_commands(bundle)])
+    lines += [f"bundle: {path} ({manifest.size_bytes / 1e6:.1f} MB)", ""]
+    return "\n".join([*lines, *_next_commands(bundle, verify_flags)])
 
 
 def _latency_lines(latency: LatencyEntry | None) -> list[str]:
@@ -327,18 +333,26 @@ def _latency_lines(latency: LatencyEntry | None) -> list[str]:
     ]
 
 
-def _next_commands(bundle: Bundle) -> list[str]:
-    """What to do with a new bundle, one command a line."""
-    path = bundle.path
+def _next_commands(bundle: Bundle, verify_flags: Sequence[str]) -> list[str]:
+    """What to do with a new bundle: commands that can be pasted as they stand, then those that need images of
+    the user's own."""
+    path = shlex.quote(str(bundle.path))
     if bundle.manifest.format == "trt" and not bundle.manifest.engine:
-        return [f"  copy {path} to the device", f"  cmt-build {path.name}"]
+        name = shlex.quote(bundle.path.name)
+        return ["next:", f"  cmt-build {name}", f"(on the device, once {path} is copied to it)"]
+    flags = "".join(f" {shlex.quote(flag)}" for flag in verify_flags)
+    lines = ["next:", f"  cmt-bench {path}"]
     if bundle.head != LOGITS:
-        use = f"  in Python: Predictor.load({str(path)!r}).features(batch)"
-        return [use, f"  cmt-bench {path}", f"  cmt-verify {path}"]
+        use = f"Predictor.load({str(bundle.path)!r}).features(batch)"
+        return [*lines, f"  cmt-verify {path}", f"in Python: {use}"]
+    if "--data" in verify_flags:
+        return [*lines, f"  cmt-verify {path}{flags}", "with your own images:", f"  cmt-predict {path} IMAGE"]
     return [
+        *lines,
+        f"  cmt-verify {path}",
+        "with your own images:",
         f"  cmt-predict {path} IMAGE",
-        f"  cmt-bench {path}",
-        f"  cmt-verify {path} --data LABELLED_IMAGES",
+        f"  cmt-verify {path} --data LABELLED_IMAGES{flags}",
     ]
 
 
@@ -396,16 +410,17 @@ def built_text(bundle: Bundle, content: dict[str, Any]) -> str:
     entry, size = bundle.manifest.engine, bundle.manifest.size_bytes / 1e6
     report = bundle.path / entry.text if entry else "none"
     lines = [device_text(content), f"bundle: {bundle.path} ({size:.1f} MB), report: {report}"]
+    path = shlex.quote(str(bundle.path))
     others = (
-        "build the other precisions too and compare them with cmt-bench: int8 is not always faster than fp16"
-        " on a GPU"
+        f"build the other precisions too and compare them: cmt-bench {path} OTHER_BUNDLE; int8 is not always"
+        " faster than fp16 on a GPU"
     )
     use = (
-        f"  cmt-predict {bundle.path} IMAGE"
+        f"with your own images:\n  cmt-predict {path} IMAGE"
         if bundle.head == LOGITS
-        else "  in Python: Predictor.load(...).features(batch)"
+        else f"in Python: Predictor.load({str(bundle.path)!r}).features(batch)"
     )
-    return "\n".join([*lines, "", "next:", use, f"  cmt-bench {bundle.path} OTHER_BUNDLE", f"({others})"])
+    return "\n".join([*lines, "", "next:", f"  cmt-bench {path}", use, f"({others})"])
 
 
 def _device_latency(measured: dict[str, Any], markdown: bool) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..backends.base import batch_limit
 from ..bundle import ONNX, Bundle
+from ..cache import can_keep
 from ..children import Child, ChildCrashed, ChildTimedOut
 from ..errors import StepError
 from ..files import cache_folder, writing
@@ -98,12 +99,15 @@ def _free_memory(target: EngineTarget, cuda: Cuda) -> int:
 
 @contextmanager
 def _scratch_folder() -> Iterator[Path]:
-    """A folder in the cache for one build, and none of builds that were killed long ago."""
+    """A folder in the cache for one build, and none of builds that were killed long ago; without a cache a
+    temporary folder of the system's."""
     scratch = cache_folder().resolve() / "build"
-    with writing(scratch):
-        scratch.mkdir(parents=True, exist_ok=True)
-        _clear_stale(scratch)
-        folder = tempfile.TemporaryDirectory(dir=scratch)
+    if can_keep(scratch):
+        with writing(scratch):
+            _clear_stale(scratch)
+            folder = tempfile.TemporaryDirectory(dir=scratch)
+    else:
+        folder = tempfile.TemporaryDirectory(prefix="cmt-edge-")
     with folder as name:
         yield Path(name)
 

@@ -18,6 +18,7 @@ from cmt_edge.cmt import download as download_module
 from cmt_edge.cmt import load_pretrained
 from cmt_edge.cmt.download import fetch
 from cmt_edge.cmt.spec import Pretrained
+from cmt_edge.deploy.cache import CacheWarning
 from cmt_edge.deploy.errors import DownloadError
 from helpers.weights import holds, nano, release, saved, state_of
 
@@ -217,6 +218,15 @@ def test_more_than_the_cap_is_refused(server, tmp_path, monkeypatch):
 def test_an_unusable_cache_folder_is_a_download_error(server, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     failed(Pretrained(server.url), tmp_path / "file" / "weights")
+
+
+def test_without_a_cache_a_download_serves_this_run(server, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("CMT_EDGE_CACHE", str(tmp_path / "file"))
+    with pytest.warns(CacheWarning, match="results are not kept"):
+        path = fetch(Pretrained(server.url))
+    assert path.is_file()
+    assert tmp_path not in path.parents
 
 
 def test_load_pretrained_downloads_into_the_cache(tmp_path, monkeypatch):

@@ -707,3 +707,11 @@ def test_signal_handler_is_put_back(tmp_path):
     with BundleWriter(tmp_path / "tiny"):
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("place", ["inner", "a/b/inner"])
+def test_no_bundle_is_written_into_another_one(bundle, place):
+    before = snapshot(bundle.path)
+    with pytest.raises(OutputError, match="inside the bundle"), BundleWriter(bundle.path / place):
+        pytest.fail("the body must not run")
+    assert snapshot(bundle.path) == before

@@ -8,13 +8,18 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
+from cmt_edge.deploy import cache as cache_module
+from cmt_edge.deploy import files as files_module
 from cmt_edge.deploy import locks
-from cmt_edge.deploy.cache import Cache, CacheWarning, JsonCache, digest_of
+from cmt_edge.deploy.cache import Cache, CacheWarning, JsonCache, can_keep, digest_of
 from cmt_edge.deploy.children import SOURCE
 from cmt_edge.deploy.errors import GateError, OutputError
+from cmt_edge.deploy.files import cache_folder
 from cmt_edge.deploy.locks import locked, try_lock
 
 
@@ -93,6 +98,41 @@ def test_a_cache_that_cannot_be_used_costs_only_the_keeping(tmp_path, where):
         (cache.folder / "k.tail" / "in the way").write_text("")
     with pytest.warns(CacheWarning, match=f"the cache {cache.folder} cannot be used"):
         assert text_of(cache, "k", lambda: "hello") == "hello"
+
+
+def test_a_cache_that_nobody_can_write_to_still_gives_what_it_holds(cache, monkeypatch):
+    """A cache in a read-only image, say."""
+    text_of(cache, "k", lambda: "hello")
+
+    @contextmanager
+    def refuse(path):
+        raise OSError(errno.EROFS, "Read-only file system")
+        yield
+
+    monkeypatch.setattr(cache_module, "locked", refuse)
+    assert text_of(cache, "k", never) == "hello"
+    with pytest.warns(CacheWarning, match="Read-only"):
+        assert text_of(cache, "other", lambda: "made") == "made"
+
+
+def test_an_unusable_folder_is_told_of_once_and_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.warns(CacheWarning, match="CMT_EDGE_CACHE=FOLDER"):
+        assert not can_keep(tmp_path / "file")
+    assert not can_keep(tmp_path / "file" / "weights")  # a second warning would be an error here
+    cache = Cache(tmp_path / "file" / "calibrated", (".head", ".tail"), 2)
+    assert text_of(cache, "k", lambda: "hello") == "hello"
+    assert can_keep(tmp_path / "new" / "folder")
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+
+
+def test_a_user_without_a_home_gets_no_folder_that_is_called_tilde(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CMT_EDGE_CACHE")
+    monkeypatch.setattr(files_module, "user_cache_path", lambda *_, **__: Path("~/.cache/cmt-edge"))
+    with pytest.warns(CacheWarning):
+        assert not can_keep(cache_folder())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_writing_alone_tells_why_it_failed(tmp_path):

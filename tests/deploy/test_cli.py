@@ -446,6 +446,38 @@ def test_bench_output_that_cannot_be_written(fails, bundle, tmp_path):
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.parametrize("flag", ["--markdown", "--plot"])
+@pytest.mark.parametrize(
+    "place", ["{bundle}/t.png", "{bundle}/new/t.png", "{bundle}/manifest.json.png", "link/t.png"]
+)
+def test_bench_refuses_to_write_into_a_bundle(fails, bundle, tmp_path, monkeypatch, flag, place):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(bundle.path)
+    before = snapshot(bundle.path)
+    target = place.format(bundle=bundle.path)
+    assert "inside the bundle" in fails(2, cmt_bench.main, bundle.path, *FAST, flag, target)
+    monkeypatch.chdir(bundle.path)
+    assert "inside the bundle" in fails(2, cmt_bench.main, bundle.path, *FAST, flag, "t.png")
+    assert snapshot(bundle.path) == before
+
+
+@pytest.mark.parametrize("flag", ["--markdown", "--plot"])
+def test_bench_refuses_a_missing_folder_and_a_folder_before_it_measures(
+    fails, bundle, tmp_path, monkeypatch, flag
+):
+    monkeypatch.setattr(cmt_bench, "run_benchmark", lambda *_, **__: pytest.fail("it measured"))
+    (tmp_path / "x.svg").mkdir()
+    assert "does not exist" in fails(2, cmt_bench.main, bundle.path, *FAST, flag, tmp_path / "gone" / "t.svg")
+    assert "it is a folder" in fails(2, cmt_bench.main, bundle.path, *FAST, flag, tmp_path / "x.svg")
+
+
+def test_bench_writes_below_a_manifest_of_another_program(call, bundle, tmp_path):
+    (tmp_path / "manifest.json").write_text('{"name": "a web page"}')
+    target = tmp_path / "T.SVG"
+    assert call(cmt_bench.main, bundle.path, *FAST, "--no-throughput", "--plot", target)[0] == 0
+    assert "<svg" in target.read_text()
+
+
 def test_bench_plot_of_an_unknown_kind(fails, bundle, tmp_path):
     fails(2, cmt_bench.main, bundle.path, *FAST, "--plot", tmp_path / "plot.xyz")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,10 +18,12 @@ import torch
 from cmt_edge.cmt import create_model, list_models
 from cmt_edge.deploy import Bundle
 from cmt_edge.deploy import backends as backends_module
+from cmt_edge.deploy.cli import bench, verify
+from cmt_edge.export import pipeline
 from cmt_edge.export.cli import main
 from helpers.cli import failed, succeeded
 from helpers.exports import NAME, content
-from helpers.images import labelled
+from helpers.images import coloured, labelled
 
 pytestmark = pytest.mark.usefixtures("quick_exports")
 
@@ -72,6 +76,53 @@ def test_export_as_json(capsys, tmp_path):
     assert result["latency"]["p50_ms"] > 0
 
 
+def pasted(out: str) -> list[list[str]]:
+    """The commands below ``next:`` that can be pasted as they stand."""
+    lines = out.split("next:\n")[1].splitlines()
+    return [shlex.split(line) for line in itertools.takewhile(lambda line: line.startswith("  "), lines)]
+
+
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_what_is_printed_next_works_as_it_stands(capsys, tmp_path, evaluated):
+    """In a folder whose name a shell would take apart, after a training run: the weights are a file."""
+    folder = tmp_path / "it's a $place"
+    folder.mkdir()
+    weights = saved_nano(folder / "best 1.pt", ["ant", "bee"])
+    images = labelled(folder / "images", ["ant", "bee"], 3)
+    more = ["--eval-data", images, "--eval-limit", 4, "--max-drop", 100] if evaluated else []
+    argv = ["--model", "cmt_nano", "--num-classes", 2, "--weights", weights, "--format", "onnx", *more]
+    out = succeeded(capsys, *argv, "-o", folder / "out")
+    (images / "ant" / "new.png").write_bytes(coloured("red"))  # its answer is not recorded
+    mains = {"cmt-bench": bench.main, "cmt-verify": verify.main}
+    commands = pasted(out)
+    assert [command[0] for command in commands] == ["cmt-bench", "cmt-verify"]
+    if not evaluated:
+        own = next(line for line in out.splitlines() if "LABELLED_IMAGES" in line)
+        commands.append(shlex.split(own.replace("LABELLED_IMAGES", shlex.quote(str(images)))))
+        commands[-1] += ["--max-drop", "100"]
+    for name, *arguments in commands:
+        short = ["--iters", "3", "--seconds", "0.01"] if name == "cmt-bench" else []
+        assert mains[name]([*arguments, *short]) == 0, capsys.readouterr().err
+    assert "reference: torch" in capsys.readouterr().out
+
+
+def test_verify_tries_the_recorded_checkpoint_in_this_folder(capsys, tmp_path, monkeypatch):
+    weights = saved_nano(tmp_path / "best.pt", ["ant", "bee"])
+    argv = ["--model", "cmt_nano", "--num-classes", 2, "--weights", weights, "--format", "onnx"]
+    succeeded(capsys, *argv, "-o", tmp_path)
+    images = labelled(tmp_path / "images", ["ant", "bee"], 2)
+    command = [str(tmp_path / "cmt_nano_fp32_onnx"), "--data", str(images)]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert verify.main(command) == 2
+    assert "--weights PATH" in capsys.readouterr().err
+    saved_nano(tmp_path / "elsewhere" / "best.pt", ["ant", "bee"], seed=5)
+    assert verify.main(command) == 2
+    assert "not the weights that the bundle was made from" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert verify.main(command) == 0, capsys.readouterr().err
+
+
 # --- dry run and configuration --------------------------------------------------------------------
 
 
@@ -99,6 +150,94 @@ def test_dry_run_finds_missing_files(capsys, tmp_path, flag):
     assert content(tmp_path) == {}
 
 
+def saved_nano(path: Path, classes: list[str] | None = None, seed: int = 0) -> Path:
+    """A checkpoint of a nano, as a training of ours writes it."""
+    model = create_model("cmt_nano", num_classes=len(classes) if classes else None, seed=seed)
+    torch.save({"model": model.state_dict()} | ({"classes": classes} if classes else {}), path)
+    return path
+
+
+def test_a_checkpoint_that_says_what_it_is_needs_no_other_flag(capsys, tmp_path):
+    path = saved_nano(tmp_path / "best.pt", ["ant", "bee"])
+    content = torch.load(path, weights_only=True)
+    torch.save(content | {"settings": {"model": "cmt_nano", "imgsz": 64}}, path)
+    argv = ("--weights", path, "--dry-run", "--json", "-o", tmp_path / "out")
+    plan = json.loads(succeeded(capsys, *argv))
+    assert (plan["classes"], plan["labels"], plan["input"]) == (2, "2 (checkpoint)", [1, 3, 64, 64])
+    assert json.loads(succeeded(capsys, *argv, "--model", "cmt_nano"))["classes"] == 2
+    assert "2 classes" in failed(capsys, *argv, "--num-classes", 3)
+    assert "best.pt" in failed(capsys, *argv, "--model", "cmt_ti")
+    silent = saved_nano(tmp_path / "silent.pt")
+    assert "silent.pt does not say which model" in failed(capsys, "--weights", silent, "--dry-run")
+
+
+def test_dry_run_opens_the_weights(capsys, tmp_path):
+    good = saved_nano(tmp_path / "good.pth")
+    argv = ("--model", "cmt_nano", "--dry-run", "-o", tmp_path / "out", "--weights")
+    plan = json.loads(succeeded(capsys, *argv, good, "--json"))
+    assert len(plan["sha256"]) == 64
+    other = saved_nano(tmp_path / "other.pth", seed=1)
+    assert json.loads(succeeded(capsys, *argv, other, "--json"))["sha256"] != plan["sha256"]
+    (tmp_path / "bad.pth").write_bytes(b"not a checkpoint")
+    assert "bad.pth" in failed(capsys, *argv, tmp_path / "bad.pth")
+    torch.save(create_model("cmt_ti").state_dict(), tmp_path / "ti.pth")
+    assert "ti.pth" in failed(capsys, *argv, tmp_path / "ti.pth")
+    assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_counts_the_classes(capsys, tmp_path):
+    path = saved_nano(tmp_path / "three.pth", ["ant", "bee", "cat"])
+    labels = tmp_path / "labels.txt"
+    argv = ("--model", "cmt_nano", "--dry-run", "-o", tmp_path / "out", "--weights", path)
+    assert "--num-classes 3" in failed(capsys, *argv)
+    plan = json.loads(succeeded(capsys, *argv, "--num-classes", 3, "--json"))
+    assert (plan["classes"], plan["labels"]) == (3, "3 (checkpoint)")
+    labels.write_text("a\nb")
+    assert "2 labels" in failed(capsys, *argv, "--num-classes", 3, "--labels", labels)
+
+
+def test_dry_run_matches_the_folders(capsys, tmp_path):
+    path = saved_nano(tmp_path / "three.pth", ["ant", "bee", "cat"])
+    argv = ("--model", "cmt_nano", "--num-classes", 3, "--dry-run", "-o", tmp_path / "out", "--weights", path)
+    good = labelled(tmp_path / "good", ["ant", "cat"], 2)
+    plan = json.loads(succeeded(capsys, *argv, "--eval-data", good, "--json"))
+    assert plan["evaluation"] == {"images": 4, "classes": 2}
+    bad = labelled(tmp_path / "bad", ["ant", "dog"], 2)
+    assert "folders without a label: dog" in failed(capsys, *argv, "--eval-data", bad)
+    assert "class folders for 3 labels" in failed(capsys, *argv, "--eval-data", bad, "--by-order")
+    labelled(tmp_path / "flat" / "x", ["ant"], 1)
+    assert failed(capsys, *argv, "--eval-data", tmp_path / "flat" / "x" / "ant")
+
+
+def test_dry_run_downloads_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("cmt_edge.cmt.download.fetch", lambda *_: pytest.fail("it downloads"))
+    argv = ("--model", "cmt_ti", "--head", "features", "--dry-run", "-o", tmp_path / "out", "--json")
+    monkeypatch.setenv("CMT_EDGE_CACHE", str(tmp_path / "cache"))
+    plan = json.loads(succeeded(capsys, *argv))
+    assert plan["download"].startswith("https://")
+    assert "sha256" not in plan
+    assert content(tmp_path) == {}
+
+
+def test_two_checkpoints_of_one_model_have_two_names_or_a_word_about_the_replaced_one(capsys, tmp_path):
+    first, second = (saved_nano(tmp_path / f"{name}.pth", seed=seed) for seed, name in enumerate("ab"))
+    argv = ("--model", "cmt_nano", "--format", "onnx", "-o", tmp_path / "out", "--weights")
+    assert "replaced:" not in succeeded(capsys, *argv, first)
+    assert "replaced:" not in succeeded(capsys, *argv, second, "--name", "second")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "cmt_nano_fp32_onnx",
+        "second_fp32_onnx",
+    ]
+    out = succeeded(capsys, *argv, second)
+    assert "replaced: the bundle that was here, made from the other weights a.pth" in out
+    assert "--name" in out
+    result = json.loads(succeeded(capsys, *argv, second, "--json"))
+    assert result["replaced"]["weights"] == "b.pth"
+    assert json.loads(succeeded(capsys, *argv, second, "--name", "c", "--json"))["replaced"] is None
+    (tmp_path / "out" / "c_fp32_onnx" / "manifest.json").write_text("{}")
+    assert "replaced: a bundle that could not be read" in succeeded(capsys, *argv, second, "--name", "c")
+
+
 def test_flags_win_over_the_configuration_file(capsys, tmp_path):
     file = tmp_path / "export.toml"
     file.write_text(
@@ -109,6 +248,24 @@ def test_flags_win_over_the_configuration_file(capsys, tmp_path):
     )
     assert plan["bundle"] == str(tmp_path / "out" / "cmt_nano_96_fp32_onnx_b4")
     assert plan["input"] == [4, 3, 96, 96]
+
+
+@pytest.mark.parametrize(
+    ("text", "argv", "name"),
+    [
+        ("int8 = true\ndata = 'generated'\ncalib-size = 4", ["--calib-size", "5"], "cmt_nano_int8_openvino"),
+        ("[export]\nint8 = true", ["--precision", "fp32"], "cmt_nano_fp32_openvino"),
+        ("format = 'trt'\nno-build = true", ["--format", "onnx", "--batch", 2], "engines"),
+    ],
+)
+def test_flags_win_over_every_spelling_in_the_file(capsys, tmp_path, text, argv, name):
+    file = tmp_path / "export.toml"
+    file.write_text(text)
+    argv = ["--model", "cmt_nano", "--config", file, "--dry-run", "-o", tmp_path / "out", *argv]
+    if name == "engines":  # the file's no-build is for another format than the flag's
+        assert "only --format trt builds engines" in failed(capsys, *argv)
+    else:
+        assert name in succeeded(capsys, *argv)
 
 
 def test_export_of_a_configuration_file(capsys, tmp_path):
@@ -132,6 +289,21 @@ def test_faulty_configuration_file(capsys, tmp_path, text, message):
     file.write_text(text)
     assert message in failed(capsys, "--config", file, "-o", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_home_that_cannot_be_written_is_told_of_before_the_work_and_costs_only_the_cache(
+    capsys, tmp_path, monkeypatch
+):
+    (tmp_path / "home").write_text("not a folder")
+    monkeypatch.setenv("CMT_EDGE_CACHE", str(tmp_path / "home" / ".cache"))
+    told = []
+    real = pipeline.prepare
+    monkeypatch.setattr(pipeline, "prepare", lambda *a: told.append(capsys.readouterr().err) or real(*a))
+    argv = ["--int8", "--data", "generated", "--calib-size", 8, "--max-drop", 100]
+    out = succeeded(capsys, "--model", "cmt_nano", *argv, "-o", tmp_path / "out", "--format", "onnx")
+    assert "bundle:" in out
+    assert told[0].startswith("warning: the cache ")
+    assert told[0].count("\n") == 1
 
 
 # --- exit codes -----------------------------------------------------------------------------------

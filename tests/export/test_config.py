@@ -13,6 +13,8 @@ from cmt_edge.export import ExportConfig
 from cmt_edge.export.config import read_config
 
 GOOD = ExportConfig("cmt_nano")
+BAD_NAMES = ["a/b", "../a", ".", "..", ".hidden", "a b", "a\\b", "a\n", "-a", "a:b", "*"]
+"""What ``--name`` refuses."""
 
 
 @pytest.mark.parametrize("name", list_models())
@@ -54,6 +56,7 @@ def test_possible_requests_pass(name, settings):
         ({"data": "photos"}, "int8", "--eval-data"),
         ({"precision": "bf16", "calib_size": 3}, "int8", "--eval-data"),
         ({"imgsz": 96}, "64 pixels, not 96", "--resize-position-bias"),
+        *(({"name": name}, "is not the name of a folder", "-o DIR") for name in BAD_NAMES),
     ],
     ids=lambda v: "-".join(f"{k}={x}" for k, x in v.items()) if isinstance(v, dict) else "",
 )
@@ -128,6 +131,99 @@ def test_mapping_takes_fields_flags_and_whole_numbers():
     assert config == ExportConfig("cmt_xs", eval_limit=5, max_drop=2, by_order=True)
 
 
+@pytest.mark.parametrize(
+    ("text", "settings"),
+    [
+        ("mean = [0.5, 0.25, 0]", {"mean": "0.5,0.25,0"}),
+        ("std = [1, 1, 1]", {"std": "1,1,1"}),
+        ('mean = "0.5,0.5,0.5"', {"mean": "0.5,0.5,0.5"}),
+        (
+            'precision = "int8"\nkeep_float = ["stem", "head"]',
+            {"precision": "int8", "keep_float": "stem,head"},
+        ),
+        ("int8 = true", {"precision": "int8"}),
+        ("int8 = false", {}),
+        ("half = true", {"precision": "fp16"}),
+        ('int8 = true\nprecision = "int8"', {"precision": "int8"}),
+        ('half = false\nprecision = "int8"', {"precision": "int8"}),
+        ("no-build = true", {"build": False}),
+        ("no_build = true", {"build": False}),
+        ("no-build = false", {"build": True}),
+        ("build = false", {"build": False}),
+        ("no-build = true\nbuild = false", {"build": False}),
+        ("no-cache = true", {"cache": False}),
+        ("no-ema = true", {"ema": False}),
+        ("ema = true", {"ema": True}),
+        ('"--calib-size" = 5', {"calib_size": 5}),
+        ("calib-size = 5\ncalib_size = 5", {"calib_size": 5}),
+        ("device = 1", {"device": "1"}),
+        ("workspace = 2", {"workspace": 2}),
+        ("[export]\nbatch = 4", {"batch": 4}),
+        ("batch = 4\n[export]\nimgsz = 96", {"batch": 4, "imgsz": 96}),
+        ("[train]\nepochs = 3\n[export]\nbatch = 4", {"batch": 4}),
+        ("[tool.cmt-edge]\nbatch = 4\n[tool.ruff]\nline-length = 3", {"batch": 4}),
+        ("[tool.cmt-export]\nno-build = true", {"build": False}),
+        ("[export]", {}),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_what_a_settings_file_may_say(tmp_path, text, settings, encoding):
+    path = tmp_path / "export.toml"
+    path.write_text(text, encoding=encoding)
+    found = ExportConfig.from_mapping({"model": "cmt_nano", **read_config(path)}, path)
+    assert found == ExportConfig("cmt_nano", **settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('int8 = true\nprecision = "fp32"', "int8 and precision contradict each other"),
+        ("int8 = true\nhalf = true", "int8 and half contradict"),
+        ("no-build = true\nbuild = true", "no-build and build contradict"),
+        ("calib-size = 5\ncalib_size = 6", "calib-size and calib_size contradict"),
+        ("int8 = 1", "int8 = 1 should be bool"),
+        ('no-build = "yes"', "no-build = 'yes' should be bool"),
+        ("mean = []", "should be a list of names or numbers"),
+        ("mean = [[0.5], [0.5], [0.5]]", "should be a list of names or numbers"),
+        ("mean = [true, true, true]", "should be a list of names or numbers"),
+        ("mean = 0.5", "mean = 0.5 should be str or list"),
+        ('data = ["a", "b"]', "should be str"),
+        ("[train]\nepochs = 3", "unknown setting 'train'"),
+        ("[export]\nbatchsize = 3", "did you mean batch"),
+        ("batch = 1\n[export]\nbatch = 2", "both in [export] and outside it"),
+        ("[export]\nbatch = 1\n[cmt-export]\nbatch = 2", "has the tables [export] and [cmt-export]"),
+        ("no-modell = true", "unknown setting"),
+        ("[[export]]\nbatch = 1", "unknown setting 'export'"),
+    ],
+)
+def test_what_a_settings_file_may_not_say(tmp_path, text, message):
+    path = tmp_path / "export.toml"
+    path.write_text(text)
+    with pytest.raises(InputError) as error:
+        ExportConfig.from_mapping({"model": "cmt_nano", **read_config(path)}, path)
+    assert message in str(error.value)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mean": "0.5,nan,0.5"}, "not three numbers"),
+        ({"std": "inf,1,1"}, "not three numbers"),
+        ({"std": "1,1,-inf"}, "not three numbers"),
+        ({"mean": "1e999,0,0"}, "not three numbers"),
+        ({"mean": "0.5,0.5"}, "not three numbers"),
+        ({"crop_ratio": float("nan")}, "not a finite number"),
+        ({"max_drop": float("inf")}, "not a finite number"),
+        ({"precision": "auto", "data": "generated", "latency_budget": float("inf")}, "not a finite number"),
+    ],
+    ids=str,
+)
+def test_numbers_that_are_none(settings, message):
+    with pytest.raises(InputError, match=message):
+        ExportConfig("cmt_nano", **settings).check()
+
+
 @pytest.mark.parametrize("values", [{}, {"format": "onnx"}])
 def test_no_model(values):
     with pytest.raises(InputError, match="no model was named"):
@@ -165,6 +261,7 @@ def test_toml_file_with_every_setting(tmp_path):
         "1",
         2.5,
         "out",
+        "birds",
         False,
         "stem",
         5.0,
@@ -186,16 +283,23 @@ def test_toml_file_with_every_setting(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [b"model = ", b"\xc3\x28", b"model cmt_nano", None],
-    ids=["cut", "not utf-8", "not toml", "missing"],
+    [b"model = ", b"\xc3\x28", b"model cmt_nano", "folder"],
+    ids=["cut", "not utf-8", "not toml", "a folder"],
 )
 def test_unreadable_file(tmp_path, content):
     path = tmp_path / "export.toml"
-    if content is not None:
+    if isinstance(content, bytes):
         path.write_bytes(content)
+    else:
+        path.mkdir()
     with pytest.raises(InputError, match="cannot be read") as error:
         read_config(path)
     assert str(path) in str(error.value)
+
+
+def test_a_missing_file_is_called_missing(tmp_path):
+    with pytest.raises(InputError, match="no such settings file"):
+        read_config(tmp_path / "gone.toml")
 
 
 # --- what follows from it -------------------------------------------------------------------------
@@ -211,11 +315,14 @@ def test_unreadable_file(tmp_path, content):
         ({"imgsz": 96}, "cmt_nano_96_fp32_openvino"),
         ({"imgsz": 64}, "cmt_nano_fp32_openvino"),
         ({"imgsz": 32, "batch": 2, "format": "onnx"}, "cmt_nano_32_fp32_onnx_b2"),
+        ({"name": "birds"}, "birds_fp32_openvino"),
+        ({"name": "birds-2.1", "imgsz": 96, "batch": 0}, "birds-2.1_96_fp32_openvino_dynamic"),
+        ({"name": "vögel"}, "vögel_fp32_openvino"),
     ],
 )
 def test_bundle_name(settings, name):
     config = replace(GOOD, output="some/where", **settings)
-    assert config.name == name
+    assert config.folder == name
     assert config.target == Path("some/where") / name
 
 

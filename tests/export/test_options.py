@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import dataclass, fields, replace
+from typing import get_type_hints
 
 import pytest
 
@@ -21,6 +22,7 @@ from cmt_edge.export.options import (
     option_of,
     read_flags,
     read_mapping,
+    types_of,
 )
 from cmt_edge.export.settings import GROUPS, TENSORRT, Settings
 
@@ -97,10 +99,32 @@ def test_choices_are_checked(field):
 @pytest.mark.parametrize(
     "field", [f for f in fields(Settings) if option_of(f).least is not None], ids=lambda f: f.name
 )
-@pytest.mark.parametrize("value", [-1, float("nan")])
-def test_bounds_are_checked(field, value):
+def test_bounds_are_checked(field):
     with pytest.raises(InputError, match=rf"{flag_of(field)} .* is too small"):
-        replace(ExportConfig("cmt_nano"), **{field.name: value}).check()
+        replace(ExportConfig("cmt_nano"), **{field.name: -1}).check()
+
+
+NUMBERS = [f for f in fields(Settings) if {int, float} & set(types_of(get_type_hints(Settings)[f.name]))]
+
+
+@pytest.mark.parametrize("field", NUMBERS, ids=lambda f: f.name)
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999"])
+def test_a_number_is_finite_in_python_and_on_the_command_line(capsys, field, value):
+    with pytest.raises(InputError, match=rf"{flag_of(field)} .* is not a finite number"):
+        replace(ExportConfig("cmt_nano"), **{field.name: float(value)}).check()
+    with pytest.raises(SystemExit, match="2"):
+        build_parser().parse_args([f"{flag_of(field)}={value}"])
+    assert flag_of(field) in capsys.readouterr().err
+
+
+TEXTS = [f for f in fields(Settings) if str in types_of(get_type_hints(Settings)[f.name])]
+
+
+@pytest.mark.parametrize("field", TEXTS, ids=lambda f: f.name)
+def test_an_empty_text_is_no_value(field):
+    """``--data "$DATA"`` with a variable that is not set must not mean the folder one stands in."""
+    with pytest.raises(InputError, match=rf"{flag_of(field)} is empty"):
+        replace(ExportConfig("cmt_nano"), **{field.name: ""}).check()
 
 
 def test_options_of_a_group_that_differ_from_their_defaults():
