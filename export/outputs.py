@@ -26,7 +26,7 @@ IN_UNIT_RANGE = (
 def require_finite(outputs: Sequence[np.ndarray]) -> None:
     """Raise :class:`InputError` where an output of the reference, ``(K, ...)``, is NaN or infinite."""
     for output in outputs:
-        finite: np.ndarray = np.isfinite(output.reshape(len(output), -1)).all(axis=1)
+        finite = np.asarray(np.isfinite(output.reshape(len(output), -1)).all(axis=1))
         if not finite.all():
             raise InputError(
                 f"the reference answers {len(finite) - finite.sum()} of {len(finite)} golden images with NaN"
