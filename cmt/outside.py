@@ -50,7 +50,7 @@ DEFAULT_CROP = 0.875
 TIMM = "timm"
 """Name of the library, and what stands before the colon of its models."""
 
-MANY_CALLS = 16
+MANY_CALLS = 64
 """How often a model that draws random numbers is asked before its answers count as equal."""
 
 SAME = 1e-5

@@ -19,14 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .errors import OutputError
+from .errors import CacheWarning, OutputError
 from .files import write_atomic, writing
 from .locks import locked
-
-
-class CacheWarning(UserWarning):
-    """A cache cannot be used, so the next run makes again what this one made."""
-
 
 T = TypeVar("T")
 """The type of a result."""

@@ -90,3 +90,7 @@ class RuntimeMissingError(CmtEdgeError):
 
 class StepError(CmtEdgeError):
     """A step of the export failed inside a third-party library; ``what`` names the step."""
+
+
+class CacheWarning(UserWarning):
+    """A cache cannot be used, so the next run makes again what this one made."""

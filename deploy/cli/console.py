@@ -19,8 +19,7 @@ from typing import Any
 
 from cmt_edge.version import __version__
 
-from ..cache import CacheWarning
-from ..errors import CmtEdgeError, OutputError
+from ..errors import CacheWarning, CmtEdgeError, OutputError
 
 INTERNAL = 4
 """Exit code of a failure that is a bug of ours."""

@@ -262,7 +262,7 @@ def test_no_cache_leaves_nothing(small, tmp_path):
 
 def test_a_cache_that_cannot_be_written_costs_only_the_keeping(small, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.warns(CacheWarning, match="this result is not kept"):
+    with pytest.warns(CacheWarning, match="cannot be used"):
         made = the_set(small, tmp_path / "file" / "below")
     assert made.synthesis.cached is False
 

@@ -181,7 +181,7 @@ wholes = st.builds(
     Whole,
     st.lists(parts).map(tuple),
     st.tuples(st.integers(), st.text("é\n'")),
-    st.lists(st.floats(allow_nan=False)),
+    st.lists(st.floats(allow_nan=False, allow_infinity=False)),
     st.none() | st.integers() | st.text(),
     st.dictionaries(st.text(), parts),
     st.none() | parts,
