@@ -63,13 +63,13 @@ def add_protocol_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", type=int, default=2, help="CPU threads of one inference, in every runtime (default 2)"
     )
     parser.add_argument(
-        "--iters", type=int, default=default.iters, help=f"at least so many timed calls ({default.iters})"
+        "--iters", type=int, default=default.iters, help=f"least number of timed calls ({default.iters})"
     )
     parser.add_argument(
         "--seconds",
         type=float,
         default=default.seconds,
-        help=f"and so many seconds each ({default.seconds:g})",
+        help=f"least time of each variant, seconds ({default.seconds:g})",
     )
     parser.add_argument(
         "--warmup", type=float, default=default.warmup_seconds, help="warm-up of each, seconds (1)"

@@ -20,9 +20,9 @@ from cmt_edge.deploy.report import table
 BASE = "ov_fp32"
 """Key of the row that ratios refer to."""
 IMAGES = 8
-"""So many images are compared with PyTorch."""
+"""Number of images that are compared with PyTorch."""
 INFERENCES = 20
-"""So many are run for a process's memory."""
+"""Number of inferences before a process's memory is read."""
 
 
 @dataclass

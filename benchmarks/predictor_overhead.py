@@ -59,7 +59,7 @@ WARMUP_S = 2.0
 ROUND_S = 1.0
 """Seconds that one turn of a stream lasts, about."""
 REPEATS = 15
-"""Medians are taken of so many repeats of the Predictor's own time."""
+"""Number of repeats of which the median of the Predictor's own time is taken."""
 
 
 def photos() -> list[bytes]:

@@ -34,7 +34,7 @@ PRECISIONS = ("fp32", "fp16", "int8")
 """The typed graphs that are compared."""
 
 PHOTOS = 64
-"""At most so many photographs are read."""
+"""The largest number of photographs that is read."""
 
 
 def main() -> None:

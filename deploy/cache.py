@@ -60,7 +60,7 @@ class Cache:
         folder: is made when the first entry is written.
         suffixes: an entry is one file for each, ``KEY`` and the suffix; they are written in this order, and
             an entry exists once the last is there.
-        keep: so many entries stay, those that were used last.
+        keep: the number of entries that stay, those that were used last.
     """
 
     folder: Path

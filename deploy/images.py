@@ -24,13 +24,13 @@ MAX_ITEMS = 5_000_000
 """Most images that a folder or an archive may hold."""
 
 MAX_LINKS = 20
-"""So many links in an archive may lead from one to the next."""
+"""The largest number of links in an archive that may lead from one to the next."""
 
 JUNK = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found", "thumbs.db")
 """Names, in lower case, that operating systems leave in folders; names with a dot in front are junk too."""
 
 SHOWN_KINDS = 6
-"""So many kinds of skipped files are named."""
+"""The largest number of kinds of skipped files that are named."""
 
 TRAIN_WORDS = frozenset({"train", "training", "trainval"})
 """Words in the name of a folder that holds images to train on."""

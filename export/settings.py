@@ -125,7 +125,7 @@ class Settings:
         group=DATA,
     )
     eval_limit: int | None = option(
-        None, help="use only so many of the labelled images, evenly spread", group=DATA, least=1
+        None, help="largest number of labelled images to use, evenly spread", group=DATA, least=1
     )
     by_order: bool = option(False, help="match class folders to labels in sorted order", group=DATA)
     max_drop: float | None = option(
@@ -206,7 +206,7 @@ class Settings:
         None, help="allowed median latency of one batch, milliseconds", group=AUTO, metavar="MS"
     )
     time_budget: float | None = option(
-        None, help="refine no further after so many seconds", group=AUTO, metavar="S"
+        None, help="seconds after which nothing is refined any more", group=AUTO, metavar="S"
     )
     isa: str | None = option(
         None,

@@ -37,7 +37,7 @@ LAYOUT = {
 """Kinds of tokens that say nothing."""
 
 SHOWN = 5
-"""So many of the largest files and functions are printed."""
+"""The number of largest files and functions that are printed."""
 
 
 @dataclass(frozen=True)

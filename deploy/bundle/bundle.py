@@ -37,7 +37,7 @@ LEFT_BY_SYSTEMS = (
 caches and Kubernetes (``..data``) leave beside a bundle's files. They are never read."""
 
 SHOWN_EXTRAS = 5
-"""So many files that the manifest does not name are listed."""
+"""The largest number of files beside the manifest's that a message lists."""
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ ENGINES = "engines"
 MAX_MANIFEST = 16 << 20
 """A larger manifest, in bytes, is not read."""
 MAX_FILES = 256
-"""A bundle holds at most so many files."""
+"""The largest number of files in a bundle."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ T = TypeVar("T")
 REMEDY = "copy the whole bundle again, or export it again"
 """What to do about a bundle that cannot be read."""
 SHOWN = 40
-"""A message quotes at most so many characters of a wrong value."""
+"""The largest number of characters of a wrong value that a message quotes."""
 
 OMITTED = MappingProxyType({"absent": "omitted"})
 """Metadata of a field whose key is left out of the JSON where the value is ``None``."""

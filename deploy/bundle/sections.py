@@ -17,7 +17,7 @@ PROBABILITIES = "probabilities"
 SCORES = "scores"
 """Kind of an output that gives each class a probability of its own, as after a sigmoid."""
 MAX_TOTAL = 8 << 30
-"""The files of a bundle have at most so many bytes together."""
+"""The largest size of all files of a bundle together, bytes."""
 LEAST_SHARE = 0.005
 """A precision with a smaller share than this is left out of :meth:`ExecutedPrecision.summary`."""
 

@@ -19,7 +19,7 @@ from .manifest import MANIFEST, MAX_MANIFEST, Manifest
 from .sections import FileEntry
 
 BACKDATE_NS = 10 * 10**9
-"""A hashed file is dated back by so many nanoseconds: more than the tick of any file system's clock."""
+"""Nanoseconds by which a hashed file is dated back: more than the tick of any file system's clock."""
 
 
 def require_outside_bundles(target: Path) -> None:

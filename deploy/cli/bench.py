@@ -17,7 +17,7 @@ from .console import add_runtime_flags, parser, run, say
 from .measuring import add_measuring_flags, protocol_of
 
 BENCH_IMAGES = 64
-"""So many images of ``--data`` are used, the first ones."""
+"""Number of images of ``--data`` that are used, the first ones."""
 PLOTS = (".png", ".svg")
 """Suffixes of ``--plot``."""
 

@@ -19,7 +19,7 @@ from ..progress import Progress
 from .console import add_runtime_flags, parser, run, say, tell
 
 MANY = 32
-"""So many images are worth opening the bundle for several inferences at once."""
+"""Number of images from which it is worth opening the bundle for several inferences at once."""
 SHOW_PROGRESS = 20
 """Fewer images show no progress: they are done before anybody could read it."""
 

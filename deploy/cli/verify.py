@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     images.add_argument(
         "--by-order", action="store_true", help="match class folders to labels in sorted order, not by name"
     )
-    images.add_argument("--limit", type=int, help="use only so many images, evenly spread")
+    images.add_argument("--limit", type=int, help="largest number of images to use, evenly spread")
     _add_reference_flags(p)
     gates = p.add_argument_group("accuracy gates")
     gates.add_argument(

@@ -38,7 +38,7 @@ CLOCK_FLOOR_S = 1e-4
 """Shorter calls count as this many seconds when deciding how often a variant runs in a round: their ratio is
 noise."""
 PROGRESS_ROUNDS = 20
-"""Progress is told once in so many rounds."""
+"""Number of rounds after which progress is reported."""
 
 
 @dataclass(frozen=True)

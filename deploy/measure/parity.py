@@ -26,7 +26,7 @@ standard deviations of the reference map. The largest of 10^5 differences says l
 MAX_DROP = 1.0
 """Default tolerance on top-1, percentage points."""
 PIXEL_TOLERANCE = 2
-"""Golden images may decode and resize up to so many grey levels apart (library versions differ in
+"""Largest allowed difference of decoded and resized golden images, grey levels (library versions differ in
 rounding)."""
 EPS_FLOAT32 = 1e-6
 """What rounding may do to a float32 result, relative to the largest one; eight steps of the type."""
@@ -108,7 +108,7 @@ def verify(
             ``trusted_model``: its name, where it is from outside the registry).
         max_drop: allowed loss of top-1 in percentage points.
         atol: allowed golden logit difference; default by precision, see :data:`ATOL`.
-        limit: use only so many images, evenly spread.
+        limit: the largest number of images to use, evenly spread.
         progress: called with images done and total.
         candidate: what to check instead of the bundle as its runtime opens it; left open.
 

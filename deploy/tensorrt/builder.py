@@ -31,7 +31,7 @@ REPORT_REMEDY = (
 TIMINGS = ".cache"
 """Suffix of a file of timings."""
 KEPT_TIMINGS = 8
-"""So many files of timings are kept, one for each version of TensorRT on each kind of GPU."""
+"""The number of files of timings that are kept, one for each version of TensorRT on each kind of GPU."""
 
 
 class Monitor(trt.IProgressMonitor):  # type: ignore[misc, unused-ignore]

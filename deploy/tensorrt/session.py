@@ -32,7 +32,7 @@ from .inspection import executed, layers
 FLOAT_BYTES = 4
 """Bytes of a float32 value."""
 KEPT_LINES = 20
-"""So many of TensorRT's last errors and warnings are kept."""
+"""The number of TensorRT's last errors and warnings that are kept."""
 UNKNOWN_TYPES = "due to dynamic shapes"
 """What the inspector writes for types it does not know."""
 

@@ -87,7 +87,7 @@ def make_questions(
         folder: for the arrays.
         data: calibration images.
         evaluation: labelled images; without them the calibration images are judged.
-        limit: use only so many labelled images, evenly spread.
+        limit: the largest number of labelled images to use, evenly spread.
         spec: preprocessing.
     """
 
