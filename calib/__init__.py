@@ -5,4 +5,11 @@ from .lint import lint
 from .quantize import Quantized, quantize
 from .recipe import DEFAULT, Recipe
 
-__all__ = ["DEFAULT", "CalibrationSet", "Quantized", "Recipe", "lint", "quantize"]
+__all__ = [
+    "DEFAULT",
+    "CalibrationSet",
+    "Quantized",
+    "Recipe",
+    "lint",
+    "quantize",
+]

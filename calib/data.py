@@ -13,7 +13,11 @@ import numpy as np
 from cmt_edge.deploy.bundle.sections import ImagesEntry, SynthesisEntry
 from cmt_edge.deploy.errors import DataError
 from cmt_edge.deploy.images import ImageSet, Item, digest
-from cmt_edge.deploy.preprocessing import NamedBytes, Preprocess, preprocess
+from cmt_edge.deploy.preprocessing import (
+    NamedBytes,
+    Preprocess,
+    preprocess,
+)
 
 from .generated import generate
 
@@ -53,7 +57,13 @@ class CalibrationSet:
     note: str = field(default="", repr=False)
 
     @classmethod
-    def choose(cls, data: str | Path, size: int | None, spec: Preprocess, seed: int = 0) -> CalibrationSet:
+    def choose(
+        cls,
+        data: str | Path,
+        size: int | None,
+        spec: Preprocess,
+        seed: int = 0,
+    ) -> CalibrationSet:
         """Choose images; each folder gives the same number, as far as it has them.
 
         Labels do not matter here: folders may be nested in any way, and images may lie beside them.
@@ -69,9 +79,16 @@ class CalibrationSet:
                 as ``train`` and ``test``; or it is ``"synthetic"``, whose images need a model.
         """
         if size is not None and size < 1:
-            raise DataError(f"{size} calibration images were asked for", remedy="ask for 1 or more")
+            raise DataError(
+                f"{size} calibration images were asked for",
+                remedy="ask for 1 or more",
+            )
         if str(data) == GENERATED:
-            blobs = generate(size or DEFAULT_COUNT, spec.size, seed=GENERATED_SEED + seed)
+            blobs = generate(
+                size or DEFAULT_COUNT,
+                spec.size,
+                seed=GENERATED_SEED + seed,
+            )
             return cls.of_blobs(GENERATED, blobs)
         if str(data) == SYNTHETIC:
             raise DataError(
@@ -89,15 +106,30 @@ class CalibrationSet:
         count = min(size or DEFAULT_COUNT, len(images))
         chosen = images.select(_spread(images.items, count, seed))
         total = combine_digests(digest(chosen.read(item)) for item in chosen)
-        return cls("/".join(Path(data).parts[-2:]), total, len(chosen), files=chosen, note=images.note)
+        return cls(
+            "/".join(Path(data).parts[-2:]),
+            total,
+            len(chosen),
+            files=chosen,
+            note=images.note,
+        )
 
     @classmethod
     def of_blobs(
-        cls, source: str, images: Iterable[bytes], synthesis: SynthesisEntry | None = None
+        cls,
+        source: str,
+        images: Iterable[bytes],
+        synthesis: SynthesisEntry | None = None,
     ) -> CalibrationSet:
         """A set of encoded images that are in memory."""
         blobs = tuple(images)
-        return cls(source, combine_digests(map(digest, blobs)), len(blobs), synthesis, blobs=blobs)
+        return cls(
+            source,
+            combine_digests(map(digest, blobs)),
+            len(blobs),
+            synthesis,
+            blobs=blobs,
+        )
 
     def batches(self, spec: Preprocess) -> Iterator[np.ndarray]:
         """Each image as float32 ``(1, 3, S, S)``, so that calibration never depends on the export's batch

@@ -95,7 +95,11 @@ class Equalized:
     telling: tuple[int, ...] = ()
 
 
-def equalize(model: onnx.ModelProto, batches: Iterable[np.ndarray], read: Collection[str] = ()) -> Equalized:
+def equalize(
+    model: onnx.ModelProto,
+    batches: Iterable[np.ndarray],
+    read: Collection[str] = (),
+) -> Equalized:
     """Rescale what the convs of a float graph read.
 
     Args:
@@ -138,7 +142,9 @@ def _guarded() -> Iterator[None]:
         ) from exc
 
 
-def _telling(extremes: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> tuple[int, ...]:
+def _telling(
+    extremes: Mapping[str, tuple[np.ndarray, np.ndarray]],
+) -> tuple[int, ...]:
     """The batches of :attr:`Equalized.telling`, from the extremes of each tensor, ``(batches, C)``."""
     loudest = {int(np.maximum(-low.min(1), high.max(1)).argmax()) for low, high in extremes.values()}
     return tuple(sorted(loudest))
@@ -165,7 +171,10 @@ def _site_of(conv: ir.Node) -> Site | None:
 def _affine_site(conv: ir.Node, addition: ir.Node, channels: int) -> Site | None:
     """The tensor after a multiplication and ``addition`` of one constant a channel, which nothing else
     reads."""
-    product = next((node for node in map(producer_of, addition.inputs) if node is not None), None)
+    product = next(
+        (node for node in map(producer_of, addition.inputs) if node is not None),
+        None,
+    )
     if product is None or product.op_type != "Mul" or count_readers(product.outputs[0]) != 1:
         return None
     scale, shift = _first_constant(product), _first_constant(addition)
@@ -219,8 +228,17 @@ def _rescale(graph: ir.Graph, site: Site, factor: np.ndarray) -> None:
 def _insert_scale(graph: ir.Graph, conv: ir.Node, scale: np.ndarray) -> None:
     """Insert a multiplication by ``scale`` ``(C,)`` between a tensor and the conv that reads it."""
     name = f"{node_name(conv)}_input"
-    factor = add_constant(graph, f"{name}_scale", scale.reshape(1, -1, 1, 1).astype(np.float32))
-    product = make_node("Mul", [conv.inputs[0], factor], f"{name}_scaled", f"{name}_scaled")
+    factor = add_constant(
+        graph,
+        f"{name}_scale",
+        scale.reshape(1, -1, 1, 1).astype(np.float32),
+    )
+    product = make_node(
+        "Mul",
+        [conv.inputs[0], factor],
+        f"{name}_scaled",
+        f"{name}_scaled",
+    )
     product.metadata_props[MODULE] = module_of(conv)
     graph.insert_before(conv, product)
     conv.replace_input_with(0, product.outputs[0])
@@ -228,4 +246,7 @@ def _insert_scale(graph: ir.Graph, conv: ir.Node, scale: np.ndarray) -> None:
 
 def _set(value: ir.Value, array: np.ndarray) -> None:
     """Give a constant new values of its own shape, as float32."""
-    set_constant(value, array.reshape(constant_dims(value) or ()).astype(np.float32))
+    set_constant(
+        value,
+        array.reshape(constant_dims(value) or ()).astype(np.float32),
+    )

@@ -66,11 +66,22 @@ def _leaf(
     x, y = centre
     if rng.uniform() < 0.5:
         stretch = rng.uniform(0.5, 1.0)
-        draw.ellipse((x - radius, y - radius * stretch, x + radius, y + radius * stretch), fill=colour)
+        draw.ellipse(
+            (
+                x - radius,
+                y - radius * stretch,
+                x + radius,
+                y + radius * stretch,
+            ),
+            fill=colour,
+        )
         return
     corners = int(rng.integers(3, 7))
     angles = np.sort(rng.uniform(0, 2 * math.pi, corners))
-    draw.polygon([(x + radius * math.cos(a), y + radius * math.sin(a)) for a in angles], fill=colour)
+    draw.polygon(
+        [(x + radius * math.cos(a), y + radius * math.sin(a)) for a in angles],
+        fill=colour,
+    )
 
 
 def _colour(rng: np.random.Generator, tint: np.ndarray, spread: float) -> tuple[int, ...]:
@@ -81,7 +92,13 @@ def _colour(rng: np.random.Generator, tint: np.ndarray, spread: float) -> tuple[
 
 def _pink_noise(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """1/f noise of unit standard deviation, ``(height, width)``."""
-    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(height), np.fft.rfftfreq(width), indexing="ij"))
+    frequency = np.hypot(
+        *np.meshgrid(
+            np.fft.fftfreq(height),
+            np.fft.rfftfreq(width),
+            indexing="ij",
+        )
+    )
     frequency[0, 0] = 1.0
     spectrum = np.fft.rfft2(rng.standard_normal((height, width))) / frequency
     spectrum[0, 0] = 0

@@ -21,7 +21,11 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import (
+    AbstractContextManager,
+    contextmanager,
+    nullcontext,
+)
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
@@ -36,7 +40,15 @@ QUANTIZE = "QuantizeLinear"
 DEQUANTIZE = "DequantizeLinear"
 """The operation that turns int8 values into float values."""
 
-MOVES = ("Reshape", "Transpose", "Split", "Slice", "Squeeze", "Unsqueeze", "Flatten")
+MOVES = (
+    "Reshape",
+    "Transpose",
+    "Split",
+    "Slice",
+    "Squeeze",
+    "Unsqueeze",
+    "Flatten",
+)
 """Operations that only move values."""
 
 ELEMENTWISE = ("Add", "Sub", "Mul", "Div")
@@ -82,7 +94,10 @@ def open_view(model: onnx.ModelProto, *, types: bool = False) -> Iterator[ir.Mod
     that it would keep all weights in memory until Python's next full garbage collection.
     """
     view = read_types(model) if types else read_model(model)
-    nodes, constants = set(view.graph), set(view.graph.initializers.values())
+    nodes, constants = (
+        set(view.graph),
+        set(view.graph.initializers.values()),
+    )
     try:
         yield view
     finally:
@@ -132,7 +147,14 @@ def read_types(model: onnx.ModelProto) -> ir.Model:
     """
     view = read_model(model)
     inferred = shape_inference.infer_shapes(_without_weights(model), strict_mode=True).graph
-    infos = {info.name: info for info in (*inferred.input, *inferred.value_info, *inferred.output)}
+    infos = {
+        info.name: info
+        for info in (
+            *inferred.input,
+            *inferred.value_info,
+            *inferred.output,
+        )
+    }
     made = [value for node in view.graph for value in node.outputs]
     for value in (*view.graph.inputs, *made):
         if value.name in infos:
@@ -150,7 +172,11 @@ def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     result.graph.CopyFrom(_copy_without(model.graph, "initializer"))
     for tensor in model.graph.initializer:
         if math.prod(tensor.dims) > SMALL_TENSOR:
-            result.graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+            result.graph.initializer.add(
+                name=tensor.name,
+                data_type=tensor.data_type,
+                dims=tensor.dims,
+            )
         else:
             result.graph.initializer.add().CopyFrom(tensor)
     return result
@@ -203,7 +229,11 @@ def _write_node(node: ir.Node) -> onnx.NodeProto:
     return result
 
 
-def _write_info(target: onnx.ValueInfoProto, stored: onnx.ValueInfoProto, value: ir.Value) -> None:
+def _write_info(
+    target: onnx.ValueInfoProto,
+    stored: onnx.ValueInfoProto,
+    value: ir.Value,
+) -> None:
     target.CopyFrom(stored)
     if value.dtype is not None and stored.type.HasField("tensor_type"):
         target.type.tensor_type.elem_type = int(value.dtype)
@@ -258,7 +288,10 @@ def array_of(value: ir.Value | None) -> np.ndarray | None:
     attribute = next(iter(node.attributes.values()))
     if attribute.name == "value":
         return attribute.as_tensor().numpy()
-    return np.array(attribute.value, np.float32 if "float" in attribute.name else np.int64)
+    return np.array(
+        attribute.value,
+        np.float32 if "float" in attribute.name else np.int64,
+    )
 
 
 def constant_array(value: ir.Value | None) -> np.ndarray:
@@ -415,7 +448,9 @@ def remove_unread(graph: ir.Graph) -> None:
 
 
 def open_graph(
-    model: onnx.ModelProto, guard: Guard = nullcontext, outputs: Sequence[str] | None = None
+    model: onnx.ModelProto,
+    guard: Guard = nullcontext,
+    outputs: Sequence[str] | None = None,
 ) -> Run:
     """Open ``model`` in ONNX Runtime on the CPU.
 
@@ -432,7 +467,11 @@ def open_graph(
     options = ort.SessionOptions()
     options.log_severity_level = ONNX_RUNTIME_FATAL
     with guard():
-        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(
+            model.SerializeToString(),
+            options,
+            providers=["CPUExecutionProvider"],
+        )
     source = model.graph.input[0].name
 
     def run(batch: np.ndarray) -> list[np.ndarray]:
@@ -474,7 +513,9 @@ def measure_extremes(
 
 
 def _watched(
-    model: onnx.ModelProto, by_channel: Sequence[str], whole: Sequence[str]
+    model: onnx.ModelProto,
+    by_channel: Sequence[str],
+    whole: Sequence[str],
 ) -> tuple[onnx.ModelProto, list[str]]:
     """A copy of ``model`` with the extremes of tensors as further outputs, and the names of these outputs."""
     result = onnx.ModelProto()
@@ -482,7 +523,10 @@ def _watched(
     graph = result.graph
     axes = numpy_helper.from_array(np.array([0, 2, 3], np.int64), "observed_axes")
     graph.initializer.append(axes)
-    inputs = [*([name, axes.name] for name in by_channel), *([name] for name in whole)]
+    inputs = [
+        *([name, axes.name] for name in by_channel),
+        *([name] for name in whole),
+    ]
     outputs = []
     for kind in EXTREMES:
         for i, read in enumerate(inputs):

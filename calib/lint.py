@@ -8,9 +8,18 @@ import math
 import onnx
 import onnx_ir as ir
 
-from cmt_edge.deploy.backends.graph_rules import check_file, check_quantizer
+from cmt_edge.deploy.backends.graph_rules import (
+    check_file,
+    check_quantizer,
+)
 
-from .graph import DEQUANTIZE, QUANTIZE, constant_dims, open_view, source_of
+from .graph import (
+    DEQUANTIZE,
+    QUANTIZE,
+    constant_dims,
+    open_view,
+    source_of,
+)
 from .recipe import FLOAT_OPS, INT8_OPS
 
 

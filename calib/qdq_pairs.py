@@ -106,7 +106,10 @@ def _has_weight(layer: ir.Node) -> bool:
 def _insert_pair(graph: ir.Graph, layer: ir.Node, quantizer: ir.Node) -> None:
     """Insert a pair like that of ``quantizer`` between ``layer`` and what it reads."""
     value = input_of(layer, 0)
-    for kind, end in ((QUANTIZE, "quantized"), (DEQUANTIZE, "dequantized")):
+    for kind, end in (
+        (QUANTIZE, "quantized"),
+        (DEQUANTIZE, "dequantized"),
+    ):
         name = f"{node_name(layer)}_input_{end}"
         node = make_node(kind, [value, *quantizer.inputs[1:]], name, name)
         graph.insert_before(layer, node)

@@ -22,7 +22,12 @@ import numpy as np
 import onnx
 
 from cmt_edge.deploy.cache import Cache, Files
-from cmt_edge.deploy.errors import CmtEdgeError, GateError, InputError, StepError
+from cmt_edge.deploy.errors import (
+    CmtEdgeError,
+    GateError,
+    InputError,
+    StepError,
+)
 from cmt_edge.deploy.preprocessing import Preprocess
 
 from .data import CalibrationSet
@@ -95,8 +100,19 @@ def quantize(
         StepError: NNCF failed.
     """
     if recipe.keep_float:
-        whole = quantize(model, data, spec, replace(recipe, keep_float=()), cache=cache, progress=progress)
-        return replace(whole, model=keep_float(whole, recipe.keep_float), recipe=recipe.key())
+        whole = quantize(
+            model,
+            data,
+            spec,
+            replace(recipe, keep_float=()),
+            cache=cache,
+            progress=progress,
+        )
+        return replace(
+            whole,
+            model=keep_float(whole, recipe.keep_float),
+            recipe=recipe.key(),
+        )
     if cache is None:
         return _require_clean(calibrate(model, data, spec, recipe, progress))
     content = model.SerializeToString(deterministic=True)
@@ -138,13 +154,24 @@ def keep_float(quantized: Quantized, names: tuple[str, ...]) -> onnx.ModelProto:
     chosen = {node for name in names for node in groups.get(name, (name,))}
     if chosen.issuperset(candidates):
         raise InputError(
-            "nothing would be left in int8", remedy="keep fewer groups float, or use --precision fp32 or bf16"
+            "nothing would be left in int8",
+            remedy="keep fewer groups float, or use --precision fp32 or bf16",
         )
     return _require_clean(replace(quantized, model=restore(quantized.model, original, chosen))).model
 
 
-def _key(content: bytes, data: CalibrationSet, spec: Preprocess, recipe: Recipe) -> str:
-    parts = [hashlib.sha256(content).hexdigest(), data.fingerprint, repr(spec), recipe.key()]
+def _key(
+    content: bytes,
+    data: CalibrationSet,
+    spec: Preprocess,
+    recipe: Recipe,
+) -> str:
+    parts = [
+        hashlib.sha256(content).hexdigest(),
+        data.fingerprint,
+        repr(spec),
+        recipe.key(),
+    ]
     parts += [f"{name} {metadata.version(name)}" for name in ("nncf", "onnxruntime", "pillow")]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -171,7 +198,10 @@ class Batches:
     """
 
     def __init__(
-        self, data: CalibrationSet, spec: Preprocess, progress: Callable[[int, int], None] | None
+        self,
+        data: CalibrationSet,
+        spec: Preprocess,
+        progress: Callable[[int, int], None] | None,
     ) -> None:
         self._data, self._spec, self._progress = data, spec, progress
         self._keeps = len(data) * 3 * spec.size**2 * np.dtype(np.float32).itemsize <= KEPT_BYTES
@@ -213,7 +243,12 @@ def calibrate(
     chosen: Collection[int] = range(len(batches))
     if ranges == "minmax" and equalized.telling:
         chosen = fill_up(equalized.telling, len(batches))
-    calibrated = _run_nncf(equalized.model, batches, chosen, replace(recipe, range_estimator=ranges))
+    calibrated = _run_nncf(
+        equalized.model,
+        batches,
+        chosen,
+        replace(recipe, range_estimator=ranges),
+    )
     return Quantized(calibrated, equalized.model, recipe.key(), False)
 
 
@@ -230,7 +265,12 @@ def fill_up(telling: Collection[int], count: int) -> list[int]:
     """Numbers of ``telling`` images, filled up to :data:`ENOUGH` of ``count`` with others, evenly spread."""
     others = [i for i in range(count) if i not in telling]
     missing = max(0, min(ENOUGH, count) - len(telling))
-    return sorted({*telling, *(others[i * len(others) // missing] for i in range(missing))})
+    return sorted(
+        {
+            *telling,
+            *(others[i * len(others) // missing] for i in range(missing)),
+        }
+    )
 
 
 class _Grouped:
@@ -240,7 +280,11 @@ class _Grouped:
     """
 
     def __init__(self, batches: Batches, chosen: Collection[int], size: int) -> None:
-        self._batches, self._chosen, self._size = batches, set(chosen), size
+        self._batches, self._chosen, self._size = (
+            batches,
+            set(chosen),
+            size,
+        )
 
     def __len__(self) -> int:
         return math.ceil(len(self._chosen) / self._size)
@@ -252,12 +296,19 @@ class _Grouped:
 
 
 def _run_nncf(
-    model: onnx.ModelProto, batches: Batches, chosen: Collection[int], recipe: Recipe
+    model: onnx.ModelProto,
+    batches: Batches,
+    chosen: Collection[int],
+    recipe: Recipe,
 ) -> onnx.ModelProto:
     """The Q/DQ graph that NNCF makes of ``model``, with signed pairs directly before the layers."""
     nncf = _import_nncf()
     name = model.graph.input[0].name
-    grouped = _Grouped(batches, chosen, GROUP if recipe.range_estimator == "minmax" else 1)
+    grouped = _Grouped(
+        batches,
+        chosen,
+        GROUP if recipe.range_estimator == "minmax" else 1,
+    )
     dataset = nncf.Dataset(grouped, lambda batch: {name: batch})
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
@@ -308,7 +359,9 @@ def _advanced(nncf: Any, recipe: Recipe) -> Any:
     """NNCF's parameters for ``recipe``: symmetric, weights per channel, activations per tensor."""
     from nncf.common.quantization.structs import QuantizationScheme
     from nncf.quantization import advanced_parameters as advanced
-    from nncf.quantization.range_estimator import RangeEstimatorParametersSet
+    from nncf.quantization.range_estimator import (
+        RangeEstimatorParametersSet,
+    )
 
     ranges = {
         "mean_minmax": RangeEstimatorParametersSet.MEAN_MINMAX,

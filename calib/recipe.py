@@ -40,7 +40,15 @@ from .graph import (
     producer_of,
 )
 
-FLOAT_OPS = ("LayerNormalization", "Softmax", "Gelu", "Sigmoid", "Erf", "ReduceMean", "GlobalAveragePool")
+FLOAT_OPS = (
+    "LayerNormalization",
+    "Softmax",
+    "Gelu",
+    "Sigmoid",
+    "Erf",
+    "ReduceMean",
+    "GlobalAveragePool",
+)
 """Operations that never read a dequantized activation directly."""
 
 INT8_OPS = ("Conv", "Gemm", "MatMul")
@@ -176,7 +184,10 @@ def _is_scaled_and_shifted(value: ir.Value) -> bool:
     shift = value.producer()
     if shift is None:
         return False
-    scale = next((node for node in map(producer_of, shift.inputs) if node is not None), None)
+    scale = next(
+        (node for node in map(producer_of, shift.inputs) if node is not None),
+        None,
+    )
     return _reads_constant(shift, "Add") and scale is not None and _reads_constant(scale, "Mul")
 
 

@@ -51,7 +51,11 @@ def _computes_in_int8(node: ir.Node) -> bool:
     )
 
 
-def restore(quantized: onnx.ModelProto, original: onnx.ModelProto, nodes: Collection[str]) -> onnx.ModelProto:
+def restore(
+    quantized: onnx.ModelProto,
+    original: onnx.ModelProto,
+    nodes: Collection[str],
+) -> onnx.ModelProto:
     """A copy of ``quantized`` in which ``nodes`` are float; all other operations keep their Q/DQ pairs and
     values.
 
@@ -69,7 +73,8 @@ def restore(quantized: onnx.ModelProto, original: onnx.ModelProto, nodes: Collec
         unknown = sorted(set(nodes) - {node_name(node) for node in source.graph})
         if unknown:
             raise InputError(
-                f"the graph has no operation {unknown[0]!r}", remedy="name operations of the float graph"
+                f"the graph has no operation {unknown[0]!r}",
+                remedy="name operations of the float graph",
             )
         chosen = [node for node in view.graph if node.name in nodes and _computes_in_int8(node)]
         if chosen:
@@ -80,7 +85,12 @@ def restore(quantized: onnx.ModelProto, original: onnx.ModelProto, nodes: Collec
 class _Restoration:
     """One run of :func:`restore` on the graph ``quantized``, in place."""
 
-    def __init__(self, quantized: ir.Graph, original: ir.Graph, chosen: Collection[ir.Node]) -> None:
+    def __init__(
+        self,
+        quantized: ir.Graph,
+        original: ir.Graph,
+        chosen: Collection[ir.Node],
+    ) -> None:
         self.graph = quantized
         self.chosen = set(chosen)
         self.left = {node for node in quantized if _computes_in_int8(node)} - self.chosen
@@ -155,7 +165,13 @@ class _Restoration:
     def _follows_chosen(self, node: ir.Node) -> bool:
         """Whether ``node`` adds something to the result of a chosen operation."""
         sources = (source_of(value) for value in node.inputs)
-        return next((source for source in sources if source is not None), None) in self.chosen
+        return (
+            next(
+                (source for source in sources if source is not None),
+                None,
+            )
+            in self.chosen
+        )
 
     def _restore_bias(self, addition: ir.Node) -> None:
         """Let the addition that follows a product read the float graph's bias."""

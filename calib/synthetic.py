@@ -165,7 +165,11 @@ class _Batch:
 
 
 def _synthesise_batch(
-    distance: _Distance, start: Tensor, steps: int, deadline: float, tick: Callable[[int], None]
+    distance: _Distance,
+    start: Tensor,
+    steps: int,
+    deadline: float,
+    tick: Callable[[int], None],
 ) -> _Batch:
     before = distance.of(start)
     values, taken = _optimise(distance, start, steps, deadline, tick)
@@ -183,7 +187,13 @@ def _summarise(batches: list[_Batch], seed: int, steps: int) -> Synthesis:
             "synthetic images cannot be made: the statistics of the model's activations are not finite",
             remedy="check the weights; or calibrate with --data FOLDER or --data generated",
         )
-    return Synthesis(seed, min(batch.steps for batch in batches), steps, before, after)
+    return Synthesis(
+        seed,
+        min(batch.steps for batch in batches),
+        steps,
+        before,
+        after,
+    )
 
 
 def _starting_batches(count: int, spec: Preprocess, seed: int) -> list[Tensor]:
@@ -226,14 +236,34 @@ def synthetic_set(
 
     def make() -> Made:
         images, how = synthesise(
-            model, count, spec, seed, steps=steps, time_limit_s=time_limit_s, progress=progress
+            model,
+            count,
+            spec,
+            seed,
+            steps=steps,
+            time_limit_s=time_limit_s,
+            progress=progress,
         )
         return Made(images, how, cached=False)
 
     if cache is None:
         return as_set(make(), spec)
-    parts = [weights, count, spec, seed, steps, time_limit_s, LEARNING_RATE, FALL, VERSION]
-    parts += [metadata.version("torch"), metadata.version("numpy"), metadata.version("pillow")]
+    parts = [
+        weights,
+        count,
+        spec,
+        seed,
+        steps,
+        time_limit_s,
+        LEARNING_RATE,
+        FALL,
+        VERSION,
+    ]
+    parts += [
+        metadata.version("torch"),
+        metadata.version("numpy"),
+        metadata.version("pillow"),
+    ]
     shape = (count, spec.size, spec.size, 3)
     made = Cache(cache, (".npz",), CACHED_SETS).get(
         hashlib.sha256(repr(parts).encode()).hexdigest(),
@@ -261,14 +291,21 @@ class Made:
 
 def _as_files(made: Made) -> Files:
     buffer = io.BytesIO()
-    np.savez(buffer, images=made.images, synthesis=json.dumps(asdict(made.how)))
+    np.savez(
+        buffer,
+        images=made.images,
+        synthesis=json.dumps(asdict(made.how)),
+    )
     return (buffer.getvalue(),)
 
 
 def _from_file(content: bytes, shape: tuple[int, ...]) -> Made | None:
     """An entry of the cache; ``None`` where its images have another shape."""
     with np.load(io.BytesIO(content), allow_pickle=False) as stored:
-        images, how = stored["images"], Synthesis(**json.loads(str(stored["synthesis"])))
+        images, how = (
+            stored["images"],
+            Synthesis(**json.loads(str(stored["synthesis"]))),
+        )
     if images.shape != shape or images.dtype != np.uint8:
         return None
     return Made(images, how, cached=True)
@@ -303,7 +340,13 @@ def _has_statistics(norm: BatchNorm) -> bool:
 class _Distance:
     """The loss of :func:`synthesise`, on a copy of the model."""
 
-    def __init__(self, model: nn.Module, norms: list[BatchNorm], spec: Preprocess, sample: Tensor) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        norms: list[BatchNorm],
+        spec: Preprocess,
+        sample: Tensor,
+    ) -> None:
         chosen = {name for name, module in model.named_modules() if any(module is n for n in norms)}
         self._model = copy.deepcopy(model).eval().requires_grad_(False)
         for name, module in self._model.named_modules():
@@ -342,7 +385,11 @@ class _Distance:
 
 
 def _optimise(
-    distance: _Distance, start: Tensor, steps: int, deadline: float, tick: Callable[[int], None]
+    distance: _Distance,
+    start: Tensor,
+    steps: int,
+    deadline: float,
+    tick: Callable[[int], None],
 ) -> tuple[Tensor, int]:
     """Images ``(N, 3, S, S)`` with values from 0 to 1, and the number of steps taken until the deadline.
 
@@ -356,7 +403,11 @@ def _optimise(
     adam = torch.optim.Adam([spectrum], lr=LEARNING_RATE)
 
     def values() -> Tensor:
-        added = torch.fft.irfft2(torch.view_as_complex(spectrum) * amplitude, s=(size, size), norm="ortho")
+        added = torch.fft.irfft2(
+            torch.view_as_complex(spectrum) * amplitude,
+            s=(size, size),
+            norm="ortho",
+        )
         image: Tensor = (start + added).clamp(0, 1)
         return image
 
@@ -393,6 +444,10 @@ def _encode(images: np.ndarray, spec: Preprocess) -> Iterator[bytes]:
     near = round(edge / 2)
     for image in images:
         buffer = io.BytesIO()
-        framed = np.pad(image, ((near, edge - near), (near, edge - near), (0, 0)), mode="edge")
+        framed = np.pad(
+            image,
+            ((near, edge - near), (near, edge - near), (0, 0)),
+            mode="edge",
+        )
         Image.fromarray(framed).save(buffer, "PNG", compress_level=1)
         yield buffer.getvalue()

@@ -34,7 +34,12 @@ def macs(model: nn.Module, img_size: int | None = None) -> int:
     image = torch.zeros(1, 3, size, size, device=first.device)
     counter = FlopCounterMode(display=False)
     # Attention is counted as the two matrix products that it is made of.
-    with evaluating(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+    with (
+        evaluating(model),
+        torch.no_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+        counter,
+    ):
         model(image)
     return counter.get_total_flops() // 2
 

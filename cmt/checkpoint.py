@@ -25,7 +25,12 @@ MAX_REASON = 300
 HEAD_BYTES = 512
 """Length, in bytes, of the beginning of a file that tells its kind."""
 
-REFUSALS = ("Unsupported global", "GLOBAL", "Unsupported class", "unrecognized function")
+REFUSALS = (
+    "Unsupported global",
+    "GLOBAL",
+    "Unsupported class",
+    "unrecognized function",
+)
 """Words with which torch's restricted unpickler refuses to call something."""
 
 SAVE_REMEDY = "save model.state_dict() with torch.save or safetensors"
@@ -62,11 +67,23 @@ FOREIGN = (
     Foreign("it is empty", lambda head, _: not head, "copy it again"),
     Foreign(
         "it is a Git LFS pointer, a note that stands for the file",
-        _begins(b"version https://git-lfs", b"version http://git-media", b"version https://hawser"),
+        _begins(
+            b"version https://git-lfs",
+            b"version http://git-media",
+            b"version https://hawser",
+        ),
         "run `git lfs pull` in the repository, or " + AGAIN,
     ),
-    Foreign("it is a saved web page", _begins(b"<!doctype", b"<html", b"<head", b"<body"), AGAIN),
-    Foreign("it is an XML text, often an error message of a server", _begins(b"<?xml", b"<error"), AGAIN),
+    Foreign(
+        "it is a saved web page",
+        _begins(b"<!doctype", b"<html", b"<head", b"<body"),
+        AGAIN,
+    ),
+    Foreign(
+        "it is an XML text, often an error message of a server",
+        _begins(b"<?xml", b"<error"),
+        AGAIN,
+    ),
     Foreign(
         "it is a JSON text, as an index of shards or an error message of a server",
         _begins(b"{", b"["),
@@ -96,16 +113,36 @@ FOREIGN = (
         lambda _, names: bool(names) and not any(name.endswith("data.pkl") for name in names),
         "unpack it and give the file with the weights",
     ),
-    Foreign("it is compressed (gzip)", _begins(b"\x1f\x8b"), "unpack it with `gunzip` or `tar -xzf` first"),
-    Foreign("it is compressed (xz)", _begins(b"\xfd7zxz"), "unpack it with `xz -d` or `tar -xJf` first"),
-    Foreign("it is compressed (zstd)", _begins(b"\x28\xb5\x2f\xfd"), "unpack it with `zstd -d` first"),
-    Foreign("it is compressed (bzip2)", _begins(b"bzh"), "unpack it with `bunzip2` or `tar -xjf` first"),
+    Foreign(
+        "it is compressed (gzip)",
+        _begins(b"\x1f\x8b"),
+        "unpack it with `gunzip` or `tar -xzf` first",
+    ),
+    Foreign(
+        "it is compressed (xz)",
+        _begins(b"\xfd7zxz"),
+        "unpack it with `xz -d` or `tar -xJf` first",
+    ),
+    Foreign(
+        "it is compressed (zstd)",
+        _begins(b"\x28\xb5\x2f\xfd"),
+        "unpack it with `zstd -d` first",
+    ),
+    Foreign(
+        "it is compressed (bzip2)",
+        _begins(b"bzh"),
+        "unpack it with `bunzip2` or `tar -xjf` first",
+    ),
     Foreign(
         "it is a tar archive",
         lambda head, _: head[257:262] == b"ustar",
         "unpack it with `tar -xf` and give the file with the weights",
     ),
-    Foreign("it is an ONNX model", lambda head, _: b"pytorch" in head[:64], "give the PyTorch checkpoint"),
+    Foreign(
+        "it is an ONNX model",
+        lambda head, _: b"pytorch" in head[:64],
+        "give the PyTorch checkpoint",
+    ),
 )
 """Kinds of files that are no checkpoints; the first one that fits is named."""
 
@@ -117,14 +154,27 @@ def read_content(path: Path) -> Any:
         WeightsError: the file is missing, unreadable or unsafe.
     """
     if path.is_dir():
-        raise WeightsError("is a folder", where=path, remedy="give the file in it that holds the weights")
+        raise WeightsError(
+            "is a folder",
+            where=path,
+            remedy="give the file in it that holds the weights",
+        )
     if not path.is_file():
-        raise WeightsError("no such checkpoint file", where=path, remedy="check the path given to --weights")
+        raise WeightsError(
+            "no such checkpoint file",
+            where=path,
+            remedy="check the path given to --weights",
+        )
     try:
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)
     except OSError as exc:
-        raise WeightsError("cannot be read", where=path, why=exc, remedy="check its permissions") from exc
+        raise WeightsError(
+            "cannot be read",
+            where=path,
+            why=exc,
+            remedy="check its permissions",
+        ) from exc
     if _is_safetensors(head, path.stat().st_size):
         return _load_safetensors(path)
     names = _names_in_zip(path, head)
@@ -156,7 +206,10 @@ def _names_in_zip(path: Path, head: bytes) -> tuple[str, ...]:
 def _load_torch(path: Path) -> Any:
     try:
         # An open file, because torch.load takes the suffix .safetensors for the content.
-        with path.open("rb") as file, torch.serialization.safe_globals(ALLOWED):
+        with (
+            path.open("rb") as file,
+            torch.serialization.safe_globals(ALLOWED),
+        ):
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as exc:  # torch raises many types for damaged files; all mean the same to the user
         raise _unreadable(path, exc) from exc
@@ -167,7 +220,10 @@ def _unreadable(path: Path, exc: Exception) -> WeightsError:
     # Before these words torch advises to switch the check off, which nobody should read here.
     text = str(exc).rpartition("WeightsUnpickler error:")[2].strip()
     lines = text.splitlines() or [type(exc).__name__]
-    refusal = next((line for line in lines if any(word in line for word in REFUSALS)), None)
+    refusal = next(
+        (line for line in lines if any(word in line for word in REFUSALS)),
+        None,
+    )
     if refusal:
         return WeightsError(
             "refused: the file asks to run code while it is read",

@@ -68,7 +68,11 @@ OTHERS = {
 }
 """Words in keys below which no weights of the model are looked for."""
 
-WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+WRAPPERS = {
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+}
 """Parts of names that torch.compile, FSDP and activation checkpointing put in anywhere."""
 
 COUNTERS = {
@@ -198,7 +202,12 @@ def find_candidates(content: Any, spec: ModelSpec, target: StateDict) -> list[Ca
         for prefix in _prefixes(place.state, len(target))
     ]
     return sorted(
-        found, key=lambda candidate: (candidate.missing, len(candidate.beside), not candidate.usual)
+        found,
+        key=lambda candidate: (
+            candidate.missing,
+            len(candidate.beside),
+            not candidate.usual,
+        ),
     )
 
 
@@ -259,7 +268,10 @@ def _prefixes(state: StateDict, wanted: int) -> list[str]:
     for key in state:
         parts = key.split(".")[:-1][:MAX_PREFIX]
         counts.update(".".join(parts[: i + 1]) + "." for i in range(len(parts)))
-    return ["", *(prefix for prefix, count in counts.items() if count >= max(1, MIN_SHARE * wanted))]
+    return [
+        "",
+        *(prefix for prefix, count in counts.items() if count >= max(1, MIN_SHARE * wanted)),
+    ]
 
 
 def _compare(place: Place, prefix: str, spec: ModelSpec, target: StateDict) -> Candidate:
@@ -324,9 +336,16 @@ def choose(candidates: list[Candidate], ema: bool | None) -> Candidate:
         Undecided: several fit with different values, or the kind that was asked for is absent.
     """
     near = [c for c in candidates if 2 * c.shared >= c.shared + c.missing and c.shared]
-    averaged, plain = [c for c in near if c.averaged], [c for c in near if not c.averaged]
+    averaged, plain = (
+        [c for c in near if c.averaged],
+        [c for c in near if not c.averaged],
+    )
     if ema and not averaged:
-        raise Undecided("has no averaged weights (model_ema)", None, "load it without --ema")
+        raise Undecided(
+            "has no averaged weights (model_ema)",
+            None,
+            "load it without --ema",
+        )
     if ema is False and averaged and not plain:
         what = f"has only averaged weights ({averaged[0].entry})"
         raise Undecided(what, None, "load it without --no-ema")
@@ -391,7 +410,10 @@ def find_class_names(content: Any, count: int) -> tuple[str, ...] | None:
     """
     found: dict[str, tuple[str, ...]] = {}
     for way in CLASS_NAMES:
-        names = _as_names(_follow(content, way), by_value=way[-1].endswith(("to_idx", "2id")))
+        names = _as_names(
+            _follow(content, way),
+            by_value=way[-1].endswith(("to_idx", "2id")),
+        )
         if names and (len(names) == count or way == CLASS_NAMES[0]):
             found[".".join(way)] = names
     fitting = {key: names for key, names in found.items() if len(names) == count} or found

@@ -48,11 +48,16 @@ def describe_checkpoint(path: Path) -> Description:
     content = read_content(path)
     if not isinstance(content, Mapping):
         return Description()
-    for settings in (*map(_settings, map(content.get, ABOUT)), _settings(content)):
+    for settings in (
+        *map(_settings, map(content.get, ABOUT)),
+        _settings(content),
+    ):
         model = _first(settings, MODEL, str)
         if model in list_models():
             return Description(
-                model, _positive(_first(settings, SIZE, int)), _count_classes(settings, content)
+                model,
+                _positive(_first(settings, SIZE, int)),
+                _count_classes(settings, content),
             )
     return Description()
 
@@ -65,7 +70,10 @@ def _settings(value: Any) -> Mapping[Any, Any]:
 
 def _first(settings: Mapping[Any, Any], names: Iterable[str], kind: type) -> Any:
     """The first setting of these names that has the type ``kind``."""
-    return next((settings[name] for name in names if type(settings.get(name)) is kind), None)
+    return next(
+        (settings[name] for name in names if type(settings.get(name)) is kind),
+        None,
+    )
 
 
 def _positive(value: int | None) -> int | None:

@@ -119,7 +119,10 @@ def _receive(response: Any, partial: Path, have: int) -> None:
         raise OSError("the server continues at another place than asked for")
     received = 0
     mode = "ab" if have else "wb"
-    with open(partial, mode) as out, _bar(partial, have, have + length) as bar:
+    with (
+        open(partial, mode) as out,
+        _bar(partial, have, have + length) as bar,
+    ):
         while (chunk := response.read(CHUNK_BYTES)) and received <= MAX_BYTES:
             out.write(chunk)
             bar.update(len(chunk))

@@ -58,7 +58,13 @@ def with_head(model: nn.Module, head: str) -> nn.Module:
 def _with_two_labels(model: nn.Module) -> nn.Module:
     """``model``, which has one output, as a classifier of two classes."""
     size = cast(Classifier, model).img_size
-    example = torch.rand(PROBED, 3, size, size, generator=torch.Generator().manual_seed(0))
+    example = torch.rand(
+        PROBED,
+        3,
+        size,
+        size,
+        generator=torch.Generator().manual_seed(0),
+    )
     return TwoLabels(model, last_operation(model, example) in SIGMOIDS).eval()
 
 

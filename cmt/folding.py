@@ -71,7 +71,12 @@ def affine_before(layer: Layer, scale: Tensor, shift: Tensor) -> Layer:
         if layer.padding != (0, 0) and bool(shift.any()):
             raise ValueError("an affine before a zero-padded conv cannot be folded exactly")
         if is_depthwise(layer):
-            per_channel = [-1, 1, 1, 1]  # such a filter reads the one input channel of its own number
+            per_channel = [
+                -1,
+                1,
+                1,
+                1,
+            ]  # such a filter reads the one input channel of its own number
         elif layer.groups > 1:
             raise ValueError("only dense and depthwise convs are folded")
     constant = (weight * shift.reshape(per_channel)).flatten(1).sum(1)

@@ -48,7 +48,15 @@ class DropPath(nn.Module):
         if not self.training or self.rate == 0:
             return x
         keep = 1 - self.rate
-        mask = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device, dtype=x.dtype) < keep
+        mask = (
+            torch.rand(
+                x.shape[0],
+                *[1] * (x.ndim - 1),
+                device=x.device,
+                dtype=x.dtype,
+            )
+            < keep
+        )
         return x * mask / keep
 
 
@@ -56,7 +64,13 @@ class ResidualDepthwise(nn.Conv2d):
     """A depthwise conv with a shortcut: ``x + conv(x)``, stride 1, same padding."""
 
     def __init__(self, channels: int, kernel_size: int = 3) -> None:
-        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
+        super().__init__(
+            channels,
+            channels,
+            kernel_size,
+            padding=kernel_size // 2,
+            groups=channels,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x + super().forward(x)

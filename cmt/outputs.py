@@ -201,7 +201,13 @@ def _describe(value: Any) -> str:
     return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
 
 
-def _take(key: Key, classes: int, _module: nn.Module, _arguments: object, output: Any) -> Tensor:
+def _take(
+    key: Key,
+    classes: int,
+    _module: nn.Module,
+    _arguments: object,
+    output: Any,
+) -> Tensor:
     """The forward hook of :func:`settle_output`."""
     logits: Tensor = output if key is None else _entries(output)[key]
     return logits.reshape(-1, classes).float()

@@ -39,7 +39,14 @@ from cmt_edge.deploy.errors import (
 
 from .outputs import PROBED, settle_output
 from .rewrites import global_pool_as_mean
-from .spec import IMAGENET_MEAN, IMAGENET_STD, Classifier, ModelSpec, Rewrite, StateDict
+from .spec import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Classifier,
+    ModelSpec,
+    Rewrite,
+    StateDict,
+)
 
 DEFAULT_SIZE = 224
 """Height and width, in pixels, of the input of a model that does not tell its own."""
@@ -104,13 +111,23 @@ def outside_spec(name: str, img_size: int | None = None) -> ModelSpec:
     module, _, attribute = name.rpartition(":")  # a path on Windows has a colon of its own
     factory = _find_factory(module, attribute)
     described = _describe(factory, name, img_size)
-    return ModelSpec(**described, family="custom", built_with_weights=True, labels=None)
+    return ModelSpec(
+        **described,
+        family="custom",
+        built_with_weights=True,
+        labels=None,
+    )
 
 
 def _timm_spec(name: str, model: str, img_size: int | None) -> ModelSpec:
     described = _describe(_timm_factory(model), name, img_size)
     labels = "imagenet_labels.txt" if described["num_classes"] == 1000 else None
-    return ModelSpec(**described, family="timm", labels=labels, published_state=partial(_timm_state, model))
+    return ModelSpec(
+        **described,
+        family="timm",
+        labels=labels,
+        published_state=partial(_timm_state, model),
+    )
 
 
 def _describe(factory: Factory, name: str, img_size: int | None) -> dict[str, Any]:
@@ -204,7 +221,11 @@ def _import(module: str) -> ModuleType:
 def _import_file(path: Path) -> ModuleType:
     """The module in a file, under a name of its own: ``cmt.py`` must not hide another ``cmt``."""
     if not path.is_file():
-        raise InputError("there is no such file", where=path, remedy="give PATH/FILE.py:FACTORY")
+        raise InputError(
+            "there is no such file",
+            where=path,
+            remedy="give PATH/FILE.py:FACTORY",
+        )
     path = path.resolve()
     name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:
@@ -233,7 +254,11 @@ def _timm() -> Any:
     try:
         return import_module(TIMM)
     except ImportError as exc:
-        raise RuntimeMissingError("timm cannot be imported", why=exc, remedy="pip install timm") from exc
+        raise RuntimeMissingError(
+            "timm cannot be imported",
+            why=exc,
+            remedy="pip install timm",
+        ) from exc
     except Exception as exc:  # torchvision raises RuntimeError if it was built for another torch
         raise RuntimeMissingError(
             "timm cannot be imported",
@@ -290,7 +315,8 @@ def _call(factory: Factory, name: str, **options: Any) -> nn.Module:
         ) from exc
     if not isinstance(model, nn.Module):
         raise InputError(
-            f"{name} returned a {type(model).__name__}, not an nn.Module", remedy="return the model"
+            f"{name} returned a {type(model).__name__}, not an nn.Module",
+            remedy="return the model",
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise InputError(
@@ -400,7 +426,13 @@ def _count_classes(model: nn.Module, size: int, name: str) -> int:
     return classes
 
 
-def _require_one_answer(model: nn.Module, images: Tensor, logits: Tensor, drawn: bool, name: str) -> None:
+def _require_one_answer(
+    model: nn.Module,
+    images: Tensor,
+    logits: Tensor,
+    drawn: bool,
+    name: str,
+) -> None:
     """Raise :class:`InputError` where an answer depends on chance, on the calls before or on other images.
 
     ``drawn`` tells that the first call drew random numbers; the model is then asked more often, because a

@@ -16,7 +16,14 @@ from .features import with_head
 from .outside import is_outside
 from .registry import create_model
 from .spec import Classifier
-from .weights import AS_BUILT, LoadedWeights, load_pretrained, load_weights, randomize, weights_fingerprint
+from .weights import (
+    AS_BUILT,
+    LoadedWeights,
+    load_pretrained,
+    load_weights,
+    randomize,
+    weights_fingerprint,
+)
 
 PROVIDER = "cmt"
 """Name of the entry point, recorded in every manifest."""
@@ -75,14 +82,20 @@ def load_reference(
     if str(weights) == "random":
         randomize(model, seed)
         return model, LoadedWeights("random")
-    options: dict[str, Any] = {"ema": ema, "fresh_head": fresh_head, "resize": resize}
+    options: dict[str, Any] = {
+        "ema": ema,
+        "fresh_head": fresh_head,
+        "resize": resize,
+    }
     if str(weights) == "pretrained":
         return model, load_pretrained(model, **options)
     return model, load_weights(model, weights, **options)
 
 
 def rebuild(
-    entry: ModelEntry, weights: str | Path | None, trusted_model: str | None = None
+    entry: ModelEntry,
+    weights: str | Path | None,
+    trusted_model: str | None = None,
 ) -> tuple[nn.Module, str]:
     """The model of a manifest's ``model`` entry, and the fingerprint of its weights.
 
@@ -106,7 +119,11 @@ def rebuild(
         )
     made = entry.weights
     if weights is None:
-        if made.source not in ("pretrained", "random", AS_BUILT) and not _is_here(made.source):
+        if made.source not in (
+            "pretrained",
+            "random",
+            AS_BUILT,
+        ) and not _is_here(made.source):
             raise WeightsError(
                 f"the bundle was made from the checkpoint {made.source!r}, which it does not contain",
                 remedy="name that file: --weights PATH",

@@ -75,10 +75,14 @@ def fuse(model: Model, *, without: Collection[str] = ()) -> Model:
     spec = getattr(model, "spec", None)
     if spec is None:
         raise InputError(
-            f"{type(model).__name__} has no registered rewrite", remedy="build it with cmt.create_model"
+            f"{type(model).__name__} has no registered rewrite",
+            remedy="build it with cmt.create_model",
         )
     if getattr(model, "fused", False):
-        raise InputError("the model is already fused", remedy="keep the reference model and fuse that")
+        raise InputError(
+            "the model is already fused",
+            remedy="keep the reference model and fuse that",
+        )
     if model.training:
         raise InputError(
             "a model in training mode cannot be fused",
@@ -88,7 +92,8 @@ def fuse(model: Model, *, without: Collection[str] = ()) -> Model:
     names = [rewrite.name for rewrite in spec.rewrites]
     if unknown := sorted(set(without) - set(names)):
         raise InputError(
-            f"{spec.name} has no rewrite {unknown[0]!r}", remedy=f"choose from: {', '.join(names)}"
+            f"{spec.name} has no rewrite {unknown[0]!r}",
+            remedy=f"choose from: {', '.join(names)}",
         )
     keep_spec = {id(spec): spec}  # the copy shares the registry's entry
     fused = copy.deepcopy(model, keep_spec).double()
@@ -111,11 +116,19 @@ def batch_norm_after(layer: str, norm: str) -> Rewrite:
         places = [m for m in having(module, layer, norm) if isinstance(_get(m, norm), nn.BatchNorm2d)]
         for place in places:
             scale, shift = norm_affine(_get(place, norm))
-            _set(place, layer, affine_after(_get(place, layer), scale, shift))
+            _set(
+                place,
+                layer,
+                affine_after(_get(place, layer), scale, shift),
+            )
             _set(place, norm, nn.Identity())
         return len(places)
 
-    return Rewrite(f"{norm} into {layer}", "s (W x + b) + t == (s W) x + (s b + t)", apply)
+    return Rewrite(
+        f"{norm} into {layer}",
+        "s (W x + b) + t == (s W) x + (s b + t)",
+        apply,
+    )
 
 
 def affine_into(norm: str, *layers: str, unless: str | None = None) -> Rewrite:
@@ -136,8 +149,16 @@ def affine_into(norm: str, *layers: str, unless: str | None = None) -> Rewrite:
             old = _get(place, norm)
             scale, shift = norm_affine(old)
             for layer in layers:
-                _set(place, layer, affine_before(_get(place, layer), scale, shift))
-            _set(place, norm, PlainNorm(old) if isinstance(old, nn.LayerNorm) else nn.Identity())
+                _set(
+                    place,
+                    layer,
+                    affine_before(_get(place, layer), scale, shift),
+                )
+            _set(
+                place,
+                norm,
+                PlainNorm(old) if isinstance(old, nn.LayerNorm) else nn.Identity(),
+            )
         return len(places)
 
     name = f"affine of {norm} into {', '.join(layers)}"
@@ -151,7 +172,11 @@ def scale_into(layer: str, scale: str = "scale") -> Rewrite:
         places = [m for m in having(module, layer, scale) if _get(m, scale) != 1.0]
         for place in places:
             factor = torch.tensor(_get(place, scale), dtype=torch.float64)
-            _set(place, layer, affine_after(_get(place, layer), factor, factor * 0))
+            _set(
+                place,
+                layer,
+                affine_after(_get(place, layer), factor, factor * 0),
+            )
             _set(place, scale, 1.0)
         return len(places)
 
@@ -168,7 +193,11 @@ def key_bias_dropped(layer: str) -> Rewrite:
             without_bias(_get(place, layer))
         return len(places)
 
-    return Rewrite(f"bias of {layer} dropped", "softmax_j(q (k_j + b)) == softmax_j(q k_j)", apply)
+    return Rewrite(
+        f"bias of {layer} dropped",
+        "softmax_j(q (k_j + b)) == softmax_j(q k_j)",
+        apply,
+    )
 
 
 def value_bias_into(layer: str, proj: str) -> Rewrite:
@@ -181,7 +210,11 @@ def value_bias_into(layer: str, proj: str) -> Rewrite:
             values = cast(nn.Linear, _get(place, layer))
             out = cast(nn.Linear, _get(place, proj))
             weight, bias = doubled(out)
-            _set(place, proj, with_weights(out, weight, bias + weight @ values.bias.double()))
+            _set(
+                place,
+                proj,
+                with_weights(out, weight, bias + weight @ values.bias.double()),
+            )
             without_bias(values)
         return len(places)
 
@@ -190,7 +223,10 @@ def value_bias_into(layer: str, proj: str) -> Rewrite:
 
 
 def attention_over_keys(
-    blocks: str, norm: str, attention: str, position_bias: str = "position_bias"
+    blocks: str,
+    norm: str,
+    attention: str,
+    position_bias: str = "position_bias",
 ) -> Rewrite:
     """The linears ``q`` and ``proj`` of an attention go into ``k`` and ``v``, which run on fewer tokens.
 
@@ -265,7 +301,13 @@ def _project_keys_alone(attn: Any) -> None:
         return plain + (query_bias[head] @ k / QUERY_SHIFT - plain.sum(0)) / width
 
     keys = [(with_query(key[h], h), with_query(key_bias[h, None], h)[:, 0]) for h in rows]
-    values = [(outer[:, h] @ value[h], outer[:, h] @ value_bias[h] + constant / heads) for h in rows]
+    values = [
+        (
+            outer[:, h] @ value[h],
+            outer[:, h] @ value_bias[h] + constant / heads,
+        )
+        for h in rows
+    ]
     wide = nn.Linear(attn.k.in_features, heads * width, dtype=torch.float64)
     attn.k = _stacked(wide, keys)
     attn.v = _stacked(wide, values)
@@ -289,7 +331,11 @@ def keys_and_values_as_one() -> Rewrite:
         places = [m for m in having(module, "k.weight", "v.weight", "heads") if hasattr(m, "kv")]
         for place in places:
             attn = cast(Any, place)
-            both = nn.Linear(attn.k.in_features, 2 * attn.k.out_features, dtype=torch.float64)
+            both = nn.Linear(
+                attn.k.in_features,
+                2 * attn.k.out_features,
+                dtype=torch.float64,
+            )
             attn.kv = _stacked(both, [doubled(attn.k), doubled(attn.v)])
             attn.k = attn.v = nn.Identity()
         return len(places)
@@ -309,7 +355,11 @@ def class_token_only() -> Rewrite:
             cast(Any, place).class_only = True
         return len(places)
 
-    return Rewrite("class token only in the last block", "(X + f(A X))[0] == X[0] + f(A[0] X)", apply)
+    return Rewrite(
+        "class token only in the last block",
+        "(X + f(A X))[0] == X[0] + f(A[0] X)",
+        apply,
+    )
 
 
 def in_order(*rewrites: Rewrite) -> Rewrite:
@@ -324,7 +374,11 @@ def in_order(*rewrites: Rewrite) -> Rewrite:
             raise ValueError(f"{', '.join(r.name for r in rewrites)} find different places: {counts}")
         return counts[0]
 
-    return Rewrite("; ".join(r.name for r in rewrites), "; ".join(r.algebra for r in rewrites), apply)
+    return Rewrite(
+        "; ".join(r.name for r in rewrites),
+        "; ".join(r.algebra for r in rewrites),
+        apply,
+    )
 
 
 def shortcut_into_depthwise() -> Rewrite:
@@ -333,16 +387,32 @@ def shortcut_into_depthwise() -> Rewrite:
     def plain(module: nn.Module) -> nn.Module:
         old = cast(ResidualDepthwise, module)
         kernel = old.kernel_size[0]
-        conv = nn.Conv2d(old.in_channels, old.out_channels, kernel, padding=kernel // 2, groups=old.groups)
+        conv = nn.Conv2d(
+            old.in_channels,
+            old.out_channels,
+            kernel,
+            padding=kernel // 2,
+            groups=old.groups,
+        )
         conv.load_state_dict(old.state_dict())
         return with_identity(conv.double())
 
-    return replaced("shortcut into depthwise conv", "DW x + x == (DW + I) x", ResidualDepthwise, plain)
+    return replaced(
+        "shortcut into depthwise conv",
+        "DW x + x == (DW + I) x",
+        ResidualDepthwise,
+        plain,
+    )
 
 
 def batch_norm_as_affine() -> Rewrite:
     """Batch norms that no layer can take become one multiplication and one addition."""
-    return replaced("batch norm as affine", "norm(x) == s x + t", nn.BatchNorm2d, ScaleShift)
+    return replaced(
+        "batch norm as affine",
+        "norm(x) == s x + t",
+        nn.BatchNorm2d,
+        ScaleShift,
+    )
 
 
 def global_pool_as_mean() -> Rewrite:
@@ -367,15 +437,24 @@ def global_pool_as_mean() -> Rewrite:
 
 
 def replaced(
-    name: str, algebra: str, kind: type[nn.Module], make: Callable[[nn.Module], nn.Module]
+    name: str,
+    algebra: str,
+    kind: type[nn.Module],
+    make: Callable[[nn.Module], nn.Module],
 ) -> Rewrite:
     """Every submodule of exactly the type ``kind`` becomes ``make(submodule)``, with the same inputs and
     outputs."""
-    return Rewrite(name, algebra, lambda module: replace_modules(module, (kind,), make))
+    return Rewrite(
+        name,
+        algebra,
+        lambda module: replace_modules(module, (kind,), make),
+    )
 
 
 def replace_modules(
-    root: nn.Module, kinds: tuple[type[nn.Module], ...], make: Callable[[nn.Module], nn.Module]
+    root: nn.Module,
+    kinds: tuple[type[nn.Module], ...],
+    make: Callable[[nn.Module], nn.Module],
 ) -> int:
     """Replace every submodule of exactly these types, and return the number of places."""
     places = [

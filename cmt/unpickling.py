@@ -23,10 +23,26 @@ OBJECTS = "O"
 NUMPY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")
 """Modules of NumPy's constructors, before and since NumPy 2."""
 
-PATHS = ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
+PATHS = (
+    "Path",
+    "PosixPath",
+    "WindowsPath",
+    "PurePath",
+    "PurePosixPath",
+    "PureWindowsPath",
+)
 """Classes of ``pathlib``."""
 
-FACTORIES = ("list", "dict", "set", "tuple", "int", "float", "str", "bool")
+FACTORIES = (
+    "list",
+    "dict",
+    "set",
+    "tuple",
+    "int",
+    "float",
+    "str",
+    "bool",
+)
 """What a ``defaultdict`` makes for a key that it lacks."""
 
 
@@ -120,7 +136,10 @@ def _table() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
         (Inert, "mmengine.logging.history_buffer.HistoryBuffer"),
     ]
     for module in NUMPY_MODULES:
-        pairs += [(make_array, f"{module}._reconstruct"), (make_scalar, f"{module}.scalar")]
+        pairs += [
+            (make_array, f"{module}._reconstruct"),
+            (make_scalar, f"{module}.scalar"),
+        ]
     for module in ("pathlib", "pathlib._local"):
         pairs += [(make_path, f"{module}.{name}") for name in PATHS]
     pairs += [(Inert, f"builtins.{name}") for name in FACTORIES]

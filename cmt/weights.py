@@ -84,11 +84,22 @@ def load_weights(
     """
     path = Path(path)
     content = read_content(path)
-    return _assign(model, content, path, ema=ema, fresh_head=fresh_head, resize=resize)
+    return _assign(
+        model,
+        content,
+        path,
+        ema=ema,
+        fresh_head=fresh_head,
+        resize=resize,
+    )
 
 
 def load_pretrained(
-    model: nn.Module, *, ema: bool | None = None, fresh_head: bool = False, resize: bool = False
+    model: nn.Module,
+    *,
+    ema: bool | None = None,
+    fresh_head: bool = False,
+    resize: bool = False,
 ) -> LoadedWeights:
     """Load the published weights of ``model``: from the package, the user's cache, or by download.
 
@@ -99,14 +110,24 @@ def load_pretrained(
         WeightsError: as :func:`load_weights`, or nothing is published for this model.
     """
     spec = cast(Classifier, model).spec
-    options: dict[str, Any] = {"fresh_head": fresh_head, "resize": resize}
+    options: dict[str, Any] = {
+        "fresh_head": fresh_head,
+        "resize": resize,
+    }
     if spec.built_with_weights:
         return LoadedWeights(AS_BUILT)
     if spec.published_state is not None:
-        return _assign(model, spec.published_state(), Path(spec.name), ema=None, **options)
+        return _assign(
+            model,
+            spec.published_state(),
+            Path(spec.name),
+            ema=None,
+            **options,
+        )
     if spec.pretrained is None:
         raise WeightsError(
-            f"no weights are published for {spec.name}", remedy="give --weights PATH or --weights random"
+            f"no weights are published for {spec.name}",
+            remedy="give --weights PATH or --weights random",
         )
     if spec.pretrained.resource:
         shipped = resources.files("cmt_edge.cmt") / "data" / spec.pretrained.resource
@@ -157,7 +178,13 @@ def _bytes_of(tensor: Tensor) -> bytes:
 
 
 def _assign(
-    model: nn.Module, content: Any, source: Path, *, ema: bool | None, fresh_head: bool, resize: bool
+    model: nn.Module,
+    content: Any,
+    source: Path,
+    *,
+    ema: bool | None,
+    fresh_head: bool,
+    resize: bool,
 ) -> LoadedWeights:
     """Copy the values of a checkpoint's ``content`` into ``model`` after every check has passed."""
     spec = cast(Classifier, model).spec
@@ -178,7 +205,12 @@ def _assign(
         if mismatch.missing or mismatch.unexpected:
             why += f"\n       the file holds: {keys_of(content)}; {nearest_entry(chosen)}"
         remedy = _remedy(spec, mismatch, ours)
-        raise WeightsError(f"does not fit {spec.name}", where=source.name, why=why, remedy=remedy)
+        raise WeightsError(
+            f"does not fit {spec.name}",
+            where=source.name,
+            why=why,
+            remedy=remedy,
+        )
     model.load_state_dict(ours)
     return LoadedWeights(
         source.name,
@@ -190,7 +222,13 @@ def _assign(
     )
 
 
-def _choose(content: Any, source: Path, spec: ModelSpec, target: StateDict, ema: bool | None) -> Candidate:
+def _choose(
+    content: Any,
+    source: Path,
+    spec: ModelSpec,
+    target: StateDict,
+    ema: bool | None,
+) -> Candidate:
     candidates = find_candidates(content, spec, target)
     if not candidates:
         raise WeightsError(
@@ -258,14 +296,22 @@ def _describe_shapes(key: str, ours: StateDict, target: StateDict) -> str:
     return f"{key} {tuple(ours[key].shape)}, the model has {tuple(target[key].shape)}"
 
 
-def _compare(model: nn.Module, target: StateDict, ours: StateDict, beside: tuple[str, ...]) -> _Mismatch:
+def _compare(
+    model: nn.Module,
+    target: StateDict,
+    ours: StateDict,
+    beside: tuple[str, ...],
+) -> _Mismatch:
     shared = [key for key in target if key in ours]
     floating = [key for key in shared if ours[key].is_floating_point()]
     fitting = [key for key in floating if ours[key].shape == target[key].shape]
     masks = {key for key, _ in model.named_buffers()}
     return _Mismatch(
         missing=[key for key in target if key not in ours],
-        unexpected=[*(key for key in ours if key not in target), *beside],
+        unexpected=[
+            *(key for key in ours if key not in target),
+            *beside,
+        ],
         wrong_shape=[key for key in shared if ours[key].shape != target[key].shape],
         wrong_type=[
             key for key in shared if ours[key].is_floating_point() != target[key].is_floating_point()

@@ -11,4 +11,11 @@ from .errors import CmtEdgeError
 from .predictor import Prediction, Predictor
 from .preprocessing import Preprocess, preprocess
 
-__all__ = ["Bundle", "CmtEdgeError", "Prediction", "Predictor", "Preprocess", "preprocess"]
+__all__ = [
+    "Bundle",
+    "CmtEdgeError",
+    "Prediction",
+    "Predictor",
+    "Preprocess",
+    "preprocess",
+]

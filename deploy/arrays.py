@@ -12,7 +12,15 @@ COLORS = ("rgb", "bgr")
 CHANNELS = (1, 2, 3, 4)
 """Accepted sizes of the last axis: grey, grey and alpha, three colours, three colours and alpha."""
 
-MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
+MAGIC = (
+    b"\xff\xd8\xff",
+    b"\x89PNG",
+    b"RIFF",
+    b"GIF8",
+    b"BM",
+    b"II*\0",
+    b"MM\0*",
+)
 """First bytes of encoded images, which some libraries give as a uint8 array of one column."""
 
 

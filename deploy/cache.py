@@ -165,7 +165,12 @@ class JsonCache:
             self._known[name] = make() if self._files is None else self._kept(self._files, name, make)
         return self._known[name]
 
-    def _kept(self, files: Cache, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def _kept(
+        self,
+        files: Cache,
+        name: str,
+        make: Callable[[], dict[str, Any]],
+    ) -> dict[str, Any]:
         return files.get(
             name,
             decode=_from_json,

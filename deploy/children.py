@@ -127,7 +127,13 @@ class Child:
         """The process's number, ``None`` while there is no process."""
         return self._process.pid if self._process else None
 
-    def request(self, call: str, *, time_limit: float | None = None, **arguments: Any) -> Any:
+    def request(
+        self,
+        call: str,
+        *,
+        time_limit: float | None = None,
+        **arguments: Any,
+    ) -> Any:
         """The answer to one request.
 
         Args:

@@ -16,7 +16,12 @@ class CmtEdgeError(Exception):
     exit_code = 4
 
     def __init__(
-        self, what: str, *, where: object = None, why: object = None, remedy: str | None = None
+        self,
+        what: str,
+        *,
+        where: object = None,
+        why: object = None,
+        remedy: str | None = None,
     ) -> None:
         self.what = what
         self.where = None if where is None else str(where)
@@ -51,7 +56,12 @@ class UnknownNameError(InputError):
     """A model, format, precision or backend that does not exist."""
 
     def __init__(
-        self, kind: str, name: str, close: Iterable[str], known: Iterable[str], where: object = None
+        self,
+        kind: str,
+        name: str,
+        close: Iterable[str],
+        known: Iterable[str],
+        where: object = None,
     ) -> None:
         close, known = list(close), list(known)
         remedy = f"did you mean {' or '.join(close)}?" if close else f"choose one of: {', '.join(known)}"

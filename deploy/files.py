@@ -58,7 +58,10 @@ def read_text(path: Path) -> str:
         UnicodeDecodeError: it is not text of that encoding.
     """
     data = path.read_bytes()
-    encoding = next((name for mark, name in BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8")
+    encoding = next(
+        (name for mark, name in BYTE_ORDER_MARKS if data.startswith(mark)),
+        "utf-8",
+    )
     return data.decode(encoding).replace("\r\n", "\n")
 
 
@@ -68,7 +71,14 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o666) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with writing(path):
-            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
+            with open(
+                os.open(
+                    temporary,
+                    os.O_WRONLY | os.O_CREAT | os.O_TRUNC,
+                    mode,
+                ),
+                "wb",
+            ) as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())

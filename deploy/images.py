@@ -26,7 +26,14 @@ MAX_ITEMS = 5_000_000
 MAX_LINKS = 20
 """The largest number of links in an archive that may lead from one to the next."""
 
-JUNK = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found", "thumbs.db")
+JUNK = (
+    "__macosx",
+    "@eadir",
+    "$recycle.bin",
+    "system volume information",
+    "lost+found",
+    "thumbs.db",
+)
 """Names, in lower case, that operating systems leave in folders; names with a dot in front are junk too."""
 
 SHOWN_KINDS = 6
@@ -94,7 +101,13 @@ class ImageSet(Sequence[Item]):
             several places.
     """
 
-    def __init__(self, path: str | Path, items: list[Item] | None = None, *, labelled: bool = True) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        items: list[Item] | None = None,
+        *,
+        labelled: bool = True,
+    ) -> None:
         """``labelled``: whether the folders are classes; otherwise any nesting of folders is accepted."""
         self.path = Path(path)
         self.skipped: Counter[str] = Counter()
@@ -182,7 +195,10 @@ class ImageSet(Sequence[Item]):
             if not is_about_data(exc):
                 raise
             raise DataError(
-                "cannot be read", where=self.path / item.name, why=exc.strerror, remedy="check it"
+                "cannot be read",
+                where=self.path / item.name,
+                why=exc.strerror,
+                remedy="check it",
             ) from exc
 
 
@@ -196,7 +212,11 @@ class _Found:
     def add(self, item: Item, where: Path) -> None:
         self.items.append(item)
         if len(self.items) > MAX_ITEMS:
-            raise DataError(f"more than {MAX_ITEMS} images", where=where, remedy="use a part of it")
+            raise DataError(
+                f"more than {MAX_ITEMS} images",
+                where=where,
+                remedy="use a part of it",
+            )
 
 
 def digest(data: bytes) -> str:
@@ -229,7 +249,11 @@ def _packed(archive: Path, inner: str) -> DataError:
     command, left = UNPACK[ending]
     target = archive.with_name(archive.name[: -len(ending)] + left)
     source, place = shlex.quote(str(archive)), shlex.quote(str(target))
-    into = {".zip": f" -d {place}", ".7z": f" -o{place}", ".rar": f" {place}/"}.get(ending, "")
+    into = {
+        ".zip": f" -d {place}",
+        ".7z": f" -o{place}",
+        ".rar": f" {place}/",
+    }.get(ending, "")
     return DataError(
         "is compressed, so single images cannot be read from it",
         where=archive,
@@ -263,7 +287,10 @@ def _scan_folder(path: Path) -> _Found:
 
     def fail(exc: OSError) -> None:
         raise DataError(
-            "cannot be read", where=exc.filename, why=exc.strerror, remedy="check its permissions"
+            "cannot be read",
+            where=exc.filename,
+            why=exc.strerror,
+            remedy="check its permissions",
         )
 
     above: dict[str, frozenset[tuple[int, int]]] = {}
@@ -294,7 +321,10 @@ def _add_file(found: _Found, path: Path, relative: Path) -> None:
     if not _is_image(relative.name):
         found.skipped[_kind(relative.name)] += 1
     elif os.path.isfile(path / relative):
-        found.add(Item(relative.as_posix(), relative.parent.name or None), path)
+        found.add(
+            Item(relative.as_posix(), relative.parent.name or None),
+            path,
+        )
     else:
         link = os.path.islink(path / relative)
         found.skipped["links that lead nowhere" if link else "no regular files"] += 1
@@ -317,7 +347,12 @@ def _scan_tar(archive: Path, prefix: str) -> _Found:
     found = _Found()
     for name, place in members.files.items():
         if name.startswith(prefix):
-            _add_member(found, archive, PurePosixPath(name.removeprefix(prefix)), place)
+            _add_member(
+                found,
+                archive,
+                PurePosixPath(name.removeprefix(prefix)),
+                place,
+            )
     found.skipped["links that lead out of the archive"] += sum(
         name.startswith(prefix) and _is_image(name) for name in members.links
     )
@@ -325,7 +360,12 @@ def _scan_tar(archive: Path, prefix: str) -> _Found:
     return found
 
 
-def _add_member(found: _Found, archive: Path, name: PurePosixPath, place: tuple[int, int] | None) -> None:
+def _add_member(
+    found: _Found,
+    archive: Path,
+    name: PurePosixPath,
+    place: tuple[int, int] | None,
+) -> None:
     """Count one file of an archive: as an image, or as what is skipped."""
     if any(map(_is_junk, name.parts)):
         return
@@ -336,7 +376,10 @@ def _add_member(found: _Found, archive: Path, name: PurePosixPath, place: tuple[
     elif place[1] > MAX_BYTES:
         found.skipped[f"larger than {MAX_BYTES >> 20} MiB"] += 1
     else:
-        found.add(Item(name.as_posix(), name.parent.name or None, *place), archive)
+        found.add(
+            Item(name.as_posix(), name.parent.name or None, *place),
+            archive,
+        )
 
 
 class _Members:
@@ -359,7 +402,9 @@ class _Members:
             self.files[name] = None if member.issparse() else (member.offset_data, member.size)
         if len(self.files) + len(self.links) > MAX_ITEMS * 2:
             raise DataError(
-                f"more than {2 * MAX_ITEMS} members", where=member.name, remedy="use a part of it"
+                f"more than {2 * MAX_ITEMS} members",
+                where=member.name,
+                remedy="use a part of it",
             )
 
     def resolve(self) -> None:
@@ -396,11 +441,19 @@ def _unreadable(archive: Path, exc: Exception) -> DataError:
             first = file.read(8)
     except OSError:
         first = b""
-    command = next((command for magic, command in COMPRESSED.items() if first.startswith(magic)), None)
+    command = next(
+        (command for magic, command in COMPRESSED.items() if first.startswith(magic)),
+        None,
+    )
     if command is not None:
         target = archive.with_name(f"{archive.stem}_unpacked.tar")
         remedy = f"it is compressed: {command} {shlex.quote(str(archive))} > {shlex.quote(str(target))}"
-    return DataError("cannot be read as a tar archive", where=archive, why=exc, remedy=remedy)
+    return DataError(
+        "cannot be read as a tar archive",
+        where=archive,
+        why=exc,
+        remedy=remedy,
+    )
 
 
 def _check_end(archive: Path, end: int) -> None:
@@ -415,7 +468,11 @@ def _check_end(archive: Path, end: int) -> None:
 def _part_of(folder: str) -> str | None:
     """Which part of a data set a folder is named after: ``"train"``, ``"validation"``, ``"test"`` or none."""
     words = set(re.split(r"[^a-z]+", folder.lower()))
-    kinds = {"train": TRAIN_WORDS, "validation": VALIDATION_WORDS, "test": TEST_WORDS}
+    kinds = {
+        "train": TRAIN_WORDS,
+        "validation": VALIDATION_WORDS,
+        "test": TEST_WORDS,
+    }
     return next((kind for kind, known in kinds.items() if words & known), None)
 
 
@@ -445,7 +502,10 @@ def _check_labels(items: list[Item], path: Path) -> None:
     for item in items:
         if item.label is not None:
             places.setdefault(item.label, set()).add(str(PurePosixPath(item.name).parent))
-    double = next((sorted(found) for found in places.values() if len(found) > 1), None)
+    double = next(
+        (sorted(found) for found in places.values() if len(found) > 1),
+        None,
+    )
     if double:
         raise DataError(
             f"the same class is at several places: {', '.join(double)}",

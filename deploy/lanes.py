@@ -126,7 +126,10 @@ class Lanes:
         try:
             self._running.add(token)
             if self._closed:
-                raise InputError("this Predictor is closed", remedy="load the bundle again")
+                raise InputError(
+                    "this Predictor is closed",
+                    remedy="load the bundle again",
+                )
             return call(*args)
         finally:  # also where an interrupt comes just after the token was added
             self._running.discard(token)
@@ -173,7 +176,14 @@ class Lane:
         lent: whether a caller holds it; only :class:`Lanes` changes it.
     """
 
-    __slots__ = ("_binding", "_lanes", "batch", "lent", "rows", "usable")
+    __slots__ = (
+        "_binding",
+        "_lanes",
+        "batch",
+        "lent",
+        "rows",
+        "usable",
+    )
 
     def __init__(self, lanes: Lanes, binding: Binding) -> None:
         self._lanes = lanes

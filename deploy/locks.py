@@ -16,7 +16,12 @@ from pathlib import Path
 
 POLL_S = 0.1
 """Seconds between two attempts, where the system cannot wait for a lock itself."""
-NOT_SUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+NOT_SUPPORTED = {
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.ENOLCK,
+}
 """Error numbers of file systems that have no locks, such as some network drives."""
 
 

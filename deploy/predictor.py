@@ -11,12 +11,23 @@ from typing import Any
 import numpy as np
 
 from .arrays import check_color
-from .backends import RUNTIME_OF_FORMAT, LoadOptions, Session, get_runtime
+from .backends import (
+    RUNTIME_OF_FORMAT,
+    LoadOptions,
+    Session,
+    get_runtime,
+)
 from .backends.base import batch_limit
 from .bundle import LOGITS, Bundle
 from .errors import ImageError, InputError
 from .lanes import Lanes
-from .preprocessing import ImageLike, Preprocess, one_or_many, preprocess, snapshot
+from .preprocessing import (
+    ImageLike,
+    Preprocess,
+    one_or_many,
+    preprocess,
+    snapshot,
+)
 from .stream import stream
 
 
@@ -129,7 +140,10 @@ class Predictor:
         runtime = get_runtime(
             backend or RUNTIME_OF_FORMAT.get(bundle.manifest.format, bundle.manifest.format)
         )
-        session = runtime.load(bundle, LoadOptions(device, threads, throughput, weights, trusted_model))
+        session = runtime.load(
+            bundle,
+            LoadOptions(device, threads, throughput, weights, trusted_model),
+        )
         batch = 0 if runtime.any_batch else batch_limit(bundle)
         return cls(
             session,
@@ -221,7 +235,13 @@ class Predictor:
                 ``color``.
         """
         decode = self._decoder(color)
-        answers = self._answers(images, decode, workers=workers, in_flight=in_flight, copy=copy)
+        answers = self._answers(
+            images,
+            decode,
+            workers=workers,
+            in_flight=in_flight,
+            copy=copy,
+        )
         for source, logits in answers:
             yield Prediction(logits, self.labels, source, self.kind)
 
@@ -245,7 +265,13 @@ class Predictor:
                 row[:] = 0  # its answer is thrown away
                 return exc.with_traceback(None)
 
-        answers = self._answers(images, decode_or_explain, workers=workers, in_flight=in_flight, copy=copy)
+        answers = self._answers(
+            images,
+            decode_or_explain,
+            workers=workers,
+            in_flight=in_flight,
+            copy=copy,
+        )
         for source, logits in answers:
             if isinstance(source, ImageError):
                 yield source
@@ -322,7 +348,13 @@ class Predictor:
         images = one_or_many(images)
         if copy and workers > 0:  # without threads an image is decoded before the next one is asked for
             images = self._taken(images)
-        return stream(images, self.lanes, decode, workers=workers, in_flight=several)
+        return stream(
+            images,
+            self.lanes,
+            decode,
+            workers=workers,
+            in_flight=several,
+        )
 
     def _taken(self, images: Iterable[ImageLike]) -> Iterator[Any]:
         """Each image as it is when it is taken; in place of one that cannot be read, its error."""
@@ -364,7 +396,10 @@ def _check_batch(batch: object, size: int) -> None:
     elif batch.dtype != np.float32 or batch.ndim != 4 or batch.shape[1:] != (3, size, size):
         found = f"{batch.dtype} {batch.shape}"
     elif not _is_finite(batch):
-        raise InputError("the input holds NaN or infinite values", remedy="check how it was normalised")
+        raise InputError(
+            "the input holds NaN or infinite values",
+            remedy="check how it was normalised",
+        )
     else:
         return
     raise InputError(

@@ -24,7 +24,17 @@ ImageLike: TypeAlias = "str | Path | bytes | bytearray | memoryview | BinaryIO |
 """What stands for one image: a path, encoded bytes, a file object, a Pillow image, or a uint8 array as
 :func:`~cmt_edge.deploy.arrays.as_rgb` takes it."""
 
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "AVIF")
+IMAGE_FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "BMP",
+    "DIB",
+    "GIF",
+    "TIFF",
+    "PPM",
+    "AVIF",
+)
 """Encodings that are accepted, by Pillow's names; its other decoders are never run."""
 
 # fmt: off
@@ -48,7 +58,10 @@ MAX_SIZE = 16384
 MAX_SHORT_SIDE = 32768
 """Largest short side in pixels that a bundle may ask images to be resized to."""
 
-RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+RESAMPLING = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+}
 """Name of an interpolation -> Pillow's filter."""
 
 ORIENTATION = 0x0112
@@ -94,7 +107,9 @@ class NamedBytes(io.BytesIO):
         self.filename = filename
 
 
-def _three_floats(values: Sequence[float]) -> tuple[float, float, float]:
+def _three_floats(
+    values: Sequence[float],
+) -> tuple[float, float, float]:
     red, green, blue = (float(value) for value in values)
     return red, green, blue
 
@@ -154,7 +169,10 @@ class Preprocess:
 
     def is_supported(self) -> bool:
         """Whether every value is one that this version can apply."""
-        if self.exif not in ("apply", "ignore") or self.interpolation not in tuple(RESAMPLING):
+        if self.exif not in (
+            "apply",
+            "ignore",
+        ) or self.interpolation not in tuple(RESAMPLING):
             return False
         if not 1 <= self.size <= MAX_SIZE:
             return False
@@ -225,7 +243,9 @@ def _undecodable(source: ImageLike, name: object, exc: Exception) -> ImageError:
         )
     if _first_bytes(source).startswith(LFS_POINTER):
         return ImageError(
-            "is a Git LFS pointer; the image itself was not fetched", where=name, remedy="run: git lfs pull"
+            "is a Git LFS pointer; the image itself was not fetched",
+            where=name,
+            remedy="run: git lfs pull",
         )
     return ImageError(
         "is damaged or not an image",
@@ -264,7 +284,10 @@ def snapshot(source: ImageLike, spec: Preprocess) -> ImageLike:
         return bytes(source)
     if isinstance(source, (str, Path, bytes)) or not hasattr(source, "read"):
         return source
-    if isinstance(source, io.BytesIO) and type(source) in (io.BytesIO, NamedBytes):
+    if isinstance(source, io.BytesIO) and type(source) in (
+        io.BytesIO,
+        NamedBytes,
+    ):
         data: bytes | None = source.getvalue()  # shares its memory until somebody writes
     else:
         data = _read_all(source)
@@ -278,7 +301,10 @@ def _read_all(file: BinaryIO) -> bytes | None:
         if file.seekable():
             file.seek(0)
         data = file.read(MAX_BYTES + 1)
-    except (AttributeError, ValueError):  # no whole file object, or a closed one
+    except (
+        AttributeError,
+        ValueError,
+    ):  # no whole file object, or a closed one
         return None
     return data if isinstance(data, bytes) else None
 
@@ -325,10 +351,14 @@ def _geometry(
     short = min(width, height)
     # the long side is truncated and the crop offset rounded, as in torchvision, which published models were
     # evaluated with
-    new = (max(size, int(spec.short_side * width / short)), max(size, int(spec.short_side * height / short)))
+    new = (
+        max(size, int(spec.short_side * width / short)),
+        max(size, int(spec.short_side * height / short)),
+    )
     if new[0] * new[1] > MAX_PIXELS:
         raise _too_large(
-            _name(source), f"resizing {width} x {height} by its short side gives {new[0]} x {new[1]}"
+            _name(source),
+            f"resizing {width} x {height} by its short side gives {new[0]} x {new[1]}",
         )
     left, top = round((new[0] - size) / 2), round((new[1] - size) / 2)
     return new, (left, top, left + size, top + size)
@@ -359,7 +389,10 @@ def _affine(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[np.ndarray
 
 
 def preprocess(
-    source: ImageLike, spec: Preprocess, out: np.ndarray | None = None, color: str = "rgb"
+    source: ImageLike,
+    spec: Preprocess,
+    out: np.ndarray | None = None,
+    color: str = "rgb",
 ) -> np.ndarray:
     """One image -> float32 ``(3, size, size)``, written into ``out`` if given. The other arguments and the
     errors are those of :func:`decode`."""
@@ -371,19 +404,29 @@ def _name(source: ImageLike) -> object:
     return source if isinstance(source, (str, Path)) else getattr(source, "filename", None) or "image"
 
 
-def _open(source: str | Path | bytes | bytearray | memoryview | BinaryIO, name: object) -> Image.Image:
+def _open(
+    source: str | Path | bytes | bytearray | memoryview | BinaryIO,
+    name: object,
+) -> Image.Image:
     """Read the header and check the sizes; nothing is decoded yet."""
     _require_kind(source, name)
     count = _count_bytes(source)
     if count == 0:
-        raise ImageError("the image is empty (0 bytes)", where=name, remedy="replace or remove the file")
+        raise ImageError(
+            "the image is empty (0 bytes)",
+            where=name,
+            remedy="replace or remove the file",
+        )
     if count is not None and count > MAX_BYTES:
         raise _too_large(name, f"{count} bytes, the cap is {MAX_BYTES}")
     encoded = io.BytesIO(source) if isinstance(source, (bytes, bytearray, memoryview)) else source
     image = Image.open(encoded, formats=IMAGE_FORMATS)
     if image.width * image.height > MAX_PIXELS:
         image.close()
-        raise _too_large(name, f"{image.width} x {image.height} pixels, the cap is {MAX_PIXELS}")
+        raise _too_large(
+            name,
+            f"{image.width} x {image.height} pixels, the cap is {MAX_PIXELS}",
+        )
     return image
 
 
@@ -396,15 +439,25 @@ def _require_kind(source: object, name: object) -> None:
         remedy = "check the source: cv2.imread() returns None for a file that it cannot read"
     elif isinstance(source, (list, tuple)):
         remedy = "give several images to predict() or stream()"
-    raise ImageError(f"this is no image but of type {type(source).__name__}", where=name, remedy=remedy)
+    raise ImageError(
+        f"this is no image but of type {type(source).__name__}",
+        where=name,
+        remedy=remedy,
+    )
 
 
-def _count_bytes(source: str | Path | bytes | bytearray | memoryview | BinaryIO) -> int | None:
+def _count_bytes(
+    source: str | Path | bytes | bytearray | memoryview | BinaryIO,
+) -> int | None:
     """Size of the encoded image; ``None`` where only reading it would tell."""
     if isinstance(source, (str, Path)):
         path = Path(source)
         if not path.is_file():
-            raise ImageError("no such image file", where=path, remedy="check the path")
+            raise ImageError(
+                "no such image file",
+                where=path,
+                remedy="check the path",
+            )
         return path.stat().st_size
     if isinstance(source, (bytes, bytearray)):
         return len(source)
@@ -414,7 +467,12 @@ def _count_bytes(source: str | Path | bytes | bytearray | memoryview | BinaryIO)
 
 
 def _too_large(name: object, why: object) -> ImageError:
-    return ImageError("the image is too large", where=name, why=why, remedy="make it smaller before using it")
+    return ImageError(
+        "the image is too large",
+        where=name,
+        why=why,
+        remedy="make it smaller before using it",
+    )
 
 
 def _convert(image: Image.Image, spec: Preprocess, name: object) -> Image.Image:
@@ -426,7 +484,9 @@ def _convert(image: Image.Image, spec: Preprocess, name: object) -> Image.Image:
         image = image if undo is None else image.transpose(undo)
     if image.mode == "F":
         raise ImageError(
-            "floating-point pixels have no defined range", where=name, remedy="save it as 8 or 16 bits"
+            "floating-point pixels have no defined range",
+            where=name,
+            remedy="save it as 8 or 16 bits",
         )
     if image.mode.startswith("I"):
         image = _to_8_bits(image, name)
@@ -454,6 +514,8 @@ def _to_8_bits(image: Image.Image, name: object) -> Image.Image:
     values = np.asarray(image).astype(np.int64)
     if values.size and (values.min() < 0 or values.max() > 65535):
         raise ImageError(
-            "the pixels are integers outside 0..65535", where=name, remedy="save it as 8 or 16 bits"
+            "the pixels are integers outside 0..65535",
+            where=name,
+            remedy="save it as 8 or 16 bits",
         )
     return Image.fromarray((values >> 8).astype(np.uint8))

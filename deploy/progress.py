@@ -31,7 +31,11 @@ class Progress:
         finally:
             self.finish()
             if not self.off:
-                print(f"\r{name:<34} {time.perf_counter() - start:6.1f} s", file=sys.stderr, flush=True)
+                print(
+                    f"\r{name:<34} {time.perf_counter() - start:6.1f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
     def tell(self, note: str) -> None:
         """Print a note that also logs should hold, unless it is empty or ``quiet``."""

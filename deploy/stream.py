@@ -57,7 +57,11 @@ class _Group:
 
 class _Stream:
     def __init__(
-        self, lanes: Lanes, decode: Callable[[Any, np.ndarray], Any], workers: int, in_flight: int
+        self,
+        lanes: Lanes,
+        decode: Callable[[Any, np.ndarray], Any],
+        workers: int,
+        in_flight: int,
     ) -> None:
         size = lanes.chunk
         threads = workers > 0 or in_flight > 1
@@ -183,7 +187,11 @@ class _Threads:
 
     def __init__(self, count: int, name: str) -> None:
         idents = self.idents = set[int]()
-        self._pool = ThreadPoolExecutor(count, name, initializer=lambda: idents.add(threading.get_ident()))
+        self._pool = ThreadPoolExecutor(
+            count,
+            name,
+            initializer=lambda: idents.add(threading.get_ident()),
+        )
         self.submit = self._pool.submit
 
     def cancel(self) -> None:

@@ -37,7 +37,12 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
+    return sorted(
+        {
+            *__all__,
+            *(name for name in globals() if name.startswith("__")),
+        }
+    )
 
 
 class _CallableModule(ModuleType):

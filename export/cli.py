@@ -45,13 +45,21 @@ def main(argv: list[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The flags of ``cmt-export``: those of :class:`~cmt_edge.export.settings.Settings`, and what is asked of
     the command itself."""
-    p = parser("cmt-export", "Export a hybrid CNN-transformer classifier to a verified bundle.", EPILOG)
+    p = parser(
+        "cmt-export",
+        "Export a hybrid CNN-transformer classifier to a verified bundle.",
+        EPILOG,
+    )
     p.add_argument(
         "--config",
         type=Path,
         help="TOML file with the same settings, as such or in a table [export]; flags win",
     )
-    p.add_argument("--list-models", action="store_true", help="print the models and exit")
+    p.add_argument(
+        "--list-models",
+        action="store_true",
+        help="print the models and exit",
+    )
     p.add_argument(
         "--dry-run",
         action="store_true",
@@ -66,7 +74,8 @@ def _main(args: argparse.Namespace) -> int:
         return _list_models(args.json) if args.list_models else _export(args)
     except ModuleNotFoundError as exc:
         raise RuntimeMissingError(
-            f"{exc.name} is not installed", remedy='pip install "cmt-edge[all]"'
+            f"{exc.name} is not installed",
+            remedy='pip install "cmt-edge[all]"',
         ) from exc
 
 
@@ -128,7 +137,15 @@ def _list_models(as_json: bool) -> int:
     if as_json:
         say(report.to_json([_model_json(spec) for spec in specs]))
         return 0
-    header = ["model", "family", "size", "classes", "M params", "GMACs", "published top-1"]
+    header = [
+        "model",
+        "family",
+        "size",
+        "classes",
+        "M params",
+        "GMACs",
+        "published top-1",
+    ]
     say(report.table(header, [_model_row(spec) for spec in specs]))
     return 0
 

@@ -24,7 +24,13 @@ from cmt_edge.deploy.files import read_text
 from cmt_edge.deploy.measure.parity import MAX_DROP
 from cmt_edge.deploy.preprocessing import RESAMPLING, Preprocess
 
-from .options import changed_flags, check_values, defaults_of, read_mapping, require_least
+from .options import (
+    changed_flags,
+    check_values,
+    defaults_of,
+    read_mapping,
+    require_least,
+)
 from .settings import AUTO, AUTO_DROP, FORMATS, TENSORRT, Settings
 
 OPSET = 20
@@ -293,7 +299,10 @@ class ExportConfig(Settings):
 
     def _check_budgets(self) -> None:
         """Budgets above 0."""
-        for flag, value in (("--latency-budget", self.latency_budget), ("--time-budget", self.time_budget)):
+        for flag, value in (
+            ("--latency-budget", self.latency_budget),
+            ("--time-budget", self.time_budget),
+        ):
             if value is not None and not value > 0:
                 raise InputError(
                     f"{flag} {value:g} is not above 0",
@@ -373,7 +382,9 @@ class ExportConfig(Settings):
             )
 
 
-def _described_by_weights(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _described_by_weights(
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
     """The settings that a checkpoint holds of its model: all where no model is named, and size and classes
     where the same one is. What is asked for goes first."""
     weights = settings.get("weights", "pretrained")
@@ -382,11 +393,20 @@ def _described_by_weights(settings: Mapping[str, Any]) -> dict[str, Any]:
     said = describe_checkpoint(Path(weights))
     if said.model is None or settings.get("model", said.model) != said.model:
         return {}
-    known = {"model": said.model, "imgsz": said.img_size, "num_classes": said.num_classes}
+    known = {
+        "model": said.model,
+        "imgsz": said.img_size,
+        "num_classes": said.num_classes,
+    }
     return {name: value for name, value in known.items() if value is not None}
 
 
-TABLES = (("export",), ("cmt-export",), ("tool", "cmt-export"), ("tool", "cmt-edge"))
+TABLES = (
+    ("export",),
+    ("cmt-export",),
+    ("tool", "cmt-export"),
+    ("tool", "cmt-edge"),
+)
 """Tables of a settings file that hold the settings of an export, in files that other tools read too."""
 
 
@@ -405,7 +425,11 @@ def read_config(path: Path) -> dict[str, Any]:
         return content
     if len(found) > 1:
         both = " and ".join(f"[{'.'.join(names)}]" for names, _ in found)
-        raise InputError(f"has the tables {both}", where=path, remedy="keep one of them")
+        raise InputError(
+            f"has the tables {both}",
+            where=path,
+            remedy="keep one of them",
+        )
     ((names, settings),) = found
     outside = {key: value for key, value in content.items() if not isinstance(value, dict)}
     for key in outside.keys() & settings.keys():
@@ -432,10 +456,18 @@ def _read_toml(path: Path) -> dict[str, Any]:
     else:
         import tomli as tomllib
     if not path.exists():
-        raise InputError("no such settings file", where=path, remedy="check the path given to --config")
+        raise InputError(
+            "no such settings file",
+            where=path,
+            remedy="check the path given to --config",
+        )
     try:
         return tomllib.loads(read_text(path))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
+    except (
+        OSError,
+        UnicodeDecodeError,
+        tomllib.TOMLDecodeError,
+    ) as exc:
         raise InputError(
             "the configuration file cannot be read",
             where=path,

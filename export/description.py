@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from cmt_edge.calib import CalibrationSet
-from cmt_edge.cmt import count_params, labels_of, try_macs, weights_fingerprint
+from cmt_edge.cmt import (
+    count_params,
+    labels_of,
+    try_macs,
+    weights_fingerprint,
+)
 from cmt_edge.cmt.reference import PROVIDER
 from cmt_edge.cmt.weights import AS_BUILT, LoadedWeights
 from cmt_edge.deploy import report
@@ -65,7 +70,11 @@ def describe_export(config: ExportConfig, reference: Reference) -> Manifest:
     batch: int | str = config.batch or "batch"
     return Manifest(
         model=_model(config, reference),
-        input=TensorEntry(name=INPUT, shape=(batch, 3, config.img_size, config.img_size), dtype="float32"),
+        input=TensorEntry(
+            name=INPUT,
+            shape=(batch, 3, config.img_size, config.img_size),
+            dtype="float32",
+        ),
         outputs=tuple(
             TensorEntry(
                 name=name,
@@ -137,7 +146,11 @@ def describe_typing(result: Typed, data: CalibrationSet | None) -> TypingEntry:
             largest=result.largest,
             synthesis=data.synthesis,
         )
-    return TypingEntry(operations=result.operations, islands=result.islands, observed=observed)
+    return TypingEntry(
+        operations=result.operations,
+        islands=result.islands,
+        observed=observed,
+    )
 
 
 def write_report(
@@ -149,13 +162,23 @@ def write_report(
 ) -> None:
     """Write ``report.md`` and ``report.json``: verification, latency where it was measured, and the verdict
     of ``auto``."""
-    parts = [f"# {name}", "## Verification", report.verification_text(result, markdown=True)]
+    parts = [
+        f"# {name}",
+        "## Verification",
+        report.verification_text(result, markdown=True),
+    ]
     content: dict[str, Any] = {"verification": result}
     if speed:
-        parts += ["## Latency", report.benchmark_text(speed, markdown=True)]
+        parts += [
+            "## Latency",
+            report.benchmark_text(speed, markdown=True),
+        ]
         content["benchmark"] = speed
     if manifest.verdict:
-        parts += [f"## Why {manifest.precision}", report.verdict_text(manifest.verdict, markdown=True)]
+        parts += [
+            f"## Why {manifest.precision}",
+            report.verdict_text(manifest.verdict, markdown=True),
+        ]
         content["verdict"] = manifest.verdict
     (folder / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     (folder / "report.json").write_text(report.to_json(content) + "\n", encoding="utf-8")

@@ -70,7 +70,17 @@ def option(
     written: tuple[type, ...] = (),
 ) -> T:
     """A dataclass field with ``default``; the other arguments are those of :class:`Option`."""
-    known = Option(help, group, choices, metavar, least, short, shortcuts, what, written)
+    known = Option(
+        help,
+        group,
+        choices,
+        metavar,
+        least,
+        short,
+        shortcuts,
+        what,
+        written,
+    )
     made: T = field(default=default, metadata={KEY: known})
     return made
 
@@ -104,7 +114,11 @@ def defaults_of(settings: type, group: str) -> dict[str, Any]:
 # --- the command line -----------------------------------------------------------------------------
 
 
-def add_flags(parser: argparse.ArgumentParser, settings: type, titles: Mapping[str, str]) -> None:
+def add_flags(
+    parser: argparse.ArgumentParser,
+    settings: type,
+    titles: Mapping[str, str],
+) -> None:
     """Add every option of a dataclass to ``parser``, in groups.
 
     A flag that was not given leaves no attribute behind, so that a settings file keeps its say; see
@@ -120,7 +134,11 @@ def add_flags(parser: argparse.ArgumentParser, settings: type, titles: Mapping[s
         section = parser.add_argument_group(title)
         for described_field in fields(settings):
             if option_of(described_field).group == group:
-                _add_flag(section.add_argument, described_field, kinds[described_field.name])
+                _add_flag(
+                    section.add_argument,
+                    described_field,
+                    kinds[described_field.name],
+                )
 
 
 def _add_flag(add: Callable[..., object], described_field: Field[Any], kind: Any) -> None:
@@ -155,7 +173,10 @@ def _reading(described_field: Field[Any], kind: Any) -> dict[str, Any]:
         return {"action": argparse.BooleanOptionalAction}
     number = next((t for t in types if t in (int, float)), None)
     choices = f"{{{','.join(known.choices)}}}" if known.choices else None
-    return {"type": finite if number is float else number, "metavar": known.metavar or choices}
+    return {
+        "type": finite if number is float else number,
+        "metavar": known.metavar or choices,
+    }
 
 
 def _help(described_field: Field[Any]) -> str:
@@ -244,7 +265,10 @@ def read_mapping(values: Mapping[str, Any], settings: type, where: object = None
 
 
 def _unknown_setting(
-    key: str, spellings: Iterable[str], names: Iterable[str], where: object
+    key: str,
+    spellings: Iterable[str],
+    names: Iterable[str],
+    where: object,
 ) -> UnknownNameError:
     close = difflib.get_close_matches(_plain(key), spellings, n=2)
     return UnknownNameError("setting", key, close, sorted(names), where)
@@ -258,7 +282,13 @@ def _contradiction(first: str, second: str, where: object) -> InputError:
     )
 
 
-def _typed(key: str, value: Any, described_field: Field[Any], kind: Any, where: object) -> Any:
+def _typed(
+    key: str,
+    value: Any,
+    described_field: Field[Any],
+    kind: Any,
+    where: object,
+) -> Any:
     """``value`` in the type ``kind`` of its field: a whole number is a number too, and a text may be written
     in the other types that its option allows.
 
@@ -275,14 +305,20 @@ def _typed(key: str, value: Any, described_field: Field[Any], kind: Any, where: 
         return str(value)
     if not value or not all(type(item) in (str, int, float) for item in value):
         raise InputError(
-            f"{key} = {value!r} should be a list of names or numbers", where=where, remedy="correct the file"
+            f"{key} = {value!r} should be a list of names or numbers",
+            where=where,
+            remedy="correct the file",
         )
     return ",".join(map(str, value))
 
 
 def _wrong_type(key: str, value: Any, types: Iterable[type], where: object) -> InputError:
     names = " or ".join(t.__name__ for t in types)
-    return InputError(f"{key} = {value!r} should be {names}", where=where, remedy="correct the file")
+    return InputError(
+        f"{key} = {value!r} should be {names}",
+        where=where,
+        remedy="correct the file",
+    )
 
 
 # --- values ---------------------------------------------------------------------------------------
@@ -292,18 +328,28 @@ def check_values(settings: Any) -> None:
     """Raise :class:`InputError` for the first value that is empty, not finite, not among its choices or below
     its least."""
     for described_field in fields(settings):
-        known, value = option_of(described_field), getattr(settings, described_field.name)
+        known, value = (
+            option_of(described_field),
+            getattr(settings, described_field.name),
+        )
         if value is None:
             continue
         if value == "":
-            raise InputError(f"{flag_of(described_field)} is empty", remedy="give a value, or leave it out")
+            raise InputError(
+                f"{flag_of(described_field)} is empty",
+                remedy="give a value, or leave it out",
+            )
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(
                 f"{flag_of(described_field)} {value} is not a finite number",
                 remedy="give a number, or leave it out for the default",
             )
         if known.choices:
-            require_choice(known.what or described_field.name, str(value), known.choices)
+            require_choice(
+                known.what or described_field.name,
+                str(value),
+                known.choices,
+            )
         if known.least is not None:
             require_least(flag_of(described_field), value, known.least)
 
@@ -313,11 +359,17 @@ def require_choice(what: str, value: str, known: Iterable[str]) -> None:
     names = tuple(known)
     if value not in names:
         raise UnknownNameError(
-            what, value, difflib.get_close_matches(value, names, n=2, cutoff=CUTOFF), names
+            what,
+            value,
+            difflib.get_close_matches(value, names, n=2, cutoff=CUTOFF),
+            names,
         )
 
 
 def require_least(flag: str, value: float, least: int) -> None:
     """Raise :class:`InputError` if ``value`` is below ``least``, or not a number."""
     if not value >= least:
-        raise InputError(f"{flag} {value} is too small", remedy=f"give {least} or more")
+        raise InputError(
+            f"{flag} {value} is too small",
+            remedy=f"give {least} or more",
+        )

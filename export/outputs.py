@@ -50,7 +50,10 @@ def find_kind(logits: np.ndarray, operation: str) -> str:
         return LOGITS
     allowed = COARSE_TOLERANCE if resolution(logits) else SUM_TOLERANCE
     if (np.abs(logits.sum(axis=1) - 1) <= allowed).all():
-        if operation not in (*SOFTMAXES, *SIGMOIDS):  # these may be so sure that they round to 0 and 1
+        if operation not in (
+            *SOFTMAXES,
+            *SIGMOIDS,
+        ):  # these may be so sure that they round to 0 and 1
             _require_degrees(logits)
         return PROBABILITIES
     return SCORES if operation in SIGMOIDS else LOGITS

@@ -19,7 +19,12 @@ import onnx
 from cmt_edge.calib import CalibrationSet
 from cmt_edge.deploy import Bundle
 from cmt_edge.deploy.backends import RUNTIME_OF_FORMAT, get_runtime
-from cmt_edge.deploy.bundle import REFERENCE, BundleWriter, Manifest, save_reference
+from cmt_edge.deploy.bundle import (
+    REFERENCE,
+    BundleWriter,
+    Manifest,
+    save_reference,
+)
 from cmt_edge.deploy.bundle.sections import TypingEntry, VerdictEntry
 from cmt_edge.deploy.cache import can_keep
 from cmt_edge.deploy.files import cache_folder, writing
@@ -32,7 +37,11 @@ from cmt_edge.deploy.signals import terminate_as_interrupt
 from . import steps
 from .auto.choose import choose
 from .config import ExportConfig
-from .description import describe_calibration, describe_typing, write_report
+from .description import (
+    describe_calibration,
+    describe_typing,
+    write_report,
+)
 from .plan import Journal, Step, describe_plan, steps_to_finish
 from .preparation import Prepared, prepare
 from .steps import OBSERVED_IMAGES, Differences
@@ -106,7 +115,10 @@ def _claimed(output: Path) -> Iterator[None]:
 
 
 def finish(
-    config: ExportConfig, prepared: Prepared, verdict: VerdictEntry | None, progress: Progress
+    config: ExportConfig,
+    prepared: Prepared,
+    verdict: VerdictEntry | None,
+    progress: Progress,
 ) -> Bundle:
     """The bundle of one precision, verified and measured.
 
@@ -116,15 +128,30 @@ def finish(
         verdict: why ``auto`` chose the precision, where it did.
         progress: draws the steps.
     """
-    with Journal(steps_to_finish(config), progress) as journal, BundleWriter(config.target) as writer:
+    with (
+        Journal(steps_to_finish(config), progress) as journal,
+        BundleWriter(config.target) as writer,
+    ):
         graph, manifest = _chosen(config, prepared, verdict)
         differences = prepared.differences
         if Step.TYPE in journal:
             graph, typing, found = _typed(config, graph, prepared, journal)
-            manifest, differences = replace(manifest, typing=typing), differences | found
-        with journal.step(Step.FILES, format=config.format), writing(config.target):
+            manifest, differences = (
+                replace(manifest, typing=typing),
+                differences | found,
+            )
+        with (
+            journal.step(Step.FILES, format=config.format),
+            writing(config.target),
+        ):
             golden = prepared.reference.golden
-            runtime = steps.write_files(writer.folder, graph, config.batch, golden, config.format)
+            runtime = steps.write_files(
+                writer.folder,
+                graph,
+                config.batch,
+                golden,
+                config.format,
+            )
             manifest = replace(manifest, runtime=runtime)
         if Step.BUILD in journal:
             journal.take(Step.BUILD)
@@ -135,7 +162,11 @@ def finish(
         speed = None
         if Step.MEASURE in journal:
             with journal.step(Step.MEASURE):
-                speed = steps.measure_bundle(writer.staged(manifest), config.threads, progress.share)
+                speed = steps.measure_bundle(
+                    writer.staged(manifest),
+                    config.threads,
+                    progress.share,
+                )
                 manifest = replace(manifest, latency=summary(speed))
         with journal.step(Step.WRITE), writing(config.target):
             write_report(writer.folder, manifest, config.folder, result, speed)
@@ -143,7 +174,9 @@ def finish(
 
 
 def _chosen(
-    config: ExportConfig, prepared: Prepared, verdict: VerdictEntry | None
+    config: ExportConfig,
+    prepared: Prepared,
+    verdict: VerdictEntry | None,
 ) -> tuple[onnx.ModelProto, Manifest]:
     """The graph of the precision, and the manifest as far as it is known."""
     graph = prepared.graph_of(config.precision, config.kept_float)
@@ -160,7 +193,10 @@ def _chosen(
 
 
 def _typed(
-    config: ExportConfig, graph: onnx.ModelProto, prepared: Prepared, journal: Journal
+    config: ExportConfig,
+    graph: onnx.ModelProto,
+    prepared: Prepared,
+    journal: Journal,
 ) -> tuple[onnx.ModelProto, TypingEntry, Differences]:
     """The graph with its precision written into it, and what is told of that."""
     from . import trt
@@ -177,7 +213,10 @@ def _typed(
 
 
 def _with_engine(
-    config: ExportConfig, writer: BundleWriter, manifest: Manifest, progress: Progress
+    config: ExportConfig,
+    writer: BundleWriter,
+    manifest: Manifest,
+    progress: Progress,
 ) -> Manifest:
     """The manifest with an engine in it, which lies beside the graph."""
     from . import trt
@@ -192,7 +231,11 @@ def _with_engine(
 
 
 def _verified(
-    config: ExportConfig, writer: BundleWriter, manifest: Manifest, prepared: Prepared, progress: Progress
+    config: ExportConfig,
+    writer: BundleWriter,
+    manifest: Manifest,
+    prepared: Prepared,
+    progress: Progress,
 ) -> Verification:
     """The staged bundle compared with the reference, whose answers are kept in it."""
     bundle = writer.staged(manifest)
@@ -202,7 +245,14 @@ def _verified(
 
         candidate = trt.emulate(config, bundle)
     labelled = prepared.evaluation.images if prepared.evaluation else None
-    result = steps.verify_bundle(config, bundle, prepared.reference, labelled, candidate, progress.count)
+    result = steps.verify_bundle(
+        config,
+        bundle,
+        prepared.reference,
+        labelled,
+        candidate,
+        progress.count,
+    )
     steps.require_passed(result)
     if result.data:
         with writing(config.target):

@@ -21,7 +21,13 @@ from cmt_edge.deploy.progress import Progress
 from .config import ExportConfig
 from .description import describe_export
 from .settings import FORMATS
-from .steps import OBSERVED_IMAGES, choose_images, count_synthetic, make_reference, match_evaluation
+from .steps import (
+    OBSERVED_IMAGES,
+    choose_images,
+    count_synthetic,
+    make_reference,
+    match_evaluation,
+)
 
 
 class Step(Enum):
@@ -59,7 +65,11 @@ OPTIONAL = (Step.RANK, Step.REFINE)
 
 def steps_of(config: ExportConfig) -> list[Step]:
     """Every step of an export in order."""
-    return [*steps_to_prepare(config), *steps_to_choose(config), *steps_to_finish(config)]
+    return [
+        *steps_to_prepare(config),
+        *steps_to_choose(config),
+        *steps_to_finish(config),
+    ]
 
 
 def steps_to_prepare(config: ExportConfig) -> Iterator[Step]:
@@ -75,7 +85,13 @@ def steps_to_prepare(config: ExportConfig) -> Iterator[Step]:
 def steps_to_choose(config: ExportConfig) -> Iterator[Step]:
     """Steps from which the precision is chosen; none where it was named."""
     if config.precision == "auto":
-        yield from (Step.COMPARE, Step.RANK, Step.REFINE, Step.TIME, Step.CHOOSE)
+        yield from (
+            Step.COMPARE,
+            Step.RANK,
+            Step.REFINE,
+            Step.TIME,
+            Step.CHOOSE,
+        )
 
 
 def steps_to_finish(config: ExportConfig) -> Iterator[Step]:
@@ -156,7 +172,12 @@ def describe_plan(config: ExportConfig) -> dict[str, Any]:
         }
         plan["candidates"] = [*FORMATS[config.format], "int8 in part"]
     return plan | {
-        "input": [config.batch or "batch", 3, config.img_size, config.img_size],
+        "input": [
+            config.batch or "batch",
+            3,
+            config.img_size,
+            config.img_size,
+        ],
         "classes": config.classes,
         "precision": config.precision,
         "format": config.format,
@@ -172,7 +193,11 @@ def _images(config: ExportConfig) -> dict[str, Any]:
     data = choose_images(config)
     if data is None:
         return {"source": None, "images": OBSERVED_IMAGES}
-    return {"source": data.source, "images": len(data), "fingerprint": data.fingerprint}
+    return {
+        "source": data.source,
+        "images": len(data),
+        "fingerprint": data.fingerprint,
+    }
 
 
 def _describe_subject(config: ExportConfig) -> dict[str, Any]:
@@ -185,7 +210,11 @@ def _describe_subject(config: ExportConfig) -> dict[str, Any]:
     reference = make_reference(opened)
     manifest = describe_export(opened, reference)
     if config.eval_data:
-        match_evaluation(Bundle(config.target, manifest), config.eval_data, config.by_order)
+        match_evaluation(
+            Bundle(config.target, manifest),
+            config.eval_data,
+            config.by_order,
+        )
     found: dict[str, Any] = {"weights": config.weights}
     if download:
         found["download"] = download

@@ -71,12 +71,30 @@ def prepare(config: ExportConfig, progress: Progress) -> Prepared:
         quantized = None
         if data is not None and Step.CALIBRATE in journal:
             with journal.step(Step.CALIBRATE, images=len(data)):
-                quantized = steps.calibrate(graph, data, config.preprocess, config.cache, progress.count)
-        return Prepared(started, reference, manifest, evaluation, data, graph, differences, quantized)
+                quantized = steps.calibrate(
+                    graph,
+                    data,
+                    config.preprocess,
+                    config.cache,
+                    progress.count,
+                )
+        return Prepared(
+            started,
+            reference,
+            manifest,
+            evaluation,
+            data,
+            graph,
+            differences,
+            quantized,
+        )
 
 
 def _images(
-    config: ExportConfig, reference: Reference, journal: Journal, progress: Progress
+    config: ExportConfig,
+    reference: Reference,
+    journal: Journal,
+    progress: Progress,
 ) -> CalibrationSet | None:
     """The images that were asked for, made from the model where they are synthetic."""
     if Step.SYNTHESISE not in journal:

@@ -86,26 +86,40 @@ class Settings:
         group=MODEL,
         choices=HEADS,
     )
-    weights: str = option("pretrained", help="pretrained, random, or a checkpoint file", group=MODEL)
+    weights: str = option(
+        "pretrained",
+        help="pretrained, random, or a checkpoint file",
+        group=MODEL,
+    )
     ema: bool | None = option(
         None,
         help="take a checkpoint's averaged weights, or not (default: take them where it has them)",
         group=MODEL,
     )
     fresh_head: bool = option(
-        False, help="start a new classifier where the checkpoint has another class count", group=MODEL
+        False,
+        help="start a new classifier where the checkpoint has another class count",
+        group=MODEL,
     )
     resize_position_bias: bool = option(
-        False, help="interpolate a checkpoint of another resolution", group=MODEL
+        False,
+        help="interpolate a checkpoint of another resolution",
+        group=MODEL,
     )
     num_classes: int | None = option(
-        None, help="number of classes of the checkpoint (default: as published)", group=MODEL
+        None,
+        help="number of classes of the checkpoint (default: as published)",
+        group=MODEL,
     )
     imgsz: int | None = option(
-        None, help="input height and width, pixels (default: as published)", group=MODEL
+        None,
+        help="input height and width, pixels (default: as published)",
+        group=MODEL,
     )
     labels: str | None = option(
-        None, help="text file with one class name a line, in the order of the logits", group=MODEL
+        None,
+        help="text file with one class name a line, in the order of the logits",
+        group=MODEL,
     )
     data: str | None = option(
         None,
@@ -125,9 +139,16 @@ class Settings:
         group=DATA,
     )
     eval_limit: int | None = option(
-        None, help="largest number of labelled images to use, evenly spread", group=DATA, least=1
+        None,
+        help="largest number of labelled images to use, evenly spread",
+        group=DATA,
+        least=1,
     )
-    by_order: bool = option(False, help="match class folders to labels in sorted order", group=DATA)
+    by_order: bool = option(
+        False,
+        help="match class folders to labels in sorted order",
+        group=DATA,
+    )
     max_drop: float | None = option(
         None,
         help=f"allowed loss of top-1, percentage points (default: {MAX_DROP}; auto: {AUTO_DROP})",
@@ -135,9 +156,17 @@ class Settings:
         least=0,
     )
     atol: float | None = option(
-        None, help="allowed difference of the golden logits (default: by precision)", group=GATES, least=0
+        None,
+        help="allowed difference of the golden logits (default: by precision)",
+        group=GATES,
+        least=0,
     )
-    batch: int = option(1, help="batch size of the graph, 0 for any", group=OUTPUT, least=0)
+    batch: int = option(
+        1,
+        help="batch size of the graph, 0 for any",
+        group=OUTPUT,
+        least=0,
+    )
     mean: str | None = option(
         None,
         help="mean of the values 0..1 (default: the model's)",
@@ -170,20 +199,34 @@ class Settings:
         group=MACHINE,
         least=1,
     )
-    seed: int = option(0, help="seed of random weights and of the choice of images", group=MACHINE)
+    seed: int = option(
+        0,
+        help="seed of random weights and of the choice of images",
+        group=MACHINE,
+    )
     build: bool = option(
         True,
         help="write the bundle without an engine; cmt-build finishes it on the device",
         group=TENSORRT,
     )
-    device: str | None = option(None, help="number of the GPU (default: 0)", group=TENSORRT, written=(int,))
+    device: str | None = option(
+        None,
+        help="number of the GPU (default: 0)",
+        group=TENSORRT,
+        written=(int,),
+    )
     workspace: float | None = option(
         None,
         help="scratch memory of the builder (default: 40 % of what is free)",
         group=TENSORRT,
         metavar="GiB",
     )
-    output: str = option(".", help="folder in which the bundle's folder is made", group=OUTPUT, short="-o")
+    output: str = option(
+        ".",
+        help="folder in which the bundle's folder is made",
+        group=OUTPUT,
+        short="-o",
+    )
     name: str | None = option(
         None,
         help="stands for the model in the name of the bundle's folder, so that two checkpoints of one model"
@@ -203,10 +246,16 @@ class Settings:
         written=(list,),
     )
     latency_budget: float | None = option(
-        None, help="allowed median latency of one batch, milliseconds", group=AUTO, metavar="MS"
+        None,
+        help="allowed median latency of one batch, milliseconds",
+        group=AUTO,
+        metavar="MS",
     )
     time_budget: float | None = option(
-        None, help="seconds after which nothing is refined any more", group=AUTO, metavar="S"
+        None,
+        help="seconds after which nothing is refined any more",
+        group=AUTO,
+        metavar="S",
     )
     isa: str | None = option(
         None,

@@ -36,13 +36,35 @@ from cmt_edge.deploy.bundle.sections import RuntimeEntry
 from cmt_edge.deploy.errors import GateError, InputError
 from cmt_edge.deploy.files import cache_folder
 from cmt_edge.deploy.images import ImageSet
-from cmt_edge.deploy.measure.benchmark import Benchmark, Protocol, benchmark
-from cmt_edge.deploy.measure.parity import Verification, match_labels, resolution, verify
+from cmt_edge.deploy.measure.benchmark import (
+    Benchmark,
+    Protocol,
+    benchmark,
+)
+from cmt_edge.deploy.measure.parity import (
+    Verification,
+    match_labels,
+    resolution,
+    verify,
+)
 from cmt_edge.deploy.preprocessing import normalise, pixels
 
 from .config import OPSET, ExportConfig
-from .outputs import IN_UNIT_RANGE, find_kind, may_be_probabilities, require_finite
-from .to_onnx import ATOL, FUSE_ATOL, export_onnx, outputs_of, require_parity, simplify, with_batch
+from .outputs import (
+    IN_UNIT_RANGE,
+    find_kind,
+    may_be_probabilities,
+    require_finite,
+)
+from .to_onnx import (
+    ATOL,
+    FUSE_ATOL,
+    export_onnx,
+    outputs_of,
+    require_parity,
+    simplify,
+    with_batch,
+)
 from .typed import observe
 
 GOLDEN_IMAGES = 4
@@ -168,7 +190,11 @@ def _last_operation(model: nn.Module, batch: np.ndarray) -> str:
 
 def make_golden(model: nn.Module, spec: Preprocess) -> tuple[Golden, np.ndarray]:
     """Golden images with what ``model`` makes of them, and the images preprocessed, ``(K, 3, S, S)``."""
-    sources = generate(GOLDEN_IMAGES, round(GOLDEN_MARGIN * spec.size), seed=GOLDEN_SEED)
+    sources = generate(
+        GOLDEN_IMAGES,
+        round(GOLDEN_MARGIN * spec.size),
+        seed=GOLDEN_SEED,
+    )
     decoded = np.stack([pixels(source, spec) for source in sources])
     batch = normalise(decoded, spec)
     return Golden(sources, decoded, TorchSession(model).run(batch)), batch
@@ -202,7 +228,12 @@ def count_synthetic(config: ExportConfig) -> int:
     return count if config.quantizes else min(count, OBSERVED_IMAGES)
 
 
-def synthesise(config: ExportConfig, classifier: nn.Module, count: int, progress: Count) -> CalibrationSet:
+def synthesise(
+    config: ExportConfig,
+    classifier: nn.Module,
+    count: int,
+    progress: Count,
+) -> CalibrationSet:
     """``count`` images made from the batch norms of ``classifier``.
 
     Raises:
@@ -227,12 +258,20 @@ def fuse_model(reference: Reference, head: str) -> tuple[nn.Module, Differences]
     fused = with_head(fuse(reference.classifier), head)
     outputs = TorchSession(fused).run(reference.batch)
     return fused, {
-        "fuse": require_parity("fuse", outputs, reference.outputs, max(FUSE_ATOL, reference.resolution))
+        "fuse": require_parity(
+            "fuse",
+            outputs,
+            reference.outputs,
+            max(FUSE_ATOL, reference.resolution),
+        )
     }
 
 
 def trace_model(
-    fused: nn.Module, reference: Reference, img_size: int, outputs: list[str]
+    fused: nn.Module,
+    reference: Reference,
+    img_size: int,
+    outputs: list[str],
 ) -> tuple[onnx.ModelProto, Differences]:
     """The float32 graph of ``fused`` with a dynamic batch; ``outputs`` are its outputs' names.
 
@@ -244,7 +283,12 @@ def trace_model(
 
     def compare(graph: onnx.ModelProto) -> None:
         ours = outputs_of(graph, reference.batch, step)
-        differences["onnx"] = require_parity(step, ours, reference.outputs, max(ATOL, reference.resolution))
+        differences["onnx"] = require_parity(
+            step,
+            ours,
+            reference.outputs,
+            max(ATOL, reference.resolution),
+        )
 
     return export_onnx(fused, img_size, OPSET, outputs, compare), differences
 
@@ -270,7 +314,11 @@ def compare_batch_sizes(graph: onnx.ModelProto, reference: Reference) -> Differe
 
 
 def calibrate(
-    graph: onnx.ModelProto, data: CalibrationSet, spec: Preprocess, cached: bool, progress: Count
+    graph: onnx.ModelProto,
+    data: CalibrationSet,
+    spec: Preprocess,
+    cached: bool,
+    progress: Count,
 ) -> Quantized:
     """``graph`` in int8, calibrated on ``data``; an equal one of an earlier run is used again where
     ``cached``.
@@ -283,7 +331,10 @@ def calibrate(
 
 
 def choose_graph(
-    graph: onnx.ModelProto, quantized: Quantized | None, precision: str, kept_float: tuple[str, ...]
+    graph: onnx.ModelProto,
+    quantized: Quantized | None,
+    precision: str,
+    kept_float: tuple[str, ...],
 ) -> onnx.ModelProto:
     """The graph of one precision: ``graph``, or for int8 the calibrated one with groups taken back to float.
 
@@ -297,7 +348,10 @@ def choose_graph(
 
 
 def observe_ranges(
-    graph: onnx.ModelProto, data: CalibrationSet, reference: Reference, spec: Preprocess
+    graph: onnx.ModelProto,
+    data: CalibrationSet,
+    reference: Reference,
+    spec: Preprocess,
 ) -> dict[str, float]:
     """Largest absolute value of every tensor on the golden images and the first :data:`OBSERVED_IMAGES` of
     ``data``."""
@@ -310,7 +364,11 @@ def observe_ranges(
 
 
 def write_files(
-    folder: Path, graph: onnx.ModelProto, batch: int, golden: Golden, format: str
+    folder: Path,
+    graph: onnx.ModelProto,
+    batch: int,
+    golden: Golden,
+    format: str,
 ) -> RuntimeEntry:
     """Write ``model.onnx`` with its batch size, the golden vectors, and what the runtime reads instead of the
     graph.
@@ -351,7 +409,13 @@ def verify_bundle(
         DataError: an image cannot be used.
     """
     session = TorchSession(reference.model)
-    with Predictor(session, config.preprocess, bundle.labels, batch=0, head=config.head) as torch_side:
+    with Predictor(
+        session,
+        config.preprocess,
+        bundle.labels,
+        batch=0,
+        head=config.head,
+    ) as torch_side:
         result = verify(
             bundle,
             data=labelled,
@@ -381,7 +445,11 @@ def require_passed(result: Verification) -> None:
         )
 
 
-def measure_bundle(bundle: Bundle, threads: int | None, progress: Callable[[str, float], None]) -> Benchmark:
+def measure_bundle(
+    bundle: Bundle,
+    threads: int | None,
+    progress: Callable[[str, float], None],
+) -> Benchmark:
     """A short measurement of a staged bundle."""
     return benchmark(
         [bundle],

@@ -31,7 +31,12 @@ from cmt_edge.calib.groups import MODULE
 from cmt_edge.cmt import FeatureMaps
 from cmt_edge.cmt.outputs import TwoLabels
 from cmt_edge.deploy.bundle import LOGITS
-from cmt_edge.deploy.errors import CmtEdgeError, InputError, ParityError, StepError
+from cmt_edge.deploy.errors import (
+    CmtEdgeError,
+    InputError,
+    ParityError,
+    StepError,
+)
 
 from .refusals import explaining
 
@@ -56,7 +61,10 @@ onnxsim leaves them, and the batch norms behind such convs; torch.onnx's own opt
 Rewritten families have neither.
 """
 
-UNWANTED = ("fuse_matmul_add_bias_into_gemm", "fuse_matmul_add_bias_into_gemm_batched")
+UNWANTED = (
+    "fuse_matmul_add_bias_into_gemm",
+    "fuse_matmul_add_bias_into_gemm_batched",
+)
 """Passes of onnxsim that are left out: a ``Gemm`` needs its tokens flattened, and OpenVINO copies a
 tensor that is read both flattened and as a map."""
 
@@ -116,15 +124,28 @@ def _require_same(model: nn.Module, graph: onnx.ModelProto, img_size: int) -> fl
     with torch.inference_mode():
         given = model(images)
     expected = [v.numpy() for v in ((given,) if isinstance(given, torch.Tensor) else given)]
-    return require_parity("export to ONNX", outputs_of(graph, images.numpy(), "export to ONNX"), expected)
+    return require_parity(
+        "export to ONNX",
+        outputs_of(graph, images.numpy(), "export to ONNX"),
+        expected,
+    )
 
 
 def trace(
-    model: nn.Module, img_size: int, opset: int, outputs: Sequence[str], batch: int | None
+    model: nn.Module,
+    img_size: int,
+    opset: int,
+    outputs: Sequence[str],
+    batch: int | None,
 ) -> onnx.ModelProto:
     """What torch.onnx makes of ``model`` with a fixed batch size, or with a symbolic one (``None``)."""
     example = torch.zeros(batch or 2, 3, img_size, img_size)  # 2: a symbolic batch of 1 would be baked in
-    with guarded("export to ONNX"), _quiet(), torch.no_grad(), explaining(model, example):
+    with (
+        guarded("export to ONNX"),
+        _quiet(),
+        torch.no_grad(),
+        explaining(model, example),
+    ):
         program = torch.onnx.export(
             model,
             (example,),
@@ -141,7 +162,8 @@ def trace(
         if any(node.op_type in UNTYPED for node in program.model_proto.graph.node):
             program.optimize()
         return _anonymous(
-            program.model_proto, "model." if isinstance(model, (FeatureMaps, TwoLabels)) else ""
+            program.model_proto,
+            "model." if isinstance(model, (FeatureMaps, TwoLabels)) else "",
         )
 
 
@@ -162,7 +184,13 @@ def _free_batch(graph: ir.Graph) -> None:
     """See :func:`_batch_freed`, in place."""
     shapes = [node for node in graph if node.op_type == "Concat" and _begins_with_batch(node)]
     opened = add_constant(graph, "open", np.array([-1], np.int64))
-    size = make_node("Shape", [graph.inputs[0]], "batch_size", "batch_size", {"end": 1, "start": 0})
+    size = make_node(
+        "Shape",
+        [graph.inputs[0]],
+        "batch_size",
+        "batch_size",
+        {"end": 1, "start": 0},
+    )
     graph.insert_before(graph[0], size)
     for node in shapes:
         node.replace_input_with(0, opened if _is_reshape_only(node) else size.outputs[0])
@@ -198,7 +226,8 @@ def simplify(graph: onnx.ModelProto) -> onnx.ModelProto:
         simplified, ok = onnxsim.simplify(graph, skipped_optimizers=list(UNWANTED))
         if not ok:
             raise StepError(
-                "step 'simplify' failed: onnxsim's own check did not pass", remedy="report the model"
+                "step 'simplify' failed: onnxsim's own check did not pass",
+                remedy="report the model",
             )
     return checked("simplify", _relabelled(_anonymous(simplified), graph))
 
@@ -257,7 +286,10 @@ def run_graph(graph: onnx.ModelProto, step: str) -> Run:
 
 
 def require_parity(
-    step: str, ours: Sequence[np.ndarray], reference: Sequence[np.ndarray], atol: float = ATOL
+    step: str,
+    ours: Sequence[np.ndarray],
+    reference: Sequence[np.ndarray],
+    atol: float = ATOL,
 ) -> float:
     """The largest difference of any output; raises :class:`ParityError` with the step's name beyond
     ``atol``."""
@@ -309,7 +341,11 @@ def _anonymous(graph: onnx.ModelProto, wrapper: str = "") -> onnx.ModelProto:
         node.doc_string = ""
         if module:
             node.metadata_props.add(key=MODULE, value=module.removeprefix(wrapper))
-    for value in (*graph.graph.input, *graph.graph.output, *graph.graph.value_info):
+    for value in (
+        *graph.graph.input,
+        *graph.graph.output,
+        *graph.graph.value_info,
+    ):
         del value.metadata_props[:]
     return graph
 
@@ -348,13 +384,21 @@ def _quiet() -> Iterator[None]:
     """Exporter chatter off standard output and the log; errors still raise."""
     loggers = [
         logging.getLogger(name)
-        for name in ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")
+        for name in (
+            "torch.onnx",
+            "torch.onnx._internal.exporter._registration",
+            "onnxscript",
+            "onnx_ir",
+        )
     ]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:

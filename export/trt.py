@@ -12,7 +12,11 @@ from cmt_edge.deploy import Bundle, Predictor
 from cmt_edge.deploy.backends import LoadOptions
 from cmt_edge.deploy.backends.onnxruntime import OnnxRuntimeSession
 from cmt_edge.deploy.bundle import ONNX, Manifest
-from cmt_edge.deploy.errors import GateError, ParityError, RuntimeMissingError
+from cmt_edge.deploy.errors import (
+    GateError,
+    ParityError,
+    RuntimeMissingError,
+)
 from cmt_edge.deploy.measure.parity import distance, tolerance
 from cmt_edge.deploy.progress import Progress
 from cmt_edge.deploy.tensorrt.build import finish, require_tensorrt
@@ -50,7 +54,10 @@ def preflight(config: ExportConfig) -> None:
 
 
 def write_precision(
-    config: ExportConfig, graph: onnx.ModelProto, observed: dict[str, float], reference: Reference
+    config: ExportConfig,
+    graph: onnx.ModelProto,
+    observed: dict[str, float],
+    reference: Reference,
 ) -> tuple[Typed, Differences]:
     """``graph`` with its precision written into it.
 
@@ -76,7 +83,10 @@ def write_precision(
 
 
 def _require_same(
-    config: ExportConfig, before: onnx.ModelProto, after: onnx.ModelProto, reference: Reference
+    config: ExportConfig,
+    before: onnx.ModelProto,
+    after: onnx.ModelProto,
+    reference: Reference,
 ) -> float:
     """The largest difference that writing the precision made, with every float16 tensor rounded."""
     step = "write the precision into the graph"
@@ -122,4 +132,10 @@ def emulate(config: ExportConfig, bundle: Bundle) -> Predictor:
     session = OnnxRuntimeSession(graph.SerializeToString(), LoadOptions(threads=config.threads))
     if config.precision != "fp32":
         session.runtime += ", float16 emulated"
-    return Predictor(session, config.preprocess, bundle.labels, batch=config.batch, head=config.head)
+    return Predictor(
+        session,
+        config.preprocess,
+        bundle.labels,
+        batch=config.batch,
+        head=config.head,
+    )

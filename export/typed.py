@@ -102,7 +102,14 @@ SUMS = {
 ALWAYS_FLOAT = {"Resize": (1, 2)}
 """Operation -> positions of inputs that ONNX defines as float32, whatever type the data has."""
 
-NOT_COUNTED = (*MOVES, QUANTIZE, DEQUANTIZE, "Cast", "Constant", "Identity")
+NOT_COUNTED = (
+    *MOVES,
+    QUANTIZE,
+    DEQUANTIZE,
+    "Cast",
+    "Constant",
+    "Identity",
+)
 """Operations that compute nothing: :attr:`Typed.operations` leaves them out."""
 
 STEP = "write the precision into the graph"
@@ -145,7 +152,11 @@ def observe(graph: onnx.ModelProto, batches: Iterable[np.ndarray]) -> dict[str, 
     return {name: float(np.abs([low, high]).max(initial=0.0)) for name, (low, high) in extremes.items()}
 
 
-def typed(graph: onnx.ModelProto, precision: str, observed: Mapping[str, float]) -> Typed:
+def typed(
+    graph: onnx.ModelProto,
+    precision: str,
+    observed: Mapping[str, float],
+) -> Typed:
     """A copy of ``graph``, float32 or Q/DQ, typed for ``precision``.
 
     Args:
@@ -204,7 +215,10 @@ def _round_to_half(graph: ir.Graph) -> None:
 def _converts_floats(cast: ir.Node) -> bool:
     """Whether a ``Cast`` converts a computed tensor between float32 and float16."""
     source = input_of(cast, 0)
-    return not is_constant(source) and {source.dtype, cast.outputs[0].dtype} <= {FLOAT, HALF}
+    return not is_constant(source) and {
+        source.dtype,
+        cast.outputs[0].dtype,
+    } <= {FLOAT, HALF}
 
 
 def _round_output(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
@@ -212,7 +226,13 @@ def _round_output(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
     name = name_of(value)
     after = detach_readers(value, f"{name}_exact")
     half = make_node("Cast", [value], f"{name}_rounded", "", {"to": int(HALF)})
-    single = ir.node("Cast", half.outputs, {"to": int(FLOAT)}, outputs=[after], name="")
+    single = ir.node(
+        "Cast",
+        half.outputs,
+        {"to": int(FLOAT)},
+        outputs=[after],
+        name="",
+    )
     graph.insert_after(node, [half, single])
 
 
@@ -257,11 +277,17 @@ class _Islands:
         self._add(node, reason, value)
         if node.op_type == "Softmax":
             self._reach_back(node, "makes the scores of a float32 Softmax", value)
-        elif reason == LARGE_LOGITS and node.op_type in (*MOVES, *ELEMENTWISE):
+        elif reason == LARGE_LOGITS and node.op_type in (
+            *MOVES,
+            *ELEMENTWISE,
+        ):
             self._reach_back(node, reason, value)
 
     def _add(self, node: ir.Node, reason: str, observed: float) -> None:
-        self.found.setdefault(node, Island(node_name(node), node.op_type, reason, observed))
+        self.found.setdefault(
+            node,
+            Island(node_name(node), node.op_type, reason, observed),
+        )
 
     def _reach_back(self, node: ir.Node, reason: str, observed: float) -> None:
         """Keep what computes the input of ``node`` in float32, up to the product that makes its large values:
@@ -271,7 +297,10 @@ class _Islands:
             self._add(before, reason, observed)
             if before.op_type not in (*MOVES, *ELEMENTWISE):
                 return
-            before = next((made for made in map(producer_of, before.inputs) if made is not None), None)
+            before = next(
+                (made for made in map(producer_of, before.inputs) if made is not None),
+                None,
+            )
 
     def _reason(self, node: ir.Node) -> tuple[str, float] | None:
         """Why ``node`` cannot be float16, with the observed value; ``None`` if it can."""
@@ -366,7 +395,13 @@ class _Conversion:
         """Keep an output of the graph float32, under its name."""
         name = name_of(value)
         output = detach_readers(value, f"{name}_half")
-        cast = ir.node("Cast", [value], {"to": int(FLOAT)}, outputs=[output], name=f"cast_{name}")
+        cast = ir.node(
+            "Cast",
+            [value],
+            {"to": int(FLOAT)},
+            outputs=[output],
+            name=f"cast_{name}",
+        )
         self._graph.insert_after(node, cast)
         self._types[output] = FLOAT
         self._casts[output, HALF] = value

@@ -17,7 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..layers import DropPath, ResidualDepthwise, merge_heads, scaled, split_heads, to_map, to_tokens
+from ..layers import (
+    DropPath,
+    ResidualDepthwise,
+    merge_heads,
+    scaled,
+    split_heads,
+    to_map,
+    to_tokens,
+)
 from ..rewrites import (
     affine_into,
     attention_over_keys,
@@ -99,7 +107,10 @@ class Attention(nn.Module):
             k, v = self.k(reduced), self.v(reduced)
         else:
             both = self.kv(reduced)  # cut by slices, because torch.onnx takes twice as long for ``chunk``
-            k, v = both[..., : self.heads * c], both[..., self.heads * c :]
+            k, v = (
+                both[..., : self.heads * c],
+                both[..., self.heads * c :],
+            )
         k = k.reshape(-1, nk * self.heads, c)
         v = v.reshape(-1, nk * self.heads, c)
         scores = scaled(k @ x.transpose(1, 2), self.scale) + position_bias  # (B, Nk * heads, N)
@@ -132,7 +143,14 @@ class InvertedResidualFFN(nn.Module):
 class Block(nn.Module):
     """LPU, attention, IRFFN, each with a shortcut (paper, equations 1 to 3)."""
 
-    def __init__(self, dim: int, heads: int, reduction: int, hidden: int, drop_path: float) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        reduction: int,
+        hidden: int,
+        drop_path: float,
+    ) -> None:
         super().__init__()
         self.lpu = ResidualDepthwise(dim)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
@@ -240,7 +258,12 @@ class CMT(Classifier):
             )
             for i, dim in enumerate(config.dims)
         )
-        self.head = Head(config.dims[-1], config.fc_dim, num_classes, config.head_dropout)
+        self.head = Head(
+            config.dims[-1],
+            config.fc_dim,
+            num_classes,
+            config.head_dropout,
+        )
         self.apply(_init)
 
     def features(self, x: Tensor) -> list[Tensor]:
@@ -274,11 +297,26 @@ def _stage(match: re.Match[str]) -> str:
 
 
 _RENAMES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
-    (re.compile(r"^stem_(conv|norm)(\d)\."), lambda m: f"stem.{int(m[2]) - 1}.{m[1]}."),
-    (re.compile(r"^relative_pos_([a-d])$"), lambda m: f"{_stage(m)}.position_bias"),
-    (re.compile(r"^patch_embed_([a-d])\.proj\."), lambda m: f"{_stage(m)}.embed."),
-    (re.compile(r"^patch_embed_([a-d])\.norm\."), lambda m: f"{_stage(m)}.norm."),
-    (re.compile(r"^blocks_([a-d])\."), lambda m: f"{_stage(m)}.blocks."),
+    (
+        re.compile(r"^stem_(conv|norm)(\d)\."),
+        lambda m: f"stem.{int(m[2]) - 1}.{m[1]}.",
+    ),
+    (
+        re.compile(r"^relative_pos_([a-d])$"),
+        lambda m: f"{_stage(m)}.position_bias",
+    ),
+    (
+        re.compile(r"^patch_embed_([a-d])\.proj\."),
+        lambda m: f"{_stage(m)}.embed.",
+    ),
+    (
+        re.compile(r"^patch_embed_([a-d])\.norm\."),
+        lambda m: f"{_stage(m)}.norm.",
+    ),
+    (
+        re.compile(r"^blocks_([a-d])\."),
+        lambda m: f"{_stage(m)}.blocks.",
+    ),
     (re.compile(r"(blocks\.\d+)\.proj\."), r"\1.lpu."),
     (re.compile(r"\.attn\.sr\.0\."), ".attn.reduce."),
     (re.compile(r"\.attn\.sr\.1\."), ".attn.reduce_norm."),
@@ -369,7 +407,14 @@ _FIGURES = "paper Table 1 and official README; MACs and parameters counted on th
 """Where the figures of the ImageNet models come from."""
 
 
-def _spec(name: str, img_size: int, params: int, macs: int, top1: str | None, **settings: Any) -> ModelSpec:
+def _spec(
+    name: str,
+    img_size: int,
+    params: int,
+    macs: int,
+    top1: str | None,
+    **settings: Any,
+) -> ModelSpec:
     return ModelSpec(
         name=name,
         family="CMT",
@@ -389,7 +434,10 @@ def _spec(name: str, img_size: int, params: int, macs: int, top1: str | None, **
 
 def _published(file: str) -> dict[str, Any]:
     """Settings of a model with official weights in the release file ``file``."""
-    return {"pretrained": Pretrained(f"{_RELEASE}{file}"), "source": _FIGURES}
+    return {
+        "pretrained": Pretrained(f"{_RELEASE}{file}"),
+        "source": _FIGURES,
+    }
 
 
 _CIFAR: dict[str, Any] = {

@@ -18,7 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..layers import DropPath, merge_heads, scaled, split_heads, to_tokens
+from ..layers import (
+    DropPath,
+    merge_heads,
+    scaled,
+    split_heads,
+    to_tokens,
+)
 from ..rewrites import (
     affine_into,
     class_token_only,
@@ -51,7 +57,10 @@ def patch_offsets(side: int) -> Tensor:
     """
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     row, column = rows.flatten(), columns.flatten()
-    dx, dy = column - column[:, None], row - row[:, None]  # (query, key)
+    dx, dy = (
+        column - column[:, None],
+        row - row[:, None],
+    )  # (query, key)
     return torch.stack((dx, dy, dx**2 + dy**2), -1).float()
 
 
@@ -124,7 +133,10 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.fc1, self.fc2 = (
+            nn.Linear(dim, hidden),
+            nn.Linear(hidden, dim),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         mixed: Tensor = self.fc2(F.gelu(self.fc1(x)))
@@ -280,7 +292,10 @@ def resize(model: nn.Module, state: StateDict) -> tuple[StateDict, list[str]]:
     new = model.state_dict()[key].shape
     if key not in state or not _resizable(state[key].shape, new):
         return state, []
-    return {**state, key: resize_position_embedding(state[key].float(), new[1])}, [key]
+    return {
+        **state,
+        key: resize_position_embedding(state[key].float(), new[1]),
+    }, [key]
 
 
 def _resizable(old: torch.Size, new: torch.Size) -> bool:

@@ -18,7 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from ..folding import affine_after, affine_before
-from ..layers import DropPath, merge_heads, scaled, split_heads, to_map, to_tokens
+from ..layers import (
+    DropPath,
+    merge_heads,
+    scaled,
+    split_heads,
+    to_map,
+    to_tokens,
+)
 from ..rewrites import (
     affine_into,
     batch_norm_after,
@@ -72,7 +79,15 @@ class Projection(nn.Module):
 
     def __init__(self, dim: int, stride: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(dim, dim, 3, stride=stride, padding=1, groups=dim, bias=False)
+        self.conv = nn.Conv2d(
+            dim,
+            dim,
+            3,
+            stride=stride,
+            padding=1,
+            groups=dim,
+            bias=False,
+        )
         self.norm = nn.BatchNorm2d(dim)
         self.linear = nn.Linear(dim, dim)
 
@@ -101,7 +116,12 @@ class Attention(nn.Module):
         self.q, self.k, self.v = (Projection(dim, stride) for stride in (1, 2, 2))
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, class_token: Tensor | None, class_only: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        class_token: Tensor | None,
+        class_only: bool = False,
+    ) -> Tensor:
         """``x`` (B, C, H, W), ``class_token`` (B, 1, C) -> (B, [1 +] H*W, C), or (B, 1, C) for
         ``class_only``, where the class token makes the only query."""
         q = self.q.linear(class_token) if class_only else self.q(x, class_token)
@@ -122,7 +142,13 @@ class Block(nn.Module):
         self.mlp = MLP(dim, hidden)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, size: tuple[int, int], prefix: int, class_only: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        size: tuple[int, int],
+        prefix: int,
+        class_only: bool = False,
+    ) -> Tensor:
         """(B, prefix + H*W, C) -> (B, prefix + H*W, C), or only its first row (B, 1, C) for ``class_only``.
 
         ``prefix`` is the number of class tokens, 0 or 1.
@@ -195,7 +221,11 @@ class CvT(Classifier):
                 dim * config.mlp_ratio,
                 first=i == 0,
                 last=i == last,
-                drop_paths=torch.linspace(0, config.drop_path if i == last else 0, config.depths[i]).tolist(),
+                drop_paths=torch.linspace(
+                    0,
+                    config.drop_path if i == last else 0,
+                    config.depths[i],
+                ).tolist(),
             )
             for i, dim in enumerate(config.dims)
         )
@@ -276,7 +306,12 @@ REWRITES = (
     key_bias_dropped("k.linear"),
     value_bias_into("v.linear", "proj"),
     affine_into("norm2", "mlp.fc1"),
-    replaced("quick GELU as SiLU", "x sigmoid(c x) == silu(c x) / c", MLP, _with_silu),
+    replaced(
+        "quick GELU as SiLU",
+        "x sigmoid(c x) == silu(c x) / c",
+        MLP,
+        _with_silu,
+    ),
     affine_into("norm", "head"),
     class_token_only(),
 )

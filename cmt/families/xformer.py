@@ -29,7 +29,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..folding import with_weights
-from ..layers import DropPath, merge_heads, split_heads, to_map, to_tokens
+from ..layers import (
+    DropPath,
+    merge_heads,
+    split_heads,
+    to_map,
+    to_tokens,
+)
 from ..rewrites import affine_into, batch_norm_after, scale_into
 from ..spec import Classifier, ModelSpec, Rewrite
 
@@ -73,11 +79,24 @@ class ConvNorm(nn.Sequential):
     """
 
     def __init__(
-        self, in_dim: int, dim: int, kernel: int, *, stride: int = 1, groups: int = 1, act: bool = True
+        self,
+        in_dim: int,
+        dim: int,
+        kernel: int,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        act: bool = True,
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(
-            in_dim, dim, kernel, stride=stride, padding=kernel // 2, groups=groups, bias=False
+            in_dim,
+            dim,
+            kernel,
+            stride=stride,
+            padding=kernel // 2,
+            groups=groups,
+            bias=False,
         )
         self.norm = nn.BatchNorm2d(dim)
         self.act = nn.Hardswish() if act else nn.Identity()
@@ -106,7 +125,14 @@ class InvertedResidual(nn.Module):
     """
 
     def __init__(
-        self, in_dim: int, dim: int, hidden: int, kernel: int, stride: int, excite: bool, drop_path: float
+        self,
+        in_dim: int,
+        dim: int,
+        hidden: int,
+        kernel: int,
+        stride: int,
+        excite: bool,
+        drop_path: float,
     ) -> None:
         super().__init__()
         self.expand = ConvNorm(in_dim, hidden, 1)
@@ -212,7 +238,13 @@ class XFBlock(nn.Module):
     """
 
     def __init__(
-        self, width: int, dim: int, heads: int, hidden: int, kernel: int, drop_paths: list[float]
+        self,
+        width: int,
+        dim: int,
+        heads: int,
+        hidden: int,
+        kernel: int,
+        drop_paths: list[float],
     ) -> None:
         super().__init__()
         self.local = ConvNorm(width, width, kernel, groups=width)
@@ -262,7 +294,12 @@ class XFormer(Classifier):
         self.stages = nn.ModuleList(
             _stage(config, i, [next(rates) for _ in range(n)]) for i, n in enumerate(_depths(config))
         )
-        self.head = Head(config.widths[-1], config.fc_dim, num_classes, config.head_dropout)
+        self.head = Head(
+            config.widths[-1],
+            config.fc_dim,
+            num_classes,
+            config.head_dropout,
+        )
         self.apply(_init)
 
     def features(self, x: Tensor) -> list[Tensor]:
@@ -286,13 +323,28 @@ def _depths(config: XFormerConfig) -> list[int]:
 
 def _stage(config: XFormerConfig, i: int, drop_paths: list[float]) -> nn.Sequential:
     """Inverted residuals, the first of stride 2, then the XF block if there is one."""
-    width, kernel, blocks, dim = config.widths[i], config.kernels[i], config.blocks[i], config.dims[i]
+    width, kernel, blocks, dim = (
+        config.widths[i],
+        config.kernels[i],
+        config.blocks[i],
+        config.dims[i],
+    )
     in_dims = [(config.stem, *config.widths)[i]] + [width] * (blocks - 1)
     stage = nn.Sequential()
     for j, in_dim in enumerate(in_dims):
         stride = 2 if j == 0 else 1
         hidden = in_dim * config.expand
-        stage.append(InvertedResidual(in_dim, width, hidden, kernel, stride, config.excite[i], drop_paths[j]))
+        stage.append(
+            InvertedResidual(
+                in_dim,
+                width,
+                hidden,
+                kernel,
+                stride,
+                config.excite[i],
+                drop_paths[j],
+            )
+        )
     if dim:
         heads, hidden = dim // config.head_dim, dim * config.mlp_ratio
         stage.append(XFBlock(width, dim, heads, hidden, kernel, drop_paths[blocks:]))
@@ -342,9 +394,15 @@ REWRITES = (
     affine_into("norm2", "expand"),
     scale_into("q", "q_scale"),
     scale_into("k", "k_scale"),
-    Rewrite("temperature into values", "t (v S) == (t v) S: no softmax stands between", _fold_temperature),
     Rewrite(
-        "lengths onto the scores", "(k a)^T (q b) == a^T (k^T q) b: d x d products, not N x d", _divide_scores
+        "temperature into values",
+        "t (v S) == (t v) S: no softmax stands between",
+        _fold_temperature,
+    ),
+    Rewrite(
+        "lengths onto the scores",
+        "(k a)^T (q b) == a^T (k^T q) b: d x d products, not N x d",
+        _divide_scores,
     ),
 )
 """The exact rewrites of this family, in the order in which they apply."""

@@ -28,7 +28,11 @@ class Entry:
 
 RUNTIMES = {
     "openvino": Entry(".openvino", ("openvino",), 'pip install "cmt-edge[openvino]"'),
-    "onnxruntime": Entry(".onnxruntime", ("onnxruntime",), 'pip install "cmt-edge[onnxruntime]"'),
+    "onnxruntime": Entry(
+        ".onnxruntime",
+        ("onnxruntime",),
+        'pip install "cmt-edge[onnxruntime]"',
+    ),
     "tensorrt": Entry(
         "..tensorrt.session",
         ("tensorrt",),
@@ -40,7 +44,11 @@ RUNTIMES = {
 }
 """Name of a runtime, as ``--backend`` takes it -> where it is."""
 
-RUNTIME_OF_FORMAT = {"openvino": "openvino", "onnx": "onnxruntime", "trt": "tensorrt"}
+RUNTIME_OF_FORMAT = {
+    "openvino": "openvino",
+    "onnx": "onnxruntime",
+    "trt": "tensorrt",
+}
 """Format of a bundle -> name of the runtime that serves it by default."""
 
 
@@ -57,7 +65,10 @@ def get_runtime(name: str) -> Runtime:
     entry = RUNTIMES[name]
     missing = [package for package in entry.packages if util.find_spec(package) is None]
     if missing:
-        raise RuntimeMissingError(f"{' and '.join(missing)} is not installed", remedy=entry.remedy)
+        raise RuntimeMissingError(
+            f"{' and '.join(missing)} is not installed",
+            remedy=entry.remedy,
+        )
     try:
         module = import_module(entry.module, __name__)
     except (ImportError, OSError) as exc:

@@ -17,7 +17,13 @@ from ..bundle.sections import ExecutedPrecision
 from ..errors import InputError, RuntimeMissingError
 from .base import LoadOptions, Runtime, Session
 
-CONVERSION_OPERATORS = {"QuantizeLinear", "DequantizeLinear", "Cast", "ReorderInput", "ReorderOutput"}
+CONVERSION_OPERATORS = {
+    "QuantizeLinear",
+    "DequantizeLinear",
+    "Cast",
+    "ReorderInput",
+    "ReorderOutput",
+}
 """Operators that only change the type or the memory layout of a tensor."""
 
 ERRORS_ONLY = 3

@@ -29,13 +29,26 @@ IR = "openvino.xml"
 HINTS = {"fp32": "f32", "bf16": "bf16"}
 """Our name of a floating-point precision -> OpenVINO's, for ``INFERENCE_PRECISION_HINT``."""
 
-PRECISION_OF_TYPE = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "i8": "int8", "u8": "int8"}
+PRECISION_OF_TYPE = {
+    "f32": "fp32",
+    "bf16": "bf16",
+    "f16": "fp16",
+    "i8": "int8",
+    "u8": "int8",
+}
 """OpenVINO's name of an element type -> the precision that reports name."""
 
 CONVERSION_LAYERS = {"Reorder", "Convert", "FakeQuantize"}
 """Layers that only change the type or the memory layout of a tensor."""
 
-SKIPPED = {"Parameter", "Input", "Result", "Output", "Const", "Constant"}
+SKIPPED = {
+    "Parameter",
+    "Input",
+    "Result",
+    "Output",
+    "Const",
+    "Constant",
+}
 """Layers of an execution graph that compute nothing."""
 
 UNCOUNTED = 2
@@ -146,7 +159,11 @@ def _time_nodes(request: ov.InferRequest, batch: np.ndarray, repeats: int) -> di
     return times
 
 
-def _summarise(times: dict[str, float], types: dict[str, str], kinds: dict[str, str]) -> ExecutedPrecision:
+def _summarise(
+    times: dict[str, float],
+    types: dict[str, str],
+    kinds: dict[str, str],
+) -> ExecutedPrecision:
     """Shares by precision, from the seconds, the element type and the layer type of every node."""
     share: defaultdict[str, float] = defaultdict(float)
     operations: Counter[str] = Counter()

@@ -37,7 +37,11 @@ def make_unsigned(model: ov.Model) -> ov.Model:
     for (conv, (quantizer, dequantized)), weights in zip(found, sums, strict=True):
         low, high = (_scalar(quantizer.input_value(i)) for i in (1, 2))
         edges = [ops.constant(np.float32(v)) for v in (low, high, 0.0, high - low)]
-        shifted = ops.fake_quantize(quantizer.input_value(0), *edges, quantizer.get_attributes()["levels"])
+        shifted = ops.fake_quantize(
+            quantizer.input_value(0),
+            *edges,
+            quantizer.get_attributes()["levels"],
+        )
         dequantized.output(0).replace(shifted.output(0))
         correction = (low * weights).reshape(1, -1, *[1] * (len(conv.get_output_partial_shape(0)) - 2))
         _add_to_bias(conv, correction)

@@ -21,7 +21,11 @@ from .base import LoadOptions, Runtime, Session
 GROUP = "cmt_edge.reference"
 """Group of the entry points that rebuild a model from its entry in the manifest."""
 
-PRECISION_OF_DTYPE = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
+PRECISION_OF_DTYPE = {
+    "torch.float32": "fp32",
+    "torch.bfloat16": "bf16",
+    "torch.float16": "fp16",
+}
 """PyTorch's name of a type -> ours."""
 
 

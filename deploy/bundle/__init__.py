@@ -6,7 +6,15 @@ manifest is complete. Hashes protect against accidents; they do not prove where 
 
 from .bundle import Bundle
 from .golden import Golden, save_reference
-from .manifest import ENGINES, GOLDEN, MANIFEST, MAX_MANIFEST, ONNX, REFERENCE, Manifest
+from .manifest import (
+    ENGINES,
+    GOLDEN,
+    MANIFEST,
+    MAX_MANIFEST,
+    ONNX,
+    REFERENCE,
+    Manifest,
+)
 from .record import plain, read_record
 from .sections import LOGITS, PROBABILITIES, SCORES
 from .writer import BundleWriter, require_outside_bundles

@@ -72,7 +72,11 @@ class Bundle:
             what = (
                 "is not a bundle: it has no manifest.json" if os.path.isdir(path) else "no such bundle folder"
             )
-            raise BundleError(what, where=path, remedy="give the folder that cmt-export printed")
+            raise BundleError(
+                what,
+                where=path,
+                remedy="give the folder that cmt-export printed",
+            )
         if manifest_path.stat().st_size > MAX_MANIFEST:
             raise broken("the manifest is too large", manifest_path)
         manifest = Manifest.from_bytes(manifest_path.read_bytes(), manifest_path)
@@ -115,7 +119,12 @@ class Bundle:
             raise broken(f"has no {name}", self.path)
         return self.path / name
 
-    def update(self, manifest: Manifest, files: Mapping[str, bytes], drop: Collection[str] = ()) -> Bundle:
+    def update(
+        self,
+        manifest: Manifest,
+        files: Mapping[str, bytes],
+        drop: Collection[str] = (),
+    ) -> Bundle:
         """Add ``files`` in place, the manifest last, then remove ``drop``: at every moment the folder is a
         whole bundle.
 
@@ -125,7 +134,9 @@ class Bundle:
         now = Manifest.from_bytes((self.path / MANIFEST).read_bytes(), self.path / MANIFEST)
         if now.files != self.manifest.files:
             raise BundleError(
-                "the bundle was changed meanwhile", where=self.path, remedy="run the command again"
+                "the bundle was changed meanwhile",
+                where=self.path,
+                remedy="run the command again",
             )
         entries = {name: entry for name, entry in self.manifest.files.items() if name not in drop}
         for name, data in files.items():
@@ -153,13 +164,22 @@ class Bundle:
         if REFERENCE not in self.manifest.files:
             return {}
         with open_npz(self.file(REFERENCE)) as data:
-            return dict(zip(data["digest"].tolist(), data["top1"].tolist(), strict=True))
+            return dict(
+                zip(
+                    data["digest"].tolist(),
+                    data["top1"].tolist(),
+                    strict=True,
+                )
+            )
 
 
 def _check_members(path: Path, manifest: Manifest) -> None:
     files = manifest.files
     if len(files) > MAX_FILES or len({n.lower() for n in files}) != len(files):
-        raise broken("has too many files, or names that differ only in case", path)
+        raise broken(
+            "has too many files, or names that differ only in case",
+            path,
+        )
     total = 0
     for name, entry in files.items():
         parts = PurePosixPath(name).parts
@@ -179,9 +199,15 @@ def _check_members(path: Path, manifest: Manifest) -> None:
     for name, entry in files.items():
         member = path / name
         if member.stat().st_size != entry.size or sha256_of(member) != entry.sha256:
-            raise broken(f"{name} was changed after the export: its SHA-256 differs from the manifest", path)
+            raise broken(
+                f"{name} was changed after the export: its SHA-256 differs from the manifest",
+                path,
+            )
         if name.endswith(".onnx") and _has_external_data(member):
-            raise broken(f"{name} stores weights outside the file, which bundles may not", path)
+            raise broken(
+                f"{name} stores weights outside the file, which bundles may not",
+                path,
+            )
 
 
 def _check_present(path: Path, manifest: Manifest) -> None:
@@ -239,5 +265,8 @@ def _has_external_data(onnx: Path) -> bool:
     such tensors."""
     if onnx.stat().st_size == 0:
         return False
-    with open(onnx, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+    with (
+        open(onnx, "rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+    ):
         return content.find(b"\x0a\x08location\x12") >= 0

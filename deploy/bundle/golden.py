@@ -44,13 +44,19 @@ class Golden:
         with open_npz(path) as data:
             sources = [data[f"source{i}"].tobytes() for i in range(len(data["pixels"]))]
             count = sum(name.startswith("output") for name in data.files)
-            return cls(sources, data["pixels"], [data[f"output{i}"] for i in range(count)])
+            return cls(
+                sources,
+                data["pixels"],
+                [data[f"output{i}"] for i in range(count)],
+            )
 
 
 def save_reference(path: Path, top1: dict[str, int]) -> None:
     """Write :data:`REFERENCE`: content digest -> top-1 class of the PyTorch reference."""
     np.savez_compressed(
-        path, digest=np.array(list(top1), "U32"), top1=np.array(list(top1.values()), np.int32)
+        path,
+        digest=np.array(list(top1), "U32"),
+        top1=np.array(list(top1.values()), np.int32),
     )
 
 
@@ -58,7 +64,16 @@ def save_reference(path: Path, top1: dict[str, int]) -> None:
 def open_npz(path: Path) -> Iterator[Any]:
     """An ``.npz`` opened without pickle, damage as a typed error."""
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as data:  # closed after damage too
+        with (
+            open(path, "rb") as file,
+            np.load(file, allow_pickle=False) as data,
+        ):  # closed after damage too
             yield data
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as exc:
+    except (
+        ValueError,
+        KeyError,
+        OSError,
+        EOFError,
+        zipfile.BadZipFile,
+    ) as exc:
         raise broken("cannot be read", path, exc) from exc

@@ -88,7 +88,10 @@ class Manifest:
         Preprocess.from_json(content["preprocess"])
         _check_outputs(manifest, where)
         if manifest.checksum != content_hash(content):
-            raise broken("the manifest was changed after the export: its checksum differs", where)
+            raise broken(
+                "the manifest was changed after the export: its checksum differs",
+                where,
+            )
         return manifest
 
     @property
@@ -120,7 +123,10 @@ def _parsed(data: bytes, where: object) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError) as exc:
         raise broken("the manifest cannot be read", where, exc) from exc
     if schema != SCHEMA:
-        raise broken(f"manifest schema {schema!r} is not supported, this version reads {SCHEMA}", where)
+        raise broken(
+            f"manifest schema {schema!r} is not supported, this version reads {SCHEMA}",
+            where,
+        )
     return content
 
 
@@ -130,9 +136,15 @@ def _check_outputs(manifest: Manifest, where: object) -> None:
         raise broken("the manifest names no output", where)
     size = manifest.model.img_size
     if manifest.input.shape[1:] != (3, size, size):
-        raise broken(f"the manifest's input is not one of images of {size} pixels", where)
+        raise broken(
+            f"the manifest's input is not one of images of {size} pixels",
+            where,
+        )
     if not all(tensor.shape for tensor in (manifest.input, *manifest.outputs)):
         raise broken("the manifest's input or an output has no shape", where)
     logits = [output.shape[-1] for output in manifest.outputs if output.name == LOGITS]
     if [len(manifest.labels)] != (logits or [0]):
-        raise broken("the manifest's labels are not one [id, name] pair a logit", where)
+        raise broken(
+            "the manifest's labels are not one [id, name] pair a logit",
+            where,
+        )

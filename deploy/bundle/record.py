@@ -163,7 +163,13 @@ class _Reader:
             return None
         return self.read(kind, content, path)
 
-    def _container(self, origin: Any, kinds: tuple[Any, ...], content: Any, path: str) -> Any:
+    def _container(
+        self,
+        origin: Any,
+        kinds: tuple[Any, ...],
+        content: Any,
+        path: str,
+    ) -> Any:
         if origin is dict:
             return self._dictionary(kinds[1], content, path)
         if origin is list or kinds[-1] is Ellipsis:

@@ -27,7 +27,10 @@ Size = Annotated[int, Between(1)]
 """A number of things of which there is at least one."""
 Sha256 = Annotated[str, Matches("[0-9a-f]{64}", "64 hexadecimal digits")]
 """A SHA-256 as text."""
-OutputKind = Annotated[str, Matches(f"{PROBABILITIES}|{SCORES}", f"{PROBABILITIES!r} or {SCORES!r}")]
+OutputKind = Annotated[
+    str,
+    Matches(f"{PROBABILITIES}|{SCORES}", f"{PROBABILITIES!r} or {SCORES!r}"),
+]
 """What the values of an output are, where they are no logits."""
 Duration = Annotated[float, Between(0)]
 """Milliseconds of a measurement."""

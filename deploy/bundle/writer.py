@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError
-from ..files import sha256_of, sync_folder, sync_tree, write_atomic, writing
+from ..files import (
+    sha256_of,
+    sync_folder,
+    sync_tree,
+    write_atomic,
+    writing,
+)
 from ..signals import terminate_as_interrupt
 from .bundle import Bundle
 from .manifest import MANIFEST, MAX_MANIFEST, Manifest
@@ -65,7 +71,11 @@ class BundleWriter:
             parent.mkdir(parents=True, exist_ok=True)
             self._recover()
             self.folder = Path(
-                tempfile.mkdtemp(prefix=f".{self.target.name}.{os.getpid()}.", suffix=".tmp", dir=parent)
+                tempfile.mkdtemp(
+                    prefix=f".{self.target.name}.{os.getpid()}.",
+                    suffix=".tmp",
+                    dir=parent,
+                )
             )
             self.folder.chmod(0o755)
         self._previous = terminate_as_interrupt()
@@ -135,7 +145,11 @@ def _is_manifest(path: Path) -> bool:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(content, dict) and content.keys() >= {"checksum", "files", "preprocess"}
+    return isinstance(content, dict) and content.keys() >= {
+        "checksum",
+        "files",
+        "preprocess",
+    }
 
 
 class _Hashes:
@@ -168,7 +182,10 @@ def _date_back(path: Path) -> bool:
     """Date a file back by :data:`BACKDATE_NS`; whether the file system let us."""
     status = path.stat()
     try:
-        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns - BACKDATE_NS))
+        os.utime(
+            path,
+            ns=(status.st_atime_ns, status.st_mtime_ns - BACKDATE_NS),
+        )
     except OSError:
         return False
     return True
@@ -177,7 +194,12 @@ def _date_back(path: Path) -> bool:
 def _stamp(path: Path) -> tuple[int, ...]:
     """What changes when a file is written to or replaced."""
     status = path.stat()
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+    return (
+        status.st_size,
+        status.st_mtime_ns,
+        status.st_ctime_ns,
+        status.st_ino,
+    )
 
 
 def _alive(pid: int) -> bool:

@@ -29,14 +29,29 @@ def main(argv: list[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of ``cmt-bench``."""
-    p = parser("cmt-bench", "Measure bundles side by side, interleaved; ratios refer to the first.")
+    p = parser(
+        "cmt-bench",
+        "Measure bundles side by side, interleaved; ratios refer to the first.",
+    )
     p.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE")
     what = p.add_argument_group("what is measured")
-    what.add_argument("--data", help="images for the end-to-end figure (default: the bundle's golden images)")
-    what.add_argument("--no-throughput", action="store_true", help="skip the many-requests figure")
+    what.add_argument(
+        "--data",
+        help="images for the end-to-end figure (default: the bundle's golden images)",
+    )
+    what.add_argument(
+        "--no-throughput",
+        action="store_true",
+        help="skip the many-requests figure",
+    )
     add_measuring_flags(p, Protocol(), warmup=True)
     output = p.add_argument_group("output")
-    output.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables as Markdown")
+    output.add_argument(
+        "--markdown",
+        type=Path,
+        metavar="FILE",
+        help="also write the tables as Markdown",
+    )
     output.add_argument(
         "--plot",
         type=Path,
@@ -64,7 +79,10 @@ def _main(args: argparse.Namespace) -> int:
     )
     progress.finish()
     if args.markdown:
-        write_atomic(args.markdown, (report.benchmark_text(result, markdown=True) + "\n").encode())
+        write_atomic(
+            args.markdown,
+            (report.benchmark_text(result, markdown=True) + "\n").encode(),
+        )
     if args.plot:
         report.latency_plot(result, args.plot)
     say(report.to_json(result) if args.json else report.benchmark_text(result))
@@ -75,7 +93,11 @@ def _check_targets(args: argparse.Namespace) -> None:
     """Raise :class:`InputError` before the long work for files that could not be written at its end, or that
     would break a bundle."""
     if args.plot and args.plot.suffix.lower() not in PLOTS:
-        raise InputError("plots are PNG or SVG", where=args.plot, remedy="name it .png or .svg")
+        raise InputError(
+            "plots are PNG or SVG",
+            where=args.plot,
+            remedy="name it .png or .svg",
+        )
     for target in filter(None, (args.markdown, args.plot)):
         require_outside_bundles(target)
         if not target.absolute().parent.is_dir() or target.is_dir():

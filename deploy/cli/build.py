@@ -33,7 +33,11 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("bundle", type=Path)
     _add_engine_flags(p)
     gates = p.add_argument_group("accuracy gates")
-    gates.add_argument("--atol", type=finite, help="allowed golden logit difference (default: by precision)")
+    gates.add_argument(
+        "--atol",
+        type=finite,
+        help="allowed golden logit difference (default: by precision)",
+    )
     add_measuring_flags(p, DEVICE_PROTOCOL)
     return p
 
@@ -58,7 +62,11 @@ def _add_engine_flags(p: argparse.ArgumentParser) -> None:
         metavar="MIN,OPT,MAX",
         help="batch sizes of a dynamic bundle (default %(default)s)",
     )
-    engine.add_argument("--tf32", action="store_true", help="let float32 products round their inputs to TF32")
+    engine.add_argument(
+        "--tf32",
+        action="store_true",
+        help="let float32 products round their inputs to TF32",
+    )
     engine.add_argument(
         "--time-limit",
         type=finite,
@@ -68,10 +76,14 @@ def _add_engine_flags(p: argparse.ArgumentParser) -> None:
     )
     engine.add_argument("--device", help="number of the GPU (default 0)")
     engine.add_argument(
-        "--force", action="store_true", help="build even where the bundle's engine is still right"
+        "--force",
+        action="store_true",
+        help="build even where the bundle's engine is still right",
     )
     engine.add_argument(
-        "--trtexec", action="store_true", help="print the equivalent trtexec command and exit"
+        "--trtexec",
+        action="store_true",
+        help="print the equivalent trtexec command and exit",
     )
 
 
@@ -101,7 +113,10 @@ def _options(args: argparse.Namespace) -> EngineOptions:
     """What the flags ask for; raises :class:`InputError` for impossible ones."""
     sizes = args.profile.split(",")
     if len(sizes) != 3 or not all(size.strip().isdigit() for size in sizes):
-        raise InputError(f"--profile {args.profile}", remedy="give three batch sizes: --profile MIN,OPT,MAX")
+        raise InputError(
+            f"--profile {args.profile}",
+            remedy="give three batch sizes: --profile MIN,OPT,MAX",
+        )
     bad_limit = not 0 < args.time_limit <= MAX_TIME_LIMIT_S
     bad_tolerance = args.atol is not None and not args.atol >= 0
     if bad_limit or bad_tolerance:

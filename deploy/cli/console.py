@@ -44,9 +44,16 @@ def parser(prog: str, description: str, epilog: str = "") -> argparse.ArgumentPa
     )
     p.add_argument("--version", action="version", version=f"cmt-edge {__version__}")
     p.add_argument(
-        "--json", action="store_true", help="print one machine-readable object last on standard output"
+        "--json",
+        action="store_true",
+        help="print one machine-readable object last on standard output",
     )
-    p.add_argument("-v", "--verbose", action="store_true", help="show the trace of an error")
+    p.add_argument(
+        "-v",
+        "--verbose",
+        action="store_true",
+        help="show the trace of an error",
+    )
     p.add_argument("-q", "--quiet", action="store_true", help="no progress")
     return p
 
@@ -54,9 +61,19 @@ def parser(prog: str, description: str, epilog: str = "") -> argparse.ArgumentPa
 def add_runtime_flags(p: argparse.ArgumentParser) -> None:
     """``--backend``, ``--device``, ``--threads``."""
     runtime = p.add_argument_group("runtime")
-    runtime.add_argument("--backend", help="runtime to use (default: the one of the bundle's format)")
-    runtime.add_argument("--device", help="the runtime's device (default: CPU; TensorRT: GPU 0)")
-    runtime.add_argument("--threads", type=int, help="CPU threads of one inference (default: all cores)")
+    runtime.add_argument(
+        "--backend",
+        help="runtime to use (default: the one of the bundle's format)",
+    )
+    runtime.add_argument(
+        "--device",
+        help="the runtime's device (default: CPU; TensorRT: GPU 0)",
+    )
+    runtime.add_argument(
+        "--threads",
+        type=int,
+        help="CPU threads of one inference (default: all cores)",
+    )
 
 
 def finite(text: str) -> float:
@@ -143,7 +160,12 @@ def run(main: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> 
 def _show_warning(others: Callable[..., None]) -> Callable[..., None]:
     """What shows our own warnings as sentences, and leaves ``others`` as they are."""
 
-    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        *place: Any,
+        **more: Any,
+    ) -> None:
         if issubclass(category, CacheWarning):
             tell(f"warning: {message}")
         else:

@@ -9,7 +9,12 @@ from ..measure.benchmark import Protocol
 from .console import finite
 
 
-def add_measuring_flags(p: argparse.ArgumentParser, default: Protocol, *, warmup: bool = False) -> None:
+def add_measuring_flags(
+    p: argparse.ArgumentParser,
+    default: Protocol,
+    *,
+    warmup: bool = False,
+) -> None:
     """``--iters``, ``--seconds`` and, with ``warmup``, ``--warmup``."""
     group = p.add_argument_group("how long is measured")
     group.add_argument(

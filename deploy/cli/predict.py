@@ -56,10 +56,24 @@ def build_parser() -> argparse.ArgumentParser:
         " exit code is then 2. With --json every answer is one object on a line of its own.",
     )
     p.add_argument("bundle", type=Path)
-    p.add_argument("images", type=Path, nargs="+", help="image files, or folders or .tar archives of them")
+    p.add_argument(
+        "images",
+        type=Path,
+        nargs="+",
+        help="image files, or folders or .tar archives of them",
+    )
     output = p.add_argument_group("output")
-    output.add_argument("--topk", type=int, default=5, help="classes to print (default 5)")
-    output.add_argument("--csv", action="store_true", help="print comma-separated values, one image a line")
+    output.add_argument(
+        "--topk",
+        type=int,
+        default=5,
+        help="classes to print (default 5)",
+    )
+    output.add_argument(
+        "--csv",
+        action="store_true",
+        help="print comma-separated values, one image a line",
+    )
     add_runtime_flags(p)
     return p
 
@@ -92,7 +106,10 @@ def _check(args: argparse.Namespace) -> None:
     if args.topk < 1:
         raise InputError(f"--topk {args.topk}", remedy="ask for 1 or more")
     if args.json and args.csv:
-        raise InputError("--json and --csv were both given", remedy="choose one of them")
+        raise InputError(
+            "--json and --csv were both given",
+            remedy="choose one of them",
+        )
 
 
 def _answers(predictor: Predictor, sources: list[_Source], quiet: bool) -> Iterator[Prediction | ImageError]:
@@ -103,7 +120,7 @@ def _answers(predictor: Predictor, sources: list[_Source], quiet: bool) -> Itera
     answers = predictor.attempt(_opened(sources), copy=False)
     for done, (source, answer) in enumerate(zip(sources, answers, strict=True), 1):
         progress.count(done, len(sources))
-        yield replace(answer, source=source.name) if isinstance(answer, Prediction) else answer
+        yield (replace(answer, source=source.name) if isinstance(answer, Prediction) else answer)
     progress.finish()
 
 
@@ -113,7 +130,9 @@ def _opened(sources: Iterable[_Source]) -> Iterator[ImageLike]:
 
 def _show(args: argparse.Namespace, sources: list[_Source], classes: int) -> Show:
     """What prints an answer in the form that was asked for."""
-    from .. import report  # here, because the command should start without what measures
+    from .. import (
+        report,
+    )  # here, because the command should start without what measures
 
     if args.json:
         return lambda answer: say(report.to_json(report.prediction_json(answer, args.topk)))
@@ -130,7 +149,14 @@ def _csv(topk: int) -> Show:
 
     def show(answer: Prediction) -> None:
         best = answer.top(topk)
-        say(_csv_line([answer.source, *(cell for label, p in best for cell in (label, f"{p:.6f}"))]))
+        say(
+            _csv_line(
+                [
+                    answer.source,
+                    *(cell for label, p in best for cell in (label, f"{p:.6f}")),
+                ]
+            )
+        )
 
     return show
 

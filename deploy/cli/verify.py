@@ -35,11 +35,20 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("bundle", type=Path)
     images = p.add_argument_group("labelled images")
-    images.add_argument("--data", help="a folder of class folders, or ARCHIVE.tar[/FOLDER]")
     images.add_argument(
-        "--by-order", action="store_true", help="match class folders to labels in sorted order, not by name"
+        "--data",
+        help="a folder of class folders, or ARCHIVE.tar[/FOLDER]",
     )
-    images.add_argument("--limit", type=int, help="largest number of images to use, evenly spread")
+    images.add_argument(
+        "--by-order",
+        action="store_true",
+        help="match class folders to labels in sorted order, not by name",
+    )
+    images.add_argument(
+        "--limit",
+        type=int,
+        help="largest number of images to use, evenly spread",
+    )
     _add_reference_flags(p)
     gates = p.add_argument_group("accuracy gates")
     gates.add_argument(
@@ -48,7 +57,11 @@ def build_parser() -> argparse.ArgumentParser:
         default=MAX_DROP,
         help=f"allowed loss of top-1, points (default {MAX_DROP})",
     )
-    gates.add_argument("--atol", type=finite, help="allowed golden logit difference (default: by precision)")
+    gates.add_argument(
+        "--atol",
+        type=finite,
+        help="allowed golden logit difference (default: by precision)",
+    )
     add_runtime_flags(p)
     return p
 
@@ -62,7 +75,8 @@ def _add_reference_flags(p: argparse.ArgumentParser) -> None:
         help="compare with this bundle (say, the fp32 one) instead of PyTorch",
     )
     reference.add_argument(
-        "--weights", help="the checkpoint the bundle was made from, to rebuild the PyTorch reference"
+        "--weights",
+        help="the checkpoint the bundle was made from, to rebuild the PyTorch reference",
     )
     reference.add_argument(
         "--reference-model",

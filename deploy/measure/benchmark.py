@@ -18,7 +18,12 @@ import numpy as np
 
 from ..backends.base import Session
 from ..bundle import LOGITS, Bundle
-from ..bundle.sections import ExecutedPrecision, Host, LatencyEntry, RanOn
+from ..bundle.sections import (
+    ExecutedPrecision,
+    Host,
+    LatencyEntry,
+    RanOn,
+)
 from ..predictor import Predictor
 from ..preprocessing import normalise
 from .host import describe, versions
@@ -376,7 +381,13 @@ def _end_to_end_call(predictor: Predictor, images: Sequence[bytes]) -> Callable[
     return call
 
 
-def _measured(name: str, bundle: Bundle, samples: _Samples, base: _Samples, rate: float | None) -> Measured:
+def _measured(
+    name: str,
+    bundle: Bundle,
+    samples: _Samples,
+    base: _Samples,
+    rate: float | None,
+) -> Measured:
     """The figures of one bundle; its ratio refers to ``base``."""
     latency = summarise(samples.model)
     ratio = ratio_of_medians(base.model, samples.model)

@@ -90,7 +90,12 @@ class MeasuringProcess:
             logits: np.ndarray = np.load(target)
             return logits
 
-    def benchmark(self, bundles: Sequence[Path], protocol: Protocol, threads: int | None) -> dict[str, Any]:
+    def benchmark(
+        self,
+        bundles: Sequence[Path],
+        protocol: Protocol,
+        threads: int | None,
+    ) -> dict[str, Any]:
         """:class:`cmt_edge.deploy.measure.benchmark.Benchmark` as a dictionary."""
         result: dict[str, Any] = self._request(
             "benchmark",

@@ -10,8 +10,18 @@ import numpy as np
 
 from ..backends import has_runtime
 from ..bundle import LOGITS, Bundle
-from ..bundle.sections import DataCheck, GoldenCheck, RanOn, VerificationEntry
-from ..errors import BundleError, DataError, InputError, RuntimeMissingError
+from ..bundle.sections import (
+    DataCheck,
+    GoldenCheck,
+    RanOn,
+    VerificationEntry,
+)
+from ..errors import (
+    BundleError,
+    DataError,
+    InputError,
+    RuntimeMissingError,
+)
 from ..images import ImageSet, Item, digest
 from ..predictor import Predictor
 from ..preprocessing import NamedBytes, normalise, pixels, preprocess
@@ -127,7 +137,12 @@ def verify(
     )
     with opened if candidate is None else nullcontext(opened) as predictor:
         golden = check_golden(bundle, predictor, atol)
-        found = Verification(bundle.title, bundle.manifest.precision, RanOn(**predictor.info), golden)
+        found = Verification(
+            bundle.title,
+            bundle.manifest.precision,
+            RanOn(**predictor.info),
+            golden,
+        )
         if data is None:
             return found
         labelled = _Labelled.of(bundle, data, by_order, limit)
@@ -136,7 +151,12 @@ def verify(
             source = "the bundle's record" if live is None else live.info["runtime"]
         check = _compare(labelled.truth, answers, max_drop, source)
         notes = _notes(check, labelled.truth, len(bundle.labels))
-        return replace(found, data=check, notes=notes, reference_answers=answers.by_digest)
+        return replace(
+            found,
+            data=check,
+            notes=notes,
+            reference_answers=answers.by_digest,
+        )
 
 
 @dataclass(frozen=True)
@@ -148,7 +168,13 @@ class _Labelled:
     truth: np.ndarray
 
     @classmethod
-    def of(cls, bundle: Bundle, data: ImageSet, by_order: bool, limit: int | None) -> _Labelled:
+    def of(
+        cls,
+        bundle: Bundle,
+        data: ImageSet,
+        by_order: bool,
+        limit: int | None,
+    ) -> _Labelled:
         targets = match_labels(bundle, data, by_order)
         items = _spread(data.items, limit)
         truth = np.array([targets[item.label] for item in items if item.label is not None])
@@ -173,7 +199,13 @@ def check_golden(bundle: Bundle, predictor: Predictor, atol: float | None = None
     differences = [distance(a, b) for a, b in zip(ours, golden.outputs, strict=True)]
     allowed = [tolerance(output, bundle.manifest.precision, atol) for output in golden.outputs]
     fits = [difference <= bound for difference, bound in zip(differences, allowed, strict=True)]
-    worst = max(range(len(ours)), key=lambda i: (not fits[i], differences[i] / max(allowed[i], 1e-30)))
+    worst = max(
+        range(len(ours)),
+        key=lambda i: (
+            not fits[i],
+            differences[i] / max(allowed[i], 1e-30),
+        ),
+    )
     return GoldenCheck(
         images=len(golden.sources),
         pixel_diff=pixel_diff,
@@ -191,7 +223,11 @@ def _pixel_difference(bundle: Bundle) -> int:
     return int(np.abs(decoded.astype(np.int16) - golden.pixels).max())
 
 
-def _require_shapes(bundle: Bundle, ours: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> None:
+def _require_shapes(
+    bundle: Bundle,
+    ours: Sequence[np.ndarray],
+    expected: Sequence[np.ndarray],
+) -> None:
     found, golden = ([output.shape for output in side] for side in (ours, expected))
     if found != golden:
         raise BundleError(
@@ -266,7 +302,11 @@ def match_labels(bundle: Bundle, data: ImageSet, by_order: bool) -> dict[str, in
 def _by_order(bundle: Bundle, data: ImageSet, folders: Sequence[str]) -> dict[str, int]:
     count = len(bundle.class_ids)
     if len(folders) != count:
-        raise DataError(f"{len(folders)} class folders for {count} labels", where=data.path, remedy=BY_NAME)
+        raise DataError(
+            f"{len(folders)} class folders for {count} labels",
+            where=data.path,
+            remedy=BY_NAME,
+        )
     return {folder: i for i, folder in enumerate(folders)}
 
 
@@ -320,7 +360,11 @@ def _reference(
             remedy=NO_REFERENCE_REMEDY,
         )
     with Predictor.load(
-        bundle, backend="torch", weights=weights, trusted_model=trusted_model, threads=threads
+        bundle,
+        backend="torch",
+        weights=weights,
+        trusted_model=trusted_model,
+        threads=threads,
     ) as predictor:
         yield predictor
 
@@ -378,7 +422,12 @@ def _run_both(
         if progress:
             progress(min(start + chunk, len(items)), len(items))
     differences = np.concatenate(diffs) if diffs else None
-    return _Answers(np.concatenate(ours), np.concatenate(theirs), digests, differences)
+    return _Answers(
+        np.concatenate(ours),
+        np.concatenate(theirs),
+        digests,
+        differences,
+    )
 
 
 def _prepared(bundle: Bundle, items: Sequence[Item], blobs: Sequence[bytes]) -> np.ndarray:

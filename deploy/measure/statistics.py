@@ -146,7 +146,10 @@ def paired_drop(reference: np.ndarray, ours: np.ndarray) -> Difference:
     first, second = wilson(before, count), wilson(after, count)
     below = _combined(before - first.low, second.high - after, correlation)
     above = _combined(first.high - before, after - second.low, correlation)
-    interval = Interval(max(-100.0, 100 * (mean - below)), min(100.0, 100 * (mean + above)))
+    interval = Interval(
+        max(-100.0, 100 * (mean - below)),
+        min(100.0, 100 * (mean + above)),
+    )
     return Difference(100 * mean, interval)
 
 

@@ -19,16 +19,28 @@ def latency_plot(result: Benchmark, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as exc:
-        raise RuntimeMissingError("plots need matplotlib", remedy='pip install "cmt-edge[report]"') from exc
+        raise RuntimeMissingError(
+            "plots need matplotlib",
+            remedy='pip install "cmt-edge[report]"',
+        ) from exc
     results = list(reversed(result.results))
     figure = Figure(figsize=(8, 1.2 + 0.6 * len(results)), layout="constrained")
     axes = figure.add_subplot()
     p50 = [r.model.p50 for r in results]
     upper = [r.model.p95 - r.model.p50 for r in results]
     bars = axes.barh(
-        [r.name for r in results], p50, xerr=[[0.0] * len(p50), upper], color="#4477aa", capsize=3
+        [r.name for r in results],
+        p50,
+        xerr=[[0.0] * len(p50), upper],
+        color="#4477aa",
+        capsize=3,
     )
-    axes.bar_label(bars, [f"{v:.2f} ms" for v in p50], label_type="center", color="white")
+    axes.bar_label(
+        bars,
+        [f"{v:.2f} ms" for v in p50],
+        label_type="center",
+        color="white",
+    )
     axes.set_xlabel("latency of one inference, ms (bar: median; whisker: 95th percentile)")
     axes.set_title(result.host.cpu)
     axes.spines[["top", "right"]].set_visible(False)

@@ -26,7 +26,11 @@ from ..measure.statistics import Latency
 from ..predictor import Prediction
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool = False) -> str:
+def table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    markdown: bool = False,
+) -> str:
     """Aligned columns; the first is left-aligned, the others right-aligned."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
@@ -43,7 +47,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool =
 
 def _ms(latency: Latency) -> list[str]:
     p99 = "-" if latency.p99 is None else f"{latency.p99:.2f}"
-    return [f"{latency.p50:.2f}", f"{latency.p90:.2f}", f"{latency.p95:.2f}", p99, f"{latency.max:.2f}"]
+    return [
+        f"{latency.p50:.2f}",
+        f"{latency.p90:.2f}",
+        f"{latency.p95:.2f}",
+        p99,
+        f"{latency.max:.2f}",
+    ]
 
 
 def how_measured(protocol: Protocol) -> str:
@@ -98,7 +108,13 @@ def benchmark_text(result: Benchmark, markdown: bool = False) -> str:
     parts = [
         table(header, rows, markdown),
         table(
-            ["bundle", "asked", "what really ran (share of time)", "conversions", "runtime"],
+            [
+                "bundle",
+                "asked",
+                "what really ran (share of time)",
+                "conversions",
+                "runtime",
+            ],
             executed,
             markdown,
         ),
@@ -217,21 +233,39 @@ def _candidate_row(candidate: Candidate, labelled: bool, best: bool) -> list[str
 
 def _drop(accuracy: Accuracy) -> list[str]:
     low, high = accuracy.drop_ci
-    return [f"{accuracy.drop:+.2f} ({low:+.2f} to {high:+.2f})", f"{accuracy.agreement:.2f}"]
+    return [
+        f"{accuracy.drop:+.2f} ({low:+.2f} to {high:+.2f})",
+        f"{accuracy.agreement:.2f}",
+    ]
 
 
 def _speed(speed: Speed) -> list[str]:
     low, high = speed.ratio_ci
-    return [f"{speed.p50:.2f}", f"{speed.ratio:.2f} ({low:.2f}-{high:.2f})", f"{speed.size_bytes / 1e6:.1f}"]
+    return [
+        f"{speed.p50:.2f}",
+        f"{speed.ratio:.2f} ({low:.2f}-{high:.2f})",
+        f"{speed.size_bytes / 1e6:.1f}",
+    ]
 
 
 def _sensitivity_table(verdict: VerdictEntry, markdown: bool) -> list[str]:
     """The groups of operations and what the table means."""
     rows = [
-        [s.group, str(s.nodes), f"{s.accuracy.deviation:.4f}", *_drop(s.accuracy)]
+        [
+            s.group,
+            str(s.nodes),
+            f"{s.accuracy.deviation:.4f}",
+            *_drop(s.accuracy),
+        ]
         for s in verdict.sensitivity
     ]
-    header = ["group", "operations", "logit deviation", "drop (95 % CI)", "agreement %"]
+    header = [
+        "group",
+        "operations",
+        "logit deviation",
+        "drop (95 % CI)",
+        "agreement %",
+    ]
     meaning = (
         "sensitivity: each group alone in int8, the worst first; logits in standard deviations of fp32's"
     )
@@ -252,10 +286,16 @@ def _conditions(verdict: VerdictEntry) -> str:
 
 
 def _recommendation(verdict: VerdictEntry) -> str:
-    best = next((c for c in verdict.candidates if c.variant == verdict.winner), None)
+    best = next(
+        (c for c in verdict.candidates if c.variant == verdict.winner),
+        None,
+    )
     if best is None or best.accuracy is None or best.speed is None:
         return "recommended: none of these passes"
-    base, (low, high) = verdict.candidates[0].variant.name, best.accuracy.drop_ci
+    base, (low, high) = (
+        verdict.candidates[0].variant.name,
+        best.accuracy.drop_ci,
+    )
     lines = [
         f"recommended: {best.variant.name}{_compared(best, best.speed, base)},"
         f" drop {best.accuracy.drop:+.2f} points (95 % CI {low:+.2f} to {high:+.2f})"
@@ -318,7 +358,10 @@ def bundle_text(bundle: Bundle, verify_flags: Sequence[str] = ()) -> str:
     if calibration and calibration.cached:
         lines.append("note: calibration was taken from the cache (same graph, images and recipe)")
     lines += _synthesis_lines(calibration.synthesis if calibration else None)
-    lines += [f"bundle: {path} ({manifest.size_bytes / 1e6:.1f} MB)", ""]
+    lines += [
+        f"bundle: {path} ({manifest.size_bytes / 1e6:.1f} MB)",
+        "",
+    ]
     return "\n".join([*lines, *_next_commands(bundle, verify_flags)])
 
 
@@ -339,14 +382,23 @@ def _next_commands(bundle: Bundle, verify_flags: Sequence[str]) -> list[str]:
     path = shlex.quote(str(bundle.path))
     if bundle.manifest.format == "trt" and not bundle.manifest.engine:
         name = shlex.quote(bundle.path.name)
-        return ["next:", f"  cmt-build {name}", f"(on the device, once {path} is copied to it)"]
+        return [
+            "next:",
+            f"  cmt-build {name}",
+            f"(on the device, once {path} is copied to it)",
+        ]
     flags = "".join(f" {shlex.quote(flag)}" for flag in verify_flags)
     lines = ["next:", f"  cmt-bench {path}"]
     if bundle.head != LOGITS:
         use = f"Predictor.load({str(bundle.path)!r}).features(batch)"
         return [*lines, f"  cmt-verify {path}", f"in Python: {use}"]
     if "--data" in verify_flags:
-        return [*lines, f"  cmt-verify {path}{flags}", "with your own images:", f"  cmt-predict {path} IMAGE"]
+        return [
+            *lines,
+            f"  cmt-verify {path}{flags}",
+            "with your own images:",
+            f"  cmt-predict {path} IMAGE",
+        ]
     return [
         *lines,
         f"  cmt-verify {path}",
@@ -407,9 +459,15 @@ def device_text(content: dict[str, Any], markdown: bool = False) -> str:
 
 def built_text(bundle: Bundle, content: dict[str, Any]) -> str:
     """What ``cmt-build`` did and what to do next."""
-    entry, size = bundle.manifest.engine, bundle.manifest.size_bytes / 1e6
+    entry, size = (
+        bundle.manifest.engine,
+        bundle.manifest.size_bytes / 1e6,
+    )
     report = bundle.path / entry.text if entry else "none"
-    lines = [device_text(content), f"bundle: {bundle.path} ({size:.1f} MB), report: {report}"]
+    lines = [
+        device_text(content),
+        f"bundle: {bundle.path} ({size:.1f} MB), report: {report}",
+    ]
     path = shlex.quote(str(bundle.path))
     others = (
         f"build the other precisions too and compare them: cmt-bench {path} OTHER_BUNDLE; int8 is not always"
@@ -434,14 +492,21 @@ def _device_latency(measured: dict[str, Any], markdown: bool) -> str:
         "host, image file to answer": measured["end_to_end"],
     }
     rows = [[name, *_ms(Latency(**latency))] for name, latency in named.items() if latency]
-    text = table(["milliseconds", "p50", "p90", "p95", "p99", "max"], rows, markdown)
+    text = table(
+        ["milliseconds", "p50", "p90", "p95", "p99", "max"],
+        rows,
+        markdown,
+    )
     rate = measured["throughput"]
     return text + (f"\n\nthroughput: {rate:.0f} images/s; batch {measured['batch']}" if rate else "")
 
 
 def _power_lines(power: dict[str, Any]) -> list[str]:
     if power["source"] is None:
-        return ["power: not known here", *(f"note: {n}" for n in power["notes"])]
+        return [
+            "power: not known here",
+            *(f"note: {n}" for n in power["notes"]),
+        ]
     phases = ", ".join(
         f"{phase} {power[phase]['watts']:.2f} W"
         for phase in ("before", "during", "after")
@@ -449,7 +514,10 @@ def _power_lines(power: dict[str, Any]) -> list[str]:
     )
     joules = power["joules_per_image"]
     energy = f"; {1e3 * joules:.2f} mJ an image, idle power included" if joules else ""
-    return [f"power ({power['source']}): {phases}{energy}", *(f"note: {n}" for n in power["notes"])]
+    return [
+        f"power ({power['source']}): {phases}{energy}",
+        *(f"note: {n}" for n in power["notes"]),
+    ]
 
 
 def _state_lines(state: dict[str, Any]) -> list[str]:
@@ -491,7 +559,10 @@ def _verified_lines(verification: VerificationEntry) -> list[str]:
         f"golden images: {golden.output} differ by {golden.diff:.2g} (allowed {golden.atol:.2g})",
     ]
     if data is None:
-        return [*lines, *(["top-1: not measured (no --eval-data)"] if golden.output == LOGITS else [])]
+        return [
+            *lines,
+            *(["top-1: not measured (no --eval-data)"] if golden.output == LOGITS else []),
+        ]
     low, high = data.drop_ci
     return [
         *lines,

@@ -282,7 +282,10 @@ def find_rails(root: Path) -> list[RailSensor]:
     rails: list[tuple[Path, tuple[Path, ...]]] = []
     for label in sorted(drivers.glob("ina3221/*/hwmon/hwmon*/in[123]_label")):
         channel = label.name[2]
-        files = (label.with_name(f"in{channel}_input"), label.with_name(f"curr{channel}_input"))
+        files = (
+            label.with_name(f"in{channel}_input"),
+            label.with_name(f"curr{channel}_input"),
+        )
         rails.append((label, files))
     for label in sorted(drivers.glob("ina238/*/hwmon/hwmon*/label")):
         rails.append((label, (label.with_name("power1_input"),)))

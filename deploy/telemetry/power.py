@@ -73,7 +73,9 @@ def find_power_sensor(root: Path = Path("/"), gpu_index: int = 0) -> tuple[Power
     return (sensor, notes) if sensor else _tegrastats_sensor(notes)
 
 
-def _tegrastats_sensor(notes: list[str]) -> tuple[PowerSensor | None, list[str]]:
+def _tegrastats_sensor(
+    notes: list[str],
+) -> tuple[PowerSensor | None, list[str]]:
     """The tool, or ``notes`` of why sysfs could not be read and what the tool lacks."""
     program = find_tool("tegrastats")
     if program is None:
@@ -145,7 +147,11 @@ class PowerMonitor:
         if not (math.isfinite(interval_s) and interval_s > 0 and math.isfinite(idle_s) and idle_s >= 0):
             raise InputError(f"cannot sample every {interval_s} s with {idle_s} s of idle time")
         check(Path(root), gpu_index)
-        self._root, self._gpu_index, self._given = Path(root), gpu_index, sensor
+        self._root, self._gpu_index, self._given = (
+            Path(root),
+            gpu_index,
+            sensor,
+        )
         self._interval_s, self._idle_s = interval_s, idle_s
         self._reset()
 
@@ -165,7 +171,12 @@ class PowerMonitor:
         )
         if self._sensor is None:
             return self
-        self._thread = threading.Thread(target=self._sample, args=(self._sensor,), name="power", daemon=True)
+        self._thread = threading.Thread(
+            target=self._sample,
+            args=(self._sensor,),
+            name="power",
+            daemon=True,
+        )
         self._thread.start()
         try:
             time.sleep(self._idle_s)
@@ -244,12 +255,20 @@ class PowerMonitor:
 
     def _mean(self, phase: str) -> Power:
         samples = list(self._samples[phase])
-        return Power(math.fsum(samples) / len(samples) if samples else None, len(samples))
+        return Power(
+            math.fsum(samples) / len(samples) if samples else None,
+            len(samples),
+        )
 
     def report(self) -> PowerReport:
         """All figures, for a file."""
         return PowerReport(
-            self.source, self._interval_s, self.before, self.during, self.after, list(self.notes)
+            self.source,
+            self._interval_s,
+            self.before,
+            self.during,
+            self.after,
+            list(self.notes),
         )
 
     def energy_per_inference(self, latency_ms: float, images: int = 1) -> float | None:

@@ -89,7 +89,12 @@ def _jetson(root: Path, run: Run) -> DeviceState:
         l4t=module.l4t,
         jetpack=module.jetpack,
         power_mode=_ask(["nvpmodel", "-q"], run, jetson.parse_nvpmodel, notes),
-        clocks=_ask(["jetson_clocks", "--show"], run, jetson.parse_jetson_clocks, notes),
+        clocks=_ask(
+            ["jetson_clocks", "--show"],
+            run,
+            jetson.parse_jetson_clocks,
+            notes,
+        ),
         temperatures_c=_temperatures(root, notes),
         notes=notes,
     )
@@ -112,7 +117,12 @@ def _temperatures(root: Path, notes: list[str]) -> dict[str, float]:
     return zones
 
 
-def _ask(command: list[str], run: Run, parse: Callable[[str], T | None], notes: list[str]) -> T | None:
+def _ask(
+    command: list[str],
+    run: Run,
+    parse: Callable[[str], T | None],
+    notes: list[str],
+) -> T | None:
     """What ``parse`` makes of the tool's answer, or ``None`` and a note."""
     name = " ".join(command)
     text = run(command)

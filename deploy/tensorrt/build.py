@@ -21,10 +21,22 @@ from ..backends import get_runtime
 from ..backends.base import batch_limit
 from ..bundle import ENGINES, Bundle, Manifest, plain
 from ..bundle.sections import EngineEntry, EngineKey, GoldenCheck
-from ..errors import GateError, InputError, OutputError, RuntimeMissingError
+from ..errors import (
+    GateError,
+    InputError,
+    OutputError,
+    RuntimeMissingError,
+)
 from ..files import writing
 from ..locks import try_lock
-from ..measure.benchmark import Benchmark, Protocol, benchmark, golden_batch, summary, sustained
+from ..measure.benchmark import (
+    Benchmark,
+    Protocol,
+    benchmark,
+    golden_batch,
+    summary,
+    sustained,
+)
 from ..measure.parity import check_golden
 from ..predictor import Predictor
 from ..progress import Progress
@@ -132,10 +144,16 @@ def exclusive(folder: Path) -> Iterator[None]:
 def _claim(folder: Path, descriptor: int) -> None:
     """Lock the folder until ``descriptor`` is closed."""
     if not os.access(folder, os.W_OK):
-        raise OutputError("cannot write here", where=folder, remedy="copy the bundle to a writable folder")
+        raise OutputError(
+            "cannot write here",
+            where=folder,
+            remedy="copy the bundle to a writable folder",
+        )
     if not try_lock(descriptor):
         raise OutputError(
-            "another build of this bundle is running", where=folder, remedy="wait for it to end"
+            "another build of this bundle is running",
+            where=folder,
+            remedy="wait for it to end",
         )
 
 
@@ -202,7 +220,10 @@ def finish(
         "golden": asdict(verified.golden),
         "benchmark": plain(measured.speed),
         "power": measured.power,
-        "state": {"before": asdict(before), "after": asdict(measured.after)},
+        "state": {
+            "before": asdict(before),
+            "after": asdict(measured.after),
+        },
         "warnings": [*measured.notes, *built.warnings],
     }
     manifest = replace(bundle.manifest, latency=summary(measured.speed))
@@ -270,7 +291,14 @@ class _Job:
 
         cuda, target = engine_target(device)
         key = engine_key(bundle, target, options)
-        return cls(bundle, options, cuda, target, key, nvml_index(target.gpu.pci, target.gpu.index))
+        return cls(
+            bundle,
+            options,
+            cuda,
+            target,
+            key,
+            nvml_index(target.gpu.pci, target.gpu.index),
+        )
 
     def engine(self, force: bool, time_limit: float, progress: Progress) -> Built:
         """The bundle's engine if it was built here for exactly this key, else a new one."""
@@ -286,7 +314,13 @@ class _Job:
             time_limit=time_limit,
             progress=progress,
         )
-        return Built(plan, time.perf_counter() - start, False, self._stale(), warnings)
+        return Built(
+            plan,
+            time.perf_counter() - start,
+            False,
+            self._stale(),
+            warnings,
+        )
 
     def _stale(self) -> list[str]:
         """Why the engine in the bundle is not used, empty if there is none."""
@@ -310,7 +344,12 @@ class _Job:
         def load(*_: object, throughput: bool = False, **__: object) -> Predictor:
             return self._open(built, throughput)
 
-        speed = benchmark([self.bundle], protocol=protocol, progress=progress.share, load=load)
+        speed = benchmark(
+            [self.bundle],
+            protocol=protocol,
+            progress=progress.share,
+            load=load,
+        )
         with self._open(built) as predictor:
             power = _power(self.bundle, predictor, self.nvml)
             notes = list(predictor.session.notes)
@@ -337,13 +376,21 @@ class _Job:
 
 
 def _finished(
-    manifest: Manifest, key: EngineKey, golden: GoldenCheck, built: Built, content: dict[str, Any]
+    manifest: Manifest,
+    key: EngineKey,
+    golden: GoldenCheck,
+    built: Built,
+    content: dict[str, Any],
 ) -> Finished:
     """Everything that is written."""
     plan = member(built.plan, "engine", ".plan")
     text = report.device_text(content, markdown=True).encode()
     data = (report.to_json(content) + "\n").encode()
-    files = {plan: built.plan, member(data, "report", ".json"): data, member(text, "report", ".md"): text}
+    files = {
+        plan: built.plan,
+        member(data, "report", ".json"): data,
+        member(text, "report", ".md"): text,
+    }
     entry = EngineEntry(
         file=plan,
         key=key,

@@ -49,7 +49,10 @@ class Monitor(trt.IProgressMonitor):  # type: ignore[misc, unused-ignore]
 
     def step_complete(self, phase_name: str, step: int) -> bool:
         if phase_name in self._steps:
-            self._report(phase_name, min(1.0, (step + 1) / self._steps[phase_name]))
+            self._report(
+                phase_name,
+                min(1.0, (step + 1) / self._steps[phase_name]),
+            )
         return True
 
     def phase_finish(self, phase_name: str) -> None:
@@ -92,7 +95,10 @@ def parse(network: Any, request: BuildRequest, log: Log) -> Any:
         raise failure("TensorRT's parser refused model.onnx", errors + log.errors)
     # outputs are checked where the engine is opened
     if network.num_inputs != 1 or network.get_input(0).name != request.input:
-        raise failure("model.onnx does not have the input its manifest names", log.errors)
+        raise failure(
+            "model.onnx does not have the input its manifest names",
+            log.errors,
+        )
     return parser
 
 
@@ -109,7 +115,10 @@ def configure(builder: Any, config: Any, request: BuildRequest, report: Report) 
     if request.profile:
         profile = builder.create_optimization_profile()
         rest = tuple(int(d) for d in request.shape[1:])
-        profile.set_shape(request.input, *((count, *rest) for count in request.profile))
+        profile.set_shape(
+            request.input,
+            *((count, *rest) for count in request.profile),
+        )
         config.add_optimization_profile(profile)
     return _timings(config, request)
 
@@ -137,7 +146,11 @@ def blob(memory: Any) -> bytes:
 def _build(request: Request, report: Report) -> list[str]:
     """TensorRT's warnings while it built what the request asks for."""
     names = [field.name for field in fields(BuildRequest)]
-    build_engine(BuildRequest(**{name: request[name] for name in names}), report, LOG)
+    build_engine(
+        BuildRequest(**{name: request[name] for name in names}),
+        report,
+        LOG,
+    )
     return LOG.warnings
 
 

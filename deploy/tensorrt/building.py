@@ -21,7 +21,12 @@ from ..files import cache_folder, writing
 from ..progress import Progress
 from ..telemetry.jetson import available_memory
 from .cuda import Cuda
-from .engine import BuildRequest, EngineOptions, EngineTarget, timing_key
+from .engine import (
+    BuildRequest,
+    EngineOptions,
+    EngineTarget,
+    timing_key,
+)
 
 BUILDER = "cmt_edge.deploy.tensorrt.builder"
 """The module that the child process runs."""
@@ -64,7 +69,11 @@ def build_plan(
 
 
 def _request(
-    bundle: Bundle, options: EngineOptions, target: EngineTarget, cuda: Cuda, plan: Path
+    bundle: Bundle,
+    options: EngineOptions,
+    target: EngineTarget,
+    cuda: Cuda,
+    plan: Path,
 ) -> BuildRequest:
     described = bundle.manifest.input
     return BuildRequest(

@@ -53,7 +53,10 @@ class CudaError(CmtEdgeError):
     def __init__(self, call: str, code: int, text: str) -> None:
         self.code = code
         memory = "close other programs, use a smaller batch or more swap" if code == OUT_OF_MEMORY else None
-        super().__init__(f"{call} failed with CUDA error {code}: {text}", remedy=memory)
+        super().__init__(
+            f"{call} failed with CUDA error {code}: {text}",
+            remedy=memory,
+        )
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,10 @@ class Cuda:
     """CUDA runtime calls over ``call(name, *arguments) -> (error code, result)``."""
 
     def __init__(
-        self, call: Callable[..., tuple[int, Any]], source: str, name_of: Callable[[int], str]
+        self,
+        call: Callable[..., tuple[int, Any]],
+        source: str,
+        name_of: Callable[[int], str],
     ) -> None:
         self._raw, self._name_of = call, name_of
         self.source = source
@@ -116,7 +122,9 @@ class Cuda:
         count = int(self.call("cudaGetDeviceCount"))
         if not 0 <= index < count:
             raise RuntimeMissingError(
-                f"there is no GPU {index}", why=f"{count} found", remedy="choose another with --device N"
+                f"there is no GPU {index}",
+                why=f"{count} found",
+                remedy="choose another with --device N",
             )
         self.call("cudaSetDevice", index)
         found = {
@@ -155,7 +163,14 @@ class Cuda:
     def free_pinned_memory(self, address: int) -> None:
         self.call("cudaFreeHost", address)
 
-    def copy(self, target: int, source: int, size: int, kind: int, stream: int) -> None:
+    def copy(
+        self,
+        target: int,
+        source: int,
+        size: int,
+        kind: int,
+        stream: int,
+    ) -> None:
         """Start copying ``size`` bytes; ``kind`` is :data:`TO_DEVICE` or :data:`TO_HOST`."""
         self.call("cudaMemcpyAsync", target, source, size, kind, stream)
 
@@ -278,7 +293,12 @@ def open_bindings() -> Cuda:
 
 # ctypes: C functions return the error and write results through leading pointers
 
-_P, _I, _S, _U = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t, ctypes.c_uint
+_P, _I, _S, _U = (
+    ctypes.c_void_p,
+    ctypes.c_int,
+    ctypes.c_size_t,
+    ctypes.c_uint,
+)
 """Short names of C types, for the table below."""
 SIGNATURES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "cudaRuntimeGetVersion": ((_I,), ()),
@@ -347,7 +367,10 @@ def _load(names: tuple[str, ...]) -> tuple[ctypes.CDLL, str]:
 def _driver_name(index: int) -> str:
     """Name of a device from the driver: the runtime's own struct of properties differs between versions."""
     driver = ctypes.CDLL("libcuda.so.1")
-    device, text = ctypes.c_int(), ctypes.create_string_buffer(NAME_BYTES)
+    device, text = (
+        ctypes.c_int(),
+        ctypes.create_string_buffer(NAME_BYTES),
+    )
     driver.cuInit(0)
     driver.cuDeviceGet(ctypes.byref(device), index)
     driver.cuDeviceGetName(text, len(text), device)

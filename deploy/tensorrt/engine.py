@@ -28,7 +28,12 @@ from platformdirs import user_data_path
 from ..backends.base import batch_limit
 from ..bundle import ENGINES, ONNX, Bundle
 from ..bundle.sections import BuildOptions, EngineKey
-from ..errors import BundleError, InputError, OutputError, RuntimeMissingError
+from ..errors import (
+    BundleError,
+    InputError,
+    OutputError,
+    RuntimeMissingError,
+)
 from ..files import write_atomic
 from .cuda import Cuda, Gpu
 
@@ -61,9 +66,15 @@ class EngineOptions:
     def check(self) -> None:
         """Raises :class:`InputError` for a value that TensorRT would refuse."""
         if self.workspace is not None and not 0 < self.workspace < MAX_WORKSPACE_GIB:
-            raise InputError(f"a workspace of {self.workspace:g} GiB", remedy="give --workspace GiB, above 0")
+            raise InputError(
+                f"a workspace of {self.workspace:g} GiB",
+                remedy="give --workspace GiB, above 0",
+            )
         if not 0 <= self.level <= 5:
-            raise InputError(f"optimization level {self.level}", remedy="give 0 (fast build) to 5 (thorough)")
+            raise InputError(
+                f"optimization level {self.level}",
+                remedy="give 0 (fast build) to 5 (thorough)",
+            )
         least, typical, most = self.profile
         if not 1 == least <= typical <= most:
             raise InputError(
@@ -150,7 +161,11 @@ def timing_key(target: EngineTarget) -> str:
 
 def seal(sha256: str, key: EngineKey) -> str:
     """Proof that this machine recorded the engine of hash ``sha256`` under ``key``."""
-    return hmac.new(_secret(), f"{sha256} {_digest(asdict(key))}".encode(), hashlib.sha256).hexdigest()
+    return hmac.new(
+        _secret(),
+        f"{sha256} {_digest(asdict(key))}".encode(),
+        hashlib.sha256,
+    ).hexdigest()
 
 
 def trusted(bundle: Bundle) -> bool:

@@ -26,9 +26,25 @@ WORDS = (
     ("fp32", r"\b(fp32|float|float32|tf32)\b"),
 )
 """Precisions with the words for them, the lowest first."""
-CONVERTING_KINDS = ("reformat", "cast", "copy", "noop", "shuffle", "identity", "quantize", "dequantize")
+CONVERTING_KINDS = (
+    "reformat",
+    "cast",
+    "copy",
+    "noop",
+    "shuffle",
+    "identity",
+    "quantize",
+    "dequantize",
+)
 """Words in the kinds of layers that only move or convert."""
-NO_COMPUTE = ("constant", "shape", "shape_call", "assertion", "signal", "wait")
+NO_COMPUTE = (
+    "constant",
+    "shape",
+    "shape_call",
+    "assertion",
+    "signal",
+    "wait",
+)
 """Kinds of layers that neither compute nor convert."""
 GENERATED = re.compile(r"^__myl_(move|cast?|copy|reform|quan|dequ)+(_myl|$)", re.IGNORECASE)
 """Names of generated kernels (kind "kgen") that only move or convert; the name lists what was fused into
@@ -134,7 +150,12 @@ def executed(found: list[Layer], times: Mapping[str, float] | None = None) -> Ex
         share[layer.precision if layer else "other"] += spent / total
         if layer and layer.conversion:
             conversion += spent / total
-    return ExecutedPrecision(dict(share), dict(operations), conversion, f"{SOURCE} and profiler")
+    return ExecutedPrecision(
+        dict(share),
+        dict(operations),
+        conversion,
+        f"{SOURCE} and profiler",
+    )
 
 
 def require_precision(asked: str, operations: Mapping[str, int], found: list[Layer]) -> float:

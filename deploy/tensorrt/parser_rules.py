@@ -13,7 +13,11 @@ import onnx
 import onnx_ir as ir
 from onnx import shape_inference
 
-from cmt_edge.deploy.backends.graph_rules import STANDARD_DOMAINS, check_file, check_quantizer
+from cmt_edge.deploy.backends.graph_rules import (
+    STANDARD_DOMAINS,
+    check_file,
+    check_quantizer,
+)
 
 SUPPORTED = frozenset(
     """
@@ -73,7 +77,11 @@ def _check_types(graph: ir.Graph) -> list[str]:
     made = [value for node in graph for value in node.outputs]
     return [
         f"{value.name}: tensors of type {value.dtype.name} are not supported"
-        for value in (*graph.inputs, *made, *graph.initializers.values())
+        for value in (
+            *graph.inputs,
+            *made,
+            *graph.initializers.values(),
+        )
         if value.dtype is not None and value.dtype not in TYPES
     ]
 

@@ -49,7 +49,10 @@ class Log(trt.ILogger):  # type: ignore[misc, unused-ignore]
         self.errors, self.warnings = [], []
 
     def log(self, severity: Any, message: str) -> None:
-        if severity in (trt.Logger.Severity.INTERNAL_ERROR, trt.Logger.Severity.ERROR):
+        if severity in (
+            trt.Logger.Severity.INTERNAL_ERROR,
+            trt.Logger.Severity.ERROR,
+        ):
             self.errors = [*self.errors, message][-KEPT_LINES:]
         elif severity == trt.Logger.Severity.WARNING:
             self.warnings = [*self.warnings, message][-KEPT_LINES:]
@@ -63,11 +66,16 @@ def gpu_index(device: str | None) -> int:
     """``None``, ``"0"``, ``"gpu:0"`` or ``"cuda:0"`` -> 0; raises :class:`InputError`."""
     text = (device or "0").lower().removeprefix("cuda").removeprefix("gpu").removeprefix(":") or "0"
     if not text.isdigit():
-        raise InputError(f"TensorRT has no device {device!r}", remedy="give the number of a GPU: --device 0")
+        raise InputError(
+            f"TensorRT has no device {device!r}",
+            remedy="give the number of a GPU: --device 0",
+        )
     return int(text)
 
 
-def engine_target(device: str | None = None) -> tuple[Cuda, EngineTarget]:
+def engine_target(
+    device: str | None = None,
+) -> tuple[Cuda, EngineTarget]:
     """The GPU and what an engine for it is keyed by; raises :class:`RuntimeMissingError`."""
     cuda = open_cuda()
     return cuda, EngineTarget.here(trt.__version__, cuda, gpu_index(device))
@@ -160,7 +168,12 @@ class TensorRTSession(Session):
         if UNKNOWN_TYPES not in text:
             return text
         with self._worker() as worker:
-            worker.set_shape((1, *tuple(self._engine.get_tensor_shape(self._input))[1:]))
+            worker.set_shape(
+                (
+                    1,
+                    *tuple(self._engine.get_tensor_shape(self._input))[1:],
+                )
+            )
             inspector.execution_context = worker.context
             return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
@@ -190,7 +203,10 @@ class TensorRTSession(Session):
             yield worker
         finally:
             if worker.note:
-                self.graphs, self.notes = False, sorted({*self.notes, worker.note})
+                self.graphs, self.notes = (
+                    False,
+                    sorted({*self.notes, worker.note}),
+                )
             self._idle.put(worker)
 
     def _new_worker(self, graphs: bool) -> Worker:
@@ -258,7 +274,11 @@ class Worker:
         cuda.record(end, self.stream)
         self._copy_out()
         cuda.record(done, self.stream)
-        return cuda.elapsed_ms(start, end), cuda.elapsed_ms(begin, done), enqueue
+        return (
+            cuda.elapsed_ms(start, end),
+            cuda.elapsed_ms(begin, done),
+            enqueue,
+        )
 
     def _prepare(self, batch: np.ndarray) -> None:
         """Buffers and a graph for this shape, and the pixels in pinned memory."""
@@ -269,11 +289,23 @@ class Worker:
             self._capture()
 
     def _copy_in(self) -> None:
-        self.cuda.copy(self.device_in, self.host_in.ctypes.data, self.host_in.nbytes, TO_DEVICE, self.stream)
+        self.cuda.copy(
+            self.device_in,
+            self.host_in.ctypes.data,
+            self.host_in.nbytes,
+            TO_DEVICE,
+            self.stream,
+        )
 
     def _copy_out(self) -> None:
         for device, host in self.out:
-            self.cuda.copy(host.ctypes.data, device, host.nbytes, TO_HOST, self.stream)
+            self.cuda.copy(
+                host.ctypes.data,
+                device,
+                host.nbytes,
+                TO_HOST,
+                self.stream,
+            )
 
     def _compute(self) -> None:
         if self.graph:
@@ -301,7 +333,10 @@ class Worker:
         self.set_shape(shape)
         self.device_in, self.host_in = self._buffers(shape)
         self.out = [self._buffers(tuple(self.context.get_tensor_shape(name))) for name in self.outputs]
-        addresses = [self.device_in, *(device for device, _ in self.out)]
+        addresses = [
+            self.device_in,
+            *(device for device, _ in self.out),
+        ]
         for name, address in zip((self.input, *self.outputs), addresses, strict=True):
             if not self.context.set_tensor_address(name, address):
                 raise StepError(
@@ -326,7 +361,10 @@ class Worker:
         try:
             self.graph = self.cuda.capture(self.stream, self._enqueue)
         except (CudaError, StepError) as exc:
-            self.graphs, self.note = False, f"no CUDA graph, each inference is enqueued: {exc.what}"
+            self.graphs, self.note = (
+                False,
+                f"no CUDA graph, each inference is enqueued: {exc.what}",
+            )
 
     def _release(self) -> None:
         """Give back what belongs to one shape."""

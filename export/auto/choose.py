@@ -52,8 +52,22 @@ def choose(config: ExportConfig, prepared: Prepared, progress: Progress) -> Deci
         MeasuringProcess(config.isa, progress.share) as process,
     ):
         folder = Path(name)
-        questions = make_questions(folder, data, prepared.evaluation, config.eval_limit, config.preprocess)
-        workbench = Workbench(config, prepared, quantized, questions, process, folder, progress)
+        questions = make_questions(
+            folder,
+            data,
+            prepared.evaluation,
+            config.eval_limit,
+            config.preprocess,
+        )
+        workbench = Workbench(
+            config,
+            prepared,
+            quantized,
+            questions,
+            process,
+            folder,
+            progress,
+        )
         found = search(
             workbench.variants(),
             {group: len(nodes) for group, nodes in workbench.groups.items()},
@@ -65,7 +79,10 @@ def choose(config: ExportConfig, prepared: Prepared, progress: Progress) -> Deci
         verdict = _describe(found, config, data, workbench)
     if found.winner is None:
         raise _nothing_passes(verdict)
-    return Decision(config.named(found.winner.precision, found.winner.keep_float), verdict)
+    return Decision(
+        config.named(found.winner.precision, found.winner.keep_float),
+        verdict,
+    )
 
 
 def _conditions(config: ExportConfig, started: float) -> Conditions:
@@ -90,11 +107,17 @@ def _nothing_passes(verdict: VerdictEntry) -> GateError:
 
 
 def _describe(
-    found: Verdict, config: ExportConfig, data: CalibrationSet, workbench: Workbench
+    found: Verdict,
+    config: ExportConfig,
+    data: CalibrationSet,
+    workbench: Workbench,
 ) -> VerdictEntry:
     """For the manifest, the report and ``--json``."""
     return VerdictEntry(
-        **{**vars(found), "notes": (*found.notes, *_notes(found, config.isa))},
+        **{
+            **vars(found),
+            "notes": (*found.notes, *_notes(found, config.isa)),
+        },
         isa=config.isa,
         runtime=workbench.runtime,
         threads=config.threads,

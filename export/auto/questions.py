@@ -33,7 +33,11 @@ class Images:
     """
 
     def __init__(
-        self, path: Path, fingerprint: str, arrays: Callable[[], Iterator[np.ndarray]], count: int
+        self,
+        path: Path,
+        fingerprint: str,
+        arrays: Callable[[], Iterator[np.ndarray]],
+        count: int,
     ) -> None:
         self.fingerprint, self.count = fingerprint, count
         self._path, self._arrays = path, arrays
@@ -95,7 +99,12 @@ def make_questions(
         return (batch[0] for batch in data.batches(spec))
 
     if evaluation is None:
-        everything = Images(folder / "calibration.npy", data.fingerprint, batches, len(data))
+        everything = Images(
+            folder / "calibration.npy",
+            data.fingerprint,
+            batches,
+            len(data),
+        )
         return Questions(everything, everything, everything)
     few = min(PROBES, len(data))
     probes = Images(
@@ -115,14 +124,24 @@ def make_questions(
     )
 
 
-def _decoded(path: Path, labelled: ImageSet, items: Sequence[Item], spec: Preprocess) -> Images:
+def _decoded(
+    path: Path,
+    labelled: ImageSet,
+    items: Sequence[Item],
+    spec: Preprocess,
+) -> Images:
     """Labelled images as pixels, uint8 ``(N, S, S, 3)``."""
     contents = "".join(f"{digest(labelled.read(item))} {item.label}\n" for item in items)
 
     def decoded() -> Iterator[np.ndarray]:
         return (pixels(NamedBytes(labelled.read(item), item.name), spec) for item in items)
 
-    return Images(path, hashlib.sha256(contents.encode()).hexdigest(), decoded, len(items))
+    return Images(
+        path,
+        hashlib.sha256(contents.encode()).hexdigest(),
+        decoded,
+        len(items),
+    )
 
 
 def _classes(items: Sequence[Item], targets: dict[str, int]) -> np.ndarray:

@@ -23,7 +23,13 @@ from typing import Protocol
 
 import numpy as np
 
-from cmt_edge.deploy.bundle.sections import Accuracy, Candidate, Sensitivity, Speed, Variant
+from cmt_edge.deploy.bundle.sections import (
+    Accuracy,
+    Candidate,
+    Sensitivity,
+    Speed,
+    Variant,
+)
 from cmt_edge.deploy.measure.statistics import paired_drop, wilson
 
 WIDTH = {"fp32": 2, "bf16": 1, "int8": 0}
@@ -164,7 +170,10 @@ class _Search:
     def run(self) -> Verdict:
         """The verdict."""
         expected = self._compare()
-        int8 = next((v for v in self.variants[1:] if v.precision == "int8"), None)
+        int8 = next(
+            (v for v in self.variants[1:] if v.precision == "int8"),
+            None,
+        )
         if int8 in self.judged and len(self.groups) > 1:
             self._rank(int8)
             if not self._is_accurate(self.judged[int8]):
@@ -232,7 +241,11 @@ class _Search:
             if len(kept) == len(self.groups) or not self._is_in_time("taking groups back to float"):
                 break
             plural = "s" if len(kept) > 1 else ""
-            refined = replace(int8, name=f"int8, {len(kept)} group{plural} float", keep_float=kept)
+            refined = replace(
+                int8,
+                name=f"int8, {len(kept)} group{plural} float",
+                keep_float=kept,
+            )
             accuracy = judge(expected, self.measure.answers(refined, False))
             if self._is_accurate(accuracy):
                 break
@@ -245,7 +258,10 @@ class _Search:
 
     def _candidate(self, variant: Variant, speed: Speed | None) -> Candidate:
         """``variant`` with what was measured, and why it does not pass."""
-        accuracy, budget = self.judged.get(variant), self.conditions.latency_budget
+        accuracy, budget = (
+            self.judged.get(variant),
+            self.conditions.latency_budget,
+        )
         if accuracy is None or speed is None:
             return Candidate(variant, accuracy, speed, "not measured: no time left")
         reasons = []
@@ -256,7 +272,9 @@ class _Search:
         return Candidate(variant, accuracy, speed, ", ".join(reasons))
 
 
-def pick_winner(candidates: Sequence[Candidate]) -> tuple[Candidate | None, tuple[str, ...]]:
+def pick_winner(
+    candidates: Sequence[Candidate],
+) -> tuple[Candidate | None, tuple[str, ...]]:
     """The winner among those that pass, and the names of those as fast as the fastest within the intervals
     (more than one, or none)."""
     able = [
@@ -273,9 +291,15 @@ def pick_winner(candidates: Sequence[Candidate]) -> tuple[Candidate | None, tupl
         if speed is fastest or speed.ratio_ci[1] >= fastest.ratio_ci[0]
     ]
 
-    def preference(entry: tuple[Candidate, Accuracy, Speed]) -> tuple[float, int, float]:
+    def preference(
+        entry: tuple[Candidate, Accuracy, Speed],
+    ) -> tuple[float, int, float]:
         candidate, accuracy, speed = entry
-        return accuracy.agreement, WIDTH.get(candidate.variant.precision, 0), speed.ratio
+        return (
+            accuracy.agreement,
+            WIDTH.get(candidate.variant.precision, 0),
+            speed.ratio,
+        )
 
     winner = max(close, key=preference)[0]
     tied = tuple(candidate.variant.name for candidate, _, _ in close)

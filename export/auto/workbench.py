@@ -24,7 +24,11 @@ from cmt_edge.calib.groups import CLASSES, classes_of, groups_of
 from cmt_edge.calib.restore import int8_nodes
 from cmt_edge.deploy.backends import RUNTIME_OF_FORMAT
 from cmt_edge.deploy.bundle import BundleWriter
-from cmt_edge.deploy.bundle.sections import ExecutedPrecision, Speed, Variant
+from cmt_edge.deploy.bundle.sections import (
+    ExecutedPrecision,
+    Speed,
+    Variant,
+)
 from cmt_edge.deploy.cache import JsonCache
 from cmt_edge.deploy.files import cache_folder
 from cmt_edge.deploy.measure.benchmark import Protocol
@@ -44,7 +48,13 @@ SEARCH_PROTOCOL = Protocol(iters=100, seconds=2.0, warmup_seconds=0.5)
 """How long each candidate is measured."""
 OWN_CHOICE_WARNING = 0.05
 """Share of the time in kernels that heed no limit, from which on a warning says so."""
-CLASS_NAMES: dict[str, str] = dict(zip(CLASSES, ("attention products", "depthwise", "linears"), strict=True))
+CLASS_NAMES: dict[str, str] = dict(
+    zip(
+        CLASSES,
+        ("attention products", "depthwise", "linears"),
+        strict=True,
+    )
+)
 """Class of operations -> what a candidate's name calls it."""
 KEPT_MEASUREMENTS = 10_000
 """Number of measurements that are kept; a search makes some dozens of a few kilobytes."""
@@ -70,9 +80,20 @@ class Workbench:
         folder: Path,
         progress: Progress,
     ) -> None:
-        self._config, self._prepared, self._questions = config, prepared, questions
-        self._process, self._folder, self._progress = process, folder, progress
-        self._measured = JsonCache(cache_folder() / "search" if config.cache else None, KEPT_MEASUREMENTS)
+        self._config, self._prepared, self._questions = (
+            config,
+            prepared,
+            questions,
+        )
+        self._process, self._folder, self._progress = (
+            process,
+            folder,
+            progress,
+        )
+        self._measured = JsonCache(
+            cache_folder() / "search" if config.cache else None,
+            KEPT_MEASUREMENTS,
+        )
         self._backend = RUNTIME_OF_FORMAT[config.format]
         self.runtime = process.runtime(self._backend)
         self._int8_nodes = int8_nodes(quantized.model)
@@ -118,7 +139,10 @@ class Workbench:
                 probed = logits if images is asked.probes else self._logits(variant, asked.probes)
                 deviation = self._deviation(variant, probed)
             self._forget(variant, quick)
-            return {"top1": logits.argmax(1).tolist(), "deviation": deviation}
+            return {
+                "top1": logits.argmax(1).tolist(),
+                "deviation": deviation,
+            }
 
         key = [
             "answers",
@@ -144,7 +168,12 @@ class Workbench:
             return {"results": result["results"], "kernels": kernels}
 
         graphs = [[self._hash(v), v.precision] for v in variants]
-        key = ["latency", graphs, asdict(SEARCH_PROTOCOL), self._machine]
+        key = [
+            "latency",
+            graphs,
+            asdict(SEARCH_PROTOCOL),
+            self._machine,
+        ]
         result = self._measured.get(key, measure)
         pairs = zip(result["results"], result["kernels"], strict=True)
         return {v.name: self._speed(*pair) for v, pair in zip(variants, pairs, strict=True)}
@@ -231,7 +260,11 @@ class Workbench:
                 prepared.reference.golden,
                 config.format,
             )
-            manifest = replace(prepared.manifest, precision=variant.precision, runtime=runtime)
+            manifest = replace(
+                prepared.manifest,
+                precision=variant.precision,
+                runtime=runtime,
+            )
             return writer.commit(manifest).path
 
     def _forget(self, variant: Variant, quick: bool) -> None:

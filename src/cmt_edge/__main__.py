@@ -48,7 +48,10 @@ def main(arguments: list[str]) -> int:
         print(f"cmt-edge {__version__}")
         return 0
     if name not in COMMANDS:
-        print(f"error: unknown command {name!r}" if name else "error: no command was named", file=sys.stderr)
+        print(
+            f"error: unknown command {name!r}" if name else "error: no command was named",
+            file=sys.stderr,
+        )
         print(USAGE, file=sys.stderr)
         return 2
     run = import_module(f".{COMMANDS[name].module}", "cmt_edge").main

@@ -25,7 +25,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...layers import DropPath, merge_heads, scaled, split_heads, to_map, to_tokens
+from ...layers import (
+    DropPath,
+    merge_heads,
+    scaled,
+    split_heads,
+    to_map,
+    to_tokens,
+)
 from ...spec import Classifier
 
 
@@ -210,7 +217,10 @@ class Attention(nn.Module):
         There the class token makes the only query.
         """
         q = self.pool_q(self.q(x[:, :1] if class_only else x))  # (B, heads, Nq, d)
-        k, v = self.pool_k(self.k(x)), self.pool_v(self.v(x))  # (B, heads, Nk, d)
+        k, v = (
+            self.pool_k(self.k(x)),
+            self.pool_v(self.v(x)),
+        )  # (B, heads, Nk, d)
         scores = scaled(q @ k.transpose(-2, -1), self.scale)
         if self.relative is None:
             mixed = scores.softmax(-1) @ v
@@ -239,7 +249,10 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int, hidden: int, out_dim: int) -> None:
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, out_dim)
+        self.fc1, self.fc2 = (
+            nn.Linear(dim, hidden),
+            nn.Linear(hidden, out_dim),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         mixed: Tensor = self.fc2(F.gelu(self.fc1(x)))

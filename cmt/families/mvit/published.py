@@ -16,7 +16,10 @@ _RENAMES: list[tuple[re.Pattern[str], str]] = [
     (re.compile(r"^pos_embed$"), "position_embedding"),
     (re.compile(r"^cls_token$"), "class_token"),
     (re.compile(r"^(blocks\.\d+)\.proj\."), r"\1.shortcut."),
-    (re.compile(r"\.attn\.pool_([qkv])\.weight$"), r".attn.pool_\1.conv.weight"),
+    (
+        re.compile(r"\.attn\.pool_([qkv])\.weight$"),
+        r".attn.pool_\1.conv.weight",
+    ),
     (re.compile(r"\.attn\.norm_([qkv])\."), r".attn.pool_\1.norm."),
     (re.compile(r"\.attn\.rel_pos_h$"), ".attn.relative.rows"),
     (re.compile(r"\.attn\.rel_pos_w$"), ".attn.relative.columns"),
@@ -73,7 +76,13 @@ def resize_position_embedding(embedding: Tensor, tokens: int) -> Tensor:
     side, new = math.isqrt(old - 1), math.isqrt(tokens - 1)
     grid = embedding[:, 1:].reshape(1, side, side, dim).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, (new, new), mode="bilinear", align_corners=False)
-    return torch.cat((embedding[:, :1], grid.permute(0, 2, 3, 1).reshape(1, new * new, dim)), 1)
+    return torch.cat(
+        (
+            embedding[:, :1],
+            grid.permute(0, 2, 3, 1).reshape(1, new * new, dim),
+        ),
+        1,
+    )
 
 
 def resize(model: nn.Module, state: StateDict) -> tuple[StateDict, list[str]]:
@@ -83,7 +92,10 @@ def resize(model: nn.Module, state: StateDict) -> tuple[StateDict, list[str]]:
     """
     state, changed = dict(state), []
     for key, target in model.state_dict().items():
-        old, new = state[key].shape if key in state else torch.Size(), target.shape
+        old, new = (
+            state[key].shape if key in state else torch.Size(),
+            target.shape,
+        )
         if old == new or len(old) != len(new) or old[-1] != new[-1]:
             continue
         if re.search(r"\.relative\.(rows|columns)$", key) and old[0] > 0:

@@ -19,7 +19,16 @@ from ...folding import (
 )
 from ...rewrites import affine_into, class_token_only, having, replaced
 from ...spec import Rewrite
-from .model import Attention, Block, MViT, MViTConfig, Pooling, RelativePositions, SplitHeads, on_map
+from .model import (
+    Attention,
+    Block,
+    MViT,
+    MViTConfig,
+    Pooling,
+    RelativePositions,
+    SplitHeads,
+    on_map,
+)
 
 
 class JointPooling(nn.Module):
@@ -162,7 +171,11 @@ ONE_CONV = replaced(
 )
 """All heads are pooled by one conv."""
 
-SCALE = Rewrite("scale into pool_k.norm", "c q (s k + t) == q (c s k + c t)", _scale_into_keys)
+SCALE = Rewrite(
+    "scale into pool_k.norm",
+    "c q (s k + t) == q (c s k + c t)",
+    _scale_into_keys,
+)
 """The attention's scale goes into the keys' norm."""
 
 VERSION_1 = (
@@ -190,7 +203,11 @@ VERSION_2 = (
         lambda m: ConstantPositions(cast(RelativePositions, m)),
     ),
     SCALE,
-    Rewrite("shift of pool_k.norm dropped", "softmax_j(q (k_j + t)) == softmax_j(q k_j)", _key_shift_dropped),
+    Rewrite(
+        "shift of pool_k.norm dropped",
+        "softmax_j(q (k_j + t)) == softmax_j(q k_j)",
+        _key_shift_dropped,
+    ),
     Rewrite(
         "shift of pool_v.norm into proj",
         "P (A (V + 1 t) + q) + b == P (A V + q) + (P t + b), as A 1 == 1",
