@@ -19,6 +19,7 @@ from typing import Annotated, Any, TypeVar
 from ..errors import BundleError
 
 T = TypeVar("T")
+"""The dataclass that is read from JSON."""
 
 REMEDY = "copy the whole bundle again, or export it again"
 """What to do about a bundle that cannot be read."""
@@ -39,6 +40,7 @@ _KINDS: dict[Any, str] = {
     dict: "an object",
     NoneType: "null",
 }
+"""Type of a JSON value -> what a message calls it."""
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ UNKNOWN_TYPES = "due to dynamic shapes"
 """What the inspector writes for types it does not know."""
 
 
-class Log(trt.ILogger):  # type: ignore[misc, unused-ignore]
+class Log(trt.ILogger):
     """Keeps TensorRT's last warnings and errors instead of printing them."""
 
     def __init__(self) -> None:
@@ -383,7 +383,7 @@ class Worker:
         self.context = None
 
 
-class _LayerTimes(trt.IProfiler):  # type: ignore[misc, unused-ignore]
+class _LayerTimes(trt.IProfiler):
     """Sums the milliseconds of each layer."""
 
     def __init__(self) -> None:
