@@ -58,7 +58,8 @@ def test_every_constant_says_what_it_is(path):
 
 
 def test_a_bare_constant_is_found():
-    text = "A = 1\n'''It is one.'''\nB, C = 2, 3\nB.b[C] = 1\nD: int = 4\n\ndef f():\n    E = 5\n\n__all__ = ['A']\n"
+    text = "A = 1\n'''It is one.'''\nB, C = 2, 3\nB.b[C] = 1\nD: int = 4\n"
+    text += "\ndef f():\n    E = 5\n\n__all__ = ['A']\n"
     assert list(bare_constants(text)) == ["B", "C", "D"]
 
 
