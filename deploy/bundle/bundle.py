@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import mmap
 import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from ..errors import BundleError
 from ..files import sha256_of, write_atomic, writing
 from ..preprocessing import Preprocess
+from .external_data import MalformedOnnx, has_external_data
 from .golden import Golden, open_npz
 from .manifest import (
     ENGINES,
@@ -203,11 +203,8 @@ def _check_members(path: Path, manifest: Manifest) -> None:
                 f"{name} was changed after the export: its SHA-256 differs from the manifest",
                 path,
             )
-        if name.endswith(".onnx") and _has_external_data(member):
-            raise broken(
-                f"{name} stores weights outside the file, which bundles may not",
-                path,
-            )
+        if name.endswith(".onnx"):
+            _check_self_contained(name, path)
 
 
 def _check_present(path: Path, manifest: Manifest) -> None:
@@ -260,13 +257,14 @@ def _ignored(path: Path, manifest: Manifest) -> set[str]:
     return left - set(manifest.files)
 
 
-def _has_external_data(onnx: Path) -> bool:
-    """Whether an ONNX file refers to another file, found without parsing it: the key that protobuf writes for
-    such tensors."""
-    if onnx.stat().st_size == 0:
-        return False
-    with (
-        open(onnx, "rb") as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
-    ):
-        return content.find(b"\x0a\x08location\x12") >= 0
+def _check_self_contained(name: str, path: Path) -> None:
+    """Check that an ONNX file of a bundle refers to no other file."""
+    try:
+        outside = has_external_data(path / name)
+    except MalformedOnnx as exc:
+        raise broken(f"{name} is no ONNX file", path, exc) from exc
+    if outside:
+        raise broken(
+            f"{name} stores weights outside the file, which bundles may not",
+            path,
+        )
