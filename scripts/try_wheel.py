@@ -180,8 +180,8 @@ def try_job(job: Job, place: Path, folder: Path) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Try the extras one after the other, and print the table; returns 1 if a job failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    known = ", ".join(JOBS)
-    parser.add_argument("extras", nargs="*", metavar="EXTRA", help=f"extras to try (default: all):{known}")
+    known = ", ".join(filter(None, JOBS))
+    parser.add_argument("extras", nargs="*", metavar="EXTRA", help=f"extras to try (default: all): {known}")
     parser.add_argument(
         "--keep", type=Path, metavar="FOLDER", help="keep the environments in this new folder"
     )

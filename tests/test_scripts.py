@@ -205,3 +205,39 @@ def test_figures_of_a_file(script, tmp_path, capsys):
 def test_figures_of_nothing(script, tmp_path, capsys):
     assert script("code_figures").main([str(tmp_path)]) == 2
     assert "no Python file was found" in capsys.readouterr().err
+
+
+def test_every_extra_for_users_is_tried(script):
+    tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11, which reads TOML")
+    wheel = script("try_wheel")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    users = {name for name in project["optional-dependencies"] if not name.startswith("test")}
+    assert {extra for extras in wheel.JOBS for extra in extras.split(",")} == users | {""}
+    assert all(wheel.JOBS.values())
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "problem"),
+    [
+        (3, "no runtime", ""),
+        (0, "no runtime", "exit code 3, wanted exit code 0 and 'no runtime'"),
+        (3, "another text", "exit code 3, wanted exit code 3 and 'another text'"),
+    ],
+)
+def test_a_job_needs_its_exit_code_and_its_text(script, tmp_path, monkeypatch, code, text, problem):
+    wheel = script("try_wheel")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    program = "import os, sys; print(os.environ.get('PYTHONPATH', 'no runtime')); sys.exit(3)"
+    job = wheel.Job(("python", "-c", program), code, text)
+    found = wheel.try_job(job, tmp_path, tmp_path)
+    assert problem in found
+    assert bool(found) == bool(problem)
+
+
+def test_an_extra_without_a_job_is_refused(script, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script("try_wheel").main(["openvino", "opnvino"])
+    assert stop.value.code == 2
+    assert "no job for the extras opnvino; known are: openvino" in capsys.readouterr().err
