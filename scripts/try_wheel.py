@@ -63,6 +63,13 @@ START = (
 BINDINGS = Job(("python", "-c", "import cuda.bindings.runtime, pynvml"))
 """The packages that the extras of TensorRT install; TensorRT itself comes with the device."""
 
+SIGN = """
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cmt_edge.deploy.bundle.signature import sign
+assert len(sign(b"a bundle", Ed25519PrivateKey.generate()).value) == 64
+"""
+"""Signs with a new key."""
+
 JOBS = {
     "": (
         Job((*PREDICT, "--backend", "fake"), text="%"),
@@ -81,6 +88,7 @@ JOBS = {
         BINDINGS,
         Job((*PREDICT, "--backend", "tensorrt"), MISSING, "tensorrt is not installed"),
     ),
+    "sign": (Job(("python", "-c", SIGN)),),
     "report,onnxruntime": (Job(("cmt-bench", BUNDLE, "--seconds", "0.2", "--plot", "latency.svg")),),
     "export": (Job(("cmt-export", *DATA, "--format", "onnx", "--precision", "int8", "-o", "out")),),
     "all": (Job(("cmt-export", *DATA, "--format", "openvino", "--precision", "int8", "-o", "out")),),
