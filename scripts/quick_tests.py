@@ -6,9 +6,9 @@
 The change is what differs from ``BASE`` (default: where this branch left ``main``), committed or not. A test
 module is related to the change if it changed, or if it reaches a changed file through imports: through
 modules of the package, helpers of the tests, and a ``conftest.py`` whose fixtures it uses. The fewer imports
-lie between, the closer it is. The modules of ``ALWAYS`` come first, then the changed test modules, then the
-others from near to far, those with fewer seconds first, until the budget is spent. Standard error says what
-is left out: ``make test`` runs it.
+lie between, the closer it is. The changed test modules come first, then those of ``ALWAYS``, then the others
+from near to far, those with fewer seconds first, until the budget is spent. Standard error says what is left
+out: ``make test`` runs it. ``quick_deadline.py`` keeps the time where the seconds are wrong or unknown.
 
 Seconds come from ``scripts/quick_tests.json``. ``--record`` runs the fast tests, of all modules or of those
 that are named, and writes them there.
@@ -300,10 +300,12 @@ def choose(
     seconds: dict[str, float],
     budget: float = BUDGET_S,
 ) -> tuple[list[str], list[str]]:
-    """Paths of the test modules that run, and of related ones for which no time is left."""
+    """Paths of the test modules that run, the changed and nearest first, and of those for which no time is
+    left."""
     steps = distances(changed, sources)
-    chosen = [name for name in ALWAYS if (ROOT / name).exists()]
-    chosen += [name for name, distance in sorted(steps.items()) if distance == 0 and name not in chosen]
+    changed_tests = sorted(name for name, distance in steps.items() if distance == 0)
+    always = [name for name in ALWAYS if (ROOT / name).exists()]
+    chosen = list(dict.fromkeys([*changed_tests, *always]))
     spent = sum(seconds.get(name, UNKNOWN_S) for name in chosen)
     left_out = []
     for name in sorted(steps, key=lambda name: (steps[name], seconds.get(name, UNKNOWN_S), name)):
@@ -315,7 +317,7 @@ def choose(
             spent += cost
         else:
             left_out.append(name)
-    return sorted(chosen), sorted(left_out)
+    return chosen, left_out
 
 
 # --- the record -----------------------------------------------------------------------------------

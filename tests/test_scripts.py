@@ -113,7 +113,7 @@ def test_what_runs_before_a_module_matters_if_it_changes_itself(related):
 def test_a_change_chooses_tests_of_this_checkout(script):
     quick = script("quick_tests")
     sources = quick.read_sources(ROOT)
-    assert quick.choose([], sources, {}) == (sorted(quick.ALWAYS), [])
+    assert quick.choose([], sources, {}) == (list(quick.ALWAYS), [])
     assert all((ROOT / name).exists() for name in quick.ALWAYS)
     steps = quick.distances([Path("deploy/tensorrt/cuda.py")], sources)
     assert steps["tests/deploy/test_cuda.py"] == 1
@@ -138,12 +138,31 @@ def test_near_and_short_tests_run_while_there_is_time(script):
     assert "tests/cmt/test_cvt.py" in quick.choose(change, sources, seconds, budget=0)[0]
 
 
+def test_changed_tests_run_first_and_near_ones_before_far_ones(script):
+    quick = script("quick_tests")
+    sources = quick.read_sources(ROOT)
+    change = [Path("deploy/tensorrt/cuda.py"), Path("tests/cmt/test_cvt.py")]
+    steps = quick.distances(change, sources)
+    chosen, _ = quick.choose(change, sources, {}, budget=1e9)
+    assert chosen[: 1 + len(quick.ALWAYS)] == ["tests/cmt/test_cvt.py", *quick.ALWAYS]
+    others = [steps[name] for name in chosen[1 + len(quick.ALWAYS) :]]
+    assert others == sorted(others)
+
+
+def test_no_test_starts_after_the_deadline(script, monkeypatch):
+    deadline = script("quick_deadline")
+    deadline.pytest_runtest_setup()
+    monkeypatch.setattr(deadline, "START", deadline.START - deadline.LIMIT_S)
+    with pytest.raises(pytest.skip.Exception, match="make test runs this test"):
+        deadline.pytest_runtest_setup()
+
+
 def test_what_is_left_out_is_said_on_standard_error(script, capsys, monkeypatch):
     quick = script("quick_tests")
     monkeypatch.setattr(quick, "changed_files", lambda base: [Path("deploy/errors.py")])
     assert quick.main(["--budget", "0"]) == 0
     out, err = capsys.readouterr()
-    assert out.split() == sorted(quick.ALWAYS)
+    assert out.split() == list(quick.ALWAYS)
     assert "related test modules (make test runs them):" in err
     assert "  tests/deploy/test_cache.py" in err.splitlines()
 
