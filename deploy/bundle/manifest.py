@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import BundleError
 from ..preprocessing import Preprocess
-from .record import EMPTIED, REMEDY, plain, read_record
+from .record import EMPTIED, REMEDY, parse_json, plain, read_record
 from .sections import (
     LOGITS,
     CalibrationEntry,
@@ -117,10 +117,10 @@ def broken(what: str, where: object, why: object = None) -> BundleError:
 
 def _parsed(data: bytes, where: object) -> dict[str, Any]:
     """The JSON object of a manifest whose schema this version reads."""
+    content: dict[str, Any] = parse_json(data, where)
     try:
-        content: dict[str, Any] = json.loads(data)
         schema = content["schema"]
-    except (ValueError, KeyError, TypeError, RecursionError) as exc:
+    except (KeyError, TypeError) as exc:
         raise broken("the manifest cannot be read", where, exc) from exc
     if schema != SCHEMA:
         raise broken(

@@ -7,6 +7,7 @@ adds a :class:`Between` or a :class:`Matches`. A field with a default may be mis
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import typing
@@ -90,27 +91,43 @@ def _members(record: Any) -> Iterable[tuple[str, Any]]:
             yield member.name, plain(value)
 
 
-def read_record(kind: type[T], content: object, where: object) -> T:
+def parse_json(data: bytes, where: object, whole: str = "the manifest") -> Any:
+    """What a file's JSON holds; raises :class:`BundleError`. Arguments as :func:`read_record`."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as exc:
+        raise BundleError(f"{whole} cannot be read", where=where, why=exc, remedy=REMEDY) from exc
+
+
+def read_record(
+    kind: type[T],
+    content: object,
+    where: object,
+    whole: str = "the manifest",
+    remedy: str = REMEDY,
+) -> T:
     """A dataclass ``kind`` from parsed JSON.
 
     Args:
         kind: a dataclass.
         content: what ``json.loads`` gave.
         where: the file that errors name.
+        whole: what errors call the content as a whole.
+        remedy: what errors tell the user to do.
 
     Raises:
         BundleError: an entry is missing, unknown, of another type or out of range; the message names its
             path, for example ``model.weights.sha256``.
     """
-    result: T = _Reader(where).read(kind, content, "")
+    result: T = _Reader(where, whole, remedy).read(kind, content, "")
     return result
 
 
 class _Reader:
     """Reads values of one file; a ``path`` names the entry from the top, with dots."""
 
-    def __init__(self, where: object) -> None:
-        self.where = where
+    def __init__(self, where: object, whole: str, remedy: str) -> None:
+        self.where, self.whole, self.remedy = where, whole, remedy
 
     def read(self, kind: Any, content: Any, path: str) -> Any:
         """``content`` as the type ``kind``."""
@@ -146,10 +163,10 @@ class _Reader:
             raise self._wrong(content, path, "an object")
         known = {member.name: member for member in fields(kind)}
         if unknown := [repr(key) for key in content if key not in known]:
-            raise self._broken(f"{path or 'the manifest'} holds unknown entries: {_listed(unknown)}")
+            raise self._broken(f"{path or self.whole} holds unknown entries: {_listed(unknown)}")
         missing = [name for name, member in known.items() if name not in content and _required(member)]
         if missing:
-            raise self._broken(f"{path or 'the manifest'} lacks entries: {', '.join(missing)}")
+            raise self._broken(f"{path or self.whole} lacks entries: {', '.join(missing)}")
         kinds = _types_of(kind)
         return kind(
             **{
@@ -196,10 +213,10 @@ class _Reader:
         return content
 
     def _wrong(self, content: Any, path: str, expected: str) -> BundleError:
-        return self._broken(f"{path or 'the manifest'} is {_shown(content)}, expected {expected}")
+        return self._broken(f"{path or self.whole} is {_shown(content)}, expected {expected}")
 
     def _broken(self, what: str) -> BundleError:
-        return BundleError(what, where=self.where, remedy=REMEDY)
+        return BundleError(what, where=self.where, remedy=self.remedy)
 
 
 @cache

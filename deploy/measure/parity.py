@@ -140,7 +140,7 @@ def verify(
         found = Verification(
             bundle.title,
             bundle.manifest.precision,
-            RanOn(**predictor.info),
+            predictor.info,
             golden,
         )
         if data is None:
@@ -148,7 +148,7 @@ def verify(
         labelled = _Labelled.of(bundle, data, by_order, limit)
         with _reference(reference, bundle, labelled, weights, trusted_model, threads) as live:
             answers = _run_both(predictor, live, bundle, labelled, progress)
-            source = "the bundle's record" if live is None else live.info["runtime"]
+            source = "the bundle's record" if live is None else live.info.runtime
         check = _compare(labelled.truth, answers, max_drop, source)
         notes = _notes(check, labelled.truth, len(bundle.labels))
         return replace(

@@ -21,9 +21,11 @@ import cmt_edge.deploy.cli.build
 import cmt_edge.deploy.tensorrt.build
 import cmt_edge.deploy.tensorrt.building
 from cmt_edge.deploy import Bundle, Predictor
+from cmt_edge.deploy.bundle.sections import RanOn
 from cmt_edge.deploy.children import Child
 from cmt_edge.deploy.errors import BundleError, OutputError, RuntimeMissingError, StepError
 from cmt_edge.deploy.measure.benchmark import Protocol
+from cmt_edge.deploy.measure.device_report import DeviceReport
 from cmt_edge.deploy.measure.parity import verify
 from helpers.bundles import SIZE, make_bundle, snapshot
 from helpers.paths import ROOT
@@ -76,11 +78,13 @@ def test_the_whole_job(gpu_machine, bundle, capsys):
     report = json.loads((bundle.path / entry.report).read_text())
     assert report["benchmark"]["results"][0]["on_device"]["compute"]["count"] == 5
     assert "a weight was rounded" in report["warnings"]
+    data = (bundle.path / entry.report).read_bytes()
+    assert DeviceReport.from_bytes(data, entry.report).to_bytes() == data
     assert "GPU, inference alone" in (bundle.path / entry.text).read_text()
     assert built.manifest.latency.p50_ms > 0
     assert verify(built).passed
     with Predictor.load(built) as predictor:
-        assert predictor.info == {"runtime": "tensorrt 10.3.0", "device": "Fake Orin"}
+        assert predictor.info == RanOn("tensorrt 10.3.0", "Fake Orin")
         red = np.zeros((SIZE, SIZE, 3), np.uint8)
         red[..., 0] = 255
         assert predictor(red).label == "red"
