@@ -7,17 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from cmt_edge.deploy.bundle.sections import FORMATS
 from cmt_edge.deploy.measure.isa import ISAS
 from cmt_edge.deploy.measure.parity import MAX_DROP
 
 from .options import KEY, Option, option
 
-FORMATS = {
-    "onnx": ("fp32", "int8"),
-    "openvino": ("fp32", "bf16", "int8"),
-    "trt": ("fp32", "fp16", "int8"),
-}
-"""Format of a bundle -> the precisions that it can have."""
 ALIASES = {"engine": "trt", "tensorrt": "trt"}
 """Other names of a format -> its name."""
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "auto")

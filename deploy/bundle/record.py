@@ -2,7 +2,8 @@
 
 A field's type says what JSON may hold there: ``str``, ``int``, ``float``, ``bool``, ``None``, ``list[T]``,
 ``tuple[T, ...]``, ``tuple[T, T]``, ``dict[str, T]``, unions of these, and other dataclasses. ``Annotated``
-adds a :class:`Between` or a :class:`Matches`. A field with a default may be missing, any other may not.
+adds a :class:`Between`, a :class:`Matches` or a :class:`OneOf`. A field with a default may be missing, any
+other may not.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ REMEDY = "copy the whole bundle again, or export it again"
 """What to do about a bundle that cannot be read."""
 SHOWN = 40
 """The largest number of characters of a wrong value that a message quotes."""
+MAX_TEXT = 1 << 16
+"""The largest number of characters of a text."""
+MAX_WHOLE = 1 << 64
+"""The largest size of a whole number, whichever sign it has."""
 
 OMITTED = MappingProxyType({"absent": "omitted"})
 """Metadata of a field whose key is left out of the JSON where the value is ``None``."""
@@ -68,6 +73,19 @@ class Matches:
 
     def __str__(self) -> str:
         return self.meaning
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """A rule of a text: it is one of the known ``words``."""
+
+    words: tuple[str, ...]
+
+    def holds(self, value: Any) -> bool:
+        return value in self.words
+
+    def __str__(self) -> str:
+        return " or ".join(map(repr, self.words))
 
 
 def plain(value: Any) -> Any:
@@ -206,8 +224,12 @@ class _Reader:
         return [self.read(kind, item, f"{path}[{i}]") for i, (kind, item) in enumerate(pairs)]
 
     def _scalar(self, kind: Any, content: Any, path: str) -> Any:
+        if kind is str and len(content) > MAX_TEXT:
+            raise self._wrong(content, path, f"text of at most {MAX_TEXT} characters")
         if kind is str and not _is_unicode(content):
             raise self._wrong(content, path, "text without half characters")
+        if kind is int and abs(content) > MAX_WHOLE:
+            raise self._wrong(content, path, "a whole number of at most 64 bits")
         if kind is float and not _is_float(content):
             raise self._wrong(content, path, "a finite number")
         return content
@@ -258,7 +280,7 @@ def _shown(content: Any) -> str:
         return repr(content if len(content) <= SHOWN else f"{content[:SHOWN]}...")
     if content is None or isinstance(content, bool):
         return {None: "null", True: "true", False: "false"}[content]
-    text = repr(content)
+    text = repr(content) if isinstance(content, float) or abs(content) <= MAX_WHOLE else "a huge number"
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
@@ -272,7 +294,9 @@ def _listed(names: list[str]) -> str:
 
 
 def _below(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
+    """The path of an entry; a name that could not be printed is quoted."""
+    shown = name if len(name) <= 2 * SHOWN and name.isprintable() else _shown(name)
+    return f"{path}.{shown}" if path else shown
 
 
 def _is_unicode(text: str) -> bool:

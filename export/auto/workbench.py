@@ -25,6 +25,7 @@ from cmt_edge.calib.restore import int8_nodes
 from cmt_edge.deploy.backends import RUNTIME_OF_FORMAT
 from cmt_edge.deploy.bundle import BundleWriter
 from cmt_edge.deploy.bundle.sections import (
+    FORMATS,
     ExecutedPrecision,
     Speed,
     Variant,
@@ -39,7 +40,6 @@ from cmt_edge.deploy.progress import Progress
 from .. import steps
 from ..config import ExportConfig
 from ..preparation import Prepared
-from ..settings import FORMATS
 from ..to_onnx import with_batch
 from .questions import Images, Questions
 from .search import Answers

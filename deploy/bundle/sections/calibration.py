@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..record import OMITTED
-from .values import Count
+from .values import Count, Difference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +23,8 @@ class SynthesisEntry:
     seed: int
     steps: Count
     steps_asked: Count
-    loss_before: float
-    loss_after: float
+    loss_before: Difference
+    loss_after: Difference
     stopped_early: bool
     cached: bool
 
@@ -75,7 +75,7 @@ class Island:
     node: str
     op: str
     reason: str
-    observed: float
+    observed: Difference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ class ObservedEntry:
 
     source: str
     images: Count
-    largest: float
+    largest: Difference
     synthesis: SynthesisEntry | None = field(default=None, metadata=OMITTED)
 
 

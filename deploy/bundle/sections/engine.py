@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
+from ..record import Between
+from .values import Sha256, Share, Size
 from .verification import GoldenCheck
+
+Level = Annotated[int, Between(0, 5)]
+"""TensorRT's builder optimization level."""
+Gibibytes = Annotated[float, Between(0)]
+"""Scratch memory of a build, GiB."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
     """The options that an engine depends on; ``profile`` is ``None`` where the batch size is fixed."""
 
-    workspace: float | None
-    level: int
-    profile: tuple[int, int, int] | None
+    workspace: Gibibytes | None
+    level: Level
+    profile: tuple[Size, Size, Size] | None
     tf32: bool
 
 
@@ -29,7 +37,7 @@ class EngineKey:
         options: of the build.
     """
 
-    onnx: str
+    onnx: Sha256
     tensorrt: str
     cuda: str
     driver: str
@@ -57,4 +65,4 @@ class EngineEntry:
     report: str
     text: str
     golden: GoldenCheck
-    low_precision_share: float
+    low_precision_share: Share

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from ..record import OMITTED, Between
-from .values import MAX_TOTAL, Count, OutputKind, Sha256, Size
+from .values import MAX_TOTAL, Count, DataType, Dimension, DynamicDimension, Head, OutputKind, Sha256, Size
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class ModelEntry:
     family: str
     img_size: Size
     num_classes: Count
-    head: str
+    head: Head
     params: Count
     macs: Count | None
     opset: Size
@@ -77,8 +77,8 @@ class TensorEntry:
     """
 
     name: str
-    shape: tuple[Size | str, ...]
-    dtype: str
+    shape: tuple[Dimension | DynamicDimension, ...]
+    dtype: DataType
     kind: OutputKind | None = field(default=None, metadata=OMITTED)
 
 

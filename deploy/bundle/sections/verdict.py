@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .calibration import ImagesEntry
 from .model import Host
-from .values import Count
+from .values import Count, Difference, Duration, Percent, Points, Precision, Ratio, Size
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Variant:
     """One way to build the model; ``keep_float`` as in :class:`cmt_edge.calib.Recipe`."""
 
     name: str
-    precision: str
+    precision: Precision
     keep_float: tuple[str, ...] = ()
 
 
@@ -23,12 +23,12 @@ class Accuracy:
     """Percentages and percentage points; ``drop`` is disagreement where no labels are known (then ``top1`` is
     ``None``)."""
 
-    images: int
-    top1: float | None
-    agreement: float
-    drop: float
-    drop_ci: tuple[float, float]
-    deviation: float
+    images: Count
+    top1: Percent | None
+    agreement: Percent
+    drop: Points
+    drop_ci: tuple[Points, Points]
+    deviation: Difference
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Speed:
     """Milliseconds of one batch, model only; ``ratio`` of the first variant's median to this one's (above 1
     is faster), 95 % intervals."""
 
-    p50: float
-    ci: tuple[float, float]
-    ratio: float
-    ratio_ci: tuple[float, float]
-    size_bytes: int
+    p50: Duration
+    ci: tuple[Duration, Duration]
+    ratio: Ratio
+    ratio_ci: tuple[Ratio, Ratio]
+    size_bytes: Count
     executed: str = ""
     warnings: tuple[str, ...] = ()
 
@@ -64,7 +64,7 @@ class Sensitivity:
     """A group of ``nodes`` operations, alone in int8: the damage it does."""
 
     group: str
-    nodes: int
+    nodes: Count
     accuracy: Accuracy
 
 
@@ -92,7 +92,7 @@ class VerdictEntry:
 
     labelled: bool
     max_drop: float
-    latency_budget: float | None
+    latency_budget: Duration | None
     candidates: tuple[Candidate, ...]
     sensitivity: tuple[Sensitivity, ...]
     winner: Variant | None
@@ -100,7 +100,7 @@ class VerdictEntry:
     notes: tuple[str, ...]
     isa: str | None
     runtime: str
-    threads: int | None
+    threads: Size | None
     batch: Count
     host: Host
     data: ImagesEntry

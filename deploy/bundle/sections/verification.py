@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from ..record import OMITTED, Between
-from .values import LOGITS, Count, Difference, Percent
+from .values import LOGITS, Count, Difference, Percent, Points, Precision
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ class DataCheck:
     top1: Percent
     reference_top1: Percent
     agreement: Percent
-    drop: float
-    drop_ci: tuple[float, float]
+    drop: Points
+    drop_ci: tuple[Points, Points]
     max_drop: float
     passed: bool
     reference_source: str
-    logit_max_diff: float | None = None
-    logit_mean_diff: float | None = None
+    logit_max_diff: Difference | None = None
+    logit_mean_diff: Difference | None = None
 
     @property
     def doubt(self) -> str:
@@ -84,7 +84,7 @@ class VerificationEntry:
     """
 
     bundle: str
-    precision: str
+    precision: Precision
     runtime: RanOn
     golden: GoldenCheck
     data: DataCheck | None
