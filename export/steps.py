@@ -41,9 +41,9 @@ from cmt_edge.deploy.measure.benchmark import (
     Protocol,
     benchmark,
 )
+from cmt_edge.deploy.measure.labels import match_labels
 from cmt_edge.deploy.measure.parity import (
     Verification,
-    match_labels,
     resolution,
     verify,
 )

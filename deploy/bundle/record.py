@@ -18,7 +18,7 @@ from functools import cache
 from types import MappingProxyType, NoneType, UnionType
 from typing import Annotated, Any, TypeVar
 
-from ..errors import BundleError
+from ..errors import BundleError, StepError
 
 T = TypeVar("T")
 
@@ -139,6 +139,21 @@ def read_record(
     """
     result: T = _Reader(where, whole, remedy).read(kind, content, "")
     return result
+
+
+def read_message(kind: type[T], content: object, whole: str) -> T:
+    """A dataclass ``kind`` from what a child process and this one say to each other.
+
+    ``whole`` is what errors call it. Raises :class:`StepError`, because both sides are of this program.
+    """
+    try:
+        return read_record(kind, content, None, whole)
+    except BundleError as exc:
+        raise StepError(
+            "this program and its child process do not understand each other",
+            why=exc.what,
+            remedy="install cmt-edge again; if that does not help, report it",
+        ) from exc
 
 
 class _Reader:

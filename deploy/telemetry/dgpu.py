@@ -94,38 +94,17 @@ def _read(nvml: Any, handle: Any, index: int) -> tuple[DGpu, list[str]]:
     """Ask for one thing after the other; the notes name those that the driver refuses."""
     asked = _Questions(nvml, index)
     ask = asked.ask
-    core, memory, sensor = (
-        nvml.NVML_CLOCK_SM,
-        nvml.NVML_CLOCK_MEM,
-        nvml.NVML_TEMPERATURE_GPU,
-    )
-    state = ask(
-        "performance state",
-        lambda: nvml.nvmlDeviceGetPerformanceState(handle),
-    )
+    core, memory = nvml.NVML_CLOCK_SM, nvml.NVML_CLOCK_MEM
+    sensor = nvml.NVML_TEMPERATURE_GPU
+    state = ask("performance state", lambda: nvml.nvmlDeviceGetPerformanceState(handle))
     gpu = DGpu(
         index=index,
         name=ask("name", lambda: _text(nvml.nvmlDeviceGetName(handle))),
-        power_limit_w=ask(
-            "power limit",
-            lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / MW_PER_W,
-        ),
-        sm_mhz=ask(
-            "SM clock",
-            lambda: nvml.nvmlDeviceGetClockInfo(handle, core),
-        ),
-        sm_max_mhz=ask(
-            "highest SM clock",
-            lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, core),
-        ),
-        memory_mhz=ask(
-            "memory clock",
-            lambda: nvml.nvmlDeviceGetClockInfo(handle, memory),
-        ),
-        memory_max_mhz=ask(
-            "highest memory clock",
-            lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, memory),
-        ),
+        power_limit_w=ask("power limit", lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / MW_PER_W),
+        sm_mhz=ask("SM clock", lambda: nvml.nvmlDeviceGetClockInfo(handle, core)),
+        sm_max_mhz=ask("highest SM clock", lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, core)),
+        memory_mhz=ask("memory clock", lambda: nvml.nvmlDeviceGetClockInfo(handle, memory)),
+        memory_max_mhz=ask("highest memory clock", lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, memory)),
         temperature_c=ask(
             "temperature",
             lambda: nvml.nvmlDeviceGetTemperatureV(handle, sensor),
