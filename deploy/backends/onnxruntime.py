@@ -115,10 +115,10 @@ def _label(kind: str, inputs: list[dict[str, Any]]) -> str:
     return "fp16" if "float16" in types else "fp32"
 
 
-def _told(tensor: ort.NodeArg) -> GraphTensor:
+def _read_tensor(tensor: ort.NodeArg) -> GraphTensor:
     """An input or output as ONNX Runtime tells it; a dimension that is not fixed has a name or none."""
     shape = tuple(size if isinstance(size, int) else None for size in tensor.shape)
-    return GraphTensor((tensor.name,), shape, TYPES.get(tensor.type, tensor.type))
+    return GraphTensor((tensor.name,), shape, TYPES.get(str(tensor.type), str(tensor.type)))
 
 
 class OnnxRuntime(Runtime):
@@ -154,8 +154,8 @@ class OnnxRuntime(Runtime):
         require_described(
             bundle,
             ONNX,
-            [_told(tensor) for tensor in session.inference.get_inputs()],
-            [_told(tensor) for tensor in session.inference.get_outputs()],
+            [_read_tensor(tensor) for tensor in session.inference.get_inputs()],
+            [_read_tensor(tensor) for tensor in session.inference.get_outputs()],
         )
         return session
 

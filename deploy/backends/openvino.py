@@ -194,7 +194,7 @@ def has_bf16(device: str | None = None) -> bool:
     return "BF16" in capabilities
 
 
-def _told(port: ov.Output) -> GraphTensor:
+def _read_tensor(port: ov.Output) -> GraphTensor:
     """An input or output as OpenVINO tells it."""
     shape = tuple(size.get_length() if size.is_static else None for size in port.get_partial_shape())
     dtype = port.get_element_type().get_type_name()
@@ -263,8 +263,8 @@ class OpenVINO(Runtime):
         require_described(
             bundle,
             file,
-            [_told(port) for port in model.inputs],
-            [_told(port) for port in model.outputs],
+            [_read_tensor(port) for port in model.inputs],
+            [_read_tensor(port) for port in model.outputs],
         )
         return OpenVINOSession(model, device, config)
 

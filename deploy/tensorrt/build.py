@@ -416,8 +416,14 @@ def _power(bundle: Bundle, predictor: Predictor, index: int) -> SustainedPower:
     is known."""
     with PowerMonitor(gpu_index=index) as monitor:
         images, elapsed_ms = sustained(predictor, golden_batch(bundle, predictor), POWER_SECONDS)
+    power = monitor.report()
     return SustainedPower(
-        **vars(monitor.report()),
+        source=power.source,
+        interval_s=power.interval_s,
+        before=power.before,
+        during=power.during,
+        after=power.after,
+        notes=power.notes,
         images=images,
         joules_per_image=monitor.energy_per_inference(elapsed_ms, images),
     )

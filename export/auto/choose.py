@@ -99,10 +99,14 @@ def _describe(
 ) -> VerdictEntry:
     """For the manifest, the report and ``--json``."""
     return VerdictEntry(
-        **{
-            **vars(found),
-            "notes": (*found.notes, *_notes(found, config.isa)),
-        },
+        labelled=found.labelled,
+        max_drop=found.max_drop,
+        latency_budget=found.latency_budget,
+        candidates=found.candidates,
+        sensitivity=found.sensitivity,
+        winner=found.winner,
+        tied=found.tied,
+        notes=(*found.notes, *_notes(found, config.isa)),
         isa=config.isa,
         runtime=workbench.runtime,
         threads=config.threads,
