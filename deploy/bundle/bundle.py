@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
-from ..errors import BundleError
+from ..errors import BundleError, InputError, SignatureError
 from ..files import sha256_of, write_atomic, writing
 from ..preprocessing import Preprocess
 from .external_data import MalformedOnnx, has_external_data
@@ -25,7 +25,9 @@ from .manifest import (
     REFERENCE,
     Manifest,
     broken,
+    is_plain,
 )
+from .packed import pack, unpack
 from .sections import LOGITS, MAX_TOTAL, FileEntry
 from .signature import MAX_SIGNATURE, SIGNATURE, Signature, require_signed, statement
 
@@ -50,6 +52,8 @@ class Bundle:
     manifest: Manifest
     target: Path | None = None
     """Where a bundle that is still being written will lie; ``None`` once it is finished."""
+    packed: Path | None = None
+    """The file that a packed bundle was opened from; ``path`` is then a folder that it was unpacked to."""
 
     @property
     def name(self) -> str:
@@ -59,14 +63,14 @@ class Bundle:
     @property
     def title(self) -> str:
         """What reports call the bundle: the path it was opened by, or the name that it will have."""
-        return str(self.path) if self.target is None else self.name
+        return str(self.packed or self.path) if self.target is None else self.name
 
     @classmethod
     def open(cls, path: str | Path, *, key: str | Path | None = None) -> Bundle:
         """Read the manifest and check every file's presence, size and hash.
 
         Args:
-            path: folder of the bundle.
+            path: folder of the bundle, or the file of a packed one.
             key: file of the public key that the bundle must be signed with; ``None``: a signature is not
                 checked.
 
@@ -77,6 +81,8 @@ class Bundle:
             RuntimeMissingError: a key was given, and ``cryptography`` is not installed.
         """
         path = Path(path)
+        if os.path.isfile(path):
+            return cls._open_packed(path, key)
         manifest_path = path / MANIFEST
         if not os.path.isdir(path) or not os.path.isfile(manifest_path):
             what = (
@@ -95,6 +101,25 @@ class Bundle:
             require_signed(statement(json.loads(data), ENGINES), _read_signature(path), Path(key), path)
         _check_members(path, manifest)
         return cls(path, manifest)
+
+    @classmethod
+    def _open_packed(cls, file: Path, key: str | Path | None) -> Bundle:
+        """Open a packed bundle; where the cache holds a damaged copy of it, unpack it once more."""
+        try:
+            bundle = cls.open(unpack(file), key=key)
+        except SignatureError as exc:
+            raise _located(exc, file) from exc
+        except BundleError:
+            folder = unpack(file, anew=True)
+            try:
+                bundle = cls.open(folder, key=key)
+            except BundleError as exc:
+                raise _located(exc, file) from exc
+        return replace(bundle, packed=file)
+
+    def pack(self, file: str | Path) -> None:
+        """Write the bundle as one file; raises :class:`OutputError`."""
+        pack(self.path, self.manifest.files, Path(file))
 
     @property
     def preprocess(self) -> Preprocess:
@@ -151,6 +176,12 @@ class Bundle:
         New files go under ``engines/``, where :meth:`open` ignores what the manifest does not name, and never
         replace one.
         """
+        if self.packed is not None:
+            raise InputError(
+                "is a packed bundle, which cannot be added to",
+                where=self.packed,
+                remedy=f"unpack it first: python -m zipfile -e {self.packed} {self.name}",
+            )
         now = Manifest.from_bytes((self.path / MANIFEST).read_bytes(), self.path / MANIFEST)
         if now.files != self.manifest.files:
             raise BundleError(
@@ -193,6 +224,11 @@ class Bundle:
             )
 
 
+def _located(error: BundleError, file: Path) -> BundleError:
+    """The same error, with the packed file as its place."""
+    return type(error)(error.what, where=file, why=error.why, remedy=error.remedy)
+
+
 def _read_signature(path: Path) -> bytes | None:
     """Content of a bundle's ``signature.json``, ``None`` if it has none."""
     file = path / SIGNATURE
@@ -212,15 +248,7 @@ def _check_members(path: Path, manifest: Manifest) -> None:
         )
     total = 0
     for name, entry in files.items():
-        parts = PurePosixPath(name).parts
-        if (
-            not parts
-            or name != PurePosixPath(name).as_posix()
-            or ".." in parts
-            or parts[0] == "/"
-            or "\\" in name
-            or ":" in name
-        ):
+        if not is_plain(name):
             raise broken(f"names a file outside the bundle: {name!r}", path)
         total += entry.size
     if total > MAX_TOTAL:
