@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import BundleError
 from ..preprocessing import Preprocess
-from .record import EMPTIED, REMEDY, parse_json, plain, read_record
+from .record import EMPTIED, REMEDY, SHOWN, parse_json, plain, read_record
 from .sections import (
     BATCH,
     FORMATS,
@@ -54,8 +54,8 @@ SHOWN_NAMES = 5
 """The largest number of outputs that a message names."""
 BINARY = 2
 """Number of labels of a model with a single logit."""
-MAX_NAME = 200
-"""The largest number of characters of a file's name in the bundle."""
+MAX_PATH = 1000
+"""The largest number of characters of a file's path in the bundle."""
 
 
 @dataclass(frozen=True)
@@ -166,10 +166,10 @@ def _first_fault(manifest: Manifest) -> str | None:
 
 
 def _fault_of_names(manifest: Manifest) -> str | None:
-    """A name that no file system can hold, or that could not be printed."""
+    """A name that leads out of the bundle, or that some system could not hold."""
     for name in manifest.files:
-        if len(name) > MAX_NAME or not name.isprintable():
-            return f"files names a file of {len(name)} characters that cannot be one: {name[:MAX_NAME]!r}"
+        if len(name) > MAX_PATH or not is_plain(name):
+            return f"files names a file outside the bundle, or one that cannot be: {name[:SHOWN]!r}"
     return None
 
 
@@ -241,7 +241,7 @@ def _fault_of_engine(manifest: Manifest) -> str | None:
     entry = manifest.engine
     names = (entry.file, entry.report, entry.text) if entry else ()
     missing = [name for name in names if name not in manifest.files]
-    return f"engine names a file that files lacks: {missing[0][:MAX_NAME]!r}" if missing else None
+    return f"engine names a file that files lacks: {missing[0][:SHOWN]!r}" if missing else None
 
 
 CHECKS: tuple[Callable[[Manifest], str | None], ...] = (

@@ -65,11 +65,16 @@ def write(bundle: Bundle, content: Any) -> None:
 
 
 def put(content: Any, path: str, value: Any) -> None:
-    """Set the entry at ``path``, whose parts are keys and numbers of items."""
-    *way, last = [int(part) if part.isdigit() else part for part in path.split("/")]
+    """Set the entry at ``path``, whose parts are keys and numbers of items; after a backslash a key may hold
+    slashes."""
+    above, _, name = path.rpartition("\\")
+    *way, last = [int(part) if part.isdigit() else part for part in (above or name).split("/")]
     for part in way:
         content = content[part]
-    content[last] = value
+    if above:
+        content[last][name] = value
+    else:
+        content[last] = value
 
 
 def answer(bundle: Bundle) -> np.ndarray:
@@ -255,11 +260,16 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "files of null": ({"files": None}, "files is null"),
     "a file's name": (
         {"files/\0": {"size": 1, "sha256": "0" * 64}},
-        "files names a file of 1 characters that cannot be one",
+        "files names a file outside the bundle, or one that cannot be: '\\x00'",
     ),
+    "a file's long path": (
+        {"files\\" + "/".join(["n" * 200] * 20): {"size": 1, "sha256": "0" * 64}},
+        "files names a file outside the bundle",
+    ),
+    "a file above": ({"files\\../model.onnx": {"size": 1, "sha256": "0" * 64}}, "files names a file outside"),
     "a file's long name": (
         {"files/" + "n" * 5000: {"size": 1, "sha256": "0" * 64}},
-        "files names a file of 5000 characters",
+        "files names a file outside the bundle, or one that cannot be: 'nnnn",
     ),
     "an unknown long entry": ({HUGE: 1}, "the manifest holds unknown entries: 'xxxx"),
     "a schema of text": ({"schema": "2"}, "manifest schema '2' is not supported"),
