@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ..errors import OutputError
 from ..files import (
@@ -19,7 +17,7 @@ from ..files import (
     write_atomic,
     writing,
 )
-from ..signals import terminate_as_interrupt
+from ..signals import unwound_by_signals
 from .bundle import Bundle
 from .manifest import MANIFEST, MAX_MANIFEST, Manifest
 from .sections import FileEntry
@@ -51,7 +49,7 @@ class BundleWriter:
         self.target = target
         self.folder = target
         self._hashes = _Hashes()
-        self._previous: Any = None
+        self._signals = unwound_by_signals()
 
     def check(self) -> None:
         """Raise :class:`OutputError` where something that is no bundle stands in the way, or where the place
@@ -78,7 +76,7 @@ class BundleWriter:
                 )
             )
             self.folder.chmod(0o755)
-        self._previous = terminate_as_interrupt()
+        self._signals.__enter__()
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -86,8 +84,7 @@ class BundleWriter:
         old = self._old()
         if old.exists() and self.target.exists():
             shutil.rmtree(old, ignore_errors=True)
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
+        self._signals.__exit__(None, None, None)
 
     def staged(self, manifest: Manifest) -> Bundle:
         """The unfinished bundle, to be verified and measured before :meth:`commit`.

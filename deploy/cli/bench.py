@@ -67,12 +67,13 @@ def _main(args: argparse.Namespace) -> int:
     _check_targets(args)
     bundles = [Bundle.open(path) for path in args.bundles]
     progress = Progress(args.quiet)
+    images = _images(args.data, progress) if args.data else []
     result = run_benchmark(
         bundles,
         backend=args.backend,
         device=args.device,
         threads=args.threads,
-        images=_images(args.data) if args.data else [],
+        images=images,
         protocol=protocol,
         with_throughput=not args.no_throughput,
         progress=progress.share,
@@ -109,6 +110,8 @@ def _check_targets(args: argparse.Namespace) -> None:
             )
 
 
-def _images(data: str) -> list[bytes]:
-    source = ImageSet(data)
+def _images(data: str, progress: Progress) -> list[bytes]:
+    """The first images of a collection, encoded; labels do not matter here."""
+    source = ImageSet(data, labelled=False)
+    progress.tell(source.note)
     return [source.read(item) for item in source.items[:BENCH_IMAGES]]

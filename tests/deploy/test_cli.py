@@ -23,7 +23,7 @@ from cmt_edge.deploy.cli import bench as cmt_bench
 from cmt_edge.deploy.cli import measuring
 from cmt_edge.deploy.cli import predict as cmt_predict
 from cmt_edge.deploy.cli import verify as cmt_verify
-from cmt_edge.deploy.cli.console import INTERNAL, INTERRUPTED
+from cmt_edge.deploy.cli.console import INTERNAL
 from cmt_edge.deploy.images import digest
 from cmt_edge.deploy.measure.benchmark import Protocol
 from helpers.bundles import blank_head, copy_bundle, make_bundle, snapshot, tiny_golden
@@ -177,8 +177,6 @@ def test_predict_failures(fails, bundle, images, tmp_path):
     assert "both" in fails(2, cmt_predict.main, bundle.path, picture, "--json", "--csv")
     assert "no images" in fails(2, cmt_predict.main, bundle.path, tmp_path / "empty")
     assert "absent" in fails(2, cmt_predict.main, tmp_path / "absent", picture)
-    assert "topk" in fails(2, cmt_predict.main, bundle.path, picture, "--topk", 0)
-    assert "threads" in fails(2, cmt_predict.main, bundle.path, picture, "--threads", 0)
     assert "openvino" in fails(2, cmt_predict.main, bundle.path, picture, "--backend", "openvin")
     assert "x" * 20 in fails(2, cmt_predict.main, bundle.path, "x" * 5000)
     assert "x" * 20 in fails(2, cmt_predict.main, "x" * 5000, picture)
@@ -215,7 +213,7 @@ def test_predict_prints_answers_as_they_come(bundle, images, monkeypatch, capsys
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cmt_predict.Predictor, "attempt", interrupted)
-    assert cmt_predict.main([str(bundle.path), str(images)]) == INTERRUPTED
+    assert cmt_predict.main([str(bundle.path), str(images)]) == 130
     assert [text.count("%") for text in told] == [0, 3, 3, 3]
     assert capsys.readouterr().out.count("%") == 3
 
@@ -375,11 +373,6 @@ def test_verify_failures(fails, bundle, images, tmp_path):
     assert "blue" in message
 
 
-@pytest.mark.parametrize("limit", [-1, 0])
-def test_impossible_limit(fails, bundle, images, limit):
-    fails(2, cmt_verify.main, bundle.path, "--data", images, "--limit", limit)
-
-
 def test_verify_without_a_reference_ends_with_three(fails, tmp_path, images, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
@@ -430,11 +423,6 @@ def test_bench_with_images(call, bundle, images, fails, tmp_path):
     assert code == 0
     assert json.loads(out)["results"][0]["throughput"] is None
     assert "absent" in fails(2, cmt_bench.main, bundle.path, "--data", tmp_path / "absent", *FAST)
-
-
-@pytest.mark.parametrize("flag", [["--iters", 0], ["--seconds", -1], ["--warmup", 0], ["--threads", -1]])
-def test_bench_of_impossible_length(fails, bundle, flag):
-    fails(2, cmt_bench.main, bundle.path, *flag)
 
 
 def test_bench_output_that_cannot_be_written(fails, bundle, tmp_path):
@@ -530,7 +518,7 @@ def test_interruption_and_internal_failure(call, bundle, images, monkeypatch):
 
     monkeypatch.setattr(cmt_predict.Predictor, "load", raiser(KeyboardInterrupt()))
     code, _, err = call(cmt_predict.main, bundle.path, images)
-    assert code == INTERRUPTED
+    assert code == 130
     assert "Traceback" not in err
     monkeypatch.setattr(cmt_predict.Predictor, "load", raiser(ZeroDivisionError("odd")))
     code, _, err = call(cmt_predict.main, bundle.path, images)
