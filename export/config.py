@@ -38,6 +38,9 @@ OPSET = 20
 parse completely."""
 NAMED_WEIGHTS = ("pretrained", "random")
 """Weights that are not a checkpoint file."""
+LONGEST_NAME = 200
+"""Bytes of the longest name of a bundle's folder. File systems allow 255, and while the bundle is written the
+name is longer."""
 NOT_COMPUTED = {
     "onnx": "ONNX Runtime computes in it on no CPU",
     "openvino": "OpenVINO computes in it on no CPU",
@@ -247,6 +250,11 @@ class ExportConfig(Settings):
             raise InputError(
                 f"--name {self.name!r} is not the name of a folder",
                 remedy="use letters, digits, '_', '-' and '.'; -o DIR says where the folder is made",
+            )
+        if len(self.folder.encode()) > LONGEST_NAME:
+            raise InputError(
+                f"the bundle's folder would have a name of {len(self.folder.encode())} bytes",
+                remedy=f"give a --name that is short enough: {LONGEST_NAME} bytes in all",
             )
 
     def _check_files(self) -> None:

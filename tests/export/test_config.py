@@ -56,6 +56,7 @@ def test_possible_requests_pass(name, settings):
         ({"data": "photos"}, "int8", "--eval-data"),
         ({"precision": "bf16", "calib_size": 3}, "int8", "--eval-data"),
         ({"imgsz": 96}, "64 pixels, not 96", "--resize-position-bias"),
+        ({"name": "x" * 300}, "a name of 3", "--name"),
         *(({"name": name}, "is not the name of a folder", "-o DIR") for name in BAD_NAMES),
     ],
     ids=lambda v: "-".join(f"{k}={x}" for k, x in v.items()) if isinstance(v, dict) else "",
