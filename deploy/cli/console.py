@@ -16,6 +16,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 from cmt_edge.version import __version__
@@ -107,6 +108,16 @@ def add_runtime_flags(p: argparse.ArgumentParser) -> None:
         "--threads",
         type=THREADS.whole,
         help="CPU threads of one inference (default: all cores)",
+    )
+
+
+def add_key_flag(p: argparse.ArgumentParser) -> None:
+    """``--key``."""
+    p.add_argument(
+        "--key",
+        type=Path,
+        metavar="PUB",
+        help="public Ed25519 key, a PEM file: refuse a bundle that is not signed with it",
     )
 
 

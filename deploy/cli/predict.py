@@ -17,7 +17,7 @@ from ..images import ImageSet, Item, is_archive
 from ..predictor import Prediction, Predictor
 from ..preprocessing import ImageLike, NamedBytes
 from ..progress import Progress
-from .console import add_runtime_flags, parser, run, say, tell, tell_error
+from .console import add_key_flag, add_runtime_flags, parser, run, say, tell, tell_error
 from .ranges import CLASSES
 
 MANY = 32
@@ -78,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="print comma-separated values, one image a line",
     )
     add_runtime_flags(p)
+    add_key_flag(p)
     return p
 
 
@@ -90,6 +91,7 @@ def _main(args: argparse.Namespace) -> int:
         backend=args.backend,
         device=args.device,
         threads=args.threads,
+        key=args.key,
         throughput=len(sources) >= MANY,
     ) as predictor:
         show = _show(args, sources, predictor.labels)
