@@ -47,6 +47,8 @@ MODEL, DATA, OUTPUT, GATES, AUTO, TENSORRT, MACHINE = (
     "tensorrt",
     "machine",
 )
+"""Keys of the groups of options."""
+
 GROUPS = {
     MODEL: "model",
     DATA: "data and calibration",
