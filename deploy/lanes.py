@@ -65,6 +65,10 @@ class Lanes:
         """Lanes that callers hold."""
         return self._alive - self.idle
 
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{self.lent} lanes lent, {self.idle} idle"
+        return f"Lanes(batch={self.batch}, {state})"
+
     def take(self, count: int) -> Lane:
         """Lend a lane for ``count`` images; a fixed batch size may give it more rows.
 
