@@ -20,7 +20,10 @@ JOINERS = "\u200c\u200d"
 """Format characters that stay: Persian words and joined emoji need them, and they only change shapes."""
 
 _MAYBE_UNSAFE = re.compile(r"[^ -~]")
+"""Matches what is not printable ASCII."""
+
 _MARKDOWN = re.compile(r"[\\`*\[\]<>|&]")
+"""Matches the characters that mean something in Markdown."""
 
 
 def escape(text: str) -> str:

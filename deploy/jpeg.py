@@ -30,7 +30,10 @@ LARGEST_THUMBNAIL = 512 * 512
 """Pixels of the largest image that may be a thumbnail."""
 
 _NEXT = re.compile(rb"\xff+[\x01-\xcf\xd8-\xfe]")
+"""Matches any marker of a JPEG file but the restart markers."""
+
 _TABLE = re.compile(rb"\xff[\xd8\xd9\xdb\xc4\xc0-\xc2]")
+"""Matches the markers that begin or end an image, define tables, or begin a frame."""
 
 
 @dataclass(frozen=True)

@@ -165,6 +165,7 @@ class _Output:
 
 
 _output = _Output()
+"""The standard output of this process."""
 
 
 def say(text: str) -> bool:
