@@ -326,6 +326,10 @@ class Predictor:
         :class:`~cmt_edge.deploy.errors.InputError`."""
         self.lanes.close()
 
+    def __repr__(self) -> str:
+        """What serves how many classes, and how many inferences run now: for a service's log."""
+        return f"Predictor({len(self.labels)} labels, {self.session.runtime}, {self.lanes!r})"
+
     def __enter__(self) -> Predictor:
         return self
 

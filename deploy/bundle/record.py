@@ -21,6 +21,7 @@ from typing import Annotated, Any, TypeVar
 from ..errors import BundleError, StepError
 
 T = TypeVar("T")
+"""The dataclass that is read from JSON."""
 
 REMEDY = "copy the whole bundle again, or export it again"
 """What to do about a bundle that cannot be read."""
@@ -45,6 +46,7 @@ _KINDS: dict[Any, str] = {
     dict: "an object",
     NoneType: "null",
 }
+"""Type of a JSON value -> what a message calls it."""
 
 
 @dataclass(frozen=True)

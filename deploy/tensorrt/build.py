@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -41,7 +40,7 @@ from ..measure.device_report import DeviceReport, DeviceStates, SustainedPower
 from ..measure.parity import check_golden
 from ..predictor import Predictor
 from ..progress import Progress
-from ..signals import terminate_as_interrupt
+from ..signals import unwound_by_signals
 from ..telemetry.dgpu import nvml_index
 from ..telemetry.power import PowerMonitor
 from ..telemetry.state import snapshot
@@ -63,8 +62,6 @@ POWER_SECONDS = 3.0
 """Seconds of uninterrupted inference while the power is sampled."""
 DEVICE_PROTOCOL = Protocol(iters=100, seconds=3.0)
 """How long ``cmt-build`` measures."""
-STOPPED_BY = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-"""Signals that unwind a build as Ctrl-C does. SIGHUP: the connection of the terminal broke."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +130,7 @@ def exclusive(folder: Path) -> Iterator[None]:
         (folder / ENGINES).mkdir(exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with _stopped_by_signals():
+        with unwound_by_signals():
             _claim(folder, descriptor)
             yield
     finally:
@@ -156,19 +153,6 @@ def _claim(folder: Path, descriptor: int) -> None:
             where=folder,
             remedy="wait for it to end",
         )
-
-
-@contextlib.contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    """Let the signals of :data:`STOPPED_BY` unwind the body as Ctrl-C does."""
-    numbers = [getattr(signal, name) for name in STOPPED_BY]
-    previous = {number: terminate_as_interrupt(number) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            if handler is not None:
-                signal.signal(number, handler)
 
 
 def finish(

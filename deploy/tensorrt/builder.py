@@ -35,7 +35,7 @@ KEPT_TIMINGS = 8
 """The number of files of timings that are kept, one for each version of TensorRT on each kind of GPU."""
 
 
-class Monitor(trt.IProgressMonitor):  # type: ignore[misc, unused-ignore]
+class Monitor(trt.IProgressMonitor):
     """Reports the steps of the outermost phase."""
 
     def __init__(self, report: Report) -> None:

@@ -38,7 +38,7 @@ UNKNOWN_TYPES = "due to dynamic shapes"
 """What the inspector writes for types it does not know."""
 
 
-class Log(trt.ILogger):  # type: ignore[misc, unused-ignore]
+class Log(trt.ILogger):
     """Keeps TensorRT's last warnings and errors instead of printing them."""
 
     def __init__(self) -> None:
@@ -392,7 +392,7 @@ class Worker:
         self.context = None
 
 
-class _LayerTimes(trt.IProfiler):  # type: ignore[misc, unused-ignore]
+class _LayerTimes(trt.IProfiler):
     """Sums the milliseconds of each layer."""
 
     def __init__(self) -> None:
