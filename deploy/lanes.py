@@ -25,6 +25,7 @@ KEPT_LANES = 4
 """Idle lanes of one batch size that are kept for the next callers."""
 
 _Result = TypeVar("_Result")
+"""What a call on a session returns."""
 
 
 class Lanes:

@@ -19,6 +19,7 @@ from .backends import (
 )
 from .backends.base import batch_limit
 from .bundle import LOGITS, Bundle
+from .bundle.sections import RanOn
 from .errors import ImageError, InputError
 from .lanes import Lanes
 from .preprocessing import (
@@ -169,7 +170,7 @@ class Predictor:
         return self.lanes.batch
 
     @property
-    def info(self) -> dict[str, Any]:
+    def info(self) -> RanOn:
         """Runtime with its version, and device."""
         return self.session.info
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from PIL import Image, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from .arrays import CHANNELS, as_rgb
-from .errors import BundleError, ImageError
+from .errors import ImageError
 from .jpeg import MAX_SCANS, START, has_many_scans, scan_header, without_metadata
 
 ImageLike: TypeAlias = "str | Path | bytes | bytearray | memoryview | BinaryIO | Image.Image | np.ndarray"
@@ -64,6 +63,20 @@ RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
 }
 """Name of an interpolation -> Pillow's filter."""
+
+MEANS = (-10.0, 10.0)
+"""The least and the largest mean of a channel, of values from 0 to 1. One beyond them, such as a mean of
+values from 0 to 255, would leave nothing of the image."""
+
+DEVIATIONS = (1e-4, 100.0)
+"""The least and the largest standard deviation of a channel, of values from 0 to 1. The least lies below
+1/255, which leaves the values as they are in the file."""
+
+EXIF_POLICIES = ("apply", "ignore")
+"""What may become of the orientation that a photograph records."""
+
+SHOWN = 40
+"""The largest number of characters of a wrong value that a message quotes."""
 
 ORIENTATION = 0x0112
 """EXIF and TIFF tag of the orientation."""
@@ -112,13 +125,6 @@ class NamedBytes(io.BytesIO):
         self.filename = filename
 
 
-def _three_floats(
-    values: Sequence[float],
-) -> tuple[float, float, float]:
-    red, green, blue = (float(value) for value in values)
-    return red, green, blue
-
-
 @dataclass(frozen=True)
 class Preprocess:
     """How an image becomes a model input.
@@ -143,47 +149,27 @@ class Preprocess:
         """The manifest's ``preprocess`` entry."""
         return asdict(self)
 
-    @classmethod
-    def from_json(cls, data: Any) -> Preprocess:
-        """Read the manifest's ``preprocess`` entry; raises :class:`BundleError` where it cannot be
-        understood."""
-        try:
-            short = data["short_side"]
-            spec = cls(
-                size=int(data["size"]),
-                short_side=None if short is None else int(short),
-                mean=_three_floats(data["mean"]),
-                std=_three_floats(data["std"]),
-                exif=data["exif"],
-                interpolation=data["interpolation"],
-            )
-        except (KeyError, TypeError, ValueError, OverflowError) as exc:
-            raise BundleError(
-                "the preprocessing entry cannot be read",
-                where="manifest.json",
-                why=repr(exc),
-                remedy="export again",
-            ) from exc
-        if not spec.is_supported():
-            raise BundleError(
-                f"preprocessing {data} is not supported",
-                where="manifest.json",
-                remedy="update cmt-edge or export again",
-            )
-        return spec
-
-    def is_supported(self) -> bool:
-        """Whether every value is one that this version can apply."""
-        if self.exif not in (
-            "apply",
-            "ignore",
-        ) or self.interpolation not in tuple(RESAMPLING):
-            return False
+    def fault(self) -> str | None:
+        """Which value is none that this version can apply, and what is expected; ``None`` if all are."""
         if not 1 <= self.size <= MAX_SIZE:
-            return False
+            return f"size is {self.size}, expected 1 to {MAX_SIZE}"
         if self.short_side is not None and not self.size <= self.short_side <= MAX_SHORT_SIDE:
-            return False
-        return bool(np.isfinite([*self.mean, *self.std]).all()) and min(self.std) > 0
+            return f"short_side is {self.short_side}, expected {self.size} to {MAX_SHORT_SIDE}"
+        if self.exif not in EXIF_POLICIES:
+            return f"exif is {self.exif[:SHOWN]!r}, expected {' or '.join(map(repr, EXIF_POLICIES))}"
+        if self.interpolation not in RESAMPLING:
+            known = " or ".join(map(repr, RESAMPLING))
+            return f"interpolation is {self.interpolation[:SHOWN]!r}, expected {known}"
+        return _fault_of_numbers("mean", self.mean, MEANS) or _fault_of_numbers("std", self.std, DEVIATIONS)
+
+
+def _fault_of_numbers(name: str, values: tuple[float, ...], bounds: tuple[float, float]) -> str | None:
+    """The first of ``values`` that does not lie within ``bounds``."""
+    low, high = bounds
+    for i, value in enumerate(values):
+        if not low <= value <= high:
+            return f"{name}[{i}] is {value:g}, expected {low:g} to {high:g}"
+    return None
 
 
 def decode(source: ImageLike, spec: Preprocess, color: str = "rgb") -> Image.Image:

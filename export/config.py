@@ -18,6 +18,7 @@ from cmt_edge.cmt.features import require_head
 from cmt_edge.cmt.outside import is_outside
 from cmt_edge.cmt.spec import ModelSpec, check_size
 from cmt_edge.deploy.bundle import LOGITS
+from cmt_edge.deploy.bundle.sections import FORMATS
 from cmt_edge.deploy.bundle.signature import read_private_key
 from cmt_edge.deploy.cli.ranges import CLASSES, finite
 from cmt_edge.deploy.errors import InputError, WeightsError
@@ -32,7 +33,7 @@ from .options import (
     read_mapping,
     require_range,
 )
-from .settings import AUTO, AUTO_DROP, FORMATS, TENSORRT, Settings
+from .settings import AUTO, AUTO_DROP, TENSORRT, Settings
 
 OPSET = 20
 """Version of ONNX's operations: it has GELU as one operation, and it is the highest that TensorRT 10 and 11

@@ -20,6 +20,8 @@ from cmt_edge.deploy.cli.ranges import Range
 from cmt_edge.deploy.errors import InputError, UnknownNameError
 
 T = TypeVar("T")
+"""The dataclass whose fields are options."""
+
 KEY = "option"
 """Key of an :class:`Option` in the metadata of a dataclass field; a field without a default sets it
 itself."""

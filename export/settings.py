@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from cmt_edge.deploy.bundle.sections import FORMATS
 from cmt_edge.deploy.cli.ranges import (
     BATCH,
     CLASSES,
@@ -25,12 +26,6 @@ from cmt_edge.deploy.preprocessing import MAX_SIZE
 
 from .options import KEY, Option, option
 
-FORMATS = {
-    "onnx": ("fp32", "int8"),
-    "openvino": ("fp32", "bf16", "int8"),
-    "trt": ("fp32", "fp16", "int8"),
-}
-"""Format of a bundle -> the precisions that it can have."""
 ALIASES = {"engine": "trt", "tensorrt": "trt"}
 """Other names of a format -> its name."""
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "auto")
@@ -52,6 +47,8 @@ MODEL, DATA, OUTPUT, GATES, AUTO, TENSORRT, MACHINE = (
     "tensorrt",
     "machine",
 )
+"""Keys of the groups of options."""
+
 GROUPS = {
     MODEL: "model",
     DATA: "data and calibration",
