@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from ..escaping import escape_line
 from ..measure.benchmark import Benchmark, Measured, Protocol
 from .tables import LATENCY_COLUMNS, latency_cells, table
 
 
 def benchmark_text(result: Benchmark, markdown: bool = False) -> str:
     """Latency table, what really ran, the machine, and warnings."""
-    warnings = [f"warning: {r.name}: {warning}" for r in result.results for warning in r.warnings]
+    warnings = [
+        f"warning: {escape_line(r.name)}: {warning}" for r in result.results for warning in r.warnings
+    ]
     parts = [
         _latency_table(result, markdown),
         _executed_table(result, markdown),
@@ -87,7 +90,10 @@ def _fastest(result: Benchmark) -> list[str]:
         return []  # ratios are of calls
     best, second = sorted(result.results, key=lambda r: -r.ratio)[:2]
     close = second.ratio_ci[1] >= best.ratio_ci[0]
-    return [f"fastest: {best.name}" + (f" (no clear difference from {second.name})" if close else "")]
+    return [
+        f"fastest: {escape_line(best.name)}"
+        + (f" (no clear difference from {escape_line(second.name)})" if close else "")
+    ]
 
 
 def how_measured(protocol: Protocol) -> str:

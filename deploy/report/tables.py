@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..escaping import escape_line, escape_markdown
 from ..measure.statistics import Latency
 
 
@@ -12,7 +13,9 @@ def table(
     rows: Sequence[Sequence[str]],
     markdown: bool = False,
 ) -> str:
-    """Aligned columns; the first is left-aligned, the others right-aligned."""
+    """Aligned columns; the first is left-aligned, the others right-aligned. No cell can end its row."""
+    safe = escape_markdown if markdown else escape_line
+    header, *rows = ([safe(cell) for cell in row] for row in [header, *rows])
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(row: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..bundle.sections import DataCheck, GoldenCheck
+from ..escaping import escape_line
 from ..measure.parity import Verification
 from .tables import table
 
@@ -13,7 +14,7 @@ def verification_text(v: Verification, markdown: bool = False) -> str:
     if v.data:
         lines += [_top1_table(v.data, markdown), _top1_line(v.data)]
     lines += [f"warning: {note}" for note in v.notes]
-    lines.append(f"{v.bundle} on {v.runtime.runtime}: {_conclusion(v)}")
+    lines.append(f"{escape_line(v.bundle)} on {v.runtime.runtime}: {_conclusion(v)}")
     return "\n".join(lines)
 
 

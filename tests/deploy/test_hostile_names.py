@@ -32,7 +32,7 @@ def folder(tmp_path) -> Path:
 
 @pytest.fixture
 def bundle(folder):
-    return make_bundle(folder / f"bundle{HOSTILE}", labels=LABELS)
+    return make_bundle(folder / f"bundle|<b>\nerror: all is lost\n{HOSTILE}", labels=LABELS)
 
 
 @pytest.fixture
@@ -121,6 +121,7 @@ def test_bench_and_its_markdown(printed, bundle, images, tmp_path, form):
     assert "skipped" in err
     text = target.read_text(encoding="utf-8")
     assert not [c for c in text if c != "\n" and unicodedata.category(c) in UNSAFE]
+    assert "\n| bundle\\|\\<b\\>\\\\nerror" in text
 
 
 @pytest.mark.parametrize(
