@@ -109,7 +109,7 @@ class Predictor:
         threads: int | None = None,
         throughput: bool = False,
         weights: str | Path | None = None,
-        trusted_model: str | None = None,
+        trusted_model: object = None,
         color: str = "rgb",
     ) -> Predictor:
         """Open a bundle and check the hash of every file.

@@ -106,7 +106,7 @@ def _model(config: ExportConfig, reference: Reference) -> ModelEntry:
     )
     return ModelEntry(
         provider=PROVIDER,
-        name=config.model,
+        name=config.model_name,
         family=config.spec.family,
         img_size=config.img_size,
         num_classes=config.classes,

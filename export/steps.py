@@ -166,7 +166,7 @@ def make_reference(config: ExportConfig) -> Reference:
         InputError: the model's answers are no logits and no probabilities.
     """
     classifier, loaded = load_reference(
-        config.model,
+        config.subject,
         config.weights,
         img_size=config.img_size,
         num_classes=config.classes,
@@ -244,7 +244,7 @@ def synthesise(
         count,
         config.preprocess,
         config.seed,
-        weights=f"{config.model} {weights_fingerprint(classifier)}",
+        weights=f"{config.model_name} {weights_fingerprint(classifier)}",
         cache=cache_folder() / "synthetic" if config.cache else None,
         progress=progress,
     )
