@@ -432,6 +432,8 @@ def _described_by_weights(
         "model": said.model,
         "imgsz": said.img_size,
         "num_classes": said.num_classes,
+        "mean": said.mean,
+        "std": said.std,
     }
     return {name: value for name, value in known.items() if value is not None}
 

@@ -12,6 +12,7 @@ from .text import (
     table,
     verdict_text,
     verification_text,
+    weights_text,
 )
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "to_json",
     "verdict_text",
     "verification_text",
+    "weights_text",
 ]

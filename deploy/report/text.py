@@ -19,6 +19,7 @@ from ..bundle.sections import (
     TypingEntry,
     VerdictEntry,
     VerificationEntry,
+    WeightsEntry,
 )
 from ..measure.benchmark import Benchmark, Protocol
 from ..measure.parity import Verification
@@ -353,6 +354,7 @@ def bundle_text(bundle: Bundle, verify_flags: Sequence[str] = ()) -> str:
     lines += _verified_lines(manifest.verification) if manifest.verification else []
     lines += _typed_lines(manifest.typing)
     lines += _latency_lines(manifest.latency)
+    lines.append(weights_text(manifest.model.weights))
     if manifest.labels_source == "numbered":
         lines.append("note: the classes have no names; give them with --labels FILE")
     if calibration and calibration.cached:
@@ -363,6 +365,14 @@ def bundle_text(bundle: Bundle, verify_flags: Sequence[str] = ()) -> str:
         "",
     ]
     return "\n".join([*lines, *_next_commands(bundle, verify_flags)])
+
+
+def weights_text(weights: WeightsEntry) -> str:
+    """Where the weights came from, and of a checkpoint which of its entries was taken."""
+    text = f"weights: {weights.source}"
+    if weights.entry:
+        text += f", from {weights.entry}"
+    return text + (" (averaged over training)" if weights.ema else "")
 
 
 def _latency_lines(latency: LatencyEntry | None) -> list[str]:
