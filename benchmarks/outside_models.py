@@ -10,6 +10,7 @@ timm uses it for its data pipeline alone and this script puts empty modules in i
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -212,13 +213,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     stand_in_for_torchvision()
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        for name in args.models:
-            for form in FORMATS:
-                rows += try_model(name, form, Path(folder))
-    text = table(HEADER, [row.cells() for row in rows], markdown=True)
-    if args.output:
-        args.output.write_text(text + "\n", encoding="utf-8")
-    else:
+        for name, form in itertools.product(args.models, FORMATS):
+            rows += try_model(name, form, Path(folder))
+            text = table(HEADER, [row.cells() for row in rows], markdown=True)
+            if args.output:  # after every model, because all of them take half an hour
+                args.output.write_text(text + "\n", encoding="utf-8")
+    if not args.output:
         print(text)
     return 0
 
