@@ -440,7 +440,7 @@ def verify_bundle(
 
 @dataclass(frozen=True)
 class SecondOpinion:
-    """What another runtime makes of the graph of a bundle: its format, its name and version, and its check."""
+    """What another runtime makes of a bundle's graph: its format, its name and version, and its check."""
 
     format: str
     runtime: str
