@@ -111,6 +111,7 @@ class Predictor:
         weights: str | Path | None = None,
         trusted_model: object = None,
         color: str = "rgb",
+        key: str | Path | None = None,
     ) -> Predictor:
         """Open a bundle and check the hash of every file.
 
@@ -122,16 +123,18 @@ class Predictor:
                 :class:`~cmt_edge.deploy.backends.base.LoadOptions`.
             color: order of the channels of images that are arrays, ``"rgb"`` or ``"bgr"``, unless a call says
                 otherwise. OpenCV's arrays are ``"bgr"``. Encoded images and Pillow images know their order.
+            key: file of the public key that the bundle must be signed with, if you demand one.
 
         Raises:
             BundleError: the bundle is damaged.
+            SignatureError: the bundle is not signed with ``key``, or was changed after that.
             RuntimeMissingError: the runtime or device is missing here.
             UnknownNameError: there is no such backend.
             InputError: the runtime cannot run the bundle's precision, ``threads`` is below 1, or ``color`` is
                 unknown.
         """
         check_color(color)
-        bundle = path if isinstance(path, Bundle) else Bundle.open(path)
+        bundle = path if isinstance(path, Bundle) else Bundle.open(path, key=key)
         if threads is not None and threads < 1:
             raise InputError(
                 f"{threads} threads were asked for",

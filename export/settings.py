@@ -246,6 +246,17 @@ class Settings:
         " have two folders (default: the model's name)",
         group=OUTPUT,
     )
+    sign: str | None = option(
+        None,
+        help="sign the bundle with this private Ed25519 key, a PEM file; cmt-verify --key checks it",
+        group=OUTPUT,
+        metavar="KEY",
+    )
+    pack: bool = option(
+        False,
+        help="also write the bundle as one file beside its folder; every command opens it like the folder",
+        group=OUTPUT,
+    )
     cache: bool = option(
         True,
         help="do not reuse calibrated graphs, synthetic images and measurements of earlier runs",

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import mmap
+import json
 import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
-from ..errors import BundleError
+from ..errors import BundleError, InputError, SignatureError
 from ..files import sha256_of, write_atomic, writing
 from ..preprocessing import Preprocess
+from .external_data import MalformedOnnx, has_external_data
 from .golden import Golden, open_npz
 from .manifest import (
     ENGINES,
@@ -24,8 +25,11 @@ from .manifest import (
     REFERENCE,
     Manifest,
     broken,
+    is_plain,
 )
+from .packed import pack, unpack
 from .sections import LOGITS, MAX_TOTAL, FileEntry
+from .signature import MAX_SIGNATURE, SIGNATURE, Signature, require_signed, statement
 
 # fmt: off
 LEFT_BY_SYSTEMS = (
@@ -48,6 +52,8 @@ class Bundle:
     manifest: Manifest
     target: Path | None = None
     """Where a bundle that is still being written will lie; ``None`` once it is finished."""
+    packed: Path | None = None
+    """The file that a packed bundle was opened from; ``path`` is then a folder that it was unpacked to."""
 
     @property
     def name(self) -> str:
@@ -57,16 +63,26 @@ class Bundle:
     @property
     def title(self) -> str:
         """What reports call the bundle: the path it was opened by, or the name that it will have."""
-        return str(self.path) if self.target is None else self.name
+        return str(self.packed or self.path) if self.target is None else self.name
 
     @classmethod
-    def open(cls, path: str | Path) -> Bundle:
+    def open(cls, path: str | Path, *, key: str | Path | None = None) -> Bundle:
         """Read the manifest and check every file's presence, size and hash.
+
+        Args:
+            path: folder of the bundle, or the file of a packed one.
+            key: file of the public key that the bundle must be signed with; ``None``: a signature is not
+                checked.
 
         Raises:
             BundleError: no bundle, a missing, edited or extra file, or a manifest that cannot be understood.
+            SignatureError: the bundle is not signed with ``key``, or was changed after that.
+            InputError: ``key`` is no public key.
+            RuntimeMissingError: a key was given, and ``cryptography`` is not installed.
         """
         path = Path(path)
+        if os.path.isfile(path):
+            return cls._open_packed(path, key)
         manifest_path = path / MANIFEST
         if not os.path.isdir(path) or not os.path.isfile(manifest_path):
             what = (
@@ -79,9 +95,31 @@ class Bundle:
             )
         if manifest_path.stat().st_size > MAX_MANIFEST:
             raise broken("the manifest is too large", manifest_path)
-        manifest = Manifest.from_bytes(manifest_path.read_bytes(), manifest_path)
+        data = manifest_path.read_bytes()
+        manifest = Manifest.from_bytes(data, manifest_path)
+        if key is not None:
+            require_signed(statement(json.loads(data), ENGINES), _read_signature(path), Path(key), path)
         _check_members(path, manifest)
         return cls(path, manifest)
+
+    @classmethod
+    def _open_packed(cls, file: Path, key: str | Path | None) -> Bundle:
+        """Open a packed bundle; where the cache holds a damaged copy of it, unpack it once more."""
+        try:
+            bundle = cls.open(unpack(file), key=key)
+        except SignatureError as exc:
+            raise _located(exc, file) from exc
+        except BundleError:
+            folder = unpack(file, anew=True)
+            try:
+                bundle = cls.open(folder, key=key)
+            except BundleError as exc:
+                raise _located(exc, file) from exc
+        return replace(bundle, packed=file)
+
+    def pack(self, file: str | Path) -> None:
+        """Write the bundle as one file; raises :class:`OutputError`."""
+        pack(self.path, self.manifest.files, Path(file))
 
     @property
     def preprocess(self) -> Preprocess:
@@ -113,6 +151,13 @@ class Bundle:
         """What data sets call the classes, in logit order (ImageNet: synset ids; elsewhere the names)."""
         return [class_id for class_id, _ in self.manifest.labels]
 
+    @property
+    def signed_by(self) -> str | None:
+        """Fingerprint of the key that ``signature.json`` names, unchecked; ``None`` if there is no such
+        file."""
+        data = _read_signature(self.path)
+        return None if data is None else Signature.from_bytes(data, self.path).key
+
     def file(self, name: str) -> Path:
         """Path of a member; raises :class:`BundleError` if the bundle has none of this name."""
         if name not in self.manifest.files:
@@ -131,6 +176,12 @@ class Bundle:
         New files go under ``engines/``, where :meth:`open` ignores what the manifest does not name, and never
         replace one.
         """
+        if self.packed is not None:
+            raise InputError(
+                "is a packed bundle, which cannot be added to",
+                where=self.packed,
+                remedy=f"unpack it first: python -m zipfile -e {self.packed} {self.name}",
+            )
         now = Manifest.from_bytes((self.path / MANIFEST).read_bytes(), self.path / MANIFEST)
         if now.files != self.manifest.files:
             raise BundleError(
@@ -173,6 +224,21 @@ class Bundle:
             )
 
 
+def _located(error: BundleError, file: Path) -> BundleError:
+    """The same error, with the packed file as its place."""
+    return type(error)(error.what, where=file, why=error.why, remedy=error.remedy)
+
+
+def _read_signature(path: Path) -> bytes | None:
+    """Content of a bundle's ``signature.json``, ``None`` if it has none."""
+    file = path / SIGNATURE
+    if not file.is_file():
+        return None
+    if file.stat().st_size > MAX_SIGNATURE:
+        raise broken(f"{SIGNATURE} is too large", path)
+    return file.read_bytes()
+
+
 def _check_members(path: Path, manifest: Manifest) -> None:
     files = manifest.files
     if len(files) > MAX_FILES or len({n.lower() for n in files}) != len(files):
@@ -182,15 +248,7 @@ def _check_members(path: Path, manifest: Manifest) -> None:
         )
     total = 0
     for name, entry in files.items():
-        parts = PurePosixPath(name).parts
-        if (
-            not parts
-            or name != PurePosixPath(name).as_posix()
-            or ".." in parts
-            or parts[0] == "/"
-            or "\\" in name
-            or ":" in name
-        ):
+        if not is_plain(name):
             raise broken(f"names a file outside the bundle: {name!r}", path)
         total += entry.size
     if total > MAX_TOTAL:
@@ -203,11 +261,8 @@ def _check_members(path: Path, manifest: Manifest) -> None:
                 f"{name} was changed after the export: its SHA-256 differs from the manifest",
                 path,
             )
-        if name.endswith(".onnx") and _has_external_data(member):
-            raise broken(
-                f"{name} stores weights outside the file, which bundles may not",
-                path,
-            )
+        if name.endswith(".onnx"):
+            _check_self_contained(name, path)
 
 
 def _check_present(path: Path, manifest: Manifest) -> None:
@@ -216,7 +271,7 @@ def _check_present(path: Path, manifest: Manifest) -> None:
     A member may be a link, as in a ConfigMap or the caches of Hugging Face and DVC: its content counts.
     """
     missing = sorted(name for name in manifest.files if not (path / name).is_file())
-    known = set(manifest.files) | {MANIFEST} | _ignored(path, manifest)
+    known = set(manifest.files) | {MANIFEST, SIGNATURE} | _ignored(path, manifest)
     extra = sorted(name for name in _walk(path) if not _belongs(name, known))
     if missing:
         text = [f"missing: {', '.join(missing)}"]
@@ -260,13 +315,14 @@ def _ignored(path: Path, manifest: Manifest) -> set[str]:
     return left - set(manifest.files)
 
 
-def _has_external_data(onnx: Path) -> bool:
-    """Whether an ONNX file refers to another file, found without parsing it: the key that protobuf writes for
-    such tensors."""
-    if onnx.stat().st_size == 0:
-        return False
-    with (
-        open(onnx, "rb") as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
-    ):
-        return content.find(b"\x0a\x08location\x12") >= 0
+def _check_self_contained(name: str, path: Path) -> None:
+    """Check that an ONNX file of a bundle refers to no other file."""
+    try:
+        outside = has_external_data(path / name)
+    except MalformedOnnx as exc:
+        raise broken(f"{name} is no ONNX file", path, exc) from exc
+    if outside:
+        raise broken(
+            f"{name} stores weights outside the file, which bundles may not",
+            path,
+        )

@@ -262,6 +262,8 @@ def test_toml_file_with_every_setting(tmp_path):
         2.5,
         "out",
         "birds",
+        "sign.key",
+        True,
         False,
         "stem",
         5.0,
