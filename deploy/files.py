@@ -15,6 +15,7 @@ from platformdirs import user_cache_path
 from .errors import OutputError
 
 CHUNK_BYTES = 1 << 20
+"""The number of bytes that are read at once when a file is hashed or copied."""
 
 BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),

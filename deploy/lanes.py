@@ -25,6 +25,7 @@ KEPT_LANES = 4
 """Idle lanes of one batch size that are kept for the next callers."""
 
 _Result = TypeVar("_Result")
+"""What a call on a session returns."""
 
 
 class Lanes:
@@ -63,6 +64,10 @@ class Lanes:
     def lent(self) -> int:
         """Lanes that callers hold."""
         return self._alive - self.idle
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{self.lent} lanes lent, {self.idle} idle"
+        return f"Lanes(batch={self.batch}, {state})"
 
     def take(self, count: int) -> Lane:
         """Lend a lane for ``count`` images; a fixed batch size may give it more rows.

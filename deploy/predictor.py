@@ -19,6 +19,7 @@ from .backends import (
 )
 from .backends.base import batch_limit
 from .bundle import LOGITS, Bundle
+from .bundle.sections import RanOn
 from .errors import ImageError, InputError
 from .lanes import Lanes
 from .preprocessing import (
@@ -169,7 +170,7 @@ class Predictor:
         return self.lanes.batch
 
     @property
-    def info(self) -> dict[str, Any]:
+    def info(self) -> RanOn:
         """Runtime with its version, and device."""
         return self.session.info
 
@@ -324,6 +325,10 @@ class Predictor:
         """Free the runtime's resources once running inferences have ended. Further calls raise
         :class:`~cmt_edge.deploy.errors.InputError`."""
         self.lanes.close()
+
+    def __repr__(self) -> str:
+        """What serves how many classes, and how many inferences run now: for a service's log."""
+        return f"Predictor({len(self.labels)} labels, {self.session.runtime}, {self.lanes!r})"
 
     def __enter__(self) -> Predictor:
         return self

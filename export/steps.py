@@ -32,7 +32,7 @@ from cmt_edge.deploy import Bundle, Predictor, Preprocess, report
 from cmt_edge.deploy.backends import RUNTIME_OF_FORMAT, get_runtime
 from cmt_edge.deploy.backends.torch import TorchSession
 from cmt_edge.deploy.bundle import GOLDEN, LOGITS, ONNX, Golden
-from cmt_edge.deploy.bundle.sections import GoldenCheck, RuntimeEntry
+from cmt_edge.deploy.bundle.sections import FORMATS, GoldenCheck, RuntimeEntry
 from cmt_edge.deploy.errors import CmtEdgeError, GateError, InputError
 from cmt_edge.deploy.files import cache_folder
 from cmt_edge.deploy.images import ImageSet
@@ -41,10 +41,10 @@ from cmt_edge.deploy.measure.benchmark import (
     Protocol,
     benchmark,
 )
+from cmt_edge.deploy.measure.labels import match_labels
 from cmt_edge.deploy.measure.parity import (
     Verification,
     check_golden,
-    match_labels,
     resolution,
     verify,
 )
@@ -57,7 +57,6 @@ from .outputs import (
     may_be_probabilities,
     require_finite,
 )
-from .settings import FORMATS
 from .to_onnx import (
     ATOL,
     FUSE_ATOL,
@@ -144,6 +143,7 @@ def require_unit_scale(spec: Preprocess) -> None:
     1 changes nothing.
     """
     if max(spec.mean) <= MAX_MEAN and max(spec.std) <= MAX_STD:
+        _require_applicable(spec)
         return
     mean, std = (
         ",".join(f"{value / GREY_LEVELS:.5g}" for value in values) for values in (spec.mean, spec.std)
@@ -153,6 +153,14 @@ def require_unit_scale(spec: Preprocess) -> None:
         why="they look like those of values from 0 to 255; the pixels are divided by 255 first",
         remedy=f"divide both by 255: --mean {mean} --std {std}; keep what is of values from 0 to 1 already",
     )
+
+
+def _require_applicable(spec: Preprocess) -> None:
+    if fault := spec.fault():
+        raise InputError(
+            f"the preprocessing cannot be applied: {fault}",
+            remedy="change --mean, --std, --imgsz or --crop-ratio, or leave them out for the model's own",
+        )
 
 
 def _listed(values: tuple[float, float, float]) -> str:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ..errors import OutputError
 from ..files import (
@@ -19,7 +17,7 @@ from ..files import (
     write_atomic,
     writing,
 )
-from ..signals import terminate_as_interrupt
+from ..signals import unwound_by_signals
 from .bundle import Bundle
 from .manifest import ENGINES, MANIFEST, MAX_MANIFEST, Manifest
 from .sections import FileEntry
@@ -52,7 +50,7 @@ class BundleWriter:
         self.target = target
         self.folder = target
         self._hashes = _Hashes()
-        self._previous: Any = None
+        self._signals = unwound_by_signals()
 
     def check(self) -> None:
         """Raise :class:`OutputError` where something that is no bundle stands in the way, or where the place
@@ -79,7 +77,7 @@ class BundleWriter:
                 )
             )
             self.folder.chmod(0o755)
-        self._previous = terminate_as_interrupt()
+        self._signals.__enter__()
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -87,8 +85,7 @@ class BundleWriter:
         old = self._old()
         if old.exists() and self.target.exists():
             shutil.rmtree(old, ignore_errors=True)
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
+        self._signals.__exit__(None, None, None)
 
     def staged(self, manifest: Manifest) -> Bundle:
         """The unfinished bundle, to be verified and measured before :meth:`commit`.

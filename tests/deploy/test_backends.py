@@ -59,7 +59,7 @@ def mine(tmp_path, monkeypatch):
 def test_one_file_and_one_line_add_a_runtime(tmp_path):
     bundle = make_bundle(tmp_path / "b")
     with Predictor.load(bundle, backend="mine") as p:
-        assert p.info["runtime"] == "mine 7"
+        assert p.info.runtime == "mine 7"
         assert [answer.label for answer in p.stream([RED, GREEN, BLUE])] == ["red", "green", "blue"]
         assert p.batch == 1  # the bundle's, because the runtime does not take any
     assert get_runtime("mine").compile(tmp_path / "model.onnx", tmp_path) == []

@@ -132,7 +132,7 @@ def test_there_is_a_command_for_every_console_script():
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     section = text.split("[project.scripts]")[1].split("\n[")[0]
     scripts = dict(line.split(" = ") for line in section.strip().splitlines())
-    expected = {f"cmt-{name}": f'"cmt_edge.{command.module}:main"' for name, command in COMMANDS.items()}
+    expected = {f"cmt-{name}": f'"cmt_edge.startup:{name}"' for name in COMMANDS}
     assert scripts == expected
     assert set(COMMANDS) == set(MAINS)
 
