@@ -19,6 +19,7 @@ from .backends import (
 )
 from .backends.base import batch_limit
 from .bundle import LOGITS, Bundle
+from .bundle.bundle import read_whole
 from .errors import ImageError, InputError
 from .lanes import Lanes
 from .preprocessing import (
@@ -131,19 +132,26 @@ class Predictor:
                 unknown.
         """
         check_color(color)
-        bundle = path if isinstance(path, Bundle) else Bundle.open(path)
         if threads is not None and threads < 1:
             raise InputError(
                 f"{threads} threads were asked for",
                 remedy="ask for 1 or more, or leave it out for all cores",
             )
+        options = LoadOptions(device, threads, throughput, weights, trusted_model)
+        return read_whole(path, lambda bundle: cls._opened(bundle, backend, options, color))
+
+    @classmethod
+    def _opened(
+        cls,
+        bundle: Bundle,
+        backend: str | None,
+        options: LoadOptions,
+        color: str,
+    ) -> Predictor:
         runtime = get_runtime(
             backend or RUNTIME_OF_FORMAT.get(bundle.manifest.format, bundle.manifest.format)
         )
-        session = runtime.load(
-            bundle,
-            LoadOptions(device, threads, throughput, weights, trusted_model),
-        )
+        session = runtime.load(bundle, options)
         batch = 0 if runtime.any_batch else batch_limit(bundle)
         return cls(
             session,

@@ -6,13 +6,15 @@ import contextlib
 import hashlib
 import mmap
 import os
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 from ..errors import BundleError
-from ..files import sha256_of, write_atomic, writing
+from ..files import aside, sha256_of, write_atomic, writing
 from ..preprocessing import Preprocess
 from .golden import Golden, open_npz
 from .manifest import (
@@ -40,6 +42,19 @@ SHOWN_EXTRAS = 5
 """The largest number of files beside the manifest's that a message lists."""
 
 
+ATTEMPTS = 100
+"""The largest number of times that a bundle is read because others keep replacing it."""
+SWAP_S = 2.0
+"""Seconds that a reader waits for a bundle whose writer must replace it in two steps."""
+POLL_S = 0.01
+"""Seconds between two looks while waiting."""
+
+Result = TypeVar("Result")
+"""What a function makes of a bundle."""
+State = tuple[int, ...]
+"""What identifies a bundle's folder and its manifest on this machine, and changes when either is replaced."""
+
+
 @dataclass(frozen=True)
 class Bundle:
     """An opened, verified bundle."""
@@ -48,6 +63,8 @@ class Bundle:
     manifest: Manifest
     target: Path | None = None
     """Where a bundle that is still being written will lie; ``None`` once it is finished."""
+    state: State | None = field(default=None, compare=False, repr=False)
+    """Tells whether the folder is still the one that was opened; ``None`` while it is being written."""
 
     @property
     def name(self) -> str:
@@ -63,10 +80,27 @@ class Bundle:
     def open(cls, path: str | Path) -> Bundle:
         """Read the manifest and check every file's presence, size and hash.
 
+        Where another process replaces the bundle meanwhile, this is the old one or the new one, never a
+        mixture.
+
         Raises:
             BundleError: no bundle, a missing, edited or extra file, or a manifest that cannot be understood.
         """
         path = Path(path)
+        for _ in range(ATTEMPTS):
+            state = state_of(path)
+            try:
+                bundle = cls._read(path, state)
+            except (BundleError, OSError):
+                if bundle_is_coming(path, state):
+                    continue
+                raise
+            if state_of(path) == state:
+                return bundle
+        raise _replaced(path)
+
+    @classmethod
+    def _read(cls, path: Path, state: State | None) -> Bundle:
         manifest_path = path / MANIFEST
         if not os.path.isdir(path) or not os.path.isfile(manifest_path):
             what = (
@@ -81,7 +115,15 @@ class Bundle:
             raise broken("the manifest is too large", manifest_path)
         manifest = Manifest.from_bytes(manifest_path.read_bytes(), manifest_path)
         _check_members(path, manifest)
-        return cls(path, manifest)
+        return cls(path, manifest, state=state)
+
+    def require_unchanged(self) -> None:
+        """Raise :class:`BundleError` where another bundle has taken this one's place since it was opened.
+
+        What reads members calls this afterwards.
+        """
+        if self.state is not None and state_of(self.path) != self.state:
+            raise _replaced(self.path)
 
     @property
     def preprocess(self) -> Preprocess:
@@ -152,11 +194,13 @@ class Bundle:
         for name in [*drop, *_ignored(self.path, manifest)]:
             with contextlib.suppress(OSError):
                 (self.path / name).unlink()
-        return Bundle(self.path, manifest)
+        return Bundle(self.path, manifest, state=state_of(self.path))
 
     def golden(self) -> Golden:
         """The golden inputs and what the reference made of them."""
-        return Golden.from_file(self.file(GOLDEN))
+        golden = Golden.from_file(self.file(GOLDEN))
+        self.require_unchanged()
+        return golden
 
     def reference(self) -> dict[str, int]:
         """Reference top-1 by image content (see :func:`cmt_edge.deploy.images.digest`), empty if none was
@@ -164,13 +208,66 @@ class Bundle:
         if REFERENCE not in self.manifest.files:
             return {}
         with open_npz(self.file(REFERENCE)) as data:
-            return dict(
+            answers = dict(
                 zip(
                     data["digest"].tolist(),
                     data["top1"].tolist(),
                     strict=True,
                 )
             )
+        self.require_unchanged()
+        return answers
+
+
+def read_whole(path: str | Path | Bundle, read: Callable[[Bundle], Result]) -> Result:
+    """What ``read`` makes of a bundle's members, all of them from one state of the bundle.
+
+    Where another process replaces a bundle given by its path meanwhile, the new one is read.
+
+    Raises:
+        BundleError: a bundle that was opened before has been replaced. What ``read`` raises comes through.
+    """
+    if isinstance(path, Bundle):
+        result = read(path)
+        path.require_unchanged()
+        return result
+    for _ in range(ATTEMPTS):
+        bundle = Bundle.open(path)
+        try:
+            result = read(bundle)
+        except Exception:
+            if bundle_is_coming(bundle.path, bundle.state):
+                continue
+            raise
+        if state_of(bundle.path) == bundle.state:
+            return result
+    raise _replaced(Path(path))
+
+
+def state_of(path: Path) -> State | None:
+    """The state of the bundle at ``path`` as it is now, ``None`` where there is none."""
+    try:
+        folder, manifest = path.stat(), (path / MANIFEST).stat()
+    except OSError:
+        return None
+    return (folder.st_dev, folder.st_ino, manifest.st_ino, manifest.st_mtime_ns)
+
+
+def bundle_is_coming(path: Path, state: State | None) -> bool:
+    """Whether a bundle that could not be read in ``state`` has been replaced since; where a writer replaces
+    it in two steps, after waiting for the second."""
+    end = time.monotonic() + SWAP_S
+    while (now := state_of(path)) is None and aside(path).is_dir() and time.monotonic() < end:
+        time.sleep(POLL_S)
+    return now is not None and now != state
+
+
+def _replaced(path: Path) -> BundleError:
+    return BundleError(
+        "the bundle was replaced while it was being read",
+        where=path,
+        remedy="run the command again",
+    )
 
 
 def _check_members(path: Path, manifest: Manifest) -> None:

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
-import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ..errors import OutputError
 from ..files import (
+    TEMPORARY,
+    put_back,
+    put_folder,
     sha256_of,
     sync_folder,
     sync_tree,
     write_atomic,
     writing,
 )
+from ..locks import locked, scratch_folder
 from ..signals import terminate_as_interrupt
-from .bundle import Bundle
+from .bundle import Bundle, state_of
 from .manifest import MANIFEST, MAX_MANIFEST, Manifest
 from .sections import FileEntry
 
@@ -44,14 +47,15 @@ class BundleWriter:
     """Collects the files of a bundle in a hidden folder beside ``target`` and moves them there in one step.
 
     Use as a context manager: on any error or interruption the hidden folder is removed and an existing bundle
-    stays as it was. Stale folders of runs that were killed are removed when the next one starts.
+    stays as it was. Stale folders of runs that were killed are removed when the next one starts. Several
+    writers of one target do not disturb each other: the last to finish stays.
     """
 
     def __init__(self, target: Path) -> None:
         self.target = target
         self.folder = target
         self._hashes = _Hashes()
-        self._previous: Any = None
+        self._stack = ExitStack()
 
     def check(self) -> None:
         """Raise :class:`OutputError` where something that is no bundle stands in the way, or where the place
@@ -65,29 +69,26 @@ class BundleWriter:
             )
 
     def __enter__(self) -> BundleWriter:
+        with self._stack as stack:  # undone where something fails here
+            self._enter(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    def _enter(self, stack: ExitStack) -> None:
         self.check()
         parent = self.target.parent
         with writing(parent):
             parent.mkdir(parents=True, exist_ok=True)
-            self._recover()
-            self.folder = Path(
-                tempfile.mkdtemp(
-                    prefix=f".{self.target.name}.{os.getpid()}.",
-                    suffix=".tmp",
-                    dir=parent,
-                )
-            )
+            with self._alone():
+                put_back(self.target)
+            self.folder = stack.enter_context(scratch_folder(parent, f".{self.target.name}.", TEMPORARY))
             self.folder.chmod(0o755)
-        self._previous = terminate_as_interrupt()
-        return self
+        previous = terminate_as_interrupt()
+        if previous is not None:
+            stack.callback(signal.signal, signal.SIGTERM, previous)
 
     def __exit__(self, *exc: object) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        old = self._old()
-        if old.exists() and self.target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
+        self._stack.close()
 
     def staged(self, manifest: Manifest) -> Bundle:
         """The unfinished bundle, to be verified and measured before :meth:`commit`.
@@ -101,39 +102,26 @@ class BundleWriter:
 
     def commit(self, manifest: Manifest) -> Bundle:
         """Write the manifest last, with the hash of every file, and move the folder into place."""
-        with writing(self.folder):
+        with writing(self.target):
             manifest = self.staged(manifest).manifest
             write_atomic(self.folder / MANIFEST, manifest.to_bytes())
             sync_tree(self.folder)
-            self._swap()
-        return Bundle(self.target, manifest)
+            state = state_of(self.folder)
+            self._put_in_place()
+        return Bundle(self.target, manifest, state=state)
 
-    def _old(self) -> Path:
-        return self.target.with_name(f".{self.target.name}.old")
+    def _put_in_place(self) -> None:
+        """Make the folder the bundle at the target; what was there becomes the hidden folder, which goes."""
+        with self._alone():
+            self.check()  # hours may have passed
+            put_folder(self.folder, self.target)
+            sync_folder(self.target.parent)
 
-    def _swap(self) -> None:
-        old = self._old()
-        shutil.rmtree(old, ignore_errors=True)
-        try:
-            if self.target.exists():
-                self.target.rename(old)
-            self.folder.rename(self.target)
-        except BaseException:
-            if old.exists() and not self.target.exists():
-                old.rename(self.target)
-            raise
-        sync_folder(self.target.parent)
-        shutil.rmtree(old, ignore_errors=True)
-
-    def _recover(self) -> None:
-        """Finish or undo what a killed run left: its hidden folders go, a bundle moved aside comes back."""
-        old = self._old()
-        if old.exists() and not self.target.exists():
-            old.rename(self.target)
-        for stale in self.target.parent.glob(f".{self.target.name}.*.tmp"):
-            pid = stale.name[len(self.target.name) + 2 :].split(".", 1)[0]
-            if pid.isdigit() and int(pid) != os.getpid() and not _alive(int(pid)):
-                shutil.rmtree(stale, ignore_errors=True)
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other writers from the target meanwhile."""
+        with locked(self.target.with_name(f".{self.target.name}")):
+            yield
 
 
 def _is_manifest(path: Path) -> bool:
@@ -200,13 +188,3 @@ def _stamp(path: Path) -> tuple[int, ...]:
         status.st_ctime_ns,
         status.st_ino,
     )
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
