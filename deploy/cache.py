@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import CacheWarning, OutputError
-from .files import write_atomic, writing
-from .locks import locked
+from .files import TEMPORARY, write_atomic, writing
+from .locks import LOCK, clear_abandoned, locked
 
 T = TypeVar("T")
 """The type of a result."""
@@ -133,13 +133,19 @@ class Cache:
         self._evict()
 
     def _evict(self) -> None:
-        """Drop the entries that were not used for longest; their last file goes first."""
+        """Drop the entries that were not used for longest, their last file first, and what killed processes
+        left.
+
+        Whoever reads or writes such an entry at the same time finds it missing and makes it again.
+        """
         last = self.suffixes[-1]
         entries = sorted(self.folder.glob(f"*{last}"), key=_used, reverse=True)
         for entry in entries[self.keep :]:
             for file in reversed(self._files(entry.name.removesuffix(last))):
                 with contextlib.suppress(OSError):
                     file.unlink()
+        clear_abandoned(self.folder, ".", TEMPORARY)
+        clear_abandoned(self.folder, "", LOCK)
 
     def _files(self, key: str) -> list[Path]:
         return [self._file(key, suffix) for suffix in self.suffixes]

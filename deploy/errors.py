@@ -88,6 +88,12 @@ class BundleError(InputError):
     """A bundle with a missing, edited or extra member, or an unreadable manifest."""
 
 
+class SignatureError(BundleError):
+    """A bundle that is not signed, or not with the key that was asked for, or was changed after that."""
+
+    exit_code = 1
+
+
 class OutputError(InputError):
     """A place that cannot be written to."""
 

@@ -144,7 +144,7 @@ def put_folder(folder: Path, target: Path) -> Path | None:
 
 def _exchange(first: Path, second: Path) -> bool:
     """Let two paths change places in one step; ``False`` where the system cannot."""
-    rename = _renameat2()
+    rename = renameat2()
     if rename is None:
         return False
     if rename(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE) == 0:
@@ -156,7 +156,7 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 @functools.cache
-def _renameat2() -> Any:
+def renameat2() -> Any:
     """Linux's system call ``renameat2``, which Python does not offer; ``None`` elsewhere."""
     if sys.platform != "linux":
         return None
@@ -173,18 +173,19 @@ def _exchange_in_two_steps(folder: Path, target: Path) -> None:
     """
     old = aside(target)
     shutil.rmtree(old, ignore_errors=True)
-    target.rename(old)
     try:
+        target.rename(old)
         folder.rename(target)
+        old.rename(folder)
     except BaseException:
-        old.rename(target)
+        put_back(target)
         raise
-    old.rename(folder)
 
 
 def aside(target: Path) -> Path:
     """Where ``target`` lies while another folder takes its place in two steps."""
-    return target.with_name(f".{target.name}.old")
+    target = target.absolute()
+    return target.parent / f".{target.name}.old"
 
 
 def put_back(target: Path) -> None:

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+LOCK = ".lock"
+"""What the name of a lock's file ends with."""
 POLL_S = 0.1
 """Seconds between two attempts, where the system cannot wait for a lock itself."""
 NOT_SUPPORTED = {
@@ -45,7 +47,7 @@ def locked(path: Path) -> Iterator[None]:
     Raises ``OSError`` where the folder cannot be written to.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.with_name(f"{path.name}.lock")
+    file = path.with_name(f"{path.name}{LOCK}")
     descriptor = _acquired(file)
     try:
         yield

@@ -112,6 +112,7 @@ class Predictor:
         weights: str | Path | None = None,
         trusted_model: str | None = None,
         color: str = "rgb",
+        key: str | Path | None = None,
     ) -> Predictor:
         """Open a bundle and check the hash of every file.
 
@@ -123,9 +124,11 @@ class Predictor:
                 :class:`~cmt_edge.deploy.backends.base.LoadOptions`.
             color: order of the channels of images that are arrays, ``"rgb"`` or ``"bgr"``, unless a call says
                 otherwise. OpenCV's arrays are ``"bgr"``. Encoded images and Pillow images know their order.
+            key: file of the public key that the bundle must be signed with, if you demand one.
 
         Raises:
             BundleError: the bundle is damaged.
+            SignatureError: the bundle is not signed with ``key``, or was changed after that.
             RuntimeMissingError: the runtime or device is missing here.
             UnknownNameError: there is no such backend.
             InputError: the runtime cannot run the bundle's precision, ``threads`` is below 1, or ``color`` is
@@ -138,7 +141,7 @@ class Predictor:
                 remedy="ask for 1 or more, or leave it out for all cores",
             )
         options = LoadOptions(device, threads, throughput, weights, trusted_model)
-        return read_whole(path, lambda bundle: cls._opened(bundle, backend, options, color))
+        return read_whole(path, lambda bundle: cls._opened(bundle, backend, options, color), key=key)
 
     @classmethod
     def _opened(

@@ -18,6 +18,7 @@ from cmt_edge.cmt.features import require_head
 from cmt_edge.cmt.outside import is_outside
 from cmt_edge.cmt.spec import ModelSpec, check_size
 from cmt_edge.deploy.bundle import LOGITS
+from cmt_edge.deploy.bundle.signature import read_private_key
 from cmt_edge.deploy.cli.console import finite
 from cmt_edge.deploy.errors import InputError, WeightsError
 from cmt_edge.deploy.files import read_text
@@ -152,6 +153,11 @@ class ExportConfig(Settings):
         return Path(self.output) / self.folder
 
     @property
+    def signing_key(self) -> Path | None:
+        """File of the private key that signs the bundle, if one shall."""
+        return None if self.sign is None else Path(self.sign)
+
+    @property
     def targets(self) -> list[Path]:
         """Every folder that the export may make."""
         precisions = FORMATS[self.format] if self.precision == "auto" else (self.precision,)
@@ -252,6 +258,8 @@ class ExportConfig(Settings):
                 where=self.weights,
                 remedy="check the path; or use --weights pretrained or random",
             )
+        if self.signing_key is not None:
+            read_private_key(self.signing_key)
         self.read_labels()
 
     def _check_auto_options(self) -> None:

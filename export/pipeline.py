@@ -171,7 +171,7 @@ def finish(
                 manifest = replace(manifest, latency=summary(speed))
         with journal.step(Step.WRITE), writing(config.target):
             write_report(writer.folder, manifest, config.folder, result, speed)
-            return writer.commit(manifest)
+            return writer.commit(manifest, config.signing_key)
 
 
 def _chosen(

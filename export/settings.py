@@ -233,6 +233,12 @@ class Settings:
         " have two folders (default: the model's name)",
         group=OUTPUT,
     )
+    sign: str | None = option(
+        None,
+        help="sign the bundle with this private Ed25519 key, a PEM file; cmt-verify --key checks it",
+        group=OUTPUT,
+        metavar="KEY",
+    )
     cache: bool = option(
         True,
         help="do not reuse calibrated graphs, synthetic images and measurements of earlier runs",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import mmap
+import json
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -16,6 +16,7 @@ from typing import TypeVar
 from ..errors import BundleError
 from ..files import aside, sha256_of, write_atomic, writing
 from ..preprocessing import Preprocess
+from .external_data import MalformedOnnx, has_external_data
 from .golden import Golden, open_npz
 from .manifest import (
     ENGINES,
@@ -28,6 +29,7 @@ from .manifest import (
     broken,
 )
 from .sections import LOGITS, MAX_TOTAL, FileEntry
+from .signature import MAX_SIGNATURE, SIGNATURE, Signature, require_signed, statement
 
 # fmt: off
 LEFT_BY_SYSTEMS = (
@@ -77,20 +79,28 @@ class Bundle:
         return str(self.path) if self.target is None else self.name
 
     @classmethod
-    def open(cls, path: str | Path) -> Bundle:
+    def open(cls, path: str | Path, *, key: str | Path | None = None) -> Bundle:
         """Read the manifest and check every file's presence, size and hash.
 
         Where another process replaces the bundle meanwhile, this is the old one or the new one, never a
         mixture.
 
+        Args:
+            path: folder of the bundle.
+            key: file of the public key that the bundle must be signed with; ``None``: a signature is not
+                checked.
+
         Raises:
             BundleError: no bundle, a missing, edited or extra file, or a manifest that cannot be understood.
+            SignatureError: the bundle is not signed with ``key``, or was changed after that.
+            InputError: ``key`` is no public key.
+            RuntimeMissingError: a key was given, and ``cryptography`` is not installed.
         """
         path = Path(path)
         for _ in range(ATTEMPTS):
             state = state_of(path)
             try:
-                bundle = cls._read(path, state)
+                bundle = cls._read(path, state, key)
             except (BundleError, OSError):
                 if bundle_is_coming(path, state):
                     continue
@@ -100,7 +110,7 @@ class Bundle:
         raise _replaced(path)
 
     @classmethod
-    def _read(cls, path: Path, state: State | None) -> Bundle:
+    def _read(cls, path: Path, state: State | None, key: str | Path | None) -> Bundle:
         manifest_path = path / MANIFEST
         if not os.path.isdir(path) or not os.path.isfile(manifest_path):
             what = (
@@ -113,7 +123,10 @@ class Bundle:
             )
         if manifest_path.stat().st_size > MAX_MANIFEST:
             raise broken("the manifest is too large", manifest_path)
-        manifest = Manifest.from_bytes(manifest_path.read_bytes(), manifest_path)
+        data = manifest_path.read_bytes()
+        manifest = Manifest.from_bytes(data, manifest_path)
+        if key is not None:
+            require_signed(statement(json.loads(data), ENGINES), _read_signature(path), Path(key), path)
         _check_members(path, manifest)
         return cls(path, manifest, state=state)
 
@@ -154,6 +167,13 @@ class Bundle:
     def class_ids(self) -> list[str]:
         """What data sets call the classes, in logit order (ImageNet: synset ids; elsewhere the names)."""
         return [class_id for class_id, _ in self.manifest.labels]
+
+    @property
+    def signed_by(self) -> str | None:
+        """Fingerprint of the key that ``signature.json`` names, unchecked; ``None`` if there is no such
+        file."""
+        data = _read_signature(self.path)
+        return None if data is None else Signature.from_bytes(data, self.path).key
 
     def file(self, name: str) -> Path:
         """Path of a member; raises :class:`BundleError` if the bundle has none of this name."""
@@ -219,7 +239,12 @@ class Bundle:
         return answers
 
 
-def read_whole(path: str | Path | Bundle, read: Callable[[Bundle], Result]) -> Result:
+def read_whole(
+    path: str | Path | Bundle,
+    read: Callable[[Bundle], Result],
+    *,
+    key: str | Path | None = None,
+) -> Result:
     """What ``read`` makes of a bundle's members, all of them from one state of the bundle.
 
     Where another process replaces a bundle given by its path meanwhile, the new one is read.
@@ -232,7 +257,7 @@ def read_whole(path: str | Path | Bundle, read: Callable[[Bundle], Result]) -> R
         path.require_unchanged()
         return result
     for _ in range(ATTEMPTS):
-        bundle = Bundle.open(path)
+        bundle = Bundle.open(path, key=key)
         try:
             result = read(bundle)
         except Exception:
@@ -257,7 +282,7 @@ def bundle_is_coming(path: Path, state: State | None) -> bool:
     """Whether a bundle that could not be read in ``state`` has been replaced since; where a writer replaces
     it in two steps, after waiting for the second."""
     end = time.monotonic() + SWAP_S
-    while (now := state_of(path)) is None and aside(path).is_dir() and time.monotonic() < end:
+    while (now := state_of(path)) is None and os.path.isdir(aside(path)) and time.monotonic() < end:
         time.sleep(POLL_S)
     return now is not None and now != state
 
@@ -268,6 +293,16 @@ def _replaced(path: Path) -> BundleError:
         where=path,
         remedy="run the command again",
     )
+
+
+def _read_signature(path: Path) -> bytes | None:
+    """Content of a bundle's ``signature.json``, ``None`` if it has none."""
+    file = path / SIGNATURE
+    if not file.is_file():
+        return None
+    if file.stat().st_size > MAX_SIGNATURE:
+        raise broken(f"{SIGNATURE} is too large", path)
+    return file.read_bytes()
 
 
 def _check_members(path: Path, manifest: Manifest) -> None:
@@ -300,11 +335,8 @@ def _check_members(path: Path, manifest: Manifest) -> None:
                 f"{name} was changed after the export: its SHA-256 differs from the manifest",
                 path,
             )
-        if name.endswith(".onnx") and _has_external_data(member):
-            raise broken(
-                f"{name} stores weights outside the file, which bundles may not",
-                path,
-            )
+        if name.endswith(".onnx"):
+            _check_self_contained(name, path)
 
 
 def _check_present(path: Path, manifest: Manifest) -> None:
@@ -313,7 +345,7 @@ def _check_present(path: Path, manifest: Manifest) -> None:
     A member may be a link, as in a ConfigMap or the caches of Hugging Face and DVC: its content counts.
     """
     missing = sorted(name for name in manifest.files if not (path / name).is_file())
-    known = set(manifest.files) | {MANIFEST} | _ignored(path, manifest)
+    known = set(manifest.files) | {MANIFEST, SIGNATURE} | _ignored(path, manifest)
     extra = sorted(name for name in _walk(path) if not _belongs(name, known))
     if missing:
         text = [f"missing: {', '.join(missing)}"]
@@ -357,13 +389,14 @@ def _ignored(path: Path, manifest: Manifest) -> set[str]:
     return left - set(manifest.files)
 
 
-def _has_external_data(onnx: Path) -> bool:
-    """Whether an ONNX file refers to another file, found without parsing it: the key that protobuf writes for
-    such tensors."""
-    if onnx.stat().st_size == 0:
-        return False
-    with (
-        open(onnx, "rb") as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
-    ):
-        return content.find(b"\x0a\x08location\x12") >= 0
+def _check_self_contained(name: str, path: Path) -> None:
+    """Check that an ONNX file of a bundle refers to no other file."""
+    try:
+        outside = has_external_data(path / name)
+    except MalformedOnnx as exc:
+        raise broken(f"{name} is no ONNX file", path, exc) from exc
+    if outside:
+        raise broken(
+            f"{name} stores weights outside the file, which bundles may not",
+            path,
+        )

@@ -24,8 +24,9 @@ from ..files import (
 from ..locks import locked, scratch_folder
 from ..signals import terminate_as_interrupt
 from .bundle import Bundle, state_of
-from .manifest import MANIFEST, MAX_MANIFEST, Manifest
+from .manifest import ENGINES, MANIFEST, MAX_MANIFEST, Manifest
 from .sections import FileEntry
+from .signature import SIGNATURE, read_private_key, sign, statement
 
 BACKDATE_NS = 10 * 10**9
 """Nanoseconds by which a hashed file is dated back: more than the tick of any file system's clock."""
@@ -96,15 +97,26 @@ class BundleWriter:
         Its ``name`` is the one that it will have. A file is hashed when it is first seen here, and again only
         if it has changed since.
         """
-        paths = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        paths = sorted(
+            path for path in self.folder.rglob("*") if path.is_file() and path != self.folder / SIGNATURE
+        )
         files = {path.relative_to(self.folder).as_posix(): self._hashes.entry(path) for path in paths}
         return Bundle(self.folder, replace(manifest, files=files), self.target)
 
-    def commit(self, manifest: Manifest) -> Bundle:
-        """Write the manifest last, with the hash of every file, and move the folder into place."""
+    def commit(self, manifest: Manifest, key: Path | None = None) -> Bundle:
+        """Write the manifest last, with the hash of every file, and move the folder into place.
+
+        Args:
+            manifest: of the bundle; its ``files`` are filled in.
+            key: file of the private key that signs the bundle, if one shall.
+        """
         with writing(self.target):
             manifest = self.staged(manifest).manifest
-            write_atomic(self.folder / MANIFEST, manifest.to_bytes())
+            data = manifest.to_bytes()
+            if key is not None:
+                signature = sign(statement(json.loads(data), ENGINES), read_private_key(key))
+                write_atomic(self.folder / SIGNATURE, signature.to_bytes())
+            write_atomic(self.folder / MANIFEST, data)
             sync_tree(self.folder)
             state = state_of(self.folder)
             self._put_in_place()

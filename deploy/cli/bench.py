@@ -13,7 +13,7 @@ from ..images import ImageSet
 from ..measure.benchmark import Protocol
 from ..measure.benchmark import benchmark as run_benchmark
 from ..progress import Progress
-from .console import add_runtime_flags, parser, run, say
+from .console import add_key_flag, add_runtime_flags, parser, run, say
 from .measuring import add_measuring_flags, protocol_of
 
 BENCH_IMAGES = 64
@@ -59,13 +59,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="also draw the latencies (PNG or SVG; needs the extra 'report')",
     )
     add_runtime_flags(p)
+    add_key_flag(p)
     return p
 
 
 def _main(args: argparse.Namespace) -> int:
     protocol = protocol_of(args)
     _check_targets(args)
-    bundles = [Bundle.open(path) for path in args.bundles]
+    bundles = [Bundle.open(path, key=args.key) for path in args.bundles]
     progress = Progress(args.quiet)
     result = run_benchmark(
         bundles,

@@ -12,7 +12,7 @@ from ..progress import Progress
 from ..tensorrt.build import DEVICE_PROTOCOL, exclusive, finish
 from ..tensorrt.building import TIME_LIMIT_S
 from ..tensorrt.engine import EngineOptions, trtexec
-from .console import finite, parser, run, say
+from .console import add_key_flag, finite, parser, run, say
 from .measuring import add_measuring_flags, protocol_of
 
 MAX_TIME_LIMIT_S = 30 * 86400.0
@@ -39,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="allowed golden logit difference (default: by precision)",
     )
     add_measuring_flags(p, DEVICE_PROTOCOL)
+    add_key_flag(p)
     return p
 
 
@@ -89,7 +90,7 @@ def _add_engine_flags(p: argparse.ArgumentParser) -> None:
 
 def _main(args: argparse.Namespace) -> int:
     options = _options(args)
-    bundle = Bundle.open(args.bundle)
+    bundle = Bundle.open(args.bundle, key=args.key)
     if args.trtexec:
         say(trtexec(bundle, options, args.device))
         return 0

@@ -15,6 +15,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from cmt_edge.version import __version__
@@ -73,6 +74,16 @@ def add_runtime_flags(p: argparse.ArgumentParser) -> None:
         "--threads",
         type=int,
         help="CPU threads of one inference (default: all cores)",
+    )
+
+
+def add_key_flag(p: argparse.ArgumentParser) -> None:
+    """``--key``."""
+    p.add_argument(
+        "--key",
+        type=Path,
+        metavar="PUB",
+        help="public Ed25519 key, a PEM file: refuse a bundle that is not signed with it",
     )
 
 

@@ -16,7 +16,7 @@ from ..images import ImageSet, Item, is_archive
 from ..predictor import Prediction, Predictor
 from ..preprocessing import ImageLike, NamedBytes
 from ..progress import Progress
-from .console import add_runtime_flags, parser, run, say, tell
+from .console import add_key_flag, add_runtime_flags, parser, run, say, tell
 
 MANY = 32
 """Number of images from which it is worth opening the bundle for several inferences at once."""
@@ -75,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="print comma-separated values, one image a line",
     )
     add_runtime_flags(p)
+    add_key_flag(p)
     return p
 
 
@@ -87,6 +88,7 @@ def _main(args: argparse.Namespace) -> int:
         backend=args.backend,
         device=args.device,
         threads=args.threads,
+        key=args.key,
         throughput=len(sources) >= MANY,
     ) as predictor:
         show = _show(args, sources, len(predictor.labels))

@@ -13,7 +13,7 @@ from ..measure.parity import MAX_DROP
 from ..measure.parity import verify as run_verify
 from ..predictor import Predictor
 from ..progress import Progress
-from .console import add_runtime_flags, finite, parser, run, say, tell
+from .console import add_key_flag, add_runtime_flags, finite, parser, run, say, tell
 
 REMEDY = (
     "the bundle is not the model within the allowed difference; see --max-drop and --atol, or calibrate on"
@@ -63,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="allowed golden logit difference (default: by precision)",
     )
     add_runtime_flags(p)
+    add_key_flag(p)
     return p
 
 
@@ -86,10 +87,11 @@ def _add_reference_flags(p: argparse.ArgumentParser) -> None:
 
 
 def _main(args: argparse.Namespace) -> int:
-    bundle = Bundle.open(args.bundle)
+    bundle = Bundle.open(args.bundle, key=args.key)
     data = ImageSet(args.data) if args.data else None
     reference = _reference(bundle, args.reference, args.threads) if args.reference else None
     progress = Progress(args.quiet)
+    progress.tell(_describe_signature(bundle, args.key))
     progress.tell(data.note if data else "")
     result = run_verify(
         bundle,
@@ -111,6 +113,16 @@ def _main(args: argparse.Namespace) -> int:
     if not result.passed and not args.json:
         tell(REMEDY)
     return 0 if result.passed else 1
+
+
+def _describe_signature(bundle: Bundle, key: Path | None) -> str:
+    """Whose signature a bundle bears, and whether it was checked; empty if it bears none."""
+    signer = bundle.signed_by
+    if signer is None:
+        return ""
+    if key is None:
+        return f"signed with key {signer[:16]}, which was not checked: --key PUB"
+    return f"signature checked: the holder of {key} made this bundle (key {signer[:16]})"
 
 
 def _reference(bundle: Bundle, path: Path, threads: int | None) -> Predictor:

@@ -262,6 +262,7 @@ def test_toml_file_with_every_setting(tmp_path):
         2.5,
         "out",
         "birds",
+        "sign.key",
         False,
         "stem",
         5.0,
