@@ -14,13 +14,14 @@ from .arrays import check_color
 from .backends import (
     RUNTIME_OF_FORMAT,
     LoadOptions,
+    Runtime,
     Session,
     get_runtime,
 )
 from .backends.base import batch_limit
 from .bundle import LOGITS, Bundle
 from .bundle.bundle import read_whole
-from .errors import ImageError, InputError
+from .errors import BundleError, CmtEdgeError, ImageError, InputError
 from .lanes import Lanes
 from .preprocessing import (
     ImageLike,
@@ -30,6 +31,10 @@ from .preprocessing import (
     snapshot,
 )
 from .stream import stream
+
+
+SHOWN_CHARACTERS = 300
+"""The largest number of characters of a runtime's own message that an error quotes."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +159,7 @@ class Predictor:
         runtime = get_runtime(
             backend or RUNTIME_OF_FORMAT.get(bundle.manifest.format, bundle.manifest.format)
         )
-        session = runtime.load(bundle, options)
+        session = _load(runtime, bundle, options)
         batch = 0 if runtime.any_batch else batch_limit(bundle)
         return cls(
             session,
@@ -398,6 +403,21 @@ class Predictor:
             f"this bundle gives {self.head}, not {wanted}",
             remedy=f"use {use}, or export with --head {head}",
         )
+
+
+def _load(runtime: Runtime, bundle: Bundle, options: LoadOptions) -> Session:
+    """The session of a bundle; whatever a runtime raises of its own becomes a :class:`BundleError`."""
+    try:
+        return runtime.load(bundle, options)
+    except CmtEdgeError:
+        raise
+    except Exception as exc:  # each runtime has exceptions of its own, some of them undocumented
+        raise BundleError(
+            "the runtime cannot open the bundle's graph",
+            where=bundle.path,
+            why=f"{type(exc).__name__}: {' '.join(str(exc).split())[:SHOWN_CHARACTERS]}",
+            remedy="copy the whole bundle again, or export it again; another --backend may take it",
+        ) from exc
 
 
 def _check_batch(batch: object, size: int) -> None:

@@ -35,6 +35,7 @@ from ..errors import (
     RuntimeMissingError,
 )
 from ..files import write_atomic
+from ..locks import locked
 from .cuda import Cuda, Gpu
 
 DEFAULT_LEVEL = 3
@@ -269,7 +270,7 @@ def _secret() -> bytes:
     try:
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_atomic(path, secrets.token_bytes(SECRET_BYTES), mode=0o600)
+            _make_secret(path)
         secret = path.read_bytes()
         if len(secret) != SECRET_BYTES:
             raise OSError(f"it holds {len(secret)} bytes instead of {SECRET_BYTES}; delete it")
@@ -281,6 +282,13 @@ def _secret() -> bytes:
             why=getattr(exc, "strerror", None) or exc,
             remedy="name a writable folder in CMT_EDGE_STATE",
         ) from exc
+
+
+def _make_secret(path: Path) -> None:
+    """Write a new secret, unless another process has just done so: its seals must stay good."""
+    with locked(path):
+        if not path.exists():
+            write_atomic(path, secrets.token_bytes(SECRET_BYTES), mode=0o600)
 
 
 def _driver_release(root: Path = Path("/")) -> str | None:

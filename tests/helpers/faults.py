@@ -42,7 +42,7 @@ LAYOUT = struct.Struct("7q")
 
 @dataclass(frozen=True)
 class Fault:
-    """The ``number``-th call of ``kind`` fails with ``error``; where it is ``lasting``, all later ones fail."""
+    """The ``number``-th call of ``kind`` fails with ``error``; if ``lasting``, all later ones fail too."""
 
     kind: str
     number: int
