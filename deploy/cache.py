@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import CacheWarning, OutputError
-from .files import TEMPORARY, write_atomic, writing
+from .files import TEMPORARY, read_regular, write_atomic, writing
 from .locks import LOCK, clear_abandoned, locked
 
 T = TypeVar("T")
@@ -28,6 +28,9 @@ T = TypeVar("T")
 Files = tuple[bytes, ...]
 """The contents of an entry's files, in the order of :attr:`Cache.suffixes`."""
 
+
+MAX_ENTRY = 4 << 30
+"""A larger file of the cache, in bytes, is not read; graphs are limited to half of it."""
 
 _reported: set[Path] = set()
 """Folders of which a :class:`CacheWarning` has told already."""
@@ -116,7 +119,7 @@ class Cache:
         """The files of an entry, ``None`` where one is missing; marks the entry as used."""
         files = self._files(key)
         try:
-            contents = tuple(file.read_bytes() for file in files)
+            contents = tuple(read_regular(file, MAX_ENTRY) for file in files)
         except OSError:
             return None
         with contextlib.suppress(OSError):

@@ -11,11 +11,12 @@ import hashlib
 import os
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from platformdirs import user_cache_path
 
@@ -24,6 +25,18 @@ from .locks import clear_abandoned, try_lock
 
 CHUNK_BYTES = 1 << 20
 """Bytes of a file that are read at once."""
+
+MAX_TEXT = 16 << 20
+"""A larger file of labels or settings, in bytes, is not read."""
+
+IRREGULAR = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+"""Kind of a file, as the system tells it -> what messages call it."""
 
 TEMPORARY = ".tmp"
 """What the name of a file or folder ends with while it is being written."""
@@ -62,10 +75,59 @@ def cache_folder() -> Path:
     return NOWHERE if folder.parts[0] == "~" else folder
 
 
+def irregular_kind(path: str | Path) -> str | None:
+    """What lies at ``path`` where that is no regular file, in words; ``None`` for a regular file, and where
+    nothing can be found.
+
+    Reading anything else may never end, or do something: a named pipe waits for a writer, a device acts.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return None
+    return None if stat.S_ISREG(mode) else IRREGULAR.get(stat.S_IFMT(mode), "no regular file")
+
+
+def open_regular(path: Path, limit: int | None = None) -> BinaryIO:
+    """Open a regular file for reading; it is asked what it is before anything waits for it.
+
+    Args:
+        path: may be a link to the file.
+        limit: largest size in bytes.
+
+    Raises:
+        OSError: the file cannot be read, is no regular file, or is larger than ``limit``.
+    """
+    kind = irregular_kind(path)
+    if kind is not None:
+        raise OSError(errno.EINVAL, f"it is {kind}, not a regular file", str(path))
+    file = open(path, "rb", opener=_open_without_waiting)  # noqa: SIM115
+    status = os.fstat(file.fileno())
+    if stat.S_ISREG(status.st_mode) and (limit is None or status.st_size <= limit):
+        return file
+    file.close()
+    why = f"it has {status.st_size} bytes, the cap is {limit}"
+    raise OSError(errno.EFBIG, why if stat.S_ISREG(status.st_mode) else "it is no regular file", str(path))
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """What ``open`` calls: a named pipe that took the file's place meanwhile does not block."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """The content of a regular file of at most ``limit`` bytes; raises as :func:`open_regular`."""
+    with open_regular(path, limit) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:  # it grew
+        raise OSError(errno.EFBIG, f"it has more than {limit} bytes", str(path))
+    return content
+
+
 def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file, read in chunks."""
+    """Hex SHA-256 of a regular file, read in chunks; raises as :func:`open_regular`."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
@@ -75,10 +137,10 @@ def read_text(path: Path) -> str:
     """The text of a file that an editor saved: UTF-8, or what its byte order mark says, which is left out.
 
     Raises:
-        OSError: the file cannot be read.
+        OSError: the file cannot be read, is no regular file, or is larger than :data:`MAX_TEXT`.
         UnicodeDecodeError: it is not text of that encoding.
     """
-    data = path.read_bytes()
+    data = read_regular(path, MAX_TEXT)
     encoding = next(
         (name for mark, name in BYTE_ORDER_MARKS if data.startswith(mark)),
         "utf-8",

@@ -32,7 +32,6 @@ from .preprocessing import (
 )
 from .stream import stream
 
-
 SHOWN_CHARACTERS = 300
 """The largest number of characters of a runtime's own message that an error quotes."""
 

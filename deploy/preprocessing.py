@@ -19,6 +19,7 @@ from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from .arrays import CHANNELS, as_rgb
 from .errors import BundleError, ImageError
+from .files import irregular_kind
 
 ImageLike: TypeAlias = "str | Path | bytes | bytearray | memoryview | BinaryIO | Image.Image | np.ndarray"
 """What stands for one image: a path, encoded bytes, a file object, a Pillow image, or a uint8 array as
@@ -410,6 +411,13 @@ def _open(
 ) -> Image.Image:
     """Read the header and check the sizes; nothing is decoded yet."""
     _require_kind(source, name)
+    kind = irregular_kind(source) if isinstance(source, (str, Path)) else None
+    if kind is not None:
+        raise ImageError(
+            f"is {kind}, not an image file",
+            where=name,
+            remedy="give a file; encoded bytes from elsewhere can be given as bytes",
+        )
     count = _count_bytes(source)
     if count == 0:
         raise ImageError(

@@ -22,7 +22,7 @@ from cmt_edge import Bundle, ExportConfig, export
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from helpers.crashes import Attack, exports, faults_of  # noqa: E402
+from helpers.crashes import Attack, exports, faults_of
 
 
 def main() -> int:

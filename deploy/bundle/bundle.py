@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from ..errors import BundleError
-from ..files import aside, sha256_of, write_atomic, writing
+from ..files import aside, read_regular, sha256_of, write_atomic, writing
 from ..preprocessing import Preprocess
 from .external_data import MalformedOnnx, has_external_data
 from .golden import Golden, open_npz
@@ -123,7 +123,7 @@ class Bundle:
             )
         if manifest_path.stat().st_size > MAX_MANIFEST:
             raise broken("the manifest is too large", manifest_path)
-        data = manifest_path.read_bytes()
+        data = _read_member(manifest_path, MAX_MANIFEST)
         manifest = Manifest.from_bytes(data, manifest_path)
         if key is not None:
             require_signed(statement(json.loads(data), ENGINES), _read_signature(path), Path(key), path)
@@ -193,7 +193,8 @@ class Bundle:
         New files go under ``engines/``, where :meth:`open` ignores what the manifest does not name, and never
         replace one.
         """
-        now = Manifest.from_bytes((self.path / MANIFEST).read_bytes(), self.path / MANIFEST)
+        place = self.path / MANIFEST
+        now = Manifest.from_bytes(_read_member(place, MAX_MANIFEST), place)
         if now.files != self.manifest.files:
             raise BundleError(
                 "the bundle was changed meanwhile",
@@ -302,7 +303,7 @@ def _read_signature(path: Path) -> bytes | None:
         return None
     if file.stat().st_size > MAX_SIGNATURE:
         raise broken(f"{SIGNATURE} is too large", path)
-    return file.read_bytes()
+    return _read_member(file, MAX_SIGNATURE)
 
 
 def _check_members(path: Path, manifest: Manifest) -> None:
@@ -330,13 +331,38 @@ def _check_members(path: Path, manifest: Manifest) -> None:
     _check_present(path, manifest)
     for name, entry in files.items():
         member = path / name
-        if member.stat().st_size != entry.size or sha256_of(member) != entry.sha256:
+        if not _is_unchanged(member, entry):
             raise broken(
                 f"{name} was changed after the export: its SHA-256 differs from the manifest",
                 path,
             )
         if name.endswith(".onnx"):
             _check_self_contained(name, path)
+
+
+def _is_unchanged(member: Path, entry: FileEntry) -> bool:
+    """Whether a file is what the manifest says; its size is compared before it is read."""
+    try:
+        return member.stat().st_size == entry.size and sha256_of(member) == entry.sha256
+    except OSError as exc:
+        raise _unreadable(member, exc) from exc
+
+
+def _read_member(file: Path, limit: int) -> bytes:
+    """The content of a file; raises :class:`BundleError`."""
+    try:
+        return read_regular(file, limit)
+    except OSError as exc:
+        raise _unreadable(file, exc) from exc
+
+
+def _unreadable(file: Path, exc: OSError) -> BundleError:
+    return BundleError(
+        "a file of the bundle cannot be read",
+        where=file,
+        why=exc.strerror or exc,
+        remedy="check the disk and the file's permissions, or copy the whole bundle again",
+    )
 
 
 def _check_present(path: Path, manifest: Manifest) -> None:
@@ -395,6 +421,8 @@ def _check_self_contained(name: str, path: Path) -> None:
         outside = has_external_data(path / name)
     except MalformedOnnx as exc:
         raise broken(f"{name} is no ONNX file", path, exc) from exc
+    except OSError as exc:
+        raise _unreadable(path / name, exc) from exc
     if outside:
         raise broken(
             f"{name} stores weights outside the file, which bundles may not",

@@ -15,6 +15,7 @@ from ..files import (
     TEMPORARY,
     put_back,
     put_folder,
+    read_regular,
     sha256_of,
     sync_folder,
     sync_tree,
@@ -100,7 +101,8 @@ class BundleWriter:
         paths = sorted(
             path for path in self.folder.rglob("*") if path.is_file() and path != self.folder / SIGNATURE
         )
-        files = {path.relative_to(self.folder).as_posix(): self._hashes.entry(path) for path in paths}
+        with writing(self.target):
+            files = {path.relative_to(self.folder).as_posix(): self._hashes.entry(path) for path in paths}
         return Bundle(self.folder, replace(manifest, files=files), self.target)
 
     def commit(self, manifest: Manifest, key: Path | None = None) -> Bundle:
@@ -140,9 +142,7 @@ def _is_manifest(path: Path) -> bool:
     """Whether ``path`` is the manifest of a bundle, whole or damaged; other programs have files of this name
     too."""
     try:
-        if path.stat().st_size > MAX_MANIFEST:
-            return False
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_regular(path, MAX_MANIFEST))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and content.keys() >= {

@@ -34,7 +34,7 @@ from ..errors import (
     OutputError,
     RuntimeMissingError,
 )
-from ..files import write_atomic
+from ..files import read_regular, write_atomic
 from ..locks import locked
 from .cuda import Cuda, Gpu
 
@@ -46,6 +46,8 @@ MAX_WORKSPACE_GIB = 4096
 """No device has so much memory; what is not below it is a mistake."""
 SECRET_BYTES = 32
 """Length of the secret that seals engines."""
+MAX_SECRET = 4096
+"""A larger file, in bytes, is not read as the secret."""
 
 
 @dataclass(frozen=True)
@@ -271,7 +273,7 @@ def _secret() -> bytes:
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             _make_secret(path)
-        secret = path.read_bytes()
+        secret = read_regular(path, MAX_SECRET)
         if len(secret) != SECRET_BYTES:
             raise OSError(f"it holds {len(secret)} bytes instead of {SECRET_BYTES}; delete it")
         return secret
