@@ -81,6 +81,7 @@ def _main(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     from cmt_edge.deploy import report
+    from cmt_edge.deploy.bundle.packed import packed_file
     from cmt_edge.deploy.progress import Progress
 
     from .config import ExportConfig, read_config
@@ -100,11 +101,14 @@ def _export(args: argparse.Namespace) -> int:
         bundle = pipeline.run(config, Progress(args.quiet))
     replaced = before.get(bundle.path)
     if args.json:
-        say(report.to_json(report.bundle_json(bundle) | {"replaced": replaced}))
+        packed = {"packed": str(packed_file(bundle.path))} if config.pack else {}
+        say(report.to_json(report.bundle_json(bundle) | {"replaced": replaced} | packed))
         return 0
     if replaced:
         say(describe_replaced(replaced, bundle))
     say(report.bundle_text(bundle, config.verify_flags))
+    if config.pack:
+        say(f"also as one file: {packed_file(bundle.path)}")
     return 0
 
 

@@ -25,6 +25,7 @@ from cmt_edge.deploy.bundle import (
     Manifest,
     save_reference,
 )
+from cmt_edge.deploy.bundle.packed import packed_file, require_replaceable
 from cmt_edge.deploy.bundle.sections import TypingEntry, VerdictEntry
 from cmt_edge.deploy.cache import can_keep
 from cmt_edge.deploy.files import cache_folder, writing
@@ -87,6 +88,8 @@ def preflight(config: ExportConfig) -> None:
     steps.require_unit_scale(config.preprocess)
     for target in config.targets:
         BundleWriter(target).check()
+        if config.pack:
+            require_replaceable(packed_file(target))
     if config.format == "trt":
         from . import trt
 
@@ -171,7 +174,10 @@ def finish(
                 manifest = replace(manifest, latency=summary(speed))
         with journal.step(Step.WRITE), writing(config.target):
             write_report(writer.folder, manifest, config.folder, result, speed)
-            return writer.commit(manifest, config.signing_key)
+            bundle = writer.commit(manifest, config.signing_key)
+            if config.pack:
+                bundle.pack(packed_file(config.target))
+            return bundle
 
 
 def _chosen(

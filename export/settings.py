@@ -239,6 +239,11 @@ class Settings:
         group=OUTPUT,
         metavar="KEY",
     )
+    pack: bool = option(
+        False,
+        help="also write the bundle as one file beside its folder; every command opens it like the folder",
+        group=OUTPUT,
+    )
     cache: bool = option(
         True,
         help="do not reuse calibrated graphs, synthetic images and measurements of earlier runs",

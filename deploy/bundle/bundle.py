@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
-from ..errors import BundleError
+from ..errors import BundleError, InputError, SignatureError
 from ..files import aside, read_regular, sha256_of, write_atomic, writing
 from ..preprocessing import Preprocess
 from .external_data import MalformedOnnx, has_external_data
@@ -27,7 +27,9 @@ from .manifest import (
     REFERENCE,
     Manifest,
     broken,
+    is_plain,
 )
+from .packed import pack, unpack
 from .sections import LOGITS, MAX_TOTAL, FileEntry
 from .signature import MAX_SIGNATURE, SIGNATURE, Signature, require_signed, statement
 
@@ -65,6 +67,8 @@ class Bundle:
     manifest: Manifest
     target: Path | None = None
     """Where a bundle that is still being written will lie; ``None`` once it is finished."""
+    packed: Path | None = None
+    """The file that a packed bundle was opened from; ``path`` is then a folder that it was unpacked to."""
     state: State | None = field(default=None, compare=False, repr=False)
     """Tells whether the folder is still the one that was opened; ``None`` while it is being written."""
 
@@ -76,7 +80,7 @@ class Bundle:
     @property
     def title(self) -> str:
         """What reports call the bundle: the path it was opened by, or the name that it will have."""
-        return str(self.path) if self.target is None else self.name
+        return str(self.packed or self.path) if self.target is None else self.name
 
     @classmethod
     def open(cls, path: str | Path, *, key: str | Path | None = None) -> Bundle:
@@ -86,7 +90,7 @@ class Bundle:
         mixture.
 
         Args:
-            path: folder of the bundle.
+            path: folder of the bundle, or the file of a packed one.
             key: file of the public key that the bundle must be signed with; ``None``: a signature is not
                 checked.
 
@@ -97,6 +101,8 @@ class Bundle:
             RuntimeMissingError: a key was given, and ``cryptography`` is not installed.
         """
         path = Path(path)
+        if os.path.isfile(path):
+            return cls._open_packed(path, key)
         for _ in range(ATTEMPTS):
             state = state_of(path)
             try:
@@ -137,6 +143,25 @@ class Bundle:
         """
         if self.state is not None and state_of(self.path) != self.state:
             raise _replaced(self.path)
+
+    @classmethod
+    def _open_packed(cls, file: Path, key: str | Path | None) -> Bundle:
+        """Open a packed bundle; where the cache holds a damaged copy of it, unpack it once more."""
+        try:
+            bundle = cls.open(unpack(file), key=key)
+        except SignatureError as exc:
+            raise _located(exc, file) from exc
+        except BundleError:
+            folder = unpack(file, anew=True)
+            try:
+                bundle = cls.open(folder, key=key)
+            except BundleError as exc:
+                raise _located(exc, file) from exc
+        return replace(bundle, packed=file)
+
+    def pack(self, file: str | Path) -> None:
+        """Write the bundle as one file; raises :class:`OutputError`."""
+        pack(self.path, self.manifest.files, Path(file))
 
     @property
     def preprocess(self) -> Preprocess:
@@ -193,6 +218,12 @@ class Bundle:
         New files go under ``engines/``, where :meth:`open` ignores what the manifest does not name, and never
         replace one.
         """
+        if self.packed is not None:
+            raise InputError(
+                "is a packed bundle, which cannot be added to",
+                where=self.packed,
+                remedy=f"unpack it first: python -m zipfile -e {self.packed} {self.name}",
+            )
         place = self.path / MANIFEST
         now = Manifest.from_bytes(_read_member(place, MAX_MANIFEST), place)
         if now.files != self.manifest.files:
@@ -296,6 +327,11 @@ def _replaced(path: Path) -> BundleError:
     )
 
 
+def _located(error: BundleError, file: Path) -> BundleError:
+    """The same error, with the packed file as its place."""
+    return type(error)(error.what, where=file, why=error.why, remedy=error.remedy)
+
+
 def _read_signature(path: Path) -> bytes | None:
     """Content of a bundle's ``signature.json``, ``None`` if it has none."""
     file = path / SIGNATURE
@@ -315,15 +351,7 @@ def _check_members(path: Path, manifest: Manifest) -> None:
         )
     total = 0
     for name, entry in files.items():
-        parts = PurePosixPath(name).parts
-        if (
-            not parts
-            or name != PurePosixPath(name).as_posix()
-            or ".." in parts
-            or parts[0] == "/"
-            or "\\" in name
-            or ":" in name
-        ):
+        if not is_plain(name):
             raise broken(f"names a file outside the bundle: {name!r}", path)
         total += entry.size
     if total > MAX_TOTAL:

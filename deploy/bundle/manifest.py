@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
 
 from ..errors import BundleError
@@ -26,6 +27,8 @@ from .sections import (
     VerificationEntry,
 )
 
+MAX_NAME = 255
+"""The largest length in bytes of a file's name that every system takes."""
 SCHEMA = 2
 """Version of the manifest's structure; a bundle of another one is refused."""
 MANIFEST = "manifest.json"
@@ -108,6 +111,20 @@ def content_hash(content: Mapping[str, Any]) -> str:
     """
     rest = {k: v for k, v in content.items() if k != "checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def is_plain(name: str) -> bool:
+    """Whether a name is a relative path below the bundle, written in one way on every system."""
+    parts = PurePosixPath(name).parts
+    return (
+        bool(parts)
+        and name.isprintable()
+        and all(len(part.encode()) <= MAX_NAME for part in parts)
+        and name == PurePosixPath(name).as_posix()
+        and ".." not in parts
+        and parts[0] != "/"
+        and not any(letter in "\\:" for letter in name)
+    )
 
 
 def broken(what: str, where: object, why: object = None) -> BundleError:

@@ -263,6 +263,7 @@ def test_toml_file_with_every_setting(tmp_path):
         "out",
         "birds",
         "sign.key",
+        True,
         False,
         "stem",
         5.0,

@@ -111,8 +111,11 @@ def on_map(layer: nn.Module, x: Tensor, size: int, prefix: int) -> Tensor:
 
     The first ``prefix`` tokens are class tokens, which skip the layer.
     """
-    tokens = to_tokens(layer(to_map(x[:, prefix:] if prefix else x, size, size)))
-    return torch.cat((x[:, :prefix], tokens), 1) if prefix else tokens
+    if not prefix:
+        return to_tokens(layer(to_map(x, size, size)))
+    skipping = x[:, :prefix]
+    tokens = to_tokens(layer(to_map(x[:, prefix:], size, size)))
+    return torch.cat((skipping, tokens), 1)
 
 
 class SplitHeads(nn.Module):

@@ -1,0 +1,317 @@
+"""A bundle as one file: a zip archive whose members are stored, not compressed, each at a multiple of 64
+bytes.
+
+What is opened may come from a stranger, so the archive's directory is checked as a whole before anything of
+it is written: no compression, hence no bombs; plain names only; no links; no member named twice; no two
+members that share bytes. Then the members are unpacked into the cache, and the folder is checked as every
+bundle is.
+
+Source: APPNOTE.TXT 6.3.10, sections 4.3 and 4.4.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import shutil
+import stat
+import struct
+import tempfile
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from ..errors import BundleError, OutputError
+from ..files import CHUNK_BYTES, TEMPORARY, cache_folder, sha256_of, writing
+from ..locks import clear_abandoned, locked, scratch_folder, try_lock
+from .manifest import MANIFEST, MAX_FILES, MAX_MANIFEST, is_plain
+from .sections import MAX_TOTAL
+from .signature import MAX_SIGNATURE, SIGNATURE
+
+SUFFIX = ".cmt.zip"
+"""End of the names of packed bundles."""
+ALIGNMENT = 64
+"""Members begin at a multiple of so many bytes, so that a reader may map them into memory."""
+DATED = (1980, 1, 1, 0, 0, 0)
+"""Date of every member, so that the same bundle always gives the same file."""
+PADDING = 0xD935
+"""Number of the extra field that holds padding, the one that Android's zipalign uses."""
+MAX_DIRECTORY = 1 << 20
+"""The largest size in bytes of an archive's directory."""
+FOLDER = "unpacked"
+"""Name of the folder in the cache."""
+KEEP = 8
+"""The number of unpacked bundles that stay in the cache, those that were opened last."""
+
+END = struct.Struct("<4s4H2LH")
+"""The record at the end of a zip archive: signature, disks, entries, size and place of the directory."""
+LOCAL = struct.Struct("<4s5H3L2H")
+"""The record before each member."""
+ENCRYPTED = 1
+"""Bit in the flags of a member that needs a password."""
+BROKEN = "copy the file again, or pack the bundle again: cmt-export --pack"
+"""What to do about an archive that cannot be used."""
+
+
+def packed_file(folder: Path) -> Path:
+    """Where the packed form of a bundle lies: beside its folder."""
+    return folder.with_name(folder.name + SUFFIX)
+
+
+def require_replaceable(file: Path) -> None:
+    """Raise :class:`OutputError` where something that is no file stands in the way of a packed bundle."""
+    if os.path.lexists(file) and (file.is_symlink() or not file.is_file()):
+        raise OutputError(
+            "exists and is no file, so it is not replaced",
+            where=file,
+            remedy="choose another -o DIR, or --name",
+        )
+
+
+def pack(folder: Path, members: Iterable[str], file: Path) -> None:
+    """Write the bundle in ``folder`` as one file, completely or not at all.
+
+    Args:
+        folder: of the bundle.
+        members: names of the manifest's files.
+        file: is replaced where it exists.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    names = [MANIFEST]
+    names += [SIGNATURE] if (folder / SIGNATURE).is_file() else []
+    names += sorted(members)
+    with writing(file):
+        clear_abandoned(file.parent, f".{file.name}.", TEMPORARY)
+        handle, temporary = tempfile.mkstemp(prefix=f".{file.name}.", suffix=TEMPORARY, dir=file.parent)
+        try:
+            with os.fdopen(handle, "wb") as target:
+                try_lock(handle)  # so that nobody takes it for abandoned
+                with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
+                    for name in names:
+                        _add(archive, target, folder / name, name)
+                target.flush()
+                os.fsync(target.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, file)
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def _add(archive: zipfile.ZipFile, target: BinaryIO, source: Path, name: str) -> None:
+    """Append one member at the next multiple of :data:`ALIGNMENT`."""
+    entry = zipfile.ZipInfo(name, DATED)
+    entry.external_attr = (stat.S_IFREG | 0o644) << 16
+    entry.file_size = source.stat().st_size
+    begin = target.tell() + LOCAL.size + len(name.encode())
+    entry.extra = _padding(-begin % ALIGNMENT)
+    with archive.open(entry, "w") as member, open(source, "rb") as content:
+        shutil.copyfileobj(content, member, CHUNK_BYTES)
+
+
+def _padding(length: int) -> bytes:
+    """An extra field of ``length`` bytes; one more round where its own four bytes do not fit."""
+    if 0 < length < 4:
+        length += ALIGNMENT
+    return struct.pack("<2H", PADDING, length - 4) + bytes(length - 4) if length else b""
+
+
+def unpack(file: Path, anew: bool = False) -> Path:
+    """The folder of a packed bundle: in the cache, or, where nothing can be kept, in the temporary folder
+    until the process ends.
+
+    Args:
+        file: of the packed bundle.
+        anew: unpack it also where the cache has it already.
+
+    Raises:
+        BundleError: the file is no packed bundle, or a hostile one.
+        OutputError: there is no room for it.
+    """
+    members = _read_members(file)
+    with writing(file), contextlib.suppress(PermissionError, NotADirectoryError):
+        return _unpack_to_cache(file, members, anew)
+    folder = Path(tempfile.mkdtemp(prefix="cmt-edge-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return _extract(file, members, folder / title_of(file))
+
+
+def title_of(file: Path) -> str:
+    """Name of the bundle in a file: the file's name without what shows that it is packed."""
+    name = file.name.lower()
+    suffix = next((suffix for suffix in (SUFFIX, ".zip") if name.endswith(suffix)), "")
+    return file.name[: len(file.name) - len(suffix)] or "bundle"
+
+
+def _unpack_to_cache(file: Path, members: list[Member], anew: bool) -> Path:
+    """The folder in the cache that holds the members of ``file``; raises ``OSError``."""
+    parent = cache_folder() / FOLDER / sha256_of(file)
+    folder = parent / title_of(file)
+    with locked(parent):
+        if anew or not _holds(folder, members):
+            shutil.rmtree(folder, ignore_errors=True)
+            parent.mkdir(parents=True, exist_ok=True)
+            with scratch_folder(parent, ".") as temporary:
+                _extract(file, members, temporary / "bundle").rename(folder)
+        os.utime(parent)
+    _evict(parent)
+    return folder
+
+
+def _holds(folder: Path, members: list[Member]) -> bool:
+    """Whether a folder in the cache has the files of an archive, by their sizes; opening the bundle checks
+    the hashes."""
+    try:
+        return all((folder / member.name).stat().st_size == member.size for member in members)
+    except OSError:
+        return False
+
+
+def _evict(used: Path) -> None:
+    """Remove all but the :data:`KEEP` bundles in the cache that were opened last."""
+    folders = sorted(
+        (path for path in used.parent.iterdir() if path.is_dir() and path != used),
+        key=lambda path: path.stat().st_mtime,
+        reverse=True,
+    )
+    for folder in folders[KEEP - 1 :]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _extract(file: Path, members: list[Member], folder: Path) -> Path:
+    """Write the members below a new folder."""
+    folder.mkdir(parents=True)
+    with open(file, "rb") as archive:
+        for member in members:
+            target = folder / member.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            archive.seek(member.begin)
+            with open(target, "xb") as output:
+                _copy(archive, output, member.size, file)
+    return folder
+
+
+def _copy(archive: BinaryIO, output: BinaryIO, size: int, file: Path) -> None:
+    while size:
+        chunk = archive.read(min(size, CHUNK_BYTES))
+        if not chunk:
+            raise _broken("was cut off while it was read", file)
+        output.write(chunk)
+        size -= len(chunk)
+
+
+# --- the archive's directory ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file in the archive: ``size`` bytes from ``begin`` on."""
+
+    name: str
+    begin: int
+    size: int
+
+
+def _read_members(file: Path) -> list[Member]:
+    """Every member, in the order of the archive, once all rules hold.
+
+    Raises:
+        BundleError: a rule does not hold, or the file cannot be read.
+    """
+    try:
+        if not file.is_file():
+            raise _broken("is no regular file", file)
+        size = file.stat().st_size
+        if size > MAX_TOTAL:
+            raise _broken(f"has {size} bytes, the cap is {MAX_TOTAL}", file)
+        with open(file, "rb") as content:
+            directory = _check_end(content, size, file)
+            with zipfile.ZipFile(content) as archive:
+                entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+            _check_names(entries, file)
+            return _check_places(content, entries, directory, file)
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as exc:
+        raise _broken("is no packed bundle", file, exc) from exc
+
+
+def _check_end(content: BinaryIO, size: int, file: Path) -> int:
+    """The place of the archive's directory, whose size and number of entries are within the caps.
+
+    The record must be the file's last bytes: ``zipfile`` would search for another one, and read a directory
+    of any size.
+    """
+    if size < END.size:
+        raise _broken("is no packed bundle", file, "it is too short")
+    content.seek(size - END.size)
+    signature, *disks, entries, length, place, comment = END.unpack(content.read(END.size))
+    if signature != b"PK\x05\x06" or comment:
+        raise _broken("is no packed bundle", file, "it does not end as one does")
+    if disks[:2] != [0, 0] or disks[2] != entries or entries > MAX_FILES + 2 or length > MAX_DIRECTORY:
+        raise _broken("has too large a directory", file, f"{entries} entries, {length} bytes")
+    if place + length != size - END.size:
+        raise _broken("has bytes that belong to no member", file)
+    return int(place)
+
+
+def _check_names(entries: list[zipfile.ZipInfo], file: Path) -> None:
+    """Plain names, each once, stored as they are."""
+    names = [entry.orig_filename for entry in entries]
+    if len({name.lower() for name in names}) != len(names):
+        raise _broken("names a member twice", file)
+    folders = {str(parent) for name in names for parent in PurePosixPath(name).parents}
+    if not folders.isdisjoint(names):
+        raise _broken("names a file like a folder", file)
+    if MANIFEST not in names:
+        raise _broken("is no packed bundle", file, f"it has no {MANIFEST}")
+    caps = {MANIFEST: MAX_MANIFEST, SIGNATURE: MAX_SIGNATURE}
+    for entry in entries:
+        name = entry.orig_filename
+        if not is_plain(name):
+            raise _broken(f"names a file outside the bundle: {name!r}", file)
+        kind = stat.S_IFMT(entry.external_attr >> 16)
+        if entry.is_dir() or kind not in (0, stat.S_IFREG):
+            raise _broken(f"holds {name!r}, which is no regular file", file)
+        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & ENCRYPTED:
+            raise _broken(
+                f"compresses or locks {name!r}, which packed bundles do not",
+                file,
+            )
+        if entry.file_size != entry.compress_size or entry.file_size > caps.get(name, MAX_TOTAL):
+            raise _broken(f"gives {name!r} a wrong size", file, f"{entry.file_size} bytes")
+
+
+def _check_places(
+    content: BinaryIO,
+    entries: list[zipfile.ZipInfo],
+    directory: int,
+    file: Path,
+) -> list[Member]:
+    """Where each member lies; none begins before the one before it ends, and the last ends before the
+    directory."""
+    members: list[Member] = []
+    free = 0
+    for entry in entries:
+        name = entry.orig_filename
+        content.seek(entry.header_offset)
+        header = content.read(LOCAL.size)
+        if entry.header_offset < free or len(header) != LOCAL.size:
+            raise _broken(f"lets {name!r} share bytes with another member", file)
+        signature, *_, name_length, extra_length = LOCAL.unpack(header)
+        local_name = content.read(name_length)
+        begin = entry.header_offset + LOCAL.size + name_length + extra_length
+        if signature != b"PK\x03\x04" or local_name != name.encode():
+            raise _broken(f"calls {name!r} by two names", file)
+        free = begin + entry.file_size
+        if free > directory:
+            raise _broken(f"lets {name!r} end after the archive's last member", file)
+        members.append(Member(name, begin, entry.file_size))
+    return members
+
+
+def _broken(what: str, file: Path, why: object = None) -> BundleError:
+    return BundleError(what, where=file, why=why, remedy=BROKEN)
