@@ -1,6 +1,6 @@
 """Makes every write, fsync, rename, mkdir, open, removal and read of real commands fail, one after another.
 
-    python scripts/attack_crashes.py [--scenario NAME ...] [--every N] [--folder DIR]
+    python scripts/attack_crashes.py [--scenario NAME ...] [--every N] [--minutes M] [--folder DIR]
 
 Each call fails with ENOSPC (once, and for good), EIO and EACCES, or its process is killed. Afterwards the
 exit code must be one of those that the documentation names, without a trace; the bundle must be the old one
@@ -31,6 +31,7 @@ def main() -> int:
     p.add_argument("--scenario", action="append", help="only these (default: all)")
     p.add_argument("--every", type=int, default=1, help="only every N-th fault")
     p.add_argument("--first", type=int, default=0, help="number of the first fault, from 0")
+    p.add_argument("--minutes", type=float, default=1e9, help="stop each scenario after so many minutes")
     p.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
     args = p.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
@@ -53,6 +54,8 @@ def attack(folder: Path, args: argparse.Namespace) -> int:
             codes: Counter[int] = Counter()
             broken = 0
             for fault in itertools.islice(faults_of(counts), args.first, None, args.every):
+                if time.monotonic() > start + 60 * args.minutes:
+                    break
                 outcome = attacker.attempt(scenario, fault)
                 codes[outcome.code] += 1
                 if outcome.complaint:
@@ -61,9 +64,10 @@ def attack(folder: Path, args: argparse.Namespace) -> int:
             failures += broken
             calls = ", ".join(f"{count} {kind}" for kind, count in counts.items())
             ends = ", ".join(f"{count} x {code}" for code, count in sorted(codes.items()))
-            spent = time.monotonic() - start
+            spent = f"{time.monotonic() - start:.0f} s"
             print(
-                f"{name}: {codes.total()} faults ({calls}); exit codes {ends}; {broken} broken; {spent:.0f} s"
+                f"{name}: {codes.total()} faults ({calls}); exit codes {ends}; {broken} broken; {spent}",
+                flush=True,
             )
     return failures
 
