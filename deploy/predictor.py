@@ -18,10 +18,10 @@ from .backends import (
     Session,
     get_runtime,
 )
-from .backends.base import batch_limit
+from .backends.base import batch_limit, unopened
 from .bundle import LOGITS, Bundle
 from .bundle.bundle import read_whole
-from .errors import BundleError, CmtEdgeError, ImageError, InputError
+from .errors import CmtEdgeError, ImageError, InputError
 from .lanes import Lanes
 from .preprocessing import (
     ImageLike,
@@ -31,9 +31,6 @@ from .preprocessing import (
     snapshot,
 )
 from .stream import stream
-
-SHOWN_CHARACTERS = 300
-"""The largest number of characters of a runtime's own message that an error quotes."""
 
 
 @dataclass(frozen=True)
@@ -411,12 +408,7 @@ def _load(runtime: Runtime, bundle: Bundle, options: LoadOptions) -> Session:
     except CmtEdgeError:
         raise
     except Exception as exc:  # each runtime has exceptions of its own, some of them undocumented
-        raise BundleError(
-            "the runtime cannot open the bundle's graph",
-            where=bundle.path,
-            why=f"{type(exc).__name__}: {' '.join(str(exc).split())[:SHOWN_CHARACTERS]}",
-            remedy="copy the whole bundle again, or export it again; another --backend may take it",
-        ) from exc
+        raise unopened(bundle.path, exc) from exc
 
 
 def _check_batch(batch: object, size: int) -> None:
