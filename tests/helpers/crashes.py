@@ -93,8 +93,10 @@ class Attack:
 
     def __exit__(self, *_: object) -> None:
         assert self._server.stdin is not None
+        assert self._server.stdout is not None
         self._server.stdin.close()
         self._server.wait()
+        self._server.stdout.close()
 
     def count(self, scenario: Scenario, kind: str) -> int:
         """Calls of one kind in a run without a fault."""
