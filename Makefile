@@ -10,9 +10,10 @@ LIGHT := $(VENV)-light
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/demo.sh
 
-# Under two minutes: the checks, and the fast tests of what changed.
+# Under two minutes: the checks, and the fast tests of what changed, the nearest first.
 quick: check
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not giant" $$($(BIN)/python scripts/quick_tests.py)
+	PYTHONPATH="scripts:$$PYTHONPATH" $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -p quick_deadline \
+		-rs -m "not slow and not giant" $$($(BIN)/python scripts/quick_tests.py)
 
 test: check
 	$(BIN)/python -m pytest -n 2 --dist loadfile

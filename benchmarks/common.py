@@ -1,5 +1,7 @@
-"""What ``peers.py`` and ``ablation.py`` share. Imports no PyTorch by itself: children that only run a model
-must stay small."""
+"""What ``peers.py`` and ``ablation.py`` share.
+
+It loads no PyTorch when it is imported: children that only run a model must stay small.
+"""
 
 from __future__ import annotations
 

@@ -264,7 +264,7 @@ def report(path: Path, args: argparse.Namespace) -> None:
     ):
         say(f"{path.name}: one at a time ...")
         print(
-            f"\n**{path.name}** on {one.info['runtime']}, {args.threads}"
+            f"\n**{path.name}** on {one.info.runtime}, {args.threads}"
             f" threads\n\n{overhead(one, files, args.seconds)}\n"
         )
         if args.rounds:

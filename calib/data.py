@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -29,6 +30,31 @@ SYNTHETIC = "synthetic"
 
 DEFAULT_COUNT = 300
 """Number of images unless another one is asked for."""
+
+PICTURES = frozenset({"images", "image", "imgs", "img", "jpegimages", "leftimg8bit"})
+"""Names, in lower case, of the folder that holds the pictures of a data set with masks."""
+
+MASKS = frozenset(
+    {
+        "masks",
+        "mask",
+        "labels",
+        "label",
+        "annotations",
+        "annotation",
+        "annots",
+        "gt",
+        "gtfine",
+        "groundtruth",
+        "ground_truth",
+        "segmentation",
+        "segmentations",
+        "segmentationclass",
+        "segmentationobject",
+        "trimaps",
+    }
+)
+"""Names, in lower case, of folders beside the pictures that hold images of what is to be found in them."""
 
 GENERATED_SEED = 20
 """Seed of generated images; the seed that is asked for is added to it."""
@@ -66,7 +92,8 @@ class CalibrationSet:
     ) -> CalibrationSet:
         """Choose images; each folder gives the same number, as far as it has them.
 
-        Labels do not matter here: folders may be nested in any way, and images may lie beside them.
+        Labels do not matter here: folders may be nested in any way, and images may lie beside them. Where
+        ``images/`` lies beside ``masks/``, ``labels/`` or the like, only the pictures are taken.
 
         Args:
             data: a folder, ``ARCHIVE.tar[/FOLDER]``, or ``"generated"``.
@@ -95,7 +122,7 @@ class CalibrationSet:
                 "synthetic images are made from a model",
                 remedy="call cmt_edge.calib.synthetic.synthetic_set(model, ...)",
             )
-        images = ImageSet(data, labelled=False)
+        images = _without_masks(ImageSet(data, labelled=False))
         _require_one_part(images)
         if size is not None and size > len(images):
             raise DataError(
@@ -157,6 +184,20 @@ class CalibrationSet:
             fingerprint=self.fingerprint,
             synthesis=self.synthesis,
         )
+
+
+def _without_masks(images: ImageSet) -> ImageSet:
+    """The pictures of a data set for segmentation: masks are images, too, but no model will see any."""
+    folders = {inner for item in images for inner in PurePosixPath(item.name).parents if inner.name}
+    beside = {folder.parent for folder in folders if folder.name.lower() in PICTURES}
+    masks = {folder for folder in folders if folder.name.lower() in MASKS and folder.parent in beside}
+    if not masks:
+        return images
+    kept = [item for item in images if masks.isdisjoint(PurePosixPath(item.name).parents)]
+    pictures = images.select(kept)
+    names = ", ".join(f"{folder}/" for folder in sorted(masks))
+    pictures.skipped = images.skipped + Counter({f"in {names} beside the pictures": len(images) - len(kept)})
+    return pictures
 
 
 def _require_one_part(images: ImageSet) -> None:

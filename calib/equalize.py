@@ -37,7 +37,6 @@ from .graph import (
     input_of,
     is_constant,
     make_node,
-    measure_extremes,
     name_of,
     node_name,
     open_view,
@@ -47,6 +46,7 @@ from .graph import (
 )
 from .groups import MODULE, module_of
 from .recipe import group_count, is_depthwise
+from .running import measure_extremes
 
 ALPHA = 0.4
 """How much channels are equalized: 0 changes nothing, and 1 gives all channels the same range and moves

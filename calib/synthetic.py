@@ -143,15 +143,25 @@ def synthesise(
     begin = time.monotonic()
     made = []
     for i, batch in enumerate(batches):
-
-        def tick(step: int, earlier: int = i * steps) -> None:
-            if progress is not None:
-                progress(earlier + step, len(batches) * steps)
-
+        tick = _tick(progress, i * steps, len(batches) * steps)
         deadline = begin + time_limit_s * (i + 1) / len(batches)
         made.append(_synthesise_batch(distance, batch, steps, deadline, tick))
     images = torch.cat([batch.images for batch in made]).permute(0, 2, 3, 1).contiguous().numpy()
     return images, _summarise(made, seed, steps)
+
+
+def _tick(
+    progress: Callable[[int, int], None] | None,
+    earlier: int,
+    total: int,
+) -> Callable[[int], None]:
+    """A function that tells ``progress`` the steps of all batches, from the steps of one batch."""
+
+    def tick(step: int) -> None:
+        if progress is not None:
+            progress(earlier + step, total)
+
+    return tick
 
 
 @dataclass(frozen=True)
@@ -248,30 +258,28 @@ def synthetic_set(
 
     if cache is None:
         return as_set(make(), spec)
-    parts = [
-        weights,
-        count,
-        spec,
-        seed,
-        steps,
-        time_limit_s,
-        LEARNING_RATE,
-        FALL,
-        VERSION,
-    ]
-    parts += [
-        metadata.version("torch"),
-        metadata.version("numpy"),
-        metadata.version("pillow"),
-    ]
     shape = (count, spec.size, spec.size, 3)
     made = Cache(cache, (".npz",), CACHED_SETS).get(
-        hashlib.sha256(repr(parts).encode()).hexdigest(),
+        _cache_key(weights, count, spec, seed, steps, time_limit_s),
         decode=lambda files: _from_file(files[0], shape),
         make=make,
         encode=_as_files,
     )
     return as_set(made, spec)
+
+
+def _cache_key(
+    weights: str,
+    count: int,
+    spec: Preprocess,
+    seed: int,
+    steps: int,
+    time_limit_s: float,
+) -> str:
+    """The name of a set in the cache: whatever decides its pixels, hashed."""
+    parts = [weights, count, spec, seed, steps, time_limit_s, LEARNING_RATE, FALL, VERSION]
+    parts += [metadata.version(package) for package in ("torch", "numpy", "pillow")]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

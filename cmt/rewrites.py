@@ -246,12 +246,6 @@ def attention_over_keys(
     bias is reordered with the rows, from ``(heads, N, Nk)`` to ``(Nk heads, N)``.
     """
 
-    def rewrite_block(block: nn.Module) -> None:
-        if isinstance(_get(block, norm), nn.LayerNorm):  # unless an earlier rewrite has folded it
-            affine_into(norm, f"{attention}.q", f"{attention}.reduce").apply(block)
-        _get(block, norm).shift = QUERY_SHIFT
-        _project_keys_alone(_get(block, attention))
-
     def apply(module: nn.Module) -> int:
         stages = having(module, blocks, position_bias)
         places = [stage for stage in stages if _pays(stage, blocks, attention, position_bias)]
@@ -260,7 +254,7 @@ def attention_over_keys(
             by_key = bias.permute(2, 0, 1).flatten(0, 1).contiguous()
             _set(place, position_bias, nn.Parameter(by_key))
             for block in _get(place, blocks):
-                rewrite_block(block)
+                _attend_over_keys(block, norm, attention)
         return len(places)
 
     algebra = (
@@ -268,6 +262,14 @@ def attention_over_keys(
         " == A (P V + 1 c), as A 1 == 1"
     )
     return Rewrite("q and proj into k and v", algebra, apply)
+
+
+def _attend_over_keys(block: nn.Module, norm: str, attention: str) -> None:
+    """Change one block whose position bias has a row for each key, in place."""
+    if isinstance(_get(block, norm), nn.LayerNorm):  # unless an earlier rewrite has folded it
+        affine_into(norm, f"{attention}.q", f"{attention}.reduce").apply(block)
+    _get(block, norm).shift = QUERY_SHIFT
+    _project_keys_alone(_get(block, attention))
 
 
 def _pays(stage: nn.Module, blocks: str, attention: str, position_bias: str) -> bool:

@@ -158,39 +158,45 @@ class Cache:
 
 
 class JsonCache:
-    """Results that JSON holds, under keys that JSON holds; what was asked for once stays in memory.
+    """Results that JSON can hold, under keys that JSON holds; what was asked for once stays in memory.
 
     Without a folder the results last as long as this object.
     """
 
     def __init__(self, folder: Path | None, keep: int) -> None:
         self._files = Cache(folder, (".json",), keep) if folder else None
-        self._known: dict[str, dict[str, Any]] = {}
+        self._known: dict[str, Any] = {}
 
-    def get(self, key: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What is kept under ``key``, or is made now and kept."""
+    def get(
+        self,
+        key: Any,
+        *,
+        make: Callable[[], T],
+        read: Callable[[Any], T],
+        plain: Callable[[T], Any],
+    ) -> T:
+        """What is kept under ``key``, or is made now and kept.
+
+        Args:
+            key: anything that JSON holds.
+            make: makes the result anew; what it raises is raised here.
+            read: makes the result of what JSON holds; an exception means that it is of no use.
+            plain: makes what JSON can hold of the result.
+        """
         name = digest_of(key)
         if name not in self._known:
-            self._known[name] = make() if self._files is None else self._kept(self._files, name, make)
-        return self._known[name]
-
-    def _kept(
-        self,
-        files: Cache,
-        name: str,
-        make: Callable[[], dict[str, Any]],
-    ) -> dict[str, Any]:
-        return files.get(
-            name,
-            decode=_from_json,
-            make=make,
-            encode=lambda result: (json.dumps(result).encode(),),
-        )
-
-
-def _from_json(files: Files) -> dict[str, Any] | None:
-    result = json.loads(files[0])
-    return result if isinstance(result, dict) else None
+            self._known[name] = (
+                make()
+                if self._files is None
+                else self._files.get(
+                    name,
+                    decode=lambda files: read(json.loads(files[0])),
+                    make=make,
+                    encode=lambda result: (json.dumps(plain(result)).encode(),),
+                )
+            )
+        result: T = self._known[name]
+        return result
 
 
 def _used(file: Path) -> float:

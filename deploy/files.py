@@ -24,7 +24,7 @@ from .errors import OutputError
 from .locks import clear_abandoned, try_lock
 
 CHUNK_BYTES = 1 << 20
-"""Bytes of a file that are read at once."""
+"""The number of bytes that are read at once when a file is hashed or copied."""
 
 MAX_TEXT = 16 << 20
 """A larger file of labels or settings, in bytes, is not read."""

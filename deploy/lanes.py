@@ -29,6 +29,7 @@ DRAIN_S = 30.0
 """Seconds that a process waits at its end for inferences in other threads."""
 
 _Result = TypeVar("_Result")
+"""What a call on a session returns."""
 
 
 class Lanes:
@@ -70,6 +71,10 @@ class Lanes:
     def lent(self) -> int:
         """Lanes that callers hold."""
         return self._alive - self.idle
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{self.lent} lanes lent, {self.idle} idle"
+        return f"Lanes(batch={self.batch}, {state})"
 
     def take(self, count: int) -> Lane:
         """Lend a lane for ``count`` images; a fixed batch size may give it more rows.

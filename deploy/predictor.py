@@ -21,6 +21,7 @@ from .backends import (
 from .backends.base import batch_limit, unopened
 from .bundle import LOGITS, Bundle
 from .bundle.bundle import read_whole
+from .bundle.sections import RanOn
 from .errors import CmtEdgeError, ImageError, InputError
 from .lanes import Lanes
 from .preprocessing import (
@@ -178,7 +179,7 @@ class Predictor:
         return self.lanes.batch
 
     @property
-    def info(self) -> dict[str, Any]:
+    def info(self) -> RanOn:
         """Runtime with its version, and device."""
         return self.session.info
 
@@ -333,6 +334,10 @@ class Predictor:
         """Free the runtime's resources once running inferences have ended. Further calls raise
         :class:`~cmt_edge.deploy.errors.InputError`."""
         self.lanes.close()
+
+    def __repr__(self) -> str:
+        """What serves how many classes, and how many inferences run now: for a service's log."""
+        return f"Predictor({len(self.labels)} labels, {self.session.runtime}, {self.lanes!r})"
 
     def __enter__(self) -> Predictor:
         return self

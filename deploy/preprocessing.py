@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
-from PIL import Image, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from .arrays import CHANNELS, as_rgb
-from .errors import BundleError, ImageError
+from .errors import ImageError
 from .files import irregular_kind
+from .jpeg import MAX_SCANS, START, has_many_scans, scan_header, without_metadata
 
 ImageLike: TypeAlias = "str | Path | bytes | bytearray | memoryview | BinaryIO | Image.Image | np.ndarray"
 """What stands for one image: a path, encoded bytes, a file object, a Pillow image, or a uint8 array as
@@ -65,6 +65,20 @@ RESAMPLING = {
 }
 """Name of an interpolation -> Pillow's filter."""
 
+MEANS = (-10.0, 10.0)
+"""The least and the largest mean of a channel, of values from 0 to 1. One beyond them, such as a mean of
+values from 0 to 255, would leave nothing of the image."""
+
+DEVIATIONS = (1e-4, 100.0)
+"""The least and the largest standard deviation of a channel, of values from 0 to 1. The least lies below
+1/255, which leaves the values as they are in the file."""
+
+EXIF_POLICIES = ("apply", "ignore")
+"""What may become of the orientation that a photograph records."""
+
+SHOWN = 40
+"""The largest number of characters of a wrong value that a message quotes."""
+
 ORIENTATION = 0x0112
 """EXIF and TIFF tag of the orientation."""
 
@@ -81,6 +95,10 @@ TURN = {
     8: Image.Transpose.ROTATE_90,
 }
 """Orientation -> what turns an image upright."""
+
+TURNED_BY = "cmt-edge-turned-by"
+"""Key in the ``info`` of a TIFF image of the number of the frame that was decoded and its orientation, which
+Pillow forgets when it has turned the image."""
 
 UNTURN = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -108,13 +126,6 @@ class NamedBytes(io.BytesIO):
         self.filename = filename
 
 
-def _three_floats(
-    values: Sequence[float],
-) -> tuple[float, float, float]:
-    red, green, blue = (float(value) for value in values)
-    return red, green, blue
-
-
 @dataclass(frozen=True)
 class Preprocess:
     """How an image becomes a model input.
@@ -139,47 +150,27 @@ class Preprocess:
         """The manifest's ``preprocess`` entry."""
         return asdict(self)
 
-    @classmethod
-    def from_json(cls, data: Any) -> Preprocess:
-        """Read the manifest's ``preprocess`` entry; raises :class:`BundleError` where it cannot be
-        understood."""
-        try:
-            short = data["short_side"]
-            spec = cls(
-                size=int(data["size"]),
-                short_side=None if short is None else int(short),
-                mean=_three_floats(data["mean"]),
-                std=_three_floats(data["std"]),
-                exif=data["exif"],
-                interpolation=data["interpolation"],
-            )
-        except (KeyError, TypeError, ValueError, OverflowError) as exc:
-            raise BundleError(
-                "the preprocessing entry cannot be read",
-                where="manifest.json",
-                why=repr(exc),
-                remedy="export again",
-            ) from exc
-        if not spec.is_supported():
-            raise BundleError(
-                f"preprocessing {data} is not supported",
-                where="manifest.json",
-                remedy="update cmt-edge or export again",
-            )
-        return spec
-
-    def is_supported(self) -> bool:
-        """Whether every value is one that this version can apply."""
-        if self.exif not in (
-            "apply",
-            "ignore",
-        ) or self.interpolation not in tuple(RESAMPLING):
-            return False
+    def fault(self) -> str | None:
+        """Which value is none that this version can apply, and what is expected; ``None`` if all are."""
         if not 1 <= self.size <= MAX_SIZE:
-            return False
+            return f"size is {self.size}, expected 1 to {MAX_SIZE}"
         if self.short_side is not None and not self.size <= self.short_side <= MAX_SHORT_SIDE:
-            return False
-        return bool(np.isfinite([*self.mean, *self.std]).all()) and min(self.std) > 0
+            return f"short_side is {self.short_side}, expected {self.size} to {MAX_SHORT_SIDE}"
+        if self.exif not in EXIF_POLICIES:
+            return f"exif is {self.exif[:SHOWN]!r}, expected {' or '.join(map(repr, EXIF_POLICIES))}"
+        if self.interpolation not in RESAMPLING:
+            known = " or ".join(map(repr, RESAMPLING))
+            return f"interpolation is {self.interpolation[:SHOWN]!r}, expected {known}"
+        return _fault_of_numbers("mean", self.mean, MEANS) or _fault_of_numbers("std", self.std, DEVIATIONS)
+
+
+def _fault_of_numbers(name: str, values: tuple[float, ...], bounds: tuple[float, float]) -> str | None:
+    """The first of ``values`` that does not lie within ``bounds``."""
+    low, high = bounds
+    for i, value in enumerate(values):
+        if not low <= value <= high:
+            return f"{name}[{i}] is {value:g}, expected {low:g} to {high:g}"
+    return None
 
 
 def decode(source: ImageLike, spec: Preprocess, color: str = "rgb") -> Image.Image:
@@ -211,7 +202,48 @@ def decode(source: ImageLike, spec: Preprocess, color: str = "rgb") -> Image.Ima
     except Exception as exc:  # damaged files make Pillow's decoders raise almost anything
         if not is_about_data(exc):
             raise
+        repaired = _decode_without_metadata(source, spec, name)
+        if repaired is not None:
+            return repaired
         raise _undecodable(source, name, exc) from exc
+
+
+def _decode_without_metadata(source: ImageLike, spec: Preprocess, name: object) -> Image.Image | None:
+    """A JPEG image whose pixels can be decoded once what only describes them is left out, or ``None``.
+
+    First its EXIF segment is kept, which knows the orientation. Without it an image is taken as it lies.
+    """
+    data = _encoded(source)
+    if not data.startswith(START):
+        return None
+    for keep_exif in (True, False):
+        rest = without_metadata(data, keep_exif=keep_exif)
+        if rest is None:
+            continue
+        try:
+            with _open(rest, name) as image:
+                return _convert(image, spec, name)
+        except ImageError:
+            return None
+        except Exception as exc:
+            if not is_about_data(exc):
+                raise
+    return None
+
+
+def _encoded(source: ImageLike) -> bytes:
+    """The encoded bytes of an image once more, empty where they cannot be had."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return bytes(source)
+    if isinstance(source, (str, Path)):
+        try:
+            with open(source, "rb") as file:
+                return file.read(MAX_BYTES)
+        except OSError:  # it is gone
+            return b""
+    if isinstance(source, (Image.Image, np.ndarray)):
+        return b""
+    return _read_all(source) or b""
 
 
 def is_about_data(exc: Exception) -> bool:
@@ -485,11 +517,19 @@ def _too_large(name: object, why: object) -> ImageError:
 
 def _convert(image: Image.Image, spec: Preprocess, name: object) -> Image.Image:
     """Decode an opened image: upright as ``spec.exif`` says, in 8-bit RGB."""
+    if 0 in image.size:
+        raise ImageError(
+            f"the image has no pixels: it is {image.width} x {image.height}",
+            where=name,
+            remedy="replace it",
+        )
+    _require_few_scans(image, name)
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        _note_orientation(image)
     if spec.exif == "apply":
         image = _upright(image)
-    elif isinstance(image, TiffImagePlugin.TiffImageFile):  # Pillow has already turned it
-        undo = UNTURN.get(image.tag_v2.get(ORIENTATION) or UPRIGHT)
-        image = image if undo is None else image.transpose(undo)
+    elif isinstance(image, TiffImagePlugin.TiffImageFile):
+        image = _as_stored(image)
     if image.mode == "F":
         raise ImageError(
             "floating-point pixels have no defined range",
@@ -500,6 +540,45 @@ def _convert(image: Image.Image, spec: Preprocess, name: object) -> Image.Image:
         image = _to_8_bits(image, name)
     image.load()  # the file is closed when the caller gets it
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _require_few_scans(image: Image.Image, name: object) -> None:
+    """Raise :class:`ImageError` for a JPEG image that is not decoded yet and has far more scans than any
+    program writes: each takes the time of a whole image."""
+    if not isinstance(image, JpegImagePlugin.JpegImageFile) or not image.tile or image.fp is None:
+        return
+    position = image.fp.tell()
+    if type(image) is JpegImagePlugin.JpegImageFile and "progressive" not in image.info:
+        whole = scan_header(image.layers)
+        image.fp.seek(max(0, position - 2 * image.layers - 8))  # Pillow has read the header of the first scan
+        start = image.fp.read(len(whole))
+        image.fp.seek(position)
+        if start == whole:
+            return  # the first scan holds all colours, and nothing after it is decoded
+    image.fp.seek(image.tile[0].offset)
+    data = image.fp.read(MAX_BYTES)
+    image.fp.seek(position)
+    if has_many_scans(data):
+        raise ImageError(
+            "this JPEG has too many scans",
+            where=name,
+            why=f"more than {MAX_SCANS}; progressive images have about 10",
+            remedy="save it again with another program",
+        )
+
+
+def _as_stored(image: TiffImagePlugin.TiffImageFile) -> Image.Image:
+    """A TIFF image as it lies in its file: Pillow turns it when it decodes it."""
+    undo = UNTURN.get(image.info[TURNED_BY][1])
+    return image if undo is None else image.transpose(undo)
+
+
+def _note_orientation(image: TiffImagePlugin.TiffImageFile) -> None:
+    """Keep the orientation of the frame, which Pillow forgets once it has decoded and turned it."""
+    frame = image.tell()
+    known = image.info.get(TURNED_BY, (frame, UPRIGHT))
+    orientation = image.tag_v2.get(ORIENTATION) or (known[1] if known[0] == frame else UPRIGHT)
+    image.info[TURNED_BY] = (frame, orientation)
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -1,14 +1,18 @@
-"""Steps and bars on standard error; silent where that is not a terminal."""
+"""Steps and bars on standard error; silent where that is not a terminal.
+
+Progress is never a reason to fail: what standard error does not take is left out."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from tqdm import tqdm
+
+from .escaping import escape, escape_line
 
 
 class Progress:
@@ -23,25 +27,21 @@ class Progress:
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
         """Announce a step, and its duration once it is done."""
-        start = time.perf_counter()
+        name, start = escape_line(name), time.perf_counter()
         if not self.off:
-            print(f"{name} ...", end="", file=sys.stderr, flush=True)
+            _print(f"{name} ...", end="")
         try:
             yield
         finally:
             self.finish()
             if not self.off:
-                print(
-                    f"\r{name:<34} {time.perf_counter() - start:6.1f} s",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                _print(f"\r{name:<34} {time.perf_counter() - start:6.1f} s")
 
     def tell(self, note: str) -> None:
         """Print a note that also logs should hold, unless it is empty or ``quiet``."""
         if note and not self.quiet:
             self.finish()
-            print(f"note: {note}", file=sys.stderr, flush=True)
+            _print(f"note: {escape(note)}")
 
     def count(self, done: int, total: int) -> None:
         """Progress of a countable step."""
@@ -49,14 +49,17 @@ class Progress:
 
     def share(self, phase: str, share: float) -> None:
         """Progress of a phase, 0 to 1."""
-        if self.off:
-            return
+        if not self.off:
+            with suppress(OSError):
+                self._draw(phase, share)
+
+    def _draw(self, phase: str, share: float) -> None:
         if self._bar is None or phase != self._phase:
             self.finish()
             self._phase = phase
             self._bar = tqdm(
                 total=100,
-                desc=phase or None,
+                desc=escape_line(phase) or None,
                 bar_format="{desc} {percentage:3.0f}%|{bar:20}| {elapsed}",
                 leave=False,
             )
@@ -64,6 +67,15 @@ class Progress:
         self._bar.refresh()
 
     def finish(self) -> None:
+        """Remove the bar."""
         if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+            bar, self._bar = self._bar, None
+            with suppress(OSError):
+                bar.close()
+
+
+def _print(text: str, end: str = "\n") -> None:
+    """Print safe text on standard error, if there is one that takes it."""
+    if sys.stderr is not None:
+        with suppress(OSError, ValueError):
+            print(text, end=end, file=sys.stderr, flush=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cmt_edge.deploy.cli.console import parser, run, say
 from cmt_edge.deploy.errors import RuntimeMissingError
+from cmt_edge.deploy.escaping import escape_line
 
 from .options import add_flags, read_flags, read_mapping
 from .settings import GROUPS, Settings
@@ -128,7 +129,8 @@ def _rare_collections() -> Iterator[None]:
 
 def _plan_text(plan: dict[str, Any]) -> str:
     lines = [
-        f"{key:<12} {', '.join(map(str, value)) if key == 'steps' else value}" for key, value in plan.items()
+        f"{key:<12} {escape_line(', '.join(map(str, value)) if key == 'steps' else str(value))}"
+        for key, value in plan.items()
     ]
     return "\n".join([*lines, "dry run: nothing was written"])
 

@@ -18,27 +18,31 @@ from cmt_edge.cmt.features import require_head
 from cmt_edge.cmt.outside import is_outside
 from cmt_edge.cmt.spec import ModelSpec, check_size
 from cmt_edge.deploy.bundle import LOGITS
+from cmt_edge.deploy.bundle.sections import FORMATS
 from cmt_edge.deploy.bundle.signature import read_private_key
-from cmt_edge.deploy.cli.console import finite
+from cmt_edge.deploy.cli.ranges import CLASSES, finite
 from cmt_edge.deploy.errors import InputError, WeightsError
 from cmt_edge.deploy.files import read_text
 from cmt_edge.deploy.measure.parity import MAX_DROP
-from cmt_edge.deploy.preprocessing import RESAMPLING, Preprocess
+from cmt_edge.deploy.preprocessing import MAX_SHORT_SIDE, RESAMPLING, Preprocess
 
 from .options import (
     changed_flags,
     check_values,
     defaults_of,
     read_mapping,
-    require_least,
+    require_range,
 )
-from .settings import AUTO, AUTO_DROP, FORMATS, TENSORRT, Settings
+from .settings import AUTO, AUTO_DROP, TENSORRT, Settings
 
 OPSET = 20
 """Version of ONNX's operations: it has GELU as one operation, and it is the highest that TensorRT 10 and 11
 parse completely."""
 NAMED_WEIGHTS = ("pretrained", "random")
 """Weights that are not a checkpoint file."""
+LONGEST_NAME = 200
+"""Bytes of the longest name of a bundle's folder. File systems allow 255, and while the bundle is written the
+name is longer."""
 NOT_COMPUTED = {
     "onnx": "ONNX Runtime computes in it on no CPU",
     "openvino": "OpenVINO computes in it on no CPU",
@@ -215,7 +219,7 @@ class ExportConfig(Settings):
         """Size, head and classes that the model can have."""
         spec = self.spec
         check_size(spec, self.img_size)
-        require_least("--num-classes", self.classes, 1)
+        require_range("--num-classes", self.classes, CLASSES)
         require_head(spec, self.head)
         if self.head != LOGITS and (self.eval_data is not None or self.labels is not None):
             raise InputError(
@@ -231,10 +235,15 @@ class ExportConfig(Settings):
 
     def _check_preprocessing(self) -> None:
         """Values and the filter that preprocessing can use."""
-        if min(self.preprocess.std) <= 0 or not 0 <= (self.crop_ratio or 0) <= 1:
+        if self.crop_ratio and self.img_size / self.crop_ratio > MAX_SHORT_SIDE:
             raise InputError(
-                "--std must be above 0 and --crop-ratio 0 to 1",
-                remedy="leave them out for the model's own",
+                f"--crop-ratio {self.crop_ratio:g} would resize images to more than {MAX_SHORT_SIDE} pixels",
+                remedy="give the share of the short side that the crop keeps, 0.875 for instance",
+            )
+        if min(self.preprocess.std) <= 0:
+            raise InputError(
+                "--std must be above 0",
+                remedy="leave it out for the model's own",
             )
         if self.spec.interpolation not in RESAMPLING:
             raise InputError(
@@ -248,6 +257,11 @@ class ExportConfig(Settings):
             raise InputError(
                 f"--name {self.name!r} is not the name of a folder",
                 remedy="use letters, digits, '_', '-' and '.'; -o DIR says where the folder is made",
+            )
+        if len(self.folder.encode()) > LONGEST_NAME:
+            raise InputError(
+                f"the bundle's folder would have a name of {len(self.folder.encode())} bytes",
+                remedy=f"give a --name that is short enough: {LONGEST_NAME} bytes in all",
             )
 
     def _check_files(self) -> None:
@@ -298,24 +312,11 @@ class ExportConfig(Settings):
                 remedy="--data FOLDER with images like those the model will see; add --eval-data with"
                 " labelled ones to judge by top-1",
             )
-        self._check_budgets()
         if self.isa is not None and self.format != "openvino":
             raise InputError(
                 "--isa needs --format openvino: ONNX Runtime asks the CPU itself and has no switch for it",
                 remedy="leave --isa out, or use --format openvino",
             )
-
-    def _check_budgets(self) -> None:
-        """Budgets above 0."""
-        for flag, value in (
-            ("--latency-budget", self.latency_budget),
-            ("--time-budget", self.time_budget),
-        ):
-            if value is not None and not value > 0:
-                raise InputError(
-                    f"{flag} {value:g} is not above 0",
-                    remedy="give milliseconds (latency) or seconds (time), or leave it out",
-                )
 
     def _check_pair(self) -> None:
         """A format that has the precision, and no options of another format."""

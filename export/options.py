@@ -5,22 +5,23 @@ file may hold (:func:`read_mapping`), and which values are possible (:func:`chec
 
 >>> @dataclass(frozen=True)
 ... class Settings:
-...     batch: int = option(1, help="batch size of the graph", group="output", least=0)
+...     batch: int = option(1, help="batch size of the graph", group="output", range=BATCH)
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from cmt_edge.deploy.cli.console import finite
+from cmt_edge.deploy.cli.ranges import Range
 from cmt_edge.deploy.errors import InputError, UnknownNameError
 
 T = TypeVar("T")
+"""The dataclass whose fields are options."""
+
 KEY = "option"
 """Key of an :class:`Option` in the metadata of a dataclass field; a field without a default sets it
 itself."""
@@ -37,7 +38,7 @@ class Option:
         group: key of the group under which ``--help`` shows it.
         choices: the values that are possible, if they can be listed.
         metavar: what stands for the value in ``--help``.
-        least: smallest possible number.
+        range: the numbers that are possible; every number has one.
         short: one more flag, of one letter.
         shortcuts: (flag, value, help) of flags that set a value.
         what: what an error calls the value, where the field's name does not read well.
@@ -49,7 +50,7 @@ class Option:
     group: str
     choices: tuple[str, ...] = ()
     metavar: str | None = None
-    least: int | None = None
+    range: Range | None = None
     short: str | None = None
     shortcuts: tuple[tuple[str, str, str], ...] = ()
     what: str | None = None
@@ -63,7 +64,7 @@ def option(
     group: str,
     choices: tuple[str, ...] = (),
     metavar: str | None = None,
-    least: int | None = None,
+    range: Range | None = None,
     short: str | None = None,
     shortcuts: tuple[tuple[str, str, str], ...] = (),
     what: str | None = None,
@@ -75,7 +76,7 @@ def option(
         group,
         choices,
         metavar,
-        least,
+        range,
         short,
         shortcuts,
         what,
@@ -174,9 +175,16 @@ def _reading(described_field: Field[Any], kind: Any) -> dict[str, Any]:
     number = next((t for t in types if t in (int, float)), None)
     choices = f"{{{','.join(known.choices)}}}" if known.choices else None
     return {
-        "type": finite if number is float else number,
+        "type": _reader(number, known.range),
         "metavar": known.metavar or choices,
     }
+
+
+def _reader(kind: type | None, numbers: Range | None) -> Callable[[str], Any] | None:
+    """What makes a number of the text on the command line; ``None`` for a text."""
+    if kind is None or numbers is None:
+        return kind
+    return numbers.number if kind is float else numbers.whole
 
 
 def _help(described_field: Field[Any]) -> str:
@@ -325,8 +333,7 @@ def _wrong_type(key: str, value: Any, types: Iterable[type], where: object) -> I
 
 
 def check_values(settings: Any) -> None:
-    """Raise :class:`InputError` for the first value that is empty, not finite, not among its choices or below
-    its least."""
+    """Raise :class:`InputError` for the first value that is empty, not among its choices or out of range."""
     for described_field in fields(settings):
         known, value = (
             option_of(described_field),
@@ -339,10 +346,10 @@ def check_values(settings: Any) -> None:
                 f"{flag_of(described_field)} is empty",
                 remedy="give a value, or leave it out",
             )
-        if isinstance(value, float) and not math.isfinite(value):
+        if isinstance(value, str) and "\0" in value:
             raise InputError(
-                f"{flag_of(described_field)} {value} is not a finite number",
-                remedy="give a number, or leave it out for the default",
+                f"{flag_of(described_field)} {value!r} holds a NUL character",
+                remedy="correct the settings file",
             )
         if known.choices:
             require_choice(
@@ -350,8 +357,8 @@ def check_values(settings: Any) -> None:
                 str(value),
                 known.choices,
             )
-        if known.least is not None:
-            require_least(flag_of(described_field), value, known.least)
+        if known.range is not None:
+            require_range(flag_of(described_field), value, known.range)
 
 
 def require_choice(what: str, value: str, known: Iterable[str]) -> None:
@@ -366,10 +373,7 @@ def require_choice(what: str, value: str, known: Iterable[str]) -> None:
         )
 
 
-def require_least(flag: str, value: float, least: int) -> None:
-    """Raise :class:`InputError` if ``value`` is below ``least``, or not a number."""
-    if not value >= least:
-        raise InputError(
-            f"{flag} {value} is too small",
-            remedy=f"give {least} or more",
-        )
+def require_range(flag: str, value: float, numbers: Range) -> None:
+    """Raise :class:`InputError` if ``value`` is no number that the flag takes."""
+    if complaint := numbers.complaint(value):
+        raise InputError(f"{flag} {value} {complaint}", remedy=f"give {numbers}")

@@ -6,7 +6,6 @@ is left behind. The steps themselves are in :mod:`cmt_edge.export.steps`, their 
 
 from __future__ import annotations
 
-import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +32,7 @@ from cmt_edge.deploy.measure.benchmark import summary
 from cmt_edge.deploy.measure.isa import require_isa
 from cmt_edge.deploy.measure.parity import Verification
 from cmt_edge.deploy.progress import Progress
-from cmt_edge.deploy.signals import terminate_as_interrupt
+from cmt_edge.deploy.signals import unwound_by_signals
 
 from . import steps
 from .auto.choose import choose
@@ -110,12 +109,8 @@ def _claimed(output: Path) -> Iterator[None]:
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output).close()
-    previous = terminate_as_interrupt()
-    try:
+    with unwound_by_signals():
         yield
-    finally:
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
 
 
 def finish(

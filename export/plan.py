@@ -15,12 +15,12 @@ from typing import Any
 from cmt_edge.calib.data import SYNTHETIC
 from cmt_edge.cmt.download import is_kept
 from cmt_edge.deploy import Bundle
+from cmt_edge.deploy.bundle.sections import FORMATS
 from cmt_edge.deploy.images import ImageSet
 from cmt_edge.deploy.progress import Progress
 
 from .config import ExportConfig
 from .description import describe_export
-from .settings import FORMATS
 from .steps import (
     OBSERVED_IMAGES,
     choose_images,

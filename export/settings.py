@@ -7,17 +7,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from cmt_edge.deploy.bundle.sections import FORMATS
+from cmt_edge.deploy.cli.ranges import (
+    BATCH,
+    CLASSES,
+    DIFFERENCE,
+    GIBIBYTES,
+    IMAGES,
+    POINTS,
+    SECONDS,
+    SEED,
+    THREADS,
+    Range,
+)
 from cmt_edge.deploy.measure.isa import ISAS
 from cmt_edge.deploy.measure.parity import MAX_DROP
+from cmt_edge.deploy.preprocessing import MAX_SIZE
 
 from .options import KEY, Option, option
 
-FORMATS = {
-    "onnx": ("fp32", "int8"),
-    "openvino": ("fp32", "bf16", "int8"),
-    "trt": ("fp32", "fp16", "int8"),
-}
-"""Format of a bundle -> the precisions that it can have."""
 ALIASES = {"engine": "trt", "tensorrt": "trt"}
 """Other names of a format -> its name."""
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "auto")
@@ -39,6 +47,8 @@ MODEL, DATA, OUTPUT, GATES, AUTO, TENSORRT, MACHINE = (
     "tensorrt",
     "machine",
 )
+"""Keys of the groups of options."""
+
 GROUPS = {
     MODEL: "model",
     DATA: "data and calibration",
@@ -110,11 +120,13 @@ class Settings:
         None,
         help="number of classes of the checkpoint (default: as published)",
         group=MODEL,
+        range=CLASSES,
     )
     imgsz: int | None = option(
         None,
         help="input height and width, pixels (default: as published)",
         group=MODEL,
+        range=Range(1, MAX_SIZE),
     )
     labels: str | None = option(
         None,
@@ -131,7 +143,7 @@ class Settings:
         None,
         help="number of calibration images (default: 300, or all; synthetic: 64, above 128 pixels 32)",
         group=DATA,
-        least=1,
+        range=Range(1, 100_000),
     )
     eval_data: str | None = option(
         None,
@@ -142,7 +154,7 @@ class Settings:
         None,
         help="largest number of labelled images to use, evenly spread",
         group=DATA,
-        least=1,
+        range=IMAGES,
     )
     by_order: bool = option(
         False,
@@ -153,19 +165,19 @@ class Settings:
         None,
         help=f"allowed loss of top-1, percentage points (default: {MAX_DROP}; auto: {AUTO_DROP})",
         group=GATES,
-        least=0,
+        range=POINTS,
     )
     atol: float | None = option(
         None,
         help="allowed difference of the golden logits (default: by precision)",
         group=GATES,
-        least=0,
+        range=DIFFERENCE,
     )
     batch: int = option(
         1,
         help="batch size of the graph, 0 for any",
         group=OUTPUT,
-        least=0,
+        range=BATCH,
     )
     mean: str | None = option(
         None,
@@ -185,6 +197,7 @@ class Settings:
         None,
         help="share of the short side that the centre crop keeps, 0 for no crop (default: the model's)",
         group=MODEL,
+        range=Range(0, 1),
     )
     exif: str = option(
         "apply",
@@ -197,12 +210,13 @@ class Settings:
         None,
         help="CPU threads for verification and measurement (default: all cores)",
         group=MACHINE,
-        least=1,
+        range=THREADS,
     )
     seed: int = option(
         0,
         help="seed of random weights and of the choice of images",
         group=MACHINE,
+        range=SEED,
     )
     build: bool = option(
         True,
@@ -220,6 +234,7 @@ class Settings:
         help="scratch memory of the builder (default: 40 % of what is free)",
         group=TENSORRT,
         metavar="GiB",
+        range=GIBIBYTES,
     )
     output: str = option(
         ".",
@@ -261,12 +276,14 @@ class Settings:
         help="allowed median latency of one batch, milliseconds",
         group=AUTO,
         metavar="MS",
+        range=Range(0, 1e6, above=True),
     )
     time_budget: float | None = option(
         None,
         help="seconds after which nothing is refined any more",
         group=AUTO,
         metavar="S",
+        range=Range(0, SECONDS.most, above=True),
     )
     isa: str | None = option(
         None,

@@ -41,9 +41,9 @@ from cmt_edge.deploy.measure.benchmark import (
     Protocol,
     benchmark,
 )
+from cmt_edge.deploy.measure.labels import match_labels
 from cmt_edge.deploy.measure.parity import (
     Verification,
-    match_labels,
     resolution,
     verify,
 )
@@ -140,6 +140,7 @@ def require_unit_scale(spec: Preprocess) -> None:
     1 changes nothing.
     """
     if max(spec.mean) <= MAX_MEAN and max(spec.std) <= MAX_STD:
+        _require_applicable(spec)
         return
     mean, std = (
         ",".join(f"{value / GREY_LEVELS:.5g}" for value in values) for values in (spec.mean, spec.std)
@@ -149,6 +150,14 @@ def require_unit_scale(spec: Preprocess) -> None:
         why="they look like those of values from 0 to 255; the pixels are divided by 255 first",
         remedy=f"divide both by 255: --mean {mean} --std {std}; keep what is of values from 0 to 1 already",
     )
+
+
+def _require_applicable(spec: Preprocess) -> None:
+    if fault := spec.fault():
+        raise InputError(
+            f"the preprocessing cannot be applied: {fault}",
+            remedy="change --mean, --std, --imgsz or --crop-ratio, or leave them out for the model's own",
+        )
 
 
 def _listed(values: tuple[float, float, float]) -> str:

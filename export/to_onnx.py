@@ -19,16 +19,15 @@ import torch
 from torch import nn
 
 from cmt_edge.calib.graph import (
-    Run,
     add_constant,
     array_of,
     make_node,
-    open_graph,
     open_view,
     readers_of,
     write_model,
 )
 from cmt_edge.calib.groups import MODULE
+from cmt_edge.calib.running import Run, open_graph
 from cmt_edge.cmt import FeatureMaps
 from cmt_edge.cmt.outputs import TwoLabels
 from cmt_edge.deploy.bundle import LOGITS

@@ -49,7 +49,6 @@ from cmt_edge.calib.graph import (
     inputs_of,
     is_constant,
     make_node,
-    measure_extremes,
     name_of,
     node_name,
     open_view,
@@ -61,6 +60,7 @@ from cmt_edge.calib.graph import (
     write_model,
 )
 from cmt_edge.calib.recipe import INT8_OPS
+from cmt_edge.calib.running import measure_extremes
 from cmt_edge.deploy.bundle.sections import Island
 
 from .to_onnx import checked, guarded

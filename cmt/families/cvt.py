@@ -352,18 +352,20 @@ def _spec(
 
 
 # fmt: off
-_CVT13 = CvTConfig((64, 192, 384), (1, 2, 10), (1, 3, 6))
-_CVT21 = CvTConfig((64, 192, 384), (1, 4, 16), (1, 3, 6))
-_W24 = CvTConfig((192, 768, 1024), (2, 2, 20), (3, 12, 16))
+_CONFIGS = {
+    "cvt_13": CvTConfig((64, 192, 384),   (1, 2, 10), (1, 3, 6)),
+    "cvt_21": CvTConfig((64, 192, 384),   (1, 4, 16), (1, 3, 6)),
+    "cvt_w24": CvTConfig((192, 768, 1024), (2, 2, 20), (3, 12, 16)),
+}
 """Widths, depths and heads of the variants, one number for each stage."""
 
 SPECS = (
     #     name        size  config   params             macs  top-1   pre-trained on
-    _spec("cvt_13",     224, _CVT13,  19_997_480,   4_566_089_216, "81.6", "IN-1k"),
-    _spec("cvt_21",     224, _CVT21,  31_622_696,   7_177_985_024, "82.5", "IN-1k"),
-    _spec("cvt_13_384", 384, _CVT13,  19_997_480,  16_269_359_616, "83.0", "IN-1k"),
-    _spec("cvt_21_384", 384, _CVT21,  31_622_696,  24_849_091_584, "83.3", "IN-1k"),
-    _spec("cvt_w24",    384, _W24,   277_196_392, 194_221_654_016, "87.6", "IN-22k"),
+    _spec("cvt_13",     224, _CONFIGS["cvt_13"],  19_997_480,   4_566_089_216, "81.6", "IN-1k"),
+    _spec("cvt_21",     224, _CONFIGS["cvt_21"],  31_622_696,   7_177_985_024, "82.5", "IN-1k"),
+    _spec("cvt_13_384", 384, _CONFIGS["cvt_13"],  19_997_480,  16_269_359_616, "83.0", "IN-1k"),
+    _spec("cvt_21_384", 384, _CONFIGS["cvt_21"],  31_622_696,  24_849_091_584, "83.3", "IN-1k"),
+    _spec("cvt_w24",    384, _CONFIGS["cvt_w24"], 277_196_392, 194_221_654_016, "87.6", "IN-22k"),
 )
 """The variants of CvT: at 224 pixels, at 384 pixels, and the widest."""
 # fmt: on

@@ -19,11 +19,13 @@ class Entry:
         module: its module, relative to this package; ``RUNTIME`` there is the :class:`Runtime`.
         packages: the packages that it imports.
         remedy: how the user gets them.
+        is_double: whether it only stands for a runtime in tests: no command offers it.
     """
 
     module: str
     packages: tuple[str, ...] = ()
     remedy: str = ""
+    is_double: bool = False
 
 
 RUNTIMES = {
@@ -40,9 +42,9 @@ RUNTIMES = {
         "docs/tensorrt.md. Here, --backend onnxruntime runs the same graph",
     ),
     "torch": Entry(".torch", ("torch",), 'pip install "cmt-edge[export]"'),
-    "fake": Entry(".fake"),
+    "fake": Entry(".fake", is_double=True),
 }
-"""Name of a runtime, as ``--backend`` takes it -> where it is."""
+"""Name of a runtime -> where it is."""
 
 RUNTIME_OF_FORMAT = {
     "openvino": "openvino",
@@ -50,6 +52,19 @@ RUNTIME_OF_FORMAT = {
     "trt": "tensorrt",
 }
 """Format of a bundle -> name of the runtime that serves it by default."""
+
+
+def offered_runtimes() -> list[str]:
+    """Names of the runtimes that ``--backend`` takes: all but the doubles of tests."""
+    return [name for name, entry in RUNTIMES.items() if not entry.is_double]
+
+
+def require_offered(name: str | None) -> None:
+    """Raise :class:`UnknownNameError` unless ``name`` is a runtime that a command offers, or ``None``."""
+    offered = offered_runtimes()
+    if name is not None and name not in offered:
+        close = difflib.get_close_matches(name, offered, n=2, cutoff=0.4)
+        raise UnknownNameError("runtime", name, close, offered)
 
 
 def get_runtime(name: str) -> Runtime:
@@ -60,8 +75,7 @@ def get_runtime(name: str) -> Runtime:
         RuntimeMissingError: its packages are not installed, or they cannot be loaded.
     """
     if name not in RUNTIMES:
-        close = difflib.get_close_matches(name, RUNTIMES, n=2, cutoff=0.4)
-        raise UnknownNameError("runtime", name, close, RUNTIMES)
+        require_offered(name)
     entry = RUNTIMES[name]
     missing = [package for package in entry.packages if util.find_spec(package) is None]
     if missing:
@@ -102,4 +116,6 @@ __all__ = [
     "Session",
     "get_runtime",
     "has_runtime",
+    "offered_runtimes",
+    "require_offered",
 ]

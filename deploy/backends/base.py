@@ -12,12 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ..bundle import Bundle
-from ..bundle.sections import ExecutedPrecision
+from ..bundle.sections import ExecutedPrecision, RanOn
 from ..errors import BundleError
 
 SHOWN_CHARACTERS = 300
@@ -119,9 +118,9 @@ class Session(ABC):
         """Free the runtime's resources; the session cannot be used afterwards."""
 
     @property
-    def info(self) -> dict[str, Any]:
+    def info(self) -> RanOn:
         """Runtime with its version, and device: what results name."""
-        return {"runtime": self.runtime, "device": self.device}
+        return RanOn(self.runtime, self.device)
 
 
 class Runtime(ABC):

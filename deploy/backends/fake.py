@@ -4,7 +4,8 @@ It is instant and deterministic, it needs no package, and its answer depends on 
 fixed linear function of the mean of each colour channel. Equal images get equal answers, and a plain red,
 green or blue image belongs to class 0, 1 or 2.
 
-With a bundle, ``backend="fake"`` opens it without loading its model::
+No command offers it: ``--backend fake`` is refused. In your tests ``backend="fake"`` opens a bundle without
+loading its model::
 
     with Predictor.load("cmt_nano_fp32_openvino", backend="fake") as predictor:
         prediction = predictor("ship.jpg")

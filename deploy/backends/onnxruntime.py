@@ -13,9 +13,10 @@ import numpy as np
 import onnxruntime as ort
 
 from ..bundle import ONNX, Bundle
-from ..bundle.sections import ExecutedPrecision
+from ..bundle.sections import FLOAT32, ExecutedPrecision
 from ..errors import InputError, RuntimeMissingError
 from .base import LoadOptions, Runtime, Session, unopened
+from .described import GraphTensor, require_described
 
 CONVERSION_OPERATORS = {
     "QuantizeLinear",
@@ -25,6 +26,9 @@ CONVERSION_OPERATORS = {
     "ReorderOutput",
 }
 """Operators that only change the type or the memory layout of a tensor."""
+
+TYPES = {"tensor(float)": FLOAT32}
+"""ONNX Runtime's name of a type -> the manifest's."""
 
 ERRORS_ONLY = 3
 """ONNX Runtime's log level that hides warnings."""
@@ -114,6 +118,12 @@ def _label(kind: str, inputs: list[dict[str, Any]]) -> str:
     return "fp16" if "float16" in types else "fp32"
 
 
+def _read_tensor(tensor: ort.NodeArg) -> GraphTensor:
+    """An input or output as ONNX Runtime tells it; a dimension that is not fixed has a name or none."""
+    shape = tuple(size if isinstance(size, int) else None for size in tensor.shape)
+    return GraphTensor((tensor.name,), shape, TYPES.get(str(tensor.type), str(tensor.type)))
+
+
 class OnnxRuntime(Runtime):
     """Reads ``model.onnx`` as it is, so that nothing has to be prepared."""
 
@@ -136,13 +146,21 @@ class OnnxRuntime(Runtime):
         return super().float_precision(precision, device)
 
     def load(self, bundle: Bundle, options: LoadOptions) -> Session:
-        """Open ``model.onnx`` of a bundle."""
+        """Open ``model.onnx`` of a bundle; raises :class:`BundleError` where it is another graph than the
+        manifest describes."""
         try:
             self.float_precision(bundle.manifest.precision, options.device)
         except InputError as exc:
             exc.where = str(bundle.path)
             raise
-        return OnnxRuntimeSession(bundle.file(ONNX), options)
+        session = OnnxRuntimeSession(bundle.file(ONNX), options)
+        require_described(
+            bundle,
+            ONNX,
+            [_read_tensor(tensor) for tensor in session.inference.get_inputs()],
+            [_read_tensor(tensor) for tensor in session.inference.get_outputs()],
+        )
+        return session
 
 
 RUNTIME = OnnxRuntime()

@@ -18,9 +18,10 @@ import numpy as np
 import openvino as ov
 
 from ..bundle import ONNX, Bundle
-from ..bundle.sections import ExecutedPrecision
+from ..bundle.sections import FLOAT32, ExecutedPrecision
 from ..errors import InputError, RuntimeMissingError
 from .base import Binding, LoadOptions, Runtime, Session
+from .described import GraphTensor, require_described
 from .openvino_graph import read
 
 IR = "openvino.xml"
@@ -37,6 +38,9 @@ PRECISION_OF_TYPE = {
     "u8": "int8",
 }
 """OpenVINO's name of an element type -> the precision that reports name."""
+
+TYPES = {"f32": FLOAT32}
+"""OpenVINO's name of an element type -> the manifest's."""
 
 CONVERSION_LAYERS = {"Reorder", "Convert", "FakeQuantize"}
 """Layers that only change the type or the memory layout of a tensor."""
@@ -190,6 +194,13 @@ def has_bf16(device: str | None = None) -> bool:
     return "BF16" in capabilities
 
 
+def _read_tensor(port: ov.Output) -> GraphTensor:
+    """An input or output as OpenVINO tells it."""
+    shape = tuple(size.get_length() if size.is_static else None for size in port.get_partial_shape())
+    dtype = port.get_element_type().get_type_name()
+    return GraphTensor(tuple(sorted(port.get_names())), shape, TYPES.get(dtype, dtype))
+
+
 class OpenVINO(Runtime):
     """Compiles ONNX files to OpenVINO's IR and serves that, on any device that OpenVINO finds."""
 
@@ -234,10 +245,13 @@ class OpenVINO(Runtime):
         return [target, target.with_suffix(".bin")]
 
     def load(self, bundle: Bundle, options: LoadOptions) -> Session:
-        """Open the IR of a bundle, or its ``model.onnx`` where it has none."""
+        """Open the IR of a bundle, or its ``model.onnx`` where it has none.
+
+        Raises :class:`BundleError` where it is another graph than the manifest describes.
+        """
         device = (options.device or "CPU").upper()
         self.check(device)
-        path = bundle.file(IR if IR in bundle.manifest.files else ONNX)
+        file = IR if IR in bundle.manifest.files else ONNX
         precision = self.float_precision(bundle.manifest.precision, device)
         config: dict[str, Any] = {
             "PERFORMANCE_HINT": "THROUGHPUT" if options.throughput else "LATENCY",
@@ -245,7 +259,14 @@ class OpenVINO(Runtime):
         }
         if options.threads:
             config["INFERENCE_NUM_THREADS"] = options.threads
-        return OpenVINOSession(read(path), device, config)
+        model = read(bundle.file(file))
+        require_described(
+            bundle,
+            file,
+            [_read_tensor(port) for port in model.inputs],
+            [_read_tensor(port) for port in model.outputs],
+        )
+        return OpenVINOSession(model, device, config)
 
 
 RUNTIME = OpenVINO()

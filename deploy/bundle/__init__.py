@@ -15,7 +15,7 @@ from .manifest import (
     REFERENCE,
     Manifest,
 )
-from .record import plain, read_record
+from .record import parse_json, plain, read_record
 from .sections import LOGITS, PROBABILITIES, SCORES
 from .writer import BundleWriter, require_outside_bundles
 
@@ -33,6 +33,7 @@ __all__ = [
     "BundleWriter",
     "Golden",
     "Manifest",
+    "parse_json",
     "plain",
     "read_record",
     "require_outside_bundles",

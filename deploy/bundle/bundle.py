@@ -27,7 +27,6 @@ from .manifest import (
     REFERENCE,
     Manifest,
     broken,
-    is_plain,
 )
 from .packed import pack, unpack
 from .sections import LOGITS, MAX_TOTAL, FileEntry
@@ -349,11 +348,7 @@ def _check_members(path: Path, manifest: Manifest) -> None:
             "has too many files, or names that differ only in case",
             path,
         )
-    total = 0
-    for name, entry in files.items():
-        if not is_plain(name):
-            raise broken(f"names a file outside the bundle: {name!r}", path)
-        total += entry.size
+    total = sum(entry.size for entry in files.values())
     if total > MAX_TOTAL:
         raise broken(f"declares {total} bytes, the cap is {MAX_TOTAL}", path)
     _check_present(path, manifest)

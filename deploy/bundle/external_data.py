@@ -48,6 +48,7 @@ WIDTHS = {FIXED64: 8, FIXED32: 4}
 """Wire type -> bytes of its value, where every value has as many."""
 
 Buffer = bytes | mmap.mmap
+"""The bytes of a file: read, or mapped into memory."""
 
 
 class MalformedOnnx(ValueError):

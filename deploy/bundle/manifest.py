@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
 from ..errors import BundleError
 from ..preprocessing import Preprocess
-from .record import EMPTIED, REMEDY, plain, read_record
+from .record import EMPTIED, REMEDY, SHOWN, parse_json, plain, read_record
 from .sections import (
+    BATCH,
+    FORMATS,
     LOGITS,
     CalibrationEntry,
     EngineEntry,
     FileEntry,
+    Format,
     Host,
+    LabelsSource,
     LatencyEntry,
     ModelEntry,
+    Precision,
     RuntimeEntry,
     TensorEntry,
     TypingEntry,
@@ -45,6 +50,12 @@ MAX_MANIFEST = 16 << 20
 """A larger manifest, in bytes, is not read."""
 MAX_FILES = 256
 """The largest number of files in a bundle."""
+SHOWN_NAMES = 5
+"""The largest number of outputs that a message names."""
+BINARY = 2
+"""Number of labels of a model with a single logit."""
+MAX_PATH = 1000
+"""The largest number of characters of a file's path in the bundle."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +70,9 @@ class Manifest:
     outputs: tuple[TensorEntry, ...]
     preprocess: Preprocess
     labels: tuple[tuple[str, str], ...]
-    labels_source: str
-    precision: str
-    format: str
+    labels_source: LabelsSource
+    precision: Precision
+    format: Format
     files: dict[str, FileEntry] = field(default_factory=dict)
     runtime: RuntimeEntry | None = field(default=None, metadata=EMPTIED)
     versions: dict[str, str] = field(default_factory=dict)
@@ -88,8 +99,8 @@ class Manifest:
         """Parse and check every entry; raises :class:`BundleError` that names the first wrong one."""
         content = _parsed(data, where)
         manifest = read_record(cls, content, where)
-        Preprocess.from_json(content["preprocess"])
-        _check_outputs(manifest, where)
+        if fault := _first_fault(manifest):
+            raise broken(fault, where)
         if manifest.checksum != content_hash(content):
             raise broken(
                 "the manifest was changed after the export: its checksum differs",
@@ -134,10 +145,10 @@ def broken(what: str, where: object, why: object = None) -> BundleError:
 
 def _parsed(data: bytes, where: object) -> dict[str, Any]:
     """The JSON object of a manifest whose schema this version reads."""
+    content: dict[str, Any] = parse_json(data, where)
     try:
-        content: dict[str, Any] = json.loads(data)
         schema = content["schema"]
-    except (ValueError, KeyError, TypeError, RecursionError) as exc:
+    except (KeyError, TypeError) as exc:
         raise broken("the manifest cannot be read", where, exc) from exc
     if schema != SCHEMA:
         raise broken(
@@ -147,21 +158,99 @@ def _parsed(data: bytes, where: object) -> dict[str, Any]:
     return content
 
 
-def _check_outputs(manifest: Manifest, where: object) -> None:
-    """Every tensor has a shape, and there is one label a logit."""
-    if not manifest.outputs:
-        raise broken("the manifest names no output", where)
+def _first_fault(manifest: Manifest) -> str | None:
+    """What is wrong where each entry is possible and two of them contradict each other; ``None`` if nothing
+    is."""
+    faults = (find(manifest) for find in CHECKS)
+    return next((fault for fault in faults if fault), None)
+
+
+def _fault_of_names(manifest: Manifest) -> str | None:
+    """A name that leads out of the bundle, or that some system could not hold."""
+    for name in manifest.files:
+        if len(name) > MAX_PATH or not is_plain(name):
+            return f"files names a file outside the bundle, or one that cannot be: {name[:SHOWN]!r}"
+    return None
+
+
+def _fault_of_precision(manifest: Manifest) -> str | None:
+    """A precision that no bundle of the format has."""
+    known = FORMATS.get(manifest.format, (manifest.precision,))
+    if manifest.precision in known:
+        return None
+    return (
+        f"precision is {manifest.precision!r}, expected {' or '.join(map(repr, known))} in a bundle of"
+        f" format {manifest.format!r}"
+    )
+
+
+def _fault_of_preprocessing(manifest: Manifest) -> str | None:
+    """A value that cannot be applied, or a size that is not the model's."""
+    spec, size = manifest.preprocess, manifest.model.img_size
+    if fault := spec.fault():
+        return f"preprocess.{fault}"
+    if spec.size != size:
+        return f"preprocess.size is {spec.size}, but model.img_size is {size}"
+    return None
+
+
+def _fault_of_tensors(manifest: Manifest) -> str | None:
+    """Shapes that do not belong together: every tensor begins with the same batch size."""
     size = manifest.model.img_size
-    if manifest.input.shape[1:] != (3, size, size):
-        raise broken(
-            f"the manifest's input is not one of images of {size} pixels",
-            where,
-        )
+    if not manifest.outputs:
+        return "the manifest names no output"
     if not all(tensor.shape for tensor in (manifest.input, *manifest.outputs)):
-        raise broken("the manifest's input or an output has no shape", where)
+        return "the manifest's input or an output has no shape"
+    if manifest.input.shape[1:] != (3, size, size):
+        return f"the manifest's input is not one of images of {size} pixels"
+    batch = manifest.input.shape[0]
+    for output in manifest.outputs:
+        if output.shape[0] != batch:
+            return f"output {output.name!r} has a batch of {output.shape[0]}, but the input one of {batch}"
+        if BATCH in output.shape[1:]:
+            return f"output {output.name!r} has two dynamic dimensions"
+    names = [output.name for output in manifest.outputs]
+    return None if len(set(names)) == len(names) else "two outputs have the same name"
+
+
+def _fault_of_head(manifest: Manifest) -> str | None:
+    """Outputs that a model with this head does not have."""
+    names, head = [output.name for output in manifest.outputs], manifest.model.head
+    if (head == LOGITS) != (LOGITS in names) or (head == LOGITS and len(names) > 1):
+        return f"model.head is {head!r}, but the outputs are {', '.join(map(repr, names[:SHOWN_NAMES]))}"
+    if head == LOGITS and len(manifest.outputs[0].shape) != 2:
+        return "the logits are not one row an image"
+    if head != LOGITS and any(output.kind for output in manifest.outputs):
+        return "a feature map has a kind, which only the outputs of a classifier have"
+    return None
+
+
+def _fault_of_labels(manifest: Manifest) -> str | None:
+    """Labels that are not one pair a logit, or another number of classes."""
     logits = [output.shape[-1] for output in manifest.outputs if output.name == LOGITS]
     if [len(manifest.labels)] != (logits or [0]):
-        raise broken(
-            "the manifest's labels are not one [id, name] pair a logit",
-            where,
-        )
+        return "the manifest's labels are not one [id, name] pair a logit"
+    classes = manifest.model.num_classes
+    if logits and len(manifest.labels) != (BINARY if classes == 1 else classes):
+        return f"model.num_classes is {classes}, but there are {len(manifest.labels)} labels"
+    return None
+
+
+def _fault_of_engine(manifest: Manifest) -> str | None:
+    """An engine whose files the bundle lacks."""
+    entry = manifest.engine
+    names = (entry.file, entry.report, entry.text) if entry else ()
+    missing = [name for name in names if name not in manifest.files]
+    return f"engine names a file that files lacks: {missing[0][:SHOWN]!r}" if missing else None
+
+
+CHECKS: tuple[Callable[[Manifest], str | None], ...] = (
+    _fault_of_names,
+    _fault_of_precision,
+    _fault_of_preprocessing,
+    _fault_of_tensors,
+    _fault_of_head,
+    _fault_of_labels,
+    _fault_of_engine,
+)
+"""What is checked once every entry is possible by itself; each relies on those before it."""

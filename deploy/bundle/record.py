@@ -2,11 +2,13 @@
 
 A field's type says what JSON may hold there: ``str``, ``int``, ``float``, ``bool``, ``None``, ``list[T]``,
 ``tuple[T, ...]``, ``tuple[T, T]``, ``dict[str, T]``, unions of these, and other dataclasses. ``Annotated``
-adds a :class:`Between` or a :class:`Matches`. A field with a default may be missing, any other may not.
+adds a :class:`Between`, a :class:`Matches` or a :class:`OneOf`. A field with a default may be missing, any
+other may not.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import typing
@@ -16,14 +18,19 @@ from functools import cache
 from types import MappingProxyType, NoneType, UnionType
 from typing import Annotated, Any, TypeVar
 
-from ..errors import BundleError
+from ..errors import BundleError, StepError
 
 T = TypeVar("T")
+"""The dataclass that is read from JSON."""
 
 REMEDY = "copy the whole bundle again, or export it again"
 """What to do about a bundle that cannot be read."""
 SHOWN = 40
 """The largest number of characters of a wrong value that a message quotes."""
+MAX_TEXT = 1 << 16
+"""The largest number of characters of a text."""
+MAX_WHOLE = 1 << 64
+"""The largest size of a whole number, whichever sign it has."""
 
 OMITTED = MappingProxyType({"absent": "omitted"})
 """Metadata of a field whose key is left out of the JSON where the value is ``None``."""
@@ -39,6 +46,7 @@ _KINDS: dict[Any, str] = {
     dict: "an object",
     NoneType: "null",
 }
+"""Type of a JSON value -> what a message calls it."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,19 @@ class Matches:
         return self.meaning
 
 
+@dataclass(frozen=True)
+class OneOf:
+    """A rule of a text: it is one of the known ``words``."""
+
+    words: tuple[str, ...]
+
+    def holds(self, value: Any) -> bool:
+        return value in self.words
+
+    def __str__(self) -> str:
+        return " or ".join(map(repr, self.words))
+
+
 def plain(value: Any) -> Any:
     """``value`` with every dataclass in it, at any depth, as a dictionary that JSON can hold."""
     if is_dataclass(value) and not isinstance(value, type):
@@ -90,27 +111,58 @@ def _members(record: Any) -> Iterable[tuple[str, Any]]:
             yield member.name, plain(value)
 
 
-def read_record(kind: type[T], content: object, where: object) -> T:
+def parse_json(data: bytes, where: object, whole: str = "the manifest") -> Any:
+    """What a file's JSON holds; raises :class:`BundleError`. Arguments as :func:`read_record`."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as exc:
+        raise BundleError(f"{whole} cannot be read", where=where, why=exc, remedy=REMEDY) from exc
+
+
+def read_record(
+    kind: type[T],
+    content: object,
+    where: object,
+    whole: str = "the manifest",
+    remedy: str = REMEDY,
+) -> T:
     """A dataclass ``kind`` from parsed JSON.
 
     Args:
         kind: a dataclass.
         content: what ``json.loads`` gave.
         where: the file that errors name.
+        whole: what errors call the content as a whole.
+        remedy: what errors tell the user to do.
 
     Raises:
         BundleError: an entry is missing, unknown, of another type or out of range; the message names its
             path, for example ``model.weights.sha256``.
     """
-    result: T = _Reader(where).read(kind, content, "")
+    result: T = _Reader(where, whole, remedy).read(kind, content, "")
     return result
+
+
+def read_message(kind: type[T], content: object, whole: str) -> T:
+    """A dataclass ``kind`` from what a child process and this one say to each other.
+
+    ``whole`` is what errors call it. Raises :class:`StepError`, because both sides are of this program.
+    """
+    try:
+        return read_record(kind, content, None, whole)
+    except BundleError as exc:
+        raise StepError(
+            "this program and its child process do not understand each other",
+            why=exc.what,
+            remedy="install cmt-edge again; if that does not help, report it",
+        ) from exc
 
 
 class _Reader:
     """Reads values of one file; a ``path`` names the entry from the top, with dots."""
 
-    def __init__(self, where: object) -> None:
-        self.where = where
+    def __init__(self, where: object, whole: str, remedy: str) -> None:
+        self.where, self.whole, self.remedy = where, whole, remedy
 
     def read(self, kind: Any, content: Any, path: str) -> Any:
         """``content`` as the type ``kind``."""
@@ -146,10 +198,10 @@ class _Reader:
             raise self._wrong(content, path, "an object")
         known = {member.name: member for member in fields(kind)}
         if unknown := [repr(key) for key in content if key not in known]:
-            raise self._broken(f"{path or 'the manifest'} holds unknown entries: {_listed(unknown)}")
+            raise self._broken(f"{path or self.whole} holds unknown entries: {_listed(unknown)}")
         missing = [name for name, member in known.items() if name not in content and _required(member)]
         if missing:
-            raise self._broken(f"{path or 'the manifest'} lacks entries: {', '.join(missing)}")
+            raise self._broken(f"{path or self.whole} lacks entries: {', '.join(missing)}")
         kinds = _types_of(kind)
         return kind(
             **{
@@ -189,17 +241,21 @@ class _Reader:
         return [self.read(kind, item, f"{path}[{i}]") for i, (kind, item) in enumerate(pairs)]
 
     def _scalar(self, kind: Any, content: Any, path: str) -> Any:
+        if kind is str and len(content) > MAX_TEXT:
+            raise self._wrong(content, path, f"text of at most {MAX_TEXT} characters")
         if kind is str and not _is_unicode(content):
             raise self._wrong(content, path, "text without half characters")
+        if kind is int and abs(content) > MAX_WHOLE:
+            raise self._wrong(content, path, "a whole number of at most 64 bits")
         if kind is float and not _is_float(content):
             raise self._wrong(content, path, "a finite number")
         return content
 
     def _wrong(self, content: Any, path: str, expected: str) -> BundleError:
-        return self._broken(f"{path or 'the manifest'} is {_shown(content)}, expected {expected}")
+        return self._broken(f"{path or self.whole} is {_shown(content)}, expected {expected}")
 
     def _broken(self, what: str) -> BundleError:
-        return BundleError(what, where=self.where, remedy=REMEDY)
+        return BundleError(what, where=self.where, remedy=self.remedy)
 
 
 @cache
@@ -241,7 +297,7 @@ def _shown(content: Any) -> str:
         return repr(content if len(content) <= SHOWN else f"{content[:SHOWN]}...")
     if content is None or isinstance(content, bool):
         return {None: "null", True: "true", False: "false"}[content]
-    text = repr(content)
+    text = repr(content) if isinstance(content, float) or abs(content) <= MAX_WHOLE else "a huge number"
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
@@ -255,7 +311,9 @@ def _listed(names: list[str]) -> str:
 
 
 def _below(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
+    """The path of an entry; a name that could not be printed is quoted."""
+    shown = name if len(name) <= 2 * SHOWN and name.isprintable() else _shown(name)
+    return f"{path}.{shown}" if path else shown
 
 
 def _is_unicode(text: str) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -23,7 +22,7 @@ from ..files import (
     writing,
 )
 from ..locks import locked, scratch_folder
-from ..signals import terminate_as_interrupt
+from ..signals import unwound_by_signals
 from .bundle import Bundle, state_of
 from .manifest import ENGINES, MANIFEST, MAX_MANIFEST, Manifest
 from .sections import FileEntry
@@ -85,9 +84,7 @@ class BundleWriter:
                 put_back(self.target)
             self.folder = stack.enter_context(scratch_folder(parent, f".{self.target.name}.", TEMPORARY))
             self.folder.chmod(0o755)
-        previous = terminate_as_interrupt()
-        if previous is not None:
-            stack.callback(signal.signal, signal.SIGTERM, previous)
+        stack.enter_context(unwound_by_signals())
 
     def __exit__(self, *exc: object) -> None:
         self._stack.close()

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
+import tempfile
 from pathlib import Path
 
 from .. import report
 from ..bundle import Bundle, require_outside_bundles
 from ..errors import InputError, OutputError
+from ..escaping import escape
 from ..files import write_atomic
 from ..images import ImageSet
 from ..measure.benchmark import Protocol
 from ..measure.benchmark import benchmark as run_benchmark
 from ..progress import Progress
+from ..report.plot import require_matplotlib
 from .console import add_key_flag, add_runtime_flags, parser, run, say
 from .measuring import add_measuring_flags, protocol_of
 
@@ -68,25 +72,24 @@ def _main(args: argparse.Namespace) -> int:
     _check_targets(args)
     bundles = [Bundle.open(path, key=args.key) for path in args.bundles]
     progress = Progress(args.quiet)
+    images = _images(args.data, progress) if args.data else []
     result = run_benchmark(
         bundles,
         backend=args.backend,
         device=args.device,
         threads=args.threads,
-        images=_images(args.data) if args.data else [],
+        images=images,
         protocol=protocol,
         with_throughput=not args.no_throughput,
         progress=progress.share,
     )
     progress.finish()
+    say(report.to_json(result) if args.json else report.benchmark_text(result))
     if args.markdown:
-        write_atomic(
-            args.markdown,
-            (report.benchmark_text(result, markdown=True) + "\n").encode(),
-        )
+        text = escape(report.benchmark_text(result, markdown=True))
+        write_atomic(args.markdown, f"{text}\n".encode())
     if args.plot:
         report.latency_plot(result, args.plot)
-    say(report.to_json(result) if args.json else report.benchmark_text(result))
     return 0
 
 
@@ -99,17 +102,35 @@ def _check_targets(args: argparse.Namespace) -> None:
             where=args.plot,
             remedy="name it .png or .svg",
         )
+    if args.plot:
+        require_matplotlib()
     for target in filter(None, (args.markdown, args.plot)):
         require_outside_bundles(target)
-        if not target.absolute().parent.is_dir() or target.is_dir():
+        if why := _obstacle(target):
             raise OutputError(
                 "cannot write here",
                 where=target,
-                why="it is a folder" if target.is_dir() else "its folder does not exist",
-                remedy="name a file in a folder that exists",
+                why=why,
+                remedy="name a file in a folder that exists and can be written to",
             )
 
 
-def _images(data: str) -> list[bytes]:
-    source = ImageSet(data)
+def _obstacle(target: Path) -> str:
+    """Why no file can be written to ``target``, empty if one can."""
+    if os.path.isdir(target):
+        return "it is a folder"
+    folder = target.absolute().parent
+    if not os.path.isdir(folder):
+        return "its folder does not exist"
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{target.name}."):
+            return ""
+    except OSError as exc:
+        return exc.strerror or str(exc)
+
+
+def _images(data: str, progress: Progress) -> list[bytes]:
+    """The first images of a collection, encoded; labels do not matter here."""
+    source = ImageSet(data, labelled=False)
+    progress.tell(source.note)
     return [source.read(item) for item in source.items[:BENCH_IMAGES]]

@@ -1,5 +1,5 @@
 """What the command lines share: flags, progress on standard error, one place where errors become exit
-codes."""
+codes, and where everything is made safe to print."""
 
 from __future__ import annotations
 
@@ -9,23 +9,26 @@ import contextlib
 import errno
 import io
 import json
-import math
 import os
+import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from cmt_edge.version import __version__
 
-from ..errors import CacheWarning, CmtEdgeError, OutputError
+from ..backends import offered_runtimes, require_offered
+from ..errors import CacheWarning, CmtEdgeError, InputError, OutputError
+from ..escaping import escape, escape_line
+from ..signals import Stopped, code_after, received, unwound_by_signals
+from .ranges import THREADS
 
 INTERNAL = 4
 """Exit code of a failure that is a bug of ours."""
-INTERRUPTED = 130
-"""Exit code after Ctrl-C: 128 and the number of SIGINT."""
 
 ESCAPED = "cmt-edge-escape"
 """Name of the error handler that writes characters which an encoding lacks as JSON does."""
@@ -33,10 +36,44 @@ ESCAPED = "cmt-edge-escape"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """Error numbers of a disk that is full, or of a user who may not use more of it."""
 
+UNUSABLE = (
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EIO,
+)
+"""Error numbers of a place that the user named and that cannot be used."""
 
-def parser(prog: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
-    """An argument parser with the flags every command has."""
-    p = argparse.ArgumentParser(
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints cannot steer the terminal: they quote arguments, and file names are some."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and ``message``, and exit with 2."""
+        super().error(escape(message))
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """Exit; also after ``--help`` a full standard output is an error and no trace."""
+        _output.flush()
+        if _output.failure is not None:
+            tell_error(_unwritable_output(_output.failure, _output.is_lost))
+            status = status or OutputError.exit_code
+        super().exit(status, message)
+
+
+def parser(
+    prog: str,
+    description: str,
+    epilog: str = "",
+    *,
+    json_help: str = "print one machine-readable object last on standard output",
+) -> Parser:
+    """An argument parser with the flags every command has; ``json_help`` says what ``--json`` prints."""
+    p = Parser(
         prog,
         description=description,
         epilog=epilog,
@@ -44,11 +81,7 @@ def parser(prog: str, description: str, epilog: str = "") -> argparse.ArgumentPa
         allow_abbrev=False,
     )
     p.add_argument("--version", action="version", version=f"cmt-edge {__version__}")
-    p.add_argument(
-        "--json",
-        action="store_true",
-        help="print one machine-readable object last on standard output",
-    )
+    p.add_argument("--json", action="store_true", help=json_help)
     p.add_argument(
         "-v",
         "--verbose",
@@ -64,6 +97,7 @@ def add_runtime_flags(p: argparse.ArgumentParser) -> None:
     runtime = p.add_argument_group("runtime")
     runtime.add_argument(
         "--backend",
+        metavar=f"{{{','.join(offered_runtimes())}}}",
         help="runtime to use (default: the one of the bundle's format)",
     )
     runtime.add_argument(
@@ -72,7 +106,7 @@ def add_runtime_flags(p: argparse.ArgumentParser) -> None:
     )
     runtime.add_argument(
         "--threads",
-        type=int,
+        type=THREADS.whole,
         help="CPU threads of one inference (default: all cores)",
     )
 
@@ -87,46 +121,91 @@ def add_key_flag(p: argparse.ArgumentParser) -> None:
     )
 
 
-def finite(text: str) -> float:
-    """The number in ``text``, for ``type=`` of a flag; refuses NaN and infinity, which no flag can mean."""
-    try:
-        number = float(text)
-    except ValueError as exc:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from exc
-    if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
-    return number
+@dataclass
+class _Output:
+    """What has become of standard output.
 
-
-def say(text: str) -> None:
-    """Print an answer on standard output at once.
-
-    A reader that has closed the pipe has seen enough. Where standard output cannot be written to, the answer
-    goes to standard error, so that it is not lost.
-
-    Raises:
-        OutputError: standard output is full, closed or broken.
+    Attributes:
+        failure: why it cannot be written to.
+        is_lost: whether a part of the answers was in its buffer then, and stands nowhere.
+        has_reader: whether anybody reads there.
     """
-    try:
-        if sys.stdout is None:
-            raise OSError(errno.EBADF, "it is closed")
-        print(text, flush=True)
-    except BrokenPipeError:
-        _discard_output()
-    except OSError as exc:
-        _discard_output()
-        tell(text)
-        raise _unwritable_output(exc, "the answer stands above, on standard error") from exc
+
+    failure: OSError | None = None
+    is_lost: bool = False
+    has_reader: bool = True
+
+    def reset(self) -> None:
+        """Begin a command."""
+        self.failure, self.is_lost, self.has_reader = None, False, True
+
+    def write(self, text: str) -> None:
+        """Print ``text`` there, or on standard error where that is impossible."""
+        if self.failure is None and self.has_reader:
+            self._attempt(lambda: print(text, flush=True, file=_standard_output()))
+        if self.failure is not None:
+            tell(text)
+
+    def flush(self) -> None:
+        """Write what others have left in its buffer."""
+        if sys.stdout is not None and self.failure is None:
+            self._attempt(sys.stdout.flush)
+            self.is_lost = self.failure is not None
+
+    def _attempt(self, write: Callable[[], None]) -> None:
+        """Do something that writes there, and note what came of it."""
+        try:
+            write()
+        except BrokenPipeError:
+            self.has_reader = False
+            _discard_output()
+        except OSError as exc:
+            self.failure = exc
+            _discard_output()
+
+
+_output = _Output()
+"""The standard output of this process."""
+
+
+def say(text: str) -> bool:
+    """Print an answer on standard output at once; whether anybody reads there.
+
+    A reader that has closed the pipe has seen enough. Where standard output is full, closed or broken, this
+    and all further answers go to standard error, so that none is lost; :func:`run` then ends with an error.
+    """
+    _output.write(escape(text))
+    return _output.has_reader
 
 
 def tell(text: str) -> None:
     """Print a message on standard error; without one there is nobody to tell."""
     if sys.stderr is not None:
-        with contextlib.suppress(OSError):
-            print(text, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):
+            print(escape(text), file=sys.stderr, flush=True)
 
 
-def _unwritable_output(exc: OSError, answer: str) -> OutputError:
+def tell_error(error: CmtEdgeError) -> None:
+    """Print an error on standard error: what it quotes of files cannot pretend to be a line of ours."""
+    lines = [error.what if error.where is None else f"{escape_line(error.where)}: {error.what}"]
+    lines += [f"why: {error.why}"] if error.why else []
+    lines += [f"remedy: {error.remedy}"] if error.remedy else []
+    tell("\n  ".join(["error: " + _indented(lines[0]), *map(_indented, lines[1:])]))
+
+
+def _indented(text: str) -> str:
+    """``text`` with every line but the first indented below it."""
+    return "\n    ".join(text.split("\n"))
+
+
+def _standard_output() -> Any:
+    if sys.stdout is None:
+        raise OSError(errno.EBADF, "it is closed")
+    return sys.stdout
+
+
+def _unwritable_output(exc: OSError, is_lost: bool) -> OutputError:
+    answer = "a part of the answer is lost" if is_lost else "the answer stands above, on standard error"
     return OutputError(
         "standard output cannot be written to",
         why=exc.strerror or exc,
@@ -160,16 +239,18 @@ def _escape_unknown_characters() -> None:
 
 
 def run(main: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
-    """Run a command; every error becomes one message on standard error and its exit code."""
+    """Run a command; every error becomes one message on standard error and its exit code, and a signal that
+    asks the process to end becomes 128 and its number."""
     _escape_unknown_characters()
-    with warnings.catch_warnings():
+    _output.reset()
+    with unwound_by_signals(interrupt=True), warnings.catch_warnings():
         warnings.simplefilter("always", CacheWarning)
         warnings.showwarning = _show_warning(warnings.showwarning)
         return _exit_code(main, args)
 
 
 def _show_warning(others: Callable[..., None]) -> Callable[..., None]:
-    """What shows our own warnings as sentences, and leaves ``others`` as they are."""
+    """What shows our own warnings as sentences, and those of ``others`` as they are, but safe to print."""
 
     def show(
         message: Warning | str,
@@ -177,48 +258,66 @@ def _show_warning(others: Callable[..., None]) -> Callable[..., None]:
         *place: Any,
         **more: Any,
     ) -> None:
+        text = str(message)
         if issubclass(category, CacheWarning):
-            tell(f"warning: {message}")
+            tell(f"warning: {text}")
         else:
-            others(message, category, *place, **more)
+            safe = escape(text)
+            others(message if safe == text else safe, category, *place, **more)
 
     return show
 
 
 def _exit_code(main: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     try:
+        require_offered(getattr(args, "backend", None))
         code = main(args)
-        _flush_output()
-        return code
-    except CmtEdgeError as exc:
-        if args.verbose:
-            traceback.print_exc()
-        tell(f"error: {exc}")
-        return exc.exit_code
-    except KeyboardInterrupt:
-        tell("interrupted; nothing half-written was left")
-        return INTERRUPTED
-    except BrokenPipeError:
-        _discard_output()
-        return 0
+        _output.flush()
+    except KeyboardInterrupt as exc:
+        return _interrupted(exc.number if isinstance(exc, Stopped) else signal.SIGINT)
     except Exception as exc:
-        if isinstance(exc, OSError) and exc.errno in FULL:
-            _discard_output()
-            tell(f"error: {_unwritable_output(exc, 'a part of the answer is lost')}")
-            return OutputError.exit_code
-        traceback.print_exc()
-        tell(f"error: internal failure: {type(exc).__name__}: {exc}")
-        tell("  remedy: please report it with this trace")
-        return INTERNAL
+        number = received()
+        if number is not None:  # what it interrupted made another exception of it
+            return _interrupted(number)
+        return _failed(exc, args.verbose)
+    if _output.failure is None:
+        return code
+    tell_error(_unwritable_output(_output.failure, _output.is_lost))
+    return code or OutputError.exit_code
 
 
-def _flush_output() -> None:
-    """Write what is left of the answers; raises :class:`OutputError`."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except BrokenPipeError:
+def _interrupted(number: int) -> int:
+    tell("interrupted; nothing half-written was left")
+    return code_after(number)
+
+
+def _failed(exc: Exception, verbose: bool) -> int:
+    """Explain an exception on standard error; its exit code."""
+    error = _typed(exc)
+    if verbose or error is None:
+        tell(traceback.format_exc().rstrip())
+    if error is not None:
+        tell_error(error)
+        return error.exit_code
+    tell(f"error: internal failure: {type(exc).__name__}: {_indented(str(exc))}")
+    tell("  remedy: please report it with this trace")
+    return INTERNAL
+
+
+def _typed(exc: Exception) -> CmtEdgeError | None:
+    """``exc`` as one of our errors; ``None`` for what only a bug of ours can be."""
+    if isinstance(exc, CmtEdgeError):
+        return exc
+    if not isinstance(exc, OSError):
+        return None
+    if exc.errno in FULL:
         _discard_output()
-    except OSError as exc:
-        _discard_output()
-        raise _unwritable_output(exc, "a part of the answer is lost") from exc
+        return _unwritable_output(exc, is_lost=True)
+    if exc.errno in UNUSABLE and exc.filename is not None:
+        return InputError(
+            "cannot be used",
+            where=os.fsdecode(exc.filename) if isinstance(exc.filename, bytes) else exc.filename,
+            why=exc.strerror,
+            remedy="check the name and the permissions",
+        )
+    return None

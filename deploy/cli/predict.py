@@ -12,19 +12,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import ImageError, InputError
+from ..escaping import escape_line
 from ..images import ImageSet, Item, is_archive
 from ..predictor import Prediction, Predictor
 from ..preprocessing import ImageLike, NamedBytes
 from ..progress import Progress
-from .console import add_key_flag, add_runtime_flags, parser, run, say, tell
+from .console import add_key_flag, add_runtime_flags, parser, run, say, tell, tell_error
+from .ranges import CLASSES
 
 MANY = 32
 """Number of images from which it is worth opening the bundle for several inferences at once."""
 SHOW_PROGRESS = 20
 """Fewer images show no progress: they are done before anybody could read it."""
 
-Show = Callable[[Prediction], None]
-"""Prints one answer."""
+Show = Callable[[Prediction], bool]
+"""Prints one answer; says whether anybody reads the answers."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
         "cmt-predict",
         f"Classify images with a bundle; {MANY} images or more with several inferences at once. Each answer"
         " is printed as soon as it is known. Images that cannot be read are named on standard error, and the"
-        " exit code is then 2. With --json every answer is one object on a line of its own.",
+        " exit code is then 2.",
+        json_help="print every answer as one machine-readable object on a line of its own",
     )
     p.add_argument("bundle", type=Path)
     p.add_argument(
@@ -65,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     output = p.add_argument_group("output")
     output.add_argument(
         "--topk",
-        type=int,
+        type=CLASSES.whole,
         default=5,
         help="classes to print (default 5)",
     )
@@ -91,13 +94,13 @@ def _main(args: argparse.Namespace) -> int:
         key=args.key,
         throughput=len(sources) >= MANY,
     ) as predictor:
-        show = _show(args, sources, len(predictor.labels))
+        show = _show(args, sources, predictor.labels)
         for answer in _answers(predictor, sources, args.quiet):
             if isinstance(answer, ImageError):
                 failed += 1
-                tell(f"error: {answer}")
-            else:
-                show(answer)
+                tell_error(answer)
+            elif not show(answer):
+                break  # the reader of the pipe has seen enough
     if failed:
         tell(f"{failed} of {len(sources)} images could not be read")
     return InputError.exit_code if failed else 0
@@ -105,8 +108,6 @@ def _main(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """Raise :class:`InputError` for flags that cannot be used."""
-    if args.topk < 1:
-        raise InputError(f"--topk {args.topk}", remedy="ask for 1 or more")
     if args.json and args.csv:
         raise InputError(
             "--json and --csv were both given",
@@ -130,7 +131,7 @@ def _opened(sources: Iterable[_Source]) -> Iterator[ImageLike]:
     return (source.open() for source in sources)
 
 
-def _show(args: argparse.Namespace, sources: list[_Source], classes: int) -> Show:
+def _show(args: argparse.Namespace, sources: list[_Source], labels: list[str]) -> Show:
     """What prints an answer in the form that was asked for."""
     from .. import (
         report,
@@ -139,9 +140,15 @@ def _show(args: argparse.Namespace, sources: list[_Source], classes: int) -> Sho
     if args.json:
         return lambda answer: say(report.to_json(report.prediction_json(answer, args.topk)))
     if args.csv:
-        return _csv(min(args.topk, classes))
-    width = max((len(source.name) for source in sources), default=0)
-    return lambda answer: say(report.prediction_text(answer, args.topk, width))
+        return _csv(min(args.topk, len(labels)))
+    width = max((len(escape_line(source.name)) for source in sources), default=0)
+    safe = [escape_line(label) for label in labels]  # no label can pretend to be another line
+
+    def show(answer: Prediction) -> bool:
+        source = escape_line(answer.source or "")
+        return say(report.prediction_text(replace(answer, labels=safe, source=source), args.topk, width))
+
+    return show
 
 
 def _csv(topk: int) -> Show:
@@ -149,9 +156,9 @@ def _csv(topk: int) -> Show:
     columns = [f"{what}_{i}" for i in range(1, topk + 1) for what in ("label", "probability")]
     say(_csv_line(["source", *columns]))
 
-    def show(answer: Prediction) -> None:
+    def show(answer: Prediction) -> bool:
         best = answer.top(topk)
-        say(
+        return say(
             _csv_line(
                 [
                     answer.source,

@@ -13,7 +13,8 @@ from ..measure.parity import MAX_DROP
 from ..measure.parity import verify as run_verify
 from ..predictor import Predictor
 from ..progress import Progress
-from .console import add_key_flag, add_runtime_flags, finite, parser, run, say, tell
+from .console import add_key_flag, add_runtime_flags, parser, run, say, tell
+from .ranges import DIFFERENCE, IMAGES, POINTS
 
 REMEDY = (
     "the bundle is not the model within the allowed difference; see --max-drop and --atol, or calibrate on"
@@ -46,20 +47,20 @@ def build_parser() -> argparse.ArgumentParser:
     )
     images.add_argument(
         "--limit",
-        type=int,
+        type=IMAGES.whole,
         help="largest number of images to use, evenly spread",
     )
     _add_reference_flags(p)
     gates = p.add_argument_group("accuracy gates")
     gates.add_argument(
         "--max-drop",
-        type=finite,
+        type=POINTS.number,
         default=MAX_DROP,
         help=f"allowed loss of top-1, points (default {MAX_DROP})",
     )
     gates.add_argument(
         "--atol",
-        type=finite,
+        type=DIFFERENCE.number,
         help="allowed golden logit difference (default: by precision)",
     )
     add_runtime_flags(p)

@@ -330,7 +330,7 @@ def _latencies(
         return {
             name: _Samples(
                 batch=batches[name],
-                runtime=RanOn(**p.info),
+                runtime=p.info,
                 model=model[name],
                 end_to_end=end_to_end[name],
                 executed=p.session.executed(batches[name]),

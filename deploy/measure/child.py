@@ -14,28 +14,88 @@ both sides speak.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ..backends import get_runtime
 from ..bundle import Bundle, plain
+from ..bundle.record import read_message
+from ..bundle.sections import Share
 from ..children import Child, ChildCrashed, Report, Request, serve
 from ..errors import CmtEdgeError, RuntimeMissingError, StepError
 from ..predictor import Predictor
 from ..preprocessing import normalise
-from .benchmark import Protocol, benchmark, golden_batch
+from .benchmark import Benchmark, Protocol, benchmark, golden_batch
 from .isa import ISAS, require_isa
 
+T = TypeVar("T")
+"""A dataclass that one side sends to the other."""
 CHUNK_IMAGES = 32
 """Images that go through the model at once, at least."""
 SWITCHES: tuple[str, ...] = ("OV_CPU_MAX_ISA", "ONEDNN_MAX_CPU_ISA")
 """Environment variables that limit OpenVINO, and oneDNN within it."""
 OWN_CHOICE = "mlas"
 """In the name of kernels that ask the CPU themselves and heed no switch."""
+
+
+@dataclass(frozen=True)
+class RuntimeRequest:
+    """Asks for name and version of a runtime."""
+
+    backend: str
+
+
+@dataclass(frozen=True)
+class PrecisionRequest:
+    """Asks why a runtime cannot compute in ``precision``."""
+
+    backend: str
+    precision: str
+
+
+@dataclass(frozen=True)
+class LogitsRequest:
+    """Asks for the logits of the images in the file ``pixels``, to be written to the file ``target``."""
+
+    bundle: str
+    pixels: str
+    target: str
+    threads: int | None
+
+
+@dataclass(frozen=True)
+class BenchmarkRequest:
+    """Asks for the latencies of ``bundles``."""
+
+    bundles: tuple[str, ...]
+    protocol: Protocol
+    threads: int | None
+
+
+@dataclass(frozen=True)
+class KernelsRequest:
+    """Asks for the share of the run time by kernel."""
+
+    bundle: str
+    threads: int | None
+
+
+@dataclass(frozen=True)
+class Text:
+    """An answer of one text."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Name of a kernel -> its share of the run time."""
+
+    shares: dict[str, Share]
 
 
 class MeasuringProcess:
@@ -62,13 +122,11 @@ class MeasuringProcess:
 
     def runtime(self, name: str) -> str:
         """Name and version of a runtime."""
-        version: str = self._request("runtime", backend=name)
-        return version
+        return self._request("runtime", RuntimeRequest(name), Text).text
 
     def missing(self, name: str, precision: str) -> str:
         """Why a runtime cannot compute in ``precision`` here; empty if it can."""
-        reason: str = self._request("missing", backend=name, precision=precision)
-        return reason
+        return self._request("missing", PrecisionRequest(name, precision), Text).text
 
     def logits(self, bundle: Path, pixels: Path, threads: int | None) -> np.ndarray:
         """Logits of the images in a ``.npy`` file, float32 ``(N, classes)``.
@@ -80,13 +138,8 @@ class MeasuringProcess:
         """
         with tempfile.TemporaryDirectory() as folder:
             target = Path(folder) / "logits.npy"
-            self._request(
-                "logits",
-                bundle=str(bundle),
-                pixels=str(pixels),
-                target=str(target),
-                threads=threads,
-            )
+            request = LogitsRequest(str(bundle), str(pixels), str(target), threads)
+            self._request("logits", request, Text)
             logits: np.ndarray = np.load(target)
             return logits
 
@@ -95,20 +148,15 @@ class MeasuringProcess:
         bundles: Sequence[Path],
         protocol: Protocol,
         threads: int | None,
-    ) -> dict[str, Any]:
-        """:class:`cmt_edge.deploy.measure.benchmark.Benchmark` as a dictionary."""
-        result: dict[str, Any] = self._request(
-            "benchmark",
-            bundles=[str(bundle) for bundle in bundles],
-            protocol=asdict(protocol),
-            threads=threads,
-        )
-        return result
+    ) -> Benchmark:
+        """The latencies of ``bundles``, measured in turn; see
+        :func:`cmt_edge.deploy.measure.benchmark.benchmark`."""
+        paths = tuple(str(bundle) for bundle in bundles)
+        return self._request("benchmark", BenchmarkRequest(paths, protocol, threads), Benchmark)
 
     def kernels(self, bundle: Path, threads: int | None) -> dict[str, float]:
         """Share of the run time by kernel, see :meth:`cmt_edge.deploy.backends.base.Session.kernels`."""
-        shares: dict[str, float] = self._request("kernels", bundle=str(bundle), threads=threads)
-        return shares
+        return self._request("kernels", KernelsRequest(str(bundle), threads), Kernels).shares
 
     def check_limit(self, kernels: dict[str, float]) -> None:
         """Raise :class:`RuntimeMissingError` if kernels beyond the limit ran."""
@@ -122,11 +170,13 @@ class MeasuringProcess:
                 remedy="use OpenVINO 2026.4.1, which does; or leave --isa out",
             )
 
-    def _request(self, call: str, **arguments: Any) -> Any:
+    def _request(self, call: str, request: object, kind: type[T]) -> T:
+        """The child's answer, a dataclass ``kind``."""
         try:
-            return self.child.request(call, **arguments)
+            answer = self.child.request(call, **plain(request))
         except ChildCrashed as crash:
             raise self._crash_error(call, crash) from crash
+        return read_message(kind, answer, f"the answer to {call!r}")
 
     def _crash_error(self, call: str, crash: ChildCrashed) -> StepError:
         limit = f"; it was limited to {self.isa}, which OpenVINO before 2026.4.1 may not support"
@@ -141,55 +191,64 @@ class MeasuringProcess:
 # --- in the child ---------------------------------------------------------------------------------
 
 
-def _runtime(request: Request, _: Report) -> str:
-    return get_runtime(request["backend"]).check()
+def _runtime(request: RuntimeRequest, _: Report) -> Text:
+    return Text(get_runtime(request.backend).check())
 
 
-def _missing(request: Request, _: Report) -> str:
+def _missing(request: PrecisionRequest, _: Report) -> Text:
     try:
-        get_runtime(request["backend"]).float_precision(request["precision"])
+        get_runtime(request.backend).float_precision(request.precision)
     except RuntimeMissingError as exc:
-        return exc.what
-    return ""
+        return Text(exc.what)
+    return Text("")
 
 
-def _logits(request: Request, report: Report) -> None:
-    pixels = np.load(request["pixels"], mmap_mode="r")
+def _logits(request: LogitsRequest, report: Report) -> Text:
+    pixels = np.load(request.pixels, mmap_mode="r")
     parts = []
-    with Predictor.load(request["bundle"], threads=request["threads"]) as predictor:
+    with Predictor.load(request.bundle, threads=request.threads) as predictor:
         chunk = max(CHUNK_IMAGES, predictor.batch)
         for start in range(0, len(pixels), chunk):
             part = np.asarray(pixels[start : start + chunk])
             batch = normalise(part, predictor.spec) if part.dtype == np.uint8 else part
             parts.append(predictor.logits(batch))
             report("", min(1.0, (start + chunk) / len(pixels)))
-    np.save(request["target"], np.concatenate(parts))
+    np.save(request.target, np.concatenate(parts))
+    return Text(request.target)
 
 
-def _benchmark(request: Request, report: Report) -> dict[str, Any]:
-    bundles = [Bundle.open(path) for path in request["bundles"]]
-    result = benchmark(
-        bundles,
-        threads=request["threads"],
-        protocol=Protocol(**request["protocol"]),
+def _benchmark(request: BenchmarkRequest, report: Report) -> Benchmark:
+    return benchmark(
+        [Bundle.open(path) for path in request.bundles],
+        threads=request.threads,
+        protocol=request.protocol,
         with_throughput=False,
         progress=report,
     )
-    return dict(plain(result))
 
 
-def _kernels(request: Request, _: Report) -> dict[str, float]:
-    bundle = Bundle.open(request["bundle"])
-    with Predictor.load(bundle, threads=request["threads"]) as predictor:
-        return predictor.session.kernels(golden_batch(bundle, predictor))
+def _kernels(request: KernelsRequest, _: Report) -> Kernels:
+    bundle = Bundle.open(request.bundle)
+    with Predictor.load(bundle, threads=request.threads) as predictor:
+        return Kernels(predictor.session.kernels(golden_batch(bundle, predictor)))
+
+
+def _answering(kind: type[T], answer: Callable[[T, Report], object]) -> Callable[[Request, Report], Any]:
+    """``answer`` as a function of JSON: its request is a dataclass ``kind``, and it returns a dataclass."""
+
+    def call(request: Request, report: Report) -> Any:
+        arguments = {name: value for name, value in request.items() if name != "call"}
+        return plain(answer(read_message(kind, arguments, "the request"), report))
+
+    return call
 
 
 CALLS = {
-    "runtime": _runtime,
-    "missing": _missing,
-    "logits": _logits,
-    "benchmark": _benchmark,
-    "kernels": _kernels,
+    "runtime": _answering(RuntimeRequest, _runtime),
+    "missing": _answering(PrecisionRequest, _missing),
+    "logits": _answering(LogitsRequest, _logits),
+    "benchmark": _answering(BenchmarkRequest, _benchmark),
+    "kernels": _answering(KernelsRequest, _kernels),
 }
 """Name of a request -> what answers it."""
 

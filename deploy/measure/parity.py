@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from ..backends import has_runtime
-from ..bundle import LOGITS, Bundle
+from ..backends import LoadOptions, has_runtime
+from ..bundle import Bundle
 from ..bundle.sections import (
     DataCheck,
     GoldenCheck,
@@ -18,13 +18,13 @@ from ..bundle.sections import (
 )
 from ..errors import (
     BundleError,
-    DataError,
     InputError,
     RuntimeMissingError,
 )
 from ..images import ImageSet, Item, digest
 from ..predictor import Predictor
 from ..preprocessing import NamedBytes, normalise, pixels, preprocess
+from .labels import match_labels
 from .statistics import paired_drop, wilson
 
 ATOL = {"fp32": 1e-3, "fp16": 0.1, "bf16": 0.25, "int8": 1.5}
@@ -50,8 +50,6 @@ MANY_IMAGES = 30
 """Number of images from which the interval of the reference's top-1 is compared with chance."""
 CHUNK_IMAGES = 16
 """Labelled images that go through both sides at once, at least."""
-BY_NAME = "name the folders like the labels, or match them in sorted order with --by-order"
-"""The remedy where class folders and labels do not match."""
 NO_REFERENCE_REMEDY = (
     "verify on the exporting machine, pass --reference BUNDLE (an fp32 bundle), or leave --data out"
 )
@@ -120,43 +118,65 @@ def verify(
         atol: allowed golden logit difference; default by precision, see :data:`ATOL`.
         limit: the largest number of images to use, evenly spread.
         progress: called with images done and total.
-        candidate: what to check instead of the bundle as its runtime opens it; left open.
+        candidate: what to check instead of the bundle as its runtime opens it; it stays open.
 
     Raises:
         DataError: unlabelled images, or class folders that do not match the labels.
         InputError: images were given for a bundle of feature maps.
         RuntimeMissingError: images were given, but nothing here knows the reference's answers to them.
     """
-    opened = candidate or Predictor.load(
-        bundle,
-        backend=backend,
-        device=device,
-        threads=threads,
-        weights=weights,
-        trusted_model=trusted_model,
-    )
-    with opened if candidate is None else nullcontext(opened) as predictor:
+    options = LoadOptions(device, threads, weights=weights, trusted_model=trusted_model)
+    with _opened(candidate, bundle, backend, options) as predictor:
         golden = check_golden(bundle, predictor, atol)
-        found = Verification(
-            bundle.title,
-            bundle.manifest.precision,
-            RanOn(**predictor.info),
-            golden,
-        )
+        precision = bundle.manifest.precision
+        found = Verification(bundle.title, precision, predictor.info, golden)
         if data is None:
             return found
         labelled = _Labelled.of(bundle, data, by_order, limit)
-        with _reference(reference, bundle, labelled, weights, trusted_model, threads) as live:
+        with _reference(reference, bundle, labelled, options) as live:
             answers = _run_both(predictor, live, bundle, labelled, progress)
-            source = "the bundle's record" if live is None else live.info["runtime"]
-        check = _compare(labelled.truth, answers, max_drop, source)
-        notes = _notes(check, labelled.truth, len(bundle.labels))
-        return replace(
-            found,
-            data=check,
-            notes=notes,
-            reference_answers=answers.by_digest,
-        )
+            source = "the bundle's record" if live is None else live.info.runtime
+    return _judged(found, labelled.truth, answers, len(bundle.labels), max_drop, source)
+
+
+@contextmanager
+def _opened(
+    candidate: Predictor | None,
+    bundle: Bundle,
+    backend: str | None,
+    options: LoadOptions,
+) -> Iterator[Predictor]:
+    """The ``candidate``, which stays open, or the bundle as its runtime opens it."""
+    if candidate is not None:
+        yield candidate
+        return
+    with Predictor.load(
+        bundle,
+        backend=backend,
+        device=options.device,
+        threads=options.threads,
+        weights=options.weights,
+        trusted_model=options.trusted_model,
+    ) as predictor:
+        yield predictor
+
+
+def _judged(
+    found: Verification,
+    truth: np.ndarray,
+    answers: _Answers,
+    classes: int,
+    max_drop: float,
+    source: str,
+) -> Verification:
+    """``found`` with the check of the labelled images."""
+    check = _compare(truth, answers, max_drop, source)
+    return replace(
+        found,
+        data=check,
+        notes=_notes(check, truth, classes),
+        reference_answers=answers.by_digest,
+    )
 
 
 @dataclass(frozen=True)
@@ -276,78 +296,12 @@ def resolution(outputs: np.ndarray) -> float:
     return 2 * EPS_FLOAT16 if np.array_equal(halves, values) else 0.0
 
 
-def match_labels(bundle: Bundle, data: ImageSet, by_order: bool) -> dict[str, int]:
-    """Class folder -> logit index, by class id or readable name, or in sorted order.
-
-    Raises:
-        InputError: the bundle gives feature maps.
-        DataError: the images have no class folders, or folders and labels do not match; shows both sides.
-    """
-    if bundle.head != LOGITS:
-        raise InputError(
-            "feature maps have no top-1",
-            where=bundle.path,
-            remedy="leave the images out, or export with --head logits",
-        )
-    folders = data.classes
-    if not folders:
-        raise DataError(
-            "the images are not in class folders, so top-1 cannot be measured",
-            where=data.path,
-            remedy="sort them into one folder a class, or leave --data out",
-        )
-    return _by_order(bundle, data, folders) if by_order else _by_name(bundle, data, folders)
-
-
-def _by_order(bundle: Bundle, data: ImageSet, folders: Sequence[str]) -> dict[str, int]:
-    count = len(bundle.class_ids)
-    if len(folders) != count:
-        raise DataError(
-            f"{len(folders)} class folders for {count} labels",
-            where=data.path,
-            remedy=BY_NAME,
-        )
-    return {folder: i for i, folder in enumerate(folders)}
-
-
-def _by_name(bundle: Bundle, data: ImageSet, folders: Sequence[str]) -> dict[str, int]:
-    """By class id or readable name; a name that several classes have names none of them."""
-    ids, names = bundle.class_ids, bundle.labels
-    shared = [f for f in folders if ids.count(f) > 1 or (f not in ids and names.count(f) > 1)]
-    if shared:
-        unique = len(set(ids)) == len(ids)
-        raise DataError(
-            f"several classes are called {_some(shared)}",
-            where=data.path,
-            remedy="name the folders by class id"
-            if unique
-            else "export with labels that differ, and name the folders after them",
-        )
-    known = {name: i for i, name in enumerate(names)} | {cid: i for i, cid in enumerate(ids)}
-    unknown = [f for f in folders if f not in known]
-    if unknown:
-        labels = [n if n == c else f"{c} ({n})" for c, n in zip(ids, names, strict=True)]
-        raise DataError(
-            "class folders do not match the bundle's labels",
-            where=data.path,
-            why=f"folders without a label: {_some(unknown)}; labels: {_some(labels)}",
-            remedy=BY_NAME,
-        )
-    return {f: known[f] for f in folders}
-
-
-def _some(names: Sequence[str], count: int = 8) -> str:
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
-
-
 @contextmanager
 def _reference(
     given: Predictor | None,
     bundle: Bundle,
     labelled: _Labelled,
-    weights: str | None,
-    trusted_model: str | None,
-    threads: int | None,
+    options: LoadOptions,
 ) -> Iterator[Predictor | None]:
     """The ``given`` reference, ``None`` if the bundle recorded the reference's answers for all images, else
     the PyTorch model, which is closed at the end."""
@@ -362,9 +316,9 @@ def _reference(
     with Predictor.load(
         bundle,
         backend="torch",
-        weights=weights,
-        trusted_model=trusted_model,
-        threads=threads,
+        weights=options.weights,
+        trusted_model=options.trusted_model,
+        threads=options.threads,
     ) as predictor:
         yield predictor
 

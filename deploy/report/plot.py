@@ -16,13 +16,9 @@ def latency_plot(result: Benchmark, path: Path) -> None:
     Raises:
         RuntimeMissingError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as exc:
-        raise RuntimeMissingError(
-            "plots need matplotlib",
-            remedy='pip install "cmt-edge[report]"',
-        ) from exc
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
     results = list(reversed(result.results))
     figure = Figure(figsize=(8, 1.2 + 0.6 * len(results)), layout="constrained")
     axes = figure.add_subplot()
@@ -47,3 +43,14 @@ def latency_plot(result: Benchmark, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix.lower().lstrip(".") or "png", dpi=120)
     write_atomic(path, buffer.getvalue())
+
+
+def require_matplotlib() -> None:
+    """Raise :class:`RuntimeMissingError` where nothing here can draw."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as exc:
+        raise RuntimeMissingError(
+            "plots need matplotlib",
+            remedy='pip install "cmt-edge[report]"',
+        ) from exc

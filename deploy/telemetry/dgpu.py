@@ -10,10 +10,10 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ..errors import RuntimeMissingError
+from ..measure.device import DGpu
 
 T = TypeVar("T")
 """The type of an answer."""
@@ -39,29 +39,6 @@ MW_PER_W = 1e3
 """Milliwatts in a watt."""
 LOWEST_STATE = 15
 """The lowest performance state, P15; NVML answers 32 where it does not know."""
-
-
-@dataclass(frozen=True)
-class DGpu:
-    """One GPU, every figure ``None`` where the driver does not tell it.
-
-    Attributes:
-        power_limit_w: board power that is enforced, in watts.
-        sm_mhz, memory_mhz: clocks now; ``..._max_mhz`` the highest they can be set to.
-        performance_state: ``"P0"`` (highest) to ``"P15"``.
-        clock_reasons: why the clocks are below their maximum, empty where nothing holds them.
-    """
-
-    index: int
-    name: str | None
-    power_limit_w: float | None
-    sm_mhz: int | None
-    sm_max_mhz: int | None
-    memory_mhz: int | None
-    memory_max_mhz: int | None
-    temperature_c: int | None
-    performance_state: str | None
-    clock_reasons: list[str] | None
 
 
 @contextmanager
@@ -117,38 +94,17 @@ def _read(nvml: Any, handle: Any, index: int) -> tuple[DGpu, list[str]]:
     """Ask for one thing after the other; the notes name those that the driver refuses."""
     asked = _Questions(nvml, index)
     ask = asked.ask
-    core, memory, sensor = (
-        nvml.NVML_CLOCK_SM,
-        nvml.NVML_CLOCK_MEM,
-        nvml.NVML_TEMPERATURE_GPU,
-    )
-    state = ask(
-        "performance state",
-        lambda: nvml.nvmlDeviceGetPerformanceState(handle),
-    )
+    core, memory = nvml.NVML_CLOCK_SM, nvml.NVML_CLOCK_MEM
+    sensor = nvml.NVML_TEMPERATURE_GPU
+    state = ask("performance state", lambda: nvml.nvmlDeviceGetPerformanceState(handle))
     gpu = DGpu(
         index=index,
         name=ask("name", lambda: _text(nvml.nvmlDeviceGetName(handle))),
-        power_limit_w=ask(
-            "power limit",
-            lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / MW_PER_W,
-        ),
-        sm_mhz=ask(
-            "SM clock",
-            lambda: nvml.nvmlDeviceGetClockInfo(handle, core),
-        ),
-        sm_max_mhz=ask(
-            "highest SM clock",
-            lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, core),
-        ),
-        memory_mhz=ask(
-            "memory clock",
-            lambda: nvml.nvmlDeviceGetClockInfo(handle, memory),
-        ),
-        memory_max_mhz=ask(
-            "highest memory clock",
-            lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, memory),
-        ),
+        power_limit_w=ask("power limit", lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / MW_PER_W),
+        sm_mhz=ask("SM clock", lambda: nvml.nvmlDeviceGetClockInfo(handle, core)),
+        sm_max_mhz=ask("highest SM clock", lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, core)),
+        memory_mhz=ask("memory clock", lambda: nvml.nvmlDeviceGetClockInfo(handle, memory)),
+        memory_max_mhz=ask("highest memory clock", lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, memory)),
         temperature_c=ask(
             "temperature",
             lambda: nvml.nvmlDeviceGetTemperatureV(handle, sensor),

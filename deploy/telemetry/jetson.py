@@ -15,6 +15,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..measure.device import Clock, Clocks, CpuClock, EmcClock, PowerMode
+
 ABSENT_C = -256
 """Degrees Celsius that a powered-down or absent temperature sensor reads."""
 INPUT_RAILS = ("VIN", "VDD_IN")
@@ -47,57 +49,6 @@ JETPACK = {
 JETPACK_MAJOR = {"36": "6.x", "38": "7.x", "39": "7.x"}
 """First number of an L4T release -> JetPack, for releases that :data:`JETPACK` does not list: a guessed minor
 version could be wrong."""
-
-
-@dataclass(frozen=True)
-class PowerMode:
-    """The active power mode, e.g. ``MAXN`` and 0; ``id`` where ``nvpmodel`` prints it."""
-
-    name: str
-    id: int | None = None
-
-
-@dataclass(frozen=True)
-class Clock:
-    """Frequencies in MHz: the limits that are set, not those of the hardware, and the present value."""
-
-    min_mhz: float
-    max_mhz: float
-    current_mhz: float
-
-
-@dataclass(frozen=True)
-class CpuClock(Clock):
-    """One core; the frequencies of a core that is not online mean nothing."""
-
-    online: bool
-    governor: str
-
-
-@dataclass(frozen=True)
-class EmcClock(Clock):
-    """The memory controller; ``override`` is true where its rate is held, ``None`` where the tool does not
-    say."""
-
-    override: bool | None = None
-
-
-@dataclass(frozen=True)
-class Clocks:
-    """The clocks of ``jetson_clocks --show``.
-
-    Attributes:
-        cpus: ``"cpu0"`` -> clock, in the order of the numbers.
-        gpus: ``"GPU"`` -> clock; Thor has ``"gpu-gpc-0"`` (compute) and ``"gpu-nvd-0"`` (video).
-        locked: whether no clock may move: every online core and every GPU has its minimum at its maximum, and
-            so has the memory, or it is held at its maximum by the override. ``None`` where no clock was
-            printed.
-    """
-
-    cpus: dict[str, CpuClock]
-    gpus: dict[str, Clock]
-    emc: EmcClock | None
-    locked: bool | None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError, RuntimeMissingError
+from ..measure.device import Power, PowerReport
 from . import dgpu, jetson
 from .state import check
 from .tegrastats import TegrastatsPower
@@ -37,27 +38,6 @@ class PowerSensor:
     source: str
     watts: Callable[[], float]
     close: Callable[[], object] = lambda: None
-
-
-@dataclass(frozen=True)
-class Power:
-    """Mean of ``samples`` readings in watts; ``None`` without any."""
-
-    watts: float | None
-    samples: int
-
-
-@dataclass(frozen=True)
-class PowerReport:
-    """Power of a measurement; ``source`` names the rails or the GPU (``None``: no sensor), ``interval_s``
-    between samples."""
-
-    source: str | None
-    interval_s: float
-    before: Power
-    during: Power
-    after: Power
-    notes: list[str]
 
 
 def find_power_sensor(root: Path = Path("/"), gpu_index: int = 0) -> tuple[PowerSensor | None, list[str]]:

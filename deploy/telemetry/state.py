@@ -6,14 +6,12 @@ What cannot be read becomes a note, never an exception: a latency without its cl
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 from ..errors import InputError
+from ..measure.device import DeviceState
 from . import dgpu, jetson
-from .dgpu import DGpu
-from .jetson import Clocks, PowerMode
 from .tools import TIMEOUT_S, run_tool
 
 T = TypeVar("T")
@@ -23,32 +21,6 @@ Run = Callable[[Sequence[str]], "str | None"]
 
 QUOTED = 200
 """Characters of a tool's unexpected answer that a note quotes."""
-
-
-@dataclass(frozen=True)
-class DeviceState:
-    """What a latency report records of the device; empty and ``None`` is what it does not tell.
-
-    Attributes:
-        kind: ``"jetson"``, ``"dgpu"`` (any machine with an NVIDIA GPU that NVML reads) or ``"cpu"``.
-        module, l4t, jetpack: of a Jetson, e.g. ``"NVIDIA Jetson AGX Orin Developer Kit"``, ``"36.4.3"``,
-            ``"6.2"``.
-        power_mode: of ``nvpmodel``.
-        clocks: of ``jetson_clocks --show``, in MHz; ``clocks.locked`` tells whether they may move.
-        temperatures_c: thermal zone -> degrees Celsius.
-        dgpu: state of the GPU.
-        notes: what could not be read, and why.
-    """
-
-    kind: str
-    module: str | None = None
-    l4t: str | None = None
-    jetpack: str | None = None
-    power_mode: PowerMode | None = None
-    clocks: Clocks | None = None
-    temperatures_c: dict[str, float] = field(default_factory=dict)
-    dgpu: DGpu | None = None
-    notes: list[str] = field(default_factory=list)
 
 
 def snapshot(root: Path = Path("/"), run: Run = run_tool, gpu_index: int = 0) -> DeviceState:

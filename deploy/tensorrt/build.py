@@ -9,17 +9,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import signal
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from .. import report
 from ..backends import get_runtime
 from ..backends.base import batch_limit
-from ..bundle import ENGINES, Bundle, Manifest, plain
+from ..bundle import ENGINES, Bundle, Manifest
 from ..bundle.sections import EngineEntry, EngineKey, GoldenCheck
 from ..errors import (
     GateError,
@@ -37,13 +35,15 @@ from ..measure.benchmark import (
     summary,
     sustained,
 )
+from ..measure.device import DeviceState
+from ..measure.device_report import DeviceReport, DeviceStates, SustainedPower
 from ..measure.parity import check_golden
 from ..predictor import Predictor
 from ..progress import Progress
-from ..signals import terminate_as_interrupt
+from ..signals import unwound_by_signals
 from ..telemetry.dgpu import nvml_index
 from ..telemetry.power import PowerMonitor
-from ..telemetry.state import DeviceState, snapshot
+from ..telemetry.state import snapshot
 from .building import TIME_LIMIT_S, build_plan
 from .cuda import Cuda, open_cuda
 from .engine import (
@@ -62,8 +62,6 @@ POWER_SECONDS = 3.0
 """Seconds of uninterrupted inference while the power is sampled."""
 DEVICE_PROTOCOL = Protocol(iters=100, seconds=3.0)
 """How long ``cmt-build`` measures."""
-STOPPED_BY = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-"""Signals that unwind a build as Ctrl-C does. SIGHUP: the connection of the terminal broke."""
 
 
 @dataclass(frozen=True)
@@ -93,13 +91,13 @@ class Finished:
         manifest: the new one.
         files: name -> content of new files.
         drop: names of files that go.
-        report: what the device report holds.
+        report: the device report.
     """
 
     manifest: Manifest
     files: dict[str, bytes]
     drop: list[str]
-    report: dict[str, Any]
+    report: DeviceReport
 
 
 def require_tensorrt(device: str | None = None) -> None:
@@ -132,7 +130,7 @@ def exclusive(folder: Path) -> Iterator[None]:
         (folder / ENGINES).mkdir(exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with _stopped_by_signals():
+        with unwound_by_signals():
             _claim(folder, descriptor)
             yield
     finally:
@@ -155,19 +153,6 @@ def _claim(folder: Path, descriptor: int) -> None:
             where=folder,
             remedy="wait for it to end",
         )
-
-
-@contextlib.contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    """Let the signals of :data:`STOPPED_BY` unwind the body as Ctrl-C does."""
-    numbers = [getattr(signal, name) for name in STOPPED_BY]
-    previous = {number: terminate_as_interrupt(number) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            if handler is not None:
-                signal.signal(number, handler)
 
 
 def finish(
@@ -212,22 +197,8 @@ def finish(
         verified = job.verify(built, atol)
     with progress.step("measure"):
         measured = job.measure(built, protocol, progress)
-    content = {
-        "bundle": bundle.name,
-        "key": plain(job.key),
-        **_described(built),
-        "low_precision_share": verified.low_precision_share,
-        "golden": asdict(verified.golden),
-        "benchmark": plain(measured.speed),
-        "power": measured.power,
-        "state": {
-            "before": asdict(before),
-            "after": asdict(measured.after),
-        },
-        "warnings": [*measured.notes, *built.warnings],
-    }
-    manifest = replace(bundle.manifest, latency=summary(measured.speed))
-    return _finished(manifest, job.key, verified.golden, built, content)
+    found = _report(job, built, verified, measured, before)
+    return _finished(bundle.manifest, built, found)
 
 
 def _require_format(bundle: Bundle) -> None:
@@ -237,16 +208,6 @@ def _require_format(bundle: Bundle) -> None:
             where=bundle.path,
             remedy="export it with --format trt",
         )
-
-
-def _described(built: Built) -> dict[str, Any]:
-    """How the engine came about, for the report."""
-    return {
-        "built_s": built.seconds,
-        "reused": built.reused,
-        "replaces": built.stale,
-        "engine_bytes": len(built.plan),
-    }
 
 
 @dataclass(frozen=True)
@@ -263,7 +224,7 @@ class _OnDevice:
     """What was measured with the engine; ``after`` is the state of the device then."""
 
     speed: Benchmark
-    power: dict[str, Any]
+    power: SustainedPower
     after: DeviceState
     notes: list[str]
 
@@ -375,33 +336,50 @@ class _Job:
         )
 
 
-def _finished(
-    manifest: Manifest,
-    key: EngineKey,
-    golden: GoldenCheck,
+def _report(
+    job: _Job,
     built: Built,
-    content: dict[str, Any],
-) -> Finished:
+    verified: _Verified,
+    measured: _OnDevice,
+    before: DeviceState,
+) -> DeviceReport:
+    """Everything that was found, for the bundle's device report."""
+    return DeviceReport(
+        bundle=job.bundle.name,
+        key=job.key,
+        built_s=built.seconds,
+        reused=built.reused,
+        replaces=tuple(built.stale),
+        engine_bytes=len(built.plan),
+        low_precision_share=verified.low_precision_share,
+        golden=verified.golden,
+        benchmark=measured.speed,
+        power=measured.power,
+        state=DeviceStates(before, measured.after),
+        warnings=(*measured.notes, *built.warnings),
+    )
+
+
+def _finished(manifest: Manifest, built: Built, found: DeviceReport) -> Finished:
     """Everything that is written."""
     plan = member(built.plan, "engine", ".plan")
-    text = report.device_text(content, markdown=True).encode()
-    data = (report.to_json(content) + "\n").encode()
-    files = {
-        plan: built.plan,
-        member(data, "report", ".json"): data,
-        member(text, "report", ".md"): text,
-    }
+    text = report.device_text(found, markdown=True).encode()
+    data = found.to_bytes()
+    text_name = member(text, "report", ".md")
+    data_name = member(data, "report", ".json")
+    files = {plan: built.plan, data_name: data, text_name: text}
     entry = EngineEntry(
         file=plan,
-        key=key,
-        seal=seal(hashlib.sha256(built.plan).hexdigest(), key),
-        report=member(data, "report", ".json"),
-        text=member(text, "report", ".md"),
-        golden=golden,
-        low_precision_share=content["low_precision_share"],
+        key=found.key,
+        seal=seal(hashlib.sha256(built.plan).hexdigest(), found.key),
+        report=data_name,
+        text=text_name,
+        golden=found.golden,
+        low_precision_share=found.low_precision_share,
     )
     old = [name for name in manifest.files if name.startswith(f"{ENGINES}/") and name not in files]
-    return Finished(replace(manifest, engine=entry), files, old, content)
+    finished = replace(manifest, latency=summary(found.benchmark), engine=entry)
+    return Finished(finished, files, old, found)
 
 
 def _require_golden(bundle: Bundle, predictor: Predictor, atol: float | None) -> GoldenCheck:
@@ -417,12 +395,19 @@ def _require_golden(bundle: Bundle, predictor: Predictor, atol: float | None) ->
     )
 
 
-def _power(bundle: Bundle, predictor: Predictor, index: int) -> dict[str, Any]:
+def _power(bundle: Bundle, predictor: Predictor, index: int) -> SustainedPower:
     """Power before, during and after some seconds of uninterrupted inference, and joules an image where power
     is known."""
     with PowerMonitor(gpu_index=index) as monitor:
         images, elapsed_ms = sustained(predictor, golden_batch(bundle, predictor), POWER_SECONDS)
-    return asdict(monitor.report()) | {
-        "images": images,
-        "joules_per_image": monitor.energy_per_inference(elapsed_ms, images),
-    }
+    power = monitor.report()
+    return SustainedPower(
+        source=power.source,
+        interval_s=power.interval_s,
+        before=power.before,
+        during=power.during,
+        after=power.after,
+        notes=power.notes,
+        images=images,
+        joules_per_image=monitor.energy_per_inference(elapsed_ms, images),
+    )

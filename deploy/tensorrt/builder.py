@@ -8,18 +8,19 @@ cache, and returns TensorRT's warnings.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import tensorrt as trt
 
+from ..bundle import plain
+from ..bundle.record import read_message
 from ..cache import Cache
 from ..children import Report, Request, serve
 from ..errors import CmtEdgeError, OutputError, StepError
 from ..files import write_atomic
 from .cuda import open_cuda
-from .engine import BuildRequest
+from .engine import BuildAnswer, BuildRequest
 from .session import LOG, Log
 
 REPORT_REMEDY = (
@@ -34,7 +35,7 @@ KEPT_TIMINGS = 8
 """The number of files of timings that are kept, one for each version of TensorRT on each kind of GPU."""
 
 
-class Monitor(trt.IProgressMonitor):  # type: ignore[misc, unused-ignore]
+class Monitor(trt.IProgressMonitor):
     """Reports the steps of the outermost phase."""
 
     def __init__(self, report: Report) -> None:
@@ -143,15 +144,11 @@ def blob(memory: Any) -> bytes:
     return bytes(memory)
 
 
-def _build(request: Request, report: Report) -> list[str]:
-    """TensorRT's warnings while it built what the request asks for."""
-    names = [field.name for field in fields(BuildRequest)]
-    build_engine(
-        BuildRequest(**{name: request[name] for name in names}),
-        report,
-        LOG,
-    )
-    return LOG.warnings
+def _build(request: Request, report: Report) -> Any:
+    """Build what the request asks for."""
+    arguments = {name: value for name, value in request.items() if name != "call"}
+    build_engine(read_message(BuildRequest, arguments, "the request"), report, LOG)
+    return plain(BuildAnswer(tuple(LOG.warnings)))
 
 
 def _unexpected(exc: Exception) -> CmtEdgeError:

@@ -7,11 +7,11 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 from ..backends.base import batch_limit
-from ..bundle import ONNX, Bundle
+from ..bundle import ONNX, Bundle, plain
+from ..bundle.record import read_message
 from ..cache import can_keep
 from ..children import Child, ChildCrashed, ChildTimedOut
 from ..errors import StepError
@@ -21,6 +21,7 @@ from ..progress import Progress
 from ..telemetry.jetson import available_memory
 from .cuda import Cuda
 from .engine import (
+    BuildAnswer,
     BuildRequest,
     EngineOptions,
     EngineTarget,
@@ -122,7 +123,7 @@ def _in_child(request: BuildRequest, time_limit: float, progress: Progress) -> l
     """Run the builder; its warnings. Raises :class:`StepError` with TensorRT's own words."""
     with Child(BUILDER, progress=progress.share) as child:
         try:
-            warnings: list[str] = child.request("build", time_limit=time_limit, **asdict(request))
+            answer = child.request("build", time_limit=time_limit, **plain(request))
         except ChildTimedOut as exc:
             raise StepError(
                 f"the build did not end within {time_limit:g} s",
@@ -136,7 +137,7 @@ def _in_child(request: BuildRequest, time_limit: float, progress: Progress) -> l
             raise
         finally:
             progress.finish()
-    return warnings
+    return list(read_message(BuildAnswer, answer, "the builder's answer").warnings)
 
 
 def _crash_error(crash: ChildCrashed) -> StepError:

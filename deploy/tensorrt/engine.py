@@ -116,6 +116,13 @@ class BuildRequest:
 
 
 @dataclass(frozen=True)
+class BuildAnswer:
+    """What the builder returns besides the file that it writes: TensorRT's warnings."""
+
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class EngineTarget:
     """What an engine is built for: the versions and the GPU of this machine."""
 

@@ -22,8 +22,9 @@ import numpy as np
 import tensorrt as trt
 
 from ..backends.base import DeviceTimes, LoadOptions, Runtime, Session
+from ..backends.described import GraphTensor, require_described
 from ..bundle import Bundle
-from ..bundle.sections import ExecutedPrecision
+from ..bundle.sections import FLOAT32, ExecutedPrecision
 from ..errors import InputError, RuntimeMissingError, StepError
 from .cuda import TO_DEVICE, TO_HOST, Cuda, CudaError, open_cuda
 from .engine import EngineTarget, read_engine
@@ -37,7 +38,7 @@ UNKNOWN_TYPES = "due to dynamic shapes"
 """What the inspector writes for types it does not know."""
 
 
-class Log(trt.ILogger):  # type: ignore[misc, unused-ignore]
+class Log(trt.ILogger):
     """Keeps TensorRT's last warnings and errors instead of printing them."""
 
     def __init__(self) -> None:
@@ -126,6 +127,14 @@ class TensorRTSession(Session):
                 remedy="build it from a bundle of cmt-export --format trt",
             )
         return inputs[0], list(expected)
+
+    def tensors(self) -> tuple[list[GraphTensor], list[GraphTensor]]:
+        """The input and the outputs, for comparing them with a manifest; all are float32."""
+        return [self._tensor(self._input)], [self._tensor(name) for name in self._outputs]
+
+    def _tensor(self, name: str) -> GraphTensor:
+        shape = (int(size) for size in self._engine.get_tensor_shape(name))
+        return GraphTensor((name,), tuple(None if size < 0 else size for size in shape), FLOAT32)
 
     def _largest_batch(self) -> int:
         _least, _typical, most = self._engine.get_tensor_profile_shape(self._input, 0)
@@ -383,7 +392,7 @@ class Worker:
         self.context = None
 
 
-class _LayerTimes(trt.IProfiler):  # type: ignore[misc, unused-ignore]
+class _LayerTimes(trt.IProfiler):
     """Sums the milliseconds of each layer."""
 
     def __init__(self) -> None:
@@ -407,16 +416,21 @@ class TensorRT(Runtime):
         Raises:
             RuntimeMissingError: the bundle has no engine for this device yet, or one from another machine;
                 the remedy is ``cmt-build``.
-            BundleError: the engine was changed; this is found out before it is deserialised.
+            BundleError: the engine was changed; this is found out before it is deserialised. Or its input and
+                outputs are not what the manifest says.
         """
         cuda, target = engine_target(options.device)
-        return TensorRTSession(
+        session = TensorRTSession(
             read_engine(bundle, target),
             cuda,
             target.gpu.index,
             outputs=bundle.outputs,
             throughput=options.throughput,
         )
+        entry = bundle.manifest.engine
+        assert entry is not None, "read_engine found it"
+        require_described(bundle, entry.file, *session.tensors())
+        return session
 
 
 RUNTIME = TensorRT()

@@ -52,22 +52,9 @@ def choose(config: ExportConfig, prepared: Prepared, progress: Progress) -> Deci
         MeasuringProcess(config.isa, progress.share) as process,
     ):
         folder = Path(name)
-        questions = make_questions(
-            folder,
-            data,
-            prepared.evaluation,
-            config.eval_limit,
-            config.preprocess,
-        )
-        workbench = Workbench(
-            config,
-            prepared,
-            quantized,
-            questions,
-            process,
-            folder,
-            progress,
-        )
+        limit, spec = config.eval_limit, config.preprocess
+        questions = make_questions(folder, data, prepared.evaluation, limit, spec)
+        workbench = Workbench(config, prepared, quantized, questions, process, folder, progress)
         found = search(
             workbench.variants(),
             {group: len(nodes) for group, nodes in workbench.groups.items()},
@@ -79,10 +66,8 @@ def choose(config: ExportConfig, prepared: Prepared, progress: Progress) -> Deci
         verdict = _describe(found, config, data, workbench)
     if found.winner is None:
         raise _nothing_passes(verdict)
-    return Decision(
-        config.named(found.winner.precision, found.winner.keep_float),
-        verdict,
-    )
+    chosen = config.named(found.winner.precision, found.winner.keep_float)
+    return Decision(chosen, verdict)
 
 
 def _conditions(config: ExportConfig, started: float) -> Conditions:
@@ -114,10 +99,14 @@ def _describe(
 ) -> VerdictEntry:
     """For the manifest, the report and ``--json``."""
     return VerdictEntry(
-        **{
-            **vars(found),
-            "notes": (*found.notes, *_notes(found, config.isa)),
-        },
+        labelled=found.labelled,
+        max_drop=found.max_drop,
+        latency_budget=found.latency_budget,
+        candidates=found.candidates,
+        sensitivity=found.sensitivity,
+        winner=found.winner,
+        tied=found.tied,
+        notes=(*found.notes, *_notes(found, config.isa)),
         isa=config.isa,
         runtime=workbench.runtime,
         threads=config.threads,

@@ -99,12 +99,7 @@ def make_questions(
         return (batch[0] for batch in data.batches(spec))
 
     if evaluation is None:
-        everything = Images(
-            folder / "calibration.npy",
-            data.fingerprint,
-            batches,
-            len(data),
-        )
+        everything = Images(folder / "calibration.npy", data.fingerprint, batches, len(data))
         return Questions(everything, everything, everything)
     few = min(PROBES, len(data))
     probes = Images(

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
@@ -23,15 +23,18 @@ from cmt_edge.calib import Quantized
 from cmt_edge.calib.groups import CLASSES, classes_of, groups_of
 from cmt_edge.calib.restore import int8_nodes
 from cmt_edge.deploy.backends import RUNTIME_OF_FORMAT
-from cmt_edge.deploy.bundle import BundleWriter
+from cmt_edge.deploy.bundle import BundleWriter, plain, read_record
 from cmt_edge.deploy.bundle.sections import (
-    ExecutedPrecision,
+    FORMATS,
+    Count,
+    Difference,
+    Share,
     Speed,
     Variant,
 )
 from cmt_edge.deploy.cache import JsonCache
 from cmt_edge.deploy.files import cache_folder
-from cmt_edge.deploy.measure.benchmark import Protocol
+from cmt_edge.deploy.measure.benchmark import Measured, Protocol
 from cmt_edge.deploy.measure.child import OWN_CHOICE, MeasuringProcess
 from cmt_edge.deploy.measure.host import describe, versions
 from cmt_edge.deploy.progress import Progress
@@ -39,11 +42,12 @@ from cmt_edge.deploy.progress import Progress
 from .. import steps
 from ..config import ExportConfig
 from ..preparation import Prepared
-from ..settings import FORMATS
 from ..to_onnx import with_batch
 from .questions import Images, Questions
 from .search import Answers
 
+T = TypeVar("T")
+"""What is measured: a dataclass."""
 SEARCH_PROTOCOL = Protocol(iters=100, seconds=2.0, warmup_seconds=0.5)
 """How long each candidate is measured."""
 OWN_CHOICE_WARNING = 0.05
@@ -60,6 +64,24 @@ KEPT_MEASUREMENTS = 10_000
 """Number of measurements that are kept; a search makes some dozens of a few kilobytes."""
 HASH_LENGTH = 16
 """Hexadecimal digits of a graph's hash in the name of a candidate's folder."""
+
+
+@dataclass(frozen=True)
+class MeasuredAnswers:
+    """What is kept of a variant's answers: the most probable class of each image, and the mean deviation of
+    its logits."""
+
+    top1: tuple[Count, ...]
+    deviation: Difference
+
+
+@dataclass(frozen=True)
+class MeasuredSpeeds:
+    """What is kept of latencies that were measured in turn; ``kernels`` is the share of each variant's time
+    by kernel, empty where no limit was asked for."""
+
+    results: tuple[Measured, ...]
+    kernels: tuple[dict[str, Share], ...]
 
 
 class Workbench:
@@ -133,16 +155,13 @@ class Workbench:
         asked = self._questions
         images, truth = (asked.quick, asked.quick_truth) if quick else (asked.judged, asked.truth)
 
-        def measure() -> dict[str, Any]:
+        def measure() -> MeasuredAnswers:
             with self._progress.step(f"answers of {variant.name}"):
                 logits = self._logits(variant, images)
                 probed = logits if images is asked.probes else self._logits(variant, asked.probes)
                 deviation = self._deviation(variant, probed)
             self._forget(variant, quick)
-            return {
-                "top1": logits.argmax(1).tolist(),
-                "deviation": deviation,
-            }
+            return MeasuredAnswers(tuple(logits.argmax(1).tolist()), deviation)
 
         key = [
             "answers",
@@ -152,20 +171,20 @@ class Workbench:
             asked.probes.fingerprint,
             self._machine,
         ]
-        result = self._measured.get(key, measure)
-        return Answers(np.array(result["top1"]), result["deviation"], truth)
+        result = self._kept(key, MeasuredAnswers, measure)
+        return Answers(np.array(result.top1), result.deviation, truth)
 
     def speeds(self, variants: Sequence[Variant]) -> Mapping[str, Speed]:
         """Latencies by the variant's name, measured interleaved."""
         threads = self._config.threads
 
-        def measure() -> dict[str, Any]:
+        def measure() -> MeasuredSpeeds:
             paths = [self._bundle(v) for v in variants]
             with self._progress.step("latencies, interleaved"):
                 result = self._process.benchmark(paths, SEARCH_PROTOCOL, threads)
                 limited = self._config.isa is not None
                 kernels = [self._process.kernels(path, threads) if limited else {} for path in paths]
-            return {"results": result["results"], "kernels": kernels}
+            return MeasuredSpeeds(tuple(result.results), tuple(kernels))
 
         graphs = [[self._hash(v), v.precision] for v in variants]
         key = [
@@ -174,30 +193,42 @@ class Workbench:
             asdict(SEARCH_PROTOCOL),
             self._machine,
         ]
-        result = self._measured.get(key, measure)
-        pairs = zip(result["results"], result["kernels"], strict=True)
+        result = self._kept(key, MeasuredSpeeds, measure)
+        pairs = zip(result.results, result.kernels, strict=True)
         return {v.name: self._speed(*pair) for v, pair in zip(variants, pairs, strict=True)}
 
-    def _speed(self, entry: dict[str, Any], kernels: dict[str, float]) -> Speed:
-        self._process.check_limit(kernels)
-        warnings = list(entry["warnings"])
-        own = sum(share for name, share in kernels.items() if OWN_CHOICE in name)
-        if own > OWN_CHOICE_WARNING:
-            warnings.append(
-                f"{100 * own:.0f} % of its time is spent in kernels that choose their instructions themselves"
-                f" ({OWN_CHOICE}), which the limit to {self._config.isa} may not reach: on such a CPU it may"
-                " be slower than measured here"
-            )
-        low, high = entry["model"]["ci"]
-        return Speed(
-            entry["model"]["p50"],
-            (low, high),
-            entry["ratio"],
-            tuple(entry["ratio_ci"]),
-            entry["size_bytes"],
-            ExecutedPrecision(**entry["executed"]).summary(),
-            tuple(warnings),
+    def _kept(self, key: list[Any], kind: type[T], measure: Callable[[], T]) -> T:
+        """What an earlier run measured, or is measured now; ``kind`` is its dataclass."""
+        kept: T = self._measured.get(
+            key,
+            make=measure,
+            read=lambda content: read_record(kind, content, cache_folder(), "the measurement"),
+            plain=plain,
         )
+        return kept
+
+    def _speed(self, measured: Measured, kernels: dict[str, float]) -> Speed:
+        self._process.check_limit(kernels)
+        return Speed(
+            measured.model.p50,
+            measured.model.ci,
+            measured.ratio,
+            measured.ratio_ci,
+            measured.size_bytes,
+            measured.executed.summary(),
+            (*measured.warnings, *self._limit_warnings(kernels)),
+        )
+
+    def _limit_warnings(self, kernels: dict[str, float]) -> list[str]:
+        """A sentence where kernels took much of the time that heed no limit."""
+        own = sum(share for name, share in kernels.items() if OWN_CHOICE in name)
+        if own <= OWN_CHOICE_WARNING:
+            return []
+        return [
+            f"{100 * own:.0f} % of its time is spent in kernels that choose their instructions themselves"
+            f" ({OWN_CHOICE}), which the limit to {self._config.isa} may not reach: on such a CPU it may"
+            " be slower than measured here"
+        ]
 
     @cached_property
     def _machine(self) -> dict[str, Any]:

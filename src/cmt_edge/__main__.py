@@ -1,8 +1,31 @@
 """``python -m cmt_edge COMMAND ...``: the same commands as ``cmt-COMMAND``."""
 
+# ruff: noqa: E402, because nothing may be imported from the working directory
 from __future__ import annotations
 
+import os
 import sys
+
+
+def leave_working_directory() -> None:
+    """Take the working directory off the import path, where ``python -m`` has put it first: a file such as
+    ``openvino.py`` there must not stand for the package of that name."""
+    if getattr(sys.flags, "safe_path", False) or sys.flags.isolated:
+        return
+    try:
+        here = os.getcwd()
+    except OSError:  # it has been deleted
+        return
+    if sys.path[:1] in ([""], [here]):
+        del sys.path[0]
+
+
+if __name__ == "__main__":
+    leave_working_directory()
+    from cmt_edge import startup
+
+    startup.end_at_once_on_signals()
+
 from dataclasses import dataclass
 from importlib import import_module
 

@@ -224,3 +224,39 @@ def test_a_whole_data_set_is_refused_and_its_training_part_proposed(tmp_path, pa
 def test_a_class_called_train_is_no_part(tmp_path):
     make(tmp_path, {"train": 2, "bus": 2})
     assert len(CalibrationSet.choose(tmp_path, None, SPEC)) == 4
+
+
+@pytest.mark.parametrize(
+    ("pictures", "masks"),
+    [
+        ("images", ["masks"]),
+        ("images", ["labels", "annotations"]),
+        ("JPEGImages", ["SegmentationClass", "SegmentationObject"]),
+        ("images", ["Annotations/trimaps"]),
+        ("city/images", ["city/gt"]),
+    ],
+)
+@pytest.mark.parametrize("in_archive", [False, True])
+def test_masks_beside_the_pictures_do_not_calibrate(tmp_path, pictures, masks, in_archive):
+    folder = make(tmp_path / "photos", {pictures: 4} | dict.fromkeys(masks, 4))
+    data = packed(folder, tmp_path / "photos.tar") if in_archive else folder
+    chosen = CalibrationSet.choose(data, None, SPEC)
+    assert len(chosen) == 4
+    assert all(item.name.startswith(f"{pictures}/") for item in chosen.files)
+    assert f"{4 * len(masks)} in " in chosen.note
+    assert "beside the pictures" in chosen.note
+
+
+@pytest.mark.parametrize(
+    "folders", [["masks", "cats"], ["images/cats", "masked"], ["labels"], ["images/masks"]]
+)
+def test_folders_that_are_only_called_so_calibrate(tmp_path, folders):
+    chosen = CalibrationSet.choose(make(tmp_path / "photos", dict.fromkeys(folders, 3)), None, SPEC)
+    assert len(chosen) == 3 * len(folders)
+
+
+def test_parts_of_a_data_set_with_masks_are_still_refused(tmp_path):
+    parts = {f"{kind}/{part}": 2 for kind in ("images", "masks") for part in ("train", "val")}
+    with pytest.raises(DataError, match="holds several parts") as refused:
+        CalibrationSet.choose(make(tmp_path / "photos", parts), None, SPEC)
+    assert refused.value.remedy.endswith("images/train")

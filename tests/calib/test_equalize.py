@@ -14,8 +14,9 @@ from onnx import TensorProto, helper, numpy_helper
 from cmt_edge.calib import DEFAULT, quantize
 from cmt_edge.calib.equalize import Equalized, equalize, find_sites
 from cmt_edge.calib.generated import generate
-from cmt_edge.calib.graph import measure_extremes, read_model
+from cmt_edge.calib.graph import read_model
 from cmt_edge.calib.recipe import inner_depthwise
+from cmt_edge.calib.running import measure_extremes
 from cmt_edge.deploy.errors import StepError
 from cmt_edge.deploy.preprocessing import preprocess
 from cmt_edge.export.to_onnx import logits_of

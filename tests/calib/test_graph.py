@@ -17,8 +17,6 @@ from cmt_edge.calib.graph import (
     count_readers,
     detach_readers,
     make_node,
-    measure_extremes,
-    open_graph,
     open_view,
     read_model,
     read_types,
@@ -30,6 +28,7 @@ from cmt_edge.calib.graph import (
 )
 from cmt_edge.calib.qdq_pairs import move_pairs_to_layers, sign_quantizers
 from cmt_edge.calib.restore import restore
+from cmt_edge.calib.running import measure_extremes, open_graph
 from cmt_edge.export.typed import rounded, typed
 
 FLOAT = TensorProto.FLOAT

@@ -28,6 +28,7 @@ from cmt_edge.cmt.weights import randomize
 from cmt_edge.deploy.errors import InputError, WeightsError
 from cmt_edge.export.to_onnx import export_onnx, logits_of, simplify
 from helpers.golden import published
+from helpers.tensors import difference, images
 
 NAME = "convit_tiny"
 REWRITES = [rewrite.name for rewrite in model_spec(NAME).rewrites]
@@ -48,35 +49,7 @@ def randomized(seed: int, size: int = 64, **options) -> nn.Module:
     return model
 
 
-def images(count: int, size: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
-
-
-def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    assert a.shape == b.shape
-    return float((a - b).abs().max())
-
-
 # --- against the official code --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("theirs", "our_key"),
-    [
-        ("patch_embed.proj.weight", "embed.weight"),
-        ("pos_embed", "position_embedding"),
-        ("cls_token", "class_token"),
-        ("blocks.9.attn.gating_param", "blocks.9.attn.position.gate"),
-        ("blocks.0.attn.pos_proj.bias", "blocks.0.attn.position.proj.bias"),
-        ("blocks.0.attn.proj.bias", "blocks.0.attn.proj.bias"),
-        ("blocks.11.mlp.fc2.weight", "blocks.11.mlp.fc2.weight"),
-        ("head.bias", "head.bias"),
-    ],
-)
-def test_published_key(theirs, our_key):
-    rename = model_spec(NAME).rename
-    assert rename(theirs) == our_key
-    assert rename(our_key) == our_key
 
 
 def test_stacked_linears_are_taken_apart_and_ours_left_alone():

@@ -19,6 +19,7 @@ from cmt_edge.cmt.weights import randomize
 from cmt_edge.deploy.errors import InputError, WeightsError
 from cmt_edge.export.to_onnx import export_onnx, logits_of, simplify
 from helpers.golden import golden, kept_model, official_array, published
+from helpers.tensors import difference, images
 
 NAME = "cvt_13"
 REWRITES = [rewrite.name for rewrite in model_spec(NAME).rewrites]
@@ -33,15 +34,6 @@ def randomized(seed: int, size: int = 64, **options) -> nn.Module:
     return model
 
 
-def images(count: int, height: int, width: int | None = None, seed: int = 0) -> torch.Tensor:
-    return torch.randn(count, 3, height, width or height, generator=torch.Generator().manual_seed(seed))
-
-
-def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    assert a.shape == b.shape
-    return float((a - b).abs().max())
-
-
 # --- against the official code --------------------------------------------------------------------
 
 
@@ -54,27 +46,6 @@ def test_features_are_the_maps_of_the_official_stages(fused):
     for i, stage_map in enumerate(maps):
         expected = official_array("cvt_13_224", f"tap/stage{i}")
         np.testing.assert_allclose(stage_map[0].flatten()[:64].numpy(), expected, rtol=0, atol=2e-5)
-
-
-@pytest.mark.parametrize(
-    ("theirs", "ours"),
-    [
-        ("stage0.patch_embed.proj.bias", "stages.0.embed.bias"),
-        ("stage1.patch_embed.norm.weight", "stages.1.norm.weight"),
-        ("stage2.cls_token", "stages.2.class_token"),
-        ("stage2.blocks.11.attn.conv_proj_k.conv.weight", "stages.2.blocks.11.attn.k.conv.weight"),
-        ("stage2.blocks.1.attn.conv_proj_q.bn.running_var", "stages.2.blocks.1.attn.q.norm.running_var"),
-        ("stage0.blocks.0.attn.proj_v.bias", "stages.0.blocks.0.attn.v.linear.bias"),
-        ("stage0.blocks.0.attn.proj.bias", "stages.0.blocks.0.attn.proj.bias"),
-        ("stage1.blocks.1.norm2.weight", "stages.1.blocks.1.norm2.weight"),
-        ("norm.bias", "norm.bias"),
-        ("head.weight", "head.weight"),
-    ],
-)
-def test_published_key(theirs, ours):
-    rename = model_spec(NAME).rename
-    assert rename(theirs) == ours
-    assert rename(ours) == ours
 
 
 def test_a_published_file_loads_at_both_resolutions_and_no_other_variant_takes_it(tmp_path):
@@ -122,7 +93,7 @@ def test_a_size_whose_maps_have_other_strides_is_refused(size):
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (48, 48), (64, 112), (100, 75)])
 def test_any_resolution_works_with_the_same_weights(height, width):
     model = randomized(0)
-    x = images(2, height, width)
+    x = images(2, height, width=width)
     with torch.inference_mode():
         both, single = model(x), model(x[:1])
         assert difference(fuse(model)(x), both) < 1e-5

@@ -21,6 +21,7 @@ from cmt_edge.cmt.layers import DropPath
 from cmt_edge.cmt.weights import randomize
 from cmt_edge.deploy.errors import InputError
 from helpers.models import marked_models
+from helpers.tensors import images
 
 PUBLISHED_SIZE = [
     "cmt_nano",
@@ -44,10 +45,6 @@ def relative_difference(model: nn.Module, x: torch.Tensor) -> float:
         expected, actual = model(x), fuse(model)(x)
     assert actual.dtype == expected.dtype
     return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1))
-
-
-def images(count: int, size: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("name", marked_models())

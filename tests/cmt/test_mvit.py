@@ -32,6 +32,7 @@ from cmt_edge.cmt.weights import randomize
 from cmt_edge.deploy.errors import InputError, WeightsError
 from cmt_edge.export.to_onnx import export_onnx, logits_of, simplify
 from helpers.golden import golden, kept_model, official_array, published
+from helpers.tensors import images, relative_difference
 
 V1, V2 = "mvitv1_b16", "mvitv2_t"
 NAMES = [V1, V2, "mvitv2_s", "mvitv2_b", "mvitv2_l"]
@@ -59,16 +60,6 @@ def randomized(name: str, seed: int, size: int = 64) -> nn.Module:
     return model
 
 
-def images(count: int, size: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
-
-
-def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Largest difference, relative to max(1, largest value)."""
-    assert a.shape == b.shape
-    return float((a - b).abs().max() / b.abs().max().clamp(min=1))
-
-
 # --- against the official code --------------------------------------------------------------------
 
 
@@ -89,30 +80,6 @@ def test_parameters_and_macs_are_the_published_ones(name):
     with torch.device("meta"):
         model = spec.constructor(spec.config, img_size=224, num_classes=1000)
     assert (count_params(model), macs(model)) == (spec.params, spec.macs)
-
-
-@pytest.mark.parametrize(
-    ("theirs", "our_key"),
-    [
-        ("patch_embed.proj.weight", "embed.weight"),
-        ("pos_embed", "position_embedding"),
-        ("cls_token", "class_token"),
-        ("blocks.1.proj.bias", "blocks.1.shortcut.bias"),
-        ("blocks.1.attn.proj.bias", "blocks.1.attn.proj.bias"),
-        ("blocks.12.attn.pool_q.weight", "blocks.12.attn.pool_q.conv.weight"),
-        ("blocks.12.attn.norm_v.bias", "blocks.12.attn.pool_v.norm.bias"),
-        ("blocks.0.attn.rel_pos_h", "blocks.0.attn.relative.rows"),
-        ("blocks.0.attn.rel_pos_w", "blocks.0.attn.relative.columns"),
-        ("blocks.0.norm2.weight", "blocks.0.norm2.weight"),
-        ("blocks.11.mlp.fc2.weight", "blocks.11.mlp.fc2.weight"),
-        ("head.projection.bias", "head.bias"),
-        ("norm.bias", "norm.bias"),
-    ],
-)
-def test_published_key(theirs, our_key):
-    rename = model_spec(V2).rename
-    assert rename(theirs) == our_key
-    assert rename(our_key) == our_key
 
 
 def test_stacked_linears_are_taken_apart_convs_lose_their_time_axis_and_ours_are_left_alone():
@@ -325,9 +292,9 @@ def test_features_are_four_maps_without_the_class_token(name, widths, fused):
         maps, reference = (fuse(model) if fused else model).features(x), model.features(x)
         last = maps[-1].flatten(2).transpose(1, 2)
         assert [tuple(m.shape) for m in maps] == [(2, w, 24 >> i, 24 >> i) for i, w in enumerate(widths)]
-        assert all(difference(a, b) < 1e-10 for a, b in zip(maps, reference, strict=True))
+        assert all(relative_difference(a, b) < 1e-10 for a, b in zip(maps, reference, strict=True))
         if name == V2:
-            assert difference(model.head(model.norm(last).mean(1)), model(x)) < 1e-10
+            assert relative_difference(model.head(model.norm(last).mean(1)), model(x)) < 1e-10
 
 
 def test_stochastic_depth_rises_linearly_and_every_parameter_is_trained():
@@ -365,8 +332,10 @@ def test_each_rewrite_is_exact_alone_and_the_others_without_it(name, rewrite):
     with torch.inference_mode():
         expected, maps = model(x), model.features(x)
         for fused in (fuse(model, without=others), fuse(model, without=[rewrite])):
-            assert difference(fused(x), expected) < 1e-10
-            assert all(difference(a, b) < 1e-10 for a, b in zip(fused.features(x), maps, strict=True))
+            assert relative_difference(fused(x), expected) < 1e-10
+            assert all(
+                relative_difference(a, b) < 1e-10 for a, b in zip(fused.features(x), maps, strict=True)
+            )
 
 
 @pytest.mark.parametrize("name", [V1, V2, "mvitv2_l"])
@@ -375,8 +344,8 @@ def test_all_rewrites_together_are_exact(name, size):
     model, x = randomized(name, 1, size), images(2, size, 1)
     with torch.inference_mode():
         expected = model.double()(x.double())
-        assert difference(fuse(model)(x.double()), expected) < 1e-10
-        assert difference(fuse(model.float())(x).double(), expected) < 1e-5
+        assert relative_difference(fuse(model)(x.double()), expected) < 1e-10
+        assert relative_difference(fuse(model.float())(x).double(), expected) < 1e-5
 
 
 def test_the_random_models_would_show_a_lost_rewrite():
@@ -394,7 +363,7 @@ def test_the_random_models_would_show_a_lost_rewrite():
                         attn.scale = 1.0
                     else:
                         attn.get_parameter(path).zero_()
-                assert difference(model(x), before) > 1e-3, path
+                assert relative_difference(model(x), before) > 1e-3, path
 
 
 def test_what_is_left_of_a_rewritten_v1():

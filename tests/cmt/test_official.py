@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from cmt_edge.cmt import count_params, create_model, fuse, list_models, macs
+from cmt_edge.cmt import count_params, create_model, fuse, list_models, macs, model_spec
 from helpers.golden import (
     VARIANTS,
     WITHOUT_OFFICIAL_CODE,
@@ -24,6 +24,47 @@ SLOW_MACS = 3e9
 """Models above this take seconds a forward pass of two images in float64."""
 RULES = {"fanin": "logits_f64", "flat": "logits_flat_f64"}
 """How the weights were made, and the name of the float64 logits in the golden file."""
+
+KEYS = {
+    "convit_tiny": [
+        ("patch_embed.proj.weight", "embed.weight"),
+        ("pos_embed", "position_embedding"),
+        ("cls_token", "class_token"),
+        ("blocks.9.attn.gating_param", "blocks.9.attn.position.gate"),
+        ("blocks.0.attn.pos_proj.bias", "blocks.0.attn.position.proj.bias"),
+        ("blocks.0.attn.proj.bias", "blocks.0.attn.proj.bias"),
+        ("blocks.11.mlp.fc2.weight", "blocks.11.mlp.fc2.weight"),
+        ("head.bias", "head.bias"),
+    ],
+    "cvt_13": [
+        ("stage0.patch_embed.proj.bias", "stages.0.embed.bias"),
+        ("stage1.patch_embed.norm.weight", "stages.1.norm.weight"),
+        ("stage2.cls_token", "stages.2.class_token"),
+        ("stage2.blocks.11.attn.conv_proj_k.conv.weight", "stages.2.blocks.11.attn.k.conv.weight"),
+        ("stage2.blocks.1.attn.conv_proj_q.bn.running_var", "stages.2.blocks.1.attn.q.norm.running_var"),
+        ("stage0.blocks.0.attn.proj_v.bias", "stages.0.blocks.0.attn.v.linear.bias"),
+        ("stage0.blocks.0.attn.proj.bias", "stages.0.blocks.0.attn.proj.bias"),
+        ("stage1.blocks.1.norm2.weight", "stages.1.blocks.1.norm2.weight"),
+        ("norm.bias", "norm.bias"),
+        ("head.weight", "head.weight"),
+    ],
+    "mvitv2_t": [
+        ("patch_embed.proj.weight", "embed.weight"),
+        ("pos_embed", "position_embedding"),
+        ("cls_token", "class_token"),
+        ("blocks.1.proj.bias", "blocks.1.shortcut.bias"),
+        ("blocks.1.attn.proj.bias", "blocks.1.attn.proj.bias"),
+        ("blocks.12.attn.pool_q.weight", "blocks.12.attn.pool_q.conv.weight"),
+        ("blocks.12.attn.norm_v.bias", "blocks.12.attn.pool_v.norm.bias"),
+        ("blocks.0.attn.rel_pos_h", "blocks.0.attn.relative.rows"),
+        ("blocks.0.attn.rel_pos_w", "blocks.0.attn.relative.columns"),
+        ("blocks.0.norm2.weight", "blocks.0.norm2.weight"),
+        ("blocks.11.mlp.fc2.weight", "blocks.11.mlp.fc2.weight"),
+        ("head.projection.bias", "head.bias"),
+        ("norm.bias", "norm.bias"),
+    ],
+}
+"""Keys of official state dicts and ours, by model; each of its kinds once."""
 
 WITH_LOGITS = [v for v in VARIANTS if v.logits]
 
@@ -63,6 +104,16 @@ def test_logits_equal_the_official_code(variant, rule):
     np.testing.assert_allclose(reference, rounded, rtol=0, atol=2e-5)
     np.testing.assert_allclose(rewritten, rounded, rtol=0, atol=2e-5)
     np.testing.assert_allclose(double, exact, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs", "our_key"),
+    [(name, *pair) for name, pairs in KEYS.items() for pair in pairs],
+)
+def test_a_published_key_becomes_ours_and_ours_stays(name, theirs, our_key):
+    rename = model_spec(name).rename
+    assert rename(theirs) == our_key
+    assert rename(our_key) == our_key
 
 
 @pytest.mark.parametrize("variant", each(WITH_LOGITS))

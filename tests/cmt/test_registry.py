@@ -31,7 +31,7 @@ def test_entries_have_their_own_names_and_cannot_be_replaced():
     specs = collect(FAMILIES)
     assert all(spec.name == name for name, spec in specs.items())
     with pytest.raises(TypeError):
-        specs["cmt_nano"] = specs["cmt_ti"]  # type: ignore[index]
+        specs["cmt_nano"] = specs["cmt_ti"]
 
 
 def test_families_are_imported_when_the_registry_is_asked():

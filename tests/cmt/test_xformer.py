@@ -24,6 +24,7 @@ from cmt_edge.deploy.images import ImageSet
 from cmt_edge.deploy.preprocessing import Preprocess, preprocess
 from cmt_edge.export.to_onnx import export_onnx, logits_of, simplify
 from cmt_edge.export.typed import observe, rounded, typed
+from helpers.tensors import images
 
 NAME = "xformer_reading"
 REWRITES = [rewrite.name for rewrite in model_spec(NAME).rewrites]
@@ -44,10 +45,6 @@ def randomized(seed: int, size: int = 64) -> nn.Module:
     for attn in attentions(model):
         attn.temperature.data.copy_((1 + 2 * torch.rand(attn.heads, generator=generator)) / 32)
     return model
-
-
-def images(count: int, size: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
 # --- what it is -----------------------------------------------------------------------------------

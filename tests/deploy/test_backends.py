@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import inspect
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -27,7 +28,8 @@ from cmt_edge.deploy.errors import InputError, RuntimeMissingError
 from helpers.bundles import make_bundle
 from helpers.images import BLUE, GREEN, RED
 
-LOCAL = ("openvino", "onnxruntime", "torch", "fake")
+needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="needs torch")
+LOCAL = ("openvino", "onnxruntime", pytest.param("torch", marks=needs_torch), "fake")
 MINE = """
 from cmt_edge.deploy.backends import Runtime
 from cmt_edge.deploy.backends.fake import FakeSession
@@ -59,7 +61,7 @@ def mine(tmp_path, monkeypatch):
 def test_one_file_and_one_line_add_a_runtime(tmp_path):
     bundle = make_bundle(tmp_path / "b")
     with Predictor.load(bundle, backend="mine") as p:
-        assert p.info["runtime"] == "mine 7"
+        assert p.info.runtime == "mine 7"
         assert [answer.label for answer in p.stream([RED, GREEN, BLUE])] == ["red", "green", "blue"]
         assert p.batch == 1  # the bundle's, because the runtime does not take any
     assert get_runtime("mine").compile(tmp_path / "model.onnx", tmp_path) == []
@@ -102,8 +104,8 @@ def test_every_method_is_called_as_the_contract_says(name):
         ("onnxruntime", "int8", "fp32"),
         ("onnxruntime", "bf16", InputError),
         ("openvino", "fp4", InputError),
-        ("torch", "int8", "fp32"),
-        ("torch", "bf16", "fp32"),
+        pytest.param("torch", "int8", "fp32", marks=needs_torch),
+        pytest.param("torch", "bf16", "fp32", marks=needs_torch),
     ],
 )
 def test_the_precision_of_what_is_not_quantized(name, precision, expected):

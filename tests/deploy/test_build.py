@@ -21,11 +21,15 @@ import cmt_edge.deploy.cli.build
 import cmt_edge.deploy.tensorrt.build
 import cmt_edge.deploy.tensorrt.building
 from cmt_edge.deploy import Bundle, Predictor
+from cmt_edge.deploy.bundle import plain
+from cmt_edge.deploy.bundle.sections import RanOn
 from cmt_edge.deploy.children import Child
 from cmt_edge.deploy.errors import BundleError, OutputError, RuntimeMissingError, StepError
 from cmt_edge.deploy.measure.benchmark import Protocol
+from cmt_edge.deploy.measure.device_report import DeviceReport
 from cmt_edge.deploy.measure.parity import verify
-from helpers.bundles import SIZE, make_bundle, snapshot
+from cmt_edge.deploy.tensorrt.engine import BuildRequest
+from helpers.bundles import SIZE, edit_manifest, make_bundle, snapshot
 from helpers.paths import ROOT
 from helpers.trt import forget_fakes, trt_bundle
 
@@ -76,11 +80,13 @@ def test_the_whole_job(gpu_machine, bundle, capsys):
     report = json.loads((bundle.path / entry.report).read_text())
     assert report["benchmark"]["results"][0]["on_device"]["compute"]["count"] == 5
     assert "a weight was rounded" in report["warnings"]
+    data = (bundle.path / entry.report).read_bytes()
+    assert DeviceReport.from_bytes(data, entry.report).to_bytes() == data
     assert "GPU, inference alone" in (bundle.path / entry.text).read_text()
     assert built.manifest.latency.p50_ms > 0
     assert verify(built).passed
     with Predictor.load(built) as predictor:
-        assert predictor.info == {"runtime": "tensorrt 10.3.0", "device": "Fake Orin"}
+        assert predictor.info == RanOn("tensorrt 10.3.0", "Fake Orin")
         red = np.zeros((SIZE, SIZE, 3), np.uint8)
         red[..., 0] = 255
         assert predictor(red).label == "red"
@@ -167,6 +173,21 @@ def test_an_engine_of_another_machine_is_not_loaded_but_built_again(
     assert deserialized(gpu_machine) == seen
     assert build(bundle) == 0
     assert "replaced: the engine in the bundle was not built on this machine" in capsys.readouterr().out
+
+
+def test_an_engine_that_is_not_what_the_manifest_says(gpu_machine, bundle):
+    """A class less in the manifest than in the engine: the answer would have no label."""
+    assert build(bundle) == 0
+
+    def forget_a_class(content):
+        content["labels"].pop()
+        content["model"]["num_classes"] -= 1
+        content["outputs"][0]["shape"][1] -= 1
+
+    edit_manifest(bundle, forget_a_class)
+    with pytest.raises(BundleError, match="the graph's outputs are not what the manifest says") as error:
+        Predictor.load(bundle.path)
+    assert "the graph has logits float32 (1, 3); the manifest says logits float32 (1, 2)" in error.value.why
 
 
 def test_a_forged_entry_is_not_loaded(gpu_machine, bundle):
@@ -339,7 +360,7 @@ def test_an_interrupted_build_stops_its_child(gpu_machine, bundle, sent):
     children = builders_of(process)
     process.send_signal(sent)
     _, error = process.communicate(timeout=20)
-    assert process.returncode == 130
+    assert process.returncode == 128 + sent
     assert b"interrupted" in error
     assert not any(running(child) for child in children)
     assert snapshot(bundle.path) == before
@@ -439,10 +460,30 @@ def test_update_never_replaces_a_file(bundle):
 
 
 def test_whatever_fails_in_the_builder_is_a_typed_error(gpu_machine, tmp_path):
+    request = BuildRequest(
+        onnx=str(tmp_path / "gone.onnx"),
+        sha256="0" * 64,
+        plan=str(tmp_path / "engine.plan"),
+        timing_folder=str(tmp_path),
+        timing_key="k",
+        input="input",
+        shape=("batch", 3, SIZE, SIZE),
+        workspace=1 << 20,
+        level=0,
+        tf32=False,
+        profile=(1, 1, 8),
+    )
     with Child(cmt_edge.deploy.tensorrt.building.BUILDER) as child:
-        with pytest.raises(StepError, match="KeyError: 'onnx'") as error:
-            child.request("build")
+        with pytest.raises(StepError, match="FileNotFoundError") as error:
+            child.request("build", **plain(request))
         assert "--trtexec" in error.value.remedy
+
+
+def test_a_request_that_is_none_is_a_typed_error(gpu_machine):
+    with Child(cmt_edge.deploy.tensorrt.building.BUILDER) as child:
+        with pytest.raises(StepError, match="do not understand each other") as error:
+            child.request("build", onnx="model.onnx")
+        assert error.value.why.startswith("the request lacks entries: sha256, plan,")
 
 
 def test_a_builder_ends_with_its_caller(gpu_machine, bundle, tmp_path):

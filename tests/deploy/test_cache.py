@@ -166,20 +166,28 @@ def test_json_is_kept_in_a_folder_or_in_memory(tmp_path):
         made.append(len(made))
         return {"n": made[-1]}
 
+    def read(content):
+        if list(content) != ["n"]:
+            raise ValueError("it is another result")
+        return content
+
+    def get(cache, key):
+        return cache.get(key, make=make, read=read, plain=dict)
+
     folder = tmp_path / "search"
     first = JsonCache(folder, keep=10)
-    assert [first.get(["a", {"b": 1}], make)["n"] for _ in range(2)] == [0, 0]
-    assert JsonCache(folder, keep=10).get(["a", {"b": 1}], make) == {"n": 0}
+    assert [get(first, ["a", {"b": 1}])["n"] for _ in range(2)] == [0, 0]
+    assert get(JsonCache(folder, keep=10), ["a", {"b": 1}]) == {"n": 0}
     (file,) = folder.iterdir()
     assert file.name == f"{digest_of(['a', {'b': 1}])}.json"
     assert file.read_text() == '{"n": 0}'
-    for damage in ("", "[]", "{"):
+    for damage in ("", "[]", "{", '{"m": 0}'):
         file.write_text(damage)
-        assert JsonCache(folder, keep=10).get(["a", {"b": 1}], make)["n"] == made[-1]
-    assert made == [0, 1, 2, 3]
+        assert get(JsonCache(folder, keep=10), ["a", {"b": 1}])["n"] == made[-1]
+    assert made == [0, 1, 2, 3, 4]
     alone = JsonCache(None, keep=10)
-    assert alone.get("x", make) == alone.get("x", make) == {"n": 4}
-    assert JsonCache(None, keep=10).get("x", make) == {"n": 5}
+    assert get(alone, "x") == get(alone, "x") == {"n": 5}
+    assert get(JsonCache(None, keep=10), "x") == {"n": 6}
 
 
 COUNT = """

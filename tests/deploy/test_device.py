@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cmt_edge.deploy.errors import InputError
+from cmt_edge.deploy.measure.device import DGpu, Power
 from cmt_edge.deploy.telemetry import dgpu, tools
 from cmt_edge.deploy.telemetry import power as power_module
-from cmt_edge.deploy.telemetry.dgpu import DGpu, clock_reasons, read_dgpu
+from cmt_edge.deploy.telemetry.dgpu import clock_reasons, read_dgpu
 from cmt_edge.deploy.telemetry.power import (
-    Power,
     PowerMonitor,
     PowerSensor,
     find_power_sensor,

@@ -144,28 +144,28 @@ for command in (bench, predict, verify):
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
         command.main(["--help"])
     assert "usage: cmt-" in out.getvalue()
-bundle, image, backend = sys.argv[1:]
-assert predict.main([bundle, image, "--backend", backend]) == 0
-assert verify.main([bundle, "--backend", backend]) == 0
+bundle, image, *backend = sys.argv[1:]
+assert predict.main([bundle, image, *backend]) == 0
+assert verify.main([bundle, *backend]) == 0
 brief = ["--iters", "2", "--seconds", "0", "--warmup", "1", "--no-throughput"]
-assert bench.main([bundle, "--backend", backend, *brief]) == 0
+assert bench.main([bundle, *backend, *brief]) == 0
 rooms = [name for name in sys.modules if name.startswith("cmt_edge.deploy.") and name.count(".") == 2]
 assert not {"cmt_edge.deploy.tensorrt", "cmt_edge.deploy.telemetry"} & set(rooms), rooms
 assert "fcntl" not in sys.modules
 """
 
 
-@pytest.mark.parametrize("backend", ["fake", "onnxruntime"])
+@pytest.mark.parametrize("backend", [[], ["--backend", "onnxruntime"]], ids=["fake", "onnxruntime"])
 def test_commands_need_neither_posix_nor_tensorrt(tmp_path, backend):
     """They start on Windows; and of the rooms of TensorRT and its telemetry they import nothing."""
     from helpers.bundles import make_bundle
     from helpers.trt import trt_bundle
 
     target = tmp_path / "b"
-    bundle = make_bundle(target) if backend == "fake" else trt_bundle(target, half=False)
+    bundle = make_bundle(target) if not backend else trt_bundle(target, half=False)
     image = tmp_path / "image.png"
     image.write_bytes(bundle.golden().sources[0])
-    python(WITHOUT_POSIX + COMMANDS, str(bundle.path), str(image), backend)
+    python(WITHOUT_POSIX + COMMANDS, str(bundle.path), str(image), *backend)
 
 
 START = """

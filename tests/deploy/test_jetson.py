@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cmt_edge.deploy.measure.device import PowerMode
 from cmt_edge.deploy.telemetry.jetson import (
     JETPACK,
     Module,
-    PowerMode,
     available_memory,
     find_rails,
     is_jetson,

@@ -524,3 +524,11 @@ def test_outputs_are_cut_and_joined_for_every_number_of_images():
         given = np.random.default_rng(count).random((count, 3, 16, 16), dtype=np.float32)
         np.testing.assert_allclose(p.logits(given), FakeSession(3).run(given)[0].reshape(count, 3), atol=1e-6)
         assert p.lanes.lent == 0
+
+
+def test_a_predictor_says_what_it_serves_and_how_busy_it_is():
+    p = tiny()
+    with p.lanes.take(1):
+        assert repr(p) == f"Predictor({len(LABELS)} labels, fake 1, Lanes(batch=1, 1 lanes lent, 0 idle))"
+    p.close()
+    assert repr(p.lanes) == "Lanes(batch=1, closed)"

@@ -180,9 +180,9 @@ parts = st.builds(Part, st.integers(1, 3), st.text("abc", min_size=1))
 wholes = st.builds(
     Whole,
     st.lists(parts).map(tuple),
-    st.tuples(st.integers(), st.text("é\n'")),
+    st.tuples(st.integers(-(2**64), 2**64), st.text("é\n'")),
     st.lists(st.floats(allow_nan=False, allow_infinity=False)),
-    st.none() | st.integers() | st.text(),
+    st.none() | st.integers(-(2**64), 2**64) | st.text(),
     st.dictionaries(st.text(), parts),
     st.none() | parts,
     st.none() | parts,

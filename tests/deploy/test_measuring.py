@@ -49,17 +49,18 @@ def test_logits_are_those_of_a_predictor(process, bundle, tmp_path):
 def test_latencies_refer_to_the_first(process, bundle, tmp_path):
     other = make_bundle(tmp_path / "other")
     result = process.benchmark([bundle.path, other.path], SHORT, None)
-    assert [r["name"] for r in result["results"]] == ["bundle", "other"]
-    assert result["protocol"]["iters"] == 3
+    assert [r.name for r in result.results] == ["bundle", "other"]
+    assert result.protocol == SHORT
+    assert result.results[0].model.count >= 3
     assert process.kernels(bundle.path, None) == {}  # the fake runtime tells none
 
 
 def test_runtimes_and_their_precisions(process):
     assert process.runtime("fake") == "fake 1"
     assert process.missing("fake", "bf16") == ""
-    with pytest.raises(UnknownNameError, match="unknown runtime 'fakke'") as error:
-        process.runtime("fakke")
-    assert "did you mean fake" in (error.value.remedy or "")
+    with pytest.raises(UnknownNameError, match="unknown runtime 'opnvino'") as error:
+        process.runtime("opnvino")
+    assert "did you mean openvino" in (error.value.remedy or "")
     assert process.runtime("fake") == "fake 1"  # an error does not end the process
 
 
@@ -74,6 +75,29 @@ def test_other_failures_are_typed_too(process, bundle, tmp_path):
     with pytest.raises(StepError, match="measuring failed in the runtime") as error:
         process.logits(bundle.path, tmp_path / "gone.npy", None)
     assert "FileNotFoundError" in (error.value.why or "")
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        ({"text": 5}, "text is 5, expected text"),
+        ({}, "the answer to 'runtime' lacks entries: text"),
+        (None, "the answer to 'runtime' is null, expected an object"),
+        ({"text": "fake 1", "more": 1}, "the answer to 'runtime' holds unknown entries: 'more'"),
+    ],
+)
+def test_an_answer_of_another_kind_is_one_typed_error(monkeypatch, answer, why):
+    with MeasuringProcess() as process:
+        monkeypatch.setattr(process.child, "request", lambda call, **arguments: answer)
+        with pytest.raises(StepError, match="do not understand each other") as error:
+            process.runtime("fake")
+        assert error.value.why == why
+
+
+def test_a_request_of_another_kind_is_one_typed_error(process):
+    with pytest.raises(StepError, match="do not understand each other") as error:
+        process.child.request("kernels", bundle=5, threads=None)
+    assert error.value.why == "bundle is 5, expected text"
 
 
 def test_a_crash_is_one_typed_error():

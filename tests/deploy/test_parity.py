@@ -15,7 +15,8 @@ from cmt_edge.deploy.backends.fake import FakeSession
 from cmt_edge.deploy.bundle import GOLDEN, REFERENCE, Golden, save_reference
 from cmt_edge.deploy.errors import DataError, ImageError, RuntimeMissingError
 from cmt_edge.deploy.images import ImageSet, digest
-from cmt_edge.deploy.measure.parity import MAX_DROP, match_labels, verify
+from cmt_edge.deploy.measure.labels import match_labels
+from cmt_edge.deploy.measure.parity import MAX_DROP, verify
 from helpers.bundles import SPEC, blank_head, copy_bundle, make_bundle, tiny_golden
 from helpers.cli import strict
 from helpers.images import COLOURS, coloured, folder_of

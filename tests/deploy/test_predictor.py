@@ -19,7 +19,7 @@ from cmt_edge.calib.generated import generate
 from cmt_edge.deploy import Bundle, Prediction, Predictor, preprocess
 from cmt_edge.deploy.backends import RUNTIME_OF_FORMAT, RUNTIMES, Runtime, get_runtime
 from cmt_edge.deploy.backends.fake import FakeSession
-from cmt_edge.deploy.bundle.sections import TensorEntry
+from cmt_edge.deploy.bundle.sections import RanOn, TensorEntry
 from cmt_edge.deploy.errors import (
     BundleError,
     DataError,
@@ -70,7 +70,7 @@ def test_predictions_have_one_shape_everywhere(predictor, fp32_bundle, blobs):
     assert answer.probabilities.sum() == pytest.approx(1, abs=1e-5)
     assert answer.label == fp32_bundle.labels[int(answer.logits.argmax())] == answer.top(1)[0][0]
     assert predictor.labels == fp32_bundle.labels
-    assert set(predictor.info) == {"runtime", "device"}
+    assert predictor.info == RanOn(predictor.session.runtime, predictor.session.device)
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -263,7 +263,7 @@ def test_int8_bundle_agrees_on_the_class(int8_bundle, cifar, name):
 )
 def test_default_runtime_is_the_one_of_the_format(request, which, runtime):
     with Predictor.load(str(request.getfixturevalue(which).path)) as p:
-        assert p.info["runtime"].startswith(f"{runtime} ")
+        assert p.info.runtime.startswith(f"{runtime} ")
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_missing_device(fp32_bundle, name):
 @pytest.mark.parametrize("name", REAL)
 def test_device_names_ignore_case(fp32_bundle, name):
     with Predictor.load(fp32_bundle, backend=name, device="cpu") as p:
-        assert p.info["device"] == "CPU"
+        assert p.info.device == "CPU"
 
 
 def test_bf16_bundle_is_refused_by_onnxruntime(fp32_bundle):

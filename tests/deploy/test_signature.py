@@ -95,7 +95,7 @@ def add_version(content: dict) -> None:
 
 def drop_verification(content: dict) -> None:
     content.pop("verification", None)
-    content["labels_source"] = "elsewhere"
+    content["labels_source"] = "file"
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_a_signature_of_another_bundle_does_not_fit(
     tmp_path: Path,
     keys: tuple[Path, Path],
 ) -> None:
-    other = make_bundle(tmp_path / "other", labels_source="elsewhere")
+    other = make_bundle(tmp_path / "other", labels_source="file")
     shutil.copyfile(signed.path / SIGNATURE, other.path / SIGNATURE)
     with pytest.raises(SignatureError, match="changed after it was signed"):
         Bundle.open(other.path, key=keys[1])

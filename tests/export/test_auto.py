@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import pytest
 from cmt_edge.deploy import Bundle, report
 from cmt_edge.deploy.backends.openvino import has_bf16
 from cmt_edge.deploy.errors import InputError, RuntimeMissingError
+from cmt_edge.deploy.files import cache_folder
 from cmt_edge.deploy.measure import isa
 from cmt_edge.deploy.measure.benchmark import Protocol
 from cmt_edge.deploy.measure.child import MeasuringProcess
@@ -153,6 +155,20 @@ def test_a_second_run_measures_nothing(finished, images, tmp_path, calls):
     assert calls == []
     old, new = finished.manifest.verdict, again.manifest.verdict
     assert replace(new, host=old.host) == old
+
+
+@pytest.mark.slow
+def test_what_cannot_be_read_is_measured_again(finished, images, tmp_path, calls, monkeypatch):
+    """One kept measurement has the entries of another version: only that one is made anew."""
+    shutil.copytree(cache_folder(), tmp_path / "cache")
+    monkeypatch.setenv("CMT_EDGE_CACHE", str(tmp_path / "cache"))
+    kept = [file for file in (tmp_path / "cache" / "search").iterdir() if "ratio_ci" in file.read_text()]
+    assert kept
+    for file in kept:
+        file.write_text(file.read_text().replace("ratio_ci", "ratio_interval"))
+    again = run(asked(tmp_path / "out", eval_data=str(images)))
+    assert calls == ["benchmark"]
+    assert names(again.manifest.verdict) == names(finished.manifest.verdict)
 
 
 @pytest.mark.slow

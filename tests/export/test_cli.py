@@ -402,6 +402,7 @@ def begun(folder: Path, process: subprocess.Popen, writing: bool) -> bool:
         (signal.SIGTERM, False, 3),
         (signal.SIGINT, False, 1.5),
         (signal.SIGTERM, True, 0.0),
+        (signal.SIGHUP, True, 0.0),
     ],
 )
 def test_an_interrupted_export_leaves_nothing(tmp_path, signal_number, writing, delay):
@@ -417,7 +418,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, signal_number, writing, 
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130, err
+    assert process.returncode == 128 + signal_number, err
     assert out == ""
     assert "interrupted" in err
     assert content(tmp_path / "out") == {}

@@ -11,9 +11,11 @@ import pytest
 
 import cmt_edge
 from cmt_edge.__main__ import COMMANDS
+from cmt_edge.deploy.backends import RUNTIMES, offered_runtimes
 from cmt_edge.deploy.cli import bench, build, predict, verify
 from cmt_edge.export import ExportConfig, pipeline
 from cmt_edge.export import cli as export_cli
+from helpers.bundles import make_bundle
 from helpers.paths import ROOT
 
 NAMES = [
@@ -132,7 +134,7 @@ def test_there_is_a_command_for_every_console_script():
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     section = text.split("[project.scripts]")[1].split("\n[")[0]
     scripts = dict(line.split(" = ") for line in section.strip().splitlines())
-    expected = {f"cmt-{name}": f'"cmt_edge.{command.module}:main"' for name, command in COMMANDS.items()}
+    expected = {f"cmt-{name}": f'"cmt_edge.startup:{name}"' for name in COMMANDS}
     assert scripts == expected
     assert set(COMMANDS) == set(MAINS)
 
@@ -165,3 +167,27 @@ def test_without_a_command_the_usage_is_printed(argv, message):
 def test_help_names_every_command_and_version_the_version():
     assert all(f"\n  {name} " in command("--help").stdout for name in COMMANDS)
     assert command("--version").stdout == f"cmt-edge {cmt_edge.__version__}\n"
+
+
+@pytest.mark.parametrize("folder", ["deploy/backends", "deploy", "deploy/tensorrt"])
+def test_files_of_the_working_directory_stand_for_no_package(tmp_path, folder):
+    """``openvino.py`` and ``torch.py`` lie in our own folders, and in those of users."""
+    bundle = make_bundle(tmp_path / "b")
+    (tmp_path / "a.png").write_bytes(bundle.golden().sources[0])
+    for name in ("export", "numpy", "PIL", "dataclasses", "signal"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('it was imported')")
+    argv = [sys.executable, "-m", "cmt_edge", "predict", str(bundle.path), str(tmp_path / "a.png")]
+    for place in (ROOT / folder, tmp_path):
+        done = subprocess.run(argv, capture_output=True, text=True, cwd=place, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.count("%") == 3
+
+
+def test_the_double_of_a_runtime_is_offered_by_no_command():
+    assert "fake" in RUNTIMES
+    assert "fake" not in offered_runtimes()
+    for name in ("predict", "verify", "bench"):
+        assert "fake" not in command(name, "--help").stdout
+    done = command("predict", "b", "a.png", "--backend", "fake")
+    assert done.returncode == 2
+    assert "choose one of: openvino, onnxruntime, tensorrt, torch\n" in done.stderr

@@ -46,7 +46,7 @@ def values(field) -> list[str]:
     flag = flag_of(field)
     if isinstance(field.default, bool) or field.name == "ema":
         return [flag]
-    return [flag, "7"]
+    return [flag, "0.7" if field.name == "crop_ratio" else "7"]
 
 
 @pytest.mark.parametrize("field", fields(Settings), ids=lambda f: f.name)
@@ -96,25 +96,49 @@ def test_choices_are_checked(field):
         replace(ExportConfig("cmt_nano"), **{field.name: "nonsense"}).check()
 
 
-@pytest.mark.parametrize(
-    "field", [f for f in fields(Settings) if option_of(f).least is not None], ids=lambda f: f.name
-)
-def test_bounds_are_checked(field):
-    with pytest.raises(InputError, match=rf"{flag_of(field)} .* is too small"):
-        replace(ExportConfig("cmt_nano"), **{field.name: -1}).check()
-
-
 NUMBERS = [f for f in fields(Settings) if {int, float} & set(types_of(get_type_hints(Settings)[f.name]))]
+"""Every option that is a number."""
+
+
+def outside(field) -> list[str]:
+    """Numbers that an option refuses: below and above its range, and none at all."""
+    numbers = option_of(field).range
+    low = numbers.least if numbers.above else numbers.least - 1
+    return [str(low), str(numbers.most + 1), "1" + "0" * 30, "nan", "inf", "-inf", "1e999", "x", ""]
 
 
 @pytest.mark.parametrize("field", NUMBERS, ids=lambda f: f.name)
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999"])
-def test_a_number_is_finite_in_python_and_on_the_command_line(capsys, field, value):
-    with pytest.raises(InputError, match=rf"{flag_of(field)} .* is not a finite number"):
-        replace(ExportConfig("cmt_nano"), **{field.name: float(value)}).check()
-    with pytest.raises(SystemExit, match="2"):
-        build_parser().parse_args([f"{flag_of(field)}={value}"])
-    assert flag_of(field) in capsys.readouterr().err
+def test_every_number_has_a_range(field):
+    numbers = option_of(field).range
+    assert 0 <= numbers.least < numbers.most
+    assert field.default is None or not numbers.complaint(field.default)
+
+
+@pytest.mark.parametrize("field", NUMBERS, ids=lambda f: f.name)
+def test_a_number_out_of_range_is_refused_on_the_command_line(capsys, field):
+    for value in outside(field):
+        with pytest.raises(SystemExit, match="2"):
+            build_parser().parse_args([f"{flag_of(field)}={value}"])
+        assert f"argument {flag_of(field)}: {value[:40]!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("field", NUMBERS, ids=lambda f: f.name)
+def test_a_number_out_of_range_is_refused_in_python(field):
+    kind = int if int in types_of(get_type_hints(Settings)[field.name]) else float
+    for value in outside(field)[:3]:
+        with pytest.raises(InputError, match=rf"{flag_of(field)} .* is too (small|large)"):
+            replace(ExportConfig("cmt_nano"), **{field.name: kind(value)}).check()
+    for value in ("nan", "inf", "-inf", "1e999"):
+        with pytest.raises(InputError, match=rf"{flag_of(field)} .* is not a finite number"):
+            replace(ExportConfig("cmt_nano"), **{field.name: float(value)}).check()
+
+
+@pytest.mark.parametrize("field", NUMBERS, ids=lambda f: f.name)
+def test_the_ends_of_a_range_are_in_it(field):
+    numbers = option_of(field).range
+    ends = [numbers.most] if numbers.above else [numbers.least, numbers.most]
+    for end in ends:
+        assert getattr(build_parser().parse_args([f"{flag_of(field)}={end}"]), field.name) == end
 
 
 TEXTS = [f for f in fields(Settings) if str in types_of(get_type_hints(Settings)[f.name])]
@@ -125,6 +149,13 @@ def test_an_empty_text_is_no_value(field):
     """``--data "$DATA"`` with a variable that is not set must not mean the folder one stands in."""
     with pytest.raises(InputError, match=rf"{flag_of(field)} is empty"):
         replace(ExportConfig("cmt_nano"), **{field.name: ""}).check()
+
+
+@pytest.mark.parametrize("field", TEXTS, ids=lambda f: f.name)
+def test_a_text_with_a_nul_character_is_no_value(field):
+    """Only a settings file can hold one; no file can be called so."""
+    with pytest.raises(InputError, match=rf"{flag_of(field)} 'a\\x00b' holds a NUL character"):
+        replace(ExportConfig("cmt_nano"), **{field.name: "a\0b"}).check()
 
 
 def test_options_of_a_group_that_differ_from_their_defaults():

@@ -51,5 +51,6 @@ def trt_bundle(target: Path, *, batch: int | str = 1, half: bool = True) -> Bund
         format="trt",
         precision=precision,
         input=TensorEntry(name="input", shape=(batch, 3, SIZE, SIZE), dtype="float32"),
+        outputs=(TensorEntry(name="logits", shape=(batch, len(LABELS)), dtype="float32"),),
         typing=TypingEntry(operations={precision: 2}, islands=(), observed=None),
     )

@@ -1,0 +1,386 @@
+"""The rows that ``peers.py`` compares: how each artefact is made from the PyTorch model on, and opened.
+
+Nothing here loads PyTorch when it is imported: a process that only runs a model must not hold it.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from common import onnxruntime_session, openvino_session
+
+from cmt_edge.deploy import Predictor, Preprocess
+from cmt_edge.deploy.backends import Session
+
+if TYPE_CHECKING:
+    import onnx
+    from torch import nn
+
+ONNX, IR, WEIGHTS = "model.onnx", "openvino.xml", "weights.pt"
+"""Names of the files that a row makes."""
+
+OPENVINO_FILES = (IR, "openvino.bin")
+"""What OpenVINO reads."""
+
+IMAGES_FILE = "images.npy"
+"""The images on which logits are compared: float32 ``(N, 3, S, S)``."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model: where its artefacts go and what all rows have in common."""
+
+    model: str
+    folder: Path
+    threads: int
+    data: str
+    calib_size: int | None
+
+    @property
+    def preprocess(self) -> Preprocess:
+        from cmt_edge.export import ExportConfig
+
+        return ExportConfig(self.model).preprocess
+
+    def images(self) -> np.ndarray:
+        """The images of the check, float32 ``(N, 3, S, S)``; a file, so that children need not make them."""
+        return np.load(self.folder / IMAGES_FILE)
+
+    def arguments(self) -> list[str]:
+        """For a child process."""
+        pairs = {
+            "--model": self.model,
+            "--folder": self.folder,
+            "--threads": self.threads,
+            "--data": self.data,
+        }
+        pairs |= {} if self.calib_size is None else {"--calib-size": self.calib_size}
+        return [str(part) for pair in pairs.items() for part in pair]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        key: its name on the command line.
+        label: its name in the table.
+        about: what it is, in one sentence.
+        files: names of the files that the runtime reads.
+        make: ``make(job, folder)`` writes the artefact.
+        load: ``load(job, folder, throughput)`` opens it.
+        artefact: key of the row whose artefact this one opens too; empty for its own.
+    """
+
+    key: str
+    label: str
+    about: str
+    files: tuple[str, ...]
+    make: Callable[[Job, Path], None]
+    load: Callable[[Job, Path, bool], Session]
+    artefact: str = ""
+
+    @property
+    def ours(self) -> bool:
+        return self.key.startswith("ours")
+
+    def folder(self, job: Job) -> Path:
+        return job.folder / (self.artefact or self.key)
+
+
+# --- making the artefacts: each from the PyTorch model on -----------------------------------------
+
+
+def reference(name: str) -> nn.Module:
+    """The unfused PyTorch model, with the same random weights wherever it is asked for (also by
+    ``export.run``)."""
+    from cmt_edge.cmt import create_model
+    from cmt_edge.cmt.weights import randomize
+
+    model = create_model(name, seed=0)
+    randomize(model)
+    return model
+
+
+def plain_onnx(job: Job) -> onnx.ModelProto:
+    """The reference as its user would export it: ``torch.onnx`` with its defaults and a fixed batch of 1,
+    then onnxsim."""
+    import onnxsim
+    import torch
+
+    from cmt_edge.export.config import OPSET
+
+    size = job.preprocess.size
+    program = torch.onnx.export(
+        reference(job.model),
+        (torch.zeros(1, 3, size, size),),
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=["input"],
+        output_names=["logits"],
+        external_data=False,
+        verbose=False,
+    )
+    assert program is not None
+    graph, ok = onnxsim.simplify(program.model_proto)
+    if not ok:
+        raise RuntimeError("onnxsim's own check did not pass")
+    return graph
+
+
+def calibration(job: Job) -> Any:
+    """The images that every int8 row is calibrated on, through the same reader: iterable, with a length."""
+    from cmt_edge.calib import CalibrationSet
+    from cmt_edge.calib.quantize import Batches
+
+    return Batches(CalibrationSet.choose(job.data, job.calib_size, job.preprocess), job.preprocess, None)
+
+
+def make_weights(job: Job, folder: Path) -> None:
+    import torch
+
+    torch.save(reference(job.model).state_dict(), folder / WEIGHTS)
+
+
+def make_compiled(job: Job, folder: Path, freezing: bool) -> None:
+    make_weights(job, folder)
+    load_compiled(job, folder, False, freezing)
+
+
+def make_onnx(job: Job, folder: Path) -> None:
+    import onnx
+
+    onnx.save(plain_onnx(job), folder / ONNX)
+
+
+def make_ort_int8(job: Job, folder: Path) -> None:
+    """As ONNX Runtime's documentation says: pre-process, then Q/DQ with its default signed types, one scale a
+    channel."""
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self._batches = iter(calibration(job))
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            batch = next(self._batches, None)
+            return None if batch is None else {"input": batch}
+
+    with tempfile.TemporaryDirectory() as scratch:
+        plain, prepared = Path(scratch) / "plain.onnx", Path(scratch) / "prepared.onnx"
+        onnx.save(plain_onnx(job), plain)
+        quant_pre_process(plain, prepared)
+        quantize_static(prepared, folder / ONNX, Reader(), quant_format=QuantFormat.QDQ, per_channel=True)
+
+
+def make_openvino(job: Job, folder: Path) -> None:
+    import openvino as ov
+
+    ov.save_model(_converted(job), folder / IR, compress_to_fp16=False)
+
+
+def make_nncf(job: Job, folder: Path) -> None:
+    os.environ["NNCF_CI"] = "1"  # no telemetry
+    import nncf
+    import openvino as ov
+
+    batches = calibration(job)
+    model = nncf.quantize(
+        _converted(job),
+        nncf.Dataset(batches),
+        model_type=nncf.ModelType.TRANSFORMER,
+        subset_size=len(batches),
+    )
+    ov.save_model(model, folder / IR, compress_to_fp16=False)
+
+
+def _converted(job: Job) -> Any:
+    import openvino as ov
+
+    with tempfile.TemporaryDirectory() as scratch:
+        make_onnx(job, Path(scratch))
+        return ov.convert_model(Path(scratch) / ONNX)
+
+
+def make_ours(job: Job, folder: Path, precision: str) -> None:
+    """What ``cmt-export`` does, its checks and its quick measurement included; nothing is taken from the
+    cache."""
+    from cmt_edge.export import ExportConfig, run
+
+    calibrated: dict[str, Any] = (
+        {"data": job.data, "calib_size": job.calib_size} if precision == "int8" else {}
+    )
+    run(
+        ExportConfig(
+            job.model,
+            "openvino",
+            precision,
+            weights="random",
+            output=str(folder),
+            threads=job.threads,
+            cache=False,
+            atol=1e9,  # random weights would fail the int8 gate
+            **calibrated,
+        )
+    )
+
+
+# --- opening them ---------------------------------------------------------------------------------
+
+
+def _loaded(job: Job, folder: Path) -> nn.Module:
+    import torch
+
+    model = reference(job.model)
+    model.load_state_dict(torch.load(folder / WEIGHTS))
+    return model
+
+
+def load_torch(job: Job, folder: Path, throughput: bool) -> Session:
+    from cmt_edge.deploy.backends.torch import TorchSession
+
+    return TorchSession(_loaded(job, folder), job.threads)
+
+
+def load_compiled(job: Job, folder: Path, throughput: bool, freezing: bool) -> Session:
+    """Compiled at once, for one image; what the compiler makes is kept beside the artefact for the next
+    process."""
+    import torch
+
+    from cmt_edge.deploy.backends.torch import TorchSession
+
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder) + ".inductor"
+    torch.set_num_threads(job.threads)  # is compiled in
+    model = _loaded(job, folder)
+    compiled: Any = torch.compile(model, options={"freezing": True} if freezing else None)
+    session = TorchSession(compiled, job.threads)
+    session.run(job.images()[:1])
+    return session
+
+
+def load_onnx(job: Job, folder: Path, throughput: bool) -> Session:
+    return onnxruntime_session(folder / ONNX, job.threads, throughput)
+
+
+def load_openvino(job: Job, folder: Path, throughput: bool, precision: str | None) -> Session:
+    return openvino_session(folder / IR, job.threads, precision, throughput)
+
+
+def load_ours(job: Job, folder: Path, throughput: bool, backend: str) -> Session:
+    (bundle,) = folder.iterdir()
+    return Predictor.load(bundle, backend=backend, threads=job.threads, throughput=throughput).session
+
+
+def _ours(precision: str, backend: str = "openvino", artefact: str = "") -> Row:
+    files: tuple[str, ...] = OPENVINO_FILES
+    key, name = f"ours_{precision}", "OpenVINO"
+    if backend == "onnxruntime":
+        key, name, files = f"{key}_ort", "ONNX Runtime", (ONNX,)
+    about = (
+        f"bundle of cmt-export --precision {precision}, in {name}; its export time includes verification and"
+        " a quick measurement"
+    )
+    return Row(
+        key,
+        f"cmt-edge {precision} ({name})",
+        about,
+        files,
+        partial(make_ours, precision=precision),
+        partial(load_ours, backend=backend),
+        artefact,
+    )
+
+
+ROWS = {
+    row.key: row
+    for row in (
+        Row(
+            "torch",
+            "PyTorch eager",
+            "the unfused model in eval and inference mode",
+            (WEIGHTS,),
+            make_weights,
+            load_torch,
+        ),
+        Row(
+            "torch_compile",
+            "torch.compile",
+            "inductor with its defaults; nothing is shipped but the weights, each process compiles or "
+            "reads a cache",
+            (WEIGHTS,),
+            partial(make_compiled, freezing=False),
+            partial(load_compiled, freezing=False),
+        ),
+        Row(
+            "torch_frozen",
+            "torch.compile, freezing",
+            "inductor with freezing, which folds and packs weights",
+            (WEIGHTS,),
+            partial(make_compiled, freezing=True),
+            partial(load_compiled, freezing=True),
+        ),
+        Row(
+            "ort_fp32",
+            "ONNX Runtime fp32",
+            "plain export: torch.onnx of the unfused model, then onnxsim",
+            (ONNX,),
+            make_onnx,
+            load_onnx,
+        ),
+        Row(
+            "ort_int8",
+            "ONNX Runtime int8 (own)",
+            "plain export, quant_pre_process and quantize_static: Q/DQ, per channel, else defaults",
+            (ONNX,),
+            make_ort_int8,
+            load_onnx,
+        ),
+        Row(
+            "ov_fp32",
+            "OpenVINO fp32",
+            "plain export, f32 hint: the base of all ratios",
+            OPENVINO_FILES,
+            make_openvino,
+            partial(load_openvino, precision="fp32"),
+        ),
+        Row(
+            "ov_bf16",
+            "OpenVINO bf16",
+            "the same file, bf16 hint",
+            OPENVINO_FILES,
+            make_openvino,
+            partial(load_openvino, precision="bf16"),
+            "ov_fp32",
+        ),
+        Row(
+            "nncf_f32",
+            "NNCF int8, f32 hint",
+            "plain export, nncf.quantize(model_type=TRANSFORMER), the rest in float32",
+            OPENVINO_FILES,
+            make_nncf,
+            partial(load_openvino, precision="fp32"),
+        ),
+        Row(
+            "nncf_default",
+            "NNCF int8, runtime default",
+            "the same file without a hint: the rest in bfloat16 where the CPU has it",
+            OPENVINO_FILES,
+            make_nncf,
+            partial(load_openvino, precision=None),
+            "nncf_f32",
+        ),
+        _ours("fp32"),
+        _ours("bf16"),
+        _ours("int8"),
+        _ours("int8", "onnxruntime", "ours_int8"),
+    )
+}

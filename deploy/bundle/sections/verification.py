@@ -1,0 +1,93 @@
+"""What the verification of a bundle found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from ..record import OMITTED, Between
+from .values import LOGITS, Count, Difference, Percent, Points, Precision
+
+
+@dataclass(frozen=True)
+class RanOn:
+    """Where a model ran: name and version of the ``runtime``, and the runtime's name of the ``device``."""
+
+    runtime: str
+    device: str
+
+
+@dataclass(frozen=True)
+class GoldenCheck:
+    """Golden images: ``pixel_diff`` in grey levels (decode and resize), ``diff`` and ``atol`` by
+    :func:`cmt_edge.deploy.measure.parity.distance` (numerics).
+
+    ``output`` is the one that comes closest to its tolerance: ``"logits"``, or a feature map.
+    """
+
+    images: Count
+    pixel_diff: Annotated[int, Between(0, 255)]
+    diff: Difference
+    atol: Difference
+    passed: bool
+    output: str = LOGITS
+
+
+@dataclass(frozen=True)
+class DataCheck:
+    """Labelled images; percentages. ``reference_*`` is the PyTorch model, ``drop`` = reference top-1 minus
+    the bundle's.
+
+    ``drop_ci`` is the 95 % interval of the paired difference (Newcombe 1998, method 10).
+    ``reference_source`` says where the reference answers come from; the logit differences need a reference
+    that runs here and are ``None`` otherwise.
+    """
+
+    images: Count
+    top1: Percent
+    reference_top1: Percent
+    agreement: Percent
+    drop: Points
+    drop_ci: tuple[Points, Points]
+    max_drop: float
+    passed: bool
+    reference_source: str
+    logit_max_diff: Difference | None = None
+    logit_mean_diff: Difference | None = None
+
+    @property
+    def doubt(self) -> str:
+        """Why the images do not show that the drop is small enough; empty where they do, or where the drop
+        itself is too large."""
+        high = self.drop_ci[1]
+        if not self.passed or high <= self.max_drop:
+            return ""
+        return (
+            f"{self.images} images cannot show that the drop is at most {self.max_drop:g} points: it may be"
+            f" up to {high:.2f} points (95 % interval); verify on more images"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerificationEntry:
+    """What the verification of a bundle found.
+
+    Attributes:
+        bundle: name or path of the bundle.
+        precision: what was asked for.
+        runtime: where the bundle ran.
+        golden: the check of the golden images.
+        data: the check of labelled images, where there were some.
+        notes: readable.
+        passed: whether every check passed.
+        steps: step of the export -> largest difference of the outputs from the reference; only in a manifest.
+    """
+
+    bundle: str
+    precision: Precision
+    runtime: RanOn
+    golden: GoldenCheck
+    data: DataCheck | None
+    notes: tuple[str, ...]
+    passed: bool
+    steps: dict[str, Difference] | None = field(default=None, metadata=OMITTED)

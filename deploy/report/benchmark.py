@@ -1,0 +1,104 @@
+"""Latencies as text."""
+
+from __future__ import annotations
+
+from ..escaping import escape_line
+from ..measure.benchmark import Benchmark, Measured, Protocol
+from .tables import LATENCY_COLUMNS, latency_cells, table
+
+
+def benchmark_text(result: Benchmark, markdown: bool = False) -> str:
+    """Latency table, what really ran, the machine, and warnings."""
+    warnings = [
+        f"warning: {escape_line(r.name)}: {warning}" for r in result.results for warning in r.warnings
+    ]
+    parts = [
+        _latency_table(result, markdown),
+        _executed_table(result, markdown),
+        _conditions(result),
+        *_fastest(result),
+        *warnings,
+    ]
+    return "\n\n".join(parts)
+
+
+def _latency_table(result: Benchmark, markdown: bool) -> str:
+    first, *others = LATENCY_COLUMNS
+    header = [
+        "bundle",
+        "MB",
+        f"{first} ms",
+        *others,
+        "end-to-end p50",
+        "images/s",
+        "speed-up (95 % CI)",
+    ]
+    rows = [_latency_row(measured) for measured in result.results]
+    return table(header, rows, markdown)
+
+
+def _latency_row(measured: Measured) -> list[str]:
+    low, high = measured.ratio_ci
+    rate = measured.throughput
+    return [
+        measured.name,
+        f"{measured.size_bytes / 1e6:.1f}",
+        *latency_cells(measured.model),
+        f"{measured.end_to_end.p50:.2f}",
+        "-" if rate is None else f"{rate:.0f}",
+        f"{measured.ratio:.2f} ({low:.2f}-{high:.2f})",
+    ]
+
+
+def _executed_table(result: Benchmark, markdown: bool) -> str:
+    """The precision that was asked for beside those that really ran."""
+    header = [
+        "bundle",
+        "asked",
+        "what really ran (share of time)",
+        "conversions",
+        "runtime",
+    ]
+    rows = [
+        [
+            r.name,
+            r.precision,
+            r.executed.summary(),
+            f"{100 * r.executed.conversion_share:.0f} %",
+            r.runtime.runtime,
+        ]
+        for r in result.results
+    ]
+    return table(header, rows, markdown)
+
+
+def _conditions(result: Benchmark) -> str:
+    """The machine, and how it was measured."""
+    host = result.host
+    flags = ", ".join(host.flags) or "none of note"
+    return (
+        f"{host.cpu}, {host.cores} cores ({flags}); threads: {result.threads or 'all'}; batch"
+        f" {result.results[0].batch}; {how_measured(result.protocol)}."
+    )
+
+
+def _fastest(result: Benchmark) -> list[str]:
+    """Which of several to take, if the others' intervals leave no doubt."""
+    if len(result.results) < 2:
+        return []
+    if len({r.batch for r in result.results}) > 1:
+        return []  # ratios are of calls
+    best, second = sorted(result.results, key=lambda r: -r.ratio)[:2]
+    close = second.ratio_ci[1] >= best.ratio_ci[0]
+    return [
+        f"fastest: {escape_line(best.name)}"
+        + (f" (no clear difference from {escape_line(second.name)})" if close else "")
+    ]
+
+
+def how_measured(protocol: Protocol) -> str:
+    """What the line under a table of latencies says of the order and number of calls."""
+    return (
+        f"interleaved, at least {protocol.iters} iterations and {protocol.seconds:g} s each after warm-up,"
+        f" turns after {1e3 * protocol.settle_seconds:g} ms uncounted"
+    )

@@ -1,0 +1,140 @@
+"""What an export produced, as text, and what to do next."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+
+from ..bundle import LOGITS, Bundle
+from ..bundle.sections import LatencyEntry, ObservedEntry, SynthesisEntry, TypingEntry, VerificationEntry
+from .verdict import verdict_text
+
+
+def bundle_text(bundle: Bundle, verify_flags: Sequence[str] = ()) -> str:
+    """What an export produced and what to do next.
+
+    Args:
+        bundle: of the export.
+        verify_flags: what ``cmt-verify`` needs besides the bundle to compare it with the reference again.
+    """
+    manifest, path = bundle.manifest, bundle.path
+    calibration = manifest.calibration
+    lines = [verdict_text(manifest.verdict), ""] if manifest.verdict else []
+    lines += _verified_lines(manifest.verification) if manifest.verification else []
+    lines += _typed_lines(manifest.typing)
+    lines += _latency_lines(manifest.latency)
+    if manifest.labels_source == "numbered":
+        lines.append("note: the classes have no names; give them with --labels FILE")
+    if calibration and calibration.cached:
+        lines.append("note: calibration was taken from the cache (same graph, images and recipe)")
+    lines += _synthesis_lines(calibration.synthesis if calibration else None)
+    lines += [
+        f"bundle: {path} ({manifest.size_bytes / 1e6:.1f} MB)",
+        "",
+    ]
+    return "\n".join([*lines, *_next_commands(bundle, verify_flags)])
+
+
+def _verified_lines(verification: VerificationEntry) -> list[str]:
+    """The manifest's verification entry: steps, golden images, top-1."""
+    golden, data = verification.golden, verification.data
+    steps = ", ".join(f"{name} {largest:.1e}" for name, largest in (verification.steps or {}).items())
+    lines = [
+        f"steps, largest difference: {steps}",
+        f"golden images: {golden.output} differ by {golden.diff:.2g} (allowed {golden.atol:.2g})",
+    ]
+    if data is None:
+        return [
+            *lines,
+            *(["top-1: not measured (no --eval-data)"] if golden.output == LOGITS else []),
+        ]
+    low, high = data.drop_ci
+    return [
+        *lines,
+        f"top-1 on {data.images} images: reference {data.reference_top1:.2f} %, bundle"
+        f" {data.top1:.2f} %, drop {data.drop:+.2f} points (95 % CI {low:+.2f} to {high:+.2f}),"
+        f" agreement {data.agreement:.2f} %",
+        *(f"warning: {note}" for note in verification.notes),
+    ]
+
+
+def _typed_lines(typing: TypingEntry | None) -> list[str]:
+    """What a typed graph computes in, and why some of it stays float32."""
+    if typing is None:
+        return []
+    most_first = sorted(typing.operations.items(), key=lambda item: -item[1])
+    lines = [f"typed: {', '.join(f'{count} in {kind}' for kind, count in most_first)} (operations)"]
+    kinds = Counter((island.op, island.reason) for island in typing.islands)
+    lines += [f"float32: {count} {op}: {reason}" for (op, reason), count in kinds.items()]
+    return lines + (_observed_lines(typing.observed) if typing.observed else [])
+
+
+def _observed_lines(seen: ObservedEntry) -> list[str]:
+    return [
+        f"observed on {seen.images} images ({seen.source}): largest value {seen.largest:.4g},"
+        " float16 holds 65504"
+    ]
+
+
+def _latency_lines(latency: LatencyEntry | None) -> list[str]:
+    if latency is None:
+        return ["latency: not measured, the bundle has no engine yet"]
+    return [
+        f"latency: median {latency.p50_ms:.2f} ms a batch of {latency.batch} "
+        "(a quick look; cmt-bench measures properly)",
+        f"ran as: {latency.executed.summary()}",
+        *(f"warning: {warning}" for warning in latency.warnings),
+    ]
+
+
+def _synthesis_lines(made: SynthesisEntry | None) -> list[str]:
+    """What making synthetic calibration images came to."""
+    if made is None:
+        return []
+    lines = [
+        f"synthetic images: distance of the batch norms' statistics {made.loss_before:.3f} ->"
+        f" {made.loss_after:.3f} in {made.steps} steps"
+    ]
+    if made.stopped_early:
+        lines.append(
+            f"note: the time was up after {made.steps} of {made.steps_asked} steps; fewer images"
+            " (--calib-size) get more of them, and --no-cache makes them anew"
+        )
+    return lines
+
+
+def _next_commands(bundle: Bundle, verify_flags: Sequence[str]) -> list[str]:
+    """What to do with a new bundle: commands that can be pasted as they stand, then those that need images of
+    the user's own."""
+    path = shlex.quote(str(bundle.path))
+    if bundle.manifest.format == "trt" and not bundle.manifest.engine:
+        name = shlex.quote(bundle.path.name)
+        return [
+            "next:",
+            f"  cmt-build {name}",
+            f"(on the device, once {path} is copied to it)",
+        ]
+    flags = "".join(f" {shlex.quote(flag)}" for flag in verify_flags)
+    lines = ["next:", f"  cmt-bench {path}"]
+    if bundle.head != LOGITS:
+        return [*lines, f"  cmt-verify {path}", features_call(bundle)]
+    if "--data" in verify_flags:
+        return [
+            *lines,
+            f"  cmt-verify {path}{flags}",
+            "with your own images:",
+            f"  cmt-predict {path} IMAGE",
+        ]
+    return [
+        *lines,
+        f"  cmt-verify {path}",
+        "with your own images:",
+        f"  cmt-predict {path} IMAGE",
+        f"  cmt-verify {path} --data LABELLED_IMAGES{flags}",
+    ]
+
+
+def features_call(bundle: Bundle) -> str:
+    """How a program gets the feature maps, which no command prints."""
+    return f"in Python: Predictor.load({str(bundle.path)!r}).features(batch)"

@@ -1,0 +1,150 @@
+"""The device report of ``cmt-build`` as text, and what to do next."""
+
+from __future__ import annotations
+
+import shlex
+
+from ..bundle import LOGITS, Bundle
+from ..measure.benchmark import Measured
+from ..measure.device import DeviceState, DGpu
+from ..measure.device_report import DeviceReport, DeviceStates, SustainedPower
+from .bundle import features_call
+from .tables import LATENCY_COLUMNS, latency_cells, table
+
+
+def device_text(report: DeviceReport, markdown: bool = False) -> str:
+    """The device report that ``cmt-build`` writes: engine, golden check, latency by both clocks, state of the
+    device, power."""
+    measured = report.benchmark.results[0]
+    title = [f"# {report.bundle} on {report.key.gpu}", ""] if markdown else []
+    lines = [
+        *title,
+        *_engine_lines(report),
+        _golden_line(report),
+        _precision_line(report, measured),
+        "",
+        _latency_table(measured, markdown),
+        "",
+        *_power_lines(report.power),
+        *_state_lines(report.state),
+        *(f"warning: {warning}" for warning in (*measured.warnings, *report.warnings)),
+    ]
+    return "\n".join([*lines, ""] if markdown else lines)
+
+
+def built_text(bundle: Bundle, report: DeviceReport) -> str:
+    """What ``cmt-build`` did and what to do next."""
+    entry, size = bundle.manifest.engine, bundle.manifest.size_bytes
+    place = bundle.path / entry.text if entry else "none"
+    path = shlex.quote(str(bundle.path))
+    predict = f"with your own images:\n  cmt-predict {path} IMAGE"
+    others = (
+        f"build the other precisions too and compare them: cmt-bench {path} OTHER_BUNDLE; int8 is not always"
+        " faster than fp16 on a GPU"
+    )
+    lines = [
+        device_text(report),
+        f"bundle: {bundle.path} ({size / 1e6:.1f} MB), report: {place}",
+        "",
+        "next:",
+        f"  cmt-bench {path}",
+        predict if bundle.head == LOGITS else features_call(bundle),
+        f"({others})",
+    ]
+    return "\n".join(lines)
+
+
+def _engine_lines(report: DeviceReport) -> list[str]:
+    """The engine, what it was built with, and why an older one was not used."""
+    key = report.key
+    how = "reused" if report.reused else f"built in {report.built_s:.0f} s"
+    return [
+        f"engine: {how}, {report.engine_bytes / 1e6:.1f} MB; TensorRT {key.tensorrt}, CUDA {key.cuda},"
+        f" driver {key.driver}, {key.gpu} (sm {key.sm})",
+        *(f"replaced: {reason}" for reason in report.replaces),
+    ]
+
+
+def _golden_line(report: DeviceReport) -> str:
+    golden = report.golden
+    return (
+        f"golden images: {golden.images}; {golden.output} differ by {golden.diff:.2g} (allowed"
+        f" {golden.atol:.2g}): ok"
+    )
+
+
+def _precision_line(report: DeviceReport, measured: Measured) -> str:
+    executed = measured.executed
+    return (
+        f"layers at the asked precision or below: {100 * report.low_precision_share:.0f} %; ran as:"
+        f" {executed.summary()}, {100 * executed.conversion_share:.0f} % of the time on conversions"
+    )
+
+
+def _latency_table(measured: Measured, markdown: bool) -> str:
+    """The numbers that are easily confused, side by side."""
+    named = {
+        "host, one call": measured.model,
+        "host, image file to answer": measured.end_to_end,
+    }
+    if clock := measured.on_device:
+        by_device = {
+            "GPU, inference alone": clock.compute,
+            "GPU, with copies": clock.with_copies,
+            "host, starting it": clock.enqueue,
+        }
+        named = by_device | named
+    rows = [[name, *latency_cells(latency)] for name, latency in named.items()]
+    text = table(["milliseconds", *LATENCY_COLUMNS], rows, markdown)
+    rate = measured.throughput
+    return text + (f"\n\nthroughput: {rate:.0f} images/s; batch {measured.batch}" if rate else "")
+
+
+def _power_lines(power: SustainedPower) -> list[str]:
+    notes = [f"note: {note}" for note in power.notes]
+    if power.source is None:
+        return ["power: not known here", *notes]
+    named = {"before": power.before, "during": power.during, "after": power.after}
+    phases = ", ".join(
+        f"{phase} {mean.watts:.2f} W" for phase, mean in named.items() if mean.watts is not None
+    )
+    joules = power.joules_per_image
+    energy = f"; {1e3 * joules:.2f} mJ an image, idle power included" if joules else ""
+    return [f"power ({power.source}): {phases}{energy}", *notes]
+
+
+def _state_lines(state: DeviceStates) -> list[str]:
+    """Module, clocks and temperatures before and after."""
+    before, after = state.before, state.after
+    known = _known_parts(before)
+    return [
+        *([f"device: {', '.join(known)}"] if known else []),
+        *_temperature_lines(before, after),
+        *([_gpu_line(after.dgpu)] if after.dgpu else []),
+        *(f"note: {note}" for note in before.notes),
+    ]
+
+
+def _known_parts(state: DeviceState) -> list[str]:
+    """What a Jetson tells of itself."""
+    parts = [state.module] if state.module else []
+    parts += [f"L4T {state.l4t}"] if state.l4t else []
+    parts += [f"JetPack {state.jetpack}"] if state.jetpack else []
+    parts += [f"power mode {state.power_mode.name}"] if state.power_mode else []
+    locked = state.clocks.locked if state.clocks else None
+    if locked is not None:
+        parts.append("clocks locked" if locked else "clocks NOT locked (sudo jetson_clocks locks them)")
+    return parts
+
+
+def _temperature_lines(before: DeviceState, after: DeviceState) -> list[str]:
+    if not before.temperatures_c or not after.temperatures_c:
+        return []
+    first = max(before.temperatures_c.values())
+    last = max(after.temperatures_c.values())
+    return [f"hottest sensor: {first:.0f} °C before, {last:.0f} °C after"]
+
+
+def _gpu_line(gpu: DGpu) -> str:
+    reasons = ", ".join(gpu.clock_reasons or ()) or "nothing"
+    return f"GPU: {gpu.temperature_c} °C, {gpu.sm_mhz} of {gpu.sm_max_mhz} MHz, held back by {reasons}"

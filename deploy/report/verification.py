@@ -1,0 +1,72 @@
+"""The verification of a bundle as text."""
+
+from __future__ import annotations
+
+from ..bundle.sections import DataCheck, GoldenCheck
+from ..escaping import escape_line
+from ..measure.parity import Verification
+from .tables import table
+
+
+def verification_text(v: Verification, markdown: bool = False) -> str:
+    """Golden check, top-1 table and verdict."""
+    lines = [_golden_line(v.golden)]
+    if v.data:
+        lines += [_top1_table(v.data, markdown), _top1_line(v.data)]
+    lines += [f"warning: {note}" for note in v.notes]
+    lines.append(f"{escape_line(v.bundle)} on {v.runtime.runtime}: {_conclusion(v)}")
+    return "\n".join(lines)
+
+
+def _golden_line(golden: GoldenCheck) -> str:
+    return (
+        f"golden images: {golden.images}; pixels differ by at most {golden.pixel_diff} grey levels;"
+        f" {golden.output} by {golden.diff:.2g} (allowed {golden.atol:.2g}): {_passed(golden.passed)}"
+    )
+
+
+def _top1_table(data: DataCheck, markdown: bool) -> str:
+    header = [
+        "images",
+        "reference top-1 %",
+        "bundle top-1 %",
+        "drop (95 % CI)",
+        "agreement %",
+        "max logit diff",
+        "mean",
+    ]
+    low, high = data.drop_ci
+    row = [
+        str(data.images),
+        f"{data.reference_top1:.2f}",
+        f"{data.top1:.2f}",
+        f"{data.drop:+.2f} ({low:+.2f} to {high:+.2f})",
+        f"{data.agreement:.2f}",
+        _difference(data.logit_max_diff),
+        _difference(data.logit_mean_diff),
+    ]
+    return table(header, [row], markdown)
+
+
+def _top1_line(data: DataCheck) -> str:
+    return (
+        f"reference: {data.reference_source}; allowed drop {data.max_drop:g} points: {_passed(data.passed)}"
+    )
+
+
+def _difference(value: float | None) -> str:
+    """A difference of logits; ``"-"`` where the reference did not run here."""
+    return "-" if value is None else f"{value:.3g}"
+
+
+def _passed(passed: bool) -> str:
+    return "ok" if passed else "FAILED"
+
+
+def _conclusion(v: Verification) -> str:
+    """What was verified: accuracy is only where the images can show it."""
+    if not v.passed:
+        return "NOT verified"
+    if v.data is None or not v.data.doubt:
+        return "verified"
+    return f"golden images verified; {v.data.images} images are too few to judge the accuracy"

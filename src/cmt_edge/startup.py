@@ -1,0 +1,62 @@
+"""How a command begins. It imports next to nothing, so that Ctrl-C in the first moments prints no trace.
+
+The console scripts start here: ``cmt-export`` is :func:`export`, and so on.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from importlib import import_module
+
+ENDED_BY = ("SIGINT", "SIGTERM", "SIGHUP")
+"""Names of the signals that ask the process to end; a system may lack some."""
+
+
+def export() -> int:
+    """``cmt-export``."""
+    return run(["export", *sys.argv[1:]])
+
+
+def predict() -> int:
+    """``cmt-predict``."""
+    return run(["predict", *sys.argv[1:]])
+
+
+def verify() -> int:
+    """``cmt-verify``."""
+    return run(["verify", *sys.argv[1:]])
+
+
+def bench() -> int:
+    """``cmt-bench``."""
+    return run(["bench", *sys.argv[1:]])
+
+
+def build() -> int:
+    """``cmt-build``."""
+    return run(["build", *sys.argv[1:]])
+
+
+def run(arguments: list[str]) -> int:
+    """Run ``python -m cmt_edge`` with these arguments in this process; its exit code."""
+    end_at_once_on_signals()
+    code: int = import_module("cmt_edge.__main__").main(arguments)
+    return code
+
+
+def end_at_once_on_signals() -> None:
+    """From now on SIGINT, SIGTERM and SIGHUP end the process at once and without a word: a command that only
+    imports has nothing to clean up. A signal that is ignored stays ignored (``nohup``)."""
+    for name in ENDED_BY:
+        number = getattr(signal, name, None)
+        if number is None:
+            continue
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, end_at_once)
+
+
+def end_at_once(number: int, frame: object) -> None:
+    """The handler of a signal: end with 128 and its number."""
+    os._exit(128 + number)

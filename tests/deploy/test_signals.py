@@ -1,0 +1,164 @@
+"""A command that is asked to end unwinds, says so in one line, and ends with 128 and the signal's number."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from cmt_edge import startup
+from cmt_edge.__main__ import COMMANDS
+from cmt_edge.deploy.signals import Stopped, received, unwound_by_signals
+
+NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+EARLY = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background may ignore it
+import builtins
+from cmt_edge import startup
+ours = builtins.__import__
+def slow(name, *rest, **more):
+    if name == "numpy":
+        print("ready", flush=True)
+        import time
+        for _ in range(3000): time.sleep(0.01)
+    return ours(name, *rest, **more)
+builtins.__import__ = slow
+sys.argv[1:] = sys.argv[2:]
+sys.exit(getattr(startup, {name!r})())
+"""
+"""Starts a command that hangs in an import."""
+LATE = """
+import argparse, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from cmt_edge import startup
+from cmt_edge.deploy.cli.console import run
+startup.end_at_once_on_signals()
+def wait():  # a signal that comes just before a long sleep begins is noticed only after it
+    print("ready", flush=True)
+    for _ in range(3000): time.sleep(0.01)
+def main(args):
+    {body}
+    return 0
+sys.exit(run(main, argparse.Namespace(verbose=False)))
+"""
+"""A command that is at work."""
+BODIES = {
+    "waits": "wait()",
+    "makes another exception of it": """
+    try:
+        wait()
+    except BaseException:
+        raise ImportError("numpy is broken")""",
+    "loses it in a destructor": """
+    class Slow:
+        def __del__(self):
+            print('ready', flush=True)
+            for _ in range(100): time.sleep(0.01)
+    Slow()
+    for _ in range(3000): time.sleep(0.01)""",
+}
+
+
+def ended(code: str, *numbers: int, argv: tuple[str, ...] = (), **options) -> tuple[int, str]:
+    """Exit code and standard error of Python code that gets signals once it has said that it is ready."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+    try:
+        assert process.stdout.readline() == "ready\n"
+        for number in numbers:
+            process.send_signal(number)
+        _, error = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    return process.returncode, error
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_signal_while_a_command_is_imported_prints_nothing(name, number):
+    assert ended(EARLY.replace("{name!r}", repr(name)), number) == (128 + number, "")
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+def test_a_signal_ends_a_command_with_its_number(body, number):
+    code, error = ended(LATE.format(body=body), number)
+    assert (code, error) == (128 + number, "interrupted; nothing half-written was left\n")
+
+
+def test_several_signals_are_one_request(tmp_path):
+    """systemd and a closing terminal send two: the second one must not disturb the cleaning up."""
+    cleaning = "for _ in range(40): time.sleep(0.01)\n        open('done', 'w').close()"
+    body = f"try: wait()\n    finally:\n        {cleaning}"
+    code, error = ended(LATE.format(body=body), signal.SIGTERM, signal.SIGHUP, cwd=tmp_path)
+    assert code in (128 + signal.SIGTERM, 128 + signal.SIGHUP), error
+    assert (tmp_path / "done").exists()
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_an_ignored_signal_stays_ignored(number):
+    """``nohup cmt-export ...`` goes on."""
+    body = f"import os; print('ready', flush=True); os.kill(os.getpid(), {int(number)}); time.sleep(0.1)"
+    code = f"import signal; signal.signal({int(number)}, signal.SIG_IGN)\n" + LATE.replace(
+        "signal.signal(signal.SIGINT, signal.default_int_handler)", ""
+    ).format(body=body)
+    assert ended(code) == (0, "")
+
+
+def test_handlers_are_put_back_and_an_applications_own_stay():
+    before = [signal.getsignal(number) for number in NUMBERS]
+    with unwound_by_signals(interrupt=True), unwound_by_signals():
+        assert signal.getsignal(signal.SIGTERM) is not before[1]
+    assert [signal.getsignal(number) for number in NUMBERS] == before
+    seen: list[int] = []
+    previous = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
+    try:
+        with unwound_by_signals():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert seen == [signal.SIGTERM]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_the_signal_is_known_afterwards(number):
+    with unwound_by_signals(), pytest.raises(Stopped) as stopped:  # noqa: PT012, it comes a moment later
+        os.kill(os.getpid(), number)
+        time.sleep(0.01)
+    assert stopped.value.number == received() == number
+    with unwound_by_signals():
+        assert received() is None
+
+
+def test_off_the_main_thread_nothing_changes():
+    before = signal.getsignal(signal.SIGTERM)
+    inside = []
+
+    def look() -> None:
+        with unwound_by_signals():
+            inside.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert inside == [before]
+
+
+def test_the_start_of_a_command_handles_only_what_nobody_else_does(monkeypatch):
+    set_: dict[int, object] = {}
+    monkeypatch.setattr(startup.signal, "getsignal", lambda number: signal.SIG_IGN)
+    monkeypatch.setattr(startup.signal, "signal", set_.__setitem__)
+    startup.end_at_once_on_signals()
+    assert set_ == {}
