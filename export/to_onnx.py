@@ -7,6 +7,7 @@ import contextlib
 import functools
 import io
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
@@ -66,6 +67,9 @@ UNWANTED = (
 )
 """Passes of onnxsim that are left out: a ``Gemm`` needs its tokens flattened, and OpenVINO copies a
 tensor that is read both flattened and as a map."""
+
+COMPILER_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
+"""The environment variable that names the folder of PyTorch's compiler."""
 
 TRACED_BATCH = 13
 """The batch size of a trace. Models do not use this size themselves, so that the batch is recognised in the
@@ -318,6 +322,24 @@ def require_parity(
 def _largest_difference(ours: np.ndarray, reference: np.ndarray) -> float:
     """Infinite where ``ours`` is not finite."""
     return float(np.abs(ours - reference).max()) if np.isfinite(ours).all() else float("inf")
+
+
+@contextlib.contextmanager
+def without_compiler_folder() -> Iterator[None]:
+    """Keep PyTorch from making the folder of its compiler's cache among the temporary files.
+
+    PyTorch asks where that folder is when it traces a model or counts its products, and would fail where it
+    cannot be made, although nothing is compiled. It is therefore told of a folder that always exists, unless
+    the user has named one.
+    """
+    if COMPILER_FOLDER in os.environ:
+        yield
+        return
+    os.environ[COMPILER_FOLDER] = os.path.dirname(torch.__file__)
+    try:
+        yield
+    finally:
+        os.environ.pop(COMPILER_FOLDER, None)
 
 
 @contextlib.contextmanager

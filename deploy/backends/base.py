@@ -17,6 +17,10 @@ import numpy as np
 
 from ..bundle import Bundle
 from ..bundle.sections import ExecutedPrecision, RanOn
+from ..errors import BundleError
+
+SHOWN_CHARACTERS = 300
+"""The largest number of characters of a runtime's own message that an error quotes."""
 
 
 @dataclass(frozen=True)
@@ -164,3 +168,13 @@ def batch_limit(bundle: Bundle) -> int:
     """Fixed batch size of the graph, ``0`` if it is dynamic."""
     first = bundle.manifest.input.shape[0]
     return first if isinstance(first, int) else 0
+
+
+def unopened(where: object, exc: Exception) -> BundleError:
+    """The error for a graph that a runtime does not open, whatever it raised of its own."""
+    return BundleError(
+        "the runtime cannot open the bundle's graph",
+        where=where,
+        why=f"{type(exc).__name__}: {' '.join(str(exc).split())[:SHOWN_CHARACTERS]}",
+        remedy="copy the whole bundle again, or export it again; another --backend may take it",
+    )
