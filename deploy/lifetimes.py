@@ -26,6 +26,7 @@ class Owner(Protocol):
     def drain(self) -> bool:
         """Refuse further use and wait for what runs; called when the process ends. Whether threads still
         hold something of the session."""
+        ...
 
 
 _owners: weakref.WeakSet[Owner] = weakref.WeakSet()

@@ -377,7 +377,7 @@ def require_choice(what: str, value: str, known: Iterable[str]) -> None:
         )
 
 
-def require_range(flag: str, value: float, numbers: Range) -> None:
+def require_range(flag: str, value: Any, numbers: Range) -> None:
     """Raise :class:`InputError` if ``value`` is no number that the flag takes."""
     if complaint := numbers.complaint(value):
         raise InputError(f"{flag} {value} {complaint}", remedy=f"give {numbers}")

@@ -114,8 +114,20 @@ def export_onnx(
         check(graph)
         return graph
     graph = checked("export to ONNX", trace(model, img_size, opset, outputs, None))
+    _require_any_batch(graph)
     check(graph)
     return graph
+
+
+def _require_any_batch(graph: onnx.ModelProto) -> None:
+    """Raise :class:`InputError` where the tracing has fixed the batch size."""
+    size = graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value
+    if size:
+        raise InputError(
+            "the model's code fixes the batch size while it is traced",
+            why=f"traced with {size} images, the graph takes {size} images only",
+            remedy="take the batch size from x.shape[0], not from len(x), int(...) or a number",
+        )
 
 
 def _require_same(model: nn.Module, graph: onnx.ModelProto, img_size: int) -> float:
@@ -164,6 +176,8 @@ def trace(
         assert program is not None
         if any(node.op_type in UNTYPED for node in program.model_proto.graph.node):
             _rename_clashes(program.model.graph)
+            if batch == TRACED_BATCH:  # before it is folded into constants
+                _free_batch(program.model.graph)
             program.optimize()
         return _anonymous(
             program.model_proto,
@@ -186,7 +200,11 @@ def _batch_freed(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _free_batch(graph: ir.Graph) -> None:
     """See :func:`_batch_freed`, in place."""
+    for value in (graph.inputs[0], *(value for node in graph for value in node.outputs)):
+        value.shape = _with_open_batch(value.shape)
     shapes = [node for node in graph if node.op_type == "Concat" and _begins_with_batch(node)]
+    if not shapes:
+        return
     opened = add_constant(graph, "open", np.array([-1], np.int64))
     size = make_node(
         "Shape",
@@ -198,6 +216,13 @@ def _free_batch(graph: ir.Graph) -> None:
     graph.insert_before(graph[0], size)
     for node in shapes:
         node.replace_input_with(0, opened if _is_reshape_only(node) else size.outputs[0])
+
+
+def _with_open_batch(shape: ir.Shape | None) -> ir.Shape | None:
+    """A shape with a symbol in place of the traced batch, which optimizers would take for a constant."""
+    if shape is None or len(shape) == 0 or shape[0] != TRACED_BATCH:
+        return shape
+    return ir.Shape([BATCH, *shape.dims[1:]])
 
 
 def _begins_with_batch(concat: ir.Node) -> bool:
