@@ -112,7 +112,7 @@ class Predictor:
         threads: int | None = None,
         throughput: bool = False,
         weights: str | Path | None = None,
-        trusted_model: str | None = None,
+        trusted_model: object = None,
         color: str = "rgb",
         key: str | Path | None = None,
     ) -> Predictor:

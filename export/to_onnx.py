@@ -163,6 +163,7 @@ def trace(
         )
         assert program is not None
         if any(node.op_type in UNTYPED for node in program.model_proto.graph.node):
+            _rename_clashes(program.model.graph)
             program.optimize()
         return _anonymous(
             program.model_proto,
@@ -221,6 +222,16 @@ def _integers(value: ir.Value | None) -> np.ndarray | None:
     if array is None or (value is not None and value.is_initializer() and array.dtype != np.int64):
         return None
     return np.atleast_1d(array)
+
+
+def _rename_clashes(graph: ir.Graph) -> None:
+    """Give initializers other names where an operation's result has the same one: torch.onnx names results
+    after operations, and a user's buffer may be called ``index`` too."""
+    made = {value.name for node in graph for value in node.outputs}
+    for name in [name for name in graph.initializers if name in made]:
+        value = graph.initializers.pop(name)
+        value.name = f"{name}.buffer"
+        graph.register_initializer(value)
 
 
 def simplify(graph: onnx.ModelProto) -> onnx.ModelProto:

@@ -34,14 +34,14 @@ class LoadOptions:
         throughput: prefer many requests at once to the latency of one.
         weights: checkpoint for the torch backend where the bundle's weights came from a file.
         trusted_model: for the torch backend, the name of a model from outside the registry that the user
-            trusts; a manifest alone never makes Python import such code.
+            trusts, or the module object itself; a manifest alone never makes Python import such code.
     """
 
     device: str | None = None
     threads: int | None = None
     throughput: bool = False
     weights: str | Path | None = None
-    trusted_model: str | None = None
+    trusted_model: object = None
 
 
 @dataclass(frozen=True)
