@@ -62,7 +62,10 @@ class BundleWriter:
         """Raise :class:`OutputError` where something that is no bundle stands in the way, or where the place
         lies inside another bundle, which one more file would break."""
         require_outside_bundles(self.target)
-        if self.target.is_symlink() or (self.target.exists() and not (self.target / MANIFEST).is_file()):
+        with writing(self.target):  # a folder that may not be entered does not even tell what it holds
+            there = self.target.is_symlink() or self.target.exists()
+            bundle = not self.target.is_symlink() and (self.target / MANIFEST).is_file()
+        if there and not bundle:
             raise OutputError(
                 "exists and is not a bundle, so it is not replaced",
                 where=self.target,
