@@ -125,8 +125,10 @@ class Arrays:
             data = bytearray(member.read())  # so that the array can be written to
         if len(data) != layout.size:
             raise ValueError(f"{name} has {len(data)} bytes instead of {layout.size}")
-        order = "F" if layout.by_columns else "C"
-        return np.frombuffer(data, layout.dtype).reshape(layout.shape, order=order)
+        values = np.frombuffer(data, layout.dtype)
+        if layout.by_columns:
+            return values.reshape(layout.shape[::-1]).T
+        return values.reshape(layout.shape)
 
 
 @contextmanager
