@@ -38,10 +38,23 @@ def macs(model: nn.Module, img_size: int | None = None) -> int:
         evaluating(model),
         torch.no_grad(),
         sdpa_kernel(SDPBackend.MATH),
+        _plain_attention(),
         counter,
     ):
         model(image)
     return counter.get_total_flops() // 2
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Let ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` compute step by step: the counter does
+    not know the operations in which they do everything at once in eval mode."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def try_macs(model: nn.Module) -> int | None:

@@ -6,6 +6,8 @@ The content decides how a file is read, not its name: training programs write ``
 
 from __future__ import annotations
 
+import ast
+import json
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -187,6 +189,37 @@ def read_content(path: Path) -> Any:
     return _load_torch(path)
 
 
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What a ``.safetensors`` file says beside its tensors; empty for a file of another kind.
+
+    The file holds text only. Text that is JSON, or that Python prints for a list, is given as what it means.
+
+    Raises:
+        WeightsError: the file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    with path.open("rb") as file:
+        head = file.read(HEAD_BYTES)
+    if not _is_safetensors(head, path.stat().st_size):
+        return {}
+    try:
+        with safe_open(path, framework="np") as opened:
+            said = opened.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as exc:
+        raise _damaged_safetensors(path, exc) from exc
+    return {name: _meaning(text) for name, text in said.items()}
+
+
+def _meaning(text: str) -> Any:
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return text
+
+
 def _is_safetensors(head: bytes, size: int) -> bool:
     """Whether a file begins with the length of a JSON header and that header."""
     return len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size
@@ -246,9 +279,13 @@ def _load_safetensors(path: Path) -> StateDict:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError) as exc:
-        raise WeightsError(
-            "cannot be read as safetensors",
-            where=path,
-            why=exc,
-            remedy="check that it is complete, or copy it again",
-        ) from exc
+        raise _damaged_safetensors(path, exc) from exc
+
+
+def _damaged_safetensors(path: Path, exc: Exception) -> WeightsError:
+    return WeightsError(
+        "cannot be read as safetensors",
+        where=path,
+        why=exc,
+        remedy="check that it is complete, or copy it again",
+    )

@@ -8,17 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import read_content
+from .checkpoint import read_content, read_metadata
 from .registry import list_models
 
 ABOUT = ("settings", "args", "config", "hyper_parameters")
 """Entries of a checkpoint that hold the settings of its training, in the order in which they are asked."""
 MODEL = ("model", "arch", "model_name")
 """Names of a setting that names the model."""
-SIZE = ("imgsz", "img_size", "input_size")
+SIZE = ("imgsz", "img_size", "image_size", "input_size", "size")
 """Names of a setting that holds the height and width of the input, pixels."""
 COUNT = ("num_classes", "nb_classes")
 """Names of a setting that holds the number of classes."""
+CLASSES = ("classes", "class_names")
+"""Names of a setting that lists the names of the classes."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +31,19 @@ class Description:
         model: name in the registry.
         img_size: height and width of the input, pixels.
         num_classes: number of classes.
+        mean: of red, green and blue, with values from 0 to 1.
+        std: the same for the standard deviation.
     """
 
     model: str | None = None
     img_size: int | None = None
     num_classes: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
 
 def describe_checkpoint(path: Path) -> Description:
-    """What the settings in a checkpoint say of its model.
+    """What the settings in a checkpoint, or the metadata of a safetensors file, say of its model.
 
     Only models of the registry are believed: a name such as ``module:factory`` makes Python import code, so
     it must come from the user and never from a file.
@@ -48,6 +54,7 @@ def describe_checkpoint(path: Path) -> Description:
     content = read_content(path)
     if not isinstance(content, Mapping):
         return Description()
+    content = read_metadata(path) or content
     for settings in (
         *map(_settings, map(content.get, ABOUT)),
         _settings(content),
@@ -56,8 +63,10 @@ def describe_checkpoint(path: Path) -> Description:
         if model in list_models():
             return Description(
                 model,
-                _positive(_first(settings, SIZE, int)),
+                _read_size(settings),
                 _count_classes(settings, content),
+                _read_triple(settings.get("mean")),
+                _read_triple(settings.get("std")),
             )
     return Description()
 
@@ -80,8 +89,31 @@ def _positive(value: int | None) -> int | None:
     return value if value is not None and value > 0 else None
 
 
+def _read_size(settings: Mapping[Any, Any]) -> int | None:
+    """The size as a number, or the last one of ``(3, S, S)``."""
+    for name in SIZE:
+        value = settings.get(name)
+        if isinstance(value, (list, tuple)) and value and set(value[-2:]) == {value[-1]}:
+            value = value[-1]
+        if type(value) is int and value > 0:
+            return value
+    return None
+
+
+def _read_triple(value: Any) -> tuple[float, ...] | None:
+    """Three numbers as a list, or as text with commas."""
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, (list, tuple)) or len(parts) != 3:
+        return None
+    try:
+        return tuple(float(part) for part in parts)
+    except (TypeError, ValueError):
+        return None
+
+
 def _count_classes(settings: Mapping[Any, Any], content: Mapping[Any, Any]) -> int | None:
-    for names in (settings.get("classes"), content.get("classes")):
-        if isinstance(names, (list, tuple)) and names:
-            return len(names)
+    for source in (settings, content):
+        for names in map(source.get, CLASSES):
+            if isinstance(names, (list, tuple)) and names:
+                return len(names)
     return _positive(_first(settings, COUNT, int))

@@ -14,8 +14,6 @@ For a factory, "pretrained" means the weights that it returns; for timm, those t
 from __future__ import annotations
 
 import difflib
-import hashlib
-import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Mapping
@@ -47,6 +45,7 @@ from .spec import (
     Rewrite,
     StateDict,
 )
+from .user_files import import_file
 
 DEFAULT_SIZE = 224
 """Height and width, in pixels, of the input of a model that does not tell its own."""
@@ -77,6 +76,9 @@ NORMS = (
 MAX_SUSPECTS = 4
 """Number of modules that a message names."""
 
+CUSTOM = "custom"
+"""Family of the users' own models."""
+
 Factory = Callable[..., Any]
 """A user's callable that returns a model, and timm's behind the same interface."""
 
@@ -106,31 +108,27 @@ def outside_spec(name: str, img_size: int | None = None) -> ModelSpec:
         RuntimeMissingError: timm is not installed.
     """
     library, _, model = name.partition(":")
+    described = describe(find_factory(name), name, img_size)
+    constructor = Constructor(name, described["img_size"], described["num_classes"])
     if library == TIMM:
-        return _timm_spec(name, model, img_size)
-    module, _, attribute = name.rpartition(":")  # a path on Windows has a colon of its own
-    factory = _find_factory(module, attribute)
-    described = _describe(factory, name, img_size)
+        labels = "imagenet_labels.txt" if described["num_classes"] == 1000 else None
+        return ModelSpec(
+            **described,
+            constructor=constructor,
+            family="timm",
+            labels=labels,
+            published_state=partial(_timm_state, model),
+        )
     return ModelSpec(
         **described,
-        family="custom",
+        constructor=constructor,
+        family=CUSTOM,
         built_with_weights=True,
         labels=None,
     )
 
 
-def _timm_spec(name: str, model: str, img_size: int | None) -> ModelSpec:
-    described = _describe(_timm_factory(model), name, img_size)
-    labels = "imagenet_labels.txt" if described["num_classes"] == 1000 else None
-    return ModelSpec(
-        **described,
-        family="timm",
-        labels=labels,
-        published_state=partial(_timm_state, model),
-    )
-
-
-def _describe(factory: Factory, name: str, img_size: int | None) -> dict[str, Any]:
+def describe(factory: Factory, name: str, img_size: int | None) -> dict[str, Any]:
     """The fields of a :class:`ModelSpec` that a model made by ``factory`` tells."""
     prototype = _call(factory, name)
     settings = _settings(prototype)
@@ -139,7 +137,6 @@ def _describe(factory: Factory, name: str, img_size: int | None) -> dict[str, An
     classes = _count_classes(prototype, size, name)
     return {
         "name": name,
-        "constructor": _constructor(factory, name, size, classes),
         "config": NoConfig(),
         "img_size": size,
         "num_classes": classes,
@@ -155,26 +152,28 @@ def _describe(factory: Factory, name: str, img_size: int | None) -> dict[str, An
     }
 
 
-def _constructor(factory: Factory, name: str, size: int, classes: int) -> Callable[..., nn.Module]:
-    """:attr:`ModelSpec.constructor` of a factory whose own input size and number of classes are given."""
+@dataclass(frozen=True)
+class Constructor:
+    """:attr:`ModelSpec.constructor` of a model from outside. It can be pickled: it knows the name of the
+    factory, not the factory.
 
-    def construct(_: NoConfig, *, img_size: int, num_classes: int) -> nn.Module:
-        accepted = inspect.signature(factory).parameters
-        if num_classes != classes and "num_classes" not in accepted:
-            raise InputError(
-                f"{name} takes no num_classes",
-                remedy="leave --num-classes out, or let the factory take it",
-            )
-        options = {}
-        if num_classes != classes:
-            options["num_classes"] = num_classes
-        if img_size != size and "img_size" in accepted:
-            options["img_size"] = img_size
-        model = _call(factory, name, **options)
-        made = _count_classes(model, img_size, name)
+    Attributes:
+        name: ``module:factory``, ``folder/file.py:factory`` or ``timm:NAME``.
+        size: height and width, in pixels, that the factory itself chooses.
+        classes: number of classes that the factory itself chooses.
+    """
+
+    name: str
+    size: int
+    classes: int
+
+    def __call__(self, _: NoConfig, *, img_size: int, num_classes: int) -> nn.Module:
+        factory = self.factory()
+        model = _call(factory, self.name, **self._options(factory, img_size, num_classes))
+        made = _count_classes(model, img_size, self.name)
         if made != num_classes:
             raise InputError(
-                f"{name} has {made} classes, not the {num_classes} asked for",
+                f"{self.name} has {made} classes, not the {num_classes} asked for",
                 remedy="correct the factory",
             )
         classifier = cast(Classifier, model)
@@ -182,10 +181,36 @@ def _constructor(factory: Factory, name: str, size: int, classes: int) -> Callab
         classifier.num_classes = num_classes
         return classifier
 
-    return construct
+    def factory(self) -> Factory:
+        """The user's factory."""
+        return find_factory(self.name)
+
+    def _options(self, factory: Factory, img_size: int, num_classes: int) -> dict[str, int]:
+        """What the factory is told: size and number of classes, where they are not its own."""
+        accepted = inspect.signature(factory).parameters
+        if num_classes != self.classes and "num_classes" not in accepted:
+            raise InputError(
+                f"{self.name} takes no num_classes",
+                remedy="leave --num-classes out, or let the factory take it",
+            )
+        options = {}
+        if num_classes != self.classes:
+            options["num_classes"] = num_classes
+        if img_size != self.size and "img_size" in accepted:
+            options["img_size"] = img_size
+        return options
 
 
-def _find_factory(module: str, attribute: str) -> Factory:
+def find_factory(name: str) -> Factory:
+    """The factory that ``module:factory``, ``folder/file.py:factory`` or ``timm:NAME`` names."""
+    library, _, model = name.partition(":")
+    if library == TIMM:
+        return _timm_factory(model)
+    module, _, attribute = name.rpartition(":")  # a path on Windows has a colon of its own
+    return _find_in_module(module, attribute)
+
+
+def _find_in_module(module: str, attribute: str) -> Factory:
     found = _import(module)
     factory: Factory | None = getattr(found, attribute, None)
     if callable(factory):
@@ -198,7 +223,7 @@ def _find_factory(module: str, attribute: str) -> Factory:
 def _import(module: str) -> ModuleType:
     """The user's module, by name (also from the folder that the command runs in) or by its file."""
     if module.endswith(".py"):
-        return _import_file(Path(module).expanduser())
+        return import_file(Path(module).expanduser())
     folder = str(Path.cwd())
     if folder not in sys.path:
         sys.path.append(folder)
@@ -216,38 +241,6 @@ def _import(module: str) -> ModuleType:
             why=f"{type(exc).__name__}: {exc}",
             remedy="correct it, then try again",
         ) from exc
-
-
-def _import_file(path: Path) -> ModuleType:
-    """The module in a file, under a name of its own: ``cmt.py`` must not hide another ``cmt``."""
-    if not path.is_file():
-        raise InputError(
-            "there is no such file",
-            where=path,
-            remedy="give PATH/FILE.py:FACTORY",
-        )
-    path = path.resolve()
-    name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    if str(path.parent) not in sys.path:  # for what the file itself imports from beside it
-        sys.path.append(str(path.parent))
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None, "a name that ends with .py has a loader"
-    assert spec.loader is not None, "a name that ends with .py has a loader"
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as exc:  # the user's code: anything may happen
-        del sys.modules[name]
-        raise InputError(
-            "the file cannot be imported",
-            where=path,
-            why=f"{type(exc).__name__}: {exc}",
-            remedy="correct it, then try again",
-        ) from exc
-    return module
 
 
 def _timm() -> Any:

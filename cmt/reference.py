@@ -14,7 +14,7 @@ from cmt_edge.deploy.errors import InputError, WeightsError
 
 from .features import with_head
 from .outside import is_outside
-from .registry import create_model
+from .registry import create_model, list_models
 from .spec import Classifier
 from .weights import (
     AS_BUILT,
@@ -60,7 +60,7 @@ class ModelEntry(Protocol):
 
 
 def load_reference(
-    name: str,
+    name: str | nn.Module,
     weights: str | Path,
     *,
     img_size: int | None = None,
@@ -95,28 +95,24 @@ def load_reference(
 def rebuild(
     entry: ModelEntry,
     weights: str | Path | None,
-    trusted_model: str | None = None,
+    trusted_model: str | nn.Module | None = None,
 ) -> tuple[nn.Module, str]:
     """The model of a manifest's ``model`` entry, and the fingerprint of its weights.
 
     Args:
         entry: of the manifest, which a stranger may have written.
         weights: the checkpoint, where the weights came from a file.
-        trusted_model: the model to build instead of the one that the entry names. A name from outside the
-            registry (``module:factory``, ``timm:NAME``) makes Python import code, so it must come from the
-            user and never from a manifest.
+        trusted_model: the model to build instead of the one that the entry names: a name or the module object
+            itself. A name from outside the registry (``module:factory``, ``timm:NAME``) makes Python import
+            code, so it must come from the user and never from a manifest.
 
     Raises:
         InputError: the entry names a model from outside the registry, and ``trusted_model`` is missing.
         WeightsError: the weights came from a file, and ``weights`` does not name it.
     """
-    name = trusted_model or entry.name
-    if trusted_model is None and is_outside(entry.name):
-        raise InputError(
-            f"the bundle says that its PyTorch model is {entry.name!r}, which is not built without your word",
-            why="that name makes Python import a module, and anybody may have written the bundle",
-            remedy=f"if you trust that code: --reference-model {entry.name}",
-        )
+    name = entry.name if trusted_model is None else trusted_model
+    if trusted_model is None:
+        _require_known(entry, weights)
     made = entry.weights
     if weights is None:
         if made.source not in (
@@ -140,6 +136,22 @@ def rebuild(
         resize=bool(made.resized),
     )
     return with_head(model, entry.head), weights_fingerprint(model)
+
+
+def _require_known(entry: ModelEntry, weights: str | Path | None) -> None:
+    """Raise :class:`InputError` unless the registry has the model of a manifest and its weights are known."""
+    if is_outside(entry.name):
+        raise InputError(
+            f"the bundle says that its PyTorch model is {entry.name!r}, which is not built without your word",
+            why="that name makes Python import a module, and anybody may have written the bundle",
+            remedy=f"if you trust that code: --reference-model {entry.name}",
+        )
+    if entry.weights.source == AS_BUILT and (weights is None or entry.name not in list_models()):
+        raise InputError(
+            f"the bundle was made from a module object in Python ({entry.name}), which it does not contain",
+            remedy="give the module object as trusted_model, or name a factory that builds it:"
+            " --reference-model FILE.py:FACTORY",
+        )
 
 
 def _is_here(source: str) -> bool:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import copyreg
 import difflib
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from importlib import import_module, resources
@@ -16,9 +17,11 @@ from types import MappingProxyType
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 from cmt_edge.deploy.errors import InputError, UnknownNameError
 
+from .objects import object_spec
 from .outside import is_outside, outside_spec
 from .spec import Classifier, ModelSpec, check_size
 
@@ -52,15 +55,19 @@ def list_models() -> list[str]:
     return list(collect(FAMILIES))
 
 
-def model_spec(name: str, img_size: int | None = None) -> ModelSpec:
-    """The registry's entry of ``name``; one is made for ``module:factory`` and ``timm:NAME``.
+def model_spec(name: str | nn.Module, img_size: int | None = None) -> ModelSpec:
+    """The registry's entry of ``name``; one is made for ``module:factory``, ``timm:NAME`` and a module
+    object.
 
     ``img_size`` is for these alone, see :func:`cmt_edge.cmt.outside.outside_spec`.
 
     Raises:
         UnknownNameError: no model has this name; the error names the closest ones.
-        InputError, RuntimeMissingError: see :func:`cmt_edge.cmt.outside.outside_spec`.
+        InputError, RuntimeMissingError: see :func:`cmt_edge.cmt.outside.outside_spec` and
+            :func:`cmt_edge.cmt.objects.object_spec`.
     """
+    if isinstance(name, nn.Module):
+        return object_spec(name, img_size)
     if is_outside(name):
         return outside_spec(name, img_size)
     specs = collect(FAMILIES)
@@ -72,7 +79,7 @@ def model_spec(name: str, img_size: int | None = None) -> ModelSpec:
 
 def _reduce_spec(spec: ModelSpec) -> Any:
     """Pickle an entry of the registry as its name, because its rewrites hold functions that cannot be
-    pickled."""
+    pickled. The entry of a model from outside holds none of these."""
     if collect(FAMILIES).get(spec.name) is spec:
         return model_spec, (spec.name,)
     return object.__reduce_ex__(spec, pickle.HIGHEST_PROTOCOL)
@@ -82,7 +89,7 @@ copyreg.pickle(ModelSpec, _reduce_spec)
 
 
 def create_model(
-    name: str,
+    name: str | nn.Module,
     *,
     img_size: int | None = None,
     num_classes: int | None = None,
@@ -92,7 +99,8 @@ def create_model(
     """Build a reference model with random weights, in eval mode.
 
     Args:
-        name: a name of :func:`list_models`, ``module:factory`` or ``timm:NAME``.
+        name: a name of :func:`list_models`, ``module:factory`` or ``timm:NAME``; or a module object, of which
+            a copy with its weights is returned.
         img_size: input height and width in pixels (default: the published size); a multiple of
             ``size_multiple``.
         num_classes: number of logits (default: the published number).
@@ -114,18 +122,27 @@ def create_model(
     check_size(spec, img_size)
     if num_classes < 1:
         raise InputError(
-            f"{num_classes} classes were asked of {name}",
+            f"{num_classes} classes were asked of {spec.name}",
             where="num_classes",
             remedy="ask for 1 class or more",
         )
     config = replace(spec.config, **overrides)
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
+    with _seeded(seed):
         built = spec.constructor(config, img_size=img_size, num_classes=num_classes)
     model = cast(Classifier, built)
     model.spec = spec
     return model.eval()
+
+
+@contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    """Seed PyTorch's generator, and put it back afterwards; ``None`` leaves it alone."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def labels_of(spec: ModelSpec, num_classes: int) -> list[tuple[str, str]] | None:

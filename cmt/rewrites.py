@@ -421,21 +421,21 @@ def global_pool_as_mean() -> Rewrite:
     """``AdaptiveAvgPool2d(1)`` becomes a mean.
 
     For a channels-last map torch.onnx writes the pooling with a gather by computed indices, and the mean as
-    one operation.
+    one operation. The rewrite can be pickled, as models from outside the registry can.
     """
+    return Rewrite("global pooling as mean", "pool(x) == sum(x) / (H W)", _pool_as_mean)
 
-    def apply(module: nn.Module) -> int:
-        places = [
-            (parent, name)
-            for parent in module.modules()
-            for name, child in parent.named_children()
-            if type(child) is nn.AdaptiveAvgPool2d and child.output_size in (1, (1, 1))
-        ]
-        for parent, name in places:
-            setattr(parent, name, GlobalMean())
-        return len(places)
 
-    return Rewrite("global pooling as mean", "pool(x) == sum(x) / (H W)", apply)
+def _pool_as_mean(module: nn.Module) -> int:
+    places = [
+        (parent, name)
+        for parent in module.modules()
+        for name, child in parent.named_children()
+        if type(child) is nn.AdaptiveAvgPool2d and child.output_size in (1, (1, 1))
+    ]
+    for parent, name in places:
+        setattr(parent, name, GlobalMean())
+    return len(places)
 
 
 def replaced(

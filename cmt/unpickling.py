@@ -45,6 +45,18 @@ FACTORIES = (
 )
 """What a ``defaultdict`` makes for a key that it lacks."""
 
+VALUES = (
+    "builtins.frozenset",
+    "builtins.range",
+    "datetime.date",
+    "datetime.datetime",
+    "datetime.timedelta",
+    "datetime.timezone",
+    "decimal.Decimal",
+    "uuid.UUID",
+)
+"""Classes of values that say when and how a checkpoint was made, and that nobody reads."""
+
 
 class PlainType:
     """Stands for ``numpy.dtype``."""
@@ -105,6 +117,11 @@ def make_dict(*_: object) -> dict[Any, Any]:
     return {}
 
 
+def make_list(*_: object) -> list[Any]:
+    """Stands for ``collections.deque``; its items follow."""
+    return []
+
+
 def make_namespace(*_: object, **__: object) -> argparse.Namespace:
     """Stands for ``types.SimpleNamespace``; its entries follow."""
     return argparse.Namespace()
@@ -131,6 +148,7 @@ def _table() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
         (argparse.Namespace, "argparse.Namespace"),
         (make_namespace, "types.SimpleNamespace"),
         (make_dict, "collections.defaultdict"),
+        (make_list, "collections.deque"),
         (PlainArray, "numpy.ndarray"),
         (PlainType, "numpy.dtype"),
         (Inert, "mmengine.logging.history_buffer.HistoryBuffer"),
@@ -143,6 +161,7 @@ def _table() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     for module in ("pathlib", "pathlib._local"):
         pairs += [(make_path, f"{module}.{name}") for name in PATHS]
     pairs += [(Inert, f"builtins.{name}") for name in FACTORIES]
+    pairs += [(Inert, name) for name in VALUES]
     return pairs
 
 

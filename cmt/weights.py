@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from cmt_edge.deploy.errors import WeightsError
 
-from .checkpoint import SAVE_REMEDY, read_content
+from .checkpoint import SAVE_REMEDY, read_content, read_metadata
 from .containers import (
     BATCHES,
     Candidate,
@@ -88,6 +89,7 @@ def load_weights(
         model,
         content,
         path,
+        said=read_metadata(path),
         ema=ema,
         fresh_head=fresh_head,
         resize=resize,
@@ -182,16 +184,21 @@ def _assign(
     content: Any,
     source: Path,
     *,
+    said: Mapping[str, Any] | None = None,
     ema: bool | None,
     fresh_head: bool,
     resize: bool,
 ) -> LoadedWeights:
-    """Copy the values of a checkpoint's ``content`` into ``model`` after every check has passed."""
+    """Copy the values of a checkpoint's ``content`` into ``model`` after every check has passed.
+
+    ``said`` is what stands beside the tensors in a file that holds nothing else, names of classes for
+    example.
+    """
     spec = cast(Classifier, model).spec
     target = model.state_dict()
     try:
         chosen = _choose(content, source, spec, target, ema)
-        classes = find_class_names(content, cast(Classifier, model).num_classes)
+        classes = find_class_names(said or content, cast(Classifier, model).num_classes)
     except Undecided as exc:
         raise WeightsError(exc.what, where=source, why=exc.reason, remedy=exc.remedy) from None
     ours = _settled(chosen.state, model, target)

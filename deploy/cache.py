@@ -20,14 +20,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import CacheWarning, OutputError
-from .files import write_atomic, writing
-from .locks import locked
+from .files import TEMPORARY, read_regular, write_atomic, writing
+from .locks import LOCK, clear_abandoned, locked
 
 T = TypeVar("T")
 """The type of a result."""
 Files = tuple[bytes, ...]
 """The contents of an entry's files, in the order of :attr:`Cache.suffixes`."""
 
+
+MAX_ENTRY = 4 << 30
+"""A larger file of the cache, in bytes, is not read; graphs are limited to half of it."""
 
 _reported: set[Path] = set()
 """Folders of which a :class:`CacheWarning` has told already."""
@@ -116,7 +119,7 @@ class Cache:
         """The files of an entry, ``None`` where one is missing; marks the entry as used."""
         files = self._files(key)
         try:
-            contents = tuple(file.read_bytes() for file in files)
+            contents = tuple(read_regular(file, MAX_ENTRY) for file in files)
         except OSError:
             return None
         with contextlib.suppress(OSError):
@@ -133,13 +136,19 @@ class Cache:
         self._evict()
 
     def _evict(self) -> None:
-        """Drop the entries that were not used for longest; their last file goes first."""
+        """Drop the entries that were not used for longest, their last file first, and what killed processes
+        left.
+
+        Whoever reads or writes such an entry at the same time finds it missing and makes it again.
+        """
         last = self.suffixes[-1]
         entries = sorted(self.folder.glob(f"*{last}"), key=_used, reverse=True)
         for entry in entries[self.keep :]:
             for file in reversed(self._files(entry.name.removesuffix(last))):
                 with contextlib.suppress(OSError):
                     file.unlink()
+        clear_abandoned(self.folder, ".", TEMPORARY)
+        clear_abandoned(self.folder, "", LOCK)
 
     def _files(self, key: str) -> list[Path]:
         return [self._file(key, suffix) for suffix in self.suffixes]

@@ -4,18 +4,51 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import ctypes
+import errno
+import functools
 import hashlib
 import os
+import secrets
+import shutil
+import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from platformdirs import user_cache_path
 
 from .errors import OutputError
+from .locks import clear_abandoned, try_lock
 
 CHUNK_BYTES = 1 << 20
 """The number of bytes that are read at once when a file is hashed or copied."""
+
+MAX_TEXT = 16 << 20
+"""A larger file of labels or settings, in bytes, is not read."""
+
+IRREGULAR = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+"""Kind of a file, as the system tells it -> what messages call it."""
+
+TEMPORARY = ".tmp"
+"""What the name of a file or folder ends with while it is being written."""
+
+AT_FDCWD = -100
+"""Linux's number for the working directory, from which paths are taken."""
+RENAME_EXCHANGE = 2
+"""Linux's flag of ``renameat2`` that lets two paths change places."""
+OCCUPIED = (errno.EEXIST, errno.ENOTEMPTY)
+"""Error numbers of a rename to a place where a folder lies."""
+CANNOT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""Error numbers of systems and file systems that cannot exchange two paths."""
 
 BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -42,10 +75,59 @@ def cache_folder() -> Path:
     return NOWHERE if folder.parts[0] == "~" else folder
 
 
+def irregular_kind(path: str | Path) -> str | None:
+    """What lies at ``path`` where that is no regular file, in words; ``None`` for a regular file, and where
+    nothing can be found.
+
+    Reading anything else may never end, or do something: a named pipe waits for a writer, a device acts.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return None
+    return None if stat.S_ISREG(mode) else IRREGULAR.get(stat.S_IFMT(mode), "no regular file")
+
+
+def open_regular(path: Path, limit: int | None = None) -> BinaryIO:
+    """Open a regular file for reading; it is asked what it is before anything waits for it.
+
+    Args:
+        path: may be a link to the file.
+        limit: largest size in bytes.
+
+    Raises:
+        OSError: the file cannot be read, is no regular file, or is larger than ``limit``.
+    """
+    kind = irregular_kind(path)
+    if kind is not None:
+        raise OSError(errno.EINVAL, f"it is {kind}, not a regular file", str(path))
+    file = open(path, "rb", opener=_open_without_waiting)  # noqa: SIM115
+    status = os.fstat(file.fileno())
+    if stat.S_ISREG(status.st_mode) and (limit is None or status.st_size <= limit):
+        return file
+    file.close()
+    why = f"it has {status.st_size} bytes, the cap is {limit}"
+    raise OSError(errno.EFBIG, why if stat.S_ISREG(status.st_mode) else "it is no regular file", str(path))
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """What ``open`` calls: a named pipe that took the file's place meanwhile does not block."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """The content of a regular file of at most ``limit`` bytes; raises as :func:`open_regular`."""
+    with open_regular(path, limit) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:  # it grew
+        raise OSError(errno.EFBIG, f"it has more than {limit} bytes", str(path))
+    return content
+
+
 def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file, read in chunks."""
+    """Hex SHA-256 of a regular file, read in chunks; raises as :func:`open_regular`."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
@@ -55,10 +137,10 @@ def read_text(path: Path) -> str:
     """The text of a file that an editor saved: UTF-8, or what its byte order mark says, which is left out.
 
     Raises:
-        OSError: the file cannot be read.
+        OSError: the file cannot be read, is no regular file, or is larger than :data:`MAX_TEXT`.
         UnicodeDecodeError: it is not text of that encoding.
     """
-    data = path.read_bytes()
+    data = read_regular(path, MAX_TEXT)
     encoding = next(
         (name for mark, name in BYTE_ORDER_MARKS if data.startswith(mark)),
         "utf-8",
@@ -68,26 +150,119 @@ def read_text(path: Path) -> str:
 
 def write_atomic(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Write ``data`` to ``path`` completely or not at all, with permissions ``mode``; raises
-    :class:`OutputError`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with writing(path):
-            with open(
-                os.open(
-                    temporary,
-                    os.O_WRONLY | os.O_CREAT | os.O_TRUNC,
-                    mode,
-                ),
-                "wb",
-            ) as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+    :class:`OutputError`.
+
+    What killed processes left of the same file is removed.
+    """
+    start = f".{path.name}."
+    with writing(path):
+        clear_abandoned(path.parent, start, TEMPORARY)
+        temporary = path.with_name(f"{start}{secrets.token_hex(4)}{TEMPORARY}")
+        try:
+            _write_new(temporary, data, mode)
             os.replace(temporary, path)
             sync_folder(path.parent)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+
+def _write_new(path: Path, data: bytes, mode: int) -> None:
+    """Write a new file to disk, locked meanwhile, so that nobody takes it for abandoned."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode)
+    with open(descriptor, "wb") as file:
+        with contextlib.suppress(OSError):  # a file system may have no locks
+            try_lock(descriptor)
+        file.write(data)
+        file.flush()
+        os.fsync(descriptor)
+
+
+def put_folder(folder: Path, target: Path) -> Path | None:
+    """Move ``folder`` to ``target`` in one step; the folder that was there takes its place, and its path is
+    returned.
+
+    At every moment ``target`` is the old folder or the new one. Only where the system cannot exchange two
+    folders (some network drives, systems other than Linux) there is a moment without any, see
+    :func:`_exchange_in_two_steps`.
+
+    Raises ``OSError``.
+    """
+    while True:
+        try:
+            folder.rename(target)
+            return None
+        except OSError as exc:
+            if exc.errno not in OCCUPIED:
+                raise
+        try:
+            if not _exchange(folder, target):
+                _exchange_in_two_steps(folder, target)
+            return folder
+        except FileNotFoundError:  # what was there has gone meanwhile
+            if not folder.exists():
+                raise
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Let two paths change places in one step; ``False`` where the system cannot."""
+    rename = renameat2()
+    if rename is None:
+        return False
+    if rename(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in CANNOT_EXCHANGE:
+        return False
+    raise OSError(number, os.strerror(number), str(second))
+
+
+@functools.cache
+def renameat2() -> Any:
+    """Linux's system call ``renameat2``, which Python does not offer; ``None`` elsewhere."""
+    if sys.platform != "linux":
+        return None
+    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if function is not None:
+        function.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+    return function
+
+
+def _exchange_in_two_steps(folder: Path, target: Path) -> None:
+    """As :func:`put_folder`, with a moment in which :func:`aside` exists and ``target`` does not.
+
+    A process that is killed in that moment leaves it so; :func:`put_back` undoes that.
+    """
+    old = aside(target)
+    shutil.rmtree(old, ignore_errors=True)
+    try:
+        target.rename(old)
+        folder.rename(target)
+        old.rename(folder)
+    except BaseException:
+        put_back(target)
+        raise
+
+
+def aside(target: Path) -> Path:
+    """Where ``target`` lies while another folder takes its place in two steps."""
+    target = target.absolute()
+    return target.parent / f".{target.name}.old"
+
+
+def put_back(target: Path) -> None:
+    """Undo what a process that was killed between two steps left: ``target`` comes back, or the older one
+    goes where there is a newer one.
+
+    Raises ``OSError``.
+    """
+    old = aside(target)
+    if not old.is_dir():
+        return
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        old.rename(target)
 
 
 def sync_folder(folder: Path) -> None:

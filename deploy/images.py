@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import overload
 
 from .errors import DataError
+from .files import open_regular
 from .preprocessing import EXTENSIONS, MAX_BYTES, is_about_data
 
 MAX_ITEMS = 5_000_000
@@ -334,6 +335,7 @@ def _scan_tar(archive: Path, prefix: str) -> _Found:
     """All images of an archive below the folder ``prefix``."""
     members = _Members()
     try:
+        open_regular(archive).close()  # a named pipe would be waited for
         with tarfile.open(archive, "r:") as tar:
             for member in tar:
                 members.add(member)
@@ -437,7 +439,7 @@ def _unreadable(archive: Path, exc: Exception) -> DataError:
     """The error for an archive that is damaged or compressed."""
     remedy = "check that it is complete"
     try:
-        with open(archive, "rb") as file:
+        with open_regular(archive) as file:
             first = file.read(8)
     except OSError:
         first = b""

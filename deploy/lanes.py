@@ -16,6 +16,7 @@ import numpy as np
 
 from .backends import Binding, Session
 from .errors import InputError
+from .lifetimes import watch
 
 DYNAMIC_CHUNK = 8
 """Images per inference where a model of any batch size has many to answer. It bounds the memory; larger
@@ -23,6 +24,9 @@ batches gained nothing on CPUs."""
 
 KEPT_LANES = 4
 """Idle lanes of one batch size that are kept for the next callers."""
+
+DRAIN_S = 30.0
+"""Seconds that a process waits at its end for inferences in other threads."""
 
 _Result = TypeVar("_Result")
 """What a call on a session returns."""
@@ -47,8 +51,11 @@ class Lanes:
         self._alive = 0  # lanes, lent or idle
         self._running: set[object] = set()
         self._closed = self._freed = False
+        self._ending: InputError | None = None  # why it was closed, where nobody called close()
+        self._left: list[Lane] = []  # given back after the end, and not destroyed by the thread that does so
         self._lock = threading.Lock()
         self._quiet = threading.Condition(self._lock)
+        watch(self)
 
     @property
     def chunk(self) -> int:
@@ -89,13 +96,15 @@ class Lanes:
             return
         lane.lent = False
         kept = self._idle[lane.rows]
-        if lane.usable and len(kept) < KEPT_LANES:
+        if lane.usable and len(kept) < KEPT_LANES and not self._closed:
             kept.append(lane)
             if self._closed:
                 self._forget_idle()
         else:
             with self._lock:
                 self._alive -= 1
+            if self._closed:
+                self._left.append(lane)
 
     def drop(self, lane: Lane) -> None:
         """Take a lane back that somebody may still write to: it is not lent again."""
@@ -131,7 +140,7 @@ class Lanes:
         try:
             self._running.add(token)
             if self._closed:
-                raise InputError(
+                raise self._ending or InputError(
                     "this Predictor is closed",
                     remedy="load the bundle again",
                 )
@@ -153,6 +162,30 @@ class Lanes:
                 return
             self._freed = True
         self.session.close()
+
+    def abandon(self) -> None:
+        """As :meth:`.lifetimes.Owner.abandon`: in a forked child the session has lost its threads."""
+        self._ending = InputError(
+            "this Predictor was loaded before the process was forked",
+            remedy="load the bundle in the child process, or start the child with the method 'spawn'",
+        )
+        self._closed = self._freed = True
+        self._running = set()
+        self._lock = threading.Lock()
+        self._quiet = threading.Condition(self._lock)
+
+    def drain(self) -> bool:
+        """As :meth:`.lifetimes.Owner.drain`."""
+        if not self._closed:
+            self._ending = InputError(
+                "the process is ending",
+                remedy="stop the threads that predict before the main thread ends",
+            )
+            self._closed = True
+        busy = bool(self._running) or self.lent > 0
+        with self._lock:
+            self._quiet.wait_for(lambda: not self._running, DRAIN_S)
+        return busy
 
     def _make(self, size: int) -> Lane:
         lane = Lane(self, self.counted(self.session.bind, (size, *self._image)))

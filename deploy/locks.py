@@ -1,6 +1,8 @@
 """Locks between processes, on files. Standard library only: ``fcntl`` where there is one, else ``msvcrt``.
 
-The system drops a lock when its process ends, however it ends, so no lock is ever left behind.
+The system drops a lock when its process ends, however it ends, so no lock is ever left behind. Whether the
+process that made a file is still at work is therefore told by a lock on that file, which holds between
+containers too, and never by a process number, which means another process there.
 """
 
 from __future__ import annotations
@@ -8,12 +10,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+LOCK = ".lock"
+"""What the name of a lock's file ends with."""
 POLL_S = 0.1
 """Seconds between two attempts, where the system cannot wait for a lock itself."""
 NOT_SUPPORTED = {
@@ -23,6 +29,12 @@ NOT_SUPPORTED = {
     errno.ENOLCK,
 }
 """Error numbers of file systems that have no locks, such as some network drives."""
+
+
+ABANDONED_S = 86400.0
+"""Age in seconds from which on something is taken for left behind where the file system has no locks."""
+UNLOCKED_S = 5.0
+"""Age in seconds below which a file without a lock is spared: its process may be about to lock it."""
 
 
 @contextmanager
@@ -35,7 +47,7 @@ def locked(path: Path) -> Iterator[None]:
     Raises ``OSError`` where the folder cannot be written to.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.with_name(f"{path.name}.lock")
+    file = path.with_name(f"{path.name}{LOCK}")
     descriptor = _acquired(file)
     try:
         yield
@@ -69,6 +81,11 @@ def try_lock(descriptor: int) -> bool:
 
     A file system without locks lets everybody pass.
     """
+    return _attempt(descriptor) is not False
+
+
+def _attempt(descriptor: int) -> bool | None:
+    """Whether an open file or folder could be locked; ``None`` where the file system has no locks."""
     try:
         lock_descriptor(descriptor, wait=False)
     except BlockingIOError:
@@ -76,7 +93,89 @@ def try_lock(descriptor: int) -> bool:
     except OSError as exc:
         if exc.errno not in NOT_SUPPORTED:
             raise
+        return None
     return True
+
+
+@contextmanager
+def scratch_folder(parent: Path, prefix: str, suffix: str = ".tmp") -> Iterator[Path]:
+    """A new folder ``prefix*suffix`` in ``parent``, removed at the end unless it was moved away.
+
+    Those that killed processes left there go first. What runs elsewhere, even in another container, keeps
+    its own: each is locked as long as it is used.
+
+    Raises ``OSError`` where ``parent`` cannot be written to.
+    """
+    clear_abandoned(parent, prefix, suffix)
+    folder, descriptor = _make_locked_folder(parent, prefix, suffix)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _make_locked_folder(parent: Path, prefix: str, suffix: str) -> tuple[Path, int | None]:
+    """A new folder, and the descriptor that holds its lock; ``None`` where folders cannot be opened."""
+    while True:
+        folder = Path(tempfile.mkdtemp(suffix, prefix, parent))
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        except PermissionError:  # Windows
+            return folder, None
+        except OSError:
+            folder.rmdir()
+            raise
+        try:
+            _attempt(descriptor)
+            if _is_still(folder, descriptor):
+                return folder, descriptor
+        except OSError:  # such as EBADF on a network drive: its age tells when it was left behind
+            return folder, descriptor
+        os.close(descriptor)  # another process took it for abandoned before it was locked
+
+
+def clear_abandoned(parent: Path, prefix: str, suffix: str) -> None:
+    """Remove the files and folders ``prefix*suffix`` in ``parent`` whose processes have ended.
+
+    What cannot be removed stays, without an error.
+    """
+    try:
+        with os.scandir(parent) as entries:
+            found = [
+                Path(entry.path)
+                for entry in entries
+                if entry.name.startswith(prefix) and entry.name.endswith(suffix) and not entry.is_symlink()
+            ]
+    except OSError:
+        return
+    for path in found:
+        with contextlib.suppress(OSError):
+            _remove_if_abandoned(path)
+
+
+def _remove_if_abandoned(path: Path) -> None:
+    age = time.time() - path.stat().st_mtime
+    if path.is_dir():
+        flags = os.O_RDONLY
+    elif path.is_file() and age > UNLOCKED_S:
+        flags = os.O_RDWR | getattr(os, "O_NONBLOCK", 0)
+    else:
+        return
+    descriptor = os.open(path, flags)
+    try:
+        free = _attempt(descriptor)
+        if free is False or (free is None and age < ABANDONED_S) or not _is_still(path, descriptor):
+            return
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+    finally:
+        os.close(descriptor)
 
 
 def _is_still(file: Path, descriptor: int) -> bool:
@@ -105,11 +204,12 @@ if sys.platform == "win32":
                 time.sleep(POLL_S)
 
 else:
-    import fcntl
 
     def lock_descriptor(descriptor: int, wait: bool = True) -> None:
         """Lock an open file or folder until it is closed.
 
         Raises ``BlockingIOError`` where ``wait`` is false and another process holds it.
         """
+        import fcntl  # here, because a command that locks nothing needs no module of POSIX
+
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -14,13 +14,15 @@ from .arrays import check_color
 from .backends import (
     RUNTIME_OF_FORMAT,
     LoadOptions,
+    Runtime,
     Session,
     get_runtime,
 )
-from .backends.base import batch_limit
+from .backends.base import batch_limit, unopened
 from .bundle import LOGITS, Bundle
+from .bundle.bundle import read_whole
 from .bundle.sections import RanOn
-from .errors import ImageError, InputError
+from .errors import CmtEdgeError, ImageError, InputError
 from .lanes import Lanes
 from .preprocessing import (
     ImageLike,
@@ -110,7 +112,7 @@ class Predictor:
         threads: int | None = None,
         throughput: bool = False,
         weights: str | Path | None = None,
-        trusted_model: str | None = None,
+        trusted_model: object = None,
         color: str = "rgb",
         key: str | Path | None = None,
     ) -> Predictor:
@@ -135,19 +137,26 @@ class Predictor:
                 unknown.
         """
         check_color(color)
-        bundle = path if isinstance(path, Bundle) else Bundle.open(path, key=key)
         if threads is not None and threads < 1:
             raise InputError(
                 f"{threads} threads were asked for",
                 remedy="ask for 1 or more, or leave it out for all cores",
             )
+        options = LoadOptions(device, threads, throughput, weights, trusted_model)
+        return read_whole(path, lambda bundle: cls._opened(bundle, backend, options, color), key=key)
+
+    @classmethod
+    def _opened(
+        cls,
+        bundle: Bundle,
+        backend: str | None,
+        options: LoadOptions,
+        color: str,
+    ) -> Predictor:
         runtime = get_runtime(
             backend or RUNTIME_OF_FORMAT.get(bundle.manifest.format, bundle.manifest.format)
         )
-        session = runtime.load(
-            bundle,
-            LoadOptions(device, threads, throughput, weights, trusted_model),
-        )
+        session = _load(runtime, bundle, options)
         batch = 0 if runtime.any_batch else batch_limit(bundle)
         return cls(
             session,
@@ -395,6 +404,16 @@ class Predictor:
             f"this bundle gives {self.head}, not {wanted}",
             remedy=f"use {use}, or export with --head {head}",
         )
+
+
+def _load(runtime: Runtime, bundle: Bundle, options: LoadOptions) -> Session:
+    """The session of a bundle; whatever a runtime raises of its own becomes a :class:`BundleError`."""
+    try:
+        return runtime.load(bundle, options)
+    except CmtEdgeError:
+        raise
+    except Exception as exc:  # each runtime has exceptions of its own, some of them undocumented
+        raise unopened(bundle.path, exc) from exc
 
 
 def _check_batch(batch: object, size: int) -> None:

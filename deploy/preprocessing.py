@@ -18,6 +18,7 @@ from PIL import Image, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from .arrays import CHANNELS, as_rgb
 from .errors import ImageError
+from .files import irregular_kind
 from .jpeg import MAX_SCANS, START, has_many_scans, scan_header, without_metadata
 
 ImageLike: TypeAlias = "str | Path | bytes | bytearray | memoryview | BinaryIO | Image.Image | np.ndarray"
@@ -442,6 +443,13 @@ def _open(
 ) -> Image.Image:
     """Read the header and check the sizes; nothing is decoded yet."""
     _require_kind(source, name)
+    kind = irregular_kind(source) if isinstance(source, (str, Path)) else None
+    if kind is not None:
+        raise ImageError(
+            f"is {kind}, not an image file",
+            where=name,
+            remedy="give a file; encoded bytes from elsewhere can be given as bytes",
+        )
     count = _count_bytes(source)
     if count == 0:
         raise ImageError(

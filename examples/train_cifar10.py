@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cmt_edge.cmt import create_model, labels_of, load_pretrained, load_weights, model_spec
-from cmt_edge.deploy.cli.console import parser, run, say
+from cmt_edge.deploy.cli.console import finite, parser, run, say
 from cmt_edge.deploy.errors import DataError, GateError, InputError, OutputError, RuntimeMissingError
 from cmt_edge.deploy.files import write_atomic, writing
 from cmt_edge.deploy.images import ImageSet, Item
@@ -313,21 +313,22 @@ def train(args: argparse.Namespace) -> int:
 
 
 def report(args: argparse.Namespace, classes: int, imgsz: int, score: str) -> None:
-    """Print the result and the next command."""
+    """Print the result and the next commands, which can be pasted as they stand."""
     command = ["cmt-export", "--model", args.model, "--num-classes", str(classes)]
     command += ["--imgsz", str(imgsz), "--weights", str(args.output)]
     if args.eval_data:
         command += ["--eval-data", args.eval_data]
+    quantized = [*command, "--precision", "int8", "--data", args.data]
     result: dict[str, Any] = {
         "weights": str(args.output),
         "result": score.strip(),
         "next": shlex.join(command),
+        "next_int8": shlex.join(quantized),
     }
     if args.json:
         say(to_json(result))
         return
-    say(f"{args.output}:{score}\n\nnext:\n  {result['next']}")
-    say(f"(int8: --precision int8 --data {shlex.quote(args.data)})")
+    say(f"{args.output}:{score}\n\nnext:\n  {result['next']}\nor in int8:\n  {result['next_int8']}")
 
 
 # fmt: off
@@ -364,7 +365,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     for name, kind, default, text in FLAGS:
         shown = text if default is None else f"{text} (default {default})"
-        p.add_argument(f"--{name}", type=kind, default=default, help=shown)
+        p.add_argument(f"--{name}", type=finite if kind is float else kind, default=default, help=shown)
     return run(train, p.parse_args(argv))
 
 

@@ -7,8 +7,11 @@ import sys
 from argparse import ArgumentTypeError
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from cmt_edge.calib import DEFAULT, Recipe
 from cmt_edge.calib.data import SYNTHETIC
@@ -60,12 +63,41 @@ class ExportConfig(Settings):
 
     >>> ExportConfig("cmt_nano", format="onnx", precision="int8", data="generated").folder
     'cmt_nano_int8_onnx'
+
+    The model may also be a module object, which is copied and stays as it is. Its bundle cannot name it, so
+    ``verify`` needs it again.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+    >>> config = ExportConfig(model=net, imgsz=64, labels=["cat", "dog"], mean=(0.5, 0.5, 0.5), std=(1, 1, 1))
+    >>> config.folder
+    'Sequential_fp32_openvino'
+    >>> bundle = export(config)                                                             # doctest: +SKIP
+    >>> verify(bundle, data=ImageSet("photos/test"), trusted_model=net)                     # doctest: +SKIP
     """
 
     @property
+    def subject(self) -> str | nn.Module:
+        """The model's name, or the module object.
+
+        Raises:
+            InputError: ``model`` is neither.
+        """
+        if isinstance(self.model, (str, nn.Module)):
+            return self.model
+        raise InputError(
+            f"the model is a {type(self.model).__name__}, not a name and not a torch.nn.Module",
+            remedy="give the name of a model, or the module object itself",
+        )
+
+    @cached_property
     def spec(self) -> ModelSpec:
         """The model's entry in the registry."""
-        return model_spec(self.model, self.imgsz)
+        return model_spec(self.subject, self.imgsz)
+
+    @property
+    def model_name(self) -> str:
+        """What the model is called: in the registry, in Python, or by the class of a module object."""
+        return self.spec.name
 
     @property
     def img_size(self) -> int:
@@ -114,7 +146,7 @@ class ExportConfig(Settings):
         flags += ["--by-order"] if self.by_order else []
         flags += ["--limit", str(self.eval_limit)] if self.eval_limit else []
         flags += ["--weights", self.weights] if self.weights not in NAMED_WEIGHTS else []
-        flags += ["--reference-model", self.model] if is_outside(self.model) else []
+        flags += ["--reference-model", self.model_name] if is_outside(self.model_name) else []
         flags += ["--max-drop", f"{self.max_drop:g}"] if self.max_drop is not None else []
         return flags + (["--atol", f"{self.atol:g}"] if self.atol is not None else [])
 
@@ -141,7 +173,7 @@ class ExportConfig(Settings):
     @property
     def folder(self) -> str:
         """Name of the bundle's folder: everything that distinguishes two builds of one checkpoint."""
-        parts = [self.name or re.sub(r"[^\w.-]+", "_", self.model)]
+        parts = [self.name or re.sub(r"[^\w.-]+", "_", self.model_name)]
         if self.img_size != self.spec.img_size:
             parts.append(str(self.img_size))
         if self.head == "features":
@@ -229,7 +261,7 @@ class ExportConfig(Settings):
         fixed = spec.resize is not None and not self.resize_position_bias
         if self.weights == "pretrained" and self.img_size != spec.img_size and fixed:
             raise InputError(
-                f"the pretrained weights of {self.model} are for {spec.img_size} pixels, not {self.img_size}",
+                f"the pretrained weights of {spec.name} are for {spec.img_size} pixels, not {self.img_size}",
                 remedy="--resize-position-bias to interpolate them, then check the accuracy",
             )
 
@@ -359,6 +391,9 @@ class ExportConfig(Settings):
         """The names in the labels file, ``None`` without one; raises :class:`InputError`."""
         if self.labels is None:
             return None
+        if not isinstance(self.labels, str):
+            self.require_labels(self.labels, "labels")
+            return list(self.labels)
         try:
             lines = read_text(Path(self.labels)).splitlines()
         except (OSError, UnicodeDecodeError) as exc:
@@ -406,6 +441,8 @@ def _described_by_weights(
         "model": said.model,
         "imgsz": said.img_size,
         "num_classes": said.num_classes,
+        "mean": said.mean,
+        "std": said.std,
     }
     return {name: value for name, value in known.items() if value is not None}
 
@@ -485,13 +522,14 @@ def _read_toml(path: Path) -> dict[str, Any]:
         ) from exc
 
 
-def _triple(text: str) -> tuple[float, float, float]:
-    """``"r,g,b"`` as numbers; raises :class:`InputError`."""
+def _triple(given: str | Sequence[float]) -> tuple[float, float, float]:
+    """``"r,g,b"`` or three numbers as floats; raises :class:`InputError`."""
+    parts = given.split(",") if isinstance(given, str) else given
     try:
-        red, green, blue = (finite(part) for part in text.split(","))
-    except (ValueError, ArgumentTypeError) as exc:
+        red, green, blue = (finite(str(part)) for part in parts)
+    except (ValueError, TypeError, ArgumentTypeError) as exc:
         raise InputError(
-            f"{text!r} is not three numbers",
+            f"{given!r} is not three numbers",
             remedy="give red, green and blue: 0.485,0.456,0.406",
         ) from exc
     return red, green, blue

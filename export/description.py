@@ -103,10 +103,11 @@ def _model(config: ExportConfig, reference: Reference) -> ModelEntry:
         ema=loaded.ema,
         fresh=tuple(loaded.fresh),
         resized=tuple(loaded.resized),
+        entry=None if config.weights in NAMED_WEIGHTS else loaded.entry,
     )
     return ModelEntry(
         provider=PROVIDER,
-        name=config.model,
+        name=config.model_name,
         family=config.spec.family,
         img_size=config.img_size,
         num_classes=config.classes,
@@ -164,6 +165,7 @@ def write_report(
     of ``auto``."""
     parts = [
         f"# {name}",
+        report.weights_text(manifest.model.weights),
         "## Verification",
         report.verification_text(result, markdown=True),
     ]

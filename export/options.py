@@ -203,9 +203,13 @@ def read_flags(args: argparse.Namespace, settings: type) -> dict[str, Any]:
 # --- the settings file ----------------------------------------------------------------------------
 
 
+WRITABLE = (str, int, float, bool)
+"""Types of values that a flag or a settings file can hold; other types of a field are for Python alone."""
+
+
 def types_of(kind: Any) -> tuple[type, ...]:
-    """The types in an annotation such as ``int | None``, without ``None``."""
-    return tuple(t for t in (get_args(kind) or (kind,)) if t is not type(None))
+    """The types in an annotation such as ``int | None`` that are among :data:`WRITABLE`."""
+    return tuple(t for t in (get_args(kind) or (kind,)) if t in WRITABLE)
 
 
 @dataclass(frozen=True)
@@ -341,7 +345,7 @@ def check_values(settings: Any) -> None:
         )
         if value is None:
             continue
-        if value == "":
+        if isinstance(value, str) and not value:
             raise InputError(
                 f"{flag_of(described_field)} is empty",
                 remedy="give a value, or leave it out",
@@ -373,7 +377,7 @@ def require_choice(what: str, value: str, known: Iterable[str]) -> None:
         )
 
 
-def require_range(flag: str, value: float, numbers: Range) -> None:
+def require_range(flag: str, value: Any, numbers: Range) -> None:
     """Raise :class:`InputError` if ``value`` is no number that the flag takes."""
     if complaint := numbers.complaint(value):
         raise InputError(f"{flag} {value} {complaint}", remedy=f"give {numbers}")

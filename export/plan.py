@@ -220,6 +220,8 @@ def _describe_subject(config: ExportConfig) -> dict[str, Any]:
         found["download"] = download
     else:
         found["sha256"] = manifest.model.weights.sha256
+    if manifest.model.weights.entry:
+        found["entry"] = manifest.model.weights.entry
     return found | {"labels": f"{len(manifest.labels)} ({manifest.labels_source})"}
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from cmt_edge.deploy import Bundle
 from cmt_edge.deploy.bundle import MANIFEST, Manifest
+from cmt_edge.deploy.bundle.manifest import MAX_MANIFEST
 from cmt_edge.deploy.errors import BundleError
+from cmt_edge.deploy.files import read_regular
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ def read_replaced(target: Path) -> Replaced | None:
     if not path.exists():
         return None
     try:
-        entry = Manifest.from_bytes(path.read_bytes(), path).model.weights
+        entry = Manifest.from_bytes(read_regular(path, MAX_MANIFEST), path).model.weights
     except (BundleError, OSError):
         return Replaced(None, None)
     return Replaced(entry.source, entry.sha256)

@@ -5,7 +5,9 @@ neither PyTorch nor ONNX, so that ``--help`` is quick."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from cmt_edge.deploy.bundle.sections import FORMATS
 from cmt_edge.deploy.cli.ranges import (
@@ -61,11 +63,22 @@ GROUPS = {
 """Group of options -> its heading in ``--help``, in this order."""
 
 
+class Module(Protocol):
+    """A ``torch.nn.Module``, said without PyTorch."""
+
+    def eval(self) -> Any: ...
+    def modules(self) -> Iterator[Any]: ...
+
+
 @dataclass(frozen=True)
 class Settings:
-    """What an export is asked to do, unchecked; see :class:`cmt_edge.export.config.ExportConfig`."""
+    """What an export is asked to do, unchecked; see :class:`cmt_edge.export.config.ExportConfig`.
 
-    model: str = field(
+    Flags and settings files write text and numbers. Python may also give a module object as ``model``, three
+    numbers as ``mean`` and ``std``, and a list of names as ``labels``.
+    """
+
+    model: str | Module = field(
         metadata={
             KEY: Option(
                 "model name, see --list-models; or MODULE:FACTORY of your own, or timm:NAME (default: what"
@@ -128,7 +141,7 @@ class Settings:
         group=MODEL,
         range=Range(1, MAX_SIZE),
     )
-    labels: str | None = option(
+    labels: str | Sequence[str] | None = option(
         None,
         help="text file with one class name a line, in the order of the logits",
         group=MODEL,
@@ -179,14 +192,14 @@ class Settings:
         group=OUTPUT,
         range=BATCH,
     )
-    mean: str | None = option(
+    mean: str | Sequence[float] | None = option(
         None,
         help="mean of the values 0..1 (default: the model's)",
         group=MODEL,
         metavar="R,G,B",
         written=(list,),
     )
-    std: str | None = option(
+    std: str | Sequence[float] | None = option(
         None,
         help="standard deviation of the values 0..1 (default: the model's)",
         group=MODEL,

@@ -32,8 +32,8 @@ from cmt_edge.deploy import Bundle, Predictor, Preprocess, report
 from cmt_edge.deploy.backends import RUNTIME_OF_FORMAT, get_runtime
 from cmt_edge.deploy.backends.torch import TorchSession
 from cmt_edge.deploy.bundle import GOLDEN, LOGITS, ONNX, Golden
-from cmt_edge.deploy.bundle.sections import RuntimeEntry
-from cmt_edge.deploy.errors import GateError, InputError
+from cmt_edge.deploy.bundle.sections import FORMATS, GoldenCheck, RuntimeEntry
+from cmt_edge.deploy.errors import CmtEdgeError, GateError, InputError
 from cmt_edge.deploy.files import cache_folder
 from cmt_edge.deploy.images import ImageSet
 from cmt_edge.deploy.measure.benchmark import (
@@ -44,6 +44,7 @@ from cmt_edge.deploy.measure.benchmark import (
 from cmt_edge.deploy.measure.labels import match_labels
 from cmt_edge.deploy.measure.parity import (
     Verification,
+    check_golden,
     resolution,
     verify,
 )
@@ -80,6 +81,8 @@ DYNAMIC_SIZES = (1, 3, 8)
 """Batch sizes that a graph with a dynamic batch is checked with."""
 EXPORT_PROTOCOL = Protocol(iters=25, seconds=0.5, warmup_seconds=0.25)
 """How long a finished bundle is measured; ``cmt-bench`` measures longer."""
+SERVED_HERE = frozenset({"onnx", "openvino"})
+"""Formats whose bundles a CPU serves without anything built for it."""
 
 GREY_LEVELS = 255
 """The largest value of a pixel before it is divided."""
@@ -175,7 +178,7 @@ def make_reference(config: ExportConfig) -> Reference:
         InputError: the model's answers are no logits and no probabilities.
     """
     classifier, loaded = load_reference(
-        config.model,
+        config.subject,
         config.weights,
         img_size=config.img_size,
         num_classes=config.classes,
@@ -253,7 +256,7 @@ def synthesise(
         count,
         config.preprocess,
         config.seed,
-        weights=f"{config.model} {weights_fingerprint(classifier)}",
+        weights=f"{config.model_name} {weights_fingerprint(classifier)}",
         cache=cache_folder() / "synthetic" if config.cache else None,
         progress=progress,
     )
@@ -443,15 +446,64 @@ def verify_bundle(
     return result
 
 
-def require_passed(result: Verification) -> None:
-    """Raise :class:`~cmt_edge.deploy.errors.GateError` if a bundle differs by more than allowed."""
-    if not result.passed:
+@dataclass(frozen=True)
+class SecondOpinion:
+    """What another runtime makes of a bundle's graph: its format, its name and version, and its check."""
+
+    format: str
+    runtime: str
+    golden: GoldenCheck
+
+
+def ask_other_runtime(bundle: Bundle, atol: float | None) -> SecondOpinion | None:
+    """The runtime that is within the allowed difference where the bundle's own is not.
+
+    Args:
+        bundle: staged; its own runtime differs from the reference.
+        atol: allowed difference of the golden logits, ``None`` for that of the precision.
+
+    Returns:
+        ``None`` where no other runtime is installed, computes in the precision and agrees.
+    """
+    for form in SERVED_HERE - {bundle.manifest.format}:
+        if bundle.manifest.precision not in FORMATS[form]:
+            continue
+        runtime = get_runtime(RUNTIME_OF_FORMAT[form])
+        try:
+            name = runtime.check()
+            with Predictor.load(bundle, backend=RUNTIME_OF_FORMAT[form]) as other:
+                golden = check_golden(bundle, other, atol)
+        except CmtEdgeError:  # it is not installed, or cannot run the graph
+            continue
+        if golden.passed:
+            return SecondOpinion(form, name, golden)
+    return None
+
+
+def require_passed(result: Verification, opinion: SecondOpinion | None = None) -> None:
+    """Raise :class:`~cmt_edge.deploy.errors.GateError` if a bundle differs by more than allowed.
+
+    Where another runtime agrees with the reference (``opinion``), neither the graph nor calibration is at
+    fault, and the remedy is another format.
+    """
+    if result.passed:
+        return
+    figures = "\n       ".join(report.verification_text(result).splitlines())
+    if opinion is None:
         raise GateError(
             "the exported model differs from the reference by more than allowed",
-            why="\n       ".join(report.verification_text(result).splitlines()),
+            why=figures,
             remedy="nothing was written; calibrate on more and more typical images, use bf16 or fp32, or"
             " allow more with --max-drop or --atol",
         )
+    ours, other = result.golden, opinion.golden
+    raise GateError(
+        f"{result.runtime.runtime} alone differs from the reference by more than allowed",
+        why=f"{figures}\n       the same graph on the golden images: {result.runtime.runtime} differs by"
+        f" {ours.diff:.3g}, {opinion.runtime} by {other.diff:.3g} (allowed {other.atol:.3g})",
+        remedy=f"nothing was written; use --format {opinion.format}, or replace the operation that"
+        f" {result.runtime.runtime} computes otherwise",
+    )
 
 
 def measure_bundle(

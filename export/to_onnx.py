@@ -7,6 +7,7 @@ import contextlib
 import functools
 import io
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
@@ -67,6 +68,9 @@ UNWANTED = (
 """Passes of onnxsim that are left out: a ``Gemm`` needs its tokens flattened, and OpenVINO copies a
 tensor that is read both flattened and as a map."""
 
+COMPILER_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
+"""The environment variable that names the folder of PyTorch's compiler."""
+
 TRACED_BATCH = 13
 """The batch size of a trace. Models do not use this size themselves, so that the batch is recognised in the
 graph's shapes."""
@@ -110,8 +114,20 @@ def export_onnx(
         check(graph)
         return graph
     graph = checked("export to ONNX", trace(model, img_size, opset, outputs, None))
+    _require_any_batch(graph)
     check(graph)
     return graph
+
+
+def _require_any_batch(graph: onnx.ModelProto) -> None:
+    """Raise :class:`InputError` where the tracing has fixed the batch size."""
+    size = graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value
+    if size:
+        raise InputError(
+            "the model's code fixes the batch size while it is traced",
+            why=f"traced with {size} images, the graph takes {size} images only",
+            remedy="take the batch size from x.shape[0], not from len(x), int(...) or a number",
+        )
 
 
 def _require_same(model: nn.Module, graph: onnx.ModelProto, img_size: int) -> float:
@@ -159,6 +175,9 @@ def trace(
         )
         assert program is not None
         if any(node.op_type in UNTYPED for node in program.model_proto.graph.node):
+            _rename_clashes(program.model.graph)
+            if batch == TRACED_BATCH:  # before it is folded into constants
+                _free_batch(program.model.graph)
             program.optimize()
         return _anonymous(
             program.model_proto,
@@ -181,7 +200,11 @@ def _batch_freed(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _free_batch(graph: ir.Graph) -> None:
     """See :func:`_batch_freed`, in place."""
+    for value in (graph.inputs[0], *(value for node in graph for value in node.outputs)):
+        value.shape = _with_open_batch(value.shape)
     shapes = [node for node in graph if node.op_type == "Concat" and _begins_with_batch(node)]
+    if not shapes:
+        return
     opened = add_constant(graph, "open", np.array([-1], np.int64))
     size = make_node(
         "Shape",
@@ -193,6 +216,13 @@ def _free_batch(graph: ir.Graph) -> None:
     graph.insert_before(graph[0], size)
     for node in shapes:
         node.replace_input_with(0, opened if _is_reshape_only(node) else size.outputs[0])
+
+
+def _with_open_batch(shape: ir.Shape | None) -> ir.Shape | None:
+    """A shape with a symbol in place of the traced batch, which optimizers would take for a constant."""
+    if shape is None or len(shape) == 0 or shape[0] != TRACED_BATCH:
+        return shape
+    return ir.Shape([BATCH, *shape.dims[1:]])
 
 
 def _begins_with_batch(concat: ir.Node) -> bool:
@@ -217,6 +247,16 @@ def _integers(value: ir.Value | None) -> np.ndarray | None:
     if array is None or (value is not None and value.is_initializer() and array.dtype != np.int64):
         return None
     return np.atleast_1d(array)
+
+
+def _rename_clashes(graph: ir.Graph) -> None:
+    """Give initializers other names where an operation's result has the same one: torch.onnx names results
+    after operations, and a user's buffer may be called ``index`` too."""
+    made = {value.name for node in graph for value in node.outputs}
+    for name in [name for name in graph.initializers if name in made]:
+        value = graph.initializers.pop(name)
+        value.name = f"{name}.buffer"
+        graph.register_initializer(value)
 
 
 def simplify(graph: onnx.ModelProto) -> onnx.ModelProto:
@@ -307,6 +347,24 @@ def require_parity(
 def _largest_difference(ours: np.ndarray, reference: np.ndarray) -> float:
     """Infinite where ``ours`` is not finite."""
     return float(np.abs(ours - reference).max()) if np.isfinite(ours).all() else float("inf")
+
+
+@contextlib.contextmanager
+def without_compiler_folder() -> Iterator[None]:
+    """Keep PyTorch from making the folder of its compiler's cache among the temporary files.
+
+    PyTorch asks where that folder is when it traces a model or counts its products, and would fail where it
+    cannot be made, although nothing is compiled. It is therefore told of a folder that always exists, unless
+    the user has named one.
+    """
+    if COMPILER_FOLDER in os.environ:
+        yield
+        return
+    os.environ[COMPILER_FOLDER] = os.path.dirname(torch.__file__)
+    try:
+        yield
+    finally:
+        os.environ.pop(COMPILER_FOLDER, None)
 
 
 @contextlib.contextmanager

@@ -242,3 +242,23 @@ def test_resuming_with_other_settings_or_files_is_refused(script, fruit, trained
     foreign.write_bytes(trained.read_bytes()[:1000])
     assert script.main(arguments(fruit, foreign, "--epochs", "6", "--resume")) == 2
     assert "cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--lr", "--drop-path"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_numbers_that_are_none_are_refused(script, fruit, tmp_path, flag, value, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script.main(arguments(fruit, tmp_path / "f.pt", f"{flag}={value}"))
+    assert stop.value.code == 2
+    assert flag in capsys.readouterr().err
+
+
+def test_every_next_command_can_be_pasted(script, fruit, trained, capsys):
+    assert script.main(arguments(fruit, trained, "--epochs", "6", "--resume", "--quiet")) == 0
+    out = capsys.readouterr().out
+    printed = [shlex.split(line) for line in out.splitlines() if line.startswith("  cmt-export")]
+    assert len(printed) == 2
+    assert "(" not in out.partition("next:")[2]
+    for command in printed:
+        assert cmt_export([*command[1:], "--dry-run"]) == 0
+    assert printed[1][-4:] == ["--precision", "int8", "--data", str(fruit[0])]

@@ -17,6 +17,10 @@ import numpy as np
 
 from ..bundle import Bundle
 from ..bundle.sections import ExecutedPrecision, RanOn
+from ..errors import BundleError
+
+SHOWN_CHARACTERS = 300
+"""The largest number of characters of a runtime's own message that an error quotes."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +34,14 @@ class LoadOptions:
         throughput: prefer many requests at once to the latency of one.
         weights: checkpoint for the torch backend where the bundle's weights came from a file.
         trusted_model: for the torch backend, the name of a model from outside the registry that the user
-            trusts; a manifest alone never makes Python import such code.
+            trusts, or the module object itself; a manifest alone never makes Python import such code.
     """
 
     device: str | None = None
     threads: int | None = None
     throughput: bool = False
     weights: str | Path | None = None
-    trusted_model: str | None = None
+    trusted_model: object = None
 
 
 @dataclass(frozen=True)
@@ -164,3 +168,13 @@ def batch_limit(bundle: Bundle) -> int:
     """Fixed batch size of the graph, ``0`` if it is dynamic."""
     first = bundle.manifest.input.shape[0]
     return first if isinstance(first, int) else 0
+
+
+def unopened(where: object, exc: Exception) -> BundleError:
+    """The error for a graph that a runtime does not open, whatever it raised of its own."""
+    return BundleError(
+        "the runtime cannot open the bundle's graph",
+        where=where,
+        why=f"{type(exc).__name__}: {' '.join(str(exc).split())[:SHOWN_CHARACTERS]}",
+        remedy="copy the whole bundle again, or export it again; another --backend may take it",
+    )

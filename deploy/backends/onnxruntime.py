@@ -15,7 +15,7 @@ import onnxruntime as ort
 from ..bundle import ONNX, Bundle
 from ..bundle.sections import FLOAT32, ExecutedPrecision
 from ..errors import InputError, RuntimeMissingError
-from .base import LoadOptions, Runtime, Session
+from .base import LoadOptions, Runtime, Session, unopened
 from .described import GraphTensor, require_described
 
 CONVERSION_OPERATORS = {
@@ -59,7 +59,10 @@ class OnnxRuntimeSession(Session):
         if profile_prefix:
             settings.enable_profiling = True
             settings.profile_file_prefix = profile_prefix
-        return ort.InferenceSession(self._model, settings, providers=["CPUExecutionProvider"])
+        try:
+            return ort.InferenceSession(self._model, settings, providers=["CPUExecutionProvider"])
+        except Exception as exc:  # it has a dozen types of its own
+            raise unopened(self._model if isinstance(self._model, str) else None, exc) from exc
 
     def run(self, batch: np.ndarray) -> list[np.ndarray]:
         outputs: Any = self.inference.run(None, {self.input_name: batch})

@@ -6,13 +6,15 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 from ..errors import BundleError, InputError, SignatureError
-from ..files import sha256_of, write_atomic, writing
+from ..files import aside, read_regular, sha256_of, write_atomic, writing
 from ..preprocessing import Preprocess
 from .external_data import MalformedOnnx, has_external_data
 from .golden import Golden, open_npz
@@ -43,6 +45,19 @@ SHOWN_EXTRAS = 5
 """The largest number of files beside the manifest's that a message lists."""
 
 
+ATTEMPTS = 100
+"""The largest number of times that a bundle is read because others keep replacing it."""
+SWAP_S = 2.0
+"""Seconds that a reader waits for a bundle whose writer must replace it in two steps."""
+POLL_S = 0.01
+"""Seconds between two looks while waiting."""
+
+Result = TypeVar("Result")
+"""What a function makes of a bundle."""
+State = tuple[int, ...]
+"""What identifies a bundle's folder and its manifest on this machine, and changes when either is replaced."""
+
+
 @dataclass(frozen=True)
 class Bundle:
     """An opened, verified bundle."""
@@ -53,6 +68,8 @@ class Bundle:
     """Where a bundle that is still being written will lie; ``None`` once it is finished."""
     packed: Path | None = None
     """The file that a packed bundle was opened from; ``path`` is then a folder that it was unpacked to."""
+    state: State | None = field(default=None, compare=False, repr=False)
+    """Tells whether the folder is still the one that was opened; ``None`` while it is being written."""
 
     @property
     def name(self) -> str:
@@ -68,6 +85,9 @@ class Bundle:
     def open(cls, path: str | Path, *, key: str | Path | None = None) -> Bundle:
         """Read the manifest and check every file's presence, size and hash.
 
+        Where another process replaces the bundle meanwhile, this is the old one or the new one, never a
+        mixture.
+
         Args:
             path: folder of the bundle, or the file of a packed one.
             key: file of the public key that the bundle must be signed with; ``None``: a signature is not
@@ -82,6 +102,20 @@ class Bundle:
         path = Path(path)
         if os.path.isfile(path):
             return cls._open_packed(path, key)
+        for _ in range(ATTEMPTS):
+            state = state_of(path)
+            try:
+                bundle = cls._read(path, state, key)
+            except (BundleError, OSError):
+                if bundle_is_coming(path, state):
+                    continue
+                raise
+            if state_of(path) == state:
+                return bundle
+        raise _replaced(path)
+
+    @classmethod
+    def _read(cls, path: Path, state: State | None, key: str | Path | None) -> Bundle:
         manifest_path = path / MANIFEST
         if not os.path.isdir(path) or not os.path.isfile(manifest_path):
             what = (
@@ -94,12 +128,20 @@ class Bundle:
             )
         if manifest_path.stat().st_size > MAX_MANIFEST:
             raise broken("the manifest is too large", manifest_path)
-        data = manifest_path.read_bytes()
+        data = _read_member(manifest_path, MAX_MANIFEST)
         manifest = Manifest.from_bytes(data, manifest_path)
         if key is not None:
             require_signed(statement(json.loads(data), ENGINES), _read_signature(path), Path(key), path)
         _check_members(path, manifest)
-        return cls(path, manifest)
+        return cls(path, manifest, state=state)
+
+    def require_unchanged(self) -> None:
+        """Raise :class:`BundleError` where another bundle has taken this one's place since it was opened.
+
+        What reads members calls this afterwards.
+        """
+        if self.state is not None and state_of(self.path) != self.state:
+            raise _replaced(self.path)
 
     @classmethod
     def _open_packed(cls, file: Path, key: str | Path | None) -> Bundle:
@@ -181,7 +223,8 @@ class Bundle:
                 where=self.packed,
                 remedy=f"unpack it first: python -m zipfile -e {self.packed} {self.name}",
             )
-        now = Manifest.from_bytes((self.path / MANIFEST).read_bytes(), self.path / MANIFEST)
+        place = self.path / MANIFEST
+        now = Manifest.from_bytes(_read_member(place, MAX_MANIFEST), place)
         if now.files != self.manifest.files:
             raise BundleError(
                 "the bundle was changed meanwhile",
@@ -202,11 +245,13 @@ class Bundle:
         for name in [*drop, *_ignored(self.path, manifest)]:
             with contextlib.suppress(OSError):
                 (self.path / name).unlink()
-        return Bundle(self.path, manifest)
+        return Bundle(self.path, manifest, state=state_of(self.path))
 
     def golden(self) -> Golden:
         """The golden inputs and what the reference made of them."""
-        return Golden.from_file(self.file(GOLDEN))
+        golden = Golden.from_file(self.file(GOLDEN))
+        self.require_unchanged()
+        return golden
 
     def reference(self) -> dict[str, int]:
         """Reference top-1 by image content (see :func:`cmt_edge.deploy.images.digest`), empty if none was
@@ -214,13 +259,71 @@ class Bundle:
         if REFERENCE not in self.manifest.files:
             return {}
         with open_npz(self.file(REFERENCE)) as data:
-            return dict(
+            answers = dict(
                 zip(
                     data["digest"].tolist(),
                     data["top1"].tolist(),
                     strict=True,
                 )
             )
+        self.require_unchanged()
+        return answers
+
+
+def read_whole(
+    path: str | Path | Bundle,
+    read: Callable[[Bundle], Result],
+    *,
+    key: str | Path | None = None,
+) -> Result:
+    """What ``read`` makes of a bundle's members, all of them from one state of the bundle.
+
+    Where another process replaces a bundle given by its path meanwhile, the new one is read.
+
+    Raises:
+        BundleError: a bundle that was opened before has been replaced. What ``read`` raises comes through.
+    """
+    if isinstance(path, Bundle):
+        result = read(path)
+        path.require_unchanged()
+        return result
+    for _ in range(ATTEMPTS):
+        bundle = Bundle.open(path, key=key)
+        try:
+            result = read(bundle)
+        except Exception:
+            if bundle_is_coming(bundle.path, bundle.state):
+                continue
+            raise
+        if state_of(bundle.path) == bundle.state:
+            return result
+    raise _replaced(Path(path))
+
+
+def state_of(path: Path) -> State | None:
+    """The state of the bundle at ``path`` as it is now, ``None`` where there is none."""
+    try:
+        folder, manifest = path.stat(), (path / MANIFEST).stat()
+    except OSError:
+        return None
+    return (folder.st_dev, folder.st_ino, manifest.st_ino, manifest.st_mtime_ns)
+
+
+def bundle_is_coming(path: Path, state: State | None) -> bool:
+    """Whether a bundle that could not be read in ``state`` has been replaced since; where a writer replaces
+    it in two steps, after waiting for the second."""
+    end = time.monotonic() + SWAP_S
+    while (now := state_of(path)) is None and os.path.isdir(aside(path)) and time.monotonic() < end:
+        time.sleep(POLL_S)
+    return now is not None and now != state
+
+
+def _replaced(path: Path) -> BundleError:
+    return BundleError(
+        "the bundle was replaced while it was being read",
+        where=path,
+        remedy="run the command again",
+    )
 
 
 def _located(error: BundleError, file: Path) -> BundleError:
@@ -235,7 +338,7 @@ def _read_signature(path: Path) -> bytes | None:
         return None
     if file.stat().st_size > MAX_SIGNATURE:
         raise broken(f"{SIGNATURE} is too large", path)
-    return file.read_bytes()
+    return _read_member(file, MAX_SIGNATURE)
 
 
 def _check_members(path: Path, manifest: Manifest) -> None:
@@ -251,13 +354,38 @@ def _check_members(path: Path, manifest: Manifest) -> None:
     _check_present(path, manifest)
     for name, entry in files.items():
         member = path / name
-        if member.stat().st_size != entry.size or sha256_of(member) != entry.sha256:
+        if not _is_unchanged(member, entry):
             raise broken(
                 f"{name} was changed after the export: its SHA-256 differs from the manifest",
                 path,
             )
         if name.endswith(".onnx"):
             _check_self_contained(name, path)
+
+
+def _is_unchanged(member: Path, entry: FileEntry) -> bool:
+    """Whether a file is what the manifest says; its size is compared before it is read."""
+    try:
+        return member.stat().st_size == entry.size and sha256_of(member) == entry.sha256
+    except OSError as exc:
+        raise _unreadable(member, exc) from exc
+
+
+def _read_member(file: Path, limit: int) -> bytes:
+    """The content of a file; raises :class:`BundleError`."""
+    try:
+        return read_regular(file, limit)
+    except OSError as exc:
+        raise _unreadable(file, exc) from exc
+
+
+def _unreadable(file: Path, exc: OSError) -> BundleError:
+    return BundleError(
+        "a file of the bundle cannot be read",
+        where=file,
+        why=exc.strerror or exc,
+        remedy="check the disk and the file's permissions, or copy the whole bundle again",
+    )
 
 
 def _check_present(path: Path, manifest: Manifest) -> None:
@@ -316,6 +444,8 @@ def _check_self_contained(name: str, path: Path) -> None:
         outside = has_external_data(path / name)
     except MalformedOnnx as exc:
         raise broken(f"{name} is no ONNX file", path, exc) from exc
+    except OSError as exc:
+        raise _unreadable(path / name, exc) from exc
     if outside:
         raise broken(
             f"{name} stores weights outside the file, which bundles may not",

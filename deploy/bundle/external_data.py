@@ -14,6 +14,8 @@ import mmap
 import os
 from pathlib import Path
 
+from ..files import open_regular
+
 MAX_DEPTH = 64
 """The largest nesting of messages that is walked; exports need about five, protobuf itself allows 100."""
 
@@ -60,7 +62,7 @@ def has_external_data(path: Path) -> bool:
         MalformedOnnx: the file is no well-formed protobuf message.
         OSError: the file cannot be read.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         if os.fstat(file.fileno()).st_size == 0:
             return False
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:

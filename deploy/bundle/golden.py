@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..files import open_regular
 from .manifest import broken
 
 
@@ -65,7 +66,7 @@ def open_npz(path: Path) -> Iterator[Any]:
     """An ``.npz`` opened without pickle, damage as a typed error."""
     try:
         with (
-            open(path, "rb") as file,
+            open_regular(path) as file,
             np.load(file, allow_pickle=False) as data,
         ):  # closed after damage too
             yield data

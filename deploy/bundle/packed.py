@@ -25,8 +25,8 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from ..errors import BundleError, OutputError
-from ..files import CHUNK_BYTES, cache_folder, sha256_of, writing
-from ..locks import locked
+from ..files import CHUNK_BYTES, TEMPORARY, cache_folder, sha256_of, writing
+from ..locks import clear_abandoned, locked, scratch_folder, try_lock
 from .manifest import MANIFEST, MAX_FILES, MAX_MANIFEST, is_plain
 from .sections import MAX_TOTAL
 from .signature import MAX_SIGNATURE, SIGNATURE
@@ -86,9 +86,11 @@ def pack(folder: Path, members: Iterable[str], file: Path) -> None:
     names += [SIGNATURE] if (folder / SIGNATURE).is_file() else []
     names += sorted(members)
     with writing(file):
-        handle, temporary = tempfile.mkstemp(prefix=f".{file.name}.", suffix=".tmp", dir=file.parent)
+        clear_abandoned(file.parent, f".{file.name}.", TEMPORARY)
+        handle, temporary = tempfile.mkstemp(prefix=f".{file.name}.", suffix=TEMPORARY, dir=file.parent)
         try:
             with os.fdopen(handle, "wb") as target:
+                try_lock(handle)  # so that nobody takes it for abandoned
                 with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
                     for name in names:
                         _add(archive, target, folder / name, name)
@@ -154,8 +156,8 @@ def _unpack_to_cache(file: Path, members: list[Member], anew: bool) -> Path:
         if anew or not _holds(folder, members):
             shutil.rmtree(folder, ignore_errors=True)
             parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=parent) as temporary:
-                _extract(file, members, Path(temporary) / "bundle").rename(folder)
+            with scratch_folder(parent, ".") as temporary:
+                _extract(file, members, temporary / "bundle").rename(folder)
         os.utime(parent)
     _evict(parent)
     return folder

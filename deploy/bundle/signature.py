@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BundleError, InputError, RuntimeMissingError, SignatureError
+from ..files import read_regular
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import (
@@ -222,10 +223,7 @@ def _require_cryptography() -> None:
 def _read_key(path: Path, kind: str) -> bytes:
     """The content of a key file, at most :data:`MAX_KEY` bytes."""
     try:
-        if not path.is_file():
-            raise _no_key(kind, path, "there is no such file")
-        with open(path, "rb") as file:
-            return file.read(MAX_KEY)
+        return read_regular(path, MAX_KEY)
     except OSError as exc:
         raise _no_key(kind, path, exc.strerror) from exc
 

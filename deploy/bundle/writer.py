@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from ..errors import OutputError
 from ..files import (
+    TEMPORARY,
+    put_back,
+    put_folder,
+    read_regular,
     sha256_of,
     sync_folder,
     sync_tree,
     write_atomic,
     writing,
 )
+from ..locks import locked, scratch_folder
 from ..signals import unwound_by_signals
-from .bundle import Bundle
+from .bundle import Bundle, state_of
 from .manifest import ENGINES, MANIFEST, MAX_MANIFEST, Manifest
 from .sections import FileEntry
 from .signature import SIGNATURE, read_private_key, sign, statement
@@ -43,20 +48,24 @@ class BundleWriter:
     """Collects the files of a bundle in a hidden folder beside ``target`` and moves them there in one step.
 
     Use as a context manager: on any error or interruption the hidden folder is removed and an existing bundle
-    stays as it was. Stale folders of runs that were killed are removed when the next one starts.
+    stays as it was. Stale folders of runs that were killed are removed when the next one starts. Several
+    writers of one target do not disturb each other: the last to finish stays.
     """
 
     def __init__(self, target: Path) -> None:
         self.target = target
         self.folder = target
         self._hashes = _Hashes()
-        self._signals = unwound_by_signals()
+        self._stack = ExitStack()
 
     def check(self) -> None:
         """Raise :class:`OutputError` where something that is no bundle stands in the way, or where the place
         lies inside another bundle, which one more file would break."""
         require_outside_bundles(self.target)
-        if self.target.is_symlink() or (self.target.exists() and not (self.target / MANIFEST).is_file()):
+        with writing(self.target):  # a folder that may not be entered does not even tell what it holds
+            there = self.target.is_symlink() or self.target.exists()
+            bundle = not self.target.is_symlink() and (self.target / MANIFEST).is_file()
+        if there and not bundle:
             raise OutputError(
                 "exists and is not a bundle, so it is not replaced",
                 where=self.target,
@@ -64,28 +73,24 @@ class BundleWriter:
             )
 
     def __enter__(self) -> BundleWriter:
+        with self._stack as stack:  # undone where something fails here
+            self._enter(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    def _enter(self, stack: ExitStack) -> None:
         self.check()
         parent = self.target.parent
         with writing(parent):
             parent.mkdir(parents=True, exist_ok=True)
-            self._recover()
-            self.folder = Path(
-                tempfile.mkdtemp(
-                    prefix=f".{self.target.name}.{os.getpid()}.",
-                    suffix=".tmp",
-                    dir=parent,
-                )
-            )
+            with self._alone():
+                put_back(self.target)
+            self.folder = stack.enter_context(scratch_folder(parent, f".{self.target.name}.", TEMPORARY))
             self.folder.chmod(0o755)
-        self._signals.__enter__()
-        return self
+        stack.enter_context(unwound_by_signals())
 
     def __exit__(self, *exc: object) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        old = self._old()
-        if old.exists() and self.target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        self._signals.__exit__(None, None, None)
+        self._stack.close()
 
     def staged(self, manifest: Manifest) -> Bundle:
         """The unfinished bundle, to be verified and measured before :meth:`commit`.
@@ -96,7 +101,8 @@ class BundleWriter:
         paths = sorted(
             path for path in self.folder.rglob("*") if path.is_file() and path != self.folder / SIGNATURE
         )
-        files = {path.relative_to(self.folder).as_posix(): self._hashes.entry(path) for path in paths}
+        with writing(self.target):
+            files = {path.relative_to(self.folder).as_posix(): self._hashes.entry(path) for path in paths}
         return Bundle(self.folder, replace(manifest, files=files), self.target)
 
     def commit(self, manifest: Manifest, key: Path | None = None) -> Bundle:
@@ -106,7 +112,7 @@ class BundleWriter:
             manifest: of the bundle; its ``files`` are filled in.
             key: file of the private key that signs the bundle, if one shall.
         """
-        with writing(self.folder):
+        with writing(self.target):
             manifest = self.staged(manifest).manifest
             data = manifest.to_bytes()
             if key is not None:
@@ -114,44 +120,29 @@ class BundleWriter:
                 write_atomic(self.folder / SIGNATURE, signature.to_bytes())
             write_atomic(self.folder / MANIFEST, data)
             sync_tree(self.folder)
-            self._swap()
-        return Bundle(self.target, manifest)
+            state = state_of(self.folder)
+            self._put_in_place()
+        return Bundle(self.target, manifest, state=state)
 
-    def _old(self) -> Path:
-        return self.target.with_name(f".{self.target.name}.old")
+    def _put_in_place(self) -> None:
+        """Make the folder the bundle at the target; what was there becomes the hidden folder, which goes."""
+        with self._alone():
+            self.check()  # hours may have passed
+            put_folder(self.folder, self.target)
+            sync_folder(self.target.parent)
 
-    def _swap(self) -> None:
-        old = self._old()
-        shutil.rmtree(old, ignore_errors=True)
-        try:
-            if self.target.exists():
-                self.target.rename(old)
-            self.folder.rename(self.target)
-        except BaseException:
-            if old.exists() and not self.target.exists():
-                old.rename(self.target)
-            raise
-        sync_folder(self.target.parent)
-        shutil.rmtree(old, ignore_errors=True)
-
-    def _recover(self) -> None:
-        """Finish or undo what a killed run left: its hidden folders go, a bundle moved aside comes back."""
-        old = self._old()
-        if old.exists() and not self.target.exists():
-            old.rename(self.target)
-        for stale in self.target.parent.glob(f".{self.target.name}.*.tmp"):
-            pid = stale.name[len(self.target.name) + 2 :].split(".", 1)[0]
-            if pid.isdigit() and int(pid) != os.getpid() and not _alive(int(pid)):
-                shutil.rmtree(stale, ignore_errors=True)
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other writers from the target meanwhile."""
+        with locked(self.target.with_name(f".{self.target.name}")):
+            yield
 
 
 def _is_manifest(path: Path) -> bool:
     """Whether ``path`` is the manifest of a bundle, whole or damaged; other programs have files of this name
     too."""
     try:
-        if path.stat().st_size > MAX_MANIFEST:
-            return False
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_regular(path, MAX_MANIFEST))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and content.keys() >= {
@@ -209,13 +200,3 @@ def _stamp(path: Path) -> tuple[int, ...]:
         status.st_ctime_ns,
         status.st_ino,
     )
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True

@@ -11,7 +11,7 @@ from .. import report
 from ..bundle import Bundle, require_outside_bundles
 from ..errors import InputError, OutputError
 from ..escaping import escape
-from ..files import write_atomic
+from ..files import TEMPORARY, write_atomic
 from ..images import ImageSet
 from ..measure.benchmark import Protocol
 from ..measure.benchmark import benchmark as run_benchmark
@@ -123,7 +123,7 @@ def _obstacle(target: Path) -> str:
     if not os.path.isdir(folder):
         return "its folder does not exist"
     try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{target.name}."):
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{target.name}.", suffix=TEMPORARY):
             return ""
     except OSError as exc:
         return exc.strerror or str(exc)

@@ -97,7 +97,7 @@ def verify(
     threads: int | None = None,
     reference: Predictor | None = None,
     weights: str | None = None,
-    trusted_model: str | None = None,
+    trusted_model: object = None,
     max_drop: float = MAX_DROP,
     atol: float | None = None,
     limit: int | None = None,
@@ -113,7 +113,7 @@ def verify(
         backend, device, threads: as :meth:`cmt_edge.deploy.Predictor.load`.
         reference: a Predictor of the reference; default: what the bundle recorded for these very images, else
             the PyTorch model rebuilt here (``weights``: its checkpoint, where it came from a file;
-            ``trusted_model``: its name, where it is from outside the registry).
+            ``trusted_model``: its name or the module object, where it is from outside the registry).
         max_drop: allowed loss of top-1 in percentage points.
         atol: allowed golden logit difference; default by precision, see :data:`ATOL`.
         limit: the largest number of images to use, evenly spread.

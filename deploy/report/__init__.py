@@ -2,7 +2,7 @@
 
 from .as_json import bundle_json, prediction_json, to_json
 from .benchmark import benchmark_text, how_measured
-from .bundle import bundle_text
+from .bundle import bundle_text, weights_text
 from .device import built_text, device_text
 from .plot import latency_plot
 from .prediction import prediction_text
@@ -24,4 +24,5 @@ __all__ = [
     "to_json",
     "verdict_text",
     "verification_text",
+    "weights_text",
 ]

@@ -22,6 +22,7 @@ def bundle_json(bundle: Bundle) -> dict[str, Any]:
         "bundle": str(bundle.path),
         "precision": manifest.precision,
         "format": manifest.format,
+        "weights": manifest.model.weights,
         "verification": manifest.verification,
         "latency": manifest.latency,
         "calibration": manifest.calibration,

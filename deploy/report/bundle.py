@@ -7,7 +7,14 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ..bundle import LOGITS, Bundle
-from ..bundle.sections import LatencyEntry, ObservedEntry, SynthesisEntry, TypingEntry, VerificationEntry
+from ..bundle.sections import (
+    LatencyEntry,
+    ObservedEntry,
+    SynthesisEntry,
+    TypingEntry,
+    VerificationEntry,
+    WeightsEntry,
+)
 from .verdict import verdict_text
 
 
@@ -24,6 +31,7 @@ def bundle_text(bundle: Bundle, verify_flags: Sequence[str] = ()) -> str:
     lines += _verified_lines(manifest.verification) if manifest.verification else []
     lines += _typed_lines(manifest.typing)
     lines += _latency_lines(manifest.latency)
+    lines.append(weights_text(manifest.model.weights))
     if manifest.labels_source == "numbered":
         lines.append("note: the classes have no names; give them with --labels FILE")
     if calibration and calibration.cached:
@@ -75,6 +83,14 @@ def _observed_lines(seen: ObservedEntry) -> list[str]:
         f"observed on {seen.images} images ({seen.source}): largest value {seen.largest:.4g},"
         " float16 holds 65504"
     ]
+
+
+def weights_text(weights: WeightsEntry) -> str:
+    """Where the weights came from, and of a checkpoint which of its entries was taken."""
+    text = f"weights: {weights.source}"
+    if weights.entry:
+        text += f", from {weights.entry}"
+    return text + (" (averaged over training)" if weights.ema else "")
 
 
 def _latency_lines(latency: LatencyEntry | None) -> list[str]:

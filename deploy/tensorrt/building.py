@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-import shutil
 import signal
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ..backends.base import batch_limit
@@ -18,6 +16,7 @@ from ..cache import can_keep
 from ..children import Child, ChildCrashed, ChildTimedOut
 from ..errors import StepError
 from ..files import cache_folder, writing
+from ..locks import scratch_folder
 from ..progress import Progress
 from ..telemetry.jetson import available_memory
 from .cuda import Cuda
@@ -35,8 +34,6 @@ FREE_SHARE = 0.4
 """Part of the free device memory that the builder may use, unless ``--workspace`` says otherwise."""
 TIME_LIMIT_S = 3600.0
 """Seconds after which a build is stopped, unless ``--time-limit`` says otherwise."""
-STALE_S = 86400.0
-"""Age in seconds beyond which a folder of a build was left by a build that was killed."""
 GIB = 1 << 30
 """Bytes in a GiB."""
 MEMORY = re.compile(
@@ -109,24 +106,17 @@ def _free_memory(target: EngineTarget, cuda: Cuda) -> int:
 
 @contextmanager
 def _scratch_folder() -> Iterator[Path]:
-    """A folder in the cache for one build, and none of builds that were killed long ago; without a cache a
-    temporary folder of the system's."""
+    """A folder in the cache for one build, and none of builds that were killed; without a cache a temporary
+    folder of the system's."""
     scratch = cache_folder().resolve() / "build"
-    if can_keep(scratch):
+    if not can_keep(scratch):
+        with tempfile.TemporaryDirectory(prefix="cmt-edge-") as name:
+            yield Path(name)
+        return
+    with ExitStack() as stack:
         with writing(scratch):
-            _clear_stale(scratch)
-            folder = tempfile.TemporaryDirectory(dir=scratch)
-    else:
-        folder = tempfile.TemporaryDirectory(prefix="cmt-edge-")
-    with folder as name:
-        yield Path(name)
-
-
-def _clear_stale(scratch: Path) -> None:
-    """Remove what a build left that was killed more than a day ago; a younger one may still run."""
-    for folder in scratch.iterdir():
-        if time.time() - folder.stat().st_mtime > STALE_S:
-            shutil.rmtree(folder, ignore_errors=True)
+            folder = stack.enter_context(scratch_folder(scratch, "build."))
+        yield folder
 
 
 def _in_child(request: BuildRequest, time_limit: float, progress: Progress) -> list[str]:

@@ -34,7 +34,8 @@ from ..errors import (
     OutputError,
     RuntimeMissingError,
 )
-from ..files import write_atomic
+from ..files import read_regular, write_atomic
+from ..locks import locked
 from .cuda import Cuda, Gpu
 
 DEFAULT_LEVEL = 3
@@ -45,6 +46,8 @@ MAX_WORKSPACE_GIB = 4096
 """No device has so much memory; what is not below it is a mistake."""
 SECRET_BYTES = 32
 """Length of the secret that seals engines."""
+MAX_SECRET = 4096
+"""A larger file, in bytes, is not read as the secret."""
 
 
 @dataclass(frozen=True)
@@ -276,8 +279,8 @@ def _secret() -> bytes:
     try:
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_atomic(path, secrets.token_bytes(SECRET_BYTES), mode=0o600)
-        secret = path.read_bytes()
+            _make_secret(path)
+        secret = read_regular(path, MAX_SECRET)
         if len(secret) != SECRET_BYTES:
             raise OSError(f"it holds {len(secret)} bytes instead of {SECRET_BYTES}; delete it")
         return secret
@@ -288,6 +291,13 @@ def _secret() -> bytes:
             why=getattr(exc, "strerror", None) or exc,
             remedy="name a writable folder in CMT_EDGE_STATE",
         ) from exc
+
+
+def _make_secret(path: Path) -> None:
+    """Write a new secret, unless another process has just done so: its seals must stay good."""
+    with locked(path):
+        if not path.exists():
+            write_atomic(path, secrets.token_bytes(SECRET_BYTES), mode=0o600)
 
 
 def _driver_release(root: Path = Path("/")) -> str | None:

@@ -11,8 +11,10 @@ Importing this package loads neither PyTorch nor a runtime: each name below is i
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from .cmt import create_model
@@ -22,6 +24,33 @@ if TYPE_CHECKING:
     from .export.config import ExportConfig
     from .export.pipeline import run as export
     from .version import __version__
+
+TELEMETRY_SWITCHES = {
+    "ORT_DISABLE_TELEMETRY": "1",
+    "NNCF_CI": "1",
+}
+"""Environment variables that keep runtimes from reporting on their user, with the value that does so.
+
+ONNX Runtime reads the first when it is loaded (its Privacy.md, "Disabling Telemetry"). Without it, its builds
+write a device number and a session file, and look for a server. NNCF reads the second. A user who has set one
+of them is obeyed."""
+
+TELEMETRY_PACKAGES = ("openvino_telemetry",)
+"""Packages that only report. OpenVINO and NNCF use this one where they can import it, as soon as they are
+imported themselves: it writes a client number to the user's home, and only a file there would switch it
+off. Without it they use stubs of their own. PyTorch and TensorRT do not report."""
+
+
+def _switch_telemetry_off() -> None:
+    """Keep every runtime that this process, or a child of it, imports from now on to itself."""
+    for name, value in TELEMETRY_SWITCHES.items():
+        os.environ.setdefault(name, value)
+    for package in TELEMETRY_PACKAGES:
+        sys.modules.setdefault(package, cast(Any, None))  # Python then says that there is no such package
+
+
+_switch_telemetry_off()
+
 
 _HOMES = {
     "Bundle": "deploy",

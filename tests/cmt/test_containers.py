@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import datetime
+import decimal
 import gzip
 import os
 import pickle
 import random
 import tarfile
 import types
+import uuid
 import zipfile
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -124,6 +127,27 @@ PLAIN = {
         "generator": np.random.default_rng(0).bit_generator.state,
         "py_rng": random.getstate(),
     },
+    "times": {
+        "model": GOOD,
+        "made": datetime.datetime(2026, 1, 2, tzinfo=datetime.timezone.utc),
+        "day": datetime.date(2026, 1, 2),
+        "took": datetime.timedelta(hours=3),
+    },
+    "other values": {
+        "model": GOOD,
+        "last": collections.deque([1.0, 2.0], maxlen=5),
+        "count": collections.Counter("aab"),
+        "frozen": frozenset({1, 2}),
+        "steps": range(3),
+        "run": uuid.UUID(int=7),
+        "price": decimal.Decimal("1.5"),
+    },
+    "DeepSpeed": {"module": GOOD, "ds_config": {}, "global_steps": 3},
+    "Composer": {
+        "state": {"model": behind("module."), "optimizers": {}},
+        "rng": [{"python": (3, (1,), None)}],
+    },
+    "Detectron2": {"model": {k: v.numpy() for k, v in GOOD.items()}, "matching_heuristics": True},
     "parameters": {k: nn.Parameter(v) if v.is_floating_point() else v for k, v in GOOD.items()},
     "no counters": {k: v for k, v in GOOD.items() if "num_batches" not in k},
     "counters as floats": {k: v.float() if "num_batches" in k else v for k, v in GOOD.items()},
@@ -396,6 +420,8 @@ def test_the_allowed_names_are_known():
         "argparse",
         "builtins",
         "collections",
+        "datetime",
+        "decimal",
         "mmengine.logging.history_buffer",
         "numpy",
         "numpy._core.multiarray",
@@ -403,6 +429,7 @@ def test_the_allowed_names_are_known():
         "pathlib",
         "pathlib._local",
         "types",
+        "uuid",
     }
     ours = {made.__module__ for made, _ in ALLOWED}
     assert ours == {"argparse", "cmt_edge.cmt.unpickling"}

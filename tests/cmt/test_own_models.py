@@ -241,3 +241,45 @@ def test_counting_leaves_the_model_as_it_was():
     macs(model)
     assert {name: module.training for name, module in model.named_modules()} == before
     assert torch.equal(model.stem[0].norm.running_mean, mean)
+
+
+def test_the_fused_attention_of_pytorch_is_counted():
+    """In eval mode, these modules call operations that a counter does not know."""
+
+    class Encoder(nn.Module):
+        img_size = 8
+
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+
+        def forward(self, x):
+            return self.layer(x.flatten(2).transpose(1, 2).repeat(1, 1, 6)[..., :16]).mean(1)
+
+    tokens, width = 64, 16
+    linears = 3 * width * width + width * width + 2 * width * 32
+    products = 2 * tokens * width
+    assert macs(Encoder().eval()) == tokens * (linears + products)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+class Indexed(nn.Module):
+    """A buffer that has the name which torch.onnx gives to the result of indexing."""
+
+    img_size = 32
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.fc = nn.Conv2d(3, 16, 3, 4, 1), nn.Linear(16, 5)
+        self.bias = nn.Parameter(torch.randn(9, 16))
+        self.register_buffer("index", torch.arange(64).reshape(8, 8) % 9)
+
+    def forward(self, x):
+        q, k = self.stem(x).chunk(2, 1)
+        x = torch.cat([k, q], 1) + self.bias[self.index].permute(2, 0, 1)
+        return self.fc(x.mean((2, 3)))
+
+
+def test_a_buffer_may_be_called_like_an_operation(tmp_path):
+    made = run(ExportConfig(Indexed(), format="onnx", output=str(tmp_path)))
+    assert made.manifest.verification.passed

@@ -291,7 +291,7 @@ AUTO = ["--model", "cmt_nano", "--precision", "auto"]
         ([*AUTO, "--data", "generated", "--format", "trt"], "cmt-build and cmt-bench"),
         ([*AUTO, "--data", "generated", "--isa", "avx3"], "did you mean avx2"),
         ([*AUTO, "--data", "generated", "--isa", "avx2", "--format", "onnx"], "no switch"),
-        ([*AUTO, "--data", "generated", "--latency-budget", "0"], "not above 0"),
+        ([*AUTO, "--data", "generated", "--latency-budget", "0"], "give more than 0"),
         ([*AUTO, "--data", "generated", "--time-budget", "nan"], "not a finite number"),
         ([*AUTO, "--data", "generated", "--max-drop", "-1"], "--max-drop"),
         ([*AUTO, "--data", "generated", "--keep-float", "stem"], "--keep-float is for int8"),

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from cmt_edge.cmt import create_model, fuse
 from cmt_edge.cmt.weights import randomize
-from cmt_edge.deploy.errors import ParityError
+from cmt_edge.deploy.errors import InputError, ParityError
 from cmt_edge.export import to_onnx
 from cmt_edge.export.config import OPSET
 from cmt_edge.export.to_onnx import BATCH, TRACED_BATCH, export_onnx, outputs_of, simplify
@@ -98,3 +99,41 @@ def test_both_ways_give_the_same_graph(name):
     symbolic = simplify(to_onnx.trace(model, 64, OPSET, ("logits",), None)).graph
     assert {n.op_type for n in ours.node} <= {n.op_type for n in symbolic.node}
     assert len(ours.node) <= len(symbolic.node)
+
+
+class LengthInPython(nn.Module):
+    """Takes the batch size with ``len``, which fixes it while a symbolic batch is traced, beside an operation
+    that makes torch.onnx fold constants."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = weight_norm(nn.Conv2d(5, 4, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = torch.linspace(-1, 1, x.shape[2])
+        grid = torch.stack(torch.meshgrid(rows, rows, indexing="ij"))
+        value, gate = self.mix(torch.cat([x, grid.expand(len(x), -1, -1, -1)], 1)).chunk(2, 1)
+        return (value * gate.sigmoid()).mean((2, 3))
+
+
+@pytest.mark.parametrize("batch", [1, 3, 13])
+def test_a_batch_size_taken_with_len_stays_open(batch):
+    model = LengthInPython().eval()
+    graph = export_onnx(model, 16, OPSET)
+    images = torch.linspace(-1, 1, batch * 3 * 256).reshape(batch, 3, 16, 16)
+    answers = outputs_of(graph, images.numpy(), "test")[0]
+    with torch.no_grad():
+        np.testing.assert_allclose(answers, model(images).numpy(), atol=1e-5)
+
+
+class FixedBatch(nn.Module):
+    """Its code chooses by the number of images."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights = torch.arange(len(x) * 4, dtype=torch.float32).reshape(len(x), 4) / len(x)
+        return x.mean((1, 2, 3))[:, None] + weights
+
+
+def test_a_batch_size_that_is_fixed_is_refused():
+    with pytest.raises(InputError, match="fixes the batch size"):
+        export_onnx(FixedBatch().eval(), 16, OPSET)

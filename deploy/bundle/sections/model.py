@@ -29,6 +29,8 @@ class WeightsEntry:
         ema: whether the averaged weights of the checkpoint were taken.
         fresh: keys that were left at their initial values.
         resized: keys that were interpolated to the model's resolution.
+        entry: where in the checkpoint they were, e.g. ``"state_dict_ema"``; ``None`` where they did not come
+            from a file of the user's.
     """
 
     source: str
@@ -37,6 +39,7 @@ class WeightsEntry:
     ema: bool
     fresh: tuple[str, ...]
     resized: tuple[str, ...]
+    entry: str | None = field(default=None, metadata=OMITTED)
 
 
 @dataclass(frozen=True, kw_only=True)
