@@ -7,7 +7,7 @@ LIGHT := $(VENV)-light
 SUPPLY := $(VENV)-supply
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo quick check test test-light coverage supply advisories clean
+.PHONY: demo quick check test test-light coverage supply lock advisories clean
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/demo.sh
@@ -52,6 +52,10 @@ supply: $(READY) $(SUPPLY)/.ready
 	$(SUPPLY)/bin/python scripts/licences.py
 	$(SUPPLY)/bin/python scripts/sbom.py out/supply/cmt-edge.cdx.json
 	$(BIN)/python scripts/build_release.py --twice out/supply
+
+# Writes the hashes again, after a change of constraints.txt.
+lock: $(SUPPLY)/.ready
+	$(SUPPLY)/bin/python scripts/lock.py
 
 # Asks the package index for advisories about the pins. Without --strict it succeeds even if no package was found.
 advisories: $(SUPPLY)/.ready

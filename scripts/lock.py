@@ -4,9 +4,9 @@ usage: python scripts/lock.py [--check]
 
 ``requirements/locked.txt`` holds every pin of ``constraints.txt`` but torch's, whose index each user chooses.
 ``requirements/supply.txt`` holds the tools of ``requirements/supply.in`` and what they need. A pin has the
-hashes of all its files in the package index, for every platform. ``uv`` asks the index; ``make supply``
-installs it. ``--check`` asks no index and writes nothing; the exit code is 1 if the first file does not fit
-the pins.
+hashes of all its files in the package index, for every platform. ``uv`` asks the index; ``make lock`` runs
+this script where ``uv`` is installed. ``--check`` asks no index and writes nothing; the exit code is 1 if the
+first file does not fit the pins.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ UNLOCKED = "torch"
 TIME_LIMIT_S = 600
 """The time that uv may take for one file, in seconds."""
 
-HEAD = "# This file is made by `python scripts/lock.py`. Edit {source} instead.\n"
+HEAD = "# This file is made by `make lock`. Edit {source} instead.\n"
 """The first line of a file that this script writes."""
 
 PIN = re.compile(r"^([A-Za-z0-9._-]+)==([^\s;\\]+)", re.MULTILINE)
@@ -81,7 +81,7 @@ def compile_hashes(source: Path, target: Path, *options: str) -> None:
     """Let uv write ``target``: every package of ``source`` with the hashes of its files."""
     uv = Path(sysconfig.get_path("scripts")) / "uv"
     if not uv.is_file():
-        raise SystemExit("error: uv is not installed in this environment: make supply")
+        raise SystemExit("error: uv is not installed in this environment; run: make lock")
     command = [
         str(uv),
         "pip",
@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
     locked = LOCKED.read_text(encoding="utf-8")
     faults = find_faults(CONSTRAINTS.read_text(encoding="utf-8"), locked)
     if faults:
-        print(*faults, "Run: .venv-supply/bin/python scripts/lock.py", sep="\n", file=sys.stderr)
+        print(*faults, "Run: make lock", sep="\n", file=sys.stderr)
         return 1
     hashes = read_hashes(locked)
     print(f"{len(hashes)} packages, {sum(map(len, hashes.values()))} hashes; not locked: {UNLOCKED}")
