@@ -86,7 +86,7 @@ def write_text(bill: Bom) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the bill; returns 1 if it does not fit the schema, or if a package hangs in the air."""
+    """Write the bill; returns 1 if it does not fit the schema, or if nothing requires a package."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="the file to write")
     parser.add_argument("--extra", default="all", metavar="EXTRA", help="the extra (default: all)")
