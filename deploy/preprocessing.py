@@ -308,7 +308,8 @@ def snapshot(source: ImageLike, spec: Preprocess) -> ImageLike:
     A path is returned as it is. Raises as :func:`decode`.
     """
     if isinstance(source, np.ndarray):
-        return source.copy()
+        array: np.ndarray = source.copy()
+        return array
     if isinstance(source, Image.Image):
         image = decode(source, spec).copy()
         image.info.clear()  # it is upright now
@@ -317,14 +318,17 @@ def snapshot(source: ImageLike, spec: Preprocess) -> ImageLike:
         return bytes(source)
     if isinstance(source, (str, Path, bytes)) or not hasattr(source, "read"):
         return source
-    if isinstance(source, io.BytesIO) and type(source) in (
-        io.BytesIO,
-        NamedBytes,
-    ):
-        data: bytes | None = source.getvalue()  # shares its memory until somebody writes
-    else:
-        data = _read_all(source)
+    data = _content(source)
     return source if data is None else NamedBytes(data, str(_name(source)))
+
+
+def _content(file: BinaryIO) -> bytes | None:
+    """The content of a file object as it is now; ``None`` where it cannot be read."""
+    if type(file) in (io.BytesIO, NamedBytes):
+        buffer: Any = file
+        content: bytes = buffer.getvalue()  # shares its memory until somebody writes
+        return content
+    return _read_all(file)
 
 
 def _read_all(file: BinaryIO) -> bytes | None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import signal
 import struct
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +22,14 @@ from cmt_edge.calib.generated import generate
 from cmt_edge.deploy import Preprocess, preprocess
 from cmt_edge.deploy.bundle import plain, read_record
 from cmt_edge.deploy.errors import DataError, ImageError, InputError
-from cmt_edge.deploy.preprocessing import MAX_BYTES, NamedBytes, decode, normalise, pixels
+from cmt_edge.deploy.preprocessing import (
+    IMAGE_FORMATS,
+    MAX_BYTES,
+    NamedBytes,
+    decode,
+    normalise,
+    pixels,
+)
 
 PLAIN = Preprocess(8, None, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 IMAGENET = Preprocess(32, 36, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -518,3 +527,12 @@ def test_interpolation_is_the_one_asked_for(short):
         np.testing.assert_array_equal(soft, np.asarray(image.resize((8, 8), Image.Resampling.BILINEAR)))
     spec = Preprocess(8, short, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), interpolation="bilinear")
     assert read_record(Preprocess, json.loads(json.dumps(plain(spec))), "file") == spec
+
+
+def test_the_page_on_security_names_every_image_format():
+    page = Path(__file__).resolve().parents[2] / "SECURITY.md"
+    named = re.search(r"opens (\w+) formats only \(([^)]*)\)", page.read_text(encoding="utf-8"))
+    assert named is not None
+    assert named[1] == "nine"
+    assert [name.upper() for name in named[2].split(", ")] == list(IMAGE_FORMATS)
+    assert len(IMAGE_FORMATS) == 9
