@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import overload
 
+from .decoding import EXTENSIONS, MAX_BYTES, is_about_data
 from .errors import DataError
 from .files import open_regular
-from .preprocessing import EXTENSIONS, MAX_BYTES, is_about_data
 
 MAX_ITEMS = 5_000_000
 """Most images that a folder or an archive may hold."""
