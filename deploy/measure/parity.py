@@ -22,7 +22,8 @@ from ..errors import (
     InputError,
     RuntimeMissingError,
 )
-from ..images import ImageSet, Item, digest
+from ..folders import Item
+from ..images import ImageSet, digest
 from ..predictor import Predictor
 from ..preprocessing import normalise, pixels, preprocess
 from .labels import match_labels
