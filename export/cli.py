@@ -84,7 +84,8 @@ def _export(args: argparse.Namespace) -> int:
     from cmt_edge.deploy.bundle.packed import packed_file
     from cmt_edge.deploy.progress import Progress
 
-    from .config import ExportConfig, read_config
+    from .config import ExportConfig
+    from .config_file import read_config
     from .replaced import describe_replaced, read_replaced
 
     settings = read_mapping(read_config(args.config), Settings, args.config) if args.config else {}

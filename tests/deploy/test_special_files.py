@@ -96,7 +96,8 @@ from cmt_edge.deploy.decoding import decode
 from cmt_edge.deploy.errors import CmtEdgeError
 from cmt_edge.deploy.images import ImageSet
 from cmt_edge.deploy.tensorrt import engine
-from cmt_edge.export.config import ExportConfig, read_config
+from cmt_edge.export.config import ExportConfig
+from cmt_edge.export.config_file import read_config
 for name, special, place, expression in json.loads(sys.argv[1]):
     print("reads", name, flush=True)
     special, place = Path(special), Path(place)
