@@ -6,7 +6,7 @@ import argparse
 import math
 from dataclasses import dataclass
 
-from ..images import MAX_ITEMS
+from ..folders import MAX_ITEMS
 
 SHOWN_CHARACTERS = 40
 """The largest number of characters of a value that a message quotes."""
