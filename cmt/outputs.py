@@ -99,7 +99,7 @@ def settle_output(model: nn.Module, example: Tensor, name: str) -> int:
     return classes
 
 
-def last_operation(model: nn.Module, example: Tensor) -> str:
+def find_last_operation(model: nn.Module, example: Tensor) -> str:
     """PyTorch's name of the operation that gives the output its values, for example ``"sigmoid"``.
 
     It is empty where it is not known.

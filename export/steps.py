@@ -24,8 +24,8 @@ from cmt_edge.calib.data import SYNTHETIC
 from cmt_edge.calib.generated import generate
 from cmt_edge.calib.quantize import keep_float
 from cmt_edge.calib.synthetic import default_count, synthetic_set
-from cmt_edge.cmt import fuse, weights_fingerprint, with_head
-from cmt_edge.cmt.outputs import PROBED, TwoLabels, last_operation
+from cmt_edge.cmt import choose_head, fuse, weights_fingerprint
+from cmt_edge.cmt.outputs import PROBED, TwoLabels, find_last_operation
 from cmt_edge.cmt.reference import load_reference
 from cmt_edge.cmt.weights import LoadedWeights
 from cmt_edge.deploy import Bundle, Predictor, Preprocess, report
@@ -187,7 +187,7 @@ def make_reference(config: ExportConfig) -> Reference:
         fresh_head=config.fresh_head,
         resize=config.resize_position_bias,
     )
-    model = with_head(classifier, config.head)
+    model = choose_head(classifier, config.head)
     golden, batch = make_golden(model, config.preprocess)
     require_finite(golden.outputs)
     kind = find_kind(golden.logits, _last_operation(model, batch)) if config.head == LOGITS else LOGITS
@@ -195,9 +195,9 @@ def make_reference(config: ExportConfig) -> Reference:
 
 
 def _last_operation(model: nn.Module, batch: np.ndarray) -> str:
-    """See :func:`cmt_edge.cmt.outputs.last_operation`; of a binary classifier its own."""
+    """See :func:`cmt_edge.cmt.outputs.find_last_operation`; of a binary classifier its own."""
     inner = model.model if isinstance(model, TwoLabels) else model
-    return last_operation(inner, torch.from_numpy(batch[:PROBED]))
+    return find_last_operation(inner, torch.from_numpy(batch[:PROBED]))
 
 
 def make_golden(model: nn.Module, spec: Preprocess) -> tuple[Golden, np.ndarray]:
@@ -267,7 +267,7 @@ def synthesise(
 
 def fuse_model(reference: Reference, head: str) -> tuple[nn.Module, Differences]:
     """The reference with the exact rewrites of its family."""
-    fused = with_head(fuse(reference.classifier), head)
+    fused = choose_head(fuse(reference.classifier), head)
     outputs = TorchSession(fused).run(reference.batch)
     return fused, {
         "fuse": require_parity(

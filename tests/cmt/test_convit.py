@@ -18,7 +18,7 @@ from cmt_edge.cmt.families.convit import (
     PositionAttention,
     PositionTable,
     RowsToOne,
-    patch_offsets,
+    make_patch_offsets,
     resize_position_embedding,
     separate_projections,
 )
@@ -136,7 +136,7 @@ def test_an_embedding_that_is_no_square_grid_is_not_resized(tmp_path, shape):
 
 
 def test_patch_offsets_are_dx_dy_and_the_squared_distance():
-    offsets = patch_offsets(3)
+    offsets = make_patch_offsets(3)
     for query in range(9):
         for key in range(9):
             dx, dy = key % 3 - query % 3, key // 3 - query // 3
