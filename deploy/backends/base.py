@@ -164,13 +164,13 @@ class Runtime(ABC):
         """
 
 
-def batch_limit(bundle: Bundle) -> int:
+def read_batch_limit(bundle: Bundle) -> int:
     """Fixed batch size of the graph, ``0`` if it is dynamic."""
     first = bundle.manifest.input.shape[0]
     return first if isinstance(first, int) else 0
 
 
-def unopened(where: object, exc: Exception) -> BundleError:
+def make_open_error(where: object, exc: Exception) -> BundleError:
     """The error for a graph that a runtime does not open, whatever it raised of its own."""
     return BundleError(
         "the runtime cannot open the bundle's graph",

@@ -15,7 +15,7 @@ import onnxruntime as ort
 from ..bundle import ONNX, Bundle
 from ..bundle.sections import FLOAT32, ExecutedPrecision
 from ..errors import InputError, RuntimeMissingError
-from .base import LoadOptions, Runtime, Session, unopened
+from .base import LoadOptions, Runtime, Session, make_open_error
 from .described import GraphTensor, require_described
 
 CONVERSION_OPERATORS = {
@@ -62,7 +62,7 @@ class OnnxRuntimeSession(Session):
         try:
             return ort.InferenceSession(self._model, settings, providers=["CPUExecutionProvider"])
         except Exception as exc:  # it has a dozen types of its own
-            raise unopened(self._model if isinstance(self._model, str) else None, exc) from exc
+            raise make_open_error(self._model if isinstance(self._model, str) else None, exc) from exc
 
     def run(self, batch: np.ndarray) -> list[np.ndarray]:
         outputs: Any = self.inference.run(None, {self.input_name: batch})

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..files import open_regular
-from .manifest import broken
+from .manifest import make_bundle_error
 
 
 @dataclass(frozen=True)
@@ -77,4 +77,4 @@ def open_npz(path: Path) -> Iterator[Any]:
         EOFError,
         zipfile.BadZipFile,
     ) as exc:
-        raise broken("cannot be read", path, exc) from exc
+        raise make_bundle_error("cannot be read", path, exc) from exc

@@ -1,4 +1,4 @@
-"""The state of the device beside a measurement, read once by :func:`snapshot`.
+"""The state of the device beside a measurement, read once by :func:`read_state`.
 
 What cannot be read becomes a note, never an exception: a latency without its clocks is still a latency.
 """
@@ -23,7 +23,7 @@ QUOTED = 200
 """Characters of a tool's unexpected answer that a note quotes."""
 
 
-def snapshot(root: Path = Path("/"), run: Run = run_tool, gpu_index: int = 0) -> DeviceState:
+def read_state(root: Path = Path("/"), run: Run = run_tool, gpu_index: int = 0) -> DeviceState:
     """The state now.
 
     Args:

@@ -59,7 +59,7 @@ MIXED_FLOATS = ("Resize", "DequantizeLinear", "LayerNormalization")
 """Operations that may read float32 and float16 at once."""
 
 
-def parser_findings(model: onnx.ModelProto) -> list[str]:
+def find_parser_problems(model: onnx.ModelProto) -> list[str]:
     """What TensorRT's parser would refuse or misread, one sentence each; empty if nothing."""
     graph = ir.from_proto(shape_inference.infer_shapes(model)).graph
     findings = check_file(model)

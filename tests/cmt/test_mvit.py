@@ -30,8 +30,9 @@ from cmt_edge.cmt.layers import DropPath
 from cmt_edge.cmt.spec import Rewrite
 from cmt_edge.cmt.weights import randomize
 from cmt_edge.deploy.errors import InputError, WeightsError
-from cmt_edge.export.to_onnx import export_onnx, logits_of, simplify
+from cmt_edge.export.to_onnx import export_onnx, simplify
 from helpers.golden import golden, kept_model, official_array, published
+from helpers.graphs import compute_logits
 from helpers.tensors import images, relative_difference
 
 V1, V2 = "mvitv1_b16", "mvitv2_t"
@@ -461,7 +462,7 @@ def test_onnx_equals_pytorch_at_any_batch_and_the_rewrites_make_it_smaller(name)
             x = images(batch, 64, seed=batch)
             with torch.inference_mode():
                 expected = model(x).numpy()
-            np.testing.assert_allclose(logits_of(graph, x.numpy(), form), expected, rtol=0, atol=1e-4)
+            np.testing.assert_allclose(compute_logits(graph, x.numpy(), form), expected, rtol=0, atol=1e-4)
     reference, rewritten = counts["reference"], counts["rewritten"]
     assert rewritten.total() < 0.95 * reference.total()
     assert rewritten["Reshape"] < reference["Reshape"]

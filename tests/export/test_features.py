@@ -15,7 +15,7 @@ from cmt_edge.deploy.cli import bench as cmt_bench
 from cmt_edge.deploy.cli import predict as cmt_predict
 from cmt_edge.deploy.cli import verify as cmt_verify
 from cmt_edge.deploy.errors import InputError, ParityError
-from cmt_edge.deploy.measure.parity import MAP_ATOL, check_golden, distance, verify
+from cmt_edge.deploy.measure.parity import MAP_ATOL, check_golden, measure_distance, verify
 from cmt_edge.export import ExportConfig, run
 from cmt_edge.export.to_onnx import require_parity
 from helpers.models import marked_models
@@ -203,7 +203,7 @@ def test_distance_of_maps_is_that_of_the_worst_image():
     ours = reference.copy()
     ours[1] += 0.5
     ours[0, 0, 0, 0] = 2.0
-    assert distance(ours, reference) == pytest.approx(0.5)
-    assert distance(ours[:, 0, 0], reference[:, 0, 0]) == pytest.approx(2.0)
-    assert distance(ours + np.inf, reference) == float("inf")
+    assert measure_distance(ours, reference) == pytest.approx(0.5)
+    assert measure_distance(ours[:, 0, 0], reference[:, 0, 0]) == pytest.approx(2.0)
+    assert measure_distance(ours + np.inf, reference) == float("inf")
     assert set(MAP_ATOL) == {"fp32", "fp16", "bf16", "int8"}

@@ -5,7 +5,7 @@
 
 from .calibration import CalibrationEntry, ImagesEntry, Island, ObservedEntry, SynthesisEntry, TypingEntry
 from .engine import BuildOptions, EngineEntry, EngineKey
-from .latency import LEAST_SHARE, ExecutedPrecision, LatencyEntry
+from .latency import LEAST_SHOWN_SHARE, ExecutedPrecision, LatencyEntry
 from .model import FileEntry, Host, ModelEntry, RuntimeEntry, TensorEntry, WeightsEntry
 from .values import (
     BATCH,
@@ -48,7 +48,7 @@ __all__ = [
     "FLOAT32",
     "FORMATS",
     "LABELS_SOURCES",
-    "LEAST_SHARE",
+    "LEAST_SHOWN_SHARE",
     "LOGITS",
     "MAX_DIMENSION",
     "MAX_TOTAL",
