@@ -4,8 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LIGHT := $(VENV)-light
+SUPPLY := $(VENV)-supply
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo quick check test test-light coverage clean
+.PHONY: demo quick check test test-light coverage supply lock advisories clean
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/demo.sh
@@ -36,11 +38,34 @@ test-light:
 coverage: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term --cov-report=html
 
-$(READY): pyproject.toml constraints.txt
+# All packages but torch must have a hash of requirements/locked.txt (docs/supply-chain.md). The second command adds torch,
+# from the index that pip is set up with, and the links to this checkout.
+$(READY): pyproject.toml constraints.txt requirements/locked.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	$(PIP) --require-hashes --no-deps -r requirements/locked.txt
+	$(PIP) --no-build-isolation -c constraints.txt -e ".[test]"
 	touch $(READY)
 
+# The lists of docs/supply-chain.md, made by tools in an environment of their own, and a build that is done twice.
+supply: $(READY) $(SUPPLY)/.ready
+	$(SUPPLY)/bin/python scripts/lock.py --check
+	$(SUPPLY)/bin/python scripts/licences.py
+	$(SUPPLY)/bin/python scripts/sbom.py out/supply/cmt-edge.cdx.json
+	$(BIN)/python scripts/build_release.py --twice out/supply
+
+# Writes the hashes again, after a change of constraints.txt.
+lock: $(SUPPLY)/.ready
+	$(SUPPLY)/bin/python scripts/lock.py
+
+# Asks the package index for advisories about the pins. Without --strict it succeeds even if no package was found.
+advisories: $(SUPPLY)/.ready
+	$(SUPPLY)/bin/pip-audit --strict --progress-spinner off --no-deps --disable-pip -r constraints.txt
+
+$(SUPPLY)/.ready: requirements/supply.txt
+	$(PYTHON) -m venv --clear $(SUPPLY)
+	$(SUPPLY)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements/supply.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(LIGHT) out build htmlcov .coverage* *.egg-info src/*.egg-info
+	rm -rf $(VENV) $(LIGHT) $(SUPPLY) out build htmlcov .coverage* *.egg-info src/*.egg-info
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -84,8 +84,8 @@ def test_what_is_no_image_is_told_the_formats(kind):
 
 
 def test_missing_file_and_folder_name_the_path(tmp_path):
-    for path in (tmp_path / "absent.jpg", tmp_path):
-        with pytest.raises(ImageError, match="no such image file") as caught:
+    for path, message in ((tmp_path / "absent.jpg", "no such image file"), (tmp_path, "is a folder")):
+        with pytest.raises(ImageError, match=message) as caught:
             preprocess(path, IMAGENET)
         assert caught.value.where == str(path)
     assert issubclass(ImageError, DataError)
