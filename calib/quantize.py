@@ -42,7 +42,7 @@ CACHED_FILES = 20
 """The number of calibrated graphs that the cache keeps, with the float graphs they were made from. The oldest
 are deleted first."""
 
-GROUP = 4
+IMAGES_AT_ONCE = 4
 """The number of images on which statistics are collected at once. More need more memory and save little."""
 
 ENOUGH = 64
@@ -306,7 +306,7 @@ def _run_nncf(
     grouped = _Grouped(
         batches,
         chosen,
-        GROUP if recipe.range_estimator == "minmax" else 1,
+        IMAGES_AT_ONCE if recipe.range_estimator == "minmax" else 1,
     )
     dataset = nncf.Dataset(grouped, lambda batch: {name: batch})
     copy = onnx.ModelProto()

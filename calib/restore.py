@@ -34,7 +34,7 @@ from .graph import (
 )
 from .recipe import INT8_OPS
 
-SUFFIX = "_float"
+FLOAT_SUFFIX = "_float"
 """Is added to the names of constants and moves that exist in a float and in an int8 form."""
 
 
@@ -193,7 +193,7 @@ class _Restoration:
         if now is not None and not shared:
             now.const_value = before.const_value
             return now
-        target = name + SUFFIX if shared else name
+        target = name + FLOAT_SUFFIX if shared else name
         if target not in self.graph.initializers:
             self._add_constant(target, before)
         return self.graph.initializers[target]
@@ -224,7 +224,7 @@ class _Restoration:
         sources = [self._float(get_input(node, position)) for position in range(count)]
         if sources == list(node.inputs[:count]):
             return tensor
-        copy = copy_node(node, [*sources, *node.inputs[count:]], SUFFIX)
+        copy = copy_node(node, [*sources, *node.inputs[count:]], FLOAT_SUFFIX)
         self.graph.insert_after(node, copy)
         self.floats |= dict(zip(node.outputs, copy.outputs, strict=True))
         return self.floats[tensor]

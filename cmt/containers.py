@@ -139,10 +139,10 @@ CLASS_NAMES = (
 )
 """Where checkpoints keep the names of their classes."""
 
-MAX_DEPTH = 4
+MAX_WAY = 4
 """Number of keys on the way to a place, at most."""
 
-MAX_ITEMS = 16
+MAX_LIST = 16
 """Length of a list in which places are looked for, at most."""
 
 MIN_SHARE = 0.3
@@ -213,7 +213,7 @@ def find_candidates(content: Any, spec: ModelSpec, target: StateDict) -> list[We
 
 def find_places(content: Any, way: tuple[str, ...] = ()) -> Iterator[Place]:
     """Every mapping in ``content`` that holds tensors or arrays."""
-    if len(way) > MAX_DEPTH or (way and OTHERS & split_words(way[-1])):
+    if len(way) > MAX_WAY or (way and OTHERS & split_words(way[-1])):
         return
     if isinstance(content, Mapping):
         state = {
@@ -225,7 +225,7 @@ def find_places(content: Any, way: tuple[str, ...] = ()) -> Iterator[Place]:
             yield Place(way, _unwrapped(state))
         for key, value in content.items():
             yield from find_places(value, (*way, str(key)))
-    elif isinstance(content, (list, tuple)) and len(content) <= MAX_ITEMS:
+    elif isinstance(content, (list, tuple)) and len(content) <= MAX_LIST:
         for index, value in enumerate(content):
             yield from find_places(value, (*way, f"[{index}]"))
 

@@ -21,10 +21,10 @@ from cmt_edge.deploy.locks import locked
 
 from .spec import Pretrained
 
-TIMEOUT_S = 30
+ANSWER_TIMEOUT_S = 30
 """Seconds without an answer after which a connection is given up."""
 
-CHUNK_BYTES = 1 << 20
+DOWNLOAD_CHUNK_BYTES = 1 << 20
 """Bytes that are read at once."""
 
 MAX_DOWNLOAD_BYTES = 4 << 30
@@ -96,7 +96,7 @@ def _download(url: str, partial: Path) -> None:
     have = partial.stat().st_size if partial.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+        with urllib.request.urlopen(request, timeout=ANSWER_TIMEOUT_S) as response:
             _receive(response, partial, have if response.status == 206 else 0)
     except urllib.error.HTTPError as exc:
         exc.close()
@@ -125,7 +125,7 @@ def _receive(response: Any, partial: Path, have: int) -> None:
         open(partial, mode) as out,
         _bar(partial, have, have + length) as bar,
     ):
-        while (chunk := response.read(CHUNK_BYTES)) and received <= MAX_DOWNLOAD_BYTES:
+        while (chunk := response.read(DOWNLOAD_CHUNK_BYTES)) and received <= MAX_DOWNLOAD_BYTES:
             out.write(chunk)
             bar.update(len(chunk))
             received += len(chunk)

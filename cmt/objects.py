@@ -19,7 +19,7 @@ from .outside import CUSTOM, Constructor, Factory, describe_factory
 from .rewrites import fuse
 from .spec import ModelSpec, Rewrite
 
-WRAPPERS = {
+WRAPPED_ATTRIBUTES = {
     "OptimizedModule": "_orig_mod",
     "DataParallel": "module",
     "DistributedDataParallel": "module",
@@ -75,7 +75,7 @@ def make_object_spec(module: nn.Module, img_size: int | None = None) -> ModelSpe
 
 def unwrap(module: nn.Module) -> nn.Module:
     """The module inside what ``torch.compile``, parallel training and averaging put around it."""
-    while (attribute := WRAPPERS.get(type(module).__name__)) is not None:
+    while (attribute := WRAPPED_ATTRIBUTES.get(type(module).__name__)) is not None:
         module = getattr(module, attribute)
     return module
 

@@ -18,6 +18,7 @@ from PIL import Image, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from .arrays import CHANNELS, view_as_rgb
 from .errors import ImageError
+from .escaping import SHOWN_CHARACTERS
 from .files import describe_irregular
 from .jpeg import MAX_SCANS, START, has_many_scans, make_scan_header, strip_metadata
 
@@ -75,9 +76,6 @@ DEVIATIONS = (1e-4, 100.0)
 
 EXIF_POLICIES = ("apply", "ignore")
 """What may become of the orientation that a photograph records."""
-
-SHOWN = 40
-"""The largest number of characters of a wrong value that a message quotes."""
 
 ORIENTATION = 0x0112
 """EXIF and TIFF tag of the orientation."""
@@ -157,10 +155,12 @@ class Preprocess:
         if self.short_side is not None and not self.size <= self.short_side <= MAX_SHORT_SIDE:
             return f"short_side is {self.short_side}, expected {self.size} to {MAX_SHORT_SIDE}"
         if self.exif not in EXIF_POLICIES:
-            return f"exif is {self.exif[:SHOWN]!r}, expected {' or '.join(map(repr, EXIF_POLICIES))}"
+            return (
+                f"exif is {self.exif[:SHOWN_CHARACTERS]!r}, expected {' or '.join(map(repr, EXIF_POLICIES))}"
+            )
         if self.interpolation not in RESAMPLING:
             known = " or ".join(map(repr, RESAMPLING))
-            return f"interpolation is {self.interpolation[:SHOWN]!r}, expected {known}"
+            return f"interpolation is {self.interpolation[:SHOWN_CHARACTERS]!r}, expected {known}"
         return _fault_of_numbers("mean", self.mean, MEANS) or _fault_of_numbers("std", self.std, DEVIATIONS)
 
 

@@ -32,7 +32,7 @@ ALIASES = {"engine": "trt", "tensorrt": "trt"}
 """Other names of a format -> its name."""
 PRECISION_CHOICES = ("fp32", "fp16", "bf16", "int8", "auto")
 """What can be asked for; ``auto`` measures the precisions of the format and chooses one."""
-HEADS = ("logits", "features")
+HEAD_CHOICES = ("logits", "features")
 """What the exported model gives: class logits, or the feature maps of its stages."""
 EXIF = ("apply", "ignore")
 """What becomes of the orientation that a photograph records."""
@@ -107,7 +107,7 @@ class Settings:
         "logits",
         help="features: the stage maps (strides 4 to 32) for detection and segmentation, instead of classes",
         group=MODEL,
-        choices=HEADS,
+        choices=HEAD_CHOICES,
     )
     weights: str = option(
         "pretrained",

@@ -49,7 +49,7 @@ ATTEMPTS = 100
 """The largest number of times that a bundle is read because others keep replacing it."""
 SWAP_S = 2.0
 """Seconds that a reader waits for a bundle whose writer must replace it in two steps."""
-POLL_S = 0.01
+EXCHANGE_POLL_S = 0.01
 """Seconds between two looks while waiting."""
 
 Result = TypeVar("Result")
@@ -307,7 +307,7 @@ def bundle_is_coming(path: Path, state: State | None) -> bool:
     it in two steps, after waiting for the second."""
     end = time.monotonic() + SWAP_S
     while (now := state_of(path)) is None and os.path.isdir(make_aside_path(path)) and time.monotonic() < end:
-        time.sleep(POLL_S)
+        time.sleep(EXCHANGE_POLL_S)
     return now is not None and now != state
 
 

@@ -10,8 +10,9 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from ..errors import BundleError
+from ..escaping import SHOWN_CHARACTERS
 from ..preprocessing import Preprocess
-from .record import EMPTIED, QUOTED_CHARACTERS, REMEDY, make_plain, parse_json, read_record
+from .record import EMPTIED, REMEDY, make_plain, parse_json, read_record
 from .sections import (
     BATCH,
     FORMATS,
@@ -170,7 +171,7 @@ def _fault_of_names(manifest: Manifest) -> str | None:
     for name in manifest.files:
         if len(name) > MAX_PATH or not is_plain(name):
             return (
-                f"files names a file outside the bundle, or one that cannot be: {name[:QUOTED_CHARACTERS]!r}"
+                f"files names a file outside the bundle, or one that cannot be: {name[:SHOWN_CHARACTERS]!r}"
             )
     return None
 
@@ -243,7 +244,7 @@ def _fault_of_engine(manifest: Manifest) -> str | None:
     entry = manifest.engine
     names = (entry.file, entry.report, entry.text) if entry else ()
     missing = [name for name in names if name not in manifest.files]
-    return f"engine names a file that files lacks: {missing[0][:QUOTED_CHARACTERS]!r}" if missing else None
+    return f"engine names a file that files lacks: {missing[0][:SHOWN_CHARACTERS]!r}" if missing else None
 
 
 CHECKS: tuple[Callable[[Manifest], str | None], ...] = (

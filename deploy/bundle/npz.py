@@ -43,14 +43,14 @@ ENCRYPTED = 1
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 """Ways of compression that ``numpy`` writes."""
 
-START = struct.Struct("<6s2BH")
+ARRAY_START = struct.Struct("<6s2BH")
 """How an array of ``.npy`` format 1.0 starts: signature, version, bytes of the header."""
 HEADER = re.compile(
     rb"\{'descr': '([|<](?:u1|i4|f4|U32))', 'fortran_order': (True|False),"
     rb" 'shape': \(((?:\d{1,10}, ?)*(?:\d{1,10})?)\), \} *\n"
 )
 """The header of an array of a type that we write: bytes, whole numbers, float32, texts of 32 letters."""
-SUFFIX = ".npy"
+MEMBER_SUFFIX = ".npy"
 """End of the names of an archive's members."""
 
 FAULTS = (
@@ -120,7 +120,7 @@ class Arrays:
     def read(self, name: str) -> np.ndarray:
         """The values of an array; raises as :func:`open_arrays` where they are damaged."""
         layout = self.layouts[name]
-        with self._archive.open(name + SUFFIX) as member:
+        with self._archive.open(name + MEMBER_SUFFIX) as member:
             member.read(layout.header)
             data = bytearray(member.read())  # so that the array can be written to
         if len(data) != layout.size:
@@ -174,7 +174,7 @@ def _read_layouts(archive: zipfile.ZipFile, limit: int) -> dict[str, Layout]:
     if total > limit:
         raise ValueError(f"its arrays have {total} bytes, the cap is {limit}")
     for member in members:
-        name = member.filename.removesuffix(SUFFIX)
+        name = member.filename.removesuffix(MEMBER_SUFFIX)
         if name == member.filename or name in layouts:
             raise ValueError(f"{name!r} is no array, or is there twice")
         if member.flag_bits & ENCRYPTED or member.compress_type not in METHODS:
@@ -186,10 +186,10 @@ def _read_layouts(archive: zipfile.ZipFile, limit: int) -> dict[str, Layout]:
 def _read_layout(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Layout:
     """What one header says; it must fit the size of the member."""
     with archive.open(member) as content:
-        start = content.read(START.size)
-        if len(start) < START.size:
+        start = content.read(ARRAY_START.size)
+        if len(start) < ARRAY_START.size:
             raise ValueError(f"{member.filename} is too short")
-        signature, major, minor, length = START.unpack(start)
+        signature, major, minor, length = ARRAY_START.unpack(start)
         if signature != b"\x93NUMPY" or (major, minor) != (1, 0):
             raise ValueError(f"{member.filename} is no array of .npy format 1.0")
         found = HEADER.fullmatch(content.read(length))
@@ -197,7 +197,7 @@ def _read_layout(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Layout:
         raise ValueError(f"{member.filename} has a header that we do not write; objects are never read")
     dtype, by_columns, shape = (part.decode() for part in found.groups())
     sizes = tuple(int(size) for size in shape.split(",") if size.strip())
-    layout = Layout(dtype, sizes, by_columns == "True", START.size + length)
+    layout = Layout(dtype, sizes, by_columns == "True", ARRAY_START.size + length)
     if len(sizes) > MAX_DIMENSIONS or layout.header + layout.size != member.file_size:
         raise ValueError(f"{member.filename} says {dtype} {sizes}, but has {member.file_size} bytes")
     return layout

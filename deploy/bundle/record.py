@@ -19,14 +19,13 @@ from types import MappingProxyType, NoneType, UnionType
 from typing import Annotated, Any, TypeVar
 
 from ..errors import BundleError, StepError
+from ..escaping import SHOWN_CHARACTERS
 
 T = TypeVar("T")
 """The dataclass that is read from JSON."""
 
 REMEDY = "copy the whole bundle again, or export it again"
 """What to do about a bundle that cannot be read."""
-QUOTED_CHARACTERS = 40
-"""The largest number of characters of a wrong value that a message quotes."""
 MAX_CHARACTERS = 1 << 16
 """The largest number of characters of a text."""
 MAX_WHOLE = 1 << 64
@@ -294,11 +293,11 @@ def _shown(content: Any) -> str:
     if isinstance(content, (list, dict)):
         return f"{_KINDS[type(content)]} of {len(content)} items" if content else f"an empty {_word(content)}"
     if isinstance(content, str):
-        return repr(content if len(content) <= QUOTED_CHARACTERS else f"{content[:QUOTED_CHARACTERS]}...")
+        return repr(content if len(content) <= SHOWN_CHARACTERS else f"{content[:SHOWN_CHARACTERS]}...")
     if content is None or isinstance(content, bool):
         return {None: "null", True: "true", False: "false"}[content]
     text = repr(content) if isinstance(content, float) or abs(content) <= MAX_WHOLE else "a huge number"
-    return text if len(text) <= QUOTED_CHARACTERS else f"{text[:QUOTED_CHARACTERS]}..."
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
 
 def _word(content: list[Any] | dict[str, Any]) -> str:
@@ -307,12 +306,12 @@ def _word(content: list[Any] | dict[str, Any]) -> str:
 
 def _listed(names: list[str]) -> str:
     text = ", ".join(sorted(names))
-    return text if len(text) <= 5 * QUOTED_CHARACTERS else f"{text[: 5 * QUOTED_CHARACTERS]}..."
+    return text if len(text) <= 5 * SHOWN_CHARACTERS else f"{text[: 5 * SHOWN_CHARACTERS]}..."
 
 
 def _below(path: str, name: str) -> str:
     """The path of an entry; a name that could not be printed is quoted."""
-    shown = name if len(name) <= 2 * QUOTED_CHARACTERS and name.isprintable() else _shown(name)
+    shown = name if len(name) <= 2 * SHOWN_CHARACTERS and name.isprintable() else _shown(name)
     return f"{path}.{shown}" if path else shown
 
 

@@ -6,10 +6,8 @@ import argparse
 import math
 from dataclasses import dataclass
 
+from ..escaping import SHOWN_CHARACTERS
 from ..images import MAX_ITEMS
-
-SHOWN_CHARACTERS = 40
-"""The largest number of characters of a value that a message quotes."""
 
 
 @dataclass(frozen=True)

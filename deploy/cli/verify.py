@@ -16,7 +16,7 @@ from ..progress import Progress
 from .console import add_key_flag, add_runtime_flags, make_parser, run_command, say, tell
 from .ranges import DIFFERENCE, IMAGES, POINTS
 
-REMEDY = (
+DIFFERENCE_REMEDY = (
     "the bundle is not the model within the allowed difference; see --max-drop and --atol, or calibrate on"
     " more images like those it will see"
 )
@@ -112,7 +112,7 @@ def _main(args: argparse.Namespace) -> int:
     progress.finish()
     say(report.to_json(result) if args.json else report.describe_verification(result))
     if not result.passed and not args.json:
-        tell(REMEDY)
+        tell(DIFFERENCE_REMEDY)
     return 0 if result.passed else 1
 
 

@@ -34,7 +34,7 @@ from .isa import ISAS, require_isa
 
 T = TypeVar("T")
 """A dataclass that one side sends to the other."""
-CHUNK_IMAGES = 32
+CHILD_CHUNK_IMAGES = 32
 """Images that go through the model at once, at least."""
 SWITCHES: tuple[str, ...] = ("OV_CPU_MAX_ISA", "ONEDNN_MAX_CPU_ISA")
 """Environment variables that limit OpenVINO, and oneDNN within it."""
@@ -207,7 +207,7 @@ def _logits(request: LogitsRequest, report: Report) -> Text:
     pixels = np.load(request.pixels, mmap_mode="r")
     parts = []
     with Predictor.load(request.bundle, threads=request.threads) as predictor:
-        chunk = max(CHUNK_IMAGES, predictor.batch)
+        chunk = max(CHILD_CHUNK_IMAGES, predictor.batch)
         for start in range(0, len(pixels), chunk):
             part = np.asarray(pixels[start : start + chunk])
             batch = normalise(part, predictor.spec) if part.dtype == np.uint8 else part

@@ -39,7 +39,7 @@ SUPPORTED = frozenset(
 )
 """Operations that the parser of 10.3 reads."""
 
-TYPES = (
+PARSER_TYPES = (
     ir.DataType.FLOAT,
     ir.DataType.FLOAT16,
     ir.DataType.INT8,
@@ -82,7 +82,7 @@ def _check_types(graph: ir.Graph) -> list[str]:
             *made,
             *graph.initializers.values(),
         )
-        if value.dtype is not None and value.dtype not in TYPES
+        if value.dtype is not None and value.dtype not in PARSER_TYPES
     ]
 
 

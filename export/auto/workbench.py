@@ -27,7 +27,7 @@ from cmt_edge.deploy.bundle import BundleWriter, make_plain, read_record
 from cmt_edge.deploy.bundle.sections import (
     FORMATS,
     Count,
-    Difference,
+    OutputDifference,
     Share,
     Speed,
     Variant,
@@ -52,7 +52,7 @@ SEARCH_PROTOCOL = Protocol(iters=100, seconds=2.0, warmup_seconds=0.5)
 """How long each candidate is measured."""
 OWN_CHOICE_WARNING = 0.05
 """Share of the time in kernels that heed no limit, from which on a warning says so."""
-CLASS_NAMES: dict[str, str] = dict(
+GROUP_TITLES: dict[str, str] = dict(
     zip(
         COMMON_GROUPS,
         ("attention products", "depthwise", "linears"),
@@ -72,7 +72,7 @@ class MeasuredAnswers:
     its logits."""
 
     top1: tuple[Count, ...]
-    deviation: Difference
+    deviation: OutputDifference
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Workbench:
         """fp32 first; int8 as a whole, and without the kinds of products that hybrids are sensitive in."""
         floats = [Variant(p, p) for p in FORMATS[self._config.format] if p != "int8"]
         partly = [
-            Variant(f"int8, {CLASS_NAMES[name]} float", "int8", (name,))
+            Variant(f"int8, {GROUP_TITLES[name]} float", "int8", (name,))
             for name, nodes in group_by_kind(self._source, self._int8_nodes).items()
             if nodes and set(nodes) != set(self._int8_nodes)
         ]

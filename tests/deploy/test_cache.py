@@ -17,7 +17,7 @@ from cmt_edge.deploy import cache as cache_module
 from cmt_edge.deploy import files as files_module
 from cmt_edge.deploy import locks
 from cmt_edge.deploy.cache import Cache, CacheWarning, JsonCache, can_keep, compute_digest
-from cmt_edge.deploy.children import SOURCE
+from cmt_edge.deploy.children import IMPORT_FOLDER
 from cmt_edge.deploy.errors import GateError, OutputError
 from cmt_edge.deploy.files import find_cache_folder
 from cmt_edge.deploy.locks import locked, try_lock
@@ -207,7 +207,7 @@ def test_several_processes_exclude_each_other(tmp_path):
     """Although each removes the lock's file when it is done."""
     file = tmp_path / "count"
     file.write_text("0")
-    environment = os.environ | {"PYTHONPATH": SOURCE}
+    environment = os.environ | {"PYTHONPATH": IMPORT_FOLDER}
     command = [sys.executable, "-c", COUNT, str(file)]
     running = [subprocess.Popen(command, env=environment) for _ in range(4)]
     assert [process.wait(60) for process in running] == [0] * 4

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from cmt_edge.deploy.children import SOURCE, Child, ChildCrashed, ChildTimedOut
+from cmt_edge.deploy.children import IMPORT_FOLDER, Child, ChildCrashed, ChildTimedOut
 from cmt_edge.deploy.errors import BundleError, StepError, UnknownNameError
 from helpers.running import is_running
 
@@ -185,7 +185,7 @@ child.request("sleep")
 
 
 def test_it_ends_with_its_parent_while_it_works(module):
-    environment = os.environ | {"PYTHONPATH": SOURCE}
+    environment = os.environ | {"PYTHONPATH": IMPORT_FOLDER}
     with subprocess.Popen(
         [sys.executable, "-c", PARENT, str(module)], stdout=subprocess.PIPE, text=True, env=environment
     ) as parent:
