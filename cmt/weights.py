@@ -17,13 +17,13 @@ from cmt_edge.deploy.errors import WeightsError
 from .checkpoint import SAVE_REMEDY, read_content, read_metadata
 from .containers import (
     BATCHES,
-    Candidate,
     Undecided,
-    choose,
+    WeightsCandidate,
+    choose_candidate,
+    describe_keys,
+    describe_nearest_entry,
     find_candidates,
     find_class_names,
-    keys_of,
-    nearest_entry,
 )
 from .spec import Classifier, ModelSpec, StateDict
 
@@ -210,7 +210,7 @@ def _assign(
     if mismatch := _compare(model, target, ours, chosen.beside):
         why = mismatch.describe(target, ours)
         if mismatch.missing or mismatch.unexpected:
-            why += f"\n       the file holds: {keys_of(content)}; {nearest_entry(chosen)}"
+            why += f"\n       the file holds: {describe_keys(content)}; {describe_nearest_entry(chosen)}"
         remedy = _remedy(spec, mismatch, ours)
         raise WeightsError(
             f"does not fit {spec.name}",
@@ -235,16 +235,16 @@ def _choose(
     spec: ModelSpec,
     target: StateDict,
     ema: bool | None,
-) -> Candidate:
+) -> WeightsCandidate:
     candidates = find_candidates(content, spec, target)
     if not candidates:
         raise WeightsError(
             "holds no state dict of tensors",
             where=source,
-            why=f"the file holds: {keys_of(content)}",
+            why=f"the file holds: {describe_keys(content)}",
             remedy=SAVE_REMEDY,
         )
-    return choose(candidates, ema)
+    return choose_candidate(candidates, ema)
 
 
 def _settled(state: StateDict, model: nn.Module, target: StateDict) -> StateDict:

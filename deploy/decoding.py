@@ -13,14 +13,14 @@ from typing import Any, BinaryIO, TypeAlias
 import numpy as np
 from PIL import Image, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
-from .arrays import CHANNELS, as_rgb
+from .arrays import CHANNELS, view_as_rgb
 from .errors import ImageError
-from .files import irregular_kind
-from .jpeg import MAX_SCANS, START, has_many_scans, scan_header, without_metadata
+from .files import describe_irregular
+from .jpeg import MAX_SCANS, START, has_many_scans, make_scan_header, strip_metadata
 
 ImageLike: TypeAlias = "str | Path | bytes | bytearray | memoryview | BinaryIO | Image.Image | np.ndarray"
 """What stands for one image: a path, encoded bytes, a file object, a Pillow image, or a uint8 array as
-:func:`~cmt_edge.deploy.arrays.as_rgb` takes it."""
+:func:`~cmt_edge.deploy.arrays.view_as_rgb` takes it."""
 
 IMAGE_FORMATS = (
     "JPEG",
@@ -114,7 +114,7 @@ def decode(source: ImageLike, exif: str, color: str = "rgb") -> Image.Image:
             ``MAX_PIXELS``/``MAX_BYTES``.
     """
     if isinstance(source, np.ndarray):
-        return Image.fromarray(np.ascontiguousarray(as_rgb(source, color)))
+        return Image.fromarray(np.ascontiguousarray(view_as_rgb(source, color)))
     name = name_of(source)
     try:
         if isinstance(source, Image.Image):
@@ -141,7 +141,7 @@ def _decode_without_metadata(source: ImageLike, exif: str, name: object) -> Imag
     if not data.startswith(START):
         return None
     for keep_exif in (True, False):
-        rest = without_metadata(data, keep_exif=keep_exif)
+        rest = strip_metadata(data, keep_exif=keep_exif)
         if rest is None:
             continue
         try:
@@ -292,7 +292,7 @@ def _open(
 ) -> Image.Image:
     """Read the header and check the sizes; nothing is decoded yet."""
     _require_kind(source, name)
-    kind = irregular_kind(source) if isinstance(source, (str, Path)) else None
+    kind = describe_irregular(source) if isinstance(source, (str, Path)) else None
     if kind is not None:
         raise ImageError(
             f"is {kind}, not an image file",
@@ -398,7 +398,7 @@ def _require_few_scans(image: Image.Image, name: object) -> None:
         return
     position = image.fp.tell()
     if type(image) is JpegImagePlugin.JpegImageFile and "progressive" not in image.info:
-        whole = scan_header(image.layers)
+        whole = make_scan_header(image.layers)
         image.fp.seek(max(0, position - 2 * image.layers - 8))  # Pillow has read the header of the first scan
         start = image.fp.read(len(whole))
         image.fp.seek(position)

@@ -121,10 +121,6 @@ class ImageSet(Sequence[Item]):
         """The same place restricted to ``items``."""
         return ImageSet(self.path, items)
 
-    def location(self, item: Item) -> Path:
-        """Where an image lies, for messages; outside archives its path."""
-        return self.path / item.name
-
     def read(self, item: Item) -> bytes:
         """The encoded bytes of one image; raises :class:`DataError` where they cannot be read."""
         try:

@@ -22,16 +22,16 @@ from cmt_edge.cmt.spec import ModelSpec, check_size
 from cmt_edge.deploy.bundle import LOGITS
 from cmt_edge.deploy.bundle.sections import FORMATS
 from cmt_edge.deploy.bundle.signature import read_private_key
-from cmt_edge.deploy.cli.ranges import CLASSES, finite
+from cmt_edge.deploy.cli.ranges import CLASS_COUNTS, parse_finite
 from cmt_edge.deploy.errors import InputError, WeightsError
 from cmt_edge.deploy.files import read_text
 from cmt_edge.deploy.measure.parity import MAX_DROP
 from cmt_edge.deploy.preprocessing import MAX_SHORT_SIDE, RESAMPLING, Preprocess
 
 from .options import (
-    changed_flags,
     check_values,
-    defaults_of,
+    list_changed_flags,
+    read_defaults,
     read_mapping,
     require_range,
 )
@@ -228,7 +228,7 @@ class ExportConfig(Settings):
             max_drop=self.allowed_drop,
             data=self.data if quantizes else None,
             calib_size=self.calib_size if quantizes else None,
-            **defaults_of(type(self), AUTO),
+            **read_defaults(type(self), AUTO),
         )
 
     # --- checks ---
@@ -250,7 +250,7 @@ class ExportConfig(Settings):
         """Size, head and classes that the model can have."""
         spec = self.spec
         check_size(spec, self.img_size)
-        require_range("--num-classes", self.classes, CLASSES)
+        require_range("--num-classes", self.classes, CLASS_COUNTS)
         require_head(spec, self.head)
         if self.head != LOGITS and (self.eval_data is not None or self.labels is not None):
             raise InputError(
@@ -309,7 +309,7 @@ class ExportConfig(Settings):
 
     def _check_auto_options(self) -> None:
         """Options of ``auto`` only with it, and those of int8 only without."""
-        flags = changed_flags(self, AUTO)
+        flags = list_changed_flags(self, AUTO)
         if flags and self.precision != "auto":
             raise InputError(
                 f"{' and '.join(flags)}: only --precision auto measures and chooses",
@@ -358,7 +358,7 @@ class ExportConfig(Settings):
                 f"--format {self.format} has no {self.precision}: {NOT_COMPUTED[self.format]}",
                 remedy=f"--format {' or '.join(others)}, or --precision {' or '.join(reversed(known))}",
             )
-        flags = changed_flags(self, TENSORRT)
+        flags = list_changed_flags(self, TENSORRT)
         if flags and self.format != "trt":
             raise InputError(
                 f"{' and '.join(flags)}: only --format trt builds engines",
@@ -457,7 +457,7 @@ def _triple(given: str | Sequence[float]) -> tuple[float, float, float]:
     """``"r,g,b"`` or three numbers as floats; raises :class:`InputError`."""
     parts = given.split(",") if isinstance(given, str) else given
     try:
-        red, green, blue = (finite(str(part)) for part in parts)
+        red, green, blue = (parse_finite(str(part)) for part in parts)
     except (ValueError, TypeError, ArgumentTypeError) as exc:
         raise InputError(
             f"{given!r} is not three numbers",

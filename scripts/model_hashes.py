@@ -1,4 +1,4 @@
-"""SHA-256 of ``model.onnx`` for each model, format and precision: whether a change of the code changes graphs.
+"""SHA-256 of ``model.onnx`` for each model, format and precision: does a change of the code change graphs?
 
     python scripts/model_hashes.py [MODEL ...] [--output FILE.json] [--before FILE.json]
 
