@@ -19,6 +19,10 @@ TABLES = (
 """Tables of a settings file that hold the settings of an export, in files that other tools read too."""
 
 
+MAX_DOTS = 64
+"""The largest number of dots in a name of a settings file; parsing takes quadratic time for them."""
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """The settings of a TOML file: its keys and those of its table ``[export]``.
 
@@ -71,12 +75,15 @@ def _read_toml(path: Path) -> dict[str, Any]:
             remedy="check the path given to --config",
         )
     try:
-        content: dict[str, Any] = tomllib.loads(read_text(path))
+        text = read_text(path)
+        if any(line.split("=", 1)[0].count(".") > MAX_DOTS for line in text.splitlines()):
+            raise ValueError(f"a name has more than {MAX_DOTS} dots")
+        content: dict[str, Any] = tomllib.loads(text)
         return content
     except (
         OSError,
-        UnicodeDecodeError,
-        tomllib.TOMLDecodeError,
+        ValueError,  # also for text that is no UTF-8 or no TOML
+        RecursionError,
     ) as exc:
         raise InputError(
             "the configuration file cannot be read",
