@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from cmt_edge.__main__ import main
 from cmt_edge.deploy.errors import CmtEdgeError
-from cmt_edge.export.config import ExportConfig, read_config
+from cmt_edge.export.config import ExportConfig
+from cmt_edge.export.config_file import read_config
 from cmt_edge.export.options import flag_of, read_mapping
 
 WORDS = [
