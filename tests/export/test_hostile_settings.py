@@ -14,7 +14,7 @@ from cmt_edge.__main__ import main
 from cmt_edge.deploy.errors import CmtEdgeError
 from cmt_edge.export.config import ExportConfig
 from cmt_edge.export.config_file import read_config
-from cmt_edge.export.options import flag_of, read_mapping
+from cmt_edge.export.options import make_flag, read_mapping
 
 WORDS = [
     "",
@@ -49,7 +49,7 @@ FLAGS = {
     "verify": ["--data", "--max-drop", "--atol", "--eval-limit", "--backend", "--threads", "--markdown"],
     "bench": ["--warmup", "--iters", "--threads", "--backend", "--device", "--data"],
     "build": ["--device", "--workspace", "--key"],
-    "export": sorted(flag_of(each) for each in fields(ExportConfig)),
+    "export": sorted(make_flag(each) for each in fields(ExportConfig)),
 }
 """Command -> flags that are tried with each word; some take no value."""
 
