@@ -208,16 +208,8 @@ def _assign(
     fresh = _fresh_keys(spec, target, ours) if fresh_head else []
     ours.update({key: target[key] for key in fresh})
     if mismatch := _compare(model, target, ours, chosen.beside):
-        why = mismatch.describe(target, ours)
-        if mismatch.missing or mismatch.unexpected:
-            why += f"\n       the file holds: {describe_keys(content)}; {describe_nearest_entry(chosen)}"
-        remedy = _remedy(spec, mismatch, ours)
-        raise WeightsError(
-            f"does not fit {spec.name}",
-            where=source.name,
-            why=why,
-            remedy=remedy,
-        )
+        beside = f"the file holds: {describe_keys(content)}; {describe_nearest_entry(chosen)}"
+        raise _misfit(spec, mismatch, target, ours, source, beside)
     model.load_state_dict(ours)
     return LoadedWeights(
         source.name,
@@ -226,6 +218,26 @@ def _assign(
         tuple(resized),
         None if fresh else classes,
         chosen.entry,
+    )
+
+
+def _misfit(
+    spec: ModelSpec,
+    mismatch: _Mismatch,
+    target: StateDict,
+    ours: StateDict,
+    source: Path,
+    beside: str,
+) -> WeightsError:
+    """The error for a checkpoint whose tensors are not the model's; ``beside`` is what its file holds."""
+    why = mismatch.describe(target, ours)
+    if mismatch.missing or mismatch.unexpected:
+        why += f"\n       {beside}"
+    return WeightsError(
+        f"does not fit {spec.name}",
+        where=source.name,
+        why=why,
+        remedy=_remedy(spec, mismatch, ours),
     )
 
 

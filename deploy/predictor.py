@@ -22,15 +22,10 @@ from .backends.base import make_open_error, read_batch_limit
 from .bundle import LOGITS, Bundle
 from .bundle.bundle import read_whole
 from .bundle.sections import RanOn
+from .decoding import ImageLike, one_or_many, snapshot
 from .errors import BundleError, CmtEdgeError, ImageError, InputError
 from .lanes import Lanes
-from .preprocessing import (
-    ImageLike,
-    Preprocess,
-    one_or_many,
-    preprocess,
-    snapshot,
-)
+from .preprocessing import Preprocess, preprocess
 from .stream import stream
 
 
@@ -391,7 +386,7 @@ class Predictor:
         """Each image as it is when it is taken; in place of one that cannot be read, its error."""
         for image in images:
             try:
-                taken: Any = snapshot(image, self.spec)
+                taken: Any = snapshot(image, self.spec.exif)
             except ImageError as exc:
                 taken = exc
             yield taken

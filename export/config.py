@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from argparse import ArgumentTypeError
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -173,7 +172,7 @@ class ExportConfig(Settings):
     @property
     def folder(self) -> str:
         """Name of the bundle's folder: everything that distinguishes two builds of one checkpoint."""
-        parts = [self.name or re.sub(r"[^\w.-]+", "_", self.model_name)]
+        parts = [self.name or _folder_name(self.model_name)]
         if self.img_size != self.spec.img_size:
             parts.append(str(self.img_size))
         if self.head == "features":
@@ -447,79 +446,11 @@ def _described_by_weights(
     return {name: value for name, value in known.items() if value is not None}
 
 
-TABLES = (
-    ("export",),
-    ("cmt-export",),
-    ("tool", "cmt-export"),
-    ("tool", "cmt-edge"),
-)
-"""Tables of a settings file that hold the settings of an export, in files that other tools read too."""
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The settings of a TOML file: its keys and those of its table ``[export]``.
-
-    Other tables belong to other tools where there is an ``[export]``, and are refused as unknown settings
-    where there is none.
-
-    Raises:
-        InputError: the file is missing, cannot be read, or says something twice.
-    """
-    content = _read_toml(path)
-    found = [(names, table) for names in TABLES if (table := _table(content, names)) is not None]
-    if not found:
-        return content
-    if len(found) > 1:
-        both = " and ".join(f"[{'.'.join(names)}]" for names, _ in found)
-        raise InputError(
-            f"has the tables {both}",
-            where=path,
-            remedy="keep one of them",
-        )
-    ((names, settings),) = found
-    outside = {key: value for key, value in content.items() if not isinstance(value, dict)}
-    for key in outside.keys() & settings.keys():
-        raise InputError(
-            f"says {key} both in [{'.'.join(names)}] and outside it",
-            where=path,
-            remedy="keep one of them",
-        )
-    return outside | settings
-
-
-def _table(content: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any] | None:
-    """The table with these names, each inside the one before."""
-    table: Any = content
-    for name in names:
-        table = table.get(name) if isinstance(table, dict) else None
-    return table if isinstance(table, dict) else None
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    """The content of a TOML file, with or without a byte order mark; raises :class:`InputError`."""
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    if not path.exists():
-        raise InputError(
-            "no such settings file",
-            where=path,
-            remedy="check the path given to --config",
-        )
-    try:
-        return tomllib.loads(read_text(path))
-    except (
-        OSError,
-        UnicodeDecodeError,
-        tomllib.TOMLDecodeError,
-    ) as exc:
-        raise InputError(
-            "the configuration file cannot be read",
-            where=path,
-            why=exc,
-            remedy="it must be TOML in UTF-8",
-        ) from exc
+def _folder_name(model: str) -> str:
+    """A model's name as part of the name of a folder, which is never hidden: ``./net.py:small`` gives
+    ``net.py_small``."""
+    visible = re.sub(r"^\.[./\\]*", "", model)
+    return re.sub(r"[^\w.-]+", "_", visible)
 
 
 def _triple(given: str | Sequence[float]) -> tuple[float, float, float]:

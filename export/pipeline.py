@@ -139,19 +139,8 @@ def finish(
                 replace(manifest, typing=typing),
                 differences | found,
             )
-        with (
-            journal.step(Step.FILES, format=config.format),
-            writing(config.target),
-        ):
-            golden = prepared.reference.golden
-            runtime = steps.write_files(
-                writer.folder,
-                graph,
-                config.batch,
-                golden,
-                config.format,
-            )
-            manifest = replace(manifest, runtime=runtime)
+        with journal.step(Step.FILES, format=config.format):
+            manifest = _with_files(config, writer, manifest, graph, prepared)
         if Step.BUILD in journal:
             journal.take(Step.BUILD)
             manifest = _with_engine(config, writer, manifest, progress)
@@ -161,18 +150,38 @@ def finish(
         speed = None
         if Step.MEASURE in journal:
             with journal.step(Step.MEASURE):
-                speed = steps.measure_bundle(
-                    writer.staged(manifest),
-                    config.threads,
-                    progress.share,
-                )
+                speed = steps.measure_bundle(writer.staged(manifest), config.threads, progress.share)
                 manifest = replace(manifest, latency=summarise_latency(speed))
         with journal.step(Step.WRITE), writing(config.target):
             write_report(writer.folder, manifest, config.folder, result, speed)
-            bundle = writer.commit(manifest, config.signing_key)
-            if config.pack:
-                bundle.pack(locate_packed(config.target))
-            return bundle
+            return _commit(config, writer, manifest)
+
+
+def _with_files(
+    config: ExportConfig,
+    writer: BundleWriter,
+    manifest: Manifest,
+    graph: onnx.ModelProto,
+    prepared: Prepared,
+) -> Manifest:
+    """The manifest with the runtime that reads the graph, which now lies in the bundle's folder."""
+    with writing(config.target):
+        runtime = steps.write_files(
+            writer.folder,
+            graph,
+            config.batch,
+            prepared.reference.golden,
+            config.format,
+        )
+    return replace(manifest, runtime=runtime)
+
+
+def _commit(config: ExportConfig, writer: BundleWriter, manifest: Manifest) -> Bundle:
+    """The finished bundle at its place, and as one file beside it where that was asked for."""
+    bundle = writer.commit(manifest, config.signing_key)
+    if config.pack:
+        bundle.pack(locate_packed(config.target))
+    return bundle
 
 
 def _chosen(

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..images import MAX_ITEMS
+from ..folders import MAX_ITEMS
 from .manifest import make_bundle_error
 from .npz import Arrays, open_arrays
 

@@ -125,10 +125,13 @@ class Arrays:
             data = bytearray(member.read())  # so that the array can be written to
         if len(data) != layout.size:
             raise ValueError(f"{name} has {len(data)} bytes instead of {layout.size}")
-        values = np.frombuffer(data, layout.dtype)
+        values: np.ndarray = np.frombuffer(data, layout.dtype)
         if layout.by_columns:
-            return values.reshape(layout.shape[::-1]).T
-        return values.reshape(layout.shape)
+            columns: np.ndarray = values.reshape(layout.shape[::-1])
+            turned: np.ndarray = columns.T
+            return turned
+        rows: np.ndarray = values.reshape(layout.shape)
+        return rows
 
 
 @contextmanager

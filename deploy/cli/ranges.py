@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from ..escaping import SHOWN_CHARACTERS
-from ..images import MAX_ITEMS
+from ..folders import MAX_ITEMS
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,16 @@ from ..bundle.sections import (
     RanOn,
     VerificationEntry,
 )
+from ..decoding import NamedBytes
 from ..errors import (
     BundleError,
     InputError,
     RuntimeMissingError,
 )
-from ..images import ImageSet, Item, digest
+from ..folders import Item
+from ..images import ImageSet, digest
 from ..predictor import Predictor
-from ..preprocessing import NamedBytes, normalise, pixels, preprocess
+from ..preprocessing import normalise, pixels, preprocess
 from .labels import match_labels
 from .statistics import compute_paired_drop, compute_wilson_interval
 
