@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cmt_edge.__main__ import main
 from cmt_edge.deploy.errors import CmtEdgeError
 from cmt_edge.export.config import ExportConfig, read_config
-from cmt_edge.export.options import flag_of, read_mapping
+from cmt_edge.export.options import make_flag, read_mapping
 
 WORDS = [
     "",
@@ -48,7 +48,7 @@ FLAGS = {
     "verify": ["--data", "--max-drop", "--atol", "--eval-limit", "--backend", "--threads", "--markdown"],
     "bench": ["--warmup", "--iters", "--threads", "--backend", "--device", "--data"],
     "build": ["--device", "--workspace", "--key"],
-    "export": sorted(flag_of(each) for each in fields(ExportConfig)),
+    "export": sorted(make_flag(each) for each in fields(ExportConfig)),
 }
 """Command -> flags that are tried with each word; some take no value."""
 
