@@ -301,10 +301,10 @@ def test_no_memory_for_a_context(backend, monkeypatch):
     ("device", "index"), [(None, 0), ("0", 0), ("2", 2), ("cuda", 0), ("cuda:1", 1), ("GPU", 0), ("gpu:3", 3)]
 )
 def test_names_of_devices(backend, device, index):
-    assert backend.gpu_index(device) == index
+    assert backend.parse_gpu_index(device) == index
 
 
 @pytest.mark.parametrize("device", ["cpu", "-1", "cuda:x", "1.5"])
 def test_names_that_are_no_device(backend, device):
     with pytest.raises(InputError, match="no device"):
-        backend.gpu_index(device)
+        backend.parse_gpu_index(device)
