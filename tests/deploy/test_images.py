@@ -377,6 +377,23 @@ def test_the_part_to_test_on_is_proposed_last(place, parts, proposed):
     assert len(ImageSet(remedy)) == 2
 
 
+def test_a_class_called_train_in_two_parts(place):
+    root = place({f"{part}/train/1.jpg": b"x" for part in ("train", "test")})
+    with pytest.raises(DataError, match="same class") as caught:
+        ImageSet(root)
+    assert f"{root / 'train'} to train or calibrate" in caught.value.remedy
+
+
+def test_images_below_their_class(place):
+    """Tiny ImageNet."""
+    images = ImageSet(place({"n01/images/0.JPEG": b"0", "n02/images/0.JPEG": b"1", "n02/n02_boxes.txt": b""}))
+    assert {item.name: item.label for item in images} == {
+        "n01/images/0.JPEG": "n01",
+        "n02/images/0.JPEG": "n02",
+    }
+    assert ImageSet(images.path / "n01").classes == ["images"]
+
+
 def test_a_class_may_be_called_train(place):
     root = place({"train/1.jpg": b"1", "bus/1.jpg": b"2", "testbench/1.jpg": b"3"})
     images = ImageSet(root)
