@@ -12,14 +12,11 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from cmt_edge.deploy.bundle.sections import ImagesEntry, SynthesisEntry
+from cmt_edge.deploy.decoding import NamedBytes
 from cmt_edge.deploy.errors import DataError
 from cmt_edge.deploy.images import ImageSet, Item, digest
 from cmt_edge.deploy.parts import TRAIN, VALIDATION, find_held_out, find_prefixes
-from cmt_edge.deploy.preprocessing import (
-    NamedBytes,
-    Preprocess,
-    preprocess,
-)
+from cmt_edge.deploy.preprocessing import Preprocess, preprocess
 
 from .generated import generate
 

@@ -5,7 +5,9 @@ A part of an archive is named like a folder inside it: ``photos.tar/train``.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 import os
 import posixpath
 import shlex
@@ -14,18 +16,38 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import overload
+from typing import IO, BinaryIO, cast, overload
 
+from .decoding import EXTENSIONS, MAX_BYTES, is_about_data
 from .errors import DataError
 from .files import open_regular
 from .parts import find_parts, part_of
-from .preprocessing import EXTENSIONS, MAX_BYTES, is_about_data
 
 MAX_ITEMS = 5_000_000
 """Most images that a folder or an archive may hold."""
 
 MAX_LINKS = 20
 """The largest number of links in an archive that may lead from one to the next."""
+
+MAX_LINKED = 200_000
+"""The largest number of files that the links in an archive may lead to, all together."""
+
+MAX_HEADER = 1 << 20
+"""The largest size in bytes of all headers of one member of an archive: long names, sparse maps and so on."""
+
+LONG_NUMBER = re.compile(rb"\d{300}")
+"""More digits than a file's name may have: ``tarfile`` takes quadratic time for them (CVE-2024-6232)."""
+
+UNREADABLE = (
+    tarfile.TarError,
+    EOFError,
+    OSError,
+    ValueError,
+    OverflowError,
+    LookupError,
+    RecursionError,
+)
+"""What Python raises for an archive that is damaged."""
 
 JUNK = (
     "__macosx",
@@ -323,15 +345,12 @@ def _add_file(found: _Found, path: Path, relative: Path) -> None:
 
 def _scan_tar(archive: Path, prefix: str) -> _Found:
     """All images of an archive below the folder ``prefix``."""
-    members = _Members()
+    members = _Members(archive)
     try:
-        open_regular(archive).close()  # a named pipe would be waited for
-        with tarfile.open(archive, "r:") as tar:
-            for member in tar:
-                members.add(member)
-            end = tar.offset
+        with open_regular(archive) as file:
+            end = _read_members(_Headers(file), members)
         _check_end(archive, end)
-    except (tarfile.TarError, EOFError, OSError) as exc:
+    except UNREADABLE as exc:
         if isinstance(exc, OSError) and not is_about_data(exc):
             raise
         raise _unreadable(archive, exc) from exc
@@ -350,6 +369,50 @@ def _scan_tar(archive: Path, prefix: str) -> _Found:
     )
     found.skipped += Counter()  # drops what was counted 0 times
     return found
+
+
+def _read_members(headers: _Headers, members: _Members) -> int:
+    """Note every member of an archive; returns the byte at which the archive says that it ends."""
+    position = -1
+    with tarfile.open(fileobj=cast(IO[bytes], headers), mode="r:") as tar:
+        while (member := tar.next()) is not None:
+            if tar.offset <= position:  # it would be read for ever
+                raise tarfile.ReadError(f"the member at byte {member.offset} has a negative size")
+            position = tar.offset
+            members.add(member)
+            tar.members = []  # type: ignore[attr-defined]  # tarfile would keep millions
+            headers.allowed = MAX_HEADER
+        return int(tar.offset)
+
+
+class _Headers:
+    """What ``tarfile`` reads an archive through: it reads headers only, and believes each size in them."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._length = os.fstat(file.fileno()).st_size
+        self.allowed = MAX_HEADER
+        """Bytes that may still be read for the next member."""
+
+    def read(self, size: int) -> bytes:
+        """The next ``size`` bytes; raises ``tarfile.ReadError`` where a member would take too many."""
+        if not 0 <= size <= self.allowed:
+            raise tarfile.ReadError(f"the headers of one member take more than {MAX_HEADER} bytes")
+        self.allowed -= size
+        data = self._file.read(size)
+        if size > tarfile.BLOCKSIZE and LONG_NUMBER.search(data):
+            raise tarfile.ReadError("a header holds a number of hundreds of digits")
+        return data
+
+    def seek(self, position: int) -> int:
+        """Go to a byte of the file; raises ``tarfile.ReadError`` where there is none."""
+        if not 0 <= position <= self._length:
+            raise tarfile.ReadError("unexpected end of data")
+        return self._file.seek(position)
+
+    def tell(self) -> int:
+        """The byte that is read next."""
+        return self._file.tell()
 
 
 def _add_member(
@@ -377,12 +440,15 @@ def _add_member(
 class _Members:
     """The files of an archive by name, with offset and size, and its links by name, with their targets."""
 
-    def __init__(self) -> None:
+    def __init__(self, archive: Path) -> None:
+        self.archive = archive
         self.files: dict[str, tuple[int, int] | None] = {}
         self.links: dict[str, str] = {}
 
     def add(self, member: tarfile.TarInfo) -> None:
         """Note one member; a later one of the same name replaces it, as in unpacking."""
+        if member.size < 0:
+            raise tarfile.ReadError(f"the member at byte {member.offset} has a negative size")
         name = _normal(member.name)
         self.files.pop(name, None)
         self.links.pop(name, None)
@@ -402,9 +468,14 @@ class _Members:
     def resolve(self) -> None:
         """Replace links by what they lead to: a file, or all files of a folder. Those that lead out of the
         archive, or in a circle, are left."""
+        added = 0
         for _ in range(MAX_LINKS):
-            resolved = {link: self._targets(target) for link, target in self.links.items()}
-            resolved = {link: found for link, found in resolved.items() if found}
+            names = sorted(self.files)
+            resolved = {}
+            for link, target in self.links.items():
+                if found := self._targets(target, names, MAX_LINKED - added):
+                    resolved[link] = found
+                    added += len(found)
             for link, found in resolved.items():
                 del self.links[link]
                 for inner, place in found.items():
@@ -412,12 +483,26 @@ class _Members:
             if not resolved:
                 break
 
-    def _targets(self, target: str) -> dict[str, tuple[int, int] | None]:
-        """The files that a link leads to, by what follows the link's own name."""
+    def _targets(self, target: str, names: list[str], most: int) -> dict[str, tuple[int, int] | None]:
+        """The files that a link leads to, by what follows the link's own name; ``names``: those of all files,
+        sorted. Raises :class:`DataError` for more than ``most``."""
         if target in self.files:
             return {"": self.files[target]}
         below = target + "/"
-        return {name[len(target) :]: place for name, place in self.files.items() if name.startswith(below)}
+        first = bisect.bisect_left(names, below)
+        found: dict[str, tuple[int, int] | None] = {}
+        for name in itertools.islice(names, first, None):
+            if not name.startswith(below):
+                break
+            found[name[len(target) :]] = self.files[name]
+            if len(found) > most:
+                raise DataError(
+                    f"the links in the archive lead to more than {MAX_LINKED} files",
+                    where=self.archive,
+                    why=f"one of them leads to {target!r}",
+                    remedy="replace the links by what they lead to",
+                )
+        return found
 
 
 def _normal(name: str) -> str:

@@ -28,10 +28,11 @@ from torch.nn import functional as F
 
 from cmt_edge.cmt import create_model, labels_of, load_pretrained, load_weights, model_spec
 from cmt_edge.deploy.cli.console import finite, parser, run, say
+from cmt_edge.deploy.decoding import NamedBytes
 from cmt_edge.deploy.errors import DataError, GateError, InputError, OutputError, RuntimeMissingError
 from cmt_edge.deploy.files import write_atomic, writing
 from cmt_edge.deploy.images import ImageSet, Item
-from cmt_edge.deploy.preprocessing import NamedBytes, Preprocess, normalise, pixels
+from cmt_edge.deploy.preprocessing import Preprocess, normalise, pixels
 from cmt_edge.deploy.progress import Progress
 from cmt_edge.deploy.report import to_json
 from cmt_edge.export import ExportConfig

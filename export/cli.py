@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from cmt_edge.deploy.cli.console import parser, run, say
 from cmt_edge.deploy.errors import RuntimeMissingError
-from cmt_edge.deploy.escaping import escape_line
 
 from .options import add_flags, read_flags, read_mapping
 from .settings import GROUPS, Settings
@@ -92,10 +91,11 @@ def _export(args: argparse.Namespace) -> int:
     config = ExportConfig.from_mapping(settings | read_flags(args, Settings), args.config)
     config.check()
     from . import pipeline
+    from .plan import plan_text
 
     if args.dry_run:
         plan = pipeline.plan(config)
-        say(report.to_json(plan) if args.json else _plan_text(plan))
+        say(report.to_json(plan) if args.json else plan_text(plan))
         return 0
     before = {target: read_replaced(target) for target in config.targets}
     with _rare_collections():
@@ -125,14 +125,6 @@ def _rare_collections() -> Iterator[None]:
     finally:
         gc.set_threshold(*threshold)
         gc.unfreeze()
-
-
-def _plan_text(plan: dict[str, Any]) -> str:
-    lines = [
-        f"{key:<12} {escape_line(', '.join(map(str, value)) if key == 'steps' else str(value))}"
-        for key, value in plan.items()
-    ]
-    return "\n".join([*lines, "dry run: nothing was written"])
 
 
 def _list_models(as_json: bool) -> int:

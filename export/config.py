@@ -173,7 +173,7 @@ class ExportConfig(Settings):
     @property
     def folder(self) -> str:
         """Name of the bundle's folder: everything that distinguishes two builds of one checkpoint."""
-        parts = [self.name or re.sub(r"[^\w.-]+", "_", self.model_name)]
+        parts = [self.name or _folder_name(self.model_name)]
         if self.img_size != self.spec.img_size:
             parts.append(str(self.img_size))
         if self.head == "features":
@@ -508,7 +508,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
             remedy="check the path given to --config",
         )
     try:
-        return tomllib.loads(read_text(path))
+        content: dict[str, Any] = tomllib.loads(read_text(path))
+        return content
     except (
         OSError,
         UnicodeDecodeError,
@@ -520,6 +521,13 @@ def _read_toml(path: Path) -> dict[str, Any]:
             why=exc,
             remedy="it must be TOML in UTF-8",
         ) from exc
+
+
+def _folder_name(model: str) -> str:
+    """A model's name as part of the name of a folder, which is never hidden: ``./net.py:small`` gives
+    ``net.py_small``."""
+    visible = re.sub(r"^\.[./\\]*", "", model)
+    return re.sub(r"[^\w.-]+", "_", visible)
 
 
 def _triple(given: str | Sequence[float]) -> tuple[float, float, float]:

@@ -6,16 +6,17 @@ that is left out, added or taken out of turn is an error, so the printed plan an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
 from typing import Any
 
-from cmt_edge.calib.data import SYNTHETIC
+from cmt_edge.calib.data import GENERATED, SYNTHETIC
 from cmt_edge.cmt.download import is_kept
 from cmt_edge.deploy import Bundle
 from cmt_edge.deploy.bundle.sections import FORMATS
+from cmt_edge.deploy.escaping import escape_line
 from cmt_edge.deploy.images import ImageSet
 from cmt_edge.deploy.progress import Progress
 
@@ -42,7 +43,7 @@ class Step(Enum):
 
     COMPARE = "measure the answers of every candidate"
     RANK = "rank the groups by their sensitivity to int8"
-    REFINE = "keep the worst float until the drop holds"
+    REFINE = "keep the most sensitive groups in float until the drop is allowed"
     TIME = "measure the latencies, interleaved"
     CHOOSE = "choose"
 
@@ -183,6 +184,62 @@ def describe_plan(config: ExportConfig) -> dict[str, Any]:
         "format": config.format,
         "steps": _titles(config, images["images"]),
     }
+
+
+def plan_text(plan: dict[str, Any]) -> str:
+    """A plan of :func:`describe_plan` for a reader, one entry a line."""
+    lines = [f"{key:<12} {escape_line(_entry_text(key, value))}" for key, value in plan.items()]
+    return "\n".join([*lines, "dry run: nothing was written"])
+
+
+def _entry_text(key: str, value: Any) -> str:
+    """An entry of a plan in words."""
+    if key in ENTRY_TEXTS:
+        return ENTRY_TEXTS[key](value)
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _replaces_text(replaces: bool) -> str:
+    return "a bundle that exists" if replaces else "nothing"
+
+
+def _images_text(images: dict[str, Any]) -> str:
+    """``"300 generated images"``, or ``"300 images from photos/train"``."""
+    count, source = images["images"], images["source"]
+    noun = "image" if count == 1 else "images"
+    if source in (GENERATED, SYNTHETIC):
+        return f"{count} {source} {noun}"
+    return f"{count} {noun} from {source}"
+
+
+def _evaluation_text(evaluation: dict[str, int]) -> str:
+    return f"{evaluation['images']} images of {evaluation['classes']} classes"
+
+
+def _allowed_text(allowed: dict[str, Any]) -> str:
+    """The limits within which ``auto`` chooses; what has no limit is left out."""
+    limits = [
+        ("drop", "a drop of {:g} percentage points of top-1"),
+        ("latency_ms", "a latency of {:g} ms"),
+        ("time_s", "a search of {:g} s"),
+        ("isa", "instructions up to {}"),
+    ]
+    return ", ".join(text.format(allowed[name]) for name, text in limits if allowed[name] is not None)
+
+
+def _input_text(shape: list[Any]) -> str:
+    return " x ".join(map(str, shape))
+
+
+ENTRY_TEXTS: dict[str, Callable[[Any], str]] = {
+    "replaces": _replaces_text,
+    "calibration": _images_text,
+    "ranges": _images_text,
+    "evaluation": _evaluation_text,
+    "allowed": _allowed_text,
+    "input": _input_text,
+}
+"""Name of an entry of a plan -> what puts it in words, where its value alone does not say it."""
 
 
 def _images(config: ExportConfig) -> dict[str, Any]:

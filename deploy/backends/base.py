@@ -178,3 +178,14 @@ def unopened(where: object, exc: Exception) -> BundleError:
         why=f"{type(exc).__name__}: {' '.join(str(exc).split())[:SHOWN_CHARACTERS]}",
         remedy="copy the whole bundle again, or export it again; another --backend may take it",
     )
+
+
+def failed(where: object, exc: Exception) -> BundleError:
+    """The error for a graph that a runtime has opened and cannot run, whatever it raised of its own."""
+    return BundleError(
+        "the runtime failed while it ran the bundle's graph",
+        where=where,
+        why=f"{type(exc).__name__}: {' '.join(str(exc).split())[:SHOWN_CHARACTERS]}",
+        remedy="give the process more memory if it lacked some; otherwise export the bundle again, or try "
+        "another --backend",
+    )

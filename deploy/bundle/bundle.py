@@ -17,7 +17,7 @@ from ..errors import BundleError, InputError, SignatureError
 from ..files import aside, read_regular, sha256_of, write_atomic, writing
 from ..preprocessing import Preprocess
 from .external_data import MalformedOnnx, has_external_data
-from .golden import Golden, open_npz
+from .golden import Golden, read_reference
 from .manifest import (
     ENGINES,
     GOLDEN,
@@ -249,7 +249,7 @@ class Bundle:
 
     def golden(self) -> Golden:
         """The golden inputs and what the reference made of them."""
-        golden = Golden.from_file(self.file(GOLDEN))
+        golden = Golden.from_file(self.file(GOLDEN), self.preprocess.size)
         self.require_unchanged()
         return golden
 
@@ -258,14 +258,7 @@ class Bundle:
         recorded."""
         if REFERENCE not in self.manifest.files:
             return {}
-        with open_npz(self.file(REFERENCE)) as data:
-            answers = dict(
-                zip(
-                    data["digest"].tolist(),
-                    data["top1"].tolist(),
-                    strict=True,
-                )
-            )
+        answers = read_reference(self.file(REFERENCE), len(self.labels))
         self.require_unchanged()
         return answers
 

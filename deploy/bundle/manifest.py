@@ -152,10 +152,16 @@ def _parsed(data: bytes, where: object) -> dict[str, Any]:
         raise broken("the manifest cannot be read", where, exc) from exc
     if schema != SCHEMA:
         raise broken(
-            f"manifest schema {schema!r} is not supported, this version reads {SCHEMA}",
+            f"manifest schema {_short(schema)} is not supported, this version reads {SCHEMA}",
             where,
         )
     return content
+
+
+def _short(value: object) -> str:
+    """A wrong value as a message quotes it."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def _first_fault(manifest: Manifest) -> str | None:

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..decoding import ImageLike, NamedBytes
 from ..errors import ImageError, InputError
 from ..escaping import escape_line
 from ..images import ImageSet, Item, is_archive
 from ..predictor import Prediction, Predictor
-from ..preprocessing import ImageLike, NamedBytes
 from ..progress import Progress
 from .console import add_key_flag, add_runtime_flags, parser, run, say, tell, tell_error
 from .ranges import CLASSES

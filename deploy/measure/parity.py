@@ -16,6 +16,7 @@ from ..bundle.sections import (
     RanOn,
     VerificationEntry,
 )
+from ..decoding import NamedBytes
 from ..errors import (
     BundleError,
     InputError,
@@ -23,7 +24,7 @@ from ..errors import (
 )
 from ..images import ImageSet, Item, digest
 from ..predictor import Predictor
-from ..preprocessing import NamedBytes, normalise, pixels, preprocess
+from ..preprocessing import normalise, pixels, preprocess
 from .labels import match_labels
 from .statistics import paired_drop, wilson
 

@@ -392,7 +392,7 @@ def test_a_secret_that_cannot_be_kept(gpu_machine, bundle, capsys, monkeypatch, 
     [
         (("--workspace", "0"), "--workspace"),
         (("--workspace", "nan"), "--workspace"),
-        (("--level", "6"), "0 (fast build) to 5"),
+        (("--level", "6"), "give 0 to 5"),
         (("--profile", "1,2"), "three batch sizes"),
         (("--profile", "2,2,8"), "MIN 1"),
         (("--profile", "1,9,8"), "OPT <= MAX"),

@@ -273,6 +273,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "an unknown long entry": ({HUGE: 1}, "the manifest holds unknown entries: 'xxxx"),
     "a schema of text": ({"schema": "2"}, "manifest schema '2' is not supported"),
+    "a schema of a long text": ({"schema": HUGE}, f"manifest schema '{HUGE[:39]}... is not supported"),
+    "a schema of many entries": (
+        {"schema": [7] * 9000},
+        f"manifest schema [{'7, ' * 13}... is not supported",
+    ),
     "a schema of a fraction": ({"schema": 2.0}, "schema is 2.0, expected a whole number"),
 }
 """What is wrong: the entries that are changed, and what the message says."""

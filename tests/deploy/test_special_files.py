@@ -58,7 +58,7 @@ READERS = {
     "golden": "Bundle.open(place)",
     "signature": "Bundle.open(place).signed_by",
     "key": "Bundle.open(place, key=special)",
-    "image": "decode(str(special), Preprocess(16, None, (0,) * 3, (1,) * 3))",
+    "image": "decode(str(special), 'apply')",
     "archive": "ImageSet(special)",
     "settings": "read_config(special)",
     "labels": "ExportConfig('cmt_nano', labels=str(special)).read_labels()",
@@ -91,10 +91,10 @@ from pathlib import Path
 resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))
 from cmt_edge.cmt import create_model
 from cmt_edge.cmt.checkpoint import read_content
-from cmt_edge.deploy import Bundle, Preprocess
+from cmt_edge.deploy import Bundle
+from cmt_edge.deploy.decoding import decode
 from cmt_edge.deploy.errors import CmtEdgeError
 from cmt_edge.deploy.images import ImageSet
-from cmt_edge.deploy.preprocessing import decode
 from cmt_edge.deploy.tensorrt import engine
 from cmt_edge.export.config import ExportConfig, read_config
 for name, special, place, expression in json.loads(sys.argv[1]):

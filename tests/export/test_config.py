@@ -330,6 +330,23 @@ def test_bundle_name(settings, name):
 
 
 @pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("./cmt.py:small", "cmt.py_small"),
+        ("../cmt.py:small", "cmt.py_small"),
+        (".hidden/cmt.py:small", "hidden_cmt.py_small"),
+        ("sub/net.py:small", "sub_net.py_small"),
+        ("_net.py:small", "_net.py_small"),
+        ("timm:resnet18.a1_in1k", "timm_resnet18.a1_in1k"),
+    ],
+)
+def test_no_bundle_is_hidden(monkeypatch, model, name):
+    spec = replace(GOOD.spec, name=model)
+    monkeypatch.setattr("cmt_edge.export.config.model_spec", lambda *_: spec)
+    assert replace(GOOD, model=model).folder == f"{name}_fp32_openvino"
+
+
+@pytest.mark.parametrize(
     ("settings", "size", "short"),
     [
         ({"model": "cmt_nano"}, 64, None),
