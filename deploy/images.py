@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import os
 import posixpath
+import re
 import shlex
 import tarfile
 from collections import Counter
