@@ -82,6 +82,9 @@ UNPACK = {
 """Ending of a compressed archive -> the command that unpacks it, and the ending of what is then there, which
 is "" for a folder."""
 
+ZIP_START = b"PK\x03\x04"
+"""First bytes of a ZIP archive."""
+
 COMPRESSED = {
     b"\x1f\x8b": "gzip -dc",
     b"BZh": "bzip2 -dc",
@@ -259,11 +262,25 @@ def _packed(archive: Path, inner: str) -> DataError:
         ".7z": f" -o{place}",
         ".rar": f" {place}/",
     }.get(ending, "")
+    return _must_unpack(archive, f"{command} {source}{into}", target / inner)
+
+
+def _must_unpack(archive: Path, command: str, place: Path) -> DataError:
+    """The error for an archive that ``command`` unpacks to ``place``."""
     return DataError(
         "is compressed, so single images cannot be read from it",
         where=archive,
-        remedy=f"unpack it once: {command} {source}{into}   then give {target / inner}",
+        remedy=f"unpack it once: {command}   then give {place}",
     )
+
+
+def _is_zip(path: Path) -> bool:
+    """Whether a file that is not called so is a ZIP archive."""
+    try:
+        with open_regular(path) as file:
+            return file.read(len(ZIP_START)) == ZIP_START
+    except OSError:
+        return False
 
 
 def _is_junk(name: str) -> bool:
@@ -292,6 +309,10 @@ def _scan_folder(path: Path) -> _Found:
     """All images below a folder; links are followed, but not in a circle."""
     if not os.path.isdir(path):
         missing = not os.path.exists(path)
+        if not missing and _is_zip(path):
+            target = path.with_name(f"{path.name}_unpacked")
+            command = f"unzip -q {shlex.quote(str(path))} -d {shlex.quote(str(target))}"
+            raise _must_unpack(path, command, target)
         raise DataError(
             "no such folder of images" if missing else "is neither a folder nor a .tar archive",
             where=path,
