@@ -426,10 +426,11 @@ def test_other_numbers_belong_to_the_names(tmp_path, first):
     assert (config.read_labels(), config.labels_note) == (lines, "")
 
 
+LETTERS = list("jihgfedcba")
 JSON_LABELS = {
-    "list": NAMES,
-    "by number": {str(i): name for i, name in reversed(list(enumerate(NAMES)))},
-    "by name": {name: i for i, name in enumerate(NAMES)},
+    "list": LETTERS,
+    "by number": {str(i): name for i, name in reversed(list(enumerate(LETTERS)))},
+    "by name": {name: i for i, name in enumerate(LETTERS)},
 }
 
 
@@ -437,7 +438,7 @@ JSON_LABELS = {
 def test_labels_as_json(tmp_path, content):
     path = saved(tmp_path / "names.json", json.dumps(content), "utf-8")
     config = ExportConfig("cmt_nano", labels=path)
-    assert (config.read_labels(), config.labels_note) == (NAMES, "")
+    assert (config.read_labels(), config.labels_note) == (LETTERS, "")
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", '{"0": "a", "2": "b"}', '{"a": 0, "b": 0}', "3", "[]", "{", ""])
