@@ -79,7 +79,7 @@ def is_single(array: np.ndarray) -> bool:
     )
 
 
-def as_rgb(array: np.ndarray, color: str = "rgb") -> np.ndarray:
+def view_as_rgb(array: np.ndarray, color: str = "rgb") -> np.ndarray:
     """A uint8 array as ``(H, W, 3)`` RGB, without copying it.
 
     Args:

@@ -13,17 +13,17 @@ from typing import Any, BinaryIO, TypeAlias
 import numpy as np
 from PIL import Image, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
-from .arrays import SupportsArray, as_array, as_rgb, is_single
+from .arrays import SupportsArray, as_array, is_single, view_as_rgb
 from .errors import ImageError
-from .files import irregular_kind
-from .jpeg import MAX_SCANS, START, has_many_scans, scan_header, without_metadata
+from .files import describe_irregular
+from .jpeg import MAX_SCANS, START, has_many_scans, make_scan_header, strip_metadata
 
 Decodable: TypeAlias = "str | Path | bytes | bytearray | memoryview | BinaryIO | Image.Image | np.ndarray"
 """An image whose tensor, if it was one, has become an array."""
 
 ImageLike: TypeAlias = "Decodable | SupportsArray"
 """What stands for one image: a path, encoded bytes, a file object, a Pillow image, or a uint8 array or tensor
-as :func:`~cmt_edge.deploy.arrays.as_rgb` takes it."""
+as :func:`~cmt_edge.deploy.arrays.view_as_rgb` takes it."""
 
 IMAGE_FORMATS = (
     "JPEG",
@@ -118,7 +118,7 @@ def decode(source: ImageLike, exif: str, color: str = "rgb") -> Image.Image:
     """
     given: Decodable = as_array(source)
     if isinstance(given, np.ndarray):
-        return Image.fromarray(np.ascontiguousarray(as_rgb(given, color)))
+        return Image.fromarray(np.ascontiguousarray(view_as_rgb(given, color)))
     name = name_of(given)
     try:
         if isinstance(given, Image.Image):
@@ -145,7 +145,7 @@ def _decode_without_metadata(source: Decodable, exif: str, name: object) -> Imag
     if not data.startswith(START):
         return None
     for keep_exif in (True, False):
-        rest = without_metadata(data, keep_exif=keep_exif)
+        rest = strip_metadata(data, keep_exif=keep_exif)
         if rest is None:
             continue
         try:
@@ -298,7 +298,7 @@ def _open(
 ) -> Image.Image:
     """Read the header and check the sizes; nothing is decoded yet."""
     _require_kind(source, name)
-    kind = irregular_kind(source) if isinstance(source, (str, Path)) else None
+    kind = describe_irregular(source) if isinstance(source, (str, Path)) else None
     if kind is not None:
         raise ImageError(
             f"is {kind}, not an image file",
@@ -404,7 +404,7 @@ def _require_few_scans(image: Image.Image, name: object) -> None:
         return
     position = image.fp.tell()
     if type(image) is JpegImagePlugin.JpegImageFile and "progressive" not in image.info:
-        whole = scan_header(image.layers)
+        whole = make_scan_header(image.layers)
         image.fp.seek(max(0, position - 2 * image.layers - 8))  # Pillow has read the header of the first scan
         start = image.fp.read(len(whole))
         image.fp.seek(position)

@@ -18,7 +18,7 @@ from .backends import (
     Session,
     get_runtime,
 )
-from .backends.base import batch_limit, unopened
+from .backends.base import make_open_error, read_batch_limit
 from .bundle import LOGITS, Bundle
 from .bundle.bundle import read_whole
 from .bundle.sections import RanOn
@@ -154,7 +154,7 @@ class Predictor:
             backend or RUNTIME_OF_FORMAT.get(bundle.manifest.format, bundle.manifest.format)
         )
         session = _load(runtime, bundle, options)
-        batch = 0 if runtime.any_batch else batch_limit(bundle)
+        batch = 0 if runtime.any_batch else read_batch_limit(bundle)
         return cls(
             session,
             bundle.preprocess,
@@ -422,7 +422,7 @@ def _load(runtime: Runtime, bundle: Bundle, options: LoadOptions) -> Session:
     except CmtEdgeError:
         raise
     except Exception as exc:  # each runtime has exceptions of its own, some of them undocumented
-        raise unopened(bundle.path, exc) from exc
+        raise make_open_error(bundle.path, exc) from exc
 
 
 def _check_batch(batch: object, size: int) -> None:

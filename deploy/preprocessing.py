@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .arrays import as_array, as_rgb
+from .arrays import as_array, view_as_rgb
 from .decoding import MAX_PIXELS, ImageLike, decode, name_of, too_large
+from .escaping import SHOWN_CHARACTERS
 
 MAX_SIZE = 16384
 """Largest input height and width of a model in pixels."""
@@ -38,9 +39,6 @@ DEVIATIONS = (1e-4, 100.0)
 
 EXIF_POLICIES = ("apply", "ignore")
 """What may become of the orientation that a photograph records."""
-
-SHOWN = 40
-"""The largest number of characters of a wrong value that a message quotes."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +72,12 @@ class Preprocess:
         if self.short_side is not None and not self.size <= self.short_side <= MAX_SHORT_SIDE:
             return f"short_side is {self.short_side}, expected {self.size} to {MAX_SHORT_SIDE}"
         if self.exif not in EXIF_POLICIES:
-            return f"exif is {self.exif[:SHOWN]!r}, expected {' or '.join(map(repr, EXIF_POLICIES))}"
+            return (
+                f"exif is {self.exif[:SHOWN_CHARACTERS]!r}, expected {' or '.join(map(repr, EXIF_POLICIES))}"
+            )
         if self.interpolation not in RESAMPLING:
             known = " or ".join(map(repr, RESAMPLING))
-            return f"interpolation is {self.interpolation[:SHOWN]!r}, expected {known}"
+            return f"interpolation is {self.interpolation[:SHOWN_CHARACTERS]!r}, expected {known}"
         return _fault_of_numbers("mean", self.mean, MEANS) or _fault_of_numbers("std", self.std, DEVIATIONS)
 
 
@@ -98,7 +98,7 @@ def pixels(source: ImageLike, spec: Preprocess, color: str = "rgb") -> np.ndarra
     """
     source = as_array(source)
     if isinstance(source, np.ndarray):
-        rgb = as_rgb(source, color)
+        rgb = view_as_rgb(source, color)
         height, width = rgb.shape[:2]
         new, (left, top, right, bottom) = _geometry(width, height, spec, source)
         if new == (width, height):

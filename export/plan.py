@@ -64,16 +64,16 @@ OPTIONAL = (Step.RANK, Step.REFINE)
 """Steps that a run may find unnecessary: int8 may pass as a whole, or the time may be up."""
 
 
-def steps_of(config: ExportConfig) -> list[Step]:
+def list_steps(config: ExportConfig) -> list[Step]:
     """Every step of an export in order."""
     return [
-        *steps_to_prepare(config),
-        *steps_to_choose(config),
-        *steps_to_finish(config),
+        *list_steps_to_prepare(config),
+        *list_steps_to_choose(config),
+        *list_steps_to_finish(config),
     ]
 
 
-def steps_to_prepare(config: ExportConfig) -> Iterator[Step]:
+def list_steps_to_prepare(config: ExportConfig) -> Iterator[Step]:
     """Steps up to the simplified graph, and its int8 form where one is needed."""
     yield Step.LOAD
     if config.data == SYNTHETIC:
@@ -83,7 +83,7 @@ def steps_to_prepare(config: ExportConfig) -> Iterator[Step]:
         yield Step.CALIBRATE
 
 
-def steps_to_choose(config: ExportConfig) -> Iterator[Step]:
+def list_steps_to_choose(config: ExportConfig) -> Iterator[Step]:
     """Steps from which the precision is chosen; none where it was named."""
     if config.precision == "auto":
         yield from (
@@ -95,7 +95,7 @@ def steps_to_choose(config: ExportConfig) -> Iterator[Step]:
         )
 
 
-def steps_to_finish(config: ExportConfig) -> Iterator[Step]:
+def list_steps_to_finish(config: ExportConfig) -> Iterator[Step]:
     """Steps from the graph to the bundle."""
     if config.format == "trt":
         if config.precision != "fp32":
@@ -303,7 +303,7 @@ def _count_evaluation(path: str, limit: int | None) -> dict[str, int]:
 def _titles(config: ExportConfig, images: int) -> list[str]:
     """What a run announces."""
     titles = []
-    for step in steps_of(config):
+    for step in list_steps(config):
         count = min(images, OBSERVED_IMAGES) if step is Step.OBSERVE else images
         titles.append(step.title(images=count, format=config.format))
     return titles

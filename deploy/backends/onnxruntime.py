@@ -15,7 +15,7 @@ import onnxruntime as ort
 from ..bundle import ONNX, Bundle
 from ..bundle.sections import FLOAT32, ExecutedPrecision
 from ..errors import InputError, RuntimeMissingError
-from .base import LoadOptions, Runtime, Session, failed, unopened
+from .base import LoadOptions, Runtime, Session, make_open_error, make_run_error
 from .described import GraphTensor, require_described
 
 CONVERSION_OPERATORS = {
@@ -63,7 +63,7 @@ class OnnxRuntimeSession(Session):
         try:
             return ort.InferenceSession(self._model, settings, providers=["CPUExecutionProvider"])
         except Exception as exc:  # it has a dozen types of its own
-            raise unopened(self._where, exc) from exc
+            raise make_open_error(self._where, exc) from exc
 
     def run(self, batch: np.ndarray) -> list[np.ndarray]:
         return self._run(self.inference, batch)
@@ -72,7 +72,7 @@ class OnnxRuntimeSession(Session):
         try:
             outputs: Any = inference.run(None, {self.input_name: batch})
         except Exception as exc:
-            raise failed(self._where, exc) from exc
+            raise make_run_error(self._where, exc) from exc
         return list(outputs)
 
     def executed(self, batch: np.ndarray, repeats: int = 10) -> ExecutedPrecision:

@@ -21,7 +21,7 @@ import openvino as ov
 from ..bundle import ONNX, Bundle
 from ..bundle.sections import FLOAT32, ExecutedPrecision
 from ..errors import CmtEdgeError, InputError, RuntimeMissingError
-from .base import Binding, LoadOptions, Runtime, Session, failed, unopened
+from .base import Binding, LoadOptions, Runtime, Session, make_open_error, make_run_error
 from .described import GraphTensor, require_described
 from .openvino_graph import read
 
@@ -150,7 +150,7 @@ class _Request:
         try:
             self._request.infer(share_outputs=True)
         except Exception as exc:
-            raise failed(self._where, exc) from exc
+            raise make_run_error(self._where, exc) from exc
         return [output.copy() for output in self._outputs or self._bind_outputs()]
 
     def _bind_outputs(self) -> list[np.ndarray]:
@@ -221,7 +221,7 @@ def _opening(path: Path) -> Iterator[None]:
     except CmtEdgeError:
         raise
     except Exception as exc:
-        raise unopened(path, exc) from exc
+        raise make_open_error(path, exc) from exc
 
 
 class OpenVINO(Runtime):

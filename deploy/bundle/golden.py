@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ..images import MAX_ITEMS
-from .manifest import broken
+from ..folders import MAX_ITEMS
+from .manifest import make_bundle_error
 from .npz import Arrays, open_arrays
 
 MAX_GOLDEN = 256 << 20
@@ -57,7 +57,7 @@ class Golden:
         with open_arrays(path, MAX_GOLDEN) as arrays:
             count = arrays.require("pixels", "|u1", (None, size, size, 3))[0]
             if not 0 < count <= MAX_IMAGES:
-                raise broken(f"holds {count} golden images, expected 1 to {MAX_IMAGES}", path)
+                raise make_bundle_error(f"holds {count} golden images, expected 1 to {MAX_IMAGES}", path)
             for i in range(count):
                 arrays.require(f"source{i}", "|u1", (None,))
             return cls(
@@ -75,7 +75,7 @@ def _require_outputs(arrays: Arrays, images: int, path: Path) -> list[str]:
         layout = arrays.layouts.get(name)
         if layout is None or layout.dtype != "<f4" or layout.shape[:1] != (images,):
             found = "missing" if layout is None else f"{layout.dtype} {layout.shape}"
-            raise broken(f"the array {name!r} is {found}, expected <f4 with {images} rows", path)
+            raise make_bundle_error(f"the array {name!r} is {found}, expected <f4 with {images} rows", path)
     return names
 
 
@@ -99,8 +99,8 @@ def read_reference(path: Path, classes: int) -> dict[str, int]:
         arrays.require("top1", "<i4", rows)
         answers = arrays.read("top1")
         if rows[0] and not 0 <= answers.min() <= answers.max() < classes:
-            raise broken(f"holds answers that are none of the model's {classes} classes", path)
+            raise make_bundle_error(f"holds answers that are none of the model's {classes} classes", path)
         digests = arrays.read("digest")
         if rows[0] and digests.view(np.uint32).max() > LAST_OF_ASCII:
-            raise broken("holds digests that are no text", path)
+            raise make_bundle_error("holds digests that are no text", path)
         return dict(zip(digests.tolist(), answers.tolist(), strict=True))

@@ -23,7 +23,7 @@ from typing import BinaryIO
 import numpy as np
 
 from ..files import open_regular
-from .manifest import broken
+from .manifest import make_bundle_error
 
 MAX_ARRAYS = 1024
 """The largest number of arrays in a file."""
@@ -43,14 +43,14 @@ ENCRYPTED = 1
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 """Ways of compression that ``numpy`` writes."""
 
-START = struct.Struct("<6s2BH")
+ARRAY_START = struct.Struct("<6s2BH")
 """How an array of ``.npy`` format 1.0 starts: signature, version, bytes of the header."""
 HEADER = re.compile(
     rb"\{'descr': '([|<](?:u1|i4|f4|U32))', 'fortran_order': (True|False),"
     rb" 'shape': \(((?:\d{1,10}, ?)*(?:\d{1,10})?)\), \} *\n"
 )
 """The header of an array of a type that we write: bytes, whole numbers, float32, texts of 32 letters."""
-SUFFIX = ".npy"
+MEMBER_SUFFIX = ".npy"
 """End of the names of an archive's members."""
 
 FAULTS = (
@@ -105,13 +105,13 @@ class Arrays:
         """
         layout = self.layouts.get(name)
         if layout is None:
-            raise broken(f"lacks the array {name!r}", self._path)
+            raise make_bundle_error(f"lacks the array {name!r}", self._path)
         fits = len(layout.shape) == len(shape) and all(
             expected in (None, found) for expected, found in zip(shape, layout.shape, strict=True)
         )
         if layout.dtype != dtype or not fits:
             wanted = ", ".join("any" if size is None else str(size) for size in shape)
-            raise broken(
+            raise make_bundle_error(
                 f"the array {name!r} is {layout.dtype} {layout.shape}, expected {dtype} ({wanted})",
                 self._path,
             )
@@ -120,15 +120,18 @@ class Arrays:
     def read(self, name: str) -> np.ndarray:
         """The values of an array; raises as :func:`open_arrays` where they are damaged."""
         layout = self.layouts[name]
-        with self._archive.open(name + SUFFIX) as member:
+        with self._archive.open(name + MEMBER_SUFFIX) as member:
             member.read(layout.header)
             data = bytearray(member.read())  # so that the array can be written to
         if len(data) != layout.size:
             raise ValueError(f"{name} has {len(data)} bytes instead of {layout.size}")
-        values = np.frombuffer(data, layout.dtype)
+        values: np.ndarray = np.frombuffer(data, layout.dtype)
         if layout.by_columns:
-            return values.reshape(layout.shape[::-1]).T
-        return values.reshape(layout.shape)
+            columns: np.ndarray = values.reshape(layout.shape[::-1])
+            turned: np.ndarray = columns.T
+            return turned
+        rows: np.ndarray = values.reshape(layout.shape)
+        return rows
 
 
 @contextmanager
@@ -144,7 +147,7 @@ def open_arrays(path: Path, limit: int) -> Iterator[Arrays]:
             with zipfile.ZipFile(file) as archive:
                 yield Arrays(path, archive, _read_layouts(archive, limit))
     except FAULTS as exc:
-        raise broken("cannot be read", path, exc) from exc
+        raise make_bundle_error("cannot be read", path, exc) from exc
 
 
 def _check_directory(file: BinaryIO) -> None:
@@ -174,7 +177,7 @@ def _read_layouts(archive: zipfile.ZipFile, limit: int) -> dict[str, Layout]:
     if total > limit:
         raise ValueError(f"its arrays have {total} bytes, the cap is {limit}")
     for member in members:
-        name = member.filename.removesuffix(SUFFIX)
+        name = member.filename.removesuffix(MEMBER_SUFFIX)
         if name == member.filename or name in layouts:
             raise ValueError(f"{name!r} is no array, or is there twice")
         if member.flag_bits & ENCRYPTED or member.compress_type not in METHODS:
@@ -186,10 +189,10 @@ def _read_layouts(archive: zipfile.ZipFile, limit: int) -> dict[str, Layout]:
 def _read_layout(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Layout:
     """What one header says; it must fit the size of the member."""
     with archive.open(member) as content:
-        start = content.read(START.size)
-        if len(start) < START.size:
+        start = content.read(ARRAY_START.size)
+        if len(start) < ARRAY_START.size:
             raise ValueError(f"{member.filename} is too short")
-        signature, major, minor, length = START.unpack(start)
+        signature, major, minor, length = ARRAY_START.unpack(start)
         if signature != b"\x93NUMPY" or (major, minor) != (1, 0):
             raise ValueError(f"{member.filename} is no array of .npy format 1.0")
         found = HEADER.fullmatch(content.read(length))
@@ -197,7 +200,7 @@ def _read_layout(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Layout:
         raise ValueError(f"{member.filename} has a header that we do not write; objects are never read")
     dtype, by_columns, shape = (part.decode() for part in found.groups())
     sizes = tuple(int(size) for size in shape.split(",") if size.strip())
-    layout = Layout(dtype, sizes, by_columns == "True", START.size + length)
+    layout = Layout(dtype, sizes, by_columns == "True", ARRAY_START.size + length)
     if len(sizes) > MAX_DIMENSIONS or layout.header + layout.size != member.file_size:
         raise ValueError(f"{member.filename} says {dtype} {sizes}, but has {member.file_size} bytes")
     return layout

@@ -13,7 +13,7 @@ from PIL import Image
 from cmt_edge.deploy import decoding, jpeg
 from cmt_edge.deploy.decoding import NamedBytes, decode
 from cmt_edge.deploy.errors import ImageError
-from cmt_edge.deploy.jpeg import MAX_SCANS, has_many_scans, without_metadata
+from cmt_edge.deploy.jpeg import MAX_SCANS, has_many_scans, strip_metadata
 from cmt_edge.deploy.preprocessing import Preprocess
 
 SPEC = Preprocess(16, None, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -124,7 +124,7 @@ def test_a_thumbnail_never_stands_for_its_photograph():
     "data", [b"", b"\xff", b"\xff\xd8", b"\xff\xd8\xff", b"\xff" * 99, b"\xff\xd8" + b"\xff" * 99]
 )
 def test_no_image_behind_the_metadata(data):
-    assert without_metadata(data, keep_exif=False) is None
+    assert strip_metadata(data, keep_exif=False) is None
     assert not has_many_scans(data)
 
 

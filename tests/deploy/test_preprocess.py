@@ -20,7 +20,7 @@ from PIL import Image
 
 from cmt_edge.calib.generated import generate
 from cmt_edge.deploy import Preprocess, preprocess
-from cmt_edge.deploy.bundle import plain, read_record
+from cmt_edge.deploy.bundle import make_plain, read_record
 from cmt_edge.deploy.decoding import IMAGE_FORMATS, MAX_BYTES, NamedBytes, decode
 from cmt_edge.deploy.errors import DataError, ImageError, InputError
 from cmt_edge.deploy.preprocessing import normalise, pixels
@@ -520,7 +520,7 @@ def test_interpolation_is_the_one_asked_for(short):
     if short is None:
         np.testing.assert_array_equal(soft, np.asarray(image.resize((8, 8), Image.Resampling.BILINEAR)))
     spec = Preprocess(8, short, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), interpolation="bilinear")
-    assert read_record(Preprocess, json.loads(json.dumps(plain(spec))), "file") == spec
+    assert read_record(Preprocess, json.loads(json.dumps(make_plain(spec))), "file") == spec
 
 
 def test_the_page_on_security_names_every_image_format():

@@ -11,7 +11,7 @@ import pytest
 from cmt_edge.cmt import list_models, model_spec
 from cmt_edge.deploy.errors import InputError, UnknownNameError
 from cmt_edge.export import ExportConfig
-from cmt_edge.export.config import read_config
+from cmt_edge.export.config_file import read_config
 
 GOOD = ExportConfig("cmt_nano")
 BAD_NAMES = ["a/b", "../a", ".", "..", ".hidden", "a b", "a\\b", "a\n", "-a", "a:b", "*"]

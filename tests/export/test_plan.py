@@ -7,7 +7,7 @@ import pytest
 from cmt_edge.deploy.progress import Progress
 from cmt_edge.export import ExportConfig
 from cmt_edge.export.auto.search import Phase
-from cmt_edge.export.plan import Journal, Step, plan_text, steps_of
+from cmt_edge.export.plan import Journal, Step, list_steps, plan_text
 
 QUIET = Progress(quiet=True)
 PREPARE = [Step.LOAD, Step.FUSE, Step.TRACE, Step.SIMPLIFY]
@@ -15,7 +15,7 @@ CHOOSE = [Step.COMPARE, Step.RANK, Step.REFINE, Step.TIME, Step.CHOOSE]
 
 
 def names(**settings) -> list[str]:
-    return [step.name for step in steps_of(ExportConfig("cmt_nano", **settings))]
+    return [step.name for step in list_steps(ExportConfig("cmt_nano", **settings))]
 
 
 def take(planned: list[Step], taken: list[Step]) -> None:

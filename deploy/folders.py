@@ -1,0 +1,166 @@
+"""Images below a folder: what counts as one, and what is skipped."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from .decoding import EXTENSIONS
+from .errors import DataError
+from .files import open_regular
+
+MAX_ITEMS = 5_000_000
+"""Most images that a folder or an archive may hold."""
+
+JUNK = (
+    "__macosx",
+    "@eadir",
+    "$recycle.bin",
+    "system volume information",
+    "lost+found",
+    "thumbs.db",
+)
+"""Names, in lower case, that operating systems leave in folders; names with a dot in front are junk too."""
+
+
+PICTURES = "images"
+"""Name, in lower case, of a folder inside a class folder that holds the images of the class."""
+
+ZIP_START = b"PK\x03\x04"
+"""First bytes of a ZIP archive."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image of a collection.
+
+    Attributes:
+        name: its path relative to the collection's root.
+        label: its class folder, which may hold its images in a folder ``images``; ``None`` in a flat folder.
+        offset, size: where its bytes lie in the archive; -1 in a folder.
+    """
+
+    name: str
+    label: str | None
+    offset: int = -1
+    size: int = -1
+
+
+@dataclass
+class Found:
+    """What a scan found."""
+
+    items: list[Item] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    def add(self, item: Item, where: Path) -> None:
+        self.items.append(item)
+        if len(self.items) > MAX_ITEMS:
+            raise DataError(
+                f"more than {MAX_ITEMS} images",
+                where=where,
+                remedy="use a part of it",
+            )
+
+
+def is_junk(name: str) -> bool:
+    return name.startswith(".") or name.lower() in JUNK
+
+
+def kind_of(name: str) -> str:
+    """What a file that is no image is counted as."""
+    return PurePosixPath(name.strip()).suffix.lower() or "without an ending"
+
+
+def is_image(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS)
+
+
+def find_class(name: PurePosixPath) -> str | None:
+    """The class of an image: the folder that it lies in, or the folder above ``images``, as in
+    ``n01443537/images/n01443537_0.JPEG`` of Tiny ImageNet."""
+    folder = name.parent
+    if folder.name.lower() == PICTURES and folder.parent.name:
+        folder = folder.parent
+    return folder.name or None
+
+
+def must_unpack(archive: Path, command: str, place: Path) -> DataError:
+    """The error for an archive that ``command`` unpacks to ``place``."""
+    return DataError(
+        "is compressed, so single images cannot be read from it",
+        where=archive,
+        remedy=f"unpack it once: {command}   then give {place}",
+    )
+
+
+def _is_zip(path: Path) -> bool:
+    """Whether a file is a ZIP archive, whatever it is called."""
+    try:
+        with open_regular(path) as file:
+            return file.read(len(ZIP_START)) == ZIP_START
+    except OSError:
+        return False
+
+
+def scan_folder(path: Path) -> Found:
+    """All images below a folder; links are followed, but not in a circle."""
+    if not os.path.isdir(path):
+        missing = not os.path.exists(path)
+        if not missing and _is_zip(path):
+            target = path.with_name(f"{path.name}_unpacked")
+            command = f"unzip -q {shlex.quote(str(path))} -d {shlex.quote(str(target))}"
+            raise must_unpack(path, command, target)
+        raise DataError(
+            "no such folder of images" if missing else "is neither a folder nor a .tar archive",
+            where=path,
+            remedy="give a folder of images, a folder of class folders, or a .tar of either",
+        )
+    found = Found()
+
+    def fail(exc: OSError) -> None:
+        raise DataError(
+            "cannot be read",
+            where=exc.filename,
+            why=exc.strerror,
+            remedy="check its permissions",
+        )
+
+    above: dict[str, frozenset[tuple[int, int]]] = {}
+    for folder, folders, files in os.walk(path, onerror=fail, followlinks=True):
+        seen = above.pop(folder, frozenset()) | {_identity(folder)}
+        relative = Path(folder).relative_to(path)
+        folders[:] = sorted(name for name in folders if not is_junk(name))
+        for name in list(folders):
+            inner = os.path.join(folder, name)
+            if os.path.islink(inner) and _identity(inner) in seen:
+                folders.remove(name)
+                found.skipped["links to a folder above them"] += 1
+            above[inner] = seen
+        for name in files:
+            if not is_junk(name):
+                _add_file(found, path, relative / name)
+    return found
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    """What tells a folder from every other one, whatever it is called."""
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _add_file(found: Found, path: Path, relative: Path) -> None:
+    """Count one file of a folder: as an image, or as what is skipped."""
+    if not is_image(relative.name):
+        found.skipped[kind_of(relative.name)] += 1
+    elif os.path.isfile(path / relative):
+        found.add(
+            Item(relative.as_posix(), find_class(PurePosixPath(relative))),
+            path,
+        )
+    else:
+        link = os.path.islink(path / relative)
+        found.skipped["links that lead nowhere" if link else "no regular files"] += 1
