@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -16,6 +16,7 @@ from cmt_edge.deploy.decoding import NamedBytes
 from cmt_edge.deploy.errors import DataError
 from cmt_edge.deploy.folders import Item
 from cmt_edge.deploy.images import ImageSet, digest
+from cmt_edge.deploy.parts import TRAIN, VALIDATION, find_held_out, find_prefixes
 from cmt_edge.deploy.preprocessing import Preprocess, preprocess
 
 from .generated import generate
@@ -54,6 +55,9 @@ MASKS = frozenset(
 )
 """Names, in lower case, of folders beside the pictures that hold images of what is to be found in them."""
 
+SHOWN_PARTS = 8
+"""The largest number of parts of a data set that a message names."""
+
 GENERATED_SEED = 20
 """Seed of generated images; the seed that is asked for is added to it."""
 
@@ -91,7 +95,8 @@ class CalibrationSet:
         """Choose images; each folder gives the same number, as far as it has them.
 
         Labels do not matter here: folders may be nested in any way, and images may lie beside them. Where
-        ``images/`` lies beside ``masks/``, ``labels/`` or the like, only the pictures are taken.
+        ``images/`` lies beside ``masks/``, ``labels/`` or the like, only the pictures are taken. A folder
+        such as ``test`` beside others is left out, with a note.
 
         Args:
             data: a folder, ``ARCHIVE.tar[/FOLDER]``, or ``"generated"``.
@@ -101,7 +106,8 @@ class CalibrationSet:
 
         Raises:
             DataError: ``data`` has no images, or fewer than asked for; it holds several parts of a data set,
-                as ``train`` and ``test``; or it is ``"synthetic"``, whose images need a model.
+                as ``train`` and ``test`` or ``train_0.jpg`` and ``test_0.jpg``; or it is ``"synthetic"``,
+                whose images need a model.
         """
         if size is not None and size < 1:
             raise DataError(
@@ -123,6 +129,7 @@ class CalibrationSet:
         """Images of a folder or an archive; see :meth:`choose`."""
         images = _without_masks(ImageSet(data, labelled=False))
         _require_one_part(images)
+        images = _without_held_out(images)
         if size is not None and size > len(images):
             raise DataError(
                 f"holds {len(images)} images, {size} were asked for",
@@ -203,16 +210,56 @@ def _require_one_part(images: ImageSet) -> None:
     """Raise :class:`DataError` for a data set with several parts: whoever calibrates on the part that tests,
     measures too well."""
     parts = images.parts
-    if not parts:
-        return
-    found = ", ".join(f"{name} ({kind})" for kind, names in sorted(parts.items()) for name in names)
-    best = (parts.get("train") or parts.get("validation") or [""])[0]
-    raise DataError(
-        f"holds several parts of a data set: {found}",
+    if parts:
+        folders = [f"{name} ({kind})" for kind, names in sorted(parts.items()) for name in names]
+        raise _several_parts(images, folders, _choose_part(images, parts))
+    prefixes = find_prefixes(item.name for item in images)
+    if prefixes:
+        files = [f"{start}* ({kind})" for kind, start in sorted(prefixes.items())]
+        best = prefixes.get(TRAIN) or prefixes[VALIDATION]
+        raise _several_parts(
+            images,
+            files,
+            f"move the files {best}* into a folder of their own and give that folder",
+        )
+
+
+def _several_parts(images: ImageSet, parts: Sequence[str], remedy: str) -> DataError:
+    """The error for a data set whose images are not all to train on."""
+    shown = list(parts[:SHOWN_PARTS])
+    if len(parts) > SHOWN_PARTS:
+        shown.append(f"{len(parts) - SHOWN_PARTS} more")
+    return DataError(
+        f"holds several parts of a data set: {', '.join(shown)}",
         where=images.path,
         why="calibration on the images that test a model makes it look better than it is",
-        remedy=f"give the part to train on: {images.path / best}",
+        remedy=remedy,
     )
+
+
+def _choose_part(images: ImageSet, parts: Mapping[str, Sequence[str]]) -> str:
+    """What to give instead of a data set with several parts."""
+    best = parts.get(TRAIN) or parts[VALIDATION]
+    if len({PurePosixPath(name).parent for name in best}) == 1:
+        return f"give the part to train on: {images.path / best[0]}"
+    return (
+        f"no single folder holds all images to train on: copy or link {best[0]}, {best[1]} and so on into a"
+        " folder of their own and give that folder"
+    )
+
+
+def _without_held_out(images: ImageSet) -> ImageSet:
+    """The images outside folders such as ``test``, where no folder beside them is the part to train on."""
+    held_out = find_held_out(item.name for item in images)
+    if not held_out:
+        return images
+    folders = {PurePosixPath(name) for name in held_out}
+    kept = [item for item in images if folders.isdisjoint(PurePosixPath(item.name).parents)]
+    rest = images.select(kept)
+    names = ", ".join(f"{name}/" for name in held_out)
+    left_out = Counter({f"in {names}, by name a part to test on": len(images) - len(kept)})
+    rest.skipped = images.skipped + left_out
+    return rest
 
 
 def _spread(items: list[Item], count: int, seed: int) -> list[Item]:

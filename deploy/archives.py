@@ -19,7 +19,7 @@ from typing import IO, BinaryIO, cast
 from .decoding import MAX_BYTES, is_about_data
 from .errors import DataError
 from .files import open_regular
-from .folders import MAX_ITEMS, Found, Item, is_image, is_junk, kind_of
+from .folders import MAX_ITEMS, Found, Item, find_class, is_image, is_junk, kind_of, must_unpack
 
 MAX_LINKS = 20
 """The largest number of links in an archive that may lead from one to the next."""
@@ -94,11 +94,7 @@ def _packed(archive: Path, inner: str) -> DataError:
         ".7z": f" -o{place}",
         ".rar": f" {place}/",
     }.get(ending, "")
-    return DataError(
-        "is compressed, so single images cannot be read from it",
-        where=archive,
-        remedy=f"unpack it once: {command} {source}{into}   then give {target / inner}",
-    )
+    return must_unpack(archive, f"{command} {source}{into}", target / inner)
 
 
 def scan_archive(archive: Path, prefix: str) -> Found:
@@ -190,7 +186,7 @@ def _add_member(
         found.skipped[f"larger than {MAX_BYTES >> 20} MiB"] += 1
     else:
         found.add(
-            Item(name.as_posix(), name.parent.name or None, *place),
+            Item(name.as_posix(), find_class(name), *place),
             archive,
         )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import numpy as np
 
 from .errors import ImageError, InputError
@@ -24,14 +26,57 @@ MAGIC = (
 """First bytes of encoded images, which some libraries give as a uint8 array of one column."""
 
 
+COLORS_FIRST = 3
+"""Size of the first axis of a single image whose colours come before its rows and columns."""
+
+AS_UINT8 = (
+    "pixels are uint8 from 0 to 255: of values from 0 to 1 give (255 * array).round().astype('uint8');"
+    " preprocessed float32 batches (N, 3, H, W) go to Predictor.logits"
+)
+"""The remedy for pixels of another type."""
+
+
+class SupportsArray(Protocol):
+    """What gives its pixels as an array when NumPy asks for them, such as a tensor of PyTorch."""
+
+    def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray: ...
+
+
 def check_color(color: str) -> str:
-    """``color``, if it is one of :data:`COLORS`; raises :class:`InputError`."""
-    if color not in COLORS:
+    """``color`` in lower case, if it is one of :data:`COLORS`; raises :class:`InputError`."""
+    known = color.lower() if isinstance(color, str) else color
+    if known not in COLORS:
         raise InputError(
             f"unknown order of colours {color!r}",
             remedy="use color='rgb', or color='bgr' for arrays from OpenCV",
         )
-    return color
+    return known
+
+
+def as_array(source: Any) -> Any:
+    """The array of an object that gives one, without copying it; any other image as it is.
+
+    Raises:
+        ImageError: the object does not give its array, as a tensor on a GPU.
+    """
+    if isinstance(source, np.ndarray) or not hasattr(type(source), "__array__"):
+        return source
+    try:
+        return np.asarray(source)
+    except Exception as exc:  # each library has exceptions of its own for what it cannot convert
+        raise ImageError(
+            f"this {type(source).__name__} does not give its pixels as an array",
+            why=exc,
+            remedy="give a uint8 array (H, W, 3); of a tensor: tensor.detach().cpu().numpy()",
+        ) from exc
+
+
+def is_single(array: np.ndarray) -> bool:
+    """Whether an array is one image and not a batch; also where its colours come first, which is refused
+    later."""
+    return array.ndim < 3 or (
+        array.ndim == 3 and (array.shape[2] in CHANNELS or array.shape[0] == COLORS_FIRST)
+    )
 
 
 def view_as_rgb(array: np.ndarray, color: str = "rgb") -> np.ndarray:
@@ -46,7 +91,7 @@ def view_as_rgb(array: np.ndarray, color: str = "rgb") -> np.ndarray:
         ImageError: another dtype or shape, or encoded bytes.
     """
     _check(array)
-    check_color(color)
+    color = check_color(color)
     if array.ndim == 2:
         array = array[..., None]
     if array.shape[2] < 3:
@@ -84,6 +129,9 @@ def _remedy(array: np.ndarray) -> str:
     """What to do with an array that is no image."""
     if array.dtype == np.uint8 and array.ndim == 4:
         return "give the images of a batch one by one: predict() takes them"
-    if array.dtype == np.uint8 and array.ndim == 3 and array.shape[0] in CHANNELS:
-        return "the channels come last: array.transpose(1, 2, 0)"
+    if array.ndim == 3 and array.shape[0] in CHANNELS and array.shape[2] not in CHANNELS:
+        first = "the channels come last: array.transpose(1, 2, 0), or tensor.permute(1, 2, 0)"
+        return first if array.dtype == np.uint8 else f"{first}; {AS_UINT8}"
+    if array.dtype != np.uint8 and array.ndim in (2, 3):
+        return AS_UINT8
     return "for preprocessed float32 (N, 3, H, W) batches use Predictor.logits"

@@ -13,14 +13,17 @@ from typing import Any, BinaryIO, TypeAlias
 import numpy as np
 from PIL import Image, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
-from .arrays import CHANNELS, view_as_rgb
+from .arrays import SupportsArray, as_array, is_single, view_as_rgb
 from .errors import ImageError
 from .files import describe_irregular
 from .jpeg import MAX_SCANS, START, has_many_scans, make_scan_header, strip_metadata
 
-ImageLike: TypeAlias = "str | Path | bytes | bytearray | memoryview | BinaryIO | Image.Image | np.ndarray"
-"""What stands for one image: a path, encoded bytes, a file object, a Pillow image, or a uint8 array as
-:func:`~cmt_edge.deploy.arrays.view_as_rgb` takes it."""
+Decodable: TypeAlias = "str | Path | bytes | bytearray | memoryview | BinaryIO | Image.Image | np.ndarray"
+"""An image whose tensor, if it was one, has become an array."""
+
+ImageLike: TypeAlias = "Decodable | SupportsArray"
+"""What stands for one image: a path, encoded bytes, a file object, a Pillow image, or a uint8 array or tensor
+as :func:`~cmt_edge.deploy.arrays.view_as_rgb` takes it."""
 
 IMAGE_FORMATS = (
     "JPEG",
@@ -105,7 +108,7 @@ def decode(source: ImageLike, exif: str, color: str = "rgb") -> Image.Image:
     limit, comes out as it is.
 
     Args:
-        source: a path, encoded bytes, a file object, a Pillow image, or a uint8 array.
+        source: a path, encoded bytes, a file object, a Pillow image, or a uint8 array or tensor.
         exif: ``"apply"`` turns the image as its EXIF orientation says, ``"ignore"`` takes the stored pixels.
         color: the order of an array's channels, ``"rgb"`` or ``"bgr"``; other images know theirs.
 
@@ -113,26 +116,27 @@ def decode(source: ImageLike, exif: str, color: str = "rgb") -> Image.Image:
         ImageError: missing, empty, damaged, not an image, of an unsupported kind, or beyond
             ``MAX_PIXELS``/``MAX_BYTES``.
     """
-    if isinstance(source, np.ndarray):
-        return Image.fromarray(np.ascontiguousarray(view_as_rgb(source, color)))
-    name = name_of(source)
+    given: Decodable = as_array(source)
+    if isinstance(given, np.ndarray):
+        return Image.fromarray(np.ascontiguousarray(view_as_rgb(given, color)))
+    name = name_of(given)
     try:
-        if isinstance(source, Image.Image):
-            return _convert(source, exif, name)
-        with _open(source, name) as image:
+        if isinstance(given, Image.Image):
+            return _convert(given, exif, name)
+        with _open(given, name) as image:
             return _convert(image, exif, name)
     except ImageError:
         raise
     except Exception as exc:  # damaged files make Pillow's decoders raise almost anything
         if not is_about_data(exc):
             raise
-        repaired = _decode_without_metadata(source, exif, name)
+        repaired = _decode_without_metadata(given, exif, name)
         if repaired is not None:
             return repaired
-        raise _undecodable(source, name, exc) from exc
+        raise _undecodable(given, name, exc) from exc
 
 
-def _decode_without_metadata(source: ImageLike, exif: str, name: object) -> Image.Image | None:
+def _decode_without_metadata(source: Decodable, exif: str, name: object) -> Image.Image | None:
     """A JPEG image whose pixels can be decoded once what only describes them is left out, or ``None``.
 
     First its EXIF segment is kept, which knows the orientation. Without it an image is taken as it lies.
@@ -155,7 +159,7 @@ def _decode_without_metadata(source: ImageLike, exif: str, name: object) -> Imag
     return None
 
 
-def _encoded(source: ImageLike) -> bytes:
+def _encoded(source: Decodable) -> bytes:
     """The encoded bytes of an image once more, empty where they cannot be had."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         return bytes(source)
@@ -231,19 +235,20 @@ def snapshot(source: ImageLike, exif: str) -> ImageLike:
 
     A path is returned as it is. Raises as :func:`decode`.
     """
-    if isinstance(source, np.ndarray):
-        array: np.ndarray = source.copy()
+    given: Decodable = as_array(source)
+    if isinstance(given, np.ndarray):
+        array: np.ndarray = given.copy()
         return array
-    if isinstance(source, Image.Image):
-        image = decode(source, exif).copy()
+    if isinstance(given, Image.Image):
+        image = decode(given, exif).copy()
         image.info.clear()  # it is upright now
         return image
-    if isinstance(source, (bytearray, memoryview)):
-        return bytes(source)
-    if isinstance(source, (str, Path, bytes)) or not hasattr(source, "read"):
-        return source
-    data = _content(source)
-    return source if data is None else NamedBytes(data, str(name_of(source)))
+    if isinstance(given, (bytearray, memoryview)):
+        return bytes(given)
+    if isinstance(given, (str, Path, bytes)) or not hasattr(given, "read"):
+        return given
+    data = _content(given)
+    return given if data is None else NamedBytes(data, str(name_of(given)))
 
 
 def _content(file: BinaryIO) -> bytes | None:
@@ -273,8 +278,9 @@ def _read_all(file: BinaryIO) -> bytes | None:
 def one_or_many(images: Any) -> Any:
     """``images``, in a list if it is a single image, so that nobody iterates over its letters, bytes, lines
     or rows."""
+    images = as_array(images)
     if isinstance(images, np.ndarray):
-        single = images.ndim < 3 or (images.ndim == 3 and images.shape[2] in CHANNELS)
+        single = is_single(images)
     else:
         kinds = (str, Path, bytes, bytearray, memoryview, Image.Image)
         single = isinstance(images, kinds) or hasattr(images, "read")

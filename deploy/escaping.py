@@ -25,6 +25,9 @@ JOINERS = "\u200c\u200d"
 _MAYBE_UNSAFE = re.compile(r"[^ -~]")
 """Matches what is not printable ASCII."""
 
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+"""Matches a half of a surrogate pair."""
+
 _MARKDOWN = re.compile(r"[\\`*\[\]<>|&]")
 """Matches the characters that mean something in Markdown."""
 
@@ -38,6 +41,11 @@ def escape_line(text: str) -> str:
     """``text`` on one line, for a name or a label inside a line: line breaks and tabs are escaped too, so
     that a name cannot pretend to be a line of ours."""
     return _MAYBE_UNSAFE.sub(lambda found: _shown(found[0], ""), text)
+
+
+def escape_surrogates(text: str) -> str:
+    """``text`` for a program: only the bytes of a file name that are no UTF-8 are escaped."""
+    return _SURROGATE.sub(lambda found: json.dumps(found[0])[1:-1], text)
 
 
 def escape_markdown(text: str) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from .decoding import EXTENSIONS
 from .errors import DataError
+from .files import open_regular
 
 MAX_ITEMS = 5_000_000
 """Most images that a folder or an archive may hold."""
@@ -24,13 +26,20 @@ JUNK = (
 """Names, in lower case, that operating systems leave in folders; names with a dot in front are junk too."""
 
 
+PICTURES = "images"
+"""Name, in lower case, of a folder inside a class folder that holds the images of the class."""
+
+ZIP_START = b"PK\x03\x04"
+"""First bytes of a ZIP archive."""
+
+
 @dataclass(frozen=True)
 class Item:
     """One image of a collection.
 
     Attributes:
         name: its path relative to the collection's root.
-        label: its class folder; ``None`` in a flat folder.
+        label: its class folder, which may hold its images in a folder ``images``; ``None`` in a flat folder.
         offset, size: where its bytes lie in the archive; -1 in a folder.
     """
 
@@ -70,10 +79,41 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS)
 
 
+def find_class(name: PurePosixPath) -> str | None:
+    """The class of an image: the folder that it lies in, or the folder above ``images``, as in
+    ``n01443537/images/n01443537_0.JPEG`` of Tiny ImageNet."""
+    folder = name.parent
+    if folder.name.lower() == PICTURES and folder.parent.name:
+        folder = folder.parent
+    return folder.name or None
+
+
+def must_unpack(archive: Path, command: str, place: Path) -> DataError:
+    """The error for an archive that ``command`` unpacks to ``place``."""
+    return DataError(
+        "is compressed, so single images cannot be read from it",
+        where=archive,
+        remedy=f"unpack it once: {command}   then give {place}",
+    )
+
+
+def _is_zip(path: Path) -> bool:
+    """Whether a file is a ZIP archive, whatever it is called."""
+    try:
+        with open_regular(path) as file:
+            return file.read(len(ZIP_START)) == ZIP_START
+    except OSError:
+        return False
+
+
 def scan_folder(path: Path) -> Found:
     """All images below a folder; links are followed, but not in a circle."""
     if not os.path.isdir(path):
         missing = not os.path.exists(path)
+        if not missing and _is_zip(path):
+            target = path.with_name(f"{path.name}_unpacked")
+            command = f"unzip -q {shlex.quote(str(path))} -d {shlex.quote(str(target))}"
+            raise must_unpack(path, command, target)
         raise DataError(
             "no such folder of images" if missing else "is neither a folder nor a .tar archive",
             where=path,
@@ -118,7 +158,7 @@ def _add_file(found: Found, path: Path, relative: Path) -> None:
         found.skipped[kind_of(relative.name)] += 1
     elif os.path.isfile(path / relative):
         found.add(
-            Item(relative.as_posix(), relative.parent.name or None),
+            Item(relative.as_posix(), find_class(PurePosixPath(relative))),
             path,
         )
     else:

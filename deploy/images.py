@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import posixpath
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -17,18 +16,10 @@ from .archives import scan_archive, split_archive
 from .decoding import EXTENSIONS, is_about_data
 from .errors import DataError
 from .folders import Item, scan_folder
+from .parts import find_parts, part_of
 
 SHOWN_KINDS = 6
 """The largest number of kinds of skipped files that are named."""
-
-TRAIN_WORDS = frozenset({"train", "training", "trainval"})
-"""Words in the name of a folder that holds images to train on."""
-
-VALIDATION_WORDS = frozenset({"val", "valid", "validation", "dev"})
-"""Words in the name of a folder that holds images to choose settings by."""
-
-TEST_WORDS = frozenset({"test", "testing", "eval", "holdout"})
-"""Words in the name of a folder that holds images to evaluate on."""
 
 
 class ImageSet(Sequence[Item]):
@@ -100,22 +91,9 @@ class ImageSet(Sequence[Item]):
     def parts(self) -> dict[str, list[str]]:
         """The folders that hold parts of a data set, by ``"train"``, ``"validation"`` and ``"test"``.
 
-        A folder counts only where another part lies beside it, because a class may be called "train".
+        See :func:`~cmt_edge.deploy.parts.find_parts`.
         """
-        beside: dict[str, set[str]] = {}
-        for item in self.items:
-            folder = PurePosixPath(item.name).parent
-            for inner in (folder, *folder.parents):
-                if inner.name:
-                    beside.setdefault(str(inner.parent), set()).add(str(inner))
-        for _, folders in sorted(beside.items()):
-            kinds: dict[str, list[str]] = {}
-            for name in sorted(folders):
-                if kind := _part_of(PurePosixPath(name).name):
-                    kinds.setdefault(kind, []).append(name)
-            if len(kinds) > 1:
-                return kinds
-        return {}
+        return find_parts(item.name for item in self.items)
 
     def select(self, items: list[Item]) -> ImageSet:
         """The same place restricted to ``items``."""
@@ -150,17 +128,6 @@ def is_archive(path: Path) -> bool:
     return split_archive(path)[0] is not None
 
 
-def _part_of(folder: str) -> str | None:
-    """Which part of a data set a folder is named after: ``"train"``, ``"validation"``, ``"test"`` or none."""
-    words = set(re.split(r"[^a-z]+", folder.lower()))
-    kinds = {
-        "train": TRAIN_WORDS,
-        "validation": VALIDATION_WORDS,
-        "test": TEST_WORDS,
-    }
-    return next((kind for kind, known in kinds.items() if words & known), None)
-
-
 def _check_any(items: list[Item], images: ImageSet) -> None:
     """Raise :class:`DataError` if there are no images."""
     if not items:
@@ -187,16 +154,28 @@ def _check_labels(items: list[Item], path: Path) -> None:
     for item in items:
         if item.label is not None:
             places.setdefault(item.label, set()).add(str(PurePosixPath(item.name).parent))
-    double = next(
-        (sorted(found) for found in places.values() if len(found) > 1),
-        None,
-    )
-    if double:
+    for label, found in places.items():
+        if len(found) == 1:
+            continue
+        double = sorted(found)
         raise DataError(
             f"the same class is at several places: {', '.join(double)}",
             where=path,
-            remedy=_choice(path, double),
+            remedy=_gather(label, double) if _are_parts(found, items) else _choice(path, double),
         )
+
+
+def _are_parts(folders: set[str], items: Sequence[Item]) -> bool:
+    """Whether the folders are parts of a data set, and not classes that are called like one."""
+    parts = find_parts(item.name for item in items)
+    return folders <= {folder for kind in parts.values() for folder in kind}
+
+
+def _gather(part: str, places: Sequence[str]) -> str:
+    """What to do where the parts of a data set lie inside the class folders, as in ``cat/test, dog/test``."""
+    classes = [PurePosixPath(place).parent.name for place in places[:2]]
+    links = ", ".join(f"{place} as {part}/{name}" for place, name in zip(places, classes, strict=False))
+    return f"the parts lie inside the classes: copy or link {links} and so on, and give the folder {part}"
 
 
 def _choice(path: Path, double: Sequence[str]) -> str:
@@ -210,7 +189,7 @@ def _choice(path: Path, double: Sequence[str]) -> str:
     }
     shared = len(PurePosixPath(posixpath.commonpath(double)).parts)
     folders = sorted({"/".join(PurePosixPath(place).parts[: shared + 1]) for place in double})
-    parts = {folder: _part_of(PurePosixPath(folder).name) for folder in folders}
+    parts = {folder: part_of(PurePosixPath(folder).name) for folder in folders}
     ordered = sorted(folders, key=lambda folder: list(uses).index(parts[folder]))
     shown = [f"{path / folder}{uses[parts[folder]]}" for folder in ordered[:SHOWN_KINDS]]
     return f"choose one: {', '.join(shown)}"

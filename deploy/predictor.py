@@ -185,8 +185,8 @@ class Predictor:
         """Classify one image.
 
         Args:
-            image: a path, encoded bytes, a file object, a Pillow image, or a uint8 array: ``(H, W, 3)``, grey
-                ``(H, W)`` or ``(H, W, 1)``, with alpha ``(H, W, 2)`` or ``(H, W, 4)``.
+            image: a path, encoded bytes, a file object, a Pillow image, or a uint8 array or tensor:
+                ``(H, W, 3)``, grey ``(H, W)`` or ``(H, W, 1)``, with alpha ``(H, W, 2)`` or ``(H, W, 4)``.
             color: order of an array's channels; default: what :meth:`load` was told.
 
         Raises:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .arrays import view_as_rgb
+from .arrays import as_array, view_as_rgb
 from .decoding import MAX_PIXELS, ImageLike, decode, name_of, too_large
 from .escaping import SHOWN_CHARACTERS
 
@@ -96,6 +96,7 @@ def pixels(source: ImageLike, spec: Preprocess, color: str = "rgb") -> np.ndarra
 
     Where an array needs no resizing, the result is a view of it.
     """
+    source = as_array(source)
     if isinstance(source, np.ndarray):
         rgb = view_as_rgb(source, color)
         height, width = rgb.shape[:2]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cmt_edge.deploy.cli.console import make_parser, run_command, say
-from cmt_edge.deploy.errors import RuntimeMissingError
+from cmt_edge.deploy.errors import InputError, RuntimeMissingError
 
 from .options import add_flags, read_flags, read_mapping
 from .settings import GROUPS, Settings
@@ -88,13 +88,15 @@ def _export(args: argparse.Namespace) -> int:
     from .config_file import read_config
     from .replaced import describe_replaced, read_replaced
 
-    settings = read_mapping(read_config(args.config), Settings, args.config) if args.config else {}
+    written = read_config(args.config) if args.config else {}
+    dry_run = _take_dry_run(written, args.config) or args.dry_run
+    settings = read_mapping(written, Settings, args.config)
     config = ExportConfig.from_mapping(settings | read_flags(args, Settings), args.config)
     config.check()
     from . import pipeline
     from .plan import plan_text
 
-    if args.dry_run:
+    if dry_run:
         plan = pipeline.plan(config)
         say(report.to_json(plan) if args.json else plan_text(plan))
         return 0
@@ -112,6 +114,21 @@ def _export(args: argparse.Namespace) -> int:
     if config.pack:
         say(f"also as one file: {locate_packed(bundle.path)}")
     return 0
+
+
+def _take_dry_run(settings: dict[str, Any], where: Path | None) -> bool:
+    """What a settings file says of ``--dry-run``, which is no setting of the bundle and is removed; raises
+    :class:`InputError` unless it is true or false."""
+    keys = [key for key in settings if key.lstrip("-").replace("-", "_") == "dry_run"]
+    values = [settings.pop(key) for key in keys]
+    for value in values:
+        if type(value) is not bool:
+            raise InputError(
+                f"dry-run = {value!r} should be bool",
+                where=where,
+                remedy="correct the file",
+            )
+    return any(values)
 
 
 @contextlib.contextmanager

@@ -24,10 +24,10 @@ from cmt_edge.deploy.bundle.sections import FORMATS
 from cmt_edge.deploy.bundle.signature import read_private_key
 from cmt_edge.deploy.cli.ranges import CLASS_COUNTS, parse_finite
 from cmt_edge.deploy.errors import InputError, WeightsError
-from cmt_edge.deploy.files import read_text
 from cmt_edge.deploy.measure.parity import MAX_DROP
 from cmt_edge.deploy.preprocessing import MAX_SHORT_SIDE, RESAMPLING, Preprocess
 
+from .labels import read_class_names
 from .options import (
     check_values,
     list_changed_flags,
@@ -393,18 +393,14 @@ class ExportConfig(Settings):
         if not isinstance(self.labels, str):
             self.require_labels(self.labels, "labels")
             return list(self.labels)
-        try:
-            lines = read_text(Path(self.labels)).splitlines()
-        except (OSError, UnicodeDecodeError) as exc:
-            raise InputError(
-                "the labels file cannot be read",
-                where=self.labels,
-                why=exc,
-                remedy="give a text file in UTF-8 with one class name a line",
-            ) from exc
-        names = [line.strip() for line in lines if line.strip()]
+        names = read_class_names(Path(self.labels)).names
         self.require_labels(names, self.labels)
-        return names
+        return list(names)
+
+    @property
+    def labels_note(self) -> str:
+        """What was left out of the names in the labels file, in words; empty if nothing was."""
+        return read_class_names(Path(self.labels)).note if isinstance(self.labels, str) else ""
 
     @property
     def label_count(self) -> int:

@@ -44,6 +44,7 @@ class Option:
         what: what an error calls the value, where the field's name does not read well.
         written: types besides its own in which a settings file may write a text: a number, or a list, whose
             items are joined by commas.
+        is_list: whether a list stays one, because its items may hold commas.
     """
 
     help: str
@@ -55,6 +56,7 @@ class Option:
     shortcuts: tuple[tuple[str, str, str], ...] = ()
     what: str | None = None
     written: tuple[type, ...] = ()
+    is_list: bool = False
 
 
 def option(
@@ -69,6 +71,7 @@ def option(
     shortcuts: tuple[tuple[str, str, str], ...] = (),
     what: str | None = None,
     written: tuple[type, ...] = (),
+    is_list: bool = False,
 ) -> T:
     """A dataclass field with ``default``; the other arguments are those of :class:`Option`."""
     known = Option(
@@ -81,6 +84,7 @@ def option(
         shortcuts,
         what,
         written,
+        is_list,
     )
     made: T = field(default=default, metadata={KEY: known})
     return made
@@ -321,7 +325,8 @@ def _typed(
             where=where,
             remedy="correct the file",
         )
-    return ",".join(map(str, value))
+    items = list(map(str, value))
+    return items if get_option(described_field).is_list else ",".join(items)
 
 
 def _wrong_type(key: str, value: Any, types: Iterable[type], where: object) -> InputError:

@@ -6,6 +6,7 @@ is left behind. The steps themselves are in :mod:`cmt_edge.export.steps`, their 
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,7 +75,17 @@ def plan(config: ExportConfig) -> dict[str, Any]:
     Raises as :func:`run`.
     """
     preflight(config)
+    _require_writable(Path(config.output))
     return describe_plan(config)
+
+
+def _require_writable(output: Path) -> None:
+    """Raise :class:`OutputError` where the folder could not be made or written to; makes nothing."""
+    with writing(output):
+        place = output.absolute()
+        while not os.path.lexists(place):
+            place = place.parent
+        tempfile.TemporaryFile(dir=place).close()
 
 
 def preflight(config: ExportConfig) -> None:

@@ -61,6 +61,7 @@ def prepare(config: ExportConfig, progress: Progress) -> Prepared:
         with journal.step(Step.LOAD):
             reference = steps.make_reference(config)
             manifest = describe_export(config, reference)
+        progress.tell(config.labels_note)
         evaluation = None
         if config.eval_data:  # before the long work: only the user can correct a mismatch
             bundle = Bundle(config.target, manifest)

@@ -143,8 +143,10 @@ class Settings:
     )
     labels: str | Sequence[str] | None = option(
         None,
-        help="text file with one class name a line, in the order of the logits",
+        help="text file with one class name a line, in the order of the logits, or JSON",
         group=MODEL,
+        written=(list,),
+        is_list=True,
     )
     data: str | None = option(
         None,

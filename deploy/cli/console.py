@@ -23,7 +23,7 @@ from cmt_edge.version import __version__
 
 from ..backends import list_offered_runtimes, require_offered
 from ..errors import CacheWarning, CmtEdgeError, InputError, OutputError
-from ..escaping import escape, escape_line
+from ..escaping import escape, escape_line, escape_surrogates
 from ..signals import Stopped, compute_exit_code, get_received, unwound_by_signals
 from .ranges import THREADS
 
@@ -187,6 +187,16 @@ def say(text: str) -> bool:
     an error.
     """
     _output.write(escape(text))
+    return _output.has_reader
+
+
+def say_data(text: str) -> bool:
+    """As :func:`say`, for a program that reads the answer: only a terminal gets escapes in place of what
+    could steer it. Bytes of a file name that are no UTF-8 are escaped everywhere, because no text can hold
+    them."""
+    if sys.stdout is None or sys.stdout.isatty():
+        return say(text)
+    _output.write(escape_surrogates(text))
     return _output.has_reader
 
 

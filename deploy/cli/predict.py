@@ -18,11 +18,22 @@ from ..folders import Item
 from ..images import ImageSet, is_archive
 from ..predictor import Prediction, Predictor
 from ..progress import Progress
-from .console import add_key_flag, add_runtime_flags, make_parser, run_command, say, tell, tell_error
+from .console import (
+    add_key_flag,
+    add_runtime_flags,
+    make_parser,
+    run_command,
+    say,
+    say_data,
+    tell,
+    tell_error,
+)
 from .ranges import CLASS_COUNTS
 
 MANY = 32
 """Number of images from which it is worth opening the bundle for several inferences at once."""
+LINE_BREAK = "\r\n"
+"""Both characters that break a line of comma-separated values."""
 SHOW_PROGRESS = 20
 """Fewer images show no progress: they are done before anybody could read it."""
 
@@ -76,7 +87,8 @@ def build_parser() -> argparse.ArgumentParser:
     output.add_argument(
         "--csv",
         action="store_true",
-        help="print comma-separated values, one image a line",
+        help="print comma-separated values, one row an image; cells that begin with =, +, - or @ stay as they"
+        " are, so import the file as text into a spreadsheet",
     )
     add_runtime_flags(p)
     add_key_flag(p)
@@ -155,11 +167,11 @@ def _show(args: argparse.Namespace, sources: list[_Source], labels: list[str]) -
 def _csv(topk: int) -> Show:
     """Prints the header now, and one line an answer: its source, then labels and probabilities by turns."""
     columns = [f"{what}_{i}" for i in range(1, topk + 1) for what in ("label", "probability")]
-    say(_csv_line(["source", *columns]))
+    say_data(_csv_line(["source", *columns]))
 
     def show(answer: Prediction) -> bool:
         best = answer.top(topk)
-        return say(
+        return say_data(
             _csv_line(
                 [
                     answer.source,
@@ -172,9 +184,11 @@ def _csv(topk: int) -> Show:
 
 
 def _csv_line(cells: Iterable[object]) -> str:
+    """One row; a cell with a comma, a quote or a line break is quoted. Cells that a spreadsheet takes for
+    formulas stay as they are, because a changed file name would name no file."""
     line = io.StringIO()
-    csv.writer(line, lineterminator="").writerow(cells)
-    return line.getvalue()
+    csv.writer(line, lineterminator=LINE_BREAK).writerow(cells)  # only what ends a line is quoted as one
+    return line.getvalue().removesuffix(LINE_BREAK)
 
 
 def _expand(path: Path, quiet: bool) -> list[_Source]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .. import report
 from ..bundle import Bundle
-from ..errors import InputError
+from ..errors import InputError, WeightsError
 from ..images import ImageSet
 from ..measure.parity import MAX_DROP
 from ..measure.parity import verify as run_verify
@@ -88,6 +88,7 @@ def _add_reference_flags(p: argparse.ArgumentParser) -> None:
 
 
 def _main(args: argparse.Namespace) -> int:
+    _require_weights(args.weights)
     bundle = Bundle.open(args.bundle, key=args.key)
     data = ImageSet(args.data) if args.data else None
     reference = _reference(bundle, args.reference, args.threads) if args.reference else None
@@ -114,6 +115,16 @@ def _main(args: argparse.Namespace) -> int:
     if not result.passed and not args.json:
         tell(DIFFERENCE_REMEDY)
     return 0 if result.passed else 1
+
+
+def _require_weights(weights: str | None) -> None:
+    """Raise :class:`WeightsError` for a checkpoint that does not exist, also where no check would read it."""
+    if weights is not None and not Path(weights).exists():
+        raise WeightsError(
+            "no such checkpoint file",
+            where=weights,
+            remedy="check the path given to --weights, or leave it out",
+        )
 
 
 def _describe_signature(bundle: Bundle, key: Path | None) -> str:

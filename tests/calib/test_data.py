@@ -221,6 +221,83 @@ def test_a_whole_data_set_is_refused_and_its_training_part_proposed(tmp_path, pa
     assert len(CalibrationSet.choose(tmp_path / inner / proposed, None, SPEC)) == 2
 
 
+PARTS_AS_PEOPLE_CALL_THEM = [
+    (("trainset", "testset"), "trainset"),
+    (("TrainSet", "TestSet"), "TrainSet"),
+    (("traindata", "testdata"), "traindata"),
+    (("train", "evaluation"), "train"),
+    (("train", "testA", "testB"), "train"),
+    (("Training", "PublicTest", "PrivateTest"), "Training"),
+    (("trn", "tst"), "trn"),
+    (("tr", "te"), "tr"),
+    (("train", "unseen"), "train"),
+    (("train", "held-out"), "train"),
+    (("cats_train", "cats_test"), "cats_train"),
+    (("train2017", "val2017"), "train2017"),
+]
+
+
+@pytest.mark.parametrize(("parts", "proposed"), PARTS_AS_PEOPLE_CALL_THEM)
+def test_parts_with_other_names_are_refused(tmp_path, parts, proposed):
+    make(tmp_path, dict.fromkeys(parts, 2))
+    with pytest.raises(DataError, match="several parts") as error:
+        CalibrationSet.choose(tmp_path, None, SPEC)
+    assert error.value.remedy == f"give the part to train on: {tmp_path / proposed}"
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        ("dev", "bus", "te"),
+        ("en", "de", "te", "tr"),
+        ("valid", "invalid"),
+        ("bullet_train", "test_tube", "tram"),
+        ("train", "trailer"),
+        ("private", "public"),
+        ("test", "testA"),  # nothing but the part to test on
+    ],
+)
+def test_classes_that_are_called_like_parts_calibrate(tmp_path, classes):
+    make(tmp_path, dict.fromkeys(classes, 2))
+    data = CalibrationSet.choose(tmp_path, None, SPEC)
+    assert (len(data), data.note) == (2 * len(classes), "")
+
+
+@pytest.mark.parametrize(
+    ("folders", "kept"), [(("test", "extra"), "extra"), (("testset", ""), ""), (("val", "photos"), "photos")]
+)
+def test_a_part_to_test_on_is_left_out_with_a_note(tmp_path, folders, kept):
+    make(tmp_path, dict.fromkeys(folders, 2))
+    data = CalibrationSet.choose(tmp_path, None, SPEC)
+    assert data.files is not None
+    assert {str(Path(item.name).parent) for item in data.files} == {kept or "."}
+    assert f"2 in {folders[0]}/, by name a part to test on" in data.note
+
+
+def test_parts_inside_the_classes_are_refused_and_no_single_class_is_proposed(tmp_path):
+    make(tmp_path, {f"{name}/{part}": 2 for name in ("cat", "dog") for part in ("train", "test")})
+    with pytest.raises(DataError, match="several parts") as error:
+        CalibrationSet.choose(tmp_path, None, SPEC)
+    assert "cat/train, dog/train" in error.value.remedy
+    assert str(tmp_path) not in error.value.remedy
+    with pytest.raises(DataError, match="same class") as error:
+        ImageSet(tmp_path)
+    assert "cat/test as test/cat, dog/test as test/dog" in error.value.remedy
+
+
+def test_parts_by_the_names_of_the_files(tmp_path):
+    make(tmp_path, {"": 2, "cat": 4})
+    pictures = sorted((tmp_path / "cat").iterdir())
+    for picture, name in zip(pictures, ["train_0", "train_1", "test_0", "test_1"], strict=True):
+        picture.rename(picture.with_name(f"{name}.png"))
+    with pytest.raises(DataError, match=r"several parts.*test_\* \(test\), train_\* \(train\)") as error:
+        CalibrationSet.choose(tmp_path, None, SPEC)
+    assert "train_*" in error.value.remedy
+    for i in range(2):
+        (tmp_path / "cat" / f"test_{i}.png").unlink()
+    assert len(CalibrationSet.choose(tmp_path, None, SPEC)) == 4
+
+
 def test_a_class_called_train_is_no_part(tmp_path):
     make(tmp_path, {"train": 2, "bus": 2})
     assert len(CalibrationSet.choose(tmp_path, None, SPEC)) == 4

@@ -302,6 +302,36 @@ def test_predict_csv(call, bundle, images):
     assert all(0.3 < float(row["probability_1"]) <= 1 for row in rows)
 
 
+AWKWARD_NAMES = ["a\nb", "a\rb", "a\r\nb", 'a "b", c', "=1+1", "\x1b[2J", "\u2028", "\t"]
+
+
+@pytest.mark.parametrize("name", AWKWARD_NAMES)
+def test_predict_csv_gives_one_row_with_the_name_as_it_is(call, bundle, tmp_path, name):
+    picture = tmp_path / f"{name}.png"
+    picture.write_bytes(coloured("red"))
+    code, out, _ = call(cmt_predict.main, bundle.path, picture, "--csv", "--topk", 1)
+    header, row = list(csv.reader(io.StringIO(out, newline="")))
+    assert (code, header[0], row[:2]) == (0, "source", [str(picture), "red"])
+
+
+def test_predict_csv_of_a_name_that_is_no_text(bundle, tmp_path):
+    picture = tmp_path / os.fsdecode(b"\xff.png")
+    try:
+        picture.write_bytes(coloured("red"))
+    except OSError:
+        pytest.skip("the file system insists on UTF-8")
+    process = piped(bundle, os.fsencode(picture).decode("utf-8", "surrogateescape"), "--csv", stdout=-1)
+    out = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 0
+    assert "\\udcff.png" in out
+
+
+def test_verify_of_a_checkpoint_that_does_not_exist(fails, bundle, tmp_path):
+    for argv in ([], ["--json"]):
+        err = fails(2, cmt_verify.main, bundle.path, "--weights", tmp_path / "no.pth", *argv)
+        assert "no such checkpoint file" in err
+
+
 def test_predict_csv_has_as_many_columns_as_classes(call, bundle, images):
     _, out, _ = call(cmt_predict.main, bundle.path, images / "red/000.png", "--csv", "--topk", 9)
     header, row = list(csv.reader(io.StringIO(out)))

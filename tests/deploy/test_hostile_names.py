@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -69,7 +70,9 @@ def printed(capsys):
 
 
 @pytest.mark.parametrize("form", [[], ["--json"], ["--csv"]])
-def test_predict(printed, bundle, images, form):
+def test_predict(printed, bundle, images, form, monkeypatch):
+    if form == ["--csv"]:  # a program gets names as they are, see test_cli.py
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     count = len(list(images.rglob("*.png")))
     (images / f"red{HOSTILE}" / f"bad{HOSTILE}.png").write_bytes(b"no image")
     code, out, err = printed(predict.main, bundle.path, images, *form)

@@ -377,6 +377,33 @@ def test_the_part_to_test_on_is_proposed_last(place, parts, proposed):
     assert len(ImageSet(remedy)) == 2
 
 
+def test_a_zip_without_an_ending_gets_the_command_that_unpacks_it(tmp_path):
+    path = tmp_path / "my photos"
+    with zipfile.ZipFile(path, "w") as packed:
+        packed.writestr("cat/1.jpg", b"1")
+    with pytest.raises(DataError, match="is compressed") as caught:
+        ImageSet(path)
+    remedy = caught.value.remedy
+    assert f"unzip -q '{path}' -d '{path}_unpacked'   then give {path}_unpacked" in remedy
+
+
+def test_a_class_called_train_in_two_parts(place):
+    root = place({f"{part}/train/1.jpg": b"x" for part in ("train", "test")})
+    with pytest.raises(DataError, match="same class") as caught:
+        ImageSet(root)
+    assert f"{root / 'train'} to train or calibrate" in caught.value.remedy
+
+
+def test_images_below_their_class(place):
+    """Tiny ImageNet."""
+    images = ImageSet(place({"n01/images/0.JPEG": b"0", "n02/images/0.JPEG": b"1", "n02/n02_boxes.txt": b""}))
+    assert {item.name: item.label for item in images} == {
+        "n01/images/0.JPEG": "n01",
+        "n02/images/0.JPEG": "n02",
+    }
+    assert ImageSet(images.path / "n01").classes == ["images"]
+
+
 def test_a_class_may_be_called_train(place):
     root = place({"train/1.jpg": b"1", "bus/1.jpg": b"2", "testbench/1.jpg": b"3"})
     images = ImageSet(root)

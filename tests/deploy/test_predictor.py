@@ -577,6 +577,61 @@ def bgr(blob: bytes) -> np.ndarray:
         return np.asarray(image.convert("RGB"))[..., ::-1]
 
 
+@pytest.mark.parametrize("color", ["BGR", "Bgr", "bgr"])
+def test_the_order_of_colours_in_any_case(tmp_path, color):
+    bundle = make_bundle(tmp_path / "b")
+    with Predictor.load(bundle) as p:
+        assert p(bgr(RED), color=color).label == "red"
+    with Predictor.load(bundle, color=color) as p:
+        assert p(bgr(RED)).label == "red"
+        assert p(bgr(RED), color="RGB").label == "blue"
+
+
+class Wrapped:
+    """Gives its pixels only as ``__array__``, as tensors do."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+    def __array__(self, *args, **kwargs) -> np.ndarray:
+        return self.array
+
+
+class OnGpu:
+    """A tensor that NumPy cannot read."""
+
+    def __array__(self, *args, **kwargs) -> np.ndarray:
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+
+def test_tensors_are_images(tmp_path):
+    with Predictor.load(make_bundle(tmp_path / "b")) as p:
+        tensors = [Wrapped(bgr(blob)[..., ::-1]) for blob in (RED, GREEN)]
+        assert [p(tensor).label for tensor in tensors] == ["red", "green"]
+        assert [a.label for a in p.predict(tensors)] == ["red", "green"]
+        assert [a.label for a in p.predict(tensors[0])] == ["red"]
+        assert [a.label for a in p.stream(tensors)] == ["red", "green"]
+        np.testing.assert_array_equal(p.prepare(tensors), p.prepare([RED, GREEN]))
+
+
+@pytest.mark.parametrize(
+    ("image", "advice"),
+    [
+        (Wrapped(np.zeros((3, 64, 64), np.uint8)), "tensor.permute(1, 2, 0)"),
+        (Wrapped(np.zeros((64, 64, 3), np.float32)), "255 * array"),
+        (Wrapped(np.zeros((3, 64, 64), np.float32)), "tensor.permute(1, 2, 0); pixels are uint8"),
+        (OnGpu(), "tensor.detach().cpu().numpy()"),
+    ],
+    ids=["CHW", "float", "float CHW", "GPU"],
+)
+def test_a_tensor_that_is_no_image_is_refused(tmp_path, image, advice):
+    with Predictor.load(make_bundle(tmp_path / "b")) as p:
+        for ask in (p, lambda given: p.predict([given]), lambda given: p.predict(given)):
+            with pytest.raises(ImageError) as caught:
+                ask(image)
+            assert advice in caught.value.remedy
+
+
 @pytest.mark.parametrize("where", ["load", "call"])
 def test_bgr_arrays(tmp_path, where):
     bundle = make_bundle(tmp_path / "b")
@@ -598,7 +653,8 @@ def test_bgr_arrays(tmp_path, where):
 @pytest.mark.parametrize(
     "ask",
     [
-        lambda path: Predictor.load(path, color="BGR"),
+        lambda path: Predictor.load(path, color="BRG"),
+        lambda path: Predictor.load(path, color=None),
         lambda path: Predictor.load(path)(RED, color="gbr"),
         lambda path: Predictor.load(path).predict([RED], color=""),
         lambda path: next(Predictor.load(path).stream([RED], color="rgba")),

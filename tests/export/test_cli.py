@@ -171,6 +171,26 @@ def test_a_checkpoint_that_says_what_it_is_needs_no_other_flag(capsys, tmp_path)
     assert "silent.pt does not say which model" in failed(capsys, "--weights", silent, "--dry-run")
 
 
+@pytest.mark.parametrize("key", ["dry-run", "dry_run"])
+def test_dry_run_in_a_settings_file(capsys, tmp_path, key):
+    settings = tmp_path / "settings.toml"
+    settings.write_text(f'model = "cmt_nano"\nweights = "random"\n{key} = true\n')
+    text = succeeded(capsys, "--config", settings, "-o", tmp_path / "out")
+    assert "nothing was written" in text
+    assert not (tmp_path / "out").exists()
+    settings.write_text('model = "cmt_nano"\ndry-run = 1\n')
+    assert "dry-run = 1 should be bool" in failed(capsys, "--config", settings)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="places of Linux")
+@pytest.mark.parametrize("place", ["/proc/x", "/dev/null", "/dev/null/x"])
+def test_dry_run_refuses_a_place_that_cannot_be_written(capsys, place):
+    flags = ("--model", "cmt_nano", "--weights", "random", "-o", place)
+    real = failed(capsys, *flags)
+    assert f"{place}: cannot write here" in real
+    assert f"{place}: cannot write here" in failed(capsys, *flags, "--dry-run")
+
+
 def test_dry_run_opens_the_weights(capsys, tmp_path):
     good = saved_nano(tmp_path / "good.pth")
     argv = ("--model", "cmt_nano", "--dry-run", "-o", tmp_path / "out", "--weights")

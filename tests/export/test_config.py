@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -408,6 +409,54 @@ def test_labels_that_are_no_unicode_say_so(tmp_path, data):
     with pytest.raises(InputError, match="cannot be read") as caught:
         ExportConfig("cmt_nano", labels=str(tmp_path / "names.txt")).read_labels()
     assert "UTF-8" in caught.value.remedy
+
+
+@pytest.mark.parametrize("separator", [" ", "\t", ": ", ",", ") "])
+def test_numbers_that_count_the_lines_are_left_out_of_the_labels(tmp_path, separator):
+    lines = [f"{i}{separator}{name}" for i, name in enumerate(NAMES)]
+    config = ExportConfig("cmt_nano", labels=saved(tmp_path / "names.txt", "\n".join(lines), "utf-8"))
+    assert config.read_labels() == NAMES
+    assert "the numbers 0 to 9" in config.labels_note
+
+
+@pytest.mark.parametrize("first", [1, 5])
+def test_other_numbers_belong_to_the_names(tmp_path, first):
+    lines = [f"{first + i} euro" for i in range(10)]
+    config = ExportConfig("cmt_nano", labels=saved(tmp_path / "names.txt", "\n".join(lines), "utf-8"))
+    assert (config.read_labels(), config.labels_note) == (lines, "")
+
+
+LETTERS = list("jihgfedcba")
+JSON_LABELS = {
+    "list": LETTERS,
+    "by number": {str(i): name for i, name in reversed(list(enumerate(LETTERS)))},
+    "by name": {name: i for i, name in enumerate(LETTERS)},
+}
+
+
+@pytest.mark.parametrize("content", JSON_LABELS.values(), ids=JSON_LABELS)
+def test_labels_as_json(tmp_path, content):
+    path = saved(tmp_path / "names.json", json.dumps(content), "utf-8")
+    config = ExportConfig("cmt_nano", labels=path)
+    assert (config.read_labels(), config.labels_note) == (LETTERS, "")
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", '{"0": "a", "2": "b"}', '{"a": 0, "b": 0}', "3", "[]", "{", ""])
+def test_json_that_holds_no_labels_is_refused(tmp_path, text):
+    path = saved(tmp_path / "names.json", text, "utf-8")
+    with pytest.raises(InputError, match=r"names of the classes|cannot be read") as caught:
+        ExportConfig("cmt_nano", labels=path).read_labels()
+    assert caught.value.where == path
+    assert "JSON" in caught.value.remedy
+
+
+def test_labels_in_a_settings_file(tmp_path):
+    """A name may hold a comma."""
+    names = ["crane, bird", *NAMES[1:]]
+    saved(tmp_path / "settings.toml", f'model = "cmt_nano"\nlabels = {json.dumps(names)}\n', "utf-8")
+    config = ExportConfig.from_mapping(read_config(tmp_path / "settings.toml"))
+    config.check()
+    assert config.read_labels() == names
 
 
 @pytest.mark.parametrize("count", [9, 11])
