@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmt_edge.deploy.cli.console import parser, run, say
+from cmt_edge.deploy.cli.console import parser, run, say, tell
 from cmt_edge.deploy.errors import RuntimeMissingError
 from cmt_edge.deploy.escaping import escape_line
 
@@ -85,11 +85,15 @@ def _export(args: argparse.Namespace) -> int:
     from cmt_edge.deploy.bundle.packed import packed_file
     from cmt_edge.deploy.progress import Progress
 
-    from .config import ExportConfig, read_config
+    from .config import ExportConfig, described_by_shapes, read_config
     from .replaced import describe_replaced, read_replaced
 
     settings = read_mapping(read_config(args.config), Settings, args.config) if args.config else {}
-    config = ExportConfig.from_mapping(settings | read_flags(args, Settings), args.config)
+    given = settings | read_flags(args, Settings)
+    by_shapes = described_by_shapes(given)
+    if by_shapes and not args.quiet:
+        tell(f"model: {by_shapes['model']}, told by the shapes of the weights")
+    config = ExportConfig.from_mapping(by_shapes | given, args.config)
     config.check()
     from . import pipeline
 
