@@ -107,7 +107,9 @@ def test_names_that_cannot_be_used_are_refused_and_a_file_replaces_them(tmp_path
         labels_of_plan(tmp_path, content, model="cmt_nano")
     assert "class_names has 9 names for 10 classes" in error.value.why
     assert "--labels FILE" in error.value.remedy
-    assert labels_of_plan(tmp_path, content, model="cmt_nano", labels=TEN) == "10 (file)"
+    (tmp_path / "names.txt").write_text("\n".join(TEN))
+    given = labels_of_plan(tmp_path, content, model="cmt_nano", labels=str(tmp_path / "names.txt"))
+    assert given == "10 (file)"
 
 
 def test_a_checkpoint_without_names_is_noted_with_what_was_left_out(tmp_path):
