@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cmt_edge.deploy.errors import InputError
 
-from .outputs import PROBED, SIGMOIDS, TwoLabels, last_operation
+from .outputs import PROBED, SIGMOIDS, TwoLabels, find_last_operation
 from .spec import Classifier, ModelSpec
 
 HEADS = ("logits", "features")
@@ -41,7 +41,7 @@ class FeatureMaps(nn.Module):
         return tuple(cast(Hierarchical, self.model).features(x))
 
 
-def with_head(model: nn.Module, head: str) -> nn.Module:
+def choose_head(model: nn.Module, head: str) -> nn.Module:
     """``model`` as it is for ``"logits"``, or as :class:`FeatureMaps` for ``"features"``.
 
     A classifier of one logit becomes one of two classes (:class:`~cmt_edge.cmt.outputs.TwoLabels`).
@@ -65,7 +65,7 @@ def _with_two_labels(model: nn.Module) -> nn.Module:
         size,
         generator=torch.Generator().manual_seed(0),
     )
-    return TwoLabels(model, last_operation(model, example) in SIGMOIDS).eval()
+    return TwoLabels(model, find_last_operation(model, example) in SIGMOIDS).eval()
 
 
 def require_head(spec: ModelSpec, head: str) -> None:

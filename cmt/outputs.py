@@ -58,7 +58,7 @@ SIGMOIDS = ("hardsigmoid", "sigmoid", "special_expit")
 """Operations that give each class a probability of its own, by PyTorch's names."""
 SOFTMAXES = ("softmax",)
 """Operations that give the classes probabilities that sum to 1, by PyTorch's names."""
-REMEDY = "wrap the model so that it returns its logits alone, float32 (N, classes)"
+OUTPUT_REMEDY = "wrap the model so that it returns its logits alone, float32 (N, classes)"
 """What to do about an output that cannot be used."""
 
 Key = str | int | None
@@ -84,14 +84,14 @@ def settle_output(model: nn.Module, example: Tensor, name: str) -> int:
         raise InputError(
             f"{name} returns {_describe(logits)}, which are no logits",
             why="whole numbers are class indices or a mask, and a score of each class is needed",
-            remedy=REMEDY,
+            remedy=OUTPUT_REMEDY,
         )
     classes = _count(logits, len(example))
     if classes is None:
         raise InputError(
             f"{name} returns {_describe(logits)} for {len(example)} images, not logits"
             f" ({len(example)}, classes)",
-            remedy=REMEDY,
+            remedy=OUTPUT_REMEDY,
         )
     plain = key is None and logits.dtype == torch.float32 and logits.ndim == 2
     if not plain:
@@ -99,7 +99,7 @@ def settle_output(model: nn.Module, example: Tensor, name: str) -> int:
     return classes
 
 
-def last_operation(model: nn.Module, example: Tensor) -> str:
+def find_last_operation(model: nn.Module, example: Tensor) -> str:
     """PyTorch's name of the operation that gives the output its values, for example ``"sigmoid"``.
 
     It is empty where it is not known.
@@ -173,7 +173,7 @@ def _find_logits(given: Any, count: int, name: str) -> Key:
     raise InputError(
         f"{name} returns a {type(given).__name__}, and it is not clear which part of it is the logits",
         why=f"its parts are {shown}" if shown else None,
-        remedy=f"{REMEDY}; of several parts, the one named 'logits' is taken",
+        remedy=f"{OUTPUT_REMEDY}; of several parts, the one named 'logits' is taken",
     )
 
 

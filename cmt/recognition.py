@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from .containers import BATCHES, Candidate, Place, find_candidates, find_places
+from .containers import BATCHES, Place, WeightsCandidate, find_candidates, find_places
 from .registry import list_models, model_spec
 from .spec import ModelSpec, StateDict
 
@@ -86,7 +86,7 @@ class _EmptyOnMeta(TorchFunctionMode):
         return func(*args, **options)
 
 
-def _fits(candidate: Candidate, spec: ModelSpec, target: StateDict) -> bool:
+def _fits(candidate: WeightsCandidate, spec: ModelSpec, target: StateDict) -> bool:
     """Whether nothing in the state is unknown to the model, and all shapes but the classifier's are its."""
     state = candidate.state
     if candidate.beside or any(key not in target for key in state):
@@ -103,6 +103,6 @@ def _agree(key: str, state: StateDict, target: StateDict, spec: ModelSpec) -> bo
     return state[key].shape[first:] == target[key].shape[first:]
 
 
-def _count_classes(candidate: Candidate, spec: ModelSpec) -> int | None:
+def _count_classes(candidate: WeightsCandidate, spec: ModelSpec) -> int | None:
     counts = {candidate.state[key].shape[0] for key in spec.head_keys if key in candidate.state}
     return counts.pop() if len(counts) == 1 else None

@@ -9,7 +9,7 @@ import numpy as np
 from cmt_edge.cmt.outputs import SIGMOIDS, SOFTMAXES
 from cmt_edge.deploy.bundle import LOGITS, PROBABILITIES, SCORES
 from cmt_edge.deploy.errors import InputError
-from cmt_edge.deploy.measure.parity import resolution
+from cmt_edge.deploy.measure.parity import measure_resolution
 
 SUM_TOLERANCE = 1e-3
 """Probabilities may sum to 1 plus or minus so much; the sum of 1000 float32 ones is much closer."""
@@ -48,7 +48,7 @@ def find_kind(logits: np.ndarray, operation: str) -> str:
     """
     if logits.min() < 0 or logits.max() > 1 + COARSE_TOLERANCE:
         return LOGITS
-    allowed = COARSE_TOLERANCE if resolution(logits) else SUM_TOLERANCE
+    allowed = COARSE_TOLERANCE if measure_resolution(logits) else SUM_TOLERANCE
     if (np.abs(logits.sum(axis=1) - 1) <= allowed).all():
         if operation not in (
             *SOFTMAXES,
