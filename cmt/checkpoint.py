@@ -38,6 +38,12 @@ REFUSALS = (
 SAVE_REMEDY = "save model.state_dict() with torch.save or safetensors"
 """The remedy for a file that is not a checkpoint."""
 
+CALLS = {
+    "functools.partial": "it holds a functools.partial, as settings of Hydra with _partial_ do, which names a"
+    " function to call",
+}
+"""What a file may hold beside its weights that is not read -> what it is."""
+
 AGAIN = "download the file itself again"
 """The remedy for a page or a note that was saved in place of a file."""
 
@@ -257,6 +263,15 @@ def _unreadable(path: Path, exc: Exception) -> WeightsError:
         (line for line in lines if any(word in line for word in REFUSALS)),
         None,
     )
+    held = next((what for name, what in CALLS.items() if refusal and name in refusal.split()), None)
+    if held:
+        return WeightsError(
+            "refused: the file asks to run code while it is read",
+            where=path,
+            why=held,
+            remedy="save the weights without these settings, in the program that trained the model:"
+            " torch.save(model.state_dict(), NEW)",
+        )
     if refusal:
         return WeightsError(
             "refused: the file asks to run code while it is read",

@@ -1,4 +1,4 @@
-"""Where a checkpoint keeps a model's weights and the names of its classes.
+"""Where a checkpoint keeps a model's weights.
 
 Training programs nest a state dict under keys of their own (``state_dict``, ``net``, ``params_ema``), and
 put prefixes in front of its names (``module.``, ``model.``, ``backbone.``). There is no list of programs
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,8 +47,13 @@ USUAL = {
     "backbone",
     "checkpoint",
     "ckpt",
+    "best",
+    "last",
+    "latest",
+    "final",
 }
-"""Words of which the keys of weights are usually made."""
+"""Words of which the keys of weights are usually made. Nobody but the user knows whether the best or the last
+ones are meant, so that none of them is more usual than the others."""
 
 OTHERS = {
     "optimizer",
@@ -117,28 +122,6 @@ TRAINING = {
 BATCHES = "num_batches_tracked"
 """Last part of the name of a batch norm's counter, which only training reads."""
 
-CLASS_NAMES = (
-    ("classes",),
-    ("class_names",),
-    ("class_to_idx",),
-    ("idx_to_class",),
-    ("names",),
-    ("labels",),
-    ("id2label",),
-    ("label2id",),
-    ("meta", "CLASSES"),
-    ("meta", "classes"),
-    ("meta", "dataset_meta", "classes"),
-    ("meta", "dataset_meta", "CLASSES"),
-    ("hyper_parameters", "classes"),
-    ("hyper_parameters", "class_names"),
-    ("hyper_parameters", "class_to_idx"),
-    ("config", "id2label"),
-    ("args", "class_names"),
-    ("args", "classes"),
-)
-"""Where checkpoints keep the names of their classes."""
-
 MAX_WAY = 4
 """Number of keys on the way to a place, at most."""
 
@@ -164,7 +147,9 @@ class WeightsCandidate:
         way: keys on the way to the place.
         prefix: of the names in the place.
         state: its values under the model's names.
-        beside: names outside the prefix that training does not explain.
+        beside: names outside the prefix that may be layers of a larger model.
+        left_out: other names outside the prefix, which belong to the program that trained the model although
+            nothing in them says so.
         missing: number of the model's names that it lacks.
         shared: number of the model's names that it has; counters of batch norms do not count.
         averaged: whether it holds averaged weights.
@@ -175,6 +160,7 @@ class WeightsCandidate:
     prefix: str
     state: StateDict
     beside: tuple[str, ...]
+    left_out: tuple[str, ...]
     missing: int
     shared: int
     averaged: bool
@@ -256,6 +242,14 @@ def is_training_only(key: str) -> bool:
     return parts[-1] in COUNTERS or bool(TRAINING & split_words(parts[0]))
 
 
+def is_layer(value: Tensor) -> bool:
+    """Whether ``value`` may be the kernel of a layer: real numbers in two dimensions or more.
+
+    Metrics, criteria and preprocessing keep a number, or one a class or channel.
+    """
+    return value.is_floating_point() and sum(length > 1 for length in value.shape) > 1
+
+
 def _unwrapped(state: StateDict) -> StateDict:
     """``state`` without :data:`WRAPPERS` in its names."""
     names = {key: ".".join(part for part in key.split(".") if part not in WRAPPERS) for key in state}
@@ -279,16 +273,19 @@ def _prefixes(state: StateDict, wanted: int) -> list[str]:
 def _compare(place: Place, prefix: str, spec: ModelSpec, target: StateDict) -> WeightsCandidate:
     inside = {key[len(prefix) :]: value for key, value in place.state.items() if key.startswith(prefix)}
     state = _to_model(inside, spec, target)
-    outside = [key for key in place.state if not key.startswith(prefix)]
     required = [key for key in target if not key.endswith(BATCHES)]
+    missing = sum(key not in state for key in required)
+    outside = [key for key in place.state if not key.startswith(prefix) and not is_training_only(key)]
+    layers = [key for key in outside if missing or is_layer(place.state[key])]
     way = [*place.way, *prefix.split(".")]
     averaged = any(AVERAGE.search(part) for part in way)
     return WeightsCandidate(
         way=place.way,
         prefix=prefix,
         state=state,
-        beside=tuple(key for key in outside if not is_training_only(key)),
-        missing=sum(key not in state for key in required),
+        beside=tuple(layers),
+        left_out=tuple(key for key in outside if key not in set(layers)),
+        missing=missing,
         shared=sum(key in state for key in required),
         averaged=averaged or _has_average_counter(place.state, prefix),
         usual=all(split_words(AVERAGE.sub(" ", part)) <= USUAL or part.startswith("[") for part in way),
@@ -384,10 +381,13 @@ def _without_siblings(chosen: WeightsCandidate, complete: list[WeightsCandidate]
     """``chosen``, where names beside it that are a whole model too are not counted as strange."""
     siblings = {c.prefix for c in complete if c.way == chosen.way and c.prefix != chosen.prefix}
     siblings = {prefix for prefix in siblings if prefix and not chosen.prefix.startswith(prefix)}
-    if not chosen.beside or not siblings:
+    if not siblings:
         return chosen
-    left = tuple(key for key in chosen.beside if not key.startswith(tuple(siblings)))
-    return replace(chosen, beside=left)
+    beside, left_out = (
+        tuple(key for key in keys if not key.startswith(tuple(siblings)))
+        for keys in (chosen.beside, chosen.left_out)
+    )
+    return replace(chosen, beside=beside, left_out=left_out)
 
 
 def _same(first: StateDict, second: StateDict) -> bool:
@@ -397,84 +397,7 @@ def _same(first: StateDict, second: StateDict) -> bool:
     )
 
 
-# --- names of classes -----------------------------------------------------------------------------
-
-
-def find_class_names(content: Any, count: int) -> tuple[str, ...] | None:
-    """The names of the classes in the order of the logits; ``None`` where the checkpoint has none.
-
-    Args:
-        content: of the checkpoint.
-        count: number of the model's classes; of several lists those of this length are preferred.
-
-    Raises:
-        Undecided: two lists of this length have different orders.
-    """
-    found: dict[str, tuple[str, ...]] = {}
-    for way in CLASS_NAMES:
-        names = _as_names(
-            _follow(content, way),
-            by_value=way[-1].endswith(("to_idx", "2id")),
-        )
-        if names and (len(names) == count or way == CLASS_NAMES[0]):
-            found[".".join(way)] = names
-    fitting = {key: names for key, names in found.items() if len(names) == count} or found
-    first = next(iter(fitting.values()), None)
-    for key, names in fitting.items():
-        if first and names != first and sorted(names) == sorted(first):
-            raise Undecided(
-                f"gives its classes in two orders: {next(iter(fitting))} and {key}",
-                None,
-                "correct the checkpoint's entries, or save its state dict alone and give --labels FILE",
-            )
-    return first
-
-
-def _follow(content: Any, way: Iterable[str]) -> Any:
-    for key in way:
-        if isinstance(content, Mapping):
-            content = content.get(key)
-        else:
-            content = vars(content).get(key) if hasattr(content, "__dict__") else None
-    return content
-
-
-def _as_names(value: Any, by_value: bool) -> tuple[str, ...] | None:
-    """Names by index from a list, an array, or a mapping; ``None`` for anything else.
-
-    ``by_value`` tells that a mapping's values are the indices.
-    """
-    if isinstance(value, PlainArray):
-        value = value.value
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
-    if isinstance(value, Mapping):
-        return _in_order(value, by_value)
-    if not isinstance(value, (list, tuple)) or not value:
-        return None
-    return tuple(map(str, value)) if all(isinstance(name, (str, int)) for name in value) else None
-
-
-def _in_order(mapping: Mapping[Any, Any], by_value: bool) -> tuple[str, ...] | None:
-    """The names of a mapping from index to name, or from name to index, in the order of the indices."""
-    keys, values = list(mapping), list(mapping.values())
-    if not by_value:
-        text = not all(_is_whole(key) for key in keys)
-        by_value = text and all(_is_whole(value) for value in values)
-    indices, names = (values, keys) if by_value else (keys, values)
-    if not all(_is_whole(index) or (isinstance(index, str) and index.isdecimal()) for index in indices):
-        return None
-    by_index = {int(index): str(name) for index, name in zip(indices, names, strict=True)}
-    if sorted(by_index) != list(range(len(mapping))):
-        return None
-    return tuple(by_index[i] for i in range(len(mapping))) or None
-
-
-def _is_whole(value: object) -> bool:
-    """Whether ``value`` is an integer, or a tensor that holds one."""
-    if isinstance(value, Tensor):
-        return value.numel() == 1 and not value.is_floating_point()
-    return isinstance(value, int) and not isinstance(value, bool)
+# --- messages -----------------------------------------------------------------------------------
 
 
 def describe_keys(content: Any) -> str:

@@ -9,18 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import read_content, read_metadata
+from .class_names import SETTINGS, count_class_names
+from .recognition import recognise
 from .registry import list_models
 
-ABOUT = ("settings", "args", "config", "hyper_parameters")
-"""Entries of a checkpoint that hold the settings of its training, in the order in which they are asked."""
 MODEL = ("model", "arch", "model_name")
 """Names of a setting that names the model."""
 SIZE = ("imgsz", "img_size", "image_size", "input_size", "size")
 """Names of a setting that holds the height and width of the input, pixels."""
 COUNT = ("num_classes", "nb_classes")
 """Names of a setting that holds the number of classes."""
-CLASS_NAME_SETTINGS = ("classes", "class_names")
-"""Names of a setting that lists the names of the classes."""
 
 
 @dataclass(frozen=True)
@@ -55,20 +53,43 @@ def describe_checkpoint(path: Path) -> Description:
     if not isinstance(content, Mapping):
         return Description()
     content = read_metadata(path) or content
-    for settings in (
-        *map(_settings, map(content.get, ABOUT)),
-        _settings(content),
-    ):
+    for settings in _all_settings(content):
         model = _first(settings, MODEL, str)
         if model in list_models():
-            return Description(
-                model,
-                _read_size(settings),
-                _count_classes(settings, content),
-                _read_triple(settings.get("mean")),
-                _read_triple(settings.get("std")),
-            )
+            return _describe(model, settings, _count_classes(settings, content))
     return Description()
+
+
+def describe_by_shapes(path: Path) -> list[Description]:
+    """The models of the registry that have the names and shapes of the weights in a checkpoint, at their
+    published sizes; see :func:`cmt_edge.cmt.recognition.recognise`.
+
+    Size, mean and deviation are what the settings in the file say, where they say it.
+
+    Raises:
+        WeightsError: the file is missing, unreadable or unsafe.
+    """
+    content = read_content(path)
+    said = read_metadata(path) or content
+    settings: dict[Any, Any] = {}
+    for part in _all_settings(said if isinstance(said, Mapping) else {}):
+        settings = {**part, **settings}
+    return [_describe(model.name, settings, model.num_classes) for model in recognise(content)]
+
+
+def _describe(model: str, settings: Mapping[Any, Any], num_classes: int | None) -> Description:
+    return Description(
+        model,
+        _read_size(settings),
+        num_classes,
+        _read_triple(settings.get("mean")),
+        _read_triple(settings.get("std")),
+    )
+
+
+def _all_settings(content: Mapping[Any, Any]) -> list[Mapping[Any, Any]]:
+    """The settings in a checkpoint, and the checkpoint itself, which may hold some."""
+    return [*map(_settings, map(content.get, SETTINGS)), content]
 
 
 def _settings(value: Any) -> Mapping[Any, Any]:
@@ -95,6 +116,8 @@ def _read_size(settings: Mapping[Any, Any]) -> int | None:
         value = settings.get(name)
         if isinstance(value, (list, tuple)) and value and set(value[-2:]) == {value[-1]}:
             value = value[-1]
+        if isinstance(value, str) and value.isdecimal():
+            value = int(value)
         if type(value) is int and value > 0:
             return value
     return None
@@ -112,8 +135,6 @@ def _read_triple(value: Any) -> tuple[float, ...] | None:
 
 
 def _count_classes(settings: Mapping[Any, Any], content: Mapping[Any, Any]) -> int | None:
-    for source in (settings, content):
-        for names in map(source.get, CLASS_NAME_SETTINGS):
-            if isinstance(names, (list, tuple)) and names:
-                return len(names)
-    return _positive(_first(settings, COUNT, int))
+    """The number of names of classes, or the number that a setting gives."""
+    named = count_class_names(settings) or count_class_names(content)
+    return named or _positive(_first(settings, COUNT, int))

@@ -17,6 +17,9 @@ import numpy as np
 PLAIN_KINDS = "biufcSU"
 """Kinds of NumPy values that hold no Python objects: truth values, numbers and text."""
 
+SKIPPED_KINDS = "mMV"
+"""Kinds of NumPy values that nobody reads: durations, times and records. They are replaced by ``None``."""
+
 OBJECTS = "O"
 """Kind of an array of Python objects, which is kept as a list."""
 
@@ -63,7 +66,7 @@ class PlainType:
 
     def __init__(self, code: str, align: bool = False, copy: bool = False) -> None:
         made = np.dtype(str(code))
-        if made.kind not in PLAIN_KINDS + OBJECTS:
+        if made.kind not in PLAIN_KINDS + SKIPPED_KINDS + OBJECTS:
             raise ValueError(f"arrays of the type {code!r} are not read")
         self.made = made
 
@@ -74,7 +77,8 @@ class PlainType:
 
 
 class PlainArray:
-    """Stands for ``numpy.ndarray``; :attr:`value` is the array, or a list of Python objects."""
+    """Stands for ``numpy.ndarray``; :attr:`value` is the array, a list of Python objects, or ``None`` for
+    a kind that nobody reads."""
 
     value: np.ndarray | list[Any] | None = None
 
@@ -82,6 +86,8 @@ class PlainArray:
         _, shape, kind, fortran, data = state
         if isinstance(data, list):
             self.value = data
+            return
+        if _is_skipped(kind):
             return
         flat = np.frombuffer(_to_bytes(data), _type_of(kind))
         self.value = flat.reshape(shape, order="F" if fortran else "C")
@@ -103,7 +109,10 @@ def make_array(*_: object) -> PlainArray:
 
 
 def make_scalar(kind: PlainType, data: object = b"") -> Any:
-    """Stands for ``numpy.core.multiarray.scalar``: a Python number or text."""
+    """Stands for ``numpy.core.multiarray.scalar``: a Python number or text, or ``None`` for a kind that
+    nobody reads."""
+    if _is_skipped(kind):
+        return None
     return np.frombuffer(_to_bytes(data), _type_of(kind))[0].item()
 
 
@@ -125,6 +134,10 @@ def make_list(*_: object) -> list[Any]:
 def make_namespace(*_: object, **__: object) -> argparse.Namespace:
     """Stands for ``types.SimpleNamespace``; its entries follow."""
     return argparse.Namespace()
+
+
+def _is_skipped(kind: object) -> bool:
+    return isinstance(kind, PlainType) and kind.made.kind in SKIPPED_KINDS
 
 
 def _to_bytes(data: object) -> bytes:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cmt_edge.deploy.errors import WeightsError
 
 from .checkpoint import SAVE_REMEDY, read_content, read_metadata
+from .class_names import ClassNames, find_class_names
 from .containers import (
     BATCHES,
     Undecided,
@@ -23,7 +24,6 @@ from .containers import (
     describe_keys,
     describe_nearest_entry,
     find_candidates,
-    find_class_names,
 )
 from .spec import Classifier, ModelSpec, StateDict
 
@@ -47,6 +47,8 @@ class LoadedWeights:
         fresh: keys left at their initial values (a fresh head asked for).
         resized: keys interpolated to the model's resolution.
         classes: class names in the checkpoint, or ``None``.
+        classes_fault: why names of classes that the checkpoint has cannot be used, or ``None``.
+        left_out: keys beside the model that are the training program's and were not loaded.
         entry: where in the checkpoint the weights were, e.g. ``"state_dict.model"``; empty where they did not
             come from a file.
     """
@@ -57,6 +59,8 @@ class LoadedWeights:
     resized: tuple[str, ...] = ()
     classes: tuple[str, ...] | None = None
     entry: str = ""
+    classes_fault: str | None = None
+    left_out: tuple[str, ...] = ()
 
 
 def load_weights(
@@ -198,7 +202,6 @@ def _assign(
     target = model.state_dict()
     try:
         chosen = _choose(content, source, spec, target, ema)
-        classes = find_class_names(said or content, cast(Classifier, model).num_classes)
     except Undecided as exc:
         raise WeightsError(exc.what, where=source, why=exc.reason, remedy=exc.remedy) from None
     ours = _settled(chosen.state, model, target)
@@ -211,13 +214,18 @@ def _assign(
         beside = f"the file holds: {describe_keys(content)}; {describe_nearest_entry(chosen)}"
         raise _misfit(spec, mismatch, target, ours, source, beside)
     model.load_state_dict(ours)
+    found = ClassNames()
+    if not fresh:  # the names would be those of the old classifier
+        found = find_class_names(said or content, cast(Classifier, model).num_classes)
     return LoadedWeights(
         source.name,
         chosen.averaged,
         tuple(fresh),
         tuple(resized),
-        None if fresh else classes,
+        found.names,
         chosen.entry,
+        found.fault,
+        chosen.left_out,
     )
 
 
@@ -269,9 +277,14 @@ def _settled(state: StateDict, model: nn.Module, target: StateDict) -> StateDict
     }
     for key in target:
         counts = key.endswith(BATCHES) and key.replace(BATCHES, "running_var") in ours
-        if counts and (key not in ours or ours[key].is_floating_point()):
+        if counts and (key not in ours or _is_other_counter(ours[key])):
             ours[key] = target[key]
     return ours
+
+
+def _is_other_counter(value: Tensor) -> bool:
+    """Whether a counter is a real number, or a list of one element."""
+    return value.is_floating_point() or tuple(value.shape) == (1,)
 
 
 def _equal(first: Tensor, second: Tensor) -> bool:

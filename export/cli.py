@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmt_edge.deploy.cli.console import make_parser, run_command, say
+from cmt_edge.deploy.cli.console import make_parser, run_command, say, tell
 from cmt_edge.deploy.errors import InputError, RuntimeMissingError
 
 from .options import add_flags, read_flags, read_mapping
@@ -84,14 +84,18 @@ def _export(args: argparse.Namespace) -> int:
     from cmt_edge.deploy.bundle.packed import locate_packed
     from cmt_edge.deploy.progress import Progress
 
-    from .config import ExportConfig
+    from .config import ExportConfig, described_by_shapes
     from .config_file import read_config
     from .replaced import describe_replaced, read_replaced
 
     written = read_config(args.config) if args.config else {}
     dry_run = _take_dry_run(written, args.config) or args.dry_run
     settings = read_mapping(written, Settings, args.config)
-    config = ExportConfig.from_mapping(settings | read_flags(args, Settings), args.config)
+    given = settings | read_flags(args, Settings)
+    by_shapes = described_by_shapes(given)
+    if by_shapes and not args.quiet:
+        tell(f"model: {by_shapes['model']}, told by the shapes of the weights")
+    config = ExportConfig.from_mapping(by_shapes | given, args.config)
     config.check()
     from . import pipeline
     from .plan import plan_text

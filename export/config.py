@@ -15,7 +15,7 @@ from torch import nn
 from cmt_edge.calib import DEFAULT, Recipe
 from cmt_edge.calib.data import SYNTHETIC
 from cmt_edge.cmt import model_spec
-from cmt_edge.cmt.described import describe_checkpoint
+from cmt_edge.cmt.described import Description, describe_by_shapes, describe_checkpoint
 from cmt_edge.cmt.features import require_head
 from cmt_edge.cmt.outside import is_outside
 from cmt_edge.cmt.spec import ModelSpec, check_size
@@ -208,6 +208,7 @@ class ExportConfig(Settings):
         """
         found = read_mapping(values, cls, where)
         found = _described_by_weights(found) | found
+        found = described_by_shapes(found) | found
         if "model" not in found:
             silent = found.get("weights", "pretrained") not in NAMED_WEIGHTS
             raise InputError(
@@ -432,6 +433,34 @@ def _described_by_weights(
     said = describe_checkpoint(Path(weights))
     if said.model is None or settings.get("model", said.model) != said.model:
         return {}
+    return _as_settings(said)
+
+
+def described_by_shapes(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the only model that the shapes of a checkpoint's weights fit, where neither the
+    settings nor the checkpoint name one; empty where no model fits.
+
+    Raises:
+        InputError: several models fit.
+    """
+    weights = settings.get("weights", "pretrained")
+    if "model" in settings or weights in NAMED_WEIGHTS or not Path(weights).is_file():
+        return {}
+    if describe_checkpoint(Path(weights)).model is not None:
+        return {}
+    fitting = describe_by_shapes(Path(weights))
+    if len(fitting) > 1:
+        names = [str(said.model) for said in fitting]
+        raise InputError(
+            "no model was named",
+            where=weights,
+            why=f"its weights have the shapes of {' and of '.join(names)}",
+            remedy=f"--model {' or --model '.join(names)}",
+        )
+    return _as_settings(fitting[0]) if fitting else {}
+
+
+def _as_settings(said: Description) -> dict[str, Any]:
     known = {
         "model": said.model,
         "imgsz": said.img_size,

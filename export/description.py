@@ -25,6 +25,7 @@ from cmt_edge.deploy.bundle.sections import (
     TypingEntry,
     WeightsEntry,
 )
+from cmt_edge.deploy.errors import InputError
 from cmt_edge.deploy.measure.benchmark import Benchmark
 from cmt_edge.deploy.measure.host import describe_host, read_versions
 from cmt_edge.deploy.measure.parity import Verification
@@ -34,6 +35,9 @@ from .steps import GOLDEN_IMAGES, OBSERVED_IMAGES, Reference
 from .to_onnx import INPUT
 from .typed import Typed
 
+IMAGENET_CLASSES = 1000
+"""Number of classes of ImageNet-1k."""
+
 Labels = tuple[tuple[str, str], ...]
 """``((id, name), ...)`` in the order of the logits."""
 
@@ -42,7 +46,8 @@ def choose_labels(config: ExportConfig, loaded: LoadedWeights) -> tuple[Labels, 
     """The labels, and where they come from; a model of one logit has two.
 
     Raises:
-        InputError: the labels of the file or of the checkpoint are not one a class.
+        InputError: the labels of the file or of the checkpoint are not one a class, or those of the
+            checkpoint have no certain order.
     """
     if config.head != LOGITS:
         return (), "none"
@@ -51,10 +56,28 @@ def choose_labels(config: ExportConfig, loaded: LoadedWeights) -> tuple[Labels, 
     if loaded.classes is not None:
         config.require_labels(loaded.classes, loaded.source)
         return _named(config, loaded.classes), "checkpoint"
-    if (known := labels_of(config.spec, config.classes)) is not None:
+    if loaded.classes_fault is not None:
+        raise InputError(
+            "the names of the classes in the checkpoint cannot be used",
+            where=loaded.source,
+            why=loaded.classes_fault,
+            remedy="--labels FILE with one class name a line, in the order of the logits",
+        )
+    known = labels_of(config.spec, config.classes)
+    if known is not None and _may_be_published(config):
         return tuple(known), "published"
     numbered = [f"class_{i}" for i in range(config.label_count)]
     return _named(config, numbered), "numbered"
+
+
+def _may_be_published(config: ExportConfig) -> bool:
+    """Whether the published classes may be those of the weights.
+
+    A checkpoint file that names no classes may be a published one where they are the 1000 of ImageNet, which
+    are hardly ever others. Other published weights come with this package, so that a file holds somebody's
+    own.
+    """
+    return config.weights in NAMED_WEIGHTS or config.classes == IMAGENET_CLASSES
 
 
 def _named(config: ExportConfig, names: Sequence[str]) -> Labels:

@@ -50,7 +50,7 @@ from cmt_edge.deploy.measure.parity import (
 )
 from cmt_edge.deploy.preprocessing import normalise, pixels
 
-from .config import OPSET, ExportConfig
+from .config import NAMED_WEIGHTS, OPSET, ExportConfig
 from .outputs import (
     IN_UNIT_RANGE,
     find_kind,
@@ -68,6 +68,8 @@ from .to_onnx import (
 )
 from .typed import observe
 
+MAX_KEYS = 6
+"""Number of keys of a checkpoint that a note names."""
 GOLDEN_IMAGES = 4
 """Number of golden images in a bundle."""
 GOLDEN_SEED = 7
@@ -441,9 +443,28 @@ def verify_bundle(
             progress=progress,
             candidate=candidate,
         )
+    notes = [*result.notes, *_notes_on_checkpoint(config, bundle, reference.loaded)]
     if config.head == LOGITS and may_be_probabilities(reference.golden.logits, reference.kind):
-        return replace(result, notes=(*result.notes, IN_UNIT_RANGE))
-    return result
+        notes.append(IN_UNIT_RANGE)
+    return replace(result, notes=tuple(notes))
+
+
+def _notes_on_checkpoint(config: ExportConfig, bundle: Bundle, loaded: LoadedWeights) -> list[str]:
+    """What a user should know of a checkpoint file: names of classes that it lacks, keys that were left
+    out."""
+    notes = []
+    source = bundle.manifest.labels_source
+    if config.weights not in NAMED_WEIGHTS and source in ("published", "numbered"):
+        notes.append(
+            f"{loaded.source} does not name its classes, so that their labels are {source}, from"
+            f" {bundle.labels[0]!r} to {bundle.labels[-1]!r}: --labels FILE gives others"
+        )
+    if loaded.left_out:
+        keys = ", ".join(loaded.left_out[:MAX_KEYS])
+        rest = len(loaded.left_out) - MAX_KEYS
+        more = f" and {rest} more" if rest > 0 else ""
+        notes.append(f"not of the model, left out: {keys}{more} (all of its weights are in {loaded.entry})")
+    return notes
 
 
 @dataclass(frozen=True)

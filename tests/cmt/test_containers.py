@@ -7,6 +7,7 @@ import collections
 import contextlib
 import datetime
 import decimal
+import functools
 import gzip
 import os
 import pickle
@@ -23,7 +24,7 @@ import torch
 from torch import nn
 
 from cmt_edge.cmt import create_model, load_weights, weights_fingerprint
-from cmt_edge.cmt.containers import find_class_names
+from cmt_edge.cmt.class_names import ClassNames, find_class_names
 from cmt_edge.deploy.errors import WeightsError
 from helpers.weights import holds, nano, saved, state_of
 
@@ -109,7 +110,15 @@ PLAIN = {
     "an average that is none": {"model": GOOD, "ema": {"decay": 0.999, "updates": 10}},
     "an average that was not made": {"model": GOOD, "model_ema": None},
     "moments of an optimizer": {"model": GOOD, "optimizer": {"exp_avg": OTHER}},
-    "an older best": {"state_dict": GOOD, "best_state_dict": OTHER},
+    "metrics and a criterion of any name": {
+        "state_dict": behind("model.")
+        | {"ce.weight": torch.ones(10), "class_weights": torch.ones(10), "f1.tp": torch.zeros(10)}
+        | {"mixup.lam": torch.zeros(1), "mean": torch.ones(1, 3, 1, 1), "std": torch.ones(3)}
+    },
+    "counters of one element": {k: v.reshape(1) if "num_batches" in k else v for k, v in GOOD.items()},
+    "NumPy times": {"model": GOOD, "when": np.datetime64("2024-01-01"), "took": np.timedelta64(3, "s")},
+    "NumPy records": {"model": GOOD, "log": np.zeros(2, dtype=[("a", "f4"), ("when", "M8[s]")])},
+    "a net of older weights": {"net": GOOD, "net_old": OTHER},
     "thop": profiled(),
     "NumPy scalars": {"model": GOOD, "acc": np.float64(84.2), "loss": np.float32(1), "n": np.int64(3)},
     "NumPy text and truth": {"model": GOOD, "name": np.str_("run"), "done": np.bool_(True)},
@@ -224,6 +233,10 @@ DIFFERENT = {
     "teacher and student": {"teacher": GOOD, "student": OTHER},
     "two prefixes": behind("first.") | behind("second.", OTHER),
     "a list of two": [GOOD, OTHER],
+    "the last and the best model": {"model": OTHER, "best_model": GOOD},
+    "the best state dict": {"state_dict": OTHER, "best_state_dict": GOOD},
+    "the best model's state": {"model": OTHER, "best_model_state": GOOD, "best_acc": 0.9},
+    "last and best": {"last": OTHER, "best": GOOD},
     "two averages": {"ema": GOOD, "swa": OTHER},
 }
 
@@ -238,9 +251,9 @@ def test_two_sets_of_weights_are_not_guessed_between(tmp_path, name):
 
 
 STRANGE = {
-    "a layer beside": behind("model.") | {"temperature": torch.ones(1)},
+    "a layer beside": behind("model.") | {"projection.weight": torch.ones(4, 10)},
+    "a value behind": GOOD | {"temperature": torch.ones(1)},
     "a layer behind": GOOD | {"calibration.weight": torch.ones(3)},
-    "a norm before": behind("net.") | {"normalize.mean": torch.ones(3)},
     "a second head": {"state_dict": behind("backbone.") | {"head.fc.weight": torch.ones(10, 10)}},
 }
 
@@ -249,6 +262,17 @@ STRANGE = {
 def test_a_layer_that_the_model_lacks_is_not_dropped(tmp_path, name):
     with pytest.raises(WeightsError, match="unexpected"):
         load_weights(nano(), saved(tmp_path, STRANGE[name]))
+
+
+def test_what_is_left_out_beside_the_model_is_named(tmp_path):
+    content = {"state_dict": behind("net.") | {"normalize.mean": torch.ones(3), "val_loss": torch.ones(1)}}
+    assert result_of(tmp_path, content).left_out == ("normalize.mean",)
+    assert result_of(tmp_path, GOOD).left_out == ()
+
+
+def test_averaged_weights_answer_which_of_two_sets_is_meant(tmp_path):
+    content = {"model": OTHER, "best_model": state_of(3), "model_ema": GOOD}
+    assert result_of(tmp_path, content).ema
 
 
 def test_a_message_names_what_the_file_holds_and_the_nearest_match(tmp_path):
@@ -397,11 +421,24 @@ class ForgedArray:
 
 @pytest.mark.parametrize(
     ("code", "data"),
-    [("O", b"A" * 16), ("f8", b"A" * 3), ("f8", "A" * 3), ("V8", b"A" * 16), ("M8[s]", b"A" * 16), ("f8", 7)],
+    [("O", b"A" * 16), ("f8", b"A" * 3), ("f8", "A" * 3), ("f8", 7)],
 )
 def test_forged_arrays_are_refused(tmp_path, code, data):
     with pytest.raises(WeightsError, match=r"cannot be read|refused"):
         load_weights(nano(), saved(tmp_path, {"model": GOOD, "x": ForgedArray(code, data)}))
+
+
+@pytest.mark.parametrize("code", ["V8", "M8[s]", "m8[s]"])
+def test_arrays_that_nobody_reads_are_skipped(tmp_path, code):
+    result_of(tmp_path, {"model": GOOD, "x": ForgedArray(code, b"A" * 3)})
+
+
+def test_a_partial_among_the_settings_is_named(tmp_path):
+    content = {"model": GOOD, "cfg": {"optimizer": functools.partial(int, base=2)}}
+    with pytest.raises(WeightsError, match="refused") as error:
+        load_weights(nano(), saved(tmp_path, content))
+    assert "functools.partial" in str(error.value.why)
+    assert "save the weights without these settings" in error.value.remedy
 
 
 def test_a_whole_model_is_refused(tmp_path):
@@ -463,38 +500,98 @@ CLASSES = {
     "id2label": {"config": {"id2label": {str(i): name for i, name in FORWARD.items()}}},
     "args": {"args": argparse.Namespace(class_names=list(NAMES))},
     "names of something else": {"names": ["conv", "fc"], "class_names": list(NAMES)},
+    "index from 1": {"idx_to_class": {i + 1: name for i, name in FORWARD.items()}},
+    "indices as real numbers": {"names": {float(i): name for i, name in FORWARD.items()}},
+    "indices in tensors": {"class_to_idx": {name: torch.tensor(i) for name, i in BACKWARD.items()}},
+    "pairs of index and name": {"classes": [[i, name] for i, name in FORWARD.items()]},
+    "bytes": {"classes": [name.encode() for name in NAMES]},
+    "a text": {"classes": ", ".join(NAMES)},
+    "label_map": {"label_map": FORWARD},
+    "settings": {"settings": {"classes": list(NAMES)}},
+    "class_to_idx of args": {"args": argparse.Namespace(class_to_idx=SHUFFLED)},
+    "idx_to_class of Lightning": {"hyper_parameters": {"idx_to_class": FORWARD}},
+    "a data module": {"datamodule_hyper_parameters": {"class_names": list(NAMES)}},
+    "config": {"config": {"classes": list(NAMES)}},
+    "data of config": {"config": {"data": {"classes": list(NAMES)}}},
+    "numbers first": {"classes": list(range(10)), "idx_to_class": FORWARD},
 }
 
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_class_names_are_found(tmp_path, name):
-    assert result_of(tmp_path, {"model": GOOD} | CLASSES[name]).classes == NAMES
+    loaded = result_of(tmp_path, {"model": GOOD} | CLASSES[name])
+    assert (loaded.classes, loaded.classes_fault) == (NAMES, None)
 
 
 @pytest.mark.parametrize(
     "content",
-    [{}, {"classes": 10}, {"names": ["conv", "fc"]}, {"class_to_idx": {"a": 0, "b": 2}}, {"classes": [None]}],
+    [
+        {},
+        [1],
+        {"classes": 10},
+        {"classes": {}},
+        {"classes": []},
+        {"classes": "data/classes.txt"},
+        {"args": {"classes": [0, 2]}},
+        {"names": ["conv", "fc"]},
+        {"labels": torch.zeros(10)},
+    ],
 )
 def test_what_is_no_list_of_classes(content):
-    assert find_class_names(content, 10) is None
+    assert find_class_names(content, 10) == ClassNames()
+
+
+UNUSABLE = {
+    "a hole": ({"class_to_idx": {"a": 0, "b": 2}}, "class_to_idx has 2 indices from 0 to 2"),
+    "a later beginning": ({"idx_to_class": {i + 2: n for i, n in FORWARD.items()}}, "from 2 to 11"),
+    "one index twice": ({"class_to_idx": dict.fromkeys(NAMES, 0)}, "10 indices from 0 to 0"),
+    "nine": ({"class_names": list(NAMES[:9])}, "class_names has 9 names for 10 classes"),
+    "nine from 1": ({"idx_to_class": {i: NAMES[i] for i in range(1, 10)}}, "9 names for 10 classes"),
+    "nine of the settings": ({"args": {"classes": list(NAMES[:9])}}, "args.classes has 9 names"),
+    "a set": ({"classes": set(NAMES)}, "classes is a set"),
+    "pairs of names": ({"classes": [[name, "x"] for name in NAMES]}, "holds a list"),
+    "no names": ({"classes": [None] * 10}, "holds a NoneType"),
+    "bytes of another code": ({"classes": [b"\xff"] * 10}, "UTF-8"),
+    "numbers to numbers": ({"classes": {i: 9 - i for i in range(10)}}, "numbers to numbers"),
+    "half an index": ({"class_to_idx": {name: i / 2 for name, i in BACKWARD.items()}}, "no whole number"),
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_names_without_a_certain_order_are_told(name):
+    content, fault = UNUSABLE[name]
+    found = find_class_names(content, 10)
+    assert found.names is None
+    assert fault in str(found.fault)
+
+
+def test_names_that_fit_are_taken_beside_some_that_do_not():
+    content = {"class_names": list(NAMES[:9]), "settings": {"classes": list(NAMES)}}
+    assert find_class_names(content, 10) == ClassNames(NAMES)
+
+
+@pytest.mark.parametrize("names", [["dog"], ["cat", "dog"]])
+def test_one_logit_has_one_name_or_two(names):
+    assert find_class_names({"classes": names}, 1) == ClassNames(tuple(names))
 
 
 def test_classes_that_are_digits_keep_their_indices():
     folders = sorted(map(str, range(12)))  # "0", "1", "10", "11", "2", ...: as ImageFolder sorts them
     backward = {name: i for i, name in enumerate(folders)}
-    assert find_class_names({"class_to_idx": backward}, 12) == tuple(folders)
-    assert find_class_names({"classes": backward}, 12) == tuple(folders)
+    assert find_class_names({"class_to_idx": backward}, 12).names == tuple(folders)
+    assert find_class_names({"classes": backward}, 12).names == tuple(folders)
 
 
-def test_two_orders_of_the_classes_are_refused(tmp_path):
+def test_two_orders_of_the_classes_are_told(tmp_path):
     content = {"model": GOOD, "classes": list(NAMES[::-1]), "class_to_idx": BACKWARD}
-    with pytest.raises(WeightsError, match="two orders: classes and class_to_idx"):
-        load_weights(nano(), saved(tmp_path, content))
+    loaded = result_of(tmp_path, content)
+    assert loaded.classes is None
+    assert loaded.classes_fault == "gives its classes in two orders: classes and class_to_idx"
 
 
 def test_ids_and_readable_names_are_no_contradiction():
     ids = [f"n{i:08}" for i in range(10)]
-    assert find_class_names({"classes": ids, "class_names": list(NAMES)}, 10) == tuple(ids)
+    assert find_class_names({"classes": ids, "class_names": list(NAMES)}, 10).names == tuple(ids)
 
 
 # --- values ---------------------------------------------------------------------------------------

@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 from cmt_edge.deploy import Bundle
+from cmt_edge.deploy.errors import InputError
 from cmt_edge.export import ExportConfig
 from cmt_edge.export.cli import main
+from cmt_edge.export.pipeline import plan
 from helpers.exports import traced_once
 from helpers.weights import nano, state_of
 
@@ -74,3 +76,70 @@ def test_weights_of_no_file_have_no_entry(tmp_path, capsys):
     assert "weights: pretrained\n" in capsys.readouterr().out
     content = json.loads((tmp_path / "cmt_nano_fp32_onnx" / "manifest.json").read_text())
     assert "entry" not in content["model"]["weights"]
+
+
+# --- labels ---------------------------------------------------------------------------------------
+
+TEN = [f"kind {i}" for i in range(10)]
+
+
+def labels_of_plan(folder, content, **settings) -> str:
+    torch.save({"model": state_of(1), **content}, folder / "own.pt")
+    given = {"weights": str(folder / "own.pt"), "format": "onnx", "output": str(folder / "out")}
+    return plan(ExportConfig.from_mapping(given | settings))["labels"]
+
+
+@pytest.mark.parametrize(
+    ("content", "labels"),
+    [
+        ({"settings": {"model": "cmt_nano", "classes": TEN}}, "10 (checkpoint)"),
+        ({"idx_to_class": {i + 1: name for i, name in enumerate(TEN)}}, "10 (checkpoint)"),
+        ({}, "10 (numbered)"),
+    ],
+)
+def test_labels_are_those_of_the_checkpoint_or_none(tmp_path, content, labels):
+    assert labels_of_plan(tmp_path, content, model="cmt_nano") == labels
+
+
+def test_names_that_cannot_be_used_are_refused_and_a_file_replaces_them(tmp_path):
+    content = {"class_names": TEN[:9]}
+    with pytest.raises(InputError, match="names of the classes in the checkpoint cannot be used") as error:
+        labels_of_plan(tmp_path, content, model="cmt_nano")
+    assert "class_names has 9 names for 10 classes" in error.value.why
+    assert "--labels FILE" in error.value.remedy
+    (tmp_path / "names.txt").write_text("\n".join(TEN))
+    given = labels_of_plan(tmp_path, content, model="cmt_nano", labels=str(tmp_path / "names.txt"))
+    assert given == "10 (file)"
+
+
+def test_a_checkpoint_without_names_is_noted_with_what_was_left_out(tmp_path):
+    state = {f"model.{key}": value for key, value in state_of(1).items()} | {"ce.weight": torch.ones(10)}
+    torch.save({"state_dict": state}, tmp_path / "own.ckpt")
+    command = ["--weights", str(tmp_path / "own.ckpt"), "--format", "onnx", "-o", str(tmp_path)]
+    with traced_once():
+        assert main([*command, "-q"]) == 0
+    made = Bundle.open(tmp_path / "cmt_nano_fp32_onnx")
+    assert made.labels[0] == "class_0"
+    notes = " ".join(made.manifest.verification.notes)
+    assert "own.ckpt does not name its classes, so that their labels are numbered" in notes
+    assert "left out: ce.weight (all of its weights are in model)" in notes.replace("state_dict.", "")
+
+
+# --- the model ------------------------------------------------------------------------------------
+
+
+def test_a_model_is_told_by_the_shapes_of_its_weights(tmp_path, capsys):
+    torch.save({"model": state_of(1), "classes": TEN}, tmp_path / "own.pt")
+    command = ["--weights", str(tmp_path / "own.pt"), "--format", "onnx", "-o", str(tmp_path), "--dry-run"]
+    assert main(command) == 0
+    assert "model: cmt_nano, told by the shapes of the weights" in capsys.readouterr().err
+
+
+def test_a_model_is_not_guessed_between_two(tmp_path, capsys):
+    from cmt_edge.cmt import create_model
+
+    torch.save(create_model("cvt_13").state_dict(), tmp_path / "own.pt")
+    with pytest.raises(InputError, match="no model was named") as error:
+        ExportConfig.from_mapping({"weights": str(tmp_path / "own.pt")})
+    assert "of cvt_13 and of cvt_13_384" in error.value.why
+    assert error.value.remedy == "--model cvt_13 or --model cvt_13_384"

@@ -1,0 +1,108 @@
+"""Which model of the registry a state dict belongs to, told by the names and shapes of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from .containers import BATCHES, Place, WeightsCandidate, find_candidates, find_places
+from .registry import list_models, model_spec
+from .spec import ModelSpec, StateDict
+
+MIN_TENSORS = 20
+"""Number of tensors in a place, at least, before the models of the registry are tried on it."""
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """A model that has all names and shapes of a state dict.
+
+    Attributes:
+        name: in the registry.
+        num_classes: number of logits, from the shape of the classifier; ``None`` where that does not tell.
+    """
+
+    name: str
+    num_classes: int | None
+
+
+def recognise(content: Any) -> list[Recognised]:
+    """Every model of the registry, at its published size, that has the names and shapes of the weights in
+    ``content``.
+
+    The number of classes may differ. No values are copied: the shapes alone are compared.
+    """
+    places = [_outline(place) for place in find_places(content) if len(place.state) >= MIN_TENSORS]
+    if not places:
+        return []
+    shapes = {".".join(place.way) or "state": place.state for place in places}
+    found = (_try(model_spec(name), shapes) for name in list_models())
+    return [model for model in found if model is not None]
+
+
+def _outline(place: Place) -> Place:
+    """``place`` with tensors that have a shape and a type, and no values."""
+    state = {key: torch.empty_like(value, device="meta") for key, value in place.state.items()}
+    return Place(place.way, state)
+
+
+def _try(spec: ModelSpec, shapes: dict[str, StateDict]) -> Recognised | None:
+    target = _shapes_of(spec)
+    for candidate in find_candidates(shapes, spec, target):
+        if candidate.missing:
+            return None  # the best one comes first
+        if _fits(candidate, spec, target):
+            return Recognised(spec.name, _count_classes(candidate, spec))
+    return None
+
+
+def _shapes_of(spec: ModelSpec) -> StateDict:
+    """The state dict of a model at its published size; its parameters have no values."""
+    with _EmptyOnMeta():
+        model = spec.constructor(spec.config, img_size=spec.img_size, num_classes=spec.num_classes)
+    return model.state_dict()
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Puts what ``torch.empty`` makes, which is every parameter of a layer, on the meta device.
+
+    The meta device as the default would also take the numbers that constructors compute with.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        options = dict(kwargs or {})
+        if func is torch.empty:
+            options["device"] = "meta"
+        return func(*args, **options)
+
+
+def _fits(candidate: WeightsCandidate, spec: ModelSpec, target: StateDict) -> bool:
+    """Whether nothing in the state is unknown to the model, and all shapes but the classifier's are its."""
+    state = candidate.state
+    if candidate.beside or any(key not in target for key in state):
+        return False
+    return all(_agree(key, state, target, spec) for key in _compared(state))
+
+
+def _compared(state: StateDict) -> Iterator[str]:
+    return (key for key in state if not key.endswith(BATCHES))
+
+
+def _agree(key: str, state: StateDict, target: StateDict, spec: ModelSpec) -> bool:
+    first = 1 if key in spec.head_keys else 0  # the number of classes
+    return state[key].shape[first:] == target[key].shape[first:]
+
+
+def _count_classes(candidate: WeightsCandidate, spec: ModelSpec) -> int | None:
+    counts = {candidate.state[key].shape[0] for key in spec.head_keys if key in candidate.state}
+    return counts.pop() if len(counts) == 1 else None
