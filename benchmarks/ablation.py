@@ -54,15 +54,15 @@ from cmt_edge.cmt.reference import load_reference
 from cmt_edge.deploy.backends import Session
 from cmt_edge.deploy.backends.openvino import has_bf16
 from cmt_edge.deploy.backends.torch import TorchSession
-from cmt_edge.deploy.bundle import plain
+from cmt_edge.deploy.bundle import make_plain
 from cmt_edge.deploy.files import write_atomic
-from cmt_edge.deploy.measure.benchmark import Protocol, bound, interleaved
-from cmt_edge.deploy.measure.host import describe, versions
+from cmt_edge.deploy.measure.benchmark import Protocol, bind_inference, time_interleaved
+from cmt_edge.deploy.measure.host import describe_host, read_versions
 from cmt_edge.deploy.measure.statistics import Latency, summarise
-from cmt_edge.deploy.report import table
+from cmt_edge.deploy.report import format_table
 from cmt_edge.export import ExportConfig
 from cmt_edge.export.config import OPSET
-from cmt_edge.export.to_onnx import export_onnx, simplify, with_batch
+from cmt_edge.export.to_onnx import export_onnx, set_batch, simplify
 
 NONE, ALL = "none", "all"
 """Names of the variants without any rewrite, and with all of them."""
@@ -143,7 +143,7 @@ def fused_graph(bench: Bench, without: Collection[str]) -> onnx.ModelProto:
 def stored(bench: Bench, graph: onnx.ModelProto, name: str) -> dict[str, Any]:
     """The graph for a batch of one as a file; fields of its :class:`Variant`."""
     path = bench.folder / f"{len(list(bench.folder.iterdir()))}.onnx"
-    onnx.save(with_batch(graph, 1), path)
+    onnx.save(set_batch(graph, 1), path)
     return {"name": name, "graph": path, "nodes": len(graph.graph.node), "bytes": path.stat().st_size}
 
 
@@ -235,8 +235,8 @@ def run_group(bench: Bench, variants: Sequence[Variant], phase: str) -> dict[str
             if v.deviation is None:
                 v.deviation = deviation(logits(session, bench.images), bench.truth)
                 v.executed = session.executed(bench.images[:1]).summary()
-            calls[v.name] = bound(session, bench.images[:1])
-        return interleaved(calls, bench.protocol, share_of(phase))
+            calls[v.name] = bind_inference(session, bench.images[:1])
+        return time_interleaved(calls, bench.protocol, share_of(phase))
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ def rewrite_table(variants: Sequence[Variant], precisions: Sequence[str]) -> str
         for label in (NONE, ALL)
         for p in precisions
     ]
-    return table(header, rows, markdown=True) + "\n\n" + "\n".join(times)
+    return format_table(header, rows, markdown=True) + "\n\n" + "\n".join(times)
 
 
 def _against(v: Variant, base: str) -> str:
@@ -309,7 +309,7 @@ def recipe_table(variants: Sequence[Variant]) -> str:
                 v.executed or "-",
             ]
         )
-    return table(header, rows, markdown=True)
+    return format_table(header, rows, markdown=True)
 
 
 def markdown(bench: Bench, variants: Sequence[Variant], content: dict[str, Any]) -> str:
@@ -364,8 +364,8 @@ def main() -> None:
         bench = Bench(model, images, truth, Path(folder), args, protocol_of(args))
         variants = ablate(bench)
     content = {
-        "machine": plain(describe()),
-        "versions": versions(),
+        "machine": make_plain(describe_host()),
+        "versions": read_versions(),
         "threads": args.threads,
         "protocol": asdict(bench.protocol),
         "model": args.model,

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cmt_edge.deploy.report import table
+from cmt_edge.deploy.report import format_table
 from cmt_edge.export import ExportConfig, run
 
 COLUMNS = [
@@ -65,7 +65,7 @@ def main() -> None:
             for variant in variants
             if args.only in (None, Path(variant[2] or "").name)
         ]
-    print(table(COLUMNS, rows, markdown=True))
+    print(format_table(COLUMNS, rows, markdown=True))
 
 
 def row(args: argparse.Namespace, folder: str, form: str, precision: str, data: str | None) -> list[str]:

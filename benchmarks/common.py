@@ -18,9 +18,9 @@ import numpy as np
 from cmt_edge.deploy import Preprocess
 from cmt_edge.deploy.backends import LoadOptions, Session
 from cmt_edge.deploy.measure.benchmark import Protocol
-from cmt_edge.deploy.measure.statistics import Latency, ratio_of_medians
+from cmt_edge.deploy.measure.statistics import Latency, compare_medians
 from cmt_edge.deploy.preprocessing import normalise, pixels
-from cmt_edge.deploy.report import how_measured
+from cmt_edge.deploy.report import describe_protocol
 
 CHECK_SEED = 91
 """Of the images on which logits are compared: other ones than those for calibration."""
@@ -117,7 +117,7 @@ def deviation(ours: np.ndarray, reference: np.ndarray) -> float:
 def ratio(base: np.ndarray, other: np.ndarray) -> Ratio:
     """Speed of ``other`` over ``base`` (above 1 is faster) from samples in nanoseconds, as
     ``cmt-bench`` computes it."""
-    value, low, high = ratio_of_medians(base, other)
+    value, low, high = compare_medians(base, other)
     return value, low, high
 
 
@@ -165,7 +165,7 @@ def machine_text(host: dict[str, Any], versions: dict[str, str], threads: int, p
     )
     return (
         f"{host['cpu']}, {host['cores']} cores ({', '.join(host['flags']) or 'no flags of note'}); {named};"
-        f" threads: {threads}; batch 1; {how_measured(protocol)}."
+        f" threads: {threads}; batch 1; {describe_protocol(protocol)}."
     )
 
 

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 
-from cmt_edge.deploy.report import table
+from cmt_edge.deploy.report import format_table
 
 
 def measure(arguments: list[str]) -> tuple[float, float]:
@@ -56,7 +56,7 @@ def main() -> None:
             ]
             seconds, gigabytes = measure(command)
             rows.append([precision, f"{seconds:.1f}", f"{gigabytes:.2f}"])
-    print(table(["precision", "wall s", "peak GB"], rows, markdown=True))
+    print(format_table(["precision", "wall s", "peak GB"], rows, markdown=True))
 
 
 if __name__ == "__main__":

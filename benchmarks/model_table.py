@@ -25,9 +25,9 @@ from cmt_edge.deploy.backends.openvino import has_bf16
 from cmt_edge.deploy.bundle import ONNX, Bundle
 from cmt_edge.deploy.files import write_atomic
 from cmt_edge.deploy.measure.benchmark import Protocol, benchmark
-from cmt_edge.deploy.measure.host import describe
+from cmt_edge.deploy.measure.host import describe_host
 from cmt_edge.deploy.progress import Progress
-from cmt_edge.deploy.report import table
+from cmt_edge.deploy.report import format_table
 from cmt_edge.export import ExportConfig
 from cmt_edge.export.config import OPSET
 from cmt_edge.export.pipeline import finish
@@ -72,11 +72,11 @@ def main() -> None:
     sources = sorted({f"- {spec.family}: {spec.source}" for spec in map(model_spec, list_models())})
     text = "\n".join(
         [
-            table(HEADER, rows, markdown=True),
+            format_table(HEADER, rows, markdown=True),
             "",
             *sources,
             "",
-            f"Machine: {describe().cpu}, {args.threads} threads.",
+            f"Machine: {describe_host().cpu}, {args.threads} threads.",
         ]
     )
     if args.output:

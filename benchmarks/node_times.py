@@ -15,8 +15,8 @@ from pathlib import Path
 
 from cmt_edge.deploy import Bundle, Predictor
 from cmt_edge.deploy.backends.openvino import SKIPPED, OpenVINOSession
-from cmt_edge.deploy.measure.benchmark import golden_batch
-from cmt_edge.deploy.report import table
+from cmt_edge.deploy.measure.benchmark import make_golden_batch
+from cmt_edge.deploy.report import format_table
 
 ENTRIES = ("layerType", "primitiveType", "runtimePrecision")
 """Entries of OpenVINO's execution graph that are printed for each node."""
@@ -32,7 +32,7 @@ def rows(path: Path, threads: int) -> list[list[str]]:
         session = predictor.session
         if not isinstance(session, OpenVINOSession):
             raise SystemExit(f"{path}: only OpenVINO bundles have an execution graph with times")
-        times, known = session.node_times(golden_batch(bundle, predictor), REPEATS, ENTRIES)
+        times, known = session.node_times(make_golden_batch(bundle, predictor), REPEATS, ENTRIES)
     kinds: dict[tuple[str, ...], list[float]] = defaultdict(list)
     for node in known[0]:
         kind = tuple(entry[node] for entry in known)
@@ -54,7 +54,7 @@ def main() -> None:
     for path in args.bundles:
         print(f"**{path.name}**, {args.threads} threads\n")
         print(
-            table(
+            format_table(
                 ["layer", "kernel", "precision", "nodes", "ms", "share"],
                 rows(path, args.threads),
                 markdown=True,

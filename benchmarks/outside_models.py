@@ -31,7 +31,7 @@ from cmt_edge.cmt.weights import randomize
 from cmt_edge.deploy.backends.torch import TorchSession
 from cmt_edge.deploy.errors import CmtEdgeError
 from cmt_edge.deploy.measure.benchmark import Protocol
-from cmt_edge.deploy.report import table
+from cmt_edge.deploy.report import format_table
 
 HABITS = Path(__file__).with_name("own_habits.py")
 """The file with the five models."""
@@ -215,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         for name, form in itertools.product(args.models, FORMATS):
             rows += try_model(name, form, Path(folder))
-            text = table(HEADER, [row.cells() for row in rows], markdown=True)
+            text = format_table(HEADER, [row.cells() for row in rows], markdown=True)
             if args.output:  # after every model, because all of them take half an hour
                 args.output.write_text(text + "\n", encoding="utf-8")
     if not args.output:

@@ -50,17 +50,17 @@ from peers_rows import IMAGES_FILE, ROWS, WEIGHTS, Job, Row, reference
 
 from cmt_edge.deploy import Predictor
 from cmt_edge.deploy.backends import Session
-from cmt_edge.deploy.bundle import plain
+from cmt_edge.deploy.bundle import make_plain
 from cmt_edge.deploy.errors import CmtEdgeError
 from cmt_edge.deploy.files import write_atomic
 from cmt_edge.deploy.measure.benchmark import (
     DRIFT_WARNING,
     Protocol,
-    bound,
-    interleaved,
-    throughput,
+    bind_inference,
+    measure_throughput,
+    time_interleaved,
 )
-from cmt_edge.deploy.measure.host import describe, versions
+from cmt_edge.deploy.measure.host import describe_host, read_versions
 from cmt_edge.deploy.measure.statistics import summarise
 
 # --- children -------------------------------------------------------------------------------------
@@ -158,8 +158,8 @@ def measure(job: Job, rows: Sequence[Row], protocol: Protocol) -> list[Result]:
         if BASE not in sessions:
             raise SystemExit(f"the base of all ratios cannot run: {results[BASE].note}")
         check(job, sessions, results, images)
-        calls = {key: bound(session, images[:1]) for key, session in sessions.items()}
-        samples = interleaved(calls, protocol, share_of(f"{job.model}: latency"))
+        calls = {key: bind_inference(session, images[:1]) for key, session in sessions.items()}
+        samples = time_interleaved(calls, protocol, share_of(f"{job.model}: latency"))
         for key, session in sessions.items():
             result = results[key]
             result.latency, result.ratio = summarise(samples[key]), ratio(samples[BASE], samples[key])
@@ -188,7 +188,10 @@ def rate(job: Job, row: Row, session: Session, result: Result, batch: np.ndarray
     own = WEIGHTS in row.files
     fast = session if own else row.load(job, row.folder(job), True)
     predictor = Predictor(fast, job.preprocess, [])
-    result.images_per_second, result.requests = throughput(predictor, batch, seconds), fast.parallelism
+    result.images_per_second, result.requests = (
+        measure_throughput(predictor, batch, seconds),
+        fast.parallelism,
+    )
     if not own:
         fast.close()
 
@@ -258,8 +261,8 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
     protocol = protocol_of(args)
     rows = [row for row in ROWS.values() if not args.only or row.key in (*args.only, BASE)]
     content: dict[str, Any] = {
-        "machine": plain(describe()),
-        "versions": versions(),
+        "machine": make_plain(describe_host()),
+        "versions": read_versions(),
         "threads": args.threads,
         "protocol": asdict(protocol),
         "base": BASE,

@@ -15,7 +15,7 @@ from common import Ratio, latency_text, machine_text, ratio_text
 from cmt_edge.deploy.files import write_atomic
 from cmt_edge.deploy.measure.benchmark import Protocol
 from cmt_edge.deploy.measure.statistics import Latency
-from cmt_edge.deploy.report import table
+from cmt_edge.deploy.report import format_table
 
 BASE = "ov_fp32"
 """Key of the row that ratios refer to."""
@@ -100,7 +100,7 @@ def markdown(
     every row there is."""
     parts = []
     for name, rows in results.items():
-        parts += [f"## {name}", table(HEADER, [cells(r) for r in rows], markdown=True)]
+        parts += [f"## {name}", format_table(HEADER, [cells(r) for r in rows], markdown=True)]
         remarks = [
             f"- {r.label}: {text}"
             for r in rows

@@ -34,11 +34,11 @@ from PIL import Image
 from cmt_edge.calib.generated import generate
 from cmt_edge.deploy import Bundle, Predictor, Preprocess
 from cmt_edge.deploy.backends import Binding, ExecutedPrecision, Session
-from cmt_edge.deploy.backends.base import batch_limit
-from cmt_edge.deploy.measure.benchmark import bound, throughput
-from cmt_edge.deploy.measure.host import describe, versions
+from cmt_edge.deploy.backends.base import read_batch_limit
+from cmt_edge.deploy.measure.benchmark import bind_inference, measure_throughput
+from cmt_edge.deploy.measure.host import describe_host, read_versions
 from cmt_edge.deploy.preprocessing import normalise, pixels
-from cmt_edge.deploy.report import table
+from cmt_edge.deploy.report import format_table
 
 DEFAULT = ("cmt_nano", "cmt_xs")
 PHOTO = (500, 375)
@@ -123,7 +123,7 @@ def overhead(predictor: Predictor, files: list[bytes], seconds: float) -> str:
 
     calls = {
         **bare,
-        "session.bind(shape).run()": bound(predictor.session, batch),
+        "session.bind(shape).run()": bind_inference(predictor.session, batch),
         "session.run(batch)": lambda: predictor.session.run(batch),
         "logits(batch)": lambda: predictor.logits(batch),
         "decode and resize": lambda: pixels(files[0], spec),
@@ -145,7 +145,7 @@ def overhead(predictor: Predictor, files: list[bytes], seconds: float) -> str:
         rows.append([name, f"{median:.3f}", *beyond])
     summed = ms["bare"] + ms["decode and resize"] + ms["normalise"]
     rows.append(["JPEG, sum of the steps", f"{summed:.3f}", "-", "-"])
-    return table(["call", "median ms", "overhead ms", "% of bare"], rows, markdown=True)
+    return format_table(["call", "median ms", "overhead ms", "% of bare"], rows, markdown=True)
 
 
 def loop_before(predictor: Predictor, images: Iterable[Any], workers: int) -> Iterator[np.ndarray]:
@@ -190,7 +190,7 @@ def streams(one: Predictor, many: Predictor, files: list[bytes], rounds: int) ->
     for _ in range(rounds):
         for name, call in calls.items():
             rates[name].append(_rate(call, files, count))
-        bound.append(throughput(many, batch, ROUND_S))
+        bound.append(measure_throughput(many, batch, ROUND_S))
     before = np.median(rates["before, 2 decoding"])
     rows = [[name, f"{np.median(r):.0f}", f"{np.median(r) / before:.2f}"] for name, r in rates.items()]
     rows.append(
@@ -200,7 +200,7 @@ def streams(one: Predictor, many: Predictor, files: list[bytes], rounds: int) ->
             f"{np.median(bound) / before:.2f}",
         ]
     )
-    return table(["from encoded files", "images/s", "of before"], rows, markdown=True)
+    return format_table(["from encoded files", "images/s", "of before"], rows, markdown=True)
 
 
 class Instant(Session):
@@ -240,7 +240,7 @@ def own_time() -> str:
             call()
             samples[name].append(1e6 * (time.perf_counter() - start) / count)
     rows = [[name, f"{np.median(values):.1f}"] for name, values in samples.items()]
-    return table(["call", "us an image"], rows, markdown=True)
+    return format_table(["call", "us an image"], rows, markdown=True)
 
 
 def _rate(call: Callable[[Iterable[bytes]], Iterable[object]], files: list[bytes], count: int) -> float:
@@ -255,7 +255,7 @@ def _rate(call: Callable[[Iterable[bytes]], Iterable[object]], files: list[bytes
 def report(path: Path, args: argparse.Namespace) -> None:
     """Print the tables of one bundle."""
     bundle = Bundle.open(path)
-    if batch_limit(bundle) > 1:
+    if read_batch_limit(bundle) > 1:
         raise SystemExit(f"{path}: a bundle of batch 1 or of any batch is needed")
     files = photos()
     with (
@@ -290,8 +290,8 @@ def main() -> None:
         for path in args.bundles or _exported(Path(folder)):
             report(path, args)
     print(f"\n{own_time()}")
-    host = describe()
-    print(f"\n{host.cpu}, {host.cores} cores; {', '.join(f'{k} {v}' for k, v in versions().items())}")
+    host = describe_host()
+    print(f"\n{host.cpu}, {host.cores} cores; {', '.join(f'{k} {v}' for k, v in read_versions().items())}")
 
 
 def _exported(folder: Path) -> Iterator[Path]:

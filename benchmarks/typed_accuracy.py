@@ -25,10 +25,10 @@ import torch
 from cmt_edge.deploy import Bundle, Predictor, preprocess
 from cmt_edge.deploy.images import ImageSet
 from cmt_edge.deploy.measure.parity import verify
-from cmt_edge.deploy.report import table
+from cmt_edge.deploy.report import format_table
 from cmt_edge.export import ExportConfig, run
 from cmt_edge.export.to_onnx import run_graph
-from cmt_edge.export.typed import rounded
+from cmt_edge.export.typed import round_graph
 
 PRECISIONS = ("fp32", "fp16", "int8")
 """The typed graphs that are compared."""
@@ -54,7 +54,7 @@ def main() -> None:
             "agreement %",
             "top-1 %, as it is",
         ]
-        print(table(columns, rows, markdown=True))
+        print(format_table(columns, rows, markdown=True))
         if args.golden and args.photos:
             print()
             print(golden_table(args, folder))
@@ -108,7 +108,7 @@ def golden_table(args: argparse.Namespace, folder: str) -> str:
         "top-1 agreement %",
         "largest diff, as it is",
     ]
-    return table(columns, rows, markdown=True)
+    return format_table(columns, rows, markdown=True)
 
 
 def logit_rows(args: argparse.Namespace, folder: str, weights: str) -> list[list[str]]:
@@ -124,7 +124,7 @@ def logit_rows(args: argparse.Namespace, folder: str, weights: str) -> list[list
                 truth = p.logits(images)
         with Predictor.load(bundle, backend="onnxruntime") as p:
             plain = p.logits(images)
-        graph = run_graph(rounded(onnx.load(bundle.file("model.onnx"))), "rounded")
+        graph = run_graph(round_graph(onnx.load(bundle.file("model.onnx"))), "rounded")
         ours = np.concatenate([graph(images[i : i + 1])[0] for i in range(len(images))])
         deviation = truth.std(axis=1).mean()
         diff, typing = np.abs(ours - truth) / deviation, bundle.manifest.typing

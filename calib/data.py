@@ -12,13 +12,11 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from cmt_edge.deploy.bundle.sections import ImagesEntry, SynthesisEntry
+from cmt_edge.deploy.decoding import NamedBytes
 from cmt_edge.deploy.errors import DataError
-from cmt_edge.deploy.images import ImageSet, Item, digest
-from cmt_edge.deploy.preprocessing import (
-    NamedBytes,
-    Preprocess,
-    preprocess,
-)
+from cmt_edge.deploy.folders import Item
+from cmt_edge.deploy.images import ImageSet, digest
+from cmt_edge.deploy.preprocessing import Preprocess, preprocess
 
 from .generated import generate
 
@@ -111,17 +109,18 @@ class CalibrationSet:
                 remedy="ask for 1 or more",
             )
         if str(data) == GENERATED:
-            blobs = generate(
-                size or DEFAULT_COUNT,
-                spec.size,
-                seed=GENERATED_SEED + seed,
-            )
+            blobs = generate(size or DEFAULT_COUNT, spec.size, seed=GENERATED_SEED + seed)
             return cls.of_blobs(GENERATED, blobs)
         if str(data) == SYNTHETIC:
             raise DataError(
                 "synthetic images are made from a model",
                 remedy="call cmt_edge.calib.synthetic.synthetic_set(model, ...)",
             )
+        return cls._choose_files(data, size, seed)
+
+    @classmethod
+    def _choose_files(cls, data: str | Path, size: int | None, seed: int) -> CalibrationSet:
+        """Images of a folder or an archive; see :meth:`choose`."""
         images = _without_masks(ImageSet(data, labelled=False))
         _require_one_part(images)
         if size is not None and size > len(images):

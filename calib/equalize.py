@@ -31,21 +31,21 @@ from cmt_edge.deploy.errors import CmtEdgeError, StepError
 
 from .graph import (
     add_constant,
-    constant_array,
-    constant_dims,
     count_readers,
-    input_of,
+    find_producer,
+    get_input,
+    get_node_name,
     is_constant,
     make_node,
     name_of,
-    node_name,
     open_view,
-    producer_of,
+    read_constant,
+    read_constant_dims,
     set_constant,
     write_model,
 )
-from .groups import MODULE, module_of
-from .recipe import group_count, is_depthwise
+from .groups import MODULE, find_module
+from .recipe import count_groups, is_depthwise_node
 from .running import measure_extremes
 
 ALPHA = 0.4
@@ -76,7 +76,7 @@ class Site:
     @property
     def tensor(self) -> str:
         """The name of the tensor in the graph that was given."""
-        return name_of(input_of(self.conv, 0))
+        return name_of(get_input(self.conv, 0))
 
 
 @dataclass(frozen=True)
@@ -158,13 +158,13 @@ def find_sites(graph: ir.Graph) -> list[Site]:
 
 def _site_of(conv: ir.Node) -> Site | None:
     """What ``conv`` reads, if it can be rescaled."""
-    data, weight = input_of(conv, 0), input_of(conv, 1)
+    data, weight = get_input(conv, 0), get_input(conv, 1)
     channels = _channels(conv)
     node = data.producer()
     if channels is None or node is None or count_readers(data) != 1 or count_readers(weight) != 1:
         return None
     if node.op_type == "Gelu":
-        return None if is_depthwise(conv) else Site(conv)
+        return None if is_depthwise_node(conv) else Site(conv)
     return _affine_site(conv, node, channels) if node.op_type == "Add" else None
 
 
@@ -172,7 +172,7 @@ def _affine_site(conv: ir.Node, addition: ir.Node, channels: int) -> Site | None
     """The tensor after a multiplication and ``addition`` of one constant a channel, which nothing else
     reads."""
     product = next(
-        (node for node in map(producer_of, addition.inputs) if node is not None),
+        (node for node in map(find_producer, addition.inputs) if node is not None),
         None,
     )
     if product is None or product.op_type != "Mul" or count_readers(product.outputs[0]) != 1:
@@ -181,7 +181,7 @@ def _affine_site(conv: ir.Node, addition: ir.Node, channels: int) -> Site | None
     if scale is None or shift is None:
         return None
     exclusive = all(
-        count_readers(value) == 1 and math.prod(constant_dims(value) or ()) == channels
+        count_readers(value) == 1 and math.prod(read_constant_dims(value) or ()) == channels
         for value in (scale, shift)
     )
     return Site(conv, scale, shift) if exclusive else None
@@ -196,12 +196,12 @@ def _channels(conv: ir.Node) -> int | None:
 
     ``None`` if its weight is not a constant, or if it is neither dense nor depthwise.
     """
-    dims = constant_dims(conv.inputs[1])
+    dims = read_constant_dims(conv.inputs[1])
     if dims is None or len(dims) != 4:
         return None
-    if not is_depthwise(conv):
+    if not is_depthwise_node(conv):
         return dims[1]
-    groups = group_count(conv)
+    groups = count_groups(conv)
     return groups if dims[:2] == (groups, 1) else None
 
 
@@ -215,19 +215,19 @@ def _factor(low: np.ndarray, high: np.ndarray) -> np.ndarray:
 
 def _rescale(graph: ir.Graph, site: Site, factor: np.ndarray) -> None:
     """Divide one tensor by ``factor`` ``(C,)`` and multiply its conv, in float64, rounded once."""
-    weight = input_of(site.conv, 1)
-    along = (-1, 1, 1, 1) if is_depthwise(site.conv) else (1, -1, 1, 1)
-    _set(weight, constant_array(weight) * factor.reshape(along))
+    weight = get_input(site.conv, 1)
+    along = (-1, 1, 1, 1) if is_depthwise_node(site.conv) else (1, -1, 1, 1)
+    _set(weight, read_constant(weight) * factor.reshape(along))
     if site.scale is None or site.shift is None:
         _insert_scale(graph, site.conv, 1 / factor)
         return
     for value in (site.scale, site.shift):
-        _set(value, constant_array(value) / factor.reshape(1, -1, 1, 1))
+        _set(value, read_constant(value) / factor.reshape(1, -1, 1, 1))
 
 
 def _insert_scale(graph: ir.Graph, conv: ir.Node, scale: np.ndarray) -> None:
     """Insert a multiplication by ``scale`` ``(C,)`` between a tensor and the conv that reads it."""
-    name = f"{node_name(conv)}_input"
+    name = f"{get_node_name(conv)}_input"
     factor = add_constant(
         graph,
         f"{name}_scale",
@@ -239,7 +239,7 @@ def _insert_scale(graph: ir.Graph, conv: ir.Node, scale: np.ndarray) -> None:
         f"{name}_scaled",
         f"{name}_scaled",
     )
-    product.metadata_props[MODULE] = module_of(conv)
+    product.metadata_props[MODULE] = find_module(conv)
     graph.insert_before(conv, product)
     conv.replace_input_with(0, product.outputs[0])
 
@@ -248,5 +248,5 @@ def _set(value: ir.Value, array: np.ndarray) -> None:
     """Give a constant new values of its own shape, as float32."""
     set_constant(
         value,
-        array.reshape(constant_dims(value) or ()).astype(np.float32),
+        array.reshape(read_constant_dims(value) or ()).astype(np.float32),
     )

@@ -28,10 +28,10 @@ def generate(count: int, size: int, seed: int = 0) -> list[bytes]:
     Equal arguments give equal pixels.
     """
     rng = np.random.default_rng(seed)
-    return [_encode(dead_leaves(round(size * ASPECT), size, rng)) for _ in range(count)]
+    return [_encode(draw_dead_leaves(round(size * ASPECT), size, rng)) for _ in range(count)]
 
 
-def dead_leaves(width: int, height: int, rng: np.random.Generator) -> Image.Image:
+def draw_dead_leaves(width: int, height: int, rng: np.random.Generator) -> Image.Image:
     """One RGB image."""
     tint = rng.uniform(40, 215, 3)  # scenes have a dominant colour and light
     spread = rng.uniform(15, 70)

@@ -4,7 +4,7 @@ Graphs are stored as protobuf. :func:`open_view` shows one as objects of ``onnx_
 stores it again. In between, these objects are the only index of a graph:
 
 * producers and readers: ``value.producer()``, ``value.uses()``, ``value.is_graph_output()``;
-* constants: ``value.is_initializer()`` and ``value.const_value``, or :func:`array_of`;
+* constants: ``value.is_initializer()`` and ``value.const_value``, or :func:`read_array`;
 * changes: ``value.replace_all_uses_with``, ``node.replace_input_with``, ``graph.insert_before``,
   ``graph.remove`` and ``graph.sort`` keep producers and readers up to date.
 
@@ -184,7 +184,7 @@ def write_model(view: ir.Model) -> onnx.ModelProto:
     graph = result.graph
     graph.MergeFrom(_copy_without(stored.graph, "node", "initializer", "value_info"))
     graph.node.extend(_write_node(node) for node in view.graph)
-    graph.initializer.extend(tensor_of(value) for value in view.graph.initializers.values())
+    graph.initializer.extend(get_tensor(value) for value in view.graph.initializers.values())
     made = [value for node in view.graph for value in node.outputs]
     present = {name_of(value): value for value in (*made, *view.graph.initializers.values())}
     for info in stored.graph.value_info:
@@ -228,17 +228,17 @@ def name_of(value: ir.Value | None) -> str:
     return (value.name or "") if value is not None else ""
 
 
-def node_name(node: ir.Node) -> str:
+def get_node_name(node: ir.Node) -> str:
     """The name of ``node``, which is empty if it has none."""
     return node.name or ""
 
 
-def inputs_of(node: ir.Node) -> list[ir.Value]:
+def list_inputs(node: ir.Node) -> list[ir.Value]:
     """What ``node`` reads, without optional inputs that are left out."""
     return [value for value in node.inputs if value is not None]
 
 
-def input_of(node: ir.Node, position: int) -> ir.Value:
+def get_input(node: ir.Node, position: int) -> ir.Value:
     """An input of ``node`` that every valid graph has.
 
     Raises:
@@ -250,17 +250,17 @@ def input_of(node: ir.Node, position: int) -> ir.Value:
     return value
 
 
-def producer_of(value: ir.Value | None) -> ir.Node | None:
+def find_producer(value: ir.Value | None) -> ir.Node | None:
     """The node that makes a tensor; ``None`` for constants, for inputs of the graph and for no tensor."""
     return value.producer() if value is not None else None
 
 
 def is_constant(value: ir.Value | None) -> bool:
-    """Whether a tensor is an initializer. Results of ``Constant`` nodes are not: see :func:`array_of`."""
+    """Whether a tensor is an initializer. Results of ``Constant`` nodes are not: see :func:`read_array`."""
     return value is not None and value.is_initializer()
 
 
-def array_of(value: ir.Value | None) -> np.ndarray | None:
+def read_array(value: ir.Value | None) -> np.ndarray | None:
     """The value of an initializer or of a ``Constant`` node; ``None`` for every other tensor."""
     if value is None:
         return None
@@ -278,26 +278,26 @@ def array_of(value: ir.Value | None) -> np.ndarray | None:
     )
 
 
-def constant_array(value: ir.Value | None) -> np.ndarray:
+def read_constant(value: ir.Value | None) -> np.ndarray:
     """The value of a tensor that is known to be constant.
 
     Raises:
         ValueError: it is not.
     """
-    array = array_of(value)
+    array = read_array(value)
     if array is None:
         raise ValueError(f"the tensor {name_of(value)!r} is not constant")
     return array
 
 
-def constant_dims(value: ir.Value | None) -> tuple[int, ...] | None:
+def read_constant_dims(value: ir.Value | None) -> tuple[int, ...] | None:
     """The shape of an initializer; ``None`` for every other tensor."""
     if value is None or not value.is_initializer() or value.const_value is None:
         return None
     return tuple(value.const_value.shape.numpy())
 
 
-def tensor_of(value: ir.Value) -> onnx.TensorProto:
+def get_tensor(value: ir.Value) -> onnx.TensorProto:
     """The message of an initializer, as it is stored; it must not be written into."""
     tensor = value.const_value
     if isinstance(tensor, ir.TensorProtoTensor):
@@ -339,7 +339,7 @@ def _renamed_tensor(value: ir.Value) -> ir.TensorProtocol:
     node = value.producer()
     attribute = node.attributes.get("value") if node is not None else None
     if attribute is None:
-        return ir.Tensor(constant_array(value), name=value.name)
+        return ir.Tensor(read_constant(value), name=value.name)
     tensor = ir.to_proto(attribute.as_tensor())  # a copy
     tensor.name = name_of(value)
     return ir.TensorProtoTensor(tensor)
@@ -365,7 +365,7 @@ def copy_node(node: ir.Node, inputs: Sequence[ir.Value | None], suffix: str) -> 
         inputs,
         tuple(node.attributes.values()),
         outputs=[ir.val(name_of(value) + suffix) for value in node.outputs],
-        name=node_name(node) + suffix,
+        name=get_node_name(node) + suffix,
         metadata_props=dict(node.metadata_props),
     )
     if STORED in node.meta:
@@ -396,23 +396,23 @@ def count_readers(value: ir.Value) -> int:
     return len(value.uses()) + value.is_graph_output()
 
 
-def readers_of(value: ir.Value) -> list[ir.Node]:
+def find_readers(value: ir.Value) -> list[ir.Node]:
     """Nodes that read a tensor, once for each of their inputs that does."""
     return [use.node for use in value.uses()]
 
 
-def source_of(value: ir.Value | None) -> ir.Node | None:
+def find_source(value: ir.Value | None) -> ir.Node | None:
     """The node that computed a tensor.
 
     It looks through operations that only move values (:data:`MOVES`), and through a ``Concat`` of which all
     inputs are dequantized.
     """
-    node = producer_of(value)
+    node = find_producer(value)
     while node is not None and node.op_type in MOVES:
-        node = producer_of(node.inputs[0])
+        node = find_producer(node.inputs[0])
     if node is None or node.op_type != "Concat":
         return node
-    sources = [source_of(part) for part in node.inputs]
+    sources = [find_source(part) for part in node.inputs]
     if all(source is not None and source.op_type == DEQUANTIZE for source in sources):
         return sources[0]
     return node

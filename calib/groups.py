@@ -15,8 +15,8 @@ from collections.abc import Collection, Iterable, Mapping
 import onnx
 import onnx_ir as ir
 
-from .graph import is_constant, node_name, open_view
-from .recipe import is_depthwise
+from .graph import get_node_name, is_constant, open_view
+from .recipe import is_depthwise_node
 
 MODULE = "module"
 """Key in a node's metadata: the path of the module that made the node, as in the model's ``state_dict``."""
@@ -25,17 +25,17 @@ PARTS = 4
 """The number of groups into which a row of blocks outside of stages is cut, if it has at least twice as many
 blocks."""
 
-CLASSES = ("@products", "@depthwise", "@linears")
+COMMON_GROUPS = ("@products", "@depthwise", "@linears")
 """Names of the groups that every model has: products of two activations, depthwise convs, and products of any
 kind (every int8 operation that is not a conv)."""
 
 
-def module_of(node: ir.Node) -> str:
+def find_module(node: ir.Node) -> str:
     """Path of the module that made ``node``; its own name where that is not known."""
-    return node.metadata_props.get(MODULE, node_name(node))
+    return node.metadata_props.get(MODULE, get_node_name(node))
 
 
-def group_names(paths: Collection[str]) -> dict[str, str]:
+def name_groups(paths: Collection[str]) -> dict[str, str]:
     """Module path -> group.
 
     ``paths`` are those of all operations that may be grouped: how a model is divided into stages and blocks
@@ -98,28 +98,29 @@ def _parent(path: str) -> str:
     return path.rpartition(".")[0]
 
 
-def groups_of(model: onnx.ModelProto, nodes: Collection[str]) -> dict[str, tuple[str, ...]]:
+def group_nodes(model: onnx.ModelProto, nodes: Collection[str]) -> dict[str, tuple[str, ...]]:
     """Group -> names of those of ``nodes`` in it, in the graph's order; ``model`` carries the modules'
     names."""
     with open_view(model) as view:
-        chosen = [(node_name(node), module_of(node)) for node in view.graph if node.name in nodes]
-    names = group_names({module for _, module in chosen})
+        chosen = [(get_node_name(node), find_module(node)) for node in view.graph if node.name in nodes]
+    names = name_groups({module for _, module in chosen})
     groups: dict[str, list[str]] = {}
     for node, module in chosen:
         groups.setdefault(names[module], []).append(node)
     return {group: tuple(members) for group, members in groups.items()}
 
 
-def classes_of(model: onnx.ModelProto, nodes: Collection[str]) -> dict[str, tuple[str, ...]]:
-    """As :func:`groups_of`, for the groups that every model has (:data:`CLASSES`)."""
+def group_by_kind(model: onnx.ModelProto, nodes: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """As :func:`group_nodes`, for the groups that every model has (:data:`COMMON_GROUPS`)."""
     with open_view(model) as view:
         chosen = [node for node in view.graph if node.name in nodes]
         products = [node for node in chosen if node.op_type in ("MatMul", "Gemm")]
         members = (
             [node for node in products if not any(is_constant(value) for value in node.inputs)],
-            [node for node in chosen if is_depthwise(node)],
+            [node for node in chosen if is_depthwise_node(node)],
             products,
         )
     return {
-        name: tuple(node_name(node) for node in found) for name, found in zip(CLASSES, members, strict=True)
+        name: tuple(get_node_name(node) for node in found)
+        for name, found in zip(COMMON_GROUPS, members, strict=True)
     }

@@ -16,9 +16,9 @@ from cmt_edge.deploy.backends.graph_rules import (
 from .graph import (
     DEQUANTIZE,
     QUANTIZE,
-    constant_dims,
+    find_source,
     open_view,
-    source_of,
+    read_constant_dims,
 )
 from .recipe import FLOAT_OPS, INT8_OPS
 
@@ -43,7 +43,7 @@ def _check_node(node: ir.Node) -> list[str]:
 
 def _dequantized_inputs(node: ir.Node) -> list[tuple[int, ir.Node]]:
     """Positions of the int8 inputs of ``node``, and the nodes that dequantize them."""
-    sources = [(position, source_of(value)) for position, value in enumerate(node.inputs)]
+    sources = [(position, find_source(value)) for position, value in enumerate(node.inputs)]
     return [
         (position, source)
         for position, source in sources
@@ -73,7 +73,7 @@ def _check_int8_operation(node: ir.Node) -> list[str]:
 
 def _has_single_scale(dequantizer: ir.Node) -> bool:
     """Whether it gives constant weights of several channels one scale; a binary head has one channel."""
-    weights, scale = (constant_dims(value) for value in dequantizer.inputs[:2])
+    weights, scale = (read_constant_dims(value) for value in dequantizer.inputs[:2])
     if weights is None or scale is None:
         return False
     axis = dequantizer.attributes.get_int("axis", 1)

@@ -9,14 +9,14 @@ from .graph import (
     DEQUANTIZE,
     MOVES,
     QUANTIZE,
-    constant_array,
-    constant_dims,
     count_readers,
-    input_of,
+    find_producer,
+    get_input,
+    get_node_name,
     is_constant,
     make_node,
-    node_name,
-    producer_of,
+    read_constant,
+    read_constant_dims,
     remove_unread,
     set_constant,
 )
@@ -37,18 +37,18 @@ def sign_quantizers(graph: ir.Graph) -> None:
     for node in unsigned:
         if node.op_type == QUANTIZE:
             node.outputs[0].dtype = ir.DataType.INT8
-    for scale in dict.fromkeys(input_of(node, 1) for node in unsigned):
+    for scale in dict.fromkeys(get_input(node, 1) for node in unsigned):
         if is_constant(scale):
-            set_constant(scale, constant_array(scale) * SIGNED_RANGE)
-    for zero in dict.fromkeys(input_of(node, 2) for node in unsigned):
-        set_constant(zero, constant_array(zero).astype(np.int8))
+            set_constant(scale, read_constant(scale) * SIGNED_RANGE)
+    for zero in dict.fromkeys(get_input(node, 2) for node in unsigned):
+        set_constant(zero, read_constant(zero).astype(np.int8))
 
 
 def _is_unsigned(quantizer: ir.Node) -> bool:
     """Whether its zero point is a constant 0 of type uint8."""
     if len(quantizer.inputs) != 3 or not is_constant(quantizer.inputs[2]):
         return False
-    zero = constant_array(quantizer.inputs[2])
+    zero = read_constant(quantizer.inputs[2])
     return zero.dtype == np.uint8 and not zero.any()
 
 
@@ -76,41 +76,41 @@ def move_pairs_to_layers(graph: ir.Graph) -> None:
 
 def _first_move(layer: ir.Node) -> ir.Node | None:
     """The first of the moves between ``layer`` and what it reads, if nothing else reads on the way."""
-    value, first = input_of(layer, 0), None
+    value, first = get_input(layer, 0), None
     while (node := value.producer()) is not None and node.op_type in MOVES:
         if count_readers(value) != 1 or len(node.outputs) != 1:
             break
-        value, first = input_of(node, 0), node
+        value, first = get_input(node, 0), node
     return first
 
 
 def _quantizer_before(move: ir.Node) -> ir.Node | None:
     """The quantizer of the pair that ``move`` reads, if it has one scale."""
-    pair = producer_of(move.inputs[0])
+    pair = find_producer(move.inputs[0])
     if pair is None or pair.op_type != DEQUANTIZE:
         return None
-    quantizer = producer_of(pair.inputs[0])
+    quantizer = find_producer(pair.inputs[0])
     if quantizer is None or quantizer.op_type != QUANTIZE:
         return None
-    return quantizer if constant_dims(quantizer.inputs[1]) == () else None
+    return quantizer if read_constant_dims(quantizer.inputs[1]) == () else None
 
 
 def _has_weight(layer: ir.Node) -> bool:
     """Whether the second operand of a conv or product is a constant, quantized or not."""
     value = layer.inputs[1]
-    while (source := producer_of(value)) is not None and source.op_type in (DEQUANTIZE, *MOVES):
+    while (source := find_producer(value)) is not None and source.op_type in (DEQUANTIZE, *MOVES):
         value = source.inputs[0]
     return is_constant(value)
 
 
 def _insert_pair(graph: ir.Graph, layer: ir.Node, quantizer: ir.Node) -> None:
     """Insert a pair like that of ``quantizer`` between ``layer`` and what it reads."""
-    value = input_of(layer, 0)
+    value = get_input(layer, 0)
     for kind, end in (
         (QUANTIZE, "quantized"),
         (DEQUANTIZE, "dequantized"),
     ):
-        name = f"{node_name(layer)}_input_{end}"
+        name = f"{get_node_name(layer)}_input_{end}"
         node = make_node(kind, [value, *quantizer.inputs[1:]], name, name)
         graph.insert_before(layer, node)
         value = node.outputs[0]

@@ -31,18 +31,18 @@ from cmt_edge.deploy.preprocessing import Preprocess
 
 from .data import CalibrationSet
 from .equalize import Equalized, equalize
-from .graph import input_of, name_of, open_view, write_model
-from .groups import classes_of, groups_of
+from .graph import get_input, name_of, open_view, write_model
+from .groups import group_by_kind, group_nodes
 from .lint import lint
 from .qdq_pairs import move_pairs_to_layers, sign_quantizers
 from .recipe import DEFAULT, INT8_OPS, Recipe
-from .restore import int8_nodes, restore
+from .restore import list_int8_nodes, restore
 
 CACHED_FILES = 20
 """The number of calibrated graphs that the cache keeps, with the float graphs they were made from. The oldest
 are deleted first."""
 
-GROUP = 4
+IMAGES_AT_ONCE = 4
 """The number of images on which statistics are collected at once. More need more memory and save little."""
 
 ENOUGH = 64
@@ -51,7 +51,7 @@ ENOUGH = 64
 KEPT_BYTES = 512 << 20
 """Preprocessed images are kept in memory up to this size, in bytes. 300 images of 192 x 192 are 130 MB."""
 
-SHOWN_FINDINGS = 5
+SHOWN_RULES = 5
 """The number of broken rules that an error message quotes."""
 
 
@@ -141,8 +141,8 @@ def keep_float(quantized: Quantized, names: tuple[str, ...]) -> onnx.ModelProto:
     Raises:
         InputError: a name belongs to neither a group nor an operation, or nothing would be left in int8.
     """
-    original, candidates = quantized.source, int8_nodes(quantized.model)
-    groups = groups_of(original, candidates) | classes_of(original, candidates)
+    original, candidates = quantized.source, list_int8_nodes(quantized.model)
+    groups = group_nodes(original, candidates) | group_by_kind(original, candidates)
     singles = {node.name for node in original.graph.node}
     unknown = [name for name in names if name not in groups and name not in singles]
     if unknown:
@@ -179,11 +179,11 @@ def _require_clean(quantized: Quantized) -> Quantized:
     """``quantized``, if its graph keeps every rule; raises :class:`GateError` otherwise."""
     findings = lint(quantized.model)
     if findings:
-        hidden = len(findings) - SHOWN_FINDINGS
+        hidden = len(findings) - SHOWN_RULES
         more = f" and {hidden} more" if hidden > 0 else ""
         raise GateError(
             "the quantized graph breaks the rules for int8",
-            why="; ".join(findings[:SHOWN_FINDINGS]) + more,
+            why="; ".join(findings[:SHOWN_RULES]) + more,
             remedy="report the model; an fp32 or bf16 bundle is not affected",
         )
     return quantized
@@ -256,7 +256,7 @@ def _read_in_int8(model: onnx.ModelProto, recipe: Recipe) -> set[str]:
     with open_view(model) as view:
         floats = set(recipe.float_nodes_of(view.graph))
         layers = [node for node in view.graph if node.op_type in INT8_OPS and node.name not in floats]
-        operands = [input_of(node, position) for node in layers for position in (0, 1)]
+        operands = [get_input(node, position) for node in layers for position in (0, 1)]
         return {name_of(value) for value in operands if not value.is_initializer()}
 
 
@@ -306,7 +306,7 @@ def _run_nncf(
     grouped = _Grouped(
         batches,
         chosen,
-        GROUP if recipe.range_estimator == "minmax" else 1,
+        IMAGES_AT_ONCE if recipe.range_estimator == "minmax" else 1,
     )
     dataset = nncf.Dataset(grouped, lambda batch: {name: batch})
     copy = onnx.ModelProto()

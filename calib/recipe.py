@@ -32,12 +32,12 @@ import onnx_ir as ir
 from .graph import (
     ELEMENTWISE,
     MOVES,
-    constant_dims,
-    input_of,
+    find_producer,
+    get_input,
+    get_node_name,
     is_constant,
-    node_name,
     open_view,
-    producer_of,
+    read_constant_dims,
 )
 
 FLOAT_OPS = (
@@ -72,7 +72,7 @@ class Recipe:
 
     Attributes:
         equalize: rescale what convs read before calibration (:func:`cmt_edge.calib.equalize.equalize`).
-        depthwise: quantize the depthwise convs of :func:`inner_depthwise` too.
+        depthwise: quantize the depthwise convs of :func:`find_inner_depthwise` too.
         attention: quantize the attention's own products of two activations, where NNCF would.
         smooth_quant: alpha of activation smoothing for matrix products, ``None`` for none; it adds a
             multiplication before each of them.
@@ -108,13 +108,13 @@ class Recipe:
 
     def float_nodes_of(self, graph: ir.Graph) -> list[str]:
         """:meth:`float_nodes` of a graph that is already open."""
-        inner = _inner_depthwise(graph) if self.depthwise and self.equalize else set()
-        return [node_name(node) for node in graph for _ in range(self._count_rules(node, inner))]
+        inner = find_inner_depthwise(graph) if self.depthwise and self.equalize else set()
+        return [get_node_name(node) for node in graph for _ in range(self._count_rules(node, inner))]
 
     def _count_rules(self, node: ir.Node, inner: Collection[ir.Node]) -> int:
         """How many rules keep ``node`` float; ``inner``: the depthwise convs that become int8."""
         rules = (
-            is_depthwise(node) and node not in inner,
+            is_depthwise_node(node) and node not in inner,
             _reads_image_by_small_filters(node),
             _reads_softmax(node),
             _reads_table(node),
@@ -129,9 +129,9 @@ DEFAULT = Recipe()
 
 def _reads_image_by_small_filters(node: ir.Node) -> bool:
     """Whether it is a dense conv of the graph's input by filters of less than :data:`SMALL_FILTER` values."""
-    if not is_dense(node) or not input_of(node, 0).is_graph_input():
+    if not is_dense(node) or not get_input(node, 0).is_graph_input():
         return False
-    dims = constant_dims(node.inputs[1])
+    dims = read_constant_dims(node.inputs[1])
     return dims is not None and math.prod(dims[1:]) < SMALL_FILTER
 
 
@@ -144,7 +144,7 @@ def _reads_table(node: ir.Node) -> bool:
     """Whether it is a product with a constant of more than two dimensions."""
     if node.op_type != "MatMul":
         return False
-    return any(len(dims) > 2 for dims in map(constant_dims, node.inputs) if dims is not None)
+    return any(len(dims) > 2 for dims in map(read_constant_dims, node.inputs) if dims is not None)
 
 
 def _multiplies_activations(node: ir.Node) -> bool:
@@ -154,27 +154,21 @@ def _multiplies_activations(node: ir.Node) -> bool:
 def _comes_from(value: ir.Value | None, op_type: str) -> bool:
     """Whether a tensor is made from the output of such an operation by moves and elementwise arithmetic
     alone."""
-    node = producer_of(value)
+    node = find_producer(value)
     if node is None or node.op_type == op_type:
         return node is not None
     return node.op_type in (*MOVES, *ELEMENTWISE) and any(_comes_from(part, op_type) for part in node.inputs)
 
 
-def inner_depthwise(model: onnx.ModelProto) -> set[str]:
-    """Names of depthwise convs that read a dense conv and are read by one alone, with activations and a scale
-    and shift between."""
-    with open_view(model) as view:
-        return {node_name(node) for node in _inner_depthwise(view.graph)}
-
-
-def _inner_depthwise(graph: ir.Graph) -> set[ir.Node]:
-    """See :func:`inner_depthwise`."""
+def find_inner_depthwise(graph: ir.Graph) -> set[ir.Node]:
+    """Depthwise convs that read a dense conv and are read by one alone, with activations and a scale and
+    shift between."""
     return {
         node
         for node in graph
-        if is_depthwise(node)
-        and _is_scaled_and_shifted(input_of(node, 0))
-        and _is_dense_before(input_of(node, 0))
+        if is_depthwise_node(node)
+        and _is_scaled_and_shifted(get_input(node, 0))
+        and _is_dense_before(get_input(node, 0))
         and _is_dense_after(node.outputs[0])
     }
 
@@ -185,7 +179,7 @@ def _is_scaled_and_shifted(value: ir.Value) -> bool:
     if shift is None:
         return False
     scale = next(
-        (node for node in map(producer_of, shift.inputs) if node is not None),
+        (node for node in map(find_producer, shift.inputs) if node is not None),
         None,
     )
     return _reads_constant(shift, "Add") and scale is not None and _reads_constant(scale, "Mul")
@@ -217,14 +211,14 @@ def _is_dense_after(value: ir.Value) -> bool:
 
 def is_dense(node: ir.Node) -> bool:
     """Whether ``node`` is a conv whose filters read all channels."""
-    return node.op_type == "Conv" and not is_depthwise(node)
+    return node.op_type == "Conv" and not is_depthwise_node(node)
 
 
-def is_depthwise(node: ir.Node) -> bool:
+def is_depthwise_node(node: ir.Node) -> bool:
     """Whether ``node`` is a grouped conv (in these families every grouped conv is depthwise)."""
-    return node.op_type == "Conv" and group_count(node) > 1
+    return node.op_type == "Conv" and count_groups(node) > 1
 
 
-def group_count(conv: ir.Node) -> int:
+def count_groups(conv: ir.Node) -> int:
     """The number of groups into which a conv divides its channels."""
     return conv.attributes.get_int("group", 1)

@@ -19,33 +19,33 @@ from .graph import (
     MOVES,
     QUANTIZE,
     copy_node,
-    input_of,
+    find_producer,
+    find_readers,
+    find_source,
+    get_input,
+    get_node_name,
+    get_tensor,
     is_constant,
     name_of,
-    node_name,
     open_view,
-    producer_of,
-    readers_of,
     remove_unread,
     replace_inputs,
-    source_of,
-    tensor_of,
     write_model,
 )
 from .recipe import INT8_OPS
 
-SUFFIX = "_float"
+FLOAT_SUFFIX = "_float"
 """Is added to the names of constants and moves that exist in a float and in an int8 form."""
 
 
-def int8_nodes(quantized: onnx.ModelProto) -> list[str]:
+def list_int8_nodes(quantized: onnx.ModelProto) -> list[str]:
     """Names of the operations of a Q/DQ graph that compute in int8, in the graph's order."""
     with open_view(quantized) as view:
-        return [node_name(node) for node in view.graph if _computes_in_int8(node)]
+        return [get_node_name(node) for node in view.graph if _computes_in_int8(node)]
 
 
 def _computes_in_int8(node: ir.Node) -> bool:
-    sources = (source_of(value) for value in node.inputs)
+    sources = (find_source(value) for value in node.inputs)
     return node.op_type in INT8_OPS and any(
         source is not None and source.op_type == DEQUANTIZE for source in sources
     )
@@ -70,7 +70,7 @@ def restore(
             that nothing can be restored.
     """
     with open_view(original) as source, open_view(quantized) as view:
-        unknown = sorted(set(nodes) - {node_name(node) for node in source.graph})
+        unknown = sorted(set(nodes) - {get_node_name(node) for node in source.graph})
         if unknown:
             raise InputError(
                 f"the graph has no operation {unknown[0]!r}",
@@ -94,7 +94,7 @@ class _Restoration:
         self.graph = quantized
         self.chosen = set(chosen)
         self.left = {node for node in quantized if _computes_in_int8(node)} - self.chosen
-        self.original = {node_name(node): node for node in original}
+        self.original = {get_node_name(node): node for node in original}
         self.values = original.initializers
         # tensor -> the tensor with its values from before the Q/DQ pair
         self.floats: dict[ir.Value, ir.Value] = {}
@@ -112,7 +112,7 @@ class _Restoration:
     def run(self) -> None:
         self._bypass_unread_pairs()
         # initializer -> the nodes that read it before any of them is restored
-        self.readers = {value: set(readers_of(value)) for value in self.graph.initializers.values()}
+        self.readers = {value: set(find_readers(value)) for value in self.graph.initializers.values()}
         for node in list(self.graph):
             if node in self.chosen:
                 self._restore_operation(node)
@@ -131,7 +131,7 @@ class _Restoration:
             readers = self._int8_readers(value, (*MOVES, "Concat")) or self._int8_readers(value, None)
             if not readers & self.left:
                 before = _before_pair(pair)
-                for node in readers_of(value):
+                for node in find_readers(value):
                     replace_inputs(node, value, before)
 
     def _int8_readers(self, tensor: ir.Value, through: tuple[str, ...] | None) -> set[ir.Node]:
@@ -140,7 +140,7 @@ class _Restoration:
         found: set[ir.Node] = set()
         seen, queue = {tensor}, [tensor]
         while queue:
-            for node in readers_of(queue.pop()):
+            for node in find_readers(queue.pop()):
                 if node in self.left or node in self.chosen:
                     found.add(node)
                 elif through is None or node.op_type in through:
@@ -152,7 +152,7 @@ class _Restoration:
 
     def _restore_operation(self, node: ir.Node) -> None:
         """Let ``node`` read the float graph's constants, and activations from before their pairs."""
-        inputs = self.original[node_name(node)].inputs
+        inputs = self.original[get_node_name(node)].inputs
         for position, value in enumerate(node.inputs):
             before = inputs[position] if position < len(inputs) else None  # NNCF may have added a bias
             if before is None:
@@ -164,7 +164,7 @@ class _Restoration:
 
     def _follows_chosen(self, node: ir.Node) -> bool:
         """Whether ``node`` adds something to the result of a chosen operation."""
-        sources = (source_of(value) for value in node.inputs)
+        sources = (find_source(value) for value in node.inputs)
         return (
             next(
                 (source for source in sources if source is not None),
@@ -193,7 +193,7 @@ class _Restoration:
         if now is not None and not shared:
             now.const_value = before.const_value
             return now
-        target = name + SUFFIX if shared else name
+        target = name + FLOAT_SUFFIX if shared else name
         if target not in self.graph.initializers:
             self._add_constant(target, before)
         return self.graph.initializers[target]
@@ -201,7 +201,7 @@ class _Restoration:
     def _add_constant(self, name: str, before: ir.Value) -> None:
         """Add a copy of a constant of the float graph under another name."""
         tensor = onnx.TensorProto()
-        tensor.CopyFrom(tensor_of(before))
+        tensor.CopyFrom(get_tensor(before))
         tensor.name = name
         self.graph.register_initializer(ir.val(name, const_value=ir.TensorProtoTensor(tensor)))
 
@@ -221,10 +221,10 @@ class _Restoration:
     def _float_move(self, node: ir.Node, tensor: ir.Value) -> ir.Value:
         """``tensor``, or a copy of it if what ``node`` moves has another float form."""
         count = len(node.inputs) if node.op_type == "Concat" else 1
-        sources = [self._float(input_of(node, position)) for position in range(count)]
+        sources = [self._float(get_input(node, position)) for position in range(count)]
         if sources == list(node.inputs[:count]):
             return tensor
-        copy = copy_node(node, [*sources, *node.inputs[count:]], SUFFIX)
+        copy = copy_node(node, [*sources, *node.inputs[count:]], FLOAT_SUFFIX)
         self.graph.insert_after(node, copy)
         self.floats |= dict(zip(node.outputs, copy.outputs, strict=True))
         return self.floats[tensor]
@@ -232,14 +232,14 @@ class _Restoration:
 
 def _before_pair(dequantizer: ir.Node) -> ir.Value:
     """What the quantizer of a pair reads."""
-    quantizer = producer_of(dequantizer.inputs[0])
+    quantizer = find_producer(dequantizer.inputs[0])
     if quantizer is None:
         raise TypeError(f"{dequantizer.name} does not read a quantizer")
-    return input_of(quantizer, 0)
+    return get_input(quantizer, 0)
 
 
 def _is_same(now: ir.Value, before: ir.Value) -> bool:
     """Whether two constants are stored alike."""
-    ours: bytes = tensor_of(now).SerializeToString(deterministic=True)
-    theirs: bytes = tensor_of(before).SerializeToString(deterministic=True)
+    ours: bytes = get_tensor(now).SerializeToString(deterministic=True)
+    theirs: bytes = get_tensor(before).SerializeToString(deterministic=True)
     return ours == theirs

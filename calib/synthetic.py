@@ -38,7 +38,7 @@ from .generated import generate
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 """The modules that keep statistics of their training data."""
 
-DEFAULT_COUNT = 64
+SYNTHETIC_COUNT = 64
 """Number of images unless another one is asked for; above 128 pixels half of it, because they take longer.
 
 Ranges are means over images, and more images do not change them.
@@ -56,7 +56,7 @@ FALL = 1.5
 TIME_LIMIT_S = 240.0
 """Seconds after which no further step starts."""
 
-SEED = 40
+IMAGE_SEED = 40
 """Seed of the images at the start; the seed that is asked for is added to it."""
 
 CACHED_SETS = 10
@@ -101,7 +101,7 @@ class Synthesis:
 
 def default_count(spec: Preprocess) -> int:
     """Number of images unless another one is asked for."""
-    return DEFAULT_COUNT if spec.size <= 128 else DEFAULT_COUNT // 2
+    return SYNTHETIC_COUNT if spec.size <= 128 else SYNTHETIC_COUNT // 2
 
 
 def synthesise(
@@ -209,7 +209,7 @@ def _summarise(batches: list[_Batch], seed: int, steps: int) -> Synthesis:
 def _starting_batches(count: int, spec: Preprocess, seed: int) -> list[Tensor]:
     """Generated images as float32 ``(N, 3, S, S)`` with values from 0 to 1, in batches of nearly equal
     size."""
-    encoded = generate(count, spec.size, seed=SEED + seed)
+    encoded = generate(count, spec.size, seed=IMAGE_SEED + seed)
     images = torch.from_numpy(np.stack([pixels(blob, spec) for blob in encoded]))
     values = images.permute(0, 3, 1, 2).float() / 255
     largest = max(SMALLEST_BATCH, min(LARGEST_BATCH, BATCH_PIXELS // spec.size**2))

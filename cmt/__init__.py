@@ -7,7 +7,7 @@
 """
 
 from .analysis import count_params, macs, try_macs
-from .features import FeatureMaps, with_head
+from .features import FeatureMaps, choose_head
 from .registry import create_model, labels_of, list_models, model_spec
 from .rewrites import fuse
 from .spec import Classifier, ModelSpec
@@ -17,6 +17,7 @@ __all__ = [
     "Classifier",
     "FeatureMaps",
     "ModelSpec",
+    "choose_head",
     "count_params",
     "create_model",
     "fuse",
@@ -28,5 +29,4 @@ __all__ = [
     "model_spec",
     "try_macs",
     "weights_fingerprint",
-    "with_head",
 ]

@@ -139,10 +139,10 @@ CLASS_NAMES = (
 )
 """Where checkpoints keep the names of their classes."""
 
-MAX_DEPTH = 4
+MAX_WAY = 4
 """Number of keys on the way to a place, at most."""
 
-MAX_ITEMS = 16
+MAX_LIST = 16
 """Length of a list in which places are looked for, at most."""
 
 MIN_SHARE = 0.3
@@ -157,7 +157,7 @@ MAX_PREFIX = 6
 
 
 @dataclass(frozen=True)
-class Candidate:
+class WeightsCandidate:
     """A place and a prefix, compared with a model.
 
     Attributes:
@@ -194,7 +194,7 @@ class Place:
     state: StateDict
 
 
-def find_candidates(content: Any, spec: ModelSpec, target: StateDict) -> list[Candidate]:
+def find_candidates(content: Any, spec: ModelSpec, target: StateDict) -> list[WeightsCandidate]:
     """Every place of ``content`` with every prefix that may belong to the model; the best one first."""
     found = [
         _compare(place, prefix, spec, target)
@@ -213,22 +213,24 @@ def find_candidates(content: Any, spec: ModelSpec, target: StateDict) -> list[Ca
 
 def find_places(content: Any, way: tuple[str, ...] = ()) -> Iterator[Place]:
     """Every mapping in ``content`` that holds tensors or arrays."""
-    if len(way) > MAX_DEPTH or (way and OTHERS & words(way[-1])):
+    if len(way) > MAX_WAY or (way and OTHERS & split_words(way[-1])):
         return
     if isinstance(content, Mapping):
         state = {
-            str(key): tensor for key, value in content.items() if (tensor := to_tensor(value)) is not None
+            str(key): tensor
+            for key, value in content.items()
+            if (tensor := convert_to_tensor(value)) is not None
         }
         if state:
             yield Place(way, _unwrapped(state))
         for key, value in content.items():
             yield from find_places(value, (*way, str(key)))
-    elif isinstance(content, (list, tuple)) and len(content) <= MAX_ITEMS:
+    elif isinstance(content, (list, tuple)) and len(content) <= MAX_LIST:
         for index, value in enumerate(content):
             yield from find_places(value, (*way, f"[{index}]"))
 
 
-def to_tensor(value: object) -> Tensor | None:
+def convert_to_tensor(value: object) -> Tensor | None:
     """A tensor or an array of numbers as a tensor; ``None`` for anything else."""
     if isinstance(value, Tensor):
         return value.detach()
@@ -242,7 +244,7 @@ def to_tensor(value: object) -> Tensor | None:
         return None
 
 
-def words(key: str) -> set[str]:
+def split_words(key: str) -> set[str]:
     """The words that a key is made of, in lower case."""
     split = re.sub(r"([a-z])([A-Z])", r"\1_\2", key)
     return {word for word in re.split(r"[^a-z0-9]+", split.lower()) if word}
@@ -251,7 +253,7 @@ def words(key: str) -> set[str]:
 def is_training_only(key: str) -> bool:
     """Whether a name beside a model's belongs to its training, and not to its answers."""
     parts = key.split(".")
-    return parts[-1] in COUNTERS or bool(TRAINING & words(parts[0]))
+    return parts[-1] in COUNTERS or bool(TRAINING & split_words(parts[0]))
 
 
 def _unwrapped(state: StateDict) -> StateDict:
@@ -274,14 +276,14 @@ def _prefixes(state: StateDict, wanted: int) -> list[str]:
     ]
 
 
-def _compare(place: Place, prefix: str, spec: ModelSpec, target: StateDict) -> Candidate:
+def _compare(place: Place, prefix: str, spec: ModelSpec, target: StateDict) -> WeightsCandidate:
     inside = {key[len(prefix) :]: value for key, value in place.state.items() if key.startswith(prefix)}
     state = _to_model(inside, spec, target)
     outside = [key for key in place.state if not key.startswith(prefix)]
     required = [key for key in target if not key.endswith(BATCHES)]
     way = [*place.way, *prefix.split(".")]
     averaged = any(AVERAGE.search(part) for part in way)
-    return Candidate(
+    return WeightsCandidate(
         way=place.way,
         prefix=prefix,
         state=state,
@@ -289,7 +291,7 @@ def _compare(place: Place, prefix: str, spec: ModelSpec, target: StateDict) -> C
         missing=sum(key not in state for key in required),
         shared=sum(key in state for key in required),
         averaged=averaged or _has_average_counter(place.state, prefix),
-        usual=all(words(AVERAGE.sub(" ", part)) <= USUAL or part.startswith("[") for part in way),
+        usual=all(split_words(AVERAGE.sub(" ", part)) <= USUAL or part.startswith("[") for part in way),
     )
 
 
@@ -324,7 +326,7 @@ class Undecided(Exception):
         self.what, self.reason, self.remedy = what, reason, remedy
 
 
-def choose(candidates: list[Candidate], ema: bool | None) -> Candidate:
+def choose_candidate(candidates: list[WeightsCandidate], ema: bool | None) -> WeightsCandidate:
     """The candidate to load; it may still lack names, where none has all of them.
 
     Args:
@@ -360,7 +362,7 @@ def choose(candidates: list[Candidate], ema: bool | None) -> Candidate:
     return _only([_without_siblings(c, complete) for c in wanted or candidates])
 
 
-def _only(candidates: list[Candidate]) -> Candidate:
+def _only(candidates: list[WeightsCandidate]) -> WeightsCandidate:
     """The best of ``candidates``; raises :class:`Undecided` where others are as good and differ."""
     complete = [c for c in candidates if not c.missing]
     if not complete:
@@ -378,7 +380,7 @@ def _only(candidates: list[Candidate]) -> Candidate:
     return equals[0]
 
 
-def _without_siblings(chosen: Candidate, complete: list[Candidate]) -> Candidate:
+def _without_siblings(chosen: WeightsCandidate, complete: list[WeightsCandidate]) -> WeightsCandidate:
     """``chosen``, where names beside it that are a whole model too are not counted as strange."""
     siblings = {c.prefix for c in complete if c.way == chosen.way and c.prefix != chosen.prefix}
     siblings = {prefix for prefix in siblings if prefix and not chosen.prefix.startswith(prefix)}
@@ -475,7 +477,7 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def keys_of(content: Any) -> str:
+def describe_keys(content: Any) -> str:
     """The keys at the top of a checkpoint, for a message."""
     if not isinstance(content, Mapping):
         return f"a {type(content).__name__}"
@@ -484,7 +486,7 @@ def keys_of(content: Any) -> str:
     return ", ".join(keys[:MAX_KEYS]) + rest if keys else "nothing"
 
 
-def nearest_entry(candidate: Candidate) -> str:
+def describe_nearest_entry(candidate: WeightsCandidate) -> str:
     """Where the best match is and how good it is, for a message."""
     total = candidate.shared + candidate.missing
     return f"{candidate.entry} has {candidate.shared} of the model's {total} names"

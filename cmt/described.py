@@ -19,7 +19,7 @@ SIZE = ("imgsz", "img_size", "image_size", "input_size", "size")
 """Names of a setting that holds the height and width of the input, pixels."""
 COUNT = ("num_classes", "nb_classes")
 """Names of a setting that holds the number of classes."""
-CLASSES = ("classes", "class_names")
+CLASS_NAME_SETTINGS = ("classes", "class_names")
 """Names of a setting that lists the names of the classes."""
 
 
@@ -113,7 +113,7 @@ def _read_triple(value: Any) -> tuple[float, ...] | None:
 
 def _count_classes(settings: Mapping[Any, Any], content: Mapping[Any, Any]) -> int | None:
     for source in (settings, content):
-        for names in map(source.get, CLASSES):
+        for names in map(source.get, CLASS_NAME_SETTINGS):
             if isinstance(names, (list, tuple)) and names:
                 return len(names)
     return _positive(_first(settings, COUNT, int))

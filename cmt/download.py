@@ -16,18 +16,18 @@ from tqdm import tqdm
 
 from cmt_edge.deploy.cache import can_keep
 from cmt_edge.deploy.errors import DownloadError
-from cmt_edge.deploy.files import cache_folder, sha256_of
+from cmt_edge.deploy.files import find_cache_folder, hash_file
 from cmt_edge.deploy.locks import locked
 
 from .spec import Pretrained
 
-TIMEOUT_S = 30
+ANSWER_TIMEOUT_S = 30
 """Seconds without an answer after which a connection is given up."""
 
-CHUNK_BYTES = 1 << 20
+DOWNLOAD_CHUNK_BYTES = 1 << 20
 """Bytes that are read at once."""
 
-MAX_BYTES = 4 << 30
+MAX_DOWNLOAD_BYTES = 4 << 30
 """Largest file, in bytes, that is accepted."""
 
 PARTIAL = ".partial"
@@ -68,13 +68,13 @@ def fetch(published: Pretrained, folder: Path | None = None) -> Path:
 def is_kept(published: Pretrained) -> bool:
     """Whether the user's cache has the published file, so that nothing needs to be downloaded."""
     assert published.url is not None
-    return (cache_folder() / "weights" / published.url.rsplit("/", 1)[-1]).is_file()
+    return (find_cache_folder() / "weights" / published.url.rsplit("/", 1)[-1]).is_file()
 
 
 def _folder_for(name: str) -> Path:
     """Where a download is kept: ``weights`` in the user's cache, or, where that cannot be written to and does
     not have the file, a temporary folder of this process."""
-    folder = cache_folder() / "weights"
+    folder = find_cache_folder() / "weights"
     if (folder / name).is_file() or can_keep(folder):
         return folder
     temporary = Path(tempfile.mkdtemp(prefix="cmt-edge-"))
@@ -96,7 +96,7 @@ def _download(url: str, partial: Path) -> None:
     have = partial.stat().st_size if partial.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+        with urllib.request.urlopen(request, timeout=ANSWER_TIMEOUT_S) as response:
             _receive(response, partial, have if response.status == 206 else 0)
     except urllib.error.HTTPError as exc:
         exc.close()
@@ -113,8 +113,10 @@ def _receive(response: Any, partial: Path, have: int) -> None:
     Raises :class:`OSError` if the body is too long or ends early.
     """
     length = int(response.headers.get("Content-Length") or 0)
-    if have + length > MAX_BYTES:
-        raise OSError(f"the server announces {have + length} bytes, more than the cap of {MAX_BYTES}")
+    if have + length > MAX_DOWNLOAD_BYTES:
+        raise OSError(
+            f"the server announces {have + length} bytes, more than the cap of {MAX_DOWNLOAD_BYTES}"
+        )
     if have and not (response.headers.get("Content-Range") or "").startswith(f"bytes {have}-"):
         raise OSError("the server continues at another place than asked for")
     received = 0
@@ -123,14 +125,14 @@ def _receive(response: Any, partial: Path, have: int) -> None:
         open(partial, mode) as out,
         _bar(partial, have, have + length) as bar,
     ):
-        while (chunk := response.read(CHUNK_BYTES)) and received <= MAX_BYTES:
+        while (chunk := response.read(DOWNLOAD_CHUNK_BYTES)) and received <= MAX_DOWNLOAD_BYTES:
             out.write(chunk)
             bar.update(len(chunk))
             received += len(chunk)
         out.flush()
         os.fsync(out.fileno())
-    if received > MAX_BYTES:
-        raise OSError(f"more than the cap of {MAX_BYTES} bytes")
+    if received > MAX_DOWNLOAD_BYTES:
+        raise OSError(f"more than the cap of {MAX_DOWNLOAD_BYTES} bytes")
     if length and received != length:
         raise OSError(f"the connection ended after {received} of {length} bytes; run again to go on")
 
@@ -154,7 +156,7 @@ def _check(published: Pretrained, partial: Path) -> None:
     if published.size is not None and size != published.size:
         wrong = f"{size} bytes, expected {published.size}"
     elif published.sha256 is not None:
-        actual = sha256_of(partial)
+        actual = hash_file(partial)
         if actual != published.sha256:
             wrong = f"SHA-256 {actual}, expected {published.sha256}"
     if wrong:

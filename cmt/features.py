@@ -41,7 +41,7 @@ class FeatureMaps(nn.Module):
         return tuple(cast(Hierarchical, self.model).features(x))
 
 
-def with_head(model: nn.Module, head: str) -> nn.Module:
+def choose_head(model: nn.Module, head: str) -> nn.Module:
     """``model`` as it is for ``"logits"``, or as :class:`FeatureMaps` for ``"features"``.
 
     A classifier of one logit becomes one of two classes (:class:`~cmt_edge.cmt.outputs.TwoLabels`).

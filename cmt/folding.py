@@ -12,11 +12,11 @@ from typing import TypeVar, cast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
+Foldable = TypeVar("Foldable", nn.Conv2d, nn.Linear)
 """A layer that can take a scale and a shift."""
 
 
-def norm_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+def read_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Scale and shift, both ``(C,)`` float64, of a batch norm in eval mode or of a layer norm's affine
     part."""
     weight = cast(Tensor, norm.weight).double()
@@ -29,7 +29,7 @@ def norm_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
     return scale, bias - mean * scale
 
 
-def doubled(layer: nn.Conv2d | nn.Linear) -> tuple[Tensor, Tensor]:
+def read_weights(layer: nn.Conv2d | nn.Linear) -> tuple[Tensor, Tensor]:
     """Weight and bias in float64; a missing bias is zero."""
     weight = layer.weight.double()
     if layer.bias is None:
@@ -37,7 +37,7 @@ def doubled(layer: nn.Conv2d | nn.Linear) -> tuple[Tensor, Tensor]:
     return weight, layer.bias.double()
 
 
-def with_weights(layer: Layer, weight: Tensor, bias: Tensor) -> Layer:
+def replace_weights(layer: Foldable, weight: Tensor, bias: Tensor) -> Foldable:
     """A copy of ``layer`` with new weights (float64)."""
     new = copy.deepcopy(layer)
     new.weight = nn.Parameter(weight.detach())
@@ -45,19 +45,19 @@ def with_weights(layer: Layer, weight: Tensor, bias: Tensor) -> Layer:
     return new
 
 
-def without_bias(layer: nn.Conv2d | nn.Linear | nn.LayerNorm) -> None:
+def remove_bias(layer: nn.Conv2d | nn.Linear | nn.LayerNorm) -> None:
     """Take the bias of ``layer`` away, in place."""
     layer.register_parameter("bias", None)
 
 
-def affine_after(layer: Layer, scale: Tensor, shift: Tensor) -> Layer:
+def fold_affine_after(layer: Foldable, scale: Tensor, shift: Tensor) -> Foldable:
     """``scale * layer(x) + shift`` as one layer."""
-    weight, bias = doubled(layer)
+    weight, bias = read_weights(layer)
     rows = scale.reshape(-1, *[1] * (weight.ndim - 1))
-    return with_weights(layer, weight * rows, bias * scale + shift)
+    return replace_weights(layer, weight * rows, bias * scale + shift)
 
 
-def affine_before(layer: Layer, scale: Tensor, shift: Tensor) -> Layer:
+def fold_affine_before(layer: Foldable, scale: Tensor, shift: Tensor) -> Foldable:
     """``layer(scale * x + shift)`` as one layer.
 
     Raises:
@@ -65,7 +65,7 @@ def affine_before(layer: Layer, scale: Tensor, shift: Tensor) -> Layer:
             dense nor depthwise.
     """
     weight: Tensor
-    weight, bias = doubled(layer)
+    weight, bias = read_weights(layer)
     per_channel = [1, -1, *[1] * (weight.ndim - 2)]
     if isinstance(layer, nn.Conv2d):
         if layer.padding != (0, 0) and bool(shift.any()):
@@ -80,7 +80,7 @@ def affine_before(layer: Layer, scale: Tensor, shift: Tensor) -> Layer:
         elif layer.groups > 1:
             raise ValueError("only dense and depthwise convs are folded")
     constant = (weight * shift.reshape(per_channel)).flatten(1).sum(1)
-    return with_weights(layer, weight * scale.reshape(per_channel), bias + constant)
+    return replace_weights(layer, weight * scale.reshape(per_channel), bias + constant)
 
 
 def is_depthwise(conv: nn.Conv2d) -> bool:
@@ -88,7 +88,7 @@ def is_depthwise(conv: nn.Conv2d) -> bool:
     return conv.groups == conv.in_channels == conv.out_channels
 
 
-def with_identity(depthwise: nn.Conv2d) -> nn.Conv2d:
+def fold_identity(depthwise: nn.Conv2d) -> nn.Conv2d:
     """``depthwise(x) + x`` as one depthwise conv (odd kernel, stride 1, same padding)."""
     height, width = depthwise.kernel_size
     odd = height % 2 == 1 and width % 2 == 1
@@ -98,10 +98,10 @@ def with_identity(depthwise: nn.Conv2d) -> nn.Conv2d:
         raise ValueError(
             "the shortcut can be folded only into a depthwise conv of stride 1 with same padding"
         )
-    weight, bias = doubled(depthwise)
+    weight, bias = read_weights(depthwise)
     weight = weight.clone()
     weight[:, 0, height // 2, width // 2] += 1
-    return with_weights(depthwise, weight, bias)
+    return replace_weights(depthwise, weight, bias)
 
 
 class ScaleShift(nn.Module):
@@ -109,7 +109,7 @@ class ScaleShift(nn.Module):
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
-        scale, shift = norm_affine(norm)
+        scale, shift = read_affine(norm)
         self.scale = nn.Parameter(scale.reshape(1, -1, 1, 1))
         self.shift = nn.Parameter(shift.reshape(1, -1, 1, 1))
 

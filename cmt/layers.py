@@ -76,6 +76,6 @@ class ResidualDepthwise(nn.Conv2d):
         return x + super().forward(x)
 
 
-def scaled(x: Tensor, scale: float) -> Tensor:
+def apply_scale(x: Tensor, scale: float) -> Tensor:
     """``x * scale``, without the multiplication by a scale that has been folded away."""
     return x if scale == 1.0 else x * scale

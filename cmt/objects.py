@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from cmt_edge.deploy.errors import InputError
 
-from .outside import CUSTOM, Constructor, Factory, describe
+from .outside import CUSTOM, Constructor, Factory, describe_factory
 from .rewrites import fuse
 from .spec import ModelSpec, Rewrite
 
-WRAPPERS = {
+WRAPPED_ATTRIBUTES = {
     "OptimizedModule": "_orig_mod",
     "DataParallel": "module",
     "DistributedDataParallel": "module",
@@ -28,7 +28,7 @@ WRAPPERS = {
 """Class of a wrapper of PyTorch -> its attribute with the module inside."""
 
 
-def object_spec(module: nn.Module, img_size: int | None = None) -> ModelSpec:
+def make_object_spec(module: nn.Module, img_size: int | None = None) -> ModelSpec:
     """A registry entry for a module object.
 
     A module that :func:`cmt_edge.cmt.create_model` built keeps its entry, and with it the name, the
@@ -46,7 +46,7 @@ def object_spec(module: nn.Module, img_size: int | None = None) -> ModelSpec:
     inner = unwrap(module)
     known = getattr(inner, "spec", None)
     name = known.name if isinstance(known, ModelSpec) else type(inner).__name__
-    described = describe(lambda: copy_of(inner), name, img_size)
+    described = describe_factory(lambda: copy_of(inner), name, img_size)
     constructor = ObjectConstructor(
         name,
         described["img_size"],
@@ -75,7 +75,7 @@ def object_spec(module: nn.Module, img_size: int | None = None) -> ModelSpec:
 
 def unwrap(module: nn.Module) -> nn.Module:
     """The module inside what ``torch.compile``, parallel training and averaging put around it."""
-    while (attribute := WRAPPERS.get(type(module).__name__)) is not None:
+    while (attribute := WRAPPED_ATTRIBUTES.get(type(module).__name__)) is not None:
         module = getattr(module, attribute)
     return module
 

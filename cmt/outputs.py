@@ -91,7 +91,7 @@ IN_UNIT = 1 + 5e-3
 """The largest value that counts as a probability; halves round a sum."""
 SOFTMAXES = ("softmax",)
 """Operations that give the classes probabilities that sum to 1, by PyTorch's names."""
-REMEDY = "wrap the model so that it returns its logits alone, float32 (N, classes)"
+OUTPUT_REMEDY = "wrap the model so that it returns its logits alone, float32 (N, classes)"
 """What to do about an output that cannot be used."""
 
 Key = str | int | None
@@ -117,14 +117,14 @@ def settle_output(model: nn.Module, example: Tensor, name: str) -> int:
         raise InputError(
             f"{name} returns {_describe(logits)}, which are no logits",
             why="whole numbers are class indices or a mask, and a score of each class is needed",
-            remedy=REMEDY,
+            remedy=OUTPUT_REMEDY,
         )
     classes = _count(logits, len(example))
     if classes is None:
         raise InputError(
             f"{name} returns {_describe(logits)} for {len(example)} images, not logits"
             f" ({len(example)}, classes)",
-            remedy=REMEDY,
+            remedy=OUTPUT_REMEDY,
         )
     plain = key is None and logits.dtype == torch.float32 and logits.ndim == 2
     if not plain:
@@ -132,7 +132,7 @@ def settle_output(model: nn.Module, example: Tensor, name: str) -> int:
     return classes
 
 
-def last_operation(model: nn.Module, example: Tensor) -> str:
+def find_last_operation(model: nn.Module, example: Tensor) -> str:
     """PyTorch's name of the operation that gives the output its values, for example ``"sigmoid"``.
 
     It is empty where it is not known.
@@ -193,7 +193,7 @@ def is_one_probability(model: nn.Module, example: Tensor) -> bool:
         model: in eval mode.
         example: float32 ``(K, 3, S, S)``.
     """
-    operation = last_operation(model, example)
+    operation = find_last_operation(model, example)
     if operation in SIGMOIDS or operation in LINEAR:
         return operation in SIGMOIDS
     with torch.inference_mode():
@@ -272,7 +272,7 @@ def _find_logits(given: Any, count: int, name: str) -> Key:
     raise InputError(
         f"{name} returns a {type(given).__name__}, and it is not clear which part of it is the logits",
         why=f"its parts are {shown}" if shown else None,
-        remedy=f"{REMEDY}; of several parts, the one named 'logits' is taken",
+        remedy=f"{OUTPUT_REMEDY}; of several parts, the one named 'logits' is taken",
     )
 
 
@@ -296,7 +296,7 @@ def _require_no_ranking(
         raise InputError(
             f"{name} returns {what}, which are no logits",
             why="the best values alone do not say which class each of them belongs to",
-            remedy=REMEDY,
+            remedy=OUTPUT_REMEDY,
         )
 
 

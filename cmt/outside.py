@@ -36,7 +36,7 @@ from cmt_edge.deploy.errors import (
 )
 
 from .outputs import PROBED, settle_output
-from .rewrites import global_pool_as_mean
+from .rewrites import replace_global_pools
 from .spec import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -97,7 +97,7 @@ def is_outside(name: str) -> bool:
 
 
 @lru_cache(maxsize=8)
-def outside_spec(name: str, img_size: int | None = None) -> ModelSpec:
+def make_outside_spec(name: str, img_size: int | None = None) -> ModelSpec:
     """A registry entry for ``module:factory`` or ``timm:NAME``.
 
     Args:
@@ -111,7 +111,7 @@ def outside_spec(name: str, img_size: int | None = None) -> ModelSpec:
         RuntimeMissingError: timm is not installed.
     """
     library, _, model = name.partition(":")
-    described = describe(find_factory(name), name, img_size)
+    described = describe_factory(find_factory(name), name, img_size)
     constructor = Constructor(name, described["img_size"], described["num_classes"])
     if library == TIMM:
         labels = "imagenet_labels.txt" if described["num_classes"] == 1000 else None
@@ -131,7 +131,7 @@ def outside_spec(name: str, img_size: int | None = None) -> ModelSpec:
     )
 
 
-def describe(factory: Factory, name: str, img_size: int | None) -> dict[str, Any]:
+def describe_factory(factory: Factory, name: str, img_size: int | None) -> dict[str, Any]:
     """The fields of a :class:`ModelSpec` that a model made by ``factory`` tells."""
     prototype = _call(factory, name)
     settings = _settings(prototype)
@@ -334,7 +334,7 @@ def _detach(model: nn.Module) -> None:
 
 def _applicable_rewrites(model: nn.Module) -> tuple[Rewrite, ...]:
     """The rewrites for any model that find a place in this one; ``model`` is changed."""
-    return tuple(rewrite for rewrite in (global_pool_as_mean(),) if rewrite.apply(model))
+    return tuple(rewrite for rewrite in (replace_global_pools(),) if rewrite.apply(model))
 
 
 def _settings(model: nn.Module) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from cmt_edge.deploy.errors import InputError, WeightsError
 
-from .features import with_head
+from .features import choose_head
 from .outside import is_outside
 from .registry import create_model, list_models
 from .spec import Classifier
@@ -135,7 +135,7 @@ def rebuild(
         fresh_head=bool(made.fresh),
         resize=bool(made.resized),
     )
-    return with_head(model, entry.head), weights_fingerprint(model)
+    return choose_head(model, entry.head), weights_fingerprint(model)
 
 
 def _require_known(entry: ModelEntry, weights: str | Path | None) -> None:

@@ -21,8 +21,8 @@ from torch import nn
 
 from cmt_edge.deploy.errors import InputError, UnknownNameError
 
-from .objects import object_spec
-from .outside import is_outside, outside_spec
+from .objects import make_object_spec
+from .outside import is_outside, make_outside_spec
 from .spec import Classifier, ModelSpec, check_size
 
 FAMILIES = (
@@ -59,17 +59,17 @@ def model_spec(name: str | nn.Module, img_size: int | None = None) -> ModelSpec:
     """The registry's entry of ``name``; one is made for ``module:factory``, ``timm:NAME`` and a module
     object.
 
-    ``img_size`` is for these alone, see :func:`cmt_edge.cmt.outside.outside_spec`.
+    ``img_size`` is for these alone, see :func:`cmt_edge.cmt.outside.make_outside_spec`.
 
     Raises:
         UnknownNameError: no model has this name; the error names the closest ones.
-        InputError, RuntimeMissingError: see :func:`cmt_edge.cmt.outside.outside_spec` and
-            :func:`cmt_edge.cmt.objects.object_spec`.
+        InputError, RuntimeMissingError: see :func:`cmt_edge.cmt.outside.make_outside_spec` and
+            :func:`cmt_edge.cmt.objects.make_object_spec`.
     """
     if isinstance(name, nn.Module):
-        return object_spec(name, img_size)
+        return make_object_spec(name, img_size)
     if is_outside(name):
-        return outside_spec(name, img_size)
+        return make_outside_spec(name, img_size)
     specs = collect(FAMILIES)
     if name not in specs:
         close = difflib.get_close_matches(name, specs, n=3, cutoff=0.4)

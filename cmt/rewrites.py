@@ -5,17 +5,17 @@ A rewrite has a name and its algebra, and changes a float64 copy of the model in
 that apply to it (``ModelSpec.rewrites``). They are written for inference (eval mode). ``s`` and ``t`` are a
 norm's scale and shift, folded in float64 and rounded once:
 
-* :func:`batch_norm_after` a conv or linear:  ``s * (W x + b) + t  ==  (s W) x + (s b + t)``.
-* :func:`affine_into` a conv or linear:  ``W (s x + t) + b  ==  (W s) x + (b + sum(W) t)``; for a conv only
+* :func:`fold_batch_norm` a conv or linear:  ``s * (W x + b) + t  ==  (s W) x + (s b + t)``.
+* :func:`fold_affine` a conv or linear:  ``W (s x + t) + b  ==  (W s) x + (b + sum(W) t)``; for a conv only
   without padding, because zeros of the padding would become ``t``.
-* :func:`shortcut_into_depthwise`:  ``DW x + x  ==  (DW + I) x``: one is added to the centre tap.
-* :func:`scale_into`:  ``(q k^T) c  ==  (c q) k^T``: the attention's scale goes into the query projection.
-* :func:`key_bias_dropped` and :func:`value_bias_into`: the softmax does not see the first, and the second
+* :func:`fold_shortcut`:  ``DW x + x  ==  (DW + I) x``: one is added to the centre tap.
+* :func:`fold_scale`:  ``(q k^T) c  ==  (c q) k^T``: the attention's scale goes into the query projection.
+* :func:`drop_key_bias` and :func:`fold_value_bias`: the softmax does not see the first, and the second
   passes through it because its rows sum to 1.
-* :func:`attention_over_keys`: the projections of the many queries' tokens move to the few keys'.
-* :func:`batch_norm_as_affine`: between an activation and a zero-padded conv a batch norm cannot be folded
+* :func:`attend_over_keys`: the projections of the many queries' tokens move to the few keys'.
+* :func:`replace_batch_norms`: between an activation and a zero-padded conv a batch norm cannot be folded
   exactly; it stays as one scale-and-shift, which a runtime attaches to the conv before it.
-* :func:`keys_and_values_as_one`: one product for both, ordered so that splitting it again is free. Queries
+* :func:`merge_keys_and_values`: one product for both, ordered so that splitting it again is free. Queries
   stay apart: in general they come from other tokens. Where they come from the same tokens, splitting three
   ways costs what the larger product saves.
 
@@ -38,13 +38,13 @@ from .folding import (
     GlobalMean,
     PlainNorm,
     ScaleShift,
-    affine_after,
-    affine_before,
-    doubled,
-    norm_affine,
-    with_identity,
-    with_weights,
-    without_bias,
+    fold_affine_after,
+    fold_affine_before,
+    fold_identity,
+    read_affine,
+    read_weights,
+    remove_bias,
+    replace_weights,
 )
 from .layers import DropPath, ResidualDepthwise
 from .spec import Rewrite
@@ -53,7 +53,7 @@ Model = TypeVar("Model", bound=nn.Module)
 """The class of a model, which :func:`fuse` keeps."""
 
 QUERY_SHIFT = 0.5
-"""Added to each channel of a normalised token where a product carries a number (:func:`attention_over_keys`).
+"""Added to each channel of a normalised token where a product carries a number (:func:`attend_over_keys`).
 
 Half the standard deviation of the token: it costs little of a quantizer's range and keeps ``a_j`` small.
 """
@@ -109,17 +109,17 @@ def fuse(model: Model, *, without: Collection[str] = ()) -> Model:
 # --- named rewrites that families share -----------------------------------------------------------
 
 
-def batch_norm_after(layer: str, norm: str) -> Rewrite:
+def fold_batch_norm(layer: str, norm: str) -> Rewrite:
     """``norm(layer(x)) -> layer(x)``, in every submodule that has both attribute paths."""
 
     def apply(module: nn.Module) -> int:
-        places = [m for m in having(module, layer, norm) if isinstance(_get(m, norm), nn.BatchNorm2d)]
+        places = [m for m in find_modules(module, layer, norm) if isinstance(_get(m, norm), nn.BatchNorm2d)]
         for place in places:
-            scale, shift = norm_affine(_get(place, norm))
+            scale, shift = read_affine(_get(place, norm))
             _set(
                 place,
                 layer,
-                affine_after(_get(place, layer), scale, shift),
+                fold_affine_after(_get(place, layer), scale, shift),
             )
             _set(place, norm, nn.Identity())
         return len(places)
@@ -131,7 +131,7 @@ def batch_norm_after(layer: str, norm: str) -> Rewrite:
     )
 
 
-def affine_into(norm: str, *layers: str, unless: str | None = None) -> Rewrite:
+def fold_affine(norm: str, *layers: str, unless: str | None = None) -> Rewrite:
     """The affine part of ``norm`` goes into the ``layers`` that read it, in every submodule that has all
     these attribute paths.
 
@@ -144,15 +144,15 @@ def affine_into(norm: str, *layers: str, unless: str | None = None) -> Rewrite:
         return has_affine and (unless is None or not _has(module, unless))
 
     def apply(module: nn.Module) -> int:
-        places = [m for m in having(module, norm, *layers) if is_place(m)]
+        places = [m for m in find_modules(module, norm, *layers) if is_place(m)]
         for place in places:
             old = _get(place, norm)
-            scale, shift = norm_affine(old)
+            scale, shift = read_affine(old)
             for layer in layers:
                 _set(
                     place,
                     layer,
-                    affine_before(_get(place, layer), scale, shift),
+                    fold_affine_before(_get(place, layer), scale, shift),
                 )
             _set(
                 place,
@@ -165,17 +165,17 @@ def affine_into(norm: str, *layers: str, unless: str | None = None) -> Rewrite:
     return Rewrite(name, "W (s x + t) + b == (W s) x + (b + sum(W) t)", apply)
 
 
-def scale_into(layer: str, scale: str = "scale") -> Rewrite:
+def fold_scale(layer: str, scale: str = "scale") -> Rewrite:
     """The number ``scale`` of a submodule goes into its ``layer``; the attribute becomes 1."""
 
     def apply(module: nn.Module) -> int:
-        places = [m for m in having(module, layer, scale) if _get(m, scale) != 1.0]
+        places = [m for m in find_modules(module, layer, scale) if _get(m, scale) != 1.0]
         for place in places:
             factor = torch.tensor(_get(place, scale), dtype=torch.float64)
             _set(
                 place,
                 layer,
-                affine_after(_get(place, layer), factor, factor * 0),
+                fold_affine_after(_get(place, layer), factor, factor * 0),
             )
             _set(place, scale, 1.0)
         return len(places)
@@ -183,14 +183,14 @@ def scale_into(layer: str, scale: str = "scale") -> Rewrite:
     return Rewrite(f"{scale} into {layer}", "(q k^T) c == (c q) k^T", apply)
 
 
-def key_bias_dropped(layer: str) -> Rewrite:
+def drop_key_bias(layer: str) -> Rewrite:
     """The linear ``layer``, which makes keys, loses its bias ``b``: it adds ``q b`` to all scores of a query,
     and the softmax does not see that."""
 
     def apply(module: nn.Module) -> int:
-        places = having(module, f"{layer}.bias")
+        places = find_modules(module, f"{layer}.bias")
         for place in places:
-            without_bias(_get(place, layer))
+            remove_bias(_get(place, layer))
         return len(places)
 
     return Rewrite(
@@ -200,29 +200,29 @@ def key_bias_dropped(layer: str) -> Rewrite:
     )
 
 
-def value_bias_into(layer: str, proj: str) -> Rewrite:
+def fold_value_bias(layer: str, proj: str) -> Rewrite:
     """The bias of the linear ``layer``, which makes values, goes into ``proj``: it passes through the
     attention, because its rows sum to 1."""
 
     def apply(module: nn.Module) -> int:
-        places = having(module, f"{layer}.bias", proj)
+        places = find_modules(module, f"{layer}.bias", proj)
         for place in places:
             values = cast(nn.Linear, _get(place, layer))
             out = cast(nn.Linear, _get(place, proj))
-            weight, bias = doubled(out)
+            weight, bias = read_weights(out)
             _set(
                 place,
                 proj,
-                with_weights(out, weight, bias + weight @ values.bias.double()),
+                replace_weights(out, weight, bias + weight @ values.bias.double()),
             )
-            without_bias(values)
+            remove_bias(values)
         return len(places)
 
     algebra = "P (A (V + 1 b)) + c == P A V + (P b + c), as A 1 == 1"
     return Rewrite(f"bias of {layer} into {proj}", algebra, apply)
 
 
-def attention_over_keys(
+def attend_over_keys(
     blocks: str,
     norm: str,
     attention: str,
@@ -247,7 +247,7 @@ def attention_over_keys(
     """
 
     def apply(module: nn.Module) -> int:
-        stages = having(module, blocks, position_bias)
+        stages = find_modules(module, blocks, position_bias)
         places = [stage for stage in stages if _pays(stage, blocks, attention, position_bias)]
         for place in places:
             bias = cast(Tensor, _get(place, position_bias)).detach()
@@ -267,7 +267,7 @@ def attention_over_keys(
 def _attend_over_keys(block: nn.Module, norm: str, attention: str) -> None:
     """Change one block whose position bias has a row for each key, in place."""
     if isinstance(_get(block, norm), nn.LayerNorm):  # unless an earlier rewrite has folded it
-        affine_into(norm, f"{attention}.q", f"{attention}.reduce").apply(block)
+        fold_affine(norm, f"{attention}.q", f"{attention}.reduce").apply(block)
     _get(block, norm).shift = QUERY_SHIFT
     _project_keys_alone(_get(block, attention))
 
@@ -290,11 +290,11 @@ def _project_keys_alone(attn: Any) -> None:
     It reads normalised tokens without an affine part, and from now on with :data:`QUERY_SHIFT` added.
     """
     one = torch.ones(attn.reduce.in_channels, dtype=torch.float64)
-    attn.reduce = affine_before(attn.reduce, one, -QUERY_SHIFT * one)
-    query, query_bias = doubled(attn.q)
-    outer, constant = doubled(attn.proj)
-    key, key_bias = doubled(attn.k)
-    value, value_bias = doubled(attn.v)
+    attn.reduce = fold_affine_before(attn.reduce, one, -QUERY_SHIFT * one)
+    query, query_bias = read_weights(attn.q)
+    outer, constant = read_weights(attn.proj)
+    key, key_bias = read_weights(attn.k)
+    value, value_bias = read_weights(attn.v)
     width, heads = query.shape[1], attn.heads
     rows = torch.arange(query.shape[0]).chunk(heads)  # the channels of each head
 
@@ -320,17 +320,17 @@ def _project_keys_alone(attn: Any) -> None:
 def _stacked(layer: nn.Linear, parts: list[tuple[Tensor, Tensor]]) -> nn.Linear:
     """``layer`` with the weights and biases of ``parts``, one below the other."""
     weights, biases = zip(*parts, strict=True)
-    return with_weights(layer, torch.cat(weights), torch.cat(biases))
+    return replace_weights(layer, torch.cat(weights), torch.cat(biases))
 
 
-def keys_and_values_as_one() -> Rewrite:
+def merge_keys_and_values() -> Rewrite:
     """The linears ``k`` and ``v``, which read the same tokens, become one, ``kv``.
 
     The keys come first, so that heads split the result without moving values.
     """
 
     def apply(module: nn.Module) -> int:
-        places = [m for m in having(module, "k.weight", "v.weight", "heads") if hasattr(m, "kv")]
+        places = [m for m in find_modules(module, "k.weight", "v.weight", "heads") if hasattr(m, "kv")]
         for place in places:
             attn = cast(Any, place)
             both = nn.Linear(
@@ -338,14 +338,14 @@ def keys_and_values_as_one() -> Rewrite:
                 2 * attn.k.out_features,
                 dtype=torch.float64,
             )
-            attn.kv = _stacked(both, [doubled(attn.k), doubled(attn.v)])
+            attn.kv = _stacked(both, [read_weights(attn.k), read_weights(attn.v)])
             attn.k = attn.v = nn.Identity()
         return len(places)
 
     return Rewrite("k and v as one", "[X K, X V] == X [K, V]", apply)
 
 
-def class_token_only() -> Rewrite:
+def keep_class_token() -> Rewrite:
     """The last block computes the class token alone, because the head reads nothing else.
 
     For models that have the switch ``class_only``.
@@ -364,7 +364,7 @@ def class_token_only() -> Rewrite:
     )
 
 
-def in_order(*rewrites: Rewrite) -> Rewrite:
+def chain_rewrites(*rewrites: Rewrite) -> Rewrite:
     """``rewrites`` as one, where a later one works on what an earlier one makes.
 
     Each must find the same number of places.
@@ -383,7 +383,7 @@ def in_order(*rewrites: Rewrite) -> Rewrite:
     )
 
 
-def shortcut_into_depthwise() -> Rewrite:
+def fold_shortcut() -> Rewrite:
     """``x + conv(x)`` of a depthwise conv becomes one depthwise conv."""
 
     def plain(module: nn.Module) -> nn.Module:
@@ -397,9 +397,9 @@ def shortcut_into_depthwise() -> Rewrite:
             groups=old.groups,
         )
         conv.load_state_dict(old.state_dict())
-        return with_identity(conv.double())
+        return fold_identity(conv.double())
 
-    return replaced(
+    return replace_each(
         "shortcut into depthwise conv",
         "DW x + x == (DW + I) x",
         ResidualDepthwise,
@@ -407,9 +407,9 @@ def shortcut_into_depthwise() -> Rewrite:
     )
 
 
-def batch_norm_as_affine() -> Rewrite:
+def replace_batch_norms() -> Rewrite:
     """Batch norms that no layer can take become one multiplication and one addition."""
-    return replaced(
+    return replace_each(
         "batch norm as affine",
         "norm(x) == s x + t",
         nn.BatchNorm2d,
@@ -417,7 +417,7 @@ def batch_norm_as_affine() -> Rewrite:
     )
 
 
-def global_pool_as_mean() -> Rewrite:
+def replace_global_pools() -> Rewrite:
     """``AdaptiveAvgPool2d(1)`` becomes a mean.
 
     For a channels-last map torch.onnx writes the pooling with a gather by computed indices, and the mean as
@@ -438,7 +438,7 @@ def _pool_as_mean(module: nn.Module) -> int:
     return len(places)
 
 
-def replaced(
+def replace_each(
     name: str,
     algebra: str,
     kind: type[nn.Module],
@@ -470,7 +470,7 @@ def replace_modules(
     return len(places)
 
 
-def having(root: nn.Module, *paths: str) -> list[nn.Module]:
+def find_modules(root: nn.Module, *paths: str) -> list[nn.Module]:
     """The submodules of ``root``, itself included, that have all these attribute paths."""
     return [m for m in root.modules() if all(_has(m, path) for path in paths)]
 

@@ -6,6 +6,8 @@ all read it.
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +24,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 StateDict = dict[str, Tensor]
 """Parameters and buffers of a model by name."""
+
+KeyRenames = list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]]
+"""What turns a key of a published checkpoint into ours: patterns, each with the text that replaces it."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +150,18 @@ class Classifier(nn.Module):
             raise ValueError(
                 f"this model was built for {self.img_size} pixels, the input is {tuple(images.shape)}"
             )
+
+
+def make_rename(renames: KeyRenames) -> Callable[[str], str]:
+    """The function for ``ModelSpec.rename`` that applies ``renames`` in order; our own keys match none, so
+    they stay."""
+    return functools.partial(_rename_key, renames)
+
+
+def _rename_key(renames: KeyRenames, key: str) -> str:
+    for pattern, replacement in renames:
+        key = pattern.sub(replacement, key)
+    return key
 
 
 def check_size(spec: ModelSpec, img_size: int) -> None:

@@ -36,7 +36,7 @@ def import_file(path: Path) -> ModuleType:
             remedy="give PATH/FILE.py:FACTORY",
         )
     path = path.resolve()
-    name = name_of(path)
+    name = make_name(path)
     if name in sys.modules:
         return sys.modules[name]
     _make_neighbours_importable(path)
@@ -51,14 +51,14 @@ def import_file(path: Path) -> ModuleType:
         ) from exc
 
 
-def name_of(path: Path) -> str:
-    """The name of the module in a file, which :func:`path_of` reads."""
+def make_name(path: Path) -> str:
+    """The name of the module in a file, which :func:`find_path` reads."""
     code = base64.b32encode(str(path).encode()).decode().rstrip("=").lower()
     return f"{__name__}.{path.stem.replace('.', '_')}_{code}"
 
 
-def path_of(name: str) -> Path | None:
-    """The file whose module has this name, or ``None`` where the name is none of :func:`name_of`."""
+def find_path(name: str) -> Path | None:
+    """The file whose module has this name, or ``None`` where the name is none of :func:`make_name`."""
     code = name.rpartition("_")[2].upper()
     try:
         path = Path(base64.b32decode(code + "=" * (-len(code) % 8)).decode())
@@ -68,7 +68,7 @@ def path_of(name: str) -> Path | None:
 
 
 class Finder(MetaPathFinder):
-    """Finds the modules of :func:`name_of` for Python's ``import``, and so for pickle."""
+    """Finds the modules of :func:`make_name` for Python's ``import``, and so for pickle."""
 
     def find_spec(
         self,
@@ -83,7 +83,7 @@ class Finder(MetaPathFinder):
         """
         if not fullname.startswith(f"{__name__}."):
             return None
-        file = path_of(fullname)
+        file = find_path(fullname)
         if file is None:
             return None
         if not file.is_file():

@@ -17,13 +17,13 @@ from cmt_edge.deploy.errors import WeightsError
 from .checkpoint import SAVE_REMEDY, read_content, read_metadata
 from .containers import (
     BATCHES,
-    Candidate,
     Undecided,
-    choose,
+    WeightsCandidate,
+    choose_candidate,
+    describe_keys,
+    describe_nearest_entry,
     find_candidates,
     find_class_names,
-    keys_of,
-    nearest_entry,
 )
 from .spec import Classifier, ModelSpec, StateDict
 
@@ -208,16 +208,8 @@ def _assign(
     fresh = _fresh_keys(spec, target, ours) if fresh_head else []
     ours.update({key: target[key] for key in fresh})
     if mismatch := _compare(model, target, ours, chosen.beside):
-        why = mismatch.describe(target, ours)
-        if mismatch.missing or mismatch.unexpected:
-            why += f"\n       the file holds: {keys_of(content)}; {nearest_entry(chosen)}"
-        remedy = _remedy(spec, mismatch, ours)
-        raise WeightsError(
-            f"does not fit {spec.name}",
-            where=source.name,
-            why=why,
-            remedy=remedy,
-        )
+        beside = f"the file holds: {describe_keys(content)}; {describe_nearest_entry(chosen)}"
+        raise _misfit(spec, mismatch, target, ours, source, beside)
     model.load_state_dict(ours)
     return LoadedWeights(
         source.name,
@@ -229,22 +221,42 @@ def _assign(
     )
 
 
+def _misfit(
+    spec: ModelSpec,
+    mismatch: _Mismatch,
+    target: StateDict,
+    ours: StateDict,
+    source: Path,
+    beside: str,
+) -> WeightsError:
+    """The error for a checkpoint whose tensors are not the model's; ``beside`` is what its file holds."""
+    why = mismatch.describe(target, ours)
+    if mismatch.missing or mismatch.unexpected:
+        why += f"\n       {beside}"
+    return WeightsError(
+        f"does not fit {spec.name}",
+        where=source.name,
+        why=why,
+        remedy=_remedy(spec, mismatch, ours),
+    )
+
+
 def _choose(
     content: Any,
     source: Path,
     spec: ModelSpec,
     target: StateDict,
     ema: bool | None,
-) -> Candidate:
+) -> WeightsCandidate:
     candidates = find_candidates(content, spec, target)
     if not candidates:
         raise WeightsError(
             "holds no state dict of tensors",
             where=source,
-            why=f"the file holds: {keys_of(content)}",
+            why=f"the file holds: {describe_keys(content)}",
             remedy=SAVE_REMEDY,
         )
-    return choose(candidates, ema)
+    return choose_candidate(candidates, ema)
 
 
 def _settled(state: StateDict, model: nn.Module, target: StateDict) -> StateDict:

@@ -34,7 +34,7 @@ def check_color(color: str) -> str:
     return color
 
 
-def as_rgb(array: np.ndarray, color: str = "rgb") -> np.ndarray:
+def view_as_rgb(array: np.ndarray, color: str = "rgb") -> np.ndarray:
     """A uint8 array as ``(H, W, 3)`` RGB, without copying it.
 
     Args:

@@ -50,7 +50,7 @@ def can_keep(folder: Path) -> bool:
     return True
 
 
-def digest_of(key: Any) -> str:
+def compute_digest(key: Any) -> str:
     """Hex SHA-256 of anything that JSON holds: the name of an entry."""
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
@@ -183,7 +183,7 @@ class JsonCache:
             read: makes the result of what JSON holds; an exception means that it is of no use.
             plain: makes what JSON can hold of the result.
         """
-        name = digest_of(key)
+        name = compute_digest(key)
         if name not in self._known:
             self._known[name] = (
                 make()

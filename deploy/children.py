@@ -42,9 +42,9 @@ TAIL_LINES = 3
 """Number of lines of the child's standard error that a crash message quotes."""
 TAIL_CHARACTERS = 2000
 """Number of characters of standard error among which these lines are looked for."""
-SOURCE = str(Path(__file__).absolute().parents[2])
+IMPORT_FOLDER = str(Path(__file__).absolute().parents[2])
 """The folder that holds ``cmt_edge``. It is not resolved: in a checkout the path leads through a link."""
-START = """\
+START_CODE = """\
 import sys
 sys.path[:] = [folder for folder in sys.path if folder]
 import importlib, runpy, typing
@@ -175,7 +175,7 @@ class Child:
         self._errors.seek(0)
         self._errors.truncate()
         return subprocess.Popen(
-            [sys.executable, "-c", START, SOURCE, self.module],
+            [sys.executable, "-c", START_CODE, IMPORT_FOLDER, self.module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

@@ -11,6 +11,9 @@ import json
 import re
 import unicodedata
 
+SHOWN_CHARACTERS = 40
+"""The largest number of characters of a wrong value that a message quotes."""
+
 UNSAFE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 """Unicode categories that are escaped: control characters, invisible format characters (among them the
 overrides of the writing direction), halves of surrogate pairs (bytes of a file name that are no UTF-8), and

@@ -26,7 +26,7 @@ from .locks import clear_abandoned, try_lock
 CHUNK_BYTES = 1 << 20
 """The number of bytes that are read at once when a file is hashed or copied."""
 
-MAX_TEXT = 16 << 20
+MAX_TEXT_BYTES = 16 << 20
 """A larger file of labels or settings, in bytes, is not read."""
 
 IRREGULAR = {
@@ -65,7 +65,7 @@ NOWHERE = Path(os.devnull) / "cmt-edge"
 """The cache of a user without a home: a folder that nobody can make."""
 
 
-def cache_folder() -> Path:
+def find_cache_folder() -> Path:
     """Folder of what can be made again (downloads, calibrated graphs, timing caches); ``CMT_EDGE_CACHE``
     overrides it. It may be one that cannot be written to: see :func:`cmt_edge.deploy.cache.can_keep`."""
     override = os.environ.get("CMT_EDGE_CACHE")
@@ -75,7 +75,7 @@ def cache_folder() -> Path:
     return NOWHERE if folder.parts[0] == "~" else folder
 
 
-def irregular_kind(path: str | Path) -> str | None:
+def describe_irregular(path: str | Path) -> str | None:
     """What lies at ``path`` where that is no regular file, in words; ``None`` for a regular file, and where
     nothing can be found.
 
@@ -98,7 +98,7 @@ def open_regular(path: Path, limit: int | None = None) -> BinaryIO:
     Raises:
         OSError: the file cannot be read, is no regular file, or is larger than ``limit``.
     """
-    kind = irregular_kind(path)
+    kind = describe_irregular(path)
     if kind is not None:
         raise OSError(errno.EINVAL, f"it is {kind}, not a regular file", str(path))
     file = open(path, "rb", opener=_open_without_waiting)  # noqa: SIM115
@@ -124,7 +124,7 @@ def read_regular(path: Path, limit: int) -> bytes:
     return content
 
 
-def sha256_of(path: Path) -> str:
+def hash_file(path: Path) -> str:
     """Hex SHA-256 of a regular file, read in chunks; raises as :func:`open_regular`."""
     digest = hashlib.sha256()
     with open_regular(path) as file:
@@ -137,10 +137,10 @@ def read_text(path: Path) -> str:
     """The text of a file that an editor saved: UTF-8, or what its byte order mark says, which is left out.
 
     Raises:
-        OSError: the file cannot be read, is no regular file, or is larger than :data:`MAX_TEXT`.
+        OSError: the file cannot be read, is no regular file, or is larger than :data:`MAX_TEXT_BYTES`.
         UnicodeDecodeError: it is not text of that encoding.
     """
-    data = read_regular(path, MAX_TEXT)
+    data = read_regular(path, MAX_TEXT_BYTES)
     encoding = next(
         (name for mark, name in BYTE_ORDER_MARKS if data.startswith(mark)),
         "utf-8",
@@ -229,11 +229,11 @@ def renameat2() -> Any:
 
 
 def _exchange_in_two_steps(folder: Path, target: Path) -> None:
-    """As :func:`put_folder`, with a moment in which :func:`aside` exists and ``target`` does not.
+    """As :func:`put_folder`, with a moment in which :func:`make_aside_path` exists and ``target`` does not.
 
     A process that is killed in that moment leaves it so; :func:`put_back` undoes that.
     """
-    old = aside(target)
+    old = make_aside_path(target)
     shutil.rmtree(old, ignore_errors=True)
     try:
         target.rename(old)
@@ -244,7 +244,7 @@ def _exchange_in_two_steps(folder: Path, target: Path) -> None:
         raise
 
 
-def aside(target: Path) -> Path:
+def make_aside_path(target: Path) -> Path:
     """Where ``target`` lies while another folder takes its place in two steps."""
     target = target.absolute()
     return target.parent / f".{target.name}.old"
@@ -256,7 +256,7 @@ def put_back(target: Path) -> None:
 
     Raises ``OSError``.
     """
-    old = aside(target)
+    old = make_aside_path(target)
     if not old.is_dir():
         return
     if target.exists():

@@ -1,41 +1,22 @@
 """Collections of images: a folder of class folders, a flat folder, or a ``.tar`` of either, read lazily.
 
-A part of an archive is named like a folder inside it: ``photos.tar/train``.
+Folders are scanned by :mod:`cmt_edge.deploy.folders`, archives by :mod:`cmt_edge.deploy.archives`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import posixpath
 import re
-import shlex
-import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import overload
 
+from .archives import scan_archive, split_archive
+from .decoding import EXTENSIONS, is_about_data
 from .errors import DataError
-from .files import open_regular
-from .preprocessing import EXTENSIONS, MAX_BYTES, is_about_data
-
-MAX_ITEMS = 5_000_000
-"""Most images that a folder or an archive may hold."""
-
-MAX_LINKS = 20
-"""The largest number of links in an archive that may lead from one to the next."""
-
-JUNK = (
-    "__macosx",
-    "@eadir",
-    "$recycle.bin",
-    "system volume information",
-    "lost+found",
-    "thumbs.db",
-)
-"""Names, in lower case, that operating systems leave in folders; names with a dot in front are junk too."""
+from .folders import Item, scan_folder
 
 SHOWN_KINDS = 6
 """The largest number of kinds of skipped files that are named."""
@@ -48,46 +29,6 @@ VALIDATION_WORDS = frozenset({"val", "valid", "validation", "dev"})
 
 TEST_WORDS = frozenset({"test", "testing", "eval", "holdout"})
 """Words in the name of a folder that holds images to evaluate on."""
-
-UNPACK = {
-    ".tar.gz": ("gunzip -k", ".tar"),
-    ".tgz": ("gunzip -k", ".tar"),
-    ".tar.bz2": ("bunzip2 -k", ".tar"),
-    ".tbz2": ("bunzip2 -k", ".tar"),
-    ".tbz": ("bunzip2 -k", ".tar"),
-    ".tar.xz": ("unxz -k", ".tar"),
-    ".txz": ("unxz -k", ".tar"),
-    ".tar.zst": ("zstd -d", ".tar"),
-    ".zip": ("unzip -q", ""),
-    ".7z": ("7z x", ""),
-    ".rar": ("unrar x", ""),
-}
-"""Ending of a compressed archive -> the command that unpacks it, and the ending of what is then there, which
-is "" for a folder."""
-
-COMPRESSED = {
-    b"\x1f\x8b": "gzip -dc",
-    b"BZh": "bzip2 -dc",
-    b"\xfd7zXZ": "xz -dc",
-    b"\x28\xb5\x2f\xfd": "zstd -dc",
-}
-"""First bytes of a compressed file -> the command that writes its content to standard output."""
-
-
-@dataclass(frozen=True)
-class Item:
-    """One image of a collection.
-
-    Attributes:
-        name: its path relative to the collection's root.
-        label: its class folder; ``None`` in a flat folder.
-        offset, size: where its bytes lie in the archive; -1 in a folder.
-    """
-
-    name: str
-    label: str | None
-    offset: int = -1
-    size: int = -1
 
 
 class ImageSet(Sequence[Item]):
@@ -113,9 +54,9 @@ class ImageSet(Sequence[Item]):
         self.path = Path(path)
         self.skipped: Counter[str] = Counter()
         """How many files of each kind were skipped."""
-        self._archive, self._prefix = _split(self.path)
+        self._archive, self._prefix = split_archive(self.path)
         if items is None:
-            found = _scan_tar(self._archive, self._prefix) if self._archive else _scan_folder(self.path)
+            found = scan_archive(self._archive, self._prefix) if self._archive else scan_folder(self.path)
             items = sorted(found.items, key=lambda item: item.name)
             self.skipped = found.skipped
             _check_any(items, self)
@@ -180,10 +121,6 @@ class ImageSet(Sequence[Item]):
         """The same place restricted to ``items``."""
         return ImageSet(self.path, items)
 
-    def location(self, item: Item) -> Path:
-        """Where an image lies, for messages; outside archives its path."""
-        return self.path / item.name
-
     def read(self, item: Item) -> bytes:
         """The encoded bytes of one image; raises :class:`DataError` where they cannot be read."""
         try:
@@ -203,23 +140,6 @@ class ImageSet(Sequence[Item]):
             ) from exc
 
 
-@dataclass
-class _Found:
-    """What a scan found."""
-
-    items: list[Item] = field(default_factory=list)
-    skipped: Counter[str] = field(default_factory=Counter)
-
-    def add(self, item: Item, where: Path) -> None:
-        self.items.append(item)
-        if len(self.items) > MAX_ITEMS:
-            raise DataError(
-                f"more than {MAX_ITEMS} images",
-                where=where,
-                remedy="use a part of it",
-            )
-
-
 def digest(data: bytes) -> str:
     """Name of an image by its content: the first 32 hex digits of its SHA-256."""
     return hashlib.sha256(data).hexdigest()[:32]
@@ -227,244 +147,7 @@ def digest(data: bytes) -> str:
 
 def is_archive(path: Path) -> bool:
     """Whether ``path`` is a ``.tar`` or a part of one; raises :class:`DataError` for a compressed archive."""
-    return _split(path)[0] is not None
-
-
-def _split(path: Path) -> tuple[Path | None, str]:
-    """``(archive, folder inside it)`` if some part of ``path`` is a tar file, else ``(None, "")``."""
-    for part in (path, *path.parents):
-        lower = part.name.lower()
-        if not lower.endswith((".tar", *UNPACK)) or not os.path.isfile(part):
-            continue
-        inner = path.relative_to(part).as_posix()
-        inner = "" if inner == "." else inner + "/"
-        if not lower.endswith(".tar"):
-            raise _packed(part, inner)
-        return part, inner
-    return None, ""
-
-
-def _packed(archive: Path, inner: str) -> DataError:
-    """The error for a compressed archive, with the command that unpacks it."""
-    ending = max((e for e in UNPACK if archive.name.lower().endswith(e)), key=len)
-    command, left = UNPACK[ending]
-    target = archive.with_name(archive.name[: -len(ending)] + left)
-    source, place = shlex.quote(str(archive)), shlex.quote(str(target))
-    into = {
-        ".zip": f" -d {place}",
-        ".7z": f" -o{place}",
-        ".rar": f" {place}/",
-    }.get(ending, "")
-    return DataError(
-        "is compressed, so single images cannot be read from it",
-        where=archive,
-        remedy=f"unpack it once: {command} {source}{into}   then give {target / inner}",
-    )
-
-
-def _is_junk(name: str) -> bool:
-    return name.startswith(".") or name.lower() in JUNK
-
-
-def _kind(name: str) -> str:
-    """What a file that is no image is counted as."""
-    return PurePosixPath(name.strip()).suffix.lower() or "without an ending"
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS)
-
-
-def _scan_folder(path: Path) -> _Found:
-    """All images below a folder; links are followed, but not in a circle."""
-    if not os.path.isdir(path):
-        missing = not os.path.exists(path)
-        raise DataError(
-            "no such folder of images" if missing else "is neither a folder nor a .tar archive",
-            where=path,
-            remedy="give a folder of images, a folder of class folders, or a .tar of either",
-        )
-    found = _Found()
-
-    def fail(exc: OSError) -> None:
-        raise DataError(
-            "cannot be read",
-            where=exc.filename,
-            why=exc.strerror,
-            remedy="check its permissions",
-        )
-
-    above: dict[str, frozenset[tuple[int, int]]] = {}
-    for folder, folders, files in os.walk(path, onerror=fail, followlinks=True):
-        seen = above.pop(folder, frozenset()) | {_identity(folder)}
-        relative = Path(folder).relative_to(path)
-        folders[:] = sorted(name for name in folders if not _is_junk(name))
-        for name in list(folders):
-            inner = os.path.join(folder, name)
-            if os.path.islink(inner) and _identity(inner) in seen:
-                folders.remove(name)
-                found.skipped["links to a folder above them"] += 1
-            above[inner] = seen
-        for name in files:
-            if not _is_junk(name):
-                _add_file(found, path, relative / name)
-    return found
-
-
-def _identity(folder: str) -> tuple[int, int]:
-    """What tells a folder from every other one, whatever it is called."""
-    status = os.stat(folder)
-    return status.st_dev, status.st_ino
-
-
-def _add_file(found: _Found, path: Path, relative: Path) -> None:
-    """Count one file of a folder: as an image, or as what is skipped."""
-    if not _is_image(relative.name):
-        found.skipped[_kind(relative.name)] += 1
-    elif os.path.isfile(path / relative):
-        found.add(
-            Item(relative.as_posix(), relative.parent.name or None),
-            path,
-        )
-    else:
-        link = os.path.islink(path / relative)
-        found.skipped["links that lead nowhere" if link else "no regular files"] += 1
-
-
-def _scan_tar(archive: Path, prefix: str) -> _Found:
-    """All images of an archive below the folder ``prefix``."""
-    members = _Members()
-    try:
-        open_regular(archive).close()  # a named pipe would be waited for
-        with tarfile.open(archive, "r:") as tar:
-            for member in tar:
-                members.add(member)
-            end = tar.offset
-        _check_end(archive, end)
-    except (tarfile.TarError, EOFError, OSError) as exc:
-        if isinstance(exc, OSError) and not is_about_data(exc):
-            raise
-        raise _unreadable(archive, exc) from exc
-    members.resolve()
-    found = _Found()
-    for name, place in members.files.items():
-        if name.startswith(prefix):
-            _add_member(
-                found,
-                archive,
-                PurePosixPath(name.removeprefix(prefix)),
-                place,
-            )
-    found.skipped["links that lead out of the archive"] += sum(
-        name.startswith(prefix) and _is_image(name) for name in members.links
-    )
-    found.skipped += Counter()  # drops what was counted 0 times
-    return found
-
-
-def _add_member(
-    found: _Found,
-    archive: Path,
-    name: PurePosixPath,
-    place: tuple[int, int] | None,
-) -> None:
-    """Count one file of an archive: as an image, or as what is skipped."""
-    if any(map(_is_junk, name.parts)):
-        return
-    if not _is_image(name.name):
-        found.skipped[_kind(name.name)] += 1
-    elif place is None:
-        found.skipped["sparse files"] += 1
-    elif place[1] > MAX_BYTES:
-        found.skipped[f"larger than {MAX_BYTES >> 20} MiB"] += 1
-    else:
-        found.add(
-            Item(name.as_posix(), name.parent.name or None, *place),
-            archive,
-        )
-
-
-class _Members:
-    """The files of an archive by name, with offset and size, and its links by name, with their targets."""
-
-    def __init__(self) -> None:
-        self.files: dict[str, tuple[int, int] | None] = {}
-        self.links: dict[str, str] = {}
-
-    def add(self, member: tarfile.TarInfo) -> None:
-        """Note one member; a later one of the same name replaces it, as in unpacking."""
-        name = _normal(member.name)
-        self.files.pop(name, None)
-        self.links.pop(name, None)
-        if member.islnk():
-            self.links[name] = _normal(member.linkname)
-        elif member.issym():
-            self.links[name] = _normal(posixpath.join(posixpath.dirname(name), member.linkname))
-        elif member.isfile():
-            self.files[name] = None if member.issparse() else (member.offset_data, member.size)
-        if len(self.files) + len(self.links) > MAX_ITEMS * 2:
-            raise DataError(
-                f"more than {2 * MAX_ITEMS} members",
-                where=member.name,
-                remedy="use a part of it",
-            )
-
-    def resolve(self) -> None:
-        """Replace links by what they lead to: a file, or all files of a folder. Those that lead out of the
-        archive, or in a circle, are left."""
-        for _ in range(MAX_LINKS):
-            resolved = {link: self._targets(target) for link, target in self.links.items()}
-            resolved = {link: found for link, found in resolved.items() if found}
-            for link, found in resolved.items():
-                del self.links[link]
-                for inner, place in found.items():
-                    self.files.setdefault(link + inner, place)
-            if not resolved:
-                break
-
-    def _targets(self, target: str) -> dict[str, tuple[int, int] | None]:
-        """The files that a link leads to, by what follows the link's own name."""
-        if target in self.files:
-            return {"": self.files[target]}
-        below = target + "/"
-        return {name[len(target) :]: place for name, place in self.files.items() if name.startswith(below)}
-
-
-def _normal(name: str) -> str:
-    """A member's name without ``./``."""
-    return posixpath.normpath(name)
-
-
-def _unreadable(archive: Path, exc: Exception) -> DataError:
-    """The error for an archive that is damaged or compressed."""
-    remedy = "check that it is complete"
-    try:
-        with open_regular(archive) as file:
-            first = file.read(8)
-    except OSError:
-        first = b""
-    command = next(
-        (command for magic, command in COMPRESSED.items() if first.startswith(magic)),
-        None,
-    )
-    if command is not None:
-        target = archive.with_name(f"{archive.stem}_unpacked.tar")
-        remedy = f"it is compressed: {command} {shlex.quote(str(archive))} > {shlex.quote(str(target))}"
-    return DataError(
-        "cannot be read as a tar archive",
-        where=archive,
-        why=exc,
-        remedy=remedy,
-    )
-
-
-def _check_end(archive: Path, end: int) -> None:
-    """Raise :class:`tarfile.ReadError` unless the archive really ends at byte ``end``: ``tarfile`` mistakes a
-    damaged header for the end."""
-    with open(archive, "rb") as file:
-        file.seek(end)
-        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError(f"damaged at byte {end}, or cut off")
+    return split_archive(path)[0] is not None
 
 
 def _part_of(folder: str) -> str | None:

@@ -63,12 +63,12 @@ def has_many_scans(data: bytes) -> bool:
     return False
 
 
-def scan_header(colours: int) -> bytes:
+def make_scan_header(colours: int) -> bytes:
     """The first five bytes of the header of a scan that holds all ``colours``."""
     return b"\xff\xda" + (2 * colours + 6).to_bytes(2, "big") + bytes([colours])
 
 
-def without_metadata(data: bytes, *, keep_exif: bool) -> bytes | None:
+def strip_metadata(data: bytes, *, keep_exif: bool) -> bytes | None:
     """The file without segments that only describe the image, even where one is cut off; ``keep_exif`` keeps
     whole EXIF segments. ``None`` where there is no image behind them."""
     if not data.startswith(START):

@@ -30,6 +30,7 @@ class Owner(Protocol):
 
 
 _owners: weakref.WeakSet[Owner] = weakref.WeakSet()
+"""What owns a session and is told when the process is forked or ends."""
 
 
 def watch(owner: Owner) -> None:

@@ -18,19 +18,14 @@ from .backends import (
     Session,
     get_runtime,
 )
-from .backends.base import batch_limit, unopened
+from .backends.base import make_open_error, read_batch_limit
 from .bundle import LOGITS, Bundle
 from .bundle.bundle import read_whole
 from .bundle.sections import RanOn
-from .errors import CmtEdgeError, ImageError, InputError
+from .decoding import ImageLike, one_or_many, snapshot
+from .errors import BundleError, CmtEdgeError, ImageError, InputError
 from .lanes import Lanes
-from .preprocessing import (
-    ImageLike,
-    Preprocess,
-    one_or_many,
-    preprocess,
-    snapshot,
-)
+from .preprocessing import Preprocess, preprocess
 from .stream import stream
 
 
@@ -91,14 +86,16 @@ class Predictor:
         head: str = LOGITS,
         kind: str = LOGITS,
         color: str = "rgb",
+        where: object = None,
     ) -> None:
-        """``batch``: the fixed batch size of ``session``, ``0`` if it takes any. Most callers want
-        :meth:`load`."""
+        """``batch``: the fixed batch size of ``session``, ``0`` if it takes any. ``where``: the bundle, for
+        messages. Most callers want :meth:`load`."""
         self.color = check_color(color)
         self.spec = preprocess
         self.labels = list(labels)
         self.head = head
         self.kind = kind
+        self._where = where
         self.lanes = Lanes(session, batch, preprocess.size)
         """Run every inference."""
 
@@ -157,7 +154,7 @@ class Predictor:
             backend or RUNTIME_OF_FORMAT.get(bundle.manifest.format, bundle.manifest.format)
         )
         session = _load(runtime, bundle, options)
-        batch = 0 if runtime.any_batch else batch_limit(bundle)
+        batch = 0 if runtime.any_batch else read_batch_limit(bundle)
         return cls(
             session,
             bundle.preprocess,
@@ -166,6 +163,7 @@ class Predictor:
             head=bundle.head,
             kind=bundle.kind,
             color=color,
+            where=bundle.path,
         )
 
     @property
@@ -200,7 +198,7 @@ class Predictor:
         with self.lanes.take(1) as lane:
             source = decode(image, lane.batch[0])
             logits = lane.run(1)[0][0]
-        return Prediction(logits, self.labels, source, self.kind)
+        return self._prediction(logits, source)
 
     def predict(self, images: Iterable[ImageLike], *, color: str | None = None) -> list[Prediction]:
         """Classify several images, in the caller's thread. A single image gives a list of one.
@@ -256,7 +254,7 @@ class Predictor:
             copy=copy,
         )
         for source, logits in answers:
-            yield Prediction(logits, self.labels, source, self.kind)
+            yield self._prediction(logits, source)
 
     def attempt(
         self,
@@ -289,7 +287,7 @@ class Predictor:
             if isinstance(source, ImageError):
                 yield source
             else:
-                yield Prediction(logits, self.labels, source, self.kind)
+                yield self._prediction(logits, source)
 
     def logits(self, batch: np.ndarray) -> np.ndarray:
         """Preprocessed float32 ``(N, 3, H, W)`` -> float32 ``(N, classes)``; any ``N``, in the model's own
@@ -345,6 +343,17 @@ class Predictor:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def _prediction(self, logits: np.ndarray, source: str | None) -> Prediction:
+        """One answer; a graph that leaves its shape open may give more or fewer logits than there are
+        labels."""
+        if logits.shape != (len(self.labels),):
+            raise BundleError(
+                f"the graph gives logits of shape {logits.shape}, but there are {len(self.labels)} labels",
+                where=self._where,
+                remedy="copy the whole bundle again, or export it again",
+            )
+        return Prediction(logits, self.labels, source, self.kind)
+
     def _answers(
         self,
         images: Iterable[ImageLike],
@@ -377,7 +386,7 @@ class Predictor:
         """Each image as it is when it is taken; in place of one that cannot be read, its error."""
         for image in images:
             try:
-                taken: Any = snapshot(image, self.spec)
+                taken: Any = snapshot(image, self.spec.exif)
             except ImageError as exc:
                 taken = exc
             yield taken
@@ -413,7 +422,7 @@ def _load(runtime: Runtime, bundle: Bundle, options: LoadOptions) -> Session:
     except CmtEdgeError:
         raise
     except Exception as exc:  # each runtime has exceptions of its own, some of them undocumented
-        raise unopened(bundle.path, exc) from exc
+        raise make_open_error(bundle.path, exc) from exc
 
 
 def _check_batch(batch: object, size: int) -> None:

@@ -35,7 +35,7 @@ class Stopped(KeyboardInterrupt):
         super().__init__(f"stopped by {signal.Signals(number).name}")
 
 
-def received() -> int | None:
+def get_received() -> int | None:
     """The first signal that has come since the outermost :func:`unwound_by_signals` began, if any has.
 
     What was interrupted may have made another exception of it: an import of a C extension does.
@@ -43,7 +43,7 @@ def received() -> int | None:
     return _received[0][0] if _received else None
 
 
-def code_after(number: int) -> int:
+def compute_exit_code(number: int) -> int:
     """The exit code of a process that a signal ended."""
     return 128 + number
 

@@ -27,11 +27,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from cmt_edge.cmt import create_model, labels_of, load_pretrained, load_weights, model_spec
-from cmt_edge.deploy.cli.console import finite, parser, run, say
+from cmt_edge.deploy.cli.console import make_parser, run_command, say
+from cmt_edge.deploy.cli.ranges import parse_finite
+from cmt_edge.deploy.decoding import NamedBytes
 from cmt_edge.deploy.errors import DataError, GateError, InputError, OutputError, RuntimeMissingError
 from cmt_edge.deploy.files import write_atomic, writing
-from cmt_edge.deploy.images import ImageSet, Item
-from cmt_edge.deploy.preprocessing import NamedBytes, Preprocess, normalise, pixels
+from cmt_edge.deploy.folders import Item
+from cmt_edge.deploy.images import ImageSet
+from cmt_edge.deploy.preprocessing import Preprocess, normalise, pixels
 from cmt_edge.deploy.progress import Progress
 from cmt_edge.deploy.report import to_json
 from cmt_edge.export import ExportConfig
@@ -351,7 +354,7 @@ FLAGS = (
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; the exit code."""
-    p = parser("train_cifar10.py", *str(__doc__).split("\n", 1))
+    p = make_parser("train_cifar10.py", *str(__doc__).split("\n", 1))
     p.add_argument("--data", required=True, help="training images: class folders, or ARCHIVE.tar[/FOLDER]")
     p.add_argument("--eval-data", help="test images, to print top-1 after every epoch")
     p.add_argument(
@@ -365,8 +368,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     for name, kind, default, text in FLAGS:
         shown = text if default is None else f"{text} (default {default})"
-        p.add_argument(f"--{name}", type=finite if kind is float else kind, default=default, help=shown)
-    return run(train, p.parse_args(argv))
+        p.add_argument(f"--{name}", type=parse_finite if kind is float else kind, default=default, help=shown)
+    return run_command(train, p.parse_args(argv))
 
 
 if __name__ == "__main__":

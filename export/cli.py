@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmt_edge.deploy.cli.console import parser, run, say
+from cmt_edge.deploy.cli.console import make_parser, run_command, say
 from cmt_edge.deploy.errors import RuntimeMissingError
-from cmt_edge.deploy.escaping import escape_line
 
 from .options import add_flags, read_flags, read_mapping
 from .settings import GROUPS, Settings
@@ -40,13 +39,13 @@ youngest, and collections of each generation before the next older one."""
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``cmt-export``."""
-    return run(_main, build_parser().parse_args(argv))
+    return run_command(_main, build_parser().parse_args(argv))
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of ``cmt-export``: those of :class:`~cmt_edge.export.settings.Settings`, and what is asked of
     the command itself."""
-    p = parser(
+    p = make_parser(
         "cmt-export",
         "Export a hybrid CNN-transformer classifier to a verified bundle.",
         EPILOG,
@@ -82,34 +81,36 @@ def _main(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     from cmt_edge.deploy import report
-    from cmt_edge.deploy.bundle.packed import packed_file
+    from cmt_edge.deploy.bundle.packed import locate_packed
     from cmt_edge.deploy.progress import Progress
 
-    from .config import ExportConfig, read_config
+    from .config import ExportConfig
+    from .config_file import read_config
     from .replaced import describe_replaced, read_replaced
 
     settings = read_mapping(read_config(args.config), Settings, args.config) if args.config else {}
     config = ExportConfig.from_mapping(settings | read_flags(args, Settings), args.config)
     config.check()
     from . import pipeline
+    from .plan import plan_text
 
     if args.dry_run:
         plan = pipeline.plan(config)
-        say(report.to_json(plan) if args.json else _plan_text(plan))
+        say(report.to_json(plan) if args.json else plan_text(plan))
         return 0
     before = {target: read_replaced(target) for target in config.targets}
     with _rare_collections():
         bundle = pipeline.run(config, Progress(args.quiet))
     replaced = before.get(bundle.path)
     if args.json:
-        packed = {"packed": str(packed_file(bundle.path))} if config.pack else {}
-        say(report.to_json(report.bundle_json(bundle) | {"replaced": replaced} | packed))
+        packed = {"packed": str(locate_packed(bundle.path))} if config.pack else {}
+        say(report.to_json(report.make_bundle_json(bundle) | {"replaced": replaced} | packed))
         return 0
     if replaced:
         say(describe_replaced(replaced, bundle))
-    say(report.bundle_text(bundle, config.verify_flags))
+    say(report.describe_bundle(bundle, config.verify_flags))
     if config.pack:
-        say(f"also as one file: {packed_file(bundle.path)}")
+        say(f"also as one file: {locate_packed(bundle.path)}")
     return 0
 
 
@@ -125,14 +126,6 @@ def _rare_collections() -> Iterator[None]:
     finally:
         gc.set_threshold(*threshold)
         gc.unfreeze()
-
-
-def _plan_text(plan: dict[str, Any]) -> str:
-    lines = [
-        f"{key:<12} {escape_line(', '.join(map(str, value)) if key == 'steps' else str(value))}"
-        for key, value in plan.items()
-    ]
-    return "\n".join([*lines, "dry run: nothing was written"])
 
 
 def _list_models(as_json: bool) -> int:
@@ -152,7 +145,7 @@ def _list_models(as_json: bool) -> int:
         "GMACs",
         "published top-1",
     ]
-    say(report.table(header, [_model_row(spec) for spec in specs]))
+    say(report.format_table(header, [_model_row(spec) for spec in specs]))
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from argparse import ArgumentTypeError
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,16 +22,16 @@ from cmt_edge.cmt.spec import ModelSpec, check_size
 from cmt_edge.deploy.bundle import LOGITS
 from cmt_edge.deploy.bundle.sections import FORMATS
 from cmt_edge.deploy.bundle.signature import read_private_key
-from cmt_edge.deploy.cli.ranges import CLASSES, finite
+from cmt_edge.deploy.cli.ranges import CLASS_COUNTS, parse_finite
 from cmt_edge.deploy.errors import InputError, WeightsError
 from cmt_edge.deploy.files import read_text
 from cmt_edge.deploy.measure.parity import MAX_DROP
 from cmt_edge.deploy.preprocessing import MAX_SHORT_SIDE, RESAMPLING, Preprocess
 
 from .options import (
-    changed_flags,
     check_values,
-    defaults_of,
+    list_changed_flags,
+    read_defaults,
     read_mapping,
     require_range,
 )
@@ -173,7 +172,7 @@ class ExportConfig(Settings):
     @property
     def folder(self) -> str:
         """Name of the bundle's folder: everything that distinguishes two builds of one checkpoint."""
-        parts = [self.name or re.sub(r"[^\w.-]+", "_", self.model_name)]
+        parts = [self.name or _folder_name(self.model_name)]
         if self.img_size != self.spec.img_size:
             parts.append(str(self.img_size))
         if self.head == "features":
@@ -229,7 +228,7 @@ class ExportConfig(Settings):
             max_drop=self.allowed_drop,
             data=self.data if quantizes else None,
             calib_size=self.calib_size if quantizes else None,
-            **defaults_of(type(self), AUTO),
+            **read_defaults(type(self), AUTO),
         )
 
     # --- checks ---
@@ -251,7 +250,7 @@ class ExportConfig(Settings):
         """Size, head and classes that the model can have."""
         spec = self.spec
         check_size(spec, self.img_size)
-        require_range("--num-classes", self.classes, CLASSES)
+        require_range("--num-classes", self.classes, CLASS_COUNTS)
         require_head(spec, self.head)
         if self.head != LOGITS and (self.eval_data is not None or self.labels is not None):
             raise InputError(
@@ -310,7 +309,7 @@ class ExportConfig(Settings):
 
     def _check_auto_options(self) -> None:
         """Options of ``auto`` only with it, and those of int8 only without."""
-        flags = changed_flags(self, AUTO)
+        flags = list_changed_flags(self, AUTO)
         if flags and self.precision != "auto":
             raise InputError(
                 f"{' and '.join(flags)}: only --precision auto measures and chooses",
@@ -359,7 +358,7 @@ class ExportConfig(Settings):
                 f"--format {self.format} has no {self.precision}: {NOT_COMPUTED[self.format]}",
                 remedy=f"--format {' or '.join(others)}, or --precision {' or '.join(reversed(known))}",
             )
-        flags = changed_flags(self, TENSORRT)
+        flags = list_changed_flags(self, TENSORRT)
         if flags and self.format != "trt":
             raise InputError(
                 f"{' and '.join(flags)}: only --format trt builds engines",
@@ -447,86 +446,18 @@ def _described_by_weights(
     return {name: value for name, value in known.items() if value is not None}
 
 
-TABLES = (
-    ("export",),
-    ("cmt-export",),
-    ("tool", "cmt-export"),
-    ("tool", "cmt-edge"),
-)
-"""Tables of a settings file that hold the settings of an export, in files that other tools read too."""
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The settings of a TOML file: its keys and those of its table ``[export]``.
-
-    Other tables belong to other tools where there is an ``[export]``, and are refused as unknown settings
-    where there is none.
-
-    Raises:
-        InputError: the file is missing, cannot be read, or says something twice.
-    """
-    content = _read_toml(path)
-    found = [(names, table) for names in TABLES if (table := _table(content, names)) is not None]
-    if not found:
-        return content
-    if len(found) > 1:
-        both = " and ".join(f"[{'.'.join(names)}]" for names, _ in found)
-        raise InputError(
-            f"has the tables {both}",
-            where=path,
-            remedy="keep one of them",
-        )
-    ((names, settings),) = found
-    outside = {key: value for key, value in content.items() if not isinstance(value, dict)}
-    for key in outside.keys() & settings.keys():
-        raise InputError(
-            f"says {key} both in [{'.'.join(names)}] and outside it",
-            where=path,
-            remedy="keep one of them",
-        )
-    return outside | settings
-
-
-def _table(content: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any] | None:
-    """The table with these names, each inside the one before."""
-    table: Any = content
-    for name in names:
-        table = table.get(name) if isinstance(table, dict) else None
-    return table if isinstance(table, dict) else None
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    """The content of a TOML file, with or without a byte order mark; raises :class:`InputError`."""
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    if not path.exists():
-        raise InputError(
-            "no such settings file",
-            where=path,
-            remedy="check the path given to --config",
-        )
-    try:
-        return tomllib.loads(read_text(path))
-    except (
-        OSError,
-        UnicodeDecodeError,
-        tomllib.TOMLDecodeError,
-    ) as exc:
-        raise InputError(
-            "the configuration file cannot be read",
-            where=path,
-            why=exc,
-            remedy="it must be TOML in UTF-8",
-        ) from exc
+def _folder_name(model: str) -> str:
+    """A model's name as part of the name of a folder, which is never hidden: ``./net.py:small`` gives
+    ``net.py_small``."""
+    visible = re.sub(r"^\.[./\\]*", "", model)
+    return re.sub(r"[^\w.-]+", "_", visible)
 
 
 def _triple(given: str | Sequence[float]) -> tuple[float, float, float]:
     """``"r,g,b"`` or three numbers as floats; raises :class:`InputError`."""
     parts = given.split(",") if isinstance(given, str) else given
     try:
-        red, green, blue = (finite(str(part)) for part in parts)
+        red, green, blue = (parse_finite(str(part)) for part in parts)
     except (ValueError, TypeError, ArgumentTypeError) as exc:
         raise InputError(
             f"{given!r} is not three numbers",

@@ -26,7 +26,7 @@ from cmt_edge.deploy.bundle.sections import (
     WeightsEntry,
 )
 from cmt_edge.deploy.measure.benchmark import Benchmark
-from cmt_edge.deploy.measure.host import describe, versions
+from cmt_edge.deploy.measure.host import describe_host, read_versions
 from cmt_edge.deploy.measure.parity import Verification
 
 from .config import NAMED_WEIGHTS, OPSET, ExportConfig
@@ -89,8 +89,8 @@ def describe_export(config: ExportConfig, reference: Reference) -> Manifest:
         labels_source=source,
         precision=config.precision,
         format=config.format,
-        versions=versions(),
-        host=describe(),
+        versions=read_versions(),
+        host=describe_host(),
     )
 
 
@@ -165,21 +165,21 @@ def write_report(
     of ``auto``."""
     parts = [
         f"# {name}",
-        report.weights_text(manifest.model.weights),
+        report.describe_weights(manifest.model.weights),
         "## Verification",
-        report.verification_text(result, markdown=True),
+        report.describe_verification(result, markdown=True),
     ]
     content: dict[str, Any] = {"verification": result}
     if speed:
         parts += [
             "## Latency",
-            report.benchmark_text(speed, markdown=True),
+            report.describe_benchmark(speed, markdown=True),
         ]
         content["benchmark"] = speed
     if manifest.verdict:
         parts += [
             f"## Why {manifest.precision}",
-            report.verdict_text(manifest.verdict, markdown=True),
+            report.describe_verdict(manifest.verdict, markdown=True),
         ]
         content["verdict"] = manifest.verdict
     (folder / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")

@@ -86,30 +86,30 @@ def option(
     return made
 
 
-def option_of(described_field: Field[Any]) -> Option:
+def get_option(described_field: Field[Any]) -> Option:
     """What a field says of itself."""
     found: Option = described_field.metadata[KEY]
     return found
 
 
-def flag_of(described_field: Field[Any]) -> str:
+def make_flag(described_field: Field[Any]) -> str:
     """The flag that sets a field: ``--calib-size``, or ``--no-build`` of what is on by default."""
     name = described_field.name.replace("_", "-")
     return f"--no-{name}" if described_field.default is True else f"--{name}"
 
 
-def changed_flags(settings: Any, group: str) -> list[str]:
+def list_changed_flags(settings: Any, group: str) -> list[str]:
     """Flags of a group whose values are not the defaults."""
     return [
-        flag_of(f)
+        make_flag(f)
         for f in fields(settings)
-        if option_of(f).group == group and getattr(settings, f.name) != f.default
+        if get_option(f).group == group and getattr(settings, f.name) != f.default
     ]
 
 
-def defaults_of(settings: type, group: str) -> dict[str, Any]:
+def read_defaults(settings: type, group: str) -> dict[str, Any]:
     """Default by field name of every option of a group."""
-    return {f.name: f.default for f in fields(settings) if option_of(f).group == group}
+    return {f.name: f.default for f in fields(settings) if get_option(f).group == group}
 
 
 # --- the command line -----------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def add_flags(
     for group, title in titles.items():
         section = parser.add_argument_group(title)
         for described_field in fields(settings):
-            if option_of(described_field).group == group:
+            if get_option(described_field).group == group:
                 _add_flag(
                     section.add_argument,
                     described_field,
@@ -143,8 +143,8 @@ def add_flags(
 
 
 def _add_flag(add: Callable[..., object], described_field: Field[Any], kind: Any) -> None:
-    known = option_of(described_field)
-    flags = [flag_of(described_field)]
+    known = get_option(described_field)
+    flags = [make_flag(described_field)]
     if known.short:
         flags.insert(0, known.short)
     add(
@@ -167,7 +167,7 @@ def _add_flag(add: Callable[..., object], described_field: Field[Any], kind: Any
 
 def _reading(described_field: Field[Any], kind: Any) -> dict[str, Any]:
     """How argparse reads the value of a field of type ``kind``."""
-    known, types = option_of(described_field), types_of(kind)
+    known, types = get_option(described_field), list_types(kind)
     if kind is bool:
         return {"action": "store_false" if described_field.default else "store_true"}
     if bool in types:
@@ -191,7 +191,7 @@ def _help(described_field: Field[Any]) -> str:
     """The help of a field with its default, as argparse wants it: ``%`` doubled."""
     default = described_field.default
     worth_reading = default is not MISSING and default is not None and not isinstance(default, bool)
-    text = option_of(described_field).help + (f" (default: {default})" if worth_reading else "")
+    text = get_option(described_field).help + (f" (default: {default})" if worth_reading else "")
     return text.replace("%", "%%")
 
 
@@ -207,7 +207,7 @@ WRITABLE = (str, int, float, bool)
 """Types of values that a flag or a settings file can hold; other types of a field are for Python alone."""
 
 
-def types_of(kind: Any) -> tuple[type, ...]:
+def list_types(kind: Any) -> tuple[type, ...]:
     """The types in an annotation such as ``int | None`` that are among :data:`WRITABLE`."""
     return tuple(t for t in (get_args(kind) or (kind,)) if t in WRITABLE)
 
@@ -233,9 +233,9 @@ def _spellings(settings: type) -> dict[str, _Spelling]:
     for described_field, kind in zip(fields(settings), get_type_hints(settings).values(), strict=True):
         name = described_field.name
         found[name] = _Spelling(name)
-        if bool in types_of(kind):
+        if bool in list_types(kind):
             found[f"no_{name}"] = _Spelling(name, {True: False, False: True})
-        for flag, value, _ in option_of(described_field).shortcuts:
+        for flag, value, _ in get_option(described_field).shortcuts:
             found[_plain(flag)] = _Spelling(name, {True: value, False: None})
     return found
 
@@ -306,11 +306,11 @@ def _typed(
 
     Raises :class:`InputError` for other types.
     """
-    types = types_of(kind)
+    types = list_types(kind)
     optional = type(None) in get_args(kind)
     if type(value) in types or (optional and value is None) or (float in types and type(value) is int):
         return value
-    written = option_of(described_field).written
+    written = get_option(described_field).written
     if type(value) not in written:
         raise _wrong_type(key, value, (*types, *written), where)
     if type(value) is not list:
@@ -340,19 +340,19 @@ def check_values(settings: Any) -> None:
     """Raise :class:`InputError` for the first value that is empty, not among its choices or out of range."""
     for described_field in fields(settings):
         known, value = (
-            option_of(described_field),
+            get_option(described_field),
             getattr(settings, described_field.name),
         )
         if value is None:
             continue
         if isinstance(value, str) and not value:
             raise InputError(
-                f"{flag_of(described_field)} is empty",
+                f"{make_flag(described_field)} is empty",
                 remedy="give a value, or leave it out",
             )
         if isinstance(value, str) and "\0" in value:
             raise InputError(
-                f"{flag_of(described_field)} {value!r} holds a NUL character",
+                f"{make_flag(described_field)} {value!r} holds a NUL character",
                 remedy="correct the settings file",
             )
         if known.choices:
@@ -362,7 +362,7 @@ def check_values(settings: Any) -> None:
                 known.choices,
             )
         if known.range is not None:
-            require_range(flag_of(described_field), value, known.range)
+            require_range(make_flag(described_field), value, known.range)
 
 
 def require_choice(what: str, value: str, known: Iterable[str]) -> None:

@@ -18,11 +18,11 @@ from cmt_edge.cmt.outputs import (
     SORTS,
     Probe,
     TwoLabels,
-    last_operation,
+    find_last_operation,
 )
 from cmt_edge.deploy.bundle import LOGITS, PROBABILITIES, SCORES
 from cmt_edge.deploy.errors import InputError
-from cmt_edge.deploy.measure.parity import resolution
+from cmt_edge.deploy.measure.parity import measure_resolution
 
 SUM_TOLERANCE = 1e-3
 """Probabilities may sum to 1 plus or minus so much; the sum of 1000 float32 ones is much closer."""
@@ -34,7 +34,7 @@ ALIKE = 1e-2
 """Share by which two sums or bounds may differ that count as equal."""
 WHOLE_HALVES = 128
 """From this value on, numbers that were rounded to halves may be whole by chance."""
-REMEDY = "let the model return its logits, as they are before argmax, sorting, softmax or sigmoid"
+LOGITS_REMEDY = "let the model return its logits, as they are before argmax, sorting, softmax or sigmoid"
 """What to do about outputs that are neither logits nor probabilities."""
 
 
@@ -65,7 +65,7 @@ def identify_outputs(model: nn.Module, batch: np.ndarray, logits: np.ndarray) ->
     binary = isinstance(model, TwoLabels)
     inner = model.model if isinstance(model, TwoLabels) else model
     images = torch.from_numpy(batch)
-    operation = last_operation(inner, images[:PROBED])
+    operation = find_last_operation(inner, images[:PROBED])
     probe = Probe(inner, images)
     own = logits[:, 1:] if binary else logits
     _require_classes_told_apart(own, operation)
@@ -94,7 +94,7 @@ def find_kind(logits: np.ndarray, operation: str) -> str:
     """
     if logits.min() < 0 or logits.max() > 1 + COARSE_TOLERANCE:
         return LOGITS
-    allowed = COARSE_TOLERANCE if resolution(logits) else SUM_TOLERANCE
+    allowed = COARSE_TOLERANCE if measure_resolution(logits) else SUM_TOLERANCE
     if (np.abs(logits.sum(axis=1) - 1) <= allowed).all():
         if operation not in (
             *SOFTMAXES,
@@ -127,7 +127,7 @@ def _kind_by_bounds(own: np.ndarray, probe: Probe) -> str:
             f"every output of the reference lies between 0 and {largest:.4g}, whatever the image, as scaled"
             " probabilities do",
             why="logits have no such bounds, and probabilities lie between 0 and 1",
-            remedy=f"{REMEDY}, or probabilities between 0 and 1",
+            remedy=f"{LOGITS_REMEDY}, or probabilities between 0 and 1",
         )
     return LOGITS
 
@@ -148,7 +148,7 @@ def _require_plain_sums(sums: np.ndarray, largest: float) -> None:
     raise InputError(
         f"the outputs of the reference {what}",
         why="a softmax of them would make wrong probabilities, and they are none themselves",
-        remedy=f"{REMEDY}, or the probabilities of all classes, which sum to 1",
+        remedy=f"{LOGITS_REMEDY}, or the probabilities of all classes, which sum to 1",
     )
 
 
@@ -170,13 +170,13 @@ def _require_no_index(own: np.ndarray, operation: str, probe: Probe) -> None:
         raise InputError(
             "the reference answers every golden image with a whole number, which is no logit",
             why="it returns the chosen class (an argmax) and no score of the others",
-            remedy=REMEDY,
+            remedy=LOGITS_REMEDY,
         )
 
 
 def _is_whole(values: np.ndarray) -> bool:
     """Whether these are whole numbers, and not by rounding to halves."""
-    if resolution(values) and float(np.abs(values).max()) >= WHOLE_HALVES:
+    if measure_resolution(values) and float(np.abs(values).max()) >= WHOLE_HALVES:
         return False
     return bool((values == np.round(values)).all())
 
@@ -188,7 +188,7 @@ def _require_no_ranking(own: np.ndarray, operation: str, probe: Probe) -> None:
         raise InputError(
             "the reference answers every golden image with sorted values, which are no logits",
             why="the best values alone do not say which class each of them belongs to (topk or sort)",
-            remedy=REMEDY,
+            remedy=LOGITS_REMEDY,
         )
 
 
@@ -227,5 +227,5 @@ def _require_degrees(probabilities: np.ndarray) -> None:
         raise InputError(
             "the reference answers every golden image with a single 1 among zeros, which are no logits",
             why="it returns the chosen class (an argmax) and no score of the others",
-            remedy=REMEDY,
+            remedy=LOGITS_REMEDY,
         )

@@ -24,11 +24,11 @@ from cmt_edge.deploy.bundle import (
     Manifest,
     save_reference,
 )
-from cmt_edge.deploy.bundle.packed import packed_file, require_replaceable
+from cmt_edge.deploy.bundle.packed import locate_packed, require_replaceable
 from cmt_edge.deploy.bundle.sections import TypingEntry, VerdictEntry
 from cmt_edge.deploy.cache import can_keep
-from cmt_edge.deploy.files import cache_folder, writing
-from cmt_edge.deploy.measure.benchmark import summary
+from cmt_edge.deploy.files import find_cache_folder, writing
+from cmt_edge.deploy.measure.benchmark import summarise_latency
 from cmt_edge.deploy.measure.isa import require_isa
 from cmt_edge.deploy.measure.parity import Verification
 from cmt_edge.deploy.progress import Progress
@@ -42,7 +42,7 @@ from .description import (
     describe_typing,
     write_report,
 )
-from .plan import Journal, Step, describe_plan, steps_to_finish
+from .plan import Journal, Step, describe_plan, list_steps_to_finish
 from .preparation import Prepared, prepare
 from .steps import OBSERVED_IMAGES, Differences
 from .to_onnx import without_compiler_folder
@@ -60,7 +60,7 @@ def run(config: ExportConfig, progress: Progress | None = None) -> Bundle:
     """
     preflight(config)
     if config.keeps_results:
-        can_keep(cache_folder())  # says so before the long work
+        can_keep(find_cache_folder())  # says so before the long work
     progress = progress or Progress(quiet=True)
     with _claimed(Path(config.output)), without_compiler_folder():
         prepared = prepare(config, progress)
@@ -88,11 +88,11 @@ def preflight(config: ExportConfig) -> None:
     for target in config.targets:
         BundleWriter(target).check()
         if config.pack:
-            require_replaceable(packed_file(target))
+            require_replaceable(locate_packed(target))
     if config.format == "trt":
         from . import trt
 
-        trt.preflight(config)
+        trt.check_builder(config)
         return
     runtime = get_runtime(RUNTIME_OF_FORMAT[config.format])
     runtime.check()
@@ -128,7 +128,7 @@ def finish(
         progress: draws the steps.
     """
     with (
-        Journal(steps_to_finish(config), progress) as journal,
+        Journal(list_steps_to_finish(config), progress) as journal,
         BundleWriter(config.target) as writer,
     ):
         graph, manifest = _chosen(config, prepared, verdict)
@@ -139,19 +139,8 @@ def finish(
                 replace(manifest, typing=typing),
                 differences | found,
             )
-        with (
-            journal.step(Step.FILES, format=config.format),
-            writing(config.target),
-        ):
-            golden = prepared.reference.golden
-            runtime = steps.write_files(
-                writer.folder,
-                graph,
-                config.batch,
-                golden,
-                config.format,
-            )
-            manifest = replace(manifest, runtime=runtime)
+        with journal.step(Step.FILES, format=config.format):
+            manifest = _with_files(config, writer, manifest, graph, prepared)
         if Step.BUILD in journal:
             journal.take(Step.BUILD)
             manifest = _with_engine(config, writer, manifest, progress)
@@ -161,18 +150,38 @@ def finish(
         speed = None
         if Step.MEASURE in journal:
             with journal.step(Step.MEASURE):
-                speed = steps.measure_bundle(
-                    writer.staged(manifest),
-                    config.threads,
-                    progress.share,
-                )
-                manifest = replace(manifest, latency=summary(speed))
+                speed = steps.measure_bundle(writer.staged(manifest), config.threads, progress.share)
+                manifest = replace(manifest, latency=summarise_latency(speed))
         with journal.step(Step.WRITE), writing(config.target):
             write_report(writer.folder, manifest, config.folder, result, speed)
-            bundle = writer.commit(manifest, config.signing_key)
-            if config.pack:
-                bundle.pack(packed_file(config.target))
-            return bundle
+            return _commit(config, writer, manifest)
+
+
+def _with_files(
+    config: ExportConfig,
+    writer: BundleWriter,
+    manifest: Manifest,
+    graph: onnx.ModelProto,
+    prepared: Prepared,
+) -> Manifest:
+    """The manifest with the runtime that reads the graph, which now lies in the bundle's folder."""
+    with writing(config.target):
+        runtime = steps.write_files(
+            writer.folder,
+            graph,
+            config.batch,
+            prepared.reference.golden,
+            config.format,
+        )
+    return replace(manifest, runtime=runtime)
+
+
+def _commit(config: ExportConfig, writer: BundleWriter, manifest: Manifest) -> Bundle:
+    """The finished bundle at its place, and as one file beside it where that was asked for."""
+    bundle = writer.commit(manifest, config.signing_key)
+    if config.pack:
+        bundle.pack(locate_packed(config.target))
+    return bundle
 
 
 def _chosen(
@@ -223,7 +232,7 @@ def _with_engine(
     """The manifest with an engine in it, which lies beside the graph."""
     from . import trt
 
-    manifest, files = trt.build_engine(config, writer.staged(manifest), progress)
+    manifest, files = trt.add_engine(config, writer.staged(manifest), progress)
     with writing(config.target):
         for name, content in files.items():
             path = writer.folder / name

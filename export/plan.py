@@ -6,16 +6,17 @@ that is left out, added or taken out of turn is an error, so the printed plan an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
 from typing import Any
 
-from cmt_edge.calib.data import SYNTHETIC
+from cmt_edge.calib.data import GENERATED, SYNTHETIC
 from cmt_edge.cmt.download import is_kept
 from cmt_edge.deploy import Bundle
 from cmt_edge.deploy.bundle.sections import FORMATS
+from cmt_edge.deploy.escaping import escape_line
 from cmt_edge.deploy.images import ImageSet
 from cmt_edge.deploy.progress import Progress
 
@@ -42,7 +43,7 @@ class Step(Enum):
 
     COMPARE = "measure the answers of every candidate"
     RANK = "rank the groups by their sensitivity to int8"
-    REFINE = "keep the worst float until the drop holds"
+    REFINE = "keep the most sensitive groups in float until the drop is allowed"
     TIME = "measure the latencies, interleaved"
     CHOOSE = "choose"
 
@@ -63,16 +64,16 @@ OPTIONAL = (Step.RANK, Step.REFINE)
 """Steps that a run may find unnecessary: int8 may pass as a whole, or the time may be up."""
 
 
-def steps_of(config: ExportConfig) -> list[Step]:
+def list_steps(config: ExportConfig) -> list[Step]:
     """Every step of an export in order."""
     return [
-        *steps_to_prepare(config),
-        *steps_to_choose(config),
-        *steps_to_finish(config),
+        *list_steps_to_prepare(config),
+        *list_steps_to_choose(config),
+        *list_steps_to_finish(config),
     ]
 
 
-def steps_to_prepare(config: ExportConfig) -> Iterator[Step]:
+def list_steps_to_prepare(config: ExportConfig) -> Iterator[Step]:
     """Steps up to the simplified graph, and its int8 form where one is needed."""
     yield Step.LOAD
     if config.data == SYNTHETIC:
@@ -82,7 +83,7 @@ def steps_to_prepare(config: ExportConfig) -> Iterator[Step]:
         yield Step.CALIBRATE
 
 
-def steps_to_choose(config: ExportConfig) -> Iterator[Step]:
+def list_steps_to_choose(config: ExportConfig) -> Iterator[Step]:
     """Steps from which the precision is chosen; none where it was named."""
     if config.precision == "auto":
         yield from (
@@ -94,7 +95,7 @@ def steps_to_choose(config: ExportConfig) -> Iterator[Step]:
         )
 
 
-def steps_to_finish(config: ExportConfig) -> Iterator[Step]:
+def list_steps_to_finish(config: ExportConfig) -> Iterator[Step]:
     """Steps from the graph to the bundle."""
     if config.format == "trt":
         if config.precision != "fp32":
@@ -185,6 +186,62 @@ def describe_plan(config: ExportConfig) -> dict[str, Any]:
     }
 
 
+def plan_text(plan: dict[str, Any]) -> str:
+    """A plan of :func:`describe_plan` for a reader, one entry a line."""
+    lines = [f"{key:<12} {escape_line(_entry_text(key, value))}" for key, value in plan.items()]
+    return "\n".join([*lines, "dry run: nothing was written"])
+
+
+def _entry_text(key: str, value: Any) -> str:
+    """An entry of a plan in words."""
+    if key in ENTRY_TEXTS:
+        return ENTRY_TEXTS[key](value)
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _replaces_text(replaces: bool) -> str:
+    return "a bundle that exists" if replaces else "nothing"
+
+
+def _images_text(images: dict[str, Any]) -> str:
+    """``"300 generated images"``, or ``"300 images from photos/train"``."""
+    count, source = images["images"], images["source"]
+    noun = "image" if count == 1 else "images"
+    if source in (GENERATED, SYNTHETIC):
+        return f"{count} {source} {noun}"
+    return f"{count} {noun} from {source}"
+
+
+def _evaluation_text(evaluation: dict[str, int]) -> str:
+    return f"{evaluation['images']} images of {evaluation['classes']} classes"
+
+
+def _allowed_text(allowed: dict[str, Any]) -> str:
+    """The limits within which ``auto`` chooses; what has no limit is left out."""
+    limits = [
+        ("drop", "a drop of {:g} percentage points of top-1"),
+        ("latency_ms", "a latency of {:g} ms"),
+        ("time_s", "a search of {:g} s"),
+        ("isa", "instructions up to {}"),
+    ]
+    return ", ".join(text.format(allowed[name]) for name, text in limits if allowed[name] is not None)
+
+
+def _input_text(shape: list[Any]) -> str:
+    return " x ".join(map(str, shape))
+
+
+ENTRY_TEXTS: dict[str, Callable[[Any], str]] = {
+    "replaces": _replaces_text,
+    "calibration": _images_text,
+    "ranges": _images_text,
+    "evaluation": _evaluation_text,
+    "allowed": _allowed_text,
+    "input": _input_text,
+}
+"""Name of an entry of a plan -> what puts it in words, where its value alone does not say it."""
+
+
 def _images(config: ExportConfig) -> dict[str, Any]:
     """The images that an export calibrates on or observes; synthetic ones are made from the model, which a
     plan does not load."""
@@ -246,7 +303,7 @@ def _count_evaluation(path: str, limit: int | None) -> dict[str, int]:
 def _titles(config: ExportConfig, images: int) -> list[str]:
     """What a run announces."""
     titles = []
-    for step in steps_of(config):
+    for step in list_steps(config):
         count = min(images, OBSERVED_IMAGES) if step is Step.OBSERVE else images
         titles.append(step.title(images=count, format=config.format))
     return titles

@@ -15,7 +15,7 @@ from cmt_edge.deploy.progress import Progress
 from . import steps
 from .config import ExportConfig
 from .description import describe_export
-from .plan import Journal, Step, steps_to_prepare
+from .plan import Journal, Step, list_steps_to_prepare
 from .steps import Differences, Evaluation, Reference
 
 
@@ -57,7 +57,7 @@ def prepare(config: ExportConfig, progress: Progress) -> Prepared:
         ParityError: a step changed the outputs by more than allowed.
     """
     started = time.monotonic()
-    with Journal(steps_to_prepare(config), progress) as journal:
+    with Journal(list_steps_to_prepare(config), progress) as journal:
         with journal.step(Step.LOAD):
             reference = steps.make_reference(config)
             manifest = describe_export(config, reference)
@@ -71,7 +71,7 @@ def prepare(config: ExportConfig, progress: Progress) -> Prepared:
         quantized = None
         if data is not None and Step.CALIBRATE in journal:
             with journal.step(Step.CALIBRATE, images=len(data)):
-                quantized = steps.calibrate(
+                quantized = steps.calibrate_graph(
                     graph,
                     data,
                     config.preprocess,
@@ -103,7 +103,7 @@ def _images(
         return data
     count = steps.count_synthetic(config)
     with journal.step(Step.SYNTHESISE, images=count):
-        return steps.synthesise(config, reference.classifier, count, progress.count)
+        return steps.make_images(config, reference.classifier, count, progress.count)
 
 
 def _graph(

@@ -11,17 +11,22 @@ from cmt_edge.deploy.bundle.manifest import MAX_MANIFEST
 from cmt_edge.deploy.errors import BundleError
 from cmt_edge.deploy.files import read_regular
 
+KEEP_BOTH = "--name NAME keeps both"
+"""How to keep a bundle that another one would replace."""
+
 
 @dataclass(frozen=True)
 class Replaced:
     """A bundle that another one replaces.
 
     Attributes:
+        model: name of the model; ``None`` where its manifest could not be read.
         weights: ``"pretrained"``, ``"random"``, or the file name of its checkpoint; ``None`` where its
             manifest could not be read.
         sha256: over its weights.
     """
 
+    model: str | None
     weights: str | None
     sha256: str | None
 
@@ -32,19 +37,19 @@ def read_replaced(target: Path) -> Replaced | None:
     if not path.exists():
         return None
     try:
-        entry = Manifest.from_bytes(read_regular(path, MAX_MANIFEST), path).model.weights
+        model = Manifest.from_bytes(read_regular(path, MAX_MANIFEST), path).model
     except (BundleError, OSError):
-        return Replaced(None, None)
-    return Replaced(entry.source, entry.sha256)
+        return Replaced(None, None, None)
+    return Replaced(model.name, model.weights.source, model.weights.sha256)
 
 
 def describe_replaced(replaced: Replaced, bundle: Bundle) -> str:
-    """One line on the bundle that ``bundle`` has replaced."""
-    if replaced.weights is None:
+    """One line on the bundle that ``bundle`` has replaced, and on what differs."""
+    if replaced.model is None:
         return "replaced: a bundle that could not be read"
-    if replaced.sha256 == bundle.manifest.model.weights.sha256:
-        return "replaced: the bundle that was here, made from the same weights"
-    return (
-        f"replaced: the bundle that was here, made from the other weights {replaced.weights}"
-        " (--name NAME keeps both)"
-    )
+    model = bundle.manifest.model
+    if replaced.model != model.name:
+        return f"replaced: the bundle of another model, {replaced.model} ({KEEP_BOTH})"
+    if replaced.sha256 != model.weights.sha256:
+        return f"replaced: a bundle of the same model with other weights, {replaced.weights} ({KEEP_BOTH})"
+    return "replaced: a bundle of the same model with the same weights"

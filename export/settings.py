@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from cmt_edge.deploy.bundle.sections import FORMATS
 from cmt_edge.deploy.cli.ranges import (
-    BATCH,
-    CLASSES,
+    BATCH_SIZES,
+    CLASS_COUNTS,
     DIFFERENCE,
     GIBIBYTES,
     IMAGES,
@@ -30,9 +30,9 @@ from .options import KEY, Option, option
 
 ALIASES = {"engine": "trt", "tensorrt": "trt"}
 """Other names of a format -> its name."""
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "auto")
+PRECISION_CHOICES = ("fp32", "fp16", "bf16", "int8", "auto")
 """What can be asked for; ``auto`` measures the precisions of the format and chooses one."""
-HEADS = ("logits", "features")
+HEAD_CHOICES = ("logits", "features")
 """What the exported model gives: class logits, or the feature maps of its stages."""
 EXIF = ("apply", "ignore")
 """What becomes of the orientation that a photograph records."""
@@ -63,7 +63,7 @@ GROUPS = {
 """Group of options -> its heading in ``--help``, in this order."""
 
 
-class Module(Protocol):
+class TorchModule(Protocol):
     """A ``torch.nn.Module``, said without PyTorch."""
 
     def eval(self) -> Any: ...
@@ -78,7 +78,7 @@ class Settings:
     numbers as ``mean`` and ``std``, and a list of names as ``labels``.
     """
 
-    model: str | Module = field(
+    model: str | TorchModule = field(
         metadata={
             KEY: Option(
                 "model name, see --list-models; or MODULE:FACTORY of your own, or timm:NAME (default: what"
@@ -97,7 +97,7 @@ class Settings:
         "fp32",
         help="fp16 needs trt, bf16 needs openvino; auto: measure them here and take the fastest that passes",
         group=OUTPUT,
-        choices=PRECISIONS,
+        choices=PRECISION_CHOICES,
         shortcuts=(
             ("--int8", "int8", "same as --precision int8"),
             ("--half", "fp16", "same as --precision fp16"),
@@ -107,7 +107,7 @@ class Settings:
         "logits",
         help="features: the stage maps (strides 4 to 32) for detection and segmentation, instead of classes",
         group=MODEL,
-        choices=HEADS,
+        choices=HEAD_CHOICES,
     )
     weights: str = option(
         "pretrained",
@@ -133,7 +133,7 @@ class Settings:
         None,
         help="number of classes of the checkpoint (default: as published)",
         group=MODEL,
-        range=CLASSES,
+        range=CLASS_COUNTS,
     )
     imgsz: int | None = option(
         None,
@@ -190,7 +190,7 @@ class Settings:
         1,
         help="batch size of the graph, 0 for any",
         group=OUTPUT,
-        range=BATCH,
+        range=BATCH_SIZES,
     )
     mean: str | Sequence[float] | None = option(
         None,

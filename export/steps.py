@@ -23,7 +23,7 @@ from cmt_edge.calib.data import SYNTHETIC
 from cmt_edge.calib.generated import generate
 from cmt_edge.calib.quantize import keep_float
 from cmt_edge.calib.synthetic import default_count, synthetic_set
-from cmt_edge.cmt import fuse, weights_fingerprint, with_head
+from cmt_edge.cmt import choose_head, fuse, weights_fingerprint
 from cmt_edge.cmt.reference import load_reference
 from cmt_edge.cmt.weights import LoadedWeights
 from cmt_edge.deploy import Bundle, Predictor, Preprocess, report
@@ -32,7 +32,7 @@ from cmt_edge.deploy.backends.torch import TorchSession
 from cmt_edge.deploy.bundle import GOLDEN, LOGITS, ONNX, Golden
 from cmt_edge.deploy.bundle.sections import FORMATS, GoldenCheck, RuntimeEntry
 from cmt_edge.deploy.errors import CmtEdgeError, GateError, InputError
-from cmt_edge.deploy.files import cache_folder
+from cmt_edge.deploy.files import find_cache_folder
 from cmt_edge.deploy.images import ImageSet
 from cmt_edge.deploy.measure.benchmark import (
     Benchmark,
@@ -43,7 +43,7 @@ from cmt_edge.deploy.measure.labels import match_labels
 from cmt_edge.deploy.measure.parity import (
     Verification,
     check_golden,
-    resolution,
+    measure_resolution,
     verify,
 )
 from cmt_edge.deploy.preprocessing import normalise, pixels
@@ -54,13 +54,13 @@ from .outputs import (
     require_finite,
 )
 from .to_onnx import (
-    ATOL,
     FUSE_ATOL,
+    GRAPH_ATOL,
+    compute_outputs,
     export_onnx,
-    outputs_of,
     require_parity,
+    set_batch,
     simplify,
-    with_batch,
 )
 from .typed import observe
 
@@ -94,7 +94,7 @@ meant so."""
 
 Differences = dict[str, float]
 """Step -> the largest difference of its outputs from the reference's."""
-Count = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 """Called with how many are done, and of how many."""
 
 
@@ -126,7 +126,7 @@ class Reference:
     @property
     def resolution(self) -> float:
         """How coarse the model itself rounds its outputs, relative to the largest one; mostly 0."""
-        return max(resolution(output) for output in self.outputs)
+        return max(measure_resolution(output) for output in self.outputs)
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def make_reference(config: ExportConfig) -> Reference:
         fresh_head=config.fresh_head,
         resize=config.resize_position_bias,
     )
-    model = with_head(classifier, config.head)
+    model = choose_head(classifier, config.head)
     golden, batch = make_golden(model, config.preprocess)
     require_finite(golden.outputs)
     kind = identify_outputs(model, batch, golden.logits) if config.head == LOGITS else LOGITS
@@ -255,7 +255,7 @@ def match_evaluation(bundle: Bundle, path: str, by_order: bool) -> Evaluation:
 
 def choose_images(config: ExportConfig) -> CalibrationSet | None:
     """The calibration images that were asked for; ``None`` without any, and for synthetic ones, which
-    :func:`synthesise` makes."""
+    :func:`make_images` makes."""
     if config.data is None or config.data == SYNTHETIC:
         return None
     return CalibrationSet.choose(config.data, config.calib_size, config.preprocess, config.seed)
@@ -267,11 +267,11 @@ def count_synthetic(config: ExportConfig) -> int:
     return count if config.quantizes else min(count, OBSERVED_IMAGES)
 
 
-def synthesise(
+def make_images(
     config: ExportConfig,
     classifier: nn.Module,
     count: int,
-    progress: Count,
+    progress: ProgressCallback,
 ) -> CalibrationSet:
     """``count`` images made from the batch norms of ``classifier``.
 
@@ -284,7 +284,7 @@ def synthesise(
         config.preprocess,
         config.seed,
         weights=f"{config.model_name} {weights_fingerprint(classifier)}",
-        cache=cache_folder() / "synthetic" if config.cache else None,
+        cache=find_cache_folder() / "synthetic" if config.cache else None,
         progress=progress,
     )
 
@@ -294,7 +294,7 @@ def synthesise(
 
 def fuse_model(reference: Reference, head: str) -> tuple[nn.Module, Differences]:
     """The reference with the exact rewrites of its family."""
-    fused = with_head(fuse(reference.classifier), head)
+    fused = choose_head(fuse(reference.classifier), head)
     outputs = TorchSession(fused).run(reference.batch)
     return fused, {
         "fuse": require_parity(
@@ -321,12 +321,12 @@ def trace_model(
     differences: Differences = {}
 
     def compare(graph: onnx.ModelProto) -> None:
-        ours = outputs_of(graph, reference.batch, step)
+        ours = compute_outputs(graph, reference.batch, step)
         differences["onnx"] = require_parity(
             step,
             ours,
             reference.outputs,
-            max(ATOL, reference.resolution),
+            max(GRAPH_ATOL, reference.resolution),
         )
 
     return export_onnx(fused, img_size, OPSET, outputs, compare), differences
@@ -335,8 +335,8 @@ def trace_model(
 def simplify_graph(graph: onnx.ModelProto, reference: Reference) -> tuple[onnx.ModelProto, Differences]:
     """``graph`` after onnxsim."""
     simplified = simplify(graph)
-    ours = outputs_of(simplified, reference.batch, "simplify")
-    allowed = max(ATOL, reference.resolution)
+    ours = compute_outputs(simplified, reference.batch, "simplify")
+    allowed = max(GRAPH_ATOL, reference.resolution)
     return simplified, {"simplify": require_parity("simplify", ours, reference.outputs, allowed)}
 
 
@@ -346,18 +346,18 @@ def compare_batch_sizes(graph: onnx.ModelProto, reference: Reference) -> Differe
     for count in DYNAMIC_SIZES:
         step = f"dynamic batch of {count}"
         index = np.arange(count) % len(reference.batch)
-        ours = outputs_of(graph, reference.batch[index], step)
+        ours = compute_outputs(graph, reference.batch[index], step)
         expected = [output[index] for output in reference.outputs]
-        differences[step] = require_parity(step, ours, expected, max(ATOL, reference.resolution))
+        differences[step] = require_parity(step, ours, expected, max(GRAPH_ATOL, reference.resolution))
     return differences
 
 
-def calibrate(
+def calibrate_graph(
     graph: onnx.ModelProto,
     data: CalibrationSet,
     spec: Preprocess,
     cached: bool,
-    progress: Count,
+    progress: ProgressCallback,
 ) -> Quantized:
     """``graph`` in int8, calibrated on ``data``; an equal one of an earlier run is used again where
     ``cached``.
@@ -365,7 +365,7 @@ def calibrate(
     Raises:
         GateError: the graph breaks a rule for int8.
     """
-    cache = cache_folder() / "calibrated" if cached else None
+    cache = find_cache_folder() / "calibrated" if cached else None
     return quantize(graph, data, spec, cache=cache, progress=progress)
 
 
@@ -416,7 +416,7 @@ def write_files(
         The runtime of the format; without a version for TensorRT, whose engine comes later.
     """
     path = folder / ONNX
-    path.write_bytes(with_batch(graph, batch).SerializeToString(deterministic=True))
+    path.write_bytes(set_batch(graph, batch).SerializeToString(deterministic=True))
     golden.save(folder / GOLDEN)
     name = RUNTIME_OF_FORMAT[format]
     if format == "trt":
@@ -432,7 +432,7 @@ def verify_bundle(
     reference: Reference,
     labelled: ImageSet | None,
     candidate: Predictor | None,
-    progress: Count,
+    progress: ProgressCallback,
 ) -> Verification:
     """Compare a staged bundle with the reference.
 
@@ -512,7 +512,7 @@ def require_passed(result: Verification, opinion: SecondOpinion | None = None) -
     """
     if result.passed:
         return
-    figures = "\n       ".join(report.verification_text(result).splitlines())
+    figures = "\n       ".join(report.describe_verification(result).splitlines())
     if opinion is None:
         raise GateError(
             "the exported model differs from the reference by more than allowed",

@@ -21,10 +21,10 @@ from torch import nn
 
 from cmt_edge.calib.graph import (
     add_constant,
-    array_of,
+    find_readers,
     make_node,
     open_view,
-    readers_of,
+    read_array,
     write_model,
 )
 from cmt_edge.calib.groups import MODULE
@@ -44,15 +44,15 @@ from .refusals import explaining, explaining_types
 INPUT = "input"
 """The name of the graph's input."""
 
-BATCH = "batch"
+BATCH_DIM = "batch"
 """The name of an open batch dimension."""
 
-ATOL = 1e-4
+GRAPH_ATOL = 1e-4
 """The allowed difference of a float32 graph's output, relative to the largest value of the reference, which
 counts as at least 1."""
 
 FUSE_ATOL = 1e-5
-"""The allowed difference that fusing makes, in the same unit as :data:`ATOL`."""
+"""The allowed difference that fusing makes, in the same unit as :data:`GRAPH_ATOL`."""
 
 UNTYPED = ("CastLike", "SplitToSequence")
 """What torch.onnx writes for a conv without a bias (zeros "like" its input, made at every inference) and for
@@ -95,7 +95,7 @@ def export_onnx(
     Tracing with a fixed batch takes half the time of a symbolic one, so that is tried first, the batch freed
     afterwards and the graph compared with ``model`` on another batch size. The graph holds no stack traces or
     paths, so equal inputs give equal bytes; each node keeps the name of the module it comes from as metadata
-    (:data:`cmt_edge.calib.groups.MODULE`), until :func:`with_batch`.
+    (:data:`cmt_edge.calib.groups.MODULE`), until :func:`set_batch`.
 
     Args:
         model: in eval mode.
@@ -119,7 +119,7 @@ def export_onnx(
         return graph
     graph = trace(model, img_size, opset, outputs, None)
     with explaining_types():
-        checked("export to ONNX", graph)
+        check_graph("export to ONNX", graph)
         _require_any_batch(graph)
         check(graph)
     return graph
@@ -138,7 +138,7 @@ def _require_any_batch(graph: onnx.ModelProto) -> None:
 
 def _require_same(model: nn.Module, graph: onnx.ModelProto, img_size: int) -> float:
     """The largest difference from ``model`` on two images; raises :class:`ParityError` beyond
-    :data:`ATOL`."""
+    :data:`GRAPH_ATOL`."""
     images = (
         torch.linspace(-2, 2, OTHER_BATCH * 3 * img_size**2).reshape(OTHER_BATCH, 3, img_size, img_size).sin()
     )
@@ -147,7 +147,7 @@ def _require_same(model: nn.Module, graph: onnx.ModelProto, img_size: int) -> fl
     expected = [v.numpy() for v in ((given,) if isinstance(given, torch.Tensor) else given)]
     return require_parity(
         "export to ONNX",
-        outputs_of(graph, images.numpy(), "export to ONNX"),
+        compute_outputs(graph, images.numpy(), "export to ONNX"),
         expected,
     )
 
@@ -174,7 +174,7 @@ def trace(
             opset_version=opset,
             input_names=[INPUT],
             output_names=list(outputs),
-            dynamic_shapes=None if batch else ({0: torch.export.Dim(BATCH)},),
+            dynamic_shapes=None if batch else ({0: torch.export.Dim(BATCH_DIM)},),
             external_data=False,
             verbose=False,
             optimize=False,  # onnxsim does it faster
@@ -228,7 +228,7 @@ def _with_open_batch(shape: ir.Shape | None) -> ir.Shape | None:
     """A shape with a symbol in place of the traced batch, which optimizers would take for a constant."""
     if shape is None or len(shape) == 0 or shape[0] != TRACED_BATCH:
         return shape
-    return ir.Shape([BATCH, *shape.dims[1:]])
+    return ir.Shape([BATCH_DIM, *shape.dims[1:]])
 
 
 def _begins_with_batch(concat: ir.Node) -> bool:
@@ -239,7 +239,7 @@ def _begins_with_batch(concat: ir.Node) -> bool:
 
 def _is_reshape_only(concat: ir.Node) -> bool:
     """Whether only reshapes read the shape, and no other dimension of it is open."""
-    readers = {node.op_type for node in readers_of(concat.outputs[0])}
+    readers = {node.op_type for node in find_readers(concat.outputs[0])}
     return readers == {"Reshape"} and -1 not in _joined([_integers(value) for value in concat.inputs])
 
 
@@ -249,7 +249,7 @@ def _joined(parts: Sequence[np.ndarray | None]) -> np.ndarray:
 
 def _integers(value: ir.Value | None) -> np.ndarray | None:
     """The value of an int64 initializer or of a ``Constant`` node, with at least one dimension."""
-    array = array_of(value)
+    array = read_array(value)
     if array is None or (value is not None and value.is_initializer() and array.dtype != np.int64):
         return None
     return np.atleast_1d(array)
@@ -274,10 +274,10 @@ def simplify(graph: onnx.ModelProto) -> onnx.ModelProto:
                 "step 'simplify' failed: onnxsim's own check did not pass",
                 remedy="report the model",
             )
-    return checked("simplify", _relabelled(_anonymous(simplified), graph))
+    return check_graph("simplify", _relabelled(_anonymous(simplified), graph))
 
 
-def with_batch(graph: onnx.ModelProto, batch: int) -> onnx.ModelProto:
+def set_batch(graph: onnx.ModelProto, batch: int) -> onnx.ModelProto:
     """A copy whose input and outputs have a fixed batch size; ``0`` keeps it dynamic. Names of modules are
     left out.
 
@@ -299,25 +299,20 @@ def _with_ends(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
         if batch:
             dim.dim_value = batch
         else:
-            dim.dim_param = BATCH
-    return checked("set the batch size", model)
+            dim.dim_param = BATCH_DIM
+    return check_graph("set the batch size", model)
 
 
-def checked(step: str, graph: onnx.ModelProto) -> onnx.ModelProto:
+def check_graph(step: str, graph: onnx.ModelProto) -> onnx.ModelProto:
     """``graph`` if ``onnx.checker`` accepts it, with shape inference."""
     with guarded(step):
         onnx.checker.check_model(graph, full_check=True)
     return graph
 
 
-def outputs_of(graph: onnx.ModelProto, batch: np.ndarray, step: str) -> list[np.ndarray]:
+def compute_outputs(graph: onnx.ModelProto, batch: np.ndarray, step: str) -> list[np.ndarray]:
     """Run ``graph`` in ONNX Runtime: float32 ``(N, 3, S, S)`` -> every output, ``(N, ...)``."""
     return run_graph(graph, step)(batch)
-
-
-def logits_of(graph: onnx.ModelProto, batch: np.ndarray, step: str) -> np.ndarray:
-    """The first of :func:`outputs_of`: ``(N, classes)`` of a classifier."""
-    return outputs_of(graph, batch, step)[0]
 
 
 def run_graph(graph: onnx.ModelProto, step: str) -> Run:
@@ -334,7 +329,7 @@ def require_parity(
     step: str,
     ours: Sequence[np.ndarray],
     reference: Sequence[np.ndarray],
-    atol: float = ATOL,
+    atol: float = GRAPH_ATOL,
 ) -> float:
     """The largest difference of any output; raises :class:`ParityError` with the step's name beyond
     ``atol``."""

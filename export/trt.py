@@ -17,22 +17,22 @@ from cmt_edge.deploy.errors import (
     ParityError,
     RuntimeMissingError,
 )
-from cmt_edge.deploy.measure.parity import distance, tolerance
+from cmt_edge.deploy.measure.parity import find_tolerance, measure_distance
 from cmt_edge.deploy.progress import Progress
-from cmt_edge.deploy.tensorrt.build import finish, require_tensorrt
+from cmt_edge.deploy.tensorrt.build import finish_bundle, require_tensorrt
 from cmt_edge.deploy.tensorrt.engine import EngineOptions
-from cmt_edge.deploy.tensorrt.parser_rules import parser_findings
+from cmt_edge.deploy.tensorrt.parser_rules import find_parser_problems
 
 from .config import ExportConfig
 from .steps import Differences, Reference
-from .to_onnx import outputs_of
-from .typed import Typed, rounded, typed
+from .to_onnx import compute_outputs
+from .typed import Typed, round_graph, type_graph
 
-SHOWN_FINDINGS = 5
+SHOWN_OBJECTIONS = 5
 """Number of a parser's objections that an error names."""
 
 
-def preflight(config: ExportConfig) -> None:
+def check_builder(config: ExportConfig) -> None:
     """Fail before the long work where the engine cannot be built.
 
     Raises:
@@ -71,11 +71,11 @@ def write_precision(
         GateError: TensorRT's parser would refuse the graph.
         ParityError: the precision changes an output by more than allowed.
     """
-    result = typed(graph, config.precision, observed)
-    if findings := parser_findings(result.model):
+    result = type_graph(graph, config.precision, observed)
+    if findings := find_parser_problems(result.model):
         raise GateError(
             "TensorRT's parser would refuse the graph",
-            why="; ".join(findings[:SHOWN_FINDINGS]),
+            why="; ".join(findings[:SHOWN_OBJECTIONS]),
             remedy="nothing was written; report the model, or export --format onnx or openvino",
         )
     difference = _require_same(config, graph, result.model, reference)
@@ -90,12 +90,12 @@ def _require_same(
 ) -> float:
     """The largest difference that writing the precision made, with every float16 tensor rounded."""
     step = "write the precision into the graph"
-    ours = outputs_of(rounded(after), reference.batch, step)
-    expected = outputs_of(before, reference.batch, step)
-    differences = [distance(a, b) for a, b in zip(ours, expected, strict=True)]
+    ours = compute_outputs(round_graph(after), reference.batch, step)
+    expected = compute_outputs(before, reference.batch, step)
+    differences = [measure_distance(a, b) for a, b in zip(ours, expected, strict=True)]
     kind = None if reference.kind == LOGITS else reference.kind
     for name, found, output in zip(config.outputs, differences, reference.outputs, strict=True):
-        allowed = tolerance(output, config.precision, config.atol, kind)
+        allowed = find_tolerance(output, config.precision, config.atol, kind)
         if not found <= allowed:
             raise ParityError(
                 f"{config.precision} changes the {name} by {found:.3g}, allowed are {allowed:.3g}",
@@ -105,9 +105,7 @@ def _require_same(
     return max(differences)
 
 
-def build_engine(
-    config: ExportConfig, bundle: Bundle, progress: Progress
-) -> tuple[Manifest, dict[str, bytes]]:
+def add_engine(config: ExportConfig, bundle: Bundle, progress: Progress) -> tuple[Manifest, dict[str, bytes]]:
     """What ``cmt-build`` does, on a staged bundle.
 
     Returns:
@@ -117,7 +115,7 @@ def build_engine(
         StepError: the build failed.
         GateError: the engine does not compute in what was asked, or differs from the reference.
     """
-    finished = finish(
+    finished = finish_bundle(
         bundle,
         EngineOptions(config.workspace),
         device=config.device,
@@ -129,7 +127,7 @@ def build_engine(
 
 def emulate(config: ExportConfig, bundle: Bundle) -> Predictor:
     """A typed graph on the CPU with every float16 tensor rounded, for where the engine is not built."""
-    graph = rounded(onnx.load(bundle.file(ONNX)))
+    graph = round_graph(onnx.load(bundle.file(ONNX)))
     session = OnnxRuntimeSession(graph.SerializeToString(), LoadOptions(threads=config.threads))
     if config.precision != "fp32":
         session.runtime += ", float16 emulated"

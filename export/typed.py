@@ -42,20 +42,20 @@ from cmt_edge.calib.graph import (
     MOVES,
     QUANTIZE,
     add_constant,
-    array_of,
-    constant_array,
     detach_readers,
-    input_of,
-    inputs_of,
+    find_producer,
+    find_readers,
+    find_source,
+    get_input,
+    get_node_name,
     is_constant,
+    list_inputs,
     make_node,
     name_of,
-    node_name,
     open_view,
-    producer_of,
-    readers_of,
+    read_array,
+    read_constant,
     set_constant,
-    source_of,
     unfold_constants,
     write_model,
 )
@@ -63,7 +63,7 @@ from cmt_edge.calib.recipe import INT8_OPS
 from cmt_edge.calib.running import measure_extremes
 from cmt_edge.deploy.bundle.sections import Island
 
-from .to_onnx import checked, guarded
+from .to_onnx import check_graph, guarded
 
 FLOAT = ir.DataType.FLOAT
 """The type of tensors before the conversion, and of float32 islands after it."""
@@ -118,7 +118,7 @@ STEP = "write the precision into the graph"
 
 @dataclass(frozen=True)
 class Typed:
-    """The result of :func:`typed`.
+    """The result of :func:`type_graph`.
 
     Attributes:
         model: the typed graph.
@@ -152,7 +152,7 @@ def observe(graph: onnx.ModelProto, batches: Iterable[np.ndarray]) -> dict[str, 
     return {name: float(np.abs([low, high]).max(initial=0.0)) for name, (low, high) in extremes.items()}
 
 
-def typed(
+def type_graph(
     graph: onnx.ModelProto,
     precision: str,
     observed: Mapping[str, float],
@@ -179,11 +179,11 @@ def typed(
         model = write_model(view)
         found = tuple(islands.values())
     del model.graph.value_info[:]
-    checked(STEP, model)
+    check_graph(STEP, model)
     return Typed(model, _count_operations(model), found, largest)
 
 
-def rounded(model: onnx.ModelProto) -> onnx.ModelProto:
+def round_graph(model: onnx.ModelProto) -> onnx.ModelProto:
     """A float32 graph that computes what a typed graph asks for: every float16 tensor is rounded to float16.
 
     ONNX Runtime's CPU kernels compute float16 graphs in float32 and drop the roundings between them, so an
@@ -194,14 +194,14 @@ def rounded(model: onnx.ModelProto) -> onnx.ModelProto:
         _round_to_half(view.graph)
         result = write_model(view)
     del result.graph.value_info[:]
-    return checked("round to float16", result)
+    return check_graph("round to float16", result)
 
 
 def _round_to_half(graph: ir.Graph) -> None:
-    """See :func:`rounded`, in place."""
+    """See :func:`round_graph`, in place."""
     for value in graph.initializers.values():
         if value.dtype == HALF:
-            set_constant(value, constant_array(value).astype(np.float32))
+            set_constant(value, read_constant(value).astype(np.float32))
     for node in list(graph):
         if node.op_type == "Cast" and _converts_floats(node):
             node.op_type = "Identity"
@@ -214,7 +214,7 @@ def _round_to_half(graph: ir.Graph) -> None:
 
 def _converts_floats(cast: ir.Node) -> bool:
     """Whether a ``Cast`` converts a computed tensor between float32 and float16."""
-    source = input_of(cast, 0)
+    source = get_input(cast, 0)
     return not is_constant(source) and {
         source.dtype,
         cast.outputs[0].dtype,
@@ -255,7 +255,7 @@ def _precision(node: ir.Node) -> str | None:
 
 def _reads_int8(node: ir.Node) -> bool:
     """Whether both operands are dequantized."""
-    sources = [source_of(value) for value in node.inputs[:2]]
+    sources = [find_source(value) for value in node.inputs[:2]]
     return all(source is not None and source.op_type == DEQUANTIZE for source in sources)
 
 
@@ -286,19 +286,19 @@ class _Islands:
     def _add(self, node: ir.Node, reason: str, observed: float) -> None:
         self.found.setdefault(
             node,
-            Island(node_name(node), node.op_type, reason, observed),
+            Island(get_node_name(node), node.op_type, reason, observed),
         )
 
     def _reach_back(self, node: ir.Node, reason: str, observed: float) -> None:
         """Keep what computes the input of ``node`` in float32, up to the product that makes its large values:
         it would not help to leave out only their last rounding."""
-        before = producer_of(node.inputs[0])
+        before = find_producer(node.inputs[0])
         while before is not None:
             self._add(before, reason, observed)
             if before.op_type not in (*MOVES, *ELEMENTWISE):
                 return
             before = next(
-                (made for made in map(producer_of, before.inputs) if made is not None),
+                (made for made in map(find_producer, before.inputs) if made is not None),
                 None,
             )
 
@@ -309,7 +309,7 @@ class _Islands:
                 return "values leave float16", largest
         fixed = ALWAYS_FLOAT.get(node.op_type, ())
         for position, value in enumerate(node.inputs):
-            bad = _unrepresentable(array_of(value)) if position not in fixed else None
+            bad = _unrepresentable(read_array(value)) if position not in fixed else None
             if bad is not None:
                 return "a constant leaves float16", bad
         return self._inside(node)
@@ -409,11 +409,11 @@ class _Conversion:
     def _kind(self, node: ir.Node) -> ir.DataType:
         """The type of the float side of an operation."""
         if node.op_type == QUANTIZE:  # keeps the type of its input: a conversion before it would cost time
-            return self._types[input_of(node, 0)]
+            return self._types[get_input(node, 0)]
         if node.op_type == DEQUANTIZE:
-            readers = readers_of(node.outputs[0])
+            readers = find_readers(node.outputs[0])
             return FLOAT if readers and all(reader in self._islands for reader in readers) else HALF
-        reads_floats = any(value in self._types or _is_float_constant(value) for value in inputs_of(node))
+        reads_floats = any(value in self._types or _is_float_constant(value) for value in list_inputs(node))
         made_from_nothing = node.op_type != "Cast" and not reads_floats
         return FLOAT if node in self._islands or made_from_nothing else HALF
 
@@ -438,7 +438,7 @@ class _Conversion:
             return self._constants.setdefault(name, value)
         half = f"{name}_half"
         if half not in self._constants:
-            array = constant_array(value).astype(np.float16)
+            array = read_constant(value).astype(np.float16)
             self._constants[half] = add_constant(self._graph, half, array)
         return self._constants[half]
 
@@ -450,11 +450,11 @@ def _is_float_constant(value: ir.Value) -> bool:
 def _round_scales(graph: ir.Graph) -> None:
     """Round scales to values that float16 holds, and quantize weights again with them."""
     scaled = [node for node in graph if node.op_type in (QUANTIZE, DEQUANTIZE)]
-    exact = {input_of(node, 1): constant_array(node.inputs[1]) for node in scaled}
+    exact = {get_input(node, 1): read_constant(node.inputs[1]) for node in scaled}
     held = {value: np.maximum(scale.astype(np.float16), SMALLEST_HALF) for value, scale in exact.items()}
-    weights = {input_of(node, 0): node for node in scaled if is_constant(node.inputs[0])}
+    weights = {get_input(node, 0): node for node in scaled if is_constant(node.inputs[0])}
     for value, node in weights.items():
-        array, key = constant_array(value), input_of(node, 1)
+        array, key = read_constant(value), get_input(node, 1)
         ratio = exact[key].astype(np.float64) / held[key]
         axis = node.attributes.get_int("axis", 1)
         again = np.rint(array * _along(ratio, axis, array.ndim))

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from cmt_edge.deploy.report import table
+from cmt_edge.deploy.report import format_table
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -165,7 +165,7 @@ def text(results: list[Resolution]) -> str:
         for r in results
         for w in r.wheels
     ]
-    lines = [table(["Python", "extra", "package", "version", "wheel", "MB"], rows), ""]
+    lines = [format_table(["Python", "extra", "package", "version", "wheel", "MB"], rows), ""]
     for r in results:
         known = [w.bytes for w in r.wheels if w.bytes is not None]
         total = f"{len(r.wheels)} wheels, {sum(known) / 1e6:.1f} MB" + (

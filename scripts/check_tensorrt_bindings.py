@@ -31,7 +31,7 @@ def build(folder: Path) -> None:
     from cmt_edge.deploy.tensorrt.engine import BuildRequest
     from cmt_edge.deploy.tensorrt.session import Log
 
-    engine_builder.blob = lambda memory: b"plan"
+    engine_builder.read_blob = lambda memory: b"plan"
     (folder / "model.onnx").write_bytes(b"onnx")
     for tf32, profile in ((False, None), (True, (1, 2, 8))):
         digest = hashlib.sha256(b"onnx").hexdigest()

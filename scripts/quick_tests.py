@@ -57,14 +57,18 @@ UNKNOWN_S = 5.0
 """Seconds that a test module takes for which none are recorded."""
 
 ALWAYS = (
+    "tests/test_code_style.py",
+    "tests/test_docs.py",
     "tests/test_public_api.py",
+    "tests/export/test_cli_reference.py",
     "tests/deploy/test_bundle.py",
     "tests/deploy/test_images.py",
     "tests/deploy/test_imports.py",
     "tests/deploy/test_parity.py",
     "tests/deploy/test_preprocess.py",
 )
-"""Test modules of a few seconds each that cover what everything else builds on."""
+"""Test modules of a few seconds each: those that cover what everything else builds on, and those
+that read files of the checkout, pages and code, which no import shows."""
 
 USERS_OF_FAKES = ("gpu_machine", "FAKES")
 """Names by which a test module reaches ``tests/fakes``."""

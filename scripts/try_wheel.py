@@ -23,7 +23,7 @@ import venv
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cmt_edge.deploy.report import table
+from cmt_edge.deploy.report import format_table
 
 ROOT = Path(__file__).resolve().parent.parent
 """The checkout."""
@@ -206,7 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
         for extras in options.extras or JOBS:
             trials.append(try_extras(extras, wheel, folder))
             print(*trials[-1].row, *trials[-1].problems, sep="  ", file=sys.stderr, flush=True)
-    print(table(("extras", "packages", "install s", "jobs"), [trial.row for trial in trials]))
+    print(format_table(("extras", "packages", "install s", "jobs"), [trial.row for trial in trials]))
     return int(any(trial.problems for trial in trials))
 
 

@@ -122,6 +122,14 @@ def test_a_change_chooses_tests_of_this_checkout(script):
     assert "tests/test_docs.py" not in steps
 
 
+@pytest.mark.parametrize("change", ["export/settings.py", "deploy/lifetimes.py", "docs/cli.md", "README.md"])
+def test_tests_that_read_the_files_of_the_checkout_always_run(script, change):
+    quick = script("quick_tests")
+    chosen, _ = quick.choose([Path(change)], quick.read_sources(ROOT), {}, budget=0)
+    readers = {"tests/test_code_style.py", "tests/test_docs.py", "tests/export/test_cli_reference.py"}
+    assert readers <= set(chosen)
+
+
 def test_near_and_short_tests_run_while_there_is_time(script):
     quick = script("quick_tests")
     sources = quick.read_sources(ROOT)

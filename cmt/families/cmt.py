@@ -9,7 +9,6 @@ stand *after* the activation.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,22 +19,22 @@ from torch.nn import functional as F
 from ..layers import (
     DropPath,
     ResidualDepthwise,
+    apply_scale,
     merge_heads,
-    scaled,
     split_heads,
     to_map,
     to_tokens,
 )
 from ..rewrites import (
-    affine_into,
-    attention_over_keys,
-    batch_norm_after,
-    batch_norm_as_affine,
-    keys_and_values_as_one,
-    scale_into,
-    shortcut_into_depthwise,
+    attend_over_keys,
+    fold_affine,
+    fold_batch_norm,
+    fold_scale,
+    fold_shortcut,
+    merge_keys_and_values,
+    replace_batch_norms,
 )
-from ..spec import Classifier, ModelSpec, Pretrained, StateDict
+from ..spec import Classifier, KeyRenames, ModelSpec, Pretrained, StateDict, make_rename
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class Attention(nn.Module):
             return self._over_keys(x, reduced, position_bias)
         q = split_heads(self.q(x), self.heads)
         k, v = self._keys_values(reduced)
-        scores = scaled(q @ k.transpose(-2, -1), self.scale) + position_bias  # (B, heads, N, Nk)
+        scores = apply_scale(q @ k.transpose(-2, -1), self.scale) + position_bias  # (B, heads, N, Nk)
         mixed: Tensor = self.proj(merge_heads(scores.softmax(-1) @ v))
         return mixed
 
@@ -113,7 +112,7 @@ class Attention(nn.Module):
             )
         k = k.reshape(-1, nk * self.heads, c)
         v = v.reshape(-1, nk * self.heads, c)
-        scores = scaled(k @ x.transpose(1, 2), self.scale) + position_bias  # (B, Nk * heads, N)
+        scores = apply_scale(k @ x.transpose(1, 2), self.scale) + position_bias  # (B, Nk * heads, N)
         weights = scores.reshape(-1, nk, self.heads * n).softmax(1).reshape(-1, nk * self.heads, n)
         mixed: Tensor = weights.transpose(1, 2) @ v
         return mixed
@@ -296,7 +295,7 @@ def _stage(match: re.Match[str]) -> str:
     return f"stages.{'abcd'.index(match[1])}"
 
 
-_RENAMES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
+_RENAMES: KeyRenames = [
     (
         re.compile(r"^stem_(conv|norm)(\d)\."),
         lambda m: f"stem.{int(m[2]) - 1}.{m[1]}.",
@@ -332,13 +331,6 @@ _RENAMES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
 ]
 """Published key -> ours. Stages have the letters a to d, and three modules of a published block are all
 called `proj`."""
-
-
-def published_key(key: str) -> str:
-    """Our name of a key in the official state dict, e.g. ``blocks_a.0.mlp.proj.bias``; our own keys stay."""
-    for pattern, replacement in _RENAMES:
-        key = pattern.sub(replacement, key)
-    return key
 
 
 def resize_position_bias(bias: Tensor, queries: int, keys: int) -> Tensor:
@@ -384,19 +376,19 @@ def resize(model: nn.Module, state: StateDict) -> tuple[StateDict, list[str]]:
 
 
 REWRITES = (
-    scale_into("q"),
-    batch_norm_after("reduce", "reduce_norm"),
-    affine_into("norm1", "attn.q", "attn.reduce"),
-    affine_into("norm1", "attn.q", "attn.k", "attn.v", unless="attn.reduce"),
-    attention_over_keys("blocks", "norm1", "attn"),  # stages 1 and 2, which have the most tokens
-    keys_and_values_as_one(),
-    affine_into("norm2", "ffn.expand"),
-    shortcut_into_depthwise(),
-    affine_into("depthwise_norm", "project"),
-    batch_norm_after("project", "project_norm"),
-    affine_into("stem.2.norm", "stages.0.embed"),  # 2x2, no padding: exact
-    batch_norm_after("head.conv", "head.norm"),
-    batch_norm_as_affine(),  # stem and expand_norm: between an activation and a zero-padded conv
+    fold_scale("q"),
+    fold_batch_norm("reduce", "reduce_norm"),
+    fold_affine("norm1", "attn.q", "attn.reduce"),
+    fold_affine("norm1", "attn.q", "attn.k", "attn.v", unless="attn.reduce"),
+    attend_over_keys("blocks", "norm1", "attn"),  # stages 1 and 2, which have the most tokens
+    merge_keys_and_values(),
+    fold_affine("norm2", "ffn.expand"),
+    fold_shortcut(),
+    fold_affine("depthwise_norm", "project"),
+    fold_batch_norm("project", "project_norm"),
+    fold_affine("stem.2.norm", "stages.0.embed"),  # 2x2, no padding: exact
+    fold_batch_norm("head.conv", "head.norm"),
+    replace_batch_norms(),  # stem and expand_norm: between an activation and a zero-padded conv
 )
 """The exact rewrites of CMT, in the order in which they apply."""
 
@@ -422,7 +414,7 @@ def _spec(
         config=_CONFIGS[name],
         img_size=img_size,
         rewrites=REWRITES,
-        rename=published_key,
+        rename=make_rename(_RENAMES),
         resize=resize,
         head_keys=("head.fc.weight", "head.fc.bias"),
         params=params,

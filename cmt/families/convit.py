@@ -20,21 +20,21 @@ from torch.nn import functional as F
 
 from ..layers import (
     DropPath,
+    apply_scale,
     merge_heads,
-    scaled,
     split_heads,
     to_tokens,
 )
 from ..rewrites import (
-    affine_into,
-    class_token_only,
-    in_order,
-    key_bias_dropped,
-    replaced,
-    scale_into,
-    value_bias_into,
+    chain_rewrites,
+    drop_key_bias,
+    fold_affine,
+    fold_scale,
+    fold_value_bias,
+    keep_class_token,
+    replace_each,
 )
-from ..spec import Classifier, ModelSpec, Pretrained, StateDict
+from ..spec import Classifier, KeyRenames, ModelSpec, Pretrained, StateDict, make_rename
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class ConViTConfig:
     drop_path: float = 0.0
 
 
-def patch_offsets(side: int) -> Tensor:
+def make_patch_offsets(side: int) -> Tensor:
     """``(N, N, 3)`` float, ``N = side**2``: (dx, dy, dx**2 + dy**2) from each query to each key.
 
     The unit is a patch; patches are numbered row by row.
@@ -68,13 +68,13 @@ class PositionAttention(nn.Module):
     """The part of gated attention that does not depend on the image (paper, section 3)."""
 
     offsets: Tensor
-    """See :func:`patch_offsets`."""
+    """See :func:`make_patch_offsets`."""
 
     def __init__(self, heads: int, side: int) -> None:
         super().__init__()
         self.proj = nn.Linear(3, heads)
         self.gate = nn.Parameter(torch.ones(heads))
-        self.register_buffer("offsets", patch_offsets(side), persistent=False)
+        self.register_buffer("offsets", make_patch_offsets(side), persistent=False)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """``1 - s`` (heads, 1, 1), the share of the content attention, and ``s * P`` (heads, N, N), the
@@ -104,7 +104,7 @@ class Attention(nn.Module):
     def forward(self, queries: Tensor, x: Tensor) -> Tensor:
         """``queries`` (B, Nq, C), rows of ``x`` (B, N, C) -> (B, Nq, C)."""
         q, k, v = (split_heads(t, self.heads) for t in (self.q(queries), self.k(x), self.v(x)))
-        scores = scaled(q @ k.transpose(-2, -1), self.scale)  # (B, heads, Nq, N)
+        scores = apply_scale(q @ k.transpose(-2, -1), self.scale)  # (B, heads, Nq, N)
         mixed: Tensor = self.proj(merge_heads(self.weights(scores) @ v))
         return mixed
 
@@ -236,7 +236,7 @@ def _look_at_neighbours(proj: nn.Linear) -> None:
         proj.weight[: kernel**2] = torch.tensor([[2 * dx, 2 * dy, -1] for dy, dx in cells])
 
 
-_RENAMES: list[tuple[re.Pattern[str], str]] = [
+_RENAMES: KeyRenames = [
     (re.compile(r"^patch_embed\.proj\."), "embed."),
     (re.compile(r"^pos_embed$"), "position_embedding"),
     (re.compile(r"^cls_token$"), "class_token"),
@@ -244,14 +244,6 @@ _RENAMES: list[tuple[re.Pattern[str], str]] = [
     (re.compile(r"\.attn\.gating_param$"), ".attn.position.gate"),
 ]
 """Published key -> ours."""
-
-
-def published_key(key: str) -> str:
-    """Our name of a key in the official state dict, e.g. ``blocks.0.attn.gating_param``; our own keys
-    stay."""
-    for pattern, replacement in _RENAMES:
-        key = pattern.sub(replacement, key)
-    return key
 
 
 def separate_projections(state: StateDict) -> StateDict:
@@ -325,28 +317,28 @@ class PositionTable(nn.Module):
 # The share 1 - s could go into v as well, with s / (1 - s) P as the table. But a head that looks at positions
 # only has a share near 0, and its table would overflow float16.
 REWRITES = (
-    replaced(
+    replace_each(
         "position attention as a table",
         "s softmax(W offsets + b) == constant",
         PositionAttention,
         lambda m: PositionTable(cast(PositionAttention, m)),
     ),
-    replaced(
+    replace_each(
         "row sums dropped",
         "(1 - s) sum_j A_j + s sum_j P_j == (1 - s) + s == 1",
         RowsToOne,
         lambda _: nn.Identity(),
     ),
-    scale_into("q"),
+    fold_scale("q"),
     # The affine part makes biases; of these only the queries' stays in its place.
-    in_order(
-        affine_into("norm1", "attn.q", "attn.k", "attn.v"),
-        key_bias_dropped("attn.k"),
-        value_bias_into("attn.v", "attn.proj"),
+    chain_rewrites(
+        fold_affine("norm1", "attn.q", "attn.k", "attn.v"),
+        drop_key_bias("attn.k"),
+        fold_value_bias("attn.v", "attn.proj"),
     ),
-    affine_into("norm2", "mlp.fc1"),
-    affine_into("norm", "head"),
-    class_token_only(),
+    fold_affine("norm2", "mlp.fc1"),
+    fold_affine("norm", "head"),
+    keep_class_token(),
 )
 """The exact rewrites of ConViT, in the order in which they apply."""
 
@@ -366,7 +358,7 @@ def _spec(name: str, heads: int, params: int, macs: int, top1: str) -> ModelSpec
         img_size=224,
         size_multiple=16,  # the patch size
         rewrites=REWRITES,
-        rename=published_key,
+        rename=make_rename(_RENAMES),
         adapt=separate_projections,
         resize=resize,
         head_keys=("head.weight", "head.bias"),

@@ -17,25 +17,25 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..folding import affine_after, affine_before
+from ..folding import fold_affine_after, fold_affine_before
 from ..layers import (
     DropPath,
+    apply_scale,
     merge_heads,
-    scaled,
     split_heads,
     to_map,
     to_tokens,
 )
 from ..rewrites import (
-    affine_into,
-    batch_norm_after,
-    class_token_only,
-    key_bias_dropped,
-    replaced,
-    scale_into,
-    value_bias_into,
+    drop_key_bias,
+    fold_affine,
+    fold_batch_norm,
+    fold_scale,
+    fold_value_bias,
+    keep_class_token,
+    replace_each,
 )
-from ..spec import Classifier, ModelSpec
+from ..spec import Classifier, KeyRenames, ModelSpec, make_rename
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Attention(nn.Module):
         ``class_only``, where the class token makes the only query."""
         q = self.q.linear(class_token) if class_only else self.q(x, class_token)
         q, k, v = (split_heads(t, self.heads) for t in (q, self.k(x, class_token), self.v(x, class_token)))
-        scores = scaled(q @ k.transpose(-2, -1), self.scale)  # (B, heads, Nq, Nk)
+        scores = apply_scale(q @ k.transpose(-2, -1), self.scale)  # (B, heads, Nq, Nk)
         mixed: Tensor = self.proj(merge_heads(scores.softmax(-1) @ v))
         return mixed
 
@@ -262,7 +262,7 @@ def _init(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-_RENAMES: list[tuple[re.Pattern[str], str]] = [
+_RENAMES: KeyRenames = [
     (re.compile(r"^stage(\d)\."), r"stages.\1."),
     (re.compile(r"\.patch_embed\.proj\."), ".embed."),
     (re.compile(r"\.patch_embed\.norm\."), ".norm."),
@@ -274,16 +274,6 @@ _RENAMES: list[tuple[re.Pattern[str], str]] = [
 """Published key -> ours."""
 
 
-def published_key(key: str) -> str:
-    """Our name of a key in the official state dict, e.g. ``stage0.blocks.0.attn.proj_q.bias``.
-
-    Our own keys stay.
-    """
-    for pattern, replacement in _RENAMES:
-        key = pattern.sub(replacement, key)
-    return key
-
-
 # --- deployment rewrites of this family -----------------------------------------------------------
 
 
@@ -292,8 +282,8 @@ def _with_silu(module: nn.Module) -> nn.Module:
     mlp = cast(MLP, copy.deepcopy(module))
     hidden = mlp.fc2.in_features
     slope = torch.tensor(QuickGELU.SLOPE, dtype=torch.float64)
-    mlp.fc1 = affine_after(mlp.fc1, slope, slope * 0)
-    mlp.fc2 = affine_before(mlp.fc2, (1 / slope).expand(hidden), torch.zeros(hidden))
+    mlp.fc1 = fold_affine_after(mlp.fc1, slope, slope * 0)
+    mlp.fc2 = fold_affine_before(mlp.fc2, (1 / slope).expand(hidden), torch.zeros(hidden))
     mlp.act = nn.SiLU()
     return mlp
 
@@ -301,19 +291,19 @@ def _with_silu(module: nn.Module) -> nn.Module:
 # norm1 keeps its affine part: the zero-padded convs of q, k and v read it, and so does the class token, which
 # skips them.
 REWRITES = (
-    batch_norm_after("conv", "norm"),
-    scale_into("q.linear"),
-    key_bias_dropped("k.linear"),
-    value_bias_into("v.linear", "proj"),
-    affine_into("norm2", "mlp.fc1"),
-    replaced(
+    fold_batch_norm("conv", "norm"),
+    fold_scale("q.linear"),
+    drop_key_bias("k.linear"),
+    fold_value_bias("v.linear", "proj"),
+    fold_affine("norm2", "mlp.fc1"),
+    replace_each(
         "quick GELU as SiLU",
         "x sigmoid(c x) == silu(c x) / c",
         MLP,
         _with_silu,
     ),
-    affine_into("norm", "head"),
-    class_token_only(),
+    fold_affine("norm", "head"),
+    keep_class_token(),
 )
 """The exact rewrites of CvT, in the order in which they apply."""
 
@@ -339,7 +329,7 @@ def _spec(
         img_size=img_size,
         size_multiple=16,  # maps of exactly S/4, S/8 and S/16; keys and values round an odd map up
         rewrites=REWRITES,
-        rename=published_key,
+        rename=make_rename(_RENAMES),
         head_keys=("head.weight", "head.bias"),
         strides=(4, 8, 16),
         crop_ratio=0.875 if img_size == 224 else None,

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..folding import with_weights
+from ..folding import replace_weights
 from ..layers import (
     DropPath,
     merge_heads,
@@ -36,7 +36,7 @@ from ..layers import (
     to_map,
     to_tokens,
 )
-from ..rewrites import affine_into, batch_norm_after, scale_into
+from ..rewrites import fold_affine, fold_batch_norm, fold_scale
 from ..spec import Classifier, ModelSpec, Rewrite
 
 
@@ -207,7 +207,7 @@ class CrossFeatureAttention(nn.Module):
         return torch.rsqrt((x * x).sum(tokens, keepdim=True) + self.EPS)
 
 
-class Layer(nn.Module):
+class TransformerLayer(nn.Module):
     """Transformer layer (ours): attention, then an MLP with hard-swish.
 
     Each has a layer norm before it and a shortcut around it.
@@ -249,7 +249,7 @@ class XFBlock(nn.Module):
         super().__init__()
         self.local = ConvNorm(width, width, kernel, groups=width)
         self.embed = nn.Conv2d(width, dim, 1)
-        self.layers = nn.ModuleList(Layer(dim, heads, hidden, rate) for rate in drop_paths)
+        self.layers = nn.ModuleList(TransformerLayer(dim, heads, hidden, rate) for rate in drop_paths)
         self.fuse = ConvNorm(dim, width, 1, act=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -375,7 +375,7 @@ def _fold_temperature(model: nn.Module) -> int:
     for attn in attentions:
         assert attn.temperature is not None
         scale = attn.temperature.detach().repeat_interleave(attn.v.out_features // attn.heads)
-        attn.v = with_weights(attn.v, attn.v.weight * scale[:, None], attn.v.bias * scale)
+        attn.v = replace_weights(attn.v, attn.v.weight * scale[:, None], attn.v.bias * scale)
         attn.temperature = None
     return len(attentions)
 
@@ -389,11 +389,11 @@ def _divide_scores(model: nn.Module) -> int:
 
 
 REWRITES = (
-    batch_norm_after("conv", "norm"),
-    affine_into("norm1", "attn.q", "attn.k", "attn.v"),
-    affine_into("norm2", "expand"),
-    scale_into("q", "q_scale"),
-    scale_into("k", "k_scale"),
+    fold_batch_norm("conv", "norm"),
+    fold_affine("norm1", "attn.q", "attn.k", "attn.v"),
+    fold_affine("norm2", "expand"),
+    fold_scale("q", "q_scale"),
+    fold_scale("k", "k_scale"),
     Rewrite(
         "temperature into values",
         "t (v S) == (t v) S: no softmax stands between",

@@ -54,14 +54,14 @@ RUNTIME_OF_FORMAT = {
 """Format of a bundle -> name of the runtime that serves it by default."""
 
 
-def offered_runtimes() -> list[str]:
+def list_offered_runtimes() -> list[str]:
     """Names of the runtimes that ``--backend`` takes: all but the doubles of tests."""
     return [name for name, entry in RUNTIMES.items() if not entry.is_double]
 
 
 def require_offered(name: str | None) -> None:
     """Raise :class:`UnknownNameError` unless ``name`` is a runtime that a command offers, or ``None``."""
-    offered = offered_runtimes()
+    offered = list_offered_runtimes()
     if name is not None and name not in offered:
         close = difflib.get_close_matches(name, offered, n=2, cutoff=0.4)
         raise UnknownNameError("runtime", name, close, offered)
@@ -116,6 +116,6 @@ __all__ = [
     "Session",
     "get_runtime",
     "has_runtime",
-    "offered_runtimes",
+    "list_offered_runtimes",
     "require_offered",
 ]

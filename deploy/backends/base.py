@@ -19,7 +19,7 @@ from ..bundle import Bundle
 from ..bundle.sections import ExecutedPrecision, RanOn
 from ..errors import BundleError
 
-SHOWN_CHARACTERS = 300
+SHOWN_RUNTIME_CHARACTERS = 300
 """The largest number of characters of a runtime's own message that an error quotes."""
 
 
@@ -164,17 +164,28 @@ class Runtime(ABC):
         """
 
 
-def batch_limit(bundle: Bundle) -> int:
+def read_batch_limit(bundle: Bundle) -> int:
     """Fixed batch size of the graph, ``0`` if it is dynamic."""
     first = bundle.manifest.input.shape[0]
     return first if isinstance(first, int) else 0
 
 
-def unopened(where: object, exc: Exception) -> BundleError:
+def make_open_error(where: object, exc: Exception) -> BundleError:
     """The error for a graph that a runtime does not open, whatever it raised of its own."""
     return BundleError(
         "the runtime cannot open the bundle's graph",
         where=where,
-        why=f"{type(exc).__name__}: {' '.join(str(exc).split())[:SHOWN_CHARACTERS]}",
+        why=f"{type(exc).__name__}: {' '.join(str(exc).split())[:SHOWN_RUNTIME_CHARACTERS]}",
         remedy="copy the whole bundle again, or export it again; another --backend may take it",
+    )
+
+
+def make_run_error(where: object, exc: Exception) -> BundleError:
+    """The error for a graph that a runtime has opened and cannot run, whatever it raised of its own."""
+    return BundleError(
+        "the runtime failed while it ran the bundle's graph",
+        where=where,
+        why=f"{type(exc).__name__}: {' '.join(str(exc).split())[:SHOWN_RUNTIME_CHARACTERS]}",
+        remedy="give the process more memory if it lacked some; otherwise export the bundle again, or try "
+        "another --backend",
     )

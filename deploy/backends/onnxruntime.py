@@ -15,7 +15,7 @@ import onnxruntime as ort
 from ..bundle import ONNX, Bundle
 from ..bundle.sections import FLOAT32, ExecutedPrecision
 from ..errors import InputError, RuntimeMissingError
-from .base import LoadOptions, Runtime, Session, unopened
+from .base import LoadOptions, Runtime, Session, make_open_error, make_run_error
 from .described import GraphTensor, require_described
 
 CONVERSION_OPERATORS = {
@@ -44,6 +44,7 @@ class OnnxRuntimeSession(Session):
 
     def __init__(self, model: Path | bytes, options: LoadOptions) -> None:
         self._model = model if isinstance(model, bytes) else str(model)
+        self._where = None if isinstance(model, bytes) else self._model
         self.runtime = RUNTIME.check(options.device)
         self._threads = options.threads or _count_cores()
         if options.throughput:  # one thread per inference, as many inferences as threads
@@ -62,17 +63,23 @@ class OnnxRuntimeSession(Session):
         try:
             return ort.InferenceSession(self._model, settings, providers=["CPUExecutionProvider"])
         except Exception as exc:  # it has a dozen types of its own
-            raise unopened(self._model if isinstance(self._model, str) else None, exc) from exc
+            raise make_open_error(self._where, exc) from exc
 
     def run(self, batch: np.ndarray) -> list[np.ndarray]:
-        outputs: Any = self.inference.run(None, {self.input_name: batch})
+        return self._run(self.inference, batch)
+
+    def _run(self, inference: ort.InferenceSession, batch: np.ndarray) -> list[np.ndarray]:
+        try:
+            outputs: Any = inference.run(None, {self.input_name: batch})
+        except Exception as exc:
+            raise make_run_error(self._where, exc) from exc
         return list(outputs)
 
     def executed(self, batch: np.ndarray, repeats: int = 10) -> ExecutedPrecision:
         with tempfile.TemporaryDirectory() as folder:
             session = self._open(str(Path(folder) / "profile"))
             for _ in range(repeats + UNCOUNTED):
-                session.run(None, {self.input_name: batch})
+                self._run(session, batch)
             events = json.loads(Path(session.end_profiling()).read_text())
         return _summarise(events)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ import openvino as ov
 
 from ..bundle import ONNX, Bundle
 from ..bundle.sections import FLOAT32, ExecutedPrecision
-from ..errors import InputError, RuntimeMissingError
-from .base import Binding, LoadOptions, Runtime, Session
+from ..errors import CmtEdgeError, InputError, RuntimeMissingError
+from .base import Binding, LoadOptions, Runtime, Session, make_open_error, make_run_error
 from .described import GraphTensor, require_described
 from .openvino_graph import read
 
@@ -62,8 +63,15 @@ UNCOUNTED = 2
 class OpenVINOSession(Session):
     """A compiled model; each concurrent inference has an infer request of its own."""
 
-    def __init__(self, model: ov.Model, device: str, config: dict[str, Any]) -> None:
-        self._model, self._config = model, config
+    def __init__(
+        self,
+        model: ov.Model,
+        device: str,
+        config: dict[str, Any],
+        where: Path | None = None,
+    ) -> None:
+        """``where``: the file that ``model`` was read from, for messages."""
+        self._model, self._config, self._where = model, config, where
         self.device = device
         self.runtime = RUNTIME.check(device)
         self.compiled = ov.Core().compile_model(model, device, config)
@@ -94,7 +102,7 @@ class OpenVINOSession(Session):
 
     def _new_request(self, shape: tuple[int, ...]) -> _Request:
         with self._lock:
-            return _Request(self.compiled.create_infer_request(), shape)
+            return _Request(self.compiled.create_infer_request(), shape, self._where)
 
     def executed(self, batch: np.ndarray, repeats: int = 10) -> ExecutedPrecision:
         times, known = self.node_times(batch, repeats, ("runtimePrecision", "layerType"))
@@ -130,15 +138,19 @@ class OpenVINOSession(Session):
 class _Request:
     """One infer request with an input and outputs of its own, for one thread at a time."""
 
-    def __init__(self, request: ov.InferRequest, shape: tuple[int, ...]) -> None:
+    def __init__(self, request: ov.InferRequest, shape: tuple[int, ...], where: Path | None) -> None:
         self._request = request
+        self._where = where
         self._outputs: list[np.ndarray] = []
         self.batch = np.empty(shape, np.float32)
         request.set_input_tensor(ov.Tensor(self.batch, shared_memory=True))
 
     def run(self) -> list[np.ndarray]:
         """The outputs for ``batch``, as :meth:`Session.run`."""
-        self._request.infer(share_outputs=True)
+        try:
+            self._request.infer(share_outputs=True)
+        except Exception as exc:
+            raise make_run_error(self._where, exc) from exc
         return [output.copy() for output in self._outputs or self._bind_outputs()]
 
     def _bind_outputs(self) -> list[np.ndarray]:
@@ -201,6 +213,17 @@ def _read_tensor(port: ov.Output) -> GraphTensor:
     return GraphTensor(tuple(sorted(port.get_names())), shape, TYPES.get(dtype, dtype))
 
 
+@contextlib.contextmanager
+def _opening(path: Path) -> Iterator[None]:
+    """Name the file that OpenVINO does not open, whatever it raised."""
+    try:
+        yield
+    except CmtEdgeError:
+        raise
+    except Exception as exc:
+        raise make_open_error(path, exc) from exc
+
+
 class OpenVINO(Runtime):
     """Compiles ONNX files to OpenVINO's IR and serves that, on any device that OpenVINO finds."""
 
@@ -259,14 +282,17 @@ class OpenVINO(Runtime):
         }
         if options.threads:
             config["INFERENCE_NUM_THREADS"] = options.threads
-        model = read(bundle.file(file))
+        path = bundle.file(file)
+        with _opening(path):
+            model = read(path)
         require_described(
             bundle,
             file,
             [_read_tensor(port) for port in model.inputs],
             [_read_tensor(port) for port in model.outputs],
         )
-        return OpenVINOSession(model, device, config)
+        with _opening(path):
+            return OpenVINOSession(model, device, config, path)
 
 
 RUNTIME = OpenVINO()

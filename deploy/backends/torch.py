@@ -1,7 +1,7 @@
 """PyTorch: the float32 reference that every other runtime is compared with.
 
 ``deploy`` knows no model. The package that exported the bundle registers an entry point in the group
-:data:`GROUP`: ``rebuild(model_entry_of_the_manifest, weights, trusted_model)``, which returns a
+:data:`ENTRY_POINTS`: ``rebuild(model_entry_of_the_manifest, weights, trusted_model)``, which returns a
 ``torch.nn.Module`` in eval mode and the fingerprint of its weights. It must import nothing that only the
 manifest names.
 """
@@ -18,7 +18,7 @@ from ..bundle.sections import ExecutedPrecision
 from ..errors import BundleError, RuntimeMissingError
 from .base import LoadOptions, Runtime, Session
 
-GROUP = "cmt_edge.reference"
+ENTRY_POINTS = "cmt_edge.reference"
 """Group of the entry points that rebuild a model from its entry in the manifest."""
 
 PRECISION_OF_DTYPE = {
@@ -78,7 +78,7 @@ class PyTorch(Runtime):
         """
         self.check(options.device)
         entry = bundle.manifest.model
-        providers = {point.name: point for point in metadata.entry_points(group=GROUP)}
+        providers = {point.name: point for point in metadata.entry_points(group=ENTRY_POINTS)}
         if entry.provider not in providers:
             raise RuntimeMissingError(
                 f"nothing here can rebuild the PyTorch model {entry.name!r}",

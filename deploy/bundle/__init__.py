@@ -15,7 +15,7 @@ from .manifest import (
     REFERENCE,
     Manifest,
 )
-from .record import parse_json, plain, read_record
+from .record import make_plain, parse_json, read_record
 from .sections import LOGITS, PROBABILITIES, SCORES
 from .writer import BundleWriter, require_outside_bundles
 
@@ -33,8 +33,8 @@ __all__ = [
     "BundleWriter",
     "Golden",
     "Manifest",
+    "make_plain",
     "parse_json",
-    "plain",
     "read_record",
     "require_outside_bundles",
     "save_reference",

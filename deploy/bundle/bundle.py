@@ -14,10 +14,10 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from ..errors import BundleError, InputError, SignatureError
-from ..files import aside, read_regular, sha256_of, write_atomic, writing
+from ..files import hash_file, make_aside_path, read_regular, write_atomic, writing
 from ..preprocessing import Preprocess
 from .external_data import MalformedOnnx, has_external_data
-from .golden import Golden, open_npz
+from .golden import Golden, read_reference
 from .manifest import (
     ENGINES,
     GOLDEN,
@@ -26,11 +26,11 @@ from .manifest import (
     MAX_MANIFEST,
     REFERENCE,
     Manifest,
-    broken,
+    make_bundle_error,
 )
 from .packed import pack, unpack
 from .sections import LOGITS, MAX_TOTAL, FileEntry
-from .signature import MAX_SIGNATURE, SIGNATURE, Signature, require_signed, statement
+from .signature import MAX_SIGNATURE, SIGNATURE, Signature, make_statement, require_signed
 
 # fmt: off
 LEFT_BY_SYSTEMS = (
@@ -49,7 +49,7 @@ ATTEMPTS = 100
 """The largest number of times that a bundle is read because others keep replacing it."""
 SWAP_S = 2.0
 """Seconds that a reader waits for a bundle whose writer must replace it in two steps."""
-POLL_S = 0.01
+EXCHANGE_POLL_S = 0.01
 """Seconds between two looks while waiting."""
 
 Result = TypeVar("Result")
@@ -127,11 +127,11 @@ class Bundle:
                 remedy="give the folder that cmt-export printed",
             )
         if manifest_path.stat().st_size > MAX_MANIFEST:
-            raise broken("the manifest is too large", manifest_path)
+            raise make_bundle_error("the manifest is too large", manifest_path)
         data = _read_member(manifest_path, MAX_MANIFEST)
         manifest = Manifest.from_bytes(data, manifest_path)
         if key is not None:
-            require_signed(statement(json.loads(data), ENGINES), _read_signature(path), Path(key), path)
+            require_signed(make_statement(json.loads(data), ENGINES), _read_signature(path), Path(key), path)
         _check_members(path, manifest)
         return cls(path, manifest, state=state)
 
@@ -202,7 +202,7 @@ class Bundle:
     def file(self, name: str) -> Path:
         """Path of a member; raises :class:`BundleError` if the bundle has none of this name."""
         if name not in self.manifest.files:
-            raise broken(f"has no {name}", self.path)
+            raise make_bundle_error(f"has no {name}", self.path)
         return self.path / name
 
     def update(
@@ -249,7 +249,7 @@ class Bundle:
 
     def golden(self) -> Golden:
         """The golden inputs and what the reference made of them."""
-        golden = Golden.from_file(self.file(GOLDEN))
+        golden = Golden.from_file(self.file(GOLDEN), self.preprocess.size)
         self.require_unchanged()
         return golden
 
@@ -258,14 +258,7 @@ class Bundle:
         recorded."""
         if REFERENCE not in self.manifest.files:
             return {}
-        with open_npz(self.file(REFERENCE)) as data:
-            answers = dict(
-                zip(
-                    data["digest"].tolist(),
-                    data["top1"].tolist(),
-                    strict=True,
-                )
-            )
+        answers = read_reference(self.file(REFERENCE), len(self.labels))
         self.require_unchanged()
         return answers
 
@@ -313,8 +306,8 @@ def bundle_is_coming(path: Path, state: State | None) -> bool:
     """Whether a bundle that could not be read in ``state`` has been replaced since; where a writer replaces
     it in two steps, after waiting for the second."""
     end = time.monotonic() + SWAP_S
-    while (now := state_of(path)) is None and os.path.isdir(aside(path)) and time.monotonic() < end:
-        time.sleep(POLL_S)
+    while (now := state_of(path)) is None and os.path.isdir(make_aside_path(path)) and time.monotonic() < end:
+        time.sleep(EXCHANGE_POLL_S)
     return now is not None and now != state
 
 
@@ -337,25 +330,25 @@ def _read_signature(path: Path) -> bytes | None:
     if not file.is_file():
         return None
     if file.stat().st_size > MAX_SIGNATURE:
-        raise broken(f"{SIGNATURE} is too large", path)
+        raise make_bundle_error(f"{SIGNATURE} is too large", path)
     return _read_member(file, MAX_SIGNATURE)
 
 
 def _check_members(path: Path, manifest: Manifest) -> None:
     files = manifest.files
     if len(files) > MAX_FILES or len({n.lower() for n in files}) != len(files):
-        raise broken(
+        raise make_bundle_error(
             "has too many files, or names that differ only in case",
             path,
         )
     total = sum(entry.size for entry in files.values())
     if total > MAX_TOTAL:
-        raise broken(f"declares {total} bytes, the cap is {MAX_TOTAL}", path)
+        raise make_bundle_error(f"declares {total} bytes, the cap is {MAX_TOTAL}", path)
     _check_present(path, manifest)
     for name, entry in files.items():
         member = path / name
         if not _is_unchanged(member, entry):
-            raise broken(
+            raise make_bundle_error(
                 f"{name} was changed after the export: its SHA-256 differs from the manifest",
                 path,
             )
@@ -366,7 +359,7 @@ def _check_members(path: Path, manifest: Manifest) -> None:
 def _is_unchanged(member: Path, entry: FileEntry) -> bool:
     """Whether a file is what the manifest says; its size is compared before it is read."""
     try:
-        return member.stat().st_size == entry.size and sha256_of(member) == entry.sha256
+        return member.stat().st_size == entry.size and hash_file(member) == entry.sha256
     except OSError as exc:
         raise _unreadable(member, exc) from exc
 
@@ -399,7 +392,7 @@ def _check_present(path: Path, manifest: Manifest) -> None:
     if missing:
         text = [f"missing: {', '.join(missing)}"]
         text += [f"not in the manifest: {', '.join(extra[:SHOWN_EXTRAS])}"] if extra else []
-        raise broken("does not match its manifest", path, "; ".join(text))
+        raise make_bundle_error("does not match its manifest", path, "; ".join(text))
     if extra:
         raise BundleError(
             f"holds what its manifest does not name: {', '.join(extra[:SHOWN_EXTRAS])}",
@@ -443,11 +436,11 @@ def _check_self_contained(name: str, path: Path) -> None:
     try:
         outside = has_external_data(path / name)
     except MalformedOnnx as exc:
-        raise broken(f"{name} is no ONNX file", path, exc) from exc
+        raise make_bundle_error(f"{name} is no ONNX file", path, exc) from exc
     except OSError as exc:
         raise _unreadable(path / name, exc) from exc
     if outside:
-        raise broken(
+        raise make_bundle_error(
             f"{name} stores weights outside the file, which bundles may not",
             path,
         )

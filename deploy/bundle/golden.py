@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..files import open_regular
-from .manifest import broken
+from ..folders import MAX_ITEMS
+from .manifest import make_bundle_error
+from .npz import Arrays, open_arrays
+
+MAX_GOLDEN = 256 << 20
+"""The largest size in bytes of all golden arrays together."""
+MAX_IMAGES = 256
+"""The largest number of golden images."""
+MAX_REFERENCE = MAX_ITEMS * 132 + 4096
+"""The largest size in bytes of all reference answers: as many as there may be images, with their digests."""
+LAST_OF_ASCII = 127
+"""The largest number of a character in a digest."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +48,35 @@ class Golden:
         np.savez_compressed(path, pixels=self.pixels, **blobs)
 
     @classmethod
-    def from_file(cls, path: Path) -> Golden:
-        with open_npz(path) as data:
-            sources = [data[f"source{i}"].tobytes() for i in range(len(data["pixels"]))]
-            count = sum(name.startswith("output") for name in data.files)
+    def from_file(cls, path: Path, size: int) -> Golden:
+        """The golden data of a model of ``size`` x ``size`` pixels.
+
+        Raises:
+            BundleError: the file is damaged, too large, or holds arrays of other types or shapes.
+        """
+        with open_arrays(path, MAX_GOLDEN) as arrays:
+            count = arrays.require("pixels", "|u1", (None, size, size, 3))[0]
+            if not 0 < count <= MAX_IMAGES:
+                raise make_bundle_error(f"holds {count} golden images, expected 1 to {MAX_IMAGES}", path)
+            for i in range(count):
+                arrays.require(f"source{i}", "|u1", (None,))
             return cls(
-                sources,
-                data["pixels"],
-                [data[f"output{i}"] for i in range(count)],
+                [arrays.read(f"source{i}").tobytes() for i in range(count)],
+                arrays.read("pixels"),
+                [arrays.read(name) for name in _require_outputs(arrays, count, path)],
             )
+
+
+def _require_outputs(arrays: Arrays, images: int, path: Path) -> list[str]:
+    """Names of the outputs, which are float32 with one row an image."""
+    count = sum(name.startswith("output") for name in arrays.layouts)
+    names = [f"output{i}" for i in range(count)]
+    for name in names:
+        layout = arrays.layouts.get(name)
+        if layout is None or layout.dtype != "<f4" or layout.shape[:1] != (images,):
+            found = "missing" if layout is None else f"{layout.dtype} {layout.shape}"
+            raise make_bundle_error(f"the array {name!r} is {found}, expected <f4 with {images} rows", path)
+    return names
 
 
 def save_reference(path: Path, top1: dict[str, int]) -> None:
@@ -61,20 +88,19 @@ def save_reference(path: Path, top1: dict[str, int]) -> None:
     )
 
 
-@contextmanager
-def open_npz(path: Path) -> Iterator[Any]:
-    """An ``.npz`` opened without pickle, damage as a typed error."""
-    try:
-        with (
-            open_regular(path) as file,
-            np.load(file, allow_pickle=False) as data,
-        ):  # closed after damage too
-            yield data
-    except (
-        ValueError,
-        KeyError,
-        OSError,
-        EOFError,
-        zipfile.BadZipFile,
-    ) as exc:
-        raise broken("cannot be read", path, exc) from exc
+def read_reference(path: Path, classes: int) -> dict[str, int]:
+    """The content of :data:`REFERENCE`, for a model of ``classes`` classes.
+
+    Raises:
+        BundleError: the file is damaged, too large, or holds arrays of other types, shapes or values.
+    """
+    with open_arrays(path, MAX_REFERENCE) as arrays:
+        rows = arrays.require("digest", "<U32", (None,))
+        arrays.require("top1", "<i4", rows)
+        answers = arrays.read("top1")
+        if rows[0] and not 0 <= answers.min() <= answers.max() < classes:
+            raise make_bundle_error(f"holds answers that are none of the model's {classes} classes", path)
+        digests = arrays.read("digest")
+        if rows[0] and digests.view(np.uint32).max() > LAST_OF_ASCII:
+            raise make_bundle_error("holds digests that are no text", path)
+        return dict(zip(digests.tolist(), answers.tolist(), strict=True))

@@ -10,8 +10,9 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from ..errors import BundleError
+from ..escaping import SHOWN_CHARACTERS
 from ..preprocessing import Preprocess
-from .record import EMPTIED, REMEDY, SHOWN, parse_json, plain, read_record
+from .record import EMPTIED, REMEDY, make_plain, parse_json, read_record
 from .sections import (
     BATCH,
     FORMATS,
@@ -90,8 +91,8 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """The content of ``manifest.json``, with its checksum."""
-        content = plain(self)
-        content["checksum"] = content_hash(content)
+        content = make_plain(self)
+        content["checksum"] = hash_content(content)
         return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
     @classmethod
@@ -100,9 +101,9 @@ class Manifest:
         content = _parsed(data, where)
         manifest = read_record(cls, content, where)
         if fault := _first_fault(manifest):
-            raise broken(fault, where)
-        if manifest.checksum != content_hash(content):
-            raise broken(
+            raise make_bundle_error(fault, where)
+        if manifest.checksum != hash_content(content):
+            raise make_bundle_error(
                 "the manifest was changed after the export: its checksum differs",
                 where,
             )
@@ -114,7 +115,7 @@ class Manifest:
         return sum(entry.size for entry in self.files.values())
 
 
-def content_hash(content: Mapping[str, Any]) -> str:
+def hash_content(content: Mapping[str, Any]) -> str:
     """SHA-256 of all entries but the checksum.
 
     It covers what the file says, not what this version knows, so that bundles of other versions stay
@@ -138,7 +139,7 @@ def is_plain(name: str) -> bool:
     )
 
 
-def broken(what: str, where: object, why: object = None) -> BundleError:
+def make_bundle_error(what: str, where: object, why: object = None) -> BundleError:
     """The error for a bundle that cannot be used as it is."""
     return BundleError(what, where=where, why=why, remedy=REMEDY)
 
@@ -149,13 +150,19 @@ def _parsed(data: bytes, where: object) -> dict[str, Any]:
     try:
         schema = content["schema"]
     except (KeyError, TypeError) as exc:
-        raise broken("the manifest cannot be read", where, exc) from exc
+        raise make_bundle_error("the manifest cannot be read", where, exc) from exc
     if schema != SCHEMA:
-        raise broken(
-            f"manifest schema {schema!r} is not supported, this version reads {SCHEMA}",
+        raise make_bundle_error(
+            f"manifest schema {_short(schema)} is not supported, this version reads {SCHEMA}",
             where,
         )
     return content
+
+
+def _short(value: object) -> str:
+    """A wrong value as a message quotes it."""
+    text = repr(value)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
 
 def _first_fault(manifest: Manifest) -> str | None:
@@ -169,7 +176,9 @@ def _fault_of_names(manifest: Manifest) -> str | None:
     """A name that leads out of the bundle, or that some system could not hold."""
     for name in manifest.files:
         if len(name) > MAX_PATH or not is_plain(name):
-            return f"files names a file outside the bundle, or one that cannot be: {name[:SHOWN]!r}"
+            return (
+                f"files names a file outside the bundle, or one that cannot be: {name[:SHOWN_CHARACTERS]!r}"
+            )
     return None
 
 
@@ -241,7 +250,7 @@ def _fault_of_engine(manifest: Manifest) -> str | None:
     entry = manifest.engine
     names = (entry.file, entry.report, entry.text) if entry else ()
     missing = [name for name in names if name not in manifest.files]
-    return f"engine names a file that files lacks: {missing[0][:SHOWN]!r}" if missing else None
+    return f"engine names a file that files lacks: {missing[0][:SHOWN_CHARACTERS]!r}" if missing else None
 
 
 CHECKS: tuple[Callable[[Manifest], str | None], ...] = (

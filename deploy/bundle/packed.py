@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from ..errors import BundleError, OutputError
-from ..files import CHUNK_BYTES, TEMPORARY, cache_folder, sha256_of, writing
+from ..files import CHUNK_BYTES, TEMPORARY, find_cache_folder, hash_file, writing
 from ..locks import clear_abandoned, locked, scratch_folder, try_lock
 from .manifest import MANIFEST, MAX_FILES, MAX_MANIFEST, is_plain
 from .sections import MAX_TOTAL
@@ -56,7 +56,7 @@ BROKEN = "copy the file again, or pack the bundle again: cmt-export --pack"
 """What to do about an archive that cannot be used."""
 
 
-def packed_file(folder: Path) -> Path:
+def locate_packed(folder: Path) -> Path:
     """Where the packed form of a bundle lies: beside its folder."""
     return folder.with_name(folder.name + SUFFIX)
 
@@ -138,10 +138,10 @@ def unpack(file: Path, anew: bool = False) -> Path:
         return _unpack_to_cache(file, members, anew)
     folder = Path(tempfile.mkdtemp(prefix="cmt-edge-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return _extract(file, members, folder / title_of(file))
+    return _extract(file, members, folder / make_title(file))
 
 
-def title_of(file: Path) -> str:
+def make_title(file: Path) -> str:
     """Name of the bundle in a file: the file's name without what shows that it is packed."""
     name = file.name.lower()
     suffix = next((suffix for suffix in (SUFFIX, ".zip") if name.endswith(suffix)), "")
@@ -150,8 +150,8 @@ def title_of(file: Path) -> str:
 
 def _unpack_to_cache(file: Path, members: list[Member], anew: bool) -> Path:
     """The folder in the cache that holds the members of ``file``; raises ``OSError``."""
-    parent = cache_folder() / FOLDER / sha256_of(file)
-    folder = parent / title_of(file)
+    parent = find_cache_folder() / FOLDER / hash_file(file)
+    folder = parent / make_title(file)
     with locked(parent):
         if anew or not _holds(folder, members):
             shutil.rmtree(folder, ignore_errors=True)

@@ -19,15 +19,14 @@ from types import MappingProxyType, NoneType, UnionType
 from typing import Annotated, Any, TypeVar
 
 from ..errors import BundleError, StepError
+from ..escaping import SHOWN_CHARACTERS
 
 T = TypeVar("T")
 """The dataclass that is read from JSON."""
 
 REMEDY = "copy the whole bundle again, or export it again"
 """What to do about a bundle that cannot be read."""
-SHOWN = 40
-"""The largest number of characters of a wrong value that a message quotes."""
-MAX_TEXT = 1 << 16
+MAX_CHARACTERS = 1 << 16
 """The largest number of characters of a text."""
 MAX_WHOLE = 1 << 64
 """The largest size of a whole number, whichever sign it has."""
@@ -90,14 +89,14 @@ class OneOf:
         return " or ".join(map(repr, self.words))
 
 
-def plain(value: Any) -> Any:
+def make_plain(value: Any) -> Any:
     """``value`` with every dataclass in it, at any depth, as a dictionary that JSON can hold."""
     if is_dataclass(value) and not isinstance(value, type):
         return dict(_members(value))
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: make_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(map(plain, value))
+        return type(value)(map(make_plain, value))
     return value
 
 
@@ -108,7 +107,7 @@ def _members(record: Any) -> Iterable[tuple[str, Any]]:
         if value is None and member.metadata == EMPTIED:
             yield member.name, {}
         elif value is not None or member.metadata != OMITTED:
-            yield member.name, plain(value)
+            yield member.name, make_plain(value)
 
 
 def parse_json(data: bytes, where: object, whole: str = "the manifest") -> Any:
@@ -241,8 +240,8 @@ class _Reader:
         return [self.read(kind, item, f"{path}[{i}]") for i, (kind, item) in enumerate(pairs)]
 
     def _scalar(self, kind: Any, content: Any, path: str) -> Any:
-        if kind is str and len(content) > MAX_TEXT:
-            raise self._wrong(content, path, f"text of at most {MAX_TEXT} characters")
+        if kind is str and len(content) > MAX_CHARACTERS:
+            raise self._wrong(content, path, f"text of at most {MAX_CHARACTERS} characters")
         if kind is str and not _is_unicode(content):
             raise self._wrong(content, path, "text without half characters")
         if kind is int and abs(content) > MAX_WHOLE:
@@ -294,11 +293,11 @@ def _shown(content: Any) -> str:
     if isinstance(content, (list, dict)):
         return f"{_KINDS[type(content)]} of {len(content)} items" if content else f"an empty {_word(content)}"
     if isinstance(content, str):
-        return repr(content if len(content) <= SHOWN else f"{content[:SHOWN]}...")
+        return repr(content if len(content) <= SHOWN_CHARACTERS else f"{content[:SHOWN_CHARACTERS]}...")
     if content is None or isinstance(content, bool):
         return {None: "null", True: "true", False: "false"}[content]
     text = repr(content) if isinstance(content, float) or abs(content) <= MAX_WHOLE else "a huge number"
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
 
 def _word(content: list[Any] | dict[str, Any]) -> str:
@@ -307,12 +306,12 @@ def _word(content: list[Any] | dict[str, Any]) -> str:
 
 def _listed(names: list[str]) -> str:
     text = ", ".join(sorted(names))
-    return text if len(text) <= 5 * SHOWN else f"{text[: 5 * SHOWN]}..."
+    return text if len(text) <= 5 * SHOWN_CHARACTERS else f"{text[: 5 * SHOWN_CHARACTERS]}..."
 
 
 def _below(path: str, name: str) -> str:
     """The path of an entry; a name that could not be printed is quoted."""
-    shown = name if len(name) <= 2 * SHOWN and name.isprintable() else _shown(name)
+    shown = name if len(name) <= 2 * SHOWN_CHARACTERS and name.isprintable() else _shown(name)
     return f"{path}.{shown}" if path else shown
 
 

@@ -87,7 +87,7 @@ class Signature:
         return made
 
 
-def statement(content: Mapping[str, Any], engines: str) -> bytes:
+def make_statement(content: Mapping[str, Any], engines: str) -> bytes:
     """The bytes that are signed: the entries of a manifest in one canonical form.
 
     Args:
@@ -103,15 +103,15 @@ def statement(content: Mapping[str, Any], engines: str) -> bytes:
 
 
 def sign(signed: bytes, key: Ed25519PrivateKey) -> Signature:
-    """The signature of a :func:`statement`."""
-    return Signature(fingerprint(key.public_key()), key.sign(signed))
+    """The signature of a :func:`make_statement`."""
+    return Signature(make_fingerprint(key.public_key()), key.sign(signed))
 
 
 def require_signed(signed: bytes, data: bytes | None, key: Path, where: object) -> None:
     """Check that the holder of a key made a bundle.
 
     Args:
-        signed: the :func:`statement` of the bundle's manifest.
+        signed: the :func:`make_statement` of the bundle's manifest.
         data: content of its ``signature.json``; ``None`` if it has none.
         key: file of the public key.
         where: the bundle, for messages.
@@ -131,11 +131,11 @@ def require_signed(signed: bytes, data: bytes | None, key: Path, where: object) 
             remedy="ask its maker for a signed bundle: cmt-export --sign KEY",
         )
     signature = Signature.from_bytes(data, where)
-    if signature.key != fingerprint(public):
+    if signature.key != make_fingerprint(public):
         raise SignatureError(
             f"is signed with another key than {key}",
             where=where,
-            why=f"key {signature.key[:16]}, expected {fingerprint(public)[:16]}",
+            why=f"key {signature.key[:16]}, expected {make_fingerprint(public)[:16]}",
             remedy="do not use it, unless you know and trust the other key: --key",
         )
     if not _fits(signature, signed, public):
@@ -146,7 +146,7 @@ def require_signed(signed: bytes, data: bytes | None, key: Path, where: object) 
         )
 
 
-def fingerprint(key: Ed25519PublicKey) -> str:
+def make_fingerprint(key: Ed25519PublicKey) -> str:
     """Hex SHA-256 of a public key."""
     return hashlib.sha256(key.public_bytes_raw()).hexdigest()
 

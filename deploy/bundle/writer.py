@@ -12,10 +12,10 @@ from pathlib import Path
 from ..errors import OutputError
 from ..files import (
     TEMPORARY,
+    hash_file,
     put_back,
     put_folder,
     read_regular,
-    sha256_of,
     sync_folder,
     sync_tree,
     write_atomic,
@@ -26,7 +26,7 @@ from ..signals import unwound_by_signals
 from .bundle import Bundle, state_of
 from .manifest import ENGINES, MANIFEST, MAX_MANIFEST, Manifest
 from .sections import FileEntry
-from .signature import SIGNATURE, read_private_key, sign, statement
+from .signature import SIGNATURE, make_statement, read_private_key, sign
 
 BACKDATE_NS = 10 * 10**9
 """Nanoseconds by which a hashed file is dated back: more than the tick of any file system's clock."""
@@ -116,7 +116,7 @@ class BundleWriter:
             manifest = self.staged(manifest).manifest
             data = manifest.to_bytes()
             if key is not None:
-                signature = sign(statement(json.loads(data), ENGINES), read_private_key(key))
+                signature = sign(make_statement(json.loads(data), ENGINES), read_private_key(key))
                 write_atomic(self.folder / SIGNATURE, signature.to_bytes())
             write_atomic(self.folder / MANIFEST, data)
             sync_tree(self.folder)
@@ -172,7 +172,7 @@ class _Hashes:
     def _hashed(self, path: Path) -> FileEntry:
         dated = _date_back(path)
         stamp = _stamp(path)
-        entry = FileEntry(path.stat().st_size, sha256_of(path))
+        entry = FileEntry(path.stat().st_size, hash_file(path))
         if dated and stamp == _stamp(path):
             self._known[path] = stamp, entry
         return entry

@@ -17,8 +17,8 @@ from ..measure.benchmark import Protocol
 from ..measure.benchmark import benchmark as run_benchmark
 from ..progress import Progress
 from ..report.plot import require_matplotlib
-from .console import add_key_flag, add_runtime_flags, parser, run, say
-from .measuring import add_measuring_flags, protocol_of
+from .console import add_key_flag, add_runtime_flags, make_parser, run_command, say
+from .measuring import add_measuring_flags, read_protocol
 
 BENCH_IMAGES = 64
 """Number of images of ``--data`` that are used, the first ones."""
@@ -28,12 +28,12 @@ PLOTS = (".png", ".svg")
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``cmt-bench``."""
-    return run(_main, build_parser().parse_args(argv))
+    return run_command(_main, build_parser().parse_args(argv))
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of ``cmt-bench``."""
-    p = parser(
+    p = make_parser(
         "cmt-bench",
         "Measure bundles side by side, interleaved; ratios refer to the first.",
     )
@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _main(args: argparse.Namespace) -> int:
-    protocol = protocol_of(args)
+    protocol = read_protocol(args)
     _check_targets(args)
     bundles = [Bundle.open(path, key=args.key) for path in args.bundles]
     progress = Progress(args.quiet)
@@ -84,12 +84,12 @@ def _main(args: argparse.Namespace) -> int:
         progress=progress.share,
     )
     progress.finish()
-    say(report.to_json(result) if args.json else report.benchmark_text(result))
+    say(report.to_json(result) if args.json else report.describe_benchmark(result))
     if args.markdown:
-        text = escape(report.benchmark_text(result, markdown=True))
+        text = escape(report.describe_benchmark(result, markdown=True))
         write_atomic(args.markdown, f"{text}\n".encode())
     if args.plot:
-        report.latency_plot(result, args.plot)
+        report.draw_latency_plot(result, args.plot)
     return 0
 
 

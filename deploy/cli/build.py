@@ -9,11 +9,11 @@ from .. import report
 from ..bundle import Bundle
 from ..errors import InputError
 from ..progress import Progress
-from ..tensorrt.build import DEVICE_PROTOCOL, exclusive, finish
-from ..tensorrt.building import TIME_LIMIT_S
-from ..tensorrt.engine import EngineOptions, trtexec
-from .console import add_key_flag, parser, run, say
-from .measuring import add_measuring_flags, protocol_of
+from ..tensorrt.build import DEVICE_PROTOCOL, exclusive, finish_bundle
+from ..tensorrt.building import BUILD_TIME_LIMIT_S
+from ..tensorrt.engine import EngineOptions, make_trtexec_command
+from .console import add_key_flag, make_parser, run_command, say
+from .measuring import add_measuring_flags, read_protocol
 from .ranges import DIFFERENCE, GIBIBYTES, SECONDS, Range
 
 LEVEL = Range(0, 5)
@@ -24,12 +24,12 @@ TIME_LIMIT = Range(0, SECONDS.most, above=True)
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``cmt-build``."""
-    return run(_main, build_parser().parse_args(argv))
+    return run_command(_main, build_parser().parse_args(argv))
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of ``cmt-build``."""
-    p = parser(
+    p = make_parser(
         "cmt-build",
         "Finish a TensorRT bundle on the device that will run it: build the engine, verify it, measure it.",
     )
@@ -74,7 +74,7 @@ def _add_engine_flags(p: argparse.ArgumentParser) -> None:
     engine.add_argument(
         "--time-limit",
         type=TIME_LIMIT.number,
-        default=TIME_LIMIT_S,
+        default=BUILD_TIME_LIMIT_S,
         metavar="S",
         help="stop the build after so long (default %(default)g)",
     )
@@ -95,21 +95,21 @@ def _main(args: argparse.Namespace) -> int:
     options = _options(args)
     bundle = Bundle.open(args.bundle, key=args.key)
     if args.trtexec:
-        say(trtexec(bundle, options, args.device))
+        say(make_trtexec_command(bundle, options, args.device))
         return 0
     with exclusive(bundle.path):
-        result = finish(
+        result = finish_bundle(
             bundle,
             options,
             device=args.device,
             force=args.force,
             time_limit=args.time_limit,
             atol=args.atol,
-            protocol=protocol_of(args),
+            protocol=read_protocol(args),
             progress=Progress(args.quiet),
         )
         bundle = bundle.update(result.manifest, result.files, result.drop)
-    say(report.to_json(result.report) if args.json else report.built_text(bundle, result.report))
+    say(report.to_json(result.report) if args.json else report.describe_build(bundle, result.report))
     return 0
 
 

@@ -14,17 +14,17 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from cmt_edge.version import __version__
 
-from ..backends import offered_runtimes, require_offered
+from ..backends import list_offered_runtimes, require_offered
 from ..errors import CacheWarning, CmtEdgeError, InputError, OutputError
 from ..escaping import escape, escape_line
-from ..signals import Stopped, code_after, received, unwound_by_signals
+from ..signals import Stopped, compute_exit_code, get_received, unwound_by_signals
 from .ranges import THREADS
 
 INTERNAL = 4
@@ -56,6 +56,17 @@ class Parser(argparse.ArgumentParser):
         """Print the usage and ``message``, and exit with 2."""
         super().error(escape(message))
 
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
+        """As argparse does it, which takes ``--flag=--`` for a list of no values."""
+        for word in sys.argv[1:] if args is None else args:
+            if word == "--":
+                break
+            if word.startswith("-") and word.endswith("=--"):
+                self.error(f"argument {word[:-3]}: '--' is no value")
+        return super().parse_args(args, namespace)
+
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         """Exit; also after ``--help`` a full standard output is an error and no trace."""
         _output.flush()
@@ -65,7 +76,7 @@ class Parser(argparse.ArgumentParser):
         super().exit(status, message)
 
 
-def parser(
+def make_parser(
     prog: str,
     description: str,
     epilog: str = "",
@@ -97,7 +108,7 @@ def add_runtime_flags(p: argparse.ArgumentParser) -> None:
     runtime = p.add_argument_group("runtime")
     runtime.add_argument(
         "--backend",
-        metavar=f"{{{','.join(offered_runtimes())}}}",
+        metavar=f"{{{','.join(list_offered_runtimes())}}}",
         help="runtime to use (default: the one of the bundle's format)",
     )
     runtime.add_argument(
@@ -172,7 +183,8 @@ def say(text: str) -> bool:
     """Print an answer on standard output at once; whether anybody reads there.
 
     A reader that has closed the pipe has seen enough. Where standard output is full, closed or broken, this
-    and all further answers go to standard error, so that none is lost; :func:`run` then ends with an error.
+    and all further answers go to standard error, so that none is lost; :func:`run_command` then ends with
+    an error.
     """
     _output.write(escape(text))
     return _output.has_reader
@@ -238,7 +250,7 @@ def _escape_unknown_characters() -> None:
             stream.reconfigure(errors=ESCAPED)
 
 
-def run(main: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+def run_command(main: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Run a command; every error becomes one message on standard error and its exit code, and a signal that
     asks the process to end becomes 128 and its number."""
     _escape_unknown_characters()
@@ -276,7 +288,7 @@ def _exit_code(main: Callable[[argparse.Namespace], int], args: argparse.Namespa
     except KeyboardInterrupt as exc:
         return _interrupted(exc.number if isinstance(exc, Stopped) else signal.SIGINT)
     except Exception as exc:
-        number = received()
+        number = get_received()
         if number is not None:  # what it interrupted made another exception of it
             return _interrupted(number)
         return _failed(exc, args.verbose)
@@ -288,7 +300,7 @@ def _exit_code(main: Callable[[argparse.Namespace], int], args: argparse.Namespa
 
 def _interrupted(number: int) -> int:
     tell("interrupted; nothing half-written was left")
-    return code_after(number)
+    return compute_exit_code(number)
 
 
 def _failed(exc: Exception, verbose: bool) -> int:

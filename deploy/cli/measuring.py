@@ -37,7 +37,7 @@ def add_measuring_flags(
         )
 
 
-def protocol_of(args: argparse.Namespace) -> Protocol:
+def read_protocol(args: argparse.Namespace) -> Protocol:
     """The protocol that the flags ask for."""
     warmup = getattr(args, "warmup", Protocol.warmup_iters)
     return Protocol(args.iters, args.seconds, warmup)

@@ -11,14 +11,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..decoding import ImageLike, NamedBytes
 from ..errors import ImageError, InputError
 from ..escaping import escape_line
-from ..images import ImageSet, Item, is_archive
+from ..folders import Item
+from ..images import ImageSet, is_archive
 from ..predictor import Prediction, Predictor
-from ..preprocessing import ImageLike, NamedBytes
 from ..progress import Progress
-from .console import add_key_flag, add_runtime_flags, parser, run, say, tell, tell_error
-from .ranges import CLASSES
+from .console import add_key_flag, add_runtime_flags, make_parser, run_command, say, tell, tell_error
+from .ranges import CLASS_COUNTS
 
 MANY = 32
 """Number of images from which it is worth opening the bundle for several inferences at once."""
@@ -46,12 +47,12 @@ class _Source:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``cmt-predict``."""
-    return run(_main, build_parser().parse_args(argv))
+    return run_command(_main, build_parser().parse_args(argv))
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of ``cmt-predict``."""
-    p = parser(
+    p = make_parser(
         "cmt-predict",
         f"Classify images with a bundle; {MANY} images or more with several inferences at once. Each answer"
         " is printed as soon as it is known. Images that cannot be read are named on standard error, and the"
@@ -68,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     output = p.add_argument_group("output")
     output.add_argument(
         "--topk",
-        type=CLASSES.whole,
+        type=CLASS_COUNTS.whole,
         default=5,
         help="classes to print (default 5)",
     )
@@ -138,7 +139,7 @@ def _show(args: argparse.Namespace, sources: list[_Source], labels: list[str]) -
     )  # here, because the command should start without what measures
 
     if args.json:
-        return lambda answer: say(report.to_json(report.prediction_json(answer, args.topk)))
+        return lambda answer: say(report.to_json(report.make_prediction_json(answer, args.topk)))
     if args.csv:
         return _csv(min(args.topk, len(labels)))
     width = max((len(escape_line(source.name)) for source in sources), default=0)
@@ -146,7 +147,7 @@ def _show(args: argparse.Namespace, sources: list[_Source], labels: list[str]) -
 
     def show(answer: Prediction) -> bool:
         source = escape_line(answer.source or "")
-        return say(report.prediction_text(replace(answer, labels=safe, source=source), args.topk, width))
+        return say(report.describe_prediction(replace(answer, labels=safe, source=source), args.topk, width))
 
     return show
 

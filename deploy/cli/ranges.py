@@ -6,10 +6,8 @@ import argparse
 import math
 from dataclasses import dataclass
 
-from ..images import MAX_ITEMS
-
-SHOWN_CHARACTERS = 40
-"""The largest number of characters of a value that a message quotes."""
+from ..escaping import SHOWN_CHARACTERS
+from ..folders import MAX_ITEMS
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class Range:
 
     def number(self, text: str) -> float:
         """The number in ``text``, for ``type=`` of a flag."""
-        value = finite(text)
+        value = parse_finite(text)
         self._require(value, text)
         return value
 
@@ -58,9 +56,9 @@ SEED = Range(0, 2**64 - 1)
 """Seeds: what fits in 64 bits, as PyTorch takes them."""
 IMAGES = Range(1, MAX_ITEMS)
 """A number of images of a collection."""
-CLASSES = Range(1, 100_000)
+CLASS_COUNTS = Range(1, 100_000)
 """A number of classes; a manifest could not hold the names of many more."""
-BATCH = Range(0, 4096)
+BATCH_SIZES = Range(0, 4096)
 """Batch sizes of a graph; 0 stands for any."""
 ITERATIONS = Range(1, 10_000_000)
 """Iterations of a measurement."""
@@ -74,7 +72,7 @@ GIBIBYTES = Range(0, 4096, above=True)
 """Memory of a GPU in GiB."""
 
 
-def finite(text: str) -> float:
+def parse_finite(text: str) -> float:
     """The number in ``text``, for ``type=`` of a flag; refuses NaN and infinity, which no flag can mean."""
     try:
         number = float(text)

@@ -13,10 +13,10 @@ from ..measure.parity import MAX_DROP
 from ..measure.parity import verify as run_verify
 from ..predictor import Predictor
 from ..progress import Progress
-from .console import add_key_flag, add_runtime_flags, parser, run, say, tell
+from .console import add_key_flag, add_runtime_flags, make_parser, run_command, say, tell
 from .ranges import DIFFERENCE, IMAGES, POINTS
 
-REMEDY = (
+DIFFERENCE_REMEDY = (
     "the bundle is not the model within the allowed difference; see --max-drop and --atol, or calibrate on"
     " more images like those it will see"
 )
@@ -25,12 +25,12 @@ REMEDY = (
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``cmt-verify``."""
-    return run(_main, build_parser().parse_args(argv))
+    return run_command(_main, build_parser().parse_args(argv))
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of ``cmt-verify``."""
-    p = parser(
+    p = make_parser(
         "cmt-verify",
         "Check a bundle: hashes and golden vectors always, top-1 against the reference with --data.",
     )
@@ -110,9 +110,9 @@ def _main(args: argparse.Namespace) -> int:
         progress=progress.count,
     )
     progress.finish()
-    say(report.to_json(result) if args.json else report.verification_text(result))
+    say(report.to_json(result) if args.json else report.describe_verification(result))
     if not result.passed and not args.json:
-        tell(REMEDY)
+        tell(DIFFERENCE_REMEDY)
     return 0 if result.passed else 1
 
 

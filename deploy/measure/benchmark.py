@@ -26,8 +26,8 @@ from ..bundle.sections import (
 )
 from ..predictor import Predictor
 from ..preprocessing import normalise
-from .host import describe, versions
-from .statistics import NS_PER_MS, Latency, ratio_of_medians, summarise
+from .host import describe_host, read_versions
+from .statistics import NS_PER_MS, Latency, compare_medians, summarise
 
 WARMUP_LIMIT_S = 15.0
 """Seconds after which a warm-up ends, stable or not."""
@@ -107,7 +107,7 @@ class Benchmark:
     protocol: Protocol
 
 
-def interleaved(
+def time_interleaved(
     variants: Mapping[str, Callable[[], object]],
     protocol: Protocol,
     progress: Callable[[float], None] | None = None,
@@ -208,7 +208,7 @@ def _stable(times: Sequence[float]) -> bool:
     return bool(abs(last / before - 1) < STABLE)
 
 
-def throughput(predictor: Predictor, batch: np.ndarray, seconds: float) -> float:
+def measure_throughput(predictor: Predictor, batch: np.ndarray, seconds: float) -> float:
     """Images a second with as many concurrent requests as the runtime recommends."""
     workers = max(1, predictor.session.parallelism)
     predictor.outputs(batch)
@@ -216,7 +216,7 @@ def throughput(predictor: Predictor, batch: np.ndarray, seconds: float) -> float
     start = time.perf_counter()
 
     def work(index: int) -> None:
-        infer = bound(predictor.session, batch)
+        infer = bind_inference(predictor.session, batch)
         while time.perf_counter() - start < seconds:
             infer()
             counts[index] += len(batch)
@@ -229,9 +229,9 @@ def throughput(predictor: Predictor, batch: np.ndarray, seconds: float) -> float
     return sum(counts) / (time.perf_counter() - start)
 
 
-def sustained(predictor: Predictor, batch: np.ndarray, seconds: float) -> tuple[int, float]:
+def run_sustained(predictor: Predictor, batch: np.ndarray, seconds: float) -> tuple[int, float]:
     """One request after the other for ``seconds``: images done and milliseconds taken."""
-    infer = bound(predictor.session, batch)
+    infer = bind_inference(predictor.session, batch)
     images, start = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - start) < seconds:
         infer()
@@ -295,12 +295,12 @@ def benchmark(
             report(f"throughput of {name}", 0.0)
             with opened(bundle, throughput=True) as predictor:
                 seconds = max(0.5, protocol.seconds / 2)
-                rates[name] = throughput(predictor, samples[name].batch, seconds)
+                rates[name] = measure_throughput(predictor, samples[name].batch, seconds)
     base = next(iter(samples.values()))
     results = [
         _measured(name, bundle, samples[name], base, rates.get(name)) for name, bundle in named.items()
     ]
-    return Benchmark(results, describe(), versions(), threads, protocol)
+    return Benchmark(results, describe_host(), read_versions(), threads, protocol)
 
 
 def _latencies(
@@ -313,13 +313,13 @@ def _latencies(
     """Open all bundles at once and time them in turn: first the model alone, then from image to answer."""
     with contextlib.ExitStack() as stack:
         predictors = {name: stack.enter_context(opened(bundle)) for name, bundle in bundles.items()}
-        batches = {name: golden_batch(bundles[name], p) for name, p in predictors.items()}
-        model = interleaved(
-            {name: bound(p.session, batches[name]) for name, p in predictors.items()},
+        batches = {name: make_golden_batch(bundles[name], p) for name, p in predictors.items()}
+        model = time_interleaved(
+            {name: bind_inference(p.session, batches[name]) for name, p in predictors.items()},
             protocol,
             lambda share: report("latency, model only", share),
         )
-        end_to_end = interleaved(
+        end_to_end = time_interleaved(
             {
                 name: _end_to_end_call(p, images or bundles[name].golden().sources)
                 for name, p in predictors.items()
@@ -349,14 +349,14 @@ def _names(bundles: Sequence[Bundle]) -> list[str]:
     return names
 
 
-def golden_batch(bundle: Bundle, predictor: Predictor) -> np.ndarray:
+def make_golden_batch(bundle: Bundle, predictor: Predictor) -> np.ndarray:
     """A batch of golden inputs, ``(N, 3, S, S)``, in the graph's batch size."""
     pixels = bundle.golden().pixels
     count = predictor.batch or 1
     return normalise(np.resize(pixels, (count, *pixels.shape[1:])), bundle.preprocess)
 
 
-def bound(session: Session, batch: np.ndarray) -> Callable[[], object]:
+def bind_inference(session: Session, batch: np.ndarray) -> Callable[[], object]:
     """The inference of ``batch``, which lies where the runtime reads it: what
     :class:`~cmt_edge.deploy.Predictor` runs on an image once prepared."""
     binding = session.bind(batch.shape)
@@ -390,9 +390,9 @@ def _measured(
 ) -> Measured:
     """The figures of one bundle; its ratio refers to ``base``."""
     latency = summarise(samples.model)
-    ratio = ratio_of_medians(base.model, samples.model)
+    ratio = compare_medians(base.model, samples.model)
     warnings = [
-        *precision_warnings(bundle.manifest.precision, samples.executed),
+        *list_precision_warnings(bundle.manifest.precision, samples.executed),
         *_latency_warnings(latency, samples.on_device),
         *_accuracy_warnings(bundle),
     ]
@@ -435,7 +435,7 @@ def _latency_warnings(latency: Latency, clock: OnDevice | None) -> list[str]:
     return warnings
 
 
-def summary(speed: Benchmark) -> LatencyEntry:
+def summarise_latency(speed: Benchmark) -> LatencyEntry:
     """What a manifest keeps of the first bundle's figures."""
     measured = speed.results[0]
     return LatencyEntry(
@@ -450,7 +450,7 @@ def summary(speed: Benchmark) -> LatencyEntry:
     )
 
 
-def precision_warnings(asked: str, executed: ExecutedPrecision) -> list[str]:
+def list_precision_warnings(asked: str, executed: ExecutedPrecision) -> list[str]:
     """A sentence where what ran is not what was asked for: most of the time went to another precision."""
     share = executed.time_share
     if not share or max(share, key=lambda k: share[k]) == asked:

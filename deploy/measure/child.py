@@ -22,19 +22,19 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ..backends import get_runtime
-from ..bundle import Bundle, plain
+from ..bundle import Bundle, make_plain
 from ..bundle.record import read_message
 from ..bundle.sections import Share
 from ..children import Child, ChildCrashed, Report, Request, serve
 from ..errors import CmtEdgeError, RuntimeMissingError, StepError
 from ..predictor import Predictor
 from ..preprocessing import normalise
-from .benchmark import Benchmark, Protocol, benchmark, golden_batch
+from .benchmark import Benchmark, Protocol, benchmark, make_golden_batch
 from .isa import ISAS, require_isa
 
 T = TypeVar("T")
 """A dataclass that one side sends to the other."""
-CHUNK_IMAGES = 32
+CHILD_CHUNK_IMAGES = 32
 """Images that go through the model at once, at least."""
 SWITCHES: tuple[str, ...] = ("OV_CPU_MAX_ISA", "ONEDNN_MAX_CPU_ISA")
 """Environment variables that limit OpenVINO, and oneDNN within it."""
@@ -173,7 +173,7 @@ class MeasuringProcess:
     def _request(self, call: str, request: object, kind: type[T]) -> T:
         """The child's answer, a dataclass ``kind``."""
         try:
-            answer = self.child.request(call, **plain(request))
+            answer = self.child.request(call, **make_plain(request))
         except ChildCrashed as crash:
             raise self._crash_error(call, crash) from crash
         return read_message(kind, answer, f"the answer to {call!r}")
@@ -207,7 +207,7 @@ def _logits(request: LogitsRequest, report: Report) -> Text:
     pixels = np.load(request.pixels, mmap_mode="r")
     parts = []
     with Predictor.load(request.bundle, threads=request.threads) as predictor:
-        chunk = max(CHUNK_IMAGES, predictor.batch)
+        chunk = max(CHILD_CHUNK_IMAGES, predictor.batch)
         for start in range(0, len(pixels), chunk):
             part = np.asarray(pixels[start : start + chunk])
             batch = normalise(part, predictor.spec) if part.dtype == np.uint8 else part
@@ -230,7 +230,7 @@ def _benchmark(request: BenchmarkRequest, report: Report) -> Benchmark:
 def _kernels(request: KernelsRequest, _: Report) -> Kernels:
     bundle = Bundle.open(request.bundle)
     with Predictor.load(bundle, threads=request.threads) as predictor:
-        return Kernels(predictor.session.kernels(golden_batch(bundle, predictor)))
+        return Kernels(predictor.session.kernels(make_golden_batch(bundle, predictor)))
 
 
 def _answering(kind: type[T], answer: Callable[[T, Report], object]) -> Callable[[Request, Report], Any]:
@@ -238,7 +238,7 @@ def _answering(kind: type[T], answer: Callable[[T, Report], object]) -> Callable
 
     def call(request: Request, report: Report) -> Any:
         arguments = {name: value for name, value in request.items() if name != "call"}
-        return plain(answer(read_message(kind, arguments, "the request"), report))
+        return make_plain(answer(read_message(kind, arguments, "the request"), report))
 
     return call
 

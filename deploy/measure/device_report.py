@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from ..bundle import parse_json, plain, read_record
+from ..bundle import make_plain, parse_json, read_record
 from ..bundle.sections import Count, EngineKey, GoldenCheck, Share
 from .benchmark import Benchmark
 from .device import DeviceState, PowerReport
@@ -68,7 +68,7 @@ class DeviceReport:
 
     def to_bytes(self) -> bytes:
         """The content of the report's JSON file: one line."""
-        return (json.dumps(plain(self), ensure_ascii=False) + "\n").encode()
+        return (json.dumps(make_plain(self), ensure_ascii=False) + "\n").encode()
 
     @classmethod
     def from_bytes(cls, data: bytes, where: object) -> DeviceReport:

@@ -39,7 +39,7 @@ PACKAGES = (
 """Packages whose versions are recorded."""
 
 
-def describe() -> Host:
+def describe_host() -> Host:
     """CPU model and flags, cores, clocks, governor and temperature, where known."""
     info = _cpuinfo()
     flags = set((info.get("flags") or info.get("Features") or "").split())
@@ -63,7 +63,7 @@ def _cores() -> int | None:
     return os.cpu_count()
 
 
-def versions() -> dict[str, str]:
+def read_versions() -> dict[str, str]:
     """Installed versions of the packages that matter."""
     found = {}
     for name in PACKAGES:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import RuntimeMissingError
-from .host import describe
+from .host import describe_host
 
 
 @dataclass(frozen=True)
@@ -56,16 +56,16 @@ INT8_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
 """CPU flags of instructions that multiply and add int8 values."""
 
 
-def int8_hardware(isa: str | None) -> bool:
+def has_int8_hardware(isa: str | None) -> bool:
     """Whether this CPU, limited to ``isa``, has instructions that multiply and add int8 values."""
     if isa:
         return ISAS[isa].int8
-    return bool(INT8_FLAGS & set(describe().flags))
+    return bool(INT8_FLAGS & set(describe_host().flags))
 
 
 def require_isa(isa: str) -> None:
     """Raise :class:`RuntimeMissingError` unless this CPU has the instructions of ``isa`` itself."""
-    host = describe()
+    host = describe_host()
     if ISAS[isa].flag not in host.flags:
         raise RuntimeMissingError(
             f"this processor has no {isa}, so it cannot be measured here",

@@ -16,16 +16,18 @@ from ..bundle.sections import (
     RanOn,
     VerificationEntry,
 )
+from ..decoding import NamedBytes
 from ..errors import (
     BundleError,
     InputError,
     RuntimeMissingError,
 )
-from ..images import ImageSet, Item, digest
+from ..folders import Item
+from ..images import ImageSet, digest
 from ..predictor import Predictor
-from ..preprocessing import NamedBytes, normalise, pixels, preprocess
+from ..preprocessing import normalise, pixels, preprocess
 from .labels import match_labels
-from .statistics import paired_drop, wilson
+from .statistics import compute_paired_drop, compute_wilson_interval
 
 ATOL = {"fp32": 1e-3, "fp16": 0.1, "bf16": 0.25, "int8": 1.5}
 """Default tolerance on golden logits, by precision: the largest difference, in standard deviations of the
@@ -46,7 +48,7 @@ EPS_FLOAT16 = 2.0**-10
 """One step of float16, relative to the value."""
 EPS_BFLOAT16 = 2.0**-7
 """One step of bfloat16, relative to the value."""
-EPSILON = 1e-9
+DROP_ROUNDING_POINTS = 1e-9
 """Percentage points by which rounding may move a drop beyond the allowed one."""
 MANY_IMAGES = 30
 """Number of images from which the interval of the reference's top-1 is compared with chance."""
@@ -218,10 +220,10 @@ def check_golden(bundle: Bundle, predictor: Predictor, atol: float | None = None
     pixel_diff = _pixel_difference(bundle)
     ours = predictor.outputs(normalise(golden.pixels, bundle.preprocess))
     _require_shapes(bundle, ours, golden.outputs)
-    differences = [distance(a, b) for a, b in zip(ours, golden.outputs, strict=True)]
+    differences = [measure_distance(a, b) for a, b in zip(ours, golden.outputs, strict=True)]
     kinds = [output.kind for output in bundle.manifest.outputs]
     allowed = [
-        tolerance(output, bundle.manifest.precision, atol, kind)
+        find_tolerance(output, bundle.manifest.precision, atol, kind)
         for output, kind in zip(golden.outputs, kinds, strict=True)
     ]
     fits = [difference <= bound for difference, bound in zip(differences, allowed, strict=True)]
@@ -263,7 +265,7 @@ def _require_shapes(
         )
 
 
-def distance(ours: np.ndarray, reference: np.ndarray) -> float:
+def measure_distance(ours: np.ndarray, reference: np.ndarray) -> float:
     """How far apart: logits ``(K, classes)`` by the largest difference, maps ``(K, C, H, W)`` by the largest
     root mean square of an image."""
     if not np.isfinite(ours).all():
@@ -274,7 +276,7 @@ def distance(ours: np.ndarray, reference: np.ndarray) -> float:
     )
 
 
-def tolerance(
+def find_tolerance(
     reference: np.ndarray,
     precision: str,
     atol: float | None = None,
@@ -290,12 +292,12 @@ def tolerance(
         return atol
     allowed = (ATOL if reference.ndim == 2 else MAP_ATOL)[precision]
     spread = float(reference.reshape(len(reference), -1).std(axis=1).mean())
-    rounding = max(resolution(reference), EPS_FLOAT32)
+    rounding = max(measure_resolution(reference), EPS_FLOAT32)
     usual = allowed * spread if kind is None else min(allowed * spread, MAX_PROBABILITY_DIFFERENCE)
     return max(usual, rounding * float(np.abs(reference).max()))
 
 
-def resolution(outputs: np.ndarray) -> float:
+def measure_resolution(outputs: np.ndarray) -> float:
     """How far apart, relative to the largest value, two roundings of equal results may be: two steps of the
     coarsest type that holds every value of ``outputs``; 0 for plain float32."""
     values = outputs.astype(np.float32)
@@ -404,7 +406,7 @@ def _prepared(bundle: Bundle, items: Sequence[Item], blobs: Sequence[bytes]) -> 
 
 def _compare(truth: np.ndarray, answers: _Answers, max_drop: float, source: str) -> DataCheck:
     ours, theirs, diffs = answers.ours, answers.theirs, answers.diffs
-    drop = paired_drop(theirs == truth, ours == truth)
+    drop = compute_paired_drop(theirs == truth, ours == truth)
     return DataCheck(
         images=len(truth),
         top1=100 * float((ours == truth).mean()),
@@ -413,7 +415,7 @@ def _compare(truth: np.ndarray, answers: _Answers, max_drop: float, source: str)
         drop=drop.mean,
         drop_ci=(drop.interval.low, drop.interval.high),
         max_drop=max_drop,
-        passed=drop.mean <= max_drop + EPSILON,
+        passed=drop.mean <= max_drop + DROP_ROUNDING_POINTS,
         reference_source=source,
         logit_max_diff=None if diffs is None else float(diffs.max()),
         logit_mean_diff=None if diffs is None else float(diffs.mean()),
@@ -437,7 +439,7 @@ def _chance_note(check: DataCheck, truth: np.ndarray, classes: int) -> str:
     chance = 1 / classes if single else float(counts.max() / len(truth))
     right = check.reference_top1 / 100
     if len(truth) >= MANY_IMAGES and chance < 0.5:
-        at_chance = wilson(right, len(truth)).low <= chance
+        at_chance = compute_wilson_interval(right, len(truth)).low <= chance
     else:
         at_chance = right <= chance
     if classes < 2 or not at_chance:

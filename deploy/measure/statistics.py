@@ -79,7 +79,7 @@ def summarise(samples_ns: Sequence[int] | np.ndarray, seed: int = 0) -> Latency:
     """Statistics of one variant's samples, ``(count,)`` in nanoseconds."""
     ms = np.asarray(samples_ns, np.float64) / NS_PER_MS
     p50, p90, p95, p99 = np.percentile(ms, [50, 90, 95, 99])
-    interval = median_interval(ms, seed)
+    interval = compute_median_interval(ms, seed)
     return Latency(
         count=len(ms),
         p50=float(p50),
@@ -89,11 +89,11 @@ def summarise(samples_ns: Sequence[int] | np.ndarray, seed: int = 0) -> Latency:
         p99=float(p99) if len(ms) >= MIN_FOR_P99 else None,
         max=float(ms.max()),
         mean=float(ms.mean()),
-        drift=drift(ms),
+        drift=compute_drift(ms),
     )
 
 
-def drift(values: np.ndarray) -> float:
+def compute_drift(values: np.ndarray) -> float:
     """Median of the last values over the median of the first ones, minus 1."""
     edge = min(EDGE, max(1, len(values) // 2))
     first = np.median(values[:edge])
@@ -101,13 +101,13 @@ def drift(values: np.ndarray) -> float:
     return float(last / first - 1)
 
 
-def median_interval(values: np.ndarray, seed: int = 0) -> Interval:
+def compute_median_interval(values: np.ndarray, seed: int = 0) -> Interval:
     """The bootstrap interval of a median (Efron 1979, percentile method)."""
     medians = bootstrap_medians(values, np.random.default_rng(seed))
     return _middle(medians)
 
 
-def ratio_of_medians(base: np.ndarray, other: np.ndarray, seed: int = 0) -> Ratio:
+def compare_medians(base: np.ndarray, other: np.ndarray, seed: int = 0) -> Ratio:
     """How many times as fast as ``base`` the samples ``other`` are: above 1 is faster."""
     rng = np.random.default_rng(seed)
     base_medians = bootstrap_medians(base, rng)
@@ -129,7 +129,7 @@ def _middle(values: np.ndarray) -> Interval:
     return Interval(float(low), float(high))
 
 
-def paired_drop(reference: np.ndarray, ours: np.ndarray) -> Difference:
+def compute_paired_drop(reference: np.ndarray, ours: np.ndarray) -> Difference:
     """Points by which ``ours`` is right less often than ``reference``, image by image.
 
     Args:
@@ -143,7 +143,7 @@ def paired_drop(reference: np.ndarray, ours: np.ndarray) -> Difference:
     before, after = float(reference.mean()), float(ours.mean())
     mean = float((reference.astype(np.float64) - ours).mean())
     correlation = _correlation(reference, ours)
-    first, second = wilson(before, count), wilson(after, count)
+    first, second = compute_wilson_interval(before, count), compute_wilson_interval(after, count)
     below = _combined(before - first.low, second.high - after, correlation)
     above = _combined(first.high - before, after - second.low, correlation)
     interval = Interval(
@@ -173,7 +173,7 @@ def _combined(first: float, second: float, correlation: float) -> float:
     return math.sqrt(max(first**2 - 2 * correlation * first * second + second**2, 0.0))
 
 
-def wilson(share: float, count: int) -> Interval:
+def compute_wilson_interval(share: float, count: int) -> Interval:
     """The interval of a share of ``count`` trials (Wilson 1927).
 
     Unlike the normal interval it also holds where the share is 0 or 1.

@@ -1,28 +1,28 @@
 """The only place that formats results: terminal tables, Markdown, JSON, plots."""
 
-from .as_json import bundle_json, prediction_json, to_json
-from .benchmark import benchmark_text, how_measured
-from .bundle import bundle_text, weights_text
-from .device import built_text, device_text
-from .plot import latency_plot
-from .prediction import prediction_text
-from .tables import table
-from .verdict import verdict_text
-from .verification import verification_text
+from .as_json import make_bundle_json, make_prediction_json, to_json
+from .benchmark import describe_benchmark, describe_protocol
+from .bundle import describe_bundle, describe_weights
+from .device import describe_build, describe_device_report
+from .plot import draw_latency_plot
+from .prediction import describe_prediction
+from .tables import format_table
+from .verdict import describe_verdict
+from .verification import describe_verification
 
 __all__ = [
-    "benchmark_text",
-    "built_text",
-    "bundle_json",
-    "bundle_text",
-    "device_text",
-    "how_measured",
-    "latency_plot",
-    "prediction_json",
-    "prediction_text",
-    "table",
+    "describe_benchmark",
+    "describe_build",
+    "describe_bundle",
+    "describe_device_report",
+    "describe_prediction",
+    "describe_protocol",
+    "describe_verdict",
+    "describe_verification",
+    "describe_weights",
+    "draw_latency_plot",
+    "format_table",
+    "make_bundle_json",
+    "make_prediction_json",
     "to_json",
-    "verdict_text",
-    "verification_text",
-    "weights_text",
 ]

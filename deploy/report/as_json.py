@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from ..bundle import Bundle, plain
+from ..bundle import Bundle, make_plain
 from ..measure.parity import Verification
 from ..predictor import Prediction
 
 
 def to_json(result: object) -> str:
     """A dataclass, mapping or list as one line of JSON; of a :class:`Verification` what a manifest holds."""
-    return json.dumps(plain(_recorded(result)), ensure_ascii=False)
+    return json.dumps(make_plain(_recorded(result)), ensure_ascii=False)
 
 
-def bundle_json(bundle: Bundle) -> dict[str, Any]:
+def make_bundle_json(bundle: Bundle) -> dict[str, Any]:
     """What an export produced."""
     manifest = bundle.manifest
     content = {
@@ -29,10 +29,10 @@ def bundle_json(bundle: Bundle) -> dict[str, Any]:
         "verdict": manifest.verdict,
         "bytes": manifest.size_bytes,
     }
-    return dict(plain(content))
+    return dict(make_plain(content))
 
 
-def prediction_json(prediction: Prediction, topk: int) -> dict[str, Any]:
+def make_prediction_json(prediction: Prediction, topk: int) -> dict[str, Any]:
     """``{"source", "top": [{"label", "probability"}, ...]}``."""
     top = [{"label": label, "probability": round(p, 6)} for label, p in prediction.top(topk)]
     return {"source": prediction.source, "top": top}

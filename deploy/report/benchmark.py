@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from ..escaping import escape_line
 from ..measure.benchmark import Benchmark, Measured, Protocol
-from .tables import LATENCY_COLUMNS, latency_cells, table
+from .tables import LATENCY_COLUMNS, format_latency_cells, format_table
 
 
-def benchmark_text(result: Benchmark, markdown: bool = False) -> str:
+def describe_benchmark(result: Benchmark, markdown: bool = False) -> str:
     """Latency table, what really ran, the machine, and warnings."""
     warnings = [
         f"warning: {escape_line(r.name)}: {warning}" for r in result.results for warning in r.warnings
@@ -34,7 +34,7 @@ def _latency_table(result: Benchmark, markdown: bool) -> str:
         "speed-up (95 % CI)",
     ]
     rows = [_latency_row(measured) for measured in result.results]
-    return table(header, rows, markdown)
+    return format_table(header, rows, markdown)
 
 
 def _latency_row(measured: Measured) -> list[str]:
@@ -43,7 +43,7 @@ def _latency_row(measured: Measured) -> list[str]:
     return [
         measured.name,
         f"{measured.size_bytes / 1e6:.1f}",
-        *latency_cells(measured.model),
+        *format_latency_cells(measured.model),
         f"{measured.end_to_end.p50:.2f}",
         "-" if rate is None else f"{rate:.0f}",
         f"{measured.ratio:.2f} ({low:.2f}-{high:.2f})",
@@ -69,7 +69,7 @@ def _executed_table(result: Benchmark, markdown: bool) -> str:
         ]
         for r in result.results
     ]
-    return table(header, rows, markdown)
+    return format_table(header, rows, markdown)
 
 
 def _conditions(result: Benchmark) -> str:
@@ -78,7 +78,7 @@ def _conditions(result: Benchmark) -> str:
     flags = ", ".join(host.flags) or "none of note"
     return (
         f"{host.cpu}, {host.cores} cores ({flags}); threads: {result.threads or 'all'}; batch"
-        f" {result.results[0].batch}; {how_measured(result.protocol)}."
+        f" {result.results[0].batch}; {describe_protocol(result.protocol)}."
     )
 
 
@@ -96,7 +96,7 @@ def _fastest(result: Benchmark) -> list[str]:
     ]
 
 
-def how_measured(protocol: Protocol) -> str:
+def describe_protocol(protocol: Protocol) -> str:
     """What the line under a table of latencies says of the order and number of calls."""
     return (
         f"interleaved, at least {protocol.iters} iterations and {protocol.seconds:g} s each after warm-up,"

@@ -15,10 +15,10 @@ from ..bundle.sections import (
     VerificationEntry,
     WeightsEntry,
 )
-from .verdict import verdict_text
+from .verdict import describe_verdict
 
 
-def bundle_text(bundle: Bundle, verify_flags: Sequence[str] = ()) -> str:
+def describe_bundle(bundle: Bundle, verify_flags: Sequence[str] = ()) -> str:
     """What an export produced and what to do next.
 
     Args:
@@ -27,11 +27,11 @@ def bundle_text(bundle: Bundle, verify_flags: Sequence[str] = ()) -> str:
     """
     manifest, path = bundle.manifest, bundle.path
     calibration = manifest.calibration
-    lines = [verdict_text(manifest.verdict), ""] if manifest.verdict else []
+    lines = [describe_verdict(manifest.verdict), ""] if manifest.verdict else []
     lines += _verified_lines(manifest.verification) if manifest.verification else []
     lines += _typed_lines(manifest.typing)
     lines += _latency_lines(manifest.latency)
-    lines.append(weights_text(manifest.model.weights))
+    lines.append(describe_weights(manifest.model.weights))
     if manifest.labels_source == "numbered":
         lines.append("note: the classes have no names; give them with --labels FILE")
     if calibration and calibration.cached:
@@ -85,7 +85,7 @@ def _observed_lines(seen: ObservedEntry) -> list[str]:
     ]
 
 
-def weights_text(weights: WeightsEntry) -> str:
+def describe_weights(weights: WeightsEntry) -> str:
     """Where the weights came from, and of a checkpoint which of its entries was taken."""
     text = f"weights: {weights.source}"
     if weights.entry:
@@ -134,7 +134,7 @@ def _next_commands(bundle: Bundle, verify_flags: Sequence[str]) -> list[str]:
     flags = "".join(f" {shlex.quote(flag)}" for flag in verify_flags)
     lines = ["next:", f"  cmt-bench {path}"]
     if bundle.head != LOGITS:
-        return [*lines, f"  cmt-verify {path}", features_call(bundle)]
+        return [*lines, f"  cmt-verify {path}", describe_features_call(bundle)]
     if "--data" in verify_flags:
         return [
             *lines,
@@ -151,6 +151,6 @@ def _next_commands(bundle: Bundle, verify_flags: Sequence[str]) -> list[str]:
     ]
 
 
-def features_call(bundle: Bundle) -> str:
+def describe_features_call(bundle: Bundle) -> str:
     """How a program gets the feature maps, which no command prints."""
     return f"in Python: Predictor.load({str(bundle.path)!r}).features(batch)"

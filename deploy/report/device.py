@@ -8,11 +8,11 @@ from ..bundle import LOGITS, Bundle
 from ..measure.benchmark import Measured
 from ..measure.device import DeviceState, DGpu
 from ..measure.device_report import DeviceReport, DeviceStates, SustainedPower
-from .bundle import features_call
-from .tables import LATENCY_COLUMNS, latency_cells, table
+from .bundle import describe_features_call
+from .tables import LATENCY_COLUMNS, format_latency_cells, format_table
 
 
-def device_text(report: DeviceReport, markdown: bool = False) -> str:
+def describe_device_report(report: DeviceReport, markdown: bool = False) -> str:
     """The device report that ``cmt-build`` writes: engine, golden check, latency by both clocks, state of the
     device, power."""
     measured = report.benchmark.results[0]
@@ -32,7 +32,7 @@ def device_text(report: DeviceReport, markdown: bool = False) -> str:
     return "\n".join([*lines, ""] if markdown else lines)
 
 
-def built_text(bundle: Bundle, report: DeviceReport) -> str:
+def describe_build(bundle: Bundle, report: DeviceReport) -> str:
     """What ``cmt-build`` did and what to do next."""
     entry, size = bundle.manifest.engine, bundle.manifest.size_bytes
     place = bundle.path / entry.text if entry else "none"
@@ -43,12 +43,12 @@ def built_text(bundle: Bundle, report: DeviceReport) -> str:
         " faster than fp16 on a GPU"
     )
     lines = [
-        device_text(report),
+        describe_device_report(report),
         f"bundle: {bundle.path} ({size / 1e6:.1f} MB), report: {place}",
         "",
         "next:",
         f"  cmt-bench {path}",
-        predict if bundle.head == LOGITS else features_call(bundle),
+        predict if bundle.head == LOGITS else describe_features_call(bundle),
         f"({others})",
     ]
     return "\n".join(lines)
@@ -94,8 +94,8 @@ def _latency_table(measured: Measured, markdown: bool) -> str:
             "host, starting it": clock.enqueue,
         }
         named = by_device | named
-    rows = [[name, *latency_cells(latency)] for name, latency in named.items()]
-    text = table(["milliseconds", *LATENCY_COLUMNS], rows, markdown)
+    rows = [[name, *format_latency_cells(latency)] for name, latency in named.items()]
+    text = format_table(["milliseconds", *LATENCY_COLUMNS], rows, markdown)
     rate = measured.throughput
     return text + (f"\n\nthroughput: {rate:.0f} images/s; batch {measured.batch}" if rate else "")
 

@@ -10,7 +10,7 @@ from ..files import write_atomic
 from ..measure.benchmark import Benchmark
 
 
-def latency_plot(result: Benchmark, path: Path) -> None:
+def draw_latency_plot(result: Benchmark, path: Path) -> None:
     """Horizontal bars of p50 with whiskers to p95, model only, written as PNG or SVG.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..predictor import Prediction
 
 
-def prediction_text(prediction: Prediction, topk: int, width: int = 0) -> str:
+def describe_prediction(prediction: Prediction, topk: int, width: int = 0) -> str:
     """One line: the image's name, padded to ``width``, then the most probable classes."""
     best = (f"{label} {100 * probability:.1f} %" for label, probability in prediction.top(topk))
     return f"{(prediction.source or '').ljust(width)}  {', '.join(best)}"

@@ -8,7 +8,7 @@ from ..escaping import escape_line, escape_markdown
 from ..measure.statistics import Latency
 
 
-def table(
+def format_table(
     header: Sequence[str],
     rows: Sequence[Sequence[str]],
     markdown: bool = False,
@@ -30,10 +30,10 @@ def table(
 
 
 LATENCY_COLUMNS = ("p50", "p90", "p95", "p99", "max")
-"""Headings of the cells that :func:`latency_cells` gives."""
+"""Headings of the cells that :func:`format_latency_cells` gives."""
 
 
-def latency_cells(latency: Latency) -> list[str]:
+def format_latency_cells(latency: Latency) -> list[str]:
     """Milliseconds under :data:`LATENCY_COLUMNS`; ``"-"`` where there were too few samples."""
     p99 = "-" if latency.p99 is None else f"{latency.p99:.2f}"
     return [

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from ..bundle.sections import Accuracy, Candidate, Speed, VerdictEntry
-from .tables import table
+from .tables import format_table
 
 
-def verdict_text(verdict: VerdictEntry, markdown: bool = False) -> str:
+def describe_verdict(verdict: VerdictEntry, markdown: bool = False) -> str:
     """What ``--precision auto`` measured and recommends: candidates, sensitivity of the groups, notes, the
     winner."""
     parts = [_candidate_table(verdict, markdown)]
@@ -39,7 +39,7 @@ def _candidate_table(verdict: VerdictEntry, markdown: bool) -> str:
         "MB",
         "verdict",
     ]
-    return table(header, rows, markdown)
+    return format_table(header, rows, markdown)
 
 
 def _candidate_row(candidate: Candidate, labelled: bool, best: bool) -> list[str]:
@@ -92,7 +92,7 @@ def _sensitivity_table(verdict: VerdictEntry, markdown: bool) -> list[str]:
     meaning = (
         "sensitivity: each group alone in int8, the worst first; logits in standard deviations of fp32's"
     )
-    return [meaning, table(header, rows, markdown)]
+    return [meaning, format_table(header, rows, markdown)]
 
 
 def _conditions(verdict: VerdictEntry) -> str:

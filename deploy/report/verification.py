@@ -5,10 +5,10 @@ from __future__ import annotations
 from ..bundle.sections import DataCheck, GoldenCheck
 from ..escaping import escape_line
 from ..measure.parity import Verification
-from .tables import table
+from .tables import format_table
 
 
-def verification_text(v: Verification, markdown: bool = False) -> str:
+def describe_verification(v: Verification, markdown: bool = False) -> str:
     """Golden check, top-1 table and verdict."""
     lines = [_golden_line(v.golden)]
     if v.data:
@@ -45,7 +45,7 @@ def _top1_table(data: DataCheck, markdown: bool) -> str:
         _difference(data.logit_max_diff),
         _difference(data.logit_mean_diff),
     ]
-    return table(header, [row], markdown)
+    return format_table(header, [row], markdown)
 
 
 def _top1_line(data: DataCheck) -> str:

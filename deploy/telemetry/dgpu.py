@@ -66,12 +66,12 @@ def opened(index: int = 0) -> Iterator[tuple[Any, Any]]:
             nvml.nvmlShutdown()
 
 
-def power_w(nvml: Any, handle: Any) -> float:
+def read_power_w(nvml: Any, handle: Any) -> float:
     """Board power in watts, which newer GPUs average over one second. Raises ``NVMLError``."""
     return float(nvml.nvmlDeviceGetPowerUsage(handle)) / MW_PER_W
 
 
-def nvml_index(pci: str, default: int) -> int:
+def find_nvml_index(pci: str, default: int) -> int:
     """NVML's number of the GPU at a bus address; CUDA counts the fastest first and hides some. ``default``
     where NVML cannot be used."""
     try:
@@ -113,8 +113,8 @@ def _read(nvml: Any, handle: Any, index: int) -> tuple[DGpu, list[str]]:
         performance_state=None if state is None or state > LOWEST_STATE else f"P{state}",
         clock_reasons=ask(
             "clock reasons",
-            lambda: clock_reasons(nvml.nvmlDeviceGetCurrentClocksEventReasons(handle)),
-            lambda: clock_reasons(nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)),
+            lambda: list_clock_reasons(nvml.nvmlDeviceGetCurrentClocksEventReasons(handle)),
+            lambda: list_clock_reasons(nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)),
         ),
     )
     return gpu, asked.notes
@@ -141,7 +141,7 @@ class _Questions:
         return None
 
 
-def clock_reasons(bits: int) -> list[str]:
+def list_clock_reasons(bits: int) -> list[str]:
     """Names of the set bits, lowest first; a bit without a name is given as a number."""
     ones = [1 << i for i in range(bits.bit_length()) if bits >> i & 1]
     return [CLOCK_REASONS.get(one, f"{one:#x}") for one in ones]

@@ -68,7 +68,7 @@ class RailSensor:
 
 
 @dataclass(frozen=True)
-class Module:
+class JetsonModule:
     """Model of the board, L4T release (``"36.4.3"``) and JetPack (``"6.2"``), each ``None`` where unknown."""
 
     model: str | None
@@ -187,7 +187,7 @@ def read_bytes(path: Path) -> bytes:
         os.close(handle)
 
 
-def read_text(path: Path) -> str | None:
+def read_device_text(path: Path) -> str | None:
     """The file without surrounding white space and NULs (the device tree's strings end in one); ``None`` if
     unreadable."""
     try:
@@ -198,21 +198,21 @@ def read_text(path: Path) -> str | None:
 
 def is_jetson(root: Path) -> bool:
     """By the device tree's ``compatible``, or by L4T's release file where a container hides the tree."""
-    compatible = read_text(root / "proc/device-tree/compatible") or ""
+    compatible = read_device_text(root / "proc/device-tree/compatible") or ""
     return "nvidia,tegra" in compatible or _l4t(root) is not None
 
 
-def read_module(root: Path) -> Module:
+def read_module(root: Path) -> JetsonModule:
     """Model, L4T and JetPack. Sources: ``/proc/device-tree/model``, ``/etc/nv_tegra_release``,
     :data:`JETPACK`."""
-    model = read_text(root / "proc/device-tree/model") or None
+    model = read_device_text(root / "proc/device-tree/model") or None
     l4t = _l4t(root)
-    return Module(model, l4t, _jetpack(l4t) if l4t else None)
+    return JetsonModule(model, l4t, _jetpack(l4t) if l4t else None)
 
 
 def _l4t(root: Path) -> str | None:
     """``"36.4.3"`` of ``# R36 (release), REVISION: 4.3, ...``."""
-    text = read_text(root / "etc/nv_tegra_release") or ""
+    text = read_device_text(root / "etc/nv_tegra_release") or ""
     found = re.search(r"R(\d+) \(release\), REVISION: (\d+(?:\.\d+)*)", text)
     return f"{found[1]}.{found[2]}" if found else None
 
@@ -240,7 +240,7 @@ def find_rails(root: Path) -> list[RailSensor]:
         rails.append((label, files))
     for label in sorted(drivers.glob("ina238/*/hwmon/hwmon*/label")):
         rails.append((label, (label.with_name("power1_input"),)))
-    named = [(read_text(label), files) for label, files in rails]
+    named = [(read_device_text(label), files) for label, files in rails]
     return [RailSensor(name, files, MICRO) for name, files in named if name and name != UNCONNECTED]
 
 
@@ -276,20 +276,20 @@ def read_temperatures(root: Path) -> dict[str, float]:
     zones: dict[str, float] = {}
     folders = (root / "sys/class/thermal").glob("thermal_zone*")
     for zone in sorted(folders, key=lambda z: (len(z.name), z.name)):
-        value = read_text(zone / "temp") or ""
+        value = read_device_text(zone / "temp") or ""
         if not re.fullmatch(r"-?\d{1,9}", value) or int(value) == 1000 * ABSENT_C:
             continue
-        name = read_text(zone / "type") or zone.name
+        name = read_device_text(zone / "type") or zone.name
         zones[name if name not in zones else f"{name} {zone.name}"] = int(value) / 1000
     return zones
 
 
-def available_memory(root: Path) -> int | None:
+def read_available_memory(root: Path) -> int | None:
     """Bytes of memory that the system would give to a program, ``None`` where it does not say.
 
     CPU and GPU of a Jetson share this memory. Source: ``/proc/meminfo`` (``proc(5)``), whose unit is 1024
     bytes.
     """
-    text = read_text(root / "proc/meminfo") or ""
+    text = read_device_text(root / "proc/meminfo") or ""
     found = re.search(r"^MemAvailable:\s+(\d{1,15}) kB$", text, re.MULTILINE)
     return int(found[1]) * 1024 if found else None

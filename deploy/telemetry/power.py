@@ -87,12 +87,12 @@ def _gpu_sensor(index: int) -> tuple[PowerSensor | None, list[str]]:
     except RuntimeMissingError as exc:
         return None, [f"power: {exc.what}"]
     try:
-        dgpu.power_w(nvml, handle)
+        dgpu.read_power_w(nvml, handle)
     except nvml.NVMLError as exc:
         stack.close()
         return None, [f"power: GPU {index} does not tell it: {exc}"]
     source = f"NVML, board power of GPU {index}"
-    return PowerSensor(source, lambda: dgpu.power_w(nvml, handle), stack.close), []
+    return PowerSensor(source, lambda: dgpu.read_power_w(nvml, handle), stack.close), []
 
 
 class PowerMonitor:
@@ -107,7 +107,7 @@ class PowerMonitor:
     some seconds.
 
     Args:
-        root, gpu_index: as :func:`cmt_edge.deploy.telemetry.state.snapshot`.
+        root, gpu_index: as :func:`cmt_edge.deploy.telemetry.state.read_state`.
         interval_s: between two samples; each sample takes a few milliseconds of one core.
         idle_s: how long to sample before and after the body, which waits; 0 leaves at most one sample.
         sensor: instead of what :func:`find_power_sensor` finds.
@@ -252,12 +252,12 @@ class PowerMonitor:
         )
 
     def energy_per_inference(self, latency_ms: float, images: int = 1) -> float | None:
-        """Joules for one image by the power during the body, see :func:`joules_per_image`; ``None`` where
-        that is unknown."""
-        return joules_per_image(self.during.watts, latency_ms, images)
+        """Joules for one image by the power during the body, see :func:`compute_joules_per_image`; ``None``
+        where that is unknown."""
+        return compute_joules_per_image(self.during.watts, latency_ms, images)
 
 
-def joules_per_image(watts: float | None, latency_ms: float, images: int = 1) -> float | None:
+def compute_joules_per_image(watts: float | None, latency_ms: float, images: int = 1) -> float | None:
     """Mean watts times the seconds of one call, over the images of one call.
 
     It is the energy of the whole device, idle power included; ``None`` where the power is unknown. Raises

@@ -1,4 +1,4 @@
-"""The state of the device beside a measurement, read once by :func:`snapshot`.
+"""The state of the device beside a measurement, read once by :func:`read_state`.
 
 What cannot be read becomes a note, never an exception: a latency without its clocks is still a latency.
 """
@@ -16,14 +16,14 @@ from .tools import TIMEOUT_S, run_tool
 
 T = TypeVar("T")
 """The type of an answer."""
-Run = Callable[[Sequence[str]], "str | None"]
+RunTool = Callable[[Sequence[str]], "str | None"]
 """Runs a command and returns its standard output, ``None`` where it has no answer."""
 
 QUOTED = 200
 """Characters of a tool's unexpected answer that a note quotes."""
 
 
-def snapshot(root: Path = Path("/"), run: Run = run_tool, gpu_index: int = 0) -> DeviceState:
+def read_state(root: Path = Path("/"), run: RunTool = run_tool, gpu_index: int = 0) -> DeviceState:
     """The state now.
 
     Args:
@@ -48,7 +48,7 @@ def check(root: Path, gpu_index: int) -> None:
         raise InputError(f"no GPU has the index {gpu_index}", remedy="count from 0")
 
 
-def _jetson(root: Path, run: Run) -> DeviceState:
+def _jetson(root: Path, run: RunTool) -> DeviceState:
     notes: list[str] = []
     module = jetson.read_module(root)
     if module.l4t is None:
@@ -91,7 +91,7 @@ def _temperatures(root: Path, notes: list[str]) -> dict[str, float]:
 
 def _ask(
     command: list[str],
-    run: Run,
+    run: RunTool,
     parse: Callable[[str], T | None],
     notes: list[str],
 ) -> T | None:

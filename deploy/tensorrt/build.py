@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .. import report
 from ..backends import get_runtime
-from ..backends.base import batch_limit
+from ..backends.base import read_batch_limit
 from ..bundle import ENGINES, Bundle, Manifest
 from ..bundle.sections import EngineEntry, EngineKey, GoldenCheck
 from ..errors import (
@@ -31,9 +31,9 @@ from ..measure.benchmark import (
     Benchmark,
     Protocol,
     benchmark,
-    golden_batch,
-    summary,
-    sustained,
+    make_golden_batch,
+    run_sustained,
+    summarise_latency,
 )
 from ..measure.device import DeviceState
 from ..measure.device_report import DeviceReport, DeviceStates, SustainedPower
@@ -41,22 +41,22 @@ from ..measure.parity import check_golden
 from ..predictor import Predictor
 from ..progress import Progress
 from ..signals import unwound_by_signals
-from ..telemetry.dgpu import nvml_index
+from ..telemetry.dgpu import find_nvml_index
 from ..telemetry.power import PowerMonitor
-from ..telemetry.state import snapshot
-from .building import TIME_LIMIT_S, build_plan
+from ..telemetry.state import read_state
+from .building import BUILD_TIME_LIMIT_S, build_plan
 from .cuda import Cuda, open_cuda
 from .engine import (
     EngineOptions,
     EngineTarget,
-    differences,
-    engine_key,
-    member,
+    is_trusted,
+    list_differences,
+    make_engine_key,
+    make_seal,
+    name_member,
     read_engine,
-    seal,
-    trusted,
 )
-from .inspection import layers, require_precision
+from .inspection import read_layers, require_precision
 
 POWER_SECONDS = 3.0
 """Seconds of uninterrupted inference while the power is sampled."""
@@ -85,7 +85,7 @@ class Built:
 
 @dataclass(frozen=True)
 class Finished:
-    """The result of :func:`finish`: what is added to the bundle, and the device report.
+    """The result of :func:`finish_bundle`: what is added to the bundle, and the device report.
 
     Attributes:
         manifest: the new one.
@@ -155,13 +155,13 @@ def _claim(folder: Path, descriptor: int) -> None:
         )
 
 
-def finish(
+def finish_bundle(
     bundle: Bundle,
     options: EngineOptions,
     *,
     device: str | None = None,
     force: bool = False,
-    time_limit: float = TIME_LIMIT_S,
+    time_limit: float = BUILD_TIME_LIMIT_S,
     protocol: Protocol = DEVICE_PROTOCOL,
     atol: float | None = None,
     progress: Progress | None = None,
@@ -190,7 +190,7 @@ def finish(
     _require_format(bundle)
     progress = progress or Progress(quiet=True)
     job = _Job.prepare(bundle, options, device)
-    before = snapshot(gpu_index=job.nvml)
+    before = read_state(gpu_index=job.nvml)
     with progress.step("build the engine"):
         built = job.engine(force, time_limit, progress)
     with progress.step("verify"):
@@ -248,23 +248,23 @@ class _Job:
     @classmethod
     def prepare(cls, bundle: Bundle, options: EngineOptions, device: str | None) -> _Job:
         require_tensorrt(device)
-        from .session import engine_target  # it imports TensorRT
+        from .session import find_engine_target  # it imports TensorRT
 
-        cuda, target = engine_target(device)
-        key = engine_key(bundle, target, options)
+        cuda, target = find_engine_target(device)
+        key = make_engine_key(bundle, target, options)
         return cls(
             bundle,
             options,
             cuda,
             target,
             key,
-            nvml_index(target.gpu.pci, target.gpu.index),
+            find_nvml_index(target.gpu.pci, target.gpu.index),
         )
 
     def engine(self, force: bool, time_limit: float, progress: Progress) -> Built:
         """The bundle's engine if it was built here for exactly this key, else a new one."""
         entry = self.bundle.manifest.engine
-        if entry and not force and trusted(self.bundle) and entry.key == self.key:
+        if entry and not force and is_trusted(self.bundle) and entry.key == self.key:
             return Built(read_engine(self.bundle, self.target), 0.0, True, [], [])
         start = time.perf_counter()
         plan, warnings = build_plan(
@@ -288,16 +288,16 @@ class _Job:
         entry = self.bundle.manifest.engine
         if not entry:
             return []
-        if not trusted(self.bundle):
+        if not is_trusted(self.bundle):
             return ["the engine in the bundle was not built on this machine"]
-        return differences(entry.key, self.key) or ["the options changed, or a build was asked for"]
+        return list_differences(entry.key, self.key) or ["the options changed, or a build was asked for"]
 
     def verify(self, built: Built, atol: float | None) -> _Verified:
         """Read the engine back and run the golden images; raises :class:`GateError`."""
         manifest = self.bundle.manifest
         operations = manifest.typing.operations if manifest.typing else {}
         with self._open(built) as predictor:
-            found = layers(predictor.session.inspect())
+            found = read_layers(predictor.session.inspect())
             share = require_precision(manifest.precision, operations, found)
             return _Verified(share, _require_golden(self.bundle, predictor, atol))
 
@@ -314,7 +314,7 @@ class _Job:
         with self._open(built) as predictor:
             power = _power(self.bundle, predictor, self.nvml)
             notes = list(predictor.session.notes)
-        return _OnDevice(speed, power, snapshot(gpu_index=self.nvml), notes)
+        return _OnDevice(speed, power, read_state(gpu_index=self.nvml), notes)
 
     def _open(self, built: Built, throughput: bool = False) -> Predictor:
         from .session import TensorRTSession  # it imports TensorRT
@@ -331,7 +331,7 @@ class _Job:
             session,
             bundle.preprocess,
             bundle.labels,
-            batch=batch_limit(bundle),
+            batch=read_batch_limit(bundle),
             head=bundle.head,
         )
 
@@ -362,23 +362,23 @@ def _report(
 
 def _finished(manifest: Manifest, built: Built, found: DeviceReport) -> Finished:
     """Everything that is written."""
-    plan = member(built.plan, "engine", ".plan")
-    text = report.device_text(found, markdown=True).encode()
+    plan = name_member(built.plan, "engine", ".plan")
+    text = report.describe_device_report(found, markdown=True).encode()
     data = found.to_bytes()
-    text_name = member(text, "report", ".md")
-    data_name = member(data, "report", ".json")
+    text_name = name_member(text, "report", ".md")
+    data_name = name_member(data, "report", ".json")
     files = {plan: built.plan, data_name: data, text_name: text}
     entry = EngineEntry(
         file=plan,
         key=found.key,
-        seal=seal(hashlib.sha256(built.plan).hexdigest(), found.key),
+        seal=make_seal(hashlib.sha256(built.plan).hexdigest(), found.key),
         report=data_name,
         text=text_name,
         golden=found.golden,
         low_precision_share=found.low_precision_share,
     )
     old = [name for name in manifest.files if name.startswith(f"{ENGINES}/") and name not in files]
-    finished = replace(manifest, latency=summary(found.benchmark), engine=entry)
+    finished = replace(manifest, latency=summarise_latency(found.benchmark), engine=entry)
     return Finished(finished, files, old, found)
 
 
@@ -399,7 +399,7 @@ def _power(bundle: Bundle, predictor: Predictor, index: int) -> SustainedPower:
     """Power before, during and after some seconds of uninterrupted inference, and joules an image where power
     is known."""
     with PowerMonitor(gpu_index=index) as monitor:
-        images, elapsed_ms = sustained(predictor, golden_batch(bundle, predictor), POWER_SECONDS)
+        images, elapsed_ms = run_sustained(predictor, make_golden_batch(bundle, predictor), POWER_SECONDS)
     power = monitor.report()
     return SustainedPower(
         source=power.source,

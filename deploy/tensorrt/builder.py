@@ -13,7 +13,7 @@ from typing import Any
 
 import tensorrt as trt
 
-from ..bundle import plain
+from ..bundle import make_plain
 from ..bundle.record import read_message
 from ..cache import Cache
 from ..children import Report, Request, serve
@@ -72,15 +72,15 @@ def build_engine(request: BuildRequest, report: Report, log: Log) -> None:
     plan = builder.build_serialized_network(network, config)
     del parser
     if plan is None:
-        raise failure("TensorRT built no engine", [*log.errors, *log.warnings])
-    write_atomic(Path(request.plan), blob(plan))
+        raise make_step_error("TensorRT built no engine", [*log.errors, *log.warnings])
+    write_atomic(Path(request.plan), read_blob(plan))
     try:
-        timing_cache(request).write(request.timing_key, (blob(timings.serialize()),))
+        make_timing_cache(request).write(request.timing_key, (read_blob(timings.serialize()),))
     except OutputError as exc:  # the next build is slower, that is all
         log.warnings.append(f"the timings could not be kept: {exc.why}")
 
 
-def failure(what: str, details: list[str]) -> StepError:
+def make_step_error(what: str, details: list[str]) -> StepError:
     """A step of TensorRT that failed; ``details`` are its own words."""
     return StepError(what, why="; ".join(details) or None, remedy=REPORT_REMEDY)
 
@@ -90,13 +90,13 @@ def parse(network: Any, request: BuildRequest, log: Log) -> Any:
     parser = trt.OnnxParser(network, log)
     content = Path(request.onnx).read_bytes()
     if hashlib.sha256(content).hexdigest() != request.sha256:
-        raise failure("model.onnx was changed after the bundle was opened", [])
+        raise make_step_error("model.onnx was changed after the bundle was opened", [])
     if not parser.parse(content, request.onnx):
         errors = [str(parser.get_error(i).desc()) for i in range(parser.num_errors)]
-        raise failure("TensorRT's parser refused model.onnx", errors + log.errors)
+        raise make_step_error("TensorRT's parser refused model.onnx", errors + log.errors)
     # outputs are checked where the engine is opened
     if network.num_inputs != 1 or network.get_input(0).name != request.input:
-        raise failure(
+        raise make_step_error(
             "model.onnx does not have the input its manifest names",
             log.errors,
         )
@@ -126,7 +126,7 @@ def configure(builder: Any, config: Any, request: BuildRequest, report: Report) 
 
 def _timings(config: Any, request: BuildRequest) -> Any:
     """The timings of earlier builds; new ones where there are none, or those of another version."""
-    saved = timing_cache(request).read(request.timing_key)
+    saved = make_timing_cache(request).read(request.timing_key)
     timings = config.create_timing_cache(saved[0] if saved else b"")
     if timings is None or not config.set_timing_cache(timings, False):
         timings = config.create_timing_cache(b"")
@@ -134,12 +134,12 @@ def _timings(config: Any, request: BuildRequest) -> Any:
     return timings
 
 
-def timing_cache(request: BuildRequest) -> Cache:
+def make_timing_cache(request: BuildRequest) -> Cache:
     """What TensorRT keeps between builds."""
     return Cache(Path(request.timing_folder), (TIMINGS,), KEPT_TIMINGS)
 
 
-def blob(memory: Any) -> bytes:
+def read_blob(memory: Any) -> bytes:
     """Bytes of a plan or cache that TensorRT holds."""
     return bytes(memory)
 
@@ -148,11 +148,11 @@ def _build(request: Request, report: Report) -> Any:
     """Build what the request asks for."""
     arguments = {name: value for name, value in request.items() if name != "call"}
     build_engine(read_message(BuildRequest, arguments, "the request"), report, LOG)
-    return plain(BuildAnswer(tuple(LOG.warnings)))
+    return make_plain(BuildAnswer(tuple(LOG.warnings)))
 
 
 def _unexpected(exc: Exception) -> CmtEdgeError:
-    return failure(f"{type(exc).__name__}: {exc}", LOG.errors)
+    return make_step_error(f"{type(exc).__name__}: {exc}", LOG.errors)
 
 
 if __name__ == "__main__":

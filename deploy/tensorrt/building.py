@@ -9,30 +9,30 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from ..backends.base import batch_limit
-from ..bundle import ONNX, Bundle, plain
+from ..backends.base import read_batch_limit
+from ..bundle import ONNX, Bundle, make_plain
 from ..bundle.record import read_message
 from ..cache import can_keep
 from ..children import Child, ChildCrashed, ChildTimedOut
 from ..errors import StepError
-from ..files import cache_folder, writing
+from ..files import find_cache_folder, writing
 from ..locks import scratch_folder
 from ..progress import Progress
-from ..telemetry.jetson import available_memory
+from ..telemetry.jetson import read_available_memory
 from .cuda import Cuda
 from .engine import (
     BuildAnswer,
     BuildRequest,
     EngineOptions,
     EngineTarget,
-    timing_key,
+    make_timing_key,
 )
 
 BUILDER = "cmt_edge.deploy.tensorrt.builder"
 """The module that the child process runs."""
 FREE_SHARE = 0.4
 """Part of the free device memory that the builder may use, unless ``--workspace`` says otherwise."""
-TIME_LIMIT_S = 3600.0
+BUILD_TIME_LIMIT_S = 3600.0
 """Seconds after which a build is stopped, unless ``--time-limit`` says otherwise."""
 GIB = 1 << 30
 """Bytes in a GiB."""
@@ -50,7 +50,7 @@ def build_plan(
     target: EngineTarget,
     cuda: Cuda,
     *,
-    time_limit: float = TIME_LIMIT_S,
+    time_limit: float = BUILD_TIME_LIMIT_S,
     progress: Progress,
 ) -> tuple[bytes, list[str]]:
     """Build the engine of ``bundle``; returns its bytes, and TensorRT's warnings.
@@ -78,14 +78,14 @@ def _request(
         onnx=str(bundle.file(ONNX).resolve()),
         sha256=bundle.manifest.files[ONNX].sha256,
         plan=str(plan),
-        timing_folder=str(cache_folder().resolve() / "timing"),
-        timing_key=timing_key(target),
+        timing_folder=str(find_cache_folder().resolve() / "timing"),
+        timing_key=make_timing_key(target),
         input=described.name,
         shape=described.shape,
         workspace=_workspace(options, target, cuda),
         level=options.level,
         tf32=options.tf32,
-        profile=options.profile if batch_limit(bundle) == 0 else None,
+        profile=options.profile if read_batch_limit(bundle) == 0 else None,
         device=target.gpu.index,
     )
 
@@ -100,7 +100,7 @@ def _workspace(options: EngineOptions, target: EngineTarget, cuda: Cuda) -> int:
 def _free_memory(target: EngineTarget, cuda: Cuda) -> int:
     """Bytes; what an integrated GPU calls free leaves out memory that the system would give up."""
     free, _total = cuda.memory()
-    shared = available_memory(Path("/")) if target.gpu.integrated else None
+    shared = read_available_memory(Path("/")) if target.gpu.integrated else None
     return shared or free
 
 
@@ -108,7 +108,7 @@ def _free_memory(target: EngineTarget, cuda: Cuda) -> int:
 def _scratch_folder() -> Iterator[Path]:
     """A folder in the cache for one build, and none of builds that were killed; without a cache a temporary
     folder of the system's."""
-    scratch = cache_folder().resolve() / "build"
+    scratch = find_cache_folder().resolve() / "build"
     if not can_keep(scratch):
         with tempfile.TemporaryDirectory(prefix="cmt-edge-") as name:
             yield Path(name)
@@ -123,7 +123,7 @@ def _in_child(request: BuildRequest, time_limit: float, progress: Progress) -> l
     """Run the builder; its warnings. Raises :class:`StepError` with TensorRT's own words."""
     with Child(BUILDER, progress=progress.share) as child:
         try:
-            answer = child.request("build", time_limit=time_limit, **plain(request))
+            answer = child.request("build", time_limit=time_limit, **make_plain(request))
         except ChildTimedOut as exc:
             raise StepError(
                 f"the build did not end within {time_limit:g} s",

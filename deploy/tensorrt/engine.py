@@ -15,19 +15,18 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import json
 import os
 import secrets
 import shlex
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from platformdirs import user_data_path
 
-from ..backends.base import batch_limit
+from ..backends.base import read_batch_limit
 from ..bundle import ENGINES, ONNX, Bundle
 from ..bundle.sections import BuildOptions, EngineKey
+from ..cache import compute_digest
 from ..errors import (
     BundleError,
     InputError,
@@ -139,12 +138,12 @@ class EngineTarget:
         return cls(tensorrt, cuda.runtime_version(), driver, cuda.gpu(index))
 
 
-def engine_key(bundle: Bundle, target: EngineTarget, options: EngineOptions) -> EngineKey:
+def make_engine_key(bundle: Bundle, target: EngineTarget, options: EngineOptions) -> EngineKey:
     """Everything an engine depends on; equal keys mean that an engine may be used again."""
     chosen = BuildOptions(
         workspace=options.workspace,
         level=options.level,
-        profile=options.profile if batch_limit(bundle) == 0 else None,
+        profile=options.profile if read_batch_limit(bundle) == 0 else None,
         tf32=options.tf32,
     )
     return EngineKey(
@@ -158,36 +157,36 @@ def engine_key(bundle: Bundle, target: EngineTarget, options: EngineOptions) -> 
     )
 
 
-def member(data: bytes, kind: str, suffix: str) -> str:
+def name_member(data: bytes, kind: str, suffix: str) -> str:
     """Name of a new file of the bundle: by content, so that it never replaces one before the manifest
     knows."""
     return f"{ENGINES}/{kind}-{hashlib.sha256(data).hexdigest()[:12]}{suffix}"
 
 
-def timing_key(target: EngineTarget) -> str:
+def make_timing_key(target: EngineTarget) -> str:
     """Key of the timings TensorRT keeps between builds; they hold for one version on one kind of GPU."""
-    return _digest(asdict(target))[:16]
+    return compute_digest(asdict(target))[:16]
 
 
-def seal(sha256: str, key: EngineKey) -> str:
+def make_seal(sha256: str, key: EngineKey) -> str:
     """Proof that this machine recorded the engine of hash ``sha256`` under ``key``."""
     return hmac.new(
         _secret(),
-        f"{sha256} {_digest(asdict(key))}".encode(),
+        f"{sha256} {compute_digest(asdict(key))}".encode(),
         hashlib.sha256,
     ).hexdigest()
 
 
-def trusted(bundle: Bundle) -> bool:
+def is_trusted(bundle: Bundle) -> bool:
     """Whether the bundle's engine entry was written on this machine."""
     entry = bundle.manifest.engine
     if not entry or entry.file not in bundle.manifest.files:
         return False
-    expected = seal(bundle.manifest.files[entry.file].sha256, entry.key)
+    expected = make_seal(bundle.manifest.files[entry.file].sha256, entry.key)
     return hmac.compare_digest(expected.encode(), entry.seal.encode())
 
 
-def differences(built: EngineKey, here: EngineKey) -> list[str]:
+def list_differences(built: EngineKey, here: EngineKey) -> list[str]:
     """What changed between an engine and the present machine and bundle, readable; options are not
     compared."""
     names = [f.name for f in fields(EngineKey) if f.name != "options"]
@@ -209,7 +208,7 @@ def read_engine(bundle: Bundle, target: EngineTarget) -> bytes:
             where=bundle.path,
             remedy=f"build it on this device: {remedy}",
         )
-    if not trusted(bundle):
+    if not is_trusted(bundle):
         raise RuntimeMissingError(
             "the engine was not built on this machine by this user, so it is not loaded",
             where=bundle.path,
@@ -219,7 +218,7 @@ def read_engine(bundle: Bundle, target: EngineTarget) -> bytes:
                 "share engines by naming one folder in CMT_EDGE_STATE"
             ),
         )
-    changed = differences(entry.key, engine_key(bundle, target, EngineOptions()))
+    changed = list_differences(entry.key, make_engine_key(bundle, target, EngineOptions()))
     if changed:
         raise RuntimeMissingError(
             "the engine does not fit this device",
@@ -237,7 +236,7 @@ def read_engine(bundle: Bundle, target: EngineTarget) -> bytes:
     return data
 
 
-def trtexec(bundle: Bundle, options: EngineOptions, device: str | None = None) -> str:
+def make_trtexec_command(bundle: Bundle, options: EngineOptions, device: str | None = None) -> str:
     """The command line of NVIDIA's ``trtexec`` that builds the same engine, for comparing and for bug
     reports.
 
@@ -258,7 +257,7 @@ def trtexec(bundle: Bundle, options: EngineOptions, device: str | None = None) -
     )  # from 11 on there is nothing else
     parts += [f"--memPoolSize=workspace:{round(options.workspace * 1024)}M"] if options.workspace else []
     parts += [] if options.tf32 else ["--noTF32"]
-    if batch_limit(bundle) == 0:
+    if read_batch_limit(bundle) == 0:
         rest = "x".join(map(str, bundle.manifest.input.shape[1:]))
         parts += [
             f"--{kind}Shapes={bundle.manifest.input.name}:{count}x{rest}"
@@ -266,10 +265,6 @@ def trtexec(bundle: Bundle, options: EngineOptions, device: str | None = None) -
         ]
     parts += [f"--device={device}"] if device else []
     return shlex.join(parts)
-
-
-def _digest(key: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 
 def _secret() -> bytes:

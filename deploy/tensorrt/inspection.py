@@ -46,7 +46,7 @@ NO_COMPUTE = (
     "wait",
 )
 """Kinds of layers that neither compute nor convert."""
-GENERATED = re.compile(r"^__myl_(move|cast?|copy|reform|quan|dequ)+(_myl|$)", re.IGNORECASE)
+GENERATED_MOVE = re.compile(r"^__myl_(move|cast?|copy|reform|quan|dequ)+(_myl|$)", re.IGNORECASE)
 """Names of generated kernels (kind "kgen") that only move or convert; the name lists what was fused into
 one."""
 TACTICS = (
@@ -59,13 +59,13 @@ LOW = {"int8": ("int8",), "fp16": ("int8", "fp8", "fp16", "bf16")}
 """Precision that was asked for -> those that are as low or lower."""
 SOURCE = "TensorRT engine inspector"
 """Where the figures come from, for reports."""
-LEAST_SHARE = 0.5
+LEAST_KEPT_SHARE = 0.5
 """Fusions change how many operations there are, so an engine passes with this part of the low-precision share
 of its graph."""
 
 
 @dataclass(frozen=True)
-class Layer:
+class EngineLayer:
     """One layer: ``precision`` is the lowest its inputs have; ``conversion`` if it only moves or converts."""
 
     name: str
@@ -74,7 +74,7 @@ class Layer:
     conversion: bool
 
 
-def layers(text: str) -> list[Layer]:
+def read_layers(text: str) -> list[EngineLayer]:
     """The computing and converting layers of an inspector's JSON; raises :class:`StepError` if it cannot be
     understood."""
     try:
@@ -95,7 +95,7 @@ def layers(text: str) -> list[Layer]:
     return [layer for layer in found if layer.precision and layer.kind.lower() not in NO_COMPUTE]
 
 
-def _layer(entry: Mapping[str, Any]) -> Layer:
+def _layer(entry: Mapping[str, Any]) -> EngineLayer:
     kind = str(entry.get("LayerType", ""))
     name = str(entry.get("Name", ""))
     precision = (
@@ -103,13 +103,13 @@ def _layer(entry: Mapping[str, Any]) -> Layer:
         or _lowest(entry.get("Outputs"))
         or _of_tactic(str(entry.get("TacticName", "")))
     )
-    return Layer(name, kind, precision, _converts(kind, name))
+    return EngineLayer(name, kind, precision, _converts(kind, name))
 
 
 def _converts(kind: str, name: str) -> bool:
     if any(word in kind.lower() for word in CONVERTING_KINDS):
         return True
-    return bool(GENERATED.match(name))
+    return bool(GENERATED_MOVE.match(name))
 
 
 def _lowest(tensors: Any) -> str:
@@ -136,7 +136,7 @@ def _words(tensor: Mapping[str, Any]) -> list[str]:
     return [str(value) for key, value in tensor.items() if "format" in key.lower() or "type" in key.lower()]
 
 
-def executed(found: list[Layer], times: Mapping[str, float] | None = None) -> ExecutedPrecision:
+def count_executed(found: list[EngineLayer], times: Mapping[str, float] | None = None) -> ExecutedPrecision:
     """Shares by precision: of time where ``times`` (layer name -> any unit) is given, and of layers."""
     operations = Counter(layer.precision for layer in found if not layer.conversion)
     total = sum(times.values()) if times else 0.0
@@ -158,7 +158,7 @@ def executed(found: list[Layer], times: Mapping[str, float] | None = None) -> Ex
     )
 
 
-def require_precision(asked: str, operations: Mapping[str, int], found: list[Layer]) -> float:
+def require_precision(asked: str, operations: Mapping[str, int], found: list[EngineLayer]) -> float:
     """The share of computing layers at the precision ``asked`` or below.
 
     Args:
@@ -181,7 +181,7 @@ def require_precision(asked: str, operations: Mapping[str, int], found: list[Lay
         )
     share = sum(layer.precision in low for layer in computing) / len(computing)
     expected = sum(operations.get(p, 0) for p in low) / max(1, sum(operations.values()))
-    if share < LEAST_SHARE * expected:
+    if share < LEAST_KEPT_SHARE * expected:
         counts = Counter(layer.precision for layer in computing)
         summary = ", ".join(f"{count} {precision}" for precision, count in counts.items())
         raise GateError(

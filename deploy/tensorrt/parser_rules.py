@@ -39,7 +39,7 @@ SUPPORTED = frozenset(
 )
 """Operations that the parser of 10.3 reads."""
 
-TYPES = (
+PARSER_TYPES = (
     ir.DataType.FLOAT,
     ir.DataType.FLOAT16,
     ir.DataType.INT8,
@@ -59,7 +59,7 @@ MIXED_FLOATS = ("Resize", "DequantizeLinear", "LayerNormalization")
 """Operations that may read float32 and float16 at once."""
 
 
-def parser_findings(model: onnx.ModelProto) -> list[str]:
+def find_parser_problems(model: onnx.ModelProto) -> list[str]:
     """What TensorRT's parser would refuse or misread, one sentence each; empty if nothing."""
     graph = ir.from_proto(shape_inference.infer_shapes(model)).graph
     findings = check_file(model)
@@ -82,7 +82,7 @@ def _check_types(graph: ir.Graph) -> list[str]:
             *made,
             *graph.initializers.values(),
         )
-        if value.dtype is not None and value.dtype not in TYPES
+        if value.dtype is not None and value.dtype not in PARSER_TYPES
     ]
 
 

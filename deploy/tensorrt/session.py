@@ -28,7 +28,7 @@ from ..bundle.sections import FLOAT32, ExecutedPrecision
 from ..errors import InputError, RuntimeMissingError, StepError
 from .cuda import TO_DEVICE, TO_HOST, Cuda, CudaError, open_cuda
 from .engine import EngineTarget, read_engine
-from .inspection import executed, layers
+from .inspection import count_executed, read_layers
 
 FLOAT_BYTES = 4
 """Bytes of a float32 value."""
@@ -63,7 +63,7 @@ LOG = Log()
 """TensorRT keeps the first logger it is given for the whole process, so there is one."""
 
 
-def gpu_index(device: str | None) -> int:
+def parse_gpu_index(device: str | None) -> int:
     """``None``, ``"0"``, ``"gpu:0"`` or ``"cuda:0"`` -> 0; raises :class:`InputError`."""
     text = (device or "0").lower().removeprefix("cuda").removeprefix("gpu").removeprefix(":") or "0"
     if not text.isdigit():
@@ -74,12 +74,12 @@ def gpu_index(device: str | None) -> int:
     return int(text)
 
 
-def engine_target(
+def find_engine_target(
     device: str | None = None,
 ) -> tuple[Cuda, EngineTarget]:
     """The GPU and what an engine for it is keyed by; raises :class:`RuntimeMissingError`."""
     cuda = open_cuda()
-    return cuda, EngineTarget.here(trt.__version__, cuda, gpu_index(device))
+    return cuda, EngineTarget.here(trt.__version__, cuda, parse_gpu_index(device))
 
 
 class TensorRTSession(Session):
@@ -168,7 +168,7 @@ class TensorRTSession(Session):
                 worker.run(batch)
         finally:
             worker.close()
-        return executed(layers(self.inspect()), profiler.milliseconds)
+        return count_executed(read_layers(self.inspect()), profiler.milliseconds)
 
     def inspect(self) -> str:
         """The engine inspector's JSON; with a dynamic batch only a context with a shape knows the types."""
@@ -407,7 +407,7 @@ class TensorRT(Runtime):
     """Opens the engine that ``cmt-build`` made on this device."""
 
     def check(self, device: str | None = None) -> str:
-        open_cuda().gpu(gpu_index(device))
+        open_cuda().gpu(parse_gpu_index(device))
         return f"tensorrt {trt.__version__}"
 
     def load(self, bundle: Bundle, options: LoadOptions) -> Session:
@@ -419,7 +419,7 @@ class TensorRT(Runtime):
             BundleError: the engine was changed; this is found out before it is deserialised. Or its input and
                 outputs are not what the manifest says.
         """
-        cuda, target = engine_target(options.device)
+        cuda, target = find_engine_target(options.device)
         session = TensorRTSession(
             read_engine(bundle, target),
             cuda,

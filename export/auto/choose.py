@@ -15,12 +15,12 @@ from cmt_edge.deploy import report
 from cmt_edge.deploy.bundle.sections import VerdictEntry
 from cmt_edge.deploy.errors import GateError
 from cmt_edge.deploy.measure.child import MeasuringProcess
-from cmt_edge.deploy.measure.host import describe
-from cmt_edge.deploy.measure.isa import ISAS, int8_hardware
+from cmt_edge.deploy.measure.host import describe_host
+from cmt_edge.deploy.measure.isa import ISAS, has_int8_hardware
 from cmt_edge.deploy.progress import Progress
 
 from ..config import ExportConfig
-from ..plan import Journal, Step, steps_to_choose
+from ..plan import Journal, Step, list_steps_to_choose
 from ..preparation import Prepared
 from .questions import make_questions
 from .search import Conditions, Verdict, search
@@ -47,7 +47,7 @@ def choose(config: ExportConfig, prepared: Prepared, progress: Progress) -> Deci
     data, quantized = prepared.data, prepared.quantized
     assert data is not None and quantized is not None, "auto needs images"  # noqa: PT018
     with (
-        Journal(steps_to_choose(config), progress) as journal,
+        Journal(list_steps_to_choose(config), progress) as journal,
         tempfile.TemporaryDirectory(prefix="cmt-edge-") as name,
         MeasuringProcess(config.isa, progress.share) as process,
     ):
@@ -85,7 +85,7 @@ def _conditions(config: ExportConfig, started: float) -> Conditions:
 def _nothing_passes(verdict: VerdictEntry) -> GateError:
     return GateError(
         "no precision passes",
-        why="\n       ".join(report.verdict_text(verdict).splitlines()),
+        why="\n       ".join(report.describe_verdict(verdict).splitlines()),
         remedy="nothing was written; allow more with --max-drop or --latency-budget, calibrate on more and"
         " more typical images, or train with quantization in mind",
     )
@@ -111,7 +111,7 @@ def _describe(
         runtime=workbench.runtime,
         threads=config.threads,
         batch=config.batch,
-        host=describe(),
+        host=describe_host(),
         data=data.describe(),
         float_already=workbench.float_already(),
     )
@@ -125,7 +125,7 @@ def _notes(found: Verdict, isa: str | None) -> list[str]:
             f"measured with the runtime limited to {isa} (as {ISAS[isa].like}), on this machine's clock and"
             " memory: trust the order, not the milliseconds; the bundle itself is verified without the limit"
         )
-    if not int8_hardware(isa):
+    if not has_int8_hardware(isa):
         notes.append(
             "no instructions for int8 products (VNNI) here: int8 runs in several steps of older ones"
         )

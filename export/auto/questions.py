@@ -12,8 +12,10 @@ import numpy as np
 
 from cmt_edge.calib import CalibrationSet
 from cmt_edge.deploy import Preprocess
-from cmt_edge.deploy.images import ImageSet, Item, digest
-from cmt_edge.deploy.preprocessing import NamedBytes, pixels
+from cmt_edge.deploy.decoding import NamedBytes
+from cmt_edge.deploy.folders import Item
+from cmt_edge.deploy.images import ImageSet, digest
+from cmt_edge.deploy.preprocessing import pixels
 
 from ..steps import Evaluation
 

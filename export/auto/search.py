@@ -30,12 +30,11 @@ from cmt_edge.deploy.bundle.sections import (
     Speed,
     Variant,
 )
-from cmt_edge.deploy.measure.statistics import paired_drop, wilson
+from cmt_edge.deploy.measure.parity import DROP_ROUNDING_POINTS
+from cmt_edge.deploy.measure.statistics import compute_paired_drop, compute_wilson_interval
 
 WIDTH = {"fp32": 2, "bf16": 1, "int8": 0}
 """Precision -> its rank by the width of its numbers; of equals the wider one is taken."""
-EPSILON = 1e-9
-"""What rounding may add to a drop, percentage points."""
 
 
 class Phase(Enum):
@@ -254,7 +253,7 @@ class _Search:
             self.judged[refined] = accuracy
 
     def _is_accurate(self, accuracy: Accuracy) -> bool:
-        return accuracy.drop <= self.conditions.max_drop + EPSILON
+        return accuracy.drop <= self.conditions.max_drop + DROP_ROUNDING_POINTS
 
     def _candidate(self, variant: Variant, speed: Speed | None) -> Candidate:
         """``variant`` with what was measured, and why it does not pass."""
@@ -311,7 +310,7 @@ def judge(expected: Answers, ours: Answers) -> Accuracy:
     count = len(expected.top1)
     agreement = float((ours.top1 == expected.top1).mean())
     if expected.truth is None:
-        low, high = wilson(1 - agreement, count)
+        low, high = compute_wilson_interval(1 - agreement, count)
         return Accuracy(
             count,
             None,
@@ -321,7 +320,7 @@ def judge(expected: Answers, ours: Answers) -> Accuracy:
             ours.deviation,
         )
     right = ours.top1 == expected.truth
-    drop = paired_drop(expected.top1 == expected.truth, right)
+    drop = compute_paired_drop(expected.top1 == expected.truth, right)
     return Accuracy(
         count,
         100 * float(right.mean()),

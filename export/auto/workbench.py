@@ -20,29 +20,29 @@ import numpy as np
 import onnx
 
 from cmt_edge.calib import Quantized
-from cmt_edge.calib.groups import CLASSES, classes_of, groups_of
-from cmt_edge.calib.restore import int8_nodes
+from cmt_edge.calib.groups import COMMON_GROUPS, group_by_kind, group_nodes
+from cmt_edge.calib.restore import list_int8_nodes
 from cmt_edge.deploy.backends import RUNTIME_OF_FORMAT
-from cmt_edge.deploy.bundle import BundleWriter, plain, read_record
+from cmt_edge.deploy.bundle import BundleWriter, make_plain, read_record
 from cmt_edge.deploy.bundle.sections import (
     FORMATS,
     Count,
-    Difference,
+    OutputDifference,
     Share,
     Speed,
     Variant,
 )
 from cmt_edge.deploy.cache import JsonCache
-from cmt_edge.deploy.files import cache_folder
+from cmt_edge.deploy.files import find_cache_folder
 from cmt_edge.deploy.measure.benchmark import Measured, Protocol
 from cmt_edge.deploy.measure.child import OWN_CHOICE, MeasuringProcess
-from cmt_edge.deploy.measure.host import describe, versions
+from cmt_edge.deploy.measure.host import describe_host, read_versions
 from cmt_edge.deploy.progress import Progress
 
 from .. import steps
 from ..config import ExportConfig
 from ..preparation import Prepared
-from ..to_onnx import with_batch
+from ..to_onnx import set_batch
 from .questions import Images, Questions
 from .search import Answers
 
@@ -52,9 +52,9 @@ SEARCH_PROTOCOL = Protocol(iters=100, seconds=2.0, warmup_seconds=0.5)
 """How long each candidate is measured."""
 OWN_CHOICE_WARNING = 0.05
 """Share of the time in kernels that heed no limit, from which on a warning says so."""
-CLASS_NAMES: dict[str, str] = dict(
+GROUP_TITLES: dict[str, str] = dict(
     zip(
-        CLASSES,
+        COMMON_GROUPS,
         ("attention products", "depthwise", "linears"),
         strict=True,
     )
@@ -72,7 +72,7 @@ class MeasuredAnswers:
     its logits."""
 
     top1: tuple[Count, ...]
-    deviation: Difference
+    deviation: OutputDifference
 
 
 @dataclass(frozen=True)
@@ -113,14 +113,14 @@ class Workbench:
             progress,
         )
         self._measured = JsonCache(
-            cache_folder() / "search" if config.cache else None,
+            find_cache_folder() / "search" if config.cache else None,
             KEPT_MEASUREMENTS,
         )
         self._backend = RUNTIME_OF_FORMAT[config.format]
         self.runtime = process.runtime(self._backend)
-        self._int8_nodes = int8_nodes(quantized.model)
+        self._int8_nodes = list_int8_nodes(quantized.model)
         self._source = quantized.source
-        self.groups = groups_of(self._source, self._int8_nodes)
+        self.groups = group_nodes(self._source, self._int8_nodes)
         self._bundles: dict[Variant, Path] = {}
         self._hashes: dict[Variant, str] = {}
         self._expected: np.ndarray | None = None
@@ -131,8 +131,8 @@ class Workbench:
         """fp32 first; int8 as a whole, and without the kinds of products that hybrids are sensitive in."""
         floats = [Variant(p, p) for p in FORMATS[self._config.format] if p != "int8"]
         partly = [
-            Variant(f"int8, {CLASS_NAMES[name]} float", "int8", (name,))
-            for name, nodes in classes_of(self._source, self._int8_nodes).items()
+            Variant(f"int8, {GROUP_TITLES[name]} float", "int8", (name,))
+            for name, nodes in group_by_kind(self._source, self._int8_nodes).items()
             if nodes and set(nodes) != set(self._int8_nodes)
         ]
         return [*floats, Variant("int8", "int8"), *partly]
@@ -146,7 +146,7 @@ class Workbench:
         """Groups of convs that are float in every int8 candidate."""
         graph = self._prepared.graph
         convs = {node.name for node in graph.graph.node if node.op_type == "Conv"}
-        return tuple(sorted(set(groups_of(graph, convs)) - set(self.groups)))
+        return tuple(sorted(set(group_nodes(graph, convs)) - set(self.groups)))
 
     # --- measurements ---
 
@@ -202,8 +202,8 @@ class Workbench:
         kept: T = self._measured.get(
             key,
             make=measure,
-            read=lambda content: read_record(kind, content, cache_folder(), "the measurement"),
-            plain=plain,
+            read=lambda content: read_record(kind, content, find_cache_folder(), "the measurement"),
+            plain=make_plain,
         )
         return kept
 
@@ -233,14 +233,14 @@ class Workbench:
     @cached_property
     def _machine(self) -> dict[str, Any]:
         """Everything besides graph and images that a measurement depends on."""
-        host = describe()
+        host = describe_host()
         return {
             "runtime": self.runtime,
             "isa": self._config.isa,
             "threads": self._config.threads,
             "batch": self._config.batch,
             "preprocess": self._config.preprocess.to_json(),
-            "versions": versions(),
+            "versions": read_versions(),
             "cpu": host.cpu,
             "flags": host.flags,
             "cores": host.cores,
@@ -267,7 +267,7 @@ class Workbench:
 
     def _hash(self, variant: Variant) -> str:
         if variant not in self._hashes:
-            graph = with_batch(self._graph(variant), self._config.batch)
+            graph = set_batch(self._graph(variant), self._config.batch)
             content = graph.SerializeToString(deterministic=True)
             self._hashes[variant] = hashlib.sha256(content).hexdigest()
         return self._hashes[variant]

@@ -15,12 +15,12 @@ from cmt_edge.calib import DEFAULT, quantize
 from cmt_edge.calib.equalize import Equalized, equalize, find_sites
 from cmt_edge.calib.generated import generate
 from cmt_edge.calib.graph import read_model
-from cmt_edge.calib.recipe import inner_depthwise
+from cmt_edge.calib.recipe import find_inner_depthwise
 from cmt_edge.calib.running import measure_extremes
 from cmt_edge.deploy.errors import StepError
 from cmt_edge.deploy.preprocessing import preprocess
-from cmt_edge.export.to_onnx import logits_of
 from helpers.calibration import SPEC
+from helpers.graphs import compute_logits
 
 SIZE = 6
 
@@ -105,7 +105,7 @@ def test_the_answers_are_the_same(seed, channels, padding, affine, depthwise, pr
     assert model.SerializeToString(deterministic=True) == before
     onnx.checker.check_model(equal, full_check=True)
     for batch in images(rng, 3):  # other ones
-        ours, expected = logits_of(equal, batch, "equalized"), logits_of(model, batch, "given")
+        ours, expected = compute_logits(equal, batch, "equalized"), compute_logits(model, batch, "given")
         assert np.abs(ours - expected).max() <= 2e-5 * max(1, np.abs(expected).max())
 
 
@@ -175,13 +175,17 @@ def test_a_silent_channel_does_not_become_loud():
     assert all(np.isfinite(numpy_helper.to_array(t)).all() for t in equal.graph.initializer)
     batch = images(rng, 1)[0]
     assert np.allclose(
-        logits_of(equal, batch, "equalized"), logits_of(model, batch, "given"), rtol=1e-4, atol=1e-4
+        compute_logits(equal, batch, "equalized"), compute_logits(model, batch, "given"), rtol=1e-4, atol=1e-4
     )
+
+
+def name_inner_depthwise(model: onnx.ModelProto) -> set[str | None]:
+    return {node.name for node in find_inner_depthwise(read_model(model).graph)}
 
 
 def test_the_places_of_a_real_graph(graph):
     read_by = {site.conv.name for site in find_sites(read_model(graph).graph)}
-    inner = inner_depthwise(graph)
+    inner = name_inner_depthwise(graph)
     assert len(inner) == 10  # one a block
     assert inner < read_by
     assert (
@@ -191,17 +195,21 @@ def test_the_places_of_a_real_graph(graph):
 
 def test_depthwise_convs_elsewhere_stay_float(graph):
     chain_ = chain(np.random.default_rng(3))
-    assert inner_depthwise(chain_) == {"middle"}
-    assert inner_depthwise(chain(np.random.default_rng(3), affine=False)) == set()  # nothing to equalize with
+    assert name_inner_depthwise(chain_) == {"middle"}
+    assert (
+        name_inner_depthwise(chain(np.random.default_rng(3), affine=False)) == set()
+    )  # nothing to equalize with
     chain_.graph.node[0].op_type = "MaxPool"
-    assert inner_depthwise(chain_) == set()
+    assert name_inner_depthwise(chain_) == set()
 
 
 def test_int8_comes_closer(graph, data, quantized):
     batch = np.stack([preprocess(b, SPEC) for b in generate(24, 64, seed=99)])
-    expected = logits_of(graph, batch, "float")
+    expected = compute_logits(graph, batch, "float")
     plain = quantize(graph, data, SPEC, replace(DEFAULT, equalize=False))
-    ours, without = (np.abs(logits_of(q.model, batch, "int8") - expected).mean() for q in (quantized, plain))
+    ours, without = (
+        np.abs(compute_logits(q.model, batch, "int8") - expected).mean() for q in (quantized, plain)
+    )
     assert ours < 0.9 * without
-    assert np.abs(logits_of(quantized.source, batch, "source") - expected).max() < 1e-3
+    assert np.abs(compute_logits(quantized.source, batch, "source") - expected).max() < 1e-3
     assert plain.source is graph

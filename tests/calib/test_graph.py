@@ -12,24 +12,25 @@ from onnx import TensorProto, helper, numpy_helper
 from cmt_edge.calib import graph as view_of
 from cmt_edge.calib.graph import (
     add_constant,
-    array_of,
     copy_node,
     count_readers,
     detach_readers,
+    find_source,
     make_node,
     open_view,
+    read_array,
     read_model,
     read_types,
     remove_unread,
     set_constant,
-    source_of,
     unfold_constants,
     write_model,
 )
 from cmt_edge.calib.qdq_pairs import move_pairs_to_layers, sign_quantizers
 from cmt_edge.calib.restore import restore
 from cmt_edge.calib.running import measure_extremes, open_graph
-from cmt_edge.export.typed import rounded, typed
+from cmt_edge.export.typed import round_graph, type_graph
+from helpers.graphs import rewrite_copy
 
 FLOAT = TensorProto.FLOAT
 
@@ -74,7 +75,7 @@ def test_reading_and_writing_keeps_every_byte():
 
 
 def test_reading_and_writing_keeps_every_byte_of_real_graphs(graph, quantized):
-    half = typed(quantized.model, "int8", {})
+    half = type_graph(quantized.model, "int8", {})
     for model in (graph, quantized.model, quantized.source, half.model):
         assert stored(write_model(read_model(model))) == stored(model)
 
@@ -167,7 +168,7 @@ def test_types_are_inferred_without_the_values_of_large_constants():
     graph = read_types(model).graph
     assert graph.node("m").outputs[0].shape[1] == 60
     assert list(graph.outputs[0].shape)[1:] == [30, 2]
-    assert array_of(graph.initializers["w"]).shape == (40, 60)
+    assert read_array(graph.initializers["w"]).shape == (40, 60)
     model.graph.node[0].input[0] = "shape"
     with pytest.raises(onnx.shape_inference.InferenceError):
         read_types(model)
@@ -186,14 +187,14 @@ def test_constants_are_initializers_or_results_of_constant_nodes():
     model.graph.node.insert(0, helper.make_node("Constant", [], ["one"], "f", value_float=1.5))
     graph = read_model(model).graph
     values = {
-        value.name: array_of(value) for node in graph for value in (*node.inputs, *node.outputs) if value
+        value.name: read_array(value) for node in graph for value in (*node.inputs, *node.outputs) if value
     }
     assert values.pop("ints").tolist() == [1, 2]
     assert values.pop("one") == np.float32(1.5)
     assert values.pop("one", None) is None
     assert (values.pop("k"), values.pop("top")) == (2, 3)
     assert values.pop("w").tolist() == [1, 2, 3, 4]
-    assert array_of(None) is None
+    assert read_array(None) is None
     assert not any(value is not None for value in values.values())
 
 
@@ -241,15 +242,15 @@ def test_sources_are_found_through_moves():
     ]
     ends = [info(name, FLOAT, None) for name in ("input", "logits")]
     graph = read_model(helper.make_model(helper.make_graph(nodes, "g", ends[:1], ends[1:]))).graph
-    found = {node.name: source_of(node.outputs[0]) for node in graph}
+    found = {node.name: find_source(node.outputs[0]) for node in graph}
     assert {name: source.name for name, source in found.items()} == {
         "relu": "relu",
         "flatten": "relu",
         "transpose": "relu",
         "concat": "concat",
     }
-    assert source_of(graph.inputs[0]) is None
-    assert source_of(None) is None
+    assert find_source(graph.inputs[0]) is None
+    assert find_source(None) is None
 
 
 def test_extremes_are_those_of_the_tensors_on_each_batch():
@@ -336,25 +337,19 @@ def small() -> tuple[onnx.ModelProto, onnx.ModelProto]:
     return original, int8
 
 
-def rewritten(model: onnx.ModelProto, change) -> onnx.ModelProto:
-    with open_view(model) as view:
-        change(view.graph)
-        return write_model(view)
-
-
 def changed_graphs() -> dict[str, onnx.ModelProto]:
     """What each function that changes graphs makes of small ones."""
     original, int8 = small()
     observed = {"input": 1.0, "r": 1e5, "logits": 40.0}
-    signed = rewritten(int8, sign_quantizers)
-    final = rewritten(signed, move_pairs_to_layers)
+    signed = rewrite_copy(int8, sign_quantizers)
+    final = rewrite_copy(signed, move_pairs_to_layers)
     return {
         "signed": signed,
         "moved": final,
         "restored": restore(final, original, ["linear"]),
-        "float16": typed(original, "fp16", observed).model,
-        "int8 in float16": typed(final, "int8", {}).model,
-        "rounded": rounded(typed(final, "int8", {}).model),
+        "float16": type_graph(original, "fp16", observed).model,
+        "int8 in float16": type_graph(final, "int8", {}).model,
+        "rounded": round_graph(type_graph(final, "int8", {}).model),
     }
 
 

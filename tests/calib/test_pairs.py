@@ -11,10 +11,10 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from cmt_edge.calib import DEFAULT, CalibrationSet, lint, quantize
-from cmt_edge.calib.graph import open_view, write_model
 from cmt_edge.calib.qdq_pairs import move_pairs_to_layers, sign_quantizers
 from cmt_edge.deploy.preprocessing import Preprocess
-from cmt_edge.export.to_onnx import export_onnx, logits_of, run_graph, simplify
+from cmt_edge.export.to_onnx import export_onnx, run_graph, simplify
+from helpers.graphs import compute_logits, rewrite_copy
 
 SPEC = Preprocess(32, None, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
@@ -31,13 +31,6 @@ class Rectified(nn.Module):
         x = self.second(self.first(x).relu()).relu().flatten(2).transpose(1, 2)
         x = (self.q(x) @ x.transpose(1, 2)).softmax(-1) @ self.v(x)
         return self.head(x.relu().mean(1))
-
-
-def rewritten(model, change) -> onnx.ModelProto:
-    """A copy of ``model`` that ``change`` has rewritten."""
-    with open_view(model) as view:
-        change(view.graph)
-        return write_model(view)
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +52,8 @@ def test_no_quantizer_is_unsigned(quantized):
 
 def test_the_answers_stay_close(graph, quantized):
     x = np.random.default_rng(0).random((2, 3, 32, 32)).astype(np.float32)
-    expected = logits_of(graph, x, "float")
-    assert np.abs(logits_of(quantized, x, "int8") - expected).max() < 0.1 * np.abs(expected).max()
+    expected = compute_logits(graph, x, "float")
+    assert np.abs(compute_logits(quantized, x, "int8") - expected).max() < 0.1 * np.abs(expected).max()
 
 
 def test_what_reads_a_softmax_stays_float(graph):
@@ -86,7 +79,9 @@ def test_a_signed_quantizer_covers_the_same_range():
         onnx.numpy_helper.from_array(v, k) for k, v in {"s": np.float32(0.01), "z": np.uint8(0)}.items()
     ]
     ends = [h.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [3]) for n in "xy"]
-    model = rewritten(h.make_model(h.make_graph(nodes, "g", ends[:1], ends[1:], constants)), sign_quantizers)
+    model = rewrite_copy(
+        h.make_model(h.make_graph(nodes, "g", ends[:1], ends[1:], constants)), sign_quantizers
+    )
     values = {i.name: onnx.numpy_helper.to_array(i) for i in model.graph.initializer}
     assert values["z"].dtype == np.int8
     assert values["s"] * 127 == pytest.approx(0.01 * 255)
@@ -144,7 +139,7 @@ def answers(model: onnx.ModelProto) -> list[np.ndarray]:
 @pytest.mark.parametrize("kind", [{}, {"residual": True}, {"other_reader": True}])
 def test_a_pair_stands_before_its_conv_and_changes_no_value(kind):
     expected = answers(tokens_then_conv(**kind))
-    model = rewritten(tokens_then_conv(**kind), move_pairs_to_layers)
+    model = rewrite_copy(tokens_then_conv(**kind), move_pairs_to_layers)
     onnx.checker.check_model(model, full_check=True)
     for ours, before in zip(answers(model), expected, strict=True):
         np.testing.assert_array_equal(ours, before)
@@ -201,7 +196,7 @@ def test_a_pair_stands_before_its_linear_but_not_before_a_product_of_activations
     }
     run = lambda: ReferenceEvaluator(model).run(None, feeds)[0]  # noqa: E731
     before = run()
-    model = rewritten(model, move_pairs_to_layers)
+    model = rewrite_copy(model, move_pairs_to_layers)
     onnx.checker.check_model(model, full_check=True)
     np.testing.assert_array_equal(run(), before)
     by_output = {o: n for n in model.graph.node for o in n.output}
@@ -216,12 +211,12 @@ def test_a_pair_with_a_scale_for_each_channel_stays():
         if i.name in "sz":
             i.CopyFrom(onnx.numpy_helper.from_array(np.tile(onnx.numpy_helper.to_array(i), 16), i.name))
     before = model.SerializeToString(deterministic=True)
-    assert rewritten(model, move_pairs_to_layers).SerializeToString(deterministic=True) == before
+    assert rewrite_copy(model, move_pairs_to_layers).SerializeToString(deterministic=True) == before
 
 
 def test_openvino_answers_as_onnxruntime_beside_a_concat():
     ov = pytest.importorskip("openvino")
-    model = rewritten(tokens_then_conv(), move_pairs_to_layers)
+    model = rewrite_copy(tokens_then_conv(), move_pairs_to_layers)
     compiled = ov.Core().compile_model(
         ov.Core().read_model(model.SerializeToString()), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
     )

@@ -19,8 +19,8 @@ from cmt_edge.deploy.cache import CacheWarning
 from cmt_edge.deploy.errors import CmtEdgeError, ImageError
 from cmt_edge.deploy.preprocessing import preprocess
 from cmt_edge.export import ExportConfig
-from cmt_edge.export.to_onnx import logits_of
 from helpers.calibration import IMAGES, SPEC
+from helpers.graphs import compute_logits
 
 MODULE = sys.modules[quantize.__module__]  # the package gives this name to its function
 
@@ -109,7 +109,7 @@ def test_what_is_int8_and_what_stays_float(graph, quantized):
 
 def test_answers_stay_close_to_the_float_graph(graph, quantized):
     batch = np.stack([preprocess(b, SPEC) for b in generate(24, 64, seed=99)])
-    a, b = logits_of(graph, batch, "float"), logits_of(quantized.model, batch, "int8")
+    a, b = compute_logits(graph, batch, "float"), compute_logits(quantized.model, batch, "int8")
     assert np.corrcoef(a.ravel(), b.ravel())[0, 1] > 0.98
     assert not np.array_equal(a, b)
     assert (a.argmax(1) == b.argmax(1)).mean() > 0.8

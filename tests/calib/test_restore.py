@@ -10,16 +10,17 @@ from onnx import TensorProto, helper, numpy_helper
 
 from cmt_edge.calib import Recipe, lint, quantize
 from cmt_edge.calib.generated import generate
-from cmt_edge.calib.groups import MODULE, classes_of, group_names, groups_of
-from cmt_edge.calib.restore import int8_nodes, restore
+from cmt_edge.calib.groups import MODULE, group_by_kind, group_nodes, name_groups
+from cmt_edge.calib.restore import list_int8_nodes, restore
 from cmt_edge.deploy.errors import InputError, StepError
 from cmt_edge.deploy.preprocessing import preprocess
-from cmt_edge.export.to_onnx import logits_of, with_batch
+from cmt_edge.export.to_onnx import set_batch
 from helpers.calibration import SPEC
+from helpers.graphs import compute_logits
 
 
 def names(*paths: str) -> dict[str, str]:
-    return group_names(set(paths))
+    return name_groups(set(paths))
 
 
 def test_groups_are_a_kind_of_layer_in_a_stage():
@@ -83,7 +84,7 @@ def batch():
 
 @pytest.fixture(scope="module")
 def expected(graph, batch):
-    return logits_of(graph, batch, "float")
+    return compute_logits(graph, batch, "float")
 
 
 def test_every_operation_knows_its_module_and_the_bundle_does_not(graph):
@@ -92,19 +93,19 @@ def test_every_operation_knows_its_module_and_the_bundle_does_not(graph):
         for node in graph.graph.node
         if node.op_type in ("Conv", "Gemm", "MatMul")
     )
-    assert not any(node.metadata_props for node in with_batch(graph, 1).graph.node)
+    assert not any(node.metadata_props for node in set_batch(graph, 1).graph.node)
 
 
 def test_groups_of_the_real_graph(graph, quantized):
-    groups = groups_of(quantized.source, int8_nodes(quantized.model))
-    assert list(groups) == [
-        "stem", *(f"stages.{s}.{kind}" for s in range(4) for kind in ("embed", "attn", "ffn")), "head",
-    ]  # fmt: skip  # lpu is depthwise, so it is float already
-    assert sum(map(len, groups.values())) == len(int8_nodes(quantized.model))
-    classes = classes_of(quantized.source, int8_nodes(quantized.model))
+    groups = group_nodes(quantized.source, list_int8_nodes(quantized.model))
+    kinds = ("embed", "attn", "ffn")  # lpu is depthwise, so it is float already
+    stages = [f"stages.{stage}.{kind}" for stage in range(4) for kind in kinds]
+    assert list(groups) == ["stem", *stages, "head"]
+    assert sum(map(len, groups.values())) == len(list_int8_nodes(quantized.model))
+    classes = group_by_kind(quantized.source, list_int8_nodes(quantized.model))
     assert classes["@products"] == ()  # the attention's own are float
     assert len(classes["@depthwise"]) == 10
-    assert set(classes["@linears"]) < set(int8_nodes(quantized.model))
+    assert set(classes["@linears"]) < set(list_int8_nodes(quantized.model))
 
 
 def test_restoring_nothing_changes_nothing(graph, quantized):
@@ -114,38 +115,38 @@ def test_restoring_nothing_changes_nothing(graph, quantized):
 
 def test_restoring_everything_is_the_float_graph(graph, quantized, batch, expected):
     before = quantized.model.SerializeToString(deterministic=True)
-    whole = restore(quantized.model, quantized.source, int8_nodes(quantized.model))
-    assert np.abs(logits_of(whole, batch, "restored") - expected).max() < 1e-5
+    whole = restore(quantized.model, quantized.source, list_int8_nodes(quantized.model))
+    assert np.abs(compute_logits(whole, batch, "restored") - expected).max() < 1e-5
     assert {n.op_type for n in whole.graph.node} == {n.op_type for n in quantized.source.graph.node}
     assert len(whole.graph.node) == len(quantized.source.graph.node)
-    assert int8_nodes(whole) == []
+    assert list_int8_nodes(whole) == []
     assert quantized.model.SerializeToString(deterministic=True) == before
 
 
 def check(variant, left):
     assert lint(variant) == []
     onnx.checker.check_model(variant, full_check=True)
-    assert set(int8_nodes(variant)) == set(left)
+    assert set(list_int8_nodes(variant)) == set(left)
 
 
 def test_every_operation_alone_can_be_restored_or_left(graph, quantized):
-    every = int8_nodes(quantized.model)
+    every = list_int8_nodes(quantized.model)
     for node in every[::3]:
         check(restore(quantized.model, quantized.source, [node]), [n for n in every if n != node])
         check(restore(quantized.model, quantized.source, [n for n in every if n != node]), [node])
 
 
 def test_every_group_comes_closer_to_the_float_answers(graph, quantized, batch, expected):
-    every = int8_nodes(quantized.model)
-    whole = np.abs(logits_of(quantized.model, batch, "int8") - expected).mean()
-    for nodes in groups_of(quantized.source, every).values():
+    every = list_int8_nodes(quantized.model)
+    whole = np.abs(compute_logits(quantized.model, batch, "int8") - expected).mean()
+    for nodes in group_nodes(quantized.source, every).values():
         alone = restore(quantized.model, quantized.source, [n for n in every if n not in nodes])
         check(alone, nodes)
-        assert 0 < np.abs(logits_of(alone, batch, "alone") - expected).mean() < whole
+        assert 0 < np.abs(compute_logits(alone, batch, "alone") - expected).mean() < whole
 
 
 def test_random_choices(graph, quantized):
-    every, rng = int8_nodes(quantized.model), np.random.default_rng(0)
+    every, rng = list_int8_nodes(quantized.model), np.random.default_rng(0)
     for _ in range(8):
         chosen = [n for n in every if rng.random() < rng.random()]
         if len(chosen) < len(every):
@@ -159,7 +160,7 @@ def test_corrected_biases_are_the_original_ones_again(graph, quantized):
         return next(numpy_helper.to_array(i) for i in model.graph.initializer if i.name == name)
 
     assert not np.array_equal(bias(quantized.model), before["stem.1.conv.bias"])
-    stem = groups_of(quantized.source, int8_nodes(quantized.model))["stem"]
+    stem = group_nodes(quantized.source, list_int8_nodes(quantized.model))["stem"]
     assert np.array_equal(bias(restore(quantized.model, quantized.source, stem)), before["stem.1.conv.bias"])
 
 
@@ -168,9 +169,11 @@ def test_the_recipe_keeps_groups_float(graph, data, cache, quantized):
     result = quantize(graph, data, SPEC, recipe, cache=cache)
     assert result.cached  # the calibrated graph is that of the plain recipe
     assert result.recipe == recipe.key() != quantized.recipe
-    left = set(int8_nodes(result.model))
-    groups, classes = (f(quantized.source, int8_nodes(quantized.model)) for f in (groups_of, classes_of))
-    assert left == set(int8_nodes(quantized.model)) - {
+    left = set(list_int8_nodes(result.model))
+    groups, classes = (
+        f(quantized.source, list_int8_nodes(quantized.model)) for f in (group_nodes, group_by_kind)
+    )
+    assert left == set(list_int8_nodes(quantized.model)) - {
         *groups["stem"],
         *groups["stages.3.ffn"],
         *classes["@linears"],
@@ -206,7 +209,7 @@ def test_unknown_operations_and_foreign_graphs_are_refused(graph, quantized):
         helper.make_node("Mul", ["input", "input"], ["smoothed"], name="smooth")
     )
     with pytest.raises(StepError, match="become float again"):
-        restore(smoothed, graph, int8_nodes(quantized.model)[:1])
+        restore(smoothed, graph, list_int8_nodes(quantized.model)[:1])
 
 
 # --- small graphs: shared pairs, shared constants, biases added apart -----------------------------
@@ -282,4 +285,4 @@ def test_one_of_two_readers_of_a_pair(twins):
         corrected = numpy_helper.to_array(int8.graph.initializer[-1])
         assert np.array_equal(bias, corrected) == (chosen == "one")
     whole = restore(int8, original, ["one", "two"])
-    assert np.array_equal(logits_of(whole, batch, "whole"), logits_of(original, batch, "original"))
+    assert np.array_equal(compute_logits(whole, batch, "whole"), compute_logits(original, batch, "original"))

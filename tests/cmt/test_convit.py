@@ -18,7 +18,7 @@ from cmt_edge.cmt.families.convit import (
     PositionAttention,
     PositionTable,
     RowsToOne,
-    patch_offsets,
+    make_patch_offsets,
     resize_position_embedding,
     separate_projections,
 )
@@ -26,8 +26,9 @@ from cmt_edge.cmt.folding import PlainNorm
 from cmt_edge.cmt.layers import DropPath
 from cmt_edge.cmt.weights import randomize
 from cmt_edge.deploy.errors import InputError, WeightsError
-from cmt_edge.export.to_onnx import export_onnx, logits_of, simplify
+from cmt_edge.export.to_onnx import export_onnx, simplify
 from helpers.golden import published
+from helpers.graphs import compute_logits
 from helpers.tensors import difference, images
 
 NAME = "convit_tiny"
@@ -136,7 +137,7 @@ def test_an_embedding_that_is_no_square_grid_is_not_resized(tmp_path, shape):
 
 
 def test_patch_offsets_are_dx_dy_and_the_squared_distance():
-    offsets = patch_offsets(3)
+    offsets = make_patch_offsets(3)
     for query in range(9):
         for key in range(9):
             dx, dy = key % 3 - query % 3, key // 3 - query // 3
@@ -269,7 +270,7 @@ def test_onnx_equals_pytorch_at_any_batch_and_the_rewrites_make_it_smaller():
             x = images(batch, 64, seed=batch)
             with torch.inference_mode():
                 expected = model(x).numpy()
-            np.testing.assert_allclose(logits_of(graph, x.numpy(), form), expected, rtol=0, atol=1e-4)
+            np.testing.assert_allclose(compute_logits(graph, x.numpy(), form), expected, rtol=0, atol=1e-4)
     rewritten = counts["rewritten"]
     assert rewritten.total() < counts["reference"].total()
     assert not {"Div", "ReduceSum", "SequenceAt", "SplitToSequence", "If", "Loop"} & set(rewritten)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from cmt_edge.cmt import create_model, fuse, macs, model_spec, reference
-from cmt_edge.cmt.outside import outside_spec
+from cmt_edge.cmt.outside import make_outside_spec
 from cmt_edge.deploy import Bundle, Predictor
 from cmt_edge.deploy.errors import InputError, RuntimeMissingError, UnknownNameError, WeightsError
 from cmt_edge.deploy.measure.parity import verify
@@ -89,9 +89,9 @@ def outside(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     for name in ("outside_models", "cannot"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    outside_spec.cache_clear()
+    make_outside_spec.cache_clear()
     yield tmp_path
-    outside_spec.cache_clear()
+    make_outside_spec.cache_clear()
 
 
 def test_settings_come_from_the_model(outside):
@@ -235,7 +235,7 @@ CROPS = [
 def test_crop_and_interpolation(outside, given, short_side):
     create_model("outside_models:build")
     sys.modules["outside_models"].Small.default_cfg = {"input_size": (3, 32, 32), **given}
-    outside_spec.cache_clear()
+    make_outside_spec.cache_clear()
     made = ExportConfig("outside_models:build").preprocess
     assert (made.short_side, made.interpolation) == (short_side, given.get("interpolation", "bicubic"))
 
@@ -251,7 +251,7 @@ UNKNOWN = [
 def test_preprocessing_that_we_do_not_have_is_refused(outside, given):
     create_model("outside_models:build")
     sys.modules["outside_models"].Small.default_cfg = {"input_size": (3, 32, 32), **given}
-    outside_spec.cache_clear()
+    make_outside_spec.cache_clear()
     with pytest.raises(InputError, match=r"crops in the mode|lanczos") as error:
         ExportConfig("outside_models:build").check()
     assert "default_cfg" in error.value.remedy

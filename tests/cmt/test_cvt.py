@@ -14,11 +14,12 @@ from cmt_edge.cmt import create_model, fuse, load_pretrained, load_weights, macs
 from cmt_edge.cmt.families.cvt import Attention, CvT, QuickGELU
 from cmt_edge.cmt.folding import PlainNorm
 from cmt_edge.cmt.layers import DropPath
-from cmt_edge.cmt.rewrites import affine_into, key_bias_dropped, value_bias_into
+from cmt_edge.cmt.rewrites import drop_key_bias, fold_affine, fold_value_bias
 from cmt_edge.cmt.weights import randomize
 from cmt_edge.deploy.errors import InputError, WeightsError
-from cmt_edge.export.to_onnx import export_onnx, logits_of, simplify
+from cmt_edge.export.to_onnx import export_onnx, simplify
 from helpers.golden import golden, kept_model, official_array, published
+from helpers.graphs import compute_logits
 from helpers.tensors import difference, images
 
 NAME = "cvt_13"
@@ -169,7 +170,7 @@ def test_what_is_left_of_a_rewritten_block():
 def test_folding_the_first_norm_of_a_block_is_refused():
     """Its shift would be wrong at the borders of the padded convs: the reason why no rewrite does it."""
     with pytest.raises(ValueError, match="zero-padded"):
-        affine_into("norm1", "attn.q.conv").apply(randomized(0).double())
+        fold_affine("norm1", "attn.q.conv").apply(randomized(0).double())
 
 
 @pytest.mark.parametrize("size", [64, 224])
@@ -189,8 +190,8 @@ def test_the_last_block_computes_the_class_token_alone(size):
 
 def test_bias_rewrites_find_nothing_where_there_are_no_biases():
     model = fuse(randomized(0))
-    assert key_bias_dropped("k.linear").apply(model) == 0
-    assert value_bias_into("v.linear", "proj").apply(model) == 0
+    assert drop_key_bias("k.linear").apply(model) == 0
+    assert fold_value_bias("v.linear", "proj").apply(model) == 0
 
 
 def test_the_key_bias_may_be_anything_but_the_value_bias_may_not():
@@ -219,7 +220,7 @@ def test_onnx_equals_pytorch_at_any_batch_and_the_rewrites_make_it_smaller():
             x = images(batch, 64, seed=batch)
             with torch.inference_mode():
                 expected = model(x).numpy()
-            np.testing.assert_allclose(logits_of(graph, x.numpy(), form), expected, rtol=0, atol=1e-4)
+            np.testing.assert_allclose(compute_logits(graph, x.numpy(), form), expected, rtol=0, atol=1e-4)
     rewritten = counts["rewritten"]
     assert (
         rewritten.total() < 0.95 * counts["reference"].total()

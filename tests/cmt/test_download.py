@@ -210,7 +210,7 @@ def test_no_network(tmp_path):
 
 
 def test_more_than_the_cap_is_refused(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(download_module, "MAX_BYTES", 1000)
+    monkeypatch.setattr(download_module, "MAX_DOWNLOAD_BYTES", 1000)
     assert "cap" in failed(Pretrained(server.url), tmp_path).why
     assert "model.pth" not in files(tmp_path)
 

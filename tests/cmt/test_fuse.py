@@ -12,10 +12,10 @@ from cmt_edge.cmt import create_model, fuse, list_models, load_pretrained, model
 from cmt_edge.cmt.folding import (
     PlainNorm,
     ScaleShift,
-    affine_after,
-    affine_before,
-    norm_affine,
-    with_identity,
+    fold_affine_after,
+    fold_affine_before,
+    fold_identity,
+    read_affine,
 )
 from cmt_edge.cmt.layers import DropPath
 from cmt_edge.cmt.weights import randomize
@@ -210,7 +210,7 @@ def test_affine_after_a_conv(options, padding):
     scale, shift = vectors(conv.out_channels, options["seed"])
     x = torch.randn(2, conv.in_channels, 7, 7, dtype=torch.float64)
     with torch.no_grad():
-        assert close(affine_after(conv, scale, shift)(x), per_channel(conv(x), scale, shift))
+        assert close(fold_affine_after(conv, scale, shift)(x), per_channel(conv(x), scale, shift))
 
 
 @settings(max_examples=60, deadline=None)
@@ -220,7 +220,7 @@ def test_affine_before_a_conv(options):
     scale, shift = vectors(conv.in_channels, options["seed"])
     x = torch.randn(2, conv.in_channels, 7, 7, dtype=torch.float64)
     with torch.no_grad():
-        assert close(affine_before(conv, scale, shift)(x), conv(per_channel(x, scale, shift)))
+        assert close(fold_affine_before(conv, scale, shift)(x), conv(per_channel(x, scale, shift)))
 
 
 @settings(max_examples=30, deadline=None)
@@ -230,8 +230,8 @@ def test_affine_around_a_linear(inputs, outputs, bias, seed):
     before, after = vectors(inputs, seed), vectors(outputs, seed + 5)
     x = torch.randn(2, 5, inputs, dtype=torch.float64)
     with torch.no_grad():
-        assert close(affine_before(linear, *before)(x), linear(per_channel(x, *before)))
-        assert close(affine_after(linear, *after)(x), per_channel(linear(x), *after))
+        assert close(fold_affine_before(linear, *before)(x), linear(per_channel(x, *before)))
+        assert close(fold_affine_after(linear, *after)(x), per_channel(linear(x), *after))
 
 
 @settings(max_examples=40, deadline=None)
@@ -242,7 +242,7 @@ def test_identity_in_a_depthwise_conv(channels, kernel, bias, seed):
     weight = conv.weight.detach().clone()
     x = torch.randn(2, channels, 6, 6, dtype=torch.float64)
     with torch.no_grad():
-        assert close(with_identity(conv)(x), conv(x) + x)
+        assert close(fold_identity(conv)(x), conv(x) + x)
     assert torch.equal(conv.weight, weight)
 
 
@@ -255,7 +255,7 @@ def test_batch_norm_as_scale_and_shift(channels, seed, eps):
     norm.running_var.copy_(var.abs())
     x = torch.randn(2, channels, 3, 3, dtype=torch.float64)
     with torch.no_grad():
-        assert close(per_channel(x, *norm_affine(norm)), norm(x))
+        assert close(per_channel(x, *read_affine(norm)), norm(x))
         assert close(ScaleShift(norm)(x), norm(x))
 
 
@@ -263,22 +263,22 @@ def test_layer_norm_is_plain_norm_then_affine():
     norm = filled(nn.LayerNorm(6, eps=1e-6), 0)
     x = torch.randn(2, 5, 6, dtype=torch.float64) * 1e-3  # so small that eps matters
     with torch.no_grad():
-        assert close(per_channel(PlainNorm(norm)(x), *norm_affine(norm)), norm(x))
+        assert close(per_channel(PlainNorm(norm)(x), *read_affine(norm)), norm(x))
 
 
 @pytest.mark.parametrize("padding", [1, (0, 1), (1, 0)])
 def test_shift_before_a_padded_conv_is_refused(padding):
     conv, (scale, shift) = filled(nn.Conv2d(4, 5, 3, padding=padding), 0), vectors(4, 0)
     with pytest.raises(ValueError, match="zero-padded"):
-        affine_before(conv, scale, shift)
+        fold_affine_before(conv, scale, shift)
     x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
     with torch.no_grad():  # a scale alone is exact there
-        assert close(affine_before(conv, scale, shift * 0)(x), conv(per_channel(x, scale, shift * 0)))
+        assert close(fold_affine_before(conv, scale, shift * 0)(x), conv(per_channel(x, scale, shift * 0)))
 
 
 def test_affine_before_a_grouped_conv_is_refused():
     with pytest.raises(ValueError, match="dense and depthwise"):
-        affine_before(nn.Conv2d(4, 4, 1, groups=2), *vectors(4, 0))
+        fold_affine_before(nn.Conv2d(4, 4, 1, groups=2), *vectors(4, 0))
 
 
 @pytest.mark.parametrize(
@@ -296,4 +296,4 @@ def test_affine_before_a_grouped_conv_is_refused():
 )
 def test_identity_in_another_conv_is_refused(conv):
     with pytest.raises(ValueError, match="depthwise conv of stride 1"):
-        with_identity(conv)
+        fold_identity(conv)

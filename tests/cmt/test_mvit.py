@@ -20,18 +20,19 @@ from cmt_edge.cmt.families.mvit.model import (
     Pooling,
     RelativePositions,
     SplitHeads,
-    block_shapes,
-    relative_index,
+    list_block_shapes,
+    make_relative_index,
 )
 from cmt_edge.cmt.families.mvit.published import adapt, resize_position_embedding, resize_relative
-from cmt_edge.cmt.families.mvit.rewrites import ConstantPositions, JointPooling, rewrites_of
+from cmt_edge.cmt.families.mvit.rewrites import ConstantPositions, JointPooling, choose_rewrites
 from cmt_edge.cmt.folding import PlainNorm
 from cmt_edge.cmt.layers import DropPath
 from cmt_edge.cmt.spec import Rewrite
 from cmt_edge.cmt.weights import randomize
 from cmt_edge.deploy.errors import InputError, WeightsError
-from cmt_edge.export.to_onnx import export_onnx, logits_of, simplify
+from cmt_edge.export.to_onnx import export_onnx, simplify
 from helpers.golden import golden, kept_model, official_array, published
+from helpers.graphs import compute_logits
 from helpers.tensors import images, relative_difference
 
 V1, V2 = "mvitv1_b16", "mvitv2_t"
@@ -234,9 +235,9 @@ def test_a_table_of_another_kind_is_not_resized(tmp_path, shape):
 
 
 def test_relative_index_counts_distances_on_the_finer_grid():
-    assert relative_index(3, 3).tolist() == [[2, 1, 0], [3, 2, 1], [4, 3, 2]]
+    assert make_relative_index(3, 3).tolist() == [[2, 1, 0], [3, 2, 1], [4, 3, 2]]
     for queries, keys in [(56, 14), (28, 28), (28, 14), (14, 28), (7, 14), (1, 2), (1, 1), (64, 16)]:
-        index, fine = relative_index(queries, keys), max(queries, keys)
+        index, fine = make_relative_index(queries, keys), max(queries, keys)
         assert 0 <= index.min() <= index.max() <= 2 * fine - 2
         zero = (keys - 1) * (fine // keys)
         for i in range(queries):
@@ -251,7 +252,7 @@ def test_relative_positions_are_the_definition():
     for table in positions.parameters():
         nn.init.normal_(table, generator=generator)
     q, scores = torch.randn(2, 3, 16, 5, generator=generator), torch.randn(2, 3, 16, 4, generator=generator)
-    index = relative_index(4, 2)
+    index = make_relative_index(4, 2)
     with torch.inference_mode():
         actual = positions(q, scores)
         for query in range(16):
@@ -263,7 +264,7 @@ def test_relative_positions_are_the_definition():
 
 
 def test_blocks_change_widths_and_pool_where_the_variants_say():
-    v1, v2, large = (block_shapes(model_spec(n).config, 224) for n in (V1, V2, "mvitv2_l"))
+    v1, v2, large = (list_block_shapes(model_spec(n).config, 224) for n in (V1, V2, "mvitv2_l"))
     assert [i for i, s in enumerate(v1) if s.q_stride == 2] == [1, 3, 14]
     assert [i for i, s in enumerate(v2) if s.q_stride == 2] == [1, 3, 8]
     assert [i for i, s in enumerate(large) if s.q_stride == 2] == [2, 8, 44]
@@ -387,7 +388,7 @@ def test_what_is_left_of_a_rewritten_v2():
     fused = fuse(randomized(V2, 0, 96))
     assert not fused.class_only
     assert isinstance(fused.norm, PlainNorm)
-    for shape, block in zip(block_shapes(fused.config, 96), fused.blocks, strict=True):
+    for shape, block in zip(list_block_shapes(fused.config, 96), fused.blocks, strict=True):
         attn, queries, keys = block.attn, shape.size // shape.q_stride, shape.size // shape.kv_stride
         assert (attn.scale, attn.pool_k.norm.bias, attn.pool_v.norm.bias) == (1.0, None, None)
         assert attn.pool_q.norm.bias is not None
@@ -431,7 +432,7 @@ def test_rewrites_of_v1_that_are_not_exact_in_v2_are_refused():
 def test_a_last_block_that_pools_its_queries_keeps_all_tokens():
     config = MViTConfig((96, 192, 384, 768), (1, 1, 1, 1), version=1, widen_in_attention=False)
     model = MViT(config, img_size=32, num_classes=3)
-    rewrite: Rewrite = rewrites_of(config)[-1]
+    rewrite: Rewrite = choose_rewrites(config)[-1]
     with pytest.raises(ValueError, match="must not pool"):
         rewrite.apply(model)
     assert not model.class_only
@@ -461,7 +462,7 @@ def test_onnx_equals_pytorch_at_any_batch_and_the_rewrites_make_it_smaller(name)
             x = images(batch, 64, seed=batch)
             with torch.inference_mode():
                 expected = model(x).numpy()
-            np.testing.assert_allclose(logits_of(graph, x.numpy(), form), expected, rtol=0, atol=1e-4)
+            np.testing.assert_allclose(compute_logits(graph, x.numpy(), form), expected, rtol=0, atol=1e-4)
     reference, rewritten = counts["reference"], counts["rewritten"]
     assert rewritten.total() < 0.95 * reference.total()
     assert rewritten["Reshape"] < reference["Reshape"]

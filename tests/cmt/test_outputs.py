@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cmt_edge.cmt import create_model, with_head
+from cmt_edge.cmt import choose_head, create_model
 from cmt_edge.cmt.outputs import (
     Probe,
     TwoLabels,
+    find_last_operation,
     is_one_probability,
-    last_operation,
     settle_output,
 )
 from cmt_edge.deploy.errors import InputError
@@ -185,7 +185,7 @@ def test_one_logit_becomes_two_classes():
 @pytest.mark.parametrize("sure", [1.0, 100.0])
 def test_one_probability_becomes_two(sure):
     inner = Model(lambda y, m: (sure * y).sigmoid(), classes=1)
-    assert last_operation(inner.eval(), EXAMPLE) == "sigmoid"
+    assert find_last_operation(inner.eval(), EXAMPLE) == "sigmoid"
     pair = logits_of(TwoLabels(inner, True))
     torch.testing.assert_close(pair[:, 1:], logits_of(inner))
     torch.testing.assert_close(pair.sum(1), torch.ones(2))
@@ -194,7 +194,7 @@ def test_one_probability_becomes_two(sure):
 def test_a_model_of_the_registry_with_one_class_has_two_labels():
     model = create_model("cmt_nano", num_classes=1, seed=0)
     x = torch.randn(3, 3, model.img_size, model.img_size, generator=torch.Generator().manual_seed(1))
-    headed = with_head(model, "logits")
+    headed = choose_head(model, "logits")
     assert isinstance(headed, TwoLabels)
     assert not headed.probability
     torch.testing.assert_close(logits_of(headed, x)[:, 1:], logits_of(model, x))
@@ -214,14 +214,14 @@ LAST = {
 @pytest.mark.parametrize("wrap", [lambda y: y, lambda y: y.half().float(), lambda y: y.squeeze().view(2, -1)])
 def test_the_last_operation(name, wrap):
     model = Model(lambda y, m: wrap(LAST[name](y, m)))
-    assert last_operation(model.eval(), EXAMPLE) == name
+    assert find_last_operation(model.eval(), EXAMPLE) == name
 
 
 @pytest.mark.parametrize(
     "last", [nn.Sigmoid(), nn.Sequential(nn.Identity(), nn.Sigmoid()), nn.functional.sigmoid, torch.sigmoid_]
 )
 def test_a_sigmoid_in_other_words(last):
-    assert last_operation(Model(lambda y, m: last(y)).eval(), EXAMPLE) == "sigmoid"
+    assert find_last_operation(Model(lambda y, m: last(y)).eval(), EXAMPLE) == "sigmoid"
 
 
 ONE = {
@@ -262,6 +262,6 @@ def test_a_probe_finds_the_operation_that_decides_and_leaves_the_model_alone():
 
 @pytest.mark.parametrize("name", ["sort", "topk"])
 def test_the_values_of_a_tuple_remember_their_operation(name):
-    assert (
-        last_operation(Model(lambda y, m: getattr(y, name)(3 if name == "topk" else 1)[0]), EXAMPLE) == name
-    )
+    argument = 3 if name == "topk" else 1
+    model = Model(lambda y, m: getattr(y, name)(argument)[0])
+    assert find_last_operation(model, EXAMPLE) == name

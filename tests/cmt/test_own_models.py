@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cmt_edge.cmt import create_model, macs, model_spec, try_macs
-from cmt_edge.cmt.outside import outside_spec
+from cmt_edge.cmt.outside import make_outside_spec
 from cmt_edge.deploy.errors import InputError
 from cmt_edge.export import ExportConfig, run
 
@@ -208,9 +208,9 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.delitem(sys.modules, "habits", raising=False)
-    outside_spec.cache_clear()
+    make_outside_spec.cache_clear()
     yield tmp_path
-    outside_spec.cache_clear()
+    make_outside_spec.cache_clear()
 
 
 @pytest.mark.parametrize("name", EXPORTED)

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from cmt_edge.cmt import create_model, fuse, model_spec
-from cmt_edge.cmt.objects import object_spec
-from cmt_edge.cmt.outside import outside_spec
-from cmt_edge.cmt.user_files import import_file, name_of, path_of
+from cmt_edge.cmt.objects import make_object_spec
+from cmt_edge.cmt.outside import make_outside_spec
+from cmt_edge.cmt.user_files import find_path, import_file, make_name
 from cmt_edge.deploy.errors import InputError
 
 SOURCE = """
@@ -52,9 +52,9 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "pickled_net.py").write_text(SOURCE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    outside_spec.cache_clear()
+    make_outside_spec.cache_clear()
     yield tmp_path
-    outside_spec.cache_clear()
+    make_outside_spec.cache_clear()
     for name in [name for name in sys.modules if "pickled_net" in name]:
         del sys.modules[name]
 
@@ -133,7 +133,7 @@ def test_a_module_object_does_not_travel_with_its_copy(folder):
     assert torch.equal(answer(other), answer(copied))
     with pytest.raises(InputError, match="does not exist any more"):
         other.spec.constructor(other.spec.config, img_size=32, num_classes=3)
-    assert object_spec(other).num_classes == 3
+    assert make_object_spec(other).num_classes == 3
 
 
 # --- the names of modules in files ----------------------------------------------------------------
@@ -141,14 +141,14 @@ def test_a_module_object_does_not_travel_with_its_copy(folder):
 
 @pytest.mark.parametrize("path", ["/a/b.py", "/ä/ö net.v2.py", "/" + "long/" * 40 + "x.py"])
 def test_the_name_of_a_module_tells_its_file(path):
-    name = name_of(Path(path))
-    assert path_of(name) == Path(path)
+    name = make_name(Path(path))
+    assert find_path(name) == Path(path)
     assert "." not in name.removeprefix("cmt_edge.cmt.user_files.")
 
 
 @pytest.mark.parametrize("name", ["blocks", "my_blocks", "net_a", "net_mfrgg"])
 def test_another_name_tells_none(name):
-    assert path_of(f"cmt_edge.cmt.user_files.{name}") is None
+    assert find_path(f"cmt_edge.cmt.user_files.{name}") is None
     with pytest.raises(ModuleNotFoundError, match="No module named"):
         __import__(f"cmt_edge.cmt.user_files.{name}")
 

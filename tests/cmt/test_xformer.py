@@ -22,8 +22,9 @@ from cmt_edge.cmt.families.xformer import CrossFeatureAttention
 from cmt_edge.cmt.weights import randomize
 from cmt_edge.deploy.images import ImageSet
 from cmt_edge.deploy.preprocessing import Preprocess, preprocess
-from cmt_edge.export.to_onnx import export_onnx, logits_of, simplify
-from cmt_edge.export.typed import observe, rounded, typed
+from cmt_edge.export.to_onnx import export_onnx, simplify
+from cmt_edge.export.typed import observe, round_graph, type_graph
+from helpers.graphs import compute_logits
 from helpers.tensors import images
 
 NAME = "xformer_reading"
@@ -282,7 +283,7 @@ def assert_same_logits_at_any_batch(graph: onnx.ModelProto, model: nn.Module) ->
         x = images(batch, 64, batch)
         with torch.inference_mode():
             expected = model(x).numpy()
-        np.testing.assert_allclose(logits_of(graph, x.numpy(), "test"), expected, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(compute_logits(graph, x.numpy(), "test"), expected, rtol=0, atol=1e-4)
 
 
 def test_rewritten_model_exports_with_any_batch(deployed_graph):
@@ -300,7 +301,10 @@ def test_reference_model_exports_with_any_batch(deployed_graph):
 
 def test_float16_graph_needs_no_float32_islands(deployed_graph):
     x = images(4, 64).numpy()
-    half = typed(deployed_graph, "fp16", observe(deployed_graph, [x]))
+    half = type_graph(deployed_graph, "fp16", observe(deployed_graph, [x]))
     assert half.islands == ()
-    exact, rounded_logits = logits_of(deployed_graph, x, "test"), logits_of(rounded(half.model), x, "test")
+    exact, rounded_logits = (
+        compute_logits(deployed_graph, x, "test"),
+        compute_logits(round_graph(half.model), x, "test"),
+    )
     assert np.abs(rounded_logits - exact).max() < 0.03 * np.abs(exact).max()

@@ -18,9 +18,9 @@ from cmt_edge.deploy.backends.fake import FakeSession
 from cmt_edge.deploy.measure.benchmark import (
     Protocol,
     benchmark,
-    interleaved,
-    precision_warnings,
-    throughput,
+    list_precision_warnings,
+    measure_throughput,
+    time_interleaved,
 )
 from cmt_edge.deploy.measure.statistics import summarise
 from helpers.bundles import LABELS, SPEC, make_bundle, tiny_golden
@@ -105,7 +105,7 @@ def test_much_faster_variants_run_several_times_a_round():
         "slow": lambda: (log.append("s"), time.sleep(0.02)),
         "fast": lambda: (log.append("f"), time.sleep(0.001)),
     }
-    samples = interleaved(calls, ONCE)
+    samples = time_interleaved(calls, ONCE)
     assert len(samples["slow"]) == ONCE.iters
     assert len(samples["fast"]) >= 2 * len(samples["slow"])
     tail = "".join(log[-len(samples["fast"]) :])
@@ -115,7 +115,7 @@ def test_much_faster_variants_run_several_times_a_round():
 
 def test_variants_take_turns():
     log = []
-    samples = interleaved(
+    samples = time_interleaved(
         {"a": lambda: log.append("a"), "b": lambda: log.append("b"), "c": lambda: log.append("c")}, ONCE
     )
     assert "".join(log[-24:]) == 4 * "aabbcc"  # the first of each turn is not counted
@@ -135,7 +135,7 @@ def test_turns_settle_before_they_count(monkeypatch):
     monkeypatch.setattr("cmt_edge.deploy.measure.benchmark.time.perf_counter_ns", lambda: round(1e9 * now))
     calls = {"a": partial(call, "a", 0.004), "b": partial(call, "b", 0.005)}
     protocol = Protocol(iters=9, seconds=0, warmup_iters=1, warmup_seconds=0, settle_seconds=0.021)
-    samples = interleaved(calls, protocol)
+    samples = time_interleaved(calls, protocol)
     turns = [(name, len(list(group))) for name, group in itertools.groupby(log)][2:]  # after the warm-up
     assert turns == 3 * [
         ("a", 6 + 5),
@@ -146,7 +146,7 @@ def test_turns_settle_before_they_count(monkeypatch):
 
 def test_samples_are_in_order_and_in_nanoseconds():
     pauses = iter([0.001, 0.001, 0.03, 0.001, 0.001])
-    samples = interleaved({"a": lambda: time.sleep(next(pauses))}, ONCE)["a"]
+    samples = time_interleaved({"a": lambda: time.sleep(next(pauses))}, ONCE)["a"]
     assert samples.dtype == np.int64
     assert int(samples.argmax()) == 1
     assert samples.max() >= 30_000_000
@@ -155,12 +155,12 @@ def test_samples_are_in_order_and_in_nanoseconds():
 
 def test_both_limits_must_be_met():
     calls = {"fast": lambda: time.sleep(0.002), "slow": lambda: time.sleep(0.004)}
-    by_time = interleaved(
+    by_time = time_interleaved(
         calls, Protocol(iters=1, seconds=0.03, warmup_iters=1, warmup_seconds=0, settle_seconds=0)
     )
     assert by_time["slow"].sum() >= 0.03e9
     assert by_time["fast"].sum() >= 0.03e9
-    by_count = interleaved(
+    by_count = time_interleaved(
         {"slow": calls["slow"]}, Protocol(iters=12, seconds=0.0, warmup_iters=1, warmup_seconds=0)
     )
     assert len(by_count["slow"]) == 12
@@ -173,14 +173,16 @@ def test_warm_up_is_not_counted():
         nonlocal count
         count += 1
 
-    samples = interleaved({"a": call}, Protocol(iters=5, seconds=0, warmup_iters=12, warmup_seconds=0))["a"]
+    samples = time_interleaved({"a": call}, Protocol(iters=5, seconds=0, warmup_iters=12, warmup_seconds=0))[
+        "a"
+    ]
     assert len(samples) == 5
     assert count >= 17
 
 
 def test_warm_up_lasts_its_time():
     start = time.perf_counter()
-    interleaved(
+    time_interleaved(
         {"a": lambda: time.sleep(0.001)}, Protocol(iters=1, seconds=0, warmup_iters=1, warmup_seconds=0.1)
     )
     assert time.perf_counter() - start >= 0.1
@@ -188,12 +190,12 @@ def test_warm_up_lasts_its_time():
 
 def test_error_of_a_variant_comes_through():
     with pytest.raises(ZeroDivisionError):
-        interleaved({"a": lambda: 1 / 0}, ONCE)
+        time_interleaved({"a": lambda: 1 / 0}, ONCE)
 
 
 def test_progress_ends_at_one():
     shares = []
-    interleaved(
+    time_interleaved(
         {"a": lambda: None}, Protocol(iters=100, seconds=0, warmup_iters=1, warmup_seconds=0), shares.append
     )
     assert shares == sorted(shares)
@@ -202,14 +204,16 @@ def test_progress_ends_at_one():
 
 def test_throughput_counts_images():
     p = Predictor(FakeSession(3, delay_s=0.01), SPEC, LABELS, batch=4)
-    rate = throughput(p, np.zeros((4, 3, 16, 16), np.float32), 0.2)
+    rate = measure_throughput(p, np.zeros((4, 3, 16, 16), np.float32), 0.2)
     assert 40 < rate <= 410
 
 
 def test_throughput_uses_what_the_runtime_recommends():
     session = FakeSession(3, delay_s=0.01)
     session.parallelism = 4
-    rate = throughput(Predictor(session, SPEC, LABELS, batch=1), np.zeros((1, 3, 16, 16), np.float32), 0.3)
+    rate = measure_throughput(
+        Predictor(session, SPEC, LABELS, batch=1), np.zeros((1, 3, 16, 16), np.float32), 0.3
+    )
     assert 110 < rate <= 410
 
 
@@ -254,7 +258,7 @@ def test_drift_is_warned_about(tmp_path, monkeypatch):
     protocol = Protocol(iters=30, seconds=0, warmup_iters=1, warmup_seconds=0)
     result = benchmark([make_bundle(tmp_path / "b")], protocol=protocol, with_throughput=False)
     assert any("drifted by +" in w for w in result.results[0].warnings)
-    assert "drifted" in report.benchmark_text(result)
+    assert "drifted" in report.describe_benchmark(result)
 
 
 def test_the_same_bundle_twice_keeps_both(tmp_path):
@@ -345,7 +349,7 @@ def test_report_is_strict_json(real):
 
 @pytest.mark.parametrize("markdown", [False, True])
 def test_tables_say_what_ran(real, markdown):
-    text = report.benchmark_text(real, markdown=markdown)
+    text = report.describe_benchmark(real, markdown=markdown)
     for r in real.results:
         assert text.count(r.name) >= 2
         assert f"{r.model.p50:.2f}" in text
@@ -362,7 +366,9 @@ def test_tables_say_what_ran(real, markdown):
 def test_missing_figures_are_dashes_not_zeros(tmp_path):
     result = benchmark([make_bundle(tmp_path / "b")], protocol=ONCE, with_throughput=False)
     row = next(
-        line for line in report.benchmark_text(result, markdown=True).splitlines() if line.startswith("| b ")
+        line
+        for line in report.describe_benchmark(result, markdown=True).splitlines()
+        if line.startswith("| b ")
     )
     cells = [c.strip() for c in row.strip("|").split("|")]
     assert cells[5] == "-"
@@ -384,7 +390,7 @@ RAN = {
 
 @pytest.mark.parametrize(("asked", "share", "warned"), RAN.values(), ids=RAN.keys())
 def test_precision_warnings(asked, share, warned):
-    warnings = precision_warnings(asked, ExecutedPrecision(share))
+    warnings = list_precision_warnings(asked, ExecutedPrecision(share))
     assert bool(warnings) == warned
     assert all(asked in w for w in warnings)
 
@@ -392,7 +398,7 @@ def test_precision_warnings(asked, share, warned):
 def test_precision_warning_reaches_the_report(tmp_path):
     """The fake runtime says fp32, whatever was asked for."""
     result = benchmark([make_bundle(tmp_path / "b", precision="int8")], protocol=QUICK, with_throughput=False)
-    assert "int8 was asked for" in report.benchmark_text(result)
+    assert "int8 was asked for" in report.describe_benchmark(result)
 
 
 @pytest.mark.parametrize(

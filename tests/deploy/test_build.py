@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ import cmt_edge.deploy.cli.build
 import cmt_edge.deploy.tensorrt.build
 import cmt_edge.deploy.tensorrt.building
 from cmt_edge.deploy import Bundle, Predictor
-from cmt_edge.deploy.bundle import plain
+from cmt_edge.deploy.bundle import make_plain
 from cmt_edge.deploy.bundle.sections import RanOn
 from cmt_edge.deploy.children import Child
 from cmt_edge.deploy.errors import BundleError, OutputError, RuntimeMissingError, StepError
@@ -31,13 +30,14 @@ from cmt_edge.deploy.measure.parity import verify
 from cmt_edge.deploy.tensorrt.engine import BuildRequest
 from helpers.bundles import SIZE, edit_manifest, make_bundle, snapshot
 from helpers.paths import ROOT
+from helpers.running import is_running
 from helpers.trt import forget_fakes, trt_bundle
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """How long to measure is not what these tests are about."""
-    monkeypatch.setattr(cmt_edge.deploy.cli.build, "protocol_of", lambda *_: Protocol(5, 0.0, 1, 0.0))
+    monkeypatch.setattr(cmt_edge.deploy.cli.build, "read_protocol", lambda *_: Protocol(5, 0.0, 1, 0.0))
     monkeypatch.setattr(cmt_edge.deploy.tensorrt.build, "POWER_SECONDS", 0.05)
 
 
@@ -107,7 +107,7 @@ def test_the_network_is_strongly_typed_and_the_options_arrive(gpu_machine, bundl
 
 def test_defaults_leave_tf32_off_and_take_part_of_the_free_memory(gpu_machine, bundle, monkeypatch):
     """Of what the system could free, where GPU and CPU share their memory."""
-    monkeypatch.setattr(cmt_edge.deploy.tensorrt.building, "available_memory", lambda root: 5000 << 20)
+    monkeypatch.setattr(cmt_edge.deploy.tensorrt.building, "read_available_memory", lambda root: 5000 << 20)
     assert build(bundle) == 0
     header = json.loads(engine_path(bundle).read_bytes()[len(b"FAKEPLAN") :].split(b"\n", 1)[0])
     assert (header["workspace"], header["level"], header["tf32"]) == (int(0.4 * (5000 << 20)), 3, False)
@@ -343,13 +343,6 @@ def builders_of(process) -> list[int]:
     raise AssertionError("no builder was started")
 
 
-def running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_build_stops_its_child(gpu_machine, bundle, sent):
     before = snapshot(bundle.path)
@@ -362,7 +355,7 @@ def test_an_interrupted_build_stops_its_child(gpu_machine, bundle, sent):
     _, error = process.communicate(timeout=20)
     assert process.returncode == 128 + sent
     assert b"interrupted" in error
-    assert not any(running(child) for child in children)
+    assert not any(is_running(child) for child in children)
     assert snapshot(bundle.path) == before
 
 
@@ -392,7 +385,7 @@ def test_a_secret_that_cannot_be_kept(gpu_machine, bundle, capsys, monkeypatch, 
     [
         (("--workspace", "0"), "--workspace"),
         (("--workspace", "nan"), "--workspace"),
-        (("--level", "6"), "0 (fast build) to 5"),
+        (("--level", "6"), "give 0 to 5"),
         (("--profile", "1,2"), "three batch sizes"),
         (("--profile", "2,2,8"), "MIN 1"),
         (("--profile", "1,9,8"), "OPT <= MAX"),
@@ -475,7 +468,7 @@ def test_whatever_fails_in_the_builder_is_a_typed_error(gpu_machine, tmp_path):
     )
     with Child(cmt_edge.deploy.tensorrt.building.BUILDER) as child:
         with pytest.raises(StepError, match="FileNotFoundError") as error:
-            child.request("build", **plain(request))
+            child.request("build", **make_plain(request))
         assert "--trtexec" in error.value.remedy
 
 
@@ -494,9 +487,9 @@ def test_a_builder_ends_with_its_caller(gpu_machine, bundle, tmp_path):
     process.kill()
     process.wait()
     deadline = time.monotonic() + 10
-    while any(running(child) for child in children) and time.monotonic() < deadline:
+    while any(is_running(child) for child in children) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not any(running(child) for child in children)
+    assert not any(is_running(child) for child in children)
 
 
 def test_nothing_is_imported_from_the_current_folder(gpu_machine, bundle, tmp_path, monkeypatch):
@@ -551,8 +544,8 @@ def test_a_bundle_that_is_replaced_meanwhile(gpu_machine, bundle, capsys, monkey
         trt_bundle(bundle.path, half=False)
         return result
 
-    real = cmt_edge.deploy.cli.build.finish
-    monkeypatch.setattr(cmt_edge.deploy.cli.build, "finish", finish)
+    real = cmt_edge.deploy.cli.build.finish_bundle
+    monkeypatch.setattr(cmt_edge.deploy.cli.build, "finish_bundle", finish)
     assert build(bundle) == 2
     assert "changed meanwhile" in capsys.readouterr().err
     assert Bundle.open(bundle.path).manifest.precision == "fp32"
@@ -563,7 +556,7 @@ def test_a_graph_that_changes_under_the_builder(gpu_machine, bundle):
     with open(bundle.path / "model.onnx", "ab") as file:
         file.write(b"x")
     with pytest.raises(StepError, match="changed after the bundle was opened"):
-        cmt_edge.deploy.tensorrt.build.finish(opened, cmt_edge.deploy.tensorrt.build.EngineOptions())
+        cmt_edge.deploy.tensorrt.build.finish_bundle(opened, cmt_edge.deploy.tensorrt.build.EngineOptions())
 
 
 def test_a_tensorrt_that_cannot_be_loaded(bundle, capsys, monkeypatch, tmp_path):
@@ -589,7 +582,7 @@ def test_a_tensorrt_that_cannot_be_loaded(bundle, capsys, monkeypatch, tmp_path)
 )
 def test_an_engine_entry_that_is_none(bundle, entry):
     content = json.loads((bundle.path / "manifest.json").read_text()) | {"engine": entry}
-    content["checksum"] = cmt_edge.deploy.bundle.manifest.content_hash(content)
+    content["checksum"] = cmt_edge.deploy.bundle.manifest.hash_content(content)
     (bundle.path / "manifest.json").write_text(json.dumps(content))
     with pytest.raises(BundleError, match="engine"):
         Bundle.open(bundle.path)

@@ -26,7 +26,7 @@ from cmt_edge.deploy.bundle import (
 )
 from cmt_edge.deploy.bundle.sections import FileEntry
 from cmt_edge.deploy.errors import BundleError, OutputError
-from cmt_edge.deploy.files import sha256_of
+from cmt_edge.deploy.files import hash_file
 from cmt_edge.deploy.locks import try_lock
 from helpers.bundles import (
     LABELS,
@@ -417,9 +417,9 @@ def hashed(monkeypatch) -> list[str]:
 
     def counted(path: Path) -> str:
         names.append(path.name)
-        return sha256_of(path)
+        return hash_file(path)
 
-    monkeypatch.setattr("cmt_edge.deploy.bundle.writer.sha256_of", counted)
+    monkeypatch.setattr("cmt_edge.deploy.bundle.writer.hash_file", counted)
     return names
 
 

@@ -16,10 +16,10 @@ import pytest
 from cmt_edge.deploy import cache as cache_module
 from cmt_edge.deploy import files as files_module
 from cmt_edge.deploy import locks
-from cmt_edge.deploy.cache import Cache, CacheWarning, JsonCache, can_keep, digest_of
-from cmt_edge.deploy.children import SOURCE
+from cmt_edge.deploy.cache import Cache, CacheWarning, JsonCache, can_keep, compute_digest
+from cmt_edge.deploy.children import IMPORT_FOLDER
 from cmt_edge.deploy.errors import GateError, OutputError
-from cmt_edge.deploy.files import cache_folder
+from cmt_edge.deploy.files import find_cache_folder
 from cmt_edge.deploy.locks import locked, try_lock
 
 
@@ -131,7 +131,7 @@ def test_a_user_without_a_home_gets_no_folder_that_is_called_tilde(monkeypatch, 
     monkeypatch.delenv("CMT_EDGE_CACHE")
     monkeypatch.setattr(files_module, "user_cache_path", lambda *_, **__: Path("~/.cache/cmt-edge"))
     with pytest.warns(CacheWarning):
-        assert not can_keep(cache_folder())
+        assert not can_keep(find_cache_folder())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -179,7 +179,7 @@ def test_json_is_kept_in_a_folder_or_in_memory(tmp_path):
     assert [get(first, ["a", {"b": 1}])["n"] for _ in range(2)] == [0, 0]
     assert get(JsonCache(folder, keep=10), ["a", {"b": 1}]) == {"n": 0}
     (file,) = folder.iterdir()
-    assert file.name == f"{digest_of(['a', {'b': 1}])}.json"
+    assert file.name == f"{compute_digest(['a', {'b': 1}])}.json"
     assert file.read_text() == '{"n": 0}'
     for damage in ("", "[]", "{", '{"m": 0}'):
         file.write_text(damage)
@@ -207,7 +207,7 @@ def test_several_processes_exclude_each_other(tmp_path):
     """Although each removes the lock's file when it is done."""
     file = tmp_path / "count"
     file.write_text("0")
-    environment = os.environ | {"PYTHONPATH": SOURCE}
+    environment = os.environ | {"PYTHONPATH": IMPORT_FOLDER}
     command = [sys.executable, "-c", COUNT, str(file)]
     running = [subprocess.Popen(command, env=environment) for _ in range(4)]
     assert [process.wait(60) for process in running] == [0] * 4
@@ -251,6 +251,6 @@ def test_trying_for_a_held_lock_does_not_wait(tmp_path, monkeypatch):
 
 
 def test_names_of_entries_are_those_of_their_content():
-    assert digest_of({"b": [1, None], "a": "x"}) == digest_of({"a": "x", "b": [1, None]})
-    assert len(digest_of([])) == 64
-    assert digest_of([1]) != digest_of([2])
+    assert compute_digest({"b": [1, None], "a": "x"}) == compute_digest({"a": "x", "b": [1, None]})
+    assert len(compute_digest([])) == 64
+    assert compute_digest([1]) != compute_digest([2])

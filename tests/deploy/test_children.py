@@ -7,12 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
-from cmt_edge.deploy.children import SOURCE, Child, ChildCrashed, ChildTimedOut
+from cmt_edge.deploy.children import IMPORT_FOLDER, Child, ChildCrashed, ChildTimedOut
 from cmt_edge.deploy.errors import BundleError, StepError, UnknownNameError
+from helpers.running import is_running
 
 MODULE = """
 import ctypes, os, signal, sys, time
@@ -74,16 +74,9 @@ def child(module):
         yield c
 
 
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 def wait_for_end(pid: int, seconds: float = 10.0) -> None:
     deadline = time.monotonic() + seconds
-    while alive(pid):
+    while is_running(pid):
         assert time.monotonic() < deadline, f"process {pid} still runs"
         time.sleep(0.02)
 
@@ -163,7 +156,7 @@ def test_it_is_killed_at_the_end(module):
     with Child("served", environment={"PYTHONPATH": str(module)}) as child:
         child.request("echo")
         pid = child.pid
-        assert alive(pid)
+        assert is_running(pid)
     assert child.pid is None
     wait_for_end(pid)
 
@@ -192,12 +185,12 @@ child.request("sleep")
 
 
 def test_it_ends_with_its_parent_while_it_works(module):
-    environment = os.environ | {"PYTHONPATH": SOURCE}
+    environment = os.environ | {"PYTHONPATH": IMPORT_FOLDER}
     with subprocess.Popen(
         [sys.executable, "-c", PARENT, str(module)], stdout=subprocess.PIPE, text=True, env=environment
     ) as parent:
         pid = int(parent.stdout.readline())
-        assert alive(pid)
+        assert is_running(pid)
         parent.kill()
     wait_for_end(pid)
 

@@ -11,18 +11,18 @@ import unicodedata
 
 import pytest
 
-from cmt_edge.deploy.cli.ranges import finite
+from cmt_edge.deploy.cli.ranges import parse_finite
 from cmt_edge.deploy.escaping import UNSAFE, escape, escape_line, escape_markdown
 
 SAY = """
 import argparse, sys, warnings
 from cmt_edge.deploy.cache import CacheWarning
-from cmt_edge.deploy.cli.console import run, say
+from cmt_edge.deploy.cli.console import run_command, say
 def main(args):
     text = sys.argv[1]
     {body}
     return 1
-sys.exit(run(main, argparse.Namespace(verbose=False)))
+sys.exit(run_command(main, argparse.Namespace(verbose=False)))
 """
 """A command that answers and ends with 1, as a failed check does."""
 TEXT = '{"label": "crêpe ± 猫 🐈"}'
@@ -214,9 +214,9 @@ def test_words_of_many_languages_stay_as_they_are():
 @pytest.mark.parametrize("text", ["nan", "NaN", "-inf", "Infinity", "1e999", "x", ""])
 def test_what_is_no_finite_number(text):
     with pytest.raises(argparse.ArgumentTypeError, match="is not a"):
-        finite(text)
+        parse_finite(text)
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "1e-3", " 2.5 "])
 def test_finite_numbers(text):
-    assert finite(text) == float(text)
+    assert parse_finite(text) == float(text)

@@ -18,14 +18,14 @@ from cmt_edge.deploy.errors import InputError
 from cmt_edge.deploy.measure.device import DGpu, Power
 from cmt_edge.deploy.telemetry import dgpu, tools
 from cmt_edge.deploy.telemetry import power as power_module
-from cmt_edge.deploy.telemetry.dgpu import clock_reasons, read_dgpu
+from cmt_edge.deploy.telemetry.dgpu import list_clock_reasons, read_dgpu
 from cmt_edge.deploy.telemetry.power import (
     PowerMonitor,
     PowerSensor,
+    compute_joules_per_image,
     find_power_sensor,
-    joules_per_image,
 )
-from cmt_edge.deploy.telemetry.state import snapshot
+from cmt_edge.deploy.telemetry.state import read_state
 from cmt_edge.deploy.telemetry.tools import run_tool
 from helpers.jetson import CLOCKS, NVPMODEL, TEGRASTATS, plant
 
@@ -201,7 +201,7 @@ def test_the_real_package_has_what_the_fake_has():
 
 @given(st.integers(0, 2**40))
 def test_every_reason_is_named_or_numbered(bits):
-    names = clock_reasons(bits)
+    names = list_clock_reasons(bits)
     assert len(names) == bin(bits).count("1")
     back = {name: bit for bit, name in dgpu.CLOCK_REASONS.items()}
     assert sum(back[n] if n in back else int(n, 16) for n in names) == bits
@@ -212,7 +212,7 @@ def test_every_reason_is_named_or_numbered(bits):
 
 def test_jetson(tmp_path):
     run = answers(NVPMODEL["agx-orin"], CLOCKS["agx-orin-l4t36-locked"])
-    state = snapshot(plant("agx-orin", tmp_path), run)
+    state = read_state(plant("agx-orin", tmp_path), run)
     assert run.asked == [["nvpmodel", "-q"], ["jetson_clocks", "--show"]]
     assert (state.kind, state.module, state.l4t) == (
         "jetson",
@@ -226,13 +226,13 @@ def test_jetson(tmp_path):
 
 @pytest.mark.parametrize("name", ["agx-orin", "orin-nano", "thor"])
 def test_state_is_json(name, tmp_path):
-    state = asdict(snapshot(plant(name, tmp_path), answers(NVPMODEL["thor"], CLOCKS["thor-locked"])))
+    state = asdict(read_state(plant(name, tmp_path), answers(NVPMODEL["thor"], CLOCKS["thor-locked"])))
     assert json.loads(json.dumps(state, allow_nan=False)) == state
 
 
 @pytest.mark.parametrize("answer", [ROOT_ONLY, ""])
 def test_clocks_need_root(answer, tmp_path):
-    state = snapshot(plant("orin-nano", tmp_path), answers(NVPMODEL["orin-nano-verbose"], answer))
+    state = read_state(plant("orin-nano", tmp_path), answers(NVPMODEL["orin-nano-verbose"], answer))
     assert state.clocks is None
     assert state.notes == ["jetson_clocks --show needs root: run it with sudo"]
 
@@ -240,7 +240,7 @@ def test_clocks_need_root(answer, tmp_path):
 def test_silent_tools_and_a_bare_tree_are_notes(tmp_path):
     (tmp_path / "etc").mkdir()
     (tmp_path / "etc/nv_tegra_release").write_text("# R36 (release), REVISION: 9.9, GCID: 1\n")
-    state = snapshot(tmp_path, answers(None, "garbage\nmore"))
+    state = read_state(tmp_path, answers(None, "garbage\nmore"))
     assert (state.kind, state.jetpack, state.power_mode) == ("jetson", "6.x", None)
     starts = [
         "JetPack:",
@@ -254,7 +254,7 @@ def test_silent_tools_and_a_bare_tree_are_notes(tmp_path):
 def test_a_missing_release_is_a_note(tmp_path):
     plant("orin-nano", tmp_path)
     (tmp_path / "etc/nv_tegra_release").unlink()
-    state = snapshot(tmp_path, answers(NVPMODEL["orin-nano-verbose"], CLOCKS["orin-nano-l4t39"]))
+    state = read_state(tmp_path, answers(NVPMODEL["orin-nano-verbose"], CLOCKS["orin-nano-l4t39"]))
     assert (state.kind, state.l4t, state.jetpack) == ("jetson", None, None)
     assert state.notes == [
         "L4T release: /etc/nv_tegra_release is missing, as in most containers",
@@ -264,19 +264,19 @@ def test_a_missing_release_is_a_note(tmp_path):
 def test_machine_with_a_gpu(tmp_path, nvml):
     nvml()
     run = answers()
-    state = snapshot(tmp_path, run)
+    state = read_state(tmp_path, run)
     assert (state.kind, state.dgpu, run.asked) == ("dgpu", EXPECTED, [])
     assert json.loads(json.dumps(asdict(state))) == asdict(state)
 
 
 def test_a_jetson_is_not_asked_through_nvml(tmp_path, nvml):
     fake = nvml(broken=["nvmlInit"])
-    snapshot(plant("thor", tmp_path), answers(NVPMODEL["thor"], CLOCKS["thor-locked"]))
+    read_state(plant("thor", tmp_path), answers(NVPMODEL["thor"], CLOCKS["thor-locked"]))
     assert fake.opened == 0
 
 
 def test_machine_without_a_gpu(tmp_path, no_nvml):
-    state = snapshot(tmp_path)
+    state = read_state(tmp_path)
     assert (state.kind, state.module, state.clocks, state.dgpu) == (
         "cpu",
         None,
@@ -287,7 +287,7 @@ def test_machine_without_a_gpu(tmp_path, no_nvml):
 
 
 def test_this_machine_has_a_state():
-    state = snapshot()
+    state = read_state()
     assert state.kind in ("jetson", "dgpu", "cpu")
     assert json.dumps(asdict(state))
 
@@ -295,7 +295,7 @@ def test_this_machine_has_a_state():
 @pytest.mark.parametrize("settings", [{"root": "/no/such/folder"}, {"gpu_index": -1}])
 def test_unusable_input(settings, tmp_path):
     with pytest.raises(InputError):
-        snapshot(**({"root": tmp_path} | settings))
+        read_state(**({"root": tmp_path} | settings))
     with pytest.raises(InputError):
         PowerMonitor(**({"root": tmp_path} | settings))
 
@@ -572,5 +572,5 @@ def test_energy_of_nothing(latency, images):
 
 @given(latency=st.floats(1e-3, 1e5), images=st.integers(1, 4096), watts=st.floats(0, 1000))
 def test_energy_is_power_times_time_for_each_image(latency, images, watts):
-    assert joules_per_image(None, latency, images) is None
-    assert joules_per_image(watts, latency, images) * images == pytest.approx(watts * latency / 1000)
+    assert compute_joules_per_image(None, latency, images) is None
+    assert compute_joules_per_image(watts, latency, images) * images == pytest.approx(watts * latency / 1000)

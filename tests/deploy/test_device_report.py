@@ -21,7 +21,7 @@ from cmt_edge.deploy.measure.benchmark import Benchmark, Measured, OnDevice, Pro
 from cmt_edge.deploy.measure.device import DeviceState, DGpu, Power
 from cmt_edge.deploy.measure.device_report import DeviceReport, DeviceStates, SustainedPower
 from cmt_edge.deploy.measure.statistics import Latency
-from cmt_edge.deploy.telemetry.state import snapshot
+from cmt_edge.deploy.telemetry.state import read_state
 from helpers.jetson import CLOCKS, NVPMODEL, plant
 
 LATENCY = Latency(5, 1.0, (0.9, 1.1), 1.2, 1.3, None, 1.4, 1.05, 0.01)
@@ -50,7 +50,7 @@ GPU = DGpu(0, "RTX", 115.0, 1830, 3105, 8501, 8501, 51, "P2", ["software power c
 def found(tmp_path) -> DeviceReport:
     """A report of a Jetson whose clocks may move."""
     answers = {"nvpmodel": NVPMODEL["agx-orin"], "jetson_clocks": CLOCKS["agx-orin-l4t36-locked"]}
-    state = snapshot(plant("agx-orin", tmp_path), lambda command: answers[command[0]])
+    state = read_state(plant("agx-orin", tmp_path), lambda command: answers[command[0]])
     assert state.clocks
     return DeviceReport(
         bundle="tiny",
@@ -166,7 +166,7 @@ def test_what_is_no_json_is_one_error(data):
 
 
 def test_the_text_shows_the_fields(found):
-    text = report.device_text(found)
+    text = report.describe_device_report(found)
     for line in (
         "engine: built in 12 s, 2.0 MB; TensorRT 10.3.0, CUDA 12.6, driver 12.6, Orin, 8 multiprocessors"
         " (sm 8.7)",
@@ -195,7 +195,7 @@ def test_the_text_shows_the_fields(found):
 def test_the_text_of_a_graphics_card_without_sensors(found):
     before, after = DeviceState("dgpu", notes=["no thermal zone"]), DeviceState("dgpu", dgpu=GPU)
     unknown = replace(found.power, source=None, joules_per_image=None)
-    text = report.device_text(replace(found, state=DeviceStates(before, after), power=unknown))
+    text = report.describe_device_report(replace(found, state=DeviceStates(before, after), power=unknown))
     assert "power: not known here" in text
     assert "GPU: 51 °C, 1830 of 3105 MHz, held back by software power cap" in text
     assert "note: no thermal zone" in text

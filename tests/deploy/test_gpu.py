@@ -12,7 +12,7 @@ from cmt_edge.deploy import Bundle, Predictor
 from cmt_edge.deploy.errors import RuntimeMissingError
 from cmt_edge.deploy.measure.parity import verify
 from cmt_edge.deploy.telemetry.power import PowerMonitor
-from cmt_edge.deploy.telemetry.state import snapshot
+from cmt_edge.deploy.telemetry.state import read_state
 from cmt_edge.deploy.tensorrt.cuda import TO_DEVICE, TO_HOST, CudaError, open_cuda
 from helpers.bundles import SIZE
 from helpers.trt import trt_bundle
@@ -102,7 +102,7 @@ def test_what_cannot_be_captured_leaves_the_stream_usable(device):
 
 
 def test_the_state_of_the_device(device):
-    state = snapshot()
+    state = read_state()
     assert state.kind in ("jetson", "dgpu"), state.notes
     with PowerMonitor(idle_s=0.3) as power:
         pass

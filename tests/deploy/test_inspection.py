@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cmt_edge.deploy.errors import GateError, StepError
-from cmt_edge.deploy.tensorrt.inspection import executed, layers, require_precision
+from cmt_edge.deploy.tensorrt.inspection import count_executed, read_layers, require_precision
 
 
 def tensor(words: str, version: int = 10) -> dict:
@@ -56,7 +56,7 @@ WORDS = {
 @pytest.mark.parametrize("words", WORDS)
 @pytest.mark.parametrize("version", [10, 11])
 def test_every_spelling(words, version):
-    (layer,) = layers(inspection(("conv", "CaskConvolution", [words], ["Float"]), version=version))
+    (layer,) = read_layers(inspection(("conv", "CaskConvolution", [words], ["Float"]), version=version))
     assert layer.precision == WORDS[words]
 
 
@@ -73,11 +73,11 @@ def test_every_spelling(words, version):
     ],
 )
 def test_other_types_are_not_precisions(words):
-    assert layers(inspection(("shape", "kgen", [words], [words]))) == []
+    assert read_layers(inspection(("shape", "kgen", [words], [words]))) == []
 
 
 def test_a_layer_counts_as_what_it_reads():
-    found = layers(
+    found = read_layers(
         inspection(
             ("a", "CaskConvolution", ["Int8"], ["Half"]),
             ("b", "kgen", ["Half"], ["Int8"]),
@@ -100,7 +100,7 @@ CONVERSIONS = [
 
 @pytest.mark.parametrize(("name", "kind"), CONVERSIONS)
 def test_conversions(name, kind):
-    (layer,) = layers(inspection((name, kind, ["Float"], ["Half"])))
+    (layer,) = read_layers(inspection((name, kind, ["Float"], ["Half"])))
     assert layer.conversion
 
 
@@ -116,44 +116,44 @@ def test_conversions(name, kind):
     ],
 )
 def test_computing_layers(name, kind):
-    (layer,) = layers(inspection((name, kind, ["Half"], ["Half"])))
+    (layer,) = read_layers(inspection((name, kind, ["Half"], ["Half"])))
     assert not layer.conversion
 
 
 def test_constants_and_signals_do_not_count():
-    assert layers(inspection(("c", "Constant", [], ["Half"]), ("s", "signal", ["Half"], ["Half"]))) == []
+    assert read_layers(inspection(("c", "Constant", [], ["Half"]), ("s", "signal", ["Half"], ["Half"]))) == []
 
 
 def test_time_shares():
-    found = layers(
+    found = read_layers(
         inspection(
             ("a", "gemm", ["Int8"], ["Half"]),
             ("b", "kgen", ["Half"], ["Half"]),
             ("r", "Reformat", ["Half"], ["Int8"]),
         )
     )
-    result = executed(found, {"a": 6.0, "b": 3.0, "r": 1.0})
+    result = count_executed(found, {"a": 6.0, "b": 3.0, "r": 1.0})
     assert result.time_share == pytest.approx({"int8": 0.6, "fp16": 0.4})
     assert result.conversion_share == pytest.approx(0.1)
     assert result.operations == {"int8": 1, "fp16": 1}
-    assert executed(found).time_share == {}
-    assert executed(found, {"unknown": 1.0}).time_share == {"other": 1.0}
+    assert count_executed(found).time_share == {}
+    assert count_executed(found, {"unknown": 1.0}).time_share == {"other": 1.0}
 
 
 @given(st.dictionaries(st.sampled_from(["a", "b", "r", "x"]), st.floats(1e-3, 1e3), min_size=1))
 def test_shares_sum_to_one(times):
-    found = layers(
+    found = read_layers(
         inspection(
             ("a", "gemm", ["Int8"], ["Half"]),
             ("b", "kgen", ["Half"], ["Half"]),
             ("r", "Reformat", ["Half"], ["Int8"]),
         )
     )
-    assert sum(executed(found, times).time_share.values()) == pytest.approx(1)
+    assert sum(count_executed(found, times).time_share.values()) == pytest.approx(1)
 
 
 def engine(low: int, high: int, words: str):
-    return layers(
+    return read_layers(
         inspection(
             *[(f"l{i}", "gemm", [words], ["Half"]) for i in range(low)],
             *[(f"h{i}", "gemm", ["Float"], ["Float"]) for i in range(high)],
@@ -192,9 +192,9 @@ def test_an_engine_without_it_fails(asked, operations, low, high, words):
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"Layers": 3}', "null", '{"Bindings": []}'])
 def test_what_is_no_inspection(text):
     with pytest.raises(StepError, match="cannot be understood"):
-        layers(text)
+        read_layers(text)
 
 
 def test_names_only():
     with pytest.raises(StepError, match="verbosity"):
-        layers('{"Layers": ["a", "b"], "Bindings": []}')
+        read_layers('{"Layers": ["a", "b"], "Bindings": []}')

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from cmt_edge.deploy.measure.device import PowerMode
 from cmt_edge.deploy.telemetry.jetson import (
     JETPACK,
-    Module,
-    available_memory,
+    JetsonModule,
     find_rails,
     is_jetson,
     parse_jetson_clocks,
     parse_nvpmodel,
+    read_available_memory,
     read_module,
     read_rails,
     read_temperatures,
@@ -214,12 +214,14 @@ def test_nothing_raises(text):
 @pytest.mark.parametrize(
     ("name", "module"),
     [
-        ("agx-orin", Module("NVIDIA Jetson AGX Orin Developer Kit", "36.4.4", "6.2.1")),
+        ("agx-orin", JetsonModule("NVIDIA Jetson AGX Orin Developer Kit", "36.4.4", "6.2.1")),
         (
             "orin-nano",
-            Module("NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super", "36.4.3", "6.2"),
+            JetsonModule(
+                "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super", "36.4.3", "6.2"
+            ),
         ),
-        ("thor", Module("NVIDIA Jetson AGX Thor Developer Kit", "38.2.2", "7.x")),
+        ("thor", JetsonModule("NVIDIA Jetson AGX Thor Developer Kit", "38.2.2", "7.x")),
     ],
 )
 def test_module(name, module, tmp_path):
@@ -241,7 +243,7 @@ def test_module(name, module, tmp_path):
 def test_release(line, l4t, jetpack, tmp_path):
     (tmp_path / "etc").mkdir()
     (tmp_path / "etc/nv_tegra_release").write_text(line + "\n# KERNEL_VARIANT: oot\n")
-    assert read_module(tmp_path) == Module(None, l4t, jetpack)
+    assert read_module(tmp_path) == JetsonModule(None, l4t, jetpack)
     assert is_jetson(tmp_path) == (l4t is not None)
 
 
@@ -322,17 +324,17 @@ def test_a_sensor_that_says_try_again_is_left_out(tmp_path, monkeypatch):
 
 
 def test_memory(tmp_path):
-    assert available_memory(plant("orin-nano", tmp_path)) == 1536 << 20
+    assert read_available_memory(plant("orin-nano", tmp_path)) == 1536 << 20
 
 
 @pytest.mark.parametrize("text", ["", "MemAvailable: lots", "MemTotal:  100 kB\n", "\0\0"])
 def test_no_memory(text, tmp_path):
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/meminfo").write_text(text)
-    assert available_memory(tmp_path) is None
+    assert read_available_memory(tmp_path) is None
 
 
 def test_an_empty_tree_tells_nothing(tmp_path):
-    assert read_module(tmp_path) == Module(None, None, None)
+    assert read_module(tmp_path) == JetsonModule(None, None, None)
     assert (read_rails(tmp_path), read_temperatures(tmp_path)) == ({}, {})
-    assert available_memory(tmp_path) is None
+    assert read_available_memory(tmp_path) is None

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cmt_edge.deploy import jpeg, preprocessing
+from cmt_edge.deploy import decoding, jpeg
+from cmt_edge.deploy.decoding import NamedBytes, decode
 from cmt_edge.deploy.errors import ImageError
-from cmt_edge.deploy.jpeg import MAX_SCANS, has_many_scans, without_metadata
-from cmt_edge.deploy.preprocessing import NamedBytes, Preprocess, decode
+from cmt_edge.deploy.jpeg import MAX_SCANS, has_many_scans, strip_metadata
+from cmt_edge.deploy.preprocessing import Preprocess
 
 SPEC = Preprocess(16, None, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 STORED = Preprocess(16, None, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), exif="ignore")
@@ -35,7 +36,7 @@ def exif(orientation: int = 6, thumbnail: bytes = b"") -> bytes:
 
 
 PLAIN = encoded()
-PIXELS = np.asarray(decode(PLAIN, SPEC))
+PIXELS = np.asarray(decode(PLAIN, SPEC.exif))
 
 
 def segment(code: int, payload: bytes, length: int | None = None) -> bytes:
@@ -84,7 +85,7 @@ def test_damaged_metadata_do_not_spoil_a_photograph(tmp_path, bad, how):
             "file": file,
             "named bytes": NamedBytes(data, "a"),
         }
-        image = np.asarray(decode(source[how], SPEC))
+        image = np.asarray(decode(source[how], SPEC.exif))
     if image.shape != PIXELS.shape:  # an orientation that is whole is obeyed
         image = np.rot90(image)
     assert np.array_equal(image, PIXELS)
@@ -92,38 +93,38 @@ def test_damaged_metadata_do_not_spoil_a_photograph(tmp_path, bad, how):
 
 @pytest.mark.parametrize("name", [name for name in CUT if name not in ("length 0", "length 1")])
 def test_an_orientation_is_kept_where_other_metadata_are_damaged(name):
-    turned = decode(with_segment(segment(0xE1, WHOLE), CUT[name]), SPEC)
+    turned = decode(with_segment(segment(0xE1, WHOLE), CUT[name]), SPEC.exif)
     assert np.array_equal(np.rot90(np.asarray(turned)), PIXELS)
 
 
 def test_adobe_colours_are_kept():
     """Without its Adobe segment these values would be taken for another colour space."""
     data = encoded(PICTURE.convert("CMYK"))
-    expected = np.asarray(decode(data, SPEC))
+    expected = np.asarray(decode(data, SPEC.exif))
     bad = data[:2] + CUT["colour profile"] + data[2:]
-    assert np.array_equal(np.asarray(decode(bad, SPEC)), expected)
+    assert np.array_equal(np.asarray(decode(bad, SPEC.exif)), expected)
 
 
 @pytest.mark.parametrize("cut", [3, 10, 200, len(PLAIN) // 2])
 def test_pixels_that_are_missing_are_still_an_error(cut):
     with pytest.raises(ImageError):
-        decode(PLAIN[:cut], SPEC)
+        decode(PLAIN[:cut], SPEC.exif)
     with pytest.raises(ImageError):
-        decode(with_segment(CUT["far too long"])[: cut + 100], SPEC)
+        decode(with_segment(CUT["far too long"])[: cut + 100], SPEC.exif)
 
 
 def test_a_thumbnail_never_stands_for_its_photograph():
     """The file ends within the photograph's tables; only the thumbnail in the metadata is whole."""
     data = with_segment(segment(0xE1, exif(thumbnail=encoded(SMALL)), 0xFFF0))
     with pytest.raises(ImageError):
-        decode(data[: data.index(encoded(SMALL)) + len(encoded(SMALL)) + 20], SPEC)
+        decode(data[: data.index(encoded(SMALL)) + len(encoded(SMALL)) + 20], SPEC.exif)
 
 
 @pytest.mark.parametrize(
     "data", [b"", b"\xff", b"\xff\xd8", b"\xff\xd8\xff", b"\xff" * 99, b"\xff\xd8" + b"\xff" * 99]
 )
 def test_no_image_behind_the_metadata(data):
-    assert without_metadata(data, keep_exif=False) is None
+    assert strip_metadata(data, keep_exif=False) is None
     assert not has_many_scans(data)
 
 
@@ -136,7 +137,7 @@ def test_random_damage_is_an_image_or_an_image_error():
         for place in random.integers(2, 1200, 3):
             broken[place] = random.integers(256)
         try:
-            outcomes.add(decode(bytes(broken), SPEC).mode)
+            outcomes.add(decode(bytes(broken), SPEC.exif).mode)
         except ImageError:
             outcomes.add("error")
     assert outcomes == {"RGB", "error"}
@@ -160,14 +161,14 @@ def test_thousands_of_scans_are_refused_at_once(tmp_path, how):
     source = {"bytes": data, "path": tmp_path / "a.jpg", "Pillow image": Image.open(io.BytesIO(data))}[how]
     start = time.process_time()
     with pytest.raises(ImageError, match="too many scans"):
-        decode(source, SPEC)
+        decode(source, SPEC.exif)
     assert time.process_time() - start < 1
 
 
 def test_the_largest_number_of_scans():
-    assert decode(scans(MAX_SCANS), SPEC).size == PICTURE.size
+    assert decode(scans(MAX_SCANS), SPEC.exif).size == PICTURE.size
     with pytest.raises(ImageError, match="too many scans"):
-        decode(scans(MAX_SCANS + 1), SPEC)
+        decode(scans(MAX_SCANS + 1), SPEC.exif)
 
 
 def test_scans_behind_a_comment_count_too():
@@ -182,18 +183,18 @@ def test_scans_behind_a_comment_count_too():
 def test_what_only_looks_like_scans_does_not_count():
     trailing = encoded(progressive=True) + b"\xff\xda\0\x08" * 500
     commented = with_segment(segment(0xFE, b"\xff\xda" * 500))
-    assert decode(trailing, SPEC).size == decode(commented, SPEC).size == PICTURE.size
+    assert decode(trailing, SPEC.exif).size == decode(commented, SPEC.exif).size == PICTURE.size
     assert (
-        decode(with_segment(segment(0xE1, b"\xff\xda" * 500), CUT["colour profile"]), SPEC).size
+        decode(with_segment(segment(0xE1, b"\xff\xda" * 500), CUT["colour profile"]), SPEC.exif).size
         == PICTURE.size
     )
 
 
 def test_a_plain_image_is_not_read_twice(monkeypatch):
-    monkeypatch.setattr(preprocessing, "has_many_scans", lambda _: pytest.fail("it has one scan"))
-    assert decode(PLAIN, SPEC).size == PICTURE.size
+    monkeypatch.setattr(decoding, "has_many_scans", lambda _: pytest.fail("it has one scan"))
+    assert decode(PLAIN, SPEC.exif).size == PICTURE.size
     with pytest.raises(pytest.fail.Exception):
-        decode(encoded(progressive=True), SPEC)
+        decode(encoded(progressive=True), SPEC.exif)
     assert jpeg.MAX_SCANS == MAX_SCANS
 
 
@@ -209,8 +210,8 @@ def test_a_tiff_that_is_decoded_again_gives_the_same_answer(orientation, order):
     PICTURE.save(buffer, "TIFF", exif=entries)
     image = Image.open(io.BytesIO(buffer.getvalue()))
     for spec in order:
-        alone = np.asarray(decode(buffer.getvalue(), spec))
-        assert np.array_equal(np.asarray(decode(image, spec)), alone)
+        alone = np.asarray(decode(buffer.getvalue(), spec.exif))
+        assert np.array_equal(np.asarray(decode(image, spec.exif)), alone)
         assert spec is SPEC or np.array_equal(alone, np.asarray(PICTURE))
 
 
@@ -218,6 +219,6 @@ def test_a_tiff_that_is_decoded_again_gives_the_same_answer(orientation, order):
 @pytest.mark.parametrize("size", [(0, 0), (0, 5), (5, 0)])
 def test_an_image_without_pixels_is_refused(mode, size):
     with pytest.raises(ImageError, match="no pixels"):
-        decode(Image.new(mode, size), SPEC)
+        decode(Image.new(mode, size), SPEC.exif)
     with pytest.raises(ImageError, match="must be uint8"):
-        decode(np.zeros((*size, 3), np.uint8), SPEC)
+        decode(np.zeros((*size, 3), np.uint8), SPEC.exif)

@@ -21,6 +21,7 @@ from cmt_edge.deploy.errors import ImageError, InputError
 from cmt_edge.deploy.lanes import KEPT_LANES, Lanes
 from helpers.bundles import LABELS, SPEC, tiny
 from helpers.images import BLUE, GREEN, RED
+from helpers.running import list_helper_threads
 
 SIZES = [0, 1, 3]
 """Batch sizes; 0 is dynamic."""
@@ -51,12 +52,8 @@ def collect(stream) -> tuple[list[int], BaseException | None]:
     return levels(answers), None
 
 
-def helper_threads() -> list[threading.Thread]:
-    return [t for t in threading.enumerate() if t.name.startswith(("decode", "infer"))]
-
-
 def assert_tidy_and_usable(p: Predictor) -> None:
-    assert not helper_threads()
+    assert not list_helper_threads()
     assert p.lanes.lent == 0
     assert levels(p.predict(map(grey, range(9)))) == list(range(9))
     assert levels(p.stream(map(grey, range(9)), workers=2, in_flight=2)) == list(range(9))
@@ -107,7 +104,7 @@ class Raising(io.BytesIO):
 def no_thread_is_left():
     yield
     gc.collect()
-    assert not helper_threads()
+    assert not list_helper_threads()
 
 
 # --- one failure, at every position ---------------------------------------------------------------
@@ -123,7 +120,7 @@ def test_a_bad_image_at_every_position(batch, workers, in_flight):
         assert isinstance(error, ImageError)
         assert answers == list(range(bad))
         assert p.lanes.lent == 0
-        assert not helper_threads()
+        assert not list_helper_threads()
     assert_tidy_and_usable(p)
 
 
@@ -172,7 +169,7 @@ def test_an_error_of_the_callers_iterable_at_every_position(batch, workers, in_f
         assert answers == list(range(len(answers)))
         assert len(answers) == bad or error is KeyboardInterrupt  # an interrupt comes at once
         assert p.lanes.lent == 0
-        assert not helper_threads()
+        assert not list_helper_threads()
     assert_tidy_and_usable(p)
 
 
@@ -185,7 +182,7 @@ def test_leaving_the_loop_at_every_position(batch, workers, in_flight):
         assert levels(itertools.islice(stream, end)) == list(range(end))
         stream.close()
         assert p.lanes.lent == 0
-        assert not helper_threads()
+        assert not list_helper_threads()
     assert_tidy_and_usable(p)
 
 

@@ -13,13 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmt_edge.deploy import report
-from cmt_edge.deploy.bundle import Bundle, Manifest, plain, read_record
-from cmt_edge.deploy.bundle.manifest import content_hash
+from cmt_edge.deploy.bundle import Bundle, Manifest, make_plain, read_record
+from cmt_edge.deploy.bundle.manifest import hash_content
 from cmt_edge.deploy.bundle.record import EMPTIED, OMITTED, Between, Matches
 from cmt_edge.deploy.bundle.sections import ModelEntry, SynthesisEntry
 from cmt_edge.deploy.errors import BundleError
 from helpers.bundles import edit_manifest, make_bundle
 from helpers.paths import ROOT
+from helpers.trees import list_places
 
 FOLDER = ROOT / "tests" / "data" / "manifests"
 WRITTEN = sorted(FOLDER.glob("*.json"))
@@ -29,7 +30,7 @@ WRITTEN = sorted(FOLDER.glob("*.json"))
 def read(content: Any) -> Manifest:
     """A manifest from its content, whose checksum is made right."""
     if isinstance(content, dict):
-        content = content | {"checksum": content_hash(content)}
+        content = content | {"checksum": hash_content(content)}
     return Manifest.from_bytes(json.dumps(content).encode(), "manifest.json")
 
 
@@ -63,11 +64,11 @@ def test_the_bytes_stay_what_they_were(path):
 def test_reports_show_what_the_manifest_holds(path, tmp_path):
     manifest = Manifest.from_bytes(path.read_bytes(), path)
     content, bundle = content_of(path.stem), Bundle(tmp_path / "cmt_nano", manifest)
-    shown = json.loads(report.to_json(report.bundle_json(bundle)))
+    shown = json.loads(report.to_json(report.make_bundle_json(bundle)))
     for section in ("verification", "latency", "calibration", "verdict"):
         assert shown[section] == content[section]
     assert shown["bytes"] == sum(entry["size"] for entry in content["files"].values())
-    text = report.bundle_text(bundle)
+    text = report.describe_bundle(bundle)
     assert f"{shown['bytes'] / 1e6:.1f} MB" in text
     assert ("latency: not measured" in text) == (content["latency"] is None)
     assert ("recommended: " in text) == (content["verdict"] is not None)
@@ -191,18 +192,18 @@ wholes = st.builds(
 
 @given(wholes)
 def test_a_record_is_read_as_it_was_written(whole):
-    assert read_record(Whole, json.loads(json.dumps(plain(whole))), "file") == whole
+    assert read_record(Whole, json.loads(json.dumps(make_plain(whole))), "file") == whole
 
 
 def test_how_absent_parts_are_written():
-    content = plain(Whole((Part(1),)))
+    content = make_plain(Whole((Part(1),)))
     assert content["emptied"] == {}
     assert "omitted" not in content
     assert content["parts"] == ({"size": 1, "name": "a"},)
 
 
 def test_plain_reaches_into_containers():
-    assert plain({"a": [Part(1)], "b": (Part(2), None)}) == {
+    assert make_plain({"a": [Part(1)], "b": (Part(2), None)}) == {
         "a": [{"size": 1, "name": "a"}],
         "b": ({"size": 2, "name": "a"}, None),
     }
@@ -210,8 +211,10 @@ def test_plain_reaches_into_containers():
 
 def test_whole_numbers_are_not_turned_into_fractions():
     """A number keeps its form, so that the bytes of a manifest that is written again stay the same."""
-    assert plain(read_record(Whole, {"parts": [], "numbers": [1, 1.0]}, "file"))["numbers"] == [1, 1.0]
-    assert json.dumps(plain(read_record(Whole, {"parts": [], "numbers": [1]}, "file"))["numbers"]) == "[1]"
+    assert make_plain(read_record(Whole, {"parts": [], "numbers": [1, 1.0]}, "file"))["numbers"] == [1, 1.0]
+    assert (
+        json.dumps(make_plain(read_record(Whole, {"parts": [], "numbers": [1]}, "file"))["numbers"]) == "[1]"
+    )
 
 
 # --- random damage ----------------------------------------------------------------------------------
@@ -229,14 +232,8 @@ json_values = st.recursive(
 )
 
 
-def places(value: Any, way: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The ways to all entries below ``value``."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [found for key, item in items for found in [(*way, key), *places(item, (*way, key))]]
-
-
 CONTENTS = [content_of(path.stem) for path in WRITTEN]
-PLACES = [places(content) for content in CONTENTS]
+PLACES = [list_places(content) for content in CONTENTS]
 
 
 def damage(data: st.DataObject, content: dict[str, Any], way: tuple[Any, ...]) -> None:
@@ -256,7 +253,7 @@ def damage(data: st.DataObject, content: dict[str, Any], way: tuple[Any, ...]) -
             holder.append(data.draw(json_values))
         case "copy":
             other = content
-            for part in data.draw(st.sampled_from(places(content))):
+            for part in data.draw(st.sampled_from(list_places(content))):
                 other = other[part]
             holder[last] = copy.deepcopy(other)
 
@@ -274,9 +271,11 @@ def test_damage_gives_a_bundle_error_or_a_manifest_that_holds(data):
         return
     again = Manifest.from_bytes(manifest.to_bytes(), "again")
     assert repr(again.model) == repr(manifest.model)
-    assert json.dumps(plain(again) | {"checksum": ""}) == json.dumps(plain(manifest) | {"checksum": ""})
-    report.bundle_text(Bundle(Path("bundle"), manifest)).encode()
-    json.dumps(report.bundle_json(Bundle(Path("bundle"), manifest)))
+    assert json.dumps(make_plain(again) | {"checksum": ""}) == json.dumps(
+        make_plain(manifest) | {"checksum": ""}
+    )
+    report.describe_bundle(Bundle(Path("bundle"), manifest)).encode()
+    json.dumps(report.make_bundle_json(Bundle(Path("bundle"), manifest)))
 
 
 @settings(max_examples=300, deadline=None)
@@ -295,7 +294,7 @@ def test_damaged_bytes_give_a_bundle_error_or_the_same_manifest(data):
 
 def test_sections_are_read_alone():
     content = content_of("fp32_openvino")["model"]
-    assert plain(read_record(ModelEntry, content, "file")) == content | {
+    assert make_plain(read_record(ModelEntry, content, "file")) == content | {
         "weights": content["weights"] | {"fresh": (), "resized": ()}
     }
     with pytest.raises(BundleError, match="the manifest lacks entries: seed"):

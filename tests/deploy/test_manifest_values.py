@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 
 from cmt_edge.deploy import Bundle, Predictor
 from cmt_edge.deploy.bundle import MANIFEST, ONNX
-from cmt_edge.deploy.bundle.manifest import content_hash
+from cmt_edge.deploy.bundle.manifest import hash_content
 from cmt_edge.deploy.bundle.sections import TensorEntry
 from cmt_edge.deploy.cli.predict import main as predict
 from cmt_edge.deploy.errors import BundleError
 from helpers.bundles import SIZE, make_bundle
+from helpers.trees import list_places
 from helpers.trt import tiny_graph
 
 RED = np.zeros((SIZE, SIZE, 3), np.uint8)
@@ -60,7 +61,7 @@ def content_of(bundle: Bundle) -> dict[str, Any]:
 def write(bundle: Bundle, content: Any) -> None:
     """A manifest whose checksum is right."""
     if isinstance(content, dict):
-        content = content | {"checksum": content_hash(content)}
+        content = content | {"checksum": hash_content(content)}
     (bundle.path / MANIFEST).write_text(json.dumps(content))
 
 
@@ -273,6 +274,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "an unknown long entry": ({HUGE: 1}, "the manifest holds unknown entries: 'xxxx"),
     "a schema of text": ({"schema": "2"}, "manifest schema '2' is not supported"),
+    "a schema of a long text": ({"schema": HUGE}, f"manifest schema '{HUGE[:39]}... is not supported"),
+    "a schema of many entries": (
+        {"schema": [7] * 9000},
+        f"manifest schema [{'7, ' * 13}... is not supported",
+    ),
     "a schema of a fraction": ({"schema": 2.0}, "schema is 2.0, expected a whole number"),
 }
 """What is wrong: the entries that are changed, and what the message says."""
@@ -389,12 +395,6 @@ MEANING = ("preprocess", "precision", "format")
 """Entries that say how a graph is fed and run: another possible value gives another answer."""
 
 
-def places(value: Any, way: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The ways to all entries below ``value``."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [found for key, item in items for found in [(*way, key), *places(item, (*way, key))]]
-
-
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_changed_manifest_is_refused_or_answers_as_before(kept, bundle, data):
@@ -402,7 +402,7 @@ def test_a_changed_manifest_is_refused_or_answers_as_before(kept, bundle, data):
     original = content_of(kept)
     changed = copy.deepcopy(original)
     for _ in range(data.draw(st.integers(1, 3))):
-        ways = places(changed)
+        ways = list_places(changed)
         *above, last = data.draw(st.sampled_from(ways)) if ways else ("surprise",)
         holder: Any = changed
         for part in above:

@@ -15,7 +15,7 @@ from cmt_edge.deploy.measure import child as measuring
 from cmt_edge.deploy.measure import isa as instruction_sets
 from cmt_edge.deploy.measure.benchmark import Protocol
 from cmt_edge.deploy.measure.child import MeasuringProcess
-from cmt_edge.deploy.measure.isa import ISAS, int8_hardware
+from cmt_edge.deploy.measure.isa import ISAS, has_int8_hardware
 from helpers.bundles import make_bundle
 
 SHORT = Protocol(iters=3, seconds=0.0, warmup_iters=1, warmup_seconds=0.0)
@@ -111,7 +111,7 @@ def test_a_crash_is_one_typed_error():
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_a_limit_that_this_cpu_has_not(monkeypatch, isa):
-    monkeypatch.setattr(instruction_sets, "describe", lambda: SimpleNamespace(flags=["sse2"], cpu="old"))
+    monkeypatch.setattr(instruction_sets, "describe_host", lambda: SimpleNamespace(flags=["sse2"], cpu="old"))
     with pytest.raises(RuntimeMissingError, match=f"no {isa}"):
         MeasuringProcess(isa)
 
@@ -119,7 +119,7 @@ def test_a_limit_that_this_cpu_has_not(monkeypatch, isa):
 def test_kernels_beyond_the_limit_are_refused(monkeypatch):
     monkeypatch.setattr(
         instruction_sets,
-        "describe",
+        "describe_host",
         lambda: SimpleNamespace(flags=[i.flag for i in ISAS.values()], cpu="new"),
     )
     with MeasuringProcess("avx2") as process:
@@ -131,7 +131,7 @@ def test_kernels_beyond_the_limit_are_refused(monkeypatch):
 
 
 def test_the_switches_are_set_in_the_child_only(monkeypatch):
-    monkeypatch.setattr(instruction_sets, "describe", lambda: SimpleNamespace(flags=["avx2"], cpu="new"))
+    monkeypatch.setattr(instruction_sets, "describe_host", lambda: SimpleNamespace(flags=["avx2"], cpu="new"))
     with MeasuringProcess("avx2") as limited, MeasuringProcess() as unlimited:
         assert limited.child.environment == dict.fromkeys(measuring.SWITCHES, "AVX2")
         assert not set(measuring.SWITCHES) & set(os.environ)
@@ -142,10 +142,10 @@ def test_int8_hardware(monkeypatch):
     def describe():
         return SimpleNamespace(flags=flags, cpu="x")
 
-    monkeypatch.setattr(instruction_sets, "describe", describe)
+    monkeypatch.setattr(instruction_sets, "describe_host", describe)
     flags = ["avx2", "avx512_vnni"]
-    assert int8_hardware(None)
-    assert not int8_hardware("avx2")
-    assert int8_hardware("avx2_vnni")
+    assert has_int8_hardware(None)
+    assert not has_int8_hardware("avx2")
+    assert has_int8_hardware("avx2_vnni")
     flags = ["avx2"]
-    assert not int8_hardware(None)
+    assert not has_int8_hardware(None)

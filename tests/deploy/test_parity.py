@@ -16,7 +16,7 @@ from cmt_edge.deploy.bundle import GOLDEN, REFERENCE, Golden, save_reference
 from cmt_edge.deploy.errors import DataError, ImageError, RuntimeMissingError
 from cmt_edge.deploy.images import ImageSet, digest
 from cmt_edge.deploy.measure.labels import match_labels
-from cmt_edge.deploy.measure.parity import MAX_DROP, MAX_PROBABILITY_DIFFERENCE, tolerance, verify
+from cmt_edge.deploy.measure.parity import MAX_DROP, MAX_PROBABILITY_DIFFERENCE, find_tolerance, verify
 from helpers.bundles import SPEC, blank_head, copy_bundle, make_bundle, tiny_golden
 from helpers.cli import strict
 from helpers.images import COLOURS, coloured, folder_of
@@ -119,7 +119,7 @@ def test_tampered_model_fails_its_golden_check(tampered, onnx_bundle):
     assert not result.golden.passed
     assert result.golden.diff > 100 * result.golden.atol
     assert result.golden.pixel_diff == 0
-    assert "NOT verified" in report.verification_text(result)
+    assert "NOT verified" in report.describe_verification(result)
     assert verify(onnx_bundle).passed
 
 
@@ -244,7 +244,7 @@ def test_figures_of_a_hand_calculation(bundle, tmp_path):
         digest(coloured("green", 101)): 2,
     }
     assert expected.items() <= result.reference_answers.items()
-    text = report.verification_text(result)
+    text = report.describe_verification(result)
     assert "+40.00" in text
     assert "FAILED" in text
 
@@ -309,7 +309,7 @@ def test_json_says_whether_it_passed(tmp_path):
 @pytest.mark.parametrize("markdown", [False, True])
 def test_text_names_both_sides(bundle, tmp_path, markdown):
     result = verify(bundle, data=folder_of(tmp_path / "d", {"red": [coloured("red")]}), reference=reference())
-    text = report.verification_text(result, markdown)
+    text = report.describe_verification(result, markdown)
     for part in (
         "golden images: 2",
         "reference top-1",
@@ -340,7 +340,7 @@ def test_recorded_reference_is_used_where_it_knows_the_images(tmp_path, no_torch
     assert d.top1 == 100
     assert d.drop == pytest.approx(-5)
     assert d.logit_max_diff is d.logit_mean_diff is None
-    row = report.verification_text(replace(verify(bundle), data=d), markdown=True).splitlines()[3]
+    row = report.describe_verification(replace(verify(bundle), data=d), markdown=True).splitlines()[3]
     assert [cell.strip() for cell in row.strip("|").split("|")][-2:] == ["-", "-"]
 
 
@@ -482,7 +482,7 @@ def test_two_equal_images_do_not_verify_the_accuracy(bundle, tmp_path):
     assert result.passed
     assert result.data.drop_ci == pytest.approx((-65.76, 65.76), abs=0.01)
     assert result.notes == (result.data.doubt,)
-    text = report.verification_text(result)
+    text = report.describe_verification(result)
     assert "warning: 2 images cannot show that the drop is at most 1 points" in text
     assert text.splitlines()[-1].endswith(
         "golden images verified; 2 images are too few to judge the accuracy"
@@ -496,7 +496,7 @@ def test_many_equal_images_verify_the_accuracy(bundle, tmp_path):
     result = verify(bundle, data=data, reference=reference())
     assert result.notes == ()
     assert result.data.doubt == ""
-    assert report.verification_text(result).endswith(": verified")
+    assert report.describe_verification(result).endswith(": verified")
 
 
 def test_a_drop_that_fails_is_not_doubted_as_well(bundle, tmp_path):
@@ -504,7 +504,7 @@ def test_a_drop_that_fails_is_not_doubted_as_well(bundle, tmp_path):
     result = verify(bundle, data=data, reference=reference(Differing(3)))
     assert not result.passed
     assert result.data.doubt == ""
-    assert "NOT verified" in report.verification_text(result)
+    assert "NOT verified" in report.describe_verification(result)
 
 
 def test_a_reference_at_chance_level_is_a_warning(bundle, tmp_path):
@@ -514,7 +514,7 @@ def test_a_reference_at_chance_level_is_a_warning(bundle, tmp_path):
     result = verify(bundle, data=data, reference=reference())
     assert result.passed
     assert any("REFERENCE itself is right on only 0.00 %" in note for note in result.notes)
-    assert "warning: the REFERENCE" in report.verification_text(result)
+    assert "warning: the REFERENCE" in report.describe_verification(result)
 
 
 # right answers of the reference, images of each class, number of labels -> is it at chance level?
@@ -553,9 +553,9 @@ def test_what_chance_level_is(bundle, tmp_path, right, counts, classes, warned):
 
 def test_the_tolerance_of_probabilities_is_capped():
     sure = np.eye(4, dtype=np.float32) + np.float32(1e-7)
-    assert tolerance(sure, "int8") > 0.6
-    assert tolerance(sure, "int8", kind="probabilities") == pytest.approx(MAX_PROBABILITY_DIFFERENCE)
-    assert tolerance(sure, "int8", kind="scores") == pytest.approx(MAX_PROBABILITY_DIFFERENCE)
-    assert tolerance(sure, "fp32", kind="scores") == tolerance(sure, "fp32")
-    assert tolerance(sure, "int8", 0.5, kind="scores") == 0.5
-    assert tolerance(100 * sure, "int8") > 60
+    assert find_tolerance(sure, "int8") > 0.6
+    assert find_tolerance(sure, "int8", kind="probabilities") == pytest.approx(MAX_PROBABILITY_DIFFERENCE)
+    assert find_tolerance(sure, "int8", kind="scores") == pytest.approx(MAX_PROBABILITY_DIFFERENCE)
+    assert find_tolerance(sure, "fp32", kind="scores") == find_tolerance(sure, "fp32")
+    assert find_tolerance(sure, "int8", 0.5, kind="scores") == 0.5
+    assert find_tolerance(100 * sure, "int8") > 60

@@ -8,7 +8,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from cmt_edge.deploy.tensorrt.parser_rules import SUPPORTED, parser_findings
+from cmt_edge.deploy.tensorrt.parser_rules import SUPPORTED, find_parser_problems
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 
@@ -87,7 +87,9 @@ BROKEN = {
 
 @pytest.mark.parametrize("finding", BROKEN)
 def test_each_broken_rule_is_found(finding):
-    assert any(finding in f for f in parser_findings(BROKEN[finding])), parser_findings(BROKEN[finding])
+    assert any(finding in f for f in find_parser_problems(BROKEN[finding])), find_parser_problems(
+        BROKEN[finding]
+    )
 
 
 def test_weights_outside_the_file(tmp_path):
@@ -95,7 +97,7 @@ def test_weights_outside_the_file(tmp_path):
     onnx.save(made, tmp_path / "m.onnx", save_as_external_data=True, size_threshold=0)
     assert any(
         "outside the file" in f
-        for f in parser_findings(onnx.load(tmp_path / "m.onnx", load_external_data=False))
+        for f in find_parser_problems(onnx.load(tmp_path / "m.onnx", load_external_data=False))
     )
 
 
@@ -113,7 +115,7 @@ def test_a_good_graph_has_no_findings():
         "ws": f32(1, 2, 3, 4),
         "wz": np.zeros(4, np.int8),
     }
-    assert parser_findings(model(nodes, constants)) == []
+    assert find_parser_problems(model(nodes, constants)) == []
 
 
 def test_names_of_operations_are_onnx_names():

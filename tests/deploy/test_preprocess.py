@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import signal
 import struct
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,9 +20,10 @@ from PIL import Image
 
 from cmt_edge.calib.generated import generate
 from cmt_edge.deploy import Preprocess, preprocess
-from cmt_edge.deploy.bundle import plain, read_record
+from cmt_edge.deploy.bundle import make_plain, read_record
+from cmt_edge.deploy.decoding import IMAGE_FORMATS, MAX_BYTES, NamedBytes, decode
 from cmt_edge.deploy.errors import DataError, ImageError, InputError
-from cmt_edge.deploy.preprocessing import MAX_BYTES, NamedBytes, decode, normalise, pixels
+from cmt_edge.deploy.preprocessing import normalise, pixels
 
 PLAIN = Preprocess(8, None, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 IMAGENET = Preprocess(32, 36, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -84,8 +87,8 @@ def test_what_is_no_image_is_told_the_formats(kind):
 
 
 def test_missing_file_and_folder_name_the_path(tmp_path):
-    for path in (tmp_path / "absent.jpg", tmp_path):
-        with pytest.raises(ImageError, match="no such image file") as caught:
+    for path, message in ((tmp_path / "absent.jpg", "no such image file"), (tmp_path, "is a folder")):
+        with pytest.raises(ImageError, match=message) as caught:
             preprocess(path, IMAGENET)
         assert caught.value.where == str(path)
     assert issubclass(ImageError, DataError)
@@ -137,7 +140,7 @@ def test_error_about_a_thread_like_image_names_the_file(tmp_path):
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"])
 def test_every_format_decodes_to_the_same_picture(kind):
     options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}.get(kind, {})
-    got = np.asarray(decode(encoded(photo(), kind, **options), PLAIN)).astype(int)
+    got = np.asarray(decode(encoded(photo(), kind, **options), PLAIN.exif)).astype(int)
     tolerance = {"JPEG": 6, "GIF": 60}.get(kind, 0)
     assert np.abs(got - np.asarray(photo()).astype(int)).max() <= tolerance
 
@@ -150,7 +153,7 @@ def test_exif_orientation(exif, kind, orientation, turn):
     tags = Image.Exif()
     tags[0x0112] = orientation
     data = encoded(image, kind, exif=tags, **({"lossless": True} if kind == "WEBP" else {}))
-    got = np.asarray(decode(data, Preprocess(8, None, (0, 0, 0), (1, 1, 1), exif)))
+    got = np.asarray(decode(data, exif))
     expected = np.rot90(np.asarray(image), turn) if exif == "apply" else np.asarray(image)
     np.testing.assert_array_equal(got, expected)
 
@@ -158,7 +161,7 @@ def test_exif_orientation(exif, kind, orientation, turn):
 def test_sixteen_bit_grey_is_scaled_not_clipped():
     ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
     for kind in ("PNG", "TIFF"):
-        got = np.asarray(decode(encoded(Image.fromarray(ramp), kind), PLAIN))
+        got = np.asarray(decode(encoded(Image.fromarray(ramp), kind), PLAIN.exif))
         np.testing.assert_array_equal(got, np.repeat((ramp >> 8).astype(np.uint8)[..., None], 3, -1))
 
 
@@ -166,13 +169,13 @@ def test_sixteen_bit_grey_obeys_its_orientation():
     ramp = np.arange(12, dtype=np.uint16).reshape(3, 4) * 5000
     tags = Image.Exif()
     tags[0x0112] = 6
-    assert decode(encoded(Image.fromarray(ramp), "PNG", exif=tags), PLAIN).size == (3, 4)
+    assert decode(encoded(Image.fromarray(ramp), "PNG", exif=tags), PLAIN.exif).size == (3, 4)
 
 
 def test_integer_pixels_beyond_sixteen_bits_are_refused():
     for bad in (-1, 70000):
         with pytest.raises(ImageError, match=r"0\.\.65535"):
-            decode(encoded(Image.fromarray(np.full((4, 4), bad, np.int32)), "TIFF"), PLAIN)
+            decode(encoded(Image.fromarray(np.full((4, 4), bad, np.int32)), "TIFF"), PLAIN.exif)
 
 
 def test_float_tiff_is_refused():
@@ -184,13 +187,13 @@ def test_float_tiff_is_refused():
 def test_modes_are_converted_as_pillow_does(mode):
     image = photo().convert(mode)
     data = encoded(image, "TIFF")
-    np.testing.assert_array_equal(np.asarray(decode(data, PLAIN)), np.asarray(image.convert("RGB")))
+    np.testing.assert_array_equal(np.asarray(decode(data, PLAIN.exif)), np.asarray(image.convert("RGB")))
 
 
 def test_cmyk_jpeg():
     data = encoded(photo().convert("CMYK"), "JPEG", quality=100)
     expected = np.asarray(photo()).astype(int)
-    assert np.abs(np.asarray(decode(data, PLAIN)).astype(int) - expected).max() < 12
+    assert np.abs(np.asarray(decode(data, PLAIN.exif)).astype(int) - expected).max() < 12
 
 
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency")
@@ -199,14 +202,14 @@ def test_palette_with_transparency_keeps_its_colours(transparency):
     image = Image.new("P", (6, 6))
     image.putpalette([200, 10, 20, 30, 210, 40, 50, 60, 220])
     image.putdata([i % 3 for i in range(36)])
-    got = np.asarray(decode(encoded(image, "PNG", transparency=transparency), PLAIN))
+    got = np.asarray(decode(encoded(image, "PNG", transparency=transparency), PLAIN.exif))
     assert {tuple(c) for c in got.reshape(-1, 3).tolist()} == {(200, 10, 20), (30, 210, 40), (50, 60, 220)}
 
 
 def test_alpha_is_dropped_not_blended():
     image = photo()
     image.putalpha(0)
-    np.testing.assert_array_equal(np.asarray(decode(encoded(image), PLAIN)), np.asarray(photo()))
+    np.testing.assert_array_equal(np.asarray(decode(encoded(image), PLAIN.exif)), np.asarray(photo()))
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "TIFF", "PNG", "MPO"])
@@ -214,7 +217,7 @@ def test_first_frame_of_an_animation(kind):
     frames = [Image.new("RGB", (9, 7), c) for c in ((250, 0, 0), (0, 250, 0), (0, 0, 250))]
     options = {"WEBP": {"lossless": True}, "MPO": {"quality": 100}}.get(kind, {})
     got = np.asarray(
-        decode(encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options), PLAIN)
+        decode(encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options), PLAIN.exif)
     )
     assert np.abs(got.astype(int) - [250, 0, 0]).max() <= 5
 
@@ -346,19 +349,19 @@ def test_one_bad_entry_does_not_spoil_a_photograph(entry, how):
     data = photograph(*entry)
     source = Image.open(io.BytesIO(data)) if how == "Pillow image" else data
     double = entry[0] == 0x112  # then nobody knows which of the two is right
-    assert decode(source, PLAIN).size in ({(96, 128), (128, 96)} if double else {(96, 128)})
-    assert decode(data, Preprocess(8, None, (0, 0, 0), (1, 1, 1), "ignore")).size == (128, 96)
+    assert decode(source, PLAIN.exif).size in ({(96, 128), (128, 96)} if double else {(96, 128)})
+    assert decode(data, "ignore").size == (128, 96)
 
 
 @pytest.mark.parametrize("exif", [b"", b"Exif\0\0", b"Exif\0\0XX", b"junk" * 9])
 def test_unreadable_metadata_leave_the_stored_pixels(exif):
-    assert decode(encoded(Image.new("RGB", (128, 96)), "JPEG", exif=exif), PLAIN).size == (128, 96)
+    assert decode(encoded(Image.new("RGB", (128, 96)), "JPEG", exif=exif), PLAIN.exif).size == (128, 96)
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 65535])
 def test_unknown_orientation_leaves_the_stored_pixels(orientation):
     entry = (0x131, 2, b"abc\0", b"")
-    assert decode(photograph(*entry, orientation=orientation), PLAIN).size == (128, 96)
+    assert decode(photograph(*entry, orientation=orientation), PLAIN.exif).size == (128, 96)
 
 
 # --- exceptions that are not about the image ------------------------------------------------------
@@ -388,7 +391,7 @@ def test_a_time_limit_comes_out_as_itself(error):
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.02)
         with pytest.raises(type(error)) as caught:
-            [decode(data, PLAIN) for _ in range(100)]
+            [decode(data, PLAIN.exif) for _ in range(100)]
         assert caught.value is error
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -404,7 +407,7 @@ def test_what_the_callers_file_raises_comes_out_as_itself():
             return 0
 
     with pytest.raises(ConnectionError, match="away"):
-        decode(Broken(), PLAIN)
+        decode(Broken(), PLAIN.exif)
 
 
 def test_source_is_left_unchanged():
@@ -517,4 +520,13 @@ def test_interpolation_is_the_one_asked_for(short):
     if short is None:
         np.testing.assert_array_equal(soft, np.asarray(image.resize((8, 8), Image.Resampling.BILINEAR)))
     spec = Preprocess(8, short, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), interpolation="bilinear")
-    assert read_record(Preprocess, json.loads(json.dumps(plain(spec))), "file") == spec
+    assert read_record(Preprocess, json.loads(json.dumps(make_plain(spec))), "file") == spec
+
+
+def test_the_page_on_security_names_every_image_format():
+    page = Path(__file__).resolve().parents[2] / "SECURITY.md"
+    named = re.search(r"opens (\w+) formats only \(([^)]*)\)", page.read_text(encoding="utf-8"))
+    assert named is not None
+    assert named[1] == "nine"
+    assert [name.upper() for name in named[2].split(", ")] == list(IMAGE_FORMATS)
+    assert len(IMAGE_FORMATS) == 9

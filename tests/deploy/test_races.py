@@ -196,7 +196,7 @@ def test_a_file_system_that_cannot_exchange_folders(tmp_path, monkeypatch, numbe
 def test_a_kill_between_two_steps_is_undone_by_the_next_writer(tmp_path):
     target = tmp_path / "tiny"
     versioned(target, 1)
-    target.rename(files.aside(target))
+    target.rename(files.make_aside_path(target))
     with pytest.raises(BundleError, match="no such bundle folder"):
         Bundle.open(target)
     with BundleWriter(target):

@@ -13,7 +13,7 @@ import pytest
 
 from cmt_edge import startup
 from cmt_edge.__main__ import COMMANDS
-from cmt_edge.deploy.signals import Stopped, received, unwound_by_signals
+from cmt_edge.deploy.signals import Stopped, get_received, unwound_by_signals
 
 NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 EARLY = """
@@ -37,7 +37,7 @@ LATE = """
 import argparse, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from cmt_edge import startup
-from cmt_edge.deploy.cli.console import run
+from cmt_edge.deploy.cli.console import run_command
 startup.end_at_once_on_signals()
 def wait():  # a signal that comes just before a long sleep begins is noticed only after it
     print("ready", flush=True)
@@ -45,7 +45,7 @@ def wait():  # a signal that comes just before a long sleep begins is noticed on
 def main(args):
     {body}
     return 0
-sys.exit(run(main, argparse.Namespace(verbose=False)))
+sys.exit(run_command(main, argparse.Namespace(verbose=False)))
 """
 """A command that is at work."""
 BODIES = {
@@ -137,9 +137,9 @@ def test_the_signal_is_known_afterwards(number):
     with unwound_by_signals(), pytest.raises(Stopped) as stopped:  # noqa: PT012, it comes a moment later
         os.kill(os.getpid(), number)
         time.sleep(0.01)
-    assert stopped.value.number == received() == number
+    assert stopped.value.number == get_received() == number
     with unwound_by_signals():
-        assert received() is None
+        assert get_received() is None
 
 
 def test_off_the_main_thread_nothing_changes():

@@ -13,7 +13,7 @@ import pytest
 
 from cmt_edge.deploy import Bundle
 from cmt_edge.deploy.errors import CmtEdgeError, OutputError
-from cmt_edge.deploy.files import irregular_kind, open_regular, read_regular, read_text, write_atomic
+from cmt_edge.deploy.files import describe_irregular, open_regular, read_regular, read_text, write_atomic
 from helpers.bundles import make_bundle
 from helpers.paths import ROOT
 
@@ -58,7 +58,7 @@ READERS = {
     "golden": "Bundle.open(place)",
     "signature": "Bundle.open(place).signed_by",
     "key": "Bundle.open(place, key=special)",
-    "image": "decode(str(special), Preprocess(16, None, (0,) * 3, (1,) * 3))",
+    "image": "decode(str(special), 'apply')",
     "archive": "ImageSet(special)",
     "settings": "read_config(special)",
     "labels": "ExportConfig('cmt_nano', labels=str(special)).read_labels()",
@@ -91,12 +91,13 @@ from pathlib import Path
 resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))
 from cmt_edge.cmt import create_model
 from cmt_edge.cmt.checkpoint import read_content
-from cmt_edge.deploy import Bundle, Preprocess
+from cmt_edge.deploy import Bundle
+from cmt_edge.deploy.decoding import decode
 from cmt_edge.deploy.errors import CmtEdgeError
 from cmt_edge.deploy.images import ImageSet
-from cmt_edge.deploy.preprocessing import decode
 from cmt_edge.deploy.tensorrt import engine
-from cmt_edge.export.config import ExportConfig, read_config
+from cmt_edge.export.config import ExportConfig
+from cmt_edge.export.config_file import read_config
 for name, special, place, expression in json.loads(sys.argv[1]):
     print("reads", name, flush=True)
     special, place = Path(special), Path(place)
@@ -148,12 +149,12 @@ def test_a_regular_file_and_a_link_to_one_are_read(tmp_path):
     (tmp_path / "file").write_bytes(b"12345")
     (tmp_path / "link").symlink_to("file")
     for name in ("file", "link"):
-        assert irregular_kind(tmp_path / name) is None
+        assert describe_irregular(tmp_path / name) is None
         assert read_regular(tmp_path / name, 5) == b"12345"
         with pytest.raises(OSError, match="5 bytes, the cap is 4"):
             read_regular(tmp_path / name, 4)
-    assert irregular_kind(tmp_path / "absent") is None
-    assert irregular_kind("a\0b") is None
+    assert describe_irregular(tmp_path / "absent") is None
+    assert describe_irregular("a\0b") is None
     with pytest.raises(FileNotFoundError):
         open_regular(tmp_path / "absent")
 
@@ -164,7 +165,7 @@ def test_a_member_that_cannot_be_read_is_a_bundle_error(tmp_path, monkeypatch):
     def broken(*_: object) -> str:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("cmt_edge.deploy.bundle.bundle.sha256_of", broken)
+    monkeypatch.setattr("cmt_edge.deploy.bundle.bundle.hash_file", broken)
     with pytest.raises(CmtEdgeError, match="cannot be read") as caught:
         Bundle.open(bundle.path)
     assert caught.value.exit_code == 2

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from cmt_edge.deploy.measure.statistics import (
     bootstrap_medians,
-    median_interval,
-    paired_drop,
-    ratio_of_medians,
+    compare_medians,
+    compute_median_interval,
+    compute_paired_drop,
+    compute_wilson_interval,
     summarise,
-    wilson,
 )
 
 
@@ -40,7 +40,7 @@ def test_figures_are_those_of_earlier_reports(count):
 
 
 def test_ratios_are_those_of_earlier_reports():
-    ratio = ratio_of_medians(samples(150, seed=1), samples(130, seed=2))
+    ratio = compare_medians(samples(150, seed=1), samples(130, seed=2))
     assert ratio.value == 1.0099290956231035
     assert ratio.interval == (0.9499821999004955, 1.0526557393101625)
 
@@ -48,7 +48,7 @@ def test_ratios_are_those_of_earlier_reports():
 def test_one_generator_serves_both_sides_of_a_ratio():
     """A generator of the same seed for each side would draw the same resamples, and narrow the interval."""
     values = samples(100, seed=3)
-    same = ratio_of_medians(values, values)
+    same = compare_medians(values, values)
     assert same.value == 1
     assert same.low < 1 < same.high
     rng = np.random.default_rng(0)
@@ -59,7 +59,7 @@ def test_an_interval_holds_the_median_it_is_of():
     """Of 200 experiments with a known median, about 95 % of the intervals hold it."""
     held = 0
     for seed in range(200):
-        low, high = median_interval(np.random.default_rng(seed).normal(10, 1, 60))
+        low, high = compute_median_interval(np.random.default_rng(seed).normal(10, 1, 60))
         held += low <= 10 <= high
     assert 180 <= held <= 198
 
@@ -67,7 +67,7 @@ def test_an_interval_holds_the_median_it_is_of():
 def test_a_paired_drop():
     reference = np.array([True] * 90 + [False] * 10)
     ours = np.array([True] * 85 + [False] * 5 + [True] * 2 + [False] * 8)  # 5 lost, 2 gained
-    drop = paired_drop(reference, ours)
+    drop = compute_paired_drop(reference, ours)
     assert drop.mean == pytest.approx(3.0)
     assert drop.interval == pytest.approx((-2.905, 9.310), abs=1e-3)
 
@@ -88,7 +88,7 @@ def test_intervals_of_paired_drops(counts):
     both, lost, gained, none = counts
     reference = np.repeat([True, True, False, False], [both, lost, gained, none])
     ours = np.repeat([True, False, True, False], [both, lost, gained, none])
-    drop = paired_drop(reference, ours)
+    drop = compute_paired_drop(reference, ours)
     assert drop.mean == pytest.approx(100 * (lost - gained) / sum(counts))
     assert drop.interval == pytest.approx(NEWCOMBE[counts], abs=0.01)
 
@@ -96,9 +96,9 @@ def test_intervals_of_paired_drops(counts):
 def test_a_perfect_pair_has_the_interval_of_a_single_share():
     """Without any mistake on either side, the interval is that of Wilson for a share of 1."""
     right = np.ones(54, bool)
-    low, _ = wilson(1.0, 54)
+    low, _ = compute_wilson_interval(1.0, 54)
     half = 100 * (1 - low)
-    assert paired_drop(right, right).interval == pytest.approx((-half, half))
+    assert compute_paired_drop(right, right).interval == pytest.approx((-half, half))
 
 
 def test_an_interval_of_a_drop_holds_it():
@@ -108,14 +108,14 @@ def test_an_interval_of_a_drop_holds_it():
         held = 0
         for _ in range(500):
             kind = rng.choice(4, count, p=[0.8, 0.06, 0.02, 0.12])
-            drop = paired_drop(kind <= 1, (kind == 0) | (kind == 2))
+            drop = compute_paired_drop(kind <= 1, (kind == 0) | (kind == 2))
             held += drop.interval.low <= 4.0 <= drop.interval.high
         assert held >= 465
 
 
 @pytest.mark.parametrize(("reference", "ours"), [(True, False), (True, True), (False, True), (False, False)])
 def test_one_image_tells_almost_nothing(reference, ours):
-    drop = paired_drop(np.array([reference]), np.array([ours]))
+    drop = compute_paired_drop(np.array([reference]), np.array([ours]))
     assert drop.mean == 100 * (int(reference) - int(ours))
     assert drop.interval.high - drop.interval.low > 100
 
@@ -123,7 +123,7 @@ def test_one_image_tells_almost_nothing(reference, ours):
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=50))
 def test_a_drop_stays_within_its_bounds(answers):
     reference, ours = (np.array(side) for side in zip(*answers, strict=True))
-    drop = paired_drop(reference, ours)
+    drop = compute_paired_drop(reference, ours)
     assert -100 <= drop.interval.low <= drop.mean + 1e-9
     assert drop.mean - 1e-9 <= drop.interval.high <= 100
     assert drop.interval.high - drop.interval.low > 1
@@ -132,6 +132,6 @@ def test_a_drop_stays_within_its_bounds(answers):
 @given(st.integers(1, 1000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_wilson_stays_within_its_bounds(trials):
     count, n = trials
-    low, high = wilson(count / n, n)
+    low, high = compute_wilson_interval(count / n, n)
     assert 0 <= low <= count / n <= high <= 1
     assert not math.isclose(low, high)

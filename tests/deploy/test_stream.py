@@ -24,6 +24,7 @@ from cmt_edge.deploy.errors import ImageError, InputError
 from cmt_edge.deploy.preprocessing import normalise, pixels
 from helpers.bundles import LABELS, SPEC, make_bundle, tiny
 from helpers.images import BLUE, GREEN, RED, png
+from helpers.running import list_helper_threads
 
 SIZES = [0, 1, 3]
 """Batch sizes; 0 is dynamic."""
@@ -38,10 +39,6 @@ def grey(level: int) -> np.ndarray:
 
 def levels(predictions) -> list[float]:
     return [float(p.logits[0]) for p in predictions]
-
-
-def helpers() -> list[threading.Thread]:
-    return [t for t in threading.enumerate() if t.name.startswith(("decode", "infer"))]
 
 
 def bound(batch: int, workers: int, in_flight: int) -> int:
@@ -78,7 +75,7 @@ class Busy(FakeSession):
 def no_thread_is_left():
     yield
     gc.collect()
-    assert not helpers()
+    assert not list_helper_threads()
 
 
 # --- answers --------------------------------------------------------------------------------------
@@ -482,7 +479,7 @@ def test_failing_inference_raises_at_its_turn(workers, in_flight):
     assert len(list(itertools.islice(stream, 5))) == 5
     with pytest.raises(RuntimeError, match="went away"):
         next(stream)
-    assert not helpers()
+    assert not list_helper_threads()
 
 
 def test_the_first_of_two_bad_images_is_named(tmp_path):
@@ -495,7 +492,7 @@ def test_the_first_of_two_bad_images_is_named(tmp_path):
 def test_what_is_no_iterable_is_a_type_error():
     with pytest.raises(TypeError):
         next(tiny().stream(7))
-    assert not helpers()
+    assert not list_helper_threads()
 
 
 def test_interrupt_from_the_iterable_comes_at_once():
@@ -505,7 +502,7 @@ def test_interrupt_from_the_iterable_comes_at_once():
 
     with pytest.raises(KeyboardInterrupt):
         list(tiny().stream(interrupted(), in_flight=2))
-    assert not helpers()
+    assert not list_helper_threads()
 
 
 @pytest.mark.parametrize("batch", SIZES)
@@ -514,10 +511,10 @@ def test_early_close_cancels_what_has_not_begun(batch, in_flight):
     session = Busy(0.05)
     stream = tiny(batch, session=session).stream(itertools.repeat(RED), workers=3, in_flight=in_flight)
     next(stream)
-    assert helpers()
+    assert list_helper_threads()
     before = session.calls
     stream.close()
-    assert not helpers()
+    assert not list_helper_threads()
     assert session.now == 0
     assert session.calls <= before + in_flight
     assert next(stream, None) is None
@@ -527,11 +524,11 @@ def test_leaving_the_loop_frees_the_threads():
     p = tiny(session=Busy())
     for _ in p.stream(itertools.repeat(RED), in_flight=2):
         break
-    assert not helpers()
+    assert not list_helper_threads()
     with pytest.raises(ZeroDivisionError):
         sum(1 / 0 for _ in p.stream(itertools.repeat(RED), in_flight=2))
     gc.collect()
-    assert not helpers()
+    assert not list_helper_threads()
 
 
 def test_stream_that_is_collected_in_its_own_thread():
@@ -561,9 +558,9 @@ def test_stream_that_is_collected_in_its_own_thread():
     dropped.set()
     assert done.wait(10)
     deadline = time.monotonic() + 10
-    while helpers() and time.monotonic() < deadline:
+    while list_helper_threads() and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not helpers()
+    assert not list_helper_threads()
 
 
 def test_closing_the_predictor_waits_for_what_runs():

@@ -13,11 +13,11 @@ import pytest
 from cmt_edge.deploy import Bundle, report
 from cmt_edge.deploy.backends.openvino import has_bf16
 from cmt_edge.deploy.errors import InputError, RuntimeMissingError
-from cmt_edge.deploy.files import cache_folder
+from cmt_edge.deploy.files import find_cache_folder
 from cmt_edge.deploy.measure import isa
 from cmt_edge.deploy.measure.benchmark import Protocol
 from cmt_edge.deploy.measure.child import MeasuringProcess
-from cmt_edge.deploy.measure.host import describe
+from cmt_edge.deploy.measure.host import describe_host
 from cmt_edge.export import pipeline, run
 from cmt_edge.export.auto import choose, workbench
 from helpers.cli import failed, succeeded
@@ -56,8 +56,8 @@ def calls(monkeypatch) -> list[str]:
 @pytest.fixture
 def two_groups(monkeypatch):
     """Only two groups are ranked, for speed."""
-    real = workbench.groups_of
-    monkeypatch.setattr(workbench, "groups_of", lambda *args: dict(list(real(*args).items())[:2]))
+    real = workbench.group_nodes
+    monkeypatch.setattr(workbench, "group_nodes", lambda *args: dict(list(real(*args).items())[:2]))
 
 
 @pytest.fixture(scope="module")
@@ -141,12 +141,12 @@ def test_everything_measured_is_in_the_verdict(finished):
 
 @pytest.mark.slow
 def test_the_report_recommends_with_intervals(finished):
-    text, page = report.bundle_text(finished), (finished.path / "report.md").read_text()
+    text, page = report.describe_bundle(finished), (finished.path / "report.md").read_text()
     for part in ("recommended: ", "95 % CI", "sensitivity", "stages.2.ffn", "int8, linears float"):
         assert part in text
         assert part in page
     assert f"## Why {finished.manifest.precision}" in page
-    assert as_json(report.bundle_json(finished))["verdict"] == as_json(finished.manifest.verdict)
+    assert as_json(report.make_bundle_json(finished))["verdict"] == as_json(finished.manifest.verdict)
 
 
 @pytest.mark.slow
@@ -160,7 +160,7 @@ def test_a_second_run_measures_nothing(finished, images, tmp_path, calls):
 @pytest.mark.slow
 def test_what_cannot_be_read_is_measured_again(finished, images, tmp_path, calls, monkeypatch):
     """One kept measurement has the entries of another version: only that one is made anew."""
-    shutil.copytree(cache_folder(), tmp_path / "cache")
+    shutil.copytree(find_cache_folder(), tmp_path / "cache")
     monkeypatch.setenv("CMT_EDGE_CACHE", str(tmp_path / "cache"))
     kept = [file for file in (tmp_path / "cache" / "search").iterdir() if "ratio_ci" in file.read_text()]
     assert kept
@@ -232,7 +232,7 @@ def test_without_labels_disagreement_decides(tmp_path, two_groups):
     assert verdict.labelled is False
     assert any("disagreement" in note for note in verdict.notes)
     assert all(c.accuracy.top1 is None and c.accuracy.images == 6 for c in verdict.candidates if c.accuracy)
-    assert "disagreement (95 % CI)" in report.verdict_text(verdict)
+    assert "disagreement (95 % CI)" in report.describe_verdict(verdict)
 
 
 @pytest.mark.slow
@@ -250,7 +250,7 @@ def test_onnx_has_no_bf16_candidate(tmp_path):
 
 @pytest.mark.slow
 def test_an_older_cpu(tmp_path):
-    if "avx2" not in describe().flags:
+    if "avx2" not in describe_host().flags:
         pytest.skip("needs AVX2")
     try:
         bundle = run(asked(tmp_path, isa="avx2", time_budget=1.0))
@@ -265,7 +265,7 @@ def test_an_older_cpu(tmp_path):
 
 
 def test_an_instruction_set_that_is_missing_is_refused_before_the_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(isa, "describe", lambda: SimpleNamespace(flags=["sse2"], cpu="old"))
+    monkeypatch.setattr(isa, "describe_host", lambda: SimpleNamespace(flags=["sse2"], cpu="old"))
     monkeypatch.setattr(pipeline, "prepare", lambda *_: pytest.fail("the long work began"))
     with pytest.raises(RuntimeMissingError, match="no avx2"):
         run(asked(tmp_path, isa="avx2"))

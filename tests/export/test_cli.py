@@ -219,6 +219,28 @@ def test_dry_run_downloads_nothing(capsys, tmp_path, monkeypatch):
     assert content(tmp_path) == {}
 
 
+def test_two_models_of_one_folder_have_a_word_about_the_replaced_one(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    source = (
+        "from torch import nn\n"
+        "def small():\n"
+        "    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1),"
+        " nn.Flatten(), nn.Linear(8, 2))\n"
+        "    net.img_size = 32\n"
+        "    return net\n"
+    )
+    (tmp_path / "sub").mkdir()
+    for name in ("sub/net.py", "sub_net.py"):
+        (tmp_path / name).write_text(source)
+    argv = ("--format", "onnx", "--weights", "random", "-o", "out", "--model")
+    assert "replaced:" not in succeeded(capsys, *argv, "sub/net.py:small")
+    out = succeeded(capsys, *argv, "sub_net.py:small")
+    assert "replaced: the bundle of another model, sub/net.py:small (--name NAME keeps both)" in out
+    assert "replaced: a bundle of the same model" in succeeded(capsys, *argv, "sub_net.py:small")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["sub_net.py_small_fp32_onnx"]
+
+
 def test_two_checkpoints_of_one_model_have_two_names_or_a_word_about_the_replaced_one(capsys, tmp_path):
     first, second = (saved_nano(tmp_path / f"{name}.pth", seed=seed) for seed, name in enumerate("ab"))
     argv = ("--model", "cmt_nano", "--format", "onnx", "-o", tmp_path / "out", "--weights")
@@ -229,8 +251,7 @@ def test_two_checkpoints_of_one_model_have_two_names_or_a_word_about_the_replace
         "second_fp32_onnx",
     ]
     out = succeeded(capsys, *argv, second)
-    assert "replaced: the bundle that was here, made from the other weights a.pth" in out
-    assert "--name" in out
+    assert "replaced: a bundle of the same model with other weights, a.pth (--name NAME keeps both)" in out
     result = json.loads(succeeded(capsys, *argv, second, "--json"))
     assert result["replaced"]["weights"] == "b.pth"
     assert json.loads(succeeded(capsys, *argv, second, "--name", "c", "--json"))["replaced"] is None

@@ -10,7 +10,7 @@ import pytest
 from cmt_edge.cmt import list_models, model_spec
 from cmt_edge.deploy.errors import InputError, UnknownNameError
 from cmt_edge.export import ExportConfig
-from cmt_edge.export.config import read_config
+from cmt_edge.export.config_file import read_config
 
 GOOD = ExportConfig("cmt_nano")
 BAD_NAMES = ["a/b", "../a", ".", "..", ".hidden", "a b", "a\\b", "a\n", "-a", "a:b", "*"]
@@ -327,6 +327,23 @@ def test_bundle_name(settings, name):
     config = replace(GOOD, output="some/where", **settings)
     assert config.folder == name
     assert config.target == Path("some/where") / name
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("./cmt.py:small", "cmt.py_small"),
+        ("../cmt.py:small", "cmt.py_small"),
+        (".hidden/cmt.py:small", "hidden_cmt.py_small"),
+        ("sub/net.py:small", "sub_net.py_small"),
+        ("_net.py:small", "_net.py_small"),
+        ("timm:resnet18.a1_in1k", "timm_resnet18.a1_in1k"),
+    ],
+)
+def test_no_bundle_is_hidden(monkeypatch, model, name):
+    spec = replace(GOOD.spec, name=model)
+    monkeypatch.setattr("cmt_edge.export.config.model_spec", lambda *_: spec)
+    assert replace(GOOD, model=model).folder == f"{name}_fp32_openvino"
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from cmt_edge.cmt import create_model, fuse, list_models, model_spec, with_head
+from cmt_edge.cmt import choose_head, create_model, fuse, list_models, model_spec
 from cmt_edge.deploy import Bundle, Predictor
 from cmt_edge.deploy.bundle import Golden
 from cmt_edge.deploy.cli import bench as cmt_bench
 from cmt_edge.deploy.cli import predict as cmt_predict
 from cmt_edge.deploy.cli import verify as cmt_verify
 from cmt_edge.deploy.errors import InputError, ParityError
-from cmt_edge.deploy.measure.parity import MAP_ATOL, check_golden, distance, verify
+from cmt_edge.deploy.measure.parity import MAP_ATOL, check_golden, measure_distance, verify
 from cmt_edge.export import ExportConfig, run
 from cmt_edge.export.to_onnx import require_parity
 from helpers.models import marked_models
@@ -51,7 +51,9 @@ def photos(count: int, size: int = 64) -> np.ndarray:
 @pytest.mark.parametrize("name", marked_models(HIERARCHICAL))
 def test_strides_are_what_the_maps_have(name):
     size = model_spec(name).img_size
-    maps = with_head(create_model(name).to("meta"), "features")(torch.empty(2, 3, size, size, device="meta"))
+    maps = choose_head(create_model(name).to("meta"), "features")(
+        torch.empty(2, 3, size, size, device="meta")
+    )
     assert [size / m.shape[-1] for m in maps] == list(model_spec(name).strides)
     assert all(m.ndim == 4 and m.shape[2] == m.shape[3] and len(m) == 2 for m in maps)
     assert model_spec(name).strides in ((4, 8, 16), (4, 8, 16, 32))
@@ -62,7 +64,7 @@ def test_rewriting_keeps_the_maps(name, one_thread):
     model = create_model(name, img_size=64, seed=0).double()
     x = torch.from_numpy(photos(2)).double()
     with torch.inference_mode():
-        for ours, expected in zip(fuse(model).features(x), with_head(model, "features")(x), strict=True):
+        for ours, expected in zip(fuse(model).features(x), choose_head(model, "features")(x), strict=True):
             torch.testing.assert_close(ours, expected, rtol=0, atol=1e-9)
 
 
@@ -201,7 +203,7 @@ def test_distance_of_maps_is_that_of_the_worst_image():
     ours = reference.copy()
     ours[1] += 0.5
     ours[0, 0, 0, 0] = 2.0
-    assert distance(ours, reference) == pytest.approx(0.5)
-    assert distance(ours[:, 0, 0], reference[:, 0, 0]) == pytest.approx(2.0)
-    assert distance(ours + np.inf, reference) == float("inf")
+    assert measure_distance(ours, reference) == pytest.approx(0.5)
+    assert measure_distance(ours[:, 0, 0], reference[:, 0, 0]) == pytest.approx(2.0)
+    assert measure_distance(ours + np.inf, reference) == float("inf")
     assert set(MAP_ATOL) == {"fp32", "fp16", "bf16", "int8"}

@@ -11,7 +11,7 @@ import pytest
 
 import cmt_edge
 from cmt_edge.__main__ import COMMANDS
-from cmt_edge.deploy.backends import RUNTIMES, offered_runtimes
+from cmt_edge.deploy.backends import RUNTIMES, list_offered_runtimes
 from cmt_edge.deploy.cli import bench, build, predict, verify
 from cmt_edge.export import ExportConfig, pipeline
 from cmt_edge.export import cli as export_cli
@@ -185,7 +185,7 @@ def test_files_of_the_working_directory_stand_for_no_package(tmp_path, folder):
 
 def test_the_double_of_a_runtime_is_offered_by_no_command():
     assert "fake" in RUNTIMES
-    assert "fake" not in offered_runtimes()
+    assert "fake" not in list_offered_runtimes()
     for name in ("predict", "verify", "bench"):
         assert "fake" not in command(name, "--help").stdout
     done = command("predict", "b", "a.png", "--backend", "fake")

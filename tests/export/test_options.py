@@ -16,13 +16,13 @@ from cmt_edge.export import settings as settings_module
 from cmt_edge.export.cli import build_parser
 from cmt_edge.export.options import (
     add_flags,
-    changed_flags,
-    flag_of,
+    get_option,
+    list_changed_flags,
+    list_types,
+    make_flag,
     option,
-    option_of,
     read_flags,
     read_mapping,
-    types_of,
 )
 from cmt_edge.export.settings import GROUPS, TENSORRT, Settings
 
@@ -43,7 +43,7 @@ def parsed(*argv: str) -> dict[str, object]:
 
 def values(field) -> list[str]:
     """Arguments that change a field from its default."""
-    flag = flag_of(field)
+    flag = make_flag(field)
     if isinstance(field.default, bool) or field.name == "ema":
         return [flag]
     return [flag, "0.7" if field.name == "crop_ratio" else "7"]
@@ -54,8 +54,8 @@ def test_every_field_has_its_flag_its_group_and_its_help(field):
     found = parsed(*values(field))
     assert list(found) == [field.name]
     assert found[field.name] != field.default
-    assert option_of(field).group in GROUPS
-    assert len(option_of(field).help) > 10
+    assert get_option(field).group in GROUPS
+    assert len(get_option(field).help) > 10
 
 
 @pytest.mark.parametrize(
@@ -87,29 +87,31 @@ def test_help_is_grouped_and_imports_nothing_heavy():
 
 
 def test_lists_that_heavy_modules_have_too():
-    assert settings_module.HEADS == HEADS
+    assert settings_module.HEAD_CHOICES == HEADS
 
 
-@pytest.mark.parametrize("field", [f for f in fields(Settings) if option_of(f).choices], ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    "field", [f for f in fields(Settings) if get_option(f).choices], ids=lambda f: f.name
+)
 def test_choices_are_checked(field):
     with pytest.raises(InputError, match=r"unknown .* 'nonsense'"):
         replace(ExportConfig("cmt_nano"), **{field.name: "nonsense"}).check()
 
 
-NUMBERS = [f for f in fields(Settings) if {int, float} & set(types_of(get_type_hints(Settings)[f.name]))]
+NUMBERS = [f for f in fields(Settings) if {int, float} & set(list_types(get_type_hints(Settings)[f.name]))]
 """Every option that is a number."""
 
 
 def outside(field) -> list[str]:
     """Numbers that an option refuses: below and above its range, and none at all."""
-    numbers = option_of(field).range
+    numbers = get_option(field).range
     low = numbers.least if numbers.above else numbers.least - 1
     return [str(low), str(numbers.most + 1), "1" + "0" * 30, "nan", "inf", "-inf", "1e999", "x", ""]
 
 
 @pytest.mark.parametrize("field", NUMBERS, ids=lambda f: f.name)
 def test_every_number_has_a_range(field):
-    numbers = option_of(field).range
+    numbers = get_option(field).range
     assert 0 <= numbers.least < numbers.most
     assert field.default is None or not numbers.complaint(field.default)
 
@@ -118,50 +120,50 @@ def test_every_number_has_a_range(field):
 def test_a_number_out_of_range_is_refused_on_the_command_line(capsys, field):
     for value in outside(field):
         with pytest.raises(SystemExit, match="2"):
-            build_parser().parse_args([f"{flag_of(field)}={value}"])
-        assert f"argument {flag_of(field)}: {value[:40]!r}" in capsys.readouterr().err
+            build_parser().parse_args([f"{make_flag(field)}={value}"])
+        assert f"argument {make_flag(field)}: {value[:40]!r}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("field", NUMBERS, ids=lambda f: f.name)
 def test_a_number_out_of_range_is_refused_in_python(field):
-    kind = int if int in types_of(get_type_hints(Settings)[field.name]) else float
+    kind = int if int in list_types(get_type_hints(Settings)[field.name]) else float
     for value in outside(field)[:3]:
-        with pytest.raises(InputError, match=rf"{flag_of(field)} .* is too (small|large)"):
+        with pytest.raises(InputError, match=rf"{make_flag(field)} .* is too (small|large)"):
             replace(ExportConfig("cmt_nano"), **{field.name: kind(value)}).check()
     for value in ("nan", "inf", "-inf", "1e999"):
-        with pytest.raises(InputError, match=rf"{flag_of(field)} .* is not a finite number"):
+        with pytest.raises(InputError, match=rf"{make_flag(field)} .* is not a finite number"):
             replace(ExportConfig("cmt_nano"), **{field.name: float(value)}).check()
 
 
 @pytest.mark.parametrize("field", NUMBERS, ids=lambda f: f.name)
 def test_the_ends_of_a_range_are_in_it(field):
-    numbers = option_of(field).range
+    numbers = get_option(field).range
     ends = [numbers.most] if numbers.above else [numbers.least, numbers.most]
     for end in ends:
-        assert getattr(build_parser().parse_args([f"{flag_of(field)}={end}"]), field.name) == end
+        assert getattr(build_parser().parse_args([f"{make_flag(field)}={end}"]), field.name) == end
 
 
-TEXTS = [f for f in fields(Settings) if str in types_of(get_type_hints(Settings)[f.name])]
+TEXTS = [f for f in fields(Settings) if str in list_types(get_type_hints(Settings)[f.name])]
 
 
 @pytest.mark.parametrize("field", TEXTS, ids=lambda f: f.name)
 def test_an_empty_text_is_no_value(field):
     """``--data "$DATA"`` with a variable that is not set must not mean the folder one stands in."""
-    with pytest.raises(InputError, match=rf"{flag_of(field)} is empty"):
+    with pytest.raises(InputError, match=rf"{make_flag(field)} is empty"):
         replace(ExportConfig("cmt_nano"), **{field.name: ""}).check()
 
 
 @pytest.mark.parametrize("field", TEXTS, ids=lambda f: f.name)
 def test_a_text_with_a_nul_character_is_no_value(field):
     """Only a settings file can hold one; no file can be called so."""
-    with pytest.raises(InputError, match=rf"{flag_of(field)} 'a\\x00b' holds a NUL character"):
+    with pytest.raises(InputError, match=rf"{make_flag(field)} 'a\\x00b' holds a NUL character"):
         replace(ExportConfig("cmt_nano"), **{field.name: "a\0b"}).check()
 
 
 def test_options_of_a_group_that_differ_from_their_defaults():
     config = ExportConfig("cmt_nano", build=False, device="1")
-    assert changed_flags(config, TENSORRT) == ["--no-build", "--device"]
-    assert changed_flags(ExportConfig("cmt_nano"), TENSORRT) == []
+    assert list_changed_flags(config, TENSORRT) == ["--no-build", "--device"]
+    assert list_changed_flags(ExportConfig("cmt_nano"), TENSORRT) == []
 
 
 @dataclass(frozen=True)

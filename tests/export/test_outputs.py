@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from cmt_edge.cmt.outside import outside_spec
+from cmt_edge.cmt.outside import make_outside_spec
 from cmt_edge.deploy import Predictor
 from cmt_edge.deploy.errors import InputError
 from cmt_edge.deploy.measure.parity import verify
@@ -78,7 +78,7 @@ def nets(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "output_kinds", raising=False)
-    outside_spec.cache_clear()
+    make_outside_spec.cache_clear()
     return tmp_path
 
 

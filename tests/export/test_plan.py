@@ -7,7 +7,7 @@ import pytest
 from cmt_edge.deploy.progress import Progress
 from cmt_edge.export import ExportConfig
 from cmt_edge.export.auto.search import Phase
-from cmt_edge.export.plan import Journal, Step, steps_of
+from cmt_edge.export.plan import Journal, Step, list_steps, plan_text
 
 QUIET = Progress(quiet=True)
 PREPARE = [Step.LOAD, Step.FUSE, Step.TRACE, Step.SIMPLIFY]
@@ -15,7 +15,7 @@ CHOOSE = [Step.COMPARE, Step.RANK, Step.REFINE, Step.TIME, Step.CHOOSE]
 
 
 def names(**settings) -> list[str]:
-    return [step.name for step in steps_of(ExportConfig("cmt_nano", **settings))]
+    return [step.name for step in list_steps(ExportConfig("cmt_nano", **settings))]
 
 
 def take(planned: list[Step], taken: list[Step]) -> None:
@@ -87,3 +87,30 @@ def test_a_search_may_need_no_ranking_and_no_refining(optional):
 def test_an_error_in_a_step_is_not_hidden_by_the_steps_it_prevented():
     with pytest.raises(KeyError), Journal(PREPARE, QUIET):
         raise KeyError
+
+
+def test_a_plan_is_read_without_knowing_python():
+    images = {"source": "photos/train", "images": 1, "fingerprint": "f" * 64}
+    plan = {
+        "replaces": True,
+        "calibration": {"source": "generated", "images": 300, "fingerprint": "f" * 64},
+        "ranges": images,
+        "evaluation": {"images": 6, "classes": 2},
+        "allowed": {"drop": 0.5, "latency_ms": None, "time_s": 600.0, "isa": "avx2"},
+        "input": ["batch", 3, 64, 64],
+        "steps": ["fuse", "simplify"],
+        "weights": "odd\x1b.pth",
+    }
+    text = plan_text(plan)
+    for line in (
+        "replaces     a bundle that exists",
+        "calibration  300 generated images",
+        "ranges       1 image from photos/train",
+        "evaluation   6 images of 2 classes",
+        "allowed      a drop of 0.5 percentage points of top-1, a search of 600 s, instructions up to avx2",
+        "input        batch x 3 x 64 x 64",
+        "steps        fuse, simplify",
+    ):
+        assert line in text.splitlines()
+    assert not set("{}[]'\x1b") & set(text)
+    assert "nothing" in plan_text(plan | {"replaces": False})

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from cmt_edge.deploy.errors import StepError
-from cmt_edge.deploy.tensorrt.parser_rules import parser_findings
+from cmt_edge.deploy.tensorrt.parser_rules import find_parser_problems
 from cmt_edge.export.to_onnx import run_graph
-from cmt_edge.export.typed import FP16_MAX, LIMIT, MAX_SCORE, observe, rounded, typed
+from cmt_edge.export.typed import FP16_MAX, LIMIT, MAX_SCORE, observe, round_graph, type_graph
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 
@@ -46,7 +46,7 @@ def run(model, batch) -> np.ndarray:
 
 
 def convert(model, batch):
-    return typed(model, "fp16", observe(model, [batch]))
+    return type_graph(model, "fp16", observe(model, [batch]))
 
 
 def islands(result) -> dict[str, str]:
@@ -83,7 +83,7 @@ def test_everything_becomes_float16_between_float32_ends():
 
 def test_fp32_is_a_copy():
     model = graph(SIMPLE, {"two": f32(2.0)})
-    result = typed(model, "fp32", {})
+    result = type_graph(model, "fp32", {})
     assert result.model.SerializeToString() == model.SerializeToString()
     assert result.model is not model
     assert result.operations == {"fp32": 2}
@@ -179,8 +179,8 @@ def test_float32_islands(case):
     model = graph(nodes, constants, out_width=width)
     result = convert(model, BATCH)
     assert islands(result) == expected
-    assert parser_findings(result.model) == []
-    ours = run(rounded(result.model), BATCH)
+    assert find_parser_problems(result.model) == []
+    ours = run(round_graph(result.model), BATCH)
     assert np.isfinite(ours).all()
     np.testing.assert_allclose(ours, run(model, BATCH), rtol=4e-3, atol=4e-3)
 
@@ -214,19 +214,19 @@ def test_rounding_shows_an_overflow_that_onnxruntime_hides():
     """Without its islands the graph overflows in real float16; ONNX Runtime's CPU kernels do not notice."""
     nodes, constants, *_ = CASES["a value that overflows"]
     model = graph(nodes, constants)
-    blind = typed(model, "fp16", {}).model
+    blind = type_graph(model, "fp16", {}).model
     batch = BATCH[:1] * 10
     assert np.isfinite(run(blind, batch)).all()
-    assert not np.isfinite(run(rounded(blind), batch)).any()
+    assert not np.isfinite(run(round_graph(blind), batch)).any()
 
 
 def test_rounding_is_exactly_float16():
     model = graph([("Mul", ["input", "third"], "logits", {})], {"third": f32(1 / 3)})
-    blind = typed(model, "fp16", {}).model
+    blind = type_graph(model, "fp16", {}).model
     expected = (BATCH.astype(np.float16).astype(np.float32) * np.float32(np.float16(1 / 3))).astype(
         np.float16
     )
-    np.testing.assert_array_equal(run(rounded(blind), BATCH), expected.astype(np.float32))
+    np.testing.assert_array_equal(run(round_graph(blind), BATCH), expected.astype(np.float32))
 
 
 def test_a_constant_read_by_both_precisions_exists_twice():
@@ -244,7 +244,7 @@ def test_a_constant_read_by_both_precisions_exists_twice():
         "k": FLOAT,
         "k_half": HALF,
     }
-    assert parser_findings(result.model) == []
+    assert find_parser_problems(result.model) == []
 
 
 def test_what_is_made_from_nothing_stays_float32():
@@ -319,7 +319,7 @@ def test_scales_take_the_type_of_the_float_side():
         "wz": TensorProto.INT8,
     }
     assert result.operations == {"int8": 1, "fp16": 1}
-    assert parser_findings(result.model) == []
+    assert find_parser_problems(result.model) == []
     assert not [
         n
         for n in result.model.graph.node
@@ -332,7 +332,7 @@ def test_scales_take_the_type_of_the_float_side():
 def test_scales_are_positive_and_weights_follow_them(weight_scale, activation_scale):
     """Rounding a scale to float16 changes no dequantized weight by more than half a step."""
     model = quantized(weight_scale, activation_scale)
-    result = typed(model, "fp16", {"x": 1.0})
+    result = type_graph(model, "fp16", {"x": 1.0})
     before = {i.name: numpy_helper.to_array(i).astype(np.float64) for i in model.graph.initializer}
     after = {i.name: numpy_helper.to_array(i).astype(np.float64) for i in result.model.graph.initializer}
     scale = next(v for k, v in after.items() if k.startswith("ws"))
@@ -340,7 +340,7 @@ def test_scales_are_positive_and_weights_follow_them(weight_scale, activation_sc
     exact, ours = before["w"] * before["ws"], after["w"] * scale
     clipped = np.abs(exact) > 127 * scale
     assert (np.abs(exact - ours) <= 0.5 * scale * (1 + 1e-9) + clipped * np.abs(exact) * 2**-10).all()
-    assert parser_findings(result.model) == []
+    assert find_parser_problems(result.model) == []
 
 
 def test_the_first_quantization_reads_the_input_without_a_conversion():
@@ -363,4 +363,4 @@ def test_a_broken_graph_is_a_typed_error():
     model = graph(SIMPLE, {"two": f32(2.0)})
     model.graph.node[0].op_type = "Fancy"
     with pytest.raises(StepError, match="write the precision"):
-        typed(model, "fp16", {"input": 1.0})
+        type_graph(model, "fp16", {"input": 1.0})

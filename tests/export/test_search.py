@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmt_edge.deploy.measure.statistics import wilson
+from cmt_edge.deploy.measure.statistics import compute_wilson_interval
 from cmt_edge.export.auto.search import (
     Accuracy,
     Answers,
@@ -89,7 +89,7 @@ def test_without_labels_a_drop_is_disagreement_with_an_honest_interval():
 @given(st.integers(1, 3000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_wilson_interval_holds_the_share(trials):
     count, n = trials
-    low, high = wilson(count / n, n)
+    low, high = compute_wilson_interval(count / n, n)
     assert 0 <= low <= count / n <= high <= 1
     assert high > low
 

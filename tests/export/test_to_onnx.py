@@ -14,7 +14,7 @@ from cmt_edge.cmt.weights import randomize
 from cmt_edge.deploy.errors import InputError, ParityError
 from cmt_edge.export import to_onnx
 from cmt_edge.export.config import OPSET
-from cmt_edge.export.to_onnx import BATCH, TRACED_BATCH, export_onnx, outputs_of, simplify
+from cmt_edge.export.to_onnx import BATCH_DIM, TRACED_BATCH, compute_outputs, export_onnx, simplify
 
 
 class Tokens(nn.Module):
@@ -57,10 +57,10 @@ def test_any_batch_size(module, count):
     graph = simplify(export_onnx(model, 8, OPSET))
     with torch.inference_mode():
         expected = model(torch.from_numpy(images(count))).numpy()
-    np.testing.assert_allclose(outputs_of(graph, images(count), "test")[0], expected, atol=1e-5)
+    np.testing.assert_allclose(compute_outputs(graph, images(count), "test")[0], expected, atol=1e-5)
     assert [
         v.type.tensor_type.shape.dim[0].dim_param for v in (graph.graph.input[0], graph.graph.output[0])
-    ] == [BATCH, BATCH]
+    ] == [BATCH_DIM, BATCH_DIM]
 
 
 def test_a_refused_graph_is_traced_in_another_way_and_then_refused_for_good():
@@ -121,7 +121,7 @@ def test_a_batch_size_taken_with_len_stays_open(batch):
     model = LengthInPython().eval()
     graph = export_onnx(model, 16, OPSET)
     images = torch.linspace(-1, 1, batch * 3 * 256).reshape(batch, 3, 16, 16)
-    answers = outputs_of(graph, images.numpy(), "test")[0]
+    answers = compute_outputs(graph, images.numpy(), "test")[0]
     with torch.no_grad():
         np.testing.assert_allclose(answers, model(images).numpy(), atol=1e-5)
 

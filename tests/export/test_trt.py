@@ -14,7 +14,7 @@ from cmt_edge.deploy.bundle.sections import RanOn, RuntimeEntry
 from cmt_edge.deploy.errors import GateError, InputError, RuntimeMissingError, StepError
 from cmt_edge.deploy.measure.benchmark import Protocol
 from cmt_edge.deploy.measure.parity import verify
-from cmt_edge.deploy.tensorrt.parser_rules import parser_findings
+from cmt_edge.deploy.tensorrt.parser_rules import find_parser_problems
 from cmt_edge.export import ExportConfig, run
 from cmt_edge.export.cli import main
 from cmt_edge.export.settings import ALIASES
@@ -54,7 +54,7 @@ def test_a_bundle_without_an_engine_is_complete(bundle):
     assert manifest.verification.golden.passed
     assert f"typed {manifest.precision}" in manifest.verification.steps
     assert manifest.typing.operations
-    assert parser_findings(onnx.load(opened.file("model.onnx"))) == []
+    assert find_parser_problems(onnx.load(opened.file("model.onnx"))) == []
 
 
 def test_its_graph_has_the_types_that_were_asked_for(bundle):
@@ -200,8 +200,8 @@ def test_a_dry_run_names_the_steps(gpu_machine, tmp_path, capsys, flags):
 def quick(monkeypatch):
     monkeypatch.setattr("cmt_edge.deploy.tensorrt.build.POWER_SECONDS", 0.05)
     monkeypatch.setattr(
-        "cmt_edge.deploy.tensorrt.build.finish.__kwdefaults__",
-        {**cmt_edge.deploy.tensorrt.build.finish.__kwdefaults__, "protocol": Protocol(5, 0.0, 1, 0.0)},
+        "cmt_edge.deploy.tensorrt.build.finish_bundle.__kwdefaults__",
+        {**cmt_edge.deploy.tensorrt.build.finish_bundle.__kwdefaults__, "protocol": Protocol(5, 0.0, 1, 0.0)},
     )
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from cmt_edge.cmt.layers import merge_heads, scaled, split_heads, to_map, to_tokens
-from cmt_edge.cmt.rewrites import affine_into, batch_norm_after, key_bias_dropped, scale_into, value_bias_into
+from cmt_edge.cmt.layers import apply_scale, merge_heads, split_heads, to_map, to_tokens
+from cmt_edge.cmt.rewrites import drop_key_bias, fold_affine, fold_batch_norm, fold_scale, fold_value_bias
 from cmt_edge.cmt.spec import Classifier, ModelSpec
 
 
@@ -40,7 +40,7 @@ class Block(nn.Module):
         """(B, N, C) -> (B, N, C)."""
         y = self.norm1(x)
         q, k, v = (split_heads(linear(y), self.heads) for linear in (self.q, self.k, self.v))
-        scores = scaled(q @ k.transpose(-2, -1), self.scale)  # (B, heads, N, N)
+        scores = apply_scale(q @ k.transpose(-2, -1), self.scale)  # (B, heads, N, N)
         x = x + self.proj(merge_heads(scores.softmax(-1) @ v))
         branch: Tensor = self.mlp(self.norm2(x))
         return x + branch
@@ -94,19 +94,19 @@ class Example(Classifier):
         return logits
 
 
-def published_key(key: str) -> str:
+def rename_key(key: str) -> str:
     """Our name of a key of the (imagined) authors, e.g. ``layers.0.conv.weight``; our own keys stay."""
     return key.replace("layers.", "stages.", 1) if key.startswith("layers.") else key
 
 
 REWRITES = (
-    batch_norm_after("conv", "norm"),
-    scale_into("q"),
-    affine_into("norm1", "q", "k", "v"),
-    key_bias_dropped("k"),
-    value_bias_into("v", "proj"),
-    affine_into("norm2", "mlp.0"),
-    affine_into("norm", "head"),
+    fold_batch_norm("conv", "norm"),
+    fold_scale("q"),
+    fold_affine("norm1", "q", "k", "v"),
+    drop_key_bias("k"),
+    fold_value_bias("v", "proj"),
+    fold_affine("norm2", "mlp.0"),
+    fold_affine("norm", "head"),
 )
 
 
@@ -120,7 +120,7 @@ def _spec(name: str, img_size: int, config: ExampleConfig, params: int, macs: in
         num_classes=10,
         size_multiple=16,
         rewrites=REWRITES,
-        rename=published_key,
+        rename=rename_key,
         head_keys=("head.weight", "head.bias"),
         strides=(4, 16),
         labels="cifar10_labels.txt",

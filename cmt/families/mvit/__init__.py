@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ...spec import ModelSpec, Pretrained
+from ...spec import ModelSpec, Pretrained, make_rename
 from .model import MViT, MViTConfig
-from .published import adapt, published_key, resize
-from .rewrites import rewrites_of
+from .published import RENAMES, adapt, resize
+from .rewrites import choose_rewrites
 
 _FIGURES = {
     1: "MViT paper Table 17, top-1 of the SlowFast MODEL_ZOO (paper: 83.0); "
@@ -30,8 +30,8 @@ def _spec(name: str, params: int, macs: int, top1: str, file: str | None) -> Mod
         constructor=MViT,
         config=config,
         img_size=224,
-        rewrites=rewrites_of(config),
-        rename=published_key,
+        rewrites=choose_rewrites(config),
+        rename=make_rename(RENAMES),
         adapt=adapt,
         resize=resize,
         head_keys=("head.weight", "head.bias"),

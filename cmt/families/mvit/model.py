@@ -27,8 +27,8 @@ from torch.nn import functional as F
 
 from ...layers import (
     DropPath,
+    apply_scale,
     merge_heads,
-    scaled,
     split_heads,
     to_map,
     to_tokens,
@@ -84,7 +84,7 @@ class BlockShape:
         return self.dim // self.heads
 
 
-def block_shapes(config: MViTConfig, img_size: int) -> list[BlockShape]:
+def list_block_shapes(config: MViTConfig, img_size: int) -> list[BlockShape]:
     """All blocks of all stages.
 
     The first block of each stage but the first halves the map: it pools its queries with stride 2.
@@ -106,7 +106,7 @@ def block_shapes(config: MViTConfig, img_size: int) -> list[BlockShape]:
     return shapes
 
 
-def on_map(layer: nn.Module, x: Tensor, size: int, prefix: int) -> Tensor:
+def apply_on_map(layer: nn.Module, x: Tensor, size: int, prefix: int) -> Tensor:
     """``layer`` on the map (B, C, size, size) that tokens (B, prefix + size**2, C) make.
 
     The first ``prefix`` tokens are class tokens, which skip the layer.
@@ -149,11 +149,11 @@ class Pooling(nn.Module):
         """(B, prefix + size**2, C) -> (B, heads, prefix + (size / stride)**2, d)."""
         _, n, c = x.shape
         x = split_heads(x, self.heads).reshape(-1, n, c // self.heads)  # (B * heads, N, d)
-        x = self.norm(on_map(self.conv, x, self.size, self.prefix))
+        x = self.norm(apply_on_map(self.conv, x, self.size, self.prefix))
         return x.reshape(-1, self.heads, x.shape[1], x.shape[2])
 
 
-def relative_index(queries: int, keys: int) -> Tensor:
+def make_relative_index(queries: int, keys: int) -> Tensor:
     """Row of the position table for each pair along one side: int64 ``(queries, keys)``.
 
     Rows go from 0 to ``2 * max(queries, keys) - 2``. Distances are counted on the finer of the two grids; the
@@ -180,7 +180,7 @@ class RelativePositions(nn.Module):
 
     def tables(self) -> tuple[Tensor, Tensor]:
         """The tables of rows and of columns, (queries, d, keys) each."""
-        index = relative_index(self.queries, self.keys).to(self.rows.device)
+        index = make_relative_index(self.queries, self.keys).to(self.rows.device)
         return self.rows[index].transpose(1, 2), self.columns[index].transpose(1, 2)
 
     def forward(self, q: Tensor, scores: Tensor) -> Tensor:
@@ -224,7 +224,7 @@ class Attention(nn.Module):
             self.pool_k(self.k(x)),
             self.pool_v(self.v(x)),
         )  # (B, heads, Nk, d)
-        scores = scaled(q @ k.transpose(-2, -1), self.scale)
+        scores = apply_scale(q @ k.transpose(-2, -1), self.scale)
         if self.relative is None:
             mixed = scores.softmax(-1) @ v
         else:
@@ -244,7 +244,7 @@ class TokenMaxPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, prefix + size**2, C) -> (B, prefix + (size / 2)**2, C)."""
-        return on_map(self.pool, x, self.size, self.prefix)
+        return apply_on_map(self.pool, x, self.size, self.prefix)
 
 
 class MLP(nn.Module):
@@ -316,7 +316,7 @@ class MViT(Classifier):
         if config.version == 1:
             self.class_token = nn.Parameter(torch.zeros(1, 1, config.dims[0]))
             self.position_embedding = nn.Parameter(torch.zeros(1, 1 + (img_size // 4) ** 2, config.dims[0]))
-        shapes = block_shapes(config, img_size)
+        shapes = list_block_shapes(config, img_size)
         rate = config.drop_path / (len(shapes) - 1)  # of stochastic depth, from 0 in the first block
         self.blocks = nn.ModuleList(Block(shape, config, rate * i) for i, shape in enumerate(shapes))
         self.norm = nn.LayerNorm(config.dims[-1], eps=1e-6)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...spec import StateDict
+from ...spec import KeyRenames, StateDict
 
-_RENAMES: list[tuple[re.Pattern[str], str]] = [
+RENAMES: KeyRenames = [
     (re.compile(r"^patch_embed\.proj\."), "embed."),
     (re.compile(r"^pos_embed$"), "position_embedding"),
     (re.compile(r"^cls_token$"), "class_token"),
@@ -26,13 +26,6 @@ _RENAMES: list[tuple[re.Pattern[str], str]] = [
     (re.compile(r"^head\.projection\."), "head."),
 ]
 """Published key -> ours; ``attn.qkv`` keeps its name until :func:`adapt` takes it apart."""
-
-
-def published_key(key: str) -> str:
-    """Our name of a key in the official state dict, e.g. ``blocks.0.attn.norm_q.bias``; our own keys stay."""
-    for pattern, replacement in _RENAMES:
-        key = pattern.sub(replacement, key)
-    return key
 
 
 def adapt(state: StateDict) -> StateDict:

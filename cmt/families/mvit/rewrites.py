@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from ...folding import (
     PlainNorm,
-    affine_after,
-    affine_before,
-    doubled,
-    norm_affine,
-    with_weights,
-    without_bias,
+    fold_affine_after,
+    fold_affine_before,
+    read_affine,
+    read_weights,
+    remove_bias,
+    replace_weights,
 )
-from ...rewrites import affine_into, class_token_only, having, replaced
+from ...rewrites import find_modules, fold_affine, keep_class_token, replace_each
 from ...spec import Rewrite
 from .model import (
     Attention,
@@ -27,7 +27,7 @@ from .model import (
     Pooling,
     RelativePositions,
     SplitHeads,
-    on_map,
+    apply_on_map,
 )
 
 
@@ -50,7 +50,7 @@ class JointPooling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, heads, N', d)."""
-        x = on_map(self.conv, x, self.size, self.prefix)  # (B, N', C)
+        x = apply_on_map(self.conv, x, self.size, self.prefix)  # (B, N', C)
         pooled: Tensor = self.norm(x.reshape(-1, x.shape[1], self.heads, x.shape[2] // self.heads))
         return pooled.transpose(1, 2)
 
@@ -75,7 +75,7 @@ class ConstantPositions(RelativePositions):
 
 def _attentions(module: nn.Module, norm: str) -> list[Attention]:
     """The attentions whose ``norm`` still has its affine part."""
-    found = [cast(Attention, m) for m in having(module, norm, "heads")]
+    found = [cast(Attention, m) for m in find_modules(module, norm, "heads")]
     return [a for a in found if isinstance(a.get_submodule(norm), nn.LayerNorm)]
 
 
@@ -95,7 +95,7 @@ def _key_shift_dropped(module: nn.Module) -> int:
     """The keys' norm loses its shift: it adds the same number to all scores of a query."""
     places = _attentions(module, "pool_k.norm")
     for attn in places:
-        without_bias(attn.pool_k.norm)
+        remove_bias(attn.pool_k.norm)
     return len(places)
 
 
@@ -108,10 +108,10 @@ def _key_affine_into_queries(module: nn.Module) -> int:
     for attn in places:
         if attn.relative is not None:
             raise ValueError("relative positions and residual pooling read the queries as they are")
-        scale, _ = norm_affine(attn.pool_k.norm)  # (d,)
+        scale, _ = read_affine(attn.pool_k.norm)  # (d,)
         if isinstance(attn.pool_q, SplitHeads):
             every_head = scale.repeat(attn.heads)
-            attn.q = affine_after(attn.q, every_head, torch.zeros_like(every_head))
+            attn.q = fold_affine_after(attn.q, every_head, torch.zeros_like(every_head))
         else:
             norm = cast(nn.LayerNorm, attn.pool_q.norm)
             norm.weight = nn.Parameter((norm.weight.double() * scale).detach())
@@ -134,8 +134,8 @@ def _value_affine_into_proj(module: nn.Module) -> int:
     for attn in places:
         if attn.relative is not None:
             raise ValueError("residual pooling adds queries to the values: their scale cannot pass")
-        scale, shift = (t.repeat(attn.heads) for t in norm_affine(attn.pool_v.norm))
-        attn.proj = affine_before(attn.proj, scale, shift)
+        scale, shift = (t.repeat(attn.heads) for t in read_affine(attn.pool_v.norm))
+        attn.proj = fold_affine_before(attn.proj, scale, shift)
         _make_plain(attn.pool_v)
     return len(places)
 
@@ -145,25 +145,25 @@ def _value_shift_into_proj(module: nn.Module) -> int:
     attention sum to 1."""
     places = _attentions(module, "pool_v.norm")
     for attn in places:
-        weight, bias = doubled(attn.proj)
-        shift = norm_affine(attn.pool_v.norm)[1].repeat(attn.heads)
-        attn.proj = with_weights(attn.proj, weight, bias + weight @ shift)
-        without_bias(attn.pool_v.norm)
+        weight, bias = read_weights(attn.proj)
+        shift = read_affine(attn.pool_v.norm)[1].repeat(attn.heads)
+        attn.proj = replace_weights(attn.proj, weight, bias + weight @ shift)
+        remove_bias(attn.pool_v.norm)
     return len(places)
 
 
 def _class_only(module: nn.Module) -> int:
-    """:func:`cmt_edge.cmt.rewrites.class_token_only` for models whose last block has a class token in its
+    """:func:`cmt_edge.cmt.rewrites.keep_class_token` for models whose last block has a class token in its
     first row."""
     for model in (m for m in module.modules() if isinstance(m, MViT)):
         if model.class_token is None or cast(Block, model.blocks[-1]).shrinks:
             raise ValueError(
                 "the head must read a class token alone, and the last block must not pool its queries"
             )
-    return class_token_only().apply(module)
+    return keep_class_token().apply(module)
 
 
-ONE_CONV = replaced(
+ONE_CONV = replace_each(
     "one pooling conv for all heads",
     "[DW x_1 .. DW x_h] == [DW .. DW] [x_1 .. x_h]",
     Pooling,
@@ -196,7 +196,7 @@ VERSION_1 = (
 
 VERSION_2 = (
     ONE_CONV,
-    replaced(
+    replace_each(
         "relative positions gathered",
         "R[index(i, j)] == constant",
         RelativePositions,
@@ -221,27 +221,27 @@ norm keeps its scale, because the residual is added before proj.
 """
 
 WIDER_ATTENTION = (
-    affine_into("norm1", "attn.q", "attn.k", "attn.v", "shortcut"),
-    affine_into("norm1", "attn.q", "attn.k", "attn.v", unless="shortcut"),
-    affine_into("norm2", "mlp.fc1"),
+    fold_affine("norm1", "attn.q", "attn.k", "attn.v", "shortcut"),
+    fold_affine("norm1", "attn.q", "attn.k", "attn.v", unless="shortcut"),
+    fold_affine("norm2", "mlp.fc1"),
 )
 """The norms of variants whose width changes in the attention."""
 
 WIDER_MLP = (
-    affine_into("norm1", "attn.q", "attn.k", "attn.v"),
-    affine_into("norm2", "mlp.fc1", "shortcut"),
-    affine_into("norm2", "mlp.fc1", unless="shortcut"),
+    fold_affine("norm1", "attn.q", "attn.k", "attn.v"),
+    fold_affine("norm2", "mlp.fc1", "shortcut"),
+    fold_affine("norm2", "mlp.fc1", unless="shortcut"),
 )
 """The norms of variants whose width changes in the MLP."""
 
-CLASS_ONLY = replace(class_token_only(), apply=_class_only)
+CLASS_ONLY = replace(keep_class_token(), apply=_class_only)
 """The class token alone in the last block, with the check of :func:`_class_only`."""
 
 
-def rewrites_of(config: MViTConfig) -> tuple[Rewrite, ...]:
+def choose_rewrites(config: MViTConfig) -> tuple[Rewrite, ...]:
     """The exact rewrites that a variant admits, in the order in which they apply."""
     widening = WIDER_ATTENTION if config.widen_in_attention else WIDER_MLP
-    head = affine_into("norm", "head")
+    head = fold_affine("norm", "head")
     if config.version == 1:
         return (*VERSION_1, *widening, head, CLASS_ONLY)
     return (*VERSION_2, *widening, head)

@@ -5,7 +5,7 @@
 
 from .calibration import CalibrationEntry, ImagesEntry, Island, ObservedEntry, SynthesisEntry, TypingEntry
 from .engine import BuildOptions, EngineEntry, EngineKey
-from .latency import LEAST_SHARE, ExecutedPrecision, LatencyEntry
+from .latency import LEAST_SHOWN_SHARE, ExecutedPrecision, LatencyEntry
 from .model import FileEntry, Host, ModelEntry, RuntimeEntry, TensorEntry, WeightsEntry
 from .values import (
     BATCH,
@@ -22,21 +22,21 @@ from .values import (
     SCORES,
     Count,
     DataType,
-    Difference,
     Dimension,
     Duration,
     DynamicDimension,
     Format,
     Head,
     LabelsSource,
+    OutputDifference,
     OutputKind,
     Percent,
     Points,
     Precision,
-    Ratio,
     Sha256,
     Share,
     Size,
+    Speedup,
 )
 from .verdict import Accuracy, Candidate, Sensitivity, Speed, Variant, VerdictEntry
 from .verification import DataCheck, GoldenCheck, RanOn, VerificationEntry
@@ -48,7 +48,7 @@ __all__ = [
     "FLOAT32",
     "FORMATS",
     "LABELS_SOURCES",
-    "LEAST_SHARE",
+    "LEAST_SHOWN_SHARE",
     "LOGITS",
     "MAX_DIMENSION",
     "MAX_TOTAL",
@@ -62,7 +62,6 @@ __all__ = [
     "Count",
     "DataCheck",
     "DataType",
-    "Difference",
     "Dimension",
     "Duration",
     "DynamicDimension",
@@ -80,18 +79,19 @@ __all__ = [
     "LatencyEntry",
     "ModelEntry",
     "ObservedEntry",
+    "OutputDifference",
     "OutputKind",
     "Percent",
     "Points",
     "Precision",
     "RanOn",
-    "Ratio",
     "RuntimeEntry",
     "Sensitivity",
     "Sha256",
     "Share",
     "Size",
     "Speed",
+    "Speedup",
     "SynthesisEntry",
     "TensorEntry",
     "TypingEntry",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..record import OMITTED
-from .values import Count, Difference
+from .values import Count, OutputDifference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +23,8 @@ class SynthesisEntry:
     seed: int
     steps: Count
     steps_asked: Count
-    loss_before: Difference
-    loss_after: Difference
+    loss_before: OutputDifference
+    loss_after: OutputDifference
     stopped_early: bool
     cached: bool
 
@@ -75,7 +75,7 @@ class Island:
     node: str
     op: str
     reason: str
-    observed: Difference
+    observed: OutputDifference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ class ObservedEntry:
 
     source: str
     images: Count
-    largest: Difference
+    largest: OutputDifference
     synthesis: SynthesisEntry | None = field(default=None, metadata=OMITTED)
 
 

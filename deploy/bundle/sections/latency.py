@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from .values import Count, Duration, Share, Size
 
-LEAST_SHARE = 0.005
+LEAST_SHOWN_SHARE = 0.005
 """A precision with a smaller share than this is left out of :meth:`ExecutedPrecision.summary`."""
 
 
@@ -33,7 +33,9 @@ class ExecutedPrecision:
         counted = {precision: number / total for precision, number in self.operations.items()}
         shares = self.time_share or counted
         ordered = sorted(shares.items(), key=lambda item: -item[1])
-        shown = [f"{precision} {100 * share:.0f} %" for precision, share in ordered if share >= LEAST_SHARE]
+        shown = [
+            f"{precision} {100 * share:.0f} %" for precision, share in ordered if share >= LEAST_SHOWN_SHARE
+        ]
         return " + ".join(shown) or "unknown"
 
 

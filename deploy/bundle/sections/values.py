@@ -58,7 +58,7 @@ DynamicDimension = Annotated[str, OneOf((BATCH,))]
 """A dimension that any batch size may take."""
 Duration = Annotated[float, Between(0)]
 """Milliseconds of a measurement."""
-Difference = Annotated[float, Between(0)]
+OutputDifference = Annotated[float, Between(0)]
 """The size of a difference of outputs, or what is allowed of it."""
 Share = Annotated[float, Between(0, 1.001)]
 """A part of a whole; sums of shares may end a rounding above 1."""
@@ -66,5 +66,5 @@ Percent = Annotated[float, Between(0, 100.1)]
 """A share in percent."""
 Points = Annotated[float, Between(-100.1, 100.1)]
 """A difference of shares, percentage points."""
-Ratio = Annotated[float, Between(0)]
+Speedup = Annotated[float, Between(0)]
 """How many times as fast one thing is as another."""

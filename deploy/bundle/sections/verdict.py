@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .calibration import ImagesEntry
 from .model import Host
-from .values import Count, Difference, Duration, Percent, Points, Precision, Ratio, Size
+from .values import Count, Duration, OutputDifference, Percent, Points, Precision, Size, Speedup
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Accuracy:
     agreement: Percent
     drop: Points
     drop_ci: tuple[Points, Points]
-    deviation: Difference
+    deviation: OutputDifference
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Speed:
 
     p50: Duration
     ci: tuple[Duration, Duration]
-    ratio: Ratio
-    ratio_ci: tuple[Ratio, Ratio]
+    ratio: Speedup
+    ratio_ci: tuple[Speedup, Speedup]
     size_bytes: Count
     executed: str = ""
     warnings: tuple[str, ...] = ()

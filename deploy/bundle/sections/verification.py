@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from ..record import OMITTED, Between
-from .values import LOGITS, Count, Difference, Percent, Points, Precision
+from .values import LOGITS, Count, OutputDifference, Percent, Points, Precision
 
 
 @dataclass(frozen=True)
@@ -20,15 +20,15 @@ class RanOn:
 @dataclass(frozen=True)
 class GoldenCheck:
     """Golden images: ``pixel_diff`` in grey levels (decode and resize), ``diff`` and ``atol`` by
-    :func:`cmt_edge.deploy.measure.parity.distance` (numerics).
+    :func:`cmt_edge.deploy.measure.parity.measure_distance` (numerics).
 
     ``output`` is the one that comes closest to its tolerance: ``"logits"``, or a feature map.
     """
 
     images: Count
     pixel_diff: Annotated[int, Between(0, 255)]
-    diff: Difference
-    atol: Difference
+    diff: OutputDifference
+    atol: OutputDifference
     passed: bool
     output: str = LOGITS
 
@@ -52,8 +52,8 @@ class DataCheck:
     max_drop: float
     passed: bool
     reference_source: str
-    logit_max_diff: Difference | None = None
-    logit_mean_diff: Difference | None = None
+    logit_max_diff: OutputDifference | None = None
+    logit_mean_diff: OutputDifference | None = None
 
     @property
     def doubt(self) -> str:
@@ -90,4 +90,4 @@ class VerificationEntry:
     data: DataCheck | None
     notes: tuple[str, ...]
     passed: bool
-    steps: dict[str, Difference] | None = field(default=None, metadata=OMITTED)
+    steps: dict[str, OutputDifference] | None = field(default=None, metadata=OMITTED)

@@ -1,0 +1,300 @@
+"""Images in a ``.tar`` archive: where the bytes of each lie, and links between members.
+
+A part of an archive is named like a folder inside it: ``photos.tar/train``.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import os
+import posixpath
+import re
+import shlex
+import tarfile
+from collections import Counter
+from pathlib import Path, PurePosixPath
+from typing import IO, BinaryIO, cast
+
+from .decoding import MAX_BYTES, is_about_data
+from .errors import DataError
+from .files import open_regular
+from .folders import MAX_ITEMS, Found, Item, is_image, is_junk, kind_of
+
+MAX_LINKS = 20
+"""The largest number of links in an archive that may lead from one to the next."""
+
+MAX_LINKED = 200_000
+"""The largest number of files that the links in an archive may lead to, all together."""
+
+MAX_HEADER = 1 << 20
+"""The largest size in bytes of all headers of one member of an archive: long names, sparse maps and so on."""
+
+LONG_NUMBER = re.compile(rb"\d{300}")
+"""More digits than a file's name may have: ``tarfile`` takes quadratic time for them (CVE-2024-6232)."""
+
+UNREADABLE = (
+    tarfile.TarError,
+    EOFError,
+    OSError,
+    ValueError,
+    OverflowError,
+    LookupError,
+    RecursionError,
+)
+"""What Python raises for an archive that is damaged."""
+
+UNPACK = {
+    ".tar.gz": ("gunzip -k", ".tar"),
+    ".tgz": ("gunzip -k", ".tar"),
+    ".tar.bz2": ("bunzip2 -k", ".tar"),
+    ".tbz2": ("bunzip2 -k", ".tar"),
+    ".tbz": ("bunzip2 -k", ".tar"),
+    ".tar.xz": ("unxz -k", ".tar"),
+    ".txz": ("unxz -k", ".tar"),
+    ".tar.zst": ("zstd -d", ".tar"),
+    ".zip": ("unzip -q", ""),
+    ".7z": ("7z x", ""),
+    ".rar": ("unrar x", ""),
+}
+"""Ending of a compressed archive -> the command that unpacks it, and the ending of what is then there, which
+is "" for a folder."""
+
+COMPRESSED = {
+    b"\x1f\x8b": "gzip -dc",
+    b"BZh": "bzip2 -dc",
+    b"\xfd7zXZ": "xz -dc",
+    b"\x28\xb5\x2f\xfd": "zstd -dc",
+}
+"""First bytes of a compressed file -> the command that writes its content to standard output."""
+
+
+def split_archive(path: Path) -> tuple[Path | None, str]:
+    """``(archive, folder inside it)`` if some part of ``path`` is a tar file, else ``(None, "")``."""
+    for part in (path, *path.parents):
+        lower = part.name.lower()
+        if not lower.endswith((".tar", *UNPACK)) or not os.path.isfile(part):
+            continue
+        inner = path.relative_to(part).as_posix()
+        inner = "" if inner == "." else inner + "/"
+        if not lower.endswith(".tar"):
+            raise _packed(part, inner)
+        return part, inner
+    return None, ""
+
+
+def _packed(archive: Path, inner: str) -> DataError:
+    """The error for a compressed archive, with the command that unpacks it."""
+    ending = max((e for e in UNPACK if archive.name.lower().endswith(e)), key=len)
+    command, left = UNPACK[ending]
+    target = archive.with_name(archive.name[: -len(ending)] + left)
+    source, place = shlex.quote(str(archive)), shlex.quote(str(target))
+    into = {
+        ".zip": f" -d {place}",
+        ".7z": f" -o{place}",
+        ".rar": f" {place}/",
+    }.get(ending, "")
+    return DataError(
+        "is compressed, so single images cannot be read from it",
+        where=archive,
+        remedy=f"unpack it once: {command} {source}{into}   then give {target / inner}",
+    )
+
+
+def scan_archive(archive: Path, prefix: str) -> Found:
+    """All images of an archive below the folder ``prefix``."""
+    members = _Members(archive)
+    try:
+        with open_regular(archive) as file:
+            end = _read_members(_Headers(file), members)
+        _check_end(archive, end)
+    except UNREADABLE as exc:
+        if isinstance(exc, OSError) and not is_about_data(exc):
+            raise
+        raise _unreadable(archive, exc) from exc
+    members.resolve()
+    found = Found()
+    for name, place in members.files.items():
+        if name.startswith(prefix):
+            _add_member(
+                found,
+                archive,
+                PurePosixPath(name.removeprefix(prefix)),
+                place,
+            )
+    found.skipped["links that lead out of the archive"] += sum(
+        name.startswith(prefix) and is_image(name) for name in members.links
+    )
+    found.skipped += Counter()  # drops what was counted 0 times
+    return found
+
+
+def _read_members(headers: _Headers, members: _Members) -> int:
+    """Note every member of an archive; returns the byte at which the archive says that it ends."""
+    position = -1
+    with tarfile.open(fileobj=cast(IO[bytes], headers), mode="r:") as tar:
+        while (member := tar.next()) is not None:
+            if tar.offset <= position:  # it would be read for ever
+                raise tarfile.ReadError(f"the member at byte {member.offset} has a negative size")
+            position = tar.offset
+            members.add(member)
+            tar.members = []  # type: ignore[attr-defined]  # tarfile would keep millions
+            headers.allowed = MAX_HEADER
+        return int(tar.offset)
+
+
+class _Headers:
+    """What ``tarfile`` reads an archive through: it reads headers only, and believes each size in them."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._length = os.fstat(file.fileno()).st_size
+        self.allowed = MAX_HEADER
+        """Bytes that may still be read for the next member."""
+
+    def read(self, size: int) -> bytes:
+        """The next ``size`` bytes; raises ``tarfile.ReadError`` where a member would take too many."""
+        if not 0 <= size <= self.allowed:
+            raise tarfile.ReadError(f"the headers of one member take more than {MAX_HEADER} bytes")
+        self.allowed -= size
+        data = self._file.read(size)
+        if size > tarfile.BLOCKSIZE and LONG_NUMBER.search(data):
+            raise tarfile.ReadError("a header holds a number of hundreds of digits")
+        return data
+
+    def seek(self, position: int) -> int:
+        """Go to a byte of the file; raises ``tarfile.ReadError`` where there is none."""
+        if not 0 <= position <= self._length:
+            raise tarfile.ReadError("unexpected end of data")
+        return self._file.seek(position)
+
+    def tell(self) -> int:
+        """The byte that is read next."""
+        return self._file.tell()
+
+
+def _add_member(
+    found: Found,
+    archive: Path,
+    name: PurePosixPath,
+    place: tuple[int, int] | None,
+) -> None:
+    """Count one file of an archive: as an image, or as what is skipped."""
+    if any(map(is_junk, name.parts)):
+        return
+    if not is_image(name.name):
+        found.skipped[kind_of(name.name)] += 1
+    elif place is None:
+        found.skipped["sparse files"] += 1
+    elif place[1] > MAX_BYTES:
+        found.skipped[f"larger than {MAX_BYTES >> 20} MiB"] += 1
+    else:
+        found.add(
+            Item(name.as_posix(), name.parent.name or None, *place),
+            archive,
+        )
+
+
+class _Members:
+    """The files of an archive by name, with offset and size, and its links by name, with their targets."""
+
+    def __init__(self, archive: Path) -> None:
+        self.archive = archive
+        self.files: dict[str, tuple[int, int] | None] = {}
+        self.links: dict[str, str] = {}
+
+    def add(self, member: tarfile.TarInfo) -> None:
+        """Note one member; a later one of the same name replaces it, as in unpacking."""
+        if member.size < 0:
+            raise tarfile.ReadError(f"the member at byte {member.offset} has a negative size")
+        name = _normal(member.name)
+        self.files.pop(name, None)
+        self.links.pop(name, None)
+        if member.islnk():
+            self.links[name] = _normal(member.linkname)
+        elif member.issym():
+            self.links[name] = _normal(posixpath.join(posixpath.dirname(name), member.linkname))
+        elif member.isfile():
+            self.files[name] = None if member.issparse() else (member.offset_data, member.size)
+        if len(self.files) + len(self.links) > MAX_ITEMS * 2:
+            raise DataError(
+                f"more than {2 * MAX_ITEMS} members",
+                where=member.name,
+                remedy="use a part of it",
+            )
+
+    def resolve(self) -> None:
+        """Replace links by what they lead to: a file, or all files of a folder. Those that lead out of the
+        archive, or in a circle, are left."""
+        added = 0
+        for _ in range(MAX_LINKS):
+            names = sorted(self.files)
+            resolved = {}
+            for link, target in self.links.items():
+                if found := self._targets(target, names, MAX_LINKED - added):
+                    resolved[link] = found
+                    added += len(found)
+            for link, found in resolved.items():
+                del self.links[link]
+                for inner, place in found.items():
+                    self.files.setdefault(link + inner, place)
+            if not resolved:
+                break
+
+    def _targets(self, target: str, names: list[str], most: int) -> dict[str, tuple[int, int] | None]:
+        """The files that a link leads to, by what follows the link's own name; ``names``: those of all files,
+        sorted. Raises :class:`DataError` for more than ``most``."""
+        if target in self.files:
+            return {"": self.files[target]}
+        below = target + "/"
+        first = bisect.bisect_left(names, below)
+        found: dict[str, tuple[int, int] | None] = {}
+        for name in itertools.islice(names, first, None):
+            if not name.startswith(below):
+                break
+            found[name[len(target) :]] = self.files[name]
+            if len(found) > most:
+                raise DataError(
+                    f"the links in the archive lead to more than {MAX_LINKED} files",
+                    where=self.archive,
+                    why=f"one of them leads to {target!r}",
+                    remedy="replace the links by what they lead to",
+                )
+        return found
+
+
+def _normal(name: str) -> str:
+    """A member's name without ``./``."""
+    return posixpath.normpath(name)
+
+
+def _unreadable(archive: Path, exc: Exception) -> DataError:
+    """The error for an archive that is damaged or compressed."""
+    remedy = "check that it is complete"
+    try:
+        with open_regular(archive) as file:
+            first = file.read(8)
+    except OSError:
+        first = b""
+    command = next(
+        (command for magic, command in COMPRESSED.items() if first.startswith(magic)),
+        None,
+    )
+    if command is not None:
+        target = archive.with_name(f"{archive.stem}_unpacked.tar")
+        remedy = f"it is compressed: {command} {shlex.quote(str(archive))} > {shlex.quote(str(target))}"
+    return DataError(
+        "cannot be read as a tar archive",
+        where=archive,
+        why=exc,
+        remedy=remedy,
+    )
+
+
+def _check_end(archive: Path, end: int) -> None:
+    """Raise :class:`tarfile.ReadError` unless the archive really ends at byte ``end``: ``tarfile`` mistakes a
+    damaged header for the end."""
+    with open(archive, "rb") as file:
+        file.seek(end)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"damaged at byte {end}, or cut off")

@@ -1,0 +1,457 @@
+"""Decoding of images: a path, encoded bytes, a file or an array becomes 8-bit RGB, or a typed error.
+
+Formats and sizes are limited before Pillow decodes anything; the EXIF orientation is applied as asked.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias
+
+import numpy as np
+from PIL import Image, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
+
+from .arrays import CHANNELS, view_as_rgb
+from .errors import ImageError
+from .files import describe_irregular
+from .jpeg import MAX_SCANS, START, has_many_scans, make_scan_header, strip_metadata
+
+ImageLike: TypeAlias = "str | Path | bytes | bytearray | memoryview | BinaryIO | Image.Image | np.ndarray"
+"""What stands for one image: a path, encoded bytes, a file object, a Pillow image, or a uint8 array as
+:func:`~cmt_edge.deploy.arrays.view_as_rgb` takes it."""
+
+IMAGE_FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "BMP",
+    "DIB",
+    "GIF",
+    "TIFF",
+    "PPM",
+    "AVIF",
+)
+"""Encodings that are accepted, by Pillow's names; its other decoders are never run."""
+
+# fmt: off
+EXTENSIONS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif",
+    ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif",
+)
+# fmt: on
+"""Endings of the file names, in lower case, that count as images in a folder or an archive."""
+
+MAX_PIXELS = 89_478_485
+"""Largest accepted width x height in pixels, read from the header before anything is decoded; this is the
+number at which Pillow warns."""
+
+MAX_BYTES = 256 << 20
+"""Largest accepted encoded file in bytes."""
+
+ORIENTATION = 0x0112
+"""EXIF and TIFF tag of the orientation."""
+
+UPRIGHT = 1
+"""The orientation of an image that need not be turned."""
+
+TURN = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""Orientation -> what turns an image upright."""
+
+TURNED_BY = "cmt-edge-turned-by"
+"""Key in the ``info`` of a TIFF image of the number of the frame that was decoded and its orientation, which
+Pillow forgets when it has turned the image."""
+
+UNTURN = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+"""Orientation -> what undoes Pillow's turning of a TIFF image."""
+
+LFS_POINTER = b"version https://git-lfs"
+"""First bytes of the small text file that Git LFS leaves where it has not fetched a file."""
+
+DECODING = ("PIL", "numpy", "defusedxml", __name__.split(".")[0])
+"""Packages whose failures while an image is decoded are about the image, as are the standard library's."""
+
+
+class NamedBytes(io.BytesIO):
+    """Encoded bytes whose ``filename`` appears in error messages."""
+
+    def __init__(self, data: bytes, filename: str) -> None:
+        super().__init__(data)
+        self.filename = filename
+
+
+def decode(source: ImageLike, exif: str, color: str = "rgb") -> Image.Image:
+    """Decode to RGB; an animation gives its first frame.
+
+    Modes: Pillow converts CMYK, grey and palette images; alpha is dropped, as the usual training loaders do;
+    16-bit images are scaled to 8 bits. An exception that is not about the image, such as the caller's time
+    limit, comes out as it is.
+
+    Args:
+        source: a path, encoded bytes, a file object, a Pillow image, or a uint8 array.
+        exif: ``"apply"`` turns the image as its EXIF orientation says, ``"ignore"`` takes the stored pixels.
+        color: the order of an array's channels, ``"rgb"`` or ``"bgr"``; other images know theirs.
+
+    Raises:
+        ImageError: missing, empty, damaged, not an image, of an unsupported kind, or beyond
+            ``MAX_PIXELS``/``MAX_BYTES``.
+    """
+    if isinstance(source, np.ndarray):
+        return Image.fromarray(np.ascontiguousarray(view_as_rgb(source, color)))
+    name = name_of(source)
+    try:
+        if isinstance(source, Image.Image):
+            return _convert(source, exif, name)
+        with _open(source, name) as image:
+            return _convert(image, exif, name)
+    except ImageError:
+        raise
+    except Exception as exc:  # damaged files make Pillow's decoders raise almost anything
+        if not is_about_data(exc):
+            raise
+        repaired = _decode_without_metadata(source, exif, name)
+        if repaired is not None:
+            return repaired
+        raise _undecodable(source, name, exc) from exc
+
+
+def _decode_without_metadata(source: ImageLike, exif: str, name: object) -> Image.Image | None:
+    """A JPEG image whose pixels can be decoded once what only describes them is left out, or ``None``.
+
+    First its EXIF segment is kept, which knows the orientation. Without it an image is taken as it lies.
+    """
+    data = _encoded(source)
+    if not data.startswith(START):
+        return None
+    for keep_exif in (True, False):
+        rest = strip_metadata(data, keep_exif=keep_exif)
+        if rest is None:
+            continue
+        try:
+            with _open(rest, name) as image:
+                return _convert(image, exif, name)
+        except ImageError:
+            return None
+        except Exception as exc:
+            if not is_about_data(exc):
+                raise
+    return None
+
+
+def _encoded(source: ImageLike) -> bytes:
+    """The encoded bytes of an image once more, empty where they cannot be had."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return bytes(source)
+    if isinstance(source, (str, Path)):
+        try:
+            with open(source, "rb") as file:
+                return file.read(MAX_BYTES)
+        except OSError:  # it is gone
+            return b""
+    if isinstance(source, (Image.Image, np.ndarray)):
+        return b""
+    return _read_all(source) or b""
+
+
+def is_about_data(exc: Exception) -> bool:
+    """Whether a failure while an image was read or decoded is about the image's data, and not an exception of
+    the caller's own: a time limit, or what the caller's file object raised."""
+    if isinstance(exc, TimeoutError) and exc.errno is None:
+        return False
+    root = type(exc).__module__.split(".")[0]
+    if root not in ("builtins", "PIL", "struct", "zlib", "xml"):
+        return False
+    trace = exc.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return True
+    place = str(trace.tb_frame.f_globals.get("__name__", "")).split(".")[0]
+    return place in DECODING or (place != "__main__" and place in sys.stdlib_module_names)
+
+
+def _undecodable(source: ImageLike, name: object, exc: Exception) -> ImageError:
+    """The error for an image that Pillow could not decode."""
+    if isinstance(exc, Image.DecompressionBombError):
+        return too_large(name, exc)
+    if not isinstance(exc, UnidentifiedImageError):
+        return ImageError(
+            "cannot be decoded",
+            where=name,
+            why=str(exc) or type(exc).__name__,
+            remedy="replace or remove the file",
+        )
+    if _first_bytes(source).startswith(LFS_POINTER):
+        return ImageError(
+            "is a Git LFS pointer; the image itself was not fetched",
+            where=name,
+            remedy="run: git lfs pull",
+        )
+    return ImageError(
+        "is damaged or not an image",
+        where=name,
+        remedy=f"replace or remove it; formats: {', '.join(IMAGE_FORMATS)}",
+    )
+
+
+def _first_bytes(source: ImageLike) -> bytes:
+    """The first bytes of a file or of encoded bytes, empty where they cannot be had again."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return bytes(source[: len(LFS_POINTER)])
+    if isinstance(source, io.BytesIO):
+        return source.getvalue()[: len(LFS_POINTER)]
+    if isinstance(source, (str, Path)):
+        try:
+            with open(source, "rb") as file:
+                return file.read(len(LFS_POINTER))
+        except OSError:
+            return b""
+    return b""
+
+
+def snapshot(source: ImageLike, exif: str) -> ImageLike:
+    """The image as it is now, whatever its owner does with the array, image, buffer or file afterwards.
+
+    A path is returned as it is. Raises as :func:`decode`.
+    """
+    if isinstance(source, np.ndarray):
+        array: np.ndarray = source.copy()
+        return array
+    if isinstance(source, Image.Image):
+        image = decode(source, exif).copy()
+        image.info.clear()  # it is upright now
+        return image
+    if isinstance(source, (bytearray, memoryview)):
+        return bytes(source)
+    if isinstance(source, (str, Path, bytes)) or not hasattr(source, "read"):
+        return source
+    data = _content(source)
+    return source if data is None else NamedBytes(data, str(name_of(source)))
+
+
+def _content(file: BinaryIO) -> bytes | None:
+    """The content of a file object as it is now; ``None`` where it cannot be read."""
+    if type(file) in (io.BytesIO, NamedBytes):
+        buffer: Any = file
+        content: bytes = buffer.getvalue()  # shares its memory until somebody writes
+        return content
+    return _read_all(file)
+
+
+def _read_all(file: BinaryIO) -> bytes | None:
+    """The content of a file object up to the cap; ``None`` where it cannot be read, which decoding then
+    explains."""
+    try:
+        if file.seekable():
+            file.seek(0)
+        data = file.read(MAX_BYTES + 1)
+    except (
+        AttributeError,
+        ValueError,
+    ):  # no whole file object, or a closed one
+        return None
+    return data if isinstance(data, bytes) else None
+
+
+def one_or_many(images: Any) -> Any:
+    """``images``, in a list if it is a single image, so that nobody iterates over its letters, bytes, lines
+    or rows."""
+    if isinstance(images, np.ndarray):
+        single = images.ndim < 3 or (images.ndim == 3 and images.shape[2] in CHANNELS)
+    else:
+        kinds = (str, Path, bytes, bytearray, memoryview, Image.Image)
+        single = isinstance(images, kinds) or hasattr(images, "read")
+    return [images] if single else images
+
+
+def name_of(source: ImageLike) -> object:
+    """What messages call the image."""
+    return source if isinstance(source, (str, Path)) else getattr(source, "filename", None) or "image"
+
+
+def _open(
+    source: str | Path | bytes | bytearray | memoryview | BinaryIO,
+    name: object,
+) -> Image.Image:
+    """Read the header and check the sizes; nothing is decoded yet."""
+    _require_kind(source, name)
+    kind = describe_irregular(source) if isinstance(source, (str, Path)) else None
+    if kind is not None:
+        raise ImageError(
+            f"is {kind}, not an image file",
+            where=name,
+            remedy="give a file; encoded bytes from elsewhere can be given as bytes",
+        )
+    count = _count_bytes(source)
+    if count == 0:
+        raise ImageError(
+            "the image is empty (0 bytes)",
+            where=name,
+            remedy="replace or remove the file",
+        )
+    if count is not None and count > MAX_BYTES:
+        raise too_large(name, f"{count} bytes, the cap is {MAX_BYTES}")
+    encoded = io.BytesIO(source) if isinstance(source, (bytes, bytearray, memoryview)) else source
+    image = Image.open(encoded, formats=IMAGE_FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        image.close()
+        raise too_large(
+            name,
+            f"{image.width} x {image.height} pixels, the cap is {MAX_PIXELS}",
+        )
+    return image
+
+
+def _require_kind(source: object, name: object) -> None:
+    """Raise :class:`ImageError` unless the object can be an encoded image."""
+    if isinstance(source, (str, Path, bytes, bytearray, memoryview)) or hasattr(source, "read"):
+        return
+    remedy = "give a path, encoded bytes, a file object, a Pillow image, or a uint8 array (H, W, 3)"
+    if source is None:
+        remedy = "check the source: cv2.imread() returns None for a file that it cannot read"
+    elif isinstance(source, (list, tuple)):
+        remedy = "give several images to predict() or stream()"
+    raise ImageError(
+        f"this is no image but of type {type(source).__name__}",
+        where=name,
+        remedy=remedy,
+    )
+
+
+def _count_bytes(
+    source: str | Path | bytes | bytearray | memoryview | BinaryIO,
+) -> int | None:
+    """Size of the encoded image; ``None`` where only reading it would tell."""
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        if not path.is_file():
+            raise ImageError(
+                "no such image file",
+                where=path,
+                remedy="check the path",
+            )
+        return path.stat().st_size
+    if isinstance(source, (bytes, bytearray)):
+        return len(source)
+    if isinstance(source, memoryview):
+        return source.nbytes
+    return source.getbuffer().nbytes if isinstance(source, io.BytesIO) else None
+
+
+def too_large(name: object, why: object) -> ImageError:
+    return ImageError(
+        "the image is too large",
+        where=name,
+        why=why,
+        remedy="make it smaller before using it",
+    )
+
+
+def _convert(image: Image.Image, exif: str, name: object) -> Image.Image:
+    """Decode an opened image: upright as ``exif`` says, in 8-bit RGB."""
+    if 0 in image.size:
+        raise ImageError(
+            f"the image has no pixels: it is {image.width} x {image.height}",
+            where=name,
+            remedy="replace it",
+        )
+    _require_few_scans(image, name)
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        _note_orientation(image)
+    if exif == "apply":
+        image = _upright(image)
+    elif isinstance(image, TiffImagePlugin.TiffImageFile):
+        image = _as_stored(image)
+    if image.mode == "F":
+        raise ImageError(
+            "floating-point pixels have no defined range",
+            where=name,
+            remedy="save it as 8 or 16 bits",
+        )
+    if image.mode.startswith("I"):
+        image = _to_8_bits(image, name)
+    image.load()  # the file is closed when the caller gets it
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _require_few_scans(image: Image.Image, name: object) -> None:
+    """Raise :class:`ImageError` for a JPEG image that is not decoded yet and has far more scans than any
+    program writes: each takes the time of a whole image."""
+    if not isinstance(image, JpegImagePlugin.JpegImageFile) or not image.tile or image.fp is None:
+        return
+    position = image.fp.tell()
+    if type(image) is JpegImagePlugin.JpegImageFile and "progressive" not in image.info:
+        whole = make_scan_header(image.layers)
+        image.fp.seek(max(0, position - 2 * image.layers - 8))  # Pillow has read the header of the first scan
+        start = image.fp.read(len(whole))
+        image.fp.seek(position)
+        if start == whole:
+            return  # the first scan holds all colours, and nothing after it is decoded
+    image.fp.seek(image.tile[0].offset)
+    data = image.fp.read(MAX_BYTES)
+    image.fp.seek(position)
+    if has_many_scans(data):
+        raise ImageError(
+            "this JPEG has too many scans",
+            where=name,
+            why=f"more than {MAX_SCANS}; progressive images have about 10",
+            remedy="save it again with another program",
+        )
+
+
+def _as_stored(image: TiffImagePlugin.TiffImageFile) -> Image.Image:
+    """A TIFF image as it lies in its file: Pillow turns it when it decodes it."""
+    undo = UNTURN.get(image.info[TURNED_BY][1])
+    return image if undo is None else image.transpose(undo)
+
+
+def _note_orientation(image: TiffImagePlugin.TiffImageFile) -> None:
+    """Keep the orientation of the frame, which Pillow forgets once it has decoded and turned it."""
+    frame = image.tell()
+    known = image.info.get(TURNED_BY, (frame, UPRIGHT))
+    orientation = image.tag_v2.get(ORIENTATION) or (known[1] if known[0] == frame else UPRIGHT)
+    image.info[TURNED_BY] = (frame, orientation)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn an image as its orientation says.
+
+    Only that entry is used: a photograph whose other entries are wrong is a good photograph.
+    """
+    image.load()  # Pillow turns a TIFF image here, and then forgets its orientation
+    try:
+        turn = TURN.get(image.getexif().get(ORIENTATION, UPRIGHT))
+    except Exception as exc:
+        if not is_about_data(exc):
+            raise
+        return image  # its metadata cannot be read, its pixels can
+    return image if turn is None else image.transpose(turn)
+
+
+def _to_8_bits(image: Image.Image, name: object) -> Image.Image:
+    """Scale 16-bit grey values, which Pillow would clip, to 8 bits."""
+    values = np.asarray(image).astype(np.int64)
+    if values.size and (values.min() < 0 or values.max() > 65535):
+        raise ImageError(
+            "the pixels are integers outside 0..65535",
+            where=name,
+            remedy="save it as 8 or 16 bits",
+        )
+    return Image.fromarray((values >> 8).astype(np.uint8))
