@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cmt_edge.deploy.errors import InputError
 
-from .outputs import PROBED, SIGMOIDS, TwoLabels, find_last_operation
+from .outputs import PROBED, TwoLabels, is_one_probability
 from .spec import Classifier, ModelSpec
 
 HEADS = ("logits", "features")
@@ -65,7 +65,7 @@ def _with_two_labels(model: nn.Module) -> nn.Module:
         size,
         generator=torch.Generator().manual_seed(0),
     )
-    return TwoLabels(model, find_last_operation(model, example) in SIGMOIDS).eval()
+    return TwoLabels(model, is_one_probability(model, example)).eval()
 
 
 def require_head(spec: ModelSpec, head: str) -> None:

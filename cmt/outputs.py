@@ -21,6 +21,16 @@ PROBED = 2
 """Number of images that a model is asked about."""
 LOGITS_KEY = "logits"
 """Name of an entry that is taken whatever else there is."""
+TELLING_WORDS = (
+    "class",
+    "cls",
+    "logit",
+    "out",
+    "pred",
+    "prob",
+    "score",
+)
+"""Beside whole numbers, such as their argmax, logits have a name that contains one of these words."""
 OTHER_WORDS = (
     "attention",
     "attn",
@@ -56,6 +66,29 @@ PASSING = (
 """Operations that change neither values nor their meaning, by PyTorch's names."""
 SIGMOIDS = ("hardsigmoid", "sigmoid", "special_expit")
 """Operations that give each class a probability of its own, by PyTorch's names."""
+LINEAR = (
+    "__matmul__",
+    "addmm",
+    "baddbmm",
+    "bmm",
+    "conv2d",
+    "einsum",
+    "linear",
+    "matmul",
+)
+"""Operations whose results have no bounds, by PyTorch's names."""
+INDICES = ("argmax", "argmin", "argsort")
+"""Operations that name classes and do not score them, by PyTorch's names."""
+SORTS = ("sort", "topk", "msort")
+"""Operations that lose which value belongs to which class, by PyTorch's names."""
+RETURN_TYPES = "torch.return_types"
+"""The module of the named tuples that ``topk``, ``max`` and ``sort`` return."""
+MAX_CALLS = 8
+"""Number of linear operations, from the last one back, of which one is looked for that decides the output."""
+HUGE = (-1e5, -1e3, 1e3, 1e5)
+"""Factors at which logits are far from 0, and probabilities are still between 0 and 1."""
+IN_UNIT = 1 + 5e-3
+"""The largest value that counts as a probability; halves round a sum."""
 SOFTMAXES = ("softmax",)
 """Operations that give the classes probabilities that sum to 1, by PyTorch's names."""
 OUTPUT_REMEDY = "wrap the model so that it returns its logits alone, float32 (N, classes)"
@@ -108,6 +141,71 @@ def find_last_operation(model: nn.Module, example: Tensor) -> str:
     with torch.inference_mode(), trail:
         output = model(example)
     return trail.maker_of(output)
+
+
+class Probe:
+    """Answers of ``model`` whose last linear operation gives a multiple of its result.
+
+    Logits grow with it without bounds. What comes out of a sigmoid or softmax stays within its bounds, also
+    where the values that the model gives by itself happen to lie within the same bounds.
+
+    Args:
+        model: in eval mode; it stays as it is.
+        images: float32 ``(K, 3, S, S)``.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor) -> None:
+        self._model = model
+        self._images = images
+        self._chosen: int | None = None
+        self._calls = 0
+
+    def answers(self, *factors: float) -> Tensor:
+        """The finite answers, float32 ``(<= K * len(factors), classes)``."""
+        if self._chosen is None:
+            self._chosen = self._find_call()
+        rows = torch.cat([self._scaled(self._chosen, factor) for factor in factors])
+        return rows[rows.isfinite().all(1)]
+
+    def _find_call(self) -> int:
+        """The last linear operation that changes the output, counted from 1; 0 where none does."""
+        plain = self._scaled(0, 1)
+        last = self._calls
+        for chosen in range(last, max(last - MAX_CALLS, 0), -1):
+            if any(not torch.equal(plain, self._scaled(chosen, factor)) for factor in HUGE[1:3]):
+                return chosen
+        return 0
+
+    def _scaled(self, chosen: int, factor: float) -> Tensor:
+        """Without a linear operation, the images are scaled instead."""
+        images = self._images if chosen else self._images * factor
+        mode = _Scaling(chosen, factor)
+        with torch.inference_mode(), mode:
+            output: Tensor = self._model(images)
+        self._calls = mode.calls
+        return output.reshape(len(images), -1).float()
+
+
+def is_one_probability(model: nn.Module, example: Tensor) -> bool:
+    """Whether the single output of ``model`` is a probability and no logit: a sigmoid in any words.
+
+    Args:
+        model: in eval mode.
+        example: float32 ``(K, 3, S, S)``.
+    """
+    operation = find_last_operation(model, example)
+    if operation in SIGMOIDS or operation in LINEAR:
+        return operation in SIGMOIDS
+    with torch.inference_mode():
+        plain: Tensor = model(example)
+    if not _in_unit_range(plain):
+        return False
+    answers = Probe(model, example).answers(*HUGE)
+    return len(answers) > 0 and _in_unit_range(answers)
+
+
+def _in_unit_range(values: Tensor) -> bool:
+    return bool((values >= 0).all() and (values <= IN_UNIT).all())
 
 
 class TwoLabels(nn.Module):
@@ -166,8 +264,9 @@ def _find_logits(given: Any, count: int, name: str) -> Key:
     tensors = {key: value for key, value in entries.items() if isinstance(value, Tensor)}
     if LOGITS_KEY in tensors:
         return LOGITS_KEY
+    _require_no_ranking(given, tensors, count, name)
     able = [key for key, value in tensors.items() if _may_be_logits(key, value, count)]
-    if len(able) == 1:
+    if len(able) == 1 and _is_unmistakable(able[0], tensors):
         return able[0]
     shown = ", ".join(f"{key}: {_describe(value)}" for key, value in entries.items())
     raise InputError(
@@ -175,6 +274,50 @@ def _find_logits(given: Any, count: int, name: str) -> Key:
         why=f"its parts are {shown}" if shown else None,
         remedy=f"{OUTPUT_REMEDY}; of several parts, the one named 'logits' is taken",
     )
+
+
+def _require_no_ranking(
+    given: Any,
+    tensors: Mapping[str | int, Tensor],
+    count: int,
+    name: str,
+) -> None:
+    """Raise :class:`InputError` for values with their indices, as ``topk``, ``max`` and ``sort`` return
+    them."""
+    what = ""
+    if type(given).__module__ == RETURN_TYPES:
+        what = f"the values and indices of torch.{type(given).__name__}"
+    scored = {_count(value, count) for value in tensors.values() if value.is_floating_point()}
+    numbered = {_count(value, count) for value in tensors.values() if _is_whole(value)}
+    if not what and (scored & numbered) - {None}:
+        shown = ", ".join(f"{key}: {_describe(value)}" for key, value in tensors.items())
+        what = f"values and indices of one shape ({shown}), as topk, max and sort do"
+    if what:
+        raise InputError(
+            f"{name} returns {what}, which are no logits",
+            why="the best values alone do not say which class each of them belongs to",
+            remedy=OUTPUT_REMEDY,
+        )
+
+
+def _is_whole(value: Tensor) -> bool:
+    """Whether these are whole numbers, such as class indices; a mask is none."""
+    return not value.is_floating_point() and not value.is_complex() and value.dtype != torch.bool
+
+
+def _is_unmistakable(key: str | int, tensors: Mapping[str | int, Tensor]) -> bool:
+    """Whether the only part that can be logits is taken for them.
+
+    Beside whole numbers its name has to say so. In a tuple, which has no names, the numbers have to be its
+    argmax.
+    """
+    numbers = [value for value in tensors.values() if _is_whole(value)]
+    if not numbers:
+        return True
+    if isinstance(key, int):
+        best = tensors[key].flatten(1).argmax(1)
+        return all(torch.equal(value.reshape(-1).long(), best) for value in numbers)
+    return any(word in key.lower() for word in TELLING_WORDS)
 
 
 def _may_be_logits(key: str | int, value: Tensor, count: int) -> bool:
@@ -223,15 +366,39 @@ class _Trail(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
+        called = getattr(func, "__name__", "")
         if isinstance(output, Tensor):
-            called = getattr(func, "__name__", "")
             operation = called.removesuffix("_")
             if called in PASSING and args and isinstance(args[0], Tensor):
                 operation = self._made.get(id(args[0]), "")
-            self._made[id(output)] = operation
-            self._kept.append(output)  # an id is unique while its tensor lives
+            self._keep(output, operation)
+        elif isinstance(output, tuple):  # values and indices
+            for part in output:
+                if isinstance(part, Tensor):
+                    self._keep(part, called)
         return output
+
+    def _keep(self, output: Tensor, operation: str) -> None:
+        self._made[id(output)] = operation
+        self._kept.append(output)  # an id is unique while its tensor lives
 
     def maker_of(self, output: object) -> str:
         """Name of the operation, empty where it is not known."""
         return self._made.get(id(output), "")
+
+
+class _Scaling(TorchFunctionMode):
+    """Multiplies the result of one linear operation, the ``chosen`` one counted from 1."""
+
+    def __init__(self, chosen: int, factor: float) -> None:
+        super().__init__()
+        self._chosen = chosen
+        self._factor = factor
+        self.calls = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") not in LINEAR or not isinstance(output, Tensor):
+            return output
+        self.calls += 1
+        return output * self._factor if self.calls == self._chosen else output

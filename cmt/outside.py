@@ -65,6 +65,9 @@ SAME = 1e-5
 ALIKE = 1e-3
 """The same for batches of different sizes, for which libraries choose other kernels."""
 
+OTHER_CONTRAST = 5.0
+"""The contrast of the other image beside which an image is asked about again, in that of the first one."""
+
 NORMS = (
     nn.BatchNorm1d,
     nn.BatchNorm2d,
@@ -431,9 +434,11 @@ def _require_one_answer(
     ``drawn`` tells that the first call drew random numbers; the model is then asked more often, because a
     rare drop shows in few calls.
     """
+    others = torch.cat([images[:1], OTHER_CONTRAST * images[1:].flip(-1) + 1])
     with torch.inference_mode():
         again = [model(images) for _ in range(MANY_CALLS if drawn else 1)]
         alone = model(images[:1])
+        beside_others = model(others)
     if any(_differ(logits, other, SAME) for other in again):
         cause = "it draws random numbers" if drawn else "it keeps something from call to call"
         raise InputError(
@@ -442,7 +447,13 @@ def _require_one_answer(
             remedy="let it depend on self.training: F.dropout(x, p, self.training),"
             " dropout_p=p if self.training else 0.0",
         )
-    if _differ(logits[:1], alone, ALIKE):
+    if alone.shape != logits[:1].shape:
+        raise InputError(
+            f"{name} answers one image with the shape {tuple(alone.shape)}, not {tuple(logits[:1].shape)}",
+            why="the batch axis is lost with a batch of one image, as squeeze() loses it",
+            remedy="name the axes: flatten(1), or squeeze(-1) in place of squeeze()",
+        )
+    if _differ(logits[:1], beside_others[:1], SAME) or _differ(logits[:1], alone, ALIKE):
         raise InputError(
             f"{name} answers differently to one image alone and beside another one",
             why=f"it uses statistics of the batch in eval mode: {_suspects(model)}",

@@ -5,8 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+from torch import nn
 
-from cmt_edge.cmt.outputs import SIGMOIDS, SOFTMAXES
+from cmt_edge.cmt.outputs import (
+    HUGE,
+    INDICES,
+    LINEAR,
+    PROBED,
+    SIGMOIDS,
+    SOFTMAXES,
+    SORTS,
+    Probe,
+    TwoLabels,
+    find_last_operation,
+)
 from cmt_edge.deploy.bundle import LOGITS, PROBABILITIES, SCORES
 from cmt_edge.deploy.errors import InputError
 from cmt_edge.deploy.measure.parity import measure_resolution
@@ -15,12 +28,14 @@ SUM_TOLERANCE = 1e-3
 """Probabilities may sum to 1 plus or minus so much; the sum of 1000 float32 ones is much closer."""
 COARSE_TOLERANCE = 5e-3
 """The same for probabilities that the model rounded to halves."""
-IN_UNIT_RANGE = (
-    "every output of the reference lies between 0 and 1, but those of an image do not sum to 1: they are"
-    " taken for logits, and a softmax makes probabilities of them; if they are probabilities already, let the"
-    " model return its logits instead"
-)
-"""The note for logits that may be something else."""
+SMALL = 1e-3
+"""The factor at which a saturated sigmoid leaves its bounds, and a class index stays a whole number."""
+ALIKE = 1e-2
+"""Share by which two sums or bounds may differ that count as equal."""
+WHOLE_HALVES = 128
+"""From this value on, numbers that were rounded to halves may be whole by chance."""
+LOGITS_REMEDY = "let the model return its logits, as they are before argmax, sorting, softmax or sigmoid"
+"""What to do about outputs that are neither logits nor probabilities."""
 
 
 def require_finite(outputs: Sequence[np.ndarray]) -> None:
@@ -36,8 +51,39 @@ def require_finite(outputs: Sequence[np.ndarray]) -> None:
             )
 
 
-def find_kind(logits: np.ndarray, operation: str) -> str:
+def identify_outputs(model: nn.Module, batch: np.ndarray, logits: np.ndarray) -> str:
     """What the values are that the reference answers golden images with.
+
+    Args:
+        model: the reference, in eval mode.
+        batch: the golden images, float32 ``(K, 3, S, S)``.
+        logits: what ``model`` makes of them, float32 ``(K, classes)``.
+
+    Raises:
+        InputError: the values are neither logits nor probabilities.
+    """
+    binary = isinstance(model, TwoLabels)
+    inner = model.model if isinstance(model, TwoLabels) else model
+    images = torch.from_numpy(batch)
+    operation = find_last_operation(inner, images[:PROBED])
+    probe = Probe(inner, images)
+    own = logits[:, 1:] if binary else logits
+    _require_classes_told_apart(own, operation)
+    if operation not in (*SIGMOIDS, *LINEAR):
+        _require_no_index(own, operation, probe)
+        _require_no_ranking(own, operation, probe)
+    if isinstance(model, TwoLabels):
+        kind = PROBABILITIES if model.probability else LOGITS
+    else:
+        kind = find_kind(logits, operation)
+    if kind == LOGITS and own.min() >= 0 and operation not in LINEAR:
+        kind = _kind_by_bounds(own, probe)
+    _require_differences(own, operation, probe)
+    return kind
+
+
+def find_kind(logits: np.ndarray, operation: str) -> str:
+    """What values are, as far as they tell by themselves.
 
     Args:
         logits: float32 ``(K, classes)``.
@@ -59,16 +105,127 @@ def find_kind(logits: np.ndarray, operation: str) -> str:
     return SCORES if operation in SIGMOIDS else LOGITS
 
 
+def _kind_by_bounds(own: np.ndarray, probe: Probe) -> str:
+    """The kind of values that are not negative: logits leave any bounds when the model's last linear
+    operation grows, and probabilities do not.
+
+    Raises:
+        InputError: the values stay within bounds which are not those of probabilities.
+    """
+    found = probe.answers(*HUGE).numpy()
+    rows = np.concatenate([own, found])
+    if not len(found) or rows.min() < 0 or not rows.any():
+        return LOGITS
+    largest, sums = float(rows.max()), rows.sum(axis=1)
+    if rows.shape[1] > 1:
+        _require_plain_sums(sums, largest)
+    if largest <= 1 + COARSE_TOLERANCE:
+        return SCORES if rows.shape[1] > 1 else LOGITS
+    less = probe.answers(*HUGE[1:3]).numpy()
+    if largest <= (1 + ALIKE) * max(float(less.max()), float(own.max())):
+        raise InputError(
+            f"every output of the reference lies between 0 and {largest:.4g}, whatever the image, as scaled"
+            " probabilities do",
+            why="logits have no such bounds, and probabilities lie between 0 and 1",
+            remedy=f"{LOGITS_REMEDY}, or probabilities between 0 and 1",
+        )
+    return LOGITS
+
+
+def _require_plain_sums(sums: np.ndarray, largest: float) -> None:
+    """Refuse the outputs of several classes that are a part or a multiple of a softmax.
+
+    ``sums`` are those of the images' outputs, and ``largest`` is the largest output.
+    """
+    total = float(sums.max())
+    constant = total - float(sums.min()) <= SUM_TOLERANCE * total
+    if constant:
+        what = f"sum to {total:.4g} for every image, as multiples of probabilities do"
+    elif largest <= 1 + COARSE_TOLERANCE and total <= 1 + COARSE_TOLERANCE:
+        what = "are not negative and sum to less than 1, as a part of a softmax does"
+    else:
+        return
+    raise InputError(
+        f"the outputs of the reference {what}",
+        why="a softmax of them would make wrong probabilities, and they are none themselves",
+        remedy=f"{LOGITS_REMEDY}, or the probabilities of all classes, which sum to 1",
+    )
+
+
+def _require_classes_told_apart(own: np.ndarray, operation: str) -> None:
+    """Refuse the softmax of a single output, which is always 1."""
+    if own.shape[1] == 1 and operation in SOFTMAXES:
+        raise InputError(
+            "the reference has one output and takes its softmax, which is 1 for every image",
+            remedy="let the model return the output itself, or its sigmoid",
+        )
+
+
+def _require_no_index(own: np.ndarray, operation: str, probe: Probe) -> None:
+    """Refuse a class index that was turned into a float32 number."""
+    by_name = operation in INDICES
+    if not by_name and (own.shape[1] > 1 or not own.any() or not _is_whole(own)):
+        return
+    if by_name or _is_whole(probe.answers(SMALL).numpy()):
+        raise InputError(
+            "the reference answers every golden image with a whole number, which is no logit",
+            why="it returns the chosen class (an argmax) and no score of the others",
+            remedy=LOGITS_REMEDY,
+        )
+
+
+def _is_whole(values: np.ndarray) -> bool:
+    """Whether these are whole numbers, and not by rounding to halves."""
+    if measure_resolution(values) and float(np.abs(values).max()) >= WHOLE_HALVES:
+        return False
+    return bool((values == np.round(values)).all())
+
+
+def _require_no_ranking(own: np.ndarray, operation: str, probe: Probe) -> None:
+    """Refuse outputs that are sorted, so that nobody knows which class each belongs to."""
+    by_name = operation in SORTS and own.shape[1] > 1
+    if by_name or (_is_sorted(own) and _is_sorted(probe.answers(*HUGE).numpy())):
+        raise InputError(
+            "the reference answers every golden image with sorted values, which are no logits",
+            why="the best values alone do not say which class each of them belongs to (topk or sort)",
+            remedy=LOGITS_REMEDY,
+        )
+
+
+def _is_sorted(rows: np.ndarray) -> bool:
+    """Whether each of the rows of three classes or more falls, and at least one of them has different
+    values."""
+    if not len(rows) or rows.shape[1] < 3:
+        return False
+    steps = np.diff(rows, axis=1)
+    return bool((steps <= 0).all() and (steps < 0).any())
+
+
+def _require_differences(own: np.ndarray, operation: str, probe: Probe) -> None:
+    """Refuse answers that are the same for all golden images, to the bit.
+
+    A saturated sigmoid or softmax is excepted: it is very sure, and its smaller logits would differ.
+    """
+    if len(own) < 2 or (own != own[0]).any():
+        return
+    saturated = bool(np.isin(own, (0, 1)).all())
+    if saturated and operation in (*SIGMOIDS, *SOFTMAXES):
+        return
+    small = probe.answers(SMALL).numpy()
+    if saturated and len(small) and (small != small[0]).any():
+        return
+    raise InputError(
+        f"the reference answers all {len(own)} golden images with the same values, to the bit",
+        why="its outputs do not depend on the image, so that no export of it can be verified",
+        remedy="load trained weights; check that the model uses its input, --mean and --std",
+    )
+
+
 def _require_degrees(probabilities: np.ndarray) -> None:
     """Refuse rows of a single 1 among zeros."""
     if np.isin(probabilities, (0, 1)).all():
         raise InputError(
             "the reference answers every golden image with a single 1 among zeros, which are no logits",
             why="it returns the chosen class (an argmax) and no score of the others",
-            remedy="let the model return its logits, as they are before argmax or softmax",
+            remedy=LOGITS_REMEDY,
         )
-
-
-def may_be_probabilities(logits: np.ndarray, kind: str) -> bool:
-    """Whether values ``(K, classes)`` that are taken for logits all lie between 0 and 1."""
-    return kind == LOGITS and bool(logits.min() >= 0 and logits.max() <= 1 and logits.any())

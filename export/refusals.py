@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sysconfig
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from cmt_edge.deploy.errors import InputError
+from cmt_edge.deploy.errors import InputError, StepError
 
 UNKNOWN_OPERATOR = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.]+)'")
 """How torch.onnx says that ONNX lacks an operator."""
@@ -18,11 +20,39 @@ UNKNOWN_OPERATOR = re.compile(r"No ONNX function found for <OpOverload\(op='([\w
 DATA_DEPENDENT = re.compile(r"data-dependent", re.IGNORECASE)
 """How torch.export says that the values of an image decide what the code does next."""
 
+TO_NUMPY = re.compile(r"\.numpy\(\) is not supported")
+"""How torch.export says that the code leaves PyTorch for NumPy."""
+
+GENERATOR = re.compile(r"for argument 'generator' but instead found")
+"""How torch.onnx says that the code draws numbers from a generator of its own."""
+
+BFLOAT16 = re.compile(r"bfloat16")
+"""How ONNX names a type that most of its operators do not take."""
+
 FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(\S.*)')
 """One line of a stack trace."""
 
 TORCH = str(Path(torch.__file__).parent)
 """The folder of torch, whose own code is not the user's."""
+
+STANDARD_LIBRARY = sysconfig.get_path("stdlib")
+"""The folder of Python's own code; that of packages may lie in it."""
+
+PACKAGES = sysconfig.get_path("purelib")
+"""The folder of installed packages."""
+
+EXPORTERS = ("onnxscript", "onnx_ir")
+"""Packages of the exporter, whose code is not the user's either."""
+
+GENERATOR_REMEDY = (
+    "draw the numbers once in __init__ and keep them in a buffer: register_buffer('noise', torch.randn(...))"
+)
+"""The remedy for numbers that are drawn in forward."""
+
+BFLOAT16_REMEDY = (
+    "remove torch.autocast and .bfloat16() from forward, and ask for the type with --precision bf16 instead"
+)
+"""The remedy for a model that computes in bfloat16 by itself."""
 
 OPERATOR_REMEDY = (
     "use operations that ONNX has; for an adaptive pool: an output size that divides the size of the map, or"
@@ -47,9 +77,28 @@ def explaining(model: nn.Module, example: Tensor) -> Iterator[None]:
     try:
         yield
     except Exception as exc:
-        if error := _explain(_texts(exc), model, example):
+        if error := _explain(exc, model, example):
             raise error from exc
         raise
+
+
+@contextlib.contextmanager
+def explaining_types() -> Iterator[None]:
+    """Turn a graph that ONNX refuses for its bfloat16 into an error that says where that comes from.
+
+    Raises:
+        InputError: the model computes in bfloat16 by itself.
+    """
+    try:
+        yield
+    except StepError as exc:
+        if not BFLOAT16.search(_texts(exc)):
+            raise
+        raise InputError(
+            "the model computes in bfloat16 in its forward, which ONNX's operators do not take",
+            why=exc.why,
+            remedy=BFLOAT16_REMEDY,
+        ) from exc
 
 
 def _texts(exc: BaseException | None) -> str:
@@ -61,7 +110,8 @@ def _texts(exc: BaseException | None) -> str:
     return "\n".join(parts)
 
 
-def _explain(text: str, model: nn.Module, example: Tensor) -> InputError | None:
+def _explain(exc: BaseException, model: nn.Module, example: Tensor) -> InputError | None:
+    text = _texts(exc)
     if found := UNKNOWN_OPERATOR.search(text):
         operator = found[1]
         return InputError(
@@ -73,10 +123,47 @@ def _explain(text: str, model: nn.Module, example: Tensor) -> InputError | None:
         _, _, call = text.partition("The following call raised this error:")
         return InputError(
             "the model decides by the values of the image what it does, which a graph cannot",
-            where=_users_line(call),
+            where=_users_line(call) or _raising_line(exc),
             remedy=BRANCH_REMEDY,
         )
+    if TO_NUMPY.search(text):
+        return InputError(
+            "the model computes with NumPy on values of the image, which a graph cannot hold",
+            where=_raising_line(exc),
+            remedy="use PyTorch's operations; choose between two cases with torch.where",
+        )
+    if GENERATOR.search(text):
+        _, _, call = text.partition("Original traceback:")
+        return InputError(
+            "the model draws numbers from a torch.Generator in its forward, which a graph cannot hold",
+            where=_users_line(call),
+            remedy=GENERATOR_REMEDY,
+        )
     return None
+
+
+def _raising_line(exc: BaseException | None) -> str | None:
+    """``file:line, in function: code`` of the user's innermost line that was running when torch raised
+    ``exc`` or one of its causes."""
+    found = None
+    while exc is not None:
+        inside = False
+        for frame in traceback.extract_tb(exc.__traceback__):
+            inside = inside or frame.filename.startswith(TORCH)
+            if inside and _is_users(frame.filename):
+                found = f"{frame.filename}:{frame.lineno}, in {frame.name}: {(frame.line or '').strip()}"
+        exc = exc.__cause__
+    return found
+
+
+def _is_users(file: str) -> bool:
+    """Whether this is no file of torch, of the exporter or of Python itself."""
+    path = Path(file)
+    if not path.is_absolute() or file.startswith(TORCH):
+        return False
+    if file.startswith(PACKAGES):
+        return path.relative_to(PACKAGES).parts[0] not in EXPORTERS
+    return not file.startswith(STANDARD_LIBRARY)
 
 
 def _line_of(operator: str, model: nn.Module, example: Tensor) -> str | None:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import torch
 from torch import nn
 
 from cmt_edge.calib import CalibrationSet, Quantized, quantize
@@ -25,7 +24,6 @@ from cmt_edge.calib.generated import generate
 from cmt_edge.calib.quantize import keep_float
 from cmt_edge.calib.synthetic import default_count, synthetic_set
 from cmt_edge.cmt import choose_head, fuse, weights_fingerprint
-from cmt_edge.cmt.outputs import PROBED, TwoLabels, find_last_operation
 from cmt_edge.cmt.reference import load_reference
 from cmt_edge.cmt.weights import LoadedWeights
 from cmt_edge.deploy import Bundle, Predictor, Preprocess, report
@@ -52,9 +50,7 @@ from cmt_edge.deploy.preprocessing import normalise, pixels
 
 from .config import NAMED_WEIGHTS, OPSET, ExportConfig
 from .outputs import (
-    IN_UNIT_RANGE,
-    find_kind,
-    may_be_probabilities,
+    identify_outputs,
     require_finite,
 )
 from .to_onnx import (
@@ -92,6 +88,11 @@ MAX_MEAN = 1.0
 """A mean above this is no mean of values from 0 to 1."""
 MAX_STD = 2.0
 """A deviation above this is none of values from 0 to 1, whose deviation is at most one half."""
+MAX_RECIPROCAL = 0.03
+"""A deviation of values from 0 to 1 is hardly ever below this; the reciprocals of grey levels are."""
+LEAST_RECIPROCAL = 0.005
+"""The least such reciprocal. A deviation of 1 / 255 leaves the values as they are in the file, and is
+meant so."""
 
 Differences = dict[str, float]
 """Step -> the largest difference of its outputs from the reference's."""
@@ -145,15 +146,47 @@ def require_unit_scale(spec: Preprocess) -> None:
     1 changes nothing.
     """
     if max(spec.mean) <= MAX_MEAN and max(spec.std) <= MAX_STD:
+        _require_no_reciprocal(spec)
         _require_applicable(spec)
         return
-    mean, std = (
-        ",".join(f"{value / GREY_LEVELS:.5g}" for value in values) for values in (spec.mean, spec.std)
-    )
+    mean, std = (_converted(values, most) for values, most in ((spec.mean, MAX_MEAN), (spec.std, MAX_STD)))
     raise InputError(
         f"mean {_listed(spec.mean)} and std {_listed(spec.std)} are not of values from 0 to 1",
         why="they look like those of values from 0 to 255; the pixels are divided by 255 first",
-        remedy=f"divide both by 255: --mean {mean} --std {std}; keep what is of values from 0 to 1 already",
+        remedy=f"give both of values from 0 to 1: --mean {mean} --std {std}",
+    )
+
+
+def _converted(values: tuple[float, float, float], most: float) -> str:
+    """A mean or deviation of values from 0 to 1. It is divided by 255 where it is above ``most``; where it
+    is the reciprocal of a deviation of values from 0 to 255, the deviation is worked out.
+
+    The default, which is of values from 0 to 1 already, stays as it is.
+    """
+    if max(values) > most:
+        values = (values[0] / GREY_LEVELS, values[1] / GREY_LEVELS, values[2] / GREY_LEVELS)
+    elif most == MAX_STD and _looks_reciprocal(values):
+        values = (
+            1 / (values[0] * GREY_LEVELS),
+            1 / (values[1] * GREY_LEVELS),
+            1 / (values[2] * GREY_LEVELS),
+        )
+    return ",".join(f"{value:.5g}" for value in values)
+
+
+def _looks_reciprocal(std: tuple[float, float, float]) -> bool:
+    """Whether deviations look like 1 / 58.8: the factor that some libraries multiply grey levels with."""
+    return all(LEAST_RECIPROCAL < value < MAX_RECIPROCAL for value in std)
+
+
+def _require_no_reciprocal(spec: Preprocess) -> None:
+    if not _looks_reciprocal(spec.std):
+        return
+    std = _converted(spec.std, MAX_STD)
+    raise InputError(
+        f"std {_listed(spec.std)} looks like the reciprocal of a deviation of values from 0 to 255",
+        why="a deviation of pixels from 0 to 1 is seldom below 0.03; 0.017 is 1 / 58.8",
+        remedy=f"give the deviation of values from 0 to 1: --std {std}",
     )
 
 
@@ -192,14 +225,8 @@ def make_reference(config: ExportConfig) -> Reference:
     model = choose_head(classifier, config.head)
     golden, batch = make_golden(model, config.preprocess)
     require_finite(golden.outputs)
-    kind = find_kind(golden.logits, _last_operation(model, batch)) if config.head == LOGITS else LOGITS
+    kind = identify_outputs(model, batch, golden.logits) if config.head == LOGITS else LOGITS
     return Reference(classifier, model, loaded, golden, batch, kind)
-
-
-def _last_operation(model: nn.Module, batch: np.ndarray) -> str:
-    """See :func:`cmt_edge.cmt.outputs.find_last_operation`; of a binary classifier its own."""
-    inner = model.model if isinstance(model, TwoLabels) else model
-    return find_last_operation(inner, torch.from_numpy(batch[:PROBED]))
 
 
 def make_golden(model: nn.Module, spec: Preprocess) -> tuple[Golden, np.ndarray]:
@@ -444,8 +471,6 @@ def verify_bundle(
             candidate=candidate,
         )
     notes = [*result.notes, *_notes_on_checkpoint(config, bundle, reference.loaded)]
-    if config.head == LOGITS and may_be_probabilities(reference.golden.logits, reference.kind):
-        notes.append(IN_UNIT_RANGE)
     return replace(result, notes=tuple(notes))
 
 

@@ -8,6 +8,7 @@ import functools
 import io
 import logging
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
@@ -38,7 +39,7 @@ from cmt_edge.deploy.errors import (
     StepError,
 )
 
-from .refusals import explaining
+from .refusals import explaining, explaining_types
 
 INPUT = "input"
 """The name of the graph's input."""
@@ -67,6 +68,9 @@ UNWANTED = (
 )
 """Passes of onnxsim that are left out: a ``Gemm`` needs its tokens flattened, and OpenVINO copies a
 tensor that is read both flattened and as a map."""
+
+CONTROLS = re.compile(r"\x1b\[[0-9;]*m")
+"""Colours in third-party messages."""
 
 COMPILER_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 """The environment variable that names the folder of PyTorch's compiler."""
@@ -113,9 +117,11 @@ def export_onnx(
         graph = _batch_freed(trace(model, img_size, opset, outputs, TRACED_BATCH))
         check(graph)
         return graph
-    graph = check_graph("export to ONNX", trace(model, img_size, opset, outputs, None))
-    _require_any_batch(graph)
-    check(graph)
+    graph = trace(model, img_size, opset, outputs, None)
+    with explaining_types():
+        check_graph("export to ONNX", graph)
+        _require_any_batch(graph)
+        check(graph)
     return graph
 
 
@@ -370,7 +376,7 @@ def guarded(step: str) -> Iterator[None]:
     except CmtEdgeError:
         raise
     except Exception as exc:
-        text = str(exc).strip().splitlines()
+        text = CONTROLS.sub("", str(exc)).strip().splitlines()
         raise StepError(
             f"step '{step}' failed",
             why=f"{type(exc).__name__}: {text[0] if text else ''}",
@@ -433,7 +439,10 @@ def _relabelled(simplified: onnx.ModelProto, traced: onnx.ModelProto) -> onnx.Mo
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Exporter chatter off standard output and the log; errors still raise."""
+    """Exporter chatter off standard output, standard error and the log; errors still raise.
+
+    torch.export prints the whole graph to standard error where a model branches on values of the image.
+    """
     loggers = [
         logging.getLogger(name)
         for name in (
@@ -450,6 +459,7 @@ def _quiet() -> Iterator[None]:
         with (
             warnings.catch_warnings(),
             contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
         ):
             warnings.simplefilter("ignore")
             yield

@@ -11,7 +11,7 @@ import onnx
 from cmt_edge.deploy import Bundle, Predictor
 from cmt_edge.deploy.backends import LoadOptions
 from cmt_edge.deploy.backends.onnxruntime import OnnxRuntimeSession
-from cmt_edge.deploy.bundle import ONNX, Manifest
+from cmt_edge.deploy.bundle import LOGITS, ONNX, Manifest
 from cmt_edge.deploy.errors import (
     GateError,
     ParityError,
@@ -93,8 +93,9 @@ def _require_same(
     ours = compute_outputs(round_graph(after), reference.batch, step)
     expected = compute_outputs(before, reference.batch, step)
     differences = [measure_distance(a, b) for a, b in zip(ours, expected, strict=True)]
+    kind = None if reference.kind == LOGITS else reference.kind
     for name, found, output in zip(config.outputs, differences, reference.outputs, strict=True):
-        allowed = find_tolerance(output, config.precision, config.atol)
+        allowed = find_tolerance(output, config.precision, config.atol, kind)
         if not found <= allowed:
             raise ParityError(
                 f"{config.precision} changes the {name} by {found:.3g}, allowed are {allowed:.3g}",

@@ -35,6 +35,8 @@ reference logits."""
 MAP_ATOL = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.1, "int8": 0.6}
 """Default tolerance on golden feature maps, by precision: the root mean square over an image's map, in
 standard deviations of the reference map. The largest of 10^5 differences says little about a map."""
+MAX_PROBABILITY_DIFFERENCE = 0.2
+"""The largest default tolerance on golden probabilities, whatever the precision: 20 percentage points."""
 MAX_DROP = 1.0
 """Default tolerance on top-1, percentage points."""
 PIXEL_TOLERANCE = 2
@@ -219,7 +221,11 @@ def check_golden(bundle: Bundle, predictor: Predictor, atol: float | None = None
     ours = predictor.outputs(normalise(golden.pixels, bundle.preprocess))
     _require_shapes(bundle, ours, golden.outputs)
     differences = [measure_distance(a, b) for a, b in zip(ours, golden.outputs, strict=True)]
-    allowed = [find_tolerance(output, bundle.manifest.precision, atol) for output in golden.outputs]
+    kinds = [output.kind for output in bundle.manifest.outputs]
+    allowed = [
+        find_tolerance(output, bundle.manifest.precision, atol, kind)
+        for output, kind in zip(golden.outputs, kinds, strict=True)
+    ]
     fits = [difference <= bound for difference, bound in zip(differences, allowed, strict=True)]
     worst = max(
         range(len(ours)),
@@ -270,9 +276,14 @@ def measure_distance(ours: np.ndarray, reference: np.ndarray) -> float:
     )
 
 
-def find_tolerance(reference: np.ndarray, precision: str, atol: float | None = None) -> float:
+def find_tolerance(
+    reference: np.ndarray,
+    precision: str,
+    atol: float | None = None,
+    kind: str | None = None,
+) -> float:
     """``atol``, or :data:`ATOL` (logits) or :data:`MAP_ATOL` (maps) standard deviations of an image's
-    ``reference`` values.
+    ``reference`` values; of probabilities (a ``kind``) at most :data:`MAX_PROBABILITY_DIFFERENCE`.
 
     It is at least what rounding does to the largest value: values that are all alike have no deviation, and
     a model may round its own outputs to halves.
@@ -282,7 +293,8 @@ def find_tolerance(reference: np.ndarray, precision: str, atol: float | None = N
     allowed = (ATOL if reference.ndim == 2 else MAP_ATOL)[precision]
     spread = float(reference.reshape(len(reference), -1).std(axis=1).mean())
     rounding = max(measure_resolution(reference), EPS_FLOAT32)
-    return max(allowed * spread, rounding * float(np.abs(reference).max()))
+    usual = allowed * spread if kind is None else min(allowed * spread, MAX_PROBABILITY_DIFFERENCE)
+    return max(usual, rounding * float(np.abs(reference).max()))
 
 
 def measure_resolution(outputs: np.ndarray) -> float:

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from cmt_edge.cmt import choose_head, create_model
-from cmt_edge.cmt.outputs import TwoLabels, find_last_operation, settle_output
+from cmt_edge.cmt.outputs import (
+    Probe,
+    TwoLabels,
+    find_last_operation,
+    is_one_probability,
+    settle_output,
+)
 from cmt_edge.deploy.errors import InputError
 
 CLASSES = 5
@@ -64,6 +70,8 @@ FOUND = {
     "one entry that can be logits": lambda y, m: {"pred": y, "embedding": m.mean((2, 3))},
     "logits among scores": lambda y, m: {"logits": y, "scores": y.softmax(1)},
     "logits and indices": lambda y, m: {"pred": y, "best": y.argmax(1)},
+    "a tuple of logits and their argmax": lambda y, m: (y, y.argmax(1)),
+    "logits and a mask": lambda y, m: {"vector": y, "mask": y > 0},
     "a ModelOutput": lambda y, m: ModelOutput(loss=None, logits=y, hidden_states=(m, m)),
     "a dataclass": lambda y, m: Record(y),
     "a named tuple": lambda y, m: Named(y, y),
@@ -107,6 +115,20 @@ REFUSED = {
     "two alike": (lambda y, m: (y, y), "0: float32 (2, 5), 1: float32 (2, 5)"),
     "two names": (lambda y, m: {"cls": y, "dist": y}, "cls: float32 (2, 5), dist: float32 (2, 5)"),
     "a named tuple": (lambda y, m: Two(y, y), "first: float32 (2, 5)"),
+    "topk": (lambda y, m: y.topk(3), "torch.topk"),
+    "max": (lambda y, m: y.max(1), "torch.max"),
+    "sort": (lambda y, m: y.sort(1), "torch.sort"),
+    "topk in a dictionary": (
+        lambda y, m: {"pred": y.topk(3).values, "best": y.topk(3).indices},
+        "pred: float32 (2, 3), best: int64 (2, 3)",
+    ),
+    "topk in a tuple": (lambda y, m: tuple(y.topk(3)), "0: float32 (2, 3), 1: int64 (2, 3)"),
+    "a score and a class": (
+        lambda y, m: {"score": y.amax(1, keepdim=True), "class": y.argmax(1)},
+        "class: int64 (2,)",
+    ),
+    "boxes": (lambda y, m: {"boxes": y[:, :4], "ids": y.argmax(1)}, "boxes: float32 (2, 4)"),
+    "a tuple with other numbers": (lambda y, m: (y, y.argmin(1)), "1: int64 (2,)"),
     "a backbone": (
         lambda y, m: {"last_hidden_state": m.flatten(2), "pooler_output": y},
         "pooler_output: float32 (2, 5)",
@@ -200,3 +222,46 @@ def test_the_last_operation(name, wrap):
 )
 def test_a_sigmoid_in_other_words(last):
     assert find_last_operation(Model(lambda y, m: last(y)).eval(), EXAMPLE) == "sigmoid"
+
+
+ONE = {
+    "sigmoid": (lambda y, m: y.sigmoid(), True),
+    "written out": (lambda y, m: 1 / (1 + (-y).exp()), True),
+    "clamped": (lambda y, m: y.sigmoid().clamp(1e-6, 1 - 1e-6), True),
+    "averaged": (lambda y, m: (y.sigmoid() + (1.1 * y).sigmoid()) / 2, True),
+    "a logit": (lambda y, m: y, False),
+    "a logit within 0 and 1": (lambda y, m: 0.5 + 1e-3 * y, False),
+    "a rectified logit": (lambda y, m: (0.5 + 1e-3 * y).relu(), False),
+    "tanh": (lambda y, m: y.tanh() - 0.1, False),
+    "percent": (lambda y, m: 100 * y.sigmoid(), False),
+}
+"""What a model of one output returns, and whether it is a probability."""
+
+
+@pytest.mark.parametrize("name", ONE)
+def test_one_output_is_a_probability_where_nothing_takes_it_out_of_its_bounds(name):
+    form, expected = ONE[name]
+    model = Model(form, classes=1).eval()
+    assert is_one_probability(model, EXAMPLE) is expected
+
+
+def test_a_probe_finds_the_operation_that_decides_and_leaves_the_model_alone():
+    """The last linear operation belongs to a head that is not returned."""
+
+    class TwoHeads(Model):
+        def forward(self, x):
+            y = super().forward(x)
+            self.fc(torch.zeros(1, 4))
+            return y * 1.0
+
+    model = TwoHeads(FOUND["a tensor"]).eval()
+    before = logits_of(model)
+    assert Probe(model, EXAMPLE).answers(1e3).abs().max() > 100 * before.abs().max()
+    assert torch.equal(logits_of(model), before)
+
+
+@pytest.mark.parametrize("name", ["sort", "topk"])
+def test_the_values_of_a_tuple_remember_their_operation(name):
+    argument = 3 if name == "topk" else 1
+    model = Model(lambda y, m: getattr(y, name)(argument)[0])
+    assert find_last_operation(model, EXAMPLE) == name

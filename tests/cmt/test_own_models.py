@@ -124,6 +124,43 @@ class BatchMean(Base):
     def mid(self, x):
         return x - x.mean(0, keepdim=True)
 
+class SlightBatchMean(Base):
+    def mid(self, x):
+        return x - 1e-2 * x.mean(0, keepdim=True)
+
+class Unique(Base):
+    def mid(self, x):
+        return x * torch.unique(x.round()).numel()
+
+class Squeezed(Base):
+    def forward(self, x):
+        return super().forward(x).squeeze()
+
+class OwnGenerator(Base):
+    def mid(self, x):
+        generator = torch.Generator().manual_seed(1)
+        return x + torch.randn(x.shape[1:], generator=generator)
+
+class Autocast(Base):
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().forward(x)
+
+class InNumpy(Base):
+    def forward(self, x):
+        y = super().forward(x)
+        return -y if np.mean(x.numpy()) < -1.5 else y
+
+class ItemBranch(Base):
+    def forward(self, x):
+        y = super().forward(x)
+        return -y if x.mean().item() < -1.5 else y
+
+class ListBranch(Base):
+    def forward(self, x):
+        means = x.mean((1, 2, 3)).tolist()
+        return torch.stack([-r if m < -1.5 else r for r, m in zip(super().forward(x), means)])
+
 class UnusedNoise(Base):
     """Draws numbers without any use of them."""
     def mid(self, x):
@@ -155,6 +192,9 @@ REFUSED = {
     "Counting": ("asked twice", "from call to call"),
     "EvalIgnored": ("asked twice", "drop (Dropout)"),
     "BatchNorm": ("beside another one", "norm (BatchNorm2d)"),
+    "SlightBatchMean": ("beside another one", "look into SlightBatchMean.forward"),
+    "Unique": ("beside another one", "look into Unique.forward"),
+    "Squeezed": (r"shape \(5,\), not \(1, 5\)", "batch axis is lost"),
     "BatchMean": ("beside another one", "look into BatchMean.forward"),
     "scripted": ("TorchScript module", "(Base)"),
     "traced": ("TorchScript module", "(Base)"),
@@ -189,6 +229,27 @@ def test_a_habit_is_refused_with_its_reason(folder, name):
         ExportConfig(f"habits:{name}").check()
     assert why in str(error.value)
     assert error.value.remedy
+
+
+UNTRACED = {
+    "OwnGenerator": ("torch.Generator", "self.mid("),
+    "Autocast": ("bfloat16", "Conv"),
+    "InNumpy": ("NumPy", "np.mean(x.numpy())"),
+    "ItemBranch": ("values of the image", "x.mean().item() < -1.5"),
+    "ListBranch": ("values of the image", "torch.stack([-r if m < -1.5"),
+}
+"""Factory -> what a refusal of the trace says, and the user's code that it names."""
+
+
+@pytest.mark.parametrize("name", UNTRACED)
+def test_what_cannot_be_traced_is_refused_with_the_line_and_without_noise(folder, name, capsys):
+    what, line = UNTRACED[name]
+    with pytest.raises(InputError, match=what) as error:
+        run(ExportConfig(f"habits:{name}", format="onnx", output="out"))
+    assert line in str(error.value)
+    assert "\x1b" not in str(error.value)
+    assert error.value.remedy
+    assert capsys.readouterr().err.count("\n") < 5
 
 
 def test_numbers_that_are_drawn_but_not_used_are_no_fault(folder):

@@ -16,7 +16,7 @@ from cmt_edge.deploy.bundle import GOLDEN, REFERENCE, Golden, save_reference
 from cmt_edge.deploy.errors import DataError, ImageError, RuntimeMissingError
 from cmt_edge.deploy.images import ImageSet, digest
 from cmt_edge.deploy.measure.labels import match_labels
-from cmt_edge.deploy.measure.parity import MAX_DROP, verify
+from cmt_edge.deploy.measure.parity import MAX_DROP, MAX_PROBABILITY_DIFFERENCE, find_tolerance, verify
 from helpers.bundles import SPEC, blank_head, copy_bundle, make_bundle, tiny_golden
 from helpers.cli import strict
 from helpers.images import COLOURS, coloured, folder_of
@@ -546,3 +546,16 @@ def test_what_chance_level_is(bundle, tmp_path, right, counts, classes, warned):
     result = verify(made, data=folder_of(tmp_path / "d", parts), max_drop=100)
     assert result.data.reference_top1 == pytest.approx(100 * right / len(truth))
     assert any("REFERENCE" in note for note in result.notes) == warned
+
+
+# --- the tolerance of probabilities ---------------------------------------------------------------
+
+
+def test_the_tolerance_of_probabilities_is_capped():
+    sure = np.eye(4, dtype=np.float32) + np.float32(1e-7)
+    assert find_tolerance(sure, "int8") > 0.6
+    assert find_tolerance(sure, "int8", kind="probabilities") == pytest.approx(MAX_PROBABILITY_DIFFERENCE)
+    assert find_tolerance(sure, "int8", kind="scores") == pytest.approx(MAX_PROBABILITY_DIFFERENCE)
+    assert find_tolerance(sure, "fp32", kind="scores") == find_tolerance(sure, "fp32")
+    assert find_tolerance(sure, "int8", 0.5, kind="scores") == 0.5
+    assert find_tolerance(100 * sure, "int8") > 60

@@ -15,7 +15,7 @@ from cmt_edge.deploy import Predictor
 from cmt_edge.deploy.errors import InputError
 from cmt_edge.deploy.measure.parity import verify
 from cmt_edge.export import ExportConfig, run
-from cmt_edge.export.outputs import find_kind, may_be_probabilities, require_finite
+from cmt_edge.export.outputs import find_kind, require_finite
 from cmt_edge.export.pipeline import preflight
 
 SOURCE = """
@@ -43,6 +43,24 @@ def log_prob(): return Net(lambda y: y.log_softmax(1), 5)
 def several(): return Net(lambda y: y.sigmoid(), 5)
 def written_out(): return Net(lambda y: 1 / (1 + (-y).exp()), 5)
 def one_hot(): return Net(lambda y: nn.functional.one_hot(y.argmax(1), 5).float(), 5)
+def averaged(): return Net(lambda y: (y.sigmoid() + (2 * y).sigmoid()) / 2, 5)
+def rectified(): return Net(lambda y: y.relu() * 1.0, 5)
+def small(): return Net(lambda y: y * 0.01 + 0.1, 5)
+def index_float(): return Net(lambda y: y.argmax(1, keepdim=True).float(), 5)
+def index_scaled(): return Net(lambda y: y.argmax(1, keepdim=True) * 1.0, 5)
+def constant(): return Net(lambda y: 0 * y, 5)
+def constant_share(): return Net(lambda y: (0 * y).softmax(1), 5)
+def values(): return Net(lambda y: y.sort(1, descending=True).values, 5)
+def best_three(): return Net(lambda y: y.topk(3).values * 2.0, 5)
+def percent(): return Net(lambda y: 100 * y.softmax(1), 5)
+def nearly(): return Net(lambda y: 1.002 * y.softmax(1), 5)
+def background(): return Net(lambda y: y.softmax(1)[:, :-1], 5)
+def one_softmax(): return Net(lambda y: y.softmax(1), 1)
+def one_percent(): return Net(lambda y: 100 * y.sigmoid(), 1)
+def one_written_out(): return Net(lambda y: 1 / (1 + (-y).exp()), 1)
+def one_averaged(): return Net(lambda y: torch.stack([y.sigmoid(), (2 * y).sigmoid()]).mean(0), 1)
+def one_clamped(): return Net(lambda y: y.sigmoid().clamp(1e-6, 1 - 1e-6), 1)
+def one_small(): return Net(lambda y: y * 0.01 + 0.5, 1)
 def nan(): return Net(lambda y: y / (y - y), 5)
 def index(): return Net(lambda y: y.argmax(1), 5)
 def record(): return Net(lambda y: {"logits": y, "features": y}, 5)
@@ -75,10 +93,10 @@ def expected(name: str, batch: np.ndarray) -> np.ndarray:
     values = values.detach().float()
     if name.startswith("one"):
         positive = (
-            values.reshape(-1, 1) if name in ("one_prob", "one_sure") else values.reshape(-1, 1).sigmoid()
+            values.reshape(-1, 1) if KINDS[name] == "probabilities" else values.reshape(-1, 1).sigmoid()
         )
         return torch.cat([1 - positive, positive], 1).numpy()
-    if name in ("prob", "prob_half", "several"):
+    if KINDS[name] is not None:
         return values.numpy()
     return values.softmax(1).numpy()
 
@@ -91,11 +109,19 @@ KINDS = {
     "bf16": None,
     "log_prob": None,
     "several": "scores",
+    "written_out": "scores",
+    "averaged": "scores",
     "record": None,
     "one": None,
     "one_squeezed": None,
     "one_prob": "probabilities",
     "one_sure": "probabilities",
+    "one_written_out": "probabilities",
+    "one_averaged": "probabilities",
+    "one_clamped": "probabilities",
+    "rectified": None,
+    "small": None,
+    "one_small": None,
 }
 """Factory -> the kind that the manifest records; ``None`` means logits, and is left out."""
 
@@ -125,6 +151,17 @@ REFUSED = {
     "one_hot": "a single 1 among zeros",
     "nan": "NaN or infinite",
     "index": "int64 (2,)",
+    "index_float": "a whole number",
+    "index_scaled": "a whole number",
+    "constant": "the same values, to the bit",
+    "constant_share": "the same values, to the bit",
+    "values": "sorted values",
+    "best_three": "sorted values",
+    "percent": "sum to 100 for every image",
+    "nearly": "sum to 1.002 for every image",
+    "background": "a part of a softmax",
+    "one_softmax": "softmax, which is 1",
+    "one_percent": "between 0 and 100",
 }
 
 
@@ -133,12 +170,6 @@ def test_what_is_no_logits_is_refused(nets, name):
     with pytest.raises(InputError, match=REFUSED[name].replace("(", r"\(").replace(")", r"\)")):
         exported(name, nets)
     assert not list((nets / "out").glob("*/manifest.json"))
-
-
-def test_probabilities_that_cannot_be_recognised_are_told_of(nets):
-    bundle = exported("written_out", nets)
-    assert bundle.manifest.outputs[0].kind is None
-    assert any("between 0 and 1" in note for note in bundle.manifest.verification.notes)
 
 
 @pytest.mark.parametrize("name", ["one", "one_prob", "prob", "several"])
@@ -171,6 +202,9 @@ SCALES = [
     ("127.5,127.5,127.5", "127.5,127.5,127.5", False),
     ("123.68,116.779,103.939", "1,1,1", False),
     ("0.5,0.5,0.5", "58,57,57", False),
+    ("0.5,0.5,0.5", "0.017,0.0175,0.0174", False),
+    ("0.5,0.5,0.5", "0.0078125,0.0078125,0.0078125", False),
+    ("0.5,0.5,0.5", "0.05,0.05,0.05", True),
     ("0,0,0", "255,255,255", False),
     ("0.5,0.5,0.5", "0.5,0.5,0.5", True),
     ("0,0,0", "1,1,1", True),
@@ -194,6 +228,26 @@ def test_the_remedy_names_the_converted_values(tmp_path):
     config = ExportConfig("cmt_nano", output=tmp_path, mean=IMAGENET[0], std=IMAGENET[1])
     with pytest.raises(InputError, match=r"--mean 0.485,0.456,0.406 --std 0.229,0.224,0.225"):
         preflight(config)
+
+
+CONVERTED = [
+    ("123.675,116.28,103.53", None, "--mean 0.485,0.456,0.406 --std 0.229,0.224,0.225"),
+    (None, "58.395,57.12,57.375", "--mean 0.485,0.456,0.406 --std 0.229,0.224,0.225"),
+    (
+        "127.5,127.5,127.5",
+        "0.0078125,0.0078125,0.0078125",
+        "--mean 0.5,0.5,0.5 --std 0.50196,0.50196,0.50196",
+    ),
+    (None, "0.02,0.02,0.02", "--std 0.19608,0.19608,0.19608"),
+]
+
+
+@pytest.mark.parametrize(("mean", "std", "remedy"), CONVERTED)
+def test_the_remedy_converts_only_what_was_given_in_grey_levels(tmp_path, mean, std, remedy):
+    config = ExportConfig("cmt_nano", output=tmp_path, mean=mean, std=std)
+    with pytest.raises(InputError) as caught:
+        preflight(config)
+    assert remedy in caught.value.remedy
 
 
 # --- the rule ---------------------------------------------------------------------------------------
@@ -229,11 +283,3 @@ def test_answers_that_are_not_finite(bad):
     maps[1, 2, 0, 0] = bad
     with pytest.raises(InputError, match="1 of 4 golden images"):
         require_finite([np.zeros((4, 2), np.float32), maps])
-
-
-def test_values_between_zero_and_one_are_doubtful_only_as_logits():
-    inside = np.array([[0.2, 0.9]], np.float32)
-    assert may_be_probabilities(inside, "logits")
-    assert not may_be_probabilities(inside, "scores")
-    assert not may_be_probabilities(inside - 0.5, "logits")
-    assert not may_be_probabilities(0 * inside, "logits")
