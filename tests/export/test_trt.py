@@ -141,7 +141,7 @@ BAD = [
     ({"format": "openvino", "precision": "fp32"}, "only --format trt builds engines"),
     ({"format": "onnx", "precision": "fp32", "build": True, "workspace": 1.0}, "--workspace"),
     ({"format": "onnx", "precision": "fp32", "build": True, "device": "0"}, "--device"),
-    ({"workspace": -1.0}, "--workspace GiB"),
+    ({"workspace": -1.0}, "--workspace -1.0 is too small"),
     ({"precision": "fp32", "data": "generated"}, "fp16 ranges"),
     ({"precision": "int8", "data": None, "calib_size": None}, "needs calibration images"),
     ({"format": "tensort"}, "did you mean"),
