@@ -446,6 +446,8 @@ def _quiet() -> Iterator[None]:
     loggers = [
         logging.getLogger(name)
         for name in (
+            "torch.fx",
+            "torch.fx.experimental.symbolic_shapes",
             "torch.onnx",
             "torch.onnx._internal.exporter._registration",
             "onnxscript",

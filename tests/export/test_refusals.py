@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +14,7 @@ from torch.nn import functional as F
 from cmt_edge.deploy.errors import InputError
 from cmt_edge.export.config import OPSET
 from cmt_edge.export.to_onnx import export_onnx
+from helpers.paths import ROOT
 
 
 class Base(nn.Module):
@@ -69,3 +74,27 @@ def test_other_errors_stay_what_they_are():
 
     with pytest.raises(KeyError), explaining(Base(), torch.zeros(1, 3, 8, 8)):
         raise KeyError("x")
+
+
+def test_a_branch_on_values_gives_one_message_and_no_log_of_torch(tmp_path):
+    """In a process of its own: torch's log handlers hold the standard error of their first use."""
+    (tmp_path / "branching.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        x = x.mean((2, 3))\n"
+        "        return x if x.mean() > 0 else -x\n"
+        "def build():\n"
+        "    return Net()\n"
+    )
+    model = f"{tmp_path / 'branching.py'}:build"
+    argv = ["--model", model, "--weights", "random", "--imgsz", "32", "--format", "onnx", "-q"]
+    done = subprocess.run(
+        [sys.executable, "-m", "cmt_edge", "export", *argv, "-o", str(tmp_path)],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
