@@ -31,7 +31,7 @@ def main() -> int:
     p.add_argument("--scenario", action="append", help="only these (default: all)")
     p.add_argument("--every", type=int, default=1, help="only every N-th fault")
     p.add_argument("--first", type=int, default=0, help="number of the first fault, from 0")
-    p.add_argument("--minutes", type=float, default=1e9, help="stop each scenario after so many minutes")
+    p.add_argument("--minutes", type=float, default=1e9, help="largest time of each scenario, minutes")
     p.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
     args = p.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as name:

@@ -44,7 +44,7 @@ LOADS_MAY_TAKE = 12 << 20
 CONTROL_LEAK = 4
 """How often the control leaks what a step may take."""
 CONTROL_PART = 2
-"""The control takes one step for so many of the run that it controls."""
+"""The number of steps of the run for which the control takes one."""
 EACH = 128
 """Distinct inputs of each kind, images and batches."""
 
@@ -110,7 +110,7 @@ def compare(bundle: Bundle, backend: str | None, throughput: bool, rounds: int) 
 
 
 def watch(work: Work, steps: int, may_take: int, threads: int = 1) -> dict:
-    """The growth of a run, which may take so many bytes."""
+    """The growth of a run, and whether it is within the allowed number of bytes."""
     return described(soak(work, steps, threads), may_take / steps)
 
 
@@ -123,7 +123,7 @@ def control(work: Work, steps: int, may_take: int, threads: int = 1) -> dict:
 
 
 def described(growth: Growth, most_bytes: float) -> dict:
-    """The figures of a run that may take so many bytes a step."""
+    """The figures of a run, with the number of bytes that a step may take."""
     return {
         "steps": growth.steps,
         "bytes_a_step": round(growth.bytes_a_step, 1),

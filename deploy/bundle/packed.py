@@ -34,7 +34,7 @@ from .signature import MAX_SIGNATURE, SIGNATURE
 SUFFIX = ".cmt.zip"
 """End of the names of packed bundles."""
 ALIGNMENT = 64
-"""Members begin at a multiple of so many bytes, so that a reader may map them into memory."""
+"""Each member begins at a multiple of this number of bytes, so that a reader can map it into memory."""
 DATED = (1980, 1, 1, 0, 0, 0)
 """Date of every member, so that the same bundle always gives the same file."""
 PADDING = 0xD935
