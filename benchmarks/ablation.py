@@ -255,12 +255,16 @@ def rewrite_table(variants: Sequence[Variant], precisions: Sequence[str]) -> str
     for label in (NONE, ALL):
         of = [found[label, p] for p in precisions]
         rows.append(
-            [f"{label} of them", *(c for v in of for c in (_against(v, NONE), _against(v, ALL))), _off(of)]
+            [
+                f"{label} of them",
+                *(c for v in of for c in (_compare_with(v, NONE), _compare_with(v, ALL))),
+                _describe_deviation(of),
+            ]
         )
     for name in names:
         pairs = [(found[ONLY + name, p], found[BUT + name, p]) for p in precisions]
-        cells = [c for alone, out in pairs for c in (_against(alone, NONE), _against(out, ALL))]
-        rows.append([name, *cells, _off([v for pair in pairs for v in pair])])
+        cells = [c for alone, out in pairs for c in (_compare_with(alone, NONE), _compare_with(out, ALL))]
+        rows.append([name, *cells, _describe_deviation([v for pair in pairs for v in pair])])
     times = [
         f"- {label} of them, {p}: {latency_text(found[label, p].latency)} ms, {found[label, p].nodes} ONNX"
         " nodes"
@@ -270,11 +274,11 @@ def rewrite_table(variants: Sequence[Variant], precisions: Sequence[str]) -> str
     return format_table(header, rows, markdown=True) + "\n\n" + "\n".join(times)
 
 
-def _against(v: Variant, base: str) -> str:
+def _compare_with(v: Variant, base: str) -> str:
     return ratio_text(v.ratios.get(base))
 
 
-def _off(variants: Sequence[Variant]) -> str:
+def _describe_deviation(variants: Sequence[Variant]) -> str:
     """The largest deviation in float32: exact rewrites stay near 1e-6."""
     return max(
         (f"{v.deviation:.1e}" for v in variants if v.deviation is not None and v.precision == "fp32"),
@@ -302,7 +306,7 @@ def recipe_table(variants: Sequence[Variant]) -> str:
             [
                 v.name,
                 latency_text(v.latency),
-                _against(v, DEFAULT_RECIPE),
+                _compare_with(v, DEFAULT_RECIPE),
                 off,
                 mb,
                 str(v.nodes or "-"),

@@ -102,10 +102,10 @@ def check_images(spec: Preprocess, count: int) -> np.ndarray:
 
 def logits(session: Session, images: np.ndarray) -> np.ndarray:
     """One image at a time: float32 ``(N, classes)``."""
-    return np.concatenate([_first(session.run(images[i : i + 1])) for i in range(len(images))])
+    return np.concatenate([_take_first(session.run(images[i : i + 1])) for i in range(len(images))])
 
 
-def _first(outputs: Any) -> np.ndarray:
+def _take_first(outputs: Any) -> np.ndarray:
     return outputs if isinstance(outputs, np.ndarray) else outputs[0]
 
 

@@ -87,15 +87,15 @@ class Row:
             self.format,
             self.precision,
             "-" if self.macs is None else f"{self.macs / 1e6:.1f}",
-            _shown(self.agreement, ".1f"),
-            _shown(self.largest, ".2g"),
-            _shown(self.mean, ".2g"),
-            _shown(self.ratio, ".2f"),
+            _format_value(self.agreement, ".1f"),
+            _format_value(self.largest, ".2g"),
+            _format_value(self.mean, ".2g"),
+            _format_value(self.ratio, ".2f"),
             self.refusal or "verified",
         ]
 
 
-def _shown(value: float | None, form: str) -> str:
+def _format_value(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
@@ -107,7 +107,7 @@ def try_model(name: str, form: str, folder: Path) -> list[Row]:
     for precision in PRECISIONS:
         say(f"{shown} {form} {precision}")
         try:
-            bundle = export(_config(name, form, precision, folder))
+            bundle = export(_make_config(name, form, precision, folder))
         except CmtEdgeError as exc:
             rows.append(Row(shown, form, precision, refusal=str(exc).splitlines()[0]))
             continue
@@ -117,10 +117,10 @@ def try_model(name: str, form: str, folder: Path) -> list[Row]:
         return rows
     measured = benchmark(made, threads=2, protocol=PROTOCOL, with_throughput=False)
     first, second = (result.model.p50 for result in measured.results)
-    return [rows[0], _with_ratio(rows[1], second / first)]
+    return [rows[0], _add_ratio(rows[1], second / first)]
 
 
-def _config(name: str, form: str, precision: str, folder: Path) -> ExportConfig:
+def _make_config(name: str, form: str, precision: str, folder: Path) -> ExportConfig:
     quantizes = precision == "int8"
     return ExportConfig(
         name,
@@ -154,7 +154,7 @@ def _compare(name: str, shown: str, bundle: Bundle) -> Row:
     )
 
 
-def _with_ratio(row: Row, ratio: float) -> Row:
+def _add_ratio(row: Row, ratio: float) -> Row:
     return Row(**{**vars(row), "ratio": ratio})
 
 

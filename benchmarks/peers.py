@@ -81,7 +81,7 @@ def child(job: Job, row: Row, action: str) -> None:
         traceback.print_exc()
         outcome["error"] = first_lines(exc)
     outcome["peak"] = peak_bytes()
-    _outcome(job, row, action).write_text(json.dumps(outcome))
+    _locate_outcome(job, row, action).write_text(json.dumps(outcome))
 
 
 def peak_bytes() -> int:
@@ -98,7 +98,7 @@ def peak_bytes() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _outcome(job: Job, row: Row, action: str) -> Path:
+def _locate_outcome(job: Job, row: Row, action: str) -> Path:
     return job.folder / f"{row.key}.{action}.json"
 
 
@@ -109,7 +109,7 @@ def in_child(job: Job, row: Row, action: str) -> tuple[float, int, str]:
     start = time.perf_counter()
     with open(job.folder / f"{row.key}.{action}.log", "wb") as log:
         status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
-    seconds, path = time.perf_counter() - start, _outcome(job, row, action)
+    seconds, path = time.perf_counter() - start, _locate_outcome(job, row, action)
     if not path.exists():
         return seconds, 0, f"the process ended with status {status}"
     outcome = json.loads(path.read_text())

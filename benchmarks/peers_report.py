@@ -175,7 +175,7 @@ def again(paths: Sequence[Path]) -> tuple[dict[str, Any], dict[str, list[Result]
         for run in runs
     ):
         raise SystemExit("the runs are of different machines: they do not belong into one table")
-    results = {name: [_result(r) for r in rows] for run in runs for name, rows in run["models"].items()}
+    results = {name: [_read_result(r) for r in rows] for run in runs for name, rows in run["models"].items()}
     calibration = {
         key: ", ".join(dict.fromkeys(str(run["calibration"][key]) for run in runs))
         for key in runs[0]["calibration"]
@@ -184,6 +184,6 @@ def again(paths: Sequence[Path]) -> tuple[dict[str, Any], dict[str, list[Result]
     return runs[0] | {"calibration": calibration}, results, protocol
 
 
-def _result(entry: dict[str, Any]) -> Result:
+def _read_result(entry: dict[str, Any]) -> Result:
     latency = entry["latency"] and Latency(**entry["latency"] | {"ci": tuple(entry["latency"]["ci"])})
     return Result(**entry | {"latency": latency, "ratio": entry["ratio"] and tuple(entry["ratio"])})

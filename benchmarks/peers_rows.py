@@ -185,7 +185,7 @@ def make_ort_int8(job: Job, folder: Path) -> None:
 def make_openvino(job: Job, folder: Path) -> None:
     import openvino as ov
 
-    ov.save_model(_converted(job), folder / IR, compress_to_fp16=False)
+    ov.save_model(_convert(job), folder / IR, compress_to_fp16=False)
 
 
 def make_nncf(job: Job, folder: Path) -> None:
@@ -195,7 +195,7 @@ def make_nncf(job: Job, folder: Path) -> None:
 
     batches = calibration(job)
     model = nncf.quantize(
-        _converted(job),
+        _convert(job),
         nncf.Dataset(batches),
         model_type=nncf.ModelType.TRANSFORMER,
         subset_size=len(batches),
@@ -203,7 +203,7 @@ def make_nncf(job: Job, folder: Path) -> None:
     ov.save_model(model, folder / IR, compress_to_fp16=False)
 
 
-def _converted(job: Job) -> Any:
+def _convert(job: Job) -> Any:
     import openvino as ov
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -237,7 +237,7 @@ def make_ours(job: Job, folder: Path, precision: str) -> None:
 # --- opening them ---------------------------------------------------------------------------------
 
 
-def _loaded(job: Job, folder: Path) -> nn.Module:
+def _load(job: Job, folder: Path) -> nn.Module:
     import torch
 
     model = reference(job.model)
@@ -248,7 +248,7 @@ def _loaded(job: Job, folder: Path) -> nn.Module:
 def load_torch(job: Job, folder: Path, throughput: bool) -> Session:
     from cmt_edge.deploy.backends.torch import TorchSession
 
-    return TorchSession(_loaded(job, folder), job.threads)
+    return TorchSession(_load(job, folder), job.threads)
 
 
 def load_compiled(job: Job, folder: Path, throughput: bool, freezing: bool) -> Session:
@@ -260,7 +260,7 @@ def load_compiled(job: Job, folder: Path, throughput: bool, freezing: bool) -> S
 
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder) + ".inductor"
     torch.set_num_threads(job.threads)  # is compiled in
-    model = _loaded(job, folder)
+    model = _load(job, folder)
     compiled: Any = torch.compile(model, options={"freezing": True} if freezing else None)
     session = TorchSession(compiled, job.threads)
     session.run(job.images()[:1])
@@ -280,7 +280,7 @@ def load_ours(job: Job, folder: Path, throughput: bool, backend: str) -> Session
     return Predictor.load(bundle, backend=backend, threads=job.threads, throughput=throughput).session
 
 
-def _ours(precision: str, backend: str = "openvino", artefact: str = "") -> Row:
+def _make_own_row(precision: str, backend: str = "openvino", artefact: str = "") -> Row:
     files: tuple[str, ...] = OPENVINO_FILES
     key, name = f"ours_{precision}", "OpenVINO"
     if backend == "onnxruntime":
@@ -378,9 +378,9 @@ ROWS = {
             partial(load_openvino, precision=None),
             "nncf_f32",
         ),
-        _ours("fp32"),
-        _ours("bf16"),
-        _ours("int8"),
-        _ours("int8", "onnxruntime", "ours_int8"),
+        _make_own_row("fp32"),
+        _make_own_row("bf16"),
+        _make_own_row("int8"),
+        _make_own_row("int8", "onnxruntime", "ours_int8"),
     )
 }

@@ -184,12 +184,12 @@ def streams(one: Predictor, many: Predictor, files: list[bytes], rounds: int) ->
             many.stream(images, workers=2, in_flight=f)
         )
     rates: dict[str, list[float]] = {name: [] for name in calls}
-    count = max(32, int(ROUND_S * _rate(calls["stream, 2 decoding"], files, 32)))
+    count = max(32, int(ROUND_S * _measure_rate(calls["stream, 2 decoding"], files, 32)))
     bound: list[float] = []
     batch = one.prepare(files[:1])
     for _ in range(rounds):
         for name, call in calls.items():
-            rates[name].append(_rate(call, files, count))
+            rates[name].append(_measure_rate(call, files, count))
         bound.append(measure_throughput(many, batch, ROUND_S))
     before = np.median(rates["before, 2 decoding"])
     rows = [[name, f"{np.median(r):.0f}", f"{np.median(r) / before:.2f}"] for name, r in rates.items()]
@@ -243,7 +243,9 @@ def own_time() -> str:
     return format_table(["call", "us an image"], rows, markdown=True)
 
 
-def _rate(call: Callable[[Iterable[bytes]], Iterable[object]], files: list[bytes], count: int) -> float:
+def _measure_rate(
+    call: Callable[[Iterable[bytes]], Iterable[object]], files: list[bytes], count: int
+) -> float:
     """Images a second."""
     images = [files[i % len(files)] for i in range(count)]
     start = time.perf_counter()
@@ -287,14 +289,14 @@ def main() -> None:
     )
     args = p.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        for path in args.bundles or _exported(Path(folder)):
+        for path in args.bundles or _export(Path(folder)):
             report(path, args)
     print(f"\n{own_time()}")
     host = describe_host()
     print(f"\n{host.cpu}, {host.cores} cores; {', '.join(f'{k} {v}' for k, v in read_versions().items())}")
 
 
-def _exported(folder: Path) -> Iterator[Path]:
+def _export(folder: Path) -> Iterator[Path]:
     from cmt_edge.export import ExportConfig, run
 
     for name in DEFAULT:

@@ -127,9 +127,9 @@ class CalibrationSet:
     @classmethod
     def _choose_files(cls, data: str | Path, size: int | None, seed: int) -> CalibrationSet:
         """Images of a folder or an archive; see :meth:`choose`."""
-        images = _without_masks(ImageSet(data, labelled=False))
+        images = _drop_masks(ImageSet(data, labelled=False))
         _require_one_part(images)
-        images = _without_held_out(images)
+        images = _drop_held_out(images)
         if size is not None and size > len(images):
             raise DataError(
                 f"holds {len(images)} images, {size} were asked for",
@@ -137,7 +137,7 @@ class CalibrationSet:
                 remedy=f"give more images, or --calib-size {len(images)}",
             )
         count = min(size or DEFAULT_COUNT, len(images))
-        chosen = images.select(_spread(images.items, count, seed))
+        chosen = images.select(_choose_spread(images.items, count, seed))
         total = combine_digests(digest(chosen.read(item)) for item in chosen)
         return cls(
             "/".join(Path(data).parts[-2:]),
@@ -167,10 +167,10 @@ class CalibrationSet:
     def batches(self, spec: Preprocess) -> Iterator[np.ndarray]:
         """Each image as float32 ``(1, 3, S, S)``, so that calibration never depends on the export's batch
         size."""
-        for blob, name in self._encoded():
+        for blob, name in self._iterate_encoded():
             yield preprocess(NamedBytes(blob, name), spec)[None]
 
-    def _encoded(self) -> Iterator[tuple[bytes, str]]:
+    def _iterate_encoded(self) -> Iterator[tuple[bytes, str]]:
         """Each image as in its file, with a name for messages."""
         if self.files is None:
             for i, blob in enumerate(self.blobs):
@@ -192,7 +192,7 @@ class CalibrationSet:
         )
 
 
-def _without_masks(images: ImageSet) -> ImageSet:
+def _drop_masks(images: ImageSet) -> ImageSet:
     """The pictures of a data set for segmentation: masks are images, too, but no model will see any."""
     folders = {inner for item in images for inner in PurePosixPath(item.name).parents if inner.name}
     beside = {folder.parent for folder in folders if folder.name.lower() in PICTURES}
@@ -212,19 +212,19 @@ def _require_one_part(images: ImageSet) -> None:
     parts = images.parts
     if parts:
         folders = [f"{name} ({kind})" for kind, names in sorted(parts.items()) for name in names]
-        raise _several_parts(images, folders, _choose_part(images, parts))
+        raise _make_parts_error(images, folders, _choose_part(images, parts))
     prefixes = find_prefixes(item.name for item in images)
     if prefixes:
         files = [f"{start}* ({kind})" for kind, start in sorted(prefixes.items())]
         best = prefixes.get(TRAIN) or prefixes[VALIDATION]
-        raise _several_parts(
+        raise _make_parts_error(
             images,
             files,
             f"move the files {best}* into a folder of their own and give that folder",
         )
 
 
-def _several_parts(images: ImageSet, parts: Sequence[str], remedy: str) -> DataError:
+def _make_parts_error(images: ImageSet, parts: Sequence[str], remedy: str) -> DataError:
     """The error for a data set whose images are not all to train on."""
     shown = list(parts[:SHOWN_PARTS])
     if len(parts) > SHOWN_PARTS:
@@ -248,7 +248,7 @@ def _choose_part(images: ImageSet, parts: Mapping[str, Sequence[str]]) -> str:
     )
 
 
-def _without_held_out(images: ImageSet) -> ImageSet:
+def _drop_held_out(images: ImageSet) -> ImageSet:
     """The images outside folders such as ``test``, where no folder beside them is the part to train on."""
     held_out = find_held_out(item.name for item in images)
     if not held_out:
@@ -262,7 +262,7 @@ def _without_held_out(images: ImageSet) -> ImageSet:
     return rest
 
 
-def _spread(items: list[Item], count: int, seed: int) -> list[Item]:
+def _choose_spread(items: list[Item], count: int, seed: int) -> list[Item]:
     """``count`` items, shuffled with ``seed``; the folders take turns."""
     rng = random.Random(seed)
     by_folder: dict[PurePosixPath, list[Item]] = {}

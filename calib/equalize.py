@@ -119,12 +119,12 @@ def equalize(
         extremes = measure_extremes(model, tensors, others, batches, _guarded)
         for site, tensor in zip(sites, tensors, strict=True):
             low, high = extremes[tensor]
-            factor = _factor(low.min(0), high.max(0))
+            factor = _compute_factor(low.min(0), high.max(0))
             _rescale(view.graph, site, factor)
             extremes[tensor] = low / factor, high / factor
         result = write_model(view)
     del result.graph.value_info[:]
-    return Equalized(result, _telling(extremes))
+    return Equalized(result, _choose_telling(extremes))
 
 
 @contextmanager
@@ -142,7 +142,7 @@ def _guarded() -> Iterator[None]:
         ) from exc
 
 
-def _telling(
+def _choose_telling(
     extremes: Mapping[str, tuple[np.ndarray, np.ndarray]],
 ) -> tuple[int, ...]:
     """The batches of :attr:`Equalized.telling`, from the extremes of each tensor, ``(batches, C)``."""
@@ -152,23 +152,23 @@ def _telling(
 
 def find_sites(graph: ir.Graph) -> list[Site]:
     """The tensors that can be rescaled, in the order of the convs that read them."""
-    sites = (_site_of(node) for node in graph if node.op_type == "Conv")
+    sites = (_find_site(node) for node in graph if node.op_type == "Conv")
     return [site for site in sites if site is not None]
 
 
-def _site_of(conv: ir.Node) -> Site | None:
+def _find_site(conv: ir.Node) -> Site | None:
     """What ``conv`` reads, if it can be rescaled."""
     data, weight = get_input(conv, 0), get_input(conv, 1)
-    channels = _channels(conv)
+    channels = _count_channels(conv)
     node = data.producer()
     if channels is None or node is None or count_readers(data) != 1 or count_readers(weight) != 1:
         return None
     if node.op_type == "Gelu":
         return None if is_depthwise_node(conv) else Site(conv)
-    return _affine_site(conv, node, channels) if node.op_type == "Add" else None
+    return _find_affine_site(conv, node, channels) if node.op_type == "Add" else None
 
 
-def _affine_site(conv: ir.Node, addition: ir.Node, channels: int) -> Site | None:
+def _find_affine_site(conv: ir.Node, addition: ir.Node, channels: int) -> Site | None:
     """The tensor after a multiplication and ``addition`` of one constant a channel, which nothing else
     reads."""
     product = next(
@@ -177,7 +177,7 @@ def _affine_site(conv: ir.Node, addition: ir.Node, channels: int) -> Site | None
     )
     if product is None or product.op_type != "Mul" or count_readers(product.outputs[0]) != 1:
         return None
-    scale, shift = _first_constant(product), _first_constant(addition)
+    scale, shift = _find_first_constant(product), _find_first_constant(addition)
     if scale is None or shift is None:
         return None
     exclusive = all(
@@ -187,11 +187,11 @@ def _affine_site(conv: ir.Node, addition: ir.Node, channels: int) -> Site | None
     return Site(conv, scale, shift) if exclusive else None
 
 
-def _first_constant(node: ir.Node) -> ir.Value | None:
+def _find_first_constant(node: ir.Node) -> ir.Value | None:
     return next((value for value in node.inputs if is_constant(value)), None)
 
 
-def _channels(conv: ir.Node) -> int | None:
+def _count_channels(conv: ir.Node) -> int | None:
     """The number of channels that ``conv`` reads.
 
     ``None`` if its weight is not a constant, or if it is neither dense nor depthwise.
@@ -205,7 +205,7 @@ def _channels(conv: ir.Node) -> int | None:
     return groups if dims[:2] == (groups, 1) else None
 
 
-def _factor(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+def _compute_factor(low: np.ndarray, high: np.ndarray) -> np.ndarray:
     """By how much each channel is larger than it will be, ``(C,)``, from its extremes over all batches."""
     reach = np.maximum(np.abs(low), np.abs(high))
     relative = reach / max(reach.max(), 1e-30)
@@ -217,12 +217,12 @@ def _rescale(graph: ir.Graph, site: Site, factor: np.ndarray) -> None:
     """Divide one tensor by ``factor`` ``(C,)`` and multiply its conv, in float64, rounded once."""
     weight = get_input(site.conv, 1)
     along = (-1, 1, 1, 1) if is_depthwise_node(site.conv) else (1, -1, 1, 1)
-    _set(weight, read_constant(weight) * factor.reshape(along))
+    _set_constant(weight, read_constant(weight) * factor.reshape(along))
     if site.scale is None or site.shift is None:
         _insert_scale(graph, site.conv, 1 / factor)
         return
     for value in (site.scale, site.shift):
-        _set(value, read_constant(value) / factor.reshape(1, -1, 1, 1))
+        _set_constant(value, read_constant(value) / factor.reshape(1, -1, 1, 1))
 
 
 def _insert_scale(graph: ir.Graph, conv: ir.Node, scale: np.ndarray) -> None:
@@ -244,7 +244,7 @@ def _insert_scale(graph: ir.Graph, conv: ir.Node, scale: np.ndarray) -> None:
     conv.replace_input_with(0, product.outputs[0])
 
 
-def _set(value: ir.Value, array: np.ndarray) -> None:
+def _set_constant(value: ir.Value, array: np.ndarray) -> None:
     """Give a constant new values of its own shape, as float32."""
     set_constant(
         value,

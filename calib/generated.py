@@ -35,27 +35,27 @@ def draw_dead_leaves(width: int, height: int, rng: np.random.Generator) -> Image
     """One RGB image."""
     tint = rng.uniform(40, 215, 3)  # scenes have a dominant colour and light
     spread = rng.uniform(15, 70)
-    image = Image.new("RGB", (width, height), _colour(rng, tint, spread))
+    image = Image.new("RGB", (width, height), _draw_colour(rng, tint, spread))
     draw = ImageDraw.Draw(image)
     smallest, largest = 0.02 * height, 0.6 * height
     for _ in range(SHAPES):
-        radius = _power_law(rng, smallest, largest)
+        radius = _draw_radius(rng, smallest, largest)
         centre = rng.uniform((0, 0), (width, height))
-        _leaf(draw, rng, centre, radius, _colour(rng, tint, spread))
-    noise = _pink_noise(rng, height, width) * rng.uniform(4, 18)
+        _draw_leaf(draw, rng, centre, radius, _draw_colour(rng, tint, spread))
+    noise = _make_pink_noise(rng, height, width) * rng.uniform(4, 18)
     light = np.linspace(-1, 1, height)[:, None] * rng.uniform(-25, 25)
     values = np.asarray(image, np.float32) + (noise + light)[..., None]
     image = Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
     return image.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 1.0) * height / 200))
 
 
-def _power_law(rng: np.random.Generator, low: float, high: float) -> float:
+def _draw_radius(rng: np.random.Generator, low: float, high: float) -> float:
     """A radius with density proportional to r**-3, which makes the picture scale-invariant."""
     u = rng.uniform()
     return math.pow(low**-2 + u * (high**-2 - low**-2), -0.5)
 
 
-def _leaf(
+def _draw_leaf(
     draw: ImageDraw.ImageDraw,
     rng: np.random.Generator,
     centre: np.ndarray,
@@ -84,13 +84,13 @@ def _leaf(
     )
 
 
-def _colour(rng: np.random.Generator, tint: np.ndarray, spread: float) -> tuple[int, ...]:
+def _draw_colour(rng: np.random.Generator, tint: np.ndarray, spread: float) -> tuple[int, ...]:
     """Red, green and blue near ``tint``; ``spread`` is the standard deviation of the brightness."""
     light = rng.normal(0, spread)
     return tuple(int(v) for v in np.clip(tint + light + rng.normal(0, spread / 2, 3), 0, 255))
 
 
-def _pink_noise(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+def _make_pink_noise(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """1/f noise of unit standard deviation, ``(height, width)``."""
     frequency = np.hypot(
         *np.meshgrid(

@@ -130,7 +130,7 @@ def read_types(model: onnx.ModelProto) -> ir.Model:
         onnx.shape_inference.InferenceError: the types of the graph contradict each other.
     """
     view = read_model(model)
-    inferred = shape_inference.infer_shapes(_without_weights(model), strict_mode=True).graph
+    inferred = shape_inference.infer_shapes(_drop_weights(model), strict_mode=True).graph
     infos = {
         info.name: info
         for info in (
@@ -146,7 +146,7 @@ def read_types(model: onnx.ModelProto) -> ir.Model:
     return view
 
 
-def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+def _drop_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of ``model`` in which large initializers have a type and a shape only.
 
     Types and shapes depend on the values of small tensors (shapes, axes) alone, and weights would be copied
@@ -328,13 +328,13 @@ def unfold_constants(graph: ir.Graph) -> None:
         if node.op_type != "Constant":
             continue
         value = node.outputs[0]
-        initializer = ir.val(value.name, const_value=_renamed_tensor(value))
+        initializer = ir.val(value.name, const_value=_rename_tensor(value))
         value.replace_all_uses_with(initializer, replace_graph_outputs=True)
         graph.remove(node, safe=True)
         graph.register_initializer(initializer)
 
 
-def _renamed_tensor(value: ir.Value) -> ir.TensorProtocol:
+def _rename_tensor(value: ir.Value) -> ir.TensorProtocol:
     """The value of a ``Constant`` node, under the name of its output."""
     node = value.producer()
     attribute = node.attributes.get("value") if node is not None else None

@@ -41,23 +41,23 @@ def name_groups(paths: Collection[str]) -> dict[str, str]:
     ``paths`` are those of all operations that may be grouped: how a model is divided into stages and blocks
     shows only in all of them together.
     """
-    rows = _rows(paths)
-    stages = {_parent(row) for row in rows}
-    names = {path: _group(path, rows, stages) for path in paths}
-    alone = _only_children(names.values(), rows)
-    return {path: _parent(name) if name in alone else name for path, name in names.items()}
+    rows = _find_rows(paths)
+    stages = {_find_parent(row) for row in rows}
+    names = {path: _find_group(path, rows, stages) for path in paths}
+    alone = _find_only_children(names.values(), rows)
+    return {path: _find_parent(name) if name in alone else name for path, name in names.items()}
 
 
-def _only_children(names: Iterable[str], rows: Collection[str]) -> set[str]:
+def _find_only_children(names: Iterable[str], rows: Collection[str]) -> set[str]:
     """Groups that are the only one in their row of blocks."""
     siblings = defaultdict(set)
     for name in names:
-        siblings[_parent(name)].add(name)
+        siblings[_find_parent(name)].add(name)
     lonely = [children for parent, children in siblings.items() if parent in rows and len(children) == 1]
     return set().union(*lonely)
 
 
-def _rows(paths: Iterable[str]) -> dict[str, list[int]]:
+def _find_rows(paths: Iterable[str]) -> dict[str, list[int]]:
     """The innermost containers of numbered blocks with modules of their own, and the blocks' numbers."""
     rows: dict[str, set[int]] = defaultdict(set)
     for path in paths:
@@ -69,12 +69,12 @@ def _rows(paths: Iterable[str]) -> dict[str, list[int]]:
     return {row: sorted(numbers) for row, numbers in rows.items() if row not in nested}
 
 
-def _group(path: str, rows: Mapping[str, list[int]], stages: Collection[str]) -> str:
+def _find_group(path: str, rows: Mapping[str, list[int]], stages: Collection[str]) -> str:
     """The group of one module, in a block or beside the blocks."""
     for row, numbers in rows.items():
         number, _, rest = path.removeprefix(f"{row}.").partition(".")
         if path.startswith(f"{row}.") and number.isdigit():
-            container = _parent(row) or row + _part(int(number), numbers)
+            container = _find_parent(row) or row + _name_part(int(number), numbers)
             kind = rest.split(".")[0]
             return f"{container}.{kind}" if kind else container
     inside = [stage for stage in stages if stage and path.startswith(f"{stage}.")]
@@ -85,7 +85,7 @@ def _group(path: str, rows: Mapping[str, list[int]], stages: Collection[str]) ->
     return f"{stage}.{child}"
 
 
-def _part(number: int, numbers: list[int]) -> str:
+def _name_part(number: int, numbers: list[int]) -> str:
     """The part of a row that a block is in, like ``"[3-5]"``; empty for a short row."""
     if len(numbers) < 2 * PARTS:
         return ""
@@ -94,7 +94,7 @@ def _part(number: int, numbers: list[int]) -> str:
     return f"[{members[0]}-{members[-1]}]"
 
 
-def _parent(path: str) -> str:
+def _find_parent(path: str) -> str:
     return path.rpartition(".")[0]
 
 

@@ -41,7 +41,7 @@ def _check_node(node: ir.Node) -> list[str]:
     return _check_int8_operation(node) if node.op_type in INT8_OPS else []
 
 
-def _dequantized_inputs(node: ir.Node) -> list[tuple[int, ir.Node]]:
+def _find_dequantized_inputs(node: ir.Node) -> list[tuple[int, ir.Node]]:
     """Positions of the int8 inputs of ``node``, and the nodes that dequantize them."""
     sources = [(position, find_source(value)) for position, value in enumerate(node.inputs)]
     return [
@@ -54,12 +54,12 @@ def _dequantized_inputs(node: ir.Node) -> list[tuple[int, ir.Node]]:
 def _check_float_operation(node: ir.Node) -> list[str]:
     """A finding for each int8 input."""
     finding = f"{node.name}: {node.op_type} must stay float but reads int8"
-    return [finding for _ in _dequantized_inputs(node)]
+    return [finding for _ in _find_dequantized_inputs(node)]
 
 
 def _check_int8_operation(node: ir.Node) -> list[str]:
     """Biases are float, weights have a scale a channel, and both factors are int8 or float."""
-    dequantized = _dequantized_inputs(node)
+    dequantized = _find_dequantized_inputs(node)
     findings = []
     for position, source in dequantized:
         if node.op_type in ("Conv", "Gemm") and position == 2:

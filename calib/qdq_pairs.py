@@ -64,8 +64,8 @@ def move_pairs_to_layers(graph: ir.Graph) -> None:
     """
     moved = False
     for layer in list(graph):
-        first = _first_move(layer) if layer.op_type in INT8_OPS and _has_weight(layer) else None
-        quantizer = _quantizer_before(first) if first is not None else None
+        first = _find_first_move(layer) if layer.op_type in INT8_OPS and _has_weight(layer) else None
+        quantizer = _find_quantizer_before(first) if first is not None else None
         if first is not None and quantizer is not None:
             first.replace_input_with(0, quantizer.inputs[0])
             _insert_pair(graph, layer, quantizer)
@@ -74,7 +74,7 @@ def move_pairs_to_layers(graph: ir.Graph) -> None:
         remove_unread(graph)
 
 
-def _first_move(layer: ir.Node) -> ir.Node | None:
+def _find_first_move(layer: ir.Node) -> ir.Node | None:
     """The first of the moves between ``layer`` and what it reads, if nothing else reads on the way."""
     value, first = get_input(layer, 0), None
     while (node := value.producer()) is not None and node.op_type in MOVES:
@@ -84,7 +84,7 @@ def _first_move(layer: ir.Node) -> ir.Node | None:
     return first
 
 
-def _quantizer_before(move: ir.Node) -> ir.Node | None:
+def _find_quantizer_before(move: ir.Node) -> ir.Node | None:
     """The quantizer of the pair that ``move`` reads, if it has one scale."""
     pair = find_producer(move.inputs[0])
     if pair is None or pair.op_type != DEQUANTIZE:

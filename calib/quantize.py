@@ -117,19 +117,19 @@ def quantize(
     content = model.SerializeToString(deterministic=True)
     store = Cache(cache, (".float", ".onnx"), CACHED_FILES)
     return store.get(
-        _key(content, data, spec, recipe),
-        decode=lambda files: _from_files(files, recipe),
+        _make_key(content, data, spec, recipe),
+        decode=lambda files: _read_files(files, recipe),
         make=lambda: _require_clean(calibrate(model, data, spec, recipe, progress)),
-        encode=_as_files,
+        encode=_convert_to_files,
     )
 
 
-def _as_files(quantized: Quantized) -> Files:
+def _convert_to_files(quantized: Quantized) -> Files:
     graphs = (quantized.source, quantized.model)
     return tuple(graph.SerializeToString(deterministic=True) for graph in graphs)
 
 
-def _from_files(files: Files, recipe: Recipe) -> Quantized | None:
+def _read_files(files: Files, recipe: Recipe) -> Quantized | None:
     """An entry of the cache; ``None`` where the graph breaks today's rules."""
     source, model = (onnx.load_from_string(content) for content in files)
     return None if lint(model) else Quantized(model, source, recipe.key(), True)
@@ -159,7 +159,7 @@ def keep_float(quantized: Quantized, names: tuple[str, ...]) -> onnx.ModelProto:
     return _require_clean(replace(quantized, model=restore(quantized.model, original, chosen))).model
 
 
-def _key(
+def _make_key(
     content: bytes,
     data: CalibrationSet,
     spec: Preprocess,
@@ -321,7 +321,7 @@ def _run_nncf(
                 subset_size=len(grouped),
                 fast_bias_correction=True,
                 ignored_scope=nncf.IgnoredScope(names=recipe.float_nodes(copy), validate=False),
-                advanced_parameters=_advanced(nncf, recipe),
+                advanced_parameters=_make_parameters(nncf, recipe),
             )
     except CmtEdgeError:
         raise
@@ -353,7 +353,7 @@ def _silence() -> Iterator[None]:
         yield
 
 
-def _advanced(nncf: Any, recipe: Recipe) -> Any:
+def _make_parameters(nncf: Any, recipe: Recipe) -> Any:
     """NNCF's parameters for ``recipe``: symmetric, weights per channel, activations per tensor."""
     from nncf.common.quantization.structs import QuantizationScheme
     from nncf.quantization import advanced_parameters as advanced

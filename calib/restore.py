@@ -128,13 +128,15 @@ class _Restoration:
             if pair.op_type != DEQUANTIZE or is_constant(pair.inputs[0]):
                 continue
             value = pair.outputs[0]
-            readers = self._int8_readers(value, (*MOVES, "Concat")) or self._int8_readers(value, None)
+            readers = self._find_int8_readers(value, (*MOVES, "Concat")) or self._find_int8_readers(
+                value, None
+            )
             if not readers & self.left:
-                before = _before_pair(pair)
+                before = _find_before_pair(pair)
                 for node in find_readers(value):
                     replace_inputs(node, value, before)
 
-    def _int8_readers(self, tensor: ir.Value, through: tuple[str, ...] | None) -> set[ir.Node]:
+    def _find_int8_readers(self, tensor: ir.Value, through: tuple[str, ...] | None) -> set[ir.Node]:
         """Operations that compute in int8 and read ``tensor``, looking through operations of these kinds
         (``None``: of all kinds)."""
         found: set[ir.Node] = set()
@@ -158,9 +160,9 @@ class _Restoration:
             if before is None:
                 node.replace_input_with(position, None)
             elif is_constant(before):
-                node.replace_input_with(position, self._constant(before, node))
+                node.replace_input_with(position, self._restore_constant(before, node))
             elif value is not None:
-                node.replace_input_with(position, self._float(value))
+                node.replace_input_with(position, self._find_float(value))
 
     def _follows_chosen(self, node: ir.Node) -> bool:
         """Whether ``node`` adds something to the result of a chosen operation."""
@@ -178,9 +180,9 @@ class _Restoration:
         for position, value in enumerate(addition.inputs):
             before = self.values.get(name_of(value))
             if before is not None:
-                addition.replace_input_with(position, self._constant(before, addition))
+                addition.replace_input_with(position, self._restore_constant(before, addition))
 
-    def _constant(self, before: ir.Value, node: ir.Node) -> ir.Value:
+    def _restore_constant(self, before: ir.Value, node: ir.Node) -> ir.Value:
         """The constant that ``node`` reads with the value that it has in the float graph.
 
         It gets another name where other operations read a changed value under the old one.
@@ -205,23 +207,23 @@ class _Restoration:
         tensor.name = name
         self.graph.register_initializer(ir.val(name, const_value=ir.TensorProtoTensor(tensor)))
 
-    def _float(self, tensor: ir.Value) -> ir.Value:
+    def _find_float(self, tensor: ir.Value) -> ir.Value:
         """The tensor with the values of ``tensor`` from before its Q/DQ pair; moves in between are copied."""
         if tensor in self.floats:
             return self.floats[tensor]
         node = tensor.producer()
         result = tensor
         if node is not None and node.op_type == DEQUANTIZE and not is_constant(node.inputs[0]):
-            result = _before_pair(node)
+            result = _find_before_pair(node)
         elif node is not None and node.op_type in (*MOVES, "Concat"):
-            result = self._float_move(node, tensor)
+            result = self._make_float_move(node, tensor)
         self.floats[tensor] = result
         return result
 
-    def _float_move(self, node: ir.Node, tensor: ir.Value) -> ir.Value:
+    def _make_float_move(self, node: ir.Node, tensor: ir.Value) -> ir.Value:
         """``tensor``, or a copy of it if what ``node`` moves has another float form."""
         count = len(node.inputs) if node.op_type == "Concat" else 1
-        sources = [self._float(get_input(node, position)) for position in range(count)]
+        sources = [self._find_float(get_input(node, position)) for position in range(count)]
         if sources == list(node.inputs[:count]):
             return tensor
         copy = copy_node(node, [*sources, *node.inputs[count:]], FLOAT_SUFFIX)
@@ -230,7 +232,7 @@ class _Restoration:
         return self.floats[tensor]
 
 
-def _before_pair(dequantizer: ir.Node) -> ir.Value:
+def _find_before_pair(dequantizer: ir.Node) -> ir.Value:
     """What the quantizer of a pair reads."""
     quantizer = find_producer(dequantizer.inputs[0])
     if quantizer is None:

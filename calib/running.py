@@ -79,7 +79,7 @@ def measure_extremes(
         For each tensor, two float64 arrays ``(batches, C)``; ``C`` is 1 for those of ``whole``.
     """
     names = [*by_channel, *whole]
-    watched, outputs = _watched(model, by_channel, whole)
+    watched, outputs = _add_watches(model, by_channel, whole)
     run = open_graph(watched, guard, outputs)
     seen = [run(batch) for batch in batches]
     stacked = [
@@ -88,7 +88,7 @@ def measure_extremes(
     return {name: (stacked[i], stacked[len(names) + i]) for i, name in enumerate(names)}
 
 
-def _watched(
+def _add_watches(
     model: onnx.ModelProto,
     by_channel: Sequence[str],
     whole: Sequence[str],

@@ -138,19 +138,19 @@ def synthesise(
         StepError: the loss is not finite.
     """
     norms = require_statistics(model)
-    batches = _starting_batches(count, spec, seed)
+    batches = _make_starting_batches(count, spec, seed)
     distance = _Distance(model, norms, spec, batches[0][:1])
     begin = time.monotonic()
     made = []
     for i, batch in enumerate(batches):
-        tick = _tick(progress, i * steps, len(batches) * steps)
+        tick = _make_tick(progress, i * steps, len(batches) * steps)
         deadline = begin + time_limit_s * (i + 1) / len(batches)
         made.append(_synthesise_batch(distance, batch, steps, deadline, tick))
     images = torch.cat([batch.images for batch in made]).permute(0, 2, 3, 1).contiguous().numpy()
     return images, _summarise(made, seed, steps)
 
 
-def _tick(
+def _make_tick(
     progress: Callable[[int, int], None] | None,
     earlier: int,
     total: int,
@@ -206,7 +206,7 @@ def _summarise(batches: list[_Batch], seed: int, steps: int) -> Synthesis:
     )
 
 
-def _starting_batches(count: int, spec: Preprocess, seed: int) -> list[Tensor]:
+def _make_starting_batches(count: int, spec: Preprocess, seed: int) -> list[Tensor]:
     """Generated images as float32 ``(N, 3, S, S)`` with values from 0 to 1, in batches of nearly equal
     size."""
     encoded = generate(count, spec.size, seed=IMAGE_SEED + seed)
@@ -260,15 +260,15 @@ def synthetic_set(
         return as_set(make(), spec)
     shape = (count, spec.size, spec.size, 3)
     made = Cache(cache, (".npz",), CACHED_SETS).get(
-        _cache_key(weights, count, spec, seed, steps, time_limit_s),
-        decode=lambda files: _from_file(files[0], shape),
+        _make_cache_key(weights, count, spec, seed, steps, time_limit_s),
+        decode=lambda files: _read_file(files[0], shape),
         make=make,
-        encode=_as_files,
+        encode=_convert_to_files,
     )
     return as_set(made, spec)
 
 
-def _cache_key(
+def _make_cache_key(
     weights: str,
     count: int,
     spec: Preprocess,
@@ -297,7 +297,7 @@ class Made:
     cached: bool
 
 
-def _as_files(made: Made) -> Files:
+def _convert_to_files(made: Made) -> Files:
     buffer = io.BytesIO()
     np.savez(
         buffer,
@@ -307,7 +307,7 @@ def _as_files(made: Made) -> Files:
     return (buffer.getvalue(),)
 
 
-def _from_file(content: bytes, shape: tuple[int, ...]) -> Made | None:
+def _read_file(content: bytes, shape: tuple[int, ...]) -> Made | None:
     """An entry of the cache; ``None`` where its images have another shape."""
     with np.load(io.BytesIO(content), allow_pickle=False) as stored:
         images, how = (
@@ -406,7 +406,7 @@ def _optimise(
     grain that sets ranges of its own.
     """
     n, channels, size, _ = start.shape
-    amplitude = _amplitude(size)
+    amplitude = _compute_amplitude(size)
     spectrum = torch.zeros(n, channels, *amplitude.shape, 2, requires_grad=True)
     adam = torch.optim.Adam([spectrum], lr=LEARNING_RATE)
 
@@ -430,7 +430,7 @@ def _optimise(
     return values().detach(), taken
 
 
-def _amplitude(size: int) -> Tensor:
+def _compute_amplitude(size: int) -> Tensor:
     """``(size, size // 2 + 1)``: 1 / frequency ** ``FALL``, of mean square 1."""
     rows = torch.fft.fftfreq(size)[:, None]
     columns = torch.fft.rfftfreq(size)[None]

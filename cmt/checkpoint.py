@@ -185,7 +185,7 @@ def read_content(path: Path) -> Any:
         ) from exc
     if _is_safetensors(head, path.stat().st_size):
         return _load_safetensors(path)
-    names = _names_in_zip(path, head)
+    names = _list_zip_members(path, head)
     for kind in FOREIGN:
         if kind.fits(head, names):
             what = f"cannot be read as a checkpoint: {kind.what}"
@@ -213,11 +213,11 @@ def read_metadata(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="np") as opened:
             said = opened.metadata() or {}
     except (SafetensorError, OSError, ValueError) as exc:
-        raise _damaged_safetensors(path, exc) from exc
-    return {name: _meaning(text) for name, text in said.items()}
+        raise _make_damaged_error(path, exc) from exc
+    return {name: _parse_or_none(text) for name, text in said.items()}
 
 
-def _meaning(text: str) -> Any:
+def _parse_or_none(text: str) -> Any:
     for read in (json.loads, ast.literal_eval):
         try:
             return read(text)
@@ -231,7 +231,7 @@ def _is_safetensors(head: bytes, size: int) -> bool:
     return len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size
 
 
-def _names_in_zip(path: Path, head: bytes) -> tuple[str, ...]:
+def _list_zip_members(path: Path, head: bytes) -> tuple[str, ...]:
     """Names of the members of a ZIP archive; none for another file, and for a damaged one."""
     if not head.startswith(b"PK"):
         return ()
@@ -251,10 +251,10 @@ def _load_torch(path: Path) -> Any:
         ):
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as exc:  # torch raises many types for damaged files; all mean the same to the user
-        raise _unreadable(path, exc) from exc
+        raise _make_unreadable_error(path, exc) from exc
 
 
-def _unreadable(path: Path, exc: Exception) -> WeightsError:
+def _make_unreadable_error(path: Path, exc: Exception) -> WeightsError:
     """Tell a file that wants to run code from a damaged or foreign one."""
     # Before these words torch advises to switch the check off, which nobody should read here.
     text = str(exc).rpartition("WeightsUnpickler error:")[2].strip()
@@ -294,10 +294,10 @@ def _load_safetensors(path: Path) -> StateDict:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError) as exc:
-        raise _damaged_safetensors(path, exc) from exc
+        raise _make_damaged_error(path, exc) from exc
 
 
-def _damaged_safetensors(path: Path, exc: Exception) -> WeightsError:
+def _make_damaged_error(path: Path, exc: Exception) -> WeightsError:
     return WeightsError(
         "cannot be read as safetensors",
         where=path,

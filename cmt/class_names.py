@@ -128,13 +128,13 @@ def _is_numbered(found: _Found) -> bool:
 
 def _find(content: Any) -> Iterator[_Found]:
     """Every entry that holds names, at the top of a checkpoint first."""
-    for way in _places():
+    for way in _iterate_places():
         place = follow(content, way)
         for key in (*NAMES, *PERHAPS_NAMES):
             value = follow(place, (key,))
             entry = ".".join((*way, key))
             try:
-                names = _as_names(value, key)
+                names = _convert_to_names(value, key)
             except _Unusable as exc:
                 if key in NAMES:
                     yield _Found(entry, (), str(exc))
@@ -143,7 +143,7 @@ def _find(content: Any) -> Iterator[_Found]:
                 yield _Found(entry, names)
 
 
-def _places() -> Iterator[tuple[str, ...]]:
+def _iterate_places() -> Iterator[tuple[str, ...]]:
     yield ()
     for key in SETTINGS:
         yield (key,)
@@ -164,7 +164,7 @@ def follow(content: Any, way: Iterable[str]) -> Any:
 # --- reading one entry ----------------------------------------------------------------------------
 
 
-def _as_names(value: Any, key: str) -> tuple[str, ...] | None:
+def _convert_to_names(value: Any, key: str) -> tuple[str, ...] | None:
     """Names by index; ``None`` where ``value`` holds none, such as a number of classes.
 
     Raises:
@@ -181,8 +181,8 @@ def _as_names(value: Any, key: str) -> tuple[str, ...] | None:
     if isinstance(value, (list, tuple)) and value and all(map(_is_numbered_pair, value)):
         value = dict(value)
     if isinstance(value, Mapping):
-        return _in_order(value, key) if value else None
-    return tuple(map(_name, value)) if isinstance(value, (list, tuple)) and value else None
+        return _put_in_order(value, key) if value else None
+    return tuple(map(_parse_name, value)) if isinstance(value, (list, tuple)) and value else None
 
 
 def _split(text: str) -> tuple[str, ...] | None:
@@ -196,10 +196,12 @@ def _is_numbered_pair(item: object) -> bool:
     """Whether ``item`` is a name and its index."""
     if not isinstance(item, (list, tuple)) or len(item) != 2:
         return False
-    return any(_index(part) is not None for part in item) and any(isinstance(part, str) for part in item)
+    return any(_parse_index(part) is not None for part in item) and any(
+        isinstance(part, str) for part in item
+    )
 
 
-def _name(value: object) -> str:
+def _parse_name(value: object) -> str:
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8")
@@ -210,7 +212,7 @@ def _name(value: object) -> str:
     return str(value)
 
 
-def _in_order(mapping: Mapping[Any, Any], key: str) -> tuple[str, ...]:
+def _put_in_order(mapping: Mapping[Any, Any], key: str) -> tuple[str, ...]:
     """The names of a mapping from index to name, or from name to index, in the order of the indices."""
     if key in BY_NAME or _maps_names(mapping):
         indices, names = list(mapping.values()), list(mapping)
@@ -219,10 +221,10 @@ def _in_order(mapping: Mapping[Any, Any], key: str) -> tuple[str, ...]:
         numbers = all(_is_whole(name) for name in names)
         if key not in ("idx_to_class", "id2label") and numbers and _differ(indices, names):
             raise _Unusable("maps numbers to numbers, of which either may be the index")
-    order = [index for value in indices if (index := _index(value)) is not None]
+    order = [index for value in indices if (index := _parse_index(value)) is not None]
     if len(order) < len(indices):
         raise _Unusable("has an index that is no whole number")
-    return _sorted(order, [_name(name) for name in names])
+    return _sort_names(order, [_parse_name(name) for name in names])
 
 
 def _maps_names(mapping: Mapping[Any, Any]) -> bool:
@@ -231,10 +233,10 @@ def _maps_names(mapping: Mapping[Any, Any]) -> bool:
 
 
 def _differ(indices: Sequence[Any], names: Sequence[Any]) -> bool:
-    return [_index(value) for value in indices] != [_index(value) for value in names]
+    return [_parse_index(value) for value in indices] != [_parse_index(value) for value in names]
 
 
-def _sorted(order: list[int], names: list[str]) -> tuple[str, ...]:
+def _sort_names(order: list[int], names: list[str]) -> tuple[str, ...]:
     """``names`` in the ``order`` of their indices, which begin with 0 or 1 and have no holes."""
     first = min(order)
     if first not in (0, 1) or sorted(order) != list(range(first, first + len(order))):
@@ -252,7 +254,7 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _index(value: Any) -> int | None:
+def _parse_index(value: Any) -> int | None:
     """A whole number, also as text; ``None`` for anything else."""
     if _is_whole(value) or (isinstance(value, str) and value.isdecimal()):
         return int(value)

@@ -185,7 +185,7 @@ def find_candidates(content: Any, spec: ModelSpec, target: StateDict) -> list[We
     found = [
         _compare(place, prefix, spec, target)
         for place in find_places(content)
-        for prefix in _prefixes(place.state, len(target))
+        for prefix in _find_prefixes(place.state, len(target))
     ]
     return sorted(
         found,
@@ -208,7 +208,7 @@ def find_places(content: Any, way: tuple[str, ...] = ()) -> Iterator[Place]:
             if (tensor := convert_to_tensor(value)) is not None
         }
         if state:
-            yield Place(way, _unwrapped(state))
+            yield Place(way, _unwrap(state))
         for key, value in content.items():
             yield from find_places(value, (*way, str(key)))
     elif isinstance(content, (list, tuple)) and len(content) <= MAX_LIST:
@@ -250,7 +250,7 @@ def is_layer(value: Tensor) -> bool:
     return value.is_floating_point() and sum(length > 1 for length in value.shape) > 1
 
 
-def _unwrapped(state: StateDict) -> StateDict:
+def _unwrap(state: StateDict) -> StateDict:
     """``state`` without :data:`WRAPPERS` in its names."""
     names = {key: ".".join(part for part in key.split(".") if part not in WRAPPERS) for key in state}
     if len(set(names.values())) < len(names):
@@ -258,7 +258,7 @@ def _unwrapped(state: StateDict) -> StateDict:
     return {names[key]: value for key, value in state.items()}
 
 
-def _prefixes(state: StateDict, wanted: int) -> list[str]:
+def _find_prefixes(state: StateDict, wanted: int) -> list[str]:
     """No prefix, and each one that enough of the names begin with."""
     counts: Counter[str] = Counter()
     for key in state:
@@ -272,7 +272,7 @@ def _prefixes(state: StateDict, wanted: int) -> list[str]:
 
 def _compare(place: Place, prefix: str, spec: ModelSpec, target: StateDict) -> WeightsCandidate:
     inside = {key[len(prefix) :]: value for key, value in place.state.items() if key.startswith(prefix)}
-    state = _to_model(inside, spec, target)
+    state = _name_as_model(inside, spec, target)
     required = [key for key in target if not key.endswith(BATCHES)]
     missing = sum(key not in state for key in required)
     outside = [key for key in place.state if not key.startswith(prefix) and not is_training_only(key)]
@@ -298,7 +298,7 @@ def _has_average_counter(state: StateDict, prefix: str) -> bool:
     return f"{outer}{AVERAGE_COUNTER}" in state or f"{prefix}{AVERAGE_COUNTER}" in state
 
 
-def _to_model(state: StateDict, spec: ModelSpec, target: StateDict) -> StateDict:
+def _name_as_model(state: StateDict, spec: ModelSpec, target: StateDict) -> StateDict:
     """``state`` under the model's names, without what belongs to training."""
     ours = {spec.rename(key): value for key, value in state.items()}
     if spec.adapt is not None:
@@ -356,10 +356,10 @@ def choose_candidate(candidates: list[WeightsCandidate], ema: bool | None) -> We
             f"--no-ema takes the others ({plain[0].entry})",
         )
     complete = [c for c in candidates if not c.missing]
-    return _only([_without_siblings(c, complete) for c in wanted or candidates])
+    return _choose_only([_drop_siblings(c, complete) for c in wanted or candidates])
 
 
-def _only(candidates: list[WeightsCandidate]) -> WeightsCandidate:
+def _choose_only(candidates: list[WeightsCandidate]) -> WeightsCandidate:
     """The best of ``candidates``; raises :class:`Undecided` where others are as good and differ."""
     complete = [c for c in candidates if not c.missing]
     if not complete:
@@ -367,7 +367,7 @@ def _only(candidates: list[WeightsCandidate]) -> WeightsCandidate:
     clean = [c for c in complete if not c.beside] or complete
     equals = [c for c in clean if c.usual] or clean
     for other in equals[1:]:
-        if not _same(equals[0].state, other.state):
+        if not _are_same(equals[0].state, other.state):
             entries = sorted({c.entry for c in equals})
             raise Undecided(
                 f"holds different weights of the model: {', '.join(entries)}",
@@ -377,7 +377,7 @@ def _only(candidates: list[WeightsCandidate]) -> WeightsCandidate:
     return equals[0]
 
 
-def _without_siblings(chosen: WeightsCandidate, complete: list[WeightsCandidate]) -> WeightsCandidate:
+def _drop_siblings(chosen: WeightsCandidate, complete: list[WeightsCandidate]) -> WeightsCandidate:
     """``chosen``, where names beside it that are a whole model too are not counted as strange."""
     siblings = {c.prefix for c in complete if c.way == chosen.way and c.prefix != chosen.prefix}
     siblings = {prefix for prefix in siblings if prefix and not chosen.prefix.startswith(prefix)}
@@ -390,7 +390,7 @@ def _without_siblings(chosen: WeightsCandidate, complete: list[WeightsCandidate]
     return replace(chosen, beside=beside, left_out=left_out)
 
 
-def _same(first: StateDict, second: StateDict) -> bool:
+def _are_same(first: StateDict, second: StateDict) -> bool:
     shared = first.keys() & second.keys()
     return all(
         first[key].shape == second[key].shape and torch.equal(first[key], second[key]) for key in shared

@@ -53,8 +53,8 @@ def describe_checkpoint(path: Path) -> Description:
     if not isinstance(content, Mapping):
         return Description()
     content = read_metadata(path) or content
-    for settings in _all_settings(content):
-        model = _first(settings, MODEL, str)
+    for settings in _collect_settings(content):
+        model = _find_first(settings, MODEL, str)
         if model in list_models():
             return _describe(model, settings, _count_classes(settings, content))
     return Description()
@@ -72,7 +72,7 @@ def describe_by_shapes(path: Path) -> list[Description]:
     content = read_content(path)
     said = read_metadata(path) or content
     settings: dict[Any, Any] = {}
-    for part in _all_settings(said if isinstance(said, Mapping) else {}):
+    for part in _collect_settings(said if isinstance(said, Mapping) else {}):
         settings = {**part, **settings}
     return [_describe(model.name, settings, model.num_classes) for model in recognise(content)]
 
@@ -87,18 +87,18 @@ def _describe(model: str, settings: Mapping[Any, Any], num_classes: int | None) 
     )
 
 
-def _all_settings(content: Mapping[Any, Any]) -> list[Mapping[Any, Any]]:
+def _collect_settings(content: Mapping[Any, Any]) -> list[Mapping[Any, Any]]:
     """The settings in a checkpoint, and the checkpoint itself, which may hold some."""
-    return [*map(_settings, map(content.get, SETTINGS)), content]
+    return [*map(_view_as_settings, map(content.get, SETTINGS)), content]
 
 
-def _settings(value: Any) -> Mapping[Any, Any]:
+def _view_as_settings(value: Any) -> Mapping[Any, Any]:
     if isinstance(value, argparse.Namespace):
         return vars(value)
     return value if isinstance(value, Mapping) else {}
 
 
-def _first(settings: Mapping[Any, Any], names: Iterable[str], kind: type) -> Any:
+def _find_first(settings: Mapping[Any, Any], names: Iterable[str], kind: type) -> Any:
     """The first setting of these names that has the type ``kind``."""
     return next(
         (settings[name] for name in names if type(settings.get(name)) is kind),
@@ -106,7 +106,7 @@ def _first(settings: Mapping[Any, Any], names: Iterable[str], kind: type) -> Any
     )
 
 
-def _positive(value: int | None) -> int | None:
+def _parse_positive(value: int | None) -> int | None:
     return value if value is not None and value > 0 else None
 
 
@@ -137,4 +137,4 @@ def _read_triple(value: Any) -> tuple[float, ...] | None:
 def _count_classes(settings: Mapping[Any, Any], content: Mapping[Any, Any]) -> int | None:
     """The number of names of classes, or the number that a setting gives."""
     named = count_class_names(settings) or count_class_names(content)
-    return named or _positive(_first(settings, COUNT, int))
+    return named or _parse_positive(_find_first(settings, COUNT, int))

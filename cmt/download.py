@@ -49,7 +49,7 @@ def fetch(published: Pretrained, folder: Path | None = None) -> Path:
     """
     assert published.url is not None
     name = published.url.rsplit("/", 1)[-1]
-    folder = folder or _folder_for(name)
+    folder = folder or _choose_folder(name)
     target = folder / name
     if target.is_file():
         return target  # complete: it has its name only since it passed its check
@@ -61,7 +61,7 @@ def fetch(published: Pretrained, folder: Path | None = None) -> Path:
                 _check(published, partial)
                 partial.replace(target)
     except (OSError, HTTPException) as exc:  # URLError is an OSError
-        raise _failed(published.url, exc) from exc
+        raise _make_download_error(published.url, exc) from exc
     return target
 
 
@@ -71,7 +71,7 @@ def is_kept(published: Pretrained) -> bool:
     return (find_cache_folder() / "weights" / published.url.rsplit("/", 1)[-1]).is_file()
 
 
-def _folder_for(name: str) -> Path:
+def _choose_folder(name: str) -> Path:
     """Where a download is kept: ``weights`` in the user's cache, or, where that cannot be written to and does
     not have the file, a temporary folder of this process."""
     folder = find_cache_folder() / "weights"
@@ -82,7 +82,7 @@ def _folder_for(name: str) -> Path:
     return temporary
 
 
-def _failed(url: str, why: object) -> DownloadError:
+def _make_download_error(url: str, why: object) -> DownloadError:
     return DownloadError(
         "cannot download the published weights",
         where=url,
@@ -123,7 +123,7 @@ def _receive(response: Any, partial: Path, have: int) -> None:
     mode = "ab" if have else "wb"
     with (
         open(partial, mode) as out,
-        _bar(partial, have, have + length) as bar,
+        _make_bar(partial, have, have + length) as bar,
     ):
         while (chunk := response.read(DOWNLOAD_CHUNK_BYTES)) and received <= MAX_DOWNLOAD_BYTES:
             out.write(chunk)
@@ -137,7 +137,7 @@ def _receive(response: Any, partial: Path, have: int) -> None:
         raise OSError(f"the connection ended after {received} of {length} bytes; run again to go on")
 
 
-def _bar(partial: Path, have: int, total: int) -> tqdm[Any]:
+def _make_bar(partial: Path, have: int, total: int) -> tqdm[Any]:
     """A bar of progress in bytes; a ``total`` of 0 is unknown."""
     return tqdm(
         total=total or None,
@@ -161,4 +161,4 @@ def _check(published: Pretrained, partial: Path) -> None:
             wrong = f"SHA-256 {actual}, expected {published.sha256}"
     if wrong:
         partial.unlink()
-        raise _failed(str(published.url), f"the file fails its check: {wrong}")
+        raise _make_download_error(str(published.url), f"the file fails its check: {wrong}")

@@ -52,10 +52,10 @@ def choose_head(model: nn.Module, head: str) -> nn.Module:
     require_head(cast(Classifier, model).spec, head)
     if head == "features":
         return FeatureMaps(model).eval()
-    return _with_two_labels(model) if cast(Classifier, model).num_classes == 1 else model
+    return _answer_with_two_labels(model) if cast(Classifier, model).num_classes == 1 else model
 
 
-def _with_two_labels(model: nn.Module) -> nn.Module:
+def _answer_with_two_labels(model: nn.Module) -> nn.Module:
     """``model``, which has one output, as a classifier of two classes."""
     size = cast(Classifier, model).img_size
     example = torch.rand(

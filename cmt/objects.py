@@ -60,7 +60,7 @@ def make_object_spec(module: nn.Module, img_size: int | None = None) -> ModelSpe
             config=described["config"],
             img_size=described["img_size"],
             num_classes=described["num_classes"],
-            rewrites=_rewrites(known, inner, described["rewrites"]),
+            rewrites=_choose_rewrites(known, inner, described["rewrites"]),
             labels=None,
             built_with_weights=True,
         )
@@ -89,7 +89,7 @@ def copy_of(module: nn.Module) -> nn.Module:
     Raises:
         InputError: a part of the module cannot be copied.
     """
-    kept = {id(tensor): tensor.detach().clone() for tensor in _kept_tensors(module)}
+    kept = {id(tensor): tensor.detach().clone() for tensor in _find_kept_tensors(module)}
     try:
         return copy.deepcopy(module, kept).cpu()
     except Exception as exc:  # the user's objects: anything may happen
@@ -100,21 +100,21 @@ def copy_of(module: nn.Module) -> nn.Module:
         ) from exc
 
 
-def _kept_tensors(module: nn.Module) -> Iterator[Tensor]:
+def _find_kept_tensors(module: nn.Module) -> Iterator[Tensor]:
     """Results of earlier calls among the attributes of a module, also in lists and dictionaries."""
     for part in module.modules():
-        yield from _results(list(vars(part).values()))
+        yield from _find_results(list(vars(part).values()))
 
 
-def _results(values: Any) -> Iterator[Tensor]:
+def _find_results(values: Any) -> Iterator[Tensor]:
     if isinstance(values, Tensor):
         if not values.is_leaf:
             yield values
     elif isinstance(values, Mapping):
-        yield from _results(list(values.values()))
+        yield from _find_results(list(values.values()))
     elif isinstance(values, (list, tuple)):
         for value in values:
-            yield from _results(value)
+            yield from _find_results(value)
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class ObjectConstructor(Constructor):
         return ObjectConstructor, (self.name, self.size, self.classes, None)
 
 
-def _rewrites(
+def _choose_rewrites(
     known: ModelSpec,
     module: nn.Module,
     others: tuple[Rewrite, ...],

@@ -110,9 +110,9 @@ def settle_output(model: nn.Module, example: Tensor, name: str) -> int:
         InputError: the output is no logits, or it is not clear which part of it is. Whatever ``model`` raises
             comes out as it is.
     """
-    given = _answer(model, example)
+    given = _ask(model, example)
     key = _find_logits(given, len(example), name)
-    logits = _entries(given)[key] if key is not None else given
+    logits = _name_entries(given)[key] if key is not None else given
     if not logits.is_floating_point():
         raise InputError(
             f"{name} returns {_describe(logits)}, which are no logits",
@@ -164,19 +164,19 @@ class Probe:
         """The finite answers, float32 ``(<= K * len(factors), classes)``."""
         if self._chosen is None:
             self._chosen = self._find_call()
-        rows = torch.cat([self._scaled(self._chosen, factor) for factor in factors])
+        rows = torch.cat([self._scale(self._chosen, factor) for factor in factors])
         return rows[rows.isfinite().all(1)]
 
     def _find_call(self) -> int:
         """The last linear operation that changes the output, counted from 1; 0 where none does."""
-        plain = self._scaled(0, 1)
+        plain = self._scale(0, 1)
         last = self._calls
         for chosen in range(last, max(last - MAX_CALLS, 0), -1):
-            if any(not torch.equal(plain, self._scaled(chosen, factor)) for factor in HUGE[1:3]):
+            if any(not torch.equal(plain, self._scale(chosen, factor)) for factor in HUGE[1:3]):
                 return chosen
         return 0
 
-    def _scaled(self, chosen: int, factor: float) -> Tensor:
+    def _scale(self, chosen: int, factor: float) -> Tensor:
         """Without a linear operation, the images are scaled instead."""
         images = self._images if chosen else self._images * factor
         mode = _Scaling(chosen, factor)
@@ -198,13 +198,13 @@ def is_one_probability(model: nn.Module, example: Tensor) -> bool:
         return operation in SIGMOIDS
     with torch.inference_mode():
         plain: Tensor = model(example)
-    if not _in_unit_range(plain):
+    if not _is_in_unit_range(plain):
         return False
     answers = Probe(model, example).answers(*HUGE)
-    return len(answers) > 0 and _in_unit_range(answers)
+    return len(answers) > 0 and _is_in_unit_range(answers)
 
 
-def _in_unit_range(values: Tensor) -> bool:
+def _is_in_unit_range(values: Tensor) -> bool:
     return bool((values >= 0).all() and (values <= IN_UNIT).all())
 
 
@@ -228,7 +228,7 @@ class TwoLabels(nn.Module):
         return torch.cat([negative, positive], 1)
 
 
-def _answer(model: nn.Module, example: Tensor) -> Any:
+def _ask(model: nn.Module, example: Tensor) -> Any:
     """What ``model`` returns. A model of halves or doubles that refuses float32 images becomes a float32 one,
     whose weights have the same values."""
     try:
@@ -243,7 +243,7 @@ def _answer(model: nn.Module, example: Tensor) -> Any:
         return model(example)
 
 
-def _entries(given: Any) -> dict[str | int, Any]:
+def _name_entries(given: Any) -> dict[str | int, Any]:
     """The parts of what a model returned, by name where they have names; empty if there are none."""
     if isinstance(given, Mapping):
         return {str(key): value for key, value in given.items()}
@@ -260,7 +260,7 @@ def _find_logits(given: Any, count: int, name: str) -> Key:
     """Where the logits are; raises :class:`InputError` where that is not clear."""
     if isinstance(given, Tensor):
         return None
-    entries = _entries(given)
+    entries = _name_entries(given)
     tensors = {key: value for key, value in entries.items() if isinstance(value, Tensor)}
     if LOGITS_KEY in tensors:
         return LOGITS_KEY
@@ -352,7 +352,7 @@ def _take(
     output: Any,
 ) -> Tensor:
     """The forward hook of :func:`settle_output`."""
-    logits: Tensor = output if key is None else _entries(output)[key]
+    logits: Tensor = output if key is None else _name_entries(output)[key]
     return logits.reshape(-1, classes).float()
 
 

@@ -120,7 +120,7 @@ def make_outside_spec(name: str, img_size: int | None = None) -> ModelSpec:
             constructor=constructor,
             family="timm",
             labels=labels,
-            published_state=partial(_timm_state, model),
+            published_state=partial(_load_timm_state, model),
         )
     return ModelSpec(
         **described,
@@ -133,8 +133,8 @@ def make_outside_spec(name: str, img_size: int | None = None) -> ModelSpec:
 
 def describe_factory(factory: Factory, name: str, img_size: int | None) -> dict[str, Any]:
     """The fields of a :class:`ModelSpec` that a model made by ``factory`` tells."""
-    prototype = _call(factory, name)
-    settings = _settings(prototype)
+    prototype = _call_factory(factory, name)
+    settings = _read_settings(prototype)
     default = img_size or DEFAULT_SIZE
     size = int(settings.get("input_size", (3, default, default))[-1])
     classes = _count_classes(prototype, size, name)
@@ -144,13 +144,13 @@ def describe_factory(factory: Factory, name: str, img_size: int | None) -> dict[
         "img_size": size,
         "num_classes": classes,
         "size_multiple": 1,
-        "rewrites": _applicable_rewrites(prototype),
-        "head_keys": _head_keys(settings),
-        "crop_ratio": _crop_ratio(settings, name),
+        "rewrites": _find_applicable_rewrites(prototype),
+        "head_keys": _list_head_keys(settings),
+        "crop_ratio": _read_crop_ratio(settings, name),
         "interpolation": str(settings.get("interpolation", "bicubic")),
         "mean": tuple(settings.get("mean", IMAGENET_MEAN)),
         "std": tuple(settings.get("std", IMAGENET_STD)),
-        "strides": _strides(prototype, size),
+        "strides": _measure_strides(prototype, size),
         "source": "from outside the registry",
     }
 
@@ -172,7 +172,7 @@ class Constructor:
 
     def __call__(self, _: NoConfig, *, img_size: int, num_classes: int) -> nn.Module:
         factory = self.factory()
-        model = _call(factory, self.name, **self._options(factory, img_size, num_classes))
+        model = _call_factory(factory, self.name, **self._choose_options(factory, img_size, num_classes))
         made = _count_classes(model, img_size, self.name)
         if made != num_classes:
             raise InputError(
@@ -188,7 +188,7 @@ class Constructor:
         """The user's factory."""
         return find_factory(self.name)
 
-    def _options(self, factory: Factory, img_size: int, num_classes: int) -> dict[str, int]:
+    def _choose_options(self, factory: Factory, img_size: int, num_classes: int) -> dict[str, int]:
         """What the factory is told: size and number of classes, where they are not its own."""
         accepted = inspect.signature(factory).parameters
         if num_classes != self.classes and "num_classes" not in accepted:
@@ -208,7 +208,7 @@ def find_factory(name: str) -> Factory:
     """The factory that ``module:factory``, ``folder/file.py:factory`` or ``timm:NAME`` names."""
     library, _, model = name.partition(":")
     if library == TIMM:
-        return _timm_factory(model)
+        return _find_timm_factory(model)
     module, _, attribute = name.rpartition(":")  # a path on Windows has a colon of its own
     return _find_in_module(module, attribute)
 
@@ -246,7 +246,7 @@ def _import(module: str) -> ModuleType:
         ) from exc
 
 
-def _timm() -> Any:
+def _import_timm() -> Any:
     try:
         return import_module(TIMM)
     except ImportError as exc:
@@ -263,8 +263,8 @@ def _timm() -> Any:
         ) from exc
 
 
-def _timm_factory(name: str) -> Factory:
-    timm = _timm()
+def _find_timm_factory(name: str) -> Factory:
+    timm = _import_timm()
     if not timm.is_model(name):
         close = timm.list_models(f"*{name}*")[:3]
         close = close or difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
@@ -282,10 +282,10 @@ def _timm_factory(name: str) -> Factory:
     return create
 
 
-def _timm_state(name: str) -> StateDict:
+def _load_timm_state(name: str) -> StateDict:
     """The published weights; timm finds, downloads and converts them."""
     try:
-        state: StateDict = _timm().create_model(name, pretrained=True).state_dict()
+        state: StateDict = _import_timm().create_model(name, pretrained=True).state_dict()
         return state
     except CmtEdgeError:
         raise
@@ -297,7 +297,7 @@ def _timm_state(name: str) -> StateDict:
         ) from exc
 
 
-def _call(factory: Factory, name: str, **options: Any) -> nn.Module:
+def _call_factory(factory: Factory, name: str, **options: Any) -> nn.Module:
     """The model that ``factory`` returns, in eval mode."""
     try:
         model = factory(**options)
@@ -332,12 +332,12 @@ def _detach(model: nn.Module) -> None:
                 setattr(module, attribute, value.detach())
 
 
-def _applicable_rewrites(model: nn.Module) -> tuple[Rewrite, ...]:
+def _find_applicable_rewrites(model: nn.Module) -> tuple[Rewrite, ...]:
     """The rewrites for any model that find a place in this one; ``model`` is changed."""
     return tuple(rewrite for rewrite in (replace_global_pools(),) if rewrite.apply(model))
 
 
-def _settings(model: nn.Module) -> dict[str, Any]:
+def _read_settings(model: nn.Module) -> dict[str, Any]:
     """The model's own evaluation settings, empty where it has none."""
     found: dict[str, Any] = {}
     for attribute in ("default_cfg", "pretrained_cfg"):
@@ -350,7 +350,7 @@ def _settings(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-def _strides(model: nn.Module, size: int) -> tuple[int, ...]:
+def _measure_strides(model: nn.Module, size: int) -> tuple[int, ...]:
     """Strides of the maps ``(N, C, H, W)`` that the model's method ``features`` returns as a list.
 
     Empty where the model has no such method, or where it returns something else.
@@ -370,7 +370,7 @@ def _strides(model: nn.Module, size: int) -> tuple[int, ...]:
     return tuple(size // x.shape[-1] for x in maps)
 
 
-def _head_keys(settings: Mapping[str, Any]) -> tuple[str, ...]:
+def _list_head_keys(settings: Mapping[str, Any]) -> tuple[str, ...]:
     """State-dict keys of the classifier; some models have two."""
     names = settings.get("classifier", ())
     if isinstance(names, str):
@@ -378,7 +378,7 @@ def _head_keys(settings: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(f"{name}.{kind}" for name in names for kind in ("weight", "bias"))
 
 
-def _crop_ratio(settings: Mapping[str, Any], name: str) -> float | None:
+def _read_crop_ratio(settings: Mapping[str, Any], name: str) -> float | None:
     """:attr:`ModelSpec.crop_ratio` of timm's settings.
 
     timm's mode ``center`` always keeps the aspect ratio, even with a share of 1, which crops the long side
@@ -443,7 +443,7 @@ def _require_one_answer(
         cause = "it draws random numbers" if drawn else "it keeps something from call to call"
         raise InputError(
             f"{name} answers differently when it is asked twice in eval mode",
-            why=f"{cause}, though model.eval() was called: {_suspects(model)}",
+            why=f"{cause}, though model.eval() was called: {_list_suspects(model)}",
             remedy="let it depend on self.training: F.dropout(x, p, self.training),"
             " dropout_p=p if self.training else 0.0",
         )
@@ -456,7 +456,7 @@ def _require_one_answer(
     if _differ(logits[:1], beside_others[:1], SAME) or _differ(logits[:1], alone, ALIKE):
         raise InputError(
             f"{name} answers differently to one image alone and beside another one",
-            why=f"it uses statistics of the batch in eval mode: {_suspects(model)}",
+            why=f"it uses statistics of the batch in eval mode: {_list_suspects(model)}",
             remedy="use track_running_stats=True in batch norms, and take means over an image, not the batch",
         )
 
@@ -470,7 +470,7 @@ def _differ(first: Tensor, second: Tensor, share: float) -> bool:
     return largest > share * max(float(one.nan_to_num(0.0).abs().max()), 1e-12)
 
 
-def _suspects(model: nn.Module) -> str:
+def _list_suspects(model: nn.Module) -> str:
     """Modules that often are the cause, with their names in ``model``; dropout comes first."""
     found = [
         (name, type(module).__name__)

@@ -36,7 +36,7 @@ def recognise(content: Any) -> list[Recognised]:
 
     The number of classes may differ. No values are copied: the shapes alone are compared.
     """
-    places = [_outline(place) for place in find_places(content) if len(place.state) >= MIN_TENSORS]
+    places = [_strip_values(place) for place in find_places(content) if len(place.state) >= MIN_TENSORS]
     if not places:
         return []
     shapes = {".".join(place.way) or "state": place.state for place in places}
@@ -44,14 +44,14 @@ def recognise(content: Any) -> list[Recognised]:
     return [model for model in found if model is not None]
 
 
-def _outline(place: Place) -> Place:
+def _strip_values(place: Place) -> Place:
     """``place`` with tensors that have a shape and a type, and no values."""
     state = {key: torch.empty_like(value, device="meta") for key, value in place.state.items()}
     return Place(place.way, state)
 
 
 def _try(spec: ModelSpec, shapes: dict[str, StateDict]) -> Recognised | None:
-    target = _shapes_of(spec)
+    target = _make_shapes(spec)
     for candidate in find_candidates(shapes, spec, target):
         if candidate.missing:
             return None  # the best one comes first
@@ -60,7 +60,7 @@ def _try(spec: ModelSpec, shapes: dict[str, StateDict]) -> Recognised | None:
     return None
 
 
-def _shapes_of(spec: ModelSpec) -> StateDict:
+def _make_shapes(spec: ModelSpec) -> StateDict:
     """The state dict of a model at its published size; its parameters have no values."""
     with _EmptyOnMeta():
         model = spec.constructor(spec.config, img_size=spec.img_size, num_classes=spec.num_classes)
@@ -91,10 +91,10 @@ def _fits(candidate: WeightsCandidate, spec: ModelSpec, target: StateDict) -> bo
     state = candidate.state
     if candidate.beside or any(key not in target for key in state):
         return False
-    return all(_agree(key, state, target, spec) for key in _compared(state))
+    return all(_agree(key, state, target, spec) for key in _iterate_compared(state))
 
 
-def _compared(state: StateDict) -> Iterator[str]:
+def _iterate_compared(state: StateDict) -> Iterator[str]:
     return (key for key in state if not key.endswith(BATCHES))
 
 

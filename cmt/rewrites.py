@@ -116,12 +116,12 @@ def fold_batch_norm(layer: str, norm: str) -> Rewrite:
         places = [m for m in find_modules(module, layer, norm) if isinstance(_get(m, norm), nn.BatchNorm2d)]
         for place in places:
             scale, shift = read_affine(_get(place, norm))
-            _set(
+            _set_module(
                 place,
                 layer,
                 fold_affine_after(_get(place, layer), scale, shift),
             )
-            _set(place, norm, nn.Identity())
+            _set_module(place, norm, nn.Identity())
         return len(places)
 
     return Rewrite(
@@ -149,12 +149,12 @@ def fold_affine(norm: str, *layers: str, unless: str | None = None) -> Rewrite:
             old = _get(place, norm)
             scale, shift = read_affine(old)
             for layer in layers:
-                _set(
+                _set_module(
                     place,
                     layer,
                     fold_affine_before(_get(place, layer), scale, shift),
                 )
-            _set(
+            _set_module(
                 place,
                 norm,
                 PlainNorm(old) if isinstance(old, nn.LayerNorm) else nn.Identity(),
@@ -172,12 +172,12 @@ def fold_scale(layer: str, scale: str = "scale") -> Rewrite:
         places = [m for m in find_modules(module, layer, scale) if _get(m, scale) != 1.0]
         for place in places:
             factor = torch.tensor(_get(place, scale), dtype=torch.float64)
-            _set(
+            _set_module(
                 place,
                 layer,
                 fold_affine_after(_get(place, layer), factor, factor * 0),
             )
-            _set(place, scale, 1.0)
+            _set_module(place, scale, 1.0)
         return len(places)
 
     return Rewrite(f"{scale} into {layer}", "(q k^T) c == (c q) k^T", apply)
@@ -210,7 +210,7 @@ def fold_value_bias(layer: str, proj: str) -> Rewrite:
             values = cast(nn.Linear, _get(place, layer))
             out = cast(nn.Linear, _get(place, proj))
             weight, bias = read_weights(out)
-            _set(
+            _set_module(
                 place,
                 proj,
                 replace_weights(out, weight, bias + weight @ values.bias.double()),
@@ -252,7 +252,7 @@ def attend_over_keys(
         for place in places:
             bias = cast(Tensor, _get(place, position_bias)).detach()
             by_key = bias.permute(2, 0, 1).flatten(0, 1).contiguous()
-            _set(place, position_bias, nn.Parameter(by_key))
+            _set_module(place, position_bias, nn.Parameter(by_key))
             for block in _get(place, blocks):
                 _attend_over_keys(block, norm, attention)
         return len(places)
@@ -311,13 +311,13 @@ def _project_keys_alone(attn: Any) -> None:
         for h in rows
     ]
     wide = nn.Linear(attn.k.in_features, heads * width, dtype=torch.float64)
-    attn.k = _stacked(wide, keys)
-    attn.v = _stacked(wide, values)
+    attn.k = _stack(wide, keys)
+    attn.v = _stack(wide, values)
     attn.q = attn.proj = nn.Identity()
     attn.over_keys = True
 
 
-def _stacked(layer: nn.Linear, parts: list[tuple[Tensor, Tensor]]) -> nn.Linear:
+def _stack(layer: nn.Linear, parts: list[tuple[Tensor, Tensor]]) -> nn.Linear:
     """``layer`` with the weights and biases of ``parts``, one below the other."""
     weights, biases = zip(*parts, strict=True)
     return replace_weights(layer, torch.cat(weights), torch.cat(biases))
@@ -338,7 +338,7 @@ def merge_keys_and_values() -> Rewrite:
                 2 * attn.k.out_features,
                 dtype=torch.float64,
             )
-            attn.kv = _stacked(both, [read_weights(attn.k), read_weights(attn.v)])
+            attn.kv = _stack(both, [read_weights(attn.k), read_weights(attn.v)])
             attn.k = attn.v = nn.Identity()
         return len(places)
 
@@ -423,10 +423,10 @@ def replace_global_pools() -> Rewrite:
     For a channels-last map torch.onnx writes the pooling with a gather by computed indices, and the mean as
     one operation. The rewrite can be pickled, as models from outside the registry can.
     """
-    return Rewrite("global pooling as mean", "pool(x) == sum(x) / (H W)", _pool_as_mean)
+    return Rewrite("global pooling as mean", "pool(x) == sum(x) / (H W)", _replace_pools_by_means)
 
 
-def _pool_as_mean(module: nn.Module) -> int:
+def _replace_pools_by_means(module: nn.Module) -> int:
     places = [
         (parent, name)
         for parent in module.modules()
@@ -486,6 +486,6 @@ def _get(module: nn.Module, path: str) -> Any:
     return attrgetter(path)(module)
 
 
-def _set(module: nn.Module, path: str, value: object) -> None:
+def _set_module(module: nn.Module, path: str, value: object) -> None:
     owner, _, name = path.rpartition(".")
     setattr(attrgetter(owner)(module) if owner else module, name, value)

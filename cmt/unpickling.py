@@ -89,7 +89,7 @@ class PlainArray:
             return
         if _is_skipped(kind):
             return
-        flat = np.frombuffer(_to_bytes(data), _type_of(kind))
+        flat = np.frombuffer(_convert_to_bytes(data), _find_type(kind))
         self.value = flat.reshape(shape, order="F" if fortran else "C")
 
 
@@ -113,7 +113,7 @@ def make_scalar(kind: PlainType, data: object = b"") -> Any:
     nobody reads."""
     if _is_skipped(kind):
         return None
-    return np.frombuffer(_to_bytes(data), _type_of(kind))[0].item()
+    return np.frombuffer(_convert_to_bytes(data), _find_type(kind))[0].item()
 
 
 def make_path(*parts: object) -> str:
@@ -140,7 +140,7 @@ def _is_skipped(kind: object) -> bool:
     return isinstance(kind, PlainType) and kind.made.kind in SKIPPED_KINDS
 
 
-def _to_bytes(data: object) -> bytes:
+def _convert_to_bytes(data: object) -> bytes:
     if isinstance(data, str):  # bytes in a pickle of Python 2
         return data.encode("latin-1")
     if not isinstance(data, bytes):
@@ -148,7 +148,7 @@ def _to_bytes(data: object) -> bytes:
     return data
 
 
-def _type_of(kind: object) -> np.dtype[Any]:
+def _find_type(kind: object) -> np.dtype[Any]:
     if not isinstance(kind, PlainType):
         raise TypeError("an array has no type")
     if kind.made.kind == OBJECTS:
@@ -156,7 +156,7 @@ def _type_of(kind: object) -> np.dtype[Any]:
     return kind.made
 
 
-def _table() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
+def _list_allowed() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     pairs: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
         (argparse.Namespace, "argparse.Namespace"),
         (make_namespace, "types.SimpleNamespace"),
@@ -178,5 +178,5 @@ def _table() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     return pairs
 
 
-ALLOWED = _table()
+ALLOWED = _list_allowed()
 """``(stand-in, name in the file)``, for ``torch.serialization.safe_globals``."""

@@ -173,11 +173,11 @@ def weights_fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for key, tensor in sorted(model.state_dict().items()):
         digest.update(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(_bytes_of(tensor))
+        digest.update(_view_as_bytes(tensor))
     return digest.hexdigest()
 
 
-def _bytes_of(tensor: Tensor) -> bytes:
+def _view_as_bytes(tensor: Tensor) -> bytes:
     """The values of ``tensor`` as they lie in memory, row by row; NumPy lacks some of torch's types."""
     plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
     return plain.view(torch.uint8).numpy().tobytes()
@@ -204,15 +204,15 @@ def _assign(
         chosen = _choose(content, source, spec, target, ema)
     except Undecided as exc:
         raise WeightsError(exc.what, where=source, why=exc.reason, remedy=exc.remedy) from None
-    ours = _settled(chosen.state, model, target)
+    ours = _settle(chosen.state, model, target)
     resized: list[str] = []
     if resize and spec.resize is not None:
         ours, resized = spec.resize(model, ours)
-    fresh = _fresh_keys(spec, target, ours) if fresh_head else []
+    fresh = _find_fresh_keys(spec, target, ours) if fresh_head else []
     ours.update({key: target[key] for key in fresh})
     if mismatch := _compare(model, target, ours, chosen.beside):
         beside = f"the file holds: {describe_keys(content)}; {describe_nearest_entry(chosen)}"
-        raise _misfit(spec, mismatch, target, ours, source, beside)
+        raise _make_misfit_error(spec, mismatch, target, ours, source, beside)
     model.load_state_dict(ours)
     found = ClassNames()
     if not fresh:  # the names would be those of the old classifier
@@ -229,7 +229,7 @@ def _assign(
     )
 
 
-def _misfit(
+def _make_misfit_error(
     spec: ModelSpec,
     mismatch: _Mismatch,
     target: StateDict,
@@ -245,7 +245,7 @@ def _misfit(
         f"does not fit {spec.name}",
         where=source.name,
         why=why,
-        remedy=_remedy(spec, mismatch, ours),
+        remedy=_describe_remedy(spec, mismatch, ours),
     )
 
 
@@ -267,13 +267,13 @@ def _choose(
     return choose_candidate(candidates, ema)
 
 
-def _settled(state: StateDict, model: nn.Module, target: StateDict) -> StateDict:
+def _settle(state: StateDict, model: nn.Module, target: StateDict) -> StateDict:
     """``state`` without buffers that the model makes itself, and with counters that only training reads."""
     made = dict(model.named_buffers())
     ours = {
         key: value
         for key, value in state.items()
-        if key in target or not (key in made and _equal(value, made[key]))
+        if key in target or not (key in made and _are_equal(value, made[key]))
     }
     for key in target:
         counts = key.endswith(BATCHES) and key.replace(BATCHES, "running_var") in ours
@@ -287,11 +287,11 @@ def _is_other_counter(value: Tensor) -> bool:
     return value.is_floating_point() or tuple(value.shape) == (1,)
 
 
-def _equal(first: Tensor, second: Tensor) -> bool:
+def _are_equal(first: Tensor, second: Tensor) -> bool:
     return first.shape == second.shape and torch.equal(first.to(second.dtype), second.cpu())
 
 
-def _fresh_keys(spec: ModelSpec, target: StateDict, ours: StateDict) -> list[str]:
+def _find_fresh_keys(spec: ModelSpec, target: StateDict, ours: StateDict) -> list[str]:
     """Keys of the classifier that the checkpoint lacks or has in another shape."""
     known = [key for key in spec.head_keys if key in target]
     return [key for key in known if key not in ours or ours[key].shape != target[key].shape]
@@ -368,7 +368,7 @@ def _is_finite(value: Tensor, made: Tensor, is_buffer: bool) -> bool:
     return bool(as_made.all()) or bool(((value == 0) | (value == float("-inf"))).all())
 
 
-def _remedy(spec: ModelSpec, mismatch: _Mismatch, ours: StateDict) -> str:
+def _describe_remedy(spec: ModelSpec, mismatch: _Mismatch, ours: StateDict) -> str:
     if mismatch.not_finite:
         return "the training diverged or the file is damaged: use an earlier checkpoint"
     shapes = mismatch.wrong_shape

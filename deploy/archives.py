@@ -78,12 +78,12 @@ def split_archive(path: Path) -> tuple[Path | None, str]:
         inner = path.relative_to(part).as_posix()
         inner = "" if inner == "." else inner + "/"
         if not lower.endswith(".tar"):
-            raise _packed(part, inner)
+            raise _make_packed_error(part, inner)
         return part, inner
     return None, ""
 
 
-def _packed(archive: Path, inner: str) -> DataError:
+def _make_packed_error(archive: Path, inner: str) -> DataError:
     """The error for a compressed archive, with the command that unpacks it."""
     ending = max((e for e in UNPACK if archive.name.lower().endswith(e)), key=len)
     command, left = UNPACK[ending]
@@ -107,7 +107,7 @@ def scan_archive(archive: Path, prefix: str) -> Found:
     except UNREADABLE as exc:
         if isinstance(exc, OSError) and not is_about_data(exc):
             raise
-        raise _unreadable(archive, exc) from exc
+        raise _make_unreadable_error(archive, exc) from exc
     members.resolve()
     found = Found()
     for name, place in members.files.items():
@@ -203,13 +203,13 @@ class _Members:
         """Note one member; a later one of the same name replaces it, as in unpacking."""
         if member.size < 0:
             raise tarfile.ReadError(f"the member at byte {member.offset} has a negative size")
-        name = _normal(member.name)
+        name = _normalise_name(member.name)
         self.files.pop(name, None)
         self.links.pop(name, None)
         if member.islnk():
-            self.links[name] = _normal(member.linkname)
+            self.links[name] = _normalise_name(member.linkname)
         elif member.issym():
-            self.links[name] = _normal(posixpath.join(posixpath.dirname(name), member.linkname))
+            self.links[name] = _normalise_name(posixpath.join(posixpath.dirname(name), member.linkname))
         elif member.isfile():
             self.files[name] = None if member.issparse() else (member.offset_data, member.size)
         if len(self.files) + len(self.links) > MAX_ITEMS * 2:
@@ -227,7 +227,7 @@ class _Members:
             names = sorted(self.files)
             resolved = {}
             for link, target in self.links.items():
-                if found := self._targets(target, names, MAX_LINKED - added):
+                if found := self._resolve_targets(target, names, MAX_LINKED - added):
                     resolved[link] = found
                     added += len(found)
             for link, found in resolved.items():
@@ -237,7 +237,7 @@ class _Members:
             if not resolved:
                 break
 
-    def _targets(self, target: str, names: list[str], most: int) -> dict[str, tuple[int, int] | None]:
+    def _resolve_targets(self, target: str, names: list[str], most: int) -> dict[str, tuple[int, int] | None]:
         """The files that a link leads to, by what follows the link's own name; ``names``: those of all files,
         sorted. Raises :class:`DataError` for more than ``most``."""
         if target in self.files:
@@ -259,12 +259,12 @@ class _Members:
         return found
 
 
-def _normal(name: str) -> str:
+def _normalise_name(name: str) -> str:
     """A member's name without ``./``."""
     return posixpath.normpath(name)
 
 
-def _unreadable(archive: Path, exc: Exception) -> DataError:
+def _make_unreadable_error(archive: Path, exc: Exception) -> DataError:
     """The error for an archive that is damaged or compressed."""
     remedy = "check that it is complete"
     try:

@@ -113,7 +113,7 @@ def _check(array: np.ndarray) -> None:
     raise ImageError(
         "an image array must be uint8 (H, W, 3), or (H, W) or (H, W, 1) for grey, (H, W, 2) or (H, W, 4)"
         f" with alpha; this is {array.dtype} {array.shape}",
-        remedy=_remedy(array),
+        remedy=_describe_remedy(array),
     )
 
 
@@ -125,7 +125,7 @@ def _is_encoded(array: np.ndarray) -> bool:
     return (array.ndim == 1 or column) and array.reshape(-1)[:4].tobytes().startswith(MAGIC)
 
 
-def _remedy(array: np.ndarray) -> str:
+def _describe_remedy(array: np.ndarray) -> str:
     """What to do with an array that is no image."""
     if array.dtype == np.uint8 and array.ndim == 4:
         return "give the images of a batch one by one: predict() takes them"

@@ -90,14 +90,14 @@ class Cache:
         """
         with ExitStack() as stack:
             try:
-                stack.enter_context(locked(self._file(key, self.suffixes[-1])))
+                stack.enter_context(locked(self._locate_file(key, self.suffixes[-1])))
             except OSError as exc:  # what others have kept there can be used all the same
-                kept = self._decoded(key, decode)
+                kept = self._decode(key, decode)
                 if kept is not None:
                     return kept
                 _warn(self.folder, exc)
                 return make()
-            found = self._decoded(key, decode)
+            found = self._decode(key, decode)
             if found is not None:
                 return found
             result = make()
@@ -107,7 +107,7 @@ class Cache:
                 _warn(self.folder, exc.why or exc)
             return result
 
-    def _decoded(self, key: str, decode: Callable[[Files], T | None]) -> T | None:
+    def _decode(self, key: str, decode: Callable[[Files], T | None]) -> T | None:
         contents = self.read(key)
         if contents is None:
             return None
@@ -117,7 +117,7 @@ class Cache:
 
     def read(self, key: str) -> Files | None:
         """The files of an entry, ``None`` where one is missing; marks the entry as used."""
-        files = self._files(key)
+        files = self._list_files(key)
         try:
             contents = tuple(read_regular(file, MAX_ENTRY) for file in files)
         except OSError:
@@ -131,7 +131,7 @@ class Cache:
         """Keep an entry, and drop those beyond :attr:`keep`; raises :class:`OutputError`."""
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        for file, content in zip(self._files(key), contents, strict=True):
+        for file, content in zip(self._list_files(key), contents, strict=True):
             write_atomic(file, content)
         self._evict()
 
@@ -142,18 +142,18 @@ class Cache:
         Whoever reads or writes such an entry at the same time finds it missing and makes it again.
         """
         last = self.suffixes[-1]
-        entries = sorted(self.folder.glob(f"*{last}"), key=_used, reverse=True)
+        entries = sorted(self.folder.glob(f"*{last}"), key=_find_last_use, reverse=True)
         for entry in entries[self.keep :]:
-            for file in reversed(self._files(entry.name.removesuffix(last))):
+            for file in reversed(self._list_files(entry.name.removesuffix(last))):
                 with contextlib.suppress(OSError):
                     file.unlink()
         clear_abandoned(self.folder, ".", TEMPORARY)
         clear_abandoned(self.folder, "", LOCK)
 
-    def _files(self, key: str) -> list[Path]:
-        return [self._file(key, suffix) for suffix in self.suffixes]
+    def _list_files(self, key: str) -> list[Path]:
+        return [self._locate_file(key, suffix) for suffix in self.suffixes]
 
-    def _file(self, key: str, suffix: str) -> Path:
+    def _locate_file(self, key: str, suffix: str) -> Path:
         return self.folder / f"{key}{suffix}"
 
 
@@ -199,7 +199,7 @@ class JsonCache:
         return result
 
 
-def _used(file: Path) -> float:
+def _find_last_use(file: Path) -> float:
     """When an entry was used last, seconds; another process may just have dropped it."""
     try:
         return file.stat().st_mtime

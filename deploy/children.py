@@ -150,18 +150,18 @@ class Child:
         try:
             with self._stopped_after(time_limit) as expired:
                 _send(process, {"call": call, **arguments})
-                answer = self._answer(process)
+                answer = self._read_answer(process)
         except BaseException:  # interrupted: its answer would be taken for that of the next request
             self.kill()
             raise
         if answer is None:
-            crash = self._crash()
+            crash = self._make_crash()
             if expired.is_set():
                 raise ChildTimedOut
             raise crash
         if "done" in answer:
             return answer["done"]
-        raise _error_of(answer)
+        raise _read_error(answer)
 
     def kill(self) -> None:
         """End the process, and what it started."""
@@ -204,7 +204,7 @@ class Child:
         finally:
             timer.cancel()
 
-    def _answer(self, process: subprocess.Popen[str]) -> dict[str, Any] | None:
+    def _read_answer(self, process: subprocess.Popen[str]) -> dict[str, Any] | None:
         """The next answer that is no progress, ``None`` where the process ended instead."""
         assert process.stdout is not None
         for line in process.stdout:
@@ -214,7 +214,7 @@ class Child:
             self._progress(answer["phase"], answer["share"])
         return None
 
-    def _crash(self) -> ChildCrashed:
+    def _make_crash(self) -> ChildCrashed:
         """What the ended process left; the next request starts another."""
         process = self._process
         assert process is not None
@@ -242,7 +242,7 @@ def _kill(process: subprocess.Popen[str]) -> None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def _error_of(answer: Mapping[str, Any]) -> CmtEdgeError:
+def _read_error(answer: Mapping[str, Any]) -> CmtEdgeError:
     """The error of an answer, of the same kind as in the child where the project's list has it."""
     kind = getattr(errors, answer["kind"], StepError)
     error: CmtEdgeError = CmtEdgeError.__new__(kind)
@@ -281,16 +281,16 @@ def serve(
     def report(phase: str, share: float) -> None:
         say(phase=phase, share=round(share, 3))
 
-    for request in _requests():
+    for request in _iterate_requests():
         try:
             say(done=calls[request["call"]](request, report))
         except CmtEdgeError as exc:
-            say(**_answer_of(exc))
+            say(**_describe_error(exc))
         except Exception as exc:
-            say(**_answer_of(unexpected(exc)))
+            say(**_describe_error(unexpected(exc)))
 
 
-def _requests() -> Iterator[dict[str, Any]]:
+def _iterate_requests() -> Iterator[dict[str, Any]]:
     """The parent's requests. A thread reads them, so that the process ends with its parent while it works."""
     lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
@@ -305,7 +305,7 @@ def _requests() -> Iterator[dict[str, Any]]:
         yield json.loads(lines.get())
 
 
-def _answer_of(error: CmtEdgeError) -> dict[str, Any]:
+def _describe_error(error: CmtEdgeError) -> dict[str, Any]:
     return {
         "failed": error.what,
         "where": error.where,

@@ -133,7 +133,7 @@ def decode(source: ImageLike, exif: str, color: str = "rgb") -> Image.Image:
         repaired = _decode_without_metadata(given, exif, name)
         if repaired is not None:
             return repaired
-        raise _undecodable(given, name, exc) from exc
+        raise _make_undecodable_error(given, name, exc) from exc
 
 
 def _decode_without_metadata(source: Decodable, exif: str, name: object) -> Image.Image | None:
@@ -141,7 +141,7 @@ def _decode_without_metadata(source: Decodable, exif: str, name: object) -> Imag
 
     First its EXIF segment is kept, which knows the orientation. Without it an image is taken as it lies.
     """
-    data = _encoded(source)
+    data = _read_encoded(source)
     if not data.startswith(START):
         return None
     for keep_exif in (True, False):
@@ -159,7 +159,7 @@ def _decode_without_metadata(source: Decodable, exif: str, name: object) -> Imag
     return None
 
 
-def _encoded(source: Decodable) -> bytes:
+def _read_encoded(source: Decodable) -> bytes:
     """The encoded bytes of an image once more, empty where they cannot be had."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         return bytes(source)
@@ -191,7 +191,7 @@ def is_about_data(exc: Exception) -> bool:
     return place in DECODING or (place != "__main__" and place in sys.stdlib_module_names)
 
 
-def _undecodable(source: ImageLike, name: object, exc: Exception) -> ImageError:
+def _make_undecodable_error(source: ImageLike, name: object, exc: Exception) -> ImageError:
     """The error for an image that Pillow could not decode."""
     if isinstance(exc, Image.DecompressionBombError):
         return too_large(name, exc)
@@ -202,7 +202,7 @@ def _undecodable(source: ImageLike, name: object, exc: Exception) -> ImageError:
             why=str(exc) or type(exc).__name__,
             remedy="replace or remove the file",
         )
-    if _first_bytes(source).startswith(LFS_POINTER):
+    if _read_first_bytes(source).startswith(LFS_POINTER):
         return ImageError(
             "is a Git LFS pointer; the image itself was not fetched",
             where=name,
@@ -215,7 +215,7 @@ def _undecodable(source: ImageLike, name: object, exc: Exception) -> ImageError:
     )
 
 
-def _first_bytes(source: ImageLike) -> bytes:
+def _read_first_bytes(source: ImageLike) -> bytes:
     """The first bytes of a file or of encoded bytes, empty where they cannot be had again."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         return bytes(source[: len(LFS_POINTER)])
@@ -247,11 +247,11 @@ def snapshot(source: ImageLike, exif: str) -> ImageLike:
         return bytes(given)
     if isinstance(given, (str, Path, bytes)) or not hasattr(given, "read"):
         return given
-    data = _content(given)
+    data = _read_content(given)
     return given if data is None else NamedBytes(data, str(name_of(given)))
 
 
-def _content(file: BinaryIO) -> bytes | None:
+def _read_content(file: BinaryIO) -> bytes | None:
     """The content of a file object as it is now; ``None`` where it cannot be read."""
     if type(file) in (io.BytesIO, NamedBytes):
         buffer: Any = file
@@ -382,9 +382,9 @@ def _convert(image: Image.Image, exif: str, name: object) -> Image.Image:
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         _note_orientation(image)
     if exif == "apply":
-        image = _upright(image)
+        image = _turn_upright(image)
     elif isinstance(image, TiffImagePlugin.TiffImageFile):
-        image = _as_stored(image)
+        image = _view_as_stored(image)
     if image.mode == "F":
         raise ImageError(
             "floating-point pixels have no defined range",
@@ -392,7 +392,7 @@ def _convert(image: Image.Image, exif: str, name: object) -> Image.Image:
             remedy="save it as 8 or 16 bits",
         )
     if image.mode.startswith("I"):
-        image = _to_8_bits(image, name)
+        image = _scale_to_8_bits(image, name)
     image.load()  # the file is closed when the caller gets it
     return image if image.mode == "RGB" else image.convert("RGB")
 
@@ -422,7 +422,7 @@ def _require_few_scans(image: Image.Image, name: object) -> None:
         )
 
 
-def _as_stored(image: TiffImagePlugin.TiffImageFile) -> Image.Image:
+def _view_as_stored(image: TiffImagePlugin.TiffImageFile) -> Image.Image:
     """A TIFF image as it lies in its file: Pillow turns it when it decodes it."""
     undo = UNTURN.get(image.info[TURNED_BY][1])
     return image if undo is None else image.transpose(undo)
@@ -436,7 +436,7 @@ def _note_orientation(image: TiffImagePlugin.TiffImageFile) -> None:
     image.info[TURNED_BY] = (frame, orientation)
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _turn_upright(image: Image.Image) -> Image.Image:
     """Turn an image as its orientation says.
 
     Only that entry is used: a photograph whose other entries are wrong is a good photograph.
@@ -451,7 +451,7 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _to_8_bits(image: Image.Image, name: object) -> Image.Image:
+def _scale_to_8_bits(image: Image.Image, name: object) -> Image.Image:
     """Scale 16-bit grey values, which Pillow would clip, to 8 bits."""
     values = np.asarray(image).astype(np.int64)
     if values.size and (values.min() < 0 or values.max() > 65535):

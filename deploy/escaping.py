@@ -34,13 +34,13 @@ _MARKDOWN = re.compile(r"[\\`*\[\]<>|&]")
 
 def escape(text: str) -> str:
     """``text`` for a terminal or a log: line breaks and tabs stay, what else could steer it is escaped."""
-    return _MAYBE_UNSAFE.sub(lambda found: _shown(found[0], "\n\t"), text)
+    return _MAYBE_UNSAFE.sub(lambda found: _show_character(found[0], "\n\t"), text)
 
 
 def escape_line(text: str) -> str:
     """``text`` on one line, for a name or a label inside a line: line breaks and tabs are escaped too, so
     that a name cannot pretend to be a line of ours."""
-    return _MAYBE_UNSAFE.sub(lambda found: _shown(found[0], ""), text)
+    return _MAYBE_UNSAFE.sub(lambda found: _show_character(found[0], ""), text)
 
 
 def escape_surrogates(text: str) -> str:
@@ -53,7 +53,7 @@ def escape_markdown(text: str) -> str:
     return _MARKDOWN.sub(lambda found: f"\\{found[0]}", escape_line(text))
 
 
-def _shown(character: str, kept: str) -> str:
+def _show_character(character: str, kept: str) -> str:
     """The character itself, or its escape."""
     if character in kept or character in JOINERS or unicodedata.category(character) not in UNSAFE:
         return character

@@ -131,12 +131,12 @@ def scan_folder(path: Path) -> Found:
 
     above: dict[str, frozenset[tuple[int, int]]] = {}
     for folder, folders, files in os.walk(path, onerror=fail, followlinks=True):
-        seen = above.pop(folder, frozenset()) | {_identity(folder)}
+        seen = above.pop(folder, frozenset()) | {_identify(folder)}
         relative = Path(folder).relative_to(path)
         folders[:] = sorted(name for name in folders if not is_junk(name))
         for name in list(folders):
             inner = os.path.join(folder, name)
-            if os.path.islink(inner) and _identity(inner) in seen:
+            if os.path.islink(inner) and _identify(inner) in seen:
                 folders.remove(name)
                 found.skipped["links to a folder above them"] += 1
             above[inner] = seen
@@ -146,7 +146,7 @@ def scan_folder(path: Path) -> Found:
     return found
 
 
-def _identity(folder: str) -> tuple[int, int]:
+def _identify(folder: str) -> tuple[int, int]:
     """What tells a folder from every other one, whatever it is called."""
     status = os.stat(folder)
     return status.st_dev, status.st_ino

@@ -161,7 +161,7 @@ def _check_labels(items: list[Item], path: Path) -> None:
         raise DataError(
             f"the same class is at several places: {', '.join(double)}",
             where=path,
-            remedy=_gather(label, double) if _are_parts(found, items) else _choice(path, double),
+            remedy=_gather(label, double) if _are_parts(found, items) else _describe_choice(path, double),
         )
 
 
@@ -178,7 +178,7 @@ def _gather(part: str, places: Sequence[str]) -> str:
     return f"the parts lie inside the classes: copy or link {links} and so on, and give the folder {part}"
 
 
-def _choice(path: Path, double: Sequence[str]) -> str:
+def _describe_choice(path: Path, double: Sequence[str]) -> str:
     """Which folder to give instead of one in which a class is at several places: the part to train on first,
     the part to test on last."""
     uses = {

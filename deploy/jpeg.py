@@ -50,7 +50,7 @@ def has_many_scans(data: bytes) -> bool:
     if data.count(b"\xff\xda") <= MAX_SCANS:  # no scan is without these bytes
         return False
     count, position = 0, 2
-    while (segment := _segment(data, position)) is not None and segment.code != END:
+    while (segment := _read_segment(data, position)) is not None and segment.code != END:
         position = segment.end
         if segment.code == SCAN:
             count += 1
@@ -74,7 +74,7 @@ def strip_metadata(data: bytes, *, keep_exif: bool) -> bytes | None:
     if not data.startswith(START):
         return None
     kept = [START]
-    for segment in _tables(data, 2):
+    for segment in _iterate_tables(data, 2):
         whole = data[segment.start : segment.end]
         if segment.code == SCAN:
             return b"".join([*kept, data[segment.start :]])
@@ -90,9 +90,9 @@ def _is_needed(code: int, whole: bytes, keep_exif: bool) -> bool:
     return keep_exif and code == EXIF_SEGMENT and whole[4:10] == b"Exif\0\0"
 
 
-def _tables(data: bytes, position: int) -> Iterator[_Segment]:
+def _iterate_tables(data: bytes, position: int) -> Iterator[_Segment]:
     """The segments up to the first scan; after damaged metadata it goes on at the image's next table."""
-    while (segment := _segment(data, position)) is not None:
+    while (segment := _read_segment(data, position)) is not None:
         is_whole = _is_marker(data, segment.end)
         if segment.code == SCAN or is_whole:
             yield segment
@@ -100,12 +100,12 @@ def _tables(data: bytes, position: int) -> Iterator[_Segment]:
                 return
             position = segment.end
         elif segment.code in METADATA:
-            position = _next_table(data, segment.start + 2)
+            position = _find_next_table(data, segment.start + 2)
         else:
             return
 
 
-def _next_table(data: bytes, position: int) -> int:
+def _find_next_table(data: bytes, position: int) -> int:
     """Where the tables of the largest image begin that follows a damaged segment; the end of the data if
     there is none. A thumbnail in the segment has tables too, and it may be cut off."""
     best, most, in_thumbnail = len(data), 0, False
@@ -114,16 +114,16 @@ def _next_table(data: bytes, position: int) -> int:
         if code in (START[1], END):
             in_thumbnail = code == START[1]
             continue
-        size = _size(data, found.start())
+        size = _read_declared_size(data, found.start())
         if size > most and (not in_thumbnail or size > LARGEST_THUMBNAIL):
             best, most = found.start(), size
     return best
 
 
-def _size(data: bytes, position: int) -> int:
+def _read_declared_size(data: bytes, position: int) -> int:
     """Height times width that the tables from ``position`` on declare; 0 unless a scan follows them."""
     size = 0
-    while (segment := _segment(data, position)) is not None:
+    while (segment := _read_segment(data, position)) is not None:
         if segment.code == SCAN:
             return size
         if not _is_marker(data, segment.end):
@@ -137,7 +137,7 @@ def _size(data: bytes, position: int) -> int:
     return 0
 
 
-def _segment(data: bytes, position: int) -> _Segment | None:
+def _read_segment(data: bytes, position: int) -> _Segment | None:
     """The segment at ``position``; its end may lie beyond the file's. ``None`` where none begins there."""
     while data[position : position + 2] == b"\xff\xff":  # a marker may be filled up
         position += 1

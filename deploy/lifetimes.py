@@ -43,18 +43,18 @@ def keep_forever(thing: object) -> None:
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
-def _in_child() -> None:
+def _end_in_child() -> None:
     for owner in list(_owners):
         owner.abandon()
         keep_forever(owner)
 
 
-def _at_exit() -> None:
+def _end_at_exit() -> None:
     for owner in list(_owners):
         if owner.drain():
             keep_forever(owner)
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_in_child)
-atexit.register(_at_exit)
+    os.register_at_fork(after_in_child=_end_in_child)
+atexit.register(_end_at_exit)

@@ -48,7 +48,7 @@ def locked(path: Path) -> Iterator[None]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.with_name(f"{path.name}{LOCK}")
-    descriptor = _acquired(file)
+    descriptor = _acquire(file)
     try:
         yield
     finally:
@@ -57,7 +57,7 @@ def locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _acquired(file: Path) -> int:
+def _acquire(file: Path) -> int:
     """A descriptor that holds the lock of ``file``."""
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)

@@ -88,10 +88,10 @@ def find_parts(names: Iterable[str]) -> dict[str, list[str]]:
     """
     found: dict[str, list[str]] = {}
     known: set[PurePosixPath] = set()
-    for parent, folders, _ in _siblings(names):
+    for parent, folders, _ in _iterate_siblings(names):
         if not known.isdisjoint((parent, *parent.parents)):
             continue
-        kinds = _kinds_of(folders)
+        kinds = _find_kinds(folders)
         if len(set(kinds.values())) > 1:
             for folder, kind in kinds.items():
                 known.add(parent / folder)
@@ -103,11 +103,11 @@ def find_held_out(names: Iterable[str]) -> list[str]:
     """The folders that hold a part for testing or validation where no folder beside them says that it holds
     the part to train on, as ``test`` in ``test, extra``. Arguments as for :func:`find_parts`."""
     found: list[str] = []
-    for parent, folders, has_files in _siblings(names):
+    for parent, folders, has_files in _iterate_siblings(names):
         kinds = {
             folder: meant.kind
             for folder in folders
-            if (meant := _meaning(folder)) is not None and not meant.weak and not meant.rest
+            if (meant := _find_meaning(folder)) is not None and not meant.weak and not meant.rest
         }
         others = has_files or len(kinds) < len(folders)
         if others and len(set(kinds.values())) == 1 and TRAIN not in kinds.values():
@@ -129,11 +129,11 @@ def find_prefixes(names: Iterable[str]) -> dict[str, str]:
 
 def part_of(folder: str) -> str | None:
     """The kind of part that a folder's name can mean, whatever lies beside it; ``None`` for others."""
-    meant = _meaning(folder)
+    meant = _find_meaning(folder)
     return None if meant is None else meant.kind
 
 
-def _siblings(names: Iterable[str]) -> Iterator[tuple[PurePosixPath, list[str], bool]]:
+def _iterate_siblings(names: Iterable[str]) -> Iterator[tuple[PurePosixPath, list[str], bool]]:
     """Each folder, the outer ones first, with the names of the folders in it, and whether it has files."""
     with_files = {PurePosixPath(name).parent for name in names}
     inside: dict[PurePosixPath, set[str]] = {}
@@ -145,9 +145,9 @@ def _siblings(names: Iterable[str]) -> Iterator[tuple[PurePosixPath, list[str], 
         yield parent, sorted(inside[parent]), parent in with_files
 
 
-def _kinds_of(folders: list[str]) -> dict[str, str]:
+def _find_kinds(folders: list[str]) -> dict[str, str]:
     """The folders of one parent that are parts -> their kinds."""
-    meant = {folder: meaning for folder in folders if (meaning := _meaning(folder)) is not None}
+    meant = {folder: meaning for folder in folders if (meaning := _find_meaning(folder)) is not None}
     paired = {
         folder: meaning
         for folder, meaning in meant.items()
@@ -158,9 +158,9 @@ def _kinds_of(folders: list[str]) -> dict[str, str]:
     return {folder: meaning.kind for folder, meaning in paired.items()} if sure else {}
 
 
-def _meaning(folder: str) -> _Meaning | None:
+def _find_meaning(folder: str) -> _Meaning | None:
     """What a name says of parts; ``None`` if nothing."""
-    words = [_without_ending(word.lower()) for word in WORD.findall(folder)]
+    words = [_strip_ending(word.lower()) for word in WORD.findall(folder)]
     strong = [STRONG[word] for word in words if word in STRONG]
     weak = [WEAK[word] for word in words if word in WEAK]
     kinds = strong or weak
@@ -171,7 +171,7 @@ def _meaning(folder: str) -> _Meaning | None:
     return _Meaning(kind, not strong, frozenset(rest))
 
 
-def _without_ending(word: str) -> str:
+def _strip_ending(word: str) -> str:
     """``train`` for ``trainset``; other words as they are."""
     for ending in COMPOUNDS:
         start = word.removesuffix(ending)

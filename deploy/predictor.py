@@ -140,10 +140,10 @@ class Predictor:
                 remedy="ask for 1 or more, or leave it out for all cores",
             )
         options = LoadOptions(device, threads, throughput, weights, trusted_model)
-        return read_whole(path, lambda bundle: cls._opened(bundle, backend, options, color), key=key)
+        return read_whole(path, lambda bundle: cls._open_bundle(bundle, backend, options, color), key=key)
 
     @classmethod
-    def _opened(
+    def _open_bundle(
         cls,
         bundle: Bundle,
         backend: str | None,
@@ -194,11 +194,11 @@ class Predictor:
             InputError: a closed Predictor, a bundle of feature maps, or an unknown ``color``.
         """
         self._require(LOGITS)
-        decode = self._decoder(color)
+        decode = self._make_decoder(color)
         with self.lanes.take(1) as lane:
             source = decode(image, lane.batch[0])
             logits = lane.run(1)[0][0]
-        return self._prediction(logits, source)
+        return self._make_prediction(logits, source)
 
     def predict(self, images: Iterable[ImageLike], *, color: str | None = None) -> list[Prediction]:
         """Classify several images, in the caller's thread. A single image gives a list of one.
@@ -245,8 +245,8 @@ class Predictor:
             InputError: ``in_flight`` below 1, a closed Predictor, a bundle of feature maps, or an unknown
                 ``color``.
         """
-        decode = self._decoder(color)
-        answers = self._answers(
+        decode = self._make_decoder(color)
+        answers = self._iterate_answers(
             images,
             decode,
             workers=workers,
@@ -254,7 +254,7 @@ class Predictor:
             copy=copy,
         )
         for source, logits in answers:
-            yield self._prediction(logits, source)
+            yield self._make_prediction(logits, source)
 
     def attempt(
         self,
@@ -267,7 +267,7 @@ class Predictor:
     ) -> Iterator[Prediction | ImageError]:
         """As :meth:`stream`, but an image that cannot be read gives its :class:`ImageError` in place of a
         prediction, and the images after it are answered."""
-        decode = self._decoder(color)
+        decode = self._make_decoder(color)
 
         def decode_or_explain(image: ImageLike, row: np.ndarray) -> str | ImageError | None:
             try:
@@ -276,7 +276,7 @@ class Predictor:
                 row[:] = 0  # its answer is thrown away
                 return exc.with_traceback(None)
 
-        answers = self._answers(
+        answers = self._iterate_answers(
             images,
             decode_or_explain,
             workers=workers,
@@ -287,7 +287,7 @@ class Predictor:
             if isinstance(source, ImageError):
                 yield source
             else:
-                yield self._prediction(logits, source)
+                yield self._make_prediction(logits, source)
 
     def logits(self, batch: np.ndarray) -> np.ndarray:
         """Preprocessed float32 ``(N, 3, H, W)`` -> float32 ``(N, classes)``; any ``N``, in the model's own
@@ -317,7 +317,7 @@ class Predictor:
     def prepare(self, images: Iterable[ImageLike], *, color: str | None = None) -> np.ndarray:
         """Decode, resize, crop and normalise: the float32 batch ``(N, 3, H, W)`` that :meth:`logits` and
         :meth:`features` take. Raises :class:`~cmt_edge.deploy.errors.ImageError`."""
-        decode = self._decoder(color)
+        decode = self._make_decoder(color)
         size = self.spec.size
         images = one_or_many(images)
         if not isinstance(images, Sequence):  # each image may be gone once the next is asked for
@@ -343,7 +343,7 @@ class Predictor:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _prediction(self, logits: np.ndarray, source: str | None) -> Prediction:
+    def _make_prediction(self, logits: np.ndarray, source: str | None) -> Prediction:
         """One answer; a graph that leaves its shape open may give more or fewer logits than there are
         labels."""
         if logits.shape != (len(self.labels),):
@@ -354,7 +354,7 @@ class Predictor:
             )
         return Prediction(logits, self.labels, source, self.kind)
 
-    def _answers(
+    def _iterate_answers(
         self,
         images: Iterable[ImageLike],
         decode: Callable[[ImageLike, np.ndarray], Any],
@@ -373,7 +373,7 @@ class Predictor:
         several = in_flight or max(1, self.session.parallelism)
         images = one_or_many(images)
         if copy and workers > 0:  # without threads an image is decoded before the next one is asked for
-            images = self._taken(images)
+            images = self._take_each(images)
         return stream(
             images,
             self.lanes,
@@ -382,7 +382,7 @@ class Predictor:
             in_flight=several,
         )
 
-    def _taken(self, images: Iterable[ImageLike]) -> Iterator[Any]:
+    def _take_each(self, images: Iterable[ImageLike]) -> Iterator[Any]:
         """Each image as it is when it is taken; in place of one that cannot be read, its error."""
         for image in images:
             try:
@@ -391,7 +391,7 @@ class Predictor:
                 taken = exc
             yield taken
 
-    def _decoder(self, color: str | None) -> Callable[[ImageLike, np.ndarray], str | None]:
+    def _make_decoder(self, color: str | None) -> Callable[[ImageLike, np.ndarray], str | None]:
         """What preprocesses an image into a row and returns its path, where it is given as one."""
         order = self.color if color is None else check_color(color)
 

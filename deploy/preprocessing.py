@@ -78,10 +78,12 @@ class Preprocess:
         if self.interpolation not in RESAMPLING:
             known = " or ".join(map(repr, RESAMPLING))
             return f"interpolation is {self.interpolation[:SHOWN_CHARACTERS]!r}, expected {known}"
-        return _fault_of_numbers("mean", self.mean, MEANS) or _fault_of_numbers("std", self.std, DEVIATIONS)
+        return _find_fault_of_numbers("mean", self.mean, MEANS) or _find_fault_of_numbers(
+            "std", self.std, DEVIATIONS
+        )
 
 
-def _fault_of_numbers(name: str, values: tuple[float, ...], bounds: tuple[float, float]) -> str | None:
+def _find_fault_of_numbers(name: str, values: tuple[float, ...], bounds: tuple[float, float]) -> str | None:
     """The first of ``values`` that does not lie within ``bounds``."""
     low, high = bounds
     for i, value in enumerate(values):
@@ -100,19 +102,19 @@ def pixels(source: ImageLike, spec: Preprocess, color: str = "rgb") -> np.ndarra
     if isinstance(source, np.ndarray):
         rgb = view_as_rgb(source, color)
         height, width = rgb.shape[:2]
-        new, (left, top, right, bottom) = _geometry(width, height, spec, source)
+        new, (left, top, right, bottom) = _compute_geometry(width, height, spec, source)
         if new == (width, height):
             view: np.ndarray = rgb[top:bottom, left:right]
             view.flags.writeable = False
             return view
     image = decode(source, spec.exif, color)
-    new, box = _geometry(*image.size, spec, source)
+    new, box = _compute_geometry(*image.size, spec, source)
     if new != image.size:
         image = image.resize(new, RESAMPLING[spec.interpolation])
     return np.asarray(image if box == (0, 0, *new) else image.crop(box))
 
 
-def _geometry(
+def _compute_geometry(
     width: int, height: int, spec: Preprocess, source: ImageLike
 ) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
     """Width and height after resizing, and the box that is then cut out, in pixels."""
@@ -141,7 +143,7 @@ def normalise(values: np.ndarray, spec: Preprocess, out: np.ndarray | None = Non
     ``out``: float32 of the result's shape, written without temporaries and returned; default: a new
     contiguous array.
     """
-    scale, shift = _affine(tuple(spec.mean), tuple(spec.std))
+    scale, shift = _compute_affine(tuple(spec.mean), tuple(spec.std))
     planes = values.swapaxes(-1, -2).swapaxes(-2, -3)
     target: np.ndarray = np.empty(planes.shape, np.float32) if out is None else out
     # copied first: arithmetic on values this far apart in memory takes several times as long
@@ -152,7 +154,7 @@ def normalise(values: np.ndarray, spec: Preprocess, out: np.ndarray | None = Non
 
 
 @lru_cache(maxsize=64)
-def _affine(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
+def _compute_affine(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
     """``scale, shift``, float32 ``(3, 1, 1)`` each: ``(v / 255 - mean) / std = v * scale + shift``."""
     scale = (1 / (255 * np.asarray(std))).astype(np.float32).reshape(3, 1, 1)
     shift = (-np.asarray(mean) / np.asarray(std)).astype(np.float32).reshape(3, 1, 1)

@@ -60,15 +60,15 @@ def unwound_by_signals(*, interrupt: bool = False) -> Iterator[None]:
         yield
         return
     replaced: dict[int, Any] = {}
-    outermost = not any(signal.getsignal(number) is _raise for number in _numbers(interrupt))
+    outermost = not any(signal.getsignal(number) is _raise for number in _list_numbers(interrupt))
     hook = sys.unraisablehook
     try:
-        for number in _numbers(interrupt):
+        for number in _list_numbers(interrupt):
             if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler, end_at_once):
                 replaced[number] = signal.signal(number, _raise)
         if outermost:
             _received.clear()
-            sys.unraisablehook = _repeating(hook)
+            sys.unraisablehook = _make_repeating_hook(hook)
         yield
     finally:
         for number, handler in replaced.items():
@@ -77,7 +77,7 @@ def unwound_by_signals(*, interrupt: bool = False) -> Iterator[None]:
             sys.unraisablehook = hook
 
 
-def _numbers(interrupt: bool) -> list[int]:
+def _list_numbers(interrupt: bool) -> list[int]:
     """The signals that are handled, by number."""
     names = (*STOPPED_BY, "SIGINT") if interrupt else STOPPED_BY
     return [int(getattr(signal, name)) for name in names if hasattr(signal, name)]
@@ -90,7 +90,7 @@ def _raise(number: int, frame: object) -> None:
         raise Stopped(number)
 
 
-def _repeating(others: Any) -> Any:
+def _make_repeating_hook(others: Any) -> Any:
     """A hook for exceptions that Python cannot raise, as in a destructor: an interrupt is not lost there but
     comes again a moment later; ``others`` sees the rest."""
 

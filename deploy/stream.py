@@ -96,12 +96,12 @@ class _Stream:
             try:
                 self._add(next(items))
             except StopIteration:
-                return self._end()
+                return self._finish()
             except Exception as exc:  # raised again after the answers to what came before
                 self._failure = exc
                 if self._open is not None:  # where starting a thread failed, its work may still be queued
                     self._open.lane.usable = False
-                return self._end()
+                return self._finish()
         return True
 
     def _add(self, image: Any) -> None:
@@ -115,7 +115,7 @@ class _Stream:
         if len(group.decoding) == self._size:
             self._start(group)
 
-    def _end(self) -> bool:
+    def _finish(self) -> bool:
         """Start what was not full; there are no more images."""
         if self._open is not None and self._open.decoding:
             self._start(self._open)

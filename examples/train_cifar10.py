@@ -74,7 +74,7 @@ class Photos:
         self, data: ImageSet, classes: list[str], spec: Preprocess, args: argparse.Namespace
     ) -> None:
         self.data = data
-        self.items = _evenly_chosen(data, args.limit)
+        self.items = _choose_evenly(data, args.limit)
         self.spec = spec
         self.labels = np.array([classes.index(str(item.label)) for item in self.items])
         self.decode = lru_cache(CACHE_BYTES // (3 * spec.size**2))(self._decode)
@@ -89,7 +89,7 @@ class Photos:
         return pixels(NamedBytes(self.data.read(item), name), self.spec)
 
 
-def _evenly_chosen(data: ImageSet, limit: int | None) -> list[Item]:
+def _choose_evenly(data: ImageSet, limit: int | None) -> list[Item]:
     """At most ``limit`` images of each class, spread evenly over its images."""
     chosen = []
     for name in data.classes:

@@ -71,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _main(args: argparse.Namespace) -> int:
     try:
-        return _list_models(args.json) if args.list_models else _export(args)
+        return _list_models(args.json) if args.list_models else _run_export(args)
     except ModuleNotFoundError as exc:
         raise RuntimeMissingError(
             f"{exc.name} is not installed",
@@ -79,7 +79,7 @@ def _main(args: argparse.Namespace) -> int:
         ) from exc
 
 
-def _export(args: argparse.Namespace) -> int:
+def _run_export(args: argparse.Namespace) -> int:
     from cmt_edge.deploy import report
     from cmt_edge.deploy.bundle.packed import locate_packed
     from cmt_edge.deploy.progress import Progress
@@ -155,7 +155,7 @@ def _list_models(as_json: bool) -> int:
 
     specs = [model_spec(name) for name in list_models()]
     if as_json:
-        say(report.to_json([_model_json(spec) for spec in specs]))
+        say(report.to_json([_describe_model(spec) for spec in specs]))
         return 0
     header = [
         "model",
@@ -166,11 +166,11 @@ def _list_models(as_json: bool) -> int:
         "GMACs",
         "published top-1",
     ]
-    say(report.format_table(header, [_model_row(spec) for spec in specs]))
+    say(report.format_table(header, [_format_model_row(spec) for spec in specs]))
     return 0
 
 
-def _model_json(spec: ModelSpec) -> dict[str, Any]:
+def _describe_model(spec: ModelSpec) -> dict[str, Any]:
     """A model for ``--list-models --json``."""
     return {
         "name": spec.name,
@@ -182,7 +182,7 @@ def _model_json(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-def _model_row(spec: ModelSpec) -> list[str]:
+def _format_model_row(spec: ModelSpec) -> list[str]:
     """A model for ``--list-models``."""
     return [
         spec.name,

@@ -163,8 +163,8 @@ class ExportConfig(Settings):
         return Preprocess(
             size,
             None if ratio is None else int(size / ratio),
-            spec.mean if self.mean is None else _triple(self.mean),
-            spec.std if self.std is None else _triple(self.std),
+            spec.mean if self.mean is None else _parse_triple(self.mean),
+            spec.std if self.std is None else _parse_triple(self.std),
             self.exif,
             spec.interpolation,
         )
@@ -172,7 +172,7 @@ class ExportConfig(Settings):
     @property
     def folder(self) -> str:
         """Name of the bundle's folder: everything that distinguishes two builds of one checkpoint."""
-        parts = [self.name or _folder_name(self.model_name)]
+        parts = [self.name or _make_folder_name(self.model_name)]
         if self.img_size != self.spec.img_size:
             parts.append(str(self.img_size))
         if self.head == "features":
@@ -207,7 +207,7 @@ class ExportConfig(Settings):
             InputError: a value has the wrong type, or no model was named.
         """
         found = read_mapping(values, cls, where)
-        found = _described_by_weights(found) | found
+        found = _describe_by_weights(found) | found
         found = described_by_shapes(found) | found
         if "model" not in found:
             silent = found.get("weights", "pretrained") not in NAMED_WEIGHTS
@@ -422,7 +422,7 @@ class ExportConfig(Settings):
             )
 
 
-def _described_by_weights(
+def _describe_by_weights(
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The settings that a checkpoint holds of its model: all where no model is named, and size and classes
@@ -433,7 +433,7 @@ def _described_by_weights(
     said = describe_checkpoint(Path(weights))
     if said.model is None or settings.get("model", said.model) != said.model:
         return {}
-    return _as_settings(said)
+    return _convert_to_settings(said)
 
 
 def described_by_shapes(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -457,10 +457,10 @@ def described_by_shapes(settings: Mapping[str, Any]) -> dict[str, Any]:
             why=f"its weights have the shapes of {' and of '.join(names)}",
             remedy=f"--model {' or --model '.join(names)}",
         )
-    return _as_settings(fitting[0]) if fitting else {}
+    return _convert_to_settings(fitting[0]) if fitting else {}
 
 
-def _as_settings(said: Description) -> dict[str, Any]:
+def _convert_to_settings(said: Description) -> dict[str, Any]:
     known = {
         "model": said.model,
         "imgsz": said.img_size,
@@ -471,14 +471,14 @@ def _as_settings(said: Description) -> dict[str, Any]:
     return {name: value for name, value in known.items() if value is not None}
 
 
-def _folder_name(model: str) -> str:
+def _make_folder_name(model: str) -> str:
     """A model's name as part of the name of a folder, which is never hidden: ``./net.py:small`` gives
     ``net.py_small``."""
     visible = re.sub(r"^\.[./\\]*", "", model)
     return re.sub(r"[^\w.-]+", "_", visible)
 
 
-def _triple(given: str | Sequence[float]) -> tuple[float, float, float]:
+def _parse_triple(given: str | Sequence[float]) -> tuple[float, float, float]:
     """``"r,g,b"`` or three numbers as floats; raises :class:`InputError`."""
     parts = given.split(",") if isinstance(given, str) else given
     try:

@@ -33,7 +33,7 @@ def read_config(path: Path) -> dict[str, Any]:
         InputError: the file is missing, cannot be read, or says something twice.
     """
     content = _read_toml(path)
-    found = [(names, table) for names in TABLES if (table := _table(content, names)) is not None]
+    found = [(names, table) for names in TABLES if (table := _find_table(content, names)) is not None]
     if not found:
         return content
     if len(found) > 1:
@@ -54,7 +54,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return outside | settings
 
 
-def _table(content: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any] | None:
+def _find_table(content: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any] | None:
     """The table with these names, each inside the one before."""
     table: Any = content
     for name in names:

@@ -52,10 +52,10 @@ def choose_labels(config: ExportConfig, loaded: LoadedWeights) -> tuple[Labels, 
     if config.head != LOGITS:
         return (), "none"
     if (names := config.read_labels()) is not None:
-        return _named(config, names), "file"
+        return _make_labels(config, names), "file"
     if loaded.classes is not None:
         config.require_labels(loaded.classes, loaded.source)
-        return _named(config, loaded.classes), "checkpoint"
+        return _make_labels(config, loaded.classes), "checkpoint"
     if loaded.classes_fault is not None:
         raise InputError(
             "the names of the classes in the checkpoint cannot be used",
@@ -67,7 +67,7 @@ def choose_labels(config: ExportConfig, loaded: LoadedWeights) -> tuple[Labels, 
     if known is not None and _may_be_published(config):
         return tuple(known), "published"
     numbered = [f"class_{i}" for i in range(config.label_count)]
-    return _named(config, numbered), "numbered"
+    return _make_labels(config, numbered), "numbered"
 
 
 def _may_be_published(config: ExportConfig) -> bool:
@@ -80,7 +80,7 @@ def _may_be_published(config: ExportConfig) -> bool:
     return config.weights in NAMED_WEIGHTS or config.classes == IMAGENET_CLASSES
 
 
-def _named(config: ExportConfig, names: Sequence[str]) -> Labels:
+def _make_labels(config: ExportConfig, names: Sequence[str]) -> Labels:
     """``names`` as labels; of one logit, a single name is that of the positive class."""
     if len(names) < config.label_count:
         names = [f"not {names[0]}", names[0]]
@@ -92,7 +92,7 @@ def describe_export(config: ExportConfig, reference: Reference) -> Manifest:
     labels, source = choose_labels(config, reference.loaded)
     batch: int | str = config.batch or "batch"
     return Manifest(
-        model=_model(config, reference),
+        model=_describe_model(config, reference),
         input=TensorEntry(
             name=INPUT,
             shape=(batch, 3, config.img_size, config.img_size),
@@ -117,10 +117,10 @@ def describe_export(config: ExportConfig, reference: Reference) -> Manifest:
     )
 
 
-def _model(config: ExportConfig, reference: Reference) -> ModelEntry:
+def _describe_model(config: ExportConfig, reference: Reference) -> ModelEntry:
     loaded, classifier = reference.loaded, reference.classifier
     weights = WeightsEntry(
-        source=_source(config, loaded),
+        source=_describe_source(config, loaded),
         sha256=weights_fingerprint(classifier),
         seed=config.seed,
         ema=loaded.ema,
@@ -142,7 +142,7 @@ def _model(config: ExportConfig, reference: Reference) -> ModelEntry:
     )
 
 
-def _source(config: ExportConfig, loaded: LoadedWeights) -> str:
+def _describe_source(config: ExportConfig, loaded: LoadedWeights) -> str:
     """``"pretrained"``, ``"random"``, what a factory's own weights are called, or a file's name."""
     if config.weights in NAMED_WEIGHTS and loaded.source != AS_BUILT:
         return config.weights

@@ -43,7 +43,7 @@ def read_class_names(path: Path) -> ClassNames:
     try:
         text = read_text(path)
         if path.suffix.lower() == ".json":
-            return ClassNames(_names_in_json(json.loads(text), path))
+            return ClassNames(_read_json_names(json.loads(text), path))
     except (OSError, ValueError, RecursionError) as exc:  # what is no text or no JSON is a ValueError, too
         raise InputError(
             "the labels file cannot be read",
@@ -51,10 +51,10 @@ def read_class_names(path: Path) -> ClassNames:
             why=exc,
             remedy=FORMS,
         ) from exc
-    return _without_numbers([line.strip() for line in text.splitlines() if line.strip()], path)
+    return _strip_numbers([line.strip() for line in text.splitlines() if line.strip()], path)
 
 
-def _without_numbers(lines: Sequence[str], path: Path) -> ClassNames:
+def _strip_numbers(lines: Sequence[str], path: Path) -> ClassNames:
     """The names of lines that may be numbered; one line alone is never taken for a numbered one."""
     found = [NUMBERED.fullmatch(line) for line in lines]
     names = [match[2] for match in found if match]
@@ -65,10 +65,10 @@ def _without_numbers(lines: Sequence[str], path: Path) -> ClassNames:
     return ClassNames(tuple(names), note)
 
 
-def _names_in_json(content: Any, path: Path) -> tuple[str, ...]:
+def _read_json_names(content: Any, path: Path) -> tuple[str, ...]:
     """The names of a list, of ``{"0": name}`` or of ``{name: 0}``."""
     if isinstance(content, dict):
-        content = _in_order(content)
+        content = _put_in_order(content)
     if isinstance(content, list) and content and all(isinstance(name, str) for name in content):
         return tuple(content)
     raise InputError(
@@ -78,7 +78,7 @@ def _names_in_json(content: Any, path: Path) -> tuple[str, ...]:
     )
 
 
-def _in_order(content: dict[str, Any]) -> list[Any] | None:
+def _put_in_order(content: dict[str, Any]) -> list[Any] | None:
     """The names of a mapping between names and the numbers from 0; ``None`` for any other mapping."""
     by_number: dict[object, Any] = {int(key): name for key, name in content.items() if key.isdecimal()}
     if len(by_number) != len(content):

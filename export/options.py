@@ -155,8 +155,8 @@ def _add_flag(add: Callable[..., object], described_field: Field[Any], kind: Any
         *flags,
         dest=described_field.name,
         default=argparse.SUPPRESS,
-        help=_help(described_field),
-        **_reading(described_field, kind),
+        help=_write_help(described_field),
+        **_describe_reading(described_field, kind),
     )
     for flag, value, text in known.shortcuts:
         add(
@@ -169,7 +169,7 @@ def _add_flag(add: Callable[..., object], described_field: Field[Any], kind: Any
         )
 
 
-def _reading(described_field: Field[Any], kind: Any) -> dict[str, Any]:
+def _describe_reading(described_field: Field[Any], kind: Any) -> dict[str, Any]:
     """How argparse reads the value of a field of type ``kind``."""
     known, types = get_option(described_field), list_types(kind)
     if kind is bool:
@@ -179,19 +179,19 @@ def _reading(described_field: Field[Any], kind: Any) -> dict[str, Any]:
     number = next((t for t in types if t in (int, float)), None)
     choices = f"{{{','.join(known.choices)}}}" if known.choices else None
     return {
-        "type": _reader(number, known.range),
+        "type": _choose_reader(number, known.range),
         "metavar": known.metavar or choices,
     }
 
 
-def _reader(kind: type | None, numbers: Range | None) -> Callable[[str], Any] | None:
+def _choose_reader(kind: type | None, numbers: Range | None) -> Callable[[str], Any] | None:
     """What makes a number of the text on the command line; ``None`` for a text."""
     if kind is None or numbers is None:
         return kind
     return numbers.number if kind is float else numbers.whole
 
 
-def _help(described_field: Field[Any]) -> str:
+def _write_help(described_field: Field[Any]) -> str:
     """The help of a field with its default, as argparse wants it: ``%`` doubled."""
     default = described_field.default
     worth_reading = default is not MISSING and default is not None and not isinstance(default, bool)
@@ -230,7 +230,7 @@ class _Spelling:
     meaning: Mapping[bool, Any] | None = None
 
 
-def _spellings(settings: type) -> dict[str, _Spelling]:
+def _list_spellings(settings: type) -> dict[str, _Spelling]:
     """Every key of a settings file, with underscores: field names, ``no_NAME`` of what is on or off, and
     shortcuts such as ``int8``."""
     found: dict[str, _Spelling] = {}
@@ -240,11 +240,11 @@ def _spellings(settings: type) -> dict[str, _Spelling]:
         if bool in list_types(kind):
             found[f"no_{name}"] = _Spelling(name, {True: False, False: True})
         for flag, value, _ in get_option(described_field).shortcuts:
-            found[_plain(flag)] = _Spelling(name, {True: value, False: None})
+            found[_strip_key(flag)] = _Spelling(name, {True: value, False: None})
     return found
 
 
-def _plain(key: str) -> str:
+def _strip_key(key: str) -> str:
     """A key without leading hyphens and with underscores."""
     return key.lstrip("-").replace("-", "_")
 
@@ -256,41 +256,41 @@ def read_mapping(values: Mapping[str, Any], settings: type, where: object = None
         UnknownNameError: a key is no option.
         InputError: a value has another type than its option, or two keys contradict each other.
     """
-    spellings = _spellings(settings)
+    spellings = _list_spellings(settings)
     described = {f.name: f for f in fields(settings)}
     kinds = get_type_hints(settings)
     found: dict[str, Any] = {}
     keys: dict[str, str] = {}
     for key, value in values.items():
-        spelling = spellings.get(_plain(key))
+        spelling = spellings.get(_strip_key(key))
         if spelling is None:
-            raise _unknown_setting(key, spellings, described, where)
+            raise _make_unknown_setting_error(key, spellings, described, where)
         name = spelling.field
         if spelling.meaning is None:
-            meant = _typed(key, value, described[name], kinds[name], where)
+            meant = _convert(key, value, described[name], kinds[name], where)
         elif type(value) is bool:
             meant = spelling.meaning[value]
             if meant is None:
                 continue
         else:
-            raise _wrong_type(key, value, (bool,), where)
+            raise _make_wrong_type_error(key, value, (bool,), where)
         if name in found and found[name] != meant:
-            raise _contradiction(keys[name], key, where)
+            raise _make_contradiction_error(keys[name], key, where)
         found[name], keys[name] = meant, key
     return found
 
 
-def _unknown_setting(
+def _make_unknown_setting_error(
     key: str,
     spellings: Iterable[str],
     names: Iterable[str],
     where: object,
 ) -> UnknownNameError:
-    close = difflib.get_close_matches(_plain(key), spellings, n=2)
+    close = difflib.get_close_matches(_strip_key(key), spellings, n=2)
     return UnknownNameError("setting", key, close, sorted(names), where)
 
 
-def _contradiction(first: str, second: str, where: object) -> InputError:
+def _make_contradiction_error(first: str, second: str, where: object) -> InputError:
     return InputError(
         f"{first} and {second} contradict each other",
         where=where,
@@ -298,7 +298,7 @@ def _contradiction(first: str, second: str, where: object) -> InputError:
     )
 
 
-def _typed(
+def _convert(
     key: str,
     value: Any,
     described_field: Field[Any],
@@ -316,7 +316,7 @@ def _typed(
         return value
     written = get_option(described_field).written
     if type(value) not in written:
-        raise _wrong_type(key, value, (*types, *written), where)
+        raise _make_wrong_type_error(key, value, (*types, *written), where)
     if type(value) is not list:
         return str(value)
     if not value or not all(type(item) in (str, int, float) for item in value):
@@ -329,7 +329,7 @@ def _typed(
     return items if get_option(described_field).is_list else ",".join(items)
 
 
-def _wrong_type(key: str, value: Any, types: Iterable[type], where: object) -> InputError:
+def _make_wrong_type_error(key: str, value: Any, types: Iterable[type], where: object) -> InputError:
     names = " or ".join(t.__name__ for t in types)
     return InputError(
         f"{key} = {value!r} should be {names}",

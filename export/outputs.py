@@ -77,7 +77,7 @@ def identify_outputs(model: nn.Module, batch: np.ndarray, logits: np.ndarray) ->
     else:
         kind = find_kind(logits, operation)
     if kind == LOGITS and own.min() >= 0 and operation not in LINEAR:
-        kind = _kind_by_bounds(own, probe)
+        kind = _find_kind_by_bounds(own, probe)
     _require_differences(own, operation, probe)
     return kind
 
@@ -105,7 +105,7 @@ def find_kind(logits: np.ndarray, operation: str) -> str:
     return SCORES if operation in SIGMOIDS else LOGITS
 
 
-def _kind_by_bounds(own: np.ndarray, probe: Probe) -> str:
+def _find_kind_by_bounds(own: np.ndarray, probe: Probe) -> str:
     """The kind of values that are not negative: logits leave any bounds when the model's last linear
     operation grows, and probabilities do not.
 

@@ -142,21 +142,21 @@ def finish(
         Journal(list_steps_to_finish(config), progress) as journal,
         BundleWriter(config.target) as writer,
     ):
-        graph, manifest = _chosen(config, prepared, verdict)
+        graph, manifest = _make_chosen_graph(config, prepared, verdict)
         differences = prepared.differences
         if Step.TYPE in journal:
-            graph, typing, found = _typed(config, graph, prepared, journal)
+            graph, typing, found = _type_graph(config, graph, prepared, journal)
             manifest, differences = (
                 replace(manifest, typing=typing),
                 differences | found,
             )
         with journal.step(Step.FILES, format=config.format):
-            manifest = _with_files(config, writer, manifest, graph, prepared)
+            manifest = _add_files(config, writer, manifest, graph, prepared)
         if Step.BUILD in journal:
             journal.take(Step.BUILD)
-            manifest = _with_engine(config, writer, manifest, progress)
+            manifest = _add_engine(config, writer, manifest, progress)
         with journal.step(Step.VERIFY):
-            result = _verified(config, writer, manifest, prepared, progress)
+            result = _verify(config, writer, manifest, prepared, progress)
             manifest = replace(manifest, verification=result.entry(differences))
         speed = None
         if Step.MEASURE in journal:
@@ -168,7 +168,7 @@ def finish(
             return _commit(config, writer, manifest)
 
 
-def _with_files(
+def _add_files(
     config: ExportConfig,
     writer: BundleWriter,
     manifest: Manifest,
@@ -195,7 +195,7 @@ def _commit(config: ExportConfig, writer: BundleWriter, manifest: Manifest) -> B
     return bundle
 
 
-def _chosen(
+def _make_chosen_graph(
     config: ExportConfig,
     prepared: Prepared,
     verdict: VerdictEntry | None,
@@ -214,7 +214,7 @@ def _chosen(
     return graph, manifest
 
 
-def _typed(
+def _type_graph(
     config: ExportConfig,
     graph: onnx.ModelProto,
     prepared: Prepared,
@@ -234,7 +234,7 @@ def _typed(
     return result.model, describe_typing(result, images), differences
 
 
-def _with_engine(
+def _add_engine(
     config: ExportConfig,
     writer: BundleWriter,
     manifest: Manifest,
@@ -252,7 +252,7 @@ def _with_engine(
     return manifest
 
 
-def _verified(
+def _verify(
     config: ExportConfig,
     writer: BundleWriter,
     manifest: Manifest,

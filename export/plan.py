@@ -154,7 +154,7 @@ def describe_plan(config: ExportConfig) -> dict[str, Any]:
         InputError: the labels are not one a class.
         DataError: the images that it names cannot be used.
     """
-    images = _images(config)
+    images = _plan_images(config)
     plan: dict[str, Any] = {
         "bundle": " or ".join(map(str, config.targets)),
         "replaces": any(target.exists() for target in config.targets),
@@ -182,28 +182,28 @@ def describe_plan(config: ExportConfig) -> dict[str, Any]:
         "classes": config.classes,
         "precision": config.precision,
         "format": config.format,
-        "steps": _titles(config, images["images"]),
+        "steps": _list_titles(config, images["images"]),
     }
 
 
 def plan_text(plan: dict[str, Any]) -> str:
     """A plan of :func:`describe_plan` for a reader, one entry a line."""
-    lines = [f"{key:<12} {escape_line(_entry_text(key, value))}" for key, value in plan.items()]
+    lines = [f"{key:<12} {escape_line(_format_entry(key, value))}" for key, value in plan.items()]
     return "\n".join([*lines, "dry run: nothing was written"])
 
 
-def _entry_text(key: str, value: Any) -> str:
+def _format_entry(key: str, value: Any) -> str:
     """An entry of a plan in words."""
     if key in ENTRY_TEXTS:
         return ENTRY_TEXTS[key](value)
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _replaces_text(replaces: bool) -> str:
+def _format_replaces(replaces: bool) -> str:
     return "a bundle that exists" if replaces else "nothing"
 
 
-def _images_text(images: dict[str, Any]) -> str:
+def _format_images(images: dict[str, Any]) -> str:
     """``"300 generated images"``, or ``"300 images from photos/train"``."""
     count, source = images["images"], images["source"]
     noun = "image" if count == 1 else "images"
@@ -212,11 +212,11 @@ def _images_text(images: dict[str, Any]) -> str:
     return f"{count} {noun} from {source}"
 
 
-def _evaluation_text(evaluation: dict[str, int]) -> str:
+def _format_evaluation(evaluation: dict[str, int]) -> str:
     return f"{evaluation['images']} images of {evaluation['classes']} classes"
 
 
-def _allowed_text(allowed: dict[str, Any]) -> str:
+def _format_allowed(allowed: dict[str, Any]) -> str:
     """The limits within which ``auto`` chooses; what has no limit is left out."""
     limits = [
         ("drop", "a drop of {:g} percentage points of top-1"),
@@ -227,22 +227,22 @@ def _allowed_text(allowed: dict[str, Any]) -> str:
     return ", ".join(text.format(allowed[name]) for name, text in limits if allowed[name] is not None)
 
 
-def _input_text(shape: list[Any]) -> str:
+def _format_input(shape: list[Any]) -> str:
     return " x ".join(map(str, shape))
 
 
 ENTRY_TEXTS: dict[str, Callable[[Any], str]] = {
-    "replaces": _replaces_text,
-    "calibration": _images_text,
-    "ranges": _images_text,
-    "evaluation": _evaluation_text,
-    "allowed": _allowed_text,
-    "input": _input_text,
+    "replaces": _format_replaces,
+    "calibration": _format_images,
+    "ranges": _format_images,
+    "evaluation": _format_evaluation,
+    "allowed": _format_allowed,
+    "input": _format_input,
 }
 """Name of an entry of a plan -> what puts it in words, where its value alone does not say it."""
 
 
-def _images(config: ExportConfig) -> dict[str, Any]:
+def _plan_images(config: ExportConfig) -> dict[str, Any]:
     """The images that an export calibrates on or observes; synthetic ones are made from the model, which a
     plan does not load."""
     if config.data == SYNTHETIC:
@@ -262,7 +262,7 @@ def _describe_subject(config: ExportConfig) -> dict[str, Any]:
 
     Weights that would be downloaded are not: random ones stand in for them.
     """
-    download = _download_of(config)
+    download = _find_download(config)
     opened = replace(config, weights="random") if download else config
     reference = make_reference(opened)
     manifest = describe_export(opened, reference)
@@ -282,7 +282,7 @@ def _describe_subject(config: ExportConfig) -> dict[str, Any]:
     return found | {"labels": f"{len(manifest.labels)} ({manifest.labels_source})"}
 
 
-def _download_of(config: ExportConfig) -> str | None:
+def _find_download(config: ExportConfig) -> str | None:
     """Address of the weights that a run would have to download."""
     spec = config.spec
     published = spec.pretrained
@@ -300,7 +300,7 @@ def _count_evaluation(path: str, limit: int | None) -> dict[str, int]:
     return {"images": count, "classes": len(labelled.classes)}
 
 
-def _titles(config: ExportConfig, images: int) -> list[str]:
+def _list_titles(config: ExportConfig, images: int) -> list[str]:
     """What a run announces."""
     titles = []
     for step in list_steps(config):

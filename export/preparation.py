@@ -67,8 +67,8 @@ def prepare(config: ExportConfig, progress: Progress) -> Prepared:
             bundle = Bundle(config.target, manifest)
             evaluation = steps.match_evaluation(bundle, config.eval_data, config.by_order)
             progress.tell(evaluation.images.note)
-        data = _images(config, reference, journal, progress)
-        graph, differences = _graph(config, reference, journal)
+        data = _make_images(config, reference, journal, progress)
+        graph, differences = _make_graph(config, reference, journal)
         quantized = None
         if data is not None and Step.CALIBRATE in journal:
             with journal.step(Step.CALIBRATE, images=len(data)):
@@ -91,7 +91,7 @@ def prepare(config: ExportConfig, progress: Progress) -> Prepared:
         )
 
 
-def _images(
+def _make_images(
     config: ExportConfig,
     reference: Reference,
     journal: Journal,
@@ -107,7 +107,7 @@ def _images(
         return steps.make_images(config, reference.classifier, count, progress.count)
 
 
-def _graph(
+def _make_graph(
     config: ExportConfig, reference: Reference, journal: Journal
 ) -> tuple[onnx.ModelProto, Differences]:
     """The simplified float32 graph with a dynamic batch, and the differences of its steps."""

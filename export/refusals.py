@@ -92,7 +92,7 @@ def explaining_types() -> Iterator[None]:
     try:
         yield
     except StepError as exc:
-        if not BFLOAT16.search(_texts(exc)):
+        if not BFLOAT16.search(_join_messages(exc)):
             raise
         raise InputError(
             "the model computes in bfloat16 in its forward, which ONNX's operators do not take",
@@ -101,7 +101,7 @@ def explaining_types() -> Iterator[None]:
         ) from exc
 
 
-def _texts(exc: BaseException | None) -> str:
+def _join_messages(exc: BaseException | None) -> str:
     """The messages of an exception and of its causes."""
     parts = []
     while exc is not None:
@@ -111,38 +111,38 @@ def _texts(exc: BaseException | None) -> str:
 
 
 def _explain(exc: BaseException, model: nn.Module, example: Tensor) -> InputError | None:
-    text = _texts(exc)
+    text = _join_messages(exc)
     if found := UNKNOWN_OPERATOR.search(text):
         operator = found[1]
         return InputError(
             f"ONNX has no operator for {operator}",
-            where=_line_of(operator, model, example),
+            where=_find_line_of(operator, model, example),
             remedy=OPERATOR_REMEDY,
         )
     if DATA_DEPENDENT.search(text):
         _, _, call = text.partition("The following call raised this error:")
         return InputError(
             "the model decides by the values of the image what it does, which a graph cannot",
-            where=_users_line(call) or _raising_line(exc),
+            where=_find_users_line(call) or _find_raising_line(exc),
             remedy=BRANCH_REMEDY,
         )
     if TO_NUMPY.search(text):
         return InputError(
             "the model computes with NumPy on values of the image, which a graph cannot hold",
-            where=_raising_line(exc),
+            where=_find_raising_line(exc),
             remedy="use PyTorch's operations; choose between two cases with torch.where",
         )
     if GENERATOR.search(text):
         _, _, call = text.partition("Original traceback:")
         return InputError(
             "the model draws numbers from a torch.Generator in its forward, which a graph cannot hold",
-            where=_users_line(call),
+            where=_find_users_line(call),
             remedy=GENERATOR_REMEDY,
         )
     return None
 
 
-def _raising_line(exc: BaseException | None) -> str | None:
+def _find_raising_line(exc: BaseException | None) -> str | None:
     """``file:line, in function: code`` of the user's innermost line that was running when torch raised
     ``exc`` or one of its causes."""
     found = None
@@ -166,7 +166,7 @@ def _is_users(file: str) -> bool:
     return not file.startswith(STANDARD_LIBRARY)
 
 
-def _line_of(operator: str, model: nn.Module, example: Tensor) -> str | None:
+def _find_line_of(operator: str, model: nn.Module, example: Tensor) -> str | None:
     """The line that calls ``operator``, which torch.onnx does not tell but torch.export does."""
     try:
         graph = torch.export.export(model, (example,), strict=True).graph  # strict: with the innermost line
@@ -174,11 +174,11 @@ def _line_of(operator: str, model: nn.Module, example: Tensor) -> str | None:
         return None
     for node in graph.nodes:
         if operator.replace("::", ".") in str(node.target):
-            return _users_line(node.meta.get("stack_trace") or "")
+            return _find_users_line(node.meta.get("stack_trace") or "")
     return None
 
 
-def _users_line(trace: str) -> str | None:
+def _find_users_line(trace: str) -> str | None:
     """``file:line, in function: code`` of the last line in ``trace`` that is not torch's."""
     frames = [frame for frame in FRAME.findall(trace) if not frame[0].startswith(TORCH)]
     if not frames:

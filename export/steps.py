@@ -149,15 +149,17 @@ def require_unit_scale(spec: Preprocess) -> None:
         _require_no_reciprocal(spec)
         _require_applicable(spec)
         return
-    mean, std = (_converted(values, most) for values, most in ((spec.mean, MAX_MEAN), (spec.std, MAX_STD)))
+    mean, std = (
+        _describe_conversion(values, most) for values, most in ((spec.mean, MAX_MEAN), (spec.std, MAX_STD))
+    )
     raise InputError(
-        f"mean {_listed(spec.mean)} and std {_listed(spec.std)} are not of values from 0 to 1",
+        f"mean {_format_list(spec.mean)} and std {_format_list(spec.std)} are not of values from 0 to 1",
         why="they look like those of values from 0 to 255; the pixels are divided by 255 first",
         remedy=f"give both of values from 0 to 1: --mean {mean} --std {std}",
     )
 
 
-def _converted(values: tuple[float, float, float], most: float) -> str:
+def _describe_conversion(values: tuple[float, float, float], most: float) -> str:
     """A mean or deviation of values from 0 to 1. It is divided by 255 where it is above ``most``; where it
     is the reciprocal of a deviation of values from 0 to 255, the deviation is worked out.
 
@@ -182,9 +184,9 @@ def _looks_reciprocal(std: tuple[float, float, float]) -> bool:
 def _require_no_reciprocal(spec: Preprocess) -> None:
     if not _looks_reciprocal(spec.std):
         return
-    std = _converted(spec.std, MAX_STD)
+    std = _describe_conversion(spec.std, MAX_STD)
     raise InputError(
-        f"std {_listed(spec.std)} looks like the reciprocal of a deviation of values from 0 to 255",
+        f"std {_format_list(spec.std)} looks like the reciprocal of a deviation of values from 0 to 255",
         why="a deviation of pixels from 0 to 1 is seldom below 0.03; 0.017 is 1 / 58.8",
         remedy=f"give the deviation of values from 0 to 1: --std {std}",
     )
@@ -198,7 +200,7 @@ def _require_applicable(spec: Preprocess) -> None:
         )
 
 
-def _listed(values: tuple[float, float, float]) -> str:
+def _format_list(values: tuple[float, float, float]) -> str:
     return ",".join(f"{value:g}" for value in values)
 
 
@@ -470,11 +472,11 @@ def verify_bundle(
             progress=progress,
             candidate=candidate,
         )
-    notes = [*result.notes, *_notes_on_checkpoint(config, bundle, reference.loaded)]
+    notes = [*result.notes, *_write_notes_on_checkpoint(config, bundle, reference.loaded)]
     return replace(result, notes=tuple(notes))
 
 
-def _notes_on_checkpoint(config: ExportConfig, bundle: Bundle, loaded: LoadedWeights) -> list[str]:
+def _write_notes_on_checkpoint(config: ExportConfig, bundle: Bundle, loaded: LoadedWeights) -> list[str]:
     """What a user should know of a checkpoint file: names of classes that it lacks, keys that were left
     out."""
     notes = []

@@ -114,7 +114,7 @@ def export_onnx(
     with contextlib.suppress(
         StepError, ParityError, InputError
     ):  # a model may build its shapes in another way
-        graph = _batch_freed(trace(model, img_size, opset, outputs, TRACED_BATCH))
+        graph = _free_batch_size(trace(model, img_size, opset, outputs, TRACED_BATCH))
         check(graph)
         return graph
     graph = trace(model, img_size, opset, outputs, None)
@@ -185,13 +185,13 @@ def trace(
             if batch == TRACED_BATCH:  # before it is folded into constants
                 _free_batch(program.model.graph)
             program.optimize()
-        return _anonymous(
+        return _strip_metadata(
             program.model_proto,
             "model." if isinstance(model, (FeatureMaps, TwoLabels)) else "",
         )
 
 
-def _batch_freed(model: onnx.ModelProto) -> onnx.ModelProto:
+def _free_batch_size(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of ``model``, traced with :data:`TRACED_BATCH`, in which every shape that begins with it is
     open.
 
@@ -201,13 +201,13 @@ def _batch_freed(model: onnx.ModelProto) -> onnx.ModelProto:
     with open_view(model) as view:
         _free_batch(view.graph)
         result = write_model(view)
-    return _with_ends(result, 0)
+    return _set_batch_at_ends(result, 0)
 
 
 def _free_batch(graph: ir.Graph) -> None:
-    """See :func:`_batch_freed`, in place."""
+    """See :func:`_free_batch_size`, in place."""
     for value in (graph.inputs[0], *(value for node in graph for value in node.outputs)):
-        value.shape = _with_open_batch(value.shape)
+        value.shape = _open_batch(value.shape)
     shapes = [node for node in graph if node.op_type == "Concat" and _begins_with_batch(node)]
     if not shapes:
         return
@@ -224,7 +224,7 @@ def _free_batch(graph: ir.Graph) -> None:
         node.replace_input_with(0, opened if _is_reshape_only(node) else size.outputs[0])
 
 
-def _with_open_batch(shape: ir.Shape | None) -> ir.Shape | None:
+def _open_batch(shape: ir.Shape | None) -> ir.Shape | None:
     """A shape with a symbol in place of the traced batch, which optimizers would take for a constant."""
     if shape is None or len(shape) == 0 or shape[0] != TRACED_BATCH:
         return shape
@@ -233,21 +233,21 @@ def _with_open_batch(shape: ir.Shape | None) -> ir.Shape | None:
 
 def _begins_with_batch(concat: ir.Node) -> bool:
     """Whether it makes a constant shape of which the first dimension is the traced batch."""
-    parts = [_integers(value) for value in concat.inputs]
-    return all(part is not None for part in parts) and _joined(parts)[0] == TRACED_BATCH
+    parts = [_read_integers(value) for value in concat.inputs]
+    return all(part is not None for part in parts) and _join(parts)[0] == TRACED_BATCH
 
 
 def _is_reshape_only(concat: ir.Node) -> bool:
     """Whether only reshapes read the shape, and no other dimension of it is open."""
     readers = {node.op_type for node in find_readers(concat.outputs[0])}
-    return readers == {"Reshape"} and -1 not in _joined([_integers(value) for value in concat.inputs])
+    return readers == {"Reshape"} and -1 not in _join([_read_integers(value) for value in concat.inputs])
 
 
-def _joined(parts: Sequence[np.ndarray | None]) -> np.ndarray:
+def _join(parts: Sequence[np.ndarray | None]) -> np.ndarray:
     return np.concatenate([part for part in parts if part is not None])
 
 
-def _integers(value: ir.Value | None) -> np.ndarray | None:
+def _read_integers(value: ir.Value | None) -> np.ndarray | None:
     """The value of an int64 initializer or of a ``Constant`` node, with at least one dimension."""
     array = read_array(value)
     if array is None or (value is not None and value.is_initializer() and array.dtype != np.int64):
@@ -274,7 +274,7 @@ def simplify(graph: onnx.ModelProto) -> onnx.ModelProto:
                 "step 'simplify' failed: onnxsim's own check did not pass",
                 remedy="report the model",
             )
-    return check_graph("simplify", _relabelled(_anonymous(simplified), graph))
+    return check_graph("simplify", _restore_labels(_strip_metadata(simplified), graph))
 
 
 def set_batch(graph: onnx.ModelProto, batch: int) -> onnx.ModelProto:
@@ -287,10 +287,10 @@ def set_batch(graph: onnx.ModelProto, batch: int) -> onnx.ModelProto:
     copy.CopyFrom(graph)
     for node in copy.graph.node:
         del node.metadata_props[:]
-    return _with_ends(copy, batch)
+    return _set_batch_at_ends(copy, batch)
 
 
-def _with_ends(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
+def _set_batch_at_ends(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
     """``model``, in place, with the batch size of its input and outputs set, and no shapes of what lies
     between."""
     del model.graph.value_info[:]
@@ -333,7 +333,7 @@ def require_parity(
 ) -> float:
     """The largest difference of any output; raises :class:`ParityError` with the step's name beyond
     ``atol``."""
-    differences = [_largest_difference(a, b) for a, b in zip(ours, reference, strict=True)]
+    differences = [_find_largest_difference(a, b) for a, b in zip(ours, reference, strict=True)]
     for i, (found, expected) in enumerate(zip(differences, reference, strict=True)):
         allowed = atol * max(1.0, float(np.abs(expected).max()))
         if not found <= allowed:
@@ -345,7 +345,7 @@ def require_parity(
     return max(differences)
 
 
-def _largest_difference(ours: np.ndarray, reference: np.ndarray) -> float:
+def _find_largest_difference(ours: np.ndarray, reference: np.ndarray) -> float:
     """Infinite where ``ours`` is not finite."""
     return float(np.abs(ours - reference).max()) if np.isfinite(ours).all() else float("inf")
 
@@ -384,7 +384,7 @@ def guarded(step: str) -> Iterator[None]:
         ) from exc
 
 
-def _anonymous(graph: onnx.ModelProto, wrapper: str = "") -> onnx.ModelProto:
+def _strip_metadata(graph: onnx.ModelProto, wrapper: str = "") -> onnx.ModelProto:
     """Without doc strings and metadata, which name files of the exporting machine; of the latter only module
     names stay.
 
@@ -394,7 +394,7 @@ def _anonymous(graph: onnx.ModelProto, wrapper: str = "") -> onnx.ModelProto:
     graph.doc_string = graph.graph.doc_string = ""
     graph.producer_name, graph.producer_version = "cmt-edge", ""
     for node in graph.graph.node:
-        module = _module(node)
+        module = _find_module(node)
         del node.metadata_props[:]
         node.doc_string = ""
         if module:
@@ -408,7 +408,7 @@ def _anonymous(graph: onnx.ModelProto, wrapper: str = "") -> onnx.ModelProto:
     return graph
 
 
-def _module(node: onnx.NodeProto) -> str | None:
+def _find_module(node: onnx.NodeProto) -> str | None:
     """Path of the module whose ``forward`` made ``node``, as torch.onnx recorded it; ``None`` where it is not
     known."""
     known: dict[str, str] = {entry.key: entry.value for entry in node.metadata_props}
@@ -421,11 +421,14 @@ def _module(node: onnx.NodeProto) -> str | None:
     return str(scopes[-2]) if len(scopes) > 1 and scopes[0] == "" else None
 
 
-def _relabelled(simplified: onnx.ModelProto, traced: onnx.ModelProto) -> onnx.ModelProto:
+def _restore_labels(simplified: onnx.ModelProto, traced: onnx.ModelProto) -> onnx.ModelProto:
     """``simplified`` with module names on operations that onnxsim made too: the name of what reads their
     result first."""
     known = {
-        output: module for node in traced.graph.node if (module := _module(node)) for output in node.output
+        output: module
+        for node in traced.graph.node
+        if (module := _find_module(node))
+        for output in node.output
     }
     for node in reversed(simplified.graph.node):
         module = next((known[name] for name in node.output if name in known), None)

@@ -239,11 +239,11 @@ def _round_output(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
 def _count_operations(model: onnx.ModelProto) -> dict[str, int]:
     """The number of computing operations by the precision that they read."""
     with open_view(model, types=True) as view:
-        precisions = [_precision(node) for node in view.graph if node.op_type not in NOT_COUNTED]
+        precisions = [_find_precision(node) for node in view.graph if node.op_type not in NOT_COUNTED]
     return dict(Counter(precision for precision in precisions if precision is not None))
 
 
-def _precision(node: ir.Node) -> str | None:
+def _find_precision(node: ir.Node) -> str | None:
     """The precision in which ``node`` computes; ``None`` for an operation on integers."""
     kinds = {value.dtype for value in node.outputs}
     if node.op_type in INT8_OPS and _reads_int8(node):
@@ -270,7 +270,7 @@ class _Islands:
                 self._decide(node)
 
     def _decide(self, node: ir.Node) -> None:
-        found = self._reason(node)
+        found = self._find_reason(node)
         if found is None:
             return
         reason, value = found
@@ -302,39 +302,39 @@ class _Islands:
                 None,
             )
 
-    def _reason(self, node: ir.Node) -> tuple[str, float] | None:
+    def _find_reason(self, node: ir.Node) -> tuple[str, float] | None:
         """Why ``node`` cannot be float16, with the observed value; ``None`` if it can."""
         for value in (*node.inputs, *node.outputs):
-            if (largest := self._largest(value)) > LIMIT:
+            if (largest := self._find_largest(value)) > LIMIT:
                 return "values leave float16", largest
         fixed = ALWAYS_FLOAT.get(node.op_type, ())
         for position, value in enumerate(node.inputs):
-            bad = _unrepresentable(read_array(value)) if position not in fixed else None
+            bad = _find_unrepresentable(read_array(value)) if position not in fixed else None
             if bad is not None:
                 return "a constant leaves float16", bad
-        return self._inside(node)
+        return self._look_inside(node)
 
-    def _inside(self, node: ir.Node) -> tuple[str, float] | None:
+    def _look_inside(self, node: ir.Node) -> tuple[str, float] | None:
         """What would go wrong inside an operation whose inputs and outputs fit."""
-        largest = max(map(self._largest, node.inputs), default=0.0)
+        largest = max(map(self._find_largest, node.inputs), default=0.0)
         if node.op_type == "LayerNormalization" and largest**2 > LIMIT:
             return "squares of its input leave float16", largest
         if node.op_type == "Softmax" and largest > MAX_SCORE:
             return "scores too large for float16's steps", largest
-        if node.op_type in SUMS and largest ** SUMS[node.op_type] * _summed(node) > LIMIT:
+        if node.op_type in SUMS and largest ** SUMS[node.op_type] * _count_summed(node) > LIMIT:
             return "its sum leaves float16", largest
         answers = [value for value in node.outputs if value.is_graph_output()]
-        logits = max(map(self._largest, answers), default=0.0)
+        logits = max(map(self._find_largest, answers), default=0.0)
         if logits > MAX_SCORE and any(value.dtype == FLOAT for value in node.outputs):
             return LARGE_LOGITS, logits
         return None
 
-    def _largest(self, value: ir.Value | None) -> float:
+    def _find_largest(self, value: ir.Value | None) -> float:
         """The largest observed absolute value of a tensor; 0 where nothing was observed."""
         return self._observed.get(name_of(value), 0.0)
 
 
-def _summed(node: ir.Node) -> int:
+def _count_summed(node: ir.Node) -> int:
     """How many values an element of the output sums; the batch and other open dimensions count as 1."""
     before, after = (_count_elements(value) for value in (node.inputs[0], node.outputs[0]))
     return max(1, before // max(1, after))
@@ -345,7 +345,7 @@ def _count_elements(value: ir.Value | None) -> int:
     return math.prod(dim for dim in dims if isinstance(dim, int) and dim > 0)
 
 
-def _unrepresentable(constant: np.ndarray | None) -> float | None:
+def _find_unrepresentable(constant: np.ndarray | None) -> float | None:
     """A constant's largest value, if float16 cannot hold it: it is too large, or everything would become
     0."""
     if constant is None or constant.dtype != np.float32 or not constant.size:
@@ -377,7 +377,7 @@ class _Conversion:
             self._graph.register_initializer(value)
 
     def _convert(self, node: ir.Node) -> None:
-        kind = self._kind(node)
+        kind = self._find_kind(node)
         fixed = ALWAYS_FLOAT.get(node.op_type, ())
         for position, value in enumerate(node.inputs):
             if value is not None:
@@ -406,7 +406,7 @@ class _Conversion:
         self._types[output] = FLOAT
         self._casts[output, HALF] = value
 
-    def _kind(self, node: ir.Node) -> ir.DataType:
+    def _find_kind(self, node: ir.Node) -> ir.DataType:
         """The type of the float side of an operation."""
         if node.op_type == QUANTIZE:  # keeps the type of its input: a conversion before it would cost time
             return self._types[get_input(node, 0)]
@@ -420,7 +420,7 @@ class _Conversion:
     def _read(self, node: ir.Node, value: ir.Value, kind: ir.DataType) -> ir.Value:
         """What ``node`` reads instead of ``value`` in type ``kind``; other types than float32 stay."""
         if value.is_initializer():
-            return self._constant(value, kind)
+            return self._make_constant(value, kind)
         have = self._types.get(value)
         if have is None or have == kind:
             return value
@@ -431,7 +431,7 @@ class _Conversion:
             self._casts[value, kind] = cast.outputs[0]
         return self._casts[value, kind]
 
-    def _constant(self, value: ir.Value, kind: ir.DataType) -> ir.Value:
+    def _make_constant(self, value: ir.Value, kind: ir.DataType) -> ir.Value:
         """A constant in type ``kind``; other types than float32 stay."""
         name = name_of(value)
         if value.dtype != FLOAT or kind == FLOAT:
@@ -457,13 +457,13 @@ def _round_scales(graph: ir.Graph) -> None:
         array, key = read_constant(value), get_input(node, 1)
         ratio = exact[key].astype(np.float64) / held[key]
         axis = node.attributes.get_int("axis", 1)
-        again = np.rint(array * _along(ratio, axis, array.ndim))
+        again = np.rint(array * _shape_along(ratio, axis, array.ndim))
         set_constant(value, np.clip(again, -128, 127).astype(np.int8))
     for value, scale in held.items():
         set_constant(value, np.asarray(scale, np.float32))
 
 
-def _along(values: np.ndarray, axis: int, ndim: int) -> np.ndarray:
+def _shape_along(values: np.ndarray, axis: int, ndim: int) -> np.ndarray:
     """``values``, a scalar or one a channel, shaped to broadcast along ``axis`` of ``ndim`` dimensions."""
     if values.ndim == 0 or values.size == 1:
         return values.reshape(())

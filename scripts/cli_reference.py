@@ -68,7 +68,7 @@ class Markdown(argparse.HelpFormatter):
     def add_argument(self, action: argparse.Action) -> None:
         """A row of the table."""
         if action.help is not argparse.SUPPRESS:
-            self.rows.append(f"| {_names(action)} | {self._text(action)} |")
+            self.rows.append(f"| {_format_names(action)} | {self._write_help(action)} |")
 
     def end_section(self) -> None:
         """Close the table, unless it is empty."""
@@ -81,12 +81,12 @@ class Markdown(argparse.HelpFormatter):
         """The tables of the whole command."""
         return "\n\n".join(self.parts) + "\n"
 
-    def _text(self, action: argparse.Action) -> str:
+    def _write_help(self, action: argparse.Action) -> str:
         text = (action.help or "") % {**vars(action), "prog": ""}
         return text.replace("|", "\\|")
 
 
-def _names(action: argparse.Action) -> str:
+def _format_names(action: argparse.Action) -> str:
     """Flags and value of an option, or the name of an argument."""
     value = action.metavar or (action.dest if not action.option_strings else action.dest.upper())
     shown = str(value).replace("|", "\\|")

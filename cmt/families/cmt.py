@@ -79,21 +79,21 @@ class Attention(nn.Module):
         if self.reduction > 1:
             reduced = to_tokens(self.reduce_norm(self.reduce(to_map(x, *size))))  # (B, Nk, C)
         if self.over_keys:
-            return self._over_keys(x, reduced, position_bias)
+            return self._attend_over_keys(x, reduced, position_bias)
         q = split_heads(self.q(x), self.heads)
-        k, v = self._keys_values(reduced)
+        k, v = self._compute_keys_values(reduced)
         scores = apply_scale(q @ k.transpose(-2, -1), self.scale) + position_bias  # (B, heads, N, Nk)
         mixed: Tensor = self.proj(merge_heads(scores.softmax(-1) @ v))
         return mixed
 
-    def _keys_values(self, reduced: Tensor) -> tuple[Tensor, Tensor]:
+    def _compute_keys_values(self, reduced: Tensor) -> tuple[Tensor, Tensor]:
         """``(B, Nk, C)`` -> keys and values, ``(B, heads, Nk, d)`` each."""
         if self.kv is None:
             return split_heads(self.k(reduced), self.heads), split_heads(self.v(reduced), self.heads)
         both = split_heads(self.kv(reduced), 2 * self.heads)
         return both[:, : self.heads], both[:, self.heads :]
 
-    def _over_keys(self, x: Tensor, reduced: Tensor, position_bias: Tensor) -> Tensor:
+    def _attend_over_keys(self, x: Tensor, reduced: Tensor, position_bias: Tensor) -> Tensor:
         """Attention in which only the keys' tokens are projected; a key has a row of C channels for each
         head.
 
@@ -290,7 +290,7 @@ def _init(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def _stage(match: re.Match[str]) -> str:
+def _rename_stage(match: re.Match[str]) -> str:
     """``stages.0`` for the published letter ``a``."""
     return f"stages.{'abcd'.index(match[1])}"
 
@@ -302,19 +302,19 @@ _RENAMES: KeyRenames = [
     ),
     (
         re.compile(r"^relative_pos_([a-d])$"),
-        lambda m: f"{_stage(m)}.position_bias",
+        lambda m: f"{_rename_stage(m)}.position_bias",
     ),
     (
         re.compile(r"^patch_embed_([a-d])\.proj\."),
-        lambda m: f"{_stage(m)}.embed.",
+        lambda m: f"{_rename_stage(m)}.embed.",
     ),
     (
         re.compile(r"^patch_embed_([a-d])\.norm\."),
-        lambda m: f"{_stage(m)}.norm.",
+        lambda m: f"{_rename_stage(m)}.norm.",
     ),
     (
         re.compile(r"^blocks_([a-d])\."),
-        lambda m: f"{_stage(m)}.blocks.",
+        lambda m: f"{_rename_stage(m)}.blocks.",
     ),
     (re.compile(r"(blocks\.\d+)\.proj\."), r"\1.lpu."),
     (re.compile(r"\.attn\.sr\.0\."), ".attn.reduce."),
@@ -356,7 +356,7 @@ def resize_position_bias(bias: Tensor, queries: int, keys: int) -> Tensor:
     return bias
 
 
-def _resizable(old: torch.Size, new: torch.Size) -> bool:
+def _is_resizable(old: torch.Size, new: torch.Size) -> bool:
     """Whether two position biases differ only in the sizes of their (square) grids."""
     square = len(old) == 3 and all(round(n**0.5) ** 2 == n for n in old[1:])
     return square and old != new and old[0] == new[0]
@@ -369,7 +369,7 @@ def resize(model: nn.Module, state: StateDict) -> tuple[StateDict, list[str]]:
     """
     state, changed = dict(state), []
     for key, target in model.state_dict().items():
-        if key.endswith("position_bias") and key in state and _resizable(state[key].shape, target.shape):
+        if key.endswith("position_bias") and key in state and _is_resizable(state[key].shape, target.shape):
             state[key] = resize_position_bias(state[key].float(), *target.shape[1:])
             changed.append(key)
     return state, changed
@@ -399,7 +399,7 @@ _FIGURES = "paper Table 1 and official README; MACs and parameters counted on th
 """Where the figures of the ImageNet models come from."""
 
 
-def _spec(
+def _make_spec(
     name: str,
     img_size: int,
     params: int,
@@ -424,7 +424,7 @@ def _spec(
     )
 
 
-def _published(file: str) -> dict[str, Any]:
+def _describe_published(file: str) -> dict[str, Any]:
     """Settings of a model with official weights in the release file ``file``."""
     return {
         "pretrained": Pretrained(f"{_RELEASE}{file}"),
@@ -454,11 +454,11 @@ _CONFIGS = {
 
 SPECS = (
     #     name      size      params           macs   top-1
-    _spec("cmt_nano",  64,  1_689_282,    23_922_176, None,   **_CIFAR),
-    _spec("cmt_ti",   160,  9_492_426,   638_904_600, "79.1", **_published("cmt_tiny.pth")),
-    _spec("cmt_xs",   192, 15_247_208, 1_546_873_472, "81.8", **_published("cmt_xs.pth")),
-    _spec("cmt_s",    224, 26_256_160, 4_031_742_464, "83.5", **_published("cmt_small.pth")),
-    _spec("cmt_b",    256, 45_715_076, 9_317_124_096, "84.5", **_published("cmt_base.pth")),
+    _make_spec("cmt_nano",  64,  1_689_282,    23_922_176, None,   **_CIFAR),
+    _make_spec("cmt_ti",   160,  9_492_426,   638_904_600, "79.1", **_describe_published("cmt_tiny.pth")),
+    _make_spec("cmt_xs",   192, 15_247_208, 1_546_873_472, "81.8", **_describe_published("cmt_xs.pth")),
+    _make_spec("cmt_s",    224, 26_256_160, 4_031_742_464, "83.5", **_describe_published("cmt_small.pth")),
+    _make_spec("cmt_b",    256, 45_715_076, 9_317_124_096, "84.5", **_describe_published("cmt_base.pth")),
 )
 """The variants of CMT, from the smallest to the largest."""
 # fmt: on

@@ -282,7 +282,7 @@ def resize(model: nn.Module, state: StateDict) -> tuple[StateDict, list[str]]:
     """
     key = "position_embedding"
     new = model.state_dict()[key].shape
-    if key not in state or not _resizable(state[key].shape, new):
+    if key not in state or not _is_resizable(state[key].shape, new):
         return state, []
     return {
         **state,
@@ -290,7 +290,7 @@ def resize(model: nn.Module, state: StateDict) -> tuple[StateDict, list[str]]:
     }, [key]
 
 
-def _resizable(old: torch.Size, new: torch.Size) -> bool:
+def _is_resizable(old: torch.Size, new: torch.Size) -> bool:
     """Whether two position embeddings differ only in the size of their (square) grid."""
     if len(old) != 3 or old == new:
         return False
@@ -349,7 +349,7 @@ _FIGURES = "paper Table 1; MACs and parameters counted on the official code"
 """Where the figures come from."""
 
 
-def _spec(name: str, heads: int, params: int, macs: int, top1: str) -> ModelSpec:
+def _make_spec(name: str, heads: int, params: int, macs: int, top1: str) -> ModelSpec:
     return ModelSpec(
         name=name,
         family="ConViT",
@@ -374,9 +374,9 @@ def _spec(name: str, heads: int, params: int, macs: int, top1: str) -> ModelSpec
 # fmt: off
 SPECS = (
     #     name          heads  params            macs  top-1
-    _spec("convit_tiny",   4,  5_710_512,  1_252_360_320, "73.1"),
-    _spec("convit_small",  9, 27_777_322,  5_746_563_360, "81.3"),
-    _spec("convit_base",  16, 86_540_040, 17_505_452_544, "82.4"),
+    _make_spec("convit_tiny",   4,  5_710_512,  1_252_360_320, "73.1"),
+    _make_spec("convit_small",  9, 27_777_322,  5_746_563_360, "81.3"),
+    _make_spec("convit_base",  16, 86_540_040, 17_505_452_544, "82.4"),
 )
 """The variants of ConViT, from the smallest to the largest."""
 # fmt: on

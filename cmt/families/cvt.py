@@ -235,16 +235,16 @@ class CvT(Classifier):
 
     def features(self, x: Tensor) -> list[Tensor]:
         """The map of each stage, ``(B, dims[i], S/4 >> i, S/4 >> i)``; the class token is not part of it."""
-        maps = self._first_maps(x)
+        maps = self._compute_first_maps(x)
         tokens, size = self.stages[-1](maps[-1])
         return [*maps, to_map(tokens[:, 1:], *size)]
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens, _ = self.stages[-1](self._first_maps(x)[-1], self.class_only)
+        tokens, _ = self.stages[-1](self._compute_first_maps(x)[-1], self.class_only)
         logits: Tensor = self.head(self.norm(tokens[:, 0]))
         return logits
 
-    def _first_maps(self, x: Tensor) -> list[Tensor]:
+    def _compute_first_maps(self, x: Tensor) -> list[Tensor]:
         """The maps of all stages but the last."""
         *stages, _ = self.stages
         maps = []
@@ -277,7 +277,7 @@ _RENAMES: KeyRenames = [
 # --- deployment rewrites of this family -----------------------------------------------------------
 
 
-def _with_silu(module: nn.Module) -> nn.Module:
+def _use_silu(module: nn.Module) -> nn.Module:
     """The slope of the activation goes into the linears around it."""
     mlp = cast(MLP, copy.deepcopy(module))
     hidden = mlp.fc2.in_features
@@ -300,7 +300,7 @@ REWRITES = (
         "quick GELU as SiLU",
         "x sigmoid(c x) == silu(c x) / c",
         MLP,
-        _with_silu,
+        _use_silu,
     ),
     fold_affine("norm", "head"),
     keep_class_token(),
@@ -311,7 +311,7 @@ _FIGURES = "official README; MACs and parameters counted on the official code"
 """Where the figures come from."""
 
 
-def _spec(
+def _make_spec(
     name: str,
     img_size: int,
     config: CvTConfig,
@@ -351,11 +351,11 @@ _CONFIGS = {
 
 SPECS = (
     #     name        size  config   params             macs  top-1   pre-trained on
-    _spec("cvt_13",     224, _CONFIGS["cvt_13"],  19_997_480,   4_566_089_216, "81.6", "IN-1k"),
-    _spec("cvt_21",     224, _CONFIGS["cvt_21"],  31_622_696,   7_177_985_024, "82.5", "IN-1k"),
-    _spec("cvt_13_384", 384, _CONFIGS["cvt_13"],  19_997_480,  16_269_359_616, "83.0", "IN-1k"),
-    _spec("cvt_21_384", 384, _CONFIGS["cvt_21"],  31_622_696,  24_849_091_584, "83.3", "IN-1k"),
-    _spec("cvt_w24",    384, _CONFIGS["cvt_w24"], 277_196_392, 194_221_654_016, "87.6", "IN-22k"),
+    _make_spec("cvt_13",     224, _CONFIGS["cvt_13"],  19_997_480,   4_566_089_216, "81.6", "IN-1k"),
+    _make_spec("cvt_21",     224, _CONFIGS["cvt_21"],  31_622_696,   7_177_985_024, "82.5", "IN-1k"),
+    _make_spec("cvt_13_384", 384, _CONFIGS["cvt_13"],  19_997_480,  16_269_359_616, "83.0", "IN-1k"),
+    _make_spec("cvt_21_384", 384, _CONFIGS["cvt_21"],  31_622_696,  24_849_091_584, "83.3", "IN-1k"),
+    _make_spec("cvt_w24",    384, _CONFIGS["cvt_w24"], 277_196_392, 194_221_654_016, "87.6", "IN-22k"),
 )
 """The variants of CvT: at 224 pixels, at 384 pixels, and the widest."""
 # fmt: on

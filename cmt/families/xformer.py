@@ -196,13 +196,13 @@ class CrossFeatureAttention(nn.Module):
 
     def cosines(self, k: Tensor, q: Tensor) -> Tensor:
         """``k`` (B, heads, d, N), ``q`` (B, heads, N, d) -> (B, heads, d, d)."""
-        k_factor = self._inverse_length(k, -1)  # (B, heads, d, 1)
-        q_factor = self._inverse_length(q, -2)  # (B, heads, 1, d)
+        k_factor = self._compute_inverse_length(k, -1)  # (B, heads, d, 1)
+        q_factor = self._compute_inverse_length(q, -2)  # (B, heads, 1, d)
         if self.divide_scores:
             return k @ q * k_factor * q_factor
         return (k * k_factor) @ (q * q_factor)
 
-    def _inverse_length(self, x: Tensor, tokens: int) -> Tensor:
+    def _compute_inverse_length(self, x: Tensor, tokens: int) -> Tensor:
         """1 / length along the axis ``tokens``; the axis stays, with length 1."""
         return torch.rsqrt((x * x).sum(tokens, keepdim=True) + self.EPS)
 
@@ -292,7 +292,8 @@ class XFormer(Classifier):
         count = sum(config.blocks) + sum(config.layers)
         rates = iter(torch.linspace(0, config.drop_path, count).tolist())  # linear in depth
         self.stages = nn.ModuleList(
-            _stage(config, i, [next(rates) for _ in range(n)]) for i, n in enumerate(_depths(config))
+            _build_stage(config, i, [next(rates) for _ in range(n)])
+            for i, n in enumerate(_count_depths(config))
         )
         self.head = Head(
             config.widths[-1],
@@ -316,12 +317,12 @@ class XFormer(Classifier):
         return logits
 
 
-def _depths(config: XFormerConfig) -> list[int]:
+def _count_depths(config: XFormerConfig) -> list[int]:
     """Residual branches of each stage: inverted residuals and transformer layers."""
     return [blocks + layers for blocks, layers in zip(config.blocks, config.layers, strict=True)]
 
 
-def _stage(config: XFormerConfig, i: int, drop_paths: list[float]) -> nn.Sequential:
+def _build_stage(config: XFormerConfig, i: int, drop_paths: list[float]) -> nn.Sequential:
     """Inverted residuals, the first of stride 2, then the XF block if there is one."""
     width, kernel, blocks, dim = (
         config.widths[i],
@@ -365,13 +366,13 @@ def _init(module: nn.Module) -> None:
 # --- deployment rewrites of this family -----------------------------------------------------------
 
 
-def _attentions(model: nn.Module) -> list[CrossFeatureAttention]:
+def _find_attentions(model: nn.Module) -> list[CrossFeatureAttention]:
     return [m for m in model.modules() if isinstance(m, CrossFeatureAttention)]
 
 
 def _fold_temperature(model: nn.Module) -> int:
     """Scale the rows of the value projection; every head has its own temperature."""
-    attentions = [attn for attn in _attentions(model) if attn.temperature is not None]
+    attentions = [attn for attn in _find_attentions(model) if attn.temperature is not None]
     for attn in attentions:
         assert attn.temperature is not None
         scale = attn.temperature.detach().repeat_interleave(attn.v.out_features // attn.heads)
@@ -382,7 +383,7 @@ def _fold_temperature(model: nn.Module) -> int:
 
 def _divide_scores(model: nn.Module) -> int:
     """Divide the d x d scores by the lengths, and not the N x d features."""
-    attentions = [attn for attn in _attentions(model) if not attn.divide_scores]
+    attentions = [attn for attn in _find_attentions(model) if not attn.divide_scores]
     for attn in attentions:
         attn.divide_scores = True
     return len(attentions)

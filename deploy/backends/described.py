@@ -35,7 +35,7 @@ class GraphTensor:
 
     def __str__(self) -> str:
         name = self.names[0] if self.names else "(no name)"
-        return _shown(name, self.dtype, [ANY if size is None else size for size in self.shape])
+        return _format_tensor(name, self.dtype, [ANY if size is None else size for size in self.shape])
 
     def is_described(self, entry: TensorEntry) -> bool:
         """Whether name, type, rank and every dimension are those of ``entry``.
@@ -75,19 +75,21 @@ def require_described(
         raise BundleError(
             f"the graph's {what} not what the manifest says",
             where=bundle.path / file,
-            why=f"the graph has {_listed(found)}; the manifest says {_listed(described)}",
+            why=f"the graph has {_format_list(found)}; the manifest says {_format_list(described)}",
             remedy="copy the whole bundle again, or export it again",
         )
 
 
-def _listed(tensors: Sequence[GraphTensor | TensorEntry]) -> str:
+def _format_list(tensors: Sequence[GraphTensor | TensorEntry]) -> str:
     texts = [
-        str(tensor) if isinstance(tensor, GraphTensor) else _shown(tensor.name, tensor.dtype, tensor.shape)
+        str(tensor)
+        if isinstance(tensor, GraphTensor)
+        else _format_tensor(tensor.name, tensor.dtype, tensor.shape)
         for tensor in tensors[:SHOWN_TENSORS]
     ]
     more = len(tensors) - len(texts)
     return ", ".join(texts) + (f" and {more} more" if more > 0 else "")
 
 
-def _shown(name: str, dtype: str, shape: Sequence[int | str]) -> str:
+def _format_tensor(name: str, dtype: str, shape: Sequence[int | str]) -> str:
     return f"{name} {dtype} ({', '.join(map(str, shape))})"

@@ -38,7 +38,7 @@ def check_quantizer(node: ir.Node) -> list[str]:
 
     Scale and zero point are constants, the zero point is an int8 zero, and an activation has a single scale.
     """
-    constants = [_constant(value) for value in node.inputs[1:3]]
+    constants = [_read_constant(value) for value in node.inputs[1:3]]
     if len(constants) < 2 or constants[0] is None or constants[1] is None:
         return [f"{node.name}: scale and zero point must be constants"]
     scale, zero = constants[0], constants[1]
@@ -55,7 +55,7 @@ def check_quantizer(node: ir.Node) -> list[str]:
     return findings
 
 
-def _constant(value: ir.Value | None) -> np.ndarray | None:
+def _read_constant(value: ir.Value | None) -> np.ndarray | None:
     """The value of an initializer."""
     if value is None or not value.is_initializer() or value.const_value is None:
         return None

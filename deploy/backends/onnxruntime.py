@@ -104,7 +104,7 @@ def _summarise(events: list[dict[str, Any]]) -> ExecutedPrecision:
             continue
         args = event.get("args", {})
         kind = args.get("op_name", "")
-        label = _label(kind, args.get("input_type_shape", []))
+        label = _label_kernel(kind, args.get("input_type_shape", []))
         share[label] += event["dur"]
         nodes[event["name"]] = label
         conversion += event["dur"] if kind in CONVERSION_OPERATORS else 0
@@ -117,7 +117,7 @@ def _summarise(events: list[dict[str, Any]]) -> ExecutedPrecision:
     )
 
 
-def _label(kind: str, inputs: list[dict[str, Any]]) -> str:
+def _label_kernel(kind: str, inputs: list[dict[str, Any]]) -> str:
     """The precision of a kernel, from the types of its inputs."""
     types = {name for entry in inputs for name in entry}
     if kind not in CONVERSION_OPERATORS and types & {"int8", "uint8"}:

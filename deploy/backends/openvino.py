@@ -89,7 +89,7 @@ class OpenVINOSession(Session):
             self._idle.append(request)
 
     def bind(self, shape: tuple[int, ...]) -> Binding:
-        request = self._new_request(shape)
+        request = self._make_request(shape)
         return Binding(request.batch, request.run)
 
     def _take(self, shape: tuple[int, ...]) -> _Request:
@@ -98,9 +98,9 @@ class OpenVINOSession(Session):
             request = self._idle.pop()
             if request.batch.shape == shape:
                 return request
-        return self._new_request(shape)
+        return self._make_request(shape)
 
-    def _new_request(self, shape: tuple[int, ...]) -> _Request:
+    def _make_request(self, shape: tuple[int, ...]) -> _Request:
         with self._lock:
             return _Request(self.compiled.create_infer_request(), shape, self._where)
 

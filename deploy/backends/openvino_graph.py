@@ -32,10 +32,12 @@ def make_unsigned(model: ov.Model) -> ov.Model:
 
     A conv stays as it is if its input or its weights are not quantized, or if others read its pair too.
     """
-    found = [(conv, pair) for conv in model.get_ordered_ops() if (pair := _pair_before(conv)) is not None]
-    sums = _channel_sums([conv.input_value(1) for conv, _ in found])
+    found = [
+        (conv, pair) for conv in model.get_ordered_ops() if (pair := _find_pair_before(conv)) is not None
+    ]
+    sums = _sum_channels([conv.input_value(1) for conv, _ in found])
     for (conv, (quantizer, dequantized)), weights in zip(found, sums, strict=True):
-        low, high = (_scalar(quantizer.input_value(i)) for i in (1, 2))
+        low, high = (_read_scalar(quantizer.input_value(i)) for i in (1, 2))
         edges = [ops.constant(np.float32(v)) for v in (low, high, 0.0, high - low)]
         shifted = ops.fake_quantize(
             quantizer.input_value(0),
@@ -49,29 +51,31 @@ def make_unsigned(model: ov.Model) -> ov.Model:
     return model
 
 
-def _pair_before(conv: ov.Node) -> tuple[ov.Node, ov.Node] | None:
+def _find_pair_before(conv: ov.Node) -> tuple[ov.Node, ov.Node] | None:
     """Quantizer and last node of the signed Q/DQ pair that only this conv reads, if its input may be
     shifted."""
-    if conv.get_type_name() != "Convolution" or _padded(conv) or not _dequantized(conv.input_value(1)):
+    if conv.get_type_name() != "Convolution" or _is_padded(conv) or not _is_dequantized(conv.input_value(1)):
         return None
     end = conv.input_value(0)
-    if not _dequantized(end) or len(end.get_target_inputs()) != 1:
+    if not _is_dequantized(end) or len(end.get_target_inputs()) != 1:
         return None
     node = end.get_node()
     while node.get_type_name() in ("Multiply", "Subtract", "Convert"):
         node = node.input_value(0).get_node()
-    if node.get_type_name() != "FakeQuantize" or any(_size(node.input_value(i)) != 1 for i in (1, 2)):
+    if node.get_type_name() != "FakeQuantize" or any(
+        _count_elements(node.input_value(i)) != 1 for i in (1, 2)
+    ):
         return None
-    return (node, end.get_node()) if _scalar(node.input_value(1)) < 0 else None
+    return (node, end.get_node()) if _read_scalar(node.input_value(1)) < 0 else None
 
 
-def _padded(conv: ov.Node) -> bool:
+def _is_padded(conv: ov.Node) -> bool:
     attributes = conv.get_attributes()
     pads = (*attributes["pads_begin"], *attributes["pads_end"])
     return attributes["auto_pad"] not in ("explicit", "valid") or any(pads)
 
 
-def _dequantized(value: ov.Output) -> bool:
+def _is_dequantized(value: ov.Output) -> bool:
     """Whether ``value`` is what OpenVINO reads a ``DequantizeLinear`` as: int8 values converted, less a zero
     point, times a scale."""
     node = value.get_node()
@@ -82,16 +86,16 @@ def _dequantized(value: ov.Output) -> bool:
     return bool(node.get_output_element_type(0) == ov.Type.i8)
 
 
-def _size(value: ov.Output) -> int:
+def _count_elements(value: ov.Output) -> int:
     """Number of elements of a constant; 0 where the value is computed."""
     return int(value.get_node().data.size) if value.get_node().get_type_name() == "Constant" else 0
 
 
-def _scalar(value: ov.Output) -> float:
+def _read_scalar(value: ov.Output) -> float:
     return float(value.get_node().data.reshape(()))
 
 
-def _channel_sums(weights: list[ov.Output]) -> list[np.ndarray]:
+def _sum_channels(weights: list[ov.Output]) -> list[np.ndarray]:
     """The sum of each output channel's weights, float64 ``(channels,)``."""
     if not weights:
         return []

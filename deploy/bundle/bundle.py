@@ -112,7 +112,7 @@ class Bundle:
                 raise
             if state_of(path) == state:
                 return bundle
-        raise _replaced(path)
+        raise _make_replaced_error(path)
 
     @classmethod
     def _read(cls, path: Path, state: State | None, key: str | Path | None) -> Bundle:
@@ -141,7 +141,7 @@ class Bundle:
         What reads members calls this afterwards.
         """
         if self.state is not None and state_of(self.path) != self.state:
-            raise _replaced(self.path)
+            raise _make_replaced_error(self.path)
 
     @classmethod
     def _open_packed(cls, file: Path, key: str | Path | None) -> Bundle:
@@ -149,13 +149,13 @@ class Bundle:
         try:
             bundle = cls.open(unpack(file), key=key)
         except SignatureError as exc:
-            raise _located(exc, file) from exc
+            raise _locate_error(exc, file) from exc
         except BundleError:
             folder = unpack(file, anew=True)
             try:
                 bundle = cls.open(folder, key=key)
             except BundleError as exc:
-                raise _located(exc, file) from exc
+                raise _locate_error(exc, file) from exc
         return replace(bundle, packed=file)
 
     def pack(self, file: str | Path) -> None:
@@ -242,7 +242,7 @@ class Bundle:
             write_atomic(self.path / name, data)
         manifest = replace(manifest, files=dict(sorted(entries.items())))
         write_atomic(self.path / MANIFEST, manifest.to_bytes())
-        for name in [*drop, *_ignored(self.path, manifest)]:
+        for name in [*drop, *_list_ignored(self.path, manifest)]:
             with contextlib.suppress(OSError):
                 (self.path / name).unlink()
         return Bundle(self.path, manifest, state=state_of(self.path))
@@ -290,7 +290,7 @@ def read_whole(
             raise
         if state_of(bundle.path) == bundle.state:
             return result
-    raise _replaced(Path(path))
+    raise _make_replaced_error(Path(path))
 
 
 def state_of(path: Path) -> State | None:
@@ -311,7 +311,7 @@ def bundle_is_coming(path: Path, state: State | None) -> bool:
     return now is not None and now != state
 
 
-def _replaced(path: Path) -> BundleError:
+def _make_replaced_error(path: Path) -> BundleError:
     return BundleError(
         "the bundle was replaced while it was being read",
         where=path,
@@ -319,7 +319,7 @@ def _replaced(path: Path) -> BundleError:
     )
 
 
-def _located(error: BundleError, file: Path) -> BundleError:
+def _locate_error(error: BundleError, file: Path) -> BundleError:
     """The same error, with the packed file as its place."""
     return type(error)(error.what, where=file, why=error.why, remedy=error.remedy)
 
@@ -361,7 +361,7 @@ def _is_unchanged(member: Path, entry: FileEntry) -> bool:
     try:
         return member.stat().st_size == entry.size and hash_file(member) == entry.sha256
     except OSError as exc:
-        raise _unreadable(member, exc) from exc
+        raise _make_unreadable_error(member, exc) from exc
 
 
 def _read_member(file: Path, limit: int) -> bytes:
@@ -369,10 +369,10 @@ def _read_member(file: Path, limit: int) -> bytes:
     try:
         return read_regular(file, limit)
     except OSError as exc:
-        raise _unreadable(file, exc) from exc
+        raise _make_unreadable_error(file, exc) from exc
 
 
-def _unreadable(file: Path, exc: OSError) -> BundleError:
+def _make_unreadable_error(file: Path, exc: OSError) -> BundleError:
     return BundleError(
         "a file of the bundle cannot be read",
         where=file,
@@ -387,7 +387,7 @@ def _check_present(path: Path, manifest: Manifest) -> None:
     A member may be a link, as in a ConfigMap or the caches of Hugging Face and DVC: its content counts.
     """
     missing = sorted(name for name in manifest.files if not (path / name).is_file())
-    known = set(manifest.files) | {MANIFEST, SIGNATURE} | _ignored(path, manifest)
+    known = set(manifest.files) | {MANIFEST, SIGNATURE} | _list_ignored(path, manifest)
     extra = sorted(name for name in _walk(path) if not _belongs(name, known))
     if missing:
         text = [f"missing: {', '.join(missing)}"]
@@ -423,7 +423,7 @@ def _is_left_by_systems(name: str) -> bool:
     return any(fnmatchcase(name.lower(), pattern) for pattern in LEFT_BY_SYSTEMS)
 
 
-def _ignored(path: Path, manifest: Manifest) -> set[str]:
+def _list_ignored(path: Path, manifest: Manifest) -> set[str]:
     """Files that a power loss may leave: temporary ones, and engines the manifest was to name next. They are
     never read."""
     left = {p.relative_to(path).as_posix() for p in path.rglob(".*.tmp")}
@@ -438,7 +438,7 @@ def _check_self_contained(name: str, path: Path) -> None:
     except MalformedOnnx as exc:
         raise make_bundle_error(f"{name} is no ONNX file", path, exc) from exc
     except OSError as exc:
-        raise _unreadable(path / name, exc) from exc
+        raise _make_unreadable_error(path / name, exc) from exc
     if outside:
         raise make_bundle_error(
             f"{name} stores weights outside the file, which bundles may not",

@@ -98,9 +98,9 @@ class Manifest:
     @classmethod
     def from_bytes(cls, data: bytes, where: object) -> Manifest:
         """Parse and check every entry; raises :class:`BundleError` that names the first wrong one."""
-        content = _parsed(data, where)
+        content = _parse(data, where)
         manifest = read_record(cls, content, where)
-        if fault := _first_fault(manifest):
+        if fault := _find_first_fault(manifest):
             raise make_bundle_error(fault, where)
         if manifest.checksum != hash_content(content):
             raise make_bundle_error(
@@ -144,7 +144,7 @@ def make_bundle_error(what: str, where: object, why: object = None) -> BundleErr
     return BundleError(what, where=where, why=why, remedy=REMEDY)
 
 
-def _parsed(data: bytes, where: object) -> dict[str, Any]:
+def _parse(data: bytes, where: object) -> dict[str, Any]:
     """The JSON object of a manifest whose schema this version reads."""
     content: dict[str, Any] = parse_json(data, where)
     try:
@@ -153,26 +153,26 @@ def _parsed(data: bytes, where: object) -> dict[str, Any]:
         raise make_bundle_error("the manifest cannot be read", where, exc) from exc
     if schema != SCHEMA:
         raise make_bundle_error(
-            f"manifest schema {_short(schema)} is not supported, this version reads {SCHEMA}",
+            f"manifest schema {_shorten(schema)} is not supported, this version reads {SCHEMA}",
             where,
         )
     return content
 
 
-def _short(value: object) -> str:
+def _shorten(value: object) -> str:
     """A wrong value as a message quotes it."""
     text = repr(value)
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
 
-def _first_fault(manifest: Manifest) -> str | None:
+def _find_first_fault(manifest: Manifest) -> str | None:
     """What is wrong where each entry is possible and two of them contradict each other; ``None`` if nothing
     is."""
     faults = (find(manifest) for find in CHECKS)
     return next((fault for fault in faults if fault), None)
 
 
-def _fault_of_names(manifest: Manifest) -> str | None:
+def _find_fault_of_names(manifest: Manifest) -> str | None:
     """A name that leads out of the bundle, or that some system could not hold."""
     for name in manifest.files:
         if len(name) > MAX_PATH or not is_plain(name):
@@ -182,7 +182,7 @@ def _fault_of_names(manifest: Manifest) -> str | None:
     return None
 
 
-def _fault_of_precision(manifest: Manifest) -> str | None:
+def _find_fault_of_precision(manifest: Manifest) -> str | None:
     """A precision that no bundle of the format has."""
     known = FORMATS.get(manifest.format, (manifest.precision,))
     if manifest.precision in known:
@@ -193,7 +193,7 @@ def _fault_of_precision(manifest: Manifest) -> str | None:
     )
 
 
-def _fault_of_preprocessing(manifest: Manifest) -> str | None:
+def _find_fault_of_preprocessing(manifest: Manifest) -> str | None:
     """A value that cannot be applied, or a size that is not the model's."""
     spec, size = manifest.preprocess, manifest.model.img_size
     if fault := spec.fault():
@@ -203,7 +203,7 @@ def _fault_of_preprocessing(manifest: Manifest) -> str | None:
     return None
 
 
-def _fault_of_tensors(manifest: Manifest) -> str | None:
+def _find_fault_of_tensors(manifest: Manifest) -> str | None:
     """Shapes that do not belong together: every tensor begins with the same batch size."""
     size = manifest.model.img_size
     if not manifest.outputs:
@@ -222,7 +222,7 @@ def _fault_of_tensors(manifest: Manifest) -> str | None:
     return None if len(set(names)) == len(names) else "two outputs have the same name"
 
 
-def _fault_of_head(manifest: Manifest) -> str | None:
+def _find_fault_of_head(manifest: Manifest) -> str | None:
     """Outputs that a model with this head does not have."""
     names, head = [output.name for output in manifest.outputs], manifest.model.head
     if (head == LOGITS) != (LOGITS in names) or (head == LOGITS and len(names) > 1):
@@ -234,7 +234,7 @@ def _fault_of_head(manifest: Manifest) -> str | None:
     return None
 
 
-def _fault_of_labels(manifest: Manifest) -> str | None:
+def _find_fault_of_labels(manifest: Manifest) -> str | None:
     """Labels that are not one pair a logit, or another number of classes."""
     logits = [output.shape[-1] for output in manifest.outputs if output.name == LOGITS]
     if [len(manifest.labels)] != (logits or [0]):
@@ -245,7 +245,7 @@ def _fault_of_labels(manifest: Manifest) -> str | None:
     return None
 
 
-def _fault_of_engine(manifest: Manifest) -> str | None:
+def _find_fault_of_engine(manifest: Manifest) -> str | None:
     """An engine whose files the bundle lacks."""
     entry = manifest.engine
     names = (entry.file, entry.report, entry.text) if entry else ()
@@ -254,12 +254,12 @@ def _fault_of_engine(manifest: Manifest) -> str | None:
 
 
 CHECKS: tuple[Callable[[Manifest], str | None], ...] = (
-    _fault_of_names,
-    _fault_of_precision,
-    _fault_of_preprocessing,
-    _fault_of_tensors,
-    _fault_of_head,
-    _fault_of_labels,
-    _fault_of_engine,
+    _find_fault_of_names,
+    _find_fault_of_precision,
+    _find_fault_of_preprocessing,
+    _find_fault_of_tensors,
+    _find_fault_of_head,
+    _find_fault_of_labels,
+    _find_fault_of_engine,
 )
 """What is checked once every entry is possible by itself; each relies on those before it."""

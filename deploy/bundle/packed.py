@@ -109,12 +109,12 @@ def _add(archive: zipfile.ZipFile, target: BinaryIO, source: Path, name: str) ->
     entry.external_attr = (stat.S_IFREG | 0o644) << 16
     entry.file_size = source.stat().st_size
     begin = target.tell() + LOCAL.size + len(name.encode())
-    entry.extra = _padding(-begin % ALIGNMENT)
+    entry.extra = _make_padding(-begin % ALIGNMENT)
     with archive.open(entry, "w") as member, open(source, "rb") as content:
         shutil.copyfileobj(content, member, CHUNK_BYTES)
 
 
-def _padding(length: int) -> bytes:
+def _make_padding(length: int) -> bytes:
     """An extra field of ``length`` bytes; one more round where its own four bytes do not fit."""
     if 0 < length < 4:
         length += ALIGNMENT
@@ -200,7 +200,7 @@ def _copy(archive: BinaryIO, output: BinaryIO, size: int, file: Path) -> None:
     while size:
         chunk = archive.read(min(size, CHUNK_BYTES))
         if not chunk:
-            raise _broken("was cut off while it was read", file)
+            raise _make_broken_error("was cut off while it was read", file)
         output.write(chunk)
         size -= len(chunk)
 
@@ -225,10 +225,10 @@ def _read_members(file: Path) -> list[Member]:
     """
     try:
         if not file.is_file():
-            raise _broken("is no regular file", file)
+            raise _make_broken_error("is no regular file", file)
         size = file.stat().st_size
         if size > MAX_TOTAL:
-            raise _broken(f"has {size} bytes, the cap is {MAX_TOTAL}", file)
+            raise _make_broken_error(f"has {size} bytes, the cap is {MAX_TOTAL}", file)
         with open(file, "rb") as content:
             directory = _check_end(content, size, file)
             with zipfile.ZipFile(content) as archive:
@@ -236,7 +236,7 @@ def _read_members(file: Path) -> list[Member]:
             _check_names(entries, file)
             return _check_places(content, entries, directory, file)
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as exc:
-        raise _broken("is no packed bundle", file, exc) from exc
+        raise _make_broken_error("is no packed bundle", file, exc) from exc
 
 
 def _check_end(content: BinaryIO, size: int, file: Path) -> int:
@@ -246,15 +246,15 @@ def _check_end(content: BinaryIO, size: int, file: Path) -> int:
     of any size.
     """
     if size < END.size:
-        raise _broken("is no packed bundle", file, "it is too short")
+        raise _make_broken_error("is no packed bundle", file, "it is too short")
     content.seek(size - END.size)
     signature, *disks, entries, length, place, comment = END.unpack(content.read(END.size))
     if signature != b"PK\x05\x06" or comment:
-        raise _broken("is no packed bundle", file, "it does not end as one does")
+        raise _make_broken_error("is no packed bundle", file, "it does not end as one does")
     if disks[:2] != [0, 0] or disks[2] != entries or entries > MAX_FILES + 2 or length > MAX_DIRECTORY:
-        raise _broken("has too large a directory", file, f"{entries} entries, {length} bytes")
+        raise _make_broken_error("has too large a directory", file, f"{entries} entries, {length} bytes")
     if place + length != size - END.size:
-        raise _broken("has bytes that belong to no member", file)
+        raise _make_broken_error("has bytes that belong to no member", file)
     return int(place)
 
 
@@ -262,27 +262,27 @@ def _check_names(entries: list[zipfile.ZipInfo], file: Path) -> None:
     """Plain names, each once, stored as they are."""
     names = [entry.orig_filename for entry in entries]
     if len({name.lower() for name in names}) != len(names):
-        raise _broken("names a member twice", file)
+        raise _make_broken_error("names a member twice", file)
     folders = {str(parent) for name in names for parent in PurePosixPath(name).parents}
     if not folders.isdisjoint(names):
-        raise _broken("names a file like a folder", file)
+        raise _make_broken_error("names a file like a folder", file)
     if MANIFEST not in names:
-        raise _broken("is no packed bundle", file, f"it has no {MANIFEST}")
+        raise _make_broken_error("is no packed bundle", file, f"it has no {MANIFEST}")
     caps = {MANIFEST: MAX_MANIFEST, SIGNATURE: MAX_SIGNATURE}
     for entry in entries:
         name = entry.orig_filename
         if not is_plain(name):
-            raise _broken(f"names a file outside the bundle: {name!r}", file)
+            raise _make_broken_error(f"names a file outside the bundle: {name!r}", file)
         kind = stat.S_IFMT(entry.external_attr >> 16)
         if entry.is_dir() or kind not in (0, stat.S_IFREG):
-            raise _broken(f"holds {name!r}, which is no regular file", file)
+            raise _make_broken_error(f"holds {name!r}, which is no regular file", file)
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & ENCRYPTED:
-            raise _broken(
+            raise _make_broken_error(
                 f"compresses or locks {name!r}, which packed bundles do not",
                 file,
             )
         if entry.file_size != entry.compress_size or entry.file_size > caps.get(name, MAX_TOTAL):
-            raise _broken(f"gives {name!r} a wrong size", file, f"{entry.file_size} bytes")
+            raise _make_broken_error(f"gives {name!r} a wrong size", file, f"{entry.file_size} bytes")
 
 
 def _check_places(
@@ -300,18 +300,18 @@ def _check_places(
         content.seek(entry.header_offset)
         header = content.read(LOCAL.size)
         if entry.header_offset < free or len(header) != LOCAL.size:
-            raise _broken(f"lets {name!r} share bytes with another member", file)
+            raise _make_broken_error(f"lets {name!r} share bytes with another member", file)
         signature, *_, name_length, extra_length = LOCAL.unpack(header)
         local_name = content.read(name_length)
         begin = entry.header_offset + LOCAL.size + name_length + extra_length
         if signature != b"PK\x03\x04" or local_name != name.encode():
-            raise _broken(f"calls {name!r} by two names", file)
+            raise _make_broken_error(f"calls {name!r} by two names", file)
         free = begin + entry.file_size
         if free > directory:
-            raise _broken(f"lets {name!r} end after the archive's last member", file)
+            raise _make_broken_error(f"lets {name!r} end after the archive's last member", file)
         members.append(Member(name, begin, entry.file_size))
     return members
 
 
-def _broken(what: str, file: Path, why: object = None) -> BundleError:
+def _make_broken_error(what: str, file: Path, why: object = None) -> BundleError:
     return BundleError(what, where=file, why=why, remedy=BROKEN)

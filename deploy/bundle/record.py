@@ -92,7 +92,7 @@ class OneOf:
 def make_plain(value: Any) -> Any:
     """``value`` with every dataclass in it, at any depth, as a dictionary that JSON can hold."""
     if is_dataclass(value) and not isinstance(value, type):
-        return dict(_members(value))
+        return dict(_iterate_members(value))
     if isinstance(value, dict):
         return {key: make_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -100,7 +100,7 @@ def make_plain(value: Any) -> Any:
     return value
 
 
-def _members(record: Any) -> Iterable[tuple[str, Any]]:
+def _iterate_members(record: Any) -> Iterable[tuple[str, Any]]:
     """Key and value of every field of a dataclass that is written."""
     for member in fields(record):
         value = getattr(record, member.name)
@@ -167,54 +167,54 @@ class _Reader:
         """``content`` as the type ``kind``."""
         origin = typing.get_origin(kind)
         if origin is Annotated:
-            return self._ruled(kind, content, path)
+            return self._read_ruled(kind, content, path)
         if origin in (UnionType, typing.Union):
-            return self._one_of(typing.get_args(kind), content, path)
+            return self._read_one_of(typing.get_args(kind), content, path)
         if is_dataclass(kind):
-            return self._record(kind, content, path)
+            return self._read_record(kind, content, path)
         if not _fits(kind, content):
-            raise self._wrong(content, path, _named(kind))
+            raise self._make_wrong_type_error(content, path, _name_type(kind))
         if origin is None:
-            return self._scalar(kind, content, path)
-        return self._container(origin, typing.get_args(kind), content, path)
+            return self._read_scalar(kind, content, path)
+        return self._read_container(origin, typing.get_args(kind), content, path)
 
-    def _ruled(self, kind: Any, content: Any, path: str) -> Any:
+    def _read_ruled(self, kind: Any, content: Any, path: str) -> Any:
         inner, *rules = typing.get_args(kind)
         value = self.read(inner, content, path)
         for rule in rules:
             if not rule.holds(value):
-                raise self._wrong(content, path, str(rule))
+                raise self._make_wrong_type_error(content, path, str(rule))
         return value
 
-    def _one_of(self, kinds: tuple[Any, ...], content: Any, path: str) -> Any:
+    def _read_one_of(self, kinds: tuple[Any, ...], content: Any, path: str) -> Any:
         for kind in kinds:
             if _fits(kind, content):
                 return self.read(kind, content, path)
-        raise self._wrong(content, path, " or ".join(map(_named, kinds)))
+        raise self._make_wrong_type_error(content, path, " or ".join(map(_name_type, kinds)))
 
-    def _record(self, kind: Any, content: Any, path: str) -> Any:
+    def _read_record(self, kind: Any, content: Any, path: str) -> Any:
         if not isinstance(content, dict):
-            raise self._wrong(content, path, "an object")
+            raise self._make_wrong_type_error(content, path, "an object")
         known = {member.name: member for member in fields(kind)}
         if unknown := [repr(key) for key in content if key not in known]:
-            raise self._broken(f"{path or self.whole} holds unknown entries: {_listed(unknown)}")
-        missing = [name for name, member in known.items() if name not in content and _required(member)]
+            raise self._make_error(f"{path or self.whole} holds unknown entries: {_format_list(unknown)}")
+        missing = [name for name, member in known.items() if name not in content and _is_required(member)]
         if missing:
-            raise self._broken(f"{path or self.whole} lacks entries: {', '.join(missing)}")
-        kinds = _types_of(kind)
+            raise self._make_error(f"{path or self.whole} lacks entries: {', '.join(missing)}")
+        kinds = _find_types(kind)
         return kind(
             **{
-                name: self._member(known[name], kinds[name], value, _below(path, name))
+                name: self._read_member(known[name], kinds[name], value, _extend_path(path, name))
                 for name, value in content.items()
             }
         )
 
-    def _member(self, member: Field[Any], kind: Any, content: Any, path: str) -> Any:
+    def _read_member(self, member: Field[Any], kind: Any, content: Any, path: str) -> Any:
         if content == {} and member.metadata == EMPTIED:
             return None
         return self.read(kind, content, path)
 
-    def _container(
+    def _read_container(
         self,
         origin: Any,
         kinds: tuple[Any, ...],
@@ -222,55 +222,55 @@ class _Reader:
         path: str,
     ) -> Any:
         if origin is dict:
-            return self._dictionary(kinds[1], content, path)
+            return self._read_dictionary(kinds[1], content, path)
         if origin is list or kinds[-1] is Ellipsis:
             kinds = (kinds[0],) * len(content)
         if len(kinds) != len(content):
-            raise self._wrong(content, path, f"{len(kinds)} items")
-        return origin(self._items(kinds, content, path))
+            raise self._make_wrong_type_error(content, path, f"{len(kinds)} items")
+        return origin(self._read_items(kinds, content, path))
 
-    def _dictionary(self, kind: Any, content: dict[str, Any], path: str) -> dict[str, Any]:
+    def _read_dictionary(self, kind: Any, content: dict[str, Any], path: str) -> dict[str, Any]:
         return {
-            self._scalar(str, key, path): self.read(kind, value, _below(path, key))
+            self._read_scalar(str, key, path): self.read(kind, value, _extend_path(path, key))
             for key, value in content.items()
         }
 
-    def _items(self, kinds: tuple[Any, ...], content: list[Any], path: str) -> list[Any]:
+    def _read_items(self, kinds: tuple[Any, ...], content: list[Any], path: str) -> list[Any]:
         pairs = zip(kinds, content, strict=True)
         return [self.read(kind, item, f"{path}[{i}]") for i, (kind, item) in enumerate(pairs)]
 
-    def _scalar(self, kind: Any, content: Any, path: str) -> Any:
+    def _read_scalar(self, kind: Any, content: Any, path: str) -> Any:
         if kind is str and len(content) > MAX_CHARACTERS:
-            raise self._wrong(content, path, f"text of at most {MAX_CHARACTERS} characters")
+            raise self._make_wrong_type_error(content, path, f"text of at most {MAX_CHARACTERS} characters")
         if kind is str and not _is_unicode(content):
-            raise self._wrong(content, path, "text without half characters")
+            raise self._make_wrong_type_error(content, path, "text without half characters")
         if kind is int and abs(content) > MAX_WHOLE:
-            raise self._wrong(content, path, "a whole number of at most 64 bits")
+            raise self._make_wrong_type_error(content, path, "a whole number of at most 64 bits")
         if kind is float and not _is_float(content):
-            raise self._wrong(content, path, "a finite number")
+            raise self._make_wrong_type_error(content, path, "a finite number")
         return content
 
-    def _wrong(self, content: Any, path: str, expected: str) -> BundleError:
-        return self._broken(f"{path or self.whole} is {_shown(content)}, expected {expected}")
+    def _make_wrong_type_error(self, content: Any, path: str, expected: str) -> BundleError:
+        return self._make_error(f"{path or self.whole} is {_show_content(content)}, expected {expected}")
 
-    def _broken(self, what: str) -> BundleError:
+    def _make_error(self, what: str) -> BundleError:
         return BundleError(what, where=self.where, remedy=self.remedy)
 
 
 @cache
-def _types_of(kind: Any) -> dict[str, Any]:
+def _find_types(kind: Any) -> dict[str, Any]:
     return typing.get_type_hints(kind, include_extras=True)
 
 
-def _required(member: Field[Any]) -> bool:
+def _is_required(member: Field[Any]) -> bool:
     return member.default is MISSING and member.default_factory is MISSING
 
 
-def _json_type(kind: Any) -> Any:
+def _find_json_type(kind: Any) -> Any:
     """The Python type that ``json.loads`` gives for a value of type ``kind``."""
     origin = typing.get_origin(kind)
     if origin is Annotated:
-        return _json_type(typing.get_args(kind)[0])
+        return _find_json_type(typing.get_args(kind)[0])
     if is_dataclass(kind):
         return dict
     return {tuple: list, list: list, dict: dict}.get(origin, kind)
@@ -278,20 +278,24 @@ def _json_type(kind: Any) -> Any:
 
 def _fits(kind: Any, content: Any) -> bool:
     """Whether ``content`` is of the right sort; what it contains is not looked at."""
-    wanted = _json_type(kind)
+    wanted = _find_json_type(kind)
     if wanted is float:
         return isinstance(content, (int, float)) and not isinstance(content, bool)
     return type(content) is wanted
 
 
-def _named(kind: Any) -> str:
-    return _KINDS[_json_type(kind)]
+def _name_type(kind: Any) -> str:
+    return _KINDS[_find_json_type(kind)]
 
 
-def _shown(content: Any) -> str:
+def _show_content(content: Any) -> str:
     """A wrong value for a message: short, and safe to print."""
     if isinstance(content, (list, dict)):
-        return f"{_KINDS[type(content)]} of {len(content)} items" if content else f"an empty {_word(content)}"
+        return (
+            f"{_KINDS[type(content)]} of {len(content)} items"
+            if content
+            else f"an empty {_name_content(content)}"
+        )
     if isinstance(content, str):
         return repr(content if len(content) <= SHOWN_CHARACTERS else f"{content[:SHOWN_CHARACTERS]}...")
     if content is None or isinstance(content, bool):
@@ -300,18 +304,18 @@ def _shown(content: Any) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
 
-def _word(content: list[Any] | dict[str, Any]) -> str:
+def _name_content(content: list[Any] | dict[str, Any]) -> str:
     return "list" if isinstance(content, list) else "object"
 
 
-def _listed(names: list[str]) -> str:
+def _format_list(names: list[str]) -> str:
     text = ", ".join(sorted(names))
     return text if len(text) <= 5 * SHOWN_CHARACTERS else f"{text[: 5 * SHOWN_CHARACTERS]}..."
 
 
-def _below(path: str, name: str) -> str:
+def _extend_path(path: str, name: str) -> str:
     """The path of an entry; a name that could not be printed is quoted."""
-    shown = name if len(name) <= 2 * SHOWN_CHARACTERS and name.isprintable() else _shown(name)
+    shown = name if len(name) <= 2 * SHOWN_CHARACTERS and name.isprintable() else _show_content(name)
     return f"{path}.{shown}" if path else shown
 
 

@@ -81,9 +81,9 @@ class Signature:
             )
             algorithm = content["algorithm"]
         except (ValueError, KeyError, TypeError, RecursionError) as exc:
-            raise _unreadable(where, exc) from exc
+            raise _make_unreadable_error(where, exc) from exc
         if algorithm != ALGORITHM:
-            raise _unreadable(where, f"algorithm {str(algorithm)[:40]!r}, known is {ALGORITHM!r}")
+            raise _make_unreadable_error(where, f"algorithm {str(algorithm)[:40]!r}, known is {ALGORITHM!r}")
         return made
 
 
@@ -172,9 +172,9 @@ def read_private_key(path: Path) -> Ed25519PrivateKey:
             remedy="unlock a copy of it: openssl pkey -in KEY -out UNLOCKED",
         ) from exc
     except Exception as exc:
-        raise _no_key("private", path, exc) from exc
+        raise _make_key_error("private", path, exc) from exc
     if not isinstance(key, Ed25519PrivateKey):
-        raise _no_key("private", path, f"it is a {type(key).__name__}")
+        raise _make_key_error("private", path, f"it is a {type(key).__name__}")
     return key
 
 
@@ -193,9 +193,9 @@ def read_public_key(path: Path) -> Ed25519PublicKey:
     try:
         key = load_pem_public_key(data)
     except Exception as exc:
-        raise _no_key("public", path, exc) from exc
+        raise _make_key_error("public", path, exc) from exc
     if not isinstance(key, Ed25519PublicKey):
-        raise _no_key("public", path, f"it is a {type(key).__name__}")
+        raise _make_key_error("public", path, f"it is a {type(key).__name__}")
     return key
 
 
@@ -225,10 +225,10 @@ def _read_key(path: Path, kind: str) -> bytes:
     try:
         return read_regular(path, MAX_KEY)
     except OSError as exc:
-        raise _no_key(kind, path, exc.strerror) from exc
+        raise _make_key_error(kind, path, exc.strerror) from exc
 
 
-def _no_key(kind: str, path: Path, why: object) -> InputError:
+def _make_key_error(kind: str, path: Path, why: object) -> InputError:
     return InputError(
         f"is no {kind} Ed25519 key in a PEM file",
         where=path,
@@ -237,7 +237,7 @@ def _no_key(kind: str, path: Path, why: object) -> InputError:
     )
 
 
-def _unreadable(where: object, why: object) -> BundleError:
+def _make_unreadable_error(where: object, why: object) -> BundleError:
     return BundleError(
         f"{SIGNATURE} cannot be read",
         where=where,

@@ -166,10 +166,10 @@ class _Hashes:
         """Size and SHA-256 of the file as it is now."""
         stamp, entry = self._known.get(path, (None, None))
         if entry is None or stamp != _stamp(path):
-            entry = self._hashed(path)
+            entry = self._hash(path)
         return entry
 
-    def _hashed(self, path: Path) -> FileEntry:
+    def _hash(self, path: Path) -> FileEntry:
         dated = _date_back(path)
         stamp = _stamp(path)
         entry = FileEntry(path.stat().st_size, hash_file(path))

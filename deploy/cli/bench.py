@@ -72,7 +72,7 @@ def _main(args: argparse.Namespace) -> int:
     _check_targets(args)
     bundles = [Bundle.open(path, key=args.key) for path in args.bundles]
     progress = Progress(args.quiet)
-    images = _images(args.data, progress) if args.data else []
+    images = _read_images(args.data, progress) if args.data else []
     result = run_benchmark(
         bundles,
         backend=args.backend,
@@ -106,7 +106,7 @@ def _check_targets(args: argparse.Namespace) -> None:
         require_matplotlib()
     for target in filter(None, (args.markdown, args.plot)):
         require_outside_bundles(target)
-        if why := _obstacle(target):
+        if why := _find_obstacle(target):
             raise OutputError(
                 "cannot write here",
                 where=target,
@@ -115,7 +115,7 @@ def _check_targets(args: argparse.Namespace) -> None:
             )
 
 
-def _obstacle(target: Path) -> str:
+def _find_obstacle(target: Path) -> str:
     """Why no file can be written to ``target``, empty if one can."""
     if os.path.isdir(target):
         return "it is a folder"
@@ -129,7 +129,7 @@ def _obstacle(target: Path) -> str:
         return exc.strerror or str(exc)
 
 
-def _images(data: str, progress: Progress) -> list[bytes]:
+def _read_images(data: str, progress: Progress) -> list[bytes]:
     """The first images of a collection, encoded; labels do not matter here."""
     source = ImageSet(data, labelled=False)
     progress.tell(source.note)

@@ -92,7 +92,7 @@ def _add_engine_flags(p: argparse.ArgumentParser) -> None:
 
 
 def _main(args: argparse.Namespace) -> int:
-    options = _options(args)
+    options = _read_options(args)
     bundle = Bundle.open(args.bundle, key=args.key)
     if args.trtexec:
         say(make_trtexec_command(bundle, options, args.device))
@@ -113,7 +113,7 @@ def _main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _options(args: argparse.Namespace) -> EngineOptions:
+def _read_options(args: argparse.Namespace) -> EngineOptions:
     """What the flags ask for; raises :class:`InputError` for impossible ones."""
     sizes = args.profile.split(",")
     if len(sizes) != 3 or not all(size.strip().isdigit() for size in sizes):

@@ -71,7 +71,7 @@ class Parser(argparse.ArgumentParser):
         """Exit; also after ``--help`` a full standard output is an error and no trace."""
         _output.flush()
         if _output.failure is not None:
-            tell_error(_unwritable_output(_output.failure, _output.is_lost))
+            tell_error(_make_output_error(_output.failure, _output.is_lost))
             status = status or OutputError.exit_code
         super().exit(status, message)
 
@@ -153,7 +153,7 @@ class _Output:
     def write(self, text: str) -> None:
         """Print ``text`` there, or on standard error where that is impossible."""
         if self.failure is None and self.has_reader:
-            self._attempt(lambda: print(text, flush=True, file=_standard_output()))
+            self._attempt(lambda: print(text, flush=True, file=_open_standard_output()))
         if self.failure is not None:
             tell(text)
 
@@ -212,21 +212,21 @@ def tell_error(error: CmtEdgeError) -> None:
     lines = [error.what if error.where is None else f"{escape_line(error.where)}: {error.what}"]
     lines += [f"why: {error.why}"] if error.why else []
     lines += [f"remedy: {error.remedy}"] if error.remedy else []
-    tell("\n  ".join(["error: " + _indented(lines[0]), *map(_indented, lines[1:])]))
+    tell("\n  ".join(["error: " + _indent(lines[0]), *map(_indent, lines[1:])]))
 
 
-def _indented(text: str) -> str:
+def _indent(text: str) -> str:
     """``text`` with every line but the first indented below it."""
     return "\n    ".join(text.split("\n"))
 
 
-def _standard_output() -> Any:
+def _open_standard_output() -> Any:
     if sys.stdout is None:
         raise OSError(errno.EBADF, "it is closed")
     return sys.stdout
 
 
-def _unwritable_output(exc: OSError, is_lost: bool) -> OutputError:
+def _make_output_error(exc: OSError, is_lost: bool) -> OutputError:
     answer = "a part of the answer is lost" if is_lost else "the answer stands above, on standard error"
     return OutputError(
         "standard output cannot be written to",
@@ -296,37 +296,37 @@ def _exit_code(main: Callable[[argparse.Namespace], int], args: argparse.Namespa
         code = main(args)
         _output.flush()
     except KeyboardInterrupt as exc:
-        return _interrupted(exc.number if isinstance(exc, Stopped) else signal.SIGINT)
+        return _end_interrupted(exc.number if isinstance(exc, Stopped) else signal.SIGINT)
     except Exception as exc:
         number = get_received()
         if number is not None:  # what it interrupted made another exception of it
-            return _interrupted(number)
-        return _failed(exc, args.verbose)
+            return _end_interrupted(number)
+        return _end_failed(exc, args.verbose)
     if _output.failure is None:
         return code
-    tell_error(_unwritable_output(_output.failure, _output.is_lost))
+    tell_error(_make_output_error(_output.failure, _output.is_lost))
     return code or OutputError.exit_code
 
 
-def _interrupted(number: int) -> int:
+def _end_interrupted(number: int) -> int:
     tell("interrupted; nothing half-written was left")
     return compute_exit_code(number)
 
 
-def _failed(exc: Exception, verbose: bool) -> int:
+def _end_failed(exc: Exception, verbose: bool) -> int:
     """Explain an exception on standard error; its exit code."""
-    error = _typed(exc)
+    error = _convert_to_typed(exc)
     if verbose or error is None:
         tell(traceback.format_exc().rstrip())
     if error is not None:
         tell_error(error)
         return error.exit_code
-    tell(f"error: internal failure: {type(exc).__name__}: {_indented(str(exc))}")
+    tell(f"error: internal failure: {type(exc).__name__}: {_indent(str(exc))}")
     tell("  remedy: please report it with this trace")
     return INTERNAL
 
 
-def _typed(exc: Exception) -> CmtEdgeError | None:
+def _convert_to_typed(exc: Exception) -> CmtEdgeError | None:
     """``exc`` as one of our errors; ``None`` for what only a bug of ours can be."""
     if isinstance(exc, CmtEdgeError):
         return exc
@@ -334,7 +334,7 @@ def _typed(exc: Exception) -> CmtEdgeError | None:
         return None
     if exc.errno in FULL:
         _discard_output()
-        return _unwritable_output(exc, is_lost=True)
+        return _make_output_error(exc, is_lost=True)
     if exc.errno in UNUSABLE and exc.filename is not None:
         return InputError(
             "cannot be used",

@@ -108,7 +108,7 @@ def _main(args: argparse.Namespace) -> int:
         throughput=len(sources) >= MANY,
     ) as predictor:
         show = _show(args, sources, predictor.labels)
-        for answer in _answers(predictor, sources, args.quiet):
+        for answer in _iterate_answers(predictor, sources, args.quiet):
             if isinstance(answer, ImageError):
                 failed += 1
                 tell_error(answer)
@@ -128,19 +128,21 @@ def _check(args: argparse.Namespace) -> None:
         )
 
 
-def _answers(predictor: Predictor, sources: list[_Source], quiet: bool) -> Iterator[Prediction | ImageError]:
+def _iterate_answers(
+    predictor: Predictor, sources: list[_Source], quiet: bool
+) -> Iterator[Prediction | ImageError]:
     """The answer for each image, named; progress is shown only where no answers appear between."""
     progress = Progress(
         quiet or len(sources) < SHOW_PROGRESS or (sys.stdout is not None and sys.stdout.isatty())
     )
-    answers = predictor.attempt(_opened(sources), copy=False)
+    answers = predictor.attempt(_open_sources(sources), copy=False)
     for done, (source, answer) in enumerate(zip(sources, answers, strict=True), 1):
         progress.count(done, len(sources))
         yield (replace(answer, source=source.name) if isinstance(answer, Prediction) else answer)
     progress.finish()
 
 
-def _opened(sources: Iterable[_Source]) -> Iterator[ImageLike]:
+def _open_sources(sources: Iterable[_Source]) -> Iterator[ImageLike]:
     return (source.open() for source in sources)
 
 
@@ -153,7 +155,7 @@ def _show(args: argparse.Namespace, sources: list[_Source], labels: list[str]) -
     if args.json:
         return lambda answer: say(report.to_json(report.make_prediction_json(answer, args.topk)))
     if args.csv:
-        return _csv(min(args.topk, len(labels)))
+        return _start_csv(min(args.topk, len(labels)))
     width = max((len(escape_line(source.name)) for source in sources), default=0)
     safe = [escape_line(label) for label in labels]  # no label can pretend to be another line
 
@@ -164,15 +166,15 @@ def _show(args: argparse.Namespace, sources: list[_Source], labels: list[str]) -
     return show
 
 
-def _csv(topk: int) -> Show:
+def _start_csv(topk: int) -> Show:
     """Prints the header now, and one line an answer: its source, then labels and probabilities by turns."""
     columns = [f"{what}_{i}" for i in range(1, topk + 1) for what in ("label", "probability")]
-    say_data(_csv_line(["source", *columns]))
+    say_data(_format_csv_line(["source", *columns]))
 
     def show(answer: Prediction) -> bool:
         best = answer.top(topk)
         return say_data(
-            _csv_line(
+            _format_csv_line(
                 [
                     answer.source,
                     *(cell for label, p in best for cell in (label, f"{p:.6f}")),
@@ -183,7 +185,7 @@ def _csv(topk: int) -> Show:
     return show
 
 
-def _csv_line(cells: Iterable[object]) -> str:
+def _format_csv_line(cells: Iterable[object]) -> str:
     """One row; a cell with a comma, a quote or a line break is quoted. Cells that a spreadsheet takes for
     formulas stay as they are, because a changed file name would name no file."""
     line = io.StringIO()

@@ -27,15 +27,19 @@ class Range:
         return "is too large" if value > self.most else ""
 
     def __str__(self) -> str:
-        start = f"more than {_written(self.least)}, at most" if self.above else f"{_written(self.least)} to"
-        return f"{start} {_written(self.most)}"
+        start = (
+            f"more than {_write_number(self.least)}, at most"
+            if self.above
+            else f"{_write_number(self.least)} to"
+        )
+        return f"{start} {_write_number(self.most)}"
 
     def whole(self, text: str) -> int:
         """The whole number in ``text``, for ``type=`` of a flag."""
         try:
             value = int(text)
         except ValueError as exc:
-            raise argparse.ArgumentTypeError(f"{_quoted(text)} is not a whole number") from exc
+            raise argparse.ArgumentTypeError(f"{_quote(text)} is not a whole number") from exc
         self._require(value, text)
         return value
 
@@ -47,7 +51,7 @@ class Range:
 
     def _require(self, value: float, text: str) -> None:
         if complaint := self.complaint(value):
-            raise argparse.ArgumentTypeError(f"{_quoted(text)} {complaint}: give {self}")
+            raise argparse.ArgumentTypeError(f"{_quote(text)} {complaint}: give {self}")
 
 
 THREADS = Range(1, 1024)
@@ -77,15 +81,15 @@ def parse_finite(text: str) -> float:
     try:
         number = float(text)
     except ValueError as exc:
-        raise argparse.ArgumentTypeError(f"{_quoted(text)} is not a number") from exc
+        raise argparse.ArgumentTypeError(f"{_quote(text)} is not a number") from exc
     if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"{_quoted(text)} is not a finite number")
+        raise argparse.ArgumentTypeError(f"{_quote(text)} is not a finite number")
     return number
 
 
-def _quoted(text: str) -> str:
+def _quote(text: str) -> str:
     return repr(text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}...")
 
 
-def _written(number: float) -> str:
+def _write_number(number: float) -> str:
     return str(number) if isinstance(number, int) else f"{number:g}"

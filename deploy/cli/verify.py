@@ -91,7 +91,7 @@ def _main(args: argparse.Namespace) -> int:
     _require_weights(args.weights)
     bundle = Bundle.open(args.bundle, key=args.key)
     data = ImageSet(args.data) if args.data else None
-    reference = _reference(bundle, args.reference, args.threads) if args.reference else None
+    reference = _load_reference(bundle, args.reference, args.threads) if args.reference else None
     progress = Progress(args.quiet)
     progress.tell(_describe_signature(bundle, args.key))
     progress.tell(data.note if data else "")
@@ -137,7 +137,7 @@ def _describe_signature(bundle: Bundle, key: Path | None) -> str:
     return f"signature checked: the holder of {key} made this bundle (key {signer[:16]})"
 
 
-def _reference(bundle: Bundle, path: Path, threads: int | None) -> Predictor:
+def _load_reference(bundle: Bundle, path: Path, threads: int | None) -> Predictor:
     """Another bundle of the same weights as the reference."""
     other = Bundle.open(path)
     if other.manifest.model.weights.sha256 != bundle.manifest.model.weights.sha256:

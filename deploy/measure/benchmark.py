@@ -119,7 +119,7 @@ def time_interleaved(
     instructions and the threads of other runtimes, which spin for milliseconds after their call, come to
     rest. On a Xeon with AMX a model's calls became faster until the sixth after another model's.
     """
-    turns = _turns(variants, protocol)
+    turns = _prepare_turns(variants, protocol)
     several = len(turns) > 1
     samples: dict[str, list[int]] = {name: [] for name in variants}
     spent = dict.fromkeys(variants, 0)
@@ -129,7 +129,7 @@ def time_interleaved(
         for turn in turns:
             if several:
                 _settle(turn.call, protocol.settle_seconds)
-            times = _timed(turn.call, turn.repeats)
+            times = _time(turn.call, turn.repeats)
             samples[turn.name] += times
             spent[turn.name] += sum(times)
         rounds += 1
@@ -150,7 +150,7 @@ class _Turn:
     repeats: int
 
 
-def _turns(variants: Mapping[str, Callable[[], object]], protocol: Protocol) -> list[_Turn]:
+def _prepare_turns(variants: Mapping[str, Callable[[], object]], protocol: Protocol) -> list[_Turn]:
     """Warm every variant up, and give much faster ones several calls a round: otherwise the slow ones would
     run for minutes until the fast ones have their seconds."""
     typical = {name: _warm_up(call, protocol) for name, call in variants.items()}
@@ -164,7 +164,7 @@ def _turns(variants: Mapping[str, Callable[[], object]], protocol: Protocol) -> 
     return turns
 
 
-def _timed(call: Callable[[], object], repeats: int) -> list[int]:
+def _time(call: Callable[[], object], repeats: int) -> list[int]:
     """Nanoseconds of each of ``repeats`` calls."""
     times = []
     for _ in range(repeats):
@@ -195,11 +195,11 @@ def _warm_up(call: Callable[[], object], protocol: Protocol) -> float:
         times.append(time.perf_counter() - start)
         passed = time.perf_counter() - begin
         enough = len(times) >= max(1, protocol.warmup_iters) and passed >= protocol.warmup_seconds
-        if (enough and _stable(times)) or passed >= max(WARMUP_LIMIT_S, protocol.warmup_seconds):
+        if (enough and _is_stable(times)) or passed >= max(WARMUP_LIMIT_S, protocol.warmup_seconds):
             return max(CLOCK_FLOOR_S, float(np.median(times[-WARMUP_WINDOW:])))
 
 
-def _stable(times: Sequence[float]) -> bool:
+def _is_stable(times: Sequence[float]) -> bool:
     """Whether the medians of the last two windows agree; also where there are not yet two windows."""
     if len(times) < 2 * WARMUP_WINDOW:
         return True
@@ -239,7 +239,7 @@ def run_sustained(predictor: Predictor, batch: np.ndarray, seconds: float) -> tu
     return images, 1e3 * elapsed
 
 
-def _on_device(session: Session, batch: np.ndarray, count: int) -> OnDevice | None:
+def _measure_on_device(session: Session, batch: np.ndarray, count: int) -> OnDevice | None:
     times = session.device_times(batch, count)
     if times is None:
         return None
@@ -286,9 +286,9 @@ def benchmark(
         load: opens a bundle, as :meth:`cmt_edge.deploy.Predictor.load`.
     """
     report = progress or (lambda phase, share: None)
-    named = dict(zip(_names(bundles), bundles, strict=True))
+    named = dict(zip(_name_bundles(bundles), bundles, strict=True))
     opened = partial(load, backend=backend, device=device, threads=threads)
-    samples = _latencies(named, opened, images, protocol, report)
+    samples = _measure_latencies(named, opened, images, protocol, report)
     rates: dict[str, float] = {}
     if with_throughput:
         for name, bundle in named.items():
@@ -298,12 +298,12 @@ def benchmark(
                 rates[name] = measure_throughput(predictor, samples[name].batch, seconds)
     base = next(iter(samples.values()))
     results = [
-        _measured(name, bundle, samples[name], base, rates.get(name)) for name, bundle in named.items()
+        _make_measured(name, bundle, samples[name], base, rates.get(name)) for name, bundle in named.items()
     ]
     return Benchmark(results, describe_host(), read_versions(), threads, protocol)
 
 
-def _latencies(
+def _measure_latencies(
     bundles: Mapping[str, Bundle],
     opened: Callable[[Bundle], Predictor],
     images: Sequence[bytes],
@@ -321,7 +321,7 @@ def _latencies(
         )
         end_to_end = time_interleaved(
             {
-                name: _end_to_end_call(p, images or bundles[name].golden().sources)
+                name: _make_end_to_end_call(p, images or bundles[name].golden().sources)
                 for name, p in predictors.items()
             },
             protocol,
@@ -334,13 +334,13 @@ def _latencies(
                 model=model[name],
                 end_to_end=end_to_end[name],
                 executed=p.session.executed(batches[name]),
-                on_device=_on_device(p.session, batches[name], protocol.iters),
+                on_device=_measure_on_device(p.session, batches[name], protocol.iters),
             )
             for name, p in predictors.items()
         }
 
 
-def _names(bundles: Sequence[Bundle]) -> list[str]:
+def _name_bundles(bundles: Sequence[Bundle]) -> list[str]:
     """Folder names, numbered where they repeat."""
     names: list[str] = []
     for bundle in bundles:
@@ -364,7 +364,7 @@ def bind_inference(session: Session, batch: np.ndarray) -> Callable[[], object]:
     return binding.run
 
 
-def _end_to_end_call(predictor: Predictor, images: Sequence[bytes]) -> Callable[[], object]:
+def _make_end_to_end_call(predictor: Predictor, images: Sequence[bytes]) -> Callable[[], object]:
     """Each call takes the next ``batch`` encoded images from bytes to labels or feature maps."""
     position = 0
 
@@ -381,7 +381,7 @@ def _end_to_end_call(predictor: Predictor, images: Sequence[bytes]) -> Callable[
     return call
 
 
-def _measured(
+def _make_measured(
     name: str,
     bundle: Bundle,
     samples: _Samples,
@@ -393,8 +393,8 @@ def _measured(
     ratio = compare_medians(base.model, samples.model)
     warnings = [
         *list_precision_warnings(bundle.manifest.precision, samples.executed),
-        *_latency_warnings(latency, samples.on_device),
-        *_accuracy_warnings(bundle),
+        *_write_latency_warnings(latency, samples.on_device),
+        *_write_accuracy_warnings(bundle),
     ]
     return Measured(
         name=name,
@@ -413,13 +413,13 @@ def _measured(
     )
 
 
-def _accuracy_warnings(bundle: Bundle) -> list[str]:
+def _write_accuracy_warnings(bundle: Bundle) -> list[str]:
     """What the export found about the accuracy and could not show."""
     recorded = bundle.manifest.verification
     return list(recorded.notes) if recorded else []
 
 
-def _latency_warnings(latency: Latency, clock: OnDevice | None) -> list[str]:
+def _write_latency_warnings(latency: Latency, clock: OnDevice | None) -> list[str]:
     """A sentence where the latency drifted, and where the host limits the device."""
     warnings = []
     if abs(latency.drift) > DRIFT_WARNING:

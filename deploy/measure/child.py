@@ -175,10 +175,10 @@ class MeasuringProcess:
         try:
             answer = self.child.request(call, **make_plain(request))
         except ChildCrashed as crash:
-            raise self._crash_error(call, crash) from crash
+            raise self._make_crash_error(call, crash) from crash
         return read_message(kind, answer, f"the answer to {call!r}")
 
-    def _crash_error(self, call: str, crash: ChildCrashed) -> StepError:
+    def _make_crash_error(self, call: str, crash: ChildCrashed) -> StepError:
         limit = f"; it was limited to {self.isa}, which OpenVINO before 2026.4.1 may not support"
         return StepError(
             f"the runtime crashed while it was measured (step {call!r}, {crash.ending})"
@@ -191,11 +191,11 @@ class MeasuringProcess:
 # --- in the child ---------------------------------------------------------------------------------
 
 
-def _runtime(request: RuntimeRequest, _: Report) -> Text:
+def _answer_runtime(request: RuntimeRequest, _: Report) -> Text:
     return Text(get_runtime(request.backend).check())
 
 
-def _missing(request: PrecisionRequest, _: Report) -> Text:
+def _answer_missing(request: PrecisionRequest, _: Report) -> Text:
     try:
         get_runtime(request.backend).float_precision(request.precision)
     except RuntimeMissingError as exc:
@@ -203,7 +203,7 @@ def _missing(request: PrecisionRequest, _: Report) -> Text:
     return Text("")
 
 
-def _logits(request: LogitsRequest, report: Report) -> Text:
+def _answer_logits(request: LogitsRequest, report: Report) -> Text:
     pixels = np.load(request.pixels, mmap_mode="r")
     parts = []
     with Predictor.load(request.bundle, threads=request.threads) as predictor:
@@ -217,7 +217,7 @@ def _logits(request: LogitsRequest, report: Report) -> Text:
     return Text(request.target)
 
 
-def _benchmark(request: BenchmarkRequest, report: Report) -> Benchmark:
+def _answer_benchmark(request: BenchmarkRequest, report: Report) -> Benchmark:
     return benchmark(
         [Bundle.open(path) for path in request.bundles],
         threads=request.threads,
@@ -227,13 +227,13 @@ def _benchmark(request: BenchmarkRequest, report: Report) -> Benchmark:
     )
 
 
-def _kernels(request: KernelsRequest, _: Report) -> Kernels:
+def _answer_kernels(request: KernelsRequest, _: Report) -> Kernels:
     bundle = Bundle.open(request.bundle)
     with Predictor.load(bundle, threads=request.threads) as predictor:
         return Kernels(predictor.session.kernels(make_golden_batch(bundle, predictor)))
 
 
-def _answering(kind: type[T], answer: Callable[[T, Report], object]) -> Callable[[Request, Report], Any]:
+def _wrap_answer(kind: type[T], answer: Callable[[T, Report], object]) -> Callable[[Request, Report], Any]:
     """``answer`` as a function of JSON: its request is a dataclass ``kind``, and it returns a dataclass."""
 
     def call(request: Request, report: Report) -> Any:
@@ -244,16 +244,16 @@ def _answering(kind: type[T], answer: Callable[[T, Report], object]) -> Callable
 
 
 CALLS = {
-    "runtime": _answering(RuntimeRequest, _runtime),
-    "missing": _answering(PrecisionRequest, _missing),
-    "logits": _answering(LogitsRequest, _logits),
-    "benchmark": _answering(BenchmarkRequest, _benchmark),
-    "kernels": _answering(KernelsRequest, _kernels),
+    "runtime": _wrap_answer(RuntimeRequest, _answer_runtime),
+    "missing": _wrap_answer(PrecisionRequest, _answer_missing),
+    "logits": _wrap_answer(LogitsRequest, _answer_logits),
+    "benchmark": _wrap_answer(BenchmarkRequest, _answer_benchmark),
+    "kernels": _wrap_answer(KernelsRequest, _answer_kernels),
 }
 """Name of a request -> what answers it."""
 
 
-def _unexpected(exc: Exception) -> CmtEdgeError:
+def _make_unexpected_error(exc: Exception) -> CmtEdgeError:
     """An exception of a runtime as a typed error, with its first line."""
     lines = str(exc).strip().splitlines()
     return StepError(
@@ -264,4 +264,4 @@ def _unexpected(exc: Exception) -> CmtEdgeError:
 
 
 if __name__ == "__main__":
-    serve(CALLS, _unexpected)
+    serve(CALLS, _make_unexpected_error)

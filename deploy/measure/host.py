@@ -41,7 +41,7 @@ PACKAGES = (
 
 def describe_host() -> Host:
     """CPU model and flags, cores, clocks, governor and temperature, where known."""
-    info = _cpuinfo()
+    info = _read_cpuinfo()
     flags = set((info.get("flags") or info.get("Features") or "").split())
     return Host(
         machine=platform.machine(),
@@ -49,14 +49,14 @@ def describe_host() -> Host:
         python=platform.python_version(),
         cpu=info.get("model name") or platform.processor() or platform.machine(),
         flags=tuple(f for f in FLAGS if f in flags),
-        cores=_cores(),
+        cores=_count_available_cores(),
         mhz=info.get("cpu MHz") or None,
         governor=_read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or None,
         temperature_mc=_read("/sys/class/thermal/thermal_zone0/temp") or None,
     )
 
 
-def _cores() -> int | None:
+def _count_available_cores() -> int | None:
     """Cores that this process may use, where the system tells them apart."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
@@ -74,7 +74,7 @@ def read_versions() -> dict[str, str]:
     return found
 
 
-def _cpuinfo() -> dict[str, str]:
+def _read_cpuinfo() -> dict[str, str]:
     """The first processor's entry of ``/proc/cpuinfo``."""
     lines = (_read("/proc/cpuinfo") or "").split("\n\n")[0].splitlines()
     return {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}

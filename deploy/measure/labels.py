@@ -32,10 +32,10 @@ def match_labels(bundle: Bundle, data: ImageSet, by_order: bool) -> dict[str, in
             where=data.path,
             remedy="sort them into one folder a class, or leave --data out",
         )
-    return _by_order(bundle, data, folders) if by_order else _by_name(bundle, data, folders)
+    return _match_by_order(bundle, data, folders) if by_order else _match_by_name(bundle, data, folders)
 
 
-def _by_order(bundle: Bundle, data: ImageSet, folders: Sequence[str]) -> dict[str, int]:
+def _match_by_order(bundle: Bundle, data: ImageSet, folders: Sequence[str]) -> dict[str, int]:
     count = len(bundle.class_ids)
     if len(folders) != count:
         raise DataError(
@@ -46,14 +46,14 @@ def _by_order(bundle: Bundle, data: ImageSet, folders: Sequence[str]) -> dict[st
     return {folder: i for i, folder in enumerate(folders)}
 
 
-def _by_name(bundle: Bundle, data: ImageSet, folders: Sequence[str]) -> dict[str, int]:
+def _match_by_name(bundle: Bundle, data: ImageSet, folders: Sequence[str]) -> dict[str, int]:
     """By class id or readable name; a name that several classes have names none of them."""
     ids, names = bundle.class_ids, bundle.labels
     shared = [f for f in folders if ids.count(f) > 1 or (f not in ids and names.count(f) > 1)]
     if shared:
         unique = len(set(ids)) == len(ids)
         raise DataError(
-            f"several classes are called {_some(shared)}",
+            f"several classes are called {_format_some(shared)}",
             where=data.path,
             remedy="name the folders by class id"
             if unique
@@ -66,11 +66,11 @@ def _by_name(bundle: Bundle, data: ImageSet, folders: Sequence[str]) -> dict[str
         raise DataError(
             "class folders do not match the bundle's labels",
             where=data.path,
-            why=f"folders without a label: {_some(unknown)}; labels: {_some(labels)}",
+            why=f"folders without a label: {_format_some(unknown)}; labels: {_format_some(labels)}",
             remedy=BY_NAME,
         )
     return {f: known[f] for f in folders}
 
 
-def _some(names: Sequence[str], count: int = 8) -> str:
+def _format_some(names: Sequence[str], count: int = 8) -> str:
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

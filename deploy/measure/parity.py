@@ -140,7 +140,7 @@ def verify(
         with _reference(reference, bundle, labelled, options) as live:
             answers = _run_both(predictor, live, bundle, labelled, progress)
             source = "the bundle's record" if live is None else live.info.runtime
-    return _judged(found, labelled.truth, answers, len(bundle.labels), max_drop, source)
+    return _judge(found, labelled.truth, answers, len(bundle.labels), max_drop, source)
 
 
 @contextmanager
@@ -165,7 +165,7 @@ def _opened(
         yield predictor
 
 
-def _judged(
+def _judge(
     found: Verification,
     truth: np.ndarray,
     answers: _Answers,
@@ -178,7 +178,7 @@ def _judged(
     return replace(
         found,
         data=check,
-        notes=_notes(check, truth, classes),
+        notes=_write_notes(check, truth, classes),
         reference_answers=answers.by_digest,
     )
 
@@ -200,12 +200,12 @@ class _Labelled:
         limit: int | None,
     ) -> _Labelled:
         targets = match_labels(bundle, data, by_order)
-        items = _spread(data.items, limit)
+        items = _choose_spread(data.items, limit)
         truth = np.array([targets[item.label] for item in items if item.label is not None])
         return cls(data, items, truth)
 
 
-def _spread(items: list[Item], limit: int | None) -> list[Item]:
+def _choose_spread(items: list[Item], limit: int | None) -> list[Item]:
     """All of ``items``, or ``limit`` evenly spaced ones."""
     if limit is None or limit >= len(items):
         return items
@@ -217,7 +217,7 @@ def _spread(items: list[Item], limit: int | None) -> list[Item]:
 def check_golden(bundle: Bundle, predictor: Predictor, atol: float | None = None) -> GoldenCheck:
     """Check decoding, resizing and numerics on the golden images."""
     golden = bundle.golden()
-    pixel_diff = _pixel_difference(bundle)
+    pixel_diff = _compare_pixels(bundle)
     ours = predictor.outputs(normalise(golden.pixels, bundle.preprocess))
     _require_shapes(bundle, ours, golden.outputs)
     differences = [measure_distance(a, b) for a, b in zip(ours, golden.outputs, strict=True)]
@@ -244,7 +244,7 @@ def check_golden(bundle: Bundle, predictor: Predictor, atol: float | None = None
     )
 
 
-def _pixel_difference(bundle: Bundle) -> int:
+def _compare_pixels(bundle: Bundle) -> int:
     """Grey levels by which golden images that are decoded and resized here differ from the recorded ones."""
     golden = bundle.golden()
     decoded = np.stack([pixels(source, bundle.preprocess) for source in golden.sources])
@@ -377,7 +377,7 @@ def _run_both(
         part = items[start : start + chunk]
         blobs = [labelled.data.read(item) for item in part]
         names = [digest(blob) for blob in blobs]
-        batch = _prepared(bundle, part, blobs)
+        batch = _preprocess_all(bundle, part, blobs)
         logits = predictor.logits(batch)
         ours.append(logits.argmax(1))
         digests += names
@@ -398,7 +398,7 @@ def _run_both(
     )
 
 
-def _prepared(bundle: Bundle, items: Sequence[Item], blobs: Sequence[bytes]) -> np.ndarray:
+def _preprocess_all(bundle: Bundle, items: Sequence[Item], blobs: Sequence[bytes]) -> np.ndarray:
     """Encoded images as a batch, float32 ``(N, 3, S, S)``; errors name the image."""
     named = [NamedBytes(blob, item.name) for blob, item in zip(blobs, items, strict=True)]
     return np.stack([preprocess(image, bundle.preprocess) for image in named])
@@ -422,13 +422,13 @@ def _compare(truth: np.ndarray, answers: _Answers, max_drop: float, source: str)
     )
 
 
-def _notes(check: DataCheck, truth: np.ndarray, classes: int) -> tuple[str, ...]:
+def _write_notes(check: DataCheck, truth: np.ndarray, classes: int) -> tuple[str, ...]:
     """What the figures do not tell by themselves: a reference that knows nothing of the images, and a drop
     that so few images cannot show."""
-    return tuple(note for note in (_chance_note(check, truth, classes), check.doubt) if note)
+    return tuple(note for note in (_write_chance_note(check, truth, classes), check.doubt) if note)
 
 
-def _chance_note(check: DataCheck, truth: np.ndarray, classes: int) -> str:
+def _write_chance_note(check: DataCheck, truth: np.ndarray, classes: int) -> str:
     """A sentence where the reference is at chance level on the images, else empty.
 
     Chance is the share of the most frequent class; images of a single class count as drawn from all. Where

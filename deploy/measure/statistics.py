@@ -104,7 +104,7 @@ def compute_drift(values: np.ndarray) -> float:
 def compute_median_interval(values: np.ndarray, seed: int = 0) -> Interval:
     """The bootstrap interval of a median (Efron 1979, percentile method)."""
     medians = bootstrap_medians(values, np.random.default_rng(seed))
-    return _middle(medians)
+    return _find_middle(medians)
 
 
 def compare_medians(base: np.ndarray, other: np.ndarray, seed: int = 0) -> Ratio:
@@ -112,7 +112,7 @@ def compare_medians(base: np.ndarray, other: np.ndarray, seed: int = 0) -> Ratio
     rng = np.random.default_rng(seed)
     base_medians = bootstrap_medians(base, rng)
     other_medians = bootstrap_medians(other, rng)
-    low, high = _middle(base_medians / other_medians)
+    low, high = _find_middle(base_medians / other_medians)
     return Ratio(float(np.median(base) / np.median(other)), low, high)
 
 
@@ -123,7 +123,7 @@ def bootstrap_medians(values: np.ndarray, rng: np.random.Generator) -> np.ndarra
     return np.array(medians)
 
 
-def _middle(values: np.ndarray) -> Interval:
+def _find_middle(values: np.ndarray) -> Interval:
     """The interval that holds the middle 95 % of ``values``."""
     low, high = np.percentile(values, BOUNDS)
     return Interval(float(low), float(high))
@@ -142,10 +142,10 @@ def compute_paired_drop(reference: np.ndarray, ours: np.ndarray) -> Difference:
     count = len(reference)
     before, after = float(reference.mean()), float(ours.mean())
     mean = float((reference.astype(np.float64) - ours).mean())
-    correlation = _correlation(reference, ours)
+    correlation = _compute_correlation(reference, ours)
     first, second = compute_wilson_interval(before, count), compute_wilson_interval(after, count)
-    below = _combined(before - first.low, second.high - after, correlation)
-    above = _combined(first.high - before, after - second.low, correlation)
+    below = _combine(before - first.low, second.high - after, correlation)
+    above = _combine(first.high - before, after - second.low, correlation)
     interval = Interval(
         max(-100.0, 100 * (mean - below)),
         min(100.0, 100 * (mean + above)),
@@ -153,7 +153,7 @@ def compute_paired_drop(reference: np.ndarray, ours: np.ndarray) -> Difference:
     return Difference(100 * mean, interval)
 
 
-def _correlation(reference: np.ndarray, ours: np.ndarray) -> float:
+def _compute_correlation(reference: np.ndarray, ours: np.ndarray) -> float:
     """How strongly both sides are right on the same images, -1 to 1; corrected for continuity as Newcombe
     does."""
     count = len(reference)
@@ -168,7 +168,7 @@ def _correlation(reference: np.ndarray, ours: np.ndarray) -> float:
     return float(corrected / spread**0.5)
 
 
-def _combined(first: float, second: float, correlation: float) -> float:
+def _combine(first: float, second: float, correlation: float) -> float:
     """The length of the difference of two distances with a ``correlation`` between them."""
     return math.sqrt(max(first**2 - 2 * correlation * first * second + second**2, 0.0))
 

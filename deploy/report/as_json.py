@@ -12,7 +12,7 @@ from ..predictor import Prediction
 
 def to_json(result: object) -> str:
     """A dataclass, mapping or list as one line of JSON; of a :class:`Verification` what a manifest holds."""
-    return json.dumps(make_plain(_recorded(result)), ensure_ascii=False)
+    return json.dumps(make_plain(_record(result)), ensure_ascii=False)
 
 
 def make_bundle_json(bundle: Bundle) -> dict[str, Any]:
@@ -38,10 +38,10 @@ def make_prediction_json(prediction: Prediction, topk: int) -> dict[str, Any]:
     return {"source": prediction.source, "top": top}
 
 
-def _recorded(result: object) -> object:
+def _record(result: object) -> object:
     """``result`` with verifications as they are recorded."""
     if isinstance(result, Verification):
         return result.entry()
     if isinstance(result, dict):
-        return {key: _recorded(value) for key, value in result.items()}
+        return {key: _record(value) for key, value in result.items()}
     return result

@@ -13,16 +13,16 @@ def describe_benchmark(result: Benchmark, markdown: bool = False) -> str:
         f"warning: {escape_line(r.name)}: {warning}" for r in result.results for warning in r.warnings
     ]
     parts = [
-        _latency_table(result, markdown),
-        _executed_table(result, markdown),
-        _conditions(result),
-        *_fastest(result),
+        _format_latency_table(result, markdown),
+        _format_executed_table(result, markdown),
+        _describe_conditions(result),
+        *_describe_fastest(result),
         *warnings,
     ]
     return "\n\n".join(parts)
 
 
-def _latency_table(result: Benchmark, markdown: bool) -> str:
+def _format_latency_table(result: Benchmark, markdown: bool) -> str:
     first, *others = LATENCY_COLUMNS
     header = [
         "bundle",
@@ -33,11 +33,11 @@ def _latency_table(result: Benchmark, markdown: bool) -> str:
         "images/s",
         "speed-up (95 % CI)",
     ]
-    rows = [_latency_row(measured) for measured in result.results]
+    rows = [_format_latency_row(measured) for measured in result.results]
     return format_table(header, rows, markdown)
 
 
-def _latency_row(measured: Measured) -> list[str]:
+def _format_latency_row(measured: Measured) -> list[str]:
     low, high = measured.ratio_ci
     rate = measured.throughput
     return [
@@ -50,7 +50,7 @@ def _latency_row(measured: Measured) -> list[str]:
     ]
 
 
-def _executed_table(result: Benchmark, markdown: bool) -> str:
+def _format_executed_table(result: Benchmark, markdown: bool) -> str:
     """The precision that was asked for beside those that really ran."""
     header = [
         "bundle",
@@ -72,7 +72,7 @@ def _executed_table(result: Benchmark, markdown: bool) -> str:
     return format_table(header, rows, markdown)
 
 
-def _conditions(result: Benchmark) -> str:
+def _describe_conditions(result: Benchmark) -> str:
     """The machine, and how it was measured."""
     host = result.host
     flags = ", ".join(host.flags) or "none of note"
@@ -82,7 +82,7 @@ def _conditions(result: Benchmark) -> str:
     )
 
 
-def _fastest(result: Benchmark) -> list[str]:
+def _describe_fastest(result: Benchmark) -> list[str]:
     """Which of several to take, if the others' intervals leave no doubt."""
     if len(result.results) < 2:
         return []

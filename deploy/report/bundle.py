@@ -28,23 +28,23 @@ def describe_bundle(bundle: Bundle, verify_flags: Sequence[str] = ()) -> str:
     manifest, path = bundle.manifest, bundle.path
     calibration = manifest.calibration
     lines = [describe_verdict(manifest.verdict), ""] if manifest.verdict else []
-    lines += _verified_lines(manifest.verification) if manifest.verification else []
-    lines += _typed_lines(manifest.typing)
-    lines += _latency_lines(manifest.latency)
+    lines += _describe_verified(manifest.verification) if manifest.verification else []
+    lines += _describe_typed(manifest.typing)
+    lines += _describe_latency(manifest.latency)
     lines.append(describe_weights(manifest.model.weights))
     if manifest.labels_source == "numbered":
         lines.append("note: the classes have no names; give them with --labels FILE")
     if calibration and calibration.cached:
         lines.append("note: calibration was taken from the cache (same graph, images and recipe)")
-    lines += _synthesis_lines(calibration.synthesis if calibration else None)
+    lines += _describe_synthesis(calibration.synthesis if calibration else None)
     lines += [
         f"bundle: {path} ({manifest.size_bytes / 1e6:.1f} MB)",
         "",
     ]
-    return "\n".join([*lines, *_next_commands(bundle, verify_flags)])
+    return "\n".join([*lines, *_list_next_commands(bundle, verify_flags)])
 
 
-def _verified_lines(verification: VerificationEntry) -> list[str]:
+def _describe_verified(verification: VerificationEntry) -> list[str]:
     """The manifest's verification entry: steps, golden images, top-1."""
     golden, data = verification.golden, verification.data
     steps = ", ".join(f"{name} {largest:.1e}" for name, largest in (verification.steps or {}).items())
@@ -67,7 +67,7 @@ def _verified_lines(verification: VerificationEntry) -> list[str]:
     ]
 
 
-def _typed_lines(typing: TypingEntry | None) -> list[str]:
+def _describe_typed(typing: TypingEntry | None) -> list[str]:
     """What a typed graph computes in, and why some of it stays float32."""
     if typing is None:
         return []
@@ -75,10 +75,10 @@ def _typed_lines(typing: TypingEntry | None) -> list[str]:
     lines = [f"typed: {', '.join(f'{count} in {kind}' for kind, count in most_first)} (operations)"]
     kinds = Counter((island.op, island.reason) for island in typing.islands)
     lines += [f"float32: {count} {op}: {reason}" for (op, reason), count in kinds.items()]
-    return lines + (_observed_lines(typing.observed) if typing.observed else [])
+    return lines + (_describe_observed(typing.observed) if typing.observed else [])
 
 
-def _observed_lines(seen: ObservedEntry) -> list[str]:
+def _describe_observed(seen: ObservedEntry) -> list[str]:
     return [
         f"observed on {seen.images} images ({seen.source}): largest value {seen.largest:.4g},"
         " float16 holds 65504"
@@ -93,7 +93,7 @@ def describe_weights(weights: WeightsEntry) -> str:
     return text + (" (averaged over training)" if weights.ema else "")
 
 
-def _latency_lines(latency: LatencyEntry | None) -> list[str]:
+def _describe_latency(latency: LatencyEntry | None) -> list[str]:
     if latency is None:
         return ["latency: not measured, the bundle has no engine yet"]
     return [
@@ -104,7 +104,7 @@ def _latency_lines(latency: LatencyEntry | None) -> list[str]:
     ]
 
 
-def _synthesis_lines(made: SynthesisEntry | None) -> list[str]:
+def _describe_synthesis(made: SynthesisEntry | None) -> list[str]:
     """What making synthetic calibration images came to."""
     if made is None:
         return []
@@ -120,7 +120,7 @@ def _synthesis_lines(made: SynthesisEntry | None) -> list[str]:
     return lines
 
 
-def _next_commands(bundle: Bundle, verify_flags: Sequence[str]) -> list[str]:
+def _list_next_commands(bundle: Bundle, verify_flags: Sequence[str]) -> list[str]:
     """What to do with a new bundle: commands that can be pasted as they stand, then those that need images of
     the user's own."""
     path = shlex.quote(str(bundle.path))

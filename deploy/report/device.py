@@ -19,14 +19,14 @@ def describe_device_report(report: DeviceReport, markdown: bool = False) -> str:
     title = [f"# {report.bundle} on {report.key.gpu}", ""] if markdown else []
     lines = [
         *title,
-        *_engine_lines(report),
-        _golden_line(report),
-        _precision_line(report, measured),
+        *_describe_engine(report),
+        _describe_golden(report),
+        _describe_precision(report, measured),
         "",
-        _latency_table(measured, markdown),
+        _format_latency_table(measured, markdown),
         "",
-        *_power_lines(report.power),
-        *_state_lines(report.state),
+        *_describe_power(report.power),
+        *_describe_state(report.state),
         *(f"warning: {warning}" for warning in (*measured.warnings, *report.warnings)),
     ]
     return "\n".join([*lines, ""] if markdown else lines)
@@ -54,7 +54,7 @@ def describe_build(bundle: Bundle, report: DeviceReport) -> str:
     return "\n".join(lines)
 
 
-def _engine_lines(report: DeviceReport) -> list[str]:
+def _describe_engine(report: DeviceReport) -> list[str]:
     """The engine, what it was built with, and why an older one was not used."""
     key = report.key
     how = "reused" if report.reused else f"built in {report.built_s:.0f} s"
@@ -65,7 +65,7 @@ def _engine_lines(report: DeviceReport) -> list[str]:
     ]
 
 
-def _golden_line(report: DeviceReport) -> str:
+def _describe_golden(report: DeviceReport) -> str:
     golden = report.golden
     return (
         f"golden images: {golden.images}; {golden.output} differ by {golden.diff:.2g} (allowed"
@@ -73,7 +73,7 @@ def _golden_line(report: DeviceReport) -> str:
     )
 
 
-def _precision_line(report: DeviceReport, measured: Measured) -> str:
+def _describe_precision(report: DeviceReport, measured: Measured) -> str:
     executed = measured.executed
     return (
         f"layers at the asked precision or below: {100 * report.low_precision_share:.0f} %; ran as:"
@@ -81,7 +81,7 @@ def _precision_line(report: DeviceReport, measured: Measured) -> str:
     )
 
 
-def _latency_table(measured: Measured, markdown: bool) -> str:
+def _format_latency_table(measured: Measured, markdown: bool) -> str:
     """The numbers that are easily confused, side by side."""
     named = {
         "host, one call": measured.model,
@@ -100,7 +100,7 @@ def _latency_table(measured: Measured, markdown: bool) -> str:
     return text + (f"\n\nthroughput: {rate:.0f} images/s; batch {measured.batch}" if rate else "")
 
 
-def _power_lines(power: SustainedPower) -> list[str]:
+def _describe_power(power: SustainedPower) -> list[str]:
     notes = [f"note: {note}" for note in power.notes]
     if power.source is None:
         return ["power: not known here", *notes]
@@ -113,19 +113,19 @@ def _power_lines(power: SustainedPower) -> list[str]:
     return [f"power ({power.source}): {phases}{energy}", *notes]
 
 
-def _state_lines(state: DeviceStates) -> list[str]:
+def _describe_state(state: DeviceStates) -> list[str]:
     """Module, clocks and temperatures before and after."""
     before, after = state.before, state.after
-    known = _known_parts(before)
+    known = _list_known_parts(before)
     return [
         *([f"device: {', '.join(known)}"] if known else []),
-        *_temperature_lines(before, after),
-        *([_gpu_line(after.dgpu)] if after.dgpu else []),
+        *_describe_temperatures(before, after),
+        *([_describe_gpu(after.dgpu)] if after.dgpu else []),
         *(f"note: {note}" for note in before.notes),
     ]
 
 
-def _known_parts(state: DeviceState) -> list[str]:
+def _list_known_parts(state: DeviceState) -> list[str]:
     """What a Jetson tells of itself."""
     parts = [state.module] if state.module else []
     parts += [f"L4T {state.l4t}"] if state.l4t else []
@@ -137,7 +137,7 @@ def _known_parts(state: DeviceState) -> list[str]:
     return parts
 
 
-def _temperature_lines(before: DeviceState, after: DeviceState) -> list[str]:
+def _describe_temperatures(before: DeviceState, after: DeviceState) -> list[str]:
     if not before.temperatures_c or not after.temperatures_c:
         return []
     first = max(before.temperatures_c.values())
@@ -145,6 +145,6 @@ def _temperature_lines(before: DeviceState, after: DeviceState) -> list[str]:
     return [f"hottest sensor: {first:.0f} °C before, {last:.0f} °C after"]
 
 
-def _gpu_line(gpu: DGpu) -> str:
+def _describe_gpu(gpu: DGpu) -> str:
     reasons = ", ".join(gpu.clock_reasons or ()) or "nothing"
     return f"GPU: {gpu.temperature_c} °C, {gpu.sm_mhz} of {gpu.sm_max_mhz} MHz, held back by {reasons}"

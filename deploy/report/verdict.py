@@ -9,12 +9,12 @@ from .tables import format_table
 def describe_verdict(verdict: VerdictEntry, markdown: bool = False) -> str:
     """What ``--precision auto`` measured and recommends: candidates, sensitivity of the groups, notes, the
     winner."""
-    parts = [_candidate_table(verdict, markdown)]
+    parts = [_format_candidate_table(verdict, markdown)]
     if verdict.sensitivity:
-        parts += _sensitivity_table(verdict, markdown)
+        parts += _format_sensitivity_table(verdict, markdown)
     if verdict.float_already:
         parts.append(f"float in every int8 candidate (depthwise): {', '.join(verdict.float_already)}")
-    parts.append(_conditions(verdict))
+    parts.append(_describe_conditions(verdict))
     parts += [f"note: {c.variant.name}: {c.why_not}" for c in verdict.candidates if ":" in c.why_not]
     parts += [f"note: {note}" for note in verdict.notes]
     parts += [
@@ -23,12 +23,12 @@ def describe_verdict(verdict: VerdictEntry, markdown: bool = False) -> str:
         if c.accuracy and c.speed
         for warning in c.speed.warnings
     ]
-    return "\n\n".join([*parts, _recommendation(verdict)])
+    return "\n\n".join([*parts, _describe_recommendation(verdict)])
 
 
-def _candidate_table(verdict: VerdictEntry, markdown: bool) -> str:
+def _format_candidate_table(verdict: VerdictEntry, markdown: bool) -> str:
     labelled = verdict.labelled
-    rows = [_candidate_row(c, labelled, c.variant == verdict.winner) for c in verdict.candidates]
+    rows = [_format_candidate_row(c, labelled, c.variant == verdict.winner) for c in verdict.candidates]
     header = [
         "candidate",
         *(["top-1 %"] if labelled else []),
@@ -42,14 +42,14 @@ def _candidate_table(verdict: VerdictEntry, markdown: bool) -> str:
     return format_table(header, rows, markdown)
 
 
-def _candidate_row(candidate: Candidate, labelled: bool, best: bool) -> list[str]:
+def _format_candidate_row(candidate: Candidate, labelled: bool, best: bool) -> list[str]:
     accuracy, speed = candidate.accuracy, candidate.speed
     top1 = f"{accuracy.top1:.2f}" if accuracy and accuracy.top1 is not None else "-"
     return [
         candidate.variant.name,
         *([top1] if labelled else []),
         *(_drop(accuracy) if accuracy else ["-", "-"]),
-        *(_speed(speed) if speed else ["-", "-", "-"]),
+        *(_format_speed(speed) if speed else ["-", "-", "-"]),
         "best" if best else candidate.why_not.partition(":")[0] or "passes",
     ]
 
@@ -62,7 +62,7 @@ def _drop(accuracy: Accuracy) -> list[str]:
     ]
 
 
-def _speed(speed: Speed) -> list[str]:
+def _format_speed(speed: Speed) -> list[str]:
     low, high = speed.ratio_ci
     return [
         f"{speed.p50:.2f}",
@@ -71,7 +71,7 @@ def _speed(speed: Speed) -> list[str]:
     ]
 
 
-def _sensitivity_table(verdict: VerdictEntry, markdown: bool) -> list[str]:
+def _format_sensitivity_table(verdict: VerdictEntry, markdown: bool) -> list[str]:
     """The groups of operations and what the table means."""
     rows = [
         [
@@ -95,7 +95,7 @@ def _sensitivity_table(verdict: VerdictEntry, markdown: bool) -> list[str]:
     return [meaning, format_table(header, rows, markdown)]
 
 
-def _conditions(verdict: VerdictEntry) -> str:
+def _describe_conditions(verdict: VerdictEntry) -> str:
     """On what, where and within which limits the candidates were measured."""
     images = next((c.accuracy.images for c in verdict.candidates if c.accuracy), 0)
     what = "labelled images" if verdict.labelled else "calibration images"
@@ -108,7 +108,7 @@ def _conditions(verdict: VerdictEntry) -> str:
     )
 
 
-def _recommendation(verdict: VerdictEntry) -> str:
+def _describe_recommendation(verdict: VerdictEntry) -> str:
     best = next(
         (c for c in verdict.candidates if c.variant == verdict.winner),
         None,
@@ -120,7 +120,7 @@ def _recommendation(verdict: VerdictEntry) -> str:
         best.accuracy.drop_ci,
     )
     lines = [
-        f"recommended: {best.variant.name}{_compared(best, best.speed, base)},"
+        f"recommended: {best.variant.name}{_describe_comparison(best, best.speed, base)},"
         f" drop {best.accuracy.drop:+.2f} points (95 % CI {low:+.2f} to {high:+.2f})"
     ]
     if best.variant.keep_float:
@@ -139,7 +139,7 @@ def _recommendation(verdict: VerdictEntry) -> str:
     return "\n".join(lines)
 
 
-def _compared(best: Candidate, speed: Speed, base: str) -> str:
+def _describe_comparison(best: Candidate, speed: Speed, base: str) -> str:
     """How fast the recommended candidate is, unless it is the reference itself."""
     if best.variant.name == base:
         return ""

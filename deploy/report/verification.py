@@ -10,22 +10,22 @@ from .tables import format_table
 
 def describe_verification(v: Verification, markdown: bool = False) -> str:
     """Golden check, top-1 table and verdict."""
-    lines = [_golden_line(v.golden)]
+    lines = [_describe_golden(v.golden)]
     if v.data:
-        lines += [_top1_table(v.data, markdown), _top1_line(v.data)]
+        lines += [_format_top1_table(v.data, markdown), _describe_top1(v.data)]
     lines += [f"warning: {note}" for note in v.notes]
-    lines.append(f"{escape_line(v.bundle)} on {v.runtime.runtime}: {_conclusion(v)}")
+    lines.append(f"{escape_line(v.bundle)} on {v.runtime.runtime}: {_write_conclusion(v)}")
     return "\n".join(lines)
 
 
-def _golden_line(golden: GoldenCheck) -> str:
+def _describe_golden(golden: GoldenCheck) -> str:
     return (
         f"golden images: {golden.images}; pixels differ by at most {golden.pixel_diff} grey levels;"
-        f" {golden.output} by {golden.diff:.2g} (allowed {golden.atol:.2g}): {_passed(golden.passed)}"
+        f" {golden.output} by {golden.diff:.2g} (allowed {golden.atol:.2g}): {_format_passed(golden.passed)}"
     )
 
 
-def _top1_table(data: DataCheck, markdown: bool) -> str:
+def _format_top1_table(data: DataCheck, markdown: bool) -> str:
     header = [
         "images",
         "reference top-1 %",
@@ -42,28 +42,26 @@ def _top1_table(data: DataCheck, markdown: bool) -> str:
         f"{data.top1:.2f}",
         f"{data.drop:+.2f} ({low:+.2f} to {high:+.2f})",
         f"{data.agreement:.2f}",
-        _difference(data.logit_max_diff),
-        _difference(data.logit_mean_diff),
+        _format_difference(data.logit_max_diff),
+        _format_difference(data.logit_mean_diff),
     ]
     return format_table(header, [row], markdown)
 
 
-def _top1_line(data: DataCheck) -> str:
-    return (
-        f"reference: {data.reference_source}; allowed drop {data.max_drop:g} points: {_passed(data.passed)}"
-    )
+def _describe_top1(data: DataCheck) -> str:
+    return f"reference: {data.reference_source}; allowed drop {data.max_drop:g} points: {_format_passed(data.passed)}"
 
 
-def _difference(value: float | None) -> str:
+def _format_difference(value: float | None) -> str:
     """A difference of logits; ``"-"`` where the reference did not run here."""
     return "-" if value is None else f"{value:.3g}"
 
 
-def _passed(passed: bool) -> str:
+def _format_passed(passed: bool) -> str:
     return "ok" if passed else "FAILED"
 
 
-def _conclusion(v: Verification) -> str:
+def _write_conclusion(v: Verification) -> str:
     """What was verified: accuracy is only where the images can show it."""
     if not v.passed:
         return "NOT verified"

@@ -99,7 +99,7 @@ def _read(nvml: Any, handle: Any, index: int) -> tuple[DGpu, list[str]]:
     state = ask("performance state", lambda: nvml.nvmlDeviceGetPerformanceState(handle))
     gpu = DGpu(
         index=index,
-        name=ask("name", lambda: _text(nvml.nvmlDeviceGetName(handle))),
+        name=ask("name", lambda: _convert_to_text(nvml.nvmlDeviceGetName(handle))),
         power_limit_w=ask("power limit", lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / MW_PER_W),
         sm_mhz=ask("SM clock", lambda: nvml.nvmlDeviceGetClockInfo(handle, core)),
         sm_max_mhz=ask("highest SM clock", lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, core)),
@@ -147,6 +147,6 @@ def list_clock_reasons(bits: int) -> list[str]:
     return [CLOCK_REASONS.get(one, f"{one:#x}") for one in ones]
 
 
-def _text(value: str | bytes) -> str:
+def _convert_to_text(value: str | bytes) -> str:
     """Packages before 11.5 answer in bytes."""
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else value

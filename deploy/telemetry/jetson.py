@@ -130,12 +130,12 @@ def parse_jetson_clocks(text: str) -> Clocks | None:
         if cpu := CPU.match(line):
             governor = GOVERNOR.search(line)
             name = governor[1] if governor else ""
-            cpus[int(cpu[1])] = CpuClock(*_mhz(found, KHZ_PER_MHZ), "Online=0" not in line, name)
+            cpus[int(cpu[1])] = CpuClock(*_parse_mhz(found, KHZ_PER_MHZ), "Online=0" not in line, name)
         elif gpu := GPU.match(line):
-            gpus[gpu[1]] = Clock(*_mhz(found, HZ_PER_MHZ))
+            gpus[gpu[1]] = Clock(*_parse_mhz(found, HZ_PER_MHZ))
         elif line.lstrip().startswith("EMC "):
             held = None if found[4] is None else found[4] == "1"
-            emc = EmcClock(*_mhz(found, HZ_PER_MHZ), held)
+            emc = EmcClock(*_parse_mhz(found, HZ_PER_MHZ), held)
     if not HEADER.search(text) and not cpus and not gpus:
         return None
     online = [core for core in cpus.values() if core.online]
@@ -143,26 +143,26 @@ def parse_jetson_clocks(text: str) -> Clocks | None:
         cpus={f"cpu{number}": cpus[number] for number in sorted(cpus)},
         gpus=gpus,
         emc=emc,
-        locked=_locked([*online, *gpus.values()], emc),
+        locked=_are_locked([*online, *gpus.values()], emc),
     )
 
 
-def _mhz(found: re.Match[str], divisor: float) -> tuple[float, float, float]:
+def _parse_mhz(found: re.Match[str], divisor: float) -> tuple[float, float, float]:
     """Lowest, highest and present frequency of a line."""
     low, high, now = (int(found[i]) / divisor for i in (1, 2, 3))
     return low, high, now
 
 
-def _locked(clocks: list[Clock], emc: EmcClock | None) -> bool | None:
+def _are_locked(clocks: list[Clock], emc: EmcClock | None) -> bool | None:
     """See :class:`Clocks`. The memory's minimum stays low in JetPack 6 even when ``jetson_clocks`` holds its
     rate."""
     if not clocks and emc is None:
         return None
     fixed = all(clock.min_mhz == clock.max_mhz for clock in clocks)
-    return fixed and (emc is None or _held(emc))
+    return fixed and (emc is None or _is_held(emc))
 
 
-def _held(emc: EmcClock) -> bool:
+def _is_held(emc: EmcClock) -> bool:
     if emc.min_mhz == emc.max_mhz:
         return True
     return emc.override is True and emc.current_mhz == emc.max_mhz
@@ -199,25 +199,25 @@ def read_device_text(path: Path) -> str | None:
 def is_jetson(root: Path) -> bool:
     """By the device tree's ``compatible``, or by L4T's release file where a container hides the tree."""
     compatible = read_device_text(root / "proc/device-tree/compatible") or ""
-    return "nvidia,tegra" in compatible or _l4t(root) is not None
+    return "nvidia,tegra" in compatible or _read_l4t(root) is not None
 
 
 def read_module(root: Path) -> JetsonModule:
     """Model, L4T and JetPack. Sources: ``/proc/device-tree/model``, ``/etc/nv_tegra_release``,
     :data:`JETPACK`."""
     model = read_device_text(root / "proc/device-tree/model") or None
-    l4t = _l4t(root)
-    return JetsonModule(model, l4t, _jetpack(l4t) if l4t else None)
+    l4t = _read_l4t(root)
+    return JetsonModule(model, l4t, _find_jetpack(l4t) if l4t else None)
 
 
-def _l4t(root: Path) -> str | None:
+def _read_l4t(root: Path) -> str | None:
     """``"36.4.3"`` of ``# R36 (release), REVISION: 4.3, ...``."""
     text = read_device_text(root / "etc/nv_tegra_release") or ""
     found = re.search(r"R(\d+) \(release\), REVISION: (\d+(?:\.\d+)*)", text)
     return f"{found[1]}.{found[2]}" if found else None
 
 
-def _jetpack(l4t: str) -> str | None:
+def _find_jetpack(l4t: str) -> str | None:
     major = l4t.split(".", maxsplit=1)[0]
     return JETPACK.get(l4t) or JETPACK_MAJOR.get(major)
 

@@ -48,12 +48,12 @@ def find_power_sensor(root: Path = Path("/"), gpu_index: int = 0) -> tuple[Power
     be read; else the GPU's board power by NVML, without CPU and memory of the machine.
     """
     if not jetson.is_jetson(root):
-        return _gpu_sensor(gpu_index)
-    sensor, notes = _rail_sensor(root)
-    return (sensor, notes) if sensor else _tegrastats_sensor(notes)
+        return _find_gpu_sensor(gpu_index)
+    sensor, notes = _find_rail_sensor(root)
+    return (sensor, notes) if sensor else _find_tegrastats_sensor(notes)
 
 
-def _tegrastats_sensor(
+def _find_tegrastats_sensor(
     notes: list[str],
 ) -> tuple[PowerSensor | None, list[str]]:
     """The tool, or ``notes`` of why sysfs could not be read and what the tool lacks."""
@@ -67,7 +67,7 @@ def _tegrastats_sensor(
     return PowerSensor(running.source, running.watts, running.close), []
 
 
-def _rail_sensor(root: Path) -> tuple[PowerSensor | None, list[str]]:
+def _find_rail_sensor(root: Path) -> tuple[PowerSensor | None, list[str]]:
     sensors = {s.name: s for s in jetson.find_rails(root)}
     names = jetson.total_rails(sensors)
     if not names:
@@ -80,7 +80,7 @@ def _rail_sensor(root: Path) -> tuple[PowerSensor | None, list[str]]:
     return PowerSensor(source, lambda: sum(sensors[n].watts() for n in names)), []
 
 
-def _gpu_sensor(index: int) -> tuple[PowerSensor | None, list[str]]:
+def _find_gpu_sensor(index: int) -> tuple[PowerSensor | None, list[str]]:
     stack = ExitStack()
     try:
         nvml, handle = stack.enter_context(dgpu.opened(index))
@@ -152,7 +152,7 @@ class PowerMonitor:
         if self._sensor is None:
             return self
         self._thread = threading.Thread(
-            target=self._sample,
+            target=self._take_samples,
             args=(self._sensor,),
             name="power",
             daemon=True,
@@ -178,7 +178,7 @@ class PowerMonitor:
         self._phase = phase
         self._wake.set()
 
-    def _sample(self, sensor: PowerSensor) -> None:
+    def _take_samples(self, sensor: PowerSensor) -> None:
         """The thread: one reading in each interval, and one as soon as a phase begins."""
         while not self._stop.is_set():
             phase = self._phase
@@ -221,19 +221,19 @@ class PowerMonitor:
     @property
     def before(self) -> Power:
         """While idle, before the body."""
-        return self._mean("before")
+        return self._compute_mean("before")
 
     @property
     def during(self) -> Power:
         """While the body ran."""
-        return self._mean("during")
+        return self._compute_mean("during")
 
     @property
     def after(self) -> Power:
         """While idle, after the body."""
-        return self._mean("after")
+        return self._compute_mean("after")
 
-    def _mean(self, phase: str) -> Power:
+    def _compute_mean(self, phase: str) -> Power:
         samples = list(self._samples[phase])
         return Power(
             math.fsum(samples) / len(samples) if samples else None,

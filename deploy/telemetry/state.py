@@ -37,7 +37,7 @@ def read_state(root: Path = Path("/"), run: RunTool = run_tool, gpu_index: int =
     """
     root = Path(root)
     check(root, gpu_index)
-    return _jetson(root, run) if jetson.is_jetson(root) else _other(root, gpu_index)
+    return _read_jetson(root, run) if jetson.is_jetson(root) else _read_other(root, gpu_index)
 
 
 def check(root: Path, gpu_index: int) -> None:
@@ -48,7 +48,7 @@ def check(root: Path, gpu_index: int) -> None:
         raise InputError(f"no GPU has the index {gpu_index}", remedy="count from 0")
 
 
-def _jetson(root: Path, run: RunTool) -> DeviceState:
+def _read_jetson(root: Path, run: RunTool) -> DeviceState:
     notes: list[str] = []
     module = jetson.read_module(root)
     if module.l4t is None:
@@ -67,22 +67,22 @@ def _jetson(root: Path, run: RunTool) -> DeviceState:
             jetson.parse_jetson_clocks,
             notes,
         ),
-        temperatures_c=_temperatures(root, notes),
+        temperatures_c=_read_temperatures(root, notes),
         notes=notes,
     )
 
 
-def _other(root: Path, gpu_index: int) -> DeviceState:
+def _read_other(root: Path, gpu_index: int) -> DeviceState:
     gpu, notes = dgpu.read_dgpu(gpu_index)
     return DeviceState(
         kind="dgpu" if gpu else "cpu",
-        temperatures_c=_temperatures(root, notes),
+        temperatures_c=_read_temperatures(root, notes),
         dgpu=gpu,
         notes=notes,
     )
 
 
-def _temperatures(root: Path, notes: list[str]) -> dict[str, float]:
+def _read_temperatures(root: Path, notes: list[str]) -> dict[str, float]:
     zones = jetson.read_temperatures(root)
     if not zones:
         notes.append("temperatures: no thermal zone can be read in /sys/class/thermal")
@@ -103,11 +103,11 @@ def _ask(
         return None
     result = parse(text)
     if result is None:
-        notes.append(_refusal(name, text))
+        notes.append(_describe_refusal(name, text))
     return result
 
 
-def _refusal(name: str, text: str) -> str:
+def _describe_refusal(name: str, text: str) -> str:
     """Why a tool's answer is of no use. As a user, ``jetson_clocks`` prints one line that says so, on
     whichever stream."""
     first = text.strip().split("\n")[0][:QUOTED]

@@ -131,7 +131,7 @@ def exclusive(folder: Path) -> Iterator[None]:
         descriptor = os.open(folder, os.O_RDONLY)
     try:
         with unwound_by_signals():
-            _claim(folder, descriptor)
+            _lock_folder(folder, descriptor)
             yield
     finally:
         with contextlib.suppress(OSError):
@@ -139,7 +139,7 @@ def exclusive(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _claim(folder: Path, descriptor: int) -> None:
+def _lock_folder(folder: Path, descriptor: int) -> None:
     """Lock the folder until ``descriptor`` is closed."""
     if not os.access(folder, os.W_OK):
         raise OutputError(
@@ -197,8 +197,8 @@ def finish_bundle(
         verified = job.verify(built, atol)
     with progress.step("measure"):
         measured = job.measure(built, protocol, progress)
-    found = _report(job, built, verified, measured, before)
-    return _finished(bundle.manifest, built, found)
+    found = _make_report(job, built, verified, measured, before)
+    return _make_finished(bundle.manifest, built, found)
 
 
 def _require_format(bundle: Bundle) -> None:
@@ -279,11 +279,11 @@ class _Job:
             plan,
             time.perf_counter() - start,
             False,
-            self._stale(),
+            self._find_stale(),
             warnings,
         )
 
-    def _stale(self) -> list[str]:
+    def _find_stale(self) -> list[str]:
         """Why the engine in the bundle is not used, empty if there is none."""
         entry = self.bundle.manifest.engine
         if not entry:
@@ -312,7 +312,7 @@ class _Job:
             load=load,
         )
         with self._open(built) as predictor:
-            power = _power(self.bundle, predictor, self.nvml)
+            power = _measure_power(self.bundle, predictor, self.nvml)
             notes = list(predictor.session.notes)
         return _OnDevice(speed, power, read_state(gpu_index=self.nvml), notes)
 
@@ -336,7 +336,7 @@ class _Job:
         )
 
 
-def _report(
+def _make_report(
     job: _Job,
     built: Built,
     verified: _Verified,
@@ -360,7 +360,7 @@ def _report(
     )
 
 
-def _finished(manifest: Manifest, built: Built, found: DeviceReport) -> Finished:
+def _make_finished(manifest: Manifest, built: Built, found: DeviceReport) -> Finished:
     """Everything that is written."""
     plan = name_member(built.plan, "engine", ".plan")
     text = report.describe_device_report(found, markdown=True).encode()
@@ -395,7 +395,7 @@ def _require_golden(bundle: Bundle, predictor: Predictor, atol: float | None) ->
     )
 
 
-def _power(bundle: Bundle, predictor: Predictor, index: int) -> SustainedPower:
+def _measure_power(bundle: Bundle, predictor: Predictor, index: int) -> SustainedPower:
     """Power before, during and after some seconds of uninterrupted inference, and joules an image where power
     is known."""
     with PowerMonitor(gpu_index=index) as monitor:

@@ -121,10 +121,10 @@ def configure(builder: Any, config: Any, request: BuildRequest, report: Report) 
             *((count, *rest) for count in request.profile),
         )
         config.add_optimization_profile(profile)
-    return _timings(config, request)
+    return _read_timings(config, request)
 
 
-def _timings(config: Any, request: BuildRequest) -> Any:
+def _read_timings(config: Any, request: BuildRequest) -> Any:
     """The timings of earlier builds; new ones where there are none, or those of another version."""
     saved = make_timing_cache(request).read(request.timing_key)
     timings = config.create_timing_cache(saved[0] if saved else b"")
@@ -151,9 +151,9 @@ def _build(request: Request, report: Report) -> Any:
     return make_plain(BuildAnswer(tuple(LOG.warnings)))
 
 
-def _unexpected(exc: Exception) -> CmtEdgeError:
+def _make_unexpected_error(exc: Exception) -> CmtEdgeError:
     return make_step_error(f"{type(exc).__name__}: {exc}", LOG.errors)
 
 
 if __name__ == "__main__":
-    serve({"build": _build}, _unexpected)
+    serve({"build": _build}, _make_unexpected_error)

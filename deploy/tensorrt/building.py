@@ -61,12 +61,12 @@ def build_plan(
     """
     with _scratch_folder() as folder:
         plan = folder / "engine.plan"
-        request = _request(bundle, options, target, cuda, plan)
-        warnings = _in_child(request, time_limit, progress)
+        request = _make_request(bundle, options, target, cuda, plan)
+        warnings = _run_in_child(request, time_limit, progress)
         return plan.read_bytes(), warnings
 
 
-def _request(
+def _make_request(
     bundle: Bundle,
     options: EngineOptions,
     target: EngineTarget,
@@ -82,7 +82,7 @@ def _request(
         timing_key=make_timing_key(target),
         input=described.name,
         shape=described.shape,
-        workspace=_workspace(options, target, cuda),
+        workspace=_choose_workspace(options, target, cuda),
         level=options.level,
         tf32=options.tf32,
         profile=options.profile if read_batch_limit(bundle) == 0 else None,
@@ -90,7 +90,7 @@ def _request(
     )
 
 
-def _workspace(options: EngineOptions, target: EngineTarget, cuda: Cuda) -> int:
+def _choose_workspace(options: EngineOptions, target: EngineTarget, cuda: Cuda) -> int:
     """Bytes of scratch memory."""
     if options.workspace:
         return int(options.workspace * GIB)
@@ -119,7 +119,7 @@ def _scratch_folder() -> Iterator[Path]:
         yield folder
 
 
-def _in_child(request: BuildRequest, time_limit: float, progress: Progress) -> list[str]:
+def _run_in_child(request: BuildRequest, time_limit: float, progress: Progress) -> list[str]:
     """Run the builder; its warnings. Raises :class:`StepError` with TensorRT's own words."""
     with Child(BUILDER, progress=progress.share) as child:
         try:
@@ -130,23 +130,23 @@ def _in_child(request: BuildRequest, time_limit: float, progress: Progress) -> l
                 remedy="allow more with --time-limit, or use --level 0 to 2",
             ) from exc
         except ChildCrashed as exc:
-            raise _crash_error(exc) from exc
+            raise _make_crash_error(exc) from exc
         except StepError as exc:
             if MEMORY.search(exc.why or ""):
-                raise _memory_error(exc.why) from exc
+                raise _make_memory_error(exc.why) from exc
             raise
         finally:
             progress.finish()
     return list(read_message(BuildAnswer, answer, "the builder's answer").warnings)
 
 
-def _crash_error(crash: ChildCrashed) -> StepError:
+def _make_crash_error(crash: ChildCrashed) -> StepError:
     """What ended the builder, as far as its last words tell."""
     words = "; ".join(crash.tail)
     if crash.code == -signal.SIGKILL:
-        return _memory_error(words or "the system stopped it (signal SIGKILL)")
+        return _make_memory_error(words or "the system stopped it (signal SIGKILL)")
     if MEMORY.search(words):
-        return _memory_error(words)
+        return _make_memory_error(words)
     return StepError(
         f"TensorRT crashed while it built the engine ({crash.ending})",
         why=words or None,
@@ -154,7 +154,7 @@ def _crash_error(crash: ChildCrashed) -> StepError:
     )
 
 
-def _memory_error(why: str | None) -> StepError:
+def _make_memory_error(why: str | None) -> StepError:
     return StepError(
         "the build ran out of memory",
         why=why,

@@ -110,11 +110,11 @@ class Cuda:
         return text.decode() if isinstance(text, bytes) else str(text)
 
     def runtime_version(self) -> str:
-        return _version(self.call("cudaRuntimeGetVersion"))
+        return _format_version(self.call("cudaRuntimeGetVersion"))
 
     def driver_version(self) -> str:
         """The highest CUDA version the driver serves."""
-        return _version(self.call("cudaDriverGetVersion"))
+        return _format_version(self.call("cudaDriverGetVersion"))
 
     def gpu(self, index: int = 0) -> Gpu:
         """Make device ``index`` current and describe it; raises :class:`RuntimeMissingError` where it is not
@@ -257,7 +257,7 @@ def open_cuda() -> Cuda:
     )
 
 
-def _version(number: int) -> str:
+def _format_version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
@@ -352,7 +352,7 @@ def open_library() -> Cuda:
         out = tuple(slot.value or 0 for slot in slots)
         return code, out[0] if len(out) == 1 else out
 
-    return Cuda(call, f"ctypes {found}", _driver_name)
+    return Cuda(call, f"ctypes {found}", _ask_driver_name)
 
 
 def _load(names: tuple[str, ...]) -> tuple[ctypes.CDLL, str]:
@@ -364,7 +364,7 @@ def _load(names: tuple[str, ...]) -> tuple[ctypes.CDLL, str]:
     raise OSError(f"none of {', '.join(names)} found")
 
 
-def _driver_name(index: int) -> str:
+def _ask_driver_name(index: int) -> str:
     """Name of a device from the driver: the runtime's own struct of properties differs between versions."""
     driver = ctypes.CDLL("libcuda.so.1")
     device, text = (

@@ -133,7 +133,7 @@ class EngineTarget:
     @classmethod
     def here(cls, tensorrt: str, cuda: Cuda, index: int = 0) -> EngineTarget:
         """This machine with GPU ``index``; raises :class:`RuntimeMissingError` where there is no such GPU."""
-        release = _driver_release()
+        release = _read_driver_release()
         driver = f"{cuda.driver_version()} ({release})" if release else cuda.driver_version()
         return cls(tensorrt, cuda.runtime_version(), driver, cuda.gpu(index))
 
@@ -171,7 +171,7 @@ def make_timing_key(target: EngineTarget) -> str:
 def make_seal(sha256: str, key: EngineKey) -> str:
     """Proof that this machine recorded the engine of hash ``sha256`` under ``key``."""
     return hmac.new(
-        _secret(),
+        _read_secret(),
         f"{sha256} {compute_digest(asdict(key))}".encode(),
         hashlib.sha256,
     ).hexdigest()
@@ -267,7 +267,7 @@ def make_trtexec_command(bundle: Bundle, options: EngineOptions, device: str | N
     return shlex.join(parts)
 
 
-def _secret() -> bytes:
+def _read_secret() -> bytes:
     """This machine's secret, made at first use; ``CMT_EDGE_STATE`` moves the folder it lies in."""
     folder = Path(os.environ.get("CMT_EDGE_STATE") or user_data_path("cmt-edge", appauthor=False))
     path = folder / "machine.key"
@@ -295,7 +295,7 @@ def _make_secret(path: Path) -> None:
             write_atomic(path, secrets.token_bytes(SECRET_BYTES), mode=0o600)
 
 
-def _driver_release(root: Path = Path("/")) -> str | None:
+def _read_driver_release(root: Path = Path("/")) -> str | None:
     """Version of NVIDIA's kernel driver, where it says so."""
     try:
         return (root / "sys/module/nvidia/version").read_text().strip()

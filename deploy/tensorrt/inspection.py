@@ -79,7 +79,7 @@ def read_layers(text: str) -> list[EngineLayer]:
     understood."""
     try:
         entries = json.loads(text, strict=False)["Layers"]
-        found = [_layer(entry) for entry in entries if isinstance(entry, dict)]
+        found = [_read_layer(entry) for entry in entries if isinstance(entry, dict)]
     except (ValueError, KeyError, TypeError, AttributeError) as exc:
         raise StepError(
             "the engine's inspection cannot be understood",
@@ -95,13 +95,13 @@ def read_layers(text: str) -> list[EngineLayer]:
     return [layer for layer in found if layer.precision and layer.kind.lower() not in NO_COMPUTE]
 
 
-def _layer(entry: Mapping[str, Any]) -> EngineLayer:
+def _read_layer(entry: Mapping[str, Any]) -> EngineLayer:
     kind = str(entry.get("LayerType", ""))
     name = str(entry.get("Name", ""))
     precision = (
-        _lowest(entry.get("Inputs"))
-        or _lowest(entry.get("Outputs"))
-        or _of_tactic(str(entry.get("TacticName", "")))
+        _find_lowest(entry.get("Inputs"))
+        or _find_lowest(entry.get("Outputs"))
+        or _find_in_tactic(str(entry.get("TacticName", "")))
     )
     return EngineLayer(name, kind, precision, _converts(kind, name))
 
@@ -112,18 +112,18 @@ def _converts(kind: str, name: str) -> bool:
     return bool(GENERATED_MOVE.match(name))
 
 
-def _lowest(tensors: Any) -> str:
+def _find_lowest(tensors: Any) -> str:
     """The lowest precision that a list of tensors mentions, ``""`` if none has a float or int8 type."""
-    words = [word for tensor in tensors or () if isinstance(tensor, dict) for word in _words(tensor)]
-    return _first_match(WORDS, " ".join(words))
+    words = [word for tensor in tensors or () if isinstance(tensor, dict) for word in _split_words(tensor)]
+    return _find_first_match(WORDS, " ".join(words))
 
 
-def _of_tactic(name: str) -> str:
+def _find_in_tactic(name: str) -> str:
     """The precision that a kernel's name tells, e.g. ``sm80_xmma_fprop_implicit_gemm_f16f16_f16f32_...``."""
-    return _first_match(TACTICS, name)
+    return _find_first_match(TACTICS, name)
 
 
-def _first_match(patterns: Sequence[tuple[str, str]], text: str) -> str:
+def _find_first_match(patterns: Sequence[tuple[str, str]], text: str) -> str:
     """The first precision whose pattern the text holds, ``""`` for none."""
     text = text.lower()
     for precision, pattern in patterns:
@@ -132,7 +132,7 @@ def _first_match(patterns: Sequence[tuple[str, str]], text: str) -> str:
     return ""
 
 
-def _words(tensor: Mapping[str, Any]) -> list[str]:
+def _split_words(tensor: Mapping[str, Any]) -> list[str]:
     return [str(value) for key, value in tensor.items() if "format" in key.lower() or "type" in key.lower()]
 
 

@@ -107,14 +107,14 @@ class TensorRTSession(Session):
         self.device = cuda.gpu(index).name
         self._runtime: Any
         self._engine: Any
-        self._runtime, self._engine = _deserialised(plan)
-        self._input, self._outputs = self._names(outputs)
-        self._most = self._largest_batch()
+        self._runtime, self._engine = _deserialise(plan)
+        self._input, self._outputs = self._find_names(outputs)
+        self._most = self._find_largest_batch()
         self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         self.workers: list[Worker] = []
         self._lock = threading.Lock()
 
-    def _names(self, expected: Sequence[str]) -> tuple[str, list[str]]:
+    def _find_names(self, expected: Sequence[str]) -> tuple[str, list[str]]:
         engine = self._engine
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         inputs = [n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
@@ -130,13 +130,13 @@ class TensorRTSession(Session):
 
     def tensors(self) -> tuple[list[GraphTensor], list[GraphTensor]]:
         """The input and the outputs, for comparing them with a manifest; all are float32."""
-        return [self._tensor(self._input)], [self._tensor(name) for name in self._outputs]
+        return [self._describe_tensor(self._input)], [self._describe_tensor(name) for name in self._outputs]
 
-    def _tensor(self, name: str) -> GraphTensor:
+    def _describe_tensor(self, name: str) -> GraphTensor:
         shape = (int(size) for size in self._engine.get_tensor_shape(name))
         return GraphTensor((name,), tuple(None if size < 0 else size for size in shape), FLOAT32)
 
-    def _largest_batch(self) -> int:
+    def _find_largest_batch(self) -> int:
         _least, _typical, most = self._engine.get_tensor_profile_shape(self._input, 0)
         return int(most[0])
 
@@ -160,7 +160,7 @@ class TensorRTSession(Session):
     def executed(self, batch: np.ndarray, repeats: int = 10) -> ExecutedPrecision:
         profiler = _LayerTimes()
         self._enter()
-        worker = self._new_worker(graphs=False)
+        worker = self._make_worker(graphs=False)
         try:
             worker.run(batch)
             worker.context.profiler = profiler
@@ -206,7 +206,7 @@ class TensorRTSession(Session):
             worker = self._idle.get_nowait()
         except queue.Empty:
             with self._lock:
-                worker = self._new_worker(self.graphs)
+                worker = self._make_worker(self.graphs)
                 self.workers.append(worker)
         try:
             yield worker
@@ -218,7 +218,7 @@ class TensorRTSession(Session):
                 )
             self._idle.put(worker)
 
-    def _new_worker(self, graphs: bool) -> Worker:
+    def _make_worker(self, graphs: bool) -> Worker:
         context = self._engine.create_execution_context()
         if context is None:
             raise RuntimeMissingError(
@@ -229,7 +229,7 @@ class TensorRTSession(Session):
         return Worker(context, self._cuda, self._input, self._outputs, graphs)
 
 
-def _deserialised(plan: bytes) -> tuple[Any, Any]:
+def _deserialise(plan: bytes) -> tuple[Any, Any]:
     """A runtime and the engine in it; raises :class:`StepError` with TensorRT's own words."""
     LOG.clear()
     runtime = trt.Runtime(LOG)
@@ -340,8 +340,8 @@ class Worker:
 
     def _reshape(self, shape: tuple[int, ...]) -> None:
         self.set_shape(shape)
-        self.device_in, self.host_in = self._buffers(shape)
-        self.out = [self._buffers(tuple(self.context.get_tensor_shape(name))) for name in self.outputs]
+        self.device_in, self.host_in = self._find_buffers(shape)
+        self.out = [self._find_buffers(tuple(self.context.get_tensor_shape(name))) for name in self.outputs]
         addresses = [
             self.device_in,
             *(device for device, _ in self.out),
@@ -354,7 +354,7 @@ class Worker:
                 )
         self.shape = shape
 
-    def _buffers(self, shape: tuple[int, ...]) -> tuple[int, np.ndarray]:
+    def _find_buffers(self, shape: tuple[int, ...]) -> tuple[int, np.ndarray]:
         """Device memory and a pinned host array of ``shape``, float32."""
         count = int(np.prod(shape))
         device = self.cuda.device_memory(count * FLOAT_BYTES)

@@ -58,19 +58,19 @@ def choose(config: ExportConfig, prepared: Prepared, progress: Progress) -> Deci
         found = search(
             workbench.variants(),
             {group: len(nodes) for group, nodes in workbench.groups.items()},
-            _conditions(config, prepared.started),
+            _make_conditions(config, prepared.started),
             workbench,
             workbench.missing(),
             lambda phase: journal.take(Step[phase.name]),
         )
         verdict = _describe(found, config, data, workbench)
     if found.winner is None:
-        raise _nothing_passes(verdict)
+        raise _make_gate_error(verdict)
     chosen = config.named(found.winner.precision, found.winner.keep_float)
     return Decision(chosen, verdict)
 
 
-def _conditions(config: ExportConfig, started: float) -> Conditions:
+def _make_conditions(config: ExportConfig, started: float) -> Conditions:
     """When a candidate passes, and until when more is measured."""
     protocol = SEARCH_PROTOCOL
     measured_twice = 2 * (2 * protocol.seconds + protocol.warmup_seconds)  # the model alone, and end to end
@@ -82,7 +82,7 @@ def _conditions(config: ExportConfig, started: float) -> Conditions:
     )
 
 
-def _nothing_passes(verdict: VerdictEntry) -> GateError:
+def _make_gate_error(verdict: VerdictEntry) -> GateError:
     return GateError(
         "no precision passes",
         why="\n       ".join(report.describe_verdict(verdict).splitlines()),
@@ -106,7 +106,7 @@ def _describe(
         sensitivity=found.sensitivity,
         winner=found.winner,
         tied=found.tied,
-        notes=(*found.notes, *_notes(found, config.isa)),
+        notes=(*found.notes, *_write_notes(found, config.isa)),
         isa=config.isa,
         runtime=workbench.runtime,
         threads=config.threads,
@@ -117,7 +117,7 @@ def _describe(
     )
 
 
-def _notes(found: Verdict, isa: str | None) -> list[str]:
+def _write_notes(found: Verdict, isa: str | None) -> list[str]:
     """What a reader of the verdict must know."""
     notes = []
     if isa is not None:

@@ -114,14 +114,14 @@ def make_questions(
     quick = spread(items, QUICK_IMAGES)
     return Questions(
         probes,
-        _decoded(folder / "judged.npy", evaluation.images, items, spec),
-        _decoded(folder / "quick.npy", evaluation.images, quick, spec),
-        _classes(items, evaluation.targets),
-        _classes(quick, evaluation.targets),
+        _decode(folder / "judged.npy", evaluation.images, items, spec),
+        _decode(folder / "quick.npy", evaluation.images, quick, spec),
+        _list_classes(items, evaluation.targets),
+        _list_classes(quick, evaluation.targets),
     )
 
 
-def _decoded(
+def _decode(
     path: Path,
     labelled: ImageSet,
     items: Sequence[Item],
@@ -141,7 +141,7 @@ def _decoded(
     )
 
 
-def _classes(items: Sequence[Item], targets: dict[str, int]) -> np.ndarray:
+def _list_classes(items: Sequence[Item], targets: dict[str, int]) -> np.ndarray:
     """The logit that is right for each image, int ``(N,)``."""
     return np.array([targets[item.label] for item in items if item.label is not None])
 

@@ -174,13 +174,13 @@ class _Search:
             None,
         )
         if int8 in self.judged and len(self.groups) > 1:
-            self._rank(int8)
+            self._rank_groups(int8)
             if not self._is_accurate(self.judged[int8]):
                 self._refine(expected, int8)
         self.entering(Phase.TIME)
         speeds = self.measure.speeds([v for v in self.variants if v in self.judged])
         self.entering(Phase.CHOOSE)
-        candidates = [self._candidate(v, speeds.get(v.name)) for v in self.variants]
+        candidates = [self._make_candidate(v, speeds.get(v.name)) for v in self.variants]
         winner, tied = pick_winner(candidates)
         return Verdict(
             expected.truth is not None,
@@ -216,7 +216,7 @@ class _Search:
             )
         return False
 
-    def _rank(self, int8: Variant) -> None:
+    def _rank_groups(self, int8: Variant) -> None:
         """Every group alone in int8, most sensitive first."""
         self.entering(Phase.RANK)
         expected = None
@@ -255,7 +255,7 @@ class _Search:
     def _is_accurate(self, accuracy: Accuracy) -> bool:
         return accuracy.drop <= self.conditions.max_drop + DROP_ROUNDING_POINTS
 
-    def _candidate(self, variant: Variant, speed: Speed | None) -> Candidate:
+    def _make_candidate(self, variant: Variant, speed: Speed | None) -> Candidate:
         """``variant`` with what was measured, and why it does not pass."""
         accuracy, budget = (
             self.judged.get(variant),

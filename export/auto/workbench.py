@@ -157,21 +157,21 @@ class Workbench:
 
         def measure() -> MeasuredAnswers:
             with self._progress.step(f"answers of {variant.name}"):
-                logits = self._logits(variant, images)
-                probed = logits if images is asked.probes else self._logits(variant, asked.probes)
-                deviation = self._deviation(variant, probed)
+                logits = self._compute_logits(variant, images)
+                probed = logits if images is asked.probes else self._compute_logits(variant, asked.probes)
+                deviation = self._compute_deviation(variant, probed)
             self._forget(variant, quick)
             return MeasuredAnswers(tuple(logits.argmax(1).tolist()), deviation)
 
         key = [
             "answers",
-            self._hash(variant),
+            self._hash_graph(variant),
             variant.precision,
             images.fingerprint,
             asked.probes.fingerprint,
             self._machine,
         ]
-        result = self._kept(key, MeasuredAnswers, measure)
+        result = self._keep_or_measure(key, MeasuredAnswers, measure)
         return Answers(np.array(result.top1), result.deviation, truth)
 
     def speeds(self, variants: Sequence[Variant]) -> Mapping[str, Speed]:
@@ -179,25 +179,25 @@ class Workbench:
         threads = self._config.threads
 
         def measure() -> MeasuredSpeeds:
-            paths = [self._bundle(v) for v in variants]
+            paths = [self._make_bundle(v) for v in variants]
             with self._progress.step("latencies, interleaved"):
                 result = self._process.benchmark(paths, SEARCH_PROTOCOL, threads)
                 limited = self._config.isa is not None
                 kernels = [self._process.kernels(path, threads) if limited else {} for path in paths]
             return MeasuredSpeeds(tuple(result.results), tuple(kernels))
 
-        graphs = [[self._hash(v), v.precision] for v in variants]
+        graphs = [[self._hash_graph(v), v.precision] for v in variants]
         key = [
             "latency",
             graphs,
             asdict(SEARCH_PROTOCOL),
             self._machine,
         ]
-        result = self._kept(key, MeasuredSpeeds, measure)
+        result = self._keep_or_measure(key, MeasuredSpeeds, measure)
         pairs = zip(result.results, result.kernels, strict=True)
-        return {v.name: self._speed(*pair) for v, pair in zip(variants, pairs, strict=True)}
+        return {v.name: self._compute_speed(*pair) for v, pair in zip(variants, pairs, strict=True)}
 
-    def _kept(self, key: list[Any], kind: type[T], measure: Callable[[], T]) -> T:
+    def _keep_or_measure(self, key: list[Any], kind: type[T], measure: Callable[[], T]) -> T:
         """What an earlier run measured, or is measured now; ``kind`` is its dataclass."""
         kept: T = self._measured.get(
             key,
@@ -207,7 +207,7 @@ class Workbench:
         )
         return kept
 
-    def _speed(self, measured: Measured, kernels: dict[str, float]) -> Speed:
+    def _compute_speed(self, measured: Measured, kernels: dict[str, float]) -> Speed:
         self._process.check_limit(kernels)
         return Speed(
             measured.model.p50,
@@ -216,10 +216,10 @@ class Workbench:
             measured.ratio_ci,
             measured.size_bytes,
             measured.executed.summary(),
-            (*measured.warnings, *self._limit_warnings(kernels)),
+            (*measured.warnings, *self._write_limit_warnings(kernels)),
         )
 
-    def _limit_warnings(self, kernels: dict[str, float]) -> list[str]:
+    def _write_limit_warnings(self, kernels: dict[str, float]) -> list[str]:
         """A sentence where kernels took much of the time that heed no limit."""
         own = sum(share for name, share in kernels.items() if OWN_CHOICE in name)
         if own <= OWN_CHOICE_WARNING:
@@ -247,32 +247,32 @@ class Workbench:
             "machine": host.machine,
         }
 
-    def _logits(self, variant: Variant, images: Images) -> np.ndarray:
-        return self._process.logits(self._bundle(variant), images.path, self._config.threads)
+    def _compute_logits(self, variant: Variant, images: Images) -> np.ndarray:
+        return self._process.logits(self._make_bundle(variant), images.path, self._config.threads)
 
-    def _deviation(self, variant: Variant, logits: np.ndarray) -> float:
+    def _compute_deviation(self, variant: Variant, logits: np.ndarray) -> float:
         """Mean absolute difference from the float32 variant's logits on the probes, in their standard
         deviations."""
         if variant.precision == "fp32":
             self._expected = logits
         elif self._expected is None:
-            self._expected = self._logits(self.variants()[0], self._questions.probes)
+            self._expected = self._compute_logits(self.variants()[0], self._questions.probes)
         expected = self._expected
         return float(np.abs(logits - expected).mean() / expected.std(axis=1).mean())
 
     # --- bundles ---
 
-    def _graph(self, variant: Variant) -> onnx.ModelProto:
+    def _make_graph(self, variant: Variant) -> onnx.ModelProto:
         return self._prepared.graph_of(variant.precision, variant.keep_float)
 
-    def _hash(self, variant: Variant) -> str:
+    def _hash_graph(self, variant: Variant) -> str:
         if variant not in self._hashes:
-            graph = set_batch(self._graph(variant), self._config.batch)
+            graph = set_batch(self._make_graph(variant), self._config.batch)
             content = graph.SerializeToString(deterministic=True)
             self._hashes[variant] = hashlib.sha256(content).hexdigest()
         return self._hashes[variant]
 
-    def _bundle(self, variant: Variant) -> Path:
+    def _make_bundle(self, variant: Variant) -> Path:
         """A bundle of ``variant`` in the scratch folder, as the export would write it."""
         if variant not in self._bundles:
             self._bundles[variant] = self._write(variant)
@@ -282,11 +282,11 @@ class Workbench:
 
     def _write(self, variant: Variant) -> Path:
         config, prepared = self._config, self._prepared
-        name = f"{variant.precision}-{self._hash(variant)[:HASH_LENGTH]}"
+        name = f"{variant.precision}-{self._hash_graph(variant)[:HASH_LENGTH]}"
         with BundleWriter(self._folder / name) as writer:
             runtime = steps.write_files(
                 writer.folder,
-                self._graph(variant),
+                self._make_graph(variant),
                 config.batch,
                 prepared.reference.golden,
                 config.format,

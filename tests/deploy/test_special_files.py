@@ -64,7 +64,7 @@ READERS = {
     "labels": "ExportConfig('cmt_nano', labels=str(special)).read_labels()",
     "checkpoint": "read_content(special)",
     "own model": "create_model(f'{special}:build')",
-    "secret": "engine._secret()",
+    "secret": "engine._read_secret()",
 }
 """What reads a file -> the expression that reads it: ``special`` is the file, ``place`` a bundle."""
 

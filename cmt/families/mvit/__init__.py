@@ -21,7 +21,7 @@ _NARROW = (96, 192, 384, 768)
 """Channels of the stages of all variants but the largest."""
 
 
-def _spec(name: str, params: int, macs: int, top1: str, file: str | None) -> ModelSpec:
+def _make_spec(name: str, params: int, macs: int, top1: str, file: str | None) -> ModelSpec:
     """One variant; ``file`` is the name of its official weights."""
     config = _CONFIGS[name]
     return ModelSpec(
@@ -55,11 +55,11 @@ _CONFIGS = {
 
 SPECS = (
     #     name          params            macs  top-1   weights
-    _spec("mvitv1_b16", 36_982_600,  7_809_333_696, "82.9", None),  # published on Google Drive only
-    _spec("mvitv2_t",   24_173_320,  4_676_957_952, "82.3", "MViTv2_T_in1k.pyth"),
-    _spec("mvitv2_s",   34_870_216,  6_959_715_072, "83.6", "MViTv2_S_in1k.pyth"),
-    _spec("mvitv2_b",   51_472_744, 10_102_438_656, "84.4", "MViTv2_B_in1k.pyth"),
-    _spec("mvitv2_l",  217_992_952, 43_711_209_216, "85.3", "MViTv2_L_in1k.pyth"),
+    _make_spec("mvitv1_b16", 36_982_600,  7_809_333_696, "82.9", None),  # published on Google Drive only
+    _make_spec("mvitv2_t",   24_173_320,  4_676_957_952, "82.3", "MViTv2_T_in1k.pyth"),
+    _make_spec("mvitv2_s",   34_870_216,  6_959_715_072, "83.6", "MViTv2_S_in1k.pyth"),
+    _make_spec("mvitv2_b",   51_472_744, 10_102_438_656, "84.4", "MViTv2_B_in1k.pyth"),
+    _make_spec("mvitv2_l",  217_992_952, 43_711_209_216, "85.3", "MViTv2_L_in1k.pyth"),
 )
 """The variants of both versions, each from the smallest to the largest."""
 # fmt: on

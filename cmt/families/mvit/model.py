@@ -329,21 +329,21 @@ class MViT(Classifier):
         C is ``dims[i]``, or that of the next stage where an MLP has widened it already (MViTv1, MViTv2-L).
         """
         side, prefix = self.img_size // 4, 2 - self.config.version
-        return [to_map(t[:, prefix:], side >> i, side >> i) for i, t in enumerate(self._stages(x))]
+        return [to_map(t[:, prefix:], side >> i, side >> i) for i, t in enumerate(self._run_stages(x))]
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self._stages(x, self.class_only)[-1]
+        tokens = self._run_stages(x, self.class_only)[-1]
         if self.class_token is None:
             pooled = self.norm(tokens).mean(1)
-            return self._logits(pooled)
-        return self._logits(self.norm(tokens[:, 0]))
+            return self._compute_logits(pooled)
+        return self._compute_logits(self.norm(tokens[:, 0]))
 
-    def _logits(self, features: Tensor) -> Tensor:
+    def _compute_logits(self, features: Tensor) -> Tensor:
         """(B, C) -> (B, num_classes)."""
         logits: Tensor = self.head(features)
         return logits
 
-    def _stages(self, x: Tensor, class_only: bool = False) -> list[Tensor]:
+    def _run_stages(self, x: Tensor, class_only: bool = False) -> list[Tensor]:
         """Tokens (B, [1 +] N, C) after each stage; with ``class_only`` the last are the class token (B, 1,
         C)."""
         self.require_size(x)

@@ -73,16 +73,16 @@ class ConstantPositions(RelativePositions):
         return self.row_table, self.column_table
 
 
-def _attentions(module: nn.Module, norm: str) -> list[Attention]:
+def _find_attentions(module: nn.Module, norm: str) -> list[Attention]:
     """The attentions whose ``norm`` still has its affine part."""
     found = [cast(Attention, m) for m in find_modules(module, norm, "heads")]
     return [a for a in found if isinstance(a.get_submodule(norm), nn.LayerNorm)]
 
 
-def _scale_into_keys(module: nn.Module) -> int:
+def _fold_scale_into_keys(module: nn.Module) -> int:
     """The scale goes into the affine part of the keys' norm, because relative positions and residual pooling
     read the unscaled queries."""
-    places = [a for a in _attentions(module, "pool_k.norm") if a.scale != 1.0]
+    places = [a for a in _find_attentions(module, "pool_k.norm") if a.scale != 1.0]
     for attn in places:
         norm = attn.pool_k.norm
         norm.weight = nn.Parameter(norm.weight.detach() * attn.scale)
@@ -91,20 +91,20 @@ def _scale_into_keys(module: nn.Module) -> int:
     return len(places)
 
 
-def _key_shift_dropped(module: nn.Module) -> int:
+def _drop_key_shift(module: nn.Module) -> int:
     """The keys' norm loses its shift: it adds the same number to all scores of a query."""
-    places = _attentions(module, "pool_k.norm")
+    places = _find_attentions(module, "pool_k.norm")
     for attn in places:
         remove_bias(attn.pool_k.norm)
     return len(places)
 
 
-def _key_affine_into_queries(module: nn.Module) -> int:
+def _fold_key_affine_into_queries(module: nn.Module) -> int:
     """The shift of the keys' norm cancels, and its scale goes into the layer that made the queries.
 
     This is exact where only the product with the keys reads the queries.
     """
-    places = _attentions(module, "pool_k.norm")
+    places = _find_attentions(module, "pool_k.norm")
     for attn in places:
         if attn.relative is not None:
             raise ValueError("relative positions and residual pooling read the queries as they are")
@@ -125,12 +125,12 @@ def _make_plain(pooling: Pooling) -> None:
     cast(Any, pooling).norm = PlainNorm(pooling.norm)
 
 
-def _value_affine_into_proj(module: nn.Module) -> int:
+def _fold_value_affine_into_proj(module: nn.Module) -> int:
     """The affine part of the values' norm goes into ``proj``.
 
     This is exact where nothing is added between the attention's product with the values and ``proj``.
     """
-    places = _attentions(module, "pool_v.norm")
+    places = _find_attentions(module, "pool_v.norm")
     for attn in places:
         if attn.relative is not None:
             raise ValueError("residual pooling adds queries to the values: their scale cannot pass")
@@ -140,10 +140,10 @@ def _value_affine_into_proj(module: nn.Module) -> int:
     return len(places)
 
 
-def _value_shift_into_proj(module: nn.Module) -> int:
+def _fold_value_shift_into_proj(module: nn.Module) -> int:
     """The shift of the values' norm goes into ``proj``: it is the same for all values, and the rows of the
     attention sum to 1."""
-    places = _attentions(module, "pool_v.norm")
+    places = _find_attentions(module, "pool_v.norm")
     for attn in places:
         weight, bias = read_weights(attn.proj)
         shift = read_affine(attn.pool_v.norm)[1].repeat(attn.heads)
@@ -152,7 +152,7 @@ def _value_shift_into_proj(module: nn.Module) -> int:
     return len(places)
 
 
-def _class_only(module: nn.Module) -> int:
+def _keep_class_token(module: nn.Module) -> int:
     """:func:`cmt_edge.cmt.rewrites.keep_class_token` for models whose last block has a class token in its
     first row."""
     for model in (m for m in module.modules() if isinstance(m, MViT)):
@@ -174,7 +174,7 @@ ONE_CONV = replace_each(
 SCALE = Rewrite(
     "scale into pool_k.norm",
     "c q (s k + t) == q (c s k + c t)",
-    _scale_into_keys,
+    _fold_scale_into_keys,
 )
 """The attention's scale goes into the keys' norm."""
 
@@ -184,12 +184,12 @@ VERSION_1 = (
     Rewrite(
         "affine of pool_k.norm into q",
         "softmax_j(q (s k_j + t)) == softmax_j((s q) k_j)",
-        _key_affine_into_queries,
+        _fold_key_affine_into_queries,
     ),
     Rewrite(
         "affine of pool_v.norm into proj",
         "P (A (s V + 1 t)) + b == (P s) A V + (P t + b), as A 1 == 1",
-        _value_affine_into_proj,
+        _fold_value_affine_into_proj,
     ),
 )
 """The attention of MViTv1."""
@@ -206,12 +206,12 @@ VERSION_2 = (
     Rewrite(
         "shift of pool_k.norm dropped",
         "softmax_j(q (k_j + t)) == softmax_j(q k_j)",
-        _key_shift_dropped,
+        _drop_key_shift,
     ),
     Rewrite(
         "shift of pool_v.norm into proj",
         "P (A (V + 1 t) + q) + b == P (A V + q) + (P t + b), as A 1 == 1",
-        _value_shift_into_proj,
+        _fold_value_shift_into_proj,
     ),
 )
 """The attention of MViTv2.
@@ -234,8 +234,8 @@ WIDER_MLP = (
 )
 """The norms of variants whose width changes in the MLP."""
 
-CLASS_ONLY = replace(keep_class_token(), apply=_class_only)
-"""The class token alone in the last block, with the check of :func:`_class_only`."""
+CLASS_ONLY = replace(keep_class_token(), apply=_keep_class_token)
+"""The class token alone in the last block, with the check of :func:`_keep_class_token`."""
 
 
 def choose_rewrites(config: MViTConfig) -> tuple[Rewrite, ...]:
