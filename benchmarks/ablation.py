@@ -31,17 +31,17 @@ from common import (
     add_protocol_arguments,
     check_images,
     deviation,
-    first_lines,
-    latency_text,
+    format_latency,
+    format_machine,
+    format_ratio,
     logits,
-    machine_text,
-    onnxruntime_session,
-    openvino_session,
-    protocol_of,
+    make_progress,
+    open_onnxruntime,
+    open_openvino,
     ratio,
-    ratio_text,
+    read_protocol,
     say,
-    share_of,
+    shorten_error,
     step,
 )
 from torch import nn
@@ -49,7 +49,7 @@ from torch import nn
 from cmt_edge.calib import CalibrationSet
 from cmt_edge.calib.quantize import calibrate
 from cmt_edge.calib.recipe import DEFAULT, Recipe
-from cmt_edge.cmt import fuse, model_spec
+from cmt_edge.cmt import find_model, fuse
 from cmt_edge.cmt.reference import load_reference
 from cmt_edge.deploy.backends import Session
 from cmt_edge.deploy.backends.openvino import has_bf16
@@ -122,10 +122,8 @@ class Bench:
     def open(self, variant: Variant) -> Session:
         assert variant.graph is not None
         if self.args.backend == "onnxruntime":
-            return onnxruntime_session(variant.graph, self.args.threads)
-        return openvino_session(
-            variant.graph, self.args.threads, variant.precision, rewritten=variant.rewritten
-        )
+            return open_onnxruntime(variant.graph, self.args.threads)
+        return open_openvino(variant.graph, self.args.threads, variant.precision, rewritten=variant.rewritten)
 
     @property
     def precisions(self) -> list[str]:
@@ -135,12 +133,12 @@ class Bench:
 # --- making the graphs ----------------------------------------------------------------------------
 
 
-def fused_graph(bench: Bench, without: Collection[str]) -> onnx.ModelProto:
+def fuse_graph(bench: Bench, without: Collection[str]) -> onnx.ModelProto:
     """The simplified float32 graph with these rewrites left out."""
     return simplify(export_onnx(fuse(bench.model, without=without), bench.images.shape[-1], OPSET))
 
 
-def stored(bench: Bench, graph: onnx.ModelProto, name: str) -> dict[str, Any]:
+def store(bench: Bench, graph: onnx.ModelProto, name: str) -> dict[str, Any]:
     """The graph for a batch of one as a file; fields of its :class:`Variant`."""
     path = bench.folder / f"{len(list(bench.folder.iterdir()))}.onnx"
     onnx.save(set_batch(graph, 1), path)
@@ -149,7 +147,7 @@ def stored(bench: Bench, graph: onnx.ModelProto, name: str) -> dict[str, Any]:
 
 def rewrite_graphs(bench: Bench) -> Iterator[dict[str, Any]]:
     """Fields of the variants: none, all, then each rewrite alone and left out."""
-    names = [r.name for r in model_spec(bench.args.model).rewrites]
+    names = [r.name for r in find_model(bench.args.model).rewrites]
     chosen = [n for n in names if not bench.args.only or n in bench.args.only]
     left_out: dict[str, list[str]] = {NONE: names, ALL: []}
     for name in chosen:
@@ -157,13 +155,13 @@ def rewrite_graphs(bench: Bench) -> Iterator[dict[str, Any]]:
     for label, without in left_out.items() if chosen else ():
         with step(f"graph of {label}"):
             try:
-                yield stored(bench, fused_graph(bench, without), label)
+                yield store(bench, fuse_graph(bench, without), label)
             except Exception as exc:  # some rewrites need others before them
-                yield {"name": label, "note": first_lines(exc)}
+                yield {"name": label, "note": shorten_error(exc)}
         gc.collect()
 
 
-def recipe_graphs(bench: Bench) -> Iterator[Variant]:
+def make_recipe_graphs(bench: Bench) -> Iterator[Variant]:
     """The default recipe, each choice changed, and the float graph they are made from."""
     chosen = {
         name: changes for name, changes in RECIPES.items() if not bench.args.only or name in bench.args.only
@@ -171,7 +169,7 @@ def recipe_graphs(bench: Bench) -> Iterator[Variant]:
     signed = bench.args.backend == "openvino" and (not bench.args.only or SIGNED in bench.args.only)
     if not chosen and not signed:
         return
-    graph = fused_graph(bench, ())
+    graph = fuse_graph(bench, ())
     spec = ExportConfig(bench.args.model).preprocess
     data = CalibrationSet.choose(bench.args.data, bench.args.calib_size, spec)
     for name, changes in {DEFAULT_RECIPE: {}, **chosen}.items():
@@ -179,15 +177,15 @@ def recipe_graphs(bench: Bench) -> Iterator[Variant]:
             recipe: Recipe = replace(DEFAULT, **changes)
             try:  # not quantize: the rules of cmt_edge.calib.lint forbid what some of these choices do
                 quantized = calibrate(graph, data, spec, recipe, None).model
-                fields = stored(bench, quantized, name)
+                fields = store(bench, quantized, name)
                 yield Variant(part="recipe", precision="int8", **fields)
                 if name == DEFAULT_RECIPE and signed:
                     yield Variant(
                         part="recipe", precision="int8", rewritten=False, **(fields | {"name": SIGNED})
                     )
             except Exception as exc:
-                yield Variant(name, "recipe", "int8", note=first_lines(exc))
-    fields = stored(bench, graph, "not quantized")
+                yield Variant(name, "recipe", "int8", note=shorten_error(exc))
+    fields = store(bench, graph, "not quantized")
     for precision in bench.precisions:
         yield Variant(
             part="recipe", precision=precision, **(fields | {"name": f"not quantized, {precision}"})
@@ -236,7 +234,7 @@ def run_group(bench: Bench, variants: Sequence[Variant], phase: str) -> dict[str
                 v.deviation = deviation(logits(session, bench.images), bench.truth)
                 v.executed = session.executed(bench.images[:1]).summary()
             calls[v.name] = bind_inference(session, bench.images[:1])
-        return time_interleaved(calls, bench.protocol, share_of(phase))
+        return time_interleaved(calls, bench.protocol, make_progress(phase))
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -266,7 +264,7 @@ def rewrite_table(variants: Sequence[Variant], precisions: Sequence[str]) -> str
         cells = [c for alone, out in pairs for c in (_compare_with(alone, NONE), _compare_with(out, ALL))]
         rows.append([name, *cells, _describe_deviation([v for pair in pairs for v in pair])])
     times = [
-        f"- {label} of them, {p}: {latency_text(found[label, p].latency)} ms, {found[label, p].nodes} ONNX"
+        f"- {label} of them, {p}: {format_latency(found[label, p].latency)} ms, {found[label, p].nodes} ONNX"
         " nodes"
         for label in (NONE, ALL)
         for p in precisions
@@ -275,7 +273,7 @@ def rewrite_table(variants: Sequence[Variant], precisions: Sequence[str]) -> str
 
 
 def _compare_with(v: Variant, base: str) -> str:
-    return ratio_text(v.ratios.get(base))
+    return format_ratio(v.ratios.get(base))
 
 
 def _describe_deviation(variants: Sequence[Variant]) -> str:
@@ -287,7 +285,7 @@ def _describe_deviation(variants: Sequence[Variant]) -> str:
     )
 
 
-def recipe_table(variants: Sequence[Variant]) -> str:
+def format_recipe_table(variants: Sequence[Variant]) -> str:
     header = [
         "recipe",
         "p50 ms",
@@ -305,7 +303,7 @@ def recipe_table(variants: Sequence[Variant]) -> str:
         rows.append(
             [
                 v.name,
-                latency_text(v.latency),
+                format_latency(v.latency),
                 _compare_with(v, DEFAULT_RECIPE),
                 off,
                 mb,
@@ -316,21 +314,21 @@ def recipe_table(variants: Sequence[Variant]) -> str:
     return format_table(header, rows, markdown=True)
 
 
-def markdown(bench: Bench, variants: Sequence[Variant], content: dict[str, Any]) -> str:
+def format_markdown(bench: Bench, variants: Sequence[Variant], content: dict[str, Any]) -> str:
     args = bench.args
     parts = [f"# {args.model}, {args.backend}, weights: {args.weights}"]
     rewrites, recipes = ([v for v in variants if v.part == part] for part in ("rewrites", "recipe"))
     if rewrites:
         parts += ["## Exact rewrites", rewrite_table(rewrites, bench.precisions)]
     if recipes:
-        parts += ["## Recipe of int8", recipe_table(recipes)]
+        parts += ["## Recipe of int8", format_recipe_table(recipes)]
     parts += ["\n".join(f"- {v.name} ({v.precision}) left out: {v.note}" for v in variants if v.note)]
     parts += [
         (
             f"Logits off: mean absolute difference from PyTorch on {IMAGES} generated images, in standard"
             " deviations of the logits."
         ),
-        machine_text(content["machine"], content["versions"], args.threads, bench.protocol),
+        format_machine(content["machine"], content["versions"], args.threads, bench.protocol),
     ]
     return "\n\n".join(p for p in parts if p) + "\n"
 
@@ -338,7 +336,7 @@ def markdown(bench: Bench, variants: Sequence[Variant], content: dict[str, Any])
 # --- the command ----------------------------------------------------------------------------------
 
 
-def parsed() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     p.add_argument(
         "--model", default="cmt_xs", help="any name of cmt-export --list-models whose family has rewrites"
@@ -353,19 +351,19 @@ def parsed() -> argparse.Namespace:
     p.add_argument("--json", type=Path, help="write everything here")
     p.add_argument("--markdown", type=Path, help="write the tables here too")
     args = p.parse_args()
-    known = [r.name for r in model_spec(args.model).rewrites] + [*RECIPES, SIGNED]
+    known = [r.name for r in find_model(args.model).rewrites] + [*RECIPES, SIGNED]
     if unknown := [n for n in args.only or () if n not in known]:
         p.error(f"unknown: {unknown[0]!r}; choose from: {', '.join(known)}")
     return args
 
 
 def main() -> None:
-    args = parsed()
+    args = parse_arguments()
     model, _ = load_reference(args.model, args.weights)
     images = check_images(ExportConfig(args.model).preprocess, IMAGES)
     truth = logits(TorchSession(model, args.threads), images)
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(model, images, truth, Path(folder), args, protocol_of(args))
+        bench = Bench(model, images, truth, Path(folder), args, read_protocol(args))
         variants = ablate(bench)
     content = {
         "machine": make_plain(describe_host()),
@@ -379,7 +377,7 @@ def main() -> None:
     }
     for entry in content["variants"]:
         del entry["graph"]  # a temporary file
-    text = markdown(bench, variants, content)
+    text = format_markdown(bench, variants, content)
     if args.json:
         write_atomic(args.json, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
     if args.markdown:
@@ -395,7 +393,7 @@ def ablate(bench: Bench) -> list[Variant]:
         part = [Variant(part="rewrites", precision=precision, **fields) for fields in graphs]
         measure(bench, part, (NONE, ALL), f"rewrites in {precision}")
         variants += part
-    recipes = list(recipe_graphs(bench))
+    recipes = list(make_recipe_graphs(bench))
     if recipes:
         measure(bench, recipes, (DEFAULT_RECIPE,), "recipe")
         variants += recipes

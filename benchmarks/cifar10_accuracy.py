@@ -32,7 +32,7 @@ COLUMNS = [
 """Heads of the table."""
 
 
-def noise_images(folder: Path, seed: int, count: int = 300) -> str:
+def make_noise_images(folder: Path, seed: int, count: int = 300) -> str:
     """Gaussian noise around mid-grey: the bad habit to compare with."""
     rng = np.random.default_rng(seed)
     folder.mkdir()
@@ -58,17 +58,19 @@ def main() -> None:
             ("openvino", "int8", str(args.archive / "train")),
             ("openvino", "int8", "generated"),
             ("openvino", "int8", "synthetic"),
-            ("openvino", "int8", noise_images(Path(folder) / "noise", args.seed)),
+            ("openvino", "int8", make_noise_images(Path(folder) / "noise", args.seed)),
         ]
         rows = [
-            row(args, folder, *variant)
+            measure_row(args, folder, *variant)
             for variant in variants
             if args.only in (None, Path(variant[2] or "").name)
         ]
     print(format_table(COLUMNS, rows, markdown=True))
 
 
-def row(args: argparse.Namespace, folder: str, form: str, precision: str, data: str | None) -> list[str]:
+def measure_row(
+    args: argparse.Namespace, folder: str, form: str, precision: str, data: str | None
+) -> list[str]:
     config = ExportConfig(
         "cmt_nano",
         form,

@@ -19,7 +19,7 @@ from cmt_edge.deploy import Preprocess
 from cmt_edge.deploy.backends import LoadOptions, Session
 from cmt_edge.deploy.measure.benchmark import Protocol
 from cmt_edge.deploy.measure.statistics import Latency, compare_medians
-from cmt_edge.deploy.preprocessing import normalise, pixels
+from cmt_edge.deploy.preprocessing import decode_pixels, normalise
 from cmt_edge.deploy.report import describe_protocol
 
 CHECK_SEED = 91
@@ -45,7 +45,7 @@ def step(text: str) -> Iterator[None]:
     say(f"{text}: {time.perf_counter() - start:.1f} s")
 
 
-def share_of(phase: str) -> Callable[[float], None]:
+def make_progress(phase: str) -> Callable[[float], None]:
     """A progress callback that says a line every tenth of the way."""
     said = 0
 
@@ -88,7 +88,7 @@ def add_protocol_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def protocol_of(args: argparse.Namespace) -> Protocol:
+def read_protocol(args: argparse.Namespace) -> Protocol:
     return Protocol(args.iters, args.seconds, warmup_seconds=args.warmup)
 
 
@@ -97,7 +97,7 @@ def check_images(spec: Preprocess, count: int) -> np.ndarray:
     from cmt_edge.calib.generated import generate
 
     sources = generate(count, round(MARGIN * spec.size), seed=CHECK_SEED)
-    return normalise(np.stack([pixels(source, spec) for source in sources]), spec)
+    return normalise(np.stack([decode_pixels(source, spec) for source in sources]), spec)
 
 
 def logits(session: Session, images: np.ndarray) -> np.ndarray:
@@ -121,7 +121,7 @@ def ratio(base: np.ndarray, other: np.ndarray) -> Ratio:
     return value, low, high
 
 
-def openvino_session(
+def open_openvino(
     model: Path, threads: int, precision: str | None, throughput: bool = False, rewritten: bool = True
 ) -> Session:
     """OpenVINO on the CPU; ``precision`` is ``"fp32"``, ``"bf16"`` or ``"int8"`` as in bundles, ``None`` the
@@ -143,22 +143,22 @@ def openvino_session(
     return OpenVINOSession(read(model) if rewritten else ov.Core().read_model(model), "CPU", config)
 
 
-def onnxruntime_session(model: Path, threads: int, throughput: bool = False) -> Session:
+def open_onnxruntime(model: Path, threads: int, throughput: bool = False) -> Session:
     """ONNX Runtime on the CPU with the settings that bundles get."""
     from cmt_edge.deploy.backends.onnxruntime import OnnxRuntimeSession
 
     return OnnxRuntimeSession(model, LoadOptions(threads=threads, throughput=throughput))
 
 
-def ratio_text(value: Sequence[float] | None) -> str:
+def format_ratio(value: Sequence[float] | None) -> str:
     return "-" if value is None else f"{value[0]:.2f} ({value[1]:.2f}-{value[2]:.2f})"
 
 
-def latency_text(latency: Latency | None) -> str:
+def format_latency(latency: Latency | None) -> str:
     return "-" if latency is None else f"{latency.p50:.2f}"
 
 
-def machine_text(host: dict[str, Any], versions: dict[str, str], threads: int, protocol: Protocol) -> str:
+def format_machine(host: dict[str, Any], versions: dict[str, str], threads: int, protocol: Protocol) -> str:
     """The line under a table: what was measured on, with and how."""
     named = ", ".join(
         f"{k} {versions[k]}" for k in ("openvino", "nncf", "onnxruntime", "torch") if k in versions
@@ -169,7 +169,7 @@ def machine_text(host: dict[str, Any], versions: dict[str, str], threads: int, p
     )
 
 
-def first_lines(exc: BaseException, limit: int = 240) -> str:
+def shorten_error(exc: BaseException, limit: int = 240) -> str:
     """An exception in one line."""
     text = " ".join(line.strip() for line in str(exc).splitlines() if line.strip())
     return f"{type(exc).__name__}: {text}"[:limit]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import onnx
 
-from cmt_edge.cmt import create_model, list_models, model_spec
+from cmt_edge.cmt import create_model, find_model, list_models
 from cmt_edge.cmt.spec import ModelSpec
 from cmt_edge.cmt.weights import randomize
 from cmt_edge.deploy.backends.openvino import has_bf16
@@ -64,12 +64,12 @@ def main() -> None:
     args = p.parse_args()
     rows = []
     for name in list_models():
-        spec = model_spec(name)
+        spec = find_model(name)
         measured = name in args.names if args.names else (spec.macs or 0) < GIANT_MACS
-        rows.append(figures(spec) + (measure(spec, args.threads) if measured else ["-"] * 6))
+        rows.append(format_figures(spec) + (measure(spec, args.threads) if measured else ["-"] * 6))
         print(f"{name} done", file=sys.stderr, flush=True)
         gc.collect()
-    sources = sorted({f"- {spec.family}: {spec.source}" for spec in map(model_spec, list_models())})
+    sources = sorted({f"- {spec.family}: {spec.source}" for spec in map(find_model, list_models())})
     text = "\n".join(
         [
             format_table(HEADER, rows, markdown=True),
@@ -94,7 +94,7 @@ measured.
 """What stands above the table."""
 
 
-def figures(spec: ModelSpec) -> list[str]:
+def format_figures(spec: ModelSpec) -> list[str]:
     return [
         spec.name,
         str(spec.img_size),
@@ -104,7 +104,7 @@ def figures(spec: ModelSpec) -> list[str]:
     ]
 
 
-def exported(name: str, folder: str, threads: int) -> list[Bundle]:
+def export_both(name: str, folder: str, threads: int) -> list[Bundle]:
     """The model as fp32 and int8, traced once."""
     config = ExportConfig(
         name,
@@ -127,7 +127,7 @@ def measure(spec: ModelSpec, threads: int) -> list[str]:
     randomize(model)
     plain = len(simplify(export_onnx(model, spec.img_size, OPSET)).graph.node)
     with tempfile.TemporaryDirectory() as folder:
-        fp32, int8 = exported(spec.name, folder, threads)
+        fp32, int8 = export_both(spec.name, folder, threads)
         rewritten = len(onnx.load(fp32.file(ONNX)).graph.node)
         bf16 = Bundle(fp32.path, replace(fp32.manifest, precision="bf16"))  # the same files, another demand
         bundles = [fp32, *([bf16] if has_bf16() else []), int8]

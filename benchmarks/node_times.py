@@ -25,7 +25,7 @@ REPEATS = 50
 """Profiled inferences."""
 
 
-def rows(path: Path, threads: int) -> list[list[str]]:
+def format_rows(path: Path, threads: int) -> list[list[str]]:
     """One line a kind, the slowest first, and the sum."""
     bundle = Bundle.open(path)
     with Predictor.load(bundle.path, threads=threads) as predictor:
@@ -56,7 +56,7 @@ def main() -> None:
         print(
             format_table(
                 ["layer", "kernel", "precision", "nodes", "ms", "share"],
-                rows(path, args.threads),
+                format_rows(path, args.threads),
                 markdown=True,
             ),
             end="\n\n",

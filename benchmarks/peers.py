@@ -37,16 +37,16 @@ from common import (
     add_protocol_arguments,
     check_images,
     deviation,
-    first_lines,
     logits,
-    protocol_of,
+    make_progress,
     ratio,
+    read_protocol,
     say,
-    share_of,
+    shorten_error,
     step,
 )
-from peers_report import BASE, IMAGES, INFERENCES, Result, again, markdown, plot
-from peers_rows import IMAGES_FILE, ROWS, WEIGHTS, Job, Row, reference
+from peers_report import BASE, IMAGES, INFERENCES, Result, format_markdown, plot, read_again
+from peers_rows import IMAGES_FILE, ROWS, WEIGHTS, Job, Row, make_reference
 
 from cmt_edge.deploy import Predictor
 from cmt_edge.deploy.backends import Session
@@ -66,7 +66,7 @@ from cmt_edge.deploy.measure.statistics import summarise
 # --- children -------------------------------------------------------------------------------------
 
 
-def child(job: Job, row: Row, action: str) -> None:
+def run_row(job: Job, row: Row, action: str) -> None:
     """Build or run one row in this process; the outcome and the peak memory go into a file."""
     outcome: dict[str, Any] = {}
     try:
@@ -79,12 +79,12 @@ def child(job: Job, row: Row, action: str) -> None:
                 session.run(images[i % len(images)][None])
     except Exception as exc:
         traceback.print_exc()
-        outcome["error"] = first_lines(exc)
-    outcome["peak"] = peak_bytes()
+        outcome["error"] = shorten_error(exc)
+    outcome["peak"] = read_peak_bytes()
     _locate_outcome(job, row, action).write_text(json.dumps(outcome))
 
 
-def peak_bytes() -> int:
+def read_peak_bytes() -> int:
     """The largest resident memory of this process so far.
 
     From ``/proc``: Linux counts the memory of the process that started this one into ``ru_maxrss``.
@@ -102,7 +102,7 @@ def _locate_outcome(job: Job, row: Row, action: str) -> Path:
     return job.folder / f"{row.key}.{action}.json"
 
 
-def in_child(job: Job, row: Row, action: str) -> tuple[float, int, str]:
+def run_in_child(job: Job, row: Row, action: str) -> tuple[float, int, str]:
     """Wall seconds of the whole process, its peak memory, and why it failed if it did; its output goes into a
     log."""
     command = [sys.executable, __file__, f"--{action}", row.key, *job.arguments()]
@@ -128,11 +128,11 @@ def prepare(job: Job, rows: Sequence[Row]) -> list[Result]:
         maker = ROWS[row.artefact or row.key]
         if maker.key not in built:
             with step(f"{job.model}: build {maker.key}"):
-                built[maker.key] = in_child(job, maker, "build")
+                built[maker.key] = run_in_child(job, maker, "build")
         result.export_s, result.export_peak, result.note = built[maker.key]
         if not result.note:
             with step(f"{job.model}: run {row.key}"):
-                _, result.running_peak, result.note = in_child(job, row, "run")
+                _, result.running_peak, result.note = run_in_child(job, row, "run")
         if result.note:
             say(f"{job.model}: {row.key} left out: {result.note}")
             continue
@@ -159,7 +159,7 @@ def measure(job: Job, rows: Sequence[Row], protocol: Protocol) -> list[Result]:
             raise SystemExit(f"the base of all ratios cannot run: {results[BASE].note}")
         check(job, sessions, results, images)
         calls = {key: bind_inference(session, images[:1]) for key, session in sessions.items()}
-        samples = time_interleaved(calls, protocol, share_of(f"{job.model}: latency"))
+        samples = time_interleaved(calls, protocol, make_progress(f"{job.model}: latency"))
         for key, session in sessions.items():
             result = results[key]
             result.latency, result.ratio = summarise(samples[key]), ratio(samples[BASE], samples[key])
@@ -178,7 +178,7 @@ def check(job: Job, sessions: dict[str, Session], results: dict[str, Result], im
     """Compare each row's logits with eager PyTorch's."""
     from cmt_edge.deploy.backends.torch import TorchSession
 
-    truth = logits(TorchSession(reference(job.model), job.threads), images)
+    truth = logits(TorchSession(make_reference(job.model), job.threads), images)
     for key, session in sessions.items():
         results[key].deviation = deviation(logits(session, images), truth)
 
@@ -199,7 +199,7 @@ def rate(job: Job, row: Row, session: Session, result: Result, batch: np.ndarray
 # --- the command ----------------------------------------------------------------------------------
 
 
-def parsed() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0], epilog="rows: " + ", ".join(ROWS)
     )
@@ -235,17 +235,17 @@ def parsed() -> argparse.Namespace:
 
 
 def main() -> None:
-    args = parsed()
+    args = parse_arguments()
     if args.build or args.run:
         action = "build" if args.build else "run"
-        child(
+        run_row(
             Job(args.model, args.folder, args.threads, args.data, args.calib_size),
             ROWS[args.build or args.run],
             action,
         )
         return
     if args.again:
-        print(written(args, *again(args.again)))
+        print(write_text(args, *read_again(args.again)))
         return
     with contextlib.ExitStack() as stack:
         folder = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -258,7 +258,7 @@ def main() -> None:
 
 def compare(args: argparse.Namespace, folder: Path) -> None:
     """All models, one after the other; the files are written again after each."""
-    protocol = protocol_of(args)
+    protocol = read_protocol(args)
     rows = [row for row in ROWS.values() if not args.only or row.key in (*args.only, BASE)]
     content: dict[str, Any] = {
         "machine": make_plain(describe_host()),
@@ -282,16 +282,18 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
         content["models"][name] = [asdict(r) for r in results[name]]
         if args.json:
             write_atomic(args.json, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
-        text = written(args, content, results, protocol)
+        text = write_text(args, content, results, protocol)
         forget()
     print(text)
 
 
-def written(
+def write_text(
     args: argparse.Namespace, content: dict[str, Any], results: dict[str, list[Result]], protocol: Protocol
 ) -> str:
     """The Markdown text, which is also written where it was asked for, as is the plot."""
-    text = markdown(content, results, protocol, [(row.key, row.label, row.about) for row in ROWS.values()])
+    text = format_markdown(
+        content, results, protocol, [(row.key, row.label, row.about) for row in ROWS.values()]
+    )
     if args.markdown:
         write_atomic(args.markdown, text.encode())
     if args.plot:

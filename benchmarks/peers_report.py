@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import Ratio, latency_text, machine_text, ratio_text
+from common import Ratio, format_latency, format_machine, format_ratio
 
 from cmt_edge.deploy.files import write_atomic
 from cmt_edge.deploy.measure.benchmark import Protocol
@@ -77,8 +77,8 @@ def cells(r: Result) -> list[str]:
     off = "-" if r.deviation is None else f"{r.deviation:.1e}"
     return [
         f"**{r.label}**" if r.ours else r.label,
-        latency_text(r.latency),
-        ratio_text(r.ratio),
+        format_latency(r.latency),
+        format_ratio(r.ratio),
         images,
         read,
         disk,
@@ -90,7 +90,7 @@ def cells(r: Result) -> list[str]:
     ]
 
 
-def markdown(
+def format_markdown(
     content: dict[str, Any],
     results: dict[str, list[Result]],
     protocol: Protocol,
@@ -121,7 +121,7 @@ def markdown(
             " not accuracy. int8 is calibrated on the same images in every row:"
             f" {content['calibration']['source']}, {content['calibration']['images']}."
         ),
-        machine_text(content["machine"], content["versions"], content["threads"], protocol),
+        format_machine(content["machine"], content["versions"], content["threads"], protocol),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -159,7 +159,7 @@ def plot(results: dict[str, list[Result]], path: Path, caption: str) -> None:
     write_atomic(path, buffer.getvalue())
 
 
-def again(paths: Sequence[Path]) -> tuple[dict[str, Any], dict[str, list[Result]], Protocol]:
+def read_again(paths: Sequence[Path]) -> tuple[dict[str, Any], dict[str, list[Result]], Protocol]:
     """Content, results and protocol of earlier runs on one machine, as one; of protocols the shortest.
 
     Raises:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from common import onnxruntime_session, openvino_session
+from common import open_onnxruntime, open_openvino
 
 from cmt_edge.deploy import Predictor, Preprocess
 from cmt_edge.deploy.backends import Session
@@ -98,7 +98,7 @@ class Row:
 # --- making the artefacts: each from the PyTorch model on -----------------------------------------
 
 
-def reference(name: str) -> nn.Module:
+def make_reference(name: str) -> nn.Module:
     """The unfused PyTorch model, with the same random weights wherever it is asked for (also by
     ``export.run``)."""
     from cmt_edge.cmt import create_model
@@ -109,7 +109,7 @@ def reference(name: str) -> nn.Module:
     return model
 
 
-def plain_onnx(job: Job) -> onnx.ModelProto:
+def export_plain_onnx(job: Job) -> onnx.ModelProto:
     """The reference as its user would export it: ``torch.onnx`` with its defaults and a fixed batch of 1,
     then onnxsim."""
     import onnxsim
@@ -119,7 +119,7 @@ def plain_onnx(job: Job) -> onnx.ModelProto:
 
     size = job.preprocess.size
     program = torch.onnx.export(
-        reference(job.model),
+        make_reference(job.model),
         (torch.zeros(1, 3, size, size),),
         dynamo=True,
         opset_version=OPSET,
@@ -135,7 +135,7 @@ def plain_onnx(job: Job) -> onnx.ModelProto:
     return graph
 
 
-def calibration(job: Job) -> Any:
+def collect_calibration(job: Job) -> Any:
     """The images that every int8 row is calibrated on, through the same reader: iterable, with a length."""
     from cmt_edge.calib import CalibrationSet
     from cmt_edge.calib.quantize import Batches
@@ -146,7 +146,7 @@ def calibration(job: Job) -> Any:
 def make_weights(job: Job, folder: Path) -> None:
     import torch
 
-    torch.save(reference(job.model).state_dict(), folder / WEIGHTS)
+    torch.save(make_reference(job.model).state_dict(), folder / WEIGHTS)
 
 
 def make_compiled(job: Job, folder: Path, freezing: bool) -> None:
@@ -157,7 +157,7 @@ def make_compiled(job: Job, folder: Path, freezing: bool) -> None:
 def make_onnx(job: Job, folder: Path) -> None:
     import onnx
 
-    onnx.save(plain_onnx(job), folder / ONNX)
+    onnx.save(export_plain_onnx(job), folder / ONNX)
 
 
 def make_ort_int8(job: Job, folder: Path) -> None:
@@ -169,7 +169,7 @@ def make_ort_int8(job: Job, folder: Path) -> None:
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
-            self._batches = iter(calibration(job))
+            self._batches = iter(collect_calibration(job))
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             batch = next(self._batches, None)
@@ -177,7 +177,7 @@ def make_ort_int8(job: Job, folder: Path) -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         plain, prepared = Path(scratch) / "plain.onnx", Path(scratch) / "prepared.onnx"
-        onnx.save(plain_onnx(job), plain)
+        onnx.save(export_plain_onnx(job), plain)
         quant_pre_process(plain, prepared)
         quantize_static(prepared, folder / ONNX, Reader(), quant_format=QuantFormat.QDQ, per_channel=True)
 
@@ -193,7 +193,7 @@ def make_nncf(job: Job, folder: Path) -> None:
     import nncf
     import openvino as ov
 
-    batches = calibration(job)
+    batches = collect_calibration(job)
     model = nncf.quantize(
         _convert(job),
         nncf.Dataset(batches),
@@ -240,7 +240,7 @@ def make_ours(job: Job, folder: Path, precision: str) -> None:
 def _load(job: Job, folder: Path) -> nn.Module:
     import torch
 
-    model = reference(job.model)
+    model = make_reference(job.model)
     model.load_state_dict(torch.load(folder / WEIGHTS))
     return model
 
@@ -268,11 +268,11 @@ def load_compiled(job: Job, folder: Path, throughput: bool, freezing: bool) -> S
 
 
 def load_onnx(job: Job, folder: Path, throughput: bool) -> Session:
-    return onnxruntime_session(folder / ONNX, job.threads, throughput)
+    return open_onnxruntime(folder / ONNX, job.threads, throughput)
 
 
 def load_openvino(job: Job, folder: Path, throughput: bool, precision: str | None) -> Session:
-    return openvino_session(folder / IR, job.threads, precision, throughput)
+    return open_openvino(folder / IR, job.threads, precision, throughput)
 
 
 def load_ours(job: Job, folder: Path, throughput: bool, backend: str) -> Session:

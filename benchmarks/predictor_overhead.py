@@ -37,7 +37,7 @@ from cmt_edge.deploy.backends import Binding, ExecutedPrecision, Session
 from cmt_edge.deploy.backends.base import read_batch_limit
 from cmt_edge.deploy.measure.benchmark import bind_inference, measure_throughput
 from cmt_edge.deploy.measure.host import describe_host, read_versions
-from cmt_edge.deploy.preprocessing import normalise, pixels
+from cmt_edge.deploy.preprocessing import decode_pixels, normalise
 from cmt_edge.deploy.report import format_table
 
 DEFAULT = ("cmt_nano", "cmt_xs")
@@ -62,7 +62,7 @@ REPEATS = 15
 """Number of repeats of which the median of the Predictor's own time is taken."""
 
 
-def photos() -> list[bytes]:
+def make_photos() -> list[bytes]:
     """Generated pictures as JPEG files of :data:`PHOTO`."""
     files = []
     for blob in generate(PHOTOS, PHOTO[0], seed=5):
@@ -72,7 +72,7 @@ def photos() -> list[bytes]:
     return files
 
 
-def bare_calls(predictor: Predictor, batch: np.ndarray) -> dict[str, Callable[[], object]]:
+def list_bare_calls(predictor: Predictor, batch: np.ndarray) -> dict[str, Callable[[], object]]:
     """The runtime's own API on a ready contiguous batch; the first entry is what percentages refer to."""
     session: Any = predictor.session
     if session.runtime.startswith("openvino"):
@@ -91,7 +91,7 @@ def bare_calls(predictor: Predictor, batch: np.ndarray) -> dict[str, Callable[[]
     raise SystemExit(f"nothing is known about the bare API of {session.runtime}")
 
 
-def in_turn(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+def time_in_turn(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
     """Median milliseconds of each, called in turn in random order for ``seconds`` each, about."""
     shuffle = random.Random(0)
     names = list(calls)
@@ -107,18 +107,18 @@ def in_turn(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str,
     return {name: float(np.median(values)) / 1e6 for name, values in samples.items()}
 
 
-def overhead(predictor: Predictor, files: list[bytes], seconds: float) -> str:
+def measure_overhead(predictor: Predictor, files: list[bytes], seconds: float) -> str:
     """The table of one request at a time."""
     spec = predictor.spec
-    array = pixels(files[0], spec)
+    array = decode_pixels(files[0], spec)
     side = spec.short_side or spec.size
     ready = np.asarray(Image.fromarray(array).resize((side, side)))  # needs no resizing
     batch = normalise(array, spec)[None]
-    row, cut = np.empty_like(batch[0]), pixels(ready, spec)
-    bare = bare_calls(predictor, batch)
+    row, cut = np.empty_like(batch[0]), decode_pixels(ready, spec)
+    bare = list_bare_calls(predictor, batch)
 
-    def by_hand(image: Any) -> object:
-        normalise(pixels(image, spec), spec, batch[0])
+    def answer_by_hand(image: Any) -> object:
+        normalise(decode_pixels(image, spec), spec, batch[0])
         return bare["bare"]()
 
     calls = {
@@ -126,14 +126,14 @@ def overhead(predictor: Predictor, files: list[bytes], seconds: float) -> str:
         "session.bind(shape).run()": bind_inference(predictor.session, batch),
         "session.run(batch)": lambda: predictor.session.run(batch),
         "logits(batch)": lambda: predictor.logits(batch),
-        "decode and resize": lambda: pixels(files[0], spec),
+        "decode and resize": lambda: decode_pixels(files[0], spec),
         "normalise": lambda: normalise(cut, spec, row),
-        "array of the right size, by hand": lambda: by_hand(ready),
+        "array of the right size, by hand": lambda: answer_by_hand(ready),
         "predictor(array of the right size)": lambda: predictor(ready),
-        "JPEG, by hand": lambda: by_hand(files[0]),
+        "JPEG, by hand": lambda: answer_by_hand(files[0]),
         "predictor(JPEG)": lambda: predictor(files[0]),
     }
-    ms = in_turn(calls, seconds)
+    ms = time_in_turn(calls, seconds)
     rows = []
     for name, median in ms.items():
         base = ms[BASE[name]] if name in BASE else None
@@ -148,7 +148,7 @@ def overhead(predictor: Predictor, files: list[bytes], seconds: float) -> str:
     return format_table(["call", "median ms", "overhead ms", "% of bare"], rows, markdown=True)
 
 
-def loop_before(predictor: Predictor, images: Iterable[Any], workers: int) -> Iterator[np.ndarray]:
+def run_loop_before(predictor: Predictor, images: Iterable[Any], workers: int) -> Iterator[np.ndarray]:
     """The loop that :meth:`cmt_edge.deploy.Predictor.stream` was before: arrays made anew, one inference at a
     time in the caller's thread."""
     spec = predictor.spec
@@ -156,7 +156,7 @@ def loop_before(predictor: Predictor, images: Iterable[Any], workers: int) -> It
     def decode(image: Any) -> np.ndarray:
         scale = (1 / (255 * np.asarray(spec.std))).astype(np.float32).reshape(3, 1, 1)
         shift = (-np.asarray(spec.mean) / np.asarray(spec.std)).astype(np.float32).reshape(3, 1, 1)
-        result = np.multiply(np.moveaxis(pixels(image, spec), -1, -3), scale, dtype=np.float32)
+        result = np.multiply(np.moveaxis(decode_pixels(image, spec), -1, -3), scale, dtype=np.float32)
         result += shift
         return np.ascontiguousarray(result)
 
@@ -170,11 +170,11 @@ def loop_before(predictor: Predictor, images: Iterable[Any], workers: int) -> It
             yield predictor.session.run(pending.popleft().result()[None])[0][0]
 
 
-def streams(one: Predictor, many: Predictor, files: list[bytes], rounds: int) -> str:
+def measure_streams(one: Predictor, many: Predictor, files: list[bytes], rounds: int) -> str:
     """The table of many images: ``one`` loaded for latency, ``many`` for throughput."""
     calls: dict[str, Callable[[Iterable[bytes]], Iterable[object]]] = {}
     for workers in (1, 2):
-        calls[f"before, {workers} decoding"] = lambda images, w=workers: loop_before(one, images, w)
+        calls[f"before, {workers} decoding"] = lambda images, w=workers: run_loop_before(one, images, w)
         calls[f"stream, {workers} decoding"] = lambda images, w=workers: one.stream(images, workers=w)
         calls[f"stream, {workers} decoding, throughput=True"] = lambda images, w=workers: many.stream(
             images, workers=w
@@ -221,7 +221,7 @@ class Instant(Session):
         return ExecutedPrecision()
 
 
-def own_time() -> str:
+def measure_own_time() -> str:
     """The table of the Predictor's own time: microseconds an image, median of :data:`REPEATS`."""
     spec = Preprocess(16, None, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     predictor = Predictor(Instant(), spec, [str(i) for i in range(10)])
@@ -259,7 +259,7 @@ def report(path: Path, args: argparse.Namespace) -> None:
     bundle = Bundle.open(path)
     if read_batch_limit(bundle) > 1:
         raise SystemExit(f"{path}: a bundle of batch 1 or of any batch is needed")
-    files = photos()
+    files = make_photos()
     with (
         Predictor.load(bundle, backend=args.backend, threads=args.threads) as one,
         Predictor.load(bundle, backend=args.backend, threads=args.threads, throughput=True) as many,
@@ -267,11 +267,11 @@ def report(path: Path, args: argparse.Namespace) -> None:
         say(f"{path.name}: one at a time ...")
         print(
             f"\n**{path.name}** on {one.info.runtime}, {args.threads}"
-            f" threads\n\n{overhead(one, files, args.seconds)}\n"
+            f" threads\n\n{measure_overhead(one, files, args.seconds)}\n"
         )
         if args.rounds:
             say(f"{path.name}: streams ...")
-            print(streams(one, many, files, args.rounds), flush=True)
+            print(measure_streams(one, many, files, args.rounds), flush=True)
 
 
 def main() -> None:
@@ -291,7 +291,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for path in args.bundles or _export(Path(folder)):
             report(path, args)
-    print(f"\n{own_time()}")
+    print(f"\n{measure_own_time()}")
     host = describe_host()
     print(f"\n{host.cpu}, {host.cores} cores; {', '.join(f'{k} {v}' for k, v in read_versions().items())}")
 

@@ -45,7 +45,7 @@ def main() -> None:
     p.add_argument("--photos", help="folder of photographs, to calibrate on and to compare on")
     args = p.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        rows = [top1_row(args, folder, precision) for precision in PRECISIONS]
+        rows = [measure_top1_row(args, folder, precision) for precision in PRECISIONS]
         columns = [
             "cmt_nano, typed",
             "reference top-1 %",
@@ -57,7 +57,7 @@ def main() -> None:
         print(format_table(columns, rows, markdown=True))
         if args.golden and args.photos:
             print()
-            print(golden_table(args, folder))
+            print(format_golden_table(args, folder))
 
 
 def export(folder: str, model: str, precision: str, data: str | None, **settings: Any) -> Bundle:
@@ -75,7 +75,7 @@ def export(folder: str, model: str, precision: str, data: str | None, **settings
     return run(config)
 
 
-def top1_row(args: argparse.Namespace, folder: str, precision: str) -> list[str]:
+def measure_top1_row(args: argparse.Namespace, folder: str, precision: str) -> list[str]:
     test = str(args.archive / "test")
     bundle = export(
         folder, "cmt_nano", precision, str(args.archive / "train"), weights=args.weights, eval_data=test
@@ -93,11 +93,11 @@ def top1_row(args: argparse.Namespace, folder: str, precision: str) -> list[str]
     ]
 
 
-def golden_table(args: argparse.Namespace, folder: str) -> str:
+def format_golden_table(args: argparse.Namespace, folder: str) -> str:
     golden = runpy.run_path(str(args.golden / "golden.py"))
     path = Path(folder) / "golden.pt"
     torch.save({k: torch.from_numpy(np.array(v)) for k, v in golden["weights"]("cmt_xs").items()}, path)
-    rows = logit_rows(args, folder, str(path))
+    rows = measure_logit_rows(args, folder, str(path))
     columns = [
         "cmt_xs, golden weights",
         "operations",
@@ -111,7 +111,7 @@ def golden_table(args: argparse.Namespace, folder: str) -> str:
     return format_table(columns, rows, markdown=True)
 
 
-def logit_rows(args: argparse.Namespace, folder: str, weights: str) -> list[list[str]]:
+def measure_logit_rows(args: argparse.Namespace, folder: str, weights: str) -> list[list[str]]:
     rows, images, truth = [], None, None
     for precision in PRECISIONS:
         bundle = export(folder, "cmt_xs", precision, args.photos, weights=weights)

@@ -15,7 +15,7 @@ from cmt_edge.deploy.bundle.sections import ImagesEntry, SynthesisEntry
 from cmt_edge.deploy.decoding import NamedBytes
 from cmt_edge.deploy.errors import DataError
 from cmt_edge.deploy.folders import Item
-from cmt_edge.deploy.images import ImageSet, digest
+from cmt_edge.deploy.images import ImageSet, hash_image
 from cmt_edge.deploy.parts import TRAIN, VALIDATION, find_held_out, find_prefixes
 from cmt_edge.deploy.preprocessing import Preprocess, preprocess
 
@@ -120,7 +120,7 @@ class CalibrationSet:
         if str(data) == SYNTHETIC:
             raise DataError(
                 "synthetic images are made from a model",
-                remedy="call cmt_edge.calib.synthetic.synthetic_set(model, ...)",
+                remedy="call cmt_edge.calib.synthetic.make_synthetic_set(model, ...)",
             )
         return cls._choose_files(data, size, seed)
 
@@ -138,7 +138,7 @@ class CalibrationSet:
             )
         count = min(size or DEFAULT_COUNT, len(images))
         chosen = images.select(_choose_spread(images.items, count, seed))
-        total = combine_digests(digest(chosen.read(item)) for item in chosen)
+        total = combine_digests(hash_image(chosen.read(item)) for item in chosen)
         return cls(
             "/".join(Path(data).parts[-2:]),
             total,
@@ -158,7 +158,7 @@ class CalibrationSet:
         blobs = tuple(images)
         return cls(
             source,
-            combine_digests(map(digest, blobs)),
+            combine_digests(map(hash_image, blobs)),
             len(blobs),
             synthesis,
             blobs=blobs,

@@ -37,7 +37,7 @@ from .graph import (
     get_node_name,
     is_constant,
     make_node,
-    name_of,
+    name_value,
     open_view,
     read_constant,
     read_constant_dims,
@@ -76,7 +76,7 @@ class Site:
     @property
     def tensor(self) -> str:
         """The name of the tensor in the graph that was given."""
-        return name_of(get_input(self.conv, 0))
+        return name_value(get_input(self.conv, 0))
 
 
 @dataclass(frozen=True)

@@ -186,7 +186,7 @@ def write_model(view: ir.Model) -> onnx.ModelProto:
     graph.node.extend(_write_node(node) for node in view.graph)
     graph.initializer.extend(get_tensor(value) for value in view.graph.initializers.values())
     made = [value for node in view.graph for value in node.outputs]
-    present = {name_of(value): value for value in (*made, *view.graph.initializers.values())}
+    present = {name_value(value): value for value in (*made, *view.graph.initializers.values())}
     for info in stored.graph.value_info:
         value = present.get(info.name)
         if value is not None:
@@ -204,8 +204,8 @@ def _write_node(node: ir.Node) -> onnx.NodeProto:
         result.name = node.name
     result.op_type = node.op_type
     del result.input[:], result.output[:]
-    result.input.extend(name_of(value) for value in node.inputs)
-    result.output.extend(name_of(value) for value in node.outputs)
+    result.input.extend(name_value(value) for value in node.inputs)
+    result.output.extend(name_value(value) for value in node.outputs)
     attributes = tuple(node.attributes.values())
     if attributes != stored.attributes:
         del result.attribute[:]
@@ -223,7 +223,7 @@ def _write_info(
         target.type.tensor_type.elem_type = int(value.dtype)
 
 
-def name_of(value: ir.Value | None) -> str:
+def name_value(value: ir.Value | None) -> str:
     """The name of a tensor as nodes store it: empty for an optional input or output that is left out."""
     return (value.name or "") if value is not None else ""
 
@@ -286,7 +286,7 @@ def read_constant(value: ir.Value | None) -> np.ndarray:
     """
     array = read_array(value)
     if array is None:
-        raise ValueError(f"the tensor {name_of(value)!r} is not constant")
+        raise ValueError(f"the tensor {name_value(value)!r} is not constant")
     return array
 
 
@@ -341,7 +341,7 @@ def _rename_tensor(value: ir.Value) -> ir.TensorProtocol:
     if attribute is None:
         return ir.Tensor(read_constant(value), name=value.name)
     tensor = ir.to_proto(attribute.as_tensor())  # a copy
-    tensor.name = name_of(value)
+    tensor.name = name_value(value)
     return ir.TensorProtoTensor(tensor)
 
 
@@ -364,7 +364,7 @@ def copy_node(node: ir.Node, inputs: Sequence[ir.Value | None], suffix: str) -> 
         node.op_type,
         inputs,
         tuple(node.attributes.values()),
-        outputs=[ir.val(name_of(value) + suffix) for value in node.outputs],
+        outputs=[ir.val(name_value(value) + suffix) for value in node.outputs],
         name=get_node_name(node) + suffix,
         metadata_props=dict(node.metadata_props),
     )

@@ -31,7 +31,7 @@ from cmt_edge.deploy.preprocessing import Preprocess
 
 from .data import CalibrationSet
 from .equalize import Equalized, equalize
-from .graph import get_input, name_of, open_view, write_model
+from .graph import get_input, name_value, open_view, write_model
 from .groups import group_by_kind, group_nodes
 from .lint import lint
 from .qdq_pairs import move_pairs_to_layers, sign_quantizers
@@ -257,7 +257,7 @@ def _read_in_int8(model: onnx.ModelProto, recipe: Recipe) -> set[str]:
         floats = set(recipe.float_nodes_of(view.graph))
         layers = [node for node in view.graph if node.op_type in INT8_OPS and node.name not in floats]
         operands = [get_input(node, position) for node in layers for position in (0, 1)]
-        return {name_of(value) for value in operands if not value.is_initializer()}
+        return {name_value(value) for value in operands if not value.is_initializer()}
 
 
 def fill_up(telling: Collection[int], count: int) -> list[int]:

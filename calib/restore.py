@@ -26,7 +26,7 @@ from .graph import (
     get_node_name,
     get_tensor,
     is_constant,
-    name_of,
+    name_value,
     open_view,
     remove_unread,
     replace_inputs,
@@ -178,7 +178,7 @@ class _Restoration:
     def _restore_bias(self, addition: ir.Node) -> None:
         """Let the addition that follows a product read the float graph's bias."""
         for position, value in enumerate(addition.inputs):
-            before = self.values.get(name_of(value))
+            before = self.values.get(name_value(value))
             if before is not None:
                 addition.replace_input_with(position, self._restore_constant(before, addition))
 
@@ -187,7 +187,7 @@ class _Restoration:
 
         It gets another name where other operations read a changed value under the old one.
         """
-        name = name_of(before)
+        name = name_value(before)
         now = self.graph.initializers.get(name)
         if now is not None and _is_same(now, before):
             return now

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from cmt_edge.deploy.bundle.sections import SynthesisEntry
 from cmt_edge.deploy.cache import Cache, Files
 from cmt_edge.deploy.errors import InputError, StepError
-from cmt_edge.deploy.preprocessing import Preprocess, pixels
+from cmt_edge.deploy.preprocessing import Preprocess, decode_pixels
 
 from .data import SYNTHETIC, CalibrationSet
 from .generated import generate
@@ -99,7 +99,7 @@ class Synthesis:
         return self.steps < self.steps_asked
 
 
-def default_count(spec: Preprocess) -> int:
+def choose_default_count(spec: Preprocess) -> int:
     """Number of images unless another one is asked for."""
     return SYNTHETIC_COUNT if spec.size <= 128 else SYNTHETIC_COUNT // 2
 
@@ -210,19 +210,19 @@ def _make_starting_batches(count: int, spec: Preprocess, seed: int) -> list[Tens
     """Generated images as float32 ``(N, 3, S, S)`` with values from 0 to 1, in batches of nearly equal
     size."""
     encoded = generate(count, spec.size, seed=IMAGE_SEED + seed)
-    images = torch.from_numpy(np.stack([pixels(blob, spec) for blob in encoded]))
+    images = torch.from_numpy(np.stack([decode_pixels(blob, spec) for blob in encoded]))
     values = images.permute(0, 3, 1, 2).float() / 255
     largest = max(SMALLEST_BATCH, min(LARGEST_BATCH, BATCH_PIXELS // spec.size**2))
-    return list(torch.split(values, batch_sizes(count, largest)))
+    return list(torch.split(values, split_into_batches(count, largest)))
 
 
-def batch_sizes(count: int, largest: int) -> list[int]:
+def split_into_batches(count: int, largest: int) -> list[int]:
     """Sizes of batches of at most ``largest`` for ``count`` images, as equal as possible."""
     parts = -(-count // largest)
     return [count // parts + (i < count % parts) for i in range(parts)]
 
 
-def synthetic_set(
+def make_synthetic_set(
     model: nn.Module,
     count: int,
     spec: Preprocess,
@@ -257,7 +257,7 @@ def synthetic_set(
         return Made(images, how, cached=False)
 
     if cache is None:
-        return as_set(make(), spec)
+        return convert_to_set(make(), spec)
     shape = (count, spec.size, spec.size, 3)
     made = Cache(cache, (".npz",), CACHED_SETS).get(
         _make_cache_key(weights, count, spec, seed, steps, time_limit_s),
@@ -265,7 +265,7 @@ def synthetic_set(
         make=make,
         encode=_convert_to_files,
     )
-    return as_set(made, spec)
+    return convert_to_set(made, spec)
 
 
 def _make_cache_key(
@@ -438,7 +438,7 @@ def _compute_amplitude(size: int) -> Tensor:
     return amplitude / amplitude.square().mean().sqrt()
 
 
-def as_set(made: Made, spec: Preprocess) -> CalibrationSet:
+def convert_to_set(made: Made, spec: Preprocess) -> CalibrationSet:
     """The images as a calibration set."""
     early = made.how.stopped_early
     story = SynthesisEntry(**asdict(made.how), stopped_early=early, cached=made.cached)

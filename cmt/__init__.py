@@ -6,27 +6,27 @@
 >>> deployable = fuse(model)                     # same logits, fewer operations
 """
 
-from .analysis import count_params, macs, try_macs
+from .analysis import count_macs, count_params, try_macs
 from .features import FeatureMaps, choose_head
-from .registry import create_model, labels_of, list_models, model_spec
+from .registry import create_model, find_model, find_published_labels, list_models
 from .rewrites import fuse
 from .spec import Classifier, ModelSpec
-from .weights import load_pretrained, load_weights, weights_fingerprint
+from .weights import compute_weights_fingerprint, load_pretrained, load_weights
 
 __all__ = [
     "Classifier",
     "FeatureMaps",
     "ModelSpec",
     "choose_head",
+    "compute_weights_fingerprint",
+    "count_macs",
     "count_params",
     "create_model",
+    "find_model",
+    "find_published_labels",
     "fuse",
-    "labels_of",
     "list_models",
     "load_pretrained",
     "load_weights",
-    "macs",
-    "model_spec",
     "try_macs",
-    "weights_fingerprint",
 ]

@@ -19,7 +19,7 @@ def count_params(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def macs(model: nn.Module, img_size: int | None = None) -> int:
+def count_macs(model: nn.Module, img_size: int | None = None) -> int:
     """Multiply-accumulates of one image: convolutions, linears and matrix products only.
 
     Biases, norms, softmax, activations and pooling are not counted; papers print this figure under the name
@@ -58,9 +58,9 @@ def _plain_attention() -> Iterator[None]:
 
 
 def try_macs(model: nn.Module) -> int | None:
-    """:func:`macs`; ``None`` where it cannot be counted, because nothing else depends on it."""
+    """:func:`count_macs`; ``None`` where it cannot be counted, because nothing else depends on it."""
     try:
-        return macs(model)
+        return count_macs(model)
     except Exception:  # the user's code under a counter: anything may happen
         return None
 

@@ -10,7 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from .containers import BATCHES, Place, WeightsCandidate, find_candidates, find_places
-from .registry import list_models, model_spec
+from .registry import find_model, list_models
 from .spec import ModelSpec, StateDict
 
 MIN_TENSORS = 20
@@ -40,7 +40,7 @@ def recognise(content: Any) -> list[Recognised]:
     if not places:
         return []
     shapes = {".".join(place.way) or "state": place.state for place in places}
-    found = (_try(model_spec(name), shapes) for name in list_models())
+    found = (_try(find_model(name), shapes) for name in list_models())
     return [model for model in found if model is not None]
 
 

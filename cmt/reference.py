@@ -19,10 +19,10 @@ from .spec import Classifier
 from .weights import (
     AS_BUILT,
     LoadedWeights,
+    compute_weights_fingerprint,
     load_pretrained,
     load_weights,
     randomize,
-    weights_fingerprint,
 )
 
 PROVIDER = "cmt"
@@ -135,7 +135,7 @@ def rebuild(
         fresh_head=bool(made.fresh),
         resize=bool(made.resized),
     )
-    return choose_head(model, entry.head), weights_fingerprint(model)
+    return choose_head(model, entry.head), compute_weights_fingerprint(model)
 
 
 def _require_known(entry: ModelEntry, weights: str | Path | None) -> None:

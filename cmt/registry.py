@@ -55,7 +55,7 @@ def list_models() -> list[str]:
     return list(collect(FAMILIES))
 
 
-def model_spec(name: str | nn.Module, img_size: int | None = None) -> ModelSpec:
+def find_model(name: str | nn.Module, img_size: int | None = None) -> ModelSpec:
     """The registry's entry of ``name``; one is made for ``module:factory``, ``timm:NAME`` and a module
     object.
 
@@ -81,7 +81,7 @@ def _reduce_spec(spec: ModelSpec) -> Any:
     """Pickle an entry of the registry as its name, because its rewrites hold functions that cannot be
     pickled. The entry of a model from outside holds none of these."""
     if collect(FAMILIES).get(spec.name) is spec:
-        return model_spec, (spec.name,)
+        return find_model, (spec.name,)
     return object.__reduce_ex__(spec, pickle.HIGHEST_PROTOCOL)
 
 
@@ -116,7 +116,7 @@ def create_model(
         UnknownNameError: no such model.
         InputError: ``img_size`` or ``num_classes`` is impossible.
     """
-    spec = model_spec(name, img_size)
+    spec = find_model(name, img_size)
     img_size = spec.img_size if img_size is None else img_size
     num_classes = spec.num_classes if num_classes is None else num_classes
     check_size(spec, img_size)
@@ -145,7 +145,7 @@ def _seeded(seed: int | None) -> Iterator[None]:
         yield
 
 
-def labels_of(spec: ModelSpec, num_classes: int) -> list[tuple[str, str]] | None:
+def find_published_labels(spec: ModelSpec, num_classes: int) -> list[tuple[str, str]] | None:
     """``[(class id, readable name), ...]`` of the published classes.
 
     The id is the name of the class folder in the data set (an ImageNet synset such as ``n01440764``). A data

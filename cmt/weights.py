@@ -165,7 +165,7 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
         tensor.copy_(noise)
 
 
-def weights_fingerprint(model: nn.Module) -> str:
+def compute_weights_fingerprint(model: nn.Module) -> str:
     """SHA-256, in hex, over name, dtype, shape and value of all parameters and buffers.
 
     It does not depend on the file or container that the weights came from.

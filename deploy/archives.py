@@ -19,7 +19,7 @@ from typing import IO, BinaryIO, cast
 from .decoding import MAX_BYTES, is_about_data
 from .errors import DataError
 from .files import open_regular
-from .folders import MAX_ITEMS, Found, Item, find_class, is_image, is_junk, kind_of, must_unpack
+from .folders import MAX_ITEMS, Found, Item, find_class, find_kind, is_image, is_junk, must_unpack
 
 MAX_LINKS = 20
 """The largest number of links in an archive that may lead from one to the next."""
@@ -179,7 +179,7 @@ def _add_member(
     if any(map(is_junk, name.parts)):
         return
     if not is_image(name.name):
-        found.skipped[kind_of(name.name)] += 1
+        found.skipped[find_kind(name.name)] += 1
     elif place is None:
         found.skipped["sparse files"] += 1
     elif place[1] > MAX_BYTES:

@@ -53,7 +53,7 @@ def check_color(color: str) -> str:
     return known
 
 
-def as_array(source: Any) -> Any:
+def view_as_array(source: Any) -> Any:
     """The array of an object that gives one, without copying it; any other image as it is.
 
     Raises:

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, TypeAlias
 import numpy as np
 from PIL import Image, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
-from .arrays import SupportsArray, as_array, is_single, view_as_rgb
+from .arrays import SupportsArray, is_single, view_as_array, view_as_rgb
 from .errors import ImageError
 from .files import describe_irregular
 from .jpeg import MAX_SCANS, START, has_many_scans, make_scan_header, strip_metadata
@@ -116,10 +116,10 @@ def decode(source: ImageLike, exif: str, color: str = "rgb") -> Image.Image:
         ImageError: missing, empty, damaged, not an image, of an unsupported kind, or beyond
             ``MAX_PIXELS``/``MAX_BYTES``.
     """
-    given: Decodable = as_array(source)
+    given: Decodable = view_as_array(source)
     if isinstance(given, np.ndarray):
         return Image.fromarray(np.ascontiguousarray(view_as_rgb(given, color)))
-    name = name_of(given)
+    name = name_image(given)
     try:
         if isinstance(given, Image.Image):
             return _convert(given, exif, name)
@@ -194,7 +194,7 @@ def is_about_data(exc: Exception) -> bool:
 def _make_undecodable_error(source: ImageLike, name: object, exc: Exception) -> ImageError:
     """The error for an image that Pillow could not decode."""
     if isinstance(exc, Image.DecompressionBombError):
-        return too_large(name, exc)
+        return make_too_large_error(name, exc)
     if not isinstance(exc, UnidentifiedImageError):
         return ImageError(
             "cannot be decoded",
@@ -230,12 +230,12 @@ def _read_first_bytes(source: ImageLike) -> bytes:
     return b""
 
 
-def snapshot(source: ImageLike, exif: str) -> ImageLike:
+def take_snapshot(source: ImageLike, exif: str) -> ImageLike:
     """The image as it is now, whatever its owner does with the array, image, buffer or file afterwards.
 
     A path is returned as it is. Raises as :func:`decode`.
     """
-    given: Decodable = as_array(source)
+    given: Decodable = view_as_array(source)
     if isinstance(given, np.ndarray):
         array: np.ndarray = given.copy()
         return array
@@ -248,7 +248,7 @@ def snapshot(source: ImageLike, exif: str) -> ImageLike:
     if isinstance(given, (str, Path, bytes)) or not hasattr(given, "read"):
         return given
     data = _read_content(given)
-    return given if data is None else NamedBytes(data, str(name_of(given)))
+    return given if data is None else NamedBytes(data, str(name_image(given)))
 
 
 def _read_content(file: BinaryIO) -> bytes | None:
@@ -275,10 +275,10 @@ def _read_all(file: BinaryIO) -> bytes | None:
     return data if isinstance(data, bytes) else None
 
 
-def one_or_many(images: Any) -> Any:
+def list_images(images: Any) -> Any:
     """``images``, in a list if it is a single image, so that nobody iterates over its letters, bytes, lines
     or rows."""
-    images = as_array(images)
+    images = view_as_array(images)
     if isinstance(images, np.ndarray):
         single = is_single(images)
     else:
@@ -287,7 +287,7 @@ def one_or_many(images: Any) -> Any:
     return [images] if single else images
 
 
-def name_of(source: ImageLike) -> object:
+def name_image(source: ImageLike) -> object:
     """What messages call the image."""
     return source if isinstance(source, (str, Path)) else getattr(source, "filename", None) or "image"
 
@@ -313,12 +313,12 @@ def _open(
             remedy="replace or remove the file",
         )
     if count is not None and count > MAX_BYTES:
-        raise too_large(name, f"{count} bytes, the cap is {MAX_BYTES}")
+        raise make_too_large_error(name, f"{count} bytes, the cap is {MAX_BYTES}")
     encoded = io.BytesIO(source) if isinstance(source, (bytes, bytearray, memoryview)) else source
     image = Image.open(encoded, formats=IMAGE_FORMATS)
     if image.width * image.height > MAX_PIXELS:
         image.close()
-        raise too_large(
+        raise make_too_large_error(
             name,
             f"{image.width} x {image.height} pixels, the cap is {MAX_PIXELS}",
         )
@@ -361,7 +361,7 @@ def _count_bytes(
     return source.getbuffer().nbytes if isinstance(source, io.BytesIO) else None
 
 
-def too_large(name: object, why: object) -> ImageError:
+def make_too_large_error(name: object, why: object) -> ImageError:
     return ImageError(
         "the image is too large",
         where=name,

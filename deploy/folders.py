@@ -70,7 +70,7 @@ def is_junk(name: str) -> bool:
     return name.startswith(".") or name.lower() in JUNK
 
 
-def kind_of(name: str) -> str:
+def find_kind(name: str) -> str:
     """What a file that is no image is counted as."""
     return PurePosixPath(name.strip()).suffix.lower() or "without an ending"
 
@@ -155,7 +155,7 @@ def _identify(folder: str) -> tuple[int, int]:
 def _add_file(found: Found, path: Path, relative: Path) -> None:
     """Count one file of a folder: as an image, or as what is skipped."""
     if not is_image(relative.name):
-        found.skipped[kind_of(relative.name)] += 1
+        found.skipped[find_kind(relative.name)] += 1
     elif os.path.isfile(path / relative):
         found.add(
             Item(relative.as_posix(), find_class(PurePosixPath(relative))),

@@ -16,7 +16,7 @@ from .archives import scan_archive, split_archive
 from .decoding import EXTENSIONS, is_about_data
 from .errors import DataError
 from .folders import Item, scan_folder
-from .parts import find_parts, part_of
+from .parts import find_part_kind, find_parts
 
 SHOWN_KINDS = 6
 """The largest number of kinds of skipped files that are named."""
@@ -118,7 +118,7 @@ class ImageSet(Sequence[Item]):
             ) from exc
 
 
-def digest(data: bytes) -> str:
+def hash_image(data: bytes) -> str:
     """Name of an image by its content: the first 32 hex digits of its SHA-256."""
     return hashlib.sha256(data).hexdigest()[:32]
 
@@ -189,7 +189,7 @@ def _describe_choice(path: Path, double: Sequence[str]) -> str:
     }
     shared = len(PurePosixPath(posixpath.commonpath(double)).parts)
     folders = sorted({"/".join(PurePosixPath(place).parts[: shared + 1]) for place in double})
-    parts = {folder: part_of(PurePosixPath(folder).name) for folder in folders}
+    parts = {folder: find_part_kind(PurePosixPath(folder).name) for folder in folders}
     ordered = sorted(folders, key=lambda folder: list(uses).index(parts[folder]))
     shown = [f"{path / folder}{uses[parts[folder]]}" for folder in ordered[:SHOWN_KINDS]]
     return f"choose one: {', '.join(shown)}"

@@ -127,7 +127,7 @@ def find_prefixes(names: Iterable[str]) -> dict[str, str]:
     return next((kinds for _, kinds in sorted(by_folder.items()) if len(kinds) > 1), {})
 
 
-def part_of(folder: str) -> str | None:
+def find_part_kind(folder: str) -> str | None:
     """The kind of part that a folder's name can mean, whatever lies beside it; ``None`` for others."""
     meant = _find_meaning(folder)
     return None if meant is None else meant.kind

@@ -22,7 +22,7 @@ from .backends.base import make_open_error, read_batch_limit
 from .bundle import LOGITS, Bundle
 from .bundle.bundle import read_whole
 from .bundle.sections import RanOn
-from .decoding import ImageLike, one_or_many, snapshot
+from .decoding import ImageLike, list_images, take_snapshot
 from .errors import BundleError, CmtEdgeError, ImageError, InputError
 from .lanes import Lanes
 from .preprocessing import Preprocess, preprocess
@@ -319,7 +319,7 @@ class Predictor:
         :meth:`features` take. Raises :class:`~cmt_edge.deploy.errors.ImageError`."""
         decode = self._make_decoder(color)
         size = self.spec.size
-        images = one_or_many(images)
+        images = list_images(images)
         if not isinstance(images, Sequence):  # each image may be gone once the next is asked for
             rows = [preprocess(image, self.spec, color=color or self.color) for image in images]
             return np.stack(rows) if rows else np.empty((0, 3, size, size), np.float32)
@@ -371,7 +371,7 @@ class Predictor:
                 remedy="ask for 1 or more, or leave it out",
             )
         several = in_flight or max(1, self.session.parallelism)
-        images = one_or_many(images)
+        images = list_images(images)
         if copy and workers > 0:  # without threads an image is decoded before the next one is asked for
             images = self._take_each(images)
         return stream(
@@ -386,7 +386,7 @@ class Predictor:
         """Each image as it is when it is taken; in place of one that cannot be read, its error."""
         for image in images:
             try:
-                taken: Any = snapshot(image, self.spec.exif)
+                taken: Any = take_snapshot(image, self.spec.exif)
             except ImageError as exc:
                 taken = exc
             yield taken

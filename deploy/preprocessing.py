@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .arrays import as_array, view_as_rgb
-from .decoding import MAX_PIXELS, ImageLike, decode, name_of, too_large
+from .arrays import view_as_array, view_as_rgb
+from .decoding import MAX_PIXELS, ImageLike, decode, make_too_large_error, name_image
 from .escaping import SHOWN_CHARACTERS
 
 MAX_SIZE = 16384
@@ -92,13 +92,13 @@ def _find_fault_of_numbers(name: str, values: tuple[float, ...], bounds: tuple[f
     return None
 
 
-def pixels(source: ImageLike, spec: Preprocess, color: str = "rgb") -> np.ndarray:
+def decode_pixels(source: ImageLike, spec: Preprocess, color: str = "rgb") -> np.ndarray:
     """Decoded, resized and cropped: ``(size, size, 3)`` uint8, read-only. Arguments and errors are those of
     :func:`~cmt_edge.deploy.decoding.decode`.
 
     Where an array needs no resizing, the result is a view of it.
     """
-    source = as_array(source)
+    source = view_as_array(source)
     if isinstance(source, np.ndarray):
         rgb = view_as_rgb(source, color)
         height, width = rgb.shape[:2]
@@ -129,8 +129,8 @@ def _compute_geometry(
         max(size, int(spec.short_side * height / short)),
     )
     if new[0] * new[1] > MAX_PIXELS:
-        raise too_large(
-            name_of(source),
+        raise make_too_large_error(
+            name_image(source),
             f"resizing {width} x {height} by its short side gives {new[0]} x {new[1]}",
         )
     left, top = round((new[0] - size) / 2), round((new[1] - size) / 2)
@@ -169,4 +169,4 @@ def preprocess(
 ) -> np.ndarray:
     """One image -> float32 ``(3, size, size)``, written into ``out`` if given. The other arguments and the
     errors are those of :func:`~cmt_edge.deploy.decoding.decode`."""
-    return normalise(pixels(source, spec, color), spec, out)
+    return normalise(decode_pixels(source, spec, color), spec, out)

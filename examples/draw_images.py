@@ -15,7 +15,7 @@ SIZE = 256
 """Height and width of a picture in pixels."""
 
 
-def canvas(top: tuple[int, int, int], bottom: tuple[int, int, int]) -> Image.Image:
+def draw_canvas(top: tuple[int, int, int], bottom: tuple[int, int, int]) -> Image.Image:
     """A vertical gradient from one colour to another, with a little grain."""
     t = np.linspace(0, 1, SIZE)[:, None, None]
     values = (1 - t) * np.array(top) + t * np.array(bottom) + np.zeros((SIZE, SIZE, 3))
@@ -23,9 +23,9 @@ def canvas(top: tuple[int, int, int], bottom: tuple[int, int, int]) -> Image.Ima
     return Image.fromarray(np.clip(values + grain, 0, 255).astype(np.uint8))
 
 
-def ship() -> Image.Image:
+def draw_ship() -> Image.Image:
     """A ship at sea."""
-    image = canvas((150, 190, 230), (215, 225, 235))
+    image = draw_canvas((150, 190, 230), (215, 225, 235))
     d = ImageDraw.Draw(image)
     d.rectangle((0, 165, 256, 256), fill=(35, 75, 120))
     d.polygon([(20, 140), (236, 140), (210, 185), (50, 185)], fill=(60, 25, 30))
@@ -39,9 +39,9 @@ def ship() -> Image.Image:
     return image
 
 
-def airplane() -> Image.Image:
+def draw_airplane() -> Image.Image:
     """An airplane in the sky."""
-    image = canvas((90, 150, 220), (190, 215, 240))
+    image = draw_canvas((90, 150, 220), (190, 215, 240))
     d = ImageDraw.Draw(image)
     d.ellipse((30, 112, 226, 146), fill=(230, 232, 238))
     d.polygon([(110, 130), (150, 130), (80, 215), (58, 215)], fill=(195, 200, 210))
@@ -53,9 +53,9 @@ def airplane() -> Image.Image:
     return image
 
 
-def automobile() -> Image.Image:
+def draw_automobile() -> Image.Image:
     """A red car from the side."""
-    image = canvas((200, 215, 225), (180, 190, 190))
+    image = draw_canvas((200, 215, 225), (180, 190, 190))
     d = ImageDraw.Draw(image)
     d.rectangle((0, 175, 256, 256), fill=(95, 95, 98))
     d.polygon([(70, 125), (100, 85), (175, 85), (205, 125)], fill=(170, 25, 30))
@@ -69,9 +69,9 @@ def automobile() -> Image.Image:
     return image
 
 
-def truck() -> Image.Image:
+def draw_truck() -> Image.Image:
     """A lorry with a blue cab."""
-    image = canvas((185, 205, 230), (215, 215, 205))
+    image = draw_canvas((185, 205, 230), (215, 215, 205))
     d = ImageDraw.Draw(image)
     d.rectangle((0, 190, 256, 256), fill=(110, 108, 104))
     d.rectangle((15, 60, 170, 180), fill=(235, 235, 230))
@@ -83,7 +83,7 @@ def truck() -> Image.Image:
     return image
 
 
-DRAWINGS = {"airplane": airplane, "automobile": automobile, "ship": ship, "truck": truck}
+DRAWINGS = {"airplane": draw_airplane, "automobile": draw_automobile, "ship": draw_ship, "truck": draw_truck}
 """Each class and the function that draws it."""
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cmt_edge.cmt import create_model, labels_of, load_pretrained, load_weights, model_spec
+from cmt_edge.cmt import create_model, find_model, find_published_labels, load_pretrained, load_weights
 from cmt_edge.deploy.cli.console import make_parser, run_command, say
 from cmt_edge.deploy.cli.ranges import parse_finite
 from cmt_edge.deploy.decoding import NamedBytes
@@ -34,7 +34,7 @@ from cmt_edge.deploy.errors import DataError, GateError, InputError, OutputError
 from cmt_edge.deploy.files import write_atomic, writing
 from cmt_edge.deploy.folders import Item
 from cmt_edge.deploy.images import ImageSet
-from cmt_edge.deploy.preprocessing import Preprocess, normalise, pixels
+from cmt_edge.deploy.preprocessing import Preprocess, decode_pixels, normalise
 from cmt_edge.deploy.progress import Progress
 from cmt_edge.deploy.report import to_json
 from cmt_edge.export import ExportConfig
@@ -86,7 +86,7 @@ class Photos:
     def _decode(self, index: int) -> np.ndarray:
         item = self.items[index]
         name = str(self.data.path / item.name)
-        return pixels(NamedBytes(self.data.read(item), name), self.spec)
+        return decode_pixels(NamedBytes(self.data.read(item), name), self.spec)
 
 
 def _choose_evenly(data: ImageSet, limit: int | None) -> list[Item]:
@@ -217,7 +217,7 @@ def _schedule(share: float) -> float:
 
 def _first_model(args: argparse.Namespace, classes: list[str]) -> nn.Module:
     """The model with its first weights, and a new classifier where the known one has other classes."""
-    spec = model_spec(args.model)
+    spec = find_model(args.model)
     options = {"drop_path": args.drop_path} if hasattr(spec.config, "drop_path") else {}
     model = create_model(args.model, img_size=args.imgsz, num_classes=len(classes), seed=args.seed, **options)
     if args.init == "random":
@@ -227,7 +227,7 @@ def _first_model(args: argparse.Namespace, classes: list[str]) -> nn.Module:
         loaded = load_pretrained(model, fresh_head=True, resize=True)
     else:
         loaded = load_weights(model, args.init, fresh_head=True, resize=True)
-    known = loaded.classes or [name for name, _ in labels_of(spec, len(classes)) or ()]
+    known = loaded.classes or [name for name, _ in find_published_labels(spec, len(classes)) or ()]
     if list(known) != classes:  # also where nobody knows what its logits mean
         model.load_state_dict(new_head, strict=False)
         print(
@@ -247,7 +247,7 @@ def _optimizer(model: nn.Module) -> torch.optim.AdamW:
 
 
 @torch.inference_mode()
-def top1(model: nn.Module, photos: Photos, device: str) -> str:
+def measure_top1(model: nn.Module, photos: Photos, device: str) -> str:
     """Correct answers in percent, on the same inputs that a bundle gets."""
     count = len(photos.labels)
     correct = 0
@@ -304,7 +304,7 @@ def train(args: argparse.Namespace) -> int:
     judged = Photos(tests, data.classes, spec, args) if tests else None
     said = ""
     while True:
-        score = top1(learner.ema, judged, learner.device) if judged else ""
+        score = measure_top1(learner.ema, judged, learner.device) if judged else ""
         if not args.quiet:
             print(f"epoch {learner.epoch}/{args.epochs}{said}{score}", file=sys.stderr)
         if learner.epoch == args.epochs:

@@ -84,7 +84,7 @@ def _run_export(args: argparse.Namespace) -> int:
     from cmt_edge.deploy.bundle.packed import locate_packed
     from cmt_edge.deploy.progress import Progress
 
-    from .config import ExportConfig, described_by_shapes
+    from .config import ExportConfig, find_settings_by_shapes
     from .config_file import read_config
     from .replaced import describe_replaced, read_replaced
 
@@ -92,17 +92,17 @@ def _run_export(args: argparse.Namespace) -> int:
     dry_run = _take_dry_run(written, args.config) or args.dry_run
     settings = read_mapping(written, Settings, args.config)
     given = settings | read_flags(args, Settings)
-    by_shapes = described_by_shapes(given)
+    by_shapes = find_settings_by_shapes(given)
     if by_shapes and not args.quiet:
         tell(f"model: {by_shapes['model']}, told by the shapes of the weights")
     config = ExportConfig.from_mapping(by_shapes | given, args.config)
     config.check()
     from . import pipeline
-    from .plan import plan_text
+    from .plan import format_plan
 
     if dry_run:
-        plan = pipeline.plan(config)
-        say(report.to_json(plan) if args.json else plan_text(plan))
+        plan = pipeline.make_plan(config)
+        say(report.to_json(plan) if args.json else format_plan(plan))
         return 0
     before = {target: read_replaced(target) for target in config.targets}
     with _rare_collections():
@@ -150,10 +150,10 @@ def _rare_collections() -> Iterator[None]:
 
 
 def _list_models(as_json: bool) -> int:
-    from cmt_edge.cmt import list_models, model_spec
+    from cmt_edge.cmt import find_model, list_models
     from cmt_edge.deploy import report
 
-    specs = [model_spec(name) for name in list_models()]
+    specs = [find_model(name) for name in list_models()]
     if as_json:
         say(report.to_json([_describe_model(spec) for spec in specs]))
         return 0

@@ -14,7 +14,7 @@ from torch import nn
 
 from cmt_edge.calib import DEFAULT, Recipe
 from cmt_edge.calib.data import SYNTHETIC
-from cmt_edge.cmt import model_spec
+from cmt_edge.cmt import find_model
 from cmt_edge.cmt.described import Description, describe_by_shapes, describe_checkpoint
 from cmt_edge.cmt.features import require_head
 from cmt_edge.cmt.outside import is_outside
@@ -91,7 +91,7 @@ class ExportConfig(Settings):
     @cached_property
     def spec(self) -> ModelSpec:
         """The model's entry in the registry."""
-        return model_spec(self.subject, self.imgsz)
+        return find_model(self.subject, self.imgsz)
 
     @property
     def model_name(self) -> str:
@@ -208,7 +208,7 @@ class ExportConfig(Settings):
         """
         found = read_mapping(values, cls, where)
         found = _describe_by_weights(found) | found
-        found = described_by_shapes(found) | found
+        found = find_settings_by_shapes(found) | found
         if "model" not in found:
             silent = found.get("weights", "pretrained") not in NAMED_WEIGHTS
             raise InputError(
@@ -436,7 +436,7 @@ def _describe_by_weights(
     return _convert_to_settings(said)
 
 
-def described_by_shapes(settings: Mapping[str, Any]) -> dict[str, Any]:
+def find_settings_by_shapes(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of the only model that the shapes of a checkpoint's weights fit, where neither the
     settings nor the checkpoint name one; empty where no model fits.
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from cmt_edge.calib import CalibrationSet
 from cmt_edge.cmt import (
+    compute_weights_fingerprint,
     count_params,
-    labels_of,
+    find_published_labels,
     try_macs,
-    weights_fingerprint,
 )
 from cmt_edge.cmt.reference import PROVIDER
 from cmt_edge.cmt.weights import AS_BUILT, LoadedWeights
@@ -63,7 +63,7 @@ def choose_labels(config: ExportConfig, loaded: LoadedWeights) -> tuple[Labels, 
             why=loaded.classes_fault,
             remedy="--labels FILE with one class name a line, in the order of the logits",
         )
-    known = labels_of(config.spec, config.classes)
+    known = find_published_labels(config.spec, config.classes)
     if known is not None and _may_be_published(config):
         return tuple(known), "published"
     numbered = [f"class_{i}" for i in range(config.label_count)]
@@ -121,7 +121,7 @@ def _describe_model(config: ExportConfig, reference: Reference) -> ModelEntry:
     loaded, classifier = reference.loaded, reference.classifier
     weights = WeightsEntry(
         source=_describe_source(config, loaded),
-        sha256=weights_fingerprint(classifier),
+        sha256=compute_weights_fingerprint(classifier),
         seed=config.seed,
         ema=loaded.ema,
         fresh=tuple(loaded.fresh),

@@ -59,7 +59,7 @@ class Option:
     is_list: bool = False
 
 
-def option(
+def make_option(
     default: T,
     *,
     help: str,
@@ -188,7 +188,7 @@ def _choose_reader(kind: type | None, numbers: Range | None) -> Callable[[str], 
     """What makes a number of the text on the command line; ``None`` for a text."""
     if kind is None or numbers is None:
         return kind
-    return numbers.number if kind is float else numbers.whole
+    return numbers.parse_number if kind is float else numbers.parse_whole
 
 
 def _write_help(described_field: Field[Any]) -> str:
@@ -384,5 +384,5 @@ def require_choice(what: str, value: str, known: Iterable[str]) -> None:
 
 def require_range(flag: str, value: Any, numbers: Range) -> None:
     """Raise :class:`InputError` if ``value`` is no number that the flag takes."""
-    if complaint := numbers.complaint(value):
-        raise InputError(f"{flag} {value} {complaint}", remedy=f"give {numbers}")
+    if fault := numbers.find_fault(value):
+        raise InputError(f"{flag} {value} {fault}", remedy=f"give {numbers}")

@@ -59,7 +59,7 @@ def run(config: ExportConfig, progress: Progress | None = None) -> Bundle:
         GateError: a step or the result differs from the reference by more than allowed, or no precision
             passes (1); nothing is written.
     """
-    preflight(config)
+    check_preconditions(config)
     if config.keeps_results:
         can_keep(find_cache_folder())  # says so before the long work
     progress = progress or Progress(quiet=True)
@@ -69,12 +69,12 @@ def run(config: ExportConfig, progress: Progress | None = None) -> Bundle:
         return finish(decision.config, prepared, decision.verdict, progress)
 
 
-def plan(config: ExportConfig) -> dict[str, Any]:
+def make_plan(config: ExportConfig) -> dict[str, Any]:
     """What :func:`run` would do, once everything that can be checked has been; writes nothing.
 
     Raises as :func:`run`.
     """
-    preflight(config)
+    check_preconditions(config)
     _require_writable(Path(config.output))
     return describe_plan(config)
 
@@ -88,7 +88,7 @@ def _require_writable(output: Path) -> None:
         tempfile.TemporaryFile(dir=place).close()
 
 
-def preflight(config: ExportConfig) -> None:
+def check_preconditions(config: ExportConfig) -> None:
     """Fail before the long work where something is missing, or where the result could not be verified or
     written here.
 

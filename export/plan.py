@@ -186,7 +186,7 @@ def describe_plan(config: ExportConfig) -> dict[str, Any]:
     }
 
 
-def plan_text(plan: dict[str, Any]) -> str:
+def format_plan(plan: dict[str, Any]) -> str:
     """A plan of :func:`describe_plan` for a reader, one entry a line."""
     lines = [f"{key:<12} {escape_line(_format_entry(key, value))}" for key, value in plan.items()]
     return "\n".join([*lines, "dry run: nothing was written"])

@@ -26,7 +26,7 @@ from cmt_edge.deploy.measure.isa import ISAS
 from cmt_edge.deploy.measure.parity import MAX_DROP
 from cmt_edge.deploy.preprocessing import MAX_SIZE
 
-from .options import KEY, Option, option
+from .options import KEY, Option, make_option
 
 ALIASES = {"engine": "trt", "tensorrt": "trt"}
 """Other names of a format -> its name."""
@@ -87,13 +87,13 @@ class Settings:
             )
         }
     )
-    format: str = option(
+    format: str = make_option(
         "openvino",
         help="runtime that serves the bundle; onnx: ONNX Runtime; engine and tensorrt mean trt",
         group=OUTPUT,
         choices=(*FORMATS, *ALIASES),
     )
-    precision: str = option(
+    precision: str = make_option(
         "fp32",
         help="fp16 needs trt, bf16 needs openvino; auto: measure them here and take the fastest that passes",
         group=OUTPUT,
@@ -103,204 +103,204 @@ class Settings:
             ("--half", "fp16", "same as --precision fp16"),
         ),
     )
-    head: str = option(
+    head: str = make_option(
         "logits",
         help="features: the stage maps (strides 4 to 32) for detection and segmentation, instead of classes",
         group=MODEL,
         choices=HEAD_CHOICES,
     )
-    weights: str = option(
+    weights: str = make_option(
         "pretrained",
         help="pretrained, random, or a checkpoint file",
         group=MODEL,
     )
-    ema: bool | None = option(
+    ema: bool | None = make_option(
         None,
         help="take a checkpoint's averaged weights, or not (default: take them where it has them)",
         group=MODEL,
     )
-    fresh_head: bool = option(
+    fresh_head: bool = make_option(
         False,
         help="start a new classifier where the checkpoint has another class count",
         group=MODEL,
     )
-    resize_position_bias: bool = option(
+    resize_position_bias: bool = make_option(
         False,
         help="interpolate a checkpoint of another resolution",
         group=MODEL,
     )
-    num_classes: int | None = option(
+    num_classes: int | None = make_option(
         None,
         help="number of classes of the checkpoint (default: as published)",
         group=MODEL,
         range=CLASS_COUNTS,
     )
-    imgsz: int | None = option(
+    imgsz: int | None = make_option(
         None,
         help="input height and width, pixels (default: as published)",
         group=MODEL,
         range=Range(1, MAX_SIZE),
     )
-    labels: str | Sequence[str] | None = option(
+    labels: str | Sequence[str] | None = make_option(
         None,
         help="text file with one class name a line, in the order of the logits, or JSON",
         group=MODEL,
         written=(list,),
         is_list=True,
     )
-    data: str | None = option(
+    data: str | None = make_option(
         None,
         help="calibration images (int8; fp16: for the ranges): folder, ARCHIVE.tar[/FOLDER], 'generated', or"
         " 'synthetic' (made from the model's batch norms, takes up to some minutes)",
         group=DATA,
     )
-    calib_size: int | None = option(
+    calib_size: int | None = make_option(
         None,
         help="number of calibration images (default: 300, or all; synthetic: 64, above 128 pixels 32)",
         group=DATA,
         range=Range(1, 100_000),
     )
-    eval_data: str | None = option(
+    eval_data: str | None = make_option(
         None,
         help="labelled images to measure top-1 on: class folders, or ARCHIVE.tar[/FOLDER]",
         group=DATA,
     )
-    eval_limit: int | None = option(
+    eval_limit: int | None = make_option(
         None,
         help="largest number of labelled images to use, evenly spread",
         group=DATA,
         range=IMAGES,
     )
-    by_order: bool = option(
+    by_order: bool = make_option(
         False,
         help="match class folders to labels in sorted order",
         group=DATA,
     )
-    max_drop: float | None = option(
+    max_drop: float | None = make_option(
         None,
         help=f"allowed loss of top-1, percentage points (default: {MAX_DROP}; auto: {AUTO_DROP})",
         group=GATES,
         range=POINTS,
     )
-    atol: float | None = option(
+    atol: float | None = make_option(
         None,
         help="allowed difference of the golden logits (default: by precision)",
         group=GATES,
         range=DIFFERENCE,
     )
-    batch: int = option(
+    batch: int = make_option(
         1,
         help="batch size of the graph, 0 for any",
         group=OUTPUT,
         range=BATCH_SIZES,
     )
-    mean: str | Sequence[float] | None = option(
+    mean: str | Sequence[float] | None = make_option(
         None,
         help="mean of the values 0..1 (default: the model's)",
         group=MODEL,
         metavar="R,G,B",
         written=(list,),
     )
-    std: str | Sequence[float] | None = option(
+    std: str | Sequence[float] | None = make_option(
         None,
         help="standard deviation of the values 0..1 (default: the model's)",
         group=MODEL,
         metavar="R,G,B",
         written=(list,),
     )
-    crop_ratio: float | None = option(
+    crop_ratio: float | None = make_option(
         None,
         help="share of the short side that the centre crop keeps, 0 for no crop (default: the model's)",
         group=MODEL,
         range=Range(0, 1),
     )
-    exif: str = option(
+    exif: str = make_option(
         "apply",
         help="what to do with the orientation of photographs",
         group=MODEL,
         choices=EXIF,
         what="EXIF policy",
     )
-    threads: int | None = option(
+    threads: int | None = make_option(
         None,
         help="CPU threads for verification and measurement (default: all cores)",
         group=MACHINE,
         range=THREADS,
     )
-    seed: int = option(
+    seed: int = make_option(
         0,
         help="seed of random weights and of the choice of images",
         group=MACHINE,
         range=SEED,
     )
-    build: bool = option(
+    build: bool = make_option(
         True,
         help="write the bundle without an engine; cmt-build finishes it on the device",
         group=TENSORRT,
     )
-    device: str | None = option(
+    device: str | None = make_option(
         None,
         help="number of the GPU (default: 0)",
         group=TENSORRT,
         written=(int,),
     )
-    workspace: float | None = option(
+    workspace: float | None = make_option(
         None,
         help="scratch memory of the builder (default: 40 % of what is free)",
         group=TENSORRT,
         metavar="GiB",
         range=GIBIBYTES,
     )
-    output: str = option(
+    output: str = make_option(
         ".",
         help="folder in which the bundle's folder is made",
         group=OUTPUT,
         short="-o",
     )
-    name: str | None = option(
+    name: str | None = make_option(
         None,
         help="stands for the model in the name of the bundle's folder, so that two checkpoints of one model"
         " have two folders (default: the model's name)",
         group=OUTPUT,
     )
-    sign: str | None = option(
+    sign: str | None = make_option(
         None,
         help="sign the bundle with this private Ed25519 key, a PEM file; cmt-verify --key checks it",
         group=OUTPUT,
         metavar="KEY",
     )
-    pack: bool = option(
+    pack: bool = make_option(
         False,
         help="also write the bundle as one file beside its folder; every command opens it like the folder",
         group=OUTPUT,
     )
-    cache: bool = option(
+    cache: bool = make_option(
         True,
         help="do not reuse calibrated graphs, synthetic images and measurements of earlier runs",
         group=MACHINE,
     )
-    keep_float: str | None = option(
+    keep_float: str | None = make_option(
         None,
         help="int8: groups of operations that stay float, by commas (auto names them)",
         group=DATA,
         metavar="GROUPS",
         written=(list,),
     )
-    latency_budget: float | None = option(
+    latency_budget: float | None = make_option(
         None,
         help="allowed median latency of one batch, milliseconds",
         group=AUTO,
         metavar="MS",
         range=Range(0, 1e6, above=True),
     )
-    time_budget: float | None = option(
+    time_budget: float | None = make_option(
         None,
         help="seconds after which nothing is refined any more",
         group=AUTO,
         metavar="S",
         range=Range(0, SECONDS.most, above=True),
     )
-    isa: str | None = option(
+    isa: str | None = make_option(
         None,
         help="limit the runtime to an older CPU's instructions while it is measured (openvino)",
         group=AUTO,

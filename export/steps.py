@@ -22,8 +22,8 @@ from cmt_edge.calib import CalibrationSet, Quantized, quantize
 from cmt_edge.calib.data import SYNTHETIC
 from cmt_edge.calib.generated import generate
 from cmt_edge.calib.quantize import keep_float
-from cmt_edge.calib.synthetic import default_count, synthetic_set
-from cmt_edge.cmt import choose_head, fuse, weights_fingerprint
+from cmt_edge.calib.synthetic import choose_default_count, make_synthetic_set
+from cmt_edge.cmt import choose_head, compute_weights_fingerprint, fuse
 from cmt_edge.cmt.reference import load_reference
 from cmt_edge.cmt.weights import LoadedWeights
 from cmt_edge.deploy import Bundle, Predictor, Preprocess, report
@@ -46,7 +46,7 @@ from cmt_edge.deploy.measure.parity import (
     measure_resolution,
     verify,
 )
-from cmt_edge.deploy.preprocessing import normalise, pixels
+from cmt_edge.deploy.preprocessing import decode_pixels, normalise
 
 from .config import NAMED_WEIGHTS, OPSET, ExportConfig
 from .outputs import (
@@ -238,7 +238,7 @@ def make_golden(model: nn.Module, spec: Preprocess) -> tuple[Golden, np.ndarray]
         round(GOLDEN_MARGIN * spec.size),
         seed=GOLDEN_SEED,
     )
-    decoded = np.stack([pixels(source, spec) for source in sources])
+    decoded = np.stack([decode_pixels(source, spec) for source in sources])
     batch = normalise(decoded, spec)
     return Golden(sources, decoded, TorchSession(model).run(batch)), batch
 
@@ -267,7 +267,7 @@ def choose_images(config: ExportConfig) -> CalibrationSet | None:
 
 def count_synthetic(config: ExportConfig) -> int:
     """How many synthetic images an export makes: those asked for, for fp16 never more than are observed."""
-    count = default_count(config.preprocess) if config.calib_size is None else config.calib_size
+    count = choose_default_count(config.preprocess) if config.calib_size is None else config.calib_size
     return count if config.quantizes else min(count, OBSERVED_IMAGES)
 
 
@@ -282,12 +282,12 @@ def make_images(
     Raises:
         InputError: the model has no batch norm with statistics of training.
     """
-    return synthetic_set(
+    return make_synthetic_set(
         classifier,
         count,
         config.preprocess,
         config.seed,
-        weights=f"{config.model_name} {weights_fingerprint(classifier)}",
+        weights=f"{config.model_name} {compute_weights_fingerprint(classifier)}",
         cache=find_cache_folder() / "synthetic" if config.cache else None,
         progress=progress,
     )

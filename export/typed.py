@@ -51,7 +51,7 @@ from cmt_edge.calib.graph import (
     is_constant,
     list_inputs,
     make_node,
-    name_of,
+    name_value,
     open_view,
     read_array,
     read_constant,
@@ -146,7 +146,7 @@ def observe(graph: onnx.ModelProto, batches: Iterable[np.ndarray]) -> dict[str, 
     """
     with open_view(graph, types=True) as view:
         made = [value for node in view.graph for value in node.outputs]
-        names = [name_of(value) for value in (*view.graph.inputs, *made) if value.dtype == FLOAT]
+        names = [name_value(value) for value in (*view.graph.inputs, *made) if value.dtype == FLOAT]
     guard = functools.partial(guarded, "observe activations")
     extremes = measure_extremes(graph, [], names, batches, guard)
     return {name: float(np.abs([low, high]).max(initial=0.0)) for name, (low, high) in extremes.items()}
@@ -223,7 +223,7 @@ def _converts_floats(cast: ir.Node) -> bool:
 
 def _round_output(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
     """Let the readers of ``value`` read it rounded to float16, as float32."""
-    name = name_of(value)
+    name = name_value(value)
     after = detach_readers(value, f"{name}_exact")
     half = make_node("Cast", [value], f"{name}_rounded", "", {"to": int(HALF)})
     single = ir.node(
@@ -331,7 +331,7 @@ class _Islands:
 
     def _find_largest(self, value: ir.Value | None) -> float:
         """The largest observed absolute value of a tensor; 0 where nothing was observed."""
-        return self._observed.get(name_of(value), 0.0)
+        return self._observed.get(name_value(value), 0.0)
 
 
 def _count_summed(node: ir.Node) -> int:
@@ -393,7 +393,7 @@ class _Conversion:
 
     def _cast_output(self, node: ir.Node, value: ir.Value) -> None:
         """Keep an output of the graph float32, under its name."""
-        name = name_of(value)
+        name = name_value(value)
         output = detach_readers(value, f"{name}_half")
         cast = ir.node(
             "Cast",
@@ -425,7 +425,7 @@ class _Conversion:
         if have is None or have == kind:
             return value
         if (value, kind) not in self._casts:
-            name = f"{name_of(value)}_{'half' if kind == HALF else 'float'}"
+            name = f"{name_value(value)}_{'half' if kind == HALF else 'float'}"
             cast = make_node("Cast", [value], name, f"cast_{name}", {"to": int(kind)})
             self._graph.insert_before(node, cast)
             self._casts[value, kind] = cast.outputs[0]
@@ -433,7 +433,7 @@ class _Conversion:
 
     def _make_constant(self, value: ir.Value, kind: ir.DataType) -> ir.Value:
         """A constant in type ``kind``; other types than float32 stay."""
-        name = name_of(value)
+        name = name_value(value)
         if value.dtype != FLOAT or kind == FLOAT:
             return self._constants.setdefault(name, value)
         half = f"{name}_half"

@@ -95,7 +95,7 @@ class Resolution:
     error: str | None = None
 
 
-def requirements(pyproject: Path) -> dict[str, list[str]]:
+def list_requirements(pyproject: Path) -> dict[str, list[str]]:
     """What each extra needs on a device: the dependencies and its own."""
     if sys.version_info >= (3, 11):
         import tomllib
@@ -112,7 +112,7 @@ def resolve(target: Target, extra: str, wanted: list[str]) -> Resolution:
     """Let pip resolve ``wanted`` for ``target``; raises UnreachableError, and ValueError where pip ignores
     the target."""
     with tempfile.TemporaryDirectory() as folder:
-        command = pip_command(target, folder, wanted)
+        command = make_pip_command(target, folder, wanted)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     required = extra in REQUIRED
     if done.returncode:
@@ -123,11 +123,11 @@ def resolve(target: Target, extra: str, wanted: list[str]) -> Resolution:
     report = json.loads(done.stdout)
     if not target.markers().items() <= report["environment"].items():
         raise ValueError("this pip evaluates markers for the machine it runs on, not for the target")
-    wheels = sorted(map(wheel, report["install"]), key=lambda w: w.package.lower())
+    wheels = sorted(map(read_wheel, report["install"]), key=lambda w: w.package.lower())
     return Resolution(target, extra, required, wheels)
 
 
-def pip_command(target: Target, folder: str, wanted: list[str]) -> list[str]:
+def make_pip_command(target: Target, folder: str, wanted: list[str]) -> list[str]:
     """pip, which installs nothing and reports as JSON what it would install into ``folder``."""
     python = [sys.executable, "-c", PIP, json.dumps(target.markers())]
     install = ["install", "--dry-run", "--ignore-installed", "--only-binary=:all:", "--target", folder]
@@ -137,7 +137,7 @@ def pip_command(target: Target, folder: str, wanted: list[str]) -> list[str]:
     return [*python, *install, *machine, *quiet, *wanted]
 
 
-def wheel(item: dict) -> Wheel:
+def read_wheel(item: dict) -> Wheel:
     url = item["download_info"]["url"]
     return Wheel(item["metadata"]["name"], item["metadata"]["version"], url.rpartition("/")[2], size(url))
 
@@ -187,7 +187,7 @@ def main() -> int:
         results = [
             resolve(t, extra, wanted)
             for t in TARGETS
-            for extra, wanted in requirements(args.pyproject).items()
+            for extra, wanted in list_requirements(args.pyproject).items()
         ]
     except (OSError, ValueError) as exc:
         print(f"error: {exc}", file=sys.stderr)

@@ -63,9 +63,9 @@ def run() -> None:
     from cmt_edge.deploy.tensorrt import session as backend
     from cmt_edge.deploy.tensorrt.cuda import open_cuda
 
-    backend.TensorRTSession._largest_batch = lambda self: 8
+    backend.TensorRTSession._find_largest_batch = lambda self: 8
     require(StepError, "not one float32 input", lambda: backend.TensorRTSession(b"plan", open_cuda()))
-    backend.TensorRTSession._names = lambda self, expected: (NAME, [NAME, NAME])
+    backend.TensorRTSession._find_names = lambda self, expected: (NAME, [NAME, NAME])
     batch = np.zeros((2, 3, 64, 64), np.float32)
     for graphs in (True, False):
         session = backend.TensorRTSession(b"plan", open_cuda(), graphs=graphs)

@@ -96,7 +96,7 @@ def _format_names(action: argparse.Action) -> str:
     return flags if action.nargs == 0 else f"{flags} `{shown}`"
 
 
-def reference() -> str:
+def write_reference() -> str:
     """The whole page."""
     parts = [PREFACE]
     for name, make in COMMANDS.items():
@@ -108,7 +108,7 @@ def reference() -> str:
 
 def main(argv: list[str]) -> int:
     """Write the page, or check it; returns the exit code."""
-    page = reference()
+    page = write_reference()
     if argv != ["--check"]:
         PAGE.write_text(page, encoding="utf-8")
         return 0

@@ -50,7 +50,7 @@ class Figures:
     functions: dict[str, int]
 
 
-def docstring_lines(tree: ast.AST) -> set[int]:
+def find_docstring_lines(tree: ast.AST) -> set[int]:
     """Lines of strings that stand alone: docstrings, also those below a constant."""
     return {
         line
@@ -75,7 +75,7 @@ def tokens_by_line(text: str, skipped: set[int]) -> dict[int, int]:
     return counts
 
 
-def functions_of(tree: ast.AST) -> Iterator[tuple[str, int]]:
+def list_functions(tree: ast.AST) -> Iterator[tuple[str, int]]:
     """Name and number of lines, docstring included, of every function."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -86,11 +86,11 @@ def measure(path: Path) -> Figures:
     """Read one file."""
     text = path.read_text(encoding="utf-8")
     tree = ast.parse(text)
-    tokens = tokens_by_line(text, docstring_lines(tree))
-    return Figures(path, len(text.splitlines()), tokens, dict(functions_of(tree)))
+    tokens = tokens_by_line(text, find_docstring_lines(tree))
+    return Figures(path, len(text.splitlines()), tokens, dict(list_functions(tree)))
 
 
-def files_below(folder: Path) -> list[Path]:
+def list_files_below(folder: Path) -> list[Path]:
     """The folder's Python files; links inside it are not followed."""
     if folder.is_file():
         return [folder]
@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER")
     folders = parser.parse_args(arguments).folders or [ROOT / name for name in PACKAGE]
-    figures = [measure(path) for folder in folders for path in files_below(folder)]
+    figures = [measure(path) for folder in folders for path in list_files_below(folder)]
     if not figures:
         print("error: no Python file was found", file=sys.stderr)
         return 2

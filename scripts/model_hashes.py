@@ -44,14 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     for model in args.models or MODELS:
         for model_format, precision in VARIANTS:
             name = f"{model} {model_format} {precision}"
-            found[name] = hash_of(model, model_format, precision)
+            found[name] = hash_graph(model, model_format, precision)
             print(name, found[name][:16], compare(found[name], before.get(name)), flush=True)
     if args.output:
         args.output.write_text(json.dumps(found, indent=1) + "\n")
     return int(any(before.get(name, value) != value for name, value in found.items()))
 
 
-def hash_of(model: str, model_format: str, precision: str) -> str:
+def hash_graph(model: str, model_format: str, precision: str) -> str:
     """Hex SHA-256 of the graph of one export."""
     images = {} if precision == "fp32" else {"data": "generated", "calib_size": IMAGES}
     with tempfile.TemporaryDirectory() as folder:

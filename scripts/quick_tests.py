@@ -123,14 +123,14 @@ class Source:
 def changed_files(base: str | None) -> list[Path]:
     """Files that differ from ``base``, and files that git does not know yet; empty where git cannot tell."""
     try:
-        start = base or branch_point()
+        start = base or find_branch_point()
         names = git("diff", "--name-only", start) + git("ls-files", "--others", "--exclude-standard")
     except (OSError, subprocess.CalledProcessError):
         return []
     return [Path(name) for name in names if (ROOT / name).exists()]
 
 
-def branch_point() -> str:
+def find_branch_point() -> str:
     """The commit where this branch left ``main``; HEAD where no ``main`` is known, local or remote."""
     for main in ("main", "origin/main"):
         try:
@@ -149,7 +149,7 @@ def git(*arguments: str) -> list[str]:
 # --- who imports what -----------------------------------------------------------------------------
 
 
-def module_name(path: Path) -> str | None:
+def name_module(path: Path) -> str | None:
     """The dotted name of a file of the package or of the tests; None for other files."""
     if path.suffix != ".py":
         return None
@@ -171,7 +171,7 @@ def read_sources(root: Path) -> dict[str, Source]:
     for folder in (FRONT, *ROOMS, "tests"):
         for path in sorted((root / folder).rglob("*.py")):
             relative = path.relative_to(root)
-            name = module_name(relative)
+            name = name_module(relative)
             if name is None or (folder == FRONT and relative.parent != Path(FRONT)):  # a file behind a link
                 continue
             tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -183,43 +183,43 @@ def read_sources(root: Path) -> dict[str, Source]:
 
 def link(source: Source, sources: dict[str, Source]) -> None:
     """Find what ``source`` imports; a test module also imports a ``conftest.py`` whose fixtures it uses."""
-    named = {found for name in references(source, sources) if (found := nearest(name, sources))}
-    conftests = [sources[name] for name in conftests_of(source) if name in sources]
-    named |= {conftest.name for conftest in conftests if fixtures_of(conftest) & source.words}
-    packages = {package for name in named for package in packages_of(name) if package in sources}
+    named = {found for name in iterate_references(source, sources) if (found := find_nearest(name, sources))}
+    conftests = [sources[name] for name in list_conftests(source) if name in sources]
+    named |= {conftest.name for conftest in conftests if list_fixtures(conftest) & source.words}
+    packages = {package for name in named for package in list_packages(name) if package in sources}
     source.imported = named - {source.name}
     source.runs_first = packages | {conftest.name for conftest in conftests}
 
 
-def conftests_of(source: Source) -> list[str]:
+def list_conftests(source: Source) -> list[str]:
     """The names that the ``conftest.py`` files above a test module may have."""
     if not source.is_test:
         return []
-    return [f"{package}.conftest" for package in packages_of(source.name)]
+    return [f"{package}.conftest" for package in list_packages(source.name)]
 
 
-def fixtures_of(conftest: Source) -> set[str]:
+def list_fixtures(conftest: Source) -> set[str]:
     """The names of the fixtures that a ``conftest.py`` defines."""
     functions = [node for node in conftest.nodes if isinstance(node, ast.FunctionDef)]
     return {f.name for f in functions if any("fixture" in ast.unparse(d) for d in f.decorator_list)}
 
 
-def references(source: Source, sources: dict[str, Source]) -> Iterator[str]:
+def iterate_references(source: Source, sources: dict[str, Source]) -> Iterator[str]:
     """Dotted names that a file imports, or that stand in it as a string."""
     for node in source.nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            origin = absolute(source.package, node.level, node.module or "")
+            origin = make_absolute(source.package, node.level, node.module or "")
             for alias in node.names:
-                yield from homes_of(origin, alias.name, sources)
+                yield from find_homes(origin, alias.name, sources)
     for text in source.strings:
         level = len(text) - len(text.lstrip("."))
-        name = absolute(source.package, level, text[level:])
+        name = make_absolute(source.package, level, text[level:])
         yield from (n for n in (name, f"{source.package}.{name}") if "." in text and n in sources)
 
 
-def absolute(package: str, level: int, name: str) -> str:
+def make_absolute(package: str, level: int, name: str) -> str:
     """The absolute form of a relative import."""
     if not level:
         return name
@@ -227,7 +227,7 @@ def absolute(package: str, level: int, name: str) -> str:
     return ".".join((*parts[: len(parts) - level + 1], *filter(None, [name])))
 
 
-def homes_of(package: str, name: str, sources: dict[str, Source]) -> Iterator[str]:
+def find_homes(package: str, name: str, sources: dict[str, Source]) -> Iterator[str]:
     """Where ``from package import name`` finds the name: a module, or where the package imports it from.
 
     A package may have both: ``cmt_edge.export`` is a module and, called, a function of another one.
@@ -240,21 +240,21 @@ def homes_of(package: str, name: str, sources: dict[str, Source]) -> Iterator[st
     imports = [node for node in source.nodes if isinstance(node, ast.ImportFrom)]
     found = [(i, alias) for i in imports for alias in i.names if (alias.asname or alias.name) == name]
     for statement, alias in found:
-        origin = absolute(source.package, statement.level, statement.module or "")
+        origin = make_absolute(source.package, statement.level, statement.module or "")
         if origin != package:
-            yield from homes_of(origin, alias.name, sources)
+            yield from find_homes(origin, alias.name, sources)
     if not found:
         yield package
 
 
-def nearest(name: str, sources: dict[str, Source]) -> str | None:
+def find_nearest(name: str, sources: dict[str, Source]) -> str | None:
     """The module that a dotted name lies in; None if it is none of ours."""
     while name and name not in sources:
         name = name.rpartition(".")[0]
     return name or None
 
 
-def packages_of(name: str) -> list[str]:
+def list_packages(name: str) -> list[str]:
     """The packages above a dotted name."""
     parts = name.split(".")[:-1]
     return [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
@@ -263,11 +263,11 @@ def packages_of(name: str) -> list[str]:
 # --- the choice -----------------------------------------------------------------------------------
 
 
-def distances(changed: Iterable[Path], sources: dict[str, Source]) -> dict[str, int]:
+def measure_distances(changed: Iterable[Path], sources: dict[str, Source]) -> dict[str, int]:
     """Path of each related test module -> the number of imports between it and the change."""
     changed = list(changed)
-    known = {name for path in changed if (name := module_name(path)) in sources}
-    others = [path for path in changed if module_name(path) not in sources]
+    known = {name for path in changed if (name := name_module(path)) in sources}
+    others = [path for path in changed if name_module(path) not in sources]
     reached = dict.fromkeys(sorted(known), 0)
     for name, source in sources.items():
         if source.runs_first & known or any(reads(source, path) for path in others):
@@ -306,7 +306,7 @@ def choose(
 ) -> tuple[list[str], list[str]]:
     """Paths of the test modules that run, the changed and nearest first, and of those for which no time is
     left."""
-    steps = distances(changed, sources)
+    steps = measure_distances(changed, sources)
     changed_tests = sorted(name for name, distance in steps.items() if distance == 0)
     always = [name for name in ALWAYS if (ROOT / name).exists()]
     chosen = list(dict.fromkeys([*changed_tests, *always]))
@@ -335,7 +335,7 @@ def read_record() -> dict[str, float]:
     return content
 
 
-def processor_time() -> float:
+def read_processor_time() -> float:
     """Seconds that this process and its finished children have computed; other work does not count."""
     return sum(os.times()[:4])
 
@@ -348,10 +348,10 @@ class Clock:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
-        start = processor_time()
+        start = read_processor_time()
         result = yield
         path = item.path.relative_to(ROOT).as_posix()
-        self.seconds[path] = self.seconds.get(path, 0.0) + processor_time() - start
+        self.seconds[path] = self.seconds.get(path, 0.0) + read_processor_time() - start
         return result
 
 

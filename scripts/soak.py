@@ -61,21 +61,21 @@ def main() -> int:
     p.add_argument("--json", action="store_true", help="print one JSON object a part")
     args = p.parse_args()
     broken = 0
-    for name, run in parts(args):
+    for name, run in list_parts(args):
         start = time.monotonic()
         figures = run()
         figures = {"part": name, **figures, "seconds": round(time.monotonic() - start, 1)}
         broken += bool(figures["complaint"])
-        print(json.dumps(figures) if args.json else as_text(figures), flush=True)
+        print(json.dumps(figures) if args.json else format_figures(figures), flush=True)
     return 1 if broken else 0
 
 
-def as_text(figures: dict) -> str:
+def format_figures(figures: dict) -> str:
     """One line for a part."""
     return ", ".join(f"{name} {value}" for name, value in figures.items() if value != "")
 
 
-def parts(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict]]]:
+def list_parts(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict]]]:
     """Name of each part that was asked for, and what runs it."""
     bundle = Bundle.open(args.bundle)
     images = bundle.golden().sources
@@ -89,11 +89,11 @@ def parts(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict]]]:
             work = predicting(predictor, images)
             run = args.predictions, PREDICTIONS_MAY_TAKE, args.threads
             yield "predictions", lambda: watch(work, *run)
-            yield "predictions with a leak", lambda: control(work, *run)
+            yield "predictions with a leak", lambda: run_control(work, *run)
     if args.loads:
         loads = loading(args.bundle, backend, images[0])
         yield "loads", lambda: watch(loads, args.loads, LOADS_MAY_TAKE)
-        yield "loads with a leak", lambda: control(loads, args.loads, LOADS_MAY_TAKE)
+        yield "loads with a leak", lambda: run_control(loads, args.loads, LOADS_MAY_TAKE)
 
 
 def compare(bundle: Bundle, backend: str | None, throughput: bool, rounds: int) -> dict:
@@ -111,18 +111,18 @@ def compare(bundle: Bundle, backend: str | None, throughput: bool, rounds: int) 
 
 def watch(work: Work, steps: int, may_take: int, threads: int = 1) -> dict:
     """The growth of a run, and whether it is within the allowed number of bytes."""
-    return described(soak(work, steps, threads), may_take / steps)
+    return describe_growth(soak(work, steps, threads), may_take / steps)
 
 
-def control(work: Work, steps: int, may_take: int, threads: int = 1) -> dict:
+def run_control(work: Work, steps: int, may_take: int, threads: int = 1) -> dict:
     """As :func:`watch`, of work that leaks memory: only its absence is complained of."""
     most = may_take / steps
     with closing(leaking(work, bytes_a_step=int(CONTROL_LEAK * most))) as leaky:
-        figures = described(soak(next(leaky), steps // CONTROL_PART, threads), most)
+        figures = describe_growth(soak(next(leaky), steps // CONTROL_PART, threads), most)
     return {**figures, "complaint": "" if figures["complaint"] else "the leak was not found"}
 
 
-def described(growth: Growth, most_bytes: float) -> dict:
+def describe_growth(growth: Growth, most_bytes: float) -> dict:
     """The figures of a run, with the number of bytes that a step may take."""
     return {
         "steps": growth.steps,

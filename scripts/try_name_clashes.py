@@ -105,24 +105,24 @@ def make_empty_folders(folder: Path) -> None:
         (folder / name).mkdir()
 
 
-def entry_point(command: str) -> tuple[str, ...]:
+def find_entry_point(command: str) -> tuple[str, ...]:
     """The installed script of a command; empty if it is not beside the interpreter."""
     script = Path(sys.executable).parent / f"cmt-{command}"
     return (str(script),) if script.exists() else ()
 
 
-def light_trials(folder: Path) -> Iterator[Trial]:
+def make_light_trials(folder: Path) -> Iterator[Trial]:
     """The front door and the help texts."""
     yield Trial("front door", (sys.executable, "-c", FRONT_DOOR), folder)
     module = (sys.executable, "-m", "cmt_edge")
     yield Trial("python -m cmt_edge --help", (*module, "--help"), folder)
     for command in COMMANDS:
         yield Trial(f"python -m cmt_edge {command} --help", (*module, command, "--help"), folder)
-        if script := entry_point(command):
+        if script := find_entry_point(command):
             yield Trial(f"cmt-{command} --help", (*script, "--help"), folder)
 
 
-def heavy_trials(folder: Path) -> Iterator[Trial]:
+def make_heavy_trials(folder: Path) -> Iterator[Trial]:
     """An export into a folder with the name of a room, and what uses the bundle."""
     python, module = (sys.executable,), (sys.executable, "-m", "cmt_edge")
     yield Trial("draw a picture", (*python, "-c", DRAW), folder)
@@ -156,9 +156,9 @@ def main(arguments: list[str] | None = None) -> int:
             folder = Path(top) / name
             folder.mkdir()
             fill(folder)
-            failed += report(light_trials(folder))
+            failed += report(make_light_trials(folder))
             if not options.quick:
-                failed += report(heavy_trials(folder))
+                failed += report(make_heavy_trials(folder))
     print("every name was found" if not failed else f"{failed} trials failed")
     return 1 if failed else 0
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from cmt_edge.cmt import (
+    count_macs,
     count_params,
     create_model,
+    find_model,
     fuse,
     list_models,
     load_weights,
-    macs,
-    model_spec,
     registry,
 )
 from cmt_edge.cmt.weights import randomize
@@ -45,7 +45,7 @@ def images(count: int) -> torch.Tensor:
 def test_it_is_listed_last_and_its_row_tells_the_truth():
     assert list_models()[-1] == NAME
     model = create_model(NAME)
-    assert (model.spec.params, model.spec.macs) == (count_params(model), macs(model))
+    assert (model.spec.params, model.spec.macs) == (count_params(model), count_macs(model))
 
 
 def test_published_weights_load_under_their_own_names(tmp_path):
@@ -62,7 +62,7 @@ def test_published_weights_load_under_their_own_names(tmp_path):
 
 def test_each_rewrite_is_exact_alone_and_all_together():
     model, x = randomized().double(), images(2).double()
-    names = [rewrite.name for rewrite in model_spec(NAME).rewrites]
+    names = [rewrite.name for rewrite in find_model(NAME).rewrites]
     with torch.inference_mode():
         expected, maps = model(x), model.features(x)
         for without in ([], *([n for n in names if n != name] for name in names)):

@@ -103,14 +103,14 @@ class Bundle:
         if os.path.isfile(path):
             return cls._open_packed(path, key)
         for _ in range(ATTEMPTS):
-            state = state_of(path)
+            state = read_state(path)
             try:
                 bundle = cls._read(path, state, key)
             except (BundleError, OSError):
-                if bundle_is_coming(path, state):
+                if is_bundle_coming(path, state):
                     continue
                 raise
-            if state_of(path) == state:
+            if read_state(path) == state:
                 return bundle
         raise _make_replaced_error(path)
 
@@ -140,7 +140,7 @@ class Bundle:
 
         What reads members calls this afterwards.
         """
-        if self.state is not None and state_of(self.path) != self.state:
+        if self.state is not None and read_state(self.path) != self.state:
             raise _make_replaced_error(self.path)
 
     @classmethod
@@ -245,7 +245,7 @@ class Bundle:
         for name in [*drop, *_list_ignored(self.path, manifest)]:
             with contextlib.suppress(OSError):
                 (self.path / name).unlink()
-        return Bundle(self.path, manifest, state=state_of(self.path))
+        return Bundle(self.path, manifest, state=read_state(self.path))
 
     def golden(self) -> Golden:
         """The golden inputs and what the reference made of them."""
@@ -254,7 +254,7 @@ class Bundle:
         return golden
 
     def reference(self) -> dict[str, int]:
-        """Reference top-1 by image content (see :func:`cmt_edge.deploy.images.digest`), empty if none was
+        """Reference top-1 by image content (see :func:`cmt_edge.deploy.images.hash_image`), empty if none was
         recorded."""
         if REFERENCE not in self.manifest.files:
             return {}
@@ -285,15 +285,15 @@ def read_whole(
         try:
             result = read(bundle)
         except Exception:
-            if bundle_is_coming(bundle.path, bundle.state):
+            if is_bundle_coming(bundle.path, bundle.state):
                 continue
             raise
-        if state_of(bundle.path) == bundle.state:
+        if read_state(bundle.path) == bundle.state:
             return result
     raise _make_replaced_error(Path(path))
 
 
-def state_of(path: Path) -> State | None:
+def read_state(path: Path) -> State | None:
     """The state of the bundle at ``path`` as it is now, ``None`` where there is none."""
     try:
         folder, manifest = path.stat(), (path / MANIFEST).stat()
@@ -302,11 +302,13 @@ def state_of(path: Path) -> State | None:
     return (folder.st_dev, folder.st_ino, manifest.st_ino, manifest.st_mtime_ns)
 
 
-def bundle_is_coming(path: Path, state: State | None) -> bool:
+def is_bundle_coming(path: Path, state: State | None) -> bool:
     """Whether a bundle that could not be read in ``state`` has been replaced since; where a writer replaces
     it in two steps, after waiting for the second."""
     end = time.monotonic() + SWAP_S
-    while (now := state_of(path)) is None and os.path.isdir(make_aside_path(path)) and time.monotonic() < end:
+    while (
+        (now := read_state(path)) is None and os.path.isdir(make_aside_path(path)) and time.monotonic() < end
+    ):
         time.sleep(EXCHANGE_POLL_S)
     return now is not None and now != state
 

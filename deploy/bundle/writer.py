@@ -23,7 +23,7 @@ from ..files import (
 )
 from ..locks import locked, scratch_folder
 from ..signals import unwound_by_signals
-from .bundle import Bundle, state_of
+from .bundle import Bundle, read_state
 from .manifest import ENGINES, MANIFEST, MAX_MANIFEST, Manifest
 from .sections import FileEntry
 from .signature import SIGNATURE, make_statement, read_private_key, sign
@@ -120,7 +120,7 @@ class BundleWriter:
                 write_atomic(self.folder / SIGNATURE, signature.to_bytes())
             write_atomic(self.folder / MANIFEST, data)
             sync_tree(self.folder)
-            state = state_of(self.folder)
+            state = read_state(self.folder)
             self._put_in_place()
         return Bundle(self.target, manifest, state=state)
 

@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     gates = p.add_argument_group("accuracy gates")
     gates.add_argument(
         "--atol",
-        type=DIFFERENCE.number,
+        type=DIFFERENCE.parse_number,
         help="allowed golden logit difference (default: by precision)",
     )
     add_measuring_flags(p, DEVICE_PROTOCOL)
@@ -50,13 +50,13 @@ def _add_engine_flags(p: argparse.ArgumentParser) -> None:
     engine = p.add_argument_group("engine")
     engine.add_argument(
         "--workspace",
-        type=GIBIBYTES.number,
+        type=GIBIBYTES.parse_number,
         metavar="GiB",
         help="scratch memory of the builder (default: 40 %% of what is free)",
     )
     engine.add_argument(
         "--level",
-        type=LEVEL.whole,
+        type=LEVEL.parse_whole,
         default=EngineOptions.level,
         help="optimization level, 0 (fast build) to 5 (default %(default)s)",
     )
@@ -73,7 +73,7 @@ def _add_engine_flags(p: argparse.ArgumentParser) -> None:
     )
     engine.add_argument(
         "--time-limit",
-        type=TIME_LIMIT.number,
+        type=TIME_LIMIT.parse_number,
         default=BUILD_TIME_LIMIT_S,
         metavar="S",
         help="stop the build after so long (default %(default)g)",

@@ -117,7 +117,7 @@ def add_runtime_flags(p: argparse.ArgumentParser) -> None:
     )
     runtime.add_argument(
         "--threads",
-        type=THREADS.whole,
+        type=THREADS.parse_whole,
         help="CPU threads of one inference (default: all cores)",
     )
 

@@ -18,20 +18,20 @@ def add_measuring_flags(
     group = p.add_argument_group("how long is measured")
     group.add_argument(
         "--iters",
-        type=ITERATIONS.whole,
+        type=ITERATIONS.parse_whole,
         default=default.iters,
         help="least iterations a variant (default %(default)s)",
     )
     group.add_argument(
         "--seconds",
-        type=SECONDS.number,
+        type=SECONDS.parse_number,
         default=default.seconds,
         help="least seconds a variant (default %(default)s)",
     )
     if warmup:
         group.add_argument(
             "--warmup",
-            type=ITERATIONS.whole,
+            type=ITERATIONS.parse_whole,
             default=default.warmup_iters,
             help="least warm-up iterations (default %(default)s)",
         )

@@ -80,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     output = p.add_argument_group("output")
     output.add_argument(
         "--topk",
-        type=CLASS_COUNTS.whole,
+        type=CLASS_COUNTS.parse_whole,
         default=5,
         help="classes to print (default 5)",
     )

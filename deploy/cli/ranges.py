@@ -18,7 +18,7 @@ class Range:
     most: float
     above: bool = False
 
-    def complaint(self, value: float) -> str:
+    def find_fault(self, value: float) -> str:
         """What is wrong with ``value``, empty for a number in the range."""
         if isinstance(value, float) and not math.isfinite(value):
             return "is not a finite number"
@@ -34,7 +34,7 @@ class Range:
         )
         return f"{start} {_write_number(self.most)}"
 
-    def whole(self, text: str) -> int:
+    def parse_whole(self, text: str) -> int:
         """The whole number in ``text``, for ``type=`` of a flag."""
         try:
             value = int(text)
@@ -43,15 +43,15 @@ class Range:
         self._require(value, text)
         return value
 
-    def number(self, text: str) -> float:
+    def parse_number(self, text: str) -> float:
         """The number in ``text``, for ``type=`` of a flag."""
         value = parse_finite(text)
         self._require(value, text)
         return value
 
     def _require(self, value: float, text: str) -> None:
-        if complaint := self.complaint(value):
-            raise argparse.ArgumentTypeError(f"{_quote(text)} {complaint}: give {self}")
+        if fault := self.find_fault(value):
+            raise argparse.ArgumentTypeError(f"{_quote(text)} {fault}: give {self}")
 
 
 THREADS = Range(1, 1024)

@@ -47,20 +47,20 @@ def build_parser() -> argparse.ArgumentParser:
     )
     images.add_argument(
         "--limit",
-        type=IMAGES.whole,
+        type=IMAGES.parse_whole,
         help="largest number of images to use, evenly spread",
     )
     _add_reference_flags(p)
     gates = p.add_argument_group("accuracy gates")
     gates.add_argument(
         "--max-drop",
-        type=POINTS.number,
+        type=POINTS.parse_number,
         default=MAX_DROP,
         help=f"allowed loss of top-1, points (default {MAX_DROP})",
     )
     gates.add_argument(
         "--atol",
-        type=DIFFERENCE.number,
+        type=DIFFERENCE.parse_number,
         help="allowed golden logit difference (default: by precision)",
     )
     add_runtime_flags(p)

@@ -23,9 +23,9 @@ from ..errors import (
     RuntimeMissingError,
 )
 from ..folders import Item
-from ..images import ImageSet, digest
+from ..images import ImageSet, hash_image
 from ..predictor import Predictor
-from ..preprocessing import normalise, pixels, preprocess
+from ..preprocessing import decode_pixels, normalise, preprocess
 from .labels import match_labels
 from .statistics import compute_paired_drop, compute_wilson_interval
 
@@ -247,7 +247,7 @@ def check_golden(bundle: Bundle, predictor: Predictor, atol: float | None = None
 def _compare_pixels(bundle: Bundle) -> int:
     """Grey levels by which golden images that are decoded and resized here differ from the recorded ones."""
     golden = bundle.golden()
-    decoded = np.stack([pixels(source, bundle.preprocess) for source in golden.sources])
+    decoded = np.stack([decode_pixels(source, bundle.preprocess) for source in golden.sources])
     return int(np.abs(decoded.astype(np.int16) - golden.pixels).max())
 
 
@@ -341,7 +341,7 @@ def _is_recorded(bundle: Bundle, labelled: _Labelled) -> bool:
     recorded = bundle.reference()
     if not recorded:
         return False
-    return all(digest(labelled.data.read(item)) in recorded for item in labelled.items)
+    return all(hash_image(labelled.data.read(item)) in recorded for item in labelled.items)
 
 
 @dataclass(frozen=True)
@@ -376,7 +376,7 @@ def _run_both(
     for start in range(0, len(items), chunk):
         part = items[start : start + chunk]
         blobs = [labelled.data.read(item) for item in part]
-        names = [digest(blob) for blob in blobs]
+        names = [hash_image(blob) for blob in blobs]
         batch = _preprocess_all(bundle, part, blobs)
         logits = predictor.logits(batch)
         ours.append(logits.argmax(1))

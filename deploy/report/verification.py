@@ -49,7 +49,8 @@ def _format_top1_table(data: DataCheck, markdown: bool) -> str:
 
 
 def _describe_top1(data: DataCheck) -> str:
-    return f"reference: {data.reference_source}; allowed drop {data.max_drop:g} points: {_format_passed(data.passed)}"
+    limit = f"allowed drop {data.max_drop:g} points"
+    return f"reference: {data.reference_source}; {limit}: {_format_passed(data.passed)}"
 
 
 def _format_difference(value: float | None) -> str:

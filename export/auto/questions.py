@@ -14,8 +14,8 @@ from cmt_edge.calib import CalibrationSet
 from cmt_edge.deploy import Preprocess
 from cmt_edge.deploy.decoding import NamedBytes
 from cmt_edge.deploy.folders import Item
-from cmt_edge.deploy.images import ImageSet, digest
-from cmt_edge.deploy.preprocessing import pixels
+from cmt_edge.deploy.images import ImageSet, hash_image
+from cmt_edge.deploy.preprocessing import decode_pixels
 
 from ..steps import Evaluation
 
@@ -128,10 +128,10 @@ def _decode(
     spec: Preprocess,
 ) -> Images:
     """Labelled images as pixels, uint8 ``(N, S, S, 3)``."""
-    contents = "".join(f"{digest(labelled.read(item))} {item.label}\n" for item in items)
+    contents = "".join(f"{hash_image(labelled.read(item))} {item.label}\n" for item in items)
 
     def decoded() -> Iterator[np.ndarray]:
-        return (pixels(NamedBytes(labelled.read(item), item.name), spec) for item in items)
+        return (decode_pixels(NamedBytes(labelled.read(item), item.name), spec) for item in items)
 
     return Images(
         path,

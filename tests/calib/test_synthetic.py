@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from cmt_edge.calib import CalibrationSet, synthetic
-from cmt_edge.calib.synthetic import require_statistics, synthesise, synthetic_set
-from cmt_edge.cmt import create_model, weights_fingerprint
+from cmt_edge.calib.synthetic import make_synthetic_set, require_statistics, synthesise
+from cmt_edge.cmt import compute_weights_fingerprint, create_model
 from cmt_edge.cmt.reference import load_reference
 from cmt_edge.deploy import Bundle
 from cmt_edge.deploy.cache import CacheWarning
 from cmt_edge.deploy.errors import DataError, InputError, StepError
-from cmt_edge.deploy.preprocessing import Preprocess, pixels
+from cmt_edge.deploy.preprocessing import Preprocess, decode_pixels
 from cmt_edge.export import ExportConfig
 from cmt_edge.export.steps import count_synthetic
 from helpers.cli import failed, succeeded
@@ -67,8 +67,8 @@ def nano() -> nn.Module:
 
 
 def the_set(model: nn.Module, cache=None, count: int = 4, **settings) -> CalibrationSet:
-    return synthetic_set(
-        model, count, SPEC, weights=weights_fingerprint(model), cache=cache, **{"steps": 3} | settings
+    return make_synthetic_set(
+        model, count, SPEC, weights=compute_weights_fingerprint(model), cache=cache, **{"steps": 3} | settings
     )
 
 
@@ -121,14 +121,14 @@ def test_batches_are_even(count, batches):
 def test_preprocessing_gives_exactly_the_images_that_were_made(small, spec):
     images, how = synthesise(small, 3, spec, steps=2)
     made = synthetic.as_set(synthetic.Made(images, how, cached=False), spec)
-    assert np.array_equal(np.stack([pixels(blob, spec) for blob in made.blobs]), images)
+    assert np.array_equal(np.stack([decode_pixels(blob, spec) for blob in made.blobs]), images)
     assert [b.shape for b in made.batches(spec)] == [(1, 3, SIZE, SIZE)] * 3
 
 
 def test_the_model_is_left_alone(small):
-    before, flags = weights_fingerprint(small), [p.requires_grad for p in small.parameters()]
+    before, flags = compute_weights_fingerprint(small), [p.requires_grad for p in small.parameters()]
     synthesise(small, 2, SPEC, steps=2)
-    assert weights_fingerprint(small) == before
+    assert compute_weights_fingerprint(small) == before
     assert [p.requires_grad for p in small.parameters()] == flags
     assert all(p.grad is None for p in small.parameters())
     hooks = [m._forward_pre_hooks for m in small.modules()]  # noqa: SLF001  # torch has no public list
@@ -221,8 +221,8 @@ def test_a_cached_set_is_the_same_without_work(small, tmp_path, monkeypatch):
 )
 def test_other_settings_are_other_entries(small, tmp_path, change):
     the_set(small, tmp_path)
-    settings = {"count": 4, "steps": 3, "weights": weights_fingerprint(small)} | change
-    other = synthetic_set(small, settings.pop("count"), SPEC, cache=tmp_path, **settings)
+    settings = {"count": 4, "steps": 3, "weights": compute_weights_fingerprint(small)} | change
+    other = make_synthetic_set(small, settings.pop("count"), SPEC, cache=tmp_path, **settings)
     assert other.synthesis.cached is False
     assert len([*tmp_path.glob("*.npz")]) == 2
 
@@ -275,7 +275,9 @@ ARGV = ("--model", "cmt_nano", "--int8", "--data", "synthetic", "--calib-size", 
 @pytest.mark.slow
 def test_an_export_with_few_steps_verifies(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        synthetic.synthetic_set, "__kwdefaults__", synthetic.synthetic_set.__kwdefaults__ | {"steps": 2}
+        synthetic.make_synthetic_set,
+        "__kwdefaults__",
+        synthetic.make_synthetic_set.__kwdefaults__ | {"steps": 2},
     )
     entries = [
         json.loads(succeeded(capsys, *ARGV, "-o", tmp_path / name, "--json"))["calibration"]
@@ -294,7 +296,9 @@ def test_an_export_with_few_steps_verifies(capsys, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_ranges_of_fp16_are_observed_on_them(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        synthetic.synthetic_set, "__kwdefaults__", synthetic.synthetic_set.__kwdefaults__ | {"steps": 1}
+        synthetic.make_synthetic_set,
+        "__kwdefaults__",
+        synthetic.make_synthetic_set.__kwdefaults__ | {"steps": 1},
     )
     succeeded(
         capsys,

@@ -23,7 +23,7 @@ import pytest
 import torch
 from torch import nn
 
-from cmt_edge.cmt import create_model, load_weights, weights_fingerprint
+from cmt_edge.cmt import compute_weights_fingerprint, create_model, load_weights
 from cmt_edge.cmt.class_names import ClassNames, find_class_names
 from cmt_edge.deploy.errors import WeightsError
 from helpers.weights import holds, nano, saved, state_of
@@ -244,10 +244,10 @@ DIFFERENT = {
 @pytest.mark.parametrize("name", DIFFERENT)
 def test_two_sets_of_weights_are_not_guessed_between(tmp_path, name):
     model, path = nano(), saved(tmp_path, DIFFERENT[name])
-    before = weights_fingerprint(model)
+    before = compute_weights_fingerprint(model)
     with pytest.raises(WeightsError, match="different weights"):
         load_weights(model, path)
-    assert weights_fingerprint(model) == before
+    assert compute_weights_fingerprint(model) == before
 
 
 STRANGE = {
@@ -660,7 +660,7 @@ def test_a_fingerprint_of_any_type(dtype):
         nn.init.zeros_(model.bias)
         model.register_buffer("t", torch.full((3,), float(value)).to(dtype))
         model.register_buffer("scalar", torch.tensor(float(value)).to(dtype))
-        hashes.add(weights_fingerprint(model))
+        hashes.add(compute_weights_fingerprint(model))
     assert len(hashes) == 2
 
 
@@ -670,7 +670,7 @@ def test_a_fingerprint_is_the_one_of_earlier_bundles():
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[1.0, 2.0]]))
         model.bias.zero_()
-    assert weights_fingerprint(model).startswith(FINGERPRINT)
+    assert compute_weights_fingerprint(model).startswith(FINGERPRINT)
 
 
 FINGERPRINT = "c78fe3e46a1e585c"
@@ -702,5 +702,5 @@ def test_a_pickled_model_keeps_its_answers(tmp_path):
     model = trained()
     torch.save(model, tmp_path / "whole.pt")
     other = torch.load(tmp_path / "whole.pt", weights_only=False)
-    assert weights_fingerprint(other) == weights_fingerprint(model)
+    assert compute_weights_fingerprint(other) == compute_weights_fingerprint(model)
     assert pickle.loads(pickle.dumps(model)).spec is model.spec

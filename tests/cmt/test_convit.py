@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cmt_edge.cmt import create_model, fuse, load_weights, macs, model_spec
+from cmt_edge.cmt import count_macs, create_model, find_model, fuse, load_weights
 from cmt_edge.cmt.families.convit import (
     Attention,
     GatedAttention,
@@ -32,7 +32,7 @@ from helpers.graphs import compute_logits
 from helpers.tensors import difference, images
 
 NAME = "convit_tiny"
-REWRITES = [rewrite.name for rewrite in model_spec(NAME).rewrites]
+REWRITES = [rewrite.name for rewrite in find_model(NAME).rewrites]
 ROWS = "row sums dropped"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -168,7 +168,7 @@ def test_rows_of_gated_attention_sum_to_one_without_being_divided():
 
 
 def test_preprocessing_and_publication():
-    specs = [model_spec(f"convit_{size}") for size in ("tiny", "small", "base")]
+    specs = [find_model(f"convit_{size}") for size in ("tiny", "small", "base")]
     assert all((s.family, s.img_size, s.crop_ratio) == ("ConViT", 224, 0.875) for s in specs)
     urls = [s.pretrained.url for s in specs if s.pretrained]
     assert urls == [f"https://dl.fbaipublicfiles.com/convit/{s.name}.pth" for s in specs]
@@ -246,7 +246,7 @@ def test_positions_cost_nothing_and_the_last_block_computes_the_class_token_alon
     row = (1 + 1 + 2 * 4) * dim**2 + 2 * (
         1 + tokens
     ) * dim  # q, proj and the MLP; scores and their product with the values
-    assert macs(model) - macs(fused) == positions + tokens * row
+    assert count_macs(model) - count_macs(fused) == positions + tokens * row
     seen: list[torch.Size] = []
     fused.blocks[-1].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
     with torch.inference_mode():

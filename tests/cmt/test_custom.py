@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from cmt_edge.cmt import create_model, fuse, macs, model_spec, reference
+from cmt_edge.cmt import count_macs, create_model, find_model, fuse, reference
 from cmt_edge.cmt.outside import make_outside_spec
 from cmt_edge.deploy import Bundle, Predictor
 from cmt_edge.deploy.errors import InputError, RuntimeMissingError, UnknownNameError, WeightsError
@@ -95,7 +95,7 @@ def outside(tmp_path, monkeypatch):
 
 
 def test_settings_come_from_the_model(outside):
-    spec = model_spec("outside_models:build")
+    spec = find_model("outside_models:build")
     assert (spec.img_size, spec.num_classes, spec.mean, spec.std, spec.crop_ratio) == (
         32,
         5,
@@ -105,7 +105,7 @@ def test_settings_come_from_the_model(outside):
     )
     model = create_model("outside_models:build", num_classes=7)
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 7)
-    assert macs(model) > 1000
+    assert count_macs(model) > 1000
     x = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
         torch.testing.assert_close(fuse(model)(x), model(x))
@@ -143,14 +143,14 @@ def test_the_whole_export(outside, form, precision, data):
 
 
 def test_maps_of_a_method_features(outside):
-    assert model_spec("outside_models:build").strides == (4, 8)
+    assert find_model("outside_models:build").strides == (4, 8)
     made = run(ExportConfig("outside_models:build", format="onnx", head="features", output="out"))
     with Predictor.load(made) as ours:
         assert [m.shape for m in ours.features(ours.prepare(made.golden().sources))] == [
             (4, 16, 8, 8),
             (4, 16, 4, 4),
         ]
-    assert model_spec("outside_models:Plain").strides == ()
+    assert find_model("outside_models:Plain").strides == ()
     with pytest.raises(InputError, match="has no feature maps"):
         ExportConfig("outside_models:Plain", head="features").check()
 
@@ -371,14 +371,14 @@ def test_timm_models_of_a_fixed_size_are_told_it(fake_timm):
 
 def test_an_unknown_timm_model_tells_the_closest(fake_timm):
     with pytest.raises(UnknownNameError, match="unknown timm model 'tin'") as error:
-        model_spec("timm:tin")
+        find_model("timm:tin")
     assert "tiny" in error.value.remedy
 
 
 def test_timm_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(RuntimeMissingError, match="timm"):
-        model_spec("timm:resnet18")
+        find_model("timm:resnet18")
 
 
 def test_timm_whose_torchvision_is_for_another_torch(outside, monkeypatch):
@@ -386,7 +386,7 @@ def test_timm_whose_torchvision_is_for_another_torch(outside, monkeypatch):
     monkeypatch.syspath_prepend(outside)
     monkeypatch.delitem(sys.modules, "timm", raising=False)
     with pytest.raises(RuntimeMissingError, match="timm cannot be imported") as error:
-        model_spec("timm:resnet18")
+        find_model("timm:resnet18")
     assert "torchvision" in error.value.remedy
 
 

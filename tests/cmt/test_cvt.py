@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from cmt_edge.cmt import create_model, fuse, load_pretrained, load_weights, macs, model_spec
+from cmt_edge.cmt import count_macs, create_model, find_model, fuse, load_pretrained, load_weights
 from cmt_edge.cmt.families.cvt import Attention, CvT, QuickGELU
 from cmt_edge.cmt.folding import PlainNorm
 from cmt_edge.cmt.layers import DropPath
@@ -23,7 +23,7 @@ from helpers.graphs import compute_logits
 from helpers.tensors import difference, images
 
 NAME = "cvt_13"
-REWRITES = [rewrite.name for rewrite in model_spec(NAME).rewrites]
+REWRITES = [rewrite.name for rewrite in find_model(NAME).rewrites]
 CLASS_ONLY = "class token only in the last block"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -74,7 +74,7 @@ def test_quick_gelu_is_not_gelu():
 
 
 def test_preprocessing_and_publication():
-    specs = [model_spec(name) for name in ("cvt_13", "cvt_21", "cvt_13_384", "cvt_21_384", "cvt_w24")]
+    specs = [find_model(name) for name in ("cvt_13", "cvt_21", "cvt_13_384", "cvt_21_384", "cvt_w24")]
     assert [s.img_size for s in specs] == [224, 224, 384, 384, 384]
     assert [s.crop_ratio for s in specs] == [0.875, 0.875, None, None, None]
     assert all(s.family == "CvT" and s.rewrites == specs[0].rewrites for s in specs)
@@ -179,7 +179,7 @@ def test_the_last_block_computes_the_class_token_alone(size):
     fused = fuse(model)
     tokens, keys, dim = (size // 16) ** 2, 1 + ((size // 16 + 1) // 2) ** 2, 384
     linears, depthwise = (1 + 1 + 2 * 4) * dim**2, 9 * dim  # q, proj and the MLP; the conv of q
-    assert macs(model) - macs(fused) == tokens * (linears + depthwise + 2 * keys * dim)
+    assert count_macs(model) - count_macs(fused) == tokens * (linears + depthwise + 2 * keys * dim)
     seen: list[torch.Size] = []
     fused.stages[-1].blocks[-1].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
     with torch.inference_mode():

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from cmt_edge.cmt import create_model, fuse, list_models, load_pretrained, model_spec
+from cmt_edge.cmt import create_model, find_model, fuse, list_models, load_pretrained
 from cmt_edge.cmt.folding import (
     PlainNorm,
     ScaleShift,
@@ -83,9 +83,9 @@ def computing(model: nn.Module) -> int:
     return sum(not isinstance(m, nn.Identity) for m in model.modules())
 
 
-FAMILY = {model_spec(name).family: name for name in reversed(list_models())}
+FAMILY = {find_model(name).family: name for name in reversed(list_models())}
 """The smallest model of each family."""
-REWRITES = [(name, rewrite.name) for name in FAMILY.values() for rewrite in model_spec(name).rewrites]
+REWRITES = [(name, rewrite.name) for name in FAMILY.values() for rewrite in find_model(name).rewrites]
 
 
 @pytest.mark.parametrize(("name", "rewrite"), REWRITES)
@@ -107,7 +107,7 @@ def test_an_unknown_rewrite_is_refused():
 
 def test_every_rewrite_says_why_it_is_exact():
     for name in FAMILY.values():
-        rewrites = model_spec(name).rewrites
+        rewrites = find_model(name).rewrites
         assert len({r.name for r in rewrites}) == len(rewrites)
         assert all("==" in r.algebra for r in rewrites)
 

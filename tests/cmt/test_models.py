@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from cmt_edge.cmt import count_params, create_model, labels_of, list_models, macs, model_spec
+from cmt_edge.cmt import (
+    count_macs,
+    count_params,
+    create_model,
+    find_model,
+    find_published_labels,
+    list_models,
+)
 from cmt_edge.cmt.layers import DropPath
 from cmt_edge.deploy.errors import InputError, UnknownNameError
 from helpers.models import marked_models
@@ -23,22 +30,24 @@ def test_our_own_keys_are_left_as_they_are(name):
 @pytest.mark.parametrize("name", marked_models())
 def test_registry_tells_the_parameters_and_macs_of_the_model(name):
     model = create_model(name)
-    assert (model.spec.params, model.spec.macs) == (count_params(model), macs(model))
+    assert (model.spec.params, model.spec.macs) == (count_params(model), count_macs(model))
 
 
 def test_macs_of_another_size_need_a_model_built_for_it():
     small, large = create_model("cmt_nano"), create_model("cmt_nano", img_size=128)
-    assert 4 < macs(large) / macs(small) < 8  # convs and linears grow with the area, attention faster
+    assert (
+        4 < count_macs(large) / count_macs(small) < 8
+    )  # convs and linears grow with the area, attention faster
     assert next(small.parameters()).device.type == "cpu"  # counting leaves the model where it is
 
 
 @pytest.mark.parametrize("name", list_models())
 def test_labels_are_known_for_the_published_class_count_only(name):
-    spec = model_spec(name)
-    labels = labels_of(spec, spec.num_classes)
+    spec = find_model(name)
+    labels = find_published_labels(spec, spec.num_classes)
     assert labels is not None
     assert len(dict(labels)) == spec.num_classes
-    assert labels_of(spec, spec.num_classes + 1) is None
+    assert find_published_labels(spec, spec.num_classes + 1) is None
 
 
 @pytest.mark.parametrize("name", marked_models())

@@ -12,7 +12,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cmt_edge.cmt import count_params, create_model, fuse, load_pretrained, load_weights, macs, model_spec
+from cmt_edge.cmt import (
+    count_macs,
+    count_params,
+    create_model,
+    find_model,
+    fuse,
+    load_pretrained,
+    load_weights,
+)
 from cmt_edge.cmt.families.mvit.model import (
     Attention,
     MViT,
@@ -37,7 +45,7 @@ from helpers.tensors import images, relative_difference
 
 V1, V2 = "mvitv1_b16", "mvitv2_t"
 NAMES = [V1, V2, "mvitv2_s", "mvitv2_b", "mvitv2_l"]
-REWRITES = [(name, rewrite.name) for name in (V1, V2) for rewrite in model_spec(name).rewrites]
+REWRITES = [(name, rewrite.name) for name in (V1, V2) for rewrite in find_model(name).rewrites]
 CLASS_ONLY = "class token only in the last block"
 DIMS = (24, 48, 96, 192)
 
@@ -77,10 +85,10 @@ def test_features_are_the_outputs_of_the_official_blocks(fused):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_parameters_and_macs_are_the_published_ones(name):
-    spec = model_spec(name)
+    spec = find_model(name)
     with torch.device("meta"):
         model = spec.constructor(spec.config, img_size=224, num_classes=1000)
-    assert (count_params(model), macs(model)) == (spec.params, spec.macs)
+    assert (count_params(model), count_macs(model)) == (spec.params, spec.macs)
 
 
 def test_stacked_linears_are_taken_apart_convs_lose_their_time_axis_and_ours_are_left_alone():
@@ -142,7 +150,7 @@ def test_a_checkpoint_of_another_variant_is_refused(tmp_path, name, other):
 
 
 def test_preprocessing_and_publication():
-    specs = [model_spec(n) for n in NAMES]
+    specs = [find_model(n) for n in NAMES]
     assert all((s.img_size, s.crop_ratio, s.num_classes) == (224, 0.875, 1000) for s in specs)
     assert [s.family for s in specs] == ["MViTv1", *["MViTv2"] * 4]
     folder = "https://dl.fbaipublicfiles.com/mvit/mvitv2_models"
@@ -264,7 +272,7 @@ def test_relative_positions_are_the_definition():
 
 
 def test_blocks_change_widths_and_pool_where_the_variants_say():
-    v1, v2, large = (list_block_shapes(model_spec(n).config, 224) for n in (V1, V2, "mvitv2_l"))
+    v1, v2, large = (list_block_shapes(find_model(n).config, 224) for n in (V1, V2, "mvitv2_l"))
     assert [i for i, s in enumerate(v1) if s.q_stride == 2] == [1, 3, 14]
     assert [i for i, s in enumerate(v2) if s.q_stride == 2] == [1, 3, 8]
     assert [i for i, s in enumerate(large) if s.q_stride == 2] == [2, 8, 44]
@@ -410,8 +418,8 @@ def test_the_last_block_of_v1_computes_the_class_token_alone():
     row = (1 + 1 + 2 * 4) * dim**2 + 2 * (
         1 + tokens
     ) * dim  # q, proj and the MLP; scores and their product with the values
-    assert macs(model) - macs(fused) == tokens * row
-    assert macs(fuse(model, without=[CLASS_ONLY])) == macs(model)
+    assert count_macs(model) - count_macs(fused) == tokens * row
+    assert count_macs(fuse(model, without=[CLASS_ONLY])) == count_macs(model)
     seen: list[torch.Size] = []
     fused.blocks[-1].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
     with torch.inference_mode():
@@ -424,7 +432,7 @@ def test_the_last_block_of_v1_computes_the_class_token_alone():
 def test_rewrites_of_v1_that_are_not_exact_in_v2_are_refused():
     model = randomized(V2, 0).double()
     for name in ("affine of pool_k.norm into q", "affine of pool_v.norm into proj", CLASS_ONLY):
-        (rewrite,) = [r for r in model_spec(V1).rewrites if r.name == name]
+        (rewrite,) = [r for r in find_model(V1).rewrites if r.name == name]
         with pytest.raises(ValueError, match=r"queries|class token"):
             rewrite.apply(model)
 
@@ -439,7 +447,7 @@ def test_a_last_block_that_pools_its_queries_keeps_all_tokens():
 
 
 def test_variants_subscribe_to_what_is_exact_in_them():
-    names = {n: [r.name for r in model_spec(n).rewrites] for n in NAMES}
+    names = {n: [r.name for r in find_model(n).rewrites] for n in NAMES}
     assert names[V2] == names["mvitv2_s"] == names["mvitv2_b"]
     assert "affine of norm1 into attn.q, attn.k, attn.v, shortcut" in names[V2]
     assert all("affine of norm2 into mlp.fc1, shortcut" in names[n] for n in (V1, "mvitv2_l"))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from cmt_edge.cmt import create_model, macs, model_spec, try_macs
+from cmt_edge.cmt import count_macs, create_model, find_model, try_macs
 from cmt_edge.cmt.outside import make_outside_spec
 from cmt_edge.deploy.errors import InputError
 from cmt_edge.export import ExportConfig, run
@@ -253,7 +253,7 @@ def test_what_cannot_be_traced_is_refused_with_the_line_and_without_noise(folder
 
 
 def test_numbers_that_are_drawn_but_not_used_are_no_fault(folder):
-    assert model_spec("habits:UnusedNoise").num_classes == 5
+    assert find_model("habits:UnusedNoise").num_classes == 5
 
 
 def test_the_size_that_was_asked_for_is_tried(folder):
@@ -269,17 +269,17 @@ def test_a_factory_in_a_file(folder, path):
     (folder / "sub").mkdir()
     (folder / "sub" / "cmt.py").write_text("import beside\nfrom beside import build as PlainTensor")
     (folder / "sub" / "beside.py").write_text(f"{SOURCE}\ndef build():\n    return PlainTensor()")
-    assert model_spec(f"{path}:PlainTensor").num_classes == 5
-    assert model_spec(f"{folder / path}:PlainTensor").num_classes == 5
+    assert find_model(f"{path}:PlainTensor").num_classes == 5
+    assert find_model(f"{folder / path}:PlainTensor").num_classes == 5
 
 
 def test_a_file_that_is_not_there_or_cannot_be_imported(folder):
     with pytest.raises(InputError, match="no such file"):
-        model_spec("gone.py:build")
+        find_model("gone.py:build")
     (folder / "broken.py").write_text("raise OSError('no disk')")
     for _ in range(2):  # what failed once is not taken for imported
         with pytest.raises(InputError, match="OSError: no disk"):
-            model_spec("broken.py:build")
+            find_model("broken.py:build")
 
 
 def test_macs_that_cannot_be_counted_are_unknown():
@@ -291,7 +291,7 @@ def test_macs_that_cannot_be_counted_are_unknown():
 
     assert try_macs(Picky()) is None
     with pytest.raises(RuntimeError):
-        macs(Picky())
+        count_macs(Picky())
 
 
 def test_counting_leaves_the_model_as_it_was():
@@ -299,7 +299,7 @@ def test_counting_leaves_the_model_as_it_was():
     model.stages[0].train()
     before = {name: module.training for name, module in model.named_modules()}
     mean = model.stem[0].norm.running_mean.clone()
-    macs(model)
+    count_macs(model)
     assert {name: module.training for name, module in model.named_modules()} == before
     assert torch.equal(model.stem[0].norm.running_mean, mean)
 
@@ -320,7 +320,7 @@ def test_the_fused_attention_of_pytorch_is_counted():
     tokens, width = 64, 16
     linears = 3 * width * width + width * width + 2 * width * 32
     products = 2 * tokens * width
-    assert macs(Encoder().eval()) == tokens * (linears + products)
+    assert count_macs(Encoder().eval()) == tokens * (linears + products)
     assert torch.backends.mha.get_fastpath_enabled()
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from cmt_edge.cmt import create_model, fuse, model_spec
+from cmt_edge.cmt import create_model, find_model, fuse
 from cmt_edge.cmt.objects import make_object_spec
 from cmt_edge.cmt.outside import make_outside_spec
 from cmt_edge.cmt.user_files import find_path, import_file, make_name
@@ -127,7 +127,7 @@ def test_a_spawned_process_gets_the_model(folder, name):
 
 
 def test_a_module_object_does_not_travel_with_its_copy(folder):
-    net = model_spec("pickled_net.py:build").constructor(None, img_size=32, num_classes=3)
+    net = find_model("pickled_net.py:build").constructor(None, img_size=32, num_classes=3)
     copied = create_model(net)
     other = pickle.loads(pickle.dumps(copied))
     assert torch.equal(answer(other), answer(copied))

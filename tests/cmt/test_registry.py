@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cmt_edge.cmt import create_model, fuse, list_models, model_spec, weights_fingerprint
+from cmt_edge.cmt import compute_weights_fingerprint, create_model, find_model, fuse, list_models
 from cmt_edge.cmt.registry import FAMILIES, collect
 
 ORDER = """
@@ -51,7 +51,7 @@ def test_a_model_can_be_pickled(change):
     other = pickle.loads(pickle.dumps(model))
     assert other.spec is model.spec
     assert (other.img_size, other.num_classes) == (64, 7)
-    assert weights_fingerprint(other) == weights_fingerprint(model)
+    assert compute_weights_fingerprint(other) == compute_weights_fingerprint(model)
     x = torch.rand(1, 3, 64, 64)
     with torch.inference_mode():
         assert torch.equal(other(x), model(x))
@@ -59,11 +59,11 @@ def test_a_model_can_be_pickled(change):
 
 def test_a_copy_shares_the_registry_entry():
     model = create_model("cmt_nano")
-    assert copy.deepcopy(model).spec is model.spec is model_spec("cmt_nano")
+    assert copy.deepcopy(model).spec is model.spec is find_model("cmt_nano")
 
 
 def test_a_changed_entry_is_copied_with_its_changes():
-    changed = replace(model_spec("cmt_nano"), num_classes=3)
+    changed = replace(find_model("cmt_nano"), num_classes=3)
     for copied in (copy.copy(changed), copy.deepcopy(changed)):
         assert copied.num_classes == 3
         assert copied.constructor is changed.constructor

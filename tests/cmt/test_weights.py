@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cmt_edge.cmt import create_model, load_pretrained, load_weights, weights_fingerprint
+from cmt_edge.cmt import compute_weights_fingerprint, create_model, load_pretrained, load_weights
 from cmt_edge.cmt.families.cmt import resize_position_bias
 from cmt_edge.cmt.weights import randomize
 from cmt_edge.deploy.errors import WeightsError
@@ -27,10 +27,10 @@ from helpers.weights import holds, nano, release, saved, state_of
 def refused(path: Path, model=None, **options) -> WeightsError:
     """The error of loading ``path``, which must leave the model as it was."""
     model = nano() if model is None else model
-    before = weights_fingerprint(model)
+    before = compute_weights_fingerprint(model)
     with pytest.raises(WeightsError) as caught:
         load_weights(model, path, **options)
-    assert weights_fingerprint(model) == before
+    assert compute_weights_fingerprint(model) == before
     error = caught.value
     assert error.exit_code == 2
     assert error.remedy
@@ -149,7 +149,7 @@ def test_fingerprint_is_of_content_not_of_container(tmp_path):
     load_weights(models[0], saved(tmp_path, state_of(1), "a.safetensors"))
     load_weights(models[1], saved(tmp_path, release(state_of(1), None), "b.pth"))
     load_weights(models[2], saved(tmp_path, state_of(2), "c.pth"))
-    first, second, other = map(weights_fingerprint, models)
+    first, second, other = map(compute_weights_fingerprint, models)
     assert first == second != other
 
 
@@ -415,7 +415,7 @@ def test_randomize_is_reproducible_and_fills_statistics():
     randomize(a, 5)
     randomize(b, 5)
     randomize(c, 6)
-    assert weights_fingerprint(a) == weights_fingerprint(b) != weights_fingerprint(c)
+    assert compute_weights_fingerprint(a) == compute_weights_fingerprint(b) != compute_weights_fingerprint(c)
     state = a.state_dict()
     assert (state["stem.0.norm.running_var"] >= 1).all()
     assert state["stem.0.norm.running_mean"].abs().min() > 0

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cmt_edge.cmt import count_params, create_model, fuse, load_weights, macs, model_spec
+from cmt_edge.cmt import count_macs, count_params, create_model, find_model, fuse, load_weights
 from cmt_edge.cmt.families import xformer
 from cmt_edge.cmt.families.xformer import CrossFeatureAttention
 from cmt_edge.cmt.weights import randomize
@@ -28,7 +28,7 @@ from helpers.graphs import compute_logits
 from helpers.tensors import images
 
 NAME = "xformer_reading"
-REWRITES = [rewrite.name for rewrite in model_spec(NAME).rewrites]
+REWRITES = [rewrite.name for rewrite in find_model(NAME).rewrites]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,12 +54,12 @@ def randomized(seed: int, size: int = 64) -> nn.Module:
 def test_it_has_the_parameters_of_the_paper():
     model = create_model(NAME)
     assert count_params(model) == pytest.approx(5.5e6, rel=0.02)
-    assert (model.spec.params, model.spec.macs) == (count_params(model), macs(model))
+    assert (model.spec.params, model.spec.macs) == (count_params(model), count_macs(model))
     assert (model.spec.img_size, model.spec.num_classes) == (256, 1000)
 
 
 def test_it_says_what_is_ours_and_claims_no_accuracy():
-    spec = model_spec(NAME)
+    spec = find_model(NAME)
     assert (spec.top1, spec.pretrained) == (None, None)
     assert "reading" in spec.family
     for text in (spec.source, " ".join(inspect.getdoc(xformer).split())):
@@ -95,11 +95,11 @@ def test_attention_costs_in_proportion_to_tokens(dim):
 
 
 def test_the_whole_model_costs_in_proportion_to_pixels():
-    small, middle, large = (macs(create_model(NAME), size) for size in (128, 256, 512))
+    small, middle, large = (count_macs(create_model(NAME), size) for size in (128, 256, 512))
     assert large - middle == 4 * (middle - small)  # all but what reads the pooled map: gates and classifier
     constant = (4 * small - middle) // 3
     assert 0 < constant < 0.01 * small
-    assert macs(create_model(NAME, img_size=512)) == large
+    assert count_macs(create_model(NAME, img_size=512)) == large
 
 
 # --- what attention computes ----------------------------------------------------------------------
@@ -201,7 +201,7 @@ def test_one_checkpoint_serves_every_size(tmp_path):
 
 def test_it_trains_on_photographs(cifar):
     """Twenty steps on one real image of each class: the loss falls to a tenth, every parameter takes part."""
-    spec = Preprocess(64, None, model_spec(NAME).mean, model_spec(NAME).std)
+    spec = Preprocess(64, None, find_model(NAME).mean, find_model(NAME).std)
     files = ImageSet(cifar / "test")
     first = {item.label: item for item in reversed(files)}
     x = torch.from_numpy(np.stack([preprocess(files.read(first[label]), spec) for label in files.classes]))

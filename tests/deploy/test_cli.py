@@ -24,7 +24,7 @@ from cmt_edge.deploy.cli import measuring
 from cmt_edge.deploy.cli import predict as cmt_predict
 from cmt_edge.deploy.cli import verify as cmt_verify
 from cmt_edge.deploy.cli.console import INTERNAL
-from cmt_edge.deploy.images import ImageSet, digest
+from cmt_edge.deploy.images import ImageSet, hash_image
 from cmt_edge.deploy.measure.benchmark import Protocol
 from cmt_edge.deploy.measure.parity import verify
 from helpers.bundles import LABELS, blank_head, copy_bundle, make_bundle, snapshot, tiny_golden
@@ -49,7 +49,7 @@ def brief(monkeypatch):
 @pytest.fixture
 def bundle(tmp_path) -> Bundle:
     recorded = {
-        digest(coloured(name, shade)): i
+        hash_image(coloured(name, shade)): i
         for i, name in enumerate(("red", "green", "blue"))
         for shade in range(5)
     }
@@ -401,7 +401,7 @@ def test_verify_with_images(call, bundle, images):
 
 def test_verify_by_order(call, tmp_path, fails):
     """Folders 1, 2, 3 stand for red, green, blue in this order only if it is asked for."""
-    recorded = {digest(coloured(name)): i for i, name in enumerate(("red", "green", "blue"))}
+    recorded = {hash_image(coloured(name)): i for i, name in enumerate(("red", "green", "blue"))}
     bundle = make_bundle(tmp_path / "b", reference=recorded)
     folder_of(tmp_path / "d", {"1": [coloured("red")], "2": [coloured("green")], "3": [coloured("blue")]})
     assert "--by-order" in fails(2, cmt_verify.main, bundle.path, "--data", tmp_path / "d")
@@ -422,13 +422,13 @@ def test_verify_failure_is_exit_code_one(call, bundle, images, tmp_path):
     assert strict(out.splitlines()[-1])["passed"] is False
     assert call(cmt_verify.main, bad.path, "--atol", 1.5)[0] == 0
     wrong = {
-        digest(coloured(name, s)): i for i, name in enumerate(("red", "green", "blue")) for s in range(3)
+        hash_image(coloured(name, s)): i for i, name in enumerate(("red", "green", "blue")) for s in range(3)
     }
     dark = folder_of(
         tmp_path / "dark",
         {"red": [coloured("red")], "green": [coloured("red", 9)], "blue": [coloured("blue")]},
     )
-    wrong[digest(coloured("red", 9))] = 1
+    wrong[hash_image(coloured("red", 9))] = 1
     strictly = make_bundle(tmp_path / "c", reference=wrong)
     code, out, _ = call(cmt_verify.main, strictly.path, "--data", dark.path)
     assert code == 1
@@ -531,7 +531,9 @@ def test_bench_with_images(call, bundle, images, fails, tmp_path):
 def test_bench_repeats_that_images_were_too_few(call, tmp_path, images):
     """What an export could not show about the accuracy is said beside the latencies, too."""
     (images / "red" / "000.png").write_bytes(coloured("green", 7))
-    recorded = {digest(p.read_bytes()): i for i, n in enumerate(LABELS) for p in (images / n).glob("*.png")}
+    recorded = {
+        hash_image(p.read_bytes()): i for i, n in enumerate(LABELS) for p in (images / n).glob("*.png")
+    }
     bundle = make_bundle(tmp_path / "few", reference=recorded)
     result = verify(bundle, data=ImageSet(images), max_drop=20.0)
     assert result.data.doubt

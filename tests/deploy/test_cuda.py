@@ -37,7 +37,7 @@ def device(request, monkeypatch):
         request.getfixturevalue("gpu_machine")
     else:
         monkeypatch.setattr(cuda, "LIBRARIES", (str(request.getfixturevalue("library")),))
-        monkeypatch.setattr(cuda, "_driver_name", lambda index: "Fake Orin")
+        monkeypatch.setattr(cuda, "_ask_driver_name", lambda index: "Fake Orin")
         monkeypatch.setitem(sys.modules, "cuda", None)  # not installed
     return open_cuda()
 

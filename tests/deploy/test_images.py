@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from cmt_edge.deploy.errors import DataError
-from cmt_edge.deploy.images import ImageSet, digest
+from cmt_edge.deploy.images import ImageSet, hash_image
 
 CLASSES = {
     "dog/b.png": b"bee",
@@ -249,8 +249,8 @@ def test_reading_from_many_threads(tmp_path):
 
 
 def test_digest_names_content():
-    assert digest(b"a") == digest(b"a") != digest(b"b")
-    assert len(digest(b"")) == 32
+    assert hash_image(b"a") == hash_image(b"a") != hash_image(b"b")
+    assert len(hash_image(b"")) == 32
 
 
 def test_shared_archive_has_its_classes(cifar):

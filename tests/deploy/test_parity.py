@@ -14,7 +14,7 @@ from cmt_edge.deploy import Bundle, Predictor, report
 from cmt_edge.deploy.backends.fake import FakeSession
 from cmt_edge.deploy.bundle import GOLDEN, REFERENCE, Golden, save_reference
 from cmt_edge.deploy.errors import DataError, ImageError, RuntimeMissingError
-from cmt_edge.deploy.images import ImageSet, digest
+from cmt_edge.deploy.images import ImageSet, hash_image
 from cmt_edge.deploy.measure.labels import match_labels
 from cmt_edge.deploy.measure.parity import MAX_DROP, MAX_PROBABILITY_DIFFERENCE, find_tolerance, verify
 from helpers.bundles import SPEC, blank_head, copy_bundle, make_bundle, tiny_golden
@@ -239,9 +239,9 @@ def test_figures_of_a_hand_calculation(bundle, tmp_path):
     assert not result.passed
     assert verify(bundle, data=data, reference=reference(Differing(3)), max_drop=40).passed
     expected = {
-        digest(coloured("red", 100)): 1,
-        digest(coloured("red")): 0,
-        digest(coloured("green", 101)): 2,
+        hash_image(coloured("red", 100)): 1,
+        hash_image(coloured("red")): 0,
+        hash_image(coloured("green", 101)): 2,
     }
     assert expected.items() <= result.reference_answers.items()
     text = report.describe_verification(result)
@@ -332,7 +332,7 @@ def test_damaged_image_is_named(bundle, tmp_path):
 
 def test_recorded_reference_is_used_where_it_knows_the_images(tmp_path, no_torch):
     blobs = [coloured("red", s) for s in range(20)]
-    recorded = {digest(b): 0 for b in blobs} | {digest(blobs[3]): 2}
+    recorded = {hash_image(b): 0 for b in blobs} | {hash_image(blobs[3]): 2}
     bundle = make_bundle(tmp_path / "b", reference=recorded)
     d = verify(bundle, data=folder_of(tmp_path / "d", {"red": blobs})).data
     assert d.reference_source == "the bundle's record"
@@ -375,14 +375,14 @@ def test_no_reference_at_all(bundle, tmp_path, no_torch):
 
 
 def test_record_of_other_images_is_no_reference(tmp_path, no_torch):
-    bundle = make_bundle(tmp_path / "b", reference={digest(coloured("red")): 0})
+    bundle = make_bundle(tmp_path / "b", reference={hash_image(coloured("red")): 0})
     data = folder_of(tmp_path / "d", {"red": [coloured("red"), coloured("red", 1)]})
     with pytest.raises(RuntimeMissingError):
         verify(bundle, data=data)
 
 
 def test_given_reference_wins_over_the_record(tmp_path):
-    bundle = make_bundle(tmp_path / "b", reference={digest(coloured("red")): 2})
+    bundle = make_bundle(tmp_path / "b", reference={hash_image(coloured("red")): 2})
     d = verify(bundle, data=folder_of(tmp_path / "d", {"red": [coloured("red")]}), reference=reference()).data
     assert (d.reference_top1, d.reference_source) == (100, "fake 1")
 
@@ -540,7 +540,7 @@ def test_what_chance_level_is(bundle, tmp_path, right, counts, classes, warned):
     truth = np.repeat(np.arange(len(counts)), counts)
     answers = np.where(np.arange(len(truth)) < right, truth, (truth + 1) % classes)
     images = [coloured("red", shade) for shade in range(len(truth))]
-    recorded = {digest(image): int(answer) for image, answer in zip(images, answers, strict=True)}
+    recorded = {hash_image(image): int(answer) for image, answer in zip(images, answers, strict=True)}
     made = make_bundle(tmp_path / "b", labels=labels, reference=recorded)
     parts = {labels[c]: [i for i, t in zip(images, truth, strict=True) if t == c] for c in range(len(counts))}
     result = verify(made, data=folder_of(tmp_path / "d", parts), max_drop=100)

@@ -23,7 +23,7 @@ from cmt_edge.deploy import Preprocess, preprocess
 from cmt_edge.deploy.bundle import make_plain, read_record
 from cmt_edge.deploy.decoding import IMAGE_FORMATS, MAX_BYTES, NamedBytes, decode
 from cmt_edge.deploy.errors import DataError, ImageError, InputError
-from cmt_edge.deploy.preprocessing import normalise, pixels
+from cmt_edge.deploy.preprocessing import decode_pixels, normalise
 
 PLAIN = Preprocess(8, None, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 IMAGENET = Preprocess(32, 36, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -457,7 +457,7 @@ def test_equals_the_usual_transform_on_textured_images():
 
 def test_steps_compose_and_fill_the_given_array():
     data = generate(1, 50)[0]
-    values = pixels(data, IMAGENET)
+    values = decode_pixels(data, IMAGENET)
     assert values.dtype == np.uint8
     assert values.shape == (32, 32, 3)
     expected = preprocess(data, IMAGENET)
@@ -513,7 +513,7 @@ def test_json_round_trip(spec):
 def test_interpolation_is_the_one_asked_for(short):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8))
     sharp, soft = (
-        pixels(image, Preprocess(8, short, (0, 0, 0), (1, 1, 1), interpolation=i))
+        decode_pixels(image, Preprocess(8, short, (0, 0, 0), (1, 1, 1), interpolation=i))
         for i in ("bicubic", "bilinear")
     )
     assert (sharp != soft).any()

@@ -21,7 +21,7 @@ from cmt_edge.calib.generated import generate
 from cmt_edge.deploy import Predictor, Preprocess
 from cmt_edge.deploy.backends.fake import FakeSession
 from cmt_edge.deploy.errors import ImageError, InputError
-from cmt_edge.deploy.preprocessing import normalise, pixels
+from cmt_edge.deploy.preprocessing import decode_pixels, normalise
 from helpers.bundles import LABELS, SPEC, make_bundle, tiny
 from helpers.images import BLUE, GREEN, RED, png
 from helpers.running import list_helper_threads
@@ -636,8 +636,10 @@ def test_arrays_give_the_pixels_of_pictures(short, shape):
     array = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
     kept = array.copy()
     for source in (array, array[::-1, ::-1], np.asfortranarray(array)):
-        result = pixels(source, spec)
-        np.testing.assert_array_equal(result, pixels(Image.fromarray(np.ascontiguousarray(source)), spec))
+        result = decode_pixels(source, spec)
+        np.testing.assert_array_equal(
+            result, decode_pixels(Image.fromarray(np.ascontiguousarray(source)), spec)
+        )
         assert not result.flags.writeable
         assert source.flags.writeable
     np.testing.assert_array_equal(array, kept)

@@ -138,7 +138,7 @@ def backend(gpu_machine):
     return importlib.import_module("cmt_edge.deploy.tensorrt.session")
 
 
-def plan(batch=1, profile=None, half=True) -> bytes:
+def make_plan(batch=1, profile=None, half=True) -> bytes:
     header = {
         "typed": True,
         "detailed": True,
@@ -151,7 +151,7 @@ def session(backend, **options):
     from cmt_edge.deploy.tensorrt.cuda import open_cuda
 
     settings = {k: options.pop(k) for k in ("batch", "profile", "half") if k in options}
-    return backend.TensorRTSession(plan(**settings), open_cuda(), **options)
+    return backend.TensorRTSession(make_plan(**settings), open_cuda(), **options)
 
 
 def expected(batch: np.ndarray) -> np.ndarray:

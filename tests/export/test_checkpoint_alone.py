@@ -12,7 +12,7 @@ from cmt_edge.deploy import Bundle
 from cmt_edge.deploy.errors import InputError
 from cmt_edge.export import ExportConfig
 from cmt_edge.export.cli import main
-from cmt_edge.export.pipeline import plan
+from cmt_edge.export.pipeline import make_plan
 from helpers.exports import traced_once
 from helpers.weights import nano, state_of
 
@@ -86,7 +86,7 @@ TEN = [f"kind {i}" for i in range(10)]
 def labels_of_plan(folder, content, **settings) -> str:
     torch.save({"model": state_of(1), **content}, folder / "own.pt")
     given = {"weights": str(folder / "own.pt"), "format": "onnx", "output": str(folder / "out")}
-    return plan(ExportConfig.from_mapping(given | settings))["labels"]
+    return make_plan(ExportConfig.from_mapping(given | settings))["labels"]
 
 
 @pytest.mark.parametrize(

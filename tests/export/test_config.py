@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cmt_edge.cmt import list_models, model_spec
+from cmt_edge.cmt import find_model, list_models
 from cmt_edge.deploy.errors import InputError, UnknownNameError
 from cmt_edge.export import ExportConfig
 from cmt_edge.export.config_file import read_config
@@ -367,7 +367,7 @@ def test_preprocessing(settings, size, short):
 
 @pytest.mark.parametrize("name", list_models())
 def test_defaults_are_the_published_figures(name):
-    config, spec = ExportConfig(name), model_spec(name)
+    config, spec = ExportConfig(name), find_model(name)
     assert (config.img_size, config.classes, config.spec) == (spec.img_size, spec.num_classes, spec)
     assert replace(config, num_classes=3, imgsz=96).classes == 3
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from cmt_edge.cmt import list_models, model_spec
+from cmt_edge.cmt import find_model, list_models
 from cmt_edge.deploy import Bundle
 from cmt_edge.deploy.measure.benchmark import Protocol
 from cmt_edge.deploy.measure.parity import verify
@@ -53,7 +53,7 @@ def test_every_model_at_its_published_size(name, tmp_path, capsys):
         quick = Protocol(iters=3, seconds=0.0, warmup_iters=1, warmup_seconds=0.0)
         patch.setattr(steps, "EXPORT_PROTOCOL", quick)
         for form, precision in PATHS:
-            made = export(name, form, precision, tmp_path, model_spec(name).img_size)
+            made = export(name, form, precision, tmp_path, find_model(name).img_size)
             again = [
                 verify(Bundle.open(made.path), backend=backend) for backend in ("openvino", "onnxruntime")
             ]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from cmt_edge.cmt import choose_head, create_model, fuse, list_models, model_spec
+from cmt_edge.cmt import choose_head, create_model, find_model, fuse, list_models
 from cmt_edge.deploy import Bundle, Predictor
 from cmt_edge.deploy.bundle import Golden
 from cmt_edge.deploy.cli import bench as cmt_bench
@@ -22,7 +22,7 @@ from helpers.models import marked_models
 
 pytestmark = pytest.mark.usefixtures("one_trace")
 
-HIERARCHICAL = [n for n in list_models() if model_spec(n).strides]
+HIERARCHICAL = [n for n in list_models() if find_model(n).strides]
 SMALLEST = ["cmt_nano", "cvt_13", "mvitv2_t", "xformer_reading"]
 """One of each family."""
 
@@ -50,13 +50,13 @@ def photos(count: int, size: int = 64) -> np.ndarray:
 
 @pytest.mark.parametrize("name", marked_models(HIERARCHICAL))
 def test_strides_are_what_the_maps_have(name):
-    size = model_spec(name).img_size
+    size = find_model(name).img_size
     maps = choose_head(create_model(name).to("meta"), "features")(
         torch.empty(2, 3, size, size, device="meta")
     )
-    assert [size / m.shape[-1] for m in maps] == list(model_spec(name).strides)
+    assert [size / m.shape[-1] for m in maps] == list(find_model(name).strides)
     assert all(m.ndim == 4 and m.shape[2] == m.shape[3] and len(m) == 2 for m in maps)
-    assert model_spec(name).strides in ((4, 8, 16), (4, 8, 16, 32))
+    assert find_model(name).strides in ((4, 8, 16), (4, 8, 16, 32))
 
 
 @pytest.mark.parametrize("name", SMALLEST)
@@ -87,7 +87,7 @@ def test_the_bundle_says_what_it_gives(bundle):
     ]
     assert (m.model.head, bundle.head, m.labels, m.labels_source) == ("features", "features", (), "none")
     assert m.verification.golden.output in bundle.outputs
-    assert m.model.macs < model_spec("cmt_nano").macs
+    assert m.model.macs < find_model("cmt_nano").macs
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "torch"])

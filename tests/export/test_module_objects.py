@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from cmt_edge import ExportConfig, Predictor, create_model, export, verify
-from cmt_edge.cmt import load_weights, model_spec, weights_fingerprint
+from cmt_edge.cmt import compute_weights_fingerprint, find_model, load_weights
 from cmt_edge.cmt.objects import unwrap
 from cmt_edge.deploy.errors import BundleError, InputError
-from cmt_edge.export.pipeline import plan
+from cmt_edge.export.pipeline import make_plan
 from helpers.exports import traced_once
 
 
@@ -56,7 +56,7 @@ def test_a_module_is_exported_and_stays_as_it_is(tmp_path):
     entry = made.manifest.model
     assert (made.path.name, entry.name, entry.family) == ("Net_fp32_onnx", "Net", "custom")
     assert entry.weights.source == "as built"
-    assert entry.weights.sha256 == weights_fingerprint(net)
+    assert entry.weights.sha256 == compute_weights_fingerprint(net)
     assert made.labels == ["cat", "dog", "cow"]
     assert (made.preprocess.mean, made.preprocess.std) == ((0.5, 0.4, 0.3), (1, 1, 1))
     x = np.random.default_rng(0).normal(size=(1, 3, 32, 32)).astype(np.float32)
@@ -83,7 +83,7 @@ def test_a_module_of_the_registry_keeps_its_family(tmp_path):
     net = create_model("cmt_nano", num_classes=7, seed=0)
     spec = ExportConfig(net).spec
     assert (spec.name, spec.num_classes, spec.img_size) == ("cmt_nano", 7, 64)
-    assert spec.rewrites == model_spec("cmt_nano").rewrites
+    assert spec.rewrites == find_model("cmt_nano").rewrites
     torch.save(net.state_dict(), tmp_path / "net.pt")
     with traced_once():
         made = export(ExportConfig(net, format="onnx", output=str(tmp_path)))
@@ -118,7 +118,7 @@ def test_what_pytorch_puts_around_a_module_is_taken_off(wrap):
     net = Net().eval()
     inner = unwrap(wrap(net))
     assert type(inner) is Net
-    spec = model_spec(wrap(net))
+    spec = find_model(wrap(net))
     assert (spec.name, spec.num_classes) == ("Net", 3)
 
 
@@ -126,12 +126,16 @@ def test_weights_and_size_can_be_named_with_a_module(tmp_path):
     net, other = Net(), trained()
     torch.save({"state_dict": other.state_dict()}, tmp_path / "best.pt")
     config = ExportConfig(net, imgsz=48, weights=str(tmp_path / "best.pt"))
-    told = plan(config)
-    assert told["sha256"] == weights_fingerprint(other)
+    told = make_plan(config)
+    assert told["sha256"] == compute_weights_fingerprint(other)
     assert told["input"] == [1, 3, 48, 48]
     copied = create_model(net)
     load_weights(copied, tmp_path / "best.pt")
-    assert weights_fingerprint(copied) == weights_fingerprint(other) != weights_fingerprint(net)
+    assert (
+        compute_weights_fingerprint(copied)
+        == compute_weights_fingerprint(other)
+        != compute_weights_fingerprint(net)
+    )
 
 
 class Locked(Net):

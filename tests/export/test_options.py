@@ -20,7 +20,7 @@ from cmt_edge.export.options import (
     list_changed_flags,
     list_types,
     make_flag,
-    option,
+    make_option,
     read_flags,
     read_mapping,
 )
@@ -113,7 +113,7 @@ def outside(field) -> list[str]:
 def test_every_number_has_a_range(field):
     numbers = get_option(field).range
     assert 0 <= numbers.least < numbers.most
-    assert field.default is None or not numbers.complaint(field.default)
+    assert field.default is None or not numbers.find_fault(field.default)
 
 
 @pytest.mark.parametrize("field", NUMBERS, ids=lambda f: f.name)
@@ -170,9 +170,9 @@ def test_options_of_a_group_that_differ_from_their_defaults():
 class Small:
     """Options of a test."""
 
-    share: float = option(0.5, help="5 % or more", group="g")
-    name: str | None = option(None, help="a name", group="g", metavar="NAME")
-    fast: bool = option(True, help="be slow", group="g")
+    share: float = make_option(0.5, help="5 % or more", group="g")
+    name: str | None = make_option(None, help="a name", group="g", metavar="NAME")
+    fast: bool = make_option(True, help="be slow", group="g")
 
 
 def test_the_helpers_work_for_any_dataclass(capsys):

@@ -16,7 +16,7 @@ from cmt_edge.deploy.errors import InputError
 from cmt_edge.deploy.measure.parity import verify
 from cmt_edge.export import ExportConfig, run
 from cmt_edge.export.outputs import find_kind, require_finite
-from cmt_edge.export.pipeline import preflight
+from cmt_edge.export.pipeline import check_preconditions
 
 SOURCE = """
 import torch
@@ -218,16 +218,16 @@ SCALES = [
 def test_mean_and_std_of_values_from_0_to_255_are_refused(tmp_path, mean, std, right):
     config = ExportConfig("cmt_nano", output=tmp_path, mean=mean, std=std)
     if right:
-        preflight(config)
+        check_preconditions(config)
         return
     with pytest.raises(InputError, match="values from 0 to 1"):
-        preflight(config)
+        check_preconditions(config)
 
 
 def test_the_remedy_names_the_converted_values(tmp_path):
     config = ExportConfig("cmt_nano", output=tmp_path, mean=IMAGENET[0], std=IMAGENET[1])
     with pytest.raises(InputError, match=r"--mean 0.485,0.456,0.406 --std 0.229,0.224,0.225"):
-        preflight(config)
+        check_preconditions(config)
 
 
 CONVERTED = [
@@ -246,7 +246,7 @@ CONVERTED = [
 def test_the_remedy_converts_only_what_was_given_in_grey_levels(tmp_path, mean, std, remedy):
     config = ExportConfig("cmt_nano", output=tmp_path, mean=mean, std=std)
     with pytest.raises(InputError) as caught:
-        preflight(config)
+        check_preconditions(config)
     assert remedy in caught.value.remedy
 
 

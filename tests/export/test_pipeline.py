@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from cmt_edge.calib.generated import generate
-from cmt_edge.cmt import count_params, create_model, load_pretrained, macs, weights_fingerprint
+from cmt_edge.cmt import compute_weights_fingerprint, count_macs, count_params, create_model, load_pretrained
 from cmt_edge.deploy import Bundle, Predictor
 from cmt_edge.deploy.backends.openvino import has_bf16
 from cmt_edge.deploy.bundle.sections import ModelEntry, TensorEntry, WeightsEntry
@@ -125,11 +125,11 @@ def test_manifest(fp32_bundle):
         num_classes=10,
         head="logits",
         params=count_params(reference),
-        macs=macs(reference),
+        macs=count_macs(reference),
         opset=20,
         weights=WeightsEntry(
             source="pretrained",
-            sha256=weights_fingerprint(reference),
+            sha256=compute_weights_fingerprint(reference),
             seed=0,
             ema=False,
             fresh=(),

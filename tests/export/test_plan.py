@@ -7,7 +7,7 @@ import pytest
 from cmt_edge.deploy.progress import Progress
 from cmt_edge.export import ExportConfig
 from cmt_edge.export.auto.search import Phase
-from cmt_edge.export.plan import Journal, Step, list_steps, plan_text
+from cmt_edge.export.plan import Journal, Step, format_plan, list_steps
 
 QUIET = Progress(quiet=True)
 PREPARE = [Step.LOAD, Step.FUSE, Step.TRACE, Step.SIMPLIFY]
@@ -101,7 +101,7 @@ def test_a_plan_is_read_without_knowing_python():
         "steps": ["fuse", "simplify"],
         "weights": "odd\x1b.pth",
     }
-    text = plan_text(plan)
+    text = format_plan(plan)
     for line in (
         "replaces     a bundle that exists",
         "calibration  300 generated images",
@@ -113,4 +113,4 @@ def test_a_plan_is_read_without_knowing_python():
     ):
         assert line in text.splitlines()
     assert not set("{}[]'\x1b") & set(text)
-    assert "nothing" in plan_text(plan | {"replaces": False})
+    assert "nothing" in format_plan(plan | {"replaces": False})

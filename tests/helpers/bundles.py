@@ -26,7 +26,7 @@ from cmt_edge.deploy.bundle import (
     save_reference,
 )
 from cmt_edge.deploy.bundle.sections import ModelEntry, TensorEntry, WeightsEntry
-from cmt_edge.deploy.preprocessing import normalise, pixels
+from cmt_edge.deploy.preprocessing import decode_pixels, normalise
 
 SIZE = 16
 LABELS = ("red", "green", "blue")
@@ -67,7 +67,7 @@ def tiny_manifest(labels=LABELS, **changes) -> Manifest:
 
 def tiny_golden(classes: int = len(LABELS)) -> Golden:
     sources = generate(2, SIZE + 4, seed=1)
-    values = np.stack([pixels(source, SPEC) for source in sources])
+    values = np.stack([decode_pixels(source, SPEC) for source in sources])
     return Golden(sources, values, FakeSession(classes).run(normalise(values, SPEC)))
 
 

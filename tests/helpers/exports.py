@@ -20,13 +20,13 @@ def traced_once():
     """torch.onnx takes ten seconds: equal weights are traced once a session."""
     import onnx
 
-    from cmt_edge.cmt import weights_fingerprint
+    from cmt_edge.cmt import compute_weights_fingerprint
     from cmt_edge.export import steps
 
     real = steps.export_onnx
 
     def export_onnx(model, img_size, opset, outputs, check):
-        key = weights_fingerprint(model), img_size, opset, tuple(outputs)
+        key = compute_weights_fingerprint(model), img_size, opset, tuple(outputs)
         if key not in TRACED:
             TRACED[key] = real(model, img_size, opset, outputs).SerializeToString()
         graph = onnx.load_from_string(TRACED[key])

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from cmt_edge.cmt import create_model, model_spec
+from cmt_edge.cmt import create_model, find_model
 from helpers.shared import shared
 
 
@@ -32,7 +32,7 @@ class Variant:
     @property
     def macs(self) -> int:
         """Multiply-accumulates of the model at its published size, which may be another than ``size``."""
-        return model_spec(self.model).macs or 0
+        return find_model(self.model).macs or 0
 
 
 # fmt: off

@@ -11,10 +11,10 @@ gigabytes."""
 
 def marked_models(names=None):
     """Registry names for ``parametrize``; giant ones carry the marker ``giant``."""
-    from cmt_edge.cmt import list_models, model_spec
+    from cmt_edge.cmt import find_model, list_models
 
     names = list_models() if names is None else names
     return [
-        pytest.param(n, marks=pytest.mark.giant) if (model_spec(n).macs or 0) > GIANT_MACS else n
+        pytest.param(n, marks=pytest.mark.giant) if (find_model(n).macs or 0) > GIANT_MACS else n
         for n in names
     ]
