@@ -491,6 +491,10 @@ def _write_notes_on_checkpoint(config: ExportConfig, bundle: Bundle, loaded: Loa
         rest = len(loaded.left_out) - MAX_KEYS
         more = f" and {rest} more" if rest > 0 else ""
         notes.append(f"not of the model, left out: {keys}{more} (all of its weights are in {loaded.entry})")
+    if loaded.unread:
+        notes.append(
+            f"not read, because that would run its code: {', '.join(loaded.unread)} in {loaded.source}"
+        )
     return notes
 
 
