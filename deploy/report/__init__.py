@@ -6,7 +6,7 @@ from .bundle import describe_bundle, describe_weights
 from .device import describe_build, describe_device_report
 from .plot import draw_latency_plot
 from .prediction import describe_prediction
-from .tables import format_table
+from .tables import format_differences, format_table
 from .verdict import describe_verdict
 from .verification import describe_verification
 
@@ -21,6 +21,7 @@ __all__ = [
     "describe_verification",
     "describe_weights",
     "draw_latency_plot",
+    "format_differences",
     "format_table",
     "make_bundle_json",
     "make_prediction_json",

@@ -15,7 +15,9 @@ from ..bundle.sections import (
     VerificationEntry,
     WeightsEntry,
 )
+from .tables import format_differences
 from .verdict import describe_verdict
+from .verification import describe_unit
 
 
 def describe_bundle(bundle: Bundle, verify_flags: Sequence[str] = ()) -> str:
@@ -28,7 +30,9 @@ def describe_bundle(bundle: Bundle, verify_flags: Sequence[str] = ()) -> str:
     manifest, path = bundle.manifest, bundle.path
     calibration = manifest.calibration
     lines = [describe_verdict(manifest.verdict), ""] if manifest.verdict else []
-    lines += _describe_verified(manifest.verification) if manifest.verification else []
+    if manifest.verification:
+        kinds = {output.name: output.kind for output in manifest.outputs}
+        lines += _describe_verified(manifest.verification, kinds.get(manifest.verification.golden.output))
     lines += _describe_typed(manifest.typing)
     lines += _describe_latency(manifest.latency)
     lines.append(describe_weights(manifest.model.weights))
@@ -44,13 +48,17 @@ def describe_bundle(bundle: Bundle, verify_flags: Sequence[str] = ()) -> str:
     return "\n".join([*lines, *_list_next_commands(bundle, verify_flags)])
 
 
-def _describe_verified(verification: VerificationEntry) -> list[str]:
-    """The manifest's verification entry: steps, golden images, top-1."""
+def _describe_verified(verification: VerificationEntry, kind: str | None) -> list[str]:
+    """The manifest's verification entry: steps, golden images, top-1.
+
+    ``kind`` is that of the output that differed most.
+    """
     golden, data = verification.golden, verification.data
+    found, allowed = format_differences(golden.diff, golden.atol)
     steps = ", ".join(f"{name} {largest:.1e}" for name, largest in (verification.steps or {}).items())
     lines = [
         f"steps, largest difference: {steps}",
-        f"golden images: {golden.output} differ by {golden.diff:.2g} (allowed {golden.atol:.2g})",
+        f"golden images: {golden.output} differ by {found} (allowed {allowed}{describe_unit(kind)})",
     ]
     if data is None:
         return [
