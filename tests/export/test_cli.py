@@ -289,7 +289,9 @@ def test_dry_run_calls_the_weights_of_a_factory_as_built(capsys, tmp_path, monke
     argv = ("--model", "own.py:small", "--imgsz", 32, "--dry-run", "--json")
     assert json.loads(succeeded(capsys, *argv))["weights"] == "as built"
     assert json.loads(succeeded(capsys, *argv, "--weights", "random"))["weights"] == "random"
-    assert json.loads(succeeded(capsys, "--model", "cmt_nano", "--dry-run", "--json"))["weights"] == "pretrained"
+    assert (
+        json.loads(succeeded(capsys, "--model", "cmt_nano", "--dry-run", "--json"))["weights"] == "pretrained"
+    )
 
 
 def test_dry_run_tells_what_a_checkpoint_does_not_name(capsys, tmp_path):
