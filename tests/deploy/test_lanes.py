@@ -23,6 +23,8 @@ from helpers.bundles import LABELS, SPEC, tiny
 from helpers.images import BLUE, GREEN, RED
 from helpers.running import list_helper_threads
 
+pytestmark = pytest.mark.usefixtures("no_thread_is_left")
+
 SIZES = [0, 1, 3]
 """Batch sizes; 0 is dynamic."""
 SHAPES = [(0, 1), (0, 3), (1, 1), (2, 1), (2, 2), (4, 3)]
@@ -98,13 +100,6 @@ class Raising(io.BytesIO):
 
     def read(self, *_):
         raise self.error
-
-
-@pytest.fixture(autouse=True)
-def no_thread_is_left():
-    yield
-    gc.collect()
-    assert not list_helper_threads()
 
 
 # --- one failure, at every position ---------------------------------------------------------------
