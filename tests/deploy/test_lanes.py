@@ -398,6 +398,21 @@ def test_ctrl_c_at_any_moment(interrupts, workers, in_flight):
         assert not closer.is_alive()
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ctrl_c_inside_a_lock_of_python_comes_out_as_itself(workers):
+    """Python's Condition answers an interrupt while it waits with ``release unlocked lock``."""
+
+    def images():
+        yield grey(1)
+        try:
+            raise KeyboardInterrupt
+        finally:
+            threading.Lock().release()
+
+    with tiny(3) as p, pytest.raises(KeyboardInterrupt):
+        list(p.stream(images(), workers=workers))
+
+
 def test_ctrl_c_while_closing_leaves_the_session_to_the_next_close(interrupts):
     release = threading.Event()
 
