@@ -81,6 +81,17 @@ INDICES = ("argmax", "argmin", "argsort")
 """Operations that name classes and do not score them, by PyTorch's names."""
 SORTS = ("sort", "topk", "msort")
 """Operations that lose which value belongs to which class, by PyTorch's names."""
+EXTREMES = (
+    "amax",
+    "amin",
+    "kthvalue",
+    "logsumexp",
+    "max",
+    "median",
+    "min",
+    "mode",
+)
+"""Operations that make one value of many, by PyTorch's names."""
 RETURN_TYPES = "torch.return_types"
 """The module of the named tuples that ``topk``, ``max`` and ``sort`` return."""
 MAX_CALLS = 8
@@ -132,15 +143,23 @@ def settle_output(model: nn.Module, example: Tensor, name: str) -> int:
     return classes
 
 
-def find_last_operation(model: nn.Module, example: Tensor) -> str:
-    """PyTorch's name of the operation that gives the output its values, for example ``"sigmoid"``.
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """An operation of a model."""
 
-    It is empty where it is not known.
-    """
+    name: str = ""
+    """PyTorch's name, for example ``"sigmoid"``; empty where it is not known."""
+
+    input_shape: tuple[int, ...] = ()
+    """Shape of the first tensor that it reads; empty where it reads none."""
+
+
+def find_last_operation(model: nn.Module, example: Tensor) -> Operation:
+    """The operation that gives the output its values."""
     trail = _Trail()
     with torch.inference_mode(), trail:
         output = model(example)
-    return trail.maker_of(output)
+    return trail.find_maker(output)
 
 
 class Probe:
@@ -193,7 +212,7 @@ def is_one_probability(model: nn.Module, example: Tensor) -> bool:
         model: in eval mode.
         example: float32 ``(K, 3, S, S)``.
     """
-    operation = find_last_operation(model, example)
+    operation = find_last_operation(model, example).name
     if operation in SIGMOIDS or operation in LINEAR:
         return operation in SIGMOIDS
     with torch.inference_mode():
@@ -361,30 +380,31 @@ class _Trail(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._made: dict[int, str] = {}
+        self._made: dict[int, Operation] = {}
         self._kept: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         called = getattr(func, "__name__", "")
+        read = args[0] if args and isinstance(args[0], Tensor) else None
+        made = Operation(called.removesuffix("_"), () if read is None else tuple(read.shape))
         if isinstance(output, Tensor):
-            operation = called.removesuffix("_")
-            if called in PASSING and args and isinstance(args[0], Tensor):
-                operation = self._made.get(id(args[0]), "")
-            self._keep(output, operation)
+            if called in PASSING and read is not None:
+                made = self._made.get(id(read), Operation())
+            self._keep(output, made)
         elif isinstance(output, tuple):  # values and indices
             for part in output:
                 if isinstance(part, Tensor):
-                    self._keep(part, called)
+                    self._keep(part, made)
         return output
 
-    def _keep(self, output: Tensor, operation: str) -> None:
+    def _keep(self, output: Tensor, operation: Operation) -> None:
         self._made[id(output)] = operation
         self._kept.append(output)  # an id is unique while its tensor lives
 
-    def maker_of(self, output: object) -> str:
-        """Name of the operation, empty where it is not known."""
-        return self._made.get(id(output), "")
+    def find_maker(self, output: object) -> Operation:
+        """The operation that made a tensor."""
+        return self._made.get(id(output), Operation())
 
 
 class _Scaling(TorchFunctionMode):

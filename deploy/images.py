@@ -14,7 +14,7 @@ from typing import overload
 
 from .archives import scan_archive, split_archive
 from .decoding import EXTENSIONS, is_about_data
-from .errors import DataError
+from .errors import DataError, InputError
 from .folders import Item, scan_folder
 from .parts import find_part_kind, find_parts
 
@@ -121,6 +121,15 @@ class ImageSet(Sequence[Item]):
 def hash_image(data: bytes) -> str:
     """Name of an image by its content: the first 32 hex digits of its SHA-256."""
     return hashlib.sha256(data).hexdigest()[:32]
+
+
+def choose_evenly(items: Sequence[Item], limit: int | None) -> list[Item]:
+    """All of ``items``, or ``limit`` evenly spaced ones; raises :class:`InputError` for a limit below 1."""
+    if limit is None or limit >= len(items):
+        return list(items)
+    if limit < 1:
+        raise InputError(f"a limit of {limit} images", remedy="ask for 1 or more")
+    return [items[i * len(items) // limit] for i in range(limit)]
 
 
 def is_archive(path: Path) -> bool:

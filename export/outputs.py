@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from cmt_edge.cmt.outputs import (
+    EXTREMES,
     HUGE,
     INDICES,
     LINEAR,
@@ -16,6 +17,7 @@ from cmt_edge.cmt.outputs import (
     SIGMOIDS,
     SOFTMAXES,
     SORTS,
+    Operation,
     Probe,
     TwoLabels,
     find_last_operation,
@@ -65,9 +67,12 @@ def identify_outputs(model: nn.Module, batch: np.ndarray, logits: np.ndarray) ->
     binary = isinstance(model, TwoLabels)
     inner = model.model if isinstance(model, TwoLabels) else model
     images = torch.from_numpy(batch)
-    operation = find_last_operation(inner, images[:PROBED])
+    last = find_last_operation(inner, images[:PROBED])
+    operation = last.name
     probe = Probe(inner, images)
     own = logits[:, 1:] if binary else logits
+    _require_no_extreme(own, last)
+    _require_no_losses(own)
     _require_classes_told_apart(own, operation)
     if operation not in (*SIGMOIDS, *LINEAR):
         _require_no_index(own, operation, probe)
@@ -158,6 +163,35 @@ def _require_classes_told_apart(own: np.ndarray, operation: str) -> None:
         raise InputError(
             "the reference has one output and takes its softmax, which is 1 for every image",
             remedy="let the model return the output itself, or its sigmoid",
+        )
+
+
+def _require_no_extreme(own: np.ndarray, last: Operation) -> None:
+    """Refuse the largest of several logits, which looks like the logit of a binary classifier.
+
+    The largest value of a map, ``(N, 1, H, W)``, is such a logit.
+    """
+    several = len(last.input_shape) == 2 and last.input_shape[1] > 1
+    if own.shape[1] == 1 and several and last.name in EXTREMES:
+        raise InputError(
+            f"the reference has one output, which is the {last.name} of {last.input_shape[1]} values, and no"
+            " logit",
+            why="it does not say which class the value belongs to",
+            remedy=LOGITS_REMEDY,
+        )
+
+
+def _require_no_losses(own: np.ndarray) -> None:
+    """Refuse negated log-probabilities, of which the smallest is the best and not the largest."""
+    if own.shape[1] < 2 or own.min() < 0:
+        return
+    sums = np.exp(-own.astype(np.float64)).sum(axis=1)
+    allowed = COARSE_TOLERANCE if measure_resolution(own) else SUM_TOLERANCE
+    if (np.abs(sums - 1) <= allowed).all():
+        raise InputError(
+            "the reference returns negated log-probabilities, which are no logits",
+            why="the most probable class has the smallest of them, and a logit is the largest",
+            remedy=LOGITS_REMEDY,
         )
 
 

@@ -6,6 +6,7 @@ is left behind. The steps themselves are in :mod:`cmt_edge.export.steps`, their 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -115,13 +116,20 @@ def check_preconditions(config: ExportConfig) -> None:
 
 @contextmanager
 def _claimed(output: Path) -> Iterator[None]:
-    """A folder that exists and can be written to. Meanwhile a request to end the process unwinds like
-    Ctrl-C."""
-    with writing(output):
-        output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output).close()
+    """A folder that exists and can be written to; where the export fails, a new and empty one goes again.
+    Meanwhile a request to end the process unwinds like Ctrl-C."""
+    made = [folder for folder in (output, *output.parents) if not folder.exists()]
     with unwound_by_signals():
-        yield
+        try:
+            with writing(output):
+                output.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=output).close()
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError):  # something is in it
+                for folder in made:
+                    folder.rmdir()
+            raise
 
 
 def finish(

@@ -8,9 +8,11 @@ import sysconfig
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from cmt_edge.deploy.errors import InputError, StepError
 
@@ -40,6 +42,9 @@ STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 
 PACKAGES = sysconfig.get_path("purelib")
 """The folder of installed packages."""
+
+OWN = Path(__file__).parent.parent
+"""The folder of this package, whose code calls the user's."""
 
 EXPORTERS = ("onnxscript", "onnx_ir")
 """Packages of the exporter, whose code is not the user's either."""
@@ -83,8 +88,8 @@ def explaining(model: nn.Module, example: Tensor) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explaining_types() -> Iterator[None]:
-    """Turn a graph that ONNX refuses for its bfloat16 into an error that says where that comes from.
+def explaining_types(model: nn.Module, example: Tensor) -> Iterator[None]:
+    """Turn a graph that ONNX refuses for its bfloat16 into an error that names the user's code.
 
     Raises:
         InputError: the model computes in bfloat16 by itself.
@@ -96,6 +101,7 @@ def explaining_types() -> Iterator[None]:
             raise
         raise InputError(
             "the model computes in bfloat16 in its forward, which ONNX's operators do not take",
+            where=_find_bfloat16_line(model, example),
             why=exc.why,
             remedy=BFLOAT16_REMEDY,
         ) from exc
@@ -151,7 +157,7 @@ def _find_raising_line(exc: BaseException | None) -> str | None:
         for frame in traceback.extract_tb(exc.__traceback__):
             inside = inside or frame.filename.startswith(TORCH)
             if inside and _is_users(frame.filename):
-                found = f"{frame.filename}:{frame.lineno}, in {frame.name}: {(frame.line or '').strip()}"
+                found = _format_frame(frame)
         exc = exc.__cause__
     return found
 
@@ -176,6 +182,33 @@ def _find_line_of(operator: str, model: nn.Module, example: Tensor) -> str | Non
         if operator.replace("::", ".") in str(node.target):
             return _find_users_line(node.meta.get("stack_trace") or "")
     return None
+
+
+def _find_bfloat16_line(model: nn.Module, example: Tensor) -> str | None:
+    """The user's innermost line that is the first to make a bfloat16 tensor."""
+    finder = _Bfloat16Line()
+    with contextlib.suppress(Exception), torch.inference_mode(), finder:
+        model(example)
+    return finder.line
+
+
+class _Bfloat16Line(TorchFunctionMode):
+    """Keeps the user's line that is running when a bfloat16 tensor is made for the first time."""
+
+    line: str | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if self.line is None and isinstance(output, Tensor) and output.dtype == torch.bfloat16:
+            frames = [frame for frame in traceback.extract_stack() if _is_users(frame.filename)]
+            inside = [frame for frame in frames if not Path(frame.filename).is_relative_to(OWN)]
+            if inside:
+                self.line = _format_frame(inside[-1])
+        return output
+
+
+def _format_frame(frame: traceback.FrameSummary) -> str:
+    return f"{frame.filename}:{frame.lineno}, in {frame.name}: {(frame.line or '').strip()}"
 
 
 def _find_users_line(trace: str) -> str | None:

@@ -118,7 +118,8 @@ def export_onnx(
         check(graph)
         return graph
     graph = trace(model, img_size, opset, outputs, None)
-    with explaining_types():
+    example = torch.zeros(OTHER_BATCH, 3, img_size, img_size)
+    with explaining_types(model, example):
         check_graph("export to ONNX", graph)
         _require_any_batch(graph)
         check(graph)

@@ -19,6 +19,8 @@ from ..bundle import Bundle
 from ..bundle.sections import ExecutedPrecision, RanOn
 from ..errors import BundleError
 
+WARM_UP_RUNS = 2
+"""Inferences at the start of a profile that warm up and do not count."""
 SHOWN_RUNTIME_CHARACTERS = 300
 """The largest number of characters of a runtime's own message that an error quotes."""
 

@@ -15,7 +15,7 @@ import onnxruntime as ort
 from ..bundle import ONNX, Bundle
 from ..bundle.sections import FLOAT32, ExecutedPrecision
 from ..errors import InputError, RuntimeMissingError
-from .base import LoadOptions, Runtime, Session, make_open_error, make_run_error
+from .base import WARM_UP_RUNS, LoadOptions, Runtime, Session, make_open_error, make_run_error
 from .described import GraphTensor, require_described
 
 CONVERSION_OPERATORS = {
@@ -32,9 +32,6 @@ TYPES = {"tensor(float)": FLOAT32}
 
 ERRORS_ONLY = 3
 """ONNX Runtime's log level that hides warnings."""
-
-UNCOUNTED = 2
-"""Inferences at the start of a profile that warm up."""
 
 
 class OnnxRuntimeSession(Session):
@@ -78,7 +75,7 @@ class OnnxRuntimeSession(Session):
     def executed(self, batch: np.ndarray, repeats: int = 10) -> ExecutedPrecision:
         with tempfile.TemporaryDirectory() as folder:
             session = self._open(str(Path(folder) / "profile"))
-            for _ in range(repeats + UNCOUNTED):
+            for _ in range(repeats + WARM_UP_RUNS):
                 self._run(session, batch)
             events = json.loads(Path(session.end_profiling()).read_text())
         return _summarise(events)

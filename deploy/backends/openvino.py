@@ -21,7 +21,7 @@ import openvino as ov
 from ..bundle import ONNX, Bundle
 from ..bundle.sections import FLOAT32, ExecutedPrecision
 from ..errors import CmtEdgeError, InputError, RuntimeMissingError
-from .base import Binding, LoadOptions, Runtime, Session, make_open_error, make_run_error
+from .base import WARM_UP_RUNS, Binding, LoadOptions, Runtime, Session, make_open_error, make_run_error
 from .described import GraphTensor, require_described
 from .openvino_graph import read
 
@@ -55,9 +55,6 @@ SKIPPED = {
     "Constant",
 }
 """Layers of an execution graph that compute nothing."""
-
-UNCOUNTED = 2
-"""Inferences at the start of a profile that warm up."""
 
 
 class OpenVINOSession(Session):
@@ -166,9 +163,9 @@ class _Request:
 def _time_nodes(request: ov.InferRequest, batch: np.ndarray, repeats: int) -> dict[str, float]:
     """Seconds by node, summed over ``repeats`` inferences after the warm-up."""
     times: defaultdict[str, float] = defaultdict(float)
-    for i in range(repeats + UNCOUNTED):
+    for i in range(repeats + WARM_UP_RUNS):
         request.infer([batch])
-        if i < UNCOUNTED:
+        if i < WARM_UP_RUNS:
             continue
         for node in request.profiling_info:
             times[node.node_name] += node.real_time.total_seconds()

@@ -19,11 +19,10 @@ from ..bundle.sections import (
 from ..decoding import NamedBytes
 from ..errors import (
     BundleError,
-    InputError,
     RuntimeMissingError,
 )
 from ..folders import Item
-from ..images import ImageSet, hash_image
+from ..images import ImageSet, choose_evenly, hash_image
 from ..predictor import Predictor
 from ..preprocessing import decode_pixels, normalise, preprocess
 from .labels import match_labels
@@ -200,18 +199,9 @@ class _Labelled:
         limit: int | None,
     ) -> _Labelled:
         targets = match_labels(bundle, data, by_order)
-        items = _choose_spread(data.items, limit)
+        items = choose_evenly(data.items, limit)
         truth = np.array([targets[item.label] for item in items if item.label is not None])
         return cls(data, items, truth)
-
-
-def _choose_spread(items: list[Item], limit: int | None) -> list[Item]:
-    """All of ``items``, or ``limit`` evenly spaced ones."""
-    if limit is None or limit >= len(items):
-        return items
-    if limit < 1:
-        raise InputError(f"a limit of {limit} images", remedy="ask for 1 or more")
-    return [items[i * len(items) // limit] for i in range(limit)]
 
 
 def check_golden(bundle: Bundle, predictor: Predictor, atol: float | None = None) -> GoldenCheck:

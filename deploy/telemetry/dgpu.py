@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from ..errors import RuntimeMissingError
 from ..measure.device import DGpu
+from .tools import MW_PER_W
 
 T = TypeVar("T")
 """The type of an answer."""
@@ -35,8 +36,6 @@ CLOCK_REASONS = {
 drivers)."""
 
 
-MW_PER_W = 1e3
-"""Milliwatts in a watt."""
 LOWEST_STATE = 15
 """The lowest performance state, P15; NVML answers 32 where it does not know."""
 

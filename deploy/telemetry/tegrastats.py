@@ -12,6 +12,7 @@ import threading
 from collections.abc import Sequence
 
 from .jetson import LONGEST_LINE, UNCONNECTED, total_rails
+from .tools import MW_PER_W
 
 INTERVAL_MS = 100
 """Milliseconds between two lines of the tool."""
@@ -19,8 +20,6 @@ FIRST_LINE_S = 3.0
 """Seconds that the tool has for its first line."""
 END_S = 2.0
 """Seconds that the tool has to end."""
-MW_PER_W = 1e3
-"""Milliwatts in a watt."""
 RAIL = re.compile(r"(?<!\S)([A-Za-z]\w*)\s+(\d+)mW(?:/\d+(?:mW)?)*(?!\S)")
 """A rail of a line: its power now, mostly followed by its average, and in JetPack 7 by its maximum."""
 

@@ -7,6 +7,8 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 
+MW_PER_W = 1e3
+"""Milliwatts in a watt."""
 TIMEOUT_S = 3.0
 """Seconds after which a tool has no answer."""
 FOLDERS = ("/usr/sbin", "/usr/bin", "/sbin", "/bin")

@@ -14,7 +14,7 @@ from cmt_edge.calib import CalibrationSet
 from cmt_edge.deploy import Preprocess
 from cmt_edge.deploy.decoding import NamedBytes
 from cmt_edge.deploy.folders import Item
-from cmt_edge.deploy.images import ImageSet, hash_image
+from cmt_edge.deploy.images import ImageSet, choose_evenly, hash_image
 from cmt_edge.deploy.preprocessing import decode_pixels
 
 from ..steps import Evaluation
@@ -110,8 +110,8 @@ def make_questions(
         lambda: itertools.islice(batches(), few),
         few,
     )
-    items = spread(evaluation.images.items, limit)
-    quick = spread(items, QUICK_IMAGES)
+    items = choose_evenly(evaluation.images.items, limit)
+    quick = choose_evenly(items, QUICK_IMAGES)
     return Questions(
         probes,
         _decode(folder / "judged.npy", evaluation.images, items, spec),
@@ -144,10 +144,3 @@ def _decode(
 def _list_classes(items: Sequence[Item], targets: dict[str, int]) -> np.ndarray:
     """The logit that is right for each image, int ``(N,)``."""
     return np.array([targets[item.label] for item in items if item.label is not None])
-
-
-def spread(items: Sequence[Item], limit: int | None) -> Sequence[Item]:
-    """All of ``items``, or ``limit`` evenly spaced ones."""
-    if limit is None or limit >= len(items):
-        return items
-    return [items[i * len(items) // limit] for i in range(limit)]

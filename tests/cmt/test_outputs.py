@@ -185,7 +185,7 @@ def test_one_logit_becomes_two_classes():
 @pytest.mark.parametrize("sure", [1.0, 100.0])
 def test_one_probability_becomes_two(sure):
     inner = Model(lambda y, m: (sure * y).sigmoid(), classes=1)
-    assert find_last_operation(inner.eval(), EXAMPLE) == "sigmoid"
+    assert find_last_operation(inner.eval(), EXAMPLE).name == "sigmoid"
     pair = logits_of(TwoLabels(inner, True))
     torch.testing.assert_close(pair[:, 1:], logits_of(inner))
     torch.testing.assert_close(pair.sum(1), torch.ones(2))
@@ -214,14 +214,14 @@ LAST = {
 @pytest.mark.parametrize("wrap", [lambda y: y, lambda y: y.half().float(), lambda y: y.squeeze().view(2, -1)])
 def test_the_last_operation(name, wrap):
     model = Model(lambda y, m: wrap(LAST[name](y, m)))
-    assert find_last_operation(model.eval(), EXAMPLE) == name
+    assert find_last_operation(model.eval(), EXAMPLE).name == name
 
 
 @pytest.mark.parametrize(
     "last", [nn.Sigmoid(), nn.Sequential(nn.Identity(), nn.Sigmoid()), nn.functional.sigmoid, torch.sigmoid_]
 )
 def test_a_sigmoid_in_other_words(last):
-    assert find_last_operation(Model(lambda y, m: last(y)).eval(), EXAMPLE) == "sigmoid"
+    assert find_last_operation(Model(lambda y, m: last(y)).eval(), EXAMPLE).name == "sigmoid"
 
 
 ONE = {
@@ -264,4 +264,4 @@ def test_a_probe_finds_the_operation_that_decides_and_leaves_the_model_alone():
 def test_the_values_of_a_tuple_remember_their_operation(name):
     argument = 3 if name == "topk" else 1
     model = Model(lambda y, m: getattr(y, name)(argument)[0])
-    assert find_last_operation(model, EXAMPLE) == name
+    assert find_last_operation(model, EXAMPLE).name == name

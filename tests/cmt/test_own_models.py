@@ -233,7 +233,7 @@ def test_a_habit_is_refused_with_its_reason(folder, name):
 
 UNTRACED = {
     "OwnGenerator": ("torch.Generator", "self.mid("),
-    "Autocast": ("bfloat16", "Conv"),
+    "Autocast": ("bfloat16", "self.stem(x)"),
     "InNumpy": ("NumPy", "np.mean(x.numpy())"),
     "ItemBranch": ("values of the image", "x.mean().item() < -1.5"),
     "ListBranch": ("values of the image", "torch.stack([-r if m < -1.5"),

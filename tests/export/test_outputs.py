@@ -34,6 +34,17 @@ class Net(nn.Module):
     def forward(self, x):
         return self.form(8 * self.fc(self.norm(self.conv(x)).relu().mean((2, 3))))
 
+class Map(nn.Module):
+    img_size = 32
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.head = nn.Conv2d(3, 16, 3, stride=4, padding=1), nn.Conv2d(16, 1, 1)
+
+    def forward(self, x):
+        return self.head(self.conv(x).relu()).amax((2, 3))
+
 def plain(): return Net(lambda y: y, 5)
 def prob(): return Net(lambda y: (4 * y).softmax(1), 5)
 def prob_half(): return Net(lambda y: y.half().softmax(1), 5)
@@ -55,6 +66,11 @@ def best_three(): return Net(lambda y: y.topk(3).values * 2.0, 5)
 def percent(): return Net(lambda y: 100 * y.softmax(1), 5)
 def nearly(): return Net(lambda y: 1.002 * y.softmax(1), 5)
 def background(): return Net(lambda y: y.softmax(1)[:, :-1], 5)
+def losses(): return Net(lambda y: -y.log_softmax(1), 5)
+def best_kept(): return Net(lambda y: y.max(-1, keepdim=True).values, 5)
+def best_only(): return Net(lambda y: y.amax(1), 5)
+def evidence(): return Net(lambda y: y.logsumexp(1, keepdim=True), 5)
+def one_of_map(): return Map()
 def one_softmax(): return Net(lambda y: y.softmax(1), 1)
 def one_percent(): return Net(lambda y: 100 * y.sigmoid(), 1)
 def one_written_out(): return Net(lambda y: 1 / (1 + (-y).exp()), 1)
@@ -122,6 +138,7 @@ KINDS = {
     "rectified": None,
     "small": None,
     "one_small": None,
+    "one_of_map": None,
 }
 """Factory -> the kind that the manifest records; ``None`` means logits, and is left out."""
 
@@ -160,6 +177,10 @@ REFUSED = {
     "percent": "sum to 100 for every image",
     "nearly": "sum to 1.002 for every image",
     "background": "a part of a softmax",
+    "losses": "negated log-probabilities",
+    "best_kept": "the max of 5 values",
+    "best_only": "the amax of 5 values",
+    "evidence": "the logsumexp of 5 values",
     "one_softmax": "softmax, which is 1",
     "one_percent": "between 0 and 100",
 }
