@@ -18,8 +18,9 @@ quick: check
 	PYTHONPATH="scripts:$$PYTHONPATH" $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -p quick_deadline \
 		-rs -m "not slow and not giant" $$($(BIN)/python scripts/quick_tests.py)
 
+# The order of the modules is that of tests/conftest.py, the longest first.
 test: check
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Lint, formatting, the direction of imports, types.
 check: $(READY)
@@ -42,7 +43,7 @@ test-rtx: $(READY)
 
 # A figure, not a gate. The pages lie in htmlcov/.
 coverage: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term --cov-report=html
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term --cov-report=html
 
 # All packages but torch must have a hash of requirements/locked.txt (docs/supply-chain.md). The second command adds torch,
 # from the index that pip is set up with, and the links to this checkout.

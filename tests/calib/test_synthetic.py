@@ -273,6 +273,7 @@ ARGV = ("--model", "cmt_nano", "--int8", "--data", "synthetic", "--calib-size", 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_trace")
 def test_an_export_with_few_steps_verifies(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(
         synthetic.make_synthetic_set,
@@ -294,6 +295,7 @@ def test_an_export_with_few_steps_verifies(capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_trace")
 def test_ranges_of_fp16_are_observed_on_them(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(
         synthetic.make_synthetic_set,

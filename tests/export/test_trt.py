@@ -292,6 +292,7 @@ def test_accuracy_on_photographs(precision, cifar, tmp_path):
             eval_data=f"{cifar}/test",
             eval_limit=LIMIT[precision],
             max_drop=ALLOWED_DROP[precision],
+            batch=0,
         )
     )
     check = made.manifest.verification.data
