@@ -18,7 +18,7 @@ from cmt_edge.cmt import find_model
 from cmt_edge.cmt.described import Description, describe_by_shapes, describe_checkpoint
 from cmt_edge.cmt.features import require_head
 from cmt_edge.cmt.outside import is_outside
-from cmt_edge.cmt.spec import ModelSpec, check_size
+from cmt_edge.cmt.spec import CPU, RTX, ModelSpec, check_size
 from cmt_edge.deploy.bundle import LOGITS
 from cmt_edge.deploy.bundle.sections import FORMATS, TYPED_FORMATS
 from cmt_edge.deploy.bundle.signature import read_private_key
@@ -141,6 +141,11 @@ class ExportConfig(Settings):
     def is_typed(self) -> bool:
         """Whether the precision is written into the graph."""
         return self.format in TYPED_FORMATS
+
+    @property
+    def rewriting_target(self) -> str:
+        """What the exact rewrites are chosen for."""
+        return RTX if self.format == "rtx" else CPU
 
     @property
     def compute(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import onnx
 
 from cmt_edge.calib.groups import MODULE
 from cmt_edge.deploy import Bundle
-from cmt_edge.deploy.bundle import COMPILED, PORTABLE_ENGINE, Manifest, make_plain
+from cmt_edge.deploy.bundle import COMPILED, ONNX, PORTABLE_ENGINE, Manifest, make_plain
 from cmt_edge.deploy.bundle.sections import CompiledDetails
 from cmt_edge.deploy.progress import Progress
 from cmt_edge.deploy.tensorrt.bindings import RTX
@@ -48,7 +48,9 @@ def add_portable_engine(
     """
     with progress.step("build the engine"):
         plan = build_portable_plan(
-            bundle,
+            bundle.file(ONNX),
+            bundle.manifest.files[ONNX].sha256,
+            bundle.manifest.input,
             compute=tuple(f"SM{name}" for name in config.compute),
             workspace=config.workspace,
             progress=progress,

@@ -296,9 +296,9 @@ def make_images(
 # --- the graph ------------------------------------------------------------------------------------
 
 
-def fuse_model(reference: Reference, head: str) -> tuple[nn.Module, Differences]:
-    """The reference with the exact rewrites of its family."""
-    fused = choose_head(fuse(reference.classifier), head)
+def fuse_model(reference: Reference, head: str, target: str) -> tuple[nn.Module, Differences]:
+    """The reference with the exact rewrites of its family for ``target``."""
+    fused = choose_head(fuse(reference.classifier, target=target), head)
     outputs = TorchSession(fused).run(reference.batch)
     return fused, {
         "fuse": require_parity(

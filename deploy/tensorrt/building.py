@@ -18,6 +18,7 @@ from pathlib import Path
 from ..backends.base import read_batch_limit
 from ..bundle import ONNX, Bundle, make_plain
 from ..bundle.record import read_message
+from ..bundle.sections import TensorEntry
 from ..cache import can_keep
 from ..children import Child, ChildCrashed, ChildTimedOut
 from ..errors import StepError
@@ -101,7 +102,9 @@ class PortablePlan:
 
 
 def build_portable_plan(
-    bundle: Bundle,
+    graph: Path,
+    sha256: str,
+    source: TensorEntry,
     *,
     compute: tuple[str, ...] = (),
     workspace: float | None = None,
@@ -109,10 +112,12 @@ def build_portable_plan(
     time_limit: float = PORTABLE_TIME_LIMIT_S,
     progress: Progress,
 ) -> PortablePlan:
-    """Build the engine of ``bundle`` with TensorRT for RTX; no GPU is used, and the bundle is not changed.
+    """Build an engine with TensorRT for RTX; no GPU is used.
 
     Args:
-        bundle: of format ``"rtx"``.
+        graph: the ONNX file.
+        sha256: of its content.
+        source: its input.
         compute: compute capabilities that the engine is for, by NVIDIA's names, ``"SM86"``; none for a
             portable engine.
         workspace: GiB of scratch memory that the engine may use, ``None`` for the compiler's default.
@@ -124,23 +129,22 @@ def build_portable_plan(
         StepError: the build failed, took too long or ran out of memory; says what the compiler said.
         OutputError: the cache folder cannot be written to.
     """
-    described = bundle.manifest.input
     free = read_available_memory(Path("/"))
     with _scratch_folder() as folder:
         request = BuildRequest(
             format=RTX.format,
-            onnx=str(bundle.file(ONNX).resolve()),
-            sha256=bundle.manifest.files[ONNX].sha256,
+            onnx=str(graph.resolve()),
+            sha256=sha256,
             plan=str(folder / "engine.plan"),
             layers=str(folder / "layers.txt"),
             timing_folder="",
             timing_key="",
-            input=described.name,
-            shape=described.shape,
+            input=source.name,
+            shape=source.shape,
             workspace=int(workspace * GIB) if workspace else None,
             level=DEFAULT_LEVEL,
             tf32=False,
-            profile=DEFAULT_PROFILE if read_batch_limit(bundle) == 0 else None,
+            profile=None if isinstance(source.shape[0], int) else DEFAULT_PROFILE,
             device=None,
             compute=compute,
             aux_streams=aux_streams,

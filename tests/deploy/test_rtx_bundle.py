@@ -16,11 +16,9 @@ from cmt_edge.deploy.bundle.sections import CompiledEntry
 from cmt_edge.deploy.errors import BundleError, InputError, RuntimeMissingError, StepError
 from cmt_edge.deploy.measure.benchmark import Protocol
 from cmt_edge.deploy.measure.device_report import DeviceReport
-from cmt_edge.deploy.progress import Progress
-from cmt_edge.deploy.tensorrt.building import build_portable_plan
 from cmt_edge.deploy.tensorrt.kernels import read_kernels
 from helpers.bundles import SIZE
-from helpers.trt import forget_fakes, tiny_graph, trt_bundle
+from helpers.trt import build_portable, forget_fakes, tiny_graph, trt_bundle
 
 
 @pytest.fixture(autouse=True)
@@ -172,7 +170,7 @@ def test_its_tool_is_named(bundle, capsys):
 
 @pytest.mark.parametrize("compute", [(), ("SM86", "SM120")])
 def test_a_portable_engine(gpu_machine, bundle, compute):
-    made = build_portable_plan(bundle, compute=compute, progress=Progress(quiet=True))
+    made = build_portable(bundle, compute=compute)
     assert read_header(made.plan)["compute"] == " ".join(compute)
     assert made.version == "1.7.1.116"
     assert made.warnings == ("a weight was rounded",)
@@ -181,7 +179,7 @@ def test_a_portable_engine(gpu_machine, bundle, compute):
 
 def test_a_dynamic_batch_gets_a_profile(gpu_machine, tmp_path):
     made = trt_bundle(tmp_path / "b", format="rtx", batch="batch")
-    plan = build_portable_plan(made, progress=Progress(quiet=True)).plan
+    plan = build_portable(made).plan
     assert [shape[0] for shape in read_header(plan)["profile"]["input"]] == [1, 1, 8]
 
 
@@ -198,30 +196,30 @@ def test_a_dynamic_batch_gets_a_profile(gpu_machine, tmp_path):
 def test_failures_are_typed(gpu_machine, bundle, monkeypatch, mode, what, remedy):
     monkeypatch.setenv("FAKE_TRT", mode)
     with pytest.raises(StepError, match=what) as error:
-        build_portable_plan(bundle, progress=Progress(quiet=True))
+        build_portable(bundle)
     assert remedy in error.value.remedy
 
 
 def test_a_build_has_a_time_limit(gpu_machine, bundle, monkeypatch):
     monkeypatch.setenv("FAKE_TRT", "slow")
     with pytest.raises(StepError, match=r"within 0\.5 s"):
-        build_portable_plan(bundle, time_limit=0.5, progress=Progress(quiet=True))
+        build_portable(bundle, time_limit=0.5)
 
 
 def test_a_build_has_a_memory_limit(gpu_machine, bundle, monkeypatch):
     monkeypatch.setattr("cmt_edge.deploy.tensorrt.building.read_available_memory", lambda root: 1 << 28)
     monkeypatch.setenv("FAKE_TRT", "hungry")
     with pytest.raises(StepError, match="out of memory"):
-        build_portable_plan(bundle, progress=Progress(quiet=True))
+        build_portable(bundle)
 
 
 def test_an_unknown_compute_capability(gpu_machine, bundle):
     with pytest.raises(StepError, match="does not know SM999"):
-        build_portable_plan(bundle, compute=("SM999",), progress=Progress(quiet=True))
+        build_portable(bundle, compute=("SM999",))
 
 
 def test_a_log_without_kernels(gpu_machine, bundle, monkeypatch):
     monkeypatch.setenv("FAKE_TRT", "no_layers")
-    made = build_portable_plan(bundle, progress=Progress(quiet=True))
+    made = build_portable(bundle)
     with pytest.raises(StepError, match="cannot be understood"):
         read_kernels(made.layers)

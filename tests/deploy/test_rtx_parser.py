@@ -7,13 +7,11 @@ import pytest
 
 from cmt_edge.deploy.bundle import ONNX
 from cmt_edge.deploy.errors import StepError
-from cmt_edge.deploy.progress import Progress
-from cmt_edge.deploy.tensorrt.building import build_portable_plan
 from cmt_edge.deploy.tensorrt.kernels import read_kernels
 from cmt_edge.deploy.tensorrt.parser_rules import ACCEPTED_BY_RTX, SUPPORTED
 from helpers.parser_graphs import BROKEN
 from helpers.rtx_parser import needs_rtx, parse_all
-from helpers.trt import trt_bundle
+from helpers.trt import build_portable, trt_bundle
 
 pytestmark = needs_rtx
 
@@ -69,7 +67,7 @@ def test_the_operations_are_those_of_the_real_parser(verdicts):
 @pytest.mark.parametrize("half", [True, False])
 def test_a_real_engine_without_a_gpu(tmp_path, batch, half):
     bundle = trt_bundle(tmp_path / "b", format="rtx", batch=batch, half=half)
-    made = build_portable_plan(bundle, progress=Progress(quiet=True))
+    made = build_portable(bundle)
     assert len(made.plan) > 1000
     kernels = read_kernels(made.layers)
     nodes = {node for kernel in kernels for node in kernel.nodes}
@@ -79,10 +77,7 @@ def test_a_real_engine_without_a_gpu(tmp_path, batch, half):
 
 def test_engines_for_named_gpus_differ(tmp_path):
     bundle = trt_bundle(tmp_path / "b", format="rtx")
-    plans = [
-        build_portable_plan(bundle, compute=compute, progress=Progress(quiet=True)).plan
-        for compute in ((), ("SM86",), ("SM89", "SM120"))
-    ]
+    plans = [build_portable(bundle, compute=compute).plan for compute in ((), ("SM86",), ("SM89", "SM120"))]
     assert len(set(plans)) == 3
 
 
@@ -91,12 +86,12 @@ def test_a_broken_graph_is_a_typed_error_with_the_real_words(tmp_path, rule):
     content = BROKEN[rule].SerializeToString()
     bundle = trt_bundle(tmp_path / "b", format="rtx", batch="batch", members={ONNX: content})
     with pytest.raises(StepError, match="parser refused") as error:
-        build_portable_plan(bundle, progress=Progress(quiet=True))
+        build_portable(bundle)
     assert WORDS[rule] in error.value.why
 
 
 def test_too_little_memory_is_a_typed_error(tmp_path, monkeypatch):
     monkeypatch.setattr("cmt_edge.deploy.tensorrt.building.read_available_memory", lambda root: 8 << 20)
     with pytest.raises(StepError) as error:
-        build_portable_plan(trt_bundle(tmp_path / "b", format="rtx"), progress=Progress(quiet=True))
+        build_portable(trt_bundle(tmp_path / "b", format="rtx"))
     assert error.value.remedy

@@ -13,7 +13,9 @@ from cmt_edge.deploy import Bundle
 from cmt_edge.deploy.backends.fake import FakeSession
 from cmt_edge.deploy.bundle import ONNX
 from cmt_edge.deploy.bundle.sections import TensorEntry, TypingEntry
+from cmt_edge.deploy.progress import Progress
 from cmt_edge.deploy.tensorrt.bindings import open_bindings
+from cmt_edge.deploy.tensorrt.building import PortablePlan, build_portable_plan
 from helpers.bundles import LABELS, SIZE, make_bundle
 
 
@@ -64,4 +66,16 @@ def trt_bundle(
         outputs=(TensorEntry(name="logits", shape=(batch, len(LABELS)), dtype="float32"),),
         typing=TypingEntry(operations={precision: 2}, islands=(), observed=None),
         **entries,
+    )
+
+
+def build_portable(bundle: Bundle, **options: Any) -> PortablePlan:
+    """The engine that TensorRT for RTX makes of a bundle's graph without a GPU."""
+    manifest = bundle.manifest
+    return build_portable_plan(
+        bundle.file(ONNX),
+        manifest.files[ONNX].sha256,
+        manifest.input,
+        progress=Progress(quiet=True),
+        **options,
     )
