@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LIGHT := $(VENV)-light
 SUPPLY := $(VENV)-supply
+RTX_TESTS := tests/deploy/test_rtx_parser.py tests/deploy/test_rtx_bundle.py tests/export/test_rtx.py
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo quick check test test-light coverage supply lock advisories clean
+.PHONY: demo quick check test test-light test-rtx coverage supply lock advisories clean
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/demo.sh
@@ -34,6 +35,11 @@ test-light:
 	$(PYTHON) -m venv --clear $(LIGHT)
 	$(LIGHT)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test-light]"
 	$(LIGHT)/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not giant" tests/deploy tests/test_docs.py
+
+# The tests that NVIDIA's compiler takes part in, without a GPU. It is proprietary, so no other target installs it.
+test-rtx: $(READY)
+	$(PIP) --require-hashes --no-deps -r requirements/rtx.txt
+	$(BIN)/python -m pytest -rs $(RTX_TESTS)
 
 # A figure, not a gate. The pages lie in htmlcov/.
 coverage: $(READY)

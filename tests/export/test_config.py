@@ -261,6 +261,7 @@ def test_toml_file_with_every_setting(tmp_path):
         3,
         False,
         "1",
+        "86",
         2.5,
         "out",
         "birds",
