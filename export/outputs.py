@@ -251,7 +251,7 @@ def _require_differences(own: np.ndarray, operation: str, probe: Probe) -> None:
         return
     raise InputError(
         f"the reference answers all {len(own)} golden images with the same values",
-        why="its outputs do not depend on the image, but for rounding, so that no export of it can be verified",
+        why="its outputs do not depend on the image, so that no export of it can be verified",
         remedy="load trained weights; check that the model uses its input, --mean and --std",
     )
 

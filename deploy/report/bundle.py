@@ -37,7 +37,9 @@ def describe_bundle(bundle: Bundle, verify_flags: Sequence[str] = ()) -> str:
         lines += _describe_verified(manifest.verification, kinds.get(manifest.verification.golden.output))
     lines += _describe_typed(manifest.typing)
     lines += [describe_compiled(manifest.compiled)] if manifest.compiled else []
-    lines += _describe_latency(manifest.latency)
+    notes = manifest.verification.notes if manifest.verification else ()
+    lines += [f"warning: {note}" for note in notes]
+    lines += _describe_latency(manifest.latency, told=notes)
     lines.append(describe_weights(manifest.model.weights))
     if manifest.labels_source == "numbered":
         lines.append("note: the classes have no names; give them with --labels FILE")
@@ -52,7 +54,7 @@ def describe_bundle(bundle: Bundle, verify_flags: Sequence[str] = ()) -> str:
 
 
 def _describe_verified(verification: VerificationEntry, kind: str | None) -> list[str]:
-    """The manifest's verification entry: steps, golden images, top-1.
+    """The manifest's verification entry: steps, golden images, top-1; its notes stand elsewhere.
 
     ``kind`` is that of the output that differed most.
     """
@@ -74,7 +76,6 @@ def _describe_verified(verification: VerificationEntry, kind: str | None) -> lis
         f"top-1 on {data.images} images: reference {data.reference_top1:.2f} %, bundle"
         f" {data.top1:.2f} %, drop {data.drop:+.2f} points (95 % CI {low:+.2f} to {high:+.2f}),"
         f" agreement {data.agreement:.2f} %",
-        *(f"warning: {note}" for note in verification.notes),
     ]
 
 
@@ -104,14 +105,15 @@ def describe_weights(weights: WeightsEntry) -> str:
     return text + (" (averaged over training)" if weights.ema else "")
 
 
-def _describe_latency(latency: LatencyEntry | None) -> list[str]:
+def _describe_latency(latency: LatencyEntry | None, told: Sequence[str]) -> list[str]:
+    """The quick measurement; its warnings repeat those of the verification, which are ``told`` already."""
     if latency is None:
         return ["latency: not measured, the bundle has no engine of its device yet"]
     return [
         f"latency: median {latency.p50_ms:.2f} ms a batch of {latency.batch} "
         "(a quick look; cmt-bench measures properly)",
         f"ran as: {latency.executed.summary()}",
-        *(f"warning: {warning}" for warning in latency.warnings),
+        *(f"warning: {warning}" for warning in latency.warnings if warning not in told),
     ]
 
 

@@ -593,3 +593,18 @@ def test_two_unsure_probabilities_have_a_tolerance():
 def test_more_than_two_classes_have_no_floor():
     assert find_tolerance(np.zeros((4, 3), np.float32), "int8") == 0
     assert find_tolerance(np.zeros((4, 1, 2, 2), np.float32), "int8") == 0
+
+
+@pytest.mark.parametrize(
+    ("found", "allowed", "shown"),
+    [
+        (0.1804, 0.1796, ("0.1804", "0.1796")),
+        (0.18, 0.25, ("0.18", "0.25")),
+        (0.5, 0.5, ("0.5", "0.5")),
+        (1.0000001, 1.0, ("1.0000001", "1")),
+        (float("inf"), 0.1, ("inf", "0.1")),
+        (1 + 1e-15, 1.0, ("1.000000000000001", "1.0")),
+    ],
+)
+def test_a_difference_and_the_allowed_one_never_look_equal(found, allowed, shown):
+    assert report.format_differences(found, allowed) == shown

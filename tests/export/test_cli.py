@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -278,14 +279,37 @@ def make_manifest(name: str) -> SimpleNamespace:
     return SimpleNamespace(model=SimpleNamespace(name=name, weights=weights))
 
 
+def test_a_warning_is_printed_once(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "own.py").write_text(OWN)
+    data = labelled(tmp_path / "eval", ["class_0", "class_1"], 1)
+    argv = ("--model", "own.py:small", "--imgsz", 32, "--format", "onnx", "--eval-data", data)
+    lines = succeeded(capsys, *argv, "--max-drop", 100).splitlines()
+    warnings = [line for line in lines if line.startswith("warning:")]
+    assert any("too few" in line or "REFERENCE" in line for line in warnings)
+    assert len(set(warnings)) == len(warnings)
+
+
+def test_what_was_not_read_is_told_without_images(capsys, tmp_path):
+    path = saved_nano(tmp_path / "a.pth", [f"c{i}" for i in range(10)])
+    torch.save(torch.load(path, weights_only=True) | {"rng": np.random.default_rng(0)}, path)
+    argv = ("--model", "cmt_nano", "--imgsz", 64, "--format", "onnx", "-o", tmp_path, "--weights", path)
+    out = succeeded(capsys, *argv)
+    assert out.count("not read, because that would run its code: numpy.random") == 1
+
+
+OWN = """
+from torch import nn
+def small():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+"""
+
+
 def test_dry_run_calls_the_weights_of_a_factory_as_built(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    (tmp_path / "own.py").write_text(
-        "from torch import nn\n"
-        "def small():\n"
-        "    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))\n"
-    )
+    (tmp_path / "own.py").write_text(OWN)
     argv = ("--model", "own.py:small", "--imgsz", 32, "--dry-run", "--json")
     assert json.loads(succeeded(capsys, *argv))["weights"] == "as built"
     assert json.loads(succeeded(capsys, *argv, "--weights", "random"))["weights"] == "random"

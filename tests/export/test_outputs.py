@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cmt_edge.cmt.outside import make_outside_spec
-from cmt_edge.deploy import Predictor
+from cmt_edge.deploy import Predictor, report
 from cmt_edge.deploy.errors import InputError
 from cmt_edge.deploy.measure.parity import verify
 from cmt_edge.export import ExportConfig, run
@@ -60,7 +60,7 @@ def small(): return Net(lambda y: y * 0.01 + 0.1, 5)
 def index_float(): return Net(lambda y: y.argmax(1, keepdim=True).float(), 5)
 def index_scaled(): return Net(lambda y: y.argmax(1, keepdim=True) * 1.0, 5)
 def constant(): return Net(lambda y: 0 * y, 5)
-def constant_rounded(): return Net(lambda y: 1e-7 * y.tanh() + 0.5, 5)
+def constant_rounded(): return Net(lambda y: 1e-7 * y.tanh() + torch.linspace(-1, 1, 5), 5)
 def one_nearly_sure(): return Net(lambda y: (0.1 * y.tanh() + 15.5).sigmoid(), 1)
 def constant_share(): return Net(lambda y: (0 * y).softmax(1), 5)
 def values(): return Net(lambda y: y.sort(1, descending=True).values, 5)
@@ -134,6 +134,7 @@ KINDS = {
     "one_squeezed": None,
     "one_prob": "probabilities",
     "one_sure": "probabilities",
+    "one_nearly_sure": "probabilities",
     "one_written_out": "probabilities",
     "one_averaged": "probabilities",
     "one_clamped": "probabilities",
@@ -163,7 +164,10 @@ def test_a_prediction_shows_what_the_model_means(nets, name, format):
     assert len(bundle.labels) == means.shape[1]
     for prediction, mean in zip(found, means, strict=True):
         assert prediction.label == prediction.top(1)[0][0] == bundle.labels[int(mean.argmax())]
-    assert verify(bundle, threads=1).passed
+    verification = verify(bundle, threads=1)
+    assert verification.passed
+    for text in (report.describe_verification(verification), report.describe_bundle(bundle)):
+        assert ("in probability)" in text) == (KINDS[name] is not None)
 
 
 REFUSED = {
