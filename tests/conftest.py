@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cmt_edge.deploy.backends import RUNTIME_OF_FORMAT
 from helpers.exports import traced_once
 from helpers.paths import FAKES
 from helpers.shared import shared
@@ -69,6 +70,13 @@ def one_trace():
     """See :func:`traced_once`."""
     with traced_once():
         yield
+
+
+@pytest.fixture
+def served_by_fake(monkeypatch):
+    """Bundles of every format are opened by the fake runtime, as no manifest can ask for."""
+    for form in RUNTIME_OF_FORMAT:
+        monkeypatch.setitem(RUNTIME_OF_FORMAT, form, "fake")
 
 
 @pytest.fixture

@@ -155,7 +155,7 @@ assert "fcntl" not in sys.modules
 """
 
 
-@pytest.mark.parametrize("backend", [[], ["--backend", "onnxruntime"]], ids=["fake", "onnxruntime"])
+@pytest.mark.parametrize("backend", [[], ["--backend", "onnxruntime"]], ids=["onnx", "onnxruntime"])
 def test_commands_need_neither_posix_nor_tensorrt(tmp_path, backend):
     """They start on Windows; and of the rooms of TensorRT and its telemetry they import nothing."""
     from helpers.bundles import make_bundle
