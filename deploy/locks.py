@@ -113,9 +113,7 @@ def scratch_folder(parent: Path, prefix: str, suffix: str = ".tmp") -> Iterator[
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if descriptor is not None:
-            os.close(descriptor)
+        _drop_folder(folder, descriptor)
 
 
 def _make_locked_folder(parent: Path, prefix: str, suffix: str) -> tuple[Path, int | None]:
@@ -151,6 +149,19 @@ def _release_in(process: int, release: Callable[[], object]) -> None:
     """Call ``release``, but not in a forked child: what it gives back is still its parent's."""
     if os.getpid() == process:
         release()
+
+
+def make_scratch(parent: Path, prefix: str, suffix: str = ".tmp") -> tuple[Path, Hold]:
+    """As :func:`scratch_folder`, for as long as the second result lives."""
+    clear_abandoned(parent, prefix, suffix)
+    folder, descriptor = _make_locked_folder(parent, prefix, suffix)
+    return folder, Hold(partial(_drop_folder, folder, descriptor))
+
+
+def _drop_folder(folder: Path, descriptor: int | None) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    if descriptor is not None:
+        os.close(descriptor)
 
 
 def hold_folder(folder: Path) -> Hold:

@@ -19,7 +19,6 @@ import struct
 import tempfile
 import zipfile
 from collections.abc import Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -31,6 +30,7 @@ from ..locks import (
     clear_abandoned,
     hold_folder,
     locked,
+    make_scratch,
     remove_if_abandoned,
     scratch_folder,
     try_lock,
@@ -183,10 +183,8 @@ def _unpack_to_cache(file: Path, members: list[Member], anew: bool) -> tuple[Pat
 
 def _unpack_to_scratch(file: Path, members: list[Member]) -> tuple[Path, Hold]:
     """A folder among the temporary files, which goes with its holder; raises ``OSError``."""
-    with ExitStack() as stack:
-        place = stack.enter_context(scratch_folder(Path(tempfile.gettempdir()), SCRATCH))
-        folder = _extract(file, members, place / make_title(file))
-        return folder, Hold(stack.pop_all().close)
+    place, hold = make_scratch(Path(tempfile.gettempdir()), SCRATCH)
+    return _extract(file, members, place / make_title(file)), hold
 
 
 def _holds(folder: Path, members: list[Member]) -> bool:
