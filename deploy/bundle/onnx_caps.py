@@ -38,11 +38,13 @@ MAX_NODES = 100_000
 MAX_FIELDS = 4_000_000
 """The largest number of protobuf fields that are looked at; it bounds the time, to seconds."""
 MAX_MADE = 1 << 28
-"""The largest number of elements of a tensor whose size a constant gives: 1 GiB of float32."""
+"""The largest number of elements of all tensors together whose sizes constants give: 1 GiB of float32."""
 MAX_SPARSE = 1 << 24
 """The largest number of elements of a sparse tensor once it is dense."""
 MAX_SIZES = 64
-"""Numbers in the longest constant that is read as a size."""
+"""The largest number of dimensions, and of numbers in a constant that is read as a size."""
+MAX_ALIKE = 64
+"""The largest number of constants of one name."""
 
 SIZES = {
     "ConstantOfShape": (0,),
@@ -117,12 +119,27 @@ class _Survey:
         nodes, fields: how many.
         constants: name -> the values of every small constant of this name.
         sized: the names that decide a size, with the operation that they belong to.
+        made: elements of the tensors whose sizes constants give.
     """
 
     nodes: int = 0
     fields: int = 0
     constants: dict[bytes, list[list[float]]] = field(default_factory=dict)
     sized: list[tuple[bytes, str]] = field(default_factory=list)
+    made: float = 0
+
+    def name(self, name: bytes, numbers: list[float]) -> None:
+        """Note a constant; graphs within a graph may use a name again."""
+        known = self.constants.setdefault(name, [])
+        known.append(numbers)
+        if len(known) > MAX_ALIKE:
+            raise ExcessiveGraph(f"more than {MAX_ALIKE} constants have the same name")
+
+    def make(self, operation: str, elements: float) -> None:
+        """Count the elements that a constant asks an operation for."""
+        self.made += elements
+        if not self.made <= MAX_MADE:  # also where it is NaN
+            raise ExcessiveGraph(f"a constant asks {operation} for more than {MAX_MADE} elements")
 
 
 def require_modest_onnx(path: Path) -> None:
@@ -156,8 +173,10 @@ def require_modest(content: Buffer) -> None:
             places = message.places(number)
             pending += [(inner, begin, stop, depth + 1) for wire, begin, stop in places if wire == BYTES]
     for name, operation in survey.sized:
-        for numbers in survey.constants.get(name, ()):
-            _require_small(operation, numbers)
+        survey.make(
+            operation,
+            max((_multiply(operation, values) for values in survey.constants.get(name, ())), default=0),
+        )
 
 
 def _read_message(content: Buffer, kind: str, start: int, end: int, survey: _Survey) -> _Message:
@@ -185,10 +204,10 @@ def _look_at(content: Buffer, message: _Message, survey: _Survey) -> None:
     elif message.kind == "Tensor":
         _check_tensor(content, message)
         for name in _read_texts(content, message, 8):
-            survey.constants.setdefault(name, []).append(_read_sizes(content, message))
+            survey.name(name, _read_sizes(content, message))
     elif message.kind == "SparseTensor":
-        elements = math.prod(_read_numbers(content, message, 3))
-        if not 0 <= elements <= MAX_SPARSE:
+        elements = math.prod(_read_dimensions(content, message, 3))
+        if elements > MAX_SPARSE:
             raise ExcessiveGraph(f"a sparse tensor stands for {elements} elements, the cap is {MAX_SPARSE}")
 
 
@@ -203,22 +222,21 @@ def _look_at_node(content: Buffer, node: _Message, survey: _Survey) -> None:
         numbers: list[float] = [*_read_numbers(content, attribute, 3), *_read_numbers(content, attribute, 8)]
         numbers += _read_floats(content, attribute, 7)
         if name in SIZE_ATTRIBUTES or (name == PADS and operation == "Pad"):
-            _require_small(operation, numbers)
+            survey.make(operation, _multiply(operation, numbers) if len(numbers) <= MAX_SIZES else math.inf)
         if operation == "Constant":
             for _, start, stop in attribute.places(5):
                 tensor = _read_message(content, "Tensor", start, stop, survey)
                 numbers += _read_sizes(content, tensor)
             for output in _read_texts(content, node, 2):
-                survey.constants.setdefault(output, []).append(numbers)
+                survey.name(output, numbers)
 
 
-def _require_small(operation: str, numbers: Sequence[float]) -> None:
-    """Raise :class:`ExcessiveGraph` where the sizes that are given to an operation make a large tensor."""
+def _multiply(operation: str, numbers: Sequence[float]) -> float:
+    """The number of elements that the sizes given to an operation stand for."""
     half = len(numbers) // 2
     if operation == "Pad":  # what is added before and after each dimension
         numbers = [1 + max(0, a) + max(0, b) for a, b in zip(numbers[:half], numbers[half:], strict=False)]
-    if math.prod(number for number in numbers if number > 1) > MAX_MADE:
-        raise ExcessiveGraph(f"a constant asks {operation} for more than {MAX_MADE} elements")
+    return math.prod(number for number in numbers if number > 1)
 
 
 def _check_tensor(content: Buffer, tensor: _Message) -> None:
@@ -228,11 +246,9 @@ def _check_tensor(content: Buffer, tensor: _Message) -> None:
     """
     if tensor.places(EXTERNAL_DATA) or tensor.places(DATA_LOCATION):
         return
-    sizes = _read_numbers(content, tensor, 1)
+    sizes = _read_dimensions(content, tensor, 1)
     kinds = _read_numbers(content, tensor, 2)
     elements = math.prod(sizes)
-    if any(size < 0 for size in sizes):
-        raise ExcessiveGraph(f"a tensor has a dimension of {min(sizes)}")
     bits = BITS.get(kinds[-1] if kinds else 0, LEAST_BITS)
     raw = sum(end - begin for _, begin, end in tensor.places(RAW_DATA))
     typed = sum(end - begin for number in VALUES for _, begin, end in tensor.places(number))
@@ -266,6 +282,14 @@ def _read_numbers(content: Buffer, message: _Message, number: int) -> list[int]:
             value, position = read_varint(content, position, end)
             found.append(value - (1 << 64) if value >= 1 << 63 else value)
     return found
+
+
+def _read_dimensions(content: Buffer, message: _Message, number: int) -> list[int]:
+    """The dimensions of a tensor."""
+    sizes = _read_numbers(content, message, number)
+    if len(sizes) > MAX_SIZES or any(size < 0 for size in sizes):
+        raise ExcessiveGraph(f"a tensor has more than {MAX_SIZES} dimensions, or a negative one")
+    return sizes
 
 
 def _read_floats(content: Buffer, message: _Message, number: int) -> list[float]:

@@ -433,7 +433,7 @@ def test_each_file_is_hashed_once(tmp_path, hashed):
         writer.staged(tiny_manifest())
         writer.commit(writer.staged(tiny_manifest()).manifest)
     assert sorted(hashed) == [GOLDEN, "model.bin", "notes.txt"]
-    assert set(Bundle.open(tmp_path / "new").manifest.files) == {GOLDEN, ONNX, "model.bin", "extra/notes.txt"}
+    assert set(Bundle.open(tmp_path / "new").manifest.files) == {GOLDEN, "model.bin", "extra/notes.txt"}
 
 
 def write(path: Path, data: bytes) -> None:
