@@ -76,6 +76,8 @@ class Bundle:
     hold: Hold | None = field(default=None, compare=False, repr=False)
     """Keeps the folder of a packed bundle as long as this object, or a Predictor that was loaded from it,
     lives."""
+    signature_checked: bool = field(default=False, compare=False, repr=False)
+    """Whether the bundle was opened with a public key that it is signed with."""
 
     @property
     def name(self) -> str:
@@ -139,7 +141,7 @@ class Bundle:
         if key is not None:
             require_signed(make_statement(json.loads(data), ENGINES), _read_signature(path), Path(key), path)
         _check_members(path, manifest)
-        return cls(path, manifest, state=state)
+        return cls(path, manifest, state=state, signature_checked=key is not None)
 
     def require_unchanged(self) -> None:
         """Raise :class:`BundleError` where another bundle has taken this one's place since it was opened.
