@@ -3,11 +3,11 @@
     python -m venv fuzz && fuzz/bin/pip install -r requirements/fuzz.txt && fuzz/bin/pip install -e ".[all]"
     fuzz/bin/python scripts/fuzz.py [--target NAME ...] [--seconds S] [--plain] [--folder DIR] [--json]
 
-Only errors of cmt-edge may come out; anything else, and more than ten seconds of CPU for one input, is a finding,
-whose input is kept. With atheris, which needs Python 3.11 to 3.13 on Linux, inputs are chosen by the coverage of
-cmt-edge's code. Without it, or with ``--plain``, seeds are mutated blindly, and the same seed tries the same
-inputs. The seeds are made by the script itself. Each target runs in a process of its own, with a limit on its
-memory. The exit code is 0 if nothing was found.
+Only errors of cmt-edge may come out; anything else, and more than ten seconds of CPU for one input, is a
+finding, whose input is kept. With atheris, inputs are chosen by the coverage of cmt-edge's code. Without it, or
+with ``--plain``, seeds are mutated blindly, and the same ``--seed`` tries the same inputs. The seeds are made by
+the script itself. Each target runs in a process of its own, with a limit on its memory. The exit code is 0 if
+nothing was found.
 """
 
 from __future__ import annotations
@@ -33,10 +33,14 @@ PATIENCE_S = 120
 """Seconds that a target may take longer than it was given, for imports and the last input."""
 COVERED = re.compile(r"cov: (\d+) ft: (\d+)")
 """What libFuzzer prints of the parts of the code that were reached."""
+FIGURES = "CMT_EDGE_FUZZ_FIGURES"
+"""The variable that tells it where its figures go; beside them is its folder."""
 KEEP_EVERY = 500
 """Inputs after which the figures are written, in case the process ends."""
 CHILD = "CMT_EDGE_FUZZ_CHILD"
 """The variable that tells a process which target it runs."""
+NOTHING: dict[str, Any] = {"executions": 0, "refused": 0, "findings": {}}
+"""The figures of a target that did not even begin."""
 
 
 def main() -> int:
@@ -79,7 +83,7 @@ def start_target(name: str, args: argparse.Namespace) -> dict[str, Any]:
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         log, figures = Path(folder) / "log", Path(folder) / "figures.json"
-        environment = os.environ | {CHILD: name, "OMP_NUM_THREADS": "1", "FUZZ_FIGURES": str(figures)}
+        environment = os.environ | {CHILD: name, "OMP_NUM_THREADS": "1", FIGURES: str(figures)}
         with open(log, "wb") as output, contextlib.suppress(subprocess.TimeoutExpired):
             subprocess.run(
                 [sys.executable, *sys.argv],
@@ -90,7 +94,7 @@ def start_target(name: str, args: argparse.Namespace) -> dict[str, Any]:
                 check=False,
             )
         text = log.read_text(errors="replace")
-        found = json.loads(figures.read_text()) if figures.exists() else {"executions": 0, "findings": {}}
+        found = json.loads(figures.read_text()) if figures.exists() else NOTHING
     return {
         "target": name,
         "by": "mutations" if args.plain else "atheris",
@@ -109,7 +113,7 @@ def find_end(text: str, found: dict[str, Any]) -> dict[str, str]:
 def run_target(name: str, args: argparse.Namespace) -> None:
     """In the process of a target: fuzz it, and write its figures."""
     sys.path.insert(0, str(ROOT / "tests"))
-    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    folder = Path(os.environ[FIGURES]).parent
     if args.plain:
         from helpers.fuzzing import fuzz, limit_memory, list_targets
 
@@ -165,15 +169,15 @@ def keep(findings: Any, folder: Path, name: str, finished: bool) -> None:
         "findings": told,
         "finished": finished,
     }
-    Path(os.environ["FUZZ_FIGURES"]).write_text(json.dumps(figures))
+    Path(os.environ[FIGURES]).write_text(json.dumps(figures))
 
 
 def format_figures(figures: dict[str, Any]) -> str:
     """One line for a target, and its findings."""
     covered = f", {figures['coverage']} places reached" if figures["coverage"] else ""
     head = (
-        f"{figures['target']} by {figures['by']}: {figures['executions']} inputs, {figures.get('refused', 0)} refused"
-        f"{covered}, {len(figures['findings'])} findings, {figures['seconds']} s"
+        f"{figures['target']} by {figures['by']}: {figures['executions']} inputs,"
+        f" {figures['refused']} refused{covered}, {len(figures['findings'])} findings, {figures['seconds']} s"
     )
     return "\n".join([head, *(f"  {place}\n    {text}" for place, text in figures["findings"].items())])
 

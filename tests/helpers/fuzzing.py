@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import random
 import resource
 import tarfile
@@ -289,7 +288,8 @@ def _list_text_targets(folder: Path) -> Iterator[Target]:
     settings = (
         b'model = "cmt_nano"\nseed = 3\nprecision = "int8"\n',
         b'[export]\nmodel = "cmt_xs"\nhead = "features"\nlabels = ["a", "b"]\nmean = [0.5, 0.5, 0.5]\n',
-        b'[tool.cmt-export]\nmodel = "cmt_nano"\n"--half" = true\nimgsz = 0x40\nbatch = 1_0\natol = 1e-3\n[other]\nx = {a = [1]}\n',
+        b'[tool.cmt-export]\nmodel = "cmt_nano"\n"--half" = true\nimgsz = 0x40\nbatch = 1_0\natol = 1e-3\n'
+        b"[other]\nx = {a = [1]}\n",
     )
     names = (
         b"cat\ndog\n",
@@ -417,7 +417,7 @@ def _make_archives(images: tuple[bytes, ...]) -> Iterator[bytes]:
 
 
 def _save_checkpoints() -> Iterator[bytes]:
-    """Checkpoints in both formats of PyTorch, and a bare pickle; nothing without PyTorch."""
+    """Checkpoints in both formats of PyTorch; nothing without PyTorch."""
     try:
         import torch
     except ImportError:
@@ -429,7 +429,6 @@ def _save_checkpoints() -> Iterator[bytes]:
         buffer = io.BytesIO()
         torch.save(content, buffer, _use_new_zipfile_serialization=new)
         yield buffer.getvalue()
-    yield pickle.dumps({"a": [1, 2.0, "x", None, (b"y", {1})]}, 2)
 
 
 def limit_memory(gibibytes: int) -> None:
