@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LIGHT := $(VENV)-light
 SUPPLY := $(VENV)-supply
+RTX_TESTS := tests/deploy/test_rtx_parser.py tests/deploy/test_rtx_bundle.py tests/export/test_rtx.py
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo quick check test test-light coverage supply lock advisories clean
+.PHONY: demo quick check test test-light test-rtx coverage supply lock advisories clean
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/demo.sh
@@ -17,8 +18,9 @@ quick: check
 	PYTHONPATH="scripts:$$PYTHONPATH" $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -p quick_deadline \
 		-rs -m "not slow and not giant" $$($(BIN)/python scripts/quick_tests.py)
 
+# The order of the modules is that of tests/conftest.py, the longest first.
 test: check
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Lint, formatting, the direction of imports, types.
 check: $(READY)
@@ -34,9 +36,14 @@ test-light:
 	$(LIGHT)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test-light]"
 	$(LIGHT)/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not giant" tests/deploy tests/test_docs.py
 
+# The tests that NVIDIA's compiler takes part in, without a GPU. It is proprietary, so no other target installs it.
+test-rtx: $(READY)
+	$(PIP) --require-hashes --no-deps -r requirements/rtx.txt
+	$(BIN)/python -m pytest -rs $(RTX_TESTS)
+
 # A figure, not a gate. The pages lie in htmlcov/.
 coverage: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term --cov-report=html
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term --cov-report=html
 
 # All packages but torch must have a hash of requirements/locked.txt (docs/supply-chain.md). The second command adds torch,
 # from the index that pip is set up with, and the links to this checkout.

@@ -12,7 +12,11 @@ norm's scale and shift, folded in float64 and rounded once:
 * :func:`fold_scale`:  ``(q k^T) c  ==  (c q) k^T``: the attention's scale goes into the query projection.
 * :func:`drop_key_bias` and :func:`fold_value_bias`: the softmax does not see the first, and the second
   passes through it because its rows sum to 1.
-* :func:`attend_over_keys`: the projections of the many queries' tokens move to the few keys'.
+* :func:`remove_attention_biases`: the queries' bias goes into their weights as well, because a normalised
+  token sums to 0. TensorRT for RTX then reads queries, keys and values where their products leave them.
+* :func:`pad_heads`: channels of zeros make the width of a head a multiple of 8, which GPUs read at once.
+* :func:`attend_over_keys` and :func:`attend_with_tokens`: the projections of the many queries' tokens move to
+  the few keys'.
 * :func:`replace_batch_norms`: between an activation and a zero-padded conv a batch norm cannot be folded
   exactly; it stays as one scale-and-shift, which a runtime attaches to the conv before it.
 * :func:`merge_keys_and_values`: one product for both, ordered so that splitting it again is free. Queries
@@ -47,7 +51,7 @@ from .folding import (
     replace_weights,
 )
 from .layers import DropPath, ResidualDepthwise
-from .spec import Rewrite
+from .spec import CPU, Rewrite
 
 Model = TypeVar("Model", bound=nn.Module)
 """The class of a model, which :func:`fuse` keeps."""
@@ -59,13 +63,14 @@ Half the standard deviation of the token: it costs little of a quantizer's range
 """
 
 
-def fuse(model: Model, *, without: Collection[str] = ()) -> Model:
+def fuse(model: Model, *, target: str = CPU, without: Collection[str] = ()) -> Model:
     """A new module with the logits of ``model`` (difference below 1e-5) and fewer operations.
 
     ``model`` stays as it is.
 
     Args:
         model: built by :func:`cmt_edge.cmt.create_model`, in eval mode.
+        target: what the graph is made for, one of :data:`cmt_edge.cmt.spec.TARGETS`.
         without: names of rewrites to leave out, for measuring what each is worth.
 
     Raises:
@@ -89,7 +94,8 @@ def fuse(model: Model, *, without: Collection[str] = ()) -> Model:
             why="its batch norms use the statistics of each batch",
             remedy="call model.eval()",
         )
-    names = [rewrite.name for rewrite in spec.rewrites]
+    rewrites = spec.choose_rewrites(target)
+    names = [rewrite.name for rewrite in rewrites]
     if unknown := sorted(set(without) - set(names)):
         raise InputError(
             f"{spec.name} has no rewrite {unknown[0]!r}",
@@ -98,7 +104,7 @@ def fuse(model: Model, *, without: Collection[str] = ()) -> Model:
     keep_spec = {id(spec): spec}  # the copy shares the registry's entry
     fused = copy.deepcopy(model, keep_spec).double()
     with torch.no_grad():
-        for rewrite in spec.rewrites:
+        for rewrite in rewrites:
             if rewrite.name not in without and rewrite.apply(fused) == 0:
                 raise ValueError(f"the rewrite {rewrite.name!r} finds no place in {spec.name}")
         replace_modules(fused, (nn.Dropout, DropPath), lambda _: nn.Identity())
@@ -266,10 +272,18 @@ def attend_over_keys(
 
 def _attend_over_keys(block: nn.Module, norm: str, attention: str) -> None:
     """Change one block whose position bias has a row for each key, in place."""
-    if isinstance(_get(block, norm), nn.LayerNorm):  # unless an earlier rewrite has folded it
-        fold_affine(norm, f"{attention}.q", f"{attention}.reduce").apply(block)
-    _get(block, norm).shift = QUERY_SHIFT
+    _shift_tokens(block, norm, attention)
     _project_keys_alone(_get(block, attention))
+
+
+def _shift_tokens(block: nn.Module, norm: str, attention: str) -> None:
+    """Add :data:`QUERY_SHIFT` to the normalised tokens that an attention reads, whose affine part goes into
+    the layers that read them."""
+    if isinstance(_get(block, norm), nn.LayerNorm):  # unless an earlier rewrite has folded it
+        reduces = _has(block, f"{attention}.reduce.weight")
+        readers = ("q", "reduce") if reduces else ("q", "k", "v")
+        fold_affine(norm, *(f"{attention}.{name}" for name in readers)).apply(block)
+    _get(block, norm).shift = QUERY_SHIFT
 
 
 def _pays(stage: nn.Module, blocks: str, attention: str, position_bias: str) -> bool:
@@ -282,6 +296,32 @@ def _pays(stage: nn.Module, blocks: str, attention: str, position_bias: str) -> 
     before = 2 * queries * width**2 + 2 * keys * width**2 + 2 * queries * keys * width
     after = 2 * heads * keys * width**2 + 2 * heads * queries * keys * width
     return heads <= 2 and after < before
+
+
+def attend_with_tokens(norm: str, attention: str) -> Rewrite:
+    """The linears ``q`` and ``proj`` of an attention with a single head go into ``k`` and ``v``, which run on
+    fewer tokens; the attention keeps its form, with the normalised tokens themselves as queries.
+
+    The algebra is that of :func:`attend_over_keys`. That is done where the keys' tokens are reduced. What the
+    keys' own bias adds is the same for all keys of a query, so that the softmax does not see it.
+    """
+
+    def apply(module: nn.Module) -> int:
+        found = find_modules(module, norm, f"{attention}.reduce.weight", f"{attention}.q.weight")
+        places = [place for place in found if _get(place, attention).heads == 1]
+        for place in places:
+            attn = _get(place, attention)
+            _shift_tokens(place, norm, attention)
+            _project_keys_alone(attn)
+            attn.over_keys = False
+            remove_bias(attn.k)
+        return len(places)
+
+    algebra = (
+        "softmax_j((Q x_i + b) (k_j + d)) == softmax_j((x_i + c 1) (Q' k_j)), as sum(x_i) == 0;"
+        " P (A V) + c == A (P V + 1 c), as A 1 == 1"
+    )
+    return Rewrite("q and proj into k and v of single heads", algebra, apply)
 
 
 def _project_keys_alone(attn: Any) -> None:
@@ -321,6 +361,96 @@ def _stack(layer: nn.Linear, parts: list[tuple[Tensor, Tensor]]) -> nn.Linear:
     """``layer`` with the weights and biases of ``parts``, one below the other."""
     weights, biases = zip(*parts, strict=True)
     return replace_weights(layer, torch.cat(weights), torch.cat(biases))
+
+
+def remove_attention_biases(norm: str, attention: str) -> Rewrite:
+    """The linears ``q``, ``k`` and ``v`` of an attention lose their biases.
+
+    The attention must be all that reads ``norm``. Adding ``c`` = :data:`QUERY_SHIFT` to each of the ``C``
+    channels of a normalised token, which sums to 0, makes its product with ``1`` the constant ``c C``. That
+    carries the queries' bias:
+
+    * queries: ``Q x + b == (Q + r 1^T) (x + c 1)`` with ``r = (b - c Q 1) / (c C)``;
+    * keys: their bias, and what the shift adds to them, are the same for all keys, so that the softmax does
+      not see them;
+    * values: theirs go into ``proj``, because the rows of the softmax sum to 1;
+    * a conv ``reduce`` without padding, which makes the keys' tokens, takes the shift back.
+    """
+
+    def apply(module: nn.Module) -> int:
+        layers = (f"{attention}.{name}.weight" for name in ("q", "k", "v", "proj"))
+        places = find_modules(module, norm, *layers)
+        for place in places:
+            _shift_tokens(place, norm, attention)
+            _remove_biases(_get(place, attention))
+        return len(places)
+
+    algebra = (
+        "Q x + b == (Q + r 1^T) (x + c 1), as sum(x) == 0; softmax_j(q (k_j + b)) == softmax_j(q k_j);"
+        " P (A (V + 1 b)) + c == P A V + (P b + c), as A 1 == 1"
+    )
+    return Rewrite("attention without biases", algebra, apply)
+
+
+def _remove_biases(attn: Any) -> None:
+    """Change one attention whose tokens have :data:`QUERY_SHIFT` added from now on, in place."""
+    query, query_bias = read_weights(attn.q)
+    value, value_bias = read_weights(attn.v)
+    outer, constant = read_weights(attn.proj)
+    width = query.shape[1]
+    if _has(attn, "reduce.weight"):
+        one = torch.ones(width, dtype=torch.float64)
+        attn.reduce = fold_affine_before(attn.reduce, one, -QUERY_SHIFT * one)
+    else:
+        value_bias = value_bias - QUERY_SHIFT * value.sum(1)
+    carried = (query_bias - QUERY_SHIFT * query.sum(1)) / (QUERY_SHIFT * width)
+    attn.q = replace_weights(attn.q, query + carried[:, None], query_bias)
+    attn.proj = replace_weights(attn.proj, outer, constant + outer @ value_bias)
+    for layer in (attn.q, attn.k, attn.v):
+        remove_bias(layer)
+
+
+def pad_heads(multiple: int = 8) -> Rewrite:
+    """Zeros make the width of each head of ``q``, ``k``, ``v`` and ``proj`` a multiple of ``multiple``; heads
+    that are one already stay. The attention's scale must have been folded."""
+
+    def apply(module: nn.Module) -> int:
+        places = find_modules(module, "q.weight", "k.weight", "v.weight", "proj.weight", "heads")
+        for place in places:
+            attn = cast(Any, place)
+            for name in ("q", "k", "v"):
+                _set_module(place, name, _pad_rows(_get(place, name), attn.heads, multiple))
+            attn.proj = _pad_columns(attn.proj, attn.heads, multiple)
+        return len(places)
+
+    return Rewrite(f"heads padded to {multiple}", "[q, 0] [k, 0]^T == q k^T; [P, 0] [v, 0] == P v", apply)
+
+
+def _pad_rows(layer: nn.Linear, heads: int, multiple: int) -> nn.Linear:
+    """``layer``, whose outputs are ``heads`` times as many channels, with zeros behind those of each head."""
+    weight, bias = read_weights(layer)
+    split = weight.reshape(heads, -1, weight.shape[1])  # (heads, d, C)
+    more = -split.shape[1] % multiple
+    padded = nn.functional.pad(split, (0, 0, 0, more)).flatten(0, 1)
+    biases = nn.functional.pad(bias.reshape(heads, -1), (0, more)).flatten()
+    return _make_linear(padded, None if layer.bias is None else biases)
+
+
+def _pad_columns(layer: nn.Linear, heads: int, multiple: int) -> nn.Linear:
+    """``layer`` for inputs with zeros behind the channels of each head."""
+    weight, bias = read_weights(layer)
+    split = weight.reshape(weight.shape[0], heads, -1)  # (C, heads, d)
+    padded = nn.functional.pad(split, (0, -split.shape[2] % multiple)).flatten(1)
+    return _make_linear(padded, bias)
+
+
+def _make_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear with these float64 weights."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=torch.float64)
+    layer.weight = nn.Parameter(weight.detach())
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach())
+    return layer
 
 
 def merge_keys_and_values() -> Rewrite:

@@ -45,6 +45,13 @@ class Rewrite:
     apply: Callable[[nn.Module], int]
 
 
+CPU, RTX = "cpu", "rtx"
+"""What the rewrites of a graph are chosen for: the runtimes on a CPU, or the compiler of TensorRT for RTX.
+TensorRT gets those for a CPU: nothing has shown yet which ones it prefers."""
+TARGETS = (CPU, RTX)
+"""Everything that rewrites can be chosen for."""
+
+
 @dataclass(frozen=True)
 class Pretrained:
     """Where published weights come from.
@@ -75,6 +82,8 @@ class ModelSpec:
         img_size: default height and width of the input in pixels.
         rewrites: the exact rewrites of the family, see :mod:`cmt_edge.cmt.rewrites`; ``fuse`` applies them in
             this order.
+        rtx_rewrites: those for TensorRT for RTX, where its compiler showed that others pay; ``None`` for the
+            same.
         num_classes: default number of classes.
         size_multiple: the input size must be a multiple of this number of pixels.
         rename: maps a published state-dict key to ours.
@@ -126,6 +135,13 @@ class ModelSpec:
     source: str = ""
     built_with_weights: bool = False
     published_state: Callable[[], StateDict] | None = None
+    rtx_rewrites: tuple[Rewrite, ...] | None = None
+
+    def choose_rewrites(self, target: str = CPU) -> tuple[Rewrite, ...]:
+        """The exact rewrites for one of :data:`TARGETS`, in the order in which they apply."""
+        if target == RTX and self.rtx_rewrites is not None:
+            return self.rtx_rewrites
+        return self.rewrites
 
 
 class Classifier(nn.Module):

@@ -110,6 +110,7 @@ class Predictor:
         throughput: bool = False,
         weights: str | Path | None = None,
         trusted_model: object = None,
+        trusted_engine: bool = False,
         color: str = "rgb",
         key: str | Path | None = None,
     ) -> Predictor:
@@ -119,7 +120,7 @@ class Predictor:
             path: bundle folder.
             backend: name of a runtime: ``"openvino"``, ``"onnxruntime"``, ``"tensorrt"``, ``"torch"`` or
                 ``"fake"``; default: the one of the bundle's format.
-            device, threads, throughput, weights, trusted_model: see
+            device, threads, throughput, weights, trusted_model, trusted_engine: see
                 :class:`~cmt_edge.deploy.backends.base.LoadOptions`.
             color: order of the channels of images that are arrays, ``"rgb"`` or ``"bgr"``, unless a call says
                 otherwise. OpenCV's arrays are ``"bgr"``. Encoded images and Pillow images know their order.
@@ -139,7 +140,7 @@ class Predictor:
                 f"{threads} threads were asked for",
                 remedy="ask for 1 or more, or leave it out for all cores",
             )
-        options = LoadOptions(device, threads, throughput, weights, trusted_model)
+        options = LoadOptions(device, threads, throughput, weights, trusted_model, trusted_engine)
         return read_whole(path, lambda bundle: cls._open_bundle(bundle, backend, options, color), key=key)
 
     @classmethod

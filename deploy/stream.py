@@ -86,6 +86,10 @@ class _Stream:
                     yield from self._deliver(self._pending[0])
             if self._failure is not None:
                 raise self._failure
+        except RuntimeError as exc:
+            if isinstance(exc.__context__, KeyboardInterrupt):  # Ctrl-C inside one of Python's own locks
+                raise exc.__context__ from None
+            raise
         finally:
             self._failure = None  # its traceback holds this frame
             self._stop()

@@ -18,10 +18,10 @@ from cmt_edge.cmt import find_model
 from cmt_edge.cmt.described import Description, describe_by_shapes, describe_checkpoint
 from cmt_edge.cmt.features import require_head
 from cmt_edge.cmt.outside import is_outside
-from cmt_edge.cmt.spec import ModelSpec, check_size
+from cmt_edge.cmt.spec import CPU, RTX, ModelSpec, check_size
 from cmt_edge.deploy.bundle import LOGITS
 from cmt_edge.deploy.bundle.record import find_text_fault
-from cmt_edge.deploy.bundle.sections import FORMATS
+from cmt_edge.deploy.bundle.sections import FORMATS, TYPED_FORMATS
 from cmt_edge.deploy.bundle.signature import read_private_key
 from cmt_edge.deploy.cli.ranges import CLASS_COUNTS, parse_finite
 from cmt_edge.deploy.errors import InputError, WeightsError
@@ -35,6 +35,7 @@ from .options import (
     list_changed_flags,
     read_defaults,
     read_mapping,
+    require_choice,
     require_range,
 )
 from .settings import AUTO, AUTO_DROP, TENSORRT, Settings
@@ -51,8 +52,11 @@ NOT_COMPUTED = {
     "onnx": "ONNX Runtime computes in it on no CPU",
     "openvino": "OpenVINO computes in it on no CPU",
     "trt": "its typed graphs are fp32, fp16 or int8",
+    "rtx": "its typed graphs are fp32, fp16 or int8",
 }
 """Format -> why it lacks a precision that others have."""
+COMPUTE_CAPABILITIES = ("75", "80", "86", "89", "120", "121")
+"""Compute capabilities that TensorRT for RTX 1.4 to 1.7 builds for, without the point."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,23 @@ class ExportConfig(Settings):
         return replace(DEFAULT, keep_float=self.kept_float)
 
     @property
+    def is_typed(self) -> bool:
+        """Whether the precision is written into the graph."""
+        return self.format in TYPED_FORMATS
+
+    @property
+    def rewriting_target(self) -> str:
+        """What the exact rewrites are chosen for."""
+        return RTX if self.format == "rtx" else CPU
+
+    @property
+    def compute(self) -> tuple[str, ...]:
+        """Compute capabilities that the engine is built for, without the point; empty for a portable one."""
+        if self.compute_capability is None:
+            return ()
+        return tuple(part.strip().replace(".", "") for part in self.compute_capability.split(","))
+
+    @property
     def quantizes(self) -> bool:
         """Whether an int8 graph is made."""
         return self.precision in ("int8", "auto")
@@ -154,7 +175,7 @@ class ExportConfig(Settings):
     @property
     def keeps_results(self) -> bool:
         """Whether something that took long is kept for the next export."""
-        engine = self.format == "trt" and self.build
+        engine = self.format == "trt" and self.build  # rtx keeps no timings
         return self.cache and (self.quantizes or self.data == SYNTHETIC or engine)
 
     @property
@@ -328,7 +349,7 @@ class ExportConfig(Settings):
         """What ``auto`` needs."""
         if self.precision != "auto":
             return
-        if self.format == "trt":
+        if self.is_typed:
             raise InputError(
                 "--precision auto measures on this machine, but TensorRT engines run on their device",
                 remedy="export fp16 and int8 with --no-build, then cmt-build and cmt-bench both on the"
@@ -362,11 +383,27 @@ class ExportConfig(Settings):
                 remedy=f"--format {' or '.join(others)}, or --precision {' or '.join(reversed(known))}",
             )
         flags = list_changed_flags(self, TENSORRT)
-        if flags and self.format != "trt":
+        if flags and not self.is_typed:
             raise InputError(
-                f"{' and '.join(flags)}: only --format trt builds engines",
-                remedy="leave it out, or use --format trt",
+                f"{' and '.join(flags)}: only --format trt or rtx builds engines",
+                remedy="leave it out, or use --format trt or rtx",
             )
+        self._check_compute()
+
+    def _check_compute(self) -> None:
+        """Compute capabilities that exist, and no GPU where none is used."""
+        if self.format == "rtx" and self.device is not None:
+            raise InputError(
+                "--device: --format rtx builds without a GPU",
+                remedy="leave it out; --compute-capability names the GPUs that the engine is for",
+            )
+        if self.format != "rtx" and self.compute_capability is not None:
+            raise InputError(
+                "--compute-capability is for --format rtx; TensorRT builds for the GPU of the machine",
+                remedy="leave it out, or use --format rtx",
+            )
+        for name in self.compute:
+            require_choice("compute capability", name, COMPUTE_CAPABILITIES)
 
     def _check_data(self) -> None:
         """Images where they are needed, and only there."""

@@ -184,8 +184,8 @@ def write_report(
     result: Verification,
     speed: Benchmark | None,
 ) -> None:
-    """Write ``report.md`` and ``report.json``: verification, latency where it was measured, and the verdict
-    of ``auto``."""
+    """Write ``report.md`` and ``report.json``: verification, what a compiler made of the graph, latency where
+    it was measured, and the verdict of ``auto``."""
     parts = [
         f"# {name}",
         report.describe_weights(manifest.model.weights),
@@ -193,6 +193,12 @@ def write_report(
         report.describe_verification(result, markdown=True),
     ]
     content: dict[str, Any] = {"verification": result}
+    if manifest.compiled:
+        parts += [
+            "## What the compiler made of it",
+            report.describe_compiled(manifest.compiled, markdown=True),
+        ]
+        content["compiled"] = manifest.compiled
     if speed:
         parts += [
             "## Latency",

@@ -101,7 +101,7 @@ def check_preconditions(config: ExportConfig) -> None:
         BundleWriter(target).check()
         if config.pack:
             require_replaceable(locate_packed(target))
-    if config.format == "trt":
+    if config.is_typed:
         from . import trt
 
         trt.check_builder(config)
@@ -162,7 +162,7 @@ def finish(
             manifest = _add_files(config, writer, manifest, graph, prepared)
         if Step.BUILD in journal:
             journal.take(Step.BUILD)
-            manifest = _add_engine(config, writer, manifest, progress)
+            manifest = _add_engine(config, writer, manifest, graph, progress)
         with journal.step(Step.VERIFY):
             result = _verify(config, writer, manifest, prepared, progress)
             manifest = replace(manifest, verification=result.entry(differences))
@@ -246,12 +246,18 @@ def _add_engine(
     config: ExportConfig,
     writer: BundleWriter,
     manifest: Manifest,
+    graph: onnx.ModelProto,
     progress: Progress,
 ) -> Manifest:
     """The manifest with an engine in it, which lies beside the graph."""
-    from . import trt
+    if config.format == "rtx":
+        from . import rtx
 
-    manifest, files = trt.add_engine(config, writer.staged(manifest), progress)
+        manifest, files = rtx.add_portable_engine(config, writer.staged(manifest), graph, progress)
+    else:
+        from . import trt
+
+        manifest, files = trt.add_engine(config, writer.staged(manifest), progress)
     with writing(config.target):
         for name, content in files.items():
             path = writer.folder / name
@@ -270,7 +276,7 @@ def _verify(
     """The staged bundle compared with the reference, whose answers are kept in it."""
     bundle = writer.staged(manifest)
     candidate = None
-    if config.format == "trt" and not config.build:
+    if config.format == "rtx" or (config.format == "trt" and not config.build):
         from . import trt
 
         candidate = trt.emulate(config, bundle)

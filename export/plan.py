@@ -97,15 +97,15 @@ def list_steps_to_choose(config: ExportConfig) -> Iterator[Step]:
 
 def list_steps_to_finish(config: ExportConfig) -> Iterator[Step]:
     """Steps from the graph to the bundle."""
-    if config.format == "trt":
+    if config.is_typed:
         if config.precision != "fp32":
             yield Step.OBSERVE
         yield Step.TYPE
     yield Step.FILES
-    if config.format == "trt" and config.build:
+    if config.is_typed and config.build:
         yield Step.BUILD
     yield Step.VERIFY
-    if config.format != "trt":  # an engine is measured where it is built
+    if not config.is_typed:  # an engine is measured where it is built
         yield Step.MEASURE
     yield Step.WRITE
 

@@ -112,7 +112,7 @@ def _make_graph(
 ) -> tuple[onnx.ModelProto, Differences]:
     """The simplified float32 graph with a dynamic batch, and the differences of its steps."""
     with journal.step(Step.FUSE):
-        fused, differences = steps.fuse_model(reference, config.head)
+        fused, differences = steps.fuse_model(reference, config.head, config.rewriting_target)
     with journal.step(Step.TRACE):
         traced, found = steps.trace_model(fused, reference, config.img_size, config.outputs)
         differences |= found

@@ -28,7 +28,7 @@ from cmt_edge.deploy.preprocessing import MAX_SIZE
 
 from .options import KEY, Option, make_option
 
-ALIASES = {"engine": "trt", "tensorrt": "trt"}
+ALIASES = {"engine": "trt", "tensorrt": "trt", "tensorrt_rtx": "rtx"}
 """Other names of a format -> its name."""
 PRECISION_CHOICES = ("fp32", "fp16", "bf16", "int8", "auto")
 """What can be asked for; ``auto`` measures the precisions of the format and chooses one."""
@@ -57,7 +57,7 @@ GROUPS = {
     OUTPUT: "output and format",
     GATES: "accuracy gates",
     AUTO: "--precision auto",
-    TENSORRT: "TensorRT (--format trt)",
+    TENSORRT: "TensorRT (--format trt or rtx)",
     MACHINE: "machine",
 }
 """Group of options -> its heading in ``--help``, in this order."""
@@ -89,13 +89,14 @@ class Settings:
     )
     format: str = make_option(
         "openvino",
-        help="runtime that serves the bundle; onnx: ONNX Runtime; engine and tensorrt mean trt",
+        help="runtime that serves the bundle; onnx: ONNX Runtime; trt: TensorRT (also engine, tensorrt);"
+        " rtx: TensorRT for RTX (also tensorrt_rtx)",
         group=OUTPUT,
         choices=(*FORMATS, *ALIASES),
     )
     precision: str = make_option(
         "fp32",
-        help="fp16 needs trt, bf16 needs openvino; auto: measure them here and take the fastest that passes",
+        help="fp16 needs trt or rtx, bf16 openvino; auto: measure them here and take the fastest that passes",
         group=OUTPUT,
         choices=PRECISION_CHOICES,
         shortcuts=(
@@ -235,18 +236,26 @@ class Settings:
     )
     build: bool = make_option(
         True,
-        help="write the bundle without an engine; cmt-build finishes it on the device",
+        help="write the bundle without an engine; cmt-build makes it on the device",
         group=TENSORRT,
     )
     device: str | None = make_option(
         None,
-        help="number of the GPU (default: 0)",
+        help="number of the GPU (default: 0); trt alone",
         group=TENSORRT,
         written=(int,),
     )
+    compute_capability: str | None = make_option(
+        None,
+        help="compute capabilities that an rtx engine is built for, 86,89,120 for instance (default: one"
+        " portable engine for 8.0, 8.6, 8.9, 12.0 and later)",
+        group=TENSORRT,
+        metavar="LIST",
+        written=(int, list),
+    )
     workspace: float | None = make_option(
         None,
-        help="scratch memory of the builder (default: 40 % of what is free)",
+        help="scratch memory of the engine (default: for trt 40 % of what is free, for rtx the compiler's)",
         group=TENSORRT,
         metavar="GiB",
         range=GIBIBYTES,

@@ -30,7 +30,7 @@ from cmt_edge.deploy import Bundle, Predictor, Preprocess, report
 from cmt_edge.deploy.backends import RUNTIME_OF_FORMAT, get_runtime
 from cmt_edge.deploy.backends.torch import TorchSession
 from cmt_edge.deploy.bundle import GOLDEN, LOGITS, ONNX, Golden
-from cmt_edge.deploy.bundle.sections import FORMATS, GoldenCheck, RuntimeEntry
+from cmt_edge.deploy.bundle.sections import FORMATS, TYPED_FORMATS, GoldenCheck, RuntimeEntry
 from cmt_edge.deploy.errors import CmtEdgeError, GateError, InputError
 from cmt_edge.deploy.files import find_cache_folder
 from cmt_edge.deploy.images import ImageSet
@@ -296,9 +296,9 @@ def make_images(
 # --- the graph ------------------------------------------------------------------------------------
 
 
-def fuse_model(reference: Reference, head: str) -> tuple[nn.Module, Differences]:
-    """The reference with the exact rewrites of its family."""
-    fused = choose_head(fuse(reference.classifier), head)
+def fuse_model(reference: Reference, head: str, target: str) -> tuple[nn.Module, Differences]:
+    """The reference with the exact rewrites of its family for ``target``."""
+    fused = choose_head(fuse(reference.classifier, target=target), head)
     outputs = TorchSession(fused).run(reference.batch)
     return fused, {
         "fuse": require_parity(
@@ -417,13 +417,13 @@ def write_files(
     graph.
 
     Returns:
-        The runtime of the format; without a version for TensorRT, whose engine comes later.
+        The runtime of the format; without a version for those of NVIDIA, whose engines come later.
     """
     path = folder / ONNX
     path.write_bytes(set_batch(graph, batch).SerializeToString(deterministic=True))
     golden.save(folder / GOLDEN)
     name = RUNTIME_OF_FORMAT[format]
-    if format == "trt":
+    if format in TYPED_FORMATS:
         return RuntimeEntry(backend=name, version=None)
     runtime = get_runtime(name)
     runtime.compile(path, folder)

@@ -1,7 +1,8 @@
-"""The steps that only TensorRT needs: precision written into the graph, the engine, and a stand-in for it.
+"""The steps that NVIDIA's compilers need: precision written into the graph, TensorRT's engine, and a stand-in
+for an engine where there is no GPU.
 
-Nothing else in ``export`` imports :mod:`cmt_edge.deploy.tensorrt`, and this module is imported only for
-``--format trt``.
+Besides :mod:`cmt_edge.export.rtx`, nothing else in ``export`` imports :mod:`cmt_edge.deploy.tensorrt`, and
+this module is imported only for ``--format trt`` and ``--format rtx``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from cmt_edge.deploy.errors import (
 )
 from cmt_edge.deploy.measure.parity import find_tolerance, measure_distance
 from cmt_edge.deploy.progress import Progress
-from cmt_edge.deploy.tensorrt.build import finish_bundle, require_tensorrt
+from cmt_edge.deploy.tensorrt.bindings import RTX
+from cmt_edge.deploy.tensorrt.build import finish_bundle, require_compiler, require_tensorrt
 from cmt_edge.deploy.tensorrt.engine import EngineOptions
 from cmt_edge.deploy.tensorrt.parser_rules import find_parser_problems
 
@@ -37,10 +39,14 @@ def check_builder(config: ExportConfig) -> None:
 
     Raises:
         InputError: the workspace is out of range.
-        RuntimeMissingError: TensorRT or a GPU is missing, and the engine is to be built here.
+        RuntimeMissingError: the compiler is missing, or for TensorRT a GPU, and the engine is to be built
+        here.
     """
     EngineOptions(config.workspace).check()
     if not config.build:
+        return
+    if config.format == "rtx":
+        require_compiler(RTX)
         return
     try:
         require_tensorrt(config.device)

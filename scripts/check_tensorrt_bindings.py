@@ -28,17 +28,20 @@ PARSER_ERROR = ("code", "desc", "file", "func", "line", "node", "node_name", "no
 def build(folder: Path) -> None:
     """A static and a dynamic engine, with and without a timing cache and TF32."""
     from cmt_edge.deploy.tensorrt import builder as engine_builder
+    from cmt_edge.deploy.tensorrt.bindings import TENSORRT, make_monitor, open_bindings
     from cmt_edge.deploy.tensorrt.engine import BuildRequest
-    from cmt_edge.deploy.tensorrt.session import Log
 
+    bindings = open_bindings(TENSORRT)
     engine_builder.read_blob = lambda memory: b"plan"
     (folder / "model.onnx").write_bytes(b"onnx")
     for tf32, profile in ((False, None), (True, (1, 2, 8))):
         digest = hashlib.sha256(b"onnx").hexdigest()
         request = BuildRequest(
+            format="trt",
             onnx=str(folder / "model.onnx"),
             sha256=digest,
             plan=str(folder / "plan"),
+            layers=None,
             timing_folder=str(folder / "timing"),
             timing_key="timings",
             input=NAME,
@@ -47,11 +50,15 @@ def build(folder: Path) -> None:
             level=3,
             tf32=tf32,
             profile=profile,
+            device=0,
+            compute=(),
+            aux_streams=0 if tf32 else None,
+            memory=None,
         )
         seen: list[str] = []
-        engine_builder.build_engine(request, lambda phase, share, seen=seen: seen.append(phase), Log())
+        engine_builder.build_engine(request, lambda phase, share, seen=seen: seen.append(phase), bindings)
         assert (folder / "plan").read_bytes() == b"plan"
-    monitor = engine_builder.Monitor(lambda phase, share: None)
+    monitor = make_monitor(bindings.trt, lambda phase, share: None)
     monitor.phase_start("phase", None, 2)
     assert monitor.step_complete("phase", 0) is True
     monitor.phase_finish("phase")
@@ -61,26 +68,30 @@ def run() -> None:
     """Open, run with a CUDA graph and without, time, profile and inspect."""
     from cmt_edge.deploy.errors import StepError
     from cmt_edge.deploy.tensorrt import session as backend
+    from cmt_edge.deploy.tensorrt.bindings import TENSORRT, make_layer_times, open_bindings
     from cmt_edge.deploy.tensorrt.cuda import open_cuda
 
+    bindings = open_bindings(TENSORRT)
     backend.TensorRTSession._find_largest_batch = lambda self: 8
-    require(StepError, "not one float32 input", lambda: backend.TensorRTSession(b"plan", open_cuda()))
+    require(
+        StepError, "not one float32 input", lambda: backend.TensorRTSession(bindings, b"plan", open_cuda())
+    )
     backend.TensorRTSession._find_names = lambda self, expected: (NAME, [NAME, NAME])
     batch = np.zeros((2, 3, 64, 64), np.float32)
     for graphs in (True, False):
-        session = backend.TensorRTSession(b"plan", open_cuda(), graphs=graphs)
+        session = backend.TensorRTSession(bindings, b"plan", open_cuda(), graphs=graphs)
         session.run(batch)
         times = session.device_times(batch, 3)
         assert times.compute.shape == (3,)
         assert isinstance(session.inspect(), str)
         require(StepError, "inspection", lambda session=session: session.executed(batch, 2))
     session._engine.get_tensor_profile_shape(NAME, 0)
-    profiler = backend._LayerTimes()
+    profiler = make_layer_times(bindings.trt)
     profiler.report_layer_time("layer", 0.5)
-    log = backend.Log()
+    bindings.words.clear()
     for severity in ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE"):
-        log.log(getattr(backend.trt.Logger.Severity, severity), severity)
-    assert (len(log.errors), len(log.warnings)) == (2, 1)
+        bindings.log.log(getattr(bindings.trt.Logger.Severity, severity), severity)
+    assert (len(bindings.words.errors), len(bindings.words.warnings)) == (2, 1)
 
 
 def require(kind: type[Exception], word: str, call: Callable[[], object]) -> None:

@@ -138,6 +138,9 @@ OWN = (
 LIBRARY = re.compile(r"^(lib[\w+]*)(?:-[0-9a-f]{8})*[\w.-]*?\.so(?:\.[\d.]+)?$")
 """The name of a file of a shared library; its group is the name without hash and version."""
 
+PROPRIETARY = ("rtx", "rtx-cu13")
+"""Extras that install a compiler of NVIDIA's under its own licence. No other extra holds them."""
+
 INTRODUCTION = """\
 # Licences
 
@@ -152,6 +155,8 @@ permit. It permits no package under the GPL, the AGPL, the LGPL or a proprietary
 - `cuda-bindings`, `cuda-pathfinder` and `nvidia-ml-py` are not pinned. Their versions are those of the
   day on which the page was made. They are open source. The driver, the CUDA libraries and TensorRT below
   them, which you install yourself, are NVIDIA's and proprietary.
+- The extras `rtx` and `rtx-cu13` are not in this list. They install TensorRT for RTX (`tensorrt-rtx-cu12`,
+  `tensorrt-rtx-cu13`) under a proprietary licence of NVIDIA's. No other extra needs them, `test` included.
 - `torch` is the CPU build here. The CUDA build, which pip takes from an ordinary index, also installs
   `triton` and NVIDIA's proprietary libraries (`nvidia-*`). They are not in this list.
 """
@@ -224,9 +229,10 @@ def find_libraries(environment: Path) -> dict[str, set[str]]:
 
 
 def read_extras() -> list[str]:
-    """The extras of pyproject.toml that users install, then ``test``."""
+    """The extras of pyproject.toml that users install, then ``test``; not those of :data:`PROPRIETARY`."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return [name for name in project["optional-dependencies"] if name not in {"all", "test-light"}]
+    left_out = {"all", "test-light", *PROPRIETARY}
+    return [name for name in project["optional-dependencies"] if name not in left_out]
 
 
 def name_extras(key: str, contents: Mapping[str, set[str]]) -> str:

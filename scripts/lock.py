@@ -3,10 +3,11 @@
 usage: python scripts/lock.py [--check]
 
 ``requirements/locked.txt`` holds every pin of ``constraints.txt`` but torch's, whose index each user chooses.
-``requirements/supply.txt`` holds the tools of ``requirements/supply.in`` and what they need. A pin has the
-hashes of all its files in the package index, for every platform. ``uv`` asks the index; ``make lock`` runs
-this script where ``uv`` is installed. ``--check`` asks no index and writes nothing; the exit code is 1 if the
-first file does not fit the pins.
+``requirements/supply.txt`` holds the tools of ``requirements/supply.in`` and what they need, and
+``requirements/rtx.txt`` the compiler of ``requirements/rtx.in``. A pin has the hashes of all its files in the
+package index, for every platform. ``uv`` asks the index; ``make lock`` runs this script where ``uv`` is
+installed. ``--check`` asks no index and writes nothing; the exit code is 1 if the first file does not fit the
+pins.
 """
 
 from __future__ import annotations
@@ -32,6 +33,12 @@ TOOLS = ROOT / "requirements" / "supply.in"
 
 LOCKED_TOOLS = ROOT / "requirements" / "supply.txt"
 """The tools and what they need, with hashes."""
+
+COMPILER = ROOT / "requirements" / "rtx.in"
+"""The package of TensorRT for RTX, with its version."""
+
+LOCKED_COMPILER = ROOT / "requirements" / "rtx.txt"
+"""TensorRT for RTX with hashes."""
 
 PYTHON = "3.11"
 """The version of Python that the pins are for."""
@@ -111,13 +118,14 @@ def compile_hashes(source: Path, target: Path, *options: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write both files, or check the first; returns the exit code."""
+    """Write all files, or check the first; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing, and compare with the pins")
     options = parser.parse_args(arguments)
     if not options.check:
         compile_hashes(CONSTRAINTS, LOCKED, "--no-deps", "--no-emit-package", UNLOCKED)
         compile_hashes(TOOLS, LOCKED_TOOLS)
+        compile_hashes(COMPILER, LOCKED_COMPILER)
     locked = LOCKED.read_text(encoding="utf-8")
     faults = find_faults(CONSTRAINTS.read_text(encoding="utf-8"), locked)
     if faults:

@@ -63,6 +63,9 @@ START = (
 BINDINGS = Job(("python", "-c", "import cuda.bindings.runtime, pynvml"))
 """The packages that the extras of TensorRT install; TensorRT itself comes with the device."""
 
+COMPILER = Job(("python", "-c", "import tensorrt_rtx as t; assert t.Builder(t.Logger())"))
+"""The compiler of TensorRT for RTX, which starts without a GPU."""
+
 SIGN = """
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cmt_edge.deploy.bundle.signature import sign
@@ -88,6 +91,12 @@ JOBS = {
         BINDINGS,
         Job((*PREDICT, "--backend", "tensorrt"), MISSING, "tensorrt is not installed"),
     ),
+    "rtx,export": (
+        BINDINGS,
+        COMPILER,
+        Job(("cmt-export", *DATA, "--format", "rtx", "--precision", "int8", "-o", "out"), text="compiled by"),
+    ),
+    "rtx-cu13": (BINDINGS, COMPILER),
     "sign": (Job(("python", "-c", SIGN)),),
     "report,onnxruntime": (Job(("cmt-bench", BUNDLE, "--seconds", "0.2", "--plot", "latency.svg")),),
     "export": (Job(("cmt-export", *DATA, "--format", "onnx", "--precision", "int8", "-o", "out")),),

@@ -1,4 +1,4 @@
-"""What several test modules share: where the shared data lies, and bundles made once a session."""
+"""What several test modules share: where the shared data lies, and bundles made once a run."""
 
 from __future__ import annotations
 
@@ -8,9 +8,38 @@ from pathlib import Path
 import pytest
 
 from helpers.exports import traced_once
+from helpers.made_once import copy_once_made, find_run_folder
 from helpers.paths import FAKES
 from helpers.shared import shared
 from helpers.trt import forget_fakes
+
+LONGEST_FIRST = (
+    "tests/export/test_auto.py",
+    "tests/export/test_trt.py",
+    "tests/export/test_families.py",
+    "tests/export/test_pipeline.py",
+    "tests/export/test_cli.py",
+    "tests/test_packaging.py",
+    "tests/cmt/test_fuse.py",
+    "tests/deploy/test_offline.py",
+    "tests/deploy/test_load.py",
+    "tests/export/test_features.py",
+    "tests/calib/test_quantize.py",
+    "tests/calib/test_restore.py",
+    "tests/calib/test_synthetic.py",
+    "tests/deploy/test_crash.py",
+    "tests/cmt/test_official.py",
+    "tests/export/test_outputs.py",
+)
+"""The test modules that take longest, the longest first. A worker that began one of them last would work
+alone at the end, because a module is not divided between workers."""
+
+
+def pytest_collection_modifyitems(config, items):
+    """Begin with the longest modules. ``make quick`` has an order of its own."""
+    if not config.pluginmanager.has_plugin("quick_deadline"):
+        rank = {path: number for number, path in enumerate(LONGEST_FIRST)}
+        items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(rank)))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,29 +56,54 @@ def cifar() -> Path:
     return shared("data/cifar10.tar")
 
 
-def _export(tmp_path_factory, **settings):
-    pytest.importorskip("torch", reason="needs torch, which makes the bundle")
-    from cmt_edge.export import ExportConfig, run
-
-    return run(ExportConfig("cmt_nano", output=str(tmp_path_factory.mktemp("bundles")), **settings))
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory) -> Path:
+    """A folder that all workers of this run share."""
+    return find_run_folder(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
-def fp32_bundle(tmp_path_factory):
+def traced(run_folder) -> Path:
+    """The folder of traced graphs; see :func:`traced_once`."""
+    return run_folder / "traced"
+
+
+@pytest.fixture(scope="session")
+def exported(run_folder, traced, tmp_path_factory):
+    """Gives a worker its own copy of a bundle of cmt_nano that is exported once a run."""
+
+    def give(name: str, **settings):
+        pytest.importorskip("torch", reason="needs torch, which makes the bundle")
+        from cmt_edge.deploy import Bundle
+        from cmt_edge.export import ExportConfig, run
+
+        def make(folder: Path) -> None:
+            with traced_once(traced):
+                run(ExportConfig("cmt_nano", output=str(folder), **settings))
+
+        target = run_folder / "bundles" / name
+        (bundle,) = copy_once_made(target, tmp_path_factory.mktemp("bundles"), make).iterdir()
+        return Bundle.open(bundle)
+
+    return give
+
+
+@pytest.fixture(scope="session")
+def fp32_bundle(exported):
     """cmt_nano, OpenVINO, fp32."""
-    return _export(tmp_path_factory)
+    return exported("fp32")
 
 
 @pytest.fixture(scope="session")
-def onnx_bundle(tmp_path_factory):
+def onnx_bundle(exported):
     """cmt_nano, ONNX, fp32, any batch size."""
-    return _export(tmp_path_factory, format="onnx", batch=0)
+    return exported("onnx", format="onnx", batch=0)
 
 
 @pytest.fixture(scope="session")
-def int8_bundle(tmp_path_factory):
+def int8_bundle(exported):
     """cmt_nano, OpenVINO, int8, calibrated on generated images."""
-    return _export(tmp_path_factory, precision="int8", data="generated", calib_size=32)
+    return exported("int8", precision="int8", data="generated", calib_size=32)
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +119,9 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def one_trace():
+def one_trace(traced):
     """See :func:`traced_once`."""
-    with traced_once():
+    with traced_once(traced):
         yield
 
 

@@ -79,7 +79,7 @@ def related(script, tmp_path):
     sources = quick.read_sources(tmp_path)
 
     def find(*changed: str) -> dict[str, int]:
-        steps = quick.distances([Path(name) for name in changed], sources)
+        steps = quick.measure_distances([Path(name) for name in changed], sources)
         return {Path(name).stem.removeprefix("test_"): distance for name, distance in steps.items()}
 
     return find
@@ -115,7 +115,7 @@ def test_a_change_chooses_tests_of_this_checkout(script):
     sources = quick.read_sources(ROOT)
     assert quick.choose([], sources, {}) == (list(quick.ALWAYS), [])
     assert all((ROOT / name).exists() for name in quick.ALWAYS)
-    steps = quick.distances([Path("deploy/tensorrt/cuda.py")], sources)
+    steps = quick.measure_distances([Path("deploy/tensorrt/cuda.py")], sources)
     assert steps["tests/deploy/test_cuda.py"] == 1
     assert steps["tests/deploy/test_build.py"] > 1
     assert steps["tests/cmt/test_cvt.py"] > steps["tests/deploy/test_build.py"]
@@ -134,7 +134,7 @@ def test_near_and_short_tests_run_while_there_is_time(script):
     quick = script("quick_tests")
     sources = quick.read_sources(ROOT)
     change = [Path("deploy/tensorrt/cuda.py"), Path("tests/cmt/test_cvt.py")]
-    steps = quick.distances(change, sources)
+    steps = quick.measure_distances(change, sources)
     seconds = dict.fromkeys(steps, 10.0) | dict.fromkeys(quick.ALWAYS, 0.0)
     seconds |= {"tests/cmt/test_cvt.py": 25.0, "tests/deploy/test_cuda.py": 9.0}
     chosen, left_out = quick.choose(change, sources, seconds, budget=36.0)
@@ -150,7 +150,7 @@ def test_changed_tests_run_first_and_near_ones_before_far_ones(script):
     quick = script("quick_tests")
     sources = quick.read_sources(ROOT)
     change = [Path("deploy/tensorrt/cuda.py"), Path("tests/cmt/test_cvt.py")]
-    steps = quick.distances(change, sources)
+    steps = quick.measure_distances(change, sources)
     chosen, _ = quick.choose(change, sources, {}, budget=1e9)
     assert chosen[: 1 + len(quick.ALWAYS)] == ["tests/cmt/test_cvt.py", *quick.ALWAYS]
     others = [steps[name] for name in chosen[1 + len(quick.ALWAYS) :]]
@@ -203,13 +203,13 @@ def test_the_record_names_modules_that_exist(script):
 
 def test_names_of_modules(script):
     quick = script("quick_tests")
-    assert quick.module_name(Path("deploy/bundle/__init__.py")) == "cmt_edge.deploy.bundle"
-    assert quick.module_name(Path("src/cmt_edge/__init__.py")) == "cmt_edge"
-    assert quick.module_name(Path("cmt/layers.py")) == "cmt_edge.cmt.layers"
-    assert quick.module_name(Path("tests/helpers/paths.py")) == "helpers.paths"
-    assert quick.module_name(Path("tests/cmt/test_cvt.py")) == "tests.cmt.test_cvt"
-    assert quick.module_name(Path("scripts/code_figures.py")) is None
-    assert quick.module_name(Path("cmt/data/imagenet_labels.txt")) is None
+    assert quick.name_module(Path("deploy/bundle/__init__.py")) == "cmt_edge.deploy.bundle"
+    assert quick.name_module(Path("src/cmt_edge/__init__.py")) == "cmt_edge"
+    assert quick.name_module(Path("cmt/layers.py")) == "cmt_edge.cmt.layers"
+    assert quick.name_module(Path("tests/helpers/paths.py")) == "helpers.paths"
+    assert quick.name_module(Path("tests/cmt/test_cvt.py")) == "tests.cmt.test_cvt"
+    assert quick.name_module(Path("scripts/code_figures.py")) is None
+    assert quick.name_module(Path("cmt/data/imagenet_labels.txt")) is None
 
 
 def test_an_unknown_base_changes_nothing(script):

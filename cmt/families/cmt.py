@@ -27,14 +27,17 @@ from ..layers import (
 )
 from ..rewrites import (
     attend_over_keys,
+    attend_with_tokens,
     fold_affine,
     fold_batch_norm,
     fold_scale,
     fold_shortcut,
     merge_keys_and_values,
+    pad_heads,
+    remove_attention_biases,
     replace_batch_norms,
 )
-from ..spec import Classifier, KeyRenames, ModelSpec, Pretrained, StateDict, make_rename
+from ..spec import Classifier, KeyRenames, ModelSpec, Pretrained, Rewrite, StateDict, make_rename
 
 
 @dataclass(frozen=True)
@@ -157,16 +160,27 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.ffn = InvertedResidualFFN(dim, hidden)
         self.drop_path = DropPath(drop_path)
+        self.on_map = False
+        """Whether a rewrite has put the shortcut of the attention on the map."""
 
     def forward(self, x: Tensor, position_bias: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         size = (x.shape[2], x.shape[3])
+        if self.on_map:
+            return self._add_on_map(self.lpu(x), size, position_bias)
         tokens = to_tokens(self.lpu(x))  # (B, N, C)
         tokens = tokens + self.drop_path(self.attn(self.norm1(tokens), size, position_bias))
         # The shortcut is the second operand: OpenVINO overwrites the first one, and would have to copy tokens
         # that another operation reads.
         branch: Tensor = self.drop_path(self.ffn(to_map(self.norm2(tokens), *size)))
         return branch + to_map(tokens, *size)
+
+    def _add_on_map(self, x: Tensor, size: tuple[int, int], position_bias: Tensor) -> Tensor:
+        """Attention and IRFFN with both shortcuts on the map, (B, C, H, W)."""
+        attended = self.attn(self.norm1(to_tokens(x)), size, position_bias)
+        x = x + to_map(attended, *size)
+        branch: Tensor = self.ffn(to_map(self.norm2(to_tokens(x)), *size))
+        return branch + x
 
 
 class Stage(nn.Module):
@@ -375,13 +389,23 @@ def resize(model: nn.Module, state: StateDict) -> tuple[StateDict, list[str]]:
     return state, changed
 
 
-REWRITES = (
+def _put_shortcuts_on_maps(model: nn.Module) -> int:
+    """Let every block add its attention to the map that the LPU's conv gives, and not to its tokens."""
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    for block in blocks:
+        block.on_map = True
+    return len(blocks)
+
+
+_BEFORE = (
     fold_scale("q"),
     fold_batch_norm("reduce", "reduce_norm"),
     fold_affine("norm1", "attn.q", "attn.reduce"),
     fold_affine("norm1", "attn.q", "attn.k", "attn.v", unless="attn.reduce"),
-    attend_over_keys("blocks", "norm1", "attn"),  # stages 1 and 2, which have the most tokens
-    merge_keys_and_values(),
+)
+"""What comes before the rewrites of the attention."""
+
+_BEHIND = (
     fold_affine("norm2", "ffn.expand"),
     fold_shortcut(),
     fold_affine("depthwise_norm", "project"),
@@ -390,7 +414,32 @@ REWRITES = (
     fold_batch_norm("head.conv", "head.norm"),
     replace_batch_norms(),  # stem and expand_norm: between an activation and a zero-padded conv
 )
+"""What comes behind them."""
+
+REWRITES = (
+    *_BEFORE,
+    attend_over_keys("blocks", "norm1", "attn"),  # stages 1 and 2, which have the most tokens
+    merge_keys_and_values(),
+    *_BEHIND,
+)
 """The exact rewrites of CMT, in the order in which they apply."""
+
+# The compiler fuses an attention in the usual form if it has several heads. It reads queries, keys and values
+# where their products leave them, if no bias comes between and a head's width is a multiple of 8; else a
+# kernel copies each of them.
+RTX_REWRITES = (
+    *_BEFORE,
+    attend_with_tokens("norm1", "attn"),  # stage 1, which has the most tokens
+    remove_attention_biases("norm1", "attn"),
+    pad_heads(),
+    Rewrite(
+        "shortcut of the attention on the map",
+        "map(x + f(x)) == map(x) + map(f(x))",
+        _put_shortcuts_on_maps,
+    ),
+    *_BEHIND,
+)
+"""The exact rewrites of CMT for TensorRT for RTX, in the order in which they apply."""
 
 _RELEASE = "https://github.com/ggjy/CMT.pytorch/releases/download/release-v1/"
 """Where the official weights of the ImageNet models lie."""
@@ -414,6 +463,7 @@ def _make_spec(
         config=_CONFIGS[name],
         img_size=img_size,
         rewrites=REWRITES,
+        rtx_rewrites=RTX_REWRITES,
         rename=make_rename(_RENAMES),
         resize=resize,
         head_keys=("head.fc.weight", "head.fc.bias"),

@@ -32,6 +32,7 @@ from ..rewrites import (
     fold_scale,
     fold_value_bias,
     keep_class_token,
+    remove_attention_biases,
     replace_each,
 )
 from ..spec import Classifier, KeyRenames, ModelSpec, Pretrained, StateDict, make_rename
@@ -342,6 +343,9 @@ REWRITES = (
 )
 """The exact rewrites of ConViT, in the order in which they apply."""
 
+RTX_REWRITES = (*REWRITES[:-3], remove_attention_biases("norm1", "attn"), *REWRITES[-3:])
+"""The exact rewrites of ConViT for TensorRT for RTX: between a product and an attention stands no bias."""
+
 _RELEASE = "https://dl.fbaipublicfiles.com/convit/"
 """Where the official weights lie."""
 
@@ -358,6 +362,7 @@ def _make_spec(name: str, heads: int, params: int, macs: int, top1: str) -> Mode
         img_size=224,
         size_multiple=16,  # the patch size
         rewrites=REWRITES,
+        rtx_rewrites=RTX_REWRITES,
         rename=make_rename(_RENAMES),
         adapt=separate_projections,
         resize=resize,

@@ -36,10 +36,16 @@ RUNTIMES = {
         'pip install "cmt-edge[onnxruntime]"',
     ),
     "tensorrt": Entry(
-        "..tensorrt.session",
+        "..tensorrt.trt",
         ("tensorrt",),
         "JetPack brings it (a virtual environment needs --system-site-packages); elsewhere see "
         "docs/tensorrt.md. Here, --backend onnxruntime runs the same graph",
+    ),
+    "tensorrt_rtx": Entry(
+        "..tensorrt.rtx",
+        ("tensorrt_rtx",),
+        'pip install "cmt-edge[rtx]", which brings tensorrt-rtx-cu12; "cmt-edge[rtx-cu13]" for CUDA 13. Here,'
+        " --backend onnxruntime runs the same graph",
     ),
     "torch": Entry(".torch", ("torch",), 'pip install "cmt-edge[export]"'),
     "fake": Entry(".fake", is_double=True),
@@ -50,6 +56,7 @@ RUNTIME_OF_FORMAT = {
     "openvino": "openvino",
     "onnx": "onnxruntime",
     "trt": "tensorrt",
+    "rtx": "tensorrt_rtx",
 }
 """Format of a bundle -> name of the runtime that serves it by default."""
 

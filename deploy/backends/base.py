@@ -37,6 +37,8 @@ class LoadOptions:
         weights: checkpoint for the torch backend where the bundle's weights came from a file.
         trusted_model: for the torch backend, the name of a model from outside the registry that the user
             trusts, or the module object itself; a manifest alone never makes Python import such code.
+        trusted_engine: open the engine in a bundle although it was built on another machine and the bundle
+            was opened without a key; an engine is native code.
     """
 
     device: str | None = None
@@ -44,6 +46,7 @@ class LoadOptions:
     throughput: bool = False
     weights: str | Path | None = None
     trusted_model: object = None
+    trusted_engine: bool = False
 
 
 @dataclass(frozen=True)

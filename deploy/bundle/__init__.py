@@ -7,11 +7,13 @@ manifest is complete. Hashes protect against accidents; they do not prove where 
 from .bundle import Bundle
 from .golden import Golden, save_reference
 from .manifest import (
+    COMPILED,
     ENGINES,
     GOLDEN,
     MANIFEST,
     MAX_MANIFEST,
     ONNX,
+    PORTABLE_ENGINE,
     REFERENCE,
     Manifest,
 )
@@ -20,12 +22,14 @@ from .sections import LOGITS, PROBABILITIES, SCORES
 from .writer import BundleWriter, require_outside_bundles
 
 __all__ = [
+    "COMPILED",
     "ENGINES",
     "GOLDEN",
     "LOGITS",
     "MANIFEST",
     "MAX_MANIFEST",
     "ONNX",
+    "PORTABLE_ENGINE",
     "PROBABILITIES",
     "REFERENCE",
     "SCORES",

@@ -70,6 +70,8 @@ class Bundle:
     """The file that a packed bundle was opened from; ``path`` is then a folder that it was unpacked to."""
     state: State | None = field(default=None, compare=False, repr=False)
     """Tells whether the folder is still the one that was opened; ``None`` while it is being written."""
+    signature_checked: bool = field(default=False, compare=False, repr=False)
+    """Whether the bundle was opened with a public key that it is signed with."""
 
     @property
     def name(self) -> str:
@@ -133,7 +135,7 @@ class Bundle:
         if key is not None:
             require_signed(make_statement(json.loads(data), ENGINES), _read_signature(path), Path(key), path)
         _check_members(path, manifest)
-        return cls(path, manifest, state=state)
+        return cls(path, manifest, state=state, signature_checked=key is not None)
 
     def require_unchanged(self) -> None:
         """Raise :class:`BundleError` where another bundle has taken this one's place since it was opened.

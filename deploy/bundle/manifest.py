@@ -12,12 +12,13 @@ from typing import Any
 from ..errors import BundleError
 from ..escaping import SHOWN_CHARACTERS
 from ..preprocessing import Preprocess
-from .record import EMPTIED, REMEDY, make_plain, parse_json, read_record
+from .record import EMPTIED, OMITTED, REMEDY, make_plain, parse_json, read_record
 from .sections import (
     BATCH,
     FORMATS,
     LOGITS,
     CalibrationEntry,
+    CompiledEntry,
     EngineEntry,
     FileEntry,
     Format,
@@ -47,6 +48,11 @@ REFERENCE = "reference.npz"
 """Name of the reference's answers in the bundle."""
 ENGINES = "engines"
 """Name of the folder of TensorRT engines and their reports in the bundle."""
+PORTABLE_ENGINE = "model.rtx"
+"""Name of the engine in the bundle that TensorRT for RTX built where the bundle was exported. It lies outside
+:data:`ENGINES`, so that a signature covers it."""
+COMPILED = "compile.json"
+"""Name of the list of the engine's kernels in the bundle."""
 MAX_MANIFEST = 16 << 20
 """A larger manifest, in bytes, is not read."""
 MAX_FILES = 256
@@ -83,6 +89,7 @@ class Manifest:
     verdict: VerdictEntry | None = None
     latency: LatencyEntry | None = None
     engine: EngineEntry | None = None
+    compiled: CompiledEntry | None = field(default=None, metadata=OMITTED)
     host: Host | None = field(default=None, metadata=EMPTIED)
     schema: int = SCHEMA
     checksum: str = ""

@@ -6,10 +6,11 @@ It lies in the bundle as JSON, in the order of the fields; :mod:`cmt_edge.deploy
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..bundle import make_plain, parse_json, read_record
-from ..bundle.sections import Count, EngineKey, GoldenCheck, Share
+from ..bundle.record import OMITTED
+from ..bundle.sections import CompiledEntry, Count, EngineKey, GoldenCheck, Share
 from .benchmark import Benchmark
 from .device import DeviceState, PowerReport
 
@@ -51,6 +52,7 @@ class DeviceReport:
         power: of the device, under load.
         state: of the device.
         warnings: of the session and of TensorRT.
+        compiled: what the compiler made of the graph; ``None`` where that is not known.
     """
 
     bundle: str
@@ -65,6 +67,7 @@ class DeviceReport:
     power: SustainedPower
     state: DeviceStates
     warnings: tuple[str, ...]
+    compiled: CompiledEntry | None = field(default=None, metadata=OMITTED)
 
     def to_bytes(self) -> bytes:
         """The content of the report's JSON file: one line."""

@@ -3,6 +3,7 @@
 from .as_json import make_bundle_json, make_prediction_json, to_json
 from .benchmark import describe_benchmark, describe_protocol
 from .bundle import describe_bundle, describe_weights
+from .compiled import describe_compiled
 from .device import describe_build, describe_device_report
 from .plot import draw_latency_plot
 from .prediction import describe_prediction
@@ -14,6 +15,7 @@ __all__ = [
     "describe_benchmark",
     "describe_build",
     "describe_bundle",
+    "describe_compiled",
     "describe_device_report",
     "describe_prediction",
     "describe_protocol",

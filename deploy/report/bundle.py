@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from ..bundle import LOGITS, Bundle
 from ..bundle.sections import (
+    TYPED_FORMATS,
     LatencyEntry,
     ObservedEntry,
     SynthesisEntry,
@@ -15,6 +16,7 @@ from ..bundle.sections import (
     VerificationEntry,
     WeightsEntry,
 )
+from .compiled import describe_compiled
 from .verdict import describe_verdict
 
 
@@ -30,6 +32,7 @@ def describe_bundle(bundle: Bundle, verify_flags: Sequence[str] = ()) -> str:
     lines = [describe_verdict(manifest.verdict), ""] if manifest.verdict else []
     lines += _describe_verified(manifest.verification) if manifest.verification else []
     lines += _describe_typed(manifest.typing)
+    lines += [describe_compiled(manifest.compiled)] if manifest.compiled else []
     lines += _describe_latency(manifest.latency)
     lines.append(describe_weights(manifest.model.weights))
     if manifest.labels_source == "numbered":
@@ -95,7 +98,7 @@ def describe_weights(weights: WeightsEntry) -> str:
 
 def _describe_latency(latency: LatencyEntry | None) -> list[str]:
     if latency is None:
-        return ["latency: not measured, the bundle has no engine yet"]
+        return ["latency: not measured, the bundle has no engine of its device yet"]
     return [
         f"latency: median {latency.p50_ms:.2f} ms a batch of {latency.batch} "
         "(a quick look; cmt-bench measures properly)",
@@ -124,7 +127,7 @@ def _list_next_commands(bundle: Bundle, verify_flags: Sequence[str]) -> list[str
     """What to do with a new bundle: commands that can be pasted as they stand, then those that need images of
     the user's own."""
     path = shlex.quote(str(bundle.path))
-    if bundle.manifest.format == "trt" and not bundle.manifest.engine:
+    if bundle.manifest.format in TYPED_FORMATS and not bundle.manifest.engine:
         name = shlex.quote(bundle.path.name)
         return [
             "next:",

@@ -9,6 +9,7 @@ from ..measure.benchmark import Measured
 from ..measure.device import DeviceState, DGpu
 from ..measure.device_report import DeviceReport, DeviceStates, SustainedPower
 from .bundle import describe_features_call
+from .compiled import describe_compiled
 from .tables import LATENCY_COLUMNS, format_latency_cells, format_table
 
 
@@ -21,6 +22,7 @@ def describe_device_report(report: DeviceReport, markdown: bool = False) -> str:
         *title,
         *_describe_engine(report),
         _describe_golden(report),
+        *([describe_compiled(report.compiled)] if report.compiled else []),
         _describe_precision(report, measured),
         "",
         _format_latency_table(measured, markdown),

@@ -18,12 +18,13 @@ from .. import report
 from ..backends import get_runtime
 from ..backends.base import read_batch_limit
 from ..bundle import ENGINES, Bundle, Manifest
-from ..bundle.sections import EngineEntry, EngineKey, GoldenCheck
+from ..bundle.sections import CompiledEntry, EngineEntry, EngineKey, GoldenCheck
 from ..errors import (
     GateError,
     InputError,
     OutputError,
     RuntimeMissingError,
+    StepError,
 )
 from ..files import writing
 from ..locks import try_lock
@@ -44,7 +45,9 @@ from ..signals import unwound_by_signals
 from ..telemetry.dgpu import find_nvml_index
 from ..telemetry.power import PowerMonitor
 from ..telemetry.state import read_state
+from .bindings import PRODUCTS, TENSORRT, Product, open_bindings
 from .building import BUILD_TIME_LIMIT_S, build_plan
+from .compiled import EngineFacts, summarise_kernels
 from .cuda import Cuda, open_cuda
 from .engine import (
     EngineOptions,
@@ -57,6 +60,8 @@ from .engine import (
     read_engine,
 )
 from .inspection import read_layers, require_precision
+from .kernels import read_kernels
+from .session import TensorRTSession, find_engine_target
 
 POWER_SECONDS = 3.0
 """Seconds of uninterrupted inference while the power is sampled."""
@@ -100,11 +105,16 @@ class Finished:
     report: DeviceReport
 
 
-def require_tensorrt(device: str | None = None) -> None:
+def require_compiler(product: Product) -> None:
+    """Raise a :class:`RuntimeMissingError` with the remedy where a compiler is not installed."""
+    get_runtime(product.name)
+
+
+def require_tensorrt(device: str | None = None, product: Product = TENSORRT) -> None:
     """Raise a :class:`RuntimeMissingError` that names everything that is missing."""
     missing = []
     try:
-        runtime = get_runtime("tensorrt")
+        runtime = get_runtime(product.name)
     except RuntimeMissingError as exc:
         missing.append(exc.what)
     try:
@@ -113,7 +123,7 @@ def require_tensorrt(device: str | None = None) -> None:
         missing.append(f"{exc.what} ({exc.why})")
     if missing:
         raise RuntimeMissingError(
-            "TensorRT engines are built only where TensorRT and an NVIDIA GPU are",
+            f"{product.title} engines are built only where {product.title} and an NVIDIA GPU are",
             why="; ".join(missing),
             remedy="build on the device; docs/tensorrt.md lists what it needs",
         )
@@ -170,7 +180,7 @@ def finish_bundle(
     bundle is not changed.
 
     Args:
-        bundle: of format ``"trt"``, opened, so its hashes hold.
+        bundle: of format ``"trt"`` or ``"rtx"``, opened, so its hashes hold.
         options: of the build.
         device: number of the GPU.
         force: build even where the bundle's engine is still right.
@@ -202,21 +212,22 @@ def finish_bundle(
 
 
 def _require_format(bundle: Bundle) -> None:
-    if bundle.manifest.format != "trt":
+    if bundle.manifest.format not in PRODUCTS:
         raise InputError(
             f"is a bundle for {bundle.manifest.format}, not for TensorRT",
             where=bundle.path,
-            remedy="export it with --format trt",
+            remedy="export it with --format trt or --format rtx",
         )
 
 
 @dataclass(frozen=True)
 class _Verified:
-    """What the engine was found to be: the share of its layers at the asked precision or below, and the
-    golden check."""
+    """What the engine was found to be: the share of its layers at the asked precision or below, the golden
+    check, and what the compiler made of the graph."""
 
     low_precision_share: float
     golden: GoldenCheck
+    compiled: CompiledEntry | None
 
 
 @dataclass(frozen=True)
@@ -247,10 +258,9 @@ class _Job:
 
     @classmethod
     def prepare(cls, bundle: Bundle, options: EngineOptions, device: str | None) -> _Job:
-        require_tensorrt(device)
-        from .session import find_engine_target  # it imports TensorRT
-
-        cuda, target = find_engine_target(device)
+        product = PRODUCTS[bundle.manifest.format]
+        require_tensorrt(device, product)
+        cuda, target = find_engine_target(open_bindings(product), device)
         key = make_engine_key(bundle, target, options)
         return cls(
             bundle,
@@ -297,9 +307,21 @@ class _Job:
         manifest = self.bundle.manifest
         operations = manifest.typing.operations if manifest.typing else {}
         with self._open(built) as predictor:
-            found = read_layers(predictor.session.inspect())
-            share = require_precision(manifest.precision, operations, found)
-            return _Verified(share, _require_golden(self.bundle, predictor, atol))
+            inspection = predictor.session.inspect()
+            share = require_precision(manifest.precision, operations, read_layers(inspection))
+            golden = _require_golden(self.bundle, predictor, atol)
+        return _Verified(share, golden, self._summarise(inspection, built))
+
+    def _summarise(self, inspection: str, built: Built) -> CompiledEntry | None:
+        """What the compiler made of the graph; ``None`` where its inspection names no tensors."""
+        product = PRODUCTS[self.bundle.manifest.format]
+        seconds = None if built.reused else built.seconds
+        made = EngineFacts(
+            product.name, self.target.tensorrt, len(built.plan), (self.target.gpu.sm,), seconds
+        )
+        with contextlib.suppress(StepError):
+            return summarise_kernels(read_kernels(inspection), made)
+        return None
 
     def measure(self, built: Built, protocol: Protocol, progress: Progress) -> _OnDevice:
         def load(*_: object, throughput: bool = False, **__: object) -> Predictor:
@@ -317,10 +339,9 @@ class _Job:
         return _OnDevice(speed, power, read_state(gpu_index=self.nvml), notes)
 
     def _open(self, built: Built, throughput: bool = False) -> Predictor:
-        from .session import TensorRTSession  # it imports TensorRT
-
         bundle = self.bundle
         session = TensorRTSession(
+            open_bindings(PRODUCTS[bundle.manifest.format]),
             built.plan,
             self.cuda,
             self.target.gpu.index,
@@ -353,6 +374,7 @@ def _make_report(
         engine_bytes=len(built.plan),
         low_precision_share=verified.low_precision_share,
         golden=verified.golden,
+        compiled=verified.compiled,
         benchmark=measured.speed,
         power=measured.power,
         state=DeviceStates(before, measured.after),

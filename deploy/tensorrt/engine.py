@@ -24,7 +24,7 @@ from pathlib import Path
 from platformdirs import user_data_path
 
 from ..backends.base import read_batch_limit
-from ..bundle import ENGINES, ONNX, Bundle
+from ..bundle import ENGINES, ONNX, PORTABLE_ENGINE, Bundle
 from ..bundle.sections import BuildOptions, EngineKey
 from ..cache import compute_digest
 from ..errors import (
@@ -35,6 +35,7 @@ from ..errors import (
 )
 from ..files import read_regular, write_atomic
 from ..locks import locked
+from .bindings import RTX, Product
 from .cuda import Cuda, Gpu
 
 DEFAULT_LEVEL = 3
@@ -90,35 +91,46 @@ class BuildRequest:
     """What :mod:`cmt_edge.deploy.tensorrt.builder` builds.
 
     Attributes:
+        format: of the bundle, which says which of NVIDIA's two compilers builds.
         onnx, sha256: path of the graph, and its hash.
         plan: path of the engine that is written.
-        timing_folder, timing_key: the cache of timings, and the entry in it.
+        layers: path of the list of kernels that is written, ``None`` for none.
+        timing_folder, timing_key: the cache of timings, and the entry in it; an empty key for none.
         input, shape: name and shape of the graph's input; the batch may be a name.
-        workspace: bytes of scratch memory.
+        workspace: bytes of scratch memory, ``None`` for the compiler's default.
         level, tf32: as :class:`EngineOptions`.
         profile: as :class:`EngineOptions`, only for a dynamic batch.
-        device: number of the GPU.
+        device: number of the GPU; ``None`` builds without one.
+        compute: compute capabilities by NVIDIA's names, ``"SM86"``; none for the compiler's choice.
+        aux_streams: the largest number of streams besides the caller's, ``None`` for the compiler's choice.
+        memory: bytes of address space that the builder may take, ``None`` for no limit.
     """
 
+    format: str
     onnx: str
     sha256: str
     plan: str
+    layers: str | None
     timing_folder: str
     timing_key: str
     input: str
     shape: tuple[int | str, ...]
-    workspace: int
+    workspace: int | None
     level: int
     tf32: bool
     profile: tuple[int, int, int] | None
-    device: int = 0
+    device: int | None
+    compute: tuple[str, ...]
+    aux_streams: int | None
+    memory: int | None
 
 
 @dataclass(frozen=True)
 class BuildAnswer:
-    """What the builder returns besides the file that it writes: TensorRT's warnings."""
+    """What the builder returns besides the files that it writes: the compiler's warnings and its version."""
 
     warnings: tuple[str, ...]
+    version: str
 
 
 @dataclass(frozen=True)
@@ -236,6 +248,56 @@ def read_engine(bundle: Bundle, target: EngineTarget) -> bytes:
     return data
 
 
+def read_portable_engine(bundle: Bundle, trusted: bool) -> bytes:
+    """The bytes of the engine that the export wrote into a bundle for TensorRT for RTX.
+
+    It was built on another machine, so it is opened only if the bundle was checked against a public key,
+    which covers the engine, or if the caller says that it trusts the bundle.
+
+    Args:
+        bundle: whose manifest names such an engine.
+        trusted: whether the caller trusts an engine without a signature.
+
+    Raises:
+        RuntimeMissingError: there is no signature and no trust; the remedy is ``cmt-build``.
+        BundleError: the file is not what the manifest says.
+    """
+    compiled = bundle.manifest.compiled
+    assert compiled is not None, "the caller has looked"
+    assert compiled.engine is not None, "the caller has looked"
+    if compiled.engine != PORTABLE_ENGINE:  # a signature covers that file, and not those of cmt-build
+        raise BundleError(
+            f"names {compiled.engine} as its portable engine, which is always {PORTABLE_ENGINE}",
+            where=bundle.path,
+            remedy="copy the whole bundle again, or build an engine here: cmt-build",
+        )
+    if not (trusted or bundle.signature_checked):
+        raise RuntimeMissingError(
+            "the engine in the bundle was built on another machine, so it is not loaded",
+            where=bundle.path,
+            why="an engine is native code, and the bundle was opened without a key",
+            remedy=f"build one here: cmt-build {bundle.path}; or open a signed bundle with --key KEY",
+        )
+    data = bundle.file(compiled.engine).read_bytes()
+    if hashlib.sha256(data).hexdigest() != bundle.manifest.files[compiled.engine].sha256:
+        raise BundleError(
+            "the engine was changed",
+            where=bundle.path / compiled.engine,
+            remedy="copy the whole bundle again, or build an engine here: cmt-build",
+        )
+    return data
+
+
+def require_format(bundle: Bundle, product: Product) -> None:
+    """Raise :class:`InputError` unless ``bundle`` is for ``product``."""
+    if bundle.manifest.format != product.format:
+        raise InputError(
+            f"is a bundle for {bundle.manifest.format}, not for {product.title}",
+            where=bundle.path,
+            remedy=f"export it with --format {product.format}",
+        )
+
+
 def make_trtexec_command(bundle: Bundle, options: EngineOptions, device: str | None = None) -> str:
     """The command line of NVIDIA's ``trtexec`` that builds the same engine, for comparing and for bug
     reports.
@@ -244,6 +306,8 @@ def make_trtexec_command(bundle: Bundle, options: EngineOptions, device: str | N
     """
     entry = bundle.manifest.engine
     version = entry.key.tensorrt if entry else "10"
+    if bundle.manifest.format == RTX.format:
+        return _make_rtx_command(bundle, options)
     parts = [
         "trtexec",
         f"--onnx={bundle.file(ONNX)}",
@@ -257,14 +321,27 @@ def make_trtexec_command(bundle: Bundle, options: EngineOptions, device: str | N
     )  # from 11 on there is nothing else
     parts += [f"--memPoolSize=workspace:{round(options.workspace * 1024)}M"] if options.workspace else []
     parts += [] if options.tf32 else ["--noTF32"]
-    if read_batch_limit(bundle) == 0:
-        rest = "x".join(map(str, bundle.manifest.input.shape[1:]))
-        parts += [
-            f"--{kind}Shapes={bundle.manifest.input.name}:{count}x{rest}"
-            for kind, count in zip(("min", "opt", "max"), options.profile, strict=True)
-        ]
+    parts += _list_shape_flags(bundle, options)
     parts += [f"--device={device}"] if device else []
     return shlex.join(parts)
+
+
+def _make_rtx_command(bundle: Bundle, options: EngineOptions) -> str:
+    """The same for ``tensorrt_rtx``, the tool of TensorRT for RTX."""
+    parts = ["tensorrt_rtx", f"--onnx={bundle.file(ONNX)}", "--saveEngine=engine.plan"]
+    parts += ["--profilingVerbosity=detailed", "--verbose", "--maxAuxStreams=0"]
+    return shlex.join(parts + _list_shape_flags(bundle, options))
+
+
+def _list_shape_flags(bundle: Bundle, options: EngineOptions) -> list[str]:
+    """The batch sizes of a dynamic bundle as NVIDIA's tools take them."""
+    if read_batch_limit(bundle) != 0:
+        return []
+    rest = "x".join(map(str, bundle.manifest.input.shape[1:]))
+    return [
+        f"--{kind}Shapes={bundle.manifest.input.name}:{count}x{rest}"
+        for kind, count in zip(("min", "opt", "max"), options.profile, strict=True)
+    ]
 
 
 def _read_secret() -> bytes:

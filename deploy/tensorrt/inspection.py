@@ -46,7 +46,9 @@ NO_COMPUTE = (
     "wait",
 )
 """Kinds of layers that neither compute nor convert."""
-GENERATED_MOVE = re.compile(r"^__myl_(move|cast?|copy|reform|quan|dequ)+(_myl|$)", re.IGNORECASE)
+GENERATED_MOVE = re.compile(
+    r"^__myl_(move|cast?|copy|reform|quan|dequ|tran|resh|conc|slic|repl)+(_myl|$)", re.IGNORECASE
+)
 """Names of generated kernels (kind "kgen") that only move or convert; the name lists what was fused into
 one."""
 TACTICS = (
@@ -103,10 +105,11 @@ def _read_layer(entry: Mapping[str, Any]) -> EngineLayer:
         or _find_lowest(entry.get("Outputs"))
         or _find_in_tactic(str(entry.get("TacticName", "")))
     )
-    return EngineLayer(name, kind, precision, _converts(kind, name))
+    return EngineLayer(name, kind, precision, is_conversion(kind, name))
 
 
-def _converts(kind: str, name: str) -> bool:
+def is_conversion(kind: str, name: str) -> bool:
+    """Whether a kernel of this kind and name only moves or converts."""
     if any(word in kind.lower() for word in CONVERTING_KINDS):
         return True
     return bool(GENERATED_MOVE.match(name))
@@ -115,7 +118,12 @@ def _converts(kind: str, name: str) -> bool:
 def _find_lowest(tensors: Any) -> str:
     """The lowest precision that a list of tensors mentions, ``""`` if none has a float or int8 type."""
     words = [word for tensor in tensors or () if isinstance(tensor, dict) for word in _split_words(tensor)]
-    return _find_first_match(WORDS, " ".join(words))
+    return find_precision(" ".join(words))
+
+
+def find_precision(words: str) -> str:
+    """The lowest precision that TensorRT's words for a type or a format name, ``""`` for none."""
+    return _find_first_match(WORDS, words)
 
 
 def _find_in_tactic(name: str) -> str:

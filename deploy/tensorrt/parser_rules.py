@@ -2,7 +2,8 @@
 
 What 10.3 (JetPack 6) refuses is refused here, so a bundle builds on every version from 10.3 to 11. Source:
 the onnx-tensorrt project, ``docs/operators.md`` and ``onnxOpImporters.cpp`` of the 10.3 and 10.15 releases;
-TensorRT documentation, "Explicit Quantization".
+TensorRT documentation, "Explicit Quantization". ``tests/deploy/test_rtx_parser.py`` compares every rule with
+the real parser of TensorRT for RTX; :data:`ACCEPTED_BY_RTX` says why those stay that it does not have.
 """
 
 from __future__ import annotations
@@ -57,6 +58,19 @@ SINGLE_OUTPUT = ("LayerNormalization", "MaxPool", "Dropout")
 
 MIXED_FLOATS = ("Resize", "DequantizeLinear", "LayerNormalization")
 """Operations that may read float32 and float16 at once."""
+ACCEPTED_BY_RTX = {
+    "opset 21 is above 20": "TensorRT 10.3 alone: it reads operations up to opset 20",
+    "domain 'com.microsoft'": "our own: the same file goes to every runtime",
+    "input: inputs and outputs must be float32": "our own: sessions copy float32",
+    "logits: inputs and outputs must be float32": "our own: sessions copy float32",
+    "tensors of type DOUBLE": "misread: the parser narrows them to float32",
+    "uint8 instead of int8": "TensorRT 10.3 alone: it knows uint8 as an input only",
+    "scale and zero point must be constants": "our own: a missing zero point means uint8 in ONNX",
+    "activation with one scale a channel": "TensorRT 10.3 alone: activations have one scale",
+    "no axis, and versions differ": "misread: the default axis differs between versions",
+    "alpha and beta other than 1": "misread: the factors become float32 constants in a float16 graph",
+}
+"""Part of a finding -> why the rule stays, although the parser of TensorRT for RTX 1.7 takes such a graph."""
 
 
 def find_parser_problems(model: onnx.ModelProto) -> list[str]:

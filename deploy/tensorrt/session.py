@@ -1,4 +1,5 @@
-"""TensorRT 10.3 to 11: engines on NVIDIA GPUs, built by ``cmt-build`` on the device that runs them.
+"""Engines of TensorRT 10.3 to 11 and of TensorRT for RTX on NVIDIA GPUs, built by ``cmt-build`` on the device
+that runs them.
 
 Precision is not chosen here: networks are strongly typed, so it stands in ``model.onnx``. Only names that
 every version from 10.3 to 11.4 has are used; numbers of enumerations differ between versions and are never
@@ -13,54 +14,26 @@ import ctypes
 import queue
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import tensorrt as trt
 
 from ..backends.base import DeviceTimes, LoadOptions, Runtime, Session
 from ..backends.described import GraphTensor, require_described
 from ..bundle import Bundle
 from ..bundle.sections import FLOAT32, ExecutedPrecision
 from ..errors import InputError, RuntimeMissingError, StepError
+from .bindings import Bindings, make_layer_times
 from .cuda import TO_DEVICE, TO_HOST, Cuda, CudaError, open_cuda
-from .engine import EngineTarget, read_engine
+from .engine import EngineTarget, read_engine, read_portable_engine, require_format
 from .inspection import count_executed, read_layers
 
 FLOAT_BYTES = 4
 """Bytes of a float32 value."""
-KEPT_LINES = 20
-"""The number of TensorRT's last errors and warnings that are kept."""
 UNKNOWN_TYPES = "due to dynamic shapes"
 """What the inspector writes for types it does not know."""
-
-
-class Log(trt.ILogger):
-    """Keeps TensorRT's last warnings and errors instead of printing them."""
-
-    def __init__(self) -> None:
-        trt.ILogger.__init__(self)
-        self.errors: list[str] = []
-        self.warnings: list[str] = []
-
-    def clear(self) -> None:
-        self.errors, self.warnings = [], []
-
-    def log(self, severity: Any, message: str) -> None:
-        if severity in (
-            trt.Logger.Severity.INTERNAL_ERROR,
-            trt.Logger.Severity.ERROR,
-        ):
-            self.errors = [*self.errors, message][-KEPT_LINES:]
-        elif severity == trt.Logger.Severity.WARNING:
-            self.warnings = [*self.warnings, message][-KEPT_LINES:]
-
-
-LOG = Log()
-"""TensorRT keeps the first logger it is given for the whole process, so there is one."""
 
 
 def parse_gpu_index(device: str | None) -> int:
@@ -74,12 +47,10 @@ def parse_gpu_index(device: str | None) -> int:
     return int(text)
 
 
-def find_engine_target(
-    device: str | None = None,
-) -> tuple[Cuda, EngineTarget]:
+def find_engine_target(bindings: Bindings, device: str | None = None) -> tuple[Cuda, EngineTarget]:
     """The GPU and what an engine for it is keyed by; raises :class:`RuntimeMissingError`."""
     cuda = open_cuda()
-    return cuda, EngineTarget.here(trt.__version__, cuda, parse_gpu_index(device))
+    return cuda, EngineTarget.here(bindings.version, cuda, parse_gpu_index(device))
 
 
 class TensorRTSession(Session):
@@ -88,6 +59,7 @@ class TensorRTSession(Session):
 
     def __init__(
         self,
+        bindings: Bindings,
         plan: bytes,
         cuda: Cuda,
         index: int = 0,
@@ -96,18 +68,18 @@ class TensorRTSession(Session):
         graphs: bool = True,
         throughput: bool = False,
     ) -> None:
-        self.runtime = f"tensorrt {trt.__version__}"
+        self.runtime = bindings.runtime
         self.parallelism = 2 if throughput else 1  # copies of one request overlap the other's computing
         self.graphs = graphs
         """Whether inferences are launched as CUDA graphs; turned off with a note in :attr:`notes` where that
         fails."""
         self.notes: list[str] = []
-        self._cuda, self._index = cuda, index
+        self._bindings, self._cuda, self._index = bindings, cuda, index
         self._enter()
         self.device = cuda.gpu(index).name
         self._runtime: Any
         self._engine: Any
-        self._runtime, self._engine = _deserialise(plan)
+        self._runtime, self._engine = _deserialise(bindings, plan)
         self._input, self._outputs = self._find_names(outputs)
         self._most = self._find_largest_batch()
         self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
@@ -115,7 +87,7 @@ class TensorRTSession(Session):
         self._lock = threading.Lock()
 
     def _find_names(self, expected: Sequence[str]) -> tuple[str, list[str]]:
-        engine = self._engine
+        engine, trt = self._engine, self._bindings.trt
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         inputs = [n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
         outputs = [n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.OUTPUT]
@@ -124,7 +96,7 @@ class TensorRTSession(Session):
             raise StepError(
                 f"the engine's inputs and outputs are {', '.join(names)}, not one float32 input and"
                 f" {', '.join(expected)}",
-                remedy="build it from a bundle of cmt-export --format trt",
+                remedy=f"build it from a bundle of cmt-export --format {self._bindings.product.format}",
             )
         return inputs[0], list(expected)
 
@@ -158,7 +130,7 @@ class TensorRTSession(Session):
         return DeviceTimes(compute, with_copies, enqueue)
 
     def executed(self, batch: np.ndarray, repeats: int = 10) -> ExecutedPrecision:
-        profiler = _LayerTimes()
+        profiler = make_layer_times(self._bindings.trt)
         self._enter()
         worker = self._make_worker(graphs=False)
         try:
@@ -172,7 +144,7 @@ class TensorRTSession(Session):
 
     def inspect(self) -> str:
         """The engine inspector's JSON; with a dynamic batch only a context with a shape knows the types."""
-        inspector = self._engine.create_engine_inspector()
+        inspector, trt = self._engine.create_engine_inspector(), self._bindings.trt
         text = str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
         if UNKNOWN_TYPES not in text:
             return text
@@ -223,21 +195,21 @@ class TensorRTSession(Session):
         if context is None:
             raise RuntimeMissingError(
                 "the engine does not fit the free memory of the device",
-                why="; ".join(LOG.errors),
+                why="; ".join(self._bindings.words.errors),
                 remedy="close other programs, or build with a smaller --workspace or --profile",
             )
         return Worker(context, self._cuda, self._input, self._outputs, graphs)
 
 
-def _deserialise(plan: bytes) -> tuple[Any, Any]:
+def _deserialise(bindings: Bindings, plan: bytes) -> tuple[Any, Any]:
     """A runtime and the engine in it; raises :class:`StepError` with TensorRT's own words."""
-    LOG.clear()
-    runtime = trt.Runtime(LOG)
+    bindings.words.clear()
+    runtime = bindings.trt.Runtime(bindings.log)
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise StepError(
-            "TensorRT refused the engine",
-            why="; ".join(LOG.errors),
+            f"{bindings.product.title} refused the engine",
+            why="; ".join(bindings.words.errors),
             remedy="build it again with cmt-build --force",
         )
     return runtime, engine
@@ -392,23 +364,15 @@ class Worker:
         self.context = None
 
 
-class _LayerTimes(trt.IProfiler):
-    """Sums the milliseconds of each layer."""
-
-    def __init__(self) -> None:
-        trt.IProfiler.__init__(self)
-        self.milliseconds: dict[str, float] = defaultdict(float)
-
-    def report_layer_time(self, layer_name: str, ms: float) -> None:
-        self.milliseconds[layer_name] += ms
-
-
-class TensorRT(Runtime):
+class EngineRuntime(Runtime):
     """Opens the engine that ``cmt-build`` made on this device."""
+
+    def __init__(self, bindings: Bindings) -> None:
+        self.bindings = bindings
 
     def check(self, device: str | None = None) -> str:
         open_cuda().gpu(parse_gpu_index(device))
-        return f"tensorrt {trt.__version__}"
+        return self.bindings.runtime
 
     def load(self, bundle: Bundle, options: LoadOptions) -> Session:
         """Open the engine of a bundle.
@@ -419,19 +383,26 @@ class TensorRT(Runtime):
             BundleError: the engine was changed; this is found out before it is deserialised. Or its input and
                 outputs are not what the manifest says.
         """
-        cuda, target = find_engine_target(options.device)
+        require_format(bundle, self.bindings.product)
+        cuda, target = find_engine_target(self.bindings, options.device)
+        file, plan = self._read_plan(bundle, target, options)
         session = TensorRTSession(
-            read_engine(bundle, target),
+            self.bindings,
+            plan,
             cuda,
             target.gpu.index,
             outputs=bundle.outputs,
             throughput=options.throughput,
         )
-        entry = bundle.manifest.engine
-        assert entry is not None, "read_engine found it"
-        require_described(bundle, entry.file, *session.tensors())
+        require_described(bundle, file, *session.tensors())
         return session
 
-
-RUNTIME = TensorRT()
-"""What the table of runtimes gives for ``"tensorrt"``."""
+    def _read_plan(self, bundle: Bundle, target: EngineTarget, options: LoadOptions) -> tuple[str, bytes]:
+        """Name and bytes of the engine that may be opened."""
+        entry = bundle.manifest.engine
+        compiled = bundle.manifest.compiled
+        if entry is None and compiled is not None and compiled.engine is not None:
+            return compiled.engine, read_portable_engine(bundle, options.trusted_engine)
+        plan = read_engine(bundle, target)
+        assert entry is not None, "read_engine found it"
+        return entry.file, plan

@@ -114,13 +114,13 @@ def test_equal_seeds_give_equal_images(small):
 
 @pytest.mark.parametrize(("count", "batches"), [(1, [1]), (50, [50]), (51, [26, 25]), (101, [34, 34, 33])])
 def test_batches_are_even(count, batches):
-    assert synthetic.batch_sizes(count, 50) == batches
+    assert synthetic.split_into_batches(count, 50) == batches
 
 
 @pytest.mark.parametrize("spec", [SPEC, CROPPED], ids=["whole", "cropped"])
 def test_preprocessing_gives_exactly_the_images_that_were_made(small, spec):
     images, how = synthesise(small, 3, spec, steps=2)
-    made = synthetic.as_set(synthetic.Made(images, how, cached=False), spec)
+    made = synthetic.convert_to_set(synthetic.Made(images, how, cached=False), spec)
     assert np.array_equal(np.stack([decode_pixels(blob, spec) for blob in made.blobs]), images)
     assert [b.shape for b in made.batches(spec)] == [(1, 3, SIZE, SIZE)] * 3
 
@@ -273,6 +273,7 @@ ARGV = ("--model", "cmt_nano", "--int8", "--data", "synthetic", "--calib-size", 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_trace")
 def test_an_export_with_few_steps_verifies(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(
         synthetic.make_synthetic_set,
@@ -294,6 +295,7 @@ def test_an_export_with_few_steps_verifies(capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_trace")
 def test_ranges_of_fp16_are_observed_on_them(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(
         synthetic.make_synthetic_set,

@@ -18,6 +18,7 @@ from cmt_edge.cmt.folding import (
     read_affine,
 )
 from cmt_edge.cmt.layers import DropPath
+from cmt_edge.cmt.spec import CPU, RTX, TARGETS
 from cmt_edge.cmt.weights import randomize
 from cmt_edge.deploy.errors import InputError
 from helpers.models import marked_models
@@ -33,16 +34,20 @@ PUBLISHED_SIZE = [
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def names_for_rtx(name: str) -> list[str]:
+    return [rewrite.name for rewrite in find_model(name).choose_rewrites(RTX)]
+
+
 def randomized(name: str, seed: int, **options) -> nn.Module:
     model = create_model(name, **options)
     randomize(model, seed)
     return model
 
 
-def relative_difference(model: nn.Module, x: torch.Tensor) -> float:
+def relative_difference(model: nn.Module, x: torch.Tensor, target: str = CPU) -> float:
     """Largest logit difference between ``model`` and its fused form, relative to max(1, largest logit)."""
     with torch.inference_mode():
-        expected, actual = model(x), fuse(model)(x)
+        expected, actual = model(x), fuse(model, target=target)(x)
     assert actual.dtype == expected.dtype
     return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1))
 
@@ -55,6 +60,56 @@ def test_logits_are_kept(name):
         x = images(2, 64, seed)
         assert relative_difference(model, x) < 1e-5
         assert relative_difference(model.double(), x.double()) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["cmt_nano", "convit_tiny"])
+def test_logits_are_kept_for_the_other_compiler(name):
+    """The rewrites for TensorRT for RTX, together."""
+    model = create_model(name, img_size=64)
+    for seed in range(2):
+        randomize(model.float(), seed)
+        x = images(2, 64, seed)
+        assert relative_difference(model, x, RTX) < 1e-5
+        assert relative_difference(model.double(), x.double(), RTX) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("name", "rewrite"),
+    [(name, rewrite) for name in ("cmt_nano", "convit_tiny") for rewrite in names_for_rtx(name)],
+)
+def test_each_rewrite_for_the_other_compiler_is_exact_on_its_own(name, rewrite):
+    model = randomized(name, 0, img_size=64).double()
+    x = images(2, 64, 0).double()
+    with torch.inference_mode():
+        expected = model(x)
+        for without in ([rewrite], [other for other in names_for_rtx(name) if other != rewrite]):
+            found = fuse(model, target=RTX, without=without)(x)
+            assert (found - expected).abs().max() / expected.abs().max().clamp(min=1) < 1e-10
+
+
+def test_attentions_for_the_other_compiler_have_no_biases_and_even_heads():
+    fused = fuse(randomized("cmt_nano", 0), target=RTX)
+    for stage in fused.stages:
+        for block in stage.blocks:
+            attn = block.attn
+            if attn.heads == 1:
+                assert isinstance(attn.q, nn.Identity)
+                continue
+            assert attn.q.bias is attn.k.bias is attn.v.bias is None
+            assert attn.q.out_features % (8 * attn.heads) == 0
+            assert attn.proj.in_features == attn.q.out_features
+
+
+def test_heads_of_a_good_width_stay():
+    fused = fuse(randomized("cmt_s", 0, img_size=64), target=RTX)
+    assert fused.stages[1].blocks[0].attn.q.out_features == 128
+
+
+def test_every_target_has_rewrites():
+    for name in list_models():
+        for target in TARGETS:
+            assert find_model(name).choose_rewrites(target)
+    assert find_model("cvt_13").choose_rewrites(RTX) == find_model("cvt_13").rewrites
 
 
 @pytest.mark.parametrize("name", PUBLISHED_SIZE)

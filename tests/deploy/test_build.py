@@ -454,9 +454,11 @@ def test_update_never_replaces_a_file(bundle):
 
 def test_whatever_fails_in_the_builder_is_a_typed_error(gpu_machine, tmp_path):
     request = BuildRequest(
+        format="trt",
         onnx=str(tmp_path / "gone.onnx"),
         sha256="0" * 64,
         plan=str(tmp_path / "engine.plan"),
+        layers=None,
         timing_folder=str(tmp_path),
         timing_key="k",
         input="input",
@@ -465,6 +467,10 @@ def test_whatever_fails_in_the_builder_is_a_typed_error(gpu_machine, tmp_path):
         level=0,
         tf32=False,
         profile=(1, 1, 8),
+        device=0,
+        compute=(),
+        aux_streams=None,
+        memory=None,
     )
     with Child(cmt_edge.deploy.tensorrt.building.BUILDER) as child:
         with pytest.raises(StepError, match="FileNotFoundError") as error:
@@ -476,7 +482,7 @@ def test_a_request_that_is_none_is_a_typed_error(gpu_machine):
     with Child(cmt_edge.deploy.tensorrt.building.BUILDER) as child:
         with pytest.raises(StepError, match="do not understand each other") as error:
             child.request("build", onnx="model.onnx")
-        assert error.value.why.startswith("the request lacks entries: sha256, plan,")
+        assert error.value.why.startswith("the request lacks entries: format, sha256, plan,")
 
 
 def test_a_builder_ends_with_its_caller(gpu_machine, bundle, tmp_path):

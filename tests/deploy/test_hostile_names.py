@@ -152,6 +152,7 @@ def test_texts_of_a_manifest(printed, bundle, entry):
 
 
 def test_export(printed, folder, images):
+    pytest.importorskip("torch")
     names = folder / f"labels{HOSTILE}.txt"
     names.write_text("\n".join(["a", HOSTILE]), encoding="utf-8")
     settings = folder / f"settings{HOSTILE}.toml"

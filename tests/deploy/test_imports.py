@@ -16,7 +16,8 @@ import pytest
 from helpers.paths import ROOT
 
 OURS = ("cmt", "deploy", "calib", "export")
-HEAVY = ("torch", "onnx", "onnxruntime", "openvino", "tensorrt", "cuda", "pynvml", "nncf", "matplotlib")
+HEAVY = ("torch", "onnx", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cuda", "pynvml", "nncf")
+HEAVY += ("matplotlib",)
 BUDGET_S = 0.3
 RUNTIMES = (
     "cmt_edge.deploy.tensorrt.parser_rules",
@@ -25,8 +26,8 @@ RUNTIMES = (
     "cmt_edge.deploy.backends.openvino_graph",
     "cmt_edge.deploy.backends.onnxruntime",
     "cmt_edge.deploy.backends.torch",
-    "cmt_edge.deploy.tensorrt.session",
-    "cmt_edge.deploy.tensorrt.builder",
+    "cmt_edge.deploy.tensorrt.trt",
+    "cmt_edge.deploy.tensorrt.rtx",
 )
 BLOCKER = f"""
 import sys

@@ -23,6 +23,8 @@ from helpers.bundles import LABELS, SPEC, tiny
 from helpers.images import BLUE, GREEN, RED
 from helpers.running import list_helper_threads
 
+pytestmark = pytest.mark.usefixtures("no_thread_is_left")
+
 SIZES = [0, 1, 3]
 """Batch sizes; 0 is dynamic."""
 SHAPES = [(0, 1), (0, 3), (1, 1), (2, 1), (2, 2), (4, 3)]
@@ -98,13 +100,6 @@ class Raising(io.BytesIO):
 
     def read(self, *_):
         raise self.error
-
-
-@pytest.fixture(autouse=True)
-def no_thread_is_left():
-    yield
-    gc.collect()
-    assert not list_helper_threads()
 
 
 # --- one failure, at every position ---------------------------------------------------------------
@@ -401,6 +396,21 @@ def test_ctrl_c_at_any_moment(interrupts, workers, in_flight):
         closer.start()
         closer.join(10)
         assert not closer.is_alive()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ctrl_c_inside_a_lock_of_python_comes_out_as_itself(workers):
+    """Python's Condition answers an interrupt while it waits with ``release unlocked lock``."""
+
+    def images():
+        yield grey(1)
+        try:
+            raise KeyboardInterrupt
+        finally:
+            threading.Lock().release()
+
+    with tiny(3) as p, pytest.raises(KeyboardInterrupt):
+        list(p.stream(images(), workers=workers))
 
 
 def test_ctrl_c_while_closing_leaves_the_session_to_the_next_close(interrupts):

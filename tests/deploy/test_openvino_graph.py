@@ -89,7 +89,7 @@ def lows(model: ov.Model) -> list[float]:
     return [float(o.input_value(3).get_node().data) for o in quantizers]
 
 
-def rewritten(content: bytes) -> ov.Model:
+def read_unsigned(content: bytes) -> ov.Model:
     return make_unsigned(ov.Core().read_model(content))
 
 
@@ -110,7 +110,7 @@ def images(channels: int = 4, batch: int = 2, scale: float = 0.02) -> np.ndarray
 )
 def test_convs_without_padding_answer_the_same(kernel, stride, bias, channels, scale):
     content = graph(kernel=kernel, stride=stride, bias=bias, channels=channels, scale=scale)
-    model, x = rewritten(content), images(channels, scale=scale)
+    model, x = read_unsigned(content), images(channels, scale=scale)
     assert lows(model) == [0.0]
     assert model.output(0).get_names() == {"y"}
     expected = ReferenceEvaluator(content).run(None, {"x": x})
@@ -131,7 +131,7 @@ def test_convs_without_padding_answer_the_same(kernel, stride, bias, channels, s
 )
 def test_others_are_left_alone(case):
     content = graph(**case)
-    model, x = rewritten(content), images()
+    model, x = read_unsigned(content), images()
     assert all(low < 0 for low in lows(model))
     for ours, theirs in zip(answers(model, x), ReferenceEvaluator(content).run(None, {"x": x}), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -143,7 +143,7 @@ def test_a_graph_without_quantizers_is_left_alone():
     model = h.make_model(
         h.make_graph([h.make_node("Abs", ["x"], ["y"])], "g", [source], [end]), ir_version=10
     )
-    assert [o.get_type_name() for o in rewritten(model.SerializeToString()).get_ordered_ops()] == [
+    assert [o.get_type_name() for o in read_unsigned(model.SerializeToString()).get_ordered_ops()] == [
         "Parameter",
         "Abs",
         "Result",
@@ -152,7 +152,7 @@ def test_a_graph_without_quantizers_is_left_alone():
 
 def test_the_conv_still_runs_as_int8_with_one_operation():
     compiled = ov.Core().compile_model(
-        rewritten(graph(batch=2, channels=32)), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+        read_unsigned(graph(batch=2, channels=32)), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
     )
     found = {
         str(o.get_rt_info()["layerType"].astype(str)): o.get_rt_info()

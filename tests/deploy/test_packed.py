@@ -147,7 +147,7 @@ def test_a_real_bundle_answers_the_same_packed(onnx_bundle: Bundle, tmp_path: Pa
 # --- hostile archives -----------------------------------------------------------------------------
 
 
-def rewritten(
+def repacked(
     source: Path,
     target: Path,
     edit: Callable[[zipfile.ZipFile], None],
@@ -202,7 +202,7 @@ def test_archives_with_members_that_no_bundle_has(
     message: str,
 ) -> None:
     before = snapshot(tmp_path)
-    hostile = rewritten(file, tmp_path / "hostile.zip", edit)
+    hostile = repacked(file, tmp_path / "hostile.zip", edit)
     with pytest.raises(BundleError, match=message) as caught:
         Bundle.open(hostile)
     assert str(hostile) in str(caught.value)
@@ -211,7 +211,7 @@ def test_archives_with_members_that_no_bundle_has(
 
 
 def test_compression_is_refused(file: Path, tmp_path: Path) -> None:
-    bomb = rewritten(
+    bomb = repacked(
         file,
         tmp_path / "bomb.zip",
         lambda archive: archive.writestr("zeros", bytes(1 << 20)),
@@ -227,7 +227,7 @@ def test_too_many_members(file: Path, tmp_path: Path) -> None:
             archive.writestr(str(number), b"")
 
     with pytest.raises(BundleError, match="too large a directory"):
-        Bundle.open(rewritten(file, tmp_path / "many.zip", add))
+        Bundle.open(repacked(file, tmp_path / "many.zip", add))
 
 
 def test_members_that_share_bytes(file: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from cmt_edge.calib.generated import generate
 from cmt_edge.deploy import Bundle, Prediction, Predictor, preprocess
 from cmt_edge.deploy.backends import RUNTIME_OF_FORMAT, RUNTIMES, Runtime, get_runtime
 from cmt_edge.deploy.backends.fake import FakeSession
-from cmt_edge.deploy.bundle.sections import RanOn, TensorEntry
+from cmt_edge.deploy.bundle.sections import RanOn
 from cmt_edge.deploy.errors import (
     BundleError,
     DataError,
@@ -32,6 +32,8 @@ from helpers.bundles import edit_manifest, make_bundle, tiny
 from helpers.images import BLUE, GREEN, RED
 
 BACKENDS = ("openvino", "onnxruntime", "torch", "fake")
+
+
 REAL = ("openvino", "onnxruntime", "torch")
 
 
@@ -385,39 +387,6 @@ def test_every_format_has_a_runtime(gpu_machine):
         assert runtime.float_precision("fp32") == runtime.float_precision("fp32", None) == "fp32"
 
 
-# --- the answer -----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def answer() -> Prediction:
-    return Prediction(np.array([1.0, 3.0, 2.0, 3.0], np.float32), ["a", "b", "c", "d"])
-
-
-def test_top_is_ordered_best_first_ties_by_index(answer):
-    assert [label for label, _ in answer.top(4)] == ["b", "d", "c", "a"]
-    chances = [p for _, p in answer.top(4)]
-    assert chances == sorted(chances, reverse=True)
-    assert sum(chances) == pytest.approx(1)
-    assert answer.label == "b"
-
-
-@pytest.mark.parametrize(("k", "count"), [(1, 1), (2, 2), (4, 4), (5, 4), (1000, 4), (0, 0), (-1, 0)])
-def test_top_of_any_size(answer, k, count):
-    assert answer.top(k) == answer.top(4)[:count]
-    assert all(type(p) is float for _, p in answer.top(k))
-
-
-def test_probabilities_of_large_logits_stay_finite():
-    p = Prediction(np.array([1e4, -1e4, 1e4], np.float32), "abc").probabilities
-    np.testing.assert_allclose(p, [0.5, 0, 0.5])
-
-
-@pytest.mark.parametrize(("blob", "label"), [(RED, "red"), (GREEN, "green"), (BLUE, "blue")])
-def test_known_colours_get_known_classes(tmp_path, blob, label):
-    with Predictor.load(make_bundle(tmp_path / "b")) as p:
-        assert p(blob).label == label
-
-
 # --- batches --------------------------------------------------------------------------------------
 
 
@@ -542,161 +511,3 @@ def test_streams_at_once_from_several_threads():
     with ThreadPoolExecutor(6) as pool:
         runs = pool.map(lambda _: [q.label for q in p.stream([RED, GREEN, BLUE] * 10)], range(6))
         assert all(labels == want for labels in runs)
-
-
-# --- what the values mean --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["probabilities", "scores"])
-def test_probabilities_are_not_put_through_a_softmax_again(kind):
-    values = np.array([0.1, 0.9999997, 0.3], np.float32)
-    answer = Prediction(values, ["a", "b", "c"], kind=kind)
-    np.testing.assert_array_equal(answer.probabilities, values)
-    assert answer.label == "b"
-    assert answer.top(2) == [("b", pytest.approx(0.9999997)), ("c", pytest.approx(0.3))]
-
-
-@pytest.mark.parametrize("kind", [None, "probabilities", "scores"])
-def test_a_bundle_says_what_its_values_are(tmp_path, kind):
-    shape = (1, 3)
-    output = TensorEntry(name="logits", shape=shape, dtype="float32", kind=kind)
-    bundle = make_bundle(tmp_path / "b", outputs=(output,))
-    assert bundle.kind == (kind or "logits")
-    with Predictor.load(Bundle.open(bundle.path)) as predictor:
-        (called, *rest) = [predictor(RED), *predictor.predict([RED] * 2), *predictor.attempt([RED])]
-    assert {p.kind for p in (called, *rest)} == {bundle.kind}
-    assert (called.probabilities.sum() == pytest.approx(1)) == (kind is None)
-
-
-# --- colours, and single images where several are expected ----------------------------------------
-
-
-def bgr(blob: bytes) -> np.ndarray:
-    """As ``cv2.imread`` gives it."""
-    with Image.open(io.BytesIO(blob)) as image:
-        return np.asarray(image.convert("RGB"))[..., ::-1]
-
-
-@pytest.mark.parametrize("color", ["BGR", "Bgr", "bgr"])
-def test_the_order_of_colours_in_any_case(tmp_path, color):
-    bundle = make_bundle(tmp_path / "b")
-    with Predictor.load(bundle) as p:
-        assert p(bgr(RED), color=color).label == "red"
-    with Predictor.load(bundle, color=color) as p:
-        assert p(bgr(RED)).label == "red"
-        assert p(bgr(RED), color="RGB").label == "blue"
-
-
-class Wrapped:
-    """Gives its pixels only as ``__array__``, as tensors do."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        self.array = array
-
-    def __array__(self, *args, **kwargs) -> np.ndarray:
-        return self.array
-
-
-class OnGpu:
-    """A tensor that NumPy cannot read."""
-
-    def __array__(self, *args, **kwargs) -> np.ndarray:
-        raise TypeError("can't convert cuda:0 device type tensor to numpy")
-
-
-def test_tensors_are_images(tmp_path):
-    with Predictor.load(make_bundle(tmp_path / "b")) as p:
-        tensors = [Wrapped(bgr(blob)[..., ::-1]) for blob in (RED, GREEN)]
-        assert [p(tensor).label for tensor in tensors] == ["red", "green"]
-        assert [a.label for a in p.predict(tensors)] == ["red", "green"]
-        assert [a.label for a in p.predict(tensors[0])] == ["red"]
-        assert [a.label for a in p.stream(tensors)] == ["red", "green"]
-        np.testing.assert_array_equal(p.prepare(tensors), p.prepare([RED, GREEN]))
-
-
-@pytest.mark.parametrize(
-    ("image", "advice"),
-    [
-        (Wrapped(np.zeros((3, 64, 64), np.uint8)), "tensor.permute(1, 2, 0)"),
-        (Wrapped(np.zeros((64, 64, 3), np.float32)), "255 * array"),
-        (Wrapped(np.zeros((3, 64, 64), np.float32)), "tensor.permute(1, 2, 0); pixels are uint8"),
-        (OnGpu(), "tensor.detach().cpu().numpy()"),
-    ],
-    ids=["CHW", "float", "float CHW", "GPU"],
-)
-def test_a_tensor_that_is_no_image_is_refused(tmp_path, image, advice):
-    with Predictor.load(make_bundle(tmp_path / "b")) as p:
-        for ask in (p, lambda given: p.predict([given]), lambda given: p.predict(given)):
-            with pytest.raises(ImageError) as caught:
-                ask(image)
-            assert advice in caught.value.remedy
-
-
-@pytest.mark.parametrize("where", ["load", "call"])
-def test_bgr_arrays(tmp_path, where):
-    bundle = make_bundle(tmp_path / "b")
-    blobs, want = [RED, GREEN, BLUE], ["red", "green", "blue"]
-    arrays = [bgr(blob) for blob in blobs]
-    with Predictor.load(bundle, **({"color": "bgr"} if where == "load" else {})) as p:
-        say = {"color": "bgr"} if where == "call" else {}
-        assert [p(array, **say).label for array in arrays] == want
-        assert [a.label for a in p.predict(arrays, **say)] == want
-        assert [a.label for a in p.stream(arrays, **say)] == want
-        assert [a.label for a in p.attempt(arrays, **say)] == want
-        for several in (arrays, iter(arrays)):
-            np.testing.assert_array_equal(p.prepare(several, **say), p.prepare(blobs))
-        assert [a.label for a in p.stream(blobs, **say)] == want  # encoded images know their order
-        assert [a.label for a in p.stream([Image.open(io.BytesIO(b)) for b in blobs], **say)] == want
-        assert p(arrays[0], color="rgb").label == "blue"  # a call overrules what was said before
-
-
-@pytest.mark.parametrize(
-    "ask",
-    [
-        lambda path: Predictor.load(path, color="BRG"),
-        lambda path: Predictor.load(path, color=None),
-        lambda path: Predictor.load(path)(RED, color="gbr"),
-        lambda path: Predictor.load(path).predict([RED], color=""),
-        lambda path: next(Predictor.load(path).stream([RED], color="rgba")),
-        lambda path: Predictor.load(path).prepare([RED], color="grey"),
-    ],
-)
-def test_an_unknown_order_of_colours_is_refused(tmp_path, ask):
-    with pytest.raises(InputError, match="order of colours") as caught:
-        ask(make_bundle(tmp_path / "b").path)
-    assert "bgr" in caught.value.remedy
-
-
-SINGLE = {
-    "path": lambda folder: folder / "a.png",
-    "text": lambda folder: str(folder / "a.png"),
-    "bytes": lambda folder: RED,
-    "bytearray": lambda folder: bytearray(RED),
-    "memoryview": lambda folder: memoryview(RED),
-    "file": lambda folder: open(folder / "a.png", "rb"),  # noqa: SIM115
-    "BytesIO": lambda folder: io.BytesIO(RED),
-    "Pillow image": lambda folder: Image.open(folder / "a.png"),
-    "array": lambda folder: bgr(BLUE),
-    "RGBA array": lambda folder: np.asarray(Image.open(folder / "a.png").convert("RGBA")),
-}
-
-
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
-@pytest.mark.parametrize("single", SINGLE.values(), ids=SINGLE.keys())
-def test_a_single_image_where_several_are_expected(tmp_path, single):
-    """Nobody iterates over its letters, bytes, lines or rows."""
-    (tmp_path / "a.png").write_bytes(RED)
-    p = tiny()
-    assert [a.label for a in p.predict(single(tmp_path))] == ["red"]
-    assert [a.label for a in p.stream(single(tmp_path))] == ["red"]
-    assert p.prepare(single(tmp_path)).shape[0] == 1
-
-
-@pytest.mark.parametrize("shape", [(5, 20, 20), (5, 20, 20, 3), (5, 20, 20, 1), (5, 20, 20, 4)])
-def test_a_stack_of_arrays_is_several_images(shape):
-    assert len(tiny().predict(np.zeros(shape, np.uint8))) == 5
-
-
-@pytest.mark.parametrize("shape", [(20, 20), (20, 20, 1), (20, 20, 2), (20, 20, 3), (20, 20, 4)])
-def test_one_array_is_one_image(shape):
-    assert len(tiny().predict(np.zeros(shape, np.uint8))) == 1

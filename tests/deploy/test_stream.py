@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import io
 import itertools
-import tempfile
 import threading
 import time
 import weakref
@@ -15,30 +14,23 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageSequence
 
 from cmt_edge.calib.generated import generate
 from cmt_edge.deploy import Predictor, Preprocess
 from cmt_edge.deploy.backends.fake import FakeSession
 from cmt_edge.deploy.errors import ImageError, InputError
-from cmt_edge.deploy.preprocessing import decode_pixels, normalise
-from helpers.bundles import LABELS, SPEC, make_bundle, tiny
-from helpers.images import BLUE, GREEN, RED, png
+from helpers.bundles import LABELS, levels, make_bundle, tiny
+from helpers.images import BLUE, GREEN, RED, grey
 from helpers.running import list_helper_threads
+
+pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 
 SIZES = [0, 1, 3]
 """Batch sizes; 0 is dynamic."""
+
+
 SHAPES = [(0, 1), (0, 3), (1, 1), (2, 1), (2, 2), (1, 4), (4, 3)]
 """Decode threads and inferences in flight."""
-
-
-def grey(level: int) -> np.ndarray:
-    """An image whose answer tells it from every other level."""
-    return np.full((20, 20, 3), level, np.uint8)
-
-
-def levels(predictions) -> list[float]:
-    return [float(p.logits[0]) for p in predictions]
 
 
 def bound(batch: int, workers: int, in_flight: int) -> int:
@@ -69,13 +61,6 @@ class Busy(FakeSession):
 
     def close(self):
         self.closed_while_busy = self.now > 0
-
-
-@pytest.fixture(autouse=True)
-def no_thread_is_left():
-    yield
-    gc.collect()
-    assert not list_helper_threads()
 
 
 # --- answers --------------------------------------------------------------------------------------
@@ -172,143 +157,6 @@ def test_predictor_may_be_used_while_it_reads_the_images():
             p(BLUE)
             p.predict([RED, GREEN])
         assert levels(answers) == want
-
-
-# --- what the source does with an image afterwards ------------------------------------------------
-
-
-def array_camera():
-    """As ``cv2.VideoCapture.read(buffer)``: one buffer, filled again and again."""
-    buffer = np.empty((20, 20, 3), np.uint8)
-    for level in range(12):
-        buffer[:] = 8 * level
-        yield buffer
-
-
-def view_camera():
-    """As a memory-mapped driver: a read-only view of memory that changes."""
-    memory = np.empty((20, 20, 3), np.uint8)
-    view = memory.view()
-    view.flags.writeable = False
-    for level in range(12):
-        memory[:] = 8 * level
-        yield view
-
-
-def picture_camera():
-    """One Pillow image, painted over."""
-    image = Image.new("RGB", (20, 20))
-    for level in range(12):
-        image.paste((8 * level,) * 3, (0, 0, 20, 20))
-        yield image
-
-
-def closing_camera():
-    """A Pillow image that its owner closes before the next one."""
-    for level in range(12):
-        with Image.open(io.BytesIO(png(Image.new("RGB", (20, 20), (8 * level,) * 3)))) as image:
-            yield image
-
-
-def animation():
-    """The frames of an animation, which Pillow gives as one object."""
-    file = io.BytesIO()
-    first, *others = (Image.new("RGB", (20, 20), (8 * level,) * 3) for level in range(12))
-    first.save(file, "PNG", save_all=True, append_images=others)
-    with Image.open(file) as opened:
-        yield from ImageSequence.Iterator(opened)
-
-
-def stream_camera():
-    """As ``picamera``'s ``capture_continuous``: one byte stream, written again and again."""
-    file = io.BytesIO()
-    for level in range(12):
-        file.seek(0)
-        file.truncate()
-        file.write(png(Image.new("RGB", (20, 20), (8 * level,) * 3)))
-        yield file
-
-
-def file_camera():
-    """One temporary file."""
-    with tempfile.TemporaryFile() as file:
-        for level in range(12):
-            file.seek(0)
-            file.truncate()
-            file.write(png(Image.new("RGB", (20, 20), (8 * level,) * 3)))
-            yield file
-
-
-def memory_camera():
-    """Encoded bytes in shared memory."""
-    memory = bytearray(4096)
-    for level in range(12):
-        blob = png(Image.new("RGB", (20, 20), (8 * level,) * 3))
-        memory[: len(blob)] = blob
-        yield memoryview(memory)[: len(blob)]
-
-
-CAMERAS = [
-    array_camera,
-    view_camera,
-    picture_camera,
-    closing_camera,
-    animation,
-    stream_camera,
-    file_camera,
-    memory_camera,
-]
-
-
-@pytest.mark.parametrize(
-    ("batch", "workers", "in_flight"), [(1, 2, 1), (0, 4, 3), (3, 1, 4), (2, 0, 1), (2, 0, 3)]
-)
-@pytest.mark.parametrize("camera", CAMERAS)
-def test_a_source_that_uses_one_buffer_again(monkeypatch, camera, batch, workers, in_flight):
-    import cmt_edge.deploy.predictor as module
-
-    original = module.preprocess
-
-    def late(*args):
-        time.sleep(0.002)
-        return original(*args)
-
-    want = levels(map(tiny(batch), map(grey, range(0, 96, 8))))
-    monkeypatch.setattr(module, "preprocess", late)
-    stream = tiny(batch).stream(camera(), workers=workers, in_flight=in_flight)
-    assert levels(stream) == pytest.approx(want)
-
-
-def test_what_is_promised_not_to_change_is_not_copied(monkeypatch):
-    import cmt_edge.deploy.predictor as module
-
-    seen, original = [], module.preprocess
-    monkeypatch.setattr(
-        module, "preprocess", lambda image, *rest: seen.append(image) or original(image, *rest)
-    )
-    images = [grey(level) for level in range(6)]
-    list(tiny().stream(images, copy=False))
-    assert {id(image) for image in seen} == {id(image) for image in images}
-    seen.clear()
-    list(tiny().stream(images))
-    assert not {id(image) for image in seen} & {id(image) for image in images}
-
-
-@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-@pytest.mark.parametrize("exif", ["apply", "ignore"])
-def test_a_copied_picture_is_turned_once(kind, exif, orientation):
-    tags = Image.Exif()
-    tags[0x0112] = orientation
-    file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 13, 3), np.uint8)).save(
-        file, kind, exif=tags
-    )
-    spec = Preprocess(16, None, (0.0,) * 3, (1.0,) * 3, exif)
-    p = Predictor(FakeSession(3), spec, LABELS)
-    want = p(file.getvalue()).logits
-    for answer in p.stream(Image.open(io.BytesIO(file.getvalue())) for _ in range(3)):
-        np.testing.assert_array_equal(answer.logits, want)
 
 
 # --- a bad image among good ones ------------------------------------------------------------------
@@ -593,91 +441,6 @@ def test_many_streams_of_one_predictor():
             lambda w: levels(p.stream(map(grey, range(25)), workers=w, in_flight=2)), [0, 1, 2, 3]
         )
         assert all(run == want for run in runs)
-
-
-# --- pixels and batches ---------------------------------------------------------------------------
-
-
-def normalise_plainly(values: np.ndarray, spec: Preprocess) -> np.ndarray:
-    """The formula in one expression each: what results have to equal to the last bit."""
-    scale = (1 / (255 * np.asarray(spec.std))).astype(np.float32).reshape(3, 1, 1)
-    shift = (-np.asarray(spec.mean) / np.asarray(spec.std)).astype(np.float32).reshape(3, 1, 1)
-    return np.multiply(np.moveaxis(values, -1, -3), scale, dtype=np.float32) + shift
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    shape=st.lists(st.integers(1, 4), max_size=2),
-    height=st.integers(1, 40),
-    width=st.integers(1, 40),
-    mean=st.tuples(*[st.floats(0, 1)] * 3),
-    std=st.tuples(*[st.floats(0.01, 2)] * 3),
-    seed=st.integers(0, 99),
-)
-def test_normalising_is_bit_identical(shape, height, width, mean, std, seed):
-    spec = Preprocess(8, None, mean, std)
-    values = np.random.default_rng(seed).integers(0, 256, (*shape, height, width, 3), np.uint8)
-    want = normalise_plainly(values, spec)
-    fresh = normalise(values, spec)
-    assert fresh.flags.c_contiguous
-    out = np.full(want.shape, np.nan, np.float32)
-    assert normalise(values, spec, out) is out
-    for got in (fresh, out, normalise(values[..., ::-1, :], spec)[..., ::-1]):
-        assert got.dtype == np.float32
-        np.testing.assert_array_equal(got, want)
-
-
-@pytest.mark.parametrize("short", [None, 16, 19, 24])
-@pytest.mark.parametrize("shape", [(16, 16), (19, 19), (19, 33), (24, 24), (47, 24), (7, 90)])
-def test_arrays_give_the_pixels_of_pictures(short, shape):
-    from PIL import Image
-
-    spec = Preprocess(16, short, SPEC.mean, SPEC.std)
-    array = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
-    kept = array.copy()
-    for source in (array, array[::-1, ::-1], np.asfortranarray(array)):
-        result = decode_pixels(source, spec)
-        np.testing.assert_array_equal(
-            result, decode_pixels(Image.fromarray(np.ascontiguousarray(source)), spec)
-        )
-        assert not result.flags.writeable
-        assert source.flags.writeable
-    np.testing.assert_array_equal(array, kept)
-
-
-@pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
-def test_batches_of_every_kind_of_memory(onnx_bundle, name):
-    """Read-only, not contiguous, changed in place, of changing size: the runtime sees the values of this
-    call."""
-    with Predictor.load(onnx_bundle, backend=name, threads=1) as p:
-        batch = np.random.default_rng(0).standard_normal((3, 3, 64, 64)).astype(np.float32)
-        want = np.concatenate([p.logits(b[None]) for b in batch])
-        fixed = batch.copy()
-        fixed.flags.writeable = False
-        for source in (batch, fixed, np.asfortranarray(batch), np.repeat(batch, 2, 0)[::2]):
-            np.testing.assert_allclose(p.logits(source), want, atol=1e-4, rtol=0)
-        batch[...] = batch[::-1].copy()
-        np.testing.assert_allclose(p.logits(batch), want[::-1], atol=1e-4, rtol=0)
-        np.testing.assert_allclose(p.logits(batch[:1]), want[2:], atol=1e-4, rtol=0)
-
-
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("values", [[np.inf, -np.inf], [np.nan], [np.inf], [-np.inf, 3e38], [np.nan, np.inf]])
-def test_no_sum_hides_what_is_not_finite(values):
-    p = tiny(0)
-    batch = np.full((2, 3, SPEC.size, SPEC.size), 3e38, np.float32)  # finite, though its sum is not
-    assert p.outputs(batch)[0].shape == (2, 3)
-    batch[0, 0, 0, : len(values)] = values
-    with pytest.raises(InputError, match="infinite"):
-        p.outputs(batch)
-
-
-def test_prepare_takes_lists_and_generators():
-    p = tiny()
-    listed = p.prepare([RED, BLUE])
-    np.testing.assert_array_equal(p.prepare(iter([RED, BLUE])), listed)
-    assert listed.shape == (2, 3, SPEC.size, SPEC.size)
-    assert p.prepare([]).shape == p.prepare(iter([])).shape == (0, 3, SPEC.size, SPEC.size)
 
 
 # --- cmt-predict ----------------------------------------------------------------------------------

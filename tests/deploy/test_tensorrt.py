@@ -23,7 +23,9 @@ from helpers.trt import forget_fakes, tiny_graph
 NAMES = json.loads((ROOT / "tests" / "data" / "tensorrt_names.json").read_text())
 ENUMS = {name.rpartition(".")[2]: set(members) for name, members in NAMES["enums"].items()}
 CLASSES = {name: set(members) for name, members in NAMES["classes"].items()} | {"Logger": {"Severity"}}
-CODE = (ROOT / "deploy" / "tensorrt" / "session.py", ROOT / "deploy" / "tensorrt" / "builder.py")
+CODE = tuple(ROOT / "deploy" / "tensorrt" / f"{name}.py" for name in ("session", "builder", "bindings"))
+RTX_ALONE = {("config", "num_compute_capabilities"), ("config", "set_compute_capability")}
+"""What is used of TensorRT for RTX only."""
 RECEIVERS = {
     "builder": "Builder",
     "network": "INetworkDefinition",
@@ -56,7 +58,10 @@ def uses() -> list[tuple[str, str]]:
 
 def test_every_name_we_use_is_in_all_versions():
     seen: set[str] = set()
-    for receiver, name in uses():
+    for expression, name in uses():
+        receiver = expression.removeprefix("self._bindings.").removeprefix("bindings.")
+        if (receiver, name) in RTX_ALONE or (receiver, name) == ("trt", "ComputeCapability"):
+            continue
         if receiver == "trt":
             assert name in CLASSES or name in ENUMS or name == "__version__", name
         elif receiver.startswith("trt."):
@@ -151,7 +156,14 @@ def session(backend, **options):
     from cmt_edge.deploy.tensorrt.cuda import open_cuda
 
     settings = {k: options.pop(k) for k in ("batch", "profile", "half") if k in options}
-    return backend.TensorRTSession(make_plan(**settings), open_cuda(), **options)
+    return backend.TensorRTSession(open_fake_bindings(), make_plan(**settings), open_cuda(), **options)
+
+
+def open_fake_bindings():
+    """The bindings of the fake TensorRT, imported after :func:`forget_fakes`."""
+    from cmt_edge.deploy.tensorrt.bindings import TENSORRT, open_bindings
+
+    return open_bindings(TENSORRT)
 
 
 def expected(batch: np.ndarray) -> np.ndarray:
@@ -286,7 +298,7 @@ def test_what_is_no_engine_is_refused(backend):
     from cmt_edge.deploy.tensorrt.cuda import open_cuda
 
     with pytest.raises(StepError, match="refused the engine") as error:
-        backend.TensorRTSession(b"not an engine", open_cuda())
+        backend.TensorRTSession(open_fake_bindings(), b"not an engine", open_cuda())
     assert "magic tag" in error.value.why
 
 

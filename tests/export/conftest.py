@@ -10,9 +10,9 @@ from helpers.exports import traced_once
 
 
 @pytest.fixture(scope="module")
-def quick_exports():
-    """Equal weights are traced once a session, and the final measurement is short."""
-    with traced_once() as patch:
+def quick_exports(traced):
+    """Equal models are traced once a run, and the final measurement is short."""
+    with traced_once(traced) as patch:
         quick = Protocol(iters=10, seconds=0.1, warmup_iters=2, warmup_seconds=0.1)
         patch.setattr(steps, "EXPORT_PROTOCOL", quick)
         yield

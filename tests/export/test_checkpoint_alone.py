@@ -13,8 +13,9 @@ from cmt_edge.deploy.errors import InputError
 from cmt_edge.export import ExportConfig
 from cmt_edge.export.cli import main
 from cmt_edge.export.pipeline import make_plan
-from helpers.exports import traced_once
 from helpers.weights import nano, state_of
+
+pytestmark = pytest.mark.usefixtures("quick_exports")
 
 CLASSES = [f"kind {i}" for i in range(4)]
 METADATA = {
@@ -35,8 +36,7 @@ def safetensors(tmp_path_factory):
 
 
 def test_a_safetensors_file_alone(safetensors, tmp_path, capsys):
-    with traced_once():
-        assert main(["--weights", str(safetensors), "--format", "onnx", "-o", str(tmp_path), "-q"]) == 0
+    assert main(["--weights", str(safetensors), "--format", "onnx", "-o", str(tmp_path), "-q"]) == 0
     made = Bundle.open(tmp_path / "cmt_nano_32_fp32_onnx")
     assert made.labels == CLASSES
     assert made.manifest.labels_source == "checkpoint"
@@ -55,24 +55,22 @@ def test_the_entry_that_was_taken_is_shown(tmp_path, capsys):
     saved = {"state_dict": state_of(2), "state_dict_ema": state_of(1), "arch": "cmt_nano"}
     torch.save(saved, tmp_path / "last.pth.tar")
     command = ["--weights", str(tmp_path / "last.pth.tar"), "--format", "onnx", "-o", str(tmp_path), "-q"]
-    with traced_once():
-        assert main(command) == 0
-        shown = capsys.readouterr().out
-        assert "weights: last.pth.tar, from state_dict_ema (averaged over training)" in shown
-        made = Bundle.open(tmp_path / "cmt_nano_fp32_onnx")
-        assert made.manifest.model.weights.entry == "state_dict_ema"
-        page = (made.path / "report.md").read_text(encoding="utf-8")
-        assert "weights: last.pth.tar, from state_dict_ema" in page
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "weights: last.pth.tar, from state_dict_ema (averaged over training)" in shown
+    made = Bundle.open(tmp_path / "cmt_nano_fp32_onnx")
+    assert made.manifest.model.weights.entry == "state_dict_ema"
+    page = (made.path / "report.md").read_text(encoding="utf-8")
+    assert "weights: last.pth.tar, from state_dict_ema" in page
 
-        assert main([*command, "--no-ema", "--json"]) == 0
-        assert json.loads(capsys.readouterr().out)["weights"]["entry"] == "state_dict"
+    assert main([*command, "--no-ema", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["weights"]["entry"] == "state_dict"
     assert main([*command, "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["entry"] == "state_dict_ema"
 
 
 def test_weights_of_no_file_have_no_entry(tmp_path, capsys):
-    with traced_once():
-        assert main(["--model", "cmt_nano", "--format", "onnx", "-o", str(tmp_path), "-q"]) == 0
+    assert main(["--model", "cmt_nano", "--format", "onnx", "-o", str(tmp_path), "-q"]) == 0
     assert "weights: pretrained\n" in capsys.readouterr().out
     content = json.loads((tmp_path / "cmt_nano_fp32_onnx" / "manifest.json").read_text())
     assert "entry" not in content["model"]["weights"]
@@ -116,8 +114,7 @@ def test_a_checkpoint_without_names_is_noted_with_what_was_left_out(tmp_path):
     state = {f"model.{key}": value for key, value in state_of(1).items()} | {"ce.weight": torch.ones(10)}
     torch.save({"state_dict": state}, tmp_path / "own.ckpt")
     command = ["--weights", str(tmp_path / "own.ckpt"), "--format", "onnx", "-o", str(tmp_path)]
-    with traced_once():
-        assert main([*command, "-q"]) == 0
+    assert main([*command, "-q"]) == 0
     made = Bundle.open(tmp_path / "cmt_nano_fp32_onnx")
     assert made.labels[0] == "class_0"
     notes = " ".join(made.manifest.verification.notes)

@@ -261,6 +261,7 @@ def test_toml_file_with_every_setting(tmp_path):
         3,
         False,
         "1",
+        "86",
         2.5,
         "out",
         "birds",
@@ -343,7 +344,7 @@ def test_bundle_name(settings, name):
 )
 def test_no_bundle_is_hidden(monkeypatch, model, name):
     spec = replace(GOOD.spec, name=model)
-    monkeypatch.setattr("cmt_edge.export.config.model_spec", lambda *_: spec)
+    monkeypatch.setattr("cmt_edge.export.config.find_model", lambda *_: spec)
     assert replace(GOOD, model=model).folder == f"{name}_fp32_openvino"
 
 

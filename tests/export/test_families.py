@@ -13,7 +13,7 @@ from cmt_edge.deploy import Bundle
 from cmt_edge.deploy.measure.benchmark import Protocol
 from cmt_edge.deploy.measure.parity import verify
 from cmt_edge.export import ExportConfig, run, steps
-from helpers.exports import TRACED, traced_once
+from helpers.exports import traced_once
 
 SMALL = ("cvt_13", "convit_tiny", "mvitv2_t", "xformer_reading")
 EVERY = [pytest.param(n, marks=pytest.mark.giant) for n in list_models()]
@@ -49,7 +49,7 @@ def test_each_family(name, tmp_path):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_every_model_at_its_published_size(name, tmp_path, capsys):
-    with traced_once() as patch:
+    with traced_once(tmp_path / "traced") as patch:
         quick = Protocol(iters=3, seconds=0.0, warmup_iters=1, warmup_seconds=0.0)
         patch.setattr(steps, "EXPORT_PROTOCOL", quick)
         for form, precision in PATHS:
@@ -65,4 +65,3 @@ def test_every_model_at_its_published_size(name, tmp_path, capsys):
                         f"{v.runtime.runtime} {v.golden.diff:.2g} of {v.golden.atol:.2g}" for v in again
                     ),
                 )
-    TRACED.clear()

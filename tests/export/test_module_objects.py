@@ -79,13 +79,13 @@ def test_the_manifest_names_no_code_and_verify_wants_the_module(tmp_path):
         verify(made, backend="torch", trusted_model=net)
 
 
-def test_a_module_of_the_registry_keeps_its_family(tmp_path):
+def test_a_module_of_the_registry_keeps_its_family(tmp_path, traced):
     net = create_model("cmt_nano", num_classes=7, seed=0)
     spec = ExportConfig(net).spec
     assert (spec.name, spec.num_classes, spec.img_size) == ("cmt_nano", 7, 64)
     assert spec.rewrites == find_model("cmt_nano").rewrites
     torch.save(net.state_dict(), tmp_path / "net.pt")
-    with traced_once():
+    with traced_once(traced):
         made = export(ExportConfig(net, format="onnx", output=str(tmp_path)))
     assert made.manifest.labels_source == "numbered"
     assert verify(made, backend="torch", weights=str(tmp_path / "net.pt")).passed

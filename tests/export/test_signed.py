@@ -21,6 +21,8 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_exports")
+
 NANO = ("--model", "cmt_nano", "--weights", "random", "--format", "onnx")
 
 

@@ -26,7 +26,10 @@ from cmt_edge.deploy.bundle import (
     save_reference,
 )
 from cmt_edge.deploy.bundle.sections import ModelEntry, TensorEntry, WeightsEntry
+from cmt_edge.deploy.images import hash_image
 from cmt_edge.deploy.preprocessing import decode_pixels, normalise
+
+from .images import coloured
 
 SIZE = 16
 LABELS = ("red", "green", "blue")
@@ -88,6 +91,12 @@ def make_bundle(
         return writer.commit(manifest)
 
 
+def recorded_bundle(target: Path) -> Bundle:
+    """A bundle that knows the reference's answers to the images of ``coloured``."""
+    recorded = {hash_image(coloured(name, shade)): i for i, name in enumerate(LABELS) for shade in range(5)}
+    return make_bundle(target, reference=recorded)
+
+
 def copy_bundle(bundle: Bundle, target: Path, edit=lambda folder: None, **changes) -> Bundle:
     """Another valid bundle with edited members and manifest entries."""
     with BundleWriter(Path(target)) as writer:
@@ -129,3 +138,8 @@ def blank_head(folder) -> None:
 
 def tiny(batch: int = 1, labels=LABELS, session=None) -> Predictor:
     return Predictor(session or FakeSession(len(labels)), SPEC, labels, batch=batch)
+
+
+def levels(predictions) -> list[float]:
+    """What tells the answers to images of :func:`helpers.images.grey` apart."""
+    return [float(p.logits[0]) for p in predictions]

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,11 +16,10 @@ from cmt_edge.deploy.errors import CmtEdgeError
 
 from .bundles import snapshot
 from .faults import ERRORS, Fault, Faults
+from .forks import ForkServer
 from .paths import FAKES, ROOT
 from .trt import trt_bundle
 
-SERVER = Path(__file__).with_name("command_server.py")
-"""The process that runs the commands."""
 CLEANING = ("open", "remove")
 """Kinds of calls that cleaning up needs itself: where one fails, the next run cleans up."""
 TYPED = {0, 1, 2, 3}
@@ -72,11 +68,12 @@ class Attack:
         self._kept.mkdir()
 
     def __enter__(self) -> Attack:
-        places = [ROOT / "src", ROOT / "tests", FAKES]
+        places = [ROOT / "src", FAKES]
         self.work.mkdir()
-        self._server = subprocess.Popen(
-            [sys.executable, str(SERVER), str(self._kept)],
-            env=os.environ
+        self._server = ForkServer(
+            "helpers.command_server",
+            str(self._kept),
+            environment=os.environ
             | self._faults.environment
             | {
                 "PYTHONPATH": os.pathsep.join(map(str, places)),
@@ -85,21 +82,11 @@ class Attack:
                 "TMPDIR": str(self.work / "temporary"),
                 "OMP_NUM_THREADS": "1",
             },
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
         )
-        assert self._server.stdout is not None
-        line = self._server.stdout.readline()
-        assert line == "ready\n", line
         return self
 
-    def __exit__(self, *_: object) -> None:
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
-        self._server.stdin.close()
-        self._server.wait()
-        self._server.stdout.close()
+    def __exit__(self, *exc: object) -> None:
+        self._server.__exit__(*exc)
 
     def count(self, scenario: Scenario, kind: str) -> int:
         """Calls of one kind in a run without a fault."""
@@ -132,15 +119,9 @@ class Attack:
         scenario.plant(self.work)
 
     def _run(self, scenario: Scenario) -> int:
-        request = {
-            "argv": [word.replace("{work}", str(self.work)) for word in scenario.command],
-            "stdout": str(self._logs[0]),
-            "stderr": str(self._logs[1]),
-        }
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
-        print(json.dumps(request), file=self._server.stdin, flush=True)
-        return int(self._server.stdout.readline())
+        stdout, stderr = map(str, self._logs)
+        argv = [word.replace("{work}", str(self.work)) for word in scenario.command]
+        return self._server({"argv": argv, "stdout": stdout, "stderr": stderr})
 
     def _contents(self, scenario: Scenario) -> list[dict[str, bytes]]:
         return [read_bundle(self.work / name) for name in scenario.bundles]

@@ -1,4 +1,4 @@
-"""Exports of cmt_nano, with each model traced once a session."""
+"""Exports of cmt_nano, with each model traced once a run."""
 
 from __future__ import annotations
 
@@ -9,33 +9,42 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from .made_once import make_once
+
 if TYPE_CHECKING:
     from cmt_edge.export import ExportConfig
 
-TRACED: dict[tuple, bytes] = {}
-
 
 @contextmanager
-def traced_once():
-    """torch.onnx takes ten seconds: equal weights are traced once a session."""
+def traced_once(kept: Path):
+    """Equal models are traced once a run, since torch.onnx takes seconds for each.
+
+    Args:
+        kept: the folder of the traced graphs.
+    """
     import onnx
 
-    from cmt_edge.cmt import compute_weights_fingerprint
     from cmt_edge.export import steps
-
-    real = steps.export_onnx
+    from cmt_edge.export.to_onnx import export_onnx as trace
 
     def export_onnx(model, img_size, opset, outputs, check):
-        key = compute_weights_fingerprint(model), img_size, opset, tuple(outputs)
-        if key not in TRACED:
-            TRACED[key] = real(model, img_size, opset, outputs).SerializeToString()
-        graph = onnx.load_from_string(TRACED[key])
+        file = kept / f"{_fingerprint(model)}-{img_size}-{opset}-{'-'.join(outputs)}.onnx"
+        make_once(file, lambda path: onnx.save(trace(model, img_size, opset, outputs), path))
+        graph = onnx.load(file)
         check(graph)
         return graph
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(steps, "export_onnx", export_onnx)
         yield patch
+
+
+def _fingerprint(model) -> str:
+    """Of the modules and the weights."""
+    from cmt_edge.cmt import compute_weights_fingerprint
+
+    modules = hashlib.sha256(repr(model).encode()).hexdigest()[:16]
+    return f"{modules}-{compute_weights_fingerprint(model)[:32]}"
 
 
 NAME = "cmt_nano_fp32_openvino"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from cmt_edge.calib.generated import generate
@@ -30,6 +31,12 @@ def folder_of(path, content: dict[str, list[bytes]]):
     return ImageSet(path)
 
 
+def coloured_folder(path: Path) -> Path:
+    """Three images in each of the class folders ``red``, ``green`` and ``blue``."""
+    folder_of(path, {name: [coloured(name, shade) for shade in range(3)] for name in COLOURS})
+    return path
+
+
 def plain(colour, size=(20, 20)) -> Image.Image:
     return Image.new("RGB", size, colour)
 
@@ -50,3 +57,8 @@ def labelled(folder: Path, classes: list[str], each: int = 2) -> Path:
         for i in range(each):
             (folder / name / f"{i}.png").write_bytes(next(blobs))
     return folder
+
+
+def grey(level: int) -> np.ndarray:
+    """An image whose answer tells it from every other level."""
+    return np.full((20, 20, 3), level, np.uint8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
@@ -12,15 +13,19 @@ from cmt_edge.deploy import Bundle
 from cmt_edge.deploy.backends.fake import FakeSession
 from cmt_edge.deploy.bundle import ONNX
 from cmt_edge.deploy.bundle.sections import TensorEntry, TypingEntry
+from cmt_edge.deploy.progress import Progress
+from cmt_edge.deploy.tensorrt.bindings import open_bindings
+from cmt_edge.deploy.tensorrt.building import PortablePlan, build_portable_plan
 from helpers.bundles import LABELS, SIZE, make_bundle
 
 
 def forget_fakes() -> None:
-    """Import TensorRT, CUDA and the backend over them anew."""
+    """Import TensorRT, CUDA and what opens them anew."""
+    open_bindings.cache_clear()
     for name in [*sys.modules]:
-        if name.split(".")[0] in ("tensorrt", "cuda") or name in (
-            "cmt_edge.deploy.tensorrt.session",
-            "cmt_edge.deploy.tensorrt.builder",
+        if name.split(".")[0] in ("tensorrt", "tensorrt_rtx", "cuda") or name in (
+            "cmt_edge.deploy.tensorrt.trt",
+            "cmt_edge.deploy.tensorrt.rtx",
         ):
             del sys.modules[name]
 
@@ -42,15 +47,35 @@ def tiny_graph(batch: int | str = 1, half: bool = True):
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
 
 
-def trt_bundle(target: Path, *, batch: int | str = 1, half: bool = True) -> Bundle:
-    """An unbuilt bundle of format ``trt``."""
+def trt_bundle(
+    target: Path,
+    *,
+    batch: int | str = 1,
+    half: bool = True,
+    format: str = "trt",
+    **entries: Any,
+) -> Bundle:
+    """An unbuilt bundle of format ``trt`` or ``rtx``, with more ``entries`` and ``members``."""
     precision = "fp16" if half else "fp32"
     return make_bundle(
         target,
-        members={ONNX: tiny_graph(batch, half).SerializeToString()},
-        format="trt",
+        members={ONNX: tiny_graph(batch, half).SerializeToString()} | entries.pop("members", {}),
+        format=format,
         precision=precision,
         input=TensorEntry(name="input", shape=(batch, 3, SIZE, SIZE), dtype="float32"),
         outputs=(TensorEntry(name="logits", shape=(batch, len(LABELS)), dtype="float32"),),
         typing=TypingEntry(operations={precision: 2}, islands=(), observed=None),
+        **entries,
+    )
+
+
+def build_portable(bundle: Bundle, **options: Any) -> PortablePlan:
+    """The engine that TensorRT for RTX makes of a bundle's graph without a GPU."""
+    manifest = bundle.manifest
+    return build_portable_plan(
+        bundle.file(ONNX),
+        manifest.files[ONNX].sha256,
+        manifest.input,
+        progress=Progress(quiet=True),
+        **options,
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from cmt_edge.cmt import create_model
+from cmt_edge.cmt import create_model, load_weights
 from cmt_edge.cmt.weights import randomize
 
 NANO = "cmt_nano"
@@ -48,3 +48,18 @@ def saved(tmp_path: Path, content, name: str = "model.pth") -> Path:
     else:
         torch.save(content, path)
     return path
+
+
+GOOD = state_of(1)
+"""The weights that every container must give."""
+
+NAMES = tuple("abcdefghij")
+"""Names of the ten classes of cmt_nano."""
+
+
+def result_of(tmp_path: Path, content, name: str = "model.pth", **options):
+    """What is told of a checkpoint that holds ``GOOD`` in some form, after it was loaded."""
+    model = nano()
+    loaded = load_weights(model, saved(tmp_path, content, name), **options)
+    assert holds(model, GOOD | {k: v for k, v in model.state_dict().items() if "num_batches" in k})
+    return loaded

@@ -4,6 +4,7 @@
 """
 
 from .calibration import CalibrationEntry, ImagesEntry, Island, ObservedEntry, SynthesisEntry, TypingEntry
+from .compiled import BlockEntry, CompiledDetails, CompiledEntry, EstimateEntry, KernelEntry
 from .engine import BuildOptions, EngineEntry, EngineKey
 from .latency import LEAST_SHOWN_SHARE, ExecutedPrecision, LatencyEntry
 from .model import FileEntry, Host, ModelEntry, RuntimeEntry, TensorEntry, WeightsEntry
@@ -20,6 +21,7 @@ from .values import (
     PRECISIONS,
     PROBABILITIES,
     SCORES,
+    TYPED_FORMATS,
     Count,
     DataType,
     Dimension,
@@ -55,10 +57,14 @@ __all__ = [
     "PRECISIONS",
     "PROBABILITIES",
     "SCORES",
+    "TYPED_FORMATS",
     "Accuracy",
+    "BlockEntry",
     "BuildOptions",
     "CalibrationEntry",
     "Candidate",
+    "CompiledDetails",
+    "CompiledEntry",
     "Count",
     "DataCheck",
     "DataType",
@@ -67,6 +73,7 @@ __all__ = [
     "DynamicDimension",
     "EngineEntry",
     "EngineKey",
+    "EstimateEntry",
     "ExecutedPrecision",
     "FileEntry",
     "Format",
@@ -75,6 +82,7 @@ __all__ = [
     "Host",
     "ImagesEntry",
     "Island",
+    "KernelEntry",
     "LabelsSource",
     "LatencyEntry",
     "ModelEntry",

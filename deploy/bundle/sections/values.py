@@ -18,8 +18,11 @@ FORMATS = {
     "onnx": ("fp32", "int8"),
     "openvino": ("fp32", "bf16", "int8"),
     "trt": ("fp32", "fp16", "int8"),
+    "rtx": ("fp32", "fp16", "int8"),
 }
 """Format of a bundle that can be exported -> the precisions that it can have."""
+TYPED_FORMATS = ("trt", "rtx")
+"""Formats whose graphs have the precision written into them, and whose engines NVIDIA's compilers build."""
 FAKE = "fake"
 """Format of a bundle without a model, which tests of other programs may use; it can have any precision."""
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")

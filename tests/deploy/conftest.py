@@ -1,0 +1,61 @@
+"""What several tests of a device share: commands, and threads that must end."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+
+from helpers.running import list_helper_threads
+
+ENDING_S = 5.0
+"""Seconds that a thread which was told to end may take for it, on a machine with other work."""
+
+
+@pytest.fixture
+def call(capsys):
+    """Runs a command; its exit code, standard output and standard error."""
+
+    def run(command, *argv):
+        try:
+            code = command([str(a) for a in argv])
+        except SystemExit as exc:
+            code = exc.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def fails(call):
+    """Runs a command that must fail with ``code`` and returns its one message."""
+
+    def run(code, command, *argv):
+        got, out, err = call(command, *argv)
+        assert (got, out) == (code, ""), err
+        assert err.startswith("error: ")
+        assert err.count("error:") == 1
+        assert "Traceback" not in err
+        assert "remedy: " in err
+        return err
+
+    return run
+
+
+@pytest.fixture
+def quick_collections():
+    """Objects from before the test are left out where garbage is collected: with PyTorch in memory, one
+    collection takes half a second."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture
+def no_thread_is_left(quick_collections):
+    """The test ends every thread that it started; an abandoned stream may do so when it is collected."""
+    yield
+    gc.collect()
+    for thread in list_helper_threads():
+        thread.join(ENDING_S)
+    assert not list_helper_threads()

@@ -1,0 +1,97 @@
+"""Our rules of the parser against NVIDIA's real one: TensorRT for RTX parses and builds without a GPU."""
+
+from __future__ import annotations
+
+import onnx
+import pytest
+
+from cmt_edge.deploy.bundle import ONNX
+from cmt_edge.deploy.errors import StepError
+from cmt_edge.deploy.tensorrt.kernels import read_kernels
+from cmt_edge.deploy.tensorrt.parser_rules import ACCEPTED_BY_RTX, SUPPORTED
+from helpers.parser_graphs import BROKEN
+from helpers.rtx_parser import needs_rtx, parse_all
+from helpers.trt import build_portable, trt_bundle
+
+pytestmark = needs_rtx
+
+SCHEMAS = onnx.defs.get_all_schemas_with_history()
+WORDS = {
+    "no such operation": "false",
+    "zero point is not 0": "Non-zero zero point",
+    "scale is not positive": "must all be positive",
+    "axes must be constant": "must resolve to a build-time constant",
+    "inputs from the 2. on must be constant": "symbolic execution",
+    "only the first output": "outputs for LayerNormalization",
+    "reads float32 and float16 at once": "must have same input types",
+}
+"""Rule that the real parser has too -> part of its message."""
+
+
+@pytest.fixture(scope="module")
+def verdicts(tmp_path_factory):
+    """What the real parser and builder make of each graph that breaks one of our rules."""
+    known = {schema.name for schema in SCHEMAS if schema.domain == ""}
+    return parse_all(tmp_path_factory.mktemp("graphs"), BROKEN, sorted(SUPPORTED | known))
+
+
+@pytest.mark.parametrize("rule", WORDS)
+def test_the_real_parser_refuses_it_too(verdicts, rule):
+    verdict = verdicts[rule]
+    assert not verdict["parsed"]
+    assert WORDS[rule] in " ".join(verdict["errors"])
+
+
+@pytest.mark.parametrize("rule", ACCEPTED_BY_RTX)
+def test_what_it_accepts_has_another_reason(verdicts, rule):
+    assert verdicts[rule]["built"], "the real parser refuses it now: move the rule to WORDS"
+
+
+def test_every_rule_was_tried():
+    assert set(WORDS) | set(ACCEPTED_BY_RTX) == set(BROKEN)
+    assert not set(WORDS) & set(ACCEPTED_BY_RTX)
+
+
+def test_the_operations_are_those_of_the_real_parser(verdicts):
+    """Deformable convs are a plugin of TensorRT; windows and the STFT came after 10.3."""
+    real = set(verdicts["operators"])
+    old = {schema.name for schema in SCHEMAS if schema.domain == "" and schema.since_version <= 20}
+    assert SUPPORTED - real == {"DeformConv"}
+    assert real & old - SUPPORTED == {"BlackmanWindow", "HammingWindow", "HannWindow", "STFT"}
+
+
+# --- the real builder -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, "batch"])
+@pytest.mark.parametrize("half", [True, False])
+def test_a_real_engine_without_a_gpu(tmp_path, batch, half):
+    bundle = trt_bundle(tmp_path / "b", format="rtx", batch=batch, half=half)
+    made = build_portable(bundle)
+    assert len(made.plan) > 1000
+    kernels = read_kernels(made.layers)
+    nodes = {node for kernel in kernels for node in kernel.nodes}
+    assert {"pool", "head"} <= nodes
+    assert ("fp16" in " ".join(kernel.types for kernel in kernels)) == half
+
+
+def test_engines_for_named_gpus_differ(tmp_path):
+    bundle = trt_bundle(tmp_path / "b", format="rtx")
+    plans = [build_portable(bundle, compute=compute).plan for compute in ((), ("SM86",), ("SM89", "SM120"))]
+    assert len(set(plans)) == 3
+
+
+@pytest.mark.parametrize("rule", ["zero point is not 0", "reads float32 and float16 at once"])
+def test_a_broken_graph_is_a_typed_error_with_the_real_words(tmp_path, rule):
+    content = BROKEN[rule].SerializeToString()
+    bundle = trt_bundle(tmp_path / "b", format="rtx", batch="batch", members={ONNX: content})
+    with pytest.raises(StepError, match="parser refused") as error:
+        build_portable(bundle)
+    assert WORDS[rule] in error.value.why
+
+
+def test_too_little_memory_is_a_typed_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("cmt_edge.deploy.tensorrt.building.read_available_memory", lambda root: 8 << 20)
+    with pytest.raises(StepError) as error:
+        build_portable(trt_bundle(tmp_path / "b", format="rtx"))
+    assert error.value.remedy

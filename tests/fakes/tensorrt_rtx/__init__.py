@@ -1,0 +1,59 @@
+"""A TensorRT for RTX on the fake CUDA device: the fake TensorRT with what the other product adds.
+
+It builds with a GPU, as ``cmt-build`` does, and without one, as an export does, and lists its kernels in the
+log. Modes of ``FAKE_TRT`` besides those of the fake TensorRT: ``no_layers``, ``hungry``.
+"""
+
+from __future__ import annotations
+
+import os
+
+import tensorrt as _base
+from tensorrt import *  # noqa: F403
+from tensorrt import IBuilderConfig as _Config
+from tensorrt import Logger
+
+__version__ = "1.7.1.116"
+
+ComputeCapability = _base._enum("ComputeCapability", "NONE CURRENT SM75 SM80 SM86 SM89 SM120 SM121")
+
+
+class IBuilderConfig(_Config):
+    num_compute_capabilities = 0
+    max_aux_streams = 7
+    _workspace = None
+
+    def __init__(self):
+        super().__init__()
+        self._capabilities = {}
+
+    def set_compute_capability(self, capability, index):
+        assert index < self.num_compute_capabilities
+        self._capabilities[index] = capability.name
+
+
+class Builder(_base.Builder):
+    def create_builder_config(self):
+        return IBuilderConfig()
+
+    def build_serialized_network(self, network, config):
+        if os.environ.get("FAKE_TRT") == "hungry":
+            bytearray(1 << 31)
+        plan = super().build_serialized_network(network, config)
+        if plan is not None and os.environ.get("FAKE_TRT") != "no_layers":
+            lines = [_line(node.name, node.op_type) for node in network._model.graph.node]
+            self._logger.log(Logger.Severity.VERBOSE, "Layers:\n" + "\n".join(lines) + "\n\nBindings:\ninput")
+        if plan is None:
+            return None
+        names = [config._capabilities[i] for i in range(config.num_compute_capabilities)]
+        note = f'{{"compute": "{" ".join(names)}", "aux_streams": {config.max_aux_streams}, '
+        return _base.IHostMemory(plan.replace(b"{", note.encode(), 1))
+
+
+def _line(name, kind):
+    tensor = "{ Name: x, Dimensions: [1,8], Strides: [8,1], Datatype: Half, Format: (Linear) Row major }"
+    kind = "gemm" if kind == "MatMul" else "kgen"
+    return (
+        f"Name: {name}_myl0_0, LayerType: {kind}, Inputs: [ {tensor}], Constants: [], Outputs: [ {tensor}],"
+        f" TacticName: , StreamId: 0, Metadata: [ONNX Layer: {name}]"
+    )
