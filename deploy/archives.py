@@ -129,7 +129,8 @@ def _read_members(headers: _Headers, members: _Members) -> int:
     """Note every member of an archive; returns the byte at which the archive says that it ends."""
     position = -1
     with tarfile.open(fileobj=cast(IO[bytes], headers), mode="r:") as tar:
-        while (member := tar.next()) is not None:
+        is_empty = vars(tar)["firstmember"] is None  # Python 3.10's next() fails there
+        while not is_empty and (member := tar.next()) is not None:
             if tar.offset <= position:  # it would be read for ever
                 raise tarfile.ReadError(f"the member at byte {member.offset} has a negative size")
             position = tar.offset

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -32,8 +30,8 @@ from .ranges import CLASS_COUNTS
 
 MANY = 32
 """Number of images from which it is worth opening the bundle for several inferences at once."""
-LINE_BREAK = "\r\n"
-"""Both characters that break a line of comma-separated values."""
+QUOTED = frozenset(',"\r\n')
+"""Characters for which a cell of comma-separated values is quoted."""
 SHOW_PROGRESS = 20
 """Fewer images show no progress: they are done before anybody could read it."""
 
@@ -187,10 +185,14 @@ def _start_csv(topk: int) -> Show:
 
 def _format_csv_line(cells: Iterable[object]) -> str:
     """One row; a cell with a comma, a quote or a line break is quoted. Cells that a spreadsheet takes for
-    formulas stay as they are, because a changed file name would name no file."""
-    line = io.StringIO()
-    csv.writer(line, lineterminator=LINE_BREAK).writerow(cells)  # only what ends a line is quoted as one
-    return line.getvalue().removesuffix(LINE_BREAK)
+    formulas stay as they are, because a changed file name would name no file. Python 3.10's ``csv`` refuses
+    NUL, which a label may hold."""
+    return ",".join(_quote_cell(str(cell)) for cell in cells)
+
+
+def _quote_cell(text: str) -> str:
+    """A cell as RFC 4180 has it."""
+    return '"' + text.replace('"', '""') + '"' if QUOTED & set(text) else text
 
 
 def _expand(path: Path, quiet: bool) -> list[_Source]:

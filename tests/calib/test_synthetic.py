@@ -114,13 +114,13 @@ def test_equal_seeds_give_equal_images(small):
 
 @pytest.mark.parametrize(("count", "batches"), [(1, [1]), (50, [50]), (51, [26, 25]), (101, [34, 34, 33])])
 def test_batches_are_even(count, batches):
-    assert synthetic.batch_sizes(count, 50) == batches
+    assert synthetic.split_into_batches(count, 50) == batches
 
 
 @pytest.mark.parametrize("spec", [SPEC, CROPPED], ids=["whole", "cropped"])
 def test_preprocessing_gives_exactly_the_images_that_were_made(small, spec):
     images, how = synthesise(small, 3, spec, steps=2)
-    made = synthetic.as_set(synthetic.Made(images, how, cached=False), spec)
+    made = synthetic.convert_to_set(synthetic.Made(images, how, cached=False), spec)
     assert np.array_equal(np.stack([decode_pixels(blob, spec) for blob in made.blobs]), images)
     assert [b.shape for b in made.batches(spec)] == [(1, 3, SIZE, SIZE)] * 3
 
