@@ -240,7 +240,7 @@ def _list_zip_members(path: Path, head: bytes) -> tuple[str, ...]:
     try:
         with zipfile.ZipFile(path) as archive:
             return tuple(archive.namelist())
-    except (zipfile.BadZipFile, OSError, ValueError):
+    except Exception:  # zipfile raises many types for damaged files, such as NotImplementedError
         return ()
 
 
