@@ -28,7 +28,8 @@ AVERAGE = re.compile(
     r"(?:model|net|params|weights)?(?:[^a-z]|$)",
     re.IGNORECASE,
 )
-"""Fits keys that name weights averaged over training: ``model_ema``, ``ema_state_dict``, ``swa_model``."""
+"""Fits the words of keys that name weights averaged over training: ``model_ema``, ``ema_state_dict``,
+``swa_model``. It fits other averages too; see :func:`names_average`."""
 
 USUAL = {
     "model",
@@ -56,10 +57,43 @@ USUAL = {
 """Words of which the keys of weights are usually made. Nobody but the user knows whether the best or the last
 ones are meant, so that none of them is more usual than the others."""
 
+BESIDE_AVERAGE = USUAL | {
+    "average",
+    "avg",
+    "callback",
+    "callbacks",
+    "copy",
+    "cpu",
+    "decay",
+    "ema",
+    "helper",
+    "moving",
+    "obj",
+    "object",
+    "shadow",
+    "stochastic",
+    "swa",
+    "teacher",
+    "variables",
+}
+"""Words that stand beside the one that names an average, where it is one of weights."""
+
+MOMENTS = {
+    "exp_avg",
+    "exp_avg_sq",
+    "exp_inf",
+    "max_exp_avg_sq",
+    "momentum_buffer",
+}
+"""Keys of what PyTorch's optimizers keep of the gradients, in the shapes of the weights."""
+
 OTHERS = {
     "optimizer",
     "optimizers",
     "optim",
+    "opt",
+    "adam",
+    "adamw",
     "scheduler",
     "schedulers",
     "scaler",
@@ -203,7 +237,7 @@ def find_candidates(content: Any, spec: ModelSpec, target: StateDict) -> list[We
 
 def find_places(content: Any, way: tuple[str, ...] = ()) -> Iterator[Place]:
     """Every mapping in ``content`` that holds tensors or arrays."""
-    if len(way) > MAX_WAY or (way and OTHERS & split_words(way[-1])):
+    if len(way) > MAX_WAY or (way and _is_of_training(way[-1])):
         return
     if isinstance(content, Mapping):
         state = {
@@ -218,6 +252,22 @@ def find_places(content: Any, way: tuple[str, ...] = ()) -> Iterator[Place]:
     elif isinstance(content, (list, tuple)) and len(content) <= MAX_LIST:
         for index, value in enumerate(content):
             yield from find_places(value, (*way, f"[{index}]"))
+
+
+def _is_of_training(key: str) -> bool:
+    """Whether no weights of the model are looked for below ``key``."""
+    return key.lower() in MOMENTS or bool(OTHERS & split_words(key))
+
+
+def names_average(key: str) -> bool:
+    """Whether ``key`` names averaged weights: a word for an average, and beside it only usual words.
+
+    ``exp_avg``, ``avg_activations`` and ``ema_fisher`` are averages of something else.
+    """
+    if not AVERAGE.search(key):
+        return False
+    others = split_words(AVERAGE.sub(" ", key))
+    return all(word in BESIDE_AVERAGE or word.isdecimal() for word in others)
 
 
 def convert_to_tensor(value: object) -> Tensor | None:
@@ -272,7 +322,7 @@ def find_nameless_average(content: Any, way: tuple[str, ...] = ()) -> tuple[str,
         inner = (*way, str(key))
         if isinstance(value, (list, tuple)):
             layers = [item for item in value if isinstance(item, Tensor) and is_layer(item)]
-            if layers and any(AVERAGE.search(part) for part in inner):
+            if layers and any(names_average(part) for part in inner):
                 return inner
         elif (found := find_nameless_average(value, inner)) is not None:
             return found
@@ -349,7 +399,7 @@ def _compare(place: Place, prefix: str, spec: ModelSpec, target: StateDict) -> W
     outside = [key for key in place.state if not key.startswith(prefix) and not is_training_only(key)]
     layers = [key for key in outside if missing or is_layer(place.state[key])]
     way = [*place.way, *prefix.split(".")]
-    averaged = any(AVERAGE.search(part) for part in way)
+    averaged = any(names_average(part) for part in way)
     return WeightsCandidate(
         way=place.way,
         prefix=prefix,
@@ -359,7 +409,7 @@ def _compare(place: Place, prefix: str, spec: ModelSpec, target: StateDict) -> W
         missing=missing,
         shared=sum(key in state for key in required),
         averaged=averaged or _has_average_counter(place.state, prefix),
-        usual=all(split_words(AVERAGE.sub(" ", part)) <= USUAL or part.startswith("[") for part in way),
+        usual=all(names_average(part) or split_words(part) <= USUAL or part.startswith("[") for part in way),
     )
 
 

@@ -106,6 +106,14 @@ PLAIN = {
     "an average that is none": {"model": GOOD, "ema": {"decay": 0.999, "updates": 10}},
     "an average that was not made": {"model": GOOD, "model_ema": None},
     "moments of an optimizer": {"model": GOOD, "optimizer": {"exp_avg": OTHER}},
+    "moments of Adam": {"model": GOOD, "opt": {"exp_avg": OTHER, "exp_avg_sq": OTHER}},
+    "moments in a state": {"model": GOOD, "opt_state": {"exp_avg": OTHER}},
+    "moments by the name of Adam": {"model": GOOD, "adam": {"exp_avg": OTHER}},
+    "moments in a file of a program": {"model": GOOD, "my_run": {"exp_avg": OTHER}},
+    "moments at the top": {"model": GOOD, "exp_avg": OTHER},
+    "averaged activations": {"model": GOOD, "avg_activations": OTHER},
+    "an averaged Fisher matrix": {"model": GOOD, "ema_fisher": OTHER},
+    "a list of moments": {"model": GOOD, "state": {"exp_avg": [torch.ones(3, 3)]}},
     "metrics and a criterion of any name": {
         "state_dict": behind("model.")
         | {"ce.weight": torch.ones(10), "class_weights": torch.ones(10), "f1.tp": torch.zeros(10)}
@@ -177,6 +185,8 @@ AVERAGED = {
     "swa": {"state_dict": OTHER, "swa_model": GOOD},
     "a callback's": {"state_dict": behind("model.", OTHER), "callbacks": {"EMA": {"ema_weights": GOOD}}},
     "a prefix": {"state_dict": behind("model.", OTHER) | behind("model_ema.module.")},
+    "a moving average": {"model": OTHER, "moving_average_weights": GOOD},
+    "an average of a decay": {"model": OTHER, "ema_0.9999": GOOD},
     "ema-pytorch": behind("online_model.", OTHER)
     | behind("ema_model.")
     | {"initted": torch.tensor(True), "step": torch.tensor(4)},
@@ -187,6 +197,11 @@ AVERAGED = {
 @pytest.mark.parametrize("name", PLAIN)
 def test_weights_are_found(tmp_path, name):
     assert not result_of(tmp_path, PLAIN[name]).ema
+
+
+def test_moments_alone_are_no_weights(tmp_path):
+    with pytest.raises(WeightsError, match="no state dict"):
+        result_of(tmp_path, {"exp_avg": GOOD, "exp_avg_sq": GOOD})
 
 
 @pytest.mark.parametrize("name", AVERAGED)
