@@ -34,6 +34,8 @@ SMALL = 1e-3
 """The factor at which a saturated sigmoid leaves its bounds, and a class index stays a whole number."""
 ALIKE = 1e-2
 """Share by which two sums or bounds may differ that count as equal."""
+NEAR_ZERO = 5e-3
+"""The logarithm of a probability that counts as sure is so near to 0; halves round it."""
 WHOLE_HALVES = 128
 """From this value on, numbers that were rounded to halves may be whole by chance."""
 LOGITS_REMEDY = "let the model return its logits, as they are before argmax, sorting, softmax or sigmoid"
@@ -83,6 +85,8 @@ def identify_outputs(model: nn.Module, batch: np.ndarray, logits: np.ndarray) ->
         kind = find_kind(logits, operation)
     if kind == LOGITS and own.min() >= 0 and operation not in LINEAR:
         kind = _find_kind_by_bounds(own, probe)
+    if kind == LOGITS and own.max() <= NEAR_ZERO and operation not in LINEAR:
+        _require_no_log_probabilities(own, probe)
     _require_differences(own, operation, probe)
     return kind
 
@@ -193,6 +197,44 @@ def _require_no_losses(own: np.ndarray) -> None:
             why="the most probable class has the smallest of them, and a logit is the largest",
             remedy=LOGITS_REMEDY,
         )
+
+
+def _require_no_log_probabilities(own: np.ndarray, probe: Probe) -> None:
+    """Refuse logarithms of probabilities that a softmax or a sigmoid does not turn into these probabilities.
+
+    A log_softmax is none of them: its softmax is right. Negated distances are none either where there are
+    several: they grow in both directions, and the logarithm of a sigmoid reaches 0 in one of them.
+    """
+    found = probe.answers(*HUGE).numpy()
+    rows = np.concatenate([own, found])
+    if not len(found) or not own.any() or rows.max() > NEAR_ZERO:
+        return
+    several = own.shape[1] > 1
+    if several and (_is_log_softmax(own) or not _reaches_zero(probe)):
+        return
+    other = "softmax" if several else "sigmoid"
+    raise InputError(
+        "no output of the reference is above 0, whatever the image, as logarithms of probabilities"
+        " (logsigmoid) are",
+        why=f"logits have no such bound, and the {other} of these outputs is not their probability",
+        remedy=f"{LOGITS_REMEDY}, or the sigmoid of them",
+    )
+
+
+def _is_log_softmax(own: np.ndarray) -> bool:
+    """Whether the outputs of every image are the logarithms of probabilities that sum to 1."""
+    sums = np.exp(own.astype(np.float64)).sum(axis=1)
+    allowed = COARSE_TOLERANCE if measure_resolution(own) else SUM_TOLERANCE
+    return bool((np.abs(sums - 1) <= allowed).all())
+
+
+def _reaches_zero(probe: Probe) -> bool:
+    """Whether every output comes near to 0 when the model's last linear operation grows in one direction or
+    the other."""
+    below, above = probe.answers(HUGE[1]).numpy(), probe.answers(HUGE[2]).numpy()
+    if below.shape != above.shape or not len(below):
+        return False
+    return bool(np.maximum(below, above).min() >= -NEAR_ZERO)
 
 
 def _require_no_index(own: np.ndarray, operation: str, probe: Probe) -> None:

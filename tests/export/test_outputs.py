@@ -25,13 +25,16 @@ from torch import nn
 class Net(nn.Module):
     img_size = 32
 
-    def __init__(self, form, classes):
+    def __init__(self, form, classes, in_place=False):
         super().__init__()
+        self.in_place = in_place
         torch.manual_seed(0)
         self.conv, self.norm = nn.Conv2d(3, 16, 3, stride=4, padding=1), nn.BatchNorm2d(16)
         self.fc, self.form = nn.Linear(16, classes), form
 
     def forward(self, x):
+        if self.in_place:
+            x.sub_(0.5).div_(0.5)
         return self.form(8 * self.fc(self.norm(self.conv(x)).relu().mean((2, 3))))
 
 class Map(nn.Module):
@@ -79,6 +82,12 @@ def one_written_out(): return Net(lambda y: 1 / (1 + (-y).exp()), 1)
 def one_averaged(): return Net(lambda y: torch.stack([y.sigmoid(), (2 * y).sigmoid()]).mean(0), 1)
 def one_clamped(): return Net(lambda y: y.sigmoid().clamp(1e-6, 1 - 1e-6), 1)
 def one_small(): return Net(lambda y: y * 0.01 + 0.5, 1)
+def one_log(): return Net(lambda y: nn.functional.logsigmoid(y), 1)
+def one_log_written_out(): return Net(lambda y: -(1 + (-y).exp()).log(), 1)
+def several_logs(): return Net(lambda y: nn.functional.logsigmoid(y), 5)
+def distances(): return Net(lambda y: -(y[:, :, None] - torch.linspace(-9, 9, 7)).pow(2).sum(2), 5)
+def one_negative(): return Net(lambda y: y * 0.01 - 0.5, 1)
+def in_place(): return Net(lambda y: y, 5, in_place=True)
 def nan(): return Net(lambda y: y / (y - y), 5)
 def index(): return Net(lambda y: y.argmax(1), 5)
 def record(): return Net(lambda y: {"logits": y, "features": y}, 5)
@@ -107,7 +116,7 @@ def exported(name: str, folder, **settings):
 
 def expected(name: str, batch: np.ndarray) -> np.ndarray:
     """The probabilities that the model itself means, ``(N, classes)``."""
-    values = getattr(importlib.import_module("output_kinds"), name)().eval()(torch.from_numpy(batch))
+    values = getattr(importlib.import_module("output_kinds"), name)().eval()(torch.from_numpy(batch.copy()))
     values = values["logits"] if isinstance(values, dict) else values
     values = values.detach().float()
     if name.startswith("one"):
@@ -143,6 +152,9 @@ KINDS = {
     "small": None,
     "one_small": None,
     "one_of_map": None,
+    "one_negative": None,
+    "distances": None,
+    "in_place": None,
 }
 """Factory -> the kind that the manifest records; ``None`` means logits, and is left out."""
 
@@ -190,6 +202,9 @@ REFUSED = {
     "best_only": "the amax of 5 values",
     "evidence": "the logsumexp of 5 values",
     "one_softmax": "softmax, which is 1",
+    "one_log": "is above 0, whatever the image",
+    "one_log_written_out": "is above 0, whatever the image",
+    "several_logs": "is above 0, whatever the image",
     "one_percent": "between 0 and 100",
 }
 
