@@ -1,7 +1,8 @@
 """What models return, brought into one form: a float32 tensor ``(N, classes)``.
 
 A user's model may return a dictionary, a tuple, halves, or maps of one pixel. :func:`settle_output` finds the
-logits in that, where they are unmistakable, and gives the model a hook that returns them alone.
+logits in that, where they are unmistakable, and gives the model a hook that returns them alone. It also gives
+a model that changes its input in place a copy of it.
 """
 
 from __future__ import annotations
@@ -117,7 +118,8 @@ def settle_output(model: nn.Module, example: Tensor, name: str) -> int:
     """Make ``model`` return float32 logits ``(N, classes)``, if it does not yet, and count the classes.
 
     Args:
-        model: in eval mode; it gets a forward hook where its output has another form.
+        model: in eval mode; it gets a forward hook where its output has another form, and one that copies its
+            input where it changes it in place.
         example: float32 ``(2, 3, S, S)``.
         name: of the model, for messages.
 
@@ -125,7 +127,11 @@ def settle_output(model: nn.Module, example: Tensor, name: str) -> int:
         InputError: the output is no logits, or it is not clear which part of it is. Whatever ``model`` raises
             comes out as it is.
     """
-    given = _ask(model, example)
+    seen = example.clone()
+    given = _ask(model, seen)
+    if not torch.equal(seen, example):
+        model.register_forward_pre_hook(_copy_images)
+        given = _ask(model, example)
     key = _find_logits(given, len(example), name)
     logits = _name_entries(given)[key] if key is not None else given
     if not logits.is_floating_point():
@@ -373,6 +379,11 @@ def _describe(value: Any) -> str:
     if not isinstance(value, Tensor):
         return type(value).__name__
     return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+
+
+def _copy_images(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The forward pre-hook of :func:`settle_output`."""
+    return tuple(value.clone() if isinstance(value, Tensor) else value for value in arguments)
 
 
 def _take(
