@@ -10,13 +10,18 @@ from typing import Any
 
 from .checkpoint import read_content, read_metadata
 from .class_names import SETTINGS, count_class_names
+from .input_settings import InputSettings, read_input_settings
 from .recognition import recognise
-from .registry import list_models
+from .registry import find_model, list_models
 
 MODEL = ("model", "arch", "model_name")
 """Names of a setting that names the model."""
-SIZE = ("imgsz", "img_size", "image_size", "input_size", "size")
+SIZE = ("imgsz", "img_size", "image_size", "input_size")
 """Names of a setting that holds the height and width of the input, pixels."""
+PERHAPS_SIZE = "size"
+"""Name of a setting that holds the same or something else, such as the number of images."""
+MAX_PERHAPS_SIZE = 2048
+"""The largest height and width, pixels, that such a setting is believed to hold."""
 COUNT = ("num_classes", "nb_classes")
 """Names of a setting that holds the number of classes."""
 
@@ -30,7 +35,8 @@ class Description:
         img_size: height and width of the input, pixels.
         num_classes: number of classes.
         mean: of red, green and blue, with values from 0 to 1.
-        std: the same for the standard deviation.
+        std: the same for the standard deviation. There is never one without the other.
+        fault: why a mean or a deviation that the checkpoint gives cannot be used.
     """
 
     model: str | None = None
@@ -38,6 +44,7 @@ class Description:
     num_classes: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    fault: str | None = None
 
 
 def describe_checkpoint(path: Path) -> Description:
@@ -56,8 +63,23 @@ def describe_checkpoint(path: Path) -> Description:
     for settings in _collect_settings(content):
         model = _find_first(settings, MODEL, str)
         if model in list_models():
-            return _describe(model, settings, _count_classes(settings, content))
+            return _describe(
+                model,
+                settings,
+                _count_classes(settings, content),
+                read_input_settings(_collect_settings(content)),
+            )
     return Description()
+
+
+def describe_input(path: Path) -> InputSettings:
+    """What the settings in a checkpoint say of the images, whichever model it belongs to.
+
+    Raises:
+        WeightsError: the file is missing, unreadable or unsafe.
+    """
+    content = read_metadata(path) or read_content(path)
+    return read_input_settings(_collect_settings(content) if isinstance(content, Mapping) else [])
 
 
 def describe_by_shapes(path: Path) -> list[Description]:
@@ -72,18 +94,26 @@ def describe_by_shapes(path: Path) -> list[Description]:
     content = read_content(path)
     said = read_metadata(path) or content
     settings: dict[Any, Any] = {}
-    for part in _collect_settings(said if isinstance(said, Mapping) else {}):
+    parts = _collect_settings(said if isinstance(said, Mapping) else {})
+    for part in parts:
         settings = {**part, **settings}
-    return [_describe(model.name, settings, model.num_classes) for model in recognise(content)]
+    images = read_input_settings(parts)
+    return [_describe(model.name, settings, model.num_classes, images) for model in recognise(content)]
 
 
-def _describe(model: str, settings: Mapping[Any, Any], num_classes: int | None) -> Description:
+def _describe(
+    model: str,
+    settings: Mapping[Any, Any],
+    num_classes: int | None,
+    images: InputSettings,
+) -> Description:
     return Description(
         model,
-        _read_size(settings),
+        _read_size(settings, find_model(model).size_multiple),
         num_classes,
-        _read_triple(settings.get("mean")),
-        _read_triple(settings.get("std")),
+        images.mean,
+        images.std,
+        images.fault,
     )
 
 
@@ -110,28 +140,20 @@ def _parse_positive(value: int | None) -> int | None:
     return value if value is not None and value > 0 else None
 
 
-def _read_size(settings: Mapping[Any, Any]) -> int | None:
-    """The size as a number, or the last one of ``(3, S, S)``."""
-    for name in SIZE:
+def _read_size(settings: Mapping[Any, Any], multiple: int) -> int | None:
+    """The size as a number, or the last one of ``(3, S, S)``; :data:`PERHAPS_SIZE` only where the model can
+    have it."""
+    for name in (*SIZE, PERHAPS_SIZE):
         value = settings.get(name)
         if isinstance(value, (list, tuple)) and value and set(value[-2:]) == {value[-1]}:
             value = value[-1]
         if isinstance(value, str) and value.isdecimal():
             value = int(value)
-        if type(value) is int and value > 0:
+        if type(value) is not int or value <= 0:
+            continue
+        if name != PERHAPS_SIZE or (value <= MAX_PERHAPS_SIZE and value % multiple == 0):
             return value
     return None
-
-
-def _read_triple(value: Any) -> tuple[float, ...] | None:
-    """Three numbers as a list, or as text with commas."""
-    parts = value.split(",") if isinstance(value, str) else value
-    if not isinstance(parts, (list, tuple)) or len(parts) != 3:
-        return None
-    try:
-        return tuple(float(part) for part in parts)
-    except (TypeError, ValueError):
-        return None
 
 
 def _count_classes(settings: Mapping[Any, Any], content: Mapping[Any, Any]) -> int | None:

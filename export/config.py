@@ -479,7 +479,7 @@ def _describe_by_weights(
     said = describe_checkpoint(Path(weights))
     if said.model is None or settings.get("model", said.model) != said.model:
         return {}
-    return _convert_to_settings(said)
+    return _convert_to_settings(said, settings)
 
 
 def find_settings_by_shapes(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -503,10 +503,19 @@ def find_settings_by_shapes(settings: Mapping[str, Any]) -> dict[str, Any]:
             why=f"its weights have the shapes of {' and of '.join(names)}",
             remedy=f"--model {' or --model '.join(names)}",
         )
-    return _convert_to_settings(fitting[0]) if fitting else {}
+    return _convert_to_settings(fitting[0], settings) if fitting else {}
 
 
-def _convert_to_settings(said: Description) -> dict[str, Any]:
+def _convert_to_settings(said: Description, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of a checkpoint, as settings; raises :class:`InputError` for a mean or a deviation that
+    it gives and that cannot be used, unless ``settings`` give both."""
+    if said.fault is not None and not {"mean", "std"} <= settings.keys():
+        raise InputError(
+            "the mean and standard deviation in the checkpoint cannot be used",
+            where=settings["weights"],
+            why=said.fault,
+            remedy="give both, of values from 0 to 1: --mean R,G,B --std R,G,B",
+        )
     known = {
         "model": said.model,
         "imgsz": said.img_size,

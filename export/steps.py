@@ -24,6 +24,7 @@ from cmt_edge.calib.generated import generate
 from cmt_edge.calib.quantize import keep_float
 from cmt_edge.calib.synthetic import choose_default_count, make_synthetic_set
 from cmt_edge.cmt import choose_head, compute_weights_fingerprint, fuse
+from cmt_edge.cmt.described import describe_input
 from cmt_edge.cmt.outside import OUTSIDE_FAMILIES
 from cmt_edge.cmt.reference import load_reference
 from cmt_edge.cmt.weights import LoadedWeights
@@ -506,7 +507,7 @@ def verify_bundle(
 
 def write_notes_on_checkpoint(config: ExportConfig, manifest: Manifest, loaded: LoadedWeights) -> list[str]:
     """What a user should know of a checkpoint file: names of classes that it lacks, keys that were left
-    out."""
+    out, and settings of the images that are not used."""
     notes = []
     source, labels = manifest.labels_source, manifest.labels
     if config.weights not in NAMED_WEIGHTS and source in ("published", "numbered"):
@@ -523,7 +524,51 @@ def write_notes_on_checkpoint(config: ExportConfig, manifest: Manifest, loaded: 
         notes.append(
             f"not read, because that would run its code: {', '.join(loaded.unread)} in {loaded.source}"
         )
+    if config.weights not in NAMED_WEIGHTS:
+        notes += _write_notes_on_images(config)
     return notes
+
+
+def _write_notes_on_images(config: ExportConfig) -> list[str]:
+    """Which settings of the images in a checkpoint file differ from those of the export."""
+    path, used = Path(config.weights), config.preprocess
+    said = describe_input(path)
+    given = said.fault or (said.mean is not None and (said.mean, said.std) != (used.mean, used.std))
+    notes = []
+    if given and config.mean is None and config.std is None:
+        what = said.fault or f"the mean {said.mean} and the standard deviation {said.std}"
+        notes.append(
+            f"what {path.name} says of mean and standard deviation is not used ({what}): --mean and --std"
+            " give them"
+        )
+    agreed = {
+        "interpolation": (used.interpolation,),
+        "crop_pct": (config.crop_ratio or config.spec.crop_ratio,),
+        "crop_ratio": (config.crop_ratio or config.spec.crop_ratio,),
+    }
+    for name, value in said.not_taken:
+        if value not in agreed.get(name, (True, "rgb", "RGB")):
+            notes.append(f"{name} = {_show(value)} in {path.name} is not used: {NOT_TAKEN_REMEDY[name]}")
+    return notes
+
+
+def _show(value: object) -> str:
+    """A value of a checkpoint in a note; an object of another class is only named."""
+    return repr(value) if isinstance(value, (bool, int, float, str)) else f"a {type(value).__name__}"
+
+
+CHANNELS_REMEDY = "images are given as red, green, blue; a model of blue, green, red must turn them itself"
+"""What a note says of an order of the channels."""
+NOT_TAKEN_REMEDY = {
+    "bgr_to_rgb": CHANNELS_REMEDY,
+    "channel_order": CHANNELS_REMEDY,
+    "color_order": CHANNELS_REMEDY,
+    "crop_pct": "--crop-ratio gives it",
+    "crop_ratio": "--crop-ratio gives it",
+    "interpolation": "the model's own filter is kept",
+    "to_rgb": CHANNELS_REMEDY,
+}
+"""Name of a setting that is not taken from a checkpoint -> what the note says of it."""
 
 
 @dataclass(frozen=True)

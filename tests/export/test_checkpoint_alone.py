@@ -76,6 +76,53 @@ def test_weights_of_no_file_have_no_entry(tmp_path, capsys):
     assert "entry" not in content["model"]["weights"]
 
 
+# --- images ---------------------------------------------------------------------------------------
+
+
+def plan_of(folder, content, **settings) -> dict:
+    torch.save({"model": state_of(1), **content}, folder / "own.pt")
+    given = {"weights": str(folder / "own.pt"), "format": "onnx", "output": str(folder / "out")}
+    return make_plan(ExportConfig.from_mapping(given | settings))
+
+
+def test_a_plan_shows_the_mean_and_std_of_the_checkpoint(tmp_path):
+    plan = plan_of(tmp_path, {"settings": {"model": "cmt_nano", "mean": 0.5}, "std": torch.tensor([0.25])})
+    assert (plan["mean"], plan["std"]) == ([0.5] * 3, [0.25] * 3)
+    assert plan["interpolation"] == "bicubic"
+    assert "not used" not in " ".join(plan["notes"])
+
+
+def test_a_mean_that_is_not_understood_is_refused_unless_both_are_given(tmp_path):
+    content = {"settings": {"model": "cmt_nano", "mean": [0.5, 0.4, 0.3]}}
+    for given in ({}, {"mean": "0,0,0"}):
+        with pytest.raises(InputError, match="mean and standard deviation in the checkpoint") as error:
+            plan_of(tmp_path, content, **given)
+        assert "gives mean without std" in error.value.why
+        assert "--mean R,G,B --std R,G,B" in error.value.remedy
+    assert plan_of(tmp_path, content, mean="0,0,0", std="1,1,1")["mean"] == [0, 0, 0]
+
+
+def test_settings_of_images_that_are_not_taken_are_noted(tmp_path):
+    images = {"interpolation": "nearest", "crop_pct": 0.5, "channel_order": "bgr", "to_rgb": False}
+    plan = plan_of(tmp_path, {"settings": {"model": "cmt_nano", **images}})
+    notes = " ".join(plan["notes"])
+    for text in (
+        "interpolation = 'nearest' in own.pt is not used",
+        "crop_pct = 0.5 in own.pt is not used: --crop-ratio",
+        "channel_order = 'bgr' in own.pt is not used",
+        "to_rgb = False in own.pt is not used",
+    ):
+        assert text in notes
+    same = {"interpolation": "bicubic", "crop_pct": None, "channel_order": "rgb", "to_rgb": True}
+    assert "not used" not in " ".join(plan_of(tmp_path, {"settings": {"model": "cmt_nano", **same}})["notes"])
+
+
+def test_a_mean_of_a_checkpoint_that_names_no_model_is_noted(tmp_path):
+    plan = plan_of(tmp_path, {"settings": {"mean": 0.5, "std": 0.25}}, model="cmt_nano")
+    assert "the mean (0.5, 0.5, 0.5)" in " ".join(plan["notes"])
+    assert "--mean and --std give them" in " ".join(plan["notes"])
+
+
 # --- labels ---------------------------------------------------------------------------------------
 
 TEN = [f"kind {i}" for i in range(10)]
