@@ -20,7 +20,7 @@ import torch
 from cmt_edge.deploy.errors import WeightsError
 
 from .spec import StateDict
-from .strangers import Stranger, make_stand_ins
+from .strangers import Stranger, find_unloadable, make_stand_ins
 from .unpickling import ALLOWED
 
 MAX_REASON = 300
@@ -39,6 +39,9 @@ REFUSALS = (
 
 SAVE_REMEDY = "save model.state_dict() with torch.save or safetensors"
 """The remedy for a file that is not a checkpoint."""
+
+WITHOUT_SETTINGS = "save the weights without these settings, in the program that trained the model"
+"""The remedy for settings that cannot be read, before the command."""
 
 CALLS = {
     "functools.partial": "it holds a functools.partial, as settings of Hydra with _partial_ do, which names a"
@@ -287,9 +290,16 @@ def _make_unreadable_error(path: Path, exc: Exception) -> WeightsError:
         None,
     )
     held = next((what for name, what in CALLS.items() if refusal and name in refusal.split()), None)
+    unloadable = next((name for name in find_unloadable(path) if refusal and name in refusal.split()), None)
+    if unloadable:
+        return WeightsError(
+            f"holds an object of the class {unloadable}, which only its own code can rebuild",
+            where=path,
+            why="it is a list or a dictionary with attributes of its own",
+            remedy=f"{WITHOUT_SETTINGS}: torch.save(model.state_dict(), NEW)",
+        )
     if held:
-        remedy = "save the weights without these settings, in the program that trained the model:"
-        return make_refusal(path, held, f"{remedy} torch.save(model.state_dict(), NEW)")
+        return make_refusal(path, held, f"{WITHOUT_SETTINGS}: torch.save(model.state_dict(), NEW)")
     if refusal:
         why = refusal.strip().partition(" was not an allowed global")[0]
         return make_refusal(path, why[:MAX_REASON])

@@ -333,6 +333,7 @@ def find_hidden_layers(content: Any) -> Iterator[tuple[tuple[str, ...], str]]:
     """The way to every object of another program's class that holds layers, and the name of the class.
 
     Layers that also stand in a state dict are no loss, and neither are those of an optimizer or a criterion.
+    Matrices in shapes that no layer beside them has, such as a confusion matrix, are not of the model.
     """
     strangers = [
         (way, stranger)
@@ -341,9 +342,12 @@ def find_hidden_layers(content: Any) -> Iterator[tuple[tuple[str, ...], str]]:
     ]
     if not strangers:
         return
-    known = {_identify_memory(value) for place in find_places(content) for value in place.state.values()}
+    read = [value for place in find_places(content) for value in place.state.values()]
+    known = {_identify_memory(value) for value in read}
+    shapes = {value.shape for value in read if is_layer(value)}
     for way, stranger in strangers:
-        if any(_identify_memory(value) not in known for value in _find_layers(stranger, set())):
+        hidden = [value for value in _find_layers(stranger, set()) if _identify_memory(value) not in known]
+        if any(value.shape in shapes or not shapes for value in hidden):
             yield way, stranger.title
 
 

@@ -221,6 +221,23 @@ def make_stand_ins(path: Path) -> list[tuple[Callable[..., Any], str]]:
     ]
 
 
+def find_unloadable(path: Path) -> list[str]:
+    """Names of the classes of a checkpoint that may stand in settings and that no stand-in can replace: their
+    objects are lists or dictionaries with attributes of their own, which torch does not rebuild.
+
+    Nothing is raised for a damaged file.
+    """
+    try:
+        uses = _find_uses(path)
+    except Exception:  # a damaged or hostile pickle may raise anything here
+        return []
+    return [
+        f"{module}.{name}"
+        for (module, name), use in uses.items()
+        if may_stand_in_settings(module, name) and use.stand_in is None
+    ]
+
+
 def may_stand_in_settings(module: str, name: str) -> bool:
     """Whether ``name`` of ``module`` may be a class or a helper of an object among honest settings.
 

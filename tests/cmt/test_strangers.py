@@ -188,6 +188,25 @@ def test_a_network_in_an_object_is_not_left_out_silently(tmp_path):
     assert "ema is an object of the class" in str(error.value.why)
 
 
+def test_a_matrix_in_an_object_is_no_layer_of_the_model(tmp_path):
+    with imitated("secret.log.History", make_plain()) as history:
+        path = saved(tmp_path, {"model": GOOD, "history": history(confusion=torch.ones(17, 19))})
+    assert load_weights(nano(), path).unread == ("secret.log.History",)
+
+
+class NamedList(list):
+    """A list with an attribute."""
+
+
+def test_a_list_with_attributes_is_no_code(tmp_path):
+    names = NamedList(["a"])
+    names.origin = "elsewhere"
+    with pytest.raises(WeightsError, match="which only its own code can rebuild") as error:
+        load_weights(nano(), saved(tmp_path, {"model": GOOD, "log": names}))
+    assert f"{__name__}.NamedList" in error.value.what
+    assert "torch.save(model.state_dict(), NEW)" in error.value.remedy
+
+
 def test_weights_behind_an_unknown_function_are_not_left_out_silently(tmp_path):
     with imitated("secret.pack.Packed", make_plain()) as packed:
         content = {"model": GOOD, "ema": {key: packed(value=value) for key, value in OTHER.items()}}
