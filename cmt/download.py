@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import os
-import shutil
 import tempfile
 import urllib.error
 import urllib.request
@@ -17,7 +15,7 @@ from tqdm import tqdm
 from cmt_edge.deploy.cache import can_keep
 from cmt_edge.deploy.errors import DownloadError
 from cmt_edge.deploy.files import find_cache_folder, hash_file
-from cmt_edge.deploy.locks import locked
+from cmt_edge.deploy.locks import clear_lock, locked, make_process_folder
 
 from .spec import Pretrained
 
@@ -52,6 +50,7 @@ def fetch(published: Pretrained, folder: Path | None = None) -> Path:
     folder = folder or _choose_folder(name)
     target = folder / name
     if target.is_file():
+        clear_lock(target)
         return target  # complete: it has its name only since it passed its check
     try:
         with locked(target):
@@ -77,9 +76,10 @@ def _choose_folder(name: str) -> Path:
     folder = find_cache_folder() / "weights"
     if (folder / name).is_file() or can_keep(folder):
         return folder
-    temporary = Path(tempfile.mkdtemp(prefix="cmt-edge-"))
-    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
-    return temporary
+    try:
+        return make_process_folder(Path(tempfile.gettempdir()))
+    except OSError as exc:
+        raise _make_download_error(name, exc) from exc
 
 
 def _make_download_error(url: str, why: object) -> DownloadError:
