@@ -13,7 +13,7 @@ import pytest
 from cmt_edge.deploy import Bundle, Predictor, report
 from cmt_edge.deploy.backends.fake import FakeSession
 from cmt_edge.deploy.bundle import GOLDEN, REFERENCE, Golden, save_reference
-from cmt_edge.deploy.errors import DataError, ImageError, RuntimeMissingError
+from cmt_edge.deploy.errors import BundleError, DataError, ImageError, RuntimeMissingError
 from cmt_edge.deploy.images import ImageSet, hash_image
 from cmt_edge.deploy.measure.labels import match_labels
 from cmt_edge.deploy.measure.parity import MAX_DROP, MAX_PROBABILITY_DIFFERENCE, find_tolerance, verify
@@ -187,14 +187,15 @@ def test_atol_overrides_the_default(tmp_path, atol, passed):
     assert result.passed == passed
 
 
+@pytest.mark.usefixtures("served_by_fake")
 def test_default_tolerance_grows_from_fp32_to_int8(tmp_path):
-    tolerances = [
-        verify(make_bundle(tmp_path / p, precision=p)).golden.atol for p in ("fp32", "bf16", "int8")
-    ]
+    bundles = [make_bundle(tmp_path / p, precision=p, format="openvino") for p in ("fp32", "bf16", "int8")]
+    tolerances = [verify(bundle).golden.atol for bundle in bundles]
     assert tolerances == sorted(tolerances)
     assert tolerances[0] < 0.01 * tolerances[2]
 
 
+@pytest.mark.usefixtures("served_by_fake")
 def test_model_that_returns_nan_fails(tmp_path, monkeypatch):
     from cmt_edge.deploy.backends import fake
 
@@ -206,6 +207,43 @@ def test_model_that_returns_nan_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(fake.RUNTIME, "load", lambda b, options: Broken(3))
     result = verify(bundle, atol=1e9)
     assert not result.passed
+
+
+@pytest.mark.parametrize("value", [3e38, 1e10, float("nan"), float("inf"), -float("inf")])
+def test_golden_values_that_no_model_gives_are_refused(tmp_path, value):
+    outputs = tiny_golden().logits.copy()
+    outputs[0, 1] = value
+    with pytest.raises(BundleError, match="no answer of a model"):
+        verify(with_golden(tmp_path / "b", outputs=[outputs]))
+
+
+@pytest.mark.usefixtures("served_by_fake")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("size", [1e2, 1e5, 1e9])
+def test_golden_values_that_spread_far_allow_no_more(tmp_path, precision, size):
+    far = np.resize(np.array([size, -size], np.float32), tiny_golden().logits.shape)
+    made = with_golden(tmp_path / "a", outputs=[far])
+    bundle = copy_bundle(made, tmp_path / "b", precision=precision, format="openvino")
+    golden = verify(bundle).golden
+    assert not golden.passed
+    assert np.isfinite([golden.diff, golden.atol]).all()
+
+
+def test_golden_images_that_are_none_name_the_bundle(tmp_path):
+    golden = replace(tiny_golden(), sources=[b"abc", b""])
+    with pytest.raises(BundleError, match="cannot be decoded") as found:
+        verify(make_bundle(tmp_path / "b", golden=golden))
+    assert str(tmp_path / "b" / "golden.npz") in str(found.value)
+
+
+@pytest.mark.usefixtures("served_by_fake")
+def test_a_difference_that_is_not_finite_is_still_json(tmp_path, monkeypatch):
+    bundle = make_bundle(tmp_path / "b")
+    monkeypatch.setattr(
+        FakeSession, "run", lambda self, batch: [np.full((len(batch), 3), np.inf, np.float32)]
+    )
+    text = report.to_json(verify(bundle))
+    assert json.loads(text, parse_constant=pytest.fail)["golden"]["passed"] is False
 
 
 # --- figures --------------------------------------------------------------------------------------
