@@ -15,7 +15,7 @@ from tqdm import tqdm
 from cmt_edge.deploy.cache import can_keep
 from cmt_edge.deploy.errors import DownloadError
 from cmt_edge.deploy.files import find_cache_folder, hash_file
-from cmt_edge.deploy.locks import clear_lock, locked, make_process_folder
+from cmt_edge.deploy.locks import Hold, clear_lock, locked, make_scratch
 
 from .spec import Pretrained
 
@@ -27,6 +27,12 @@ DOWNLOAD_CHUNK_BYTES = 1 << 20
 
 MAX_DOWNLOAD_BYTES = 4 << 30
 """Largest file, in bytes, that is accepted."""
+
+SCRATCH = "cmt-edge-weights-"
+"""What the name of a temporary folder of this process begins with."""
+
+_holds: list[Hold] = []
+"""What keeps the temporary folders until the process ends."""
 
 PARTIAL = ".partial"
 """Ending of the name of a file that is not complete yet."""
@@ -77,9 +83,11 @@ def _choose_folder(name: str) -> Path:
     if (folder / name).is_file() or can_keep(folder):
         return folder
     try:
-        return make_process_folder(Path(tempfile.gettempdir()))
+        temporary, hold = make_scratch(Path(tempfile.gettempdir()), SCRATCH)
     except OSError as exc:
         raise _make_download_error(name, exc) from exc
+    _holds.append(hold)
+    return temporary
 
 
 def _make_download_error(url: str, why: object) -> DownloadError:

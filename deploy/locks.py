@@ -67,7 +67,7 @@ def clear_lock(path: Path) -> None:
     file = path.with_name(f"{path.name}{LOCK}")
     with contextlib.suppress(OSError):
         if not file.is_symlink():
-            _remove_if_abandoned(file)
+            remove_if_abandoned(file)
 
 
 def _acquire(file: Path) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from cmt_edge.deploy import Bundle
 from cmt_edge.deploy.bundle import BundleWriter
 from cmt_edge.deploy.bundle.packed import locate_packed, pack
-from cmt_edge.deploy.errors import CmtEdgeError
+from cmt_edge.deploy.errors import CmtEdgeError, StepError
 
 from .bundles import snapshot
 from .faults import ERRORS, Fault, Faults
@@ -24,6 +24,8 @@ CLEANING = ("open", "remove")
 """Kinds of calls that cleaning up needs itself: where one fails, the next run cleans up."""
 TYPED = {0, 1, 2, 3}
 """Exit codes of a command that has understood what happened to it."""
+TYPED_KILLED = TYPED | {-signal.SIGKILL, StepError.exit_code}
+"""The same where the command was killed, or its child: that is a failed step, and not a bad input."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class Attack:
         text = self._logs[1].read_text(errors="replace")
         if "Traceback" in text:
             yield f"a trace: {text.strip().splitlines()[-1]}"
-        if code not in TYPED and not (fault.error == "SIGKILL" and code == -signal.SIGKILL):
+        if code not in (TYPED_KILLED if fault.error == "SIGKILL" else TYPED):
             yield f"exit code {code}: {text.strip()[-200:]}"
         if code == 0 and fault.error != "SIGKILL" and "Error" in text:
             yield f"an error that the exit code hides: {text.strip()[-200:]}"
