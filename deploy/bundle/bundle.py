@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from ..errors import BundleError, InputError, SignatureError
-from ..files import hash_file, make_aside_path, read_regular, write_atomic, writing
+from ..files import describe_irregular, hash_file, make_aside_path, read_regular, write_atomic, writing
 from ..locks import Hold
 from ..preprocessing import Preprocess
 from .external_data import MalformedOnnx, has_external_data
@@ -126,11 +126,8 @@ class Bundle:
     def _read(cls, path: Path, state: State | None, key: str | Path | None) -> Bundle:
         manifest_path = path / MANIFEST
         if not os.path.isdir(path) or not os.path.isfile(manifest_path):
-            what = (
-                "is not a bundle: it has no manifest.json" if os.path.isdir(path) else "no such bundle folder"
-            )
             raise BundleError(
-                what,
+                _describe_missing(path),
                 where=path,
                 remedy="give the folder that cmt-export printed",
             )
@@ -270,6 +267,14 @@ class Bundle:
         answers = read_reference(self.file(REFERENCE), len(self.labels))
         self.require_unchanged()
         return answers
+
+
+def _describe_missing(path: Path) -> str:
+    """Why there is no bundle at ``path``."""
+    if os.path.isdir(path):
+        return "is not a bundle: it has no manifest.json"
+    kind = describe_irregular(path)
+    return f"is {kind}, not a bundle" if kind else "no such bundle folder"
 
 
 def read_whole(

@@ -408,3 +408,10 @@ def test_damaged_archives_answer_as_before_or_are_refused(
     damaged.write_bytes(content)
     with contextlib.suppress(BundleError):  # any other exception fails
         assert snapshot(Bundle.open(damaged).path) == snapshot(bundle.path)
+
+
+def test_what_a_killed_process_left_goes_also_where_nothing_is_unpacked(file: Path, cache: Path) -> None:
+    folder = Bundle.open(file).path.parent
+    (folder / ".killed.tmp").mkdir()
+    Bundle.open(file)
+    assert [path.name for path in folder.iterdir()] == ["tiny"]

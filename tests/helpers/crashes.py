@@ -150,7 +150,7 @@ class Attack:
         """Run the command again where something was left, on files that are not new any more."""
         if not list(self._leftovers()):
             return
-        for path in self.work.rglob(".*"):
+        for path in self._list_leftovers():
             status = path.stat()
             os.utime(path, (status.st_atime - 60, status.st_mtime - 60))
         code = self._run(scenario)
@@ -158,13 +158,17 @@ class Attack:
             yield f"the next run ends with {code}: {self._logs[1].read_text()[-200:]}"
 
     def _leftovers(self) -> Iterator[str]:
-        found = [
-            str(path.relative_to(self.work))
+        found = [str(path.relative_to(self.work)) for path in self._list_leftovers()]
+        if found:
+            yield f"left: {', '.join(found)}"
+
+    def _list_leftovers(self) -> list[Path]:
+        """Hidden files, locks and files that are not complete."""
+        return [
+            path
             for path in self.work.rglob("*")
             if path.name.startswith(".") or path.suffix in (".lock", ".tmp")
         ]
-        if found:
-            yield f"left: {', '.join(found)}"
 
 
 def read_bundle(path: Path) -> dict[str, bytes]:
