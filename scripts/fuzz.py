@@ -4,10 +4,10 @@
     fuzz/bin/python scripts/fuzz.py [--target NAME ...] [--seconds S] [--plain] [--folder DIR] [--json]
 
 Only errors of cmt-edge may come out; anything else, and more than ten seconds of CPU for one input, is a
-finding, whose input is kept. With atheris, inputs are chosen by the coverage of cmt-edge's code. Without it, or
-with ``--plain``, seeds are mutated blindly, and the same ``--seed`` tries the same inputs. The seeds are made by
-the script itself. Each target runs in a process of its own, with a limit on its memory. The exit code is 0 if
-nothing was found.
+finding, whose input is kept. With atheris, inputs are chosen by the coverage of cmt-edge's code. Without it,
+or with ``--plain``, seeds are mutated blindly, and the same ``--seed`` tries the same inputs. The seeds are
+made by the script itself. Each target runs in a process of its own, with a limit on its memory. The exit code
+is 0 if nothing was found.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cmt_edge.cmt.outside import make_outside_spec
-from cmt_edge.deploy import Predictor
+from cmt_edge.deploy import Predictor, report
 from cmt_edge.deploy.errors import InputError
 from cmt_edge.deploy.measure.parity import verify
 from cmt_edge.export import ExportConfig, run
@@ -60,6 +60,8 @@ def small(): return Net(lambda y: y * 0.01 + 0.1, 5)
 def index_float(): return Net(lambda y: y.argmax(1, keepdim=True).float(), 5)
 def index_scaled(): return Net(lambda y: y.argmax(1, keepdim=True) * 1.0, 5)
 def constant(): return Net(lambda y: 0 * y, 5)
+def constant_rounded(): return Net(lambda y: 1e-7 * y.tanh() + torch.linspace(-1, 1, 5), 5)
+def one_nearly_sure(): return Net(lambda y: (0.1 * y.tanh() + 15.5).sigmoid(), 1)
 def constant_share(): return Net(lambda y: (0 * y).softmax(1), 5)
 def values(): return Net(lambda y: y.sort(1, descending=True).values, 5)
 def best_three(): return Net(lambda y: y.topk(3).values * 2.0, 5)
@@ -81,6 +83,7 @@ def nan(): return Net(lambda y: y / (y - y), 5)
 def index(): return Net(lambda y: y.argmax(1), 5)
 def record(): return Net(lambda y: {"logits": y, "features": y}, 5)
 def one(): return Net(lambda y: y, 1)
+def one_unsure(): return Net(lambda y: 0.2 * y, 1)
 def one_squeezed(): return Net(lambda y: y.squeeze(1), 1)
 def one_prob(): return Net(lambda y: y.sigmoid(), 1)
 def one_sure(): return Net(lambda y: (y.abs() * 1000 + 100).sigmoid(), 1)
@@ -132,6 +135,7 @@ KINDS = {
     "one_squeezed": None,
     "one_prob": "probabilities",
     "one_sure": "probabilities",
+    "one_nearly_sure": "probabilities",
     "one_written_out": "probabilities",
     "one_averaged": "probabilities",
     "one_clamped": "probabilities",
@@ -161,7 +165,10 @@ def test_a_prediction_shows_what_the_model_means(nets, name, format):
     assert len(bundle.labels) == means.shape[1]
     for prediction, mean in zip(found, means, strict=True):
         assert prediction.label == prediction.top(1)[0][0] == bundle.labels[int(mean.argmax())]
-    assert verify(bundle, threads=1).passed
+    verification = verify(bundle, threads=1)
+    assert verification.passed
+    for text in (report.describe_verification(verification), report.describe_bundle(bundle)):
+        assert ("in probability)" in text) == (KINDS[name] is not None)
 
 
 REFUSED = {
@@ -170,8 +177,9 @@ REFUSED = {
     "index": "int64 (2,)",
     "index_float": "a whole number",
     "index_scaled": "a whole number",
-    "constant": "the same values, to the bit",
-    "constant_share": "the same values, to the bit",
+    "constant": "with the same values",
+    "constant_rounded": "with the same values",
+    "constant_share": "with the same values",
     "values": "sorted values",
     "best_three": "sorted values",
     "percent": "sum to 100 for every image",
@@ -200,6 +208,16 @@ def test_int8(nets, name):
     with Predictor.load(bundle.path, threads=1) as predictor:
         means = expected(name, predictor.prepare([image]))[0]
         np.testing.assert_allclose(predictor(image).probabilities, means, atol=0.3)
+
+
+@pytest.mark.parametrize("format", ["onnx", "openvino"])
+@pytest.mark.parametrize("name", ["one", "one_unsure"])
+def test_one_logit_in_int8_has_a_tolerance_of_its_own(nets, name, format):
+    bundle = exported(name, nets, precision="int8", data="generated", calib_size=32, format=format)
+    golden = bundle.manifest.verification.golden
+    assert golden.atol >= 0.375
+    assert verify(bundle, threads=1).passed
+    assert not verify(bundle, threads=1, atol=golden.diff / 2).passed
 
 
 def test_two_labels_of_one_logit_come_from_a_file(nets):
@@ -243,6 +261,32 @@ def test_mean_and_std_of_values_from_0_to_255_are_refused(tmp_path, mean, std, r
         return
     with pytest.raises(InputError, match="values from 0 to 1"):
         check_preconditions(config)
+
+
+MIXED = [
+    ("0.5,0.5,127", "58,57,57"),
+    ("0.485,116.28,103.53", "0.229,0.224,0.225"),
+    ("123.675,116.28,103.53", "0.229,57.12,57.375"),
+    ("0.5,0.5,0.5", "0.5,127.5,127.5"),
+    ("1,116,103", "58,57,57"),
+]
+
+
+@pytest.mark.parametrize(("mean", "std"), MIXED)
+def test_no_conversion_is_proposed_for_values_of_two_scales(tmp_path, mean, std):
+    config = ExportConfig("cmt_nano", output=tmp_path, mean=mean, std=std)
+    with pytest.raises(InputError, match="values from 0 to 1") as error:
+        check_preconditions(config)
+    assert "mix two scales" in error.value.why
+    assert not any(figure.isdigit() for figure in error.value.remedy.replace("from 0 to 1", ""))
+
+
+@pytest.mark.parametrize("mean", ["123,0,103", "0,0,128"])
+def test_a_mean_of_0_is_of_either_scale(tmp_path, mean):
+    config = ExportConfig("cmt_nano", output=tmp_path, mean=mean, std="58,57,57")
+    with pytest.raises(InputError) as error:
+        check_preconditions(config)
+    assert "--mean 0" in error.value.remedy
 
 
 def test_the_remedy_names_the_converted_values(tmp_path):
