@@ -209,7 +209,7 @@ def exports(bundle: Bundle, image: bytes) -> dict[str, Scenario]:
                     dirs_exist_ok=True,
                     ignore=shutil.ignore_patterns("manifest.json"),
                 )
-                writer.commit(replace(bundle.manifest, labels_source="older"))
+                writer.commit(replace(bundle.manifest, labels_source="published"))
 
     def older_packed(work: Path) -> None:
         """The same, with its packed form."""
