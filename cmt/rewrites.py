@@ -394,20 +394,45 @@ def remove_attention_biases(norm: str, attention: str) -> Rewrite:
 
 def _remove_biases(attn: Any) -> None:
     """Change one attention whose tokens have :data:`QUERY_SHIFT` added from now on, in place."""
-    query, query_bias = read_weights(attn.q)
     value, value_bias = read_weights(attn.v)
     outer, constant = read_weights(attn.proj)
-    width = query.shape[1]
     if _has(attn, "reduce.weight"):
-        one = torch.ones(width, dtype=torch.float64)
+        one = torch.ones(value.shape[1], dtype=torch.float64)
         attn.reduce = fold_affine_before(attn.reduce, one, -QUERY_SHIFT * one)
     else:
         value_bias = value_bias - QUERY_SHIFT * value.sum(1)
-    carried = (query_bias - QUERY_SHIFT * query.sum(1)) / (QUERY_SHIFT * width)
-    attn.q = replace_weights(attn.q, query + carried[:, None], query_bias)
+    attn.q = _absorb_bias(attn.q)
     attn.proj = replace_weights(attn.proj, outer, constant + outer @ value_bias)
-    for layer in (attn.q, attn.k, attn.v):
+    for layer in (attn.k, attn.v):
         remove_bias(layer)
+
+
+def _absorb_bias(layer: nn.Linear) -> nn.Linear:
+    """``layer`` without a bias, for normalised tokens that have :data:`QUERY_SHIFT` added from now on."""
+    weight, bias = read_weights(layer)
+    carried = (bias - QUERY_SHIFT * weight.sum(1)) / (QUERY_SHIFT * weight.shape[1])
+    absorbed = replace_weights(layer, weight + carried[:, None], bias)
+    remove_bias(absorbed)
+    return absorbed
+
+
+def absorb_biases(norm: str, *layers: str, unless: str | None = None) -> Rewrite:
+    """The biases of the linears ``layers``, which must be all that reads ``norm``, go into their weights, as
+    those of the queries in :func:`remove_attention_biases`; in every submodule that has all these paths, and
+    not the path ``unless``. The norm's affine part goes into the layers first, unless that has been done."""
+
+    def apply(module: nn.Module) -> int:
+        places = [m for m in find_modules(module, norm, *layers) if unless is None or not _has(m, unless)]
+        for place in places:
+            if isinstance(_get(place, norm), nn.LayerNorm):
+                fold_affine(norm, *layers).apply(place)
+            _get(place, norm).shift = QUERY_SHIFT
+            for layer in layers:
+                _set_module(place, layer, _absorb_bias(_get(place, layer)))
+        return len(places)
+
+    name = f"biases behind {norm} into {', '.join(layers)}"
+    return Rewrite(name, "W x + b == (W + r 1^T) (x + c 1), as sum(x) == 0", apply)
 
 
 def pad_heads(multiple: int = 8) -> Rewrite:

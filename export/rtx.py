@@ -3,16 +3,18 @@ goes into the bundle."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import onnx
 
 from cmt_edge.calib.groups import MODULE
 from cmt_edge.deploy import Bundle
 from cmt_edge.deploy.bundle import COMPILED, ONNX, PORTABLE_ENGINE, Manifest, make_plain
-from cmt_edge.deploy.bundle.sections import CompiledDetails
+from cmt_edge.deploy.bundle.sections import BATCH, FLOAT32, CompiledDetails, CompiledEntry, TensorEntry
 from cmt_edge.deploy.progress import Progress
 from cmt_edge.deploy.tensorrt.bindings import RTX
 from cmt_edge.deploy.tensorrt.building import PortablePlan, build_portable_plan
@@ -20,9 +22,12 @@ from cmt_edge.deploy.tensorrt.compiled import EngineFacts, describe_kernels, sum
 from cmt_edge.deploy.tensorrt.kernels import read_kernels
 
 from .config import ExportConfig
+from .to_onnx import INPUT, set_batch
 
 ATTENTION = "Softmax"
 """The operation of which every attention of the models has one."""
+GRAPH = "model.onnx"
+"""Name of a graph that is compiled apart from a bundle."""
 
 
 def add_portable_engine(
@@ -55,30 +60,62 @@ def add_portable_engine(
             workspace=config.workspace,
             progress=progress,
         )
-    blocks = name_blocks(graph)
-    kernels = read_kernels(plan.layers)
-    details = CompiledDetails(kernels=describe_kernels(kernels, blocks))
-    facts = describe_plan(config, plan, graph, blocks)
-    manifest = replace(bundle.manifest, compiled=summarise_kernels(kernels, facts, COMPILED))
+    kernels, facts = read_kernels(plan.layers), describe_plan(plan, graph, config.compute)
+    details = CompiledDetails(kernels=describe_kernels(kernels, facts.blocks))
+    compiled = replace(summarise_kernels(kernels, facts, COMPILED), engine=PORTABLE_ENGINE)
     content = json.dumps(make_plain(details), ensure_ascii=False) + "\n"
-    return manifest, {PORTABLE_ENGINE: plan.plan, COMPILED: content.encode()}
+    return replace(bundle.manifest, compiled=compiled), {
+        PORTABLE_ENGINE: plan.plan,
+        COMPILED: content.encode(),
+    }
 
 
-def describe_plan(
-    config: ExportConfig,
-    plan: PortablePlan,
+def compile_graph(
     graph: onnx.ModelProto,
-    blocks: Mapping[str, str],
-) -> EngineFacts:
+    batch: int,
+    progress: Progress,
+    *,
+    compute: tuple[str, ...] = (),
+    aux_streams: int | None = RTX.aux_streams,
+) -> CompiledEntry:
+    """What the compiler makes of a typed graph, whose engine is not kept.
+
+    Args:
+        graph: with the names of modules at its nodes.
+        batch: its batch size, 0 for a dynamic one.
+        progress: draws the steps.
+        compute: compute capabilities without the point; none for a portable engine.
+        aux_streams: the largest number of streams besides the caller's, ``None`` for the compiler's choice.
+
+    Raises:
+        StepError: the build failed.
+    """
+    content = set_batch(graph, batch).SerializeToString(deterministic=True)
+    size = graph.graph.input[0].type.tensor_type.shape.dim[2].dim_value
+    source = TensorEntry(name=INPUT, shape=(batch or BATCH, 3, size, size), dtype=FLOAT32)
+    with tempfile.TemporaryDirectory(prefix="cmt-edge-") as folder:
+        path = Path(folder) / GRAPH
+        path.write_bytes(content)
+        plan = build_portable_plan(
+            path,
+            hashlib.sha256(content).hexdigest(),
+            source,
+            compute=tuple(f"SM{name}" for name in compute),
+            aux_streams=aux_streams,
+            progress=progress,
+        )
+    return summarise_kernels(read_kernels(plan.layers), describe_plan(plan, graph, compute))
+
+
+def describe_plan(plan: PortablePlan, graph: onnx.ModelProto, compute: tuple[str, ...]) -> EngineFacts:
     """What is known of an engine besides its kernels."""
     return EngineFacts(
         product=RTX.name,
         version=plan.version,
         engine_bytes=len(plan.plan),
-        targets=tuple(f"{name[:-1]}.{name[-1]}" for name in config.compute),
+        targets=tuple(f"{name[:-1]}.{name[-1]}" for name in compute),
         seconds=plan.seconds,
-        engine=PORTABLE_ENGINE,
-        blocks=blocks,
+        blocks=name_blocks(graph),
         attentions=sum(node.op_type == ATTENTION for node in graph.graph.node),
     )
 

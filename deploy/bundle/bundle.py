@@ -37,12 +37,18 @@ from .signature import MAX_SIGNATURE, SIGNATURE, Signature, make_statement, requ
 
 # fmt: off
 LEFT_BY_SYSTEMS = (
-    ".ds_store", "._*", "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", ".directory",
-    "@eadir", ".nfs*", ".fuse_hidden*", ".ipynb_checkpoints", ".cache", "..*",
+    ".ds_store", "._*", "__macosx", "icon\r", ".localized", ".appledouble", ".apdisk", ".volumeicon.icns",
+    ".spotlight-v100", ".fseventsd", ".documentrevisions-v100", ".temporaryitems", ".trash*",
+    "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information", ".directory",
+    "lost+found", "@eadir", "#recycle", "#snapshot", ".snapshot*", ".zfs", ".nfs*", ".fuse_hidden*", "..*",
+    ".stfolder*", ".stversions", ".stignore", ".sync*", ".dropbox*", ".owncloud*", ".nextcloud*",
+    ".git*", ".hg*", ".svn", ".dvc*", ".huggingface", ".cache", ".ipynb_checkpoints", ".idea", ".vscode",
+    "*~", "~$*", "#*#", ".#*", ".~lock.*", ".*.sw?",
 )
 # fmt: on
-"""Names, in lower case, of files and folders that file managers, network file systems, notebooks, download
-caches and Kubernetes (``..data``) leave beside a bundle's files. They are never read."""
+"""Names, in lower case, of files and folders that are plainly no content of a bundle: what file managers,
+network file systems and Kubernetes (``..data``), synchronisation, version control, download caches, notebooks
+and editors leave beside its files. They are never read. Another hidden file is refused: nobody knows it."""
 
 SHOWN_EXTRAS = 5
 """The largest number of files beside the manifest's that a message lists."""

@@ -37,6 +37,12 @@ MAP_ATOL = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.1, "int8": 0.6}
 standard deviations of the reference map. The largest of 10^5 differences says little about a map."""
 MAX_PROBABILITY_DIFFERENCE = 0.2
 """The largest default tolerance on golden probabilities, whatever the precision: 20 percentage points."""
+LEAST_SPREAD = 0.25
+"""The least spread of the logits of two classes, below fp32, that tolerances are measured in. An unsure
+classifier's logits are all alike and have no spread of their own; near a probability of one half, 0.25 logits
+are 6 percentage points."""
+SIGMOID_SLOPE = 0.25
+"""How much the probability of two classes changes with their logit, at most: at one half."""
 MAX_DROP = 1.0
 """Default tolerance on top-1, percentage points."""
 PIXEL_TOLERANCE = 2
@@ -75,6 +81,8 @@ class Verification:
     golden: GoldenCheck
     data: DataCheck | None = None
     notes: tuple[str, ...] = ()
+    kind: str | None = None
+    """What the output that differed most is, where it is no logits: probabilities or scores."""
     reference_answers: dict[str, int] = field(default_factory=dict, repr=False)
     """Content digest -> top-1 of the reference on ``data``; what a bundle records, but no report shows."""
 
@@ -138,7 +146,9 @@ def verify(
     with _opened(candidate, bundle, backend, options) as predictor:
         golden = check_golden(bundle, predictor, atol)
         precision = bundle.manifest.precision
-        found = Verification(bundle.title, precision, predictor.info, golden)
+        kinds = {output.name: output.kind for output in bundle.manifest.outputs}
+        kind = kinds.get(golden.output)
+        found = Verification(bundle.title, precision, predictor.info, golden, kind=kind)
         if data is None:
             return found
         labelled = _Labelled.of(bundle, data, by_order, limit)
@@ -292,23 +302,42 @@ def find_tolerance(
     ``reference`` values; of probabilities (a ``kind``) at most :data:`MAX_PROBABILITY_DIFFERENCE`.
 
     It is at least what rounding does to the largest value: values that are all alike have no deviation, and
-    a model may round its own outputs to halves. Where ``ours`` is given, a reference that deviates far more
-    than that allows no more for it: otherwise values of any size would pass.
+    a model may round its own outputs to halves. Two classes have the spread of their difference over the
+    images, too, and below fp32 :data:`LEAST_SPREAD`. Where ``ours`` is given, a reference that deviates far
+    more than that allows no more for it: otherwise values of any size would pass.
     """
     if atol is not None:
         return atol
     allowed = (ATOL if reference.ndim == 2 else MAP_ATOL)[precision]
-    spread = float(reference.reshape(len(reference), -1).std(axis=1).mean())
+    spread = _measure_spread(reference, precision, kind)
     if ours is not None and np.isfinite(ours).all():
-        spread = min(spread, WIDEST_SPREAD * _measure_spread(ours))
+        spread = min(spread, WIDEST_SPREAD * _measure_spread(ours, precision, kind))
     rounding = max(measure_resolution(reference), EPS_FLOAT32)
     usual = allowed * spread if kind is None else min(allowed * spread, MAX_PROBABILITY_DIFFERENCE)
     return max(usual, rounding * float(np.abs(reference).max()))
 
 
-def _measure_spread(outputs: np.ndarray) -> float:
-    """The standard deviation of an image's values, the mean of all images; float64, which cannot overflow."""
-    return float(outputs.reshape(len(outputs), -1).std(axis=1, dtype=np.float64).mean())
+def _measure_spread(outputs: np.ndarray, precision: str, kind: str | None) -> float:
+    """The standard deviation of an image's values, the mean of all images, or the spread of two classes where
+    that is larger; float64, which cannot overflow."""
+    spread = float(outputs.reshape(len(outputs), -1).std(axis=1, dtype=np.float64).mean())
+    if outputs.ndim == 2 and outputs.shape[1] == 2:
+        spread = max(spread, _measure_spread_of_two(outputs, precision, kind))
+    return spread
+
+
+def _measure_spread_of_two(outputs: np.ndarray, precision: str, kind: str | None) -> float:
+    """The spread of the outputs ``(K, 2)`` of two classes over the images, or the least one of a precision.
+
+    One logit ``z`` stands there as ``(0, z)``: its whole difference is its own. Of two logits that vary, each
+    has half of it.
+    """
+    differences = outputs[:, 1].astype(np.float64) - outputs[:, 0]
+    own = 1.0 if kind is None and not outputs[:, 0].any() else 0.5
+    least = 0.0 if precision == "fp32" else LEAST_SPREAD
+    if kind is not None:
+        least *= SIGMOID_SLOPE
+    return max(own * float(differences.std()), least)
 
 
 def measure_resolution(outputs: np.ndarray) -> float:

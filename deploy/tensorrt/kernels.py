@@ -256,11 +256,20 @@ def _find_depth(kernel: Kernel, written: TensorUse) -> int:
 
 
 def find_blocks(kernels: Sequence[Kernel], blocks: Mapping[str, str]) -> list[str]:
-    """The block of each kernel, from the blocks of the operations that it came from; ``""`` where none of
-    them has one. Of several blocks it is the one with the most operations, the last of them in a tie."""
-    return [_find_block(kernel, blocks) for kernel in kernels]
+    """The block of each kernel, from the blocks of the operations that it came from.
+
+    Of several blocks it is the one with the most operations, the last of them in a tie. A kernel that names
+    no operation, as copies that the compiler adds, counts to the block of the next one that does.
+    """
+    found: list[str] = []
+    following = ""
+    for kernel in reversed(kernels):
+        following = _find_block(kernel, blocks) or following
+        found.append(following)
+    return found[::-1]
 
 
 def _find_block(kernel: Kernel, blocks: Mapping[str, str]) -> str:
+    """``""`` where none of its operations has a block."""
     found = [blocks[node] for node in kernel.nodes if blocks.get(node)]
     return max(found, key=lambda name: (found.count(name), name), default="")

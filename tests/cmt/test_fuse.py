@@ -34,6 +34,10 @@ PUBLISHED_SIZE = [
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+FOR_RTX = ("cmt_nano", "convit_tiny", "mvitv2_t", "mvitv1_b16")
+"""Models with rewrites of their own for TensorRT for RTX."""
+
+
 def names_for_rtx(name: str) -> list[str]:
     return [rewrite.name for rewrite in find_model(name).choose_rewrites(RTX)]
 
@@ -62,7 +66,7 @@ def test_logits_are_kept(name):
         assert relative_difference(model.double(), x.double()) < 1e-10
 
 
-@pytest.mark.parametrize("name", ["cmt_nano", "convit_tiny"])
+@pytest.mark.parametrize("name", FOR_RTX)
 def test_logits_are_kept_for_the_other_compiler(name):
     """The rewrites for TensorRT for RTX, together."""
     model = create_model(name, img_size=64)
@@ -75,7 +79,7 @@ def test_logits_are_kept_for_the_other_compiler(name):
 
 @pytest.mark.parametrize(
     ("name", "rewrite"),
-    [(name, rewrite) for name in ("cmt_nano", "convit_tiny") for rewrite in names_for_rtx(name)],
+    [(name, rewrite) for name in FOR_RTX for rewrite in names_for_rtx(name)],
 )
 def test_each_rewrite_for_the_other_compiler_is_exact_on_its_own(name, rewrite):
     model = randomized(name, 0, img_size=64).double()

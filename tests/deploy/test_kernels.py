@@ -135,12 +135,11 @@ def test_the_summary():
 def test_blocks_add_up():
     blocks = {"conv": "stem", "mm": "stages.0", "qk": "stages.0", "av": "stages.1", "softmax": "stages.0"}
     kernels = read_kernels(LOG)
-    assert find_blocks(kernels, blocks) == ["stem", "", "stages.0", "stages.0", "stages.0", ""]
+    assert find_blocks(kernels, blocks) == ["stem", "stages.0", "stages.0", "stages.0", "stages.0", ""]
     found = summarise_kernels(kernels, EngineFacts("tensorrt_rtx", "1.7", 10, blocks=blocks))
     assert [(b.name, b.kernels, b.attention) for b in found.blocks] == [
         ("stem", 1, 0),
-        ("", 1, 0),
-        ("stages.0", 3, 1),
+        ("stages.0", 4, 1),
     ]
     assert sum(b.activation_bytes for b in found.blocks) == found.activation_bytes
     listed = describe_kernels(kernels, blocks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ...spec import ModelSpec, Pretrained, make_rename
 from .model import MViT, MViTConfig
 from .published import RENAMES, adapt, resize
-from .rewrites import choose_rewrites
+from .rewrites import choose_rewrites, choose_rtx_rewrites
 
 _FIGURES = {
     1: "MViT paper Table 17, top-1 of the SlowFast MODEL_ZOO (paper: 83.0); "
@@ -31,6 +31,7 @@ def _make_spec(name: str, params: int, macs: int, top1: str, file: str | None) -
         config=config,
         img_size=224,
         rewrites=choose_rewrites(config),
+        rtx_rewrites=choose_rtx_rewrites(config),
         rename=make_rename(RENAMES),
         adapt=adapt,
         resize=resize,

@@ -17,7 +17,7 @@ from ...folding import (
     remove_bias,
     replace_weights,
 )
-from ...rewrites import find_modules, fold_affine, keep_class_token, replace_each
+from ...rewrites import absorb_biases, find_modules, fold_affine, keep_class_token, replace_each
 from ...spec import Rewrite
 from .model import (
     Attention,
@@ -245,3 +245,17 @@ def choose_rewrites(config: MViTConfig) -> tuple[Rewrite, ...]:
     if config.version == 1:
         return (*VERSION_1, *widening, head, CLASS_ONLY)
     return (*VERSION_2, *widening, head)
+
+
+def choose_rtx_rewrites(config: MViTConfig) -> tuple[Rewrite, ...]:
+    """Those for TensorRT for RTX: it has no use for joint pooling, and copies what a bias is added to before
+    a pooling conv may read it."""
+    rewrites = [rewrite for rewrite in choose_rewrites(config) if rewrite is not ONE_CONV]
+    behind = [absorb_biases("norm1", "attn.q", "attn.k", "attn.v")]
+    if config.widen_in_attention:
+        behind = [
+            absorb_biases("norm1", "attn.q", "attn.k", "attn.v", "shortcut"),
+            absorb_biases("norm1", "attn.q", "attn.k", "attn.v", unless="shortcut"),
+        ]
+    last = next(i for i, rewrite in enumerate(rewrites) if rewrite.name.startswith("affine of norm2"))
+    return (*rewrites[:last], *behind, *rewrites[last:])
