@@ -132,8 +132,9 @@ def compare(name: str, ablation: bool, int8: bool) -> Iterator[Row]:
     yield subject.compile("ours, fp16", ours, "fp16", streams)
     if int8:
         yield subject.compile("ours, int8", subject.quantize(ours), "int8", streams)
-    rewrites = subject.reference.classifier.spec.choose_rewrites(RTX) if ablation else ()
-    for rewrite in rewrites:
+    spec = subject.config.spec
+    own = [rewrite for rewrite in spec.choose_rewrites(RTX) if rewrite not in spec.rewrites]
+    for rewrite in own if ablation else ():
         graph = subject.trace(fuse(model, target=RTX, without=[rewrite.name]))
         yield subject.compile(f"ours without {rewrite.name!r}", graph, "fp16", streams)
 
