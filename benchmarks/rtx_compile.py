@@ -5,8 +5,8 @@
 
 Each model is exported in float16 as it is (with the compiler's own choice of streams), with the rewrites for
 CPUs, and with those for TensorRT for RTX; ``--int8`` adds int8, calibrated on four generated images;
-``--ablation`` leaves out each rewrite for TensorRT for RTX in turn. Weights are random: kernels do not depend
-on them. TensorRT for RTX compiles every graph, and counts kernels and the bytes that they read and write.
+``--ablation`` leaves out, in turn, each rewrite that only TensorRT for RTX gets. Weights are random: kernels
+do not depend on them. The compiler tells the kernels of every graph, and the bytes that they read and write.
 Nothing is measured. A model takes two to four minutes on two cores, most of it for tracing.
 
 ``--page`` writes the table between the two comments of a Markdown page that name this script.
