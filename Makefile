@@ -4,11 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LIGHT := $(VENV)-light
+REAL := $(VENV)-real
 SUPPLY := $(VENV)-supply
 RTX_TESTS := tests/deploy/test_rtx_parser.py tests/deploy/test_rtx_bundle.py tests/export/test_rtx.py
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo quick check test test-light test-rtx coverage supply lock advisories clean
+.PHONY: demo quick check test test-light test-real test-rtx coverage supply lock advisories clean
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/demo.sh
@@ -35,6 +36,13 @@ test-light:
 	$(PYTHON) -m venv --clear $(LIGHT)
 	$(LIGHT)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test-light]"
 	$(LIGHT)/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not giant" tests/deploy tests/test_docs.py
+
+# Checkpoints that Lightning and timm write themselves; timm's own need of torchvision is left out.
+test-real:
+	$(PYTHON) -m venv --clear $(REAL)
+	$(REAL)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test]" lightning pyyaml huggingface_hub
+	$(REAL)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps timm
+	$(REAL)/bin/python -m pytest -rs tests/cmt/test_real_programs.py
 
 # The tests that NVIDIA's compiler takes part in, without a GPU. It is proprietary, so no other target installs it.
 test-rtx: $(READY)
@@ -74,5 +82,5 @@ $(SUPPLY)/.ready: requirements/supply.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LIGHT) $(SUPPLY) out build htmlcov .coverage* *.egg-info src/*.egg-info
+	rm -rf $(VENV) $(LIGHT) $(REAL) $(SUPPLY) out build htmlcov .coverage* *.egg-info src/*.egg-info
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

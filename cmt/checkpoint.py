@@ -10,6 +10,7 @@ import ast
 import json
 import zipfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from cmt_edge.deploy.errors import WeightsError
 
 from .spec import StateDict
+from .strangers import Stranger, make_stand_ins
 from .unpickling import ALLOWED
 
 MAX_REASON = 300
@@ -238,7 +240,7 @@ def _list_zip_members(path: Path, head: bytes) -> tuple[str, ...]:
     try:
         with zipfile.ZipFile(path) as archive:
             return tuple(archive.namelist())
-    except (zipfile.BadZipFile, OSError, ValueError):
+    except Exception:  # zipfile raises many types for damaged files, such as NotImplementedError
         return ()
 
 
@@ -247,11 +249,32 @@ def _load_torch(path: Path) -> Any:
         # An open file, because torch.load takes the suffix .safetensors for the content.
         with (
             path.open("rb") as file,
-            torch.serialization.safe_globals(ALLOWED),
+            torch.serialization.safe_globals([*ALLOWED, *make_stand_ins(path)]),
+            _checked_sparse_tensors(),
         ):
-            return torch.load(file, map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as exc:  # torch raises many types for damaged files; all mean the same to the user
         raise _make_unreadable_error(path, exc) from exc
+    if isinstance(content, Stranger):
+        raise make_refusal(path, f"it holds one object of the class {content.title} and no state dict")
+    return content
+
+
+def _checked_sparse_tensors() -> AbstractContextManager[Any]:
+    """A context in which torch refuses sparse tensors whose indices lie outside of their shape; without it,
+    making them dense writes into foreign memory."""
+    checked: AbstractContextManager[Any] = torch.sparse.check_sparse_tensor_invariants()  # type: ignore[no-untyped-call]
+    return checked
+
+
+def make_refusal(path: Path, why: str, remedy: str = SAVE_REMEDY) -> WeightsError:
+    """The error for a file of which what is needed cannot be read without running code."""
+    return WeightsError(
+        "refused: the file asks to run code while it is read",
+        where=path,
+        why=why,
+        remedy=remedy,
+    )
 
 
 def _make_unreadable_error(path: Path, exc: Exception) -> WeightsError:
@@ -265,20 +288,11 @@ def _make_unreadable_error(path: Path, exc: Exception) -> WeightsError:
     )
     held = next((what for name, what in CALLS.items() if refusal and name in refusal.split()), None)
     if held:
-        return WeightsError(
-            "refused: the file asks to run code while it is read",
-            where=path,
-            why=held,
-            remedy="save the weights without these settings, in the program that trained the model:"
-            " torch.save(model.state_dict(), NEW)",
-        )
+        remedy = "save the weights without these settings, in the program that trained the model:"
+        return make_refusal(path, held, f"{remedy} torch.save(model.state_dict(), NEW)")
     if refusal:
-        return WeightsError(
-            "refused: the file asks to run code while it is read",
-            where=path,
-            why=refusal.strip().partition(" was not an allowed global")[0][:MAX_REASON],
-            remedy=SAVE_REMEDY,
-        )
+        why = refusal.strip().partition(" was not an allowed global")[0]
+        return make_refusal(path, why[:MAX_REASON])
     return WeightsError(
         "cannot be read as a PyTorch checkpoint",
         where=path,

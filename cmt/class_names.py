@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from .strangers import Stranger
 from .unpickling import Inert, PlainArray
 
 SETTINGS = (
@@ -176,6 +177,8 @@ def _convert_to_names(value: Any, key: str) -> tuple[str, ...] | None:
         value = value.tolist()
     if isinstance(value, (set, frozenset, Inert)):
         raise _Unusable("is a set, which has no order")
+    if isinstance(value, Stranger):
+        raise _Unusable(f"is an object of the class {value.title}, which is not read")
     if isinstance(value, str):
         return _split(value)
     if isinstance(value, (list, tuple)) and value and all(map(_is_numbered_pair, value)):
@@ -202,6 +205,8 @@ def _is_numbered_pair(item: object) -> bool:
 
 
 def _parse_name(value: object) -> str:
+    if isinstance(value, Stranger):
+        raise _Unusable(f"holds an object of the class {value.title}, which is not read")
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8")

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .spec import ModelSpec, StateDict
+from .strangers import Stranger, find_strangers
 from .unpickling import PlainArray
 
 AVERAGE = re.compile(
@@ -135,6 +136,9 @@ than the model, because they keep projections stacked."""
 MAX_KEYS = 8
 """Number of top-level keys that a message names."""
 
+MAX_DENSE = 2**28
+"""Number of values, at most, of a sparse tensor that is made dense."""
+
 MAX_PREFIX = 6
 """Number of parts of a prefix, at most."""
 
@@ -217,9 +221,9 @@ def find_places(content: Any, way: tuple[str, ...] = ()) -> Iterator[Place]:
 
 
 def convert_to_tensor(value: object) -> Tensor | None:
-    """A tensor or an array of numbers as a tensor; ``None`` for anything else."""
+    """A tensor or an array of numbers as a dense tensor with values; ``None`` for anything else."""
     if isinstance(value, Tensor):
-        return value.detach()
+        return _make_dense(value.detach())
     array = value.value if isinstance(value, PlainArray) else value
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "biufc":
         return None
@@ -228,6 +232,15 @@ def convert_to_tensor(value: object) -> Tensor | None:
         return torch.from_numpy(native)
     except TypeError:  # torch lacks the type
         return None
+
+
+def _make_dense(value: Tensor) -> Tensor | None:
+    """``value`` as layers hold it; ``None`` where it has no values, or more than a layer has."""
+    if value.is_meta or value.is_nested:
+        return None
+    if value.layout == torch.strided:
+        return value
+    return value.to_dense() if value.numel() <= MAX_DENSE else None
 
 
 def split_words(key: str) -> set[str]:
@@ -248,6 +261,48 @@ def is_layer(value: Tensor) -> bool:
     Metrics, criteria and preprocessing keep a number, or one a class or channel.
     """
     return value.is_floating_point() and sum(length > 1 for length in value.shape) > 1
+
+
+def find_hidden_layers(content: Any) -> Iterator[tuple[tuple[str, ...], str]]:
+    """The way to every object of another program's class that holds layers, and the name of the class.
+
+    Layers that also stand in a state dict are no loss, and neither are those of an optimizer or a criterion.
+    """
+    strangers = [
+        (way, stranger)
+        for way, stranger in find_strangers(content)
+        if not any((OTHERS | TRAINING) & split_words(part) for part in way)
+    ]
+    if not strangers:
+        return
+    known = {_identify_memory(value) for place in find_places(content) for value in place.state.values()}
+    for way, stranger in strangers:
+        if any(_identify_memory(value) not in known for value in _find_layers(stranger, set())):
+            yield way, stranger.title
+
+
+def _find_layers(held: Any, seen: set[int]) -> Iterator[Tensor]:
+    """The kernels of layers among what an object holds, at any depth."""
+    if id(held) in seen:
+        return
+    seen.add(id(held))
+    tensor = convert_to_tensor(held)
+    if tensor is not None:
+        if is_layer(tensor):
+            yield tensor
+        return
+    values = held.held if isinstance(held, Stranger) else held
+    if isinstance(values, Mapping):
+        values = values.values()
+    elif not isinstance(values, (list, tuple)):
+        return
+    for value in values:
+        yield from _find_layers(value, seen)
+
+
+def _identify_memory(value: Tensor) -> int:
+    """Where the values of a dense tensor lie; tensors that share them were one in the program."""
+    return value.data_ptr()
 
 
 def _unwrap(state: StateDict) -> StateDict:

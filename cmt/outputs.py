@@ -45,7 +45,11 @@ OTHER_WORDS = (
     "pool",
     "token",
 )
-"""An entry whose name contains one of these words is not logits."""
+"""An entry beside others whose name contains one of these words is not logits."""
+LOGIT_WORD = "logit"
+"""An entry whose name contains this word may be logits, whatever else its name says of them."""
+SIDE_WORDS = ("aux", "index", "loss", "mask")
+"""Logits whose name contains one of these words are not those of the image's class."""
 PASSING = (
     "__getitem__",
     "bfloat16",
@@ -284,7 +288,8 @@ def _find_logits(given: Any, count: int, name: str) -> Key:
     if LOGITS_KEY in tensors:
         return LOGITS_KEY
     _require_no_ranking(given, tensors, count, name)
-    able = [key for key, value in tensors.items() if _may_be_logits(key, value, count)]
+    alone = len(entries) == 1
+    able = [key for key, value in tensors.items() if _may_be_logits(key, value, count, alone)]
     if len(able) == 1 and _is_unmistakable(able[0], tensors):
         return able[0]
     shown = ", ".join(f"{key}: {_describe(value)}" for key, value in entries.items())
@@ -339,10 +344,17 @@ def _is_unmistakable(key: str | int, tensors: Mapping[str | int, Tensor]) -> boo
     return any(word in key.lower() for word in TELLING_WORDS)
 
 
-def _may_be_logits(key: str | int, value: Tensor, count: int) -> bool:
-    """Whether one part of an output, alone among the others, is taken for the logits."""
-    named_otherwise = any(word in str(key).lower() for word in OTHER_WORDS)
-    return value.is_floating_point() and _count(value, count) is not None and not named_otherwise
+def _may_be_logits(key: str | int, value: Tensor, count: int, alone: bool) -> bool:
+    """Whether one part of an output, ``alone`` or among others, is taken for the logits."""
+    if not value.is_floating_point() or _count(value, count) is None:
+        return False
+    return alone or not _is_named_otherwise(str(key).lower())
+
+
+def _is_named_otherwise(key: str) -> bool:
+    """Whether the name of an entry says that it is something else than logits."""
+    words = SIDE_WORDS if LOGIT_WORD in key else OTHER_WORDS
+    return any(word in key for word in words)
 
 
 def _count(logits: Tensor, count: int) -> int | None:

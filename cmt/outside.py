@@ -13,6 +13,8 @@ For a factory, "pretrained" means the weights that it returns; for timm, those t
 
 from __future__ import annotations
 
+import ast
+import copy
 import difflib
 import inspect
 import sys
@@ -46,6 +48,9 @@ from .spec import (
     StateDict,
 )
 from .user_files import import_file
+
+FILE_FORM = "PATH/FILE.py:FACTORY"
+"""How a factory in a file is named."""
 
 DEFAULT_SIZE = 224
 """Height and width, in pixels, of the input of a model that does not tell its own."""
@@ -81,6 +86,9 @@ MAX_SUSPECTS = 4
 
 CUSTOM = "custom"
 """Family of the users' own models."""
+
+OUTSIDE_FAMILIES = (CUSTOM, TIMM)
+"""Families of the models that are no models of the registry."""
 
 Factory = Callable[..., Any]
 """A user's callable that returns a model, and timm's behind the same interface."""
@@ -118,7 +126,7 @@ def make_outside_spec(name: str, img_size: int | None = None) -> ModelSpec:
         return ModelSpec(
             **described,
             constructor=constructor,
-            family="timm",
+            family=TIMM,
             labels=labels,
             published_state=partial(_load_timm_state, model),
         )
@@ -204,6 +212,36 @@ class Constructor:
         return options
 
 
+def require_no_file(name: str) -> None:
+    """Raise :class:`InputError` for the path of a Python file without the name of a factory in it.
+
+    The file is read and not run.
+    """
+    path = Path(name).expanduser()
+    if path.suffix != ".py":
+        return
+    if not path.is_file():
+        raise InputError("there is no such file", where=path, remedy=f"give {FILE_FORM}")
+    found = _list_definitions(path)
+    shown = ", ".join(f"{name}:{attribute}" for attribute in found[:MAX_SUSPECTS])
+    raise InputError(
+        "a file of your own needs the name of the factory in it",
+        where=path,
+        remedy=f"give {FILE_FORM}" + (f", for example {shown}" if shown else ""),
+    )
+
+
+def _list_definitions(path: Path) -> list[str]:
+    """Names of the public functions and classes of a Python file, the last one first: a factory mostly comes
+    after the classes that it builds. Empty for a file that cannot be read."""
+    try:
+        body = ast.parse(path.read_bytes()).body
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+        return []
+    made = [node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    return [name for name in reversed(made) if not name.startswith("_")]
+
+
 def find_factory(name: str) -> Factory:
     """The factory that ``module:factory``, ``folder/file.py:factory`` or ``timm:NAME`` names."""
     library, _, model = name.partition(":")
@@ -216,6 +254,8 @@ def find_factory(name: str) -> Factory:
 def _find_in_module(module: str, attribute: str) -> Factory:
     found = _import(module)
     factory: Factory | None = getattr(found, attribute, None)
+    if isinstance(factory, nn.Module):  # a module object of the file, which is callable too
+        return partial(copy.deepcopy, factory)
     if callable(factory):
         return factory
     public = [name for name in dir(found) if callable(getattr(found, name)) and not name.startswith("_")]

@@ -22,7 +22,7 @@ from torch import nn
 from cmt_edge.deploy.errors import InputError, UnknownNameError
 
 from .objects import make_object_spec
-from .outside import is_outside, make_outside_spec
+from .outside import is_outside, make_outside_spec, require_no_file
 from .spec import Classifier, ModelSpec, check_size
 
 FAMILIES = (
@@ -72,6 +72,7 @@ def find_model(name: str | nn.Module, img_size: int | None = None) -> ModelSpec:
         return make_outside_spec(name, img_size)
     specs = collect(FAMILIES)
     if name not in specs:
+        require_no_file(name)
         close = difflib.get_close_matches(name, specs, n=3, cutoff=0.4)
         raise UnknownNameError("model", name, close, list(specs))
     return specs[name]

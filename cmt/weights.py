@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cmt_edge.deploy.errors import WeightsError
 
-from .checkpoint import SAVE_REMEDY, read_content, read_metadata
+from .checkpoint import SAVE_REMEDY, make_refusal, read_content, read_metadata
 from .class_names import ClassNames, find_class_names
 from .containers import (
     BATCHES,
@@ -24,8 +24,10 @@ from .containers import (
     describe_keys,
     describe_nearest_entry,
     find_candidates,
+    find_hidden_layers,
 )
 from .spec import Classifier, ModelSpec, StateDict
+from .strangers import find_strangers
 
 MAX_LISTED = 6
 """Number of keys of each kind that an error names."""
@@ -49,6 +51,7 @@ class LoadedWeights:
         classes: class names in the checkpoint, or ``None``.
         classes_fault: why names of classes that the checkpoint has cannot be used, or ``None``.
         left_out: keys beside the model that are the training program's and were not loaded.
+        unread: classes of objects beside the model, which were not read because that would run their code.
         entry: where in the checkpoint the weights were, e.g. ``"state_dict.model"``; empty where they did not
             come from a file.
     """
@@ -61,6 +64,7 @@ class LoadedWeights:
     entry: str = ""
     classes_fault: str | None = None
     left_out: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
 
 
 def load_weights(
@@ -200,6 +204,7 @@ def _assign(
     """
     spec = cast(Classifier, model).spec
     target = model.state_dict()
+    _require_no_hidden_layers(content, source)
     try:
         chosen = _choose(content, source, spec, target, ema)
     except Undecided as exc:
@@ -226,7 +231,19 @@ def _assign(
         chosen.entry,
         found.fault,
         chosen.left_out,
+        tuple(sorted({stranger.title for _, stranger in find_strangers(content)})),
     )
+
+
+def _require_no_hidden_layers(content: Any, source: Path) -> None:
+    """Refuse a file with an object of another program's class that holds layers which stand nowhere else in
+    it: they may be the weights that the user means, and only the class itself can tell."""
+    for way, title in find_hidden_layers(content):
+        entry = ".".join(way)
+        raise make_refusal(
+            source,
+            f"{entry} is an object of the class {title} and holds layers, which only its own code can name",
+        )
 
 
 def _make_misfit_error(
@@ -257,6 +274,13 @@ def _choose(
     ema: bool | None,
 ) -> WeightsCandidate:
     candidates = find_candidates(content, spec, target)
+    hidden = next(find_strangers(content), None)
+    if hidden and not candidates:
+        way, stranger = hidden
+        raise make_refusal(
+            source,
+            f"it holds no state dict, and {'.'.join(way)} is an object of the class {stranger.title}",
+        )
     if not candidates:
         raise WeightsError(
             "holds no state dict of tensors",
@@ -374,7 +398,7 @@ def _describe_remedy(spec: ModelSpec, mismatch: _Mismatch, ours: StateDict) -> s
     shapes = mismatch.wrong_shape
     head = [key for key in shapes if key in spec.head_keys]
     if shapes and not mismatch.missing and not mismatch.unexpected:
-        if len(head) == len(shapes):
+        if len(head) == len(shapes) and ours[head[0]].ndim:
             count = ours[head[0]].shape[0]
             return (
                 f"the checkpoint has {count} classes: --num-classes {count}, or --fresh-head to start a new"

@@ -6,6 +6,7 @@ Formats and sizes are limited before Pillow decodes anything; the EXIF orientati
 from __future__ import annotations
 
 import io
+import re
 import sys
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -16,7 +17,7 @@ from PIL import Image, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
 from .arrays import SupportsArray, is_single, view_as_array, view_as_rgb
 from .errors import ImageError
 from .files import describe_irregular
-from .jpeg import MAX_SCANS, START, has_many_scans, make_scan_header, strip_metadata
+from .jpeg import MAX_SCANS, START, has_long_header, has_many_scans, make_scan_header, strip_metadata
 
 Decodable: TypeAlias = "str | Path | bytes | bytearray | memoryview | BinaryIO | Image.Image | np.ndarray"
 """An image whose tensor, if it was one, has become an array."""
@@ -49,6 +50,10 @@ EXTENSIONS = (
 MAX_PIXELS = 89_478_485
 """Largest accepted width x height in pixels, read from the header before anything is decoded; this is the
 number at which Pillow warns."""
+
+MAX_SIDE = 1 << 18
+"""Largest accepted width and height in pixels: Pillow's resizing takes 32 bytes of memory for each pixel of a
+side, whatever the other side is."""
 
 MAX_BYTES = 256 << 20
 """Largest accepted encoded file in bytes."""
@@ -85,6 +90,15 @@ UNTURN = {
 }
 """Orientation -> what undoes Pillow's turning of a TIFF image."""
 
+LARGE_BYTES = 4 << 20
+"""From this number of bytes on, a file's header is looked at before Pillow reads it byte by byte."""
+
+HEADER_BYTES = 1 << 20
+"""The number of bytes of a large file in which its header is looked for."""
+
+PNM_HEADER = re.compile(rb"P\w{1,6}(?:\s|#[^\r\n]*[\r\n]){1,999}\d{1,9}(?:\s|#[^\r\n]*[\r\n]){1,999}\d")
+"""Matches the header of a file of Netpbm's formats up to the height; comments may stand in it."""
+
 LFS_POINTER = b"version https://git-lfs"
 """First bytes of the small text file that Git LFS leaves where it has not fetched a file."""
 
@@ -114,7 +128,7 @@ def decode(source: ImageLike, exif: str, color: str = "rgb") -> Image.Image:
 
     Raises:
         ImageError: missing, empty, damaged, not an image, of an unsupported kind, or beyond
-            ``MAX_PIXELS``/``MAX_BYTES``.
+            ``MAX_PIXELS``/``MAX_SIDE``/``MAX_BYTES``.
     """
     given: Decodable = view_as_array(source)
     if isinstance(given, np.ndarray):
@@ -215,16 +229,16 @@ def _make_undecodable_error(source: ImageLike, name: object, exc: Exception) -> 
     )
 
 
-def _read_first_bytes(source: ImageLike) -> bytes:
+def _read_first_bytes(source: ImageLike, count: int = len(LFS_POINTER)) -> bytes:
     """The first bytes of a file or of encoded bytes, empty where they cannot be had again."""
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return bytes(source[: len(LFS_POINTER)])
+        return bytes(source[:count])
     if isinstance(source, io.BytesIO):
-        return source.getvalue()[: len(LFS_POINTER)]
+        return bytes(source.getbuffer()[:count])
     if isinstance(source, (str, Path)):
         try:
             with open(source, "rb") as file:
-                return file.read(len(LFS_POINTER))
+                return file.read(count)
         except OSError:
             return b""
     return b""
@@ -315,14 +329,30 @@ def _open(
     if count is not None and count > MAX_BYTES:
         raise make_too_large_error(name, f"{count} bytes, the cap is {MAX_BYTES}")
     encoded = io.BytesIO(source) if isinstance(source, (bytes, bytearray, memoryview)) else source
+    if count is not None and count > LARGE_BYTES:
+        _require_short_header(_read_first_bytes(source, HEADER_BYTES), name)
     image = Image.open(encoded, formats=IMAGE_FORMATS)
-    if image.width * image.height > MAX_PIXELS:
+    try:
+        require_modest_size(image.width, image.height, name)
+    except ImageError:
         image.close()
-        raise make_too_large_error(
-            name,
-            f"{image.width} x {image.height} pixels, the cap is {MAX_PIXELS}",
-        )
+        raise
     return image
+
+
+def _require_short_header(data: bytes, name: object) -> None:
+    """Raise :class:`ImageError` for a header that takes Pillow longer than the pixels.
+
+    ``data``: the first bytes of a large file.
+    """
+    is_netpbm = data[:1] == b"P" and data[1:2].isalnum()
+    if (data.startswith(START) and has_long_header(data)) or (is_netpbm and not PNM_HEADER.match(data)):
+        raise ImageError(
+            "the image has a header that no program writes",
+            where=name,
+            why="its sizes come after many thousands of bytes that mean nothing",
+            remedy="replace or remove the file",
+        )
 
 
 def _require_kind(source: object, name: object) -> None:
@@ -359,6 +389,14 @@ def _count_bytes(
     if isinstance(source, memoryview):
         return source.nbytes
     return source.getbuffer().nbytes if isinstance(source, io.BytesIO) else None
+
+
+def require_modest_size(width: int, height: int, name: object) -> None:
+    """Raise :class:`ImageError` for an image of too many pixels, or with too long a side."""
+    if width * height > MAX_PIXELS:
+        raise make_too_large_error(name, f"{width} x {height} pixels, the cap is {MAX_PIXELS}")
+    if max(width, height) > MAX_SIDE:
+        raise make_too_large_error(name, f"{width} x {height} pixels, the cap of a side is {MAX_SIDE}")
 
 
 def make_too_large_error(name: object, why: object) -> ImageError:
@@ -453,7 +491,7 @@ def _turn_upright(image: Image.Image) -> Image.Image:
 
 def _scale_to_8_bits(image: Image.Image, name: object) -> Image.Image:
     """Scale 16-bit grey values, which Pillow would clip, to 8 bits."""
-    values = np.asarray(image).astype(np.int64)
+    values = np.asarray(image)
     if values.size and (values.min() < 0 or values.max() > 65535):
         raise ImageError(
             "the pixels are integers outside 0..65535",

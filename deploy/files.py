@@ -13,6 +13,7 @@ import secrets
 import shutil
 import stat
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +41,9 @@ IRREGULAR = {
 
 TEMPORARY = ".tmp"
 """What the name of a file or folder ends with while it is being written."""
+
+STANDARD_STREAMS = (1, 2)
+"""Descriptors of standard output and standard error."""
 
 AT_FDCWD = -100
 """Linux's number for the working directory, from which paths are taken."""
@@ -148,14 +152,98 @@ def read_text(path: Path) -> str:
     return data.decode(encoding).replace("\r\n", "\n")
 
 
+def write_output(path: Path, data: bytes) -> None:
+    """Write ``data`` where a user asked for it.
+
+    A regular file is replaced completely or not at all. A link stays, and the file that it leads to is
+    replaced. A character device, a named pipe and the process's own standard output are written through: they
+    are never replaced, not even where the user may replace them.
+
+    Raises:
+        OutputError: the place cannot be written to, is a folder, a socket or a disk, or is a named pipe that
+            nobody reads.
+    """
+    require_writable(path)
+    if _is_stream(path):
+        with writing(path):
+            _write_through(path, data)
+    else:
+        write_atomic(Path(os.path.realpath(path)), data)
+
+
+def require_writable(path: Path) -> None:
+    """Raise :class:`OutputError` where :func:`write_output` cannot write to ``path``."""
+    if why := _find_obstacle(path):
+        raise OutputError(
+            "cannot write here",
+            where=path,
+            why=why,
+            remedy="name a file in a folder that exists and can be written to",
+        )
+
+
+def _find_obstacle(path: Path) -> str:
+    """Why nothing can be written to ``path``, empty if it can be."""
+    if _is_stream(path):
+        return "" if os.access(path, os.W_OK) else "it may not be written to"
+    kind = describe_irregular(path)
+    if kind is not None:
+        return f"it is {kind}"
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        return "its folder does not exist"
+    start = f".{target.name}."
+    try:
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=start, suffix=TEMPORARY):
+            return ""
+    except OSError as exc:
+        return exc.strerror or str(exc)
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether ``path`` takes bytes one after another: a character device, a named pipe, or the file that is
+    this process's standard output or standard error."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return False
+    if stat.S_ISCHR(status.st_mode) or stat.S_ISFIFO(status.st_mode):
+        return True
+    return _find_standard_stream(status) is not None
+
+
+def _find_standard_stream(status: os.stat_result) -> int | None:
+    """The descriptor of the standard stream that is the file with this status, if one is."""
+    for descriptor in STANDARD_STREAMS:
+        with contextlib.suppress(OSError):
+            if os.path.samestat(status, os.fstat(descriptor)):
+                return descriptor
+    return None
+
+
+def _write_through(path: Path, data: bytes) -> None:
+    """Write to a stream, which is not made, cut off or replaced; raises ``OSError``."""
+    standard = _find_standard_stream(os.stat(path))
+    if standard is not None:
+        descriptor = os.dup(standard)
+    else:
+        waits = getattr(os, "O_NONBLOCK", 0)  # a named pipe that nobody reads fails and does not wait
+        descriptor = os.open(path, os.O_WRONLY | waits | getattr(os, "O_NOCTTY", 0))
+        os.set_blocking(descriptor, True)
+    with open(descriptor, "wb") as stream:
+        stream.write(data)
+
+
 def write_atomic(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Write ``data`` to ``path`` completely or not at all, with permissions ``mode``; raises
     :class:`OutputError`.
 
-    What killed processes left of the same file is removed.
+    A link is replaced by the file. Anything else that is no regular file is refused. What killed processes
+    left of the same file is removed.
     """
     start = f".{path.name}."
     with writing(path):
+        _require_replaceable(path)
         clear_abandoned(path.parent, start, TEMPORARY)
         temporary = path.with_name(f"{start}{secrets.token_hex(4)}{TEMPORARY}")
         try:
@@ -165,6 +253,13 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o666) -> None:
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink()
+
+
+def _require_replaceable(path: Path) -> None:
+    """Raise ``OSError`` where something stands that no file may replace: a device, a named pipe, a socket."""
+    kind = None if path.is_symlink() else describe_irregular(path)
+    if kind is not None:
+        raise OSError(errno.EINVAL, f"it is {kind}, which is not replaced", str(path))
 
 
 def _write_new(path: Path, data: bytes, mode: int) -> None:

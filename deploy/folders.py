@@ -136,7 +136,7 @@ def scan_folder(path: Path) -> Found:
         folders[:] = sorted(name for name in folders if not is_junk(name))
         for name in list(folders):
             inner = os.path.join(folder, name)
-            if os.path.islink(inner) and _identify(inner) in seen:
+            if _is_among(inner, seen):
                 folders.remove(name)
                 found.skipped["links to a folder above them"] += 1
             above[inner] = seen
@@ -144,6 +144,15 @@ def scan_folder(path: Path) -> Found:
             if not is_junk(name):
                 _add_file(found, path, relative / name)
     return found
+
+
+def _is_among(folder: str, seen: frozenset[tuple[int, int]]) -> bool:
+    """Whether a folder is one of those ``seen`` on the way to it. A real folder may be, too: a link to a
+    folder above the root leads to the root again."""
+    try:
+        return _identify(folder) in seen
+    except OSError:  # the walk tells that it cannot be read
+        return False
 
 
 def _identify(folder: str) -> tuple[int, int]:

@@ -29,8 +29,20 @@ FURTHEST_TABLE = 1 << 17
 LARGEST_THUMBNAIL = 512 * 512
 """Pixels of the largest image that may be a thumbnail."""
 
-_NEXT = re.compile(rb"\xff+[\x01-\xcf\xd8-\xfe]")
-"""Matches any marker of a JPEG file but the restart markers."""
+MAX_SEGMENTS = 20_000
+"""The largest number of segments that are looked at; photographs have up to some hundred."""
+
+_NEXT = re.compile(rb"\xff([\x01-\xfe])")
+"""Matches the next marker, as libjpeg looks for it: bytes before it are skipped, and 0xFF may be repeated."""
+
+_FILL = re.compile(rb"\xff+")
+"""Matches what fills up a marker, and its own first byte."""
+
+_WITH_LENGTH = frozenset(
+    {*range(0xC0, 0xC8), *range(0xC9, 0xD0), *range(0xDA, 0xDE), *range(0xE0, 0xF0), 0xFE}
+)
+"""Codes of the segments whose length libjpeg reads. It ends at any other code, or passes over it while it
+looks for a restart marker, so that no length behind one may hide a scan."""
 
 _TABLE = re.compile(rb"\xff[\xd8\xd9\xdb\xc4\xc0-\xc2]")
 """Matches the markers that begin or end an image, define tables, or begin a frame."""
@@ -46,21 +58,43 @@ class _Segment:
 
 
 def has_many_scans(data: bytes) -> bool:
-    """Whether an image has more than :data:`MAX_SCANS` scans. Nothing is decoded."""
+    """Whether an image has more than :data:`MAX_SCANS` scans, or more than :data:`MAX_SEGMENTS` segments.
+
+    Nothing is decoded. Markers are found as libjpeg finds them: after each segment it skips what is no
+    marker.
+    """
     if data.count(b"\xff\xda") <= MAX_SCANS:  # no scan is without these bytes
         return False
-    count, position = 0, 2
-    while (segment := _read_segment(data, position)) is not None and segment.code != END:
-        position = segment.end
-        if segment.code == SCAN:
-            count += 1
-            if count > MAX_SCANS:
-                return True
-            found = _NEXT.search(data, position)
-            if found is None:
-                return False
-            position = found.start()
+    scans = segments = 0
+    position = 2
+    while (found := _NEXT.search(data, position)) is not None and found[1][0] != END:
+        code = found[1][0]
+        position = found.end()
+        if code in _WITH_LENGTH:
+            position += max(2, int.from_bytes(data[position : position + 2], "big"))
+        scans += code == SCAN
+        segments += code in _WITH_LENGTH
+        if scans > MAX_SCANS or segments > MAX_SEGMENTS:
+            return True
     return False
+
+
+def has_long_header(data: bytes) -> bool:
+    """Whether more than :data:`MAX_SEGMENTS` segments and skipped bytes precede the first scan in ``data``,
+    the first bytes of a file: programs that read one after the other take long for them."""
+    position = 2
+    for _ in range(MAX_SEGMENTS):
+        found = _NEXT.search(data, position)
+        if found is None or found[1][0] in (SCAN, END):
+            return found is None and len(data) - position > MAX_SEGMENTS
+        if found.end() - position > MAX_SEGMENTS:
+            return True
+        position = found.end()
+        if found[1][0] in _WITH_LENGTH:
+            position += max(2, int.from_bytes(data[position : position + 2], "big"))
+        if position >= len(data):
+            return False
+    return True
 
 
 def make_scan_header(colours: int) -> bytes:
@@ -92,7 +126,11 @@ def _is_needed(code: int, whole: bytes, keep_exif: bool) -> bool:
 
 def _iterate_tables(data: bytes, position: int) -> Iterator[_Segment]:
     """The segments up to the first scan; after damaged metadata it goes on at the image's next table."""
-    while (segment := _read_segment(data, position)) is not None:
+    budget = iter(range(MAX_SEGMENTS))
+    for _ in budget:
+        segment = _read_segment(data, position)
+        if segment is None:
+            return
         is_whole = _is_marker(data, segment.end)
         if segment.code == SCAN or is_whole:
             yield segment
@@ -100,30 +138,36 @@ def _iterate_tables(data: bytes, position: int) -> Iterator[_Segment]:
                 return
             position = segment.end
         elif segment.code in METADATA:
-            position = _find_next_table(data, segment.start + 2)
+            position = _find_next_table(data, segment.start + 2, budget)
         else:
             return
 
 
-def _find_next_table(data: bytes, position: int) -> int:
+def _find_next_table(data: bytes, position: int, budget: Iterator[int]) -> int:
     """Where the tables of the largest image begin that follows a damaged segment; the end of the data if
-    there is none. A thumbnail in the segment has tables too, and it may be cut off."""
+    there is none. A thumbnail in the segment has tables too, and it may be cut off.
+
+    ``budget``: gives one item for each segment that may still be looked at.
+    """
     best, most, in_thumbnail = len(data), 0, False
     for found in _TABLE.finditer(data, position, position + FURTHEST_TABLE):
         code = found[0][1]
         if code in (START[1], END):
             in_thumbnail = code == START[1]
             continue
-        size = _read_declared_size(data, found.start())
+        size = _read_declared_size(data, found.start(), budget)
         if size > most and (not in_thumbnail or size > LARGEST_THUMBNAIL):
             best, most = found.start(), size
     return best
 
 
-def _read_declared_size(data: bytes, position: int) -> int:
+def _read_declared_size(data: bytes, position: int, budget: Iterator[int]) -> int:
     """Height times width that the tables from ``position`` on declare; 0 unless a scan follows them."""
     size = 0
-    while (segment := _read_segment(data, position)) is not None:
+    for _ in budget:
+        segment = _read_segment(data, position)
+        if segment is None:
+            return 0
         if segment.code == SCAN:
             return size
         if not _is_marker(data, segment.end):
@@ -139,8 +183,8 @@ def _read_declared_size(data: bytes, position: int) -> int:
 
 def _read_segment(data: bytes, position: int) -> _Segment | None:
     """The segment at ``position``; its end may lie beyond the file's. ``None`` where none begins there."""
-    while data[position : position + 2] == b"\xff\xff":  # a marker may be filled up
-        position += 1
+    if (fill := _FILL.match(data, position)) is not None:  # a marker may be filled up
+        position = fill.end() - 1
     if not _is_marker(data, position):
         return None
     code = data[position + 1]

@@ -188,7 +188,15 @@ class Lanes:
         return busy
 
     def _make(self, size: int) -> Lane:
-        lane = Lane(self, self.counted(self.session.bind, (size, *self._image)))
+        shape = (size, *self._image)
+        try:
+            lane = Lane(self, self.counted(self.session.bind, shape))
+        except MemoryError as exc:
+            raise InputError(
+                f"there is no memory for an input of {' x '.join(map(str, shape))} values",
+                why=str(exc) or None,
+                remedy="give the process more memory, or take a bundle with a smaller batch or image size",
+            ) from exc
         with self._lock:
             self._alive += 1
             self._idle.setdefault(size, [])

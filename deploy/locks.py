@@ -14,8 +14,10 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 LOCK = ".lock"
@@ -111,9 +113,7 @@ def scratch_folder(parent: Path, prefix: str, suffix: str = ".tmp") -> Iterator[
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if descriptor is not None:
-            os.close(descriptor)
+        _drop_folder(folder, descriptor)
 
 
 def _make_locked_folder(parent: Path, prefix: str, suffix: str) -> tuple[Path, int | None]:
@@ -138,6 +138,55 @@ def _make_locked_folder(parent: Path, prefix: str, suffix: str) -> tuple[Path, i
         os.close(descriptor)  # another process took it for abandoned before it was locked
 
 
+class Hold:
+    """Keeps what ``release`` gives back for as long as this object lives, or its process."""
+
+    def __init__(self, release: Callable[[], object]) -> None:
+        weakref.finalize(self, _release_in, os.getpid(), release)
+
+
+def _release_in(process: int, release: Callable[[], object]) -> None:
+    """Call ``release``, but not in a forked child: what it gives back is still its parent's."""
+    if os.getpid() == process:
+        release()
+
+
+def make_scratch(parent: Path, prefix: str, suffix: str = ".tmp") -> tuple[Path, Hold]:
+    """As :func:`scratch_folder`, for as long as the second result lives."""
+    clear_abandoned(parent, prefix, suffix)
+    folder, descriptor = _make_locked_folder(parent, prefix, suffix)
+    return folder, Hold(partial(_drop_folder, folder, descriptor))
+
+
+def _drop_folder(folder: Path, descriptor: int | None) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+def hold_folder(folder: Path) -> Hold:
+    """Make a folder where there is none, and keep it: while somebody holds it, :func:`remove_if_abandoned`
+    leaves it alone. Any number of processes and threads may hold it.
+
+    Raises ``OSError`` where the folder cannot be made or opened.
+    """
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # it was removed just now
+            continue
+        except PermissionError:
+            if os.name == "nt":  # folders cannot be opened there
+                return Hold(lambda: None)
+            raise
+        with contextlib.suppress(OSError):  # a file system may have no locks
+            lock_descriptor(descriptor, shared=True)
+        if _is_still(folder, descriptor):
+            return Hold(partial(os.close, descriptor))
+        os.close(descriptor)
+
+
 def clear_abandoned(parent: Path, prefix: str, suffix: str) -> None:
     """Remove the files and folders ``prefix*suffix`` in ``parent`` whose processes have ended.
 
@@ -154,10 +203,11 @@ def clear_abandoned(parent: Path, prefix: str, suffix: str) -> None:
         return
     for path in found:
         with contextlib.suppress(OSError):
-            _remove_if_abandoned(path)
+            remove_if_abandoned(path)
 
 
-def _remove_if_abandoned(path: Path) -> None:
+def remove_if_abandoned(path: Path) -> None:
+    """Remove a file or folder that no process holds; raises ``OSError``."""
     age = time.time() - path.stat().st_mtime
     if path.is_dir():
         flags = os.O_RDONLY
@@ -189,8 +239,8 @@ def _is_still(file: Path, descriptor: int) -> bool:
 if sys.platform == "win32":
     import msvcrt
 
-    def lock_descriptor(descriptor: int, wait: bool = True) -> None:
-        """Lock an open file until it is closed.
+    def lock_descriptor(descriptor: int, wait: bool = True, shared: bool = False) -> None:
+        """Lock an open file until it is closed; ``shared`` locks cannot be had here.
 
         Raises ``BlockingIOError`` where ``wait`` is false and another process holds it.
         """
@@ -205,11 +255,12 @@ if sys.platform == "win32":
 
 else:
 
-    def lock_descriptor(descriptor: int, wait: bool = True) -> None:
-        """Lock an open file or folder until it is closed.
+    def lock_descriptor(descriptor: int, wait: bool = True, shared: bool = False) -> None:
+        """Lock an open file or folder until it is closed; ``shared``: with others that do so too.
 
         Raises ``BlockingIOError`` where ``wait`` is false and another process holds it.
         """
         import fcntl  # here, because a command that locks nothing needs no module of POSIX
 
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        fcntl.flock(descriptor, kind | (0 if wait else fcntl.LOCK_NB))

@@ -25,6 +25,7 @@ from .bundle.sections import RanOn
 from .decoding import ImageLike, list_images, take_snapshot
 from .errors import BundleError, CmtEdgeError, ImageError, InputError
 from .lanes import Lanes
+from .locks import Hold
 from .preprocessing import Preprocess, preprocess
 from .stream import stream
 
@@ -96,6 +97,7 @@ class Predictor:
         self.head = head
         self.kind = kind
         self._where = where
+        self._hold: Hold | None = None  # keeps the folder of a packed bundle, which profiling opens again
         self.lanes = Lanes(session, batch, preprocess.size)
         """Run every inference."""
 
@@ -151,12 +153,10 @@ class Predictor:
         options: LoadOptions,
         color: str,
     ) -> Predictor:
-        runtime = get_runtime(
-            backend or RUNTIME_OF_FORMAT.get(bundle.manifest.format, bundle.manifest.format)
-        )
+        runtime = get_runtime(backend or RUNTIME_OF_FORMAT[bundle.manifest.format])
         session = _load(runtime, bundle, options)
         batch = 0 if runtime.any_batch else read_batch_limit(bundle)
-        return cls(
+        predictor = cls(
             session,
             bundle.preprocess,
             bundle.labels,
@@ -166,6 +166,8 @@ class Predictor:
             color=color,
             where=bundle.path,
         )
+        predictor._hold = bundle.hold
+        return predictor
 
     @property
     def session(self) -> Session:
@@ -193,6 +195,7 @@ class Predictor:
         Raises:
             ImageError: the image cannot be read.
             InputError: a closed Predictor, a bundle of feature maps, or an unknown ``color``.
+            BundleError: the model's answer is not finite.
         """
         self._require(LOGITS)
         decode = self._make_decoder(color)
@@ -296,9 +299,10 @@ class Predictor:
 
         Raises:
             InputError: another dtype or shape, values that are not finite, or a bundle of feature maps.
+            BundleError: the model gives values that are not finite.
         """
         self._require(LOGITS)
-        return self.outputs(batch)[0]
+        return require_finite(self.outputs(batch), self._where)[0]
 
     def features(self, batch: np.ndarray) -> list[np.ndarray]:
         """Preprocessed float32 ``(N, 3, H, W)`` -> the stage maps, float32 ``(N, C, H / stride, W /
@@ -306,12 +310,14 @@ class Predictor:
 
         Raises:
             InputError: as :meth:`logits`, or a bundle of a classifier.
+            BundleError: the model gives values that are not finite.
         """
         self._require("features")
-        return self.outputs(batch)
+        return require_finite(self.outputs(batch), self._where)
 
     def outputs(self, batch: np.ndarray) -> list[np.ndarray]:
-        """What the model gives, whatever its head: see :meth:`logits` and :meth:`features`."""
+        """What the model gives, whatever its head and its values: see :meth:`logits` and :meth:`features`,
+        which refuse NaN and infinity."""
         _check_batch(batch, self.spec.size)
         return self.lanes.run(np.ascontiguousarray(batch))
 
@@ -353,6 +359,7 @@ class Predictor:
                 where=self._where,
                 remedy="copy the whole bundle again, or export it again",
             )
+        require_finite([logits], self._where)
         return Prediction(logits, self.labels, source, self.kind)
 
     def _iterate_answers(
@@ -414,6 +421,18 @@ class Predictor:
             f"this bundle gives {self.head}, not {wanted}",
             remedy=f"use {use}, or export with --head {head}",
         )
+
+
+def require_finite(outputs: list[np.ndarray], where: object) -> list[np.ndarray]:
+    """The outputs of a model as they are; raises :class:`BundleError` for NaN and infinity, which are no
+    answer. ``where``: the bundle, for the message."""
+    if all(map(_is_finite, outputs)):
+        return outputs
+    raise BundleError(
+        "the model gives NaN or infinite values for this input",
+        where=where,
+        remedy="check the bundle with cmt-verify; a bundle of another precision may do, --precision fp32",
+    )
 
 
 def _load(runtime: Runtime, bundle: Bundle, options: LoadOptions) -> Session:

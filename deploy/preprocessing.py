@@ -14,7 +14,14 @@ import numpy as np
 from PIL import Image
 
 from .arrays import view_as_array, view_as_rgb
-from .decoding import MAX_PIXELS, ImageLike, decode, make_too_large_error, name_image
+from .decoding import (
+    MAX_PIXELS,
+    ImageLike,
+    decode,
+    make_too_large_error,
+    name_image,
+    require_modest_size,
+)
 from .escaping import SHOWN_CHARACTERS
 
 MAX_SIZE = 16384
@@ -98,6 +105,13 @@ def decode_pixels(source: ImageLike, spec: Preprocess, color: str = "rgb") -> np
 
     Where an array needs no resizing, the result is a view of it.
     """
+    try:
+        return _decode_pixels(source, spec, color)
+    except MemoryError as exc:
+        raise make_too_large_error(name_image(source), "there is no memory to decode and resize it") from exc
+
+
+def _decode_pixels(source: ImageLike, spec: Preprocess, color: str) -> np.ndarray:
     source = view_as_array(source)
     if isinstance(source, np.ndarray):
         rgb = view_as_rgb(source, color)
@@ -119,6 +133,7 @@ def _compute_geometry(
 ) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
     """Width and height after resizing, and the box that is then cut out, in pixels."""
     size = spec.size
+    require_modest_size(width, height, name_image(source))
     if spec.short_side is None:
         return (size, size), (0, 0, size, size)
     short = min(width, height)

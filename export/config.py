@@ -20,10 +20,12 @@ from cmt_edge.cmt.features import require_head
 from cmt_edge.cmt.outside import is_outside
 from cmt_edge.cmt.spec import CPU, RTX, ModelSpec, check_size
 from cmt_edge.deploy.bundle import LOGITS
+from cmt_edge.deploy.bundle.record import find_text_fault
 from cmt_edge.deploy.bundle.sections import FORMATS, TYPED_FORMATS
 from cmt_edge.deploy.bundle.signature import read_private_key
 from cmt_edge.deploy.cli.ranges import CLASS_COUNTS, parse_finite
 from cmt_edge.deploy.errors import InputError, WeightsError
+from cmt_edge.deploy.escaping import SHOWN_CHARACTERS
 from cmt_edge.deploy.measure.parity import MAX_DROP
 from cmt_edge.deploy.preprocessing import MAX_SHORT_SIDE, RESAMPLING, Preprocess
 
@@ -474,6 +476,13 @@ class ExportConfig(Settings):
                 where=where,
                 remedy=f"give one name a class, each on its own line; or --num-classes {len(names)}",
             )
+        for name in names:
+            if fault := find_text_fault(name):
+                raise InputError(
+                    f"the label {name[:SHOWN_CHARACTERS]!r} {fault}",
+                    where=where,
+                    remedy="correct the name",
+                )
 
 
 def _describe_by_weights(

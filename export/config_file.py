@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ TABLES = (
 
 MAX_DOTS = 64
 """The largest number of dots in a name of a settings file; parsing takes quadratic time for them."""
+
+WHOLE = range(-(1 << 63), 1 << 63)
+"""The whole numbers of TOML."""
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -79,6 +82,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         if any(line.split("=", 1)[0].count(".") > MAX_DOTS for line in text.splitlines()):
             raise ValueError(f"a name has more than {MAX_DOTS} dots")
         content: dict[str, Any] = tomllib.loads(text)
+        _require_toml_numbers(content)
         return content
     except (
         OSError,
@@ -91,3 +95,17 @@ def _read_toml(path: Path) -> dict[str, Any]:
             why=exc,
             remedy="it must be TOML in UTF-8",
         ) from exc
+
+
+def _require_toml_numbers(content: Any) -> None:
+    """Raise ``ValueError`` for a whole number that TOML does not have. Python reads one of any size, and
+    cannot print one of thousands of digits."""
+    if isinstance(content, int) and content not in WHOLE:
+        raise ValueError("a whole number does not fit in 64 bits")
+    inner: Iterable[Any] = ()
+    if isinstance(content, dict):
+        inner = content.values()
+    elif isinstance(content, list):
+        inner = content
+    for value in inner:
+        _require_toml_numbers(value)

@@ -14,6 +14,7 @@ from typing import Any
 
 from cmt_edge.calib.data import GENERATED, SYNTHETIC
 from cmt_edge.cmt.download import is_kept
+from cmt_edge.cmt.weights import AS_BUILT
 from cmt_edge.deploy import Bundle
 from cmt_edge.deploy.bundle.sections import FORMATS
 from cmt_edge.deploy.escaping import escape_line
@@ -28,6 +29,7 @@ from .steps import (
     count_synthetic,
     make_reference,
     match_evaluation,
+    write_notes_on_checkpoint,
 )
 
 
@@ -239,6 +241,7 @@ ENTRY_TEXTS: dict[str, Callable[[Any], str]] = {
     "calibration": _format_images,
     "ranges": _format_images,
     "evaluation": _format_evaluation,
+    "notes": "; ".join,
     "allowed": _format_allowed,
     "input": _format_input,
 }
@@ -275,14 +278,18 @@ def _describe_subject(config: ExportConfig) -> dict[str, Any]:
             config.eval_data,
             config.by_order,
         )
-    found: dict[str, Any] = {"weights": config.weights}
+    recorded = manifest.model.weights
+    as_built = recorded.source == AS_BUILT
+    found: dict[str, Any] = {"weights": AS_BUILT if as_built else config.weights}
     if download:
         found["download"] = download
     else:
-        found["sha256"] = manifest.model.weights.sha256
-    if manifest.model.weights.entry:
-        found["entry"] = manifest.model.weights.entry
-    return found | {"labels": f"{len(manifest.labels)} ({manifest.labels_source})"}
+        found["sha256"] = recorded.sha256
+    if recorded.entry:
+        found["entry"] = recorded.entry
+    found["labels"] = f"{len(manifest.labels)} ({manifest.labels_source})"
+    notes = write_notes_on_checkpoint(config, manifest, reference.loaded)
+    return found | ({"notes": notes} if notes else {})
 
 
 def _find_download(config: ExportConfig) -> str | None:

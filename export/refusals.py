@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 import sysconfig
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -70,6 +72,22 @@ BRANCH_REMEDY = (
     " number made in __init__"
 )
 """The remedy for code that asks for values of an image."""
+
+
+TAKING = (
+    "__bool__",
+    "__float__",
+    "__index__",
+    "__int__",
+    "item",
+    "numpy",
+    "tolist",
+)
+"""Methods of a tensor that give Python its values."""
+
+SAME_SHARE = 1e-3
+"""Difference of answers to an image alone and in a batch, as a share of the largest output, that the kernels
+of libraries explain."""
 
 
 @contextlib.contextmanager
@@ -200,11 +218,92 @@ class _Bfloat16Line(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         if self.line is None and isinstance(output, Tensor) and output.dtype == torch.bfloat16:
-            frames = [frame for frame in traceback.extract_stack() if _is_users(frame.filename)]
-            inside = [frame for frame in frames if not Path(frame.filename).is_relative_to(OWN)]
+            inside = _list_users_frames()
             if inside:
                 self.line = _format_frame(inside[-1])
         return output
+
+
+def require_single_answers(model: nn.Module, batch: np.ndarray, outputs: Sequence[np.ndarray]) -> None:
+    """Refuse a model that takes Python numbers from its values and answers an image otherwise in a batch.
+
+    A graph of one image takes these numbers from another image than the model did in the batch.
+
+    Args:
+        model: in eval mode.
+        batch: images, float32 ``(K, 3, S, S)``.
+        outputs: what ``model`` makes of ``batch``, ``(K, ...)`` each.
+
+    Raises:
+        InputError: with the user's line that takes the numbers.
+    """
+    images = torch.from_numpy(batch)
+    line = _find_deciding_line(model, images)
+    if line is None:
+        return
+    for index in range(len(batch)):
+        with torch.inference_mode():
+            found = model(images[index : index + 1])
+        alone = found if isinstance(found, (list, tuple)) else [found]
+        for mine, theirs in zip(alone, outputs, strict=True):
+            if not _are_alike(mine.float().numpy(), theirs[index : index + 1]):
+                raise InputError(
+                    "the model takes a Python number from the values of one image and answers other images of"
+                    " the batch with it",
+                    where=line,
+                    why="an image has another answer alone than in a batch",
+                    remedy=BRANCH_REMEDY,
+                )
+
+
+def _are_alike(mine: np.ndarray, theirs: np.ndarray) -> bool:
+    """Whether two outputs differ by no more than what kernels for other batch sizes do."""
+    if mine.shape != theirs.shape:
+        return False
+    return bool(np.abs(mine - theirs).max() <= SAME_SHARE * max(float(np.abs(theirs).max()), 1e-12))
+
+
+def _find_deciding_line(model: nn.Module, images: Tensor) -> str | None:
+    """The user's first line that takes other Python numbers from one image than from another."""
+    first = _list_taken_values(model, images[:1])
+    if not first:
+        return None
+    for index in range(1, len(images)):
+        other = _list_taken_values(model, images[index : index + 1])
+        for mine, theirs in itertools.zip_longest(first, other):
+            if mine != theirs:
+                return (mine or theirs)[0]
+    return None
+
+
+def _list_taken_values(model: nn.Module, image: Tensor) -> list[tuple[str, str]]:
+    """Every user's line that takes a Python value from a tensor, with the value."""
+    watch = _TakenValues()
+    with contextlib.suppress(Exception), torch.inference_mode(), watch:
+        model(image)
+    return watch.found
+
+
+class _TakenValues(TorchFunctionMode):
+    """Keeps the user's lines that turn tensors into Python values, and the values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, str]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") in TAKING:
+            inside = _list_users_frames()
+            if inside:
+                self.found.append((_format_frame(inside[-1]), repr(output)))
+        return output
+
+
+def _list_users_frames() -> list[traceback.FrameSummary]:
+    """The user's lines that are running, the innermost one last."""
+    frames = [frame for frame in traceback.extract_stack() if _is_users(frame.filename)]
+    return [frame for frame in frames if not Path(frame.filename).is_relative_to(OWN)]
 
 
 def _format_frame(frame: traceback.FrameSummary) -> str:

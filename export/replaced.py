@@ -48,8 +48,15 @@ def describe_replaced(replaced: Replaced, bundle: Bundle) -> str:
     if replaced.model is None:
         return "replaced: a bundle that could not be read"
     model = bundle.manifest.model
-    if replaced.model != model.name:
+    if _locate_model(replaced.model) != _locate_model(model.name):
         return f"replaced: the bundle of another model, {replaced.model} ({KEEP_BOTH})"
     if replaced.sha256 != model.weights.sha256:
         return f"replaced: a bundle of the same model with other weights, {replaced.weights} ({KEEP_BOTH})"
     return "replaced: a bundle of the same model with the same weights"
+
+
+def _locate_model(name: str) -> str:
+    """The name of a model, with the whole path of the file where it is in one: ``./net.py:build`` and
+    ``net.py:build`` are the same model."""
+    file, _, factory = name.rpartition(":")
+    return f"{Path(file).expanduser().resolve()}:{factory}" if file.endswith(".py") else name

@@ -24,12 +24,13 @@ from cmt_edge.calib.generated import generate
 from cmt_edge.calib.quantize import keep_float
 from cmt_edge.calib.synthetic import choose_default_count, make_synthetic_set
 from cmt_edge.cmt import choose_head, compute_weights_fingerprint, fuse
+from cmt_edge.cmt.outside import OUTSIDE_FAMILIES
 from cmt_edge.cmt.reference import load_reference
 from cmt_edge.cmt.weights import LoadedWeights
 from cmt_edge.deploy import Bundle, Predictor, Preprocess, report
 from cmt_edge.deploy.backends import RUNTIME_OF_FORMAT, get_runtime
 from cmt_edge.deploy.backends.torch import TorchSession
-from cmt_edge.deploy.bundle import GOLDEN, LOGITS, ONNX, Golden
+from cmt_edge.deploy.bundle import GOLDEN, LOGITS, ONNX, Golden, Manifest
 from cmt_edge.deploy.bundle.sections import FORMATS, TYPED_FORMATS, GoldenCheck, RuntimeEntry
 from cmt_edge.deploy.errors import CmtEdgeError, GateError, InputError
 from cmt_edge.deploy.files import find_cache_folder
@@ -53,6 +54,7 @@ from .outputs import (
     identify_outputs,
     require_finite,
 )
+from .refusals import require_single_answers
 from .to_onnx import (
     FUSE_ATOL,
     GRAPH_ATOL,
@@ -93,6 +95,16 @@ MAX_RECIPROCAL = 0.03
 LEAST_RECIPROCAL = 0.005
 """The least such reciprocal. A deviation of 1 / 255 leaves the values as they are in the file, and is
 meant so."""
+
+PRECISION_REMEDIES = {
+    "fp32": "the graph computes something else than the model: look for what forward does with values of an"
+    " image or of the batch in Python, try another --format, or allow more with --atol",
+    "fp16": "use --precision fp32, or allow more with --max-drop or --atol",
+    "bf16": "use --precision fp32, or allow more with --max-drop or --atol",
+    "int8": "calibrate on more and more typical images, use bf16 or fp32, or allow more with --max-drop or"
+    " --atol",
+}
+"""Precision of a bundle that differs from the reference by more than allowed -> what to do."""
 
 Differences = dict[str, float]
 """Step -> the largest difference of its outputs from the reference's."""
@@ -149,6 +161,12 @@ def require_unit_scale(spec: Preprocess) -> None:
         _require_no_reciprocal(spec)
         _require_applicable(spec)
         return
+    if _mixes_scales(spec.mean, MAX_MEAN) or _mixes_scales(spec.std, MAX_STD):
+        raise InputError(
+            f"mean {_format_list(spec.mean)} and std {_format_list(spec.std)} are not of values from 0 to 1",
+            why="they mix two scales: some of them are of pixels from 0 to 1, others of pixels from 0 to 255",
+            remedy="give --mean and --std of all three channels for pixels from 0 to 1",
+        )
     mean, std = (
         _describe_conversion(values, most) for values, most in ((spec.mean, MAX_MEAN), (spec.std, MAX_STD))
     )
@@ -157,6 +175,13 @@ def require_unit_scale(spec: Preprocess) -> None:
         why="they look like those of values from 0 to 255; the pixels are divided by 255 first",
         remedy=f"give both of values from 0 to 1: --mean {mean} --std {std}",
     )
+
+
+def _mixes_scales(values: tuple[float, float, float], most: float) -> bool:
+    """Whether some of three values are of pixels from 0 to 1, the largest of which is ``most``, and others
+    are not. A mean of 0 is one of either scale."""
+    small = [value for value in values if value != 0 and value <= most]
+    return bool(small) and max(values) > most
 
 
 def _describe_conversion(values: tuple[float, float, float], most: float) -> str:
@@ -212,7 +237,8 @@ def make_reference(config: ExportConfig) -> Reference:
 
     Raises:
         WeightsError: the weights cannot be read, or do not fit.
-        InputError: the model's answers are no logits and no probabilities.
+        InputError: the model's answers are no logits and no probabilities, or numbers that it takes from one
+            image decide the answer to another one.
     """
     classifier, loaded = load_reference(
         config.subject,
@@ -227,6 +253,8 @@ def make_reference(config: ExportConfig) -> Reference:
     model = choose_head(classifier, config.head)
     golden, batch = make_golden(model, config.preprocess)
     require_finite(golden.outputs)
+    if config.spec.family in OUTSIDE_FAMILIES:
+        require_single_answers(model, batch, golden.outputs)
     kind = identify_outputs(model, batch, golden.logits) if config.head == LOGITS else LOGITS
     return Reference(classifier, model, loaded, golden, batch, kind)
 
@@ -472,25 +500,29 @@ def verify_bundle(
             progress=progress,
             candidate=candidate,
         )
-    notes = [*result.notes, *_write_notes_on_checkpoint(config, bundle, reference.loaded)]
+    notes = [*result.notes, *write_notes_on_checkpoint(config, bundle.manifest, reference.loaded)]
     return replace(result, notes=tuple(notes))
 
 
-def _write_notes_on_checkpoint(config: ExportConfig, bundle: Bundle, loaded: LoadedWeights) -> list[str]:
+def write_notes_on_checkpoint(config: ExportConfig, manifest: Manifest, loaded: LoadedWeights) -> list[str]:
     """What a user should know of a checkpoint file: names of classes that it lacks, keys that were left
     out."""
     notes = []
-    source = bundle.manifest.labels_source
+    source, labels = manifest.labels_source, manifest.labels
     if config.weights not in NAMED_WEIGHTS and source in ("published", "numbered"):
         notes.append(
             f"{loaded.source} does not name its classes, so that their labels are {source}, from"
-            f" {bundle.labels[0]!r} to {bundle.labels[-1]!r}: --labels FILE gives others"
+            f" {labels[0][1]!r} to {labels[-1][1]!r}: --labels FILE gives others"
         )
     if loaded.left_out:
         keys = ", ".join(loaded.left_out[:MAX_KEYS])
         rest = len(loaded.left_out) - MAX_KEYS
         more = f" and {rest} more" if rest > 0 else ""
         notes.append(f"not of the model, left out: {keys}{more} (all of its weights are in {loaded.entry})")
+    if loaded.unread:
+        notes.append(
+            f"not read, because that would run its code: {', '.join(loaded.unread)} in {loaded.source}"
+        )
     return notes
 
 
@@ -541,14 +573,14 @@ def require_passed(result: Verification, opinion: SecondOpinion | None = None) -
         raise GateError(
             "the exported model differs from the reference by more than allowed",
             why=figures,
-            remedy="nothing was written; calibrate on more and more typical images, use bf16 or fp32, or"
-            " allow more with --max-drop or --atol",
+            remedy=f"nothing was written; {PRECISION_REMEDIES[result.precision]}",
         )
     ours, other = result.golden, opinion.golden
+    found, allowed = report.format_differences(ours.diff, other.atol)
     raise GateError(
         f"{result.runtime.runtime} alone differs from the reference by more than allowed",
         why=f"{figures}\n       the same graph on the golden images: {result.runtime.runtime} differs by"
-        f" {ours.diff:.3g}, {opinion.runtime} by {other.diff:.3g} (allowed {other.atol:.3g})",
+        f" {found}, {opinion.runtime} by {other.diff:.3g} (allowed {allowed})",
         remedy=f"nothing was written; use --format {opinion.format}, or replace the operation that"
         f" {result.runtime.runtime} computes otherwise",
     )

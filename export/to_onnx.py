@@ -38,6 +38,7 @@ from cmt_edge.deploy.errors import (
     ParityError,
     StepError,
 )
+from cmt_edge.deploy.report import format_differences
 
 from .refusals import explaining, explaining_types
 
@@ -339,8 +340,9 @@ def require_parity(
         allowed = atol * max(1.0, float(np.abs(expected).max()))
         if not found <= allowed:
             what = "the logits" if len(reference) == 1 else f"feature map {i + 1}"
+            shown, limit = format_differences(found, allowed)
             raise ParityError(
-                f"step '{step}' changed {what} by {found:.3g}, allowed are {allowed:.3g}",
+                f"step '{step}' changed {what} by {shown}, allowed are {limit}",
                 remedy="nothing was written; report the model and what `pip freeze` prints",
             )
     return max(differences)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import sys
 import tempfile
 import time
@@ -35,6 +36,7 @@ def main() -> int:
     p.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
     args = p.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        os.environ["CMT_EDGE_CACHE"] = str(Path(name) / "own-cache")
         failures = attack(Path(name), args)
     return 1 if failures else 0
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cmt_edge.deploy.backends import RUNTIME_OF_FORMAT
 from helpers.exports import traced_once
 from helpers.made_once import copy_once_made, find_run_folder
 from helpers.paths import FAKES
@@ -123,6 +124,13 @@ def one_trace(traced):
     """See :func:`traced_once`."""
     with traced_once(traced):
         yield
+
+
+@pytest.fixture
+def served_by_fake(monkeypatch):
+    """Bundles of every format are opened by the fake runtime, as no manifest can ask for."""
+    for form in RUNTIME_OF_FORMAT:
+        monkeypatch.setitem(RUNTIME_OF_FORMAT, form, "fake")
 
 
 @pytest.fixture

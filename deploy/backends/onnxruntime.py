@@ -40,8 +40,8 @@ class OnnxRuntimeSession(Session):
     device = "CPU"
 
     def __init__(self, model: Path | bytes, options: LoadOptions) -> None:
-        self._model = model if isinstance(model, bytes) else str(model)
-        self._where = None if isinstance(model, bytes) else self._model
+        self._model = model if isinstance(model, bytes) else _find_form(model)
+        self._where = None if isinstance(model, bytes) else str(model)
         self.runtime = RUNTIME.check(options.device)
         self._threads = options.threads or _count_cores()
         if options.throughput:  # one thread per inference, as many inferences as threads
@@ -82,6 +82,22 @@ class OnnxRuntimeSession(Session):
 
     def close(self) -> None:
         del self.inference
+
+
+def _find_form(file: Path) -> str | bytes:
+    """What ONNX Runtime takes for a file: its path, or its content where the path is no UTF-8.
+
+    Raises :class:`BundleError` where the content cannot be read.
+    """
+    try:
+        str(file).encode()
+        return str(file)
+    except UnicodeEncodeError:  # Linux allows any bytes in names, ONNX Runtime does not
+        pass
+    try:
+        return file.read_bytes()
+    except OSError as exc:
+        raise make_open_error(file, exc) from exc
 
 
 def _count_cores() -> int:

@@ -15,9 +15,11 @@ from typing import TypeVar
 
 from ..errors import BundleError, InputError, SignatureError
 from ..files import hash_file, make_aside_path, read_regular, write_atomic, writing
+from ..locks import Hold
 from ..preprocessing import Preprocess
 from .external_data import MalformedOnnx, has_external_data
 from .golden import Golden, read_reference
+from .ir_file import NotAnIr, require_ir
 from .manifest import (
     ENGINES,
     GOLDEN,
@@ -28,18 +30,25 @@ from .manifest import (
     Manifest,
     make_bundle_error,
 )
+from .onnx_caps import ExcessiveGraph, require_modest_onnx
 from .packed import pack, unpack
 from .sections import LOGITS, MAX_TOTAL, FileEntry
 from .signature import MAX_SIGNATURE, SIGNATURE, Signature, make_statement, require_signed
 
 # fmt: off
 LEFT_BY_SYSTEMS = (
-    ".ds_store", "._*", "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", ".directory",
-    "@eadir", ".nfs*", ".fuse_hidden*", ".ipynb_checkpoints", ".cache", "..*",
+    ".ds_store", "._*", "__macosx", "icon\r", ".localized", ".appledouble", ".apdisk", ".volumeicon.icns",
+    ".spotlight-v100", ".fseventsd", ".documentrevisions-v100", ".temporaryitems", ".trash*",
+    "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information", ".directory",
+    "lost+found", "@eadir", "#recycle", "#snapshot", ".snapshot*", ".zfs", ".nfs*", ".fuse_hidden*", "..*",
+    ".stfolder*", ".stversions", ".stignore", ".sync*", ".dropbox*", ".owncloud*", ".nextcloud*",
+    ".git*", ".hg*", ".svn", ".dvc*", ".huggingface", ".cache", ".ipynb_checkpoints", ".idea", ".vscode",
+    "*~", "~$*", "#*#", ".#*", ".~lock.*", ".*.sw?",
 )
 # fmt: on
-"""Names, in lower case, of files and folders that file managers, network file systems, notebooks, download
-caches and Kubernetes (``..data``) leave beside a bundle's files. They are never read."""
+"""Names, in lower case, of files and folders that are plainly no content of a bundle: what file managers,
+network file systems and Kubernetes (``..data``), synchronisation, version control, download caches, notebooks
+and editors leave beside its files. They are never read. Another hidden file is refused: nobody knows it."""
 
 SHOWN_EXTRAS = 5
 """The largest number of files beside the manifest's that a message lists."""
@@ -70,6 +79,9 @@ class Bundle:
     """The file that a packed bundle was opened from; ``path`` is then a folder that it was unpacked to."""
     state: State | None = field(default=None, compare=False, repr=False)
     """Tells whether the folder is still the one that was opened; ``None`` while it is being written."""
+    hold: Hold | None = field(default=None, compare=False, repr=False)
+    """Keeps the folder of a packed bundle as long as this object, or a Predictor that was loaded from it,
+    lives."""
     signature_checked: bool = field(default=False, compare=False, repr=False)
     """Whether the bundle was opened with a public key that it is signed with."""
 
@@ -148,17 +160,18 @@ class Bundle:
     @classmethod
     def _open_packed(cls, file: Path, key: str | Path | None) -> Bundle:
         """Open a packed bundle; where the cache holds a damaged copy of it, unpack it once more."""
+        folder, hold = unpack(file)
         try:
-            bundle = cls.open(unpack(file), key=key)
+            bundle = cls.open(folder, key=key)
         except SignatureError as exc:
             raise _locate_error(exc, file) from exc
         except BundleError:
-            folder = unpack(file, anew=True)
+            folder, hold = unpack(file, anew=True)
             try:
                 bundle = cls.open(folder, key=key)
             except BundleError as exc:
                 raise _locate_error(exc, file) from exc
-        return replace(bundle, packed=file)
+        return replace(bundle, packed=file, hold=hold)
 
     def pack(self, file: str | Path) -> None:
         """Write the bundle as one file; raises :class:`OutputError`."""
@@ -356,8 +369,7 @@ def _check_members(path: Path, manifest: Manifest) -> None:
                 f"{name} was changed after the export: its SHA-256 differs from the manifest",
                 path,
             )
-        if name.endswith(".onnx"):
-            _check_self_contained(name, path)
+        _check_content(name, path)
 
 
 def _is_unchanged(member: Path, entry: FileEntry) -> bool:
@@ -435,15 +447,30 @@ def _list_ignored(path: Path, manifest: Manifest) -> set[str]:
     return left - set(manifest.files)
 
 
-def _check_self_contained(name: str, path: Path) -> None:
-    """Check that an ONNX file of a bundle refers to no other file."""
+def _check_content(name: str, path: Path) -> None:
+    """Check that a graph is what its name says: runtimes choose a reader by the content of a file.
+
+    It refers to no other file, and asks for no more than a graph may.
+    """
     try:
-        outside = has_external_data(path / name)
+        if name.lower().endswith(".onnx"):
+            require_modest_onnx(path / name)
+            _require_self_contained(name, path)
+        elif name.lower().endswith(".xml"):
+            require_ir(path / name)
     except MalformedOnnx as exc:
         raise make_bundle_error(f"{name} is no ONNX file", path, exc) from exc
+    except NotAnIr as exc:
+        raise make_bundle_error(f"{name} is no graph in OpenVINO's format", path, exc) from exc
+    except ExcessiveGraph as exc:
+        raise make_bundle_error(f"{name} asks for more than a graph may", path, exc) from exc
     except OSError as exc:
         raise _make_unreadable_error(path / name, exc) from exc
-    if outside:
+
+
+def _require_self_contained(name: str, path: Path) -> None:
+    """Raise :class:`BundleError` for an ONNX file that refers to another file."""
+    if has_external_data(path / name):
         raise make_bundle_error(
             f"{name} stores weights outside the file, which bundles may not",
             path,

@@ -83,7 +83,7 @@ def refers_outside(content: Buffer) -> bool:
         inner = MESSAGES[message]
         position = start
         while position < end:
-            field, wire, begin, position = _read_field(content, position, end)
+            field, wire, begin, position = read_field(content, position, end)
             if message == "Tensor" and _is_outside(content, field, wire, begin, position):
                 return True
             if field in inner and wire == BYTES:
@@ -95,19 +95,19 @@ def _is_outside(content: Buffer, field: int, wire: int, begin: int, end: int) ->
     """Whether a field of a tensor says that the data lies elsewhere (``EXTERNAL`` is 1)."""
     if field == EXTERNAL_DATA:
         return True
-    return field == DATA_LOCATION and (wire != VARINT or _read_varint(content, begin, end)[0] != 0)
+    return field == DATA_LOCATION and (wire != VARINT or read_varint(content, begin, end)[0] != 0)
 
 
-def _read_field(content: Buffer, position: int, end: int) -> tuple[int, int, int, int]:
+def read_field(content: Buffer, position: int, end: int) -> tuple[int, int, int, int]:
     """Number, wire type, begin and end of the value of the field at a position."""
-    key, position = _read_varint(content, position, end)
+    key, position = read_varint(content, position, end)
     field, wire = key >> 3, key & 7
     if field == 0 or field >= 1 << 29:
         raise MalformedOnnx(f"a field has number {field}")
     if wire == VARINT:
-        stop = _read_varint(content, position, end)[1]
+        stop = read_varint(content, position, end)[1]
     elif wire == BYTES:
-        length, position = _read_varint(content, position, end)
+        length, position = read_varint(content, position, end)
         stop = position + length
     elif wire in WIDTHS:
         stop = position + WIDTHS[wire]
@@ -118,7 +118,7 @@ def _read_field(content: Buffer, position: int, end: int) -> tuple[int, int, int
     return field, wire, position, stop
 
 
-def _read_varint(content: Buffer, position: int, end: int) -> tuple[int, int]:
+def read_varint(content: Buffer, position: int, end: int) -> tuple[int, int]:
     """A number of up to ten bytes of seven bits, and the position after it."""
     value = 0
     for shift in range(0, 70, 7):

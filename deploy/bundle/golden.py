@@ -18,6 +18,8 @@ MAX_IMAGES = 256
 """The largest number of golden images."""
 MAX_REFERENCE = MAX_ITEMS * 132 + 4096
 """The largest size in bytes of all reference answers: as many as there may be images, with their digests."""
+MAX_OUTPUT = 1e9
+"""The largest absolute value of a golden output; no model that classifies gives one."""
 LAST_OF_ASCII = 127
 """The largest number of a character in a digest."""
 
@@ -52,7 +54,8 @@ class Golden:
         """The golden data of a model of ``size`` x ``size`` pixels.
 
         Raises:
-            BundleError: the file is damaged, too large, or holds arrays of other types or shapes.
+            BundleError: the file is damaged, too large, or holds arrays of other types or shapes, or values
+                that are NaN, infinite or beyond :data:`MAX_OUTPUT`.
         """
         with open_arrays(path, MAX_GOLDEN) as arrays:
             count = arrays.require("pixels", "|u1", (None, size, size, 3))[0]
@@ -63,7 +66,7 @@ class Golden:
             return cls(
                 [arrays.read(f"source{i}").tobytes() for i in range(count)],
                 arrays.read("pixels"),
-                [arrays.read(name) for name in _require_outputs(arrays, count, path)],
+                [_read_output(arrays, name, path) for name in _require_outputs(arrays, count, path)],
             )
 
 
@@ -77,6 +80,14 @@ def _require_outputs(arrays: Arrays, images: int, path: Path) -> list[str]:
             found = "missing" if layout is None else f"{layout.dtype} {layout.shape}"
             raise make_bundle_error(f"the array {name!r} is {found}, expected <f4 with {images} rows", path)
     return names
+
+
+def _read_output(arrays: Arrays, name: str, path: Path) -> np.ndarray:
+    """A golden output, whose values are numbers that a model may give."""
+    values = arrays.read(name)
+    if not (np.abs(values) <= MAX_OUTPUT).all():  # also where a value is NaN
+        raise make_bundle_error(f"the array {name!r} holds values that are no answer of a model", path)
+    return values
 
 
 def save_reference(path: Path, top1: dict[str, int]) -> None:

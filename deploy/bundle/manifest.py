@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -17,6 +18,7 @@ from .sections import (
     BATCH,
     FORMATS,
     LOGITS,
+    MAX_ELEMENTS,
     CalibrationEntry,
     CompiledEntry,
     EngineEntry,
@@ -191,7 +193,7 @@ def _find_fault_of_names(manifest: Manifest) -> str | None:
 
 def _find_fault_of_precision(manifest: Manifest) -> str | None:
     """A precision that no bundle of the format has."""
-    known = FORMATS.get(manifest.format, (manifest.precision,))
+    known = FORMATS[manifest.format]
     if manifest.precision in known:
         return None
     return (
@@ -227,6 +229,15 @@ def _find_fault_of_tensors(manifest: Manifest) -> str | None:
             return f"output {output.name!r} has two dynamic dimensions"
     names = [output.name for output in manifest.outputs]
     return None if len(set(names)) == len(names) else "two outputs have the same name"
+
+
+def _find_fault_of_sizes(manifest: Manifest) -> str | None:
+    """A tensor that no machine of today should allocate."""
+    for tensor in (manifest.input, *manifest.outputs):
+        elements = math.prod(size for size in tensor.shape if isinstance(size, int))
+        if elements > MAX_ELEMENTS:
+            return f"{tensor.name[:SHOWN_CHARACTERS]!r} has {elements} elements, the cap is {MAX_ELEMENTS}"
+    return None
 
 
 def _find_fault_of_head(manifest: Manifest) -> str | None:
@@ -265,6 +276,7 @@ CHECKS: tuple[Callable[[Manifest], str | None], ...] = (
     _find_fault_of_precision,
     _find_fault_of_preprocessing,
     _find_fault_of_tensors,
+    _find_fault_of_sizes,
     _find_fault_of_head,
     _find_fault_of_labels,
     _find_fault_of_engine,

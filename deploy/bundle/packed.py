@@ -11,7 +11,6 @@ Source: APPNOTE.TXT 6.3.10, sections 4.3 and 4.4.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
 import shutil
@@ -25,8 +24,17 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from ..errors import BundleError, OutputError
-from ..files import CHUNK_BYTES, TEMPORARY, find_cache_folder, hash_file, writing
-from ..locks import clear_abandoned, locked, scratch_folder, try_lock
+from ..files import CHUNK_BYTES, TEMPORARY, find_cache_folder, hash_file, put_folder, writing
+from ..locks import (
+    Hold,
+    clear_abandoned,
+    hold_folder,
+    locked,
+    make_scratch,
+    remove_if_abandoned,
+    scratch_folder,
+    try_lock,
+)
 from .manifest import MANIFEST, MAX_FILES, MAX_MANIFEST, is_plain
 from .sections import MAX_TOTAL
 from .signature import MAX_SIGNATURE, SIGNATURE
@@ -44,7 +52,10 @@ MAX_DIRECTORY = 1 << 20
 FOLDER = "unpacked"
 """Name of the folder in the cache."""
 KEEP = 8
-"""The number of unpacked bundles that stay in the cache, those that were opened last."""
+"""The number of unpacked bundles that stay in the cache, those that were opened last; more stay as long as
+they are used."""
+SCRATCH = "cmt-edge-"
+"""Start of the names of folders among the temporary files."""
 
 END = struct.Struct("<4s4H2LH")
 """The record at the end of a zip archive: signature, disks, entries, size and place of the directory."""
@@ -121,24 +132,32 @@ def _make_padding(length: int) -> bytes:
     return struct.pack("<2H", PADDING, length - 4) + bytes(length - 4) if length else b""
 
 
-def unpack(file: Path, anew: bool = False) -> Path:
-    """The folder of a packed bundle: in the cache, or, where nothing can be kept, in the temporary folder
-    until the process ends.
+def unpack(file: Path, anew: bool = False) -> tuple[Path, Hold]:
+    """The folder of a packed bundle, and what keeps it: nobody removes the folder while this object lives.
+
+    It lies in the cache, or, where nothing can be kept there, in the folder for temporary files.
 
     Args:
         file: of the packed bundle.
-        anew: unpack it also where the cache has it already.
+        anew: unpack it also where the cache already has it.
 
     Raises:
         BundleError: the file is no packed bundle, or a hostile one.
         OutputError: there is no room for it.
     """
     members = _read_members(file)
-    with writing(file), contextlib.suppress(PermissionError, NotADirectoryError):
+    try:
         return _unpack_to_cache(file, members, anew)
-    folder = Path(tempfile.mkdtemp(prefix="cmt-edge-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return _extract(file, members, folder / make_title(file))
+    except OSError as in_cache:
+        try:
+            return _unpack_to_scratch(file, members)
+        except OSError as exc:
+            raise OutputError(
+                "there is no room to unpack it",
+                where=file,
+                why=f"cache: {in_cache.strerror or in_cache}; temporary files: {exc.strerror or exc}",
+                remedy="free some space, or set CMT_EDGE_CACHE or TMPDIR to a folder that can be written",
+            ) from exc
 
 
 def make_title(file: Path) -> str:
@@ -148,19 +167,24 @@ def make_title(file: Path) -> str:
     return file.name[: len(file.name) - len(suffix)] or "bundle"
 
 
-def _unpack_to_cache(file: Path, members: list[Member], anew: bool) -> Path:
+def _unpack_to_cache(file: Path, members: list[Member], anew: bool) -> tuple[Path, Hold]:
     """The folder in the cache that holds the members of ``file``; raises ``OSError``."""
     parent = find_cache_folder() / FOLDER / hash_file(file)
     folder = parent / make_title(file)
+    hold = hold_folder(parent)
     with locked(parent):
         if anew or not _holds(folder, members):
-            shutil.rmtree(folder, ignore_errors=True)
-            parent.mkdir(parents=True, exist_ok=True)
             with scratch_folder(parent, ".") as temporary:
-                _extract(file, members, temporary / "bundle").rename(folder)
+                put_folder(_extract(file, members, temporary / "bundle"), folder)
         os.utime(parent)
     _evict(parent)
-    return folder
+    return folder, hold
+
+
+def _unpack_to_scratch(file: Path, members: list[Member]) -> tuple[Path, Hold]:
+    """A folder among the temporary files, which goes with its holder; raises ``OSError``."""
+    place, hold = make_scratch(Path(tempfile.gettempdir()), SCRATCH)
+    return _extract(file, members, place / make_title(file)), hold
 
 
 def _holds(folder: Path, members: list[Member]) -> bool:
@@ -173,14 +197,21 @@ def _holds(folder: Path, members: list[Member]) -> bool:
 
 
 def _evict(used: Path) -> None:
-    """Remove all but the :data:`KEEP` bundles in the cache that were opened last."""
-    folders = sorted(
-        (path for path in used.parent.iterdir() if path.is_dir() and path != used),
-        key=lambda path: path.stat().st_mtime,
-        reverse=True,
-    )
-    for folder in folders[KEEP - 1 :]:
-        shutil.rmtree(folder, ignore_errors=True)
+    """Remove all but the :data:`KEEP` bundles in the cache that were opened last, and those that somebody
+    holds."""
+    with contextlib.suppress(OSError):
+        others = [path for path in used.parent.iterdir() if path.is_dir() and path != used]
+        for folder in sorted(others, key=_find_last_use, reverse=True)[KEEP - 1 :]:
+            with contextlib.suppress(OSError):
+                remove_if_abandoned(folder)
+
+
+def _find_last_use(folder: Path) -> float:
+    """When a bundle was opened last, in seconds; another process may just have removed it."""
+    try:
+        return folder.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _extract(file: Path, members: list[Member], folder: Path) -> Path:
@@ -198,7 +229,10 @@ def _extract(file: Path, members: list[Member], folder: Path) -> Path:
 
 def _copy(archive: BinaryIO, output: BinaryIO, size: int, file: Path) -> None:
     while size:
-        chunk = archive.read(min(size, CHUNK_BYTES))
+        try:
+            chunk = archive.read(min(size, CHUNK_BYTES))
+        except OSError as exc:
+            raise _make_broken_error("cannot be read", file, exc.strerror or exc) from exc
         if not chunk:
             raise _make_broken_error("was cut off while it was read", file)
         output.write(chunk)

@@ -242,7 +242,7 @@ class _Reader:
     def _read_scalar(self, kind: Any, content: Any, path: str) -> Any:
         if kind is str and len(content) > MAX_CHARACTERS:
             raise self._make_wrong_type_error(content, path, f"text of at most {MAX_CHARACTERS} characters")
-        if kind is str and not _is_unicode(content):
+        if kind is str and find_text_fault(content):
             raise self._make_wrong_type_error(content, path, "text without half characters")
         if kind is int and abs(content) > MAX_WHOLE:
             raise self._make_wrong_type_error(content, path, "a whole number of at most 64 bits")
@@ -319,13 +319,16 @@ def _extend_path(path: str, name: str) -> str:
     return f"{path}.{shown}" if path else shown
 
 
-def _is_unicode(text: str) -> bool:
-    """Whether a text can be written as UTF-8: JSON can hold half of a surrogate pair, which cannot."""
+def find_text_fault(text: str) -> str:
+    """What is wrong with a text of a manifest, empty if nothing is. JSON can hold half of a surrogate pair,
+    which no file in UTF-8 can."""
+    if len(text) > MAX_CHARACTERS:
+        return f"has more than {MAX_CHARACTERS} characters"
     try:
         text.encode()
     except UnicodeEncodeError:
-        return False
-    return True
+        return "has half of a character"
+    return ""
 
 
 def _is_float(number: float) -> bool:

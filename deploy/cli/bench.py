@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
-import tempfile
 from pathlib import Path
 
 from .. import report
 from ..bundle import Bundle, require_outside_bundles
-from ..errors import InputError, OutputError
+from ..errors import InputError
 from ..escaping import escape
-from ..files import TEMPORARY, write_atomic
+from ..files import require_writable, write_output
 from ..images import ImageSet
 from ..measure.benchmark import Protocol
 from ..measure.benchmark import benchmark as run_benchmark
@@ -87,7 +85,7 @@ def _main(args: argparse.Namespace) -> int:
     say(report.to_json(result) if args.json else report.describe_benchmark(result))
     if args.markdown:
         text = escape(report.describe_benchmark(result, markdown=True))
-        write_atomic(args.markdown, f"{text}\n".encode())
+        write_output(args.markdown, f"{text}\n".encode())
     if args.plot:
         report.draw_latency_plot(result, args.plot)
     return 0
@@ -106,27 +104,7 @@ def _check_targets(args: argparse.Namespace) -> None:
         require_matplotlib()
     for target in filter(None, (args.markdown, args.plot)):
         require_outside_bundles(target)
-        if why := _find_obstacle(target):
-            raise OutputError(
-                "cannot write here",
-                where=target,
-                why=why,
-                remedy="name a file in a folder that exists and can be written to",
-            )
-
-
-def _find_obstacle(target: Path) -> str:
-    """Why no file can be written to ``target``, empty if one can."""
-    if os.path.isdir(target):
-        return "it is a folder"
-    folder = target.absolute().parent
-    if not os.path.isdir(folder):
-        return "its folder does not exist"
-    try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{target.name}.", suffix=TEMPORARY):
-            return ""
-    except OSError as exc:
-        return exc.strerror or str(exc)
+        require_writable(target)
 
 
 def _read_images(data: str, progress: Progress) -> list[bytes]:

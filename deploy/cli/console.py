@@ -33,6 +33,9 @@ INTERNAL = 4
 ESCAPED = "cmt-edge-escape"
 """Name of the error handler that writes characters which an encoding lacks as JSON does."""
 
+VERSION = f"cmt-edge {__version__}"
+"""What ``--version`` prints."""
+
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """Error numbers of a disk that is full, or of a user who may not use more of it."""
 
@@ -53,8 +56,10 @@ class Parser(argparse.ArgumentParser):
     """A parser whose complaints cannot steer the terminal: they quote arguments, and file names are some."""
 
     def error(self, message: str) -> NoReturn:
-        """Print the usage and ``message``, and exit with 2."""
-        super().error(escape(message))
+        """Print the usage and ``message`` on standard error, and exit with 2. Where that is closed, argparse
+        itself would print the usage among the answers."""
+        tell(f"{self.format_usage()}{self.prog}: error: {message}")
+        self.exit(2)
 
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
@@ -67,13 +72,28 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"argument {word[:-3]}: '--' is no value")
         return super().parse_args(args, namespace)
 
+    def print_help(self, file: Any = None) -> None:
+        """Print the help as an answer, which a full standard output does not lose."""
+        if file is None:
+            say(self.format_help().rstrip("\n"))
+        else:
+            super().print_help(file)
+
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         """Exit; also after ``--help`` a full standard output is an error and no trace."""
         _output.flush()
-        if _output.failure is not None:
-            tell_error(_make_output_error(_output.failure, _output.is_lost))
-            status = status or OutputError.exit_code
-        super().exit(status, message)
+        super().exit(_judge_output(status), message)
+
+
+class _ShowVersion(argparse.Action):
+    """Prints the version as an answer, and ends."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **more: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **more)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        say(VERSION)
+        parser.exit()
 
 
 def make_parser(
@@ -91,7 +111,7 @@ def make_parser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument("--version", action="version", version=f"cmt-edge {__version__}")
+    p.add_argument("--version", action=_ShowVersion, help="show program's version number and exit")
     p.add_argument("--json", action="store_true", help=json_help)
     p.add_argument(
         "-v",
@@ -188,6 +208,14 @@ def say(text: str) -> bool:
     """
     _output.write(escape(text))
     return _output.has_reader
+
+
+def answer(text: str) -> int:
+    """Print the only answer of a command that does nothing else; returns its exit code."""
+    _escape_unknown_characters()
+    _output.reset()
+    say(text)
+    return _judge_output(0)
 
 
 def say_data(text: str) -> bool:
@@ -302,6 +330,12 @@ def _exit_code(main: Callable[[argparse.Namespace], int], args: argparse.Namespa
         if number is not None:  # what it interrupted made another exception of it
             return _end_interrupted(number)
         return _end_failed(exc, args.verbose)
+    return _judge_output(code)
+
+
+def _judge_output(code: int) -> int:
+    """The exit code of what would end with ``code``: a standard output that could not be written to is an
+    error, and it is told."""
     if _output.failure is None:
         return code
     tell_error(_make_output_error(_output.failure, _output.is_lost))

@@ -74,7 +74,7 @@ def _add_reference_flags(p: argparse.ArgumentParser) -> None:
         "--reference",
         type=Path,
         metavar="BUNDLE",
-        help="compare with this bundle (say, the fp32 one) instead of PyTorch",
+        help="compare with this bundle (say, the fp32 one) instead of PyTorch; --key counts for it too",
     )
     reference.add_argument(
         "--weights",
@@ -91,7 +91,7 @@ def _main(args: argparse.Namespace) -> int:
     _require_weights(args.weights)
     bundle = Bundle.open(args.bundle, key=args.key)
     data = ImageSet(args.data) if args.data else None
-    reference = _load_reference(bundle, args.reference, args.threads) if args.reference else None
+    reference = _load_reference(bundle, args) if args.reference else None
     progress = Progress(args.quiet)
     progress.tell(_describe_signature(bundle, args.key))
     progress.tell(data.note if data else "")
@@ -137,13 +137,13 @@ def _describe_signature(bundle: Bundle, key: Path | None) -> str:
     return f"signature checked: the holder of {key} made this bundle (key {signer[:16]})"
 
 
-def _load_reference(bundle: Bundle, path: Path, threads: int | None) -> Predictor:
-    """Another bundle of the same weights as the reference."""
-    other = Bundle.open(path)
+def _load_reference(bundle: Bundle, args: argparse.Namespace) -> Predictor:
+    """Another bundle of the same weights as the reference; a key that was given counts for it too."""
+    other = Bundle.open(args.reference, key=args.key)
     if other.manifest.model.weights.sha256 != bundle.manifest.model.weights.sha256:
         raise InputError(
             "was made from other weights, so it is no reference",
-            where=path,
+            where=args.reference,
             remedy="export both from one checkpoint",
         )
-    return Predictor.load(other, threads=threads)
+    return Predictor.load(other, threads=args.threads)

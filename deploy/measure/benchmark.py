@@ -24,7 +24,7 @@ from ..bundle.sections import (
     LatencyEntry,
     RanOn,
 )
-from ..predictor import Predictor
+from ..predictor import Predictor, require_finite
 from ..preprocessing import normalise
 from .host import describe_host, read_versions
 from .statistics import NS_PER_MS, Latency, compare_medians, summarise
@@ -314,6 +314,8 @@ def _measure_latencies(
     with contextlib.ExitStack() as stack:
         predictors = {name: stack.enter_context(opened(bundle)) for name, bundle in bundles.items()}
         batches = {name: make_golden_batch(bundles[name], p) for name, p in predictors.items()}
+        for name, p in predictors.items():
+            require_finite(p.outputs(batches[name]), bundles[name].path)
         model = time_interleaved(
             {name: bind_inference(p.session, batches[name]) for name, p in predictors.items()},
             protocol,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from ..backends import LoadOptions, has_runtime
-from ..bundle import Bundle
+from ..bundle import GOLDEN, Bundle
 from ..bundle.sections import (
     DataCheck,
     GoldenCheck,
@@ -19,6 +19,7 @@ from ..bundle.sections import (
 from ..decoding import NamedBytes
 from ..errors import (
     BundleError,
+    ImageError,
     RuntimeMissingError,
 )
 from ..folders import Item
@@ -36,6 +37,12 @@ MAP_ATOL = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.1, "int8": 0.6}
 standard deviations of the reference map. The largest of 10^5 differences says little about a map."""
 MAX_PROBABILITY_DIFFERENCE = 0.2
 """The largest default tolerance on golden probabilities, whatever the precision: 20 percentage points."""
+LEAST_SPREAD = 0.25
+"""The least spread of the logits of two classes, below fp32, that tolerances are measured in. An unsure
+classifier's logits are all alike and have no spread of their own; near a probability of one half, 0.25 logits
+are 6 percentage points."""
+SIGMOID_SLOPE = 0.25
+"""How much the probability of two classes changes with their logit, at most: at one half."""
 MAX_DROP = 1.0
 """Default tolerance on top-1, percentage points."""
 PIXEL_TOLERANCE = 2
@@ -47,6 +54,11 @@ EPS_FLOAT16 = 2.0**-10
 """One step of float16, relative to the value."""
 EPS_BFLOAT16 = 2.0**-7
 """One step of bfloat16, relative to the value."""
+LARGEST_DIFFERENCE = float(np.finfo(np.float32).max)
+"""What stands for the difference of an output that is not finite: JSON has no number for infinity."""
+WIDEST_SPREAD = 2.0
+"""How many times as far as a bundle's outputs the golden ones may spread before the tolerance stops
+growing."""
 DROP_ROUNDING_POINTS = 1e-9
 """Percentage points by which rounding may move a drop beyond the allowed one."""
 MANY_IMAGES = 30
@@ -69,6 +81,8 @@ class Verification:
     golden: GoldenCheck
     data: DataCheck | None = None
     notes: tuple[str, ...] = ()
+    kind: str | None = None
+    """What the output that differed most is, where it is no logits: probabilities or scores."""
     reference_answers: dict[str, int] = field(default_factory=dict, repr=False)
     """Content digest -> top-1 of the reference on ``data``; what a bundle records, but no report shows."""
 
@@ -132,7 +146,9 @@ def verify(
     with _opened(candidate, bundle, backend, options) as predictor:
         golden = check_golden(bundle, predictor, atol)
         precision = bundle.manifest.precision
-        found = Verification(bundle.title, precision, predictor.info, golden)
+        kinds = {output.name: output.kind for output in bundle.manifest.outputs}
+        kind = kinds.get(golden.output)
+        found = Verification(bundle.title, precision, predictor.info, golden, kind=kind)
         if data is None:
             return found
         labelled = _Labelled.of(bundle, data, by_order, limit)
@@ -213,8 +229,8 @@ def check_golden(bundle: Bundle, predictor: Predictor, atol: float | None = None
     differences = [measure_distance(a, b) for a, b in zip(ours, golden.outputs, strict=True)]
     kinds = [output.kind for output in bundle.manifest.outputs]
     allowed = [
-        find_tolerance(output, bundle.manifest.precision, atol, kind)
-        for output, kind in zip(golden.outputs, kinds, strict=True)
+        find_tolerance(output, bundle.manifest.precision, atol, kind, found)
+        for output, kind, found in zip(golden.outputs, kinds, ours, strict=True)
     ]
     fits = [difference <= bound for difference, bound in zip(differences, allowed, strict=True)]
     worst = max(
@@ -227,7 +243,7 @@ def check_golden(bundle: Bundle, predictor: Predictor, atol: float | None = None
     return GoldenCheck(
         images=len(golden.sources),
         pixel_diff=pixel_diff,
-        diff=differences[worst],
+        diff=min(differences[worst], LARGEST_DIFFERENCE),
         atol=allowed[worst],
         passed=pixel_diff <= PIXEL_TOLERANCE and all(fits),
         output=bundle.outputs[worst],
@@ -237,7 +253,15 @@ def check_golden(bundle: Bundle, predictor: Predictor, atol: float | None = None
 def _compare_pixels(bundle: Bundle) -> int:
     """Grey levels by which golden images that are decoded and resized here differ from the recorded ones."""
     golden = bundle.golden()
-    decoded = np.stack([decode_pixels(source, bundle.preprocess) for source in golden.sources])
+    try:
+        decoded = np.stack([decode_pixels(source, bundle.preprocess) for source in golden.sources])
+    except ImageError as exc:
+        raise BundleError(
+            "holds a golden image that cannot be decoded",
+            where=bundle.file(GOLDEN),
+            why=exc.what if exc.why is None else f"{exc.what}: {exc.why}",
+            remedy="copy the whole bundle again, or export it again",
+        ) from exc
     return int(np.abs(decoded.astype(np.int16) - golden.pixels).max())
 
 
@@ -260,10 +284,11 @@ def measure_distance(ours: np.ndarray, reference: np.ndarray) -> float:
     root mean square of an image."""
     if not np.isfinite(ours).all():
         return float("inf")
-    difference = (ours - reference).reshape(len(reference), -1)
-    return float(
-        np.abs(difference).max() if reference.ndim == 2 else np.sqrt((difference**2).mean(axis=1)).max()
-    )
+    with np.errstate(over="ignore"):  # what overflows is infinitely far apart
+        difference = (ours - reference).reshape(len(reference), -1)
+        return float(
+            np.abs(difference).max() if reference.ndim == 2 else np.sqrt((difference**2).mean(axis=1)).max()
+        )
 
 
 def find_tolerance(
@@ -271,20 +296,48 @@ def find_tolerance(
     precision: str,
     atol: float | None = None,
     kind: str | None = None,
+    ours: np.ndarray | None = None,
 ) -> float:
     """``atol``, or :data:`ATOL` (logits) or :data:`MAP_ATOL` (maps) standard deviations of an image's
     ``reference`` values; of probabilities (a ``kind``) at most :data:`MAX_PROBABILITY_DIFFERENCE`.
 
     It is at least what rounding does to the largest value: values that are all alike have no deviation, and
-    a model may round its own outputs to halves.
+    a model may round its own outputs to halves. Two classes have the spread of their difference over the
+    images, too, and below fp32 :data:`LEAST_SPREAD`. Where ``ours`` is given, a reference that deviates far
+    more than that allows no more for it: otherwise values of any size would pass.
     """
     if atol is not None:
         return atol
     allowed = (ATOL if reference.ndim == 2 else MAP_ATOL)[precision]
-    spread = float(reference.reshape(len(reference), -1).std(axis=1).mean())
+    spread = _measure_spread(reference, precision, kind)
+    if ours is not None and np.isfinite(ours).all():
+        spread = min(spread, WIDEST_SPREAD * _measure_spread(ours, precision, kind))
     rounding = max(measure_resolution(reference), EPS_FLOAT32)
     usual = allowed * spread if kind is None else min(allowed * spread, MAX_PROBABILITY_DIFFERENCE)
     return max(usual, rounding * float(np.abs(reference).max()))
+
+
+def _measure_spread(outputs: np.ndarray, precision: str, kind: str | None) -> float:
+    """The standard deviation of an image's values, the mean of all images, or the spread of two classes where
+    that is larger; float64, which cannot overflow."""
+    spread = float(outputs.reshape(len(outputs), -1).std(axis=1, dtype=np.float64).mean())
+    if outputs.ndim == 2 and outputs.shape[1] == 2:
+        spread = max(spread, _measure_spread_of_two(outputs, precision, kind))
+    return spread
+
+
+def _measure_spread_of_two(outputs: np.ndarray, precision: str, kind: str | None) -> float:
+    """The spread of the outputs ``(K, 2)`` of two classes over the images, or the least one of a precision.
+
+    One logit ``z`` stands there as ``(0, z)``: its whole difference is its own. Of two logits that vary, each
+    has half of it.
+    """
+    differences = outputs[:, 1].astype(np.float64) - outputs[:, 0]
+    own = 1.0 if kind is None and not outputs[:, 0].any() else 0.5
+    least = 0.0 if precision == "fp32" else LEAST_SPREAD
+    if kind is not None:
+        least *= SIGMOID_SLOPE
+    return max(own * float(differences.std()), least)
 
 
 def measure_resolution(outputs: np.ndarray) -> float:

@@ -7,7 +7,7 @@ from .compiled import describe_compiled
 from .device import describe_build, describe_device_report
 from .plot import draw_latency_plot
 from .prediction import describe_prediction
-from .tables import format_table
+from .tables import format_differences, format_table
 from .verdict import describe_verdict
 from .verification import describe_verification
 
@@ -23,6 +23,7 @@ __all__ = [
     "describe_verification",
     "describe_weights",
     "draw_latency_plot",
+    "format_differences",
     "format_table",
     "make_bundle_json",
     "make_prediction_json",

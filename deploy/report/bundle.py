@@ -17,7 +17,9 @@ from ..bundle.sections import (
     WeightsEntry,
 )
 from .compiled import describe_compiled
+from .tables import format_differences
 from .verdict import describe_verdict
+from .verification import describe_unit
 
 
 def describe_bundle(bundle: Bundle, verify_flags: Sequence[str] = ()) -> str:
@@ -30,10 +32,14 @@ def describe_bundle(bundle: Bundle, verify_flags: Sequence[str] = ()) -> str:
     manifest, path = bundle.manifest, bundle.path
     calibration = manifest.calibration
     lines = [describe_verdict(manifest.verdict), ""] if manifest.verdict else []
-    lines += _describe_verified(manifest.verification) if manifest.verification else []
+    if manifest.verification:
+        kinds = {output.name: output.kind for output in manifest.outputs}
+        lines += _describe_verified(manifest.verification, kinds.get(manifest.verification.golden.output))
     lines += _describe_typed(manifest.typing)
     lines += [describe_compiled(manifest.compiled)] if manifest.compiled else []
-    lines += _describe_latency(manifest.latency)
+    notes = manifest.verification.notes if manifest.verification else ()
+    lines += [f"warning: {note}" for note in notes]
+    lines += _describe_latency(manifest.latency, told=notes)
     lines.append(describe_weights(manifest.model.weights))
     if manifest.labels_source == "numbered":
         lines.append("note: the classes have no names; give them with --labels FILE")
@@ -47,13 +53,17 @@ def describe_bundle(bundle: Bundle, verify_flags: Sequence[str] = ()) -> str:
     return "\n".join([*lines, *_list_next_commands(bundle, verify_flags)])
 
 
-def _describe_verified(verification: VerificationEntry) -> list[str]:
-    """The manifest's verification entry: steps, golden images, top-1."""
+def _describe_verified(verification: VerificationEntry, kind: str | None) -> list[str]:
+    """The manifest's verification entry: steps, golden images, top-1; its notes stand elsewhere.
+
+    ``kind`` is that of the output that differed most.
+    """
     golden, data = verification.golden, verification.data
+    found, allowed = format_differences(golden.diff, golden.atol)
     steps = ", ".join(f"{name} {largest:.1e}" for name, largest in (verification.steps or {}).items())
     lines = [
         f"steps, largest difference: {steps}",
-        f"golden images: {golden.output} differ by {golden.diff:.2g} (allowed {golden.atol:.2g})",
+        f"golden images: {golden.output} differ by {found} (allowed {allowed}{describe_unit(kind)})",
     ]
     if data is None:
         return [
@@ -66,7 +76,6 @@ def _describe_verified(verification: VerificationEntry) -> list[str]:
         f"top-1 on {data.images} images: reference {data.reference_top1:.2f} %, bundle"
         f" {data.top1:.2f} %, drop {data.drop:+.2f} points (95 % CI {low:+.2f} to {high:+.2f}),"
         f" agreement {data.agreement:.2f} %",
-        *(f"warning: {note}" for note in verification.notes),
     ]
 
 
@@ -96,14 +105,15 @@ def describe_weights(weights: WeightsEntry) -> str:
     return text + (" (averaged over training)" if weights.ema else "")
 
 
-def _describe_latency(latency: LatencyEntry | None) -> list[str]:
+def _describe_latency(latency: LatencyEntry | None, told: Sequence[str]) -> list[str]:
+    """The quick measurement; its warnings repeat those of the verification, which are ``told`` already."""
     if latency is None:
         return ["latency: not measured, the bundle has no engine of its device yet"]
     return [
         f"latency: median {latency.p50_ms:.2f} ms a batch of {latency.batch} "
         "(a quick look; cmt-bench measures properly)",
         f"ran as: {latency.executed.summary()}",
-        *(f"warning: {warning}" for warning in latency.warnings),
+        *(f"warning: {warning}" for warning in latency.warnings if warning not in told),
     ]
 
 

@@ -6,8 +6,12 @@ import io
 from pathlib import Path
 
 from ..errors import RuntimeMissingError
-from ..files import write_atomic
+from ..escaping import escape_line
+from ..files import write_output
 from ..measure.benchmark import Benchmark
+
+LONGEST_NAME = 48
+"""Characters of the longest name beside a bar; a longer one would leave no room for the bars."""
 
 
 def draw_latency_plot(result: Benchmark, path: Path) -> None:
@@ -24,13 +28,16 @@ def draw_latency_plot(result: Benchmark, path: Path) -> None:
     axes = figure.add_subplot()
     p50 = [r.model.p50 for r in results]
     upper = [r.model.p95 - r.model.p50 for r in results]
+    rows = range(len(results))  # two bundles may have the same name
     bars = axes.barh(
-        [r.name for r in results],
+        rows,
         p50,
         xerr=[[0.0] * len(p50), upper],
         color="#4477aa",
         capsize=3,
     )
+    names = [_shorten(escape_line(r.name)) for r in results]
+    axes.set_yticks(rows, labels=names, parse_math=False)  # a name such as $x^$ is no formula
     axes.bar_label(
         bars,
         [f"{v:.2f} ms" for v in p50],
@@ -38,11 +45,19 @@ def draw_latency_plot(result: Benchmark, path: Path) -> None:
         color="white",
     )
     axes.set_xlabel("latency of one inference, ms (bar: median; whisker: 95th percentile)")
-    axes.set_title(result.host.cpu)
+    axes.set_title(escape_line(result.host.cpu), parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix.lower().lstrip(".") or "png", dpi=120)
-    write_atomic(path, buffer.getvalue())
+    write_output(path, buffer.getvalue())
+
+
+def _shorten(name: str) -> str:
+    """``name``, without its middle where it is too long."""
+    if len(name) <= LONGEST_NAME:
+        return name
+    half = (LONGEST_NAME - 1) // 2
+    return f"{name[:half]}…{name[-half:]}"
 
 
 def require_matplotlib() -> None:

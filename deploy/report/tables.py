@@ -29,6 +29,19 @@ def format_table(
     return "\n".join([line(header), dashes, *map(line, rows)])
 
 
+MAX_DIGITS = 9
+"""The largest number of digits that a difference is shown with; a float32 number has no more."""
+
+
+def format_differences(found: float, allowed: float) -> tuple[str, str]:
+    """A difference and the allowed one, with two digits, or with as many as tell them apart."""
+    for digits in range(2, MAX_DIGITS):
+        texts = f"{found:.{digits}g}", f"{allowed:.{digits}g}"
+        if texts[0] != texts[1] or found == allowed:
+            return texts
+    return repr(found), repr(allowed)
+
+
 LATENCY_COLUMNS = ("p50", "p90", "p95", "p99", "max")
 """Headings of the cells that :func:`format_latency_cells` gives."""
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from ..bundle.sections import DataCheck, GoldenCheck
 from ..escaping import escape_line
 from ..measure.parity import Verification
-from .tables import format_table
+from .tables import format_differences, format_table
 
 
 def describe_verification(v: Verification, markdown: bool = False) -> str:
     """Golden check, top-1 table and verdict."""
-    lines = [_describe_golden(v.golden)]
+    lines = [_describe_golden(v.golden, v.kind)]
     if v.data:
         lines += [_format_top1_table(v.data, markdown), _describe_top1(v.data)]
     lines += [f"warning: {note}" for note in v.notes]
@@ -18,11 +18,18 @@ def describe_verification(v: Verification, markdown: bool = False) -> str:
     return "\n".join(lines)
 
 
-def _describe_golden(golden: GoldenCheck) -> str:
+def _describe_golden(golden: GoldenCheck, kind: str | None) -> str:
+    found, allowed = format_differences(golden.diff, golden.atol)
+    unit = describe_unit(kind)
     return (
         f"golden images: {golden.images}; pixels differ by at most {golden.pixel_diff} grey levels;"
-        f" {golden.output} by {golden.diff:.2g} (allowed {golden.atol:.2g}): {_format_passed(golden.passed)}"
+        f" {golden.output} by {found} (allowed {allowed}{unit}): {_format_passed(golden.passed)}"
     )
+
+
+def describe_unit(kind: str | None) -> str:
+    """What follows a difference of outputs of a ``kind``: nothing for logits and maps."""
+    return "" if kind is None else " in probability"
 
 
 def _format_top1_table(data: DataCheck, markdown: bool) -> str:

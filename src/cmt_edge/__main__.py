@@ -25,6 +25,7 @@ if __name__ == "__main__":
     from cmt_edge import startup
 
     startup.end_at_once_on_signals()
+    startup.occupy_closed_descriptors()
 
 from dataclasses import dataclass
 from importlib import import_module
@@ -62,24 +63,23 @@ usage: python -m cmt_edge {{{",".join(COMMANDS)}}} ...
 def main(arguments: list[str]) -> int:
     """Run the command that the first argument names; returns its exit code."""
     name = arguments[0] if arguments else ""
-    if name in ("-h", "--help"):
-        print(USAGE)
-        return 0
-    if name == "--version":
-        from cmt_edge import __version__
-
-        print(f"cmt-edge {__version__}")
-        return 0
     if name not in COMMANDS:
-        print(
-            f"error: unknown command {name!r}" if name else "error: no command was named",
-            file=sys.stderr,
-        )
-        print(USAGE, file=sys.stderr)
-        return 2
+        return answer_without_command(name)
     run = import_module(f".{COMMANDS[name].module}", "cmt_edge").main
     code: int = run(arguments[1:])
     return code
+
+
+def answer_without_command(name: str) -> int:
+    """Print what was asked for in place of a command, or that ``name`` is none; returns the exit code."""
+    from cmt_edge.deploy.cli.console import VERSION, answer, tell
+
+    answers = {"-h": USAGE, "--help": USAGE, "--version": VERSION}
+    if name in answers:
+        return answer(answers[name])
+    tell(f"error: unknown command {name!r}" if name else "error: no command was named")
+    tell(USAGE)
+    return 2
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ from importlib import import_module
 ENDED_BY = ("SIGINT", "SIGTERM", "SIGHUP")
 """Names of the signals that ask the process to end; a system may lack some."""
 
+STANDARD_STREAMS = (0, 1, 2)
+"""Descriptors of standard input, standard output and standard error."""
+
 
 def export() -> int:
     """``cmt-export``."""
@@ -42,8 +45,19 @@ def build() -> int:
 def run(arguments: list[str]) -> int:
     """Run ``python -m cmt_edge`` with these arguments in this process; its exit code."""
     end_at_once_on_signals()
+    occupy_closed_descriptors()
     code: int = import_module("cmt_edge.__main__").main(arguments)
     return code
+
+
+def occupy_closed_descriptors() -> None:
+    """Open nothing in place of each standard stream that is closed. Otherwise the next file that is opened
+    gets its number, and a library that writes messages there writes into that file."""
+    for descriptor in STANDARD_STREAMS:
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # it gets the lowest free number, which is this one
 
 
 def end_at_once_on_signals() -> None:

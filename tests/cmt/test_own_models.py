@@ -11,7 +11,7 @@ from torch import nn
 
 from cmt_edge.cmt import count_macs, create_model, find_model, try_macs
 from cmt_edge.cmt.outside import make_outside_spec
-from cmt_edge.deploy.errors import InputError
+from cmt_edge.deploy.errors import InputError, UnknownNameError
 from cmt_edge.export import ExportConfig, run
 
 SOURCE = '''
@@ -132,6 +132,25 @@ class Unique(Base):
     def mid(self, x):
         return x * torch.unique(x.round()).numel()
 
+class Chosen(Base):
+    """Scales every answer of the batch by a number that it takes from the first image."""
+    def forward(self, x):
+        y = super().forward(x)
+        k = int(100 * x[0].mean().abs())
+        return y * (k + 1)
+
+class ChosenBySlice(Base):
+    def forward(self, x):
+        y = super().forward(x)
+        shift = y[0].max().item()
+        return y + round(shift, 1)
+
+class ChosenAlone(Base):
+    """Logs a number of each image, which changes nothing."""
+    def forward(self, x):
+        self.last = float(x[0].mean())
+        return super().forward(x)
+
 class Squeezed(Base):
     def forward(self, x):
         return super().forward(x).squeeze()
@@ -166,6 +185,9 @@ class UnusedNoise(Base):
     def mid(self, x):
         torch.rand(1)
         return x
+
+model = Base()
+wrong = [Base()]
 
 def scripted():
     return torch.jit.script(Base().eval())
@@ -250,6 +272,48 @@ def test_what_cannot_be_traced_is_refused_with_the_line_and_without_noise(folder
     assert "\x1b" not in str(error.value)
     assert error.value.remedy
     assert capsys.readouterr().err.count("\n") < 5
+
+
+CHOSEN = {
+    "Chosen": "k = int(100 * x[0].mean().abs())",
+    "ChosenBySlice": "shift = y[0].max().item()",
+}
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_numbers_of_one_image_that_decide_of_another_are_named(folder, name, monkeypatch):
+    """Where a probe with two images of noise does not see them, the golden images do."""
+    monkeypatch.setattr("cmt_edge.cmt.outside._require_one_answer", lambda *_: None)
+    with pytest.raises(InputError, match="takes a Python number from the values of one image") as error:
+        run(ExportConfig(f"habits:{name}", format="onnx", output="out"))
+    assert CHOSEN[name] in str(error.value.where)
+    assert "torch.where" in error.value.remedy
+
+
+def test_numbers_that_decide_nothing_are_no_fault(folder):
+    assert run(ExportConfig("habits:ChosenAlone", format="onnx", output="out")).manifest
+
+
+def test_a_module_object_in_a_file_is_taken(folder):
+    spec = find_model("habits.py:model")
+    assert spec.num_classes == 5
+    first, second = create_model("habits.py:model"), create_model("habits.py:model")
+    assert torch.equal(first.fc.weight, second.fc.weight)
+    assert first.fc.weight is not second.fc.weight
+    with pytest.raises(UnknownNameError):
+        find_model("habits.py:wrong")
+
+
+def test_a_file_without_a_factory_gets_its_names(folder):
+    (folder / "net.py").write_text("raise OSError\nclass Net: pass\ndef _own(): pass\ndef build(): pass\n")
+    with pytest.raises(InputError, match="needs the name of the factory") as error:
+        find_model("net.py")
+    assert error.value.remedy == "give PATH/FILE.py:FACTORY, for example net.py:build, net.py:Net"
+    (folder / "net.py").write_bytes(b"\x00(")
+    with pytest.raises(InputError, match="needs the name of the factory"):
+        find_model("./net.py")
+    with pytest.raises(InputError, match="no such file"):
+        find_model("gone/net.py")
 
 
 def test_numbers_that_are_drawn_but_not_used_are_no_fault(folder):

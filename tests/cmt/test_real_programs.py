@@ -4,7 +4,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from types import ModuleType
 
 import numpy as np
@@ -17,6 +21,40 @@ from cmt_edge.cmt.described import describe_checkpoint
 from helpers.weights import holds
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # warnings of other people's programs
+
+
+class Empty(ModuleType):
+    """A module that has every name."""
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
+class Torchvision(MetaPathFinder, Loader):
+    """Empty modules in place of torchvision, which timm imports for its data pipeline alone."""
+
+    def find_spec(self, fullname, path, target=None):
+        if fullname.partition(".")[0] != "torchvision":
+            return None
+        return ModuleSpec(fullname, self, is_package=True)
+
+    def create_module(self, spec):
+        return Empty(spec.name)
+
+    def exec_module(self, module):
+        """There is nothing to run."""
+
+
+HAS_TORCHVISION = find_spec("torchvision") is not None
+"""Asked once: an empty module that was imported looks like an installed one."""
+
+
+@pytest.fixture(autouse=True)
+def no_need_of_torchvision(monkeypatch):
+    if not HAS_TORCHVISION:
+        monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, Torchvision()])
 
 
 def program(name: str) -> ModuleType:

@@ -1,67 +1,97 @@
-"""The answer: its best classes, its probabilities, and what its values mean."""
+"""Answers that are no numbers, inputs that no memory holds, and bundles in folders of any name."""
 
 from __future__ import annotations
 
-import numpy as np
+import os
+from pathlib import Path
+
 import pytest
 
-from cmt_edge.deploy import Bundle, Prediction, Predictor
-from cmt_edge.deploy.bundle.sections import TensorEntry
-from helpers.bundles import make_bundle
-from helpers.images import BLUE, GREEN, RED
+from cmt_edge.deploy import Predictor
+from cmt_edge.deploy.backends import fake
+from cmt_edge.deploy.backends.fake import FakeSession
+from cmt_edge.deploy.errors import BundleError, InputError
+from helpers.bundles import LABELS, make_bundle, tiny
+from helpers.images import RED
 
-# --- the answer -----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def answer() -> Prediction:
-    return Prediction(np.array([1.0, 3.0, 2.0, 3.0], np.float32), ["a", "b", "c", "d"])
+# --- answers that are none ------------------------------------------------------------------------
 
 
-def test_top_is_ordered_best_first_ties_by_index(answer):
-    assert [label for label, _ in answer.top(4)] == ["b", "d", "c", "a"]
-    chances = [p for _, p in answer.top(4)]
-    assert chances == sorted(chances, reverse=True)
-    assert sum(chances) == pytest.approx(1)
-    assert answer.label == "b"
+class Broken(FakeSession):
+    """Answers ``value`` for the last class."""
+
+    value = float("nan")
+
+    def run(self, batch):
+        (logits,) = super().run(batch)
+        logits[:, -1] = self.value
+        return [logits]
 
 
-@pytest.mark.parametrize(("k", "count"), [(1, 1), (2, 2), (4, 4), (5, 4), (1000, 4), (0, 0), (-1, 0)])
-def test_top_of_any_size(answer, k, count):
-    assert answer.top(k) == answer.top(4)[:count]
-    assert all(type(p) is float for _, p in answer.top(k))
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("way", ["call", "predict", "stream", "attempt", "logits"])
+def test_answers_that_are_not_finite_are_errors(value, way):
+    session = Broken(len(LABELS))
+    session.value = value
+    with tiny(session=session) as predictor:
+        ask = {
+            "call": predictor,
+            "predict": lambda image: predictor.predict([image]),
+            "stream": lambda image: list(predictor.stream([image])),
+            "attempt": lambda image: list(predictor.attempt([image])),
+            "logits": lambda image: predictor.logits(predictor.prepare([image])),
+        }
+        with pytest.raises(BundleError, match="NaN or infinite"):
+            ask[way](RED)
+        session.value = 0.5
+        assert ask[way](RED) is not None  # the Predictor stays usable
 
 
-def test_probabilities_of_large_logits_stay_finite():
-    p = Prediction(np.array([1e4, -1e4, 1e4], np.float32), "abc").probabilities
-    np.testing.assert_allclose(p, [0.5, 0, 0.5])
+@pytest.mark.usefixtures("served_by_fake")
+@pytest.mark.parametrize("command", ["predict", "bench"])
+@pytest.mark.parametrize("output", [[], ["--json"]])
+def test_commands_name_the_bundle_whose_answers_are_not_finite(
+    tmp_path, monkeypatch, capsys, command, output
+):
+    from cmt_edge.deploy.cli import bench, predict
+
+    bundle = make_bundle(tmp_path / "b")
+    (tmp_path / "a.png").write_bytes(RED)
+    monkeypatch.setattr(fake.RUNTIME, "load", lambda bundle, options: Broken(len(LABELS)))
+    main = {"predict": predict.main, "bench": bench.main}[command]
+    images = [str(tmp_path / "a.png")] if command == "predict" else ["--iters", "2", "--seconds", "0"]
+    assert main([str(bundle.path), *images, *output]) == 2
+    printed = capsys.readouterr()
+    assert "NaN or infinite" in printed.err
+    assert str(bundle.path) in printed.err
+    assert "nan" not in printed.out.lower()
 
 
-@pytest.mark.parametrize(("blob", "label"), [(RED, "red"), (GREEN, "green"), (BLUE, "blue")])
-def test_known_colours_get_known_classes(tmp_path, blob, label):
-    with Predictor.load(make_bundle(tmp_path / "b")) as p:
-        assert p(blob).label == label
+# --- memory ---------------------------------------------------------------------------------------
 
 
-# --- what the values mean -------------------------------------------------------------------------
+def test_no_memory_for_the_input_is_a_typed_error(monkeypatch):
+    def fail(self, shape):
+        raise MemoryError
+
+    monkeypatch.setattr(FakeSession, "bind", fail)
+    with tiny() as predictor, pytest.raises(InputError, match="no memory for an input of 1 x 3"):
+        predictor(RED)
 
 
-@pytest.mark.parametrize("kind", ["probabilities", "scores"])
-def test_probabilities_are_not_put_through_a_softmax_again(kind):
-    values = np.array([0.1, 0.9999997, 0.3], np.float32)
-    answer = Prediction(values, ["a", "b", "c"], kind=kind)
-    np.testing.assert_array_equal(answer.probabilities, values)
-    assert answer.label == "b"
-    assert answer.top(2) == [("b", pytest.approx(0.9999997)), ("c", pytest.approx(0.3))]
-
-
-@pytest.mark.parametrize("kind", [None, "probabilities", "scores"])
-def test_a_bundle_says_what_its_values_are(tmp_path, kind):
-    shape = (1, 3)
-    output = TensorEntry(name="logits", shape=shape, dtype="float32", kind=kind)
-    bundle = make_bundle(tmp_path / "b", outputs=(output,))
-    assert bundle.kind == (kind or "logits")
-    with Predictor.load(Bundle.open(bundle.path)) as predictor:
-        (called, *rest) = [predictor(RED), *predictor.predict([RED] * 2), *predictor.attempt([RED])]
-    assert {p.kind for p in (called, *rest)} == {bundle.kind}
-    assert (called.probabilities.sum() == pytest.approx(1)) == (kind is None)
+@pytest.mark.parametrize("name", [b"b\xff\xfe", b"\x9b1m", "schön".encode(), b"a b\n"])
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_folder_of_any_name_opens(tmp_path, name, backend):
+    """Linux allows every byte in names but the slash and zero."""
+    place = os.path.join(os.fsencode(tmp_path), name)
+    try:
+        os.mkdir(place)
+    except OSError:
+        pytest.skip("this file system allows only UTF-8 in names")
+    made = make_bundle(tmp_path / "b")
+    bundle = Path(os.fsdecode(place)) / "b"
+    made.path.rename(bundle)
+    with Predictor.load(bundle, backend=backend) as predictor:
+        assert predictor(RED).label == "red"
+        batch = predictor.prepare([RED])
+        assert predictor.session.executed(batch).operations

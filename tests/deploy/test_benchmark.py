@@ -221,7 +221,7 @@ def test_throughput_uses_what_the_runtime_recommends():
 
 
 @pytest.fixture
-def slow_and_fast(tmp_path, monkeypatch):
+def slow_and_fast(tmp_path, monkeypatch, served_by_fake):
     """Two bundles served by fakes, the first four times slower."""
     delays = {"slow": 0.008, "fast": 0.002}
     monkeypatch.setattr(
@@ -248,6 +248,7 @@ def test_ratios(slow_and_fast):
     assert 0.2 < back.ratio < 0.5
 
 
+@pytest.mark.usefixtures("served_by_fake")
 def test_drift_is_warned_about(tmp_path, monkeypatch):
     class Tiring(FakeSession):
         def run(self, batch):
@@ -270,6 +271,7 @@ def test_the_same_bundle_twice_keeps_both(tmp_path):
     assert names[0] == "b"
 
 
+@pytest.mark.usefixtures("served_by_fake")
 def test_sessions_are_closed_also_after_an_error(tmp_path, monkeypatch):
     opened, closed = [], []
 
@@ -300,6 +302,7 @@ def test_given_images_are_what_is_measured_end_to_end(tmp_path, monkeypatch):
     assert set(seen) == {images[0]}
 
 
+@pytest.mark.usefixtures("served_by_fake")
 def test_options_reach_the_runtime(tmp_path, monkeypatch):
     options = []
     monkeypatch.setattr(fake.RUNTIME, "load", lambda b, o: options.append(o) or FakeSession(3))
@@ -395,6 +398,7 @@ def test_precision_warnings(asked, share, warned):
     assert all(asked in w for w in warnings)
 
 
+@pytest.mark.usefixtures("served_by_fake")
 def test_precision_warning_reaches_the_report(tmp_path):
     """The fake runtime says fp32, whatever was asked for."""
     result = benchmark([make_bundle(tmp_path / "b", precision="int8")], protocol=QUICK, with_throughput=False)

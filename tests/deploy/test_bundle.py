@@ -64,7 +64,7 @@ def test_a_written_bundle_opens_and_tells_what_it_holds(bundle):
     assert opened.manifest.to_bytes() == bundle.manifest.to_bytes() == (bundle.path / MANIFEST).read_bytes()
     assert opened.preprocess == SPEC
     assert opened.labels == opened.class_ids == list(LABELS)
-    assert set(opened.manifest.files) == {GOLDEN, "model.bin", "extra/notes.txt"}
+    assert set(opened.manifest.files) == {GOLDEN, ONNX, "model.bin", "extra/notes.txt"}
     assert opened.file("extra/notes.txt").read_bytes() == b"hello"
     entry = opened.manifest.files["model.bin"]
     assert entry == FileEntry(7, hashlib.sha256(b"weights").hexdigest())
@@ -87,8 +87,8 @@ def test_labels_and_class_ids_differ_where_the_data_set_has_ids(tmp_path):
 
 
 def test_unknown_member_is_a_bundle_error(bundle):
-    with pytest.raises(BundleError, match=r"model\.onnx"):
-        bundle.file("model.onnx")
+    with pytest.raises(BundleError, match=r"openvino\.xml"):
+        bundle.file("openvino.xml")
 
 
 def test_real_bundles_open(fp32_bundle, onnx_bundle, int8_bundle):
@@ -168,6 +168,27 @@ LEFT = [
     "desktop.ini",
     ".nfs000000000123abcd00000001",
     ".fuse_hidden0000001",
+    ".localized",
+    "Icon\r",
+    ".AppleDouble/model.bin",
+    ".Trash-1000/files/model.bin",
+    ".stfolder/marker",
+    ".stversions/model~20260102.bin",
+    ".gitattributes",
+    ".gitignore",
+    ".git/config",
+    ".dvc/tmp/lock",
+    ".dropbox",
+    ".Spotlight-V100/Store-V2/x",
+    ".manifest.json.swp",
+    ".~lock.report.md#",
+    "manifest.json~",
+    "~$report.md",
+    "#report.md#",
+    "$RECYCLE.BIN/S-1-5/desktop.ini",
+    "System Volume Information/WPSettings.dat",
+    "lost+found/1",
+    "extra/.gitkeep",
     ".directory",
     "extra/.DS_Store",
     "extra/thumbs.DB",

@@ -304,6 +304,27 @@ def test_links_in_a_circle_end(tmp_path):
     assert "links to a folder above them" in images.note
 
 
+@pytest.mark.parametrize("outside", [0, 1])
+def test_a_link_to_the_folder_above_the_root_does_not_lead_into_it_again(tmp_path, outside):
+    root = fill(tmp_path / "x", {"cat/1.jpg": b"1", "dog/2.jpg": b"2"})
+    fill(tmp_path, {f"y/{i}.jpg": b"3" for i in range(outside)})
+    (root / "cat" / "back").symlink_to(tmp_path, target_is_directory=True)
+    images = ImageSet(root, labelled=False)
+    beyond = ["cat/back/y/0.jpg"] * outside
+    assert [item.name for item in images] == ["cat/1.jpg", *beyond, "dog/2.jpg"]
+    assert "links to a folder above them" in images.note
+
+
+def test_a_link_into_the_root_from_beside_it_does_not_double_the_images(tmp_path):
+    """``x/side`` leads to a folder whose link leads into a class folder on the way to it."""
+    root = fill(tmp_path / "x", {"cat/1.jpg": b"1"})
+    other = fill(tmp_path / "other", {"2.jpg": b"2"})
+    (root / "cat" / "side").symlink_to(other, target_is_directory=True)
+    (other / "home").symlink_to(tmp_path / "x", target_is_directory=True)
+    images = ImageSet(root, labelled=False)
+    assert [item.name for item in images] == ["cat/1.jpg", "cat/side/2.jpg"]
+
+
 def test_links_to_files_are_followed_and_those_that_lead_nowhere_named(tmp_path):
     """As the caches of DVC and git-annex leave them; what was not fetched leads nowhere."""
     fill(tmp_path, {"store/1": b"one"})

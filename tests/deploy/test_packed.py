@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import gc
 import os
 import shutil
 import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -104,21 +107,119 @@ def test_a_damaged_copy_in_the_cache_is_made_again(file: Path, damage: Callable[
     assert snapshot(Bundle.open(file).path) == whole
 
 
-def test_a_cache_that_cannot_be_written(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocked = tmp_path / "blocked"
-    blocked.write_text("a file, where the cache should be")
-    monkeypatch.setenv("CMT_EDGE_CACHE", str(blocked))
+def pack_many(place: Path, count: int) -> list[Path]:
+    """Different packed bundles."""
+    files = [place / f"{number}.zip" for number in range(count)]
+    for number, file in enumerate(files):
+        make_bundle(place / str(number), members={"n.txt": str(number).encode()}).pack(file)
+    return files
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [errno.EROFS, errno.ENOSPC, errno.ENAMETOOLONG, errno.ENOENT, errno.EACCES, errno.EIO, errno.ELOOP],
+)
+def test_a_cache_that_cannot_be_written(file: Path, monkeypatch: pytest.MonkeyPatch, fault: int) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(fault, os.strerror(fault))
+
+    monkeypatch.setattr(packed, "hold_folder", fail)
     assert Bundle.open(file).golden().logits.shape[0] == 2
 
 
+@pytest.mark.parametrize("name", ["a file", "a long name", "a device", "no folder"])
+def test_a_place_that_is_no_cache(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    blocked = tmp_path / "blocked"
+    blocked.write_text("a file, where the cache should be")
+    places = {"a file": blocked, "a long name": "x" * 300, "a device": os.devnull, "no folder": "/proc/none"}
+    monkeypatch.setenv("CMT_EDGE_CACHE", str(places[name]))
+    assert Bundle.open(file).golden().logits.shape[0] == 2
+
+
+def test_no_room_anywhere(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(packed, "hold_folder", fail)
+    monkeypatch.setattr(packed, "make_scratch", fail)
+    with pytest.raises(OutputError, match=r"no room to unpack it(.|\n)*CMT_EDGE_CACHE or TMPDIR") as found:
+        Bundle.open(file)
+    assert "-o DIR" not in str(found.value)
+
+
+def test_what_lies_among_the_temporary_files_goes_with_the_bundle(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CMT_EDGE_CACHE", os.devnull)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp" / f"{packed.SCRATCH}left.tmp").mkdir(parents=True)  # a process that was killed left it
+    bundle = Bundle.open(file)
+    assert [path.name for path in (tmp_path / "tmp").iterdir()] == [bundle.path.parent.name]
+    with Predictor.load(bundle) as predictor:
+        del bundle
+        gc.collect()
+        assert list((tmp_path / "tmp").iterdir())
+        assert predictor(np.zeros((4, 4, 3), np.uint8))
+    del predictor
+    gc.collect()
+    assert not list((tmp_path / "tmp").iterdir())
+
+
 def test_only_the_last_bundles_stay_in_the_cache(tmp_path: Path, cache: Path) -> None:
-    for number in range(packed.KEEP + 3):
-        made = make_bundle(tmp_path / str(number), members={"n.txt": str(number).encode()})
-        made.pack(tmp_path / f"{number}.zip")
-        Bundle.open(tmp_path / f"{number}.zip")
+    for file in pack_many(tmp_path, packed.KEEP + 3):
+        Bundle.open(file)
     folders = [path for path in (cache / packed.FOLDER).iterdir() if path.is_dir()]
     assert len(folders) == packed.KEEP
-    assert Bundle.open(tmp_path / "0.zip").name == "0"  # one that was dropped is unpacked again
+
+
+def test_bundles_that_are_open_stay(tmp_path: Path, cache: Path) -> None:
+    files = pack_many(tmp_path, packed.KEEP + 3)
+    bundles = [Bundle.open(file) for file in files]
+    for bundle in bundles:
+        assert bundle.golden().logits.shape[0] == 2
+    del bundle, bundles
+    gc.collect()
+    Bundle.open(files[0])
+    assert len([path for path in (cache / packed.FOLDER).iterdir() if path.is_dir()]) == packed.KEEP
+
+
+HOLDER = """
+import sys
+from cmt_edge.deploy import Bundle
+bundle = Bundle.open(sys.argv[1])
+print(bundle.path, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_bundle_that_another_process_has_open_stays(tmp_path: Path) -> None:
+    first, *others = pack_many(tmp_path, packed.KEEP + 3)
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, first], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        folder = Path(process.stdout.readline().strip())
+        for file in others:
+            Bundle.open(file)
+        assert (folder / MANIFEST).exists()
+    Bundle.open(others[0])
+    assert not folder.exists()
+
+
+def test_a_forked_child_removes_nothing(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CMT_EDGE_CACHE", os.devnull)
+    bundle = Bundle.open(file)
+    hold = bundle.hold
+    assert hold is not None
+    monkeypatch.setattr(os, "getpid", lambda: -1)  # as in a child
+    packed_folder = bundle.path
+    del bundle, hold
+    gc.collect()
+    assert packed_folder.exists()
+    monkeypatch.undo()
+    shutil.rmtree(packed_folder.parent)
 
 
 def test_a_packed_bundle_is_not_added_to(file: Path) -> None:

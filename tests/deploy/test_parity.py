@@ -13,7 +13,7 @@ import pytest
 from cmt_edge.deploy import Bundle, Predictor, report
 from cmt_edge.deploy.backends.fake import FakeSession
 from cmt_edge.deploy.bundle import GOLDEN, REFERENCE, Golden, save_reference
-from cmt_edge.deploy.errors import DataError, ImageError, RuntimeMissingError
+from cmt_edge.deploy.errors import BundleError, DataError, ImageError, RuntimeMissingError
 from cmt_edge.deploy.images import ImageSet, hash_image
 from cmt_edge.deploy.measure.labels import match_labels
 from cmt_edge.deploy.measure.parity import MAX_DROP, MAX_PROBABILITY_DIFFERENCE, find_tolerance, verify
@@ -187,14 +187,15 @@ def test_atol_overrides_the_default(tmp_path, atol, passed):
     assert result.passed == passed
 
 
+@pytest.mark.usefixtures("served_by_fake")
 def test_default_tolerance_grows_from_fp32_to_int8(tmp_path):
-    tolerances = [
-        verify(make_bundle(tmp_path / p, precision=p)).golden.atol for p in ("fp32", "bf16", "int8")
-    ]
+    bundles = [make_bundle(tmp_path / p, precision=p, format="openvino") for p in ("fp32", "bf16", "int8")]
+    tolerances = [verify(bundle).golden.atol for bundle in bundles]
     assert tolerances == sorted(tolerances)
     assert tolerances[0] < 0.01 * tolerances[2]
 
 
+@pytest.mark.usefixtures("served_by_fake")
 def test_model_that_returns_nan_fails(tmp_path, monkeypatch):
     from cmt_edge.deploy.backends import fake
 
@@ -206,6 +207,43 @@ def test_model_that_returns_nan_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(fake.RUNTIME, "load", lambda b, options: Broken(3))
     result = verify(bundle, atol=1e9)
     assert not result.passed
+
+
+@pytest.mark.parametrize("value", [3e38, 1e10, float("nan"), float("inf"), -float("inf")])
+def test_golden_values_that_no_model_gives_are_refused(tmp_path, value):
+    outputs = tiny_golden().logits.copy()
+    outputs[0, 1] = value
+    with pytest.raises(BundleError, match="no answer of a model"):
+        verify(with_golden(tmp_path / "b", outputs=[outputs]))
+
+
+@pytest.mark.usefixtures("served_by_fake")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("size", [1e2, 1e5, 1e9])
+def test_golden_values_that_spread_far_allow_no_more(tmp_path, precision, size):
+    far = np.resize(np.array([size, -size], np.float32), tiny_golden().logits.shape)
+    made = with_golden(tmp_path / "a", outputs=[far])
+    bundle = copy_bundle(made, tmp_path / "b", precision=precision, format="openvino")
+    golden = verify(bundle).golden
+    assert not golden.passed
+    assert np.isfinite([golden.diff, golden.atol]).all()
+
+
+def test_golden_images_that_are_none_name_the_bundle(tmp_path):
+    golden = replace(tiny_golden(), sources=[b"abc", b""])
+    with pytest.raises(BundleError, match="cannot be decoded") as found:
+        verify(make_bundle(tmp_path / "b", golden=golden))
+    assert str(tmp_path / "b" / "golden.npz") in str(found.value)
+
+
+@pytest.mark.usefixtures("served_by_fake")
+def test_a_difference_that_is_not_finite_is_still_json(tmp_path, monkeypatch):
+    bundle = make_bundle(tmp_path / "b")
+    monkeypatch.setattr(
+        FakeSession, "run", lambda self, batch: [np.full((len(batch), 3), np.inf, np.float32)]
+    )
+    text = report.to_json(verify(bundle))
+    assert json.loads(text, parse_constant=pytest.fail)["golden"]["passed"] is False
 
 
 # --- figures --------------------------------------------------------------------------------------
@@ -559,3 +597,52 @@ def test_the_tolerance_of_probabilities_is_capped():
     assert find_tolerance(sure, "fp32", kind="scores") == find_tolerance(sure, "fp32")
     assert find_tolerance(sure, "int8", 0.5, kind="scores") == 0.5
     assert find_tolerance(100 * sure, "int8") > 60
+
+
+UNSURE = np.array([[0, z] for z in (0.05, -0.1, 0.2, 0.1)], np.float32)
+"""One logit of four images, as two labels, of a classifier that is not sure of any."""
+
+
+def test_an_unsure_classifier_of_one_logit_has_a_tolerance():
+    """Its logits are all near 0 and have no spread, though 0.37 of a logit are 9 percentage points."""
+    assert find_tolerance(UNSURE, "int8") == pytest.approx(0.375)
+    assert find_tolerance(UNSURE, "bf16") == pytest.approx(0.0625)
+    assert find_tolerance(UNSURE, "fp16") == pytest.approx(0.025)
+    assert find_tolerance(0 * UNSURE, "int8") == pytest.approx(0.375)
+
+
+def test_float32_needs_no_floor():
+    assert find_tolerance(UNSURE, "fp32") < 2e-4
+
+
+def test_one_logit_is_measured_on_its_own_scale():
+    """It stands beside a 0: the difference of the two is its own, and not half of it each."""
+    sure = np.array([[0, z] for z in (-6, 6, -6, 6)], np.float32)
+    assert find_tolerance(sure, "int8") == pytest.approx(9)
+    two = np.stack([-sure[:, 1] / 2, sure[:, 1] / 2], 1)
+    assert find_tolerance(two, "int8") == pytest.approx(4.5)
+
+
+def test_two_unsure_probabilities_have_a_tolerance():
+    unsure = np.full((4, 2), 0.5, np.float32)
+    assert find_tolerance(unsure, "int8", kind="probabilities") == pytest.approx(0.09375)
+
+
+def test_more_than_two_classes_have_no_floor():
+    assert find_tolerance(np.zeros((4, 3), np.float32), "int8") == 0
+    assert find_tolerance(np.zeros((4, 1, 2, 2), np.float32), "int8") == 0
+
+
+@pytest.mark.parametrize(
+    ("found", "allowed", "shown"),
+    [
+        (0.1804, 0.1796, ("0.1804", "0.1796")),
+        (0.18, 0.25, ("0.18", "0.25")),
+        (0.5, 0.5, ("0.5", "0.5")),
+        (1.0000001, 1.0, ("1.0000001", "1")),
+        (float("inf"), 0.1, ("inf", "0.1")),
+        (1 + 1e-15, 1.0, ("1.000000000000001", "1.0")),
+    ],
+)
+def test_a_difference_and_the_allowed_one_never_look_equal(found, allowed, shown):
+    assert report.format_differences(found, allowed) == shown

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 
 from cmt_edge.calib.generated import generate
 from cmt_edge.deploy import Preprocess, preprocess
 from cmt_edge.deploy.bundle import make_plain, read_record
-from cmt_edge.deploy.decoding import IMAGE_FORMATS, MAX_BYTES, NamedBytes, decode
+from cmt_edge.deploy.decoding import IMAGE_FORMATS, MAX_BYTES, MAX_SIDE, NamedBytes, decode
 from cmt_edge.deploy.errors import DataError, ImageError, InputError
 from cmt_edge.deploy.preprocessing import decode_pixels, normalise
 
@@ -530,3 +530,63 @@ def test_the_page_on_security_names_every_image_format():
     assert named[1] == "nine"
     assert [name.upper() for name in named[2].split(", ")] == list(IMAGE_FORMATS)
     assert len(IMAGE_FORMATS) == 9
+
+
+# --- sides ----------------------------------------------------------------------------------------
+
+
+def thin_png(width: int, height: int) -> bytes:
+    """A small file of many pixels, one bit each."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    rows = zlib.compress(bytes(height * ((width + 7) // 8 + 1)), 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("size", [(80_000_000, 1), (1, 80_000_000), (MAX_SIDE + 1, 1), (1, MAX_SIDE + 1)])
+@pytest.mark.parametrize("spec", [PLAIN, IMAGENET], ids=["stretched", "cropped"])
+def test_a_side_that_is_too_long_is_refused_before_it_is_decoded(size, spec, monkeypatch):
+    monkeypatch.setattr(Image.Image, "resize", lambda *_, **__: pytest.fail("it was resized"))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("it was decoded"))
+    with pytest.raises(ImageError, match="the cap of a side"):
+        decode_pixels(thin_png(*size), spec)
+
+
+def test_the_longest_side():
+    assert decode_pixels(thin_png(MAX_SIDE, 1), PLAIN).shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize("shape", [(1, MAX_SIDE + 1, 3), (MAX_SIDE + 1, 1, 3)])
+@pytest.mark.parametrize("as_pillow", [False, True])
+def test_the_cap_of_a_side_holds_for_arrays_too(shape, as_pillow):
+    array = np.zeros(shape, np.uint8)
+    with pytest.raises(ImageError, match="the cap of a side"):
+        decode_pixels(Image.fromarray(array) if as_pillow else array, PLAIN)
+
+
+@pytest.mark.parametrize("step", ["resize", "crop", "convert"])
+def test_missing_memory_is_about_the_image(step, monkeypatch):
+    def fail(*_, **__):
+        raise MemoryError
+
+    image = Image.new("L", (50, 60))
+    monkeypatch.setattr(Image.Image, step, fail)
+    with pytest.raises(ImageError):
+        decode_pixels(image, IMAGENET)
+
+
+def test_16_bits_need_no_wider_copy():
+    """Eight more bytes a pixel would be 700 MB for the largest image."""
+    import tracemalloc
+
+    pixels = np.full((500, 700), 0xABCD, np.uint16)
+    image = Image.fromarray(pixels)
+    tracemalloc.start()
+    try:
+        assert np.asarray(decode(image, "ignore"))[0, 0, 0] == 0xAB
+        assert tracemalloc.get_traced_memory()[1] < 7 * pixels.size
+    finally:
+        tracemalloc.stop()

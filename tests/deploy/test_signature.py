@@ -252,3 +252,13 @@ def test_verify_says_whether_a_signature_was_checked(signed: Bundle, keys: tuple
 def test_the_predictor_checks_the_key(onnx_bundle: Bundle, keys: tuple[Path, Path]) -> None:
     with pytest.raises(SignatureError):
         Predictor.load(onnx_bundle.path, key=keys[1])
+
+
+def test_a_key_counts_for_the_reference_too(
+    signed: Bundle, keys: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = make_bundle(tmp_path / "other")
+    arguments = [str(signed.path), "--key", str(keys[1]), "--reference"]
+    assert verify.main([*arguments, str(signed.path)]) == 0
+    assert verify.main([*arguments, str(plain.path)]) == 1
+    assert f"{plain.path}: is not signed" in capsys.readouterr().err

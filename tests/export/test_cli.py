@@ -11,7 +11,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +23,7 @@ from cmt_edge.deploy import backends as backends_module
 from cmt_edge.deploy.cli import bench, verify
 from cmt_edge.export import pipeline
 from cmt_edge.export.cli import main
+from cmt_edge.export.replaced import Replaced, describe_replaced
 from helpers.cli import failed, succeeded
 from helpers.exports import NAME, content
 from helpers.images import coloured, labelled
@@ -260,6 +263,68 @@ def test_two_models_of_one_folder_have_a_word_about_the_replaced_one(capsys, tmp
     assert "replaced: the bundle of another model, sub/net.py:small (--name NAME keeps both)" in out
     assert "replaced: a bundle of the same model" in succeeded(capsys, *argv, "sub_net.py:small")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["sub_net.py_small_fp32_onnx"]
+
+
+def test_one_file_by_two_paths_is_one_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = SimpleNamespace(manifest=make_manifest("./sub/net.py:small"))
+    for name in ("sub/net.py:small", str(tmp_path / "sub/../sub/net.py:small")):
+        assert "of the same model" in describe_replaced(Replaced(name, "random", "1"), made)
+    for name in ("net.py:small", "sub/net.py:large", "sub.net:small", "cmt_nano"):
+        assert "the bundle of another model" in describe_replaced(Replaced(name, "random", "1"), made)
+
+
+def make_manifest(name: str) -> SimpleNamespace:
+    weights = SimpleNamespace(source="random", sha256="1")
+    return SimpleNamespace(model=SimpleNamespace(name=name, weights=weights))
+
+
+def test_a_warning_is_printed_once(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "own.py").write_text(OWN)
+    data = labelled(tmp_path / "eval", ["class_0", "class_1"], 1)
+    argv = ("--model", "own.py:small", "--imgsz", 32, "--format", "onnx", "--eval-data", data)
+    lines = succeeded(capsys, *argv, "--max-drop", 100).splitlines()
+    warnings = [line for line in lines if line.startswith("warning:")]
+    assert any("too few" in line or "REFERENCE" in line for line in warnings)
+    assert len(set(warnings)) == len(warnings)
+
+
+def test_what_was_not_read_is_told_without_images(capsys, tmp_path):
+    path = saved_nano(tmp_path / "a.pth", [f"c{i}" for i in range(10)])
+    torch.save(torch.load(path, weights_only=True) | {"rng": np.random.default_rng(0)}, path)
+    argv = ("--model", "cmt_nano", "--imgsz", 64, "--format", "onnx", "-o", tmp_path, "--weights", path)
+    out = succeeded(capsys, *argv)
+    assert out.count("not read, because that would run its code: numpy.random") == 1
+
+
+OWN = """
+from torch import nn
+def small():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+"""
+
+
+def test_dry_run_calls_the_weights_of_a_factory_as_built(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "own.py").write_text(OWN)
+    argv = ("--model", "own.py:small", "--imgsz", 32, "--dry-run", "--json")
+    assert json.loads(succeeded(capsys, *argv))["weights"] == "as built"
+    assert json.loads(succeeded(capsys, *argv, "--weights", "random"))["weights"] == "random"
+    assert (
+        json.loads(succeeded(capsys, "--model", "cmt_nano", "--dry-run", "--json"))["weights"] == "pretrained"
+    )
+
+
+def test_dry_run_tells_what_a_checkpoint_does_not_name(capsys, tmp_path):
+    path = saved_nano(tmp_path / "a.pth")
+    argv = ("--model", "cmt_nano", "--dry-run", "-o", tmp_path / "out", "--weights", path)
+    (note,) = json.loads(succeeded(capsys, *argv, "--json"))["notes"]
+    assert "does not name its classes" in note
+    assert "class_9" in note
+    assert f"notes        {note}" in succeeded(capsys, *argv)
 
 
 def test_two_checkpoints_of_one_model_have_two_names_or_a_word_about_the_replaced_one(capsys, tmp_path):

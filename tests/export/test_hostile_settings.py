@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import string
 from dataclasses import fields
 
@@ -11,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cmt_edge.__main__ import main
-from cmt_edge.deploy.errors import CmtEdgeError
+from cmt_edge.deploy.errors import CmtEdgeError, InputError
 from cmt_edge.export.config import ExportConfig
 from cmt_edge.export.config_file import read_config
 from cmt_edge.export.options import make_flag, read_mapping
@@ -113,3 +114,47 @@ def test_no_value_of_a_flag_leaves_a_trace(tmp_path, monkeypatch, capsys, comman
             assert code in {0, 2, 3}, (flag, word, code, printed.err)
             assert "Traceback" not in printed.err, (flag, word)
             assert "\x1b" not in printed.err + printed.out, (flag, word)
+
+
+HALVES = [json.dumps(["\ud800", *map(str, range(9))]), json.dumps({str(i): f"a\udfff{i}" for i in range(10)})]
+"""Files of labels with half of a surrogate pair, which JSON can hold and no file in UTF-8."""
+
+
+@pytest.mark.parametrize("text", HALVES)
+def test_a_label_that_no_manifest_can_hold_is_refused_before_any_work(tmp_path, capsys, text):
+    path = tmp_path / "names.json"
+    path.write_text(text)
+    flags = ["--model", "cmt_nano", "--labels", str(path), "--dry-run"]
+    assert main(["export", *flags]) == 2
+    assert "half of a character" in capsys.readouterr().err
+
+
+def test_a_label_that_is_too_long_is_refused_before_any_work(tmp_path):
+    path = tmp_path / "names.txt"
+    path.write_text("\n".join(["x" * 70_000, *map(str, range(9))]))
+    with pytest.raises(InputError, match="65536 characters"):
+        ExportConfig("cmt_nano", labels=str(path)).check()
+
+
+def test_labels_given_in_python_are_checked_too():
+    with pytest.raises(InputError, match="half of a character"):
+        ExportConfig("cmt_nano", labels=["\udcff", *map(str, range(9))]).check()
+
+
+@pytest.mark.parametrize("number", ["0x" + "f" * 4000, "-" + "9" * 20, "9" * 20, "0b" + "1" * 64])
+@pytest.mark.parametrize(
+    "line", ["seed = {}", "threads = [{}]", "unknown = {}", "[other]\nx = {{a = [{{b = {}}}]}}"]
+)
+def test_a_number_that_toml_does_not_have_is_refused(tmp_path, capsys, number, line):
+    path = tmp_path / "settings.toml"
+    path.write_text(f'model = "cmt_nano"\n{line.format(number)}\n')
+    assert main(["export", "--config", str(path), "--dry-run"]) == 2
+    found = capsys.readouterr().err
+    assert "does not fit in 64 bits" in found
+    assert len(found) < 1000
+
+
+def test_the_largest_number_of_toml_is_read(tmp_path):
+    path = tmp_path / "settings.toml"
+    path.write_text(f"seed = {2**63 - 1}\n")
+    assert read_config(path) == {"seed": 2**63 - 1}

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cmt_edge.cmt.outside import make_outside_spec
-from cmt_edge.deploy import Predictor
+from cmt_edge.deploy import Predictor, report
 from cmt_edge.deploy.errors import InputError
 from cmt_edge.deploy.measure.parity import verify
 from cmt_edge.export import ExportConfig, run
@@ -60,6 +60,8 @@ def small(): return Net(lambda y: y * 0.01 + 0.1, 5)
 def index_float(): return Net(lambda y: y.argmax(1, keepdim=True).float(), 5)
 def index_scaled(): return Net(lambda y: y.argmax(1, keepdim=True) * 1.0, 5)
 def constant(): return Net(lambda y: 0 * y, 5)
+def constant_rounded(): return Net(lambda y: 1e-7 * y.tanh() + torch.linspace(-1, 1, 5), 5)
+def one_nearly_sure(): return Net(lambda y: (0.1 * y.tanh() + 15.5).sigmoid(), 1)
 def constant_share(): return Net(lambda y: (0 * y).softmax(1), 5)
 def values(): return Net(lambda y: y.sort(1, descending=True).values, 5)
 def best_three(): return Net(lambda y: y.topk(3).values * 2.0, 5)
@@ -132,6 +134,7 @@ KINDS = {
     "one_squeezed": None,
     "one_prob": "probabilities",
     "one_sure": "probabilities",
+    "one_nearly_sure": "probabilities",
     "one_written_out": "probabilities",
     "one_averaged": "probabilities",
     "one_clamped": "probabilities",
@@ -161,7 +164,10 @@ def test_a_prediction_shows_what_the_model_means(nets, name, format):
     assert len(bundle.labels) == means.shape[1]
     for prediction, mean in zip(found, means, strict=True):
         assert prediction.label == prediction.top(1)[0][0] == bundle.labels[int(mean.argmax())]
-    assert verify(bundle, threads=1).passed
+    verification = verify(bundle, threads=1)
+    assert verification.passed
+    for text in (report.describe_verification(verification), report.describe_bundle(bundle)):
+        assert ("in probability)" in text) == (KINDS[name] is not None)
 
 
 REFUSED = {
@@ -170,8 +176,9 @@ REFUSED = {
     "index": "int64 (2,)",
     "index_float": "a whole number",
     "index_scaled": "a whole number",
-    "constant": "the same values, to the bit",
-    "constant_share": "the same values, to the bit",
+    "constant": "with the same values",
+    "constant_rounded": "with the same values",
+    "constant_share": "with the same values",
     "values": "sorted values",
     "best_three": "sorted values",
     "percent": "sum to 100 for every image",
@@ -243,6 +250,32 @@ def test_mean_and_std_of_values_from_0_to_255_are_refused(tmp_path, mean, std, r
         return
     with pytest.raises(InputError, match="values from 0 to 1"):
         check_preconditions(config)
+
+
+MIXED = [
+    ("0.5,0.5,127", "58,57,57"),
+    ("0.485,116.28,103.53", "0.229,0.224,0.225"),
+    ("123.675,116.28,103.53", "0.229,57.12,57.375"),
+    ("0.5,0.5,0.5", "0.5,127.5,127.5"),
+    ("1,116,103", "58,57,57"),
+]
+
+
+@pytest.mark.parametrize(("mean", "std"), MIXED)
+def test_no_conversion_is_proposed_for_values_of_two_scales(tmp_path, mean, std):
+    config = ExportConfig("cmt_nano", output=tmp_path, mean=mean, std=std)
+    with pytest.raises(InputError, match="values from 0 to 1") as error:
+        check_preconditions(config)
+    assert "mix two scales" in error.value.why
+    assert not any(figure.isdigit() for figure in error.value.remedy.replace("from 0 to 1", ""))
+
+
+@pytest.mark.parametrize("mean", ["123,0,103", "0,0,128"])
+def test_a_mean_of_0_is_of_either_scale(tmp_path, mean):
+    config = ExportConfig("cmt_nano", output=tmp_path, mean=mean, std="58,57,57")
+    with pytest.raises(InputError) as error:
+        check_preconditions(config)
+    assert "--mean 0" in error.value.remedy
 
 
 def test_the_remedy_names_the_converted_values(tmp_path):

@@ -1,4 +1,4 @@
-"""Small bundles and predictors that the fake backend serves."""
+"""Small bundles whose graph computes what the fake runtime does, and predictors over the fake itself."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def tiny_model(classes: int) -> ModelEntry:
 
 
 def tiny_manifest(labels=LABELS, **changes) -> Manifest:
-    """Of a model that the fake backend serves."""
+    """Of a model whose graph :func:`tiny_graph` gives."""
     count = len(labels)
     made = Manifest(
         model=tiny_model(count),
@@ -63,9 +63,25 @@ def tiny_manifest(labels=LABELS, **changes) -> Manifest:
         labels=tuple(label if isinstance(label, tuple) else (label, label) for label in labels),
         labels_source="numbered",
         precision="fp32",
-        format="fake",
+        format="onnx",
     )
     return replace(made, **changes)
+
+
+def tiny_graph(classes: int = len(LABELS), batch: int | str = 1) -> bytes:
+    """A model file: means of the colour channels times the fake runtime's matrix."""
+    matrix = numpy_helper.from_array(FakeSession(classes).matrix, "matrix")
+    axes = numpy_helper.from_array(np.array([2, 3]), "axes")
+    nodes = [
+        onnx.helper.make_node("ReduceMean", ["input", "axes"], ["mean"], "mean", keepdims=0),
+        onnx.helper.make_node("MatMul", ["mean", "matrix"], ["logits"], "head"),
+    ]
+    kind = onnx.TensorProto.FLOAT
+    source = onnx.helper.make_tensor_value_info("input", kind, [batch, 3, SIZE, SIZE])
+    target = onnx.helper.make_tensor_value_info("logits", kind, [batch, classes])
+    graph = onnx.helper.make_graph(nodes, "tiny", [source], [target], [matrix, axes])
+    opsets = [onnx.helper.make_opsetid("", 20)]
+    return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString()
 
 
 def tiny_golden(classes: int = len(LABELS)) -> Golden:
@@ -77,12 +93,12 @@ def tiny_golden(classes: int = len(LABELS)) -> Golden:
 def make_bundle(
     target: Path, *, golden: Golden | None = None, members=None, reference=None, **changes
 ) -> Bundle:
-    """A finished bundle for the fake backend; ``members`` are further files, ``reference`` recorded
-    answers."""
+    """A finished bundle; ``members`` are further files, ``reference`` recorded answers."""
     manifest = tiny_manifest(**changes)
     with BundleWriter(Path(target)) as writer:
         (golden or tiny_golden(len(manifest.labels))).save(writer.folder / GOLDEN)
-        for name, data in {"model.bin": b"weights", **(members or {})}.items():
+        graph = tiny_graph(len(manifest.labels), manifest.input.shape[0])
+        for name, data in {ONNX: graph, "model.bin": b"weights", **(members or {})}.items():
             path = writer.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)

@@ -11,12 +11,14 @@ from pathlib import Path
 
 from cmt_edge.deploy import Bundle
 from cmt_edge.deploy.bundle import BundleWriter
+from cmt_edge.deploy.bundle.packed import locate_packed, pack
 from cmt_edge.deploy.errors import CmtEdgeError
 
 from .bundles import snapshot
 from .faults import ERRORS, Fault, Faults
 from .forks import ForkServer
 from .paths import FAKES, ROOT
+from .trt import trt_bundle
 
 CLEANING = ("open", "remove")
 """Kinds of calls that cleaning up needs itself: where one fails, the next run cleans up."""
@@ -33,7 +35,8 @@ class Scenario:
         command: its words; ``{work}`` stands for the folder that is watched.
         kinds: the calls that fail.
         plant: makes what must lie there before.
-        bundles: folders, relative to the watched one, that hold a whole bundle before and afterwards.
+        bundles: folders and packed files, relative to the watched one, that hold a whole bundle before and
+            afterwards.
     """
 
     name: str
@@ -121,7 +124,7 @@ class Attack:
         return self._server({"argv": argv, "stdout": stdout, "stderr": stderr})
 
     def _contents(self, scenario: Scenario) -> list[dict[str, bytes]]:
-        return [snapshot(self.work / name) for name in scenario.bundles]
+        return [read_bundle(self.work / name) for name in scenario.bundles]
 
     def _code_complaints(self, fault: Fault, code: int) -> Iterator[str]:
         text = self._logs[1].read_text(errors="replace")
@@ -134,7 +137,7 @@ class Attack:
 
     def _bundle_complaints(self, scenario: Scenario, before: list[dict[str, bytes]]) -> Iterator[str]:
         for name, content in zip(scenario.bundles, before, strict=True):
-            if snapshot(self.work / name) == content:
+            if read_bundle(self.work / name) == content:
                 continue
             try:
                 Bundle.open(self.work / name)
@@ -160,6 +163,11 @@ class Attack:
         ]
         if found:
             yield f"left: {', '.join(found)}"
+
+
+def read_bundle(path: Path) -> dict[str, bytes]:
+    """The content of a folder or of a packed file."""
+    return {"": path.read_bytes()} if path.is_file() else snapshot(path)
 
 
 def faults_of(counts: dict[str, int], errors: Iterable[str] = ERRORS) -> Iterator[Fault]:
@@ -197,6 +205,19 @@ def exports(bundle: Bundle, image: bytes) -> dict[str, Scenario]:
                 )
                 writer.commit(replace(bundle.manifest, labels_source="older"))
 
+    def older_packed(work: Path) -> None:
+        """The same, with its packed form."""
+        older(work)
+        folder = work / "out" / "cmt_nano_fp32_onnx"
+        pack(folder, Bundle.open(folder).manifest.files, locate_packed(folder))
+
+    def given_packed(work: Path) -> None:
+        given(work)
+        pack(work / "bundle", bundle.manifest.files, locate_packed(work / "bundle"))
+
+    def unbuilt(work: Path) -> None:
+        trt_bundle(work / "tiny_fp16_trt")
+
     def given(work: Path) -> None:
         shutil.copytree(bundle.path, work / "bundle")
         (work / "image.png").write_bytes(image)
@@ -222,6 +243,27 @@ def exports(bundle: Bundle, image: bytes) -> dict[str, Scenario]:
             (*written, "read"),
             given,
             ("bundle",),
+        ),
+        Scenario(
+            "pack",
+            (*export, "--pack"),
+            written,
+            older_packed,
+            ("out/cmt_nano_fp32_onnx", "out/cmt_nano_fp32_onnx.cmt.zip"),
+        ),
+        Scenario(
+            "open packed",
+            ("predict", "{work}/bundle.cmt.zip", "{work}/image.png"),
+            (*written, "read"),
+            given_packed,
+            ("bundle.cmt.zip",),
+        ),
+        Scenario(
+            "build",
+            ("build", "{work}/tiny_fp16_trt", "--iters", "2", "--seconds", "0", "-q"),
+            written,
+            unbuilt,
+            ("tiny_fp16_trt",),
         ),
     ]
     return {scenario.name: scenario for scenario in found}

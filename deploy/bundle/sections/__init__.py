@@ -10,13 +10,13 @@ from .latency import LEAST_SHOWN_SHARE, ExecutedPrecision, LatencyEntry
 from .model import FileEntry, Host, ModelEntry, RuntimeEntry, TensorEntry, WeightsEntry
 from .values import (
     BATCH,
-    FAKE,
     FEATURES,
     FLOAT32,
     FORMATS,
     LABELS_SOURCES,
     LOGITS,
     MAX_DIMENSION,
+    MAX_ELEMENTS,
     MAX_TOTAL,
     PRECISIONS,
     PROBABILITIES,
@@ -45,7 +45,6 @@ from .verification import DataCheck, GoldenCheck, RanOn, VerificationEntry
 
 __all__ = [
     "BATCH",
-    "FAKE",
     "FEATURES",
     "FLOAT32",
     "FORMATS",
@@ -53,6 +52,7 @@ __all__ = [
     "LEAST_SHOWN_SHARE",
     "LOGITS",
     "MAX_DIMENSION",
+    "MAX_ELEMENTS",
     "MAX_TOTAL",
     "PRECISIONS",
     "PROBABILITIES",

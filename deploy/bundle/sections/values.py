@@ -23,8 +23,6 @@ FORMATS = {
 """Format of a bundle that can be exported -> the precisions that it can have."""
 TYPED_FORMATS = ("trt", "rtx")
 """Formats whose graphs have the precision written into them, and whose engines NVIDIA's compilers build."""
-FAKE = "fake"
-"""Format of a bundle without a model, which tests of other programs may use; it can have any precision."""
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 """Every precision of a bundle."""
 LABELS_SOURCES = ("file", "checkpoint", "published", "numbered", "none")
@@ -35,6 +33,8 @@ SCORES = "scores"
 """Kind of an output that gives each class a probability of its own, as after a sigmoid."""
 MAX_DIMENSION = 1 << 24
 """The largest dimension of a tensor."""
+MAX_ELEMENTS = 1 << 30
+"""The largest number of elements of an input or an output: 4 GiB of float32."""
 MAX_TOTAL = 8 << 30
 """The largest size of all files of a bundle together, bytes."""
 Count = Annotated[int, Between(0)]
@@ -49,7 +49,7 @@ Head = Annotated[str, OneOf((LOGITS, FEATURES))]
 """What the model gives."""
 Precision = Annotated[str, OneOf(PRECISIONS)]
 """What was asked for."""
-Format = Annotated[str, OneOf((*FORMATS, FAKE))]
+Format = Annotated[str, OneOf(tuple(FORMATS))]
 """The runtime that the bundle is for."""
 LabelsSource = Annotated[str, OneOf(LABELS_SOURCES)]
 """Where the labels come from."""

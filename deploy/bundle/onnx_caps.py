@@ -1,0 +1,305 @@
+"""What an ONNX file may ask of a runtime, told from its bytes before a runtime opens it.
+
+A graph is a program, and a runtime that opens it computes what is constant. A file of some hundred bytes can
+therefore ask for gigabytes. These rules refuse what no program of ours writes: tensors that declare more
+values than the file holds, sparse tensors that become large, constants that make a tensor large, and files of
+millions of tiny fields. Sizes that a graph computes are not followed.
+
+Source: onnx/onnx.proto (field numbers), onnx/Operators.md (the inputs that give a size).
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..files import open_regular
+from .external_data import (
+    BYTES,
+    DATA_LOCATION,
+    EXTERNAL_DATA,
+    MAX_DEPTH,
+    VARINT,
+    Buffer,
+    MalformedOnnx,
+    read_field,
+    read_varint,
+)
+
+MAX_GRAPH = (1 << 31) - 1
+"""The largest size in bytes of an ONNX file; protobuf reads no larger one."""
+MAX_NODES = 100_000
+"""The largest number of operations in a file; the largest model of the registry has about 2,500."""
+MAX_FIELDS = 4_000_000
+"""The largest number of protobuf fields that are looked at; it bounds the time, to seconds."""
+MAX_MADE = 1 << 28
+"""The largest number of elements of all tensors together whose sizes constants give: 1 GiB of float32."""
+MAX_SPARSE = 1 << 24
+"""The largest number of elements of a sparse tensor once it is dense."""
+MAX_SIZES = 64
+"""The largest number of dimensions, and of numbers in a constant that is read as a size."""
+MAX_ALIKE = 64
+"""The largest number of constants of one name."""
+
+SIZES = {
+    "ConstantOfShape": (0,),
+    "Expand": (1,),
+    "OneHot": (1,),
+    "Pad": (1,),
+    "Range": (0, 1),
+    "Resize": (2, 3),
+    "Tile": (1,),
+    "Upsample": (1,),
+}
+"""Operation -> the inputs whose values decide how large its output becomes."""
+
+PADS = "pads"
+"""Attribute of padding operations."""
+SIZE_ATTRIBUTES = ("shape", "repeats", "scales", "sizes", "sample_size")
+"""Attributes that decide how large an output becomes, of any operation."""
+
+BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64}
+"""ONNX's number of a type of values -> bits of one; types beyond them count with :data:`LEAST_BITS`."""
+LEAST_BITS = 1
+"""Bits of the smallest type of values."""
+RAW_DATA, STRING_DATA = 9, 6
+"""Numbers of two fields of a tensor with values: plain bytes, and texts."""
+VALUES = (4, 5, STRING_DATA, 7, 10, 11)
+"""Numbers of the fields of a tensor with values of one type each."""
+INT64, FLOAT = 7, 1
+"""ONNX's numbers of two types of values."""
+
+ONCE = {
+    "Model": (7,),
+    "Attribute": (5, 6, 22),
+    "SparseTensor": (1, 2),
+    "Tensor": (RAW_DATA,),
+}
+"""Message -> numbers of fields that may occur once. Protobuf would merge two of them, to another one than
+either."""
+
+INNER = {
+    "Model": {7: "Graph", 20: "Training", 25: "Function"},
+    "Training": {1: "Graph", 2: "Graph"},
+    "Function": {7: "Node", 11: "Attribute"},
+    "Graph": {1: "Node", 5: "Tensor", 15: "SparseTensor"},
+    "Node": {5: "Attribute"},
+    "Attribute": {5: "Tensor", 6: "Graph", 10: "Tensor", 11: "Graph", 22: "SparseTensor", 23: "SparseTensor"},
+    "SparseTensor": {1: "Tensor", 2: "Tensor"},
+    "Tensor": {},
+}  # fmt: skip
+"""Message -> number of a field -> the message in it."""
+
+
+class ExcessiveGraph(ValueError):
+    """A graph asks for more than a file of a bundle may."""
+
+
+@dataclass
+class _Message:
+    """The fields of one message: number -> its places ``(wire type, begin, end)``."""
+
+    kind: str
+    fields: dict[int, list[tuple[int, int, int]]]
+
+    def places(self, number: int) -> list[tuple[int, int, int]]:
+        return self.fields.get(number, [])
+
+
+@dataclass
+class _Survey:
+    """What the walk has found so far.
+
+    Attributes:
+        nodes, fields: how many.
+        constants: name -> the values of every small constant of this name.
+        sized: the names that decide a size, with the operation that they belong to.
+        made: elements of the tensors whose sizes constants give.
+    """
+
+    nodes: int = 0
+    fields: int = 0
+    constants: dict[bytes, list[list[float]]] = field(default_factory=dict)
+    sized: list[tuple[bytes, str]] = field(default_factory=list)
+    made: float = 0
+
+    def name(self, name: bytes, numbers: list[float]) -> None:
+        """Note a constant; graphs within a graph may use a name again."""
+        known = self.constants.setdefault(name, [])
+        known.append(numbers)
+        if len(known) > MAX_ALIKE:
+            raise ExcessiveGraph(f"more than {MAX_ALIKE} constants have the same name")
+
+    def make(self, operation: str, elements: float) -> None:
+        """Count the elements that a constant asks an operation for."""
+        self.made += elements
+        if not self.made <= MAX_MADE:  # also where it is NaN
+            raise ExcessiveGraph(f"a constant asks {operation} for more than {MAX_MADE} elements")
+
+
+def require_modest_onnx(path: Path) -> None:
+    """Check the rules of this module for a file.
+
+    Raises:
+        ExcessiveGraph: the file asks for more than it may.
+        MalformedOnnx: the file is no well-formed protobuf message.
+        OSError: the file cannot be read.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_GRAPH:
+            raise ExcessiveGraph(f"it has {size} bytes, the cap is {MAX_GRAPH}")
+        if size:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                require_modest(content)
+
+
+def require_modest(content: Buffer) -> None:
+    """As :func:`require_modest_onnx`, for the bytes of a ``ModelProto``."""
+    survey = _Survey()
+    pending = [("Model", 0, len(content), 0)]
+    while pending:
+        kind, start, end, depth = pending.pop()
+        if depth > MAX_DEPTH:
+            raise MalformedOnnx(f"messages nest more than {MAX_DEPTH} deep")
+        message = _read_message(content, kind, start, end, survey)
+        _look_at(content, message, survey)
+        for number, inner in INNER[kind].items():
+            places = message.places(number)
+            pending += [(inner, begin, stop, depth + 1) for wire, begin, stop in places if wire == BYTES]
+    for name, operation in survey.sized:
+        survey.make(
+            operation,
+            max((_multiply(operation, values) for values in survey.constants.get(name, ())), default=0),
+        )
+
+
+def _read_message(content: Buffer, kind: str, start: int, end: int, survey: _Survey) -> _Message:
+    message = _Message(kind, {})
+    position = start
+    while position < end:
+        number, wire, begin, position = read_field(content, position, end)
+        message.fields.setdefault(number, []).append((wire, begin, position))
+        survey.fields += 1
+        if survey.fields > MAX_FIELDS:
+            raise ExcessiveGraph(f"it has more than {MAX_FIELDS} fields")
+    for number in ONCE.get(kind, ()):
+        if len(message.places(number)) > 1:
+            raise ExcessiveGraph(f"field {number} of {kind}Proto occurs more than once")
+    return message
+
+
+def _look_at(content: Buffer, message: _Message, survey: _Survey) -> None:
+    """Check one message by itself, and note what it says of others."""
+    if message.kind == "Node":
+        survey.nodes += 1
+        if survey.nodes > MAX_NODES:
+            raise ExcessiveGraph(f"it has more than {MAX_NODES} operations")
+        _look_at_node(content, message, survey)
+    elif message.kind == "Tensor":
+        _check_tensor(content, message)
+        for name in _read_texts(content, message, 8):
+            survey.name(name, _read_sizes(content, message))
+    elif message.kind == "SparseTensor":
+        elements = math.prod(_read_dimensions(content, message, 3))
+        if elements > MAX_SPARSE:
+            raise ExcessiveGraph(f"a sparse tensor stands for {elements} elements, the cap is {MAX_SPARSE}")
+
+
+def _look_at_node(content: Buffer, node: _Message, survey: _Survey) -> None:
+    """Note the inputs of an operation that decide a size, and what a constant stands for."""
+    operation = b"".join(_read_texts(content, node, 4)[-1:]).decode(errors="replace")
+    names = _read_texts(content, node, 1)
+    survey.sized += [(names[i], operation) for i in SIZES.get(operation, ()) if i < len(names)]
+    for _, begin, end in node.places(5):
+        attribute = _read_message(content, "Attribute", begin, end, survey)
+        name = b"".join(_read_texts(content, attribute, 1)[-1:]).decode(errors="replace")
+        numbers: list[float] = [*_read_numbers(content, attribute, 3), *_read_numbers(content, attribute, 8)]
+        numbers += _read_floats(content, attribute, 7)
+        if name in SIZE_ATTRIBUTES or (name == PADS and operation == "Pad"):
+            survey.make(operation, _multiply(operation, numbers) if len(numbers) <= MAX_SIZES else math.inf)
+        if operation == "Constant":
+            for _, start, stop in attribute.places(5):
+                tensor = _read_message(content, "Tensor", start, stop, survey)
+                numbers += _read_sizes(content, tensor)
+            for output in _read_texts(content, node, 2):
+                survey.name(output, numbers)
+
+
+def _multiply(operation: str, numbers: Sequence[float]) -> float:
+    """The number of elements that the sizes given to an operation stand for."""
+    half = len(numbers) // 2
+    if operation == "Pad":  # what is added before and after each dimension
+        numbers = [1 + max(0, a) + max(0, b) for a, b in zip(numbers[:half], numbers[half:], strict=False)]
+    return math.prod(number for number in numbers if number > 1)
+
+
+def _check_tensor(content: Buffer, tensor: _Message) -> None:
+    """Raise :class:`ExcessiveGraph` for a tensor that declares more values than it has.
+
+    One whose values lie in another file is left to :mod:`.external_data`.
+    """
+    if tensor.places(EXTERNAL_DATA) or tensor.places(DATA_LOCATION):
+        return
+    sizes = _read_dimensions(content, tensor, 1)
+    kinds = _read_numbers(content, tensor, 2)
+    elements = math.prod(sizes)
+    bits = BITS.get(kinds[-1] if kinds else 0, LEAST_BITS)
+    raw = sum(end - begin for _, begin, end in tensor.places(RAW_DATA))
+    typed = sum(end - begin for number in VALUES for _, begin, end in tensor.places(number))
+    texts = len(tensor.places(STRING_DATA))  # an empty text has no bytes
+    if elements * bits > 8 * raw and elements > 8 * typed + texts:
+        raise ExcessiveGraph(f"a tensor declares {elements} values, and has {raw + typed} bytes")
+
+
+def _read_sizes(content: Buffer, tensor: _Message) -> list[float]:
+    """The values of a small tensor of whole numbers or of float32, as far as they can give a size."""
+    numbers: list[float] = []
+    if math.prod(_read_numbers(content, tensor, 1)) > MAX_SIZES:
+        return numbers
+    numbers += _read_numbers(content, tensor, 5) + _read_numbers(content, tensor, 7)
+    numbers += _read_floats(content, tensor, 4)
+    kinds = _read_numbers(content, tensor, 2)
+    layout = {INT64: "<q", 6: "<i", FLOAT: "<f"}.get(kinds[-1] if kinds else 0)
+    for _, begin, end in tensor.places(RAW_DATA) if layout else ():
+        width = struct.calcsize(layout or "")
+        stop = begin + min(end - begin, MAX_SIZES * width) // width * width
+        numbers += [number for (number,) in struct.iter_unpack(layout or "", content[begin:stop])]
+    return numbers
+
+
+def _read_numbers(content: Buffer, message: _Message, number: int) -> list[int]:
+    """The whole numbers of a field, in both ways in which protobuf writes them; the first ones of many."""
+    found: list[int] = []
+    for wire, begin, end in message.places(number):
+        position = begin
+        while wire in (VARINT, BYTES) and position < end and len(found) <= MAX_SIZES:
+            value, position = read_varint(content, position, end)
+            found.append(value - (1 << 64) if value >= 1 << 63 else value)
+    return found
+
+
+def _read_dimensions(content: Buffer, message: _Message, number: int) -> list[int]:
+    """The dimensions of a tensor."""
+    sizes = _read_numbers(content, message, number)
+    if len(sizes) > MAX_SIZES or any(size < 0 for size in sizes):
+        raise ExcessiveGraph(f"a tensor has more than {MAX_SIZES} dimensions, or a negative one")
+    return sizes
+
+
+def _read_floats(content: Buffer, message: _Message, number: int) -> list[float]:
+    """The float32 numbers of a field, in both ways in which protobuf writes them; the first ones of many."""
+    found: list[float] = []
+    for _, begin, end in message.places(number):
+        stop = begin + min(end - begin, 4 * MAX_SIZES) // 4 * 4
+        found += [value for (value,) in struct.iter_unpack("<f", content[begin:stop])]
+    return found[:MAX_SIZES]
+
+
+def _read_texts(content: Buffer, message: _Message, number: int) -> list[bytes]:
+    return [content[begin:end] for wire, begin, end in message.places(number) if wire == BYTES]

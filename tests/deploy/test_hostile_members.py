@@ -1,0 +1,266 @@
+"""Members that are not what their names say, and graphs that ask for more than they bring."""
+
+from __future__ import annotations
+
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from cmt_edge.deploy import Bundle, Predictor
+from cmt_edge.deploy.bundle import ONNX, ir_file, onnx_caps
+from cmt_edge.deploy.bundle.ir_file import NotAnIr, require_ir_content
+from cmt_edge.deploy.bundle.onnx_caps import MAX_MADE, ExcessiveGraph, require_modest
+from cmt_edge.deploy.errors import BundleError
+from helpers.bundles import SIZE, make_bundle, tiny_graph, tiny_manifest
+
+FLOAT = TensorProto.FLOAT
+BIG = 1 << 16
+"""Twice this many of anything is more than a graph may ask for."""
+
+
+def graph(nodes, *constants, sparse=()) -> bytes:
+    source = helper.make_tensor_value_info("input", FLOAT, [1, 3, SIZE, SIZE])
+    target = helper.make_tensor_value_info("logits", FLOAT, [1, 3])
+    made = helper.make_graph(list(nodes), "g", [source], [target], list(constants))
+    made.sparse_initializer.extend(sparse)
+    return helper.make_model(
+        made, opset_imports=[helper.make_opsetid("", 20)], ir_version=9
+    ).SerializeToString()
+
+
+def open_made(place: Path, **settings) -> Bundle:
+    """A bundle that is written and then opened by its path, as a stranger's is."""
+    return Bundle.open(make_bundle(place, **settings).path)
+
+
+def whole(name: str, *values: int) -> TensorProto:
+    return numpy_helper.from_array(np.array(values, np.int64), name)
+
+
+def declared(*dims: int, **values) -> TensorProto:
+    return TensorProto(name="w", data_type=FLOAT, dims=dims, **values)
+
+
+def sparse(*dims: int):
+    values = helper.make_tensor("s", FLOAT, [1], [1.0])
+    return helper.make_sparse_tensor(values, helper.make_tensor("i", TensorProto.INT64, [1], [0]), dims)
+
+
+def inside(tensor: TensorProto):
+    """A branch of an ``If`` that holds a tensor."""
+    branch = helper.make_graph([], "b", [], [], [tensor])
+    return helper.make_node("If", ["input"], ["logits"], then_branch=branch, else_branch=branch)
+
+
+FILL = helper.make_node("ConstantOfShape", ["sizes"], ["logits"])
+EXCESSIVE = {
+    "no values": graph([], declared(1 << 20, 1 << 14)),
+    "few bytes": graph([], declared(1 << 20, raw_data=b"1234")),
+    "few numbers": graph([], declared(1 << 20, float_data=[1.0])),
+    "a negative dimension": graph([], declared(-4, raw_data=bytes(16))),
+    "few bytes in a branch": graph([inside(declared(1 << 20, raw_data=b"1234"))]),
+    "few bytes in an attribute": graph(
+        [helper.make_node("Constant", [], ["logits"], value=declared(1 << 20, raw_data=b"1234"))]
+    ),
+    "a large sparse tensor": graph([], sparse=[sparse(BIG, BIG)]),
+    "ConstantOfShape": graph([FILL], whole("sizes", BIG, BIG)),
+    "ConstantOfShape of numbers": graph(
+        [FILL], helper.make_tensor("sizes", TensorProto.INT64, [2], [BIG, BIG])
+    ),
+    "ConstantOfShape of a constant": graph(
+        [helper.make_node("Constant", [], ["sizes"], value=whole("", BIG, BIG)), FILL]
+    ),
+    "ConstantOfShape of integers": graph(
+        [helper.make_node("Constant", [], ["sizes"], value_ints=[BIG, BIG]), FILL]
+    ),
+    "Expand": graph([helper.make_node("Expand", ["input", "sizes"], ["logits"])], whole("sizes", BIG, BIG)),
+    "Tile": graph([helper.make_node("Tile", ["input", "t"], ["logits"])], whole("t", 1, 1, BIG, BIG)),
+    "Pad": graph([helper.make_node("Pad", ["input", "p"], ["l"])], whole("p", 0, 0, BIG, 0, 0, 0, 0, BIG)),
+    "Range": graph([helper.make_node("Range", ["a", "b", "c"], ["l"])], whole("b", 1 << 40)),
+    "Resize": graph(
+        [helper.make_node("Resize", ["input", "", "by"], ["logits"])],
+        numpy_helper.from_array(np.array([1, 1, BIG, BIG], np.float32), "by"),
+    ),
+    "many that are small": graph([FILL] * 20, whole("sizes", 1 << 12, 1 << 12)),
+    "a tensor of many dimensions": graph([], declared(*[1] * 80, 1 << 40, raw_data=b"1234")),
+    "a negative sparse dimension": graph([], sparse=[sparse(-BIG, -BIG)]),
+    "a shape of many dimensions": graph(
+        [helper.make_node("RandomNormal", [], ["logits"], shape=[*[1] * 80, 1 << 40])]
+    ),
+    "many constants of one name": graph([FILL], *[whole("sizes", 1)] * 100),
+    "RandomNormal": graph([helper.make_node("RandomNormal", [], ["logits"], shape=[BIG, BIG])]),
+}  # fmt: skip
+"""What a graph asks for -> its bytes."""
+
+
+@pytest.mark.parametrize("name", EXCESSIVE)
+def test_what_asks_for_more_than_it_brings_is_refused(name: str) -> None:
+    with pytest.raises(ExcessiveGraph):
+        require_modest(EXCESSIVE[name])
+
+
+MODEST = {
+    "the tiny graph": tiny_graph(),
+    "packed numbers": graph([], declared(4, float_data=[0, 1, 2, 3])),
+    "texts": graph([], TensorProto(name="t", data_type=TensorProto.STRING, dims=[2], string_data=[b"", b""])),
+    "no elements": graph([], declared(0, 5)),
+    "int4": graph([], TensorProto(name="t", data_type=TensorProto.INT4, dims=[3], raw_data=b"ab")),
+    "a slice to the end": graph(
+        [helper.make_node("Slice", ["input", "a", "b"], ["l"])], whole("a", 0), whole("b", (1 << 63) - 1)
+    ),
+    "a shape that is inferred": graph(
+        [helper.make_node("Expand", ["input", "s"], ["l"])], whole("s", -1, 64)
+    ),
+    "padding of a large image": graph(
+        [helper.make_node("Pad", ["input", "p"], ["l"])], whole("p", 0, 0, 300, 300, 0, 0, 300, 300)
+    ),
+    "a sparse tensor": graph([], sparse=[sparse(100, 100)]),
+}  # fmt: skip
+"""Graphs that are right -> their bytes."""
+
+
+@pytest.mark.parametrize("name", MODEST)
+def test_what_is_right_passes(name: str) -> None:
+    require_modest(MODEST[name])
+
+
+def test_two_graphs_in_one_file_are_refused() -> None:
+    """Protobuf would merge them: each may be right while both together are another graph."""
+    with pytest.raises(ExcessiveGraph, match="more than once"):
+        require_modest(tiny_graph() + tiny_graph())
+
+
+def test_two_contents_of_a_tensor_are_refused() -> None:
+    field = declared(1 << 20, raw_data=b"1234").SerializeToString()
+    tensor = field + declared(raw_data=bytes(4 << 20)).SerializeToString()
+    initializer = b"\x2a" + encode_length(tensor)
+    with pytest.raises(ExcessiveGraph, match="more than once"):
+        require_modest(b"\x3a" + encode_length(initializer))
+
+
+def encode_length(content: bytes) -> bytes:
+    """Protobuf's way to write bytes: their number in groups of seven bits, then themselves."""
+    size, head = len(content), b""
+    while size > 0x7F:
+        head += bytes([size & 0x7F | 0x80])
+        size >>= 7
+    return head + bytes([size]) + content
+
+
+@pytest.mark.parametrize(("cap", "value"), [("MAX_NODES", 1), ("MAX_FIELDS", 20), ("MAX_GRAPH", 10)])
+def test_caps_on_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap: str, value: int) -> None:
+    (tmp_path / ONNX).write_bytes(tiny_graph())
+    onnx_caps.require_modest_onnx(tmp_path / ONNX)
+    monkeypatch.setattr(onnx_caps, cap, value)
+    with pytest.raises(ExcessiveGraph):
+        onnx_caps.require_modest_onnx(tmp_path / ONNX)
+
+
+def test_a_hostile_graph_ends_before_a_runtime_opens_it(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "b")
+    content = graph([FILL], whole("sizes", BIG, BIG))
+    with pytest.raises(BundleError, match=r"model\.onnx asks for more than a graph may") as found:
+        open_made(tmp_path / "c", members={ONNX: content})
+    assert str(MAX_MADE) in str(found.value)
+    assert Bundle.open(bundle.path)
+
+
+def test_the_walk_takes_little_memory() -> None:
+    content = graph([], numpy_helper.from_array(np.zeros(4 << 20, np.float32), "w"))
+    tracemalloc.start()
+    try:
+        require_modest(content)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+# --- OpenVINO's format ----------------------------------------------------------------------------
+
+HEAD = b'<?xml version="1.0"?>\n<net name="g" version="11"><layers>'
+TAIL = b"</layers><edges/></net>"
+CONSTANT = (
+    b'<layer id="0" name="c" type="Const" version="opset1">'
+    b'<data element_type="f32" shape="%s" offset="%d" size="%d"/></layer>'
+)
+
+NO_IR = {
+    "an ONNX file": tiny_graph(),
+    "an empty file": b"",
+    "ONNX, with XML as the text of an unknown field": b"\n" + bytes([len(HEAD)]) + HEAD + tiny_graph(),
+    "a byte order mark": b"\xef\xbb\xbf" + HEAD + TAIL,
+    "space before it": b" " + HEAD + TAIL,
+    "another root": b'<?xml version="1.0"?><model/>',
+    "a name of the same start": b'<?xml version="1.0"?><network/>',
+    "bytes after its end": HEAD + TAIL + b"\0" + tiny_graph(),
+    "a document type": b'<?xml version="1.0"?>\n<net><!DOCTYPE net []></net>',
+    "a constant beyond the weights": HEAD + CONSTANT % (b"1", 12, 8) + TAIL,
+    "a constant of more values than bytes": HEAD + CONSTANT % (b"1024,1024", 0, 4) + TAIL,
+    "a negative place": HEAD + CONSTANT % (b"1", -4, 4) + TAIL,
+    "a place that is no number": (HEAD + CONSTANT % (b"1", 0, 4) + TAIL).replace(b'size="4"', b'size="x"'),
+}  # fmt: skip
+"""What a file called ``openvino.xml`` is -> its content; its weights have 16 bytes."""
+
+
+@pytest.mark.parametrize("name", NO_IR)
+def test_what_is_no_ir_is_refused(name: str) -> None:
+    with pytest.raises(NotAnIr):
+        require_ir_content(NO_IR[name], 16)
+
+
+def test_an_ir_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = HEAD + CONSTANT % (b"2,2", 0, 16) + CONSTANT % (b"", 12, 4) + TAIL
+    require_ir_content(content, 16)
+    monkeypatch.setattr(ir_file, "MAX_LAYERS", 1)
+    with pytest.raises(NotAnIr, match="layers"):
+        require_ir_content(content, 16)
+
+
+@pytest.mark.parametrize("name", ["openvino.xml", "extra/OTHER.XML", "more.ONNX"])
+@pytest.mark.parametrize("place", [".cache/w.bin", "engines/w.bin", "openvino.bin"])
+def test_weights_that_no_hash_covers_are_never_read(tmp_path: Path, name: str, place: str) -> None:
+    """OpenVINO reads an ONNX file by its content, whatever it is called, with the weights that it names."""
+    model = onnx.load_from_string(tiny_graph())
+    tensor = model.graph.initializer[0]
+    data = tensor.raw_data
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=place)
+    with pytest.raises(BundleError, match=r"no graph in OpenVINO's format|stores weights outside"):
+        open_made(
+            tmp_path / "b",
+            format="openvino",
+            members={name: model.SerializeToString(), "openvino.bin": data},
+        )
+
+
+# --- what a manifest may name ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["fake", "torch", "tensorrt", "onnxruntime", ""])
+def test_no_manifest_chooses_a_runtime_by_name(tmp_path: Path, name: str) -> None:
+    with pytest.raises(BundleError, match="expected 'onnx' or 'openvino' or 'trt'") as found:
+        open_made(tmp_path / "b", format=name)
+    assert "or 'fake'" not in str(found.value)
+
+
+def test_what_a_manifest_calls_its_runtime_decides_nothing(tmp_path: Path) -> None:
+    with Predictor.load(make_bundle(tmp_path / "b").path) as predictor:
+        assert predictor.info.runtime.startswith("onnxruntime ")
+
+
+@pytest.mark.parametrize("batch", [1 << 24, 1 << 21])
+def test_an_input_that_no_machine_holds_is_refused(tmp_path: Path, batch: int) -> None:
+    made = tiny_manifest()
+    shape, logits = (batch, 3, SIZE, SIZE), (batch, 3)
+    with pytest.raises(BundleError, match="elements, the cap is"):
+        open_made(
+            tmp_path / "b",
+            input=replace(made.input, shape=shape),
+            outputs=(replace(made.outputs[0], shape=logits),),
+        )
