@@ -263,6 +263,22 @@ def is_layer(value: Tensor) -> bool:
     return value.is_floating_point() and sum(length > 1 for length in value.shape) > 1
 
 
+def find_nameless_average(content: Any, way: tuple[str, ...] = ()) -> tuple[str, ...] | None:
+    """The way to averaged weights that are kept as a list, in the order of ``model.parameters()`` and without
+    names, as torch_ema and diffusers keep ``shadow_params``; ``None`` where there are none."""
+    if not isinstance(content, Mapping) or len(way) > MAX_WAY:
+        return None
+    for key, value in content.items():
+        inner = (*way, str(key))
+        if isinstance(value, (list, tuple)):
+            layers = [item for item in value if isinstance(item, Tensor) and is_layer(item)]
+            if layers and any(AVERAGE.search(part) for part in inner):
+                return inner
+        elif (found := find_nameless_average(value, inner)) is not None:
+            return found
+    return None
+
+
 def find_hidden_layers(content: Any) -> Iterator[tuple[tuple[str, ...], str]]:
     """The way to every object of another program's class that holds layers, and the name of the class.
 

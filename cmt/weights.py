@@ -25,6 +25,7 @@ from .containers import (
     describe_nearest_entry,
     find_candidates,
     find_hidden_layers,
+    find_nameless_average,
 )
 from .spec import Classifier, ModelSpec, StateDict
 from .strangers import find_strangers
@@ -288,7 +289,16 @@ def _choose(
             why=f"the file holds: {describe_keys(content)}",
             remedy=SAVE_REMEDY,
         )
-    return choose_candidate(candidates, ema)
+    chosen = choose_candidate(candidates, ema)
+    nameless = find_nameless_average(content)
+    if nameless and ema is None and not chosen.averaged:
+        raise Undecided(
+            f"has averaged weights in a list without names ({'.'.join(nameless)}), which are not read",
+            None,
+            f"--no-ema takes the others ({chosen.entry}); or save the averaged ones by name, after"
+            " ema.copy_to(model.parameters()): torch.save(model.state_dict(), NEW)",
+        )
+    return chosen
 
 
 def _settle(state: StateDict, model: nn.Module, target: StateDict) -> StateDict:

@@ -260,6 +260,30 @@ def test_what_is_left_out_beside_the_model_is_named(tmp_path):
     assert result_of(tmp_path, GOOD).left_out == ()
 
 
+@pytest.mark.parametrize("key", ["ema", "model_ema", "shadow"])
+def test_averaged_weights_without_names_are_not_passed_over(tmp_path, key):
+    """As torch_ema and diffusers keep them; the others would be taken silently."""
+    average = {
+        "decay": 0.9,
+        "num_updates": 3,
+        "shadow_params": list(OTHER.values()),
+        "collected_params": None,
+    }
+    path = saved(tmp_path, {"model": GOOD, key: average})
+    with pytest.raises(WeightsError, match="in a list without names") as error:
+        load_weights(nano(), path)
+    assert f"({key}.shadow_params)" in error.value.what
+    assert "--no-ema takes the others (model)" in error.value.remedy
+    model = nano()
+    load_weights(model, path, ema=False)
+    assert holds(model, GOOD)
+
+
+def test_lists_that_are_no_average_are_no_matter(tmp_path):
+    content = {"model": GOOD, "log": [torch.ones(3, 3)], "ema": {"losses": [torch.ones(())] * 9}}
+    result_of(tmp_path, content)
+
+
 def test_averaged_weights_answer_which_of_two_sets_is_meant(tmp_path):
     content = {"model": OTHER, "best_model": state_of(3), "model_ema": GOOD}
     assert result_of(tmp_path, content).ema

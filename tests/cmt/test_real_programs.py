@@ -23,13 +23,24 @@ from helpers.weights import holds
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # warnings of other people's programs
 
 
+class AnyName(type):
+    """A class whose attributes are their own names, as those of an enumeration."""
+
+    def __getattr__(cls, name: str) -> str:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return name
+
+
 class Empty(ModuleType):
-    """A module that has every name."""
+    """A module in which every name is an empty class."""
 
     def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
             raise AttributeError(name)
-        return type(name, (), {})
+        made = AnyName(name, (), {})
+        setattr(self, name, made)
+        return made
 
 
 class Torchvision(MetaPathFinder, Loader):
