@@ -17,6 +17,7 @@ from .graph import (
     DEQUANTIZE,
     QUANTIZE,
     find_source,
+    get_node_name,
     open_view,
     read_constant_dims,
 )
@@ -31,6 +32,16 @@ def lint(model: onnx.ModelProto) -> list[str]:
             findings += _check_node(node)
         kinds = {node.op_type for node in view.graph}
     return findings if kinds & {QUANTIZE, DEQUANTIZE} else [*findings, "the graph has no quantized operation"]
+
+
+def list_half_int8_nodes(model: onnx.ModelProto) -> list[str]:
+    """Names of the operations that read int8 on one side and float on the other, in the graph's order."""
+    with open_view(model) as view:
+        return [get_node_name(node) for node in view.graph if _is_half_int8(node)]
+
+
+def _is_half_int8(node: ir.Node) -> bool:
+    return node.op_type in INT8_OPS and len(_find_dequantized_inputs(node)) == 1
 
 
 def _check_node(node: ir.Node) -> list[str]:
@@ -66,7 +77,7 @@ def _check_int8_operation(node: ir.Node) -> list[str]:
             findings.append(f"{node.name}: quantized bias")
         elif _has_single_scale(source):
             findings.append(f"{node.name}: weights with a single scale")
-    if len(dequantized) == 1:
+    if _is_half_int8(node):
         findings.append(f"{node.name}: one side int8, the other float")
     return findings
 

@@ -33,7 +33,7 @@ from .data import CalibrationSet
 from .equalize import Equalized, equalize
 from .graph import get_input, name_value, open_view, write_model
 from .groups import group_by_kind, group_nodes
-from .lint import lint
+from .lint import lint, list_half_int8_nodes
 from .qdq_pairs import move_pairs_to_layers, sign_quantizers
 from .recipe import DEFAULT, INT8_OPS, Recipe
 from .restore import list_int8_nodes, restore
@@ -248,6 +248,10 @@ def calibrate(
         chosen,
         replace(recipe, range_estimator=ranges),
     )
+    # NNCF gives no scale to what does not come from the image alone, such as coordinates beside a map.
+    halves = list_half_int8_nodes(calibrated)
+    if halves:
+        calibrated = restore(calibrated, equalized.model, halves)
     return Quantized(calibrated, equalized.model, recipe.key(), False)
 
 

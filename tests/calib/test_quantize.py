@@ -8,17 +8,22 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
+from torch import nn
 
 from cmt_edge.calib import DEFAULT, CalibrationSet, Recipe, lint, quantize
 from cmt_edge.calib.generated import generate
 from cmt_edge.calib.recipe import FLOAT_OPS
+from cmt_edge.calib.restore import list_int8_nodes
 from cmt_edge.deploy.cache import CacheWarning
 from cmt_edge.deploy.errors import CmtEdgeError, ImageError
 from cmt_edge.deploy.preprocessing import preprocess
 from cmt_edge.export import ExportConfig
+from cmt_edge.export.config import OPSET
+from cmt_edge.export.to_onnx import export_onnx, simplify
 from helpers.calibration import IMAGES, SPEC
 from helpers.graphs import compute_logits
 
@@ -222,6 +227,36 @@ def test_other_recipes_keep_the_rules_too(graph, data, quantized, recipe):
 
 
 # --- the linter -----------------------------------------------------------------------------------
+
+
+class WithCoordinates(nn.Module):
+    """Puts a map that no image changes beside the image's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.mix = nn.Conv2d(3, 16, 3, stride=4), nn.Conv2d(18, 32, 1)
+        self.last, self.fc = nn.Conv2d(32, 32, 1), nn.Linear(32, 5)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        line = torch.linspace(-1, 1, x.shape[2])
+        grid = torch.stack(torch.meshgrid(line, line, indexing="ij")).expand(len(x), -1, -1, -1)
+        x = self.mix(torch.cat([x, grid], 1)).relu()
+        return self.fc(self.last(x).relu().mean((2, 3)))
+
+
+def test_a_layer_that_nncf_gives_one_scale_stays_float(data):
+    graph = simplify(export_onnx(WithCoordinates().eval(), 64, OPSET))
+    quantized = quantize(graph, data, SPEC)
+    assert lint(quantized.model) == []
+    mix = next(n for n in graph.graph.node if "mix.weight" in n.input)
+    last = next(n for n in graph.graph.node if "last.weight" in n.input)
+    names = list_int8_nodes(quantized.model)
+    assert (mix.name in names, last.name in names) == (False, True)
+    batch = np.stack([preprocess(blob, SPEC) for blob in data.blobs[:4]])
+    plain, ours = (compute_logits(model, batch, "test") for model in (graph, quantized.model))
+    assert np.abs(ours - plain).max() < 0.2 * plain.std()
 
 
 def initializer(model: onnx.ModelProto, name: str) -> onnx.TensorProto:

@@ -162,7 +162,6 @@ def test_what_lies_among_the_temporary_files_goes_with_the_bundle(
         gc.collect()
         assert list((tmp_path / "tmp").iterdir())
         assert predictor(np.zeros((4, 4, 3), np.uint8))
-    del predictor
     gc.collect()
     assert not list((tmp_path / "tmp").iterdir())
 
