@@ -85,6 +85,9 @@ TAKING = (
 )
 """Methods of a tensor that give Python its values."""
 
+COUNTING = ("__len__", "unbind")
+"""Methods of a tensor that give Python its length, or each of its rows, as a loop does."""
+
 SAME_SHARE = 1e-3
 """Difference of answers to an image alone and in a batch, as a share of the largest output, that the kernels
 of libraries explain."""
@@ -222,6 +225,38 @@ class _Bfloat16Line(TorchFunctionMode):
             if inside:
                 self.line = _format_frame(inside[-1])
         return output
+
+
+def find_counting_line(model: nn.Module, example: Tensor) -> str | None:
+    """The user's first line that takes the number of images from a tensor of them: ``len(x)``, or a loop over
+    ``x``; ``None`` where none does.
+
+    Args:
+        model: in eval mode.
+        example: images, float32 ``(N, 3, S, S)``.
+    """
+    finder = _CountingLine(len(example))
+    with contextlib.suppress(Exception), torch.inference_mode(), finder:
+        model(example)
+    return finder.line
+
+
+class _CountingLine(TorchFunctionMode):
+    """Keeps the user's line that is the first to count the rows of a tensor of ``count`` rows."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self._count = count
+        self.line: str | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        counts = getattr(func, "__name__", "") in COUNTING and args[1:] in ((), (0,))
+        read = args[0] if args and isinstance(args[0], Tensor) else None
+        if self.line is None and counts and read is not None and read.shape[:1] == (self._count,):
+            inside = _list_users_frames()
+            if inside:
+                self.line = _format_frame(inside[-1])
+        return func(*args, **(kwargs or {}))
 
 
 def require_single_answers(model: nn.Module, batch: np.ndarray, outputs: Sequence[np.ndarray]) -> None:

@@ -40,7 +40,7 @@ from cmt_edge.deploy.errors import (
 )
 from cmt_edge.deploy.report import format_differences
 
-from .refusals import explaining, explaining_types
+from .refusals import explaining, explaining_types, find_counting_line
 
 INPUT = "input"
 """The name of the graph's input."""
@@ -122,19 +122,22 @@ def export_onnx(
     example = torch.zeros(OTHER_BATCH, 3, img_size, img_size)
     with explaining_types(model, example):
         check_graph("export to ONNX", graph)
-        _require_any_batch(graph)
+        _require_any_batch(graph, model, example)
         check(graph)
     return graph
 
 
-def _require_any_batch(graph: onnx.ModelProto) -> None:
-    """Raise :class:`InputError` where the tracing has fixed the batch size."""
+def _require_any_batch(graph: onnx.ModelProto, model: nn.Module, example: torch.Tensor) -> None:
+    """Raise :class:`InputError` where the tracing has fixed the batch size; it names the line of the user's
+    code that counts the images ``example``, where one does."""
     size = graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value
     if size:
         raise InputError(
             "the model's code fixes the batch size while it is traced",
+            where=find_counting_line(model, example),
             why=f"traced with {size} images, the graph takes {size} images only",
-            remedy="take the batch size from x.shape[0], not from len(x), int(...) or a number",
+            remedy="take the batch size from x.shape[0], not from len(x), int(...) or a number; compute on"
+            " the whole batch, not in a loop over its images",
         )
 
 

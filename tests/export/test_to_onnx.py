@@ -134,6 +134,21 @@ class FixedBatch(nn.Module):
         return x.mean((1, 2, 3))[:, None] + weights
 
 
-def test_a_batch_size_that_is_fixed_is_refused():
-    with pytest.raises(InputError, match="fixes the batch size"):
-        export_onnx(FixedBatch().eval(), 16, OPSET)
+class LoopOverImages(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = []
+        for image in x:
+            rows.append(self.fc(image.mean((1, 2))))
+        return torch.stack(rows)
+
+
+@pytest.mark.parametrize(("model", "code"), [(FixedBatch, "len(x)"), (LoopOverImages, "for image in x")])
+def test_a_batch_size_that_is_fixed_is_refused_with_the_line(model, code):
+    with pytest.raises(InputError, match="fixes the batch size") as error:
+        export_onnx(model().eval(), 16, OPSET)
+    assert code in error.value.where
+    assert "in forward" in error.value.where
