@@ -45,8 +45,11 @@ def recognise(content: Any) -> list[Recognised]:
 
 
 def _strip_values(place: Place) -> Place:
-    """``place`` with tensors that have a shape and a type, and no values."""
-    state = {key: torch.empty_like(value, device="meta") for key, value in place.state.items()}
+    """``place`` with tensors that have a shape and a type, and one value each, which takes no memory; those
+    of the meta device are no weights to :func:`~cmt_edge.cmt.containers.find_places`."""
+    state = {
+        key: torch.zeros((), dtype=value.dtype).expand(value.shape) for key, value in place.state.items()
+    }
     return Place(place.way, state)
 
 
