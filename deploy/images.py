@@ -45,11 +45,14 @@ class ImageSet(Sequence[Item]):
         self.path = Path(path)
         self.skipped: Counter[str] = Counter()
         """How many files of each kind were skipped."""
+        self.repeated = 0
+        """How many images links give more than one name, so that they count more than once."""
         self._archive, self._prefix = split_archive(self.path)
         if items is None:
             found = scan_archive(self._archive, self._prefix) if self._archive else scan_folder(self.path)
             items = sorted(found.items, key=lambda item: item.name)
             self.skipped = found.skipped
+            self.repeated = len(found.repeated)
             _check_any(items, self)
             if labelled:
                 _check_labels(items, self.path)
@@ -77,7 +80,11 @@ class ImageSet(Sequence[Item]):
 
     @property
     def note(self) -> str:
-        """What was skipped, in words; empty if nothing was."""
+        """What was skipped, and what counts more than once, in words; empty if nothing was."""
+        told = "; ".join(part for part in (self._describe_skipped(), self._describe_repeated()) if part)
+        return f"{self.path}: {told}" if told else ""
+
+    def _describe_skipped(self) -> str:
         if not self.skipped:
             return ""
         kinds = [f"{count} {kind}" for kind, count in self.skipped.most_common(SHOWN_KINDS)]
@@ -85,7 +92,13 @@ class ImageSet(Sequence[Item]):
         rest = total - sum(count for _, count in self.skipped.most_common(SHOWN_KINDS))
         kinds += [f"{rest} others"] if rest else []
         counted = "1 file was" if total == 1 else f"{total} files were"
-        return f"{self.path}: {counted} skipped: {', '.join(kinds)}"
+        return f"{counted} skipped: {', '.join(kinds)}"
+
+    def _describe_repeated(self) -> str:
+        if not self.repeated:
+            return ""
+        counted = "1 image counts" if self.repeated == 1 else f"{self.repeated} images count"
+        return f"{counted} more than once, because links lead to the same file by several names"
 
     @property
     def parts(self) -> dict[str, list[str]]:
