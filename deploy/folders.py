@@ -27,8 +27,30 @@ JUNK = (
 """Names, in lower case, that operating systems leave in folders; names with a dot in front are junk too."""
 
 
-PICTURES = "images"
-"""Name, in lower case, of a folder inside a class folder that holds the images of the class."""
+PICTURES = frozenset({"images", "imgs", "img"})
+"""Names, in lower case, of a folder inside a class folder that holds the images of the class."""
+
+MASKS = frozenset(
+    {
+        "masks",
+        "mask",
+        "labels",
+        "label",
+        "annotations",
+        "annotation",
+        "annots",
+        "gt",
+        "gtfine",
+        "groundtruth",
+        "ground_truth",
+        "segmentation",
+        "segmentations",
+        "segmentationclass",
+        "segmentationobject",
+        "trimaps",
+    }
+)
+"""Names, in lower case, of folders beside the pictures that hold images of what is to be found in them."""
 
 LOOPS = "links to a folder above them"
 """What links are counted as that would lead a scan in a circle."""
@@ -102,10 +124,10 @@ def is_image(name: str) -> bool:
 
 
 def find_class(name: PurePosixPath) -> str | None:
-    """The class of an image: the folder that it lies in, or the folder above ``images``, as in
+    """The class of an image: the folder that it lies in, or the one above a folder of :data:`PICTURES`, as in
     ``n01443537/images/n01443537_0.JPEG`` of Tiny ImageNet."""
     folder = name.parent
-    if folder.name.lower() == PICTURES and folder.parent.name:
+    if folder.name.lower() in PICTURES and folder.parent.name:
         folder = folder.parent
     return folder.name or None
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 import hashlib
 import posixpath
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path, PurePosixPath
 from typing import overload
 
 from .archives import scan_archive, split_archive
 from .decoding import EXTENSIONS, is_about_data
 from .errors import DataError, InputError
-from .folders import Item, scan_folder
+from .folders import MASKS, PICTURES, Item, scan_folder
 from .parts import find_part_kind, find_parts
 
 SHOWN_KINDS = 6
@@ -55,8 +55,20 @@ class ImageSet(Sequence[Item]):
             self.repeated = len(found.repeated)
             _check_any(items, self)
             if labelled:
+                items = self._drop_masks(items)
                 _check_labels(items, self.path)
         self.items = items
+
+    def _drop_masks(self, items: list[Item]) -> list[Item]:
+        """The images without those in folders such as ``cat/masks``, beside ``cat/images``: they are no class
+        of their own."""
+        masks = _find_masks({posixpath.dirname(item.name) for item in items})
+        if not masks:
+            return items
+        kept = [item for item in items if posixpath.dirname(item.name) not in masks]
+        names = ", ".join(sorted({f"{posixpath.basename(folder)}/" for folder in masks}))
+        self.skipped = self.skipped + Counter({f"in {names} beside the pictures": len(items) - len(kept)})
+        return kept
 
     def __len__(self) -> int:
         return len(self.items)
@@ -150,6 +162,14 @@ def is_archive(path: Path) -> bool:
     return split_archive(path)[0] is not None
 
 
+def _find_masks(folders: Set[str]) -> set[str]:
+    """The folders with images that are masks of those in a folder beside them, inside one class."""
+    pictures = {folder for folder in folders if posixpath.basename(folder).lower() in PICTURES}
+    classes = {posixpath.dirname(folder) for folder in pictures} - {""}
+    masks = {folder for folder in folders if posixpath.basename(folder).lower() in MASKS}
+    return {folder for folder in masks if posixpath.dirname(folder) in classes}
+
+
 def _check_any(items: list[Item], images: ImageSet) -> None:
     """Raise :class:`DataError` if there are no images."""
     if not items:
@@ -180,10 +200,14 @@ def _check_labels(items: list[Item], path: Path) -> None:
         if len(found) == 1:
             continue
         double = sorted(found)
+        choice = _describe_choice(path, double)
+        if len(places) == 1:  # the folders above may as well be the classes
+            above = ", ".join(PurePosixPath(place).parent.name for place in double[:2])
+            choice = f"if {above} and so on are the classes, move their images out of {label}/; or {choice}"
         raise DataError(
             f"the same class is at several places: {', '.join(double)}",
             where=path,
-            remedy=_gather(label, double) if _are_parts(found, items) else _describe_choice(path, double),
+            remedy=_gather(label, double) if _are_parts(found, items) else choice,
         )
 
 

@@ -425,6 +425,32 @@ def test_images_below_their_class(place):
     assert ImageSet(images.path / "n01").classes == ["images"]
 
 
+@pytest.mark.parametrize("pictures", ["imgs", "img", "Images"])
+def test_other_names_of_the_folder_with_the_images_of_a_class(place, pictures):
+    images = ImageSet(place({f"cat/{pictures}/0.png": b"0", f"dog/{pictures}/0.png": b"1"}))
+    assert [item.label for item in images] == ["cat", "dog"]
+
+
+def test_a_folder_of_another_name_inside_each_class_gets_a_remedy_that_helps(place):
+    root = place({"cat/photos/0.png": b"0", "dog/photos/1.png": b"1"})
+    with pytest.raises(DataError, match="same class") as caught:
+        ImageSet(root)
+    assert "if cat, dog and so on are the classes, move their images out of photos/" in caught.value.remedy
+
+
+def test_masks_inside_a_class_are_no_class(place):
+    files = {"cat/images/0.png": b"0", "cat/masks/0.png": b"m", "dog/images/0.png": b"1"}
+    images = ImageSet(place(files))
+    assert images.classes == ["cat", "dog"]
+    assert len(images) == 2
+    assert "1 in masks/ beside the pictures" in images.note
+    assert len(ImageSet(images.path, labelled=False)) == 3
+
+
+def test_classes_called_images_and_masks(place):
+    assert ImageSet(place({"images/0.png": b"0", "masks/0.png": b"1"})).classes == ["images", "masks"]
+
+
 def test_a_class_may_be_called_train(place):
     root = place({"train/1.jpg": b"1", "bus/1.jpg": b"2", "testbench/1.jpg": b"3"})
     images = ImageSet(root)
