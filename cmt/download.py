@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import os
-import shutil
 import tempfile
 import urllib.error
 import urllib.request
@@ -17,7 +15,7 @@ from tqdm import tqdm
 from cmt_edge.deploy.cache import can_keep
 from cmt_edge.deploy.errors import DownloadError
 from cmt_edge.deploy.files import find_cache_folder, hash_file
-from cmt_edge.deploy.locks import locked
+from cmt_edge.deploy.locks import Hold, clear_lock, locked, make_scratch
 
 from .spec import Pretrained
 
@@ -29,6 +27,12 @@ DOWNLOAD_CHUNK_BYTES = 1 << 20
 
 MAX_DOWNLOAD_BYTES = 4 << 30
 """Largest file, in bytes, that is accepted."""
+
+SCRATCH = "cmt-edge-weights-"
+"""What the name of a temporary folder of this process begins with."""
+
+_holds: list[Hold] = []
+"""What keeps the temporary folders until the process ends."""
 
 PARTIAL = ".partial"
 """Ending of the name of a file that is not complete yet."""
@@ -52,6 +56,7 @@ def fetch(published: Pretrained, folder: Path | None = None) -> Path:
     folder = folder or _choose_folder(name)
     target = folder / name
     if target.is_file():
+        clear_lock(target)
         return target  # complete: it has its name only since it passed its check
     try:
         with locked(target):
@@ -77,8 +82,11 @@ def _choose_folder(name: str) -> Path:
     folder = find_cache_folder() / "weights"
     if (folder / name).is_file() or can_keep(folder):
         return folder
-    temporary = Path(tempfile.mkdtemp(prefix="cmt-edge-"))
-    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    try:
+        temporary, hold = make_scratch(Path(tempfile.gettempdir()), SCRATCH)
+    except OSError as exc:
+        raise _make_download_error(name, exc) from exc
+    _holds.append(hold)
     return temporary
 
 

@@ -6,7 +6,6 @@ Formats and sizes are limited before Pillow decodes anything; the EXIF orientati
 from __future__ import annotations
 
 import io
-import re
 import sys
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -17,7 +16,8 @@ from PIL import Image, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
 from .arrays import SupportsArray, is_single, view_as_array, view_as_rgb
 from .errors import ImageError
 from .files import describe_irregular
-from .jpeg import MAX_SCANS, START, has_long_header, has_many_scans, make_scan_header, strip_metadata
+from .headers import SMALL_BYTES, find_flood
+from .jpeg import MAX_SCANS, START, has_many_scans, make_scan_header, strip_metadata
 
 Decodable: TypeAlias = "str | Path | bytes | bytearray | memoryview | BinaryIO | Image.Image | np.ndarray"
 """An image whose tensor, if it was one, has become an array."""
@@ -89,15 +89,6 @@ UNTURN = {
     8: Image.Transpose.ROTATE_270,
 }
 """Orientation -> what undoes Pillow's turning of a TIFF image."""
-
-LARGE_BYTES = 4 << 20
-"""From this number of bytes on, a file's header is looked at before Pillow reads it byte by byte."""
-
-HEADER_BYTES = 1 << 20
-"""The number of bytes of a large file in which its header is looked for."""
-
-PNM_HEADER = re.compile(rb"P\w{1,6}(?:\s|#[^\r\n]*[\r\n]){1,999}\d{1,9}(?:\s|#[^\r\n]*[\r\n]){1,999}\d")
-"""Matches the header of a file of Netpbm's formats up to the height; comments may stand in it."""
 
 LFS_POINTER = b"version https://git-lfs"
 """First bytes of the small text file that Git LFS leaves where it has not fetched a file."""
@@ -229,16 +220,16 @@ def _make_undecodable_error(source: ImageLike, name: object, exc: Exception) -> 
     )
 
 
-def _read_first_bytes(source: ImageLike, count: int = len(LFS_POINTER)) -> bytes:
+def _read_first_bytes(source: ImageLike) -> bytes:
     """The first bytes of a file or of encoded bytes, empty where they cannot be had again."""
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return bytes(source[:count])
+        return bytes(source[: len(LFS_POINTER)])
     if isinstance(source, io.BytesIO):
-        return bytes(source.getbuffer()[:count])
+        return source.getvalue()[: len(LFS_POINTER)]
     if isinstance(source, (str, Path)):
         try:
             with open(source, "rb") as file:
-                return file.read(count)
+                return file.read(len(LFS_POINTER))
         except OSError:
             return b""
     return b""
@@ -329,8 +320,8 @@ def _open(
     if count is not None and count > MAX_BYTES:
         raise make_too_large_error(name, f"{count} bytes, the cap is {MAX_BYTES}")
     encoded = io.BytesIO(source) if isinstance(source, (bytes, bytearray, memoryview)) else source
-    if count is not None and count > LARGE_BYTES:
-        _require_short_header(_read_first_bytes(source, HEADER_BYTES), name)
+    if count is not None and count > SMALL_BYTES:
+        _require_no_flood(encoded, count, name)
     image = Image.open(encoded, formats=IMAGE_FORMATS)
     try:
         require_modest_size(image.width, image.height, name)
@@ -340,17 +331,18 @@ def _open(
     return image
 
 
-def _require_short_header(data: bytes, name: object) -> None:
-    """Raise :class:`ImageError` for a header that takes Pillow longer than the pixels.
-
-    ``data``: the first bytes of a large file.
-    """
-    is_netpbm = data[:1] == b"P" and data[1:2].isalnum()
-    if (data.startswith(START) and has_long_header(data)) or (is_netpbm and not PNM_HEADER.match(data)):
+def _require_no_flood(source: str | Path | BinaryIO, count: int, name: object) -> None:
+    """Raise :class:`ImageError` for a file of ``count`` bytes that takes Pillow long before its pixels."""
+    if isinstance(source, (str, Path)):
+        with open(source, "rb") as file:
+            flood = find_flood(file, count)
+    else:
+        flood = find_flood(source, count)
+        source.seek(0)
+    if flood is not None:
         raise ImageError(
-            "the image has a header that no program writes",
+            f"this image has far more {flood} than any program writes",
             where=name,
-            why="its sizes come after many thousands of bytes that mean nothing",
             remedy="replace or remove the file",
         )
 

@@ -59,6 +59,17 @@ def locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def clear_lock(path: Path) -> None:
+    """Remove what a process left that was killed while it held ``path`` by :func:`locked`.
+
+    Whoever finds ``path`` complete, and so takes no lock, calls this.
+    """
+    file = path.with_name(f"{path.name}{LOCK}")
+    with contextlib.suppress(OSError):
+        if not file.is_symlink():
+            remove_if_abandoned(file)
+
+
 def _acquire(file: Path) -> int:
     """A descriptor that holds the lock of ``file``."""
     while True:

@@ -339,6 +339,7 @@ class Predictor:
         """Free the runtime's resources once running inferences have ended. Further calls raise
         :class:`~cmt_edge.deploy.errors.InputError`."""
         self.lanes.close()
+        self._hold = None
 
     def __repr__(self) -> str:
         """What serves how many classes, and how many inferences run now: for a service's log."""

@@ -349,7 +349,9 @@ class ExportConfig(Settings):
         """What ``auto`` needs."""
         if self.precision != "auto":
             return
-        if self.is_typed:
+        if self.format == "rtx":
+            self._check_auto_by_compiler()
+        if self.format == "trt":
             raise InputError(
                 "--precision auto measures on this machine, but TensorRT engines run on their device",
                 remedy="export fp16 and int8 with --no-build, then cmt-build and cmt-bench both on the"
@@ -371,6 +373,21 @@ class ExportConfig(Settings):
             raise InputError(
                 "--isa needs --format openvino: ONNX Runtime asks the CPU itself and has no switch for it",
                 remedy="leave --isa out, or use --format openvino",
+            )
+
+    def _check_auto_by_compiler(self) -> None:
+        """What a compiler cannot tell, and that it is asked."""
+        flags = list_changed_flags(self, AUTO)
+        if flags:
+            raise InputError(
+                f"{' and '.join(flags)}: auto measures nothing with --format rtx",
+                why="it chooses by the kernels and bytes that the compiler reports",
+                remedy="leave it out",
+            )
+        if not self.build:
+            raise InputError(
+                "--precision auto with --format rtx asks the compiler, which --no-build leaves out",
+                remedy="leave --no-build out, or name a --precision",
             )
 
     def _check_pair(self) -> None:

@@ -67,7 +67,7 @@ def run(config: ExportConfig, progress: Progress | None = None) -> Bundle:
     with _claimed(Path(config.output)), without_compiler_folder():
         prepared = prepare(config, progress)
         decision = choose(config, prepared, progress)
-        return finish(decision.config, prepared, decision.verdict, progress)
+        return finish(decision.config, prepared, decision.verdict, progress, decision.notes)
 
 
 def make_plan(config: ExportConfig) -> dict[str, Any]:
@@ -137,6 +137,7 @@ def finish(
     prepared: Prepared,
     verdict: VerdictEntry | None,
     progress: Progress,
+    notes: tuple[str, ...] = (),
 ) -> Bundle:
     """The bundle of one precision, verified and measured.
 
@@ -145,6 +146,7 @@ def finish(
         prepared: of the same model.
         verdict: why ``auto`` chose the precision, where it did.
         progress: draws the steps.
+        notes: of the choice, which a compiler's summary takes up.
     """
     with (
         Journal(list_steps_to_finish(config), progress) as journal,
@@ -162,7 +164,7 @@ def finish(
             manifest = _add_files(config, writer, manifest, graph, prepared)
         if Step.BUILD in journal:
             journal.take(Step.BUILD)
-            manifest = _add_engine(config, writer, manifest, graph, progress)
+            manifest = _add_engine(config, writer, manifest, graph, prepared, notes, progress)
         with journal.step(Step.VERIFY):
             result = _verify(config, writer, manifest, prepared, progress)
             manifest = replace(manifest, verification=result.entry(differences))
@@ -247,13 +249,20 @@ def _add_engine(
     writer: BundleWriter,
     manifest: Manifest,
     graph: onnx.ModelProto,
+    prepared: Prepared,
+    notes: tuple[str, ...],
     progress: Progress,
 ) -> Manifest:
     """The manifest with an engine in it, which lies beside the graph."""
     if config.format == "rtx":
         from . import rtx
 
-        manifest, files = rtx.add_portable_engine(config, writer.staged(manifest), graph, progress)
+        staged = writer.staged(manifest)
+        manifest, files = rtx.add_portable_engine(config, staged, graph, progress, notes)
+        if config.precision == "int8" and not notes:
+            manifest = rtx.note_slower_int8(
+                config, manifest, prepared.graph, prepared.reference.batch, progress
+            )
     else:
         from . import trt
 

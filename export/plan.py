@@ -47,6 +47,7 @@ class Step(Enum):
     RANK = "rank the groups by their sensitivity to int8"
     REFINE = "keep the most sensitive groups in float until the drop is allowed"
     TIME = "measure the latencies, interleaved"
+    COMPILE = "compile every candidate"
     CHOOSE = "choose"
 
     OBSERVE = "observe {images} images"
@@ -87,7 +88,9 @@ def list_steps_to_prepare(config: ExportConfig) -> Iterator[Step]:
 
 def list_steps_to_choose(config: ExportConfig) -> Iterator[Step]:
     """Steps from which the precision is chosen; none where it was named."""
-    if config.precision == "auto":
+    if config.precision == "auto" and config.format == "rtx":
+        yield Step.COMPILE
+    elif config.precision == "auto":
         yield from (
             Step.COMPARE,
             Step.RANK,

@@ -6,9 +6,11 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx
 
 from cmt_edge.calib.groups import MODULE
@@ -23,9 +25,14 @@ from cmt_edge.deploy.tensorrt.kernels import read_kernels
 
 from .config import ExportConfig
 from .to_onnx import INPUT, set_batch
+from .typed import observe, type_graph
 
 ATTENTION = "Softmax"
 """The operation of which every attention of the models has one."""
+WIDENED = "int8 -> fp32"
+"""What a convolution in int8 reads and writes."""
+MEGABYTE = 1e6
+"""Bytes in a megabyte."""
 GRAPH = "model.onnx"
 """Name of a graph that is compiled apart from a bundle."""
 
@@ -35,6 +42,7 @@ def add_portable_engine(
     bundle: Bundle,
     graph: onnx.ModelProto,
     progress: Progress,
+    notes: tuple[str, ...] = (),
 ) -> tuple[Manifest, dict[str, bytes]]:
     """Compile the graph of a staged bundle ahead of time.
 
@@ -43,6 +51,7 @@ def add_portable_engine(
         bundle: staged, of format ``"rtx"``.
         graph: what ``model.onnx`` was written from; its nodes still carry the names of their modules.
         progress: draws the steps.
+        notes: go into the summary.
 
     Returns:
         The manifest with the compiler's summary in it, and the files that it names: the engine and the list
@@ -62,7 +71,8 @@ def add_portable_engine(
         )
     kernels, facts = read_kernels(plan.layers), describe_plan(plan, graph, config.compute)
     details = CompiledDetails(kernels=describe_kernels(kernels, facts.blocks))
-    compiled = replace(summarise_kernels(kernels, facts, COMPILED), engine=PORTABLE_ENGINE)
+    summary = summarise_kernels(kernels, facts, COMPILED)
+    compiled = replace(summary, engine=PORTABLE_ENGINE, notes=notes)
     content = json.dumps(make_plain(details), ensure_ascii=False) + "\n"
     return replace(bundle.manifest, compiled=compiled), {
         PORTABLE_ENGINE: plan.plan,
@@ -105,6 +115,89 @@ def compile_graph(
             progress=progress,
         )
     return summarise_kernels(read_kernels(plan.layers), describe_plan(plan, graph, compute))
+
+
+def compile_candidates(
+    config: ExportConfig,
+    graphs: Mapping[str, onnx.ModelProto],
+    batch: np.ndarray,
+    progress: Progress,
+) -> dict[str, CompiledEntry]:
+    """What the compiler makes of each precision.
+
+    Args:
+        config: names the batch size and the compute capabilities.
+        graphs: precision -> float32 or Q/DQ graph.
+        batch: images that the ranges are observed on, float32 ``(K, 3, S, S)``.
+        progress: draws the steps.
+    """
+    found = {}
+    for precision, graph in graphs.items():
+        observed = observe(graph, np.split(batch, len(batch)))
+        typed = type_graph(graph, precision, observed).model
+        found[precision] = compile_graph(typed, config.batch, progress, compute=config.compute)
+    return found
+
+
+def explain_slower_int8(int8: CompiledEntry, fp16: CompiledEntry) -> str:
+    """Why int8 would be slower than fp16, with the figures; ``""`` where an estimate says that it is faster.
+
+    Every GPU of the estimates must agree, whose ratios of memory and arithmetic differ by far.
+    """
+    pairs = zip(int8.estimates, fp16.estimates, strict=True)
+    if not all(slow.total_ms >= fast.total_ms for slow, fast in pairs):
+        return ""
+    widened = sum(count for types, count in int8.types.items() if types == WIDENED)
+    reason = f"; {widened} of its products read int8 and write float32" if widened else ""
+    return (
+        "int8 would be slower here, because its kernels read and write"
+        f" {int8.activation_bytes / MEGABYTE:.1f} MB of activations instead of"
+        f" {fp16.activation_bytes / MEGABYTE:.1f} MB, and there are {int8.kernel_count} instead of"
+        f" {fp16.kernel_count}{reason}: use --precision fp16"
+    )
+
+
+def note_slower_int8(
+    config: ExportConfig,
+    manifest: Manifest,
+    graph: onnx.ModelProto,
+    batch: np.ndarray,
+    progress: Progress,
+) -> Manifest:
+    """The manifest of an int8 bundle, with a note where fp16 would be faster.
+
+    Args:
+        config, batch, progress: as :func:`compile_candidates`.
+        manifest: with the compiler's summary.
+        graph: float32.
+    """
+    assert manifest.compiled is not None, "the engine was just built"
+    other = compile_candidates(config, {"fp16": graph}, batch, progress)["fp16"]
+    note = explain_slower_int8(manifest.compiled, other)
+    notes = (note,) if note else ()
+    return replace(manifest, compiled=replace(manifest.compiled, notes=notes))
+
+
+def choose_by_compiler(
+    config: ExportConfig,
+    graphs: Mapping[str, onnx.ModelProto],
+    batch: np.ndarray,
+    progress: Progress,
+) -> tuple[str, str]:
+    """The precision that ``auto`` takes, by the kernels and bytes that the compiler makes of each; and why.
+
+    Args:
+        config, graphs, batch, progress: as :func:`compile_candidates`; ``graphs`` has fp16 and int8.
+    """
+    found = compile_candidates(config, graphs, batch, progress)
+    slower = explain_slower_int8(found["int8"], found["fp16"])
+    if slower:
+        return "fp16", f"auto chose fp16 by the compiler's figures: {slower.partition(': use ')[0]}"
+    return "int8", (
+        "auto chose int8 by the compiler's figures: its kernels read and write"
+        f" {found['int8'].activation_bytes / MEGABYTE:.1f} MB of activations instead of"
+        f" {found['fp16'].activation_bytes / MEGABYTE:.1f} MB"
+    )
 
 
 def describe_plan(plan: PortablePlan, graph: onnx.ModelProto, compute: tuple[str, ...]) -> EngineFacts:

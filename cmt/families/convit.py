@@ -343,8 +343,15 @@ REWRITES = (
 )
 """The exact rewrites of ConViT, in the order in which they apply."""
 
-RTX_REWRITES = (*REWRITES[:-3], remove_attention_biases("norm1", "attn"), *REWRITES[-3:])
-"""The exact rewrites of ConViT for TensorRT for RTX: between a product and an attention stands no bias."""
+_SCALE = fold_scale("q")
+"""Left out for TensorRT for RTX, which then moves fewer bytes (37.9 MB instead of 41.0 in ConViT-Ti)."""
+
+RTX_REWRITES = (
+    *(rewrite for rewrite in REWRITES[:-3] if rewrite.name != _SCALE.name),
+    remove_attention_biases("norm1", "attn"),  # between a product and an attention stands no bias
+    *REWRITES[-3:],
+)
+"""The exact rewrites of ConViT for TensorRT for RTX, in the order in which they apply."""
 
 _RELEASE = "https://dl.fbaipublicfiles.com/convit/"
 """Where the official weights lie."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -221,13 +221,21 @@ def _opening(path: Path) -> Iterator[None]:
         raise make_open_error(path, exc) from exc
 
 
+def _is_offered(name: str, available: Sequence[str]) -> bool:
+    """Whether a device is there: by its kind, by its kind and number, or as the choice of OpenVINO. The CPU
+    has no number, and the only device of another kind has the number 0."""
+    kinds = {known.split(".")[0] for known in available}
+    first = {f"{kind}.0" for kind in kinds - {"CPU"}}
+    return name in {"AUTO", *available, *kinds, *first}
+
+
 class OpenVINO(Runtime):
     """Compiles ONNX files to OpenVINO's IR and serves that, on any device that OpenVINO finds."""
 
     def check(self, device: str | None = None) -> str:
         name = (device or "CPU").upper()
         available = ov.Core().available_devices
-        if name != "AUTO" and name.split(".")[0] not in {known.split(".")[0] for known in available}:
+        if not _is_offered(name, available):
             raise RuntimeMissingError(
                 f"OpenVINO has no device {device!r} here",
                 why=f"available: {', '.join(available)}",

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from ..errors import BundleError, InputError, SignatureError
-from ..files import hash_file, make_aside_path, read_regular, write_atomic, writing
+from ..files import describe_irregular, hash_file, make_aside_path, read_regular, write_atomic, writing
 from ..locks import Hold
 from ..preprocessing import Preprocess
 from .external_data import MalformedOnnx, has_external_data
@@ -133,11 +133,8 @@ class Bundle:
     def _read(cls, path: Path, state: State | None, key: str | Path | None) -> Bundle:
         manifest_path = path / MANIFEST
         if not os.path.isdir(path) or not os.path.isfile(manifest_path):
-            what = (
-                "is not a bundle: it has no manifest.json" if os.path.isdir(path) else "no such bundle folder"
-            )
             raise BundleError(
-                what,
+                _describe_missing(path),
                 where=path,
                 remedy="give the folder that cmt-export printed",
             )
@@ -150,11 +147,19 @@ class Bundle:
         _check_members(path, manifest)
         return cls(path, manifest, state=state, signature_checked=key is not None)
 
-    def require_unchanged(self) -> None:
-        """Raise :class:`BundleError` where another bundle has taken this one's place since it was opened.
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Read members in the body: where another bundle has taken this one's place by its end,
+        :class:`BundleError` says so, whatever the body made of the other one's members."""
+        try:
+            yield
+        except Exception:
+            self.require_unchanged()
+            raise
+        self.require_unchanged()
 
-        What reads members calls this afterwards.
-        """
+    def require_unchanged(self) -> None:
+        """Raise :class:`BundleError` where another bundle has taken this one's place since it was opened."""
         if self.state is not None and read_state(self.path) != self.state:
             raise _make_replaced_error(self.path)
 
@@ -265,18 +270,24 @@ class Bundle:
 
     def golden(self) -> Golden:
         """The golden inputs and what the reference made of them."""
-        golden = Golden.from_file(self.file(GOLDEN), self.preprocess.size)
-        self.require_unchanged()
-        return golden
+        with self.kept():
+            return Golden.from_file(self.file(GOLDEN), self.preprocess.size)
 
     def reference(self) -> dict[str, int]:
         """Reference top-1 by image content (see :func:`cmt_edge.deploy.images.hash_image`), empty if none was
         recorded."""
         if REFERENCE not in self.manifest.files:
             return {}
-        answers = read_reference(self.file(REFERENCE), len(self.labels))
-        self.require_unchanged()
-        return answers
+        with self.kept():
+            return read_reference(self.file(REFERENCE), len(self.labels))
+
+
+def _describe_missing(path: Path) -> str:
+    """Why there is no bundle at ``path``."""
+    if os.path.isdir(path):
+        return "is not a bundle: it has no manifest.json"
+    kind = describe_irregular(path)
+    return f"is {kind}, not a bundle" if kind else "no such bundle folder"
 
 
 def read_whole(
@@ -293,9 +304,8 @@ def read_whole(
         BundleError: a bundle that was opened before has been replaced. What ``read`` raises comes through.
     """
     if isinstance(path, Bundle):
-        result = read(path)
-        path.require_unchanged()
-        return result
+        with path.kept():
+            return read(path)
     for _ in range(ATTEMPTS):
         bundle = Bundle.open(path, key=key)
         try:

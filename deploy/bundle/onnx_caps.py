@@ -35,7 +35,7 @@ MAX_GRAPH = (1 << 31) - 1
 """The largest size in bytes of an ONNX file; protobuf reads no larger one."""
 MAX_NODES = 100_000
 """The largest number of operations in a file; the largest model of the registry has about 2,500."""
-MAX_FIELDS = 4_000_000
+MAX_FIELDS = 1_000_000
 """The largest number of protobuf fields that are looked at; it bounds the time, to seconds."""
 MAX_MADE = 1 << 28
 """The largest number of elements of all tensors together whose sizes constants give: 1 GiB of float32."""

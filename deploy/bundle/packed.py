@@ -173,6 +173,7 @@ def _unpack_to_cache(file: Path, members: list[Member], anew: bool) -> tuple[Pat
     folder = parent / make_title(file)
     hold = hold_folder(parent)
     with locked(parent):
+        clear_abandoned(parent, ".", TEMPORARY)  # also where nothing needs to be unpacked
         if anew or not _holds(folder, members):
             with scratch_folder(parent, ".") as temporary:
                 put_folder(_extract(file, members, temporary / "bundle"), folder)

@@ -64,13 +64,23 @@ class Parser(argparse.ArgumentParser):
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:
-        """As argparse does it, which takes ``--flag=--`` for a list of no values."""
-        for word in sys.argv[1:] if args is None else args:
-            if word == "--":
-                break
+        """As argparse does it, but two kinds of words are refused: ``--flag=--``, which argparse takes for a
+        list of no values; and an empty word, which a script gives whose variable is not set. As a path it
+        would be the current folder, and as ``--data`` it would silently be none."""
+        words = [*(sys.argv[1:] if args is None else args)]
+        before = ""
+        for word in words[: words.index("--")] if "--" in words else words:
             if word.startswith("-") and word.endswith("=--"):
                 self.error(f"argument {word[:-3]}: '--' is no value")
+            if word == "" or (word.startswith("--") and word.find("=") == len(word) - 1):
+                self.error(f"{self._name_empty(word or before)} is empty: give a value, or leave it out")
+            before = word
         return super().parse_args(args, namespace)
+
+    @staticmethod
+    def _name_empty(word: str) -> str:
+        """What a message calls an empty value: its flag, if ``word`` is one."""
+        return word.rstrip("=") if word.startswith("-") else "an argument"
 
     def print_help(self, file: Any = None) -> None:
         """Print the help as an answer, which a full standard output does not lose."""

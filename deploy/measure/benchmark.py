@@ -7,7 +7,6 @@ Protocol: warm up until at least 10 iterations and 1 s have passed and the rolli
 from __future__ import annotations
 
 import contextlib
-import io
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,13 +16,14 @@ from functools import partial
 import numpy as np
 
 from ..backends.base import Session
-from ..bundle import LOGITS, Bundle
+from ..bundle import GOLDEN, LOGITS, Bundle
 from ..bundle.sections import (
     ExecutedPrecision,
     Host,
     LatencyEntry,
     RanOn,
 )
+from ..decoding import NamedBytes
 from ..predictor import Predictor, require_finite
 from ..preprocessing import normalise
 from .host import describe_host, read_versions
@@ -323,7 +323,7 @@ def _measure_latencies(
         )
         end_to_end = time_interleaved(
             {
-                name: _make_end_to_end_call(p, images or bundles[name].golden().sources)
+                name: _make_end_to_end_call(p, _name_images(images, bundles[name]))
                 for name, p in predictors.items()
             },
             protocol,
@@ -366,7 +366,17 @@ def bind_inference(session: Session, batch: np.ndarray) -> Callable[[], object]:
     return binding.run
 
 
-def _make_end_to_end_call(predictor: Predictor, images: Sequence[bytes]) -> Callable[[], object]:
+def _name_images(images: Sequence[bytes], bundle: Bundle) -> list[tuple[bytes, str]]:
+    """Encoded images, or the golden ones where there are none, with what messages call each."""
+    if images:
+        return [(image, "image") for image in images]
+    return [
+        (image, f"{bundle.file(GOLDEN)}, image {number}")
+        for number, image in enumerate(bundle.golden().sources)
+    ]
+
+
+def _make_end_to_end_call(predictor: Predictor, images: Sequence[tuple[bytes, str]]) -> Callable[[], object]:
     """Each call takes the next ``batch`` encoded images from bytes to labels or feature maps."""
     position = 0
 
@@ -375,7 +385,7 @@ def _make_end_to_end_call(predictor: Predictor, images: Sequence[bytes]) -> Call
         count = predictor.batch or 1
         chosen = [images[(position + i) % len(images)] for i in range(count)]
         position += count
-        files = [io.BytesIO(c) for c in chosen]
+        files = [NamedBytes(*image) for image in chosen]
         if predictor.head != LOGITS:
             return predictor.features(predictor.prepare(files))
         return [p.label for p in predictor.predict(files)]

@@ -32,6 +32,7 @@ def describe_compiled(entry: CompiledEntry, markdown: bool = False) -> str:
         f" {entry.conversions} only move or convert",
         f"products run as: {types}",
         f"memory traffic of one batch: {traffic}; engine {_format_size(entry.engine_bytes)}",
+        *(f"note: {note}" for note in entry.notes),
     ]
     if not markdown:
         return "\n".join([*lines, _describe_estimates(entry)])

@@ -34,7 +34,7 @@ from ..errors import (
     RuntimeMissingError,
 )
 from ..files import read_regular, write_atomic
-from ..locks import locked
+from ..locks import clear_lock, locked
 from .bindings import RTX, Product
 from .cuda import Cuda, Gpu
 
@@ -352,6 +352,7 @@ def _read_secret() -> bytes:
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             _make_secret(path)
+        clear_lock(path)
         secret = read_regular(path, MAX_SECRET)
         if len(secret) != SECRET_BYTES:
             raise OSError(f"it holds {len(secret)} bytes instead of {SECRET_BYTES}; delete it")

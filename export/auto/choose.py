@@ -29,14 +29,16 @@ from .workbench import SEARCH_PROTOCOL, Workbench
 
 @dataclass(frozen=True)
 class Decision:
-    """What is exported: a config that names its precision, and for ``auto`` why."""
+    """What is exported: a config that names its precision, and for ``auto`` why; ``notes`` are readable."""
 
     config: ExportConfig
     verdict: VerdictEntry | None = None
+    notes: tuple[str, ...] = ()
 
 
 def choose(config: ExportConfig, prepared: Prepared, progress: Progress) -> Decision:
-    """The precision that was named; for ``auto``, measure the candidates and choose one.
+    """The precision that was named; for ``auto``, measure the candidates and choose one, or compile them
+    where nothing can be measured.
 
     Raises:
         GateError: no candidate passes; the message holds the table of all.
@@ -46,6 +48,8 @@ def choose(config: ExportConfig, prepared: Prepared, progress: Progress) -> Deci
         return Decision(config)
     data, quantized = prepared.data, prepared.quantized
     assert data is not None and quantized is not None, "auto needs images"  # noqa: PT018
+    if config.format == "rtx":
+        return _choose_by_compiler(config, prepared, progress)
     with (
         Journal(list_steps_to_choose(config), progress) as journal,
         tempfile.TemporaryDirectory(prefix="cmt-edge-") as name,
@@ -68,6 +72,19 @@ def choose(config: ExportConfig, prepared: Prepared, progress: Progress) -> Deci
         raise _make_gate_error(verdict)
     chosen = config.named(found.winner.precision, found.winner.keep_float)
     return Decision(chosen, verdict)
+
+
+def _choose_by_compiler(config: ExportConfig, prepared: Prepared, progress: Progress) -> Decision:
+    """fp16 or int8 by what the compiler makes of them: nothing can be measured here."""
+    from .. import rtx
+
+    graphs = {precision: prepared.graph_of(precision) for precision in ("fp16", "int8")}
+    with (
+        Journal(list_steps_to_choose(config), progress) as journal,
+        journal.step(Step.COMPILE),
+    ):
+        precision, note = rtx.choose_by_compiler(config, graphs, prepared.reference.batch, progress)
+    return Decision(config.named(precision, ()), notes=(note,))
 
 
 def _make_conditions(config: ExportConfig, started: float) -> Conditions:

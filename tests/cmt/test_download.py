@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import socket
 import threading
 from collections.abc import Iterator
@@ -240,3 +241,15 @@ def test_load_pretrained_downloads_into_the_cache(tmp_path, monkeypatch):
         s.shutdown()
     assert holds(model, state)
     assert files(tmp_path / "cache" / "weights") == ["model.pth"]
+
+
+def test_a_lock_that_a_killed_process_left_goes_with_the_next_use(server, tmp_path):
+    published, folder = Pretrained(url=server.url), tmp_path / "weights"
+    target = fetch(published, folder)
+    lock = target.with_name(f"{target.name}.lock")
+    lock.touch()
+    fetch(published, folder)
+    assert lock.exists(), "a new one may be about to be locked"
+    os.utime(lock, (0, 0))
+    fetch(published, folder)
+    assert os.listdir(folder) == [target.name]

@@ -34,7 +34,7 @@ PUBLISHED_SIZE = [
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-FOR_RTX = ("cmt_nano", "convit_tiny", "mvitv2_t", "mvitv1_b16")
+FOR_RTX = ("cmt_nano", "convit_tiny", "mvitv2_t")
 """Models with rewrites of their own for TensorRT for RTX."""
 
 
@@ -113,7 +113,10 @@ def test_every_target_has_rewrites():
     for name in list_models():
         for target in TARGETS:
             assert find_model(name).choose_rewrites(target)
-    assert find_model("cvt_13").choose_rewrites(RTX) == find_model("cvt_13").rewrites
+    for name in ("cvt_13", "mvitv1_b16"):  # the compiler showed no other list to be better
+        assert [r.name for r in find_model(name).choose_rewrites(RTX)] == [
+            r.name for r in find_model(name).rewrites
+        ]
 
 
 @pytest.mark.parametrize("name", PUBLISHED_SIZE)

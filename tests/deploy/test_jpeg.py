@@ -227,37 +227,6 @@ def test_garbage_alone_is_no_fault(name):
     assert not has_many_scans(data[:2] + GARBAGE[name] + data[2:])
 
 
-FLOODS = {
-    "beginnings": b"\xff\xd8" * (8 << 20),
-    "fill bytes": b"\xff\xd8" + b"\xff" * (16 << 20),
-    "zeros": b"\xff\xd8" + bytes(16 << 20),
-    "empty comments": b"\xff\xd8" + segment(0xFE, b"") * (4 << 20),
-    "damaged tables": b"\xff\xd8" + segment(0xE1, b"", 0x10) * 2000 + b"\xff\xdb\0\2" * (4 << 20),
-    "a comment of Netpbm": b"P3\n" + b"#" * (16 << 20),
-    "comments of Netpbm": b"P6\n" + b"#\n" * (8 << 20),
-    "space of Netpbm": b"P5\n" + b" " * (16 << 20),
-    "comments behind the sizes": b"P3 4 4 255\n" + b"#" * (16 << 20),
-}
-"""Files that take Pillow long for what is no pixel."""
-
-
-@pytest.mark.parametrize("name", FLOODS)
-@pytest.mark.parametrize("how", ["bytes", "path"])
-def test_floods_are_refused_soon(tmp_path, name, how):
-    (tmp_path / "a").write_bytes(FLOODS[name])
-    start = time.process_time()
-    with pytest.raises(ImageError):
-        decode(FLOODS[name] if how == "bytes" else tmp_path / "a", SPEC.exif)
-    assert time.process_time() - start < 2
-
-
-def test_large_photographs_with_large_metadata_are_read():
-    profile = segment(0xE2, bytes(65000)) * 300
-    assert decode(with_segment(profile), SPEC.exif).size == PICTURE.size
-    header = b"P6\n# made by a camera\n# in two lines\n2000 1000\n255\n"
-    assert decode(header + bytes(6_000_000), SPEC.exif).size == (2000, 1000)
-
-
 def test_a_plain_image_is_not_read_twice(monkeypatch):
     monkeypatch.setattr(decoding, "has_many_scans", lambda _: pytest.fail("it has one scan"))
     assert decode(PLAIN, SPEC.exif).size == PICTURE.size

@@ -225,7 +225,8 @@ def test_a_lane_that_cannot_be_bound_fails_at_its_turn(workers, in_flight):
     if (workers, in_flight) == (0, 1):  # one lane suffices, again and again
         assert (answers, error) == (list(range(30)), None)
     else:
-        assert isinstance(error, MemoryError)
+        assert isinstance(error, InputError)
+        assert isinstance(error.__cause__, MemoryError)
         assert answers == list(range(len(answers)))
         assert answers
     p.lanes.give(kept)

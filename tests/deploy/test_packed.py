@@ -162,7 +162,6 @@ def test_what_lies_among_the_temporary_files_goes_with_the_bundle(
         gc.collect()
         assert list((tmp_path / "tmp").iterdir())
         assert predictor(np.zeros((4, 4, 3), np.uint8))
-    del predictor
     gc.collect()
     assert not list((tmp_path / "tmp").iterdir())
 
@@ -408,3 +407,11 @@ def test_damaged_archives_answer_as_before_or_are_refused(
     damaged.write_bytes(content)
     with contextlib.suppress(BundleError):  # any other exception fails
         assert snapshot(Bundle.open(damaged).path) == snapshot(bundle.path)
+
+
+def test_what_a_killed_process_left_goes_also_where_nothing_is_unpacked(file: Path, cache: Path) -> None:
+    folder = Bundle.open(file).path.parent
+    before = [path.name for path in folder.iterdir()]
+    (folder / ".killed.tmp").mkdir()
+    Bundle.open(file)
+    assert [path.name for path in folder.iterdir()] == before

@@ -9,6 +9,7 @@ from cmt_edge.deploy.bundle import ONNX
 from cmt_edge.deploy.errors import StepError
 from cmt_edge.deploy.tensorrt.kernels import read_kernels
 from cmt_edge.deploy.tensorrt.parser_rules import ACCEPTED_BY_RTX, SUPPORTED
+from helpers.nvidia_names import RECEIVERS, find_module, list_uses
 from helpers.parser_graphs import BROKEN
 from helpers.rtx_parser import needs_rtx, parse_all
 from helpers.trt import build_portable, trt_bundle
@@ -58,6 +59,23 @@ def test_the_operations_are_those_of_the_real_parser(verdicts):
     old = {schema.name for schema in SCHEMAS if schema.domain == "" and schema.since_version <= 20}
     assert SUPPORTED - real == {"DeformConv"}
     assert real & old - SUPPORTED == {"BlackmanWindow", "HammingWindow", "HannWindow", "STFT"}
+
+
+def test_every_name_we_use_is_in_the_real_module(verdicts):
+    """Of the builder and of the session, which needs a GPU to run."""
+    classes = verdicts["classes"]
+    checked = 0
+    for expression, name in list_uses():
+        receiver = find_module(expression)
+        owner = RECEIVERS.get(receiver)
+        if receiver == "trt":
+            assert name in classes or name == "__version__", name
+        elif receiver.startswith("trt.") and receiver != "trt.Logger.Severity":
+            owner = receiver.split(".")[1]
+        if owner is not None:
+            checked += 1
+            assert name in classes[owner], f"{owner}.{name}"
+    assert checked > 40
 
 
 # --- the real builder -----------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import pytest
 
 from cmt_edge.deploy.errors import InputError, RuntimeMissingError, StepError
 from helpers.bundles import SIZE
+from helpers.nvidia_names import CODE, RECEIVERS, RTX_ALONE, find_module, list_uses
 from helpers.paths import ROOT
 from helpers.shared import shared
 from helpers.trt import forget_fakes, tiny_graph
@@ -23,43 +24,12 @@ from helpers.trt import forget_fakes, tiny_graph
 NAMES = json.loads((ROOT / "tests" / "data" / "tensorrt_names.json").read_text())
 ENUMS = {name.rpartition(".")[2]: set(members) for name, members in NAMES["enums"].items()}
 CLASSES = {name: set(members) for name, members in NAMES["classes"].items()} | {"Logger": {"Severity"}}
-CODE = tuple(ROOT / "deploy" / "tensorrt" / f"{name}.py" for name in ("session", "builder", "bindings"))
-RTX_ALONE = {("config", "num_compute_capabilities"), ("config", "set_compute_capability")}
-"""What is used of TensorRT for RTX only."""
-RECEIVERS = {
-    "builder": "Builder",
-    "network": "INetworkDefinition",
-    "parser": "OnnxParser",
-    "config": "IBuilderConfig",
-    "profile": "IOptimizationProfile",
-    "timings": "ITimingCache",
-    "parser.get_error(i)": "ParserError",
-    "engine": "ICudaEngine",
-    "self._engine": "ICudaEngine",
-    "runtime": "Runtime",
-    "context": "IExecutionContext",
-    "self.context": "IExecutionContext",
-    "worker.context": "IExecutionContext",
-    "inspector": "EngineInspector",
-    "network.get_input(0)": "ITensor",
-}
-"""Expressions in our code that hold an object of TensorRT."""
-
-
-def uses() -> list[tuple[str, str]]:
-    """Every ``expression.name`` of our code."""
-    found = []
-    for path in CODE:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Attribute):
-                found.append((ast.unparse(node.value), node.attr))
-    return found
 
 
 def test_every_name_we_use_is_in_all_versions():
     seen: set[str] = set()
-    for expression, name in uses():
-        receiver = expression.removeprefix("self._bindings.").removeprefix("bindings.")
+    for expression, name in list_uses():
+        receiver = find_module(expression)
         if (receiver, name) in RTX_ALONE or (receiver, name) == ("trt", "ComputeCapability"):
             continue
         if receiver == "trt":

@@ -32,7 +32,7 @@ def test_another_page_is_noticed_and_written_again(script, capsys, tmp_path, mon
 
 
 def test_every_flag_is_on_the_page(script):
-    page = script.reference()
+    page = script.write_reference()
     for flag in (
         "--calib-size",
         "--no-build",

@@ -190,4 +190,4 @@ def test_the_double_of_a_runtime_is_offered_by_no_command():
         assert "fake" not in command(name, "--help").stdout
     done = command("predict", "b", "a.png", "--backend", "fake")
     assert done.returncode == 2
-    assert "choose one of: openvino, onnxruntime, tensorrt, torch\n" in done.stderr
+    assert "choose one of: openvino, onnxruntime, tensorrt, tensorrt_rtx, torch\n" in done.stderr

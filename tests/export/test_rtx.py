@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import onnx
 import pytest
@@ -10,11 +11,12 @@ import pytest
 from cmt_edge.cmt import list_models
 from cmt_edge.deploy import Bundle
 from cmt_edge.deploy.bundle import COMPILED, PORTABLE_ENGINE
+from cmt_edge.deploy.bundle.sections import CompiledEntry, EstimateEntry
 from cmt_edge.deploy.errors import InputError
 from cmt_edge.deploy.measure.parity import verify
 from cmt_edge.export import ExportConfig, run
 from cmt_edge.export.cli import main
-from cmt_edge.export.rtx import name_block
+from cmt_edge.export.rtx import explain_slower_int8, name_block
 from helpers.rtx_parser import needs_rtx
 
 pytestmark = pytest.mark.usefixtures("one_trace")
@@ -94,6 +96,71 @@ def test_every_model_is_parsed_and_built(name, precision, tmp_path):
     assert made.manifest.compiled.kernel_count > 50
 
 
+# --- int8 that pays, or an honest no --------------------------------------------------------------
+
+
+def summary(megabytes: float, kernels: int, types: dict[str, int] | None = None) -> CompiledEntry:
+    """What a compiler made of a graph whose kernels each move the same number of bytes."""
+    size = int(1e6 * megabytes)
+    estimate = EstimateEntry(gpu="any", total_ms=megabytes, memory_ms=megabytes, arithmetic_ms=0, launch_ms=0)
+    return CompiledEntry(
+        product="tensorrt_rtx",
+        version="1",
+        targets=(),
+        seconds=None,
+        engine=None,
+        engine_bytes=1,
+        kernels={"kgen": kernels},
+        sync_nodes=0,
+        fused=0,
+        attention=0,
+        conversions=0,
+        types=types or {},
+        activation_bytes=size,
+        weight_bytes=0,
+        blocks=(),
+        estimates=(estimate,),
+        details=None,
+    )
+
+
+def test_int8_that_moves_more_is_called_slower():
+    note = explain_slower_int8(summary(162, 415, {"int8 -> fp32": 70}), summary(84.3, 318))
+    assert note.startswith("int8 would be slower here, because its kernels read and write 162.0 MB")
+    assert "84.3 MB" in note
+    assert "415 instead of 318" in note
+    assert "70 of its products read int8 and write float32" in note
+
+
+def test_int8_that_moves_less_is_not():
+    assert explain_slower_int8(summary(60, 300), summary(84.3, 318)) == ""
+
+
+def test_all_gpus_must_agree():
+    fast = summary(60, 300).estimates
+    slow = summary(162, 415)
+    mixed = replace(slow, estimates=(*slow.estimates, *fast))
+    other = summary(84.3, 318)
+    assert explain_slower_int8(mixed, replace(other, estimates=other.estimates * 2)) == ""
+
+
+@needs_rtx
+def test_the_export_says_that_int8_would_be_slower(bundle):
+    notes = bundle.manifest.compiled.notes
+    if bundle.manifest.precision == "int8":
+        assert notes[0].startswith("int8 would be slower here")
+        assert notes[0] in (bundle.path / "report.md").read_text()
+    else:
+        assert notes == ()
+
+
+@needs_rtx
+def test_auto_chooses_by_the_compilers_figures(tmp_path):
+    made = run(config(tmp_path, "auto", data="generated", calib_size=4))
+    assert made.path.name == "cmt_nano_fp16_rtx"
+    assert made.manifest.compiled.notes[0].startswith("auto chose fp16 by the compiler's figures")
+
+
 def test_without_the_package_it_says_how_to_get_it(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("cmt_edge.deploy.backends.util.find_spec", lambda name: None)
     assert main(["--model", "cmt_nano", "--format", "rtx", "--half", "-o", str(tmp_path / "out")]) == 3
@@ -115,6 +182,9 @@ BAD = [
     ({"compute_capability": "Ada"}, "unknown compute capability 'Ada'"),
     ({"device": "0"}, "builds without a GPU"),
     ({"precision": "bf16"}, "has no bf16"),
+    ({"precision": "auto", "data": "generated", "time_budget": 5.0}, "auto measures nothing"),
+    ({"precision": "auto", "data": "generated", "build": False}, "--no-build leaves out"),
+    ({"precision": "auto"}, "auto needs calibration images"),
     ({"format": "trt", "compute_capability": "86"}, "is for --format rtx"),
     ({"format": "onnx", "precision": "fp32", "compute_capability": "86"}, "only --format trt or rtx"),
 ]

@@ -12,7 +12,7 @@ from pathlib import Path
 from cmt_edge.deploy import Bundle
 from cmt_edge.deploy.bundle import BundleWriter
 from cmt_edge.deploy.bundle.packed import locate_packed, pack
-from cmt_edge.deploy.errors import CmtEdgeError
+from cmt_edge.deploy.errors import CmtEdgeError, StepError
 
 from .bundles import snapshot
 from .faults import ERRORS, Fault, Faults
@@ -24,6 +24,8 @@ CLEANING = ("open", "remove")
 """Kinds of calls that cleaning up needs itself: where one fails, the next run cleans up."""
 TYPED = {0, 1, 2, 3}
 """Exit codes of a command that has understood what happened to it."""
+TYPED_KILLED = TYPED | {-signal.SIGKILL, StepError.exit_code}
+"""The same where the command was killed, or its child: that is a failed step, and not a bad input."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class Attack:
         text = self._logs[1].read_text(errors="replace")
         if "Traceback" in text:
             yield f"a trace: {text.strip().splitlines()[-1]}"
-        if code not in TYPED and not (fault.error == "SIGKILL" and code == -signal.SIGKILL):
+        if code not in (TYPED_KILLED if fault.error == "SIGKILL" else TYPED):
             yield f"exit code {code}: {text.strip()[-200:]}"
         if code == 0 and fault.error != "SIGKILL" and "Error" in text:
             yield f"an error that the exit code hides: {text.strip()[-200:]}"
@@ -148,7 +150,7 @@ class Attack:
         """Run the command again where something was left, on files that are not new any more."""
         if not list(self._leftovers()):
             return
-        for path in self.work.rglob(".*"):
+        for path in self._list_leftovers():
             status = path.stat()
             os.utime(path, (status.st_atime - 60, status.st_mtime - 60))
         code = self._run(scenario)
@@ -156,13 +158,17 @@ class Attack:
             yield f"the next run ends with {code}: {self._logs[1].read_text()[-200:]}"
 
     def _leftovers(self) -> Iterator[str]:
-        found = [
-            str(path.relative_to(self.work))
+        found = [str(path.relative_to(self.work)) for path in self._list_leftovers()]
+        if found:
+            yield f"left: {', '.join(found)}"
+
+    def _list_leftovers(self) -> list[Path]:
+        """Hidden files, locks and files that are not complete."""
+        return [
+            path
             for path in self.work.rglob("*")
             if path.name.startswith(".") or path.suffix in (".lock", ".tmp")
         ]
-        if found:
-            yield f"left: {', '.join(found)}"
 
 
 def read_bundle(path: Path) -> dict[str, bytes]:
@@ -203,7 +209,7 @@ def exports(bundle: Bundle, image: bytes) -> dict[str, Scenario]:
                     dirs_exist_ok=True,
                     ignore=shutil.ignore_patterns("manifest.json"),
                 )
-                writer.commit(replace(bundle.manifest, labels_source="older"))
+                writer.commit(replace(bundle.manifest, labels_source="published"))
 
     def older_packed(work: Path) -> None:
         """The same, with its packed form."""

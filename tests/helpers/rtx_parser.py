@@ -3,7 +3,8 @@
     python -m helpers.rtx_parser FOLDER
 
 prints a JSON object: for each ``*.onnx`` in the folder the parser's errors, the builder's, and whether an
-engine was built; and under ``operators`` those of ``operators.json`` that the parser says it supports.
+engine was built; under ``operators`` those of ``operators.json`` that the parser says it supports; and under
+``classes`` the names that each class of the module has.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def parse_all(folder: Path, graphs: dict[str, onnx.ModelProto], operators: list[
         cwd=Path(__file__).parents[1],
     )
     found = json.loads(done.stdout.splitlines()[-1])
-    return {name: found[str(i)] for i, name in enumerate(names)} | {"operators": found["operators"]}
+    rest = {name: found[name] for name in ("operators", "classes")}
+    return {name: found[str(i)] for i, name in enumerate(names)} | rest
 
 
 @cache
@@ -89,6 +91,11 @@ def main(folder: Path) -> None:
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     names = json.loads((folder / "operators.json").read_text())
+    found["classes"] = {
+        name: [*dir(value), *getattr(value, "__members__", ())]
+        for name, value in vars(trt).items()
+        if isinstance(value, type)
+    }
     found["operators"] = [name for name in names if parser.supports_operator(name)]
     print(json.dumps(found))
 

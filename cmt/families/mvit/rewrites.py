@@ -248,8 +248,13 @@ def choose_rewrites(config: MViTConfig) -> tuple[Rewrite, ...]:
 
 
 def choose_rtx_rewrites(config: MViTConfig) -> tuple[Rewrite, ...]:
-    """Those for TensorRT for RTX: it has no use for joint pooling, and copies what a bias is added to before
-    a pooling conv may read it."""
+    """Those for TensorRT for RTX.
+
+    In MViTv2 it has no use for joint pooling, and copies what a bias is added to before a pooling conv may
+    read it. MViTv1 moves fewer bytes with the rewrites for CPUs.
+    """
+    if config.version == 1:
+        return choose_rewrites(config)
     rewrites = [rewrite for rewrite in choose_rewrites(config) if rewrite is not ONE_CONV]
     behind = [absorb_biases("norm1", "attn.q", "attn.k", "attn.v")]
     if config.widen_in_attention:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..record import OMITTED
-from .values import Count, OutputDifference
+from .values import Count, OutputDifference, Seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class SynthesisEntry:
         cached: whether the images were taken from the cache.
     """
 
-    seed: int
+    seed: Seed
     steps: Count
     steps_asked: Count
     loss_before: OutputDifference

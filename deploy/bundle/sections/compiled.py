@@ -104,6 +104,7 @@ class CompiledEntry:
         blocks: the same by block of the model.
         estimates: of the latency, by GPU.
         details: name of the list of kernels in the bundle; ``None`` where it does not lie there.
+        notes: what a reader should know, one sentence each.
     """
 
     product: str
@@ -124,6 +125,7 @@ class CompiledEntry:
     blocks: tuple[BlockEntry, ...]
     estimates: tuple[EstimateEntry, ...]
     details: str | None
+    notes: tuple[str, ...] = ()
 
     @property
     def kernel_count(self) -> int:

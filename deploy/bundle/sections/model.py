@@ -6,7 +6,18 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from ..record import OMITTED, Between
-from .values import MAX_TOTAL, Count, DataType, Dimension, DynamicDimension, Head, OutputKind, Sha256, Size
+from .values import (
+    MAX_TOTAL,
+    Count,
+    DataType,
+    Dimension,
+    DynamicDimension,
+    Head,
+    OutputKind,
+    Seed,
+    Sha256,
+    Size,
+)
 
 
 @dataclass(frozen=True)
@@ -35,7 +46,7 @@ class WeightsEntry:
 
     source: str
     sha256: Sha256
-    seed: int
+    seed: Seed
     ema: bool
     fresh: tuple[str, ...]
     resized: tuple[str, ...]

@@ -39,6 +39,8 @@ MAX_TOTAL = 8 << 30
 """The largest size of all files of a bundle together, bytes."""
 Count = Annotated[int, Between(0)]
 """A number of things; none is possible."""
+Seed = Annotated[int, Between(0, (1 << 64) - 1)]
+"""Where a generator of random numbers began: what PyTorch takes."""
 Size = Annotated[int, Between(1)]
 """A number of things of which there is at least one."""
 Sha256 = Annotated[str, Matches("[0-9a-f]{64}", "64 hexadecimal digits")]

@@ -1,0 +1,44 @@
+"""Which names of NVIDIA's Python modules our code uses."""
+
+from __future__ import annotations
+
+import ast
+
+from helpers.paths import ROOT
+
+CODE = tuple(ROOT / "deploy" / "tensorrt" / f"{name}.py" for name in ("session", "builder", "bindings"))
+RTX_ALONE = {("config", "num_compute_capabilities"), ("config", "set_compute_capability")}
+"""What is used of TensorRT for RTX only."""
+RECEIVERS = {
+    "builder": "Builder",
+    "network": "INetworkDefinition",
+    "parser": "OnnxParser",
+    "config": "IBuilderConfig",
+    "profile": "IOptimizationProfile",
+    "timings": "ITimingCache",
+    "parser.get_error(i)": "ParserError",
+    "engine": "ICudaEngine",
+    "self._engine": "ICudaEngine",
+    "runtime": "Runtime",
+    "context": "IExecutionContext",
+    "self.context": "IExecutionContext",
+    "worker.context": "IExecutionContext",
+    "inspector": "EngineInspector",
+    "network.get_input(0)": "ITensor",
+}
+"""Expressions in our code that hold an object of TensorRT."""
+
+
+def list_uses() -> list[tuple[str, str]]:
+    """Every ``expression.name`` of our code."""
+    found = []
+    for path in CODE:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute):
+                found.append((ast.unparse(node.value), node.attr))
+    return found
+
+
+def find_module(expression: str) -> str:
+    """An expression as it would read where the module is called ``trt``."""
+    return expression.removeprefix("self._bindings.").removeprefix("bindings.")
