@@ -21,7 +21,10 @@ JSON_START = re.compile(r"\s*[\[{]\s*[\[{\"]")
 NAMED_ID = re.compile(r"[A-Za-z]+[0-9]+")
 """The ID of a class that has a name, too."""
 
-FORMS = "give a text file in UTF-8 with one class name a line, or JSON: a list of names, or number -> name"
+FORMS = (
+    "give a text file in UTF-8 with one class name a line, or JSON: a list of names, which may begin or end"
+    " with numbers, or number -> name"
+)
 """The remedy for a file that cannot be read."""
 
 
