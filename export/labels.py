@@ -18,7 +18,7 @@ from .label_lines import NoNames, read_lines
 JSON_START = re.compile(r"\s*[\[{]\s*[\[{\"]")
 """The start of a text that is JSON, whatever its file is called."""
 
-NAMED_ID = re.compile(r"[A-Za-z]+[0-9]+")
+NAMED_ID = re.compile(r"[A-Za-z]{1,20}[0-9]{1,20}")
 """The ID of a class that has a name, too."""
 
 FORMS = (
@@ -35,10 +35,16 @@ class ClassNames:
     Attributes:
         names: in the order of the logits.
         note: what was left out of them, in words; empty if nothing was.
+        ids: of the classes, where each has one beside its name; otherwise the names.
     """
 
     names: tuple[str, ...]
     note: str = ""
+    ids: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.ids:
+            object.__setattr__(self, "ids", self.names)
 
 
 def read_class_names(path: Path) -> ClassNames:
@@ -91,26 +97,22 @@ def _make_mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _read_json_names(content: Any, path: Path) -> ClassNames:
     """The names in JSON, by the rules for those in a checkpoint, also under a key such as ``id2label``."""
-    names, note = _take_readable(content)
-    if isinstance(names, list) and not any(isinstance(name, (str, list)) for name in names):
+    if isinstance(content, list) and not any(isinstance(name, (str, list)) for name in content):
         raise _make_error(path, ValueError("a list that holds no names"))
     try:
-        found = read_named_classes(names)
+        if not _has_ids(content):
+            return ClassNames(read_named_classes(content))
+        names = read_named_classes({key: name for key, (_, name) in content.items()})
+        return ClassNames(names, ids=read_named_classes({key: id_ for key, (id_, _) in content.items()}))
     except UnusableNames as exc:
         raise _make_error(path, exc) from exc
-    return ClassNames(found, f"{path}: {note}" if note else "")
 
 
-def _take_readable(content: Any) -> tuple[Any, str]:
-    """The names alone where each is a pair of an ID and a name, as in ``imagenet_class_index.json``, and what
-    was left out, in words."""
+def _has_ids(content: Any) -> bool:
+    """Whether each number has a pair of an ID and a name, as in ``imagenet_class_index.json`` of Keras."""
     if not isinstance(content, dict) or not content:
-        return content, ""
-    if not all(map(str.isdecimal, content)) or not all(map(_is_named_id, content.values())):
-        return content, ""
-    names = {key: name for key, (_, name) in content.items()}
-    first = next(iter(content.values()))[0]
-    return names, f"the IDs in front of the names, such as {first!r}, were left out"
+        return False
+    return all(map(str.isdecimal, content)) and all(map(_is_named_id, content.values()))
 
 
 def _is_named_id(value: Any) -> bool:

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from cmt_edge.cmt.weights import LoadedWeights
 from cmt_edge.deploy.errors import InputError
+from cmt_edge.export.config import ExportConfig
+from cmt_edge.export.description import choose_labels
 from cmt_edge.export.labels import read_class_names
 
 LINES = {
@@ -115,11 +118,14 @@ def test_json_as_other_programs_write_it(tmp_path, name):
     assert read(tmp_path, json.dumps(CONTENTS[name]), "names.json") == ("cat", "dog")
 
 
-def test_ids_that_are_left_out_are_noted(tmp_path):
-    (tmp_path / "names.json").write_text('{"0": ["n01440764", "tench"], "1": ["n01443537", "goldfish"]}')
-    read_names = read_class_names(tmp_path / "names.json")
-    assert read_names.names == ("tench", "goldfish")
-    assert "such as 'n01440764', were left out" in read_names.note
+def test_ids_become_the_ids_of_the_labels(tmp_path):
+    """So that the images of ImageNet, whose folders are called by IDs, match the labels."""
+    (tmp_path / "names.json").write_text('{"1": ["n01443537", "goldfish"], "0": ["n01440764", "tench"]}')
+    config = ExportConfig("cmt_nano", weights="random", num_classes=2, labels=str(tmp_path / "names.json"))
+    loaded = LoadedWeights(source="random")
+    labels, source = choose_labels(config, loaded)
+    assert labels == (("n01440764", "tench"), ("n01443537", "goldfish"))
+    assert source == "file"
 
 
 WRONG_JSON = {
