@@ -27,7 +27,7 @@ HEAD_WORDS = frozenset((
 # fmt: on
 """Words, in lower case, that name the columns of a table of classes."""
 
-SYNTAX = re.compile(r"[A-Za-z_]\w*\s*\{|[A-Za-z_]\w*:(?:\s*\[.*\])?|\[.*[,'\"].*\]")
+SYNTAX = re.compile(r"[A-Za-z_]\w*\s*\{|[A-Za-z_]\w*:(?:\s*\[.*\])?|\[(?=[^,'\"]*[,'\"]).*\]")
 """A line that belongs to a format of data and is no name: ``item {``, ``names:``, ``names: [cat, dog]``."""
 
 KEY = re.compile(r"[A-Za-z_]\w*:")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -99,6 +101,15 @@ def test_lines_that_are_no_names_are_refused(tmp_path, name):
         read(tmp_path, text)
     assert why in str(caught.value)
     assert "JSON" in caught.value.remedy
+
+
+@pytest.mark.parametrize("start", ["[", "a:[", "0 ", '"', "a 1", "(0,"])
+def test_a_long_line_is_read_in_a_moment(tmp_path, start):
+    began = time.process_time()
+    for filling in (",", " ", "'", "1"):
+        with suppress(InputError):
+            read(tmp_path, f"{start}{filling * 200_000}]x\nb\n")
+    assert time.process_time() - began < 5
 
 
 CONTENTS = {
