@@ -14,7 +14,7 @@ import numpy as np
 from cmt_edge.deploy.bundle.sections import ImagesEntry, SynthesisEntry
 from cmt_edge.deploy.decoding import NamedBytes
 from cmt_edge.deploy.errors import DataError
-from cmt_edge.deploy.folders import Item
+from cmt_edge.deploy.folders import MASKS, Item
 from cmt_edge.deploy.images import ImageSet, hash_image
 from cmt_edge.deploy.parts import TRAIN, VALIDATION, find_held_out, find_prefixes
 from cmt_edge.deploy.preprocessing import Preprocess, preprocess
@@ -32,28 +32,6 @@ DEFAULT_COUNT = 300
 
 PICTURES = frozenset({"images", "image", "imgs", "img", "jpegimages", "leftimg8bit"})
 """Names, in lower case, of the folder that holds the pictures of a data set with masks."""
-
-MASKS = frozenset(
-    {
-        "masks",
-        "mask",
-        "labels",
-        "label",
-        "annotations",
-        "annotation",
-        "annots",
-        "gt",
-        "gtfine",
-        "groundtruth",
-        "ground_truth",
-        "segmentation",
-        "segmentations",
-        "segmentationclass",
-        "segmentationobject",
-        "trimaps",
-    }
-)
-"""Names, in lower case, of folders beside the pictures that hold images of what is to be found in them."""
 
 SHOWN_PARTS = 8
 """The largest number of parts of a data set that a message names."""

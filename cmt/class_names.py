@@ -50,6 +50,9 @@ NAMES = (
 PERHAPS_NAMES = ("names", "labels")
 """Keys that hold names of classes or something else; only a list that fits is believed."""
 
+MAX_DIGITS = 9
+"""The largest number of digits of an index that is a text; Python refuses to convert thousands of them."""
+
 BY_NAME = ("class_to_idx", "label2id")
 """Keys of mappings whose values are the indices."""
 
@@ -67,7 +70,7 @@ class ClassNames:
     fault: str | None = None
 
 
-class _Unusable(ValueError):
+class UnusableNames(ValueError):
     """Names that cannot be put in the order of the logits; the text says why."""
 
 
@@ -98,12 +101,42 @@ def find_class_names(content: Any, count: int) -> ClassNames:
             faults.append(f"{found.entry} has {len(found.names)} names for {count} classes")
     if not usable:
         return ClassNames(fault=faults[0] if faults else None)
+    return _choose(usable)
+
+
+def _choose(usable: list[_Found]) -> ClassNames:
+    """The names of the first entry that has more than numbers, unless another has them in another order."""
     usable.sort(key=_is_numbered)  # numbers say no more than the order
     first = usable[0]
     for other in usable[1:]:
         if other.names != first.names and sorted(other.names) == sorted(first.names):
             return ClassNames(fault=f"gives its classes in two orders: {first.entry} and {other.entry}")
     return ClassNames(first.names)
+
+
+def read_named_classes(content: Any) -> tuple[str, ...]:
+    """The names in the order of the logits in what a file holds that is written for them: a list, a mapping
+    from or to indices, or pairs of both, alone or under one of the usual keys of a checkpoint.
+
+    Raises:
+        UnusableNames: it holds none, or their order is not known.
+    """
+    entries = list(_find(content))
+    usable = [found for found in entries if found.fault is None]
+    if usable:
+        chosen = _choose(usable)
+        if chosen.names is None:
+            raise UnusableNames(chosen.fault)
+        return chosen.names
+    if entries:
+        raise UnusableNames(f"{entries[0].entry} {entries[0].fault}")
+    try:
+        names = _convert_to_names(content, "") if isinstance(content, (list, Mapping)) else None
+    except UnusableNames as exc:
+        raise UnusableNames(f"the content {exc}") from exc
+    if not names:
+        raise UnusableNames("it holds no list of names, and no mapping between names and numbers")
+    return names
 
 
 def count_class_names(content: Any) -> int | None:
@@ -136,7 +169,7 @@ def _find(content: Any) -> Iterator[_Found]:
             entry = ".".join((*way, key))
             try:
                 names = _convert_to_names(value, key)
-            except _Unusable as exc:
+            except UnusableNames as exc:
                 if key in NAMES:
                     yield _Found(entry, (), str(exc))
                 continue
@@ -169,16 +202,16 @@ def _convert_to_names(value: Any, key: str) -> tuple[str, ...] | None:
     """Names by index; ``None`` where ``value`` holds none, such as a number of classes.
 
     Raises:
-        _Unusable: it holds names whose order is not known.
+        UnusableNames: it holds names whose order is not known.
     """
     if isinstance(value, PlainArray):
         value = value.value
     if isinstance(value, np.ndarray):
         value = value.tolist()
     if isinstance(value, (set, frozenset, Inert)):
-        raise _Unusable("is a set, which has no order")
+        raise UnusableNames("is a set, which has no order")
     if isinstance(value, Stranger):
-        raise _Unusable(f"is an object of the class {value.title}, which is not read")
+        raise UnusableNames(f"is an object of the class {value.title}, which is not read")
     if isinstance(value, str):
         return _split(value)
     if isinstance(value, (list, tuple)) and value and all(map(_is_numbered_pair, value)):
@@ -206,14 +239,14 @@ def _is_numbered_pair(item: object) -> bool:
 
 def _parse_name(value: object) -> str:
     if isinstance(value, Stranger):
-        raise _Unusable(f"holds an object of the class {value.title}, which is not read")
+        raise UnusableNames(f"holds an object of the class {value.title}, which is not read")
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8")
         except UnicodeDecodeError:
-            raise _Unusable("holds bytes that are no text in UTF-8") from None
+            raise UnusableNames("holds bytes that are no text in UTF-8") from None
     if not isinstance(value, (str, int)) or isinstance(value, bool):
-        raise _Unusable(f"holds a {type(value).__name__} where a name is expected")
+        raise UnusableNames(f"holds a {type(value).__name__} where a name is expected")
     return str(value)
 
 
@@ -223,18 +256,32 @@ def _put_in_order(mapping: Mapping[Any, Any], key: str) -> tuple[str, ...]:
         indices, names = list(mapping.values()), list(mapping)
     else:
         indices, names = list(mapping), list(mapping.values())
-        numbers = all(_is_whole(name) for name in names)
+        numbers = all(_is_whole(name) for name in names) or _are_both_indices(indices, names)
         if key not in ("idx_to_class", "id2label") and numbers and _differ(indices, names):
-            raise _Unusable("maps numbers to numbers, of which either may be the index")
+            raise UnusableNames("maps numbers to numbers, of which either may be the index")
     order = [index for value in indices if (index := _parse_index(value)) is not None]
     if len(order) < len(indices):
-        raise _Unusable("has an index that is no whole number")
+        raise UnusableNames("has an index that is no whole number")
     return _sort_names(order, [_parse_name(name) for name in names])
 
 
 def _maps_names(mapping: Mapping[Any, Any]) -> bool:
     """Whether the keys are names and the values their indices; a key such as ``"7"`` is a name there, too."""
+    if any(_parse_index(key) is None for key in mapping):
+        return all(_parse_index(value) is not None for value in mapping.values())
     return not all(_is_whole(key) for key in mapping) and all(_is_whole(value) for value in mapping.values())
+
+
+def _are_both_indices(keys: Sequence[Any], values: Sequence[Any]) -> bool:
+    """Whether keys and values are texts of numbers from 0 or 1 on, so that either may be the index."""
+    if not all(isinstance(text, str) for text in (*keys, *values)):
+        return False
+    return all(_count([_parse_index(text) for text in texts]) for texts in (keys, values))
+
+
+def _count(numbers: Sequence[int | None]) -> bool:
+    """Whether the numbers are all whole numbers from 0 or 1, in any order."""
+    return any(set(numbers) == set(range(first, first + len(numbers))) for first in (0, 1))
 
 
 def _differ(indices: Sequence[Any], names: Sequence[Any]) -> bool:
@@ -246,7 +293,7 @@ def _sort_names(order: list[int], names: list[str]) -> tuple[str, ...]:
     first = min(order)
     if first not in (0, 1) or sorted(order) != list(range(first, first + len(order))):
         shown = f"{first} to {max(order)}"
-        raise _Unusable(f"has {len(order)} indices from {shown}, which are not 0, 1, 2 and so on")
+        raise UnusableNames(f"has {len(order)} indices from {shown}, which are not 0, 1, 2 and so on")
     return tuple(name for _, name in sorted(zip(order, names, strict=True)))
 
 
@@ -261,6 +308,6 @@ def _is_whole(value: object) -> bool:
 
 def _parse_index(value: Any) -> int | None:
     """A whole number, also as text; ``None`` for anything else."""
-    if _is_whole(value) or (isinstance(value, str) and value.isdecimal()):
+    if _is_whole(value) or (isinstance(value, str) and value.isdecimal() and len(value) <= MAX_DIGITS):
         return int(value)
     return None

@@ -1,14 +1,11 @@
-"""Images in a ``.tar`` archive: where the bytes of each lie, and links between members.
+"""Images in a ``.tar`` archive: where the bytes of each lie.
 
 A part of an archive is named like a folder inside it: ``photos.tar/train``.
 """
 
 from __future__ import annotations
 
-import bisect
-import itertools
 import os
-import posixpath
 import re
 import shlex
 import tarfile
@@ -19,13 +16,8 @@ from typing import IO, BinaryIO, cast
 from .decoding import MAX_BYTES, is_about_data
 from .errors import DataError
 from .files import open_regular
-from .folders import MAX_ITEMS, Found, Item, find_class, find_kind, is_image, is_junk, must_unpack
-
-MAX_LINKS = 20
-"""The largest number of links in an archive that may lead from one to the next."""
-
-MAX_LINKED = 200_000
-"""The largest number of files that the links in an archive may lead to, all together."""
+from .folders import Found, Item, find_class, find_kind, is_image, is_junk, must_unpack
+from .members import Members
 
 MAX_HEADER = 1 << 20
 """The largest size in bytes of all headers of one member of an archive: long names, sparse maps and so on."""
@@ -99,7 +91,7 @@ def _make_packed_error(archive: Path, inner: str) -> DataError:
 
 def scan_archive(archive: Path, prefix: str) -> Found:
     """All images of an archive below the folder ``prefix``."""
-    members = _Members(archive)
+    members = Members(archive)
     try:
         with open_regular(archive) as file:
             end = _read_members(_Headers(file), members)
@@ -108,24 +100,15 @@ def scan_archive(archive: Path, prefix: str) -> Found:
         if isinstance(exc, OSError) and not is_about_data(exc):
             raise
         raise _make_unreadable_error(archive, exc) from exc
-    members.resolve()
     found = Found()
-    for name, place in members.files.items():
-        if name.startswith(prefix):
-            _add_member(
-                found,
-                archive,
-                PurePosixPath(name.removeprefix(prefix)),
-                place,
-            )
-    found.skipped["links that lead out of the archive"] += sum(
-        name.startswith(prefix) and is_image(name) for name in members.links
-    )
+    for name, place in members.walk(prefix):
+        _add_member(found, archive, PurePosixPath(name), place)
+    found.skipped += members.skipped
     found.skipped += Counter()  # drops what was counted 0 times
     return found
 
 
-def _read_members(headers: _Headers, members: _Members) -> int:
+def _read_members(headers: _Headers, members: Members) -> int:
     """Note every member of an archive; returns the byte at which the archive says that it ends."""
     position = -1
     with tarfile.open(fileobj=cast(IO[bytes], headers), mode="r:") as tar:
@@ -189,80 +172,8 @@ def _add_member(
         found.add(
             Item(name.as_posix(), find_class(name), *place),
             archive,
+            identity=place[0],
         )
-
-
-class _Members:
-    """The files of an archive by name, with offset and size, and its links by name, with their targets."""
-
-    def __init__(self, archive: Path) -> None:
-        self.archive = archive
-        self.files: dict[str, tuple[int, int] | None] = {}
-        self.links: dict[str, str] = {}
-
-    def add(self, member: tarfile.TarInfo) -> None:
-        """Note one member; a later one of the same name replaces it, as in unpacking."""
-        if member.size < 0:
-            raise tarfile.ReadError(f"the member at byte {member.offset} has a negative size")
-        name = _normalise_name(member.name)
-        self.files.pop(name, None)
-        self.links.pop(name, None)
-        if member.islnk():
-            self.links[name] = _normalise_name(member.linkname)
-        elif member.issym():
-            self.links[name] = _normalise_name(posixpath.join(posixpath.dirname(name), member.linkname))
-        elif member.isfile():
-            self.files[name] = None if member.issparse() else (member.offset_data, member.size)
-        if len(self.files) + len(self.links) > MAX_ITEMS * 2:
-            raise DataError(
-                f"more than {2 * MAX_ITEMS} members",
-                where=member.name,
-                remedy="use a part of it",
-            )
-
-    def resolve(self) -> None:
-        """Replace links by what they lead to: a file, or all files of a folder. Those that lead out of the
-        archive, or in a circle, are left."""
-        added = 0
-        for _ in range(MAX_LINKS):
-            names = sorted(self.files)
-            resolved = {}
-            for link, target in self.links.items():
-                if found := self._resolve_targets(target, names, MAX_LINKED - added):
-                    resolved[link] = found
-                    added += len(found)
-            for link, found in resolved.items():
-                del self.links[link]
-                for inner, place in found.items():
-                    self.files.setdefault(link + inner, place)
-            if not resolved:
-                break
-
-    def _resolve_targets(self, target: str, names: list[str], most: int) -> dict[str, tuple[int, int] | None]:
-        """The files that a link leads to, by what follows the link's own name; ``names``: those of all files,
-        sorted. Raises :class:`DataError` for more than ``most``."""
-        if target in self.files:
-            return {"": self.files[target]}
-        below = target + "/"
-        first = bisect.bisect_left(names, below)
-        found: dict[str, tuple[int, int] | None] = {}
-        for name in itertools.islice(names, first, None):
-            if not name.startswith(below):
-                break
-            found[name[len(target) :]] = self.files[name]
-            if len(found) > most:
-                raise DataError(
-                    f"the links in the archive lead to more than {MAX_LINKED} files",
-                    where=self.archive,
-                    why=f"one of them leads to {target!r}",
-                    remedy="replace the links by what they lead to",
-                )
-        return found
-
-
-def _normalise_name(name: str) -> str:
-    """A member's name without ``./``."""
-    return posixpath.normpath(name)
 
 
 def _make_unreadable_error(archive: Path, exc: Exception) -> DataError:

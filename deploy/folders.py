@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import stat
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -26,8 +27,33 @@ JUNK = (
 """Names, in lower case, that operating systems leave in folders; names with a dot in front are junk too."""
 
 
-PICTURES = "images"
-"""Name, in lower case, of a folder inside a class folder that holds the images of the class."""
+PICTURES = frozenset({"images", "imgs", "img"})
+"""Names, in lower case, of a folder inside a class folder that holds the images of the class."""
+
+MASKS = frozenset(
+    {
+        "masks",
+        "mask",
+        "labels",
+        "label",
+        "annotations",
+        "annotation",
+        "annots",
+        "gt",
+        "gtfine",
+        "groundtruth",
+        "ground_truth",
+        "segmentation",
+        "segmentations",
+        "segmentationclass",
+        "segmentationobject",
+        "trimaps",
+    }
+)
+"""Names, in lower case, of folders beside the pictures that hold images of what is to be found in them."""
+
+LOOPS = "links to a folder above them"
+"""What links are counted as that would lead a scan in a circle."""
 
 ZIP_START = b"PK\x03\x04"
 """First bytes of a ZIP archive."""
@@ -51,13 +77,31 @@ class Item:
 
 @dataclass
 class Found:
-    """What a scan found."""
+    """What a scan found.
+
+    Attributes:
+        items: the images.
+        skipped: how many files of each kind were skipped.
+        known: what identifies the images so far.
+        repeated: what identifies those of them that have more than one name.
+    """
 
     items: list[Item] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
+    known: set[int] = field(default_factory=set)
+    repeated: set[int] = field(default_factory=set)
 
-    def add(self, item: Item, where: Path) -> None:
+    def add(self, item: Item, where: Path, identity: int | None) -> None:
+        """Note an image; ``identity`` tells it from every other one, whatever it is called, if it is known.
+
+        Raises:
+            DataError: there are too many.
+        """
         self.items.append(item)
+        if identity in self.known:
+            self.repeated.add(identity)
+        elif identity is not None:
+            self.known.add(identity)
         if len(self.items) > MAX_ITEMS:
             raise DataError(
                 f"more than {MAX_ITEMS} images",
@@ -80,10 +124,10 @@ def is_image(name: str) -> bool:
 
 
 def find_class(name: PurePosixPath) -> str | None:
-    """The class of an image: the folder that it lies in, or the folder above ``images``, as in
+    """The class of an image: the folder that it lies in, or the one above a folder of :data:`PICTURES`, as in
     ``n01443537/images/n01443537_0.JPEG`` of Tiny ImageNet."""
     folder = name.parent
-    if folder.name.lower() == PICTURES and folder.parent.name:
+    if folder.name.lower() in PICTURES and folder.parent.name:
         folder = folder.parent
     return folder.name or None
 
@@ -138,7 +182,7 @@ def scan_folder(path: Path) -> Found:
             inner = os.path.join(folder, name)
             if _is_among(inner, seen):
                 folders.remove(name)
-                found.skipped["links to a folder above them"] += 1
+                found.skipped[LOOPS] += 1
             above[inner] = seen
         for name in files:
             if not is_junk(name):
@@ -165,10 +209,16 @@ def _add_file(found: Found, path: Path, relative: Path) -> None:
     """Count one file of a folder: as an image, or as what is skipped."""
     if not is_image(relative.name):
         found.skipped[find_kind(relative.name)] += 1
-    elif os.path.isfile(path / relative):
+        return
+    try:
+        status = os.stat(path / relative)
+    except (OSError, ValueError):
+        status = None
+    if status is not None and stat.S_ISREG(status.st_mode):
         found.add(
             Item(relative.as_posix(), find_class(PurePosixPath(relative))),
             path,
+            identity=status.st_dev << 64 | status.st_ino if status.st_ino else None,
         )
     else:
         link = os.path.islink(path / relative)

@@ -8,14 +8,14 @@ from __future__ import annotations
 import hashlib
 import posixpath
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path, PurePosixPath
 from typing import overload
 
 from .archives import scan_archive, split_archive
 from .decoding import EXTENSIONS, is_about_data
 from .errors import DataError, InputError
-from .folders import Item, scan_folder
+from .folders import MASKS, PICTURES, Item, scan_folder
 from .parts import find_part_kind, find_parts
 
 SHOWN_KINDS = 6
@@ -45,15 +45,30 @@ class ImageSet(Sequence[Item]):
         self.path = Path(path)
         self.skipped: Counter[str] = Counter()
         """How many files of each kind were skipped."""
+        self.repeated = 0
+        """How many images links give more than one name, so that they count more than once."""
         self._archive, self._prefix = split_archive(self.path)
         if items is None:
             found = scan_archive(self._archive, self._prefix) if self._archive else scan_folder(self.path)
             items = sorted(found.items, key=lambda item: item.name)
             self.skipped = found.skipped
+            self.repeated = len(found.repeated)
             _check_any(items, self)
             if labelled:
+                items = self._drop_masks(items)
                 _check_labels(items, self.path)
         self.items = items
+
+    def _drop_masks(self, items: list[Item]) -> list[Item]:
+        """The images without those in folders such as ``cat/masks``, beside ``cat/images``: they are no class
+        of their own."""
+        masks = _find_masks({posixpath.dirname(item.name) for item in items})
+        if not masks:
+            return items
+        kept = [item for item in items if posixpath.dirname(item.name) not in masks]
+        names = ", ".join(sorted({f"{posixpath.basename(folder)}/" for folder in masks}))
+        self.skipped = self.skipped + Counter({f"in {names} beside the pictures": len(items) - len(kept)})
+        return kept
 
     def __len__(self) -> int:
         return len(self.items)
@@ -77,7 +92,11 @@ class ImageSet(Sequence[Item]):
 
     @property
     def note(self) -> str:
-        """What was skipped, in words; empty if nothing was."""
+        """What was skipped, and what counts more than once, in words; empty if nothing was."""
+        told = "; ".join(part for part in (self._describe_skipped(), self._describe_repeated()) if part)
+        return f"{self.path}: {told}" if told else ""
+
+    def _describe_skipped(self) -> str:
         if not self.skipped:
             return ""
         kinds = [f"{count} {kind}" for kind, count in self.skipped.most_common(SHOWN_KINDS)]
@@ -85,7 +104,13 @@ class ImageSet(Sequence[Item]):
         rest = total - sum(count for _, count in self.skipped.most_common(SHOWN_KINDS))
         kinds += [f"{rest} others"] if rest else []
         counted = "1 file was" if total == 1 else f"{total} files were"
-        return f"{self.path}: {counted} skipped: {', '.join(kinds)}"
+        return f"{counted} skipped: {', '.join(kinds)}"
+
+    def _describe_repeated(self) -> str:
+        if not self.repeated:
+            return ""
+        counted = "1 image counts" if self.repeated == 1 else f"{self.repeated} images count"
+        return f"{counted} more than once, because links lead to the same file by several names"
 
     @property
     def parts(self) -> dict[str, list[str]]:
@@ -137,6 +162,14 @@ def is_archive(path: Path) -> bool:
     return split_archive(path)[0] is not None
 
 
+def _find_masks(folders: Set[str]) -> set[str]:
+    """The folders with images that are masks of those in a folder beside them, inside one class."""
+    pictures = {folder for folder in folders if posixpath.basename(folder).lower() in PICTURES}
+    classes = {posixpath.dirname(folder) for folder in pictures} - {""}
+    masks = {folder for folder in folders if posixpath.basename(folder).lower() in MASKS}
+    return {folder for folder in masks if posixpath.dirname(folder) in classes}
+
+
 def _check_any(items: list[Item], images: ImageSet) -> None:
     """Raise :class:`DataError` if there are no images."""
     if not items:
@@ -167,10 +200,14 @@ def _check_labels(items: list[Item], path: Path) -> None:
         if len(found) == 1:
             continue
         double = sorted(found)
+        choice = _describe_choice(path, double)
+        if len(places) == 1:  # the folders above may as well be the classes
+            above = ", ".join(PurePosixPath(place).parent.name for place in double[:2])
+            choice = f"if {above} and so on are the classes, move their images out of {label}/; or {choice}"
         raise DataError(
             f"the same class is at several places: {', '.join(double)}",
             where=path,
-            remedy=_gather(label, double) if _are_parts(found, items) else _describe_choice(path, double),
+            remedy=_gather(label, double) if _are_parts(found, items) else choice,
         )
 
 

@@ -454,6 +454,13 @@ class ExportConfig(Settings):
         self.require_labels(names, self.labels)
         return list(names)
 
+    def read_label_ids(self) -> list[str] | None:
+        """The IDs of the classes in the labels file, which are their names where it has no others; ``None``
+        without one. Raises as :meth:`read_labels` does."""
+        if not isinstance(self.labels, str):
+            return self.read_labels()
+        return list(read_class_names(Path(self.labels)).ids)
+
     @property
     def labels_note(self) -> str:
         """What was left out of the names in the labels file, in words; empty if nothing was."""

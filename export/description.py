@@ -52,7 +52,7 @@ def choose_labels(config: ExportConfig, loaded: LoadedWeights) -> tuple[Labels, 
     if config.head != LOGITS:
         return (), "none"
     if (names := config.read_labels()) is not None:
-        return _make_labels(config, names), "file"
+        return _make_labels(config, names, config.read_label_ids()), "file"
     if loaded.classes is not None:
         config.require_labels(loaded.classes, loaded.source)
         return _make_labels(config, loaded.classes), "checkpoint"
@@ -80,11 +80,16 @@ def _may_be_published(config: ExportConfig) -> bool:
     return config.weights in NAMED_WEIGHTS or config.classes == IMAGENET_CLASSES
 
 
-def _make_labels(config: ExportConfig, names: Sequence[str]) -> Labels:
-    """``names`` as labels; of one logit, a single name is that of the positive class."""
+def _make_labels(
+    config: ExportConfig,
+    names: Sequence[str],
+    ids: Sequence[str] | None = None,
+) -> Labels:
+    """``names`` as labels, with ``ids`` or themselves as IDs; of one logit, a single name is that of the
+    positive class."""
     if len(names) < config.label_count:
-        names = [f"not {names[0]}", names[0]]
-    return tuple((name, name) for name in names)
+        names, ids = [f"not {names[0]}", names[0]], None
+    return tuple(zip(ids or names, names, strict=True))
 
 
 def describe_export(config: ExportConfig, reference: Reference) -> Manifest:

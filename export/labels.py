@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cmt_edge.cmt.class_names import UnusableNames, read_named_classes
 from cmt_edge.deploy.errors import InputError
 from cmt_edge.deploy.files import read_text
 
-NUMBERED = re.compile(r"(\d+)\s*[\s,;:.)]\s*(\S.*)")
-"""A line that begins with the number of its class."""
+from .label_lines import NoNames, read_lines
 
-FORMS = "give a text file in UTF-8 with one class name a line, or JSON: a list of names, or number -> name"
+JSON_START = re.compile(r"\s*[\[{]\s*[\[{\"]")
+"""The start of a text that is JSON, whatever its file is called."""
+
+NAMED_ID = re.compile(r"[A-Za-z]{1,20}[0-9]{1,20}")
+"""The ID of a class that has a name, too."""
+
+FORMS = (
+    "give a text file in UTF-8 with one class name a line, or JSON: a list of names, which may begin or end"
+    " with numbers, or number -> name"
+)
 """The remedy for a file that cannot be read."""
 
 
@@ -26,24 +35,30 @@ class ClassNames:
     Attributes:
         names: in the order of the logits.
         note: what was left out of them, in words; empty if nothing was.
+        ids: of the classes, where each has one beside its name; otherwise the names.
     """
 
     names: tuple[str, ...]
     note: str = ""
+    ids: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.ids:
+            object.__setattr__(self, "ids", self.names)
 
 
 def read_class_names(path: Path) -> ClassNames:
     """The names in a file; a name that ends with ``.json`` holds JSON.
 
-    Numbers in front that count the lines from 0 are an index, and no part of the names.
+    Numbers that count the names from 0 or 1 tell the order, and are no part of the names.
 
     Raises:
         InputError: the file cannot be read, or does not hold names.
     """
     try:
         text = read_text(path)
-        if path.suffix.lower() == ".json":
-            return ClassNames(_read_json_names(json.loads(text), path))
+        is_json = path.suffix.lower() == ".json" or JSON_START.match(text)
+        content = json.loads(text, object_pairs_hook=_make_mapping) if is_json else None
     except (OSError, ValueError, RecursionError) as exc:  # what is no text or no JSON is a ValueError, too
         raise InputError(
             "the labels file cannot be read",
@@ -51,37 +66,56 @@ def read_class_names(path: Path) -> ClassNames:
             why=exc,
             remedy=FORMS,
         ) from exc
-    return _strip_numbers([line.strip() for line in text.splitlines() if line.strip()], path)
+    if is_json:
+        return _read_json_names(content, path)
+    try:
+        names, note = read_lines(text)
+    except NoNames as exc:
+        raise _make_error(path, exc) from exc
+    return ClassNames(names, f"{path}: {note}" if note else "")
 
 
-def _strip_numbers(lines: Sequence[str], path: Path) -> ClassNames:
-    """The names of lines that may be numbered; one line alone is never taken for a numbered one."""
-    found = [NUMBERED.fullmatch(line) for line in lines]
-    names = [match[2] for match in found if match]
-    numbers = [int(match[1]) for match in found if match]
-    if len(lines) < 2 or numbers != list(range(len(lines))):
-        return ClassNames(tuple(lines))
-    note = f"{path}: the numbers 0 to {numbers[-1]} in front of the names were left out"
-    return ClassNames(tuple(names), note)
-
-
-def _read_json_names(content: Any, path: Path) -> tuple[str, ...]:
-    """The names of a list, of ``{"0": name}`` or of ``{name: 0}``."""
-    if isinstance(content, dict):
-        content = _put_in_order(content)
-    if isinstance(content, list) and content and all(isinstance(name, str) for name in content):
-        return tuple(content)
-    raise InputError(
+def _make_error(path: Path, exc: Exception) -> InputError:
+    """The error for a file whose content is understood, but does not tell the names in their order."""
+    return InputError(
         "does not hold the names of the classes",
         where=path,
+        why=exc,
         remedy=FORMS,
     )
 
 
-def _put_in_order(content: dict[str, Any]) -> list[Any] | None:
-    """The names of a mapping between names and the numbers from 0; ``None`` for any other mapping."""
-    by_number: dict[object, Any] = {int(key): name for key, name in content.items() if key.isdecimal()}
-    if len(by_number) != len(content):
-        by_number = {number: name for name, number in content.items() if type(number) is int}
-    wanted = range(len(content))
-    return [by_number[i] for i in wanted] if set(by_number) == set(wanted) else None
+def _make_mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A mapping in JSON; raises ``ValueError`` for a key that stands there twice, of which Python's reader
+    would silently lose one."""
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
+        double = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {double!r} stands there more than once")
+    return mapping
+
+
+def _read_json_names(content: Any, path: Path) -> ClassNames:
+    """The names in JSON, by the rules for those in a checkpoint, also under a key such as ``id2label``."""
+    if isinstance(content, list) and not any(isinstance(name, (str, list)) for name in content):
+        raise _make_error(path, ValueError("a list that holds no names"))
+    try:
+        if not _has_ids(content):
+            return ClassNames(read_named_classes(content))
+        names = read_named_classes({key: name for key, (_, name) in content.items()})
+        return ClassNames(names, ids=read_named_classes({key: id_ for key, (id_, _) in content.items()}))
+    except UnusableNames as exc:
+        raise _make_error(path, exc) from exc
+
+
+def _has_ids(content: Any) -> bool:
+    """Whether each number has a pair of an ID and a name, as in ``imagenet_class_index.json`` of Keras."""
+    if not isinstance(content, dict) or not content:
+        return False
+    return all(map(str.isdecimal, content)) and all(map(_is_named_id, content.values()))
+
+
+def _is_named_id(value: Any) -> bool:
+    """Whether ``value`` is a list of an ID, as ``n01440764`` of WordNet, and a name."""
+    is_pair = isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
+    return is_pair and NAMED_ID.fullmatch(value[0]) is not None

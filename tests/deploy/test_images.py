@@ -425,6 +425,32 @@ def test_images_below_their_class(place):
     assert ImageSet(images.path / "n01").classes == ["images"]
 
 
+@pytest.mark.parametrize("pictures", ["imgs", "img", "Images"])
+def test_other_names_of_the_folder_with_the_images_of_a_class(place, pictures):
+    images = ImageSet(place({f"cat/{pictures}/0.png": b"0", f"dog/{pictures}/0.png": b"1"}))
+    assert [item.label for item in images] == ["cat", "dog"]
+
+
+def test_a_folder_of_another_name_inside_each_class_gets_a_remedy_that_helps(place):
+    root = place({"cat/photos/0.png": b"0", "dog/photos/1.png": b"1"})
+    with pytest.raises(DataError, match="same class") as caught:
+        ImageSet(root)
+    assert "if cat, dog and so on are the classes, move their images out of photos/" in caught.value.remedy
+
+
+def test_masks_inside_a_class_are_no_class(place):
+    files = {"cat/images/0.png": b"0", "cat/masks/0.png": b"m", "dog/images/0.png": b"1"}
+    images = ImageSet(place(files))
+    assert images.classes == ["cat", "dog"]
+    assert len(images) == 2
+    assert "1 in masks/ beside the pictures" in images.note
+    assert len(ImageSet(images.path, labelled=False)) == 3
+
+
+def test_classes_called_images_and_masks(place):
+    assert ImageSet(place({"images/0.png": b"0", "masks/0.png": b"1"})).classes == ["images", "masks"]
+
+
 def test_a_class_may_be_called_train(place):
     root = place({"train/1.jpg": b"1", "bus/1.jpg": b"2", "testbench/1.jpg": b"3"})
     images = ImageSet(root)
@@ -462,7 +488,82 @@ def test_links_inside_an_archive_are_followed(tmp_path):
         "dog/1.png": ("dog", b"dog"),
         "owl/1.png": ("owl", b"dog"),
     }
-    assert "3 links that lead out of the archive" in images.note
+    assert "2 links that lead out of the archive, 1 links that lead in a circle" in images.note
+    assert "1 image counts more than once" in images.note  # dog/1.png, as owl/1.png
+
+
+LINKED = {
+    "to its own class": {"a/x": "../a"},
+    "to the root": {"b/up": ".."},
+    "at the root": {"up": "."},
+    "from class to class": {"a/side": "../b", "b/side": "../a"},
+    "over a folder with a link": {"a/x": "../b", "b/y": "../c"},
+    "over a name with a link in it": {"a/x": "../b/y/3.png", "b/y": "../c"},
+    "a link to a link": {"a/x": "../b/y", "b/y": "z", "b/z": "../c"},
+    "in a circle": {"a/x": "y", "a/y": "x"},
+}
+
+
+@pytest.mark.parametrize("links", LINKED.values(), ids=LINKED)
+def test_links_lead_in_archives_where_they_lead_in_folders(tmp_path, links):
+    root = fill(tmp_path / "x", {"a/1.png": b"1", "b/2.png": b"2", "c/3.png": b"3"})
+    for name, target in links.items():
+        (root / name).symlink_to(target)
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.add(root, ".")
+    for inner in ("", "a", "b"):
+        folder = ImageSet(root / inner, labelled=False)
+        packed = ImageSet(tmp_path / "x.tar" / inner, labelled=False)
+        assert contents(packed) == contents(folder)
+        assert packed.repeated == folder.repeated
+        assert (
+            packed.skipped["links to a folder above them"] == folder.skipped["links to a folder above them"]
+        )
+
+
+def test_a_link_in_an_archive_to_its_own_folder_is_cut_and_noted(tmp_path):
+    path = linked_archive(tmp_path / "x.tar", {"all/cat/x": (tarfile.SYMTYPE, "../cat")})
+    images = ImageSet(path)
+    assert (len(images), images.classes) == (3, ["cat", "dog"])
+    assert "1 links to a folder above them" in images.note
+
+
+REPEATED = {
+    "a link beside the class": ({"cat/1.png": b"1"}, {"kitty": "cat"}, 1),
+    "a folder of links": ({"real/cat/1.png": b"1", "real/dog/1.png": b"2"}, {"sub": "real"}, 2),
+    "three names of one": ({"cat/1.png": b"1"}, {"kitty": "cat", "cat/2.png": "1.png"}, 1),
+    "one name of each": ({".store/1.png": b"1", ".store/2.png": b"2"}, {"cat": ".store"}, 0),
+}
+
+
+@pytest.mark.parametrize("name", REPEATED)
+@pytest.mark.parametrize("packed", [False, True], ids=["folder", "tar"])
+def test_images_that_links_give_several_names_are_noted(tmp_path, name, packed):
+    files, links, count = REPEATED[name]
+    root = fill(tmp_path / "x", files)
+    for link, target in links.items():
+        (root / link).symlink_to(target)
+    if packed:
+        with tarfile.open(tmp_path / "x.tar", "w") as tar:
+            tar.add(root, ".")
+        root = tmp_path / "x.tar"
+    images = ImageSet(root, labelled=False)
+    assert images.repeated == count
+    assert ("more than once, because links" in images.note) == (count > 0)
+
+
+@pytest.mark.parametrize("files", [0, 1], ids=["empty folders", "files"])
+def test_links_that_multiply_in_an_archive_end(tmp_path, files):
+    """Each level leads twice to the one below it, as in ``d1/a -> d0, d1/b -> d0, d2/a -> d1``."""
+    path = archive(tmp_path / "x.tar", {f"d0/{i}.png": b"1" for i in range(files)} | {"keep/0.png": b"1"})
+    with tarfile.open(path, "a") as tar:
+        for level in range(1, 40):
+            for name in ("a", "b"):
+                info = tarfile.TarInfo(f"d{level}/{name}")
+                info.type, info.linkname = tarfile.SYMTYPE, f"../d{level - 1}"
+                tar.addfile(info)
+    with pytest.raises(DataError, match="the links in the archive lead to more than"):
+        ImageSet(path, labelled=False)
 
 
 def test_a_real_archive_with_hard_links(tmp_path):
