@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from cmt_edge.cmt.class_names import UnusableNames, read_named_classes
 from cmt_edge.deploy.errors import InputError
@@ -108,7 +108,7 @@ def _read_json_names(content: Any, path: Path) -> ClassNames:
         raise _make_error(path, exc) from exc
 
 
-def _has_ids(content: Any) -> bool:
+def _has_ids(content: Any) -> TypeGuard[dict[str, list[str]]]:
     """Whether each number has a pair of an ID and a name, as in ``imagenet_class_index.json`` of Keras."""
     if not isinstance(content, dict) or not content:
         return False
