@@ -343,10 +343,10 @@ def output(request, fp32_bundle, tmp_path):
     assert content(folder) == before
 
 
-def perturbed_module(model):
+def perturbed_module(model, target):
     from cmt_edge.cmt import fuse
 
-    fused = fuse(model)
+    fused = fuse(model, target=target)
     with torch.no_grad():
         fused.head.fc.bias[0] += 0.01
     return fused
@@ -380,8 +380,8 @@ def test_a_step_that_changes_the_logits_stops_the_export(step, output, monkeypat
 
 
 def test_a_step_that_makes_nan_stops_the_export(output, monkeypatch):
-    def broken(model):
-        fused = perturbed_module(model)
+    def broken(model, target):
+        fused = perturbed_module(model, target)
         with torch.no_grad():
             fused.head.fc.bias[0] = float("nan")
         return fused
