@@ -10,7 +10,7 @@ import pytest
 from cmt_edge.deploy.errors import InputError, StepError
 from helpers.fuzzing import Findings, Target, fuzz, list_targets, mutations, seal
 
-SECONDS = 3.0
+SECONDS = 1.0
 """Time of each target."""
 
 NAMES = (
