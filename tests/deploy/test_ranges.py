@@ -71,7 +71,8 @@ def test_a_number_that_is_outside_is_refused(capsys, command, flag):
 @pytest.mark.parametrize(("command", "flag"), FLAGS)
 def test_what_is_no_number_is_refused(capsys, command, flag):
     for value in NOT_NUMBERS:
-        assert f"argument {flag}: {value!r} is not a" in refused(capsys, command, flag, value)
+        what = f"argument {flag}: {value!r} is not a" if value else f"{flag} is empty"
+        assert what in refused(capsys, command, flag, value)
 
 
 @pytest.mark.parametrize(("command", "flag"), FLAGS)
