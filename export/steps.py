@@ -99,7 +99,7 @@ meant so."""
 
 PRECISION_REMEDIES = {
     "fp32": "the graph computes something else than the model: look for what forward does with values of an"
-    " image or of the batch in Python, try another --format, or allow more with --atol",
+    " image or of the batch in Python, or allow more with --atol",
     "fp16": "use --precision fp32, or allow more with --max-drop or --atol",
     "bf16": "use --precision fp32, or allow more with --max-drop or --atol",
     "int8": "calibrate on more and more typical images, use bf16 or fp32, or allow more with --max-drop or"
