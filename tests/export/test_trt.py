@@ -272,14 +272,14 @@ def test_a_gpu_without_tensorrt(gpu_machine, tmp_path, monkeypatch):
 # --- accuracy -------------------------------------------------------------------------------------
 
 ALLOWED_DROP = {"fp16": 0.1, "int8": 0.5}
-LIMIT = {"fp16": 5000, "int8": 2000}
+LIMIT = {"fp16": 1000, "int8": 600}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ALLOWED_DROP)
 def test_accuracy_on_photographs(precision, cifar, tmp_path):
-    """Test images with every float16 tensor rounded, all 5000 for fp16; benchmarks/typed_accuracy.py prints
-    the figures of all."""
+    """Some test images with every float16 tensor rounded; benchmarks/typed_accuracy.py prints
+    the figures of all 5000."""
     data = f"{cifar}/train" if precision == "int8" else None
     weights = str(shared("weights/cmt_nano_cifar10.pt"))
     made = run(
