@@ -266,8 +266,8 @@ def _load_torch(path: Path) -> Any:
 def _checked_sparse_tensors() -> AbstractContextManager[Any]:
     """A context in which torch refuses sparse tensors whose indices lie outside of their shape; without it,
     making them dense writes into foreign memory."""
-    checked: AbstractContextManager[Any] = torch.sparse.check_sparse_tensor_invariants()  # type: ignore[no-untyped-call]
-    return checked
+    check: Callable[[], AbstractContextManager[Any]] = torch.sparse.check_sparse_tensor_invariants
+    return check()
 
 
 def make_refusal(path: Path, why: str, remedy: str = SAVE_REMEDY) -> WeightsError:
