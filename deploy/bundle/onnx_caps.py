@@ -24,6 +24,7 @@ from .external_data import (
     DATA_LOCATION,
     EXTERNAL_DATA,
     MAX_DEPTH,
+    MESSAGES,
     VARINT,
     Buffer,
     MalformedOnnx,
@@ -82,18 +83,6 @@ ONCE = {
 }
 """Message -> numbers of fields that may occur once. Protobuf would merge two of them, to another one than
 either."""
-
-INNER = {
-    "Model": {7: "Graph", 20: "Training", 25: "Function"},
-    "Training": {1: "Graph", 2: "Graph"},
-    "Function": {7: "Node", 11: "Attribute"},
-    "Graph": {1: "Node", 5: "Tensor", 15: "SparseTensor"},
-    "Node": {5: "Attribute"},
-    "Attribute": {5: "Tensor", 6: "Graph", 10: "Tensor", 11: "Graph", 22: "SparseTensor", 23: "SparseTensor"},
-    "SparseTensor": {1: "Tensor", 2: "Tensor"},
-    "Tensor": {},
-}  # fmt: skip
-"""Message -> number of a field -> the message in it."""
 
 
 class ExcessiveGraph(ValueError):
@@ -169,7 +158,7 @@ def require_modest(content: Buffer) -> None:
             raise MalformedOnnx(f"messages nest more than {MAX_DEPTH} deep")
         message = _read_message(content, kind, start, end, survey)
         _look_at(content, message, survey)
-        for number, inner in INNER[kind].items():
+        for number, inner in MESSAGES[kind].items():
             places = message.places(number)
             pending += [(inner, begin, stop, depth + 1) for wire, begin, stop in places if wire == BYTES]
     for name, operation in survey.sized:
