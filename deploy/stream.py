@@ -75,6 +75,7 @@ class _Stream:
         self._open: _Group | None = None  # is being filled
         self._pending: deque[_Group] = deque()  # from the oldest on, which may be in delivery
         self._failure: Exception | None = None
+        self._interrupted = False  # a pool that was starting a thread may not know of it
 
     def answer(self, images: Iterable[Any]) -> Iterator[tuple[Any, np.ndarray]]:
         try:
@@ -88,7 +89,13 @@ class _Stream:
                 raise self._failure
         except RuntimeError as exc:
             if isinstance(exc.__context__, KeyboardInterrupt):  # Ctrl-C inside one of Python's own locks
+                self._interrupted = True
                 raise exc.__context__ from None
+            raise
+        except (Exception, GeneratorExit):
+            raise
+        except BaseException:
+            self._interrupted = True
             raise
         finally:
             self._failure = None  # its traceback holds this frame
@@ -167,7 +174,7 @@ class _Stream:
         try:
             ended = self._join()
         finally:
-            give = self._lanes.give if ended else self._lanes.drop
+            give = self._lanes.give if ended and not self._interrupted else self._lanes.drop
             groups = [*self._pending, self._open] if self._open else [*self._pending]
             for group in groups:
                 give(group.lane)

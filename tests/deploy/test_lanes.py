@@ -399,6 +399,22 @@ def test_ctrl_c_at_any_moment(interrupts, workers, in_flight):
         assert not closer.is_alive()
 
 
+def test_a_thread_that_the_pool_does_not_know_keeps_its_lane(monkeypatch):
+    """Ctrl-C between the start of a thread and its entry in the pool's list, which nobody waits for then."""
+    start = threading.Thread.start
+
+    def start_interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        raise KeyboardInterrupt
+
+    with tiny(3, session=Checked(delay_s=0.3)) as p:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start_interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                list(p.stream(map(grey, range(9)), workers=0, in_flight=2))
+        assert levels(p.predict(map(grey, range(9)))) == list(range(9))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_ctrl_c_inside_a_lock_of_python_comes_out_as_itself(workers):
     """Python's Condition answers an interrupt while it waits with ``release unlocked lock``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,8 @@ SAMPLES = 40
 """The number of times that a run is measured."""
 BUSY = 8
 """Threads that predict in a soak."""
+MOST_LEAKED = 1 << 30
+"""Bytes that a work with a leak can lose."""
 
 Work = Callable[[int], object]
 """Does one step; it is told the number of the step."""
@@ -147,20 +150,21 @@ def loading(path: Path, backend: str, image: bytes) -> Work:
 def leaking(work: Work, bytes_a_step: int = 0, descriptors_a_step: float = 0.0) -> Iterator[Work]:
     """The same work with a leak: what shows that a leak of that size is found.
 
-    Yields the work once, and frees everything when the generator is closed.
+    Yields the work once, and frees everything when the generator is closed. The leak is in mapped memory:
+    what an allocator gives may be memory that earlier steps have freed, and then the process does not grow.
     """
-    kept: list[bytearray] = []
+    kept = mmap.mmap(-1, MOST_LEAKED, flags=mmap.MAP_PRIVATE)  # only what is written takes memory
     opened: list[int] = []
 
     def leaky(number: int) -> None:
         work(number)
-        if bytes_a_step:
-            kept.append(bytearray(os.urandom(1)) * bytes_a_step)
+        kept.write(b"\1" * bytes_a_step)
         if len(opened) < (number + 1) * descriptors_a_step:
             opened.append(os.open(os.devnull, os.O_RDONLY))
 
     try:
         yield leaky
     finally:
+        kept.close()
         for descriptor in opened:
             os.close(descriptor)
