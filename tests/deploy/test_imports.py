@@ -25,6 +25,7 @@ RUNTIMES = (
     "cmt_edge.deploy.backends.openvino",
     "cmt_edge.deploy.backends.openvino_graph",
     "cmt_edge.deploy.backends.onnxruntime",
+    "cmt_edge.deploy.backends.provider_sessions",
     "cmt_edge.deploy.backends.torch",
     "cmt_edge.deploy.tensorrt.trt",
     "cmt_edge.deploy.tensorrt.rtx",
