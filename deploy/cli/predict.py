@@ -102,6 +102,7 @@ def _main(args: argparse.Namespace) -> int:
         backend=args.backend,
         device=args.device,
         threads=args.threads,
+        trusted_engine=args.trust_engine,
         key=args.key,
         throughput=len(sources) >= MANY,
     ) as predictor:

@@ -115,6 +115,7 @@ def verify(
     reference: Predictor | None = None,
     weights: str | None = None,
     trusted_model: object = None,
+    trusted_engine: bool = False,
     max_drop: float = MAX_DROP,
     atol: float | None = None,
     limit: int | None = None,
@@ -127,7 +128,7 @@ def verify(
         bundle: opened, so its hashes hold.
         data: images in class folders; without it only the golden vectors are checked.
         by_order: class folders match the labels in sorted order instead of by name.
-        backend, device, threads: as :meth:`cmt_edge.deploy.Predictor.load`.
+        backend, device, threads, trusted_engine: as :meth:`cmt_edge.deploy.Predictor.load`.
         reference: a Predictor of the reference; default: what the bundle recorded for these very images, else
             the PyTorch model rebuilt here (``weights``: its checkpoint, where it came from a file;
             ``trusted_model``: its name or the module object, where it is from outside the registry).
@@ -142,7 +143,13 @@ def verify(
         InputError: images were given for a bundle of feature maps.
         RuntimeMissingError: images were given, but nothing here knows the reference's answers to them.
     """
-    options = LoadOptions(device, threads, weights=weights, trusted_model=trusted_model)
+    options = LoadOptions(
+        device,
+        threads,
+        weights=weights,
+        trusted_model=trusted_model,
+        trusted_engine=trusted_engine,
+    )
     with _opened(candidate, bundle, backend, options) as predictor:
         golden = check_golden(bundle, predictor, atol)
         precision = bundle.manifest.precision
@@ -176,6 +183,7 @@ def _opened(
         threads=options.threads,
         weights=options.weights,
         trusted_model=options.trusted_model,
+        trusted_engine=options.trusted_engine,
     ) as predictor:
         yield predictor
 
