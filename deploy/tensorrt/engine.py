@@ -189,13 +189,17 @@ def make_seal(sha256: str, key: EngineKey) -> str:
     ).hexdigest()
 
 
+def is_sealed(sha256: str, key: EngineKey, seal: str) -> bool:
+    """Whether ``seal`` is the one that :func:`make_seal` gives here."""
+    return hmac.compare_digest(make_seal(sha256, key).encode(), seal.encode())
+
+
 def is_trusted(bundle: Bundle) -> bool:
     """Whether the bundle's engine entry was written on this machine."""
     entry = bundle.manifest.engine
     if not entry or entry.file not in bundle.manifest.files:
         return False
-    expected = make_seal(bundle.manifest.files[entry.file].sha256, entry.key)
-    return hmac.compare_digest(expected.encode(), entry.seal.encode())
+    return is_sealed(bundle.manifest.files[entry.file].sha256, entry.key, entry.seal)
 
 
 def list_differences(built: EngineKey, here: EngineKey) -> list[str]:
