@@ -12,6 +12,7 @@ Sources: ONNX Runtime documentation, "Using a Plugin Execution Provider Library"
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import re
 import sys
 import threading
@@ -20,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
@@ -44,6 +46,8 @@ EMPTY_GRAPH = bytes.fromhex(
     "42040a00100d"  # opset 13
 )
 """A graph without nodes, which shows whether a provider starts."""
+CUDA_RUNTIME = "libcudart.so.*"
+"""Pattern of the name of CUDA's runtime."""
 SILENT = 4
 """ONNX Runtime's log level that hides what becomes an error of ours."""
 OLDEST = "1.24"
@@ -147,6 +151,7 @@ def _register(place: Place) -> None:
             return
         try:
             library = import_module(provider.plugin).get_library_path()
+            _load_cuda_beside(library)
             ort.register_execution_provider_library(provider.name, library)
         except Exception as exc:  # what a library lacks is told in many types
             if _is_registered(exc):
@@ -154,8 +159,16 @@ def _register(place: Place) -> None:
             raise RuntimeMissingError(
                 f"the plug-in {provider.plugin} is installed but cannot be loaded",
                 why=_shorten(exc),
-                remedy=f"repair the installation: {provider.remedy}",
+                remedy=f"install the driver of the device, or repair the installation: {provider.remedy}",
             ) from exc
+
+
+def _load_cuda_beside(library: str) -> None:
+    """Load CUDA's runtime that comes with a plug-in. Release 0.5.0 of NVIDIA's has it under its full name
+    alone, which its own library does not ask for; once it is loaded, it is found."""
+    for file in sorted(Path(library).parent.glob(CUDA_RUNTIME)):
+        with contextlib.suppress(OSError):  # the plug-in says what it lacks
+            ctypes.CDLL(str(file), mode=ctypes.RTLD_GLOBAL)
 
 
 def _is_registered(exc: Exception) -> bool:

@@ -68,6 +68,22 @@ def test_a_plugin_is_registered_once(monkeypatch, bundle):
     assert machine.registered == ["/opt/onnxruntime_ep_nv_tensorrt_rtx.so"]
 
 
+def test_cudas_runtime_beside_a_plugin_is_loaded_first(monkeypatch, bundle, tmp_path):
+    """NVIDIA's plug-in 0.5.0 brings it under a name that its own library does not ask for."""
+    (tmp_path / "libcudart.so.12.9.79").write_bytes(b"a library")
+    loaded = []
+
+    def load(name: str, mode: int) -> None:
+        loaded.append((name, list(machine.registered)))
+        raise OSError("wrong ELF class")  # which the plug-in's own error would tell
+
+    machine = rtx_machine(folder=str(tmp_path)).install(monkeypatch)
+    monkeypatch.setattr("cmt_edge.deploy.backends.provider_sessions.ctypes.CDLL", load)
+    with Predictor.load(bundle, device="rtx"):
+        assert loaded == [(str(tmp_path / "libcudart.so.12.9.79"), [])]
+        assert len(machine.registered) == 1
+
+
 def test_a_plugin_that_the_program_registered_itself(monkeypatch, bundle):
     machine = Machine(devices=[make_device(RTX)]).install(monkeypatch)
     with Predictor.load(bundle, device="rtx"):

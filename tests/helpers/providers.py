@@ -41,6 +41,7 @@ class Machine:
     Attributes:
         built_in: providers of ``onnxruntime`` itself.
         plugins: module of a plug-in -> the devices that registering its library brings.
+        folder: where the libraries of the plug-ins are.
         left: kinds of operators that the provider leaves to the CPU.
         starts: whether a provider of ``onnxruntime`` itself starts; otherwise it is left out silently.
         error: raised instead of opening a graph on a provider.
@@ -54,6 +55,7 @@ class Machine:
 
     built_in: tuple[str, ...] = ()
     plugins: dict[str, list[Any]] = field(default_factory=dict)
+    folder: str = "/opt"
     left: frozenset[str] = frozenset()
     starts: bool = True
     error: Exception | None = None
@@ -69,7 +71,7 @@ class Machine:
         if library in self.registered:
             raise Fail(f"EP library is already registered under {name}")
         self.registered.append(library)
-        self.devices += self.plugins[library.removeprefix("/opt/").removesuffix(".so")]
+        self.devices += self.plugins[Path(library).stem]
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> Machine:
         """Make this the ONNX Runtime of the backend."""
@@ -87,7 +89,7 @@ class Machine:
         for user in (backend, provider_sessions):
             monkeypatch.setattr(user, "ort", module)
         found = {
-            name: SimpleNamespace(get_library_path=lambda name=name: f"/opt/{name}.so")
+            name: SimpleNamespace(get_library_path=lambda name=name: f"{self.folder}/{name}.so")
             for name in self.plugins
         }
         monkeypatch.setattr(provider_sessions, "find_spec", found.get)
