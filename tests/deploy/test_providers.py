@@ -231,6 +231,16 @@ def test_a_part_of_the_graph_that_the_cpu_would_run(monkeypatch, bundle, left):
     assert "--device CPU" in caught.value.remedy
 
 
+def test_a_provider_is_told_to_be_strict(monkeypatch, bundle):
+    """OpenVINO's provider would compile for the CPU, by itself and unrecorded, what an NPU cannot compile."""
+    found = [make_device(OPENVINO, ov_device="NPU")]
+    machine = Machine(plugins={"onnxruntime_ep_openvino": found}).install(monkeypatch)
+    with Predictor.load(bundle, device="openvino:NPU"):
+        assert machine.entries == [
+            {"session.disable_cpu_ep_fallback": "1", "session.record_ep_graph_assignment_info": "1"}
+        ]
+
+
 def test_the_record_decides_where_the_setting_is_not_heeded(monkeypatch, bundle):
     machine = Machine(devices=[make_device(RTX)], left=frozenset({"MatMul"}), heeds_strict=False)
     machine.install(monkeypatch)

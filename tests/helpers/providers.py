@@ -50,6 +50,7 @@ class Machine:
         records: whether sessions record who runs what.
         compiles: whether the provider's profile shows one kernel for the whole graph.
         opened: for each session on a provider its name and its options, in order.
+        entries: the further settings of these sessions, in order.
         registered: the libraries of plug-ins, in order.
     """
 
@@ -64,6 +65,7 @@ class Machine:
     records: bool = True
     compiles: bool = False
     opened: list[tuple[str, dict[str, str]]] = field(default_factory=list)
+    entries: list[dict[str, str]] = field(default_factory=list)
     registered: list[str] = field(default_factory=list)
     devices: list[Any] = field(default_factory=list)
 
@@ -151,6 +153,7 @@ class StandInSession:
         if chosen is None:
             return
         machine.opened.append(chosen)
+        machine.entries.append(options.entries)
         if machine.error is not None:
             raise machine.error
         self.name = chosen[0] if machine.starts else None
