@@ -9,7 +9,6 @@ places that fit with different values are refused, unless only one of them has a
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -19,94 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .key_words import USUAL, is_of_training, is_training_only, names_average, split_words
 from .spec import ModelSpec, StateDict
-from .strangers import Stranger, find_strangers
 from .unpickling import PlainArray
-
-AVERAGE = re.compile(
-    r"(?:^|[^a-z])(?:model|net|params)?_?(?:ema|swa|avg|averaged?|averaging|polyak|shadow)"
-    r"(?:model|net|params|weights)?(?:[^a-z]|$)",
-    re.IGNORECASE,
-)
-"""Fits the words of keys that name weights averaged over training: ``model_ema``, ``ema_state_dict``,
-``swa_model``. It fits other averages too; see :func:`names_average`."""
-
-USUAL = {
-    "model",
-    "models",
-    "module",
-    "state",
-    "dict",
-    "statedict",
-    "net",
-    "network",
-    "param",
-    "params",
-    "parameter",
-    "parameters",
-    "weight",
-    "weights",
-    "backbone",
-    "checkpoint",
-    "ckpt",
-    "best",
-    "last",
-    "latest",
-    "final",
-}
-"""Words of which the keys of weights are usually made. Nobody but the user knows whether the best or the last
-ones are meant, so that none of them is more usual than the others."""
-
-BESIDE_AVERAGE = USUAL | {
-    "average",
-    "avg",
-    "callback",
-    "callbacks",
-    "copy",
-    "cpu",
-    "decay",
-    "ema",
-    "helper",
-    "moving",
-    "obj",
-    "object",
-    "shadow",
-    "stochastic",
-    "swa",
-    "teacher",
-    "variables",
-}
-"""Words that stand beside the one that names an average, where it is one of weights."""
-
-MOMENTS = {
-    "exp_avg",
-    "exp_avg_sq",
-    "exp_inf",
-    "max_exp_avg_sq",
-    "momentum_buffer",
-}
-"""Keys of what PyTorch's optimizers keep of the gradients, in the shapes of the weights."""
-
-OTHERS = {
-    "optimizer",
-    "optimizers",
-    "optim",
-    "opt",
-    "adam",
-    "adamw",
-    "scheduler",
-    "schedulers",
-    "scaler",
-    "amp",
-    "rng",
-    "grad",
-    "grads",
-    "gradients",
-    "momentum",
-    "loops",
-    "discriminator",
-}
-"""Words in keys below which no weights of the model are looked for."""
 
 WRAPPERS = {
     "_orig_mod",
@@ -115,44 +29,8 @@ WRAPPERS = {
 }
 """Parts of names that torch.compile, FSDP and activation checkpointing put in anywhere."""
 
-COUNTERS = {
-    "total_ops",
-    "total_params",
-    "n_averaged",
-    "num_updates",
-    "initted",
-    "step",
-    "global_step",
-    "epoch",
-    "decay",
-}
-"""Last parts of names of what profilers (thop) and averaging put beside weights."""
-
 AVERAGE_COUNTER = "n_averaged"
 """What torch.optim.swa_utils.AveragedModel keeps beside averaged weights."""
-
-TRAINING = {
-    "criterion",
-    "criterions",
-    "loss",
-    "losses",
-    "metric",
-    "metrics",
-    "acc",
-    "accuracy",
-    "auroc",
-    "confmat",
-    "train",
-    "val",
-    "valid",
-    "validation",
-    "test",
-    "teacher",
-    "aux",
-    "auxiliary",
-    "discriminator",
-}
-"""Words in the first part of names that belong to training, not to the model."""
 
 BATCHES = "num_batches_tracked"
 """Last part of the name of a batch norm's counter, which only training reads."""
@@ -218,7 +96,11 @@ class Place:
     state: StateDict
 
 
-def find_candidates(content: Any, spec: ModelSpec, target: StateDict) -> list[WeightsCandidate]:
+def find_candidates(
+    content: Any,
+    spec: ModelSpec,
+    target: StateDict,
+) -> list[WeightsCandidate]:
     """Every place of ``content`` with every prefix that may belong to the model; the best one first."""
     found = [
         _compare(place, prefix, spec, target)
@@ -237,7 +119,7 @@ def find_candidates(content: Any, spec: ModelSpec, target: StateDict) -> list[We
 
 def find_places(content: Any, way: tuple[str, ...] = ()) -> Iterator[Place]:
     """Every mapping in ``content`` that holds tensors or arrays."""
-    if len(way) > MAX_WAY or (way and _is_of_training(way[-1])):
+    if len(way) > MAX_WAY or (way and is_of_training(way[-1])):
         return
     if isinstance(content, Mapping):
         state = {
@@ -252,22 +134,6 @@ def find_places(content: Any, way: tuple[str, ...] = ()) -> Iterator[Place]:
     elif isinstance(content, (list, tuple)) and len(content) <= MAX_LIST:
         for index, value in enumerate(content):
             yield from find_places(value, (*way, f"[{index}]"))
-
-
-def _is_of_training(key: str) -> bool:
-    """Whether no weights of the model are looked for below ``key``."""
-    return key.lower() in MOMENTS or bool(OTHERS & split_words(key))
-
-
-def names_average(key: str) -> bool:
-    """Whether ``key`` names averaged weights: a word for an average, and beside it only usual words.
-
-    ``exp_avg``, ``avg_activations`` and ``ema_fisher`` are averages of something else.
-    """
-    if not AVERAGE.search(key):
-        return False
-    others = split_words(AVERAGE.sub(" ", key))
-    return all(word in BESIDE_AVERAGE or word.isdecimal() for word in others)
 
 
 def convert_to_tensor(value: object) -> Tensor | None:
@@ -293,86 +159,12 @@ def _make_dense(value: Tensor) -> Tensor | None:
     return value.to_dense() if value.numel() <= MAX_DENSE else None
 
 
-def split_words(key: str) -> set[str]:
-    """The words that a key is made of, in lower case."""
-    split = re.sub(r"([a-z])([A-Z])", r"\1_\2", key)
-    return {word for word in re.split(r"[^a-z0-9]+", split.lower()) if word}
-
-
-def is_training_only(key: str) -> bool:
-    """Whether a name beside a model's belongs to its training, and not to its answers."""
-    parts = key.split(".")
-    return parts[-1] in COUNTERS or bool(TRAINING & split_words(parts[0]))
-
-
 def is_layer(value: Tensor) -> bool:
     """Whether ``value`` may be the kernel of a layer: real numbers in two dimensions or more.
 
     Metrics, criteria and preprocessing keep a number, or one a class or channel.
     """
     return value.is_floating_point() and sum(length > 1 for length in value.shape) > 1
-
-
-def find_nameless_average(content: Any, way: tuple[str, ...] = ()) -> tuple[str, ...] | None:
-    """The way to averaged weights that are kept as a list, in the order of ``model.parameters()`` and without
-    names, as torch_ema and diffusers keep ``shadow_params``; ``None`` where there are none."""
-    if not isinstance(content, Mapping) or len(way) > MAX_WAY:
-        return None
-    for key, value in content.items():
-        inner = (*way, str(key))
-        if isinstance(value, (list, tuple)):
-            layers = [item for item in value if isinstance(item, Tensor) and is_layer(item)]
-            if layers and any(names_average(part) for part in inner):
-                return inner
-        elif (found := find_nameless_average(value, inner)) is not None:
-            return found
-    return None
-
-
-def find_hidden_layers(content: Any) -> Iterator[tuple[tuple[str, ...], str]]:
-    """The way to every object of another program's class that holds layers, and the name of the class.
-
-    Layers that also stand in a state dict are no loss, and neither are those of an optimizer or a criterion.
-    Matrices in shapes that no layer beside them has, such as a confusion matrix, are not of the model.
-    """
-    strangers = [
-        (way, stranger)
-        for way, stranger in find_strangers(content)
-        if not any((OTHERS | TRAINING) & split_words(part) for part in way)
-    ]
-    if not strangers:
-        return
-    read = [value for place in find_places(content) for value in place.state.values()]
-    known = {_identify_memory(value) for value in read}
-    shapes = {value.shape for value in read if is_layer(value)}
-    for way, stranger in strangers:
-        hidden = [value for value in _find_layers(stranger, set()) if _identify_memory(value) not in known]
-        if any(value.shape in shapes or not shapes for value in hidden):
-            yield way, stranger.title
-
-
-def _find_layers(held: Any, seen: set[int]) -> Iterator[Tensor]:
-    """The kernels of layers among what an object holds, at any depth."""
-    if id(held) in seen:
-        return
-    seen.add(id(held))
-    tensor = convert_to_tensor(held)
-    if tensor is not None:
-        if is_layer(tensor):
-            yield tensor
-        return
-    values = held.held if isinstance(held, Stranger) else held
-    if isinstance(values, Mapping):
-        values = values.values()
-    elif not isinstance(values, (list, tuple)):
-        return
-    for value in values:
-        yield from _find_layers(value, seen)
-
-
-def _identify_memory(value: Tensor) -> int:
-    """Where the values of a dense tensor lie; tensors that share them were one in the program."""
-    return value.data_ptr()
 
 
 def _unwrap(state: StateDict) -> StateDict:
@@ -395,7 +187,12 @@ def _find_prefixes(state: StateDict, wanted: int) -> list[str]:
     ]
 
 
-def _compare(place: Place, prefix: str, spec: ModelSpec, target: StateDict) -> WeightsCandidate:
+def _compare(
+    place: Place,
+    prefix: str,
+    spec: ModelSpec,
+    target: StateDict,
+) -> WeightsCandidate:
     inside = {key[len(prefix) :]: value for key, value in place.state.items() if key.startswith(prefix)}
     state = _name_as_model(inside, spec, target)
     required = [key for key in target if not key.endswith(BATCHES)]
@@ -435,9 +232,6 @@ def _name_as_model(state: StateDict, spec: ModelSpec, target: StateDict) -> Stat
         (first,) = firsts
         ours = {f"{first}.{key}": value for key, value in ours.items()}
     return {key: value for key, value in ours.items() if key in target or not is_training_only(key)}
-
-
-# --- choosing -------------------------------------------------------------------------------------
 
 
 class Undecided(Exception):
@@ -520,9 +314,6 @@ def _are_same(first: StateDict, second: StateDict) -> bool:
     return all(
         first[key].shape == second[key].shape and torch.equal(first[key], second[key]) for key in shared
     )
-
-
-# --- messages -----------------------------------------------------------------------------------
 
 
 def describe_keys(content: Any) -> str:

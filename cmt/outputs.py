@@ -350,7 +350,12 @@ def _is_unmistakable(key: str | int, tensors: Mapping[str | int, Tensor]) -> boo
     return any(word in key.lower() for word in TELLING_WORDS)
 
 
-def _may_be_logits(key: str | int, value: Tensor, count: int, alone: bool) -> bool:
+def _may_be_logits(
+    key: str | int,
+    value: Tensor,
+    count: int,
+    alone: bool,
+) -> bool:
     """Whether one part of an output, ``alone`` or among others, is taken for the logits."""
     if not value.is_floating_point() or _count(value, count) is None:
         return False
@@ -406,7 +411,13 @@ class _Trail(TorchFunctionMode):
         self._made: dict[int, Operation] = {}
         self._kept: list[Tensor] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: Any = (),
+        kwargs: Any = None,
+    ) -> Any:
         output = func(*args, **(kwargs or {}))
         called = getattr(func, "__name__", "")
         read = args[0] if args and isinstance(args[0], Tensor) else None
@@ -439,7 +450,13 @@ class _Scaling(TorchFunctionMode):
         self._factor = factor
         self.calls = 0
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: Any = (),
+        kwargs: Any = None,
+    ) -> Any:
         output = func(*args, **(kwargs or {}))
         if getattr(func, "__name__", "") not in LINEAR or not isinstance(output, Tensor):
             return output

@@ -101,7 +101,12 @@ def _iterate_compared(state: StateDict) -> Iterator[str]:
     return (key for key in state if not key.endswith(BATCHES))
 
 
-def _agree(key: str, state: StateDict, target: StateDict, spec: ModelSpec) -> bool:
+def _agree(
+    key: str,
+    state: StateDict,
+    target: StateDict,
+    spec: ModelSpec,
+) -> bool:
     first = 1 if key in spec.head_keys else 0  # the number of classes
     return state[key].shape[first:] == target[key].shape[first:]
 

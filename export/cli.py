@@ -84,7 +84,8 @@ def _run_export(args: argparse.Namespace) -> int:
     from cmt_edge.deploy.bundle.packed import locate_packed
     from cmt_edge.deploy.progress import Progress
 
-    from .config import ExportConfig, find_settings_by_shapes
+    from .checkpoint_settings import find_settings_by_shapes
+    from .config import ExportConfig
     from .config_file import read_config
     from .replaced import describe_replaced, read_replaced
 

@@ -148,7 +148,11 @@ def _split_behind(line: str) -> _Line | None:
     name = before.rstrip(SEPARATORS + " ")
     if not name or name == before:
         return None
-    return _Line(int(found[1]), name, not before[len(name) :].isspace() or "\t" in before[len(name) :])
+    return _Line(
+        int(found[1]),
+        name,
+        not before[len(name) :].isspace() or "\t" in before[len(name) :],
+    )
 
 
 PLACES: dict[str, Callable[[str], _Line | None]] = {

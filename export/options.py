@@ -146,7 +146,11 @@ def add_flags(
                 )
 
 
-def _add_flag(add: Callable[..., object], described_field: Field[Any], kind: Any) -> None:
+def _add_flag(
+    add: Callable[..., object],
+    described_field: Field[Any],
+    kind: Any,
+) -> None:
     known = get_option(described_field)
     flags = [make_flag(described_field)]
     if known.short:
@@ -249,7 +253,11 @@ def _strip_key(key: str) -> str:
     return key.lstrip("-").replace("-", "_")
 
 
-def read_mapping(values: Mapping[str, Any], settings: type, where: object = None) -> dict[str, Any]:
+def read_mapping(
+    values: Mapping[str, Any],
+    settings: type,
+    where: object = None,
+) -> dict[str, Any]:
     """The content of a settings file by field name; its keys are field names or flags.
 
     Raises:
@@ -329,7 +337,12 @@ def _convert(
     return items if get_option(described_field).is_list else ",".join(items)
 
 
-def _make_wrong_type_error(key: str, value: Any, types: Iterable[type], where: object) -> InputError:
+def _make_wrong_type_error(
+    key: str,
+    value: Any,
+    types: Iterable[type],
+    where: object,
+) -> InputError:
     names = " or ".join(t.__name__ for t in types)
     return InputError(
         f"{key} = {value!r} should be {names}",

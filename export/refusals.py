@@ -137,7 +137,11 @@ def _join_messages(exc: BaseException | None) -> str:
     return "\n".join(parts)
 
 
-def _explain(exc: BaseException, model: nn.Module, example: Tensor) -> InputError | None:
+def _explain(
+    exc: BaseException,
+    model: nn.Module,
+    example: Tensor,
+) -> InputError | None:
     text = _join_messages(exc)
     if found := UNKNOWN_OPERATOR.search(text):
         operator = found[1]
@@ -218,7 +222,13 @@ class _Bfloat16Line(TorchFunctionMode):
 
     line: str | None = None
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: Any = (),
+        kwargs: Any = None,
+    ) -> Any:
         output = func(*args, **(kwargs or {}))
         if self.line is None and isinstance(output, Tensor) and output.dtype == torch.bfloat16:
             inside = _list_users_frames()
@@ -249,7 +259,13 @@ class _CountingLine(TorchFunctionMode):
         self._count = count
         self.line: str | None = None
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: Any = (),
+        kwargs: Any = None,
+    ) -> Any:
         counts = getattr(func, "__name__", "") in COUNTING and args[1:] in ((), (0,))
         read = args[0] if args and isinstance(args[0], Tensor) else None
         if self.line is None and counts and read is not None and read.shape[:1] == (self._count,):
@@ -259,7 +275,11 @@ class _CountingLine(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def require_single_answers(model: nn.Module, batch: np.ndarray, outputs: Sequence[np.ndarray]) -> None:
+def require_single_answers(
+    model: nn.Module,
+    batch: np.ndarray,
+    outputs: Sequence[np.ndarray],
+) -> None:
     """Refuse a model that takes Python numbers from its values and answers an image otherwise in a batch.
 
     A graph of one image takes these numbers from another image than the model did in the batch.
@@ -326,7 +346,13 @@ class _TakenValues(TorchFunctionMode):
         super().__init__()
         self.found: list[tuple[str, str]] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: Any = (),
+        kwargs: Any = None,
+    ) -> Any:
         output = func(*args, **(kwargs or {}))
         if getattr(func, "__name__", "") in TAKING:
             inside = _list_users_frames()

@@ -112,9 +112,8 @@ def export_onnx(
         ParityError: ``check`` refused the graph.
     """
     check = check or (lambda graph: _require_same(model, graph, img_size))
-    with contextlib.suppress(
-        StepError, ParityError, InputError
-    ):  # a model may build its shapes in another way
+    # A model may build its shapes in another way.
+    with contextlib.suppress(StepError, ParityError, InputError):
         graph = _free_batch_size(trace(model, img_size, opset, outputs, TRACED_BATCH))
         check(graph)
         return graph
@@ -127,7 +126,11 @@ def export_onnx(
     return graph
 
 
-def _require_any_batch(graph: onnx.ModelProto, model: nn.Module, example: torch.Tensor) -> None:
+def _require_any_batch(
+    graph: onnx.ModelProto,
+    model: nn.Module,
+    example: torch.Tensor,
+) -> None:
     """Raise :class:`InputError` where the tracing has fixed the batch size; it names the line of the user's
     code that counts the images ``example``, where one does."""
     size = graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value
@@ -216,7 +219,11 @@ def _free_batch(graph: ir.Graph) -> None:
     shapes = [node for node in graph if node.op_type == "Concat" and _begins_with_batch(node)]
     if not shapes:
         return
-    opened = add_constant(graph, "open", np.array([-1], np.int64))
+    opened = add_constant(
+        graph,
+        "open",
+        np.array([-1], np.int64),
+    )
     size = make_node(
         "Shape",
         [graph.inputs[0]],
@@ -315,7 +322,11 @@ def check_graph(step: str, graph: onnx.ModelProto) -> onnx.ModelProto:
     return graph
 
 
-def compute_outputs(graph: onnx.ModelProto, batch: np.ndarray, step: str) -> list[np.ndarray]:
+def compute_outputs(
+    graph: onnx.ModelProto,
+    batch: np.ndarray,
+    step: str,
+) -> list[np.ndarray]:
     """Run ``graph`` in ONNX Runtime: float32 ``(N, 3, S, S)`` -> every output, ``(N, ...)``."""
     return run_graph(graph, step)(batch)
 

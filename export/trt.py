@@ -111,7 +111,11 @@ def _require_same(
     return max(differences)
 
 
-def add_engine(config: ExportConfig, bundle: Bundle, progress: Progress) -> tuple[Manifest, dict[str, bytes]]:
+def add_engine(
+    config: ExportConfig,
+    bundle: Bundle,
+    progress: Progress,
+) -> tuple[Manifest, dict[str, bytes]]:
     """What ``cmt-build`` does, on a staged bundle.
 
     Returns:

@@ -225,7 +225,13 @@ def _round_output(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
     """Let the readers of ``value`` read it rounded to float16, as float32."""
     name = name_value(value)
     after = detach_readers(value, f"{name}_exact")
-    half = make_node("Cast", [value], f"{name}_rounded", "", {"to": int(HALF)})
+    half = make_node(
+        "Cast",
+        [value],
+        f"{name}_rounded",
+        "",
+        {"to": int(HALF)},
+    )
     single = ir.node(
         "Cast",
         half.outputs,
@@ -426,7 +432,13 @@ class _Conversion:
             return value
         if (value, kind) not in self._casts:
             name = f"{name_value(value)}_{'half' if kind == HALF else 'float'}"
-            cast = make_node("Cast", [value], name, f"cast_{name}", {"to": int(kind)})
+            cast = make_node(
+                "Cast",
+                [value],
+                name,
+                f"cast_{name}",
+                {"to": int(kind)},
+            )
             self._graph.insert_before(node, cast)
             self._casts[value, kind] = cast.outputs[0]
         return self._casts[value, kind]

@@ -147,7 +147,13 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each with a shortcut."""
 
-    def __init__(self, dim: int, attn: Attention, hidden: int, drop_path: float) -> None:
+    def __init__(
+        self,
+        dim: int,
+        attn: Attention,
+        hidden: int,
+        drop_path: float,
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = attn
@@ -170,7 +176,13 @@ class ConViT(Classifier):
     The position embedding fixes the input size; ``load_weights(..., resize=True)`` moves it to another one.
     """
 
-    def __init__(self, config: ConViTConfig, *, img_size: int, num_classes: int) -> None:
+    def __init__(
+        self,
+        config: ConViTConfig,
+        *,
+        img_size: int,
+        num_classes: int,
+    ) -> None:
         super().__init__()
         self.config = config
         self.img_size = img_size
@@ -360,7 +372,13 @@ _FIGURES = "paper Table 1; MACs and parameters counted on the official code"
 """Where the figures come from."""
 
 
-def _make_spec(name: str, heads: int, params: int, macs: int, top1: str) -> ModelSpec:
+def _make_spec(
+    name: str,
+    heads: int,
+    params: int,
+    macs: int,
+    top1: str,
+) -> ModelSpec:
     return ModelSpec(
         name=name,
         family="ConViT",

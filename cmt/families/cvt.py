@@ -134,7 +134,13 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each with a shortcut."""
 
-    def __init__(self, dim: int, heads: int, hidden: int, drop_path: float) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        hidden: int,
+        drop_path: float,
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attn = Attention(dim, heads)

@@ -55,7 +55,12 @@ class Images:
         arrays = self._arrays()
         first = next(arrays)
         partial = self._path.with_suffix(".part")
-        target = np.lib.format.open_memmap(partial, "w+", first.dtype, (self.count, *first.shape))
+        target = np.lib.format.open_memmap(
+            partial,
+            "w+",
+            first.dtype,
+            (self.count, *first.shape),
+        )
         for i, array in enumerate(itertools.chain([first], arrays)):
             target[i] = array
         del target

@@ -197,7 +197,12 @@ class Workbench:
         pairs = zip(result.results, result.kernels, strict=True)
         return {v.name: self._compute_speed(*pair) for v, pair in zip(variants, pairs, strict=True)}
 
-    def _keep_or_measure(self, key: list[Any], kind: type[T], measure: Callable[[], T]) -> T:
+    def _keep_or_measure(
+        self,
+        key: list[Any],
+        kind: type[T],
+        measure: Callable[[], T],
+    ) -> T:
         """What an earlier run measured, or is measured now; ``kind`` is its dataclass."""
         kept: T = self._measured.get(
             key,
@@ -248,7 +253,11 @@ class Workbench:
         }
 
     def _compute_logits(self, variant: Variant, images: Images) -> np.ndarray:
-        return self._process.logits(self._make_bundle(variant), images.path, self._config.threads)
+        return self._process.logits(
+            self._make_bundle(variant),
+            images.path,
+            self._config.threads,
+        )
 
     def _compute_deviation(self, variant: Variant, logits: np.ndarray) -> float:
         """Mean absolute difference from the float32 variant's logits on the probes, in their standard
