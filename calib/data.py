@@ -103,7 +103,12 @@ class CalibrationSet:
         return cls._choose_files(data, size, seed)
 
     @classmethod
-    def _choose_files(cls, data: str | Path, size: int | None, seed: int) -> CalibrationSet:
+    def _choose_files(
+        cls,
+        data: str | Path,
+        size: int | None,
+        seed: int,
+    ) -> CalibrationSet:
         """Images of a folder or an archive; see :meth:`choose`."""
         images = _drop_masks(ImageSet(data, labelled=False))
         _require_one_part(images)
@@ -202,7 +207,11 @@ def _require_one_part(images: ImageSet) -> None:
         )
 
 
-def _make_parts_error(images: ImageSet, parts: Sequence[str], remedy: str) -> DataError:
+def _make_parts_error(
+    images: ImageSet,
+    parts: Sequence[str],
+    remedy: str,
+) -> DataError:
     """The error for a data set whose images are not all to train on."""
     shown = list(parts[:SHOWN_PARTS])
     if len(parts) > SHOWN_PARTS:

@@ -35,13 +35,23 @@ def draw_dead_leaves(width: int, height: int, rng: np.random.Generator) -> Image
     """One RGB image."""
     tint = rng.uniform(40, 215, 3)  # scenes have a dominant colour and light
     spread = rng.uniform(15, 70)
-    image = Image.new("RGB", (width, height), _draw_colour(rng, tint, spread))
+    image = Image.new(
+        "RGB",
+        (width, height),
+        _draw_colour(rng, tint, spread),
+    )
     draw = ImageDraw.Draw(image)
     smallest, largest = 0.02 * height, 0.6 * height
     for _ in range(SHAPES):
         radius = _draw_radius(rng, smallest, largest)
         centre = rng.uniform((0, 0), (width, height))
-        _draw_leaf(draw, rng, centre, radius, _draw_colour(rng, tint, spread))
+        _draw_leaf(
+            draw,
+            rng,
+            centre,
+            radius,
+            _draw_colour(rng, tint, spread),
+        )
     noise = _make_pink_noise(rng, height, width) * rng.uniform(4, 18)
     light = np.linspace(-1, 1, height)[:, None] * rng.uniform(-25, 25)
     values = np.asarray(image, np.float32) + (noise + light)[..., None]
@@ -84,7 +94,11 @@ def _draw_leaf(
     )
 
 
-def _draw_colour(rng: np.random.Generator, tint: np.ndarray, spread: float) -> tuple[int, ...]:
+def _draw_colour(
+    rng: np.random.Generator,
+    tint: np.ndarray,
+    spread: float,
+) -> tuple[int, ...]:
     """Red, green and blue near ``tint``; ``spread`` is the standard deviation of the brightness."""
     light = rng.normal(0, spread)
     return tuple(int(v) for v in np.clip(tint + light + rng.normal(0, spread / 2, 3), 0, 255))

@@ -353,10 +353,20 @@ def make_node(
     attributes: dict[str, int] | None = None,
 ) -> ir.Node:
     """A new node with one output, which belongs to no graph yet."""
-    return ir.node(op_type, inputs, attributes, outputs=[ir.val(output)], name=name)
+    return ir.node(
+        op_type,
+        inputs,
+        attributes,
+        outputs=[ir.val(output)],
+        name=name,
+    )
 
 
-def copy_node(node: ir.Node, inputs: Sequence[ir.Value | None], suffix: str) -> ir.Node:
+def copy_node(
+    node: ir.Node,
+    inputs: Sequence[ir.Value | None],
+    suffix: str,
+) -> ir.Node:
     """A copy of ``node`` that reads ``inputs``; ``suffix`` is added to its name and to those of its
     outputs."""
     copy = ir.Node(

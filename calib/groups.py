@@ -69,7 +69,11 @@ def _find_rows(paths: Iterable[str]) -> dict[str, list[int]]:
     return {row: sorted(numbers) for row, numbers in rows.items() if row not in nested}
 
 
-def _find_group(path: str, rows: Mapping[str, list[int]], stages: Collection[str]) -> str:
+def _find_group(
+    path: str,
+    rows: Mapping[str, list[int]],
+    stages: Collection[str],
+) -> str:
     """The group of one module, in a block or beside the blocks."""
     for row, numbers in rows.items():
         number, _, rest = path.removeprefix(f"{row}.").partition(".")

@@ -111,7 +111,12 @@ def _insert_pair(graph: ir.Graph, layer: ir.Node, quantizer: ir.Node) -> None:
         (DEQUANTIZE, "dequantized"),
     ):
         name = f"{get_node_name(layer)}_input_{end}"
-        node = make_node(kind, [value, *quantizer.inputs[1:]], name, name)
+        node = make_node(
+            kind,
+            [value, *quantizer.inputs[1:]],
+            name,
+            name,
+        )
         graph.insert_before(layer, node)
         value = node.outputs[0]
     layer.replace_input_with(0, value)

@@ -226,7 +226,11 @@ class _Restoration:
         sources = [self._find_float(get_input(node, position)) for position in range(count)]
         if sources == list(node.inputs[:count]):
             return tensor
-        copy = copy_node(node, [*sources, *node.inputs[count:]], FLOAT_SUFFIX)
+        copy = copy_node(
+            node,
+            [*sources, *node.inputs[count:]],
+            FLOAT_SUFFIX,
+        )
         self.graph.insert_after(node, copy)
         self.floats |= dict(zip(node.outputs, copy.outputs, strict=True))
         return self.floats[tensor]

@@ -114,24 +114,21 @@ def synthesise(
     time_limit_s: float = TIME_LIMIT_S,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[np.ndarray, Synthesis]:
-    """Images whose statistics at the batch norms of ``model`` are those of its training data.
+    """Images, uint8 ``(count, S, S, 3)``, whose statistics at the batch norms of ``model`` are those of its
+    training data, and how they were made.
 
     The loss is the mean over batch norms of ``mean_c(((m - M) / S)^2 + (s / S - 1)^2)`` with mean ``m`` and
     deviation ``s`` of a batch's input, running mean ``M`` and deviation ``S``. Equal arguments give equal
-    pixels on the same machine, torch and number of threads (float sums depend on these), unless the time ran
-    out.
+    pixels with the same machine, torch and number of threads, unless the time ran out.
 
     Args:
         model: takes float32 ``(N, 3, S, S)``; it stays as it is.
         count: number of images.
         spec: the model's preprocessing.
-        seed: of the images to start from.
+        seed: of the first images.
         steps: optimisation steps of each batch.
         time_limit_s: seconds after which no further step starts.
         progress: called with steps done and their number.
-
-    Returns:
-        Images ``(count, size, size, 3)`` uint8, and how they were made.
 
     Raises:
         InputError: the model has no batch norm with statistics of training.
@@ -140,14 +137,18 @@ def synthesise(
     norms = require_statistics(model)
     batches = _make_starting_batches(count, spec, seed)
     distance = _Distance(model, norms, spec, batches[0][:1])
-    begin = time.monotonic()
+    begin, share = time.monotonic(), time_limit_s / len(batches)
     made = []
     for i, batch in enumerate(batches):
         tick = _make_tick(progress, i * steps, len(batches) * steps)
-        deadline = begin + time_limit_s * (i + 1) / len(batches)
-        made.append(_synthesise_batch(distance, batch, steps, deadline, tick))
-    images = torch.cat([batch.images for batch in made]).permute(0, 2, 3, 1).contiguous().numpy()
-    return images, _summarise(made, seed, steps)
+        made.append(_synthesise_batch(distance, batch, steps, begin + share * (i + 1), tick))
+    return _join_images(made), _summarise(made, seed, steps)
+
+
+def _join_images(made: list[_Batch]) -> np.ndarray:
+    """All images, uint8 ``(count, S, S, 3)``."""
+    images = torch.cat([batch.images for batch in made])
+    return images.permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def _make_tick(
@@ -256,16 +257,26 @@ def make_synthetic_set(
         )
         return Made(images, how, cached=False)
 
-    if cache is None:
-        return convert_to_set(make(), spec)
+    key = _make_cache_key(weights, count, spec, seed, steps, time_limit_s)
+    made = make() if cache is None else _find_or_make(cache, key, count, spec, make)
+    return convert_to_set(made, spec)
+
+
+def _find_or_make(
+    cache: Path,
+    key: str,
+    count: int,
+    spec: Preprocess,
+    make: Callable[[], Made],
+) -> Made:
+    """The images of an earlier run, or those that ``make`` gives now, which are kept."""
     shape = (count, spec.size, spec.size, 3)
-    made = Cache(cache, (".npz",), CACHED_SETS).get(
-        _make_cache_key(weights, count, spec, seed, steps, time_limit_s),
+    return Cache(cache, (".npz",), CACHED_SETS).get(
+        key,
         decode=lambda files: _read_file(files[0], shape),
         make=make,
         encode=_convert_to_files,
     )
-    return convert_to_set(made, spec)
 
 
 def _make_cache_key(
@@ -441,8 +452,16 @@ def _compute_amplitude(size: int) -> Tensor:
 def convert_to_set(made: Made, spec: Preprocess) -> CalibrationSet:
     """The images as a calibration set."""
     early = made.how.stopped_early
-    story = SynthesisEntry(**asdict(made.how), stopped_early=early, cached=made.cached)
-    return CalibrationSet.of_blobs(SYNTHETIC, _encode(made.images, spec), story)
+    story = SynthesisEntry(
+        **asdict(made.how),
+        stopped_early=early,
+        cached=made.cached,
+    )
+    return CalibrationSet.of_blobs(
+        SYNTHETIC,
+        _encode(made.images, spec),
+        story,
+    )
 
 
 def _encode(images: np.ndarray, spec: Preprocess) -> Iterator[bytes]:

@@ -142,7 +142,11 @@ class Cache:
         Whoever reads or writes such an entry at the same time finds it missing and makes it again.
         """
         last = self.suffixes[-1]
-        entries = sorted(self.folder.glob(f"*{last}"), key=_find_last_use, reverse=True)
+        entries = sorted(
+            self.folder.glob(f"*{last}"),
+            key=_find_last_use,
+            reverse=True,
+        )
         for entry in entries[self.keep :]:
             for file in reversed(self._list_files(entry.name.removesuffix(last))):
                 with contextlib.suppress(OSError):

@@ -127,7 +127,11 @@ def scratch_folder(parent: Path, prefix: str, suffix: str = ".tmp") -> Iterator[
         _drop_folder(folder, descriptor)
 
 
-def _make_locked_folder(parent: Path, prefix: str, suffix: str) -> tuple[Path, int | None]:
+def _make_locked_folder(
+    parent: Path,
+    prefix: str,
+    suffix: str,
+) -> tuple[Path, int | None]:
     """A new folder, and the descriptor that holds its lock; ``None`` where folders cannot be opened."""
     while True:
         folder = Path(tempfile.mkdtemp(suffix, prefix, parent))
@@ -250,7 +254,11 @@ def _is_still(file: Path, descriptor: int) -> bool:
 if sys.platform == "win32":
     import msvcrt
 
-    def lock_descriptor(descriptor: int, wait: bool = True, shared: bool = False) -> None:
+    def lock_descriptor(
+        descriptor: int,
+        wait: bool = True,
+        shared: bool = False,
+    ) -> None:
         """Lock an open file until it is closed; ``shared`` locks cannot be had here.
 
         Raises ``BlockingIOError`` where ``wait`` is false and another process holds it.
@@ -266,7 +274,11 @@ if sys.platform == "win32":
 
 else:
 
-    def lock_descriptor(descriptor: int, wait: bool = True, shared: bool = False) -> None:
+    def lock_descriptor(
+        descriptor: int,
+        wait: bool = True,
+        shared: bool = False,
+    ) -> None:
         """Lock an open file or folder until it is closed; ``shared``: with others that do so too.
 
         Raises ``BlockingIOError`` where ``wait`` is false and another process holds it.

@@ -137,11 +137,7 @@ class Predictor:
                 unknown.
         """
         check_color(color)
-        if threads is not None and threads < 1:
-            raise InputError(
-                f"{threads} threads were asked for",
-                remedy="ask for 1 or more, or leave it out for all cores",
-            )
+        _check_threads(threads)
         options = LoadOptions(device, threads, throughput, weights, trusted_model, trusted_engine)
         return read_whole(path, lambda bundle: cls._open_bundle(bundle, backend, options, color), key=key)
 
@@ -228,10 +224,9 @@ class Predictor:
         iterable is fine: at most ``in_flight * batch + max(batch, 2 * workers)`` images are held (a dynamic
         batch counts as 8). Closing the stream, or leaving the loop, ends its threads.
 
-        A camera may fill one buffer again and again. Arrays, Pillow images, buffers and file objects are
-        therefore copied when they are taken from ``images``, where threads decode them later. A path is read
-        when its image is decoded: where a program writes the same file again and again, give
-        ``Path(...).read_bytes()``.
+        Arrays, Pillow images, buffers and file objects are copied when they are taken from ``images``,
+        because a camera may fill one buffer again and again. A path is read when its image is decoded: give
+        ``Path(...).read_bytes()`` where a program writes the same file again and again.
 
         Args:
             images: as :meth:`predict`; may be endless.
@@ -244,20 +239,12 @@ class Predictor:
 
         Raises:
             ImageError: an image cannot be read. It is raised at its turn, after the predictions of all
-                images before it, like errors of the runtime and of ``images`` itself. The Predictor stays
-                usable.
-            InputError: ``in_flight`` below 1, a closed Predictor, a bundle of feature maps, or an unknown
-                ``color``.
+                images before it, like errors of the runtime and of ``images``. The Predictor stays usable.
+            InputError: ``in_flight`` below 1, a closed Predictor, feature maps, or an unknown ``color``.
         """
         decode = self._make_decoder(color)
-        answers = self._iterate_answers(
-            images,
-            decode,
-            workers=workers,
-            in_flight=in_flight,
-            copy=copy,
-        )
-        for source, logits in answers:
+        settings = _StreamSettings(workers, in_flight, copy)
+        for source, logits in self._iterate_answers(images, decode, settings):
             yield self._make_prediction(logits, source)
 
     def attempt(
@@ -280,14 +267,8 @@ class Predictor:
                 row[:] = 0  # its answer is thrown away
                 return exc.with_traceback(None)
 
-        answers = self._iterate_answers(
-            images,
-            decode_or_explain,
-            workers=workers,
-            in_flight=in_flight,
-            copy=copy,
-        )
-        for source, logits in answers:
+        settings = _StreamSettings(workers, in_flight, copy)
+        for source, logits in self._iterate_answers(images, decode_or_explain, settings):
             if isinstance(source, ImageError):
                 yield source
             else:
@@ -367,28 +348,22 @@ class Predictor:
         self,
         images: Iterable[ImageLike],
         decode: Callable[[ImageLike, np.ndarray], Any],
-        *,
-        workers: int,
-        in_flight: int | None,
-        copy: bool,
+        settings: _StreamSettings,
     ) -> Iterator[tuple[Any, np.ndarray]]:
         """What ``decode`` returned for each image, and its logits."""
         self._require(LOGITS)
-        if in_flight is not None and in_flight < 1:
-            raise InputError(
-                f"{in_flight} inferences in flight were asked for",
-                remedy="ask for 1 or more, or leave it out",
-            )
-        several = in_flight or max(1, self.session.parallelism)
+        in_flight = settings.choose_in_flight(self.session)
         images = list_images(images)
-        if copy and workers > 0:  # without threads an image is decoded before the next one is asked for
+        if (
+            settings.copy and settings.workers > 0
+        ):  # without threads an image is decoded before the next one is asked for
             images = self._take_each(images)
         return stream(
             images,
             self.lanes,
             decode,
-            workers=workers,
-            in_flight=several,
+            workers=settings.workers,
+            in_flight=in_flight,
         )
 
     def _take_each(self, images: Iterable[ImageLike]) -> Iterator[Any]:
@@ -424,6 +399,28 @@ class Predictor:
         )
 
 
+@dataclass(frozen=True)
+class _StreamSettings:
+    """How a stream runs; see :meth:`Predictor.stream`."""
+
+    workers: int
+    in_flight: int | None
+    copy: bool
+
+    def choose_in_flight(self, session: Session) -> int:
+        """The number of inferences at once: what was asked for, or as many as the runtime gains from.
+
+        Raises:
+            InputError: fewer than 1 were asked for.
+        """
+        if self.in_flight is not None and self.in_flight < 1:
+            raise InputError(
+                f"{self.in_flight} inferences in flight were asked for",
+                remedy="ask for 1 or more, or leave it out",
+            )
+        return self.in_flight or max(1, session.parallelism)
+
+
 def require_finite(outputs: list[np.ndarray], where: object) -> list[np.ndarray]:
     """The outputs of a model as they are; raises :class:`BundleError` for NaN and infinity, which are no
     answer. ``where``: the bundle, for the message."""
@@ -444,6 +441,15 @@ def _load(runtime: Runtime, bundle: Bundle, options: LoadOptions) -> Session:
         raise
     except Exception as exc:  # each runtime has exceptions of its own, some of them undocumented
         raise make_open_error(bundle.path, exc) from exc
+
+
+def _check_threads(threads: int | None) -> None:
+    """Raise :class:`InputError` below 1."""
+    if threads is not None and threads < 1:
+        raise InputError(
+            f"{threads} threads were asked for",
+            remedy="ask for 1 or more, or leave it out for all cores",
+        )
 
 
 def _check_batch(batch: object, size: int) -> None:

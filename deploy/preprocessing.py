@@ -90,7 +90,11 @@ class Preprocess:
         )
 
 
-def _find_fault_of_numbers(name: str, values: tuple[float, ...], bounds: tuple[float, float]) -> str | None:
+def _find_fault_of_numbers(
+    name: str,
+    values: tuple[float, ...],
+    bounds: tuple[float, float],
+) -> str | None:
     """The first of ``values`` that does not lie within ``bounds``."""
     low, high = bounds
     for i, value in enumerate(values):
@@ -99,7 +103,11 @@ def _find_fault_of_numbers(name: str, values: tuple[float, ...], bounds: tuple[f
     return None
 
 
-def decode_pixels(source: ImageLike, spec: Preprocess, color: str = "rgb") -> np.ndarray:
+def decode_pixels(
+    source: ImageLike,
+    spec: Preprocess,
+    color: str = "rgb",
+) -> np.ndarray:
     """Decoded, resized and cropped: ``(size, size, 3)`` uint8, read-only. Arguments and errors are those of
     :func:`~cmt_edge.deploy.decoding.decode`.
 
@@ -152,7 +160,11 @@ def _compute_geometry(
     return new, (left, top, left + size, top + size)
 
 
-def normalise(values: np.ndarray, spec: Preprocess, out: np.ndarray | None = None) -> np.ndarray:
+def normalise(
+    values: np.ndarray,
+    spec: Preprocess,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
     """``(..., H, W, 3)`` uint8 -> ``(..., 3, H, W)`` float32, ``(v / 255 - mean) / std``.
 
     ``out``: float32 of the result's shape, written without temporaries and returned; default: a new

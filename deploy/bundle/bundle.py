@@ -238,6 +238,19 @@ class Bundle:
         New files go under ``engines/``, where :meth:`open` ignores what the manifest does not name, and never
         replace one.
         """
+        self._require_unchanged()
+        entries = {name: entry for name, entry in self.manifest.files.items() if name not in drop}
+        for name, data in files.items():
+            entries[name] = self._add_file(name, data)
+        manifest = replace(manifest, files=dict(sorted(entries.items())))
+        write_atomic(self.path / MANIFEST, manifest.to_bytes())
+        for name in [*drop, *_list_ignored(self.path, manifest)]:
+            with contextlib.suppress(OSError):
+                (self.path / name).unlink()
+        return Bundle(self.path, manifest, state=read_state(self.path))
+
+    def _require_unchanged(self) -> None:
+        """Raise an error where the bundle is packed, or was changed after it was opened."""
         if self.packed is not None:
             raise InputError(
                 "is a packed bundle, which cannot be added to",
@@ -252,21 +265,17 @@ class Bundle:
                 where=self.path,
                 remedy="run the command again",
             )
-        entries = {name: entry for name, entry in self.manifest.files.items() if name not in drop}
-        for name, data in files.items():
-            digest = hashlib.sha256(data).hexdigest()
-            if name in self.manifest.files and self.manifest.files[name].sha256 != digest:
-                raise ValueError(f"{name} would be replaced before the manifest knows")
-            entries[name] = FileEntry(len(data), digest)
-            with writing(self.path):
-                (self.path / name).parent.mkdir(exist_ok=True)
-            write_atomic(self.path / name, data)
-        manifest = replace(manifest, files=dict(sorted(entries.items())))
-        write_atomic(self.path / MANIFEST, manifest.to_bytes())
-        for name in [*drop, *_list_ignored(self.path, manifest)]:
-            with contextlib.suppress(OSError):
-                (self.path / name).unlink()
-        return Bundle(self.path, manifest, state=read_state(self.path))
+
+    def _add_file(self, name: str, data: bytes) -> FileEntry:
+        """Write a new file; returns what the manifest will say of it."""
+        entry = FileEntry(len(data), hashlib.sha256(data).hexdigest())
+        known = self.manifest.files.get(name)
+        if known is not None and known.sha256 != entry.sha256:
+            raise ValueError(f"{name} would be replaced before the manifest knows")
+        with writing(self.path):
+            (self.path / name).parent.mkdir(exist_ok=True)
+        write_atomic(self.path / name, data)
+        return entry
 
     def golden(self) -> Golden:
         """The golden inputs and what the reference made of them."""

@@ -91,7 +91,13 @@ def refers_outside(content: Buffer) -> bool:
     return False
 
 
-def _is_outside(content: Buffer, field: int, wire: int, begin: int, end: int) -> bool:
+def _is_outside(
+    content: Buffer,
+    field: int,
+    wire: int,
+    begin: int,
+    end: int,
+) -> bool:
     """Whether a field of a tensor says that the data lies elsewhere (``EXTERNAL`` is 1)."""
     if field == EXTERNAL_DATA:
         return True

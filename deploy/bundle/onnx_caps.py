@@ -168,7 +168,13 @@ def require_modest(content: Buffer) -> None:
         )
 
 
-def _read_message(content: Buffer, kind: str, start: int, end: int, survey: _Survey) -> _Message:
+def _read_message(
+    content: Buffer,
+    kind: str,
+    start: int,
+    end: int,
+    survey: _Survey,
+) -> _Message:
     message = _Message(kind, {})
     position = start
     while position < end:

@@ -98,7 +98,11 @@ def pack(folder: Path, members: Iterable[str], file: Path) -> None:
     names += sorted(members)
     with writing(file):
         clear_abandoned(file.parent, f".{file.name}.", TEMPORARY)
-        handle, temporary = tempfile.mkstemp(prefix=f".{file.name}.", suffix=TEMPORARY, dir=file.parent)
+        handle, temporary = tempfile.mkstemp(
+            prefix=f".{file.name}.",
+            suffix=TEMPORARY,
+            dir=file.parent,
+        )
         try:
             with os.fdopen(handle, "wb") as target:
                 try_lock(handle)  # so that nobody takes it for abandoned
@@ -114,7 +118,12 @@ def pack(folder: Path, members: Iterable[str], file: Path) -> None:
                 os.unlink(temporary)
 
 
-def _add(archive: zipfile.ZipFile, target: BinaryIO, source: Path, name: str) -> None:
+def _add(
+    archive: zipfile.ZipFile,
+    target: BinaryIO,
+    source: Path,
+    name: str,
+) -> None:
     """Append one member at the next multiple of :data:`ALIGNMENT`."""
     entry = zipfile.ZipInfo(name, DATED)
     entry.external_attr = (stat.S_IFREG | 0o644) << 16
@@ -167,7 +176,11 @@ def make_title(file: Path) -> str:
     return file.name[: len(file.name) - len(suffix)] or "bundle"
 
 
-def _unpack_to_cache(file: Path, members: list[Member], anew: bool) -> tuple[Path, Hold]:
+def _unpack_to_cache(
+    file: Path,
+    members: list[Member],
+    anew: bool,
+) -> tuple[Path, Hold]:
     """The folder in the cache that holds the members of ``file``; raises ``OSError``."""
     parent = find_cache_folder() / FOLDER / hash_file(file)
     folder = parent / make_title(file)
@@ -228,7 +241,12 @@ def _extract(file: Path, members: list[Member], folder: Path) -> Path:
     return folder
 
 
-def _copy(archive: BinaryIO, output: BinaryIO, size: int, file: Path) -> None:
+def _copy(
+    archive: BinaryIO,
+    output: BinaryIO,
+    size: int,
+    file: Path,
+) -> None:
     while size:
         try:
             chunk = archive.read(min(size, CHUNK_BYTES))

@@ -115,7 +115,12 @@ def parse_json(data: bytes, where: object, whole: str = "the manifest") -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as exc:
-        raise BundleError(f"{whole} cannot be read", where=where, why=exc, remedy=REMEDY) from exc
+        raise BundleError(
+            f"{whole} cannot be read",
+            where=where,
+            why=exc,
+            remedy=REMEDY,
+        ) from exc
 
 
 def read_record(
@@ -176,7 +181,12 @@ class _Reader:
             raise self._make_wrong_type_error(content, path, _name_type(kind))
         if origin is None:
             return self._read_scalar(kind, content, path)
-        return self._read_container(origin, typing.get_args(kind), content, path)
+        return self._read_container(
+            origin,
+            typing.get_args(kind),
+            content,
+            path,
+        )
 
     def _read_ruled(self, kind: Any, content: Any, path: str) -> Any:
         inner, *rules = typing.get_args(kind)
@@ -190,7 +200,11 @@ class _Reader:
         for kind in kinds:
             if _fits(kind, content):
                 return self.read(kind, content, path)
-        raise self._make_wrong_type_error(content, path, " or ".join(map(_name_type, kinds)))
+        raise self._make_wrong_type_error(
+            content,
+            path,
+            " or ".join(map(_name_type, kinds)),
+        )
 
     def _read_record(self, kind: Any, content: Any, path: str) -> Any:
         if not isinstance(content, dict):
@@ -209,7 +223,13 @@ class _Reader:
             }
         )
 
-    def _read_member(self, member: Field[Any], kind: Any, content: Any, path: str) -> Any:
+    def _read_member(
+        self,
+        member: Field[Any],
+        kind: Any,
+        content: Any,
+        path: str,
+    ) -> Any:
         if content == {} and member.metadata == EMPTIED:
             return None
         return self.read(kind, content, path)
@@ -229,13 +249,23 @@ class _Reader:
             raise self._make_wrong_type_error(content, path, f"{len(kinds)} items")
         return origin(self._read_items(kinds, content, path))
 
-    def _read_dictionary(self, kind: Any, content: dict[str, Any], path: str) -> dict[str, Any]:
+    def _read_dictionary(
+        self,
+        kind: Any,
+        content: dict[str, Any],
+        path: str,
+    ) -> dict[str, Any]:
         return {
             self._read_scalar(str, key, path): self.read(kind, value, _extend_path(path, key))
             for key, value in content.items()
         }
 
-    def _read_items(self, kinds: tuple[Any, ...], content: list[Any], path: str) -> list[Any]:
+    def _read_items(
+        self,
+        kinds: tuple[Any, ...],
+        content: list[Any],
+        path: str,
+    ) -> list[Any]:
         pairs = zip(kinds, content, strict=True)
         return [self.read(kind, item, f"{path}[{i}]") for i, (kind, item) in enumerate(pairs)]
 
@@ -250,7 +280,12 @@ class _Reader:
             raise self._make_wrong_type_error(content, path, "a finite number")
         return content
 
-    def _make_wrong_type_error(self, content: Any, path: str, expected: str) -> BundleError:
+    def _make_wrong_type_error(
+        self,
+        content: Any,
+        path: str,
+        expected: str,
+    ) -> BundleError:
         return self._make_error(f"{path or self.whole} is {_show_content(content)}, expected {expected}")
 
     def _make_error(self, what: str) -> BundleError:

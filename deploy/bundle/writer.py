@@ -103,7 +103,11 @@ class BundleWriter:
         )
         with writing(self.target):
             files = {path.relative_to(self.folder).as_posix(): self._hashes.entry(path) for path in paths}
-        return Bundle(self.folder, replace(manifest, files=files), self.target)
+        return Bundle(
+            self.folder,
+            replace(manifest, files=files),
+            self.target,
+        )
 
     def commit(self, manifest: Manifest, key: Path | None = None) -> Bundle:
         """Write the manifest last, with the hash of every file, and move the folder into place.

@@ -208,7 +208,11 @@ def _is_stable(times: Sequence[float]) -> bool:
     return bool(abs(last / before - 1) < STABLE)
 
 
-def measure_throughput(predictor: Predictor, batch: np.ndarray, seconds: float) -> float:
+def measure_throughput(
+    predictor: Predictor,
+    batch: np.ndarray,
+    seconds: float,
+) -> float:
     """Images a second with as many concurrent requests as the runtime recommends."""
     workers = max(1, predictor.session.parallelism)
     predictor.outputs(batch)
@@ -229,7 +233,11 @@ def measure_throughput(predictor: Predictor, batch: np.ndarray, seconds: float) 
     return sum(counts) / (time.perf_counter() - start)
 
 
-def run_sustained(predictor: Predictor, batch: np.ndarray, seconds: float) -> tuple[int, float]:
+def run_sustained(
+    predictor: Predictor,
+    batch: np.ndarray,
+    seconds: float,
+) -> tuple[int, float]:
     """One request after the other for ``seconds``: images done and milliseconds taken."""
     infer = bind_inference(predictor.session, batch)
     images, start = 0, time.perf_counter()
@@ -239,7 +247,11 @@ def run_sustained(predictor: Predictor, batch: np.ndarray, seconds: float) -> tu
     return images, 1e3 * elapsed
 
 
-def _measure_on_device(session: Session, batch: np.ndarray, count: int) -> OnDevice | None:
+def _measure_on_device(
+    session: Session,
+    batch: np.ndarray,
+    count: int,
+) -> OnDevice | None:
     times = session.device_times(batch, count)
     if times is None:
         return None

@@ -138,7 +138,12 @@ class MeasuringProcess:
         """
         with tempfile.TemporaryDirectory() as folder:
             target = Path(folder) / "logits.npy"
-            request = LogitsRequest(str(bundle), str(pixels), str(target), threads)
+            request = LogitsRequest(
+                str(bundle),
+                str(pixels),
+                str(target),
+                threads,
+            )
             self._request("logits", request, Text)
             logits: np.ndarray = np.load(target)
             return logits
@@ -152,7 +157,11 @@ class MeasuringProcess:
         """The latencies of ``bundles``, measured in turn; see
         :func:`cmt_edge.deploy.measure.benchmark.benchmark`."""
         paths = tuple(str(bundle) for bundle in bundles)
-        return self._request("benchmark", BenchmarkRequest(paths, protocol, threads), Benchmark)
+        return self._request(
+            "benchmark",
+            BenchmarkRequest(paths, protocol, threads),
+            Benchmark,
+        )
 
     def kernels(self, bundle: Path, threads: int | None) -> dict[str, float]:
         """Share of the run time by kernel, see :meth:`cmt_edge.deploy.backends.base.Session.kernels`."""

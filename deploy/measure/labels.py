@@ -35,7 +35,11 @@ def match_labels(bundle: Bundle, data: ImageSet, by_order: bool) -> dict[str, in
     return _match_by_order(bundle, data, folders) if by_order else _match_by_name(bundle, data, folders)
 
 
-def _match_by_order(bundle: Bundle, data: ImageSet, folders: Sequence[str]) -> dict[str, int]:
+def _match_by_order(
+    bundle: Bundle,
+    data: ImageSet,
+    folders: Sequence[str],
+) -> dict[str, int]:
     count = len(bundle.class_ids)
     if len(folders) != count:
         raise DataError(
@@ -46,7 +50,11 @@ def _match_by_order(bundle: Bundle, data: ImageSet, folders: Sequence[str]) -> d
     return {folder: i for i, folder in enumerate(folders)}
 
 
-def _match_by_name(bundle: Bundle, data: ImageSet, folders: Sequence[str]) -> dict[str, int]:
+def _match_by_name(
+    bundle: Bundle,
+    data: ImageSet,
+    folders: Sequence[str],
+) -> dict[str, int]:
     """By class id or readable name; a name that several classes have names none of them."""
     ids, names = bundle.class_ids, bundle.labels
     shared = [f for f in folders if ids.count(f) > 1 or (f not in ids and names.count(f) > 1)]

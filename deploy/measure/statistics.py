@@ -113,7 +113,11 @@ def compare_medians(base: np.ndarray, other: np.ndarray, seed: int = 0) -> Ratio
     base_medians = bootstrap_medians(base, rng)
     other_medians = bootstrap_medians(other, rng)
     low, high = _find_middle(base_medians / other_medians)
-    return Ratio(float(np.median(base) / np.median(other)), low, high)
+    return Ratio(
+        float(np.median(base) / np.median(other)),
+        low,
+        high,
+    )
 
 
 def bootstrap_medians(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -144,8 +148,16 @@ def compute_paired_drop(reference: np.ndarray, ours: np.ndarray) -> Difference:
     mean = float((reference.astype(np.float64) - ours).mean())
     correlation = _compute_correlation(reference, ours)
     first, second = compute_wilson_interval(before, count), compute_wilson_interval(after, count)
-    below = _combine(before - first.low, second.high - after, correlation)
-    above = _combine(first.high - before, after - second.low, correlation)
+    below = _combine(
+        before - first.low,
+        second.high - after,
+        correlation,
+    )
+    above = _combine(
+        first.high - before,
+        after - second.low,
+        correlation,
+    )
     interval = Interval(
         max(-100.0, 100 * (mean - below)),
         min(100.0, 100 * (mean + above)),

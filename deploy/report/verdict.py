@@ -42,7 +42,11 @@ def _format_candidate_table(verdict: VerdictEntry, markdown: bool) -> str:
     return format_table(header, rows, markdown)
 
 
-def _format_candidate_row(candidate: Candidate, labelled: bool, best: bool) -> list[str]:
+def _format_candidate_row(
+    candidate: Candidate,
+    labelled: bool,
+    best: bool,
+) -> list[str]:
     accuracy, speed = candidate.accuracy, candidate.speed
     top1 = f"{accuracy.top1:.2f}" if accuracy and accuracy.top1 is not None else "-"
     return [

@@ -257,7 +257,11 @@ class PowerMonitor:
         return compute_joules_per_image(self.during.watts, latency_ms, images)
 
 
-def compute_joules_per_image(watts: float | None, latency_ms: float, images: int = 1) -> float | None:
+def compute_joules_per_image(
+    watts: float | None,
+    latency_ms: float,
+    images: int = 1,
+) -> float | None:
     """Mean watts times the seconds of one call, over the images of one call.
 
     It is the energy of the whole device, idle power included; ``None`` where the power is unknown. Raises

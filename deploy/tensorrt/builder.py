@@ -62,7 +62,11 @@ def build_engine(request: BuildRequest, report: Report, bindings: Bindings) -> N
 
 def make_step_error(what: str, details: list[str]) -> StepError:
     """A step of TensorRT that failed; ``details`` are its own words."""
-    return StepError(what, why="; ".join(details) or None, remedy=REPORT_REMEDY)
+    return StepError(
+        what,
+        why="; ".join(details) or None,
+        remedy=REPORT_REMEDY,
+    )
 
 
 def parse(network: Any, request: BuildRequest, bindings: Bindings) -> Any:

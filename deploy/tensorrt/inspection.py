@@ -166,7 +166,11 @@ def count_executed(found: list[EngineLayer], times: Mapping[str, float] | None =
     )
 
 
-def require_precision(asked: str, operations: Mapping[str, int], found: list[EngineLayer]) -> float:
+def require_precision(
+    asked: str,
+    operations: Mapping[str, int],
+    found: list[EngineLayer],
+) -> float:
     """The share of computing layers at the precision ``asked`` or below.
 
     Args:

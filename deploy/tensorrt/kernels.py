@@ -244,7 +244,11 @@ def _find_last(tensor: TensorUse) -> int:
 
 def _find_depth(kernel: Kernel, written: TensorUse) -> int:
     """How many products are added up for each value that is written."""
-    weights = max(kernel.constants, key=lambda tensor: tensor.count, default=None)
+    weights = max(
+        kernel.constants,
+        key=lambda tensor: tensor.count,
+        default=None,
+    )
     if weights is not None and len(weights.dims) == 4 and kernel.kind.lower() != "gemm":
         return math.prod(weights.dims[1:])  # (out, in / groups, height, width)
     if len(kernel.inputs) > 1 and (weights is None or len(weights.dims) < 2):
@@ -272,4 +276,8 @@ def find_blocks(kernels: Sequence[Kernel], blocks: Mapping[str, str]) -> list[st
 def _find_block(kernel: Kernel, blocks: Mapping[str, str]) -> str:
     """``""`` where none of its operations has a block."""
     found = [blocks[node] for node in kernel.nodes if blocks.get(node)]
-    return max(found, key=lambda name: (found.count(name), name), default="")
+    return max(
+        found,
+        key=lambda name: (found.count(name), name),
+        default="",
+    )
