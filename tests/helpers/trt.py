@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
+import cmt_edge.deploy.cli.build
 from cmt_edge.deploy import Bundle
 from cmt_edge.deploy.backends.fake import FakeSession
 from cmt_edge.deploy.bundle import ONNX
@@ -90,3 +91,9 @@ def build_portable(
         time_limit=time_limit,
         progress=Progress(quiet=True),
     )
+
+
+def build(bundle: Bundle, *flags: object) -> int:
+    """The exit code of ``cmt-build`` with these flags."""
+    forget_fakes()
+    return cmt_edge.deploy.cli.build.main([str(bundle.path), *map(str, flags)])
