@@ -249,7 +249,11 @@ def _drop_held_out(images: ImageSet) -> ImageSet:
     return rest
 
 
-def _choose_spread(items: list[Item], count: int, seed: int) -> list[Item]:
+def _choose_spread(
+    items: list[Item],
+    count: int,
+    seed: int,
+) -> list[Item]:
     """``count`` items, shuffled with ``seed``; the folders take turns."""
     rng = random.Random(seed)
     by_folder: dict[PurePosixPath, list[Item]] = {}

@@ -168,7 +168,11 @@ def _find_site(conv: ir.Node) -> Site | None:
     return _find_affine_site(conv, node, channels) if node.op_type == "Add" else None
 
 
-def _find_affine_site(conv: ir.Node, addition: ir.Node, channels: int) -> Site | None:
+def _find_affine_site(
+    conv: ir.Node,
+    addition: ir.Node,
+    channels: int,
+) -> Site | None:
     """The tensor after a multiplication and ``addition`` of one constant a channel, which nothing else
     reads."""
     product = next(
@@ -225,7 +229,11 @@ def _rescale(graph: ir.Graph, site: Site, factor: np.ndarray) -> None:
         _set_constant(value, read_constant(value) / factor.reshape(1, -1, 1, 1))
 
 
-def _insert_scale(graph: ir.Graph, conv: ir.Node, scale: np.ndarray) -> None:
+def _insert_scale(
+    graph: ir.Graph,
+    conv: ir.Node,
+    scale: np.ndarray,
+) -> None:
     """Insert a multiplication by ``scale`` ``(C,)`` between a tensor and the conv that reads it."""
     name = f"{get_node_name(conv)}_input"
     factor = add_constant(

@@ -31,7 +31,11 @@ def generate(count: int, size: int, seed: int = 0) -> list[bytes]:
     return [_encode(draw_dead_leaves(round(size * ASPECT), size, rng)) for _ in range(count)]
 
 
-def draw_dead_leaves(width: int, height: int, rng: np.random.Generator) -> Image.Image:
+def draw_dead_leaves(
+    width: int,
+    height: int,
+    rng: np.random.Generator,
+) -> Image.Image:
     """One RGB image."""
     tint = rng.uniform(40, 215, 3)  # scenes have a dominant colour and light
     spread = rng.uniform(15, 70)
@@ -104,7 +108,11 @@ def _draw_colour(
     return tuple(int(v) for v in np.clip(tint + light + rng.normal(0, spread / 2, 3), 0, 255))
 
 
-def _make_pink_noise(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+def _make_pink_noise(
+    rng: np.random.Generator,
+    height: int,
+    width: int,
+) -> np.ndarray:
     """1/f noise of unit standard deviation, ``(height, width)``."""
     frequency = np.hypot(
         *np.meshgrid(

@@ -70,7 +70,11 @@ class _StoredNode:
 
 
 @contextmanager
-def open_view(model: onnx.ModelProto, *, types: bool = False) -> Iterator[ir.Model]:
+def open_view(
+    model: onnx.ModelProto,
+    *,
+    types: bool = False,
+) -> Iterator[ir.Model]:
     """A view of ``model`` for the time of a block: see :func:`read_model`, and :func:`read_types` for
     ``types``.
 
@@ -307,7 +311,11 @@ def get_tensor(value: ir.Value) -> onnx.TensorProto:
     return ir.to_proto(tensor)
 
 
-def add_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+def add_constant(
+    graph: ir.Graph,
+    name: str,
+    array: np.ndarray,
+) -> ir.Value:
     """Add an initializer behind those that ``graph`` has."""
     value = ir.val(name, const_value=ir.Tensor(array, name=name))
     graph.register_initializer(value)
@@ -394,7 +402,11 @@ def detach_readers(value: ir.Value, name: str) -> ir.Value:
     return new
 
 
-def replace_inputs(node: ir.Node, before: ir.Value, after: ir.Value) -> None:
+def replace_inputs(
+    node: ir.Node,
+    before: ir.Value,
+    after: ir.Value,
+) -> None:
     """Let ``node`` read ``after`` wherever it reads ``before``."""
     for position, value in enumerate(node.inputs):
         if value is before:

@@ -102,7 +102,10 @@ def _find_parent(path: str) -> str:
     return path.rpartition(".")[0]
 
 
-def group_nodes(model: onnx.ModelProto, nodes: Collection[str]) -> dict[str, tuple[str, ...]]:
+def group_nodes(
+    model: onnx.ModelProto,
+    nodes: Collection[str],
+) -> dict[str, tuple[str, ...]]:
     """Group -> names of those of ``nodes`` in it, in the graph's order; ``model`` carries the modules'
     names."""
     with open_view(model) as view:
@@ -114,7 +117,10 @@ def group_nodes(model: onnx.ModelProto, nodes: Collection[str]) -> dict[str, tup
     return {group: tuple(members) for group, members in groups.items()}
 
 
-def group_by_kind(model: onnx.ModelProto, nodes: Collection[str]) -> dict[str, tuple[str, ...]]:
+def group_by_kind(
+    model: onnx.ModelProto,
+    nodes: Collection[str],
+) -> dict[str, tuple[str, ...]]:
     """As :func:`group_nodes`, for the groups that every model has (:data:`COMMON_GROUPS`)."""
     with open_view(model) as view:
         chosen = [node for node in view.graph if node.name in nodes]

@@ -103,7 +103,11 @@ def _has_weight(layer: ir.Node) -> bool:
     return is_constant(value)
 
 
-def _insert_pair(graph: ir.Graph, layer: ir.Node, quantizer: ir.Node) -> None:
+def _insert_pair(
+    graph: ir.Graph,
+    layer: ir.Node,
+    quantizer: ir.Node,
+) -> None:
     """Insert a pair like that of ``quantizer`` between ``layer`` and what it reads."""
     value = get_input(layer, 0)
     for kind, end in (

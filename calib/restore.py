@@ -136,7 +136,11 @@ class _Restoration:
                 for node in find_readers(value):
                     replace_inputs(node, value, before)
 
-    def _find_int8_readers(self, tensor: ir.Value, through: tuple[str, ...] | None) -> set[ir.Node]:
+    def _find_int8_readers(
+        self,
+        tensor: ir.Value,
+        through: tuple[str, ...] | None,
+    ) -> set[ir.Node]:
         """Operations that compute in int8 and read ``tensor``, looking through operations of these kinds
         (``None``: of all kinds)."""
         found: set[ir.Node] = set()

@@ -250,7 +250,10 @@ def _parse_name(value: object) -> str:
     return str(value)
 
 
-def _put_in_order(mapping: Mapping[Any, Any], key: str) -> tuple[str, ...]:
+def _put_in_order(
+    mapping: Mapping[Any, Any],
+    key: str,
+) -> tuple[str, ...]:
     """The names of a mapping from index to name, or from name to index, in the order of the indices."""
     if key in BY_NAME or _maps_names(mapping):
         indices, names = list(mapping.values()), list(mapping)
@@ -288,7 +291,10 @@ def _differ(indices: Sequence[Any], names: Sequence[Any]) -> bool:
     return [_parse_index(value) for value in indices] != [_parse_index(value) for value in names]
 
 
-def _sort_names(order: list[int], names: list[str]) -> tuple[str, ...]:
+def _sort_names(
+    order: list[int],
+    names: list[str],
+) -> tuple[str, ...]:
     """``names`` in the ``order`` of their indices, which begin with 0 or 1 and have no holes."""
     first = min(order)
     if first not in (0, 1) or sorted(order) != list(range(first, first + len(order))):

@@ -117,7 +117,10 @@ def find_candidates(
     )
 
 
-def find_places(content: Any, way: tuple[str, ...] = ()) -> Iterator[Place]:
+def find_places(
+    content: Any,
+    way: tuple[str, ...] = (),
+) -> Iterator[Place]:
     """Every mapping in ``content`` that holds tensors or arrays."""
     if len(way) > MAX_WAY or (way and is_of_training(way[-1])):
         return
@@ -242,7 +245,10 @@ class Undecided(Exception):
         self.what, self.reason, self.remedy = what, reason, remedy
 
 
-def choose_candidate(candidates: list[WeightsCandidate], ema: bool | None) -> WeightsCandidate:
+def choose_candidate(
+    candidates: list[WeightsCandidate],
+    ema: bool | None,
+) -> WeightsCandidate:
     """The candidate to load; it may still lack names, where none has all of them.
 
     Args:
@@ -296,7 +302,10 @@ def _choose_only(candidates: list[WeightsCandidate]) -> WeightsCandidate:
     return equals[0]
 
 
-def _drop_siblings(chosen: WeightsCandidate, complete: list[WeightsCandidate]) -> WeightsCandidate:
+def _drop_siblings(
+    chosen: WeightsCandidate,
+    complete: list[WeightsCandidate],
+) -> WeightsCandidate:
     """``chosen``, where names beside it that are a whole model too are not counted as strange."""
     siblings = {c.prefix for c in complete if c.way == chosen.way and c.prefix != chosen.prefix}
     siblings = {prefix for prefix in siblings if prefix and not chosen.prefix.startswith(prefix)}

@@ -128,7 +128,11 @@ def _view_as_settings(value: Any) -> Mapping[Any, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _find_first(settings: Mapping[Any, Any], names: Iterable[str], kind: type) -> Any:
+def _find_first(
+    settings: Mapping[Any, Any],
+    names: Iterable[str],
+    kind: type,
+) -> Any:
     """The first setting of these names that has the type ``kind``."""
     return next(
         (settings[name] for name in names if type(settings.get(name)) is kind),
@@ -156,7 +160,10 @@ def _read_size(settings: Mapping[Any, Any], multiple: int) -> int | None:
     return None
 
 
-def _count_classes(settings: Mapping[Any, Any], content: Mapping[Any, Any]) -> int | None:
+def _count_classes(
+    settings: Mapping[Any, Any],
+    content: Mapping[Any, Any],
+) -> int | None:
     """The number of names of classes, or the number that a setting gives."""
     named = count_class_names(settings) or count_class_names(content)
     return named or _parse_positive(_find_first(settings, COUNT, int))

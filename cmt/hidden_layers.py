@@ -13,7 +13,10 @@ from .key_words import OTHERS, TRAINING, names_average, split_words
 from .strangers import Stranger, find_strangers
 
 
-def find_nameless_average(content: Any, way: tuple[str, ...] = ()) -> tuple[str, ...] | None:
+def find_nameless_average(
+    content: Any,
+    way: tuple[str, ...] = (),
+) -> tuple[str, ...] | None:
     """The way to averaged weights that are kept as a list, in the order of ``model.parameters()`` and without
     names, as torch_ema and diffusers keep ``shadow_params``; ``None`` where there are none."""
     if not isinstance(content, Mapping) or len(way) > MAX_WAY:

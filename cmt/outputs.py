@@ -386,7 +386,10 @@ def _describe(value: Any) -> str:
     return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
 
 
-def _copy_images(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+def _copy_images(
+    _module: nn.Module,
+    arguments: tuple[Any, ...],
+) -> tuple[Any, ...]:
     """The forward pre-hook of :func:`settle_output`."""
     return tuple(value.clone() if isinstance(value, Tensor) else value for value in arguments)
 

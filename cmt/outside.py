@@ -142,7 +142,13 @@ class Constructor:
     size: int
     classes: int
 
-    def __call__(self, _: NoConfig, *, img_size: int, num_classes: int) -> nn.Module:
+    def __call__(
+        self,
+        _: NoConfig,
+        *,
+        img_size: int,
+        num_classes: int,
+    ) -> nn.Module:
         factory = self.factory()
         model = call_factory(
             factory,

@@ -152,7 +152,10 @@ def _seeded(seed: int | None) -> Iterator[None]:
         yield
 
 
-def find_published_labels(spec: ModelSpec, num_classes: int) -> list[tuple[str, str]] | None:
+def find_published_labels(
+    spec: ModelSpec,
+    num_classes: int,
+) -> list[tuple[str, str]] | None:
     """``[(class id, readable name), ...]`` of the published classes.
 
     The id is the name of the class folder in the data set (an ImageNet synset such as ``n01440764``). A data

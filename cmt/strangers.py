@@ -373,7 +373,10 @@ class _Simulation:
 # --- what was left out ----------------------------------------------------------------------------
 
 
-def find_strangers(content: Any, way: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Stranger]]:
+def find_strangers(
+    content: Any,
+    way: tuple[str, ...] = (),
+) -> Iterator[tuple[tuple[str, ...], Stranger]]:
     """Every stand-in in a checkpoint's content, and the keys on the way to it; not those inside another."""
     yield from _find_strangers(content, way, set())
 

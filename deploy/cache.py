@@ -107,7 +107,11 @@ class Cache:
                 _warn(self.folder, exc.why or exc)
             return result
 
-    def _decode(self, key: str, decode: Callable[[Files], T | None]) -> T | None:
+    def _decode(
+        self,
+        key: str,
+        decode: Callable[[Files], T | None],
+    ) -> T | None:
         contents = self.read(key)
         if contents is None:
             return None

@@ -225,7 +225,10 @@ class Child:
         return ChildCrashed(process.returncode, text.strip().splitlines()[-TAIL_LINES:])
 
 
-def _send(process: subprocess.Popen[str], message: dict[str, Any]) -> None:
+def _send(
+    process: subprocess.Popen[str],
+    message: dict[str, Any],
+) -> None:
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError):  # reading the answer finds out that it ended
         print(json.dumps(message), file=process.stdin, flush=True)

@@ -166,7 +166,11 @@ def _release_in(process: int, release: Callable[[], object]) -> None:
         release()
 
 
-def make_scratch(parent: Path, prefix: str, suffix: str = ".tmp") -> tuple[Path, Hold]:
+def make_scratch(
+    parent: Path,
+    prefix: str,
+    suffix: str = ".tmp",
+) -> tuple[Path, Hold]:
     """As :func:`scratch_folder`, for as long as the second result lives."""
     clear_abandoned(parent, prefix, suffix)
     folder, descriptor = _make_locked_folder(parent, prefix, suffix)

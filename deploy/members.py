@@ -156,7 +156,11 @@ class Members:
                 remedy="replace the links by what they lead to",
             )
 
-    def _follow(self, child: Folder | Link | Place, name: str) -> Folder | Link | Place:
+    def _follow(
+        self,
+        child: Folder | Link | Place,
+        name: str,
+    ) -> Folder | Link | Place:
         """What a link leads to at last; the link itself where it leads to nothing, which is counted."""
         if not isinstance(child, Link):
             return child

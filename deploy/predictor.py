@@ -200,7 +200,12 @@ class Predictor:
             logits = lane.run(1)[0][0]
         return self._make_prediction(logits, source)
 
-    def predict(self, images: Iterable[ImageLike], *, color: str | None = None) -> list[Prediction]:
+    def predict(
+        self,
+        images: Iterable[ImageLike],
+        *,
+        color: str | None = None,
+    ) -> list[Prediction]:
         """Classify several images, in the caller's thread. A single image gives a list of one.
 
         Raises:
@@ -260,7 +265,10 @@ class Predictor:
         prediction, and the images after it are answered."""
         decode = self._make_decoder(color)
 
-        def decode_or_explain(image: ImageLike, row: np.ndarray) -> str | ImageError | None:
+        def decode_or_explain(
+            image: ImageLike,
+            row: np.ndarray,
+        ) -> str | ImageError | None:
             try:
                 return decode(image, row)
             except ImageError as exc:
@@ -302,7 +310,12 @@ class Predictor:
         _check_batch(batch, self.spec.size)
         return self.lanes.run(np.ascontiguousarray(batch))
 
-    def prepare(self, images: Iterable[ImageLike], *, color: str | None = None) -> np.ndarray:
+    def prepare(
+        self,
+        images: Iterable[ImageLike],
+        *,
+        color: str | None = None,
+    ) -> np.ndarray:
         """Decode, resize, crop and normalise: the float32 batch ``(N, 3, H, W)`` that :meth:`logits` and
         :meth:`features` take. Raises :class:`~cmt_edge.deploy.errors.ImageError`."""
         decode = self._make_decoder(color)
@@ -421,7 +434,10 @@ class _StreamSettings:
         return self.in_flight or max(1, session.parallelism)
 
 
-def require_finite(outputs: list[np.ndarray], where: object) -> list[np.ndarray]:
+def require_finite(
+    outputs: list[np.ndarray],
+    where: object,
+) -> list[np.ndarray]:
     """The outputs of a model as they are; raises :class:`BundleError` for NaN and infinity, which are no
     answer. ``where``: the bundle, for the message."""
     if all(map(_is_finite, outputs)):

@@ -181,7 +181,10 @@ def normalise(
 
 
 @lru_cache(maxsize=64)
-def _compute_affine(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
+def _compute_affine(
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> tuple[np.ndarray, np.ndarray]:
     """``scale, shift``, float32 ``(3, 1, 1)`` each: ``(v / 255 - mean) / std = v * scale + shift``."""
     scale = (1 / (255 * np.asarray(std))).astype(np.float32).reshape(3, 1, 1)
     shift = (-np.asarray(mean) / np.asarray(std)).astype(np.float32).reshape(3, 1, 1)

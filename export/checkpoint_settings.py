@@ -50,7 +50,10 @@ def find_settings_by_shapes(settings: Mapping[str, Any]) -> dict[str, Any]:
     return _convert_to_settings(fitting[0], settings) if fitting else {}
 
 
-def _convert_to_settings(said: Description, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _convert_to_settings(
+    said: Description,
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
     """What is known of a checkpoint, as settings; raises :class:`InputError` for a mean or a deviation that
     it gives and that cannot be used, unless ``settings`` give both."""
     if said.fault is not None and not {"mean", "std"} <= settings.keys():

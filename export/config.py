@@ -45,7 +45,11 @@ class ExportConfig(DerivedSettings):
     """
 
     @classmethod
-    def from_mapping(cls, values: Mapping[str, Any], where: object = None) -> ExportConfig:
+    def from_mapping(
+        cls,
+        values: Mapping[str, Any],
+        where: object = None,
+    ) -> ExportConfig:
         """From a settings file's content; keys are field names or flags.
 
         Raises:

@@ -57,7 +57,10 @@ def read_config(path: Path) -> dict[str, Any]:
     return outside | settings
 
 
-def _find_table(content: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any] | None:
+def _find_table(
+    content: Mapping[str, Any],
+    names: Sequence[str],
+) -> dict[str, Any] | None:
     """The table with these names, each inside the one before."""
     table: Any = content
     for name in names:

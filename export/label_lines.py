@@ -183,7 +183,10 @@ def _read_numbered(
     return LineNames(names, note)
 
 
-def _split_all(lines: Sequence[str], split: Callable[[str], _Line | None]) -> list[_Line] | None:
+def _split_all(
+    lines: Sequence[str],
+    split: Callable[[str], _Line | None],
+) -> list[_Line] | None:
     """Every line as number and name; ``None`` where one has no number."""
     found: list[_Line] = []
     for line in lines:

@@ -188,7 +188,10 @@ def _describe_reading(described_field: Field[Any], kind: Any) -> dict[str, Any]:
     }
 
 
-def _choose_reader(kind: type | None, numbers: Range | None) -> Callable[[str], Any] | None:
+def _choose_reader(
+    kind: type | None,
+    numbers: Range | None,
+) -> Callable[[str], Any] | None:
     """What makes a number of the text on the command line; ``None`` for a text."""
     if kind is None or numbers is None:
         return kind

@@ -55,7 +55,11 @@ def require_finite(outputs: Sequence[np.ndarray]) -> None:
             )
 
 
-def identify_outputs(model: nn.Module, batch: np.ndarray, logits: np.ndarray) -> str:
+def identify_outputs(
+    model: nn.Module,
+    batch: np.ndarray,
+    logits: np.ndarray,
+) -> str:
     """What the values are that the reference answers golden images with.
 
     Args:

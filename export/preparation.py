@@ -43,7 +43,11 @@ class Prepared:
     differences: Differences
     quantized: Quantized | None
 
-    def graph_of(self, precision: str, kept_float: tuple[str, ...] = ()) -> onnx.ModelProto:
+    def graph_of(
+        self,
+        precision: str,
+        kept_float: tuple[str, ...] = (),
+    ) -> onnx.ModelProto:
         """The graph of one precision, see :func:`cmt_edge.export.steps.choose_graph`."""
         return steps.choose_graph(
             self.graph,

@@ -331,7 +331,10 @@ def _find_deciding_line(model: nn.Module, images: Tensor) -> str | None:
     return None
 
 
-def _list_taken_values(model: nn.Module, image: Tensor) -> list[tuple[str, str]]:
+def _list_taken_values(
+    model: nn.Module,
+    image: Tensor,
+) -> list[tuple[str, str]]:
     """Every user's line that takes a Python value from a tensor, with the value."""
     watch = _TakenValues()
     with contextlib.suppress(Exception), torch.inference_mode(), watch:

@@ -288,7 +288,10 @@ def resize_position_embedding(embedding: Tensor, tokens: int) -> Tensor:
     return grid.permute(0, 2, 3, 1).reshape(1, tokens, dim)
 
 
-def resize(model: nn.Module, state: StateDict) -> tuple[StateDict, list[str]]:
+def resize(
+    model: nn.Module,
+    state: StateDict,
+) -> tuple[StateDict, list[str]]:
     """Move the position embedding of ``state`` (our keys) to the size that ``model`` was built for.
 
     Returns the new state and the changed keys.

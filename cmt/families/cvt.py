@@ -190,7 +190,11 @@ class Stage(nn.Module):
             self.class_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, dim), std=0.02))
         self.blocks = nn.ModuleList(Block(dim, heads, hidden, rate) for rate in drop_paths)
 
-    def forward(self, x: Tensor, class_only: bool = False) -> tuple[Tensor, tuple[int, int]]:
+    def forward(
+        self,
+        x: Tensor,
+        class_only: bool = False,
+    ) -> tuple[Tensor, tuple[int, int]]:
         """(B, C_in, ..) -> tokens (B, [1 +] H*W, C), or the class token (B, 1, C) alone; and (H, W)."""
         x = self.embed(x)
         size = (x.shape[2], x.shape[3])

@@ -19,7 +19,12 @@ Model = TypeVar("Model", bound=nn.Module)
 """The class of a model, which :func:`fuse` keeps."""
 
 
-def fuse(model: Model, *, target: str = CPU, without: Collection[str] = ()) -> Model:
+def fuse(
+    model: Model,
+    *,
+    target: str = CPU,
+    without: Collection[str] = (),
+) -> Model:
     """A new module with the logits of ``model`` (difference below 1e-5) and fewer operations.
 
     ``model`` stays as it is.

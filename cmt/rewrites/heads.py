@@ -77,7 +77,10 @@ def merge_keys_and_values() -> Rewrite:
     return Rewrite("k and v as one", "[X K, X V] == X [K, V]", apply)
 
 
-def stack_rows(layer: nn.Linear, parts: list[tuple[Tensor, Tensor]]) -> nn.Linear:
+def stack_rows(
+    layer: nn.Linear,
+    parts: list[tuple[Tensor, Tensor]],
+) -> nn.Linear:
     """``layer`` with the weights and biases of ``parts``, one below the other."""
     weights, biases = zip(*parts, strict=True)
     return replace_weights(layer, torch.cat(weights), torch.cat(biases))

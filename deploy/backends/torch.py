@@ -34,7 +34,11 @@ class TorchSession(Session):
 
     device = "CPU"
 
-    def __init__(self, module: torch.nn.Module, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        threads: int | None = None,
+    ) -> None:
         self.runtime = RUNTIME.check()
         self.module = module.eval()
         if threads:

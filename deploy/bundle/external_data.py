@@ -104,7 +104,11 @@ def _is_outside(
     return field == DATA_LOCATION and (wire != VARINT or read_varint(content, begin, end)[0] != 0)
 
 
-def read_field(content: Buffer, position: int, end: int) -> tuple[int, int, int, int]:
+def read_field(
+    content: Buffer,
+    position: int,
+    end: int,
+) -> tuple[int, int, int, int]:
     """Number, wire type, begin and end of the value of the field at a position."""
     key, position = read_varint(content, position, end)
     field, wire = key >> 3, key & 7

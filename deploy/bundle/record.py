@@ -196,7 +196,12 @@ class _Reader:
                 raise self._make_wrong_type_error(content, path, str(rule))
         return value
 
-    def _read_one_of(self, kinds: tuple[Any, ...], content: Any, path: str) -> Any:
+    def _read_one_of(
+        self,
+        kinds: tuple[Any, ...],
+        content: Any,
+        path: str,
+    ) -> Any:
         for kind in kinds:
             if _fits(kind, content):
                 return self.read(kind, content, path)

@@ -107,7 +107,11 @@ def compute_median_interval(values: np.ndarray, seed: int = 0) -> Interval:
     return _find_middle(medians)
 
 
-def compare_medians(base: np.ndarray, other: np.ndarray, seed: int = 0) -> Ratio:
+def compare_medians(
+    base: np.ndarray,
+    other: np.ndarray,
+    seed: int = 0,
+) -> Ratio:
     """How many times as fast as ``base`` the samples ``other`` are: above 1 is faster."""
     rng = np.random.default_rng(seed)
     base_medians = bootstrap_medians(base, rng)

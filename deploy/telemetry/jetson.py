@@ -151,7 +151,10 @@ def parse_jetson_clocks(text: str) -> Clocks | None:
     )
 
 
-def _parse_mhz(found: re.Match[str], divisor: float) -> tuple[float, float, float]:
+def _parse_mhz(
+    found: re.Match[str],
+    divisor: float,
+) -> tuple[float, float, float]:
     """Lowest, highest and present frequency of a line."""
     low, high, now = (int(found[i]) / divisor for i in (1, 2, 3))
     return low, high, now

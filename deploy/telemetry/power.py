@@ -40,7 +40,10 @@ class PowerSensor:
     close: Callable[[], object] = lambda: None
 
 
-def find_power_sensor(root: Path = Path("/"), gpu_index: int = 0) -> tuple[PowerSensor | None, list[str]]:
+def find_power_sensor(
+    root: Path = Path("/"),
+    gpu_index: int = 0,
+) -> tuple[PowerSensor | None, list[str]]:
     """What measures the total power here, tried once, or ``None`` and the reason.
 
     On a Jetson the input rail of sysfs, or the sum of the rails where it has none

@@ -144,7 +144,10 @@ def _split_words(tensor: Mapping[str, Any]) -> list[str]:
     return [str(value) for key, value in tensor.items() if "format" in key.lower() or "type" in key.lower()]
 
 
-def count_executed(found: list[EngineLayer], times: Mapping[str, float] | None = None) -> ExecutedPrecision:
+def count_executed(
+    found: list[EngineLayer],
+    times: Mapping[str, float] | None = None,
+) -> ExecutedPrecision:
     """Shares by precision: of time where ``times`` (layer name -> any unit) is given, and of layers."""
     operations = Counter(layer.precision for layer in found if not layer.conversion)
     total = sum(times.values()) if times else 0.0

@@ -208,7 +208,10 @@ def _read_entry(entry: Mapping[str, Any]) -> Kernel:
     )
 
 
-def _read_section(entry: Mapping[str, Any], section: str) -> tuple[TensorUse, ...]:
+def _read_section(
+    entry: Mapping[str, Any],
+    section: str,
+) -> tuple[TensorUse, ...]:
     return tuple(_read_described(tensor) for tensor in entry.get(section) or () if isinstance(tensor, dict))
 
 
@@ -259,7 +262,10 @@ def _find_depth(kernel: Kernel, written: TensorUse) -> int:
     return rows if columns == _find_last(written) else columns
 
 
-def find_blocks(kernels: Sequence[Kernel], blocks: Mapping[str, str]) -> list[str]:
+def find_blocks(
+    kernels: Sequence[Kernel],
+    blocks: Mapping[str, str],
+) -> list[str]:
     """The block of each kernel, from the blocks of the operations that it came from.
 
     Of several blocks it is the one with the most operations, the last of them in a tie. A kernel that names

@@ -146,6 +146,9 @@ def _decode(
     )
 
 
-def _list_classes(items: Sequence[Item], targets: dict[str, int]) -> np.ndarray:
+def _list_classes(
+    items: Sequence[Item],
+    targets: dict[str, int],
+) -> np.ndarray:
     """The logit that is right for each image, int ``(N,)``."""
     return np.array([targets[item.label] for item in items if item.label is not None])

@@ -69,7 +69,10 @@ def trace_model(
     return graph, differences
 
 
-def simplify_graph(graph: onnx.ModelProto, reference: Reference) -> tuple[onnx.ModelProto, Differences]:
+def simplify_graph(
+    graph: onnx.ModelProto,
+    reference: Reference,
+) -> tuple[onnx.ModelProto, Differences]:
     """``graph`` after onnxsim."""
     simplified = simplify(graph)
     difference = _compare_graph("simplify", simplified, reference)
