@@ -185,7 +185,8 @@ def _drop_masks(images: ImageSet) -> ImageSet:
     kept = [item for item in images if masks.isdisjoint(PurePosixPath(item.name).parents)]
     pictures = images.select(kept)
     names = ", ".join(f"{folder}/" for folder in sorted(masks))
-    pictures.skipped = images.skipped + Counter({f"in {names} beside the pictures": len(images) - len(kept)})
+    left_out = Counter({f"in {names} beside the pictures": len(images) - len(kept)})
+    pictures.skipped = images.skipped + left_out
     return pictures
 
 

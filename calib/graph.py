@@ -190,7 +190,8 @@ def write_model(view: ir.Model) -> onnx.ModelProto:
     graph.node.extend(_write_node(node) for node in view.graph)
     graph.initializer.extend(get_tensor(value) for value in view.graph.initializers.values())
     made = [value for node in view.graph for value in node.outputs]
-    present = {name_value(value): value for value in (*made, *view.graph.initializers.values())}
+    values = (*made, *view.graph.initializers.values())
+    present = {name_value(value): value for value in values}
     for info in stored.graph.value_info:
         value = present.get(info.name)
         if value is not None:

@@ -53,7 +53,8 @@ def _find_only_children(names: Iterable[str], rows: Collection[str]) -> set[str]
     siblings = defaultdict(set)
     for name in names:
         siblings[_find_parent(name)].add(name)
-    lonely = [children for parent, children in siblings.items() if parent in rows and len(children) == 1]
+    inner = [children for parent, children in siblings.items() if parent in rows]
+    lonely = [children for children in inner if len(children) == 1]
     return set().union(*lonely)
 
 
@@ -64,7 +65,9 @@ def _find_rows(paths: Iterable[str]) -> dict[str, list[int]]:
         parts = path.split(".")
         inner = [i for i, part in enumerate(parts) if part.isdigit() and 0 < i < len(parts) - 1]
         if inner:
-            rows[".".join(parts[: inner[-1]])].add(int(parts[inner[-1]]))
+            last = inner[-1]
+            row = ".".join(parts[:last])
+            rows[row].add(int(parts[last]))
     nested = {outer for outer in rows for other in rows if other.startswith(f"{outer}.")}
     return {row: sorted(numbers) for row, numbers in rows.items() if row not in nested}
 
@@ -109,7 +112,8 @@ def group_nodes(
     """Group -> names of those of ``nodes`` in it, in the graph's order; ``model`` carries the modules'
     names."""
     with open_view(model) as view:
-        chosen = [(get_node_name(node), find_module(node)) for node in view.graph if node.name in nodes]
+        found = [node for node in view.graph if node.name in nodes]
+        chosen = [(get_node_name(node), find_module(node)) for node in found]
     names = name_groups({module for _, module in chosen})
     groups: dict[str, list[str]] = {}
     for node, module in chosen:

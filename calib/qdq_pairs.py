@@ -33,7 +33,8 @@ def sign_quantizers(graph: ir.Graph) -> None:
     That costs one bit there, but TensorRT reads nothing else, and one kind of activation serves every
     runtime.
     """
-    unsigned = [node for node in graph if node.op_type in (QUANTIZE, DEQUANTIZE) and _is_unsigned(node)]
+    quantizers = [node for node in graph if node.op_type in (QUANTIZE, DEQUANTIZE)]
+    unsigned = [node for node in quantizers if _is_unsigned(node)]
     for node in unsigned:
         if node.op_type == QUANTIZE:
             node.outputs[0].dtype = ir.DataType.INT8

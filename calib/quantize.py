@@ -156,7 +156,8 @@ def keep_float(quantized: Quantized, names: tuple[str, ...]) -> onnx.ModelProto:
             "nothing would be left in int8",
             remedy="keep fewer groups float, or use --precision fp32 or bf16",
         )
-    return _require_clean(replace(quantized, model=restore(quantized.model, original, chosen))).model
+    restored = restore(quantized.model, original, chosen)
+    return _require_clean(replace(quantized, model=restored)).model
 
 
 def _make_key(
@@ -203,7 +204,8 @@ class Batches:
         progress: Callable[[int, int], None] | None,
     ) -> None:
         self._data, self._spec, self._progress = data, spec, progress
-        self._keeps = len(data) * 3 * spec.size**2 * np.dtype(np.float32).itemsize <= KEPT_BYTES
+        image_bytes = 3 * spec.size**2 * np.dtype(np.float32).itemsize
+        self._keeps = len(data) * image_bytes <= KEPT_BYTES
         self._kept: list[np.ndarray] | None = None
 
     def __len__(self) -> int:

@@ -112,7 +112,8 @@ class _Restoration:
     def run(self) -> None:
         self._bypass_unread_pairs()
         # initializer -> the nodes that read it before any of them is restored
-        self.readers = {value: set(find_readers(value)) for value in self.graph.initializers.values()}
+        constants = self.graph.initializers.values()
+        self.readers = {value: set(find_readers(value)) for value in constants}
         for node in list(self.graph):
             if node in self.chosen:
                 self._restore_operation(node)
@@ -195,7 +196,8 @@ class _Restoration:
         now = self.graph.initializers.get(name)
         if now is not None and _is_same(now, before):
             return now
-        shared = now is not None and bool(self.readers.get(now, set()) - {node})
+        others = set() if now is None else self.readers.get(now, set()) - {node}
+        shared = bool(others)
         if now is not None and not shared:
             now.const_value = before.const_value
             return now

@@ -141,7 +141,8 @@ def synthesise(
     made = []
     for i, batch in enumerate(batches):
         tick = _make_tick(progress, i * steps, len(batches) * steps)
-        made.append(_synthesise_batch(distance, batch, steps, begin + share * (i + 1), tick))
+        deadline = begin + share * (i + 1)
+        made.append(_synthesise_batch(distance, batch, steps, deadline, tick))
     return _join_images(made), _summarise(made, seed, steps)
 
 
@@ -191,8 +192,8 @@ def _synthesise_batch(
 def _summarise(batches: list[_Batch], seed: int, steps: int) -> Synthesis:
     """How all images were made; raises :class:`StepError` if a loss is not finite."""
     sizes = [len(batch.images) for batch in batches]
-    before = float(np.average([batch.loss_before for batch in batches], weights=sizes))
-    after = float(np.average([batch.loss_after for batch in batches], weights=sizes))
+    before = _average([batch.loss_before for batch in batches], sizes)
+    after = _average([batch.loss_after for batch in batches], sizes)
     if not (math.isfinite(before) and math.isfinite(after)):
         raise StepError(
             "synthetic images cannot be made: the statistics of the model's activations are not finite",
@@ -207,11 +208,17 @@ def _summarise(batches: list[_Batch], seed: int, steps: int) -> Synthesis:
     )
 
 
+def _average(losses: list[float], sizes: list[int]) -> float:
+    """The mean over images of what is known of batches."""
+    return float(np.average(losses, weights=sizes))
+
+
 def _make_starting_batches(count: int, spec: Preprocess, seed: int) -> list[Tensor]:
     """Generated images as float32 ``(N, 3, S, S)`` with values from 0 to 1, in batches of nearly equal
     size."""
     encoded = generate(count, spec.size, seed=IMAGE_SEED + seed)
-    images = torch.from_numpy(np.stack([decode_pixels(blob, spec) for blob in encoded]))
+    decoded = [decode_pixels(blob, spec) for blob in encoded]
+    images = torch.from_numpy(np.stack(decoded))
     values = images.permute(0, 3, 1, 2).float() / 255
     largest = max(SMALLEST_BATCH, min(LARGEST_BATCH, BATCH_PIXELS // spec.size**2))
     return list(torch.split(values, split_into_batches(count, largest)))
@@ -366,7 +373,8 @@ class _Distance:
         spec: Preprocess,
         sample: Tensor,
     ) -> None:
-        chosen = {name for name, module in model.named_modules() if any(module is n for n in norms)}
+        ids = {id(norm) for norm in norms}
+        chosen = {name for name, module in model.named_modules() if id(module) in ids}
         self._model = copy.deepcopy(model).eval().requires_grad_(False)
         for name, module in self._model.named_modules():
             if name in chosen:
@@ -383,7 +391,8 @@ class _Distance:
     def __call__(self, values: Tensor) -> Tensor:
         """``(N, 3, S, S)`` in 0..1 -> scalar."""
         self._terms = []
-        self._model(((values - self._mean) / self._std).contiguous(memory_format=self.layout))
+        normalised = (values - self._mean) / self._std
+        self._model(normalised.contiguous(memory_format=self.layout))
         terms, self._terms = self._terms, []
         return torch.stack(terms).mean()
 
@@ -396,11 +405,13 @@ class _Distance:
         x = inputs[0]
         assert norm.running_mean is not None
         assert norm.running_var is not None
-        variance, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1], correction=0)
+        all_but_channels = [d for d in range(x.ndim) if d != 1]
+        variance, mean = torch.var_mean(x, all_but_channels, correction=0)
         expected = (norm.running_var + norm.eps).sqrt()
         shift = (mean - norm.running_mean) / expected
         spread = (variance + norm.eps).sqrt() / expected
-        self._terms.append((shift.square() + (spread - 1).square()).mean())
+        term = shift.square() + (spread - 1).square()
+        self._terms.append(term.mean())
 
 
 def _optimise(
@@ -432,7 +443,8 @@ def _optimise(
 
     taken = 0
     while taken < steps and time.monotonic() < deadline:
-        adam.param_groups[0]["lr"] = LEARNING_RATE * (1 + math.cos(math.pi * taken / steps)) / 2
+        cosine = math.cos(math.pi * taken / steps)
+        adam.param_groups[0]["lr"] = LEARNING_RATE * (1 + cosine) / 2
         adam.zero_grad()
         torch.autograd.backward(distance(values()))
         adam.step()

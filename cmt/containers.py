@@ -85,7 +85,8 @@ class WeightsCandidate:
     @property
     def entry(self) -> str:
         """The way and the prefix, as a message names them."""
-        return ".".join(filter(None, [*self.way, *self.prefix.split(".")])) or "the top level"
+        parts = [*self.way, *self.prefix.split(".")]
+        return ".".join(filter(None, parts)) or "the top level"
 
 
 @dataclass(frozen=True)
@@ -172,10 +173,14 @@ def is_layer(value: Tensor) -> bool:
 
 def _unwrap(state: StateDict) -> StateDict:
     """``state`` without :data:`WRAPPERS` in its names."""
-    names = {key: ".".join(part for part in key.split(".") if part not in WRAPPERS) for key in state}
+    names = {key: _unwrap_name(key) for key in state}
     if len(set(names.values())) < len(names):
         return state
     return {names[key]: value for key, value in state.items()}
+
+
+def _unwrap_name(key: str) -> str:
+    return ".".join(part for part in key.split(".") if part not in WRAPPERS)
 
 
 def _find_prefixes(state: StateDict, wanted: int) -> list[str]:
@@ -183,11 +188,10 @@ def _find_prefixes(state: StateDict, wanted: int) -> list[str]:
     counts: Counter[str] = Counter()
     for key in state:
         parts = key.split(".")[:-1][:MAX_PREFIX]
-        counts.update(".".join(parts[: i + 1]) + "." for i in range(len(parts)))
-    return [
-        "",
-        *(prefix for prefix, count in counts.items() if count >= max(1, MIN_SHARE * wanted)),
-    ]
+        prefixes = (".".join(parts[: i + 1]) for i in range(len(parts)))
+        counts.update(f"{prefix}." for prefix in prefixes)
+    least = max(1, MIN_SHARE * wanted)
+    return ["", *(prefix for prefix, count in counts.items() if count >= least)]
 
 
 def _compare(
@@ -196,11 +200,16 @@ def _compare(
     spec: ModelSpec,
     target: StateDict,
 ) -> WeightsCandidate:
-    inside = {key[len(prefix) :]: value for key, value in place.state.items() if key.startswith(prefix)}
+    inside = {
+        key.removeprefix(prefix): value
+        for key, value in place.state.items()
+        if key.startswith(prefix)  # all keys for no prefix
+    }
     state = _name_as_model(inside, spec, target)
     required = [key for key in target if not key.endswith(BATCHES)]
     missing = sum(key not in state for key in required)
-    outside = [key for key in place.state if not key.startswith(prefix) and not is_training_only(key)]
+    others = [key for key in place.state if not key.startswith(prefix)]
+    outside = [key for key in others if not is_training_only(key)]
     layers = [key for key in outside if missing or is_layer(place.state[key])]
     way = [*place.way, *prefix.split(".")]
     averaged = any(names_average(part) for part in way)
@@ -213,8 +222,13 @@ def _compare(
         missing=missing,
         shared=sum(key in state for key in required),
         averaged=averaged or _has_average_counter(place.state, prefix),
-        usual=all(names_average(part) or split_words(part) <= USUAL or part.startswith("[") for part in way),
+        usual=all(map(_is_usual, way)),
     )
+
+
+def _is_usual(part: str) -> bool:
+    """Whether a key on the way is one that weights usually have."""
+    return names_average(part) or split_words(part) <= USUAL or part.startswith("[")
 
 
 def _has_average_counter(state: StateDict, prefix: str) -> bool:
@@ -229,9 +243,8 @@ def _name_as_model(state: StateDict, spec: ModelSpec, target: StateDict) -> Stat
     if spec.adapt is not None:
         ours = spec.adapt(ours)
     firsts = {key.split(".")[0] for key in target}
-    if len(firsts) == 1 and not any(
-        key in target for key in ours
-    ):  # the factory wraps the net that was saved
+    is_inside = not any(key in target for key in ours)
+    if len(firsts) == 1 and is_inside:  # the factory wraps the net that was saved
         (first,) = firsts
         ours = {f"{first}.{key}": value for key, value in ours.items()}
     return {key: value for key, value in ours.items() if key in target or not is_training_only(key)}
@@ -259,11 +272,9 @@ def choose_candidate(
     Raises:
         Undecided: several fit with different values, or the kind that was asked for is absent.
     """
-    near = [c for c in candidates if 2 * c.shared >= c.shared + c.missing and c.shared]
-    averaged, plain = (
-        [c for c in near if c.averaged],
-        [c for c in near if not c.averaged],
-    )
+    near = [c for c in candidates if c.shared >= c.missing and c.shared]
+    averaged = [c for c in near if c.averaged]
+    plain = [c for c in near if not c.averaged]
     if ema and not averaged:
         raise Undecided(
             "has no averaged weights (model_ema)",
@@ -274,7 +285,8 @@ def choose_candidate(
         what = f"has only averaged weights ({averaged[0].entry})"
         raise Undecided(what, None, "load it without --no-ema")
     wanted = averaged if averaged and ema is not False else plain
-    if ema is None and averaged and averaged[0].missing and any(not c.missing for c in plain):
+    lacks = bool(averaged) and averaged[0].missing > 0
+    if ema is None and lacks and any(not c.missing for c in plain):
         raise Undecided(
             f"the averaged weights ({averaged[0].entry}) lack {averaged[0].missing} of the model's names",
             None,
@@ -307,7 +319,8 @@ def _drop_siblings(
     complete: list[WeightsCandidate],
 ) -> WeightsCandidate:
     """``chosen``, where names beside it that are a whole model too are not counted as strange."""
-    siblings = {c.prefix for c in complete if c.way == chosen.way and c.prefix != chosen.prefix}
+    neighbours = [c for c in complete if c.way == chosen.way]
+    siblings = {c.prefix for c in neighbours if c.prefix != chosen.prefix}
     siblings = {prefix for prefix in siblings if prefix and not chosen.prefix.startswith(prefix)}
     if not siblings:
         return chosen
@@ -320,9 +333,8 @@ def _drop_siblings(
 
 def _are_same(first: StateDict, second: StateDict) -> bool:
     shared = first.keys() & second.keys()
-    return all(
-        first[key].shape == second[key].shape and torch.equal(first[key], second[key]) for key in shared
-    )
+    pairs = [(first[key], second[key]) for key in shared]
+    return all(one.shape == other.shape and torch.equal(one, other) for one, other in pairs)
 
 
 def describe_keys(content: Any) -> str:

@@ -149,8 +149,9 @@ def _read_size(settings: Mapping[Any, Any], multiple: int) -> int | None:
     have it."""
     for name in (*SIZE, PERHAPS_SIZE):
         value = settings.get(name)
-        if isinstance(value, (list, tuple)) and value and set(value[-2:]) == {value[-1]}:
-            value = value[-1]
+        sides = value[-2:] if isinstance(value, (list, tuple)) else ()
+        if sides and set(sides) == {sides[-1]}:
+            value = sides[-1]
         if isinstance(value, str) and value.isdecimal():
             value = int(value)
         if type(value) is not int or value <= 0:

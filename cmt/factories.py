@@ -71,7 +71,8 @@ def _list_definitions(path: Path) -> list[str]:
         body = ast.parse(path.read_bytes()).body
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
         return []
-    made = [node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    definitions = (ast.FunctionDef, ast.ClassDef)
+    made = [node.name for node in body if isinstance(node, definitions)]
     return [name for name in reversed(made) if not name.startswith("_")]
 
 
@@ -91,7 +92,8 @@ def _find_in_module(module: str, attribute: str) -> Factory:
         return partial(copy.deepcopy, factory)
     if callable(factory):
         return factory
-    public = [name for name in dir(found) if callable(getattr(found, name)) and not name.startswith("_")]
+    callables = [name for name in dir(found) if callable(getattr(found, name))]
+    public = [name for name in callables if not name.startswith("_")]
     close = difflib.get_close_matches(attribute, public, n=3, cutoff=0.4)
     raise UnknownNameError(f"factory in {module}", attribute, close, public[:20])
 
@@ -123,7 +125,8 @@ def _find_timm_factory(name: str) -> Factory:
     timm = _import_timm()
     if not timm.is_model(name):
         close = timm.list_models(f"*{name}*")[:3]
-        close = close or difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
+        if not close:
+            close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
         raise UnknownNameError("timm model", name, close, ["see timm.list_models()"])
     fixed_size = getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False)
 

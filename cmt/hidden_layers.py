@@ -45,11 +45,13 @@ def find_hidden_layers(content: Any) -> Iterator[tuple[tuple[str, ...], str]]:
     ]
     if not strangers:
         return
-    read = [value for place in find_places(content) for value in place.state.values()]
+    states = [place.state for place in find_places(content)]
+    read = [value for state in states for value in state.values()]
     known = {_identify_memory(value) for value in read}
     shapes = {value.shape for value in read if is_layer(value)}
     for way, stranger in strangers:
-        hidden = [value for value in _find_layers(stranger, set()) if _identify_memory(value) not in known]
+        layers = _find_layers(stranger, set())
+        hidden = [value for value in layers if _identify_memory(value) not in known]
         if any(value.shape in shapes or not shapes for value in hidden):
             yield way, stranger.title
 

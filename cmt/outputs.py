@@ -201,7 +201,8 @@ class Probe:
         plain = self._scale(0, 1)
         last = self._calls
         for chosen in range(last, max(last - MAX_CALLS, 0), -1):
-            if any(not torch.equal(plain, self._scale(chosen, factor)) for factor in HUGE[1:3]):
+            scaled = (self._scale(chosen, factor) for factor in HUGE[1:3])
+            if any(not torch.equal(plain, other) for other in scaled):
                 return chosen
         return 0
 
@@ -332,7 +333,8 @@ def _require_no_ranking(
 
 def _is_whole(value: Tensor) -> bool:
     """Whether these are whole numbers, such as class indices; a mask is none."""
-    return not value.is_floating_point() and not value.is_complex() and value.dtype != torch.bool
+    is_inexact = value.is_floating_point() or value.is_complex()
+    return not is_inexact and value.dtype != torch.bool
 
 
 def _is_unmistakable(key: str | int, tensors: Mapping[str | int, Tensor]) -> bool:
@@ -376,7 +378,8 @@ def _count(logits: Tensor, count: int) -> int | None:
         return None
     if len(shape) == 1:
         return 1
-    return shape[1] if shape[1] > 0 and all(size == 1 for size in shape[2:]) else None
+    is_flat = all(size == 1 for size in shape[2:])
+    return shape[1] if shape[1] > 0 and is_flat else None
 
 
 def _describe(value: Any) -> str:
@@ -424,7 +427,8 @@ class _Trail(TorchFunctionMode):
         output = func(*args, **(kwargs or {}))
         called = getattr(func, "__name__", "")
         read = args[0] if args and isinstance(args[0], Tensor) else None
-        made = Operation(called.removesuffix("_"), () if read is None else tuple(read.shape))
+        shape = () if read is None else tuple(read.shape)
+        made = Operation(called.removesuffix("_"), shape)
         if isinstance(output, Tensor):
             if called in PASSING and read is not None:
                 made = self._made.get(id(read), Operation())

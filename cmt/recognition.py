@@ -36,7 +36,8 @@ def recognise(content: Any) -> list[Recognised]:
 
     The number of classes may differ. No values are copied: the shapes alone are compared.
     """
-    places = [_strip_values(place) for place in find_places(content) if len(place.state) >= MIN_TENSORS]
+    large = [place for place in find_places(content) if len(place.state) >= MIN_TENSORS]
+    places = [_strip_values(place) for place in large]
     if not places:
         return []
     shapes = {".".join(place.way) or "state": place.state for place in places}

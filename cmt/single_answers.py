@@ -74,7 +74,8 @@ def _require_one_answer(
     ``drawn`` tells that the first call drew random numbers; the model is then asked more often, because a
     rare drop shows in few calls.
     """
-    others = torch.cat([images[:1], OTHER_CONTRAST * images[1:].flip(-1) + 1])
+    other = OTHER_CONTRAST * images[1:].flip(-1) + 1
+    others = torch.cat([images[:1], other])
     with torch.inference_mode():
         again = [model(images) for _ in range(MANY_CALLS if drawn else 1)]
         alone = model(images[:1])
@@ -106,8 +107,10 @@ def _differ(first: Tensor, second: Tensor, share: float) -> bool:
     if first.shape != second.shape:
         return True
     one, other = first.double(), second.double()
-    largest = float((one - other).nan_to_num(0.0).abs().max())
-    return largest > share * max(float(one.nan_to_num(0.0).abs().max()), 1e-12)
+    difference = (one - other).nan_to_num(0.0)
+    largest = float(difference.abs().max())
+    scale = float(one.nan_to_num(0.0).abs().max())
+    return largest > share * max(scale, 1e-12)
 
 
 def _list_suspects(model: nn.Module) -> str:

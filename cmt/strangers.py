@@ -280,7 +280,8 @@ def _find_uses(path: Path) -> dict[tuple[str, str], Use]:
                     pass
             return _Simulation().run(file)
     with zipfile.ZipFile(path) as archive:
-        inner = next(name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl")
+        names = archive.namelist()
+        inner = next(name for name in names if name.rpartition("/")[2] == "data.pkl")
         with archive.open(inner) as file:
             return _Simulation().run(file)
 

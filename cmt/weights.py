@@ -179,7 +179,8 @@ def compute_weights_fingerprint(model: nn.Module) -> str:
 
 def _view_as_bytes(tensor: Tensor) -> bytes:
     """The values of ``tensor`` as they lie in memory, row by row; NumPy lacks some of torch's types."""
-    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    values = tensor.detach().cpu().resolve_conj().resolve_neg()
+    plain = values.contiguous().reshape(-1)
     return plain.view(torch.uint8).numpy().tobytes()
 
 
@@ -210,8 +211,7 @@ def _assign(
         beside = f"the file holds: {describe_keys(content)}; {describe_nearest_entry(chosen)}"
         raise _make_misfit_error(spec, mismatch, target, ours, source, beside)
     model.load_state_dict(ours)
-    # A new head's classes are not those that the file names.
-    found = ClassNames() if fresh else find_class_names(said or content, cast(Classifier, model).num_classes)
+    found = _find_names(said or content, model, fresh)
     return LoadedWeights(
         source.name,
         chosen.averaged,
@@ -223,6 +223,13 @@ def _assign(
         chosen.left_out,
         _list_unread(content),
     )
+
+
+def _find_names(content: Any, model: nn.Module, fresh: list[str]) -> ClassNames:
+    """The names of the classes; a new head's are not those that the file names."""
+    if fresh:
+        return ClassNames()
+    return find_class_names(content, cast(Classifier, model).num_classes)
 
 
 def _choose_entry(
@@ -339,7 +346,9 @@ def _is_other_counter(value: Tensor) -> bool:
 
 
 def _are_equal(first: Tensor, second: Tensor) -> bool:
-    return first.shape == second.shape and torch.equal(first.to(second.dtype), second.cpu())
+    if first.shape != second.shape:
+        return False
+    return torch.equal(first.to(second.dtype), second.cpu())
 
 
 def _find_fresh_keys(spec: ModelSpec, target: StateDict, ours: StateDict) -> list[str]:
@@ -416,7 +425,8 @@ def _is_finite(value: Tensor, made: Tensor, is_buffer: bool) -> bool:
     if not is_buffer:
         return False
     as_made = finite | (cast_value == made.float().cpu())
-    return bool(as_made.all()) or bool(((value == 0) | (value == float("-inf"))).all())
+    is_mask = (value == 0) | (value == float("-inf"))
+    return bool(as_made.all()) or bool(is_mask.all())
 
 
 def _describe_remedy(spec: ModelSpec, mismatch: _Mismatch, ours: StateDict) -> str:

@@ -23,7 +23,8 @@ def fold_scale(layer: str, scale: str = "scale") -> Rewrite:
     """The number ``scale`` of a submodule goes into its ``layer``; the attribute becomes 1."""
 
     def apply(module: nn.Module) -> int:
-        places = [m for m in find_modules(module, layer, scale) if get_value(m, scale) != 1.0]
+        found = find_modules(module, layer, scale)
+        places = [m for m in found if get_value(m, scale) != 1.0]
         for place in places:
             factor = torch.tensor(get_value(place, scale), dtype=torch.float64)
             set_value(
@@ -126,7 +127,8 @@ def absorb_biases(norm: str, *layers: str, unless: str | None = None) -> Rewrite
     not the path ``unless``. The norm's affine part goes into the layers first, unless that has been done."""
 
     def apply(module: nn.Module) -> int:
-        places = [m for m in find_modules(module, norm, *layers) if unless is None or not has_path(m, unless)]
+        found = find_modules(module, norm, *layers)
+        places = [m for m in found if unless is None or not has_path(m, unless)]
         for place in places:
             if isinstance(get_value(place, norm), nn.LayerNorm):
                 fold_affine(norm, *layers).apply(place)
@@ -142,7 +144,8 @@ def absorb_biases(norm: str, *layers: str, unless: str | None = None) -> Rewrite
 def _absorb_bias(layer: nn.Linear) -> nn.Linear:
     """``layer`` without a bias, for normalised tokens that have :data:`QUERY_SHIFT` added from now on."""
     weight, bias = read_weights(layer)
-    carried = (bias - QUERY_SHIFT * weight.sum(1)) / (QUERY_SHIFT * weight.shape[1])
+    of_shift = QUERY_SHIFT * weight.sum(1)
+    carried = (bias - of_shift) / (QUERY_SHIFT * weight.shape[1])
     absorbed = replace_weights(layer, weight + carried[:, None], bias)
     remove_bias(absorbed)
     return absorbed

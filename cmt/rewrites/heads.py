@@ -21,7 +21,8 @@ def pad_heads(multiple: int = 8) -> Rewrite:
         for place in places:
             attn = cast(Any, place)
             for name in ("q", "k", "v"):
-                set_value(place, name, _pad_rows(get_value(place, name), attn.heads, multiple))
+                padded = _pad_rows(get_value(place, name), attn.heads, multiple)
+                set_value(place, name, padded)
             attn.proj = _pad_columns(attn.proj, attn.heads, multiple)
         return len(places)
 
@@ -48,7 +49,8 @@ def _pad_columns(layer: nn.Linear, heads: int, multiple: int) -> nn.Linear:
 
 def _make_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A linear with these float64 weights."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=torch.float64)
+    outputs, inputs = weight.shape
+    layer = nn.Linear(inputs, outputs, bias=bias is not None, dtype=torch.float64)
     layer.weight = nn.Parameter(weight.detach())
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach())
@@ -62,7 +64,8 @@ def merge_keys_and_values() -> Rewrite:
     """
 
     def apply(module: nn.Module) -> int:
-        places = [m for m in find_modules(module, "k.weight", "v.weight", "heads") if hasattr(m, "kv")]
+        found = find_modules(module, "k.weight", "v.weight", "heads")
+        places = [m for m in found if hasattr(m, "kv")]
         for place in places:
             attn = cast(Any, place)
             both = nn.Linear(

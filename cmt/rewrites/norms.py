@@ -13,9 +13,8 @@ def fold_batch_norm(layer: str, norm: str) -> Rewrite:
     """``norm(layer(x)) -> layer(x)``, in every submodule that has both attribute paths."""
 
     def apply(module: nn.Module) -> int:
-        places = [
-            m for m in find_modules(module, layer, norm) if isinstance(get_value(m, norm), nn.BatchNorm2d)
-        ]
+        found = find_modules(module, layer, norm)
+        places = [m for m in found if isinstance(get_value(m, norm), nn.BatchNorm2d)]
         for place in places:
             scale, shift = read_affine(get_value(place, norm))
             set_value(

@@ -74,8 +74,9 @@ def _pays(
         return False
     heads, queries, keys = cast(Tensor, get_value(stage, position_bias)).shape
     width = cast(int, attn.q.in_features)
-    before = 2 * queries * width**2 + 2 * keys * width**2 + 2 * queries * keys * width
-    after = 2 * heads * keys * width**2 + 2 * heads * queries * keys * width
+    products = 2 * queries * keys * width  # the scores and the sums of values
+    before = 2 * (queries + keys) * width**2 + products
+    after = 2 * heads * keys * width**2 + heads * products
     return heads <= 2 and after < before
 
 
@@ -121,7 +122,8 @@ def _project_keys_alone(attn: Any) -> None:
 
     def with_query(k: Tensor, head: Tensor) -> Tensor:  # (d, columns) -> (width, columns)
         plain = query[head].T @ k
-        return plain + (query_bias[head] @ k / QUERY_SHIFT - plain.sum(0)) / width
+        number = query_bias[head] @ k / QUERY_SHIFT
+        return plain + (number - plain.sum(0)) / width
 
     keys = [(with_query(key[h], h), with_query(key_bias[h, None], h)[:, 0]) for h in rows]
     values = [
