@@ -52,7 +52,8 @@ def can_keep(folder: Path) -> bool:
 
 def compute_digest(key: Any) -> str:
     """Hex SHA-256 of anything that JSON holds: the name of an entry."""
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    text = json.dumps(key, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True)

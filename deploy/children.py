@@ -222,7 +222,8 @@ class Child:
         self._process = None
         self._errors.seek(0)
         text = self._errors.read()[-TAIL_CHARACTERS:]
-        return ChildCrashed(process.returncode, text.strip().splitlines()[-TAIL_LINES:])
+        lines = text.strip().splitlines()
+        return ChildCrashed(process.returncode, lines[-TAIL_LINES:])
 
 
 def _send(

@@ -89,7 +89,9 @@ def describe_irregular(path: str | Path) -> str | None:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):
         return None
-    return None if stat.S_ISREG(mode) else IRREGULAR.get(stat.S_IFMT(mode), "no regular file")
+    if stat.S_ISREG(mode):
+        return None
+    return IRREGULAR.get(stat.S_IFMT(mode), "no regular file")
 
 
 def open_regular(path: Path, limit: int | None = None) -> BinaryIO:

@@ -100,6 +100,7 @@ def _has_long_entry(file: BinaryIO, order: str) -> bool:
     if len(found) < struct.calcsize(counter):
         return False
     (entries,) = struct.unpack(counter, found)
-    data = file.read(min(entries, 1 << 16) * struct.calcsize(entry))
+    size = struct.calcsize(entry)
+    data = file.read(min(entries, 1 << 16) * size)
     whole = len(data) // struct.calcsize(entry) * struct.calcsize(entry)
     return any(count > MAX_ENTRY_VALUES for (count,) in struct.iter_unpack(entry, data[:whole]))

@@ -237,7 +237,8 @@ def remove_if_abandoned(path: Path) -> None:
     descriptor = os.open(path, flags)
     try:
         free = _attempt(descriptor)
-        if free is False or (free is None and age < ABANDONED_S) or not _is_still(path, descriptor):
+        is_used = free is False or (free is None and age < ABANDONED_S)
+        if is_used or not _is_still(path, descriptor):
             return
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

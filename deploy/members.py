@@ -73,7 +73,8 @@ class Members:
         if member.islnk():
             self._links[name] = posixpath.normpath(member.linkname)
         elif member.issym():
-            self._links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
+            target = posixpath.join(posixpath.dirname(name), member.linkname)
+            self._links[name] = posixpath.normpath(target)
         elif member.isfile():
             self._files[name] = None if member.issparse() else (member.offset_data, member.size)
         if len(self._files) + len(self._links) > MAX_ITEMS * 2:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,8 @@ class Predictor:
         check_color(color)
         _check_threads(threads)
         options = LoadOptions(device, threads, throughput, weights, trusted_model, trusted_engine)
-        return read_whole(path, lambda bundle: cls._open_bundle(bundle, backend, options, color), key=key)
+        opening = partial(cls._open_bundle, backend=backend, options=options, color=color)
+        return read_whole(path, opening, key=key)
 
     @classmethod
     def _open_bundle(
@@ -322,7 +324,8 @@ class Predictor:
         size = self.spec.size
         images = list_images(images)
         if not isinstance(images, Sequence):  # each image may be gone once the next is asked for
-            rows = [preprocess(image, self.spec, color=color or self.color) for image in images]
+            order = color or self.color
+            rows = [preprocess(image, self.spec, color=order) for image in images]
             return np.stack(rows) if rows else np.empty((0, 3, size, size), np.float32)
         batch = np.empty((len(images), 3, size, size), np.float32)
         for image, row in zip(images, batch, strict=True):
@@ -472,7 +475,7 @@ def _check_batch(batch: object, size: int) -> None:
     """Raise :class:`InputError` unless ``batch`` is finite float32 ``(N, 3, size, size)``."""
     if not isinstance(batch, np.ndarray):
         found = type(batch).__name__
-    elif batch.dtype != np.float32 or batch.ndim != 4 or batch.shape[1:] != (3, size, size):
+    elif batch.dtype != np.float32 or batch.shape[1:] != (3, size, size):
         found = f"{batch.dtype} {batch.shape}"
     elif not _is_finite(batch):
         raise InputError(

@@ -143,7 +143,8 @@ class Bundle:
         data = _read_member(manifest_path, MAX_MANIFEST)
         manifest = Manifest.from_bytes(data, manifest_path)
         if key is not None:
-            require_signed(make_statement(json.loads(data), ENGINES), _read_signature(path), Path(key), path)
+            statement = make_statement(json.loads(data), ENGINES)
+            require_signed(statement, _read_signature(path), Path(key), path)
         _check_members(path, manifest)
         return cls(path, manifest, state=state, signature_checked=key is not None)
 
@@ -373,7 +374,8 @@ def _read_signature(path: Path) -> bytes | None:
 
 def _check_members(path: Path, manifest: Manifest) -> None:
     files = manifest.files
-    if len(files) > MAX_FILES or len({n.lower() for n in files}) != len(files):
+    different = {name.lower() for name in files}
+    if len(files) > MAX_FILES or len(different) != len(files):
         raise make_bundle_error(
             "has too many files, or names that differ only in case",
             path,
@@ -444,7 +446,8 @@ def _walk(path: Path) -> Iterator[str]:
     for folder, folders, files in os.walk(path):
         relative = Path(folder).relative_to(path)
         links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
-        folders[:] = [name for name in folders if name not in links and not _is_left_by_systems(name)]
+        plain = [name for name in folders if name not in links]
+        folders[:] = [name for name in plain if not _is_left_by_systems(name)]
         yield from ((relative / name).as_posix() for name in [*files, *links])
 
 
@@ -462,8 +465,9 @@ def _is_left_by_systems(name: str) -> bool:
 def _list_ignored(path: Path, manifest: Manifest) -> set[str]:
     """Files that a power loss may leave: temporary ones, and engines the manifest was to name next. They are
     never read."""
-    left = {p.relative_to(path).as_posix() for p in path.rglob(".*.tmp")}
-    left |= {p.relative_to(path).as_posix() for p in (path / ENGINES).glob("*") if p.is_file()}
+    unfinished = path.rglob(".*.tmp")
+    engines = (p for p in (path / ENGINES).glob("*") if p.is_file())
+    left = {p.relative_to(path).as_posix() for p in (*unfinished, *engines)}
     return left - set(manifest.files)
 
 

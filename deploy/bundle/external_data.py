@@ -101,7 +101,9 @@ def _is_outside(
     """Whether a field of a tensor says that the data lies elsewhere (``EXTERNAL`` is 1)."""
     if field == EXTERNAL_DATA:
         return True
-    return field == DATA_LOCATION and (wire != VARINT or read_varint(content, begin, end)[0] != 0)
+    if field != DATA_LOCATION:
+        return False
+    return wire != VARINT or read_varint(content, begin, end)[0] != 0
 
 
 def read_field(

@@ -56,7 +56,9 @@ class Between:
     high: float | None = None
 
     def holds(self, value: Any) -> bool:
-        return bool(self.low <= value) and (self.high is None or bool(value <= self.high))
+        if not self.low <= value:  # NaN is below nothing
+            return False
+        return self.high is None or bool(value <= self.high)
 
     def __str__(self) -> str:
         return f"at least {self.low}" if self.high is None else f"{self.low} to {self.high}"
@@ -217,7 +219,8 @@ class _Reader:
         known = {member.name: member for member in fields(kind)}
         if unknown := [repr(key) for key in content if key not in known]:
             raise self._make_error(f"{path or self.whole} holds unknown entries: {_format_list(unknown)}")
-        missing = [name for name, member in known.items() if name not in content and _is_required(member)]
+        absent = [name for name in known if name not in content]
+        missing = [name for name in absent if _is_required(known[name])]
         if missing:
             raise self._make_error(f"{path or self.whole} lacks entries: {', '.join(missing)}")
         kinds = _find_types(kind)
@@ -340,7 +343,8 @@ def _show_content(content: Any) -> str:
         return repr(content if len(content) <= SHOWN_CHARACTERS else f"{content[:SHOWN_CHARACTERS]}...")
     if content is None or isinstance(content, bool):
         return {None: "null", True: "true", False: "false"}[content]
-    text = repr(content) if isinstance(content, float) or abs(content) <= MAX_WHOLE else "a huge number"
+    is_short = isinstance(content, float) or abs(content) <= MAX_WHOLE
+    text = repr(content) if is_short else "a huge number"
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
 
@@ -355,7 +359,8 @@ def _format_list(names: list[str]) -> str:
 
 def _extend_path(path: str, name: str) -> str:
     """The path of an entry; a name that could not be printed is quoted."""
-    shown = name if len(name) <= 2 * SHOWN_CHARACTERS and name.isprintable() else _show_content(name)
+    is_short = len(name) <= 2 * SHOWN_CHARACTERS
+    shown = name if is_short and name.isprintable() else _show_content(name)
     return f"{path}.{shown}" if path else shown
 
 

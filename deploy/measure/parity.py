@@ -275,7 +275,8 @@ def _compare_pixels(bundle: Bundle) -> int:
     """Grey levels by which golden images that are decoded and resized here differ from the recorded ones."""
     golden = bundle.golden()
     try:
-        decoded = np.stack([decode_pixels(source, bundle.preprocess) for source in golden.sources])
+        images = [decode_pixels(source, bundle.preprocess) for source in golden.sources]
+        decoded = np.stack(images)
     except ImageError as exc:
         raise BundleError(
             "holds a golden image that cannot be decoded",
@@ -283,7 +284,8 @@ def _compare_pixels(bundle: Bundle) -> int:
             why=exc.what if exc.why is None else f"{exc.what}: {exc.why}",
             remedy="copy the whole bundle again, or export it again",
         ) from exc
-    return int(np.abs(decoded.astype(np.int16) - golden.pixels).max())
+    differences = decoded.astype(np.int16) - golden.pixels
+    return int(np.abs(differences).max())
 
 
 def _require_shapes(
@@ -307,9 +309,9 @@ def measure_distance(ours: np.ndarray, reference: np.ndarray) -> float:
         return float("inf")
     with np.errstate(over="ignore"):  # what overflows is infinitely far apart
         difference = (ours - reference).reshape(len(reference), -1)
-        return float(
-            np.abs(difference).max() if reference.ndim == 2 else np.sqrt((difference**2).mean(axis=1)).max()
-        )
+        if reference.ndim == 2:
+            return float(np.abs(difference).max())
+        return float(np.sqrt((difference**2).mean(axis=1)).max())
 
 
 def find_tolerance(
@@ -341,7 +343,8 @@ def find_tolerance(
 def _measure_spread(outputs: np.ndarray, precision: str, kind: str | None) -> float:
     """The standard deviation of an image's values, the mean of all images, or the spread of two classes where
     that is larger; float64, which cannot overflow."""
-    spread = float(outputs.reshape(len(outputs), -1).std(axis=1, dtype=np.float64).mean())
+    by_image = outputs.reshape(len(outputs), -1)
+    spread = float(by_image.std(axis=1, dtype=np.float64).mean())
     if outputs.ndim == 2 and outputs.shape[1] == 2:
         spread = max(spread, _measure_spread_of_two(outputs, precision, kind))
     return spread
@@ -405,7 +408,8 @@ def _is_recorded(bundle: Bundle, labelled: _Labelled) -> bool:
     recorded = bundle.reference()
     if not recorded:
         return False
-    return all(hash_image(labelled.data.read(item)) in recorded for item in labelled.items)
+    digests = (hash_image(labelled.data.read(item)) for item in labelled.items)
+    return all(digest in recorded for digest in digests)
 
 
 @dataclass(frozen=True)
@@ -465,7 +469,8 @@ def _run_both(
 
 def _preprocess_all(bundle: Bundle, items: Sequence[Item], blobs: Sequence[bytes]) -> np.ndarray:
     """Encoded images as a batch, float32 ``(N, 3, S, S)``; errors name the image."""
-    named = [NamedBytes(blob, item.name) for blob, item in zip(blobs, items, strict=True)]
+    pairs = zip(blobs, items, strict=True)
+    named = [NamedBytes(blob, item.name) for blob, item in pairs]
     return np.stack([preprocess(image, bundle.preprocess) for image in named])
 
 
@@ -490,7 +495,8 @@ def _compare(truth: np.ndarray, answers: _Answers, max_drop: float) -> DataCheck
 def _write_notes(check: DataCheck, truth: np.ndarray, classes: int) -> tuple[str, ...]:
     """What the figures do not tell by themselves: a reference that knows nothing of the images, and a drop
     that so few images cannot show."""
-    return tuple(note for note in (_write_chance_note(check, truth, classes), check.doubt) if note)
+    notes = (_write_chance_note(check, truth, classes), check.doubt)
+    return tuple(note for note in notes if note)
 
 
 def _write_chance_note(check: DataCheck, truth: np.ndarray, classes: int) -> str:

@@ -127,7 +127,8 @@ def compare_medians(
 def bootstrap_medians(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Medians of :data:`BOOTSTRAP` resamples of ``values``."""
     n = len(values)
-    medians = [np.median(values[rng.integers(0, n, n)]) for _ in range(BOOTSTRAP)]
+    drawn = (values[rng.integers(0, n, n)] for _ in range(BOOTSTRAP))
+    medians = [np.median(sample) for sample in drawn]
     return np.array(medians)
 
 
@@ -186,7 +187,8 @@ def _compute_correlation(reference: np.ndarray, ours: np.ndarray) -> float:
 
 def _combine(first: float, second: float, correlation: float) -> float:
     """The length of the difference of two distances with a ``correlation`` between them."""
-    return math.sqrt(max(first**2 - 2 * correlation * first * second + second**2, 0.0))
+    square = first**2 - 2 * correlation * first * second + second**2
+    return math.sqrt(max(square, 0.0))
 
 
 def compute_wilson_interval(share: float, count: int) -> Interval:
@@ -196,7 +198,8 @@ def compute_wilson_interval(share: float, count: int) -> Interval:
     """
     z = Z95**2 / count
     middle = (share + z / 2) / (1 + z)
-    half = Z95 / (1 + z) * (share * (1 - share) / count + z / (4 * count)) ** 0.5
+    variance = share * (1 - share) / count + z / (4 * count)
+    half = Z95 / (1 + z) * variance**0.5
     low = max(0.0, min(share, middle - half))
     high = min(1.0, max(share, middle + half))
     return Interval(low, high)

@@ -28,7 +28,10 @@ def describe_verdict(verdict: VerdictEntry, markdown: bool = False) -> str:
 
 def _format_candidate_table(verdict: VerdictEntry, markdown: bool) -> str:
     labelled = verdict.labelled
-    rows = [_format_candidate_row(c, labelled, c.variant == verdict.winner) for c in verdict.candidates]
+    rows = [
+        _format_candidate_row(candidate, labelled, candidate.variant == verdict.winner)
+        for candidate in verdict.candidates
+    ]
     header = [
         "candidate",
         *(["top-1 %"] if labelled else []),

@@ -86,7 +86,8 @@ def read_dgpu(index: int = 0) -> tuple[DGpu | None, list[str]]:
         with opened(index) as (nvml, handle):
             return _read(nvml, handle, index)
     except RuntimeMissingError as exc:
-        return None, ["; ".join(filter(None, [f"dGPU: {exc.what}", exc.why, exc.remedy]))]
+        parts = [f"dGPU: {exc.what}", exc.why, exc.remedy]
+        return None, ["; ".join(filter(None, parts))]
 
 
 def _read(

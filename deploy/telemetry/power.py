@@ -127,7 +127,8 @@ class PowerMonitor:
         gpu_index: int = 0,
         sensor: PowerSensor | None = None,
     ) -> None:
-        if not (math.isfinite(interval_s) and interval_s > 0 and math.isfinite(idle_s) and idle_s >= 0):
+        are_finite = math.isfinite(interval_s) and math.isfinite(idle_s)
+        if not (are_finite and interval_s > 0 and idle_s >= 0):
             raise InputError(f"cannot sample every {interval_s} s with {idle_s} s of idle time")
         check(Path(root), gpu_index)
         self._root, self._gpu_index, self._given = (

@@ -419,7 +419,8 @@ def _make_finished(manifest: Manifest, built: Built, found: DeviceReport) -> Fin
         golden=found.golden,
         low_precision_share=found.low_precision_share,
     )
-    old = [name for name in manifest.files if name.startswith(f"{ENGINES}/") and name not in files]
+    engines = [name for name in manifest.files if name.startswith(f"{ENGINES}/")]
+    old = [name for name in engines if name not in files]
     finished = replace(manifest, latency=summarise_latency(found.benchmark), engine=entry)
     return Finished(finished, files, old, found)
 

@@ -212,7 +212,8 @@ def _read_section(
     entry: Mapping[str, Any],
     section: str,
 ) -> tuple[TensorUse, ...]:
-    return tuple(_read_described(tensor) for tensor in entry.get(section) or () if isinstance(tensor, dict))
+    tensors = entry.get(section) or ()
+    return tuple(_read_described(tensor) for tensor in tensors if isinstance(tensor, dict))
 
 
 def _read_described(tensor: Mapping[str, Any]) -> TensorUse:
@@ -220,7 +221,8 @@ def _read_described(tensor: Mapping[str, Any]) -> TensorUse:
     words = " ".join(
         str(value) for key, value in tensor.items() if "format" in key.lower() or "type" in key.lower()
     )
-    return TensorUse(tuple(int(size) for size in tensor.get("Dimensions") or ()), _read_type(words))
+    sizes = tuple(int(size) for size in tensor.get("Dimensions") or ())
+    return TensorUse(sizes, _read_type(words))
 
 
 def count_operations(kernel: Kernel) -> int:
