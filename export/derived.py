@@ -85,7 +85,8 @@ class DerivedSettings(Settings):
     @property
     def kept_float(self) -> tuple[str, ...]:
         """Names in ``keep_float``."""
-        names = (name.strip() for name in (self.keep_float or "").split(","))
+        parts = (self.keep_float or "").split(",")
+        names = (name.strip() for name in parts)
         return tuple(name for name in names if name)
 
     @property
@@ -108,7 +109,8 @@ class DerivedSettings(Settings):
         """Compute capabilities that the engine is built for, without the point; empty for a portable one."""
         if self.compute_capability is None:
             return ()
-        return tuple(part.strip().replace(".", "") for part in self.compute_capability.split(","))
+        parts = self.compute_capability.split(",")
+        return tuple(part.strip().replace(".", "") for part in parts)
 
     @property
     def quantizes(self) -> bool:
@@ -196,7 +198,9 @@ class DerivedSettings(Settings):
     @property
     def labels_note(self) -> str:
         """What was left out of the names in the labels file, in words; empty if nothing was."""
-        return read_class_names(Path(self.labels)).note if isinstance(self.labels, str) else ""
+        if not isinstance(self.labels, str):
+            return ""
+        return read_class_names(Path(self.labels)).note
 
     @property
     def label_count(self) -> int:

@@ -113,7 +113,8 @@ def list_changed_flags(settings: Any, group: str) -> list[str]:
 
 def read_defaults(settings: type, group: str) -> dict[str, Any]:
     """Default by field name of every option of a group."""
-    return {f.name: f.default for f in fields(settings) if get_option(f).group == group}
+    of_group = [f for f in fields(settings) if get_option(f).group == group]
+    return {f.name: f.default for f in of_group}
 
 
 # --- the command line -----------------------------------------------------------------------------
@@ -208,7 +209,8 @@ def _write_help(described_field: Field[Any]) -> str:
 
 def read_flags(args: argparse.Namespace, settings: type) -> dict[str, Any]:
     """The options that stood on the command line."""
-    return {f.name: getattr(args, f.name) for f in fields(settings) if hasattr(args, f.name)}
+    given = [f.name for f in fields(settings) if hasattr(args, f.name)]
+    return {name: getattr(args, name) for name in given}
 
 
 # --- the settings file ----------------------------------------------------------------------------
@@ -241,7 +243,8 @@ def _list_spellings(settings: type) -> dict[str, _Spelling]:
     """Every key of a settings file, with underscores: field names, ``no_NAME`` of what is on or off, and
     shortcuts such as ``int8``."""
     found: dict[str, _Spelling] = {}
-    for described_field, kind in zip(fields(settings), get_type_hints(settings).values(), strict=True):
+    kinds = get_type_hints(settings).values()
+    for described_field, kind in zip(fields(settings), kinds, strict=True):
         name = described_field.name
         found[name] = _Spelling(name)
         if bool in list_types(kind):
@@ -323,14 +326,16 @@ def _convert(
     """
     types = list_types(kind)
     optional = type(None) in get_args(kind)
-    if type(value) in types or (optional and value is None) or (float in types and type(value) is int):
+    is_whole = float in types and type(value) is int
+    if type(value) in types or is_whole or (optional and value is None):
         return value
     written = get_option(described_field).written
     if type(value) not in written:
         raise _make_wrong_type_error(key, value, (*types, *written), where)
     if type(value) is not list:
         return str(value)
-    if not value or not all(type(item) in (str, int, float) for item in value):
+    are_plain = all(type(item) in (str, int, float) for item in value)
+    if not value or not are_plain:
         raise InputError(
             f"{key} = {value!r} should be a list of names or numbers",
             where=where,

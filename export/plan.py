@@ -241,7 +241,8 @@ def _format_allowed(allowed: dict[str, Any]) -> str:
         ("time_s", "a search of {:g} s"),
         ("isa", "instructions up to {}"),
     ]
-    return ", ".join(text.format(allowed[name]) for name, text in limits if allowed[name] is not None)
+    given = [(name, text) for name, text in limits if allowed[name] is not None]
+    return ", ".join(text.format(allowed[name]) for name, text in given)
 
 
 def _format_input(shape: list[Any]) -> str:

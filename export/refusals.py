@@ -266,9 +266,11 @@ class _CountingLine(TorchFunctionMode):
         args: Any = (),
         kwargs: Any = None,
     ) -> Any:
-        counts = getattr(func, "__name__", "") in COUNTING and args[1:] in ((), (0,))
+        called = getattr(func, "__name__", "")
+        counts = called in COUNTING and args[1:] in ((), (0,))
         read = args[0] if args and isinstance(args[0], Tensor) else None
-        if self.line is None and counts and read is not None and read.shape[:1] == (self._count,):
+        of_batch = read is not None and read.shape[:1] == (self._count,)
+        if self.line is None and counts and of_batch:
             inside = _list_users_frames()
             if inside:
                 self.line = _format_frame(inside[-1])
@@ -315,7 +317,9 @@ def _are_alike(mine: np.ndarray, theirs: np.ndarray) -> bool:
     """Whether two outputs differ by no more than what kernels for other batch sizes do."""
     if mine.shape != theirs.shape:
         return False
-    return bool(np.abs(mine - theirs).max() <= SAME_SHARE * max(float(np.abs(theirs).max()), 1e-12))
+    difference = np.abs(mine - theirs).max()
+    scale = max(float(np.abs(theirs).max()), 1e-12)
+    return bool(difference <= SAME_SHARE * scale)
 
 
 def _find_deciding_line(model: nn.Module, images: Tensor) -> str | None:
@@ -376,7 +380,8 @@ def _format_frame(frame: traceback.FrameSummary) -> str:
 
 def _find_users_line(trace: str) -> str | None:
     """``file:line, in function: code`` of the last line in ``trace`` that is not torch's."""
-    frames = [frame for frame in FRAME.findall(trace) if not frame[0].startswith(TORCH)]
+    found = FRAME.findall(trace)
+    frames = [frame for frame in found if not frame[0].startswith(TORCH)]
     if not frames:
         return None
     file, line, function, code = frames[-1]

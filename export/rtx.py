@@ -240,7 +240,8 @@ def name_blocks(graph: onnx.ModelProto) -> dict[str, str]:
     out."""
     found = {}
     for node in graph.graph.node:
-        module = next((prop.value for prop in node.metadata_props if prop.key == MODULE), "")
+        modules = [prop.value for prop in node.metadata_props if prop.key == MODULE]
+        module = modules[0] if modules else ""
         if module:
             found[node.name] = name_block(module)
     return found

@@ -147,17 +147,22 @@ def _require_any_batch(
 def _require_same(model: nn.Module, graph: onnx.ModelProto, img_size: int) -> float:
     """The largest difference from ``model`` on two images; raises :class:`ParityError` beyond
     :data:`GRAPH_ATOL`."""
-    images = (
-        torch.linspace(-2, 2, OTHER_BATCH * 3 * img_size**2).reshape(OTHER_BATCH, 3, img_size, img_size).sin()
-    )
+    images = _make_waves(OTHER_BATCH, img_size)
     with torch.inference_mode():
         given = model(images)
-    expected = [v.numpy() for v in ((given,) if isinstance(given, torch.Tensor) else given)]
+    outputs = (given,) if isinstance(given, torch.Tensor) else given
+    expected = [output.numpy() for output in outputs]
     return require_parity(
         "export to ONNX",
         compute_outputs(graph, images.numpy(), "export to ONNX"),
         expected,
     )
+
+
+def _make_waves(count: int, img_size: int) -> torch.Tensor:
+    """Images of which no two are alike, float32 ``(count, 3, S, S)``."""
+    phases = torch.linspace(-2, 2, count * 3 * img_size**2)
+    return phases.reshape(count, 3, img_size, img_size).sin()
 
 
 def trace(
@@ -214,7 +219,8 @@ def _free_batch_size(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _free_batch(graph: ir.Graph) -> None:
     """See :func:`_free_batch_size`, in place."""
-    for value in (graph.inputs[0], *(value for node in graph for value in node.outputs)):
+    made = [value for node in graph for value in node.outputs]
+    for value in (graph.inputs[0], *made):
         value.shape = _open_batch(value.shape)
     shapes = [node for node in graph if node.op_type == "Concat" and _begins_with_batch(node)]
     if not shapes:
@@ -252,7 +258,8 @@ def _begins_with_batch(concat: ir.Node) -> bool:
 def _is_reshape_only(concat: ir.Node) -> bool:
     """Whether only reshapes read the shape, and no other dimension of it is open."""
     readers = {node.op_type for node in find_readers(concat.outputs[0])}
-    return readers == {"Reshape"} and -1 not in _join([_read_integers(value) for value in concat.inputs])
+    parts = [_read_integers(value) for value in concat.inputs]
+    return readers == {"Reshape"} and -1 not in _join(parts)
 
 
 def _join(parts: Sequence[np.ndarray | None]) -> np.ndarray:
@@ -349,7 +356,8 @@ def require_parity(
 ) -> float:
     """The largest difference of any output; raises :class:`ParityError` with the step's name beyond
     ``atol``."""
-    differences = [_find_largest_difference(a, b) for a, b in zip(ours, reference, strict=True)]
+    pairs = zip(ours, reference, strict=True)
+    differences = [_find_largest_difference(found, expected) for found, expected in pairs]
     for i, (found, expected) in enumerate(zip(differences, reference, strict=True)):
         allowed = atol * max(1.0, float(np.abs(expected).max()))
         if not found <= allowed:
@@ -364,7 +372,9 @@ def require_parity(
 
 def _find_largest_difference(ours: np.ndarray, reference: np.ndarray) -> float:
     """Infinite where ``ours`` is not finite."""
-    return float(np.abs(ours - reference).max()) if np.isfinite(ours).all() else float("inf")
+    if not np.isfinite(ours).all():
+        return float("inf")
+    return float(np.abs(ours - reference).max())
 
 
 @contextlib.contextmanager
@@ -435,7 +445,8 @@ def _find_module(node: onnx.NodeProto) -> str | None:
         scopes = ast.literal_eval(known.get("pkg.torch.onnx.name_scopes", "[]"))
     except (ValueError, SyntaxError):
         return None
-    return str(scopes[-2]) if len(scopes) > 1 and scopes[0] == "" else None
+    is_inside = len(scopes) > 1 and scopes[0] == ""
+    return str(scopes[-2]) if is_inside else None
 
 
 def _restore_labels(simplified: onnx.ModelProto, traced: onnx.ModelProto) -> onnx.ModelProto:

@@ -38,9 +38,8 @@ def require_unit_scale(spec: Preprocess) -> None:
             why="they mix two scales: some of them are of pixels from 0 to 1, others of pixels from 0 to 255",
             remedy="give --mean and --std of all three channels for pixels from 0 to 1",
         )
-    mean, std = (
-        _describe_conversion(values, most) for values, most in ((spec.mean, MAX_MEAN), (spec.std, MAX_STD))
-    )
+    mean = _describe_conversion(spec.mean, MAX_MEAN)
+    std = _describe_conversion(spec.std, MAX_STD)
     raise InputError(
         f"mean {_format_list(spec.mean)} and std {_format_list(spec.std)} are not of values from 0 to 1",
         why="they look like those of values from 0 to 255; the pixels are divided by 255 first",
@@ -62,12 +61,14 @@ def _describe_conversion(values: tuple[float, float, float], most: float) -> str
     The default, which is of values from 0 to 1 already, stays as it is.
     """
     if max(values) > most:
-        values = (values[0] / GREY_LEVELS, values[1] / GREY_LEVELS, values[2] / GREY_LEVELS)
+        red, green, blue = values
+        values = (red / GREY_LEVELS, green / GREY_LEVELS, blue / GREY_LEVELS)
     elif most == MAX_STD and _looks_reciprocal(values):
+        red, green, blue = values
         values = (
-            1 / (values[0] * GREY_LEVELS),
-            1 / (values[1] * GREY_LEVELS),
-            1 / (values[2] * GREY_LEVELS),
+            1 / (red * GREY_LEVELS),
+            1 / (green * GREY_LEVELS),
+            1 / (blue * GREY_LEVELS),
         )
     return ",".join(f"{value:.5g}" for value in values)
 

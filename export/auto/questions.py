@@ -136,7 +136,8 @@ def _decode(
     contents = "".join(f"{hash_image(labelled.read(item))} {item.label}\n" for item in items)
 
     def decoded() -> Iterator[np.ndarray]:
-        return (decode_pixels(NamedBytes(labelled.read(item), item.name), spec) for item in items)
+        named = (NamedBytes(labelled.read(item), item.name) for item in items)
+        return (decode_pixels(image, spec) for image in named)
 
     return Images(
         path,
