@@ -24,7 +24,7 @@ RECEIVERS = {
     "config": "IBuilderConfig",
     "profile": "IOptimizationProfile",
     "timings": "ITimingCache",
-    "parser.get_error(i)": "ParserError",
+    "error": "ParserError",
     "engine": "ICudaEngine",
     "self._engine": "ICudaEngine",
     "runtime": "Runtime",
