@@ -145,13 +145,7 @@ def verify(
         InputError: images were given for a bundle of feature maps.
         RuntimeMissingError: images were given, but nothing here knows the reference's answers to them.
     """
-    options = LoadOptions(
-        device,
-        threads,
-        weights=weights,
-        trusted_model=trusted_model,
-        trusted_engine=trusted_engine,
-    )
+    options = LoadOptions(device, threads, False, weights, trusted_model, trusted_engine)
     with _opened(candidate, bundle, backend, options) as predictor:
         found = _check_outputs(bundle, predictor, atol)
         if data is None:
