@@ -166,8 +166,11 @@ def test_the_commands_take_a_device(monkeypatch, bundle, tmp_path, capsys, comma
     shown = capsys.readouterr()
     json.loads(shown.out)
     assert "libcudnn" in shown.err, "what NVIDIA's libraries lack is told, but not among the answers"
-    if command is not predict:
-        assert CUDA in shown.out
+    if command is predict:
+        return
+    assert f'"runtime": "{NAME}, {CUDA}"' in shown.out
+    assert command.main([str(bundle.path), *more, "--device", "cuda"]) == 0
+    assert f"{NAME}, {CUDA} (cuda:0)" in capsys.readouterr().out
 
 
 # --- never the CPU in its place -------------------------------------------------------------------
