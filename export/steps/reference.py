@@ -17,7 +17,7 @@ from cmt_edge.deploy.backends.torch import TorchSession
 from cmt_edge.deploy.bundle import LOGITS, Golden
 from cmt_edge.deploy.images import ImageSet
 from cmt_edge.deploy.measure.labels import match_labels
-from cmt_edge.deploy.measure.parity import measure_resolution
+from cmt_edge.deploy.measure.tolerance import measure_resolution
 from cmt_edge.deploy.preprocessing import decode_pixels, normalise
 
 from ..config import ExportConfig

@@ -15,7 +15,8 @@ from cmt_edge.deploy.cli import bench as cmt_bench
 from cmt_edge.deploy.cli import predict as cmt_predict
 from cmt_edge.deploy.cli import verify as cmt_verify
 from cmt_edge.deploy.errors import InputError, ParityError
-from cmt_edge.deploy.measure.parity import MAP_ATOL, check_golden, measure_distance, verify
+from cmt_edge.deploy.measure.parity import check_golden, verify
+from cmt_edge.deploy.measure.tolerance import MAP_ATOL, measure_distance
 from cmt_edge.export import ExportConfig, run
 from cmt_edge.export.to_onnx import require_parity
 from helpers.models import marked_models
