@@ -147,7 +147,7 @@ def _decode_pixels(source: ImageLike, spec: Preprocess, color: str) -> np.ndarra
             view: np.ndarray = rgb[top:bottom, left:right]
             view.flags.writeable = False
             return view
-    decoded = decode_at_least(source, spec.exif, color, _make_least_size(spec, source))
+    decoded = decode_at_least(source, spec.exif, color, make_least_size(spec, source))
     new, box = _compute_geometry(*decoded.size, spec, source)
     image = decoded.image
     if new != image.size or decoded.box is not None:
@@ -155,7 +155,7 @@ def _decode_pixels(source: ImageLike, spec: Preprocess, color: str) -> np.ndarra
     return np.asarray(image if box == (0, 0, *new) else image.crop(box))
 
 
-def _make_least_size(spec: Preprocess, source: ImageLike) -> LeastSize | None:
+def make_least_size(spec: Preprocess, source: ImageLike) -> LeastSize | None:
     """The least size at which an image may be decoded; ``None`` for all of its pixels."""
     if spec.decode == "full":
         return None
