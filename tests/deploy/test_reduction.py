@@ -1,4 +1,4 @@
-"""JPEG images decoded at a part of their size: nearly the same pixels, and never fewer than were asked for."""
+"""JPEG images decoded at a part of their size: nearly the same pixels, and never fewer than asked for."""
 
 from __future__ import annotations
 
@@ -81,7 +81,11 @@ def test_rounding_of_the_reduced_size_shifts_nothing(size):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.integers(1, 600), st.integers(1, 600), st.integers(1, 90), st.integers(1, 90), st.sampled_from(range(1, 9))
+    st.integers(1, 600),
+    st.integers(1, 600),
+    st.integers(1, 90),
+    st.integers(1, 90),
+    st.sampled_from(range(1, 9)),
 )
 def test_no_fewer_pixels_than_asked_for(width, height, least_width, least_height, orientation):
     data = orient(Image.new("RGB", (width, height), "red"), orientation)
