@@ -57,7 +57,7 @@ DECODE_POLICIES = ("full", "reduced")
 REDUCING_GAP = 2.0
 """How many times the size after resizing a reduced image has at least, unless a model says otherwise."""
 
-REDUCING_GAPS = (1.0, 16.0)
+REDUCING_GAPS = (1.0, 8.0)
 """The least and the largest gap that is accepted."""
 
 

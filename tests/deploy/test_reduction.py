@@ -180,8 +180,8 @@ def test_truncated_jpeg_is_an_image_error():
     ("change", "fault"),
     [
         ({"decode": "half"}, "decode is 'half', expected 'full' or 'reduced'"),
-        ({"reducing_gap": 0.5}, "reducing_gap is 0.5, expected 1 to 16"),
-        ({"reducing_gap": float("nan")}, "reducing_gap is nan, expected 1 to 16"),
+        ({"reducing_gap": 0.5}, "reducing_gap is 0.5, expected 1 to 8"),
+        ({"reducing_gap": float("nan")}, "reducing_gap is nan, expected 1 to 8"),
     ],
 )
 def test_values_that_cannot_be_applied_are_named(change, fault):
