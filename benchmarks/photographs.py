@@ -14,6 +14,8 @@ Three tables for each of several gaps (how many times the size after resizing a 
 * answers: logits of cmt_nano (64 pixels) on the photographs, and on CIFAR-10 test images enlarged to 512
   pixels, beside what int8 changes on the same images;
 * time: from encoded bytes to pixels, interleaved.
+
+It also counts for how many images cropping before resizing would give the same pixels.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from PIL import Image
 from cmt_edge.deploy import Predictor, Preprocess
 from cmt_edge.deploy.decoding import decode_at_least
 from cmt_edge.deploy.measure.host import describe_host, read_versions
-from cmt_edge.deploy.preprocessing import decode_pixels, make_least_size, normalise
+from cmt_edge.deploy.preprocessing import compute_geometry, decode_pixels, make_least_size, normalise
 from cmt_edge.deploy.report import format_table
 from cmt_edge.export import ExportConfig, run
 
@@ -46,6 +48,13 @@ SMALL = Preprocess(64, 73, MEAN, STD)
 """A model of 64 pixels, for which photographs of 500 x 375 are large."""
 USUAL = Preprocess(224, 256, MEAN, STD)
 """A model of 224 pixels."""
+CROPS = (
+    USUAL,
+    replace(USUAL, short_side=248),
+    replace(USUAL, short_side=236),
+    Preprocess(192, 232, MEAN, STD),
+)
+"""Models whose crop is compared with cropping before resizing."""
 CAMERA, SCREEN = (4000, 3000), (1920, 1080)
 """Width and height of a photograph of 12 megapixels, and of a frame of 1080p."""
 ENLARGED_CIFAR = (512, 512)
@@ -83,6 +92,7 @@ def main() -> None:
         sets.append(Photographs("natural ones, for 224 pixels", natural, USUAL))
     print(f"\n{compare_pixels(sets)}\n", flush=True)
     print(f"\n{measure_times(sets[1:])}\n", flush=True)
+    print(f"\nCropping before resizing gives other pixels for {count_cropped(sample[:12])}.\n")
     cifar = enlarge(list(read_archive(args.data / "cifar10.tar", args.count)), ENLARGED_CIFAR)
     answers = [Photographs("photographs", sample, SMALL), Photographs("CIFAR-10, enlarged", cifar, SMALL)]
     print(f"\n{compare_answers(answers, args.weights)}\n")
@@ -145,6 +155,21 @@ def compare_pixels(sets: Sequence[Photographs]) -> str:
         say(f"pixels: {photographs.name}")
     head = ["images", "gap", "reduced", "by", "mean difference", "of the worst image", "largest"]
     return format_table(head, rows, markdown=True)
+
+
+def count_cropped(files: Sequence[bytes]) -> str:
+    """How many images become others where they are cropped before they are resized."""
+    different = 0
+    for data in files:
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        for spec in CROPS:
+            expected = decode_pixels(data, spec)
+            (width, height), box = compute_geometry(*image.size, spec, data)
+            across, down = image.width / width, image.height / height
+            part = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
+            found = image.resize((spec.size, spec.size), Image.Resampling.BICUBIC, part)
+            different += not np.array_equal(np.asarray(found), expected)
+    return f"{different} of {len(files) * len(CROPS)} images"
 
 
 def measure_times(sets: Sequence[Photographs]) -> str:

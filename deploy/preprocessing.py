@@ -150,13 +150,13 @@ def _decode_pixels(source: ImageLike, spec: Preprocess, color: str) -> np.ndarra
     if isinstance(source, np.ndarray):
         rgb = view_as_rgb(source, color)
         height, width = rgb.shape[:2]
-        new, (left, top, right, bottom) = _compute_geometry(width, height, spec, source)
+        new, (left, top, right, bottom) = compute_geometry(width, height, spec, source)
         if new == (width, height):
             view: np.ndarray = rgb[top:bottom, left:right]
             view.flags.writeable = False
             return view
     decoded = decode_at_least(source, spec.exif, color, make_least_size(spec, source))
-    new, box = _compute_geometry(*decoded.size, spec, source)
+    new, box = compute_geometry(*decoded.size, spec, source)
     image = decoded.image
     if new != image.size or decoded.box is not None:
         image = image.resize(new, RESAMPLING[spec.interpolation], decoded.box)
@@ -170,13 +170,13 @@ def make_least_size(spec: Preprocess, source: ImageLike) -> LeastSize | None:
         return None
 
     def find_least_size(whole: Size) -> Size:
-        (width, height), _ = _compute_geometry(*whole, spec, source)
+        (width, height), _ = compute_geometry(*whole, spec, source)
         return math.ceil(spec.reducing_gap * width), math.ceil(spec.reducing_gap * height)
 
     return find_least_size
 
 
-def _compute_geometry(
+def compute_geometry(
     width: int, height: int, spec: Preprocess, source: ImageLike
 ) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
     """Width and height after resizing, and the box that is then cut out, in pixels."""
