@@ -91,7 +91,7 @@ class CompiledKernels:
         jit_config = engine.create_runtime_config()
         runtime_cache = jit_config.create_runtime_cache()
         kept = store.read()
-        self.is_from_cache = bool(kept) and bool(runtime_cache.deserialize(kept))
+        self.is_from_cache = bool(kept) and _takes(runtime_cache, kept)
         """Whether the kernels of an earlier process are used."""
         self._known = kept if self.is_from_cache else b""
         """What the store holds already."""
@@ -108,6 +108,15 @@ class CompiledKernels:
             if kernels and kernels != self._known:
                 self._store.write(kernels)
                 self._known = kernels
+
+
+def _takes(runtime_cache: Any, kernels: bytes) -> bool:
+    """Whether NVIDIA's runtime accepts what an earlier process kept; whatever it raises means that it does
+    not."""
+    try:
+        return bool(runtime_cache.deserialize(kernels))
+    except Exception:  # its bindings raise types of their own
+        return False
 
 
 def find_store(product: Product, bundle: Bundle, target: EngineTarget, plan: bytes) -> KernelStore | None:

@@ -123,13 +123,14 @@ def test_the_seal_of_an_engine_seals_no_kernels(compilations, bundle, tmp_path):
         assert store.read() == b""
 
 
-def test_nvidia_may_refuse_what_was_kept(compilations, bundle, monkeypatch):
+@pytest.mark.parametrize("mode", ["other_driver", "broken_cache"])
+def test_nvidia_may_refuse_what_was_kept(compilations, bundle, monkeypatch, mode):
     """Its own check of release, device and driver; then it is compiled and kept again."""
     start(bundle)
-    monkeypatch.setenv("FAKE_TRT", "other_driver")
+    monkeypatch.setenv("FAKE_TRT", mode)
     assert not start(bundle)
-    assert start(bundle)
     assert compilations() == 2
+    assert start(bundle) == (mode == "other_driver")
 
 
 def test_each_engine_and_each_device_has_its_own(compilations, bundle, tmp_path):

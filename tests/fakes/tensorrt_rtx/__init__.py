@@ -3,7 +3,7 @@
 It builds with a GPU, as ``cmt-build`` does, and without one, as an export does, and lists its kernels in the
 log. A context compiles the engine's kernels unless its runtime cache has them; each compilation is a line of
 the file ``FAKE_RTX_TRACE``. Modes of ``FAKE_TRT`` besides those of the fake TensorRT: ``no_layers``,
-``hungry``, ``other_driver`` (it refuses what was kept before).
+``hungry``, ``other_driver`` and ``broken_cache`` (it refuses what was kept before, or raises).
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ class IRuntimeCache:
         return f"FAKEKERNELS {_base._mode() == 'other_driver'}"
 
     def deserialize(self, blob):
+        if _base._mode() == "broken_cache":
+            raise RuntimeError("the cache cannot be read")
         head, *known = blob.decode().split("\n")
         if head != self._head():
             return False
