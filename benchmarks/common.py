@@ -140,7 +140,12 @@ def open_openvino(
     }
     if precision is not None:
         config["INFERENCE_PRECISION_HINT"] = HINTS[RUNTIME.float_precision(precision)]
-    return OpenVINOSession(read(model) if rewritten else ov.Core().read_model(model), "CPU", config)
+
+    def read_model() -> ov.Model:
+        return read(model) if rewritten else ov.Core().read_model(model)
+
+    compiled = ov.Core().compile_model(read_model(), "CPU", config)
+    return OpenVINOSession(compiled, read_model, "CPU", config)
 
 
 def open_onnxruntime(model: Path, threads: int, throughput: bool = False) -> Session:

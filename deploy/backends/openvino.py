@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,16 @@ import openvino as ov
 from ..bundle import ONNX, Bundle
 from ..bundle.sections import FLOAT32, ExecutedPrecision
 from ..errors import CmtEdgeError, InputError, RuntimeMissingError
+from ..sealing import Result
 from .base import WARM_UP_RUNS, Binding, LoadOptions, Runtime, Session, make_open_error, make_run_error
 from .described import GraphTensor, require_described
+from .openvino_cache import Job, can_keep, compile_once
 from .openvino_graph import read
 
 IR = "openvino.xml"
-"""File of a bundle with the graph in OpenVINO's own format; the weights lie beside it in ``openvino.bin``."""
+"""File of a bundle with the graph in OpenVINO's own format."""
+WEIGHTS = "openvino.bin"
+"""File beside it with the weights."""
 
 HINTS = {"fp32": "f32", "bf16": "bf16"}
 """Our name of a floating-point precision -> OpenVINO's, for ``INFERENCE_PRECISION_HINT``."""
@@ -57,21 +61,33 @@ SKIPPED = {
 """Layers of an execution graph that compute nothing."""
 
 
+TITLE = f"openvino {ov.__version__.split('-')[0]}"
+"""Name and version of the runtime."""
+
+
 class OpenVINOSession(Session):
     """A compiled model; each concurrent inference has an infer request of its own."""
 
     def __init__(
         self,
-        model: ov.Model,
+        compiled: ov.CompiledModel,
+        read_model: Callable[[], ov.Model],
         device: str,
         config: dict[str, Any],
         where: Path | None = None,
     ) -> None:
-        """``where``: the file that ``model`` was read from, for messages."""
-        self._model, self._config, self._where = model, config, where
+        """Wrap what OpenVINO compiled.
+
+        Args:
+            compiled: the model, compiled for ``device`` with ``config``.
+            read_model: reads the model once more, for a profile of it.
+            device: OpenVINO's name of the device.
+            config: OpenVINO's settings.
+            where: the file that the model was read from, for messages.
+        """
+        self.compiled, self._read_model, self._config, self._where = compiled, read_model, config, where
         self.device = device
-        self.runtime = RUNTIME.check(device)
-        self.compiled = ov.Core().compile_model(model, device, config)
+        self.runtime = TITLE
         self.parallelism = int(self.compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
         self._idle: list[_Request] = []
         self._lock = threading.Lock()
@@ -119,7 +135,7 @@ class OpenVINOSession(Session):
         """Seconds by node of the execution graph, summed over ``repeats`` inferences; and for each of
         ``entries`` what the graph says about every node (``"layerType"``, for instance)."""
         profiled = {**self._config, "PERF_COUNT": True}
-        compiled = ov.Core().compile_model(self._model, self.device, profiled)
+        compiled = ov.Core().compile_model(self._read_model(), self.device, profiled)
         operations = compiled.get_runtime_model().get_ops()
         nodes = {node.get_friendly_name(): node.get_rt_info() for node in operations}
         times = _time_nodes(compiled.create_infer_request(), batch, repeats)
@@ -241,7 +257,7 @@ class OpenVINO(Runtime):
                 why=f"available: {', '.join(available)}",
                 remedy="choose one of these",
             )
-        return f"openvino {ov.__version__.split('-')[0]}"
+        return TITLE
 
     def float_precision(self, precision: str, device: str | None = None) -> str:
         """``"fp32"`` or ``"bf16"``; see :meth:`Runtime.float_precision`."""
@@ -288,16 +304,46 @@ class OpenVINO(Runtime):
         if options.threads:
             config["INFERENCE_NUM_THREADS"] = options.threads
         path = bundle.file(file)
+        files = [IR, WEIGHTS] if file == IR else [ONNX]
         with _opening(path):
-            model = read(path)
-        require_described(
-            bundle,
-            file,
-            [_read_tensor(port) for port in model.inputs],
-            [_read_tensor(port) for port in model.outputs],
-        )
-        with _opening(path):
-            return OpenVINOSession(model, device, config, path)
+            found = _compile(Job(bundle, files, device, config), options.cache)
+        session = OpenVINOSession(found.value, lambda: _read_again(bundle, path), device, config, path)
+        session.is_from_cache = found.is_kept
+        return session
+
+
+def _compile(job: Job, cache: bool) -> Result[ov.CompiledModel]:
+    """The compiled model of a bundle, from the cache where it is there and wanted.
+
+    Raises :class:`BundleError` where it is another graph than the manifest describes.
+    """
+    core, path = ov.Core(), job.bundle.file(job.files[0])
+
+    def compile_anew() -> ov.CompiledModel:
+        model = read(path)
+        _require_described(job, model)
+        return core.compile_model(model, job.device, dict(job.config))
+
+    if not (cache and can_keep(core, job)):
+        return Result(compile_anew(), is_kept=False)
+    found = compile_once(core, job, compile_anew)
+    _require_described(job, found.value)
+    return found
+
+
+def _require_described(job: Job, model: ov.Model | ov.CompiledModel) -> None:
+    require_described(
+        job.bundle,
+        job.files[0],
+        [_read_tensor(port) for port in model.inputs],
+        [_read_tensor(port) for port in model.outputs],
+    )
+
+
+def _read_again(bundle: Bundle, path: Path) -> ov.Model:
+    """The model of a bundle that was opened before; raises :class:`BundleError` where it was replaced."""
+    with bundle.kept(), _opening(path):
+        return read(path)
 
 
 RUNTIME = OpenVINO()

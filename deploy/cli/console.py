@@ -112,8 +112,10 @@ def make_parser(
     epilog: str = "",
     *,
     json_help: str = "print one machine-readable object last on standard output",
+    verbose_help: str = "show the trace of an error",
 ) -> Parser:
-    """An argument parser with the flags every command has; ``json_help`` says what ``--json`` prints."""
+    """An argument parser with the flags every command has; ``json_help`` says what ``--json`` prints, and
+    ``verbose_help`` what ``-v`` shows."""
     p = Parser(
         prog,
         description=description,
@@ -127,7 +129,7 @@ def make_parser(
         "-v",
         "--verbose",
         action="store_true",
-        help="show the trace of an error",
+        help=verbose_help,
     )
     p.add_argument("-q", "--quiet", action="store_true", help="no progress")
     return p
@@ -149,6 +151,15 @@ def add_runtime_flags(p: argparse.ArgumentParser) -> None:
         "--threads",
         type=THREADS.parse_whole,
         help="CPU threads of one inference (default: all cores)",
+    )
+
+
+def add_cache_flag(p: argparse.ArgumentParser) -> None:
+    """``--no-cache``."""
+    p.add_argument(
+        "--no-cache",
+        action="store_true",
+        help="compile the model anew, and keep nothing for the next start",
     )
 
 

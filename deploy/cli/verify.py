@@ -146,4 +146,4 @@ def _load_reference(bundle: Bundle, args: argparse.Namespace) -> Predictor:
             where=args.reference,
             remedy="export both from one checkpoint",
         )
-    return Predictor.load(other, threads=args.threads)
+    return Predictor.load(other, threads=args.threads, cache=False)

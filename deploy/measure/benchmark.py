@@ -287,7 +287,7 @@ def benchmark(
     """
     report = progress or (lambda phase, share: None)
     named = dict(zip(_name_bundles(bundles), bundles, strict=True))
-    opened = partial(load, backend=backend, device=device, threads=threads)
+    opened = partial(load, backend=backend, device=device, threads=threads, cache=False)
     samples = _measure_latencies(named, opened, images, protocol, report)
     rates: dict[str, float] = {}
     if with_throughput:

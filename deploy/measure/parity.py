@@ -176,6 +176,7 @@ def _opened(
         threads=options.threads,
         weights=options.weights,
         trusted_model=options.trusted_model,
+        cache=False,
     ) as predictor:
         yield predictor
 

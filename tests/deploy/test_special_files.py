@@ -64,7 +64,7 @@ READERS = {
     "labels": "ExportConfig('cmt_nano', labels=str(special)).read_labels()",
     "checkpoint": "read_content(special)",
     "own model": "create_model(f'{special}:build')",
-    "secret": "engine._read_secret()",
+    "secret": "sealing.make_seal('text')",
 }
 """What reads a file -> the expression that reads it: ``special`` is the file, ``place`` a bundle."""
 
@@ -95,7 +95,7 @@ from cmt_edge.deploy import Bundle
 from cmt_edge.deploy.decoding import decode
 from cmt_edge.deploy.errors import CmtEdgeError
 from cmt_edge.deploy.images import ImageSet
-from cmt_edge.deploy.tensorrt import engine
+from cmt_edge.deploy import sealing
 from cmt_edge.export.config import ExportConfig
 from cmt_edge.export.config_file import read_config
 for name, special, place, expression in json.loads(sys.argv[1]):
