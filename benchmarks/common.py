@@ -131,7 +131,8 @@ def open_openvino(
     """
     import openvino as ov
 
-    from cmt_edge.deploy.backends.openvino import HINTS, RUNTIME, OpenVINOSession
+    from cmt_edge.deploy.backends.openvino import RUNTIME, OpenVINOSession
+    from cmt_edge.deploy.backends.openvino_devices import HINTS
     from cmt_edge.deploy.backends.openvino_graph import read
 
     config: dict[str, Any] = {

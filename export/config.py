@@ -21,7 +21,7 @@ from cmt_edge.cmt.outside import is_outside
 from cmt_edge.cmt.spec import CPU, RTX, ModelSpec, check_size
 from cmt_edge.deploy.bundle import LOGITS
 from cmt_edge.deploy.bundle.record import find_text_fault
-from cmt_edge.deploy.bundle.sections import FORMATS, TYPED_FORMATS
+from cmt_edge.deploy.bundle.sections import AUTO_PRECISIONS, FORMATS, TYPED_FORMATS
 from cmt_edge.deploy.bundle.signature import read_private_key
 from cmt_edge.deploy.cli.ranges import CLASS_COUNTS, parse_finite
 from cmt_edge.deploy.errors import InputError, WeightsError
@@ -50,7 +50,6 @@ LONGEST_NAME = 200
 name is longer."""
 NOT_COMPUTED = {
     "onnx": "ONNX Runtime computes in it on no CPU",
-    "openvino": "OpenVINO computes in it on no CPU",
     "trt": "its typed graphs are fp32, fp16 or int8",
     "rtx": "its typed graphs are fp32, fp16 or int8",
 }
@@ -142,7 +141,18 @@ class ExportConfig(Settings):
     @property
     def is_typed(self) -> bool:
         """Whether the precision is written into the graph."""
+        return self.has_engine or self.is_for_other_device
+
+    @property
+    def has_engine(self) -> bool:
+        """Whether one of NVIDIA's compilers makes an engine of the graph."""
         return self.format in TYPED_FORMATS
+
+    @property
+    def is_for_other_device(self) -> bool:
+        """Whether the bundle is for a device that this machine need not have: OpenVINO's fp16 is for GPUs and
+        NPUs."""
+        return self.format == "openvino" and self.precision == "fp16"
 
     @property
     def rewriting_target(self) -> str:
@@ -218,7 +228,7 @@ class ExportConfig(Settings):
     @property
     def targets(self) -> list[Path]:
         """Every folder that the export may make."""
-        precisions = FORMATS[self.format] if self.precision == "auto" else (self.precision,)
+        precisions = AUTO_PRECISIONS[self.format] if self.precision == "auto" else (self.precision,)
         return [replace(self, precision=precision).target for precision in precisions]
 
     @classmethod
@@ -400,7 +410,7 @@ class ExportConfig(Settings):
                 remedy=f"--format {' or '.join(others)}, or --precision {' or '.join(reversed(known))}",
             )
         flags = list_changed_flags(self, TENSORRT)
-        if flags and not self.is_typed:
+        if flags and not self.has_engine:
             raise InputError(
                 f"{' and '.join(flags)}: only --format trt or rtx builds engines",
                 remedy="leave it out, or use --format trt or rtx",

@@ -9,6 +9,7 @@ from .engine import BuildOptions, EngineEntry, EngineKey
 from .latency import LEAST_SHOWN_SHARE, ExecutedPrecision, LatencyEntry
 from .model import FileEntry, Host, ModelEntry, RuntimeEntry, TensorEntry, WeightsEntry
 from .values import (
+    AUTO_PRECISIONS,
     BATCH,
     FEATURES,
     FLOAT32,
@@ -44,6 +45,7 @@ from .verdict import Accuracy, Candidate, Sensitivity, Speed, Variant, VerdictEn
 from .verification import DataCheck, GoldenCheck, RanOn, VerificationEntry
 
 __all__ = [
+    "AUTO_PRECISIONS",
     "BATCH",
     "FEATURES",
     "FLOAT32",
