@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import CacheWarning, OutputError
-from .files import TEMPORARY, read_regular, write_atomic, writing
+from .files import TEMPORARY, find_cache_folder, read_regular, write_atomic, writing
 from .locks import LOCK, clear_abandoned, locked
 
 T = TypeVar("T")
@@ -242,9 +242,10 @@ def _measure_size(file: Path) -> int:
 
 
 def _warn(folder: Path, why: object) -> None:
-    """Say once that a folder, or one that it lies in, cannot be used."""
+    """Say once that a folder cannot be used; once for all folders of the user's cache."""
+    root = find_cache_folder()
     warn_once(
-        folder,
+        root if root in folder.parents else folder,
         f"the cache {folder} cannot be used ({why}): results are not kept for the next run;"
         " CMT_EDGE_CACHE=FOLDER names another place",
     )

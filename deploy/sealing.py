@@ -120,7 +120,11 @@ class SealedCache:
         try:
             make_seal(key)
         except OutputError as exc:
-            warn_once(Path(str(exc.where)), f"{exc}: results are not kept for the next run")
+            warn_once(
+                Path(str(exc.where)),
+                f"{exc.what} ({exc.where}: {exc.why}): results are not kept for the next run;"
+                " CMT_EDGE_STATE=FOLDER names another place",
+            )
             return Result(make(), is_kept=False)
         entry = _Entry(f"{self.what}: {key}", decode, make, encode)
         value = self._cache.get(key, decode=entry.open, make=entry.make, encode=entry.seal, mode=mode)

@@ -23,6 +23,7 @@ from cmt_edge.deploy.bundle import LOGITS
 from cmt_edge.deploy.bundle.record import find_text_fault
 from cmt_edge.deploy.bundle.sections import AUTO_PRECISIONS, FORMATS, TYPED_FORMATS
 from cmt_edge.deploy.bundle.signature import read_private_key
+from cmt_edge.deploy.cache import is_cache_wanted
 from cmt_edge.deploy.cli.ranges import CLASS_COUNTS, parse_finite
 from cmt_edge.deploy.errors import InputError, WeightsError
 from cmt_edge.deploy.escaping import SHOWN_CHARACTERS
@@ -183,10 +184,15 @@ class ExportConfig(Settings):
         return flags + (["--atol", f"{self.atol:g}"] if self.atol is not None else [])
 
     @property
+    def uses_cache(self) -> bool:
+        """Whether results of earlier exports may be used, and those of this one kept."""
+        return is_cache_wanted(self.cache)
+
+    @property
     def keeps_results(self) -> bool:
         """Whether something that took long is kept for the next export."""
         engine = self.format == "trt" and self.build  # rtx keeps no timings
-        return self.cache and (self.quantizes or self.data == SYNTHETIC or engine)
+        return self.uses_cache and (self.quantizes or self.data == SYNTHETIC or engine)
 
     @property
     def preprocess(self) -> Preprocess:

@@ -76,7 +76,7 @@ def prepare(config: ExportConfig, progress: Progress) -> Prepared:
                     graph,
                     data,
                     config.preprocess,
-                    config.cache,
+                    config.uses_cache,
                     progress.count,
                 )
         return Prepared(

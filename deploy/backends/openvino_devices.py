@@ -179,7 +179,7 @@ def _make_lacking_error(core: ov.Core, device: Device, precision: str) -> Runtim
         what = f"{device.name} does not compute in {READABLE[precision]}"
     known = [name for name in CAPABILITIES if device.computes_in(name)]
     return RuntimeMissingError(
-        f"{what}, so a {precision} bundle cannot run as asked",
+        f"{what}, so a bundle of {precision} cannot run as asked",
         why=f"it computes in {', '.join(known)}",
         remedy=_advise(precision, able, known),
     )

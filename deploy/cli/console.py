@@ -145,7 +145,8 @@ def add_runtime_flags(p: argparse.ArgumentParser) -> None:
     )
     runtime.add_argument(
         "--device",
-        help="the runtime's device (default: CPU; TensorRT: GPU 0)",
+        help="the runtime's device (default: CPU; TensorRT: GPU 0); openvino also takes GPU, GPU.1, NPU"
+        " and AUTO",
     )
     runtime.add_argument(
         "--threads",

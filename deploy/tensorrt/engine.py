@@ -174,13 +174,17 @@ def make_seal(sha256: str, key: EngineKey) -> str:
     return sealing.make_seal(_describe_engine(sha256, key))
 
 
+def is_sealed(sha256: str, key: EngineKey, seal: str) -> bool:
+    """Whether ``seal`` is the one that :func:`make_seal` gives here."""
+    return sealing.is_sealed(_describe_engine(sha256, key), seal)
+
+
 def is_trusted(bundle: Bundle) -> bool:
     """Whether the bundle's engine entry was written on this machine."""
     entry = bundle.manifest.engine
     if not entry or entry.file not in bundle.manifest.files:
         return False
-    engine = _describe_engine(bundle.manifest.files[entry.file].sha256, entry.key)
-    return sealing.is_sealed(engine, entry.seal)
+    return is_sealed(bundle.manifest.files[entry.file].sha256, entry.key, entry.seal)
 
 
 def _describe_engine(sha256: str, key: EngineKey) -> str:

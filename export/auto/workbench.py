@@ -113,7 +113,7 @@ class Workbench:
             progress,
         )
         self._measured = JsonCache(
-            find_cache_folder() / "search" if config.cache else None,
+            find_cache_folder() / "search" if config.uses_cache else None,
             KEPT_MEASUREMENTS,
         )
         self._backend = RUNTIME_OF_FORMAT[config.format]

@@ -371,3 +371,34 @@ def test_a_forked_child_opens_what_its_parent_kept(bundle):
     assert receive.recv() == (expected, True)
     child.join(SECONDS)
     assert child.exitcode == 0
+
+
+def test_one_warning_for_the_whole_cache(bundle, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("CMT_EDGE_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.warns(CacheWarning) as told:
+        answer(bundle)
+    assert len(told) == 1
+    assert "CMT_EDGE_CACHE=FOLDER" in str(told[0].message)
+
+
+def test_a_finding_about_a_graph_is_kept_and_never_taken_from_others(bundle, monkeypatch):
+    """The hash of every file is compared all the same."""
+    from cmt_edge.deploy.bundle import contents
+
+    answer(bundle)
+    monkeypatch.setattr(contents, "require_modest_onnx", lambda *_: pytest.fail("it was looked at again"))
+    answer(bundle)
+    with monkeypatch.context() as patch:
+        looked: list[object] = []
+        patch.setattr(contents, "require_modest_onnx", looked.append)
+        Bundle.open(bundle.path)
+        assert len(looked) == 1, "cmt-verify and others look again"
+        (finding,) = (Path(os.environ["CMT_EDGE_CACHE"]) / "checked").glob("*.seal")
+        finding.write_text("0" * 64)
+        with pytest.warns(CacheWarning, match="finding about a bundle's graphs"):
+            answer(bundle)
+        assert len(looked) == 2
+    (bundle.path / ONNX).write_bytes((bundle.path / ONNX).read_bytes()[:-1] + b"\1")
+    with pytest.raises(BundleError, match="changed after the export"):
+        answer(bundle)
