@@ -105,7 +105,10 @@ def _is_state(part: Mapping[Any, Any]) -> bool:
     return sum(isinstance(value, Tensor) for value in part.values()) > MAX_TENSORS
 
 
-def _list_places(part: Mapping[Any, Any], depth: int = 0) -> Iterator[dict[str, Any]]:
+def _list_places(
+    part: Mapping[Any, Any],
+    depth: int = 0,
+) -> Iterator[dict[str, Any]]:
     """``part`` with its names in small letters, and the settings of images inside it."""
     named = {str(name).lower(): value for name, value in part.items()}
     yield named

@@ -36,7 +36,8 @@ def recognise(content: Any) -> list[Recognised]:
 
     The number of classes may differ. No values are copied: the shapes alone are compared.
     """
-    places = [_strip_values(place) for place in find_places(content) if len(place.state) >= MIN_TENSORS]
+    large = [place for place in find_places(content) if len(place.state) >= MIN_TENSORS]
+    places = [_strip_values(place) for place in large]
     if not places:
         return []
     shapes = {".".join(place.way) or "state": place.state for place in places}
@@ -101,7 +102,12 @@ def _iterate_compared(state: StateDict) -> Iterator[str]:
     return (key for key in state if not key.endswith(BATCHES))
 
 
-def _agree(key: str, state: StateDict, target: StateDict, spec: ModelSpec) -> bool:
+def _agree(
+    key: str,
+    state: StateDict,
+    target: StateDict,
+    spec: ModelSpec,
+) -> bool:
     first = 1 if key in spec.head_keys else 0  # the number of classes
     return state[key].shape[first:] == target[key].shape[first:]
 

@@ -78,7 +78,12 @@ def load_reference(
         seed: of the initial weights, and of random ones.
         ema, fresh_head, resize: as for :func:`cmt_edge.cmt.load_weights`.
     """
-    model = create_model(name, img_size=img_size, num_classes=num_classes, seed=seed)
+    model = create_model(
+        name,
+        img_size=img_size,
+        num_classes=num_classes,
+        seed=seed,
+    )
     if str(weights) == "random":
         randomize(model, seed)
         return model, LoadedWeights("random")
@@ -115,16 +120,7 @@ def rebuild(
         _require_known(entry, weights)
     made = entry.weights
     if weights is None:
-        if made.source not in (
-            "pretrained",
-            "random",
-            AS_BUILT,
-        ) and not _is_here(made.source):
-            raise WeightsError(
-                f"the bundle was made from the checkpoint {made.source!r}, which it does not contain",
-                remedy="name that file: --weights PATH",
-            )
-        weights = "pretrained" if made.source == AS_BUILT else made.source
+        weights = _find_weights(made.source)
     model, _ = load_reference(
         name,
         weights,
@@ -136,6 +132,22 @@ def rebuild(
         resize=bool(made.resized),
     )
     return choose_head(model, entry.head), compute_weights_fingerprint(model)
+
+
+def _find_weights(source: str) -> str:
+    """What gives the weights that a manifest names.
+
+    Raises:
+        WeightsError: they came from a file that is not here.
+    """
+    if source == AS_BUILT:
+        return "pretrained"
+    if source not in ("pretrained", "random") and not _is_here(source):
+        raise WeightsError(
+            f"the bundle was made from the checkpoint {source!r}, which it does not contain",
+            remedy="name that file: --weights PATH",
+        )
+    return source
 
 
 def _require_known(entry: ModelEntry, weights: str | Path | None) -> None:

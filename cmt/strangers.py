@@ -280,7 +280,8 @@ def _find_uses(path: Path) -> dict[tuple[str, str], Use]:
                     pass
             return _Simulation().run(file)
     with zipfile.ZipFile(path) as archive:
-        inner = next(name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl")
+        names = archive.namelist()
+        inner = next(name for name in names if name.rpartition("/")[2] == "data.pkl")
         with archive.open(inner) as file:
             return _Simulation().run(file)
 
@@ -373,7 +374,10 @@ class _Simulation:
 # --- what was left out ----------------------------------------------------------------------------
 
 
-def find_strangers(content: Any, way: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Stranger]]:
+def find_strangers(
+    content: Any,
+    way: tuple[str, ...] = (),
+) -> Iterator[tuple[tuple[str, ...], Stranger]]:
     """Every stand-in in a checkpoint's content, and the keys on the way to it; not those inside another."""
     yield from _find_strangers(content, way, set())
 

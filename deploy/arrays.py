@@ -122,7 +122,8 @@ def _is_encoded(array: np.ndarray) -> bool:
     if array.dtype != np.uint8 or array.size < 16:
         return False
     column = array.ndim == 2 and 1 in array.shape
-    return (array.ndim == 1 or column) and array.reshape(-1)[:4].tobytes().startswith(MAGIC)
+    begin = array.reshape(-1)[:4].tobytes()
+    return (array.ndim == 1 or column) and begin.startswith(MAGIC)
 
 
 def _describe_remedy(array: np.ndarray) -> str:

@@ -62,7 +62,8 @@ def can_keep(folder: Path) -> bool:
 
 def compute_digest(key: Any) -> str:
     """Hex SHA-256 of anything that JSON holds: the name of an entry."""
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    text = json.dumps(key, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,11 @@ class Cache:
                 _warn(self.folder, exc.why or exc)
             return result
 
-    def _decode(self, key: str, decode: Callable[[Files], T | None]) -> T | None:
+    def _decode(
+        self,
+        key: str,
+        decode: Callable[[Files], T | None],
+    ) -> T | None:
         contents = self.read(key)
         if contents is None:
             return None
@@ -161,7 +166,11 @@ class Cache:
         Whoever reads or writes such an entry at the same time finds it missing and makes it again.
         """
         last = self.suffixes[-1]
-        entries = sorted(self.folder.glob(f"*{last}"), key=_find_last_use, reverse=True)
+        entries = sorted(
+            self.folder.glob(f"*{last}"),
+            key=_find_last_use,
+            reverse=True,
+        )
         for entry in entries[self._count_kept(entries) :]:
             for file in reversed(self._list_files(entry.name.removesuffix(last))):
                 with contextlib.suppress(OSError):

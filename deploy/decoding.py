@@ -192,7 +192,8 @@ def is_about_data(exc: Exception) -> bool:
         trace = trace.tb_next
     if trace is None:
         return True
-    place = str(trace.tb_frame.f_globals.get("__name__", "")).split(".")[0]
+    module = trace.tb_frame.f_globals.get("__name__", "")
+    place = str(module).split(".")[0]
     return place in DECODING or (place != "__main__" and place in sys.stdlib_module_names)
 
 
@@ -294,7 +295,9 @@ def list_images(images: Any) -> Any:
 
 def name_image(source: ImageLike) -> object:
     """What messages call the image."""
-    return source if isinstance(source, (str, Path)) else getattr(source, "filename", None) or "image"
+    if isinstance(source, (str, Path)):
+        return source
+    return getattr(source, "filename", None) or "image"
 
 
 def _open(
@@ -462,7 +465,8 @@ def _note_orientation(image: TiffImagePlugin.TiffImageFile) -> None:
     """Keep the orientation of the frame, which Pillow forgets once it has decoded and turned it."""
     frame = image.tell()
     known = image.info.get(TURNED_BY, (frame, UPRIGHT))
-    orientation = image.tag_v2.get(ORIENTATION) or (known[1] if known[0] == frame else UPRIGHT)
+    usual = known[1] if known[0] == frame else UPRIGHT
+    orientation = image.tag_v2.get(ORIENTATION) or usual
     image.info[TURNED_BY] = (frame, orientation)
 
 

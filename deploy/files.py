@@ -89,7 +89,9 @@ def describe_irregular(path: str | Path) -> str | None:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):
         return None
-    return None if stat.S_ISREG(mode) else IRREGULAR.get(stat.S_IFMT(mode), "no regular file")
+    if stat.S_ISREG(mode):
+        return None
+    return IRREGULAR.get(stat.S_IFMT(mode), "no regular file")
 
 
 def open_regular(path: Path, limit: int | None = None) -> BinaryIO:
@@ -111,7 +113,11 @@ def open_regular(path: Path, limit: int | None = None) -> BinaryIO:
         return file
     file.close()
     why = f"it has {status.st_size} bytes, the cap is {limit}"
-    raise OSError(errno.EFBIG, why if stat.S_ISREG(status.st_mode) else "it is no regular file", str(path))
+    raise OSError(
+        errno.EFBIG,
+        why if stat.S_ISREG(status.st_mode) else "it is no regular file",
+        str(path),
+    )
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
@@ -267,7 +273,11 @@ def _require_replaceable(path: Path) -> None:
 
 def _write_new(path: Path, data: bytes, mode: int) -> None:
     """Write a new file to disk, locked meanwhile, so that nobody takes it for abandoned."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode)
+    descriptor = os.open(
+        path,
+        os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0),
+        mode,
+    )
     with open(descriptor, "wb") as file:
         with contextlib.suppress(OSError):  # a file system may have no locks
             try_lock(descriptor)
@@ -320,7 +330,11 @@ def renameat2() -> Any:
     """Linux's system call ``renameat2``, which Python does not offer; ``None`` elsewhere."""
     if sys.platform != "linux":
         return None
-    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    function = getattr(
+        ctypes.CDLL(None, use_errno=True),
+        "renameat2",
+        None,
+    )
     if function is not None:
         function.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
     return function

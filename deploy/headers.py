@@ -89,13 +89,18 @@ def _has_long_entry(file: BinaryIO, order: str) -> bool:
     """Whether an entry of the first directory of a TIFF file has more than :data:`MAX_ENTRY_VALUES`."""
     head = file.read(16).ljust(16, b"\0")
     is_big = struct.unpack_from(f"{order}H", head, 2)[0] == 43
-    (place,) = struct.unpack_from(f"{order}{'Q' if is_big else 'I'}", head, 8 if is_big else 4)
+    (place,) = struct.unpack_from(
+        f"{order}{'Q' if is_big else 'I'}",
+        head,
+        8 if is_big else 4,
+    )
     counter, entry = (f"{order}Q", f"{order}4xQ8x") if is_big else (f"{order}H", f"{order}4xI4x")
     file.seek(min(place, 1 << 62))
     found = file.read(struct.calcsize(counter))
     if len(found) < struct.calcsize(counter):
         return False
     (entries,) = struct.unpack(counter, found)
-    data = file.read(min(entries, 1 << 16) * struct.calcsize(entry))
+    size = struct.calcsize(entry)
+    data = file.read(min(entries, 1 << 16) * size)
     whole = len(data) // struct.calcsize(entry) * struct.calcsize(entry)
     return any(count > MAX_ENTRY_VALUES for (count,) in struct.iter_unpack(entry, data[:whole]))

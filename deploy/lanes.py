@@ -123,7 +123,8 @@ class Lanes:
         if len(batch) == size:
             return self.counted(self.session.run, batch)
         whole = len(batch) - len(batch) % size
-        parts = [self.counted(self.session.run, batch[i : i + size]) for i in range(0, whole, size)]
+        pieces = [batch[i : i + size] for i in range(0, whole, size)]
+        parts = [self.counted(self.session.run, piece) for piece in pieces]
         if whole < len(batch):
             parts.append(self._run_rest(batch[whole:]))
         return [np.concatenate(output) for output in zip(*parts, strict=True)]

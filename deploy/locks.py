@@ -127,7 +127,11 @@ def scratch_folder(parent: Path, prefix: str, suffix: str = ".tmp") -> Iterator[
         _drop_folder(folder, descriptor)
 
 
-def _make_locked_folder(parent: Path, prefix: str, suffix: str) -> tuple[Path, int | None]:
+def _make_locked_folder(
+    parent: Path,
+    prefix: str,
+    suffix: str,
+) -> tuple[Path, int | None]:
     """A new folder, and the descriptor that holds its lock; ``None`` where folders cannot be opened."""
     while True:
         folder = Path(tempfile.mkdtemp(suffix, prefix, parent))
@@ -162,7 +166,11 @@ def _release_in(process: int, release: Callable[[], object]) -> None:
         release()
 
 
-def make_scratch(parent: Path, prefix: str, suffix: str = ".tmp") -> tuple[Path, Hold]:
+def make_scratch(
+    parent: Path,
+    prefix: str,
+    suffix: str = ".tmp",
+) -> tuple[Path, Hold]:
     """As :func:`scratch_folder`, for as long as the second result lives."""
     clear_abandoned(parent, prefix, suffix)
     folder, descriptor = _make_locked_folder(parent, prefix, suffix)
@@ -229,7 +237,8 @@ def remove_if_abandoned(path: Path) -> None:
     descriptor = os.open(path, flags)
     try:
         free = _attempt(descriptor)
-        if free is False or (free is None and age < ABANDONED_S) or not _is_still(path, descriptor):
+        is_used = free is False or (free is None and age < ABANDONED_S)
+        if is_used or not _is_still(path, descriptor):
             return
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -250,7 +259,11 @@ def _is_still(file: Path, descriptor: int) -> bool:
 if sys.platform == "win32":
     import msvcrt
 
-    def lock_descriptor(descriptor: int, wait: bool = True, shared: bool = False) -> None:
+    def lock_descriptor(
+        descriptor: int,
+        wait: bool = True,
+        shared: bool = False,
+    ) -> None:
         """Lock an open file until it is closed; ``shared`` locks cannot be had here.
 
         Raises ``BlockingIOError`` where ``wait`` is false and another process holds it.
@@ -266,7 +279,11 @@ if sys.platform == "win32":
 
 else:
 
-    def lock_descriptor(descriptor: int, wait: bool = True, shared: bool = False) -> None:
+    def lock_descriptor(
+        descriptor: int,
+        wait: bool = True,
+        shared: bool = False,
+    ) -> None:
         """Lock an open file or folder until it is closed; ``shared``: with others that do so too.
 
         Raises ``BlockingIOError`` where ``wait`` is false and another process holds it.

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -162,20 +163,17 @@ class Predictor:
                 unknown.
         """
         check_color(color)
-        if threads is not None and threads < 1:
-            raise InputError(
-                f"{threads} threads were asked for",
-                remedy="ask for 1 or more, or leave it out for all cores",
-            )
+        _check_threads(threads)
         kept = is_cache_wanted(cache)
         options = LoadOptions(device, threads, throughput, weights, trusted_model, trusted_engine, kept)
-        start = time.perf_counter()
-        return read_whole(
-            path,
-            lambda bundle: cls._open_bundle(bundle, backend, options, color, start),
-            key=key,
-            cache=kept,
+        opening = partial(
+            cls._open_bundle,
+            backend=backend,
+            options=options,
+            color=color,
+            start=time.perf_counter(),
         )
+        return read_whole(path, opening, key=key, cache=kept)
 
     @classmethod
     def _open_bundle(
@@ -246,7 +244,12 @@ class Predictor:
             logits = lane.run(1)[0][0]
         return self._make_prediction(logits, source)
 
-    def predict(self, images: Iterable[ImageLike], *, color: str | None = None) -> list[Prediction]:
+    def predict(
+        self,
+        images: Iterable[ImageLike],
+        *,
+        color: str | None = None,
+    ) -> list[Prediction]:
         """Classify several images, in the caller's thread. A single image gives a list of one.
 
         Raises:
@@ -270,10 +273,9 @@ class Predictor:
         iterable is fine: at most ``in_flight * batch + max(batch, 2 * workers)`` images are held (a dynamic
         batch counts as 8). Closing the stream, or leaving the loop, ends its threads.
 
-        A camera may fill one buffer again and again. Arrays, Pillow images, buffers and file objects are
-        therefore copied when they are taken from ``images``, where threads decode them later. A path is read
-        when its image is decoded: where a program writes the same file again and again, give
-        ``Path(...).read_bytes()``.
+        Arrays, Pillow images, buffers and file objects are copied when they are taken from ``images``,
+        because a camera may fill one buffer again and again. A path is read when its image is decoded: give
+        ``Path(...).read_bytes()`` where a program writes the same file again and again.
 
         Args:
             images: as :meth:`predict`; may be endless.
@@ -286,20 +288,12 @@ class Predictor:
 
         Raises:
             ImageError: an image cannot be read. It is raised at its turn, after the predictions of all
-                images before it, like errors of the runtime and of ``images`` itself. The Predictor stays
-                usable.
-            InputError: ``in_flight`` below 1, a closed Predictor, a bundle of feature maps, or an unknown
-                ``color``.
+                images before it, like errors of the runtime and of ``images``. The Predictor stays usable.
+            InputError: ``in_flight`` below 1, a closed Predictor, feature maps, or an unknown ``color``.
         """
         decode = self._make_decoder(color)
-        answers = self._iterate_answers(
-            images,
-            decode,
-            workers=workers,
-            in_flight=in_flight,
-            copy=copy,
-        )
-        for source, logits in answers:
+        settings = _StreamSettings(workers, in_flight, copy)
+        for source, logits in self._iterate_answers(images, decode, settings):
             yield self._make_prediction(logits, source)
 
     def attempt(
@@ -315,21 +309,18 @@ class Predictor:
         prediction, and the images after it are answered."""
         decode = self._make_decoder(color)
 
-        def decode_or_explain(image: ImageLike, row: np.ndarray) -> str | ImageError | None:
+        def decode_or_explain(
+            image: ImageLike,
+            row: np.ndarray,
+        ) -> str | ImageError | None:
             try:
                 return decode(image, row)
             except ImageError as exc:
                 row[:] = 0  # its answer is thrown away
                 return exc.with_traceback(None)
 
-        answers = self._iterate_answers(
-            images,
-            decode_or_explain,
-            workers=workers,
-            in_flight=in_flight,
-            copy=copy,
-        )
-        for source, logits in answers:
+        settings = _StreamSettings(workers, in_flight, copy)
+        for source, logits in self._iterate_answers(images, decode_or_explain, settings):
             if isinstance(source, ImageError):
                 yield source
             else:
@@ -363,14 +354,20 @@ class Predictor:
         _check_batch(batch, self.spec.size)
         return self.lanes.run(np.ascontiguousarray(batch))
 
-    def prepare(self, images: Iterable[ImageLike], *, color: str | None = None) -> np.ndarray:
+    def prepare(
+        self,
+        images: Iterable[ImageLike],
+        *,
+        color: str | None = None,
+    ) -> np.ndarray:
         """Decode, resize, crop and normalise: the float32 batch ``(N, 3, H, W)`` that :meth:`logits` and
         :meth:`features` take. Raises :class:`~cmt_edge.deploy.errors.ImageError`."""
         decode = self._make_decoder(color)
         size = self.spec.size
         images = list_images(images)
         if not isinstance(images, Sequence):  # each image may be gone once the next is asked for
-            rows = [preprocess(image, self.spec, color=color or self.color) for image in images]
+            order = color or self.color
+            rows = [preprocess(image, self.spec, color=order) for image in images]
             return np.stack(rows) if rows else np.empty((0, 3, size, size), np.float32)
         batch = np.empty((len(images), 3, size, size), np.float32)
         for image, row in zip(images, batch, strict=True):
@@ -409,28 +406,22 @@ class Predictor:
         self,
         images: Iterable[ImageLike],
         decode: Callable[[ImageLike, np.ndarray], Any],
-        *,
-        workers: int,
-        in_flight: int | None,
-        copy: bool,
+        settings: _StreamSettings,
     ) -> Iterator[tuple[Any, np.ndarray]]:
         """What ``decode`` returned for each image, and its logits."""
         self._require(LOGITS)
-        if in_flight is not None and in_flight < 1:
-            raise InputError(
-                f"{in_flight} inferences in flight were asked for",
-                remedy="ask for 1 or more, or leave it out",
-            )
-        several = in_flight or max(1, self.session.parallelism)
+        in_flight = settings.choose_in_flight(self.session)
         images = list_images(images)
-        if copy and workers > 0:  # without threads an image is decoded before the next one is asked for
+        if (
+            settings.copy and settings.workers > 0
+        ):  # without threads an image is decoded before the next one is asked for
             images = self._take_each(images)
         return stream(
             images,
             self.lanes,
             decode,
-            workers=workers,
-            in_flight=several,
+            workers=settings.workers,
+            in_flight=in_flight,
         )
 
     def _take_each(self, images: Iterable[ImageLike]) -> Iterator[Any]:
@@ -466,7 +457,32 @@ class Predictor:
         )
 
 
-def require_finite(outputs: list[np.ndarray], where: object) -> list[np.ndarray]:
+@dataclass(frozen=True)
+class _StreamSettings:
+    """How a stream runs; see :meth:`Predictor.stream`."""
+
+    workers: int
+    in_flight: int | None
+    copy: bool
+
+    def choose_in_flight(self, session: Session) -> int:
+        """The number of inferences at once: what was asked for, or as many as the runtime gains from.
+
+        Raises:
+            InputError: fewer than 1 were asked for.
+        """
+        if self.in_flight is not None and self.in_flight < 1:
+            raise InputError(
+                f"{self.in_flight} inferences in flight were asked for",
+                remedy="ask for 1 or more, or leave it out",
+            )
+        return self.in_flight or max(1, session.parallelism)
+
+
+def require_finite(
+    outputs: list[np.ndarray],
+    where: object,
+) -> list[np.ndarray]:
     """The outputs of a model as they are; raises :class:`BundleError` for NaN and infinity, which are no
     answer. ``where``: the bundle, for the message."""
     if all(map(_is_finite, outputs)):
@@ -488,11 +504,20 @@ def _load(runtime: Runtime, bundle: Bundle, options: LoadOptions) -> Session:
         raise make_open_error(bundle.path, exc) from exc
 
 
+def _check_threads(threads: int | None) -> None:
+    """Raise :class:`InputError` below 1."""
+    if threads is not None and threads < 1:
+        raise InputError(
+            f"{threads} threads were asked for",
+            remedy="ask for 1 or more, or leave it out for all cores",
+        )
+
+
 def _check_batch(batch: object, size: int) -> None:
     """Raise :class:`InputError` unless ``batch`` is finite float32 ``(N, 3, size, size)``."""
     if not isinstance(batch, np.ndarray):
         found = type(batch).__name__
-    elif batch.dtype != np.float32 or batch.ndim != 4 or batch.shape[1:] != (3, size, size):
+    elif batch.dtype != np.float32 or batch.shape[1:] != (3, size, size):
         found = f"{batch.dtype} {batch.shape}"
     elif not _is_finite(batch):
         raise InputError(

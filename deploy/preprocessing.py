@@ -90,7 +90,11 @@ class Preprocess:
         )
 
 
-def _find_fault_of_numbers(name: str, values: tuple[float, ...], bounds: tuple[float, float]) -> str | None:
+def _find_fault_of_numbers(
+    name: str,
+    values: tuple[float, ...],
+    bounds: tuple[float, float],
+) -> str | None:
     """The first of ``values`` that does not lie within ``bounds``."""
     low, high = bounds
     for i, value in enumerate(values):
@@ -99,7 +103,11 @@ def _find_fault_of_numbers(name: str, values: tuple[float, ...], bounds: tuple[f
     return None
 
 
-def decode_pixels(source: ImageLike, spec: Preprocess, color: str = "rgb") -> np.ndarray:
+def decode_pixels(
+    source: ImageLike,
+    spec: Preprocess,
+    color: str = "rgb",
+) -> np.ndarray:
     """Decoded, resized and cropped: ``(size, size, 3)`` uint8, read-only. Arguments and errors are those of
     :func:`~cmt_edge.deploy.decoding.decode`.
 
@@ -125,7 +133,8 @@ def _decode_pixels(source: ImageLike, spec: Preprocess, color: str) -> np.ndarra
     new, box = _compute_geometry(*image.size, spec, source)
     if new != image.size:
         image = image.resize(new, RESAMPLING[spec.interpolation])
-    return np.asarray(image if box == (0, 0, *new) else image.crop(box))
+    is_whole = box == (0, 0, *new)
+    return np.asarray(image if is_whole else image.crop(box))
 
 
 def _compute_geometry(
@@ -148,11 +157,16 @@ def _compute_geometry(
             name_image(source),
             f"resizing {width} x {height} by its short side gives {new[0]} x {new[1]}",
         )
-    left, top = round((new[0] - size) / 2), round((new[1] - size) / 2)
+    left = round((new[0] - size) / 2)
+    top = round((new[1] - size) / 2)
     return new, (left, top, left + size, top + size)
 
 
-def normalise(values: np.ndarray, spec: Preprocess, out: np.ndarray | None = None) -> np.ndarray:
+def normalise(
+    values: np.ndarray,
+    spec: Preprocess,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
     """``(..., H, W, 3)`` uint8 -> ``(..., 3, H, W)`` float32, ``(v / 255 - mean) / std``.
 
     ``out``: float32 of the result's shape, written without temporaries and returned; default: a new
@@ -169,11 +183,19 @@ def normalise(values: np.ndarray, spec: Preprocess, out: np.ndarray | None = Non
 
 
 @lru_cache(maxsize=64)
-def _compute_affine(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
+def _compute_affine(
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> tuple[np.ndarray, np.ndarray]:
     """``scale, shift``, float32 ``(3, 1, 1)`` each: ``(v / 255 - mean) / std = v * scale + shift``."""
-    scale = (1 / (255 * np.asarray(std))).astype(np.float32).reshape(3, 1, 1)
-    shift = (-np.asarray(mean) / np.asarray(std)).astype(np.float32).reshape(3, 1, 1)
-    return scale, shift
+    scale = 1 / (255 * np.asarray(std))
+    shift = -np.asarray(mean) / np.asarray(std)
+    return _spread_over_pixels(scale), _spread_over_pixels(shift)
+
+
+def _spread_over_pixels(values: np.ndarray) -> np.ndarray:
+    """One number a channel as float32 ``(3, 1, 1)``."""
+    return values.astype(np.float32).reshape(3, 1, 1)
 
 
 def preprocess(

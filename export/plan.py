@@ -170,14 +170,24 @@ def describe_plan(config: ExportConfig) -> dict[str, Any]:
     if config.eval_data:
         plan["evaluation"] = _count_evaluation(config.eval_data, config.eval_limit)
     if config.precision == "auto":
-        plan["allowed"] = {
-            "drop": config.allowed_drop,
-            "latency_ms": config.latency_budget,
-            "time_s": config.time_budget,
-            "isa": config.isa,
-        }
+        plan["allowed"] = _describe_limits(config)
         plan["candidates"] = [*AUTO_PRECISIONS[config.format], "int8 in part"]
-    return plan | {
+    return plan | _describe_result(config) | {"steps": _list_titles(config, images["images"])}
+
+
+def _describe_limits(config: ExportConfig) -> dict[str, Any]:
+    """What ``auto`` must keep to."""
+    return {
+        "drop": config.allowed_drop,
+        "latency_ms": config.latency_budget,
+        "time_s": config.time_budget,
+        "isa": config.isa,
+    }
+
+
+def _describe_result(config: ExportConfig) -> dict[str, Any]:
+    """What the bundle takes and gives."""
+    return {
         "input": [
             config.batch or "batch",
             3,
@@ -190,7 +200,6 @@ def describe_plan(config: ExportConfig) -> dict[str, Any]:
         "classes": config.classes,
         "precision": config.precision,
         "format": config.format,
-        "steps": _list_titles(config, images["images"]),
     }
 
 
@@ -232,7 +241,8 @@ def _format_allowed(allowed: dict[str, Any]) -> str:
         ("time_s", "a search of {:g} s"),
         ("isa", "instructions up to {}"),
     ]
-    return ", ".join(text.format(allowed[name]) for name, text in limits if allowed[name] is not None)
+    given = [(name, text) for name, text in limits if allowed[name] is not None]
+    return ", ".join(text.format(allowed[name]) for name, text in given)
 
 
 def _format_input(shape: list[Any]) -> str:

@@ -70,6 +70,10 @@ class TorchModule(Protocol):
     def modules(self) -> Iterator[Any]: ...
 
 
+NAMED_WEIGHTS = ("pretrained", "random")
+"""Weights that are not a checkpoint file."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What an export is asked to do, unchecked; see :class:`cmt_edge.export.config.ExportConfig`.
@@ -319,4 +323,8 @@ class Settings:
     )
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "format", ALIASES.get(self.format, self.format))
+        object.__setattr__(
+            self,
+            "format",
+            ALIASES.get(self.format, self.format),
+        )

@@ -100,7 +100,8 @@ def _require_same(
     step = "write the precision into the graph"
     ours = compute_outputs(round_graph(after), reference.batch, step)
     expected = compute_outputs(before, reference.batch, step)
-    differences = [measure_distance(a, b) for a, b in zip(ours, expected, strict=True)]
+    pairs = zip(ours, expected, strict=True)
+    differences = [measure_distance(found, golden) for found, golden in pairs]
     kind = None if reference.kind == LOGITS else reference.kind
     for name, found, output in zip(config.outputs, differences, reference.outputs, strict=True):
         allowed = find_tolerance(output, config.precision, config.atol, kind)
@@ -113,7 +114,11 @@ def _require_same(
     return max(differences)
 
 
-def add_engine(config: ExportConfig, bundle: Bundle, progress: Progress) -> tuple[Manifest, dict[str, bytes]]:
+def add_engine(
+    config: ExportConfig,
+    bundle: Bundle,
+    progress: Progress,
+) -> tuple[Manifest, dict[str, bytes]]:
     """What ``cmt-build`` does, on a staged bundle.
 
     Returns:

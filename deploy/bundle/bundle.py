@@ -143,7 +143,8 @@ class Bundle:
         data = _read_member(manifest_path, MAX_MANIFEST)
         manifest = Manifest.from_bytes(data, manifest_path)
         if key is not None:
-            require_signed(make_statement(json.loads(data), ENGINES), _read_signature(path), Path(key), path)
+            statement = make_statement(json.loads(data), ENGINES)
+            require_signed(statement, _read_signature(path), Path(key), path)
         _check_members(path, manifest, cache)
         return cls(path, manifest, state=state, signature_checked=key is not None)
 
@@ -238,6 +239,19 @@ class Bundle:
         New files go under ``engines/``, where :meth:`open` ignores what the manifest does not name, and never
         replace one.
         """
+        self._require_unchanged()
+        entries = {name: entry for name, entry in self.manifest.files.items() if name not in drop}
+        for name, data in files.items():
+            entries[name] = self._add_file(name, data)
+        manifest = replace(manifest, files=dict(sorted(entries.items())))
+        write_atomic(self.path / MANIFEST, manifest.to_bytes())
+        for name in [*drop, *_list_ignored(self.path, manifest)]:
+            with contextlib.suppress(OSError):
+                (self.path / name).unlink()
+        return Bundle(self.path, manifest, state=read_state(self.path))
+
+    def _require_unchanged(self) -> None:
+        """Raise an error where the bundle is packed, or was changed after it was opened."""
         if self.packed is not None:
             raise InputError(
                 "is a packed bundle, which cannot be added to",
@@ -252,21 +266,17 @@ class Bundle:
                 where=self.path,
                 remedy="run the command again",
             )
-        entries = {name: entry for name, entry in self.manifest.files.items() if name not in drop}
-        for name, data in files.items():
-            digest = hashlib.sha256(data).hexdigest()
-            if name in self.manifest.files and self.manifest.files[name].sha256 != digest:
-                raise ValueError(f"{name} would be replaced before the manifest knows")
-            entries[name] = FileEntry(len(data), digest)
-            with writing(self.path):
-                (self.path / name).parent.mkdir(exist_ok=True)
-            write_atomic(self.path / name, data)
-        manifest = replace(manifest, files=dict(sorted(entries.items())))
-        write_atomic(self.path / MANIFEST, manifest.to_bytes())
-        for name in [*drop, *_list_ignored(self.path, manifest)]:
-            with contextlib.suppress(OSError):
-                (self.path / name).unlink()
-        return Bundle(self.path, manifest, state=read_state(self.path))
+
+    def _add_file(self, name: str, data: bytes) -> FileEntry:
+        """Write a new file; returns what the manifest will say of it."""
+        entry = FileEntry(len(data), hashlib.sha256(data).hexdigest())
+        known = self.manifest.files.get(name)
+        if known is not None and known.sha256 != entry.sha256:
+            raise ValueError(f"{name} would be replaced before the manifest knows")
+        with writing(self.path):
+            (self.path / name).parent.mkdir(exist_ok=True)
+        write_atomic(self.path / name, data)
+        return entry
 
     def golden(self) -> Golden:
         """The golden inputs and what the reference made of them."""
@@ -365,7 +375,8 @@ def _read_signature(path: Path) -> bytes | None:
 
 def _check_members(path: Path, manifest: Manifest, cache: bool) -> None:
     files = manifest.files
-    if len(files) > MAX_FILES or len({n.lower() for n in files}) != len(files):
+    different = {name.lower() for name in files}
+    if len(files) > MAX_FILES or len(different) != len(files):
         raise make_bundle_error(
             "has too many files, or names that differ only in case",
             path,
@@ -427,7 +438,8 @@ def _walk(path: Path) -> Iterator[str]:
     for folder, folders, files in os.walk(path):
         relative = Path(folder).relative_to(path)
         links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
-        folders[:] = [name for name in folders if name not in links and not _is_left_by_systems(name)]
+        plain = [name for name in folders if name not in links]
+        folders[:] = [name for name in plain if not _is_left_by_systems(name)]
         yield from ((relative / name).as_posix() for name in [*files, *links])
 
 
@@ -445,6 +457,7 @@ def _is_left_by_systems(name: str) -> bool:
 def _list_ignored(path: Path, manifest: Manifest) -> set[str]:
     """Files that a power loss may leave: temporary ones, and engines the manifest was to name next. They are
     never read."""
-    left = {p.relative_to(path).as_posix() for p in path.rglob(".*.tmp")}
-    left |= {p.relative_to(path).as_posix() for p in (path / ENGINES).glob("*") if p.is_file()}
+    unfinished = path.rglob(".*.tmp")
+    engines = (p for p in (path / ENGINES).glob("*") if p.is_file())
+    left = {p.relative_to(path).as_posix() for p in (*unfinished, *engines)}
     return left - set(manifest.files)

@@ -45,7 +45,9 @@ class Golden:
         return self.outputs[0]
 
     def save(self, path: Path) -> None:
-        blobs: dict[str, Any] = {f"source{i}": np.frombuffer(s, np.uint8) for i, s in enumerate(self.sources)}
+        blobs: dict[str, Any] = {}
+        for i, source in enumerate(self.sources):
+            blobs[f"source{i}"] = np.frombuffer(source, np.uint8)
         blobs |= {f"output{i}": output for i, output in enumerate(self.outputs)}
         np.savez_compressed(path, pixels=self.pixels, **blobs)
 

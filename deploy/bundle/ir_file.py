@@ -81,7 +81,8 @@ class _Reader:
         """Raise :class:`NotAnIr` for a constant that lies outside the weights or is larger than its bytes."""
         try:
             offset, size = int(attributes["offset"]), int(attributes["size"])
-            shape = [int(part) for part in attributes.get("shape", "").split(",") if part.strip()]
+            sizes = attributes.get("shape", "").split(",")
+            shape = [int(size) for size in sizes if size.strip()]
         except (KeyError, ValueError) as exc:
             raise NotAnIr("a constant has no place, or no shape") from exc
         if min([offset, size, *shape]) < 0 or offset + size > self._weights:

@@ -160,7 +160,8 @@ def require_modest(content: Buffer) -> None:
         _look_at(content, message, survey)
         for number, inner in MESSAGES[kind].items():
             places = message.places(number)
-            pending += [(inner, begin, stop, depth + 1) for wire, begin, stop in places if wire == BYTES]
+            inside = [(begin, stop) for wire, begin, stop in places if wire == BYTES]
+            pending += [(inner, begin, stop, depth + 1) for begin, stop in inside]
     for name, operation in survey.sized:
         survey.make(
             operation,
@@ -168,7 +169,13 @@ def require_modest(content: Buffer) -> None:
         )
 
 
-def _read_message(content: Buffer, kind: str, start: int, end: int, survey: _Survey) -> _Message:
+def _read_message(
+    content: Buffer,
+    kind: str,
+    start: int,
+    end: int,
+    survey: _Survey,
+) -> _Message:
     message = _Message(kind, {})
     position = start
     while position < end:
@@ -202,16 +209,20 @@ def _look_at(content: Buffer, message: _Message, survey: _Survey) -> None:
 
 def _look_at_node(content: Buffer, node: _Message, survey: _Survey) -> None:
     """Note the inputs of an operation that decide a size, and what a constant stands for."""
-    operation = b"".join(_read_texts(content, node, 4)[-1:]).decode(errors="replace")
+    operation = _read_last_text(content, node, 4)
     names = _read_texts(content, node, 1)
     survey.sized += [(names[i], operation) for i in SIZES.get(operation, ()) if i < len(names)]
     for _, begin, end in node.places(5):
         attribute = _read_message(content, "Attribute", begin, end, survey)
-        name = b"".join(_read_texts(content, attribute, 1)[-1:]).decode(errors="replace")
-        numbers: list[float] = [*_read_numbers(content, attribute, 3), *_read_numbers(content, attribute, 8)]
+        name = _read_last_text(content, attribute, 1)
+        numbers: list[float] = [
+            *_read_numbers(content, attribute, 3),
+            *_read_numbers(content, attribute, 8),
+        ]
         numbers += _read_floats(content, attribute, 7)
         if name in SIZE_ATTRIBUTES or (name == PADS and operation == "Pad"):
-            survey.make(operation, _multiply(operation, numbers) if len(numbers) <= MAX_SIZES else math.inf)
+            can_be_read = len(numbers) <= MAX_SIZES
+            survey.make(operation, _multiply(operation, numbers) if can_be_read else math.inf)
         if operation == "Constant":
             for _, start, stop in attribute.places(5):
                 tensor = _read_message(content, "Tensor", start, stop, survey)
@@ -224,7 +235,8 @@ def _multiply(operation: str, numbers: Sequence[float]) -> float:
     """The number of elements that the sizes given to an operation stand for."""
     half = len(numbers) // 2
     if operation == "Pad":  # what is added before and after each dimension
-        numbers = [1 + max(0, a) + max(0, b) for a, b in zip(numbers[:half], numbers[half:], strict=False)]
+        pairs = zip(numbers[:half], numbers[half:], strict=False)
+        numbers = [1 + max(0, before) + max(0, after) for before, after in pairs]
     return math.prod(number for number in numbers if number > 1)
 
 
@@ -240,7 +252,8 @@ def _check_tensor(content: Buffer, tensor: _Message) -> None:
     elements = math.prod(sizes)
     bits = BITS.get(kinds[-1] if kinds else 0, LEAST_BITS)
     raw = sum(end - begin for _, begin, end in tensor.places(RAW_DATA))
-    typed = sum(end - begin for number in VALUES for _, begin, end in tensor.places(number))
+    places = [place for number in VALUES for place in tensor.places(number)]
+    typed = sum(end - begin for _, begin, end in places)
     texts = len(tensor.places(STRING_DATA))  # an empty text has no bytes
     if elements * bits > 8 * raw and elements > 8 * typed + texts:
         raise ExcessiveGraph(f"a tensor declares {elements} values, and has {raw + typed} bytes")
@@ -254,7 +267,8 @@ def _read_sizes(content: Buffer, tensor: _Message) -> list[float]:
     numbers += _read_numbers(content, tensor, 5) + _read_numbers(content, tensor, 7)
     numbers += _read_floats(content, tensor, 4)
     kinds = _read_numbers(content, tensor, 2)
-    layout = {INT64: "<q", 6: "<i", FLOAT: "<f"}.get(kinds[-1] if kinds else 0)
+    kind = kinds[-1] if kinds else 0
+    layout = {INT64: "<q", 6: "<i", FLOAT: "<f"}.get(kind)
     for _, begin, end in tensor.places(RAW_DATA) if layout else ():
         width = struct.calcsize(layout or "")
         stop = begin + min(end - begin, MAX_SIZES * width) // width * width
@@ -292,3 +306,8 @@ def _read_floats(content: Buffer, message: _Message, number: int) -> list[float]
 
 def _read_texts(content: Buffer, message: _Message, number: int) -> list[bytes]:
     return [content[begin:end] for wire, begin, end in message.places(number) if wire == BYTES]
+
+
+def _read_last_text(content: Buffer, message: _Message, number: int) -> str:
+    """The last text of a field, which is the one that counts; empty without one."""
+    return b"".join(_read_texts(content, message, number)[-1:]).decode(errors="replace")

@@ -98,7 +98,11 @@ def pack(folder: Path, members: Iterable[str], file: Path) -> None:
     names += sorted(members)
     with writing(file):
         clear_abandoned(file.parent, f".{file.name}.", TEMPORARY)
-        handle, temporary = tempfile.mkstemp(prefix=f".{file.name}.", suffix=TEMPORARY, dir=file.parent)
+        handle, temporary = tempfile.mkstemp(
+            prefix=f".{file.name}.",
+            suffix=TEMPORARY,
+            dir=file.parent,
+        )
         try:
             with os.fdopen(handle, "wb") as target:
                 try_lock(handle)  # so that nobody takes it for abandoned
@@ -114,7 +118,12 @@ def pack(folder: Path, members: Iterable[str], file: Path) -> None:
                 os.unlink(temporary)
 
 
-def _add(archive: zipfile.ZipFile, target: BinaryIO, source: Path, name: str) -> None:
+def _add(
+    archive: zipfile.ZipFile,
+    target: BinaryIO,
+    source: Path,
+    name: str,
+) -> None:
     """Append one member at the next multiple of :data:`ALIGNMENT`."""
     entry = zipfile.ZipInfo(name, DATED)
     entry.external_attr = (stat.S_IFREG | 0o644) << 16
@@ -129,7 +138,9 @@ def _make_padding(length: int) -> bytes:
     """An extra field of ``length`` bytes; one more round where its own four bytes do not fit."""
     if 0 < length < 4:
         length += ALIGNMENT
-    return struct.pack("<2H", PADDING, length - 4) + bytes(length - 4) if length else b""
+    if not length:
+        return b""
+    return struct.pack("<2H", PADDING, length - 4) + bytes(length - 4)
 
 
 def unpack(file: Path, anew: bool = False) -> tuple[Path, Hold]:
@@ -167,7 +178,11 @@ def make_title(file: Path) -> str:
     return file.name[: len(file.name) - len(suffix)] or "bundle"
 
 
-def _unpack_to_cache(file: Path, members: list[Member], anew: bool) -> tuple[Path, Hold]:
+def _unpack_to_cache(
+    file: Path,
+    members: list[Member],
+    anew: bool,
+) -> tuple[Path, Hold]:
     """The folder in the cache that holds the members of ``file``; raises ``OSError``."""
     parent = find_cache_folder() / FOLDER / hash_file(file)
     folder = parent / make_title(file)
@@ -201,8 +216,10 @@ def _evict(used: Path) -> None:
     """Remove all but the :data:`KEEP` bundles in the cache that were opened last, and those that somebody
     holds."""
     with contextlib.suppress(OSError):
-        others = [path for path in used.parent.iterdir() if path.is_dir() and path != used]
-        for folder in sorted(others, key=_find_last_use, reverse=True)[KEEP - 1 :]:
+        folders = [path for path in used.parent.iterdir() if path.is_dir()]
+        others = [path for path in folders if path != used]
+        others.sort(key=_find_last_use, reverse=True)
+        for folder in others[KEEP - 1 :]:
             with contextlib.suppress(OSError):
                 remove_if_abandoned(folder)
 
@@ -228,7 +245,12 @@ def _extract(file: Path, members: list[Member], folder: Path) -> Path:
     return folder
 
 
-def _copy(archive: BinaryIO, output: BinaryIO, size: int, file: Path) -> None:
+def _copy(
+    archive: BinaryIO,
+    output: BinaryIO,
+    size: int,
+    file: Path,
+) -> None:
     while size:
         try:
             chunk = archive.read(min(size, CHUNK_BYTES))
@@ -286,7 +308,8 @@ def _check_end(content: BinaryIO, size: int, file: Path) -> int:
     signature, *disks, entries, length, place, comment = END.unpack(content.read(END.size))
     if signature != b"PK\x05\x06" or comment:
         raise _make_broken_error("is no packed bundle", file, "it does not end as one does")
-    if disks[:2] != [0, 0] or disks[2] != entries or entries > MAX_FILES + 2 or length > MAX_DIRECTORY:
+    is_split = disks[:2] != [0, 0] or disks[2] != entries
+    if is_split or entries > MAX_FILES + 2 or length > MAX_DIRECTORY:
         raise _make_broken_error("has too large a directory", file, f"{entries} entries, {length} bytes")
     if place + length != size - END.size:
         raise _make_broken_error("has bytes that belong to no member", file)
@@ -316,7 +339,8 @@ def _check_names(entries: list[zipfile.ZipInfo], file: Path) -> None:
                 f"compresses or locks {name!r}, which packed bundles do not",
                 file,
             )
-        if entry.file_size != entry.compress_size or entry.file_size > caps.get(name, MAX_TOTAL):
+        size = entry.file_size
+        if size != entry.compress_size or size > caps.get(name, MAX_TOTAL):
             raise _make_broken_error(f"gives {name!r} a wrong size", file, f"{entry.file_size} bytes")
 
 

@@ -98,7 +98,12 @@ def make_statement(content: Mapping[str, Any], engines: str) -> bytes:
     signed["files"] = {
         name: entry for name, entry in content["files"].items() if not name.startswith(engines + "/")
     }
-    text = json.dumps(signed, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    text = json.dumps(
+        signed,
+        sort_keys=True,
+        separators=(",", ":"),
+        ensure_ascii=True,
+    )
     return CONTEXT + text.encode()
 
 

@@ -64,7 +64,8 @@ class BundleWriter:
         require_outside_bundles(self.target)
         with writing(self.target):  # a folder that may not be entered does not even tell what it holds
             there = self.target.is_symlink() or self.target.exists()
-            bundle = not self.target.is_symlink() and (self.target / MANIFEST).is_file()
+            has_manifest = (self.target / MANIFEST).is_file()
+            bundle = has_manifest and not self.target.is_symlink()
         if there and not bundle:
             raise OutputError(
                 "exists and is not a bundle, so it is not replaced",
@@ -102,8 +103,13 @@ class BundleWriter:
             path for path in self.folder.rglob("*") if path.is_file() and path != self.folder / SIGNATURE
         )
         with writing(self.target):
-            files = {path.relative_to(self.folder).as_posix(): self._hashes.entry(path) for path in paths}
-        return Bundle(self.folder, replace(manifest, files=files), self.target)
+            names = [path.relative_to(self.folder).as_posix() for path in paths]
+            files = dict(zip(names, map(self._hashes.entry, paths), strict=True))
+        return Bundle(
+            self.folder,
+            replace(manifest, files=files),
+            self.target,
+        )
 
     def commit(self, manifest: Manifest, key: Path | None = None) -> Bundle:
         """Write the manifest last, with the hash of every file, and move the folder into place.

@@ -61,6 +61,8 @@ WIDEST_SPREAD = 2.0
 growing."""
 DROP_ROUNDING_POINTS = 1e-9
 """Percentage points by which rounding may move a drop beyond the allowed one."""
+SMALLEST_TOLERANCE = 1e-30
+"""What a tolerance of 0 counts as where differences are compared with theirs."""
 MANY_IMAGES = 30
 """Number of images from which the interval of the reference's top-1 is compared with chance."""
 CHUNK_IMAGES = 16
@@ -127,10 +129,9 @@ def verify(
         bundle: opened, so its hashes hold.
         data: images in class folders; without it only the golden vectors are checked.
         by_order: class folders match the labels in sorted order instead of by name.
-        backend, device, threads: as :meth:`cmt_edge.deploy.Predictor.load`.
+        backend, device, threads, weights, trusted_model: as :meth:`cmt_edge.deploy.Predictor.load`.
         reference: a Predictor of the reference; default: what the bundle recorded for these very images, else
-            the PyTorch model rebuilt here (``weights``: its checkpoint, where it came from a file;
-            ``trusted_model``: its name or the module object, where it is from outside the registry).
+            the PyTorch model rebuilt here, of ``weights`` and ``trusted_model``.
         max_drop: allowed loss of top-1 in percentage points.
         atol: allowed golden logit difference; default by precision, see :data:`ATOL`.
         limit: the largest number of images to use, evenly spread.
@@ -144,18 +145,26 @@ def verify(
     """
     options = LoadOptions(device, threads, weights=weights, trusted_model=trusted_model)
     with _opened(candidate, bundle, backend, options) as predictor:
-        golden = check_golden(bundle, predictor, atol)
-        precision = bundle.manifest.precision
-        kinds = {output.name: output.kind for output in bundle.manifest.outputs}
-        kind = kinds.get(golden.output)
-        found = Verification(bundle.title, precision, predictor.info, golden, kind=kind)
+        found = _check_outputs(bundle, predictor, atol)
         if data is None:
             return found
         labelled = _Labelled.of(bundle, data, by_order, limit)
         with _reference(reference, bundle, labelled, options) as live:
             answers = _run_both(predictor, live, bundle, labelled, progress)
-            source = "the bundle's record" if live is None else live.info.runtime
-    return _judge(found, labelled.truth, answers, len(bundle.labels), max_drop, source)
+    return _judge(found, labelled.truth, answers, len(bundle.labels), max_drop)
+
+
+def _check_outputs(bundle: Bundle, predictor: Predictor, atol: float | None) -> Verification:
+    """What the golden vectors tell of a bundle."""
+    golden = check_golden(bundle, predictor, atol)
+    kinds = {output.name: output.kind for output in bundle.manifest.outputs}
+    return Verification(
+        bundle.title,
+        bundle.manifest.precision,
+        predictor.info,
+        golden,
+        kind=kinds.get(golden.output),
+    )
 
 
 @contextmanager
@@ -187,10 +196,9 @@ def _judge(
     answers: _Answers,
     classes: int,
     max_drop: float,
-    source: str,
 ) -> Verification:
     """``found`` with the check of the labelled images."""
-    check = _compare(truth, answers, max_drop, source)
+    check = _compare(truth, answers, max_drop)
     return replace(
         found,
         data=check,
@@ -227,35 +235,49 @@ def check_golden(bundle: Bundle, predictor: Predictor, atol: float | None = None
     pixel_diff = _compare_pixels(bundle)
     ours = predictor.outputs(normalise(golden.pixels, bundle.preprocess))
     _require_shapes(bundle, ours, golden.outputs)
-    differences = [measure_distance(a, b) for a, b in zip(ours, golden.outputs, strict=True)]
     kinds = [output.kind for output in bundle.manifest.outputs]
-    allowed = [
-        find_tolerance(output, bundle.manifest.precision, atol, kind, found)
-        for output, kind, found in zip(golden.outputs, kinds, ours, strict=True)
+    compared = [
+        _Difference(
+            name,
+            measure_distance(found, expected),
+            find_tolerance(expected, bundle.manifest.precision, atol, kind, found),
+        )
+        for name, kind, found, expected in zip(bundle.outputs, kinds, ours, golden.outputs, strict=True)
     ]
-    fits = [difference <= bound for difference, bound in zip(differences, allowed, strict=True)]
-    worst = max(
-        range(len(ours)),
-        key=lambda i: (
-            not fits[i],
-            differences[i] / max(allowed[i], 1e-30),
-        ),
-    )
+    worst = max(compared, key=_Difference.rank)
     return GoldenCheck(
         images=len(golden.sources),
         pixel_diff=pixel_diff,
-        diff=min(differences[worst], LARGEST_DIFFERENCE),
-        atol=allowed[worst],
-        passed=pixel_diff <= PIXEL_TOLERANCE and all(fits),
-        output=bundle.outputs[worst],
+        diff=min(worst.found, LARGEST_DIFFERENCE),
+        atol=worst.allowed,
+        passed=pixel_diff <= PIXEL_TOLERANCE and worst.fits,
+        output=worst.output,
     )
+
+
+@dataclass(frozen=True)
+class _Difference:
+    """How far an output is from the golden one, and how far it may be."""
+
+    output: str
+    found: float
+    allowed: float
+
+    @property
+    def fits(self) -> bool:
+        return self.found <= self.allowed
+
+    def rank(self) -> tuple[bool, float]:
+        """What the worst output has the largest of: one that does not fit is worse than all that do."""
+        return not self.fits, self.found / max(self.allowed, SMALLEST_TOLERANCE)
 
 
 def _compare_pixels(bundle: Bundle) -> int:
     """Grey levels by which golden images that are decoded and resized here differ from the recorded ones."""
     golden = bundle.golden()
     try:
-        decoded = np.stack([decode_pixels(source, bundle.preprocess) for source in golden.sources])
+        images = [decode_pixels(source, bundle.preprocess) for source in golden.sources]
+        decoded = np.stack(images)
     except ImageError as exc:
         raise BundleError(
             "holds a golden image that cannot be decoded",
@@ -263,7 +285,8 @@ def _compare_pixels(bundle: Bundle) -> int:
             why=exc.what if exc.why is None else f"{exc.what}: {exc.why}",
             remedy="copy the whole bundle again, or export it again",
         ) from exc
-    return int(np.abs(decoded.astype(np.int16) - golden.pixels).max())
+    differences = decoded.astype(np.int16) - golden.pixels
+    return int(np.abs(differences).max())
 
 
 def _require_shapes(
@@ -287,9 +310,9 @@ def measure_distance(ours: np.ndarray, reference: np.ndarray) -> float:
         return float("inf")
     with np.errstate(over="ignore"):  # what overflows is infinitely far apart
         difference = (ours - reference).reshape(len(reference), -1)
-        return float(
-            np.abs(difference).max() if reference.ndim == 2 else np.sqrt((difference**2).mean(axis=1)).max()
-        )
+        if reference.ndim == 2:
+            return float(np.abs(difference).max())
+        return float(np.sqrt((difference**2).mean(axis=1)).max())
 
 
 def find_tolerance(
@@ -321,7 +344,8 @@ def find_tolerance(
 def _measure_spread(outputs: np.ndarray, precision: str, kind: str | None) -> float:
     """The standard deviation of an image's values, the mean of all images, or the spread of two classes where
     that is larger; float64, which cannot overflow."""
-    spread = float(outputs.reshape(len(outputs), -1).std(axis=1, dtype=np.float64).mean())
+    by_image = outputs.reshape(len(outputs), -1)
+    spread = float(by_image.std(axis=1, dtype=np.float64).mean())
     if outputs.ndim == 2 and outputs.shape[1] == 2:
         spread = max(spread, _measure_spread_of_two(outputs, precision, kind))
     return spread
@@ -385,18 +409,20 @@ def _is_recorded(bundle: Bundle, labelled: _Labelled) -> bool:
     recorded = bundle.reference()
     if not recorded:
         return False
-    return all(hash_image(labelled.data.read(item)) in recorded for item in labelled.items)
+    digests = (hash_image(labelled.data.read(item)) for item in labelled.items)
+    return all(digest in recorded for digest in digests)
 
 
 @dataclass(frozen=True)
 class _Answers:
-    """Top-1 of bundle and reference, ``(N,)`` each, content digests, and logit differences where both ran
-    here."""
+    """Top-1 of bundle and reference, ``(N,)`` each, content digests, logit differences where both ran here,
+    and where the reference's answers are from."""
 
     ours: np.ndarray
     theirs: np.ndarray
     digests: list[str]
     diffs: np.ndarray | None
+    source: str
 
     @property
     def by_digest(self) -> dict[str, int]:
@@ -433,22 +459,23 @@ def _run_both(
             diffs.append(np.abs(logits - expected))
         if progress:
             progress(min(start + chunk, len(items)), len(items))
-    differences = np.concatenate(diffs) if diffs else None
     return _Answers(
         np.concatenate(ours),
         np.concatenate(theirs),
         digests,
-        differences,
+        np.concatenate(diffs) if diffs else None,
+        "the bundle's record" if live is None else live.info.runtime,
     )
 
 
 def _preprocess_all(bundle: Bundle, items: Sequence[Item], blobs: Sequence[bytes]) -> np.ndarray:
     """Encoded images as a batch, float32 ``(N, 3, S, S)``; errors name the image."""
-    named = [NamedBytes(blob, item.name) for blob, item in zip(blobs, items, strict=True)]
+    pairs = zip(blobs, items, strict=True)
+    named = [NamedBytes(blob, item.name) for blob, item in pairs]
     return np.stack([preprocess(image, bundle.preprocess) for image in named])
 
 
-def _compare(truth: np.ndarray, answers: _Answers, max_drop: float, source: str) -> DataCheck:
+def _compare(truth: np.ndarray, answers: _Answers, max_drop: float) -> DataCheck:
     ours, theirs, diffs = answers.ours, answers.theirs, answers.diffs
     drop = compute_paired_drop(theirs == truth, ours == truth)
     return DataCheck(
@@ -460,7 +487,7 @@ def _compare(truth: np.ndarray, answers: _Answers, max_drop: float, source: str)
         drop_ci=(drop.interval.low, drop.interval.high),
         max_drop=max_drop,
         passed=drop.mean <= max_drop + DROP_ROUNDING_POINTS,
-        reference_source=source,
+        reference_source=answers.source,
         logit_max_diff=None if diffs is None else float(diffs.max()),
         logit_mean_diff=None if diffs is None else float(diffs.mean()),
     )
@@ -469,7 +496,8 @@ def _compare(truth: np.ndarray, answers: _Answers, max_drop: float, source: str)
 def _write_notes(check: DataCheck, truth: np.ndarray, classes: int) -> tuple[str, ...]:
     """What the figures do not tell by themselves: a reference that knows nothing of the images, and a drop
     that so few images cannot show."""
-    return tuple(note for note in (_write_chance_note(check, truth, classes), check.doubt) if note)
+    notes = (_write_chance_note(check, truth, classes), check.doubt)
+    return tuple(note for note in notes if note)
 
 
 def _write_chance_note(check: DataCheck, truth: np.ndarray, classes: int) -> str:

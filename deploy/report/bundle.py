@@ -59,7 +59,8 @@ def _describe_verified(verification: VerificationEntry, kind: str | None) -> lis
     """
     golden, data = verification.golden, verification.data
     found, allowed = format_differences(golden.diff, golden.atol)
-    steps = ", ".join(f"{name} {largest:.1e}" for name, largest in (verification.steps or {}).items())
+    differences = verification.steps or {}
+    steps = ", ".join(f"{name} {largest:.1e}" for name, largest in differences.items())
     lines = [
         f"steps, largest difference: {steps}",
         f"golden images: {golden.output} differ by {found} (allowed {allowed}{describe_unit(kind)})",

@@ -62,7 +62,11 @@ def build_engine(request: BuildRequest, report: Report, bindings: Bindings) -> N
 
 def make_step_error(what: str, details: list[str]) -> StepError:
     """A step of TensorRT that failed; ``details`` are its own words."""
-    return StepError(what, why="; ".join(details) or None, remedy=REPORT_REMEDY)
+    return StepError(
+        what,
+        why="; ".join(details) or None,
+        remedy=REPORT_REMEDY,
+    )
 
 
 def parse(network: Any, request: BuildRequest, bindings: Bindings) -> Any:
@@ -73,7 +77,8 @@ def parse(network: Any, request: BuildRequest, bindings: Bindings) -> Any:
     if hashlib.sha256(content).hexdigest() != request.sha256:
         raise make_step_error("model.onnx was changed after the bundle was opened", [])
     if not parser.parse(content, request.onnx):
-        errors = [str(parser.get_error(i).desc()) for i in range(parser.num_errors)]
+        found = [parser.get_error(i) for i in range(parser.num_errors)]
+        errors = [str(error.desc()) for error in found]
         raise make_step_error(
             f"{bindings.product.title}'s parser refused model.onnx",
             errors + words.errors,

@@ -209,7 +209,7 @@ def test_imports_are_found():
     """The reader of imports sees relative, absolute and late ones."""
     assert "cmt_edge.deploy.backends.base" in dict(imports("cmt_edge.deploy.backends.openvino"))
     assert "cmt_edge.deploy.errors" in dict(imports("cmt_edge.deploy"))
-    assert "cmt_edge.calib.generated" in dict(imports("cmt_edge.export.steps"))
+    assert "cmt_edge.calib.generated" in dict(imports("cmt_edge.export.steps.reference"))
     assert "cmt_edge.deploy.predictor" in dict(imports("cmt_edge.deploy.measure.benchmark"))
 
 

@@ -344,7 +344,7 @@ def test_bundle_name(settings, name):
 )
 def test_no_bundle_is_hidden(monkeypatch, model, name):
     spec = replace(GOOD.spec, name=model)
-    monkeypatch.setattr("cmt_edge.export.config.find_model", lambda *_: spec)
+    monkeypatch.setattr("cmt_edge.export.derived.find_model", lambda *_: spec)
     assert replace(GOOD, model=model).folder == f"{name}_fp32_openvino"
 
 

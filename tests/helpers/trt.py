@@ -9,13 +9,19 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
+import cmt_edge.deploy.cli.build
 from cmt_edge.deploy import Bundle
 from cmt_edge.deploy.backends.fake import FakeSession
 from cmt_edge.deploy.bundle import ONNX
 from cmt_edge.deploy.bundle.sections import TensorEntry, TypingEntry
 from cmt_edge.deploy.progress import Progress
 from cmt_edge.deploy.tensorrt.bindings import open_bindings
-from cmt_edge.deploy.tensorrt.building import PortablePlan, build_portable_plan
+from cmt_edge.deploy.tensorrt.building import (
+    PORTABLE_TIME_LIMIT_S,
+    PortableOptions,
+    PortablePlan,
+    build_portable_plan,
+)
 from helpers.bundles import LABELS, SIZE, make_bundle
 
 
@@ -69,13 +75,25 @@ def trt_bundle(
     )
 
 
-def build_portable(bundle: Bundle, **options: Any) -> PortablePlan:
+def build_portable(
+    bundle: Bundle,
+    *,
+    time_limit: float = PORTABLE_TIME_LIMIT_S,
+    **options: Any,
+) -> PortablePlan:
     """The engine that TensorRT for RTX makes of a bundle's graph without a GPU."""
     manifest = bundle.manifest
     return build_portable_plan(
         bundle.file(ONNX),
         manifest.files[ONNX].sha256,
         manifest.input,
+        PortableOptions(**options),
+        time_limit=time_limit,
         progress=Progress(quiet=True),
-        **options,
     )
+
+
+def build(bundle: Bundle, *flags: object) -> int:
+    """The exit code of ``cmt-build`` with these flags."""
+    forget_fakes()
+    return cmt_edge.deploy.cli.build.main([str(bundle.path), *map(str, flags)])
