@@ -40,6 +40,8 @@ class LoadOptions:
             trusts, or the module object itself; a manifest alone never makes Python import such code.
         trusted_engine: open the engine in a bundle although it was built on another machine and the bundle
             was opened without a key; an engine is native code.
+        cache: a runtime that compiles may take what an earlier process has compiled, and may keep what it
+            compiles.
     """
 
     device: str | None = None
@@ -48,6 +50,7 @@ class LoadOptions:
     weights: str | Path | None = None
     trusted_model: object = None
     trusted_engine: bool = False
+    cache: bool = True
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ class Session(ABC):
     """The runtime's name of the device, e.g. ``"CPU"``."""
     parallelism: int = 1
     """The number of concurrent requests that gives the best throughput."""
+    is_from_cache: bool = False
+    """Whether the model was compiled by an earlier process, see :attr:`LoadOptions.cache`."""
     notes: Sequence[str] = ()
     """What the runtime could not do as asked, one readable sentence each."""
 

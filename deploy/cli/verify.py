@@ -149,4 +149,4 @@ def _load_reference(bundle: Bundle, args: argparse.Namespace) -> Predictor:
             where=args.reference,
             remedy="export both from one checkpoint",
         )
-    return Predictor.load(other, threads=args.threads, trusted_engine=args.trust_engine)
+    return Predictor.load(other, threads=args.threads, trusted_engine=args.trust_engine, cache=False)

@@ -305,7 +305,14 @@ def benchmark(
     """
     report = progress or (lambda phase, share: None)
     named = dict(zip(_name_bundles(bundles), bundles, strict=True))
-    opened = partial(load, backend=backend, device=device, threads=threads, trusted_engine=trusted_engine)
+    opened = partial(
+        load,
+        backend=backend,
+        device=device,
+        threads=threads,
+        trusted_engine=trusted_engine,
+        cache=False,
+    )
     samples = _measure_latencies(named, opened, images, protocol, report)
     rates: dict[str, float] = {}
     if with_throughput:

@@ -173,6 +173,7 @@ def _opened(
         weights=options.weights,
         trusted_model=options.trusted_model,
         trusted_engine=options.trusted_engine,
+        cache=False,
     ) as predictor:
         yield predictor
 

@@ -119,9 +119,12 @@ def test_the_precision_of_what_is_not_quantized(name, precision, expected):
 
 @pytest.mark.parametrize("bf16", [True, False])
 def test_openvino_computes_in_bfloat16_where_the_processor_has_it(monkeypatch, bf16):
-    from cmt_edge.deploy.backends import openvino
+    from cmt_edge.deploy.backends import openvino, openvino_devices
 
-    monkeypatch.setattr(openvino, "has_bf16", lambda device: bf16)
+    able = frozenset({"FP32", "INT8", *(["BF16"] if bf16 else [])})
+    monkeypatch.setattr(
+        openvino_devices, "read_device", lambda core, name: openvino_devices.Device(name, able)
+    )
     assert openvino.RUNTIME.float_precision("int8") == ("bf16" if bf16 else "fp32")
     if bf16:
         assert openvino.RUNTIME.float_precision("bf16") == "bf16"
