@@ -100,11 +100,11 @@ def _read_scalar(value: ov.Output) -> float:
 
 def _sum_channels(weights: ov.Output) -> np.ndarray:
     """The sum of each output channel's weights, float64 ``(channels,)``."""
-    values = _compute_constant(weights)
+    values = compute_constant(weights)
     return np.asarray(values.reshape(len(values), -1).sum(axis=1, dtype=np.float64))
 
 
-def _compute_constant(value: ov.Output) -> np.ndarray:
+def compute_constant(value: ov.Output) -> np.ndarray:
     """The value of what is computed from constants alone.
 
     A ``DequantizeLinear`` of weights consists of the operations that are known here. Anything else is left to
@@ -118,12 +118,12 @@ def _compute_constant(value: ov.Output) -> np.ndarray:
         model = ov.Model([value], [])  # pyright: ignore  # its stubs disagree with themselves
         compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         return np.array(compiled([])[0])
-    first = _compute_constant(node.input_value(0))
+    first = compute_constant(node.input_value(0))
     if kind == "Convert":
         return np.asarray(first.astype(value.get_element_type().to_dtype()))
     if kind == "Reshape":
         return first.reshape(tuple(value.get_shape()))
-    second = _compute_constant(node.input_value(1))
+    second = compute_constant(node.input_value(1))
     return np.asarray(first - second if kind == "Subtract" else first * second)
 
 
