@@ -157,13 +157,6 @@ class Runtime(ABC):
         """
         return "fp32" if precision == "int8" else precision
 
-    def compile(self, onnx: Path, folder: Path) -> list[Path]:
-        """Convert ``onnx`` to the runtime's own files in ``folder``; returns their paths.
-
-        A runtime that reads ``model.onnx`` itself prepares nothing, which is the default.
-        """
-        return []
-
     @abstractmethod
     def load(self, bundle: Bundle, options: LoadOptions) -> Session:
         """Open a bundle whose hashes were checked.

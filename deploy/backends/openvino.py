@@ -37,11 +37,6 @@ from .openvino_devices import (
 )
 from .openvino_graph import read
 
-IR = "openvino.xml"
-"""File of a bundle with the graph in OpenVINO's own format."""
-WEIGHTS = "openvino.bin"
-"""File beside it with the weights."""
-
 PRECISION_OF_TYPE = {
     "f32": "fp32",
     "bf16": "bf16",
@@ -261,7 +256,7 @@ def _opening(path: Path) -> Iterator[None]:
 
 
 class OpenVINO(Runtime):
-    """Compiles ONNX files to OpenVINO's IR and serves that, on any device that OpenVINO finds."""
+    """Serves ONNX files, rewritten as in :mod:`.openvino_graph`, on any device that OpenVINO finds."""
 
     def check(self, device: str | None = None) -> str:
         require_device(ov.Core(), device)
@@ -271,30 +266,17 @@ class OpenVINO(Runtime):
         """``"fp32"``, ``"bf16"`` or ``"fp16"``; see :meth:`Runtime.float_precision`."""
         return find_device(ov.Core(), device, precision).choose_float(precision)
 
-    def compile(self, onnx: Path, folder: Path) -> list[Path]:
-        """Convert ``onnx`` to OpenVINO's IR, rewritten as in :mod:`.openvino_graph`; the weights keep their
-        types."""
-        model = read(onnx)
-        target = folder / IR
-        try:
-            ov.save_model(model, target, compress_to_fp16=False)
-        except RuntimeError as exc:  # OpenVINO's only exception type, here for a full or read-only disk
-            raise OSError(f"OpenVINO could not write {target.name}") from exc
-        return [target, target.with_suffix(".bin")]
-
     def load(self, bundle: Bundle, options: LoadOptions) -> Session:
-        """Open the IR of a bundle, or its ``model.onnx`` where it has none.
+        """Open the ``model.onnx`` of a bundle.
 
         Raises :class:`BundleError` where it is another graph than the manifest describes.
         """
         core, precision = ov.Core(), bundle.manifest.precision
         device = find_device(core, options.device, precision)
-        file = IR if IR in bundle.manifest.files else ONNX
         config = _make_config(device, precision, options)
-        path = bundle.file(file)
-        files = [IR, WEIGHTS] if file == IR else [ONNX]
+        path = bundle.file(ONNX)
         with _opening(path):
-            found = _compile(core, Job(bundle, files, device.name, config), options.cache)
+            found = _compile(core, Job(bundle, device.name, config), options.cache)
         require_precision(found.value, device, device.choose_float(precision))
         session = OpenVINOSession(found.value, lambda: _read_again(bundle, path), device.name, config, path)
         session.is_from_cache = found.is_kept
@@ -317,7 +299,7 @@ def _compile(core: ov.Core, job: Job, cache: bool) -> Result[ov.CompiledModel]:
 
     Raises :class:`BundleError` where it is another graph than the manifest describes.
     """
-    path = job.bundle.file(job.files[0])
+    path = job.bundle.file(ONNX)
 
     def compile_anew() -> ov.CompiledModel:
         model = read(path)
@@ -334,21 +316,21 @@ def _compile(core: ov.Core, job: Job, cache: bool) -> Result[ov.CompiledModel]:
 def _require_described(job: Job, model: ov.Model | ov.CompiledModel) -> None:
     require_described(
         job.bundle,
-        job.files[0],
+        ONNX,
         [_read_tensor(port) for port in model.inputs],
         [_read_tensor(port) for port in model.outputs],
     )
 
 
 def open_as_float32(bundle: Bundle, threads: int | None = None) -> OpenVINOSession:
-    """The IR of a bundle for another device on the processor, in float32, to look at its answers.
+    """A bundle for another device on the processor, in float32, to look at its answers.
 
     Raises :class:`BundleError` where it is another graph than the manifest describes.
     """
-    core, path = ov.Core(), bundle.file(IR)
+    core, path = ov.Core(), bundle.file(ONNX)
     device = read_device(core, CPU)
     config = _make_config(device, "fp32", LoadOptions(threads=threads))
-    job = Job(bundle, [IR, WEIGHTS], CPU, config)
+    job = Job(bundle, CPU, config)
     with _opening(path):
         compiled = _compile(core, job, cache=False).value
     session = OpenVINOSession(compiled, lambda: _read_again(bundle, path), CPU, config, path)
