@@ -19,6 +19,7 @@ from ..backends import get_runtime
 from ..backends.base import read_batch_limit
 from ..bundle import ENGINES, Bundle, Manifest
 from ..bundle.sections import CompiledEntry, EngineEntry, EngineKey, GoldenCheck
+from ..cache import is_cache_wanted
 from ..errors import (
     GateError,
     InputError,
@@ -369,7 +370,7 @@ class _Job:
             self.target.gpu.index,
             outputs=bundle.outputs,
             throughput=throughput,
-            store=find_store(product, bundle, self.target, built.plan),
+            store=find_store(product, bundle, self.target, built.plan) if is_cache_wanted() else None,
         )
         return Predictor(
             session,

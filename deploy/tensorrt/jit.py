@@ -30,6 +30,8 @@ KERNELS = ".kernels"
 """Suffix of a file of kernels; the seal comes first in it."""
 KEPT_ENGINES = 32
 """The number of engines whose kernels are kept."""
+PRIVATE = 0o600
+"""Permissions of a file of kernels: only the user who sealed it can use it."""
 SEAL_LENGTH = 64
 """Characters of a seal."""
 
@@ -64,7 +66,7 @@ class KernelStore:
         """Keep ``kernels``; where that is impossible, the next start compiles again."""
         try:
             seal = make_seal(self._describe(kernels), self.key)
-            self._open().write(self._name(), (seal.encode() + kernels,))
+            self._open().write(self._name(), (seal.encode() + kernels,), PRIVATE)
         except OutputError as exc:
             _warn(f"the compiled kernels could not be kept for the next start: {exc}")
 

@@ -87,6 +87,7 @@ class TensorRTSession(Session):
         self._most = self._find_largest_batch()
         self.compiled_kernels = None if store is None else CompiledKernels(self._engine, store)
         """What this process compiled or took over from an earlier one; ``None`` where nothing is kept."""
+        self.is_from_cache = self.compiled_kernels is not None and self.compiled_kernels.is_from_cache
         self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         self.workers: list[Worker] = []
         self._lock = threading.Lock()
@@ -408,7 +409,7 @@ class EngineRuntime(Runtime):
             target.gpu.index,
             outputs=bundle.outputs,
             throughput=options.throughput,
-            store=find_store(self.bindings.product, bundle, target, plan),
+            store=find_store(self.bindings.product, bundle, target, plan) if options.cache else None,
         )
         require_described(bundle, file, *session.tensors())
         return session

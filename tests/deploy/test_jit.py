@@ -15,6 +15,7 @@ import cmt_edge.deploy.cli.build
 import cmt_edge.deploy.tensorrt.build
 from cmt_edge.deploy import Bundle, Predictor
 from cmt_edge.deploy.bundle import PORTABLE_ENGINE
+from cmt_edge.deploy.cli import predict
 from cmt_edge.deploy.errors import CacheWarning
 from cmt_edge.deploy.measure.benchmark import Protocol
 from cmt_edge.deploy.tensorrt.bindings import RTX, TENSORRT
@@ -48,7 +49,7 @@ def start(bundle: Bundle) -> bool:
     """One process: load, answer, close. Whether it used the kernels of an earlier one."""
     with Predictor.load(bundle, trusted_engine=True) as predictor:
         assert predictor(RED).label == "red"
-        return predictor.session.compiled_kernels.is_from_cache
+        return predictor.loading.is_from_cache
 
 
 def find_kept(tmp_path: Path) -> list[Path]:
@@ -63,6 +64,31 @@ def test_the_second_start_compiles_nothing(compilations, bundle, tmp_path):
     assert start(bundle)
     assert compilations() == 1
     assert kept.read_bytes() == before, "nothing new was compiled"
+
+
+@pytest.mark.parametrize("switch", ["argument", "environment", "flag"])
+def test_who_wants_no_cache_gets_none(compilations, bundle, tmp_path, monkeypatch, switch):
+    start(bundle)
+    (kept,) = find_kept(tmp_path)
+    kept.unlink()
+    if switch == "environment":
+        monkeypatch.setenv("CMT_EDGE_NO_CACHE", "1")
+        assert not start(bundle)
+    elif switch == "argument":
+        with Predictor.load(bundle, trusted_engine=True, cache=False) as predictor:
+            predictor(RED)
+    else:
+        (tmp_path / "red.png").write_bytes(RED)
+        words = (bundle.path, tmp_path / "red.png", "--trust-engine", "--no-cache", "-q")
+        assert predict.main([*map(str, words)]) == 0
+    assert not find_kept(tmp_path)
+    assert compilations() == 2
+
+
+def test_only_its_user_can_read_it(compilations, bundle, tmp_path):
+    start(bundle)
+    (kept,) = find_kept(tmp_path)
+    assert kept.stat().st_mode & 0o777 == 0o600
 
 
 def test_it_is_kept_after_the_first_answer_already(compilations, bundle, tmp_path):
