@@ -2,6 +2,7 @@
 
     python benchmarks/felt.py --what cold BUNDLE IMAGE [--rounds 10] [--before SRC]
     python benchmarks/felt.py --what graph MODEL.onnx [--rounds 10]
+    python benchmarks/felt.py --what sizes MODEL ... [--precision fp32 int8]
 
 ``cold``: from the start of a process that runs ``cmt-predict`` on one image to its label. In every round a
 process without the cache, one that fills an empty cache, and one that finds it filled, so that a busy machine
@@ -9,6 +10,9 @@ disturbs all alike. ``--before`` adds a row for another checkout: its folder ``s
 
 ``graph``: what ONNX Runtime would gain from keeping the graph that it has optimised: from the start of a
 process to the first answer with the file as it is, and with the optimised one.
+
+``sizes``: the bundles of models (random weights) for OpenVINO beside the weights in their precision, and how
+large they would be with OpenVINO's own format of the graph beside ``model.onnx``, as they once were.
 """
 
 from __future__ import annotations
@@ -22,10 +26,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 
+import onnx
+import openvino
+
+from cmt_edge.deploy import Bundle
+from cmt_edge.deploy.backends.openvino_graph import read
 from cmt_edge.deploy.report import format_table
 
 PREDICT = "from cmt_edge.startup import predict; raise SystemExit(predict())"
@@ -142,21 +151,62 @@ def measure_kept_graph(model: Path, rounds: int) -> str:
         return format_spent(take_rounds(rounds, {"as it is": start_plain, "optimised": start_kept}))
 
 
+def measure_sizes(models: list[str], precisions: list[str]) -> str:
+    """The table of ``--what sizes``, in MB."""
+    from cmt_edge.export import ExportConfig, run
+
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for model in models:
+            for precision in precisions:
+                config = ExportConfig(model, precision=precision, weights="random")
+                if precision == "int8":
+                    config = replace(config, data="generated", calib_size=16)
+                bundle = run(replace(config, output=folder, atol=1e9))
+                rows.append([model, precision, *compare_sizes(bundle)])
+                print(rows[-1], file=sys.stderr, flush=True)
+                shutil.rmtree(bundle.path)
+    header = ["model", "precision", "weights", "golden vectors", "bundle", "without them, of weights", "once"]
+    return format_table(header, rows, markdown=True)
+
+
+def compare_sizes(bundle: Bundle) -> list[str]:
+    """Sizes of the weights in their precision, of the golden vectors and of the bundle, and what it would
+    have with OpenVINO's own format."""
+    graph = onnx.load(bundle.file("model.onnx")).graph
+    weights = sum(len(tensor.raw_data) for tensor in graph.initializer)
+    golden = bundle.manifest.files["golden.npz"].size
+    whole = bundle.manifest.size_bytes
+    with tempfile.TemporaryDirectory() as folder:
+        openvino.save_model(read(bundle.file("model.onnx")), Path(folder) / "g.xml", compress_to_fp16=False)
+        own = sum(path.stat().st_size for path in Path(folder).iterdir())
+    share = (whole - golden) / weights
+    return [
+        *(f"{size / 1e6:.2f}" for size in (weights, golden, whole)),
+        f"{share:.2f}",
+        f"{(whole + own) / 1e6:.2f}",
+    ]
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--what", choices=["cold", "graph"], required=True)
-    p.add_argument("paths", type=Path, nargs="+", metavar="PATH")
+    p.add_argument("--what", choices=["cold", "graph", "sizes"], required=True)
+    p.add_argument("paths", nargs="+", metavar="PATH_OR_MODEL")
+    p.add_argument("--precision", nargs="+", default=["fp32", "int8"])
     p.add_argument("--rounds", type=int, default=10)
     p.add_argument("--before", type=Path, help="folder 'src' of another checkout")
     p.add_argument("--threads", default="2")
     args = p.parse_args()
-    if len(args.paths) != {"cold": 2, "graph": 1}[args.what]:
+    if len(args.paths) != {"cold": 2, "graph": 1}.get(args.what, len(args.paths)):
         p.error("cold takes a bundle and an image, graph takes an ONNX file")
+    paths = list(map(Path, args.paths))
     if args.what == "cold":
         extra = ["--threads", args.threads]
-        print(measure_cold_start(*args.paths, args.rounds, args.before, extra))
+        print(measure_cold_start(*paths, args.rounds, args.before, extra))
+    elif args.what == "graph":
+        print(measure_kept_graph(paths[0], args.rounds))
     else:
-        print(measure_kept_graph(args.paths[0], args.rounds))
+        print(measure_sizes(args.paths, args.precision))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ class LoadOptions:
 
     Attributes:
         device: the runtime's name of a device, e.g. ``"CPU"``; ``None`` is the runtime's default: the CPU, or
-            the first GPU.
+            the first GPU. ONNX Runtime also takes those of :data:`.providers.PROVIDERS`, e.g. ``"cuda:1"``
+            and ``"openvino:GPU"``.
         threads: CPU threads of one inference; ``None`` uses all cores of this process.
         throughput: prefer many requests at once to the latency of one.
         weights: checkpoint for the torch backend where the bundle's weights came from a file.
@@ -155,13 +156,6 @@ class Runtime(ABC):
             InputError: the runtime cannot run ``precision`` at all.
         """
         return "fp32" if precision == "int8" else precision
-
-    def compile(self, onnx: Path, folder: Path) -> list[Path]:
-        """Convert ``onnx`` to the runtime's own files in ``folder``; returns their paths.
-
-        A runtime that reads ``model.onnx`` itself prepares nothing, which is the default.
-        """
-        return []
 
     @abstractmethod
     def load(self, bundle: Bundle, options: LoadOptions) -> Session:

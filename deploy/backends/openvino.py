@@ -37,11 +37,6 @@ from .openvino_devices import (
 )
 from .openvino_graph import read
 
-IR = "openvino.xml"
-"""File of a bundle with the graph in OpenVINO's own format."""
-WEIGHTS = "openvino.bin"
-"""File beside it with the weights."""
-
 PRECISION_OF_TYPE = {
     "f32": "fp32",
     "bf16": "bf16",
@@ -163,6 +158,7 @@ class _Request:
         self._request = request
         self._where = where
         self._outputs: list[np.ndarray] = []
+        self._open: list[tuple[int, ov.Tensor]] = []  # outputs whose shape may change with the input
         self.batch = np.empty(shape, np.float32)
         request.set_input_tensor(ov.Tensor(self.batch, shared_memory=True))
 
@@ -170,18 +166,33 @@ class _Request:
         """The outputs for ``batch``, as :meth:`Session.run`."""
         try:
             self._request.infer(share_outputs=True)
+            outputs = [output.copy() for output in self._outputs or self._bind_outputs()]
+            for i, tensor in self._open:
+                if tuple(tensor.shape) != outputs[i].shape:
+                    outputs[i] = tensor.data.copy()
         except Exception as exc:
             raise make_run_error(self._where, exc) from exc
-        return [output.copy() for output in self._outputs or self._bind_outputs()]
+        return outputs
 
     def _bind_outputs(self) -> list[np.ndarray]:
         """Have the outputs written to arrays, now that their shapes are known: asking the request for them
-        takes longer than copying them."""
-        for i, given in enumerate(self._request.output_tensors):
-            output = given.data.copy()
-            self._request.set_output_tensor(i, ov.Tensor(output, shared_memory=True))
+        takes longer than copying them.
+
+        A graph may decide a shape by the values of its input. The array of such an output keeps the shape of
+        the first inference, but its tensor has that of the newest one.
+        """
+        tensors = [(port, given.data.copy()) for port, given in self._list_outputs()]
+        for i, (port, output) in enumerate(tensors):
+            tensor = ov.Tensor(output, shared_memory=True)
+            self._request.set_output_tensor(i, tensor)
             self._outputs.append(output)
+            if port.get_partial_shape().is_dynamic:
+                self._open.append((i, tensor))
         return self._outputs
+
+    def _list_outputs(self) -> list[tuple[ov.ConstOutput, ov.Tensor]]:
+        """What the model says of each output, and its tensor."""
+        return list(zip(self._request.model_outputs, self._request.output_tensors, strict=True))
 
 
 def _time_nodes(request: ov.InferRequest, batch: np.ndarray, repeats: int) -> dict[str, float]:
@@ -245,7 +256,7 @@ def _opening(path: Path) -> Iterator[None]:
 
 
 class OpenVINO(Runtime):
-    """Compiles ONNX files to OpenVINO's IR and serves that, on any device that OpenVINO finds."""
+    """Serves ONNX files, rewritten as in :mod:`.openvino_graph`, on any device that OpenVINO finds."""
 
     def check(self, device: str | None = None) -> str:
         require_device(ov.Core(), device)
@@ -255,30 +266,17 @@ class OpenVINO(Runtime):
         """``"fp32"``, ``"bf16"`` or ``"fp16"``; see :meth:`Runtime.float_precision`."""
         return find_device(ov.Core(), device, precision).choose_float(precision)
 
-    def compile(self, onnx: Path, folder: Path) -> list[Path]:
-        """Convert ``onnx`` to OpenVINO's IR, rewritten as in :mod:`.openvino_graph`; the weights keep their
-        types."""
-        model = read(onnx)
-        target = folder / IR
-        try:
-            ov.save_model(model, target, compress_to_fp16=False)
-        except RuntimeError as exc:  # OpenVINO's only exception type, here for a full or read-only disk
-            raise OSError(f"OpenVINO could not write {target.name}") from exc
-        return [target, target.with_suffix(".bin")]
-
     def load(self, bundle: Bundle, options: LoadOptions) -> Session:
-        """Open the IR of a bundle, or its ``model.onnx`` where it has none.
+        """Open the ``model.onnx`` of a bundle.
 
         Raises :class:`BundleError` where it is another graph than the manifest describes.
         """
         core, precision = ov.Core(), bundle.manifest.precision
         device = find_device(core, options.device, precision)
-        file = IR if IR in bundle.manifest.files else ONNX
         config = _make_config(device, precision, options)
-        path = bundle.file(file)
-        files = [IR, WEIGHTS] if file == IR else [ONNX]
+        path = bundle.file(ONNX)
         with _opening(path):
-            found = _compile(core, Job(bundle, files, device.name, config), options.cache)
+            found = _compile(core, Job(bundle, device.name, config), options.cache)
         notes = require_precision(found.value, device, device.choose_float(precision))
         session = OpenVINOSession(found.value, lambda: _read_again(bundle, path), device.name, config, path)
         session.is_from_cache, session.notes = found.is_kept, notes
@@ -301,7 +299,7 @@ def _compile(core: ov.Core, job: Job, cache: bool) -> Result[ov.CompiledModel]:
 
     Raises :class:`BundleError` where it is another graph than the manifest describes.
     """
-    path = job.bundle.file(job.files[0])
+    path = job.bundle.file(ONNX)
 
     def compile_anew() -> ov.CompiledModel:
         model = read(path)
@@ -318,21 +316,21 @@ def _compile(core: ov.Core, job: Job, cache: bool) -> Result[ov.CompiledModel]:
 def _require_described(job: Job, model: ov.Model | ov.CompiledModel) -> None:
     require_described(
         job.bundle,
-        job.files[0],
+        ONNX,
         [_read_tensor(port) for port in model.inputs],
         [_read_tensor(port) for port in model.outputs],
     )
 
 
 def open_as_float32(bundle: Bundle, threads: int | None = None) -> OpenVINOSession:
-    """The IR of a bundle for another device on the processor, in float32, to look at its answers.
+    """A bundle for another device on the processor, in float32, to look at its answers.
 
     Raises :class:`BundleError` where it is another graph than the manifest describes.
     """
-    core, path = ov.Core(), bundle.file(IR)
+    core, path = ov.Core(), bundle.file(ONNX)
     device = read_device(core, CPU)
     config = _make_config(device, "fp32", LoadOptions(threads=threads))
-    job = Job(bundle, [IR, WEIGHTS], CPU, config)
+    job = Job(bundle, CPU, config)
     with _opening(path):
         compiled = _compile(core, job, cache=False).value
     session = OpenVINOSession(compiled, lambda: _read_again(bundle, path), CPU, config, path)

@@ -9,7 +9,7 @@ compiled model depends on. OpenVINO's own cache (``CACHE_DIR``) trusts whatever 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import openvino as ov
 
 from cmt_edge.version import __version__
 
-from ..bundle import Bundle
+from ..bundle import ONNX, Bundle
 from ..cache import compute_digest
 from ..errors import BundleError, OutputError
 from ..files import find_cache_folder, hash_file
@@ -50,13 +50,11 @@ class Job:
 
     Attributes:
         bundle: where the graph comes from.
-        files: names of its members that hold the graph and its weights.
         device: OpenVINO's name of the device.
         config: what OpenVINO compiles it with.
     """
 
     bundle: Bundle
-    files: Sequence[str]
     device: str
     config: Mapping[str, Any]
 
@@ -73,7 +71,7 @@ def compile_once(
 
     def compile_and_check() -> ov.CompiledModel:
         compiled = compile_anew()
-        _require_same_files(job)
+        _require_same_file(job)
         return compiled
 
     cache = SealedCache(find_cache_folder() / FOLDER, "compiled model", ".blob", KEEP, MOST_BYTES)
@@ -82,7 +80,7 @@ def compile_once(
         decode=lambda content: core.import_model(content, job.device, dict(job.config)),
         make=compile_and_check,
         encode=_export,
-        mode=_find_mode(job.bundle.file(job.files[-1])),
+        mode=_find_mode(job.bundle.file(ONNX)),
     )
 
 
@@ -97,7 +95,7 @@ def make_key(core: ov.Core, job: Job) -> str:
     """Name of the entry: the digest of everything that a compiled model depends on."""
     return compute_digest(
         {
-            "files": {name: job.bundle.manifest.files[name].sha256 for name in job.files},
+            "graph": job.bundle.manifest.files[ONNX].sha256,
             "device": job.device,
             "config": {name: str(value) for name, value in job.config.items()},
             "runtime": ov.__version__,
@@ -149,23 +147,22 @@ def _list_cores() -> list[int]:
     return [os.cpu_count() or 1]
 
 
-def _require_same_files(job: Job) -> None:
-    """Raise :class:`BundleError` where a file is no longer the one that the bundle was opened with.
+def _require_same_file(job: Job) -> None:
+    """Raise :class:`BundleError` where the graph is no longer the one that the bundle was opened with.
 
     What was compiled of another file must never be kept under the hash of this one.
     """
-    for name in job.files:
-        path, expected = job.bundle.file(name), job.bundle.manifest.files[name].sha256
-        try:
-            found = hash_file(path)
-        except OSError:
-            found = ""
-        if found != expected:
-            raise BundleError(
-                "a file of the bundle was changed while it was being compiled",
-                where=path,
-                remedy="run the command again",
-            )
+    path = job.bundle.file(ONNX)
+    try:
+        found = hash_file(path)
+    except OSError:
+        found = ""
+    if found != job.bundle.manifest.files[ONNX].sha256:
+        raise BundleError(
+            "a file of the bundle was changed while it was being compiled",
+            where=path,
+            remedy="run the command again",
+        )
 
 
 def _export(compiled: ov.CompiledModel) -> bytes:

@@ -16,7 +16,6 @@ from ..errors import BundleError
 from ..files import find_cache_folder
 from ..sealing import SealedCache
 from .external_data import MalformedOnnx, has_external_data
-from .ir_file import NotAnIr, require_ir
 from .manifest import make_bundle_error
 from .onnx_caps import ExcessiveGraph, require_modest_onnx
 from .sections import FileEntry
@@ -25,8 +24,8 @@ FOLDER = "checked"
 """Name of the folder of the findings in the cache."""
 KEEP = 256
 """The number of findings that stay, those that were used last."""
-GRAPHS = (".onnx", ".xml")
-"""Suffixes, in lower case, of the members that are graphs."""
+GRAPHS = ".onnx"
+"""Suffix, in lower case, of the members that are graphs."""
 RULES = 1
 """What the checks demand. Raised when they demand more, so that no older finding counts."""
 
@@ -61,15 +60,10 @@ def check_contents(path: Path, files: Mapping[str, FileEntry], cache: bool) -> N
 
 def _check_graph(name: str, path: Path) -> None:
     try:
-        if name.lower().endswith(".onnx"):
-            require_modest_onnx(path / name)
-            _require_self_contained(name, path)
-        else:
-            require_ir(path / name)
+        require_modest_onnx(path / name)
+        _require_self_contained(name, path)
     except MalformedOnnx as exc:
         raise make_bundle_error(f"{name} is no ONNX file", path, exc) from exc
-    except NotAnIr as exc:
-        raise make_bundle_error(f"{name} is no graph in OpenVINO's format", path, exc) from exc
     except ExcessiveGraph as exc:
         raise make_bundle_error(f"{name} asks for more than a graph may", path, exc) from exc
     except OSError as exc:

@@ -136,7 +136,7 @@ def make_parser(
 
 
 def add_runtime_flags(p: argparse.ArgumentParser) -> None:
-    """``--backend``, ``--device``, ``--threads``."""
+    """``--backend``, ``--device``, ``--threads``, ``--trust-engine``."""
     runtime = p.add_argument_group("runtime")
     runtime.add_argument(
         "--backend",
@@ -145,13 +145,19 @@ def add_runtime_flags(p: argparse.ArgumentParser) -> None:
     )
     runtime.add_argument(
         "--device",
-        help="the runtime's device (default: CPU; TensorRT: GPU 0); openvino also takes GPU, GPU.1, NPU"
-        " and AUTO",
+        help="the runtime's device (default: CPU; TensorRT: GPU 0); openvino also takes GPU, GPU.1, NPU and"
+        " AUTO; onnxruntime cuda, tensorrt, rtx and openvino:GPU",
     )
     runtime.add_argument(
         "--threads",
         type=THREADS.parse_whole,
         help="CPU threads of one inference (default: all cores)",
+    )
+    runtime.add_argument(
+        "--trust-engine",
+        action="store_true",
+        help="open the engine that came with a bundle although no signature was checked; an engine is native"
+        " code, so whoever made it can do here what you can",
     )
 
 

@@ -107,6 +107,7 @@ def _main(args: argparse.Namespace) -> int:
         backend=args.backend,
         device=args.device,
         threads=args.threads,
+        trusted_engine=args.trust_engine,
         key=args.key,
         cache=not args.no_cache,
         throughput=len(sources) >= MANY,

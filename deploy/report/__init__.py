@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .as_json import make_bundle_json, make_prediction_json, to_json
     from .benchmark import describe_benchmark, describe_protocol
-    from .bundle import describe_bundle, describe_weights
+    from .bundle import describe_bundle, describe_decoding, describe_weights
     from .compiled import describe_compiled
     from .device import describe_build, describe_device_report
     from .plot import draw_latency_plot
@@ -25,6 +25,7 @@ _HOMES = {
     "describe_build": "device",
     "describe_bundle": "bundle",
     "describe_compiled": "compiled",
+    "describe_decoding": "bundle",
     "describe_device_report": "device",
     "describe_prediction": "prediction",
     "describe_protocol": "benchmark",
@@ -45,6 +46,7 @@ __all__ = [
     "describe_build",
     "describe_bundle",
     "describe_compiled",
+    "describe_decoding",
     "describe_device_report",
     "describe_prediction",
     "describe_protocol",

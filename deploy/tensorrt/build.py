@@ -60,6 +60,7 @@ from .engine import (
     read_engine,
 )
 from .inspection import read_layers, require_precision
+from .jit import find_store
 from .kernels import read_kernels
 from .session import TensorRTSession, find_engine_target
 
@@ -360,13 +361,15 @@ class _Job:
 
     def _open(self, built: Built, throughput: bool = False) -> Predictor:
         bundle = self.bundle
+        product = PRODUCTS[bundle.manifest.format]
         session = TensorRTSession(
-            open_bindings(PRODUCTS[bundle.manifest.format]),
+            open_bindings(product),
             built.plan,
             self.cuda,
             self.target.gpu.index,
             outputs=bundle.outputs,
             throughput=throughput,
+            store=find_store(product, bundle, self.target, built.plan),
         )
         return Predictor(
             session,

@@ -270,7 +270,8 @@ def read_portable_engine(bundle: Bundle, trusted: bool) -> bytes:
             "the engine in the bundle was built on another machine, so it is not loaded",
             where=bundle.path,
             why="an engine is native code, and the bundle was opened without a key",
-            remedy=f"build one here: cmt-build {bundle.path}; or open a signed bundle with --key KEY",
+            remedy=f"build one here: cmt-build {bundle.path}; or open a signed bundle with --key KEY; or, if"
+            " you trust whoever made it, use --trust-engine (in Python: trusted_engine=True)",
         )
     data = bundle.file(compiled.engine).read_bytes()
     if hashlib.sha256(data).hexdigest() != bundle.manifest.files[compiled.engine].sha256:

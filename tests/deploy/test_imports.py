@@ -27,6 +27,7 @@ RUNTIMES = (
     "cmt_edge.deploy.backends.openvino_devices",
     "cmt_edge.deploy.backends.openvino_graph",
     "cmt_edge.deploy.backends.onnxruntime",
+    "cmt_edge.deploy.backends.provider_sessions",
     "cmt_edge.deploy.backends.torch",
     "cmt_edge.deploy.tensorrt.trt",
     "cmt_edge.deploy.tensorrt.rtx",
