@@ -9,7 +9,7 @@ from .config import ExportConfig
 
 
 def open_here(config: ExportConfig, bundle: Bundle) -> Predictor:
-    """The bundle's IR on the processor, which computes in float32 with the float16 weights.
+    """The bundle's graph on the processor, which computes in float32 with the float16 weights.
 
     What the roundings between them change was checked when the precision was written into the graph.
     """

@@ -277,9 +277,9 @@ class OpenVINO(Runtime):
         path = bundle.file(ONNX)
         with _opening(path):
             found = _compile(core, Job(bundle, device.name, config), options.cache)
-        require_precision(found.value, device, device.choose_float(precision))
+        notes = require_precision(found.value, device, device.choose_float(precision))
         session = OpenVINOSession(found.value, lambda: _read_again(bundle, path), device.name, config, path)
-        session.is_from_cache = found.is_kept
+        session.is_from_cache, session.notes = found.is_kept, notes
         return session
 
 

@@ -109,12 +109,25 @@ def _describe_machine(core: ov.Core, device: str) -> dict[str, Any]:
     """What of this machine and of this process a compiled model depends on."""
     environment = {name: value for name, value in os.environ.items() if name.startswith(SETTINGS)}
     return {
+        "device": _read_caching_properties(core, device),
         "name": core.get_property(device, "FULL_DEVICE_NAME"),
         "capabilities": sorted(core.get_property(device, "OPTIMIZATION_CAPABILITIES")),
         "instructions": _read_instructions(),
         "cores": _list_cores(),
         "environment": environment,
     }
+
+
+def _read_caching_properties(core: ov.Core, device: str) -> dict[str, str]:
+    """What OpenVINO itself keys compiled models of the device by, such as the version of a GPU's driver.
+
+    Empty where the device names nothing.
+    """
+    try:
+        names = core.get_property(device, "CACHING_PROPERTIES")
+        return {name: str(core.get_property(device, name)) for name in names}
+    except RuntimeError:
+        return {}
 
 
 def _read_instructions() -> list[str]:

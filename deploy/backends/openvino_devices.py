@@ -134,26 +134,43 @@ def read_device(core: ov.Core, name: str) -> Device:
     return Device(name, frozenset(core.get_property(name, "OPTIMIZATION_CAPABILITIES")))
 
 
-def require_precision(compiled: ov.CompiledModel, device: Device, precision: str) -> None:
+def require_precision(compiled: ov.CompiledModel, device: Device, precision: str) -> list[str]:
     """Raise :class:`RuntimeMissingError` unless ``compiled`` computes on ``device``, and in ``precision``
     what is not quantized.
 
     The drivers may choose something else, and say so only when they are asked.
+
+    Returns:
+        What the driver does not tell, one sentence each.
     """
-    chosen = compiled.get_property("INFERENCE_PRECISION_HINT")
+    _require_device(compiled, device)
+    try:
+        chosen = compiled.get_property("INFERENCE_PRECISION_HINT")
+    except RuntimeError:
+        return [f"{device.name} does not tell whether it computes in {READABLE[precision]}"]
     if chosen != CHOSEN_TYPES[precision]:
         raise RuntimeMissingError(
             f"OpenVINO does not compute in {READABLE[precision]} on {device.name} as asked",
             why=f"it chose {chosen.get_type_name()}",
             remedy="update the device's driver, or use --device CPU",
         )
+    return []
+
+
+def _require_device(compiled: ov.CompiledModel, device: Device) -> None:
+    """See :func:`require_precision`: the device itself."""
     ran = list_execution_devices(compiled)
-    if any(name.partition(".")[0] != device.kind for name in ran):
+    if {_number(name) for name in ran} != {_number(device.name)}:
         raise RuntimeMissingError(
             f"OpenVINO does not run the model on {device.name} as asked",
             why=f"it chose {', '.join(ran)}",
             remedy="update the device's driver, or use --device CPU",
         )
+
+
+def _number(name: str) -> str:
+    """A device's name with its number; the first of its kind may have none."""
+    return name if "." in name else f"{name}.0"
 
 
 def list_execution_devices(compiled: ov.CompiledModel) -> list[str]:

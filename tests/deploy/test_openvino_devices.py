@@ -140,6 +140,11 @@ def test_a_driver_that_chooses_another_precision_or_device_is_refused(machine, b
     with pytest.raises(RuntimeMissingError, match="does not compute in float16 on GPU as asked") as caught:
         Predictor.load(bundle("fp16").path, device="GPU", cache=False)
     assert "bf16" in caught.value.why
+    machine(SERVER, EXECUTION_DEVICES=["GPU.0"])
+    with Predictor.load(bundle("fp32").path, device="GPU", cache=False) as predictor:
+        assert predictor.info.device == "GPU.0"
+    with pytest.raises(RuntimeMissingError, match=r"does not run the model on GPU.1 as asked"):
+        Predictor.load(bundle("fp32").path, device="GPU.1", cache=False)
     machine(LAPTOP, EXECUTION_DEVICES=["CPU"])
     with pytest.raises(RuntimeMissingError, match="does not run the model on GPU as asked") as caught:
         Predictor.load(bundle("fp32").path, device="GPU", cache=False)
@@ -156,6 +161,22 @@ def test_what_a_device_compiled_is_kept_for_it_alone(machine, bundle):
             assert predictor.loading.is_from_cache == is_kept, device
             assert predictor.logits(BATCH).tobytes() == expected
     assert [name for name, _ in found.opened] == ["GPU", "GPU", "GPU"]
+
+
+def test_a_new_driver_compiles_anew(machine, bundle):
+    found = machine(LAPTOP)
+    path = bundle("int8").path
+    for driver, is_kept in (("1.0", False), ("1.0", True), ("2.0", False), ("1.0", True)):
+        found.driver = driver
+        with Predictor.load(path, device="GPU") as predictor:
+            assert predictor.loading.is_from_cache == is_kept, driver
+
+
+def test_a_driver_that_does_not_tell_its_precision_is_noted(machine, bundle):
+    machine(LAPTOP, INFERENCE_PRECISION_HINT=RuntimeError("unsupported"))
+    with Predictor.load(bundle("fp16").path, device="NPU") as predictor:
+        (note,) = predictor.session.notes
+    assert note == "NPU does not tell whether it computes in float16"
 
 
 def test_a_device_that_gives_no_compiled_model_keeps_none(machine, bundle):

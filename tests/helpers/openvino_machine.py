@@ -38,7 +38,10 @@ class StandIn:
         self._compiled, self._properties = compiled, properties
 
     def get_property(self, name: str) -> Any:
-        return self._properties[name] if name in self._properties else self._compiled.get_property(name)
+        found = self._properties[name] if name in self._properties else self._compiled.get_property(name)
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._compiled, name)
@@ -50,11 +53,13 @@ class Machine:
     Attributes:
         devices: name of a device -> what it can do.
         chooses: a property -> what a compiled model tells of it in place of what was asked.
+        driver: version of every driver.
         compiled, opened: device and settings of each model that was compiled, and of each kept one.
     """
 
     def __init__(self, devices: Mapping[str, tuple[str, ...]], **chooses: Any) -> None:
         self.devices, self.chooses = devices, chooses
+        self.driver = "1.0"
         self.compiled: list[tuple[str, dict[str, Any]]] = []
         self.opened: list[tuple[str, dict[str, Any]]] = []
 
@@ -66,7 +71,8 @@ class Machine:
         return list(self.devices)
 
     def get_property(self, device: str, name: str) -> Any:
-        known = {
+        known: dict[str, Any] = {"CACHING_PROPERTIES": {"DRIVER": "RO"}, "DRIVER": self.driver}
+        known |= {
             "OPTIMIZATION_CAPABILITIES": list(self.devices[self._find(device)]),
             "FULL_DEVICE_NAME": device,
         }
