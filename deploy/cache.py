@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,8 +21,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import CacheWarning, OutputError
-from .files import TEMPORARY, read_regular, write_atomic, writing
-from .locks import LOCK, clear_abandoned, locked
+from .files import read_regular, write_atomic, writing
+from .locks import LOCK, TEMPORARY, clear_abandoned, locked
 
 T = TypeVar("T")
 """The type of a result."""
@@ -31,6 +32,10 @@ Files = tuple[bytes, ...]
 
 MAX_ENTRY = 4 << 30
 """A larger file of the cache, in bytes, is not read; graphs are limited to half of it."""
+
+KEY = re.compile(r"[0-9a-f]{16,64}")
+"""Matches the key of an entry that may be dropped: a digest. A user may have named a folder with files of
+other names."""
 
 _reported: set[Path] = set()
 """Folders of which a :class:`CacheWarning` has told already."""
@@ -45,7 +50,7 @@ def can_keep(folder: Path) -> bool:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as exc:
-        _warn(folder, exc)
+        tell_unusable(folder, exc)
         return False
     return True
 
@@ -96,7 +101,7 @@ class Cache:
                 kept = self._decode(key, decode)
                 if kept is not None:
                     return kept
-                _warn(self.folder, exc)
+                tell_unusable(self.folder, exc)
                 return make()
             found = self._decode(key, decode)
             if found is not None:
@@ -105,7 +110,7 @@ class Cache:
             try:
                 self.write(key, encode(result))
             except OutputError as exc:
-                _warn(self.folder, exc.why or exc)
+                tell_unusable(self.folder, exc.why or exc)
             return result
 
     def _decode(
@@ -152,7 +157,8 @@ class Cache:
             key=_find_last_use,
             reverse=True,
         )
-        for entry in entries[self.keep :]:
+        ours = [entry for entry in entries if KEY.fullmatch(entry.name.removesuffix(last))]
+        for entry in ours[self.keep :]:
             for file in reversed(self._list_files(entry.name.removesuffix(last))):
                 with contextlib.suppress(OSError):
                     file.unlink()
@@ -216,7 +222,7 @@ def _find_last_use(file: Path) -> float:
         return 0.0
 
 
-def _warn(folder: Path, why: object) -> None:
+def tell_unusable(folder: Path, why: object) -> None:
     """Say once that a folder, or one that it lies in, cannot be used."""
     if not _reported.isdisjoint((folder, *folder.parents)):
         return

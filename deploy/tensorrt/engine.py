@@ -33,7 +33,7 @@ from ..errors import (
     OutputError,
     RuntimeMissingError,
 )
-from ..files import read_regular, write_atomic
+from ..files import expand_home, read_regular, write_atomic
 from ..locks import clear_lock, locked
 from .bindings import RTX, Product
 from .cuda import Cuda, Gpu
@@ -346,7 +346,8 @@ def _list_shape_flags(bundle: Bundle, options: EngineOptions) -> list[str]:
 
 def _read_secret() -> bytes:
     """This machine's secret, made at first use; ``CMT_EDGE_STATE`` moves the folder it lies in."""
-    folder = Path(os.environ.get("CMT_EDGE_STATE") or user_data_path("cmt-edge", appauthor=False))
+    override = os.environ.get("CMT_EDGE_STATE")
+    folder = expand_home(override) if override else user_data_path("cmt-edge", appauthor=False)
     path = folder / "machine.key"
     try:
         if not path.exists():
