@@ -33,6 +33,8 @@ from .stream import stream
 PROBABILITY_ROUNDING = 0.01
 """How far a model's probabilities, and the sum of those of an image, may lie outside what probabilities can
 be: twice of what a model does that rounds its own to bfloat16."""
+FEW_VALUES = 4096
+"""The largest number of values that are looked at one by one, which is faster than adding them up."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class Predictor:
         self.kind = kind
         self._where = where
         self._hold: Hold | None = None  # keeps the folder of a packed bundle, which profiling opens again
-        self.lanes = Lanes(session, batch, preprocess.size)
+        self.lanes = Lanes(session, batch, preprocess.size, where)
         """Run every inference."""
 
     @classmethod
@@ -294,13 +296,14 @@ class Predictor:
 
         Raises:
             InputError: another dtype or shape, values that are not finite, or a bundle of feature maps.
-            BundleError: the model gives values that are not finite, or no probabilities where the bundle
-                says that it does.
+            BundleError: the model gives values that are not finite, other logits than there are labels, or no
+                probabilities where the bundle says that it does.
         """
         self._require(LOGITS)
-        found = require_finite(self.outputs(batch), self._where)[0]
-        require_kind(found, self.kind, self._where)
-        return found
+        logits = require_finite(self.outputs(batch), self._where)[0]
+        self._require_labelled(logits.shape[1:])
+        require_kind(logits, self.kind, self._where)
+        return logits
 
     def features(self, batch: np.ndarray) -> list[np.ndarray]:
         """Preprocessed float32 ``(N, 3, H, W)`` -> the stage maps, float32 ``(N, C, H / stride, W /
@@ -356,17 +359,21 @@ class Predictor:
         self.close()
 
     def _make_prediction(self, logits: np.ndarray, source: str | None) -> Prediction:
-        """One answer; a graph that leaves its shape open may give more or fewer logits than there are
-        labels."""
-        if logits.shape != (len(self.labels),):
-            raise BundleError(
-                f"the graph gives logits of shape {logits.shape}, but there are {len(self.labels)} labels",
-                where=self._where,
-                remedy="copy the whole bundle again, or export it again",
-            )
+        """One answer."""
+        self._require_labelled(logits.shape)
         require_finite([logits], self._where)
         require_kind(logits[None], self.kind, self._where)
         return Prediction(logits, self.labels, source, self.kind)
+
+    def _require_labelled(self, shape: tuple[int, ...]) -> None:
+        """Check the shape of one image's logits; a graph that leaves it open may give more or fewer logits
+        than there are labels."""
+        if shape != (len(self.labels),):
+            raise BundleError(
+                f"the graph gives logits of shape {shape}, but there are {len(self.labels)} labels",
+                where=self._where,
+                remedy="copy the whole bundle again, or export it again",
+            )
 
     def _iterate_answers(
         self,
@@ -528,8 +535,10 @@ def _check_batch(batch: object, size: int) -> None:
 
 
 def _is_finite(batch: np.ndarray) -> bool:
-    """Whether no value is NaN or infinite; in one pass without a temporary, because small models take a
-    millisecond."""
+    """Whether no value is NaN or infinite; of many values in one pass without a temporary, because small
+    models take a millisecond."""
+    if batch.size <= FEW_VALUES:
+        return bool(np.isfinite(batch).all())
     with np.errstate(all="ignore"):
         total = np.add.reduce(batch, axis=None)
     return math.isfinite(total) or bool(np.isfinite(batch).all())  # finite values may have an infinite sum

@@ -139,6 +139,7 @@ class _Request:
         self._request = request
         self._where = where
         self._outputs: list[np.ndarray] = []
+        self._open: list[tuple[int, ov.Tensor]] = []  # outputs whose shape may change with the input
         self.batch = np.empty(shape, np.float32)
         request.set_input_tensor(ov.Tensor(self.batch, shared_memory=True))
 
@@ -146,18 +147,33 @@ class _Request:
         """The outputs for ``batch``, as :meth:`Session.run`."""
         try:
             self._request.infer(share_outputs=True)
+            outputs = [output.copy() for output in self._outputs or self._bind_outputs()]
+            for i, tensor in self._open:
+                if tuple(tensor.shape) != outputs[i].shape:
+                    outputs[i] = tensor.data.copy()
         except Exception as exc:
             raise make_run_error(self._where, exc) from exc
-        return [output.copy() for output in self._outputs or self._bind_outputs()]
+        return outputs
 
     def _bind_outputs(self) -> list[np.ndarray]:
         """Have the outputs written to arrays, now that their shapes are known: asking the request for them
-        takes longer than copying them."""
-        for i, given in enumerate(self._request.output_tensors):
-            output = given.data.copy()
-            self._request.set_output_tensor(i, ov.Tensor(output, shared_memory=True))
+        takes longer than copying them.
+
+        A graph may decide a shape by the values of its input. The array of such an output keeps the shape of
+        the first inference, but its tensor has that of the newest one.
+        """
+        tensors = [(port, given.data.copy()) for port, given in self._list_outputs()]
+        for i, (port, output) in enumerate(tensors):
+            tensor = ov.Tensor(output, shared_memory=True)
+            self._request.set_output_tensor(i, tensor)
             self._outputs.append(output)
+            if port.get_partial_shape().is_dynamic:
+                self._open.append((i, tensor))
         return self._outputs
+
+    def _list_outputs(self) -> list[tuple[ov.ConstOutput, ov.Tensor]]:
+        """What the model says of each output, and its tensor."""
+        return list(zip(self._request.model_outputs, self._request.output_tensors, strict=True))
 
 
 def _time_nodes(request: ov.InferRequest, batch: np.ndarray, repeats: int) -> dict[str, float]:
