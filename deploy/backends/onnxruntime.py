@@ -30,8 +30,9 @@ CONVERSION_OPERATORS = {
 TYPES = {"tensor(float)": FLOAT32}
 """ONNX Runtime's name of a type -> the manifest's."""
 
-ERRORS_ONLY = 3
-"""ONNX Runtime's log level that hides warnings."""
+FATAL_ONLY = 4
+"""ONNX Runtime's log level that hides warnings and errors. It writes them to standard error by itself, with
+names of a graph that could steer a terminal; the exception that it raises says the same."""
 
 
 class OnnxRuntimeSession(Session):
@@ -51,7 +52,7 @@ class OnnxRuntimeSession(Session):
 
     def _open(self, profile_prefix: str | None = None) -> ort.InferenceSession:
         settings = ort.SessionOptions()
-        settings.log_severity_level = ERRORS_ONLY
+        settings.log_severity_level = FATAL_ONLY
         settings.intra_op_num_threads = self._threads
         settings.inter_op_num_threads = 1
         if profile_prefix:
