@@ -99,7 +99,7 @@ class Predictor:
         self.kind = kind
         self._where = where
         self._hold: Hold | None = None  # keeps the folder of a packed bundle, which profiling opens again
-        self.lanes = Lanes(session, batch, preprocess.size)
+        self.lanes = Lanes(session, batch, preprocess.size, where)
         """Run every inference."""
 
     @classmethod
@@ -193,7 +193,7 @@ class Predictor:
         Raises:
             ImageError: the image cannot be read.
             InputError: a closed Predictor, a bundle of feature maps, or an unknown ``color``.
-            BundleError: the model's answer is not finite.
+            BundleError: the model gives more or fewer answers than images, or one that is not finite.
         """
         self._require(LOGITS)
         decode = self._make_decoder(color)
@@ -290,10 +290,12 @@ class Predictor:
 
         Raises:
             InputError: another dtype or shape, values that are not finite, or a bundle of feature maps.
-            BundleError: the model gives values that are not finite.
+            BundleError: the model gives values that are not finite, or other logits than there are labels.
         """
         self._require(LOGITS)
-        return require_finite(self.outputs(batch), self._where)[0]
+        logits = require_finite(self.outputs(batch), self._where)[0]
+        self._require_labelled(logits.shape[1:])
+        return logits
 
     def features(self, batch: np.ndarray) -> list[np.ndarray]:
         """Preprocessed float32 ``(N, 3, H, W)`` -> the stage maps, float32 ``(N, C, H / stride, W /
@@ -349,16 +351,20 @@ class Predictor:
         self.close()
 
     def _make_prediction(self, logits: np.ndarray, source: str | None) -> Prediction:
-        """One answer; a graph that leaves its shape open may give more or fewer logits than there are
-        labels."""
-        if logits.shape != (len(self.labels),):
+        """One answer."""
+        self._require_labelled(logits.shape)
+        require_finite([logits], self._where)
+        return Prediction(logits, self.labels, source, self.kind)
+
+    def _require_labelled(self, shape: tuple[int, ...]) -> None:
+        """Check the shape of one image's logits; a graph that leaves it open may give more or fewer logits
+        than there are labels."""
+        if shape != (len(self.labels),):
             raise BundleError(
-                f"the graph gives logits of shape {logits.shape}, but there are {len(self.labels)} labels",
+                f"the graph gives logits of shape {shape}, but there are {len(self.labels)} labels",
                 where=self._where,
                 remedy="copy the whole bundle again, or export it again",
             )
-        require_finite([logits], self._where)
-        return Prediction(logits, self.labels, source, self.kind)
 
     def _iterate_answers(
         self,

@@ -138,7 +138,8 @@ class _Request:
     def __init__(self, request: ov.InferRequest, shape: tuple[int, ...], where: Path | None) -> None:
         self._request = request
         self._where = where
-        self._outputs: list[np.ndarray] = []
+        self._outputs: list[np.ndarray] = []  # what the outputs are written to, once they are bound
+        self._open: list[tuple[int, ov.Tensor]] = []  # bound outputs whose number of rows the graph decides
         self.batch = np.empty(shape, np.float32)
         request.set_input_tensor(ov.Tensor(self.batch, shared_memory=True))
 
@@ -146,18 +147,39 @@ class _Request:
         """The outputs for ``batch``, as :meth:`Session.run`."""
         try:
             self._request.infer(share_outputs=True)
+            outputs = [output.copy() for output in self._outputs] or self._take_outputs()
+            for i, tensor in self._open:
+                if tuple(tensor.shape) != outputs[i].shape:
+                    outputs[i] = tensor.data.copy()
         except Exception as exc:
             raise make_run_error(self._where, exc) from exc
-        return [output.copy() for output in self._outputs or self._bind_outputs()]
+        return outputs
 
-    def _bind_outputs(self) -> list[np.ndarray]:
-        """Have the outputs written to arrays, now that their shapes are known: asking the request for them
-        takes longer than copying them."""
-        for i, given in enumerate(self._request.output_tensors):
-            output = given.data.copy()
-            self._request.set_output_tensor(i, ov.Tensor(output, shared_memory=True))
-            self._outputs.append(output)
-        return self._outputs
+    def _take_outputs(self) -> list[np.ndarray]:
+        """The outputs of the first inference. The later ones are written to arrays, since their shapes are
+        known now: asking the request for them takes longer than copying them.
+
+        A graph may decide a shape by the values of its input. An array keeps its shape then, so such an
+        output is not bound; and where the number of rows is open, each inference's is compared.
+        """
+        ports, tensors = self._request.model_outputs, self._request.output_tensors
+        outputs = [tensor.data.copy() for tensor in tensors]
+        shapes = [list(port.get_partial_shape()) for port in ports]
+        if not all(map(self._is_settled, shapes, outputs)):
+            return outputs
+        for i, output in enumerate(outputs):
+            tensor = ov.Tensor(output, shared_memory=True)
+            self._request.set_output_tensor(i, tensor)
+            if shapes[i] and shapes[i][0].is_dynamic:
+                self._open.append((i, tensor))
+        self._outputs = outputs
+        return [output.copy() for output in outputs]
+
+    def _is_settled(self, shape: list[ov.Dimension], output: np.ndarray) -> bool:
+        """Whether an output of the model has the shape that it has now for every batch of this size; it may
+        leave open the number of rows, if that is the batch's."""
+        is_batched = output.shape[:1] == self.batch.shape[:1]
+        return all(size.is_static for size in shape[1:]) and (is_batched or all(s.is_static for s in shape))
 
 
 def _time_nodes(request: ov.InferRequest, batch: np.ndarray, repeats: int) -> dict[str, float]:
