@@ -150,10 +150,10 @@ class CalibrationSet:
     def batches(self, spec: Preprocess) -> Iterator[np.ndarray]:
         """Each image as float32 ``(1, 3, S, S)``, so that calibration never depends on the export's batch
         size."""
-        for blob, name in self._iterate_encoded():
+        for blob, name in self.encoded():
             yield preprocess(NamedBytes(blob, name), spec)[None]
 
-    def _iterate_encoded(self) -> Iterator[tuple[bytes, str]]:
+    def encoded(self) -> Iterator[tuple[bytes, str]]:
         """Each image as in its file, with a name for messages."""
         if self.files is None:
             for i, blob in enumerate(self.blobs):

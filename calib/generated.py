@@ -18,6 +18,12 @@ from PIL import Image, ImageDraw, ImageFilter
 ASPECT = 1.25
 """Width of an image divided by its height."""
 
+LARGEST_DRAWN = 1200
+"""Height in pixels up to which every pixel is drawn."""
+
+QUALITY = 90
+"""Of JPEG images, as cameras use it."""
+
 SHAPES = 90
 """Number of discs and polygons in an image."""
 
@@ -31,6 +37,20 @@ def generate(count: int, size: int, seed: int = 0) -> list[bytes]:
     width = round(size * ASPECT)
     images = (draw_dead_leaves(width, size, rng) for _ in range(count))
     return [_encode(image) for image in images]
+
+
+def generate_photograph(size: int, seed: int = 0) -> bytes:
+    """A JPEG image ``size`` pixels high and wider than that, as a camera might have taken it.
+
+    Beyond :data:`LARGEST_DRAWN` pixels a smaller picture is enlarged.
+    """
+    drawn = min(size, LARGEST_DRAWN)
+    image = draw_dead_leaves(round(drawn * ASPECT), drawn, np.random.default_rng(seed))
+    if drawn != size:
+        image = image.resize((round(size * ASPECT), size), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=QUALITY)
+    return buffer.getvalue()
 
 
 def draw_dead_leaves(

@@ -30,6 +30,9 @@ from .locks import Hold
 from .preprocessing import Preprocess, preprocess
 from .stream import stream
 
+FEW_VALUES = 4096
+"""The largest number of values that are looked at one by one, which is faster than adding them up."""
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -497,8 +500,10 @@ def _check_batch(batch: object, size: int) -> None:
 
 
 def _is_finite(batch: np.ndarray) -> bool:
-    """Whether no value is NaN or infinite; in one pass without a temporary, because small models take a
-    millisecond."""
+    """Whether no value is NaN or infinite; of many values in one pass without a temporary, because small
+    models take a millisecond."""
+    if batch.size <= FEW_VALUES:
+        return bool(np.isfinite(batch).all())
     with np.errstate(all="ignore"):
         total = np.add.reduce(batch, axis=None)
     return math.isfinite(total) or bool(np.isfinite(batch).all())  # finite values may have an infinite sum

@@ -146,6 +146,8 @@ class DerivedSettings(Settings):
             spec.std if self.std is None else _parse_triple(self.std),
             self.exif,
             spec.interpolation,
+            self.decode,
+            self.reducing_gap,
         )
 
     @property

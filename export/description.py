@@ -202,7 +202,11 @@ def write_report(
         "## Verification",
         report.describe_verification(result, markdown=True),
     ]
+    if manifest.decoding:
+        parts += ["## Decoding", report.describe_decoding(manifest.decoding)]
     content: dict[str, Any] = {"verification": result}
+    if manifest.decoding:
+        content["decoding"] = manifest.decoding
     if manifest.compiled:
         parts += [
             "## What the compiler made of it",

@@ -24,7 +24,7 @@ from cmt_edge.cmt.outputs import (
 )
 from cmt_edge.deploy.bundle import LOGITS, PROBABILITIES, SCORES
 from cmt_edge.deploy.errors import InputError
-from cmt_edge.deploy.measure.parity import EPS_FLOAT32, measure_resolution
+from cmt_edge.deploy.measure.tolerance import EPS_FLOAT32, measure_resolution
 
 SUM_TOLERANCE = 1e-3
 """Probabilities may sum to 1 plus or minus so much; the sum of 1000 float32 ones is much closer."""

@@ -38,6 +38,7 @@ class Step(Enum):
 
     LOAD = "load the reference model"
     SYNTHESISE = "make {images} synthetic images"
+    DECODE = "compare reduced with full decoding"
     FUSE = "fuse"
     TRACE = "export to ONNX"
     SIMPLIFY = "simplify"
@@ -81,6 +82,8 @@ def list_steps_to_prepare(config: ExportConfig) -> Iterator[Step]:
     yield Step.LOAD
     if config.data == SYNTHETIC:
         yield Step.SYNTHESISE
+    if config.decode == "reduced":
+        yield Step.DECODE
     yield from (Step.FUSE, Step.TRACE, Step.SIMPLIFY)
     if config.quantizes:
         yield Step.CALIBRATE
@@ -197,6 +200,7 @@ def _describe_result(config: ExportConfig) -> dict[str, Any]:
         "mean": list(config.preprocess.mean),
         "std": list(config.preprocess.std),
         "interpolation": config.preprocess.interpolation,
+        "decode": config.decode,
         "classes": config.classes,
         "precision": config.precision,
         "format": config.format,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx
 
@@ -73,6 +73,10 @@ def prepare(config: ExportConfig, progress: Progress) -> Prepared:
         progress.tell(config.labels_note)
         evaluation = _match_evaluation(config, manifest, progress)
         data = _make_images(config, reference, journal, progress)
+        if Step.DECODE in journal:
+            with journal.step(Step.DECODE):
+                found = steps.compare_decoding(config, reference, evaluation, data, progress.count)
+                manifest = replace(manifest, decoding=found)
         graph, differences = _make_graph(config, reference, journal)
         quantized = None
         if data is not None and Step.CALIBRATE in journal:

@@ -18,7 +18,7 @@ from cmt_edge.deploy.errors import (
     ParityError,
     RuntimeMissingError,
 )
-from cmt_edge.deploy.measure.parity import find_tolerance, measure_distance
+from cmt_edge.deploy.measure.tolerance import find_tolerance, measure_distance
 from cmt_edge.deploy.progress import Progress
 from cmt_edge.deploy.tensorrt.bindings import RTX
 from cmt_edge.deploy.tensorrt.build import finish_bundle, require_compiler, require_tensorrt

@@ -29,7 +29,7 @@ class Golden:
     """Generated inputs with what the PyTorch reference made of them.
 
     Attributes:
-        sources: encoded PNG files, one an image.
+        sources: encoded PNG or JPEG files, one an image.
         pixels: ``(K, S, S, 3)`` uint8, the sources after decode, resize and crop.
         outputs: float32 ``(K, ...)``, what the reference makes of the normalised pixels, in the order of the
             manifest's outputs.

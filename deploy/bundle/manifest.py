@@ -21,6 +21,7 @@ from .sections import (
     MAX_ELEMENTS,
     CalibrationEntry,
     CompiledEntry,
+    DecodingEntry,
     EngineEntry,
     FileEntry,
     Format,
@@ -87,6 +88,7 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     typing: TypingEntry | None = None
     calibration: CalibrationEntry | None = None
+    decoding: DecodingEntry | None = field(default=None, metadata=OMITTED)
     verification: VerificationEntry | None = None
     verdict: VerdictEntry | None = None
     latency: LatencyEntry | None = None

@@ -2,7 +2,7 @@
 
 from .as_json import make_bundle_json, make_prediction_json, to_json
 from .benchmark import describe_benchmark, describe_protocol
-from .bundle import describe_bundle, describe_weights
+from .bundle import describe_bundle, describe_decoding, describe_weights
 from .compiled import describe_compiled
 from .device import describe_build, describe_device_report
 from .plot import draw_latency_plot
@@ -16,6 +16,7 @@ __all__ = [
     "describe_build",
     "describe_bundle",
     "describe_compiled",
+    "describe_decoding",
     "describe_device_report",
     "describe_prediction",
     "describe_protocol",

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from ..bundle import LOGITS, Bundle
 from ..bundle.sections import (
     TYPED_FORMATS,
+    DecodingEntry,
     LatencyEntry,
     ObservedEntry,
     SynthesisEntry,
@@ -35,6 +36,7 @@ def describe_bundle(bundle: Bundle, verify_flags: Sequence[str] = ()) -> str:
     if manifest.verification:
         kinds = {output.name: output.kind for output in manifest.outputs}
         lines += _describe_verified(manifest.verification, kinds.get(manifest.verification.golden.output))
+    lines += [describe_decoding(manifest.decoding)] if manifest.decoding else []
     lines += _describe_typed(manifest.typing)
     lines += [describe_compiled(manifest.compiled)] if manifest.compiled else []
     notes = manifest.verification.notes if manifest.verification else ()
@@ -78,6 +80,24 @@ def _describe_verified(verification: VerificationEntry, kind: str | None) -> lis
         f" {data.top1:.2f} %, drop {data.drop:+.2f} points (95 % CI {low:+.2f} to {high:+.2f}),"
         f" agreement {data.agreement:.2f} %",
     ]
+
+
+def describe_decoding(decoding: DecodingEntry) -> str:
+    """What decoding JPEG images at a part of their size changes."""
+    only_golden = decoding.reduced == 1 < decoding.images
+    alone = " (only the golden photograph is large enough)" if only_golden else ""
+    text = (
+        f"decoded at a part of their size: {decoding.reduced} of {decoding.images} images{alone}; pixels"
+        " differ by"
+        f" {decoding.pixel_mean:.2f} grey levels on average (at most {decoding.pixel_max:.0f}), outputs by"
+        f" {decoding.output_mean:.4f} standard deviations"
+    )
+    if decoding.agreement is not None:
+        text += f", agreement {decoding.agreement:.2f} %"
+    if decoding.drop is None or decoding.drop_ci is None:
+        return text
+    low, high = decoding.drop_ci
+    return f"{text}, drop {decoding.drop:+.2f} points (95 % CI {low:+.2f} to {high:+.2f})"
 
 
 def _describe_typed(typing: TypingEntry | None) -> list[str]:

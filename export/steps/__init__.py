@@ -9,6 +9,7 @@ checkpoint) and ``gate``. Steps of TensorRT alone are in :mod:`cmt_edge.export.t
 exports do not import TensorRT's side."""
 
 from .bundle import measure_bundle, verify_bundle, write_files
+from .decoding import compare_decoding, is_reduced
 from .gate import SERVED_HERE, SecondOpinion, ask_other_runtime, require_passed
 from .graph import (
     Differences,
@@ -43,8 +44,10 @@ __all__ = [
     "choose_graph",
     "choose_images",
     "compare_batch_sizes",
+    "compare_decoding",
     "count_synthetic",
     "fuse_model",
+    "is_reduced",
     "make_images",
     "make_reference",
     "match_evaluation",

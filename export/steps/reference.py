@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from torch import nn
 
-from cmt_edge.calib.generated import generate
+from cmt_edge.calib.generated import generate, generate_photograph
 from cmt_edge.cmt import choose_head
 from cmt_edge.cmt.outside import OUTSIDE_FAMILIES
 from cmt_edge.cmt.reference import load_reference
@@ -17,14 +18,14 @@ from cmt_edge.deploy.backends.torch import TorchSession
 from cmt_edge.deploy.bundle import LOGITS, Golden
 from cmt_edge.deploy.images import ImageSet
 from cmt_edge.deploy.measure.labels import match_labels
-from cmt_edge.deploy.measure.parity import measure_resolution
+from cmt_edge.deploy.measure.tolerance import measure_resolution
 from cmt_edge.deploy.preprocessing import decode_pixels, normalise
 
 from ..config import ExportConfig
 from ..outputs import identify_outputs, require_finite
 from ..refusals import require_single_answers
 
-GOLDEN_IMAGES = 4
+GOLDEN_IMAGES = 5
 """Number of golden images in a bundle."""
 
 GOLDEN_SEED = 7
@@ -101,12 +102,17 @@ def make_reference(config: ExportConfig) -> Reference:
 
 
 def make_golden(model: nn.Module, spec: Preprocess) -> tuple[Golden, np.ndarray]:
-    """Golden images with what ``model`` makes of them, and the images preprocessed, ``(K, 3, S, S)``."""
+    """Golden images with what ``model`` makes of them, and the images preprocessed, ``(K, 3, S, S)``.
+
+    The last one is a JPEG image that is large enough to be decoded at half its size, where that is asked for.
+    """
     sources = generate(
-        GOLDEN_IMAGES,
+        GOLDEN_IMAGES - 1,
         round(GOLDEN_MARGIN * spec.size),
         seed=GOLDEN_SEED,
     )
+    enlarged = 2 * spec.reducing_gap + 0.5
+    sources.append(generate_photograph(math.ceil(enlarged * (spec.short_side or spec.size)), GOLDEN_SEED))
     decoded = np.stack([decode_pixels(source, spec) for source in sources])
     batch = normalise(decoded, spec)
     return Golden(sources, decoded, TorchSession(model).run(batch)), batch

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cmt_edge.deploy import report
-from cmt_edge.deploy.measure.parity import MAX_PROBABILITY_DIFFERENCE, find_tolerance
+from cmt_edge.deploy.measure.tolerance import MAX_PROBABILITY_DIFFERENCE, find_tolerance
 
 
 def test_the_tolerance_of_probabilities_is_capped():

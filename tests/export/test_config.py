@@ -257,6 +257,8 @@ def test_toml_file_with_every_setting(tmp_path):
         "1,1,1",
         0.9,
         "ignore",
+        "reduced",
+        3.0,
         2,
         3,
         False,

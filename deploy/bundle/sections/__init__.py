@@ -5,6 +5,7 @@
 
 from .calibration import CalibrationEntry, ImagesEntry, Island, ObservedEntry, SynthesisEntry, TypingEntry
 from .compiled import BlockEntry, CompiledDetails, CompiledEntry, EstimateEntry, KernelEntry
+from .decoding import DecodingEntry
 from .engine import BuildOptions, EngineEntry, EngineKey
 from .latency import LEAST_SHOWN_SHARE, ExecutedPrecision, LatencyEntry
 from .model import FileEntry, Host, ModelEntry, RuntimeEntry, TensorEntry, WeightsEntry
@@ -68,6 +69,7 @@ __all__ = [
     "Count",
     "DataCheck",
     "DataType",
+    "DecodingEntry",
     "Dimension",
     "Duration",
     "DynamicDimension",

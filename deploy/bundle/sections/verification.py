@@ -20,7 +20,7 @@ class RanOn:
 @dataclass(frozen=True)
 class GoldenCheck:
     """Golden images: ``pixel_diff`` in grey levels (decode and resize), ``diff`` and ``atol`` by
-    :func:`cmt_edge.deploy.measure.parity.measure_distance` (numerics).
+    :func:`cmt_edge.deploy.measure.tolerance.measure_distance` (numerics).
 
     ``output`` is the one that comes closest to its tolerance: ``"logits"``, or a feature map.
     """
