@@ -19,12 +19,19 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 from openvino import opset13 as ops
+from openvino.frontend import FrontEndManager
 
 
 def read(path: Path) -> ov.Model:
-    """The model in ``path``: an ONNX file is rewritten as above, an IR is taken as it is."""
-    model = ov.Core().read_model(path)
-    return model if path.suffix == ".xml" else make_unsigned(model)
+    """The model in ``path``: an ONNX file is rewritten as above, an IR is taken as it is.
+
+    ``Core.read_model`` chooses a reader by the content of a file. One that is ONNX to another runtime may be
+    another model to it, so that only the reader of ONNX is asked.
+    """
+    if path.suffix == ".xml":
+        return ov.Core().read_model(path)
+    frontend = FrontEndManager().load_by_framework("onnx")
+    return make_unsigned(frontend.convert(frontend.load(path)))
 
 
 def make_unsigned(model: ov.Model) -> ov.Model:

@@ -23,6 +23,8 @@ from .external_data import (
     BYTES,
     DATA_LOCATION,
     EXTERNAL_DATA,
+    FIXED32,
+    FIXED64,
     MAX_DEPTH,
     MESSAGES,
     VARINT,
@@ -75,14 +77,60 @@ VALUES = (4, 5, STRING_DATA, 7, 10, 11)
 INT64, FLOAT = 7, 1
 """ONNX's numbers of two types of values."""
 
-ONCE = {
-    "Model": (7,),
-    "Attribute": (5, 6, 22),
-    "SparseTensor": (1, 2),
-    "Tensor": (RAW_DATA,),
+ONE_VARINT, ONE_BYTES, ONE_FLOAT = (1, (VARINT,)), (1, (BYTES,)), (1, (FIXED32,))
+"""What a field is that may occur once: a whole number, bytes (texts and messages too), or a float32."""
+MANY_BYTES = (MAX_FIELDS, (BYTES,))
+"""A field of bytes that may occur again and again."""
+MANY_VARINTS, MANY_FLOATS = (MAX_FIELDS, (VARINT, BYTES)), (MAX_FIELDS, (FIXED32, BYTES))
+"""Fields of numbers that may occur again and again, each alone or many of them packed."""
+MANY_DOUBLES = (MAX_FIELDS, (FIXED64, BYTES))
+"""The same for float64."""
+
+FIELDS = {
+    "Model": {
+        **dict.fromkeys((1, 5), ONE_VARINT),
+        **dict.fromkeys((2, 3, 4, 6, 7), ONE_BYTES),
+        **dict.fromkeys((8, 14, 20, 25, 26), MANY_BYTES),
+    },
+    "Training": {**dict.fromkeys((1, 2), ONE_BYTES), **dict.fromkeys((3, 4), MANY_BYTES)},
+    "Function": {
+        **dict.fromkeys((1, 8, 10, 13), ONE_BYTES),
+        **dict.fromkeys((4, 5, 6, 7, 9, 11, 12, 14), MANY_BYTES),
+    },
+    "Graph": {
+        **dict.fromkeys((2, 10), ONE_BYTES),
+        **dict.fromkeys((1, 5, 11, 12, 13, 14, 15, 16), MANY_BYTES),
+    },
+    "Node": {
+        **dict.fromkeys((3, 4, 6, 7, 8), ONE_BYTES),
+        **dict.fromkeys((1, 2, 5, 9, 10), MANY_BYTES),
+    },
+    "Attribute": {
+        2: ONE_FLOAT,
+        **dict.fromkeys((3, 20), ONE_VARINT),
+        **dict.fromkeys((1, 4, 5, 6, 13, 14, 21, 22), ONE_BYTES),
+        7: MANY_FLOATS,
+        8: MANY_VARINTS,
+        **dict.fromkeys((9, 10, 11, 15, 23), MANY_BYTES),
+    },
+    "SparseTensor": {**dict.fromkeys((1, 2), ONE_BYTES), 3: MANY_VARINTS},
+    "Tensor": {
+        **dict.fromkeys((2, 14), ONE_VARINT),
+        **dict.fromkeys((3, 8, 9, 12), ONE_BYTES),
+        **dict.fromkeys((1, 5, 7, 11), MANY_VARINTS),
+        4: MANY_FLOATS,
+        10: MANY_DOUBLES,
+        **dict.fromkeys((6, 13, 16), MANY_BYTES),
+    },
 }
-"""Message -> numbers of fields that may occur once. Protobuf would merge two of them, to another one than
-either."""
+"""Message -> number of a field of ``onnx.proto`` -> how often it may occur, and in which wire types.
+
+Protobuf takes the last of two numbers, merges two messages, and skips a field that it does not know or that has
+another wire type: what it skips may be a file of another format.
+"""
+
+START = b"\x08"
+"""First byte of an ONNX file: its first field is the version of the format, a whole number."""
 
 
 class ExcessiveGraph(ValueError):
@@ -136,20 +184,24 @@ def require_modest_onnx(path: Path) -> None:
 
     Raises:
         ExcessiveGraph: the file asks for more than it may.
-        MalformedOnnx: the file is no well-formed protobuf message.
+        MalformedOnnx: the file is not as ONNX's own writer writes one.
         OSError: the file cannot be read.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > MAX_GRAPH:
             raise ExcessiveGraph(f"it has {size} bytes, the cap is {MAX_GRAPH}")
-        if size:
+        if not size:
+            require_modest(b"")
+        else:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 require_modest(content)
 
 
 def require_modest(content: Buffer) -> None:
     """As :func:`require_modest_onnx`, for the bytes of a ``ModelProto``."""
+    if content[:1] != START:
+        raise MalformedOnnx("it does not begin with the version of the format")
     survey = _Survey()
     pending = [("Model", 0, len(content), 0)]
     while pending:
@@ -184,8 +236,11 @@ def _read_message(
         survey.fields += 1
         if survey.fields > MAX_FIELDS:
             raise ExcessiveGraph(f"it has more than {MAX_FIELDS} fields")
-    for number in ONCE.get(kind, ()):
-        if len(message.places(number)) > 1:
+    for number, places in message.fields.items():
+        most, wires = FIELDS[kind].get(number, (0, ()))
+        if any(wire not in wires for wire, _, _ in places):
+            raise MalformedOnnx(f"{kind}Proto has no field {number} of wire type {places[0][0]}")
+        if len(places) > most:
             raise ExcessiveGraph(f"field {number} of {kind}Proto occurs more than once")
     return message
 

@@ -140,7 +140,63 @@ def test_two_contents_of_a_tensor_are_refused() -> None:
     tensor = field + declared(raw_data=bytes(4 << 20)).SerializeToString()
     initializer = b"\x2a" + encode_length(tensor)
     with pytest.raises(ExcessiveGraph, match="more than once"):
-        require_modest(b"\x3a" + encode_length(initializer))
+        require_modest(b"\x08\x09\x3a" + encode_length(initializer))
+
+
+FOREIGN = {
+    "nothing": b"",
+    "XML in a field that ONNX does not know": b"\x08\x09" + b"\x7a\x05<net>" + tiny_graph()[2:],
+    "XML as the version": b"\n\x05<net>" + tiny_graph()[2:],
+    "another field first": b"\x12\x01x" + tiny_graph(),
+    "a TensorFlow graph": b"\n\x10\n\x05input\x12\x07Unknown",
+    "a TensorFlow graph behind the version": b"\x08\x09\n\x10\n\x05input\x12\x07Unknown",
+    "a number as a graph": b"\x08\x09\x38\x01" + tiny_graph()[2:],
+    "a graph as 64 bits": b"\x08\x09\x39" + bytes(8) + tiny_graph()[2:],
+}
+"""What a file called ``model.onnx`` is -> its content."""
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_only_what_onnx_itself_writes_is_onnx(tmp_path: Path, name: str) -> None:
+    """Protobuf skips fields that it does not know; another reader may take them for the file."""
+    with pytest.raises(BundleError, match=r"model\.onnx is no ONNX file"):
+        open_made(tmp_path / "b", members={ONNX: FOREIGN[name]})
+
+
+def test_two_versions_are_refused() -> None:
+    with pytest.raises(ExcessiveGraph, match="more than once"):
+        require_modest(b"\x08\x09" + tiny_graph())
+
+
+@pytest.mark.parametrize("kind", onnx_caps.FIELDS)
+def test_every_field_of_onnx_is_known(kind: str) -> None:
+    """With the wire type of its type, and as often as ``onnx.proto`` says."""
+    proto = {"Training": onnx.TrainingInfoProto}.get(kind) or getattr(onnx, f"{kind}Proto")
+    fields = proto.DESCRIPTOR.fields
+    wires = {1: 1, 2: 5, 3: 0, 4: 0, 5: 0, 9: 2, 11: 2, 12: 2, 13: 0, 14: 0}
+    known = onnx_caps.FIELDS[kind]
+    assert known.keys() == {field.number for field in fields}
+    for field in fields:
+        most, allowed = known[field.number]
+        is_packed = field.is_repeated and wires[field.type] != 2
+        assert allowed == ((wires[field.type], 2) if is_packed else (wires[field.type],)), field.name
+        assert (most > 1) == field.is_repeated, field.name
+
+
+def test_openvino_asks_only_the_reader_of_onnx(tmp_path: Path) -> None:
+    """The file is a graph in OpenVINO's format, which it finds out by itself if it is asked to."""
+    read = pytest.importorskip("cmt_edge.deploy.backends.openvino_graph").read
+    file = tmp_path / ONNX
+    file.write_bytes(HEAD + TAIL)
+    import openvino
+
+    assert openvino.Core().read_model(file).get_friendly_name() == "g"
+    try:
+        outputs = read(file).outputs
+    except Exception as exc:
+        assert "parsed" in str(exc)
+        return
+    assert not outputs, "a reader of another format took it"
 
 
 def encode_length(content: bytes) -> bytes:
