@@ -20,10 +20,10 @@ import openvino as ov
 
 from ..bundle import ONNX, Bundle
 from ..bundle.sections import FLOAT32, ExecutedPrecision
-from ..errors import CmtEdgeError, InputError, RuntimeMissingError
+from ..errors import BundleError, CmtEdgeError, InputError, RuntimeMissingError
 from .base import WARM_UP_RUNS, Binding, LoadOptions, Runtime, Session, make_open_error, make_run_error
 from .described import GraphTensor, require_described
-from .openvino_graph import read
+from .openvino_graph import find_excess, read
 
 IR = "openvino.xml"
 """File of a bundle with the graph in OpenVINO's own format; the weights lie beside it in ``openvino.bin``."""
@@ -318,6 +318,13 @@ class OpenVINO(Runtime):
             [_read_tensor(port) for port in model.inputs],
             [_read_tensor(port) for port in model.outputs],
         )
+        if excess := find_excess(model):
+            raise BundleError(
+                f"{file} asks for more than a graph may",
+                where=bundle.path,
+                why=excess,
+                remedy="copy the whole bundle again, or export it again",
+            )
         with _opening(path):
             return OpenVINOSession(model, device, config, path)
 
