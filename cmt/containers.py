@@ -63,6 +63,9 @@ MAX_COMPARED = 2_000_000
 """Number of names, at most, that all comparisons of places and prefixes with a model look at. A checkpoint of
 3,000 names with 30 prefixes needs 90,000."""
 
+_Visit = tuple[tuple[int, ...], tuple[str, ...], Any]
+"""A value of a checkpoint: its place in the order of the file, the keys on the way to it, and itself."""
+
 
 @dataclass(frozen=True)
 class WeightsCandidate:
@@ -167,11 +170,11 @@ def walk(
     A file of some kilobytes may lead to one mapping by millions of ways, or to itself: the shortest ways to
     each are taken, :data:`MAX_VISITS` of them.
     """
-    found: list[tuple[tuple[int, ...], tuple[str, ...], Any]] = []
+    found: list[_Visit] = []
     visits: Counter[int] = Counter()
-    level = [((), (), content)] if _is_walked(content) else []
+    level: list[_Visit] = [((), (), content)] if _is_walked(content) else []
     for _ in range(MAX_WAY + 1):
-        inner = []
+        inner: list[_Visit] = []
         for place, way, held in level:
             visits[id(held)] += 1
             if visits[id(held)] > MAX_VISITS:

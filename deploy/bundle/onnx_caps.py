@@ -117,7 +117,7 @@ MANY_VARINTS, MANY_FLOATS = (MAX_FIELDS, (VARINT, BYTES)), (MAX_FIELDS, (FIXED32
 MANY_DOUBLES = (MAX_FIELDS, (FIXED64, BYTES))
 """The same for float64."""
 
-FIELDS = {
+FIELDS: dict[str, dict[int, tuple[int, tuple[int, ...]]]] = {
     "Model": {
         **dict.fromkeys((1, 5), ONE_VARINT),
         **dict.fromkeys((2, 3, 4, 6, 7), ONE_BYTES),
