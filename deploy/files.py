@@ -128,8 +128,11 @@ def _open_without_waiting(path: str, flags: int) -> int:
 def read_regular(path: Path, limit: int) -> bytes:
     """The content of a regular file of at most ``limit`` bytes; raises as :func:`open_regular`."""
     with open_regular(path, limit) as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:  # it grew
+        size = min(os.fstat(file.fileno()).st_size, limit)
+        content = file.read(size + 1)  # not limit + 1: Python allocates what it is asked for
+        while len(content) <= limit and (more := file.read(CHUNK_BYTES)):  # it grew
+            content += more
+    if len(content) > limit:
         raise OSError(errno.EFBIG, f"it has more than {limit} bytes", str(path))
     return content
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +24,7 @@ from .backends.base import make_open_error, read_batch_limit
 from .bundle import LOGITS, Bundle
 from .bundle.bundle import read_whole
 from .bundle.sections import RanOn
+from .cache import is_cache_wanted
 from .decoding import ImageLike, list_images, take_snapshot
 from .errors import BundleError, CmtEdgeError, ImageError, InputError
 from .lanes import Lanes
@@ -74,6 +76,23 @@ class Prediction:
         return [(self.labels[int(i)], float(chances[i])) for i in best]
 
 
+@dataclass(frozen=True)
+class Loading:
+    """Where the time of :meth:`Predictor.load` went, in seconds.
+
+    Attributes:
+        opening: reading the manifest and hashing the files.
+        importing: importing the runtime.
+        compiling: compiling the model, or opening what an earlier start had compiled.
+        is_from_cache: whether an earlier start had compiled the model.
+    """
+
+    opening: float
+    importing: float
+    compiling: float
+    is_from_cache: bool
+
+
 class Predictor:
     """A bundle, opened by one runtime. Thread-safe; a context manager.
 
@@ -101,6 +120,8 @@ class Predictor:
         self.head = head
         self.kind = kind
         self._where = where
+        self.loading: Loading | None = None
+        """How long :meth:`load` took; ``None`` for what was not loaded from a bundle."""
         self._hold: Hold | None = None  # keeps the folder of a packed bundle, which profiling opens again
         self.lanes = Lanes(session, batch, preprocess.size, where)
         """Run every inference."""
@@ -117,6 +138,7 @@ class Predictor:
         weights: str | Path | None = None,
         trusted_model: object = None,
         trusted_engine: bool = False,
+        cache: bool = True,
         color: str = "rgb",
         key: str | Path | None = None,
     ) -> Predictor:
@@ -128,6 +150,9 @@ class Predictor:
                 ``"fake"``; default: the one of the bundle's format.
             device, threads, throughput, weights, trusted_model, trusted_engine: see
                 :class:`~cmt_edge.deploy.backends.base.LoadOptions`.
+            cache: take what an earlier start has compiled from the cache folder, and keep what is compiled
+                now. The answers are the same bits. The environment variable ``CMT_EDGE_NO_CACHE=1`` says no
+                for the whole process.
             color: order of the channels of images that are arrays, ``"rgb"`` or ``"bgr"``, unless a call says
                 otherwise. OpenCV's arrays are ``"bgr"``. Encoded images and Pillow images know their order.
             key: file of the public key that the bundle must be signed with, if you demand one.
@@ -142,9 +167,16 @@ class Predictor:
         """
         check_color(color)
         _check_threads(threads)
-        options = LoadOptions(device, threads, throughput, weights, trusted_model, trusted_engine)
-        opening = partial(cls._open_bundle, backend=backend, options=options, color=color)
-        return read_whole(path, opening, key=key)
+        kept = is_cache_wanted(cache)
+        options = LoadOptions(device, threads, throughput, weights, trusted_model, trusted_engine, kept)
+        opening = partial(
+            cls._open_bundle,
+            backend=backend,
+            options=options,
+            color=color,
+            start=time.perf_counter(),
+        )
+        return read_whole(path, opening, key=key, cache=kept)
 
     @classmethod
     def _open_bundle(
@@ -153,9 +185,13 @@ class Predictor:
         backend: str | None,
         options: LoadOptions,
         color: str,
+        start: float,
     ) -> Predictor:
+        opened = time.perf_counter()
         runtime = get_runtime(backend or RUNTIME_OF_FORMAT[bundle.manifest.format])
+        imported = time.perf_counter()
         session = _load(runtime, bundle, options)
+        loaded = time.perf_counter()
         batch = 0 if runtime.any_batch else read_batch_limit(bundle)
         predictor = cls(
             session,
@@ -168,6 +204,12 @@ class Predictor:
             where=bundle.path,
         )
         predictor._hold = bundle.hold
+        predictor.loading = Loading(
+            opening=opened - start,
+            importing=imported - opened,
+            compiling=loaded - imported,
+            is_from_cache=session.is_from_cache,
+        )
         return predictor
 
     @property

@@ -30,7 +30,6 @@ name is longer."""
 
 NOT_COMPUTED = {
     "onnx": "ONNX Runtime computes in it on no CPU",
-    "openvino": "OpenVINO computes in it on no CPU",
     "trt": "its typed graphs are fp32, fp16 or int8",
     "rtx": "its typed graphs are fp32, fp16 or int8",
 }
@@ -190,7 +189,7 @@ def _check_pair(config: DerivedSettings) -> None:
             remedy=f"--format {' or '.join(others)}, or --precision {' or '.join(reversed(known))}",
         )
     flags = list_changed_flags(config, TENSORRT)
-    if flags and not config.is_typed:
+    if flags and not config.has_engine:
         raise InputError(
             f"{' and '.join(flags)}: only --format trt or rtx builds engines",
             remedy="leave it out, or use --format trt or rtx",

@@ -18,7 +18,8 @@ from cmt_edge.cmt.outside import is_outside
 from cmt_edge.cmt.spec import CPU, RTX, ModelSpec
 from cmt_edge.deploy.bundle import LOGITS
 from cmt_edge.deploy.bundle.record import find_text_fault
-from cmt_edge.deploy.bundle.sections import FORMATS, TYPED_FORMATS
+from cmt_edge.deploy.bundle.sections import AUTO_PRECISIONS, TYPED_FORMATS
+from cmt_edge.deploy.cache import is_cache_wanted
 from cmt_edge.deploy.cli.ranges import parse_finite
 from cmt_edge.deploy.errors import InputError
 from cmt_edge.deploy.escaping import SHOWN_CHARACTERS
@@ -97,7 +98,18 @@ class DerivedSettings(Settings):
     @property
     def is_typed(self) -> bool:
         """Whether the precision is written into the graph."""
+        return self.has_engine or self.is_for_other_device
+
+    @property
+    def has_engine(self) -> bool:
+        """Whether one of NVIDIA's compilers makes an engine of the graph."""
         return self.format in TYPED_FORMATS
+
+    @property
+    def is_for_other_device(self) -> bool:
+        """Whether the bundle is for a device that this machine need not have: OpenVINO's fp16 is for GPUs and
+        NPUs."""
+        return self.format == "openvino" and self.precision == "fp16"
 
     @property
     def rewriting_target(self) -> str:
@@ -129,10 +141,15 @@ class DerivedSettings(Settings):
         return flags + (["--atol", f"{self.atol:g}"] if self.atol is not None else [])
 
     @property
+    def uses_cache(self) -> bool:
+        """Whether results of earlier exports may be used, and those of this one kept."""
+        return is_cache_wanted(self.cache)
+
+    @property
     def keeps_results(self) -> bool:
         """Whether something that took long is kept for the next export."""
         engine = self.format == "trt" and self.build  # rtx keeps no timings
-        return self.cache and (self.quantizes or self.data == SYNTHETIC or engine)
+        return self.uses_cache and (self.quantizes or self.data == SYNTHETIC or engine)
 
     @property
     def preprocess(self) -> Preprocess:
@@ -176,7 +193,7 @@ class DerivedSettings(Settings):
     @property
     def targets(self) -> list[Path]:
         """Every folder that the export may make."""
-        precisions = FORMATS[self.format] if self.precision == "auto" else (self.precision,)
+        precisions = AUTO_PRECISIONS[self.format] if self.precision == "auto" else (self.precision,)
         return [replace(self, precision=precision).target for precision in precisions]
 
     def read_labels(self) -> list[str] | None:

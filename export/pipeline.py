@@ -108,7 +108,7 @@ def check_preconditions(config: ExportConfig) -> None:
         BundleWriter(target).check()
         if config.pack:
             require_replaceable(locate_packed(target))
-    if config.is_typed:
+    if config.has_engine:
         from . import trt
 
         trt.check_builder(config)
@@ -117,7 +117,7 @@ def check_preconditions(config: ExportConfig) -> None:
     runtime.check()
     if config.isa is not None:
         require_isa(config.isa)
-    if config.precision != "auto":
+    if config.precision != "auto" and not config.is_for_other_device:
         runtime.float_precision(config.precision)
 
 
@@ -352,6 +352,10 @@ def _verify(work: _Work, manifest: Manifest) -> Verification:
         from . import trt
 
         candidate = trt.emulate(config, bundle)
+    elif config.is_for_other_device:
+        from . import other_device
+
+        candidate = other_device.open_here(config, bundle)
     result = steps.verify_bundle(
         config,
         bundle,

@@ -16,7 +16,7 @@ from cmt_edge.calib.data import GENERATED, SYNTHETIC
 from cmt_edge.cmt.download import is_kept
 from cmt_edge.cmt.weights import AS_BUILT
 from cmt_edge.deploy import Bundle
-from cmt_edge.deploy.bundle.sections import FORMATS
+from cmt_edge.deploy.bundle.sections import AUTO_PRECISIONS
 from cmt_edge.deploy.escaping import escape_line
 from cmt_edge.deploy.images import ImageSet
 from cmt_edge.deploy.progress import Progress
@@ -110,10 +110,10 @@ def list_steps_to_finish(config: ExportConfig) -> Iterator[Step]:
             yield Step.OBSERVE
         yield Step.TYPE
     yield Step.FILES
-    if config.is_typed and config.build:
+    if config.has_engine and config.build:
         yield Step.BUILD
     yield Step.VERIFY
-    if not config.is_typed:  # an engine is measured where it is built
+    if not config.is_typed:  # what another device runs is measured there
         yield Step.MEASURE
     yield Step.WRITE
 
@@ -174,7 +174,7 @@ def describe_plan(config: ExportConfig) -> dict[str, Any]:
         plan["evaluation"] = _count_evaluation(config.eval_data, config.eval_limit)
     if config.precision == "auto":
         plan["allowed"] = _describe_limits(config)
-        plan["candidates"] = [*FORMATS[config.format], "int8 in part"]
+        plan["candidates"] = [*AUTO_PRECISIONS[config.format], "int8 in part"]
     return plan | _describe_result(config) | {"steps": _list_titles(config, images["images"])}
 
 

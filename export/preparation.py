@@ -119,7 +119,7 @@ def _calibrate_graph(
         graph,
         data,
         config.preprocess,
-        config.cache,
+        config.uses_cache,
         progress.count,
     )
 

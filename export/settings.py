@@ -100,7 +100,8 @@ class Settings:
     )
     precision: str = make_option(
         "fp32",
-        help="fp16 needs trt or rtx, bf16 openvino; auto: measure them here and take the fastest that passes",
+        help="fp16 needs trt, rtx or openvino (there for GPUs and NPUs), bf16 openvino; auto: measure them"
+        " here and take the fastest that passes",
         group=OUTPUT,
         choices=PRECISION_CHOICES,
         shortcuts=(

@@ -17,9 +17,8 @@ from ..errors import BundleError, InputError, SignatureError
 from ..files import describe_irregular, hash_file, make_aside_path, read_regular, write_atomic, writing
 from ..locks import Hold
 from ..preprocessing import Preprocess
-from .external_data import MalformedOnnx, has_external_data
+from .contents import check_contents, make_unreadable_error
 from .golden import Golden, read_reference
-from .ir_file import NotAnIr, require_ir
 from .manifest import (
     ENGINES,
     GOLDEN,
@@ -30,7 +29,6 @@ from .manifest import (
     Manifest,
     make_bundle_error,
 )
-from .onnx_caps import ExcessiveGraph, require_modest_onnx
 from .packed import pack, unpack
 from .sections import LOGITS, MAX_TOTAL, FileEntry
 from .signature import MAX_SIGNATURE, SIGNATURE, Signature, make_statement, require_signed
@@ -97,7 +95,7 @@ class Bundle:
         return str(self.packed or self.path) if self.target is None else self.name
 
     @classmethod
-    def open(cls, path: str | Path, *, key: str | Path | None = None) -> Bundle:
+    def open(cls, path: str | Path, *, key: str | Path | None = None, cache: bool = False) -> Bundle:
         """Read the manifest and check every file's presence, size and hash.
 
         Where another process replaces the bundle meanwhile, this is the old one or the new one, never a
@@ -107,6 +105,8 @@ class Bundle:
             path: folder of the bundle, or the file of a packed one.
             key: file of the public key that the bundle must be signed with; ``None``: a signature is not
                 checked.
+            cache: what this machine has found out about the same graphs need not be found out again. The
+                hash of every file is compared all the same.
 
         Raises:
             BundleError: no bundle, a missing, edited or extra file, or a manifest that cannot be understood.
@@ -116,11 +116,11 @@ class Bundle:
         """
         path = Path(path)
         if os.path.isfile(path):
-            return cls._open_packed(path, key)
+            return cls._open_packed(path, key, cache)
         for _ in range(ATTEMPTS):
             state = read_state(path)
             try:
-                bundle = cls._read(path, state, key)
+                bundle = cls._read(path, state, key, cache)
             except (BundleError, OSError):
                 if is_bundle_coming(path, state):
                     continue
@@ -130,7 +130,7 @@ class Bundle:
         raise _make_replaced_error(path)
 
     @classmethod
-    def _read(cls, path: Path, state: State | None, key: str | Path | None) -> Bundle:
+    def _read(cls, path: Path, state: State | None, key: str | Path | None, cache: bool) -> Bundle:
         manifest_path = path / MANIFEST
         if not os.path.isdir(path) or not os.path.isfile(manifest_path):
             raise BundleError(
@@ -145,7 +145,7 @@ class Bundle:
         if key is not None:
             statement = make_statement(json.loads(data), ENGINES)
             require_signed(statement, _read_signature(path), Path(key), path)
-        _check_members(path, manifest)
+        _check_members(path, manifest, cache)
         return cls(path, manifest, state=state, signature_checked=key is not None)
 
     @contextlib.contextmanager
@@ -165,17 +165,17 @@ class Bundle:
             raise _make_replaced_error(self.path)
 
     @classmethod
-    def _open_packed(cls, file: Path, key: str | Path | None) -> Bundle:
+    def _open_packed(cls, file: Path, key: str | Path | None, cache: bool) -> Bundle:
         """Open a packed bundle; where the cache holds a damaged copy of it, unpack it once more."""
         folder, hold = unpack(file)
         try:
-            bundle = cls.open(folder, key=key)
+            bundle = cls.open(folder, key=key, cache=cache)
         except SignatureError as exc:
             raise _locate_error(exc, file) from exc
         except BundleError:
             folder, hold = unpack(file, anew=True)
             try:
-                bundle = cls.open(folder, key=key)
+                bundle = cls.open(folder, key=key, cache=cache)
             except BundleError as exc:
                 raise _locate_error(exc, file) from exc
         return replace(bundle, packed=file, hold=hold)
@@ -305,6 +305,7 @@ def read_whole(
     read: Callable[[Bundle], Result],
     *,
     key: str | Path | None = None,
+    cache: bool = False,
 ) -> Result:
     """What ``read`` makes of a bundle's members, all of them from one state of the bundle.
 
@@ -317,7 +318,7 @@ def read_whole(
         with path.kept():
             return read(path)
     for _ in range(ATTEMPTS):
-        bundle = Bundle.open(path, key=key)
+        bundle = Bundle.open(path, key=key, cache=cache)
         try:
             result = read(bundle)
         except Exception:
@@ -372,7 +373,7 @@ def _read_signature(path: Path) -> bytes | None:
     return _read_member(file, MAX_SIGNATURE)
 
 
-def _check_members(path: Path, manifest: Manifest) -> None:
+def _check_members(path: Path, manifest: Manifest, cache: bool) -> None:
     files = manifest.files
     different = {name.lower() for name in files}
     if len(files) > MAX_FILES or len(different) != len(files):
@@ -391,7 +392,7 @@ def _check_members(path: Path, manifest: Manifest) -> None:
                 f"{name} was changed after the export: its SHA-256 differs from the manifest",
                 path,
             )
-        _check_content(name, path)
+    check_contents(path, files, cache)
 
 
 def _is_unchanged(member: Path, entry: FileEntry) -> bool:
@@ -399,7 +400,7 @@ def _is_unchanged(member: Path, entry: FileEntry) -> bool:
     try:
         return member.stat().st_size == entry.size and hash_file(member) == entry.sha256
     except OSError as exc:
-        raise _make_unreadable_error(member, exc) from exc
+        raise make_unreadable_error(member, exc) from exc
 
 
 def _read_member(file: Path, limit: int) -> bytes:
@@ -407,16 +408,7 @@ def _read_member(file: Path, limit: int) -> bytes:
     try:
         return read_regular(file, limit)
     except OSError as exc:
-        raise _make_unreadable_error(file, exc) from exc
-
-
-def _make_unreadable_error(file: Path, exc: OSError) -> BundleError:
-    return BundleError(
-        "a file of the bundle cannot be read",
-        where=file,
-        why=exc.strerror or exc,
-        remedy="check the disk and the file's permissions, or copy the whole bundle again",
-    )
+        raise make_unreadable_error(file, exc) from exc
 
 
 def _check_present(path: Path, manifest: Manifest) -> None:
@@ -469,33 +461,3 @@ def _list_ignored(path: Path, manifest: Manifest) -> set[str]:
     engines = (p for p in (path / ENGINES).glob("*") if p.is_file())
     left = {p.relative_to(path).as_posix() for p in (*unfinished, *engines)}
     return left - set(manifest.files)
-
-
-def _check_content(name: str, path: Path) -> None:
-    """Check that a graph is what its name says: runtimes choose a reader by the content of a file.
-
-    It refers to no other file, and asks for no more than a graph may.
-    """
-    try:
-        if name.lower().endswith(".onnx"):
-            require_modest_onnx(path / name)
-            _require_self_contained(name, path)
-        elif name.lower().endswith(".xml"):
-            require_ir(path / name)
-    except MalformedOnnx as exc:
-        raise make_bundle_error(f"{name} is no ONNX file", path, exc) from exc
-    except NotAnIr as exc:
-        raise make_bundle_error(f"{name} is no graph in OpenVINO's format", path, exc) from exc
-    except ExcessiveGraph as exc:
-        raise make_bundle_error(f"{name} asks for more than a graph may", path, exc) from exc
-    except OSError as exc:
-        raise _make_unreadable_error(path / name, exc) from exc
-
-
-def _require_self_contained(name: str, path: Path) -> None:
-    """Raise :class:`BundleError` for an ONNX file that refers to another file."""
-    if has_external_data(path / name):
-        raise make_bundle_error(
-            f"{name} stores weights outside the file, which bundles may not",
-            path,
-        )

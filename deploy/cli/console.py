@@ -112,8 +112,10 @@ def make_parser(
     epilog: str = "",
     *,
     json_help: str = "print one machine-readable object last on standard output",
+    verbose_help: str = "show the trace of an error",
 ) -> Parser:
-    """An argument parser with the flags every command has; ``json_help`` says what ``--json`` prints."""
+    """An argument parser with the flags every command has; ``json_help`` says what ``--json`` prints, and
+    ``verbose_help`` what ``-v`` shows."""
     p = Parser(
         prog,
         description=description,
@@ -127,14 +129,14 @@ def make_parser(
         "-v",
         "--verbose",
         action="store_true",
-        help="show the trace of an error",
+        help=verbose_help,
     )
     p.add_argument("-q", "--quiet", action="store_true", help="no progress")
     return p
 
 
 def add_runtime_flags(p: argparse.ArgumentParser) -> None:
-    """``--backend``, ``--device``, ``--threads``."""
+    """``--backend``, ``--device``, ``--threads``, ``--trust-engine``."""
     runtime = p.add_argument_group("runtime")
     runtime.add_argument(
         "--backend",
@@ -143,12 +145,28 @@ def add_runtime_flags(p: argparse.ArgumentParser) -> None:
     )
     runtime.add_argument(
         "--device",
-        help="the runtime's device (default: CPU; TensorRT: GPU 0)",
+        help="the runtime's device (default: CPU; TensorRT: GPU 0); openvino also takes GPU, GPU.1, NPU and"
+        " AUTO; onnxruntime cuda, tensorrt, rtx and openvino:GPU",
     )
     runtime.add_argument(
         "--threads",
         type=THREADS.parse_whole,
         help="CPU threads of one inference (default: all cores)",
+    )
+    runtime.add_argument(
+        "--trust-engine",
+        action="store_true",
+        help="open the engine that came with a bundle although no signature was checked; an engine is native"
+        " code, so whoever made it can do here what you can",
+    )
+
+
+def add_cache_flag(p: argparse.ArgumentParser) -> None:
+    """``--no-cache``."""
+    p.add_argument(
+        "--no-cache",
+        action="store_true",
+        help="compile the model anew, and keep nothing for the next start",
     )
 
 

@@ -17,6 +17,7 @@ from ..images import ImageSet, is_archive
 from ..predictor import Prediction, Predictor
 from ..progress import Progress
 from .console import (
+    add_cache_flag,
     add_key_flag,
     add_runtime_flags,
     make_parser,
@@ -26,6 +27,7 @@ from .console import (
     tell,
     tell_error,
 )
+from .predict_times import Timeline
 from .ranges import CLASS_COUNTS
 
 MANY = 32
@@ -67,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
         " is printed as soon as it is known. Images that cannot be read are named on standard error, and the"
         " exit code is then 2.",
         json_help="print every answer as one machine-readable object on a line of its own",
+        verbose_help="show where the time until the first answer went, and the trace of an error",
     )
     p.add_argument("bundle", type=Path)
     p.add_argument(
@@ -89,11 +92,13 @@ def build_parser() -> argparse.ArgumentParser:
         " are, so import the file as text into a spreadsheet",
     )
     add_runtime_flags(p)
+    add_cache_flag(p)
     add_key_flag(p)
     return p
 
 
 def _main(args: argparse.Namespace) -> int:
+    timeline = Timeline() if args.verbose else None
     _check(args)
     sources = [source for path in args.images for source in _expand(path, args.quiet)]
     failed = 0
@@ -102,9 +107,13 @@ def _main(args: argparse.Namespace) -> int:
         backend=args.backend,
         device=args.device,
         threads=args.threads,
+        trusted_engine=args.trust_engine,
         key=args.key,
+        cache=not args.no_cache,
         throughput=len(sources) >= MANY,
     ) as predictor:
+        if timeline:
+            timeline.watch(predictor)
         show = _show(args, sources, predictor.labels)
         for answer in _iterate_answers(predictor, sources, args.quiet):
             if isinstance(answer, ImageError):
@@ -112,6 +121,8 @@ def _main(args: argparse.Namespace) -> int:
                 tell_error(answer)
             elif not show(answer):
                 break  # the reader of the pipe has seen enough
+    if timeline:
+        tell(timeline.describe())
     if failed:
         tell(f"{failed} of {len(sources)} images could not be read")
     return InputError.exit_code if failed else 0

@@ -285,6 +285,7 @@ def benchmark(
     backend: str | None = None,
     device: str | None = None,
     threads: int | None = None,
+    trusted_engine: bool = False,
     images: Sequence[bytes] = (),
     protocol: Protocol = Protocol(),
     with_throughput: bool = True,
@@ -295,7 +296,7 @@ def benchmark(
 
     Args:
         bundles: at least one; the first is what ratios refer to.
-        backend, device, threads: as :meth:`cmt_edge.deploy.Predictor.load`.
+        backend, device, threads, trusted_engine: as :meth:`cmt_edge.deploy.Predictor.load`.
         images: encoded images for the end-to-end figure; default: the golden source images of each bundle.
         protocol: how long.
         with_throughput: also measure many requests at once.
@@ -304,7 +305,14 @@ def benchmark(
     """
     report = progress or (lambda phase, share: None)
     named = dict(zip(_name_bundles(bundles), bundles, strict=True))
-    opened = partial(load, backend=backend, device=device, threads=threads)
+    opened = partial(
+        load,
+        backend=backend,
+        device=device,
+        threads=threads,
+        trusted_engine=trusted_engine,
+        cache=False,
+    )
     samples = _measure_latencies(named, opened, images, protocol, report)
     rates: dict[str, float] = {}
     if with_throughput:

@@ -224,7 +224,7 @@ def _answer_missing(request: PrecisionRequest, _: Report) -> Text:
 def _answer_logits(request: LogitsRequest, report: Report) -> Text:
     pixels = np.load(request.pixels, mmap_mode="r")
     parts = []
-    with Predictor.load(request.bundle, threads=request.threads) as predictor:
+    with Predictor.load(request.bundle, threads=request.threads, cache=False) as predictor:
         chunk = max(CHILD_CHUNK_IMAGES, predictor.batch)
         for start in range(0, len(pixels), chunk):
             part = np.asarray(pixels[start : start + chunk])
@@ -247,7 +247,7 @@ def _answer_benchmark(request: BenchmarkRequest, report: Report) -> Benchmark:
 
 def _answer_kernels(request: KernelsRequest, _: Report) -> Kernels:
     bundle = Bundle.open(request.bundle)
-    with Predictor.load(bundle, threads=request.threads) as predictor:
+    with Predictor.load(bundle, threads=request.threads, cache=False) as predictor:
         return Kernels(predictor.session.kernels(make_golden_batch(bundle, predictor)))
 
 

@@ -102,6 +102,7 @@ def verify(
     reference: Predictor | None = None,
     weights: str | None = None,
     trusted_model: object = None,
+    trusted_engine: bool = False,
     max_drop: float = MAX_DROP,
     atol: float | None = None,
     limit: int | None = None,
@@ -114,7 +115,8 @@ def verify(
         bundle: opened, so its hashes hold.
         data: images in class folders; without it only the golden vectors are checked.
         by_order: class folders match the labels in sorted order instead of by name.
-        backend, device, threads, weights, trusted_model: as :meth:`cmt_edge.deploy.Predictor.load`.
+        backend, device, threads, weights, trusted_model, trusted_engine: as
+            :meth:`cmt_edge.deploy.Predictor.load`.
         reference: a Predictor of the reference; default: what the bundle recorded for these very images, else
             the PyTorch model rebuilt here, of ``weights`` and ``trusted_model``.
         max_drop: allowed loss of top-1 in percentage points.
@@ -128,7 +130,7 @@ def verify(
         InputError: images were given for a bundle of feature maps.
         RuntimeMissingError: images were given, but nothing here knows the reference's answers to them.
     """
-    options = LoadOptions(device, threads, weights=weights, trusted_model=trusted_model)
+    options = LoadOptions(device, threads, False, weights, trusted_model, trusted_engine)
     with _opened(candidate, bundle, backend, options) as predictor:
         found = _check_outputs(bundle, predictor, atol)
         if data is None:
@@ -170,6 +172,8 @@ def _opened(
         threads=options.threads,
         weights=options.weights,
         trusted_model=options.trusted_model,
+        trusted_engine=options.trusted_engine,
+        cache=False,
     ) as predictor:
         yield predictor
 

@@ -6,11 +6,10 @@ import shlex
 from collections import Counter
 from collections.abc import Sequence
 
-from ..bundle import LOGITS, Bundle
+from ..bundle import LOGITS, Bundle, Manifest
 from ..bundle.sections import (
     TYPED_FORMATS,
     DecodingEntry,
-    LatencyEntry,
     ObservedEntry,
     SynthesisEntry,
     TypingEntry,
@@ -41,7 +40,7 @@ def describe_bundle(bundle: Bundle, verify_flags: Sequence[str] = ()) -> str:
     lines += [describe_compiled(manifest.compiled)] if manifest.compiled else []
     notes = manifest.verification.notes if manifest.verification else ()
     lines += [f"warning: {note}" for note in notes]
-    lines += _describe_latency(manifest.latency, told=notes)
+    lines += _describe_latency(manifest, told=notes)
     lines.append(describe_weights(manifest.model.weights))
     if manifest.labels_source == "numbered":
         lines.append("note: the classes have no names; give them with --labels FILE")
@@ -126,8 +125,11 @@ def describe_weights(weights: WeightsEntry) -> str:
     return text + (" (averaged over training)" if weights.ema else "")
 
 
-def _describe_latency(latency: LatencyEntry | None, told: Sequence[str]) -> list[str]:
+def _describe_latency(manifest: Manifest, told: Sequence[str]) -> list[str]:
     """The quick measurement; its warnings repeat those of the verification, which are ``told`` already."""
+    latency = manifest.latency
+    if latency is None and manifest.format not in TYPED_FORMATS:
+        return ["latency: not measured, the bundle is for a GPU or an NPU"]
     if latency is None:
         return ["latency: not measured, the bundle has no engine of its device yet"]
     return [
@@ -164,6 +166,12 @@ def _list_next_commands(bundle: Bundle, verify_flags: Sequence[str]) -> list[str
             "next:",
             f"  cmt-build {name}",
             f"(on the device, once {path} is copied to it)",
+        ]
+    if bundle.manifest.format == "openvino" and bundle.manifest.precision == "fp16":
+        return [
+            "next, where there is a GPU (or NPU):",
+            f"  cmt-verify {path} --device GPU",
+            f"  cmt-bench {path} --device GPU",
         ]
     flags = "".join(f" {shlex.quote(flag)}" for flag in verify_flags)
     lines = ["next:", f"  cmt-bench {path}"]

@@ -19,6 +19,7 @@ from ..backends import get_runtime
 from ..backends.base import read_batch_limit
 from ..bundle import ENGINES, Bundle, Manifest
 from ..bundle.sections import CompiledEntry, EngineEntry, EngineKey, GoldenCheck
+from ..cache import is_cache_wanted
 from ..errors import (
     GateError,
     InputError,
@@ -60,6 +61,7 @@ from .engine import (
     read_engine,
 )
 from .inspection import read_layers, require_precision
+from .jit import find_store
 from .kernels import read_kernels
 from .session import TensorRTSession, find_engine_target
 
@@ -360,13 +362,15 @@ class _Job:
 
     def _open(self, built: Built, throughput: bool = False) -> Predictor:
         bundle = self.bundle
+        product = PRODUCTS[bundle.manifest.format]
         session = TensorRTSession(
-            open_bindings(PRODUCTS[bundle.manifest.format]),
+            open_bindings(product),
             built.plan,
             self.cuda,
             self.target.gpu.index,
             outputs=bundle.outputs,
             throughput=throughput,
+            store=find_store(product, bundle, self.target, built.plan) if is_cache_wanted() else None,
         )
         return Predictor(
             session,

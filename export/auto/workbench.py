@@ -25,7 +25,7 @@ from cmt_edge.calib.restore import list_int8_nodes
 from cmt_edge.deploy.backends import RUNTIME_OF_FORMAT
 from cmt_edge.deploy.bundle import BundleWriter, make_plain, read_record
 from cmt_edge.deploy.bundle.sections import (
-    FORMATS,
+    AUTO_PRECISIONS,
     Count,
     OutputDifference,
     Share,
@@ -113,7 +113,7 @@ class Workbench:
             progress,
         )
         self._measured = JsonCache(
-            find_cache_folder() / "search" if config.cache else None,
+            find_cache_folder() / "search" if config.uses_cache else None,
             KEPT_MEASUREMENTS,
         )
         self._backend = RUNTIME_OF_FORMAT[config.format]
@@ -129,7 +129,7 @@ class Workbench:
 
     def variants(self) -> list[Variant]:
         """fp32 first; int8 as a whole, and without the kinds of products that hybrids are sensitive in."""
-        floats = [Variant(p, p) for p in FORMATS[self._config.format] if p != "int8"]
+        floats = [Variant(p, p) for p in AUTO_PRECISIONS[self._config.format] if p != "int8"]
         partly = [
             Variant(f"int8, {GROUP_TITLES[name]} float", "int8", (name,))
             for name, nodes in group_by_kind(self._source, self._int8_nodes).items()

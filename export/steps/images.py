@@ -58,6 +58,6 @@ def make_images(
         config.preprocess,
         config.seed,
         weights=f"{config.model_name} {compute_weights_fingerprint(classifier)}",
-        cache=find_cache_folder() / "synthetic" if config.cache else None,
+        cache=find_cache_folder() / "synthetic" if config.uses_cache else None,
         progress=progress,
     )

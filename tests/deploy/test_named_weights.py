@@ -75,7 +75,7 @@ def test_no_command_downloads_what_a_manifest_names(asked, tmp_path, fp32_bundle
         assert "--weights PATH" in told
         assert f"cmt-export --model {name}" in told
     assert asked == []
-    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "cache" / "weights").exists()
 
 
 @pytest.mark.parametrize("name", ["cmt_nano.safetensors", "pipe"])

@@ -467,3 +467,11 @@ def test_labels_are_as_many_as_classes(tmp_path, count):
     path = saved(tmp_path / "names.txt", "\n".join(["same"] * count), "utf-8")
     with pytest.raises(InputError, match=f"{count} labels for 10 classes"):
         ExportConfig("cmt_nano", labels=path).check()
+
+
+@pytest.mark.parametrize(("value", "uses"), [("", True), ("0", True), ("1", False), ("yes", False)])
+def test_one_variable_turns_every_cache_off(monkeypatch, value, uses):
+    monkeypatch.setenv("CMT_EDGE_NO_CACHE", value)
+    config = ExportConfig("cmt_nano", precision="int8", data="generated")
+    assert config.uses_cache == config.keeps_results == uses
+    assert not replace(config, cache=False).uses_cache

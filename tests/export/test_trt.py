@@ -135,7 +135,7 @@ def test_a_larger_model_is_typed_without_findings(name, tmp_path):
 
 BAD = [
     ({"precision": "bf16", "data": None}, "has no bf16"),
-    ({"format": "openvino"}, "has no fp16"),
+    ({"format": "openvino"}, "only --format trt or rtx builds engines"),
     ({"format": "onnx"}, "has no fp16"),
     ({"format": "openvino", "precision": "fp32"}, "only --format trt or rtx builds engines"),
     ({"format": "onnx", "precision": "fp32", "build": True, "workspace": 1.0}, "--workspace"),

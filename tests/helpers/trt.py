@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 import cmt_edge.deploy.cli.build
 from cmt_edge.deploy import Bundle
 from cmt_edge.deploy.backends.fake import FakeSession
-from cmt_edge.deploy.bundle import ONNX
-from cmt_edge.deploy.bundle.sections import TensorEntry, TypingEntry
+from cmt_edge.deploy.bundle import ONNX, PORTABLE_ENGINE
+from cmt_edge.deploy.bundle.sections import CompiledEntry, TensorEntry, TypingEntry
 from cmt_edge.deploy.progress import Progress
 from cmt_edge.deploy.tensorrt.bindings import open_bindings
 from cmt_edge.deploy.tensorrt.building import (
@@ -73,6 +74,35 @@ def trt_bundle(
         typing=TypingEntry(operations={precision: 2}, islands=(), observed=None),
         **entries,
     )
+
+
+def make_compiled(engine: str | None = PORTABLE_ENGINE) -> CompiledEntry:
+    """What a manifest says of a portable engine."""
+    return CompiledEntry(
+        product="tensorrt_rtx",
+        version="1.7.1.116",
+        targets=(),
+        seconds=3.0,
+        engine=engine,
+        engine_bytes=10,
+        kernels={"kgen": 3},
+        sync_nodes=0,
+        fused=1,
+        attention=0,
+        conversions=0,
+        types={},
+        activation_bytes=10,
+        weight_bytes=10,
+        blocks=(),
+        estimates=(),
+        details=None,
+    )
+
+
+def make_plan() -> bytes:
+    """An engine that the fake deserialises."""
+    header = {"typed": True, "detailed": True, "profile": None}
+    return b"FAKEPLAN" + json.dumps(header).encode() + b"\n" + tiny_graph().SerializeToString()
 
 
 def build_portable(

@@ -10,6 +10,7 @@ from .engine import BuildOptions, EngineEntry, EngineKey
 from .latency import LEAST_SHOWN_SHARE, ExecutedPrecision, LatencyEntry
 from .model import FileEntry, Host, ModelEntry, RuntimeEntry, TensorEntry, WeightsEntry
 from .values import (
+    AUTO_PRECISIONS,
     BATCH,
     FEATURES,
     FLOAT32,
@@ -45,6 +46,7 @@ from .verdict import Accuracy, Candidate, Sensitivity, Speed, Variant, VerdictEn
 from .verification import DataCheck, GoldenCheck, RanOn, VerificationEntry
 
 __all__ = [
+    "AUTO_PRECISIONS",
     "BATCH",
     "FEATURES",
     "FLOAT32",

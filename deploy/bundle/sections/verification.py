@@ -16,6 +16,10 @@ class RanOn:
     runtime: str
     device: str
 
+    def summary(self) -> str:
+        """For a table: the runtime, and the device unless it is the CPU."""
+        return self.runtime if self.device == "CPU" else f"{self.runtime} ({self.device})"
+
 
 @dataclass(frozen=True)
 class GoldenCheck:
