@@ -10,8 +10,9 @@ places that fit with different values are refused, unless only one of them has a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,17 @@ MAX_DENSE = 2**28
 
 MAX_PREFIX = 6
 """Number of parts of a prefix, at most."""
+
+MAX_VISITS = 8
+"""How often one mapping or list is entered, at most, where several ways lead to it or it holds itself.
+Programs keep a state dict under two or three names."""
+
+MAX_COMPARED = 2_000_000
+"""Number of names, at most, that all comparisons of places and prefixes with a model look at. A checkpoint of
+3,000 names with 30 prefixes needs 90,000."""
+
+_Visit = tuple[tuple[int, ...], tuple[str, ...], Any]
+"""A value of a checkpoint: its place in the order of the file, the keys on the way to it, and itself."""
 
 
 @dataclass(frozen=True)
@@ -102,12 +114,13 @@ def find_candidates(
     spec: ModelSpec,
     target: StateDict,
 ) -> list[WeightsCandidate]:
-    """Every place of ``content`` with every prefix that may belong to the model; the best one first."""
-    found = [
-        _compare(place, prefix, spec, target)
-        for place in find_places(content)
-        for prefix in _find_prefixes(place.state, len(target))
-    ]
+    """Every place of ``content`` with every prefix that may belong to the model; the best one first.
+
+    Raises:
+        Undecided: there are more of them than a training program writes.
+    """
+    pairs = list(_pair_with_prefixes(find_places(content), len(target)))
+    found = [_compare(place, prefix, spec, target) for place, prefix in pairs]
     return sorted(
         found,
         key=lambda candidate: (
@@ -118,26 +131,74 @@ def find_candidates(
     )
 
 
-def find_places(
-    content: Any,
-    way: tuple[str, ...] = (),
-) -> Iterator[Place]:
+def _pair_with_prefixes(places: Iterable[Place], wanted: int) -> Iterator[tuple[Place, str]]:
+    """Every place with each of its prefixes, if they can be compared in seconds."""
+    compared = 0
+    for place in places:
+        for prefix in _find_prefixes(place.state, wanted):
+            compared += len(place.state)
+            if compared > MAX_COMPARED:
+                raise Undecided(
+                    "has more places where the model's weights may be than can be compared",
+                    f"the names of its tensors have {MAX_COMPARED} beginnings or more",
+                    "save the weights alone: torch.save(model.state_dict(), NEW)",
+                )
+            yield place, prefix
+
+
+def find_places(content: Any) -> Iterator[Place]:
     """Every mapping in ``content`` that holds tensors or arrays."""
-    if len(way) > MAX_WAY or (way and is_of_training(way[-1])):
-        return
-    if isinstance(content, Mapping):
+    for way, held in walk(content, is_skipped=is_of_training):
+        if not isinstance(held, Mapping):
+            continue
         state = {
             str(key): tensor
-            for key, value in content.items()
+            for key, value in held.items()
             if (tensor := convert_to_tensor(value)) is not None
         }
         if state:
             yield Place(way, _unwrap(state))
-        for key, value in content.items():
-            yield from find_places(value, (*way, str(key)))
-    elif isinstance(content, (list, tuple)) and len(content) <= MAX_LIST:
-        for index, value in enumerate(content):
-            yield from find_places(value, (*way, f"[{index}]"))
+
+
+def walk(
+    content: Any,
+    is_skipped: Callable[[str], bool],
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The mappings and short lists of a checkpoint with the keys on the way to them, at most :data:`MAX_WAY`,
+    in the order of the file; not those below a key that ``is_skipped``.
+
+    A file of some kilobytes may lead to one mapping by millions of ways, or to itself: the shortest ways to
+    each are taken, :data:`MAX_VISITS` of them.
+    """
+    found: list[_Visit] = []
+    visits: Counter[int] = Counter()
+    level: list[_Visit] = [((), (), content)] if _is_walked(content) else []
+    for _ in range(MAX_WAY + 1):
+        inner: list[_Visit] = []
+        for place, way, held in level:
+            visits[id(held)] += 1
+            if visits[id(held)] > MAX_VISITS:
+                continue
+            found.append((place, way, held))
+            inner += [
+                ((*place, index), (*way, key), value)
+                for index, (key, value) in enumerate(_list_items(held))
+                if _is_walked(value) and visits[id(value)] < MAX_VISITS and not is_skipped(key)
+            ]
+        level = inner
+    return ((way, held) for _, way, held in sorted(found, key=itemgetter(0)))
+
+
+def _is_walked(held: object) -> bool:
+    """Whether places are looked for in a value."""
+    return isinstance(held, Mapping) or (isinstance(held, (list, tuple)) and len(held) <= MAX_LIST)
+
+
+def _list_items(held: Any) -> Iterator[tuple[str, Any]]:
+    """What a mapping or a list holds, by key."""
+    if isinstance(held, Mapping):
+        return ((str(key), value) for key, value in held.items())
+    return ((f"[{index}]", value) for index, value in enumerate(held))
 
 
 def convert_to_tensor(value: object) -> Tensor | None:

@@ -150,7 +150,7 @@ def _read_size(settings: Mapping[Any, Any], multiple: int) -> int | None:
     for name in (*SIZE, PERHAPS_SIZE):
         value = settings.get(name)
         sides = value[-2:] if isinstance(value, (list, tuple)) else ()
-        if sides and set(sides) == {sides[-1]}:
+        if sides and all(isinstance(side, (int, str)) and side == sides[-1] for side in sides):
             value = sides[-1]
         if isinstance(value, str) and value.isdecimal():
             value = int(value)

@@ -8,27 +8,24 @@ from typing import Any
 
 from torch import Tensor
 
-from .containers import MAX_WAY, convert_to_tensor, find_places, is_layer
+from .containers import convert_to_tensor, find_places, is_layer, walk
 from .key_words import OTHERS, TRAINING, names_average, split_words
 from .strangers import Stranger, find_strangers
 
 
-def find_nameless_average(
-    content: Any,
-    way: tuple[str, ...] = (),
-) -> tuple[str, ...] | None:
+def find_nameless_average(content: Any) -> tuple[str, ...] | None:
     """The way to averaged weights that are kept as a list, in the order of ``model.parameters()`` and without
     names, as torch_ema and diffusers keep ``shadow_params``; ``None`` where there are none."""
-    if not isinstance(content, Mapping) or len(way) > MAX_WAY:
-        return None
-    for key, value in content.items():
-        inner = (*way, str(key))
-        if isinstance(value, (list, tuple)):
-            layers = [item for item in value if isinstance(item, Tensor) and is_layer(item)]
-            if layers and any(names_average(part) for part in inner):
+    with_layers: dict[int, bool] = {}
+    for way, held in walk(content, is_skipped=lambda key: key.startswith("[")):
+        for key, value in held.items() if isinstance(held, Mapping) else ():
+            inner = (*way, str(key))
+            if not isinstance(value, (list, tuple)) or not any(map(names_average, inner)):
+                continue
+            if id(value) not in with_layers:
+                with_layers[id(value)] = any(isinstance(item, Tensor) and is_layer(item) for item in value)
+            if with_layers[id(value)]:
                 return inner
-        elif (found := find_nameless_average(value, inner)) is not None:
-            return found
     return None
 
 
@@ -58,21 +55,22 @@ def find_hidden_layers(content: Any) -> Iterator[tuple[tuple[str, ...], str]]:
 
 def _find_layers(held: Any, seen: set[int]) -> Iterator[Tensor]:
     """The kernels of layers among what an object holds, at any depth."""
-    if id(held) in seen:
-        return
-    seen.add(id(held))
-    tensor = convert_to_tensor(held)
-    if tensor is not None:
-        if is_layer(tensor):
-            yield tensor
-        return
-    values = held.held if isinstance(held, Stranger) else held
-    if isinstance(values, Mapping):
-        values = values.values()
-    elif not isinstance(values, (list, tuple)):
-        return
-    for value in values:
-        yield from _find_layers(value, seen)
+    pending = [held]
+    while pending:
+        value = pending.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        tensor = convert_to_tensor(value)
+        if tensor is not None:
+            if is_layer(tensor):
+                yield tensor
+            continue
+        inner = value.held if isinstance(value, Stranger) else value
+        if isinstance(inner, Mapping):
+            pending += list(inner.values())[::-1]
+        elif isinstance(inner, (list, tuple)):
+            pending += inner[::-1]
 
 
 def _identify_memory(value: Tensor) -> int:

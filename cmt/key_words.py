@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 AVERAGE = re.compile(
@@ -126,12 +127,17 @@ TRAINING = {
 """Words in the first part of names that belong to training, not to the model."""
 
 
+CACHED_KEYS = 1 << 16
+"""Number of keys whose meaning is remembered: the same ones are compared with many prefixes."""
+
+
 def split_words(key: str) -> set[str]:
     """The words that a key is made of, in lower case."""
     split = re.sub(r"([a-z])([A-Z])", r"\1_\2", key)
     return {word for word in re.split(r"[^a-z0-9]+", split.lower()) if word}
 
 
+@functools.lru_cache(maxsize=CACHED_KEYS)
 def names_average(key: str) -> bool:
     """Whether ``key`` names averaged weights: a word for an average, and beside it only usual words.
 
@@ -143,11 +149,13 @@ def names_average(key: str) -> bool:
     return all(word in BESIDE_AVERAGE or word.isdecimal() for word in others)
 
 
+@functools.lru_cache(maxsize=CACHED_KEYS)
 def is_of_training(key: str) -> bool:
     """Whether no weights of the model are looked for below ``key``."""
     return key.lower() in MOMENTS or bool(OTHERS & split_words(key))
 
 
+@functools.lru_cache(maxsize=CACHED_KEYS)
 def is_training_only(key: str) -> bool:
     """Whether a name beside a model's belongs to its training, and not to its answers."""
     parts = key.split(".")

@@ -69,6 +69,7 @@ def load_reference(
     ema: bool | None = None,
     fresh_head: bool = False,
     resize: bool = False,
+    download: bool = True,
 ) -> tuple[Classifier, LoadedWeights]:
     """A reference model in eval mode with its weights.
 
@@ -77,6 +78,7 @@ def load_reference(
         weights: ``"pretrained"``, ``"random"``, or the path of a checkpoint.
         seed: of the initial weights, and of random ones.
         ema, fresh_head, resize: as for :func:`cmt_edge.cmt.load_weights`.
+        download: as for :func:`cmt_edge.cmt.load_pretrained`.
     """
     model = create_model(
         name,
@@ -93,7 +95,7 @@ def load_reference(
         "resize": resize,
     }
     if str(weights) == "pretrained":
-        return model, load_pretrained(model, **options)
+        return model, load_pretrained(model, download=download, **options)
     return model, load_weights(model, weights, **options)
 
 
@@ -104,6 +106,9 @@ def rebuild(
 ) -> tuple[nn.Module, str]:
     """The model of a manifest's ``model`` entry, and the fingerprint of its weights.
 
+    Nothing is downloaded, and no file is opened, because the entry says so: published weights must be in the
+    package or in the user's cache already.
+
     Args:
         entry: of the manifest, which a stranger may have written.
         weights: the checkpoint, where the weights came from a file.
@@ -113,23 +118,23 @@ def rebuild(
 
     Raises:
         InputError: the entry names a model from outside the registry, and ``trusted_model`` is missing.
-        WeightsError: the weights came from a file, and ``weights`` does not name it.
+        WeightsError: the weights came from a file, and ``weights`` does not name it; or they were published,
+            and this machine does not have them.
     """
     name = entry.name if trusted_model is None else trusted_model
     if trusted_model is None:
         _require_known(entry, weights)
     made = entry.weights
-    if weights is None:
-        weights = _find_weights(made.source)
     model, _ = load_reference(
         name,
-        weights,
+        _find_weights(made.source) if weights is None else weights,
         img_size=entry.img_size,
         num_classes=entry.num_classes,
         seed=made.seed,
         ema=made.ema,
         fresh_head=bool(made.fresh),
         resize=bool(made.resized),
+        download=weights is not None,
     )
     return choose_head(model, entry.head), compute_weights_fingerprint(model)
 
@@ -138,11 +143,12 @@ def _find_weights(source: str) -> str:
     """What gives the weights that a manifest names.
 
     Raises:
-        WeightsError: they came from a file that is not here.
+        WeightsError: they came from a file. It is not looked for by its name, because a stranger may have
+            written the manifest.
     """
     if source == AS_BUILT:
         return "pretrained"
-    if source not in ("pretrained", "random") and not _is_here(source):
+    if source not in ("pretrained", "random"):
         raise WeightsError(
             f"the bundle was made from the checkpoint {source!r}, which it does not contain",
             remedy="name that file: --weights PATH",
@@ -164,9 +170,3 @@ def _require_known(entry: ModelEntry, weights: str | Path | None) -> None:
             remedy="give the module object as trusted_model, or name a factory that builds it:"
             " --reference-model FILE.py:FACTORY",
         )
-
-
-def _is_here(source: str) -> bool:
-    """Whether the checkpoint that a manifest records lies in the current folder; a path is not followed,
-    because a stranger may have written it. Whether it is the right file, its fingerprint proves."""
-    return Path(source).name == source and Path(source).is_file()

@@ -110,14 +110,18 @@ def load_pretrained(
     ema: bool | None = None,
     fresh_head: bool = False,
     resize: bool = False,
+    download: bool = True,
 ) -> LoadedWeights:
     """Load the published weights of ``model``: from the package, the user's cache, or by download.
 
-    The arguments are those of :func:`load_weights`.
+    Args:
+        model, ema, fresh_head, resize: as for :func:`load_weights`.
+        download: whether the weights may be downloaded where this machine does not have them.
 
     Raises:
         DownloadError: there is no network, or the file fails its check.
-        WeightsError: as :func:`load_weights`, or nothing is published for this model.
+        WeightsError: as :func:`load_weights`, or nothing is published for this model, or the weights would
+            have to be downloaded and may not be.
     """
     spec = cast(Classifier, model).spec
     options: dict[str, Any] = {"fresh_head": fresh_head, "resize": resize}
@@ -134,8 +138,14 @@ def load_pretrained(
         shipped = resources.files("cmt_edge.cmt") / "data" / spec.pretrained.resource
         with resources.as_file(shipped) as path:
             return load_weights(model, path, ema=ema, **options)
-    from .download import fetch
+    from .download import fetch, is_kept
 
+    if not download and not is_kept(spec.pretrained):
+        raise WeightsError(
+            f"the published weights of {spec.name} are not in the cache, and nothing is downloaded unasked",
+            remedy=f"name the file: --weights PATH; or download it: cmt-export --model {spec.name} --weights"
+            " pretrained",
+        )
     return load_weights(
         model,
         fetch(spec.pretrained),

@@ -151,7 +151,7 @@ class Lanes:
         for output in outputs:
             if output.shape[:1] != (rows,):
                 raise self._make_shape_error(
-                    f"the model gives an output of shape {output.shape} for {rows} images"
+                    f"the model gives an output of shape {output.shape} for a batch of {rows}"
                 )
         return outputs
 

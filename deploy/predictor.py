@@ -241,7 +241,8 @@ class Predictor:
         Raises:
             ImageError: the image cannot be read.
             InputError: a closed Predictor, a bundle of feature maps, or an unknown ``color``.
-            BundleError: the model's answer is not finite, or is no probabilities where the bundle says so.
+            BundleError: the model gives more or fewer answers than images, one that is not finite, or no
+                probabilities where the bundle says so.
         """
         self._require(LOGITS)
         decode = self._make_decoder(color)

@@ -20,7 +20,7 @@ import openvino as ov
 
 from ..bundle import ONNX, Bundle
 from ..bundle.sections import FLOAT32, ExecutedPrecision
-from ..errors import CmtEdgeError
+from ..errors import BundleError, CmtEdgeError
 from ..sealing import Result
 from .base import WARM_UP_RUNS, Binding, LoadOptions, Runtime, Session, make_open_error, make_run_error
 from .described import GraphTensor, require_described
@@ -35,7 +35,7 @@ from .openvino_devices import (
     require_device,
     require_precision,
 )
-from .openvino_graph import read
+from .openvino_graph import find_excess, read
 
 PRECISION_OF_TYPE = {
     "f32": "fp32",
@@ -157,8 +157,8 @@ class _Request:
     def __init__(self, request: ov.InferRequest, shape: tuple[int, ...], where: Path | None) -> None:
         self._request = request
         self._where = where
-        self._outputs: list[np.ndarray] = []
-        self._open: list[tuple[int, ov.Tensor]] = []  # outputs whose shape may change with the input
+        self._outputs: list[np.ndarray] = []  # what the outputs are written to, once they are bound
+        self._open: list[tuple[int, ov.Tensor]] = []  # bound outputs whose number of rows the graph decides
         self.batch = np.empty(shape, np.float32)
         request.set_input_tensor(ov.Tensor(self.batch, shared_memory=True))
 
@@ -166,7 +166,7 @@ class _Request:
         """The outputs for ``batch``, as :meth:`Session.run`."""
         try:
             self._request.infer(share_outputs=True)
-            outputs = [output.copy() for output in self._outputs or self._bind_outputs()]
+            outputs = [output.copy() for output in self._outputs] or self._take_outputs()
             for i, tensor in self._open:
                 if tuple(tensor.shape) != outputs[i].shape:
                     outputs[i] = tensor.data.copy()
@@ -174,25 +174,31 @@ class _Request:
             raise make_run_error(self._where, exc) from exc
         return outputs
 
-    def _bind_outputs(self) -> list[np.ndarray]:
-        """Have the outputs written to arrays, now that their shapes are known: asking the request for them
-        takes longer than copying them.
+    def _take_outputs(self) -> list[np.ndarray]:
+        """The outputs of the first inference. The later ones are written to arrays, since their shapes are
+        known now: asking the request for them takes longer than copying them.
 
-        A graph may decide a shape by the values of its input. The array of such an output keeps the shape of
-        the first inference, but its tensor has that of the newest one.
+        A graph may decide a shape by the values of its input. An array keeps its shape then, so such an
+        output is not bound; and where the number of rows is open, each inference's is compared.
         """
-        tensors = [(port, given.data.copy()) for port, given in self._list_outputs()]
-        for i, (port, output) in enumerate(tensors):
+        ports, tensors = self._request.model_outputs, self._request.output_tensors
+        outputs = [tensor.data.copy() for tensor in tensors]
+        shapes = [list(port.get_partial_shape()) for port in ports]
+        if not all(map(self._is_settled, shapes, outputs)):
+            return outputs
+        for i, output in enumerate(outputs):
             tensor = ov.Tensor(output, shared_memory=True)
             self._request.set_output_tensor(i, tensor)
-            self._outputs.append(output)
-            if port.get_partial_shape().is_dynamic:
+            if shapes[i] and shapes[i][0].is_dynamic:
                 self._open.append((i, tensor))
-        return self._outputs
+        self._outputs = outputs
+        return [output.copy() for output in outputs]
 
-    def _list_outputs(self) -> list[tuple[ov.ConstOutput, ov.Tensor]]:
-        """What the model says of each output, and its tensor."""
-        return list(zip(self._request.model_outputs, self._request.output_tensors, strict=True))
+    def _is_settled(self, shape: list[ov.Dimension], output: np.ndarray) -> bool:
+        """Whether an output of the model has the shape that it has now for every batch of this size; it may
+        leave open the number of rows, if that is the batch's."""
+        is_batched = output.shape[:1] == self.batch.shape[:1]
+        return all(size.is_static for size in shape[1:]) and (is_batched or all(s.is_static for s in shape))
 
 
 def _time_nodes(request: ov.InferRequest, batch: np.ndarray, repeats: int) -> dict[str, float]:
@@ -304,6 +310,7 @@ def _compile(core: ov.Core, job: Job, cache: bool) -> Result[ov.CompiledModel]:
     def compile_anew() -> ov.CompiledModel:
         model = read(path)
         _require_described(job, model)
+        _require_modest(job, model)
         return core.compile_model(model, job.device, dict(job.config))
 
     if not (cache and can_keep(core, job)):
@@ -320,6 +327,17 @@ def _require_described(job: Job, model: ov.Model | ov.CompiledModel) -> None:
         [_read_tensor(port) for port in model.inputs],
         [_read_tensor(port) for port in model.outputs],
     )
+
+
+def _require_modest(job: Job, model: ov.Model) -> None:
+    """Raise :class:`BundleError` where a graph makes a tensor larger than it may."""
+    if excess := find_excess(model):
+        raise BundleError(
+            f"{ONNX} asks for more than a graph may",
+            where=job.bundle.path,
+            why=excess,
+            remedy="copy the whole bundle again, or export it again",
+        )
 
 
 def open_as_float32(bundle: Bundle, threads: int | None = None) -> OpenVINOSession:

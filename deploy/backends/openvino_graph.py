@@ -14,19 +14,45 @@ with padding are left alone: the zeros around the map are zeros of ``x``, not of
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
 import openvino as ov
 from openvino import opset13 as ops
+from openvino.frontend import FrontEndManager
+
+from ..bundle.onnx_caps import MAX_MADE
+
+MAX_RATIO = 64
+"""The largest number of elements of a tensor for each element of the input, where that is above
+:data:`.onnx_caps.MAX_MADE`. Convolutional models have about 6."""
 
 CONSTANT_OPERATIONS = ("Convert", "Reshape", "Subtract", "Multiply")
 """What OpenVINO computes the weights of an int8 conv with."""
 
 
 def read(path: Path) -> ov.Model:
-    """The model in the ONNX file ``path``, rewritten as above."""
-    return make_unsigned(ov.Core().read_model(path))
+    """The model in the ONNX file ``path``, rewritten as above.
+
+    ``Core.read_model`` chooses a reader by the content of a file. One that is ONNX to another runtime may be
+    another model to it, so that only the reader of ONNX is asked.
+    """
+    frontend = FrontEndManager().load_by_framework("onnx")
+    return make_unsigned(frontend.convert(frontend.load(path)))
+
+
+def find_excess(model: ov.Model) -> str | None:
+    """What a graph makes larger than it may, in words; ``None`` if nothing. OpenVINO has inferred the shapes
+    and has computed nothing yet. What has no fixed shape is not looked at."""
+    images = sum(math.prod(port.get_shape()) for port in model.inputs if port.get_partial_shape().is_static)
+    cap = max(MAX_MADE, MAX_RATIO * images)
+    for node in model.get_ops():
+        for output in node.outputs():
+            shape = output.get_partial_shape()
+            if shape.is_static and math.prod(output.get_shape()) > cap:
+                return f"{node.get_type_name()} makes {shape} elements, more than the cap of {cap}"
+    return None
 
 
 def make_unsigned(model: ov.Model) -> ov.Model:

@@ -26,7 +26,7 @@ KEEP = 256
 """The number of findings that stay, those that were used last."""
 GRAPHS = ".onnx"
 """Suffix, in lower case, of the members that are graphs."""
-RULES = 1
+RULES = 2
 """What the checks demand. Raised when they demand more, so that no older finding counts."""
 
 

@@ -121,7 +121,7 @@ class TensorRTSession(Session):
     def run(self, batch: np.ndarray) -> list[np.ndarray]:
         if not len(batch):
             shapes = [tuple(self._engine.get_tensor_shape(name))[1:] for name in self._outputs]
-            return [np.empty((0, *shape), np.float32) for shape in shapes]
+            return [np.empty((0, *np.maximum(0, shape)), np.float32) for shape in shapes]
         with self._worker() as worker:
             is_first = not worker.shape
             parts = [worker.run(batch[i : i + self._most]) for i in range(0, len(batch), self._most)]
@@ -329,7 +329,7 @@ class Worker:
     def _reshape(self, shape: tuple[int, ...]) -> None:
         self.set_shape(shape)
         self.device_in, self.host_in = self._find_buffers(shape)
-        self.out = [self._find_buffers(tuple(self.context.get_tensor_shape(name))) for name in self.outputs]
+        self.out = [self._find_buffers(self._read_shape(name)) for name in self.outputs]
         addresses = [
             self.device_in,
             *(device for device, _ in self.out),
@@ -341,6 +341,17 @@ class Worker:
                     remedy="report the model and the TensorRT version",
                 )
         self.shape = shape
+
+    def _read_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of an output for the input's shape; raises :class:`StepError` where it depends on the
+        values too, since nobody knows then how much of a buffer belongs to an answer."""
+        shape = tuple(int(size) for size in self.context.get_tensor_shape(name))
+        if min(shape, default=0) < 0:
+            raise StepError(
+                f"the engine decides the shape of {name} by the values of its input",
+                remedy="export the model with a fixed shape, then build it again",
+            )
+        return shape
 
     def _find_buffers(self, shape: tuple[int, ...]) -> tuple[int, np.ndarray]:
         """Device memory and a pinned host array of ``shape``, float32."""
