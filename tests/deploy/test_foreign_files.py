@@ -397,6 +397,29 @@ def test_the_file_counts_and_not_what_the_cache_has_of_it(
         assert predictor(image).label == plain(image).label
 
 
+def test_a_link_in_the_cache_leads_nowhere(file: Path, cache: Path, tmp_path: Path) -> None:
+    """The folder that the unpacked bundle takes the place of would be a user's."""
+    first = Bundle.open(file)
+    home = tmp_path / "home"
+    (home / first.path.name).mkdir(parents=True)
+    (home / first.path.name / "thesis.txt").write_text("precious")
+    shutil.rmtree(first.path.parent)
+    first.path.parent.symlink_to(home)
+    before = snapshot(home)
+    opened = Bundle.open(file)
+    assert not opened.path.is_relative_to(cache)
+    assert snapshot(home) == before
+
+
+@pytest.mark.parametrize("name", [".zip", "..zip", "...zip", "..cmt.zip", "...cmt.zip"])
+def test_the_name_of_a_file_leads_to_no_other_folder(file: Path, cache: Path, name: str) -> None:
+    other = file.with_name(name)
+    shutil.copy(file, other)
+    opened = Bundle.open(other)
+    assert opened.path.parent.parent == cache / packed.FOLDER
+    assert opened.name == "bundle"
+
+
 def test_folders_of_a_user_beside_the_unpacked_bundles_stay(file: Path, cache: Path) -> None:
     names = [f"mine{number}" for number in range(packed.KEEP + 2)]
     for name in names:
