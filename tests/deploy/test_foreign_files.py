@@ -54,6 +54,16 @@ def test_a_link_in_place_of_the_folder_of_engines_is_no_part_of_a_bundle(
         Bundle.open(bundle.path)
 
 
+@pytest.mark.parametrize("name", [f".notes.12345678{TEMPORARY}", f"{ENGINES}/engine-0123456789ab.plan"])
+def test_a_link_is_no_left_over(bundle: Bundle, home: Path, name: str) -> None:
+    (bundle.path / name).parent.mkdir(exist_ok=True)
+    (bundle.path / name).symlink_to(home / "thesis.txt")
+    with pytest.raises(BundleError, match="does not name"):
+        Bundle.open(bundle.path)
+    with pytest.raises(OutputError, match="not replaced"):
+        make_bundle(bundle.path)
+
+
 def test_a_build_neither_writes_nor_deletes_through_a_link(
     gpu_machine: None, quick_builds: None, tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
