@@ -11,18 +11,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from torch import nn
 
 from cmt_edge.calib.generated import generate_photograph
-from cmt_edge.deploy import Bundle, Predictor
+from cmt_edge.deploy import Bundle, Predictor, Preprocess
 from cmt_edge.deploy.bundle.sections import DecodingEntry
 from cmt_edge.deploy.decoding import NamedBytes
 from cmt_edge.deploy.errors import GateError
 from cmt_edge.deploy.preprocessing import decode_pixels
-from cmt_edge.export import ExportConfig, run
+from cmt_edge.export import run
 from cmt_edge.export.cli import main
 from cmt_edge.export.steps import is_reduced
 from cmt_edge.export.steps.decoding import require_faithful
-from helpers.exports import content, nano
+from cmt_edge.export.steps.reference import make_golden
+from helpers.exports import nano
 
 pytestmark = pytest.mark.usefixtures("quick_exports")
 
@@ -38,83 +40,65 @@ def photographs(tmp_path_factory) -> Path:
     return folder
 
 
-def require_open(bundle: Bundle) -> Bundle:
-    """The bundle as it is read again."""
-    return Bundle.open(bundle.path)
+@pytest.fixture(scope="module")
+def reduced(tmp_path_factory, photographs) -> Bundle:
+    """A bundle of reduced images, judged on the photographs, as it is read from the disk."""
+    folder = tmp_path_factory.mktemp("reduced")
+    return Bundle.open(run(nano(folder, decode="reduced", eval_data=str(photographs), max_drop=100)).path)
 
 
-def test_bundle_of_reduced_images_says_what_that_changes(tmp_path, photographs):
-    bundle = require_open(
-        run(nano(tmp_path, decode="reduced", eval_data=str(photographs), by_order=False, max_drop=100))
-    )
-    assert (bundle.preprocess.decode, bundle.preprocess.reducing_gap) == ("reduced", 2.0)
-    entry = bundle.manifest.decoding
+def test_bundle_of_reduced_images_says_what_that_changes(reduced):
+    assert (reduced.preprocess.decode, reduced.preprocess.reducing_gap) == ("reduced", 2.0)
+    entry = reduced.manifest.decoding
     assert entry is not None
     assert (entry.images, entry.reduced) == (5, 3)  # with the golden photograph
     assert 0 < entry.pixel_mean < 1 <= entry.pixel_max
     assert 0 < entry.output_mean < 0.05
     assert entry.agreement is not None
     assert entry.drop is not None
-    text = (bundle.path / "report.md").read_text()
-    assert "3 of 5 images" in text
-    assert json.loads((bundle.path / "report.json").read_text())["decoding"]["reduced"] == 3
+    assert "3 of 5 images" in (reduced.path / "report.md").read_text()
+    assert json.loads((reduced.path / "report.json").read_text())["decoding"]["reduced"] == 3
 
 
-def test_figures_are_those_of_the_images(tmp_path, photographs):
+def test_figures_are_those_of_the_images(reduced, photographs):
     """The golden photograph and two large ones, by hand."""
-    bundle = run(nano(tmp_path, decode="reduced", eval_data=str(photographs), max_drop=100))
-    entry, spec = bundle.manifest.decoding, bundle.preprocess
+    entry, spec = reduced.manifest.decoding, reduced.preprocess
     full = replace(spec, decode="full")
-    sources = [bundle.golden().sources[-1], *(p.read_bytes() for p in sorted(photographs.rglob("large.jpg")))]
-    pairs = [(decode_pixels(s, spec).astype(int), decode_pixels(s, full)) for s in sources]
-    difference = np.abs([a - b for a, b in pairs])
+    large = [path.read_bytes() for path in sorted(photographs.rglob("large.jpg"))]
+    sources = [reduced.golden().sources[-1], *large]
+    pairs = [(decode_pixels(source, spec).astype(int), decode_pixels(source, full)) for source in sources]
+    difference = np.abs([ours - expected for ours, expected in pairs])
     assert entry.pixel_mean == pytest.approx(difference.mean())
     assert entry.pixel_max == difference.max()
 
 
-def test_predictions_use_reduced_images(tmp_path, photographs):
-    bundle = run(nano(tmp_path, decode="reduced"))
+def test_predictions_use_reduced_images(reduced, photographs):
     image = photographs / "cat" / "large.jpg"
-    with Predictor.load(bundle) as predictor:
-        reduced = predictor(image).logits
+    with Predictor.load(reduced) as predictor:
+        ours = predictor(image).logits
         full = predictor(np.asarray(Image.open(image).convert("RGB"))).logits
-        assert np.array_equal(predictor.logits(predictor.prepare([image]))[0], reduced)
-    assert 0 < np.abs(reduced - full).max() < 0.2 * full.std()
+        assert np.array_equal(predictor.logits(predictor.prepare([image]))[0], ours)
+    assert 0 < np.abs(ours - full).max() < 0.2 * full.std()
 
 
-def test_golden_photograph_is_large_enough_whatever_the_gap(tmp_path):
-    for decode, gap in (("full", 2.0), ("reduced", 1.0), ("reduced", 5.0)):
-        golden = run(nano(tmp_path, decode=decode, reducing_gap=gap)).golden()
-        photograph = NamedBytes(golden.sources[-1], "golden")
-        assert Image.open(io.BytesIO(golden.sources[-1])).format == "JPEG"
-        spec = ExportConfig("cmt_nano", decode="reduced", reducing_gap=gap).preprocess
-        assert is_reduced(photograph, spec)
+@pytest.mark.parametrize(("decode", "gap"), [("full", 2.0), ("reduced", 1.0), ("reduced", 5.0)])
+def test_golden_photograph_is_large_enough_whatever_the_gap(decode, gap):
+    spec = Preprocess(16, 20, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), decode=decode, reducing_gap=gap)
+    golden, _ = make_golden(nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 3)), spec)
+    assert Image.open(io.BytesIO(golden.sources[-1])).format == "JPEG"
+    assert is_reduced(NamedBytes(golden.sources[-1], "golden"), replace(spec, decode="reduced"))
 
 
-def test_full_decoding_is_the_default_and_measures_nothing(tmp_path):
-    bundle = run(nano(tmp_path))
-    assert bundle.preprocess.decode == "full"
-    assert "decoding" not in json.loads((bundle.path / "manifest.json").read_text())
+def test_full_decoding_is_the_default_and_measures_nothing(onnx_bundle):
+    assert onnx_bundle.preprocess.decode == "full"
+    assert "decoding" not in json.loads((onnx_bundle.path / "manifest.json").read_text())
 
 
-@pytest.mark.parametrize("head", ["logits", "features"])
-def test_feature_maps_are_compared_too(tmp_path, head):
-    entry = run(nano(tmp_path, decode="reduced", head=head)).manifest.decoding
+def test_feature_maps_are_compared_too(tmp_path):
+    entry = run(nano(tmp_path, decode="reduced", head="features")).manifest.decoding
     assert entry is not None
     assert entry.output_mean > 0
-    assert (entry.agreement is None) is (head == "features")
-
-
-def test_calibration_on_reduced_images_is_its_own(tmp_path, photographs):
-    """The images are the same, their pixels are not."""
-    caches = {}
-    for decode in ("full", "reduced"):
-        config = nano(
-            tmp_path, decode=decode, precision="int8", data=str(photographs), calib_size=4, cache=True
-        )
-        caches[decode] = run(replace(config, output=str(tmp_path / decode))).manifest.calibration
-    assert not caches["reduced"].cached
-    assert caches["full"].fingerprint == caches["reduced"].fingerprint
+    assert entry.agreement is None
 
 
 GOOD = DecodingEntry(images=9, reduced=4, pixel_mean=0.3, pixel_max=9, output_mean=0.01, agreement=99.0)
@@ -165,9 +149,3 @@ def test_plan_names_the_step(tmp_path, capsys):
     assert "compare reduced with full decoding" in capsys.readouterr().out
     assert main(arguments) == 0
     assert "compare reduced" not in capsys.readouterr().out
-
-
-def test_entry_survives_the_manifest(tmp_path):
-    bundle = run(nano(tmp_path, decode="reduced"))
-    assert require_open(bundle).manifest.decoding == bundle.manifest.decoding
-    assert content(bundle.path)
