@@ -234,7 +234,8 @@ def make_title(file: Path) -> str:
     """Name of the bundle in a file: the file's name without what shows that it is packed."""
     name = file.name.lower()
     suffix = next((suffix for suffix in (SUFFIX, ".zip") if name.endswith(suffix)), "")
-    return file.name[: len(file.name) - len(suffix)] or "bundle"
+    title = file.name[: len(file.name) - len(suffix)]
+    return title if title.strip(".") else "bundle"  # ".." is another folder
 
 
 def _unpack_to_cache(
@@ -265,7 +266,10 @@ def _unpack_to_scratch(file: Path, members: list[Member]) -> tuple[Path, Hold]:
 
 
 def _require_private(folder: Path) -> None:
-    """Raise ``OSError`` where another user could exchange what lies in a folder of the cache."""
+    """Raise ``OSError`` where another user could exchange what lies in a folder of the cache, and where the
+    folder is a link to another one."""
+    if folder.is_symlink():
+        raise OSError(errno.ELOOP, f"{folder} is a link")
     shared = find_shared_folder(folder)
     if shared is not None:
         why = f"another user may write to {shared}"

@@ -54,6 +54,16 @@ def test_a_link_in_place_of_the_folder_of_engines_is_no_part_of_a_bundle(
         Bundle.open(bundle.path)
 
 
+@pytest.mark.parametrize("name", [f".notes.12345678{TEMPORARY}", f"{ENGINES}/engine-0123456789ab.plan"])
+def test_a_link_is_no_left_over(bundle: Bundle, home: Path, name: str) -> None:
+    (bundle.path / name).parent.mkdir(exist_ok=True)
+    (bundle.path / name).symlink_to(home / "thesis.txt")
+    with pytest.raises(BundleError, match="does not name"):
+        Bundle.open(bundle.path)
+    with pytest.raises(OutputError, match="not replaced"):
+        make_bundle(bundle.path)
+
+
 def test_a_build_neither_writes_nor_deletes_through_a_link(
     gpu_machine: None, quick_builds: None, tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -395,6 +405,29 @@ def test_the_file_counts_and_not_what_the_cache_has_of_it(
     with Predictor.load(file) as predictor, Predictor.load(bundle.path) as plain:
         image = np.full((4, 4, 3), (255, 0, 0), np.uint8)
         assert predictor(image).label == plain(image).label
+
+
+def test_a_link_in_the_cache_leads_nowhere(file: Path, cache: Path, tmp_path: Path) -> None:
+    """The folder that the unpacked bundle takes the place of would be a user's."""
+    first = Bundle.open(file)
+    home = tmp_path / "home"
+    (home / first.path.name).mkdir(parents=True)
+    (home / first.path.name / "thesis.txt").write_text("precious")
+    shutil.rmtree(first.path.parent)
+    first.path.parent.symlink_to(home)
+    before = snapshot(home)
+    opened = Bundle.open(file)
+    assert not opened.path.is_relative_to(cache)
+    assert snapshot(home) == before
+
+
+@pytest.mark.parametrize("name", [".zip", "..zip", "...zip", "..cmt.zip", "...cmt.zip"])
+def test_the_name_of_a_file_leads_to_no_other_folder(file: Path, cache: Path, name: str) -> None:
+    other = file.with_name(name)
+    shutil.copy(file, other)
+    opened = Bundle.open(other)
+    assert opened.path.parent.parent == cache / packed.FOLDER
+    assert opened.name == "bundle"
 
 
 def test_folders_of_a_user_beside_the_unpacked_bundles_stay(file: Path, cache: Path) -> None:
