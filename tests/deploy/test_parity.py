@@ -28,7 +28,7 @@ def test_real_bundles_pass_their_golden_check(request, which):
     bundle = request.getfixturevalue(which)
     result = verify(Bundle.open(bundle.path))
     assert result.passed
-    assert result.golden.images == 4
+    assert result.golden.images == 5
     assert result.golden.pixel_diff == 0
     assert 0 <= result.golden.diff <= result.golden.atol
     assert result.data is None
