@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,8 +22,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import CacheWarning, OutputError
-from .files import TEMPORARY, find_cache_folder, read_regular, write_atomic, writing
-from .locks import LOCK, clear_abandoned, locked
+from .files import find_cache_folder, read_regular, write_atomic, writing
+from .locks import LOCK, TEMPORARY, clear_abandoned, locked
 
 T = TypeVar("T")
 """The type of a result."""
@@ -33,6 +34,9 @@ Files = tuple[bytes, ...]
 MAX_ENTRY = 4 << 30
 """A larger file of the cache, in bytes, is not read; graphs are limited to half of it."""
 
+KEY = re.compile(r"[0-9a-f]{16,64}")
+"""Matches the key of an entry that may be dropped: a digest. A user may have named a folder with files of
+other names."""
 SWITCH = "CMT_EDGE_NO_CACHE"
 """Environment variable that does for every command what ``--no-cache`` does for one."""
 
@@ -55,7 +59,7 @@ def can_keep(folder: Path) -> bool:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as exc:
-        _warn(folder, exc)
+        tell_unusable(folder, exc)
         return False
     return True
 
@@ -114,7 +118,7 @@ class Cache:
                 kept = self._decode(key, decode)
                 if kept is not None:
                     return kept
-                _warn(self.folder, exc)
+                tell_unusable(self.folder, exc)
                 return make()
             found = self._decode(key, decode)
             if found is not None:
@@ -123,7 +127,7 @@ class Cache:
             try:
                 self.write(key, encode(result), mode)
             except OutputError as exc:
-                _warn(self.folder, exc.why or exc)
+                tell_unusable(self.folder, exc.why or exc)
             return result
 
     def _decode(
@@ -171,7 +175,8 @@ class Cache:
             key=_find_last_use,
             reverse=True,
         )
-        for entry in entries[self._count_kept(entries) :]:
+        ours = [entry for entry in entries if KEY.fullmatch(entry.name.removesuffix(last))]
+        for entry in ours[self._count_kept(ours) :]:
             for file in reversed(self._list_files(entry.name.removesuffix(last))):
                 with contextlib.suppress(OSError):
                     file.unlink()
@@ -250,7 +255,7 @@ def _measure_size(file: Path) -> int:
         return 0
 
 
-def _warn(folder: Path, why: object) -> None:
+def tell_unusable(folder: Path, why: object) -> None:
     """Say once that a folder cannot be used; once for all folders of the user's cache."""
     root = find_cache_folder()
     warn_once(

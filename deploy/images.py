@@ -126,6 +126,12 @@ class ImageSet(Sequence[Item]):
         """The same place restricted to ``items``."""
         return ImageSet(self.path, items)
 
+    def locate(self, item: Item) -> str:
+        """Where an image lies, for messages and answers: of an archive with names such as ``/etc/x.jpg`` or
+        ``../x.jpg``, too, a place inside the archive, which is where the bytes come from."""
+        name = item.name if self._archive is None else posixpath.normpath(f"/{item.name}").lstrip("/")
+        return str(self.path / name)
+
     def read(self, item: Item) -> bytes:
         """The encoded bytes of one image; raises :class:`DataError` where they cannot be read."""
         try:
@@ -139,7 +145,7 @@ class ImageSet(Sequence[Item]):
                 raise
             raise DataError(
                 "cannot be read",
-                where=self.path / item.name,
+                where=self.locate(item),
                 why=exc.strerror,
                 remedy="check it",
             ) from exc

@@ -20,8 +20,13 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-LOCK = ".lock"
+MARK = ".cmt-edge"
+"""Stands in the name of every hidden file and folder of ours that lies beside a user's, so that none of the
+user's is taken for ours."""
+LOCK = f"{MARK}.lock"
 """What the name of a lock's file ends with."""
+TEMPORARY = f"{MARK}.tmp"
+"""What the name of a file or folder ends with while it is being written."""
 POLL_S = 0.1
 """Seconds between two attempts, where the system cannot wait for a lock itself."""
 NOT_SUPPORTED = {
@@ -43,7 +48,8 @@ UNLOCKED_S = 5.0
 def locked(path: Path) -> Iterator[None]:
     """Hold ``path`` against other processes and threads; those that want it too wait.
 
-    The lock is a file ``path.lock`` beside it, whose folder is made, and which is removed at the end.
+    The lock is a file beside it, whose name ends with :data:`LOCK`. Its folder is made, and the file is
+    removed at the end.
     A file system without locks gives none: both writers then work, and the last one's result stays.
 
     Raises ``OSError`` where the folder cannot be written to.
@@ -73,7 +79,7 @@ def clear_lock(path: Path) -> None:
 def _acquire(file: Path) -> int:
     """A descriptor that holds the lock of ``file``."""
     while True:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
             lock_descriptor(descriptor)
             if _is_still(file, descriptor):
@@ -111,7 +117,7 @@ def _attempt(descriptor: int) -> bool | None:
 
 
 @contextmanager
-def scratch_folder(parent: Path, prefix: str, suffix: str = ".tmp") -> Iterator[Path]:
+def scratch_folder(parent: Path, prefix: str, suffix: str = TEMPORARY) -> Iterator[Path]:
     """A new folder ``prefix*suffix`` in ``parent``, removed at the end unless it was moved away.
 
     Those that killed processes left there go first. What runs elsewhere, even in another container, keeps
@@ -169,7 +175,7 @@ def _release_in(process: int, release: Callable[[], object]) -> None:
 def make_scratch(
     parent: Path,
     prefix: str,
-    suffix: str = ".tmp",
+    suffix: str = TEMPORARY,
 ) -> tuple[Path, Hold]:
     """As :func:`scratch_folder`, for as long as the second result lives."""
     clear_abandoned(parent, prefix, suffix)

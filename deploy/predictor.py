@@ -21,7 +21,7 @@ from .backends import (
     get_runtime,
 )
 from .backends.base import make_open_error, read_batch_limit
-from .bundle import LOGITS, Bundle
+from .bundle import LOGITS, PROBABILITIES, SCORES, Bundle
 from .bundle.bundle import read_whole
 from .bundle.sections import RanOn
 from .cache import is_cache_wanted
@@ -32,6 +32,9 @@ from .locks import Hold
 from .preprocessing import Preprocess, preprocess
 from .stream import stream
 
+PROBABILITY_ROUNDING = 0.01
+"""How far a model's probabilities, and the sum of those of an image, may lie outside what probabilities can
+be: twice of what a model does that rounds its own to bfloat16."""
 FEW_VALUES = 4096
 """The largest number of values that are looked at one by one, which is faster than adding them up."""
 
@@ -238,7 +241,8 @@ class Predictor:
         Raises:
             ImageError: the image cannot be read.
             InputError: a closed Predictor, a bundle of feature maps, or an unknown ``color``.
-            BundleError: the model gives more or fewer answers than images, or one that is not finite.
+            BundleError: the model gives more or fewer answers than images, or one that is not finite, or no
+                probabilities where the bundle says so.
         """
         self._require(LOGITS)
         decode = self._make_decoder(color)
@@ -335,11 +339,13 @@ class Predictor:
 
         Raises:
             InputError: another dtype or shape, values that are not finite, or a bundle of feature maps.
-            BundleError: the model gives values that are not finite, or other logits than there are labels.
+            BundleError: the model gives values that are not finite, other logits than there are labels, or no
+                probabilities where the bundle says that it does.
         """
         self._require(LOGITS)
         logits = require_finite(self.outputs(batch), self._where)[0]
         self._require_labelled(logits.shape[1:])
+        require_kind(logits, self.kind, self._where)
         return logits
 
     def features(self, batch: np.ndarray) -> list[np.ndarray]:
@@ -399,6 +405,7 @@ class Predictor:
         """One answer."""
         self._require_labelled(logits.shape)
         require_finite([logits], self._where)
+        require_kind(logits[None], self.kind, self._where)
         return Prediction(logits, self.labels, source, self.kind)
 
     def _require_labelled(self, shape: tuple[int, ...]) -> None:
@@ -501,6 +508,35 @@ def require_finite(
         where=where,
         remedy="check the bundle with cmt-verify; a bundle of another precision may do, --precision fp32",
     )
+
+
+def require_kind(values: np.ndarray, kind: str | None, where: object) -> None:
+    """Raise :class:`BundleError` where values are not what a bundle says of them.
+
+    Args:
+        values: float32 ``(N, classes)``, what the model gives, or should give.
+        kind: ``"probabilities"``, which lie between 0 and 1 and sum to 1, ``"scores"``, which lie between 0
+            and 1, or anything else for values of any size.
+        where: the bundle, for the message.
+    """
+    if kind not in (PROBABILITIES, SCORES) or not values.size or not np.isfinite(values).all():
+        return  # what is not finite is another fault
+    least, most = float(values.min()), float(values.max())
+    why = None
+    if not -PROBABILITY_ROUNDING <= least <= most <= 1 + PROBABILITY_ROUNDING:
+        why = f"they lie between {least:.4g} and {most:.4g}, and probabilities between 0 and 1"
+    elif kind == PROBABILITIES:
+        sums = values.sum(axis=1, dtype=np.float64)
+        worst = float(sums[np.abs(sums - 1).argmax()])
+        if abs(worst - 1) > PROBABILITY_ROUNDING:
+            why = f"those of an image sum to {worst:.4g}"
+    if why is not None:
+        raise BundleError(
+            f"the manifest says that the model gives {kind}, but its answers are none",
+            where=where,
+            why=why,
+            remedy="export the model again",
+        )
 
 
 def _load(runtime: Runtime, bundle: Bundle, options: LoadOptions) -> Session:

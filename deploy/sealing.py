@@ -21,7 +21,7 @@ from platformdirs import user_data_path
 
 from .cache import Cache, Files, warn_once
 from .errors import CacheWarning, OutputError
-from .files import read_regular, write_atomic
+from .files import expand_home, read_regular, write_atomic
 from .locks import clear_lock, locked
 
 T = TypeVar("T")
@@ -52,7 +52,8 @@ def is_sealed(text: str, seal: str) -> bool:
 
 def _read_secret() -> bytes:
     """This machine's secret, made at first use; ``CMT_EDGE_STATE`` moves the folder it lies in."""
-    folder = Path(os.environ.get("CMT_EDGE_STATE") or user_data_path("cmt-edge", appauthor=False))
+    override = os.environ.get("CMT_EDGE_STATE")
+    folder = expand_home(override) if override else user_data_path("cmt-edge", appauthor=False)
     path = folder / "machine.key"
     try:
         if not path.exists():

@@ -38,8 +38,9 @@ TYPES = {"tensor(float)": FLOAT32}
 NAME = f"onnxruntime {ort.__version__}"
 """Name and version of the runtime."""
 
-ERRORS_ONLY = 3
-"""ONNX Runtime's log level that hides warnings."""
+FATAL_ONLY = 4
+"""ONNX Runtime's log level that hides warnings and errors. It writes them to standard error by itself, with
+names of a graph that could steer a terminal; the exception that it raises says the same."""
 
 
 class OnnxRuntimeSession(Session):
@@ -110,7 +111,7 @@ class OnnxRuntimeSession(Session):
 def _make_options(threads: int, profile_prefix: str | None) -> ort.SessionOptions:
     """Options of a session; one that gets ``profile_prefix`` writes a profile to a file of that name."""
     options = ort.SessionOptions()
-    options.log_severity_level = ERRORS_ONLY
+    options.log_severity_level = FATAL_ONLY
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     if profile_prefix:

@@ -246,7 +246,7 @@ def has_bf16(device: str | None = None) -> bool:
 def _read_tensor(port: Any) -> GraphTensor:
     """An input or output as OpenVINO tells it."""
     shape = tuple(size.get_length() if size.is_static else None for size in port.get_partial_shape())
-    dtype = port.get_element_type().get_type_name()
+    dtype = str(port.get_element_type().get_type_name())
     return GraphTensor(tuple(sorted(port.get_names())), shape, TYPES.get(dtype, dtype))
 
 

@@ -9,14 +9,20 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TypeVar
 
-from ..errors import BundleError, InputError, SignatureError
+from ..errors import BundleError, InputError
 from ..files import describe_irregular, hash_file, make_aside_path, read_regular, write_atomic, writing
 from ..locks import Hold
 from ..preprocessing import Preprocess
+from .belongings import (
+    describe_foreign,
+    find_extra,
+    is_certainly_ours,
+    list_leftovers,
+    require_no_links,
+)
 from .contents import check_contents, make_unreadable_error
 from .golden import Golden, read_reference
 from .manifest import (
@@ -32,26 +38,6 @@ from .manifest import (
 from .packed import pack, unpack
 from .sections import LOGITS, MAX_TOTAL, FileEntry
 from .signature import MAX_SIGNATURE, SIGNATURE, Signature, make_statement, require_signed
-
-# fmt: off
-LEFT_BY_SYSTEMS = (
-    ".ds_store", "._*", "__macosx", "icon\r", ".localized", ".appledouble", ".apdisk", ".volumeicon.icns",
-    ".spotlight-v100", ".fseventsd", ".documentrevisions-v100", ".temporaryitems", ".trash*",
-    "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information", ".directory",
-    "lost+found", "@eadir", "#recycle", "#snapshot", ".snapshot*", ".zfs", ".nfs*", ".fuse_hidden*",
-    ".smbdelete*", "..*", "*:zone.identifier", "*:zone.identifier:$data", ".*.icloud",
-    ".stfolder*", ".stversions", ".stignore", ".sync*", ".dropbox*", ".owncloud*", ".nextcloud*",
-    ".git*", ".hg*", ".svn", ".dvc*", ".huggingface", ".cache", ".ipynb_checkpoints", ".idea", ".vscode",
-    "*~", "~$*", "#*#", ".#*", ".~lock.*", ".*.sw?",
-)
-# fmt: on
-"""Names, in lower case, of files and folders that are plainly no content of a bundle: what file managers,
-network file systems and Kubernetes (``..data``), synchronisation, version control, download caches, notebooks
-and editors leave beside its files. They are never read. Another hidden file is refused: nobody knows it."""
-
-SHOWN_EXTRAS = 5
-"""The largest number of files beside the manifest's that a message lists."""
-
 
 ATTEMPTS = 100
 """The largest number of times that a bundle is read because others keep replacing it."""
@@ -166,18 +152,12 @@ class Bundle:
 
     @classmethod
     def _open_packed(cls, file: Path, key: str | Path | None, cache: bool) -> Bundle:
-        """Open a packed bundle; where the cache holds a damaged copy of it, unpack it once more."""
+        """Open a packed bundle; what the file holds counts, whatever the cache has of it."""
         folder, hold = unpack(file)
         try:
             bundle = cls.open(folder, key=key, cache=cache)
-        except SignatureError as exc:
+        except BundleError as exc:
             raise _locate_error(exc, file) from exc
-        except BundleError:
-            folder, hold = unpack(file, anew=True)
-            try:
-                bundle = cls.open(folder, key=key, cache=cache)
-            except BundleError as exc:
-                raise _locate_error(exc, file) from exc
         return replace(bundle, packed=file, hold=hold)
 
     def pack(self, file: str | Path) -> None:
@@ -236,19 +216,28 @@ class Bundle:
         """Add ``files`` in place, the manifest last, then remove ``drop``: at every moment the folder is a
         whole bundle.
 
-        New files go under ``engines/``, where :meth:`open` ignores what the manifest does not name, and never
-        replace one.
+        New files go under ``engines/``, where :meth:`open` ignores files that an interrupted build left, and
+        never replace one. Nothing is written or deleted through a link.
         """
         self._require_unchanged()
+        require_no_links(self.path, [*files, *drop])
         entries = {name: entry for name, entry in self.manifest.files.items() if name not in drop}
         for name, data in files.items():
             entries[name] = self._add_file(name, data)
         manifest = replace(manifest, files=dict(sorted(entries.items())))
         write_atomic(self.path / MANIFEST, manifest.to_bytes())
-        for name in [*drop, *_list_ignored(self.path, manifest)]:
+        for name in drop:
             with contextlib.suppress(OSError):
                 (self.path / name).unlink()
+        self._clear_leftovers(manifest)
         return Bundle(self.path, manifest, state=read_state(self.path))
+
+    def _clear_leftovers(self, manifest: Manifest) -> None:
+        """Remove what an interrupted build left. What cannot be removed stays, without an error."""
+        for name in list_leftovers(self.path, manifest.files):
+            with contextlib.suppress(OSError):
+                if is_certainly_ours(self.path, name):
+                    (self.path / name).unlink()
 
     def _require_unchanged(self) -> None:
         """Raise an error where the bundle is packed, or was changed after it was opened."""
@@ -417,47 +406,14 @@ def _check_present(path: Path, manifest: Manifest) -> None:
     A member may be a link, as in a ConfigMap or the caches of Hugging Face and DVC: its content counts.
     """
     missing = sorted(name for name in manifest.files if not (path / name).is_file())
-    known = set(manifest.files) | {MANIFEST, SIGNATURE} | _list_ignored(path, manifest)
-    extra = sorted(name for name in _walk(path) if not _belongs(name, known))
+    extra = find_extra(path, manifest.files)
     if missing:
         text = [f"missing: {', '.join(missing)}"]
-        text += [f"not in the manifest: {', '.join(extra[:SHOWN_EXTRAS])}"] if extra else []
+        text += [f"not in the manifest: {describe_foreign(extra)}"] if extra else []
         raise make_bundle_error("does not match its manifest", path, "; ".join(text))
     if extra:
         raise BundleError(
-            f"holds what its manifest does not name: {', '.join(extra[:SHOWN_EXTRAS])}",
+            f"holds what its manifest does not name: {describe_foreign(extra)}",
             where=path,
-            why=None if len(extra) <= SHOWN_EXTRAS else f"{len(extra)} files in all",
             remedy="remove it" if len(extra) == 1 else "remove them",
         )
-
-
-def _walk(path: Path) -> Iterator[str]:
-    """Every file and link below ``path``, by its relative name; links are not followed, and folders that
-    systems leave are not entered."""
-    for folder, folders, files in os.walk(path):
-        relative = Path(folder).relative_to(path)
-        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
-        plain = [name for name in folders if name not in links]
-        folders[:] = [name for name in plain if not _is_left_by_systems(name)]
-        yield from ((relative / name).as_posix() for name in [*files, *links])
-
-
-def _belongs(name: str, known: Collection[str]) -> bool:
-    """Whether a file or link is a member, a folder of members, or something that a system left."""
-    if name in known or _is_left_by_systems(PurePosixPath(name).name):
-        return True
-    return any(member.startswith(name + "/") for member in known)
-
-
-def _is_left_by_systems(name: str) -> bool:
-    return any(fnmatchcase(name.lower(), pattern) for pattern in LEFT_BY_SYSTEMS)
-
-
-def _list_ignored(path: Path, manifest: Manifest) -> set[str]:
-    """Files that a power loss may leave: temporary ones, and engines the manifest was to name next. They are
-    never read."""
-    unfinished = path.rglob(".*.tmp")
-    engines = (p for p in (path / ENGINES).glob("*") if p.is_file())
-    left = {p.relative_to(path).as_posix() for p in (*unfinished, *engines)}
-    return left - set(manifest.files)

@@ -12,6 +12,7 @@ import json
 import math
 import re
 import typing
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache
@@ -115,7 +116,7 @@ def _iterate_members(record: Any) -> Iterable[tuple[str, Any]]:
 def parse_json(data: bytes, where: object, whole: str = "the manifest") -> Any:
     """What a file's JSON holds; raises :class:`BundleError`. Arguments as :func:`read_record`."""
     try:
-        return json.loads(data)
+        return json.loads(data, object_pairs_hook=make_object)
     except (ValueError, RecursionError) as exc:
         raise BundleError(
             f"{whole} cannot be read",
@@ -123,6 +124,16 @@ def parse_json(data: bytes, where: object, whole: str = "the manifest") -> Any:
             why=exc,
             remedy=REMEDY,
         ) from exc
+
+
+def make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises ``ValueError`` where a key stands in it twice: readers differ in which of the
+    two values they take."""
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the entry {_show_content(twice)} stands in it twice")
+    return content
 
 
 def read_record(

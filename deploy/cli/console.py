@@ -250,10 +250,15 @@ def say_data(text: str) -> bool:
     """As :func:`say`, for a program that reads the answer: only a terminal gets escapes in place of what
     could steer it. Bytes of a file name that are no UTF-8 are escaped everywhere, because no text can hold
     them."""
-    if sys.stdout is None or sys.stdout.isatty():
+    if sys.stdout is None or is_terminal():
         return say(text)
     _output.write(escape_surrogates(text))
     return _output.has_reader
+
+
+def is_terminal() -> bool:
+    """Whether answers are printed on a terminal, which text could steer."""
+    return sys.stdout is not None and sys.stdout.isatty()
 
 
 def tell(text: str) -> None:
@@ -323,27 +328,14 @@ def run_command(main: Callable[[argparse.Namespace], int], args: argparse.Namesp
     _output.reset()
     with unwound_by_signals(interrupt=True), warnings.catch_warnings():
         warnings.simplefilter("always", CacheWarning)
-        warnings.showwarning = _show_warning(warnings.showwarning)
+        warnings.showwarning = _show_warning
         return _exit_code(main, args)
 
 
-def _show_warning(others: Callable[..., None]) -> Callable[..., None]:
-    """What shows our own warnings as sentences, and those of ``others`` as they are, but safe to print."""
-
-    def show(
-        message: Warning | str,
-        category: type[Warning],
-        *place: Any,
-        **more: Any,
-    ) -> None:
-        text = str(message)
-        if issubclass(category, CacheWarning):
-            tell(f"warning: {text}")
-        else:
-            safe = escape(text)
-            others(message if safe == text else safe, category, *place, **more)
-
-    return show
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Show a warning as a sentence. The place in the code that Python's own way adds, with its source line,
+    tells a user nothing."""
+    tell(f"warning: {_indent(str(message))}")
 
 
 def _exit_code(main: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ from .console import (
     add_cache_flag,
     add_key_flag,
     add_runtime_flags,
+    is_terminal,
     make_parser,
     run_command,
     say,
@@ -177,6 +178,8 @@ def _show(args: argparse.Namespace, sources: list[_Source], labels: list[str]) -
 
 def _start_csv(topk: int) -> Show:
     """Prints the header now, and one line an answer: its source, then labels and probabilities by turns."""
+    # on a terminal no name can pretend to be another line; a program gets the names as they are
+    show_text = escape_line if is_terminal() else str
     columns = [f"{what}_{i}" for i in range(1, topk + 1) for what in ("label", "probability")]
     say_data(_format_csv_line(["source", *columns]))
 
@@ -185,8 +188,8 @@ def _start_csv(topk: int) -> Show:
         return say_data(
             _format_csv_line(
                 [
-                    answer.source,
-                    *(cell for label, p in best for cell in (label, f"{p:.6f}")),
+                    show_text(answer.source or ""),
+                    *(cell for label, p in best for cell in (show_text(label), f"{p:.6f}")),
                 ]
             )
         )
@@ -210,7 +213,7 @@ def _expand(path: Path, quiet: bool) -> list[_Source]:
     """``path``, or the images below it."""
     if is_archive(path):
         archive = ImageSet(path, labelled=False)
-        sources = [_Source(str(path / item.name), archive, item) for item in archive]
+        sources = [_Source(archive.locate(item), archive, item) for item in archive]
     elif os.path.isdir(path):
         archive = ImageSet(path, labelled=False)
         sources = [_Source(str(path / item.name)) for item in archive]

@@ -24,7 +24,7 @@ from ..errors import (
 )
 from ..folders import Item
 from ..images import ImageSet, choose_evenly, hash_image
-from ..predictor import Predictor
+from ..predictor import Predictor, require_kind
 from ..preprocessing import decode_pixels, normalise, preprocess
 from .labels import match_labels
 from .statistics import compute_paired_drop, compute_wilson_interval
@@ -218,12 +218,19 @@ class _Labelled:
 
 
 def check_golden(bundle: Bundle, predictor: Predictor, atol: float | None = None) -> GoldenCheck:
-    """Check decoding, resizing and numerics on the golden images."""
+    """Check decoding, resizing and numerics on the golden images.
+
+    Raises :class:`BundleError` where the golden outputs or the model's are no probabilities, though the
+    manifest says so.
+    """
     golden = bundle.golden()
     pixel_diff = _compare_pixels(bundle)
     ours = predictor.outputs(normalise(golden.pixels, bundle.preprocess))
     _require_shapes(bundle, ours, golden.outputs)
     kinds = [output.kind for output in bundle.manifest.outputs]
+    for kind, found, expected in zip(kinds, ours, golden.outputs, strict=True):
+        require_kind(expected, kind, bundle.path)
+        require_kind(found, kind, bundle.path)
     compared = [
         _Difference(
             name,

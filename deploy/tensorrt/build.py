@@ -18,6 +18,7 @@ from .. import report
 from ..backends import get_runtime
 from ..backends.base import read_batch_limit
 from ..bundle import ENGINES, Bundle, Manifest
+from ..bundle.belongings import require_no_links
 from ..bundle.sections import CompiledEntry, EngineEntry, EngineKey, GoldenCheck
 from ..cache import is_cache_wanted
 from ..errors import (
@@ -47,7 +48,7 @@ from ..telemetry.dgpu import find_nvml_index
 from ..telemetry.power import PowerMonitor
 from ..telemetry.state import read_state
 from .bindings import PRODUCTS, TENSORRT, Product, open_bindings
-from .building import BUILD_TIME_LIMIT_S, build_plan
+from .building import BUILD_TIME_LIMIT_S, build_plan, clear_scratch
 from .compiled import EngineFacts, summarise_kernels
 from .cuda import Cuda, open_cuda
 from .engine import (
@@ -136,8 +137,10 @@ def require_tensorrt(device: str | None = None, product: Product = TENSORRT) -> 
 def exclusive(folder: Path) -> Iterator[None]:
     """One build of a bundle at a time, and a place that can be written to, found out before the long work.
 
-    Raises :class:`OutputError` where another build runs, or the folder cannot be written to.
+    Raises :class:`OutputError` where another build runs, the folder cannot be written to, or the folder of
+    engines is a link.
     """
+    require_no_links(folder, [f"{ENGINES}/any"])
     with writing(folder):
         (folder / ENGINES).mkdir(exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
@@ -197,6 +200,7 @@ def finish_bundle(
         GateError: the engine does not compute in what was asked, or its logits differ from the reference.
     """
     progress = progress or Progress(quiet=True)
+    clear_scratch()
     job = _Job.prepare(bundle, options, device)
     before = read_state(gpu_index=job.nvml)
     with progress.step("build the engine"):

@@ -23,7 +23,7 @@ from ..cache import can_keep
 from ..children import Child, ChildCrashed, ChildTimedOut
 from ..errors import StepError
 from ..files import find_cache_folder, writing
-from ..locks import scratch_folder
+from ..locks import TEMPORARY, clear_abandoned, scratch_folder
 from ..progress import Progress
 from ..telemetry.jetson import read_available_memory
 from .bindings import PRODUCTS, RTX, Product
@@ -50,6 +50,8 @@ PORTABLE_TIME_LIMIT_S = 900.0
 """Seconds after which a build without a GPU is stopped; those of the registry's models take 2 to 20 s."""
 PORTABLE_MEMORY_SHARE = 0.8
 """Part of the free memory that a build without a GPU may take."""
+SCRATCH = "build."
+"""Start of the name of a build's scratch folder."""
 PLAN = "engine.plan"
 """The file of a build's scratch folder that holds the engine."""
 LAYERS = "layers.txt"
@@ -236,18 +238,28 @@ def _free_memory(target: EngineTarget, cuda: Cuda) -> int:
     return shared or free
 
 
+def clear_scratch() -> None:
+    """Remove what builds that were killed left in the cache, also where nothing is built now."""
+    clear_abandoned(_find_scratch(), SCRATCH, TEMPORARY)
+
+
+def _find_scratch() -> Path:
+    """The folder in the cache that builds work in."""
+    return find_cache_folder().resolve() / "build"
+
+
 @contextmanager
 def _scratch_folder() -> Iterator[Path]:
     """A folder in the cache for one build, and none of builds that were killed; without a cache a temporary
     folder of the system's."""
-    scratch = find_cache_folder().resolve() / "build"
+    scratch = _find_scratch()
     if not can_keep(scratch):
         with tempfile.TemporaryDirectory(prefix="cmt-edge-") as name:
             yield Path(name)
         return
     with ExitStack() as stack:
         with writing(scratch):
-            folder = stack.enter_context(scratch_folder(scratch, "build."))
+            folder = stack.enter_context(scratch_folder(scratch, SCRATCH))
         yield folder
 
 

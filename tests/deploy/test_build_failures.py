@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -21,6 +23,9 @@ from cmt_edge.deploy import Bundle, Predictor
 from cmt_edge.deploy.bundle import make_plain
 from cmt_edge.deploy.children import Child
 from cmt_edge.deploy.errors import BundleError, RuntimeMissingError, StepError
+from cmt_edge.deploy.files import hash_file
+from cmt_edge.deploy.locks import TEMPORARY
+from cmt_edge.deploy.tensorrt import builder
 from cmt_edge.deploy.tensorrt.engine import BuildRequest
 from helpers.bundles import SIZE, snapshot
 from helpers.paths import ROOT
@@ -114,7 +119,7 @@ def test_power_loss_between_engine_and_manifest(gpu_machine, bundle, monkeypatch
         build(bundle)
     left = list((bundle.path / "engines").iterdir())
     assert any(p.suffix == ".plan" for p in left)
-    (bundle.path / "engines" / ".engine.plan.123.tmp").write_bytes(b"half an engine")
+    (bundle.path / "engines" / f".engine.plan.1234abcd{TEMPORARY}").write_bytes(b"half an engine")
     assert Bundle.open(bundle.path).manifest.engine is None
     with pytest.raises(RuntimeMissingError, match="no TensorRT engine yet"):
         Predictor.load(bundle.path)
@@ -201,9 +206,16 @@ def test_whatever_fails_in_the_builder_is_a_typed_error(gpu_machine, tmp_path):
         memory=None,
     )
     with Child(cmt_edge.deploy.tensorrt.building.BUILDER) as child:
-        with pytest.raises(StepError, match="FileNotFoundError") as error:
+        with pytest.raises(BundleError, match="cannot be read") as error:
             child.request("build", **make_plain(request))
-        assert "--trtexec" in error.value.remedy
+        assert error.value.exit_code == 2
+        (tmp_path / "gone.onnx").write_bytes(b"another graph")
+        with pytest.raises(BundleError, match="was changed after the bundle was opened"):
+            child.request("build", **make_plain(request))
+        damaged = replace(request, sha256=hash_file(tmp_path / "gone.onnx"))
+        with pytest.raises(StepError, match="DecodeError") as failed:
+            child.request("build", **make_plain(damaged))
+        assert "--trtexec" in failed.value.remedy
 
 
 def test_a_request_that_is_none_is_a_typed_error(gpu_machine):
@@ -258,7 +270,7 @@ def test_a_graph_that_changes_under_the_builder(gpu_machine, bundle):
     opened = Bundle.open(bundle.path)
     with open(bundle.path / "model.onnx", "ab") as file:
         file.write(b"x")
-    with pytest.raises(StepError, match="changed after the bundle was opened"):
+    with pytest.raises(BundleError, match="changed after the bundle was opened"):
         cmt_edge.deploy.tensorrt.build.finish_bundle(opened, cmt_edge.deploy.tensorrt.build.EngineOptions())
 
 
@@ -296,3 +308,30 @@ def test_a_damaged_secret(gpu_machine, bundle, tmp_path, capsys):
     (tmp_path / "state" / "machine.key").write_bytes(b"")
     assert build(bundle) == 2
     assert "0 bytes instead of 32; delete it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("reused", [False, True])
+def test_what_killed_builds_left_goes_with_the_next(gpu_machine, bundle, tmp_path, reused):
+    """Also where the engine is still right, so that nothing is built."""
+    if reused:
+        assert build(bundle) == 0
+    left = tmp_path / "cache" / "build" / f"build.killed{TEMPORARY}"
+    users = tmp_path / "cache" / "build" / "build.notes.tmp"
+    for folder in (left, users):
+        folder.mkdir(parents=True)
+    assert build(bundle) == 0
+    assert not left.exists()
+    assert users.exists()
+
+
+@pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EIO, errno.EACCES])
+def test_a_graph_that_the_builder_cannot_read_is_an_input_error(monkeypatch, tmp_path, fault):
+    def fail(*_):
+        raise OSError(fault, os.strerror(fault))
+
+    (tmp_path / "model.onnx").write_bytes(b"x")
+    monkeypatch.setattr(builder, "read_regular", fail)
+    with pytest.raises(BundleError, match="cannot be read") as error:
+        builder.read_graph(tmp_path / "model.onnx")
+    assert error.value.exit_code == 2
+    assert os.strerror(fault) in str(error.value)

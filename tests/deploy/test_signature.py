@@ -254,3 +254,14 @@ def test_a_key_counts_for_the_reference_too(
     assert verify.main([*arguments, str(signed.path)]) == 0
     assert verify.main([*arguments, str(plain.path)]) == 1
     assert f"{plain.path}: is not signed" in capsys.readouterr().err
+
+
+def test_an_entry_of_the_signature_that_stands_twice(tmp_path: Path, keys: tuple[Path, Path]) -> None:
+    secret, public = keys
+    with BundleWriter(tmp_path / "b") as writer:
+        (writer.folder / "golden.npz").write_bytes(b"x")
+        bundle = writer.commit(tiny_manifest(), secret)
+    path = bundle.path / SIGNATURE
+    path.write_text(path.read_text().replace('"key":', '"key": "0",\n  "key":', 1))
+    with pytest.raises(BundleError, match="stands in it twice"):
+        Bundle.open(bundle.path, key=public)
