@@ -106,8 +106,9 @@ def rebuild(
 ) -> tuple[nn.Module, str]:
     """The model of a manifest's ``model`` entry, and the fingerprint of its weights.
 
-    Nothing is downloaded, and no file is opened, because the entry says so: published weights must be in the
-    package or in the user's cache already.
+    Nothing is downloaded because the entry says so: published weights must be in the package or in the
+    user's cache already. The file that it names is opened only if it lies in the current folder, as a
+    checkpoint of a stranger is.
 
     Args:
         entry: of the manifest, which a stranger may have written.
@@ -143,12 +144,11 @@ def _find_weights(source: str) -> str:
     """What gives the weights that a manifest names.
 
     Raises:
-        WeightsError: they came from a file. It is not looked for by its name, because a stranger may have
-            written the manifest.
+        WeightsError: they came from a file that is not here.
     """
     if source == AS_BUILT:
         return "pretrained"
-    if source not in ("pretrained", "random"):
+    if source not in ("pretrained", "random") and not _is_here(source):
         raise WeightsError(
             f"the bundle was made from the checkpoint {source!r}, which it does not contain",
             remedy="name that file: --weights PATH",
@@ -170,3 +170,9 @@ def _require_known(entry: ModelEntry, weights: str | Path | None) -> None:
             remedy="give the module object as trusted_model, or name a factory that builds it:"
             " --reference-model FILE.py:FACTORY",
         )
+
+
+def _is_here(source: str) -> bool:
+    """Whether the checkpoint that a manifest records lies in the current folder; a path is not followed,
+    because a stranger may have written it. Whether it is the right file, its fingerprint proves."""
+    return Path(source).name == source and Path(source).is_file()

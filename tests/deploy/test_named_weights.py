@@ -1,4 +1,4 @@
-"""A manifest makes nobody download weights or open a file: that needs the user's own word."""
+"""A manifest makes nobody download weights, or open a file outside the current folder."""
 
 from __future__ import annotations
 
@@ -78,20 +78,23 @@ def test_no_command_downloads_what_a_manifest_names(asked, tmp_path, fp32_bundle
     assert not (tmp_path / "cache" / "weights").exists()
 
 
-@pytest.mark.parametrize("name", ["cmt_nano.safetensors", "pipe"])
-def test_no_command_opens_a_file_that_a_manifest_names(asked, tmp_path, fp32_bundle, capsys, name):
-    """Even the right file in the current folder: it might be one that hangs the reader."""
-    if name == "pipe":
-        os.mkfifo(tmp_path / name)
-    else:
-        shutil.copy(str(resources.files("cmt_edge.cmt") / "data" / SHIPPED), tmp_path / name)
+@pytest.mark.parametrize(
+    "name", ["pipe", "folder", "elsewhere/cmt_nano.safetensors", "../cmt_nano.safetensors"]
+)
+def test_only_a_file_of_the_current_folder_is_opened(asked, tmp_path, fp32_bundle, capsys, name):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    shipped = str(resources.files("cmt_edge.cmt") / "data" / SHIPPED)
+    for place in (tmp_path / "elsewhere", tmp_path.parent):
+        shutil.copy(shipped, place / "cmt_nano.safetensors")
     bundle = name_weights(fp32_bundle, tmp_path / "bundle", source=name)
     for command, arguments in list_commands(bundle, tmp_path):
         assert command(arguments) == 2, arguments
         assert f"made from the checkpoint '{name}'" in capsys.readouterr().err
-    if name != "pipe":
-        with Predictor.load(bundle.path, backend="torch", weights=tmp_path / name) as predictor:
-            assert predictor(bundle.golden().sources[0]).label
+    with Predictor.load(bundle.path, backend="torch", weights=shipped) as predictor:
+        assert predictor(bundle.golden().sources[0]).label
+    assert asked == []
 
 
 def test_weights_in_the_package_need_no_word(asked, tmp_path, fp32_bundle):
