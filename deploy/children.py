@@ -198,8 +198,9 @@ class Child:
             _kill(process)
 
         timer = threading.Timer(seconds, expire)
-        timer.start()
+        timer.daemon = True  # Ctrl-C while it starts must not keep the process until the time is up
         try:
+            timer.start()
             yield expired
         finally:
             timer.cancel()

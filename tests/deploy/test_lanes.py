@@ -388,9 +388,13 @@ def test_ctrl_c_at_any_moment(interrupts, workers, in_flight):
         p = tiny(3, session=Checked())
         images = map(grey, itertools.cycle(range(20)))
         stream = p.stream(images, workers=workers, in_flight=in_flight)
-        interrupts(rng.uniform(1e-4, 5e-3))
-        with pytest.raises(KeyboardInterrupt):
+
+        def predict(p=p, stream=stream) -> None:
+            interrupts(rng.uniform(1e-4, 5e-3))  # here: an interrupt that nobody expects ends the test worker
             sum(len(p(grey(3)).logits) for _ in stream)
+
+        with pytest.raises(KeyboardInterrupt):
+            predict()
         gc.collect()
         assert levels(p.predict(map(grey, range(9)))) == list(range(9))
         closer = threading.Thread(target=p.close, daemon=True)
