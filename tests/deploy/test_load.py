@@ -102,7 +102,7 @@ def soak_in_a_child(bundle, backend: str, *arguments: str) -> dict[str, dict]:
 @LINUX
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("fixture", "backend", "loads"), [("fp32_bundle", "openvino", "8"), ("onnx_bundle", "onnxruntime", "20")]
+    ("fixture", "backend", "loads"), [("fp32_bundle", "openvino", "8"), ("onnx_bundle", "onnxruntime", "60")]
 )
 def test_predictions_and_loads_leave_nothing_behind(request, fixture, backend, loads):
     bundle = request.getfixturevalue(fixture)
