@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LIGHT := $(VENV)-light
 REAL := $(VENV)-real
+PROVIDERS := $(VENV)-providers
 SUPPLY := $(VENV)-supply
 RTX_TESTS := tests/deploy/test_rtx_parser.py tests/deploy/test_rtx_bundle.py tests/export/test_rtx.py
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo quick check test test-light test-real test-rtx coverage supply lock advisories clean
+.PHONY: demo quick check test test-light test-real test-rtx test-providers coverage supply lock advisories clean
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/demo.sh
@@ -49,6 +50,14 @@ test-rtx: $(READY)
 	$(PIP) --require-hashes --no-deps -r requirements/rtx.txt
 	$(BIN)/python -m pytest -rs $(RTX_TESTS)
 
+# ONNX Runtime with OpenVINO's provider, whose package takes the place of onnxruntime.
+test-providers:
+	$(PYTHON) -m venv --clear $(PROVIDERS)
+	$(PROVIDERS)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test-light]"
+	$(PROVIDERS)/bin/python -m pip uninstall --quiet --yes onnxruntime
+	$(PROVIDERS)/bin/python -m pip install --quiet --disable-pip-version-check onnxruntime-openvino
+	$(PROVIDERS)/bin/python -m pytest -rs tests/deploy/test_providers.py
+
 # A figure, not a gate. The pages lie in htmlcov/.
 coverage: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term --cov-report=html
@@ -82,5 +91,5 @@ $(SUPPLY)/.ready: requirements/supply.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LIGHT) $(REAL) $(SUPPLY) out build htmlcov .coverage* *.egg-info src/*.egg-info
+	rm -rf $(VENV) $(LIGHT) $(REAL) $(PROVIDERS) $(SUPPLY) out build htmlcov .coverage* *.egg-info src/*.egg-info
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

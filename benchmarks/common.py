@@ -131,7 +131,8 @@ def open_openvino(
     """
     import openvino as ov
 
-    from cmt_edge.deploy.backends.openvino import HINTS, RUNTIME, OpenVINOSession
+    from cmt_edge.deploy.backends.openvino import RUNTIME, OpenVINOSession
+    from cmt_edge.deploy.backends.openvino_devices import HINTS
     from cmt_edge.deploy.backends.openvino_graph import read
 
     config: dict[str, Any] = {
@@ -140,7 +141,12 @@ def open_openvino(
     }
     if precision is not None:
         config["INFERENCE_PRECISION_HINT"] = HINTS[RUNTIME.float_precision(precision)]
-    return OpenVINOSession(read(model) if rewritten else ov.Core().read_model(model), "CPU", config)
+
+    def read_model() -> ov.Model:
+        return read(model) if rewritten else ov.Core().read_model(model)
+
+    compiled = ov.Core().compile_model(read_model(), "CPU", config)
+    return OpenVINOSession(compiled, read_model, "CPU", config)
 
 
 def open_onnxruntime(model: Path, threads: int, throughput: bool = False) -> Session:

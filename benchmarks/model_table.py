@@ -132,7 +132,7 @@ def measure(spec: ModelSpec, threads: int) -> list[str]:
         bf16 = Bundle(fp32.path, replace(fp32.manifest, precision="bf16"))  # the same files, another demand
         bundles = [fp32, *([bf16] if has_bf16() else []), int8]
         result = benchmark(bundles, threads=threads, protocol=Protocol(50, 3.0), with_throughput=False)
-        sizes = [b.path.joinpath("openvino.bin").stat().st_size / 1e6 for b in bundles]
+        sizes = [b.path.joinpath("model.onnx").stat().st_size / 1e6 for b in bundles]
     ratios = {r.precision: f"{r.ratio:.2f}" for r in result.results}
     return [
         str(plain),

@@ -27,7 +27,7 @@ ONNX, IR, WEIGHTS = "model.onnx", "openvino.xml", "weights.pt"
 """Names of the files that a row makes."""
 
 OPENVINO_FILES = (IR, "openvino.bin")
-"""What OpenVINO reads."""
+"""What OpenVINO reads of the peers."""
 
 IMAGES_FILE = "images.npy"
 """The images on which logits are compared: float32 ``(N, 3, S, S)``."""
@@ -281,10 +281,9 @@ def load_ours(job: Job, folder: Path, throughput: bool, backend: str) -> Session
 
 
 def _make_own_row(precision: str, backend: str = "openvino", artefact: str = "") -> Row:
-    files: tuple[str, ...] = OPENVINO_FILES
     key, name = f"ours_{precision}", "OpenVINO"
     if backend == "onnxruntime":
-        key, name, files = f"{key}_ort", "ONNX Runtime", (ONNX,)
+        key, name = f"{key}_ort", "ONNX Runtime"
     about = (
         f"bundle of cmt-export --precision {precision}, in {name}; its export time includes verification and"
         " a quick measurement"
@@ -293,7 +292,7 @@ def _make_own_row(precision: str, backend: str = "openvino", artefact: str = "")
         key,
         f"cmt-edge {precision} ({name})",
         about,
-        files,
+        (ONNX,),
         partial(make_ours, precision=precision),
         partial(load_ours, backend=backend),
         artefact,

@@ -103,7 +103,12 @@ class CalibrationSet:
         return cls._choose_files(data, size, seed)
 
     @classmethod
-    def _choose_files(cls, data: str | Path, size: int | None, seed: int) -> CalibrationSet:
+    def _choose_files(
+        cls,
+        data: str | Path,
+        size: int | None,
+        seed: int,
+    ) -> CalibrationSet:
         """Images of a folder or an archive; see :meth:`choose`."""
         images = _drop_masks(ImageSet(data, labelled=False))
         _require_one_part(images)
@@ -145,10 +150,10 @@ class CalibrationSet:
     def batches(self, spec: Preprocess) -> Iterator[np.ndarray]:
         """Each image as float32 ``(1, 3, S, S)``, so that calibration never depends on the export's batch
         size."""
-        for blob, name in self._iterate_encoded():
+        for blob, name in self.encoded():
             yield preprocess(NamedBytes(blob, name), spec)[None]
 
-    def _iterate_encoded(self) -> Iterator[tuple[bytes, str]]:
+    def encoded(self) -> Iterator[tuple[bytes, str]]:
         """Each image as in its file, with a name for messages."""
         if self.files is None:
             for i, blob in enumerate(self.blobs):
@@ -180,7 +185,8 @@ def _drop_masks(images: ImageSet) -> ImageSet:
     kept = [item for item in images if masks.isdisjoint(PurePosixPath(item.name).parents)]
     pictures = images.select(kept)
     names = ", ".join(f"{folder}/" for folder in sorted(masks))
-    pictures.skipped = images.skipped + Counter({f"in {names} beside the pictures": len(images) - len(kept)})
+    left_out = Counter({f"in {names} beside the pictures": len(images) - len(kept)})
+    pictures.skipped = images.skipped + left_out
     return pictures
 
 
@@ -202,7 +208,11 @@ def _require_one_part(images: ImageSet) -> None:
         )
 
 
-def _make_parts_error(images: ImageSet, parts: Sequence[str], remedy: str) -> DataError:
+def _make_parts_error(
+    images: ImageSet,
+    parts: Sequence[str],
+    remedy: str,
+) -> DataError:
     """The error for a data set whose images are not all to train on."""
     shown = list(parts[:SHOWN_PARTS])
     if len(parts) > SHOWN_PARTS:
@@ -240,7 +250,11 @@ def _drop_held_out(images: ImageSet) -> ImageSet:
     return rest
 
 
-def _choose_spread(items: list[Item], count: int, seed: int) -> list[Item]:
+def _choose_spread(
+    items: list[Item],
+    count: int,
+    seed: int,
+) -> list[Item]:
     """``count`` items, shuffled with ``seed``; the folders take turns."""
     rng = random.Random(seed)
     by_folder: dict[PurePosixPath, list[Item]] = {}

@@ -146,7 +146,8 @@ def _choose_telling(
     extremes: Mapping[str, tuple[np.ndarray, np.ndarray]],
 ) -> tuple[int, ...]:
     """The batches of :attr:`Equalized.telling`, from the extremes of each tensor, ``(batches, C)``."""
-    loudest = {int(np.maximum(-low.min(1), high.max(1)).argmax()) for low, high in extremes.values()}
+    largest = [np.maximum(-low.min(1), high.max(1)) for low, high in extremes.values()]
+    loudest = {int(values.argmax()) for values in largest}
     return tuple(sorted(loudest))
 
 
@@ -168,7 +169,11 @@ def _find_site(conv: ir.Node) -> Site | None:
     return _find_affine_site(conv, node, channels) if node.op_type == "Add" else None
 
 
-def _find_affine_site(conv: ir.Node, addition: ir.Node, channels: int) -> Site | None:
+def _find_affine_site(
+    conv: ir.Node,
+    addition: ir.Node,
+    channels: int,
+) -> Site | None:
     """The tensor after a multiplication and ``addition`` of one constant a channel, which nothing else
     reads."""
     product = next(
@@ -222,10 +227,15 @@ def _rescale(graph: ir.Graph, site: Site, factor: np.ndarray) -> None:
         _insert_scale(graph, site.conv, 1 / factor)
         return
     for value in (site.scale, site.shift):
-        _set_constant(value, read_constant(value) / factor.reshape(1, -1, 1, 1))
+        by_channel = factor.reshape(1, -1, 1, 1)
+        _set_constant(value, read_constant(value) / by_channel)
 
 
-def _insert_scale(graph: ir.Graph, conv: ir.Node, scale: np.ndarray) -> None:
+def _insert_scale(
+    graph: ir.Graph,
+    conv: ir.Node,
+    scale: np.ndarray,
+) -> None:
     """Insert a multiplication by ``scale`` ``(C,)`` between a tensor and the conv that reads it."""
     name = f"{get_node_name(conv)}_input"
     factor = add_constant(

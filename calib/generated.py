@@ -18,6 +18,12 @@ from PIL import Image, ImageDraw, ImageFilter
 ASPECT = 1.25
 """Width of an image divided by its height."""
 
+LARGEST_DRAWN = 1200
+"""Height in pixels up to which every pixel is drawn."""
+
+QUALITY = 90
+"""Of JPEG images, as cameras use it."""
+
 SHAPES = 90
 """Number of discs and polygons in an image."""
 
@@ -28,25 +34,57 @@ def generate(count: int, size: int, seed: int = 0) -> list[bytes]:
     Equal arguments give equal pixels.
     """
     rng = np.random.default_rng(seed)
-    return [_encode(draw_dead_leaves(round(size * ASPECT), size, rng)) for _ in range(count)]
+    width = round(size * ASPECT)
+    images = (draw_dead_leaves(width, size, rng) for _ in range(count))
+    return [_encode(image) for image in images]
 
 
-def draw_dead_leaves(width: int, height: int, rng: np.random.Generator) -> Image.Image:
+def generate_photograph(size: int, seed: int = 0) -> bytes:
+    """A JPEG image ``size`` pixels high and wider than that, as a camera might have taken it.
+
+    Beyond :data:`LARGEST_DRAWN` pixels a smaller picture is enlarged.
+    """
+    drawn = min(size, LARGEST_DRAWN)
+    image = draw_dead_leaves(round(drawn * ASPECT), drawn, np.random.default_rng(seed))
+    if drawn != size:
+        image = image.resize((round(size * ASPECT), size), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=QUALITY)
+    return buffer.getvalue()
+
+
+def draw_dead_leaves(
+    width: int,
+    height: int,
+    rng: np.random.Generator,
+) -> Image.Image:
     """One RGB image."""
     tint = rng.uniform(40, 215, 3)  # scenes have a dominant colour and light
     spread = rng.uniform(15, 70)
-    image = Image.new("RGB", (width, height), _draw_colour(rng, tint, spread))
+    image = Image.new(
+        "RGB",
+        (width, height),
+        _draw_colour(rng, tint, spread),
+    )
     draw = ImageDraw.Draw(image)
     smallest, largest = 0.02 * height, 0.6 * height
     for _ in range(SHAPES):
         radius = _draw_radius(rng, smallest, largest)
         centre = rng.uniform((0, 0), (width, height))
-        _draw_leaf(draw, rng, centre, radius, _draw_colour(rng, tint, spread))
+        _draw_leaf(
+            draw,
+            rng,
+            centre,
+            radius,
+            _draw_colour(rng, tint, spread),
+        )
     noise = _make_pink_noise(rng, height, width) * rng.uniform(4, 18)
-    light = np.linspace(-1, 1, height)[:, None] * rng.uniform(-25, 25)
+    slope = np.linspace(-1, 1, height)[:, None]
+    light = slope * rng.uniform(-25, 25)
     values = np.asarray(image, np.float32) + (noise + light)[..., None]
-    image = Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
-    return image.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 1.0) * height / 200))
+    pixels = np.clip(values, 0, 255).astype(np.uint8)
+    radius = rng.uniform(0.2, 1.0) * height / 200
+    return Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(radius))
 
 
 def _draw_radius(rng: np.random.Generator, low: float, high: float) -> float:
@@ -84,13 +122,22 @@ def _draw_leaf(
     )
 
 
-def _draw_colour(rng: np.random.Generator, tint: np.ndarray, spread: float) -> tuple[int, ...]:
+def _draw_colour(
+    rng: np.random.Generator,
+    tint: np.ndarray,
+    spread: float,
+) -> tuple[int, ...]:
     """Red, green and blue near ``tint``; ``spread`` is the standard deviation of the brightness."""
     light = rng.normal(0, spread)
-    return tuple(int(v) for v in np.clip(tint + light + rng.normal(0, spread / 2, 3), 0, 255))
+    colour = tint + light + rng.normal(0, spread / 2, 3)
+    return tuple(int(v) for v in np.clip(colour, 0, 255))
 
 
-def _make_pink_noise(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+def _make_pink_noise(
+    rng: np.random.Generator,
+    height: int,
+    width: int,
+) -> np.ndarray:
     """1/f noise of unit standard deviation, ``(height, width)``."""
     frequency = np.hypot(
         *np.meshgrid(

@@ -70,7 +70,11 @@ class _StoredNode:
 
 
 @contextmanager
-def open_view(model: onnx.ModelProto, *, types: bool = False) -> Iterator[ir.Model]:
+def open_view(
+    model: onnx.ModelProto,
+    *,
+    types: bool = False,
+) -> Iterator[ir.Model]:
     """A view of ``model`` for the time of a block: see :func:`read_model`, and :func:`read_types` for
     ``types``.
 
@@ -186,7 +190,8 @@ def write_model(view: ir.Model) -> onnx.ModelProto:
     graph.node.extend(_write_node(node) for node in view.graph)
     graph.initializer.extend(get_tensor(value) for value in view.graph.initializers.values())
     made = [value for node in view.graph for value in node.outputs]
-    present = {name_value(value): value for value in (*made, *view.graph.initializers.values())}
+    values = (*made, *view.graph.initializers.values())
+    present = {name_value(value): value for value in values}
     for info in stored.graph.value_info:
         value = present.get(info.name)
         if value is not None:
@@ -307,7 +312,11 @@ def get_tensor(value: ir.Value) -> onnx.TensorProto:
     return ir.to_proto(tensor)
 
 
-def add_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+def add_constant(
+    graph: ir.Graph,
+    name: str,
+    array: np.ndarray,
+) -> ir.Value:
     """Add an initializer behind those that ``graph`` has."""
     value = ir.val(name, const_value=ir.Tensor(array, name=name))
     graph.register_initializer(value)
@@ -353,10 +362,20 @@ def make_node(
     attributes: dict[str, int] | None = None,
 ) -> ir.Node:
     """A new node with one output, which belongs to no graph yet."""
-    return ir.node(op_type, inputs, attributes, outputs=[ir.val(output)], name=name)
+    return ir.node(
+        op_type,
+        inputs,
+        attributes,
+        outputs=[ir.val(output)],
+        name=name,
+    )
 
 
-def copy_node(node: ir.Node, inputs: Sequence[ir.Value | None], suffix: str) -> ir.Node:
+def copy_node(
+    node: ir.Node,
+    inputs: Sequence[ir.Value | None],
+    suffix: str,
+) -> ir.Node:
     """A copy of ``node`` that reads ``inputs``; ``suffix`` is added to its name and to those of its
     outputs."""
     copy = ir.Node(
@@ -384,7 +403,11 @@ def detach_readers(value: ir.Value, name: str) -> ir.Value:
     return new
 
 
-def replace_inputs(node: ir.Node, before: ir.Value, after: ir.Value) -> None:
+def replace_inputs(
+    node: ir.Node,
+    before: ir.Value,
+    after: ir.Value,
+) -> None:
     """Let ``node`` read ``after`` wherever it reads ``before``."""
     for position, value in enumerate(node.inputs):
         if value is before:

@@ -53,7 +53,8 @@ def _find_only_children(names: Iterable[str], rows: Collection[str]) -> set[str]
     siblings = defaultdict(set)
     for name in names:
         siblings[_find_parent(name)].add(name)
-    lonely = [children for parent, children in siblings.items() if parent in rows and len(children) == 1]
+    inner = [children for parent, children in siblings.items() if parent in rows]
+    lonely = [children for children in inner if len(children) == 1]
     return set().union(*lonely)
 
 
@@ -64,12 +65,18 @@ def _find_rows(paths: Iterable[str]) -> dict[str, list[int]]:
         parts = path.split(".")
         inner = [i for i, part in enumerate(parts) if part.isdigit() and 0 < i < len(parts) - 1]
         if inner:
-            rows[".".join(parts[: inner[-1]])].add(int(parts[inner[-1]]))
+            last = inner[-1]
+            row = ".".join(parts[:last])
+            rows[row].add(int(parts[last]))
     nested = {outer for outer in rows for other in rows if other.startswith(f"{outer}.")}
     return {row: sorted(numbers) for row, numbers in rows.items() if row not in nested}
 
 
-def _find_group(path: str, rows: Mapping[str, list[int]], stages: Collection[str]) -> str:
+def _find_group(
+    path: str,
+    rows: Mapping[str, list[int]],
+    stages: Collection[str],
+) -> str:
     """The group of one module, in a block or beside the blocks."""
     for row, numbers in rows.items():
         number, _, rest = path.removeprefix(f"{row}.").partition(".")
@@ -98,11 +105,15 @@ def _find_parent(path: str) -> str:
     return path.rpartition(".")[0]
 
 
-def group_nodes(model: onnx.ModelProto, nodes: Collection[str]) -> dict[str, tuple[str, ...]]:
+def group_nodes(
+    model: onnx.ModelProto,
+    nodes: Collection[str],
+) -> dict[str, tuple[str, ...]]:
     """Group -> names of those of ``nodes`` in it, in the graph's order; ``model`` carries the modules'
     names."""
     with open_view(model) as view:
-        chosen = [(get_node_name(node), find_module(node)) for node in view.graph if node.name in nodes]
+        found = [node for node in view.graph if node.name in nodes]
+        chosen = [(get_node_name(node), find_module(node)) for node in found]
     names = name_groups({module for _, module in chosen})
     groups: dict[str, list[str]] = {}
     for node, module in chosen:
@@ -110,7 +121,10 @@ def group_nodes(model: onnx.ModelProto, nodes: Collection[str]) -> dict[str, tup
     return {group: tuple(members) for group, members in groups.items()}
 
 
-def group_by_kind(model: onnx.ModelProto, nodes: Collection[str]) -> dict[str, tuple[str, ...]]:
+def group_by_kind(
+    model: onnx.ModelProto,
+    nodes: Collection[str],
+) -> dict[str, tuple[str, ...]]:
     """As :func:`group_nodes`, for the groups that every model has (:data:`COMMON_GROUPS`)."""
     with open_view(model) as view:
         chosen = [node for node in view.graph if node.name in nodes]

@@ -33,7 +33,8 @@ def sign_quantizers(graph: ir.Graph) -> None:
     That costs one bit there, but TensorRT reads nothing else, and one kind of activation serves every
     runtime.
     """
-    unsigned = [node for node in graph if node.op_type in (QUANTIZE, DEQUANTIZE) and _is_unsigned(node)]
+    quantizers = [node for node in graph if node.op_type in (QUANTIZE, DEQUANTIZE)]
+    unsigned = [node for node in quantizers if _is_unsigned(node)]
     for node in unsigned:
         if node.op_type == QUANTIZE:
             node.outputs[0].dtype = ir.DataType.INT8
@@ -103,7 +104,11 @@ def _has_weight(layer: ir.Node) -> bool:
     return is_constant(value)
 
 
-def _insert_pair(graph: ir.Graph, layer: ir.Node, quantizer: ir.Node) -> None:
+def _insert_pair(
+    graph: ir.Graph,
+    layer: ir.Node,
+    quantizer: ir.Node,
+) -> None:
     """Insert a pair like that of ``quantizer`` between ``layer`` and what it reads."""
     value = get_input(layer, 0)
     for kind, end in (
@@ -111,7 +116,12 @@ def _insert_pair(graph: ir.Graph, layer: ir.Node, quantizer: ir.Node) -> None:
         (DEQUANTIZE, "dequantized"),
     ):
         name = f"{get_node_name(layer)}_input_{end}"
-        node = make_node(kind, [value, *quantizer.inputs[1:]], name, name)
+        node = make_node(
+            kind,
+            [value, *quantizer.inputs[1:]],
+            name,
+            name,
+        )
         graph.insert_before(layer, node)
         value = node.outputs[0]
     layer.replace_input_with(0, value)

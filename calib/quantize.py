@@ -12,6 +12,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -88,39 +89,38 @@ def quantize(
         data: the calibration images.
         spec: their preprocessing.
         recipe: what stays float.
-        cache: a folder of calibrated graphs, in which the same graph, images, preprocessing and recipe are
-            not calibrated twice.
+        cache: a folder of calibrated graphs, where nothing is calibrated twice.
         progress: is called with the number of images that were read, and the number of all images.
 
     Raises:
         GateError: the result breaks a rule of :func:`cmt_edge.calib.lint.lint`.
-        InputError: ``recipe.keep_float`` names something that the graph does not have, or all that could be
-            int8.
+        InputError: ``recipe.keep_float`` names what the graph lacks, or all that could be int8.
         StepError: NNCF failed.
     """
-    if recipe.keep_float:
-        whole = quantize(
-            model,
-            data,
-            spec,
-            replace(recipe, keep_float=()),
-            cache=cache,
-            progress=progress,
-        )
-        return replace(
-            whole,
-            model=keep_float(whole, recipe.keep_float),
-            recipe=recipe.key(),
-        )
+    plain = replace(recipe, keep_float=())
+
+    def make() -> Quantized:
+        return _require_clean(calibrate(model, data, spec, plain, progress))
+
     if cache is None:
-        return _require_clean(calibrate(model, data, spec, recipe, progress))
-    content = model.SerializeToString(deterministic=True)
-    store = Cache(cache, (".float", ".onnx"), CACHED_FILES)
-    return store.get(
-        _make_key(content, data, spec, recipe),
-        decode=lambda files: _read_files(files, recipe),
-        make=lambda: _require_clean(calibrate(model, data, spec, recipe, progress)),
-        encode=_convert_to_files,
+        whole = make()
+    else:
+        content = model.SerializeToString(deterministic=True)
+        whole = Cache(cache, (".float", ".onnx"), CACHED_FILES).get(
+            _make_key(content, data, spec, plain),
+            decode=lambda files: _read_files(files, plain),
+            make=make,
+            encode=_convert_to_files,
+        )
+    return _take_back(whole, recipe) if recipe.keep_float else whole
+
+
+def _take_back(whole: Quantized, recipe: Recipe) -> Quantized:
+    """``whole`` with what the recipe names in float again."""
+    return replace(
+        whole,
+        model=keep_float(whole, recipe.keep_float),
+        recipe=recipe.key(),
     )
 
 
@@ -156,7 +156,8 @@ def keep_float(quantized: Quantized, names: tuple[str, ...]) -> onnx.ModelProto:
             "nothing would be left in int8",
             remedy="keep fewer groups float, or use --precision fp32 or bf16",
         )
-    return _require_clean(replace(quantized, model=restore(quantized.model, original, chosen))).model
+    restored = restore(quantized.model, original, chosen)
+    return _require_clean(replace(quantized, model=restored)).model
 
 
 def _make_key(
@@ -203,7 +204,8 @@ class Batches:
         progress: Callable[[int, int], None] | None,
     ) -> None:
         self._data, self._spec, self._progress = data, spec, progress
-        self._keeps = len(data) * 3 * spec.size**2 * np.dtype(np.float32).itemsize <= KEPT_BYTES
+        image_bytes = 3 * spec.size**2 * np.dtype(np.float32).itemsize
+        self._keeps = len(data) * image_bytes <= KEPT_BYTES
         self._kept: list[np.ndarray] | None = None
 
     def __len__(self) -> int:
@@ -306,27 +308,34 @@ def _run_nncf(
 ) -> onnx.ModelProto:
     """The Q/DQ graph that NNCF makes of ``model``, with signed pairs directly before the layers."""
     nncf = _import_nncf()
+    at_once = IMAGES_AT_ONCE if recipe.range_estimator == "minmax" else 1
+    grouped = _Grouped(batches, chosen, at_once)
     name = model.graph.input[0].name
-    grouped = _Grouped(
-        batches,
-        chosen,
-        IMAGES_AT_ONCE if recipe.range_estimator == "minmax" else 1,
-    )
     dataset = nncf.Dataset(grouped, lambda batch: {name: batch})
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
+    with _translating_failures(), _silence():
+        result = nncf.quantize(
+            copy,
+            dataset,
+            preset=nncf.QuantizationPreset.PERFORMANCE,  # symmetric activations
+            model_type=nncf.ModelType.TRANSFORMER,
+            subset_size=len(grouped),
+            fast_bias_correction=True,
+            ignored_scope=nncf.IgnoredScope(names=recipe.float_nodes(copy), validate=False),
+            advanced_parameters=_make_parameters(nncf, recipe),
+        )
+    with open_view(result) as view:
+        sign_quantizers(view.graph)
+        move_pairs_to_layers(view.graph)
+        return write_model(view)
+
+
+@contextmanager
+def _translating_failures() -> Iterator[None]:
+    """Errors of NNCF as a :class:`StepError`; errors of cmt-edge, which images raise, stay as they are."""
     try:
-        with _silence():
-            result = nncf.quantize(
-                copy,
-                dataset,
-                preset=nncf.QuantizationPreset.PERFORMANCE,  # symmetric activations
-                model_type=nncf.ModelType.TRANSFORMER,
-                subset_size=len(grouped),
-                fast_bias_correction=True,
-                ignored_scope=nncf.IgnoredScope(names=recipe.float_nodes(copy), validate=False),
-                advanced_parameters=_make_parameters(nncf, recipe),
-            )
+        yield
     except CmtEdgeError:
         raise
     except Exception as exc:
@@ -335,10 +344,6 @@ def _run_nncf(
             why=f"{type(exc).__name__}: {exc}",
             remedy="export fp32 or bf16, and report the model",
         ) from exc
-    with open_view(result) as view:
-        sign_quantizers(view.graph)
-        move_pairs_to_layers(view.graph)
-        return write_model(view)
 
 
 def _import_nncf() -> Any:
@@ -350,7 +355,7 @@ def _import_nncf() -> Any:
     return nncf
 
 
-@contextlib.contextmanager
+@contextmanager
 def _silence() -> Iterator[None]:
     """Discard standard output, which is reserved for results: NNCF draws its own progress there."""
     with contextlib.redirect_stdout(io.StringIO()):

@@ -144,7 +144,8 @@ def _reads_table(node: ir.Node) -> bool:
     """Whether it is a product with a constant of more than two dimensions."""
     if node.op_type != "MatMul":
         return False
-    return any(len(dims) > 2 for dims in map(read_constant_dims, node.inputs) if dims is not None)
+    known = [dims for dims in map(read_constant_dims, node.inputs) if dims is not None]
+    return any(len(dims) > 2 for dims in known)
 
 
 def _multiplies_activations(node: ir.Node) -> bool:
@@ -157,7 +158,9 @@ def _comes_from(value: ir.Value | None, op_type: str) -> bool:
     node = find_producer(value)
     if node is None or node.op_type == op_type:
         return node is not None
-    return node.op_type in (*MOVES, *ELEMENTWISE) and any(_comes_from(part, op_type) for part in node.inputs)
+    if node.op_type not in (*MOVES, *ELEMENTWISE):
+        return False
+    return any(_comes_from(part, op_type) for part in node.inputs)
 
 
 def find_inner_depthwise(graph: ir.Graph) -> set[ir.Node]:
@@ -206,7 +209,9 @@ def _is_dense_after(value: ir.Value) -> bool:
     if len(value.uses()) != 1:
         return False
     (use,) = value.uses()
-    return is_dense(use.node) or (use.node.op_type in BETWEEN and _is_dense_after(use.node.outputs[0]))
+    if is_dense(use.node):
+        return True
+    return use.node.op_type in BETWEEN and _is_dense_after(use.node.outputs[0])
 
 
 def is_dense(node: ir.Node) -> bool:

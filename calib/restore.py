@@ -112,7 +112,8 @@ class _Restoration:
     def run(self) -> None:
         self._bypass_unread_pairs()
         # initializer -> the nodes that read it before any of them is restored
-        self.readers = {value: set(find_readers(value)) for value in self.graph.initializers.values()}
+        constants = self.graph.initializers.values()
+        self.readers = {value: set(find_readers(value)) for value in constants}
         for node in list(self.graph):
             if node in self.chosen:
                 self._restore_operation(node)
@@ -136,7 +137,11 @@ class _Restoration:
                 for node in find_readers(value):
                     replace_inputs(node, value, before)
 
-    def _find_int8_readers(self, tensor: ir.Value, through: tuple[str, ...] | None) -> set[ir.Node]:
+    def _find_int8_readers(
+        self,
+        tensor: ir.Value,
+        through: tuple[str, ...] | None,
+    ) -> set[ir.Node]:
         """Operations that compute in int8 and read ``tensor``, looking through operations of these kinds
         (``None``: of all kinds)."""
         found: set[ir.Node] = set()
@@ -191,7 +196,8 @@ class _Restoration:
         now = self.graph.initializers.get(name)
         if now is not None and _is_same(now, before):
             return now
-        shared = now is not None and bool(self.readers.get(now, set()) - {node})
+        others = set() if now is None else self.readers.get(now, set()) - {node}
+        shared = bool(others)
         if now is not None and not shared:
             now.const_value = before.const_value
             return now
@@ -226,7 +232,11 @@ class _Restoration:
         sources = [self._find_float(get_input(node, position)) for position in range(count)]
         if sources == list(node.inputs[:count]):
             return tensor
-        copy = copy_node(node, [*sources, *node.inputs[count:]], FLOAT_SUFFIX)
+        copy = copy_node(
+            node,
+            [*sources, *node.inputs[count:]],
+            FLOAT_SUFFIX,
+        )
         self.graph.insert_after(node, copy)
         self.floats |= dict(zip(node.outputs, copy.outputs, strict=True))
         return self.floats[tensor]

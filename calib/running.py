@@ -85,7 +85,8 @@ def measure_extremes(
     stacked = [
         np.stack([answers[i].reshape(-1) for answers in seen]).astype(np.float64) for i in range(len(outputs))
     ]
-    return {name: (stacked[i], stacked[len(names) + i]) for i, name in enumerate(names)}
+    lows, highs = stacked[: len(names)], stacked[len(names) :]
+    return dict(zip(names, zip(lows, highs, strict=True), strict=True))
 
 
 def _add_watches(
@@ -97,7 +98,8 @@ def _add_watches(
     result = onnx.ModelProto()
     result.CopyFrom(model)
     graph = result.graph
-    axes = numpy_helper.from_array(np.array([0, 2, 3], np.int64), "observed_axes")
+    all_but_channels = np.array([0, 2, 3], np.int64)
+    axes = numpy_helper.from_array(all_but_channels, "observed_axes")
     graph.initializer.append(axes)
     inputs = [
         *([name, axes.name] for name in by_channel),
@@ -107,7 +109,8 @@ def _add_watches(
     for kind in EXTREMES:
         for i, read in enumerate(inputs):
             output = f"observed_{kind}_{i}"
-            graph.node.append(helper.make_node(kind, read, [output], output, keepdims=0))
+            node = helper.make_node(kind, read, [output], output, keepdims=0)
+            graph.node.append(node)
             graph.output.append(helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None))
             outputs.append(output)
     return result, outputs

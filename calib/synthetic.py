@@ -114,24 +114,21 @@ def synthesise(
     time_limit_s: float = TIME_LIMIT_S,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[np.ndarray, Synthesis]:
-    """Images whose statistics at the batch norms of ``model`` are those of its training data.
+    """Images, uint8 ``(count, S, S, 3)``, whose statistics at the batch norms of ``model`` are those of its
+    training data, and how they were made.
 
     The loss is the mean over batch norms of ``mean_c(((m - M) / S)^2 + (s / S - 1)^2)`` with mean ``m`` and
     deviation ``s`` of a batch's input, running mean ``M`` and deviation ``S``. Equal arguments give equal
-    pixels on the same machine, torch and number of threads (float sums depend on these), unless the time ran
-    out.
+    pixels with the same machine, torch and number of threads, unless the time ran out.
 
     Args:
         model: takes float32 ``(N, 3, S, S)``; it stays as it is.
         count: number of images.
         spec: the model's preprocessing.
-        seed: of the images to start from.
+        seed: of the first images.
         steps: optimisation steps of each batch.
         time_limit_s: seconds after which no further step starts.
         progress: called with steps done and their number.
-
-    Returns:
-        Images ``(count, size, size, 3)`` uint8, and how they were made.
 
     Raises:
         InputError: the model has no batch norm with statistics of training.
@@ -140,14 +137,19 @@ def synthesise(
     norms = require_statistics(model)
     batches = _make_starting_batches(count, spec, seed)
     distance = _Distance(model, norms, spec, batches[0][:1])
-    begin = time.monotonic()
+    begin, share = time.monotonic(), time_limit_s / len(batches)
     made = []
     for i, batch in enumerate(batches):
         tick = _make_tick(progress, i * steps, len(batches) * steps)
-        deadline = begin + time_limit_s * (i + 1) / len(batches)
+        deadline = begin + share * (i + 1)
         made.append(_synthesise_batch(distance, batch, steps, deadline, tick))
-    images = torch.cat([batch.images for batch in made]).permute(0, 2, 3, 1).contiguous().numpy()
-    return images, _summarise(made, seed, steps)
+    return _join_images(made), _summarise(made, seed, steps)
+
+
+def _join_images(made: list[_Batch]) -> np.ndarray:
+    """All images, uint8 ``(count, S, S, 3)``."""
+    images = torch.cat([batch.images for batch in made])
+    return images.permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def _make_tick(
@@ -190,8 +192,8 @@ def _synthesise_batch(
 def _summarise(batches: list[_Batch], seed: int, steps: int) -> Synthesis:
     """How all images were made; raises :class:`StepError` if a loss is not finite."""
     sizes = [len(batch.images) for batch in batches]
-    before = float(np.average([batch.loss_before for batch in batches], weights=sizes))
-    after = float(np.average([batch.loss_after for batch in batches], weights=sizes))
+    before = _average([batch.loss_before for batch in batches], sizes)
+    after = _average([batch.loss_after for batch in batches], sizes)
     if not (math.isfinite(before) and math.isfinite(after)):
         raise StepError(
             "synthetic images cannot be made: the statistics of the model's activations are not finite",
@@ -206,11 +208,17 @@ def _summarise(batches: list[_Batch], seed: int, steps: int) -> Synthesis:
     )
 
 
+def _average(losses: list[float], sizes: list[int]) -> float:
+    """The mean over images of what is known of batches."""
+    return float(np.average(losses, weights=sizes))
+
+
 def _make_starting_batches(count: int, spec: Preprocess, seed: int) -> list[Tensor]:
     """Generated images as float32 ``(N, 3, S, S)`` with values from 0 to 1, in batches of nearly equal
     size."""
     encoded = generate(count, spec.size, seed=IMAGE_SEED + seed)
-    images = torch.from_numpy(np.stack([decode_pixels(blob, spec) for blob in encoded]))
+    decoded = [decode_pixels(blob, spec) for blob in encoded]
+    images = torch.from_numpy(np.stack(decoded))
     values = images.permute(0, 3, 1, 2).float() / 255
     largest = max(SMALLEST_BATCH, min(LARGEST_BATCH, BATCH_PIXELS // spec.size**2))
     return list(torch.split(values, split_into_batches(count, largest)))
@@ -256,16 +264,26 @@ def make_synthetic_set(
         )
         return Made(images, how, cached=False)
 
-    if cache is None:
-        return convert_to_set(make(), spec)
+    key = _make_cache_key(weights, count, spec, seed, steps, time_limit_s)
+    made = make() if cache is None else _find_or_make(cache, key, count, spec, make)
+    return convert_to_set(made, spec)
+
+
+def _find_or_make(
+    cache: Path,
+    key: str,
+    count: int,
+    spec: Preprocess,
+    make: Callable[[], Made],
+) -> Made:
+    """The images of an earlier run, or those that ``make`` gives now, which are kept."""
     shape = (count, spec.size, spec.size, 3)
-    made = Cache(cache, (".npz",), CACHED_SETS).get(
-        _make_cache_key(weights, count, spec, seed, steps, time_limit_s),
+    return Cache(cache, (".npz",), CACHED_SETS).get(
+        key,
         decode=lambda files: _read_file(files[0], shape),
         make=make,
         encode=_convert_to_files,
     )
-    return convert_to_set(made, spec)
 
 
 def _make_cache_key(
@@ -355,7 +373,8 @@ class _Distance:
         spec: Preprocess,
         sample: Tensor,
     ) -> None:
-        chosen = {name for name, module in model.named_modules() if any(module is n for n in norms)}
+        ids = {id(norm) for norm in norms}
+        chosen = {name for name, module in model.named_modules() if id(module) in ids}
         self._model = copy.deepcopy(model).eval().requires_grad_(False)
         for name, module in self._model.named_modules():
             if name in chosen:
@@ -372,7 +391,8 @@ class _Distance:
     def __call__(self, values: Tensor) -> Tensor:
         """``(N, 3, S, S)`` in 0..1 -> scalar."""
         self._terms = []
-        self._model(((values - self._mean) / self._std).contiguous(memory_format=self.layout))
+        normalised = (values - self._mean) / self._std
+        self._model(normalised.contiguous(memory_format=self.layout))
         terms, self._terms = self._terms, []
         return torch.stack(terms).mean()
 
@@ -385,11 +405,13 @@ class _Distance:
         x = inputs[0]
         assert norm.running_mean is not None
         assert norm.running_var is not None
-        variance, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1], correction=0)
+        all_but_channels = [d for d in range(x.ndim) if d != 1]
+        variance, mean = torch.var_mean(x, all_but_channels, correction=0)
         expected = (norm.running_var + norm.eps).sqrt()
         shift = (mean - norm.running_mean) / expected
         spread = (variance + norm.eps).sqrt() / expected
-        self._terms.append((shift.square() + (spread - 1).square()).mean())
+        term = shift.square() + (spread - 1).square()
+        self._terms.append(term.mean())
 
 
 def _optimise(
@@ -421,7 +443,8 @@ def _optimise(
 
     taken = 0
     while taken < steps and time.monotonic() < deadline:
-        adam.param_groups[0]["lr"] = LEARNING_RATE * (1 + math.cos(math.pi * taken / steps)) / 2
+        cosine = math.cos(math.pi * taken / steps)
+        adam.param_groups[0]["lr"] = LEARNING_RATE * (1 + cosine) / 2
         adam.zero_grad()
         torch.autograd.backward(distance(values()))
         adam.step()
@@ -441,8 +464,16 @@ def _compute_amplitude(size: int) -> Tensor:
 def convert_to_set(made: Made, spec: Preprocess) -> CalibrationSet:
     """The images as a calibration set."""
     early = made.how.stopped_early
-    story = SynthesisEntry(**asdict(made.how), stopped_early=early, cached=made.cached)
-    return CalibrationSet.of_blobs(SYNTHETIC, _encode(made.images, spec), story)
+    story = SynthesisEntry(
+        **asdict(made.how),
+        stopped_early=early,
+        cached=made.cached,
+    )
+    return CalibrationSet.of_blobs(
+        SYNTHETIC,
+        _encode(made.images, spec),
+        story,
+    )
 
 
 def _encode(images: np.ndarray, spec: Preprocess) -> Iterator[bytes]:

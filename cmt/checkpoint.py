@@ -233,7 +233,8 @@ def _parse_or_none(text: str) -> Any:
 
 def _is_safetensors(head: bytes, size: int) -> bool:
     """Whether a file begins with the length of a JSON header and that header."""
-    return len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size
+    length = int.from_bytes(head[:8], "little")
+    return len(head) > 8 and head[8:9] == b"{" and length <= size
 
 
 def _list_zip_members(path: Path, head: bytes) -> tuple[str, ...]:
@@ -289,8 +290,9 @@ def _make_unreadable_error(path: Path, exc: Exception) -> WeightsError:
         (line for line in lines if any(word in line for word in REFUSALS)),
         None,
     )
-    held = next((what for name, what in CALLS.items() if refusal and name in refusal.split()), None)
-    unloadable = next((name for name in find_unloadable(path) if refusal and name in refusal.split()), None)
+    words = refusal.split() if refusal else []
+    held = next((what for name, what in CALLS.items() if name in words), None)
+    unloadable = next((name for name in find_unloadable(path) if name in words), None)
     if unloadable:
         return WeightsError(
             f"holds an object of the class {unloadable}, which only its own code can rebuild",

@@ -141,7 +141,8 @@ def read_named_classes(content: Any) -> tuple[str, ...]:
 
 def count_class_names(content: Any) -> int | None:
     """The number of names of the first entry that has some; ``None`` where no entry has any."""
-    counts = (len(found.names) for found in _find(content) if not found.fault and not _may_be_others(found))
+    sound = (found for found in _find(content) if not found.fault)
+    counts = (len(found.names) for found in sound if not _may_be_others(found))
     return next(counts, None)
 
 
@@ -218,7 +219,9 @@ def _convert_to_names(value: Any, key: str) -> tuple[str, ...] | None:
         value = dict(value)
     if isinstance(value, Mapping):
         return _put_in_order(value, key) if value else None
-    return tuple(map(_parse_name, value)) if isinstance(value, (list, tuple)) and value else None
+    if not isinstance(value, (list, tuple)) or not value:
+        return None
+    return tuple(map(_parse_name, value))
 
 
 def _split(text: str) -> tuple[str, ...] | None:
@@ -250,7 +253,10 @@ def _parse_name(value: object) -> str:
     return str(value)
 
 
-def _put_in_order(mapping: Mapping[Any, Any], key: str) -> tuple[str, ...]:
+def _put_in_order(
+    mapping: Mapping[Any, Any],
+    key: str,
+) -> tuple[str, ...]:
     """The names of a mapping from index to name, or from name to index, in the order of the indices."""
     if key in BY_NAME or _maps_names(mapping):
         indices, names = list(mapping.values()), list(mapping)
@@ -269,32 +275,40 @@ def _maps_names(mapping: Mapping[Any, Any]) -> bool:
     """Whether the keys are names and the values their indices; a key such as ``"7"`` is a name there, too."""
     if any(_parse_index(key) is None for key in mapping):
         return all(_parse_index(value) is not None for value in mapping.values())
-    return not all(_is_whole(key) for key in mapping) and all(_is_whole(value) for value in mapping.values())
+    by_name = not all(_is_whole(key) for key in mapping)
+    return by_name and all(_is_whole(value) for value in mapping.values())
 
 
 def _are_both_indices(keys: Sequence[Any], values: Sequence[Any]) -> bool:
     """Whether keys and values are texts of numbers from 0 or 1 on, so that either may be the index."""
     if not all(isinstance(text, str) for text in (*keys, *values)):
         return False
-    return all(_count([_parse_index(text) for text in texts]) for texts in (keys, values))
+    numbers = ([_parse_index(text) for text in texts] for texts in (keys, values))
+    return all(map(_count, numbers))
 
 
 def _count(numbers: Sequence[int | None]) -> bool:
     """Whether the numbers are all whole numbers from 0 or 1, in any order."""
-    return any(set(numbers) == set(range(first, first + len(numbers))) for first in (0, 1))
+    found, count = set(numbers), len(numbers)
+    return any(found == set(range(first, first + count)) for first in (0, 1))
 
 
 def _differ(indices: Sequence[Any], names: Sequence[Any]) -> bool:
     return [_parse_index(value) for value in indices] != [_parse_index(value) for value in names]
 
 
-def _sort_names(order: list[int], names: list[str]) -> tuple[str, ...]:
+def _sort_names(
+    order: list[int],
+    names: list[str],
+) -> tuple[str, ...]:
     """``names`` in the ``order`` of their indices, which begin with 0 or 1 and have no holes."""
     first = min(order)
-    if first not in (0, 1) or sorted(order) != list(range(first, first + len(order))):
+    expected = list(range(first, first + len(order)))
+    if first not in (0, 1) or sorted(order) != expected:
         shown = f"{first} to {max(order)}"
         raise UnusableNames(f"has {len(order)} indices from {shown}, which are not 0, 1, 2 and so on")
-    return tuple(name for _, name in sorted(zip(order, names, strict=True)))
+    numbered = sorted(zip(order, names, strict=True))
+    return tuple(name for _, name in numbered)
 
 
 def _is_whole(value: object) -> bool:
@@ -308,6 +322,7 @@ def _is_whole(value: object) -> bool:
 
 def _parse_index(value: Any) -> int | None:
     """A whole number, also as text; ``None`` for anything else."""
-    if _is_whole(value) or (isinstance(value, str) and value.isdecimal() and len(value) <= MAX_DIGITS):
+    is_text = isinstance(value, str) and value.isdecimal() and len(value) <= MAX_DIGITS
+    if _is_whole(value) or is_text:
         return int(value)
     return None

@@ -9,104 +9,19 @@ places that fit with different values are refused, unless only one of them has a
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .key_words import USUAL, is_of_training, is_training_only, names_average, split_words
 from .spec import ModelSpec, StateDict
-from .strangers import Stranger, find_strangers
 from .unpickling import PlainArray
-
-AVERAGE = re.compile(
-    r"(?:^|[^a-z])(?:model|net|params)?_?(?:ema|swa|avg|averaged?|averaging|polyak|shadow)"
-    r"(?:model|net|params|weights)?(?:[^a-z]|$)",
-    re.IGNORECASE,
-)
-"""Fits the words of keys that name weights averaged over training: ``model_ema``, ``ema_state_dict``,
-``swa_model``. It fits other averages too; see :func:`names_average`."""
-
-USUAL = {
-    "model",
-    "models",
-    "module",
-    "state",
-    "dict",
-    "statedict",
-    "net",
-    "network",
-    "param",
-    "params",
-    "parameter",
-    "parameters",
-    "weight",
-    "weights",
-    "backbone",
-    "checkpoint",
-    "ckpt",
-    "best",
-    "last",
-    "latest",
-    "final",
-}
-"""Words of which the keys of weights are usually made. Nobody but the user knows whether the best or the last
-ones are meant, so that none of them is more usual than the others."""
-
-BESIDE_AVERAGE = USUAL | {
-    "average",
-    "avg",
-    "callback",
-    "callbacks",
-    "copy",
-    "cpu",
-    "decay",
-    "ema",
-    "helper",
-    "moving",
-    "obj",
-    "object",
-    "shadow",
-    "stochastic",
-    "swa",
-    "teacher",
-    "variables",
-}
-"""Words that stand beside the one that names an average, where it is one of weights."""
-
-MOMENTS = {
-    "exp_avg",
-    "exp_avg_sq",
-    "exp_inf",
-    "max_exp_avg_sq",
-    "momentum_buffer",
-}
-"""Keys of what PyTorch's optimizers keep of the gradients, in the shapes of the weights."""
-
-OTHERS = {
-    "optimizer",
-    "optimizers",
-    "optim",
-    "opt",
-    "adam",
-    "adamw",
-    "scheduler",
-    "schedulers",
-    "scaler",
-    "amp",
-    "rng",
-    "grad",
-    "grads",
-    "gradients",
-    "momentum",
-    "loops",
-    "discriminator",
-}
-"""Words in keys below which no weights of the model are looked for."""
 
 WRAPPERS = {
     "_orig_mod",
@@ -115,44 +30,8 @@ WRAPPERS = {
 }
 """Parts of names that torch.compile, FSDP and activation checkpointing put in anywhere."""
 
-COUNTERS = {
-    "total_ops",
-    "total_params",
-    "n_averaged",
-    "num_updates",
-    "initted",
-    "step",
-    "global_step",
-    "epoch",
-    "decay",
-}
-"""Last parts of names of what profilers (thop) and averaging put beside weights."""
-
 AVERAGE_COUNTER = "n_averaged"
 """What torch.optim.swa_utils.AveragedModel keeps beside averaged weights."""
-
-TRAINING = {
-    "criterion",
-    "criterions",
-    "loss",
-    "losses",
-    "metric",
-    "metrics",
-    "acc",
-    "accuracy",
-    "auroc",
-    "confmat",
-    "train",
-    "val",
-    "valid",
-    "validation",
-    "test",
-    "teacher",
-    "aux",
-    "auxiliary",
-    "discriminator",
-}
-"""Words in the first part of names that belong to training, not to the model."""
 
 BATCHES = "num_batches_tracked"
 """Last part of the name of a batch norm's counter, which only training reads."""
@@ -175,6 +54,17 @@ MAX_DENSE = 2**28
 
 MAX_PREFIX = 6
 """Number of parts of a prefix, at most."""
+
+MAX_VISITS = 8
+"""How often one mapping or list is entered, at most, where several ways lead to it or it holds itself.
+Programs keep a state dict under two or three names."""
+
+MAX_COMPARED = 2_000_000
+"""Number of names, at most, that all comparisons of places and prefixes with a model look at. A checkpoint of
+3,000 names with 30 prefixes needs 90,000."""
+
+_Visit = tuple[tuple[int, ...], tuple[str, ...], Any]
+"""A value of a checkpoint: its place in the order of the file, the keys on the way to it, and itself."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +97,8 @@ class WeightsCandidate:
     @property
     def entry(self) -> str:
         """The way and the prefix, as a message names them."""
-        return ".".join(filter(None, [*self.way, *self.prefix.split(".")])) or "the top level"
+        parts = [*self.way, *self.prefix.split(".")]
+        return ".".join(filter(None, parts)) or "the top level"
 
 
 @dataclass(frozen=True)
@@ -218,13 +109,18 @@ class Place:
     state: StateDict
 
 
-def find_candidates(content: Any, spec: ModelSpec, target: StateDict) -> list[WeightsCandidate]:
-    """Every place of ``content`` with every prefix that may belong to the model; the best one first."""
-    found = [
-        _compare(place, prefix, spec, target)
-        for place in find_places(content)
-        for prefix in _find_prefixes(place.state, len(target))
-    ]
+def find_candidates(
+    content: Any,
+    spec: ModelSpec,
+    target: StateDict,
+) -> list[WeightsCandidate]:
+    """Every place of ``content`` with every prefix that may belong to the model; the best one first.
+
+    Raises:
+        Undecided: there are more of them than a training program writes.
+    """
+    pairs = list(_pair_with_prefixes(find_places(content), len(target)))
+    found = [_compare(place, prefix, spec, target) for place, prefix in pairs]
     return sorted(
         found,
         key=lambda candidate: (
@@ -235,39 +131,74 @@ def find_candidates(content: Any, spec: ModelSpec, target: StateDict) -> list[We
     )
 
 
-def find_places(content: Any, way: tuple[str, ...] = ()) -> Iterator[Place]:
+def _pair_with_prefixes(places: Iterable[Place], wanted: int) -> Iterator[tuple[Place, str]]:
+    """Every place with each of its prefixes, if they can be compared in seconds."""
+    compared = 0
+    for place in places:
+        for prefix in _find_prefixes(place.state, wanted):
+            compared += len(place.state)
+            if compared > MAX_COMPARED:
+                raise Undecided(
+                    "has more places where the model's weights may be than can be compared",
+                    f"the names of its tensors have {MAX_COMPARED} beginnings or more",
+                    "save the weights alone: torch.save(model.state_dict(), NEW)",
+                )
+            yield place, prefix
+
+
+def find_places(content: Any) -> Iterator[Place]:
     """Every mapping in ``content`` that holds tensors or arrays."""
-    if len(way) > MAX_WAY or (way and _is_of_training(way[-1])):
-        return
-    if isinstance(content, Mapping):
+    for way, held in walk(content, is_skipped=is_of_training):
+        if not isinstance(held, Mapping):
+            continue
         state = {
             str(key): tensor
-            for key, value in content.items()
+            for key, value in held.items()
             if (tensor := convert_to_tensor(value)) is not None
         }
         if state:
             yield Place(way, _unwrap(state))
-        for key, value in content.items():
-            yield from find_places(value, (*way, str(key)))
-    elif isinstance(content, (list, tuple)) and len(content) <= MAX_LIST:
-        for index, value in enumerate(content):
-            yield from find_places(value, (*way, f"[{index}]"))
 
 
-def _is_of_training(key: str) -> bool:
-    """Whether no weights of the model are looked for below ``key``."""
-    return key.lower() in MOMENTS or bool(OTHERS & split_words(key))
+def walk(
+    content: Any,
+    is_skipped: Callable[[str], bool],
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The mappings and short lists of a checkpoint with the keys on the way to them, at most :data:`MAX_WAY`,
+    in the order of the file; not those below a key that ``is_skipped``.
 
-
-def names_average(key: str) -> bool:
-    """Whether ``key`` names averaged weights: a word for an average, and beside it only usual words.
-
-    ``exp_avg``, ``avg_activations`` and ``ema_fisher`` are averages of something else.
+    A file of some kilobytes may lead to one mapping by millions of ways, or to itself: the shortest ways to
+    each are taken, :data:`MAX_VISITS` of them.
     """
-    if not AVERAGE.search(key):
-        return False
-    others = split_words(AVERAGE.sub(" ", key))
-    return all(word in BESIDE_AVERAGE or word.isdecimal() for word in others)
+    found: list[_Visit] = []
+    visits: Counter[int] = Counter()
+    level: list[_Visit] = [((), (), content)] if _is_walked(content) else []
+    for _ in range(MAX_WAY + 1):
+        inner: list[_Visit] = []
+        for place, way, held in level:
+            visits[id(held)] += 1
+            if visits[id(held)] > MAX_VISITS:
+                continue
+            found.append((place, way, held))
+            inner += [
+                ((*place, index), (*way, key), value)
+                for index, (key, value) in enumerate(_list_items(held))
+                if _is_walked(value) and visits[id(value)] < MAX_VISITS and not is_skipped(key)
+            ]
+        level = inner
+    return ((way, held) for _, way, held in sorted(found, key=itemgetter(0)))
+
+
+def _is_walked(held: object) -> bool:
+    """Whether places are looked for in a value."""
+    return isinstance(held, Mapping) or (isinstance(held, (list, tuple)) and len(held) <= MAX_LIST)
+
+
+def _list_items(held: Any) -> Iterator[tuple[str, Any]]:
+    """What a mapping or a list holds, by key."""
+    if isinstance(held, Mapping):
+        return ((str(key), value) for key, value in held.items())
+    return ((f"[{index}]", value) for index, value in enumerate(held))
 
 
 def convert_to_tensor(value: object) -> Tensor | None:
@@ -293,18 +224,6 @@ def _make_dense(value: Tensor) -> Tensor | None:
     return value.to_dense() if value.numel() <= MAX_DENSE else None
 
 
-def split_words(key: str) -> set[str]:
-    """The words that a key is made of, in lower case."""
-    split = re.sub(r"([a-z])([A-Z])", r"\1_\2", key)
-    return {word for word in re.split(r"[^a-z0-9]+", split.lower()) if word}
-
-
-def is_training_only(key: str) -> bool:
-    """Whether a name beside a model's belongs to its training, and not to its answers."""
-    parts = key.split(".")
-    return parts[-1] in COUNTERS or bool(TRAINING & split_words(parts[0]))
-
-
 def is_layer(value: Tensor) -> bool:
     """Whether ``value`` may be the kernel of a layer: real numbers in two dimensions or more.
 
@@ -313,74 +232,16 @@ def is_layer(value: Tensor) -> bool:
     return value.is_floating_point() and sum(length > 1 for length in value.shape) > 1
 
 
-def find_nameless_average(content: Any, way: tuple[str, ...] = ()) -> tuple[str, ...] | None:
-    """The way to averaged weights that are kept as a list, in the order of ``model.parameters()`` and without
-    names, as torch_ema and diffusers keep ``shadow_params``; ``None`` where there are none."""
-    if not isinstance(content, Mapping) or len(way) > MAX_WAY:
-        return None
-    for key, value in content.items():
-        inner = (*way, str(key))
-        if isinstance(value, (list, tuple)):
-            layers = [item for item in value if isinstance(item, Tensor) and is_layer(item)]
-            if layers and any(names_average(part) for part in inner):
-                return inner
-        elif (found := find_nameless_average(value, inner)) is not None:
-            return found
-    return None
-
-
-def find_hidden_layers(content: Any) -> Iterator[tuple[tuple[str, ...], str]]:
-    """The way to every object of another program's class that holds layers, and the name of the class.
-
-    Layers that also stand in a state dict are no loss, and neither are those of an optimizer or a criterion.
-    Matrices in shapes that no layer beside them has, such as a confusion matrix, are not of the model.
-    """
-    strangers = [
-        (way, stranger)
-        for way, stranger in find_strangers(content)
-        if not any((OTHERS | TRAINING) & split_words(part) for part in way)
-    ]
-    if not strangers:
-        return
-    read = [value for place in find_places(content) for value in place.state.values()]
-    known = {_identify_memory(value) for value in read}
-    shapes = {value.shape for value in read if is_layer(value)}
-    for way, stranger in strangers:
-        hidden = [value for value in _find_layers(stranger, set()) if _identify_memory(value) not in known]
-        if any(value.shape in shapes or not shapes for value in hidden):
-            yield way, stranger.title
-
-
-def _find_layers(held: Any, seen: set[int]) -> Iterator[Tensor]:
-    """The kernels of layers among what an object holds, at any depth."""
-    if id(held) in seen:
-        return
-    seen.add(id(held))
-    tensor = convert_to_tensor(held)
-    if tensor is not None:
-        if is_layer(tensor):
-            yield tensor
-        return
-    values = held.held if isinstance(held, Stranger) else held
-    if isinstance(values, Mapping):
-        values = values.values()
-    elif not isinstance(values, (list, tuple)):
-        return
-    for value in values:
-        yield from _find_layers(value, seen)
-
-
-def _identify_memory(value: Tensor) -> int:
-    """Where the values of a dense tensor lie; tensors that share them were one in the program."""
-    return value.data_ptr()
-
-
 def _unwrap(state: StateDict) -> StateDict:
     """``state`` without :data:`WRAPPERS` in its names."""
-    names = {key: ".".join(part for part in key.split(".") if part not in WRAPPERS) for key in state}
+    names = {key: _unwrap_name(key) for key in state}
     if len(set(names.values())) < len(names):
         return state
     return {names[key]: value for key, value in state.items()}
+
+
+def _unwrap_name(key: str) -> str:
+    return ".".join(part for part in key.split(".") if part not in WRAPPERS)
 
 
 def _find_prefixes(state: StateDict, wanted: int) -> list[str]:
@@ -388,19 +249,28 @@ def _find_prefixes(state: StateDict, wanted: int) -> list[str]:
     counts: Counter[str] = Counter()
     for key in state:
         parts = key.split(".")[:-1][:MAX_PREFIX]
-        counts.update(".".join(parts[: i + 1]) + "." for i in range(len(parts)))
-    return [
-        "",
-        *(prefix for prefix, count in counts.items() if count >= max(1, MIN_SHARE * wanted)),
-    ]
+        prefixes = (".".join(parts[: i + 1]) for i in range(len(parts)))
+        counts.update(f"{prefix}." for prefix in prefixes)
+    least = max(1, MIN_SHARE * wanted)
+    return ["", *(prefix for prefix, count in counts.items() if count >= least)]
 
 
-def _compare(place: Place, prefix: str, spec: ModelSpec, target: StateDict) -> WeightsCandidate:
-    inside = {key[len(prefix) :]: value for key, value in place.state.items() if key.startswith(prefix)}
+def _compare(
+    place: Place,
+    prefix: str,
+    spec: ModelSpec,
+    target: StateDict,
+) -> WeightsCandidate:
+    inside = {
+        key.removeprefix(prefix): value
+        for key, value in place.state.items()
+        if key.startswith(prefix)  # all keys for no prefix
+    }
     state = _name_as_model(inside, spec, target)
     required = [key for key in target if not key.endswith(BATCHES)]
     missing = sum(key not in state for key in required)
-    outside = [key for key in place.state if not key.startswith(prefix) and not is_training_only(key)]
+    others = [key for key in place.state if not key.startswith(prefix)]
+    outside = [key for key in others if not is_training_only(key)]
     layers = [key for key in outside if missing or is_layer(place.state[key])]
     way = [*place.way, *prefix.split(".")]
     averaged = any(names_average(part) for part in way)
@@ -413,8 +283,13 @@ def _compare(place: Place, prefix: str, spec: ModelSpec, target: StateDict) -> W
         missing=missing,
         shared=sum(key in state for key in required),
         averaged=averaged or _has_average_counter(place.state, prefix),
-        usual=all(names_average(part) or split_words(part) <= USUAL or part.startswith("[") for part in way),
+        usual=all(map(_is_usual, way)),
     )
+
+
+def _is_usual(part: str) -> bool:
+    """Whether a key on the way is one that weights usually have."""
+    return names_average(part) or split_words(part) <= USUAL or part.startswith("[")
 
 
 def _has_average_counter(state: StateDict, prefix: str) -> bool:
@@ -429,15 +304,11 @@ def _name_as_model(state: StateDict, spec: ModelSpec, target: StateDict) -> Stat
     if spec.adapt is not None:
         ours = spec.adapt(ours)
     firsts = {key.split(".")[0] for key in target}
-    if len(firsts) == 1 and not any(
-        key in target for key in ours
-    ):  # the factory wraps the net that was saved
+    is_inside = not any(key in target for key in ours)
+    if len(firsts) == 1 and is_inside:  # the factory wraps the net that was saved
         (first,) = firsts
         ours = {f"{first}.{key}": value for key, value in ours.items()}
     return {key: value for key, value in ours.items() if key in target or not is_training_only(key)}
-
-
-# --- choosing -------------------------------------------------------------------------------------
 
 
 class Undecided(Exception):
@@ -448,7 +319,10 @@ class Undecided(Exception):
         self.what, self.reason, self.remedy = what, reason, remedy
 
 
-def choose_candidate(candidates: list[WeightsCandidate], ema: bool | None) -> WeightsCandidate:
+def choose_candidate(
+    candidates: list[WeightsCandidate],
+    ema: bool | None,
+) -> WeightsCandidate:
     """The candidate to load; it may still lack names, where none has all of them.
 
     Args:
@@ -459,11 +333,9 @@ def choose_candidate(candidates: list[WeightsCandidate], ema: bool | None) -> We
     Raises:
         Undecided: several fit with different values, or the kind that was asked for is absent.
     """
-    near = [c for c in candidates if 2 * c.shared >= c.shared + c.missing and c.shared]
-    averaged, plain = (
-        [c for c in near if c.averaged],
-        [c for c in near if not c.averaged],
-    )
+    near = [c for c in candidates if c.shared >= c.missing and c.shared]
+    averaged = [c for c in near if c.averaged]
+    plain = [c for c in near if not c.averaged]
     if ema and not averaged:
         raise Undecided(
             "has no averaged weights (model_ema)",
@@ -474,7 +346,8 @@ def choose_candidate(candidates: list[WeightsCandidate], ema: bool | None) -> We
         what = f"has only averaged weights ({averaged[0].entry})"
         raise Undecided(what, None, "load it without --no-ema")
     wanted = averaged if averaged and ema is not False else plain
-    if ema is None and averaged and averaged[0].missing and any(not c.missing for c in plain):
+    lacks = bool(averaged) and averaged[0].missing > 0
+    if ema is None and lacks and any(not c.missing for c in plain):
         raise Undecided(
             f"the averaged weights ({averaged[0].entry}) lack {averaged[0].missing} of the model's names",
             None,
@@ -502,9 +375,13 @@ def _choose_only(candidates: list[WeightsCandidate]) -> WeightsCandidate:
     return equals[0]
 
 
-def _drop_siblings(chosen: WeightsCandidate, complete: list[WeightsCandidate]) -> WeightsCandidate:
+def _drop_siblings(
+    chosen: WeightsCandidate,
+    complete: list[WeightsCandidate],
+) -> WeightsCandidate:
     """``chosen``, where names beside it that are a whole model too are not counted as strange."""
-    siblings = {c.prefix for c in complete if c.way == chosen.way and c.prefix != chosen.prefix}
+    neighbours = [c for c in complete if c.way == chosen.way]
+    siblings = {c.prefix for c in neighbours if c.prefix != chosen.prefix}
     siblings = {prefix for prefix in siblings if prefix and not chosen.prefix.startswith(prefix)}
     if not siblings:
         return chosen
@@ -517,12 +394,8 @@ def _drop_siblings(chosen: WeightsCandidate, complete: list[WeightsCandidate]) -
 
 def _are_same(first: StateDict, second: StateDict) -> bool:
     shared = first.keys() & second.keys()
-    return all(
-        first[key].shape == second[key].shape and torch.equal(first[key], second[key]) for key in shared
-    )
-
-
-# --- messages -----------------------------------------------------------------------------------
+    pairs = [(first[key], second[key]) for key in shared]
+    return all(one.shape == other.shape and torch.equal(one, other) for one, other in pairs)
 
 
 def describe_keys(content: Any) -> str:

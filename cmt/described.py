@@ -128,7 +128,11 @@ def _view_as_settings(value: Any) -> Mapping[Any, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _find_first(settings: Mapping[Any, Any], names: Iterable[str], kind: type) -> Any:
+def _find_first(
+    settings: Mapping[Any, Any],
+    names: Iterable[str],
+    kind: type,
+) -> Any:
     """The first setting of these names that has the type ``kind``."""
     return next(
         (settings[name] for name in names if type(settings.get(name)) is kind),
@@ -145,8 +149,9 @@ def _read_size(settings: Mapping[Any, Any], multiple: int) -> int | None:
     have it."""
     for name in (*SIZE, PERHAPS_SIZE):
         value = settings.get(name)
-        if isinstance(value, (list, tuple)) and value and set(value[-2:]) == {value[-1]}:
-            value = value[-1]
+        sides = value[-2:] if isinstance(value, (list, tuple)) else ()
+        if sides and all(isinstance(side, (int, str)) and side == sides[-1] for side in sides):
+            value = sides[-1]
         if isinstance(value, str) and value.isdecimal():
             value = int(value)
         if type(value) is not int or value <= 0:
@@ -156,7 +161,10 @@ def _read_size(settings: Mapping[Any, Any], multiple: int) -> int | None:
     return None
 
 
-def _count_classes(settings: Mapping[Any, Any], content: Mapping[Any, Any]) -> int | None:
+def _count_classes(
+    settings: Mapping[Any, Any],
+    content: Mapping[Any, Any],
+) -> int | None:
     """The number of names of classes, or the number that a setting gives."""
     named = count_class_names(settings) or count_class_names(content)
     return named or _parse_positive(_find_first(settings, COUNT, int))

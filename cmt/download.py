@@ -73,7 +73,8 @@ def fetch(published: Pretrained, folder: Path | None = None) -> Path:
 def is_kept(published: Pretrained) -> bool:
     """Whether the user's cache has the published file, so that nothing needs to be downloaded."""
     assert published.url is not None
-    return (find_cache_folder() / "weights" / published.url.rsplit("/", 1)[-1]).is_file()
+    name = published.url.rsplit("/", 1)[-1]
+    return (find_cache_folder() / "weights" / name).is_file()
 
 
 def _choose_folder(name: str) -> Path:
@@ -102,7 +103,8 @@ def _make_download_error(url: str, why: object) -> DownloadError:
 def _download(url: str, partial: Path) -> None:
     """Append to ``partial`` until it has the announced length."""
     have = partial.stat().st_size if partial.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    headers = {"Range": f"bytes={have}-"} if have else {}
+    request = urllib.request.Request(url, headers=headers)
     try:
         with urllib.request.urlopen(request, timeout=ANSWER_TIMEOUT_S) as response:
             _receive(response, partial, have if response.status == 206 else 0)
@@ -110,7 +112,8 @@ def _download(url: str, partial: Path) -> None:
         exc.close()
         if exc.code != 416 or not have:  # 416: nothing left to send, or a stale partial file
             raise
-        if (exc.headers.get("Content-Range") or "").rpartition("/")[2] != str(have):
+        told = exc.headers.get("Content-Range") or ""
+        if told.rpartition("/")[2] != str(have):
             partial.unlink()
             _download(url, partial)
 

@@ -53,6 +53,8 @@ BETWEEN = re.compile(r"[\s,;()\[\]]+")
 """What stands between numbers in a text."""
 MAX_DEPTH = 2
 """Number of entries inside each other, at most, in which settings of the images are looked for."""
+MAX_NESTED = 4
+"""Number of lists inside each other, at most, in which numbers are looked for; a mean may have three."""
 MAX_NUMBERS = 16
 """Number of values, at most, of which the numbers are read; there should be one or three."""
 MAX_TENSORS = 8
@@ -82,7 +84,8 @@ class _Unusable(ValueError):
 
 def read_input_settings(settings: Sequence[Mapping[Any, Any]]) -> InputSettings:
     """The mean and deviation that all of ``settings`` agree on, and what else they say of the images."""
-    places = [place for part in settings if not _is_state(part) for place in _list_places(part)]
+    seen: set[int] = set()
+    places = [place for part in settings if not _is_state(part) for place in _list_places(part, seen)]
     not_taken = tuple(
         (name, value)
         for place in places
@@ -105,8 +108,16 @@ def _is_state(part: Mapping[Any, Any]) -> bool:
     return sum(isinstance(value, Tensor) for value in part.values()) > MAX_TENSORS
 
 
-def _list_places(part: Mapping[Any, Any], depth: int = 0) -> Iterator[dict[str, Any]]:
-    """``part`` with its names in small letters, and the settings of images inside it."""
+def _list_places(
+    part: Mapping[Any, Any],
+    seen: set[int],
+    depth: int = 0,
+) -> Iterator[dict[str, Any]]:
+    """``part`` with its names in small letters, and the settings of images inside it; nothing for one of
+    those that were ``seen``."""
+    if id(part) in seen:
+        return
+    seen.add(id(part))
     named = {str(name).lower(): value for name, value in part.items()}
     yield named
     if depth == MAX_DEPTH:
@@ -114,7 +125,7 @@ def _list_places(part: Mapping[Any, Any], depth: int = 0) -> Iterator[dict[str, 
     for name in INNER:
         inner = _view_as_mapping(named.get(name))
         if inner is not None:
-            yield from _list_places(inner, depth + 1)
+            yield from _list_places(inner, seen, depth + 1)
 
 
 def _view_as_mapping(value: object) -> Mapping[Any, Any] | None:
@@ -171,8 +182,8 @@ def _read_triple(name: str, value: object) -> tuple[float, ...]:
     return tuple(numbers)
 
 
-def _iterate_numbers(name: str, value: object) -> Iterator[float]:
-    """The numbers in a list, an array, a tensor or a text, at any depth."""
+def _iterate_numbers(name: str, value: object, depth: int = 0) -> Iterator[float]:
+    """The numbers in a list, an array, a tensor or a text."""
     if isinstance(value, PlainArray):
         value = value.value
     if isinstance(value, (Tensor, np.ndarray)):
@@ -184,8 +195,10 @@ def _iterate_numbers(name: str, value: object) -> Iterator[float]:
         value = [part for part in BETWEEN.split(value) if part]
         yield from (_convert_to_float(name, part) for part in value)
     elif isinstance(value, (list, tuple)):
+        if depth == MAX_NESTED:
+            raise _Unusable(f"{name} holds more than {MAX_NESTED} lists inside each other")
         for part in value[:MAX_NUMBERS]:
-            yield from _iterate_numbers(name, part)
+            yield from _iterate_numbers(name, part, depth + 1)
     else:
         yield _convert_to_float(name, value)
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from cmt_edge.deploy.errors import InputError
 
-from .outside import CUSTOM, Constructor, Factory, describe_factory
+from .factories import Factory
+from .outside import CUSTOM, Constructor, describe_factory
 from .rewrites import fuse
 from .spec import ModelSpec, Rewrite
 
@@ -47,27 +48,22 @@ def make_object_spec(module: nn.Module, img_size: int | None = None) -> ModelSpe
     known = getattr(inner, "spec", None)
     name = known.name if isinstance(known, ModelSpec) else type(inner).__name__
     described = describe_factory(lambda: copy_of(inner), name, img_size)
-    constructor = ObjectConstructor(
-        name,
-        described["img_size"],
-        described["num_classes"],
-        weakref.ref(inner),
-    )
-    if isinstance(known, ModelSpec):
-        return replace(
-            known,
+    size, classes = described["img_size"], described["num_classes"]
+    constructor = ObjectConstructor(name, size, classes, weakref.ref(inner))
+    if not isinstance(known, ModelSpec):
+        return ModelSpec(
+            **described,
             constructor=constructor,
-            config=described["config"],
-            img_size=described["img_size"],
-            num_classes=described["num_classes"],
-            rewrites=_choose_rewrites(known, inner, described["rewrites"]),
-            labels=None,
+            family=CUSTOM,
             built_with_weights=True,
+            labels=None,
         )
-    return ModelSpec(
-        **described,
+    described["rewrites"] = _choose_rewrites(known, inner, described["rewrites"])
+    replaced = {name: described[name] for name in ("config", "img_size", "num_classes", "rewrites")}
+    return replace(
+        known,
+        **replaced,
         constructor=constructor,
-        family=CUSTOM,
         built_with_weights=True,
         labels=None,
     )

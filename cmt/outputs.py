@@ -201,7 +201,8 @@ class Probe:
         plain = self._scale(0, 1)
         last = self._calls
         for chosen in range(last, max(last - MAX_CALLS, 0), -1):
-            if any(not torch.equal(plain, self._scale(chosen, factor)) for factor in HUGE[1:3]):
+            scaled = (self._scale(chosen, factor) for factor in HUGE[1:3])
+            if any(not torch.equal(plain, other) for other in scaled):
                 return chosen
         return 0
 
@@ -332,7 +333,8 @@ def _require_no_ranking(
 
 def _is_whole(value: Tensor) -> bool:
     """Whether these are whole numbers, such as class indices; a mask is none."""
-    return not value.is_floating_point() and not value.is_complex() and value.dtype != torch.bool
+    is_inexact = value.is_floating_point() or value.is_complex()
+    return not is_inexact and value.dtype != torch.bool
 
 
 def _is_unmistakable(key: str | int, tensors: Mapping[str | int, Tensor]) -> bool:
@@ -350,7 +352,12 @@ def _is_unmistakable(key: str | int, tensors: Mapping[str | int, Tensor]) -> boo
     return any(word in key.lower() for word in TELLING_WORDS)
 
 
-def _may_be_logits(key: str | int, value: Tensor, count: int, alone: bool) -> bool:
+def _may_be_logits(
+    key: str | int,
+    value: Tensor,
+    count: int,
+    alone: bool,
+) -> bool:
     """Whether one part of an output, ``alone`` or among others, is taken for the logits."""
     if not value.is_floating_point() or _count(value, count) is None:
         return False
@@ -371,7 +378,8 @@ def _count(logits: Tensor, count: int) -> int | None:
         return None
     if len(shape) == 1:
         return 1
-    return shape[1] if shape[1] > 0 and all(size == 1 for size in shape[2:]) else None
+    is_flat = all(size == 1 for size in shape[2:])
+    return shape[1] if shape[1] > 0 and is_flat else None
 
 
 def _describe(value: Any) -> str:
@@ -381,7 +389,10 @@ def _describe(value: Any) -> str:
     return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
 
 
-def _copy_images(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+def _copy_images(
+    _module: nn.Module,
+    arguments: tuple[Any, ...],
+) -> tuple[Any, ...]:
     """The forward pre-hook of :func:`settle_output`."""
     return tuple(value.clone() if isinstance(value, Tensor) else value for value in arguments)
 
@@ -406,11 +417,18 @@ class _Trail(TorchFunctionMode):
         self._made: dict[int, Operation] = {}
         self._kept: list[Tensor] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: Any = (),
+        kwargs: Any = None,
+    ) -> Any:
         output = func(*args, **(kwargs or {}))
         called = getattr(func, "__name__", "")
         read = args[0] if args and isinstance(args[0], Tensor) else None
-        made = Operation(called.removesuffix("_"), () if read is None else tuple(read.shape))
+        shape = () if read is None else tuple(read.shape)
+        made = Operation(called.removesuffix("_"), shape)
         if isinstance(output, Tensor):
             if called in PASSING and read is not None:
                 made = self._made.get(id(read), Operation())
@@ -439,7 +457,13 @@ class _Scaling(TorchFunctionMode):
         self._factor = factor
         self.calls = 0
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: Any = (),
+        kwargs: Any = None,
+    ) -> Any:
         output = func(*args, **(kwargs or {}))
         if getattr(func, "__name__", "") not in LINEAR or not isinstance(output, Tensor):
             return output

@@ -9,12 +9,16 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from .containers import BATCHES, Place, WeightsCandidate, find_candidates, find_places
+from .containers import BATCHES, Place, Undecided, WeightsCandidate, find_candidates, find_places
 from .registry import find_model, list_models
 from .spec import ModelSpec, StateDict
 
 MIN_TENSORS = 20
 """Number of tensors in a place, at least, before the models of the registry are tried on it."""
+
+MAX_TENSORS = 20_000
+"""Number of tensors in all places together, at most, with which the models of the registry are tried; these
+have up to a thousand."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +40,10 @@ def recognise(content: Any) -> list[Recognised]:
 
     The number of classes may differ. No values are copied: the shapes alone are compared.
     """
-    places = [_strip_values(place) for place in find_places(content) if len(place.state) >= MIN_TENSORS]
-    if not places:
+    large = [place for place in find_places(content) if len(place.state) >= MIN_TENSORS]
+    if not large or sum(len(place.state) for place in large) > MAX_TENSORS:
         return []
+    places = [_strip_values(place) for place in large]
     shapes = {".".join(place.way) or "state": place.state for place in places}
     found = (_try(find_model(name), shapes) for name in list_models())
     return [model for model in found if model is not None]
@@ -55,7 +60,11 @@ def _strip_values(place: Place) -> Place:
 
 def _try(spec: ModelSpec, shapes: dict[str, StateDict]) -> Recognised | None:
     target = _make_shapes(spec)
-    for candidate in find_candidates(shapes, spec, target):
+    try:
+        candidates = find_candidates(shapes, spec, target)
+    except Undecided:  # loading the weights will say so
+        return None
+    for candidate in candidates:
         if candidate.missing:
             return None  # the best one comes first
         if _fits(candidate, spec, target):
@@ -101,7 +110,12 @@ def _iterate_compared(state: StateDict) -> Iterator[str]:
     return (key for key in state if not key.endswith(BATCHES))
 
 
-def _agree(key: str, state: StateDict, target: StateDict, spec: ModelSpec) -> bool:
+def _agree(
+    key: str,
+    state: StateDict,
+    target: StateDict,
+    spec: ModelSpec,
+) -> bool:
     first = 1 if key in spec.head_keys else 0  # the number of classes
     return state[key].shape[first:] == target[key].shape[first:]
 

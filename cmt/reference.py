@@ -69,6 +69,7 @@ def load_reference(
     ema: bool | None = None,
     fresh_head: bool = False,
     resize: bool = False,
+    download: bool = True,
 ) -> tuple[Classifier, LoadedWeights]:
     """A reference model in eval mode with its weights.
 
@@ -77,8 +78,14 @@ def load_reference(
         weights: ``"pretrained"``, ``"random"``, or the path of a checkpoint.
         seed: of the initial weights, and of random ones.
         ema, fresh_head, resize: as for :func:`cmt_edge.cmt.load_weights`.
+        download: as for :func:`cmt_edge.cmt.load_pretrained`.
     """
-    model = create_model(name, img_size=img_size, num_classes=num_classes, seed=seed)
+    model = create_model(
+        name,
+        img_size=img_size,
+        num_classes=num_classes,
+        seed=seed,
+    )
     if str(weights) == "random":
         randomize(model, seed)
         return model, LoadedWeights("random")
@@ -88,7 +95,7 @@ def load_reference(
         "resize": resize,
     }
     if str(weights) == "pretrained":
-        return model, load_pretrained(model, **options)
+        return model, load_pretrained(model, download=download, **options)
     return model, load_weights(model, weights, **options)
 
 
@@ -99,6 +106,10 @@ def rebuild(
 ) -> tuple[nn.Module, str]:
     """The model of a manifest's ``model`` entry, and the fingerprint of its weights.
 
+    Nothing is downloaded because the entry says so: published weights must be in the package or in the
+    user's cache already. The file that it names is opened only if it lies in the current folder, as a
+    checkpoint of a stranger is.
+
     Args:
         entry: of the manifest, which a stranger may have written.
         weights: the checkpoint, where the weights came from a file.
@@ -108,34 +119,41 @@ def rebuild(
 
     Raises:
         InputError: the entry names a model from outside the registry, and ``trusted_model`` is missing.
-        WeightsError: the weights came from a file, and ``weights`` does not name it.
+        WeightsError: the weights came from a file, and ``weights`` does not name it; or they were published,
+            and this machine does not have them.
     """
     name = entry.name if trusted_model is None else trusted_model
     if trusted_model is None:
         _require_known(entry, weights)
     made = entry.weights
-    if weights is None:
-        if made.source not in (
-            "pretrained",
-            "random",
-            AS_BUILT,
-        ) and not _is_here(made.source):
-            raise WeightsError(
-                f"the bundle was made from the checkpoint {made.source!r}, which it does not contain",
-                remedy="name that file: --weights PATH",
-            )
-        weights = "pretrained" if made.source == AS_BUILT else made.source
     model, _ = load_reference(
         name,
-        weights,
+        _find_weights(made.source) if weights is None else weights,
         img_size=entry.img_size,
         num_classes=entry.num_classes,
         seed=made.seed,
         ema=made.ema,
         fresh_head=bool(made.fresh),
         resize=bool(made.resized),
+        download=weights is not None,
     )
     return choose_head(model, entry.head), compute_weights_fingerprint(model)
+
+
+def _find_weights(source: str) -> str:
+    """What gives the weights that a manifest names.
+
+    Raises:
+        WeightsError: they came from a file that is not here.
+    """
+    if source == AS_BUILT:
+        return "pretrained"
+    if source not in ("pretrained", "random") and not _is_here(source):
+        raise WeightsError(
+            f"the bundle was made from the checkpoint {source!r}, which it does not contain",
+            remedy="name that file: --weights PATH",
+        )
+    return source
 
 
 def _require_known(entry: ModelEntry, weights: str | Path | None) -> None:

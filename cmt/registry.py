@@ -21,8 +21,9 @@ from torch import nn
 
 from cmt_edge.deploy.errors import InputError, UnknownNameError
 
+from .factories import require_no_file
 from .objects import make_object_spec
-from .outside import is_outside, make_outside_spec, require_no_file
+from .outside import is_outside, make_outside_spec
 from .spec import Classifier, ModelSpec, check_size
 
 FAMILIES = (
@@ -121,18 +122,23 @@ def create_model(
     img_size = spec.img_size if img_size is None else img_size
     num_classes = spec.num_classes if num_classes is None else num_classes
     check_size(spec, img_size)
-    if num_classes < 1:
-        raise InputError(
-            f"{num_classes} classes were asked of {spec.name}",
-            where="num_classes",
-            remedy="ask for 1 class or more",
-        )
+    _check_classes(spec, num_classes)
     config = replace(spec.config, **overrides)
     with _seeded(seed):
         built = spec.constructor(config, img_size=img_size, num_classes=num_classes)
     model = cast(Classifier, built)
     model.spec = spec
     return model.eval()
+
+
+def _check_classes(spec: ModelSpec, num_classes: int) -> None:
+    """Raise :class:`InputError` below 1."""
+    if num_classes < 1:
+        raise InputError(
+            f"{num_classes} classes were asked of {spec.name}",
+            where="num_classes",
+            remedy="ask for 1 class or more",
+        )
 
 
 @contextmanager
@@ -146,7 +152,10 @@ def _seeded(seed: int | None) -> Iterator[None]:
         yield
 
 
-def find_published_labels(spec: ModelSpec, num_classes: int) -> list[tuple[str, str]] | None:
+def find_published_labels(
+    spec: ModelSpec,
+    num_classes: int,
+) -> list[tuple[str, str]] | None:
     """``[(class id, readable name), ...]`` of the published classes.
 
     The id is the name of the class folder in the data set (an ImageNet synset such as ``n01440764``). A data

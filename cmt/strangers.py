@@ -116,6 +116,9 @@ OWN_HELPER = ("cmt_edge.cmt.registry", "find_model")
 NUMPY_TYPES = frozenset(kind.__name__ for kind in np.sctypeDict.values())
 """Names of NumPy's types of numbers, which settings hold as classes."""
 
+MAX_SHOWN_WAY = 16
+"""Number of keys on the way to an object, at most, that are told."""
+
 MARK = object()
 """Stands on the simulated stack where the opcode MARK was."""
 
@@ -280,7 +283,8 @@ def _find_uses(path: Path) -> dict[tuple[str, str], Use]:
                     pass
             return _Simulation().run(file)
     with zipfile.ZipFile(path) as archive:
-        inner = next(name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl")
+        names = archive.namelist()
+        inner = next(name for name in names if name.rpartition("/")[2] == "data.pkl")
         with archive.open(inner) as file:
             return _Simulation().run(file)
 
@@ -373,26 +377,28 @@ class _Simulation:
 # --- what was left out ----------------------------------------------------------------------------
 
 
-def find_strangers(content: Any, way: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Stranger]]:
-    """Every stand-in in a checkpoint's content, and the keys on the way to it; not those inside another."""
-    yield from _find_strangers(content, way, set())
+def find_strangers(content: Any) -> Iterator[tuple[tuple[str, ...], Stranger]]:
+    """Every stand-in in a checkpoint's content, and the first keys on the way to it; not those inside
+    another."""
+    seen: set[int] = set()
+    pending: list[tuple[tuple[str, ...], Any]] = [((), content)]
+    while pending:
+        way, held = pending.pop()
+        if isinstance(held, Stranger):
+            yield way, held
+        elif isinstance(held, (Mapping, list, tuple)) and id(held) not in seen:
+            seen.add(id(held))
+            pending += list(_list_inner(way, held))[::-1]
 
 
-def _find_strangers(
-    content: Any,
-    way: tuple[str, ...],
-    seen: set[int],
-) -> Iterator[tuple[tuple[str, ...], Stranger]]:
-    if isinstance(content, Stranger):
-        yield way, content
-        return
-    if id(content) in seen:
-        return
-    if isinstance(content, Mapping):
-        seen.add(id(content))
-        for key, value in content.items():
-            yield from _find_strangers(value, (*way, str(key)), seen)
-    elif isinstance(content, (list, tuple)):
-        seen.add(id(content))
-        for value in content:
-            yield from _find_strangers(value, way, seen)
+def _list_inner(way: tuple[str, ...], held: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """What may hold a stand-in in a mapping or a list, with the keys on the way to it."""
+    kinds = (Stranger, Mapping, list, tuple)
+    if not isinstance(held, Mapping):
+        return ((way, value) for value in held if isinstance(value, kinds))
+    is_long = len(way) >= MAX_SHOWN_WAY
+    return (
+        (way if is_long else (*way, str(key)), value)
+        for key, value in held.items()
+        if isinstance(value, kinds)
+    )

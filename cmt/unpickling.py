@@ -64,7 +64,12 @@ VALUES = (
 class PlainType:
     """Stands for ``numpy.dtype``."""
 
-    def __init__(self, code: str, align: bool = False, copy: bool = False) -> None:
+    def __init__(
+        self,
+        code: str,
+        align: bool = False,
+        copy: bool = False,
+    ) -> None:
         made = np.dtype(str(code))
         if made.kind not in PLAIN_KINDS + SKIPPED_KINDS + OBJECTS:
             raise ValueError(f"arrays of the type {code!r} are not read")

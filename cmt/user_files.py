@@ -53,7 +53,8 @@ def import_file(path: Path) -> ModuleType:
 
 def make_name(path: Path) -> str:
     """The name of the module in a file, which :func:`find_path` reads."""
-    code = base64.b32encode(str(path).encode()).decode().rstrip("=").lower()
+    encoded = base64.b32encode(str(path).encode())
+    code = encoded.decode().rstrip("=").lower()
     return f"{__name__}.{path.stem.replace('.', '_')}_{code}"
 
 
@@ -61,7 +62,8 @@ def find_path(name: str) -> Path | None:
     """The file whose module has this name, or ``None`` where the name is none of :func:`make_name`."""
     code = name.rpartition("_")[2].upper()
     try:
-        path = Path(base64.b32decode(code + "=" * (-len(code) % 8)).decode())
+        padding = "=" * (-len(code) % 8)
+        path = Path(base64.b32decode(code + padding).decode())
     except (binascii.Error, UnicodeDecodeError):
         return None
     return path if path.is_absolute() else None

@@ -24,9 +24,8 @@ from .containers import (
     describe_keys,
     describe_nearest_entry,
     find_candidates,
-    find_hidden_layers,
-    find_nameless_average,
 )
+from .hidden_layers import find_hidden_layers, find_nameless_average
 from .spec import Classifier, ModelSpec, StateDict
 from .strangers import find_strangers
 
@@ -111,30 +110,25 @@ def load_pretrained(
     ema: bool | None = None,
     fresh_head: bool = False,
     resize: bool = False,
+    download: bool = True,
 ) -> LoadedWeights:
     """Load the published weights of ``model``: from the package, the user's cache, or by download.
 
-    The arguments are those of :func:`load_weights`.
+    Args:
+        model, ema, fresh_head, resize: as for :func:`load_weights`.
+        download: whether the weights may be downloaded where this machine does not have them.
 
     Raises:
         DownloadError: there is no network, or the file fails its check.
-        WeightsError: as :func:`load_weights`, or nothing is published for this model.
+        WeightsError: as :func:`load_weights`, or nothing is published for this model, or the weights would
+            have to be downloaded and may not be.
     """
     spec = cast(Classifier, model).spec
-    options: dict[str, Any] = {
-        "fresh_head": fresh_head,
-        "resize": resize,
-    }
+    options: dict[str, Any] = {"fresh_head": fresh_head, "resize": resize}
     if spec.built_with_weights:
         return LoadedWeights(AS_BUILT)
     if spec.published_state is not None:
-        return _assign(
-            model,
-            spec.published_state(),
-            Path(spec.name),
-            ema=None,
-            **options,
-        )
+        return _assign(model, spec.published_state(), Path(spec.name), ema=None, **options)
     if spec.pretrained is None:
         raise WeightsError(
             f"no weights are published for {spec.name}",
@@ -144,9 +138,20 @@ def load_pretrained(
         shipped = resources.files("cmt_edge.cmt") / "data" / spec.pretrained.resource
         with resources.as_file(shipped) as path:
             return load_weights(model, path, ema=ema, **options)
-    from .download import fetch
+    from .download import fetch, is_kept
 
-    return load_weights(model, fetch(spec.pretrained), ema=ema, **options)
+    if not download and not is_kept(spec.pretrained):
+        raise WeightsError(
+            f"the published weights of {spec.name} are not in the cache, and nothing is downloaded unasked",
+            remedy=f"name the file: --weights PATH; or download it: cmt-export --model {spec.name} --weights"
+            " pretrained",
+        )
+    return load_weights(
+        model,
+        fetch(spec.pretrained),
+        ema=ema,
+        **options,
+    )
 
 
 def randomize(model: nn.Module, seed: int = 0) -> None:
@@ -184,7 +189,8 @@ def compute_weights_fingerprint(model: nn.Module) -> str:
 
 def _view_as_bytes(tensor: Tensor) -> bytes:
     """The values of ``tensor`` as they lie in memory, row by row; NumPy lacks some of torch's types."""
-    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    values = tensor.detach().cpu().resolve_conj().resolve_neg()
+    plain = values.contiguous().reshape(-1)
     return plain.view(torch.uint8).numpy().tobytes()
 
 
@@ -200,16 +206,11 @@ def _assign(
 ) -> LoadedWeights:
     """Copy the values of a checkpoint's ``content`` into ``model`` after every check has passed.
 
-    ``said`` is what stands beside the tensors in a file that holds nothing else, names of classes for
-    example.
+    ``said`` is what stands beside the tensors in a file of tensors alone, such as names of classes.
     """
-    spec = cast(Classifier, model).spec
-    target = model.state_dict()
+    spec, target = cast(Classifier, model).spec, model.state_dict()
     _require_no_hidden_layers(content, source)
-    try:
-        chosen = _choose(content, source, spec, target, ema)
-    except Undecided as exc:
-        raise WeightsError(exc.what, where=source, why=exc.reason, remedy=exc.remedy) from None
+    chosen = _choose_entry(content, source, spec, target, ema)
     ours = _settle(chosen.state, model, target)
     resized: list[str] = []
     if resize and spec.resize is not None:
@@ -220,9 +221,7 @@ def _assign(
         beside = f"the file holds: {describe_keys(content)}; {describe_nearest_entry(chosen)}"
         raise _make_misfit_error(spec, mismatch, target, ours, source, beside)
     model.load_state_dict(ours)
-    found = ClassNames()
-    if not fresh:  # the names would be those of the old classifier
-        found = find_class_names(said or content, cast(Classifier, model).num_classes)
+    found = _find_names(said or content, model, fresh)
     return LoadedWeights(
         source.name,
         chosen.averaged,
@@ -232,8 +231,43 @@ def _assign(
         chosen.entry,
         found.fault,
         chosen.left_out,
-        tuple(sorted({stranger.title for _, stranger in find_strangers(content)})),
+        _list_unread(content),
     )
+
+
+def _find_names(content: Any, model: nn.Module, fresh: list[str]) -> ClassNames:
+    """The names of the classes; a new head's are not those that the file names."""
+    if fresh:
+        return ClassNames()
+    return find_class_names(content, cast(Classifier, model).num_classes)
+
+
+def _choose_entry(
+    content: Any,
+    source: Path,
+    spec: ModelSpec,
+    target: StateDict,
+    ema: bool | None,
+) -> WeightsCandidate:
+    """The entry of a checkpoint that holds the model.
+
+    Raises:
+        WeightsError: there is none, or more than one.
+    """
+    try:
+        return _choose(content, source, spec, target, ema)
+    except Undecided as exc:
+        raise WeightsError(
+            exc.what,
+            where=source,
+            why=exc.reason,
+            remedy=exc.remedy,
+        ) from None
+
+
+def _list_unread(content: Any) -> tuple[str, ...]:
+    """The names of the objects whose code was not run."""
+    return tuple(sorted({stranger.title for _, stranger in find_strangers(content)}))
 
 
 def _require_no_hidden_layers(content: Any, source: Path) -> None:
@@ -322,7 +356,9 @@ def _is_other_counter(value: Tensor) -> bool:
 
 
 def _are_equal(first: Tensor, second: Tensor) -> bool:
-    return first.shape == second.shape and torch.equal(first.to(second.dtype), second.cpu())
+    if first.shape != second.shape:
+        return False
+    return torch.equal(first.to(second.dtype), second.cpu())
 
 
 def _find_fresh_keys(spec: ModelSpec, target: StateDict, ours: StateDict) -> list[str]:
@@ -399,7 +435,8 @@ def _is_finite(value: Tensor, made: Tensor, is_buffer: bool) -> bool:
     if not is_buffer:
         return False
     as_made = finite | (cast_value == made.float().cpu())
-    return bool(as_made.all()) or bool(((value == 0) | (value == float("-inf"))).all())
+    is_mask = (value == 0) | (value == float("-inf"))
+    return bool(as_made.all()) or bool(is_mask.all())
 
 
 def _describe_remedy(spec: ModelSpec, mismatch: _Mismatch, ours: StateDict) -> str:

@@ -80,7 +80,8 @@ def _make_packed_error(archive: Path, inner: str) -> DataError:
     ending = max((e for e in UNPACK if archive.name.lower().endswith(e)), key=len)
     command, left = UNPACK[ending]
     target = archive.with_name(archive.name[: -len(ending)] + left)
-    source, place = shlex.quote(str(archive)), shlex.quote(str(target))
+    source = shlex.quote(str(archive))
+    place = shlex.quote(str(target))
     into = {
         ".zip": f" -d {place}",
         ".7z": f" -o{place}",

@@ -119,10 +119,10 @@ def _check(array: np.ndarray) -> None:
 
 def _is_encoded(array: np.ndarray) -> bool:
     """Whether the array holds the bytes of an encoded image, as ``cv2.imencode`` gives them."""
-    if array.dtype != np.uint8 or array.size < 16:
-        return False
     column = array.ndim == 2 and 1 in array.shape
-    return (array.ndim == 1 or column) and array.reshape(-1)[:4].tobytes().startswith(MAGIC)
+    if not (array.ndim == 1 or column) or array.dtype != np.uint8 or array.size < 16:
+        return False
+    return array.reshape(-1)[:4].tobytes().startswith(MAGIC)
 
 
 def _describe_remedy(array: np.ndarray) -> str:

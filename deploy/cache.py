@@ -11,17 +11,19 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import CacheWarning, OutputError
-from .files import TEMPORARY, read_regular, write_atomic, writing
-from .locks import LOCK, clear_abandoned, locked
+from .files import find_cache_folder, read_regular, write_atomic, writing
+from .locks import LOCK, TEMPORARY, clear_abandoned, locked
 
 T = TypeVar("T")
 """The type of a result."""
@@ -32,8 +34,20 @@ Files = tuple[bytes, ...]
 MAX_ENTRY = 4 << 30
 """A larger file of the cache, in bytes, is not read; graphs are limited to half of it."""
 
+KEY = re.compile(r"[0-9a-f]{16,64}")
+"""Matches the key of an entry that may be dropped: a digest. A user may have named a folder with files of
+other names."""
+SWITCH = "CMT_EDGE_NO_CACHE"
+"""Environment variable that does for every command what ``--no-cache`` does for one."""
+
 _reported: set[Path] = set()
-"""Folders of which a :class:`CacheWarning` has told already."""
+"""Places of which a :class:`CacheWarning` has told already."""
+
+
+def is_cache_wanted(asked: bool = True) -> bool:
+    """Whether results may be read from the cache and kept there: not if the caller says no, nor if the
+    environment variable :data:`SWITCH` is set to anything but ``0``."""
+    return asked and os.environ.get(SWITCH, "") in ("", "0")
 
 
 def can_keep(folder: Path) -> bool:
@@ -45,14 +59,15 @@ def can_keep(folder: Path) -> bool:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as exc:
-        _warn(folder, exc)
+        tell_unusable(folder, exc)
         return False
     return True
 
 
 def compute_digest(key: Any) -> str:
     """Hex SHA-256 of anything that JSON holds: the name of an entry."""
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    text = json.dumps(key, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -64,11 +79,14 @@ class Cache:
         suffixes: an entry is one file for each, ``KEY`` and the suffix; they are written in this order, and
             an entry exists once the last is there.
         keep: the number of entries that stay, those that were used last.
+        most_bytes: the total size of the entries that stay, in bytes; ``None`` for no limit. The entry that
+            was used last stays however large it is.
     """
 
     folder: Path
     suffixes: tuple[str, ...]
     keep: int
+    most_bytes: int | None = None
 
     def get(
         self,
@@ -77,17 +95,22 @@ class Cache:
         decode: Callable[[Files], T | None],
         make: Callable[[], T],
         encode: Callable[[T], Files],
+        mode: int = 0o666,
     ) -> T:
         """What is kept under ``key``, or is made now and kept.
 
-        Others that ask for the same key meanwhile wait for this result.
+        Others that ask for the same key meanwhile wait for this result. What is kept is read without waiting.
 
         Args:
             key: the name of the entry.
             decode: makes the result of the files; an exception or ``None`` means that they are of no use.
             make: makes the result anew; what it raises is raised here.
             encode: makes the files of the result.
+            mode: permissions of the files.
         """
+        kept = self._decode(key, decode)
+        if kept is not None:
+            return kept
         with ExitStack() as stack:
             try:
                 stack.enter_context(locked(self._locate_file(key, self.suffixes[-1])))
@@ -95,19 +118,23 @@ class Cache:
                 kept = self._decode(key, decode)
                 if kept is not None:
                     return kept
-                _warn(self.folder, exc)
+                tell_unusable(self.folder, exc)
                 return make()
             found = self._decode(key, decode)
             if found is not None:
                 return found
             result = make()
             try:
-                self.write(key, encode(result))
+                self.write(key, encode(result), mode)
             except OutputError as exc:
-                _warn(self.folder, exc.why or exc)
+                tell_unusable(self.folder, exc.why or exc)
             return result
 
-    def _decode(self, key: str, decode: Callable[[Files], T | None]) -> T | None:
+    def _decode(
+        self,
+        key: str,
+        decode: Callable[[Files], T | None],
+    ) -> T | None:
         contents = self.read(key)
         if contents is None:
             return None
@@ -127,12 +154,13 @@ class Cache:
                 os.utime(file)
         return contents
 
-    def write(self, key: str, contents: Sequence[bytes]) -> None:
-        """Keep an entry, and drop those beyond :attr:`keep`; raises :class:`OutputError`."""
+    def write(self, key: str, contents: Sequence[bytes], mode: int = 0o666) -> None:
+        """Keep an entry, and drop those beyond :attr:`keep` and :attr:`most_bytes`; raises
+        :class:`OutputError`."""
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         for file, content in zip(self._list_files(key), contents, strict=True):
-            write_atomic(file, content)
+            write_atomic(file, content, mode)
         self._evict()
 
     def _evict(self) -> None:
@@ -142,13 +170,25 @@ class Cache:
         Whoever reads or writes such an entry at the same time finds it missing and makes it again.
         """
         last = self.suffixes[-1]
-        entries = sorted(self.folder.glob(f"*{last}"), key=_find_last_use, reverse=True)
-        for entry in entries[self.keep :]:
+        entries = sorted(
+            self.folder.glob(f"*{last}"),
+            key=_find_last_use,
+            reverse=True,
+        )
+        ours = [entry for entry in entries if KEY.fullmatch(entry.name.removesuffix(last))]
+        for entry in ours[self._count_kept(ours) :]:
             for file in reversed(self._list_files(entry.name.removesuffix(last))):
                 with contextlib.suppress(OSError):
                     file.unlink()
         clear_abandoned(self.folder, ".", TEMPORARY)
         clear_abandoned(self.folder, "", LOCK)
+
+    def _count_kept(self, entries: Sequence[Path]) -> int:
+        """How many of the entries stay, of which the first was used last."""
+        if self.most_bytes is None:
+            return self.keep
+        sizes = accumulate(map(_measure_size, entries))
+        return max(1, min(self.keep, sum(size <= self.most_bytes for size in sizes)))
 
     def _list_files(self, key: str) -> list[Path]:
         return [self._locate_file(key, suffix) for suffix in self.suffixes]
@@ -207,13 +247,27 @@ def _find_last_use(file: Path) -> float:
         return 0.0
 
 
-def _warn(folder: Path, why: object) -> None:
-    """Say once that a folder, or one that it lies in, cannot be used."""
-    if not _reported.isdisjoint((folder, *folder.parents)):
-        return
-    _reported.add(folder)
-    message = (
+def _measure_size(file: Path) -> int:
+    """Size in bytes; another process may just have dropped the file."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
+
+
+def tell_unusable(folder: Path, why: object) -> None:
+    """Say once that a folder cannot be used; once for all folders of the user's cache."""
+    root = find_cache_folder()
+    warn_once(
+        root if root in folder.parents else folder,
         f"the cache {folder} cannot be used ({why}): results are not kept for the next run;"
-        " CMT_EDGE_CACHE=FOLDER names another place"
+        " CMT_EDGE_CACHE=FOLDER names another place",
     )
-    warnings.warn(message, CacheWarning, stacklevel=3)
+
+
+def warn_once(place: Path, message: str) -> None:
+    """Warn with :class:`CacheWarning`, unless ``place``, or a folder that it lies in, was told of already."""
+    if not _reported.isdisjoint((place, *place.parents)):
+        return
+    _reported.add(place)
+    warnings.warn(message, CacheWarning, stacklevel=4)

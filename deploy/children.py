@@ -223,10 +223,14 @@ class Child:
         self._process = None
         self._errors.seek(0)
         text = self._errors.read()[-TAIL_CHARACTERS:]
-        return ChildCrashed(process.returncode, text.strip().splitlines()[-TAIL_LINES:])
+        lines = text.strip().splitlines()
+        return ChildCrashed(process.returncode, lines[-TAIL_LINES:])
 
 
-def _send(process: subprocess.Popen[str], message: dict[str, Any]) -> None:
+def _send(
+    process: subprocess.Popen[str],
+    message: dict[str, Any],
+) -> None:
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError):  # reading the answer finds out that it ended
         print(json.dumps(message), file=process.stdin, flush=True)

@@ -65,7 +65,11 @@ class UnknownNameError(InputError):
     ) -> None:
         close, known = list(close), list(known)
         remedy = f"did you mean {' or '.join(close)}?" if close else f"choose one of: {', '.join(known)}"
-        super().__init__(f"unknown {kind} {name!r}", where=where, remedy=remedy)
+        super().__init__(
+            f"unknown {kind} {name!r}",
+            where=where,
+            remedy=remedy,
+        )
 
 
 class WeightsError(InputError):

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 from platformdirs import user_cache_path
 
 from .errors import OutputError
-from .locks import clear_abandoned, try_lock
+from .locks import MARK, TEMPORARY, clear_abandoned, try_lock
 
 CHUNK_BYTES = 1 << 20
 """The number of bytes that are read at once when a file is hashed or copied."""
@@ -38,9 +38,6 @@ IRREGULAR = {
     stat.S_IFSOCK: "a socket",
 }
 """Kind of a file, as the system tells it -> what messages call it."""
-
-TEMPORARY = ".tmp"
-"""What the name of a file or folder ends with while it is being written."""
 
 STANDARD_STREAMS = (1, 2)
 """Descriptors of standard output and standard error."""
@@ -73,10 +70,53 @@ def find_cache_folder() -> Path:
     """Folder of what can be made again (downloads, calibrated graphs, timing caches); ``CMT_EDGE_CACHE``
     overrides it. It may be one that cannot be written to: see :func:`cmt_edge.deploy.cache.can_keep`."""
     override = os.environ.get("CMT_EDGE_CACHE")
-    if override:
-        return Path(override)
-    folder = user_cache_path("cmt-edge", appauthor=False)
-    return NOWHERE if folder.parts[0] == "~" else folder
+    folder = expand_home(override) if override else user_cache_path("cmt-edge", appauthor=False)
+    return NOWHERE if folder.parts[:1] == ("~",) else folder
+
+
+def expand_home(text: str) -> Path:
+    """The folder that a variable of the environment names: a ``~`` at its beginning is a user's home, which a
+    shell leaves as it is in ``NAME="~/folder"``. Without such a home it is :data:`NOWHERE`, and not a folder
+    of this name in the working directory."""
+    expanded = os.path.expanduser(text)
+    return NOWHERE if expanded.startswith("~") else Path(expanded)
+
+
+def find_shared_folder(folder: Path) -> Path | None:
+    """The first folder on the way to an existing ``folder`` in which another user could put something in
+    place of what lies there; ``None`` where there is none, and on systems without owners of POSIX.
+
+    The system's own user is trusted, and so is a group that has this user's name and no other members. A
+    folder such as ``/tmp``, in which nobody can rename what others own, is no way either.
+
+    Raises ``OSError``.
+    """
+    if not hasattr(os, "getuid"):
+        return None
+    folder = folder.resolve()
+    for place in (*reversed(folder.parents), folder):
+        status = place.stat()
+        is_sticky = bool(status.st_mode & stat.S_ISVTX)
+        others = stat.S_IWOTH if _is_own_group(status.st_gid) else stat.S_IWOTH | stat.S_IWGRP
+        if status.st_uid not in (0, os.getuid()) or (status.st_mode & others and not is_sticky):
+            return place
+        if status.st_uid == os.getuid() and not status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            return None  # nobody else gets any further
+    return None
+
+
+def _is_own_group(number: int) -> bool:
+    """Whether a group is the one that many systems give each user, with the user's name and no members."""
+    import grp  # here, because there is no such module on Windows
+    import pwd
+
+    try:
+        group, user = grp.getgrgid(number), pwd.getpwuid(os.getuid())
+    except KeyError:
+        return False
+    return (group.gr_gid, group.gr_name) == (user.pw_gid, user.pw_name) and set(group.gr_mem) <= {
+        user.pw_name
+    }
 
 
 def describe_irregular(path: str | Path) -> str | None:
@@ -89,7 +129,9 @@ def describe_irregular(path: str | Path) -> str | None:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):
         return None
-    return None if stat.S_ISREG(mode) else IRREGULAR.get(stat.S_IFMT(mode), "no regular file")
+    if stat.S_ISREG(mode):
+        return None
+    return IRREGULAR.get(stat.S_IFMT(mode), "no regular file")
 
 
 def open_regular(path: Path, limit: int | None = None) -> BinaryIO:
@@ -111,7 +153,11 @@ def open_regular(path: Path, limit: int | None = None) -> BinaryIO:
         return file
     file.close()
     why = f"it has {status.st_size} bytes, the cap is {limit}"
-    raise OSError(errno.EFBIG, why if stat.S_ISREG(status.st_mode) else "it is no regular file", str(path))
+    raise OSError(
+        errno.EFBIG,
+        why if stat.S_ISREG(status.st_mode) else "it is no regular file",
+        str(path),
+    )
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
@@ -122,8 +168,11 @@ def _open_without_waiting(path: str, flags: int) -> int:
 def read_regular(path: Path, limit: int) -> bytes:
     """The content of a regular file of at most ``limit`` bytes; raises as :func:`open_regular`."""
     with open_regular(path, limit) as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:  # it grew
+        size = min(os.fstat(file.fileno()).st_size, limit)
+        content = file.read(size + 1)  # not limit + 1: Python allocates what it is asked for
+        while len(content) <= limit and (more := file.read(CHUNK_BYTES)):  # it grew
+            content += more
+    if len(content) > limit:
         raise OSError(errno.EFBIG, f"it has more than {limit} bytes", str(path))
     return content
 
@@ -264,7 +313,11 @@ def _require_replaceable(path: Path) -> None:
 
 def _write_new(path: Path, data: bytes, mode: int) -> None:
     """Write a new file to disk, locked meanwhile, so that nobody takes it for abandoned."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode)
+    descriptor = os.open(
+        path,
+        os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0),
+        mode,
+    )
     with open(descriptor, "wb") as file:
         with contextlib.suppress(OSError):  # a file system may have no locks
             try_lock(descriptor)
@@ -317,7 +370,11 @@ def renameat2() -> Any:
     """Linux's system call ``renameat2``, which Python does not offer; ``None`` elsewhere."""
     if sys.platform != "linux":
         return None
-    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    function = getattr(
+        ctypes.CDLL(None, use_errno=True),
+        "renameat2",
+        None,
+    )
     if function is not None:
         function.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
     return function
@@ -342,7 +399,7 @@ def _exchange_in_two_steps(folder: Path, target: Path) -> None:
 def make_aside_path(target: Path) -> Path:
     """Where ``target`` lies while another folder takes its place in two steps."""
     target = target.absolute()
-    return target.parent / f".{target.name}.old"
+    return target.parent / f".{target.name}{MARK}.old"
 
 
 def put_back(target: Path) -> None:
@@ -352,7 +409,7 @@ def put_back(target: Path) -> None:
     Raises ``OSError``.
     """
     old = make_aside_path(target)
-    if not old.is_dir():
+    if old.is_symlink() or not old.is_dir():
         return
     if target.exists():
         shutil.rmtree(old, ignore_errors=True)

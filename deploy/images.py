@@ -67,7 +67,8 @@ class ImageSet(Sequence[Item]):
             return items
         kept = [item for item in items if posixpath.dirname(item.name) not in masks]
         names = ", ".join(sorted({f"{posixpath.basename(folder)}/" for folder in masks}))
-        self.skipped = self.skipped + Counter({f"in {names} beside the pictures": len(items) - len(kept)})
+        left_out = Counter({f"in {names} beside the pictures": len(items) - len(kept)})
+        self.skipped = self.skipped + left_out
         return kept
 
     def __len__(self) -> int:
@@ -93,7 +94,8 @@ class ImageSet(Sequence[Item]):
     @property
     def note(self) -> str:
         """What was skipped, and what counts more than once, in words; empty if nothing was."""
-        told = "; ".join(part for part in (self._describe_skipped(), self._describe_repeated()) if part)
+        parts = (self._describe_skipped(), self._describe_repeated())
+        told = "; ".join(part for part in parts if part)
         return f"{self.path}: {told}" if told else ""
 
     def _describe_skipped(self) -> str:
@@ -124,6 +126,12 @@ class ImageSet(Sequence[Item]):
         """The same place restricted to ``items``."""
         return ImageSet(self.path, items)
 
+    def locate(self, item: Item) -> str:
+        """Where an image lies, for messages and answers: of an archive with names such as ``/etc/x.jpg`` or
+        ``../x.jpg``, too, a place inside the archive, which is where the bytes come from."""
+        name = item.name if self._archive is None else posixpath.normpath(f"/{item.name}").lstrip("/")
+        return str(self.path / name)
+
     def read(self, item: Item) -> bytes:
         """The encoded bytes of one image; raises :class:`DataError` where they cannot be read."""
         try:
@@ -137,7 +145,7 @@ class ImageSet(Sequence[Item]):
                 raise
             raise DataError(
                 "cannot be read",
-                where=self.path / item.name,
+                where=self.locate(item),
                 why=exc.strerror,
                 remedy="check it",
             ) from exc
@@ -195,7 +203,8 @@ def _check_labels(items: list[Item], path: Path) -> None:
     places: dict[str, set[str]] = {}
     for item in items:
         if item.label is not None:
-            places.setdefault(item.label, set()).add(str(PurePosixPath(item.name).parent))
+            folder = str(PurePosixPath(item.name).parent)
+            places.setdefault(item.label, set()).add(folder)
     for label, found in places.items():
         if len(found) == 1:
             continue
@@ -220,7 +229,8 @@ def _are_parts(folders: set[str], items: Sequence[Item]) -> bool:
 def _gather(part: str, places: Sequence[str]) -> str:
     """What to do where the parts of a data set lie inside the class folders, as in ``cat/test, dog/test``."""
     classes = [PurePosixPath(place).parent.name for place in places[:2]]
-    links = ", ".join(f"{place} as {part}/{name}" for place, name in zip(places, classes, strict=False))
+    pairs = zip(places, classes, strict=False)
+    links = ", ".join(f"{place} as {part}/{name}" for place, name in pairs)
     return f"the parts lie inside the classes: copy or link {links} and so on, and give the folder {part}"
 
 
@@ -236,6 +246,7 @@ def _describe_choice(path: Path, double: Sequence[str]) -> str:
     shared = len(PurePosixPath(posixpath.commonpath(double)).parts)
     folders = sorted({"/".join(PurePosixPath(place).parts[: shared + 1]) for place in double})
     parts = {folder: find_part_kind(PurePosixPath(folder).name) for folder in folders}
-    ordered = sorted(folders, key=lambda folder: list(uses).index(parts[folder]))
+    order = list(uses)
+    ordered = sorted(folders, key=lambda folder: order.index(parts[folder]))
     shown = [f"{path / folder}{uses[parts[folder]]}" for folder in ordered[:SHOWN_KINDS]]
     return f"choose one: {', '.join(shown)}"

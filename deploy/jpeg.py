@@ -99,7 +99,8 @@ def has_long_header(data: bytes) -> bool:
 
 def make_scan_header(colours: int) -> bytes:
     """The first five bytes of the header of a scan that holds all ``colours``."""
-    return b"\xff\xda" + (2 * colours + 6).to_bytes(2, "big") + bytes([colours])
+    length = 2 * colours + 6
+    return b"\xff\xda" + length.to_bytes(2, "big") + bytes([colours])
 
 
 def strip_metadata(data: bytes, *, keep_exif: bool) -> bytes | None:
@@ -196,4 +197,5 @@ def _read_segment(data: bytes, position: int) -> _Segment | None:
 
 def _is_marker(data: bytes, position: int) -> bool:
     """Whether a segment may begin at ``position``."""
-    return data[position : position + 1] == b"\xff" and data[position + 1 : position + 2] not in (b"", b"\0")
+    first, second = data[position : position + 1], data[position + 1 : position + 2]
+    return first == b"\xff" and second not in (b"", b"\0")

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TypeVar
 
 import numpy as np
 
 from .backends import Binding, Session
-from .errors import InputError
+from .errors import BundleError, InputError
 from .lifetimes import watch
 
 DYNAMIC_CHUNK = 8
@@ -41,11 +41,12 @@ class Lanes:
     the two sees the other.
     """
 
-    def __init__(self, session: Session, batch: int, size: int) -> None:
+    def __init__(self, session: Session, batch: int, size: int, where: object = None) -> None:
         """``batch``: the fixed batch size of ``session``, ``0`` if it takes any. ``size``: height and width
-        of an image in pixels."""
+        of an image in pixels. ``where``: the bundle, for messages."""
         self.session = session
         self.batch = batch
+        self._where = where
         self._image = (3, size, size)
         self._idle: dict[int, list[Lane]] = {}  # by batch size
         self._alive = 0  # lanes, lent or idle
@@ -116,17 +117,58 @@ class Lanes:
 
         Raises:
             InputError: the lanes are closed. Errors of the runtime come through as they are.
+            BundleError: the model gives an answer more or less than there are images, or answers of different
+                shapes.
         """
         if not len(batch):  # nothing to run, but the shapes are the model's
             return self._run_rest(batch)
         size = self.batch or len(batch)
         if len(batch) == size:
-            return self.counted(self.session.run, batch)
+            return self.infer(size, self.session.run, batch)
         whole = len(batch) - len(batch) % size
-        parts = [self.counted(self.session.run, batch[i : i + size]) for i in range(0, whole, size)]
+        pieces = [batch[i : i + size] for i in range(0, whole, size)]
+        parts = [self.infer(size, self.session.run, piece) for piece in pieces]
         if whole < len(batch):
             parts.append(self._run_rest(batch[whole:]))
-        return [np.concatenate(output) for output in zip(*parts, strict=True)]
+        return [self._join(output) for output in zip(*parts, strict=True)]
+
+    def infer(
+        self,
+        rows: int,
+        call: Callable[..., list[np.ndarray]],
+        *args: object,
+    ) -> list[np.ndarray]:
+        """An inference of ``rows`` images by the session, which :meth:`close` waits for: each output has one
+        answer an image.
+
+        A graph of any batch size may give more or fewer, and nobody knows whose they are then.
+
+        Raises:
+            BundleError: an output has more or fewer rows.
+            InputError: the lanes are closed.
+        """
+        outputs = self.counted(call, *args)
+        for output in outputs:
+            if output.shape[:1] != (rows,):
+                raise self._make_shape_error(
+                    f"the model gives an output of shape {output.shape} for a batch of {rows}"
+                )
+        return outputs
+
+    def _join(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """The rows of one output, from several inferences."""
+        shapes = {part.shape[1:] for part in parts}
+        if len(shapes) > 1:
+            shown = " and ".join(map(str, sorted(shapes)[:2]))
+            raise self._make_shape_error(f"the model gives answers of different shapes: {shown}")
+        return np.concatenate(parts)
+
+    def _make_shape_error(self, what: str) -> BundleError:
+        return BundleError(
+            what,
+            where=self._where,
+            remedy="copy the whole bundle again, or export it again",
+        )
 
     def _run_rest(self, rest: np.ndarray) -> list[np.ndarray]:
         """Run fewer images than fill a lane."""
@@ -247,11 +289,11 @@ class Lane:
         lanes = self._lanes
         try:
             if count == self.rows:
-                return lanes.counted(self._binding.run)
+                return lanes.infer(count, self._binding.run)
             if count and not lanes.batch:
-                return lanes.counted(lanes.session.run, self.batch[:count])
+                return lanes.infer(count, lanes.session.run, self.batch[:count])
             self.batch[count:] = 0
-            return [output[:count] for output in lanes.counted(self._binding.run)]
+            return [output[:count] for output in lanes.infer(self.rows, self._binding.run)]
         except BaseException:
             self.usable = False
             raise

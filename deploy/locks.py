@@ -20,8 +20,13 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-LOCK = ".lock"
+MARK = ".cmt-edge"
+"""Stands in the name of every hidden file and folder of ours that lies beside a user's, so that none of the
+user's is taken for ours."""
+LOCK = f"{MARK}.lock"
 """What the name of a lock's file ends with."""
+TEMPORARY = f"{MARK}.tmp"
+"""What the name of a file or folder ends with while it is being written."""
 POLL_S = 0.1
 """Seconds between two attempts, where the system cannot wait for a lock itself."""
 NOT_SUPPORTED = {
@@ -43,7 +48,8 @@ UNLOCKED_S = 5.0
 def locked(path: Path) -> Iterator[None]:
     """Hold ``path`` against other processes and threads; those that want it too wait.
 
-    The lock is a file ``path.lock`` beside it, whose folder is made, and which is removed at the end.
+    The lock is a file beside it, whose name ends with :data:`LOCK`. Its folder is made, and the file is
+    removed at the end.
     A file system without locks gives none: both writers then work, and the last one's result stays.
 
     Raises ``OSError`` where the folder cannot be written to.
@@ -73,7 +79,7 @@ def clear_lock(path: Path) -> None:
 def _acquire(file: Path) -> int:
     """A descriptor that holds the lock of ``file``."""
     while True:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
             lock_descriptor(descriptor)
             if _is_still(file, descriptor):
@@ -111,7 +117,7 @@ def _attempt(descriptor: int) -> bool | None:
 
 
 @contextmanager
-def scratch_folder(parent: Path, prefix: str, suffix: str = ".tmp") -> Iterator[Path]:
+def scratch_folder(parent: Path, prefix: str, suffix: str = TEMPORARY) -> Iterator[Path]:
     """A new folder ``prefix*suffix`` in ``parent``, removed at the end unless it was moved away.
 
     Those that killed processes left there go first. What runs elsewhere, even in another container, keeps
@@ -127,7 +133,11 @@ def scratch_folder(parent: Path, prefix: str, suffix: str = ".tmp") -> Iterator[
         _drop_folder(folder, descriptor)
 
 
-def _make_locked_folder(parent: Path, prefix: str, suffix: str) -> tuple[Path, int | None]:
+def _make_locked_folder(
+    parent: Path,
+    prefix: str,
+    suffix: str,
+) -> tuple[Path, int | None]:
     """A new folder, and the descriptor that holds its lock; ``None`` where folders cannot be opened."""
     while True:
         folder = Path(tempfile.mkdtemp(suffix, prefix, parent))
@@ -162,7 +172,11 @@ def _release_in(process: int, release: Callable[[], object]) -> None:
         release()
 
 
-def make_scratch(parent: Path, prefix: str, suffix: str = ".tmp") -> tuple[Path, Hold]:
+def make_scratch(
+    parent: Path,
+    prefix: str,
+    suffix: str = TEMPORARY,
+) -> tuple[Path, Hold]:
     """As :func:`scratch_folder`, for as long as the second result lives."""
     clear_abandoned(parent, prefix, suffix)
     folder, descriptor = _make_locked_folder(parent, prefix, suffix)
@@ -229,7 +243,8 @@ def remove_if_abandoned(path: Path) -> None:
     descriptor = os.open(path, flags)
     try:
         free = _attempt(descriptor)
-        if free is False or (free is None and age < ABANDONED_S) or not _is_still(path, descriptor):
+        is_used = free is False or (free is None and age < ABANDONED_S)
+        if is_used or not _is_still(path, descriptor):
             return
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -250,7 +265,11 @@ def _is_still(file: Path, descriptor: int) -> bool:
 if sys.platform == "win32":
     import msvcrt
 
-    def lock_descriptor(descriptor: int, wait: bool = True, shared: bool = False) -> None:
+    def lock_descriptor(
+        descriptor: int,
+        wait: bool = True,
+        shared: bool = False,
+    ) -> None:
         """Lock an open file until it is closed; ``shared`` locks cannot be had here.
 
         Raises ``BlockingIOError`` where ``wait`` is false and another process holds it.
@@ -266,7 +285,11 @@ if sys.platform == "win32":
 
 else:
 
-    def lock_descriptor(descriptor: int, wait: bool = True, shared: bool = False) -> None:
+    def lock_descriptor(
+        descriptor: int,
+        wait: bool = True,
+        shared: bool = False,
+    ) -> None:
         """Lock an open file or folder until it is closed; ``shared``: with others that do so too.
 
         Raises ``BlockingIOError`` where ``wait`` is false and another process holds it.

@@ -73,7 +73,8 @@ class Members:
         if member.islnk():
             self._links[name] = posixpath.normpath(member.linkname)
         elif member.issym():
-            self._links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
+            target = posixpath.join(posixpath.dirname(name), member.linkname)
+            self._links[name] = posixpath.normpath(target)
         elif member.isfile():
             self._files[name] = None if member.issparse() else (member.offset_data, member.size)
         if len(self._files) + len(self._links) > MAX_ITEMS * 2:
@@ -156,7 +157,11 @@ class Members:
                 remedy="replace the links by what they lead to",
             )
 
-    def _follow(self, child: Folder | Link | Place, name: str) -> Folder | Link | Place:
+    def _follow(
+        self,
+        child: Folder | Link | Place,
+        name: str,
+    ) -> Folder | Link | Place:
         """What a link leads to at last; the link itself where it leads to nothing, which is counted."""
         if not isinstance(child, Link):
             return child

@@ -110,7 +110,8 @@ def find_held_out(names: Iterable[str]) -> list[str]:
             if (meant := _find_meaning(folder)) is not None and not meant.weak and not meant.rest
         }
         others = has_files or len(kinds) < len(folders)
-        if others and len(set(kinds.values())) == 1 and TRAIN not in kinds.values():
+        different = set(kinds.values())
+        if others and len(different) == 1 and TRAIN not in different:
             found += [str(parent / folder) for folder in kinds]
     return found
 
@@ -124,7 +125,8 @@ def find_prefixes(names: Iterable[str]) -> dict[str, str]:
         if start := PREFIX.match(file):
             kind = STRONG[start[1].lower()]
             by_folder.setdefault(folder, {}).setdefault(kind, start[0])
-    return next((kinds for _, kinds in sorted(by_folder.items()) if len(kinds) > 1), {})
+    several = [kinds for _, kinds in sorted(by_folder.items()) if len(kinds) > 1]
+    return next(iter(several), {})
 
 
 def find_part_kind(folder: str) -> str | None:
@@ -154,8 +156,10 @@ def _find_kinds(folders: list[str]) -> dict[str, str]:
         if not meaning.rest
         or any(other.kind != meaning.kind and other.rest == meaning.rest for other in meant.values())
     }
-    sure = len(paired) == len(folders) or not all(meaning.weak for meaning in paired.values())
-    return {folder: meaning.kind for folder, meaning in paired.items()} if sure else {}
+    weak = all(meaning.weak for meaning in paired.values())
+    if weak and len(paired) != len(folders):
+        return {}
+    return {folder: meaning.kind for folder, meaning in paired.items()}
 
 
 def _find_meaning(folder: str) -> _Meaning | None:
@@ -166,7 +170,8 @@ def _find_meaning(folder: str) -> _Meaning | None:
     kinds = strong or weak
     if not kinds:
         return None
-    rest = {word for word in words if word not in STRONG | WEAK and word not in FILLERS and len(word) > 1}
+    known = {*STRONG, *WEAK, *FILLERS}
+    rest = {word for word in words if word not in known and len(word) > 1}
     kind = next(known for known in (TRAIN, VALIDATION, TEST) if known in kinds)
     return _Meaning(kind, not strong, frozenset(rest))
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +21,22 @@ from .backends import (
     get_runtime,
 )
 from .backends.base import make_open_error, read_batch_limit
-from .bundle import LOGITS, Bundle
+from .bundle import LOGITS, PROBABILITIES, SCORES, Bundle
 from .bundle.bundle import read_whole
 from .bundle.sections import RanOn
+from .cache import is_cache_wanted
 from .decoding import ImageLike, list_images, take_snapshot
 from .errors import BundleError, CmtEdgeError, ImageError, InputError
 from .lanes import Lanes
 from .locks import Hold
 from .preprocessing import Preprocess, preprocess
 from .stream import stream
+
+PROBABILITY_ROUNDING = 0.01
+"""How far a model's probabilities, and the sum of those of an image, may lie outside what probabilities can
+be: twice of what a model does that rounds its own to bfloat16."""
+FEW_VALUES = 4096
+"""The largest number of values that are looked at one by one, which is faster than adding them up."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,23 @@ class Prediction:
         return [(self.labels[int(i)], float(chances[i])) for i in best]
 
 
+@dataclass(frozen=True)
+class Loading:
+    """Where the time of :meth:`Predictor.load` went, in seconds.
+
+    Attributes:
+        opening: reading the manifest and hashing the files.
+        importing: importing the runtime.
+        compiling: compiling the model, or opening what an earlier start had compiled.
+        is_from_cache: whether an earlier start had compiled the model.
+    """
+
+    opening: float
+    importing: float
+    compiling: float
+    is_from_cache: bool
+
+
 class Predictor:
     """A bundle, opened by one runtime. Thread-safe; a context manager.
 
@@ -97,8 +123,10 @@ class Predictor:
         self.head = head
         self.kind = kind
         self._where = where
+        self.loading: Loading | None = None
+        """How long :meth:`load` took; ``None`` for what was not loaded from a bundle."""
         self._hold: Hold | None = None  # keeps the folder of a packed bundle, which profiling opens again
-        self.lanes = Lanes(session, batch, preprocess.size)
+        self.lanes = Lanes(session, batch, preprocess.size, where)
         """Run every inference."""
 
     @classmethod
@@ -113,6 +141,7 @@ class Predictor:
         weights: str | Path | None = None,
         trusted_model: object = None,
         trusted_engine: bool = False,
+        cache: bool = True,
         color: str = "rgb",
         key: str | Path | None = None,
     ) -> Predictor:
@@ -124,6 +153,9 @@ class Predictor:
                 ``"fake"``; default: the one of the bundle's format.
             device, threads, throughput, weights, trusted_model, trusted_engine: see
                 :class:`~cmt_edge.deploy.backends.base.LoadOptions`.
+            cache: take what an earlier start has compiled from the cache folder, and keep what is compiled
+                now. The answers are the same bits. The environment variable ``CMT_EDGE_NO_CACHE=1`` says no
+                for the whole process.
             color: order of the channels of images that are arrays, ``"rgb"`` or ``"bgr"``, unless a call says
                 otherwise. OpenCV's arrays are ``"bgr"``. Encoded images and Pillow images know their order.
             key: file of the public key that the bundle must be signed with, if you demand one.
@@ -137,13 +169,17 @@ class Predictor:
                 unknown.
         """
         check_color(color)
-        if threads is not None and threads < 1:
-            raise InputError(
-                f"{threads} threads were asked for",
-                remedy="ask for 1 or more, or leave it out for all cores",
-            )
-        options = LoadOptions(device, threads, throughput, weights, trusted_model, trusted_engine)
-        return read_whole(path, lambda bundle: cls._open_bundle(bundle, backend, options, color), key=key)
+        _check_threads(threads)
+        kept = is_cache_wanted(cache)
+        options = LoadOptions(device, threads, throughput, weights, trusted_model, trusted_engine, kept)
+        opening = partial(
+            cls._open_bundle,
+            backend=backend,
+            options=options,
+            color=color,
+            start=time.perf_counter(),
+        )
+        return read_whole(path, opening, key=key, cache=kept)
 
     @classmethod
     def _open_bundle(
@@ -152,9 +188,13 @@ class Predictor:
         backend: str | None,
         options: LoadOptions,
         color: str,
+        start: float,
     ) -> Predictor:
+        opened = time.perf_counter()
         runtime = get_runtime(backend or RUNTIME_OF_FORMAT[bundle.manifest.format])
+        imported = time.perf_counter()
         session = _load(runtime, bundle, options)
+        loaded = time.perf_counter()
         batch = 0 if runtime.any_batch else read_batch_limit(bundle)
         predictor = cls(
             session,
@@ -167,6 +207,12 @@ class Predictor:
             where=bundle.path,
         )
         predictor._hold = bundle.hold
+        predictor.loading = Loading(
+            opening=opened - start,
+            importing=imported - opened,
+            compiling=loaded - imported,
+            is_from_cache=session.is_from_cache,
+        )
         return predictor
 
     @property
@@ -195,7 +241,8 @@ class Predictor:
         Raises:
             ImageError: the image cannot be read.
             InputError: a closed Predictor, a bundle of feature maps, or an unknown ``color``.
-            BundleError: the model's answer is not finite.
+            BundleError: the model gives more or fewer answers than images, one that is not finite, or no
+                probabilities where the bundle says so.
         """
         self._require(LOGITS)
         decode = self._make_decoder(color)
@@ -204,7 +251,12 @@ class Predictor:
             logits = lane.run(1)[0][0]
         return self._make_prediction(logits, source)
 
-    def predict(self, images: Iterable[ImageLike], *, color: str | None = None) -> list[Prediction]:
+    def predict(
+        self,
+        images: Iterable[ImageLike],
+        *,
+        color: str | None = None,
+    ) -> list[Prediction]:
         """Classify several images, in the caller's thread. A single image gives a list of one.
 
         Raises:
@@ -228,10 +280,9 @@ class Predictor:
         iterable is fine: at most ``in_flight * batch + max(batch, 2 * workers)`` images are held (a dynamic
         batch counts as 8). Closing the stream, or leaving the loop, ends its threads.
 
-        A camera may fill one buffer again and again. Arrays, Pillow images, buffers and file objects are
-        therefore copied when they are taken from ``images``, where threads decode them later. A path is read
-        when its image is decoded: where a program writes the same file again and again, give
-        ``Path(...).read_bytes()``.
+        Arrays, Pillow images, buffers and file objects are copied when they are taken from ``images``,
+        because a camera may fill one buffer again and again. A path is read when its image is decoded: give
+        ``Path(...).read_bytes()`` where a program writes the same file again and again.
 
         Args:
             images: as :meth:`predict`; may be endless.
@@ -244,20 +295,12 @@ class Predictor:
 
         Raises:
             ImageError: an image cannot be read. It is raised at its turn, after the predictions of all
-                images before it, like errors of the runtime and of ``images`` itself. The Predictor stays
-                usable.
-            InputError: ``in_flight`` below 1, a closed Predictor, a bundle of feature maps, or an unknown
-                ``color``.
+                images before it, like errors of the runtime and of ``images``. The Predictor stays usable.
+            InputError: ``in_flight`` below 1, a closed Predictor, feature maps, or an unknown ``color``.
         """
         decode = self._make_decoder(color)
-        answers = self._iterate_answers(
-            images,
-            decode,
-            workers=workers,
-            in_flight=in_flight,
-            copy=copy,
-        )
-        for source, logits in answers:
+        settings = _StreamSettings(workers, in_flight, copy)
+        for source, logits in self._iterate_answers(images, decode, settings):
             yield self._make_prediction(logits, source)
 
     def attempt(
@@ -273,21 +316,18 @@ class Predictor:
         prediction, and the images after it are answered."""
         decode = self._make_decoder(color)
 
-        def decode_or_explain(image: ImageLike, row: np.ndarray) -> str | ImageError | None:
+        def decode_or_explain(
+            image: ImageLike,
+            row: np.ndarray,
+        ) -> str | ImageError | None:
             try:
                 return decode(image, row)
             except ImageError as exc:
                 row[:] = 0  # its answer is thrown away
                 return exc.with_traceback(None)
 
-        answers = self._iterate_answers(
-            images,
-            decode_or_explain,
-            workers=workers,
-            in_flight=in_flight,
-            copy=copy,
-        )
-        for source, logits in answers:
+        settings = _StreamSettings(workers, in_flight, copy)
+        for source, logits in self._iterate_answers(images, decode_or_explain, settings):
             if isinstance(source, ImageError):
                 yield source
             else:
@@ -299,10 +339,14 @@ class Predictor:
 
         Raises:
             InputError: another dtype or shape, values that are not finite, or a bundle of feature maps.
-            BundleError: the model gives values that are not finite.
+            BundleError: the model gives values that are not finite, other logits than there are labels, or no
+                probabilities where the bundle says that it does.
         """
         self._require(LOGITS)
-        return require_finite(self.outputs(batch), self._where)[0]
+        logits = require_finite(self.outputs(batch), self._where)[0]
+        self._require_labelled(logits.shape[1:])
+        require_kind(logits, self.kind, self._where)
+        return logits
 
     def features(self, batch: np.ndarray) -> list[np.ndarray]:
         """Preprocessed float32 ``(N, 3, H, W)`` -> the stage maps, float32 ``(N, C, H / stride, W /
@@ -321,14 +365,20 @@ class Predictor:
         _check_batch(batch, self.spec.size)
         return self.lanes.run(np.ascontiguousarray(batch))
 
-    def prepare(self, images: Iterable[ImageLike], *, color: str | None = None) -> np.ndarray:
+    def prepare(
+        self,
+        images: Iterable[ImageLike],
+        *,
+        color: str | None = None,
+    ) -> np.ndarray:
         """Decode, resize, crop and normalise: the float32 batch ``(N, 3, H, W)`` that :meth:`logits` and
         :meth:`features` take. Raises :class:`~cmt_edge.deploy.errors.ImageError`."""
         decode = self._make_decoder(color)
         size = self.spec.size
         images = list_images(images)
         if not isinstance(images, Sequence):  # each image may be gone once the next is asked for
-            rows = [preprocess(image, self.spec, color=color or self.color) for image in images]
+            order = color or self.color
+            rows = [preprocess(image, self.spec, color=order) for image in images]
             return np.stack(rows) if rows else np.empty((0, 3, size, size), np.float32)
         batch = np.empty((len(images), 3, size, size), np.float32)
         for image, row in zip(images, batch, strict=True):
@@ -352,43 +402,42 @@ class Predictor:
         self.close()
 
     def _make_prediction(self, logits: np.ndarray, source: str | None) -> Prediction:
-        """One answer; a graph that leaves its shape open may give more or fewer logits than there are
-        labels."""
-        if logits.shape != (len(self.labels),):
+        """One answer."""
+        self._require_labelled(logits.shape)
+        require_finite([logits], self._where)
+        require_kind(logits[None], self.kind, self._where)
+        return Prediction(logits, self.labels, source, self.kind)
+
+    def _require_labelled(self, shape: tuple[int, ...]) -> None:
+        """Check the shape of one image's logits; a graph that leaves it open may give more or fewer logits
+        than there are labels."""
+        if shape != (len(self.labels),):
             raise BundleError(
-                f"the graph gives logits of shape {logits.shape}, but there are {len(self.labels)} labels",
+                f"the graph gives logits of shape {shape}, but there are {len(self.labels)} labels",
                 where=self._where,
                 remedy="copy the whole bundle again, or export it again",
             )
-        require_finite([logits], self._where)
-        return Prediction(logits, self.labels, source, self.kind)
 
     def _iterate_answers(
         self,
         images: Iterable[ImageLike],
         decode: Callable[[ImageLike, np.ndarray], Any],
-        *,
-        workers: int,
-        in_flight: int | None,
-        copy: bool,
+        settings: _StreamSettings,
     ) -> Iterator[tuple[Any, np.ndarray]]:
         """What ``decode`` returned for each image, and its logits."""
         self._require(LOGITS)
-        if in_flight is not None and in_flight < 1:
-            raise InputError(
-                f"{in_flight} inferences in flight were asked for",
-                remedy="ask for 1 or more, or leave it out",
-            )
-        several = in_flight or max(1, self.session.parallelism)
+        in_flight = settings.choose_in_flight(self.session)
         images = list_images(images)
-        if copy and workers > 0:  # without threads an image is decoded before the next one is asked for
+        if (
+            settings.copy and settings.workers > 0
+        ):  # without threads an image is decoded before the next one is asked for
             images = self._take_each(images)
         return stream(
             images,
             self.lanes,
             decode,
-            workers=workers,
-            in_flight=several,
+            workers=settings.workers,
+            in_flight=in_flight,
         )
 
     def _take_each(self, images: Iterable[ImageLike]) -> Iterator[Any]:
@@ -424,7 +473,32 @@ class Predictor:
         )
 
 
-def require_finite(outputs: list[np.ndarray], where: object) -> list[np.ndarray]:
+@dataclass(frozen=True)
+class _StreamSettings:
+    """How a stream runs; see :meth:`Predictor.stream`."""
+
+    workers: int
+    in_flight: int | None
+    copy: bool
+
+    def choose_in_flight(self, session: Session) -> int:
+        """The number of inferences at once: what was asked for, or as many as the runtime gains from.
+
+        Raises:
+            InputError: fewer than 1 were asked for.
+        """
+        if self.in_flight is not None and self.in_flight < 1:
+            raise InputError(
+                f"{self.in_flight} inferences in flight were asked for",
+                remedy="ask for 1 or more, or leave it out",
+            )
+        return self.in_flight or max(1, session.parallelism)
+
+
+def require_finite(
+    outputs: list[np.ndarray],
+    where: object,
+) -> list[np.ndarray]:
     """The outputs of a model as they are; raises :class:`BundleError` for NaN and infinity, which are no
     answer. ``where``: the bundle, for the message."""
     if all(map(_is_finite, outputs)):
@@ -434,6 +508,35 @@ def require_finite(outputs: list[np.ndarray], where: object) -> list[np.ndarray]
         where=where,
         remedy="check the bundle with cmt-verify; a bundle of another precision may do, --precision fp32",
     )
+
+
+def require_kind(values: np.ndarray, kind: str | None, where: object) -> None:
+    """Raise :class:`BundleError` where values are not what a bundle says of them.
+
+    Args:
+        values: float32 ``(N, classes)``, what the model gives, or should give.
+        kind: ``"probabilities"``, which lie between 0 and 1 and sum to 1, ``"scores"``, which lie between 0
+            and 1, or anything else for values of any size.
+        where: the bundle, for the message.
+    """
+    if kind not in (PROBABILITIES, SCORES) or not values.size or not np.isfinite(values).all():
+        return  # what is not finite is another fault
+    least, most = float(values.min()), float(values.max())
+    why = None
+    if not -PROBABILITY_ROUNDING <= least <= most <= 1 + PROBABILITY_ROUNDING:
+        why = f"they lie between {least:.4g} and {most:.4g}, and probabilities between 0 and 1"
+    elif kind == PROBABILITIES:
+        sums = values.sum(axis=1, dtype=np.float64)
+        worst = float(sums[np.abs(sums - 1).argmax()])
+        if abs(worst - 1) > PROBABILITY_ROUNDING:
+            why = f"those of an image sum to {worst:.4g}"
+    if why is not None:
+        raise BundleError(
+            f"the manifest says that the model gives {kind}, but its answers are none",
+            where=where,
+            why=why,
+            remedy="export the model again",
+        )
 
 
 def _load(runtime: Runtime, bundle: Bundle, options: LoadOptions) -> Session:
@@ -446,11 +549,20 @@ def _load(runtime: Runtime, bundle: Bundle, options: LoadOptions) -> Session:
         raise make_open_error(bundle.path, exc) from exc
 
 
+def _check_threads(threads: int | None) -> None:
+    """Raise :class:`InputError` below 1."""
+    if threads is not None and threads < 1:
+        raise InputError(
+            f"{threads} threads were asked for",
+            remedy="ask for 1 or more, or leave it out for all cores",
+        )
+
+
 def _check_batch(batch: object, size: int) -> None:
     """Raise :class:`InputError` unless ``batch`` is finite float32 ``(N, 3, size, size)``."""
     if not isinstance(batch, np.ndarray):
         found = type(batch).__name__
-    elif batch.dtype != np.float32 or batch.ndim != 4 or batch.shape[1:] != (3, size, size):
+    elif batch.dtype != np.float32 or batch.shape[1:] != (3, size, size):
         found = f"{batch.dtype} {batch.shape}"
     elif not _is_finite(batch):
         raise InputError(
@@ -466,8 +578,10 @@ def _check_batch(batch: object, size: int) -> None:
 
 
 def _is_finite(batch: np.ndarray) -> bool:
-    """Whether no value is NaN or infinite; in one pass without a temporary, because small models take a
-    millisecond."""
+    """Whether no value is NaN or infinite; of many values in one pass without a temporary, because small
+    models take a millisecond."""
+    if batch.size <= FEW_VALUES:
+        return bool(np.isfinite(batch).all())
     with np.errstate(all="ignore"):
         total = np.add.reduce(batch, axis=None)
     return math.isfinite(total) or bool(np.isfinite(batch).all())  # finite values may have an infinite sum

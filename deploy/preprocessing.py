@@ -6,6 +6,8 @@ resize (Pillow's filter, with its antialiasing), centre crop, normalise.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
@@ -17,12 +19,13 @@ from .arrays import view_as_array, view_as_rgb
 from .decoding import (
     MAX_PIXELS,
     ImageLike,
-    decode,
+    decode_at_least,
     make_too_large_error,
     name_image,
     require_modest_size,
 )
 from .escaping import SHOWN_CHARACTERS
+from .reduction import LeastSize, Size
 
 MAX_SIZE = 16384
 """Largest input height and width of a model in pixels."""
@@ -48,6 +51,16 @@ EXIF_POLICIES = ("apply", "ignore")
 """What may become of the orientation that a photograph records."""
 
 
+DECODE_POLICIES = ("full", "reduced")
+"""How many pixels of a large JPEG image are decoded."""
+
+REDUCING_GAP = 2.0
+"""How many times the size after resizing a reduced image has at least, unless a model says otherwise."""
+
+REDUCING_GAPS = (1.0, 8.0)
+"""The least and the largest gap that is accepted."""
+
+
 @dataclass(frozen=True)
 class Preprocess:
     """How an image becomes a model input.
@@ -59,6 +72,10 @@ class Preprocess:
         mean, std: per RGB channel, of values scaled to 0..1.
         exif: ``"apply"`` turns the image as its EXIF orientation says, ``"ignore"`` takes the stored pixels.
         interpolation: Pillow filter, a key of :data:`RESAMPLING`.
+        decode: ``"full"`` decodes every pixel; ``"reduced"`` decodes an encoded JPEG image at a half, a
+            quarter or an eighth of its size where enough pixels remain. Other images are decoded in full.
+        reducing_gap: width and height of a reduced image are at least so many times those that it is then
+            resized to, as Pillow's ``thumbnail`` has it.
     """
 
     size: int
@@ -67,6 +84,8 @@ class Preprocess:
     std: tuple[float, float, float]
     exif: str = "apply"
     interpolation: str = "bicubic"
+    decode: str = "full"
+    reducing_gap: float = REDUCING_GAP
 
     def to_json(self) -> dict[str, Any]:
         """The manifest's ``preprocess`` entry."""
@@ -78,19 +97,30 @@ class Preprocess:
             return f"size is {self.size}, expected 1 to {MAX_SIZE}"
         if self.short_side is not None and not self.size <= self.short_side <= MAX_SHORT_SIDE:
             return f"short_side is {self.short_side}, expected {self.size} to {MAX_SHORT_SIDE}"
-        if self.exif not in EXIF_POLICIES:
-            return (
-                f"exif is {self.exif[:SHOWN_CHARACTERS]!r}, expected {' or '.join(map(repr, EXIF_POLICIES))}"
-            )
-        if self.interpolation not in RESAMPLING:
-            known = " or ".join(map(repr, RESAMPLING))
-            return f"interpolation is {self.interpolation[:SHOWN_CHARACTERS]!r}, expected {known}"
-        return _find_fault_of_numbers("mean", self.mean, MEANS) or _find_fault_of_numbers(
-            "std", self.std, DEVIATIONS
+        low, high = REDUCING_GAPS
+        if not low <= self.reducing_gap <= high:
+            return f"reducing_gap is {self.reducing_gap:g}, expected {low:g} to {high:g}"
+        return (
+            _find_fault_of_word("exif", self.exif, EXIF_POLICIES)
+            or _find_fault_of_word("interpolation", self.interpolation, RESAMPLING)
+            or _find_fault_of_word("decode", self.decode, DECODE_POLICIES)
+            or _find_fault_of_numbers("mean", self.mean, MEANS)
+            or _find_fault_of_numbers("std", self.std, DEVIATIONS)
         )
 
 
-def _find_fault_of_numbers(name: str, values: tuple[float, ...], bounds: tuple[float, float]) -> str | None:
+def _find_fault_of_word(name: str, value: str, known: Iterable[str]) -> str | None:
+    """``value`` where it is none of the known words."""
+    if value in known:
+        return None
+    return f"{name} is {value[:SHOWN_CHARACTERS]!r}, expected {' or '.join(map(repr, known))}"
+
+
+def _find_fault_of_numbers(
+    name: str,
+    values: tuple[float, ...],
+    bounds: tuple[float, float],
+) -> str | None:
     """The first of ``values`` that does not lie within ``bounds``."""
     low, high = bounds
     for i, value in enumerate(values):
@@ -99,7 +129,11 @@ def _find_fault_of_numbers(name: str, values: tuple[float, ...], bounds: tuple[f
     return None
 
 
-def decode_pixels(source: ImageLike, spec: Preprocess, color: str = "rgb") -> np.ndarray:
+def decode_pixels(
+    source: ImageLike,
+    spec: Preprocess,
+    color: str = "rgb",
+) -> np.ndarray:
     """Decoded, resized and cropped: ``(size, size, 3)`` uint8, read-only. Arguments and errors are those of
     :func:`~cmt_edge.deploy.decoding.decode`.
 
@@ -116,19 +150,33 @@ def _decode_pixels(source: ImageLike, spec: Preprocess, color: str) -> np.ndarra
     if isinstance(source, np.ndarray):
         rgb = view_as_rgb(source, color)
         height, width = rgb.shape[:2]
-        new, (left, top, right, bottom) = _compute_geometry(width, height, spec, source)
+        new, (left, top, right, bottom) = compute_geometry(width, height, spec, source)
         if new == (width, height):
             view: np.ndarray = rgb[top:bottom, left:right]
             view.flags.writeable = False
             return view
-    image = decode(source, spec.exif, color)
-    new, box = _compute_geometry(*image.size, spec, source)
-    if new != image.size:
-        image = image.resize(new, RESAMPLING[spec.interpolation])
-    return np.asarray(image if box == (0, 0, *new) else image.crop(box))
+    decoded = decode_at_least(source, spec.exif, color, make_least_size(spec, source))
+    new, box = compute_geometry(*decoded.size, spec, source)
+    image = decoded.image
+    if new != image.size or decoded.box is not None:
+        image = image.resize(new, RESAMPLING[spec.interpolation], decoded.box)
+    is_whole = box == (0, 0, *new)
+    return np.asarray(image if is_whole else image.crop(box))
 
 
-def _compute_geometry(
+def make_least_size(spec: Preprocess, source: ImageLike) -> LeastSize | None:
+    """The least size at which an image may be decoded; ``None`` for all of its pixels."""
+    if spec.decode == "full":
+        return None
+
+    def find_least_size(whole: Size) -> Size:
+        (width, height), _ = compute_geometry(*whole, spec, source)
+        return math.ceil(spec.reducing_gap * width), math.ceil(spec.reducing_gap * height)
+
+    return find_least_size
+
+
+def compute_geometry(
     width: int, height: int, spec: Preprocess, source: ImageLike
 ) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
     """Width and height after resizing, and the box that is then cut out, in pixels."""
@@ -148,11 +196,16 @@ def _compute_geometry(
             name_image(source),
             f"resizing {width} x {height} by its short side gives {new[0]} x {new[1]}",
         )
-    left, top = round((new[0] - size) / 2), round((new[1] - size) / 2)
+    left = round((new[0] - size) / 2)
+    top = round((new[1] - size) / 2)
     return new, (left, top, left + size, top + size)
 
 
-def normalise(values: np.ndarray, spec: Preprocess, out: np.ndarray | None = None) -> np.ndarray:
+def normalise(
+    values: np.ndarray,
+    spec: Preprocess,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
     """``(..., H, W, 3)`` uint8 -> ``(..., 3, H, W)`` float32, ``(v / 255 - mean) / std``.
 
     ``out``: float32 of the result's shape, written without temporaries and returned; default: a new
@@ -169,11 +222,19 @@ def normalise(values: np.ndarray, spec: Preprocess, out: np.ndarray | None = Non
 
 
 @lru_cache(maxsize=64)
-def _compute_affine(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
+def _compute_affine(
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> tuple[np.ndarray, np.ndarray]:
     """``scale, shift``, float32 ``(3, 1, 1)`` each: ``(v / 255 - mean) / std = v * scale + shift``."""
-    scale = (1 / (255 * np.asarray(std))).astype(np.float32).reshape(3, 1, 1)
-    shift = (-np.asarray(mean) / np.asarray(std)).astype(np.float32).reshape(3, 1, 1)
-    return scale, shift
+    scale = 1 / (255 * np.asarray(std))
+    shift = -np.asarray(mean) / np.asarray(std)
+    return _spread_over_pixels(scale), _spread_over_pixels(shift)
+
+
+def _spread_over_pixels(values: np.ndarray) -> np.ndarray:
+    """One number a channel as float32 ``(3, 1, 1)``."""
+    return values.astype(np.float32).reshape(3, 1, 1)
 
 
 def preprocess(

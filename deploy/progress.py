@@ -8,11 +8,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any
 
 from .escaping import escape, escape_line
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 class Progress:
@@ -57,6 +58,8 @@ class Progress:
         if self._bar is None or phase != self._phase:
             self.finish()
             self._phase = phase
+            from tqdm import tqdm  # here, because a command that shows no bar need not load it
+
             self._bar = tqdm(
                 total=100,
                 desc=escape_line(phase) or None,

@@ -98,7 +98,11 @@ def _make_repeating_hook(others: Any) -> Any:
         if not issubclass(found.exc_type, Stopped):
             others(found)
             return
-        again = threading.Timer(REPEATED_AFTER_S, os.kill, (os.getpid(), found.exc_value.number))
+        again = threading.Timer(
+            REPEATED_AFTER_S,
+            os.kill,
+            (os.getpid(), found.exc_value.number),
+        )
         again.daemon = True
         again.start()
 

@@ -68,7 +68,9 @@ class _Stream:
         self._lanes = lanes
         self._decode = decode
         self._size = size
-        self._decoders: _Threads | _Inline = _Threads(workers, "decode") if workers > 0 else _Inline()
+        self._decoders: _Threads | _Inline = _Inline()
+        if workers > 0:
+            self._decoders = _Threads(workers, "decode")
         self._requests: _Threads | _Inline = _Threads(in_flight, "infer") if threads else _Inline()
         self._ahead = in_flight * size + max(size, 2 * workers) if threads else size
         self._held = 0

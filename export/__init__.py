@@ -46,7 +46,11 @@ def __dir__() -> list[str]:
 
 
 class _CallableModule(ModuleType):
-    def __call__(self, config: ExportConfig, progress: Progress | None = None) -> Bundle:
+    def __call__(
+        self,
+        config: ExportConfig,
+        progress: Progress | None = None,
+    ) -> Bundle:
         """Export, verify and measure; see :func:`cmt_edge.export.pipeline.run`."""
         from .pipeline import run
 

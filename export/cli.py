@@ -84,7 +84,8 @@ def _run_export(args: argparse.Namespace) -> int:
     from cmt_edge.deploy.bundle.packed import locate_packed
     from cmt_edge.deploy.progress import Progress
 
-    from .config import ExportConfig, find_settings_by_shapes
+    from .checkpoint_settings import find_settings_by_shapes
+    from .config import ExportConfig
     from .config_file import read_config
     from .replaced import describe_replaced, read_replaced
 
@@ -123,7 +124,8 @@ def _run_export(args: argparse.Namespace) -> int:
 def _take_dry_run(settings: dict[str, Any], where: Path | None) -> bool:
     """What a settings file says of ``--dry-run``, which is no setting of the bundle and is removed; raises
     :class:`InputError` unless it is true or false."""
-    keys = [key for key in settings if key.lstrip("-").replace("-", "_") == "dry_run"]
+    spelled = {key: key.lstrip("-").replace("-", "_") for key in settings}
+    keys = [key for key, name in spelled.items() if name == "dry_run"]
     values = [settings.pop(key) for key in keys]
     for value in values:
         if type(value) is not bool:

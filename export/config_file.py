@@ -36,7 +36,8 @@ def read_config(path: Path) -> dict[str, Any]:
         InputError: the file is missing, cannot be read, or says something twice.
     """
     content = _read_toml(path)
-    found = [(names, table) for names in TABLES if (table := _find_table(content, names)) is not None]
+    tables = [(names, _find_table(content, names)) for names in TABLES]
+    found = [(names, table) for names, table in tables if table is not None]
     if not found:
         return content
     if len(found) > 1:
@@ -57,7 +58,10 @@ def read_config(path: Path) -> dict[str, Any]:
     return outside | settings
 
 
-def _find_table(content: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any] | None:
+def _find_table(
+    content: Mapping[str, Any],
+    names: Sequence[str],
+) -> dict[str, Any] | None:
     """The table with these names, each inside the one before."""
     table: Any = content
     for name in names:
@@ -79,7 +83,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
         )
     try:
         text = read_text(path)
-        if any(line.split("=", 1)[0].count(".") > MAX_DOTS for line in text.splitlines()):
+        keys = (line.split("=", 1)[0] for line in text.splitlines())
+        if any(key.count(".") > MAX_DOTS for key in keys):
             raise ValueError(f"a name has more than {MAX_DOTS} dots")
         content: dict[str, Any] = tomllib.loads(text)
         _require_toml_numbers(content)

@@ -30,7 +30,8 @@ from cmt_edge.deploy.measure.benchmark import Benchmark
 from cmt_edge.deploy.measure.host import describe_host, read_versions
 from cmt_edge.deploy.measure.parity import Verification
 
-from .config import NAMED_WEIGHTS, OPSET, ExportConfig
+from .config import OPSET, ExportConfig
+from .settings import NAMED_WEIGHTS
 from .steps import GOLDEN_IMAGES, OBSERVED_IMAGES, Reference
 from .to_onnx import INPUT
 from .typed import Typed
@@ -154,7 +155,11 @@ def _describe_source(config: ExportConfig, loaded: LoadedWeights) -> str:
     return loaded.source
 
 
-def describe_calibration(config: ExportConfig, data: CalibrationSet, cached: bool) -> CalibrationEntry:
+def describe_calibration(
+    config: ExportConfig,
+    data: CalibrationSet,
+    cached: bool,
+) -> CalibrationEntry:
     """What an int8 graph was calibrated on; ``cached`` if it was calibrated by an earlier run."""
     return CalibrationEntry(
         **vars(data.describe()),
@@ -197,7 +202,11 @@ def write_report(
         "## Verification",
         report.describe_verification(result, markdown=True),
     ]
+    if manifest.decoding:
+        parts += ["## Decoding", report.describe_decoding(manifest.decoding)]
     content: dict[str, Any] = {"verification": result}
+    if manifest.decoding:
+        content["decoding"] = manifest.decoding
     if manifest.compiled:
         parts += [
             "## What the compiler made of it",

@@ -80,7 +80,8 @@ def read_lines(text: str) -> LineNames:
 def _drop_head(lines: list[str]) -> list[str]:
     """The lines without a first one that names the columns, or the list, of lines with numbers or dashes."""
     first, rest = lines[0], lines[1:]
-    if first.startswith("#") and re.search(r"[A-Za-z]", first) and not all(x.startswith("#") for x in rest):
+    is_comment = first.startswith("#") and re.search(r"[A-Za-z]", first)
+    if is_comment and not all(line.startswith("#") for line in rest):
         raise NoNames(f"the first line {first!r} seems to be a comment; remove it if it is")
     split = _find_numbers(rest)
     if KEY.fullmatch(first) and rest and (split or all(line.startswith("- ") for line in rest)):
@@ -96,8 +97,10 @@ def _drop_head(lines: list[str]) -> list[str]:
 
 def _is_table_head(line: str) -> bool:
     """Whether a line names the columns of a table, as ``index,label``."""
-    words = [word.strip().strip('"').lower() for word in re.split(r"[,;\t]", line)]
-    return len(words) > 1 and HEAD_WORDS.union({""}).issuperset(words) and any(words)
+    cells = re.split(r"[,;\t]", line)
+    words = [cell.strip().strip('"').lower() for cell in cells]
+    are_known = all(word in HEAD_WORDS for word in words if word)
+    return len(words) > 1 and are_known and any(words)
 
 
 def _find_numbers(lines: Sequence[str]) -> Callable[[str], _Line | None] | None:
@@ -123,7 +126,8 @@ def _refuse_syntax(lines: Sequence[str]) -> None:
     for brackets in BRACKETS:
         opening, closing = brackets[0], brackets[1]
         around = (first, last) == (opening, closing)
-        each = len(lines) > 1 and all(line.startswith(opening) and closing in line[-2:] for line in lines)
+        quoted = [line.startswith(opening) and closing in line[-2:] for line in lines]
+        each = len(lines) > 1 and all(quoted)
         if around or (each and all("," in line for line in lines)):
             wrong = first
     if wrong is not None:
@@ -148,7 +152,11 @@ def _split_behind(line: str) -> _Line | None:
     name = before.rstrip(SEPARATORS + " ")
     if not name or name == before:
         return None
-    return _Line(int(found[1]), name, not before[len(name) :].isspace() or "\t" in before[len(name) :])
+    return _Line(
+        int(found[1]),
+        name,
+        not before[len(name) :].isspace() or "\t" in before[len(name) :],
+    )
 
 
 PLACES: dict[str, Callable[[str], _Line | None]] = {
@@ -179,7 +187,10 @@ def _read_numbered(
     return LineNames(names, note)
 
 
-def _split_all(lines: Sequence[str], split: Callable[[str], _Line | None]) -> list[_Line] | None:
+def _split_all(
+    lines: Sequence[str],
+    split: Callable[[str], _Line | None],
+) -> list[_Line] | None:
     """Every line as number and name; ``None`` where one has no number."""
     found: list[_Line] = []
     for line in lines:
@@ -192,7 +203,10 @@ def _split_all(lines: Sequence[str], split: Callable[[str], _Line | None]) -> li
 def _count_from(found: Sequence[_Line]) -> int | None:
     """0 or 1 where the numbers are all whole numbers from there, in any order; otherwise ``None``."""
     numbers = sorted(line.number for line in found)
-    return next((first for first in (0, 1) if numbers == [*range(first, first + len(numbers))]), None)
+    for first in (0, 1):
+        if numbers == list(range(first, first + len(numbers))):
+            return first
+    return None
 
 
 def _are_names(found: Sequence[_Line]) -> bool:
@@ -216,17 +230,24 @@ def _refuse_two_orders(found: Sequence[_Line]) -> None:
     if not all(re.fullmatch("[0-9]{1,9}", name) for name in names):
         return
     backward = [_Line(int(name), "", True) for name in names]
-    if _count_from(backward) is not None and [line.number for line in backward] != [x.number for x in found]:
+    forward_numbers = [line.number for line in found]
+    backward_numbers = [line.number for line in backward]
+    if _count_from(backward) is not None and backward_numbers != forward_numbers:
         raise NoNames("every line has two numbers, of which either may be the index")
 
 
 def _strip_quotes(names: Sequence[str]) -> tuple[str, ...]:
     """The names without the quotes that CSV puts around a text, or YAML around all of them."""
     for quote in ("'", '"'):
-        quoted = [len(name) > 2 and name[0] == name[-1] == quote for name in names]
+        quoted = [_is_quoted(name, quote) for name in names]
         if quote == '"' or all(quoted):
             names = [
                 name[1:-1].replace(quote * 2, quote) if is_quoted else name
                 for name, is_quoted in zip(names, quoted, strict=True)
             ]
     return tuple(names)
+
+
+def _is_quoted(name: str, quote: str) -> bool:
+    """Whether ``name`` is a text in quotes; an empty one is none."""
+    return len(name) > 2 and name[0] == name[-1] == quote

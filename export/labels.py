@@ -90,7 +90,8 @@ def _make_mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     would silently lose one."""
     mapping = dict(pairs)
     if len(mapping) < len(pairs):
-        double = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        counts = Counter(key for key, _ in pairs)
+        double = next(key for key, count in counts.items() if count > 1)
         raise ValueError(f"the key {double!r} stands there more than once")
     return mapping
 
@@ -103,7 +104,8 @@ def _read_json_names(content: Any, path: Path) -> ClassNames:
         if not _has_ids(content):
             return ClassNames(read_named_classes(content))
         names = read_named_classes({key: name for key, (_, name) in content.items()})
-        return ClassNames(names, ids=read_named_classes({key: id_ for key, (id_, _) in content.items()}))
+        ids = read_named_classes({key: cid for key, (cid, _) in content.items()})
+        return ClassNames(names, ids=ids)
     except UnusableNames as exc:
         raise _make_error(path, exc) from exc
 
@@ -112,10 +114,11 @@ def _has_ids(content: Any) -> TypeGuard[dict[str, list[str]]]:
     """Whether each number has a pair of an ID and a name, as in ``imagenet_class_index.json`` of Keras."""
     if not isinstance(content, dict) or not content:
         return False
-    return all(map(str.isdecimal, content)) and all(map(_is_named_id, content.values()))
+    are_numbers = all(map(str.isdecimal, content))
+    return are_numbers and all(map(_is_named_id, content.values()))
 
 
 def _is_named_id(value: Any) -> bool:
     """Whether ``value`` is a list of an ID, as ``n01440764`` of WordNet, and a name."""
-    is_pair = isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
+    is_pair = isinstance(value, list) and [type(part) for part in value] == [str, str]
     return is_pair and NAMED_ID.fullmatch(value[0]) is not None

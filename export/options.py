@@ -113,7 +113,8 @@ def list_changed_flags(settings: Any, group: str) -> list[str]:
 
 def read_defaults(settings: type, group: str) -> dict[str, Any]:
     """Default by field name of every option of a group."""
-    return {f.name: f.default for f in fields(settings) if get_option(f).group == group}
+    of_group = [f for f in fields(settings) if get_option(f).group == group]
+    return {f.name: f.default for f in of_group}
 
 
 # --- the command line -----------------------------------------------------------------------------
@@ -146,7 +147,11 @@ def add_flags(
                 )
 
 
-def _add_flag(add: Callable[..., object], described_field: Field[Any], kind: Any) -> None:
+def _add_flag(
+    add: Callable[..., object],
+    described_field: Field[Any],
+    kind: Any,
+) -> None:
     known = get_option(described_field)
     flags = [make_flag(described_field)]
     if known.short:
@@ -184,7 +189,10 @@ def _describe_reading(described_field: Field[Any], kind: Any) -> dict[str, Any]:
     }
 
 
-def _choose_reader(kind: type | None, numbers: Range | None) -> Callable[[str], Any] | None:
+def _choose_reader(
+    kind: type | None,
+    numbers: Range | None,
+) -> Callable[[str], Any] | None:
     """What makes a number of the text on the command line; ``None`` for a text."""
     if kind is None or numbers is None:
         return kind
@@ -201,7 +209,8 @@ def _write_help(described_field: Field[Any]) -> str:
 
 def read_flags(args: argparse.Namespace, settings: type) -> dict[str, Any]:
     """The options that stood on the command line."""
-    return {f.name: getattr(args, f.name) for f in fields(settings) if hasattr(args, f.name)}
+    given = [f.name for f in fields(settings) if hasattr(args, f.name)]
+    return {name: getattr(args, name) for name in given}
 
 
 # --- the settings file ----------------------------------------------------------------------------
@@ -234,7 +243,8 @@ def _list_spellings(settings: type) -> dict[str, _Spelling]:
     """Every key of a settings file, with underscores: field names, ``no_NAME`` of what is on or off, and
     shortcuts such as ``int8``."""
     found: dict[str, _Spelling] = {}
-    for described_field, kind in zip(fields(settings), get_type_hints(settings).values(), strict=True):
+    kinds = get_type_hints(settings).values()
+    for described_field, kind in zip(fields(settings), kinds, strict=True):
         name = described_field.name
         found[name] = _Spelling(name)
         if bool in list_types(kind):
@@ -249,7 +259,11 @@ def _strip_key(key: str) -> str:
     return key.lstrip("-").replace("-", "_")
 
 
-def read_mapping(values: Mapping[str, Any], settings: type, where: object = None) -> dict[str, Any]:
+def read_mapping(
+    values: Mapping[str, Any],
+    settings: type,
+    where: object = None,
+) -> dict[str, Any]:
     """The content of a settings file by field name; its keys are field names or flags.
 
     Raises:
@@ -312,14 +326,16 @@ def _convert(
     """
     types = list_types(kind)
     optional = type(None) in get_args(kind)
-    if type(value) in types or (optional and value is None) or (float in types and type(value) is int):
+    is_whole = float in types and type(value) is int
+    if type(value) in types or is_whole or (optional and value is None):
         return value
     written = get_option(described_field).written
     if type(value) not in written:
         raise _make_wrong_type_error(key, value, (*types, *written), where)
     if type(value) is not list:
         return str(value)
-    if not value or not all(type(item) in (str, int, float) for item in value):
+    are_plain = all(type(item) in (str, int, float) for item in value)
+    if not value or not are_plain:
         raise InputError(
             f"{key} = {value!r} should be a list of names or numbers",
             where=where,
@@ -329,7 +345,12 @@ def _convert(
     return items if get_option(described_field).is_list else ",".join(items)
 
 
-def _make_wrong_type_error(key: str, value: Any, types: Iterable[type], where: object) -> InputError:
+def _make_wrong_type_error(
+    key: str,
+    value: Any,
+    types: Iterable[type],
+    where: object,
+) -> InputError:
     names = " or ".join(t.__name__ for t in types)
     return InputError(
         f"{key} = {value!r} should be {names}",

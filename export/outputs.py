@@ -24,7 +24,7 @@ from cmt_edge.cmt.outputs import (
 )
 from cmt_edge.deploy.bundle import LOGITS, PROBABILITIES, SCORES
 from cmt_edge.deploy.errors import InputError
-from cmt_edge.deploy.measure.parity import EPS_FLOAT32, measure_resolution
+from cmt_edge.deploy.measure.tolerance import EPS_FLOAT32, measure_resolution
 
 SUM_TOLERANCE = 1e-3
 """Probabilities may sum to 1 plus or minus so much; the sum of 1000 float32 ones is much closer."""
@@ -45,7 +45,8 @@ LOGITS_REMEDY = "let the model return its logits, as they are before argmax, sor
 def require_finite(outputs: Sequence[np.ndarray]) -> None:
     """Raise :class:`InputError` where an output of the reference, ``(K, ...)``, is NaN or infinite."""
     for output in outputs:
-        finite = np.asarray(np.isfinite(output.reshape(len(output), -1)).all(axis=1))
+        by_image = output.reshape(len(output), -1)
+        finite = np.asarray(np.isfinite(by_image).all(axis=1))
         if not finite.all():
             raise InputError(
                 f"the reference answers {len(finite) - finite.sum()} of {len(finite)} golden images with NaN"
@@ -55,7 +56,11 @@ def require_finite(outputs: Sequence[np.ndarray]) -> None:
             )
 
 
-def identify_outputs(model: nn.Module, batch: np.ndarray, logits: np.ndarray) -> str:
+def identify_outputs(
+    model: nn.Module,
+    batch: np.ndarray,
+    logits: np.ndarray,
+) -> str:
     """What the values are that the reference answers golden images with.
 
     Args:
@@ -104,7 +109,8 @@ def find_kind(logits: np.ndarray, operation: str) -> str:
     if logits.min() < 0 or logits.max() > 1 + COARSE_TOLERANCE:
         return LOGITS
     allowed = COARSE_TOLERANCE if measure_resolution(logits) else SUM_TOLERANCE
-    if (np.abs(logits.sum(axis=1) - 1) <= allowed).all():
+    distances = np.abs(logits.sum(axis=1) - 1)
+    if (distances <= allowed).all():
         if operation not in (
             *SOFTMAXES,
             *SIGMOIDS,
@@ -131,7 +137,8 @@ def _find_kind_by_bounds(own: np.ndarray, probe: Probe) -> str:
     if largest <= 1 + COARSE_TOLERANCE:
         return SCORES if rows.shape[1] > 1 else LOGITS
     less = probe.answers(*HUGE[1:3]).numpy()
-    if largest <= (1 + ALIKE) * max(float(less.max()), float(own.max())):
+    before = max(float(less.max()), float(own.max()))
+    if largest <= (1 + ALIKE) * before:
         raise InputError(
             f"every output of the reference lies between 0 and {largest:.4g}, whatever the image, as scaled"
             " probabilities do",
@@ -231,7 +238,8 @@ def _is_log_softmax(own: np.ndarray) -> bool:
 def _reaches_zero(probe: Probe) -> bool:
     """Whether every output comes near to 0 when the model's last linear operation grows in one direction or
     the other."""
-    below, above = probe.answers(HUGE[1]).numpy(), probe.answers(HUGE[2]).numpy()
+    below = probe.answers(HUGE[1]).numpy()
+    above = probe.answers(HUGE[2]).numpy()
     if below.shape != above.shape or not len(below):
         return False
     return bool(np.maximum(below, above).min() >= -NEAR_ZERO)
@@ -240,7 +248,8 @@ def _reaches_zero(probe: Probe) -> bool:
 def _require_no_index(own: np.ndarray, operation: str, probe: Probe) -> None:
     """Refuse a class index that was turned into a float32 number."""
     by_name = operation in INDICES
-    if not by_name and (own.shape[1] > 1 or not own.any() or not _is_whole(own)):
+    could_be_any = own.shape[1] > 1 or not own.any() or not _is_whole(own)
+    if could_be_any and not by_name:
         return
     if by_name or _is_whole(probe.answers(SMALL).numpy()):
         raise InputError(
@@ -285,7 +294,8 @@ def _require_differences(own: np.ndarray, operation: str, probe: Probe) -> None:
     rounding = EPS_FLOAT32 * float(np.abs(own).max())
     if len(own) < 2 or float(np.ptp(own, axis=0).max()) > rounding:
         return
-    saturated = bool((np.minimum(np.abs(own), np.abs(own - 1)) <= EPS_FLOAT32).all())
+    to_an_end = np.minimum(np.abs(own), np.abs(own - 1))
+    saturated = bool((to_an_end <= EPS_FLOAT32).all())
     if saturated and operation in (*SIGMOIDS, *SOFTMAXES):
         return
     small = probe.answers(SMALL).numpy()

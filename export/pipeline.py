@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from cmt_edge.deploy.bundle import (
     save_reference,
 )
 from cmt_edge.deploy.bundle.packed import locate_packed, require_replaceable
-from cmt_edge.deploy.bundle.sections import TypingEntry, VerdictEntry
+from cmt_edge.deploy.bundle.sections import VerdictEntry
 from cmt_edge.deploy.cache import can_keep
 from cmt_edge.deploy.files import find_cache_folder, writing
 from cmt_edge.deploy.measure.benchmark import summarise_latency
@@ -48,6 +48,7 @@ from .plan import Journal, Step, describe_plan, list_steps_to_finish
 from .preparation import Prepared, prepare
 from .steps import OBSERVED_IMAGES, Differences
 from .to_onnx import without_compiler_folder
+from .unit_scale import require_unit_scale
 
 
 def run(config: ExportConfig, progress: Progress | None = None) -> Bundle:
@@ -67,7 +68,13 @@ def run(config: ExportConfig, progress: Progress | None = None) -> Bundle:
     with _claimed(Path(config.output)), without_compiler_folder():
         prepared = prepare(config, progress)
         decision = choose(config, prepared, progress)
-        return finish(decision.config, prepared, decision.verdict, progress, decision.notes)
+        return finish(
+            decision.config,
+            prepared,
+            decision.verdict,
+            progress,
+            decision.notes,
+        )
 
 
 def make_plan(config: ExportConfig) -> dict[str, Any]:
@@ -96,12 +103,12 @@ def check_preconditions(config: ExportConfig) -> None:
     Raises as :func:`run`.
     """
     config.check()
-    steps.require_unit_scale(config.preprocess)
+    require_unit_scale(config.preprocess)
     for target in config.targets:
         BundleWriter(target).check()
         if config.pack:
             require_replaceable(locate_packed(target))
-    if config.is_typed:
+    if config.has_engine:
         from . import trt
 
         trt.check_builder(config)
@@ -110,7 +117,7 @@ def check_preconditions(config: ExportConfig) -> None:
     runtime.check()
     if config.isa is not None:
         require_isa(config.isa)
-    if config.precision != "auto":
+    if config.precision != "auto" and not config.is_for_other_device:
         runtime.float_precision(config.precision)
 
 
@@ -152,49 +159,180 @@ def finish(
         Journal(list_steps_to_finish(config), progress) as journal,
         BundleWriter(config.target) as writer,
     ):
-        graph, manifest = _make_chosen_graph(config, prepared, verdict)
-        differences = prepared.differences
+        work = _Work(config, prepared, writer, journal, progress)
+        draft = _make_chosen_graph(work, verdict)
         if Step.TYPE in journal:
-            graph, typing, found = _type_graph(config, graph, prepared, journal)
-            manifest, differences = (
-                replace(manifest, typing=typing),
-                differences | found,
-            )
+            draft = _type_graph(work, draft)
         with journal.step(Step.FILES, format=config.format):
-            manifest = _add_files(config, writer, manifest, graph, prepared)
+            draft = _add_files(work, draft)
         if Step.BUILD in journal:
             journal.take(Step.BUILD)
-            manifest = _add_engine(config, writer, manifest, graph, prepared, notes, progress)
+            draft = _add_engine(work, draft, notes)
         with journal.step(Step.VERIFY):
-            result = _verify(config, writer, manifest, prepared, progress)
-            manifest = replace(manifest, verification=result.entry(differences))
+            result = _verify(work, draft.manifest)
+            draft = draft.with_entries(verification=result.entry(draft.differences))
         speed = None
         if Step.MEASURE in journal:
             with journal.step(Step.MEASURE):
-                speed = steps.measure_bundle(writer.staged(manifest), config.threads, progress.share)
-                manifest = replace(manifest, latency=summarise_latency(speed))
+                speed = steps.measure_bundle(work.stage(draft), config.threads, progress.share)
+                draft = draft.with_entries(latency=summarise_latency(speed))
         with journal.step(Step.WRITE), writing(config.target):
-            write_report(writer.folder, manifest, config.folder, result, speed)
-            return _commit(config, writer, manifest)
+            write_report(writer.folder, draft.manifest, config.folder, result, speed)
+            return _commit(config, writer, draft.manifest)
 
 
-def _add_files(
-    config: ExportConfig,
-    writer: BundleWriter,
-    manifest: Manifest,
+@dataclass(frozen=True)
+class _Draft:
+    """A bundle as far as it is made: its graph, its manifest, and the differences of the steps so far."""
+
+    graph: onnx.ModelProto
+    manifest: Manifest
+    differences: Differences
+
+    def with_entries(self, **entries: Any) -> _Draft:
+        """The draft with other entries in its manifest."""
+        return replace(self, manifest=replace(self.manifest, **entries))
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What every part of :func:`finish` reads: the same from its beginning to its end."""
+
+    config: ExportConfig
+    prepared: Prepared
+    writer: BundleWriter
+    journal: Journal
+    progress: Progress
+
+    def stage(self, draft: _Draft) -> Bundle:
+        """The bundle as it lies beside its place."""
+        return self.writer.staged(draft.manifest)
+
+
+def _make_chosen_graph(work: _Work, verdict: VerdictEntry | None) -> _Draft:
+    """The graph of the precision, and the manifest as far as it is known."""
+    config, prepared = work.config, work.prepared
+    calibration = None
+    if config.precision == "int8" and prepared.data is not None and prepared.quantized is not None:
+        calibration = describe_calibration(config, prepared.data, prepared.quantized.cached)
+    manifest = replace(
+        prepared.manifest,
+        precision=config.precision,
+        calibration=calibration,
+        verdict=verdict,
+    )
+    graph = prepared.graph_of(config.precision, config.kept_float)
+    return _Draft(graph, manifest, prepared.differences)
+
+
+def _type_graph(work: _Work, draft: _Draft) -> _Draft:
+    """The graph with its precision written into it, and what is told of that."""
+    from . import trt
+
+    images, observed = None, {}
+    if Step.OBSERVE in work.journal:
+        images = work.prepared.data or _choose_observed_images(work.config)
+        observed = _observe_ranges(work, draft.graph, images)
+    with work.journal.step(Step.TYPE):
+        result, found = trt.write_precision(
+            work.config,
+            draft.graph,
+            observed,
+            work.prepared.reference,
+        )
+    manifest = replace(draft.manifest, typing=describe_typing(result, images))
+    return _Draft(result.model, manifest, draft.differences | found)
+
+
+def _choose_observed_images(config: ExportConfig) -> CalibrationSet:
+    """Generated images for the ranges, where none were given."""
+    return CalibrationSet.choose(
+        "generated",
+        OBSERVED_IMAGES,
+        config.preprocess,
+        config.seed,
+    )
+
+
+def _observe_ranges(
+    work: _Work,
     graph: onnx.ModelProto,
-    prepared: Prepared,
-) -> Manifest:
-    """The manifest with the runtime that reads the graph, which now lies in the bundle's folder."""
+    images: CalibrationSet,
+) -> dict[str, float]:
+    """Largest absolute value of every tensor."""
+    count = min(len(images), OBSERVED_IMAGES)
+    with work.journal.step(Step.OBSERVE, images=count):
+        return steps.observe_ranges(
+            graph,
+            images,
+            work.prepared.reference,
+            work.config.preprocess,
+        )
+
+
+def _add_files(work: _Work, draft: _Draft) -> _Draft:
+    """The draft with the runtime that reads the graph, which now lies in the bundle's folder."""
+    config = work.config
     with writing(config.target):
         runtime = steps.write_files(
-            writer.folder,
-            graph,
+            work.writer.folder,
+            draft.graph,
             config.batch,
-            prepared.reference.golden,
+            work.prepared.reference.golden,
             config.format,
         )
-    return replace(manifest, runtime=runtime)
+    return draft.with_entries(runtime=runtime)
+
+
+def _add_engine(work: _Work, draft: _Draft, notes: tuple[str, ...]) -> _Draft:
+    """The draft with an engine, which lies beside the graph."""
+    build = _build_rtx_engine if work.config.format == "rtx" else _build_trt_engine
+    manifest, files = build(work, draft, notes)
+    with writing(work.config.target):
+        for name, content in files.items():
+            path = work.writer.folder / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content)
+    return replace(draft, manifest=manifest)
+
+
+def _build_rtx_engine(
+    work: _Work,
+    draft: _Draft,
+    notes: tuple[str, ...],
+) -> tuple[Manifest, dict[str, bytes]]:
+    """The manifest with a portable engine, and the engine's files by name."""
+    from . import rtx
+
+    config, prepared, progress = work.config, work.prepared, work.progress
+    manifest, files = rtx.add_portable_engine(
+        config,
+        work.stage(draft),
+        draft.graph,
+        progress,
+        notes,
+    )
+    if config.precision == "int8" and not notes:
+        batch = prepared.reference.batch
+        manifest = rtx.note_slower_int8(
+            config,
+            manifest,
+            prepared.graph,
+            batch,
+            progress,
+        )
+    return manifest, files
+
+
+def _build_trt_engine(
+    work: _Work,
+    draft: _Draft,
+    _notes: tuple[str, ...],
+) -> tuple[Manifest, dict[str, bytes]]:
+    """The manifest with this machine's engine, and the engine's files by name."""
+    from . import trt
+
+    return trt.add_engine(work.config, work.stage(draft), work.progress)
 
 
 def _commit(config: ExportConfig, writer: BundleWriter, manifest: Manifest) -> Bundle:
@@ -205,104 +343,40 @@ def _commit(config: ExportConfig, writer: BundleWriter, manifest: Manifest) -> B
     return bundle
 
 
-def _make_chosen_graph(
-    config: ExportConfig,
-    prepared: Prepared,
-    verdict: VerdictEntry | None,
-) -> tuple[onnx.ModelProto, Manifest]:
-    """The graph of the precision, and the manifest as far as it is known."""
-    graph = prepared.graph_of(config.precision, config.kept_float)
-    calibration = None
-    if config.precision == "int8" and prepared.data is not None and prepared.quantized is not None:
-        calibration = describe_calibration(config, prepared.data, prepared.quantized.cached)
-    manifest = replace(
-        prepared.manifest,
-        precision=config.precision,
-        calibration=calibration,
-        verdict=verdict,
-    )
-    return graph, manifest
-
-
-def _type_graph(
-    config: ExportConfig,
-    graph: onnx.ModelProto,
-    prepared: Prepared,
-    journal: Journal,
-) -> tuple[onnx.ModelProto, TypingEntry, Differences]:
-    """The graph with its precision written into it, and what is told of that."""
-    from . import trt
-
-    spec, images = config.preprocess, None
-    observed: dict[str, float] = {}
-    if Step.OBSERVE in journal:
-        images = prepared.data or CalibrationSet.choose("generated", OBSERVED_IMAGES, spec, config.seed)
-        with journal.step(Step.OBSERVE, images=min(len(images), OBSERVED_IMAGES)):
-            observed = steps.observe_ranges(graph, images, prepared.reference, spec)
-    with journal.step(Step.TYPE):
-        result, differences = trt.write_precision(config, graph, observed, prepared.reference)
-    return result.model, describe_typing(result, images), differences
-
-
-def _add_engine(
-    config: ExportConfig,
-    writer: BundleWriter,
-    manifest: Manifest,
-    graph: onnx.ModelProto,
-    prepared: Prepared,
-    notes: tuple[str, ...],
-    progress: Progress,
-) -> Manifest:
-    """The manifest with an engine in it, which lies beside the graph."""
-    if config.format == "rtx":
-        from . import rtx
-
-        staged = writer.staged(manifest)
-        manifest, files = rtx.add_portable_engine(config, staged, graph, progress, notes)
-        if config.precision == "int8" and not notes:
-            manifest = rtx.note_slower_int8(
-                config, manifest, prepared.graph, prepared.reference.batch, progress
-            )
-    else:
-        from . import trt
-
-        manifest, files = trt.add_engine(config, writer.staged(manifest), progress)
-    with writing(config.target):
-        for name, content in files.items():
-            path = writer.folder / name
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(content)
-    return manifest
-
-
-def _verify(
-    config: ExportConfig,
-    writer: BundleWriter,
-    manifest: Manifest,
-    prepared: Prepared,
-    progress: Progress,
-) -> Verification:
+def _verify(work: _Work, manifest: Manifest) -> Verification:
     """The staged bundle compared with the reference, whose answers are kept in it."""
-    bundle = writer.staged(manifest)
+    config, prepared = work.config, work.prepared
+    bundle = work.writer.staged(manifest)
     candidate = None
     if config.format == "rtx" or (config.format == "trt" and not config.build):
         from . import trt
 
         candidate = trt.emulate(config, bundle)
-    labelled = prepared.evaluation.images if prepared.evaluation else None
+    elif config.is_for_other_device:
+        from . import other_device
+
+        candidate = other_device.open_here(config, bundle)
     result = steps.verify_bundle(
         config,
         bundle,
         prepared.reference,
-        labelled,
+        prepared.evaluation.images if prepared.evaluation else None,
         candidate,
-        progress.count,
+        work.progress.count,
     )
-    opinion = None
-    if not result.golden.passed and config.format in steps.SERVED_HERE:
-        opinion = steps.ask_other_runtime(bundle, config.atol)
-    steps.require_passed(result, opinion)
+    steps.require_passed(result, _ask_other_runtime(config, bundle, result))
     if result.data:
         with writing(config.target):
-            save_reference(writer.folder / REFERENCE, result.reference_answers)
+            save_reference(work.writer.folder / REFERENCE, result.reference_answers)
     return result
+
+
+def _ask_other_runtime(
+    config: ExportConfig,
+    bundle: Bundle,
+    result: Verification,
+) -> steps.SecondOpinion | None:
+    """What another runtime makes of a bundle that differs in its own."""
+    if result.golden.passed or config.format not in steps.SERVED_HERE:
+        return None
+    return steps.ask_other_runtime(bundle, config.atol)

@@ -16,7 +16,7 @@ from cmt_edge.calib.data import GENERATED, SYNTHETIC
 from cmt_edge.cmt.download import is_kept
 from cmt_edge.cmt.weights import AS_BUILT
 from cmt_edge.deploy import Bundle
-from cmt_edge.deploy.bundle.sections import FORMATS
+from cmt_edge.deploy.bundle.sections import AUTO_PRECISIONS
 from cmt_edge.deploy.escaping import escape_line
 from cmt_edge.deploy.images import ImageSet
 from cmt_edge.deploy.progress import Progress
@@ -38,6 +38,7 @@ class Step(Enum):
 
     LOAD = "load the reference model"
     SYNTHESISE = "make {images} synthetic images"
+    DECODE = "compare reduced with full decoding"
     FUSE = "fuse"
     TRACE = "export to ONNX"
     SIMPLIFY = "simplify"
@@ -81,6 +82,8 @@ def list_steps_to_prepare(config: ExportConfig) -> Iterator[Step]:
     yield Step.LOAD
     if config.data == SYNTHETIC:
         yield Step.SYNTHESISE
+    if config.decode == "reduced":
+        yield Step.DECODE
     yield from (Step.FUSE, Step.TRACE, Step.SIMPLIFY)
     if config.quantizes:
         yield Step.CALIBRATE
@@ -107,10 +110,10 @@ def list_steps_to_finish(config: ExportConfig) -> Iterator[Step]:
             yield Step.OBSERVE
         yield Step.TYPE
     yield Step.FILES
-    if config.is_typed and config.build:
+    if config.has_engine and config.build:
         yield Step.BUILD
     yield Step.VERIFY
-    if not config.is_typed:  # an engine is measured where it is built
+    if not config.is_typed:  # what another device runs is measured there
         yield Step.MEASURE
     yield Step.WRITE
 
@@ -170,14 +173,24 @@ def describe_plan(config: ExportConfig) -> dict[str, Any]:
     if config.eval_data:
         plan["evaluation"] = _count_evaluation(config.eval_data, config.eval_limit)
     if config.precision == "auto":
-        plan["allowed"] = {
-            "drop": config.allowed_drop,
-            "latency_ms": config.latency_budget,
-            "time_s": config.time_budget,
-            "isa": config.isa,
-        }
-        plan["candidates"] = [*FORMATS[config.format], "int8 in part"]
-    return plan | {
+        plan["allowed"] = _describe_limits(config)
+        plan["candidates"] = [*AUTO_PRECISIONS[config.format], "int8 in part"]
+    return plan | _describe_result(config) | {"steps": _list_titles(config, images["images"])}
+
+
+def _describe_limits(config: ExportConfig) -> dict[str, Any]:
+    """What ``auto`` must keep to."""
+    return {
+        "drop": config.allowed_drop,
+        "latency_ms": config.latency_budget,
+        "time_s": config.time_budget,
+        "isa": config.isa,
+    }
+
+
+def _describe_result(config: ExportConfig) -> dict[str, Any]:
+    """What the bundle takes and gives."""
+    return {
         "input": [
             config.batch or "batch",
             3,
@@ -187,10 +200,10 @@ def describe_plan(config: ExportConfig) -> dict[str, Any]:
         "mean": list(config.preprocess.mean),
         "std": list(config.preprocess.std),
         "interpolation": config.preprocess.interpolation,
+        "decode": config.decode,
         "classes": config.classes,
         "precision": config.precision,
         "format": config.format,
-        "steps": _list_titles(config, images["images"]),
     }
 
 
@@ -232,7 +245,8 @@ def _format_allowed(allowed: dict[str, Any]) -> str:
         ("time_s", "a search of {:g} s"),
         ("isa", "instructions up to {}"),
     ]
-    return ", ".join(text.format(allowed[name]) for name, text in limits if allowed[name] is not None)
+    given = [(name, text) for name, text in limits if allowed[name] is not None]
+    return ", ".join(text.format(allowed[name]) for name, text in given)
 
 
 def _format_input(shape: list[Any]) -> str:

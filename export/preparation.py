@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx
 
@@ -43,9 +43,18 @@ class Prepared:
     differences: Differences
     quantized: Quantized | None
 
-    def graph_of(self, precision: str, kept_float: tuple[str, ...] = ()) -> onnx.ModelProto:
+    def graph_of(
+        self,
+        precision: str,
+        kept_float: tuple[str, ...] = (),
+    ) -> onnx.ModelProto:
         """The graph of one precision, see :func:`cmt_edge.export.steps.choose_graph`."""
-        return steps.choose_graph(self.graph, self.quantized, precision, kept_float)
+        return steps.choose_graph(
+            self.graph,
+            self.quantized,
+            precision,
+            kept_float,
+        )
 
 
 def prepare(config: ExportConfig, progress: Progress) -> Prepared:
@@ -62,23 +71,17 @@ def prepare(config: ExportConfig, progress: Progress) -> Prepared:
             reference = steps.make_reference(config)
             manifest = describe_export(config, reference)
         progress.tell(config.labels_note)
-        evaluation = None
-        if config.eval_data:  # before the long work: only the user can correct a mismatch
-            bundle = Bundle(config.target, manifest)
-            evaluation = steps.match_evaluation(bundle, config.eval_data, config.by_order)
-            progress.tell(evaluation.images.note)
+        evaluation = _match_evaluation(config, manifest, progress)
         data = _make_images(config, reference, journal, progress)
+        if Step.DECODE in journal:
+            with journal.step(Step.DECODE):
+                found = steps.compare_decoding(config, reference, evaluation, data, progress.count)
+                manifest = replace(manifest, decoding=found)
         graph, differences = _make_graph(config, reference, journal)
         quantized = None
         if data is not None and Step.CALIBRATE in journal:
             with journal.step(Step.CALIBRATE, images=len(data)):
-                quantized = steps.calibrate_graph(
-                    graph,
-                    data,
-                    config.preprocess,
-                    config.cache,
-                    progress.count,
-                )
+                quantized = _calibrate_graph(config, graph, data, progress)
         return Prepared(
             started,
             reference,
@@ -89,6 +92,36 @@ def prepare(config: ExportConfig, progress: Progress) -> Prepared:
             differences,
             quantized,
         )
+
+
+def _match_evaluation(
+    config: ExportConfig,
+    manifest: Manifest,
+    progress: Progress,
+) -> Evaluation | None:
+    """The labelled images that were given; before the long work, as only the user can correct a mismatch."""
+    if not config.eval_data:
+        return None
+    bundle = Bundle(config.target, manifest)
+    evaluation = steps.match_evaluation(bundle, config.eval_data, config.by_order)
+    progress.tell(evaluation.images.note)
+    return evaluation
+
+
+def _calibrate_graph(
+    config: ExportConfig,
+    graph: onnx.ModelProto,
+    data: CalibrationSet,
+    progress: Progress,
+) -> Quantized:
+    """``graph`` in int8 as a whole."""
+    return steps.calibrate_graph(
+        graph,
+        data,
+        config.preprocess,
+        config.uses_cache,
+        progress.count,
+    )
 
 
 def _make_images(
@@ -104,17 +137,29 @@ def _make_images(
         return data
     count = steps.count_synthetic(config)
     with journal.step(Step.SYNTHESISE, images=count):
-        return steps.make_images(config, reference.classifier, count, progress.count)
+        return steps.make_images(
+            config,
+            reference.classifier,
+            count,
+            progress.count,
+        )
 
 
 def _make_graph(
-    config: ExportConfig, reference: Reference, journal: Journal
+    config: ExportConfig,
+    reference: Reference,
+    journal: Journal,
 ) -> tuple[onnx.ModelProto, Differences]:
     """The simplified float32 graph with a dynamic batch, and the differences of its steps."""
     with journal.step(Step.FUSE):
         fused, differences = steps.fuse_model(reference, config.head, config.rewriting_target)
     with journal.step(Step.TRACE):
-        traced, found = steps.trace_model(fused, reference, config.img_size, config.outputs)
+        traced, found = steps.trace_model(
+            fused,
+            reference,
+            config.img_size,
+            config.outputs,
+        )
         differences |= found
     with journal.step(Step.SIMPLIFY):
         graph, found = steps.simplify_graph(traced, reference)

@@ -137,7 +137,11 @@ def _join_messages(exc: BaseException | None) -> str:
     return "\n".join(parts)
 
 
-def _explain(exc: BaseException, model: nn.Module, example: Tensor) -> InputError | None:
+def _explain(
+    exc: BaseException,
+    model: nn.Module,
+    example: Tensor,
+) -> InputError | None:
     text = _join_messages(exc)
     if found := UNKNOWN_OPERATOR.search(text):
         operator = found[1]
@@ -218,7 +222,13 @@ class _Bfloat16Line(TorchFunctionMode):
 
     line: str | None = None
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: Any = (),
+        kwargs: Any = None,
+    ) -> Any:
         output = func(*args, **(kwargs or {}))
         if self.line is None and isinstance(output, Tensor) and output.dtype == torch.bfloat16:
             inside = _list_users_frames()
@@ -249,17 +259,29 @@ class _CountingLine(TorchFunctionMode):
         self._count = count
         self.line: str | None = None
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        counts = getattr(func, "__name__", "") in COUNTING and args[1:] in ((), (0,))
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: Any = (),
+        kwargs: Any = None,
+    ) -> Any:
+        called = getattr(func, "__name__", "")
+        counts = called in COUNTING and args[1:] in ((), (0,))
         read = args[0] if args and isinstance(args[0], Tensor) else None
-        if self.line is None and counts and read is not None and read.shape[:1] == (self._count,):
+        of_batch = read is not None and read.shape[:1] == (self._count,)
+        if self.line is None and counts and of_batch:
             inside = _list_users_frames()
             if inside:
                 self.line = _format_frame(inside[-1])
         return func(*args, **(kwargs or {}))
 
 
-def require_single_answers(model: nn.Module, batch: np.ndarray, outputs: Sequence[np.ndarray]) -> None:
+def require_single_answers(
+    model: nn.Module,
+    batch: np.ndarray,
+    outputs: Sequence[np.ndarray],
+) -> None:
     """Refuse a model that takes Python numbers from its values and answers an image otherwise in a batch.
 
     A graph of one image takes these numbers from another image than the model did in the batch.
@@ -295,7 +317,9 @@ def _are_alike(mine: np.ndarray, theirs: np.ndarray) -> bool:
     """Whether two outputs differ by no more than what kernels for other batch sizes do."""
     if mine.shape != theirs.shape:
         return False
-    return bool(np.abs(mine - theirs).max() <= SAME_SHARE * max(float(np.abs(theirs).max()), 1e-12))
+    difference = np.abs(mine - theirs).max()
+    scale = max(float(np.abs(theirs).max()), 1e-12)
+    return bool(difference <= SAME_SHARE * scale)
 
 
 def _find_deciding_line(model: nn.Module, images: Tensor) -> str | None:
@@ -311,7 +335,10 @@ def _find_deciding_line(model: nn.Module, images: Tensor) -> str | None:
     return None
 
 
-def _list_taken_values(model: nn.Module, image: Tensor) -> list[tuple[str, str]]:
+def _list_taken_values(
+    model: nn.Module,
+    image: Tensor,
+) -> list[tuple[str, str]]:
     """Every user's line that takes a Python value from a tensor, with the value."""
     watch = _TakenValues()
     with contextlib.suppress(Exception), torch.inference_mode(), watch:
@@ -326,7 +353,13 @@ class _TakenValues(TorchFunctionMode):
         super().__init__()
         self.found: list[tuple[str, str]] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: Any = (),
+        kwargs: Any = None,
+    ) -> Any:
         output = func(*args, **(kwargs or {}))
         if getattr(func, "__name__", "") in TAKING:
             inside = _list_users_frames()
@@ -347,7 +380,8 @@ def _format_frame(frame: traceback.FrameSummary) -> str:
 
 def _find_users_line(trace: str) -> str | None:
     """``file:line, in function: code`` of the last line in ``trace`` that is not torch's."""
-    frames = [frame for frame in FRAME.findall(trace) if not frame[0].startswith(TORCH)]
+    found = FRAME.findall(trace)
+    frames = [frame for frame in found if not frame[0].startswith(TORCH)]
     if not frames:
         return None
     file, line, function, code = frames[-1]

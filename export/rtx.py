@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from cmt_edge.deploy.bundle import COMPILED, ONNX, PORTABLE_ENGINE, Manifest, ma
 from cmt_edge.deploy.bundle.sections import BATCH, FLOAT32, CompiledDetails, CompiledEntry, TensorEntry
 from cmt_edge.deploy.progress import Progress
 from cmt_edge.deploy.tensorrt.bindings import RTX
-from cmt_edge.deploy.tensorrt.building import PortablePlan, build_portable_plan
+from cmt_edge.deploy.tensorrt.building import PortableOptions, PortablePlan, build_portable_plan
 from cmt_edge.deploy.tensorrt.compiled import EngineFacts, describe_kernels, summarise_kernels
 from cmt_edge.deploy.tensorrt.kernels import read_kernels
 
@@ -54,30 +54,40 @@ def add_portable_engine(
         notes: go into the summary.
 
     Returns:
-        The manifest with the compiler's summary in it, and the files that it names: the engine and the list
-        of its kernels.
+        The manifest with the compiler's summary, and the files that it names: engine and list of kernels.
 
     Raises:
         StepError: the build failed; says what the compiler said.
     """
+    options = PortableOptions(_name_targets(config.compute), config.workspace)
     with progress.step("build the engine"):
         plan = build_portable_plan(
             bundle.file(ONNX),
             bundle.manifest.files[ONNX].sha256,
             bundle.manifest.input,
-            compute=tuple(f"SM{name}" for name in config.compute),
-            workspace=config.workspace,
+            options,
             progress=progress,
         )
-    kernels, facts = read_kernels(plan.layers), describe_plan(plan, graph, config.compute)
-    details = CompiledDetails(kernels=describe_kernels(kernels, facts.blocks))
+    kernels = read_kernels(plan.layers)
+    facts = describe_plan(plan, graph, config.compute)
     summary = summarise_kernels(kernels, facts, COMPILED)
     compiled = replace(summary, engine=PORTABLE_ENGINE, notes=notes)
-    content = json.dumps(make_plain(details), ensure_ascii=False) + "\n"
+    details = CompiledDetails(kernels=describe_kernels(kernels, facts.blocks))
     return replace(bundle.manifest, compiled=compiled), {
         PORTABLE_ENGINE: plan.plan,
-        COMPILED: content.encode(),
+        COMPILED: _encode_details(details),
     }
+
+
+def _name_targets(compute: Sequence[str]) -> tuple[str, ...]:
+    """NVIDIA's names of compute capabilities, ``"SM86"``."""
+    return tuple(f"SM{name}" for name in compute)
+
+
+def _encode_details(details: CompiledDetails) -> bytes:
+    """The content of :data:`COMPILED`."""
+    content = json.dumps(make_plain(details), ensure_ascii=False) + "\n"
+    return content.encode()
 
 
 def compile_graph(
@@ -102,7 +112,11 @@ def compile_graph(
     """
     content = set_batch(graph, batch).SerializeToString(deterministic=True)
     size = graph.graph.input[0].type.tensor_type.shape.dim[2].dim_value
-    source = TensorEntry(name=INPUT, shape=(batch or BATCH, 3, size, size), dtype=FLOAT32)
+    source = TensorEntry(
+        name=INPUT,
+        shape=(batch or BATCH, 3, size, size),
+        dtype=FLOAT32,
+    )
     with tempfile.TemporaryDirectory(prefix="cmt-edge-") as folder:
         path = Path(folder) / GRAPH
         path.write_bytes(content)
@@ -110,8 +124,7 @@ def compile_graph(
             path,
             hashlib.sha256(content).hexdigest(),
             source,
-            compute=tuple(f"SM{name}" for name in compute),
-            aux_streams=aux_streams,
+            PortableOptions(_name_targets(compute), aux_streams=aux_streams),
             progress=progress,
         )
     return summarise_kernels(read_kernels(plan.layers), describe_plan(plan, graph, compute))
@@ -135,7 +148,12 @@ def compile_candidates(
     for precision, graph in graphs.items():
         observed = observe(graph, np.split(batch, len(batch)))
         typed = type_graph(graph, precision, observed).model
-        found[precision] = compile_graph(typed, config.batch, progress, compute=config.compute)
+        found[precision] = compile_graph(
+            typed,
+            config.batch,
+            progress,
+            compute=config.compute,
+        )
     return found
 
 
@@ -200,7 +218,11 @@ def choose_by_compiler(
     )
 
 
-def describe_plan(plan: PortablePlan, graph: onnx.ModelProto, compute: tuple[str, ...]) -> EngineFacts:
+def describe_plan(
+    plan: PortablePlan,
+    graph: onnx.ModelProto,
+    compute: tuple[str, ...],
+) -> EngineFacts:
     """What is known of an engine besides its kernels."""
     return EngineFacts(
         product=RTX.name,
@@ -218,7 +240,8 @@ def name_blocks(graph: onnx.ModelProto) -> dict[str, str]:
     out."""
     found = {}
     for node in graph.graph.node:
-        module = next((prop.value for prop in node.metadata_props if prop.key == MODULE), "")
+        modules = [prop.value for prop in node.metadata_props if prop.key == MODULE]
+        module = modules[0] if modules else ""
         if module:
             found[node.name] = name_block(module)
     return found

@@ -24,7 +24,7 @@ from cmt_edge.deploy.cli.ranges import (
 )
 from cmt_edge.deploy.measure.isa import ISAS
 from cmt_edge.deploy.measure.parity import MAX_DROP
-from cmt_edge.deploy.preprocessing import MAX_SIZE
+from cmt_edge.deploy.preprocessing import DECODE_POLICIES, MAX_SIZE, REDUCING_GAP, REDUCING_GAPS
 
 from .options import KEY, Option, make_option
 
@@ -70,6 +70,10 @@ class TorchModule(Protocol):
     def modules(self) -> Iterator[Any]: ...
 
 
+NAMED_WEIGHTS = ("pretrained", "random")
+"""Weights that are not a checkpoint file."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What an export is asked to do, unchecked; see :class:`cmt_edge.export.config.ExportConfig`.
@@ -96,7 +100,8 @@ class Settings:
     )
     precision: str = make_option(
         "fp32",
-        help="fp16 needs trt or rtx, bf16 openvino; auto: measure them here and take the fastest that passes",
+        help="fp16 needs trt, rtx or openvino (there for GPUs and NPUs), bf16 openvino; auto: measure them"
+        " here and take the fastest that passes",
         group=OUTPUT,
         choices=PRECISION_CHOICES,
         shortcuts=(
@@ -222,6 +227,20 @@ class Settings:
         choices=EXIF,
         what="EXIF policy",
     )
+    decode: str = make_option(
+        "full",
+        help="reduced: decode large JPEG images at a half, a quarter or an eighth of their size, in a"
+        " fraction of the time; the export measures what that changes",
+        group=MODEL,
+        choices=DECODE_POLICIES,
+        what="decoding",
+    )
+    reducing_gap: float = make_option(
+        REDUCING_GAP,
+        help="a reduced image has at least so many times the width and height that it is then resized to",
+        group=MODEL,
+        range=Range(*REDUCING_GAPS),
+    )
     threads: int | None = make_option(
         None,
         help="CPU threads for verification and measurement (default: all cores)",
@@ -318,4 +337,8 @@ class Settings:
     )
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "format", ALIASES.get(self.format, self.format))
+        object.__setattr__(
+            self,
+            "format",
+            ALIASES.get(self.format, self.format),
+        )

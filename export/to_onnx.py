@@ -112,9 +112,8 @@ def export_onnx(
         ParityError: ``check`` refused the graph.
     """
     check = check or (lambda graph: _require_same(model, graph, img_size))
-    with contextlib.suppress(
-        StepError, ParityError, InputError
-    ):  # a model may build its shapes in another way
+    # A model may build its shapes in another way.
+    with contextlib.suppress(StepError, ParityError, InputError):
         graph = _free_batch_size(trace(model, img_size, opset, outputs, TRACED_BATCH))
         check(graph)
         return graph
@@ -127,7 +126,11 @@ def export_onnx(
     return graph
 
 
-def _require_any_batch(graph: onnx.ModelProto, model: nn.Module, example: torch.Tensor) -> None:
+def _require_any_batch(
+    graph: onnx.ModelProto,
+    model: nn.Module,
+    example: torch.Tensor,
+) -> None:
     """Raise :class:`InputError` where the tracing has fixed the batch size; it names the line of the user's
     code that counts the images ``example``, where one does."""
     size = graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value
@@ -144,17 +147,22 @@ def _require_any_batch(graph: onnx.ModelProto, model: nn.Module, example: torch.
 def _require_same(model: nn.Module, graph: onnx.ModelProto, img_size: int) -> float:
     """The largest difference from ``model`` on two images; raises :class:`ParityError` beyond
     :data:`GRAPH_ATOL`."""
-    images = (
-        torch.linspace(-2, 2, OTHER_BATCH * 3 * img_size**2).reshape(OTHER_BATCH, 3, img_size, img_size).sin()
-    )
+    images = _make_waves(OTHER_BATCH, img_size)
     with torch.inference_mode():
         given = model(images)
-    expected = [v.numpy() for v in ((given,) if isinstance(given, torch.Tensor) else given)]
+    outputs = (given,) if isinstance(given, torch.Tensor) else given
+    expected = [output.numpy() for output in outputs]
     return require_parity(
         "export to ONNX",
         compute_outputs(graph, images.numpy(), "export to ONNX"),
         expected,
     )
+
+
+def _make_waves(count: int, img_size: int) -> torch.Tensor:
+    """Images of which no two are alike, float32 ``(count, 3, S, S)``."""
+    phases = torch.linspace(-2, 2, count * 3 * img_size**2)
+    return phases.reshape(count, 3, img_size, img_size).sin()
 
 
 def trace(
@@ -211,12 +219,17 @@ def _free_batch_size(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _free_batch(graph: ir.Graph) -> None:
     """See :func:`_free_batch_size`, in place."""
-    for value in (graph.inputs[0], *(value for node in graph for value in node.outputs)):
+    made = [value for node in graph for value in node.outputs]
+    for value in (graph.inputs[0], *made):
         value.shape = _open_batch(value.shape)
     shapes = [node for node in graph if node.op_type == "Concat" and _begins_with_batch(node)]
     if not shapes:
         return
-    opened = add_constant(graph, "open", np.array([-1], np.int64))
+    opened = add_constant(
+        graph,
+        "open",
+        np.array([-1], np.int64),
+    )
     size = make_node(
         "Shape",
         [graph.inputs[0]],
@@ -245,7 +258,8 @@ def _begins_with_batch(concat: ir.Node) -> bool:
 def _is_reshape_only(concat: ir.Node) -> bool:
     """Whether only reshapes read the shape, and no other dimension of it is open."""
     readers = {node.op_type for node in find_readers(concat.outputs[0])}
-    return readers == {"Reshape"} and -1 not in _join([_read_integers(value) for value in concat.inputs])
+    parts = [_read_integers(value) for value in concat.inputs]
+    return readers == {"Reshape"} and -1 not in _join(parts)
 
 
 def _join(parts: Sequence[np.ndarray | None]) -> np.ndarray:
@@ -315,7 +329,11 @@ def check_graph(step: str, graph: onnx.ModelProto) -> onnx.ModelProto:
     return graph
 
 
-def compute_outputs(graph: onnx.ModelProto, batch: np.ndarray, step: str) -> list[np.ndarray]:
+def compute_outputs(
+    graph: onnx.ModelProto,
+    batch: np.ndarray,
+    step: str,
+) -> list[np.ndarray]:
     """Run ``graph`` in ONNX Runtime: float32 ``(N, 3, S, S)`` -> every output, ``(N, ...)``."""
     return run_graph(graph, step)(batch)
 
@@ -338,7 +356,8 @@ def require_parity(
 ) -> float:
     """The largest difference of any output; raises :class:`ParityError` with the step's name beyond
     ``atol``."""
-    differences = [_find_largest_difference(a, b) for a, b in zip(ours, reference, strict=True)]
+    pairs = zip(ours, reference, strict=True)
+    differences = [_find_largest_difference(found, expected) for found, expected in pairs]
     for i, (found, expected) in enumerate(zip(differences, reference, strict=True)):
         allowed = atol * max(1.0, float(np.abs(expected).max()))
         if not found <= allowed:
@@ -353,7 +372,9 @@ def require_parity(
 
 def _find_largest_difference(ours: np.ndarray, reference: np.ndarray) -> float:
     """Infinite where ``ours`` is not finite."""
-    return float(np.abs(ours - reference).max()) if np.isfinite(ours).all() else float("inf")
+    if not np.isfinite(ours).all():
+        return float("inf")
+    return float(np.abs(ours - reference).max())
 
 
 @contextlib.contextmanager
@@ -424,7 +445,8 @@ def _find_module(node: onnx.NodeProto) -> str | None:
         scopes = ast.literal_eval(known.get("pkg.torch.onnx.name_scopes", "[]"))
     except (ValueError, SyntaxError):
         return None
-    return str(scopes[-2]) if len(scopes) > 1 and scopes[0] == "" else None
+    is_inside = len(scopes) > 1 and scopes[0] == ""
+    return str(scopes[-2]) if is_inside else None
 
 
 def _restore_labels(simplified: onnx.ModelProto, traced: onnx.ModelProto) -> onnx.ModelProto:

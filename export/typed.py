@@ -146,10 +146,16 @@ def observe(graph: onnx.ModelProto, batches: Iterable[np.ndarray]) -> dict[str, 
     """
     with open_view(graph, types=True) as view:
         made = [value for node in view.graph for value in node.outputs]
-        names = [name_value(value) for value in (*view.graph.inputs, *made) if value.dtype == FLOAT]
+        values = (*view.graph.inputs, *made)
+        names = [name_value(value) for value in values if value.dtype == FLOAT]
     guard = functools.partial(guarded, "observe activations")
     extremes = measure_extremes(graph, [], names, batches, guard)
-    return {name: float(np.abs([low, high]).max(initial=0.0)) for name, (low, high) in extremes.items()}
+    return {name: _find_largest(ends) for name, ends in extremes.items()}
+
+
+def _find_largest(ends: tuple[np.ndarray, np.ndarray]) -> float:
+    """The largest absolute value between the lowest and highest values of the channels."""
+    return float(np.abs(ends).max(initial=0.0))
 
 
 def type_graph(
@@ -225,7 +231,13 @@ def _round_output(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
     """Let the readers of ``value`` read it rounded to float16, as float32."""
     name = name_value(value)
     after = detach_readers(value, f"{name}_exact")
-    half = make_node("Cast", [value], f"{name}_rounded", "", {"to": int(HALF)})
+    half = make_node(
+        "Cast",
+        [value],
+        f"{name}_rounded",
+        "",
+        {"to": int(HALF)},
+    )
     single = ir.node(
         "Cast",
         half.outputs,
@@ -321,7 +333,8 @@ class _Islands:
             return "squares of its input leave float16", largest
         if node.op_type == "Softmax" and largest > MAX_SCORE:
             return "scores too large for float16's steps", largest
-        if node.op_type in SUMS and largest ** SUMS[node.op_type] * _count_summed(node) > LIMIT:
+        power = SUMS.get(node.op_type)
+        if power is not None and largest**power * _count_summed(node) > LIMIT:
             return "its sum leaves float16", largest
         answers = [value for value in node.outputs if value.is_graph_output()]
         logits = max(map(self._find_largest, answers), default=0.0)
@@ -336,7 +349,8 @@ class _Islands:
 
 def _count_summed(node: ir.Node) -> int:
     """How many values an element of the output sums; the batch and other open dimensions count as 1."""
-    before, after = (_count_elements(value) for value in (node.inputs[0], node.outputs[0]))
+    before = _count_elements(node.inputs[0])
+    after = _count_elements(node.outputs[0])
     return max(1, before // max(1, after))
 
 
@@ -426,7 +440,13 @@ class _Conversion:
             return value
         if (value, kind) not in self._casts:
             name = f"{name_value(value)}_{'half' if kind == HALF else 'float'}"
-            cast = make_node("Cast", [value], name, f"cast_{name}", {"to": int(kind)})
+            cast = make_node(
+                "Cast",
+                [value],
+                name,
+                f"cast_{name}",
+                {"to": int(kind)},
+            )
             self._graph.insert_before(node, cast)
             self._casts[value, kind] = cast.outputs[0]
         return self._casts[value, kind]
@@ -451,14 +471,16 @@ def _round_scales(graph: ir.Graph) -> None:
     """Round scales to values that float16 holds, and quantize weights again with them."""
     scaled = [node for node in graph if node.op_type in (QUANTIZE, DEQUANTIZE)]
     exact = {get_input(node, 1): read_constant(node.inputs[1]) for node in scaled}
-    held = {value: np.maximum(scale.astype(np.float16), SMALLEST_HALF) for value, scale in exact.items()}
+    halves = {value: scale.astype(np.float16) for value, scale in exact.items()}
+    held = {value: np.maximum(half, SMALLEST_HALF) for value, half in halves.items()}
     weights = {get_input(node, 0): node for node in scaled if is_constant(node.inputs[0])}
     for value, node in weights.items():
         array, key = read_constant(value), get_input(node, 1)
         ratio = exact[key].astype(np.float64) / held[key]
         axis = node.attributes.get_int("axis", 1)
         again = np.rint(array * _shape_along(ratio, axis, array.ndim))
-        set_constant(value, np.clip(again, -128, 127).astype(np.int8))
+        clipped = np.clip(again, -128, 127)
+        set_constant(value, clipped.astype(np.int8))
     for value, scale in held.items():
         set_constant(value, np.asarray(scale, np.float32))
 

@@ -62,10 +62,15 @@ ALWAYS = (
     "tests/test_public_api.py",
     "tests/export/test_cli_reference.py",
     "tests/deploy/test_bundle.py",
+    "tests/deploy/test_image_archives.py",
+    "tests/deploy/test_image_folders.py",
     "tests/deploy/test_images.py",
     "tests/deploy/test_imports.py",
+    "tests/deploy/test_matching_labels.py",
     "tests/deploy/test_parity.py",
+    "tests/deploy/test_parity_figures.py",
     "tests/deploy/test_preprocess.py",
+    "tests/deploy/test_tolerance.py",
 )
 """Test modules of a few seconds each: those that cover what everything else builds on, and those
 that read files of the checkout, pages and code, which no import shows."""

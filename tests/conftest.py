@@ -45,9 +45,10 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """Tests never read or write the user's cache."""
+    """Tests never read or write the user's cache, nor the secret that seals what lies there."""
     folder = tmp_path_factory.mktemp("cache")
     os.environ["CMT_EDGE_CACHE"] = str(folder)
+    os.environ["CMT_EDGE_STATE"] = str(tmp_path_factory.mktemp("state"))
     return folder
 
 

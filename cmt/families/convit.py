@@ -147,7 +147,13 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each with a shortcut."""
 
-    def __init__(self, dim: int, attn: Attention, hidden: int, drop_path: float) -> None:
+    def __init__(
+        self,
+        dim: int,
+        attn: Attention,
+        hidden: int,
+        drop_path: float,
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = attn
@@ -170,7 +176,13 @@ class ConViT(Classifier):
     The position embedding fixes the input size; ``load_weights(..., resize=True)`` moves it to another one.
     """
 
-    def __init__(self, config: ConViTConfig, *, img_size: int, num_classes: int) -> None:
+    def __init__(
+        self,
+        config: ConViTConfig,
+        *,
+        img_size: int,
+        num_classes: int,
+    ) -> None:
         super().__init__()
         self.config = config
         self.img_size = img_size
@@ -276,7 +288,10 @@ def resize_position_embedding(embedding: Tensor, tokens: int) -> Tensor:
     return grid.permute(0, 2, 3, 1).reshape(1, tokens, dim)
 
 
-def resize(model: nn.Module, state: StateDict) -> tuple[StateDict, list[str]]:
+def resize(
+    model: nn.Module,
+    state: StateDict,
+) -> tuple[StateDict, list[str]]:
     """Move the position embedding of ``state`` (our keys) to the size that ``model`` was built for.
 
     Returns the new state and the changed keys.
@@ -360,7 +375,13 @@ _FIGURES = "paper Table 1; MACs and parameters counted on the official code"
 """Where the figures come from."""
 
 
-def _make_spec(name: str, heads: int, params: int, macs: int, top1: str) -> ModelSpec:
+def _make_spec(
+    name: str,
+    heads: int,
+    params: int,
+    macs: int,
+    top1: str,
+) -> ModelSpec:
     return ModelSpec(
         name=name,
         family="ConViT",

@@ -134,7 +134,13 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each with a shortcut."""
 
-    def __init__(self, dim: int, heads: int, hidden: int, drop_path: float) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        hidden: int,
+        drop_path: float,
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attn = Attention(dim, heads)
@@ -184,7 +190,11 @@ class Stage(nn.Module):
             self.class_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, dim), std=0.02))
         self.blocks = nn.ModuleList(Block(dim, heads, hidden, rate) for rate in drop_paths)
 
-    def forward(self, x: Tensor, class_only: bool = False) -> tuple[Tensor, tuple[int, int]]:
+    def forward(
+        self,
+        x: Tensor,
+        class_only: bool = False,
+    ) -> tuple[Tensor, tuple[int, int]]:
         """(B, C_in, ..) -> tokens (B, [1 +] H*W, C), or the class token (B, 1, C) alone; and (H, W)."""
         x = self.embed(x)
         size = (x.shape[2], x.shape[3])

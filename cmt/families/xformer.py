@@ -213,7 +213,13 @@ class TransformerLayer(nn.Module):
     Each has a layer norm before it and a shortcut around it.
     """
 
-    def __init__(self, dim: int, heads: int, hidden: int, drop_path: float) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        hidden: int,
+        drop_path: float,
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attn = CrossFeatureAttention(dim, heads)
@@ -264,7 +270,13 @@ class XFBlock(nn.Module):
 class Head(nn.Module):
     """1x1 conv, global average pooling and the classifier (ours)."""
 
-    def __init__(self, dim: int, fc_dim: int, num_classes: int, dropout: float) -> None:
+    def __init__(
+        self,
+        dim: int,
+        fc_dim: int,
+        num_classes: int,
+        dropout: float,
+    ) -> None:
         super().__init__()
         self.conv = ConvNorm(dim, fc_dim, 1)
         self.dropout = nn.Dropout(dropout)
@@ -283,7 +295,13 @@ class XFormer(Classifier):
     No weight depends on the input size: one checkpoint serves every multiple of 32.
     """
 
-    def __init__(self, config: XFormerConfig, *, img_size: int, num_classes: int) -> None:
+    def __init__(
+        self,
+        config: XFormerConfig,
+        *,
+        img_size: int,
+        num_classes: int,
+    ) -> None:
         super().__init__()
         self.config = config
         self.img_size = img_size
@@ -322,7 +340,11 @@ def _count_depths(config: XFormerConfig) -> list[int]:
     return [blocks + layers for blocks, layers in zip(config.blocks, config.layers, strict=True)]
 
 
-def _build_stage(config: XFormerConfig, i: int, drop_paths: list[float]) -> nn.Sequential:
+def _build_stage(
+    config: XFormerConfig,
+    i: int,
+    drop_paths: list[float],
+) -> nn.Sequential:
     """Inverted residuals, the first of stride 2, then the XF block if there is one."""
     width, kernel, blocks, dim = (
         config.widths[i],

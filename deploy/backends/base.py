@@ -31,7 +31,8 @@ class LoadOptions:
 
     Attributes:
         device: the runtime's name of a device, e.g. ``"CPU"``; ``None`` is the runtime's default: the CPU, or
-            the first GPU.
+            the first GPU. ONNX Runtime also takes those of :data:`.providers.PROVIDERS`, e.g. ``"cuda:1"``
+            and ``"openvino:GPU"``.
         threads: CPU threads of one inference; ``None`` uses all cores of this process.
         throughput: prefer many requests at once to the latency of one.
         weights: checkpoint for the torch backend where the bundle's weights came from a file.
@@ -39,6 +40,8 @@ class LoadOptions:
             trusts, or the module object itself; a manifest alone never makes Python import such code.
         trusted_engine: open the engine in a bundle although it was built on another machine and the bundle
             was opened without a key; an engine is native code.
+        cache: a runtime that compiles may take what an earlier process has compiled, and may keep what it
+            compiles.
     """
 
     device: str | None = None
@@ -47,6 +50,7 @@ class LoadOptions:
     weights: str | Path | None = None
     trusted_model: object = None
     trusted_engine: bool = False
+    cache: bool = True
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,8 @@ class Session(ABC):
     """The runtime's name of the device, e.g. ``"CPU"``."""
     parallelism: int = 1
     """The number of concurrent requests that gives the best throughput."""
+    is_from_cache: bool = False
+    """Whether the model was compiled by an earlier process, see :attr:`LoadOptions.cache`."""
     notes: Sequence[str] = ()
     """What the runtime could not do as asked, one readable sentence each."""
 
@@ -150,13 +156,6 @@ class Runtime(ABC):
             InputError: the runtime cannot run ``precision`` at all.
         """
         return "fp32" if precision == "int8" else precision
-
-    def compile(self, onnx: Path, folder: Path) -> list[Path]:
-        """Convert ``onnx`` to the runtime's own files in ``folder``; returns their paths.
-
-        A runtime that reads ``model.onnx`` itself prepares nothing, which is the default.
-        """
-        return []
 
     @abstractmethod
     def load(self, bundle: Bundle, options: LoadOptions) -> Session:

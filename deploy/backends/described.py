@@ -35,7 +35,11 @@ class GraphTensor:
 
     def __str__(self) -> str:
         name = self.names[0] if self.names else "(no name)"
-        return _format_tensor(name, self.dtype, [ANY if size is None else size for size in self.shape])
+        return _format_tensor(
+            name,
+            self.dtype,
+            [ANY if size is None else size for size in self.shape],
+        )
 
     def is_described(self, entry: TensorEntry) -> bool:
         """Whether name, type, rank and every dimension are those of ``entry``.

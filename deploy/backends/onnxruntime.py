@@ -1,4 +1,7 @@
-"""ONNX Runtime: serves ``model.onnx`` of every bundle, on every platform that it has wheels for."""
+"""ONNX Runtime: serves ``model.onnx`` of every bundle, on every platform that it has wheels for.
+
+It runs on the CPU, and on the devices of :mod:`.providers` where their packages are installed.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,11 @@ import onnxruntime as ort
 
 from ..bundle import ONNX, Bundle
 from ..bundle.sections import FLOAT32, ExecutedPrecision
-from ..errors import InputError, RuntimeMissingError
+from ..errors import InputError
 from .base import WARM_UP_RUNS, LoadOptions, Runtime, Session, make_open_error, make_run_error
 from .described import GraphTensor, require_described
+from .provider_sessions import Offer, count_operators, find_offer, open_on
+from .providers import CPU, Demand, parse_place, require_precision
 
 CONVERSION_OPERATORS = {
     "QuantizeLinear",
@@ -30,35 +35,52 @@ CONVERSION_OPERATORS = {
 TYPES = {"tensor(float)": FLOAT32}
 """ONNX Runtime's name of a type -> the manifest's."""
 
-ERRORS_ONLY = 3
-"""ONNX Runtime's log level that hides warnings."""
+NAME = f"onnxruntime {ort.__version__}"
+"""Name and version of the runtime."""
+
+FATAL_ONLY = 4
+"""ONNX Runtime's log level that hides warnings and errors. It writes them to standard error by itself, with
+names of a graph that could steer a terminal; the exception that it raises says the same."""
 
 
 class OnnxRuntimeSession(Session):
-    """An ONNX file, or its bytes, on the CPU."""
+    """An ONNX file, or its bytes, on the CPU or on one device of a provider."""
 
-    device = "CPU"
+    def __init__(self, model: Path | bytes, options: LoadOptions, precision: str = "fp32") -> None:
+        """``precision``: the bundle's, which some providers must be told.
 
-    def __init__(self, model: Path | bytes, options: LoadOptions) -> None:
+        Raises :class:`RuntimeMissingError` where the device cannot run the whole graph.
+        """
         self._model = model if isinstance(model, bytes) else _find_form(model)
         self._where = None if isinstance(model, bytes) else str(model)
-        self.runtime = RUNTIME.check(options.device)
+        self._place = parse_place(options.device)
         self._threads = options.threads or _count_cores()
-        if options.throughput:  # one thread per inference, as many inferences as threads
+        if self._place is not None:
+            unit = self._place.unit
+            self._demand = Demand(unit, precision, options.threads)
+            self.parallelism = 2 if options.throughput else 1  # one copies while the other computes
+        elif options.throughput:  # one thread per inference, as many inferences as threads
             self.parallelism, self._threads = self._threads, 1
-        self.inference = self._open()
+        self.device = CPU if self._place is None else str(self._place)
+        offer, self.inference = self._open()
+        self.runtime = NAME if offer is None else f"{NAME}, {offer}"
         self.input_name: str = self.inference.get_inputs()[0].name
 
-    def _open(self, profile_prefix: str | None = None) -> ort.InferenceSession:
-        settings = ort.SessionOptions()
-        settings.log_severity_level = ERRORS_ONLY
-        settings.intra_op_num_threads = self._threads
-        settings.inter_op_num_threads = 1
-        if profile_prefix:
-            settings.enable_profiling = True
-            settings.profile_file_prefix = profile_prefix
+    def _open(self, profile_prefix: str | None = None) -> tuple[Offer | None, ort.InferenceSession]:
+        """The graph on its device, and the provider that runs it where that is not the CPU's."""
+
+        def make_options() -> ort.SessionOptions:
+            return _make_options(self._threads, profile_prefix)
+
+        if self._place is not None:
+            return open_on(self._place, self._model, make_options, self._demand, self._where)
         try:
-            return ort.InferenceSession(self._model, settings, providers=["CPUExecutionProvider"])
+            return None, ort.InferenceSession(
+                self._model,
+                make_options(),
+                providers=["CPUExecutionProvider"],
+                enable_fallback=0,
+            )
         except Exception as exc:  # it has a dozen types of its own
             raise make_open_error(self._where, exc) from exc
 
@@ -74,14 +96,28 @@ class OnnxRuntimeSession(Session):
 
     def executed(self, batch: np.ndarray, repeats: int = 10) -> ExecutedPrecision:
         with tempfile.TemporaryDirectory() as folder:
-            session = self._open(str(Path(folder) / "profile"))
+            offer, session = self._open(str(Path(folder) / "profile"))
             for _ in range(repeats + WARM_UP_RUNS):
                 self._run(session, batch)
             events = json.loads(Path(session.end_profiling()).read_text())
-        return _summarise(events)
+        if offer is None:
+            return _summarise(events)
+        return _summarise_provider(events, session, offer)
 
     def close(self) -> None:
         del self.inference
+
+
+def _make_options(threads: int, profile_prefix: str | None) -> ort.SessionOptions:
+    """Options of a session; one that gets ``profile_prefix`` writes a profile to a file of that name."""
+    options = ort.SessionOptions()
+    options.log_severity_level = FATAL_ONLY
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    if profile_prefix:
+        options.enable_profiling = True
+        options.profile_file_prefix = profile_prefix
+    return options
 
 
 def _find_form(file: Path) -> str | bytes:
@@ -112,12 +148,9 @@ def _summarise(events: list[dict[str, Any]]) -> ExecutedPrecision:
     share: Counter[str] = Counter()
     nodes: dict[str, str] = {}
     conversion = 0.0
-    for event in events:
-        if event.get("cat") != "Node" or not event["name"].endswith("_kernel_time"):
-            continue
-        args = event.get("args", {})
-        kind = args.get("op_name", "")
-        label = _label_kernel(kind, args.get("input_type_shape", []))
+    for event in _list_kernels(events):
+        kind = event.get("args", {}).get("op_name", "")
+        label = _label_event(event)
         share[label] += event["dur"]
         nodes[event["name"]] = label
         conversion += event["dur"] if kind in CONVERSION_OPERATORS else 0
@@ -130,9 +163,36 @@ def _summarise(events: list[dict[str, Any]]) -> ExecutedPrecision:
     )
 
 
-def _label_kernel(kind: str, inputs: list[dict[str, Any]]) -> str:
+def _summarise_provider(
+    events: list[dict[str, Any]],
+    session: ort.InferenceSession,
+    offer: Offer,
+) -> ExecutedPrecision:
+    """Count the precisions of the kernels whose types a provider tells; its times are those of the host.
+
+    A provider that compiles shows a whole part of the graph as one kernel, whose inner types nobody knows.
+    """
+    name = offer.provider.name
+    source = f"{offer} runs all {count_operators(session)[name].total()} nodes"
+    kernels = _list_kernels(events)
+    if any(event["name"].startswith(name) for event in kernels):
+        return ExecutedPrecision(source=f"{source}; it compiled them and does not tell their precisions")
+    nodes = {event["name"]: _label_event(event) for event in kernels}
+    return ExecutedPrecision(operations=dict(Counter(nodes.values())), source=source)
+
+
+def _list_kernels(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The events of a profile that are kernels of nodes."""
+    return [
+        event for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
+    ]
+
+
+def _label_event(event: dict[str, Any]) -> str:
     """The precision of a kernel, from the types of its inputs."""
-    types = {name for entry in inputs for name in entry}
+    args = event.get("args", {})
+    kind = args.get("op_name", "")
+    types = {name for entry in args.get("input_type_shape", []) for name in entry}
     if kind not in CONVERSION_OPERATORS and types & {"int8", "uint8"}:
         return "int8"
     return "fp16" if "float16" in types else "fp32"
@@ -148,32 +208,32 @@ class OnnxRuntime(Runtime):
     """Reads ``model.onnx`` as it is, so that nothing has to be prepared."""
 
     def check(self, device: str | None = None) -> str:
-        """Name and version of the runtime; only the CPU is served."""
-        if device is not None and device.upper() != "CPU":
-            raise RuntimeMissingError(
-                f"the ONNX Runtime backend has no device {device!r}",
-                remedy="use --device CPU",
-            )
-        return f"onnxruntime {ort.__version__}"
+        """Name and version of the runtime, and of the provider that serves ``device``."""
+        place = parse_place(device)
+        return NAME if place is None else f"{NAME}, {find_offer(place)}"
 
     def float_precision(self, precision: str, device: str | None = None) -> str:
-        """As :meth:`Runtime.float_precision`; bf16 is refused, because there are no CPU kernels for it."""
+        """As :meth:`Runtime.float_precision`; bf16 is refused, because there are no CPU kernels for it, and
+        int8 on a device whose provider would compute it in float32."""
         if precision == "bf16":
             raise InputError(
                 "ONNX Runtime has no bfloat16 kernels on the CPU, so this bundle cannot run as asked",
                 remedy="open it with --backend openvino, or export an fp32 or int8 bundle",
             )
+        place = parse_place(device)
+        if place is not None:
+            require_precision(place, precision)
         return super().float_precision(precision, device)
 
     def load(self, bundle: Bundle, options: LoadOptions) -> Session:
         """Open ``model.onnx`` of a bundle; raises :class:`BundleError` where it is another graph than the
-        manifest describes."""
+        manifest describes, :class:`RuntimeMissingError` where the device cannot run all of it."""
         try:
             self.float_precision(bundle.manifest.precision, options.device)
         except InputError as exc:
             exc.where = str(bundle.path)
             raise
-        session = OnnxRuntimeSession(bundle.file(ONNX), options)
+        session = OnnxRuntimeSession(bundle.file(ONNX), options, bundle.manifest.precision)
         require_described(
             bundle,
             ONNX,

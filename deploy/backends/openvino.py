@@ -1,9 +1,9 @@
-"""OpenVINO: the CPU runtime of choice on x86.
+"""OpenVINO: the CPU runtime of choice on x86, and the one of Intel's GPUs and NPUs.
 
 Precision is never left to the runtime's default, which is silently bfloat16 where the CPU has it: fp32
-bundles force ``f32``, bf16 bundles demand ``bf16`` and refuse a CPU without it, and int8 bundles run what is
-not quantized in bfloat16 where the CPU has it and in float32 elsewhere. :meth:`Session.executed` reports what
-was really executed.
+bundles force ``f32``; bf16 and fp16 bundles demand their type and refuse a device without it; int8 bundles
+run what is not quantized in bfloat16 on a CPU and in float16 on other devices, and in float32 where those
+lack it (:mod:`.openvino_devices`). :meth:`Session.executed` reports what was really executed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,22 @@ import openvino as ov
 
 from ..bundle import ONNX, Bundle
 from ..bundle.sections import FLOAT32, ExecutedPrecision
-from ..errors import CmtEdgeError, InputError, RuntimeMissingError
+from ..errors import BundleError, CmtEdgeError
+from ..sealing import Result
 from .base import WARM_UP_RUNS, Binding, LoadOptions, Runtime, Session, make_open_error, make_run_error
 from .described import GraphTensor, require_described
-from .openvino_graph import read
-
-IR = "openvino.xml"
-"""File of a bundle with the graph in OpenVINO's own format; the weights lie beside it in ``openvino.bin``."""
-
-HINTS = {"fp32": "f32", "bf16": "bf16"}
-"""Our name of a floating-point precision -> OpenVINO's, for ``INFERENCE_PRECISION_HINT``."""
+from .openvino_cache import Job, can_keep, compile_once
+from .openvino_devices import (
+    CPU,
+    HINTS,
+    Device,
+    find_device,
+    list_execution_devices,
+    read_device,
+    require_device,
+    require_precision,
+)
+from .openvino_graph import find_excess, read
 
 PRECISION_OF_TYPE = {
     "f32": "fp32",
@@ -57,21 +63,34 @@ SKIPPED = {
 """Layers of an execution graph that compute nothing."""
 
 
+TITLE = f"openvino {ov.__version__.split('-')[0]}"
+"""Name and version of the runtime."""
+
+
 class OpenVINOSession(Session):
     """A compiled model; each concurrent inference has an infer request of its own."""
 
     def __init__(
         self,
-        model: ov.Model,
+        compiled: ov.CompiledModel,
+        read_model: Callable[[], ov.Model],
         device: str,
         config: dict[str, Any],
         where: Path | None = None,
     ) -> None:
-        """``where``: the file that ``model`` was read from, for messages."""
-        self._model, self._config, self._where = model, config, where
-        self.device = device
-        self.runtime = RUNTIME.check(device)
-        self.compiled = ov.Core().compile_model(model, device, config)
+        """Wrap what OpenVINO compiled.
+
+        Args:
+            compiled: the model, compiled for ``device`` with ``config``.
+            read_model: reads the model once more, for a profile of it.
+            device: OpenVINO's name of the device that was asked for.
+            config: OpenVINO's settings.
+            where: the file that the model was read from, for messages.
+        """
+        self.compiled, self._read_model = compiled, read_model
+        self._asked, self._config, self._where = device, config, where
+        self.device = ", ".join(list_execution_devices(compiled))
+        self.runtime = TITLE
         self.parallelism = int(self.compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
         self._idle: list[_Request] = []
         self._lock = threading.Lock()
@@ -119,7 +138,7 @@ class OpenVINOSession(Session):
         """Seconds by node of the execution graph, summed over ``repeats`` inferences; and for each of
         ``entries`` what the graph says about every node (``"layerType"``, for instance)."""
         profiled = {**self._config, "PERF_COUNT": True}
-        compiled = ov.Core().compile_model(self._model, self.device, profiled)
+        compiled = ov.Core().compile_model(self._read_model(), self._asked, profiled)
         operations = compiled.get_runtime_model().get_ops()
         nodes = {node.get_friendly_name(): node.get_rt_info() for node in operations}
         times = _time_nodes(compiled.create_infer_request(), batch, repeats)
@@ -138,7 +157,8 @@ class _Request:
     def __init__(self, request: ov.InferRequest, shape: tuple[int, ...], where: Path | None) -> None:
         self._request = request
         self._where = where
-        self._outputs: list[np.ndarray] = []
+        self._outputs: list[np.ndarray] = []  # what the outputs are written to, once they are bound
+        self._open: list[tuple[int, ov.Tensor]] = []  # bound outputs whose number of rows the graph decides
         self.batch = np.empty(shape, np.float32)
         request.set_input_tensor(ov.Tensor(self.batch, shared_memory=True))
 
@@ -146,18 +166,39 @@ class _Request:
         """The outputs for ``batch``, as :meth:`Session.run`."""
         try:
             self._request.infer(share_outputs=True)
+            outputs = [output.copy() for output in self._outputs] or self._take_outputs()
+            for i, tensor in self._open:
+                if tuple(tensor.shape) != outputs[i].shape:
+                    outputs[i] = tensor.data.copy()
         except Exception as exc:
             raise make_run_error(self._where, exc) from exc
-        return [output.copy() for output in self._outputs or self._bind_outputs()]
+        return outputs
 
-    def _bind_outputs(self) -> list[np.ndarray]:
-        """Have the outputs written to arrays, now that their shapes are known: asking the request for them
-        takes longer than copying them."""
-        for i, given in enumerate(self._request.output_tensors):
-            output = given.data.copy()
-            self._request.set_output_tensor(i, ov.Tensor(output, shared_memory=True))
-            self._outputs.append(output)
-        return self._outputs
+    def _take_outputs(self) -> list[np.ndarray]:
+        """The outputs of the first inference. The later ones are written to arrays, since their shapes are
+        known now: asking the request for them takes longer than copying them.
+
+        A graph may decide a shape by the values of its input. An array keeps its shape then, so such an
+        output is not bound; and where the number of rows is open, each inference's is compared.
+        """
+        ports, tensors = self._request.model_outputs, self._request.output_tensors
+        outputs = [tensor.data.copy() for tensor in tensors]
+        shapes = [list(port.get_partial_shape()) for port in ports]
+        if not all(map(self._is_settled, shapes, outputs)):
+            return outputs
+        for i, output in enumerate(outputs):
+            tensor = ov.Tensor(output, shared_memory=True)
+            self._request.set_output_tensor(i, tensor)
+            if shapes[i] and shapes[i][0].is_dynamic:
+                self._open.append((i, tensor))
+        self._outputs = outputs
+        return [output.copy() for output in outputs]
+
+    def _is_settled(self, shape: list[ov.Dimension], output: np.ndarray) -> bool:
+        """Whether an output of the model has the shape that it has now for every batch of this size; it may
+        leave open the number of rows, if that is the batch's."""
+        is_batched = output.shape[:1] == self.batch.shape[:1]
+        return all(size.is_static for size in shape[1:]) and (is_batched or all(s.is_static for s in shape))
 
 
 def _time_nodes(request: ov.InferRequest, batch: np.ndarray, repeats: int) -> dict[str, float]:
@@ -199,14 +240,13 @@ def _summarise(
 
 def has_bf16(device: str | None = None) -> bool:
     """Whether the runtime says that the device computes in bfloat16."""
-    capabilities = ov.Core().get_property((device or "CPU").upper(), "OPTIMIZATION_CAPABILITIES")
-    return "BF16" in capabilities
+    return read_device(ov.Core(), (device or CPU).upper()).computes_in("bf16")
 
 
-def _read_tensor(port: ov.Output) -> GraphTensor:
+def _read_tensor(port: Any) -> GraphTensor:
     """An input or output as OpenVINO tells it."""
     shape = tuple(size.get_length() if size.is_static else None for size in port.get_partial_shape())
-    dtype = port.get_element_type().get_type_name()
+    dtype = str(port.get_element_type().get_type_name())
     return GraphTensor(tuple(sorted(port.get_names())), shape, TYPES.get(dtype, dtype))
 
 
@@ -221,83 +261,105 @@ def _opening(path: Path) -> Iterator[None]:
         raise make_open_error(path, exc) from exc
 
 
-def _is_offered(name: str, available: Sequence[str]) -> bool:
-    """Whether a device is there: by its kind, by its kind and number, or as the choice of OpenVINO. The CPU
-    has no number, and the only device of another kind has the number 0."""
-    kinds = {known.split(".")[0] for known in available}
-    first = {f"{kind}.0" for kind in kinds - {"CPU"}}
-    return name in {"AUTO", *available, *kinds, *first}
-
-
 class OpenVINO(Runtime):
-    """Compiles ONNX files to OpenVINO's IR and serves that, on any device that OpenVINO finds."""
+    """Serves ONNX files, rewritten as in :mod:`.openvino_graph`, on any device that OpenVINO finds."""
 
     def check(self, device: str | None = None) -> str:
-        name = (device or "CPU").upper()
-        available = ov.Core().available_devices
-        if not _is_offered(name, available):
-            raise RuntimeMissingError(
-                f"OpenVINO has no device {device!r} here",
-                why=f"available: {', '.join(available)}",
-                remedy="choose one of these",
-            )
-        return f"openvino {ov.__version__.split('-')[0]}"
+        require_device(ov.Core(), device)
+        return TITLE
 
     def float_precision(self, precision: str, device: str | None = None) -> str:
-        """``"fp32"`` or ``"bf16"``; see :meth:`Runtime.float_precision`."""
-        if precision == "fp32":
-            return "fp32"
-        if precision == "int8":
-            return "bf16" if has_bf16(device) else "fp32"
-        if precision != "bf16":
-            raise InputError(
-                f"OpenVINO bundles have no precision {precision!r}",
-                remedy="use fp32, bf16 or int8",
-            )
-        if not has_bf16(device):
-            raise RuntimeMissingError(
-                "this processor has no bfloat16 instructions, so a bf16 bundle cannot run as asked",
-                remedy="use --precision int8 or fp32 on this machine",
-            )
-        return "bf16"
-
-    def compile(self, onnx: Path, folder: Path) -> list[Path]:
-        """Convert ``onnx`` to OpenVINO's IR, rewritten as in :mod:`.openvino_graph`; the weights keep their
-        types."""
-        model = read(onnx)
-        target = folder / IR
-        try:
-            ov.save_model(model, target, compress_to_fp16=False)
-        except RuntimeError as exc:  # OpenVINO's only exception type, here for a full or read-only disk
-            raise OSError(f"OpenVINO could not write {target.name}") from exc
-        return [target, target.with_suffix(".bin")]
+        """``"fp32"``, ``"bf16"`` or ``"fp16"``; see :meth:`Runtime.float_precision`."""
+        return find_device(ov.Core(), device, precision).choose_float(precision)
 
     def load(self, bundle: Bundle, options: LoadOptions) -> Session:
-        """Open the IR of a bundle, or its ``model.onnx`` where it has none.
+        """Open the ``model.onnx`` of a bundle.
 
         Raises :class:`BundleError` where it is another graph than the manifest describes.
         """
-        device = (options.device or "CPU").upper()
-        self.check(device)
-        file = IR if IR in bundle.manifest.files else ONNX
-        precision = self.float_precision(bundle.manifest.precision, device)
-        config: dict[str, Any] = {
-            "PERFORMANCE_HINT": "THROUGHPUT" if options.throughput else "LATENCY",
-            "INFERENCE_PRECISION_HINT": HINTS[precision],
-        }
-        if options.threads:
-            config["INFERENCE_NUM_THREADS"] = options.threads
-        path = bundle.file(file)
+        core, precision = ov.Core(), bundle.manifest.precision
+        device = find_device(core, options.device, precision)
+        config = _make_config(device, precision, options)
+        path = bundle.file(ONNX)
         with _opening(path):
-            model = read(path)
-        require_described(
-            bundle,
-            file,
-            [_read_tensor(port) for port in model.inputs],
-            [_read_tensor(port) for port in model.outputs],
+            found = _compile(core, Job(bundle, device.name, config), options.cache)
+        notes = require_precision(found.value, device, device.choose_float(precision))
+        session = OpenVINOSession(found.value, lambda: _read_again(bundle, path), device.name, config, path)
+        session.is_from_cache, session.notes = found.is_kept, notes
+        return session
+
+
+def _make_config(device: Device, precision: str, options: LoadOptions) -> dict[str, Any]:
+    """OpenVINO's settings for a bundle of ``precision``."""
+    config: dict[str, Any] = {
+        "PERFORMANCE_HINT": "THROUGHPUT" if options.throughput else "LATENCY",
+        "INFERENCE_PRECISION_HINT": HINTS[device.choose_float(precision)],
+    }
+    if options.threads and device.kind == CPU:  # others have no threads of ours
+        config["INFERENCE_NUM_THREADS"] = options.threads
+    return config
+
+
+def _compile(core: ov.Core, job: Job, cache: bool) -> Result[ov.CompiledModel]:
+    """The compiled model of a bundle, from the cache where it is there and wanted.
+
+    Raises :class:`BundleError` where it is another graph than the manifest describes.
+    """
+    path = job.bundle.file(ONNX)
+
+    def compile_anew() -> ov.CompiledModel:
+        model = read(path)
+        _require_described(job, model)
+        _require_modest(job, model)
+        return core.compile_model(model, job.device, dict(job.config))
+
+    if not (cache and can_keep(core, job)):
+        return Result(compile_anew(), is_kept=False)
+    found = compile_once(core, job, compile_anew)
+    _require_described(job, found.value)
+    return found
+
+
+def _require_described(job: Job, model: ov.Model | ov.CompiledModel) -> None:
+    require_described(
+        job.bundle,
+        ONNX,
+        [_read_tensor(port) for port in model.inputs],
+        [_read_tensor(port) for port in model.outputs],
+    )
+
+
+def _require_modest(job: Job, model: ov.Model) -> None:
+    """Raise :class:`BundleError` where a graph makes a tensor larger than it may."""
+    if excess := find_excess(model):
+        raise BundleError(
+            f"{ONNX} asks for more than a graph may",
+            where=job.bundle.path,
+            why=excess,
+            remedy="copy the whole bundle again, or export it again",
         )
-        with _opening(path):
-            return OpenVINOSession(model, device, config, path)
+
+
+def open_as_float32(bundle: Bundle, threads: int | None = None) -> OpenVINOSession:
+    """A bundle for another device on the processor, in float32, to look at its answers.
+
+    Raises :class:`BundleError` where it is another graph than the manifest describes.
+    """
+    core, path = ov.Core(), bundle.file(ONNX)
+    device = read_device(core, CPU)
+    config = _make_config(device, "fp32", LoadOptions(threads=threads))
+    job = Job(bundle, CPU, config)
+    with _opening(path):
+        compiled = _compile(core, job, cache=False).value
+    session = OpenVINOSession(compiled, lambda: _read_again(bundle, path), CPU, config, path)
+    session.runtime += ", float16 weights computed in float32"
+    return session
+
+
+def _read_again(bundle: Bundle, path: Path) -> ov.Model:
+    """The model of a bundle that was opened before; raises :class:`BundleError` where it was replaced."""
+    with bundle.kept(), _opening(path):
+        return read(path)
 
 
 RUNTIME = OpenVINO()

@@ -14,17 +14,45 @@ with padding are left alone: the zeros around the map are zeros of ``x``, not of
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
 import openvino as ov
 from openvino import opset13 as ops
+from openvino.frontend import FrontEndManager
+
+from ..bundle.onnx_caps import MAX_MADE
+
+MAX_RATIO = 64
+"""The largest number of elements of a tensor for each element of the input, where that is above
+:data:`.onnx_caps.MAX_MADE`. Convolutional models have about 6."""
+
+CONSTANT_OPERATIONS = ("Convert", "Reshape", "Subtract", "Multiply")
+"""What OpenVINO computes the weights of an int8 conv with."""
 
 
 def read(path: Path) -> ov.Model:
-    """The model in ``path``: an ONNX file is rewritten as above, an IR is taken as it is."""
-    model = ov.Core().read_model(path)
-    return model if path.suffix == ".xml" else make_unsigned(model)
+    """The model in the ONNX file ``path``, rewritten as above.
+
+    ``Core.read_model`` chooses a reader by the content of a file. One that is ONNX to another runtime may be
+    another model to it, so that only the reader of ONNX is asked.
+    """
+    frontend = FrontEndManager().load_by_framework("onnx")
+    return make_unsigned(frontend.convert(frontend.load(path)))
+
+
+def find_excess(model: ov.Model) -> str | None:
+    """What a graph makes larger than it may, in words; ``None`` if nothing. OpenVINO has inferred the shapes
+    and has computed nothing yet. What has no fixed shape is not looked at."""
+    images = sum(math.prod(port.get_shape()) for port in model.inputs if port.get_partial_shape().is_static)
+    cap = max(MAX_MADE, MAX_RATIO * images)
+    for node in model.get_ops():
+        for output in node.outputs():
+            shape = output.get_partial_shape()
+            if shape.is_static and math.prod(output.get_shape()) > cap:
+                return f"{node.get_type_name()} makes {shape} elements, more than the cap of {cap}"
+    return None
 
 
 def make_unsigned(model: ov.Model) -> ov.Model:
@@ -35,8 +63,7 @@ def make_unsigned(model: ov.Model) -> ov.Model:
     found = [
         (conv, pair) for conv in model.get_ordered_ops() if (pair := _find_pair_before(conv)) is not None
     ]
-    sums = _sum_channels([conv.input_value(1) for conv, _ in found])
-    for (conv, (quantizer, dequantized)), weights in zip(found, sums, strict=True):
+    for conv, (quantizer, dequantized) in found:
         low, high = (_read_scalar(quantizer.input_value(i)) for i in (1, 2))
         edges = [ops.constant(np.float32(v)) for v in (low, high, 0.0, high - low)]
         shifted = ops.fake_quantize(
@@ -45,7 +72,9 @@ def make_unsigned(model: ov.Model) -> ov.Model:
             quantizer.get_attributes()["levels"],
         )
         dequantized.output(0).replace(shifted.output(0))
-        correction = (low * weights).reshape(1, -1, *[1] * (len(conv.get_output_partial_shape(0)) - 2))
+        correction = (low * _sum_channels(conv.input_value(1))).reshape(
+            1, -1, *[1] * (len(conv.get_output_partial_shape(0)) - 2)
+        )
         _add_to_bias(conv, correction)
     model.validate_nodes_and_infer_types()
     return model
@@ -95,13 +124,33 @@ def _read_scalar(value: ov.Output) -> float:
     return float(value.get_node().data.reshape(()))
 
 
-def _sum_channels(weights: list[ov.Output]) -> list[np.ndarray]:
+def _sum_channels(weights: ov.Output) -> np.ndarray:
     """The sum of each output channel's weights, float64 ``(channels,)``."""
-    if not weights:
-        return []
-    model = ov.Model(weights, [])  # pyright: ignore  # its stubs disagree with themselves
-    values = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})([])
-    return [values[i].reshape(len(values[i]), -1).sum(axis=1, dtype=np.float64) for i in range(len(weights))]
+    values = compute_constant(weights)
+    return np.asarray(values.reshape(len(values), -1).sum(axis=1, dtype=np.float64))
+
+
+def compute_constant(value: ov.Output) -> np.ndarray:
+    """The value of what is computed from constants alone.
+
+    A ``DequantizeLinear`` of weights consists of the operations that are known here. Anything else is left to
+    the runtime, which takes ten times as long for it.
+    """
+    node = value.get_node()
+    kind = node.get_type_name()
+    if kind == "Constant":
+        return np.asarray(node.data)
+    if kind not in CONSTANT_OPERATIONS:
+        model = ov.Model([value], [])  # pyright: ignore  # its stubs disagree with themselves
+        compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        return np.array(compiled([])[0])
+    first = compute_constant(node.input_value(0))
+    if kind == "Convert":
+        return np.asarray(first.astype(value.get_element_type().to_dtype()))
+    if kind == "Reshape":
+        return first.reshape(tuple(value.get_shape()))
+    second = compute_constant(node.input_value(1))
+    return np.asarray(first - second if kind == "Subtract" else first * second)
 
 
 def _add_to_bias(conv: ov.Node, correction: np.ndarray) -> None:

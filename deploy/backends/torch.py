@@ -34,7 +34,11 @@ class TorchSession(Session):
 
     device = "CPU"
 
-    def __init__(self, module: torch.nn.Module, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        threads: int | None = None,
+    ) -> None:
         self.runtime = RUNTIME.check()
         self.module = module.eval()
         if threads:
@@ -49,7 +53,11 @@ class TorchSession(Session):
     def executed(self, batch: np.ndarray, repeats: int = 10) -> ExecutedPrecision:
         dtypes = {str(parameter.dtype) for parameter in self.module.parameters()}
         label = "+".join(sorted(PRECISION_OF_DTYPE.get(dtype, dtype) for dtype in dtypes))
-        return ExecutedPrecision({label: 1.0}, {label: 1}, source="parameter types")
+        return ExecutedPrecision(
+            {label: 1.0},
+            {label: 1},
+            source="parameter types",
+        )
 
 
 class PyTorch(Runtime):

@@ -9,17 +9,22 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TypeVar
 
-from ..errors import BundleError, InputError, SignatureError
+from ..errors import BundleError, InputError
 from ..files import describe_irregular, hash_file, make_aside_path, read_regular, write_atomic, writing
 from ..locks import Hold
 from ..preprocessing import Preprocess
-from .external_data import MalformedOnnx, has_external_data
+from .belongings import (
+    describe_foreign,
+    find_extra,
+    is_certainly_ours,
+    list_leftovers,
+    require_no_links,
+)
+from .contents import check_contents, make_unreadable_error
 from .golden import Golden, read_reference
-from .ir_file import NotAnIr, require_ir
 from .manifest import (
     ENGINES,
     GOLDEN,
@@ -30,30 +35,9 @@ from .manifest import (
     Manifest,
     make_bundle_error,
 )
-from .onnx_caps import ExcessiveGraph, require_modest_onnx
 from .packed import pack, unpack
 from .sections import LOGITS, MAX_TOTAL, FileEntry
 from .signature import MAX_SIGNATURE, SIGNATURE, Signature, make_statement, require_signed
-
-# fmt: off
-LEFT_BY_SYSTEMS = (
-    ".ds_store", "._*", "__macosx", "icon\r", ".localized", ".appledouble", ".apdisk", ".volumeicon.icns",
-    ".spotlight-v100", ".fseventsd", ".documentrevisions-v100", ".temporaryitems", ".trash*",
-    "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information", ".directory",
-    "lost+found", "@eadir", "#recycle", "#snapshot", ".snapshot*", ".zfs", ".nfs*", ".fuse_hidden*",
-    ".smbdelete*", "..*", "*:zone.identifier", "*:zone.identifier:$data", ".*.icloud",
-    ".stfolder*", ".stversions", ".stignore", ".sync*", ".dropbox*", ".owncloud*", ".nextcloud*",
-    ".git*", ".hg*", ".svn", ".dvc*", ".huggingface", ".cache", ".ipynb_checkpoints", ".idea", ".vscode",
-    "*~", "~$*", "#*#", ".#*", ".~lock.*", ".*.sw?",
-)
-# fmt: on
-"""Names, in lower case, of files and folders that are plainly no content of a bundle: what file managers,
-network file systems and Kubernetes (``..data``), synchronisation, version control, download caches, notebooks
-and editors leave beside its files. They are never read. Another hidden file is refused: nobody knows it."""
-
-SHOWN_EXTRAS = 5
-"""The largest number of files beside the manifest's that a message lists."""
-
 
 ATTEMPTS = 100
 """The largest number of times that a bundle is read because others keep replacing it."""
@@ -97,7 +81,7 @@ class Bundle:
         return str(self.packed or self.path) if self.target is None else self.name
 
     @classmethod
-    def open(cls, path: str | Path, *, key: str | Path | None = None) -> Bundle:
+    def open(cls, path: str | Path, *, key: str | Path | None = None, cache: bool = False) -> Bundle:
         """Read the manifest and check every file's presence, size and hash.
 
         Where another process replaces the bundle meanwhile, this is the old one or the new one, never a
@@ -107,6 +91,8 @@ class Bundle:
             path: folder of the bundle, or the file of a packed one.
             key: file of the public key that the bundle must be signed with; ``None``: a signature is not
                 checked.
+            cache: what this machine has found out about the same graphs need not be found out again. The
+                hash of every file is compared all the same.
 
         Raises:
             BundleError: no bundle, a missing, edited or extra file, or a manifest that cannot be understood.
@@ -116,11 +102,11 @@ class Bundle:
         """
         path = Path(path)
         if os.path.isfile(path):
-            return cls._open_packed(path, key)
+            return cls._open_packed(path, key, cache)
         for _ in range(ATTEMPTS):
             state = read_state(path)
             try:
-                bundle = cls._read(path, state, key)
+                bundle = cls._read(path, state, key, cache)
             except (BundleError, OSError):
                 if is_bundle_coming(path, state):
                     continue
@@ -130,7 +116,7 @@ class Bundle:
         raise _make_replaced_error(path)
 
     @classmethod
-    def _read(cls, path: Path, state: State | None, key: str | Path | None) -> Bundle:
+    def _read(cls, path: Path, state: State | None, key: str | Path | None, cache: bool) -> Bundle:
         manifest_path = path / MANIFEST
         if not os.path.isdir(path) or not os.path.isfile(manifest_path):
             raise BundleError(
@@ -143,8 +129,9 @@ class Bundle:
         data = _read_member(manifest_path, MAX_MANIFEST)
         manifest = Manifest.from_bytes(data, manifest_path)
         if key is not None:
-            require_signed(make_statement(json.loads(data), ENGINES), _read_signature(path), Path(key), path)
-        _check_members(path, manifest)
+            statement = make_statement(json.loads(data), ENGINES)
+            require_signed(statement, _read_signature(path), Path(key), path)
+        _check_members(path, manifest, cache)
         return cls(path, manifest, state=state, signature_checked=key is not None)
 
     @contextlib.contextmanager
@@ -164,19 +151,13 @@ class Bundle:
             raise _make_replaced_error(self.path)
 
     @classmethod
-    def _open_packed(cls, file: Path, key: str | Path | None) -> Bundle:
-        """Open a packed bundle; where the cache holds a damaged copy of it, unpack it once more."""
+    def _open_packed(cls, file: Path, key: str | Path | None, cache: bool) -> Bundle:
+        """Open a packed bundle; what the file holds counts, whatever the cache has of it."""
         folder, hold = unpack(file)
         try:
-            bundle = cls.open(folder, key=key)
-        except SignatureError as exc:
+            bundle = cls.open(folder, key=key, cache=cache)
+        except BundleError as exc:
             raise _locate_error(exc, file) from exc
-        except BundleError:
-            folder, hold = unpack(file, anew=True)
-            try:
-                bundle = cls.open(folder, key=key)
-            except BundleError as exc:
-                raise _locate_error(exc, file) from exc
         return replace(bundle, packed=file, hold=hold)
 
     def pack(self, file: str | Path) -> None:
@@ -235,9 +216,31 @@ class Bundle:
         """Add ``files`` in place, the manifest last, then remove ``drop``: at every moment the folder is a
         whole bundle.
 
-        New files go under ``engines/``, where :meth:`open` ignores what the manifest does not name, and never
-        replace one.
+        New files go under ``engines/``, where :meth:`open` ignores files that an interrupted build left, and
+        never replace one. Nothing is written or deleted through a link.
         """
+        self._require_unchanged()
+        require_no_links(self.path, [*files, *drop])
+        entries = {name: entry for name, entry in self.manifest.files.items() if name not in drop}
+        for name, data in files.items():
+            entries[name] = self._add_file(name, data)
+        manifest = replace(manifest, files=dict(sorted(entries.items())))
+        write_atomic(self.path / MANIFEST, manifest.to_bytes())
+        for name in drop:
+            with contextlib.suppress(OSError):
+                (self.path / name).unlink()
+        self._clear_leftovers(manifest)
+        return Bundle(self.path, manifest, state=read_state(self.path))
+
+    def _clear_leftovers(self, manifest: Manifest) -> None:
+        """Remove what an interrupted build left. What cannot be removed stays, without an error."""
+        for name in list_leftovers(self.path, manifest.files):
+            with contextlib.suppress(OSError):
+                if is_certainly_ours(self.path, name):
+                    (self.path / name).unlink()
+
+    def _require_unchanged(self) -> None:
+        """Raise an error where the bundle is packed, or was changed after it was opened."""
         if self.packed is not None:
             raise InputError(
                 "is a packed bundle, which cannot be added to",
@@ -252,21 +255,17 @@ class Bundle:
                 where=self.path,
                 remedy="run the command again",
             )
-        entries = {name: entry for name, entry in self.manifest.files.items() if name not in drop}
-        for name, data in files.items():
-            digest = hashlib.sha256(data).hexdigest()
-            if name in self.manifest.files and self.manifest.files[name].sha256 != digest:
-                raise ValueError(f"{name} would be replaced before the manifest knows")
-            entries[name] = FileEntry(len(data), digest)
-            with writing(self.path):
-                (self.path / name).parent.mkdir(exist_ok=True)
-            write_atomic(self.path / name, data)
-        manifest = replace(manifest, files=dict(sorted(entries.items())))
-        write_atomic(self.path / MANIFEST, manifest.to_bytes())
-        for name in [*drop, *_list_ignored(self.path, manifest)]:
-            with contextlib.suppress(OSError):
-                (self.path / name).unlink()
-        return Bundle(self.path, manifest, state=read_state(self.path))
+
+    def _add_file(self, name: str, data: bytes) -> FileEntry:
+        """Write a new file; returns what the manifest will say of it."""
+        entry = FileEntry(len(data), hashlib.sha256(data).hexdigest())
+        known = self.manifest.files.get(name)
+        if known is not None and known.sha256 != entry.sha256:
+            raise ValueError(f"{name} would be replaced before the manifest knows")
+        with writing(self.path):
+            (self.path / name).parent.mkdir(exist_ok=True)
+        write_atomic(self.path / name, data)
+        return entry
 
     def golden(self) -> Golden:
         """The golden inputs and what the reference made of them."""
@@ -295,6 +294,7 @@ def read_whole(
     read: Callable[[Bundle], Result],
     *,
     key: str | Path | None = None,
+    cache: bool = False,
 ) -> Result:
     """What ``read`` makes of a bundle's members, all of them from one state of the bundle.
 
@@ -307,7 +307,7 @@ def read_whole(
         with path.kept():
             return read(path)
     for _ in range(ATTEMPTS):
-        bundle = Bundle.open(path, key=key)
+        bundle = Bundle.open(path, key=key, cache=cache)
         try:
             result = read(bundle)
         except Exception:
@@ -362,9 +362,10 @@ def _read_signature(path: Path) -> bytes | None:
     return _read_member(file, MAX_SIGNATURE)
 
 
-def _check_members(path: Path, manifest: Manifest) -> None:
+def _check_members(path: Path, manifest: Manifest, cache: bool) -> None:
     files = manifest.files
-    if len(files) > MAX_FILES or len({n.lower() for n in files}) != len(files):
+    different = {name.lower() for name in files}
+    if len(files) > MAX_FILES or len(different) != len(files):
         raise make_bundle_error(
             "has too many files, or names that differ only in case",
             path,
@@ -380,7 +381,7 @@ def _check_members(path: Path, manifest: Manifest) -> None:
                 f"{name} was changed after the export: its SHA-256 differs from the manifest",
                 path,
             )
-        _check_content(name, path)
+    check_contents(path, files, cache)
 
 
 def _is_unchanged(member: Path, entry: FileEntry) -> bool:
@@ -388,7 +389,7 @@ def _is_unchanged(member: Path, entry: FileEntry) -> bool:
     try:
         return member.stat().st_size == entry.size and hash_file(member) == entry.sha256
     except OSError as exc:
-        raise _make_unreadable_error(member, exc) from exc
+        raise make_unreadable_error(member, exc) from exc
 
 
 def _read_member(file: Path, limit: int) -> bytes:
@@ -396,16 +397,7 @@ def _read_member(file: Path, limit: int) -> bytes:
     try:
         return read_regular(file, limit)
     except OSError as exc:
-        raise _make_unreadable_error(file, exc) from exc
-
-
-def _make_unreadable_error(file: Path, exc: OSError) -> BundleError:
-    return BundleError(
-        "a file of the bundle cannot be read",
-        where=file,
-        why=exc.strerror or exc,
-        remedy="check the disk and the file's permissions, or copy the whole bundle again",
-    )
+        raise make_unreadable_error(file, exc) from exc
 
 
 def _check_present(path: Path, manifest: Manifest) -> None:
@@ -414,75 +406,14 @@ def _check_present(path: Path, manifest: Manifest) -> None:
     A member may be a link, as in a ConfigMap or the caches of Hugging Face and DVC: its content counts.
     """
     missing = sorted(name for name in manifest.files if not (path / name).is_file())
-    known = set(manifest.files) | {MANIFEST, SIGNATURE} | _list_ignored(path, manifest)
-    extra = sorted(name for name in _walk(path) if not _belongs(name, known))
+    extra = find_extra(path, manifest.files)
     if missing:
         text = [f"missing: {', '.join(missing)}"]
-        text += [f"not in the manifest: {', '.join(extra[:SHOWN_EXTRAS])}"] if extra else []
+        text += [f"not in the manifest: {describe_foreign(extra)}"] if extra else []
         raise make_bundle_error("does not match its manifest", path, "; ".join(text))
     if extra:
         raise BundleError(
-            f"holds what its manifest does not name: {', '.join(extra[:SHOWN_EXTRAS])}",
+            f"holds what its manifest does not name: {describe_foreign(extra)}",
             where=path,
-            why=None if len(extra) <= SHOWN_EXTRAS else f"{len(extra)} files in all",
             remedy="remove it" if len(extra) == 1 else "remove them",
-        )
-
-
-def _walk(path: Path) -> Iterator[str]:
-    """Every file and link below ``path``, by its relative name; links are not followed, and folders that
-    systems leave are not entered."""
-    for folder, folders, files in os.walk(path):
-        relative = Path(folder).relative_to(path)
-        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
-        folders[:] = [name for name in folders if name not in links and not _is_left_by_systems(name)]
-        yield from ((relative / name).as_posix() for name in [*files, *links])
-
-
-def _belongs(name: str, known: Collection[str]) -> bool:
-    """Whether a file or link is a member, a folder of members, or something that a system left."""
-    if name in known or _is_left_by_systems(PurePosixPath(name).name):
-        return True
-    return any(member.startswith(name + "/") for member in known)
-
-
-def _is_left_by_systems(name: str) -> bool:
-    return any(fnmatchcase(name.lower(), pattern) for pattern in LEFT_BY_SYSTEMS)
-
-
-def _list_ignored(path: Path, manifest: Manifest) -> set[str]:
-    """Files that a power loss may leave: temporary ones, and engines the manifest was to name next. They are
-    never read."""
-    left = {p.relative_to(path).as_posix() for p in path.rglob(".*.tmp")}
-    left |= {p.relative_to(path).as_posix() for p in (path / ENGINES).glob("*") if p.is_file()}
-    return left - set(manifest.files)
-
-
-def _check_content(name: str, path: Path) -> None:
-    """Check that a graph is what its name says: runtimes choose a reader by the content of a file.
-
-    It refers to no other file, and asks for no more than a graph may.
-    """
-    try:
-        if name.lower().endswith(".onnx"):
-            require_modest_onnx(path / name)
-            _require_self_contained(name, path)
-        elif name.lower().endswith(".xml"):
-            require_ir(path / name)
-    except MalformedOnnx as exc:
-        raise make_bundle_error(f"{name} is no ONNX file", path, exc) from exc
-    except NotAnIr as exc:
-        raise make_bundle_error(f"{name} is no graph in OpenVINO's format", path, exc) from exc
-    except ExcessiveGraph as exc:
-        raise make_bundle_error(f"{name} asks for more than a graph may", path, exc) from exc
-    except OSError as exc:
-        raise _make_unreadable_error(path / name, exc) from exc
-
-
-def _require_self_contained(name: str, path: Path) -> None:
-    """Raise :class:`BundleError` for an ONNX file that refers to another file."""
-    if has_external_data(path / name):
-        raise make_bundle_error(
-            f"{name} stores weights outside the file, which bundles may not",
-            path,
         )

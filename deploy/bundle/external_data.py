@@ -91,14 +91,26 @@ def refers_outside(content: Buffer) -> bool:
     return False
 
 
-def _is_outside(content: Buffer, field: int, wire: int, begin: int, end: int) -> bool:
+def _is_outside(
+    content: Buffer,
+    field: int,
+    wire: int,
+    begin: int,
+    end: int,
+) -> bool:
     """Whether a field of a tensor says that the data lies elsewhere (``EXTERNAL`` is 1)."""
     if field == EXTERNAL_DATA:
         return True
-    return field == DATA_LOCATION and (wire != VARINT or read_varint(content, begin, end)[0] != 0)
+    if field != DATA_LOCATION:
+        return False
+    return wire != VARINT or read_varint(content, begin, end)[0] != 0
 
 
-def read_field(content: Buffer, position: int, end: int) -> tuple[int, int, int, int]:
+def read_field(
+    content: Buffer,
+    position: int,
+    end: int,
+) -> tuple[int, int, int, int]:
     """Number, wire type, begin and end of the value of the field at a position."""
     key, position = read_varint(content, position, end)
     field, wire = key >> 3, key & 7

@@ -29,7 +29,7 @@ class Golden:
     """Generated inputs with what the PyTorch reference made of them.
 
     Attributes:
-        sources: encoded PNG files, one an image.
+        sources: encoded PNG or JPEG files, one an image.
         pixels: ``(K, S, S, 3)`` uint8, the sources after decode, resize and crop.
         outputs: float32 ``(K, ...)``, what the reference makes of the normalised pixels, in the order of the
             manifest's outputs.
@@ -45,7 +45,9 @@ class Golden:
         return self.outputs[0]
 
     def save(self, path: Path) -> None:
-        blobs: dict[str, Any] = {f"source{i}": np.frombuffer(s, np.uint8) for i, s in enumerate(self.sources)}
+        blobs: dict[str, Any] = {}
+        for i, source in enumerate(self.sources):
+            blobs[f"source{i}"] = np.frombuffer(source, np.uint8)
         blobs |= {f"output{i}": output for i, output in enumerate(self.outputs)}
         np.savez_compressed(path, pixels=self.pixels, **blobs)
 

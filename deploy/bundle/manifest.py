@@ -21,6 +21,7 @@ from .sections import (
     MAX_ELEMENTS,
     CalibrationEntry,
     CompiledEntry,
+    DecodingEntry,
     EngineEntry,
     FileEntry,
     Format,
@@ -87,6 +88,7 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     typing: TypingEntry | None = None
     calibration: CalibrationEntry | None = None
+    decoding: DecodingEntry | None = field(default=None, metadata=OMITTED)
     verification: VerificationEntry | None = None
     verdict: VerdictEntry | None = None
     latency: LatencyEntry | None = None
@@ -102,7 +104,8 @@ class Manifest:
         """The content of ``manifest.json``, with its checksum."""
         content = make_plain(self)
         content["checksum"] = hash_content(content)
-        return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        return f"{text}\n".encode()
 
     @classmethod
     def from_bytes(cls, data: bytes, where: object) -> Manifest:
@@ -131,7 +134,8 @@ def hash_content(content: Mapping[str, Any]) -> str:
     readable.
     """
     rest = {k: v for k, v in content.items() if k != "checksum"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    text = json.dumps(rest, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def is_plain(name: str) -> bool:
@@ -243,7 +247,8 @@ def _find_fault_of_sizes(manifest: Manifest) -> str | None:
 def _find_fault_of_head(manifest: Manifest) -> str | None:
     """Outputs that a model with this head does not have."""
     names, head = [output.name for output in manifest.outputs], manifest.model.head
-    if (head == LOGITS) != (LOGITS in names) or (head == LOGITS and len(names) > 1):
+    classifies = head == LOGITS
+    if classifies != (LOGITS in names) or (classifies and len(names) > 1):
         return f"model.head is {head!r}, but the outputs are {', '.join(map(repr, names[:SHOWN_NAMES]))}"
     if head == LOGITS and len(manifest.outputs[0].shape) != 2:
         return "the logits are not one row an image"

@@ -91,13 +91,23 @@ class Layout:
 class Arrays:
     """The arrays of an open file: ask :attr:`layouts` first, then :meth:`read` what fits."""
 
-    def __init__(self, path: Path, archive: zipfile.ZipFile, layouts: dict[str, Layout]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        archive: zipfile.ZipFile,
+        layouts: dict[str, Layout],
+    ) -> None:
         self._path = path
         self._archive = archive
         self.layouts = layouts
         """Name of each array -> what its header says."""
 
-    def require(self, name: str, dtype: str, shape: tuple[int | None, ...]) -> tuple[int, ...]:
+    def require(
+        self,
+        name: str,
+        dtype: str,
+        shape: tuple[int | None, ...],
+    ) -> tuple[int, ...]:
         """The shape of an array, which must have this type and this shape; ``None`` stands for any number.
 
         Raises:
@@ -200,7 +210,12 @@ def _read_layout(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Layout:
         raise ValueError(f"{member.filename} has a header that we do not write; objects are never read")
     dtype, by_columns, shape = (part.decode() for part in found.groups())
     sizes = tuple(int(size) for size in shape.split(",") if size.strip())
-    layout = Layout(dtype, sizes, by_columns == "True", ARRAY_START.size + length)
+    layout = Layout(
+        dtype,
+        sizes,
+        by_columns == "True",
+        ARRAY_START.size + length,
+    )
     if len(sizes) > MAX_DIMENSIONS or layout.header + layout.size != member.file_size:
         raise ValueError(f"{member.filename} says {dtype} {sizes}, but has {member.file_size} bytes")
     return layout

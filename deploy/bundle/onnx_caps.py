@@ -23,6 +23,8 @@ from .external_data import (
     BYTES,
     DATA_LOCATION,
     EXTERNAL_DATA,
+    FIXED32,
+    FIXED64,
     MAX_DEPTH,
     MESSAGES,
     VARINT,
@@ -47,22 +49,53 @@ MAX_SIZES = 64
 MAX_ALIKE = 64
 """The largest number of constants of one name."""
 
+MAX_GROWTH = 1 << 12
+"""The largest factor by which constants let an operation enlarge its input: 64 in each direction."""
+
 SIZES = {
+    "AffineGrid": (1,),
+    "BlackmanWindow": (0,),
+    "CenterCropPad": (1,),
+    "Col2Im": (1,),
     "ConstantOfShape": (0,),
+    "DFT": (1,),
     "Expand": (1,),
+    "HammingWindow": (0,),
+    "HannWindow": (0,),
+    "MaxUnpool": (2,),
+    "MelWeightMatrix": (0, 1),
     "OneHot": (1,),
     "Pad": (1,),
-    "Range": (0, 1),
     "Resize": (2, 3),
     "Tile": (1,),
     "Upsample": (1,),
 }
-"""Operation -> the inputs whose values decide how large its output becomes."""
+"""Operation -> the inputs whose values decide how large its output becomes. ``Range`` is counted apart."""
+
+PASSING = ("Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze")
+"""Operations that give the values of their first input."""
+UNKNOWN = ("If", "Loop", "RandomNormal", "RandomUniform", "Scan")
+"""Operations that give something else than their inputs say."""
 
 PADS = "pads"
-"""Attribute of padding operations."""
-SIZE_ATTRIBUTES = ("shape", "repeats", "scales", "sizes", "sample_size")
-"""Attributes that decide how large an output becomes, of any operation."""
+"""Attribute of what is added around an input, of any operation."""
+SIZE_ATTRIBUTES = (
+    "output_height",
+    "output_padding",
+    "output_shape",
+    "output_width",
+    "pooled_shape",
+    "repeats",
+    "sample_size",
+    "scales",
+    "shape",
+    "sizes",
+)
+"""Attributes that decide how large an output becomes, of any operation; those of one operation multiply."""
+GROWING = ("OneHot", "Tile", "Upsample")
+"""Operations of which these inputs give a factor by which their input is enlarged."""
+GROWTH_ATTRIBUTES = {"ConvTranspose": ("strides",)}
+"""Operation -> its attributes by whose product it enlarges its input."""
 
 BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64}
 """ONNX's number of a type of values -> bits of one; types beyond them count with :data:`LEAST_BITS`."""
@@ -72,17 +105,63 @@ RAW_DATA, STRING_DATA = 9, 6
 """Numbers of two fields of a tensor with values: plain bytes, and texts."""
 VALUES = (4, 5, STRING_DATA, 7, 10, 11)
 """Numbers of the fields of a tensor with values of one type each."""
-INT64, FLOAT = 7, 1
-"""ONNX's numbers of two types of values."""
+LAYOUTS = {1: "<f", 3: "<b", 5: "<h", 6: "<i", 7: "<q", 10: "<e", 11: "<d"}
+"""ONNX's number of a type of values that can give a size -> how :mod:`struct` calls its plain bytes."""
 
-ONCE = {
-    "Model": (7,),
-    "Attribute": (5, 6, 22),
-    "SparseTensor": (1, 2),
-    "Tensor": (RAW_DATA,),
+ONE_VARINT, ONE_BYTES, ONE_FLOAT = (1, (VARINT,)), (1, (BYTES,)), (1, (FIXED32,))
+"""What a field is that may occur once: a whole number, bytes (texts and messages too), or a float32."""
+MANY_BYTES = (MAX_FIELDS, (BYTES,))
+"""A field of bytes that may occur again and again."""
+MANY_VARINTS, MANY_FLOATS = (MAX_FIELDS, (VARINT, BYTES)), (MAX_FIELDS, (FIXED32, BYTES))
+"""Fields of numbers that may occur again and again, each alone or many of them packed."""
+MANY_DOUBLES = (MAX_FIELDS, (FIXED64, BYTES))
+"""The same for float64."""
+
+FIELDS: dict[str, dict[int, tuple[int, tuple[int, ...]]]] = {
+    "Model": {
+        **dict.fromkeys((1, 5), ONE_VARINT),
+        **dict.fromkeys((2, 3, 4, 6, 7), ONE_BYTES),
+        **dict.fromkeys((8, 14, 20, 25, 26), MANY_BYTES),
+    },
+    "Training": {**dict.fromkeys((1, 2), ONE_BYTES), **dict.fromkeys((3, 4), MANY_BYTES)},
+    "Function": {
+        **dict.fromkeys((1, 8, 10, 13), ONE_BYTES),
+        **dict.fromkeys((4, 5, 6, 7, 9, 11, 12, 14), MANY_BYTES),
+    },
+    "Graph": {
+        **dict.fromkeys((2, 10), ONE_BYTES),
+        **dict.fromkeys((1, 5, 11, 12, 13, 14, 15, 16), MANY_BYTES),
+    },
+    "Node": {
+        **dict.fromkeys((3, 4, 6, 7, 8), ONE_BYTES),
+        **dict.fromkeys((1, 2, 5, 9, 10), MANY_BYTES),
+    },
+    "Attribute": {
+        2: ONE_FLOAT,
+        **dict.fromkeys((3, 20), ONE_VARINT),
+        **dict.fromkeys((1, 4, 5, 6, 13, 14, 21, 22), ONE_BYTES),
+        7: MANY_FLOATS,
+        8: MANY_VARINTS,
+        **dict.fromkeys((9, 10, 11, 15, 23), MANY_BYTES),
+    },
+    "SparseTensor": {**dict.fromkeys((1, 2), ONE_BYTES), 3: MANY_VARINTS},
+    "Tensor": {
+        **dict.fromkeys((2, 14), ONE_VARINT),
+        **dict.fromkeys((3, 8, 9, 12), ONE_BYTES),
+        **dict.fromkeys((1, 5, 7, 11), MANY_VARINTS),
+        4: MANY_FLOATS,
+        10: MANY_DOUBLES,
+        **dict.fromkeys((6, 13, 16), MANY_BYTES),
+    },
 }
-"""Message -> numbers of fields that may occur once. Protobuf would merge two of them, to another one than
-either."""
+"""Message -> number of a field of ``onnx.proto`` -> how often it may occur, and in which wire types.
+
+Protobuf takes the last of two numbers, merges two messages, and skips a field that it does not know or that
+has another wire type: what it skips may be a file of another format.
+"""
+
+START = b"\x08"
+"""First byte of an ONNX file: its first field is the version of the format, a whole number."""
 
 
 class ExcessiveGraph(ValueError):
@@ -109,6 +188,8 @@ class _Survey:
         constants: name -> the values of every small constant of this name.
         sized: the names that decide a size, with the operation that they belong to.
         made: elements of the tensors whose sizes constants give.
+        ranges: the names of the inputs of each ``Range``: start, limit and step.
+        producers: name -> the operations that give a value of this name, with their inputs.
     """
 
     nodes: int = 0
@@ -116,6 +197,8 @@ class _Survey:
     constants: dict[bytes, list[list[float]]] = field(default_factory=dict)
     sized: list[tuple[bytes, str]] = field(default_factory=list)
     made: float = 0
+    ranges: list[list[bytes]] = field(default_factory=list)
+    producers: dict[bytes, list[tuple[str, list[bytes]]]] = field(default_factory=dict)
 
     def name(self, name: bytes, numbers: list[float]) -> None:
         """Note a constant; graphs within a graph may use a name again."""
@@ -123,6 +206,40 @@ class _Survey:
         known.append(numbers)
         if len(known) > MAX_ALIKE:
             raise ExcessiveGraph(f"more than {MAX_ALIKE} constants have the same name")
+
+    def find_constants(self, name: bytes, operation: str) -> list[list[float]]:
+        """The values of every constant that a size may be; none where it depends on the graph's input.
+
+        Raises:
+            ExcessiveGraph: it is computed from constants alone, in more than a step that keeps the values. A
+                program would have written the result.
+        """
+        for _ in range(MAX_DEPTH):
+            made = self.producers.get(name, [])
+            if name in self.constants or not made:
+                return self.constants.get(name, [])
+            kind, inputs = made[0]
+            if len(made) > 1 or kind not in PASSING or not inputs:
+                break
+            name = inputs[0]
+        if self._is_constant(name):
+            raise ExcessiveGraph(f"the size of a {operation} is computed from constants")
+        return []
+
+    def _is_constant(self, name: bytes) -> bool:
+        """Whether a value depends on constants alone."""
+        pending, seen = [name], {name}
+        while pending:
+            asked = pending.pop()
+            made = self.producers.get(asked, [])
+            if not made and asked not in self.constants:
+                return False
+            for kind, inputs in made:
+                if kind in UNKNOWN:
+                    return False
+                pending += [known for known in inputs if known and known not in seen]
+                seen.update(inputs)
+        return True
 
     def make(self, operation: str, elements: float) -> None:
         """Count the elements that a constant asks an operation for."""
@@ -136,20 +253,24 @@ def require_modest_onnx(path: Path) -> None:
 
     Raises:
         ExcessiveGraph: the file asks for more than it may.
-        MalformedOnnx: the file is no well-formed protobuf message.
+        MalformedOnnx: the file is not as ONNX's own writer writes one.
         OSError: the file cannot be read.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > MAX_GRAPH:
             raise ExcessiveGraph(f"it has {size} bytes, the cap is {MAX_GRAPH}")
-        if size:
+        if not size:
+            require_modest(b"")
+        else:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 require_modest(content)
 
 
 def require_modest(content: Buffer) -> None:
     """As :func:`require_modest_onnx`, for the bytes of a ``ModelProto``."""
+    if content[:1] != START:
+        raise MalformedOnnx("it does not begin with the version of the format")
     survey = _Survey()
     pending = [("Model", 0, len(content), 0)]
     while pending:
@@ -160,15 +281,24 @@ def require_modest(content: Buffer) -> None:
         _look_at(content, message, survey)
         for number, inner in MESSAGES[kind].items():
             places = message.places(number)
-            pending += [(inner, begin, stop, depth + 1) for wire, begin, stop in places if wire == BYTES]
+            inside = [(begin, stop) for wire, begin, stop in places if wire == BYTES]
+            pending += [(inner, begin, stop, depth + 1) for begin, stop in inside]
     for name, operation in survey.sized:
-        survey.make(
-            operation,
-            max((_multiply(operation, values) for values in survey.constants.get(name, ())), default=0),
-        )
+        made = [_multiply(operation, values) for values in survey.find_constants(name, operation)]
+        survey.make(operation, max(made, default=0))
+        if operation in GROWING:
+            _check_growth(operation, max(made, default=0))
+    for names in survey.ranges:
+        survey.make("Range", _count_range([survey.find_constants(name, "Range") for name in names]))
 
 
-def _read_message(content: Buffer, kind: str, start: int, end: int, survey: _Survey) -> _Message:
+def _read_message(
+    content: Buffer,
+    kind: str,
+    start: int,
+    end: int,
+    survey: _Survey,
+) -> _Message:
     message = _Message(kind, {})
     position = start
     while position < end:
@@ -177,8 +307,11 @@ def _read_message(content: Buffer, kind: str, start: int, end: int, survey: _Sur
         survey.fields += 1
         if survey.fields > MAX_FIELDS:
             raise ExcessiveGraph(f"it has more than {MAX_FIELDS} fields")
-    for number in ONCE.get(kind, ()):
-        if len(message.places(number)) > 1:
+    for number, places in message.fields.items():
+        most, wires = FIELDS[kind].get(number, (0, ()))
+        if any(wire not in wires for wire, _, _ in places):
+            raise MalformedOnnx(f"{kind}Proto has no field {number} of wire type {places[0][0]}")
+        if len(places) > most:
             raise ExcessiveGraph(f"field {number} of {kind}Proto occurs more than once")
     return message
 
@@ -202,30 +335,65 @@ def _look_at(content: Buffer, message: _Message, survey: _Survey) -> None:
 
 def _look_at_node(content: Buffer, node: _Message, survey: _Survey) -> None:
     """Note the inputs of an operation that decide a size, and what a constant stands for."""
-    operation = b"".join(_read_texts(content, node, 4)[-1:]).decode(errors="replace")
+    operation = _read_last_text(content, node, 4)
     names = _read_texts(content, node, 1)
     survey.sized += [(names[i], operation) for i in SIZES.get(operation, ()) if i < len(names)]
+    if operation == "Range":
+        survey.ranges.append(names)
+    if operation != "Constant":
+        for output in _read_texts(content, node, 2):
+            survey.producers.setdefault(output, []).append((operation, names))
+    asked = 1.0
     for _, begin, end in node.places(5):
         attribute = _read_message(content, "Attribute", begin, end, survey)
-        name = b"".join(_read_texts(content, attribute, 1)[-1:]).decode(errors="replace")
-        numbers: list[float] = [*_read_numbers(content, attribute, 3), *_read_numbers(content, attribute, 8)]
+        name = _read_last_text(content, attribute, 1)
+        numbers: list[float] = [
+            *_read_numbers(content, attribute, 3),
+            *_read_numbers(content, attribute, 8),
+        ]
         numbers += _read_floats(content, attribute, 7)
-        if name in SIZE_ATTRIBUTES or (name == PADS and operation == "Pad"):
-            survey.make(operation, _multiply(operation, numbers) if len(numbers) <= MAX_SIZES else math.inf)
+        can_be_read = len(numbers) <= MAX_SIZES
+        if name in SIZE_ATTRIBUTES:
+            asked *= _multiply(operation, numbers) if can_be_read else math.inf
+        elif name == PADS:
+            asked *= _multiply("Pad", numbers) if can_be_read else math.inf
+        elif name in GROWTH_ATTRIBUTES.get(operation, ()):
+            _check_growth(operation, _multiply(operation, numbers))
         if operation == "Constant":
             for _, start, stop in attribute.places(5):
                 tensor = _read_message(content, "Tensor", start, stop, survey)
                 numbers += _read_sizes(content, tensor)
             for output in _read_texts(content, node, 2):
                 survey.name(output, numbers)
+    if asked > 1:
+        survey.make(operation, asked)
+
+
+def _check_growth(operation: str, factor: float) -> None:
+    if not factor <= MAX_GROWTH:  # also where it is NaN
+        raise ExcessiveGraph(f"{operation} enlarges its input by more than {MAX_GROWTH}")
 
 
 def _multiply(operation: str, numbers: Sequence[float]) -> float:
     """The number of elements that the sizes given to an operation stand for."""
     half = len(numbers) // 2
     if operation == "Pad":  # what is added before and after each dimension
-        numbers = [1 + max(0, a) + max(0, b) for a, b in zip(numbers[:half], numbers[half:], strict=False)]
+        pairs = zip(numbers[:half], numbers[half:], strict=False)
+        numbers = [1 + max(0, before) + max(0, after) for before, after in pairs]
     return math.prod(number for number in numbers if number > 1)
+
+
+def _count_range(inputs: Sequence[Sequence[Sequence[float]]]) -> float:
+    """The largest number of elements of a ``Range``, from what its start, limit and step may be; a limit that
+    the graph computes is not followed."""
+    starts, limits, steps = (
+        [value for numbers in constants for value in numbers] for constants in (*inputs[:3], (), (), ())[:3]
+    )
+    if not limits:
+        return 0
+    lengths = [abs(limit - start) for limit in limits for start in starts or [0]]
+    step = min(map(abs, steps), default=1)
+    return max(lengths) / step if step else math.inf
 
 
 def _check_tensor(content: Buffer, tensor: _Message) -> None:
@@ -240,21 +408,24 @@ def _check_tensor(content: Buffer, tensor: _Message) -> None:
     elements = math.prod(sizes)
     bits = BITS.get(kinds[-1] if kinds else 0, LEAST_BITS)
     raw = sum(end - begin for _, begin, end in tensor.places(RAW_DATA))
-    typed = sum(end - begin for number in VALUES for _, begin, end in tensor.places(number))
+    places = [place for number in VALUES for place in tensor.places(number)]
+    typed = sum(end - begin for _, begin, end in places)
     texts = len(tensor.places(STRING_DATA))  # an empty text has no bytes
     if elements * bits > 8 * raw and elements > 8 * typed + texts:
         raise ExcessiveGraph(f"a tensor declares {elements} values, and has {raw + typed} bytes")
 
 
 def _read_sizes(content: Buffer, tensor: _Message) -> list[float]:
-    """The values of a small tensor of whole numbers or of float32, as far as they can give a size."""
+    """The values of a small tensor, as far as they can give a size."""
     numbers: list[float] = []
     if math.prod(_read_numbers(content, tensor, 1)) > MAX_SIZES:
         return numbers
     numbers += _read_numbers(content, tensor, 5) + _read_numbers(content, tensor, 7)
     numbers += _read_floats(content, tensor, 4)
+    numbers += _read_floats(content, tensor, 10, "<d")
     kinds = _read_numbers(content, tensor, 2)
-    layout = {INT64: "<q", 6: "<i", FLOAT: "<f"}.get(kinds[-1] if kinds else 0)
+    kind = kinds[-1] if kinds else 0
+    layout = LAYOUTS.get(kind)
     for _, begin, end in tensor.places(RAW_DATA) if layout else ():
         width = struct.calcsize(layout or "")
         stop = begin + min(end - begin, MAX_SIZES * width) // width * width
@@ -281,14 +452,25 @@ def _read_dimensions(content: Buffer, message: _Message, number: int) -> list[in
     return sizes
 
 
-def _read_floats(content: Buffer, message: _Message, number: int) -> list[float]:
-    """The float32 numbers of a field, in both ways in which protobuf writes them; the first ones of many."""
+def _read_floats(
+    content: Buffer,
+    message: _Message,
+    number: int,
+    layout: str = "<f",
+) -> list[float]:
+    """The real numbers of a field, in both ways in which protobuf writes them; the first ones of many."""
     found: list[float] = []
+    width = struct.calcsize(layout)
     for _, begin, end in message.places(number):
-        stop = begin + min(end - begin, 4 * MAX_SIZES) // 4 * 4
-        found += [value for (value,) in struct.iter_unpack("<f", content[begin:stop])]
+        stop = begin + min(end - begin, width * MAX_SIZES) // width * width
+        found += [value for (value,) in struct.iter_unpack(layout, content[begin:stop])]
     return found[:MAX_SIZES]
 
 
 def _read_texts(content: Buffer, message: _Message, number: int) -> list[bytes]:
     return [content[begin:end] for wire, begin, end in message.places(number) if wire == BYTES]
+
+
+def _read_last_text(content: Buffer, message: _Message, number: int) -> str:
+    """The last text of a field, which is the one that counts; empty without one."""
+    return b"".join(_read_texts(content, message, number)[-1:]).decode(errors="replace")

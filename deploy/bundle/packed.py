@@ -12,7 +12,9 @@ Source: APPNOTE.TXT 6.3.10, sections 4.3 and 4.4.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import shutil
 import stat
 import struct
@@ -23,9 +25,20 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
+from ..cache import tell_unusable
 from ..errors import BundleError, OutputError
-from ..files import CHUNK_BYTES, TEMPORARY, find_cache_folder, hash_file, put_folder, writing
+from ..files import (
+    CHUNK_BYTES,
+    describe_irregular,
+    find_cache_folder,
+    find_shared_folder,
+    hash_file,
+    open_regular,
+    put_folder,
+    writing,
+)
 from ..locks import (
+    TEMPORARY,
     Hold,
     clear_abandoned,
     hold_folder,
@@ -35,6 +48,7 @@ from ..locks import (
     scratch_folder,
     try_lock,
 )
+from .belongings import describe_foreign, parse_listed, walk
 from .manifest import MANIFEST, MAX_FILES, MAX_MANIFEST, is_plain
 from .sections import MAX_TOTAL
 from .signature import MAX_SIGNATURE, SIGNATURE
@@ -51,16 +65,22 @@ MAX_DIRECTORY = 1 << 20
 """The largest size in bytes of an archive's directory."""
 FOLDER = "unpacked"
 """Name of the folder in the cache."""
+PRIVATE = 0o700
+"""Permissions of the folders in the cache: only their owner may enter them."""
 KEEP = 8
 """The number of unpacked bundles that stay in the cache, those that were opened last; more stay as long as
 they are used."""
 SCRATCH = "cmt-edge-"
 """Start of the names of folders among the temporary files."""
 
+HASH = re.compile("[0-9a-f]{64}")
+"""Matches the name of a folder of ours among the unpacked bundles: the SHA-256 of the file."""
 END = struct.Struct("<4s4H2LH")
 """The record at the end of a zip archive: signature, disks, entries, size and place of the directory."""
 LOCAL = struct.Struct("<4s5H3L2H")
 """The record before each member."""
+LOCAL_SIGNATURE = b"PK\x03\x04"
+"""The first bytes of that record."""
 ENCRYPTED = 1
 """Bit in the flags of a member that needs a password."""
 BROKEN = "copy the file again, or pack the bundle again: cmt-export --pack"
@@ -73,13 +93,53 @@ def locate_packed(folder: Path) -> Path:
 
 
 def require_replaceable(file: Path) -> None:
-    """Raise :class:`OutputError` where something that is no file stands in the way of a packed bundle."""
-    if os.path.lexists(file) and (file.is_symlink() or not file.is_file()):
+    """Raise :class:`OutputError` where something else than a packed bundle of ours stands in the way, or one
+    to which others have added files. A damaged one may be replaced."""
+    if not os.path.lexists(file):
+        return
+    with writing(file):
+        listed = None if file.is_symlink() else _read_listed(file)
+        foreign = [] if listed is None else _find_foreign(file, listed)
+    if listed is None:
         raise OutputError(
-            "exists and is no file, so it is not replaced",
+            "exists and is not a packed bundle, so it is not replaced",
             where=file,
-            remedy="choose another -o DIR, or --name",
+            remedy="move it elsewhere, or choose another -o DIR, or --name",
         )
+    if foreign:
+        raise OutputError(
+            f"holds what is not the bundle's, so it is not replaced: {describe_foreign(foreign)}",
+            where=file,
+            remedy="move it elsewhere, or choose another -o DIR, or --name",
+        )
+
+
+def _read_listed(file: Path) -> set[str] | None:
+    """The names that the manifest at the begin of a packed bundle lists; ``None`` where no manifest of ours
+    stands there. The rest of the file may be damaged or missing."""
+    if describe_irregular(file) is not None:
+        return None
+    with open_regular(file) as content:
+        header = content.read(LOCAL.size)
+        if len(header) != LOCAL.size:
+            return None
+        signature, *_, size, name_length, extra_length = LOCAL.unpack(header)
+        name = content.read(name_length)
+        content.seek(extra_length, os.SEEK_CUR)
+        is_packed = signature == LOCAL_SIGNATURE and name == MANIFEST.encode() and size <= MAX_MANIFEST
+        return parse_listed(content.read(size)) if is_packed else None
+
+
+def _find_foreign(file: Path, listed: set[str]) -> list[str]:
+    """Members of a packed bundle that its manifest does not list; none where the archive's directory is
+    damaged."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = set(archive.namelist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        return []
+    is_whole = MANIFEST in names  # of one that was cut off, the directory of a member is found
+    return sorted(names - listed - {MANIFEST, SIGNATURE}) if is_whole else []
 
 
 def pack(folder: Path, members: Iterable[str], file: Path) -> None:
@@ -88,17 +148,22 @@ def pack(folder: Path, members: Iterable[str], file: Path) -> None:
     Args:
         folder: of the bundle.
         members: names of the manifest's files.
-        file: is replaced where it exists.
+        file: is replaced where it is a packed bundle.
 
     Raises:
-        OutputError: the file cannot be written.
+        OutputError: the file cannot be written, or something else than a packed bundle stands there.
     """
+    require_replaceable(file)
     names = [MANIFEST]
     names += [SIGNATURE] if (folder / SIGNATURE).is_file() else []
     names += sorted(members)
     with writing(file):
         clear_abandoned(file.parent, f".{file.name}.", TEMPORARY)
-        handle, temporary = tempfile.mkstemp(prefix=f".{file.name}.", suffix=TEMPORARY, dir=file.parent)
+        handle, temporary = tempfile.mkstemp(
+            prefix=f".{file.name}.",
+            suffix=TEMPORARY,
+            dir=file.parent,
+        )
         try:
             with os.fdopen(handle, "wb") as target:
                 try_lock(handle)  # so that nobody takes it for abandoned
@@ -114,7 +179,12 @@ def pack(folder: Path, members: Iterable[str], file: Path) -> None:
                 os.unlink(temporary)
 
 
-def _add(archive: zipfile.ZipFile, target: BinaryIO, source: Path, name: str) -> None:
+def _add(
+    archive: zipfile.ZipFile,
+    target: BinaryIO,
+    source: Path,
+    name: str,
+) -> None:
     """Append one member at the next multiple of :data:`ALIGNMENT`."""
     entry = zipfile.ZipInfo(name, DATED)
     entry.external_attr = (stat.S_IFREG | 0o644) << 16
@@ -129,17 +199,17 @@ def _make_padding(length: int) -> bytes:
     """An extra field of ``length`` bytes; one more round where its own four bytes do not fit."""
     if 0 < length < 4:
         length += ALIGNMENT
-    return struct.pack("<2H", PADDING, length - 4) + bytes(length - 4) if length else b""
+    if not length:
+        return b""
+    return struct.pack("<2H", PADDING, length - 4) + bytes(length - 4)
 
 
-def unpack(file: Path, anew: bool = False) -> tuple[Path, Hold]:
+def unpack(file: Path) -> tuple[Path, Hold]:
     """The folder of a packed bundle, and what keeps it: nobody removes the folder while this object lives.
 
-    It lies in the cache, or, where nothing can be kept there, in the folder for temporary files.
-
-    Args:
-        file: of the packed bundle.
-        anew: unpack it also where the cache already has it.
+    It lies in the cache, or, where nothing can be kept there or another user may write there, in the folder
+    for temporary files. A folder that the cache already has is used only where it holds exactly the files of
+    the archive, byte for byte.
 
     Raises:
         BundleError: the file is no packed bundle, or a hostile one.
@@ -147,7 +217,7 @@ def unpack(file: Path, anew: bool = False) -> tuple[Path, Hold]:
     """
     members = _read_members(file)
     try:
-        return _unpack_to_cache(file, members, anew)
+        return _unpack_to_cache(file, members)
     except OSError as in_cache:
         try:
             return _unpack_to_scratch(file, members)
@@ -164,17 +234,24 @@ def make_title(file: Path) -> str:
     """Name of the bundle in a file: the file's name without what shows that it is packed."""
     name = file.name.lower()
     suffix = next((suffix for suffix in (SUFFIX, ".zip") if name.endswith(suffix)), "")
-    return file.name[: len(file.name) - len(suffix)] or "bundle"
+    title = file.name[: len(file.name) - len(suffix)]
+    return title if title.strip(".") else "bundle"  # ".." is another folder
 
 
-def _unpack_to_cache(file: Path, members: list[Member], anew: bool) -> tuple[Path, Hold]:
+def _unpack_to_cache(
+    file: Path,
+    members: list[Member],
+) -> tuple[Path, Hold]:
     """The folder in the cache that holds the members of ``file``; raises ``OSError``."""
     parent = find_cache_folder() / FOLDER / hash_file(file)
     folder = parent / make_title(file)
+    parent.parent.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
+    parent.mkdir(mode=PRIVATE, exist_ok=True)
     hold = hold_folder(parent)
+    _require_private(parent)
     with locked(parent):
         clear_abandoned(parent, ".", TEMPORARY)  # also where nothing needs to be unpacked
-        if anew or not _holds(folder, members):
+        if not _is_copy(folder, members, file):
             with scratch_folder(parent, ".") as temporary:
                 put_folder(_extract(file, members, temporary / "bundle"), folder)
         os.utime(parent)
@@ -188,21 +265,53 @@ def _unpack_to_scratch(file: Path, members: list[Member]) -> tuple[Path, Hold]:
     return _extract(file, members, place / make_title(file)), hold
 
 
-def _holds(folder: Path, members: list[Member]) -> bool:
-    """Whether a folder in the cache has the files of an archive, by their sizes; opening the bundle checks
-    the hashes."""
+def _require_private(folder: Path) -> None:
+    """Raise ``OSError`` where another user could exchange what lies in a folder of the cache, and where the
+    folder is a link to another one."""
+    if folder.is_symlink():
+        raise OSError(errno.ELOOP, f"{folder} is a link")
+    shared = find_shared_folder(folder)
+    if shared is not None:
+        why = f"another user may write to {shared}"
+        tell_unusable(folder.parent, why)
+        raise OSError(errno.EPERM, why)
+
+
+def _is_copy(folder: Path, members: list[Member], file: Path) -> bool:
+    """Whether a folder in the cache holds exactly the members of an archive: the same names, none of them a
+    link, and the same bytes."""
     try:
-        return all((folder / member.name).stat().st_size == member.size for member in members)
+        names = {member.name for member in members}
+        if folder.is_symlink() or set(walk(folder)) != names:
+            return False
+        with open(file, "rb") as archive:
+            return all(_is_same(archive, member, folder / member.name) for member in members)
     except OSError:
         return False
+
+
+def _is_same(archive: BinaryIO, member: Member, copy: Path) -> bool:
+    if copy.is_symlink() or copy.stat().st_size != member.size:
+        return False
+    archive.seek(member.begin)
+    left = member.size
+    with open_regular(copy) as file:
+        while left:
+            chunk = archive.read(min(left, CHUNK_BYTES))
+            if not chunk or chunk != file.read(len(chunk)):
+                return False
+            left -= len(chunk)
+    return True
 
 
 def _evict(used: Path) -> None:
     """Remove all but the :data:`KEEP` bundles in the cache that were opened last, and those that somebody
     holds."""
     with contextlib.suppress(OSError):
-        others = [path for path in used.parent.iterdir() if path.is_dir() and path != used]
-        for folder in sorted(others, key=_find_last_use, reverse=True)[KEEP - 1 :]:
+        folders = [path for path in used.parent.iterdir() if HASH.fullmatch(path.name)]
+        others = [path for path in folders if path != used and path.is_dir() and not path.is_symlink()]
+        others.sort(key=_find_last_use, reverse=True)
+        for folder in others[KEEP - 1 :]:
             with contextlib.suppress(OSError):
                 remove_if_abandoned(folder)
 
@@ -228,7 +337,12 @@ def _extract(file: Path, members: list[Member], folder: Path) -> Path:
     return folder
 
 
-def _copy(archive: BinaryIO, output: BinaryIO, size: int, file: Path) -> None:
+def _copy(
+    archive: BinaryIO,
+    output: BinaryIO,
+    size: int,
+    file: Path,
+) -> None:
     while size:
         try:
             chunk = archive.read(min(size, CHUNK_BYTES))
@@ -286,7 +400,8 @@ def _check_end(content: BinaryIO, size: int, file: Path) -> int:
     signature, *disks, entries, length, place, comment = END.unpack(content.read(END.size))
     if signature != b"PK\x05\x06" or comment:
         raise _make_broken_error("is no packed bundle", file, "it does not end as one does")
-    if disks[:2] != [0, 0] or disks[2] != entries or entries > MAX_FILES + 2 or length > MAX_DIRECTORY:
+    is_split = disks[:2] != [0, 0] or disks[2] != entries
+    if is_split or entries > MAX_FILES + 2 or length > MAX_DIRECTORY:
         raise _make_broken_error("has too large a directory", file, f"{entries} entries, {length} bytes")
     if place + length != size - END.size:
         raise _make_broken_error("has bytes that belong to no member", file)
@@ -316,7 +431,8 @@ def _check_names(entries: list[zipfile.ZipInfo], file: Path) -> None:
                 f"compresses or locks {name!r}, which packed bundles do not",
                 file,
             )
-        if entry.file_size != entry.compress_size or entry.file_size > caps.get(name, MAX_TOTAL):
+        size = entry.file_size
+        if size != entry.compress_size or size > caps.get(name, MAX_TOTAL):
             raise _make_broken_error(f"gives {name!r} a wrong size", file, f"{entry.file_size} bytes")
 
 
@@ -339,7 +455,7 @@ def _check_places(
         signature, *_, name_length, extra_length = LOCAL.unpack(header)
         local_name = content.read(name_length)
         begin = entry.header_offset + LOCAL.size + name_length + extra_length
-        if signature != b"PK\x03\x04" or local_name != name.encode():
+        if signature != LOCAL_SIGNATURE or local_name != name.encode():
             raise _make_broken_error(f"calls {name!r} by two names", file)
         free = begin + entry.file_size
         if free > directory:

@@ -12,6 +12,7 @@ import json
 import math
 import re
 import typing
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache
@@ -56,7 +57,9 @@ class Between:
     high: float | None = None
 
     def holds(self, value: Any) -> bool:
-        return bool(self.low <= value) and (self.high is None or bool(value <= self.high))
+        if not self.low <= value:  # NaN is below nothing
+            return False
+        return self.high is None or bool(value <= self.high)
 
     def __str__(self) -> str:
         return f"at least {self.low}" if self.high is None else f"{self.low} to {self.high}"
@@ -113,9 +116,24 @@ def _iterate_members(record: Any) -> Iterable[tuple[str, Any]]:
 def parse_json(data: bytes, where: object, whole: str = "the manifest") -> Any:
     """What a file's JSON holds; raises :class:`BundleError`. Arguments as :func:`read_record`."""
     try:
-        return json.loads(data)
+        return json.loads(data, object_pairs_hook=make_object)
     except (ValueError, RecursionError) as exc:
-        raise BundleError(f"{whole} cannot be read", where=where, why=exc, remedy=REMEDY) from exc
+        raise BundleError(
+            f"{whole} cannot be read",
+            where=where,
+            why=exc,
+            remedy=REMEDY,
+        ) from exc
+
+
+def make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises ``ValueError`` where a key stands in it twice: readers differ in which of the
+    two values they take."""
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the entry {_show_content(twice)} stands in it twice")
+    return content
 
 
 def read_record(
@@ -176,7 +194,12 @@ class _Reader:
             raise self._make_wrong_type_error(content, path, _name_type(kind))
         if origin is None:
             return self._read_scalar(kind, content, path)
-        return self._read_container(origin, typing.get_args(kind), content, path)
+        return self._read_container(
+            origin,
+            typing.get_args(kind),
+            content,
+            path,
+        )
 
     def _read_ruled(self, kind: Any, content: Any, path: str) -> Any:
         inner, *rules = typing.get_args(kind)
@@ -186,11 +209,20 @@ class _Reader:
                 raise self._make_wrong_type_error(content, path, str(rule))
         return value
 
-    def _read_one_of(self, kinds: tuple[Any, ...], content: Any, path: str) -> Any:
+    def _read_one_of(
+        self,
+        kinds: tuple[Any, ...],
+        content: Any,
+        path: str,
+    ) -> Any:
         for kind in kinds:
             if _fits(kind, content):
                 return self.read(kind, content, path)
-        raise self._make_wrong_type_error(content, path, " or ".join(map(_name_type, kinds)))
+        raise self._make_wrong_type_error(
+            content,
+            path,
+            " or ".join(map(_name_type, kinds)),
+        )
 
     def _read_record(self, kind: Any, content: Any, path: str) -> Any:
         if not isinstance(content, dict):
@@ -198,7 +230,8 @@ class _Reader:
         known = {member.name: member for member in fields(kind)}
         if unknown := [repr(key) for key in content if key not in known]:
             raise self._make_error(f"{path or self.whole} holds unknown entries: {_format_list(unknown)}")
-        missing = [name for name, member in known.items() if name not in content and _is_required(member)]
+        absent = [name for name in known if name not in content]
+        missing = [name for name in absent if _is_required(known[name])]
         if missing:
             raise self._make_error(f"{path or self.whole} lacks entries: {', '.join(missing)}")
         kinds = _find_types(kind)
@@ -209,7 +242,13 @@ class _Reader:
             }
         )
 
-    def _read_member(self, member: Field[Any], kind: Any, content: Any, path: str) -> Any:
+    def _read_member(
+        self,
+        member: Field[Any],
+        kind: Any,
+        content: Any,
+        path: str,
+    ) -> Any:
         if content == {} and member.metadata == EMPTIED:
             return None
         return self.read(kind, content, path)
@@ -229,13 +268,23 @@ class _Reader:
             raise self._make_wrong_type_error(content, path, f"{len(kinds)} items")
         return origin(self._read_items(kinds, content, path))
 
-    def _read_dictionary(self, kind: Any, content: dict[str, Any], path: str) -> dict[str, Any]:
+    def _read_dictionary(
+        self,
+        kind: Any,
+        content: dict[str, Any],
+        path: str,
+    ) -> dict[str, Any]:
         return {
             self._read_scalar(str, key, path): self.read(kind, value, _extend_path(path, key))
             for key, value in content.items()
         }
 
-    def _read_items(self, kinds: tuple[Any, ...], content: list[Any], path: str) -> list[Any]:
+    def _read_items(
+        self,
+        kinds: tuple[Any, ...],
+        content: list[Any],
+        path: str,
+    ) -> list[Any]:
         pairs = zip(kinds, content, strict=True)
         return [self.read(kind, item, f"{path}[{i}]") for i, (kind, item) in enumerate(pairs)]
 
@@ -250,7 +299,12 @@ class _Reader:
             raise self._make_wrong_type_error(content, path, "a finite number")
         return content
 
-    def _make_wrong_type_error(self, content: Any, path: str, expected: str) -> BundleError:
+    def _make_wrong_type_error(
+        self,
+        content: Any,
+        path: str,
+        expected: str,
+    ) -> BundleError:
         return self._make_error(f"{path or self.whole} is {_show_content(content)}, expected {expected}")
 
     def _make_error(self, what: str) -> BundleError:
@@ -300,7 +354,8 @@ def _show_content(content: Any) -> str:
         return repr(content if len(content) <= SHOWN_CHARACTERS else f"{content[:SHOWN_CHARACTERS]}...")
     if content is None or isinstance(content, bool):
         return {None: "null", True: "true", False: "false"}[content]
-    text = repr(content) if isinstance(content, float) or abs(content) <= MAX_WHOLE else "a huge number"
+    is_short = isinstance(content, float) or abs(content) <= MAX_WHOLE
+    text = repr(content) if is_short else "a huge number"
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
 
@@ -315,7 +370,8 @@ def _format_list(names: list[str]) -> str:
 
 def _extend_path(path: str, name: str) -> str:
     """The path of an entry; a name that could not be printed is quoted."""
-    shown = name if len(name) <= 2 * SHOWN_CHARACTERS and name.isprintable() else _show_content(name)
+    is_short = len(name) <= 2 * SHOWN_CHARACTERS
+    shown = name if is_short and name.isprintable() else _show_content(name)
     return f"{path}.{shown}" if path else shown
 
 

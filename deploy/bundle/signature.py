@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import BundleError, InputError, RuntimeMissingError, SignatureError
 from ..files import read_regular
+from .record import make_object
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import (
@@ -74,7 +75,7 @@ class Signature:
     def from_bytes(cls, data: bytes, where: object) -> Signature:
         """Parse the file; raises :class:`BundleError`."""
         try:
-            content = json.loads(data)
+            content = json.loads(data, object_pairs_hook=make_object)
             made = cls(
                 str(content["key"]),
                 base64.b64decode(content["signature"], validate=True),
@@ -98,7 +99,12 @@ def make_statement(content: Mapping[str, Any], engines: str) -> bytes:
     signed["files"] = {
         name: entry for name, entry in content["files"].items() if not name.startswith(engines + "/")
     }
-    text = json.dumps(signed, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    text = json.dumps(
+        signed,
+        sort_keys=True,
+        separators=(",", ":"),
+        ensure_ascii=True,
+    )
     return CONTEXT + text.encode()
 
 

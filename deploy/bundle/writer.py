@@ -11,20 +11,19 @@ from pathlib import Path
 
 from ..errors import OutputError
 from ..files import (
-    TEMPORARY,
     hash_file,
     put_back,
     put_folder,
-    read_regular,
     sync_folder,
     sync_tree,
     write_atomic,
     writing,
 )
-from ..locks import locked, scratch_folder
+from ..locks import TEMPORARY, locked, scratch_folder
 from ..signals import unwound_by_signals
+from .belongings import describe_foreign, find_foreign, read_listed
 from .bundle import Bundle, read_state
-from .manifest import ENGINES, MANIFEST, MAX_MANIFEST, Manifest
+from .manifest import ENGINES, MANIFEST, Manifest
 from .sections import FileEntry
 from .signature import SIGNATURE, make_statement, read_private_key, sign
 
@@ -36,7 +35,7 @@ def require_outside_bundles(target: Path) -> None:
     """Raise :class:`OutputError` where ``target`` lies inside a bundle: a file that its manifest does not
     name breaks it."""
     for folder in target.resolve().parents:
-        if _is_manifest(folder / MANIFEST):
+        if read_listed(folder / MANIFEST) is not None:
             raise OutputError(
                 f"lies inside the bundle {folder}, which one more file would break",
                 where=target,
@@ -59,17 +58,28 @@ class BundleWriter:
         self._stack = ExitStack()
 
     def check(self) -> None:
-        """Raise :class:`OutputError` where something that is no bundle stands in the way, or where the place
-        lies inside another bundle, which one more file would break."""
+        """Raise :class:`OutputError` where something else than a bundle of ours stands in the way, or a
+        bundle that holds files of others, which would go with it, or where the place lies in another bundle.
+
+        A damaged bundle may be replaced: files that its manifest lists may be missing or changed.
+        """
         require_outside_bundles(self.target)
         with writing(self.target):  # a folder that may not be entered does not even tell what it holds
-            there = self.target.is_symlink() or self.target.exists()
-            bundle = not self.target.is_symlink() and (self.target / MANIFEST).is_file()
-        if there and not bundle:
+            if not (self.target.is_symlink() or self.target.exists()):
+                return
+            listed = None if self.target.is_symlink() else read_listed(self.target / MANIFEST)
+            foreign = None if listed is None else find_foreign(self.target, listed)
+        if foreign is None:
             raise OutputError(
                 "exists and is not a bundle, so it is not replaced",
                 where=self.target,
-                remedy="choose another -o DIR",
+                remedy="choose another -o DIR, or --name",
+            )
+        if foreign:
+            raise OutputError(
+                f"holds what is not the bundle's, so it is not replaced: {describe_foreign(foreign)}",
+                where=self.target,
+                remedy="move it elsewhere, or choose another -o DIR, or --name",
             )
 
     def __enter__(self) -> BundleWriter:
@@ -102,8 +112,13 @@ class BundleWriter:
             path for path in self.folder.rglob("*") if path.is_file() and path != self.folder / SIGNATURE
         )
         with writing(self.target):
-            files = {path.relative_to(self.folder).as_posix(): self._hashes.entry(path) for path in paths}
-        return Bundle(self.folder, replace(manifest, files=files), self.target)
+            names = [path.relative_to(self.folder).as_posix() for path in paths]
+            files = dict(zip(names, map(self._hashes.entry, paths), strict=True))
+        return Bundle(
+            self.folder,
+            replace(manifest, files=files),
+            self.target,
+        )
 
     def commit(self, manifest: Manifest, key: Path | None = None) -> Bundle:
         """Write the manifest last, with the hash of every file, and move the folder into place.
@@ -136,20 +151,6 @@ class BundleWriter:
         """Keep other writers from the target meanwhile."""
         with locked(self.target.with_name(f".{self.target.name}")):
             yield
-
-
-def _is_manifest(path: Path) -> bool:
-    """Whether ``path`` is the manifest of a bundle, whole or damaged; other programs have files of this name
-    too."""
-    try:
-        content = json.loads(read_regular(path, MAX_MANIFEST))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and content.keys() >= {
-        "checksum",
-        "files",
-        "preprocess",
-    }
 
 
 class _Hashes:

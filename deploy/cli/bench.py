@@ -76,6 +76,7 @@ def _main(args: argparse.Namespace) -> int:
         backend=args.backend,
         device=args.device,
         threads=args.threads,
+        trusted_engine=args.trust_engine,
         images=images,
         protocol=protocol,
         with_throughput=not args.no_throughput,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from .. import report
@@ -34,7 +35,9 @@ def build_parser() -> argparse.ArgumentParser:
         "Finish a TensorRT bundle on the device that will run it: build the engine, verify it, measure it.",
     )
     p.add_argument("bundle", type=Path)
-    _add_engine_flags(p)
+    engine = p.add_argument_group("engine")
+    _add_engine_flags(engine.add_argument)
+    _add_build_flags(engine.add_argument)
     gates = p.add_argument_group("accuracy gates")
     gates.add_argument(
         "--atol",
@@ -46,45 +49,49 @@ def build_parser() -> argparse.ArgumentParser:
     return p
 
 
-def _add_engine_flags(p: argparse.ArgumentParser) -> None:
-    engine = p.add_argument_group("engine")
-    engine.add_argument(
+def _add_engine_flags(add_flag: Callable[..., object]) -> None:
+    """What an engine depends on."""
+    add_flag(
         "--workspace",
         type=GIBIBYTES.parse_number,
         metavar="GiB",
         help="scratch memory of the builder (default: 40 %% of what is free)",
     )
-    engine.add_argument(
+    add_flag(
         "--level",
         type=LEVEL.parse_whole,
         default=EngineOptions.level,
         help="optimization level, 0 (fast build) to 5 (default %(default)s)",
     )
-    engine.add_argument(
+    add_flag(
         "--profile",
         default=",".join(map(str, EngineOptions.profile)),
         metavar="MIN,OPT,MAX",
         help="batch sizes of a dynamic bundle (default %(default)s)",
     )
-    engine.add_argument(
+    add_flag(
         "--tf32",
         action="store_true",
         help="let float32 products round their inputs to TF32",
     )
-    engine.add_argument(
+
+
+def _add_build_flags(add_flag: Callable[..., object]) -> None:
+    """How it is built."""
+    add_flag(
         "--time-limit",
         type=TIME_LIMIT.parse_number,
         default=BUILD_TIME_LIMIT_S,
         metavar="S",
         help="stop the build after so long (default %(default)g)",
     )
-    engine.add_argument("--device", help="number of the GPU (default 0)")
-    engine.add_argument(
+    add_flag("--device", help="number of the GPU (default 0)")
+    add_flag(
         "--force",
         action="store_true",
         help="build even where the bundle's engine is still right",
     )
-    engine.add_argument(
+    add_flag(
         "--trtexec",
         action="store_true",
         help="print the equivalent trtexec command and exit",

@@ -112,8 +112,10 @@ def make_parser(
     epilog: str = "",
     *,
     json_help: str = "print one machine-readable object last on standard output",
+    verbose_help: str = "show the trace of an error",
 ) -> Parser:
-    """An argument parser with the flags every command has; ``json_help`` says what ``--json`` prints."""
+    """An argument parser with the flags every command has; ``json_help`` says what ``--json`` prints, and
+    ``verbose_help`` what ``-v`` shows."""
     p = Parser(
         prog,
         description=description,
@@ -127,14 +129,14 @@ def make_parser(
         "-v",
         "--verbose",
         action="store_true",
-        help="show the trace of an error",
+        help=verbose_help,
     )
     p.add_argument("-q", "--quiet", action="store_true", help="no progress")
     return p
 
 
 def add_runtime_flags(p: argparse.ArgumentParser) -> None:
-    """``--backend``, ``--device``, ``--threads``."""
+    """``--backend``, ``--device``, ``--threads``, ``--trust-engine``."""
     runtime = p.add_argument_group("runtime")
     runtime.add_argument(
         "--backend",
@@ -143,12 +145,28 @@ def add_runtime_flags(p: argparse.ArgumentParser) -> None:
     )
     runtime.add_argument(
         "--device",
-        help="the runtime's device (default: CPU; TensorRT: GPU 0)",
+        help="the runtime's device (default: CPU; TensorRT: GPU 0); openvino also takes GPU, GPU.1, NPU and"
+        " AUTO; onnxruntime cuda, tensorrt, rtx and openvino:GPU",
     )
     runtime.add_argument(
         "--threads",
         type=THREADS.parse_whole,
         help="CPU threads of one inference (default: all cores)",
+    )
+    runtime.add_argument(
+        "--trust-engine",
+        action="store_true",
+        help="open the engine that came with a bundle although no signature was checked; an engine is native"
+        " code, so whoever made it can do here what you can",
+    )
+
+
+def add_cache_flag(p: argparse.ArgumentParser) -> None:
+    """``--no-cache``."""
+    p.add_argument(
+        "--no-cache",
+        action="store_true",
+        help="compile the model anew, and keep nothing for the next start",
     )
 
 
@@ -232,10 +250,15 @@ def say_data(text: str) -> bool:
     """As :func:`say`, for a program that reads the answer: only a terminal gets escapes in place of what
     could steer it. Bytes of a file name that are no UTF-8 are escaped everywhere, because no text can hold
     them."""
-    if sys.stdout is None or sys.stdout.isatty():
+    if sys.stdout is None or is_terminal():
         return say(text)
     _output.write(escape_surrogates(text))
     return _output.has_reader
+
+
+def is_terminal() -> bool:
+    """Whether answers are printed on a terminal, which text could steer."""
+    return sys.stdout is not None and sys.stdout.isatty()
 
 
 def tell(text: str) -> None:
@@ -305,27 +328,14 @@ def run_command(main: Callable[[argparse.Namespace], int], args: argparse.Namesp
     _output.reset()
     with unwound_by_signals(interrupt=True), warnings.catch_warnings():
         warnings.simplefilter("always", CacheWarning)
-        warnings.showwarning = _show_warning(warnings.showwarning)
+        warnings.showwarning = _show_warning
         return _exit_code(main, args)
 
 
-def _show_warning(others: Callable[..., None]) -> Callable[..., None]:
-    """What shows our own warnings as sentences, and those of ``others`` as they are, but safe to print."""
-
-    def show(
-        message: Warning | str,
-        category: type[Warning],
-        *place: Any,
-        **more: Any,
-    ) -> None:
-        text = str(message)
-        if issubclass(category, CacheWarning):
-            tell(f"warning: {text}")
-        else:
-            safe = escape(text)
-            others(message if safe == text else safe, category, *place, **more)
-
-    return show
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Show a warning as a sentence. The place in the code that Python's own way adds, with its source line,
+    tells a user nothing."""
+    tell(f"warning: {_indent(str(message))}")
 
 
 def _exit_code(main: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:

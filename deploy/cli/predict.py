@@ -17,8 +17,10 @@ from ..images import ImageSet, is_archive
 from ..predictor import Prediction, Predictor
 from ..progress import Progress
 from .console import (
+    add_cache_flag,
     add_key_flag,
     add_runtime_flags,
+    is_terminal,
     make_parser,
     run_command,
     say,
@@ -26,6 +28,7 @@ from .console import (
     tell,
     tell_error,
 )
+from .predict_times import Timeline
 from .ranges import CLASS_COUNTS
 
 MANY = 32
@@ -67,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
         " is printed as soon as it is known. Images that cannot be read are named on standard error, and the"
         " exit code is then 2.",
         json_help="print every answer as one machine-readable object on a line of its own",
+        verbose_help="show where the time until the first answer went, and the trace of an error",
     )
     p.add_argument("bundle", type=Path)
     p.add_argument(
@@ -89,11 +93,13 @@ def build_parser() -> argparse.ArgumentParser:
         " are, so import the file as text into a spreadsheet",
     )
     add_runtime_flags(p)
+    add_cache_flag(p)
     add_key_flag(p)
     return p
 
 
 def _main(args: argparse.Namespace) -> int:
+    timeline = Timeline() if args.verbose else None
     _check(args)
     sources = [source for path in args.images for source in _expand(path, args.quiet)]
     failed = 0
@@ -102,9 +108,13 @@ def _main(args: argparse.Namespace) -> int:
         backend=args.backend,
         device=args.device,
         threads=args.threads,
+        trusted_engine=args.trust_engine,
         key=args.key,
+        cache=not args.no_cache,
         throughput=len(sources) >= MANY,
     ) as predictor:
+        if timeline:
+            timeline.watch(predictor)
         show = _show(args, sources, predictor.labels)
         for answer in _iterate_answers(predictor, sources, args.quiet):
             if isinstance(answer, ImageError):
@@ -112,6 +122,8 @@ def _main(args: argparse.Namespace) -> int:
                 tell_error(answer)
             elif not show(answer):
                 break  # the reader of the pipe has seen enough
+    if timeline:
+        tell(timeline.describe())
     if failed:
         tell(f"{failed} of {len(sources)} images could not be read")
     return InputError.exit_code if failed else 0
@@ -166,6 +178,8 @@ def _show(args: argparse.Namespace, sources: list[_Source], labels: list[str]) -
 
 def _start_csv(topk: int) -> Show:
     """Prints the header now, and one line an answer: its source, then labels and probabilities by turns."""
+    # on a terminal no name can pretend to be another line; a program gets the names as they are
+    show_text = escape_line if is_terminal() else str
     columns = [f"{what}_{i}" for i in range(1, topk + 1) for what in ("label", "probability")]
     say_data(_format_csv_line(["source", *columns]))
 
@@ -174,8 +188,8 @@ def _start_csv(topk: int) -> Show:
         return say_data(
             _format_csv_line(
                 [
-                    answer.source,
-                    *(cell for label, p in best for cell in (label, f"{p:.6f}")),
+                    show_text(answer.source or ""),
+                    *(cell for label, p in best for cell in (show_text(label), f"{p:.6f}")),
                 ]
             )
         )
@@ -199,7 +213,7 @@ def _expand(path: Path, quiet: bool) -> list[_Source]:
     """``path``, or the images below it."""
     if is_archive(path):
         archive = ImageSet(path, labelled=False)
-        sources = [_Source(str(path / item.name), archive, item) for item in archive]
+        sources = [_Source(archive.locate(item), archive, item) for item in archive]
     elif os.path.isdir(path):
         archive = ImageSet(path, labelled=False)
         sources = [_Source(str(path / item.name)) for item in archive]

@@ -74,7 +74,8 @@ def _add_reference_flags(p: argparse.ArgumentParser) -> None:
         "--reference",
         type=Path,
         metavar="BUNDLE",
-        help="compare with this bundle (say, the fp32 one) instead of PyTorch; --key counts for it too",
+        help="compare with this bundle (say, the fp32 one) instead of PyTorch; --key and --trust-engine count"
+        " for it too",
     )
     reference.add_argument(
         "--weights",
@@ -105,6 +106,7 @@ def _main(args: argparse.Namespace) -> int:
         reference=reference,
         weights=args.weights,
         trusted_model=args.reference_model,
+        trusted_engine=args.trust_engine,
         max_drop=args.max_drop,
         atol=args.atol,
         limit=args.limit,
@@ -138,7 +140,8 @@ def _describe_signature(bundle: Bundle, key: Path | None) -> str:
 
 
 def _load_reference(bundle: Bundle, args: argparse.Namespace) -> Predictor:
-    """Another bundle of the same weights as the reference; a key that was given counts for it too."""
+    """Another bundle of the same weights as the reference; a key and trust that were given count for it
+    too."""
     other = Bundle.open(args.reference, key=args.key)
     if other.manifest.model.weights.sha256 != bundle.manifest.model.weights.sha256:
         raise InputError(
@@ -146,4 +149,4 @@ def _load_reference(bundle: Bundle, args: argparse.Namespace) -> Predictor:
             where=args.reference,
             remedy="export both from one checkpoint",
         )
-    return Predictor.load(other, threads=args.threads)
+    return Predictor.load(other, threads=args.threads, trusted_engine=args.trust_engine, cache=False)

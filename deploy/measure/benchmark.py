@@ -125,7 +125,7 @@ def time_interleaved(
     spent = dict.fromkeys(variants, 0)
     need = protocol.seconds * 1e9
     rounds = 0
-    while (count := min(map(len, samples.values()))) < protocol.iters or min(spent.values()) < need:
+    while (count := _count_least(samples)) < protocol.iters or min(spent.values()) < need:
         for turn in turns:
             if several:
                 _settle(turn.call, protocol.settle_seconds)
@@ -148,6 +148,11 @@ class _Turn:
     name: str
     call: Callable[[], object]
     repeats: int
+
+
+def _count_least(samples: Mapping[str, list[int]]) -> int:
+    """The number of samples of the variant that has the fewest."""
+    return min(map(len, samples.values()))
 
 
 def _prepare_turns(variants: Mapping[str, Callable[[], object]], protocol: Protocol) -> list[_Turn]:
@@ -208,7 +213,11 @@ def _is_stable(times: Sequence[float]) -> bool:
     return bool(abs(last / before - 1) < STABLE)
 
 
-def measure_throughput(predictor: Predictor, batch: np.ndarray, seconds: float) -> float:
+def measure_throughput(
+    predictor: Predictor,
+    batch: np.ndarray,
+    seconds: float,
+) -> float:
     """Images a second with as many concurrent requests as the runtime recommends."""
     workers = max(1, predictor.session.parallelism)
     predictor.outputs(batch)
@@ -229,7 +238,11 @@ def measure_throughput(predictor: Predictor, batch: np.ndarray, seconds: float) 
     return sum(counts) / (time.perf_counter() - start)
 
 
-def run_sustained(predictor: Predictor, batch: np.ndarray, seconds: float) -> tuple[int, float]:
+def run_sustained(
+    predictor: Predictor,
+    batch: np.ndarray,
+    seconds: float,
+) -> tuple[int, float]:
     """One request after the other for ``seconds``: images done and milliseconds taken."""
     infer = bind_inference(predictor.session, batch)
     images, start = 0, time.perf_counter()
@@ -239,7 +252,11 @@ def run_sustained(predictor: Predictor, batch: np.ndarray, seconds: float) -> tu
     return images, 1e3 * elapsed
 
 
-def _measure_on_device(session: Session, batch: np.ndarray, count: int) -> OnDevice | None:
+def _measure_on_device(
+    session: Session,
+    batch: np.ndarray,
+    count: int,
+) -> OnDevice | None:
     times = session.device_times(batch, count)
     if times is None:
         return None
@@ -268,6 +285,7 @@ def benchmark(
     backend: str | None = None,
     device: str | None = None,
     threads: int | None = None,
+    trusted_engine: bool = False,
     images: Sequence[bytes] = (),
     protocol: Protocol = Protocol(),
     with_throughput: bool = True,
@@ -278,7 +296,7 @@ def benchmark(
 
     Args:
         bundles: at least one; the first is what ratios refer to.
-        backend, device, threads: as :meth:`cmt_edge.deploy.Predictor.load`.
+        backend, device, threads, trusted_engine: as :meth:`cmt_edge.deploy.Predictor.load`.
         images: encoded images for the end-to-end figure; default: the golden source images of each bundle.
         protocol: how long.
         with_throughput: also measure many requests at once.
@@ -287,7 +305,14 @@ def benchmark(
     """
     report = progress or (lambda phase, share: None)
     named = dict(zip(_name_bundles(bundles), bundles, strict=True))
-    opened = partial(load, backend=backend, device=device, threads=threads)
+    opened = partial(
+        load,
+        backend=backend,
+        device=device,
+        threads=threads,
+        trusted_engine=trusted_engine,
+        cache=False,
+    )
     samples = _measure_latencies(named, opened, images, protocol, report)
     rates: dict[str, float] = {}
     if with_throughput:
@@ -355,7 +380,8 @@ def make_golden_batch(bundle: Bundle, predictor: Predictor) -> np.ndarray:
     """A batch of golden inputs, ``(N, 3, S, S)``, in the graph's batch size."""
     pixels = bundle.golden().pixels
     count = predictor.batch or 1
-    return normalise(np.resize(pixels, (count, *pixels.shape[1:])), bundle.preprocess)
+    repeated = np.resize(pixels, (count, *pixels.shape[1:]))
+    return normalise(repeated, bundle.preprocess)
 
 
 def bind_inference(session: Session, batch: np.ndarray) -> Callable[[], object]:
@@ -383,7 +409,8 @@ def _make_end_to_end_call(predictor: Predictor, images: Sequence[tuple[bytes, st
     def call() -> object:
         nonlocal position
         count = predictor.batch or 1
-        chosen = [images[(position + i) % len(images)] for i in range(count)]
+        turns = [(position + i) % len(images) for i in range(count)]
+        chosen = [images[turn] for turn in turns]
         position += count
         files = [NamedBytes(*image) for image in chosen]
         if predictor.head != LOGITS:

@@ -102,7 +102,11 @@ class MeasuringProcess:
     """The child process, as a context manager. Its failures are raised here as the typed errors that they
     were there."""
 
-    def __init__(self, isa: str | None = None, progress: Report | None = None) -> None:
+    def __init__(
+        self,
+        isa: str | None = None,
+        progress: Report | None = None,
+    ) -> None:
         """Limit the process to ``isa``, a key of :data:`cmt_edge.deploy.measure.isa.ISAS`.
 
         Raises:
@@ -128,7 +132,12 @@ class MeasuringProcess:
         """Why a runtime cannot compute in ``precision`` here; empty if it can."""
         return self._request("missing", PrecisionRequest(name, precision), Text).text
 
-    def logits(self, bundle: Path, pixels: Path, threads: int | None) -> np.ndarray:
+    def logits(
+        self,
+        bundle: Path,
+        pixels: Path,
+        threads: int | None,
+    ) -> np.ndarray:
         """Logits of the images in a ``.npy`` file, float32 ``(N, classes)``.
 
         Args:
@@ -138,7 +147,12 @@ class MeasuringProcess:
         """
         with tempfile.TemporaryDirectory() as folder:
             target = Path(folder) / "logits.npy"
-            request = LogitsRequest(str(bundle), str(pixels), str(target), threads)
+            request = LogitsRequest(
+                str(bundle),
+                str(pixels),
+                str(target),
+                threads,
+            )
             self._request("logits", request, Text)
             logits: np.ndarray = np.load(target)
             return logits
@@ -152,7 +166,11 @@ class MeasuringProcess:
         """The latencies of ``bundles``, measured in turn; see
         :func:`cmt_edge.deploy.measure.benchmark.benchmark`."""
         paths = tuple(str(bundle) for bundle in bundles)
-        return self._request("benchmark", BenchmarkRequest(paths, protocol, threads), Benchmark)
+        return self._request(
+            "benchmark",
+            BenchmarkRequest(paths, protocol, threads),
+            Benchmark,
+        )
 
     def kernels(self, bundle: Path, threads: int | None) -> dict[str, float]:
         """Share of the run time by kernel, see :meth:`cmt_edge.deploy.backends.base.Session.kernels`."""
@@ -206,7 +224,7 @@ def _answer_missing(request: PrecisionRequest, _: Report) -> Text:
 def _answer_logits(request: LogitsRequest, report: Report) -> Text:
     pixels = np.load(request.pixels, mmap_mode="r")
     parts = []
-    with Predictor.load(request.bundle, threads=request.threads) as predictor:
+    with Predictor.load(request.bundle, threads=request.threads, cache=False) as predictor:
         chunk = max(CHILD_CHUNK_IMAGES, predictor.batch)
         for start in range(0, len(pixels), chunk):
             part = np.asarray(pixels[start : start + chunk])
@@ -229,11 +247,14 @@ def _answer_benchmark(request: BenchmarkRequest, report: Report) -> Benchmark:
 
 def _answer_kernels(request: KernelsRequest, _: Report) -> Kernels:
     bundle = Bundle.open(request.bundle)
-    with Predictor.load(bundle, threads=request.threads) as predictor:
+    with Predictor.load(bundle, threads=request.threads, cache=False) as predictor:
         return Kernels(predictor.session.kernels(make_golden_batch(bundle, predictor)))
 
 
-def _wrap_answer(kind: type[T], answer: Callable[[T, Report], object]) -> Callable[[Request, Report], Any]:
+def _wrap_answer(
+    kind: type[T],
+    answer: Callable[[T, Report], object],
+) -> Callable[[Request, Report], Any]:
     """``answer`` as a function of JSON: its request is a dataclass ``kind``, and it returns a dataclass."""
 
     def call(request: Request, report: Report) -> Any:

@@ -42,7 +42,8 @@ PACKAGES = (
 def describe_host() -> Host:
     """CPU model and flags, cores, clocks, governor and temperature, where known."""
     info = _read_cpuinfo()
-    flags = set((info.get("flags") or info.get("Features") or "").split())
+    listed = info.get("flags") or info.get("Features") or ""
+    flags = set(listed.split())
     return Host(
         machine=platform.machine(),
         system=platform.platform(terse=True),
@@ -77,7 +78,8 @@ def read_versions() -> dict[str, str]:
 def _read_cpuinfo() -> dict[str, str]:
     """The first processor's entry of ``/proc/cpuinfo``."""
     lines = (_read("/proc/cpuinfo") or "").split("\n\n")[0].splitlines()
-    return {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
+    entries = [line.partition(":") for line in lines]
+    return {name.strip(): value.strip() for name, _, value in entries}
 
 
 def _read(path: str) -> str | None:

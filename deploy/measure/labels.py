@@ -35,7 +35,11 @@ def match_labels(bundle: Bundle, data: ImageSet, by_order: bool) -> dict[str, in
     return _match_by_order(bundle, data, folders) if by_order else _match_by_name(bundle, data, folders)
 
 
-def _match_by_order(bundle: Bundle, data: ImageSet, folders: Sequence[str]) -> dict[str, int]:
+def _match_by_order(
+    bundle: Bundle,
+    data: ImageSet,
+    folders: Sequence[str],
+) -> dict[str, int]:
     count = len(bundle.class_ids)
     if len(folders) != count:
         raise DataError(
@@ -46,10 +50,14 @@ def _match_by_order(bundle: Bundle, data: ImageSet, folders: Sequence[str]) -> d
     return {folder: i for i, folder in enumerate(folders)}
 
 
-def _match_by_name(bundle: Bundle, data: ImageSet, folders: Sequence[str]) -> dict[str, int]:
+def _match_by_name(
+    bundle: Bundle,
+    data: ImageSet,
+    folders: Sequence[str],
+) -> dict[str, int]:
     """By class id or readable name; a name that several classes have names none of them."""
     ids, names = bundle.class_ids, bundle.labels
-    shared = [f for f in folders if ids.count(f) > 1 or (f not in ids and names.count(f) > 1)]
+    shared = [folder for folder in folders if _is_shared(folder, ids, names)]
     if shared:
         unique = len(set(ids)) == len(ids)
         raise DataError(
@@ -59,10 +67,12 @@ def _match_by_name(bundle: Bundle, data: ImageSet, folders: Sequence[str]) -> di
             if unique
             else "export with labels that differ, and name the folders after them",
         )
-    known = {name: i for i, name in enumerate(names)} | {cid: i for i, cid in enumerate(ids)}
+    known = {name: i for i, name in enumerate(names)}
+    known |= {cid: i for i, cid in enumerate(ids)}
     unknown = [f for f in folders if f not in known]
     if unknown:
-        labels = [n if n == c else f"{c} ({n})" for c, n in zip(ids, names, strict=True)]
+        pairs = zip(ids, names, strict=True)
+        labels = [name if name == cid else f"{cid} ({name})" for cid, name in pairs]
         raise DataError(
             "class folders do not match the bundle's labels",
             where=data.path,
@@ -72,5 +82,18 @@ def _match_by_name(bundle: Bundle, data: ImageSet, folders: Sequence[str]) -> di
     return {f: known[f] for f in folders}
 
 
+def _is_shared(
+    folder: str,
+    ids: Sequence[str],
+    names: Sequence[str],
+) -> bool:
+    """Whether a folder's name is that of several classes."""
+    if folder in ids:
+        return ids.count(folder) > 1
+    return names.count(folder) > 1
+
+
 def _format_some(names: Sequence[str], count: int = 8) -> str:
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+    rest = len(names) - count
+    more = f" and {rest} more" if rest > 0 else ""
+    return ", ".join(names[:count]) + more

@@ -24,47 +24,34 @@ from ..errors import (
 )
 from ..folders import Item
 from ..images import ImageSet, choose_evenly, hash_image
-from ..predictor import Predictor
+from ..predictor import Predictor, require_kind
 from ..preprocessing import decode_pixels, normalise, preprocess
 from .labels import match_labels
 from .statistics import compute_paired_drop, compute_wilson_interval
+from .tolerance import find_tolerance, measure_distance
 
-ATOL = {"fp32": 1e-3, "fp16": 0.1, "bf16": 0.25, "int8": 1.5}
-"""Default tolerance on golden logits, by precision: the largest difference, in standard deviations of the
-reference logits."""
-MAP_ATOL = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.1, "int8": 0.6}
-"""Default tolerance on golden feature maps, by precision: the root mean square over an image's map, in
-standard deviations of the reference map. The largest of 10^5 differences says little about a map."""
-MAX_PROBABILITY_DIFFERENCE = 0.2
-"""The largest default tolerance on golden probabilities, whatever the precision: 20 percentage points."""
-LEAST_SPREAD = 0.25
-"""The least spread of the logits of two classes, below fp32, that tolerances are measured in. An unsure
-classifier's logits are all alike and have no spread of their own; near a probability of one half, 0.25 logits
-are 6 percentage points."""
-SIGMOID_SLOPE = 0.25
-"""How much the probability of two classes changes with their logit, at most: at one half."""
 MAX_DROP = 1.0
 """Default tolerance on top-1, percentage points."""
+
 PIXEL_TOLERANCE = 2
 """Largest allowed difference of decoded and resized golden images, grey levels (library versions differ in
 rounding)."""
-EPS_FLOAT32 = 1e-6
-"""What rounding may do to a float32 result, relative to the largest one; eight steps of the type."""
-EPS_FLOAT16 = 2.0**-10
-"""One step of float16, relative to the value."""
-EPS_BFLOAT16 = 2.0**-7
-"""One step of bfloat16, relative to the value."""
+
 LARGEST_DIFFERENCE = float(np.finfo(np.float32).max)
 """What stands for the difference of an output that is not finite: JSON has no number for infinity."""
-WIDEST_SPREAD = 2.0
-"""How many times as far as a bundle's outputs the golden ones may spread before the tolerance stops
-growing."""
+
 DROP_ROUNDING_POINTS = 1e-9
 """Percentage points by which rounding may move a drop beyond the allowed one."""
+
+SMALLEST_TOLERANCE = 1e-30
+"""What a tolerance of 0 counts as where differences are compared with theirs."""
+
 MANY_IMAGES = 30
 """Number of images from which the interval of the reference's top-1 is compared with chance."""
+
 CHUNK_IMAGES = 16
 """Labelled images that go through both sides at once, at least."""
+
 NO_REFERENCE_REMEDY = (
     "verify on the exporting machine, pass --reference BUNDLE (an fp32 bundle), or leave --data out"
 )
@@ -115,6 +102,7 @@ def verify(
     reference: Predictor | None = None,
     weights: str | None = None,
     trusted_model: object = None,
+    trusted_engine: bool = False,
     max_drop: float = MAX_DROP,
     atol: float | None = None,
     limit: int | None = None,
@@ -127,12 +115,12 @@ def verify(
         bundle: opened, so its hashes hold.
         data: images in class folders; without it only the golden vectors are checked.
         by_order: class folders match the labels in sorted order instead of by name.
-        backend, device, threads: as :meth:`cmt_edge.deploy.Predictor.load`.
+        backend, device, threads, weights, trusted_model, trusted_engine: as
+            :meth:`cmt_edge.deploy.Predictor.load`.
         reference: a Predictor of the reference; default: what the bundle recorded for these very images, else
-            the PyTorch model rebuilt here (``weights``: its checkpoint, where it came from a file;
-            ``trusted_model``: its name or the module object, where it is from outside the registry).
+            the PyTorch model rebuilt here, of ``weights`` and ``trusted_model``.
         max_drop: allowed loss of top-1 in percentage points.
-        atol: allowed golden logit difference; default by precision, see :data:`ATOL`.
+        atol: allowed golden logit difference; default by precision, see ``tolerance.ATOL``.
         limit: the largest number of images to use, evenly spread.
         progress: called with images done and total.
         candidate: what to check instead of the bundle as its runtime opens it; it stays open.
@@ -142,20 +130,28 @@ def verify(
         InputError: images were given for a bundle of feature maps.
         RuntimeMissingError: images were given, but nothing here knows the reference's answers to them.
     """
-    options = LoadOptions(device, threads, weights=weights, trusted_model=trusted_model)
+    options = LoadOptions(device, threads, False, weights, trusted_model, trusted_engine)
     with _opened(candidate, bundle, backend, options) as predictor:
-        golden = check_golden(bundle, predictor, atol)
-        precision = bundle.manifest.precision
-        kinds = {output.name: output.kind for output in bundle.manifest.outputs}
-        kind = kinds.get(golden.output)
-        found = Verification(bundle.title, precision, predictor.info, golden, kind=kind)
+        found = _check_outputs(bundle, predictor, atol)
         if data is None:
             return found
         labelled = _Labelled.of(bundle, data, by_order, limit)
         with _reference(reference, bundle, labelled, options) as live:
             answers = _run_both(predictor, live, bundle, labelled, progress)
-            source = "the bundle's record" if live is None else live.info.runtime
-    return _judge(found, labelled.truth, answers, len(bundle.labels), max_drop, source)
+    return _judge(found, labelled.truth, answers, len(bundle.labels), max_drop)
+
+
+def _check_outputs(bundle: Bundle, predictor: Predictor, atol: float | None) -> Verification:
+    """What the golden vectors tell of a bundle."""
+    golden = check_golden(bundle, predictor, atol)
+    kinds = {output.name: output.kind for output in bundle.manifest.outputs}
+    return Verification(
+        bundle.title,
+        bundle.manifest.precision,
+        predictor.info,
+        golden,
+        kind=kinds.get(golden.output),
+    )
 
 
 @contextmanager
@@ -176,6 +172,8 @@ def _opened(
         threads=options.threads,
         weights=options.weights,
         trusted_model=options.trusted_model,
+        trusted_engine=options.trusted_engine,
+        cache=False,
     ) as predictor:
         yield predictor
 
@@ -186,10 +184,9 @@ def _judge(
     answers: _Answers,
     classes: int,
     max_drop: float,
-    source: str,
 ) -> Verification:
     """``found`` with the check of the labelled images."""
-    check = _compare(truth, answers, max_drop, source)
+    check = _compare(truth, answers, max_drop)
     return replace(
         found,
         data=check,
@@ -221,40 +218,61 @@ class _Labelled:
 
 
 def check_golden(bundle: Bundle, predictor: Predictor, atol: float | None = None) -> GoldenCheck:
-    """Check decoding, resizing and numerics on the golden images."""
+    """Check decoding, resizing and numerics on the golden images.
+
+    Raises :class:`BundleError` where the golden outputs or the model's are no probabilities, though the
+    manifest says so.
+    """
     golden = bundle.golden()
     pixel_diff = _compare_pixels(bundle)
     ours = predictor.outputs(normalise(golden.pixels, bundle.preprocess))
     _require_shapes(bundle, ours, golden.outputs)
-    differences = [measure_distance(a, b) for a, b in zip(ours, golden.outputs, strict=True)]
     kinds = [output.kind for output in bundle.manifest.outputs]
-    allowed = [
-        find_tolerance(output, bundle.manifest.precision, atol, kind, found)
-        for output, kind, found in zip(golden.outputs, kinds, ours, strict=True)
+    for kind, found, expected in zip(kinds, ours, golden.outputs, strict=True):
+        require_kind(expected, kind, bundle.path)
+        require_kind(found, kind, bundle.path)
+    compared = [
+        _Difference(
+            name,
+            measure_distance(found, expected),
+            find_tolerance(expected, bundle.manifest.precision, atol, kind, found),
+        )
+        for name, kind, found, expected in zip(bundle.outputs, kinds, ours, golden.outputs, strict=True)
     ]
-    fits = [difference <= bound for difference, bound in zip(differences, allowed, strict=True)]
-    worst = max(
-        range(len(ours)),
-        key=lambda i: (
-            not fits[i],
-            differences[i] / max(allowed[i], 1e-30),
-        ),
-    )
+    worst = max(compared, key=_Difference.rank)
     return GoldenCheck(
         images=len(golden.sources),
         pixel_diff=pixel_diff,
-        diff=min(differences[worst], LARGEST_DIFFERENCE),
-        atol=allowed[worst],
-        passed=pixel_diff <= PIXEL_TOLERANCE and all(fits),
-        output=bundle.outputs[worst],
+        diff=min(worst.found, LARGEST_DIFFERENCE),
+        atol=worst.allowed,
+        passed=pixel_diff <= PIXEL_TOLERANCE and worst.fits,
+        output=worst.output,
     )
+
+
+@dataclass(frozen=True)
+class _Difference:
+    """How far an output is from the golden one, and how far it may be."""
+
+    output: str
+    found: float
+    allowed: float
+
+    @property
+    def fits(self) -> bool:
+        return self.found <= self.allowed
+
+    def rank(self) -> tuple[bool, float]:
+        """What the worst output has the largest of: one that does not fit is worse than all that do."""
+        return not self.fits, self.found / max(self.allowed, SMALLEST_TOLERANCE)
 
 
 def _compare_pixels(bundle: Bundle) -> int:
     """Grey levels by which golden images that are decoded and resized here differ from the recorded ones."""
     golden = bundle.golden()
     try:
-        decoded = np.stack([decode_pixels(source, bundle.preprocess) for source in golden.sources])
+        images = [decode_pixels(source, bundle.preprocess) for source in golden.sources]
+        decoded = np.stack(images)
     except ImageError as exc:
         raise BundleError(
             "holds a golden image that cannot be decoded",
@@ -262,7 +280,8 @@ def _compare_pixels(bundle: Bundle) -> int:
             why=exc.what if exc.why is None else f"{exc.what}: {exc.why}",
             remedy="copy the whole bundle again, or export it again",
         ) from exc
-    return int(np.abs(decoded.astype(np.int16) - golden.pixels).max())
+    differences = decoded.astype(np.int16) - golden.pixels
+    return int(np.abs(differences).max())
 
 
 def _require_shapes(
@@ -277,80 +296,6 @@ def _require_shapes(
             where=bundle.path,
             remedy="export again",
         )
-
-
-def measure_distance(ours: np.ndarray, reference: np.ndarray) -> float:
-    """How far apart: logits ``(K, classes)`` by the largest difference, maps ``(K, C, H, W)`` by the largest
-    root mean square of an image."""
-    if not np.isfinite(ours).all():
-        return float("inf")
-    with np.errstate(over="ignore"):  # what overflows is infinitely far apart
-        difference = (ours - reference).reshape(len(reference), -1)
-        return float(
-            np.abs(difference).max() if reference.ndim == 2 else np.sqrt((difference**2).mean(axis=1)).max()
-        )
-
-
-def find_tolerance(
-    reference: np.ndarray,
-    precision: str,
-    atol: float | None = None,
-    kind: str | None = None,
-    ours: np.ndarray | None = None,
-) -> float:
-    """``atol``, or :data:`ATOL` (logits) or :data:`MAP_ATOL` (maps) standard deviations of an image's
-    ``reference`` values; of probabilities (a ``kind``) at most :data:`MAX_PROBABILITY_DIFFERENCE`.
-
-    It is at least what rounding does to the largest value: values that are all alike have no deviation, and
-    a model may round its own outputs to halves. Two classes have the spread of their difference over the
-    images, too, and below fp32 :data:`LEAST_SPREAD`. Where ``ours`` is given, a reference that deviates far
-    more than that allows no more for it: otherwise values of any size would pass.
-    """
-    if atol is not None:
-        return atol
-    allowed = (ATOL if reference.ndim == 2 else MAP_ATOL)[precision]
-    spread = _measure_spread(reference, precision, kind)
-    if ours is not None and np.isfinite(ours).all():
-        spread = min(spread, WIDEST_SPREAD * _measure_spread(ours, precision, kind))
-    rounding = max(measure_resolution(reference), EPS_FLOAT32)
-    usual = allowed * spread if kind is None else min(allowed * spread, MAX_PROBABILITY_DIFFERENCE)
-    return max(usual, rounding * float(np.abs(reference).max()))
-
-
-def _measure_spread(outputs: np.ndarray, precision: str, kind: str | None) -> float:
-    """The standard deviation of an image's values, the mean of all images, or the spread of two classes where
-    that is larger; float64, which cannot overflow."""
-    spread = float(outputs.reshape(len(outputs), -1).std(axis=1, dtype=np.float64).mean())
-    if outputs.ndim == 2 and outputs.shape[1] == 2:
-        spread = max(spread, _measure_spread_of_two(outputs, precision, kind))
-    return spread
-
-
-def _measure_spread_of_two(outputs: np.ndarray, precision: str, kind: str | None) -> float:
-    """The spread of the outputs ``(K, 2)`` of two classes over the images, or the least one of a precision.
-
-    One logit ``z`` stands there as ``(0, z)``: its whole difference is its own. Of two logits that vary, each
-    has half of it.
-    """
-    differences = outputs[:, 1].astype(np.float64) - outputs[:, 0]
-    own = 1.0 if kind is None and not outputs[:, 0].any() else 0.5
-    least = 0.0 if precision == "fp32" else LEAST_SPREAD
-    if kind is not None:
-        least *= SIGMOID_SLOPE
-    return max(own * float(differences.std()), least)
-
-
-def measure_resolution(outputs: np.ndarray) -> float:
-    """How far apart, relative to the largest value, two roundings of equal results may be: two steps of the
-    coarsest type that holds every value of ``outputs``; 0 for plain float32."""
-    values = outputs.astype(np.float32)
-    if not values.any():
-        return 0.0
-    if not (values.view(np.uint32) & 0xFFFF).any():
-        return 2 * EPS_BFLOAT16
-    with np.errstate(over="ignore"):
-        halves = values.astype(np.float16).astype(np.float32)
-    return 2 * EPS_FLOAT16 if np.array_equal(halves, values) else 0.0
 
 
 @contextmanager
@@ -384,18 +329,20 @@ def _is_recorded(bundle: Bundle, labelled: _Labelled) -> bool:
     recorded = bundle.reference()
     if not recorded:
         return False
-    return all(hash_image(labelled.data.read(item)) in recorded for item in labelled.items)
+    digests = (hash_image(labelled.data.read(item)) for item in labelled.items)
+    return all(digest in recorded for digest in digests)
 
 
 @dataclass(frozen=True)
 class _Answers:
-    """Top-1 of bundle and reference, ``(N,)`` each, content digests, and logit differences where both ran
-    here."""
+    """Top-1 of bundle and reference, ``(N,)`` each, content digests, logit differences where both ran here,
+    and where the reference's answers are from."""
 
     ours: np.ndarray
     theirs: np.ndarray
     digests: list[str]
     diffs: np.ndarray | None
+    source: str
 
     @property
     def by_digest(self) -> dict[str, int]:
@@ -432,22 +379,23 @@ def _run_both(
             diffs.append(np.abs(logits - expected))
         if progress:
             progress(min(start + chunk, len(items)), len(items))
-    differences = np.concatenate(diffs) if diffs else None
     return _Answers(
         np.concatenate(ours),
         np.concatenate(theirs),
         digests,
-        differences,
+        np.concatenate(diffs) if diffs else None,
+        "the bundle's record" if live is None else live.info.runtime,
     )
 
 
 def _preprocess_all(bundle: Bundle, items: Sequence[Item], blobs: Sequence[bytes]) -> np.ndarray:
     """Encoded images as a batch, float32 ``(N, 3, S, S)``; errors name the image."""
-    named = [NamedBytes(blob, item.name) for blob, item in zip(blobs, items, strict=True)]
+    pairs = zip(blobs, items, strict=True)
+    named = [NamedBytes(blob, item.name) for blob, item in pairs]
     return np.stack([preprocess(image, bundle.preprocess) for image in named])
 
 
-def _compare(truth: np.ndarray, answers: _Answers, max_drop: float, source: str) -> DataCheck:
+def _compare(truth: np.ndarray, answers: _Answers, max_drop: float) -> DataCheck:
     ours, theirs, diffs = answers.ours, answers.theirs, answers.diffs
     drop = compute_paired_drop(theirs == truth, ours == truth)
     return DataCheck(
@@ -459,7 +407,7 @@ def _compare(truth: np.ndarray, answers: _Answers, max_drop: float, source: str)
         drop_ci=(drop.interval.low, drop.interval.high),
         max_drop=max_drop,
         passed=drop.mean <= max_drop + DROP_ROUNDING_POINTS,
-        reference_source=source,
+        reference_source=answers.source,
         logit_max_diff=None if diffs is None else float(diffs.max()),
         logit_mean_diff=None if diffs is None else float(diffs.mean()),
     )
@@ -468,7 +416,8 @@ def _compare(truth: np.ndarray, answers: _Answers, max_drop: float, source: str)
 def _write_notes(check: DataCheck, truth: np.ndarray, classes: int) -> tuple[str, ...]:
     """What the figures do not tell by themselves: a reference that knows nothing of the images, and a drop
     that so few images cannot show."""
-    return tuple(note for note in (_write_chance_note(check, truth, classes), check.doubt) if note)
+    notes = (_write_chance_note(check, truth, classes), check.doubt)
+    return tuple(note for note in notes if note)
 
 
 def _write_chance_note(check: DataCheck, truth: np.ndarray, classes: int) -> str:

@@ -107,19 +107,28 @@ def compute_median_interval(values: np.ndarray, seed: int = 0) -> Interval:
     return _find_middle(medians)
 
 
-def compare_medians(base: np.ndarray, other: np.ndarray, seed: int = 0) -> Ratio:
+def compare_medians(
+    base: np.ndarray,
+    other: np.ndarray,
+    seed: int = 0,
+) -> Ratio:
     """How many times as fast as ``base`` the samples ``other`` are: above 1 is faster."""
     rng = np.random.default_rng(seed)
     base_medians = bootstrap_medians(base, rng)
     other_medians = bootstrap_medians(other, rng)
     low, high = _find_middle(base_medians / other_medians)
-    return Ratio(float(np.median(base) / np.median(other)), low, high)
+    return Ratio(
+        float(np.median(base) / np.median(other)),
+        low,
+        high,
+    )
 
 
 def bootstrap_medians(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Medians of :data:`BOOTSTRAP` resamples of ``values``."""
     n = len(values)
-    medians = [np.median(values[rng.integers(0, n, n)]) for _ in range(BOOTSTRAP)]
+    drawn = (values[rng.integers(0, n, n)] for _ in range(BOOTSTRAP))
+    medians = [np.median(sample) for sample in drawn]
     return np.array(medians)
 
 
@@ -144,8 +153,16 @@ def compute_paired_drop(reference: np.ndarray, ours: np.ndarray) -> Difference:
     mean = float((reference.astype(np.float64) - ours).mean())
     correlation = _compute_correlation(reference, ours)
     first, second = compute_wilson_interval(before, count), compute_wilson_interval(after, count)
-    below = _combine(before - first.low, second.high - after, correlation)
-    above = _combine(first.high - before, after - second.low, correlation)
+    below = _combine(
+        before - first.low,
+        second.high - after,
+        correlation,
+    )
+    above = _combine(
+        first.high - before,
+        after - second.low,
+        correlation,
+    )
     interval = Interval(
         max(-100.0, 100 * (mean - below)),
         min(100.0, 100 * (mean + above)),
@@ -170,7 +187,8 @@ def _compute_correlation(reference: np.ndarray, ours: np.ndarray) -> float:
 
 def _combine(first: float, second: float, correlation: float) -> float:
     """The length of the difference of two distances with a ``correlation`` between them."""
-    return math.sqrt(max(first**2 - 2 * correlation * first * second + second**2, 0.0))
+    square = first**2 - 2 * correlation * first * second + second**2
+    return math.sqrt(max(square, 0.0))
 
 
 def compute_wilson_interval(share: float, count: int) -> Interval:
@@ -180,7 +198,8 @@ def compute_wilson_interval(share: float, count: int) -> Interval:
     """
     z = Z95**2 / count
     middle = (share + z / 2) / (1 + z)
-    half = Z95 / (1 + z) * (share * (1 - share) / count + z / (4 * count)) ** 0.5
+    variance = share * (1 - share) / count + z / (4 * count)
+    half = Z95 / (1 + z) * variance**0.5
     low = max(0.0, min(share, middle - half))
     high = min(1.0, max(share, middle + half))
     return Interval(low, high)

@@ -1,21 +1,52 @@
-"""The only place that formats results: terminal tables, Markdown, JSON, plots."""
+"""The only place that formats results: terminal tables, Markdown, JSON, plots.
 
-from .as_json import make_bundle_json, make_prediction_json, to_json
-from .benchmark import describe_benchmark, describe_protocol
-from .bundle import describe_bundle, describe_weights
-from .compiled import describe_compiled
-from .device import describe_build, describe_device_report
-from .plot import draw_latency_plot
-from .prediction import describe_prediction
-from .tables import format_differences, format_table
-from .verdict import describe_verdict
-from .verification import describe_verification
+Each name below is imported when it is first used, so that a command loads only what it prints with.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .as_json import make_bundle_json, make_prediction_json, to_json
+    from .benchmark import describe_benchmark, describe_protocol
+    from .bundle import describe_bundle, describe_decoding, describe_weights
+    from .compiled import describe_compiled
+    from .device import describe_build, describe_device_report
+    from .plot import draw_latency_plot
+    from .prediction import describe_prediction
+    from .tables import format_differences, format_table
+    from .verdict import describe_verdict
+    from .verification import describe_verification
+
+_HOMES = {
+    "describe_benchmark": "benchmark",
+    "describe_build": "device",
+    "describe_bundle": "bundle",
+    "describe_compiled": "compiled",
+    "describe_decoding": "bundle",
+    "describe_device_report": "device",
+    "describe_prediction": "prediction",
+    "describe_protocol": "benchmark",
+    "describe_verdict": "verdict",
+    "describe_verification": "verification",
+    "describe_weights": "bundle",
+    "draw_latency_plot": "plot",
+    "format_differences": "tables",
+    "format_table": "tables",
+    "make_bundle_json": "as_json",
+    "make_prediction_json": "as_json",
+    "to_json": "as_json",
+}
+"""Name -> the module that defines it."""
 
 __all__ = [
     "describe_benchmark",
     "describe_build",
     "describe_bundle",
     "describe_compiled",
+    "describe_decoding",
     "describe_device_report",
     "describe_prediction",
     "describe_protocol",
@@ -29,3 +60,10 @@ __all__ = [
     "make_prediction_json",
     "to_json",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name on its first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

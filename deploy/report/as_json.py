@@ -34,7 +34,8 @@ def make_bundle_json(bundle: Bundle) -> dict[str, Any]:
 
 def make_prediction_json(prediction: Prediction, topk: int) -> dict[str, Any]:
     """``{"source", "top": [{"label", "probability"}, ...]}``."""
-    top = [{"label": label, "probability": round(p, 6)} for label, p in prediction.top(topk)]
+    best = prediction.top(topk)
+    top = [{"label": label, "probability": round(p, 6)} for label, p in best]
     return {"source": prediction.source, "top": top}
 
 

@@ -64,8 +64,8 @@ def _format_executed_table(result: Benchmark, markdown: bool) -> str:
             r.name,
             r.precision,
             r.executed.summary(),
-            f"{100 * r.executed.conversion_share:.0f} %",
-            r.runtime.runtime,
+            f"{100 * r.executed.conversion_share:.0f} %" if r.executed.time_share else "-",
+            r.runtime.summary(),
         ]
         for r in result.results
     ]

@@ -6,10 +6,10 @@ import shlex
 from collections import Counter
 from collections.abc import Sequence
 
-from ..bundle import LOGITS, Bundle
+from ..bundle import LOGITS, Bundle, Manifest
 from ..bundle.sections import (
     TYPED_FORMATS,
-    LatencyEntry,
+    DecodingEntry,
     ObservedEntry,
     SynthesisEntry,
     TypingEntry,
@@ -35,11 +35,12 @@ def describe_bundle(bundle: Bundle, verify_flags: Sequence[str] = ()) -> str:
     if manifest.verification:
         kinds = {output.name: output.kind for output in manifest.outputs}
         lines += _describe_verified(manifest.verification, kinds.get(manifest.verification.golden.output))
+    lines += [describe_decoding(manifest.decoding)] if manifest.decoding else []
     lines += _describe_typed(manifest.typing)
     lines += [describe_compiled(manifest.compiled)] if manifest.compiled else []
     notes = manifest.verification.notes if manifest.verification else ()
     lines += [f"warning: {note}" for note in notes]
-    lines += _describe_latency(manifest.latency, told=notes)
+    lines += _describe_latency(manifest, told=notes)
     lines.append(describe_weights(manifest.model.weights))
     if manifest.labels_source == "numbered":
         lines.append("note: the classes have no names; give them with --labels FILE")
@@ -60,7 +61,8 @@ def _describe_verified(verification: VerificationEntry, kind: str | None) -> lis
     """
     golden, data = verification.golden, verification.data
     found, allowed = format_differences(golden.diff, golden.atol)
-    steps = ", ".join(f"{name} {largest:.1e}" for name, largest in (verification.steps or {}).items())
+    differences = verification.steps or {}
+    steps = ", ".join(f"{name} {largest:.1e}" for name, largest in differences.items())
     lines = [
         f"steps, largest difference: {steps}",
         f"golden images: {golden.output} differ by {found} (allowed {allowed}{describe_unit(kind)})",
@@ -77,6 +79,24 @@ def _describe_verified(verification: VerificationEntry, kind: str | None) -> lis
         f" {data.top1:.2f} %, drop {data.drop:+.2f} points (95 % CI {low:+.2f} to {high:+.2f}),"
         f" agreement {data.agreement:.2f} %",
     ]
+
+
+def describe_decoding(decoding: DecodingEntry) -> str:
+    """What decoding JPEG images at a part of their size changes."""
+    only_golden = decoding.reduced == 1 < decoding.images
+    alone = " (only the golden photograph is large enough)" if only_golden else ""
+    text = (
+        f"decoded at a part of their size: {decoding.reduced} of {decoding.images} images{alone}; pixels"
+        " differ by"
+        f" {decoding.pixel_mean:.2f} grey levels on average (at most {decoding.pixel_max:.0f}), outputs by"
+        f" {decoding.output_mean:.4f} standard deviations"
+    )
+    if decoding.agreement is not None:
+        text += f", agreement {decoding.agreement:.2f} %"
+    if decoding.drop is None or decoding.drop_ci is None:
+        return text
+    low, high = decoding.drop_ci
+    return f"{text}, drop {decoding.drop:+.2f} points (95 % CI {low:+.2f} to {high:+.2f})"
 
 
 def _describe_typed(typing: TypingEntry | None) -> list[str]:
@@ -105,8 +125,11 @@ def describe_weights(weights: WeightsEntry) -> str:
     return text + (" (averaged over training)" if weights.ema else "")
 
 
-def _describe_latency(latency: LatencyEntry | None, told: Sequence[str]) -> list[str]:
+def _describe_latency(manifest: Manifest, told: Sequence[str]) -> list[str]:
     """The quick measurement; its warnings repeat those of the verification, which are ``told`` already."""
+    latency = manifest.latency
+    if latency is None and manifest.format not in TYPED_FORMATS:
+        return ["latency: not measured, the bundle is for a GPU or an NPU"]
     if latency is None:
         return ["latency: not measured, the bundle has no engine of its device yet"]
     return [
@@ -143,6 +166,12 @@ def _list_next_commands(bundle: Bundle, verify_flags: Sequence[str]) -> list[str
             "next:",
             f"  cmt-build {name}",
             f"(on the device, once {path} is copied to it)",
+        ]
+    if bundle.manifest.format == "openvino" and bundle.manifest.precision == "fp16":
+        return [
+            "next, where there is a GPU (or NPU):",
+            f"  cmt-verify {path} --device GPU",
+            f"  cmt-bench {path} --device GPU",
         ]
     flags = "".join(f" {shlex.quote(flag)}" for flag in verify_flags)
     lines = ["next:", f"  cmt-bench {path}"]

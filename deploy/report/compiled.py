@@ -36,7 +36,12 @@ def describe_compiled(entry: CompiledEntry, markdown: bool = False) -> str:
     ]
     if not markdown:
         return "\n".join([*lines, _describe_estimates(entry)])
-    parts = ["  \n".join(lines), _format_blocks(entry), _format_estimates(entry), ASSUMPTIONS]
+    parts = [
+        "  \n".join(lines),
+        _format_blocks(entry),
+        _format_estimates(entry),
+        ASSUMPTIONS,
+    ]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -73,7 +78,11 @@ def _format_blocks(entry: CompiledEntry) -> str:
         ]
         for block in entry.blocks
     ]
-    return format_table(["block", "kernels", "attentions", "activations, MB"], rows, markdown=True)
+    return format_table(
+        ["block", "kernels", "attentions", "activations, MB"],
+        rows,
+        markdown=True,
+    )
 
 
 def _format_estimates(entry: CompiledEntry) -> str:

@@ -48,7 +48,8 @@ def draw_latency_plot(result: Benchmark, path: Path) -> None:
     axes.set_title(escape_line(result.host.cpu), parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix.lower().lstrip(".") or "png", dpi=120)
+    image_format = path.suffix.lower().lstrip(".") or "png"
+    figure.savefig(buffer, format=image_format, dpi=120)
     write_output(path, buffer.getvalue())
 
 

@@ -24,7 +24,8 @@ def format_table(
         ]
         return f"| {' | '.join(cells)} |" if markdown else "  ".join(cells).rstrip()
 
-    rule = [":" + "-" * (w - 1) if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    first, *others = ["-" * (width - 1) for width in widths]
+    rule = [f":{first}", *(f"{dashes}:" for dashes in others)]
     dashes = line(rule) if markdown else "  ".join("-" * w for w in widths)
     return "\n".join([line(header), dashes, *map(line, rows)])
 

@@ -28,7 +28,10 @@ def describe_verdict(verdict: VerdictEntry, markdown: bool = False) -> str:
 
 def _format_candidate_table(verdict: VerdictEntry, markdown: bool) -> str:
     labelled = verdict.labelled
-    rows = [_format_candidate_row(c, labelled, c.variant == verdict.winner) for c in verdict.candidates]
+    rows = [
+        _format_candidate_row(candidate, labelled, candidate.variant == verdict.winner)
+        for candidate in verdict.candidates
+    ]
     header = [
         "candidate",
         *(["top-1 %"] if labelled else []),
@@ -42,7 +45,11 @@ def _format_candidate_table(verdict: VerdictEntry, markdown: bool) -> str:
     return format_table(header, rows, markdown)
 
 
-def _format_candidate_row(candidate: Candidate, labelled: bool, best: bool) -> list[str]:
+def _format_candidate_row(
+    candidate: Candidate,
+    labelled: bool,
+    best: bool,
+) -> list[str]:
     accuracy, speed = candidate.accuracy, candidate.speed
     top1 = f"{accuracy.top1:.2f}" if accuracy and accuracy.top1 is not None else "-"
     return [

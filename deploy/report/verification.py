@@ -14,7 +14,7 @@ def describe_verification(v: Verification, markdown: bool = False) -> str:
     if v.data:
         lines += [_format_top1_table(v.data, markdown), _describe_top1(v.data)]
     lines += [f"warning: {note}" for note in v.notes]
-    lines.append(f"{escape_line(v.bundle)} on {v.runtime.runtime}: {_write_conclusion(v)}")
+    lines.append(f"{escape_line(v.bundle)} on {v.runtime.summary()}: {_write_conclusion(v)}")
     return "\n".join(lines)
 
 

@@ -86,10 +86,15 @@ def read_dgpu(index: int = 0) -> tuple[DGpu | None, list[str]]:
         with opened(index) as (nvml, handle):
             return _read(nvml, handle, index)
     except RuntimeMissingError as exc:
-        return None, ["; ".join(filter(None, [f"dGPU: {exc.what}", exc.why, exc.remedy]))]
+        parts = [f"dGPU: {exc.what}", exc.why, exc.remedy]
+        return None, ["; ".join(filter(None, parts))]
 
 
-def _read(nvml: Any, handle: Any, index: int) -> tuple[DGpu, list[str]]:
+def _read(
+    nvml: Any,
+    handle: Any,
+    index: int,
+) -> tuple[DGpu, list[str]]:
     """Ask for one thing after the other; the notes name those that the driver refuses."""
     asked = _Questions(nvml, index)
     ask = asked.ask
@@ -128,7 +133,11 @@ class _Questions:
         # AttributeError: the package is older than the function
         self._refusals = (nvml.NVMLError, AttributeError)
 
-    def ask(self, what: str, *calls: Callable[[], T]) -> T | None:
+    def ask(
+        self,
+        what: str,
+        *calls: Callable[[], T],
+    ) -> T | None:
         """The answer of the first call that has one; where none does, a note with the reason of the last."""
         reason: Exception | None = None
         for call in calls:

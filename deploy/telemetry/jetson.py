@@ -130,7 +130,11 @@ def parse_jetson_clocks(text: str) -> Clocks | None:
         if cpu := CPU.match(line):
             governor = GOVERNOR.search(line)
             name = governor[1] if governor else ""
-            cpus[int(cpu[1])] = CpuClock(*_parse_mhz(found, KHZ_PER_MHZ), "Online=0" not in line, name)
+            cpus[int(cpu[1])] = CpuClock(
+                *_parse_mhz(found, KHZ_PER_MHZ),
+                "Online=0" not in line,
+                name,
+            )
         elif gpu := GPU.match(line):
             gpus[gpu[1]] = Clock(*_parse_mhz(found, HZ_PER_MHZ))
         elif line.lstrip().startswith("EMC "):
@@ -147,7 +151,10 @@ def parse_jetson_clocks(text: str) -> Clocks | None:
     )
 
 
-def _parse_mhz(found: re.Match[str], divisor: float) -> tuple[float, float, float]:
+def _parse_mhz(
+    found: re.Match[str],
+    divisor: float,
+) -> tuple[float, float, float]:
     """Lowest, highest and present frequency of a line."""
     low, high, now = (int(found[i]) / divisor for i in (1, 2, 3))
     return low, high, now

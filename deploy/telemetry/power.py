@@ -40,7 +40,10 @@ class PowerSensor:
     close: Callable[[], object] = lambda: None
 
 
-def find_power_sensor(root: Path = Path("/"), gpu_index: int = 0) -> tuple[PowerSensor | None, list[str]]:
+def find_power_sensor(
+    root: Path = Path("/"),
+    gpu_index: int = 0,
+) -> tuple[PowerSensor | None, list[str]]:
     """What measures the total power here, tried once, or ``None`` and the reason.
 
     On a Jetson the input rail of sysfs, or the sum of the rails where it has none
@@ -124,7 +127,8 @@ class PowerMonitor:
         gpu_index: int = 0,
         sensor: PowerSensor | None = None,
     ) -> None:
-        if not (math.isfinite(interval_s) and interval_s > 0 and math.isfinite(idle_s) and idle_s >= 0):
+        are_finite = math.isfinite(interval_s) and math.isfinite(idle_s)
+        if not (are_finite and interval_s > 0 and idle_s >= 0):
             raise InputError(f"cannot sample every {interval_s} s with {idle_s} s of idle time")
         check(Path(root), gpu_index)
         self._root, self._gpu_index, self._given = (
@@ -257,7 +261,11 @@ class PowerMonitor:
         return compute_joules_per_image(self.during.watts, latency_ms, images)
 
 
-def compute_joules_per_image(watts: float | None, latency_ms: float, images: int = 1) -> float | None:
+def compute_joules_per_image(
+    watts: float | None,
+    latency_ms: float,
+    images: int = 1,
+) -> float | None:
     """Mean watts times the seconds of one call, over the images of one call.
 
     It is the energy of the whole device, idle power included; ``None`` where the power is unknown. Raises

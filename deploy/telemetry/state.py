@@ -23,7 +23,11 @@ QUOTED = 200
 """Characters of a tool's unexpected answer that a note quotes."""
 
 
-def read_state(root: Path = Path("/"), run: RunTool = run_tool, gpu_index: int = 0) -> DeviceState:
+def read_state(
+    root: Path = Path("/"),
+    run: RunTool = run_tool,
+    gpu_index: int = 0,
+) -> DeviceState:
     """The state now.
 
     Args:
@@ -60,7 +64,12 @@ def _read_jetson(root: Path, run: RunTool) -> DeviceState:
         module=module.model,
         l4t=module.l4t,
         jetpack=module.jetpack,
-        power_mode=_ask(["nvpmodel", "-q"], run, jetson.parse_nvpmodel, notes),
+        power_mode=_ask(
+            ["nvpmodel", "-q"],
+            run,
+            jetson.parse_nvpmodel,
+            notes,
+        ),
         clocks=_ask(
             ["jetson_clocks", "--show"],
             run,

@@ -28,6 +28,7 @@ class Product:
         format: of the bundles that are for it.
         slow_remedy, memory_remedy, crash_remedy: what to do where a build takes too long, runs out of memory
             or crashes.
+        compiles_on_opening: whether an engine's kernels are compiled when it is opened.
         aux_streams: the largest number of streams that an engine uses besides the caller's; ``None`` leaves
             it to the compiler.
     """
@@ -38,6 +39,7 @@ class Product:
     slow_remedy: str
     memory_remedy: str
     crash_remedy: str
+    compiles_on_opening: bool = False
     aux_streams: int | None = None
 
 
@@ -57,6 +59,7 @@ RTX = Product(
     "export a smaller model or batch; cmt-build --time-limit allows more on the device",
     "close other programs, add swap, or export a smaller --batch",
     "report the model and the version of the package tensorrt-rtx-cu12",
+    compiles_on_opening=True,
     aux_streams=0,
 )
 """TensorRT for RTX, which compiles ahead of time without a GPU. Its models are short of work for several

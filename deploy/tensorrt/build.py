@@ -18,7 +18,9 @@ from .. import report
 from ..backends import get_runtime
 from ..backends.base import read_batch_limit
 from ..bundle import ENGINES, Bundle, Manifest
+from ..bundle.belongings import require_no_links
 from ..bundle.sections import CompiledEntry, EngineEntry, EngineKey, GoldenCheck
+from ..cache import is_cache_wanted
 from ..errors import (
     GateError,
     InputError,
@@ -46,7 +48,7 @@ from ..telemetry.dgpu import find_nvml_index
 from ..telemetry.power import PowerMonitor
 from ..telemetry.state import read_state
 from .bindings import PRODUCTS, TENSORRT, Product, open_bindings
-from .building import BUILD_TIME_LIMIT_S, build_plan
+from .building import BUILD_TIME_LIMIT_S, build_plan, clear_scratch
 from .compiled import EngineFacts, summarise_kernels
 from .cuda import Cuda, open_cuda
 from .engine import (
@@ -60,6 +62,7 @@ from .engine import (
     read_engine,
 )
 from .inspection import read_layers, require_precision
+from .jit import find_store
 from .kernels import read_kernels
 from .session import TensorRTSession, find_engine_target
 
@@ -134,8 +137,10 @@ def require_tensorrt(device: str | None = None, product: Product = TENSORRT) -> 
 def exclusive(folder: Path) -> Iterator[None]:
     """One build of a bundle at a time, and a place that can be written to, found out before the long work.
 
-    Raises :class:`OutputError` where another build runs, or the folder cannot be written to.
+    Raises :class:`OutputError` where another build runs, the folder cannot be written to, or the folder of
+    engines is a link.
     """
+    require_no_links(folder, [f"{ENGINES}/any"])
     with writing(folder):
         (folder / ENGINES).mkdir(exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
@@ -176,8 +181,7 @@ def finish_bundle(
     atol: float | None = None,
     progress: Progress | None = None,
 ) -> Finished:
-    """Build (or reuse) the engine of ``bundle``, verify it against the golden vectors, and measure it; the
-    bundle is not changed.
+    """Build (or reuse) the engine of a bundle, which is not changed, verify the engine, and measure it.
 
     Args:
         bundle: of format ``"trt"`` or ``"rtx"``, opened, so its hashes hold.
@@ -186,8 +190,7 @@ def finish_bundle(
         force: build even where the bundle's engine is still right.
         time_limit: seconds after which the build is stopped.
         protocol: how long to measure.
-        atol: allowed golden logit difference; default by precision, see
-            :data:`cmt_edge.deploy.measure.parity.ATOL`.
+        atol: allowed golden logit difference; default by precision.
         progress: draws the steps.
 
     Raises:
@@ -196,9 +199,8 @@ def finish_bundle(
         StepError: the build failed; says what TensorRT said.
         GateError: the engine does not compute in what was asked, or its logits differ from the reference.
     """
-    options.check()
-    _require_format(bundle)
     progress = progress or Progress(quiet=True)
+    clear_scratch()
     job = _Job.prepare(bundle, options, device)
     before = read_state(gpu_index=job.nvml)
     with progress.step("build the engine"):
@@ -207,8 +209,8 @@ def finish_bundle(
         verified = job.verify(built, atol)
     with progress.step("measure"):
         measured = job.measure(built, protocol, progress)
-    found = _make_report(job, built, verified, measured, before)
-    return _make_finished(bundle.manifest, built, found)
+    report = _make_report(job, built, verified, measured, before)
+    return _make_finished(bundle.manifest, built, report)
 
 
 def _require_format(bundle: Bundle) -> None:
@@ -257,7 +259,15 @@ class _Job:
     nvml: int
 
     @classmethod
-    def prepare(cls, bundle: Bundle, options: EngineOptions, device: str | None) -> _Job:
+    def prepare(
+        cls,
+        bundle: Bundle,
+        options: EngineOptions,
+        device: str | None,
+    ) -> _Job:
+        """Find the GPU; raises as :func:`finish_bundle`."""
+        options.check()
+        _require_format(bundle)
         product = PRODUCTS[bundle.manifest.format]
         require_tensorrt(device, product)
         cuda, target = find_engine_target(open_bindings(product), device)
@@ -275,7 +285,13 @@ class _Job:
         """The bundle's engine if it was built here for exactly this key, else a new one."""
         entry = self.bundle.manifest.engine
         if entry and not force and is_trusted(self.bundle) and entry.key == self.key:
-            return Built(read_engine(self.bundle, self.target), 0.0, True, [], [])
+            return Built(
+                read_engine(self.bundle, self.target),
+                0.0,
+                True,
+                [],
+                [],
+            )
         start = time.perf_counter()
         plan, warnings = build_plan(
             self.bundle,
@@ -323,7 +339,12 @@ class _Job:
             return summarise_kernels(read_kernels(inspection), made)
         return None
 
-    def measure(self, built: Built, protocol: Protocol, progress: Progress) -> _OnDevice:
+    def measure(
+        self,
+        built: Built,
+        protocol: Protocol,
+        progress: Progress,
+    ) -> _OnDevice:
         def load(*_: object, throughput: bool = False, **__: object) -> Predictor:
             return self._open(built, throughput)
 
@@ -336,17 +357,24 @@ class _Job:
         with self._open(built) as predictor:
             power = _measure_power(self.bundle, predictor, self.nvml)
             notes = list(predictor.session.notes)
-        return _OnDevice(speed, power, read_state(gpu_index=self.nvml), notes)
+        return _OnDevice(
+            speed,
+            power,
+            read_state(gpu_index=self.nvml),
+            notes,
+        )
 
     def _open(self, built: Built, throughput: bool = False) -> Predictor:
         bundle = self.bundle
+        product = PRODUCTS[bundle.manifest.format]
         session = TensorRTSession(
-            open_bindings(PRODUCTS[bundle.manifest.format]),
+            open_bindings(product),
             built.plan,
             self.cuda,
             self.target.gpu.index,
             outputs=bundle.outputs,
             throughput=throughput,
+            store=find_store(product, bundle, self.target, built.plan) if is_cache_wanted() else None,
         )
         return Predictor(
             session,
@@ -399,12 +427,17 @@ def _make_finished(manifest: Manifest, built: Built, found: DeviceReport) -> Fin
         golden=found.golden,
         low_precision_share=found.low_precision_share,
     )
-    old = [name for name in manifest.files if name.startswith(f"{ENGINES}/") and name not in files]
+    engines = [name for name in manifest.files if name.startswith(f"{ENGINES}/")]
+    old = [name for name in engines if name not in files]
     finished = replace(manifest, latency=summarise_latency(found.benchmark), engine=entry)
     return Finished(finished, files, old, found)
 
 
-def _require_golden(bundle: Bundle, predictor: Predictor, atol: float | None) -> GoldenCheck:
+def _require_golden(
+    bundle: Bundle,
+    predictor: Predictor,
+    atol: float | None,
+) -> GoldenCheck:
     golden = check_golden(bundle, predictor, atol)
     if golden.passed:
         return golden
@@ -421,7 +454,11 @@ def _measure_power(bundle: Bundle, predictor: Predictor, index: int) -> Sustaine
     """Power before, during and after some seconds of uninterrupted inference, and joules an image where power
     is known."""
     with PowerMonitor(gpu_index=index) as monitor:
-        images, elapsed_ms = run_sustained(predictor, make_golden_batch(bundle, predictor), POWER_SECONDS)
+        images, elapsed_ms = run_sustained(
+            predictor,
+            make_golden_batch(bundle, predictor),
+            POWER_SECONDS,
+        )
     power = monitor.report()
     return SustainedPower(
         source=power.source,

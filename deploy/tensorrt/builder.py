@@ -15,10 +15,11 @@ from typing import Any
 
 from ..bundle import make_plain
 from ..bundle.record import read_message
+from ..bundle.sections import MAX_TOTAL
 from ..cache import Cache
 from ..children import Report, Request, serve
-from ..errors import CmtEdgeError, OutputError, StepError
-from ..files import write_atomic
+from ..errors import BundleError, CmtEdgeError, OutputError, StepError
+from ..files import read_regular, write_atomic
 from .bindings import PRODUCTS, Bindings, make_monitor, open_bindings
 from .cuda import open_cuda
 from .engine import BuildAnswer, BuildRequest
@@ -62,18 +63,27 @@ def build_engine(request: BuildRequest, report: Report, bindings: Bindings) -> N
 
 def make_step_error(what: str, details: list[str]) -> StepError:
     """A step of TensorRT that failed; ``details`` are its own words."""
-    return StepError(what, why="; ".join(details) or None, remedy=REPORT_REMEDY)
+    return StepError(
+        what,
+        why="; ".join(details) or None,
+        remedy=REPORT_REMEDY,
+    )
 
 
 def parse(network: Any, request: BuildRequest, bindings: Bindings) -> Any:
     """Read the ONNX file into ``network``; returns the parser."""
     trt, words = bindings.trt, bindings.words
     parser = trt.OnnxParser(network, bindings.log)
-    content = Path(request.onnx).read_bytes()
+    content = read_graph(Path(request.onnx))
     if hashlib.sha256(content).hexdigest() != request.sha256:
-        raise make_step_error("model.onnx was changed after the bundle was opened", [])
+        raise BundleError(
+            "was changed after the bundle was opened",
+            where=request.onnx,
+            remedy="run the command again, or copy the whole bundle again",
+        )
     if not parser.parse(content, request.onnx):
-        errors = [str(parser.get_error(i).desc()) for i in range(parser.num_errors)]
+        found = [parser.get_error(i) for i in range(parser.num_errors)]
+        errors = [str(error.desc()) for error in found]
         raise make_step_error(
             f"{bindings.product.title}'s parser refused model.onnx",
             errors + words.errors,
@@ -85,6 +95,19 @@ def parse(network: Any, request: BuildRequest, bindings: Bindings) -> Any:
             words.errors,
         )
     return parser
+
+
+def read_graph(path: Path) -> bytes:
+    """The content of the ONNX file; raises :class:`BundleError`."""
+    try:
+        return read_regular(path, MAX_TOTAL)
+    except OSError as exc:
+        raise BundleError(
+            "a file of the bundle cannot be read",
+            where=path,
+            why=exc.strerror or exc,
+            remedy="check the disk and the file's permissions, or copy the whole bundle again",
+        ) from exc
 
 
 def configure(

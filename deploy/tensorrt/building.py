@@ -23,7 +23,7 @@ from ..cache import can_keep
 from ..children import Child, ChildCrashed, ChildTimedOut
 from ..errors import StepError
 from ..files import find_cache_folder, writing
-from ..locks import scratch_folder
+from ..locks import TEMPORARY, clear_abandoned, scratch_folder
 from ..progress import Progress
 from ..telemetry.jetson import read_available_memory
 from .bindings import PRODUCTS, RTX, Product
@@ -50,6 +50,12 @@ PORTABLE_TIME_LIMIT_S = 900.0
 """Seconds after which a build without a GPU is stopped; those of the registry's models take 2 to 20 s."""
 PORTABLE_MEMORY_SHARE = 0.8
 """Part of the free memory that a build without a GPU may take."""
+SCRATCH = "build."
+"""Start of the name of a build's scratch folder."""
+PLAN = "engine.plan"
+"""The file of a build's scratch folder that holds the engine."""
+LAYERS = "layers.txt"
+"""The file of a build's scratch folder that lists the compiler's kernels."""
 CURRENT = ("CURRENT",)
 """TensorRT for RTX's name for the compute capability of the GPU in the machine."""
 MEMORY = re.compile(
@@ -76,7 +82,7 @@ def build_plan(
         OutputError: the cache folder cannot be written to.
     """
     with _scratch_folder() as folder:
-        plan = folder / "engine.plan"
+        plan = folder / PLAN
         request = _make_request(bundle, options, target, cuda, plan)
         answer = _run_in_child(request, time_limit, progress)
         return plan.read_bytes(), list(answer.warnings)
@@ -101,14 +107,28 @@ class PortablePlan:
     seconds: float
 
 
+@dataclass(frozen=True)
+class PortableOptions:
+    """What a build without a GPU is asked for.
+
+    Attributes:
+        compute: compute capabilities that the engine is for, by NVIDIA's names, ``"SM86"``; none for a
+            portable engine.
+        workspace: GiB of scratch memory that the engine may use, ``None`` for the compiler's default.
+        aux_streams: the largest number of streams besides the caller's, ``None`` for the compiler's choice.
+    """
+
+    compute: tuple[str, ...] = ()
+    workspace: float | None = None
+    aux_streams: int | None = RTX.aux_streams
+
+
 def build_portable_plan(
     graph: Path,
     sha256: str,
     source: TensorEntry,
+    options: PortableOptions | None = None,
     *,
-    compute: tuple[str, ...] = (),
-    workspace: float | None = None,
-    aux_streams: int | None = RTX.aux_streams,
     time_limit: float = PORTABLE_TIME_LIMIT_S,
     progress: Progress,
 ) -> PortablePlan:
@@ -118,10 +138,7 @@ def build_portable_plan(
         graph: the ONNX file.
         sha256: of its content.
         source: its input.
-        compute: compute capabilities that the engine is for, by NVIDIA's names, ``"SM86"``; none for a
-            portable engine.
-        workspace: GiB of scratch memory that the engine may use, ``None`` for the compiler's default.
-        aux_streams: the largest number of streams besides the caller's, ``None`` for the compiler's choice.
+        options: of the build; default: of a portable engine.
         time_limit: seconds after which the build is stopped.
         progress: draws the steps.
 
@@ -129,33 +146,53 @@ def build_portable_plan(
         StepError: the build failed, took too long or ran out of memory; says what the compiler said.
         OutputError: the cache folder cannot be written to.
     """
-    free = read_available_memory(Path("/"))
+    options = options or PortableOptions()
     with _scratch_folder() as folder:
-        request = BuildRequest(
-            format=RTX.format,
-            onnx=str(graph.resolve()),
-            sha256=sha256,
-            plan=str(folder / "engine.plan"),
-            layers=str(folder / "layers.txt"),
-            timing_folder="",
-            timing_key="",
-            input=source.name,
-            shape=source.shape,
-            workspace=int(workspace * GIB) if workspace else None,
-            level=DEFAULT_LEVEL,
-            tf32=False,
-            profile=None if isinstance(source.shape[0], int) else DEFAULT_PROFILE,
-            device=None,
-            compute=compute,
-            aux_streams=aux_streams,
-            memory=int(PORTABLE_MEMORY_SHARE * free) if free else None,
-        )
+        request = _make_portable_request(graph, sha256, source, options, folder)
         start = time.perf_counter()
         answer = _run_in_child(request, time_limit, progress)
         seconds = time.perf_counter() - start
-        layers = Path(folder / "layers.txt").read_text(encoding="utf-8")
-        plan = Path(folder / "engine.plan").read_bytes()
-        return PortablePlan(plan, layers, answer.warnings, answer.version, seconds)
+        layers = (folder / LAYERS).read_text(encoding="utf-8")
+        plan = (folder / PLAN).read_bytes()
+        return PortablePlan(
+            plan,
+            layers,
+            answer.warnings,
+            answer.version,
+            seconds,
+        )
+
+
+def _make_portable_request(
+    graph: Path,
+    sha256: str,
+    source: TensorEntry,
+    options: PortableOptions,
+    folder: Path,
+) -> BuildRequest:
+    """What the builder is asked for; it writes to ``folder``."""
+    free = read_available_memory(Path("/"))
+    workspace = options.workspace
+    is_fixed = isinstance(source.shape[0], int)
+    return BuildRequest(
+        format=RTX.format,
+        onnx=str(graph.resolve()),
+        sha256=sha256,
+        plan=str(folder / PLAN),
+        layers=str(folder / LAYERS),
+        timing_folder="",
+        timing_key="",
+        input=source.name,
+        shape=source.shape,
+        workspace=int(workspace * GIB) if workspace else None,
+        level=DEFAULT_LEVEL,
+        tf32=False,
+        profile=None if is_fixed else DEFAULT_PROFILE,
+        device=None,
+        compute=options.compute,
+        aux_streams=options.aux_streams,
+        memory=int(PORTABLE_MEMORY_SHARE * free) if free else None,
+    )
 
 
 def _make_request(
@@ -201,27 +238,45 @@ def _free_memory(target: EngineTarget, cuda: Cuda) -> int:
     return shared or free
 
 
+def clear_scratch() -> None:
+    """Remove what builds that were killed left in the cache, also where nothing is built now."""
+    clear_abandoned(_find_scratch(), SCRATCH, TEMPORARY)
+
+
+def _find_scratch() -> Path:
+    """The folder in the cache that builds work in."""
+    return find_cache_folder().resolve() / "build"
+
+
 @contextmanager
 def _scratch_folder() -> Iterator[Path]:
     """A folder in the cache for one build, and none of builds that were killed; without a cache a temporary
     folder of the system's."""
-    scratch = find_cache_folder().resolve() / "build"
+    scratch = _find_scratch()
     if not can_keep(scratch):
         with tempfile.TemporaryDirectory(prefix="cmt-edge-") as name:
             yield Path(name)
         return
     with ExitStack() as stack:
         with writing(scratch):
-            folder = stack.enter_context(scratch_folder(scratch, "build."))
+            folder = stack.enter_context(scratch_folder(scratch, SCRATCH))
         yield folder
 
 
-def _run_in_child(request: BuildRequest, time_limit: float, progress: Progress) -> BuildAnswer:
+def _run_in_child(
+    request: BuildRequest,
+    time_limit: float,
+    progress: Progress,
+) -> BuildAnswer:
     """Run the builder; what it answers. Raises :class:`StepError` with the compiler's own words."""
     product = PRODUCTS[request.format]
     with Child(BUILDER, progress=progress.share) as child:
         try:
-            answer = child.request("build", time_limit=time_limit, **make_plain(request))
+            answer = child.request(
+                "build",
+                time_limit=time_limit,
+                **make_plain(request),
+            )
         except ChildTimedOut as exc:
             raise StepError(
                 f"the build did not end within {time_limit:g} s",

@@ -68,7 +68,10 @@ def summarise_kernels(
     )
 
 
-def _summarise_blocks(kernels: Sequence[Kernel], blocks: Mapping[str, str]) -> tuple[BlockEntry, ...]:
+def _summarise_blocks(
+    kernels: Sequence[Kernel],
+    blocks: Mapping[str, str],
+) -> tuple[BlockEntry, ...]:
     """The blocks in the order of their first kernels; none where no block is known."""
     members: dict[str, list[Kernel]] = {}
     for kernel, block in zip(kernels, find_blocks(kernels, blocks), strict=True):
@@ -86,7 +89,10 @@ def _summarise_blocks(kernels: Sequence[Kernel], blocks: Mapping[str, str]) -> t
     )
 
 
-def describe_kernels(kernels: Sequence[Kernel], blocks: Mapping[str, str]) -> tuple[KernelEntry, ...]:
+def describe_kernels(
+    kernels: Sequence[Kernel],
+    blocks: Mapping[str, str],
+) -> tuple[KernelEntry, ...]:
     """Every kernel for the list in the bundle, signals between streams included."""
     return tuple(
         KernelEntry(

@@ -343,12 +343,14 @@ def open_library() -> Cuda:
             return 0, function(arguments[0])
         if name == "cudaStreamEndCapture":  # the one function whose result does not come first
             graph = _P()
-            return int(library.cudaStreamEndCapture(_P(arguments[0]), ctypes.byref(graph))), graph.value or 0
+            code = int(library.cudaStreamEndCapture(_P(arguments[0]), ctypes.byref(graph)))
+            return code, graph.value or 0
         results, kinds = SIGNATURES[name]
         slots = [kind() for kind in results]
         values = [kind(value) for kind, value in zip(kinds, arguments, strict=True)]
         symbol = RENAMED.get(name, name)
-        code = int(getattr(library, symbol)(*map(ctypes.byref, slots), *values))
+        function = getattr(library, symbol)
+        code = int(function(*map(ctypes.byref, slots), *values))
         out = tuple(slot.value or 0 for slot in slots)
         return code, out[0] if len(out) == 1 else out
 

@@ -14,15 +14,11 @@ Everything else is rebuilt from ``model.onnx``, the portable artefact. Source: T
 from __future__ import annotations
 
 import hashlib
-import hmac
-import os
-import secrets
 import shlex
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from platformdirs import user_data_path
-
+from .. import sealing
 from ..backends.base import read_batch_limit
 from ..bundle import ENGINES, ONNX, PORTABLE_ENGINE, Bundle
 from ..bundle.sections import BuildOptions, EngineKey
@@ -30,11 +26,8 @@ from ..cache import compute_digest
 from ..errors import (
     BundleError,
     InputError,
-    OutputError,
     RuntimeMissingError,
 )
-from ..files import read_regular, write_atomic
-from ..locks import clear_lock, locked
 from .bindings import RTX, Product
 from .cuda import Cuda, Gpu
 
@@ -44,10 +37,6 @@ DEFAULT_PROFILE = (1, 1, 8)
 """Smallest, typical and largest batch that an engine of a dynamic graph takes, unless told otherwise."""
 MAX_WORKSPACE_GIB = 4096
 """No device has so much memory; what is not below it is a mistake."""
-SECRET_BYTES = 32
-"""Length of the secret that seals engines."""
-MAX_SECRET = 4096
-"""A larger file, in bytes, is not read as the secret."""
 
 
 @dataclass(frozen=True)
@@ -182,11 +171,12 @@ def make_timing_key(target: EngineTarget) -> str:
 
 def make_seal(sha256: str, key: EngineKey) -> str:
     """Proof that this machine recorded the engine of hash ``sha256`` under ``key``."""
-    return hmac.new(
-        _read_secret(),
-        f"{sha256} {compute_digest(asdict(key))}".encode(),
-        hashlib.sha256,
-    ).hexdigest()
+    return sealing.make_seal(_describe_engine(sha256, key))
+
+
+def is_sealed(sha256: str, key: EngineKey, seal: str) -> bool:
+    """Whether ``seal`` is the one that :func:`make_seal` gives here."""
+    return sealing.is_sealed(_describe_engine(sha256, key), seal)
 
 
 def is_trusted(bundle: Bundle) -> bool:
@@ -194,8 +184,12 @@ def is_trusted(bundle: Bundle) -> bool:
     entry = bundle.manifest.engine
     if not entry or entry.file not in bundle.manifest.files:
         return False
-    expected = make_seal(bundle.manifest.files[entry.file].sha256, entry.key)
-    return hmac.compare_digest(expected.encode(), entry.seal.encode())
+    return is_sealed(bundle.manifest.files[entry.file].sha256, entry.key, entry.seal)
+
+
+def _describe_engine(sha256: str, key: EngineKey) -> str:
+    """What the seal of an engine covers."""
+    return f"{sha256} {compute_digest(asdict(key))}"
 
 
 def list_differences(built: EngineKey, here: EngineKey) -> list[str]:
@@ -276,7 +270,8 @@ def read_portable_engine(bundle: Bundle, trusted: bool) -> bytes:
             "the engine in the bundle was built on another machine, so it is not loaded",
             where=bundle.path,
             why="an engine is native code, and the bundle was opened without a key",
-            remedy=f"build one here: cmt-build {bundle.path}; or open a signed bundle with --key KEY",
+            remedy=f"build one here: cmt-build {bundle.path}; or open a signed bundle with --key KEY; or, if"
+            " you trust whoever made it, use --trust-engine (in Python: trusted_engine=True)",
         )
     data = bundle.file(compiled.engine).read_bytes()
     if hashlib.sha256(data).hexdigest() != bundle.manifest.files[compiled.engine].sha256:
@@ -342,35 +337,6 @@ def _list_shape_flags(bundle: Bundle, options: EngineOptions) -> list[str]:
         f"--{kind}Shapes={bundle.manifest.input.name}:{count}x{rest}"
         for kind, count in zip(("min", "opt", "max"), options.profile, strict=True)
     ]
-
-
-def _read_secret() -> bytes:
-    """This machine's secret, made at first use; ``CMT_EDGE_STATE`` moves the folder it lies in."""
-    folder = Path(os.environ.get("CMT_EDGE_STATE") or user_data_path("cmt-edge", appauthor=False))
-    path = folder / "machine.key"
-    try:
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            _make_secret(path)
-        clear_lock(path)
-        secret = read_regular(path, MAX_SECRET)
-        if len(secret) != SECRET_BYTES:
-            raise OSError(f"it holds {len(secret)} bytes instead of {SECRET_BYTES}; delete it")
-        return secret
-    except (OSError, OutputError) as exc:
-        raise OutputError(
-            "the secret that seals engines cannot be kept",
-            where=path,
-            why=getattr(exc, "strerror", None) or exc,
-            remedy="name a writable folder in CMT_EDGE_STATE",
-        ) from exc
-
-
-def _make_secret(path: Path) -> None:
-    """Write a new secret, unless another process has just done so: its seals must stay good."""
-    with locked(path):
-        if not path.exists():
-            write_atomic(path, secrets.token_bytes(SECRET_BYTES), mode=0o600)
 
 
 def _read_driver_release(root: Path = Path("/")) -> str | None:

@@ -117,7 +117,8 @@ def is_conversion(kind: str, name: str) -> bool:
 
 def _find_lowest(tensors: Any) -> str:
     """The lowest precision that a list of tensors mentions, ``""`` if none has a float or int8 type."""
-    words = [word for tensor in tensors or () if isinstance(tensor, dict) for word in _split_words(tensor)]
+    described = [tensor for tensor in tensors or () if isinstance(tensor, dict)]
+    words = [word for tensor in described for word in _split_words(tensor)]
     return find_precision(" ".join(words))
 
 
@@ -141,10 +142,14 @@ def _find_first_match(patterns: Sequence[tuple[str, str]], text: str) -> str:
 
 
 def _split_words(tensor: Mapping[str, Any]) -> list[str]:
-    return [str(value) for key, value in tensor.items() if "format" in key.lower() or "type" in key.lower()]
+    named = [(key.lower(), str(value)) for key, value in tensor.items()]
+    return [value for key, value in named if "format" in key or "type" in key]
 
 
-def count_executed(found: list[EngineLayer], times: Mapping[str, float] | None = None) -> ExecutedPrecision:
+def count_executed(
+    found: list[EngineLayer],
+    times: Mapping[str, float] | None = None,
+) -> ExecutedPrecision:
     """Shares by precision: of time where ``times`` (layer name -> any unit) is given, and of layers."""
     operations = Counter(layer.precision for layer in found if not layer.conversion)
     total = sum(times.values()) if times else 0.0
@@ -166,7 +171,11 @@ def count_executed(found: list[EngineLayer], times: Mapping[str, float] | None =
     )
 
 
-def require_precision(asked: str, operations: Mapping[str, int], found: list[EngineLayer]) -> float:
+def require_precision(
+    asked: str,
+    operations: Mapping[str, int],
+    found: list[EngineLayer],
+) -> float:
     """The share of computing layers at the precision ``asked`` or below.
 
     Args:
@@ -188,7 +197,8 @@ def require_precision(asked: str, operations: Mapping[str, int], found: list[Eng
             remedy="report the TensorRT version; a bundle of a fixed --batch may tell more",
         )
     share = sum(layer.precision in low for layer in computing) / len(computing)
-    expected = sum(operations.get(p, 0) for p in low) / max(1, sum(operations.values()))
+    wanted = sum(operations.get(p, 0) for p in low)
+    expected = wanted / max(1, sum(operations.values()))
     if share < LEAST_KEPT_SHARE * expected:
         counts = Counter(layer.precision for layer in computing)
         summary = ", ".join(f"{count} {precision}" for precision, count in counts.items())

@@ -208,8 +208,12 @@ def _read_entry(entry: Mapping[str, Any]) -> Kernel:
     )
 
 
-def _read_section(entry: Mapping[str, Any], section: str) -> tuple[TensorUse, ...]:
-    return tuple(_read_described(tensor) for tensor in entry.get(section) or () if isinstance(tensor, dict))
+def _read_section(
+    entry: Mapping[str, Any],
+    section: str,
+) -> tuple[TensorUse, ...]:
+    tensors = entry.get(section) or ()
+    return tuple(_read_described(tensor) for tensor in tensors if isinstance(tensor, dict))
 
 
 def _read_described(tensor: Mapping[str, Any]) -> TensorUse:
@@ -217,7 +221,8 @@ def _read_described(tensor: Mapping[str, Any]) -> TensorUse:
     words = " ".join(
         str(value) for key, value in tensor.items() if "format" in key.lower() or "type" in key.lower()
     )
-    return TensorUse(tuple(int(size) for size in tensor.get("Dimensions") or ()), _read_type(words))
+    sizes = tuple(int(size) for size in tensor.get("Dimensions") or ())
+    return TensorUse(sizes, _read_type(words))
 
 
 def count_operations(kernel: Kernel) -> int:
@@ -244,7 +249,11 @@ def _find_last(tensor: TensorUse) -> int:
 
 def _find_depth(kernel: Kernel, written: TensorUse) -> int:
     """How many products are added up for each value that is written."""
-    weights = max(kernel.constants, key=lambda tensor: tensor.count, default=None)
+    weights = max(
+        kernel.constants,
+        key=lambda tensor: tensor.count,
+        default=None,
+    )
     if weights is not None and len(weights.dims) == 4 and kernel.kind.lower() != "gemm":
         return math.prod(weights.dims[1:])  # (out, in / groups, height, width)
     if len(kernel.inputs) > 1 and (weights is None or len(weights.dims) < 2):
@@ -255,7 +264,10 @@ def _find_depth(kernel: Kernel, written: TensorUse) -> int:
     return rows if columns == _find_last(written) else columns
 
 
-def find_blocks(kernels: Sequence[Kernel], blocks: Mapping[str, str]) -> list[str]:
+def find_blocks(
+    kernels: Sequence[Kernel],
+    blocks: Mapping[str, str],
+) -> list[str]:
     """The block of each kernel, from the blocks of the operations that it came from.
 
     Of several blocks it is the one with the most operations, the last of them in a tie. A kernel that names
@@ -272,4 +284,8 @@ def find_blocks(kernels: Sequence[Kernel], blocks: Mapping[str, str]) -> list[st
 def _find_block(kernel: Kernel, blocks: Mapping[str, str]) -> str:
     """``""`` where none of its operations has a block."""
     found = [blocks[node] for node in kernel.nodes if blocks.get(node)]
-    return max(found, key=lambda name: (found.count(name), name), default="")
+    return max(
+        found,
+        key=lambda name: (found.count(name), name),
+        default="",
+    )

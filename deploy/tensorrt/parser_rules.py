@@ -127,7 +127,8 @@ def _check_quantizer(node: ir.Node, where: str) -> list[str]:
     scale = node.inputs[1]
     if scale is None or not scale.is_initializer() or scale.const_value is None:
         return findings
-    if tuple(scale.const_value.shape.numpy()) not in ((), (1,)) and "axis" not in node.attributes:
+    is_single = tuple(scale.const_value.shape.numpy()) in ((), (1,))
+    if not is_single and "axis" not in node.attributes:
         findings.append(f"{where}: no axis, and versions differ in its default")
     return findings
 
@@ -139,7 +140,8 @@ def _scales_product(gemm: ir.Node) -> bool:
 
 def _are_constant(values: Sequence[ir.Value | None]) -> bool:
     """Whether all inputs that are not left out are initializers or results of ``Constant`` nodes."""
-    return all(ir.convenience.get_const_tensor(value) is not None for value in values if value is not None)
+    given = [value for value in values if value is not None]
+    return all(ir.convenience.get_const_tensor(value) is not None for value in given)
 
 
 def _mixes_floats(node: ir.Node) -> bool:

@@ -29,6 +29,7 @@ from .bindings import Bindings, make_layer_times
 from .cuda import TO_DEVICE, TO_HOST, Cuda, CudaError, open_cuda
 from .engine import EngineTarget, read_engine, read_portable_engine, require_format
 from .inspection import count_executed, read_layers
+from .jit import CompiledKernels, KernelStore, find_store
 
 FLOAT_BYTES = 4
 """Bytes of a float32 value."""
@@ -67,7 +68,9 @@ class TensorRTSession(Session):
         outputs: Sequence[str] = ("logits",),
         graphs: bool = True,
         throughput: bool = False,
+        store: KernelStore | None = None,
     ) -> None:
+        """``store``: where kernels that are compiled on opening are kept."""
         self.runtime = bindings.runtime
         self.parallelism = 2 if throughput else 1  # copies of one request overlap the other's computing
         self.graphs = graphs
@@ -82,6 +85,9 @@ class TensorRTSession(Session):
         self._runtime, self._engine = _deserialise(bindings, plan)
         self._input, self._outputs = self._find_names(outputs)
         self._most = self._find_largest_batch()
+        self.compiled_kernels = None if store is None else CompiledKernels(self._engine, store)
+        """What this process compiled or took over from an earlier one; ``None`` where nothing is kept."""
+        self.is_from_cache = self.compiled_kernels is not None and self.compiled_kernels.is_from_cache
         self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         self.workers: list[Worker] = []
         self._lock = threading.Lock()
@@ -115,9 +121,12 @@ class TensorRTSession(Session):
     def run(self, batch: np.ndarray) -> list[np.ndarray]:
         if not len(batch):
             shapes = [tuple(self._engine.get_tensor_shape(name))[1:] for name in self._outputs]
-            return [np.empty((0, *shape), np.float32) for shape in shapes]
+            return [np.empty((0, *np.maximum(0, shape)), np.float32) for shape in shapes]
         with self._worker() as worker:
+            is_first = not worker.shape
             parts = [worker.run(batch[i : i + self._most]) for i in range(0, len(batch), self._most)]
+        if is_first and self.compiled_kernels is not None:
+            self.compiled_kernels.keep()
         if len(parts) == 1:
             return parts[0]
         return [np.concatenate(output) for output in zip(*parts, strict=True)]
@@ -165,6 +174,9 @@ class TensorRTSession(Session):
                 worker.close()
             self.workers.clear()
         self._idle = queue.SimpleQueue()
+        if self.compiled_kernels is not None:
+            self.compiled_kernels.keep()
+        self.compiled_kernels = None
         self._engine = self._runtime = None
 
     def _enter(self) -> None:
@@ -191,7 +203,11 @@ class TensorRTSession(Session):
             self._idle.put(worker)
 
     def _make_worker(self, graphs: bool) -> Worker:
-        context = self._engine.create_execution_context()
+        compiled = self.compiled_kernels
+        if compiled is None:
+            context = self._engine.create_execution_context()
+        else:
+            context = self._engine.create_execution_context(compiled.config)
         if context is None:
             raise RuntimeMissingError(
                 "the engine does not fit the free memory of the device",
@@ -313,7 +329,7 @@ class Worker:
     def _reshape(self, shape: tuple[int, ...]) -> None:
         self.set_shape(shape)
         self.device_in, self.host_in = self._find_buffers(shape)
-        self.out = [self._find_buffers(tuple(self.context.get_tensor_shape(name))) for name in self.outputs]
+        self.out = [self._find_buffers(self._read_shape(name)) for name in self.outputs]
         addresses = [
             self.device_in,
             *(device for device, _ in self.out),
@@ -325,6 +341,17 @@ class Worker:
                     remedy="report the model and the TensorRT version",
                 )
         self.shape = shape
+
+    def _read_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of an output for the input's shape; raises :class:`StepError` where it depends on the
+        values too, since nobody knows then how much of a buffer belongs to an answer."""
+        shape = tuple(int(size) for size in self.context.get_tensor_shape(name))
+        if min(shape, default=0) < 0:
+            raise StepError(
+                f"the engine decides the shape of {name} by the values of its input",
+                remedy="export the model with a fixed shape, then build it again",
+            )
+        return shape
 
     def _find_buffers(self, shape: tuple[int, ...]) -> tuple[int, np.ndarray]:
         """Device memory and a pinned host array of ``shape``, float32."""
@@ -393,6 +420,7 @@ class EngineRuntime(Runtime):
             target.gpu.index,
             outputs=bundle.outputs,
             throughput=options.throughput,
+            store=find_store(self.bindings.product, bundle, target, plan) if options.cache else None,
         )
         require_described(bundle, file, *session.tensors())
         return session

@@ -74,7 +74,11 @@ def choose(config: ExportConfig, prepared: Prepared, progress: Progress) -> Deci
     return Decision(chosen, verdict)
 
 
-def _choose_by_compiler(config: ExportConfig, prepared: Prepared, progress: Progress) -> Decision:
+def _choose_by_compiler(
+    config: ExportConfig,
+    prepared: Prepared,
+    progress: Progress,
+) -> Decision:
     """fp16 or int8 by what the compiler makes of them: nothing can be measured here."""
     from .. import rtx
 
@@ -83,7 +87,12 @@ def _choose_by_compiler(config: ExportConfig, prepared: Prepared, progress: Prog
         Journal(list_steps_to_choose(config), progress) as journal,
         journal.step(Step.COMPILE),
     ):
-        precision, note = rtx.choose_by_compiler(config, graphs, prepared.reference.batch, progress)
+        precision, note = rtx.choose_by_compiler(
+            config,
+            graphs,
+            prepared.reference.batch,
+            progress,
+        )
     return Decision(config.named(precision, ()), notes=(note,))
 
 

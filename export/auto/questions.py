@@ -55,7 +55,12 @@ class Images:
         arrays = self._arrays()
         first = next(arrays)
         partial = self._path.with_suffix(".part")
-        target = np.lib.format.open_memmap(partial, "w+", first.dtype, (self.count, *first.shape))
+        target = np.lib.format.open_memmap(
+            partial,
+            "w+",
+            first.dtype,
+            (self.count, *first.shape),
+        )
         for i, array in enumerate(itertools.chain([first], arrays)):
             target[i] = array
         del target
@@ -131,7 +136,8 @@ def _decode(
     contents = "".join(f"{hash_image(labelled.read(item))} {item.label}\n" for item in items)
 
     def decoded() -> Iterator[np.ndarray]:
-        return (decode_pixels(NamedBytes(labelled.read(item), item.name), spec) for item in items)
+        named = (NamedBytes(labelled.read(item), item.name) for item in items)
+        return (decode_pixels(image, spec) for image in named)
 
     return Images(
         path,
@@ -141,6 +147,9 @@ def _decode(
     )
 
 
-def _list_classes(items: Sequence[Item], targets: dict[str, int]) -> np.ndarray:
+def _list_classes(
+    items: Sequence[Item],
+    targets: dict[str, int],
+) -> np.ndarray:
     """The logit that is right for each image, int ``(N,)``."""
     return np.array([targets[item.label] for item in items if item.label is not None])

@@ -159,7 +159,8 @@ class _Search:
         entering: Callable[[Phase], None],
     ) -> None:
         self.variants = [v for v in variants if v.name not in missing]
-        self.refused = [Candidate(v, why_not=missing[v.name]) for v in variants if v.name in missing]
+        absent = [variant for variant in variants if variant.name in missing]
+        self.refused = [Candidate(variant, why_not=missing[variant.name]) for variant in absent]
         self.groups, self.conditions = groups, conditions
         self.measure, self.entering = measure, entering
         self.judged: dict[Variant, Accuracy] = {}
@@ -178,7 +179,8 @@ class _Search:
             if not self._is_accurate(self.judged[int8]):
                 self._refine(expected, int8)
         self.entering(Phase.TIME)
-        speeds = self.measure.speeds([v for v in self.variants if v in self.judged])
+        judged = [variant for variant in self.variants if variant in self.judged]
+        speeds = self.measure.speeds(judged)
         self.entering(Phase.CHOOSE)
         candidates = [self._make_candidate(v, speeds.get(v.name)) for v in self.variants]
         winner, tied = pick_winner(candidates)
@@ -201,7 +203,8 @@ class _Search:
         self.judged[reference] = judge(expected, expected)
         for variant in others:
             if self._is_in_time("comparing variants"):
-                self.judged[variant] = judge(expected, self.measure.answers(variant, False))
+                answers = self.measure.answers(variant, False)
+                self.judged[variant] = judge(expected, answers)
         return expected
 
     def _is_in_time(self, what: str) -> bool:

@@ -25,7 +25,7 @@ from cmt_edge.calib.restore import list_int8_nodes
 from cmt_edge.deploy.backends import RUNTIME_OF_FORMAT
 from cmt_edge.deploy.bundle import BundleWriter, make_plain, read_record
 from cmt_edge.deploy.bundle.sections import (
-    FORMATS,
+    AUTO_PRECISIONS,
     Count,
     OutputDifference,
     Share,
@@ -113,7 +113,7 @@ class Workbench:
             progress,
         )
         self._measured = JsonCache(
-            find_cache_folder() / "search" if config.cache else None,
+            find_cache_folder() / "search" if config.uses_cache else None,
             KEPT_MEASUREMENTS,
         )
         self._backend = RUNTIME_OF_FORMAT[config.format]
@@ -129,7 +129,7 @@ class Workbench:
 
     def variants(self) -> list[Variant]:
         """fp32 first; int8 as a whole, and without the kinds of products that hybrids are sensitive in."""
-        floats = [Variant(p, p) for p in FORMATS[self._config.format] if p != "int8"]
+        floats = [Variant(p, p) for p in AUTO_PRECISIONS[self._config.format] if p != "int8"]
         partly = [
             Variant(f"int8, {GROUP_TITLES[name]} float", "int8", (name,))
             for name, nodes in group_by_kind(self._source, self._int8_nodes).items()
@@ -139,21 +139,26 @@ class Workbench:
 
     def missing(self) -> dict[str, str]:
         """Names of the variants that this machine has no hardware for, and why."""
-        reasons = {v.name: self._process.missing(self._backend, v.precision) for v in self.variants()}
+        reasons = {
+            variant.name: self._process.missing(self._backend, variant.precision)
+            for variant in self.variants()
+        }
         return {name: f"no hardware: {why}" for name, why in reasons.items() if why}
 
     def float_already(self) -> tuple[str, ...]:
         """Groups of convs that are float in every int8 candidate."""
         graph = self._prepared.graph
         convs = {node.name for node in graph.graph.node if node.op_type == "Conv"}
-        return tuple(sorted(set(group_nodes(graph, convs)) - set(self.groups)))
+        all_groups = set(group_nodes(graph, convs))
+        return tuple(sorted(all_groups - set(self.groups)))
 
     # --- measurements ---
 
     def answers(self, variant: Variant, quick: bool) -> Answers:
         """What ``variant`` makes of all questions, or of the quick ones."""
         asked = self._questions
-        images, truth = (asked.quick, asked.quick_truth) if quick else (asked.judged, asked.truth)
+        images = asked.quick if quick else asked.judged
+        truth = asked.quick_truth if quick else asked.truth
 
         def measure() -> MeasuredAnswers:
             with self._progress.step(f"answers of {variant.name}"):
@@ -195,9 +200,15 @@ class Workbench:
         ]
         result = self._keep_or_measure(key, MeasuredSpeeds, measure)
         pairs = zip(result.results, result.kernels, strict=True)
-        return {v.name: self._compute_speed(*pair) for v, pair in zip(variants, pairs, strict=True)}
+        measured = [self._compute_speed(*pair) for pair in pairs]
+        return {variant.name: speed for variant, speed in zip(variants, measured, strict=True)}
 
-    def _keep_or_measure(self, key: list[Any], kind: type[T], measure: Callable[[], T]) -> T:
+    def _keep_or_measure(
+        self,
+        key: list[Any],
+        kind: type[T],
+        measure: Callable[[], T],
+    ) -> T:
         """What an earlier run measured, or is measured now; ``kind`` is its dataclass."""
         kept: T = self._measured.get(
             key,
@@ -248,7 +259,11 @@ class Workbench:
         }
 
     def _compute_logits(self, variant: Variant, images: Images) -> np.ndarray:
-        return self._process.logits(self._make_bundle(variant), images.path, self._config.threads)
+        return self._process.logits(
+            self._make_bundle(variant),
+            images.path,
+            self._config.threads,
+        )
 
     def _compute_deviation(self, variant: Variant, logits: np.ndarray) -> float:
         """Mean absolute difference from the float32 variant's logits on the probes, in their standard
@@ -256,9 +271,11 @@ class Workbench:
         if variant.precision == "fp32":
             self._expected = logits
         elif self._expected is None:
-            self._expected = self._compute_logits(self.variants()[0], self._questions.probes)
+            in_fp32 = self.variants()[0]
+            self._expected = self._compute_logits(in_fp32, self._questions.probes)
         expected = self._expected
-        return float(np.abs(logits - expected).mean() / expected.std(axis=1).mean())
+        difference = np.abs(logits - expected).mean()
+        return float(difference / expected.std(axis=1).mean())
 
     # --- bundles ---
 
@@ -277,7 +294,8 @@ class Workbench:
         if variant not in self._bundles:
             self._bundles[variant] = self._write(variant)
             if self._config.isa and len(self._bundles) == 1:  # before the long work
-                self._process.check_limit(self._process.kernels(self._bundles[variant], self._config.threads))
+                kernels = self._process.kernels(self._bundles[variant], self._config.threads)
+                self._process.check_limit(kernels)
         return self._bundles[variant]
 
     def _write(self, variant: Variant) -> Path:

@@ -24,8 +24,7 @@ if __name__ == "__main__":
     leave_working_directory()
     from cmt_edge import startup
 
-    startup.end_at_once_on_signals()
-    startup.occupy_closed_descriptors()
+    startup.prepare()
 
 from dataclasses import dataclass
 from importlib import import_module
@@ -33,15 +32,22 @@ from importlib import import_module
 
 @dataclass(frozen=True)
 class Command:
-    """The module, inside the package, whose ``main`` runs a command, and what it does."""
+    """A command.
+
+    Attributes:
+        module: the module, inside the package, whose ``main`` runs it.
+        does: what it does.
+        only_opens: whether it does nothing with a model but open and run it, see :func:`.startup.lighten`.
+    """
 
     module: str
     does: str
+    only_opens: bool = False
 
 
 COMMANDS = {
     "export": Command("export.cli", "export a PyTorch model to a verified bundle"),
-    "predict": Command("deploy.cli.predict", "classify images with a bundle"),
+    "predict": Command("deploy.cli.predict", "classify images with a bundle", only_opens=True),
     "verify": Command("deploy.cli.verify", "check a bundle against its reference"),
     "bench": Command("deploy.cli.bench", "measure bundles side by side"),
     "build": Command("deploy.cli.build", "finish a TensorRT bundle on its device"),
@@ -65,7 +71,12 @@ def main(arguments: list[str]) -> int:
     name = arguments[0] if arguments else ""
     if name not in COMMANDS:
         return answer_without_command(name)
-    run = import_module(f".{COMMANDS[name].module}", "cmt_edge").main
+    from cmt_edge import startup
+
+    command = COMMANDS[name]
+    if command.only_opens:
+        startup.lighten()
+    run = import_module(f".{command.module}", "cmt_edge").main
     code: int = run(arguments[1:])
     return code
 

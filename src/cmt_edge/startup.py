@@ -8,10 +8,22 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from importlib import import_module
+from typing import Any, cast
 
 ENDED_BY = ("SIGINT", "SIGTERM", "SIGHUP")
 """Names of the signals that ask the process to end; a system may lack some."""
+
+ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1"}
+"""Environment variable of NumPy's matrix products, and its value for a command that computes none. Otherwise
+the threads are started all the same, and wait busily while the command starts."""
+CONVERTERS = ("openvino.tools.ovc",)
+"""Packages that convert models. OpenVINO imports this one with itself where it can, which takes as long as
+the rest of its import; a command that only opens models has no use for it."""
+
+began_s: list[float] = []
+"""When this process began to be a command, seconds of ``time.perf_counter``; empty where it is none."""
 
 STANDARD_STREAMS = (0, 1, 2)
 """Descriptors of standard input, standard output and standard error."""
@@ -44,10 +56,27 @@ def build() -> int:
 
 def run(arguments: list[str]) -> int:
     """Run ``python -m cmt_edge`` with these arguments in this process; its exit code."""
-    end_at_once_on_signals()
-    occupy_closed_descriptors()
+    prepare()
     code: int = import_module("cmt_edge.__main__").main(arguments)
     return code
+
+
+def prepare() -> None:
+    """What every command does first."""
+    began_s.append(time.perf_counter())
+    end_at_once_on_signals()
+    occupy_closed_descriptors()
+
+
+def lighten() -> None:
+    """Start less than usual, for a command that only opens models. Call it before NumPy is imported.
+
+    NumPy starts no threads, unless the user has said how many, and converters of models are not imported.
+    """
+    for name, value in ONE_THREAD.items():
+        os.environ.setdefault(name, value)
+    for package in CONVERTERS:
+        sys.modules.setdefault(package, cast(Any, None))  # Python then says that there is no such package
 
 
 def occupy_closed_descriptors() -> None:

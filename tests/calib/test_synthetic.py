@@ -19,7 +19,7 @@ from cmt_edge.deploy.cache import CacheWarning
 from cmt_edge.deploy.errors import DataError, InputError, StepError
 from cmt_edge.deploy.preprocessing import Preprocess, decode_pixels
 from cmt_edge.export import ExportConfig
-from cmt_edge.export.steps import count_synthetic
+from cmt_edge.export.steps import GOLDEN_IMAGES, count_synthetic
 from helpers.cli import failed, succeeded
 
 SIZE = 32
@@ -319,7 +319,7 @@ def test_ranges_of_fp16_are_observed_on_them(capsys, tmp_path, monkeypatch):
         "--no-cache",
     )
     observed = Bundle.open(tmp_path / "cmt_nano_fp16_trt").manifest.typing.observed
-    assert (observed.source, observed.images, observed.synthesis.steps) == ("synthetic", 7, 1)
+    assert (observed.source, observed.images, observed.synthesis.steps) == ("synthetic", 3 + GOLDEN_IMAGES, 1)
 
 
 def test_the_plan_names_them_without_making_them(capsys, tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from cmt_edge.deploy.errors import InputError, RuntimeMissingError, UnknownNameE
 from cmt_edge.deploy.measure.parity import verify
 from cmt_edge.export import ExportConfig, run
 from cmt_edge.export.cli import main
+from cmt_edge.export.steps import GOLDEN_IMAGES
 
 SOURCE = '''
 import torch
@@ -147,8 +148,8 @@ def test_maps_of_a_method_features(outside):
     made = run(ExportConfig("outside_models:build", format="onnx", head="features", output="out"))
     with Predictor.load(made) as ours:
         assert [m.shape for m in ours.features(ours.prepare(made.golden().sources))] == [
-            (4, 16, 8, 8),
-            (4, 16, 4, 4),
+            (GOLDEN_IMAGES, 16, 8, 8),
+            (GOLDEN_IMAGES, 16, 4, 4),
         ]
     assert find_model("outside_models:Plain").strides == ()
     with pytest.raises(InputError, match="has no feature maps"):

@@ -21,6 +21,7 @@ from cmt_edge.cmt.download import fetch
 from cmt_edge.cmt.spec import Pretrained
 from cmt_edge.deploy.cache import CacheWarning
 from cmt_edge.deploy.errors import DownloadError
+from cmt_edge.deploy.locks import LOCK
 from helpers.weights import holds, nano, release, saved, state_of
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
@@ -246,7 +247,7 @@ def test_load_pretrained_downloads_into_the_cache(tmp_path, monkeypatch):
 def test_a_lock_that_a_killed_process_left_goes_with_the_next_use(server, tmp_path):
     published, folder = Pretrained(url=server.url), tmp_path / "weights"
     target = fetch(published, folder)
-    lock = target.with_name(f"{target.name}.lock")
+    lock = target.with_name(f"{target.name}{LOCK}")
     lock.touch()
     fetch(published, folder)
     assert lock.exists(), "a new one may be about to be locked"

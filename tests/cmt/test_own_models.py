@@ -283,7 +283,7 @@ CHOSEN = {
 @pytest.mark.parametrize("name", CHOSEN)
 def test_numbers_of_one_image_that_decide_of_another_are_named(folder, name, monkeypatch):
     """Where a probe with two images of noise does not see them, the golden images do."""
-    monkeypatch.setattr("cmt_edge.cmt.outside._require_one_answer", lambda *_: None)
+    monkeypatch.setattr("cmt_edge.cmt.single_answers._require_one_answer", lambda *_: None)
     with pytest.raises(InputError, match="takes a Python number from the values of one image") as error:
         run(ExportConfig(f"habits:{name}", format="onnx", output="out"))
     assert CHOSEN[name] in str(error.value.where)

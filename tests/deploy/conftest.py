@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
-import time
+import importlib.util
+from pathlib import Path
 
 import pytest
 
+from cmt_edge.deploy.measure.benchmark import Protocol
+from helpers.collections import archive, fill
 from helpers.running import list_helper_threads
 
 ENDING_S = 5.0
@@ -57,7 +60,37 @@ def no_thread_is_left(quick_collections):
     """The test ends every thread that it started; an abandoned stream may do so when it is collected."""
     yield
     gc.collect()
-    end = time.monotonic() + ENDING_S
-    while list_helper_threads() and time.monotonic() < end:  # one that is just starting cannot be joined
-        time.sleep(0.01)
+    for thread in list_helper_threads():
+        thread.join(ENDING_S)
     assert not list_helper_threads()
+
+
+@pytest.fixture
+def no_torch(monkeypatch):
+    """PyTorch looks as if it were not installed."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "torch" else find(name, *a)
+    )
+
+
+@pytest.fixture
+def quick_builds(monkeypatch):
+    """How long ``cmt-build`` measures is not what the test is about."""
+    from cmt_edge.deploy.cli import build as command
+    from cmt_edge.deploy.tensorrt import build
+
+    monkeypatch.setattr(command, "read_protocol", lambda *_: Protocol(5, 0.0, 1, 0.0))
+    monkeypatch.setattr(build, "POWER_SECONDS", 0.05)
+
+
+@pytest.fixture(params=["folder", "tar", "tar with ./"])
+def place(request, tmp_path):
+    """Builds a collection of ``files`` in each of its forms."""
+
+    def build(files: dict[str, bytes]) -> Path:
+        if request.param == "folder":
+            return fill(tmp_path / "images", files)
+        return archive(tmp_path / "images.tar", files, "./" if "./" in request.param else "")
+
+    return build

@@ -20,7 +20,7 @@ from cmt_edge.deploy.bundle import (
 )
 from cmt_edge.deploy.errors import OutputError
 from cmt_edge.deploy.files import hash_file
-from cmt_edge.deploy.locks import try_lock
+from cmt_edge.deploy.locks import TEMPORARY, try_lock
 from helpers.bundles import (
     LABELS,
     make_bundle,
@@ -283,9 +283,9 @@ def test_what_is_no_bundle_is_never_replaced(tmp_path, bundle):
 
 def test_leftovers_of_a_killed_run_are_removed(tmp_path):
     """What runs is told by its lock, not by a number in the name, which means another process elsewhere."""
-    stale = tmp_path / f".tiny.{os.getpid()}.abc.tmp"
-    running = tmp_path / ".tiny.4194305.abc.tmp"
-    others = tmp_path / ".other.4194305.abc.tmp"
+    stale = tmp_path / f".tiny.{os.getpid()}.abc{TEMPORARY}"
+    running = tmp_path / f".tiny.4194305.abc{TEMPORARY}"
+    others = tmp_path / f".other.4194305.abc{TEMPORARY}"
     for folder in (stale, running, others):
         folder.mkdir()
         (folder / "model.bin").write_text("half")
@@ -304,7 +304,7 @@ def test_leftovers_of_a_killed_run_are_removed(tmp_path):
 
 def test_bundle_moved_aside_comes_back(bundle):
     before = snapshot(bundle.path)
-    bundle.path.rename(bundle.path.with_name(".tiny.old"))
+    bundle.path.rename(files.make_aside_path(bundle.path))
     with BundleWriter(bundle.path):
         pass
     assert snapshot(bundle.path) == before
@@ -312,7 +312,7 @@ def test_bundle_moved_aside_comes_back(bundle):
 
 
 def test_older_leftover_does_not_win_over_the_bundle(bundle):
-    old = bundle.path.with_name(".tiny.old")
+    old = files.make_aside_path(bundle.path)
     shutil.copytree(bundle.path, old)
     (old / "model.bin").write_bytes(b"ancient")
     make_bundle(bundle.path, members={"model.bin": b"newer"})

@@ -79,13 +79,25 @@ def test_what_making_raises_is_raised(cache):
 
 
 def test_the_entries_that_were_used_last_stay(cache):
-    for age, key in ((300, "a"), (200, "b")):
+    a, b, c = (letter * 64 for letter in "abc")
+    for age, key in ((300, a), (200, b)):
         text_of(cache, key, lambda key=key: key * 2)
         for suffix in cache.suffixes:
             os.utime(cache.folder / f"{key}{suffix}", (time.time() - age, time.time() - age))
-    assert text_of(cache, "a", never) == "aa"  # used now, so b is older
-    text_of(cache, "c", lambda: "cc")
-    assert names(cache) == ["a.head", "a.tail", "c.head", "c.tail"]
+    assert text_of(cache, a, never) == a * 2  # used now, so b is older
+    text_of(cache, c, lambda: "cc")
+    assert names(cache) == [f"{a}.head", f"{a}.tail", f"{c}.head", f"{c}.tail"]
+
+
+def test_files_of_a_user_in_the_folder_are_not_dropped(cache):
+    """A user may name a folder as the cache that has such files already."""
+    cache.folder.mkdir()
+    for name in ("thesis.head", "thesis.tail", "more.tail", "cafe.tail"):
+        (cache.folder / name).write_text("precious")
+    for letter in "abcd":
+        text_of(cache, letter * 64, lambda: "made")
+    ours = [f"{letter * 64}{suffix}" for letter in "cd" for suffix in cache.suffixes]
+    assert names(cache) == sorted(["thesis.head", "thesis.tail", "more.tail", "cafe.tail", *ours])
 
 
 @pytest.mark.parametrize("where", ["folder", "file"])

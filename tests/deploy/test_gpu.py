@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 
 import numpy as np
 import pytest
 
 import cmt_edge.deploy.cli.build
 from cmt_edge.deploy import Bundle, Predictor
+from cmt_edge.deploy.backends import get_runtime
 from cmt_edge.deploy.errors import RuntimeMissingError
 from cmt_edge.deploy.measure.parity import verify
 from cmt_edge.deploy.telemetry.power import PowerMonitor
@@ -34,6 +36,12 @@ def device():
 def tensorrt(device):
     if importlib.util.find_spec("tensorrt") is None:
         pytest.skip("TensorRT is not installed; JetPack or NVIDIA's wheels bring it")
+
+
+@pytest.fixture
+def tensorrt_rtx(device):
+    if importlib.util.find_spec("tensorrt_rtx") is None:
+        pytest.skip("TensorRT for RTX is not installed (the extra rtx)")
 
 
 def test_the_gpu_describes_itself(device):
@@ -120,6 +128,37 @@ def test_build_verify_and_predict(tensorrt, tmp_path, batch, capsys):
         images = np.random.default_rng(0).normal(size=(5, 3, SIZE, SIZE)).astype(np.float32)
         np.testing.assert_allclose(ours.logits(images), theirs.logits(images), atol=5e-3)
         assert ours.session.executed(images[:1]).time_share
+
+
+def test_kernels_are_kept_for_the_next_start(tensorrt_rtx, tmp_path, monkeypatch):
+    monkeypatch.setenv("CMT_EDGE_CACHE", str(tmp_path / "cache"))
+    bundle = trt_bundle(tmp_path / "tiny_fp16_rtx", format="rtx")
+    assert cmt_edge.deploy.cli.build.main([str(bundle.path), "--seconds", "0.2"]) == 0
+    images = np.random.default_rng(0).normal(size=(1, 3, SIZE, SIZE)).astype(np.float32)
+    with Predictor.load(bundle.path) as predictor:
+        assert predictor.session.compiled_kernels.is_from_cache
+        answers = predictor.logits(images)
+    shutil.rmtree(tmp_path / "cache")
+    with Predictor.load(bundle.path) as predictor:
+        assert not predictor.session.compiled_kernels.is_from_cache
+        np.testing.assert_allclose(predictor.logits(images), answers, atol=5e-3)
+
+
+@pytest.mark.parametrize("name", ["cuda", "tensorrt", "rtx"])
+def test_onnxruntime_on_the_gpu(device, tmp_path, name):
+    bundle = trt_bundle(tmp_path / "tiny_fp16_trt")
+    try:
+        get_runtime("onnxruntime").check(name)
+    except RuntimeMissingError as exc:
+        pytest.skip(str(exc))
+    images = np.random.default_rng(0).normal(size=(1, 3, SIZE, SIZE)).astype(np.float32)
+    with (
+        Predictor.load(bundle, backend="onnxruntime", device=name) as ours,
+        Predictor.load(bundle, backend="onnxruntime") as cpu,
+    ):
+        assert ours.info.device == f"{name}:0"
+        np.testing.assert_allclose(ours.logits(images), cpu.logits(images), atol=5e-3)
+        assert "runs all" in ours.session.executed(images).source
 
 
 @pytest.mark.slow

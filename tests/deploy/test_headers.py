@@ -55,7 +55,33 @@ def strips(order: str, count: int) -> bytes:
     return mark + struct.pack(f"{order}IH", 8, 9) + entries + bytes(4) + places + bytes(8)
 
 
+def rle(payload: bytes, width: int, height: int, file_header: bool = True) -> bytes:
+    """A BMP file of runs of pixels."""
+    colors = b"".join(bytes([i, i, i, 0]) for i in range(256))
+    info = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(payload), 0, 0, 256, 0) + colors
+    start = 14 + len(info)
+    head = b"BM" + struct.pack("<IHHI", start + len(payload), 0, 0, start) if file_header else b""
+    return head + info + payload
+
+
+def gif(blocks: bytes) -> bytes:
+    """A GIF file with blocks before its picture."""
+    made = encode("GIF", PICTURE.convert("P"))
+    start = 13 + (3 << (made[10] & 7) + 1 if made[10] & 0x80 else 0)
+    return made[:start] + blocks + made[start:]
+
+
 FLOODS = {
+    "comments of GIF": gif(b"!\xfe\x01a\0" * 2_000_000),
+    "empty comments of GIF": gif(b"!\xfe\0" * 2_000_000),
+    "a comment of GIF in tiny blocks": gif(b"!\xfe" + b"\x01a" * 4_000_000 + b"\0"),
+    "runs of one pixel": rle((b"\1\5" * 4000 + b"\0\0") * 1000 + b"\0\1", 4000, 1000),
+    "moves to nowhere": rle(b"\0\2\0\0" * 4_000_000, 64, 48),
+    "moves in a large picture": rle(b"\0\2\0\0" * 10_000_000, 9400, 9400),
+    "moves without a header of a file": rle(b"\0\2\0\0" * 4_000_000, 64, 48, file_header=False),
+    "plain numbers": b"P2 4000 4000 255\n" + b"1 " * (17 << 20),
+    "plain bits": b"P1 9000 9000\n" + b"1" * (33 << 20),
+    "space between plain numbers": b"P3 64 64 255\n" + b" " * (33 << 20),
     "beginnings": b"\xff\xd8" * (8 << 20),
     "fill bytes": b"\xff\xd8" + b"\xff" * (16 << 20),
     "zeros": b"\xff\xd8" + bytes(16 << 20),
@@ -103,6 +129,11 @@ def test_large_metadata_are_no_flood() -> None:
         64,
         48,
     )
+    profile = b"!\xff\x0bICCRGBG1012" + (b"\xff" + bytes(255)) * 20_000 + b"\0"
+    assert decode(gif(profile), "apply").size == (64, 48)
+    rows = b"".join(b"\0\xfe" + bytes(254) + b"\0\0" for _ in range(20_000))
+    assert decode(rle(rows + b"\0\1", 254, 20_000), "apply").size == (254, 20_000)
+    assert decode(b"P2 1500 1500 255\n" + b"255 " * 2_250_000, "apply").size == (1500, 1500)
     header = b"P6\n# made by a camera\n# in two lines\n2000 1000\n255\n"
     assert decode(header + bytes(6_000_000), "apply").size == (2000, 1000)
     text = chunk(b"tEXt", b"a\0" + b"b" * 9000)
@@ -110,7 +141,20 @@ def test_large_metadata_are_no_flood() -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"I", b"II*\0", b"II+\0", b"MM\0*\xff\xff\xff\xff", b"II+\0" + b"\xff" * 12, PNG_HEAD[:8]]
+    "data",
+    [
+        b"",
+        b"I",
+        b"GIF89a",
+        b"GIF89a" + bytes(4) + b"\xf7",
+        b"BM",
+        b"BM" + bytes(20),
+        b"II*\0",
+        b"II+\0",
+        b"MM\0*\xff\xff\xff\xff",
+        b"II+\0" + b"\xff" * 12,
+        PNG_HEAD[:8],
+    ],
 )
 def test_headers_that_are_cut_off(data: bytes) -> None:
     assert find_flood(io.BytesIO(data), headers.LARGE_BYTES + 1) is None

@@ -310,3 +310,23 @@ def test_the_kind_of_an_output_is_known(tmp_path):
     edit_manifest(bundle, lambda content: content["outputs"][0].update(kind="distances"))
     with pytest.raises(BundleError, match=r"outputs.*kind is 'distances'"):
         Bundle.open(bundle.path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "twice"),
+    [
+        ('"labels": [', '"labels": [["z", "z"]],\n  "labels": ['),
+        ('"format": ', '"format": "openvino",\n  "format": '),
+        ('"size": 16', '"size": 999, "size": 16'),
+        ('"checksum": ', '"checksum": "0",\n  "checksum": '),
+    ],
+)
+def test_an_entry_that_stands_twice_is_refused(tmp_path, entry, twice):
+    """Readers differ in which of the two they take: what one checks, another does not use."""
+    bundle = make_bundle(tmp_path / "b")
+    path = bundle.path / "manifest.json"
+    text = path.read_text()
+    assert entry in text
+    path.write_text(text.replace(entry, twice, 1))
+    with pytest.raises(BundleError, match="stands in it twice"):
+        Bundle.open(bundle.path)

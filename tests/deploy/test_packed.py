@@ -25,6 +25,7 @@ from cmt_edge.deploy import Bundle, Predictor
 from cmt_edge.deploy.bundle import packed
 from cmt_edge.deploy.bundle.manifest import MANIFEST
 from cmt_edge.deploy.errors import BundleError, InputError, OutputError
+from cmt_edge.deploy.locks import TEMPORARY
 from helpers.bundles import make_bundle, snapshot
 
 
@@ -154,7 +155,8 @@ def test_what_lies_among_the_temporary_files_goes_with_the_bundle(
 ) -> None:
     monkeypatch.setenv("CMT_EDGE_CACHE", os.devnull)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    (tmp_path / "tmp" / f"{packed.SCRATCH}left.tmp").mkdir(parents=True)  # a process that was killed left it
+    left_by_killed = tmp_path / "tmp" / f"{packed.SCRATCH}left{TEMPORARY}"
+    left_by_killed.mkdir(parents=True)
     bundle = Bundle.open(file)
     assert [path.name for path in (tmp_path / "tmp").iterdir()] == [bundle.path.parent.name]
     with Predictor.load(bundle) as predictor:
@@ -412,6 +414,6 @@ def test_damaged_archives_answer_as_before_or_are_refused(
 def test_what_a_killed_process_left_goes_also_where_nothing_is_unpacked(file: Path, cache: Path) -> None:
     folder = Bundle.open(file).path.parent
     before = [path.name for path in folder.iterdir()]
-    (folder / ".killed.tmp").mkdir()
+    (folder / f".killed{TEMPORARY}").mkdir()
     Bundle.open(file)
     assert [path.name for path in folder.iterdir()] == before

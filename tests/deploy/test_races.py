@@ -21,6 +21,7 @@ from cmt_edge.deploy.bundle import BundleWriter
 from cmt_edge.deploy.bundle.golden import Golden
 from cmt_edge.deploy.cache import Cache
 from cmt_edge.deploy.errors import BundleError, OutputError
+from cmt_edge.deploy.locks import LOCK, TEMPORARY
 from helpers.bundles import make_bundle, snapshot, tiny_golden
 from helpers.paths import ROOT
 
@@ -101,7 +102,7 @@ def test_eight_processes_with_one_output_and_one_cache_key(tmp_path):
         os.utime(path, (old, old))
     Cache(cache, (".a", ".b"), 2).write("next", (b"a", b"b"))
     assert hidden(cache) == []
-    assert not list(cache.glob("*.lock"))
+    assert not list(cache.glob(f"*{LOCK}"))
 
 
 def versioned(target: Path, number: int) -> None:
@@ -218,14 +219,14 @@ def test_what_a_user_puts_there_meanwhile_is_not_replaced(tmp_path):
 
 @pytest.mark.parametrize("name", ["[ab]*?", "tiny.tmp", "a b"])
 def test_leftovers_are_found_whatever_the_name(tmp_path, name):
-    (tmp_path / f".{name}.abc.tmp").mkdir()
+    (tmp_path / f".{name}.abc{TEMPORARY}").mkdir()
     make_bundle(tmp_path / name)
     assert hidden(tmp_path) == []
 
 
 def test_a_fresh_file_without_a_lock_is_spared_and_an_old_one_goes(tmp_path):
     """Its process may be about to lock it."""
-    left = tmp_path / ".report.md.abc.tmp"
+    left = tmp_path / f".report.md.abc{TEMPORARY}"
     left.write_bytes(b"half")
     files.write_atomic(tmp_path / "report.md", b"whole")
     assert left.exists()

@@ -12,46 +12,18 @@ import cmt_edge.deploy.cli.build
 import cmt_edge.deploy.tensorrt.build
 from cmt_edge.deploy import Bundle, Predictor
 from cmt_edge.deploy.bundle import PORTABLE_ENGINE, Manifest
-from cmt_edge.deploy.bundle.sections import CompiledEntry
 from cmt_edge.deploy.errors import BundleError, InputError, RuntimeMissingError, StepError
 from cmt_edge.deploy.measure.benchmark import Protocol
 from cmt_edge.deploy.measure.device_report import DeviceReport
 from cmt_edge.deploy.tensorrt.kernels import read_kernels
 from helpers.bundles import SIZE
-from helpers.trt import build_portable, forget_fakes, tiny_graph, trt_bundle
+from helpers.trt import build_portable, forget_fakes, make_compiled, make_plan, trt_bundle
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(cmt_edge.deploy.cli.build, "read_protocol", lambda *_: Protocol(5, 0.0, 1, 0.0))
     monkeypatch.setattr(cmt_edge.deploy.tensorrt.build, "POWER_SECONDS", 0.05)
-
-
-def make_compiled(engine: str | None = PORTABLE_ENGINE) -> CompiledEntry:
-    return CompiledEntry(
-        product="tensorrt_rtx",
-        version="1.7.1.116",
-        targets=(),
-        seconds=3.0,
-        engine=engine,
-        engine_bytes=10,
-        kernels={"kgen": 3},
-        sync_nodes=0,
-        fused=1,
-        attention=0,
-        conversions=0,
-        types={},
-        activation_bytes=10,
-        weight_bytes=10,
-        blocks=(),
-        estimates=(),
-        details=None,
-    )
-
-
-def make_plan() -> bytes:
-    header = {"typed": True, "detailed": True, "profile": None}
-    return b"FAKEPLAN" + json.dumps(header).encode() + b"\n" + tiny_graph().SerializeToString()
 
 
 @pytest.fixture

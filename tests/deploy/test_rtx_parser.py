@@ -9,7 +9,7 @@ from cmt_edge.deploy.bundle import ONNX
 from cmt_edge.deploy.errors import StepError
 from cmt_edge.deploy.tensorrt.kernels import read_kernels
 from cmt_edge.deploy.tensorrt.parser_rules import ACCEPTED_BY_RTX, SUPPORTED
-from helpers.nvidia_names import RECEIVERS, find_module, list_uses
+from helpers.nvidia_names import RECEIVERS, RTX_RECEIVERS, find_module, list_uses
 from helpers.parser_graphs import BROKEN
 from helpers.rtx_parser import needs_rtx, parse_all
 from helpers.trt import build_portable, trt_bundle
@@ -67,7 +67,7 @@ def test_every_name_we_use_is_in_the_real_module(verdicts):
     checked = 0
     for expression, name in list_uses():
         receiver = find_module(expression)
-        owner = RECEIVERS.get(receiver)
+        owner = (RECEIVERS | RTX_RECEIVERS).get(receiver)
         if receiver == "trt":
             assert name in classes or name == "__version__", name
         elif receiver.startswith("trt.") and receiver != "trt.Logger.Severity":

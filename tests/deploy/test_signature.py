@@ -29,19 +29,11 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
     Encoding,
-    NoEncryption,
     PrivateFormat,
     PublicFormat,
 )
 
-
-def write_pair(folder: Path, name: str) -> tuple[Path, Path]:
-    """Files of a private and its public key."""
-    private = ed25519.Ed25519PrivateKey.generate()
-    secret, public = folder / f"{name}.key", folder / f"{name}.pub"
-    secret.write_bytes(private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    public.write_bytes(private.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
-    return secret, public
+from helpers.keys import write_pair
 
 
 @pytest.fixture(scope="module")
@@ -262,3 +254,14 @@ def test_a_key_counts_for_the_reference_too(
     assert verify.main([*arguments, str(signed.path)]) == 0
     assert verify.main([*arguments, str(plain.path)]) == 1
     assert f"{plain.path}: is not signed" in capsys.readouterr().err
+
+
+def test_an_entry_of_the_signature_that_stands_twice(tmp_path: Path, keys: tuple[Path, Path]) -> None:
+    secret, public = keys
+    with BundleWriter(tmp_path / "b") as writer:
+        (writer.folder / "golden.npz").write_bytes(b"x")
+        bundle = writer.commit(tiny_manifest(), secret)
+    path = bundle.path / SIGNATURE
+    path.write_text(path.read_text().replace('"key":', '"key": "0",\n  "key":', 1))
+    with pytest.raises(BundleError, match="stands in it twice"):
+        Bundle.open(bundle.path, key=public)

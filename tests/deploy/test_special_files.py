@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import socket
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from cmt_edge.deploy import Bundle
+from cmt_edge.deploy import files as files_module
 from cmt_edge.deploy.errors import CmtEdgeError, OutputError
 from cmt_edge.deploy.files import describe_irregular, open_regular, read_regular, read_text, write_atomic
 from helpers.bundles import make_bundle
@@ -64,7 +66,7 @@ READERS = {
     "labels": "ExportConfig('cmt_nano', labels=str(special)).read_labels()",
     "checkpoint": "read_content(special)",
     "own model": "create_model(f'{special}:build')",
-    "secret": "engine._read_secret()",
+    "secret": "sealing.make_seal('text')",
 }
 """What reads a file -> the expression that reads it: ``special`` is the file, ``place`` a bundle."""
 
@@ -95,7 +97,7 @@ from cmt_edge.deploy import Bundle
 from cmt_edge.deploy.decoding import decode
 from cmt_edge.deploy.errors import CmtEdgeError
 from cmt_edge.deploy.images import ImageSet
-from cmt_edge.deploy.tensorrt import engine
+from cmt_edge.deploy import sealing
 from cmt_edge.export.config import ExportConfig
 from cmt_edge.export.config_file import read_config
 for name, special, place, expression in json.loads(sys.argv[1]):
@@ -178,3 +180,29 @@ def test_nothing_is_written_over_a_folder(tmp_path, make):
     with pytest.raises(OutputError):
         write_atomic(tmp_path / "report.md", b"x")
     assert [path.name for path in tmp_path.iterdir()] == ["report.md"]
+
+
+class Growing(io.FileIO):
+    """A file that another process appends to after each of the first reads."""
+
+    def __init__(self, path: Path, parts: list[bytes]) -> None:
+        super().__init__(path)
+        self._path, self._parts = path, parts
+
+    def read(self, size: int = -1) -> bytes:
+        data = super().read(size)
+        if self._parts:
+            with open(self._path, "ab") as file:
+                file.write(self._parts.pop(0))
+        return data
+
+
+@pytest.mark.parametrize("limit", [7, 1 << 62])
+def test_a_file_that_grows_while_it_is_read(tmp_path, monkeypatch, limit):
+    """A large limit takes no memory."""
+    file = tmp_path / "file"
+    file.write_bytes(b"123")
+    monkeypatch.setattr(files_module, "open_regular", lambda path, _: Growing(path, [b"45", b"67"]))
+    assert read_regular(file, limit) == b"1234567"
+    with pytest.raises(OSError, match="more than 8 bytes"):
+        read_regular(file, 8)

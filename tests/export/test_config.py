@@ -257,6 +257,8 @@ def test_toml_file_with_every_setting(tmp_path):
         "1,1,1",
         0.9,
         "ignore",
+        "reduced",
+        3.0,
         2,
         3,
         False,
@@ -344,7 +346,7 @@ def test_bundle_name(settings, name):
 )
 def test_no_bundle_is_hidden(monkeypatch, model, name):
     spec = replace(GOOD.spec, name=model)
-    monkeypatch.setattr("cmt_edge.export.config.find_model", lambda *_: spec)
+    monkeypatch.setattr("cmt_edge.export.derived.find_model", lambda *_: spec)
     assert replace(GOOD, model=model).folder == f"{name}_fp32_openvino"
 
 
@@ -465,3 +467,11 @@ def test_labels_are_as_many_as_classes(tmp_path, count):
     path = saved(tmp_path / "names.txt", "\n".join(["same"] * count), "utf-8")
     with pytest.raises(InputError, match=f"{count} labels for 10 classes"):
         ExportConfig("cmt_nano", labels=path).check()
+
+
+@pytest.mark.parametrize(("value", "uses"), [("", True), ("0", True), ("1", False), ("yes", False)])
+def test_one_variable_turns_every_cache_off(monkeypatch, value, uses):
+    monkeypatch.setenv("CMT_EDGE_NO_CACHE", value)
+    config = ExportConfig("cmt_nano", precision="int8", data="generated")
+    assert config.uses_cache == config.keeps_results == uses
+    assert not replace(config, cache=False).uses_cache

@@ -15,7 +15,8 @@ from cmt_edge.deploy.cli import bench as cmt_bench
 from cmt_edge.deploy.cli import predict as cmt_predict
 from cmt_edge.deploy.cli import verify as cmt_verify
 from cmt_edge.deploy.errors import InputError, ParityError
-from cmt_edge.deploy.measure.parity import MAP_ATOL, check_golden, measure_distance, verify
+from cmt_edge.deploy.measure.parity import check_golden, verify
+from cmt_edge.deploy.measure.tolerance import MAP_ATOL, measure_distance
 from cmt_edge.export import ExportConfig, run
 from cmt_edge.export.to_onnx import require_parity
 from helpers.models import marked_models
@@ -132,7 +133,7 @@ def test_prepare_takes_what_predict_takes(bundle):
     sources = bundle.golden().sources
     with Predictor.load(bundle) as p:
         batch = p.prepare(sources)
-        assert (batch.shape, batch.dtype) == ((4, 3, 64, 64), np.float32)
+        assert (batch.shape, batch.dtype) == ((len(sources), 3, 64, 64), np.float32)
         for ours, expected in zip(p.features(batch), bundle.golden().outputs, strict=True):
             np.testing.assert_allclose(ours, expected, atol=1e-3)
         assert p.prepare([]).shape == (0, 3, 64, 64)

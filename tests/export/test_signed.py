@@ -13,13 +13,7 @@ from helpers.cli import failed, succeeded
 
 pytest.importorskip("cryptography", reason="signatures need the extra 'sign'")
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    PublicFormat,
-)
+from helpers.keys import write_pair
 
 pytestmark = pytest.mark.usefixtures("quick_exports")
 
@@ -29,12 +23,7 @@ NANO = ("--model", "cmt_nano", "--weights", "random", "--format", "onnx")
 @pytest.fixture
 def key(tmp_path: Path) -> Path:
     """A private key; its public one lies beside it."""
-    private = Ed25519PrivateKey.generate()
-    path = tmp_path / "sign.key"
-    path.write_bytes(private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    public = private.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    path.with_suffix(".pub").write_bytes(public)
-    return path
+    return write_pair(tmp_path, "sign")[0]
 
 
 def test_a_signed_export(key: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from cmt_edge.deploy.measure.parity import verify
 from cmt_edge.deploy.tensorrt.parser_rules import find_parser_problems
 from cmt_edge.export import ExportConfig, run
 from cmt_edge.export.cli import main
+from cmt_edge.export.steps import GOLDEN_IMAGES
 from helpers.bundles import snapshot
 from helpers.shared import shared
 
@@ -102,7 +103,7 @@ def test_images_for_the_ranges_of_fp16(tmp_path):
     """``--data`` with fp16 observes, it does not quantize."""
     made = run(config(tmp_path, data="generated", calib_size=8))
     assert set(made.manifest.typing.operations) == {"fp16"}
-    assert made.manifest.typing.observed.images == 12
+    assert made.manifest.typing.observed.images == 8 + GOLDEN_IMAGES
     assert made.manifest.calibration is None
     assert not {n.op_type for n in onnx.load(made.file("model.onnx")).graph.node} & {
         "QuantizeLinear",
@@ -135,7 +136,7 @@ def test_a_larger_model_is_typed_without_findings(name, tmp_path):
 
 BAD = [
     ({"precision": "bf16", "data": None}, "has no bf16"),
-    ({"format": "openvino"}, "has no fp16"),
+    ({"format": "openvino"}, "only --format trt or rtx builds engines"),
     ({"format": "onnx"}, "has no fp16"),
     ({"format": "openvino", "precision": "fp32"}, "only --format trt or rtx builds engines"),
     ({"format": "onnx", "precision": "fp32", "build": True, "workspace": 1.0}, "--workspace"),

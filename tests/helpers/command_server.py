@@ -22,7 +22,8 @@ import cmt_edge.__main__  # noqa: F401
 from cmt_edge.deploy.cli import measuring
 from cmt_edge.deploy.measure.benchmark import Protocol
 from cmt_edge.deploy.tensorrt import build
-from cmt_edge.export import pipeline, steps  # noqa: F401
+from cmt_edge.export import pipeline  # noqa: F401
+from cmt_edge.export.steps import bundle, graph
 
 from .forks import run_command, serve
 
@@ -42,14 +43,14 @@ def trace_once(model, img_size, opset, outputs, check):
     file = KEPT / f"{img_size}-{opset}-{'-'.join(outputs)}.onnx"
     if not file.exists():
         file.write_bytes(real(model, img_size, opset, outputs).SerializeToString())
-    graph = onnx.load_from_string(file.read_bytes())
-    check(graph)
-    return graph
+    loaded = onnx.load_from_string(file.read_bytes())
+    check(loaded)
+    return loaded
 
 
-real = steps.export_onnx
-steps.export_onnx = trace_once
-steps.EXPORT_PROTOCOL = Protocol(iters=3, seconds=0.0, warmup_seconds=0.0)
+real = graph.export_onnx
+graph.export_onnx = trace_once
+bundle.EXPORT_PROTOCOL = Protocol(iters=3, seconds=0.0, warmup_seconds=0.0)
 measuring.Protocol = Brief
 build.POWER_SECONDS = 0.05
 serve(run_command)

@@ -24,18 +24,18 @@ def traced_once(kept: Path):
     """
     import onnx
 
-    from cmt_edge.export import steps
+    from cmt_edge.export.steps import graph
     from cmt_edge.export.to_onnx import export_onnx as trace
 
     def export_onnx(model, img_size, opset, outputs, check):
         file = kept / f"{_fingerprint(model)}-{img_size}-{opset}-{'-'.join(outputs)}.onnx"
         make_once(file, lambda path: onnx.save(trace(model, img_size, opset, outputs), path))
-        graph = onnx.load(file)
-        check(graph)
-        return graph
+        loaded = onnx.load(file)
+        check(loaded)
+        return loaded
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steps, "export_onnx", export_onnx)
+        patch.setattr(graph, "export_onnx", export_onnx)
         yield patch
 
 

@@ -6,9 +6,17 @@ import ast
 
 from helpers.paths import ROOT
 
-CODE = tuple(ROOT / "deploy" / "tensorrt" / f"{name}.py" for name in ("session", "builder", "bindings"))
-RTX_ALONE = {("config", "num_compute_capabilities"), ("config", "set_compute_capability")}
-"""What is used of TensorRT for RTX only."""
+CODE = tuple(
+    ROOT / "deploy" / "tensorrt" / f"{name}.py" for name in ("session", "builder", "bindings", "jit")
+)
+RTX_ALONE = {
+    ("config", "num_compute_capabilities"),
+    ("config", "set_compute_capability"),
+    ("engine", "create_runtime_config"),
+}
+"""What is used of TensorRT for RTX only, of objects that both products have."""
+RTX_RECEIVERS = {"jit_config": "IRuntimeConfig", "runtime_cache": "IRuntimeCache"}
+"""The same as :data:`RECEIVERS` for objects that only TensorRT for RTX has."""
 RECEIVERS = {
     "builder": "Builder",
     "network": "INetworkDefinition",
@@ -16,7 +24,7 @@ RECEIVERS = {
     "config": "IBuilderConfig",
     "profile": "IOptimizationProfile",
     "timings": "ITimingCache",
-    "parser.get_error(i)": "ParserError",
+    "error": "ParserError",
     "engine": "ICudaEngine",
     "self._engine": "ICudaEngine",
     "runtime": "Runtime",

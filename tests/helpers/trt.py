@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,19 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
+import cmt_edge.deploy.cli.build
 from cmt_edge.deploy import Bundle
 from cmt_edge.deploy.backends.fake import FakeSession
-from cmt_edge.deploy.bundle import ONNX
-from cmt_edge.deploy.bundle.sections import TensorEntry, TypingEntry
+from cmt_edge.deploy.bundle import ONNX, PORTABLE_ENGINE
+from cmt_edge.deploy.bundle.sections import CompiledEntry, TensorEntry, TypingEntry
 from cmt_edge.deploy.progress import Progress
 from cmt_edge.deploy.tensorrt.bindings import open_bindings
-from cmt_edge.deploy.tensorrt.building import PortablePlan, build_portable_plan
+from cmt_edge.deploy.tensorrt.building import (
+    PORTABLE_TIME_LIMIT_S,
+    PortableOptions,
+    PortablePlan,
+    build_portable_plan,
+)
 from helpers.bundles import LABELS, SIZE, make_bundle
 
 
@@ -69,13 +76,54 @@ def trt_bundle(
     )
 
 
-def build_portable(bundle: Bundle, **options: Any) -> PortablePlan:
+def make_compiled(engine: str | None = PORTABLE_ENGINE) -> CompiledEntry:
+    """What a manifest says of a portable engine."""
+    return CompiledEntry(
+        product="tensorrt_rtx",
+        version="1.7.1.116",
+        targets=(),
+        seconds=3.0,
+        engine=engine,
+        engine_bytes=10,
+        kernels={"kgen": 3},
+        sync_nodes=0,
+        fused=1,
+        attention=0,
+        conversions=0,
+        types={},
+        activation_bytes=10,
+        weight_bytes=10,
+        blocks=(),
+        estimates=(),
+        details=None,
+    )
+
+
+def make_plan() -> bytes:
+    """An engine that the fake deserialises."""
+    header = {"typed": True, "detailed": True, "profile": None}
+    return b"FAKEPLAN" + json.dumps(header).encode() + b"\n" + tiny_graph().SerializeToString()
+
+
+def build_portable(
+    bundle: Bundle,
+    *,
+    time_limit: float = PORTABLE_TIME_LIMIT_S,
+    **options: Any,
+) -> PortablePlan:
     """The engine that TensorRT for RTX makes of a bundle's graph without a GPU."""
     manifest = bundle.manifest
     return build_portable_plan(
         bundle.file(ONNX),
         manifest.files[ONNX].sha256,
         manifest.input,
+        PortableOptions(**options),
+        time_limit=time_limit,
         progress=Progress(quiet=True),
-        **options,
     )
+
+
+def build(bundle: Bundle, *flags: object) -> int:
+    """The exit code of ``cmt-build`` with these flags."""
+    forget_fakes()
+    return cmt_edge.deploy.cli.build.main([str(bundle.path), *map(str, flags)])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from cmt_edge.cmt import create_model, load_weights
 from cmt_edge.cmt.weights import randomize
@@ -63,3 +64,23 @@ def result_of(tmp_path: Path, content, name: str = "model.pth", **options):
     loaded = load_weights(model, saved(tmp_path, content, name), **options)
     assert holds(model, GOOD | {k: v for k, v in model.state_dict().items() if "num_batches" in k})
     return loaded
+
+
+OTHER = state_of(2)
+"""Weights that a container holds beside those."""
+
+
+class Enclosing(nn.Module):
+    """A trainer's module around a model."""
+
+    def __init__(self, **parts) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+
+def trained() -> nn.Module:
+    """A cmt_nano with :data:`GOOD`."""
+    model = nano()
+    model.load_state_dict(GOOD)
+    return model

@@ -21,7 +21,13 @@ _NARROW = (96, 192, 384, 768)
 """Channels of the stages of all variants but the largest."""
 
 
-def _make_spec(name: str, params: int, macs: int, top1: str, file: str | None) -> ModelSpec:
+def _make_spec(
+    name: str,
+    params: int,
+    macs: int,
+    top1: str,
+    file: str | None,
+) -> ModelSpec:
     """One variant; ``file`` is the name of its official weights."""
     config = _CONFIGS[name]
     return ModelSpec(

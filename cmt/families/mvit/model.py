@@ -106,7 +106,12 @@ def list_block_shapes(config: MViTConfig, img_size: int) -> list[BlockShape]:
     return shapes
 
 
-def apply_on_map(layer: nn.Module, x: Tensor, size: int, prefix: int) -> Tensor:
+def apply_on_map(
+    layer: nn.Module,
+    x: Tensor,
+    size: int,
+    prefix: int,
+) -> Tensor:
     """``layer`` on the map (B, C, size, size) that tokens (B, prefix + size**2, C) make.
 
     The first ``prefix`` tokens are class tokens, which skip the layer.
@@ -268,7 +273,12 @@ class Block(nn.Module):
     Where the width changes, the shortcut of one of the two has the linear ``shortcut``.
     """
 
-    def __init__(self, shape: BlockShape, config: MViTConfig, drop_path: float) -> None:
+    def __init__(
+        self,
+        shape: BlockShape,
+        config: MViTConfig,
+        drop_path: float,
+    ) -> None:
         super().__init__()
         self.shrinks = shape.q_stride > 1
         self.widens_in_attention = shape.in_dim != shape.dim

@@ -78,7 +78,10 @@ def resize_position_embedding(embedding: Tensor, tokens: int) -> Tensor:
     )
 
 
-def resize(model: nn.Module, state: StateDict) -> tuple[StateDict, list[str]]:
+def resize(
+    model: nn.Module,
+    state: StateDict,
+) -> tuple[StateDict, list[str]]:
     """Move all positions of ``state`` (our keys) to the size that ``model`` was built for.
 
     Returns the new state and the changed keys.

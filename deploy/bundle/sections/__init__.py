@@ -5,10 +5,12 @@
 
 from .calibration import CalibrationEntry, ImagesEntry, Island, ObservedEntry, SynthesisEntry, TypingEntry
 from .compiled import BlockEntry, CompiledDetails, CompiledEntry, EstimateEntry, KernelEntry
+from .decoding import DecodingEntry
 from .engine import BuildOptions, EngineEntry, EngineKey
 from .latency import LEAST_SHOWN_SHARE, ExecutedPrecision, LatencyEntry
 from .model import FileEntry, Host, ModelEntry, RuntimeEntry, TensorEntry, WeightsEntry
 from .values import (
+    AUTO_PRECISIONS,
     BATCH,
     FEATURES,
     FLOAT32,
@@ -44,6 +46,7 @@ from .verdict import Accuracy, Candidate, Sensitivity, Speed, Variant, VerdictEn
 from .verification import DataCheck, GoldenCheck, RanOn, VerificationEntry
 
 __all__ = [
+    "AUTO_PRECISIONS",
     "BATCH",
     "FEATURES",
     "FLOAT32",
@@ -68,6 +71,7 @@ __all__ = [
     "Count",
     "DataCheck",
     "DataType",
+    "DecodingEntry",
     "Dimension",
     "Duration",
     "DynamicDimension",

@@ -16,11 +16,14 @@ FLOAT32 = "float32"
 """Type of every input and output."""
 FORMATS = {
     "onnx": ("fp32", "int8"),
-    "openvino": ("fp32", "bf16", "int8"),
+    "openvino": ("fp32", "fp16", "bf16", "int8"),
     "trt": ("fp32", "fp16", "int8"),
     "rtx": ("fp32", "fp16", "int8"),
 }
 """Format of a bundle that can be exported -> the precisions that it can have."""
+AUTO_PRECISIONS = {**FORMATS, "openvino": ("fp32", "bf16", "int8")}
+"""Format -> the precisions that ``auto`` chooses between. OpenVINO's fp16 is for devices that the exporting
+machine need not have."""
 TYPED_FORMATS = ("trt", "rtx")
 """Formats whose graphs have the precision written into them, and whose engines NVIDIA's compilers build."""
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")

@@ -16,11 +16,15 @@ class RanOn:
     runtime: str
     device: str
 
+    def summary(self) -> str:
+        """For a table: the runtime, and the device unless it is the CPU."""
+        return self.runtime if self.device == "CPU" else f"{self.runtime} ({self.device})"
+
 
 @dataclass(frozen=True)
 class GoldenCheck:
     """Golden images: ``pixel_diff`` in grey levels (decode and resize), ``diff`` and ``atol`` by
-    :func:`cmt_edge.deploy.measure.parity.measure_distance` (numerics).
+    :func:`cmt_edge.deploy.measure.tolerance.measure_distance` (numerics).
 
     ``output`` is the one that comes closest to its tolerance: ``"logits"``, or a feature map.
     """

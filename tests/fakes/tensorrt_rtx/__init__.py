@@ -1,7 +1,9 @@
 """A TensorRT for RTX on the fake CUDA device: the fake TensorRT with what the other product adds.
 
 It builds with a GPU, as ``cmt-build`` does, and without one, as an export does, and lists its kernels in the
-log. Modes of ``FAKE_TRT`` besides those of the fake TensorRT: ``no_layers``, ``hungry``.
+log. A context compiles the engine's kernels unless its runtime cache has them; each compilation is a line of
+the file ``FAKE_RTX_TRACE``. Modes of ``FAKE_TRT`` besides those of the fake TensorRT: ``no_layers``,
+``hungry``, ``other_driver`` and ``broken_cache`` (it refuses what was kept before, or raises).
 """
 
 from __future__ import annotations
@@ -30,6 +32,58 @@ class IBuilderConfig(_Config):
     def set_compute_capability(self, capability, index):
         assert index < self.num_compute_capabilities
         self._capabilities[index] = capability.name
+
+
+class IRuntimeCache:
+    def __init__(self):
+        self._known = set()
+
+    def _head(self):
+        return f"FAKEKERNELS {_base._mode() == 'other_driver'}"
+
+    def deserialize(self, blob):
+        if _base._mode() == "broken_cache":
+            raise RuntimeError("the cache cannot be read")
+        head, *known = blob.decode().split("\n")
+        if head != self._head():
+            return False
+        self._known.update(known)
+        return True
+
+    def serialize(self):
+        return _base.IHostMemory("\n".join([self._head(), *sorted(self._known)]).encode())
+
+
+class IRuntimeConfig:
+    def __init__(self):
+        self._cache = None
+
+    def create_runtime_cache(self):
+        return IRuntimeCache()
+
+    def set_runtime_cache(self, cache):
+        self._cache = cache
+        return True
+
+
+class ICudaEngine(_base.ICudaEngine):
+    def create_runtime_config(self):
+        return IRuntimeConfig()
+
+    def create_execution_context(self, runtime_config=None):
+        known = set() if runtime_config is None else runtime_config._cache._known
+        name = str(self._header.get("stamp", "engine"))
+        if name not in known:
+            known.add(name)
+            with open(os.environ.get("FAKE_RTX_TRACE", os.devnull), "a") as trace:
+                trace.write("compiled\n")
+        return super().create_execution_context()
+
+
+class Runtime(_base.Runtime):
+    def deserialize_cuda_engine(self, plan):
+        engine = super().deserialize_cuda_engine(plan)
+        return engine and ICudaEngine(engine._header, engine._model)
 
 
 class Builder(_base.Builder):

@@ -1,0 +1,62 @@
+"""The steps of an export, each a function from values to values.
+
+:mod:`cmt_edge.export.pipeline` puts them in order, and :mod:`cmt_edge.export.auto` uses some of them to make
+its candidates. A step that changes the model compares its result with the untouched PyTorch reference and
+raises :class:`~cmt_edge.deploy.errors.ParityError` beyond what is allowed.
+
+In the order of an export, they are in ``reference``, ``images``, ``graph``, ``bundle`` (with ``notes`` on the
+checkpoint) and ``gate``. Steps of TensorRT alone are in :mod:`cmt_edge.export.trt`, so that other
+exports do not import TensorRT's side."""
+
+from .bundle import measure_bundle, verify_bundle, write_files
+from .decoding import compare_decoding, is_reduced
+from .gate import SERVED_HERE, SecondOpinion, ask_other_runtime, require_passed
+from .graph import (
+    Differences,
+    calibrate_graph,
+    choose_graph,
+    compare_batch_sizes,
+    fuse_model,
+    observe_ranges,
+    simplify_graph,
+    trace_model,
+)
+from .images import OBSERVED_IMAGES, choose_images, count_synthetic, make_images
+from .notes import write_notes_on_checkpoint
+from .reference import (
+    GOLDEN_IMAGES,
+    Evaluation,
+    Reference,
+    make_reference,
+    match_evaluation,
+)
+
+__all__ = [
+    "GOLDEN_IMAGES",
+    "OBSERVED_IMAGES",
+    "SERVED_HERE",
+    "Differences",
+    "Evaluation",
+    "Reference",
+    "SecondOpinion",
+    "ask_other_runtime",
+    "calibrate_graph",
+    "choose_graph",
+    "choose_images",
+    "compare_batch_sizes",
+    "compare_decoding",
+    "count_synthetic",
+    "fuse_model",
+    "is_reduced",
+    "make_images",
+    "make_reference",
+    "match_evaluation",
+    "measure_bundle",
+    "observe_ranges",
+    "require_passed",
+    "simplify_graph",
+    "trace_model",
+    "verify_bundle",
+    "write_files",
+    "write_notes_on_checkpoint",
+]

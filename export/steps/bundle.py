@@ -1,0 +1,116 @@
+"""The bundle: its files, its comparison with the reference, and a short measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+
+from cmt_edge.deploy import Bundle, Predictor
+from cmt_edge.deploy.backends import RUNTIME_OF_FORMAT, get_runtime
+from cmt_edge.deploy.backends.torch import TorchSession
+from cmt_edge.deploy.bundle import GOLDEN, ONNX, Golden
+from cmt_edge.deploy.bundle.sections import TYPED_FORMATS, RuntimeEntry
+from cmt_edge.deploy.images import ImageSet
+from cmt_edge.deploy.measure.benchmark import Benchmark, Protocol, benchmark
+from cmt_edge.deploy.measure.parity import Verification, verify
+
+from ..config import ExportConfig
+from ..to_onnx import set_batch
+from .images import ProgressCallback
+from .notes import write_notes_on_checkpoint
+from .reference import Reference
+
+EXPORT_PROTOCOL = Protocol(iters=25, seconds=0.5, warmup_seconds=0.25)
+"""How long a finished bundle is measured; ``cmt-bench`` measures longer."""
+
+
+def write_files(
+    folder: Path,
+    graph: onnx.ModelProto,
+    batch: int,
+    golden: Golden,
+    format: str,
+) -> RuntimeEntry:
+    """Write ``model.onnx`` with its batch size, and the golden vectors.
+
+    Returns:
+        The runtime of the format; without a version for those of NVIDIA, whose engines come later.
+    """
+    (folder / ONNX).write_bytes(set_batch(graph, batch).SerializeToString(deterministic=True))
+    golden.save(folder / GOLDEN)
+    name = RUNTIME_OF_FORMAT[format]
+    if format in TYPED_FORMATS:
+        return RuntimeEntry(backend=name, version=None)
+    return RuntimeEntry(backend=name, version=get_runtime(name).check())
+
+
+def verify_bundle(
+    config: ExportConfig,
+    bundle: Bundle,
+    reference: Reference,
+    labelled: ImageSet | None,
+    candidate: Predictor | None,
+    progress: ProgressCallback,
+) -> Verification:
+    """Compare a staged bundle with the reference.
+
+    Args:
+        config: says how and how closely.
+        bundle: staged.
+        reference: the PyTorch side.
+        labelled: images in class folders, if there are some.
+        candidate: what to check instead of the bundle as its runtime opens it.
+        progress: called with images done and total.
+
+    Raises:
+        DataError: an image cannot be used.
+    """
+    with _open_reference(config, bundle, reference) as torch_side:
+        result = verify(
+            bundle,
+            data=labelled,
+            by_order=config.by_order,
+            threads=config.threads,
+            device=config.device,
+            reference=torch_side,
+            max_drop=config.allowed_drop,
+            atol=config.atol,
+            limit=config.eval_limit,
+            progress=progress,
+            candidate=candidate,
+        )
+    more = write_notes_on_checkpoint(config, bundle.manifest, reference.loaded)
+    return replace(result, notes=(*result.notes, *more))
+
+
+def _open_reference(
+    config: ExportConfig,
+    bundle: Bundle,
+    reference: Reference,
+) -> Predictor:
+    """A predictor of the PyTorch side, with the bundle's labels."""
+    return Predictor(
+        TorchSession(reference.model),
+        config.preprocess,
+        bundle.labels,
+        batch=0,
+        head=config.head,
+    )
+
+
+def measure_bundle(
+    bundle: Bundle,
+    threads: int | None,
+    progress: Callable[[str, float], None],
+) -> Benchmark:
+    """A short measurement of a staged bundle."""
+    return benchmark(
+        [bundle],
+        threads=threads,
+        protocol=EXPORT_PROTOCOL,
+        with_throughput=False,
+        progress=progress,
+    )

@@ -1,0 +1,150 @@
+"""The graph: from the rewritten model over tracing and simplifying to the graph of one precision."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import onnx
+from torch import nn
+
+from cmt_edge.calib import CalibrationSet, Quantized, quantize
+from cmt_edge.calib.quantize import keep_float
+from cmt_edge.cmt import choose_head, fuse
+from cmt_edge.deploy import Preprocess
+from cmt_edge.deploy.backends.torch import TorchSession
+from cmt_edge.deploy.files import find_cache_folder
+
+from ..config import OPSET
+from ..to_onnx import (
+    FUSE_ATOL,
+    GRAPH_ATOL,
+    compute_outputs,
+    export_onnx,
+    require_parity,
+    simplify,
+)
+from ..typed import observe
+from .images import OBSERVED_IMAGES, ProgressCallback
+from .reference import Reference
+
+Differences = dict[str, float]
+"""Step -> the largest difference of its outputs from the reference's."""
+
+DYNAMIC_SIZES = (1, 3, 8)
+"""Batch sizes that a graph with a dynamic batch is checked with."""
+
+
+def fuse_model(
+    reference: Reference,
+    head: str,
+    target: str,
+) -> tuple[nn.Module, Differences]:
+    """The reference with the exact rewrites of its family for ``target``."""
+    fused = choose_head(fuse(reference.classifier, target=target), head)
+    outputs = TorchSession(fused).run(reference.batch)
+    allowed = max(FUSE_ATOL, reference.resolution)
+    difference = require_parity("fuse", outputs, reference.outputs, allowed)
+    return fused, {"fuse": difference}
+
+
+def trace_model(
+    fused: nn.Module,
+    reference: Reference,
+    img_size: int,
+    outputs: list[str],
+) -> tuple[onnx.ModelProto, Differences]:
+    """The float32 graph of ``fused`` with a dynamic batch; ``outputs`` are its outputs' names.
+
+    Raises:
+        StepError: torch.onnx refuses the model.
+    """
+    step = "export to ONNX"
+    differences: Differences = {}
+
+    def compare(graph: onnx.ModelProto) -> None:
+        differences["onnx"] = _compare_graph(step, graph, reference)
+
+    graph = export_onnx(fused, img_size, OPSET, outputs, compare)
+    return graph, differences
+
+
+def simplify_graph(
+    graph: onnx.ModelProto,
+    reference: Reference,
+) -> tuple[onnx.ModelProto, Differences]:
+    """``graph`` after onnxsim."""
+    simplified = simplify(graph)
+    difference = _compare_graph("simplify", simplified, reference)
+    return simplified, {"simplify": difference}
+
+
+def _compare_graph(step: str, graph: onnx.ModelProto, reference: Reference) -> float:
+    """The largest difference of ``graph`` from the reference on the golden images.
+
+    Raises:
+        ParityError: it is beyond what is allowed.
+    """
+    ours = compute_outputs(graph, reference.batch, step)
+    allowed = max(GRAPH_ATOL, reference.resolution)
+    return require_parity(step, ours, reference.outputs, allowed)
+
+
+def compare_batch_sizes(graph: onnx.ModelProto, reference: Reference) -> Differences:
+    """Differences of ``graph`` with batches of :data:`DYNAMIC_SIZES`."""
+    allowed = max(GRAPH_ATOL, reference.resolution)
+    differences: Differences = {}
+    for count in DYNAMIC_SIZES:
+        step = f"dynamic batch of {count}"
+        index = np.arange(count) % len(reference.batch)
+        ours = compute_outputs(graph, reference.batch[index], step)
+        expected = [output[index] for output in reference.outputs]
+        differences[step] = require_parity(step, ours, expected, allowed)
+    return differences
+
+
+def calibrate_graph(
+    graph: onnx.ModelProto,
+    data: CalibrationSet,
+    spec: Preprocess,
+    cached: bool,
+    progress: ProgressCallback,
+) -> Quantized:
+    """``graph`` in int8, calibrated on ``data``; an equal one of an earlier run is used again where
+    ``cached``.
+
+    Raises:
+        GateError: the graph breaks a rule for int8.
+    """
+    cache = find_cache_folder() / "calibrated" if cached else None
+    return quantize(graph, data, spec, cache=cache, progress=progress)
+
+
+def choose_graph(
+    graph: onnx.ModelProto,
+    quantized: Quantized | None,
+    precision: str,
+    kept_float: tuple[str, ...],
+) -> onnx.ModelProto:
+    """The graph of one precision: ``graph``, or for int8 the calibrated one with groups taken back to float.
+
+    Raises:
+        InputError: a name in ``kept_float`` is no group of the graph, or nothing would be left in int8.
+    """
+    if precision != "int8":
+        return graph
+    assert quantized is not None, "int8 was asked for, so the graph was calibrated"
+    return keep_float(quantized, kept_float) if kept_float else quantized.model
+
+
+def observe_ranges(
+    graph: onnx.ModelProto,
+    data: CalibrationSet,
+    reference: Reference,
+    spec: Preprocess,
+) -> dict[str, float]:
+    """Largest absolute value of every tensor on the golden images and the first :data:`OBSERVED_IMAGES` of
+    ``data``."""
+    golden = np.split(reference.batch, len(reference.batch))
+    images = itertools.islice(data.batches(spec), OBSERVED_IMAGES)
+    return observe(graph, itertools.chain(golden, images))
