@@ -129,9 +129,8 @@ def open_openvino(
 
     An ONNX file is ``rewritten`` as in bundles.
     """
-    import openvino as ov
-
     from cmt_edge.deploy.backends.openvino import RUNTIME, OpenVINOSession
+    from cmt_edge.deploy.backends.openvino_core import open_core
     from cmt_edge.deploy.backends.openvino_devices import HINTS
     from cmt_edge.deploy.backends.openvino_graph import read
 
@@ -142,10 +141,10 @@ def open_openvino(
     if precision is not None:
         config["INFERENCE_PRECISION_HINT"] = HINTS[RUNTIME.float_precision(precision)]
 
-    def read_model() -> ov.Model:
-        return read(model) if rewritten else ov.Core().read_model(model)
+    def read_model() -> Any:
+        return read(model) if rewritten else open_core().read_model(model)
 
-    compiled = ov.Core().compile_model(read_model(), "CPU", config)
+    compiled = open_core().compile_model(read_model(), "CPU", config)
     return OpenVINOSession(compiled, read_model, "CPU", config)
 
 

@@ -25,6 +25,7 @@ from ..sealing import Result
 from .base import WARM_UP_RUNS, Binding, LoadOptions, Runtime, Session, make_open_error, make_run_error
 from .described import GraphTensor, require_described
 from .openvino_cache import Job, can_keep, compile_once
+from .openvino_core import open_core
 from .openvino_devices import (
     CPU,
     HINTS,
@@ -138,7 +139,7 @@ class OpenVINOSession(Session):
         """Seconds by node of the execution graph, summed over ``repeats`` inferences; and for each of
         ``entries`` what the graph says about every node (``"layerType"``, for instance)."""
         profiled = {**self._config, "PERF_COUNT": True}
-        compiled = ov.Core().compile_model(self._read_model(), self._asked, profiled)
+        compiled = open_core().compile_model(self._read_model(), self._asked, profiled)
         operations = compiled.get_runtime_model().get_ops()
         nodes = {node.get_friendly_name(): node.get_rt_info() for node in operations}
         times = _time_nodes(compiled.create_infer_request(), batch, repeats)
@@ -240,7 +241,7 @@ def _summarise(
 
 def has_bf16(device: str | None = None) -> bool:
     """Whether the runtime says that the device computes in bfloat16."""
-    return read_device(ov.Core(), (device or CPU).upper()).computes_in("bf16")
+    return read_device(open_core(), (device or CPU).upper()).computes_in("bf16")
 
 
 def _read_tensor(port: Any) -> GraphTensor:
@@ -265,19 +266,19 @@ class OpenVINO(Runtime):
     """Serves ONNX files, rewritten as in :mod:`.openvino_graph`, on any device that OpenVINO finds."""
 
     def check(self, device: str | None = None) -> str:
-        require_device(ov.Core(), device)
+        require_device(open_core(), device)
         return TITLE
 
     def float_precision(self, precision: str, device: str | None = None) -> str:
         """``"fp32"``, ``"bf16"`` or ``"fp16"``; see :meth:`Runtime.float_precision`."""
-        return find_device(ov.Core(), device, precision).choose_float(precision)
+        return find_device(open_core(), device, precision).choose_float(precision)
 
     def load(self, bundle: Bundle, options: LoadOptions) -> Session:
         """Open the ``model.onnx`` of a bundle.
 
         Raises :class:`BundleError` where it is another graph than the manifest describes.
         """
-        core, precision = ov.Core(), bundle.manifest.precision
+        core, precision = open_core(), bundle.manifest.precision
         device = find_device(core, options.device, precision)
         config = _make_config(device, precision, options)
         path = bundle.file(ONNX)
@@ -345,7 +346,7 @@ def open_as_float32(bundle: Bundle, threads: int | None = None) -> OpenVINOSessi
 
     Raises :class:`BundleError` where it is another graph than the manifest describes.
     """
-    core, path = ov.Core(), bundle.file(ONNX)
+    core, path = open_core(), bundle.file(ONNX)
     device = read_device(core, CPU)
     config = _make_config(device, "fp32", LoadOptions(threads=threads))
     job = Job(bundle, CPU, config)

@@ -23,6 +23,7 @@ from openvino import opset13 as ops
 from openvino.frontend import FrontEndManager
 
 from ..bundle.onnx_caps import MAX_MADE
+from .openvino_core import open_core
 
 MAX_RATIO = 64
 """The largest number of elements of a tensor for each element of the input, where that is above
@@ -142,7 +143,7 @@ def compute_constant(value: ov.Output) -> np.ndarray:
         return np.asarray(node.data)
     if kind not in CONSTANT_OPERATIONS:
         model = ov.Model([value], [])  # pyright: ignore  # its stubs disagree with themselves
-        compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        compiled = open_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         return np.array(compiled([])[0])
     first = compute_constant(node.input_value(0))
     if kind == "Convert":

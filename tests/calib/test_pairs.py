@@ -215,10 +215,12 @@ def test_a_pair_with_a_scale_for_each_channel_stays():
 
 
 def test_openvino_answers_as_onnxruntime_beside_a_concat():
-    ov = pytest.importorskip("openvino")
+    pytest.importorskip("openvino")
+    from cmt_edge.deploy.backends.openvino_core import open_core
+
     model = rewrite_copy(tokens_then_conv(), move_pairs_to_layers)
-    compiled = ov.Core().compile_model(
-        ov.Core().read_model(model.SerializeToString()), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = open_core().compile_model(
+        open_core().read_model(model.SerializeToString()), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
     )
     tokens = np.random.default_rng(1).normal(0, 1.2, (1, 64, 16)).astype(np.float32)
     ours = compiled([tokens])[0]

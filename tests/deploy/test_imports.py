@@ -24,6 +24,7 @@ RUNTIMES = (
     "cmt_edge.deploy.backends.graph_rules",
     "cmt_edge.deploy.backends.openvino",
     "cmt_edge.deploy.backends.openvino_cache",
+    "cmt_edge.deploy.backends.openvino_core",
     "cmt_edge.deploy.backends.openvino_devices",
     "cmt_edge.deploy.backends.openvino_graph",
     "cmt_edge.deploy.backends.onnxruntime",

@@ -15,6 +15,7 @@ ov = pytest.importorskip("openvino")
 
 from openvino import opset13  # noqa: E402
 
+from cmt_edge.deploy.backends.openvino_core import open_core  # noqa: E402
 from cmt_edge.deploy.backends.openvino_graph import compute_constant, make_unsigned, read  # noqa: E402
 
 h = onnx.helper
@@ -80,7 +81,7 @@ def graph(
 
 
 def answers(model: ov.Model, x: np.ndarray) -> list[np.ndarray]:
-    outputs = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})([x])
+    outputs = open_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})([x])
     return [outputs[i] for i in range(len(outputs))]
 
 
@@ -152,7 +153,7 @@ def test_a_graph_without_quantizers_is_left_alone():
 
 
 def test_the_conv_still_runs_as_int8_with_one_operation():
-    compiled = ov.Core().compile_model(
+    compiled = open_core().compile_model(
         read_unsigned(graph(batch=2, channels=32)), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
     )
     found = {
