@@ -43,8 +43,10 @@ MODELS = ("cmt_nano", "cmt_xs", "cvt_13", "convit_tiny", "mvitv2_t", "mvitv1_b16
 """One or two models of each family."""
 IMAGES = 4
 """The number of generated images that calibrate."""
-PLAIN = "plain export, fp16"
+PLAIN = "plain export"
 """The graph without any rewrite, and with as many streams as the compiler likes."""
+OURS = "ours"
+"""The graph with the rewrites for TensorRT for RTX."""
 GPU = "RTX 4090"
 """The GPU of the estimate in the table."""
 BEGIN, END = "<!-- benchmarks/rtx_compile.py: begin -->", "<!-- benchmarks/rtx_compile.py: end -->"
@@ -89,6 +91,23 @@ HEADER = [
 
 
 @dataclass(frozen=True)
+class TypedGraph:
+    """A graph as the compiler gets it.
+
+    Attributes:
+        model: its name.
+        label: what distinguishes the graph from the model's others.
+        content: with the type of every tensor.
+        streams: the largest number of streams besides the caller's, ``None`` for the compiler's choice.
+    """
+
+    model: str
+    label: str
+    content: onnx.ModelProto
+    streams: int | None
+
+
+@dataclass(frozen=True)
 class Subject:
     """A model with random weights, and its golden images."""
 
@@ -104,15 +123,17 @@ class Subject:
         """The float32 graph of the reference or of a rewritten model."""
         return simplify(export_onnx(model, self.config.img_size, OPSET))
 
-    def compile(self, label: str, graph: onnx.ModelProto, precision: str, streams: int | None) -> Row:
-        """What the compiler makes of ``graph`` once it is typed."""
+    def type(
+        self,
+        label: str,
+        graph: onnx.ModelProto,
+        precision: str = "fp16",
+        streams: int | None = PRODUCT.aux_streams,
+    ) -> TypedGraph:
+        """``graph`` with the type of every tensor."""
         images = np.split(self.reference.batch, len(self.reference.batch))
         typed = type_graph(graph, precision, observe(graph, images)).model
-        with step(f"{self.config.model}: {label}"):
-            compiled = compile_graph(typed, 1, Progress(quiet=True), aux_streams=streams)
-        row = Row(str(self.config.model), label, compiled)
-        say(" | ".join(row.cells()))
-        return row
+        return TypedGraph(str(self.config.model), f"{label}, {precision}", typed, streams)
 
     def quantize(self, graph: onnx.ModelProto) -> onnx.ModelProto:
         """``graph`` in int8."""
@@ -121,22 +142,35 @@ class Subject:
         return steps.calibrate_graph(graph, data, spec, False, lambda *_: None).model
 
 
+def make_graphs(subject: Subject, int8: bool) -> Iterator[TypedGraph]:
+    """The plain export, the graph for CPUs, and ours, in float16; ours in int8, too."""
+    model = subject.reference.classifier
+    yield subject.type(PLAIN, subject.trace(model), streams=None)
+    yield subject.type("rewrites for CPUs", subject.trace(fuse(model, target=CPU)))
+    ours = subject.trace(fuse(model, target=RTX))
+    yield subject.type(OURS, ours)
+    if int8:
+        yield subject.type(OURS, subject.quantize(ours), "int8")
+
+
+def leave_out(subject: Subject) -> Iterator[TypedGraph]:
+    """Ours without each rewrite that only TensorRT for RTX gets, in turn."""
+    spec = subject.config.spec
+    for rewrite in spec.choose_rewrites(RTX):
+        if rewrite not in spec.rewrites:
+            model = fuse(subject.reference.classifier, target=RTX, without=[rewrite.name])
+            yield subject.type(f"{OURS} without {rewrite.name!r}", subject.trace(model))
+
+
 def compare(name: str, ablation: bool, int8: bool) -> Iterator[Row]:
     """The rows of one model."""
     subject = Subject.load(name)
-    model, streams = subject.reference.classifier, PRODUCT.aux_streams
-    yield subject.compile(PLAIN, subject.trace(model), "fp16", None)
-    for_cpus = subject.trace(fuse(model, target=CPU))
-    yield subject.compile("rewrites for CPUs, fp16", for_cpus, "fp16", streams)
-    ours = subject.trace(fuse(model, target=RTX))
-    yield subject.compile("ours, fp16", ours, "fp16", streams)
-    if int8:
-        yield subject.compile("ours, int8", subject.quantize(ours), "int8", streams)
-    spec = subject.config.spec
-    own = [rewrite for rewrite in spec.choose_rewrites(RTX) if rewrite not in spec.rewrites]
-    for rewrite in own if ablation else ():
-        graph = subject.trace(fuse(model, target=RTX, without=[rewrite.name]))
-        yield subject.compile(f"ours without {rewrite.name!r}", graph, "fp16", streams)
+    for graph in (*make_graphs(subject, int8), *(leave_out(subject) if ablation else ())):
+        with step(f"{graph.model}: {graph.label}"):
+            compiled = compile_graph(graph.content, 1, Progress(quiet=True), aux_streams=graph.streams)
+        row = Row(graph.model, graph.label, compiled)
+        say(" | ".join(row.cells()))
+        yield row
 
 
 def write_page(page: Path, table: str) -> None:

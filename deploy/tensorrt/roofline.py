@@ -54,6 +54,7 @@ GPUS = (
     Gpu("RTX 3090", 936, 35.6, 71, 284, "NVIDIA Ampere GA102 white paper, appendix A"),
     Gpu("L4", 300, 30.3, 121, 242, "NVIDIA L4 data sheet, half of the figures with sparsity"),
     Gpu("RTX 4090", 1008, 82.6, 165.2, 660.6, "NVIDIA Ada white paper, appendix A"),
+    Gpu("H100", 3350, 66.9, 989.4, 1978.9, "NVIDIA H100 data sheet (SXM), half of the figures with sparsity"),
     Gpu("RTX 5090", 1792, 104.8, 209.5, 838, "NVIDIA RTX Blackwell white paper, appendix A"),
 )
 """GPUs that an estimate is made for."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import pytest
 import cmt_edge.deploy.cli.build
 from cmt_edge.deploy import Bundle, Predictor
 from cmt_edge.deploy.backends import get_runtime
-from cmt_edge.deploy.errors import RuntimeMissingError
+from cmt_edge.deploy.errors import CmtEdgeError, RuntimeMissingError
 from cmt_edge.deploy.measure.parity import verify
 from cmt_edge.deploy.telemetry.power import PowerMonitor
 from cmt_edge.deploy.telemetry.state import read_state
@@ -20,6 +21,9 @@ from helpers.bundles import SIZE
 from helpers.trt import trt_bundle
 
 pytestmark = pytest.mark.gpu
+
+PORTABLE = ("8.0", "8.6", "8.9", "12.0", "12.1")
+"""Compute capabilities that an engine for none in particular runs on."""
 
 
 @pytest.fixture(scope="module")
@@ -117,9 +121,16 @@ def test_the_state_of_the_device(device):
     assert power.source is None or power.report().before.samples > 0
 
 
+@pytest.fixture(params=["trt", "rtx"])
+def product(request):
+    """The format of each compiler that is installed."""
+    request.getfixturevalue({"trt": "tensorrt", "rtx": "tensorrt_rtx"}[request.param])
+    return request.param
+
+
 @pytest.mark.parametrize("batch", [1, "batch"])
-def test_build_verify_and_predict(tensorrt, tmp_path, batch, capsys):
-    bundle = trt_bundle(tmp_path / "tiny_fp16_trt", batch=batch)
+def test_build_verify_and_predict(product, tmp_path, batch, capsys):
+    bundle = trt_bundle(tmp_path / f"tiny_fp16_{product}", batch=batch, format=product)
     assert cmt_edge.deploy.cli.build.main([str(bundle.path), "--seconds", "0.2"]) == 0
     print(capsys.readouterr().out)
     built = Bundle.open(bundle.path)
@@ -128,6 +139,17 @@ def test_build_verify_and_predict(tensorrt, tmp_path, batch, capsys):
         images = np.random.default_rng(0).normal(size=(5, 3, SIZE, SIZE)).astype(np.float32)
         np.testing.assert_allclose(ours.logits(images), theirs.logits(images), atol=5e-3)
         assert ours.session.executed(images[:1]).time_share
+
+
+def test_threads_share_an_engine(product, tmp_path):
+    bundle = trt_bundle(tmp_path / f"tiny_fp16_{product}", format=product)
+    assert cmt_edge.deploy.cli.build.main([str(bundle.path), "--seconds", "0.1"]) == 0
+    images = np.random.default_rng(0).normal(size=(64, 3, SIZE, SIZE)).astype(np.float32)
+    with Predictor.load(bundle.path) as predictor, ThreadPoolExecutor(8) as pool:
+        alone = [predictor.logits(image[None]) for image in images]
+        for _ in range(5):
+            together = list(pool.map(lambda image: predictor.logits(image[None]), images))
+            np.testing.assert_array_equal(np.concatenate(together), np.concatenate(alone))
 
 
 def test_kernels_are_kept_for_the_next_start(tensorrt_rtx, tmp_path, monkeypatch):
@@ -163,10 +185,29 @@ def test_onnxruntime_on_the_gpu(device, tmp_path, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
-def test_cmt_nano(tensorrt, tmp_path, precision):
+def test_cmt_nano(product, tmp_path, precision):
     from cmt_edge.export import ExportConfig, run
 
     data = "generated" if precision == "int8" else None
-    made = run(ExportConfig("cmt_nano", format="trt", precision=precision, data=data, output=str(tmp_path)))
+    made = run(ExportConfig("cmt_nano", format=product, precision=precision, data=data, output=str(tmp_path)))
+    if product == "rtx":  # its export needs no GPU, so that the device's own engine is made by cmt-build
+        assert cmt_edge.deploy.cli.build.main([str(made.path), "--seconds", "0.2"]) == 0
+        made = Bundle.open(made.path)
     assert made.manifest.engine.golden.passed
     assert made.manifest.latency.p50_ms > 0
+
+
+@pytest.mark.slow
+def test_an_engine_from_the_laptop(tensorrt_rtx, device, tmp_path):
+    from cmt_edge.export import ExportConfig, run
+
+    made = run(ExportConfig("cmt_nano", format="rtx", precision="fp16", output=str(tmp_path)))
+    images = np.random.default_rng(0).normal(size=(4, 3, 32, 32)).astype(np.float32)
+    with Predictor.load(made.path, backend="onnxruntime") as cpu:
+        expected = cpu.logits(images)
+    if device.gpu(0).sm not in PORTABLE:
+        with pytest.raises(CmtEdgeError, match="engine"):
+            Predictor.load(made.path, trusted_engine=True)
+        return
+    with Predictor.load(made.path, trusted_engine=True) as predictor:
+        np.testing.assert_allclose(predictor.logits(images), expected, atol=5e-2)
