@@ -48,6 +48,11 @@ EMPTY_GRAPH = bytes.fromhex(
 """A graph without nodes, which shows whether a provider starts."""
 CUDA_RUNTIME = "libcudart.so.*"
 """Pattern of the name of CUDA's runtime."""
+FIRST = "0"
+"""The device that is there if any is."""
+ERRORS_ONLY = 3
+"""Level of ONNX Runtime's log for what belongs to no session: it warns of every device of CUDA that no
+plug-in claims."""
 SILENT = 4
 """ONNX Runtime's log level that hides what becomes an error of ours."""
 OLDEST = "1.24"
@@ -117,16 +122,29 @@ def _is_virtual(device: Any) -> bool:
 def _require_start(offer: Offer, place: Place) -> None:
     """Raise :class:`RuntimeMissingError` unless a provider of ``onnxruntime`` itself starts: a session would
     leave it out and run on the CPU."""
-    provider = offer.provider
-    if provider.needs_cuda:
+    if offer.provider.needs_cuda:
         _load_cuda()
-    demand = Demand(place.unit, "fp32", None)
+    why = _try_to_start(offer, place.unit)
+    if why is None:
+        return
+    if place.unit != FIRST and _try_to_start(offer, FIRST) is None:
+        raise RuntimeMissingError(
+            f"{offer.provider.name} finds no device {str(place)!r} here",
+            why=f"device {FIRST} starts, this one does not: {why}",
+            remedy="choose another number",
+        )
+    raise _make_start_error(offer, place, why)
+
+
+def _try_to_start(offer: Offer, unit: str) -> str | None:
+    """``None`` where a provider starts on a device, else why it does not."""
     try:
-        session = _open(offer, EMPTY_GRAPH, ort.SessionOptions(), demand, strict=False)
+        session = _open(offer, EMPTY_GRAPH, ort.SessionOptions(), Demand(unit, "fp32", None), strict=False)
     except Exception as exc:  # it has a dozen types of its own
-        raise _make_start_error(offer, place, _shorten(exc)) from exc
-    if provider.name not in session.get_providers():
-        raise _make_start_error(offer, place, "ONNX Runtime left it out and told why on standard error")
+        return _shorten(exc)
+    if offer.provider.name in session.get_providers():
+        return None
+    return "ONNX Runtime left it out and told why on standard error"
 
 
 def _load_cuda() -> None:
@@ -242,6 +260,7 @@ def _open(
     strict: bool,
 ) -> ort.InferenceSession:
     """A session that records who runs what; a ``strict`` one is refused where the CPU runs a part."""
+    ort.set_default_logger_severity(ERRORS_ONLY)
     options.log_severity_level = SILENT
     options.add_session_config_entry(RECORD, "1")
     options.add_session_config_entry(STRICT, "1" if strict else "0")

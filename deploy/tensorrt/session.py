@@ -33,6 +33,9 @@ from .jit import CompiledKernels, KernelStore, find_store
 
 FLOAT_BYTES = 4
 """Bytes of a float32 value."""
+UNSERVED = "does not support this compute capability"
+"""What TensorRT for RTX says of an engine where it serves no GPU of this kind, and none can be built: release
+1.7 does so on an H200 (9.0)."""
 UNKNOWN_TYPES = "due to dynamic shapes"
 """What the inspector writes for types it does not know."""
 
@@ -226,17 +229,28 @@ class TensorRTSession(Session):
 
 
 def _deserialise(bindings: Bindings, plan: bytes) -> tuple[Any, Any]:
-    """A runtime and the engine in it; raises :class:`StepError` with TensorRT's own words."""
+    """A runtime and the engine in it.
+
+    Raises:
+        RuntimeMissingError: TensorRT for RTX does not serve the GPU of this machine.
+        StepError: the engine is refused for another reason; says what TensorRT said.
+    """
     bindings.words.clear()
     runtime = bindings.trt.Runtime(bindings.log)
     engine = runtime.deserialize_cuda_engine(plan)
-    if engine is None:
-        raise StepError(
-            f"{bindings.product.title} refused the engine",
-            why="; ".join(bindings.words.errors),
-            remedy="build it again with cmt-build --force",
+    if engine is not None:
+        return runtime, engine
+    why, title = "; ".join(bindings.words.errors), bindings.product.title
+    if UNSERVED in why:
+        raise RuntimeMissingError(
+            f"{title} does not serve this GPU",
+            why=why,
+            remedy=(
+                "export with --format trt and build with TensorRT,"
+                " or run this bundle with --backend onnxruntime --device cuda"
+            ),
         )
-    return runtime, engine
+    raise StepError(f"{title} refused the engine", why=why, remedy="build it again with cmt-build --force")
 
 
 @dataclass

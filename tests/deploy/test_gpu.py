@@ -46,6 +46,15 @@ def tensorrt(device):
 def tensorrt_rtx(device):
     if importlib.util.find_spec("tensorrt_rtx") is None:
         pytest.skip("TensorRT for RTX is not installed (the extra rtx)")
+    if not is_served(device):
+        pytest.skip(f"TensorRT for RTX serves no GPU of compute capability {device.gpu(0).sm}")
+
+
+def is_served(device) -> bool:
+    """Whether TensorRT for RTX runs on this GPU."""
+    from tensorrt_rtx import ComputeCapability
+
+    return hasattr(ComputeCapability, "SM" + device.gpu(0).sm.replace(".", ""))
 
 
 def test_the_gpu_describes_itself(device):
@@ -164,6 +173,14 @@ def test_kernels_are_kept_for_the_next_start(tensorrt_rtx, tmp_path, monkeypatch
     with Predictor.load(bundle.path) as predictor:
         assert not predictor.session.compiled_kernels.is_from_cache
         np.testing.assert_allclose(predictor.logits(images), answers, atol=5e-3)
+
+
+def test_a_gpu_that_tensorrt_for_rtx_does_not_serve(device, tmp_path, capsys):
+    if importlib.util.find_spec("tensorrt_rtx") is None or is_served(device):
+        pytest.skip("needs TensorRT for RTX and a GPU that it does not serve, such as an H100")
+    bundle = trt_bundle(tmp_path / "tiny_fp16_rtx", format="rtx")
+    assert cmt_edge.deploy.cli.build.main([str(bundle.path), "--seconds", "0.2"]) == 3
+    assert "does not serve this GPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["cuda", "tensorrt", "rtx"])

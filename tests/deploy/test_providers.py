@@ -216,6 +216,24 @@ def test_a_provider_that_does_not_start(monkeypatch, bundle):
         get_runtime("onnxruntime").check("cuda")
 
 
+def test_a_device_that_is_not_there(monkeypatch, bundle):
+    """ONNX Runtime 1.31.1 says no more than this on a machine with one GPU."""
+    machine = Machine(built_in=(CUDA,), absent=("3",)).install(monkeypatch)
+    with pytest.raises(RuntimeMissingError, match="finds no device 'cuda:3' here") as caught:
+        Predictor.load(bundle, device="cuda:3")
+    assert "device 0 starts" in caught.value.why
+    assert "Parse Failed" in caught.value.why
+    with Predictor.load(bundle, device="cuda"):
+        pass
+    assert machine.severity == 3, "its warnings about plug-ins would reach every user"
+
+
+def test_no_device_at_all(monkeypatch, bundle):
+    Machine(built_in=(CUDA,), absent=("0", "3")).install(monkeypatch)
+    with pytest.raises(RuntimeMissingError, match="could not be started for --device cuda:3"):
+        Predictor.load(bundle, device="cuda:3")
+
+
 def test_a_provider_that_raises(monkeypatch, bundle):
     error = RuntimeError("\x1b[31mPlease install\nTensorRT libraries\x1b[0m")
     Machine(built_in=(CUDA,), error=error).install(monkeypatch)

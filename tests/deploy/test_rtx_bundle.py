@@ -132,6 +132,20 @@ def test_the_device_builds_its_own_and_trusts_that(gpu_machine, bundle, capsys):
     assert "reused" in capsys.readouterr().out
 
 
+def test_a_gpu_that_is_not_served(gpu_machine, bundle, monkeypatch, capsys):
+    """As TensorRT for RTX 1.7.1 on an H200."""
+    monkeypatch.setenv("FAKE_TRT", "unserved")
+    before = bundle.manifest.engine
+    assert build(bundle) == 3
+    said = capsys.readouterr().err
+    assert "does not serve this GPU" in said
+    assert "compute capability 9.0" in said
+    assert "--format trt" in said
+    assert Bundle.open(bundle.path).manifest.engine == before
+    with pytest.raises(RuntimeMissingError, match="does not serve this GPU"):
+        Predictor.load(bundle.path, trusted_engine=True)
+
+
 def test_its_tool_is_named(bundle, capsys):
     assert build(bundle, "--trtexec") == 0
     assert capsys.readouterr().out.startswith("tensorrt_rtx --onnx=")

@@ -45,6 +45,8 @@ class Machine:
         left: kinds of operators that the provider leaves to the CPU.
         starts: whether a provider of ``onnxruntime`` itself starts; otherwise it is left out silently.
         error: raised instead of opening a graph on a provider.
+        absent: numbers of devices that a provider of ``onnxruntime`` itself does not find.
+        severity: level of the log for what belongs to no session.
         run_error: raised by each inference.
         heeds_strict: whether the setting that forbids the CPU is heeded.
         records: whether sessions record who runs what.
@@ -60,6 +62,8 @@ class Machine:
     left: frozenset[str] = frozenset()
     starts: bool = True
     error: Exception | None = None
+    absent: tuple[str, ...] = ()
+    severity: int | None = None
     run_error: Exception | None = None
     heeds_strict: bool = True
     records: bool = True
@@ -86,6 +90,7 @@ class Machine:
             get_available_providers=lambda: [*self.built_in, "CPUExecutionProvider"],
             get_ep_devices=lambda: [make_device("CPUExecutionProvider"), *self.devices],
             preload_dlls=lambda: print("libcudnn.so.9 is not there"),
+            set_default_logger_severity=lambda level: setattr(self, "severity", level),
             register_execution_provider_library=self.register_execution_provider_library,
         )
         for user in (backend, provider_sessions):
@@ -156,6 +161,8 @@ class StandInSession:
         machine.entries.append(options.entries)
         if machine.error is not None:
             raise machine.error
+        if chosen[1].get("device_id") in machine.absent:
+            raise Fail("provider_options_utils.h:187 Parse Failed")
         self.name = chosen[0] if machine.starts else None
         strict = options.entries.get(provider_sessions.STRICT) == "1"
         if strict and machine.heeds_strict and self.list_left():

@@ -17,6 +17,13 @@ from tensorrt import Logger
 
 __version__ = "1.7.1.116"
 
+UNSERVED = (
+    "IRuntime::deserializeCudaEngine: Error Code 6: API Usage Error (The engine cannot run on this GPU, which"
+    " has compute capability 9.0. Supported compute capabilities: None. TensorRT-RTX does not support this"
+    " compute capability, so the engine cannot be rebuilt for it. In throwUnlessComputeCapSupported at"
+    " /_src/runtime/dispatch/runtime.cpp:84)"
+)
+"""What TensorRT for RTX 1.7.1.116 says on an H200."""
 ComputeCapability = _base._enum("ComputeCapability", "NONE CURRENT SM75 SM80 SM86 SM89 SM120 SM121")
 
 
@@ -82,6 +89,9 @@ class ICudaEngine(_base.ICudaEngine):
 
 class Runtime(_base.Runtime):
     def deserialize_cuda_engine(self, plan):
+        if os.environ.get("FAKE_TRT") == "unserved":
+            self._logger.log(_base.Logger.Severity.ERROR, UNSERVED)
+            return None
         engine = super().deserialize_cuda_engine(plan)
         return engine and ICudaEngine(engine._header, engine._model)
 

@@ -1,16 +1,21 @@
-"""Engines of TensorRT for RTX on this machine's GPU: are they right, how fast, and how good was the estimate?
+"""What runs on this machine's NVIDIA GPU: is it right, how fast, and how good was the estimate?
 
-    pip install "cmt-edge[export,rtx]"
-    python benchmarks/rtx_device.py [MODEL ...] [--batch N] [--int8] [--torch MODEL ...] [--json FILE]
+    pip install "cmt-edge[export,rtx]" "onnxruntime-gpu[cuda,cudnn]"
+    python benchmarks/gpus.py [MODEL ...] [--runtimes rtx cuda torch] [--batch N] [--int8] [--json FILE]
 
 Each model is exported as in ``rtx_compile.py``: as it is, with the rewrites for CPUs, with those for TensorRT
-for RTX (ours), and with ``--int8`` ours in int8. Weights are random. Each graph is compiled for the GPU of
-this machine, its logits are compared with those of the float32 reference in ONNX Runtime on the CPU, and its
-inferences are timed in turn with those of the other graphs. ``--torch`` adds PyTorch in float16, as it
-is and compiled (``torch.compile``, CUDA graphs), which runs on the same GPU.
+for RTX (ours), and with ``--int8`` ours in int8. Weights are random. What runs them:
 
-"GPU" is the time between two CUDA events around the inference, "host" that from a prepared array to logits in
-host memory. "Estimate" is what ``deploy/tensorrt/roofline.py`` says from the data sheet of this GPU.
+* ``rtx``: an engine of TensorRT for RTX that is compiled for this GPU;
+* ``cuda``: the CUDA provider of ONNX Runtime, in float32, too, and not in int8;
+* ``torch``: PyTorch in float16, as it is and compiled (``torch.compile``, CUDA graphs).
+
+Logits are compared with those of the float32 reference in ONNX Runtime on the CPU. Inferences are timed in
+turn with those of the model's other rows.
+
+"Host" is the time from a prepared array to logits in host memory, "GPU" that between two CUDA events around
+the inference, where the runtime tells it. "Estimate" is what ``deploy/tensorrt/roofline.py`` says from the
+data sheet of this GPU.
 """
 
 from __future__ import annotations
@@ -35,6 +40,10 @@ from common import deviation, say, shorten_error, step
 from rtx_compile import MODELS, PLAIN, Subject, TypedGraph, make_graphs
 from torch import nn
 
+from cmt_edge.cmt import fuse
+from cmt_edge.cmt.spec import CPU
+from cmt_edge.deploy.backends import LoadOptions
+from cmt_edge.deploy.backends.onnxruntime import OnnxRuntimeSession
 from cmt_edge.deploy.bundle import make_plain
 from cmt_edge.deploy.bundle.sections import FLOAT32, EstimateEntry, KernelEntry, TensorEntry
 from cmt_edge.deploy.errors import CmtEdgeError
@@ -49,6 +58,8 @@ from cmt_edge.deploy.tensorrt.roofline import GPUS, estimate_latency
 from cmt_edge.deploy.tensorrt.session import TensorRTSession
 from cmt_edge.export.to_onnx import INPUT, set_batch
 
+RUNTIMES = ("rtx", "cuda", "torch")
+"""What a GPU can run the models with."""
 ROUNDS = 20
 """The number of turns that each graph gets."""
 CALLS = 25
@@ -86,18 +97,19 @@ class Measured:
     notes: list[str] = field(default_factory=list)
 
     def cells(self, base: Measured) -> list[str]:
-        """The cells of the table; ``base`` is the plain export."""
-        gpu = float(np.median(self.gpu_ms))
-        estimate = None if self.estimate is None else self.estimate.total_ms
+        """The cells of the table; ``base`` is the first row of the model."""
+        host = float(np.median(self.host_ms))
+        gpu = float(np.median(self.gpu_ms)) if self.gpu_ms else None
+        estimate = None if self.estimate is None or gpu is None else self.estimate.total_ms
         return [
             self.model,
             self.graph,
             str(len(self.kernels) or "-"),
-            f"{gpu:.3f}",
-            f"{float(np.median(base.gpu_ms)) / gpu:.2f}",
-            f"{float(np.median(self.host_ms)):.3f}",
+            f"{host:.3f}",
+            f"{float(np.median(base.host_ms)) / host:.2f}",
+            "-" if gpu is None else f"{gpu:.3f}",
             "-" if estimate is None else f"{estimate:.3f}",
-            "-" if estimate is None else f"{gpu / estimate:.2f}",
+            "-" if estimate is None or gpu is None else f"{gpu / estimate:.2f}",
             f"{self.difference:.4f}",
         ]
 
@@ -106,9 +118,9 @@ HEADER = [
     "model",
     "graph",
     "kernels",
-    "GPU, ms",
-    "times faster than plain",
     "host, ms",
+    "times as fast as the first",
+    "GPU, ms",
     "estimate, ms",
     "GPU / estimate",
     "difference of logits",
@@ -123,12 +135,16 @@ class Contender:
     Attributes:
         result: where the figures go.
         run: float32 ``(N, 3, S, S)`` -> logits ``(N, classes)`` in host memory.
-        time: the same batch, a number of calls -> milliseconds on the GPU, and with copies.
+        time: the same batch, a number of calls -> milliseconds on the GPU, and with copies; none where the
+            runtime does not tell.
     """
 
     result: Measured
     run: Callable[[np.ndarray], np.ndarray]
-    time: Callable[[np.ndarray, int], tuple[Sequence[float], Sequence[float]]]
+    time: Callable[[np.ndarray, int], tuple[Sequence[float], Sequence[float]]] = lambda images, count: (
+        (),
+        (),
+    )
 
 
 def compile_here(graph: TypedGraph, batch: int) -> PortablePlan:
@@ -154,7 +170,7 @@ def open_engine(graph: TypedGraph, plan: PortablePlan, cuda: Cuda, batch: np.nda
     known = [gpu for gpu in GPUS if gpu.name in session.device]
     result = Measured(
         graph.model,
-        graph.label,
+        f"{graph.label}, {session.runtime}",
         describe_kernels([kernel for kernel in kernels if not kernel.is_sync], {}),
         estimate_latency(kernels, known[0]) if known else None,
         plan.seconds,
@@ -200,49 +216,87 @@ def open_torch(name: str, classifier: nn.Module, compiled: bool) -> Contender:
     return Contender(Measured(name, label), run, measure)
 
 
+@contextmanager
+def open_cuda_provider(graph: TypedGraph, batch: int) -> Iterator[Contender]:
+    """The CUDA provider of ONNX Runtime over a graph."""
+    content = set_batch(graph.content, batch).SerializeToString(deterministic=True)
+    start = time.perf_counter()
+    session = OnnxRuntimeSession(content, LoadOptions(device="cuda"), graph.label.rpartition(" ")[2])
+    result = Measured(graph.model, f"{graph.label}, {session.runtime}", open_s=time.perf_counter() - start)
+    try:
+        yield Contender(result, lambda images: session.run(images)[0])
+    finally:
+        session.close()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the command line asks for.
+
+    Attributes:
+        runtimes: some of :data:`RUNTIMES`.
+        batch: images of an inference.
+        int8: whether int8 is measured.
+    """
+
+    runtimes: tuple[str, ...]
+    batch: int
+    int8: bool
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A model's graphs, and what they have to answer.
 
     Attributes:
         model: its name.
-        engines: each graph with its engine for this machine's GPU.
+        graphs: with the type of every tensor, and where TensorRT for RTX is measured, the engine for this
+            machine's GPU.
         images: float32 ``(N, 3, S, S)``.
         logits: of the float32 reference in ONNX Runtime on the CPU, ``(N, classes)``.
     """
 
     model: str
-    engines: tuple[tuple[TypedGraph, PortablePlan], ...]
+    graphs: tuple[tuple[TypedGraph, PortablePlan | None], ...]
     images: np.ndarray
     logits: np.ndarray
 
 
-def prepare(name: str, count: int, int8: bool) -> Prepared:
+def prepare(name: str, plan: Plan) -> Prepared:
     """Export and compile a model; this takes minutes."""
     subject = Subject.load(name)
     size = subject.config.img_size
-    images = np.random.default_rng(SEED).normal(size=(count, 3, size, size)).astype(np.float32)
+    images = np.random.default_rng(SEED).normal(size=(plan.batch, 3, size, size)).astype(np.float32)
     plain = subject.trace(subject.reference.classifier)
     session = onnxruntime.InferenceSession(plain.SerializeToString(), providers=["CPUExecutionProvider"])
     logits = np.concatenate([np.asarray(session.run(None, {INPUT: image[None]})[0]) for image in images])
-    engines = tuple(_compile_all(make_graphs(subject, int8), count))
+    graphs = list(make_graphs(subject, plan.int8))
+    if "cuda" in plan.runtimes:
+        ours = subject.trace(fuse(subject.reference.classifier, target=CPU))
+        graphs = [
+            subject.type(PLAIN, plain, "fp32"),
+            subject.type("rewrites for CPUs", ours, "fp32"),
+            *graphs,
+        ]
+    compiles = "rtx" in plan.runtimes
+    engines = tuple((graph, attempt(graph, plan.batch) if compiles else None) for graph in graphs)
     return Prepared(name, engines, images, logits)
 
 
-def _compile_all(graphs: Iterator[TypedGraph], batch: int) -> Iterator[tuple[TypedGraph, PortablePlan]]:
-    """The graphs that the compiler takes; which one it refuses, and why, is told."""
-    for graph in graphs:
-        try:
-            yield graph, compile_here(graph, batch)
-        except CmtEdgeError as exc:
-            say(f"{graph.model}, {graph.label}: {shorten_error(exc)}")
+def attempt(graph: TypedGraph, batch: int) -> PortablePlan | None:
+    """The engine, or ``None`` where the compiler refuses the graph; why is told."""
+    try:
+        return compile_here(graph, batch)
+    except CmtEdgeError as exc:
+        say(f"{graph.model}, {graph.label}: {shorten_error(exc)}")
+        return None
 
 
-def prepare_all(names: Sequence[str], count: int, int8: bool, jobs: int) -> list[Prepared]:
+def prepare_all(names: Sequence[str], plan: Plan, jobs: int) -> list[Prepared]:
     """Export and compile the models, ``jobs`` of them at a time, each in a process of its own."""
     context = multiprocessing.get_context("spawn")
     with step("export and compile"), ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        return list(pool.map(prepare, names, [count] * len(names), [int8] * len(names)))
+        return list(pool.map(prepare, names, [plan] * len(names)))
 
 
 def take_turns(contenders: Sequence[Contender], images: np.ndarray) -> None:
@@ -260,27 +314,31 @@ def take_turns(contenders: Sequence[Contender], images: np.ndarray) -> None:
                 contender.result.host_ms.append(1e3 * (time.perf_counter() - start))
 
 
-def measure_model(prepared: Prepared, cuda: Cuda, with_torch: bool) -> list[Measured]:
+def measure_model(prepared: Prepared, cuda: Cuda, plan: Plan) -> list[Measured]:
     """The rows of one model."""
     images = prepared.images
     with ExitStack() as stack:
-        contenders = list(_open_engines(prepared, cuda, stack))
-        if with_torch:
-            classifier = Subject.load(prepared.model).reference.classifier
-            contenders += [open_torch(prepared.model, classifier, compiled) for compiled in (False, True)]
+        contenders = list(_open_all(prepared, cuda, plan, stack))
         for contender in contenders:
             contender.result.difference = deviation(contender.run(images), prepared.logits)
         take_turns(contenders, images)
     return [contender.result for contender in contenders]
 
 
-def _open_engines(prepared: Prepared, cuda: Cuda, stack: ExitStack) -> Iterator[Contender]:
-    """A session for each engine that this GPU takes; which one it refuses, and why, is told."""
-    for graph, plan in prepared.engines:
+def _open_all(prepared: Prepared, cuda: Cuda, plan: Plan, stack: ExitStack) -> Iterator[Contender]:
+    """Everything that this GPU takes; what it refuses, and why, is told."""
+    for graph, engine in prepared.graphs:
         try:
-            yield stack.enter_context(open_engine(graph, plan, cuda, prepared.images))
+            if engine is not None:
+                yield stack.enter_context(open_engine(graph, engine, cuda, prepared.images))
+            if "cuda" in plan.runtimes and not graph.label.endswith("int8"):
+                yield stack.enter_context(open_cuda_provider(graph, len(prepared.images)))
         except CmtEdgeError as exc:
             say(f"{graph.model}, {graph.label}: {shorten_error(exc)}")
+    if "torch" in plan.runtimes:
+        classifier = Subject.load(prepared.model).reference.classifier
+        for compiled in (False, True):
+            yield open_torch(prepared.model, classifier, compiled)
 
 
 def describe_gpu(cuda: Cuda) -> str:
@@ -288,7 +346,6 @@ def describe_gpu(cuda: Cuda) -> str:
     gpu = cuda.gpu(0)
     return (
         f"{gpu.name}, compute capability {gpu.sm}, driver of CUDA {cuda.driver_version()};"
-        f" TensorRT for RTX {open_bindings(RTX).version};"
         f" medians of {ROUNDS * CALLS} inferences in {ROUNDS} turns."
     )
 
@@ -301,23 +358,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--int8", action="store_true", help="also measure int8")
     parser.add_argument(
-        "--torch", nargs="*", default=(), metavar="MODEL", help="also measure these in PyTorch, float16"
+        "--runtimes", nargs="+", choices=RUNTIMES, default=("rtx",), help="what is measured (default rtx)"
     )
     parser.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="models exported at a time (default 1)"
     )
     parser.add_argument("--json", type=Path, help="write every figure there")
     args = parser.parse_args(argv)
+    plan = Plan(tuple(args.runtimes), args.batch, args.int8)
     cuda = open_cuda()
     say(describe_gpu(cuda))
     rows: list[Measured] = []
-    for prepared in prepare_all(args.models, args.batch, args.int8, args.jobs):
+    for prepared in prepare_all(args.models, plan, args.jobs):
         with step(prepared.model):
-            rows += measure_model(prepared, cuda, prepared.model in args.torch)
+            rows += measure_model(prepared, cuda, plan)
         if args.json:
             args.json.write_text(json.dumps([make_plain(row) for row in rows]) + "\n")
-    bases = {row.model: row for row in reversed(rows) if row.graph.startswith(PLAIN)}
-    print(format_table(HEADER, [row.cells(bases.get(row.model, row)) for row in rows], markdown=True))
+    bases = {row.model: row for row in reversed(rows)}
+    print(format_table(HEADER, [row.cells(bases[row.model]) for row in rows], markdown=True))
     print(f"\n({describe_gpu(cuda)} Batch {args.batch}.)")
 
 
