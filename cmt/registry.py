@@ -57,8 +57,8 @@ def list_models() -> list[str]:
 
 
 def find_model(name: str | nn.Module, img_size: int | None = None) -> ModelSpec:
-    """The registry's entry of ``name``; one is made for ``module:factory``, ``timm:NAME`` and a module
-    object.
+    """The registry's entry of ``name``, in any case; one is made for ``module:factory``, ``timm:NAME`` and a
+    module object.
 
     ``img_size`` is for these alone, see :func:`cmt_edge.cmt.outside.make_outside_spec`.
 
@@ -72,11 +72,12 @@ def find_model(name: str | nn.Module, img_size: int | None = None) -> ModelSpec:
     if is_outside(name):
         return make_outside_spec(name, img_size)
     specs = collect(FAMILIES)
-    if name not in specs:
+    folded = name if name in specs else name.lower()
+    if folded not in specs:
         require_no_file(name)
-        close = difflib.get_close_matches(name, specs, n=3, cutoff=0.4)
+        close = difflib.get_close_matches(folded, specs, n=3, cutoff=0.4)
         raise UnknownNameError("model", name, close, list(specs))
-    return specs[name]
+    return specs[folded]
 
 
 def _reduce_spec(spec: ModelSpec) -> Any:

@@ -4,12 +4,30 @@ runtime.
 >>> from cmt_edge.deploy import Predictor
 >>> with Predictor.load("cmt_nano_int8_openvino") as p:
 ...     p("ship.jpg").top(3)
+
+Each name below is imported when it is first used, so that what only prints starts without NumPy.
 """
 
-from .bundle import Bundle
-from .errors import CmtEdgeError
-from .predictor import Prediction, Predictor
-from .preprocessing import Preprocess, preprocess
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .bundle import Bundle
+    from .errors import CmtEdgeError
+    from .predictor import Prediction, Predictor
+    from .preprocessing import Preprocess, preprocess
+
+_HOMES = {
+    "Bundle": "bundle",
+    "CmtEdgeError": "errors",
+    "Prediction": "predictor",
+    "Predictor": "predictor",
+    "Preprocess": "preprocessing",
+    "preprocess": "preprocessing",
+}
+"""Public name -> the module that defines it."""
 
 __all__ = [
     "Bundle",
@@ -19,3 +37,10 @@ __all__ = [
     "Preprocess",
     "preprocess",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on its first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

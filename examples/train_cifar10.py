@@ -27,7 +27,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from cmt_edge.cmt import create_model, find_model, find_published_labels, load_pretrained, load_weights
-from cmt_edge.deploy.cli.console import make_parser, run_command, say
+from cmt_edge.deploy.cli.console import make_parser, run_command
+from cmt_edge.deploy.cli.output import say
 from cmt_edge.deploy.cli.ranges import parse_finite
 from cmt_edge.deploy.decoding import NamedBytes
 from cmt_edge.deploy.errors import DataError, GateError, InputError, OutputError, RuntimeMissingError

@@ -10,26 +10,26 @@ import contextlib
 import gc
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from cmt_edge.deploy.cli.console import make_parser, run_command, say, tell
+from cmt_edge.deploy.cli.console import make_parser, run_command
+from cmt_edge.deploy.cli.output import find_width, say, tell
 from cmt_edge.deploy.errors import InputError, RuntimeMissingError
+from cmt_edge.startup import name_program
 
+from .models import show_models
 from .options import add_flags, read_flags, read_mapping
 from .settings import GROUPS, Settings
 
-if TYPE_CHECKING:
-    from cmt_edge.cmt import ModelSpec
-
-EPILOG = """\
+EXAMPLES = """\
 examples:
-  cmt-export --model cmt_nano --precision int8 --data generated
-  cmt-export --model cmt_xs --weights cmt_xs.pth --precision int8 --data photos/train --eval-data photos/test
-  cmt-export --model cmt_xs --weights cmt_xs.pth --precision auto --data photos/train --eval-data photos/test
-  cmt-export --model cmt_xs --weights cmt_xs.pth --format trt --half --no-build
-  cmt-export --model cvt_13 --weights cvt_13.pth --head features
-  cmt-export --model my_package:build_model --imgsz 224 --mean 0.5,0.5,0.5 --std 0.5,0.5,0.5
-  cmt-export --model cmt_s --weights random --format onnx --batch 0 --dry-run
+  %(prog)s --model cmt_nano --precision int8 --data generated
+  %(prog)s --model cmt_xs --weights cmt_xs.pth --precision int8 --data photos/train --eval-data photos/test
+  %(prog)s --model cmt_xs --weights cmt_xs.pth --precision auto --data photos/train --eval-data photos/test
+  %(prog)s --model cmt_xs --weights cmt_xs.pth --format trt --half --no-build
+  %(prog)s --model cvt_13 --weights cvt_13.pth --head features
+  %(prog)s --model my_package:build_model --imgsz 224 --mean 0.5,0.5,0.5 --std 0.5,0.5,0.5
+  %(prog)s --model cmt_s --weights random --format onnx --batch 0 --dry-run
 """
 """What ``--help`` prints last."""
 COLLECT_AFTER = (50_000, 20, 100)
@@ -46,9 +46,9 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags of ``cmt-export``: those of :class:`~cmt_edge.export.settings.Settings`, and what is asked of
     the command itself."""
     p = make_parser(
-        "cmt-export",
+        name_program("export"),
         "Export a hybrid CNN-transformer classifier to a verified bundle.",
-        EPILOG,
+        EXAMPLES,
     )
     p.add_argument(
         "--config",
@@ -71,7 +71,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _main(args: argparse.Namespace) -> int:
     try:
-        return _list_models(args.json) if args.list_models else _run_export(args)
+        if args.list_models:
+            return show_models(args.json)
+        return _run_export(args)
     except ModuleNotFoundError as exc:
         raise RuntimeMissingError(
             f"{exc.name} is not installed",
@@ -115,7 +117,7 @@ def _run_export(args: argparse.Namespace) -> int:
         return 0
     if replaced:
         say(describe_replaced(replaced, bundle))
-    say(report.describe_bundle(bundle, config.verify_flags))
+    say(report.describe_bundle(bundle, config.verify_flags, find_width()))
     if config.pack:
         say(f"also as one file: {locate_packed(bundle.path)}")
     return 0
@@ -149,49 +151,3 @@ def _rare_collections() -> Iterator[None]:
     finally:
         gc.set_threshold(*threshold)
         gc.unfreeze()
-
-
-def _list_models(as_json: bool) -> int:
-    from cmt_edge.cmt import find_model, list_models
-    from cmt_edge.deploy import report
-
-    specs = [find_model(name) for name in list_models()]
-    if as_json:
-        say(report.to_json([_describe_model(spec) for spec in specs]))
-        return 0
-    header = [
-        "model",
-        "family",
-        "size",
-        "classes",
-        "M params",
-        "GMACs",
-        "published top-1",
-    ]
-    say(report.format_table(header, [_format_model_row(spec) for spec in specs]))
-    return 0
-
-
-def _describe_model(spec: ModelSpec) -> dict[str, Any]:
-    """A model for ``--list-models --json``."""
-    return {
-        "name": spec.name,
-        "img_size": spec.img_size,
-        "classes": spec.num_classes,
-        "params": spec.params,
-        "macs": spec.macs,
-        "top1": spec.top1,
-    }
-
-
-def _format_model_row(spec: ModelSpec) -> list[str]:
-    """A model for ``--list-models``."""
-    return [
-        spec.name,
-        spec.family,
-        str(spec.img_size),
-        str(spec.num_classes),
-        f"{spec.params / 1e6:.1f}" if spec.params else "-",
-        f"{spec.macs / 1e9:.2f}" if spec.macs else "-",
-        spec.top1 or "-",
-    ]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -36,7 +37,8 @@ class Option:
     Attributes:
         help: one line for ``--help``; the default is added where the field has one that is worth reading.
         group: key of the group under which ``--help`` shows it.
-        choices: the values that are possible, if they can be listed.
+        choices: the values that are possible, if they can be listed; they may be written in any case.
+        names: values with a meaning of their own beside paths; they may be written in any case too.
         metavar: what stands for the value in ``--help``.
         range: the numbers that are possible; every number has one.
         short: one more flag, of one letter.
@@ -57,6 +59,7 @@ class Option:
     what: str | None = None
     written: tuple[type, ...] = ()
     is_list: bool = False
+    names: tuple[str, ...] = ()
 
 
 def make_option(
@@ -72,6 +75,7 @@ def make_option(
     what: str | None = None,
     written: tuple[type, ...] = (),
     is_list: bool = False,
+    names: tuple[str, ...] = (),
 ) -> T:
     """A dataclass field with ``default``; the other arguments are those of :class:`Option`."""
     known = Option(
@@ -85,6 +89,7 @@ def make_option(
         what,
         written,
         is_list,
+        names,
     )
     made: T = field(default=default, metadata={KEY: known})
     return made
@@ -362,6 +367,20 @@ def _make_wrong_type_error(
 # --- values ---------------------------------------------------------------------------------------
 
 
+def fold_names(settings: Any) -> dict[str, str]:
+    """Field -> the name that a user wrote in another case: ``OpenVINO`` is ``openvino``, ``Random`` is
+    ``random`` unless a file is called so."""
+    found = {}
+    for described_field in fields(settings):
+        known, value = get_option(described_field), getattr(settings, described_field.name)
+        if not isinstance(value, str):
+            continue
+        folded = value.lower()
+        if folded in known.choices or (folded in known.names and not os.path.exists(value)):
+            found[described_field.name] = folded
+    return found
+
+
 def check_values(settings: Any) -> None:
     """Raise :class:`InputError` for the first value that is empty, not among its choices or out of range."""
     for described_field in fields(settings):
@@ -398,7 +417,7 @@ def require_choice(what: str, value: str, known: Iterable[str]) -> None:
         raise UnknownNameError(
             what,
             value,
-            difflib.get_close_matches(value, names, n=2, cutoff=CUTOFF),
+            difflib.get_close_matches(value.lower(), names, n=2, cutoff=CUTOFF),
             names,
         )
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from cmt_edge.deploy.backends import FORMAT_ALIASES
 from cmt_edge.deploy.bundle.sections import FORMATS
 from cmt_edge.deploy.cli.ranges import (
     BATCH_SIZES,
@@ -26,10 +27,8 @@ from cmt_edge.deploy.measure.isa import ISAS
 from cmt_edge.deploy.measure.parity import MAX_DROP
 from cmt_edge.deploy.preprocessing import DECODE_POLICIES, MAX_SIZE, REDUCING_GAP, REDUCING_GAPS
 
-from .options import KEY, Option, make_option
+from .options import KEY, Option, fold_names, make_option
 
-ALIASES = {"engine": "trt", "tensorrt": "trt", "tensorrt_rtx": "rtx"}
-"""Other names of a format -> its name."""
 PRECISION_CHOICES = ("fp32", "fp16", "bf16", "int8", "auto")
 """What can be asked for; ``auto`` measures the precisions of the format and chooses one."""
 HEAD_CHOICES = ("logits", "features")
@@ -96,7 +95,7 @@ class Settings:
         help="runtime that serves the bundle; onnx: ONNX Runtime; trt: TensorRT (also engine, tensorrt);"
         " rtx: TensorRT for RTX (also tensorrt_rtx)",
         group=OUTPUT,
-        choices=(*FORMATS, *ALIASES),
+        choices=(*FORMATS, *FORMAT_ALIASES),
     )
     precision: str = make_option(
         "fp32",
@@ -119,6 +118,7 @@ class Settings:
         "pretrained",
         help="pretrained, random, or a checkpoint file",
         group=MODEL,
+        names=NAMED_WEIGHTS,
     )
     ema: bool | None = make_option(
         None,
@@ -159,6 +159,7 @@ class Settings:
         help="calibration images (int8; fp16: for the ranges): folder, ARCHIVE.tar[/FOLDER], 'generated', or"
         " 'synthetic' (made from the model's batch norms, takes up to some minutes)",
         group=DATA,
+        names=("generated", "synthetic"),
     )
     calib_size: int | None = make_option(
         None,
@@ -337,8 +338,10 @@ class Settings:
     )
 
     def __post_init__(self) -> None:
+        for name, value in fold_names(self).items():
+            object.__setattr__(self, name, value)
         object.__setattr__(
             self,
             "format",
-            ALIASES.get(self.format, self.format),
+            FORMAT_ALIASES.get(self.format, self.format),
         )

@@ -14,12 +14,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from cmt_edge import __main__
+from cmt_edge import __main__, startup
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
 """The reference."""
 COMMANDS: dict[str, Callable[[], argparse.ArgumentParser]] = {
-    f"cmt-{name}": import_module(f"cmt_edge.{command.module}").build_parser
+    f"cmt-edge {name}": import_module(f"cmt_edge.{command.module}").build_parser
     for name, command in __main__.COMMANDS.items()
 }
 """Command -> what makes its parser, in the order of the page."""
@@ -28,14 +28,33 @@ PREFACE = """\
 
 This page is made by `python scripts/cli_reference.py` from the commands themselves.
 
-`cmt-export` also reads its options from a TOML file (`--config FILE`). The keys are the flags without the
-leading `--`, with hyphens or underscores. A flag without a value is `true` or `false` there: `int8 = true`,
-`no-build = true` (which is `build = false`). `mean`, `std` and `keep-float` may be arrays. The keys stand at
-the top of the file or in a table `[export]` (or `[tool.cmt-edge]`); other tables beside it are ignored.
+One command, `cmt-edge`, has all others below it. `cmt-export` is the same as `cmt-edge export`, and so are
+`cmt-predict`, `cmt-verify`, `cmt-bench` and `cmt-build`; where the scripts are not on the `PATH`,
+`python -m cmt_edge export` is. A misspelled command, flag, model, format or runtime is refused with the names
+that are close to it. Names may be written in any case: `--format OpenVINO`, `--precision INT8`.
+
+`--json` prints one object last on standard output, also where the command fails:
+`{"error": {"kind": "WeightsError", "exit_code": 2, "what": ..., "where": ..., "why": ..., "remedy": ...}}`.
+`kind` is `UsageError` for words that the command line does not know, and `Interrupted` for a signal. Messages
+for people stay on standard error. Colours appear on terminals only, and never where `NO_COLOR` is set.
+Tables fold to the width of the terminal, or to `COLUMNS`.
+
+`cmt-edge --completion bash` (or `zsh`, `tcsh`) prints what the TAB key needs, with the extra `completion`:
+
+```sh
+pip install "cmt-edge[completion]"
+cmt-edge --completion bash > ~/.local/share/bash-completion/completions/cmt-edge
+```
+
+`cmt-edge export` also reads its options from a TOML file (`--config FILE`). The keys are the flags without
+the leading `--`, with hyphens or underscores. A flag without a value is `true` or `false` there:
+`int8 = true`, `no-build = true` (which is `build = false`). `mean`, `std` and `keep-float` may be arrays. The
+keys stand at the top of the file or in a table `[export]` (or `[tool.cmt-edge]`); other tables beside it are ignored.
 A flag wins over the file. From Python the options are the fields of `ExportConfig`.
 
 Exit codes: 0 done and verified, 1 a verification or gate failed, 2 bad usage or input, 3 a runtime or device
-is missing, 4 internal failure, 128 + N ended by signal N. """
+is missing, 4 internal failure, 128 + N ended by signal N.
+"""
 """What stands above the first command."""
 
 
@@ -56,7 +75,7 @@ class Markdown(argparse.HelpFormatter):
         """A description as it is; an epilog, which has several lines, as a block."""
         if text and "\n" in text:
             head, *lines = text.strip().splitlines()
-            block = "\n".join(line.strip() for line in lines)
+            block = "\n".join(line.strip() for line in lines) % {"prog": self._prog}
             self.parts.append(f"{head.capitalize()}\n\n```sh\n{block}\n```")
         elif text:
             self.parts.append(text)
@@ -98,6 +117,7 @@ def _format_names(action: argparse.Action) -> str:
 
 def write_reference() -> str:
     """The whole page."""
+    startup.front[:] = ["cmt-edge"]
     parts = [PREFACE]
     for name, make in COMMANDS.items():
         parser = make()

@@ -61,6 +61,10 @@ RUNTIME_OF_FORMAT = {
 """Format of a bundle -> name of the runtime that serves it by default."""
 
 
+FORMAT_ALIASES = {"engine": "trt", "tensorrt": "trt", "tensorrt_rtx": "rtx"}
+"""Other names of a format -> its name."""
+
+
 def list_offered_runtimes() -> list[str]:
     """Names of the runtimes that ``--backend`` takes: all but the doubles of tests."""
     return [name for name, entry in RUNTIMES.items() if not entry.is_double]
@@ -112,6 +116,7 @@ def has_runtime(name: str) -> bool:
 
 
 __all__ = [
+    "FORMAT_ALIASES",
     "RUNTIMES",
     "RUNTIME_OF_FORMAT",
     "Binding",

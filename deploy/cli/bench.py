@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from cmt_edge.startup import name_program
+
 from .. import report
 from ..bundle import Bundle, require_outside_bundles
 from ..errors import InputError
@@ -15,13 +17,22 @@ from ..measure.benchmark import Protocol
 from ..measure.benchmark import benchmark as run_benchmark
 from ..progress import Progress
 from ..report.plot import require_matplotlib
-from .console import add_key_flag, add_runtime_flags, make_parser, run_command, say
+from .console import add_key_flag, add_runtime_flags, make_parser, run_command
 from .measuring import add_measuring_flags, read_protocol
+from .output import find_width, say
 
 BENCH_IMAGES = 64
 """Number of images of ``--data`` that are used, the first ones."""
 PLOTS = (".png", ".svg")
 """Suffixes of ``--plot``."""
+
+EXAMPLES = """\
+examples:
+  %(prog)s cmt_xs_fp32_openvino cmt_xs_int8_openvino
+  %(prog)s cmt_xs_fp32_openvino cmt_xs_int8_openvino --threads 2 --plot latency.svg
+  %(prog)s cmt_xs_int8_openvino --data photos --markdown bench.md
+"""
+"""What ``--help`` prints last."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,8 +43,9 @@ def main(argv: list[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The flags of ``cmt-bench``."""
     p = make_parser(
-        "cmt-bench",
+        name_program("bench"),
         "Measure bundles side by side, interleaved; ratios refer to the first.",
+        EXAMPLES,
     )
     p.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE")
     what = p.add_argument_group("what is measured")
@@ -83,7 +95,7 @@ def _main(args: argparse.Namespace) -> int:
         progress=progress.share,
     )
     progress.finish()
-    say(report.to_json(result) if args.json else report.describe_benchmark(result))
+    say(report.to_json(result) if args.json else report.describe_benchmark(result, width=find_width()))
     if args.markdown:
         text = escape(report.describe_benchmark(result, markdown=True))
         write_output(args.markdown, f"{text}\n".encode())

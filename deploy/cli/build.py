@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from cmt_edge.startup import name_program
+
 from .. import report
 from ..bundle import Bundle
 from ..errors import InputError
@@ -13,14 +15,23 @@ from ..progress import Progress
 from ..tensorrt.build import DEVICE_PROTOCOL, exclusive, finish_bundle
 from ..tensorrt.building import BUILD_TIME_LIMIT_S
 from ..tensorrt.engine import EngineOptions, make_trtexec_command
-from .console import add_key_flag, make_parser, run_command, say
+from .console import add_key_flag, make_parser, run_command
 from .measuring import add_measuring_flags, read_protocol
+from .output import say
 from .ranges import DIFFERENCE, GIBIBYTES, SECONDS, Range
 
 LEVEL = Range(0, 5)
 """TensorRT's optimization levels."""
 TIME_LIMIT = Range(0, SECONDS.most, above=True)
 """Seconds that ``--time-limit`` may allow."""
+
+EXAMPLES = """\
+examples:
+  %(prog)s cmt_xs_fp16_trt
+  %(prog)s cmt_xs_fp16_trt --workspace 2 --level 5 --force
+  %(prog)s cmt_xs_fp16_trt --trtexec
+"""
+"""What ``--help`` prints last."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,8 +42,9 @@ def main(argv: list[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The flags of ``cmt-build``."""
     p = make_parser(
-        "cmt-build",
+        name_program("build"),
         "Finish a TensorRT bundle on the device that will run it: build the engine, verify it, measure it.",
+        EXAMPLES,
     )
     p.add_argument("bundle", type=Path)
     engine = p.add_argument_group("engine")

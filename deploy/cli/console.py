@@ -1,21 +1,18 @@
-"""What the command lines share: flags, progress on standard error, one place where errors become exit
-codes, and where everything is made safe to print."""
+"""What the command lines share: their parser and its flags, and the one place where errors become messages,
+exit codes and, with ``--json``, objects."""
 
 from __future__ import annotations
 
 import argparse
-import codecs
-import contextlib
+import difflib
 import errno
-import io
-import json
 import os
 import signal
 import sys
+import textwrap
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,15 +20,26 @@ from cmt_edge.version import __version__
 
 from ..backends import list_offered_runtimes, require_offered
 from ..errors import CacheWarning, CmtEdgeError, InputError, OutputError
-from ..escaping import escape, escape_line, escape_surrogates
 from ..signals import Stopped, compute_exit_code, get_received, unwound_by_signals
+from .output import (
+    begin_output,
+    discard_output,
+    flush_output,
+    indent,
+    judge_output,
+    make_error_json,
+    make_output_error,
+    say,
+    tell,
+    tell_error,
+)
 from .ranges import THREADS
 
-INTERNAL = 4
+INTERNAL = CmtEdgeError.exit_code
 """Exit code of a failure that is a bug of ours."""
 
-ESCAPED = "cmt-edge-escape"
-"""Name of the error handler that writes characters which an encoding lacks as JSON does."""
+CLOSE = 0.6
+"""Similarity, 0 to 1, from which on a known name is offered in place of a misspelled one."""
 
 VERSION = f"cmt-edge {__version__}"
 """What ``--version`` prints."""
@@ -55,11 +63,16 @@ UNUSABLE = (
 class Parser(argparse.ArgumentParser):
     """A parser whose complaints cannot steer the terminal: they quote arguments, and file names are some."""
 
+    words: Sequence[str] = ()
+    """The words that are parsed, up to ``--``."""
+
     def error(self, message: str) -> NoReturn:
         """Print the usage and ``message`` on standard error, and exit with 2. Where that is closed, argparse
         itself would print the usage among the answers."""
         tell(f"{self.format_usage()}{self.prog}: error: {message}")
-        self.exit(2)
+        if "--json" in self.words:
+            say(make_error_json("UsageError", InputError.exit_code, message))
+        self.exit(InputError.exit_code)
 
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
@@ -68,14 +81,42 @@ class Parser(argparse.ArgumentParser):
         list of no values; and an empty word, which a script gives whose variable is not set. As a path it
         would be the current folder, and as ``--data`` it would silently be none."""
         words = [*(sys.argv[1:] if args is None else args)]
+        self.words = words[: words.index("--")] if "--" in words else words
+        self._require_values()
+        found, unknown = self.parse_known_args(words, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._suggest(unknown)}")
+        return found
+
+    def list_actions(self) -> list[argparse.Action]:
+        """Every argument and flag, in the order of ``--help``."""
+        return list(self._actions)
+
+    def _require_values(self) -> None:
+        """Refuse words that hold no value where one belongs, and flags that do not exist: a misspelled flag
+        is told before an argument that is missing because of it."""
         before = ""
-        for word in words[: words.index("--")] if "--" in words else words:
+        for word in self.words:
             if word.startswith("-") and word.endswith("=--"):
                 self.error(f"argument {word[:-3]}: '--' is no value")
             if word == "" or (word.startswith("--") and word.find("=") == len(word) - 1):
                 self.error(f"{self._name_empty(word or before)} is empty: give a value, or leave it out")
+            if word.startswith("--") and " " not in word and not self._knows(word):
+                self.error(f"unrecognized arguments: {word}{self._suggest([word])}")
             before = word
-        return super().parse_args(args, namespace)
+
+    def _knows(self, word: str) -> bool:
+        return word.partition("=")[0] in self._option_string_actions
+
+    def _suggest(self, unknown: Sequence[str]) -> str:
+        """The flags that look like the first of ``unknown``, for the end of a message."""
+        flag = unknown[0].partition("=")[0]
+        if not flag.startswith("-"):
+            return ""
+        asked = f"--{flag.lstrip('-').lower().replace('_', '-')}"
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        close = difflib.get_close_matches(asked, known, n=2, cutoff=CLOSE)
+        return f"; did you mean {' or '.join(close)}?" if close else f"; {self.prog} --help lists the flags"
 
     @staticmethod
     def _name_empty(word: str) -> str:
@@ -91,8 +132,32 @@ class Parser(argparse.ArgumentParser):
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         """Exit; also after ``--help`` a full standard output is an error and no trace."""
-        _output.flush()
-        super().exit(_judge_output(status), message)
+        flush_output()
+        super().exit(judge_output(status), message)
+
+
+OPTIONS = argparse.Action([], "options", metavar="[options]")
+"""What a usage line says of all flags: the groups below list them."""
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Folds a description of one line, and leaves one of several lines, such as the examples, as it is. The
+    usage is one line, not a wall of forty flags."""
+
+    def add_usage(
+        self,
+        usage: str | None,
+        actions: Iterable[argparse.Action],
+        groups: Iterable[Any],
+        prefix: str | None = None,
+    ) -> None:
+        positional = [action for action in actions if not action.option_strings]
+        super().add_usage(usage, [OPTIONS, *positional], [], prefix)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" in text:
+            return super()._fill_text(text, width, indent)
+        return textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent)
 
 
 class _ShowVersion(argparse.Action):
@@ -120,7 +185,7 @@ def make_parser(
         prog,
         description=description,
         epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     p.add_argument("--version", action=_ShowVersion, help="show program's version number and exit")
@@ -140,6 +205,7 @@ def add_runtime_flags(p: argparse.ArgumentParser) -> None:
     runtime = p.add_argument_group("runtime")
     runtime.add_argument(
         "--backend",
+        type=str.lower,
         metavar=f"{{{','.join(list_offered_runtimes())}}}",
         help="runtime to use (default: the one of the bundle's format)",
     )
@@ -180,152 +246,10 @@ def add_key_flag(p: argparse.ArgumentParser) -> None:
     )
 
 
-@dataclass
-class _Output:
-    """What has become of standard output.
-
-    Attributes:
-        failure: why it cannot be written to.
-        is_lost: whether a part of the answers was in its buffer then, and stands nowhere.
-        has_reader: whether anybody reads there.
-    """
-
-    failure: OSError | None = None
-    is_lost: bool = False
-    has_reader: bool = True
-
-    def reset(self) -> None:
-        """Begin a command."""
-        self.failure, self.is_lost, self.has_reader = None, False, True
-
-    def write(self, text: str) -> None:
-        """Print ``text`` there, or on standard error where that is impossible."""
-        if self.failure is None and self.has_reader:
-            self._attempt(lambda: print(text, flush=True, file=_open_standard_output()))
-        if self.failure is not None:
-            tell(text)
-
-    def flush(self) -> None:
-        """Write what others have left in its buffer."""
-        if sys.stdout is not None and self.failure is None:
-            self._attempt(sys.stdout.flush)
-            self.is_lost = self.failure is not None
-
-    def _attempt(self, write: Callable[[], None]) -> None:
-        """Do something that writes there, and note what came of it."""
-        try:
-            write()
-        except BrokenPipeError:
-            self.has_reader = False
-            _discard_output()
-        except OSError as exc:
-            self.failure = exc
-            _discard_output()
-
-
-_output = _Output()
-"""The standard output of this process."""
-
-
-def say(text: str) -> bool:
-    """Print an answer on standard output at once; whether anybody reads there.
-
-    A reader that has closed the pipe has seen enough. Where standard output is full, closed or broken, this
-    and all further answers go to standard error, so that none is lost; :func:`run_command` then ends with
-    an error.
-    """
-    _output.write(escape(text))
-    return _output.has_reader
-
-
-def answer(text: str) -> int:
-    """Print the only answer of a command that does nothing else; returns its exit code."""
-    _escape_unknown_characters()
-    _output.reset()
-    say(text)
-    return _judge_output(0)
-
-
-def say_data(text: str) -> bool:
-    """As :func:`say`, for a program that reads the answer: only a terminal gets escapes in place of what
-    could steer it. Bytes of a file name that are no UTF-8 are escaped everywhere, because no text can hold
-    them."""
-    if sys.stdout is None or is_terminal():
-        return say(text)
-    _output.write(escape_surrogates(text))
-    return _output.has_reader
-
-
-def is_terminal() -> bool:
-    """Whether answers are printed on a terminal, which text could steer."""
-    return sys.stdout is not None and sys.stdout.isatty()
-
-
-def tell(text: str) -> None:
-    """Print a message on standard error; without one there is nobody to tell."""
-    if sys.stderr is not None:
-        with contextlib.suppress(OSError, ValueError):
-            print(escape(text), file=sys.stderr, flush=True)
-
-
-def tell_error(error: CmtEdgeError) -> None:
-    """Print an error on standard error: what it quotes of files cannot pretend to be a line of ours."""
-    lines = [error.what if error.where is None else f"{escape_line(error.where)}: {error.what}"]
-    lines += [f"why: {error.why}"] if error.why else []
-    lines += [f"remedy: {error.remedy}"] if error.remedy else []
-    tell("\n  ".join(["error: " + _indent(lines[0]), *map(_indent, lines[1:])]))
-
-
-def _indent(text: str) -> str:
-    """``text`` with every line but the first indented below it."""
-    return "\n    ".join(text.split("\n"))
-
-
-def _open_standard_output() -> Any:
-    if sys.stdout is None:
-        raise OSError(errno.EBADF, "it is closed")
-    return sys.stdout
-
-
-def _make_output_error(exc: OSError, is_lost: bool) -> OutputError:
-    answer = "a part of the answer is lost" if is_lost else "the answer stands above, on standard error"
-    return OutputError(
-        "standard output cannot be written to",
-        why=exc.strerror or exc,
-        remedy=f"{answer}; free some space, or send standard output elsewhere",
-    )
-
-
-def _discard_output() -> None:
-    """Send to nowhere what standard output still holds, so that Python does not fail on it at its end."""
-    if sys.stdout is not None:
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _escape(error: UnicodeError) -> tuple[str, int]:
-    """What stands for characters that an output's encoding lacks: their escapes in JSON, so that JSON stays
-    JSON."""
-    if not isinstance(error, UnicodeEncodeError):
-        raise error
-    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
-
-
-codecs.register_error(ESCAPED, _escape)
-
-
-def _escape_unknown_characters() -> None:
-    """Let no name of a class or file fail because the terminal's encoding lacks one of its characters."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=ESCAPED)
-
-
 def run_command(main: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Run a command; every error becomes one message on standard error and its exit code, and a signal that
     asks the process to end becomes 128 and its number."""
-    _escape_unknown_characters()
-    _output.reset()
+    begin_output()
     with unwound_by_signals(interrupt=True), warnings.catch_warnings():
         warnings.simplefilter("always", CacheWarning)
         warnings.showwarning = _show_warning
@@ -335,49 +259,67 @@ def run_command(main: Callable[[argparse.Namespace], int], args: argparse.Namesp
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """Show a warning as a sentence. The place in the code that Python's own way adds, with its source line,
     tells a user nothing."""
-    tell(f"warning: {_indent(str(message))}")
+    tell(f"warning: {indent(str(message))}")
 
 
 def _exit_code(main: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     try:
         require_offered(getattr(args, "backend", None))
         code = main(args)
-        _output.flush()
+        flush_output()
     except KeyboardInterrupt as exc:
-        return _end_interrupted(exc.number if isinstance(exc, Stopped) else signal.SIGINT)
+        return _end_interrupted(exc.number if isinstance(exc, Stopped) else signal.SIGINT, args)
     except Exception as exc:
         number = get_received()
         if number is not None:  # what it interrupted made another exception of it
-            return _end_interrupted(number)
-        return _end_failed(exc, args.verbose)
-    return _judge_output(code)
+            return _end_interrupted(number, args)
+        return _end_failed(exc, args)
+    return judge_output(code)
 
 
-def _judge_output(code: int) -> int:
-    """The exit code of what would end with ``code``: a standard output that could not be written to is an
-    error, and it is told."""
-    if _output.failure is None:
-        return code
-    tell_error(_make_output_error(_output.failure, _output.is_lost))
-    return code or OutputError.exit_code
+def _end_interrupted(number: int, args: argparse.Namespace) -> int:
+    what, code = "interrupted; nothing half-written was left", compute_exit_code(number)
+    tell(what)
+    if _wants_json(args):
+        say(make_error_json("Interrupted", code, what))
+    return code
 
 
-def _end_interrupted(number: int) -> int:
-    tell("interrupted; nothing half-written was left")
-    return compute_exit_code(number)
-
-
-def _end_failed(exc: Exception, verbose: bool) -> int:
-    """Explain an exception on standard error; its exit code."""
+def _end_failed(exc: Exception, args: argparse.Namespace) -> int:
+    """Explain an exception on standard error, and with ``--json`` on standard output; its exit code."""
     error = _convert_to_typed(exc)
-    if verbose or error is None:
+    if args.verbose or error is None:
         tell(traceback.format_exc().rstrip())
-    if error is not None:
-        tell_error(error)
-        return error.exit_code
-    tell(f"error: internal failure: {type(exc).__name__}: {_indent(str(exc))}")
-    tell("  remedy: please report it with this trace")
-    return INTERNAL
+    if error is None:
+        error = _make_internal_error(exc)
+    tell_error(error)
+    if _wants_json(args) and not isinstance(error, OutputError):
+        say(describe_as_json(error))
+    return error.exit_code
+
+
+def _wants_json(args: argparse.Namespace) -> bool:
+    return bool(getattr(args, "json", False))
+
+
+def describe_as_json(error: CmtEdgeError) -> str:
+    """An error for ``--json``."""
+    return make_error_json(
+        type(error).__name__,
+        error.exit_code,
+        error.what,
+        where=error.where,
+        why=error.why,
+        remedy=error.remedy,
+    )
+
+
+def _make_internal_error(exc: Exception) -> CmtEdgeError:
+    """The error for what only a bug of ours can be."""
+    return CmtEdgeError(
+        f"internal failure: {type(exc).__name__}: {exc}",
+        remedy="please report it with this trace, and with what cmt-edge doctor prints",
+    )
 
 
 def _convert_to_typed(exc: Exception) -> CmtEdgeError | None:
@@ -387,8 +329,8 @@ def _convert_to_typed(exc: Exception) -> CmtEdgeError | None:
     if not isinstance(exc, OSError):
         return None
     if exc.errno in FULL:
-        _discard_output()
-        return _make_output_error(exc, is_lost=True)
+        discard_output()
+        return make_output_error(exc, is_lost=True)
     if exc.errno in UNUSABLE and exc.filename is not None:
         return InputError(
             "cannot be used",

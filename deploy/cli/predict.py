@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cmt_edge.startup import name_program
+
 from ..decoding import ImageLike, NamedBytes
 from ..errors import ImageError, InputError
 from ..escaping import escape_line
@@ -20,14 +22,11 @@ from .console import (
     add_cache_flag,
     add_key_flag,
     add_runtime_flags,
-    is_terminal,
+    describe_as_json,
     make_parser,
     run_command,
-    say,
-    say_data,
-    tell,
-    tell_error,
 )
+from .output import is_terminal, say, say_data, tell, tell_error
 from .predict_times import Timeline
 from .ranges import CLASS_COUNTS
 
@@ -57,6 +56,15 @@ class _Source:
         return NamedBytes(self.archive.read(self.item), self.name)
 
 
+EXAMPLES = """\
+examples:
+  %(prog)s cmt_xs_int8_openvino ship.jpg
+  %(prog)s cmt_xs_int8_openvino photos --topk 1 --csv
+  %(prog)s cmt_xs_int8_openvino photos.tar --json
+"""
+"""What ``--help`` prints last."""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``cmt-predict``."""
     return run_command(_main, build_parser().parse_args(argv))
@@ -65,11 +73,12 @@ def main(argv: list[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The flags of ``cmt-predict``."""
     p = make_parser(
-        "cmt-predict",
+        name_program("predict"),
         f"Classify images with a bundle; {MANY} images or more with several inferences at once. Each answer"
         " is printed as soon as it is known. Images that cannot be read are named on standard error, and the"
         " exit code is then 2.",
-        json_help="print every answer as one machine-readable object on a line of its own",
+        EXAMPLES,
+        json_help="print every answer, and every error, as one machine-readable object on a line of its own",
         verbose_help="show where the time until the first answer went, and the trace of an error",
     )
     p.add_argument("bundle", type=Path)
@@ -120,6 +129,8 @@ def _main(args: argparse.Namespace) -> int:
             if isinstance(answer, ImageError):
                 failed += 1
                 tell_error(answer)
+                if args.json:
+                    say(describe_as_json(answer))
             elif not show(answer):
                 break  # the reader of the pipe has seen enough
     if timeline:

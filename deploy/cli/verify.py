@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from cmt_edge.startup import name_program
+
 from .. import report
 from ..bundle import Bundle
 from ..errors import InputError, WeightsError
@@ -13,7 +15,8 @@ from ..measure.parity import MAX_DROP
 from ..measure.parity import verify as run_verify
 from ..predictor import Predictor
 from ..progress import Progress
-from .console import add_key_flag, add_runtime_flags, make_parser, run_command, say, tell
+from .console import add_key_flag, add_runtime_flags, make_parser, run_command
+from .output import find_width, say, tell
 from .ranges import DIFFERENCE, IMAGES, POINTS
 
 DIFFERENCE_REMEDY = (
@@ -21,6 +24,14 @@ DIFFERENCE_REMEDY = (
     " more images like those it will see"
 )
 """What standard error says after a failed check."""
+
+EXAMPLES = """\
+examples:
+  %(prog)s cmt_xs_int8_openvino
+  %(prog)s cmt_xs_int8_openvino --data photos/test --max-drop 0.5
+  %(prog)s cmt_xs_int8_openvino --data photos/test --reference cmt_xs_fp32_openvino
+"""
+"""What ``--help`` prints last."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,8 +42,9 @@ def main(argv: list[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The flags of ``cmt-verify``."""
     p = make_parser(
-        "cmt-verify",
+        name_program("verify"),
         "Check a bundle: hashes and golden vectors always, top-1 against the reference with --data.",
+        EXAMPLES,
     )
     p.add_argument("bundle", type=Path)
     images = p.add_argument_group("labelled images")
@@ -113,7 +125,7 @@ def _main(args: argparse.Namespace) -> int:
         progress=progress.count,
     )
     progress.finish()
-    say(report.to_json(result) if args.json else report.describe_verification(result))
+    say(report.to_json(result) if args.json else report.describe_verification(result, width=find_width()))
     if not result.passed and not args.json:
         tell(DIFFERENCE_REMEDY)
     return 0 if result.passed else 1

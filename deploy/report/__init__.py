@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .as_json import make_bundle_json, make_prediction_json, to_json
     from .benchmark import describe_benchmark, describe_protocol
     from .bundle import describe_bundle, describe_decoding, describe_weights
+    from .checkup import describe_checkup
     from .compiled import describe_compiled
     from .device import describe_build, describe_device_report
     from .plot import draw_latency_plot
@@ -24,6 +25,7 @@ _HOMES = {
     "describe_benchmark": "benchmark",
     "describe_build": "device",
     "describe_bundle": "bundle",
+    "describe_checkup": "checkup",
     "describe_compiled": "compiled",
     "describe_decoding": "bundle",
     "describe_device_report": "device",
@@ -45,6 +47,7 @@ __all__ = [
     "describe_benchmark",
     "describe_build",
     "describe_bundle",
+    "describe_checkup",
     "describe_compiled",
     "describe_decoding",
     "describe_device_report",

@@ -7,14 +7,15 @@ from ..measure.benchmark import Benchmark, Measured, Protocol
 from .tables import LATENCY_COLUMNS, format_latency_cells, format_table
 
 
-def describe_benchmark(result: Benchmark, markdown: bool = False) -> str:
-    """Latency table, what really ran, the machine, and warnings."""
+def describe_benchmark(result: Benchmark, markdown: bool = False, width: int | None = None) -> str:
+    """Latency table, what really ran, the machine, and warnings; ``width`` as
+    :func:`.tables.format_table`."""
     warnings = [
         f"warning: {escape_line(r.name)}: {warning}" for r in result.results for warning in r.warnings
     ]
     parts = [
-        _format_latency_table(result, markdown),
-        _format_executed_table(result, markdown),
+        _format_latency_table(result, markdown, width),
+        _format_executed_table(result, markdown, width),
         _describe_conditions(result),
         *_describe_fastest(result),
         *warnings,
@@ -22,7 +23,7 @@ def describe_benchmark(result: Benchmark, markdown: bool = False) -> str:
     return "\n\n".join(parts)
 
 
-def _format_latency_table(result: Benchmark, markdown: bool) -> str:
+def _format_latency_table(result: Benchmark, markdown: bool, width: int | None) -> str:
     first, *others = LATENCY_COLUMNS
     header = [
         "bundle",
@@ -34,7 +35,7 @@ def _format_latency_table(result: Benchmark, markdown: bool) -> str:
         "speed-up (95 % CI)",
     ]
     rows = [_format_latency_row(measured) for measured in result.results]
-    return format_table(header, rows, markdown)
+    return format_table(header, rows, markdown, width)
 
 
 def _format_latency_row(measured: Measured) -> list[str]:
@@ -50,7 +51,7 @@ def _format_latency_row(measured: Measured) -> list[str]:
     ]
 
 
-def _format_executed_table(result: Benchmark, markdown: bool) -> str:
+def _format_executed_table(result: Benchmark, markdown: bool, width: int | None) -> str:
     """The precision that was asked for beside those that really ran."""
     header = [
         "bundle",
@@ -69,7 +70,7 @@ def _format_executed_table(result: Benchmark, markdown: bool) -> str:
         ]
         for r in result.results
     ]
-    return format_table(header, rows, markdown)
+    return format_table(header, rows, markdown, width)
 
 
 def _describe_conditions(result: Benchmark) -> str:

@@ -22,16 +22,17 @@ from .verdict import describe_verdict
 from .verification import describe_unit
 
 
-def describe_bundle(bundle: Bundle, verify_flags: Sequence[str] = ()) -> str:
+def describe_bundle(bundle: Bundle, verify_flags: Sequence[str] = (), width: int | None = None) -> str:
     """What an export produced and what to do next.
 
     Args:
         bundle: of the export.
         verify_flags: what ``cmt-verify`` needs besides the bundle to compare it with the reference again.
+        width: as :func:`.tables.format_table`.
     """
     manifest, path = bundle.manifest, bundle.path
     calibration = manifest.calibration
-    lines = [describe_verdict(manifest.verdict), ""] if manifest.verdict else []
+    lines = [describe_verdict(manifest.verdict, width=width), ""] if manifest.verdict else []
     if manifest.verification:
         kinds = {output.name: output.kind for output in manifest.outputs}
         lines += _describe_verified(manifest.verification, kinds.get(manifest.verification.golden.output))

@@ -6,12 +6,12 @@ from ..bundle.sections import Accuracy, Candidate, Speed, VerdictEntry
 from .tables import format_table
 
 
-def describe_verdict(verdict: VerdictEntry, markdown: bool = False) -> str:
+def describe_verdict(verdict: VerdictEntry, markdown: bool = False, width: int | None = None) -> str:
     """What ``--precision auto`` measured and recommends: candidates, sensitivity of the groups, notes, the
-    winner."""
-    parts = [_format_candidate_table(verdict, markdown)]
+    winner; ``width`` as :func:`.tables.format_table`."""
+    parts = [_format_candidate_table(verdict, markdown, width)]
     if verdict.sensitivity:
-        parts += _format_sensitivity_table(verdict, markdown)
+        parts += _format_sensitivity_table(verdict, markdown, width)
     if verdict.float_already:
         parts.append(f"float in every int8 candidate (depthwise): {', '.join(verdict.float_already)}")
     parts.append(_describe_conditions(verdict))
@@ -26,7 +26,7 @@ def describe_verdict(verdict: VerdictEntry, markdown: bool = False) -> str:
     return "\n\n".join([*parts, _describe_recommendation(verdict)])
 
 
-def _format_candidate_table(verdict: VerdictEntry, markdown: bool) -> str:
+def _format_candidate_table(verdict: VerdictEntry, markdown: bool, width: int | None) -> str:
     labelled = verdict.labelled
     rows = [
         _format_candidate_row(candidate, labelled, candidate.variant == verdict.winner)
@@ -42,7 +42,7 @@ def _format_candidate_table(verdict: VerdictEntry, markdown: bool) -> str:
         "MB",
         "verdict",
     ]
-    return format_table(header, rows, markdown)
+    return format_table(header, rows, markdown, width)
 
 
 def _format_candidate_row(
@@ -78,7 +78,7 @@ def _format_speed(speed: Speed) -> list[str]:
     ]
 
 
-def _format_sensitivity_table(verdict: VerdictEntry, markdown: bool) -> list[str]:
+def _format_sensitivity_table(verdict: VerdictEntry, markdown: bool, width: int | None) -> list[str]:
     """The groups of operations and what the table means."""
     rows = [
         [
@@ -99,7 +99,7 @@ def _format_sensitivity_table(verdict: VerdictEntry, markdown: bool) -> list[str
     meaning = (
         "sensitivity: each group alone in int8, the worst first; logits in standard deviations of fp32's"
     )
-    return [meaning, format_table(header, rows, markdown)]
+    return [meaning, format_table(header, rows, markdown, width)]
 
 
 def _describe_conditions(verdict: VerdictEntry) -> str:

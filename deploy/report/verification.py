@@ -8,11 +8,11 @@ from ..measure.parity import Verification
 from .tables import format_differences, format_table
 
 
-def describe_verification(v: Verification, markdown: bool = False) -> str:
-    """Golden check, top-1 table and verdict."""
+def describe_verification(v: Verification, markdown: bool = False, width: int | None = None) -> str:
+    """Golden check, top-1 table and verdict; ``width`` as :func:`.tables.format_table`."""
     lines = [_describe_golden(v.golden, v.kind)]
     if v.data:
-        lines += [_format_top1_table(v.data, markdown), _describe_top1(v.data)]
+        lines += [_format_top1_table(v.data, markdown, width), _describe_top1(v.data)]
     lines += [f"warning: {note}" for note in v.notes]
     lines.append(f"{escape_line(v.bundle)} on {v.runtime.summary()}: {_write_conclusion(v)}")
     return "\n".join(lines)
@@ -32,7 +32,7 @@ def describe_unit(kind: str | None) -> str:
     return "" if kind is None else " in probability"
 
 
-def _format_top1_table(data: DataCheck, markdown: bool) -> str:
+def _format_top1_table(data: DataCheck, markdown: bool, width: int | None) -> str:
     header = [
         "images",
         "reference top-1 %",
@@ -52,7 +52,7 @@ def _format_top1_table(data: DataCheck, markdown: bool) -> str:
         _format_difference(data.logit_max_diff),
         _format_difference(data.logit_mean_diff),
     ]
-    return format_table(header, [row], markdown)
+    return format_table(header, [row], markdown, width)
 
 
 def _describe_top1(data: DataCheck) -> str:

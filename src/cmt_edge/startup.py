@@ -1,6 +1,6 @@
 """How a command begins. It imports next to nothing, so that Ctrl-C in the first moments prints no trace.
 
-The console scripts start here: ``cmt-export`` is :func:`export`, and so on.
+The console scripts start here: ``cmt-edge`` is :func:`edge`, ``cmt-export`` is :func:`export`, and so on.
 """
 
 from __future__ import annotations
@@ -25,8 +25,18 @@ the rest of its import; a command that only opens models has no use for it."""
 began_s: list[float] = []
 """When this process began to be a command, seconds of ``time.perf_counter``; empty where it is none."""
 
+front: list[str] = []
+"""What the user types before the name of a command, ``"cmt-edge"`` for instance; empty where the commands
+have names of their own, ``cmt-export``."""
+
 STANDARD_STREAMS = (0, 1, 2)
 """Descriptors of standard input, standard output and standard error."""
+
+
+def edge() -> int:
+    """``cmt-edge``."""
+    front.append("cmt-edge")
+    return run(sys.argv[1:])
 
 
 def export() -> int:
@@ -52,6 +62,11 @@ def bench() -> int:
 def build() -> int:
     """``cmt-build``."""
     return run(["build", *sys.argv[1:]])
+
+
+def name_program(command: str) -> str:
+    """What the user types for a command, for usage lines and examples."""
+    return f"{front[-1]} {command}" if front else f"cmt-{command}"
 
 
 def run(arguments: list[str]) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cmt_edge.deploy.measure.benchmark import Protocol
+from helpers.cli import assert_told
 from helpers.collections import archive, fill
 from helpers.running import list_helper_threads
 
@@ -33,11 +34,13 @@ def call(capsys):
 
 @pytest.fixture
 def fails(call):
-    """Runs a command that must fail with ``code`` and returns its one message."""
+    """Runs a command that must fail with ``code`` and returns its one message; with ``--json`` standard
+    output has the same as an object."""
 
     def run(code, command, *argv):
         got, out, err = call(command, *argv)
-        assert (got, out) == (code, ""), err
+        assert got == code, err
+        assert_told(out, err, code, is_json="--json" in argv)
         assert err.startswith("error: ")
         assert err.count("error:") == 1
         assert "Traceback" not in err

@@ -17,7 +17,8 @@ from cmt_edge.deploy.escaping import UNSAFE, escape, escape_line, escape_markdow
 SAY = """
 import argparse, sys, warnings
 from cmt_edge.deploy.cache import CacheWarning
-from cmt_edge.deploy.cli.console import run_command, say
+from cmt_edge.deploy.cli.console import run_command
+from cmt_edge.deploy.cli.output import say
 def main(args):
     text = sys.argv[1]
     {body}

@@ -63,7 +63,7 @@ def python(code: str, *argv: str) -> str:
 IMPORT = """
 import time, sys, json
 start = time.process_time()
-import cmt_edge.deploy
+from cmt_edge.deploy import *
 spent = time.process_time() - start
 depth = lambda name: 2 if name.startswith("cmt_edge.") else 1
 print(json.dumps([spent, sorted({".".join(m.split(".")[: depth(m)]) for m in sys.modules})]))

@@ -127,6 +127,10 @@ def test_predict_goes_on_past_bad_files(call, bundle, images, form):
     assert code == 2
     good = sorted(p for p in images.rglob("*.png") if p.stat().st_size > 10)
     lines = out.splitlines()[1:] if form == ["--csv"] else out.splitlines()
+    if form == ["--json"]:
+        told = [json.loads(line)["error"]["where"] for line in lines if '"error"' in line]
+        assert sorted(told) == sorted(map(str, (absent, images / "green/001.png", images / "red/000.png")))
+        lines = [line for line in lines if '"error"' not in line]
     assert len(lines) == len(good) == 7
     assert all(str(path) in line for path, line in zip(good, lines, strict=True))
     assert all(
@@ -221,7 +225,10 @@ def test_predict_in_ascii(tmp_path, images):
 
 def test_predict_says_what_json_is(call):
     _, out, _ = call(cmt_predict.main, "--help")
-    assert "print every answer as one machine-readable object on a line of its own" in " ".join(out.split())
+    assert (
+        "print every answer, and every error, as one machine-readable object on a line of its own"
+        in " ".join(out.split())
+    )
     _, out, _ = call(cmt_verify.main, "--help")
     assert "print one machine-readable object last" in " ".join(out.split())
 

@@ -43,7 +43,7 @@ def refused(capsys, command: str, flag: str, value: str) -> str:
 def test_no_number_is_without_a_range():
     for make in PARSERS.values():
         for action in make()._actions:  # noqa: SLF001
-            assert action.type in (None, str, Path) or isinstance(action.type.__self__, Range), (
+            assert action.type in (None, str, str.lower, Path) or isinstance(action.type.__self__, Range), (
                 action.option_strings
             )
 

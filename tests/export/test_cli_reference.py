@@ -6,6 +6,7 @@ import importlib.util
 
 import pytest
 
+from cmt_edge import startup
 from helpers.paths import ROOT
 
 
@@ -14,7 +15,8 @@ def script():
     spec = importlib.util.spec_from_file_location("cli_reference", ROOT / "scripts" / "cli_reference.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    yield module
+    startup.front.clear()
 
 
 def test_the_page_is_current(script, capsys):
@@ -44,4 +46,4 @@ def test_every_flag_is_on_the_page(script):
         "--limit",
     ):
         assert f"`{flag}`" in page
-    assert page.count("\n## cmt-") == len(script.COMMANDS) == 5
+    assert page.count("\n## cmt-edge ") == len(script.COMMANDS) == 7

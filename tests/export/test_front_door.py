@@ -10,10 +10,11 @@ import types
 import pytest
 
 import cmt_edge
+from cmt_edge import startup
 from cmt_edge.__main__ import COMMANDS
 from cmt_edge.deploy.backends import RUNTIMES, list_offered_runtimes
-from cmt_edge.deploy.cli import bench, build, predict, verify
-from cmt_edge.export import ExportConfig, pipeline
+from cmt_edge.deploy.cli import bench, build, doctor, predict, verify
+from cmt_edge.export import ExportConfig, models, pipeline
 from cmt_edge.export import cli as export_cli
 from helpers.bundles import make_bundle
 from helpers.paths import ROOT
@@ -39,6 +40,8 @@ MAINS = {
     "verify": verify.main,
     "bench": bench.main,
     "build": build.main,
+    "models": models.main,
+    "doctor": doctor.main,
 }
 """Command -> the function that its console script calls."""
 
@@ -134,14 +137,17 @@ def test_there_is_a_command_for_every_console_script():
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     section = text.split("[project.scripts]")[1].split("\n[")[0]
     scripts = dict(line.split(" = ") for line in section.strip().splitlines())
-    expected = {f"cmt-{name}": f'"cmt_edge.startup:{name}"' for name in COMMANDS}
-    assert scripts == expected
+    named = [name for name, known in COMMANDS.items() if known.has_script]
+    expected = {f"cmt-{name}": f'"cmt_edge.startup:{name}"' for name in named}
+    assert scripts == {"cmt-edge": '"cmt_edge.startup:edge"'} | expected
+    assert {"export", "predict", "verify", "bench", "build"} == set(named)
     assert set(COMMANDS) == set(MAINS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_prints_the_help_of_its_console_script(name, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(startup, "front", ["python -m cmt_edge"])
     with pytest.raises(SystemExit) as finished:
         MAINS[name](["--help"])
     assert finished.value.code == 0

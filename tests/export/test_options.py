@@ -190,3 +190,13 @@ def test_the_helpers_work_for_any_dataclass(capsys):
     assert read_mapping({"share": 1, "name": None}, Small) == {"share": 1, "name": None}
     with pytest.raises(InputError, match="fast = None should be bool"):
         read_mapping({"fast": None}, Small)
+
+
+def test_names_are_read_in_any_case(tmp_path, monkeypatch):
+    config = ExportConfig("CMT_Nano", weights="Random", format="OpenVINO", precision="INT8", data="Generated")
+    assert (config.weights, config.format, config.precision) == ("random", "openvino", "int8")
+    assert (config.data, config.model_name) == ("generated", "cmt_nano")
+    assert ExportConfig("cmt_nano", format="Engine").format == "trt"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Random").write_text("a checkpoint")
+    assert ExportConfig("cmt_nano", weights="Random").weights == "Random", "a file is meant"
