@@ -49,8 +49,8 @@ cmt-edge --completion bash > ~/.local/share/bash-completion/completions/cmt-edge
 `cmt-edge export` also reads its options from a TOML file (`--config FILE`). The keys are the flags without
 the leading `--`, with hyphens or underscores. A flag without a value is `true` or `false` there:
 `int8 = true`, `no-build = true` (which is `build = false`). `mean`, `std` and `keep-float` may be arrays. The
-keys stand at the top of the file or in a table `[export]` (or `[tool.cmt-edge]`); other tables beside it are ignored.
-A flag wins over the file. From Python the options are the fields of `ExportConfig`.
+keys stand at the top of the file or in a table `[export]` (or `[tool.cmt-edge]`); other tables beside it are
+ignored. A flag wins over the file. From Python the options are the fields of `ExportConfig`.
 
 Exit codes: 0 done and verified, 1 a verification or gate failed, 2 bad usage or input, 3 a runtime or device
 is missing, 4 internal failure, 128 + N ended by signal N.
