@@ -10,6 +10,8 @@ PROVIDERS := $(VENV)-providers
 SUPPLY := $(VENV)-supply
 RTX_TESTS := tests/deploy/test_rtx_parser.py tests/deploy/test_rtx_bundle.py tests/export/test_rtx.py
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+STEP := @$(PYTHON) scripts/show_step.py
+SHOWN_PIP := $(BIN)/python -m pip install --progress-bar off --disable-pip-version-check
 
 .PHONY: demo quick check test test-light test-real test-rtx test-providers coverage supply lock advisories clean
 
@@ -66,10 +68,10 @@ coverage: $(READY)
 # All packages but torch must have a hash of requirements/locked.txt (docs/supply-chain.md). The second command adds torch,
 # from the index that pip is set up with, and the links to this checkout.
 $(READY): pyproject.toml constraints.txt requirements/locked.txt
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) --require-hashes --no-deps -r requirements/locked.txt
-	$(PIP) --no-build-isolation -c constraints.txt -e ".[test]"
-	touch $(READY)
+	$(STEP) "[1/3] make $(VENV)                     " $(PYTHON) -m venv $(VENV)
+	$(STEP) "[2/3] install the locked packages   " $(SHOWN_PIP) --require-hashes --no-deps -r requirements/locked.txt
+	$(STEP) "[3/3] install torch, this checkout  " $(SHOWN_PIP) --no-build-isolation -c constraints.txt -e ".[test]"
+	@touch $(READY)
 
 $(VENV)/.compiler: $(READY) requirements/rtx.txt
 	$(PIP) --require-hashes --no-deps -r requirements/rtx.txt

@@ -3,22 +3,25 @@
 set -eu
 OUT="${OUT:-out/demo}"
 
-say() { printf '\n\033[1m$ %s\033[0m\n' "$*"; "$@"; }
+BOLD='' PLAIN=''
+if [ -t 1 ] && [ -z "${NO_COLOR:-}" ] && [ "${TERM:-dumb}" != dumb ]; then BOLD='\033[1m' PLAIN='\033[0m'; fi
 
-say cmt-export --model cmt_nano --format openvino --precision fp32 --output "$OUT"
-say cmt-export --model cmt_nano --format openvino --precision int8 --data synthetic --output "$OUT"
-say cmt-verify "$OUT/cmt_nano_int8_openvino"
-say cmt-bench "$OUT/cmt_nano_fp32_openvino" "$OUT/cmt_nano_int8_openvino" --seconds 3 --markdown "$OUT/benchmark.md"
+say() { printf "\n$BOLD\$ %s$PLAIN\n" "$*"; "$@"; }
+
+say cmt-edge export --model cmt_nano --format openvino --precision fp32 --output "$OUT"
+say cmt-edge export --model cmt_nano --format openvino --precision int8 --data synthetic --output "$OUT"
+say cmt-edge verify "$OUT/cmt_nano_int8_openvino"
+say cmt-edge bench "$OUT/cmt_nano_fp32_openvino" "$OUT/cmt_nano_int8_openvino" --seconds 3 --markdown "$OUT/benchmark.md"
 say python examples/draw_images.py "$OUT/pictures"
-say cmt-predict "$OUT/cmt_nano_int8_openvino" "$OUT/pictures" --topk 3
+say cmt-edge predict "$OUT/cmt_nano_int8_openvino" "$OUT/pictures" --topk 3
 
 cat <<END
 
 The bundle is $OUT/cmt_nano_int8_openvino; its report is report.md inside. cmt_nano is so small that overheads decide its
 latency: int8 saves size here, and time on the larger models (README, "Measured"). Next:
   . .venv/bin/activate
-  cmt-predict $OUT/cmt_nano_int8_openvino YOUR_IMAGE.jpg
-  cmt-export --model cmt_xs --weights YOUR_CHECKPOINT.pth --num-classes N --precision int8 \\
+  cmt-edge predict $OUT/cmt_nano_int8_openvino YOUR_IMAGE.jpg
+  cmt-edge export --model cmt_xs --weights YOUR_CHECKPOINT.pth --num-classes N --precision int8 \\
              --data TRAIN_IMAGES --eval-data TEST_IMAGES
-  cmt-export --list-models
+  cmt-edge models
 END

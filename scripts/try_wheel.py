@@ -55,6 +55,7 @@ PREDICT = ("cmt-predict", BUNDLE, PICTURE)
 
 START = (
     Job(("python", "-c", "import cmt_edge; print(cmt_edge.__version__)")),
+    Job(("cmt-edge", "--help"), text="doctor"),
     Job(("cmt-predict", "--help"), text="--topk"),
     Job(("cmt-export", "--help"), text="--precision"),
 )
@@ -77,10 +78,13 @@ JOBS = {
     "": (
         Job((*PREDICT, "--backend", "fake"), text="%"),
         Job(PREDICT, MISSING, 'pip install "cmt-edge[onnxruntime]"'),
+        Job(("cmt-edge", "doctor"), text='pip install "cmt-edge[export]"'),
+        Job(("cmt-edge", "doctor", "--format", "openvino"), MISSING, "openvino is not installed"),
     ),
     "openvino": (
         Job((*PREDICT, "--backend", "openvino"), text="%"),
         Job(("cmt-verify", BUNDLE, "--backend", "openvino")),
+        Job(("cmt-edge", "doctor", "--format", "openvino"), text="fp32"),
     ),
     "onnxruntime": (
         Job(PREDICT, text="%"),
@@ -97,6 +101,7 @@ JOBS = {
         Job(("cmt-export", *DATA, "--format", "rtx", "--precision", "int8", "-o", "out"), text="compiled by"),
     ),
     "rtx-cu13": (BINDINGS, COMPILER),
+    "completion": (Job(("cmt-edge", "--completion", "bash"), text="cmt-edge"),),
     "sign": (Job(("python", "-c", SIGN)),),
     "report,onnxruntime": (Job(("cmt-bench", BUNDLE, "--seconds", "0.2", "--plot", "latency.svg")),),
     "export": (Job(("cmt-export", *DATA, "--format", "onnx", "--precision", "int8", "-o", "out")),),

@@ -1,4 +1,4 @@
-"""The scripts that a contributor runs: which tests are quick, and how large the code is."""
+"""The scripts of a contributor: which tests are quick, how large the code is, what a set-up shows."""
 
 from __future__ import annotations
 
@@ -268,3 +268,35 @@ def test_an_extra_without_a_job_is_refused(script, capsys):
         script("try_wheel").main(["openvino", "opnvino"])
     assert stop.value.code == 2
     assert "no job for the extras opnvino; known are: openvino" in capsys.readouterr().err
+
+
+# --- show_step ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("Collecting numpy==2.4.6 (from -r requirements/locked.txt (line 3))", "collecting numpy"),
+        ("  Downloading torch-2.13.0-cp311.whl.metadata (183.3 MB)", "downloading torch-2.13.0-cp311.whl"),
+        ("Installing collected packages: a, b, c", "installing 3 packages"),
+        ("Requirement already satisfied: pip", ""),
+    ],
+)
+def test_a_line_of_pip_in_few_words(script, line, words):
+    assert script("show_step").describe(line).startswith(words)
+
+
+def test_a_step_is_silent_in_a_log_and_its_failure_is_not():
+    show = [sys.executable, str(ROOT / "scripts" / "show_step.py"), "a step", sys.executable, "-c"]
+    done = subprocess.run([*show, "print('much')"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    done = subprocess.run([*show, "exit('no such package')"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "error: a step: exit code 1\nno such package\n")
+
+
+def test_the_line_of_a_step_fits_the_terminal_and_cannot_steer_it(script):
+    step = script("show_step").Step("a step", [sys.executable, "-c", "pass"])
+    assert step.wait(show=False) == 0
+    step.busy = "collecting \x1b[31m" + "x" * 200
+    assert len(step.write_line(60)) == 59
+    assert "\x1b" not in step.write_line(60)

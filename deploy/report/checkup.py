@@ -122,7 +122,7 @@ def _describe_device(state: DeviceState) -> str:
         limit = state.dgpu.power_limit_w
         return f"NVIDIA GPU {state.dgpu.name}" + (f", limit {limit:g} W" if limit else "")
     reason = next((note for note in state.notes if note.startswith("dGPU: ")), "dGPU: not found")
-    return f"no NVIDIA GPU ({reason.removeprefix('dGPU: ')})"
+    return f"no NVIDIA GPU was found ({reason.removeprefix('dGPU: ')})"
 
 
 def _format_runtimes(states: Iterable[RuntimeState], width: int) -> str:
