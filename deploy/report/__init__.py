@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .as_json import make_bundle_json, make_prediction_json, to_json
     from .benchmark import describe_benchmark, describe_protocol
-    from .bundle import describe_bundle, describe_decoding, describe_weights
+    from .bundle import PAGE, describe_bundle, describe_decoding, describe_weights
     from .compiled import describe_compiled
     from .device import describe_build, describe_device_report
     from .plot import draw_latency_plot
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .verification import describe_verification
 
 _HOMES = {
+    "PAGE": "bundle",
     "describe_benchmark": "benchmark",
     "describe_build": "device",
     "describe_bundle": "bundle",
@@ -42,6 +43,7 @@ _HOMES = {
 """Name -> the module that defines it."""
 
 __all__ = [
+    "PAGE",
     "describe_benchmark",
     "describe_build",
     "describe_bundle",

@@ -51,6 +51,7 @@ COMMANDS = {
     "verify": Command("deploy.cli.verify", "check a bundle against its reference"),
     "bench": Command("deploy.cli.bench", "measure bundles side by side"),
     "build": Command("deploy.cli.build", "finish a TensorRT bundle on its device"),
+    "report": Command("deploy.cli.report", "write what bundles record as one HTML file", only_opens=True),
 }
 """Every command by name. Pages and checks of the repository read this table."""
 

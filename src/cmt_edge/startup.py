@@ -54,6 +54,11 @@ def build() -> int:
     return run(["build", *sys.argv[1:]])
 
 
+def report() -> int:
+    """``cmt-report``."""
+    return run(["report", *sys.argv[1:]])
+
+
 def run(arguments: list[str]) -> int:
     """Run ``python -m cmt_edge`` with these arguments in this process; its exit code."""
     prepare()

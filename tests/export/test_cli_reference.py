@@ -44,4 +44,4 @@ def test_every_flag_is_on_the_page(script):
         "--limit",
     ):
         assert f"`{flag}`" in page
-    assert page.count("\n## cmt-") == len(script.COMMANDS) == 5
+    assert page.count("\n## cmt-") == len(script.COMMANDS) == 6

@@ -12,7 +12,7 @@ import pytest
 import cmt_edge
 from cmt_edge.__main__ import COMMANDS
 from cmt_edge.deploy.backends import RUNTIMES, list_offered_runtimes
-from cmt_edge.deploy.cli import bench, build, predict, verify
+from cmt_edge.deploy.cli import bench, build, predict, report, verify
 from cmt_edge.export import ExportConfig, pipeline
 from cmt_edge.export import cli as export_cli
 from helpers.bundles import make_bundle
@@ -39,6 +39,7 @@ MAINS = {
     "verify": verify.main,
     "bench": bench.main,
     "build": build.main,
+    "report": report.main,
 }
 """Command -> the function that its console script calls."""
 
