@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from ...bundle import LOGITS, Manifest
 from ...bundle.sections import ClassCheck, DataCheck, Flip, GoldenCheck
@@ -24,12 +24,13 @@ def write_accuracy(subject: Subject) -> Markup:
 
 def _list_parts(subject: Subject) -> Iterator[Markup]:
     verification, manifest = subject.verification, subject.manifest
-    if verification is None:
-        yield make("p", "Nothing was verified.")
-        return
-    yield make("p", f"Verified on {verification.runtime.summary()}.")
-    yield _write_golden(verification.golden, manifest)
-    if data := verification.data:
+    where = (
+        f"Verified on {verification.runtime.summary()}." if verification else "The export verified nothing."
+    )
+    yield make("p", where)
+    named = {"verification": verification, "engine, on its device": manifest.engine}
+    yield _write_golden({name: entry.golden for name, entry in named.items() if entry}, manifest)
+    if data := subject.data:
         yield _write_top1(data)
         yield _write_classes(data.classes or (), manifest)
         yield _write_flips(data.flips or (), manifest)
@@ -43,19 +44,25 @@ def _list_parts(subject: Subject) -> Iterator[Markup]:
         yield make("p", _make_sentence(describe_decoding(manifest.decoding)))
 
 
-def _write_golden(golden: GoldenCheck, manifest: Manifest) -> Markup:
+def _write_golden(checks: Mapping[str, GoldenCheck], manifest: Manifest) -> Markup:
+    """A row a check, by what was checked."""
+    rows = [_list_golden_cells(name, golden, manifest) for name, golden in checks.items()]
+    header = ["golden images", "images", "pixels differ by", "output", "differs by", "allowed", "passed"]
+    return Table("The same images through the bundle and the reference model", header, rows).write()
+
+
+def _list_golden_cells(name: str, golden: GoldenCheck, manifest: Manifest) -> list[str]:
     found, allowed = format_differences(golden.diff, golden.atol)
     kinds = {output.name: output.kind for output in manifest.outputs}
-    row = [
-        f"{golden.images} images",
+    return [
+        name,
+        str(golden.images),
         f"{golden.pixel_diff} grey levels",
         golden.output,
         found,
         f"{allowed}{describe_unit(kinds.get(golden.output))}",
         "yes" if golden.passed else "NO",
     ]
-    header = ["golden images", "pixels differ by", "output", "differs by", "allowed", "passed"]
-    return Table("The same images through the bundle and the reference model", header, [row]).write()
 
 
 def _write_top1(data: DataCheck) -> Markup:

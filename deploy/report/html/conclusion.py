@@ -45,8 +45,10 @@ def conclude(subject: Subject) -> Conclusion:
 
 
 def _find_failed_outputs(subject: Subject) -> str:
-    golden = subject.verification.golden if subject.verification else None
-    if golden is None or golden.passed:
+    engine, verification = subject.manifest.engine, subject.verification
+    checks = [entry.golden for entry in (verification, engine) if entry]
+    golden = next((check for check in checks if not check.passed), None)
+    if golden is None:
         return ""
     found, allowed = format_differences(golden.diff, golden.atol)
     return (
@@ -145,6 +147,6 @@ def _describe_golden(subject: Subject) -> str:
     found, allowed = format_differences(golden.diff, golden.atol)
     kinds = {output.name: output.kind for output in subject.manifest.outputs}
     return (
-        f"on the golden images {golden.output} differ from the reference's by {found} (allowed"
-        f" {allowed}{describe_unit(kinds.get(golden.output))})"
+        f"on the golden images its outputs are the reference's: {golden.output}, which differ most, do so by"
+        f" {found} (allowed {allowed}{describe_unit(kinds.get(golden.output))})"
     )

@@ -37,7 +37,7 @@ def write_steps(manifest: Manifest) -> Markup:
             if name in NAMED_MEMBERS
         ),
     ]
-    header = ["step", "what", "difference", "hash"]
+    header = ["step", "what", "differs by", "hash"]
     return Table("From the weights to the bundle", header, rows, is_numeric=False).write()
 
 

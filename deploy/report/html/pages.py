@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from ...bundle import make_plain
+from ...bundle import LOGITS, make_plain
 from ...measure.benchmark import Benchmark, Measured
 from ..benchmark import describe_protocol, find_fastest
 from .accuracy import draw_drop, find_reach, write_accuracy
@@ -274,14 +274,24 @@ def _write_word(state: State) -> Markup:
 
 
 def _write_tiles(subject: Subject) -> Markup:
-    data, median = subject.data, subject.p50_ms
+    median = subject.p50_ms
     tiles = [
-        ("drop of top-1", f"{data.drop:+.2f} points" if data else "not measured"),
+        _describe_accuracy(subject),
         ("median latency", UNKNOWN if median is None else f"{median:.2f} ms"),
         ("size", f"{subject.manifest.size_bytes / 1e6:.1f} MB"),
         ("really ran", subject.executed),
     ]
     return make_facts(tiles, "tiles")
+
+
+def _describe_accuracy(subject: Subject) -> tuple[str, str]:
+    """Name and value of what tells most about the accuracy."""
+    if subject.data:
+        return "drop of top-1", f"{subject.data.drop:+.2f} points"
+    if subject.manifest.model.head == LOGITS or subject.verification is None:
+        return "drop of top-1", "not measured"
+    golden = subject.verification.golden
+    return "largest difference", f"{golden.diff:.2g} in {golden.output}"
 
 
 def _assemble(title: str, top: Sequence[Markup], sections: Sequence[Section], data: Any) -> str:
