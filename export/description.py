@@ -29,7 +29,6 @@ from cmt_edge.deploy.errors import InputError
 from cmt_edge.deploy.measure.benchmark import Benchmark
 from cmt_edge.deploy.measure.host import describe_host, read_versions
 from cmt_edge.deploy.measure.parity import Verification
-from cmt_edge.deploy.report.html import make_bundle_page, make_subject
 
 from .config import OPSET, ExportConfig
 from .settings import NAMED_WEIGHTS
@@ -228,5 +227,5 @@ def write_report(
         content["verdict"] = manifest.verdict
     (folder / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     (folder / "report.json").write_text(report.to_json(content) + "\n", encoding="utf-8")
-    page = make_bundle_page(make_subject(name, name, manifest, speed))
+    page = report.make_bundle_page(report.make_subject(name, name, manifest, speed))
     (folder / report.PAGE).write_text(page, encoding="utf-8")

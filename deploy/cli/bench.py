@@ -14,7 +14,6 @@ from ..images import ImageSet
 from ..measure.benchmark import Benchmark, Protocol
 from ..measure.benchmark import benchmark as run_benchmark
 from ..progress import Progress
-from ..report.html import make_bundle_page, make_comparison_page, read_subject
 from ..report.plot import require_matplotlib
 from .console import add_key_flag, add_runtime_flags, make_parser, run_command, say
 from .measuring import add_measuring_flags, read_protocol
@@ -99,8 +98,10 @@ def _main(args: argparse.Namespace) -> int:
 
 def _make_page(bundles: list[Bundle], result: Benchmark) -> str:
     """The report of one bundle with the new figures, or the comparison of several."""
-    subjects = [read_subject(bundle).with_speed(result, place) for place, bundle in enumerate(bundles)]
-    return make_bundle_page(subjects[0]) if len(subjects) == 1 else make_comparison_page(subjects, result)
+    subjects = [report.read_subject(bundle).with_speed(result, place) for place, bundle in enumerate(bundles)]
+    if len(subjects) == 1:
+        return report.make_bundle_page(subjects[0])
+    return report.make_comparison_page(subjects, result)
 
 
 def _check_targets(args: argparse.Namespace) -> None:

@@ -15,7 +15,6 @@ from ..measure.parity import MAX_DROP, Verification
 from ..measure.parity import verify as run_verify
 from ..predictor import Predictor
 from ..progress import Progress
-from ..report.html import make_bundle_page, read_subject
 from .console import add_key_flag, add_runtime_flags, make_parser, run_command, say, tell
 from .pages import add_page_flag, require_page_target
 from .ranges import DIFFERENCE, IMAGES, POINTS
@@ -130,8 +129,8 @@ def _main(args: argparse.Namespace) -> int:
 
 def _write_page(target: Path, bundle: Bundle, result: Verification) -> None:
     """The report of the bundle, with what was just found in place of what it records."""
-    subject = replace(read_subject(bundle), verification=result.entry(_recall_steps(bundle)))
-    write_output(target, make_bundle_page(subject).encode())
+    subject = replace(report.read_subject(bundle), verification=result.entry(_recall_steps(bundle)))
+    write_output(target, report.make_bundle_page(subject).encode())
 
 
 def _recall_steps(bundle: Bundle) -> dict[str, float] | None:

@@ -1,4 +1,4 @@
-"""The only place that formats results: terminal tables, Markdown, JSON, plots.
+"""The only place that formats results: terminal tables, Markdown, JSON, HTML, plots.
 
 Each name below is imported when it is first used, so that a command loads only what it prints with.
 """
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .bundle import PAGE, describe_bundle, describe_decoding, describe_weights
     from .compiled import describe_compiled
     from .device import describe_build, describe_device_report
+    from .html import make_bundle_page, make_comparison_page, make_subject, read_subject
     from .plot import draw_latency_plot
     from .prediction import describe_prediction
     from .tables import format_differences, format_table
@@ -37,7 +38,11 @@ _HOMES = {
     "format_differences": "tables",
     "format_table": "tables",
     "make_bundle_json": "as_json",
+    "make_bundle_page": "html",
+    "make_comparison_page": "html",
     "make_prediction_json": "as_json",
+    "make_subject": "html",
+    "read_subject": "html",
     "to_json": "as_json",
 }
 """Name -> the module that defines it."""
@@ -59,7 +64,11 @@ __all__ = [
     "format_differences",
     "format_table",
     "make_bundle_json",
+    "make_bundle_page",
+    "make_comparison_page",
     "make_prediction_json",
+    "make_subject",
+    "read_subject",
     "to_json",
 ]
 
