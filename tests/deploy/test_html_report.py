@@ -39,6 +39,7 @@ from cmt_edge.deploy.report.html import (
     make_comparison_page,
     make_subject,
 )
+from cmt_edge.deploy.report.html.scatter import WIDTH, Point, draw_scatter
 from helpers.bundles import make_bundle, recorded_bundle, tiny_manifest
 from helpers.cli import strict
 from helpers.images import coloured_folder
@@ -51,7 +52,7 @@ VOID = {"meta", "link", "wbr"}
 KNOWN = {
     *VOID, "html", "head", "title", "style", "body", "main", "nav", "section", "footer", "h1", "h2", "h3",
     "p", "ul", "li", "dl", "dt", "dd", "div", "span", "a", "pre", "code", "table", "caption", "thead",
-    "tbody", "tr", "th", "td", "figure", "figcaption", "svg", "rect",
+    "tbody", "tr", "th", "td", "figure", "figcaption", "svg", "rect", "circle", "text",
 }  # fmt: skip
 """Every element that a page has."""
 EVIL = "</style><script>alert(1)</script>\"' onload=x <img src=https://example.org/x>\u202egpj"
@@ -298,6 +299,24 @@ def test_a_reader_on_a_phone_sees_the_name_of_each_figure():
     assert {"value", "hash", "differs by"} <= set(page.of("data-label"))
     assert "width=device-width, initial-scale=1" in page.of("content")
     assert page.of("role").count("table") > 3
+
+
+@pytest.mark.parametrize(("measured_at", "marks"), [((2.0, 4.0), 2), ((2.0,), 0), ((0.0, 0.0), 2)])
+def test_a_plot_has_a_mark_a_point_within_its_frame(measured_at, marks):
+    points = [Point(EVIL, latency, 0.1, (-0.2, 0.4)) for latency in measured_at]
+    page = Page(draw_scatter(points, 0.3, "Drop"))
+    assert [tag for tag, name, _ in page.attributes if name == "r"] == ["circle"] * marks
+    assert all(0 <= float(value) <= WIDTH for value in page.of("cx"))
+
+
+def test_only_a_common_run_of_one_batch_size_makes_a_plot():
+    made = [subject(check(), name="one"), subject(check(), name="two")]
+    run = run_of(measured("one", 1.0, (1.0, 1.0)), measured("two", 2.0, (2.0, 2.0)))
+    together = [one.with_speed(run, place) for place, one in enumerate(made)]
+    assert Page(make_comparison_page(together, run)).of("class").count("scatter") == 1
+    assert "scatter" not in Page(make_comparison_page(made)).of("class")
+    other = replace(together[1], measured=replace(run.results[1], batch=8))
+    assert "scatter" not in Page(make_comparison_page([together[0], other], run)).of("class")
 
 
 def test_bundles_of_other_weights_are_called_so():

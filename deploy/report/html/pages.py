@@ -35,6 +35,7 @@ from .origin import (
     write_preprocessing,
     write_steps,
 )
+from .scatter import Point, draw_scatter
 from .speed import write_candidates, write_device, write_latency, write_precision
 from .style import make_head
 from .subject import Subject
@@ -176,7 +177,16 @@ def _list_accuracy_cells(subject: Subject, reach: float) -> list[str]:
 def _write_latencies(subjects: Sequence[Subject], speed: Benchmark | None) -> Markup:
     slowest = max((subject.p50_ms or 0 for subject in subjects), default=0) or 1.0
     rows = [_list_latency_cells(subject, slowest, speed is not None) for subject in subjects]
-    header = ["bundle", "batch", "median, ms", "", "95 % interval", "p95", "image to answer", "images/s"]
+    header = [
+        "bundle",
+        "batch",
+        "median, ms",
+        "",
+        "95 % interval",
+        "p95",
+        "image to answer",
+        "images per second",
+    ]
     if speed:
         header.append("speed-up (95 % interval)")
         how = (
@@ -188,7 +198,18 @@ def _write_latencies(subjects: Sequence[Subject], speed: Benchmark | None) -> Ma
             " figures do not compare well. cmt-bench measures bundles in turns."
         )
     table = Table("Milliseconds of one batch", header, rows).write()
-    return join([make("p", how), table, _draw_distributions(subjects)])
+    plot = _draw_losses(subjects) if speed else Markup()
+    return join([make("p", how), table, plot, _draw_distributions(subjects)])
+
+
+def _draw_losses(subjects: Sequence[Subject]) -> Markup:
+    """Drop against latency, of bundles of one batch size whose top-1 is known."""
+    if len({subject.batch for subject in subjects}) > 1:
+        return Markup()
+    known = [(subject, subject.data, subject.p50_ms) for subject in subjects]
+    points = [Point(one.name, p50, data.drop, data.drop_ci) for one, data, p50 in known if data and p50]
+    limits = [data.max_drop for _, data, _ in known if data]
+    return draw_scatter(points, min(limits, default=0.0), "Drop of top-1")
 
 
 def _draw_distributions(subjects: Sequence[Subject]) -> Markup:

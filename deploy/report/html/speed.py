@@ -13,6 +13,7 @@ from ..device import describe_power, describe_state
 from ..verdict import describe_recommendation
 from .charts import draw_bar, draw_histogram
 from .elements import UNKNOWN, Markup, Table, join, make, make_facts, make_list
+from .scatter import Point, draw_scatter
 from .subject import Subject
 
 Facts = list[tuple[str, str]]
@@ -136,11 +137,19 @@ def write_candidates(verdict: VerdictEntry) -> Markup:
     header = ["candidate", "top-1 %", drop, "median, ms", "", "speed-up", "MB", "result"]
     parts = [
         Table("Candidates, measured interleaved", header, rows).write(),
+        draw_scatter(list(_list_points(verdict)), verdict.max_drop, drop.partition(",")[0].capitalize()),
         make_list(describe_recommendation(verdict).splitlines()),
     ]
     if verdict.sensitivity:
         parts.append(_write_sensitivity(verdict))
     return join([*parts, make_list(list(verdict.notes))])
+
+
+def _list_points(verdict: VerdictEntry) -> Iterator[Point]:
+    for candidate in verdict.candidates:
+        accuracy, speed = candidate.accuracy, candidate.speed
+        if accuracy and speed:
+            yield Point(candidate.variant.name, speed.p50, accuracy.drop, accuracy.drop_ci)
 
 
 def _list_candidate_cells(candidate: Candidate, is_best: bool, slowest: float) -> list[str]:

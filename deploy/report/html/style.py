@@ -75,6 +75,9 @@ table.numbers td, table.numbers thead th + * { text-align: right; }
 svg { display: block; width: 100%; }
 svg.bar { height: .9rem; min-width: 5rem; background: var(--box); border-radius: 2px; margin-top: .25rem; }
 svg.histogram { height: 8rem; background: var(--box); border-radius: 4px; }
+svg.scatter { max-width: 30rem; background: var(--box); border-radius: 4px; font-size: 11px; }
+svg.scatter text { fill: var(--text); }
+.axis-line { fill: var(--soft); }
 .fill { fill: var(--accent); }
 .median { fill: var(--text); }
 .tail { fill: var(--tail); }
