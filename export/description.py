@@ -194,8 +194,8 @@ def write_report(
     result: Verification,
     speed: Benchmark | None,
 ) -> None:
-    """Write ``report.md`` and ``report.json``: verification, what a compiler made of the graph, latency where
-    it was measured, and the verdict of ``auto``."""
+    """Write ``report.md``, ``report.json`` and ``report.html``: verification, what a compiler made of the
+    graph, latency where it was measured, and the verdict of ``auto``."""
     parts = [
         f"# {name}",
         report.describe_weights(manifest.model.weights),
@@ -227,3 +227,5 @@ def write_report(
         content["verdict"] = manifest.verdict
     (folder / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     (folder / "report.json").write_text(report.to_json(content) + "\n", encoding="utf-8")
+    page = report.make_bundle_page(report.make_subject(name, name, manifest, speed))
+    (folder / report.PAGE).write_text(page, encoding="utf-8")

@@ -177,7 +177,8 @@ def finish(
                 speed = steps.measure_bundle(work.stage(draft), config.threads, progress.share)
                 draft = draft.with_entries(latency=summarise_latency(speed))
         with journal.step(Step.WRITE), writing(config.target):
-            write_report(writer.folder, draft.manifest, config.folder, result, speed)
+            manifest = work.stage(draft).manifest  # with the hashes of its files
+            write_report(writer.folder, manifest, config.folder, result, speed)
             return _commit(config, writer, draft.manifest)
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 ROOMS = ("cmt", "export", "calib", "deploy")
 """Names that a user's own files may have; the folders at the top of the repository have them too."""
 
-COMMANDS = ("export", "predict", "verify", "bench", "build")
+COMMANDS = ("export", "predict", "verify", "bench", "build", "report")
 """The commands, without ``cmt-``."""
 
 TRAP = 'raise ImportError(f"{__name__} of the current folder was imported")\n'

@@ -89,6 +89,7 @@ JOBS = {
     "onnxruntime": (
         Job(PREDICT, text="%"),
         Job(("cmt-verify", BUNDLE)),
+        Job(("cmt-report", BUNDLE)),
     ),
     "tensorrt": (BINDINGS, Job((*PREDICT, "--backend", "tensorrt"), MISSING, "tensorrt is not installed")),
     "tensorrt-cu12": (

@@ -13,13 +13,14 @@ from ..errors import InputError
 from ..escaping import escape
 from ..files import require_writable, write_output
 from ..images import ImageSet
-from ..measure.benchmark import Protocol
+from ..measure.benchmark import Benchmark, Protocol
 from ..measure.benchmark import benchmark as run_benchmark
 from ..progress import Progress
 from ..report.plot import require_matplotlib
 from .console import add_key_flag, add_runtime_flags, make_parser, run_command
 from .measuring import add_measuring_flags, read_protocol
 from .output import find_width, say
+from .pages import add_page_flag, require_page_target
 
 BENCH_IMAGES = 64
 """Number of images of ``--data`` that are used, the first ones."""
@@ -72,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="also draw the latencies (PNG or SVG; needs the extra 'report')",
     )
+    add_page_flag(output.add_argument)
     add_runtime_flags(p)
     add_key_flag(p)
     return p
@@ -101,7 +103,17 @@ def _main(args: argparse.Namespace) -> int:
         write_output(args.markdown, f"{text}\n".encode())
     if args.plot:
         report.draw_latency_plot(result, args.plot)
+    if args.html:
+        write_output(args.html, _make_page(bundles, result).encode())
     return 0
+
+
+def _make_page(bundles: list[Bundle], result: Benchmark) -> str:
+    """The report of one bundle with the new figures, or the comparison of several."""
+    subjects = [report.read_subject(bundle).with_speed(result, place) for place, bundle in enumerate(bundles)]
+    if len(subjects) == 1:
+        return report.make_bundle_page(subjects[0])
+    return report.make_comparison_page(subjects, result)
 
 
 def _check_targets(args: argparse.Namespace) -> None:
@@ -115,6 +127,8 @@ def _check_targets(args: argparse.Namespace) -> None:
         )
     if args.plot:
         require_matplotlib()
+    if args.html:
+        require_page_target(args.html)
     for target in filter(None, (args.markdown, args.plot)):
         require_outside_bundles(target)
         require_writable(target)

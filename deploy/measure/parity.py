@@ -26,6 +26,7 @@ from ..folders import Item
 from ..images import ImageSet, choose_evenly, hash_image
 from ..predictor import Predictor, require_kind
 from ..preprocessing import decode_pixels, normalise, preprocess
+from .confusion import compare_classes, count_flips
 from .labels import match_labels
 from .statistics import compute_paired_drop, compute_wilson_interval
 from .tolerance import find_tolerance, measure_distance
@@ -410,6 +411,8 @@ def _compare(truth: np.ndarray, answers: _Answers, max_drop: float) -> DataCheck
         reference_source=answers.source,
         logit_max_diff=None if diffs is None else float(diffs.max()),
         logit_mean_diff=None if diffs is None else float(diffs.mean()),
+        classes=compare_classes(truth, theirs, ours),
+        flips=count_flips(theirs, ours),
     )
 
 

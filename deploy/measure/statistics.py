@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+
+from ..bundle.record import OMITTED
 
 Z95 = 1.959964
 """Standard deviations on either side of a normal mean that hold 95 % of its values."""
@@ -22,6 +24,10 @@ MIN_FOR_P99 = 1000
 """Number of samples below which the 99th percentile is not given: it would rest on fewer than ten values."""
 EDGE = 100
 """Number of samples at either end whose medians are compared for drift."""
+BINS = 40
+"""Number of equal bins of a histogram."""
+MOST_SHOWN = 99
+"""Percentile at which a histogram ends: a few outliers would leave one bin for everything else."""
 NS_PER_MS = 1e6
 """Nanoseconds in a millisecond."""
 
@@ -53,6 +59,17 @@ class Difference(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Histogram:
+    """How many samples lie in each of :data:`BINS` equal bins between ``low`` and ``high`` milliseconds;
+    ``beyond`` is the number of larger ones."""
+
+    low: float
+    high: float
+    counts: tuple[int, ...]
+    beyond: int
+
+
+@dataclass(frozen=True)
 class Latency:
     """Milliseconds of one variant.
 
@@ -62,6 +79,7 @@ class Latency:
         ci: 95 % bootstrap interval of ``p50``.
         p99: ``None`` below :data:`MIN_FOR_P99` samples.
         drift: median of the last 100 samples over the median of the first 100, minus 1.
+        histogram: how the samples are distributed; ``None`` in a file of an earlier version.
     """
 
     count: int
@@ -73,6 +91,7 @@ class Latency:
     max: float
     mean: float
     drift: float
+    histogram: Histogram | None = field(default=None, metadata=OMITTED)
 
 
 def summarise(samples_ns: Sequence[int] | np.ndarray, seed: int = 0) -> Latency:
@@ -90,7 +109,16 @@ def summarise(samples_ns: Sequence[int] | np.ndarray, seed: int = 0) -> Latency:
         max=float(ms.max()),
         mean=float(ms.mean()),
         drift=compute_drift(ms),
+        histogram=count_in_bins(ms),
     )
+
+
+def count_in_bins(values: np.ndarray) -> Histogram:
+    """The histogram of ``values`` from the smallest to the percentile :data:`MOST_SHOWN`."""
+    low, high = float(values.min()), float(np.percentile(values, MOST_SHOWN))
+    shown = values[values <= high]
+    counts, _ = np.histogram(shown, BINS, (low, high))
+    return Histogram(low, high, tuple(counts.tolist()), len(values) - len(shown))
 
 
 def compute_drift(values: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""The only place that formats results: terminal tables, Markdown, JSON, plots.
+"""The only place that formats results: terminal tables, Markdown, JSON, HTML, plots.
 
 Each name below is imported when it is first used, so that a command loads only what it prints with.
 """
@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .as_json import make_bundle_json, make_prediction_json, to_json
     from .benchmark import describe_benchmark, describe_protocol
-    from .bundle import describe_bundle, describe_decoding, describe_weights
+    from .bundle import PAGE, describe_bundle, describe_decoding, describe_weights
     from .checkup import describe_checkup
     from .compiled import describe_compiled
     from .device import describe_build, describe_device_report
+    from .html import make_bundle_page, make_comparison_page, make_subject, read_subject
     from .plot import draw_latency_plot
     from .prediction import describe_prediction
     from .tables import format_differences, format_table
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .verification import describe_verification
 
 _HOMES = {
+    "PAGE": "bundle",
     "describe_benchmark": "benchmark",
     "describe_build": "device",
     "describe_bundle": "bundle",
@@ -38,12 +40,17 @@ _HOMES = {
     "format_differences": "tables",
     "format_table": "tables",
     "make_bundle_json": "as_json",
+    "make_bundle_page": "html",
+    "make_comparison_page": "html",
     "make_prediction_json": "as_json",
+    "make_subject": "html",
+    "read_subject": "html",
     "to_json": "as_json",
 }
 """Name -> the module that defines it."""
 
 __all__ = [
+    "PAGE",
     "describe_benchmark",
     "describe_build",
     "describe_bundle",
@@ -60,7 +67,11 @@ __all__ = [
     "format_differences",
     "format_table",
     "make_bundle_json",
+    "make_bundle_page",
+    "make_comparison_page",
     "make_prediction_json",
+    "make_subject",
+    "read_subject",
     "to_json",
 ]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..escaping import escape_line
 from ..measure.benchmark import Benchmark, Measured, Protocol
 from .tables import LATENCY_COLUMNS, format_latency_cells, format_table
@@ -89,12 +91,18 @@ def _describe_fastest(result: Benchmark) -> list[str]:
         return []
     if len({r.batch for r in result.results}) > 1:
         return []  # ratios are of calls
-    best, second = sorted(result.results, key=lambda r: -r.ratio)[:2]
-    close = second.ratio_ci[1] >= best.ratio_ci[0]
+    best, rival = find_fastest(result.results)
     return [
         f"fastest: {escape_line(best.name)}"
-        + (f" (no clear difference from {escape_line(second.name)})" if close else "")
+        + (f" (no clear difference from {escape_line(rival.name)})" if rival else "")
     ]
+
+
+def find_fastest(results: Sequence[Measured]) -> tuple[Measured, Measured | None]:
+    """The fastest of at least two, and the next one where their intervals leave doubt."""
+    best, second = sorted(results, key=lambda r: -r.ratio)[:2]
+    close = second.ratio_ci[1] >= best.ratio_ci[0]
+    return best, second if close else None
 
 
 def describe_protocol(protocol: Protocol) -> str:

@@ -21,6 +21,9 @@ from .tables import format_differences
 from .verdict import describe_verdict
 from .verification import describe_unit
 
+PAGE = "report.html"
+"""Name of the report for a browser in the bundle."""
+
 
 def describe_bundle(bundle: Bundle, verify_flags: Sequence[str] = (), width: int | None = None) -> str:
     """What an export produced and what to do next.
@@ -50,6 +53,7 @@ def describe_bundle(bundle: Bundle, verify_flags: Sequence[str] = (), width: int
     lines += _describe_synthesis(calibration.synthesis if calibration else None)
     lines += [
         f"bundle: {path} ({manifest.size_bytes / 1e6:.1f} MB)",
+        *([f"report: {path / PAGE} (open it in a browser)"] if PAGE in manifest.files else []),
         "",
     ]
     return "\n".join([*lines, *_list_next_commands(bundle, verify_flags)])

@@ -27,8 +27,8 @@ def describe_device_report(report: DeviceReport, markdown: bool = False) -> str:
         "",
         _format_latency_table(measured, markdown),
         "",
-        *_describe_power(report.power),
-        *_describe_state(report.state),
+        *describe_power(report.power),
+        *describe_state(report.state),
         *(f"warning: {warning}" for warning in (*measured.warnings, *report.warnings)),
     ]
     return "\n".join([*lines, ""] if markdown else lines)
@@ -102,7 +102,8 @@ def _format_latency_table(measured: Measured, markdown: bool) -> str:
     return text + (f"\n\nthroughput: {rate:.0f} images/s; batch {measured.batch}" if rate else "")
 
 
-def _describe_power(power: SustainedPower) -> list[str]:
+def describe_power(power: SustainedPower) -> list[str]:
+    """Power before, during and after some seconds of load, and notes."""
     notes = [f"note: {note}" for note in power.notes]
     if power.source is None:
         return ["power: not known here", *notes]
@@ -115,7 +116,7 @@ def _describe_power(power: SustainedPower) -> list[str]:
     return [f"power ({power.source}): {phases}{energy}", *notes]
 
 
-def _describe_state(state: DeviceStates) -> list[str]:
+def describe_state(state: DeviceStates) -> list[str]:
     """Module, clocks and temperatures before and after."""
     before, after = state.before, state.after
     known = _list_known_parts(before)

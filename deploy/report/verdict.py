@@ -23,7 +23,7 @@ def describe_verdict(verdict: VerdictEntry, markdown: bool = False, width: int |
         if c.accuracy and c.speed
         for warning in c.speed.warnings
     ]
-    return "\n\n".join([*parts, _describe_recommendation(verdict)])
+    return "\n\n".join([*parts, describe_recommendation(verdict)])
 
 
 def _format_candidate_table(verdict: VerdictEntry, markdown: bool, width: int | None) -> str:
@@ -115,7 +115,8 @@ def _describe_conditions(verdict: VerdictEntry) -> str:
     )
 
 
-def _describe_recommendation(verdict: VerdictEntry) -> str:
+def describe_recommendation(verdict: VerdictEntry) -> str:
+    """Which candidate to take, and what to know of it; a line each."""
     best = next(
         (c for c in verdict.candidates if c.variant == verdict.winner),
         None,

@@ -62,6 +62,12 @@ COMMANDS = {
     "predict": Command("deploy.cli.predict", USE, "classify images with a bundle", only_opens=True),
     "verify": Command("deploy.cli.verify", USE, "check a bundle against its reference"),
     "bench": Command("deploy.cli.bench", USE, "measure bundles side by side"),
+    "report": Command(
+        "deploy.cli.report",
+        USE,
+        "write what bundles record as one HTML file",
+        only_opens=True,
+    ),
     "doctor": Command(
         "deploy.cli.doctor",
         MACHINE,

@@ -64,6 +64,11 @@ def build() -> int:
     return run(["build", *sys.argv[1:]])
 
 
+def report() -> int:
+    """``cmt-report``."""
+    return run(["report", *sys.argv[1:]])
+
+
 def name_program(command: str) -> str:
     """What the user types for a command, for usage lines and examples."""
     return f"{front[-1]} {command}" if front else f"cmt-{command}"

@@ -13,6 +13,7 @@ import cmt_edge.deploy.cli.build
 import cmt_edge.deploy.tensorrt.building
 from cmt_edge.deploy import Bundle, Predictor
 from cmt_edge.deploy.bundle.sections import RanOn
+from cmt_edge.deploy.cli import report
 from cmt_edge.deploy.errors import BundleError, OutputError, RuntimeMissingError
 from cmt_edge.deploy.measure.device_report import DeviceReport
 from cmt_edge.deploy.measure.parity import verify
@@ -66,6 +67,21 @@ def test_the_whole_job(gpu_machine, bundle, capsys):
         red = np.zeros((SIZE, SIZE, 3), np.uint8)
         red[..., 0] = 255
         assert predictor(red).label == "red"
+
+
+def test_the_page_shows_the_device(gpu_machine, bundle, tmp_path):
+    assert build(bundle) == 0
+    page = tmp_path / "page.html"
+    assert report.main([str(bundle.path), "-o", str(page)]) == 0
+    text = page.read_text()
+    for word in (
+        "Fake Orin",
+        "engine, on its device",
+        "clock, with copies",
+        "a weight was rounded",
+        "driver",
+    ):
+        assert word in text
 
 
 def test_the_network_is_strongly_typed_and_the_options_arrive(gpu_machine, bundle):

@@ -13,7 +13,7 @@ import cmt_edge
 from cmt_edge import startup
 from cmt_edge.__main__ import COMMANDS
 from cmt_edge.deploy.backends import RUNTIMES, list_offered_runtimes
-from cmt_edge.deploy.cli import bench, build, doctor, predict, verify
+from cmt_edge.deploy.cli import bench, build, doctor, predict, report, verify
 from cmt_edge.export import ExportConfig, models, pipeline
 from cmt_edge.export import cli as export_cli
 from helpers.bundles import make_bundle
@@ -42,6 +42,7 @@ MAINS = {
     "build": build.main,
     "models": models.main,
     "doctor": doctor.main,
+    "report": report.main,
 }
 """Command -> the function that its console script calls."""
 

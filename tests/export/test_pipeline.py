@@ -42,7 +42,7 @@ from helpers.paths import ROOT
 from helpers.shared import find_shared
 
 CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-COMMON = {"model.onnx", "golden.npz", "report.md", "report.json"}
+COMMON = {"model.onnx", "golden.npz", "report.md", "report.json", "report.html"}
 
 
 pytestmark = pytest.mark.usefixtures("quick_exports")
@@ -164,6 +164,9 @@ def test_reports_tell_what_the_manifest_tells(checkpoint_bundle):
     assert content["verification"]["data"]["top1"] == checkpoint_bundle.manifest.verification.data.top1
     assert content["benchmark"]["results"][0]["name"] == NAME
     assert (checkpoint_bundle.path / "report.md").read_text().startswith(f"# {NAME}\n")
+    page = (checkpoint_bundle.path / "report.html").read_text()
+    assert checkpoint_bundle.manifest.files["model.onnx"].sha256 in page
+    assert str(checkpoint_bundle.path.parent) not in page
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ from .values import (
     Speedup,
 )
 from .verdict import Accuracy, Candidate, Sensitivity, Speed, Variant, VerdictEntry
-from .verification import DataCheck, GoldenCheck, RanOn, VerificationEntry
+from .verification import ClassCheck, DataCheck, Flip, GoldenCheck, RanOn, VerificationEntry
 
 __all__ = [
     "AUTO_PRECISIONS",
@@ -66,6 +66,7 @@ __all__ = [
     "BuildOptions",
     "CalibrationEntry",
     "Candidate",
+    "ClassCheck",
     "CompiledDetails",
     "CompiledEntry",
     "Count",
@@ -80,6 +81,7 @@ __all__ = [
     "EstimateEntry",
     "ExecutedPrecision",
     "FileEntry",
+    "Flip",
     "Format",
     "GoldenCheck",
     "Head",

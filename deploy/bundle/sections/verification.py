@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from ..record import OMITTED, Between
-from .values import LOGITS, Count, OutputDifference, Percent, Points, Precision
+from .values import LOGITS, Count, OutputDifference, Percent, Points, Precision, Size
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,36 @@ class GoldenCheck:
 
 
 @dataclass(frozen=True)
+class ClassCheck:
+    """The images of one class: ``label`` is its index among the logits, ``right`` and ``reference_right`` the
+    number of its images that the bundle and the reference answered correctly."""
+
+    label: Count
+    images: Size
+    reference_right: Count
+    right: Count
+
+
+@dataclass(frozen=True)
+class Flip:
+    """A number of ``images`` that the ``reference`` takes for one class and the ``bundle`` for another; both
+    are indices among the logits."""
+
+    reference: Count
+    bundle: Count
+    images: Size
+
+
+@dataclass(frozen=True)
 class DataCheck:
     """Labelled images; percentages. ``reference_*`` is the PyTorch model, ``drop`` = reference top-1 minus
     the bundle's.
 
     ``drop_ci`` is the 95 % interval of the paired difference (Newcombe 1998, method 10).
     ``reference_source`` says where the reference answers come from; the logit differences need a reference
-    that runs here and are ``None`` otherwise.
+    that runs here and are ``None`` otherwise. ``classes`` holds the classes whose top-1 fell most, and
+    ``flips`` the most frequent changes of an answer, at most
+    :data:`~cmt_edge.deploy.measure.confusion.MOST_LISTED` each; bundles of earlier versions have neither.
     """
 
     images: Count
@@ -58,6 +81,8 @@ class DataCheck:
     reference_source: str
     logit_max_diff: OutputDifference | None = None
     logit_mean_diff: OutputDifference | None = None
+    classes: tuple[ClassCheck, ...] | None = field(default=None, metadata=OMITTED)
+    flips: tuple[Flip, ...] | None = field(default=None, metadata=OMITTED)
 
     @property
     def doubt(self) -> str:

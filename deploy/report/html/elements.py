@@ -1,0 +1,113 @@
+"""HTML that is safe by construction: what is no :class:`Markup` is text, and text is escaped."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ...escaping import escape_line
+
+
+class Markup(str):
+    """Text that is HTML already. Only this module and the style sheet make it from a plain text."""
+
+    __slots__ = ()
+
+
+NOTHING = Markup("")
+"""What stands where there is nothing to show."""
+UNKNOWN = "-"
+"""What a cell shows where a figure is not known."""
+
+
+def escape_text(text: str) -> Markup:
+    """``text`` as HTML: it brings no element, ends no attribute, and cannot change the writing direction."""
+    return text if isinstance(text, Markup) else Markup(html.escape(escape_line(text)))
+
+
+def make_name(text: str) -> Markup:
+    """A name, which may wrap after each of its underscores."""
+    return Markup(escape_text(text).replace("_", "_<wbr>"))
+
+
+def join(parts: Iterable[str]) -> Markup:
+    """The parts one after the other; those that are no markup are escaped."""
+    return Markup("".join(map(escape_text, parts)))
+
+
+def make(element: str, *children: str, **attributes: object) -> Markup:
+    """An element with its children.
+
+    An attribute's name may end in an underscore, and its other underscores stand for hyphens: ``class_``,
+    ``data_label``. One whose value is ``None`` is left out.
+    """
+    written = "".join(
+        f' {name.rstrip("_").replace("_", "-")}="{escape_text(str(value))}"'
+        for name, value in attributes.items()
+        if value is not None
+    )
+    return Markup(f"<{element}{written}>{join(children)}</{element}>")
+
+
+def make_void(element: str, **attributes: object) -> Markup:
+    """An element that has no content, such as ``meta``."""
+    return Markup(make(element, **attributes).removesuffix(f"</{element}>"))
+
+
+def make_list(items: Sequence[str], class_: str | None = None) -> Markup:
+    """A list with an entry an item; nothing where there is none."""
+    return make("ul", *(make("li", item) for item in items), class_=class_) if items else NOTHING
+
+
+def make_facts(facts: Iterable[tuple[str, str]], class_: str = "facts") -> Markup:
+    """Names and values side by side, or one below the other where the page is narrow."""
+    pairs = (make("div", make("dt", name), make("dd", value)) for name, value in facts)
+    return make("dl", *pairs, class_=class_)
+
+
+def make_code(lines: Iterable[str]) -> Markup:
+    """Commands, a line each, which wrap on a narrow page."""
+    return make("pre", make("code", Markup("\n".join(map(escape_text, lines)))))
+
+
+def make_hash(digest: str) -> Markup:
+    """A hash, which may wrap at any of its digits."""
+    return make("code", digest, class_="hash")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; ``is_numeric`` aligns every column but the first to the right.
+
+    On a narrow page a row becomes a block with a line a cell, which begins with the column's name. Browsers
+    then forget that it is a table, so that the roles say it.
+    """
+
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    is_numeric: bool = True
+
+    def write(self) -> Markup:
+        """The element; nothing where there is no row."""
+        if not self.rows:
+            return NOTHING
+        heads = (
+            make("th", name, scope="col", role="columnheader") if name else make("td", role="cell")
+            for name in self.header
+        )
+        return make(
+            "table",
+            make("caption", self.caption),
+            make("thead", make("tr", *heads, role="row"), role="rowgroup"),
+            make("tbody", *map(self._write_row, self.rows), role="rowgroup"),
+            role="table",
+            class_="numbers" if self.is_numeric else None,
+        )
+
+    def _write_row(self, row: Sequence[str]) -> Markup:
+        names = zip(self.header[1:], row[1:], strict=True)
+        cells = [make("td", cell, role="cell", data_label=name or None) for name, cell in names]
+        head = make("th", make_name(row[0]), scope="row", role="rowheader", data_label=self.header[0])
+        return make("tr", head, *cells, role="row")

@@ -1,0 +1,142 @@
+"""What a page shows of a bundle: its manifest, and the figures that lie in its report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ...bundle import Bundle, Manifest, make_plain, parse_json, read_record
+from ...bundle.contents import make_unreadable_error
+from ...bundle.sections import DataCheck, VerificationEntry
+from ...files import read_regular
+from ...measure.benchmark import Benchmark, Measured
+from ...measure.device_report import DeviceReport
+
+REPORT = "report.json"
+"""Name of the export's report in the bundle."""
+MAX_REPORT = 16 << 20
+"""A larger report, in bytes, is not read."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A bundle as a page shows it.
+
+    Attributes:
+        name: of its folder.
+        path: what commands on the page call it.
+        manifest: what it records.
+        verification: what the page shows of its verification: what was just found, or else what it records.
+        measured: its full figures, ``None`` where they were not measured or not recorded.
+        speed: the run that measured them, with its machine and protocol.
+        device: what ``cmt-build`` found on the device, where it was built.
+    """
+
+    name: str
+    path: str
+    manifest: Manifest
+    verification: VerificationEntry | None
+    measured: Measured | None = None
+    speed: Benchmark | None = None
+    device: DeviceReport | None = None
+
+    @property
+    def data(self) -> DataCheck | None:
+        """The check of labelled images."""
+        return self.verification.data if self.verification else None
+
+    @property
+    def p50_ms(self) -> float | None:
+        """Median latency of a batch, by the best figures there are."""
+        if self.measured:
+            return self.measured.model.p50
+        return self.manifest.latency.p50_ms if self.manifest.latency else None
+
+    @property
+    def batch(self) -> int | None:
+        """Images in the batch of :attr:`p50_ms`."""
+        if self.measured:
+            return self.measured.batch
+        return self.manifest.latency.batch if self.manifest.latency else None
+
+    @property
+    def executed(self) -> str:
+        """The precisions that really ran."""
+        if self.measured:
+            return self.measured.executed.summary()
+        return self.manifest.latency.executed.summary() if self.manifest.latency else "not measured"
+
+    def list_warnings(self) -> list[str]:
+        """What a reader must know, each once."""
+        notes = self.verification.notes if self.verification else ()
+        latency = self.manifest.latency.warnings if self.manifest.latency else ()
+        measured = self.measured.warnings if self.measured else latency
+        device = self.device.warnings if self.device else ()
+        return list(dict.fromkeys([*notes, *measured, *device]))
+
+    def with_speed(self, speed: Benchmark, place: int) -> Subject:
+        """The same with the figures of a new run, in which it was number ``place``."""
+        return replace(self, measured=speed.results[place], speed=speed, name=speed.results[place].name)
+
+    def to_json(self, with_speed: bool = True) -> dict[str, Any]:
+        """Everything that the page shows, without the run that measured it where others share that one."""
+        content = {
+            "name": self.name,
+            "manifest": self.manifest,
+            "verification": self.verification,
+            **({"benchmark": self.speed} if with_speed else {}),
+            "device": self.device,
+        }
+        return dict(make_plain(content))
+
+
+def read_subject(bundle: Bundle) -> Subject:
+    """A finished bundle, with the figures of its device where ``cmt-build`` has been there, and else with
+    those of its export.
+
+    Raises:
+        BundleError: a report in the bundle cannot be read.
+    """
+    manifest = bundle.manifest
+    with bundle.kept():
+        device = _read_device_report(bundle)
+        speed = device.benchmark if device else _read_export_speed(bundle)
+    return make_subject(bundle.name, str(bundle.packed or bundle.path), manifest, speed, device)
+
+
+def make_subject(
+    name: str,
+    path: str,
+    manifest: Manifest,
+    speed: Benchmark | None,
+    device: DeviceReport | None = None,
+) -> Subject:
+    """A bundle whose reports are known already; ``speed`` is a run of it alone."""
+    measured = speed.results[0] if speed and speed.results else None
+    return Subject(name, path, manifest, manifest.verification, measured, speed, device)
+
+
+def _read_device_report(bundle: Bundle) -> DeviceReport | None:
+    entry = bundle.manifest.engine
+    if entry is None:
+        return None
+    file = bundle.file(entry.report)
+    return DeviceReport.from_bytes(_read_member(file), file)
+
+
+def _read_export_speed(bundle: Bundle) -> Benchmark | None:
+    """The quick measurement of the export in full; ``None`` where the bundle holds none."""
+    if REPORT not in bundle.manifest.files:
+        return None
+    file = bundle.file(REPORT)
+    content = parse_json(_read_member(file), file, "the report")
+    recorded = content.get("benchmark") if isinstance(content, dict) else None
+    return None if recorded is None else read_record(Benchmark, recorded, file, "the report")
+
+
+def _read_member(file: Path) -> bytes:
+    try:
+        return read_regular(file, MAX_REPORT)
+    except OSError as exc:
+        raise make_unreadable_error(file, exc) from exc
