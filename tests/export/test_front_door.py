@@ -141,7 +141,7 @@ def test_there_is_a_command_for_every_console_script():
     named = [name for name, known in COMMANDS.items() if known.has_script]
     expected = {f"cmt-{name}": f'"cmt_edge.startup:{name}"' for name in named}
     assert scripts == {"cmt-edge": '"cmt_edge.startup:edge"'} | expected
-    assert {"export", "predict", "verify", "bench", "build"} == set(named)
+    assert {"export", "predict", "verify", "bench", "build", "report"} == set(named)
     assert set(COMMANDS) == set(MAINS)
 
 
