@@ -9,8 +9,9 @@ import argparse
 import contextlib
 import gc
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cmt_edge.deploy.cli.console import make_parser, run_command
 from cmt_edge.deploy.cli.output import find_width, say, tell
@@ -20,6 +21,12 @@ from cmt_edge.startup import name_program
 from .models import show_models
 from .options import add_flags, read_flags, read_mapping
 from .settings import GROUPS, Settings
+
+if TYPE_CHECKING:
+    from cmt_edge.deploy import Bundle
+
+    from .config import ExportConfig
+    from .replaced import Replaced
 
 EXAMPLES = """\
 examples:
@@ -83,13 +90,33 @@ def _main(args: argparse.Namespace) -> int:
 
 def _run_export(args: argparse.Namespace) -> int:
     from cmt_edge.deploy import report
-    from cmt_edge.deploy.bundle.packed import locate_packed
     from cmt_edge.deploy.progress import Progress
 
+    progress = Progress(args.quiet)
+    with progress.step("load PyTorch"):
+        import_module("torch")
+    config, dry_run = _read_config(args)
+    with progress.step("load ONNX and the runtimes"):
+        from . import pipeline
+        from .plan import format_plan
+        from .replaced import read_replaced
+
+    if dry_run:
+        plan = pipeline.make_plan(config)
+        say(report.to_json(plan) if args.json else format_plan(plan))
+        return 0
+    before = {target: read_replaced(target) for target in config.targets}
+    with _rare_collections():
+        bundle = pipeline.run(config, progress)
+    _show_bundle(bundle, before.get(bundle.path), config, args.json)
+    return 0
+
+
+def _read_config(args: argparse.Namespace) -> tuple[ExportConfig, bool]:
+    """What the flags and the settings file ask for, checked; and whether only the plan is wanted."""
     from .checkpoint_settings import find_settings_by_shapes
     from .config import ExportConfig
     from .config_file import read_config
-    from .replaced import describe_replaced, read_replaced
 
     written = read_config(args.config) if args.config else {}
     dry_run = _take_dry_run(written, args.config) or args.dry_run
@@ -100,27 +127,30 @@ def _run_export(args: argparse.Namespace) -> int:
         tell(f"model: {by_shapes['model']}, told by the shapes of the weights")
     config = ExportConfig.from_mapping(by_shapes | given, args.config)
     config.check()
-    from . import pipeline
-    from .plan import format_plan
+    return config, dry_run
 
-    if dry_run:
-        plan = pipeline.make_plan(config)
-        say(report.to_json(plan) if args.json else format_plan(plan))
-        return 0
-    before = {target: read_replaced(target) for target in config.targets}
-    with _rare_collections():
-        bundle = pipeline.run(config, Progress(args.quiet))
-    replaced = before.get(bundle.path)
-    if args.json:
+
+def _show_bundle(
+    bundle: Bundle,
+    replaced: Replaced | None,
+    config: ExportConfig,
+    as_json: bool,
+) -> None:
+    """Print what was exported, and what it replaced."""
+    from cmt_edge.deploy import report
+    from cmt_edge.deploy.bundle.packed import locate_packed
+
+    from .replaced import describe_replaced
+
+    if as_json:
         packed = {"packed": str(locate_packed(bundle.path))} if config.pack else {}
         say(report.to_json(report.make_bundle_json(bundle) | {"replaced": replaced} | packed))
-        return 0
+        return
     if replaced:
         say(describe_replaced(replaced, bundle))
     say(report.describe_bundle(bundle, config.verify_flags, find_width()))
     if config.pack:
         say(f"also as one file: {locate_packed(bundle.path)}")
-    return 0
 
 
 def _take_dry_run(settings: dict[str, Any], where: Path | None) -> bool:

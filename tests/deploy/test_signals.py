@@ -29,10 +29,10 @@ def slow(name, *rest, **more):
         for _ in range(3000): time.sleep(0.01)
     return ours(name, *rest, **more)
 builtins.__import__ = slow
-sys.argv[1:] = sys.argv[2:]
-sys.exit(getattr(startup, {name!r})())
+sys.argv[1:] = [{name!r}]
+sys.exit(startup.edge())
 """
-"""Starts a command that hangs in an import."""
+"""Starts a command of ``cmt-edge`` that hangs in an import."""
 LATE = """
 import argparse, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)

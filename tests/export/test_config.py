@@ -75,7 +75,7 @@ def test_impossible_requests_are_refused(settings, message, remedy):
     [
         ({"model": "cmt_nanno"}, "cmt_nano"),
         ({"format": "openvno"}, "openvino"),
-        ({"format": "ONNX"}, "onnx"),
+        ({"format": "ONX"}, "onnx"),
         ({"precision": "int4"}, "int8"),
         ({"precision": "fp61"}, "fp16"),
         ({"exif": "aply"}, "apply"),
