@@ -20,11 +20,15 @@ import torch
 from cmt_edge.deploy.errors import WeightsError
 
 from .spec import StateDict
-from .strangers import Stranger, find_unloadable, make_stand_ins
+from .strangers import ExcessiveCheckpoint, Stranger, find_unloadable, make_stand_ins
 from .unpickling import ALLOWED
 
 MAX_REASON = 300
 """Length, in characters, at which the text of another library's error is cut."""
+
+MAX_SAID = 2 << 20
+"""Length, in characters, of the texts beside the tensors of a file, at most, that are parsed. The names of
+22,000 classes take less than half of it; parsing takes a hundred times as much memory."""
 
 HEAD_BYTES = 512
 """Length, in bytes, of the beginning of a file that tells its kind."""
@@ -203,7 +207,8 @@ def read_content(path: Path) -> Any:
 def read_metadata(path: Path) -> dict[str, Any]:
     """What a ``.safetensors`` file says beside its tensors; empty for a file of another kind.
 
-    The file holds text only. Text that is JSON, or that Python prints for a list, is given as what it means.
+    The file holds text only. Text that is JSON, or that Python prints for a list, is given as what it means,
+    unless all texts together are longer than :data:`MAX_SAID`.
 
     Raises:
         WeightsError: the file is damaged.
@@ -219,7 +224,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
             said = opened.metadata() or {}
     except (SafetensorError, OSError, ValueError) as exc:
         raise _make_damaged_error(path, exc) from exc
-    return {name: _parse_or_none(text) for name, text in said.items()}
+    is_long = sum(map(len, said.values())) > MAX_SAID
+    return {name: text if is_long else _parse_or_none(text) for name, text in said.items()}
 
 
 def _parse_or_none(text: str) -> Any:
@@ -257,6 +263,13 @@ def _load_torch(path: Path) -> Any:
             _checked_sparse_tensors(),
         ):
             content = torch.load(file, map_location="cpu", weights_only=True)
+    except ExcessiveCheckpoint as exc:
+        raise WeightsError(
+            "asks for more than a checkpoint may",
+            where=path,
+            why=exc,
+            remedy="save the weights alone: torch.save(model.state_dict(), NEW)",
+        ) from exc
     except Exception as exc:  # torch raises many types for damaged files; all mean the same to the user
         raise _make_unreadable_error(path, exc) from exc
     if isinstance(content, Stranger):

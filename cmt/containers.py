@@ -50,7 +50,8 @@ MAX_KEYS = 8
 """Number of top-level keys that a message names."""
 
 MAX_DENSE = 2**28
-"""Number of values, at most, of a sparse tensor that is made dense."""
+"""Number of values, at most, that all tensors of a file together have without having a place in it for each:
+sparse ones, and those that repeat a value. Those beyond it are not read."""
 
 MAX_PREFIX = 6
 """Number of parts of a prefix, at most."""
@@ -148,13 +149,12 @@ def _pair_with_prefixes(places: Iterable[Place], wanted: int) -> Iterator[tuple[
 
 def find_places(content: Any) -> Iterator[Place]:
     """Every mapping in ``content`` that holds tensors or arrays."""
+    reader = TensorReader()
     for way, held in walk(content, is_skipped=is_of_training):
         if not isinstance(held, Mapping):
             continue
         state = {
-            str(key): tensor
-            for key, value in held.items()
-            if (tensor := convert_to_tensor(value)) is not None
+            str(key): tensor for key, value in held.items() if (tensor := reader.read(value)) is not None
         }
         if state:
             yield Place(way, _unwrap(state))
@@ -201,27 +201,36 @@ def _list_items(held: Any) -> Iterator[tuple[str, Any]]:
     return ((f"[{index}]", value) for index, value in enumerate(held))
 
 
-def convert_to_tensor(value: object) -> Tensor | None:
-    """A tensor or an array of numbers as a dense tensor with values; ``None`` for anything else."""
-    if isinstance(value, Tensor):
-        return _make_dense(value.detach())
-    array = value.value if isinstance(value, PlainArray) else value
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "biufc":
-        return None
-    native = array.astype(array.dtype.newbyteorder("="))  # a copy that may be written to
-    try:
-        return torch.from_numpy(native)
-    except TypeError:  # torch lacks the type
-        return None
+class TensorReader:
+    """Reads the tensors of one file, with one budget for values that have no place of their own in it."""
 
+    def __init__(self) -> None:
+        self._left = MAX_DENSE
 
-def _make_dense(value: Tensor) -> Tensor | None:
-    """``value`` as layers hold it; ``None`` where it has no values, or more than a layer has."""
-    if value.is_meta or value.is_nested:
-        return None
-    if value.layout == torch.strided:
-        return value
-    return value.to_dense() if value.numel() <= MAX_DENSE else None
+    def read(self, value: object) -> Tensor | None:
+        """A tensor or an array of numbers as a dense tensor with values; ``None`` for anything else, and
+        beyond the budget."""
+        if isinstance(value, Tensor):
+            return self._make_dense(value.detach())
+        array = value.value if isinstance(value, PlainArray) else value
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in "biufc":
+            return None
+        native = array.astype(array.dtype.newbyteorder("="))  # a copy that may be written to
+        try:
+            return torch.from_numpy(native)
+        except TypeError:  # torch lacks the type
+            return None
+
+    def _make_dense(self, value: Tensor) -> Tensor | None:
+        """``value`` as layers hold it; ``None`` where it has no values, or more than are left."""
+        if value.is_meta or value.is_nested:
+            return None
+        is_strided = value.layout == torch.strided
+        kept = value.untyped_storage().nbytes() // max(1, value.itemsize) if is_strided else 0
+        self._left -= (made := max(0, value.numel() - kept))
+        if self._left < 0 < made:
+            return None
+        return value if is_strided else value.to_dense()
 
 
 def is_layer(value: Tensor) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .containers import convert_to_tensor, find_places, is_layer, walk
+from .containers import TensorReader, find_places, is_layer, walk
 from .key_words import OTHERS, TRAINING, names_average, split_words
 from .strangers import Stranger, find_strangers
 
@@ -55,13 +55,13 @@ def find_hidden_layers(content: Any) -> Iterator[tuple[tuple[str, ...], str]]:
 
 def _find_layers(held: Any, seen: set[int]) -> Iterator[Tensor]:
     """The kernels of layers among what an object holds, at any depth."""
-    pending = [held]
+    pending, reader = [held], TensorReader()
     while pending:
         value = pending.pop()
         if id(value) in seen:
             continue
         seen.add(id(value))
-        tensor = convert_to_tensor(value)
+        tensor = reader.read(value)
         if tensor is not None:
             if is_layer(tensor):
                 yield tensor

@@ -122,8 +122,23 @@ MAX_SHOWN_WAY = 16
 MARK = object()
 """Stands on the simulated stack where the opcode MARK was."""
 
-TUPLE = object()
-"""Stands on the simulated stack for any tuple."""
+MAX_OPCODES = 3_000_000
+"""Number of opcodes in the pickles of a file, at most; a training state of 3,000 tensors has 400,000."""
+
+MAX_WORK = 50_000_000
+"""Number of values, at most, that are counted, compared or copied while a pickle is loaded, where one that is
+held twice counts twice: a tuple of some hundred bytes may hold itself in 2^60 ways, and the key of a
+dictionary is computed from all of them."""
+
+MAX_WEIGHT = 1 << 60
+"""A larger number of values is not told from this one."""
+
+MODEST_BYTES = 64 << 20
+"""Number of bytes of all members of an archive that are never too many."""
+
+MAX_RATIO = 4
+"""Number of bytes of all members, at most, for each byte of a larger archive: torch.save compresses nothing,
+and torch.load unpacks what is compressed, or what is there twice."""
 
 
 class Stranger:
@@ -190,6 +205,25 @@ class Use:
         return Stranger
 
 
+class ExcessiveCheckpoint(ValueError):
+    """A file asks for more work or memory than a checkpoint of its size needs."""
+
+
+@dataclass
+class _Held:
+    """A list, a mapping or a tuple on the simulated stack: how many values it stands for."""
+
+    weight: int = 1
+    is_tuple: bool = False
+
+    def add(self, values: list[object]) -> None:
+        self.weight = min(MAX_WEIGHT, self.weight + sum(map(_weigh, values)))
+
+
+def _weigh(value: object) -> int:
+    return value.weight if isinstance(value, _Held) else 1
+
+
 @dataclass(frozen=True)
 class _Class:
     """A class or function on the simulated stack."""
@@ -197,11 +231,11 @@ class _Class:
     name: tuple[str, str]
 
 
-@dataclass(frozen=True)
-class _Made:
-    """What a class or function made, on the simulated stack."""
+@dataclass
+class _Made(_Held):
+    """What a class or function made, on the simulated stack; it may have copied what it was given."""
 
-    name: tuple[str, str]
+    name: tuple[str, str] = ("", "")
 
 
 def make_stand_ins(path: Path) -> list[tuple[Callable[..., Any], str]]:
@@ -209,10 +243,15 @@ def make_stand_ins(path: Path) -> list[tuple[Callable[..., Any], str]]:
     checkpoint names and that may stand in settings.
 
     Nothing is raised for a damaged file: torch tells what is wrong with it.
+
+    Raises:
+        ExcessiveCheckpoint: loading the file would take hours, or far more memory than it has bytes.
     """
     known = {item[1] for item in ALLOWED if isinstance(item, tuple)}
     try:
         uses = _find_uses(path)
+    except ExcessiveCheckpoint:
+        raise
     except Exception:  # a damaged or hostile pickle may raise anything here
         return []
     return [
@@ -274,19 +313,25 @@ def _is_class(name: str) -> bool:
 
 
 def _find_uses(path: Path) -> dict[tuple[str, str], Use]:
+    simulation = _Simulation()
     with path.open("rb") as file:
         zipped = file.read(len(ZIP_START)) == ZIP_START
         file.seek(0)
         if not zipped:
             for _ in range(LEGACY_HEADERS):
-                for _ in pickletools.genops(file):
+                for _ in simulation.count(file):
                     pass
-            return _Simulation().run(file)
+            return simulation.run(file)
     with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-        inner = next(name for name in names if name.rpartition("/")[2] == "data.pkl")
-        with archive.open(inner) as file:
-            return _Simulation().run(file)
+        members = archive.infolist()
+        size = sum(member.file_size for member in members)
+        if size > max(MODEST_BYTES, MAX_RATIO * path.stat().st_size):
+            raise ExcessiveCheckpoint(f"its members have {size} bytes, the file {path.stat().st_size}")
+        for member in members:  # torch chooses one by the name of the first member, in small or large letters
+            if member.filename.lower().rpartition("/")[2] == "data.pkl":
+                with archive.open(member) as inner:
+                    simulation.run(inner)
+    return simulation.uses
 
 
 @dataclass
@@ -296,10 +341,13 @@ class _Simulation:
     stack: list[object] = field(default_factory=list)
     memo: dict[object, object] = field(default_factory=dict)
     uses: dict[tuple[str, str], Use] = field(default_factory=dict)
+    opcodes: int = 0
+    work: int = 0
 
     def run(self, file: IO[bytes]) -> dict[tuple[str, str], Use]:
         """What the next pickle in ``file`` does with every class that it names."""
-        for opcode, argument, _ in pickletools.genops(file):
+        self.stack, self.memo = [], {}
+        for opcode, argument in self.count(file):
             step = getattr(self, f"do_{opcode.name.lower()}", None)
             if step is not None:
                 step(argument)
@@ -311,6 +359,20 @@ class _Simulation:
                 self._do_other(opcode)
         return self.uses
 
+    def count(self, file: IO[bytes]) -> Iterator[tuple[pickletools.OpcodeInfo, Any]]:
+        """The opcodes of the next pickle in ``file`` with their arguments, if there are not too many."""
+        for opcode, argument, _ in pickletools.genops(file):
+            self.opcodes += 1
+            if self.opcodes > MAX_OPCODES:
+                raise ExcessiveCheckpoint(f"its pickles have more than {MAX_OPCODES} opcodes")
+            yield opcode, argument
+
+    def _spend(self, values: list[object]) -> None:
+        """Count values of which keys are computed, or that are handed to a function."""
+        self.work += sum(map(_weigh, values))
+        if self.work > MAX_WORK:
+            raise ExcessiveCheckpoint("its pickles hold the same values in millions of ways")
+
     def do_global(self, argument: str) -> None:
         module, _, name = argument.partition(" ")
         self.uses.setdefault((module, name), Use())
@@ -320,9 +382,9 @@ class _Simulation:
         self.stack.append(MARK)
 
     def do_reduce(self, _: object) -> None:
-        self.stack.pop()
-        made = self.stack.pop()
-        self.stack.append(_Made(made.name) if isinstance(made, _Class) else None)
+        given, made = self.stack.pop(), self.stack.pop()
+        self._spend([given])
+        self.stack.append(_Made(_weigh(given), name=made.name) if isinstance(made, _Class) else None)
 
     do_newobj = do_reduce
 
@@ -330,27 +392,64 @@ class _Simulation:
         state = self.stack.pop()
         use = self._find_use()
         use.gets_state = True
-        use.gets_slots = use.gets_slots or state is TUPLE
+        use.gets_slots = use.gets_slots or (isinstance(state, _Held) and state.is_tuple)
 
     def do_setitem(self, _: object) -> None:
-        del self.stack[-2:]
-        self._find_use().gets_keys = True
+        self._set_items([self.stack.pop(-2), self.stack.pop()])
 
     def do_setitems(self, _: object) -> None:
-        self._pop_to_mark()
+        self._set_items(self._pop_to_mark())
+
+    def _set_items(self, items: list[object]) -> None:
+        self._spend(items[::2])
         self._find_use().gets_keys = True
+        self._add(items)
 
     def do_append(self, _: object) -> None:
-        self.stack.pop()
-        self._find_use().gets_items = True
+        self._append_items([self.stack.pop()])
 
     def do_appends(self, _: object) -> None:
-        self._pop_to_mark()
+        self._append_items(self._pop_to_mark())
+
+    def _append_items(self, items: list[object]) -> None:
         self._find_use().gets_items = True
+        self._add(items)
+
+    def _add(self, items: list[object]) -> None:
+        """Put items into what lies on the stack."""
+        held = self.stack[-1]
+        if isinstance(held, _Held):
+            held.add(items)
+
+    def do_empty_list(self, _: object) -> None:
+        self.stack.append(_Held())
+
+    do_empty_dict = do_empty_list
+
+    def do_list(self, _: object) -> None:
+        self._make(self._pop_to_mark(), is_tuple=False)
+
+    do_dict = do_list
 
     def do_tuple(self, _: object) -> None:
-        self._pop_to_mark()
-        self.stack.append(TUPLE)
+        self._make(self._pop_to_mark(), is_tuple=True)
+
+    def do_tuple1(self, _: object) -> None:
+        self._make([self.stack.pop()], is_tuple=True)
+
+    def do_tuple2(self, _: object) -> None:
+        self._make([self.stack.pop() for _ in range(2)], is_tuple=True)
+
+    def do_tuple3(self, _: object) -> None:
+        self._make([self.stack.pop() for _ in range(3)], is_tuple=True)
+
+    def do_empty_tuple(self, _: object) -> None:
+        self._make([], is_tuple=True)
+
+    def _make(self, values: list[object], *, is_tuple: bool) -> None:
+        made = _Held(is_tuple=is_tuple)
+        made.add(values)
+        self.stack.append(made)
 
     def _do_other(self, opcode: pickletools.OpcodeInfo) -> None:
         """Take off and put on as many values as the opcode's description says."""
@@ -361,12 +460,14 @@ class _Simulation:
             before = len(opcode.stack_before)
         if before:
             del self.stack[-before:]
-        made = TUPLE if opcode.name.startswith("TUPLE") else None
-        self.stack += [made] * len(opcode.stack_after)
+        self.stack += [None] * len(opcode.stack_after)
 
-    def _pop_to_mark(self) -> None:
-        while self.stack.pop() is not MARK:
-            pass
+    def _pop_to_mark(self) -> list[object]:
+        """What lies above the last mark, in order."""
+        values = []
+        while (value := self.stack.pop()) is not MARK:
+            values.append(value)
+        return values[::-1]
 
     def _find_use(self) -> Use:
         """The use of the class whose object lies on the stack; a use of nothing for another value."""

@@ -26,6 +26,9 @@ OBJECTS = "O"
 NUMPY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")
 """Modules of NumPy's constructors, before and since NumPy 2."""
 
+MAX_CODE = 64
+"""Length, in characters, of the name of a NumPy type, at most."""
+
 PATHS = (
     "Path",
     "PosixPath",
@@ -70,7 +73,9 @@ class PlainType:
         align: bool = False,
         copy: bool = False,
     ) -> None:
-        made = np.dtype(str(code))
+        if not isinstance(code, str) or len(code) > MAX_CODE:
+            raise ValueError("the type of an array has no name of a few letters")
+        made = np.dtype(code)
         if made.kind not in PLAIN_KINDS + SKIPPED_KINDS + OBJECTS:
             raise ValueError(f"arrays of the type {code!r} are not read")
         self.made = made
@@ -123,6 +128,8 @@ def make_scalar(kind: PlainType, data: object = b"") -> Any:
 
 def make_path(*parts: object) -> str:
     """Stands for the classes of ``pathlib``: the path as text."""
+    if not all(isinstance(part, str) for part in parts):  # a list may stand for millions of words
+        raise TypeError("a part of a path is no text")
     return "/".join(map(str, parts))
 
 

@@ -7,10 +7,12 @@ bundle's manifest; what is kept in the cache carries one beside it, see :class:`
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import hmac
 import os
 import secrets
+import stat
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,6 +62,7 @@ def _read_secret() -> bytes:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             _make_secret(path)
         clear_lock(path)
+        _require_secret(path)
         secret = read_regular(path, MAX_SECRET)
         if len(secret) != SECRET_BYTES:
             raise OSError(f"it holds {len(secret)} bytes instead of {SECRET_BYTES}; delete it")
@@ -71,6 +74,18 @@ def _read_secret() -> bytes:
             why=getattr(exc, "strerror", None) or exc,
             remedy="name a writable folder in CMT_EDGE_STATE",
         ) from exc
+
+
+def _require_secret(path: Path) -> None:
+    """Raise ``OSError`` where every user of this machine may read or replace the secret: what they seal would
+    be opened here. A group that was given one folder may share it."""
+    if os.name != "posix":
+        return
+    if path.stat().st_mode & stat.S_IRWXO:
+        raise OSError(errno.EPERM, "every user may read or write it; delete it, a new one is made")
+    mode = path.parent.stat().st_mode
+    if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+        raise OSError(errno.EPERM, f"every user may replace it; run: chmod o-w {path.parent}")
 
 
 def _make_secret(path: Path) -> None:

@@ -38,6 +38,10 @@ TYPES = {"tensor(float)": FLOAT32}
 NAME = f"onnxruntime {ort.__version__}"
 """Name and version of the runtime."""
 
+FORMAT = "session.load_model_format"
+"""Setting that names the format of a model. Without it ONNX Runtime takes bytes for its own format where
+their fifth to eighth are ``ORTM``, which may as well be the begin of a name in an ONNX file."""
+
 FATAL_ONLY = 4
 """ONNX Runtime's log level that hides warnings and errors. It writes them to standard error by itself, with
 names of a graph that could steer a terminal; the exception that it raises says the same."""
@@ -112,6 +116,7 @@ def _make_options(threads: int, profile_prefix: str | None) -> ort.SessionOption
     """Options of a session; one that gets ``profile_prefix`` writes a profile to a file of that name."""
     options = ort.SessionOptions()
     options.log_severity_level = FATAL_ONLY
+    options.add_session_config_entry(FORMAT, "ONNX")
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     if profile_prefix:

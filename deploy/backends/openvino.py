@@ -19,6 +19,7 @@ import numpy as np
 import openvino as ov
 
 from ..bundle import ONNX, Bundle
+from ..bundle.onnx_caps import ExcessiveGraph
 from ..bundle.sections import FLOAT32, ExecutedPrecision
 from ..errors import BundleError, CmtEdgeError
 from ..sealing import Result
@@ -36,7 +37,7 @@ from .openvino_devices import (
     require_device,
     require_precision,
 )
-from .openvino_graph import find_excess, read
+from .openvino_graph import read
 
 PRECISION_OF_TYPE = {
     "f32": "fp32",
@@ -309,9 +310,8 @@ def _compile(core: ov.Core, job: Job, cache: bool) -> Result[ov.CompiledModel]:
     path = job.bundle.file(ONNX)
 
     def compile_anew() -> ov.CompiledModel:
-        model = read(path)
+        model = _read_modest(path)
         _require_described(job, model)
-        _require_modest(job, model)
         return core.compile_model(model, job.device, dict(job.config))
 
     if not (cache and can_keep(core, job)):
@@ -330,15 +330,17 @@ def _require_described(job: Job, model: ov.Model | ov.CompiledModel) -> None:
     )
 
 
-def _require_modest(job: Job, model: ov.Model) -> None:
-    """Raise :class:`BundleError` where a graph makes a tensor larger than it may."""
-    if excess := find_excess(model):
+def _read_modest(path: Path) -> ov.Model:
+    """The model in a file; raises :class:`BundleError` where it makes a tensor larger than it may."""
+    try:
+        return read(path)
+    except ExcessiveGraph as exc:
         raise BundleError(
             f"{ONNX} asks for more than a graph may",
-            where=job.bundle.path,
-            why=excess,
+            where=path.parent,
+            why=exc,
             remedy="copy the whole bundle again, or export it again",
-        )
+        ) from exc
 
 
 def open_as_float32(bundle: Bundle, threads: int | None = None) -> OpenVINOSession:

@@ -15,6 +15,7 @@ with padding are left alone: the zeros around the map are zeros of ``x``, not of
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,19 @@ import openvino as ov
 from openvino import opset13 as ops
 from openvino.frontend import FrontEndManager
 
-from ..bundle.onnx_caps import MAX_MADE
+from ..bundle.onnx_caps import MAX_MADE, ExcessiveGraph
 from .openvino_core import open_core
 
 MAX_RATIO = 64
 """The largest number of elements of a tensor for each element of the input, where that is above
 :data:`.onnx_caps.MAX_MADE`. Convolutional models have about 6."""
+
+BODIES = {
+    "If": ("get_then_body", "get_else_body"),
+    "Loop": ("get_function",),
+    "TensorIterator": ("get_function",),
+}
+"""Operation -> its methods that give a model inside it."""
 
 CONSTANT_OPERATIONS = ("Convert", "Reshape", "Subtract", "Multiply")
 """What OpenVINO computes the weights of an int8 conv with."""
@@ -38,22 +46,41 @@ def read(path: Path) -> ov.Model:
 
     ``Core.read_model`` chooses a reader by the content of a file. One that is ONNX to another runtime may be
     another model to it, so that only the reader of ONNX is asked.
+
+    Raises:
+        ExcessiveGraph: the graph makes a tensor larger than it may. The rewriting computes constants, so this
+            is found out before.
     """
     frontend = FrontEndManager().load_by_framework("onnx")
-    return make_unsigned(frontend.convert(frontend.load(path)))
+    model = frontend.convert(frontend.load(path))
+    _require_modest(model)
+    return make_unsigned(model)
 
 
-def find_excess(model: ov.Model) -> str | None:
-    """What a graph makes larger than it may, in words; ``None`` if nothing. OpenVINO has inferred the shapes
-    and has computed nothing yet. What has no fixed shape is not looked at."""
+def _require_modest(model: ov.Model) -> None:
+    """Raise :class:`ExcessiveGraph` where a graph, or one inside it, makes a tensor larger than it may.
+
+    OpenVINO has inferred the shapes and has computed nothing yet. What has no fixed shape is not looked at.
+    """
     images = sum(math.prod(port.get_shape()) for port in model.inputs if port.get_partial_shape().is_static)
     cap = max(MAX_MADE, MAX_RATIO * images)
-    for node in model.get_ops():
+    for node in _iterate_nodes(model):
         for output in node.outputs():
             shape = output.get_partial_shape()
             if shape.is_static and math.prod(output.get_shape()) > cap:
-                return f"{node.get_type_name()} makes {shape} elements, more than the cap of {cap}"
-    return None
+                raise ExcessiveGraph(
+                    f"{node.get_type_name()} makes {shape} elements, more than the cap of {cap}"
+                )
+
+
+def _iterate_nodes(model: ov.Model) -> Iterator[ov.Node]:
+    """The operations of a model and of the models inside them: the bodies of loops and the branches of
+    conditions."""
+    pending = [model]
+    while pending:
+        for node in pending.pop().get_ops():
+            yield node
+            pending += [getattr(node, name)() for name in BODIES.get(node.get_type_name(), ())]
 
 
 def make_unsigned(model: ov.Model) -> ov.Model:

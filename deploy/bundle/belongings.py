@@ -29,6 +29,8 @@ REMADE_BY_SYSTEMS = (
 )
 """Names, in lower case, of what file managers and network file systems make again by themselves. They may go
 with the bundle that they lie in."""
+FOLDERS_OF_SYSTEMS = ("__macosx", "@eadir", ".appledouble")
+"""Those of them that are folders; what lies in any other folder may be a user's."""
 LEFT_BY_SYSTEMS = (
     *REMADE_BY_SYSTEMS, ".apdisk", ".volumeicon.icns",
     ".spotlight-v100", ".fseventsd", ".documentrevisions-v100", ".temporaryitems", ".trash*",
@@ -65,12 +67,15 @@ def find_foreign(path: Path, listed: Collection[str]) -> list[str]:
     """Files, links and folders in the bundle at ``path`` that are none of ours and would be missed; of a
     folder that holds nothing of ours, only its own name.
 
-    Raises ``OSError`` where a folder cannot be looked into.
+    A file that is only called like an engine or a report of ours is not ours.
+
+    Raises ``OSError`` where a folder or such a file cannot be looked into.
     """
-    known = _list_known(path, listed)
+    ours = {name for name in list_leftovers(path, listed) if is_certainly_ours(path, name)}
+    known = {*listed, MANIFEST, SIGNATURE} | ours
     folders = {str(parent) for name in known for parent in PurePosixPath(name).parents}
     found = set()
-    for name in walk(path, REMADE_BY_SYSTEMS, strictly=True):
+    for name in walk(path, FOLDERS_OF_SYSTEMS, strictly=True):
         if not _belongs(name, known, REMADE_BY_SYSTEMS):
             parents = [str(parent) for parent in PurePosixPath(name).parents]
             others = [parent for parent in parents if parent not in (*folders, ".")]

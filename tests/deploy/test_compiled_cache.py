@@ -161,6 +161,15 @@ def test_what_this_machine_did_not_write_so_is_never_opened(bundle, tmp_path, mo
     assert answer(bundle) == (expected, True)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs permissions of POSIX")
+@pytest.mark.parametrize(("name", "mode"), [("machine.key", 0o644), ("machine.key", 0o602), (".", 0o777)])
+def test_a_secret_that_every_user_knows_or_replaces_seals_nothing(bundle, name, mode):
+    expected, _ = answer(bundle)
+    (Path(os.environ["CMT_EDGE_STATE"]) / name).chmod(mode)
+    with pytest.warns(CacheWarning, match="every user may"):
+        assert answer(bundle) == (expected, False)
+
+
 def test_a_sealed_model_that_the_runtime_refuses_is_made_again(bundle, monkeypatch):
     expected, _ = answer(bundle)
 

@@ -166,6 +166,16 @@ def add_to_engines(path: Path) -> None:
     (path / ENGINES / "mine.plan").write_text("precious")
 
 
+def add_with_a_name_of_ours(path: Path) -> None:
+    (path / ENGINES).mkdir()
+    (path / ENGINES / "report-0123456789ab.md").write_text("precious")
+
+
+def add_folder_with_a_name_of_systems(path: Path) -> None:
+    (path / "._mine").mkdir()
+    (path / "._mine" / "a.txt").write_text("precious")
+
+
 def add_temporary(path: Path) -> None:
     (path / ".mine.tmp").write_text("precious")
 
@@ -184,6 +194,8 @@ FOREIGN = {
     add_swap: ".notes.txt.swp",
     add_link: "mine",
     add_to_engines: "engines/",
+    add_with_a_name_of_ours: "engines/",
+    add_folder_with_a_name_of_systems: "._mine/",
     add_temporary: ".mine.tmp",
     replace_member_by_folder: "model.bin",
 }

@@ -272,6 +272,20 @@ def test_every_field_of_onnx_is_known(kind: str) -> None:
         assert (most > 1) == field.is_repeated, field.name
 
 
+def test_onnx_runtime_takes_bytes_for_onnx_alone() -> None:
+    """The begin of a name in the file is where its own format has its sign."""
+    pytest.importorskip("onnxruntime")
+    from cmt_edge.deploy.backends.base import LoadOptions
+    from cmt_edge.deploy.backends.onnxruntime import OnnxRuntimeSession
+
+    model = onnx.load_from_string(tiny_graph())
+    model.producer_name = "ORTM, a name"
+    content = model.SerializeToString()
+    assert content[4:8] == b"ORTM"
+    require_modest(content)
+    assert OnnxRuntimeSession(content, LoadOptions()).input_name == "input"
+
+
 def test_openvino_asks_only_the_reader_of_onnx(tmp_path: Path) -> None:
     """The file is a graph in OpenVINO's format, which it finds out by itself if it is asked to."""
     read = pytest.importorskip("cmt_edge.deploy.backends.openvino_graph").read
@@ -284,7 +298,42 @@ def test_openvino_asks_only_the_reader_of_onnx(tmp_path: Path) -> None:
         read(file)
 
 
+def fill(name: str) -> list[onnx.NodeProto]:
+    """Operations that fill a tensor with as many zeros as the input's shape times ``k`` says."""
+    return [
+        helper.make_node("Shape", ["input"], ["s"]),
+        helper.make_node("Mul", ["s", "k"], ["m"]),
+        helper.make_node("ConstantOfShape", ["m"], ["f"]),
+        helper.make_node("ReduceMax", ["f", "axes"], [name], keepdims=0),
+    ]
+
+
+def branch(name: str) -> onnx.GraphProto:
+    result = helper.make_tensor_value_info(name, FLOAT, [1, 3])
+    return helper.make_graph(fill(name), name, [], [result])
+
+
+def body() -> onnx.GraphProto:
+    given = [helper.make_tensor_value_info("i", TensorProto.INT64, [])]
+    given += [helper.make_tensor_value_info("go", TensorProto.BOOL, [])]
+    given += [helper.make_tensor_value_info("v", FLOAT, [1, 3])]
+    again = helper.make_tensor_value_info("again", TensorProto.BOOL, [])
+    nodes = [helper.make_node("Identity", ["go"], ["again"]), *fill("filled")]
+    return helper.make_graph(
+        nodes, "body", given, [again, helper.make_tensor_value_info("filled", FLOAT, [1, 3])]
+    )
+
+
 PERHAPS_LARGE = {
+    "in a branch": [
+        helper.make_node("ReduceMax", ["input"], ["most"], keepdims=0),
+        helper.make_node("Cast", ["most"], ["c"], to=TensorProto.BOOL),
+        helper.make_node("If", ["c"], ["logits"], then_branch=branch("x"), else_branch=branch("y")),
+    ],
+    "in a loop": [
+        helper.make_node("ReduceMax", ["input", "axes"], ["mean"], keepdims=0),
+        helper.make_node("Loop", ["one", "", "mean"], ["logits"], body=body()),
+    ],
     "padding, several times": [
         helper.make_node("Pad", ["input", "p"], ["a"]),
         helper.make_node("Pad", ["a", "p"], ["b"]),
@@ -300,10 +349,15 @@ PERHAPS_LARGE = {
 
 
 @pytest.mark.parametrize("name", PERHAPS_LARGE)
-def test_openvino_refuses_what_it_infers_to_be_large(tmp_path: Path, name: str) -> None:
-    """Before it computes anything."""
-    pytest.importorskip("openvino")
+def test_openvino_refuses_what_it_infers_to_be_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Before it computes anything, as the rewriting of a graph does."""
+    rewriting = pytest.importorskip("cmt_edge.deploy.backends.openvino_graph")
+    monkeypatch.setattr(rewriting, "make_unsigned", lambda _: pytest.fail("it was rewritten"))
     constants = (
+        whole("k", 1, 1, 4000, 4000),
+        numpy_helper.from_array(np.array(1, np.int64), "one"),
         whole("p", 0, 0, 4000, 4000, 0, 0, 4000, 4000),
         numpy_helper.from_array(np.ones((3, 3, 1, 1), np.float32), "w"),
         whole("axes", 2, 3),
