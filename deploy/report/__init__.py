@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .as_json import make_bundle_json, make_prediction_json, to_json
     from .benchmark import describe_benchmark, describe_protocol
-    from .bundle import describe_bundle, describe_decoding, describe_weights
+    from .bundle import describe_bundle, describe_decoding, describe_slim, describe_weights
     from .compiled import describe_compiled
     from .device import describe_build, describe_device_report
     from .plot import draw_latency_plot
@@ -29,6 +29,7 @@ _HOMES = {
     "describe_device_report": "device",
     "describe_prediction": "prediction",
     "describe_protocol": "benchmark",
+    "describe_slim": "bundle",
     "describe_verdict": "verdict",
     "describe_verification": "verification",
     "describe_weights": "bundle",
@@ -50,6 +51,7 @@ __all__ = [
     "describe_device_report",
     "describe_prediction",
     "describe_protocol",
+    "describe_slim",
     "describe_verdict",
     "describe_verification",
     "describe_weights",

@@ -11,6 +11,7 @@ from ..bundle.sections import (
     TYPED_FORMATS,
     DecodingEntry,
     ObservedEntry,
+    SlimEntry,
     SynthesisEntry,
     TypingEntry,
     VerificationEntry,
@@ -47,6 +48,7 @@ def describe_bundle(bundle: Bundle, verify_flags: Sequence[str] = ()) -> str:
     if calibration and calibration.cached:
         lines.append("note: calibration was taken from the cache (same graph, images and recipe)")
     lines += _describe_synthesis(calibration.synthesis if calibration else None)
+    lines += [describe_slim(manifest.slim)] if manifest.slim else []
     lines += [
         f"bundle: {path} ({manifest.size_bytes / 1e6:.1f} MB)",
         "",
@@ -97,6 +99,13 @@ def describe_decoding(decoding: DecodingEntry) -> str:
         return text
     low, high = decoding.drop_ci
     return f"{text}, drop {decoding.drop:+.2f} points (95 % CI {low:+.2f} to {high:+.2f})"
+
+
+def describe_slim(slim: SlimEntry) -> str:
+    """What a slim bundle lacks."""
+    missing = [f"{name} ({entry.size / 1e3:.1f} kB)" for name, entry in slim.files.items()]
+    missing += [f"{slim.golden_images} golden images"] if slim.golden_images else []
+    return f"slim, left out: {', '.join(missing) or 'nothing'}"
 
 
 def _describe_typed(typing: TypingEntry | None) -> list[str]:
