@@ -57,8 +57,8 @@ class Preparation:
         self.scale = np.float32(1 / (255 * np.array(spec.std))).reshape(3, 1, 1)
         self.shift = np.float32(-np.array(spec.mean) / np.array(spec.std)).reshape(3, 1, 1)
 
-    def __call__(self, file: Any) -> np.ndarray:
-        """Float32 ``(1, 3, S, S)``."""
+    def __call__(self, file: Any, out: np.ndarray | None = None) -> np.ndarray:
+        """Float32 ``(1, 3, S, S)``, written into ``out`` if given."""
         spec, size = self.spec, self.spec.size
         with Image.open(file) as opened:
             short = min(opened.size)
@@ -72,10 +72,11 @@ class Preparation:
             image = image.resize((width, height), RESAMPLING[spec.interpolation])
         left, top = round((width - size) / 2), round((height - size) / 2)
         pixels = np.asarray(image.crop((left, top, left + size, top + size)))
-        row = np.ascontiguousarray(pixels.transpose(2, 0, 1), np.float32)
+        row = np.empty((1, 3, size, size), np.float32) if out is None else out
+        np.copyto(row[0], pixels.transpose(2, 0, 1))
         row *= self.scale
         row += self.shift
-        return row[None]
+        return row
 
 
 def decode_all(prepare: Preparation, files: Iterable[Any], decoders: int = DECODERS) -> Iterator[np.ndarray]:
