@@ -183,6 +183,7 @@ def measure_folder(path: Path, images: Path, rounds: int, threads: int, links: i
         for number in range(rounds):
             for name in list(ways) if number % 2 else list(ways)[::-1]:
                 watched[name].append(watch_answers(ways[name], links))
+                print(f"{name}: {watched[name][-1].rest_s:.1f} s", file=sys.stderr, flush=True)
     base = [taken.rest_s for taken in watched["by hand"]]
     rows = [
         [

@@ -105,7 +105,7 @@ def describe_slim(slim: SlimEntry) -> str:
     """What a slim bundle lacks."""
     missing = [f"{name} ({entry.size / 1e3:.1f} kB)" for name, entry in slim.files.items()]
     missing += [f"{slim.golden_images} golden images"] if slim.golden_images else []
-    return f"slim, left out: {', '.join(missing) or 'nothing'}"
+    return f"left out of this slim bundle: {', '.join(missing) or 'nothing'}"
 
 
 def _describe_typed(typing: TypingEntry | None) -> list[str]:

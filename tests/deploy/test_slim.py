@@ -72,7 +72,7 @@ def test_the_command_says_what_is_missing(tmp_path: Path, capsys: pytest.Capture
     bundle = make_slim_bundle(tmp_path / "b")
     assert command.main([str(bundle.path)]) == 0
     said = capsys.readouterr().err
-    assert "slim, left out: reference.npz (" in said
+    assert "left out of this slim bundle: reference.npz (" in said
     assert "3 golden images" in said
 
 

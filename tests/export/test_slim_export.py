@@ -23,7 +23,7 @@ NANO = ("--model", "cmt_nano", "--weights", "random", "--format", "onnx")
 def test_a_slim_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     key = write_pair(tmp_path, "sign")[0]
     said = succeeded(capsys, *NANO, "--slim", "--pack", "--sign", key, "-o", tmp_path)
-    assert "slim, left out: report.md (" in said
+    assert "left out of this slim bundle: report.md (" in said
     made = tmp_path / "cmt_nano_fp32_onnx_slim"
     bundle = Bundle.open(made)
     assert sorted(bundle.manifest.files) == [GOLDEN, "model.onnx"]
