@@ -21,6 +21,8 @@ CLIENTS = (2, 4, 8)
 """Numbers of clients that ask at once."""
 LEAST_FOR_P99 = 1000
 """Samples from which on a 99th percentile is shown."""
+DRAWS = 500
+"""Number of times that the rounds are drawn again for an interval."""
 PHOTOS = 16
 """Number of different images that are asked about."""
 
@@ -123,19 +125,15 @@ def ask(make_answer: MakeAnswer, blobs: list[bytes], clients: int, seconds: floa
 
 
 def format_service(samples: Turns) -> str:
-    """Percentiles in ms, and the ratios of ours to those by hand: the rounds' median and range."""
+    """Percentiles in ms, the ratios of ours to those by hand, and processor time in ms a request."""
     rows = []
     for clients, ways in samples.items():
-        pooled = {name: np.concatenate([turn.seconds for turn in rounds]) for name, rounds in ways.items()}
-        enough = min(map(len, pooled.values())) >= LEAST_FOR_P99
+        enough = min(sum(len(turn.seconds) for turn in turns) for turns in ways.values()) >= LEAST_FOR_P99
         cells = [str(clients)]
         for percentile in (50, 99):
-            if percentile == 99 and not enough:
-                cells += ["-"] * 3
-                continue
-            cells += [f"{1e3 * np.percentile(values, percentile):.1f}" for values in pooled.values()]
-            cells.append(compare_percentiles(ways, percentile))
-        cells += [f"{statistics.median(t.processor_ms for t in rounds):.2f}" for rounds in ways.values()]
+            shown = percentile != 99 or enough
+            cells += describe_percentile(ways, percentile) if shown else ["-"] * 3
+        cells += [f"{statistics.median(t.processor_ms for t in turns):.2f}" for turns in ways.values()]
         rows.append(cells)
     header = ["clients"]
     header += [f"{what}{way}" for what in ("p50 ", "p99 ") for way in ("by hand", "Predictor", "ratio")]
@@ -143,11 +141,21 @@ def format_service(samples: Turns) -> str:
     return format_table(header, rows, markdown=True)
 
 
-def compare_percentiles(ways: dict[str, list[Turn]], percentile: float) -> str:
-    """The median of the ratios within a round, and the smallest and largest of them."""
-    by_hand, ours = ways.values()
-    ratios = [
-        float(np.percentile(own.seconds, percentile) / np.percentile(other.seconds, percentile))
-        for own, other in zip(ours, by_hand, strict=True)
-    ]
-    return f"{np.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+def describe_percentile(ways: dict[str, list[Turn]], percentile: float) -> list[str]:
+    """A percentile of all requests by hand and of ours, in ms, and their ratio with its 95 % interval, for
+    which whole rounds are drawn again."""
+    by_hand, ours = ([turn.seconds for turn in turns] for turns in ways.values())
+    draw = np.random.default_rng(0)
+    ratios = []
+    for _ in range(DRAWS):
+        rounds = draw.integers(len(ours), size=len(ours))
+        ratios.append(find(ours, rounds, percentile) / find(by_hand, rounds, percentile))
+    every = np.arange(len(ours))
+    other, own = find(by_hand, every, percentile), find(ours, every, percentile)
+    low, high = np.percentile(ratios, (2.5, 97.5))
+    return [f"{1e3 * other:.1f}", f"{1e3 * own:.1f}", f"{own / other:.2f} ({low:.2f}-{high:.2f})"]
+
+
+def find(seconds: list[np.ndarray], rounds: np.ndarray, percentile: float) -> float:
+    """A percentile of the requests of some rounds."""
+    return float(np.percentile(np.concatenate([seconds[i] for i in rounds]), percentile))
