@@ -3,6 +3,9 @@
     python benchmarks/felt.py --what cold BUNDLE IMAGE [--rounds 10] [--before SRC]
     python benchmarks/felt.py --what graph MODEL.onnx [--rounds 10]
     python benchmarks/felt.py --what sizes MODEL ... [--precision fp32 int8]
+    python benchmarks/felt.py --what stream BUNDLE FOLDER [--rounds 10] [--seconds 4]
+    python benchmarks/felt.py --what folder BUNDLE FOLDER [--rounds 10] [--links 10000]
+    python benchmarks/felt.py --what service BUNDLE FOLDER [--rounds 10] [--seconds 4]
 
 ``cold``: from the start of a process that runs ``cmt-predict`` on one image to its label. In every round a
 process without the cache, one that fills an empty cache, and one that finds it filled, so that a busy machine
@@ -12,7 +15,16 @@ disturbs all alike. ``--before`` adds a row for another checkout: its folder ``s
 process to the first answer with the file as it is, and with the optimised one.
 
 ``sizes``: the bundles of models (random weights) for OpenVINO beside the weights in their precision, and how
-large they would be with OpenVINO's own format of the graph beside ``model.onnx``, as they once were.
+large they would be with OpenVINO's own format of the graph beside ``model.onnx``, as they once were; and
+what ``--slim`` and ``--pack`` make of them.
+
+``stream``: the images of a folder enlarged to 1920 x 1080 as JPEG files, through ``Predictor.stream()``,
+beside the model alone, decoding alone, and a loop by hand (``by_hand.py``).
+
+``folder``: ``cmt-predict`` over a folder of very many files (hard links to the images of a folder), its
+memory, and its time beside the loop by hand.
+
+``service``: latencies of several clients that share one ``Predictor``, beside OpenVINO by hand.
 """
 
 from __future__ import annotations
@@ -32,13 +44,17 @@ from statistics import median
 
 import onnx
 import openvino
+from felt_service import measure_service
+from felt_streams import LINKS, PREDICT, measure_folder, measure_stream
 
 from cmt_edge.deploy import Bundle
 from cmt_edge.deploy.backends.openvino_graph import read
+from cmt_edge.deploy.bundle import BundleWriter
+from cmt_edge.deploy.bundle.slim import choose_golden, leave_out
 from cmt_edge.deploy.report import format_table
 
-PREDICT = "from cmt_edge.startup import predict; raise SystemExit(predict())"
-"""The program of ``cmt-predict``."""
+WITH_IMAGES = {"stream": measure_stream, "folder": measure_folder, "service": measure_service}
+"""What is measured with a bundle and a folder of images -> what makes its table."""
 
 RUN_GRAPH = """
 import sys
@@ -163,48 +179,78 @@ def measure_sizes(models: list[str], precisions: list[str]) -> str:
                 if precision == "int8":
                     config = replace(config, data="generated", calib_size=16)
                 bundle = run(replace(config, output=folder, atol=1e9))
-                rows.append([model, precision, *compare_sizes(bundle)])
+                rows.append([model, precision, *compare_sizes(bundle, Path(folder))])
                 print(rows[-1], file=sys.stderr, flush=True)
                 shutil.rmtree(bundle.path)
-    header = ["model", "precision", "weights", "golden vectors", "bundle", "without them, of weights", "once"]
+    header = ["model", "precision", "weights", "golden vectors", "bundle", "packed", "of weights"]
+    header += ["slim", "its golden vectors", "packed", "of weights", "once"]
     return format_table(header, rows, markdown=True)
 
 
-def compare_sizes(bundle: Bundle) -> list[str]:
-    """Sizes of the weights in their precision, of the golden vectors and of the bundle, and what it would
-    have with OpenVINO's own format."""
+def compare_sizes(bundle: Bundle, folder: Path) -> list[str]:
+    """Sizes of the weights in their precision, and of the bundle as it is, slim, and with OpenVINO's own
+    format; "of weights" is without the golden vectors."""
     graph = onnx.load(bundle.file("model.onnx")).graph
     weights = sum(len(tensor.raw_data) for tensor in graph.initializer)
-    golden = bundle.manifest.files["golden.npz"].size
-    whole = bundle.manifest.size_bytes
-    with tempfile.TemporaryDirectory() as folder:
-        openvino.save_model(read(bundle.file("model.onnx")), Path(folder) / "g.xml", compress_to_fp16=False)
-        own = sum(path.stat().st_size for path in Path(folder).iterdir())
-    share = (whole - golden) / weights
+    golden, whole, packed = weigh(bundle)
+    lean = make_slim(bundle, folder / "slim")
+    own_golden, own_whole, own_packed = weigh(lean)
+    shutil.rmtree(lean.path)
+    with tempfile.TemporaryDirectory() as made:
+        openvino.save_model(read(bundle.file("model.onnx")), Path(made) / "g.xml", compress_to_fp16=False)
+        own = sum(path.stat().st_size for path in Path(made).iterdir())
     return [
-        *(f"{size / 1e6:.2f}" for size in (weights, golden, whole)),
-        f"{share:.2f}",
+        *(f"{size / 1e6:.2f}" for size in (weights, golden, whole, packed)),
+        f"{(whole - golden) / weights:.3f}",
+        *(f"{size / 1e6:.2f}" for size in (own_whole, own_golden, own_packed)),
+        f"{(own_whole - own_golden) / weights:.3f}",
         f"{(whole + own) / 1e6:.2f}",
     ]
 
 
+def weigh(bundle: Bundle) -> tuple[int, int, int]:
+    """Bytes of the golden vectors, of the folder with its manifest, and of the packed file."""
+    whole = sum(path.stat().st_size for path in bundle.path.rglob("*") if path.is_file())
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "packed.cmt.zip"
+        bundle.pack(file)
+        return bundle.manifest.files["golden.npz"].size, whole, file.stat().st_size
+
+
+def make_slim(bundle: Bundle, target: Path) -> Bundle:
+    """What ``--slim`` makes of the bundle, unverified."""
+    golden = bundle.golden()
+    kept = choose_golden(golden)
+    with BundleWriter(target) as writer:
+        for name in bundle.manifest.files:
+            shutil.copy(bundle.file(name), writer.folder)
+        kept.save(writer.folder / "golden.npz")
+        staged = writer.staged(bundle.manifest)
+        return writer.commit(leave_out(staged, len(golden.sources) - len(kept.sources)))
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--what", choices=["cold", "graph", "sizes"], required=True)
+    p.add_argument("--what", choices=["cold", "graph", "sizes", *WITH_IMAGES], required=True)
     p.add_argument("paths", nargs="+", metavar="PATH_OR_MODEL")
     p.add_argument("--precision", nargs="+", default=["fp32", "int8"])
     p.add_argument("--rounds", type=int, default=10)
     p.add_argument("--before", type=Path, help="folder 'src' of another checkout")
     p.add_argument("--threads", default="2")
+    p.add_argument("--seconds", type=float, default=4.0, help="how long a turn of a stream or service lasts")
+    p.add_argument("--links", type=int, default=LINKS, help="number of files in the folder")
     args = p.parse_args()
-    if len(args.paths) != {"cold": 2, "graph": 1}.get(args.what, len(args.paths)):
-        p.error("cold takes a bundle and an image, graph takes an ONNX file")
+    if len(args.paths) != {"graph": 1, "sizes": len(args.paths)}.get(args.what, 2):
+        p.error(f"{args.what} takes {'an ONNX file' if args.what == 'graph' else 'a bundle and images'}")
     paths = list(map(Path, args.paths))
     if args.what == "cold":
         extra = ["--threads", args.threads]
         print(measure_cold_start(*paths, args.rounds, args.before, extra))
     elif args.what == "graph":
         print(measure_kept_graph(paths[0], args.rounds))
+    elif args.what in WITH_IMAGES:
+        more = args.links if args.what == "folder" else args.seconds
+        print(WITH_IMAGES[args.what](*paths, args.rounds, int(args.threads), more))
     else:
         print(measure_sizes(args.paths, args.precision))
 

@@ -178,6 +178,8 @@ class DerivedSettings(Settings):
         parts += [self.precision, self.format]
         if self.batch != 1:
             parts.append("dynamic" if self.batch == 0 else f"b{self.batch}")
+        if self.slim:
+            parts.append("slim")
         return "_".join(parts)
 
     @property

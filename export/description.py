@@ -16,7 +16,7 @@ from cmt_edge.cmt import (
 from cmt_edge.cmt.reference import PROVIDER
 from cmt_edge.cmt.weights import AS_BUILT, LoadedWeights
 from cmt_edge.deploy import report
-from cmt_edge.deploy.bundle import LOGITS, Manifest
+from cmt_edge.deploy.bundle import LOGITS, REPORT_JSON, REPORT_PAGE, REPORT_TEXT, Manifest
 from cmt_edge.deploy.bundle.sections import (
     CalibrationEntry,
     ModelEntry,
@@ -225,7 +225,7 @@ def write_report(
             report.describe_verdict(manifest.verdict, markdown=True),
         ]
         content["verdict"] = manifest.verdict
-    (folder / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    (folder / "report.json").write_text(report.to_json(content) + "\n", encoding="utf-8")
+    (folder / REPORT_TEXT).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    (folder / REPORT_JSON).write_text(report.to_json(content) + "\n", encoding="utf-8")
     page = report.make_bundle_page(report.make_subject(name, name, manifest, speed))
-    (folder / report.PAGE).write_text(page, encoding="utf-8")
+    (folder / REPORT_PAGE).write_text(page, encoding="utf-8")

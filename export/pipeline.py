@@ -23,11 +23,13 @@ from cmt_edge.deploy.backends import RUNTIME_OF_FORMAT, get_runtime
 from cmt_edge.deploy.bundle import (
     REFERENCE,
     BundleWriter,
+    Golden,
     Manifest,
     save_reference,
 )
 from cmt_edge.deploy.bundle.packed import locate_packed, require_replaceable
 from cmt_edge.deploy.bundle.sections import VerdictEntry
+from cmt_edge.deploy.bundle.slim import choose_golden, leave_out
 from cmt_edge.deploy.cache import can_keep
 from cmt_edge.deploy.files import find_cache_folder, writing
 from cmt_edge.deploy.measure.benchmark import summarise_latency
@@ -179,7 +181,7 @@ def finish(
         with journal.step(Step.WRITE), writing(config.target):
             manifest = work.stage(draft).manifest  # with the hashes of its files
             write_report(writer.folder, manifest, config.folder, result, speed)
-            return _commit(config, writer, draft.manifest)
+            return _commit(work, draft)
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,12 @@ class _Work:
     writer: BundleWriter
     journal: Journal
     progress: Progress
+
+    @property
+    def golden(self) -> Golden:
+        """The golden vectors that the bundle holds."""
+        golden = self.prepared.reference.golden
+        return choose_golden(golden) if self.config.slim else golden
 
     def stage(self, draft: _Draft) -> Bundle:
         """The bundle as it lies beside its place."""
@@ -279,7 +287,7 @@ def _add_files(work: _Work, draft: _Draft) -> _Draft:
             work.writer.folder,
             draft.graph,
             config.batch,
-            work.prepared.reference.golden,
+            work.golden,
             config.format,
         )
     return draft.with_entries(runtime=runtime)
@@ -336,9 +344,13 @@ def _build_trt_engine(
     return trt.add_engine(work.config, work.stage(draft), work.progress)
 
 
-def _commit(config: ExportConfig, writer: BundleWriter, manifest: Manifest) -> Bundle:
+def _commit(work: _Work, draft: _Draft) -> Bundle:
     """The finished bundle at its place, and as one file beside it where that was asked for."""
-    bundle = writer.commit(manifest, config.signing_key)
+    config, manifest = work.config, draft.manifest
+    if config.slim:
+        made = len(work.prepared.reference.golden.sources)
+        manifest = leave_out(work.stage(draft), made - len(work.golden.sources))
+    bundle = work.writer.commit(manifest, config.signing_key)
     if config.pack:
         bundle.pack(locate_packed(config.target))
     return bundle

@@ -303,6 +303,12 @@ class Settings:
         help="also write the bundle as one file beside its folder; every command opens it like the folder",
         group=OUTPUT,
     )
+    slim: bool = make_option(
+        False,
+        help="leave out what a device does not need: reports, the reference's answers, most golden images;"
+        " the manifest names it",
+        group=OUTPUT,
+    )
     cache: bool = make_option(
         True,
         help="do not reuse calibrated graphs, synthetic images and measurements of earlier runs",

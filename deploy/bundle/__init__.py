@@ -15,6 +15,9 @@ from .manifest import (
     ONNX,
     PORTABLE_ENGINE,
     REFERENCE,
+    REPORT_JSON,
+    REPORT_PAGE,
+    REPORT_TEXT,
     Manifest,
 )
 from .record import make_plain, parse_json, read_record
@@ -32,6 +35,9 @@ __all__ = [
     "PORTABLE_ENGINE",
     "PROBABILITIES",
     "REFERENCE",
+    "REPORT_JSON",
+    "REPORT_PAGE",
+    "REPORT_TEXT",
     "SCORES",
     "Bundle",
     "BundleWriter",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,15 @@ class Golden:
     def logits(self) -> np.ndarray:
         """``(K, classes)``, of a classifier."""
         return self.outputs[0]
+
+    def select(self, images: Sequence[int]) -> Golden:
+        """Some of the images alone, by their numbers."""
+        chosen = list(images)
+        return Golden(
+            [self.sources[i] for i in chosen],
+            self.pixels[chosen],
+            [output[chosen] for output in self.outputs],
+        )
 
     def save(self, path: Path) -> None:
         blobs: dict[str, Any] = {}

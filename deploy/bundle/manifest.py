@@ -31,6 +31,7 @@ from .sections import (
     ModelEntry,
     Precision,
     RuntimeEntry,
+    SlimEntry,
     TensorEntry,
     TypingEntry,
     VerdictEntry,
@@ -49,6 +50,8 @@ GOLDEN = "golden.npz"
 """Name of the golden vectors in the bundle."""
 REFERENCE = "reference.npz"
 """Name of the reference's answers in the bundle."""
+REPORT_TEXT, REPORT_JSON, REPORT_PAGE = "report.md", "report.json", "report.html"
+"""Names of the export's report in the bundle: as text, for programs, and for a browser."""
 ENGINES = "engines"
 """Name of the folder of TensorRT engines and their reports in the bundle."""
 PORTABLE_ENGINE = "model.rtx"
@@ -94,6 +97,7 @@ class Manifest:
     latency: LatencyEntry | None = None
     engine: EngineEntry | None = None
     compiled: CompiledEntry | None = field(default=None, metadata=OMITTED)
+    slim: SlimEntry | None = field(default=None, metadata=OMITTED)
     host: Host | None = field(default=None, metadata=EMPTIED)
     schema: int = SCHEMA
     checksum: str = ""
@@ -276,6 +280,13 @@ def _find_fault_of_engine(manifest: Manifest) -> str | None:
     return f"engine names a file that files lacks: {missing[0][:SHOWN_CHARACTERS]!r}" if missing else None
 
 
+def _find_fault_of_slimness(manifest: Manifest) -> str | None:
+    """A file that is left out and there nevertheless."""
+    left_out = manifest.slim.files if manifest.slim else {}
+    both = [name for name in left_out if name in manifest.files]
+    return f"slim and files both name {both[0][:SHOWN_CHARACTERS]!r}" if both else None
+
+
 CHECKS: tuple[Callable[[Manifest], str | None], ...] = (
     _find_fault_of_names,
     _find_fault_of_precision,
@@ -285,5 +296,6 @@ CHECKS: tuple[Callable[[Manifest], str | None], ...] = (
     _find_fault_of_head,
     _find_fault_of_labels,
     _find_fault_of_engine,
+    _find_fault_of_slimness,
 )
 """What is checked once every entry is possible by itself; each relies on those before it."""

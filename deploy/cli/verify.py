@@ -113,6 +113,7 @@ def _main(args: argparse.Namespace) -> int:
     reference = _load_reference(bundle, args) if args.reference else None
     progress = Progress(args.quiet)
     progress.tell(_describe_signature(bundle, args.key))
+    progress.tell(report.describe_slim(bundle.manifest.slim) if bundle.manifest.slim else "")
     progress.tell(data.note if data else "")
     result = run_verify(
         bundle,

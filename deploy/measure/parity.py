@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from ..backends import LoadOptions, has_runtime
-from ..bundle import GOLDEN, Bundle
+from ..bundle import GOLDEN, REFERENCE, Bundle
 from ..bundle.sections import (
     DataCheck,
     GoldenCheck,
@@ -312,10 +312,7 @@ def _reference(
         yield given
         return
     if not has_runtime("torch"):
-        raise RuntimeMissingError(
-            "no reference for these images: the bundle recorded other ones and PyTorch is not installed here",
-            remedy=NO_REFERENCE_REMEDY,
-        )
+        raise _make_no_reference_error(bundle)
     with Predictor.load(
         bundle,
         backend="torch",
@@ -324,6 +321,20 @@ def _reference(
         threads=options.threads,
     ) as predictor:
         yield predictor
+
+
+def _make_no_reference_error(bundle: Bundle) -> RuntimeMissingError:
+    """The error where neither the bundle nor this machine knows the reference's answers."""
+    slim = bundle.manifest.slim
+    what, remedy = "the bundle recorded other ones", NO_REFERENCE_REMEDY
+    if slim is not None and REFERENCE in slim.files:
+        what = f"{REFERENCE} was left out of this slim bundle"
+        remedy = f"verify the bundle that is exported without --slim, or {remedy}"
+    return RuntimeMissingError(
+        f"no reference for these images: {what} and PyTorch is not installed here",
+        where=bundle.path,
+        remedy=remedy,
+    )
 
 
 def _is_recorded(bundle: Bundle, labelled: _Labelled) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .as_json import make_bundle_json, make_prediction_json, to_json
     from .benchmark import describe_benchmark, describe_protocol
-    from .bundle import PAGE, describe_bundle, describe_decoding, describe_weights
+    from .bundle import describe_bundle, describe_decoding, describe_slim, describe_weights
     from .checkup import describe_checkup
     from .compiled import describe_compiled
     from .device import describe_build, describe_device_report
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from .verification import describe_verification
 
 _HOMES = {
-    "PAGE": "bundle",
     "describe_benchmark": "benchmark",
     "describe_build": "device",
     "describe_bundle": "bundle",
@@ -33,6 +32,7 @@ _HOMES = {
     "describe_device_report": "device",
     "describe_prediction": "prediction",
     "describe_protocol": "benchmark",
+    "describe_slim": "bundle",
     "describe_verdict": "verdict",
     "describe_verification": "verification",
     "describe_weights": "bundle",
@@ -50,7 +50,6 @@ _HOMES = {
 """Name -> the module that defines it."""
 
 __all__ = [
-    "PAGE",
     "describe_benchmark",
     "describe_build",
     "describe_bundle",
@@ -60,6 +59,7 @@ __all__ = [
     "describe_device_report",
     "describe_prediction",
     "describe_protocol",
+    "describe_slim",
     "describe_verdict",
     "describe_verification",
     "describe_weights",

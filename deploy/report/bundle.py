@@ -6,11 +6,12 @@ import shlex
 from collections import Counter
 from collections.abc import Sequence
 
-from ..bundle import LOGITS, Bundle, Manifest
+from ..bundle import LOGITS, REPORT_PAGE, Bundle, Manifest
 from ..bundle.sections import (
     TYPED_FORMATS,
     DecodingEntry,
     ObservedEntry,
+    SlimEntry,
     SynthesisEntry,
     TypingEntry,
     VerificationEntry,
@@ -20,9 +21,6 @@ from .compiled import describe_compiled
 from .tables import format_differences
 from .verdict import describe_verdict
 from .verification import describe_unit
-
-PAGE = "report.html"
-"""Name of the report for a browser in the bundle."""
 
 
 def describe_bundle(bundle: Bundle, verify_flags: Sequence[str] = (), width: int | None = None) -> str:
@@ -51,9 +49,10 @@ def describe_bundle(bundle: Bundle, verify_flags: Sequence[str] = (), width: int
     if calibration and calibration.cached:
         lines.append("note: calibration was taken from the cache (same graph, images and recipe)")
     lines += _describe_synthesis(calibration.synthesis if calibration else None)
+    lines += [describe_slim(manifest.slim)] if manifest.slim else []
     lines += [
         f"bundle: {path} ({manifest.size_bytes / 1e6:.1f} MB)",
-        *([f"report: {path / PAGE} (open it in a browser)"] if PAGE in manifest.files else []),
+        *([f"report: {path / REPORT_PAGE} (open it in a browser)"] if REPORT_PAGE in manifest.files else []),
         "",
     ]
     return "\n".join([*lines, *_list_next_commands(bundle, verify_flags)])
@@ -102,6 +101,13 @@ def describe_decoding(decoding: DecodingEntry) -> str:
         return text
     low, high = decoding.drop_ci
     return f"{text}, drop {decoding.drop:+.2f} points (95 % CI {low:+.2f} to {high:+.2f})"
+
+
+def describe_slim(slim: SlimEntry) -> str:
+    """What a slim bundle lacks."""
+    missing = [f"{name} ({entry.size / 1e3:.1f} kB)" for name, entry in slim.files.items()]
+    missing += [f"{slim.golden_images} golden images"] if slim.golden_images else []
+    return f"left out of this slim bundle: {', '.join(missing) or 'nothing'}"
 
 
 def _describe_typed(typing: TypingEntry | None) -> list[str]:

@@ -268,6 +268,7 @@ def test_toml_file_with_every_setting(tmp_path):
         "out",
         "birds",
         "sign.key",
+        True,  # slim
         True,
         False,
         "stem",

@@ -9,6 +9,7 @@ from .decoding import DecodingEntry
 from .engine import BuildOptions, EngineEntry, EngineKey
 from .latency import LEAST_SHOWN_SHARE, ExecutedPrecision, LatencyEntry
 from .model import FileEntry, Host, ModelEntry, RuntimeEntry, TensorEntry, WeightsEntry
+from .slim import SlimEntry
 from .values import (
     AUTO_PRECISIONS,
     BATCH,
@@ -104,6 +105,7 @@ __all__ = [
     "Sha256",
     "Share",
     "Size",
+    "SlimEntry",
     "Speed",
     "Speedup",
     "SynthesisEntry",
