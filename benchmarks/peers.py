@@ -7,7 +7,9 @@ interleaved run a model.
 The same random weights and calibration images in every row. Ratios refer to OpenVINO in float32 on a plain
 export. Each artefact is made in a process of its own, from the PyTorch model on, which gives export time and
 memory; another process loads it and runs 20 inferences, which gives the memory of running. A row that cannot
-be made or run here says why; the others go on. ``--only`` measures some rows (and the base).
+be made or run here says why; the others go on. ``--only`` measures some rows (and the base), ``--optional``
+also those whose tools get environments of their own, which are made under ``--environments`` and deleted
+without that flag.
 
 Models measured in several runs go into one document with ``--again xs.json s.json --markdown peers.md --plot
 peers.png``.
@@ -22,6 +24,7 @@ import argparse
 import contextlib
 import gc
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -45,8 +48,20 @@ from common import (
     shorten_error,
     step,
 )
+from peers_environments import HERE, Environments, MissingEnvironment, make_variables
+from peers_optional import OPTIONAL
+from peers_remote import RemoteSession, serve
 from peers_report import BASE, IMAGES, INFERENCES, Result, format_markdown, plot, read_again
-from peers_rows import IMAGES_FILE, ROWS, WEIGHTS, Job, Row, make_reference
+from peers_rows import (
+    CALIBRATION_FILE,
+    IMAGES_FILE,
+    PLAIN_ROWS,
+    WEIGHTS,
+    Job,
+    Row,
+    collect_calibration,
+    make_reference,
+)
 
 from cmt_edge.deploy import Predictor
 from cmt_edge.deploy.backends import Session
@@ -61,7 +76,10 @@ from cmt_edge.deploy.measure.benchmark import (
     time_interleaved,
 )
 from cmt_edge.deploy.measure.host import describe_host, read_versions
-from cmt_edge.deploy.measure.statistics import summarise
+from cmt_edge.deploy.measure.statistics import NS_PER_MS, summarise
+
+ROWS = PLAIN_ROWS | OPTIONAL
+"""Every row by its key, in the order of the table."""
 
 # --- children -------------------------------------------------------------------------------------
 
@@ -69,8 +87,10 @@ from cmt_edge.deploy.measure.statistics import summarise
 def run_row(job: Job, row: Row, action: str) -> None:
     """Build or run one row in this process; the outcome and the peak memory go into a file."""
     outcome: dict[str, Any] = {}
+    start = time.perf_counter()
     try:
         if action == "build":
+            shutil.rmtree(row.folder(job), ignore_errors=True)  # of a build that failed
             row.folder(job).mkdir()
             row.make(job, row.folder(job))
         else:
@@ -80,7 +100,7 @@ def run_row(job: Job, row: Row, action: str) -> None:
     except Exception as exc:
         traceback.print_exc()
         outcome["error"] = shorten_error(exc)
-    outcome["peak"] = read_peak_bytes()
+    outcome |= {"peak": read_peak_bytes(), "seconds": time.perf_counter() - start}
     _locate_outcome(job, row, action).write_text(json.dumps(outcome))
 
 
@@ -98,17 +118,47 @@ def read_peak_bytes() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def serve_row(job: Job, row: Row) -> None:
+    """Open a row in this process and answer the measuring one."""
+    serve(
+        lambda: row.load(job, row.folder(job), False),
+        job.folder / f"{row.key}.shared",
+        (1, *job.images().shape[1:]),
+    )
+
+
+def open_session(job: Job, row: Row, environments: Environments) -> Session:
+    """The row's session in a process of its own.
+
+    Every row has one, for fairness: on a busy machine the scheduler prefers processes that have slept, so
+    rows behind a process of their own ran several times as fast as those in the measuring process.
+    """
+    return RemoteSession(
+        [environments.find(row.home), __file__, "--serve", row.key, *job.arguments()],
+        make_variables(),
+        job.folder / f"{row.key}.shared",
+        (1, *job.images().shape[1:]),
+        job.folder / f"{row.key}.serve.log",
+    )
+
+
 def _locate_outcome(job: Job, row: Row, action: str) -> Path:
     return job.folder / f"{row.key}.{action}.json"
 
 
-def run_in_child(job: Job, row: Row, action: str) -> tuple[float, int, str]:
+def run_in_child(job: Job, row: Row, action: str, environments: Environments) -> tuple[float, int, str]:
     """Wall seconds of the whole process, its peak memory, and why it failed if it did; its output goes into a
     log."""
-    command = [sys.executable, __file__, f"--{action}", row.key, *job.arguments()]
+    try:
+        interpreter = environments.find(row.home)
+    except MissingEnvironment as exc:
+        return 0.0, 0, f"no environment: {exc}"
+    command = [interpreter, __file__, f"--{action}", row.key, *job.arguments()]
     start = time.perf_counter()
     with open(job.folder / f"{row.key}.{action}.log", "wb") as log:
-        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+        status = subprocess.run(
+            command, stdout=log, stderr=subprocess.STDOUT, check=False, env=make_variables()
+        ).returncode
     seconds, path = time.perf_counter() - start, _locate_outcome(job, row, action)
     if not path.exists():
         return seconds, 0, f"the process ended with status {status}"
@@ -119,20 +169,31 @@ def run_in_child(job: Job, row: Row, action: str) -> tuple[float, int, str]:
 # --- measuring ------------------------------------------------------------------------------------
 
 
-def prepare(job: Job, rows: Sequence[Row]) -> list[Result]:
+def find_earlier(job: Job, row: Row, action: str) -> tuple[float, int, str] | None:
+    """What :func:`run_in_child` gave when an earlier run did the same in the same ``--folder``."""
+    path = _locate_outcome(job, row, action)
+    outcome = json.loads(path.read_text()) if path.exists() else {"error": "not made"}
+    return None if "error" in outcome else (outcome["seconds"], outcome["peak"], "")
+
+
+def prepare(job: Job, rows: Sequence[Row], environments: Environments) -> list[Result]:
     """Build every artefact once and run every row once, each in a child."""
     results, built = [], {}
     for row in rows:
         result = Result(row.key, row.label, row.ours)
         results.append(result)
         maker = ROWS[row.artefact or row.key]
+        if maker.key not in built and (found := find_earlier(job, maker, "build")):
+            built[maker.key] = found
         if maker.key not in built:
             with step(f"{job.model}: build {maker.key}"):
-                built[maker.key] = run_in_child(job, maker, "build")
+                built[maker.key] = run_in_child(job, maker, "build", environments)
         result.export_s, result.export_peak, result.note = built[maker.key]
-        if not result.note:
+        if not result.note and (found := find_earlier(job, row, "run")):
+            result.running_peak = found[1]
+        elif not result.note:
             with step(f"{job.model}: run {row.key}"):
-                _, result.running_peak, result.note = run_in_child(job, row, "run")
+                _, result.running_peak, result.note = run_in_child(job, row, "run", environments)
         if result.note:
             say(f"{job.model}: {row.key} left out: {result.note}")
             continue
@@ -142,18 +203,23 @@ def prepare(job: Job, rows: Sequence[Row]) -> list[Result]:
     return results
 
 
-def measure(job: Job, rows: Sequence[Row], protocol: Protocol) -> list[Result]:
-    """Everything about one model; raises ``SystemExit`` where the base cannot run."""
+def measure(
+    job: Job, rows: Sequence[Row], protocol: Protocol, environments: Environments, seconds: float
+) -> list[Result]:
+    """Everything about one model, its throughput over ``seconds`` if there are any; raises ``SystemExit``
+    where the base cannot run."""
     spec = job.preprocess
     np.save(job.folder / IMAGES_FILE, check_images(spec, IMAGES))
-    results = {r.key: r for r in prepare(job, rows)}
+    if any(row.home != HERE for row in rows):
+        np.save(job.folder / CALIBRATION_FILE, np.concatenate(list(collect_calibration(job))))
+    results = {r.key: r for r in prepare(job, rows, environments)}
     images = job.images()
     with contextlib.ExitStack() as stack:
         sessions: dict[str, Session] = {}
         for row in rows:
             if not results[row.key].note:
                 say(f"{job.model}: open {row.key}")
-                sessions[row.key] = row.load(job, row.folder(job), False)
+                sessions[row.key] = open_session(job, row, environments)
                 stack.callback(sessions[row.key].close)
         if BASE not in sessions:
             raise SystemExit(f"the base of all ratios cannot run: {results[BASE].note}")
@@ -161,17 +227,23 @@ def measure(job: Job, rows: Sequence[Row], protocol: Protocol) -> list[Result]:
         calls = {key: bind_inference(session, images[:1]) for key, session in sessions.items()}
         samples = time_interleaved(calls, protocol, make_progress(f"{job.model}: latency"))
         for key, session in sessions.items():
-            result = results[key]
-            result.latency, result.ratio = summarise(samples[key]), ratio(samples[BASE], samples[key])
-            result.executed = session.executed(images[:1]).summary()
-            if abs(drift := result.latency.drift) > DRIFT_WARNING:
-                result.warnings.append(
-                    f"latency drifted by {100 * drift:+.0f} % from the first to the last 100 calls"
-                )
-        for key, session in sessions.items():
+            fill(results[key], samples[BASE], samples[key])
+            results[key].executed = session.executed(images[:1]).summary()
+        for key, session in sessions.items() if seconds else ():
             say(f"{job.model}: throughput of {key}")
-            rate(job, ROWS[key], session, results[key], images[:1], max(0.5, protocol.seconds / 2))
+            rate(job, ROWS[key], session, results[key], images[:1], seconds)
     return list(results.values())
+
+
+def fill(result: Result, base: np.ndarray, samples: np.ndarray) -> None:
+    """Enter what the nanoseconds of a row's calls say, beside those of the base."""
+    result.latency, result.ratio = summarise(samples), ratio(base, samples)
+    result.best = float(samples.min()) / NS_PER_MS
+    result.best_ratio = float(base.min() / samples.min())
+    if abs(drift := result.latency.drift) > DRIFT_WARNING:
+        result.warnings.append(
+            f"latency drifted by {100 * drift:+.0f} % from the first to the last 100 calls"
+        )
 
 
 def check(job: Job, sessions: dict[str, Session], results: dict[str, Result], images: np.ndarray) -> None:
@@ -185,7 +257,7 @@ def check(job: Job, sessions: dict[str, Session], results: dict[str, Result], im
 
 def rate(job: Job, row: Row, session: Session, result: Result, batch: np.ndarray, seconds: float) -> None:
     """Images a second: as many requests at once as the runtime recommends, one for PyTorch."""
-    own = WEIGHTS in row.files
+    own = WEIGHTS in row.files or row.home != HERE
     fast = session if own else row.load(job, row.folder(job), True)
     predictor = Predictor(fast, job.preprocess, [])
     result.images_per_second, result.requests = (
@@ -211,6 +283,13 @@ def parse_arguments() -> argparse.Namespace:
     )
     add_protocol_arguments(p)
     p.add_argument("--only", nargs="+", choices=ROWS, metavar="ROW", help="measure these rows and the base")
+    p.add_argument("--optional", action="store_true", help="measure the optional rows too")
+    p.add_argument(
+        "--environments",
+        type=Path,
+        help="keep the environments of optional rows in this folder, and use those that are complete "
+        "(default: a temporary one)",
+    )
     p.add_argument(
         "--json", type=Path, help="write everything here; after each model, so that little is lost"
     )
@@ -226,16 +305,22 @@ def parse_arguments() -> argparse.Namespace:
     p.add_argument(
         "--folder", type=Path, help="keep artefacts and logs in this empty folder (default: a temporary one)"
     )
+    p.add_argument("--latency-only", action="store_true", help="measure no throughput")
+    p.add_argument("--reuse", action="store_true", help="use the artefacts that --folder already has")
     p.add_argument("--model", help=argparse.SUPPRESS)
     p.add_argument(
         "--build", choices=ROWS, metavar="ROW", help="only make this row's artefact of --model in --folder"
     )
     p.add_argument("--run", choices=ROWS, metavar="ROW", help="only load it and run 20 inferences")
+    p.add_argument("--serve", choices=ROWS, metavar="ROW", help=argparse.SUPPRESS)
     return p.parse_args()
 
 
 def main() -> None:
     args = parse_arguments()
+    if args.serve:
+        serve_row(Job(args.model, args.folder, args.threads, args.data, args.calib_size), ROWS[args.serve])
+        return
     if args.build or args.run:
         action = "build" if args.build else "run"
         run_row(
@@ -249,17 +334,26 @@ def main() -> None:
         return
     with contextlib.ExitStack() as stack:
         folder = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        kept = args.environments or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         try:
-            compare(args, folder)
+            compare(args, folder.resolve(), Environments(kept.resolve()))
         except CmtEdgeError as exc:
             say(f"error: {exc}")
             raise SystemExit(exc.exit_code) from exc
 
 
-def compare(args: argparse.Namespace, folder: Path) -> None:
+def choose_rows(only: Sequence[str] | None, optional: bool) -> list[Row]:
+    """The rows of ``only`` and the base; without it all that need no environment, or really all."""
+    if only:
+        return [row for row in ROWS.values() if row.key in (*only, BASE)]
+    return list((ROWS if optional else PLAIN_ROWS).values())
+
+
+def compare(args: argparse.Namespace, folder: Path, environments: Environments) -> None:
     """All models, one after the other; the files are written again after each."""
     protocol = read_protocol(args)
-    rows = [row for row in ROWS.values() if not args.only or row.key in (*args.only, BASE)]
+    rows = choose_rows(args.only, args.optional)
+    seconds = 0.0 if args.latency_only else max(0.5, protocol.seconds / 2)
     content: dict[str, Any] = {
         "machine": make_plain(describe_host()),
         "versions": read_versions(),
@@ -275,10 +369,10 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
     results: dict[str, list[Result]] = {}
     for name in args.models:
         job = Job(name, folder / name.replace("/", "_"), args.threads, args.data, args.calib_size)
-        if job.folder.exists():
-            raise SystemExit(f"{job.folder} exists; give an empty --folder")
-        job.folder.mkdir(parents=True)
-        results[name] = measure(job, rows, protocol)
+        if job.folder.exists() and not args.reuse:
+            raise SystemExit(f"{job.folder} exists; give an empty --folder, or --reuse")
+        job.folder.mkdir(parents=True, exist_ok=True)
+        results[name] = measure(job, rows, protocol, environments, seconds)
         content["models"][name] = [asdict(r) for r in results[name]]
         if args.json:
             write_atomic(args.json, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())

@@ -28,7 +28,8 @@ INFERENCES = 20
 @dataclass
 class Result:
     """What was found out about one row; ``note`` says why the rest is missing. Times in seconds, memory and
-    sizes in bytes."""
+    sizes in bytes; ``best`` is the fastest call in milliseconds, ``best_ratio`` the base's fastest over
+    it."""
 
     key: str
     label: str
@@ -36,6 +37,8 @@ class Result:
     note: str = ""
     latency: Latency | None = None
     ratio: Ratio | None = None
+    best: float | None = None
+    best_ratio: float | None = None
     images_per_second: float | None = None
     requests: int = 1
     bytes_read: int | None = None
@@ -52,6 +55,7 @@ HEADER = (
     "row",
     "p50 ms",
     "speed-up (95 % CI)",
+    "best ms (speed-up)",
     "images/s (requests)",
     "MB read",
     "MB on disk",
@@ -74,11 +78,13 @@ def cells(r: Result) -> list[str]:
     )
     images = "-" if r.images_per_second is None else f"{r.images_per_second:.1f} ({r.requests})"
     seconds = "-" if r.export_s is None else f"{r.export_s:.1f}"
+    best = "-" if r.best is None else f"{r.best:.2f} ({r.best_ratio:.2f})"
     off = "-" if r.deviation is None else f"{r.deviation:.1e}"
     return [
         f"**{r.label}**" if r.ours else r.label,
         format_latency(r.latency),
         format_ratio(r.ratio),
+        best,
         images,
         read,
         disk,
@@ -162,6 +168,9 @@ def plot(results: dict[str, list[Result]], path: Path, caption: str) -> None:
 def read_again(paths: Sequence[Path]) -> tuple[dict[str, Any], dict[str, list[Result]], Protocol]:
     """Content, results and protocol of earlier runs on one machine, as one; of protocols the shortest.
 
+    A row that several runs measured comes from the first of them. Every run has the base, to which its ratios
+    refer.
+
     Raises:
         SystemExit: the runs are of different machines, versions or thread counts.
     """
@@ -175,7 +184,12 @@ def read_again(paths: Sequence[Path]) -> tuple[dict[str, Any], dict[str, list[Re
         for run in runs
     ):
         raise SystemExit("the runs are of different machines: they do not belong into one table")
-    results = {name: [_read_result(r) for r in rows] for run in runs for name, rows in run["models"].items()}
+    results: dict[str, list[Result]] = {}
+    for run in runs:
+        for name, rows in run["models"].items():
+            shown = results.setdefault(name, [])
+            known = {r.key for r in shown}
+            shown += [_read_result(r) for r in rows if r["key"] not in known]
     calibration = {
         key: ", ".join(dict.fromkeys(str(run["calibration"][key]) for run in runs))
         for key in runs[0]["calibration"]

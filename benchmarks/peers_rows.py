@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from common import open_onnxruntime, open_openvino
+from peers_environments import HERE
 
 from cmt_edge.deploy import Predictor, Preprocess
 from cmt_edge.deploy.backends import Session
@@ -31,6 +32,12 @@ OPENVINO_FILES = (IR, "openvino.bin")
 
 IMAGES_FILE = "images.npy"
 """The images on which logits are compared: float32 ``(N, 3, S, S)``."""
+
+CALIBRATION_FILE = "calibration.npy"
+"""The images of the calibration for tools in other environments, which lack our reader: as above."""
+
+INT8_OPERATIONS = ["Conv", "MatMul", "Gemm"]
+"""Operations that ONNX Runtime quantizes: with all others as well its int8 is slower than its own float32."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,10 @@ class Job:
     def images(self) -> np.ndarray:
         """The images of the check, float32 ``(N, 3, S, S)``; a file, so that children need not make them."""
         return np.load(self.folder / IMAGES_FILE)
+
+    def calibration(self) -> np.ndarray:
+        """The images of the calibration, float32 ``(N, 3, S, S)``, from a file."""
+        return np.load(self.folder / CALIBRATION_FILE)
 
     def arguments(self) -> list[str]:
         """For a child process."""
@@ -77,6 +88,8 @@ class Row:
         make: ``make(job, folder)`` writes the artefact.
         load: ``load(job, folder, throughput)`` opens it.
         artefact: key of the row whose artefact this one opens too; empty for its own.
+        home: where it runs: in the measuring process, in a child of its own, or in a child of an environment
+            (:mod:`peers_environments`).
     """
 
     key: str
@@ -86,6 +99,7 @@ class Row:
     make: Callable[[Job, Path], None]
     load: Callable[[Job, Path, bool], Session]
     artefact: str = ""
+    home: str = HERE
 
     @property
     def ours(self) -> bool:
@@ -149,9 +163,9 @@ def make_weights(job: Job, folder: Path) -> None:
     torch.save(make_reference(job.model).state_dict(), folder / WEIGHTS)
 
 
-def make_compiled(job: Job, folder: Path, freezing: bool) -> None:
+def make_compiled(job: Job, folder: Path) -> None:
     make_weights(job, folder)
-    load_compiled(job, folder, False, freezing)
+    load_compiled(job, folder, False)
 
 
 def make_onnx(job: Job, folder: Path) -> None:
@@ -160,11 +174,29 @@ def make_onnx(job: Job, folder: Path) -> None:
     onnx.save(export_plain_onnx(job), folder / ONNX)
 
 
-def make_ort_int8(job: Job, folder: Path) -> None:
-    """As ONNX Runtime's documentation says: pre-process, then Q/DQ with its default signed types, one scale a
-    channel."""
+def make_ort_optimised(job: Job, folder: Path) -> None:
+    """The plain export after ONNX Runtime's own optimiser for transformers, told that it is a ViT."""
     import onnx
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+
+    onnx.save(_optimise(job), folder / ONNX)
+
+
+def _optimise(job: Job) -> onnx.ModelProto:
+    import onnx
+    from onnxruntime.transformers import optimizer
+
+    with tempfile.TemporaryDirectory() as scratch:
+        plain = Path(scratch) / "plain.onnx"
+        onnx.save(export_plain_onnx(job), plain)
+        found: onnx.ModelProto = optimizer.optimize_model(str(plain), model_type="vit", opt_level=1).model
+        return found
+
+
+def make_ort_int8(job: Job, folder: Path, optimised: bool) -> None:
+    """As ONNX Runtime's documentation says for x86: pre-process, then Q/DQ with unsigned activations and
+    signed weights, one scale a channel, in :data:`INT8_OPERATIONS` alone."""
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(CalibrationDataReader):
@@ -177,9 +209,18 @@ def make_ort_int8(job: Job, folder: Path) -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         plain, prepared = Path(scratch) / "plain.onnx", Path(scratch) / "prepared.onnx"
-        onnx.save(export_plain_onnx(job), plain)
-        quant_pre_process(plain, prepared)
-        quantize_static(prepared, folder / ONNX, Reader(), quant_format=QuantFormat.QDQ, per_channel=True)
+        onnx.save(_optimise(job) if optimised else export_plain_onnx(job), plain)
+        quant_pre_process(plain, prepared, skip_symbolic_shape=optimised)
+        quantize_static(
+            prepared,
+            folder / ONNX,
+            Reader(),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=INT8_OPERATIONS,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
 
 
 def make_openvino(job: Job, folder: Path) -> None:
@@ -237,7 +278,8 @@ def make_ours(job: Job, folder: Path, precision: str) -> None:
 # --- opening them ---------------------------------------------------------------------------------
 
 
-def _load(job: Job, folder: Path) -> nn.Module:
+def load_weights(job: Job, folder: Path) -> nn.Module:
+    """The reference with the weights of the file."""
     import torch
 
     model = make_reference(job.model)
@@ -248,10 +290,10 @@ def _load(job: Job, folder: Path) -> nn.Module:
 def load_torch(job: Job, folder: Path, throughput: bool) -> Session:
     from cmt_edge.deploy.backends.torch import TorchSession
 
-    return TorchSession(_load(job, folder), job.threads)
+    return TorchSession(load_weights(job, folder), job.threads)
 
 
-def load_compiled(job: Job, folder: Path, throughput: bool, freezing: bool) -> Session:
+def load_compiled(job: Job, folder: Path, throughput: bool) -> Session:
     """Compiled at once, for one image; what the compiler makes is kept beside the artefact for the next
     process."""
     import torch
@@ -260,8 +302,8 @@ def load_compiled(job: Job, folder: Path, throughput: bool, freezing: bool) -> S
 
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder) + ".inductor"
     torch.set_num_threads(job.threads)  # is compiled in
-    model = _load(job, folder)
-    compiled: Any = torch.compile(model, options={"freezing": True} if freezing else None)
+    model = load_weights(job, folder)
+    compiled: Any = torch.compile(model)
     session = TorchSession(compiled, job.threads)
     session.run(job.images()[:1])
     return session
@@ -272,7 +314,7 @@ def load_onnx(job: Job, folder: Path, throughput: bool) -> Session:
 
 
 def load_openvino(job: Job, folder: Path, throughput: bool, precision: str | None) -> Session:
-    return open_openvino(folder / IR, job.threads, precision, throughput)
+    return open_openvino(folder / IR, job.threads, precision, throughput, rewritten=False)
 
 
 def load_ours(job: Job, folder: Path, throughput: bool, backend: str) -> Session:
@@ -299,7 +341,7 @@ def _make_own_row(precision: str, backend: str = "openvino", artefact: str = "")
     )
 
 
-ROWS = {
+PLAIN_ROWS = {
     row.key: row
     for row in (
         Row(
@@ -316,16 +358,8 @@ ROWS = {
             "inductor with its defaults; nothing is shipped but the weights, each process compiles or "
             "reads a cache",
             (WEIGHTS,),
-            partial(make_compiled, freezing=False),
-            partial(load_compiled, freezing=False),
-        ),
-        Row(
-            "torch_frozen",
-            "torch.compile, freezing",
-            "inductor with freezing, which folds and packs weights",
-            (WEIGHTS,),
-            partial(make_compiled, freezing=True),
-            partial(load_compiled, freezing=True),
+            make_compiled,
+            load_compiled,
         ),
         Row(
             "ort_fp32",
@@ -336,11 +370,27 @@ ROWS = {
             load_onnx,
         ),
         Row(
+            "ort_optimised",
+            "ONNX Runtime fp32, optimiser",
+            'the same after onnxruntime.transformers.optimizer, model_type="vit"',
+            (ONNX,),
+            make_ort_optimised,
+            load_onnx,
+        ),
+        Row(
             "ort_int8",
             "ONNX Runtime int8 (own)",
-            "plain export, quant_pre_process and quantize_static: Q/DQ, per channel, else defaults",
+            "plain export, quant_pre_process, quantize_static: Q/DQ, U8S8 by channel, Conv, MatMul, Gemm",
             (ONNX,),
-            make_ort_int8,
+            partial(make_ort_int8, optimised=False),
+            load_onnx,
+        ),
+        Row(
+            "ort_int8_optimised",
+            "ONNX Runtime int8 (own), optimiser",
+            "the same recipe on the optimised graph",
+            (ONNX,),
+            partial(make_ort_int8, optimised=True),
             load_onnx,
         ),
         Row(

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
 
+from cmt_edge.deploy.backends import Session
 from helpers.paths import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -163,3 +168,101 @@ def test_runs_that_differ_are_not_mixed(tmp_path, change):
     assert done.returncode != 0
     assert "do not belong into one table" in done.stderr
     assert not (tmp_path / "all.md").exists()
+
+
+def test_rows_of_one_model_measured_in_several_runs_stand_in_one_table(tmp_path):
+    first = stored(tmp_path, "cmt_ti")
+    run = json.loads(first.read_text(encoding="utf-8"))
+    base = run["models"]["cmt_ti"][0]
+    other = base | {"key": "ncnn_fp32", "label": "ncnn fp32", "best": 1.5, "best_ratio": 1.25}
+    second = tmp_path / "second.json"
+    run["models"]["cmt_ti"] = [base | {"label": "the base again"}, other]
+    second.write_text(json.dumps(run), encoding="utf-8")
+    done = again(tmp_path, first, second)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "all.md").read_text(encoding="utf-8")
+    assert text.count("## cmt_ti") == 1
+    assert "| 1.50 (1.25) |" in " ".join(text.split())
+    assert "the base again" not in text
+
+
+def load_benchmark(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A module of the benchmarks' folder."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return import_module(name)
+
+
+CHILD = """
+import sys
+from pathlib import Path
+import numpy as np
+sys.path.insert(0, sys.argv[1])
+from cmt_edge.deploy.backends import ExecutedPrecision
+from peers_remote import serve
+
+class Doubles:
+    def executed(self, batch):
+        return ExecutedPrecision({"int8": 1.0}, {"int8": 3})
+
+    def run(self, batch):
+        print("a tool that prints")
+        return [2 * batch.reshape(len(batch), -1)[:, :3]]
+
+serve(Doubles, Path(sys.argv[2]), (1, 3, 2, 2))
+"""
+"""A child that answers with twice the first three numbers, and prints where answers go."""
+
+
+def open_remote(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Session:
+    remote = load_benchmark("peers_remote", monkeypatch)
+    shared = folder / "shared"
+    command = [sys.executable, "-c", code, str(BENCHMARKS), str(shared)]
+    return remote.RemoteSession(command, dict(os.environ), shared, (1, 3, 2, 2), folder / "log")
+
+
+def test_a_session_in_another_process_answers_for_what_lies_in_the_shared_file(tmp_path, monkeypatch):
+    session = open_remote(CHILD, tmp_path, monkeypatch)
+    batch = np.arange(12, dtype=np.float32).reshape(1, 3, 2, 2)
+    np.testing.assert_array_equal(session.run(batch)[0], [[0, 2, 4]])
+    binding = session.bind(batch.shape)
+    binding.batch[:] = batch + 1
+    np.testing.assert_array_equal(binding.run()[0], [[2, 4, 6]])
+    assert session.executed(batch).summary() == "int8 100 %"
+    session.close()
+    assert "a tool that prints" in (tmp_path / "log").read_text(encoding="utf-8")
+
+
+def test_a_session_whose_process_ends_names_its_log(tmp_path, monkeypatch):
+    with pytest.raises(RuntimeError, match=r"the process of the session ended; .*log says why"):
+        open_remote("raise SystemExit('broken')", tmp_path, monkeypatch)
+    assert "broken" in (tmp_path / "log").read_text(encoding="utf-8")
+
+
+def test_an_environment_that_would_bring_cuda_is_refused(tmp_path, monkeypatch):
+    module = load_benchmark("peers_environments", monkeypatch)
+    report = {"install": [{"metadata": {"name": n}} for n in ("torch", "nvidia-cublas", "triton")]}
+    answer = subprocess.CompletedProcess([], 0, stdout=json.dumps(report), stderr="")
+    monkeypatch.setattr(module.subprocess, "run", lambda *a, **k: answer)
+    monkeypatch.setattr(module.venv, "create", lambda place, **k: place.mkdir())
+    with pytest.raises(module.MissingEnvironment, match="CUDA: nvidia-cublas, triton"):
+        module.Environments(tmp_path).find("ncnn")
+
+
+def test_an_environment_that_cannot_be_installed_gives_pips_error_each_time(tmp_path, monkeypatch):
+    module = load_benchmark("peers_environments", monkeypatch)
+    calls = []
+
+    def fail(command, **options):
+        calls.append(command)
+        return subprocess.CompletedProcess(
+            command, 1, stdout="", stderr="WARNING: x\nERROR: no such package\n"
+        )
+
+    monkeypatch.setattr(module.subprocess, "run", fail)
+    monkeypatch.setattr(module.venv, "create", lambda place, **k: place.mkdir())
+    environments = module.Environments(tmp_path)
+    for _ in range(2):
+        with pytest.raises(module.MissingEnvironment, match="ERROR: no such package"):
+            environments.find("ncnn")
+    assert len(calls) == 1
+    assert not (tmp_path / "ncnn" / "complete").exists()
