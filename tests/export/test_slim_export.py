@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cmt_edge.deploy import Bundle
-from cmt_edge.deploy.bundle import GOLDEN, REPORT_JSON, REPORT_TEXT
+from cmt_edge.deploy.bundle import GOLDEN, REPORT_JSON, REPORT_PAGE, REPORT_TEXT
 from cmt_edge.deploy.cli import verify
 from helpers.cli import succeeded
 
@@ -27,7 +27,7 @@ def test_a_slim_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     made = tmp_path / "cmt_nano_fp32_onnx_slim"
     bundle = Bundle.open(made)
     assert sorted(bundle.manifest.files) == [GOLDEN, "model.onnx"]
-    assert set(bundle.manifest.slim.files) == {REPORT_TEXT, REPORT_JSON}
+    assert set(bundle.manifest.slim.files) == {REPORT_TEXT, REPORT_JSON, REPORT_PAGE}
     assert len(bundle.golden().sources) == 2
     assert bundle.manifest.verification.golden.images == 2  # what was verified is what lies there
     for path in (made, made.with_suffix(".cmt.zip")):
