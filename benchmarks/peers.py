@@ -128,9 +128,11 @@ def serve_row(job: Job, row: Row) -> None:
 
 
 def open_session(job: Job, row: Row, environments: Environments) -> Session:
-    """The row's session, in this process or behind one of its own."""
-    if row.home == HERE:
-        return row.load(job, row.folder(job), False)
+    """The row's session in a process of its own.
+
+    Every row has one, for fairness: on a busy machine the scheduler prefers processes that have slept, so
+    rows behind a process of their own ran several times as fast as those in the measuring process.
+    """
     return RemoteSession(
         [environments.find(row.home), __file__, "--serve", row.key, *job.arguments()],
         make_variables(),
@@ -167,9 +169,9 @@ def run_in_child(job: Job, row: Row, action: str, environments: Environments) ->
 # --- measuring ------------------------------------------------------------------------------------
 
 
-def find_built(job: Job, row: Row) -> tuple[float, int, str] | None:
-    """What :func:`run_in_child` gave when an earlier run made this artefact in the same ``--folder``."""
-    path = _locate_outcome(job, row, "build")
+def find_earlier(job: Job, row: Row, action: str) -> tuple[float, int, str] | None:
+    """What :func:`run_in_child` gave when an earlier run did the same in the same ``--folder``."""
+    path = _locate_outcome(job, row, action)
     outcome = json.loads(path.read_text()) if path.exists() else {"error": "not made"}
     return None if "error" in outcome else (outcome["seconds"], outcome["peak"], "")
 
@@ -181,13 +183,15 @@ def prepare(job: Job, rows: Sequence[Row], environments: Environments) -> list[R
         result = Result(row.key, row.label, row.ours)
         results.append(result)
         maker = ROWS[row.artefact or row.key]
-        if maker.key not in built and (found := find_built(job, maker)):
+        if maker.key not in built and (found := find_earlier(job, maker, "build")):
             built[maker.key] = found
         if maker.key not in built:
             with step(f"{job.model}: build {maker.key}"):
                 built[maker.key] = run_in_child(job, maker, "build", environments)
         result.export_s, result.export_peak, result.note = built[maker.key]
-        if not result.note:
+        if not result.note and (found := find_earlier(job, row, "run")):
+            result.running_peak = found[1]
+        elif not result.note:
             with step(f"{job.model}: run {row.key}"):
                 _, result.running_peak, result.note = run_in_child(job, row, "run", environments)
         if result.note:
@@ -199,8 +203,11 @@ def prepare(job: Job, rows: Sequence[Row], environments: Environments) -> list[R
     return results
 
 
-def measure(job: Job, rows: Sequence[Row], protocol: Protocol, environments: Environments) -> list[Result]:
-    """Everything about one model; raises ``SystemExit`` where the base cannot run."""
+def measure(
+    job: Job, rows: Sequence[Row], protocol: Protocol, environments: Environments, seconds: float
+) -> list[Result]:
+    """Everything about one model, its throughput over ``seconds`` if there are any; raises ``SystemExit``
+    where the base cannot run."""
     spec = job.preprocess
     np.save(job.folder / IMAGES_FILE, check_images(spec, IMAGES))
     if any(row.home != HERE for row in rows):
@@ -222,9 +229,9 @@ def measure(job: Job, rows: Sequence[Row], protocol: Protocol, environments: Env
         for key, session in sessions.items():
             fill(results[key], samples[BASE], samples[key])
             results[key].executed = session.executed(images[:1]).summary()
-        for key, session in sessions.items():
+        for key, session in sessions.items() if seconds else ():
             say(f"{job.model}: throughput of {key}")
-            rate(job, ROWS[key], session, results[key], images[:1], max(0.5, protocol.seconds / 2))
+            rate(job, ROWS[key], session, results[key], images[:1], seconds)
     return list(results.values())
 
 
@@ -298,6 +305,7 @@ def parse_arguments() -> argparse.Namespace:
     p.add_argument(
         "--folder", type=Path, help="keep artefacts and logs in this empty folder (default: a temporary one)"
     )
+    p.add_argument("--latency-only", action="store_true", help="measure no throughput")
     p.add_argument("--reuse", action="store_true", help="use the artefacts that --folder already has")
     p.add_argument("--model", help=argparse.SUPPRESS)
     p.add_argument(
@@ -345,6 +353,7 @@ def compare(args: argparse.Namespace, folder: Path, environments: Environments) 
     """All models, one after the other; the files are written again after each."""
     protocol = read_protocol(args)
     rows = choose_rows(args.only, args.optional)
+    seconds = 0.0 if args.latency_only else max(0.5, protocol.seconds / 2)
     content: dict[str, Any] = {
         "machine": make_plain(describe_host()),
         "versions": read_versions(),
@@ -363,7 +372,7 @@ def compare(args: argparse.Namespace, folder: Path, environments: Environments) 
         if job.folder.exists() and not args.reuse:
             raise SystemExit(f"{job.folder} exists; give an empty --folder, or --reuse")
         job.folder.mkdir(parents=True, exist_ok=True)
-        results[name] = measure(job, rows, protocol, environments)
+        results[name] = measure(job, rows, protocol, environments, seconds)
         content["models"][name] = [asdict(r) for r in results[name]]
         if args.json:
             write_atomic(args.json, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())

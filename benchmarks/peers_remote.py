@@ -6,19 +6,21 @@ through a pipe; the way there and back takes about 0.03 ms, which is part of the
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from cmt_edge.deploy.backends import Binding, ExecutedPrecision, Session
 
-ASK, READY = b"r", b"!"
-"""What asks for an inference, and what says that the session is open."""
+ASK, TELL, READY = b"r", b"x", b"!"
+"""What asks for an inference and for the precisions that ran, and what says that the session is open."""
 
 LENGTH = struct.Struct("<I")
 """How the number of bytes of an answer is written before it."""
@@ -58,8 +60,8 @@ class RemoteSession(Session):
         return Binding(self._batch, self._ask)
 
     def executed(self, batch: np.ndarray, repeats: int = 10) -> ExecutedPrecision:
-        """Nothing: other tools do not say in which precision they compute."""
-        return ExecutedPrecision({}, {}, source="not told")
+        self._batch[:] = batch
+        return ExecutedPrecision(**json.loads(self._send(TELL)))
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -69,11 +71,15 @@ class RemoteSession(Session):
         self._process.wait()
 
     def _ask(self) -> list[np.ndarray]:
+        return [np.frombuffer(self._send(ASK), np.float32).reshape(len(self._batch), -1)]
+
+    def _send(self, command: bytes) -> bytes:
+        """The answer to a command of one byte."""
         assert self._process.stdin is not None
-        self._process.stdin.write(ASK)
+        self._process.stdin.write(command)
         self._process.stdin.flush()
         (size,) = LENGTH.unpack(self._read(LENGTH.size))
-        return [np.frombuffer(self._read(size), np.float32).reshape(len(self._batch), -1)]
+        return self._read(size)
 
     def _read(self, size: int) -> bytes:
         assert self._process.stdout is not None
@@ -95,7 +101,17 @@ def serve(open_session: Callable[[], Session], shared: Path, shape: tuple[int, .
         batch = np.memmap(shared, np.float32, "r+", shape=shape)
         answers.write(READY)
         answers.flush()
-        while sys.stdin.buffer.read(len(ASK)) == ASK:
-            logits = np.ascontiguousarray(session.run(batch)[0], np.float32).tobytes()
-            answers.write(LENGTH.pack(len(logits)) + logits)
+        while command := sys.stdin.buffer.read(len(ASK)):
+            answer = (_tell if command == TELL else _infer)(session, batch)
+            answers.write(LENGTH.pack(len(answer)) + answer)
             answers.flush()
+
+
+def _infer(session: Session, batch: np.ndarray) -> bytes:
+    """The first output of an inference, float32."""
+    return np.ascontiguousarray(session.run(batch)[0], np.float32).tobytes()
+
+
+def _tell(session: Session, batch: np.ndarray) -> bytes:
+    """Which precisions ran, as JSON."""
+    return json.dumps(asdict(session.executed(np.array(batch)))).encode()

@@ -197,9 +197,13 @@ import sys
 from pathlib import Path
 import numpy as np
 sys.path.insert(0, sys.argv[1])
+from cmt_edge.deploy.backends import ExecutedPrecision
 from peers_remote import serve
 
 class Doubles:
+    def executed(self, batch):
+        return ExecutedPrecision({"int8": 1.0}, {"int8": 3})
+
     def run(self, batch):
         print("a tool that prints")
         return [2 * batch.reshape(len(batch), -1)[:, :3]]
@@ -223,6 +227,7 @@ def test_a_session_in_another_process_answers_for_what_lies_in_the_shared_file(t
     binding = session.bind(batch.shape)
     binding.batch[:] = batch + 1
     np.testing.assert_array_equal(binding.run()[0], [[2, 4, 6]])
+    assert session.executed(batch).summary() == "int8 100 %"
     session.close()
     assert "a tool that prints" in (tmp_path / "log").read_text(encoding="utf-8")
 
