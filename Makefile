@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+COMPILER := $(VENV)/.compiler
 LIGHT := $(VENV)-light
 REAL := $(VENV)-real
 PROVIDERS := $(VENV)-providers
@@ -20,8 +21,9 @@ quick: check
 	PYTHONPATH="scripts:$$PYTHONPATH" $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -p quick_deadline \
 		-rs -m "not slow and not giant" $$($(BIN)/python scripts/quick_tests.py)
 
-# The order of the modules is that of tests/conftest.py, the longest first.
-test: check
+# The order of the modules is that of tests/conftest.py, the longest first. NVIDIA's compiler takes part; it is proprietary, so
+# no extra but `rtx` brings it, and `make test COMPILER=` leaves it out (its tests skip).
+test: check $(COMPILER)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Lint, formatting, the direction of imports, types.
@@ -45,9 +47,8 @@ test-real:
 	$(REAL)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps timm
 	$(REAL)/bin/python -m pytest -rs tests/cmt/test_real_programs.py
 
-# The tests that NVIDIA's compiler takes part in, without a GPU. It is proprietary, so no other target installs it.
-test-rtx: $(READY)
-	$(PIP) --require-hashes --no-deps -r requirements/rtx.txt
+# The tests that NVIDIA's compiler takes part in, without a GPU.
+test-rtx: $(COMPILER)
 	$(BIN)/python -m pytest -rs $(RTX_TESTS)
 
 # ONNX Runtime with OpenVINO's provider, whose package takes the place of onnxruntime.
@@ -69,6 +70,10 @@ $(READY): pyproject.toml constraints.txt requirements/locked.txt
 	$(PIP) --require-hashes --no-deps -r requirements/locked.txt
 	$(PIP) --no-build-isolation -c constraints.txt -e ".[test]"
 	touch $(READY)
+
+$(VENV)/.compiler: $(READY) requirements/rtx.txt
+	$(PIP) --require-hashes --no-deps -r requirements/rtx.txt
+	touch $@
 
 # The lists of docs/supply-chain.md, made by tools in an environment of their own, and a build that is done twice.
 supply: $(READY) $(SUPPLY)/.ready

@@ -20,6 +20,7 @@ LONGEST_FIRST = (
     "tests/export/test_families.py",
     "tests/export/test_pipeline.py",
     "tests/export/test_cli.py",
+    "tests/export/test_rtx.py",
     "tests/test_packaging.py",
     "tests/cmt/test_fuse.py",
     "tests/deploy/test_offline.py",
