@@ -130,8 +130,7 @@ def serve_row(job: Job, row: Row) -> None:
 def open_session(job: Job, row: Row, environments: Environments) -> Session:
     """The row's session in a process of its own.
 
-    Every row has one, for fairness: on a busy machine the scheduler prefers processes that have slept, so
-    rows behind a process of their own ran several times as fast as those in the measuring process.
+    Every row has one, so that the system schedules all of them alike.
     """
     return RemoteSession(
         [environments.find(row.home), __file__, "--serve", row.key, *job.arguments()],
