@@ -23,9 +23,8 @@ quick: check
 	PYTHONPATH="scripts:$$PYTHONPATH" $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -p quick_deadline \
 		-rs -m "not slow and not giant" $$($(BIN)/python scripts/quick_tests.py)
 
-# The order of the modules is that of tests/conftest.py, the longest first. NVIDIA's compiler takes part; it is proprietary, so
-# no extra but `rtx` brings it, and `make test COMPILER=` leaves it out (its tests skip).
-test: check $(COMPILER)
+# The order of the modules is that of tests/conftest.py, the longest first. NVIDIA's compiler takes part where it is installed.
+test: check
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Lint, formatting, the direction of imports, types.
@@ -49,7 +48,7 @@ test-real:
 	$(REAL)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps timm
 	$(REAL)/bin/python -m pytest -rs tests/cmt/test_real_programs.py
 
-# The tests that NVIDIA's compiler takes part in, without a GPU.
+# The tests that NVIDIA's compiler takes part in, without a GPU. It is proprietary, so no other target installs it.
 test-rtx: $(COMPILER)
 	$(BIN)/python -m pytest -rs $(RTX_TESTS)
 

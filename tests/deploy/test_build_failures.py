@@ -306,6 +306,7 @@ def test_an_engine_entry_that_is_none(bundle, entry):
 def test_a_damaged_secret(gpu_machine, bundle, tmp_path, capsys):
     (tmp_path / "state").mkdir()
     (tmp_path / "state" / "machine.key").write_bytes(b"")
+    (tmp_path / "state" / "machine.key").chmod(0o600)
     assert build(bundle) == 2
     assert "0 bytes instead of 32; delete it" in capsys.readouterr().err
 

@@ -77,7 +77,8 @@ def test_verify_text_and_json(call, bundle):
     assert content["bundle"] == str(bundle.path)
 
 
-def test_verify_with_images(call, bundle, images):
+def test_verify_with_images(call, bundle, images, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # a narrow table is folded
     code, out, _ = call(cmt_verify.main, bundle.path, "--data", images, "--json")
     assert code == 0
     data = strict(out.splitlines()[-1])["data"]

@@ -223,7 +223,8 @@ def test_predict_in_ascii(tmp_path, images):
     assert {answer["top"][0]["label"] for answer in answers} == {"rød 猫", "green", "blue"}
 
 
-def test_predict_says_what_json_is(call):
+def test_predict_says_what_json_is(call, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     _, out, _ = call(cmt_predict.main, "--help")
     assert (
         "print every answer, and every error, as one machine-readable object on a line of its own"

@@ -159,6 +159,7 @@ def test_the_cpu_needs_no_provider(monkeypatch, bundle):
 @pytest.mark.parametrize("command", [predict, verify, bench])
 def test_the_commands_take_a_device(monkeypatch, bundle, tmp_path, capsys, command):
     Machine(built_in=(CUDA,)).install(monkeypatch)
+    monkeypatch.setenv("COLUMNS", "200")  # a narrow table is folded
     (tmp_path / "red.png").write_bytes(RED)
     more = [str(tmp_path / "red.png")] if command is predict else []
     more += ["--iters", "2", "--seconds", "0", "--no-throughput"] if command is bench else []
@@ -258,7 +259,11 @@ def test_a_provider_is_told_to_be_strict(monkeypatch, bundle):
     machine = Machine(plugins={"onnxruntime_ep_openvino": found}).install(monkeypatch)
     with Predictor.load(bundle, device="openvino:NPU"):
         assert machine.entries == [
-            {"session.disable_cpu_ep_fallback": "1", "session.record_ep_graph_assignment_info": "1"}
+            {
+                "session.disable_cpu_ep_fallback": "1",
+                "session.load_model_format": "ONNX",
+                "session.record_ep_graph_assignment_info": "1",
+            }
         ]
 
 

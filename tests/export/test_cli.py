@@ -31,7 +31,8 @@ from helpers.images import coloured, labelled
 pytestmark = pytest.mark.usefixtures("quick_exports")
 
 
-def test_list_models(capsys):
+def test_list_models(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # a narrow table is folded
     lines = succeeded(capsys, "--list-models").splitlines()
     assert [line.split()[0] for line in lines[2:]] == list_models()
     assert any("81.8" in line and "1.55" in line and "15.2" in line for line in lines)
@@ -411,7 +412,7 @@ def test_a_home_that_cannot_be_written_is_told_of_before_the_work_and_costs_only
     out = succeeded(capsys, "--model", "cmt_nano", *argv, "-o", tmp_path / "out", "--format", "onnx")
     assert "bundle:" in out
     assert told[0].startswith("warning: the cache ")
-    assert told[0].count("\n") == 1
+    assert told[0].count("the cache ") == 1
 
 
 # --- exit codes -----------------------------------------------------------------------------------
