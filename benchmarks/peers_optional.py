@@ -115,7 +115,8 @@ def compile_frozen(job: Job, folder: Path, model: nn.Module) -> Session:
 
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder) + ".inductor"
     torch.set_num_threads(job.threads)  # is compiled in
-    import_module("torch._inductor.config").freezing = True  # type: ignore[attr-defined]
+    settings: Any = import_module("torch._inductor.config")
+    settings.freezing = True
     model = model if hasattr(model, "graph") else model.eval()
     compiled: Any = torch.compile(model)
 

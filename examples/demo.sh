@@ -17,7 +17,7 @@ say cmt-edge predict "$OUT/cmt_nano_int8_openvino" "$OUT/pictures" --topk 3
 
 cat <<END
 
-The bundle is $OUT/cmt_nano_int8_openvino; its report is report.md inside. cmt_nano is so small that overheads decide its
+The bundle is $OUT/cmt_nano_int8_openvino; its report is report.html inside. cmt_nano is so small that overheads decide its
 latency: int8 saves size here, and time on the larger models (README, "Measured"). Next:
   . .venv/bin/activate
   cmt-edge predict $OUT/cmt_nano_int8_openvino YOUR_IMAGE.jpg

@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from ..errors import RuntimeMissingError, UnknownNameError
 from .output import say
@@ -66,12 +67,12 @@ def build_tree(
     return top
 
 
-def _describe_values(action: argparse.Action, models: Sequence[str], file: object) -> None:
-    """Say what an argument takes. Text that cannot be listed is a path nearly always."""
+def _describe_values(action: Any, models: Sequence[str], file: object) -> None:
+    """Say what an ``argparse.Action`` takes. Text that cannot be listed is a path nearly always."""
     shown = action.metavar
     if isinstance(shown, str) and shown.startswith("{"):
         action.choices = shown.strip("{}").split(",")
     elif action.dest == "model":
         action.choices = list(models)
     elif action.nargs != 0 and action.type in {None, Path}:
-        action.complete = file  # type: ignore[attr-defined]
+        action.complete = file  # an attribute of shtab's

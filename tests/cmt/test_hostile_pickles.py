@@ -127,8 +127,10 @@ def test_tensors_without_places_for_their_values_have_one_budget(monkeypatch: py
 
 
 def test_long_texts_beside_tensors_are_not_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    head = {"__metadata__": {"classes": "['a', 'b']", "epoch": "7"}}
-    head["w"] = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}  # type: ignore[dict-item]
+    head: dict[str, object] = {
+        "__metadata__": {"classes": "['a', 'b']", "epoch": "7"},
+        "w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+    }
     text = json.dumps(head).encode()
     path = tmp_path / "w.safetensors"
     path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
