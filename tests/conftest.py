@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -10,9 +11,14 @@ import pytest
 from cmt_edge.deploy.backends import RUNTIME_OF_FORMAT
 from helpers.exports import traced_once
 from helpers.made_once import copy_once_made, find_run_folder
+from helpers.measuring import brief_commands, brief_exports
 from helpers.paths import FAKES
 from helpers.shared import shared
 from helpers.trt import forget_fakes
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports PyTorch
+"""PyTorch computes on one thread, here and in child processes: the workers share the cores, and on small
+tensors threads that wait for each other take longer."""
 
 LONGEST_FIRST = (
     "tests/export/test_auto.py",
@@ -44,6 +50,14 @@ def pytest_collection_modifyitems(config, items):
         items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(rank)))
 
 
+def pytest_collection_finish():
+    """Collect garbage less often, and never look at what was imported: with PyTorch in memory, one collection
+    takes half a second, and exports of models make much that is collected."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
     """Tests never read or write the user's cache, nor the secret that seals what lies there."""
@@ -51,6 +65,13 @@ def own_cache(tmp_path_factory):
     os.environ["CMT_EDGE_CACHE"] = str(folder)
     os.environ["CMT_EDGE_STATE"] = str(tmp_path_factory.mktemp("state"))
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def brief_bench():
+    """``cmt-bench`` does not warm up for a second."""
+    with brief_commands():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -119,6 +140,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def brief_measurements():
+    """See :func:`brief_exports`; to the end of the run, once a test has asked for it."""
+    with brief_exports():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,8 @@ import pytest
 
 from cmt_edge.cmt import find_model, list_models
 from cmt_edge.deploy import Bundle
-from cmt_edge.deploy.measure.benchmark import Protocol
 from cmt_edge.deploy.measure.parity import verify
 from cmt_edge.export import ExportConfig, run
-from cmt_edge.export.steps import bundle as bundle_steps
 from helpers.exports import traced_once
 
 SMALL = ("cvt_13", "convit_tiny", "mvitv2_t", "xformer_reading")
@@ -50,9 +48,7 @@ def test_each_family(name, tmp_path):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_every_model_at_its_published_size(name, tmp_path, capsys):
-    with traced_once(tmp_path / "traced") as patch:
-        quick = Protocol(iters=3, seconds=0.0, warmup_iters=1, warmup_seconds=0.0)
-        patch.setattr(bundle_steps, "EXPORT_PROTOCOL", quick)
+    with traced_once(tmp_path / "traced"):
         for form, precision in PATHS:
             made = export(name, form, precision, tmp_path, find_model(name).img_size)
             again = [
