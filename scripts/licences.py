@@ -156,8 +156,8 @@ permit. It permits no package under the GPL, the AGPL, the LGPL or a proprietary
   day on which the page was made. They are open source. The driver, the CUDA libraries and TensorRT below
   them, which you install yourself, are NVIDIA's and proprietary.
 - The extras `rtx` and `rtx-cu13` are not in this list. They install TensorRT for RTX (`tensorrt-rtx-cu12`,
-  `tensorrt-rtx-cu13`) under a proprietary licence of NVIDIA's. No other extra needs them; `make test` installs the
-  former, because NVIDIA's compiler takes part in the tests.
+  `tensorrt-rtx-cu13`) under a proprietary licence of NVIDIA's. No other extra needs them.
+  `make test` installs the former, because NVIDIA's compiler takes part in the tests.
 - `torch` is the CPU build here. The CUDA build, which pip takes from an ordinary index, also installs
   `triton` and NVIDIA's proprietary libraries (`nvidia-*`). They are not in this list.
 """

@@ -58,6 +58,11 @@ def pytest_collection_finish():
     gc.set_threshold(20_000)
 
 
+def pytest_unconfigure():
+    """Extension modules complain at the end of objects that nobody has freed."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
     """Tests never read or write the user's cache, nor the secret that seals what lies there."""

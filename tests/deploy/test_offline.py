@@ -114,7 +114,7 @@ def test_no_command_uses_the_network_or_leaves_files(watched):
         ("predict", registered, "image.png"),
         ("predict", own, "image.png"),
         ("verify", own, "--backend", "onnxruntime"),
-        ("bench", registered, own, "--seconds", "0.1", "--iters", "5"),
+        ("bench", own, "--seconds", "0.1", "--iters", "5"),
     ]
     cache = str(watched.folder / "cache")
     for command in commands:
