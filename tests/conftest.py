@@ -21,23 +21,25 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports PyTorch
 tensors threads that wait for each other take longer."""
 
 LONGEST_FIRST = (
-    "tests/export/test_auto.py",
-    "tests/export/test_trt.py",
-    "tests/export/test_families.py",
-    "tests/export/test_pipeline.py",
-    "tests/export/test_cli.py",
     "tests/export/test_rtx.py",
-    "tests/test_packaging.py",
-    "tests/cmt/test_fuse.py",
-    "tests/deploy/test_offline.py",
+    "tests/export/test_auto.py",
+    "tests/export/test_cli.py",
+    "tests/export/test_pipeline.py",
+    "tests/export/test_trt.py",
     "tests/deploy/test_load.py",
-    "tests/export/test_features.py",
+    "tests/cmt/test_fuse.py",
+    "tests/test_packaging.py",
+    "tests/export/test_outputs.py",
+    "tests/export/test_families.py",
     "tests/calib/test_quantize.py",
     "tests/calib/test_restore.py",
     "tests/calib/test_synthetic.py",
-    "tests/deploy/test_crash.py",
+    "tests/deploy/test_offline.py",
+    "tests/export/test_checkpoint_alone.py",
+    "tests/export/test_features.py",
     "tests/cmt/test_official.py",
-    "tests/export/test_outputs.py",
+    "tests/cmt/test_own_models.py",
+    "tests/deploy/test_crash.py",
 )
 """The test modules that take longest, the longest first. A worker that began one of them last would work
 alone at the end, because a module is not divided between workers."""
