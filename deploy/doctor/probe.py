@@ -129,6 +129,7 @@ LISTS: dict[str, Callable[[], Iterator[FoundDevice]]] = {
     "tensorrt": lambda: _iterate_gpus(open_bindings(TENSORRT)),
     "tensorrt_rtx": lambda: _iterate_gpus(open_bindings(RTX)),
     "torch": _iterate_torch,
+    "kserve": lambda: iter(()),  # its devices are servers, which are asked only where a user names one
 }
 """Name of a runtime -> what finds its devices."""
 
