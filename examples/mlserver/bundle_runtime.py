@@ -5,7 +5,7 @@ Start it with the settings that :func:`write_settings` writes::
     python examples/mlserver/bundle_runtime.py cmt_xs_int8_openvino served
     mlserver start served
 
-and check it with ``cmt-edge verify cmt_xs_int8_openvino --backend kserve --device localhost:8081/cmt_xs_int8_openvino``.
+and check it with ``cmt-edge verify BUNDLE --backend kserve --device localhost:8081/cmt_xs_int8_openvino``.
 Source: MLServer documentation, "Writing Custom Inference Runtimes".
 """
 
@@ -17,11 +17,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from cmt_edge.deploy import Bundle, Predictor
 from mlserver import MLModel
 from mlserver.codecs import NumpyCodec
 from mlserver.errors import InferenceError
 from mlserver.types import InferenceRequest, InferenceResponse
+
+from cmt_edge.deploy import Bundle, Predictor
 
 
 class BundleRuntime(MLModel):

@@ -71,7 +71,19 @@ def test_predict_and_bench_take_a_server(bundle, server, tmp_path, capsys):
     picture.write_bytes(bundle.golden().sources[0])
     assert predict.main([str(bundle.path), str(picture), "--backend", "kserve", "--device", server[0]]) == 0
     capsys.readouterr()
-    flags = ["--backend", "kserve", "--device", server[0], "--iters", "3", "--warmup", "1", "--json"]
+    flags = [
+        "--backend",
+        "kserve",
+        "--device",
+        server[0],
+        "--iters",
+        "3",
+        "--warmup",
+        "1",
+        "--seconds",
+        "0.01",
+        "--json",
+    ]
     assert bench.main([str(bundle.path), *flags, "--no-throughput", "--quiet"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert "test server 1.2" in json.dumps(told)
