@@ -7,13 +7,14 @@ COMPILER := $(VENV)/.compiler
 LIGHT := $(VENV)-light
 REAL := $(VENV)-real
 PROVIDERS := $(VENV)-providers
+SERVERS := $(VENV)-servers
 SUPPLY := $(VENV)-supply
 RTX_TESTS := tests/deploy/test_rtx_parser.py tests/deploy/test_rtx_bundle.py tests/export/test_rtx.py
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STEP := @$(PYTHON) scripts/show_step.py
 SHOWN_PIP := $(BIN)/python -m pip install --progress-bar off --disable-pip-version-check
 
-.PHONY: demo quick check test test-light test-real test-rtx test-providers coverage supply lock advisories clean
+.PHONY: demo quick check test test-light test-real test-rtx test-providers test-servers coverage supply lock advisories clean
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/demo.sh
@@ -60,6 +61,12 @@ test-providers:
 	$(PROVIDERS)/bin/python -m pip install --quiet --disable-pip-version-check onnxruntime-openvino
 	$(PROVIDERS)/bin/python -m pytest -rs tests/deploy/test_providers.py
 
+# A real server of KServe's protocol, MLServer, which demands an older FastAPI than other tests.
+test-servers:
+	$(PYTHON) -m venv --clear $(SERVERS)
+	$(SERVERS)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test-light,kserve]" mlserver
+	$(SERVERS)/bin/python -m pytest -rs tests/deploy/test_mlserver.py tests/deploy/test_kserve.py
+
 # A figure, not a gate. The pages lie in htmlcov/.
 coverage: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term --cov-report=html
@@ -102,5 +109,5 @@ $(SUPPLY)/.ready: requirements/supply.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LIGHT) $(REAL) $(PROVIDERS) $(SUPPLY) out build htmlcov .coverage* *.egg-info src/*.egg-info
+	rm -rf $(VENV) $(LIGHT) $(REAL) $(PROVIDERS) $(SERVERS) $(SUPPLY) out build htmlcov .coverage* *.egg-info src/*.egg-info
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
