@@ -9,12 +9,13 @@ REAL := $(VENV)-real
 PROVIDERS := $(VENV)-providers
 SERVERS := $(VENV)-servers
 SUPPLY := $(VENV)-supply
+DOCS := $(VENV)-docs
 RTX_TESTS := tests/deploy/test_rtx_parser.py tests/deploy/test_rtx_bundle.py tests/export/test_rtx.py
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STEP := @$(PYTHON) scripts/show_step.py
 SHOWN_PIP := $(BIN)/python -m pip install --progress-bar off --disable-pip-version-check
 
-.PHONY: demo quick check test test-light test-real test-rtx test-providers test-servers coverage supply lock advisories clean
+.PHONY: demo quick check test test-light test-real test-rtx test-providers test-servers coverage docs supply lock advisories clean
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/demo.sh
@@ -71,6 +72,16 @@ test-servers:
 coverage: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term --cov-report=html
 
+# The pages as a site in out/docs/index.html. A warning is an error, and so is a page that would load anything from a network.
+docs: $(DOCS)/.ready
+	$(DOCS)/bin/python -m sphinx -W --keep-going --fresh-env --quiet --builder html docs out/docs
+	$(DOCS)/bin/python scripts/check_site.py out/docs
+
+$(DOCS)/.ready: requirements/docs.txt
+	$(PYTHON) -m venv --clear $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements/docs.txt
+	touch $@
+
 # All packages but torch must have a hash of requirements/locked.txt (docs/supply-chain.md). The second command adds torch,
 # from the index that pip is set up with, and the links to this checkout.
 $(READY): pyproject.toml constraints.txt requirements/locked.txt
@@ -109,5 +120,5 @@ $(SUPPLY)/.ready: requirements/supply.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LIGHT) $(REAL) $(PROVIDERS) $(SERVERS) $(SUPPLY) out build htmlcov .coverage* *.egg-info src/*.egg-info
+	rm -rf $(VENV) $(LIGHT) $(REAL) $(PROVIDERS) $(SERVERS) $(SUPPLY) $(DOCS) out build htmlcov .coverage* *.egg-info src/*.egg-info
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -70,10 +70,11 @@ def test_every_pin_but_that_of_torch_is_locked(script):
     assert lock.main(["--check"]) == 0
 
 
-def test_the_tools_are_locked(script):
+@pytest.mark.parametrize(("names", "locked"), [("TOOLS", "LOCKED_TOOLS"), ("PAGES", "LOCKED_PAGES")])
+def test_the_tools_are_locked(script, names, locked):
     lock = script("lock")
-    names = re.findall(r"^[\w-]+", lock.TOOLS.read_text(), re.MULTILINE)
-    hashes = lock.read_hashes(lock.LOCKED_TOOLS.read_text())
+    names = re.findall(r"^[\w-]+", getattr(lock, names).read_text(), re.MULTILINE)
+    hashes = lock.read_hashes(getattr(lock, locked).read_text())
     assert names
     assert set(names) <= hashes.keys()
     assert all(hashes.values())
