@@ -62,9 +62,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="skip the many-requests figure",
     )
     what.add_argument(
-        "--no-memory",
+        "--memory",
         action="store_true",
-        help="skip the memory of a process that opens a bundle",
+        help="also measure the memory of a process of its own that opens each bundle",
     )
     add_measuring_flags(p, Protocol(), warmup=True)
     output = p.add_argument_group("output")
@@ -103,7 +103,7 @@ def _main(args: argparse.Namespace) -> int:
         with_throughput=not args.no_throughput,
         progress=progress.share,
     )
-    if not args.no_memory:
+    if args.memory:
         progress.share("memory", 0.0)
         pairs = zip(bundles, result.results, strict=True)
         result = replace(result, results=[_add_memory(args, *pair) for pair in pairs])

@@ -21,7 +21,7 @@ def write_breakdown(found: Breakdown | None) -> Markup:
     left_out = len(found.kinds) - len(kinds)
     notes = [f"By {found.source}, whose clock takes time itself: these are shares of a slower inference."]
     if left_out:
-        notes.append(f"{left_out} classes that take less than {100 * LEAST_SHARE:.2f} % are not listed.")
+        notes.append(f"Classes with less than {100 * LEAST_SHARE:.2f} % each are not listed: {left_out}.")
     parts = [
         make("p", " ".join(notes)),
         _write_parts("Time by class of operation", "class", kinds),

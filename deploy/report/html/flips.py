@@ -14,8 +14,8 @@ CELL = 10.0
 """Width and height of a cell of the matrix, in the units of its drawing."""
 EDGE = 10.0
 """Width of the row of numbers above the matrix and of the column beside it."""
-FAINTEST = 0.15
-"""Opacity of a changed answer of one image, where the most frequent one is 1."""
+FAINTEST, STRONGEST = 0.12, 0.45
+"""Opacity of the rarest and of the most frequent change; the number on a stronger one could not be read."""
 
 
 def name_class(manifest: Manifest, label: int) -> str:
@@ -71,7 +71,7 @@ def _draw_cells(counts: tuple[tuple[int, ...], ...], most: int) -> Iterator[Mark
         for column, count in enumerate(cells):
             x, y = EDGE + CELL * column, EDGE + CELL * row
             kind = "same" if row == column else "cell" if count else "none"
-            opacity = FAINTEST + (1 - FAINTEST) * count / most if kind == "cell" else None
+            strength = f"{FAINTEST + (STRONGEST - FAINTEST) * count / most:.3f}"
             yield make(
                 "rect",
                 x=f"{x + 0.3:.2f}",
@@ -79,11 +79,10 @@ def _draw_cells(counts: tuple[tuple[int, ...], ...], most: int) -> Iterator[Mark
                 width=f"{CELL - 0.6:.2f}",
                 height=f"{CELL - 0.6:.2f}",
                 class_=kind,
-                fill_opacity=None if opacity is None else f"{opacity:.3f}",
+                fill_opacity=strength if kind == "cell" else None,
             )
             if count:
-                is_dark = opacity is not None and opacity > 0.5
-                yield _write(x + CELL / 2, y + CELL / 2, str(count), "on-dark" if is_dark else "count")
+                yield _write(x + CELL / 2, y + CELL / 2, str(count), "count")
 
 
 def _write(x: float, y: float, text: str, class_: str) -> Markup:
@@ -112,9 +111,9 @@ def _show_images(flipped: Sequence[FlippedImage], data: DataCheck, manifest: Man
     """The images as the model sees them, each with its label and both answers."""
     if not flipped:
         return NOTHING
-    listed = sum(flip.images for flip in data.flips or ())
+    changed = round(data.images * (100 - data.agreement) / 100)
     text = (
-        f"{len(flipped)} of at least {listed} images whose answer changed, as the model sees them; first"
+        f"{len(flipped)} of {changed} images whose answer changed, as the model sees them; first"
         " those that only the reference gets right, then those that only the bundle does."
     )
     pictures = make("ul", *(make("li", _show_image(one, manifest)) for one in flipped), class_="flips")

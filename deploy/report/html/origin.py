@@ -85,7 +85,7 @@ def write_files(manifest: Manifest, memory: Memory | None) -> Markup:
 
 def _describe_memory(memory: Memory | None) -> str:
     if memory is None:
-        return "not measured; cmt-bench does"
+        return "not measured; cmt-bench --memory does"
     return (
         f"{memory.peak / 1e6:.0f} MB at most, {memory.kept / 1e6:.0f} MB after the first answer, the runtime"
         " and Python included"

@@ -73,7 +73,7 @@ th, td {
 }
 thead th { color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--line); }
 tbody th { font-weight: 600; min-width: 8rem; }
-table.numbers td, table.numbers thead th + * { text-align: right; }
+table.numbers td, table.numbers thead tr > * + * { text-align: right; }
 svg { display: block; width: 100%; }
 svg.bar { height: .9rem; min-width: 5rem; background: var(--box); border-radius: 2px; margin-top: .25rem; }
 svg.histogram { height: 8rem; background: var(--box); border-radius: 4px; }
@@ -82,7 +82,6 @@ svg.scatter text { fill: var(--text); }
 svg.matrix { max-width: 30rem; font-size: 4px; }
 svg.matrix text { fill: var(--text); }
 svg.matrix .number { fill: var(--soft); }
-svg.matrix .on-dark { fill: var(--page); }
 .none { fill: var(--box); }
 .same { fill: var(--line); }
 .cell { fill: var(--accent); }
@@ -100,7 +99,7 @@ ul.flips span { display: block; }
 .axis { display: flex; justify-content: space-between; font-size: .8rem; color: var(--soft); }
 figcaption { font-size: .87rem; }
 footer { margin-top: 2.5rem; border-top: 1px solid var(--line); font-size: .9rem; color: var(--soft); }
-@media screen and (max-width: 44rem) {
+@media screen and (max-width: 60rem) {
   h1 { font-size: 1.2rem; }
   dl.facts > div { grid-template-columns: 1fr; gap: 0; }
   table, tbody, tr, td, tbody th { display: block; width: 100%; }
@@ -118,6 +117,9 @@ footer { margin-top: 2.5rem; border-top: 1px solid var(--line); font-size: .9rem
   html { color-scheme: light; }
   body { max-width: none; padding: 0; font-size: 10pt; }
   nav { display: none; }
+  table { font-size: 7.5pt; }
+  th, td, tbody th { min-width: 0; padding: .2rem .25rem; }
+  svg.bar { min-width: 1.5rem; }
   h2, h3, caption { break-after: avoid; }
   tr, figure, ul.flips > li, pre, .verdict, dl.tiles, dl.facts > div { break-inside: avoid; }
   .verdict, svg, img, .fill, dl.tiles > div { -webkit-print-color-adjust: exact; print-color-adjust: exact; }
