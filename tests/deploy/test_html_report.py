@@ -246,6 +246,13 @@ def test_a_plot_has_a_mark_a_point_within_its_frame(measured_at, marks):
     assert all(0 <= float(value) <= WIDTH for value in page.of("cx"))
 
 
+def test_numbers_of_a_plot_do_not_lie_on_each_other():
+    points = [Point(str(place), 2.0 + place / 1000, 0.1, (-0.2, 0.4)) for place in range(5)]
+    heights = re.findall(r'y="([0-9.]+)" text-anchor="end">[1-5]</text>', draw_scatter(points, 0.3, "Drop"))
+    distances = np.diff(sorted(map(float, heights)))
+    assert (len(heights), bool(distances.min() > 10)) == (5, True)
+
+
 def test_only_a_common_run_of_one_batch_size_makes_a_plot():
     made = [subject(check(), name="one"), subject(check(), name="two")]
     run = run_of(measured("one", 1.0, (1.0, 1.0)), measured("two", 2.0, (2.0, 2.0)))

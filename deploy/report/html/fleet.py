@@ -93,7 +93,7 @@ def make_fleet_page(members: Sequence[Reported]) -> str:
         ("Environment", _write_environments(named)),
         ("How to reproduce it", _write_commands(named)),
     ]
-    title = f"{named[0].subject.manifest.model.name} on {len(named)} devices"
+    title = f"{named[0].subject.manifest.model.name} in {len(named)} reports of devices"
     top = [make("h1", title), write_verdict(conclude_fleet(named))]
     return assemble(title, top, sections, make_fleet_figures(named))
 
