@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STEP := @$(PYTHON) scripts/show_step.py
 SHOWN_PIP := $(BIN)/python -m pip install --progress-bar off --disable-pip-version-check
 
-.PHONY: demo quick check test test-light test-real test-rtx test-providers test-servers coverage docs supply lock advisories clean
+.PHONY: axe demo quick check test test-light test-real test-rtx test-providers test-servers coverage docs supply lock advisories clean
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/demo.sh
@@ -67,6 +67,12 @@ test-servers:
 	$(PYTHON) -m venv --clear $(SERVERS)
 	$(SERVERS)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test-light,kserve]" mlserver
 	$(SERVERS)/bin/python -m pytest -rs tests/deploy/test_mlserver.py tests/deploy/test_kserve.py
+
+# The accessibility checks of the HTML reports, in Chromium; fetches axe-core by npm into out/.
+AXE := out/axe
+axe: $(READY)
+	npm install --no-audit --no-fund --prefix $(AXE) axe-core@4.14.1
+	CMT_EDGE_AXE="$(CURDIR)/$(AXE)/node_modules/axe-core/axe.min.js" $(BIN)/python -m pytest -n 0 -rs tests/deploy/test_browser.py
 
 # A figure, not a gate. The pages lie in htmlcov/.
 coverage: $(READY)

@@ -30,6 +30,7 @@ from cmt_edge.deploy.measure.benchmark import Benchmark
 from cmt_edge.deploy.measure.host import describe_host, read_versions
 from cmt_edge.deploy.measure.parity import Verification
 
+from .blocks import list_by_block
 from .config import OPSET, ExportConfig
 from .settings import NAMED_WEIGHTS
 from .steps import GOLDEN_IMAGES, OBSERVED_IMAGES, Reference
@@ -193,6 +194,7 @@ def write_report(
     name: str,
     result: Verification,
     speed: Benchmark | None,
+    blocks: dict[str, str],
 ) -> None:
     """Write ``report.md``, ``report.json`` and ``report.html``: verification, what a compiler made of the
     graph, latency where it was measured, and the verdict of ``auto``."""
@@ -205,6 +207,10 @@ def write_report(
     if manifest.decoding:
         parts += ["## Decoding", report.describe_decoding(manifest.decoding)]
     content: dict[str, Any] = {"verification": result}
+    if result.flipped:
+        content["flipped"] = result.flipped
+    if blocks:
+        content["blocks"] = list_by_block(blocks)
     if manifest.decoding:
         content["decoding"] = manifest.decoding
     if manifest.compiled:
@@ -227,5 +233,5 @@ def write_report(
         content["verdict"] = manifest.verdict
     (folder / REPORT_TEXT).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     (folder / REPORT_JSON).write_text(report.to_json(content) + "\n", encoding="utf-8")
-    page = report.make_bundle_page(report.make_subject(name, name, manifest, speed))
+    page = report.make_bundle_page(report.make_subject(name, name, manifest, speed, flipped=result.flipped))
     (folder / REPORT_PAGE).write_text(page, encoding="utf-8")

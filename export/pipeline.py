@@ -40,6 +40,7 @@ from cmt_edge.deploy.signals import unwound_by_signals
 
 from . import steps
 from .auto.choose import choose
+from .blocks import name_blocks
 from .config import ExportConfig
 from .description import (
     describe_calibration,
@@ -178,11 +179,11 @@ def finish(
         speed = None
         if Step.MEASURE in journal:
             with journal.step(Step.MEASURE):
-                speed = steps.measure_bundle(work.stage(draft), config.threads, progress.share)
+                speed = steps.measure_bundle(work.stage(draft), config.threads, draft.blocks, progress.share)
                 draft = draft.with_entries(latency=summarise_latency(speed))
         with journal.step(Step.WRITE), writing(config.target):
             manifest = work.stage(draft).manifest  # with the hashes of its files
-            write_report(writer.folder, manifest, config.folder, result, speed)
+            write_report(writer.folder, manifest, config.folder, result, speed, draft.blocks)
             return _commit(work, draft)
 
 
@@ -193,6 +194,11 @@ class _Draft:
     graph: onnx.ModelProto
     manifest: Manifest
     differences: Differences
+
+    @property
+    def blocks(self) -> dict[str, str]:
+        """Name of each operation of the graph -> its block of the model."""
+        return name_blocks(self.graph)
 
     def with_entries(self, **entries: Any) -> _Draft:
         """The draft with other entries in its manifest."""

@@ -309,6 +309,11 @@ class Settings:
         " the manifest names it",
         group=OUTPUT,
     )
+    thumbnails: bool = make_option(
+        True,
+        help="keep no small copies of images with another answer than the reference's in the report",
+        group=OUTPUT,
+    )
     cache: bool = make_option(
         True,
         help="do not reuse calibrated graphs, synthetic images and measurements of earlier runs",

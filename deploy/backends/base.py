@@ -18,6 +18,7 @@ import numpy as np
 from ..bundle import Bundle
 from ..bundle.sections import ExecutedPrecision, RanOn
 from ..errors import BundleError
+from .profile import Profile
 
 WARM_UP_RUNS = 2
 """Inferences at the start of a profile that warm up and do not count."""
@@ -112,6 +113,11 @@ class Session(ABC):
     @abstractmethod
     def executed(self, batch: np.ndarray, repeats: int = 10) -> ExecutedPrecision:
         """Run ``batch`` with profiling and say which precisions were executed."""
+
+    def profile(self, batch: np.ndarray, repeats: int = 10) -> Profile | None:
+        """Run ``batch`` with profiling and say what each operation took; ``None`` where the runtime does not
+        tell. Its sums are what :meth:`executed` gives."""
+        return None
 
     def device_times(self, batch: np.ndarray, count: int) -> DeviceTimes | None:
         """Time ``count`` inferences by the device's clock; ``None`` where host and device are the same."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from .openvino_devices import (
     require_precision,
 )
 from .openvino_graph import read
+from .profile import NodeRun, Profile
 
 PRECISION_OF_TYPE = {
     "f32": "fp32",
@@ -64,6 +65,9 @@ SKIPPED = {
 }
 """Layers of an execution graph that compute nothing."""
 
+
+PROFILED = ("runtimePrecision", "layerType", "originalLayersNames", "execOrder")
+"""Entries of a node of an execution graph that a profile reads."""
 
 TITLE = f"openvino {ov.__version__.split('-')[0]}"
 """Name and version of the runtime."""
@@ -123,8 +127,10 @@ class OpenVINOSession(Session):
             return _Request(self.compiled.create_infer_request(), shape, self._where)
 
     def executed(self, batch: np.ndarray, repeats: int = 10) -> ExecutedPrecision:
-        times, known = self.node_times(batch, repeats, ("runtimePrecision", "layerType"))
-        return _summarise(times, *known)
+        return self.profile(batch, repeats).summarise()
+
+    def profile(self, batch: np.ndarray, repeats: int = 10) -> Profile:
+        return _make_profile(*self.node_times(batch, repeats, PROFILED))
 
     def kernels(self, batch: np.ndarray) -> dict[str, float]:
         times, (names, kinds) = self.node_times(batch, 10, ("primitiveType", "layerType"))
@@ -144,9 +150,7 @@ class OpenVINOSession(Session):
         operations = compiled.get_runtime_model().get_ops()
         nodes = {node.get_friendly_name(): node.get_rt_info() for node in operations}
         times = _time_nodes(compiled.create_infer_request(), batch, repeats)
-        return times, [
-            {name: str(info[entry].astype(str)) for name, info in nodes.items()} for entry in entries
-        ]
+        return times, [{name: _read_entry(info, entry) for name, info in nodes.items()} for entry in entries]
 
     def close(self) -> None:
         self._idle = []
@@ -203,6 +207,11 @@ class _Request:
         return all(size.is_static for size in shape[1:]) and (is_batched or all(s.is_static for s in shape))
 
 
+def _read_entry(info: Any, entry: str) -> str:
+    """What an execution graph says about a node; empty where the device's plugin does not say it."""
+    return str(info[entry].astype(str)) if entry in info else ""
+
+
 def _time_nodes(request: ov.InferRequest, batch: np.ndarray, repeats: int) -> dict[str, float]:
     """Seconds by node, summed over ``repeats`` inferences after the warm-up."""
     times: defaultdict[str, float] = defaultdict(float)
@@ -215,29 +224,22 @@ def _time_nodes(request: ov.InferRequest, batch: np.ndarray, repeats: int) -> di
     return times
 
 
-def _summarise(
-    times: dict[str, float],
-    types: dict[str, str],
-    kinds: dict[str, str],
-) -> ExecutedPrecision:
-    """Shares by precision, from the seconds, the element type and the layer type of every node."""
-    share: defaultdict[str, float] = defaultdict(float)
-    operations: Counter[str] = Counter()
-    conversion = 0.0
-    for name, element_type in types.items():
-        if kinds[name] in SKIPPED:
-            continue
-        label = PRECISION_OF_TYPE.get(element_type.lower(), element_type.lower())
-        share[label] += times[name]
-        operations[label] += 1
-        conversion += times[name] if kinds[name] in CONVERSION_LAYERS else 0.0
-    total = sum(share.values()) or 1.0
-    return ExecutedPrecision(
-        time_share={label: spent / total for label, spent in share.items()},
-        operations=dict(operations),
-        conversion_share=conversion / total,
-        source="OpenVINO execution graph",
+def _make_profile(times: dict[str, float], entries: list[dict[str, str]]) -> Profile:
+    """The operations, from the seconds of every node and its entries named :data:`PROFILED`."""
+    types, kinds, sources, places = entries
+    nodes = tuple(
+        NodeRun(
+            name=name,
+            kind=kinds[name],
+            precision=PRECISION_OF_TYPE.get(element_type.lower(), element_type.lower()),
+            seconds=times.get(name, 0.0),
+            is_conversion=kinds[name] in CONVERSION_LAYERS,
+            sources=tuple(filter(None, sources[name].split(","))),
+        )
+        for name, element_type in sorted(types.items(), key=lambda item: int(places[item[0]] or 0))
+        if kinds[name] not in SKIPPED
     )
+    return Profile(nodes, "OpenVINO execution graph")
 
 
 def has_bf16(device: str | None = None) -> bool:

@@ -11,15 +11,15 @@ from cmt_edge.startup import name_program
 from .. import report
 from ..bundle import Bundle
 from ..errors import InputError, WeightsError
-from ..files import write_output
 from ..images import ImageSet
+from ..measure.flipped import MOST_SHOWN
 from ..measure.parity import MAX_DROP, Verification
 from ..measure.parity import verify as run_verify
 from ..predictor import Predictor
 from ..progress import Progress
 from .console import add_key_flag, add_runtime_flags, make_parser, run_command
 from .output import find_width, say, tell
-from .pages import add_page_flag, require_page_target
+from .pages import add_page_flags, require_targets, wants_page, write_pages
 from .ranges import DIFFERENCE, IMAGES, POINTS
 
 DIFFERENCE_REMEDY = (
@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=DIFFERENCE.parse_number,
         help="allowed golden logit difference (default: by precision)",
     )
-    add_page_flag(p.add_argument_group("output").add_argument)
+    add_page_flags(p.add_argument_group("output").add_argument)
     add_runtime_flags(p)
     add_key_flag(p)
     return p
@@ -106,8 +106,7 @@ def _add_reference_flags(p: argparse.ArgumentParser) -> None:
 
 def _main(args: argparse.Namespace) -> int:
     _require_weights(args.weights)
-    if args.html:
-        require_page_target(args.html)
+    require_targets(args, args.html)
     bundle = Bundle.open(args.bundle, key=args.key)
     data = ImageSet(args.data) if args.data else None
     reference = _load_reference(bundle, args) if args.reference else None
@@ -130,20 +129,27 @@ def _main(args: argparse.Namespace) -> int:
         atol=args.atol,
         limit=args.limit,
         progress=progress.count,
+        flipped_images=MOST_SHOWN if wants_page(args) and not args.no_thumbnails else 0,
     )
     progress.finish()
-    if args.html:
-        _write_page(args.html, bundle, result)
+    if wants_page(args):
+        _write_pages(args, bundle, result)
     say(report.to_json(result) if args.json else report.describe_verification(result, width=find_width()))
     if not result.passed and not args.json:
         tell(DIFFERENCE_REMEDY)
     return 0 if result.passed else 1
 
 
-def _write_page(target: Path, bundle: Bundle, result: Verification) -> None:
+def _write_pages(args: argparse.Namespace, bundle: Bundle, result: Verification) -> None:
     """The report of the bundle, with what was just found in place of what it records."""
-    subject = replace(report.read_subject(bundle), verification=result.entry(_recall_steps(bundle)))
-    write_output(target, report.make_bundle_page(subject).encode())
+    entry = result.entry(_recall_steps(bundle))
+    subject = replace(report.read_subject(bundle), verification=entry, flipped=result.flipped)
+    write_pages(
+        args,
+        args.html,
+        lambda: report.make_bundle_page(subject),
+        lambda: report.make_figures_file(report.make_bundle_figures(subject)),
+    )
 
 
 def _recall_steps(bundle: Bundle) -> dict[str, float] | None:

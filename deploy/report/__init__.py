@@ -15,7 +15,15 @@ if TYPE_CHECKING:
     from .checkup import describe_checkup
     from .compiled import describe_compiled
     from .device import describe_build, describe_device_report
-    from .html import make_bundle_page, make_comparison_page, make_subject, read_subject
+    from .html import (
+        make_bundle_figures,
+        make_bundle_page,
+        make_comparison_figures,
+        make_comparison_page,
+        make_figures_file,
+        make_subject,
+        read_subject,
+    )
     from .plot import draw_latency_plot
     from .prediction import describe_prediction
     from .tables import format_differences, format_table
@@ -40,8 +48,11 @@ _HOMES = {
     "format_differences": "tables",
     "format_table": "tables",
     "make_bundle_json": "as_json",
+    "make_bundle_figures": "html",
     "make_bundle_page": "html",
+    "make_comparison_figures": "html",
     "make_comparison_page": "html",
+    "make_figures_file": "html",
     "make_prediction_json": "as_json",
     "make_subject": "html",
     "read_subject": "html",
@@ -66,9 +77,12 @@ __all__ = [
     "draw_latency_plot",
     "format_differences",
     "format_table",
+    "make_bundle_figures",
     "make_bundle_json",
     "make_bundle_page",
+    "make_comparison_figures",
     "make_comparison_page",
+    "make_figures_file",
     "make_prediction_json",
     "make_subject",
     "read_subject",

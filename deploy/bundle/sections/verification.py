@@ -67,7 +67,9 @@ class DataCheck:
     ``reference_source`` says where the reference answers come from; the logit differences need a reference
     that runs here and are ``None`` otherwise. ``classes`` holds the classes whose top-1 fell most, and
     ``flips`` the most frequent changes of an answer, at most
-    :data:`~cmt_edge.deploy.measure.confusion.MOST_LISTED` each; bundles of earlier versions have neither.
+    :data:`~cmt_edge.deploy.measure.confusion.MOST_LISTED` each. ``confusion`` counts all pairs of answers, a
+    row for each answer of the reference and a column for each of the bundle's, where there are at most so
+    many classes. Bundles of earlier versions have none of the three.
     """
 
     images: Count
@@ -83,6 +85,7 @@ class DataCheck:
     logit_mean_diff: OutputDifference | None = None
     classes: tuple[ClassCheck, ...] | None = field(default=None, metadata=OMITTED)
     flips: tuple[Flip, ...] | None = field(default=None, metadata=OMITTED)
+    confusion: tuple[tuple[Count, ...], ...] | None = field(default=None, metadata=OMITTED)
 
     @property
     def doubt(self) -> str:

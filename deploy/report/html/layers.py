@@ -1,0 +1,72 @@
+"""Where the error of a bundle enters, block by block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...bundle.sections import Count, OutputDifference
+from .charts import draw_bar
+from .elements import NOTHING, UNKNOWN, Markup, Table, join, make
+
+SMALLEST = 1e-8
+"""The relative error at the left end of a bar, below what float32 gives; at the right end it is 1."""
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """How far the output of a block is from the reference's.
+
+    Attributes:
+        name: of the block's module.
+        precision: of the bundle.
+        backend: the runtime.
+        relative_error: norm of the difference over the norm of the reference's output; ``None`` where the
+            bundle has no such output.
+        cosine: of the angle between the two outputs.
+        images: number of images that were compared.
+    """
+
+    name: str
+    precision: str
+    backend: str
+    relative_error: OutputDifference | None
+    cosine: float | None
+    images: Count | None = None
+
+
+def write_layers(layers: Sequence[LayerError]) -> Markup:
+    """A table a runtime and precision, in the order of the blocks, with bars on a logarithmic scale."""
+    groups: dict[tuple[str, str], list[LayerError]] = {}
+    for layer in layers:
+        groups.setdefault((layer.precision, layer.backend), []).append(layer)
+    if not groups:
+        return NOTHING
+    tables = (
+        Table(
+            f"{precision} on {backend}: difference from the reference, block by block",
+            ["block", "relative error", "", "cosine"],
+            [_list_cells(layer) for layer in found],
+        ).write()
+        for (precision, backend), found in groups.items()
+    )
+    note = f"The bars are logarithmic: an empty one is {SMALLEST:g} or less, a full one is 1 or more."
+    return join([*tables, make("p", note, class_="soft")])
+
+
+def _list_cells(layer: LayerError) -> list[str]:
+    error, cosine = layer.relative_error, layer.cosine
+    return [
+        layer.name,
+        UNKNOWN if error is None else f"{error:.2e}",
+        NOTHING if error is None else draw_bar(find_length(error)),
+        UNKNOWN if cosine is None else f"{cosine:.6f}",
+    ]
+
+
+def find_length(error: float) -> float:
+    """The share of a bar that an error fills."""
+    if error <= SMALLEST:
+        return 0.0
+    return min(1.0, 1 - math.log10(error) / math.log10(SMALLEST))
