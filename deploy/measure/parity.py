@@ -13,6 +13,8 @@ from ..bundle import GOLDEN, REFERENCE, Bundle
 from ..bundle.sections import (
     DataCheck,
     GoldenCheck,
+    LayerError,
+    LayerRun,
     RanOn,
     VerificationEntry,
 )
@@ -73,6 +75,10 @@ class Verification:
     """What the output that differed most is, where it is no logits: probabilities or scores."""
     reference_answers: dict[str, int] = field(default_factory=dict, repr=False)
     """Content digest -> top-1 of the reference on ``data``; what a bundle records, but no report shows."""
+    layers: tuple[LayerError, ...] | None = None
+    """The errors of the blocks, where they were compared."""
+    layer_runs: tuple[LayerRun, ...] | None = None
+    """What they say as a whole."""
 
     @property
     def passed(self) -> bool:
@@ -89,6 +95,8 @@ class Verification:
             notes=self.notes,
             passed=self.passed,
             steps=steps,
+            layers=self.layers,
+            layer_runs=self.layer_runs,
         )
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .compiled import describe_compiled
     from .device import describe_build, describe_device_report
     from .html import make_bundle_page, make_comparison_page, make_subject, read_subject
+    from .layers import describe_layers
     from .plot import draw_latency_plot
     from .prediction import describe_prediction
     from .tables import format_differences, format_table
@@ -30,6 +31,7 @@ _HOMES = {
     "describe_compiled": "compiled",
     "describe_decoding": "bundle",
     "describe_device_report": "device",
+    "describe_layers": "layers",
     "describe_prediction": "prediction",
     "describe_protocol": "benchmark",
     "describe_slim": "bundle",
@@ -57,6 +59,7 @@ __all__ = [
     "describe_compiled",
     "describe_decoding",
     "describe_device_report",
+    "describe_layers",
     "describe_prediction",
     "describe_protocol",
     "describe_slim",
