@@ -113,8 +113,8 @@ def _add_layer_flags(p: argparse.ArgumentParser) -> None:
     layers.add_argument(
         "--layers",
         action="store_true",
-        help="compare the output of every block with PyTorch in float64, on the images of --data or the golden"
-        f" ones, {MOST_IMAGES} at most, on OpenVINO and ONNX Runtime unless --backend names one",
+        help="compare the output of every block with PyTorch in float64, on the images of --data or the"
+        f" golden ones, {MOST_IMAGES} at most, on OpenVINO and ONNX Runtime unless --backend names one",
     )
     layers.add_argument(
         "--beside",

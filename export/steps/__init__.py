@@ -5,8 +5,8 @@ its candidates. A step that changes the model compares its result with the untou
 raises :class:`~cmt_edge.deploy.errors.ParityError` beyond what is allowed.
 
 In the order of an export, they are in ``reference``, ``images``, ``graph``, ``blocks``, ``bundle`` (with
-``notes`` on the checkpoint) and ``gate``. Steps of TensorRT alone are in :mod:`cmt_edge.export.trt`, so that other
-exports do not import TensorRT's side."""
+``notes`` on the checkpoint) and ``gate``. Steps of TensorRT alone are in :mod:`cmt_edge.export.trt`, so that
+other exports do not import TensorRT's side."""
 
 from .blocks import find_blocks
 from .bundle import measure_bundle, verify_bundle, write_files
@@ -46,8 +46,8 @@ __all__ = [
     "choose_images",
     "compare_batch_sizes",
     "compare_decoding",
-    "find_blocks",
     "count_synthetic",
+    "find_blocks",
     "fuse_model",
     "is_reduced",
     "make_images",
