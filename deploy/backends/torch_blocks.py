@@ -133,7 +133,7 @@ def watch(
     seen.outputs.update(returned)
     seen.inputs.update(read)
     answers = (given,) if isinstance(given, Tensor) else given
-    return [np.array(answer) for answer in answers], seen
+    return [answer.numpy() for answer in answers], seen
 
 
 def _keep_output(kept: dict[str, list[Any]], path: str, _module: nn.Module, _args: Any, result: Any) -> None:
