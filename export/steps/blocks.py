@@ -110,7 +110,7 @@ def _list_targets(path: str, last_leaf: str | None, seen: Seen) -> list[_Target]
         found.append(_Target(output[:, :1], rows=1))
     before = seen.find_input(last_leaf) if last_leaf else ""
     if isinstance(before, np.ndarray):
-        found.append(_Target(before, before=last_leaf))
+        found.append(_Target(before, before=str(last_leaf).removeprefix(f"{path}.")))
     return found
 
 
