@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..backends import LoadOptions, Session, get_runtime
+from ..backends import RUNTIME_OF_FORMAT, LoadOptions, Session, get_runtime
 from ..backends.base import read_batch_limit
 from ..bundle import Bundle
 from ..bundle.sections import BlockPlace, LayerError, LayerRun
@@ -71,7 +71,8 @@ def compare_layers(
         data: images; default: the golden images of the first bundle.
         limit: the largest number of images, at most :data:`MOST_IMAGES`.
         backend: the only runtime; default: each of :data:`RUNTIMES` that runs a bundle here.
-        options: how to open bundles and reference; a device is one of ``backend``.
+        options: how to open bundles and reference; a device is one of ``backend``, or of the runtime that
+            serves the bundle.
         threshold: relative error beyond which a block is named; default: :data:`THRESHOLDS`.
         progress: called with images done and total.
 
@@ -216,7 +217,12 @@ def _open_sides(
     options: LoadOptions,
     notes: list[str],
 ) -> list[_Side]:
-    """A bundle on every runtime that runs it; ``notes`` gets why another one does not."""
+    """A bundle on every runtime that runs it; ``notes`` gets why another one does not.
+
+    A device is one of the runtime that serves the bundle, unless another runtime is named.
+    """
+    if backend is None and options.device is not None:
+        backend = RUNTIME_OF_FORMAT[bundle.manifest.format]
     if backend is not None:
         return [_Side(bundle, backend, options)]
     refusals: list[InputError | RuntimeMissingError] = []
