@@ -120,8 +120,8 @@ def watch(
         The model's outputs, and what was seen.
     """
     modules = dict((root or model).named_modules())
-    seen = Seen({}, {})
-    returned, read = defaultdict(list), defaultdict(list)
+    returned: defaultdict[str, list[Any]] = defaultdict(list)
+    read: defaultdict[str, list[Any]] = defaultdict(list)
     hooks = [modules[path].register_forward_hook(partial(_keep_output, returned, path)) for path in outputs]
     hooks += [modules[path].register_forward_pre_hook(partial(_keep_input, read, path)) for path in inputs]
     try:
@@ -130,10 +130,8 @@ def watch(
     finally:
         for hook in hooks:
             hook.remove()
-    seen.outputs.update(returned)
-    seen.inputs.update(read)
     answers = (given,) if isinstance(given, Tensor) else given
-    return [answer.numpy() for answer in answers], seen
+    return [answer.numpy() for answer in answers], Seen(dict(returned), dict(read))
 
 
 def _keep_output(kept: dict[str, list[Any]], path: str, _module: nn.Module, _args: Any, result: Any) -> None:

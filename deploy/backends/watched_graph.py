@@ -24,4 +24,4 @@ def add_outputs(bundle: Bundle, tensors: Sequence[str]) -> bytes:
         if tensor not in made:
             raise make_lacking_error(bundle, tensor)
         model.graph.output.add(name=tensor)  # without a type, which the runtime infers
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())

@@ -31,14 +31,15 @@ def restore_layout(tensor: np.ndarray, layout: str, shape: tuple[int, ...]) -> n
     """
     if layout not in find_layouts(tensor.shape, shape):
         raise ValueError(f"a tensor {tensor.shape} does not hold {shape} as {layout!r}")
+    result = tensor
     if layout == TOKENS:
         n, c, h, w = shape
-        return tensor.reshape(n, h, w, c).transpose(0, 3, 1, 2)
-    if layout == LAST:
-        return tensor.transpose(0, 3, 1, 2)
-    if layout == MAP:
-        return tensor.transpose(0, 2, 3, 1).reshape(shape)
-    return tensor
+        result = tensor.reshape(n, h, w, c).transpose(0, 3, 1, 2)
+    elif layout == LAST:
+        result = tensor.transpose(0, 3, 1, 2)
+    elif layout == MAP:
+        result = tensor.transpose(0, 2, 3, 1).reshape(shape)
+    return result
 
 
 class Distance:
