@@ -288,8 +288,11 @@ def _observe_ranges(
 
 
 def _add_files(work: _Work, draft: _Draft) -> _Draft:
-    """The draft with the runtime that reads the graph, which now lies in the bundle's folder."""
-    config = work.config
+    """The draft with the runtime that reads the graph, which now lies in the bundle's folder, and with the
+    places of the model's blocks in it."""
+    config, prepared = work.config, work.prepared
+    source = prepared.source_of(config.precision)
+    blocks = steps.find_blocks(source, draft.graph, prepared.reference)
     with writing(config.target):
         runtime = steps.write_files(
             work.writer.folder,
@@ -298,7 +301,7 @@ def _add_files(work: _Work, draft: _Draft) -> _Draft:
             work.golden,
             config.format,
         )
-    return draft.with_entries(runtime=runtime)
+    return draft.with_entries(runtime=runtime, blocks=blocks)
 
 
 def _add_engine(work: _Work, draft: _Draft, notes: tuple[str, ...]) -> _Draft:

@@ -56,6 +56,12 @@ class Prepared:
             kept_float,
         )
 
+    def source_of(self, precision: str) -> onnx.ModelProto:
+        """The float32 graph that the graph of one precision was made from."""
+        if precision == "int8" and self.quantized is not None:
+            return self.quantized.source
+        return self.graph
+
 
 def prepare(config: ExportConfig, progress: Progress) -> Prepared:
     """Load the reference, choose the images, make the graph, and calibrate it where int8 may be chosen.

@@ -9,6 +9,7 @@ import json
 import os
 import tempfile
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import onnxruntime as ort
 
 from ..bundle import ONNX, Bundle
 from ..bundle.sections import FLOAT32, ExecutedPrecision
-from ..errors import InputError
+from ..errors import InputError, RuntimeMissingError
 from .base import WARM_UP_RUNS, LoadOptions, Runtime, Session, make_open_error, make_run_error
 from .described import GraphTensor, require_described
 from .profile import NodeRun, Profile
@@ -270,6 +271,19 @@ class OnnxRuntime(Runtime):
             [_read_tensor(tensor) for tensor in session.inference.get_outputs()],
         )
         return session
+
+    def open_watched(self, bundle: Bundle, options: LoadOptions, tensors: Sequence[str]) -> Session:
+        """As :meth:`Runtime.open_watched`; ONNX Runtime leaves a tensor that it gives out of its fusions."""
+        try:
+            from .watched_graph import add_outputs
+        except ImportError as exc:
+            raise RuntimeMissingError(
+                "onnx is not installed, which shows tensors inside a graph",
+                remedy='pip install "cmt-edge[export]"',
+            ) from exc
+        self.float_precision(bundle.manifest.precision, options.device)
+        graph = add_outputs(bundle, tensors)
+        return OnnxRuntimeSession(graph, options, bundle.manifest.precision)
 
 
 RUNTIME = OnnxRuntime()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from .openvino_devices import (
     require_precision,
 )
 from .openvino_graph import read
+from .openvino_watched import add_results, run_all
 from .profile import NodeRun, Profile
 
 PRECISION_OF_TYPE = {
@@ -155,6 +156,19 @@ class OpenVINOSession(Session):
     def close(self) -> None:
         self._idle = []
         del self.compiled
+
+
+class WatchedSession(OpenVINOSession):
+    """A session that gives tensors inside the model too, of any type."""
+
+    def run(self, batch: np.ndarray) -> list[np.ndarray]:
+        try:
+            return run_all(self.compiled.create_infer_request(), batch)
+        except Exception as exc:
+            raise make_run_error(self._where, exc) from exc
+
+    def bind(self, shape: tuple[int, ...]) -> Binding:
+        return Session.bind(self, shape)
 
 
 class _Request:
@@ -292,6 +306,17 @@ class OpenVINO(Runtime):
         session.is_from_cache, session.notes = found.is_kept, notes
         return session
 
+    def open_watched(self, bundle: Bundle, options: LoadOptions, tensors: Sequence[str]) -> Session:
+        """As :meth:`Runtime.open_watched`, see :mod:`.openvino_watched`."""
+        core, precision = open_core(), bundle.manifest.precision
+        device = find_device(core, options.device, precision)
+        config = _make_config(device, precision, options)
+        path, low = bundle.file(ONNX), device.choose_float(precision)
+        with bundle.kept(), _opening(path):
+            model = _read_modest(path, lambda graph: add_results(graph, bundle, tensors, low))
+            compiled = core.compile_model(model, device.name, config)
+        return WatchedSession(compiled, lambda: _read_again(bundle, path), device.name, config, path)
+
 
 def _make_config(device: Device, precision: str, options: LoadOptions) -> dict[str, Any]:
     """OpenVINO's settings for a bundle of ``precision``."""
@@ -332,10 +357,11 @@ def _require_described(job: Job, model: ov.Model | ov.CompiledModel) -> None:
     )
 
 
-def _read_modest(path: Path) -> ov.Model:
-    """The model in a file; raises :class:`BundleError` where it makes a tensor larger than it may."""
+def _read_modest(path: Path, prepare: Callable[[ov.Model], object] | None = None) -> ov.Model:
+    """The model in a file, see :func:`.openvino_graph.read`; raises :class:`BundleError` where it makes a
+    tensor larger than it may."""
     try:
-        return read(path)
+        return read(path, prepare)
     except ExcessiveGraph as exc:
         raise BundleError(
             f"{ONNX} asks for more than a graph may",

@@ -19,6 +19,7 @@ from .sections import (
     FORMATS,
     LOGITS,
     MAX_ELEMENTS,
+    BlockPlace,
     CalibrationEntry,
     CompiledEntry,
     DecodingEntry,
@@ -97,6 +98,7 @@ class Manifest:
     latency: LatencyEntry | None = None
     engine: EngineEntry | None = None
     compiled: CompiledEntry | None = field(default=None, metadata=OMITTED)
+    blocks: tuple[BlockPlace, ...] | None = field(default=None, metadata=OMITTED)
     slim: SlimEntry | None = field(default=None, metadata=OMITTED)
     host: Host | None = field(default=None, metadata=EMPTIED)
     schema: int = SCHEMA

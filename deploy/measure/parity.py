@@ -13,6 +13,8 @@ from ..bundle import GOLDEN, REFERENCE, Bundle
 from ..bundle.sections import (
     DataCheck,
     GoldenCheck,
+    LayerError,
+    LayerRun,
     RanOn,
     VerificationEntry,
 )
@@ -76,6 +78,10 @@ class Verification:
     """Content digest -> top-1 of the reference on ``data``; what a bundle records, but no report shows."""
     flipped: tuple[FlippedImage, ...] = field(default=(), repr=False)
     """Images with two answers, for a page; no manifest holds them."""
+    layers: tuple[LayerError, ...] | None = None
+    """The errors of the blocks, where they were compared."""
+    layer_runs: tuple[LayerRun, ...] | None = None
+    """What they say as a whole."""
 
     @property
     def passed(self) -> bool:
@@ -92,6 +98,8 @@ class Verification:
             notes=self.notes,
             passed=self.passed,
             steps=steps,
+            layers=self.layers,
+            layer_runs=self.layer_runs,
         )
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         make_subject,
         read_subject,
     )
+    from .layers import describe_layers
     from .plot import draw_latency_plot
     from .prediction import describe_prediction
     from .tables import format_differences, format_table
@@ -38,6 +39,7 @@ _HOMES = {
     "describe_compiled": "compiled",
     "describe_decoding": "bundle",
     "describe_device_report": "device",
+    "describe_layers": "layers",
     "describe_prediction": "prediction",
     "describe_protocol": "benchmark",
     "describe_slim": "bundle",
@@ -68,6 +70,7 @@ __all__ = [
     "describe_compiled",
     "describe_decoding",
     "describe_device_report",
+    "describe_layers",
     "describe_prediction",
     "describe_protocol",
     "describe_slim",

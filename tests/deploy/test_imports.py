@@ -27,9 +27,12 @@ RUNTIMES = (
     "cmt_edge.deploy.backends.openvino_core",
     "cmt_edge.deploy.backends.openvino_devices",
     "cmt_edge.deploy.backends.openvino_graph",
+    "cmt_edge.deploy.backends.openvino_watched",
     "cmt_edge.deploy.backends.onnxruntime",
     "cmt_edge.deploy.backends.provider_sessions",
     "cmt_edge.deploy.backends.torch",
+    "cmt_edge.deploy.backends.torch_blocks",
+    "cmt_edge.deploy.backends.watched_graph",
     "cmt_edge.deploy.tensorrt.trt",
     "cmt_edge.deploy.tensorrt.rtx",
 )

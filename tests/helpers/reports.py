@@ -16,6 +16,7 @@ from cmt_edge.deploy.bundle.sections import (
     GoldenCheck,
     Host,
     LatencyEntry,
+    LayerError,
     RanOn,
     VerificationEntry,
 )
@@ -26,7 +27,6 @@ from cmt_edge.deploy.measure.memory import Memory
 from cmt_edge.deploy.measure.stages import Stages
 from cmt_edge.deploy.measure.statistics import summarise
 from cmt_edge.deploy.report.html import Subject, make_subject
-from cmt_edge.deploy.report.html.layers import LayerError
 from helpers.bundles import tiny_manifest
 
 
@@ -92,8 +92,16 @@ def full_subject(name: str = "tiny") -> Subject:
     data = check(confusion=((5, 2, 0), (1, 6, 0), (0, 0, 7)))
     made = subject(data, name=name).with_speed(run_of(full_measured(name)), 0)
     layers = tuple(
-        LayerError(f"stages.{place}", "int8", "fake 1", error, 0.99)
-        for place, error in enumerate((1e-9, 1e-4, None, 1.0))
+        LayerError(
+            name=f"stages.{place}",
+            precision="int8",
+            backend="openvino",
+            relative_error=error,
+            cosine=0.99,
+            images=2,
+            worst=error,
+        )
+        for place, error in enumerate((1e-9, 1e-4, 1.0))
     )
     return replace(made, flipped=(flipped("a/b.jpg", 0, 0, 1), flipped("c.jpg", 1, 0, 1)), layers=layers)
 

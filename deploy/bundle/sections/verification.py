@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from ..record import OMITTED, Between
+from .blocks import LayerError, LayerRun
 from .values import LOGITS, Count, OutputDifference, Percent, Points, Precision, Size
 
 
@@ -113,6 +114,9 @@ class VerificationEntry:
         notes: readable.
         passed: whether every check passed.
         steps: step of the export -> largest difference of the outputs from the reference; only in a manifest.
+        layers: the error of every block, in the order of the model, for one runtime after the other; only
+            with ``--layers``.
+        layer_runs: what that says of each bundle and runtime as a whole.
     """
 
     bundle: str
@@ -123,3 +127,5 @@ class VerificationEntry:
     notes: tuple[str, ...]
     passed: bool
     steps: dict[str, OutputDifference] | None = field(default=None, metadata=OMITTED)
+    layers: tuple[LayerError, ...] | None = field(default=None, metadata=OMITTED)
+    layer_runs: tuple[LayerRun, ...] | None = field(default=None, metadata=OMITTED)

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ...bundle import Bundle, Manifest, parse_json, read_record
-from ...bundle.sections import VerificationEntry
+from ...bundle.sections import LayerError, VerificationEntry
 from ...errors import BundleError, InputError
 from ...files import read_regular
 from ...measure.benchmark import Benchmark
 from ...measure.device_report import DeviceReport
 from ...measure.flipped import FlippedImage
 from .frame import PREFIX
-from .layers import LayerError
 from .subject import Subject, make_subject, read_subject
 
 SUFFIXES = (".json", ".html", ".htm")

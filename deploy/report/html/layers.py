@@ -4,36 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from ...bundle.sections import Count, OutputDifference
+from ...bundle.sections import LayerError
 from .charts import draw_bar
-from .elements import NOTHING, UNKNOWN, Markup, Table, join, make
+from .elements import NOTHING, Markup, Table, join, make
 
 SMALLEST = 1e-8
 """The relative error at the left end of a bar, below what float32 gives; at the right end it is 1."""
-
-
-@dataclass(frozen=True)
-class LayerError:
-    """How far the output of a block is from the reference's.
-
-    Attributes:
-        name: of the block's module.
-        precision: of the bundle.
-        backend: the runtime.
-        relative_error: norm of the difference over the norm of the reference's output; ``None`` where the
-            bundle has no such output.
-        cosine: of the angle between the two outputs.
-        images: number of images that were compared.
-    """
-
-    name: str
-    precision: str
-    backend: str
-    relative_error: OutputDifference | None
-    cosine: float | None
-    images: Count | None = None
 
 
 def write_layers(layers: Sequence[LayerError]) -> Markup:
@@ -59,9 +36,9 @@ def _list_cells(layer: LayerError) -> list[str]:
     error, cosine = layer.relative_error, layer.cosine
     return [
         layer.name,
-        UNKNOWN if error is None else f"{error:.2e}",
-        NOTHING if error is None else draw_bar(find_length(error)),
-        UNKNOWN if cosine is None else f"{cosine:.6f}",
+        f"{error:.2e}",
+        draw_bar(find_length(error)),
+        f"{cosine:.6f}",
     ]
 
 

@@ -8,12 +8,11 @@ from typing import Any
 
 from ...bundle import Bundle, Manifest, make_plain, parse_json, read_record
 from ...bundle.contents import make_unreadable_error
-from ...bundle.sections import DataCheck, VerificationEntry
+from ...bundle.sections import DataCheck, LayerError, VerificationEntry
 from ...files import read_regular
 from ...measure.benchmark import Benchmark, Measured
 from ...measure.device_report import DeviceReport
 from ...measure.flipped import FlippedImage
-from .layers import LayerError
 
 REPORT = "report.json"
 """Name of the export's report in the bundle."""
