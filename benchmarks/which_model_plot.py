@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,11 @@ DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (0.8, 0.8), (-0.8, 0.8), (0.8, -
 """Where from its marker a label may lie."""
 MARKER = 9
 """Width of a marker with some room, points."""
+
+LINE = 2
+"""Half of the width that the front's line takes, pixels."""
+DPI = 130
+"""Pixels of an inch."""
 
 Box = tuple[float, float, float, float]
 """Left, bottom, right and top."""
@@ -47,9 +53,11 @@ def draw_estimates(results: dict[str, Any], path: Path) -> None:
 
 
 def _draw(panels: dict[str, list[Point]], unit: str, caption: str, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.5, 0.6 + 6.2 * len(panels)), layout="constrained")
+    figure = Figure(figsize=(9.5, 0.6 + 5.6 * len(panels)), layout="constrained", dpi=DPI)
+    FigureCanvasAgg(figure)
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     everything = [point for points in panels.values() for point in points]
     for panel, (title, points) in zip(axes, panels.items(), strict=True):
@@ -62,7 +70,7 @@ def _draw(panels: dict[str, list[Point]], unit: str, caption: str, path: Path) -
     for panel, points in zip(axes, panels.values(), strict=True):
         _label(figure, panel, points)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix.lstrip(".") or "png", dpi=130)
+    figure.savefig(buffer, format=path.suffix.lstrip(".") or "png", dpi=DPI)
     write_atomic(path, buffer.getvalue())
 
 
@@ -110,6 +118,7 @@ def _label(figure: Any, panel: Any, points: Sequence[Point]) -> None:
     taken: list[Box] = [(x - half, y - half, x + half, y + half) for x, y in spots.values()]
     legend = panel.get_legend().get_window_extent(renderer)
     taken.append((legend.x0, legend.y0, legend.x1, legend.y1))
+    taken += list_steps([spots[point] for point in front])
     area = panel.get_window_extent(renderer)
     room = (area.x0, area.y0, area.x1, area.y1)
     for point, spot in sorted(spots.items(), key=lambda item: item[0] not in front):
@@ -126,19 +135,26 @@ def _label(figure: Any, panel: Any, points: Sequence[Point]) -> None:
             arrowprops={"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3},
             zorder=4,
         )
-        extent = text.get_window_extent(renderer)
-        size = (extent.width, extent.height)
-        shift, box = find_place(spot, _measure(text, renderer) or size, taken, room, scale)
+        shift, box = find_place(spot, _measure(text, renderer), taken, room, scale)
         text.set_position((shift[0] / scale, shift[1] / scale))
         taken.append(box)
 
 
-def _measure(text: Any, renderer: Any) -> tuple[float, float] | None:
+def _measure(text: Any, renderer: Any) -> tuple[float, float]:
     """Width and height of the words alone, without the line to the marker."""
     from matplotlib.text import Text
 
     extent = Text.get_window_extent(text, renderer)
     return extent.width, extent.height
+
+
+def list_steps(corners: Sequence[tuple[float, float]]) -> list[Box]:
+    """The boxes of the line that runs right from each corner and then up to the next one."""
+    boxes: list[Box] = []
+    for (left, low), (right, high) in itertools.pairwise(corners):
+        boxes.append((left, low - LINE, right + LINE, low + LINE))
+        boxes.append((right - LINE, low, right + LINE, high))
+    return boxes
 
 
 def find_place(

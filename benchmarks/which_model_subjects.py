@@ -54,7 +54,6 @@ YARDSTICK = "yardstick"
 
 def read_yardsticks() -> list[Subject]:
     """The models of :data:`YARDSTICKS`."""
-    import tomllib  # Python 3.11
 
     content = tomllib.loads(YARDSTICKS.read_text(encoding="utf-8"))
     return [
