@@ -29,6 +29,22 @@ Results = dict[str, Any]
 """The content of the JSON file."""
 
 
+KNOWN = Path(__file__).parent.parent / "docs" / "tensorrt.md"
+"""The page with the table of ``rtx_compile.py``, whose estimates stand in where ``estimate`` has not run."""
+KNOWN_GRAPH = "ours, fp16"
+"""What that table calls the graph that ``estimate`` compiles."""
+
+
+def read_known_estimates(page: Path) -> dict[str, float]:
+    """Model -> milliseconds on :data:`GPU`, of the table that ``rtx_compile.py`` has written into a page."""
+    found = {}
+    for line in page.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) > 2 and cells[1] == KNOWN_GRAPH:
+            found[cells[0]] = float(cells[-1])
+    return found
+
+
 @dataclass(frozen=True)
 class Point:
     """One model in one precision.
@@ -62,8 +78,8 @@ def find_front(points: Iterable[Point]) -> list[Point]:
 
 def find_best(points: Iterable[Point], budget: float) -> Point | None:
     """The most accurate point within ``budget`` milliseconds, of equal ones the faster; ``None`` where none
-    is within it."""
-    within = [point for point in points if point.ms <= budget]
+    is within it. Weights that saw more than ImageNet-1k do not compete."""
+    within = [point for point in points if point.ms <= budget and not point.extra_data]
     return max(within, key=lambda p: (p.top1, -p.ms), default=None)
 
 
@@ -97,10 +113,19 @@ def _collect_model(subject: Subject, folder: Path, rows: dict[str, Any], base_ms
     }
     return {
         **asdict(subject),
-        **{key: exported.get(key) for key in ("params", "macs")},
+        "params": exported.get("params", subject.params),
+        "macs": exported.get("macs", subject.macs),
         "precisions": found,
-        "rtx": _read(folder / "estimate" / f"{subject.key}.json") or None,
+        "rtx": _read(folder / "estimate" / f"{subject.key}.json") or _find_known_estimate(subject.name),
     }
+
+
+def _find_known_estimate(name: str) -> dict[str, Any] | None:
+    """What the page says of a model that was not compiled here; it names the page."""
+    ms = read_known_estimates(KNOWN).get(name)
+    if ms is None:
+        return None
+    return {"source": f"{KNOWN.parent.name}/{KNOWN.name}", "estimates": [{"gpu": GPU, "total_ms": ms}]}
 
 
 def _collect_precision(

@@ -13,6 +13,8 @@ YARDSTICKS = Path(__file__).with_name("which_model.toml")
 """The table of the yardsticks."""
 EXTRA_DATA = "IN-22k"
 """What the source of a published figure says where the weights were first trained on more images."""
+COUNTED = "; MACs and parameters counted on the official code"
+"""What the source of a registry entry says of other figures than top-1."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Subject:
         imgsz: height and width of the input, pixels.
         top1: published ImageNet-1k top-1 in percent, ``None`` where none is published.
         source: of ``top1``.
+        params: number of parameters, where the registry says it.
+        macs: multiply-accumulates of an image, where the registry says it.
         extra_data: whether the weights of that figure saw more than ImageNet-1k.
     """
 
@@ -36,6 +40,8 @@ class Subject:
     top1: float | None
     source: str
     extra_data: bool = False
+    params: int | None = None
+    macs: int | None = None
 
     @property
     def key(self) -> str:
@@ -80,8 +86,10 @@ def list_registry() -> list[Subject]:
             spec.family,
             spec.img_size,
             None if spec.top1 is None else float(spec.top1),
-            spec.source,
+            spec.source.replace(COUNTED, ""),
             EXTRA_DATA in spec.source,
+            spec.params,
+            spec.macs,
         )
         for spec in map(find_model, list_models())
     ]

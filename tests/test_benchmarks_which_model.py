@@ -102,3 +102,14 @@ def test_a_page_without_the_comments_is_left_alone(which, tmp_path):
     begin, end = which.BEGIN.format("budgets"), which.END.format("budgets")
     replaced = which.replace_part(f"a\n{begin}\nold\n{end}\nb\n", "budgets", "new", page)
     assert replaced == f"a\n{begin}\nnew\n{end}\nb\n"
+
+
+def test_estimates_of_the_other_table_are_read(which, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "| model | graph | estimate, ms |\n| :- | -: | -: |\n"
+        "| cmt_xs | plain export, fp16 | 0.77 |\n| cmt_xs | ours, fp16 | 0.60 |\n"
+        "| cmt_xs | ours, int8 | 1.02 |\n"
+    )
+    assert which.read_known_estimates(page) == {"cmt_xs": 0.6}
+    assert which.read_known_estimates(which.KNOWN)["cmt_xs"] > 0
