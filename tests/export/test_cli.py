@@ -41,6 +41,13 @@ def test_list_models(capsys, monkeypatch):
     assert described[2]["img_size"] == 192
 
 
+def test_the_list_says_where_to_choose(capsys):
+    assert main(["--list-models"]) == 0
+    assert "docs/which-model.md" in capsys.readouterr().err
+    assert main(["--list-models", "--json"]) == 0
+    assert not capsys.readouterr().err
+
+
 def test_export_prints_what_to_do_next(capsys, tmp_path):
     out = succeeded(capsys, "--model", "cmt_nano", "-o", tmp_path)
     path = tmp_path / NAME
