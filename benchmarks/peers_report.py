@@ -127,9 +127,17 @@ def format_markdown(
             " not accuracy. int8 is calibrated on the same images in every row:"
             f" {content['calibration']['source']}, {content['calibration']['images']}."
         ),
-        format_machine(content["machine"], content["versions"], content["threads"], protocol),
+        format_machine(
+            content["machine"], content["versions"], content["threads"], protocol, name_batch(content)
+        ),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def name_batch(content: dict[str, Any]) -> str:
+    """What a run's graphs take; runs of older versions took one image."""
+    batch = content.get("batch", 1)
+    return f"batch {batch}" if batch else "any batch size, measured with one image"
 
 
 def plot(results: dict[str, list[Result]], path: Path, caption: str) -> None:
@@ -175,8 +183,8 @@ def read_again(paths: Sequence[Path]) -> tuple[dict[str, Any], dict[str, list[Re
         SystemExit: the runs are of different machines, versions or thread counts.
     """
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    for key in ("versions", "threads", "base"):
-        if any(run[key] != runs[0][key] for run in runs):
+    for key in ("versions", "threads", "batch", "base"):
+        if any(run.get(key) != runs[0].get(key) for run in runs):
             raise SystemExit(f"the runs differ in their {key}: they do not belong into one table")
     if any(
         (run["machine"]["cpu"], run["machine"]["flags"])
