@@ -177,16 +177,18 @@ def run_in_child(job: Job, row: Row, action: str, environments: Environments) ->
 # --- measuring ------------------------------------------------------------------------------------
 
 
-def find_earlier(job: Job, row: Row, action: str) -> tuple[float, int, str] | None:
-    """What :func:`run_in_child` gave when an earlier run did the same in the same ``--folder``."""
+def find_earlier(job: Job, row: Row, action: str) -> tuple[None, int, str] | None:
+    """The peak memory, as of :func:`run_in_child`, when an earlier run did the same in the same ``--folder``;
+    no time, as nobody knows what else the machine did then."""
     path = _locate_outcome(job, row, action)
     outcome = json.loads(path.read_text()) if path.exists() else {"error": "not made"}
-    return None if "error" in outcome else (outcome["seconds"], outcome["peak"], "")
+    return None if "error" in outcome else (None, outcome["peak"], "")
 
 
 def prepare(job: Job, rows: Sequence[Row], environments: Environments) -> list[Result]:
     """Build every artefact once and run every row once, each in a child."""
-    results, built = [], {}
+    results: list[Result] = []
+    built: dict[str, tuple[float | None, int, str]] = {}
     for row in rows:
         result = Result(row.key, row.label, row.ours)
         results.append(result)

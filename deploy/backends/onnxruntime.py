@@ -20,6 +20,7 @@ from ..bundle.sections import FLOAT32, ExecutedPrecision
 from ..errors import InputError
 from .base import WARM_UP_RUNS, LoadOptions, Runtime, Session, make_open_error, make_run_error
 from .described import GraphTensor, require_described
+from .overflow import can_overflow
 from .provider_sessions import Offer, count_operators, find_offer, open_on
 from .providers import CPU, Demand, parse_place, require_precision
 
@@ -43,8 +44,7 @@ FORMAT = "session.load_model_format"
 their fifth to eighth are ``ORTM``, which may as well be the begin of a name in an ONNX file."""
 
 EXACT_INT8 = "session.x64quantprecision"
-"""Setting that makes int8 products exact on x86 CPUs without VNNI, where sums of two products would exceed
-16 bits. It changes nothing on other CPUs."""
+"""Setting that makes int8 products exact where they can overflow. Elsewhere it would only cost time."""
 
 FATAL_ONLY = 4
 """ONNX Runtime's log level that hides warnings and errors. It writes them to standard error by itself, with
@@ -121,7 +121,8 @@ def _make_options(threads: int, profile_prefix: str | None) -> ort.SessionOption
     options = ort.SessionOptions()
     options.log_severity_level = FATAL_ONLY
     options.add_session_config_entry(FORMAT, "ONNX")
-    options.add_session_config_entry(EXACT_INT8, "1")
+    if can_overflow():
+        options.add_session_config_entry(EXACT_INT8, "1")
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     if profile_prefix:
