@@ -23,7 +23,7 @@ from .graph import (
     trace_model,
 )
 from .images import OBSERVED_IMAGES, choose_images, count_synthetic, make_images
-from .notes import write_notes_on_checkpoint, write_notes_on_runtime
+from .notes import write_notes_on_checkpoint
 from .reference import (
     GOLDEN_IMAGES,
     Evaluation,
@@ -61,5 +61,4 @@ __all__ = [
     "verify_bundle",
     "write_files",
     "write_notes_on_checkpoint",
-    "write_notes_on_runtime",
 ]
