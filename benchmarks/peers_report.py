@@ -187,8 +187,8 @@ def plot(results: dict[str, list[Result]], path: Path, caption: str) -> None:
 def read_again(paths: Sequence[Path]) -> tuple[dict[str, Any], dict[str, list[Result]], Protocol]:
     """Content, results and protocol of earlier runs on one machine, as one; of protocols the shortest.
 
-    A row that several runs measured comes from the first of them, one that could not run from the last. Every run has the base, to which its ratios
-    refer.
+    A row that several runs measured comes from the first of them, and one that could not run in any from the
+    last. Every run has the base, to which its ratios refer.
 
     Raises:
         SystemExit: the runs are of different machines, versions or thread counts.
