@@ -149,7 +149,8 @@ def _quantize_added_bias(graph: ir.Graph, product: ir.Node) -> None:
     uses = product.outputs[0].uses()
     if len(uses) != 1:
         return
-    addition, position = uses[0]
+    (use,) = uses
+    addition, position = use.node, use.idx
     if addition.op_type == "Add" and is_constant(addition.inputs[1 - position]):
         _quantize_bias(graph, product, addition, 1 - position)
 
