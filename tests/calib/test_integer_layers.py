@@ -44,7 +44,7 @@ def test_onnx_runtime_computes_nearly_all_int8_layers_in_integers(quantized, pla
     layers = len(list_int8_nodes(quantized.model))
     before, after = (count_kernels(graph, tmp_path) for graph in (quantized.model, placed))
     assert sum(before[kind] for kind in INTEGER_KERNELS) < 0.5 * layers  # linears without a bias
-    assert sum(after[kind] for kind in INTEGER_KERNELS) >= 0.95 * layers
+    assert sum(after[kind] for kind in INTEGER_KERNELS) >= 0.9 * layers
     assert after["QLinearConv"] > 0
     assert after["QGemm"] + after["MatMulIntegerToFloat"] > 0
 
