@@ -116,7 +116,7 @@ def equalize(
             return Equalized(model)
         tensors = [site.tensor for site in sites]
         others = sorted(set(read) - set(tensors))
-        extremes = measure_extremes(model, tensors, others, batches, _guarded)
+        extremes = measure_extremes(model, tensors, others, batches, guard_calibration)
         for site, tensor in zip(sites, tensors, strict=True):
             low, high = extremes[tensor]
             factor = _compute_factor(low.min(0), high.max(0))
@@ -128,7 +128,7 @@ def equalize(
 
 
 @contextmanager
-def _guarded() -> Iterator[None]:
+def guard_calibration() -> Iterator[None]:
     """Failures of ONNX Runtime become one typed error."""
     try:
         yield

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cmt_edge.calib import CalibrationSet
+from cmt_edge.calib.integer_layers import PLACEMENT
 from cmt_edge.cmt import (
     compute_weights_fingerprint,
     count_params,
@@ -164,10 +166,18 @@ def describe_calibration(
     """What an int8 graph was calibrated on; ``cached`` if it was calibrated by an earlier run."""
     return CalibrationEntry(
         **vars(data.describe()),
-        recipe=config.recipe.key(),
+        recipe=_name_recipe(config),
         cached=cached,
         keep_float=config.kept_float,
     )
+
+
+def _name_recipe(config: ExportConfig) -> str:
+    """The hash of all choices: of the recipe, and of further pairs where the format has them."""
+    key = config.recipe.key()
+    if not config.computes_by_pairs:
+        return key
+    return hashlib.sha256(f"{key} {PLACEMENT}".encode()).hexdigest()
 
 
 def describe_typing(result: Typed, data: CalibrationSet | None) -> TypingEntry:

@@ -68,8 +68,6 @@ def run(config: ExportConfig, progress: Progress | None = None) -> Bundle:
     if config.keeps_results:
         can_keep(find_cache_folder())  # says so before the long work
     progress = progress or Progress(quiet=True)
-    for note in steps.write_notes_on_runtime(config):
-        progress.tell(note)
     with _claimed(Path(config.output)), without_compiler_folder():
         prepared = prepare(config, progress)
         decision = choose(config, prepared, progress)

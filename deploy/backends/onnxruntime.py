@@ -21,6 +21,7 @@ from ..bundle.sections import FLOAT32, ExecutedPrecision
 from ..errors import InputError, RuntimeMissingError
 from .base import WARM_UP_RUNS, LoadOptions, Runtime, Session, make_open_error, make_run_error
 from .described import GraphTensor, require_described
+from .overflow import can_overflow
 from .profile import NodeRun, Profile
 from .provider_sessions import Offer, count_operators, find_offer, open_on
 from .providers import CPU, Demand, parse_place, require_precision
@@ -44,6 +45,8 @@ FORMAT = "session.load_model_format"
 """Setting that names the format of a model. Without it ONNX Runtime takes bytes for its own format where
 their fifth to eighth are ``ORTM``, which may as well be the begin of a name in an ONNX file."""
 
+EXACT_INT8 = "session.x64quantprecision"
+"""Setting that makes int8 products exact where they can overflow. Elsewhere it would only cost time."""
 KERNEL = "_kernel_time"
 """How the name of an event ends that is the kernel of a node."""
 MICROSECONDS = 1e6
@@ -137,6 +140,8 @@ def _make_options(threads: int, profile_prefix: str | None) -> ort.SessionOption
     options = ort.SessionOptions()
     options.log_severity_level = FATAL_ONLY
     options.add_session_config_entry(FORMAT, "ONNX")
+    if can_overflow():
+        options.add_session_config_entry(EXACT_INT8, "1")
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     if profile_prefix:

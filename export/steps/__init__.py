@@ -18,12 +18,13 @@ from .graph import (
     choose_graph,
     compare_batch_sizes,
     fuse_model,
+    measure_ranges,
     observe_ranges,
     simplify_graph,
     trace_model,
 )
 from .images import OBSERVED_IMAGES, choose_images, count_synthetic, make_images
-from .notes import write_notes_on_checkpoint, write_notes_on_runtime
+from .notes import write_notes_on_checkpoint
 from .reference import (
     GOLDEN_IMAGES,
     Evaluation,
@@ -54,6 +55,7 @@ __all__ = [
     "make_reference",
     "match_evaluation",
     "measure_bundle",
+    "measure_ranges",
     "observe_ranges",
     "require_passed",
     "simplify_graph",
@@ -61,5 +63,4 @@ __all__ = [
     "verify_bundle",
     "write_files",
     "write_notes_on_checkpoint",
-    "write_notes_on_runtime",
 ]
