@@ -124,11 +124,13 @@ LIBRARY_EXCEPTIONS = frozenset({GCC, LGPL})
 
 OWN = (
     "libaoti_",
+    "libarrow",
     "libbackend_with_compiler",
     "libc10",
     "libjitbackend_",
     "libonnxruntime",
     "libopenvino",
+    "libparquet",
     "librt_",
     "libshm",
     "libtorch",
