@@ -137,7 +137,7 @@ OWN = (
 )
 """Beginnings of the names of libraries that belong to the package itself and have its licence."""
 
-LIBRARY = re.compile(r"^(lib[\w+]*)(?:-[0-9a-f]{8})*[\w.-]*?\.so(?:\.[\d.]+)?$")
+LIBRARY = re.compile(r"^(lib[\w+]+)(?:-[0-9a-f]{8})*[\w.-]*?\.so(?:\.[\d.]+)?$")
 """The name of a file of a shared library; its group is the name without hash and version."""
 
 PROPRIETARY = ("rtx", "rtx-cu13")
