@@ -2,8 +2,9 @@
 runtime.
 
 >>> from cmt_edge.deploy import Predictor
->>> with Predictor.load("cmt_nano_int8_openvino") as p:
-...     p("ship.jpg").top(3)
+>>> with Predictor.load("cmt_nano_fp32_openvino") as p:
+...     p("ship.jpg").label
+'ship'
 
 Each name below is imported when it is first used, so that what only prints starts without NumPy.
 """

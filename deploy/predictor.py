@@ -50,6 +50,10 @@ class Prediction:
         source: the path, where the image was given as one.
         kind: what the model gives: ``"logits"``, ``"probabilities"`` (they sum to 1) or ``"scores"`` (each
             class has a probability of its own, so that several classes may be probable).
+
+    >>> prediction = Prediction(np.array([0.0, 1.0, 3.0], np.float32), ["cat", "dog", "ship"])
+    >>> [(label, round(probability, 2)) for label, probability in prediction.top(2)]
+    [('ship', 0.84), ('dog', 0.11)]
     """
 
     logits: np.ndarray
@@ -99,8 +103,9 @@ class Loading:
 class Predictor:
     """A bundle, opened by one runtime. Thread-safe; a context manager.
 
-    >>> with Predictor.load("cmt_nano_int8_openvino") as p:
-    ...     p("ship.jpg").top(3)
+    >>> with Predictor.load("cmt_nano_fp32_openvino") as p:
+    ...     p("ship.jpg").label
+    'ship'
     """
 
     def __init__(
@@ -146,6 +151,11 @@ class Predictor:
         key: str | Path | None = None,
     ) -> Predictor:
         """Open a bundle and check the hash of every file.
+
+        >>> predictor = Predictor.load("cmt_nano_fp32_openvino", threads=1)
+        >>> len(predictor.labels), predictor.spec.size
+        (10, 64)
+        >>> predictor.close()
 
         Args:
             path: bundle folder.
@@ -259,6 +269,10 @@ class Predictor:
     ) -> list[Prediction]:
         """Classify several images, in the caller's thread. A single image gives a list of one.
 
+        >>> with Predictor.load("cmt_nano_fp32_openvino") as predictor:
+        ...     [answer.label for answer in predictor.predict(["ship.jpg", "truck.jpg"])]
+        ['ship', 'truck']
+
         Raises:
             ImageError: an image cannot be read; the first such image is named.
             InputError: a closed Predictor, a bundle of feature maps, or an unknown ``color``.
@@ -275,6 +289,12 @@ class Predictor:
         copy: bool = True,
     ) -> Iterator[Prediction]:
         """Predictions in order, one by one: threads decode ahead while the runtime computes.
+
+        >>> with Predictor.load("cmt_nano_fp32_openvino") as predictor:
+        ...     for answer in predictor.stream(["ship.jpg", "truck.jpg"]):
+        ...         print(answer.source, answer.label)
+        ship.jpg ship
+        truck.jpg truck
 
         ``images`` is read in the caller's thread, and only as far ahead as is worth it, so an endless
         iterable is fine: at most ``in_flight * batch + max(batch, 2 * workers)`` images are held (a dynamic
@@ -313,7 +333,12 @@ class Predictor:
         copy: bool = True,
     ) -> Iterator[Prediction | ImageError]:
         """As :meth:`stream`, but an image that cannot be read gives its :class:`ImageError` in place of a
-        prediction, and the images after it are answered."""
+        prediction, and the images after it are answered.
+
+        >>> with Predictor.load("cmt_nano_fp32_openvino") as predictor:
+        ...     [type(answer).__name__ for answer in predictor.attempt([b"no image", "ship.jpg"])]
+        ['ImageError', 'Prediction']
+        """
         decode = self._make_decoder(color)
 
         def decode_or_explain(
@@ -336,6 +361,10 @@ class Predictor:
     def logits(self, batch: np.ndarray) -> np.ndarray:
         """Preprocessed float32 ``(N, 3, H, W)`` -> float32 ``(N, classes)``; any ``N``, in the model's own
         batches. A model that ends in a softmax or a sigmoid gives probabilities here.
+
+        >>> with Predictor.load("cmt_nano_fp32_openvino") as predictor:
+        ...     predictor.logits(predictor.prepare(["ship.jpg", "truck.jpg"])).shape
+        (2, 10)
 
         Raises:
             InputError: another dtype or shape, values that are not finite, or a bundle of feature maps.

@@ -252,5 +252,10 @@ def preprocess(
     color: str = "rgb",
 ) -> np.ndarray:
     """One image -> float32 ``(3, size, size)``, written into ``out`` if given. The other arguments and the
-    errors are those of :func:`~cmt_edge.deploy.decoding.decode`."""
+    errors are those of :func:`~cmt_edge.deploy.decoding.decode`.
+
+    >>> spec = Preprocess(size=32, short_side=36, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    >>> preprocess("ship.jpg", spec).shape
+    (3, 32, 32)
+    """
     return normalise(decode_pixels(source, spec, color), spec, out)

@@ -124,18 +124,20 @@ LIBRARY_EXCEPTIONS = frozenset({GCC, LGPL})
 
 OWN = (
     "libaoti_",
+    "libarrow",
     "libbackend_with_compiler",
     "libc10",
     "libjitbackend_",
     "libonnxruntime",
     "libopenvino",
+    "libparquet",
     "librt_",
     "libshm",
     "libtorch",
 )
 """Beginnings of the names of libraries that belong to the package itself and have its licence."""
 
-LIBRARY = re.compile(r"^(lib[\w+]*)(?:-[0-9a-f]{8})*[\w.-]*?\.so(?:\.[\d.]+)?$")
+LIBRARY = re.compile(r"^(lib[\w+]+)(?:-[0-9a-f]{8})*[\w.-]*?\.so(?:\.[\d.]+)?$")
 """The name of a file of a shared library; its group is the name without hash and version."""
 
 PROPRIETARY = ("rtx", "rtx-cu13")

@@ -263,6 +263,28 @@ def test_a_job_needs_its_exit_code_and_its_text(script, tmp_path, monkeypatch, c
     assert bool(found) == bool(problem)
 
 
+def test_the_version_of_the_wheel_must_be_told_everywhere(script):
+    jobs = script("try_wheel").tell_version(Path("cmt_edge-0.1.1.dev3+g1a2b3c4d5-py3-none-any.whl"))
+    assert [job.text for job in jobs] == ["cmt-edge 0.1.1.dev3+g1a2b3c4d5\n", "0.1.1.dev3+g1a2b3c4d5\n"]
+
+
+def test_sizes_of_what_is_installed(script, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    sizes = script("installed_size")
+    for name, size in (("large", 3 << 20), ("small", 1000), ("pip", 5 << 20)):
+        (tmp_path / f"{name}-1.dist-info").mkdir()
+        (tmp_path / f"{name}-1.dist-info" / "METADATA").write_text(f"Name: {name}\nVersion: 1\n")
+        (tmp_path / f"{name}.so").write_bytes(bytes(size))
+        (tmp_path / f"{name}.pyc").write_bytes(bytes(7))
+        record = "".join(f"{file},,\n" for file in (f"{name}.so", f"{name}.pyc", "gone.py"))
+        (tmp_path / f"{name}-1.dist-info" / "RECORD").write_text(record)
+    found = sizes.measure_packages(tmp_path)
+    assert found == {"large 1": 3 << 20, "small 1": 1000}
+    table = sizes.make_table(found)
+    assert "large 1" in table
+    assert [line.split()[-1] for line in table.splitlines()[2:]] == ["3.0", "0.0", "3.0"]
+
+
 def test_an_extra_without_a_job_is_refused(script, capsys):
     with pytest.raises(SystemExit) as stop:
         script("try_wheel").main(["openvino", "opnvino"])

@@ -211,6 +211,7 @@ def test_a_fault_writes_no_page(script, package, monkeypatch, tmp_path, capsys):
         ("libtbbbind_2_5.so.3", "libtbbbind_2_5"),
         ("libstdc++.so.6", "libstdc++"),
         ("_core.cpython-311-x86_64-linux-gnu.so", None),
+        ("lib.cpython-311-x86_64-linux-gnu.so", None),
         ("libname.py", None),
     ],
 )

@@ -306,6 +306,12 @@ def benchmark(
 ) -> Benchmark:
     """Measure bundles side by side.
 
+    >>> short = Protocol(iters=5, seconds=0.05, warmup_iters=1, warmup_seconds=0)
+    >>> bundle = Bundle.open("cmt_nano_fp32_openvino")
+    >>> measured = benchmark([bundle], protocol=short, with_throughput=False)
+    >>> measured.results[0].model.p50 > 0
+    True
+
     Args:
         bundles: at least one; the first is what ratios refer to.
         backend, device, threads, trusted_engine: as :meth:`cmt_edge.deploy.Predictor.load`.

@@ -124,6 +124,9 @@ def verify(
 ) -> Verification:
     """Check a bundle against the reference.
 
+    >>> verify(Bundle.open("cmt_nano_fp32_openvino")).passed
+    True
+
     Args:
         bundle: opened, so its hashes hold.
         data: images in class folders; without it only the golden vectors are checked.
