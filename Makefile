@@ -66,7 +66,7 @@ test-providers:
 test-servers:
 	$(PYTHON) -m venv --clear $(SERVERS)
 	$(SERVERS)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test-light,kserve]" mlserver
-	$(SERVERS)/bin/python -m pytest -rs tests/deploy/test_mlserver.py tests/deploy/test_kserve.py
+	$(SERVERS)/bin/python -m pytest -rs tests/deploy/test_mlserver.py tests/deploy/test_kserve.py tests/deploy/test_serving.py
 
 # The accessibility checks of the HTML reports, in Chromium; fetches axe-core by npm into out/.
 AXE := out/axe
