@@ -122,6 +122,14 @@ JOBS = {
         Job(("python", str(SCORES), BUNDLE, PICTURES, "-o", "scores.parquet"), text='"unreadable": 0'),
         Job(("python", str(SERVICE), "no_bundle"), 2, "no_bundle"),
     ),
+    "kserve": (
+        Job((*PREDICT, "--backend", "kserve"), 2, "HOST:PORT/MODEL"),
+        Job(
+            (*PREDICT, "--backend", "kserve", "--device", "127.0.0.1:9/m"),
+            MISSING,
+            "no inference server answers",
+        ),
+    ),
     "report,onnxruntime": (Job(("cmt-bench", BUNDLE, "--seconds", "0.2", "--plot", "latency.svg")),),
     "export": (
         Job(("cmt-export", *DATA, "--format", "onnx", "--precision", "int8", "-o", "out")),

@@ -71,7 +71,7 @@ COMMANDS = {
     "serve-repo": Command(
         "deploy.cli.serve_repo",
         USE,
-        "write bundles as a folder that Triton or OpenVINO Model Server reads",
+        "write bundles as a folder for Triton or OpenVINO Model Server",
         has_script=False,
     ),
     "doctor": Command(
