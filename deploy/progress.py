@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 LEAST_SHARE = 0.05
 """The time that is left is told from this share on; less says nothing of the speed."""
 LEAST_SECONDS = 2.0
-"""And from so many seconds on: what is quicker needs no estimate."""
+"""The time left is shown after this number of seconds; a shorter step needs no estimate."""
 
 
 def describe_left(share: float, seconds: float) -> str:

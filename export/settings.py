@@ -238,7 +238,7 @@ class Settings:
     )
     reducing_gap: float = make_option(
         REDUCING_GAP,
-        help="a reduced image has at least so many times the width and height that it is then resized to",
+        help="least width and height of a reduced image, as a multiple of those that it is then resized to",
         group=MODEL,
         range=Range(*REDUCING_GAPS),
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from cmt_edge.deploy.backends import RUNTIME_OF_FORMAT
 from helpers.exports import traced_once
 from helpers.made_once import copy_once_made, find_run_folder
 from helpers.measuring import brief_commands, brief_exports
-from helpers.paths import FAKES
+from helpers.paths import FAKES, ROOT
 from helpers.shared import shared
 from helpers.trt import forget_fakes
 
@@ -63,6 +65,20 @@ def pytest_collection_finish():
 def pytest_unconfigure():
     """Extension modules complain at the end of objects that nobody has freed."""
     gc.unfreeze()
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """A function that imports a file of ``scripts/``."""
+
+    def load(name: str):
+        spec = spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+        module = module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture(scope="session", autouse=True)

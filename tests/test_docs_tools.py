@@ -5,9 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import shlex
-import sys
 from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -17,20 +15,6 @@ from cmt_edge.__main__ import COMMANDS
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCES = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """A function that imports a file of ``scripts/``."""
-
-    def load(name: str):
-        spec = spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-        module = module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, module)
-        spec.loader.exec_module(module)
-        return module
-
-    return load
 
 
 def read_fences(*languages: str) -> list[tuple[str, str]]:

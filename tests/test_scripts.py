@@ -6,7 +6,6 @@ import ast
 import os
 import subprocess
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -24,20 +23,6 @@ def grow(value):
     """Add."""
     return value + LIMIT
 '''
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """A function that imports a file of ``scripts/``."""
-
-    def load(name: str):
-        spec = spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-        module = module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, module)
-        spec.loader.exec_module(module)
-        return module
-
-    return load
 
 
 CHECKOUT = {
