@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .bundle import Bundle
     from .errors import CmtEdgeError
-    from .predictor import Prediction, Predictor
+    from .prediction import Prediction
+    from .predictor import Predictor
     from .preprocessing import Preprocess, preprocess
 
 _HOMES = {
     "Bundle": "bundle",
     "CmtEdgeError": "errors",
-    "Prediction": "predictor",
+    "Prediction": "prediction",
     "Predictor": "predictor",
     "Preprocess": "preprocessing",
     "preprocess": "preprocessing",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from .decoding import ImageLike, list_images, take_snapshot
 from .errors import BundleError, CmtEdgeError, ImageError, InputError
 from .lanes import Lanes
 from .locks import Hold
+from .prediction import Prediction
 from .preprocessing import Preprocess, preprocess
 from .stream import stream
 
@@ -37,50 +38,6 @@ PROBABILITY_ROUNDING = 0.01
 be: twice of what a model does that rounds its own to bfloat16."""
 FEW_VALUES = 4096
 """The largest number of values that are looked at one by one, which is faster than adding them up."""
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The answer for one image.
-
-    Attributes:
-        logits: float32 ``(classes,)``, what the model gives; for a ``kind`` other than ``"logits"`` these are
-            the probabilities themselves.
-        labels: class names in the order of the logits.
-        source: the path, where the image was given as one.
-        kind: what the model gives: ``"logits"``, ``"probabilities"`` (they sum to 1) or ``"scores"`` (each
-            class has a probability of its own, so that several classes may be probable).
-
-    >>> prediction = Prediction(np.array([0.0, 1.0, 3.0], np.float32), ["cat", "dog", "ship"])
-    >>> [(label, round(probability, 2)) for label, probability in prediction.top(2)]
-    [('ship', 0.84), ('dog', 0.11)]
-    """
-
-    logits: np.ndarray
-    labels: Sequence[str] = field(repr=False)
-    source: str | None = None
-    kind: str = LOGITS
-
-    @property
-    def probabilities(self) -> np.ndarray:
-        """Float32 ``(classes,)``: the softmax of logits; what the model gives where that is no logits."""
-        if self.kind != LOGITS:
-            return self.logits
-        exponentials: np.ndarray = np.exp(self.logits - self.logits.max())
-        chances: np.ndarray = exponentials / exponentials.sum()
-        return chances
-
-    @property
-    def label(self) -> str:
-        """Name of the most probable class."""
-        return self.labels[int(self.logits.argmax())]
-
-    def top(self, k: int = 5) -> list[tuple[str, float]]:
-        """The ``k`` most probable classes as ``(label, probability)``, the best first; fewer where there are
-        fewer classes."""
-        chances = self.probabilities
-        best = np.argsort(-chances, kind="stable")[: max(k, 0)]
-        return [(self.labels[int(i)], float(chances[i])) for i in best]
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ MODULES = (
     "cmt_edge.deploy.bundle.bundle",
     "cmt_edge.deploy.measure.benchmark",
     "cmt_edge.deploy.measure.parity",
+    "cmt_edge.deploy.prediction",
     "cmt_edge.deploy.predictor",
     "cmt_edge.deploy.preprocessing",
     "cmt_edge.export",
