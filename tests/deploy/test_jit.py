@@ -14,7 +14,6 @@ import pytest
 import cmt_edge.deploy.cli.build
 import cmt_edge.deploy.tensorrt.build
 from cmt_edge.deploy import Bundle, Predictor
-from cmt_edge.deploy.bundle import PORTABLE_ENGINE
 from cmt_edge.deploy.cli import predict
 from cmt_edge.deploy.errors import CacheWarning
 from cmt_edge.deploy.measure.benchmark import Protocol
@@ -24,17 +23,12 @@ from cmt_edge.deploy.tensorrt.engine import EngineTarget, make_seal
 from cmt_edge.deploy.tensorrt.jit import KERNELS, SEAL_LENGTH, KernelStore, find_store
 from helpers.bundles import SIZE
 from helpers.images import RED
-from helpers.trt import forget_fakes, make_compiled, make_plan, trt_bundle
+from helpers.trt import forget_fakes, make_rtx_bundle
 
 
 @pytest.fixture
 def bundle(tmp_path) -> Bundle:
-    return trt_bundle(
-        tmp_path / "tiny_fp16_rtx",
-        format="rtx",
-        members={PORTABLE_ENGINE: make_plan()},
-        compiled=make_compiled(),
-    )
+    return make_rtx_bundle(tmp_path / "tiny_fp16_rtx")
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from cmt_edge.deploy.measure.benchmark import Protocol
 from cmt_edge.deploy.measure.device_report import DeviceReport
 from cmt_edge.deploy.tensorrt.kernels import read_kernels
 from helpers.bundles import SIZE
-from helpers.trt import build_portable, forget_fakes, make_compiled, make_plan, trt_bundle
+from helpers.trt import build_portable, forget_fakes, make_compiled, make_plan, make_rtx_bundle, trt_bundle
 
 
 @pytest.fixture(autouse=True)
@@ -29,12 +29,7 @@ def quick(monkeypatch):
 @pytest.fixture
 def bundle(tmp_path) -> Bundle:
     """With an engine from another machine."""
-    return trt_bundle(
-        tmp_path / "tiny_fp16_rtx",
-        format="rtx",
-        members={PORTABLE_ENGINE: make_plan()},
-        compiled=make_compiled(),
-    )
+    return make_rtx_bundle(tmp_path / "tiny_fp16_rtx")
 
 
 def build(bundle, *flags) -> int:

@@ -16,7 +16,7 @@ from cmt_edge.deploy.measure.benchmark import Protocol, benchmark
 from cmt_edge.deploy.measure.parity import verify as run_verify
 from helpers.bundles import edit_manifest
 from helpers.images import RED
-from helpers.trt import forget_fakes, make_compiled, make_plan, trt_bundle
+from helpers.trt import forget_fakes, make_plan, make_rtx_bundle
 
 pytest.importorskip("cryptography", reason="signatures need the extra 'sign'")
 
@@ -38,12 +38,7 @@ def keys(tmp_path_factory) -> tuple[Path, Path]:
 @pytest.fixture
 def bundle(tmp_path) -> Bundle:
     """With an engine from another machine, unsigned."""
-    return trt_bundle(
-        tmp_path / "tiny_fp16_rtx",
-        format="rtx",
-        members={PORTABLE_ENGINE: make_plan()},
-        compiled=make_compiled(),
-    )
+    return make_rtx_bundle(tmp_path / "tiny_fp16_rtx")
 
 
 @pytest.fixture

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+import torch
+from torch import nn
 
 from cmt_edge.calib.graph import open_view, write_model
-from cmt_edge.export.to_onnx import compute_outputs
+from cmt_edge.cmt import fuse
+from cmt_edge.export.to_onnx import compute_outputs, export_onnx, simplify
+from helpers.tensors import images
 
 
 def compute_logits(graph: onnx.ModelProto, batch: np.ndarray, step: str) -> np.ndarray:
@@ -22,3 +27,18 @@ def rewrite_copy(model: onnx.ModelProto, change: Callable[[ir.Graph], object]) -
     with open_view(model) as view:
         change(view.graph)
         return write_model(view)
+
+
+def count_operations(model: nn.Module) -> tuple[Counter[str], Counter[str]]:
+    """Operations by kind of the model's graph and of the rewritten model's graph for images of 64 x 64; both
+    graphs must answer as PyTorch does, for batches of 1 and 3."""
+    counts = []
+    for form, module in (("reference", model), ("rewritten", fuse(model))):
+        graph = simplify(export_onnx(module, 64, 20))
+        counts.append(Counter(node.op_type for node in graph.graph.node))
+        for batch in (1, 3):
+            x = images(batch, 64, seed=batch)
+            with torch.inference_mode():
+                expected = model(x).numpy()
+            np.testing.assert_allclose(compute_logits(graph, x.numpy(), form), expected, rtol=0, atol=1e-4)
+    return counts[0], counts[1]

@@ -76,6 +76,12 @@ def trt_bundle(
     )
 
 
+def make_rtx_bundle(target: Path) -> Bundle:
+    """An unsigned bundle with an engine from another machine."""
+    engine = {PORTABLE_ENGINE: make_plan()}
+    return trt_bundle(target, format="rtx", members=engine, compiled=make_compiled())
+
+
 def make_compiled(engine: str | None = PORTABLE_ENGINE) -> CompiledEntry:
     """What a manifest says of a portable engine."""
     return CompiledEntry(
