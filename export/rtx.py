@@ -23,13 +23,12 @@ from cmt_edge.deploy.tensorrt.compiled import EngineFacts, describe_kernels, sum
 from cmt_edge.deploy.tensorrt.kernels import Kernel, read_kernels
 from cmt_edge.deploy.tensorrt.open_sizes import close_sizes
 
+from .attentions import count_attentions
 from .blocks import name_blocks
 from .config import ExportConfig
 from .to_onnx import INPUT, set_batch
 from .typed import observe, type_graph
 
-ATTENTION = "Softmax"
-"""The operation of which every attention of the models has one."""
 WIDENED = "int8 -> fp32"
 """What a convolution in int8 reads and writes."""
 MEGABYTE = 1e6
@@ -266,5 +265,5 @@ def describe_plan(
         targets=tuple(f"{name[:-1]}.{name[-1]}" for name in compute),
         seconds=plan.seconds,
         blocks=name_blocks(graph),
-        attentions=sum(node.op_type == ATTENTION for node in graph.graph.node),
+        attentions=count_attentions(graph),
     )
