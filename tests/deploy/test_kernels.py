@@ -53,6 +53,21 @@ ATTENTION = line(
     [tensor((1, 4, 144, 36))],
     ["qk", "softmax", "av"],
 )
+CLASS_TOKEN = line(
+    "_gemv_mha_v1_myl0_5",
+    "kgen",
+    [tensor((8, 1, 48)), tensor((8, 48, 197)), tensor((8, 197, 48))],
+    [tensor((8, 1, 48))],
+    nodes=["qk", "softmax", "av"],
+)
+FLAT_CLASS_TOKEN = line(
+    "_gemv_mha_v1_myl0_6",
+    "kgen",
+    [tensor((2, 384)), tensor((12, 64, 50)), tensor((12, 50, 64))],
+    [tensor((12, 1, 64))],
+    [tensor((1, 384))],
+    ["qk", "softmax", "av"],
+)
 SIGNAL = line("signal_0", "signal", [], [])
 LOG = "\n".join([CONV, MOVE, GEMM, PAIR, ATTENTION, SIGNAL, "", "Bindings:", "input", "logits"])
 
@@ -113,12 +128,18 @@ def test_no_text_ends_in_another_error(text):
         (GEMM, 2 * 64 * 32 * 16),
         (PAIR, 2 * 2 * 5 * 9 * 7),
         (ATTENTION, 2 * 2 * 4 * 144 * 36 * 56),
+        (CLASS_TOKEN, 2 * 2 * 8 * 197 * 48),
+        (FLAT_CLASS_TOKEN, 2 * 2 * 12 * 50 * 64),
         (MOVE, 0),
     ],
 )
 def test_operations_are_counted_from_the_shapes(text, operations):
     (kernel,) = read_kernels(text)
     assert count_operations(kernel) == operations
+
+
+def test_the_attention_of_one_query_is_one():
+    assert all(kernel.is_attention for kernel in read_kernels("\n".join([CLASS_TOKEN, FLAT_CLASS_TOKEN])))
 
 
 def test_the_summary():
