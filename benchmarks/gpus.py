@@ -167,7 +167,7 @@ def open_engine(graph: TypedGraph, plan: PortablePlan, cuda: Cuda, batch: np.nda
     session = TensorRTSession(open_bindings(RTX), plan.plan, cuda)
     session.run(batch)
     kernels = read_kernels(plan.layers)
-    known = [gpu for gpu in GPUS if gpu.name in session.device]
+    known = [gpu for gpu in GPUS if f" {session.device}".endswith(f" {gpu.name}")]
     result = Measured(
         graph.model,
         f"{graph.label}, {session.runtime}",

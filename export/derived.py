@@ -29,6 +29,9 @@ from cmt_edge.deploy.preprocessing import Preprocess
 from .labels import read_class_names
 from .settings import AUTO_DROP, NAMED_WEIGHTS, Settings
 
+DOTTED = re.compile(r"^(\d+)\.(\d)$")
+"""A compute capability with its point, ``8.6``."""
+
 
 @dataclass(frozen=True)
 class DerivedSettings(Settings):
@@ -121,8 +124,9 @@ class DerivedSettings(Settings):
         """Compute capabilities that the engine is built for, without the point; empty for a portable one."""
         if self.compute_capability is None:
             return ()
-        parts = self.compute_capability.split(",")
-        return tuple(part.strip().replace(".", "") for part in parts)
+        parts = [part.strip() for part in self.compute_capability.split(",")]
+        names = [DOTTED.sub(r"\1\2", part) for part in parts]
+        return tuple(dict.fromkeys(names))
 
     @property
     def quantizes(self) -> bool:

@@ -20,19 +20,26 @@ from cmt_edge.deploy.progress import Progress
 from cmt_edge.deploy.tensorrt.bindings import RTX
 from cmt_edge.deploy.tensorrt.building import PortableOptions, PortablePlan, build_portable_plan
 from cmt_edge.deploy.tensorrt.compiled import EngineFacts, describe_kernels, summarise_kernels
-from cmt_edge.deploy.tensorrt.kernels import read_kernels
+from cmt_edge.deploy.tensorrt.kernels import Kernel, read_kernels
+from cmt_edge.deploy.tensorrt.open_sizes import close_sizes
 
+from .attentions import count_attentions
 from .blocks import name_blocks
 from .config import ExportConfig
 from .to_onnx import INPUT, set_batch
 from .typed import observe, type_graph
 
-ATTENTION = "Softmax"
-"""The operation of which every attention of the models has one."""
 WIDENED = "int8 -> fp32"
 """What a convolution in int8 reads and writes."""
 MEGABYTE = 1e6
 """Bytes in a megabyte."""
+TURING = "75"
+"""A compute capability for which the compiler makes other kernels, and for all named beside it."""
+TURING_NOTE = (
+    "an engine for compute capability 7.5 and others has the kernels of 7.5 on all of them, which move more:"
+    " export another bundle for the others"
+)
+"""What an export says of such an engine."""
 GRAPH = "model.onnx"
 """Name of a graph that is compiled apart from a bundle."""
 
@@ -68,10 +75,11 @@ def add_portable_engine(
             options,
             progress=progress,
         )
-    kernels = read_kernels(plan.layers)
+    kernels = _read_kernels(plan, graph, config.batch)
     facts = describe_plan(plan, graph, config.compute)
     summary = summarise_kernels(kernels, facts, COMPILED)
-    compiled = replace(summary, engine=PORTABLE_ENGINE, notes=notes)
+    turing = (TURING_NOTE,) if TURING in config.compute and len(config.compute) > 1 else ()
+    compiled = replace(summary, engine=PORTABLE_ENGINE, notes=(*notes, *turing))
     details = CompiledDetails(kernels=describe_kernels(kernels, facts.blocks))
     return replace(bundle.manifest, compiled=compiled), {
         PORTABLE_ENGINE: plan.plan,
@@ -127,7 +135,28 @@ def compile_graph(
             PortableOptions(_name_targets(compute), aux_streams=aux_streams),
             progress=progress,
         )
-    return summarise_kernels(read_kernels(plan.layers), describe_plan(plan, graph, compute))
+    return summarise_kernels(_read_kernels(plan, graph, batch), describe_plan(plan, graph, compute))
+
+
+def _read_kernels(plan: PortablePlan, graph: onnx.ModelProto, batch: int) -> list[Kernel]:
+    """The kernels of an engine, with the sizes of one image where it takes any ``batch`` (0)."""
+    kernels = read_kernels(plan.layers)
+    return kernels if batch else close_sizes(kernels, list_shapes(graph))
+
+
+def list_shapes(graph: onnx.ModelProto) -> dict[str, list[tuple[int, ...]]]:
+    """Name of an operation -> the shapes of the tensors that it reads and writes, for one image; weights and
+    tensors of unknown shape are left out."""
+    single = set_batch(graph, 1)
+    inferred = onnx.shape_inference.infer_shapes(single, data_prop=True).graph
+    shapes = {
+        value.name: tuple(size.dim_value for size in value.type.tensor_type.shape.dim)
+        for value in (*inferred.input, *inferred.output, *inferred.value_info)
+    }
+    return {
+        node.name: [shapes[name] for name in (*node.input, *node.output) if all(shapes.get(name, (0,)))]
+        for node in inferred.node
+    }
 
 
 def compile_candidates(
@@ -158,17 +187,20 @@ def compile_candidates(
 
 
 def explain_slower_int8(int8: CompiledEntry, fp16: CompiledEntry) -> str:
-    """Why int8 would be slower than fp16, with the figures; ``""`` where an estimate says that it is faster.
+    """Why int8 would be slower than fp16, with the figures and, where the estimates do not agree, the GPUs;
+    ``""`` where all of them say that it is faster.
 
-    Every GPU of the estimates must agree, whose ratios of memory and arithmetic differ by far.
+    The GPUs' ratios of memory and arithmetic differ by far.
     """
-    pairs = zip(int8.estimates, fp16.estimates, strict=True)
-    if not all(slow.total_ms >= fast.total_ms for slow, fast in pairs):
+    pairs = list(zip(int8.estimates, fp16.estimates, strict=True))
+    slower = [slow.gpu for slow, fast in pairs if slow.total_ms >= fast.total_ms]
+    if not slower:
         return ""
+    where = "here" if len(slower) == len(pairs) else f"on {', '.join(slower)}"
     widened = sum(count for types, count in int8.types.items() if types == WIDENED)
     reason = f"; {widened} of its products read int8 and write float32" if widened else ""
     return (
-        "int8 would be slower here, because its kernels read and write"
+        f"int8 would be slower {where}, because its kernels read and write"
         f" {int8.activation_bytes / MEGABYTE:.1f} MB of activations instead of"
         f" {fp16.activation_bytes / MEGABYTE:.1f} MB, and there are {int8.kernel_count} instead of"
         f" {fp16.kernel_count}{reason}: use --precision fp16"
@@ -192,7 +224,7 @@ def note_slower_int8(
     assert manifest.compiled is not None, "the engine was just built"
     other = compile_candidates(config, {"fp16": graph}, batch, progress)["fp16"]
     note = explain_slower_int8(manifest.compiled, other)
-    notes = (note,) if note else ()
+    notes = (*manifest.compiled.notes, *((note,) if note else ()))
     return replace(manifest, compiled=replace(manifest.compiled, notes=notes))
 
 
@@ -203,6 +235,8 @@ def choose_by_compiler(
     progress: Progress,
 ) -> tuple[str, str]:
     """The precision that ``auto`` takes, by the kernels and bytes that the compiler makes of each; and why.
+
+    It is int8 only where the estimates of all GPUs call it faster.
 
     Args:
         config, graphs, batch, progress: as :func:`compile_candidates`; ``graphs`` has fp16 and int8.
@@ -231,5 +265,5 @@ def describe_plan(
         targets=tuple(f"{name[:-1]}.{name[-1]}" for name in compute),
         seconds=plan.seconds,
         blocks=name_blocks(graph),
-        attentions=sum(node.op_type == ATTENTION for node in graph.graph.node),
+        attentions=count_attentions(graph),
     )

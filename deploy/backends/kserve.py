@@ -26,8 +26,8 @@ from .base import LoadOptions, Runtime, Session
 from .described import GraphTensor, require_described
 
 ADDRESS = re.compile(
-    r"(?:(?P<scheme>grpcs?)://)?(?P<host>(?:\[[0-9a-fA-F:.]+\]|[^\s/:\[\]]+):\d{1,5})"
-    r"/(?P<model>[A-Za-z0-9][A-Za-z0-9_.-]*)(?:/(?P<version>\d+))?"
+    r"(?:(?P<scheme>grpcs?)://)?(?P<host>(?:\[[0-9a-fA-F:.]+\]|[^\s/:\[\]]+):[0-9]{1,5})"
+    r"/(?P<model>[A-Za-z0-9][A-Za-z0-9_.-]*)(?:/(?P<version>[0-9]+))?"
 )
 """How a device is written."""
 EXAMPLE = "--device localhost:8001/cmt_xs_int8_onnx"

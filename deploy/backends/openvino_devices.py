@@ -105,10 +105,13 @@ def choose_device(core: ov.Core, precision: str) -> Device:
         for device in devices:
             if device.kind == kind and device.computes_in(precision):
                 return device
+    usual = [device for device in devices if device.kind in PREFERRED]
+    known = [name for name in CAPABILITIES if any(device.computes_in(name) for device in usual)]
+    able = [device.name for device in devices if device.computes_in(precision)]
     raise RuntimeMissingError(
-        f"no device here computes in {READABLE[precision]}",
+        f"no GPU and no processor here computes in {READABLE[precision]}",
         why=f"available: {', '.join(device.name for device in devices)}",
-        remedy=_advise(precision, [], ()),
+        remedy=_advise(precision, able, known),
     )
 
 

@@ -19,7 +19,7 @@ Settings = dict[str, str]
 
 CPU = "CPU"
 """How results name the processor, which needs no provider of another package."""
-NUMBERS = r"\d+"
+NUMBERS = "[0-9]{1,4}"
 """Which units a provider of NVIDIA has: the numbers of GPUs."""
 
 
@@ -159,7 +159,7 @@ PROVIDERS = {
     ),
     "openvino": Provider(
         name="OpenVINOExecutionProvider",
-        units=r"CPU|(GPU|NPU)(\.\d+)?",
+        units=r"CPU|(GPU|NPU)(\.[0-9]{1,4})?",
         first="",
         choices="openvino:CPU, openvino:GPU, openvino:GPU.NUMBER or openvino:NPU",
         remedy="pip install onnxruntime-ep-openvino, which serves Intel's devices; or replace onnxruntime by"

@@ -9,6 +9,7 @@ from pathlib import Path
 from cmt_edge.startup import name_program
 
 from .. import report
+from ..backends.base import read_batch_limit
 from ..bundle import Bundle
 from ..errors import InputError
 from ..progress import Progress
@@ -18,7 +19,7 @@ from ..tensorrt.engine import EngineOptions, make_trtexec_command
 from .console import add_key_flag, make_parser, run_command
 from .measuring import add_measuring_flags, read_protocol
 from .output import say
-from .ranges import DIFFERENCE, GIBIBYTES, SECONDS, Range
+from .ranges import DIFFERENCE, GIBIBYTES, SECONDS, SERVED_BATCHES, Range
 
 LEVEL = Range(0, 5)
 """TensorRT's optimization levels."""
@@ -113,6 +114,7 @@ def _add_build_flags(add_flag: Callable[..., object]) -> None:
 def _main(args: argparse.Namespace) -> int:
     options = _read_options(args)
     bundle = Bundle.open(args.bundle, key=args.key)
+    _require_any_batch(bundle, options)
     if args.trtexec:
         say(make_trtexec_command(bundle, options, args.device))
         return 0
@@ -132,15 +134,33 @@ def _main(args: argparse.Namespace) -> int:
     return 0
 
 
+def _require_any_batch(bundle: Bundle, options: EngineOptions) -> None:
+    """Raise :class:`InputError` for a profile of a bundle whose batch size is fixed."""
+    size = read_batch_limit(bundle)
+    if size and options.profile != EngineOptions.profile:
+        raise InputError(
+            f"--profile is for bundles of any batch size, and this one takes batches of {size}",
+            where=bundle.path,
+            remedy="leave --profile out, or export with --batch 0",
+        )
+
+
+def _read_profile(text: str) -> tuple[int, int, int]:
+    """The batch sizes of ``--profile``."""
+    try:
+        least, typical, most = [SERVED_BATCHES.parse_whole(size) for size in text.split(",")]
+    except (argparse.ArgumentTypeError, ValueError) as exc:
+        raise InputError(
+            f"--profile {text}",
+            why=exc if isinstance(exc, argparse.ArgumentTypeError) else None,
+            remedy="give three batch sizes: --profile MIN,OPT,MAX",
+        ) from exc
+    return least, typical, most
+
+
 def _read_options(args: argparse.Namespace) -> EngineOptions:
     """What the flags ask for; raises :class:`InputError` for impossible ones."""
-    sizes = args.profile.split(",")
-    if len(sizes) != 3 or not all(size.strip().isdigit() for size in sizes):
-        raise InputError(
-            f"--profile {args.profile}",
-            remedy="give three batch sizes: --profile MIN,OPT,MAX",
-        )
-    least, typical, most = map(int, sizes)
-    options = EngineOptions(args.workspace, args.level, (least, typical, most), args.tf32)
+    profile = _read_profile(args.profile)
+    options = EngineOptions(args.workspace, args.level, profile, args.tf32)
     options.check()
     return options

@@ -24,6 +24,9 @@ ESCAPED = "cmt-edge-escape"
 COLOURS = {"error": "1;31", "warning": "33", "why": "2", "remedy": "32", "note": "36", "missing": "33"}
 """Word at the beginning of a line, before a colon -> the colour that a terminal shows it in (ECMA-48)."""
 
+COLUMN_COUNT = "0*[1-9][0-9]{0,4}"
+"""A number of columns in the environment; anything else there is nobody's."""
+
 COLOURED = re.compile(rf"^([ ]*)({'|'.join(COLOURS)}):", re.MULTILINE)
 """Matches such a word."""
 
@@ -111,7 +114,7 @@ def find_width() -> int | None:
     """Columns that a table may take: what ``COLUMNS`` says, or the terminal; ``None`` for a file or a pipe,
     which have no width."""
     asked = os.environ.get("COLUMNS", "")
-    if asked.isdigit() and int(asked) > 0:
+    if re.fullmatch(COLUMN_COUNT, asked):
         return int(asked)
     if sys.stdout is None or not sys.stdout.isatty():
         return None

@@ -9,7 +9,7 @@ from ..measure.benchmark import Measured
 from ..measure.device import DeviceState, DGpu
 from ..measure.device_report import DeviceReport, DeviceStates, SustainedPower
 from .bundle import describe_features_call
-from .compiled import describe_compiled
+from .compiled import TITLES, describe_compiled
 from .tables import LATENCY_COLUMNS, format_latency_cells, format_table
 
 
@@ -26,6 +26,7 @@ def describe_device_report(report: DeviceReport, markdown: bool = False) -> str:
         _describe_precision(report, measured),
         "",
         _format_latency_table(measured, markdown),
+        *_compare_estimate(report, measured),
         "",
         *describe_power(report.power),
         *describe_state(report.state),
@@ -59,9 +60,11 @@ def describe_build(bundle: Bundle, report: DeviceReport) -> str:
 def _describe_engine(report: DeviceReport) -> list[str]:
     """The engine, what it was built with, and why an older one was not used."""
     key = report.key
+    product = report.compiled.product if report.compiled else "tensorrt"
+    compiler = f"{TITLES.get(product, product)} {key.tensorrt}"
     how = "reused" if report.reused else f"built in {report.built_s:.0f} s"
     return [
-        f"engine: {how}, {report.engine_bytes / 1e6:.1f} MB; TensorRT {key.tensorrt}, CUDA {key.cuda},"
+        f"engine: {how}, {report.engine_bytes / 1e6:.1f} MB; {compiler}, CUDA {key.cuda},"
         f" driver {key.driver}, {key.gpu} (sm {key.sm})",
         *(f"replaced: {reason}" for reason in report.replaces),
     ]
@@ -81,6 +84,21 @@ def _describe_precision(report: DeviceReport, measured: Measured) -> str:
         f"layers at the asked precision or below: {100 * report.low_precision_share:.0f} %; ran as:"
         f" {executed.summary()}, {100 * executed.conversion_share:.0f} % of the time on conversions"
     )
+
+
+def _compare_estimate(report: DeviceReport, measured: Measured) -> list[str]:
+    """How far the estimate for this GPU is from what was measured, where there are both."""
+    gpu = f" {report.key.gpu.partition(',')[0]}"
+    estimates = report.compiled.estimates if report.compiled else ()
+    found = [estimate for estimate in estimates if gpu.endswith(f" {estimate.gpu}")]
+    if not found or measured.on_device is None:
+        return []
+    spent = measured.on_device.compute.p50
+    return [
+        "",
+        f"the estimate from the data sheet was {found[0].total_ms:.2f} ms; measured were {spent:.2f} ms"
+        f" (GPU, inference alone, p50), which is {spent / found[0].total_ms:.2f} times as much",
+    ]
 
 
 def _format_latency_table(measured: Measured, markdown: bool) -> str:

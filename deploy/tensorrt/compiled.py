@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..bundle.sections import BlockEntry, CompiledEntry, KernelEntry
+from .bindings import RTX
 from .kernels import Kernel, count_operations, find_blocks
-from .roofline import GPUS, estimate_latency
+from .roofline import GPUS, PORTABLE, Gpu, choose_gpus, estimate_latency
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,17 @@ def summarise_kernels(
         activation_bytes=sum(kernel.activation_bytes for kernel in computing),
         weight_bytes=sum(kernel.weight_bytes for kernel in computing),
         blocks=_summarise_blocks(computing, facts.blocks),
-        estimates=tuple(estimate_latency(computing, gpu) for gpu in GPUS),
+        estimates=tuple(estimate_latency(computing, gpu) for gpu in _choose_gpus(facts)),
         details=details,
     )
+
+
+def _choose_gpus(facts: EngineFacts) -> tuple[Gpu, ...]:
+    """The GPUs that an estimate is made for: all for TensorRT, for which any of them can build the graph, and
+    those that run the engine for TensorRT for RTX."""
+    if facts.product != RTX.name:
+        return GPUS
+    return choose_gpus(facts.targets or PORTABLE)
 
 
 def _summarise_blocks(

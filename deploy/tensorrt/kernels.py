@@ -3,7 +3,8 @@
 Two texts are understood: the list that TensorRT for RTX logs while it builds (one line a kernel), and the
 JSON of TensorRT's engine inspector. Both name the kind of each kernel, its inputs, constants and outputs with
 types and shapes, and the operations of the ONNX graph that it came from. A dimension that is open counts as
-1, so that the sizes of an engine with a dynamic batch are those of one image.
+1 until :func:`.open_sizes.close_sizes` has found its size. What the host computes of the sizes of tensors is
+no kernel, and left out.
 """
 
 from __future__ import annotations
@@ -49,13 +50,20 @@ BYTES = {
 """Type of a value -> its bytes."""
 WHOLE_TYPES = re.compile(r"\b(u?int8|int32|int64|bool)\b", re.IGNORECASE)
 """Types that are no precision, or that :func:`find_precision` does not know."""
+OPEN = -1
+"""A dimension that depends on the batch size."""
+HOST_KIND = "shape_call"
+"""Kind of what computes sizes of tensors on the host."""
+MOST_SIZES = 8
+"""The largest number of dimensions of a tensor, so of the sizes that the host computes at once."""
 SYNC_KINDS = ("signal", "wait")
 """Kinds of nodes that only make one stream wait for another."""
 PRODUCT_KINDS = ("correlation", "gemm", "runtime_fusion", "convolution", "fusedconv", "matrix_multiply")
 """Kinds of kernels that multiply matrices or convolve; TensorRT's inspector has other words than the log of
 TensorRT for RTX."""
-ATTENTION = ("_gemm_mha", "fused_mha", "fmha")
-"""Parts of the names of kernels that compute an attention as a whole."""
+ATTENTION = ("_gemm_mha", "_gemv_mha", "fused_mha", "fmha")
+"""Parts of the names of kernels that compute an attention as a whole; ``gemv`` is for a single query, such as a
+class token."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,13 @@ class Kernel:
     def is_sync(self) -> bool:
         """Whether it only makes one stream wait for another."""
         return self.kind.lower() in SYNC_KINDS
+
+    @property
+    def is_on_host(self) -> bool:
+        """Whether it only computes sizes of tensors, which the host does."""
+        tensors = (*self.inputs, *self.constants, *self.outputs)
+        are_sizes = all(each.type == "int64" and each.count <= MOST_SIZES for each in tensors)
+        return self.kind.lower() == HOST_KIND or (bool(tensors) and are_sizes)
 
     @property
     def is_attention(self) -> bool:
@@ -149,7 +164,7 @@ def read_kernels(text: str) -> list[Kernel]:
             why="it names no kernel with its tensors",
             remedy="report the version of the compiler",
         )
-    return found
+    return [kernel for kernel in found if not kernel.is_on_host]
 
 
 def _read_line(line: str) -> Kernel:

@@ -58,6 +58,38 @@ SINGLE_OUTPUT = ("LayerNormalization", "MaxPool", "Dropout")
 
 MIXED_FLOATS = ("Resize", "DequantizeLinear", "LayerNormalization")
 """Operations that may read float32 and float16 at once."""
+
+RESIZE_MODES = (
+    "half_pixel",
+    "pytorch_half_pixel",
+    "tf_half_pixel_for_nn",
+    "asymmetric",
+    "align_corners",
+)
+"""How ``Resize`` may place its samples."""
+
+ALLOWED: dict[str, dict[str, tuple[int | str, ...]]] = {
+    "AveragePool": {"dilations": (1,)},
+    "BatchNormalization": {"training_mode": (0,)},
+    "LpPool": {"dilations": (1,)},
+    "MaxPool": {"dilations": (1,)},
+    "Resize": {
+        "antialias": (0,),
+        "coordinate_transformation_mode": RESIZE_MODES,
+        "keep_aspect_ratio_policy": ("stretch",),
+    },
+    "ScatterND": {"reduction": ("none",)},
+}
+"""Operation -> attribute -> the values that the parser reads; of a list every element must be one of them."""
+
+PRODUCTS = ("MatMul", "Gemm")
+"""Operations that multiply matrices, which must not be whole numbers."""
+
+WHOLE = (ir.DataType.INT32, ir.DataType.INT64)
+"""Types of whole numbers that the parser reads."""
+
+MOST_DIMENSIONS = 8
+"""The largest number of dimensions of a tensor."""
 ACCEPTED_BY_RTX = {
     "opset 21 is above 20": "TensorRT 10.3 alone: it reads operations up to opset 20",
     "domain 'com.microsoft'": "our own: the same file goes to every runtime",
@@ -80,31 +112,37 @@ def find_parser_problems(model: onnx.ModelProto) -> list[str]:
     for value in (*graph.inputs, *graph.outputs):
         if value.dtype != ir.DataType.FLOAT:
             findings.append(f"{value.name}: inputs and outputs must be float32")
-    findings += _check_types(graph)
-    for node in graph:
+    for value in _list_values(graph):
+        findings += _check_tensor(value)
+    for node in graph.all_nodes():
         findings += _check_node(node)
     return findings
 
 
-def _check_types(graph: ir.Graph) -> list[str]:
-    """A finding for each tensor of a type that the parser does not read."""
-    made = [value for node in graph for value in node.outputs]
-    return [
-        f"{value.name}: tensors of type {value.dtype.name} are not supported"
-        for value in (
-            *graph.inputs,
-            *made,
-            *graph.initializers.values(),
-        )
-        if value.dtype is not None and value.dtype not in PARSER_TYPES
-    ]
+def _list_values(graph: ir.Graph) -> list[ir.Value]:
+    """Every tensor of a graph and of the graphs inside it, those of branches and loops."""
+    made = [value for node in graph.all_nodes() for value in node.outputs]
+    constants = [value for part in (graph, *graph.subgraphs()) for value in part.initializers.values()]
+    return [*graph.inputs, *made, *constants]
+
+
+def _check_tensor(value: ir.Value) -> list[str]:
+    """A finding for a type or a number of dimensions that the parser does not read."""
+    findings = []
+    if value.dtype is not None and value.dtype not in PARSER_TYPES:
+        findings.append(f"{value.name}: tensors of type {value.dtype.name} are not supported")
+    if value.shape is not None and value.shape.rank() > MOST_DIMENSIONS:
+        findings.append(f"{value.name}: has {value.shape.rank()} dimensions, more than {MOST_DIMENSIONS}")
+    return findings
 
 
 def _check_node(node: ir.Node) -> list[str]:
     where = f"{node.name} ({node.op_type})"
     if node.op_type not in SUPPORTED or node.domain not in STANDARD_DOMAINS:
         return [f"{where}: the parser has no such operation"]
-    findings = _check_quantizer(node, where)
+    findings = _check_quantizer(node, where) + _check_attributes(node, where)
+    if node.op_type in PRODUCTS and any(value is not None and value.dtype in WHOLE for value in node.inputs):
+        findings.append(f"{where}: multiplies matrices of whole numbers")
     if node.op_type == "Gemm" and _scales_product(node):
         findings.append(f"{where}: alpha and beta other than 1 become float32 constants")
     if node.op_type.startswith("Reduce") and not _are_constant(node.inputs[1:2]):
@@ -112,10 +150,22 @@ def _check_node(node: ir.Node) -> list[str]:
     first = CONSTANT_INPUTS.get(node.op_type)
     if first is not None and not _are_constant(node.inputs[first:]):
         findings.append(f"{where}: its inputs from the {first + 1}. on must be constant")
-    if len(node.outputs) > 1 and node.op_type in SINGLE_OUTPUT:
+    if node.op_type in SINGLE_OUTPUT and any(value.name for value in node.outputs[1:]):
         findings.append(f"{where}: only the first output is supported")
     if node.op_type not in MIXED_FLOATS and _mixes_floats(node):
         findings.append(f"{where}: reads float32 and float16 at once")
+    return findings
+
+
+def _check_attributes(node: ir.Node, where: str) -> list[str]:
+    """A finding for each attribute with a value that the parser does not read."""
+    findings = []
+    for name, allowed in ALLOWED.get(node.op_type, {}).items():
+        given = node.attributes[name].value if name in node.attributes else ()
+        values = (given,) if isinstance(given, (int, str)) else given
+        if not all(value in allowed for value in values):
+            choices = " or ".join(map(str, allowed))
+            findings.append(f"{where}: {name} must be {choices}")
     return findings
 
 

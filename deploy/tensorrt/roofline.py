@@ -34,6 +34,7 @@ class Gpu:
 
     Attributes:
         name: of the GPU.
+        sm: its compute capability.
         bandwidth: of its memory, GB/s.
         fp32: peak of its ordinary units, TFLOPS.
         fp16: peak of its tensor cores on dense matrices with float32 sums, TFLOPS.
@@ -42,6 +43,7 @@ class Gpu:
     """
 
     name: str
+    sm: str
     bandwidth: float
     fp32: float
     fp16: float
@@ -50,14 +52,34 @@ class Gpu:
 
 
 GPUS = (
-    Gpu("T4", 320, 8.1, 65, 130, "NVIDIA T4 data sheet"),
-    Gpu("RTX 3090", 936, 35.6, 71, 284, "NVIDIA Ampere GA102 white paper, appendix A"),
-    Gpu("L4", 300, 30.3, 121, 242, "NVIDIA L4 data sheet, half of the figures with sparsity"),
-    Gpu("RTX 4090", 1008, 82.6, 165.2, 660.6, "NVIDIA Ada white paper, appendix A"),
-    Gpu("H100", 3350, 66.9, 989.4, 1978.9, "NVIDIA H100 data sheet (SXM), half of the figures with sparsity"),
-    Gpu("RTX 5090", 1792, 104.8, 209.5, 838, "NVIDIA RTX Blackwell white paper, appendix A"),
+    Gpu("T4", "7.5", 320, 8.1, 65, 130, "NVIDIA T4 data sheet"),
+    Gpu("RTX 3090", "8.6", 936, 35.6, 71, 284, "NVIDIA Ampere GA102 white paper, appendix A"),
+    Gpu("L4", "8.9", 300, 30.3, 121, 242, "NVIDIA L4 data sheet, half of the figures with sparsity"),
+    Gpu("RTX 4090", "8.9", 1008, 82.6, 165.2, 660.6, "NVIDIA Ada white paper, appendix A"),
+    Gpu(
+        "H100",
+        "9.0",
+        3350,
+        66.9,
+        989.4,
+        1978.9,
+        "NVIDIA H100 data sheet (SXM), half of the figures with sparsity",
+    ),
+    Gpu("RTX 5090", "12.0", 1792, 104.8, 209.5, 838, "NVIDIA RTX Blackwell white paper, appendix A"),
 )
 """GPUs that an estimate is made for."""
+PORTABLE = ("8.0", "8.6", "8.9", "12.0")
+"""Compute capabilities of the GPUs that a portable engine of TensorRT for RTX runs on; it runs on later ones,
+too. Source: TensorRT for RTX documentation, "Support Matrix"."""
+
+
+def choose_gpus(targets: Sequence[str]) -> tuple[Gpu, ...]:
+    """The GPUs of :data:`GPUS` that run an engine for these compute capabilities.
+
+    On another GPU the compiler makes other kernels, so that nothing is known of it. Where no GPU of the table
+    has one of the capabilities, all are taken, because graphs can still be compared on them.
+    """
+    return tuple(gpu for gpu in GPUS if gpu.sm in targets) or GPUS
 
 
 def estimate_latency(kernels: Sequence[Kernel], gpu: Gpu) -> EstimateEntry:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import queue
+import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,8 @@ from .jit import CompiledKernels, KernelStore, find_store
 
 FLOAT_BYTES = 4
 """Bytes of a float32 value."""
+GPU_NUMBER = "[0-9]{1,4}"
+"""The number of a GPU as users write it; ``str.isdigit`` takes signs that are no numbers."""
 UNSERVED = "does not support this compute capability"
 """What TensorRT for RTX says of an engine where it serves no GPU of this kind, and none can be built: release
 1.7 does so on an H200 (9.0)."""
@@ -43,7 +46,7 @@ UNKNOWN_TYPES = "due to dynamic shapes"
 def parse_gpu_index(device: str | None) -> int:
     """``None``, ``"0"``, ``"gpu:0"`` or ``"cuda:0"`` -> 0; raises :class:`InputError`."""
     text = (device or "0").lower().removeprefix("cuda").removeprefix("gpu").removeprefix(":") or "0"
-    if not text.isdigit():
+    if not re.fullmatch(GPU_NUMBER, text):
         raise InputError(
             f"TensorRT has no device {device!r}",
             remedy="give the number of a GPU: --device 0",

@@ -237,6 +237,11 @@ def test_an_unusable_timing_cache_is_replaced(gpu_machine, bundle, tmp_path):
         (("--profile", "2,2,8"), "MIN 1"),
         (("--profile", "1,9,8"), "OPT <= MAX"),
         (("--profile", "a,b,c"), "three"),
+        (("--profile", "1,\u00b2,8"), "not a whole number"),  # a digit by str.isdigit
+        (("--profile", "1,1,99999"), "is too large"),
+        (("--profile", "1,2,4"), "takes batches of 1"),
+        (("--device", "\u00b2"), "number of a GPU"),
+        (("--device", "9" * 5000), "number of a GPU"),
         (("--time-limit", "0"), "--time-limit"),
         (("--time-limit", "inf"), "--time-limit"),
         (("--time-limit", "nan"), "--time-limit"),

@@ -175,9 +175,10 @@ def test_the_width_is_that_of_the_terminal(monkeypatch):
     assert output.find_width() == 72
     monkeypatch.setenv("COLUMNS", "33")
     assert output.find_width() == 33
-    monkeypatch.setenv("COLUMNS", "0")
     monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(isatty=lambda: False))
-    assert output.find_width() is None
+    for nothing in ("0", "\u00b2", "-1", "9" * 5000):  # the second is a digit by str.isdigit
+        monkeypatch.setenv("COLUMNS", nothing)
+        assert output.find_width() is None
 
 
 # --- completion -----------------------------------------------------------------------------------

@@ -10,7 +10,9 @@ import pytest
 from cmt_edge.deploy import report
 from cmt_edge.deploy.bundle.sections import (
     BuildOptions,
+    CompiledEntry,
     EngineKey,
+    EstimateEntry,
     ExecutedPrecision,
     GoldenCheck,
     Host,
@@ -133,6 +135,54 @@ def test_the_keys_of_the_json(found):
 def test_fields_cannot_be_changed(found):
     with pytest.raises(FrozenInstanceError):
         found.reused = True
+
+
+def make_compiled(product="tensorrt_rtx") -> CompiledEntry:
+    """What a compiler made of a graph of one product, with estimates for three GPUs."""
+    return CompiledEntry(
+        product=product,
+        version="1.7",
+        targets=("8.9",),
+        seconds=2.0,
+        engine=None,
+        engine_bytes=10,
+        kernels={"gemm": 1},
+        sync_nodes=0,
+        fused=0,
+        attention=0,
+        conversions=0,
+        types={"fp16 -> fp16": 1},
+        activation_bytes=4,
+        weight_bytes=4,
+        blocks=(),
+        estimates=tuple(
+            EstimateEntry(gpu=gpu, total_ms=ms, memory_ms=ms, arithmetic_ms=0, launch_ms=0)
+            for gpu, ms in (("L4", 1.0), ("RTX 4090", 0.4), ("H100", 2.0))
+        ),
+        details=None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("gpu", "ratio"),
+    [
+        (
+            "NVIDIA GeForce RTX 4090",
+            "0.40 ms; measured were 0.50 ms (GPU, inference alone, p50), which is 1.25",
+        ),
+        ("NVIDIA L4", "which is 0.50 times"),
+        ("NVIDIA L40S", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA H100 PCIe", None),
+    ],
+)
+def test_the_estimate_is_held_against_the_measurement(found, gpu, ratio):
+    key = replace(found.key, gpu=f"{gpu}, 128 multiprocessors")
+    text = report.describe_device_report(replace(found, key=key, compiled=make_compiled()))
+    assert "TensorRT for RTX 10.3.0" in text
+    assert ("the estimate from the data sheet" in text) == (ratio is not None)
+    assert (ratio or "") in text
+    assert "the estimate from the data sheet" not in report.describe_device_report(replace(found, key=key))
 
 
 DAMAGE = {

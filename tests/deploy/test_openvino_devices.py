@@ -93,12 +93,21 @@ def test_auto_takes_the_best_device_that_computes_in_it_and_tells_which(
     assert [device for device, _ in found.compiled] == [name]
 
 
-def test_auto_finds_none(machine, bundle):
-    machine({"CPU": LAPTOP["CPU"], "NPU": ("INT8", "FP16")})
-    with pytest.raises(RuntimeMissingError, match="no device here computes in float16") as caught:
+@pytest.mark.parametrize(
+    ("more", "remedy"),
+    [
+        ({}, "use --precision int8 or fp32 on this machine"),
+        ({"NPU": ("INT8", "FP16")}, "use --device NPU"),  # which AUTO never takes by itself
+    ],
+)
+def test_auto_finds_none(machine, bundle, more, remedy):
+    machine({"CPU": LAPTOP["CPU"]} | more)
+    with pytest.raises(
+        RuntimeMissingError, match="no GPU and no processor here computes in float16"
+    ) as caught:
         Predictor.load(bundle("fp16").path, device="AUTO")
-    assert "CPU, NPU" in caught.value.why
-    assert caught.value.remedy
+    assert ", ".join(["CPU", *more]) in caught.value.why
+    assert caught.value.remedy.startswith(remedy)
 
 
 @pytest.mark.parametrize(

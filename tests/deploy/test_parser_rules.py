@@ -44,6 +44,11 @@ def test_a_good_graph_has_no_findings():
     assert find_parser_problems(model(nodes, constants)) == []
 
 
+def test_an_output_that_is_left_out_is_no_output():
+    pool = ("MaxPool", ["input"], ["logits", ""], {"kernel_shape": [2, 2]})
+    assert find_parser_problems(model([pool], shape=(1, 2, 8, 8))) == []
+
+
 def test_names_of_operations_are_onnx_names():
     known = {s.name for s in onnx.defs.get_all_schemas_with_history()}
     assert len(SUPPORTED & known) > 130

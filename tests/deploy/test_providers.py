@@ -198,7 +198,19 @@ def test_without_the_package_the_remedy_names_it(monkeypatch, bundle, device, wo
 
 
 @pytest.mark.parametrize(
-    "device", ["GPU", "cuda:x", "cuda:-1", "rtx:GPU", "openvino", "openvino:XPU", "openvino:AUTO", "hip", ""]
+    "device",
+    [
+        "GPU",
+        "cuda:x",
+        "cuda:-1",
+        "cuda:\u0663",
+        "rtx:GPU",
+        "openvino",
+        "openvino:XPU",
+        "openvino:AUTO",
+        "hip",
+        "",
+    ],
 )
 def test_an_unknown_device_lists_the_known_ones(device):
     """OpenVINO's own provider would start for ``XPU``, on the device that it takes by default."""

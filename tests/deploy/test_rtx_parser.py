@@ -25,6 +25,16 @@ WORDS = {
     "inputs from the 2. on must be constant": "symbolic execution",
     "only the first output": "outputs for LayerNormalization",
     "reads float32 and float16 at once": "must have same input types",
+    "dilations must be 1": "dilations other than 1",
+    "antialias must be 0": "Antialiasing is not supported",
+    "keep_aspect_ratio_policy must be stretch": "Only `stretch` is supported",
+    "coordinate_transformation_mode must be": "TensorRT only supports half_pixel",
+    "reduction must be none": "ScatterND with reduction is not supported",
+    "training_mode must be 0": "does not support training_mode == 1",
+    "multiplies matrices of whole numbers": "unsupported input type of INT64",
+    "more than 8": "Number of dimensions (9)",
+    "b0 (MaxPool): only the first output": "outputs for MaxPool",
+    "b1 (Add): reads float32 and float16 at once": "must have same input types",
 }
 """Rule that the real parser has too -> part of its message."""
 

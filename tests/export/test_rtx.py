@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import onnx
 import pytest
 
@@ -14,10 +15,12 @@ from cmt_edge.deploy.bundle import COMPILED, PORTABLE_ENGINE
 from cmt_edge.deploy.bundle.sections import CompiledEntry, EstimateEntry
 from cmt_edge.deploy.errors import InputError
 from cmt_edge.deploy.measure.parity import verify
+from cmt_edge.deploy.progress import Progress
 from cmt_edge.export import ExportConfig, run
 from cmt_edge.export.blocks import name_block
 from cmt_edge.export.cli import main
-from cmt_edge.export.rtx import explain_slower_int8
+from cmt_edge.export.rtx import choose_by_compiler, explain_slower_int8, list_shapes
+from cmt_edge.export.to_onnx import set_batch
 from helpers.rtx_parser import needs_rtx
 
 pytestmark = pytest.mark.usefixtures("one_trace")
@@ -85,7 +88,25 @@ def test_the_report_tells_what_the_compiler_made(tmp_path, capsys):
 @needs_rtx
 def test_a_dynamic_batch_and_feature_maps(tmp_path):
     made = run(config(tmp_path, batch=0, head="features"))
-    assert made.manifest.compiled.kernel_count > 50
+    compiled = made.manifest.compiled
+    assert compiled.kernel_count > 50
+    assert not {"shape_call", "reshape"} & set(compiled.kernels)  # the host computes sizes
+    kernels = json.loads(made.file(COMPILED).read_text())["kernels"]
+    attention = [kernel for kernel in kernels if kernel["name"].startswith("_gemm_mha")]
+    # as many as for one image: 8 attentions with heads of 24 channels, of 4 keys
+    heads, queries = (2, 2, 4, 4, 4, 4, 8, 8), (64, 64, 16, 16, 16, 16, 4, 4)
+    assert sorted(kernel["operations"] for kernel in attention) == sorted(
+        4 * 24 * 4 * count * tokens for count, tokens in zip(heads, queries, strict=True)
+    )
+
+
+def test_shapes_are_those_of_one_image(bundle):
+    """For a graph of any batch size, too."""
+    shapes = list_shapes(set_batch(onnx.load(bundle.file("model.onnx")), 0))
+    seen = [shape for found in shapes.values() for shape in found]
+    assert (1, 3, 64, 64) in seen
+    assert (1, 10) in seen
+    assert all(0 not in shape for shape in seen)
 
 
 @needs_rtx
@@ -137,12 +158,27 @@ def test_int8_that_moves_less_is_not():
     assert explain_slower_int8(summary(60, 300), summary(84.3, 318)) == ""
 
 
-def test_all_gpus_must_agree():
-    fast = summary(60, 300).estimates
-    slow = summary(162, 415)
-    mixed = replace(slow, estimates=(*slow.estimates, *fast))
+def mix(summaries) -> CompiledEntry:
+    """The first summary, with an estimate of each for a GPU of its own."""
+    estimates = [replace(each.estimates[0], gpu=f"gpu {i}") for i, each in enumerate(summaries)]
+    return replace(summaries[0], estimates=tuple(estimates))
+
+
+def test_gpus_that_do_not_agree_are_named():
+    mixed, other = mix([summary(162, 415), summary(60, 300)]), summary(84.3, 318)
+    assert explain_slower_int8(mixed, mix([other, other])).startswith(
+        "int8 would be slower on gpu 0, because"
+    )
+
+
+def test_auto_takes_int8_only_where_all_gpus_are_faster(monkeypatch):
     other = summary(84.3, 318)
-    assert explain_slower_int8(mixed, replace(other, estimates=other.estimates * 2)) == ""
+    for int8, wanted in (([60, 60], "int8"), ([60, 162], "fp16"), ([162, 162], "fp16")):
+        found = {"int8": mix([summary(size, 300) for size in int8]), "fp16": mix([other, other])}
+        monkeypatch.setattr("cmt_edge.export.rtx.compile_candidates", lambda *_, found=found: found)
+        precision, why = choose_by_compiler(ExportConfig("cmt_nano"), {}, np.empty(0), Progress(quiet=True))
+        assert precision == wanted
+        assert wanted in why
 
 
 @needs_rtx
@@ -153,6 +189,10 @@ def test_the_export_says_that_int8_would_be_slower(bundle):
         assert notes[0] in (bundle.path / "report.md").read_text()
     else:
         assert notes == ()
+
+
+def test_compute_capabilities_are_named_once(tmp_path):
+    assert config(tmp_path, compute_capability="8.6, 86,120,12.0").compute == ("86", "120")
 
 
 @needs_rtx
@@ -180,6 +220,7 @@ def test_without_an_engine_it_needs_no_package(tmp_path, monkeypatch):
 
 BAD = [
     ({"compute_capability": "86,77"}, "unknown compute capability '77'"),
+    ({"compute_capability": "1.20"}, "unknown compute capability '1.20'"),
     ({"compute_capability": "Ada"}, "unknown compute capability 'Ada'"),
     ({"device": "0"}, "builds without a GPU"),
     ({"precision": "bf16"}, "has no bf16"),

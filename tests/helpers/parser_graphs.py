@@ -41,6 +41,31 @@ def q_dq(zero=ZERO, scale=SCALE, attributes=(), missing=False):
     return model(nodes, {"s": scale, "z": zero})
 
 
+IMAGE = (1, 2, 8, 8)
+
+
+def in_a_branch(nodes):
+    """A graph that runs ``nodes`` only where the sum of its input is above 0; they write ``then``."""
+    made = [
+        helper.make_node(op, ins, outs, f"b{i}", **given) for i, (op, ins, outs, given) in enumerate(nodes)
+    ]
+    bodies = {"then": made, "else": [helper.make_node("Identity", ["input"], ["else"], "b")]}
+    branches = {
+        f"{name}_branch": helper.make_graph(
+            body, name, [], [helper.make_tensor_value_info(name, FLOAT, None)]
+        )
+        for name, body in bodies.items()
+    }
+    test = [("ReduceSum", ["input"], "sum", {"keepdims": 0}), ("Greater", ["sum", "zero"], "test", {})]
+    return model([*test, ("If", ["test"], "logits", branches)], {"zero": np.float32(0)}, shape=IMAGE)
+
+
+def resize(**attributes):
+    """Half of the size."""
+    node = ("Resize", ["input", "", "scales"], "logits", {"mode": "linear", **attributes})
+    return model([node], {"scales": f32(1, 1, 0.5, 0.5)}, shape=IMAGE)
+
+
 BROKEN = {
     "opset 21 is above 20": model([("Relu", ["input"], "logits", {})], opset=21),
     "domain 'com.microsoft'": model([("Relu", ["input"], "logits", {})], opsets=[("com.microsoft", 1)]),
@@ -76,5 +101,42 @@ BROKEN = {
     ),
     "reads float32 and float16 at once": model(
         [("Cast", ["input"], "h", {"to": HALF}), ("Add", ["input", "h"], "logits", {})]
+    ),
+    "dilations must be 1": model(
+        [("MaxPool", ["input"], "logits", {"kernel_shape": [2, 2], "dilations": [1, 2]})], shape=IMAGE
+    ),
+    "antialias must be 0": resize(antialias=1),
+    "keep_aspect_ratio_policy must be stretch": model(
+        [("Resize", ["input", "", "", "sizes"], "logits", {"keep_aspect_ratio_policy": "not_larger"})],
+        {"sizes": np.array([1, 2, 4, 6], np.int64)},
+        shape=IMAGE,
+    ),
+    "coordinate_transformation_mode must be": resize(coordinate_transformation_mode="half_pixel_symmetric"),
+    "reduction must be none": model(
+        [("ScatterND", ["input", "i", "u"], "logits", {"reduction": "add"})],
+        {"i": np.array([[0]], np.int64), "u": np.ones((1, 2, 8, 8), np.float32)},
+        shape=IMAGE,
+    ),
+    "training_mode must be 0": model(
+        [("BatchNormalization", ["input", *"abcd"], ["logits", "m", "v"], {"training_mode": 1})],
+        {name: f32(1, 1) for name in "abcd"},
+        shape=IMAGE,
+    ),
+    "multiplies matrices of whole numbers": model(
+        [
+            ("Cast", ["input"], "i", {"to": TensorProto.INT64}),
+            ("MatMul", ["i", "i"], "j", {}),
+            ("Cast", ["j"], "logits", {"to": FLOAT}),
+        ],
+        shape=IMAGE,
+    ),
+    "more than 8": model(
+        [("Reshape", ["input", "r"], "logits", {})], {"r": np.array([1] * 8 + [128], np.int64)}, shape=IMAGE
+    ),
+    "b0 (MaxPool): only the first output": in_a_branch(
+        [("MaxPool", ["input"], ["then", "places"], {"kernel_shape": [1, 1]})]
+    ),
+    "b1 (Add): reads float32 and float16 at once": in_a_branch(
+        [("Cast", ["input"], ["half"], {"to": HALF}), ("Add", ["input", "half"], ["then"], {})]
     ),
 }
