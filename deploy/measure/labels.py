@@ -80,17 +80,19 @@ def _match_by_number(
     by_order: bool,
 ) -> dict[str, int]:
     """Labels that are numbers of logits already."""
+    if by_order:
+        raise DataError(
+            "the labels are numbers of classes, which have an order already",
+            where=data.path,
+            remedy="leave out --by-order",
+        )
     count = len(bundle.class_ids)
     beyond = [label for label in labels if not 0 <= int(label) < count]
-    if beyond or by_order:
+    if beyond:
         raise DataError(
-            f"the labels are numbers of classes, and {format_some(beyond)} is none of {count}"
-            if beyond
-            else "the labels are numbers of classes, which have an order already",
+            f"the labels are numbers of classes, but the bundle's {count} classes lack {format_some(beyond)}",
             where=data.path,
-            remedy="give the data that the bundle's model was trained for"
-            if beyond
-            else "leave out --by-order",
+            remedy="give the data that the bundle's model was trained for",
         )
     return {label: int(label) for label in labels}
 

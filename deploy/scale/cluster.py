@@ -22,6 +22,9 @@ MISSING_REMEDY = 'pip install "cmt-edge[ray]", here and on every node of the clu
 AGAIN = "run the same command again with --answers: what is answered is not computed again"
 """What to do once the cluster can go on."""
 
+SILENT = logging.CRITICAL + 1
+"""A level that no message has."""
+
 SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 """Environment variables of Ray unless the user set them: no usage statistics are sent, and workers see the
 GPUs that they saw before, without a warning that this will change."""
@@ -62,6 +65,7 @@ def connected(address: str) -> Iterator[Any]:
         for message in KNOWN_WARNINGS:
             warnings.filterwarnings("ignore", message)
         ray = import_ray()
+        _quieten(ray)
         if ray.is_initialized():
             yield ray
             return
@@ -69,7 +73,6 @@ def connected(address: str) -> Iterator[Any]:
         with _keeping_signals():
             _connect(ray, address)
         try:
-            _quieten(ray)
             yield ray
         finally:
             with contextlib.suppress(Exception):
@@ -119,7 +122,7 @@ def _connect(ray: Any, address: str) -> None:
         ray.init(
             address=address,
             log_to_driver=False,
-            logging_level=logging.ERROR,
+            logging_level=logging.CRITICAL,
             configure_logging=True,
             **options,
         )
@@ -152,12 +155,15 @@ def _keeping_signals() -> Iterator[None]:
 
 
 def _quieten(ray: Any) -> None:
-    """Ray Data neither draws its own progress nor prints its plans."""
+    """Ray Data neither draws its own progress nor prints plans and traces: errors are raised, and files in
+    Ray's folder hold the rest."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     for name in ("ray", "ray.data"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        for handler in logging.getLogger(name).handlers:
+            if isinstance(handler, logging.StreamHandler):
+                handler.setLevel(SILENT)
 
 
 def make_cluster_error(ray: Any, exc: BaseException) -> CmtEdgeError:

@@ -53,6 +53,7 @@ class Plan:
         workers: number of workers; ``None``: as many as the cluster has cores for.
         labels: of the model's classes, for the table.
         progress: called with images done and total.
+        answerer: the class that answers a task on a worker.
     """
 
     records: Sequence[Record]
@@ -60,6 +61,7 @@ class Plan:
     workers: int | None
     labels: Sequence[str]
     progress: Callable[[int, int], None] | None = None
+    answerer: type[Answerer] = Answerer
 
     def count(self, ray: Any, subject: Subject) -> int:
         """The number of workers in the cluster as it is now."""
@@ -120,7 +122,7 @@ def _run_round(
     context.max_errored_blocks = 0 if is_last else -1
     data = ray.data.from_arrow([make_task_table(task) for task in tasks])
     answers = data.map_batches(
-        Answerer,
+        plan.answerer,
         fn_constructor_args=(subject,),
         batch_size=None,
         batch_format="pyarrow",
