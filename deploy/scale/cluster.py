@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,12 @@ MISSING_REMEDY = 'pip install "cmt-edge[ray]", here and on every node of the clu
 
 AGAIN = "run the same command again with --answers: what is answered is not computed again"
 """What to do once the cluster can go on."""
+
+ADDRESSES = "give HOST:PORT of a cluster's head, or auto inside it; --ray alone starts one here"
+"""The remedy where there is no cluster."""
+
+CONNECT_S = 10
+"""Seconds in which the head of a cluster must answer."""
 
 SILENT = logging.CRITICAL + 1
 """A level that no message has."""
@@ -70,6 +77,7 @@ def connected(address: str) -> Iterator[Any]:
             yield ray
             return
         _require_address(address)
+        _require_answer(address)
         with _keeping_signals():
             _connect(ray, address)
         try:
@@ -114,6 +122,18 @@ def _require_address(address: str) -> None:
         )
 
 
+def _require_answer(address: str) -> None:
+    """Raise :class:`RuntimeMissingError` where nothing listens at HOST:PORT: Ray itself tries for a minute,
+    and then ends the process."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), CONNECT_S).close()
+    except (OSError, OverflowError) as exc:
+        raise RuntimeMissingError("no Ray cluster answers", where=address, why=exc, remedy=ADDRESSES) from exc
+
+
 def _connect(ray: Any, address: str) -> None:
     options: dict[str, Any] = {}
     if address == LOCAL:
@@ -132,7 +152,7 @@ def _connect(ray: Any, address: str) -> None:
             "no Ray cluster answers" if address != LOCAL else "Ray could not be started here",
             where=None if address == LOCAL else address,
             why=first,
-            remedy="give HOST:PORT of a cluster's head, or auto inside it; --ray alone starts one here",
+            remedy=ADDRESSES,
         ) from exc
 
 

@@ -1,0 +1,218 @@
+"""How fast Ray on this machine answers images, beside ``cmt-predict``, and how it grows with workers.
+
+    python benchmarks/scale.py throughput BUNDLE PHOTOS [--rounds 3] [--repeat 2] [--into docs/scale.md]
+    python benchmarks/scale.py growth BUNDLE [--workers 1,2,4,8,16] [--into docs/scale.md]
+
+``throughput``: the same images, in turn, through ``Predictor.attempt`` as ``cmt-predict`` calls it, and as
+``cmt-verify --ray`` answers them with one worker a core, on a cluster that is running. ``PHOTOS`` is a folder
+of images. Counted is the steady state: the images and the time from the first answers of all workers to the
+last answer. What the start of the cluster, and that of the workers with their models, takes is told apart.
+
+``growth``: workers whose model sleeps for 10 ms an image and needs no processor, so that more of them than
+this machine has cores can be simulated. What is left to 100 % is what Ray, decoding, the driver and the
+writing of the answers cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from common import say
+
+from cmt_edge.calib.generated import generate
+from cmt_edge.deploy import Bundle, Predictor
+from cmt_edge.deploy.images import ImageSet
+from cmt_edge.deploy.measure.host import describe_host
+from cmt_edge.deploy.report.tables import format_table
+from cmt_edge.deploy.scale.answers import AnswersFolder
+from cmt_edge.deploy.scale.cluster import Cluster, count_cores, import_ray
+from cmt_edge.deploy.scale.evaluation import pack_bundle
+from cmt_edge.deploy.scale.passes import TASK_IMAGES, Plan, answer_all
+from cmt_edge.deploy.scale.records import Record
+from cmt_edge.deploy.scale.worker import Answerer, Subject
+
+SLEEP_S = 0.010
+"""Seconds that the simulated model takes for an image."""
+
+TASKS_EACH = 12
+"""Tasks of each simulated worker."""
+
+CHUNK = 16
+"""Images that go through the model at once, as in ``cmt-verify``."""
+
+BEGIN, END = "<!-- benchmarks/scale.py {}: begin -->", "<!-- benchmarks/scale.py {}: end -->"
+"""Around the figures in the documentation."""
+
+
+@dataclass
+class Clock:
+    """The images that were done at each moment, in seconds from the start."""
+
+    start: float = field(default_factory=time.perf_counter)
+    seen: list[tuple[float, int]] = field(default_factory=list)
+
+    def note(self, done: int, _: int = 0) -> None:
+        """So many images are done."""
+        if done:
+            self.seen.append((time.perf_counter() - self.start, done))
+
+    def rate(self, skipped: int) -> float:
+        """Images a second after the first ``skipped`` ones."""
+        first = next(point for point in self.seen if point[1] >= skipped)
+        last = self.seen[-1]
+        return (last[1] - first[1]) / (last[0] - first[0])
+
+    @property
+    def first(self) -> float:
+        """Seconds until the first answer."""
+        return self.seen[0][0]
+
+
+class Sleeping(Answerer):
+    """A model that takes :data:`SLEEP_S` an image and no processor: that of a GPU, or of another machine."""
+
+    def __call__(self, table: Any) -> Any:
+        time.sleep(SLEEP_S * table.num_rows)
+        return super().__call__(table)
+
+
+@contextmanager
+def running(cores: int) -> Iterator[tuple[Cluster, float]]:
+    """A cluster on this machine with so many cores, real or not; and the seconds that its start took."""
+    ray, start = import_ray(), time.perf_counter()
+    ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level="CRITICAL")
+    took = time.perf_counter() - start
+    try:
+        with Cluster("") as cluster:
+            yield cluster, took
+    finally:
+        ray.shutdown()
+
+
+def predict(bundle: Path, paths: Sequence[Path]) -> Clock:
+    """As ``cmt-predict`` does it."""
+    clock = Clock()
+    with Predictor.load(bundle, throughput=True) as predictor:
+        for done, _ in enumerate(predictor.attempt(paths, copy=False), 1):
+            clock.note(done)
+    return clock
+
+
+def answer(cluster: Cluster, subject: Subject, plan: Plan) -> Clock:
+    """As ``cmt-verify --ray`` does it; the answers are written, and then deleted."""
+    clock = Clock()
+    timed = replace(plan, progress=clock.note)
+    with tempfile.TemporaryDirectory() as folder:
+        answer_all(cluster, subject, timed, AnswersFolder(Path(folder) / "answers", {}))
+    return clock
+
+
+def measure_throughput(args: argparse.Namespace) -> tuple[list[list[str]], list[str], str]:
+    """Both ways in turn: the table's rows, its header, and a sentence."""
+    bundle = Bundle.open(args.bundle)
+    images = ImageSet(args.photos, labelled=False)
+    paths = [images.path.absolute() / item.name for item in images] * args.repeat
+    records = [Record(f"{i}", "none", str(path)) for i, path in enumerate(paths)]
+    subject = Subject(bundle.title, pack_bundle(bundle), source=str(images.path))
+    plan = Plan(records, CHUNK, None, bundle.labels)
+    rates: dict[str, list[float]] = {"cmt-predict": [], "--ray": []}
+    starts = []
+    with running(count_cores()) as (cluster, started):
+        for number in range(args.rounds):
+            alone = predict(args.bundle, paths)
+            rates["cmt-predict"].append(alone.rate(TASK_IMAGES))
+            shared = answer(cluster, subject, plan)
+            rates["--ray"].append(shared.rate(TASK_IMAGES * count_cores()))
+            starts.append(shared.first)
+            say(f"round {number + 1}: {rates['cmt-predict'][-1]:.1f} and {rates['--ray'][-1]:.1f} images/s")
+    best = max(rates["cmt-predict"])
+    rows = [
+        [
+            name,
+            f"{statistics.median(found):.1f}",
+            f"{max(found):.1f}",
+            f"{statistics.median(found) / best:.2f}",
+        ]
+        for name, found in rates.items()
+    ]
+    text = (
+        f"{Path(args.bundle).name}, {len(paths)} photographs, {args.rounds} rounds in turn. The cluster"
+        f" started in {started:.1f} s; from then to the first answers of a worker, which loads the model, it took"
+        f" {statistics.median(starts):.1f} s."
+    )
+    return rows, ["", "images/s, median", "best", "median / best of cmt-predict"], text
+
+
+def measure_growth(args: argparse.Namespace) -> tuple[list[list[str]], list[str], str]:
+    """A model that sleeps, on more and more workers."""
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        photo = Path(name) / "photo.png"
+        photo.write_bytes(generate(1, 32)[0])
+        bundle = Bundle.open(args.bundle)
+        packed = pack_bundle(bundle)
+        for workers in args.workers:
+            tasks = TASKS_EACH * workers
+            records = [Record(str(i), "none", str(photo)) for i in range(TASK_IMAGES * tasks)]
+            subject = Subject(bundle.title, packed, backend="fake", check=False, source=name)
+            plan = Plan(records, CHUNK, workers, bundle.labels, answerer=Sleeping)
+            with running(workers) as (cluster, _):
+                rate = answer(cluster, subject, plan).rate(TASK_IMAGES * workers * 2)
+            ideal = workers / SLEEP_S
+            say(f"{workers} workers: {rate:.0f} images/s")
+            rows.append([str(workers), f"{rate:.0f}", f"{ideal:.0f}", f"{100 * rate / ideal:.0f} %"])
+    text = f"A model that sleeps for {1000 * SLEEP_S:.0f} ms an image, {TASKS_EACH} tasks a worker."
+    return rows, ["workers", "images/s", "of the models alone", "share"], text
+
+
+def write_into(page: Path, part: str, text: str) -> None:
+    """Put the figures between the comments of a page."""
+    content = page.read_text()
+    begin, end = BEGIN.format(part), END.format(part)
+    before, after = content.split(begin)[0], content.split(end)[1]
+    page.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = p.add_subparsers(dest="part", required=True)
+    throughput = parts.add_parser("throughput")
+    throughput.add_argument("bundle", type=Path)
+    throughput.add_argument("photos", type=Path)
+    throughput.add_argument("--rounds", type=int, default=3)
+    throughput.add_argument("--repeat", type=int, default=2, help="how often each photograph is answered")
+    growth = parts.add_parser("growth")
+    growth.add_argument("bundle", type=Path, help="whose preprocessing is done for each image")
+    growth.add_argument(
+        "--workers",
+        type=lambda text: [int(part) for part in text.split(",")],
+        default=[1, 2, 4, 8, 16],
+    )
+    for one in (throughput, growth):
+        one.add_argument("--into", type=Path, help="a page whose figures are replaced")
+    return p.parse_args()
+
+
+def main() -> None:
+    """Measure one part, and print it."""
+    args = parse()
+    measure = measure_throughput if args.part == "throughput" else measure_growth
+    rows, header, text = measure(args)
+    host = describe_host()
+    page = f"{text} {host.cpu}, {count_cores()} cores.\n\n{format_table(header, rows, True)}"
+    print(page)
+    if args.into:
+        write_into(args.into, args.part, page)
+
+
+if __name__ == "__main__":
+    main()
