@@ -61,6 +61,15 @@ def import_ray() -> Any:
 
 
 @contextmanager
+def ignoring_known_warnings() -> Iterator[None]:
+    """In the body, :data:`KNOWN_WARNINGS` are not shown."""
+    with warnings.catch_warnings():
+        for message in KNOWN_WARNINGS:
+            warnings.filterwarnings("ignore", message)
+        yield
+
+
+@contextmanager
 def connected(address: str) -> Iterator[Any]:
     """Ray, connected to the cluster at ``address``, or to one that is started on this machine for
     :data:`LOCAL`. A connection that already exists is used and stays.
@@ -68,9 +77,7 @@ def connected(address: str) -> Iterator[Any]:
     Raises:
         RuntimeMissingError: Ray is not installed, or no cluster answers.
     """
-    with warnings.catch_warnings():
-        for message in KNOWN_WARNINGS:
-            warnings.filterwarnings("ignore", message)
+    with ignoring_known_warnings():
         ray = import_ray()
         _quieten(ray)
         if ray.is_initialized():

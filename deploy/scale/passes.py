@@ -12,7 +12,7 @@ import numpy as np
 from ..children import read_error
 from ..errors import CmtEdgeError, DataError, ImageError
 from .answers import AnswersFolder, Part
-from .cluster import Cluster
+from .cluster import Cluster, ignoring_known_warnings
 from .records import Record, Task, divide
 from .worker import Answered, Answerer, Subject, iterate_answered, make_task_table
 
@@ -121,16 +121,17 @@ def _run_round(
     context = ray.data.DataContext.get_current()
     context.max_errored_blocks = 0 if is_last else -1
     data = ray.data.from_arrow([make_task_table(task) for task in tasks])
-    answers = data.map_batches(
-        plan.answerer,
-        fn_constructor_args=(subject,),
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=workers),
-        num_cpus=subject.threads or 1,
-        ray_remote_args_fn=_forbid_restarts,
-    )
-    for block in answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+    with ignoring_known_warnings():
+        answers = data.map_batches(
+            plan.answerer,
+            fn_constructor_args=(subject,),
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            num_cpus=subject.threads or 1,
+            ray_remote_args_fn=_forbid_restarts,
+        )
+    for block in answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         yield from iterate_answered(block)
 
 
