@@ -5,8 +5,9 @@
 
 ``throughput``: the same images, in turn, through ``Predictor.attempt`` as ``cmt-predict`` calls it, and as
 ``cmt-verify --ray`` answers them with one worker a core, on a cluster that is running. ``PHOTOS`` is a folder
-of images. Counted is the steady state: the images and the time from the first answers of all workers to the
-last answer. What the start of the cluster, and that of the workers with their models, takes is told apart.
+of images. Counted is the steady state: the images and the time from the moment when every worker has answered
+to the last answer. What the start of the cluster, and that of the workers with their models, takes is told
+apart. The time of processors counts all processes of Ray; a busy machine hardly changes it.
 
 ``growth``: workers whose model sleeps for 10 ms an image and needs no processor, so that more of them than
 this machine has cores can be simulated. What is left to 100 % is what Ray, decoding, the driver and the
@@ -16,12 +17,14 @@ writing of the answers cost.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +36,11 @@ from cmt_edge.deploy import Bundle, Predictor
 from cmt_edge.deploy.images import ImageSet
 from cmt_edge.deploy.measure.host import describe_host
 from cmt_edge.deploy.report.tables import format_table
-from cmt_edge.deploy.scale.answers import AnswersFolder
+from cmt_edge.deploy.scale.answers import AnswersFolder, Part
 from cmt_edge.deploy.scale.cluster import Cluster, count_cores, import_ray
 from cmt_edge.deploy.scale.evaluation import pack_bundle
 from cmt_edge.deploy.scale.passes import TASK_IMAGES, Plan, answer_all
-from cmt_edge.deploy.scale.records import Record
+from cmt_edge.deploy.scale.records import Record, Task
 from cmt_edge.deploy.scale.worker import Answerer, Subject
 
 SLEEP_S = 0.010
@@ -53,28 +56,79 @@ BEGIN, END = "<!-- benchmarks/scale.py {}: begin -->", "<!-- benchmarks/scale.py
 """Around the figures in the documentation."""
 
 
+@dataclass(frozen=True)
+class Moment:
+    """What was done by then.
+
+    Attributes:
+        seconds: since the start.
+        done: images.
+        cpu: seconds of processors that this process and those that it started took.
+        workers: number of workers that have answered.
+    """
+
+    seconds: float
+    done: int
+    cpu: float
+    workers: int
+
+
 @dataclass
 class Clock:
-    """The images that were done at each moment, in seconds from the start."""
+    """What was done at each moment."""
 
     start: float = field(default_factory=time.perf_counter)
-    seen: list[tuple[float, int]] = field(default_factory=list)
+    seen: list[Moment] = field(default_factory=list)
 
-    def note(self, done: int, _: int = 0) -> None:
-        """So many images are done."""
-        if done:
-            self.seen.append((time.perf_counter() - self.start, done))
+    def note(self, done: int, workers: int = 1) -> None:
+        """So many images are done, by so many workers."""
+        self.seen.append(Moment(time.perf_counter() - self.start, done, read_cpu_seconds(), workers))
 
-    def rate(self, skipped: int) -> float:
-        """Images a second after the first ``skipped`` ones: the slope of the line through what was done, so
-        that it does not count whether several workers answered at one moment."""
-        moments, done = np.array([point for point in self.seen if point[1] >= skipped]).T
+    def rate(self, workers: int = 1) -> float:
+        """Images a second once all ``workers`` had answered: the slope of the line through what
+        was done, so that it does not count whether several answered at one moment."""
+        steady = self._keep_steady(workers)
+        moments, done = [moment.seconds for moment in steady], [moment.done for moment in steady]
         return float(np.polyfit(moments, done, 1)[0])
 
-    @property
-    def first(self) -> float:
-        """Seconds until the first answer."""
-        return self.seen[0][0]
+    def cpu_ms(self, workers: int = 1) -> float:
+        """Milliseconds of processors an image, from the same moment on."""
+        steady = self._keep_steady(workers)
+        return 1000 * (steady[-1].cpu - steady[0].cpu) / (steady[-1].done - steady[0].done)
+
+    def _keep_steady(self, workers: int) -> list[Moment]:
+        return [moment for moment in self.seen if moment.workers >= workers and moment.done >= TASK_IMAGES]
+
+
+def read_cpu_seconds() -> float:
+    """The time that this process and its descendants took, also of those that ended within one of them."""
+    ticks, children = dict[int, int](), dict[int, list[int]]()
+    for number in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
+            ticks[int(number)] = int(fields[11]) + int(fields[12])
+            children.setdefault(int(fields[1]), []).append(int(number))
+    total, left = 0, [os.getpid()]
+    while left:
+        number = left.pop()
+        total += ticks.get(number, 0)
+        left += children.get(number, [])
+    return total / os.sysconf("SC_CLK_TCK")
+
+
+class Watched(AnswersFolder):
+    """A folder that notes when answers came, and of how many workers."""
+
+    def __init__(self, path: Path, clock: Clock) -> None:
+        super().__init__(path, {})
+        self._clock, self._workers, self._done = clock, set[str](), 0
+
+    def write(self, task: Task, part: Part, labels: Sequence[str]) -> None:
+        """As the base class."""
+        super().write(task, part, labels)
+        self._workers.add(part.worker)
+        self._done += len(task.records)
+        self._clock.note(self._done, len(self._workers))
 
 
 class Sleeping(Answerer):
@@ -103,16 +157,16 @@ def predict(bundle: Path, paths: Sequence[Path]) -> Clock:
     clock = Clock()
     with Predictor.load(bundle, throughput=True) as predictor:
         for done, _ in enumerate(predictor.attempt(paths, copy=False), 1):
-            clock.note(done)
+            if done % TASK_IMAGES == 0:
+                clock.note(done)
     return clock
 
 
 def answer(cluster: Cluster, subject: Subject, plan: Plan) -> Clock:
     """As ``cmt-verify --ray`` does it; the answers are written, and then deleted."""
     clock = Clock()
-    timed = replace(plan, progress=clock.note)
     with tempfile.TemporaryDirectory() as folder:
-        answer_all(cluster, subject, timed, AnswersFolder(Path(folder) / "answers", {}))
+        answer_all(cluster, subject, plan, Watched(Path(folder) / "answers", clock))
     return clock
 
 
@@ -124,32 +178,38 @@ def measure_throughput(args: argparse.Namespace) -> tuple[list[list[str]], list[
     records = [Record(f"{i}", "none", str(path)) for i, path in enumerate(paths)]
     subject = Subject(bundle.title, pack_bundle(bundle), source=str(images.path))
     plan = Plan(records, CHUNK, None, bundle.labels)
-    rates: dict[str, list[float]] = {"cmt-predict": [], "--ray": []}
+    cores = count_cores()
+    found: dict[str, list[tuple[float, float]]] = {"cmt-predict": [], "--ray": []}
     starts = []
-    with running(count_cores()) as (cluster, started):
+    with running(cores) as (cluster, started):
         for number in range(args.rounds):
             alone = predict(args.bundle, paths)
-            rates["cmt-predict"].append(alone.rate(TASK_IMAGES))
+            found["cmt-predict"].append((alone.rate(), alone.cpu_ms()))
             shared = answer(cluster, subject, plan)
-            rates["--ray"].append(shared.rate(TASK_IMAGES * count_cores()))
-            starts.append(shared.first)
-            say(f"round {number + 1}: {rates['cmt-predict'][-1]:.1f} and {rates['--ray'][-1]:.1f} images/s")
-    best = max(rates["cmt-predict"])
-    rows = [
-        [
-            name,
-            f"{statistics.median(found):.1f}",
-            f"{max(found):.1f}",
-            f"{statistics.median(found) / best:.2f}",
-        ]
-        for name, found in rates.items()
-    ]
+            found["--ray"].append((shared.rate(cores), shared.cpu_ms(cores)))
+            starts.append(shared.seen[0].seconds)
+            say(f"round {number + 1}: {found['cmt-predict'][-1]} and {found['--ray'][-1]}")
+    best = max(rate for rate, _ in found["cmt-predict"])
     text = (
         f"{Path(args.bundle).name}, {len(paths)} photographs, {args.rounds} rounds in turn. The cluster"
         f" started in {started:.1f} s; a run's first task, for which a worker starts and loads the model,"
         f" took {statistics.median(starts):.1f} s."
     )
-    return rows, ["", "images/s, median", "best", "median / best of cmt-predict"], text
+    header = ["", "images/s, median", "best", "median / best of cmt-predict", "CPU ms an image, median"]
+    return [_make_row(name, figures, best) for name, figures in found.items()], header, text
+
+
+def _make_row(name: str, figures: Sequence[tuple[float, float]], best: float) -> list[str]:
+    """A line of the table; ``best`` is the best rate of ``cmt-predict``."""
+    rates, cpu = zip(*figures, strict=True)
+    rate = statistics.median(rates)
+    return [
+        name,
+        f"{rate:.1f}",
+        f"{max(rates):.1f}",
+        f"{rate / best:.2f}",
+        f"{statistics.median(cpu):.1f}",
+    ]
 
 
 def measure_growth(args: argparse.Namespace) -> tuple[list[list[str]], list[str], str]:
@@ -166,7 +226,7 @@ def measure_growth(args: argparse.Namespace) -> tuple[list[list[str]], list[str]
             subject = Subject(bundle.title, packed, backend="fake", check=False, source=name)
             plan = Plan(records, CHUNK, workers, bundle.labels, answerer=Sleeping)
             with running(workers) as (cluster, _):
-                rate = answer(cluster, subject, plan).rate(TASK_IMAGES * workers * 2)
+                rate = answer(cluster, subject, plan).rate(workers)
             ideal = workers / SLEEP_S
             say(f"{workers} workers: {rate:.0f} images/s")
             rows.append([str(workers), f"{rate:.0f}", f"{ideal:.0f}", f"{100 * rate / ideal:.0f} %"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ from . import passes
 from .answers import AnswersFolder
 from .cluster import Cluster
 from .passes import Plan, answer_all
+from .records import Record
+from .sources import Source
 from .worker import Subject
 
 REFERENCE_FOLDER = "reference"
@@ -94,9 +96,11 @@ def answer_both(
         DataError: images cannot be read.
         InputError: the folder of answers is of something else.
     """
+    if not isinstance(labelled.data, Source):
+        raise TypeError("a cluster answers the images of open_source()")
     with Cluster(settings.address) as cluster, _opened(settings.answers) as folder:
         is_verified = check_golden(bundle, predictor, settings.atol).passed
-        run = _Run(cluster, predictor, labelled, settings, folder, is_verified)
+        run = _Run(cluster, predictor, labelled.data, labelled.items, settings, folder, is_verified)
         ours = run.answer(bundle, None)
         recorded = {} if reference else bundle.reference()
         if recorded and all(digest in recorded for digest in ours.digests):
@@ -126,7 +130,8 @@ class _Run:
 
     cluster: Cluster
     predictor: Predictor
-    labelled: Labelled
+    source: Source
+    items: Sequence[Record]
     settings: Settings
     folder: Path
     is_verified: bool
@@ -134,7 +139,6 @@ class _Run:
     def answer(self, bundle: Bundle, side: str | None, by_torch: bool = False) -> passes.Answers:
         """The answers of one side; ``side`` names the reference's folder."""
         settings, is_reference = self.settings, side is not None
-        source = str(self.labelled.data.path)
         subject = Subject(
             title=bundle.title,
             bundle=pack_bundle(bundle),
@@ -146,11 +150,11 @@ class _Run:
             trusted_engine=settings.trusted_engine,
             check=not is_reference and self.is_verified,
             atol=settings.atol,
-            source=source,
+            source=self.source.address,
         )
         phase = "the reference's answers" if is_reference else "the bundle's answers"
         plan = Plan(
-            self.labelled.items,
+            self.items,
             count_chunk(self.predictor),
             settings.workers,
             bundle.labels,
@@ -158,7 +162,7 @@ class _Run:
         )
         target = self.folder / side if side else self.folder / "bundle"
         answers = answer_all(
-            self.cluster, subject, plan, AnswersFolder(target, _describe(bundle, subject, plan))
+            self.cluster, subject, plan, AnswersFolder(target, _describe(bundle, self.source, subject, plan))
         )
         self._tell(phase, answers, plan)
         return answers
@@ -183,12 +187,12 @@ def _make_report(settings: Settings, phase: str) -> Callable[[int, int], None] |
     return lambda done, total: progress(phase, done / max(1, total))
 
 
-def _describe(bundle: Bundle, subject: Subject, plan: Plan) -> dict[str, Any]:
+def _describe(bundle: Bundle, source: Source, subject: Subject, plan: Plan) -> dict[str, Any]:
     """Everything that answers depend on, for their folder."""
     return {
         "bundle": hashlib.sha256((bundle.path / MANIFEST).read_bytes()).hexdigest(),
         "preprocessing": bundle.preprocess.to_json(),
-        "source": subject.source,
+        "source": source.path,
         "backend": subject.backend,
         "device": subject.device,
         "threads": subject.threads,

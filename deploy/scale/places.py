@@ -84,6 +84,13 @@ def is_url(text: str) -> bool:
     return "://" in text and not text.startswith("file://")
 
 
+def hide_credentials(text: str) -> str:
+    """A URL without the name and the password in it, for messages and files."""
+    scheme, slashes, rest = text.partition("://")
+    place, at, more = rest.partition("/")
+    return f"{scheme}{slashes}{place.rpartition('@')[2]}{at}{more}" if slashes else text
+
+
 @lru_cache(maxsize=8)
 def open_place(text: str) -> Place:
     """The place of a URL or a path.
@@ -99,7 +106,7 @@ def open_place(text: str) -> Place:
         files, path = fs.FileSystem.from_uri(text)
     except (ArrowException, ValueError, OSError):
         return _open_by_fsspec(text)
-    return Place(text, files, path)
+    return Place(hide_credentials(text), files, path)
 
 
 def _open_by_fsspec(url: str) -> Place:
@@ -109,11 +116,11 @@ def _open_by_fsspec(url: str) -> Place:
         from pyarrow import fs
 
         files, path = fsspec.core.url_to_fs(url)
-        return Place(url, fs.PyFileSystem(fs.FSSpecHandler(files)), path)
+        return Place(hide_credentials(url), fs.PyFileSystem(fs.FSSpecHandler(files)), path)
     except (ImportError, ValueError, OSError) as exc:
         raise DataError(
             "cannot be opened",
-            where=url,
+            where=hide_credentials(url),
             why=exc,
             remedy="check the address; some of them need a package for fsspec, s3fs or gcsfs for instance",
         ) from exc

@@ -26,13 +26,15 @@ class Source:
     """Images with labels; see :class:`~cmt_edge.deploy.measure.labels.LabelledImages`.
 
     Attributes:
-        path: what the user gave.
+        path: what the user gave, without a password in it.
+        address: what opens it, with the password.
         items: the images, in order.
         has_numbers: whether the labels are numbers of logits, and no names.
         note: what was skipped, in words; empty if nothing was.
     """
 
     path: str
+    address: str
     items: list[Record]
     has_numbers: bool = False
     note: str = ""
@@ -45,7 +47,7 @@ class Source:
 
     def read(self, item: Record) -> bytes:
         """The encoded bytes of one image; raises :class:`DataError`."""
-        return self.reader.read(self.path, item)
+        return self.reader.read(self.address, item)
 
 
 def open_source(text: str) -> Source:
@@ -74,8 +76,8 @@ def open_source(text: str) -> Source:
         items, has_numbers = scan_shards(place, shards)
     else:
         items, has_numbers = _list_files(entries), False
-    _check(text, items)
-    return Source(text, items, has_numbers)
+    _check(place.url, items)
+    return Source(place.url, text, items, has_numbers)
 
 
 def _holds_files(path: Path) -> bool:
@@ -103,7 +105,7 @@ def _convert_images(images: ImageSet) -> Source:
         file = archive or os.path.join(root, item.name)
         state = whole or _describe_state(file)
         items.append(Record(item.name, item.label, file, item.offset, item.size, state=state))
-    return Source(str(images.path), items, note=images.note)
+    return Source(str(images.path), str(images.path), items, note=images.note)
 
 
 def _describe_state(file: str) -> str:

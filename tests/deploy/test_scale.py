@@ -23,6 +23,7 @@ import pyarrow
 from pyarrow import parquet
 
 from cmt_edge.deploy.scale.answers import NOTE, AnswersFolder, Part
+from cmt_edge.deploy.scale.places import hide_credentials
 from cmt_edge.deploy.scale.records import Record, divide
 from cmt_edge.deploy.scale.sources import open_source
 
@@ -138,6 +139,13 @@ def test_a_damaged_shard_is_named(tmp_path):
 def test_addresses_that_nothing_opens_are_refused(url):
     with pytest.raises(DataError, match="cannot be opened"):
         open_source(url)
+
+
+def test_passwords_in_addresses_are_not_shown(tmp_path):
+    with pytest.raises(DataError) as caught:
+        open_source("nothing://me:secret@there/photos")
+    assert caught.value.where == "nothing://there/photos"
+    assert hide_credentials("s3://b/x@y?a=b") == "s3://b/x@y?a=b"
 
 
 def test_an_empty_place_is_refused(tmp_path):

@@ -92,7 +92,7 @@ def run(cluster, bundle, photos, tmp_path):
 
     def start(answerer=Answerer, source=photos, progress=None):
         found = open_source(str(source))
-        subject = Subject(bundle.title, pack_bundle(bundle), source=found.path)
+        subject = Subject(bundle.title, pack_bundle(bundle), source=found.address)
         plan = Plan(found.items[:IMAGES], 16, None, LABELS, progress, answerer)
         with cluster:
             return answer_all(cluster, subject, plan, AnswersFolder(tmp_path / "answers", {"of": "test"}))
