@@ -95,12 +95,16 @@ def scan_archive(archive: Path, prefix: str) -> Found:
     members = Members(archive)
     try:
         with open_regular(archive) as file:
-            end = _read_members(_Headers(file), members)
-        _check_end(archive, end)
+            read_members(file, os.fstat(file.fileno()).st_size, members)
     except UNREADABLE as exc:
         if isinstance(exc, OSError) and not is_about_data(exc):
             raise
         raise _make_unreadable_error(archive, exc) from exc
+    return collect_members(members, archive, prefix)
+
+
+def collect_members(members: Members, archive: Path, prefix: str) -> Found:
+    """The images among ``members`` below the folder ``prefix``, and what is skipped."""
     found = Found()
     for name, place in members.walk(prefix):
         _add_member(found, archive, PurePosixPath(name), place)
@@ -109,7 +113,21 @@ def scan_archive(archive: Path, prefix: str) -> Found:
     return found
 
 
-def _read_members(headers: _Headers, members: Members) -> int:
+def read_members(file: BinaryIO, length: int, members: Members) -> None:
+    """Note every member of an archive.
+
+    Args:
+        file: of ``length`` bytes, which can seek.
+        members: where they are noted.
+
+    Raises:
+        One of :data:`UNREADABLE`: the archive is damaged or cut off.
+    """
+    end = _read_headers(_Headers(file, length), members)
+    _check_end(file, end)
+
+
+def _read_headers(headers: _Headers, members: Members) -> int:
     """Note every member of an archive; returns the byte at which the archive says that it ends."""
     position = -1
     with tarfile.open(fileobj=cast(IO[bytes], headers), mode="r:") as tar:
@@ -127,9 +145,9 @@ def _read_members(headers: _Headers, members: Members) -> int:
 class _Headers:
     """What ``tarfile`` reads an archive through: it reads headers only, and believes each size in them."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, length: int) -> None:
         self._file = file
-        self._length = os.fstat(file.fileno()).st_size
+        self._length = length
         self.allowed = MAX_HEADER
         """Bytes that may still be read for the next member."""
 
@@ -200,10 +218,9 @@ def _make_unreadable_error(archive: Path, exc: Exception) -> DataError:
     )
 
 
-def _check_end(archive: Path, end: int) -> None:
+def _check_end(file: BinaryIO, end: int) -> None:
     """Raise :class:`tarfile.ReadError` unless the archive really ends at byte ``end``: ``tarfile`` mistakes a
     damaged header for the end."""
-    with open(archive, "rb") as file:
-        file.seek(end)
-        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError(f"damaged at byte {end}, or cut off")
+    file.seek(end)
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(f"damaged at byte {end}, or cut off")

@@ -161,7 +161,7 @@ class Child:
             raise crash
         if "done" in answer:
             return answer["done"]
-        raise _read_error(answer)
+        raise read_error(answer)
 
     def kill(self) -> None:
         """End the process, and what it started."""
@@ -247,7 +247,7 @@ def _kill(process: subprocess.Popen[str]) -> None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def _read_error(answer: Mapping[str, Any]) -> CmtEdgeError:
+def read_error(answer: Mapping[str, Any]) -> CmtEdgeError:
     """The error of an answer, of the same kind as in the child where the project's list has it."""
     kind = getattr(errors, answer["kind"], StepError)
     error: CmtEdgeError = CmtEdgeError.__new__(kind)
@@ -290,9 +290,9 @@ def serve(
         try:
             say(done=calls[request["call"]](request, report))
         except CmtEdgeError as exc:
-            say(**_describe_error(exc))
+            say(**describe_error(exc))
         except Exception as exc:
-            say(**_describe_error(unexpected(exc)))
+            say(**describe_error(unexpected(exc)))
 
 
 def _iterate_requests() -> Iterator[dict[str, Any]]:
@@ -310,7 +310,8 @@ def _iterate_requests() -> Iterator[dict[str, Any]]:
         yield json.loads(lines.get())
 
 
-def _describe_error(error: CmtEdgeError) -> dict[str, Any]:
+def describe_error(error: CmtEdgeError) -> dict[str, Any]:
+    """An error as JSON, which :func:`read_error` reads."""
     return {
         "failed": error.what,
         "where": error.where,

@@ -108,6 +108,12 @@ class RuntimeMissingError(CmtEdgeError):
     exit_code = 3
 
 
+class ClusterError(CmtEdgeError):
+    """A cluster that cannot go on: its workers end, a node is gone, or its memory is full."""
+
+    exit_code = 3
+
+
 class StepError(CmtEdgeError):
     """A step of the export failed inside a third-party library; ``what`` names the step."""
 

@@ -34,6 +34,9 @@ class ImageSet(Sequence[Item]):
             several places.
     """
 
+    has_numbers = False
+    """Its labels are names."""
+
     def __init__(
         self,
         path: str | Path,

@@ -56,6 +56,8 @@ class Range:
 
 THREADS = Range(1, 1024)
 """CPU threads of one inference; no machine that we know of has more."""
+WORKERS = Range(1, 100_000)
+"""Workers of a cluster."""
 SEED = Range(0, 2**64 - 1)
 """Seeds: what fits in 64 bits, as PyTorch takes them."""
 IMAGES = Range(1, MAX_ITEMS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,12 +14,15 @@ from ..backends import LoadOptions
 from ..bundle import Bundle
 from ..errors import InputError, WeightsError
 from ..images import ImageSet
+from ..measure.answering import Answers, Labelled
 from ..measure.flipped import MOST_SHOWN
+from ..measure.labels import LabelledImages
 from ..measure.layers import MOST_IMAGES, THRESHOLDS, compare_layers
 from ..measure.parity import MAX_DROP, Verification
 from ..measure.parity import verify as run_verify
 from ..predictor import Predictor
 from ..progress import Progress
+from .cluster import add_cluster_flags, make_settings, require_cluster_flags
 from .console import add_key_flag, add_runtime_flags, make_parser, run_command
 from .output import find_width, say, tell
 from .pages import add_page_flags, require_targets, wants_page, write_pages
@@ -36,6 +40,7 @@ examples:
   %(prog)s cmt_xs_int8_openvino --data photos/test --max-drop 0.5
   %(prog)s cmt_xs_int8_openvino --data photos/test --reference cmt_xs_fp32_openvino
   %(prog)s cmt_xs_int8_openvino --layers --beside cmt_xs_bf16_openvino
+  %(prog)s cmt_xs_int8_openvino --data s3://bucket/shards --ray --answers answers
 """
 """What ``--help`` prints last."""
 
@@ -56,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     images = p.add_argument_group("labelled images")
     images.add_argument(
         "--data",
-        help="a folder of class folders, or ARCHIVE.tar[/FOLDER]",
+        help="a folder of class folders, or ARCHIVE.tar[/FOLDER]; with --ray also shards, Parquet and URLs",
     )
     images.add_argument(
         "--by-order",
@@ -70,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_reference_flags(p)
     _add_layer_flags(p)
+    add_cluster_flags(p)
     gates = p.add_argument_group("accuracy gates")
     gates.add_argument(
         "--max-drop",
@@ -137,9 +143,10 @@ def _main(args: argparse.Namespace) -> int:
     _require_weights(args.weights)
     require_targets(args, args.html)
     _require_layers(args)
+    _require_cluster(args)
     bundle = Bundle.open(args.bundle, key=args.key)
-    data = ImageSet(args.data) if args.data else None
-    reference = _load_reference(bundle, args) if args.reference else None
+    data = _open_data(args)
+    other = _open_reference(bundle, args) if args.reference else None
     progress = Progress(args.quiet)
     progress.tell(_describe_signature(bundle, args.key))
     progress.tell(report.describe_slim(bundle.manifest.slim) if bundle.manifest.slim else "")
@@ -151,7 +158,7 @@ def _main(args: argparse.Namespace) -> int:
         backend=args.backend,
         device=args.device,
         threads=args.threads,
-        reference=reference,
+        reference=_load_reference(other, args) if other and args.ray is None else None,
         weights=args.weights,
         trusted_model=args.reference_model,
         trusted_engine=args.trust_engine,
@@ -160,9 +167,11 @@ def _main(args: argparse.Namespace) -> int:
         limit=args.limit,
         progress=progress.count,
         flipped_images=MOST_SHOWN if wants_page(args) and not args.no_thumbnails else 0,
+        answer=_make_answerer(bundle, other, args, progress),
     )
     if args.layers:
-        result = _add_layers(result, bundle, data, args, progress)
+        images = data if isinstance(data, ImageSet) else None
+        result = _add_layers(result, bundle, images, args, progress)
     progress.finish()
     if wants_page(args):
         _write_pages(args, bundle, result)
@@ -256,9 +265,8 @@ def _describe_signature(bundle: Bundle, key: Path | None) -> str:
     return f"signature checked: the holder of {key} made this bundle (key {signer[:16]})"
 
 
-def _load_reference(bundle: Bundle, args: argparse.Namespace) -> Predictor:
-    """Another bundle of the same weights as the reference; a key and trust that were given count for it
-    too."""
+def _open_reference(bundle: Bundle, args: argparse.Namespace) -> Bundle:
+    """Another bundle of the same weights as the reference; a key that was given counts for it too."""
     other = Bundle.open(args.reference, key=args.key)
     if other.manifest.model.weights.sha256 != bundle.manifest.model.weights.sha256:
         raise InputError(
@@ -266,4 +274,42 @@ def _load_reference(bundle: Bundle, args: argparse.Namespace) -> Predictor:
             where=args.reference,
             remedy="export both from one checkpoint",
         )
+    return other
+
+
+def _load_reference(other: Bundle, args: argparse.Namespace) -> Predictor:
+    """The reference on this machine; trust that was given counts for it too."""
     return Predictor.load(other, threads=args.threads, trusted_engine=args.trust_engine, cache=False)
+
+
+def _require_cluster(args: argparse.Namespace) -> None:
+    """Raise :class:`InputError` for flags that do not go together with ``--ray``, or not without it."""
+    require_cluster_flags(args)
+    if args.ray is None:
+        return
+    if args.data is None:
+        raise InputError("--ray means nothing without --data", remedy="add --data, or leave --ray out")
+    if args.layers:
+        raise InputError("--layers runs on this machine only", remedy="leave --ray or --layers out")
+
+
+def _open_data(args: argparse.Namespace) -> LabelledImages | None:
+    """The labelled images, if there are any."""
+    if args.data is None:
+        return None
+    if args.ray is None:
+        return ImageSet(args.data)
+    from ..scale.sources import open_source
+
+    return open_source(args.data)
+
+
+def _make_answerer(
+    bundle: Bundle, other: Bundle | None, args: argparse.Namespace, progress: Progress
+) -> Callable[[Predictor, Labelled], Answers] | None:
+    """What answers the images on a cluster, where one was asked for."""
+    if args.ray is None:
+        return None
+    from ..scale.evaluation import make_answerer
+
+    return make_answerer(bundle, other, make_settings(args, progress))

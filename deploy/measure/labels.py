@@ -3,16 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 from ..bundle import LOGITS, Bundle
 from ..errors import DataError, InputError
-from ..images import ImageSet
 
 BY_NAME = "name the folders like the labels, or match them in sorted order with --by-order"
 """The remedy where class folders and labels do not match."""
 
 
-def match_labels(bundle: Bundle, data: ImageSet, by_order: bool) -> dict[str, int]:
+class LabelledImages(Protocol):
+    """A collection of images with labels, :class:`~cmt_edge.deploy.images.ImageSet` for instance.
+
+    Each item has a ``name`` and a ``label``.
+    """
+
+    @property
+    def path(self) -> object:
+        """Where the images are, for messages."""
+        ...
+
+    @property
+    def items(self) -> Sequence[Any]:
+        """The images, in order."""
+        ...
+
+    @property
+    def classes(self) -> list[str]:
+        """Sorted labels; empty where there are none."""
+        ...
+
+    @property
+    def has_numbers(self) -> bool:
+        """Whether the labels are numbers of logits, and no names."""
+        ...
+
+    @property
+    def note(self) -> str:
+        """What was skipped, in words; empty if nothing was."""
+        ...
+
+    def read(self, item: Any) -> bytes:
+        """The encoded bytes of one image."""
+        ...
+
+
+def match_labels(bundle: Bundle, data: LabelledImages, by_order: bool) -> dict[str, int]:
     """Class folder -> logit index, by class id or readable name, or in sorted order.
 
     Raises:
@@ -32,12 +68,38 @@ def match_labels(bundle: Bundle, data: ImageSet, by_order: bool) -> dict[str, in
             where=data.path,
             remedy="sort them into one folder a class, or leave --data out",
         )
+    if data.has_numbers:
+        return _match_by_number(bundle, data, folders, by_order)
     return _match_by_order(bundle, data, folders) if by_order else _match_by_name(bundle, data, folders)
+
+
+def _match_by_number(
+    bundle: Bundle,
+    data: LabelledImages,
+    labels: Sequence[str],
+    by_order: bool,
+) -> dict[str, int]:
+    """Labels that are numbers of logits already."""
+    if by_order:
+        raise DataError(
+            "the labels are numbers of classes, which have an order already",
+            where=data.path,
+            remedy="leave out --by-order",
+        )
+    count = len(bundle.class_ids)
+    beyond = [label for label in labels if not 0 <= int(label) < count]
+    if beyond:
+        raise DataError(
+            f"the labels are numbers of classes, but the bundle's {count} classes lack {format_some(beyond)}",
+            where=data.path,
+            remedy="give the data that the bundle's model was trained for",
+        )
+    return {label: int(label) for label in labels}
 
 
 def _match_by_order(
     bundle: Bundle,
-    data: ImageSet,
+    data: LabelledImages,
     folders: Sequence[str],
 ) -> dict[str, int]:
     count = len(bundle.class_ids)
@@ -52,7 +114,7 @@ def _match_by_order(
 
 def _match_by_name(
     bundle: Bundle,
-    data: ImageSet,
+    data: LabelledImages,
     folders: Sequence[str],
 ) -> dict[str, int]:
     """By class id or readable name; a name that several classes have names none of them."""
@@ -61,7 +123,7 @@ def _match_by_name(
     if shared:
         unique = len(set(ids)) == len(ids)
         raise DataError(
-            f"several classes are called {_format_some(shared)}",
+            f"several classes are called {format_some(shared)}",
             where=data.path,
             remedy="name the folders by class id"
             if unique
@@ -76,7 +138,7 @@ def _match_by_name(
         raise DataError(
             "class folders do not match the bundle's labels",
             where=data.path,
-            why=f"folders without a label: {_format_some(unknown)}; labels: {_format_some(labels)}",
+            why=f"folders without a label: {format_some(unknown)}; labels: {format_some(labels)}",
             remedy=BY_NAME,
         )
     return {f: known[f] for f in folders}
@@ -93,7 +155,8 @@ def _is_shared(
     return names.count(folder) > 1
 
 
-def _format_some(names: Sequence[str], count: int = 8) -> str:
+def format_some(names: Sequence[str], count: int = 8) -> str:
+    """The first ``count`` names, and how many more there are."""
     rest = len(names) - count
     more = f" and {rest} more" if rest > 0 else ""
     return ", ".join(names[:count]) + more

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from ..backends import LoadOptions, has_runtime
-from ..bundle import GOLDEN, REFERENCE, Bundle
+from ..backends import LoadOptions
+from ..bundle import GOLDEN, Bundle
 from ..bundle.sections import (
     DataCheck,
     GoldenCheck,
@@ -19,18 +19,13 @@ from ..bundle.sections import (
     VerificationEntry,
 )
 from ..decoding import NamedBytes
-from ..errors import (
-    BundleError,
-    ImageError,
-    RuntimeMissingError,
-)
-from ..folders import Item
-from ..images import ImageSet, choose_evenly, hash_image
+from ..errors import BundleError, ImageError
 from ..predictor import Predictor, require_kind
-from ..preprocessing import decode_pixels, normalise, preprocess
+from ..preprocessing import decode_pixels, normalise
+from .answering import Answers, Labelled, open_reference, run_both
 from .confusion import compare_classes, count_answers, count_flips
 from .flipped import FlippedImage, choose_flipped, make_flipped
-from .labels import match_labels
+from .labels import LabelledImages
 from .statistics import compute_paired_drop, compute_wilson_interval
 from .tolerance import find_tolerance, measure_distance
 
@@ -52,14 +47,6 @@ SMALLEST_TOLERANCE = 1e-30
 
 MANY_IMAGES = 30
 """Number of images from which the interval of the reference's top-1 is compared with chance."""
-
-CHUNK_IMAGES = 16
-"""Labelled images that go through both sides at once, at least."""
-
-NO_REFERENCE_REMEDY = (
-    "verify on the exporting machine, pass --reference BUNDLE (an fp32 bundle), or leave --data out"
-)
-"""The remedy where nothing here knows the reference's answers."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +93,7 @@ class Verification:
 def verify(
     bundle: Bundle,
     *,
-    data: ImageSet | None = None,
+    data: LabelledImages | None = None,
     by_order: bool = False,
     backend: str | None = None,
     device: str | None = None,
@@ -121,6 +108,7 @@ def verify(
     progress: Callable[[int, int], None] | None = None,
     candidate: Predictor | None = None,
     flipped_images: int = 0,
+    answer: Callable[[Predictor, Labelled], Answers] | None = None,
 ) -> Verification:
     """Check a bundle against the reference.
 
@@ -141,6 +129,8 @@ def verify(
         progress: called with images done and total.
         candidate: what to check instead of the bundle as its runtime opens it; it stays open.
         flipped_images: the largest number of images with two answers that the result keeps, made small.
+        answer: what answers the labelled images for both sides, elsewhere; ``reference`` and ``progress`` are
+            not used then. Default: this process.
 
     Raises:
         DataError: unlabelled images, or class folders that do not match the labels.
@@ -152,16 +142,19 @@ def verify(
         found = _check_outputs(bundle, predictor, atol)
         if data is None:
             return found
-        labelled = _Labelled.of(bundle, data, by_order, limit)
-        with _reference(reference, bundle, labelled, options) as live:
-            answers = _run_both(predictor, live, bundle, labelled, progress)
+        labelled = Labelled.of(bundle, data, by_order, limit)
+        if answer is not None:
+            answers = answer(predictor, labelled)
+        else:
+            with open_reference(reference, bundle, labelled, options) as live:
+                answers = run_both(predictor, live, bundle, labelled, progress)
     flipped = _keep_flipped(labelled, answers, bundle, flipped_images)
     return replace(_judge(found, labelled.truth, answers, len(bundle.labels), max_drop), flipped=flipped)
 
 
 def _keep_flipped(
-    labelled: _Labelled,
-    answers: _Answers,
+    labelled: Labelled,
+    answers: Answers,
     bundle: Bundle,
     limit: int,
 ) -> tuple[FlippedImage, ...]:
@@ -215,7 +208,7 @@ def _opened(
 def _judge(
     found: Verification,
     truth: np.ndarray,
-    answers: _Answers,
+    answers: Answers,
     classes: int,
     max_drop: float,
 ) -> Verification:
@@ -227,28 +220,6 @@ def _judge(
         notes=_write_notes(check, truth, classes),
         reference_answers=answers.by_digest,
     )
-
-
-@dataclass(frozen=True)
-class _Labelled:
-    """The images that are compared; ``truth`` holds their labels, int ``(N,)``."""
-
-    data: ImageSet
-    items: list[Item]
-    truth: np.ndarray
-
-    @classmethod
-    def of(
-        cls,
-        bundle: Bundle,
-        data: ImageSet,
-        by_order: bool,
-        limit: int | None,
-    ) -> _Labelled:
-        targets = match_labels(bundle, data, by_order)
-        items = choose_evenly(data.items, limit)
-        truth = np.array([targets[item.label] for item in items if item.label is not None])
-        return cls(data, items, truth)
 
 
 def check_golden(bundle: Bundle, predictor: Predictor, atol: float | None = None) -> GoldenCheck:
@@ -332,115 +303,7 @@ def _require_shapes(
         )
 
 
-@contextmanager
-def _reference(
-    given: Predictor | None,
-    bundle: Bundle,
-    labelled: _Labelled,
-    options: LoadOptions,
-) -> Iterator[Predictor | None]:
-    """The ``given`` reference, ``None`` if the bundle recorded the reference's answers for all images, else
-    the PyTorch model, which is closed at the end."""
-    if given is not None or _is_recorded(bundle, labelled):
-        yield given
-        return
-    if not has_runtime("torch"):
-        raise _make_no_reference_error(bundle)
-    with Predictor.load(
-        bundle,
-        backend="torch",
-        weights=options.weights,
-        trusted_model=options.trusted_model,
-        threads=options.threads,
-    ) as predictor:
-        yield predictor
-
-
-def _make_no_reference_error(bundle: Bundle) -> RuntimeMissingError:
-    """The error where neither the bundle nor this machine knows the reference's answers."""
-    slim = bundle.manifest.slim
-    what, remedy = "the bundle recorded other ones", NO_REFERENCE_REMEDY
-    if slim is not None and REFERENCE in slim.files:
-        what = f"{REFERENCE} was left out of this slim bundle"
-        remedy = f"verify the bundle that is exported without --slim, or {remedy}"
-    return RuntimeMissingError(
-        f"no reference for these images: {what} and PyTorch is not installed here",
-        where=bundle.path,
-        remedy=remedy,
-    )
-
-
-def _is_recorded(bundle: Bundle, labelled: _Labelled) -> bool:
-    recorded = bundle.reference()
-    if not recorded:
-        return False
-    digests = (hash_image(labelled.data.read(item)) for item in labelled.items)
-    return all(digest in recorded for digest in digests)
-
-
-@dataclass(frozen=True)
-class _Answers:
-    """Top-1 of bundle and reference, ``(N,)`` each, content digests, logit differences where both ran here,
-    and where the reference's answers are from."""
-
-    ours: np.ndarray
-    theirs: np.ndarray
-    digests: list[str]
-    diffs: np.ndarray | None
-    source: str
-
-    @property
-    def by_digest(self) -> dict[str, int]:
-        """Content digest -> top-1 of the reference."""
-        return dict(zip(self.digests, self.theirs.tolist(), strict=True))
-
-
-def _run_both(
-    predictor: Predictor,
-    live: Predictor | None,
-    bundle: Bundle,
-    labelled: _Labelled,
-    progress: Callable[[int, int], None] | None,
-) -> _Answers:
-    """Both sides over the images, a chunk at a time."""
-    recorded = bundle.reference() if live is None else {}
-    ours, theirs, diffs = [], [], []
-    digests: list[str] = []
-    items = labelled.items
-    chunk = max(CHUNK_IMAGES, predictor.batch)
-    for start in range(0, len(items), chunk):
-        part = items[start : start + chunk]
-        blobs = [labelled.data.read(item) for item in part]
-        names = [hash_image(blob) for blob in blobs]
-        batch = _preprocess_all(bundle, part, blobs)
-        logits = predictor.logits(batch)
-        ours.append(logits.argmax(1))
-        digests += names
-        if live is None:
-            theirs.append(np.array([recorded[name] for name in names]))
-        else:
-            expected = live.logits(batch)
-            theirs.append(expected.argmax(1))
-            diffs.append(np.abs(logits - expected))
-        if progress:
-            progress(min(start + chunk, len(items)), len(items))
-    return _Answers(
-        np.concatenate(ours),
-        np.concatenate(theirs),
-        digests,
-        np.concatenate(diffs) if diffs else None,
-        "the bundle's record" if live is None else live.info.runtime,
-    )
-
-
-def _preprocess_all(bundle: Bundle, items: Sequence[Item], blobs: Sequence[bytes]) -> np.ndarray:
-    """Encoded images as a batch, float32 ``(N, 3, S, S)``; errors name the image."""
-    pairs = zip(blobs, items, strict=True)
-    named = [NamedBytes(blob, item.name) for blob, item in pairs]
-    return np.stack([preprocess(image, bundle.preprocess) for image in named])
-
-
-def _compare(truth: np.ndarray, answers: _Answers, classes: int, max_drop: float) -> DataCheck:
+def _compare(truth: np.ndarray, answers: Answers, classes: int, max_drop: float) -> DataCheck:
     ours, theirs, diffs = answers.ours, answers.theirs, answers.diffs
     drop = compute_paired_drop(theirs == truth, ours == truth)
     return DataCheck(

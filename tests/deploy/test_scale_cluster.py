@@ -1,0 +1,233 @@
+"""Evaluation on a real Ray cluster of two nodes: the table of a serial run, whatever is killed meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import warnings
+
+import numpy as np
+import pytest
+
+from cmt_edge.deploy import Bundle, Predictor
+from cmt_edge.deploy.cli import verify
+from cmt_edge.deploy.errors import ClusterError, ImageError
+from cmt_edge.deploy.images import ImageSet
+from helpers.bundles import LABELS, make_bundle, recorded_bundle
+from helpers.collections import archive
+from helpers.images import COLOURS, coloured, folder_of
+
+pytest.importorskip("ray", reason='needs the extra "ray"')
+pytest.importorskip("pyarrow", reason='needs the extra "ray"')
+pytest.importorskip("onnxruntime", reason="the workers of these tests run ONNX Runtime")
+
+from cmt_edge.deploy.scale import passes
+from cmt_edge.deploy.scale.answers import AnswersFolder
+from cmt_edge.deploy.scale.cluster import KNOWN_WARNINGS, Cluster, connected
+from cmt_edge.deploy.scale.evaluation import pack_bundle
+from cmt_edge.deploy.scale.passes import Plan, answer_all
+from cmt_edge.deploy.scale.sources import open_source
+from cmt_edge.deploy.scale.worker import Answerer, Subject
+from helpers.cluster import DEADLY, Deadly, Slow, two_nodes
+
+pytestmark = [
+    pytest.mark.slow,
+    *(pytest.mark.filterwarnings(f"ignore:{message}") for message in KNOWN_WARNINGS),
+]
+
+IMAGES = 160
+"""Images of the test set; ten tasks where one has 16."""
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with two_nodes() as cluster:
+            yield cluster
+
+
+@pytest.fixture(scope="module")
+def ray(nodes):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with connected(nodes.address) as ray:
+            yield ray
+
+
+@pytest.fixture
+def cluster(ray, monkeypatch):
+    """The cluster, with small tasks."""
+    monkeypatch.setattr(passes, "TASK_IMAGES", 16)
+    return Cluster("unused, because there is a connection")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Class folders; the last digit of a shade makes most images different files."""
+    folder = tmp_path_factory.mktemp("photos")
+    per_class = IMAGES // len(COLOURS) + 1
+    folder_of(folder, {name: [coloured(name, i % 50) for i in range(per_class)] for name in COLOURS})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> Bundle:
+    return make_bundle(tmp_path_factory.mktemp("bundles") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def expected(bundle, photos) -> np.ndarray:
+    """The logits of a serial run."""
+    images = ImageSet(photos)
+    with Predictor.load(bundle, threads=1) as predictor:
+        return predictor.logits(predictor.prepare([images.read(item) for item in images.items[:IMAGES]]))
+
+
+@pytest.fixture
+def run(cluster, bundle, photos, tmp_path):
+    """Answer the images; returns the answers."""
+
+    def start(answerer=Answerer, source=photos, progress=None):
+        found = open_source(str(source))
+        subject = Subject(bundle.title, pack_bundle(bundle), source=found.address)
+        plan = Plan(found.items[:IMAGES], 16, None, LABELS, progress, answerer)
+        with cluster:
+            return answer_all(cluster, subject, plan, AnswersFolder(tmp_path / "answers", {"of": "test"}))
+
+    return start
+
+
+def list_parts(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
+
+
+@pytest.mark.parametrize("has_record", [True, False])
+def test_the_table_is_that_of_a_serial_run(cluster, photos, tmp_path, capsys, has_record):
+    bundle = recorded_bundle(tmp_path / "tiny")
+    data, more = photos, ["--reference", str(bundle.path)]
+    if has_record:
+        data, more = tmp_path / "known", []
+        folder_of(data, {name: [coloured(name, i) for i in range(5)] for name in COLOURS})
+    flags = [str(bundle.path), "--data", str(data), "--json", "--threads", "1", *more]
+    codes = verify.main(flags), verify.main([*flags, "--ray"])
+    serial, ours = capsys.readouterr().out.splitlines()
+    assert (codes, ours) == ((0, 0), serial)
+    found = json.loads(serial)["data"]
+    assert found["images"] == (15 if has_record else IMAGES + 2)
+    assert (found["reference_source"] == "the bundle's record") is has_record
+
+
+def test_shards_are_answered_alike(run, tmp_path, expected, bundle):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for name in COLOURS:
+        members = {f"{i:02}.png": coloured(name, i) for i in range(20)}
+        members |= {f"{i:02}.cls": str(LABELS.index(name)).encode() for i in range(20)}
+        archive(shards / f"{name}.tar", members)
+    answers = run(source=f"local://{shards}")
+    truth = [int(item.label) for item in open_source(str(shards)).items]
+    assert answers.logits.argmax(1).tolist() == truth
+    assert answers.computed == 60
+
+
+def test_what_is_there_is_not_computed_again(run, expected, tmp_path):
+    first = run()
+    assert first.logits.tobytes() == expected.tobytes()
+    parts = list_parts(tmp_path)
+    lost = sorted((tmp_path / "answers").glob("*.parquet"))[3]
+    lost.write_bytes(lost.read_bytes()[:-9])
+    again = run()
+    assert again.logits.tobytes() == expected.tobytes()
+    assert (first.computed, again.computed) == (IMAGES, 16)
+    changed = {name for name, time in list_parts(tmp_path).items() if parts[name] != time}
+    assert changed == {lost.name}
+
+
+def test_a_corrupt_image_is_named_and_the_others_are_answered(run, photos, expected, tmp_path):
+    victims = [photos / "blue" / "003.png", photos / "green" / "007.png"]
+    before = [path.read_bytes() for path in victims]
+    for path in victims:
+        path.write_bytes(before[0][:40])
+    try:
+        with pytest.raises(ImageError) as caught:
+            run()
+    finally:
+        for path, data in zip(victims, before, strict=True):
+            path.write_bytes(data)
+    assert "blue/003.png" in str(caught.value)
+    assert "so are green/007.png" in str(caught.value)
+    again = run()
+    assert again.logits.tobytes() == expected.tobytes()
+    assert again.computed == 32
+
+
+def kill_once(progress_at: int, act):
+    """A report of progress that acts once, when so many images are done."""
+    acted = threading.Event()
+
+    def report_progress(done: int, total: int) -> None:
+        if done >= progress_at and not acted.is_set():
+            acted.set()
+            act()
+
+    return report_progress, acted
+
+
+def find_workers() -> list[int]:
+    """Processes of Ray that hold a model."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/cmdline", "rb") as file:
+                title = file.read()
+        except OSError:
+            continue
+        if title.startswith(b"ray::MapWorker") or title.startswith(b"ray::_MapWorker"):
+            found.append(int(pid))
+    return found
+
+
+def test_a_killed_worker_changes_nothing(run, expected):
+    killed: list[int] = []
+
+    def kill() -> None:
+        killed.extend(find_workers()[:1])
+        os.kill(killed[0], signal.SIGKILL)
+
+    progress, acted = kill_once(16, kill)
+    answers = run(Slow, progress=progress)
+    assert acted.is_set()
+    assert len(killed) == 1
+    assert answers.logits.tobytes() == expected.tobytes()
+
+
+def test_an_image_that_ends_every_worker_is_one_error(run, photos, tmp_path):
+    folder = tmp_path / "photos"
+    names = {f"{name}/{i:02}.png": coloured(name, i) for name in COLOURS for i in range(20)}
+    names[f"red/{DEADLY}.png"] = coloured("red")
+    for name, data in names.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    with pytest.raises(ClusterError, match="lost a worker or a node") as caught:
+        run(Deadly, source=folder)
+    assert caught.value.exit_code == 3
+    assert len(list_parts(tmp_path / "answers")) >= 2
+
+
+def test_a_full_store_changes_nothing(ray, run, expected):
+    held = [ray.put(np.zeros(30 << 20, np.uint8)) for _ in range(4)]
+    assert run().logits.tobytes() == expected.tobytes()
+    assert len(held) == 4
+
+
+def test_a_node_that_goes_changes_nothing(run, nodes, expected):
+    """The last test of this module: the node does not come back."""
+    progress, acted = kill_once(
+        32, lambda: nodes.remove_node(nodes.worker_nodes.copy().pop(), allow_graceful=False)
+    )
+    answers = run(Slow, progress=progress)
+    assert acted.is_set()
+    assert answers.logits.tobytes() == expected.tobytes()
