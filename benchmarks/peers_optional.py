@@ -299,6 +299,9 @@ def make_openvino_frontend(job: Job, folder: Path, quantized: str) -> None:
 
 
 def _quantize_by_nncf(job: Job, model: Any) -> Any:
+    # On a module NNCF compiles C++ code, for which a busy machine may need more than its limit of 60 s.
+    os.environ["NNCF_EXTENSION_LOAD_TIMEOUT"] = "0"
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(job.folder / "extensions")
     import nncf
     import torch
 
