@@ -128,7 +128,7 @@ def compile_frozen(job: Job, folder: Path, model: nn.Module) -> Session:
 
     session = TorchSession(Whole(), job.threads)
     session.run(job.images()[:1])
-    return session
+    return CallSession(lambda batch: session.run(batch)[0], "inductor")  # has no parameters to tell types by
 
 
 def load_frozen(job: Job, folder: Path, throughput: bool, bf16: bool) -> Session:
