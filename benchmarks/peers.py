@@ -49,6 +49,7 @@ from common import (
     step,
 )
 from peers_environments import HERE, Environments, MissingEnvironment, make_variables
+from peers_isa import LIMITED_ROWS, describe_unlimited, find_beyond, set_limit
 from peers_optional import OPTIONAL
 from peers_remote import RemoteSession, serve
 from peers_report import (
@@ -58,6 +59,7 @@ from peers_report import (
     Result,
     format_markdown,
     name_batch,
+    name_limit,
     plot,
     read_again,
 )
@@ -85,6 +87,7 @@ from cmt_edge.deploy.measure.benchmark import (
     time_interleaved,
 )
 from cmt_edge.deploy.measure.host import describe_host, read_versions
+from cmt_edge.deploy.measure.isa import ISAS
 from cmt_edge.deploy.measure.statistics import NS_PER_MS, summarise
 
 ROWS = PLAIN_ROWS | OPTIONAL
@@ -214,10 +217,15 @@ def prepare(job: Job, rows: Sequence[Row], environments: Environments) -> list[R
 
 
 def measure(
-    job: Job, rows: Sequence[Row], protocol: Protocol, environments: Environments, seconds: float
+    job: Job,
+    rows: Sequence[Row],
+    protocol: Protocol,
+    environments: Environments,
+    seconds: float,
+    isa: str | None = None,
 ) -> list[Result]:
     """Everything about one model, its throughput over ``seconds`` if there are any; raises ``SystemExit``
-    where the base cannot run."""
+    where the base cannot run, or a row does not keep to ``isa``."""
     spec = job.preprocess
     np.save(job.folder / IMAGES_FILE, check_images(spec, max(IMAGES, job.size)))
     if any(row.home != HERE for row in rows):
@@ -235,6 +243,8 @@ def measure(
             raise SystemExit(f"the base of all ratios cannot run: {results[BASE].note}")
         check(job, sessions, results, images)
         batch = images[: job.size]
+        if isa:
+            check_limit(sessions, results, batch, isa)
         calls = {key: bind_inference(session, batch) for key, session in sessions.items()}
         samples = time_interleaved(calls, protocol, make_progress(f"{job.model}: latency"))
         for key, session in sessions.items():
@@ -244,6 +254,18 @@ def measure(
             say(f"{job.model}: throughput of {key}")
             rate(job, ROWS[key], session, results[key], batch, seconds)
     return list(results.values())
+
+
+def check_limit(
+    sessions: dict[str, Session], results: dict[str, Result], batch: np.ndarray, isa: str
+) -> None:
+    """Raise ``SystemExit`` if kernels beyond ``isa`` ran; remark on those that cannot be limited."""
+    for key, session in sessions.items():
+        kernels = session.kernels(batch)
+        if beyond := find_beyond(kernels, isa):
+            raise SystemExit(f"{key} does not keep to {isa}: it ran {', '.join(beyond)}")
+        if remark := describe_unlimited(kernels):
+            results[key].warnings.append(remark)
 
 
 def fill(result: Result, base: np.ndarray, samples: np.ndarray) -> None:
@@ -299,6 +321,11 @@ def parse_arguments() -> argparse.Namespace:
         default=1,
         help="batch size of the graphs of rows without an environment (default 1); 0 for graphs with any"
         " batch size, measured with one image",
+    )
+    p.add_argument(
+        "--isa",
+        choices=ISAS,
+        help="limit OpenVINO to an older CPU's instructions; only rows that it runs without bfloat16",
     )
     p.add_argument("--only", nargs="+", choices=ROWS, metavar="ROW", help="measure these rows and the base")
     p.add_argument("--optional", action="store_true", help="measure the optional rows too")
@@ -363,25 +390,37 @@ def main() -> None:
             raise SystemExit(exc.exit_code) from exc
 
 
-def choose_rows(only: Sequence[str] | None, optional: bool) -> list[Row]:
-    """The rows of ``only`` and the base; without it all that need no environment, or really all."""
-    if only:
-        return [row for row in ROWS.values() if row.key in (*only, BASE)]
-    return list((ROWS if optional else PLAIN_ROWS).values())
+def choose_rows(only: Sequence[str] | None, optional: bool, isa: str | None = None) -> list[Row]:
+    """The rows of ``only`` and the base; without it all that need no environment, or really all; with ``isa``
+    those that keep to it.
+
+    Raises:
+        SystemExit: a row of ``only`` does not keep to ``isa``.
+    """
+    offered = ROWS if optional or only else PLAIN_ROWS
+    chosen = [row for row in offered.values() if not only or row.key in (*only, BASE)]
+    if not isa:
+        return chosen
+    if beyond := [key for key in only or () if key not in LIMITED_ROWS]:
+        raise SystemExit(f"--isa: these rows cannot be limited, or need bfloat16: {', '.join(beyond)}")
+    return [row for row in chosen if row.key in LIMITED_ROWS]
 
 
 def compare(args: argparse.Namespace, folder: Path, environments: Environments) -> None:
     """All models, one after the other; the files are written again after each."""
     protocol = read_protocol(args)
-    rows = choose_rows(args.only, args.optional)
+    rows = choose_rows(args.only, args.optional, args.isa)
     if args.batch != 1 and (fixed := [row.key for row in rows if row.key in OPTIONAL]):
         raise SystemExit(f"--batch: these rows are made for one image: {', '.join(fixed)}")
+    if args.isa:
+        set_limit(args.isa)
     seconds = 0.0 if args.latency_only else max(0.5, protocol.seconds / 2)
     content: dict[str, Any] = {
         "machine": make_plain(describe_host()),
         "versions": read_versions(),
         "threads": args.threads,
         "batch": args.batch,
+        "isa": args.isa,
         "protocol": asdict(protocol),
         "base": BASE,
         "calibration": {
@@ -396,7 +435,7 @@ def compare(args: argparse.Namespace, folder: Path, environments: Environments) 
         if job.folder.exists() and not args.reuse:
             raise SystemExit(f"{job.folder} exists; give an empty --folder, or --reuse")
         job.folder.mkdir(parents=True, exist_ok=True)
-        results[name] = measure(job, rows, protocol, environments, seconds)
+        results[name] = measure(job, rows, protocol, environments, seconds, args.isa)
         content["models"][name] = [asdict(r) for r in results[name]]
         if args.json:
             write_atomic(args.json, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
@@ -418,7 +457,8 @@ def write_text(
         plot(
             results,
             args.plot,
-            f"{content['machine']['cpu']}, {content['threads']} threads, {name_batch(content)}",
+            f"{content['machine']['cpu']}{name_limit(content)}, {content['threads']} threads,"
+            f" {name_batch(content)}",
         )
     return text
 

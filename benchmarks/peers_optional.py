@@ -128,7 +128,7 @@ def compile_frozen(job: Job, folder: Path, model: nn.Module) -> Session:
 
     session = TorchSession(Whole(), job.threads)
     session.run(job.images()[:1])
-    return session
+    return CallSession(lambda batch: session.run(batch)[0], "inductor")  # has no parameters to tell types by
 
 
 def load_frozen(job: Job, folder: Path, throughput: bool, bf16: bool) -> Session:
@@ -299,6 +299,9 @@ def make_openvino_frontend(job: Job, folder: Path, quantized: str) -> None:
 
 
 def _quantize_by_nncf(job: Job, model: Any) -> Any:
+    # On a module NNCF compiles C++ code, for which a busy machine may need more than its limit of 60 s.
+    os.environ["NNCF_EXTENSION_LOAD_TIMEOUT"] = "0"
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(job.folder / "extensions")
     import nncf
     import torch
 

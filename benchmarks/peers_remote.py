@@ -19,8 +19,9 @@ import numpy as np
 
 from cmt_edge.deploy.backends import Binding, ExecutedPrecision, Session
 
-ASK, TELL, READY = b"r", b"x", b"!"
-"""What asks for an inference and for the precisions that ran, and what says that the session is open."""
+ASK, TELL, KERNELS, READY = b"r", b"x", b"k", b"!"
+"""What asks for an inference, for the precisions and for the kernels that ran; and what says that the session
+is open."""
 
 LENGTH = struct.Struct("<I")
 """How the number of bytes of an answer is written before it."""
@@ -63,6 +64,11 @@ class RemoteSession(Session):
         self._batch[:] = batch
         return ExecutedPrecision(**json.loads(self._send(TELL)))
 
+    def kernels(self, batch: np.ndarray) -> dict[str, float]:
+        self._batch[:] = batch
+        found: dict[str, float] = json.loads(self._send(KERNELS))
+        return found
+
     def close(self) -> None:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -102,7 +108,7 @@ def serve(open_session: Callable[[], Session], shared: Path, shape: tuple[int, .
         answers.write(READY)
         answers.flush()
         while command := sys.stdin.buffer.read(len(ASK)):
-            answer = (_tell if command == TELL else _infer)(session, batch)
+            answer = ANSWERS[command](session, batch)
             answers.write(LENGTH.pack(len(answer)) + answer)
             answers.flush()
 
@@ -115,3 +121,12 @@ def _infer(session: Session, batch: np.ndarray) -> bytes:
 def _tell(session: Session, batch: np.ndarray) -> bytes:
     """Which precisions ran, as JSON."""
     return json.dumps(asdict(session.executed(np.array(batch)))).encode()
+
+
+def _name_kernels(session: Session, batch: np.ndarray) -> bytes:
+    """The share of the time by kernel, as JSON."""
+    return json.dumps(session.kernels(np.array(batch))).encode()
+
+
+ANSWERS = {ASK: _infer, TELL: _tell, KERNELS: _name_kernels}
+"""What answers each command."""

@@ -14,6 +14,7 @@ from common import Ratio, format_latency, format_machine, format_ratio
 
 from cmt_edge.deploy.files import write_atomic
 from cmt_edge.deploy.measure.benchmark import Protocol
+from cmt_edge.deploy.measure.isa import ISAS
 from cmt_edge.deploy.measure.statistics import Latency
 from cmt_edge.deploy.report import format_table
 
@@ -140,7 +141,8 @@ def format_markdown(
         ),
         format_machine(
             content["machine"], content["versions"], content["threads"], protocol, name_batch(content)
-        ),
+        )
+        + name_limit(content, " OpenVINO was limited to {}."),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -149,6 +151,12 @@ def name_batch(content: dict[str, Any]) -> str:
     """What a run's graphs take; runs of older versions took one image."""
     batch = content.get("batch", 1)
     return f"batch {batch}" if batch else "any batch size, measured with one image"
+
+
+def name_limit(content: dict[str, Any], form: str = " limited to {}") -> str:
+    """The instruction set that OpenVINO was limited to, in ``form``; empty where it was not."""
+    isa = content.get("isa")
+    return form.format(f"the instructions of {ISAS[isa].like} (--isa {isa})") if isa else ""
 
 
 def plot(results: dict[str, list[Result]], path: Path, caption: str) -> None:
@@ -194,7 +202,7 @@ def read_again(paths: Sequence[Path]) -> tuple[dict[str, Any], dict[str, list[Re
         SystemExit: the runs are of different machines, versions or thread counts.
     """
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    for key in ("versions", "threads", "batch", "base"):
+    for key in ("versions", "threads", "batch", "isa", "base"):
         if any(run.get(key) != runs[0].get(key) for run in runs):
             raise SystemExit(f"the runs differ in their {key}: they do not belong into one table")
     if any(

@@ -12,7 +12,9 @@ images: latency depends on neither. ``measure`` takes some models at a time; eve
 reference, ResNet-50 in fp32, in the same turns, so that slices can be compared. ``estimate`` lets TensorRT
 for RTX compile the models in fp16 and keeps its roofline's estimate; it needs no GPU. Every stage leaves out
 what it finds in the folder, so that it can be stopped and started again. ``draw`` collects what there is in a
-JSON file and writes the page and the plots; without ``--folder`` it draws the JSON file again.
+JSON file and writes the page and the plots; without ``--folder`` it draws the JSON file again. Figures that
+the JSON file has and the folder lacks stay, if they are of the same processor, version of OpenVINO and
+protocol; otherwise nothing is written.
 
 timm's models need no torchvision. timm lies in a folder of its own, which only ``export`` reads.
 """
@@ -89,8 +91,9 @@ def run_draw(args: argparse.Namespace) -> None:
 
     place = args.page.with_suffix(".json")
     if args.folder:
-        subjects: list[Subject] = choose_subjects(args.models)
-        write_results(collect(subjects, args.folder), place)
+        subjects: list[Subject] = choose_subjects([])
+        earlier = read_results(place) if place.exists() else None
+        write_results(collect(subjects, args.folder, earlier), place)
     write_page(read_results(place), args.page)
 
 

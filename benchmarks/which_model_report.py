@@ -16,6 +16,8 @@ from cmt_edge.deploy.report import format_table
 
 PRECISIONS = ("fp32", "bf16", "int8")
 """What each model was measured in."""
+REFERENCE = ("timm:resnet50", "fp32")
+"""The model and precision that is measured in every slice."""
 BUDGETS = (5, 10, 15, 20, 30, 50)
 """Budgets of the CPU, milliseconds."""
 GPU = "RTX 4090"
@@ -86,38 +88,104 @@ def find_best(points: Iterable[Point], budget: float) -> Point | None:
 # --- the JSON file --------------------------------------------------------------------------------
 
 
-def collect(subjects: Sequence[Subject], folder: Path) -> Results:
-    """What the stages wrote into ``folder``, as one."""
+def collect(subjects: Sequence[Subject], folder: Path, earlier: Results | None = None) -> Results:
+    """What the stages wrote into ``folder``, as one, with the figures of ``earlier`` where it has none.
+
+    Raises ``SystemExit`` where nothing was measured, and where the earlier figures or those of two slices are
+    of different machines, versions of OpenVINO or ways of measuring.
+    """
     slices = [json.loads(path.read_text()) for path in sorted((folder / "measure").glob("*.json"))]
-    if not slices:
+    if not slices and earlier is None:
         raise SystemExit(f"error: nothing was measured in {folder}")
-    reference = next(iter(slices[0]["rows"]))
+    for found in slices:
+        _require_same_conditions(found, earlier or slices[0])
+    reference = " ".join(REFERENCE)
     rows = {name: row for found in slices for name, row in found["rows"].items()}
-    base_ms = float(np.median([found["rows"][reference]["latency"]["p50"] for found in slices]))
-    rows[reference] |= {"ratio": [1.0, 1.0, 1.0], "best_ratio": 1.0}
+    # draw may run again with the same folder: the same nanoseconds are the same slice
+    times = list(
+        dict.fromkeys(
+            [
+                *(earlier["reference_ms_of_slices"] if earlier else ()),
+                *(found["rows"][reference]["latency"]["p50"] for found in slices),
+            ]
+        )
+    )
+    base_ms = float(np.median(times))
+    if reference in rows:
+        rows[reference] |= {"ratio": [1.0, 1.0, 1.0], "best_ratio": 1.0}
+    kept = {model["name"]: model for model in earlier["models"]} if earlier else {}
+    first = slices[0] if slices else earlier
+    assert first is not None
     return {
-        **{key: slices[0][key] for key in ("machine", "versions", "threads", "protocol", "calibrated_on")},
+        **{key: first[key] for key in ("machine", "versions", "threads", "protocol", "calibrated_on")},
         "reference": reference,
         "reference_ms": base_ms,
-        "reference_ms_of_slices": [found["rows"][reference]["latency"]["p50"] for found in slices],
-        "models": [_collect_model(subject, folder, rows, base_ms) for subject in subjects],
+        "reference_ms_of_slices": times,
+        "models": [
+            _collect_model(subject, folder, rows, base_ms, kept.get(subject.name, {})) for subject in subjects
+        ],
     }
 
 
-def _collect_model(subject: Subject, folder: Path, rows: dict[str, Any], base_ms: float) -> dict[str, Any]:
-    """One model; a figure of another stage is left out where that stage has not run."""
+def _require_same_conditions(found: dict[str, Any], other: dict[str, Any]) -> None:
+    """Raise ``SystemExit`` where the figures of two runs cannot stand in one table."""
+    one, two = _read_conditions(found), _read_conditions(other)
+    differing = [name for name in one if one[name] != two[name]]
+    if differing:
+        name = differing[0]
+        raise SystemExit(
+            f"error: the figures differ in their {name}: {one[name]} and {two[name]}. They do not belong"
+            " into one table; measure all models again with an empty --folder and without the JSON file"
+        )
+
+
+def _read_conditions(found: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same for all figures of the table."""
+    machine = found["machine"]
+    return {
+        "processor": machine.get("cpu"),
+        "processor's features": machine.get("flags"),
+        "number of cores": machine.get("cores"),
+        "version of OpenVINO": found["versions"].get("openvino"),
+        "number of threads": found["threads"],
+        "way of measuring": found["protocol"],
+        "number of calibration images": found["calibrated_on"],
+    }
+
+
+def _collect_model(
+    subject: Subject, folder: Path, rows: dict[str, Any], base_ms: float, kept: dict[str, Any]
+) -> dict[str, Any]:
+    """One model; a figure of another stage is that of ``kept``, or is left out, where the stage has not
+    run."""
     exported = _read(folder / "export" / f"{subject.key}.json")
+    earlier = kept.get("precisions", {})
     found = {
-        precision: _collect_precision(exported, precision, rows.get(f"{subject.name} {precision}"), base_ms)
+        precision: _collect_precision(
+            exported,
+            precision,
+            rows.get(f"{subject.name} {precision}"),
+            base_ms,
+            earlier.get(precision, {}),
+        )
         for precision in PRECISIONS
     }
+    source = exported or kept
     return {
         **asdict(subject),
-        "params": exported.get("params", subject.params),
-        "macs": exported.get("macs", subject.macs),
+        "params": source.get("params") or subject.params,
+        "macs": source.get("macs") or subject.macs,
         "precisions": found,
-        "rtx": _read(folder / "estimate" / f"{subject.key}.json") or _find_known_estimate(subject.name),
+        "rtx": _collect_estimate(subject, folder, kept.get("rtx")),
     }
+
+
+def _collect_estimate(subject: Subject, folder: Path, kept: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What the compiler said here, or earlier, or what the page has of a model that was compiled neither
+    time."""
+    here = _read(folder / "estimate" / f"{subject.key}.json")
+    known = None if here or (kept and "source" not in kept) else _find_known_estimate(subject.name)
+    return here or known or kept or None
 
 
 def _find_known_estimate(name: str) -> dict[str, Any] | None:
@@ -128,23 +196,30 @@ def _find_known_estimate(name: str) -> dict[str, Any] | None:
     return {"source": f"{KNOWN.parent.name}/{KNOWN.name}", "estimates": [{"gpu": GPU, "total_ms": ms}]}
 
 
+MEASURED = ("ratio", "best_ratio", "p50_ms", "deviation")
+"""What the JSON file has of a precision that was measured, beside milliseconds on the common scale."""
+
+
 def _collect_precision(
-    exported: dict[str, Any], precision: str, row: dict[str, Any] | None, base_ms: float
+    exported: dict[str, Any],
+    precision: str,
+    row: dict[str, Any] | None,
+    base_ms: float,
+    kept: dict[str, Any],
 ) -> dict[str, Any]:
     """Latency, golden check and error of one precision; milliseconds are those of the reference over the
     ratio, so that those of all slices can be compared."""
-    golden = exported.get("checks", {}).get(precision)
-    found: dict[str, Any] = {"golden": golden, "error": exported.get("errors", {}).get(precision)}
-    if row is None:
+    if exported:
+        golden = exported.get("checks", {}).get(precision)
+        found = {"golden": golden, "error": exported.get("errors", {}).get(precision)}
+    else:
+        found = {"golden": kept.get("golden"), "error": kept.get("error")}
+    if row is not None:
+        latency = {key: row[key] for key in ("ratio", "best_ratio", "deviation")}
+        return found | {"ms": base_ms / row["ratio"][0], "p50_ms": row["latency"]["p50"]} | latency
+    if "ratio" not in kept:
         return found
-    ratio = row["ratio"]
-    return found | {
-        "ms": base_ms / ratio[0],
-        "ratio": ratio,
-        "best_ratio": row["best_ratio"],
-        "p50_ms": row["latency"]["p50"],
-        "deviation": row["deviation"],
-    }
+    return found | {"ms": base_ms / kept["ratio"][0]} | {key: kept[key] for key in MEASURED}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import onnx
 from common import deviation, say, step
+from which_model_report import PRECISIONS, REFERENCE
 from which_model_subjects import Subject
 
 from cmt_edge import Bundle, ExportConfig, Predictor
@@ -32,10 +33,6 @@ from cmt_edge.deploy.measure.parity import verify
 from cmt_edge.deploy.measure.statistics import compare_medians, summarise
 from cmt_edge.deploy.progress import Progress
 
-PRECISIONS = ("fp32", "bf16", "int8")
-"""What each model is measured in."""
-REFERENCE = ("timm:resnet50", "fp32")
-"""The model and precision that is measured in every slice."""
 THREADS = 2
 """CPU threads of one inference."""
 CALIBRATED_ON = 8

@@ -160,6 +160,7 @@ def test_earlier_runs_go_into_one_document(tmp_path):
     [
         {"threads": 1},
         {"batch": 8},
+        {"isa": "avx2"},
         {"versions": {"openvino": "2"}},
         {"machine": {"cpu": "another", "cores": 2, "flags": []}},
     ],
@@ -205,6 +206,9 @@ class Doubles:
     def executed(self, batch):
         return ExecutedPrecision({"int8": 1.0}, {"int8": 3})
 
+    def kernels(self, batch):
+        return {"jit_avx2": 0.75, "gemm_mlas_f32": 0.25}
+
     def run(self, batch):
         print("a tool that prints")
         return [2 * batch.reshape(len(batch), -1)[:, :3]]
@@ -229,6 +233,7 @@ def test_a_session_in_another_process_answers_for_what_lies_in_the_shared_file(t
     binding.batch[:] = batch + 1
     np.testing.assert_array_equal(binding.run()[0], [[2, 4, 6]])
     assert session.executed(batch).summary() == "int8 100 %"
+    assert session.kernels(batch) == {"jit_avx2": 0.75, "gemm_mlas_f32": 0.25}
     session.close()
     assert "a tool that prints" in (tmp_path / "log").read_text(encoding="utf-8")
 
@@ -267,3 +272,51 @@ def test_an_environment_that_cannot_be_installed_gives_pips_error_each_time(tmp_
             environments.find("ncnn")
     assert len(calls) == 1
     assert not (tmp_path / "ncnn" / "complete").exists()
+
+
+class Stand:
+    """A session whose kernels are known."""
+
+    def __init__(self, **kernels: float) -> None:
+        self._kernels = kernels
+
+    def kernels(self, batch: np.ndarray) -> dict[str, float]:
+        return self._kernels
+
+
+def test_only_rows_that_keep_to_an_instruction_set_are_limited(monkeypatch):
+    peers = load_benchmark("peers", monkeypatch)
+    with pytest.raises(SystemExit, match="cannot be limited, or need bfloat16: ov_bf16, ort_fp32"):
+        peers.choose_rows(["ov_bf16", "ort_fp32", "ours_int8"], False, "avx2")
+    chosen = [row.key for row in peers.choose_rows(["ours_int8", "nncf_frontend"], False, "avx2")]
+    assert chosen == ["ov_fp32", "ours_int8", "nncf_frontend"]
+    everything = [row.key for row in peers.choose_rows(None, True, "avx2")]
+    assert set(everything) == set(peers.LIMITED_ROWS)
+    assert len(peers.choose_rows(None, True)) == len(peers.ROWS)
+
+
+def test_a_row_that_does_not_keep_to_the_limit_is_refused(monkeypatch):
+    peers = load_benchmark("peers", monkeypatch)
+    batch = np.zeros((1, 3, 2, 2), np.float32)
+    results = {"ov_fp32": peers.Result("ov_fp32", "OpenVINO fp32", False)}
+    sessions = {"ov_fp32": Stand(jit_avx2=0.75, gemm_mlas_f32=0.25)}
+    peers.check_limit(sessions, results, batch, "avx2")
+    assert results["ov_fp32"].warnings == [
+        "25 % of the time went to kernels (MLAS) that may have used newer instructions"
+    ]
+    with pytest.raises(SystemExit, match="does not keep to avx2: it ran brgconv_avx512"):
+        peers.check_limit({"ov_fp32": Stand(brgconv_avx512=1.0)}, results, batch, "avx2")
+
+
+def test_a_limit_is_set_for_children_and_named_in_the_document(monkeypatch):
+    isa = load_benchmark("peers_isa", monkeypatch)
+    report = load_benchmark("peers_report", monkeypatch)
+    asked = []
+    monkeypatch.setattr(isa, "require_isa", asked.append)
+    for switch in isa.SWITCHES:
+        monkeypatch.setenv(switch, "")
+    isa.set_limit("avx2")
+    assert asked == ["avx2"]
+    assert {os.environ[switch] for switch in isa.SWITCHES} == {"AVX2"}
+    assert "--isa avx2" in report.name_limit({"isa": "avx2"})
+    assert report.name_limit({"isa": None}) == report.name_limit({}) == ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -67,25 +68,87 @@ def test_labels_cover_nothing(which):
         taken.append(box)
 
 
-def test_slices_are_put_on_one_scale(which, tmp_path):
-    subjects = import_module("which_model_subjects")
-    models = [subjects.Subject(name, name, "CMT", 64, 80.0, "paper") for name in ("a", "b", "none")]
-    reference = "timm:resnet50 fp32"
-    common = {"machine": {}, "versions": {}, "threads": 2, "protocol": {}, "calibrated_on": 8}
+REFERENCE = "timm:resnet50 fp32"
+CONDITIONS = {
+    "machine": {"cpu": "a CPU", "flags": ["avx2"], "cores": 2, "mhz": "1"},
+    "versions": {"openvino": "1", "numpy": "1"},
+    "threads": 2,
+    "protocol": {},
+    "calibrated_on": 8,
+}
+
+
+def write_slice(folder: Path, name: str, base: float, **changes) -> None:
+    """What ``measure`` writes: the reference, and a model that takes half of its time."""
 
     def row(p50: float, ratio: float) -> dict:
         latency = {"p50": p50}
         return {"latency": latency, "ratio": [ratio] * 3, "best_ratio": ratio, "deviation": 0.0}
 
-    for name, base in (("a", 10.0), ("b", 20.0)):  # while b was measured, the machine was half as fast
-        place = tmp_path / "measure" / f"{name}.json"
-        place.parent.mkdir(exist_ok=True)
-        rows = {reference: row(base, 1.0), f"{name} int8": row(base / 2, 2.0)}
-        place.write_text(json.dumps(common | {"rows": rows}))
-    results = which.collect(models, tmp_path)
+    place = folder / "measure" / f"{name}.json"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    rows = {REFERENCE: row(base, 1.0), f"{name} int8": row(base / 2, 2.0)}
+    place.write_text(json.dumps(CONDITIONS | changes | {"rows": rows}))
+
+
+def make_subjects(*names: str) -> list:
+    subjects = import_module("which_model_subjects")
+    return [subjects.Subject(name, name, "CMT", 64, 80.0, "paper") for name in names]
+
+
+def test_slices_are_put_on_one_scale(which, tmp_path):
+    write_slice(tmp_path, "a", 10.0)
+    write_slice(tmp_path, "b", 20.0)  # meanwhile the machine was half as fast
+    results = which.collect(make_subjects("a", "b", "none"), tmp_path)
     assert [p.ms for p in which.list_points(results, "int8")] == [7.5, 7.5]
     assert [p.label for p in which.list_points(results, "int8")] == ["a", "b"]
     assert which.list_points(results, "fp32") == which.list_estimates(results) == []
+
+
+def test_earlier_figures_stay_on_the_same_scale(which, tmp_path):
+    models = make_subjects("a", "b")
+    write_slice(tmp_path / "first", "a", 10.0)
+    (tmp_path / "first" / "export").mkdir()
+    checks = {"int8": {"passed": True}}
+    exported = {"params": 5, "macs": 6, "errors": {"bf16": "refused"}, "checks": checks}
+    (tmp_path / "first" / "export" / "a.json").write_text(json.dumps(exported))
+    earlier = which.collect(models, tmp_path / "first")
+    write_slice(tmp_path / "second", "b", 20.0, versions={"openvino": "1", "numpy": "2"})
+    results = which.collect(models, tmp_path / "second", earlier)
+    assert [(p.label, p.ms) for p in which.list_points(results, "int8")] == [("a", 7.5), ("b", 7.5)]
+    assert results["reference_ms_of_slices"] == [10.0, 20.0]
+    kept = results["models"][0]
+    assert kept["precisions"]["int8"] == earlier["models"][0]["precisions"]["int8"] | {"ms": 7.5}
+    assert (kept["params"], kept["macs"], kept["precisions"]["bf16"]["error"]) == (5, 6, "refused")
+    assert which.collect(models, tmp_path / "second", results) == results  # no slice counts twice
+
+
+def test_a_new_figure_replaces_the_earlier_one(which, tmp_path):
+    models = make_subjects("a")
+    write_slice(tmp_path / "first", "a", 10.0)
+    earlier = which.collect(models, tmp_path / "first")
+    earlier["models"][0]["precisions"]["int8"]["ratio"] = [9.0] * 3
+    write_slice(tmp_path / "second", "a", 20.0)
+    results = which.collect(models, tmp_path / "second", earlier)
+    assert results["models"][0]["precisions"]["int8"]["ratio"] == [2.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"versions": {"openvino": "2"}}, "version of OpenVINO: 2 and 1"),
+        ({"threads": 1}, "number of threads"),
+        ({"machine": CONDITIONS["machine"] | {"cpu": "another"}}, "processor: another and a CPU"),
+        ({"machine": CONDITIONS["machine"] | {"flags": []}}, "features"),
+        ({"protocol": {"iters": 1}}, "way of measuring"),
+    ],
+)
+def test_figures_of_another_machine_or_runtime_are_not_mixed(which, tmp_path, change, named):
+    write_slice(tmp_path / "first", "a", 10.0)
+    earlier = which.collect(make_subjects("a", "b"), tmp_path / "first")
+    write_slice(tmp_path / "second", "b", 10.0, **change)
+    with pytest.raises(SystemExit, match=named):
+        which.collect(make_subjects("a", "b"), tmp_path / "second", earlier)
 
 
 def test_yardsticks_have_sources(which):
