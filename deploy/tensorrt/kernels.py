@@ -62,8 +62,8 @@ PRODUCT_KINDS = ("correlation", "gemm", "runtime_fusion", "convolution", "fusedc
 """Kinds of kernels that multiply matrices or convolve; TensorRT's inspector has other words than the log of
 TensorRT for RTX."""
 ATTENTION = ("_gemm_mha", "_gemv_mha", "fused_mha", "fmha")
-"""Parts of the names of kernels that compute an attention as a whole; ``gemv`` is for a single query, such as a
-class token."""
+"""Parts of the names of kernels that compute an attention as a whole; ``gemv`` is for a single query, such
+as a class token."""
 
 
 @dataclass(frozen=True)
