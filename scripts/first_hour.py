@@ -123,14 +123,14 @@ class Terminal:
     def run(self, command: str) -> Step:
         """Run a command, and look at what it shows."""
         begun, shown, first = time.monotonic(), b"", None
-        master = self._start(self.prefix + command)
+        started = self._start(self.prefix + command)
         with contextlib.suppress(OSError):  # Linux's way to say that nobody writes any more
-            while chunk := self._read(master.descriptor, begun):
+            while chunk := self._read(started.descriptor, begun):
                 first = time.monotonic() - begun if first is None else first
                 shown += chunk
-        os.close(master.descriptor)
-        _, status, usage = os.wait4(master.process, 0)
-        code = os.waitstatus_to_exitcode(status)
+        os.close(started.descriptor)
+        _, status, usage = os.wait4(started.process.pid, 0)
+        code = started.process.returncode = os.waitstatus_to_exitcode(status)
         if command.startswith(". ") and code == 0:
             self.prefix += f"{command} && "
         text = shown.decode(errors="replace")
@@ -150,7 +150,7 @@ class Terminal:
             start_new_session=True,
         )
         os.close(terminal)
-        return Started(process.pid, master)
+        return Started(process, master)
 
     @staticmethod
     def _read(master: int, begun: float) -> bytes:
@@ -164,14 +164,14 @@ class Terminal:
 class Started:
     """A process, and the descriptor from which what it shows is read."""
 
-    process: int
+    process: subprocess.Popen[bytes]
     descriptor: int
 
 
 def clone(folder: Path) -> Path:
     """A fresh clone of the last commit."""
     place = folder / "clone"
-    subprocess.run(["git", "clone", "--quiet", f"file://{ROOT}", str(place)], check=True)
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(place)], check=True)
     head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip()
     subprocess.run(["git", "checkout", "--quiet", "--detach", head], cwd=place, check=True)
     return place

@@ -216,6 +216,7 @@ def _write_pages(args: argparse.Namespace, bundle: Bundle, result: Verification)
         verification=entry,
         flipped=result.flipped,
         layers=result.layers or (),
+        layer_runs=result.layer_runs or (),
     )
     write_pages(
         args,
