@@ -1,7 +1,8 @@
 """Long lines, folded at spaces to the width of a terminal, which would cut them in the middle of a word.
 
-Commands stay commands: a folded one has a backslash at the end of each line, so that it can be pasted. Lines
-that are aligned by several spaces, such as the rows of a table, stay as they are; tables fold themselves.
+Commands stay commands: a folded one has a backslash at the end of each line, so that it can be pasted. A line
+with a name and, behind several spaces, a text folds below the text. Lines with more columns, the rows of a
+table, stay as they are; tables fold themselves.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ DEEPER = "  "
 
 COMMAND = re.compile(r" *(?:cmt-|python |pip |docker )")
 """Matches the beginning of a line that is a command."""
+
+NAMED = re.compile(r"(?P<name> *\S+(?: \S+)* {2,})(?P<text>\S+(?: \S+)*)")
+"""Matches a line that has a name and, behind several spaces, a text."""
 
 WORD = re.compile(r"""(?:[^\s'"]|'[^']*'|"(?:\\.|[^"\\])*")+""")
 """Matches a word of a command, its quoted spaces included."""
@@ -62,6 +66,8 @@ def _fold_line(line: str, width: int) -> list[str]:
     indent = line[: len(line) - len(line.lstrip(" "))]
     if COMMAND.match(line):
         return list(_fold_command(line, indent, width))
+    if named := NAMED.fullmatch(line):
+        return _fold_named(named["name"], named["text"], width) or [line]
     if "  " in line.strip():
         return [line]
     kept = QUOTED.sub(lambda found: found[0].replace(" ", KEPT), line.strip())
@@ -74,6 +80,15 @@ def _fold_line(line: str, width: int) -> list[str]:
         break_on_hyphens=False,
     )
     return [part.replace(KEPT, " ") for part in parts]
+
+
+def _fold_named(name: str, text: str, width: int) -> list[str]:
+    """The lines of a name and its text; none where the name leaves the text too little room."""
+    room = width - len(name)
+    if room < width // 3:
+        return []
+    first, *others = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False)
+    return [name + first, *(" " * len(name) + part for part in others)]
 
 
 def _fold_command(line: str, indent: str, width: int) -> Iterator[str]:

@@ -103,7 +103,10 @@ def _run_export(args: argparse.Namespace) -> int:
 
     if dry_run:
         plan = pipeline.make_plan(config)
-        say(report.to_json(plan) if args.json else format_plan(plan))
+        if args.json:
+            say(report.to_json(plan))
+        else:
+            say_folded(format_plan(plan))
         return 0
     before = {target: read_replaced(target) for target in config.targets}
     with _rare_collections():

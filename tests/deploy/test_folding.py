@@ -37,6 +37,14 @@ def test_a_folded_command_can_be_pasted(width):
     assert "--data photos/test" in folded, "a flag and its value stay together"
 
 
+def test_a_text_behind_a_name_folds_below_itself():
+    answers = "airplane 89.9 %, bird 3.6 %, ship 1.0 %, dog 0.9 %, truck 0.9 %, automobile 0.5 %"
+    lines = fold(f"pics/airplane.png    {answers}", 60).split("\n")
+    assert len(lines) == 3
+    assert {line[:21].strip() for line in lines[1:]} == {""}
+    assert " ".join(line[21:] for line in lines) == answers
+
+
 def test_what_stays_as_it_is():
     row = "cmt_nano_fp32_openvino  6.9    0.42  0.47"
     path = f"/{'x' * 90}"
