@@ -18,7 +18,7 @@ SHOWN_PIP := $(BIN)/python -m pip install --progress-bar off --disable-pip-versi
 .PHONY: axe demo quick check test test-light test-real test-rtx test-providers test-servers coverage docs supply lock advisories clean
 
 demo: $(READY)
-	PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/demo.sh
+	@PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/demo.sh
 
 # Under two minutes: the checks, and the fast tests of what changed, the nearest first.
 quick: check

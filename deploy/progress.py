@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from .escaping import escape, escape_line
+from .folding import find_terminal_width, fold
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -60,7 +61,7 @@ class Progress:
         """Print a note that also logs should hold, unless it is empty or ``quiet``."""
         if note and not self.quiet:
             self.finish()
-            _print(f"note: {escape(note)}")
+            _print(fold(f"note: {escape(note)}", find_terminal_width(sys.stderr)))
 
     def count(self, done: int, total: int) -> None:
         """Progress of a countable step."""

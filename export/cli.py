@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cmt_edge.deploy.cli.console import make_parser, run_command
-from cmt_edge.deploy.cli.output import find_width, say, tell
+from cmt_edge.deploy.cli.output import find_width, say, say_folded, tell
 from cmt_edge.deploy.errors import InputError, RuntimeMissingError
 from cmt_edge.startup import name_program
 
@@ -103,7 +103,10 @@ def _run_export(args: argparse.Namespace) -> int:
 
     if dry_run:
         plan = pipeline.make_plan(config)
-        say(report.to_json(plan) if args.json else format_plan(plan))
+        if args.json:
+            say(report.to_json(plan))
+        else:
+            say_folded(format_plan(plan))
         return 0
     before = {target: read_replaced(target) for target in config.targets}
     with _rare_collections():
@@ -147,10 +150,10 @@ def _show_bundle(
         say(report.to_json(report.make_bundle_json(bundle) | {"replaced": replaced} | packed))
         return
     if replaced:
-        say(describe_replaced(replaced, bundle))
-    say(report.describe_bundle(bundle, config.verify_flags, find_width()))
+        say_folded(describe_replaced(replaced, bundle))
+    say_folded(report.describe_bundle(bundle, config.verify_flags, find_width()))
     if config.pack:
-        say(f"also as one file: {locate_packed(bundle.path)}")
+        say_folded(f"also as one file: {locate_packed(bundle.path)}")
 
 
 def _take_dry_run(settings: dict[str, Any], where: Path | None) -> bool:

@@ -52,6 +52,8 @@ BLOCK = re.compile(
 COMMAND = re.compile(r"^\$ (?P<line>(?:.*\\\n)*.*)$", re.MULTILINE)
 """A command in a block; a backslash at the end of a line goes on with the next one."""
 
+FOLDED = re.compile(r"(?<=\S)\n +(?=\S)")
+"""What folds a line, and the beginning of an indented one."""
 MACHINE = re.compile(
     r"^(warning: .*|fastest: .*|no clear .*|note: calibration was taken .*|.*; threads: .*)$", re.M
 )
@@ -87,7 +89,7 @@ def read_blocks(page: str, text: str) -> list[Block]:
 
 def simplify(text: str) -> str:
     """What must not drift: the words of an output, without the figures of a machine."""
-    text = PRECISIONS.sub("SHARES", MACHINE.sub("", text))
+    text = PRECISIONS.sub("SHARES", MACHINE.sub("", FOLDED.sub(" ", text)))
     text = SPACES.sub(" ", FIGURES.sub("#", text))
     lines = (line.strip() for line in text.splitlines())
     return "\n".join(line for line in lines if line)

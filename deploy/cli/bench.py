@@ -21,7 +21,7 @@ from ..progress import Progress
 from ..report.plot import require_matplotlib
 from .console import add_key_flag, add_runtime_flags, make_parser, run_command
 from .measuring import add_measuring_flags, read_protocol
-from .output import find_width, say
+from .output import find_width, say, say_folded
 from .pages import add_page_flags, require_targets, wants_page, write_pages
 
 BENCH_IMAGES = 64
@@ -108,7 +108,10 @@ def _main(args: argparse.Namespace) -> int:
         pairs = zip(bundles, result.results, strict=True)
         result = replace(result, results=[_add_memory(args, *pair) for pair in pairs])
     progress.finish()
-    say(report.to_json(result) if args.json else report.describe_benchmark(result, width=find_width()))
+    if args.json:
+        say(report.to_json(result))
+    else:
+        say_folded(report.describe_benchmark(result, width=find_width()))
     if args.markdown:
         text = escape(report.describe_benchmark(result, markdown=True))
         write_output(args.markdown, f"{text}\n".encode())

@@ -18,7 +18,7 @@ from ..tensorrt.building import BUILD_TIME_LIMIT_S
 from ..tensorrt.engine import EngineOptions, make_trtexec_command
 from .console import add_key_flag, make_parser, run_command
 from .measuring import add_measuring_flags, read_protocol
-from .output import say
+from .output import say, say_folded
 from .ranges import DIFFERENCE, GIBIBYTES, SECONDS, SERVED_BATCHES, Range
 
 LEVEL = Range(0, 5)
@@ -130,7 +130,10 @@ def _main(args: argparse.Namespace) -> int:
             progress=Progress(args.quiet),
         )
         bundle = bundle.update(result.manifest, result.files, result.drop)
-    say(report.to_json(result.report) if args.json else report.describe_build(bundle, result.report))
+    if args.json:
+        say(report.to_json(result.report))
+    else:
+        say_folded(report.describe_build(bundle, result.report))
     return 0
 
 

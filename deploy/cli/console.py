@@ -20,6 +20,7 @@ from cmt_edge.version import __version__
 
 from ..backends import list_offered_runtimes, require_offered
 from ..errors import CacheWarning, CmtEdgeError, InputError, OutputError
+from ..folding import fold
 from ..signals import Stopped, compute_exit_code, get_received, unwound_by_signals
 from .output import (
     begin_output,
@@ -141,8 +142,8 @@ OPTIONS = argparse.Action([], "options", metavar="[options]")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Folds a description of one line, and leaves one of several lines, such as the examples, as it is. The
-    usage is one line, not a wall of forty flags."""
+    """Folds a description of one line, and of one of several lines, such as the examples, only those that
+    are too long. The usage is one line, not a wall of forty flags."""
 
     def add_usage(
         self,
@@ -156,7 +157,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         if "\n" in text:
-            return super()._fill_text(text, width, indent)
+            return fold(super()._fill_text(text, width, indent), width)
         return textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent)
 
 
@@ -289,13 +290,18 @@ def _end_failed(exc: Exception, args: argparse.Namespace) -> int:
     """Explain an exception on standard error, and with ``--json`` on standard output; its exit code."""
     error = _convert_to_typed(exc)
     if args.verbose or error is None:
-        tell(traceback.format_exc().rstrip())
+        tell(traceback.format_exc().rstrip(), is_folded=False)
     if error is None:
         error = _make_internal_error(exc)
     tell_error(error)
-    if _wants_json(args) and not isinstance(error, OutputError):
+    if _wants_json(args) and not _lost_output(error):
         say(describe_as_json(error))
     return error.exit_code
+
+
+def _lost_output(error: CmtEdgeError) -> bool:
+    """Whether nothing can be answered any more: standard output itself failed, and not a file."""
+    return isinstance(error, OutputError) and error.where is None
 
 
 def _wants_json(args: argparse.Namespace) -> bool:

@@ -14,7 +14,7 @@ from ..doctor.checkup import check_up
 from ..errors import RuntimeMissingError, UnknownNameError
 from ..progress import Progress
 from .console import make_parser, run_command
-from .output import find_width, say, tell
+from .output import find_width, say, say_folded, tell
 
 EXAMPLES = """\
 examples:
@@ -51,7 +51,10 @@ def build_parser() -> argparse.ArgumentParser:
 def _main(args: argparse.Namespace) -> int:
     formats = _read_formats(args.format or [])
     found = check_up(formats or [*RUNTIME_OF_FORMAT], Progress(args.quiet).step)
-    say(report.to_json(found) if args.json else report.describe_checkup(found, find_width()))
+    if args.json:
+        say(report.to_json(found))
+    else:
+        say_folded(report.describe_checkup(found, find_width()))
     unserved = found.list_unserved() if formats else []
     if unserved:
         tell(f"error: bundles of --format {', '.join(unserved)} do not run here")

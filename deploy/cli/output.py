@@ -17,15 +17,13 @@ from typing import IO
 
 from ..errors import CmtEdgeError, OutputError
 from ..escaping import escape, escape_line, escape_surrogates
+from ..folding import find_terminal_width, fold, read_columns
 
 ESCAPED = "cmt-edge-escape"
 """Name of the error handler that writes characters which an encoding lacks as JSON does."""
 
 COLOURS = {"error": "1;31", "warning": "33", "why": "2", "remedy": "32", "note": "36", "missing": "33"}
 """Word at the beginning of a line, before a colon -> the colour that a terminal shows it in (ECMA-48)."""
-
-COLUMN_COUNT = "0*[1-9][0-9]{0,4}"
-"""A number of columns in the environment; anything else there is nobody's."""
 
 COLOURED = re.compile(rf"^([ ]*)({'|'.join(COLOURS)}):", re.MULTILINE)
 """Matches such a word."""
@@ -88,6 +86,11 @@ def say(text: str) -> bool:
     return _output.has_reader
 
 
+def say_folded(text: str) -> bool:
+    """As :func:`say`, for sentences and tables: what is longer than the terminal's lines is folded."""
+    return say(fold(escape(text), find_width()))
+
+
 def answer(text: str) -> int:
     """Print the only answer of a command that does nothing else; returns its exit code."""
     begin_output()
@@ -113,14 +116,7 @@ def is_terminal() -> bool:
 def find_width() -> int | None:
     """Columns that a table may take: what ``COLUMNS`` says, or the terminal; ``None`` for a file or a pipe,
     which have no width."""
-    asked = os.environ.get("COLUMNS", "")
-    if re.fullmatch(COLUMN_COUNT, asked):
-        return int(asked)
-    if sys.stdout is None or not sys.stdout.isatty():
-        return None
-    with contextlib.suppress(OSError, ValueError):
-        return os.get_terminal_size(sys.stdout.fileno()).columns or None
-    return None
+    return read_columns() or find_terminal_width(sys.stdout)
 
 
 def colour(text: str, stream: IO[str]) -> str:
@@ -131,11 +127,13 @@ def colour(text: str, stream: IO[str]) -> str:
     return COLOURED.sub(lambda found: f"{found[1]}\033[{COLOURS[found[2]]}m{found[2]}:\033[0m", text)
 
 
-def tell(text: str) -> None:
-    """Print a message on standard error; without one there is nobody to tell."""
+def tell(text: str, *, is_folded: bool = True) -> None:
+    """Print a message on standard error, on a terminal folded unless it is a trace; without standard error
+    there is nobody to tell."""
     if sys.stderr is not None:
         with contextlib.suppress(OSError, ValueError):
-            print(colour(escape(text), sys.stderr), file=sys.stderr, flush=True)
+            width = find_terminal_width(sys.stderr) if is_folded else None
+            print(colour(fold(escape(text), width), sys.stderr), file=sys.stderr, flush=True)
 
 
 def tell_error(error: CmtEdgeError) -> None:

@@ -27,7 +27,7 @@ from .console import (
     make_parser,
     run_command,
 )
-from .output import is_terminal, say, say_data, tell, tell_error
+from .output import is_terminal, say, say_data, say_folded, tell, tell_error
 from .predict_times import Timeline
 from .ranges import CLASS_COUNTS
 
@@ -183,7 +183,9 @@ def _show(args: argparse.Namespace, sources: list[_Source], labels: list[str]) -
 
     def show(answer: Prediction) -> bool:
         source = escape_line(answer.source or "")
-        return say(report.describe_prediction(replace(answer, labels=safe, source=source), args.topk, width))
+        return say_folded(
+            report.describe_prediction(replace(answer, labels=safe, source=source), args.topk, width)
+        )
 
     return show
 

@@ -32,7 +32,7 @@ from ..report.html import (
     require_one_model,
 )
 from .console import add_key_flag, make_parser, run_command
-from .output import say
+from .output import say, say_folded
 from .pages import add_content_flags, require_targets, write_pages
 
 PAGE = Path("report.html")
@@ -127,7 +127,10 @@ def _make_device_json(member: Reported) -> dict[str, Any]:
 
 
 def _answer(args: argparse.Namespace, verdict: Conclusion, found: dict[str, Any]) -> None:
-    say(to_json(found) if args.json else f"{verdict.sentence}\nreport: {args.output}")
+    if args.json:
+        say(to_json(found))
+    else:
+        say_folded(f"{verdict.sentence}\nreport: {args.output}")
 
 
 def _make_json(

@@ -11,7 +11,7 @@ from ..bundle import Bundle, require_outside_bundles
 from ..report import to_json
 from ..serving import SERVERS, Options, Repository, make_repository
 from .console import add_key_flag, make_parser, run_command
-from .output import say
+from .output import say, say_folded
 from .ranges import INSTANCES, MICROSECONDS, SERVED_BATCHES, THREADS, VERSIONS
 
 RUNTIMES = ("onnxruntime", "openvino", "tensorrt")
@@ -116,10 +116,10 @@ def _main(args: argparse.Namespace) -> int:
         return 0
     for model in made.models:
         batches = f"batches of up to {model.max_batch}" if model.max_batch else "its own batch size alone"
-        say(f"{model.name}: {model.runtime}, {batches}")
+        say_folded(f"{model.name}: {model.runtime}, {batches}")
         for note in model.notes:
-            say(f"  note: {note}")
-    say(f"repository: {made.path}\nnext: {start}")
+            say_folded(f"  note: {note}")
+    say_folded(f"repository: {made.path}\nnext:\n  {start}")
     return 0
 
 

@@ -24,7 +24,7 @@ from ..predictor import Predictor
 from ..progress import Progress
 from .cluster import add_cluster_flags, make_settings, require_cluster_flags
 from .console import add_key_flag, add_runtime_flags, make_parser, run_command
-from .output import find_width, say, tell
+from .output import find_width, say, say_folded, tell
 from .pages import add_page_flags, require_targets, wants_page, write_pages
 from .ranges import DIFFERENCE, IMAGES, POINTS
 
@@ -175,7 +175,10 @@ def _main(args: argparse.Namespace) -> int:
     progress.finish()
     if wants_page(args):
         _write_pages(args, bundle, result)
-    say(report.to_json(result) if args.json else report.describe_verification(result, width=find_width()))
+    if args.json:
+        say(report.to_json(result))
+    else:
+        say_folded(report.describe_verification(result, width=find_width()))
     if not result.passed and not args.json:
         tell(DIFFERENCE_REMEDY)
     return 0 if result.passed else 1
@@ -222,6 +225,7 @@ def _write_pages(args: argparse.Namespace, bundle: Bundle, result: Verification)
         verification=entry,
         flipped=result.flipped,
         layers=result.layers or (),
+        layer_runs=result.layer_runs or (),
     )
     write_pages(
         args,

@@ -6,6 +6,8 @@ import shlex
 from collections import Counter
 from collections.abc import Sequence
 
+from cmt_edge.startup import name_program
+
 from ..bundle import LOGITS, REPORT_PAGE, Bundle, Manifest
 from ..bundle.sections import (
     TYPED_FORMATS,
@@ -145,7 +147,7 @@ def _describe_latency(manifest: Manifest, told: Sequence[str]) -> list[str]:
         return ["latency: not measured, the bundle has no engine of its device yet"]
     return [
         f"latency: median {latency.p50_ms:.2f} ms a batch of {latency.batch} "
-        "(a quick look; cmt-bench measures properly)",
+        f"(a quick look; {name_program('bench')} measures properly)",
         f"ran as: {latency.executed.summary()}",
         *(f"warning: {warning}" for warning in latency.warnings if warning not in told),
     ]
@@ -175,32 +177,32 @@ def _list_next_commands(bundle: Bundle, verify_flags: Sequence[str]) -> list[str
         name = shlex.quote(bundle.path.name)
         return [
             "next:",
-            f"  cmt-build {name}",
+            f"  {name_program('build')} {name}",
             f"(on the device, once {path} is copied to it)",
         ]
     if bundle.manifest.format == "openvino" and bundle.manifest.precision == "fp16":
         return [
             "next, where there is a GPU (or NPU):",
-            f"  cmt-verify {path} --device GPU",
-            f"  cmt-bench {path} --device GPU",
+            f"  {name_program('verify')} {path} --device GPU",
+            f"  {name_program('bench')} {path} --device GPU",
         ]
     flags = "".join(f" {shlex.quote(flag)}" for flag in verify_flags)
-    lines = ["next:", f"  cmt-bench {path}"]
+    lines = ["next:", f"  {name_program('bench')} {path}"]
     if bundle.head != LOGITS:
-        return [*lines, f"  cmt-verify {path}", describe_features_call(bundle)]
+        return [*lines, f"  {name_program('verify')} {path}", describe_features_call(bundle)]
     if "--data" in verify_flags:
         return [
             *lines,
-            f"  cmt-verify {path}{flags}",
+            f"  {name_program('verify')} {path}{flags}",
             "with your own images:",
-            f"  cmt-predict {path} IMAGE",
+            f"  {name_program('predict')} {path} IMAGE",
         ]
     return [
         *lines,
-        f"  cmt-verify {path}",
+        f"  {name_program('verify')} {path}",
         "with your own images:",
-        f"  cmt-predict {path} IMAGE",
-        f"  cmt-verify {path} --data LABELLED_IMAGES{flags}",
+        f"  {name_program('predict')} {path} IMAGE",
+        f"  {name_program('verify')} {path} --data LABELLED_IMAGES{flags}",
     ]
 
 

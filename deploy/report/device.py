@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 
+from cmt_edge.startup import name_program
+
 from ..bundle import LOGITS, Bundle
 from ..measure.benchmark import Measured
 from ..measure.device import DeviceState, DGpu
@@ -40,17 +42,17 @@ def describe_build(bundle: Bundle, report: DeviceReport) -> str:
     entry, size = bundle.manifest.engine, bundle.manifest.size_bytes
     place = bundle.path / entry.text if entry else "none"
     path = shlex.quote(str(bundle.path))
-    predict = f"with your own images:\n  cmt-predict {path} IMAGE"
+    predict = f"with your own images:\n  {name_program('predict')} {path} IMAGE"
     others = (
-        f"build the other precisions too and compare them: cmt-bench {path} OTHER_BUNDLE; int8 is not always"
-        " faster than fp16 on a GPU"
+        f"build the other precisions too and compare them: {name_program('bench')} {path} OTHER_BUNDLE;"
+        " int8 is not always faster than fp16 on a GPU"
     )
     lines = [
         describe_device_report(report),
         f"bundle: {bundle.path} ({size / 1e6:.1f} MB), report: {place}",
         "",
         "next:",
-        f"  cmt-bench {path}",
+        f"  {name_program('bench')} {path}",
         predict if bundle.head == LOGITS else describe_features_call(bundle),
         f"({others})",
     ]

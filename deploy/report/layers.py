@@ -26,7 +26,7 @@ def describe_layers(
         runs: bundles on runtimes.
         markdown, width: as :func:`.tables.format_table`.
     """
-    parts = _split(errors, runs)
+    parts = split_runs(errors, runs)
     names = list(dict.fromkeys(error.name for error in errors))
     header = ["block", *(head for run in runs for head in _name_columns(run))]
     rows = [
@@ -36,13 +36,13 @@ def describe_layers(
         ]
         for name in names
     ]
-    sentences = [line for run, part in zip(runs, parts, strict=True) for line in _describe_run(part, run)]
+    sentences = [line for run, part in zip(runs, parts, strict=True) for line in describe_run(part, run)]
     images = errors[0].images if errors else 0
     first = f"relative error and cosine of every block, PyTorch in float64 as the reference, {images} images:"
     return "\n".join([first, format_table(header, rows, markdown, width), *sentences])
 
 
-def _split(errors: Sequence[LayerError], runs: Sequence[LayerRun]) -> list[dict[str, LayerError]]:
+def split_runs(errors: Sequence[LayerError], runs: Sequence[LayerRun]) -> list[dict[str, LayerError]]:
     """The errors of each run by the name of the block; a run begins where a block comes again."""
     parts: list[dict[str, LayerError]] = [{}]
     for error in errors:
@@ -71,7 +71,7 @@ def _format_error(value: float) -> str:
     return "not finite" if value >= FARTHEST else f"{value:.2g}"
 
 
-def _describe_run(part: dict[str, LayerError], run: LayerRun) -> list[str]:
+def describe_run(part: dict[str, LayerError], run: LayerRun) -> list[str]:
     """Where the error enters, where it grows, what watching changed, and what was not compared."""
     side = f"{run.precision} on {escape_line(run.runtime)}"
     lines = [f"{side}: {_tell_entry(part, run)}; {_tell_growth(part, run)}", f"  {_tell_watching(run)}"]

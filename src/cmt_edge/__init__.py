@@ -14,10 +14,14 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, cast
+
+TYPE_CHECKING = False
+"""What checkers of types take for true. ``typing``, which also has it, takes longer to import than all that
+stands here; until a command has begun, Ctrl-C prints a trace."""
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from .cmt import create_model
     from .deploy import Bundle, Predictor
     from .deploy.measure.benchmark import benchmark
@@ -47,7 +51,8 @@ def _switch_telemetry_off() -> None:
     for name, value in TELEMETRY_SWITCHES.items():
         os.environ.setdefault(name, value)
     for package in TELEMETRY_PACKAGES:
-        sys.modules.setdefault(package, cast(Any, None))  # Python then says that there is no such package
+        # Python then says that there is no such package.
+        sys.modules.setdefault(package, None)  # type: ignore[arg-type]
 
 
 _switch_telemetry_off()
@@ -78,6 +83,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import a public name on its first use."""
+    from importlib import import_module
+
     if name == "export":
         return import_module(".export", __name__)  # a module that can be called
     if name in _HOMES:

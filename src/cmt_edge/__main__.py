@@ -96,6 +96,12 @@ Exit codes: 0 done and verified, 1 a check failed, 2 bad usage or input,
 3 a runtime or device is missing, 4 a bug of ours."""
 """What ``--help`` prints last."""
 
+FLAGS = ("--help", "--version", "--completion")
+"""What may stand in place of a command."""
+
+CLOSE_FLAG = 0.7
+"""Similarity, 0 to 1, from which on a flag is offered in place of a misspelled one."""
+
 CLOSE = 0.5
 """Similarity, 0 to 1, from which on a command is offered in place of a misspelled one."""
 
@@ -121,7 +127,7 @@ def answer_without_command(arguments: list[str]) -> int:
     from cmt_edge.deploy.cli.output import answer, make_error_json, tell
 
     name = arguments[0] if arguments else ""
-    if name in {"-h", "--help"}:
+    if name in {"-h", "--help", "help"}:
         return answer(write_usage())
     if name == "--version":
         from cmt_edge.version import __version__
@@ -159,8 +165,11 @@ def describe_unknown(name: str) -> str:
     from difflib import get_close_matches
 
     if not name or name.startswith("-"):
-        return "no command was named"
-    close = get_close_matches(name.lower().removeprefix("cmt-"), COMMANDS, n=1, cutoff=CLOSE)
+        close = get_close_matches(name.lower(), FLAGS, n=1, cutoff=CLOSE_FLAG)
+        return f"unknown flag {name!r}; did you mean {close[0]}?" if close else "no command was named"
+    known = COMMANDS | {flag.removeprefix("--"): flag for flag in FLAGS}
+    close = get_close_matches(name.lower().removeprefix("cmt-"), known, n=1, cutoff=CLOSE)
+    close = [name if name in COMMANDS else f"--{name}" for name in close]
     return f"unknown command {name!r}" + (f"; did you mean {close[0]}?" if close else "")
 
 
@@ -172,7 +181,7 @@ def write_usage() -> str:
     lines = [f"usage: {front} COMMAND ..."]
     for group in (MAKE, USE, MACHINE):
         listed = [(name, command) for name, command in COMMANDS.items() if command.group == group]
-        lines += ["", f"{group}:", *(f"  {name:<9} {command.does}" for name, command in listed)]
+        lines += ["", f"{group}:", *(f"  {name:<11} {command.does}" for name, command in listed)]
     return "\n".join([*lines, "", EXAMPLES.format(front=front)])
 
 

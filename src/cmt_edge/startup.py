@@ -6,11 +6,17 @@ The console scripts start here: ``cmt-edge`` is :func:`edge`, ``cmt-export`` is 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
-from importlib import import_module
-from typing import Any, cast
+
+TYPE_CHECKING = False
+"""What checkers of types take for true."""
+
+if TYPE_CHECKING:
+    import signal
+else:
+    # The same functions; ``signal`` itself imports seven more modules for the names of numbers.
+    import _signal as signal  # noqa: PLC2701
 
 ENDED_BY = ("SIGINT", "SIGTERM", "SIGHUP")
 """Names of the signals that ask the process to end; a system may lack some."""
@@ -77,6 +83,8 @@ def name_program(command: str) -> str:
 def run(arguments: list[str]) -> int:
     """Run ``python -m cmt_edge`` with these arguments in this process; its exit code."""
     prepare()
+    from importlib import import_module
+
     code: int = import_module("cmt_edge.__main__").main(arguments)
     return code
 
@@ -96,7 +104,8 @@ def lighten() -> None:
     for name, value in ONE_THREAD.items():
         os.environ.setdefault(name, value)
     for package in CONVERTERS:
-        sys.modules.setdefault(package, cast(Any, None))  # Python then says that there is no such package
+        # Python then says that there is no such package.
+        sys.modules.setdefault(package, None)  # type: ignore[arg-type]
 
 
 def occupy_closed_descriptors() -> None:

@@ -7,6 +7,7 @@ import base64
 import hashlib
 import json
 import re
+import shlex
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,6 +19,7 @@ from cmt_edge.deploy.bundle import Manifest
 from cmt_edge.deploy.bundle.sections import (
     ClassCheck,
     Flip,
+    LayerRun,
 )
 from cmt_edge.deploy.cli import bench, report, verify
 from cmt_edge.deploy.measure.benchmark import Protocol
@@ -32,12 +34,14 @@ from cmt_edge.deploy.report.html import (
     make_comparison_page,
     make_subject,
 )
+from cmt_edge.deploy.report.html.elements import make_code
+from cmt_edge.deploy.report.html.flips import draw_confusion
 from cmt_edge.deploy.report.html.scatter import WIDTH, Point, draw_scatter
 from helpers.bundles import make_bundle, recorded_bundle, tiny_manifest
 from helpers.cli import strict
 from helpers.images import coloured_folder
 from helpers.paths import ROOT
-from helpers.reports import check, measured, run_of, subject
+from helpers.reports import check, full_subject, measured, run_of, subject
 
 WRITTEN = sorted((ROOT / "tests" / "data" / "manifests").glob("*.json"))
 """Manifests that the exporter wrote."""
@@ -81,7 +85,7 @@ class Page(HTMLParser):
 
     @property
     def text(self) -> str:
-        return "".join(self.texts)
+        return "".join(self.texts).replace("\N{NO-BREAK SPACE}", " ")
 
     def of(self, name: str) -> list[str]:
         """The values of an attribute."""
@@ -289,6 +293,39 @@ def test_classes_and_changed_answers():
     many = np.arange(MOST_LISTED + 5)
     assert len(compare_classes(many, many, many)) == MOST_LISTED
     assert len(count_flips(many, many + 1)) == MOST_LISTED
+
+
+def test_commands_of_a_page_fit_and_can_be_pasted():
+    long = "cmt-edge export --model cmt_xs --mean=0.485,0.456,0.406 --data 'my photos' --calib-size 300"
+    page = Page(make_code([long, "cmt-edge bench x"]))
+    lines = page.text.split("\n")
+    assert len(lines) == 3
+    assert max(map(len, lines)) <= 88
+    words = shlex.split(page.text.replace("\\\n", " "))
+    assert words == shlex.split(f"{long} cmt-edge bench x")
+
+
+def test_a_matrix_bears_the_names_of_few_classes():
+    few, many = ((5, 2), (1, 6)), tuple((1,) * 13 for _ in range(13))
+    assert {"red", "green"} <= set(Page(draw_confusion(few, tiny_manifest())).texts)
+    assert "Classes" not in Page(draw_confusion(few, tiny_manifest())).text
+    assert "13 class 12" in Page(draw_confusion(many, tiny_manifest())).text
+
+
+@pytest.mark.parametrize("beyond", [True, False])
+def test_blocks_say_where_the_error_enters(beyond):
+    made = full_subject()
+    run = LayerRun(
+        bundle="tiny", precision="int8", backend="openvino", runtime="openvino 1", threshold=0.5,
+        first="stages.2" if beyond else None, grows="stages.2", output=0.7, watched=0.7, moved=0.0, hidden={},
+    )  # fmt: skip
+    found = replace(made, layer_runs=(run,))
+    page = make_bundle_page(found)
+    assert ("the error is first beyond 0.5 in stages.2 (1)" in page) == beyond
+    assert "grows most in stages.2" in page
+    assert page.count('class="limit"') - make_bundle_page(made).count('class="limit"') == 3
+    assert found.to_json()["layer_runs"][0]["threshold"] == 0.5
+    assert "layer_runs" not in made.to_json()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 from cmt_edge import startup
 from cmt_edge.__main__ import COMMANDS
 from cmt_edge.deploy.signals import Stopped, get_received, unwound_by_signals
+from helpers.paths import ROOT
 
 NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 EARLY = """
@@ -82,6 +83,14 @@ def ended(code: str, *numbers: int, argv: tuple[str, ...] = (), **options) -> tu
     finally:
         process.kill()
     return process.returncode, error
+
+
+def test_little_is_imported_before_signals_are_handled():
+    """Until then Ctrl-C prints a trace, so that every millisecond counts."""
+    code = "import sys; before = {*sys.modules}; import cmt_edge.startup; print(*{*sys.modules} - before)"
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT / "src")})  # fmt: skip
+    assert not {"typing", "contextlib", "re", "enum", "warnings"} & {*done.stdout.split()}
 
 
 @pytest.mark.parametrize("number", NUMBERS)

@@ -9,7 +9,7 @@ from ...bundle.sections import ClassCheck, DataCheck, GoldenCheck
 from ..bundle import describe_decoding
 from ..tables import format_differences
 from ..verification import describe_unit
-from .charts import draw_bar, draw_interval
+from .charts import draw_bar, draw_interval, make_key
 from .elements import UNKNOWN, Markup, Table, join, make, make_facts
 from .flips import name_class, write_changes
 from .subject import Subject
@@ -81,12 +81,18 @@ def _write_top1(data: DataCheck) -> Markup:
         ],
     ]
     facts = [
-        ("allowed drop", f"{data.max_drop:g} points: {'passed' if data.passed else 'FAILED'}"),
+        ("allowed drop", _describe_limit(data)),
         ("logits differ by", f"at most {largest}, on average {mean}"),
         ("reference", data.reference_source),
     ]
     table = Table(f"Top-1 on {data.images} labelled images", ["figure", "value", ""], rows)
     return join([make("h3", "Labelled images"), table.write(), make_facts(facts)])
+
+
+def _describe_limit(data: DataCheck) -> Markup:
+    """What is allowed, in the colour of its line in the plot, and whether it holds."""
+    unit = "point" if data.max_drop == 1 else "points"
+    return join([make_key("limit"), f"{data.max_drop:g} {unit}: {'passed' if data.passed else 'FAILED'}"])
 
 
 def find_reach(checks: Sequence[DataCheck]) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from ...measure.statistics import Histogram, Latency
 from .elements import Markup, make
@@ -19,10 +19,17 @@ SMALLEST_SPAN = 1e-12
 """A scale counts as at least this long, so that it can be divided by."""
 
 
-def draw_bar(share: float) -> Markup:
-    """A bar that fills a ``share``, 0 to 1, of its place. The figure stands in the cell beside it."""
+def make_key(name: str) -> Markup:
+    """A spot in the colour of a plot's mark, before the words that explain it."""
+    return make("span", class_=f"key {name}-key", aria_hidden="true")
+
+
+def draw_bar(share: float, limit: float | None = None) -> Markup:
+    """A bar that fills a ``share``, 0 to 1, of its place, with a line at a ``limit``. The figure stands in
+    the cell beside it."""
     length = LENGTH * min(max(share, 0.0), 1.0)
-    return _draw_in_cell(_draw_rectangle(0, 2, length, 6))
+    line = [] if limit is None else [_draw_rectangle(LENGTH * limit - 0.25, 0, 0.5, 10, "limit")]
+    return _draw_in_cell(_draw_rectangle(0, 2, length, 6), *line)
 
 
 def draw_interval(
@@ -69,9 +76,21 @@ def draw_histogram(latency: Latency, what: str, scale: tuple[float, float] | Non
         aria_label=summary,
         class_="histogram",
     )
-    ends = (f"{low:.2f} ms", f"{high:.2f} ms")
-    axis = make("div", *(make("span", end) for end in ends), class_="axis", aria_hidden="true")
-    return make("figure", picture, axis, make("figcaption", summary))
+    ticks = (f"{tick:.2f} ms" for tick in (low, (low + high) / 2, high))
+    axis = make("div", *(make("span", tick) for tick in ticks), class_="axis", aria_hidden="true")
+    caption = make("figcaption", *_explain_histogram(latency, found, what))
+    return make("figure", picture, axis, caption)
+
+
+def _explain_histogram(latency: Latency, found: Histogram, what: str) -> Iterator[str]:
+    """What the columns and the lines mean, with the figures of the lines."""
+    yield f"{what}: {latency.count} calls"
+    if found.beyond:
+        yield f", {found.beyond} of them slower than {found.high:.2f} ms and not drawn"
+    yield f"; the highest column is {max(found.counts)} calls. "
+    yield make("span", make_key("median"), f"median {latency.p50:.2f} ms", class_="unbroken")
+    yield " "
+    yield make("span", make_key("tail"), f"95th percentile {latency.p95:.2f} ms", class_="unbroken")
 
 
 def _draw_columns(found: Histogram, low: float, high: float) -> list[Markup]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ...escaping import escape_line
+from ...folding import fold
 
 
 class Markup(str):
@@ -17,13 +19,26 @@ class Markup(str):
 
 NOTHING = Markup("")
 """What stands where there is nothing to show."""
+CODE_WIDTH = 88
+"""Characters of a command's line, which fit into the page of a desktop and of a sheet of paper."""
 UNKNOWN = "-"
 """What a cell shows where a figure is not known."""
+
+
+FLAG = re.compile(r"(?<= )-[^\s&<>]+")
+"""Matches a flag in an escaped command."""
+UNITS = re.compile(r"(?<=\d) (?=(?:%|ms|MB|points)(?!\w))")
+"""Matches the space between a number and what it counts."""
 
 
 def escape_text(text: str) -> Markup:
     """``text`` as HTML: it brings no element, ends no attribute, and cannot change the writing direction."""
     return text if isinstance(text, Markup) else Markup(html.escape(escape_line(text)))
+
+
+def keep_units(text: str) -> str:
+    """``text`` in which no line ends between a number and its percent sign or unit; markup stays as it is."""
+    return text if isinstance(text, Markup) else UNITS.sub("\N{NO-BREAK SPACE}", text)
 
 
 def make_name(text: str) -> Markup:
@@ -67,8 +82,14 @@ def make_facts(facts: Iterable[tuple[str, str]], class_: str = "facts") -> Marku
 
 
 def make_code(lines: Iterable[str]) -> Markup:
-    """Commands, a line each, which wrap on a narrow page."""
-    return make("pre", make("code", Markup("\n".join(map(escape_text, lines)))))
+    """Commands, a line each; a long one is folded as a shell reads it, and wraps further on a narrow page."""
+    folded = (part for line in lines for part in fold(line, CODE_WIDTH).split("\n"))
+    return make("pre", make("code", Markup("\n".join(map(_mark_flags, folded)))))
+
+
+def _mark_flags(line: str) -> Markup:
+    """A line of a command; a browser would else end a line behind the hyphens of a flag."""
+    return Markup(FLAG.sub(r'<span class="flag">\g<0></span>', escape_text(line)))
 
 
 def make_hash(digest: str) -> Markup:
@@ -108,6 +129,6 @@ class Table:
 
     def _write_row(self, row: Sequence[str]) -> Markup:
         names = zip(self.header[1:], row[1:], strict=True)
-        cells = [make("td", cell, role="cell", data_label=name or None) for name, cell in names]
+        cells = [make("td", keep_units(cell), role="cell", data_label=name or None) for name, cell in names]
         head = make("th", make_name(row[0]), scope="row", role="rowheader", data_label=self.header[0])
         return make("tr", head, *cells, role="row")

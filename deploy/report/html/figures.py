@@ -6,12 +6,12 @@ import base64
 import binascii
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ...bundle import Bundle, Manifest, parse_json, read_record
-from ...bundle.sections import LayerError, VerificationEntry
+from ...bundle.sections import LayerError, LayerRun, VerificationEntry
 from ...errors import BundleError, InputError
 from ...files import read_regular
 from ...measure.benchmark import Benchmark
@@ -123,6 +123,7 @@ class _Figures:
     device: DeviceReport | None
     flipped: tuple[FlippedImage, ...] = ()
     layers: tuple[LayerError, ...] = ()
+    layer_runs: tuple[LayerRun, ...] = ()
 
 
 def _read_subject(content: dict[str, Any], file: Path, place: int) -> Subject:
@@ -134,6 +135,7 @@ def _read_subject(content: dict[str, Any], file: Path, place: int) -> Subject:
     found = read_record(_Figures, entries, file, WHOLE)
     manifest = Manifest.from_content(content["manifest"], file)
     made = make_subject(found.name, found.name, manifest, None, found.device, found.flipped, found.layers)
+    made = replace(made, layer_runs=found.layer_runs)
     speed = found.benchmark
     if speed is not None and not 0 <= place < len(speed.results):
         raise BundleError("it has fewer measurements than bundles", where=file)

@@ -14,6 +14,14 @@ CELL = 10.0
 """Width and height of a cell of the matrix, in the units of its drawing."""
 EDGE = 10.0
 """Width of the row of numbers above the matrix and of the column beside it."""
+MOST_NAMED = 12
+"""More classes have numbers at the matrix in place of names, which would be too small."""
+LONGEST = 12
+"""Characters of a class's name at the matrix; a longer one is cut there."""
+LETTER, GAP = 2.1, 1.5
+"""Width of a letter, and the distance of a name from the matrix, in the units of the drawing."""
+BASELINE = 1.3
+"""Distance from the middle of a line of text to its baseline, in the units of the drawing."""
 FAINTEST, STRONGEST = 0.12, 0.45
 """Opacity of the rarest and of the most frequent change; the number on a stronger one could not be read."""
 
@@ -38,7 +46,10 @@ def draw_confusion(counts: tuple[tuple[int, ...], ...], manifest: Manifest) -> M
     """A cell a pair of answers, with the number of images, the darker the more of them changed."""
     if not counts:
         return NOTHING
-    size = EDGE + CELL * len(counts)
+    names = [name_class(manifest, place) for place in range(len(counts))]
+    labels = _choose_labels(names)
+    edge = max(EDGE, 2 * GAP + LETTER * max(map(len, labels)))
+    size = edge + CELL * len(counts)
     changed = [
         count for row, cells in enumerate(counts) for column, count in enumerate(cells) if row != column
     ]
@@ -48,28 +59,38 @@ def draw_confusion(counts: tuple[tuple[int, ...], ...], manifest: Manifest) -> M
     )
     picture = make(
         "svg",
-        *_draw_numbers(len(counts)),
-        *_draw_cells(counts, max(changed, default=0) or 1),
+        *_draw_labels(labels, edge),
+        *_draw_cells(counts, max(changed, default=0) or 1, edge),
         viewBox=f"0 0 {size:g} {size:g}",
         role="img",
         aria_label=summary,
         class_="matrix",
     )
-    names = ", ".join(f"{place + 1} {name_class(manifest, place)}" for place in range(len(counts)))
-    return make("figure", picture, make("figcaption", f"{summary}. Classes: {names}."))
+    key = ", ".join(f"{label} {name}" for label, name in zip(labels, names, strict=True) if label != name)
+    return make("figure", picture, make("figcaption", f"{summary}." + (f" Classes: {key}." if key else "")))
 
 
-def _draw_numbers(classes: int) -> Iterator[Markup]:
-    for place in range(classes):
-        middle = EDGE + CELL * (place + 0.5)
-        yield _write(middle, EDGE / 2, str(place + 1), "number")
-        yield _write(EDGE / 2, middle, str(place + 1), "number")
+def _choose_labels(names: Sequence[str]) -> list[str]:
+    """What stands at the rows and columns: names, or numbers where there are too many."""
+    if len(names) > MOST_NAMED:
+        return [str(number) for number in range(1, len(names) + 1)]
+    return [
+        name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}\N{HORIZONTAL ELLIPSIS}" for name in names
+    ]
 
 
-def _draw_cells(counts: tuple[tuple[int, ...], ...], most: int) -> Iterator[Markup]:
+def _draw_labels(labels: Sequence[str], edge: float) -> Iterator[Markup]:
+    for place, label in enumerate(labels):
+        middle = edge + CELL * (place + 0.5)
+        x, y = f"{middle + BASELINE:.2f}", f"{edge - GAP:.2f}"
+        yield make("text", label, x=x, y=y, transform=f"rotate(-90 {x} {y})", class_="number")
+        yield _write(edge - GAP, middle, label, "number", "end")
+
+
+def _draw_cells(counts: tuple[tuple[int, ...], ...], most: int, edge: float) -> Iterator[Markup]:
     for row, cells in enumerate(counts):
         for column, count in enumerate(cells):
-            x, y = EDGE + CELL * column, EDGE + CELL * row
+            x, y = edge + CELL * column, edge + CELL * row
             kind = "same" if row == column else "cell" if count else "none"
             strength = f"{FAINTEST + (STRONGEST - FAINTEST) * count / most:.3f}"
             yield make(
@@ -85,8 +106,8 @@ def _draw_cells(counts: tuple[tuple[int, ...], ...], most: int) -> Iterator[Mark
                 yield _write(x + CELL / 2, y + CELL / 2, str(count), "count")
 
 
-def _write(x: float, y: float, text: str, class_: str) -> Markup:
-    return make("text", text, x=f"{x:.2f}", y=f"{y + 1.3:.2f}", text_anchor="middle", class_=class_)
+def _write(x: float, y: float, text: str, class_: str, anchor: str = "middle") -> Markup:
+    return make("text", text, x=f"{x:.2f}", y=f"{y + BASELINE:.2f}", text_anchor=anchor, class_=class_)
 
 
 def _write_flips(flips: tuple[Flip, ...], manifest: Manifest) -> Markup:

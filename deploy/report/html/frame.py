@@ -9,7 +9,7 @@ from typing import Any
 
 from ...bundle import make_plain
 from .conclusion import Conclusion, State
-from .elements import Markup, make, make_list
+from .elements import Markup, keep_units, make, make_list
 from .style import make_head
 
 Section = tuple[str, Markup]
@@ -26,7 +26,7 @@ def make_conclusion_json(found: Conclusion) -> dict[str, str]:
 
 def write_verdict(found: Conclusion) -> Markup:
     word = make("span", found.state.value, class_="word")
-    rest = found.sentence.removeprefix(found.state.value)
+    rest = keep_units(found.sentence.removeprefix(found.state.value))
     return make("p", word, rest, class_=f"verdict {found.state.name.lower()}", role="status")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from ...bundle import LOGITS
 from .accuracy import write_accuracy
 from .conclusion import conclude
-from .elements import UNKNOWN, Markup, make, make_facts, make_list, make_name
+from .elements import UNKNOWN, Markup, keep_units, make, make_facts, make_list, make_name
 from .frame import assemble, make_conclusion_json, write_verdict
 from .layers import write_layers
 from .origin import (
@@ -29,7 +29,7 @@ def make_bundle_page(subject: Subject) -> str:
     verdict = write_candidates(manifest.verdict) if manifest.verdict else Markup()
     sections = [
         ("Accuracy", write_accuracy(subject)),
-        ("Error by block", write_layers(subject.layers)),
+        ("Error by block", write_layers(subject.layers, subject.layer_runs)),
         ("Latency", write_latency(subject)),
         ("Precision", write_precision(subject)),
         (f"Why {manifest.precision}", verdict),
@@ -64,7 +64,7 @@ def _write_tiles(subject: Subject) -> Markup:
         ("size", f"{subject.manifest.size_bytes / 1e6:.1f} MB"),
         ("really ran", subject.executed),
     ]
-    return make_facts(tiles, "tiles")
+    return make_facts([(name, keep_units(value)) for name, value in tiles], "tiles")
 
 
 def _describe_accuracy(subject: Subject) -> tuple[str, str]:

@@ -30,6 +30,8 @@ body {
   overflow-wrap: break-word;
 }
 h1, pre, dd, li, figcaption, td { overflow-wrap: anywhere; }
+table.numbers td { overflow-wrap: break-word; }
+pre .flag { display: inline-block; max-width: 100%; }
 thead th { overflow-wrap: normal; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: .5rem 0 1rem; }
 h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; padding-top: .6rem; border-top: 1px solid var(--line); }
@@ -50,6 +52,7 @@ pre {
 .check { color: var(--check); background: var(--check-box); }
 .stop { color: var(--stop); background: var(--stop-box); }
 .word { font-weight: 700; white-space: nowrap; }
+thead td { border-bottom: 2px solid var(--line); }
 td .word { padding: .1rem .4rem; border-radius: 4px; }
 dl.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .6rem; }
 dl.tiles > div {
@@ -79,7 +82,7 @@ svg.bar { height: .9rem; min-width: 5rem; background: var(--box); border-radius:
 svg.histogram { height: 8rem; background: var(--box); border-radius: 4px; }
 svg.scatter { max-width: 30rem; background: var(--box); border-radius: 4px; font-size: 11px; }
 svg.scatter text { fill: var(--text); }
-svg.matrix { max-width: 30rem; font-size: 4px; }
+svg.matrix { max-width: 36rem; font-size: 3.8px; }
 svg.matrix text { fill: var(--text); }
 svg.matrix .number { fill: var(--soft); }
 .none { fill: var(--box); }
@@ -96,6 +99,12 @@ ul.flips span { display: block; }
 .median { fill: var(--text); }
 .tail { fill: var(--tail); }
 .limit { fill: var(--limit); }
+.key { display: inline-block; width: .55rem; height: .8rem; margin: 0 .35rem 0 .1rem; border-radius: 2px;
+  vertical-align: -.06rem; }
+.median-key { background: var(--text); }
+.tail-key { background: var(--tail); }
+.limit-key { background: var(--limit); }
+.unbroken { display: inline-block; margin-right: .8rem; }
 .axis { display: flex; justify-content: space-between; font-size: .8rem; color: var(--soft); }
 figcaption { font-size: .87rem; }
 footer { margin-top: 2.5rem; border-top: 1px solid var(--line); font-size: .9rem; color: var(--soft); }
@@ -122,7 +131,9 @@ footer { margin-top: 2.5rem; border-top: 1px solid var(--line); font-size: .9rem
   svg.bar { min-width: 1.5rem; }
   h2, h3, caption { break-after: avoid; }
   tr, figure, ul.flips > li, pre, .verdict, dl.tiles, dl.facts > div { break-inside: avoid; }
-  .verdict, svg, img, .fill, dl.tiles > div { -webkit-print-color-adjust: exact; print-color-adjust: exact; }
+  .verdict, svg, img, .fill, .key, dl.tiles > div {
+    -webkit-print-color-adjust: exact; print-color-adjust: exact;
+  }
 }
 """
 """The rules. Every text has a contrast of at least 4.5 with what lies behind it, in both colour schemes."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...bundle import Bundle, Manifest, make_plain, parse_json, read_record
 from ...bundle.contents import make_unreadable_error
-from ...bundle.sections import DataCheck, LayerError, VerificationEntry
+from ...bundle.sections import DataCheck, LayerError, LayerRun, VerificationEntry
 from ...files import read_regular
 from ...measure.benchmark import Benchmark, Measured
 from ...measure.device_report import DeviceReport
@@ -34,6 +34,7 @@ class Subject:
         device: what ``cmt-build`` found on the device, where it was built.
         flipped: images with two answers, made small; none where they are not to be shown.
         layers: how far the blocks are from the reference's, where that was compared.
+        layer_runs: what that says of each bundle and runtime; none where only the errors were recorded.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Subject:
     device: DeviceReport | None = None
     flipped: tuple[FlippedImage, ...] = ()
     layers: tuple[LayerError, ...] = ()
+    layer_runs: tuple[LayerRun, ...] = ()
 
     @property
     def data(self) -> DataCheck | None:
@@ -104,6 +106,7 @@ class Subject:
             "device": self.device,
             **({"flipped": self.flipped} if self.flipped else {}),
             **({"layers": self.layers} if self.layers else {}),
+            **({"layer_runs": self.layer_runs} if self.layer_runs else {}),
         }
         return dict(make_plain(content))
 
