@@ -62,11 +62,12 @@ test-providers:
 	$(PROVIDERS)/bin/python -m pip install --quiet --disable-pip-version-check onnxruntime-openvino
 	$(PROVIDERS)/bin/python -m pytest -rs tests/deploy/test_providers.py
 
-# A real server of KServe's protocol, MLServer, which demands an older FastAPI than other tests.
+# A real server of KServe's protocol, MLServer, which demands an older FastAPI than other tests; and MLPerf LoadGen.
 test-servers:
 	$(PYTHON) -m venv --clear $(SERVERS)
-	$(SERVERS)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test-light,kserve]" mlserver
-	$(SERVERS)/bin/python -m pytest -rs tests/deploy/test_mlserver.py tests/deploy/test_kserve.py tests/deploy/test_serving.py
+	$(SERVERS)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test-light,kserve,loadgen]" mlserver
+	$(SERVERS)/bin/python -m pytest -rs tests/deploy/test_mlserver.py tests/deploy/test_kserve.py tests/deploy/test_serving.py \
+		tests/deploy/test_loadgen.py
 
 # The accessibility checks of the HTML reports, in Chromium; fetches axe-core by npm into out/.
 AXE := out/axe
