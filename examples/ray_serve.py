@@ -41,12 +41,16 @@ from cmt_edge.deploy.errors import ImageError, RuntimeMissingError
 
 MAX_BODY = 16 << 20
 """The largest body of a request, in bytes."""
-ANSWER_S = 30.0
-"""Seconds after which a request that the front took is given up: it gets 504."""
+ANSWER_S = 60.0
+"""Seconds after which a request that the front took is given up: it gets 504. Ray needs about half of that to
+find that a replica hangs."""
 PAUSE_S = 0.05
 """Seconds that the front waits before it gives a request to another replica."""
 HEALTH_S = 5.0
-"""Seconds between two health checks of a replica; one that does not answer in as many again is replaced."""
+"""Seconds between two health checks of a replica, and that each may take; Ray replaces one that has failed in
+three."""
+UPSCALE_S = 5.0
+"""Seconds for which the load must ask for more replicas until Ray starts them."""
 PER_REPLICA = 2
 """Batches that a replica holds on average before Ray starts another one: one computed, one filling."""
 
@@ -179,7 +183,12 @@ def make_app(args: argparse.Namespace) -> Any:
         Replica,
         max_ongoing_requests=2 * held,
         max_queued_requests=args.queue,
-        autoscaling_config={"min_replicas": least, "max_replicas": most, "target_ongoing_requests": held},
+        autoscaling_config={
+            "min_replicas": least,
+            "max_replicas": most,
+            "target_ongoing_requests": held,
+            "upscale_delay_s": UPSCALE_S,
+        },
         ray_actor_options={"num_cpus": args.threads},
         health_check_period_s=HEALTH_S,
         health_check_timeout_s=HEALTH_S,

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from io import BytesIO
 
@@ -56,14 +56,13 @@ def bundle(tmp_path_factory):
     return make_bundle(tmp_path_factory.mktemp("bundles") / "tiny")
 
 
-@pytest.fixture(scope="module")
-def server(bundle, tmp_path_factory):
-    """The program and its address; at the end it must stop in order."""
+@contextmanager
+def serving(bundle, folder, *flags):
+    """The program's address; at the end it must stop in order."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("log") / "log.txt"
-    command = [sys.executable, ROOT / "examples" / "ray_serve.py", bundle.path, "--port", str(port)]
-    command += ["--replicas", "2:2", "--threads", "1", "--wait-ms", str(WAIT_MS)]
+    log = folder / "log.txt"
+    command = [sys.executable, ROOT / "examples" / "ray_serve.py", bundle.path, "--port", str(port), *flags]
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
     try:
@@ -72,16 +71,24 @@ def server(bundle, tmp_path_factory):
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < until, log.read_text()
             time.sleep(0.1)
-        yield process, f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{port}"
         process.send_signal(signal.SIGTERM)
         assert process.wait(LIMIT_S) == 128 + signal.SIGTERM, log.read_text()
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(bundle, tmp_path_factory):
+    flags = ["--replicas", "2:2", "--wait-ms", str(WAIT_MS)]
+    with serving(bundle, tmp_path_factory.mktemp("log"), *flags) as address:
+        yield address
 
 
 def test_answers_are_those_of_the_predictor(bundle, server, load):
-    replies = load.ask(server[1], IMAGES, 6, CLIENTS)
+    replies = load.ask(server, IMAGES, 6, CLIENTS)
     with Predictor.load(bundle) as predictor:
         for reply in replies:
             expected = predictor(IMAGES[reply.number % len(IMAGES)])
@@ -91,18 +98,18 @@ def test_answers_are_those_of_the_predictor(bundle, server, load):
 
 
 def test_a_damaged_image_spoils_no_other(server, load):
-    replies = load.ask(server[1], [IMAGES[0], b"no image"], 6, CLIENTS)
+    replies = load.ask(server, [IMAGES[0], b"no image"], 6, CLIENTS)
     assert [reply.status for reply in replies] == [200, 400] * 3
     assert "image" in replies[1].content["error"]
 
 
 def test_no_request_is_lost_when_a_replica_is_killed(bundle, server, load):
-    before = load.ask(server[1], IMAGES, 2 * CLIENTS, CLIENTS)
+    before = load.ask(server, IMAGES, 2 * CLIENTS, CLIENTS)
     replicas = Counter(reply.content["process"] for reply in before)
     victim = replicas.most_common(1)[0][0]
     timer = threading.Timer(WAIT_MS / 2000, os.kill, [victim, signal.SIGKILL])
     timer.start()
-    replies = load.ask(server[1], IMAGES, 8 * CLIENTS, CLIENTS)
+    replies = load.ask(server, IMAGES, 8 * CLIENTS, CLIENTS)
     timer.join()
     assert Counter(reply.status for reply in replies) == {200: 8 * CLIENTS}
     assert max(reply.content["asked"] for reply in replies) > 1, "the dead replica held requests"
@@ -115,15 +122,25 @@ def test_no_request_is_lost_when_a_replica_is_killed(bundle, server, load):
 def test_the_dead_replica_is_replaced(server, load):
     """Two answer again, and neither is the one that died."""
     until = time.monotonic() + LIMIT_S
-    while len({reply.content["process"] for reply in load.ask(server[1], IMAGES, 2 * CLIENTS, CLIENTS)}) < 2:
+    while len({reply.content["process"] for reply in load.ask(server, IMAGES, 2 * CLIENTS, CLIENTS)}) < 2:
         assert time.monotonic() < until
 
 
 def test_other_paths(server, load):
-    connection = load.http.client.HTTPConnection(server[1].removeprefix("http://"), timeout=30)
+    connection = load.http.client.HTTPConnection(server.removeprefix("http://"), timeout=30)
     for method, path, status in [("GET", "/health", 200), ("GET", "/predict", 404), ("POST", "/x", 404)]:
         connection.request(method, path, b"" if method == "POST" else None)
         response = connection.getresponse()
         response.read()
         assert response.status == status
     connection.close()
+
+
+def test_load_starts_a_second_replica(bundle, load, tmp_path):
+    with serving(bundle, tmp_path, "--replicas", "1:2", "--batch", "1") as address:
+        seen = {load.ask(address, IMAGES, 1, 1)[0].content["process"]}
+        assert len(seen) == 1
+        until = time.monotonic() + LIMIT_S
+        while len(seen) < 2:
+            seen |= {reply.content["process"] for reply in load.ask(address, IMAGES, 20 * CLIENTS, CLIENTS)}
+            assert time.monotonic() < until
