@@ -64,12 +64,13 @@ test-providers:
 	$(PROVIDERS)/bin/python -m pip install --quiet --disable-pip-version-check onnxruntime-openvino
 	$(PROVIDERS)/bin/python -m pytest -rs tests/deploy/test_providers.py
 
-# A real server of KServe's protocol, MLServer, which demands an older FastAPI than other tests; and MLPerf LoadGen.
+# A real server of KServe's protocol, MLServer, which demands an older FastAPI than other tests; MLPerf LoadGen; and
+# the schemas of Kubernetes.
 test-servers:
 	$(PYTHON) -m venv --clear $(SERVERS)
-	$(SERVERS)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test-light,kserve,loadgen]" mlserver
+	$(SERVERS)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test-light,kserve,loadgen]" mlserver kubernetes-validate
 	$(SERVERS)/bin/python -m pytest -rs tests/deploy/test_mlserver.py tests/deploy/test_kserve.py tests/deploy/test_serving.py \
-		tests/deploy/test_loadgen.py
+		tests/deploy/test_loadgen.py tests/examples/test_kubernetes.py
 
 # NVIDIA's own server, from the wheel of PyTriton: x86-64 Linux with glibc 2.35, and a shared libpython.
 test-triton:
