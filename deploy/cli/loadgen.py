@@ -16,12 +16,11 @@ from ..measure.loadgen_driver import require_loadgen
 from ..measure.loadgen_result import SCENARIOS, SERVER
 from ..predictor import Predictor
 from ..progress import Progress
+from .console import CLOSE
 from .ranges import MILLISECONDS, RATES
 
 LOGS = Path("loadgen_logs")
 """Folder of LoadGen's logs unless told otherwise."""
-CLOSE = 0.4
-"""Similarity, 0 to 1, from which on a scenario is offered in place of a misspelled one."""
 
 
 def add_loadgen_flags(p: argparse.ArgumentParser) -> None:
