@@ -8,6 +8,8 @@ LIGHT := $(VENV)-light
 REAL := $(VENV)-real
 PROVIDERS := $(VENV)-providers
 SERVERS := $(VENV)-servers
+TRITON := $(VENV)-triton
+RAY_SERVE := $(VENV)-ray-serve
 SUPPLY := $(VENV)-supply
 DOCS := $(VENV)-docs
 RTX_TESTS := tests/deploy/test_rtx_parser.py tests/deploy/test_rtx_bundle.py tests/export/test_rtx.py
@@ -15,7 +17,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STEP := @$(PYTHON) scripts/show_step.py
 SHOWN_PIP := $(BIN)/python -m pip install --progress-bar off --disable-pip-version-check
 
-.PHONY: axe demo quick check test test-light test-real test-rtx test-providers test-servers coverage docs supply lock advisories clean
+.PHONY: axe demo quick check test test-light test-real test-rtx test-providers test-servers test-triton test-ray-serve coverage docs supply lock advisories clean
 
 demo: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/demo.sh
@@ -62,11 +64,25 @@ test-providers:
 	$(PROVIDERS)/bin/python -m pip install --quiet --disable-pip-version-check onnxruntime-openvino
 	$(PROVIDERS)/bin/python -m pytest -rs tests/deploy/test_providers.py
 
-# A real server of KServe's protocol, MLServer, which demands an older FastAPI than other tests.
+# A real server of KServe's protocol, MLServer, which demands an older FastAPI than other tests; MLPerf LoadGen; and
+# the schemas of Kubernetes.
 test-servers:
 	$(PYTHON) -m venv --clear $(SERVERS)
-	$(SERVERS)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test-light,kserve]" mlserver
-	$(SERVERS)/bin/python -m pytest -rs tests/deploy/test_mlserver.py tests/deploy/test_kserve.py tests/deploy/test_serving.py
+	$(SERVERS)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test-light,kserve,loadgen]" mlserver kubernetes-validate
+	$(SERVERS)/bin/python -m pytest -rs tests/deploy/test_mlserver.py tests/deploy/test_kserve.py tests/deploy/test_serving.py \
+		tests/deploy/test_loadgen.py tests/examples/test_kubernetes.py
+
+# NVIDIA's own server, from the wheel of PyTriton: x86-64 Linux with glibc 2.35, and a shared libpython.
+test-triton:
+	$(PYTHON) -m venv --clear $(TRITON)
+	$(TRITON)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test-light,kserve]" nvidia-pytriton
+	$(TRITON)/bin/python -m pytest -rs tests/deploy/test_triton.py
+
+# A real cluster of Ray on this machine.
+test-ray-serve:
+	$(PYTHON) -m venv --clear $(RAY_SERVE)
+	$(RAY_SERVE)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test-light,ray-serve]"
+	$(RAY_SERVE)/bin/python -m pytest -rs tests/examples/test_ray_serve.py
 
 # The accessibility checks of the HTML reports, in Chromium; fetches axe-core by npm into out/.
 AXE := out/axe

@@ -66,6 +66,11 @@ FORMAT_ALIASES = {"engine": "trt", "tensorrt": "trt", "tensorrt_rtx": "rtx"}
 """Other names of a format -> its name."""
 
 
+CLOSE = 0.5
+"""Similarity, 0 to 1, from which on a runtime is offered in place of a misspelled one: ``onnx`` is that close
+to ``onnxruntime``, and a word that shares two letters with it is not."""
+
+
 def list_offered_runtimes() -> list[str]:
     """Names of the runtimes that ``--backend`` takes: all but the doubles of tests."""
     return [name for name, entry in RUNTIMES.items() if not entry.is_double]
@@ -75,7 +80,7 @@ def require_offered(name: str | None) -> None:
     """Raise :class:`UnknownNameError` unless ``name`` is a runtime that a command offers, or ``None``."""
     offered = list_offered_runtimes()
     if name is not None and name not in offered:
-        close = difflib.get_close_matches(name, offered, n=2, cutoff=0.4)
+        close = difflib.get_close_matches(name, offered, n=2, cutoff=CLOSE)
         raise UnknownNameError("runtime", name, close, offered)
 
 

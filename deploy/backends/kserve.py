@@ -119,9 +119,12 @@ class ServerSession(Session):
 
     def _read(self, answer: Any, name: str, count: int) -> np.ndarray:
         """One output of an answer: float32 with a row an image."""
-        values = answer.as_numpy(name)
+        try:
+            values = answer.as_numpy(name)
+        except ValueError:  # fewer bytes, or more, than the shape beside them says
+            values = None
         if values is None or values.dtype != np.float32 or values.shape[:1] != (count,):
-            found = "nothing" if values is None else f"{values.dtype} {values.shape}"
+            found = "nothing usable" if values is None else f"{values.dtype} {values.shape}"
             raise RuntimeMissingError(
                 f"the server answered {found} for {name!r}, expected float32 with {count} rows",
                 where=self._address,

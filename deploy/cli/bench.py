@@ -20,6 +20,7 @@ from ..measure.child import measure_memory
 from ..progress import Progress
 from ..report.plot import require_matplotlib
 from .console import add_key_flag, add_runtime_flags, make_parser, run_command
+from .loadgen import add_loadgen, add_loadgen_flags, read_loadgen_options
 from .measuring import add_measuring_flags, read_protocol
 from .output import find_width, say, say_folded
 from .pages import add_page_flags, require_targets, wants_page, write_pages
@@ -34,6 +35,7 @@ examples:
   %(prog)s cmt_xs_fp32_openvino cmt_xs_int8_openvino
   %(prog)s cmt_xs_fp32_openvino cmt_xs_int8_openvino --threads 2 --plot latency.svg
   %(prog)s cmt_xs_int8_openvino --data photos --markdown bench.md
+  %(prog)s cmt_xs_int8_openvino --loadgen SingleStream,Offline,Server
 """
 """What ``--help`` prints last."""
 
@@ -67,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="also measure the memory of a process of its own that opens each bundle",
     )
     add_measuring_flags(p, Protocol(), warmup=True)
+    add_loadgen_flags(p)
     output = p.add_argument_group("output")
     output.add_argument(
         "--markdown",
@@ -89,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _main(args: argparse.Namespace) -> int:
     protocol = read_protocol(args)
     _check_targets(args)
+    asked = read_loadgen_options(args)
     bundles = [Bundle.open(path, key=args.key) for path in args.bundles]
     progress = Progress(args.quiet)
     images = _read_images(args.data, progress) if args.data else []
@@ -107,6 +111,8 @@ def _main(args: argparse.Namespace) -> int:
         progress.share("memory", 0.0)
         pairs = zip(bundles, result.results, strict=True)
         result = replace(result, results=[_add_memory(args, *pair) for pair in pairs])
+    if asked:
+        result = add_loadgen(args, asked, bundles, images, protocol, result, progress)
     progress.finish()
     if args.json:
         say(report.to_json(result))

@@ -119,6 +119,17 @@ class Parser(argparse.ArgumentParser):
         close = difflib.get_close_matches(asked, known, n=2, cutoff=CLOSE)
         return f"; did you mean {' or '.join(close)}?" if close else f"; {self.prog} --help lists the flags"
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """As argparse does it; the message also names the choices that look like ``value``."""
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as exc:
+            known = [choice for choice in action.choices or () if isinstance(choice, str)]
+            close = difflib.get_close_matches(str(value).lower(), known, n=2, cutoff=CLOSE)
+            if close:
+                exc.message += f"; did you mean {' or '.join(close)}?"
+            raise
+
     @staticmethod
     def _name_empty(word: str) -> str:
         """What a message calls an empty value: its flag, if ``word`` is one."""

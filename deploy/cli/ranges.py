@@ -78,6 +78,10 @@ ITERATIONS = Range(1, 10_000_000)
 """Iterations of a measurement."""
 SECONDS = Range(0, 30 * 86400)
 """Seconds of a measurement or a build, up to a month."""
+MILLISECONDS = Range(0, 86_400_000, above=True)
+"""Milliseconds that an answer may take, up to a day."""
+RATES = Range(0, 1e9, above=True)
+"""Images a second that are asked for."""
 POINTS = Range(0, 100)
 """A loss of top-1 in percentage points."""
 DIFFERENCE = Range(0, 1e9)

@@ -7,9 +7,9 @@ Protocol: warm up until at least 10 iterations and 1 s have passed and the rolli
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -29,6 +29,7 @@ from ..predictor import Predictor, require_finite
 from ..preprocessing import normalise
 from .breakdown import Breakdown, break_down, read_blocks
 from .host import describe_host, read_versions
+from .loadgen_result import LoadGenResult
 from .memory import Memory
 from .stages import Stages, measure_stages
 from .statistics import NS_PER_MS, Latency, compare_medians, summarise
@@ -82,8 +83,8 @@ class Measured:
     ``model`` is the runtime's inference alone, ``end_to_end`` from encoded image to label (or feature maps),
     both one image or one batch at a time; ``throughput`` images a second with many requests at once;
     ``on_device`` where the device has a clock of its own. ``stages`` are the parts of an answer,
-    ``breakdown`` says where the time of an inference goes, and ``memory`` what a process needs; they are
-    ``None`` where they were not measured.
+    ``breakdown`` says where the time of an inference goes, ``memory`` what a process needs, and ``loadgen``
+    what MLPerf LoadGen measured of the same; they are ``None`` where they were not measured.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Measured:
     stages: Stages | None = field(default=None, metadata=OMITTED)
     breakdown: Breakdown | None = field(default=None, metadata=OMITTED)
     memory: Memory | None = field(default=None, metadata=OMITTED)
+    loadgen: tuple[LoadGenResult, ...] | None = field(default=None, metadata=OMITTED)
 
 
 @dataclass(frozen=True)
@@ -227,24 +229,24 @@ def measure_throughput(
     batch: np.ndarray,
     seconds: float,
 ) -> float:
-    """Images a second with as many concurrent requests as the runtime recommends."""
+    """Images a second with as many concurrent requests as the runtime recommends. Raises what an inference
+    raised."""
     workers = max(1, predictor.session.parallelism)
     predictor.outputs(batch)
-    counts = [0] * workers
     start = time.perf_counter()
 
-    def work(index: int) -> None:
+    def work() -> int:
         infer = bind_inference(predictor.session, batch)
+        count = 0
         while time.perf_counter() - start < seconds:
             infer()
-            counts[index] += len(batch)
+            count += len(batch)
+        return count
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(workers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return sum(counts) / (time.perf_counter() - start)
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(work) for _ in range(workers)]
+        images = sum(future.result() for future in futures)
+    return images / (time.perf_counter() - start)
 
 
 def run_sustained(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ..escaping import escape_line
 from ..measure.benchmark import Benchmark, Measured, Protocol
+from .loadgen import describe_loadgen
 from .tables import LATENCY_COLUMNS, format_latency_cells, format_table
 
 
@@ -18,6 +19,7 @@ def describe_benchmark(result: Benchmark, markdown: bool = False, width: int | N
     parts = [
         _format_latency_table(result, markdown, width),
         _format_executed_table(result, markdown, width),
+        *describe_loadgen(result.results, markdown, width),
         _describe_conditions(result),
         *_describe_fastest(result),
         *warnings,

@@ -14,7 +14,7 @@ import pytest
 from cmt_edge import startup
 from cmt_edge.__main__ import COMMANDS, main
 from cmt_edge.deploy.backends import list_offered_runtimes
-from cmt_edge.deploy.cli import bench, completion, doctor, output, predict
+from cmt_edge.deploy.cli import bench, completion, doctor, output, predict, serve_repo
 from cmt_edge.deploy.cli.console import run_command
 from cmt_edge.deploy.errors import InputError
 
@@ -89,6 +89,39 @@ def test_a_misspelled_flag(call, argv, words):
     code, out, err = call(predict.main, *argv)
     assert (code, out) == (2, "")
     assert err.rstrip().endswith(words)
+
+
+@pytest.mark.parametrize(
+    ("server", "words"),
+    [
+        ("tritn", "argument --for: invalid choice: 'tritn'"),
+        ("tritn", "; did you mean triton?"),
+        ("OVSM", "; did you mean ovms?"),
+    ],
+)
+def test_a_misspelled_choice(call, server, words):
+    code, out, err = call(serve_repo.main, "b", "-o", "models", "--for", server)
+    assert (code, out) == (2, "")
+    assert words in err
+
+
+def test_a_choice_that_resembles_none(call):
+    code, _, err = call(serve_repo.main, "b", "-o", "models", "--for", "qqq")
+    assert code == 2
+    assert "did you mean" not in err
+    assert "triton" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("fake", "choose one of: openvino, onnxruntime, tensorrt, tensorrt_rtx, kserve, torch"),
+        ("onnx", "did you mean onnxruntime or openvino?"),
+        ("kserv", "did you mean kserve?"),
+    ],
+)
+def test_a_runtime_that_no_command_offers(fails, name, words):
+    assert words in fails(2, predict.main, "b", "a.png", "--backend", name)
 
 
 def test_what_follows_two_hyphens_is_no_flag(fails):

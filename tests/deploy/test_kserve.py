@@ -143,7 +143,7 @@ def test_another_model_under_the_name(bundle, server):
     assert "999" in caught.value.why
 
 
-@pytest.mark.parametrize("fault", [{"dtype": "INT32"}, {"rows": 1}])
+@pytest.mark.parametrize("fault", [{"dtype": "INT32"}, {"rows": 1}, {"cut": 4}, {"cut": 12}])
 def test_an_answer_of_another_form(bundle, server, fault):
     with open_remote(bundle, server[0]) as remote:
         for name, value in fault.items():

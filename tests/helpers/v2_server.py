@@ -29,6 +29,7 @@ class Behaviour:
         add: what is added to every answer.
         dtype: type of the answers.
         rows: how many rows are left out of every answer.
+        cut: how many bytes are left out of every answer, while its shape still counts them.
         inputs: what the server says the model's inputs are, in place of the truth.
         calls: how many batches it has answered.
     """
@@ -37,6 +38,7 @@ class Behaviour:
     add: float = 0.0
     dtype: str = "FP32"
     rows: int = 0
+    cut: int = 0
     name: str = "test server"
     inputs: tuple[TensorEntry, ...] = ()
     calls: int = 0
@@ -71,7 +73,8 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
         for name, values in zip(names, self._predictor.session.run(batch), strict=True):
             given = np.ascontiguousarray(values[self._behaviour.rows :] + np.float32(self._behaviour.add))
             answer.outputs.add(name=name, datatype=self._behaviour.dtype, shape=given.shape)
-            answer.raw_output_contents.append(given.tobytes())
+            data = given.tobytes()
+            answer.raw_output_contents.append(data[: len(data) - self._behaviour.cut])
         return answer
 
 
