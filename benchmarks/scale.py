@@ -5,9 +5,9 @@
 
 ``throughput``: the same images, in turn, through ``Predictor.attempt`` as ``cmt-predict`` calls it, and as
 ``cmt-verify --ray`` answers them with one worker a core, on a cluster that is running. ``PHOTOS`` is a folder
-of images. Counted is the steady state: the images and the time from the moment when every worker has answered
-to the last answer. What the start of the cluster, and that of the workers with their models, takes is told
-apart. The time of processors counts all processes of Ray; a busy machine hardly changes it.
+of images. Each way answers a quarter of the images and then all of them; what the others took is told, so
+that the start of processes and models cancels out. The time of processors counts all processes of Ray; a
+machine that is busy with something else hardly changes it.
 
 ``growth``: workers whose model sleeps for 10 ms an image and needs no processor, so that more of them than
 this machine has cores can be simulated. What is left to 100 % is what Ray, decoding, the driver and the
@@ -22,13 +22,13 @@ import os
 import statistics
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from common import say
 
 from cmt_edge.calib.generated import generate
@@ -36,17 +36,17 @@ from cmt_edge.deploy import Bundle, Predictor
 from cmt_edge.deploy.images import ImageSet
 from cmt_edge.deploy.measure.host import describe_host
 from cmt_edge.deploy.report.tables import format_table
-from cmt_edge.deploy.scale.answers import AnswersFolder, Part
+from cmt_edge.deploy.scale.answers import AnswersFolder
 from cmt_edge.deploy.scale.cluster import Cluster, count_cores, import_ray
 from cmt_edge.deploy.scale.evaluation import pack_bundle
 from cmt_edge.deploy.scale.passes import TASK_IMAGES, Plan, answer_all
-from cmt_edge.deploy.scale.records import Record, Task
+from cmt_edge.deploy.scale.records import Record
 from cmt_edge.deploy.scale.worker import Answerer, Subject
 
 SLEEP_S = 0.010
 """Seconds that the simulated model takes for an image."""
 
-TASKS_EACH = 6
+TASKS_EACH = 8
 """Tasks of each simulated worker."""
 
 CHUNK = 16
@@ -57,78 +57,55 @@ BEGIN, END = "<!-- benchmarks/scale.py {}: begin -->", "<!-- benchmarks/scale.py
 
 
 @dataclass(frozen=True)
-class Moment:
-    """What was done by then.
+class Cost:
+    """What answering so many images took.
 
     Attributes:
-        seconds: since the start.
-        done: images.
-        cpu: seconds of processors that this process and those that it started took.
-        workers: number of workers that have answered.
+        images: number of them.
+        seconds: by the clock.
+        cpu: seconds of processors, of this process and of those that it started.
     """
 
+    images: int
     seconds: float
-    done: int
     cpu: float
-    workers: int
+
+    def compare(self, smaller: Cost) -> tuple[float, float]:
+        """Images a second, and milliseconds of processors an image, of the images that ``smaller`` did not
+        have: what starting takes is in both, and cancels out."""
+        images = self.images - smaller.images
+        return images / (self.seconds - smaller.seconds), 1000 * (self.cpu - smaller.cpu) / images
 
 
-@dataclass
-class Clock:
-    """What was done at each moment."""
+class Meter:
+    """Measures from when it is made."""
 
-    start: float = field(default_factory=time.perf_counter)
-    seen: list[Moment] = field(default_factory=list)
+    def __init__(self) -> None:
+        self._start, self._ticks = time.perf_counter(), read_ticks()
+        self.cost = Cost(0, 0.0, 0.0)
+        """Up to the last call."""
 
-    def note(self, done: int, workers: int = 1) -> None:
-        """So many images are done, by so many workers."""
-        self.seen.append(Moment(time.perf_counter() - self.start, done, read_cpu_seconds(), workers))
-
-    def rate(self, workers: int = 1) -> float:
-        """Images a second once all ``workers`` had answered: the slope of the line through what
-        was done, so that it does not count whether several answered at one moment."""
-        steady = self._keep_steady(workers)
-        moments, done = [moment.seconds for moment in steady], [moment.done for moment in steady]
-        return float(np.polyfit(moments, done, 1)[0])
-
-    def cpu_ms(self, workers: int = 1) -> float:
-        """Milliseconds of processors an image, from the same moment on."""
-        steady = self._keep_steady(workers)
-        return 1000 * (steady[-1].cpu - steady[0].cpu) / (steady[-1].done - steady[0].done)
-
-    def _keep_steady(self, workers: int) -> list[Moment]:
-        return [moment for moment in self.seen if moment.workers >= workers and moment.done >= TASK_IMAGES]
+    def note(self, done: int, _: int = 0) -> None:
+        """So many images are done. Processes that have ended do not count: workers of earlier runs."""
+        ticks = sum(now - self._ticks.get(number, 0) for number, now in read_ticks().items())
+        cpu = ticks / os.sysconf("SC_CLK_TCK")
+        self.cost = Cost(done, time.perf_counter() - self._start, cpu)
 
 
-def read_cpu_seconds() -> float:
-    """The time that this process and its descendants took, also of those that ended within one of them."""
+def read_ticks() -> dict[int, int]:
+    """Process -> the time of processors that it took, for this process and its descendants."""
     ticks, children = dict[int, int](), dict[int, list[int]]()
     for number in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
-            fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
-            ticks[int(number)] = int(fields[11]) + int(fields[12])
-            children.setdefault(int(fields[1]), []).append(int(number))
-    total, left = 0, [os.getpid()]
+            values = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
+            ticks[int(number)] = int(values[11]) + int(values[12])
+            children.setdefault(int(values[1]), []).append(int(number))
+    own, left = dict[int, int](), [os.getpid()]
     while left:
         number = left.pop()
-        total += ticks.get(number, 0)
+        own[number] = ticks.get(number, 0)
         left += children.get(number, [])
-    return total / os.sysconf("SC_CLK_TCK")
-
-
-class Watched(AnswersFolder):
-    """A folder that notes when answers came, and of how many workers."""
-
-    def __init__(self, path: Path, clock: Clock) -> None:
-        super().__init__(path, {})
-        self._clock, self._workers, self._done = clock, set[str](), 0
-
-    def write(self, task: Task, part: Part, labels: Sequence[str]) -> None:
-        """As the base class."""
-        super().write(task, part, labels)
-        self._workers.add(part.worker)
-        self._done += len(task.records)
-        self._clock.note(self._done, len(self._workers))
+    return own
 
 
 class Sleeping(Answerer):
@@ -152,22 +129,23 @@ def running(cores: int) -> Iterator[tuple[Cluster, float]]:
         ray.shutdown()
 
 
-def predict(bundle: Path, paths: Sequence[Path]) -> Clock:
+def predict(bundle: Path, paths: Sequence[Path]) -> Cost:
     """As ``cmt-predict`` does it."""
-    clock = Clock()
+    meter = Meter()
     with Predictor.load(bundle, throughput=True) as predictor:
-        for done, _ in enumerate(predictor.attempt(paths, copy=False), 1):
-            if done % TASK_IMAGES == 0:
-                clock.note(done)
-    return clock
+        deque(predictor.attempt(paths, copy=False), maxlen=0)
+        meter.note(len(paths))
+    return meter.cost
 
 
-def answer(cluster: Cluster, subject: Subject, plan: Plan) -> Clock:
+def answer(cluster: Cluster, subject: Subject, plan: Plan) -> Cost:
     """As ``cmt-verify --ray`` does it; the answers are written, and then deleted."""
-    clock = Clock()
-    with tempfile.TemporaryDirectory() as folder:
-        answer_all(cluster, subject, plan, Watched(Path(folder) / "answers", clock))
-    return clock
+    cluster.connect()
+    meter = Meter()
+    with tempfile.TemporaryDirectory() as name:
+        folder = AnswersFolder(Path(name) / "answers", {})
+        answer_all(cluster, subject, replace(plan, progress=meter.note), folder)
+    return meter.cost
 
 
 def measure_throughput(args: argparse.Namespace) -> tuple[list[list[str]], list[str], str]:
@@ -175,25 +153,25 @@ def measure_throughput(args: argparse.Namespace) -> tuple[list[list[str]], list[
     bundle = Bundle.open(args.bundle)
     images = ImageSet(args.photos, labelled=False)
     paths = [images.path.absolute() / item.name for item in images] * args.repeat
-    records = [Record(f"{i}", "none", str(path)) for i, path in enumerate(paths)]
     subject = Subject(bundle.title, pack_bundle(bundle), source=str(images.path))
-    plan = Plan(records, CHUNK, None, bundle.labels)
-    cores = count_cores()
+    plan = Plan(
+        [Record(f"{i}", "none", str(path)) for i, path in enumerate(paths)], CHUNK, None, bundle.labels
+    )
+    few = len(paths) // 4
     found: dict[str, list[tuple[float, float]]] = {"cmt-predict": [], "--ray": []}
-    starts = []
-    with running(cores) as (cluster, started):
+    with running(count_cores()) as (cluster, started):
         for number in range(args.rounds):
-            alone = predict(args.bundle, paths)
-            found["cmt-predict"].append((alone.rate(), alone.cpu_ms()))
-            shared = answer(cluster, subject, plan)
-            found["--ray"].append((shared.rate(cores), shared.cpu_ms(cores)))
-            starts.append(shared.seen[0].seconds)
+            alone = [predict(args.bundle, part) for part in (paths[:few], paths)]
+            plans = replace(plan, records=plan.records[:few]), plan
+            shared = [answer(cluster, subject, part) for part in plans]
+            found["cmt-predict"].append(alone[1].compare(alone[0]))
+            found["--ray"].append(shared[1].compare(shared[0]))
             say(f"round {number + 1}: {found['cmt-predict'][-1]} and {found['--ray'][-1]}")
+    first = shared[0].seconds - few / found["--ray"][-1][0]
     best = max(rate for rate, _ in found["cmt-predict"])
     text = (
-        f"{Path(args.bundle).name}, {len(paths)} photographs, {args.rounds} rounds in turn. The cluster"
-        f" started in {started:.1f} s; a run's first task, for which a worker starts and loads the model,"
-        f" took {statistics.median(starts):.1f} s."
+        f"{Path(args.bundle).name}, {len(paths) - few} photographs, {args.rounds} rounds in turn. The cluster"
+        f" started in {started:.1f} s, and the workers with their models in {first:.1f} s."
     )
     header = ["", "images/s, median", "best", "median / best of cmt-predict", "CPU ms an image, median"]
     return [_make_row(name, figures, best) for name, figures in found.items()], header, text
@@ -226,7 +204,9 @@ def measure_growth(args: argparse.Namespace) -> tuple[list[list[str]], list[str]
             subject = Subject(bundle.title, packed, backend="fake", check=False, source=name)
             plan = Plan(records, CHUNK, workers, bundle.labels, answerer=Sleeping)
             with running(workers) as (cluster, _):
-                rate = answer(cluster, subject, plan).rate(workers)
+                few = replace(plan, records=records[: len(records) // 4])
+                small = answer(cluster, subject, few)
+                rate, _ = answer(cluster, subject, plan).compare(small)
             ideal = workers / SLEEP_S
             say(f"{workers} workers: {rate:.0f} images/s")
             rows.append([str(workers), f"{rate:.0f}", f"{ideal:.0f}", f"{100 * rate / ideal:.0f} %"])

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,7 +78,7 @@ def connected(address: str) -> Iterator[Any]:
     Raises:
         RuntimeMissingError: Ray is not installed, or no cluster answers.
     """
-    with ignoring_known_warnings():
+    with ignoring_known_warnings(), contextlib.redirect_stdout(sys.stderr):  # Ray tells there what has ended
         ray = import_ray()
         _quieten(ray)
         if ray.is_initialized():
@@ -153,7 +154,7 @@ def _connect(ray: Any, address: str) -> None:
             configure_logging=True,
             **options,
         )
-    except (ConnectionError, OSError, RuntimeError, ValueError, TimeoutError) as exc:
+    except Exception as exc:  # Ray raises exceptions of all kinds, some of them of no kind
         first = (str(exc).strip() or type(exc).__name__).splitlines()[0]
         raise RuntimeMissingError(
             "no Ray cluster answers" if address != LOCAL else "Ray could not be started here",

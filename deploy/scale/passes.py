@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 
 from ..children import read_error
-from ..errors import CmtEdgeError, DataError, ImageError
+from ..errors import ClusterError, CmtEdgeError, DataError, ImageError
 from .answers import AnswersFolder, Part
-from .cluster import Cluster, ignoring_known_warnings
+from .cluster import AGAIN, Cluster, ignoring_known_warnings
 from .records import Record, Task, divide
 from .worker import Answered, Answerer, Subject, iterate_answered, make_task_table
 
 TASK_IMAGES = 128
 """Images of a task, about: many enough that Ray's work for a task does not count."""
 
-ROUNDS = 3
-"""How often a task is tried that ends its worker."""
+FRUITLESS = 2
+"""Rounds in a row without any answer after which the next one is the last."""
 
 SHOWN_IMAGES = 3
 """The largest number of unreadable images that an error names."""
@@ -88,15 +88,10 @@ def answer_all(cluster: Cluster, subject: Subject, plan: Plan, folder: AnswersFo
     parts = {task.number: part for task in tasks if (part := folder.read(task)) is not None}
     kept = sum(len(tasks[number].records) for number in parts)
     failures: dict[int, list[str | None]] = {}
-    shipped: Subject | None = None
     _report(plan, kept)
-    for attempt in range(1, ROUNDS + 1):
-        missing = [task for task in tasks if task.number not in parts and task.number not in failures]
-        if not missing:
-            break
-        ray = cluster.connect()
-        shipped = shipped or replace(subject, bundle=ray.put(subject.bundle))
-        for answered in _run_round(ray, shipped, plan, missing, is_last=attempt == ROUNDS):
+    rounds = _Rounds(cluster, subject, plan)
+    while missing := [task for task in tasks if task.number not in parts and task.number not in failures]:
+        for answered in rounds.run(missing):
             _take(answered, tasks, parts, failures, folder, plan)
     _raise_failures(tasks, failures)
     ordered = [parts[task.number] for task in tasks]
@@ -108,31 +103,55 @@ def answer_all(cluster: Cluster, subject: Subject, plan: Plan, folder: AnswersFo
     )
 
 
-def _run_round(
-    ray: Any, subject: Subject, plan: Plan, tasks: Sequence[Task], is_last: bool
-) -> Iterator[Answered]:
-    """The answers to tasks, in any order.
+class _Rounds:
+    """Rounds of workers, until every task has its answers.
 
-    A worker that ends is not started again, because its node may be gone: tasks that it had are left out, and
-    the next round has as many workers as the cluster then has cores for. In the last round, what ends a
-    worker is raised as Ray's error.
+    A worker that ends is not started again, because its node may be gone: the tasks that it had are left to
+    the next round, which has as many workers as the cluster then has cores for.
     """
-    workers = min(plan.count(ray, subject), len(tasks))
-    context = ray.data.DataContext.get_current()
-    context.max_errored_blocks = 0 if is_last else -1
-    data = ray.data.from_arrow([make_task_table(task) for task in tasks])
-    with ignoring_known_warnings():
-        answers = data.map_batches(
-            plan.answerer,
-            fn_constructor_args=(subject,),
-            batch_size=None,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=workers),
-            num_cpus=subject.threads or 1,
-            ray_remote_args_fn=_forbid_restarts,
-        )
-    for block in answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield from iterate_answered(block)
+
+    def __init__(self, cluster: Cluster, subject: Subject, plan: Plan) -> None:
+        self._cluster, self._subject, self._plan = cluster, subject, plan
+        self._is_shipped = False
+        self._fruitless = 0
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[Answered]:
+        """One round: the answers to tasks, in any order. After :data:`FRUITLESS` rounds in a row without any,
+        what ends the workers is raised as Ray's error."""
+        ray = self._cluster.connect()
+        if not self._is_shipped:
+            self._subject = replace(self._subject, bundle=ray.put(self._subject.bundle))
+            self._is_shipped = True
+        is_last = self._fruitless >= FRUITLESS
+        self._fruitless += 1
+        try:
+            for answered in self._run(ray, tasks, is_last):
+                self._fruitless = 0
+                yield answered
+        except ray.exceptions.RayError:
+            if self._fruitless > FRUITLESS:
+                raise
+        if self._fruitless > FRUITLESS:
+            raise ClusterError("the workers of the cluster gave no answers", remedy=AGAIN)
+
+    def _run(self, ray: Any, tasks: Sequence[Task], is_last: bool) -> Iterator[Answered]:
+        subject, plan = self._subject, self._plan
+        workers = min(plan.count(ray, subject), len(tasks))
+        context = ray.data.DataContext.get_current()
+        context.max_errored_blocks = 0 if is_last else -1
+        data = ray.data.from_arrow([make_task_table(task) for task in tasks])
+        with ignoring_known_warnings():
+            answers = data.map_batches(
+                plan.answerer,
+                fn_constructor_args=(subject,),
+                batch_size=None,
+                batch_format="pyarrow",
+                compute=ray.data.ActorPoolStrategy(size=workers),
+                num_cpus=subject.threads or 1,
+                ray_remote_args_fn=_forbid_restarts,
+            )
+        for block in answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            yield from iterate_answered(block)
 
 
 def _forbid_restarts() -> dict[str, Any]:

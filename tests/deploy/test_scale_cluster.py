@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 import warnings
 
 import numpy as np
@@ -23,9 +26,11 @@ pytest.importorskip("ray", reason='needs the extra "ray"')
 pytest.importorskip("pyarrow", reason='needs the extra "ray"')
 pytest.importorskip("onnxruntime", reason="the workers of these tests run ONNX Runtime")
 
+from pyarrow import parquet
+
 from cmt_edge.deploy.scale import passes
 from cmt_edge.deploy.scale.answers import AnswersFolder
-from cmt_edge.deploy.scale.cluster import KNOWN_WARNINGS, Cluster, connected
+from cmt_edge.deploy.scale.cluster import KNOWN_WARNINGS, Cluster, connected, make_cluster_error
 from cmt_edge.deploy.scale.evaluation import pack_bundle
 from cmt_edge.deploy.scale.passes import Plan, answer_all
 from cmt_edge.deploy.scale.sources import open_source
@@ -39,6 +44,10 @@ pytestmark = [
 
 IMAGES = 160
 """Images of the test set; ten tasks where one has 16."""
+
+
+ENDING_S = 60
+"""Seconds in which a worker must be gone once its cluster has ended."""
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +111,26 @@ def run(cluster, bundle, photos, tmp_path):
 
 def list_parts(folder):
     return {path.name: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
+
+
+def test_the_command_starts_ray_here_and_ends_it(tmp_path, capfd):
+    """Before the cluster of the other tests, which would be used."""
+    bundle = recorded_bundle(tmp_path / "tiny")
+    data = tmp_path / "known"
+    folder_of(data, {name: [coloured(name, i) for i in range(5)] for name in COLOURS})
+    flags = [str(bundle.path), "--data", str(data), "--answers", str(tmp_path / "answers"), "--threads", "1"]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    run_alone = [sys.executable, "-m", "cmt_edge", "verify", *flags]
+    ours = subprocess.run([*run_alone, "--ray"], env=environment, capture_output=True, text=True, check=False)
+    assert (ours.returncode, ours.stderr) == (0, "")
+    assert verify.main(flags[:3] + flags[-2:]) == 0
+    assert capfd.readouterr().out == ours.stdout
+    (part,) = (tmp_path / "answers").rglob("*.parquet")
+    pid = json.loads(parquet.read_schema(part).metadata[b"worker"])["pid"]
+    deadline = time.monotonic() + ENDING_S
+    while is_worker(pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_worker(pid)
 
 
 @pytest.mark.parametrize("has_record", [True, False])
@@ -176,18 +205,33 @@ def kill_once(progress_at: int, act):
     return report_progress, acted
 
 
+def is_worker(pid: int) -> bool:
+    """Whether a process holds a model for Ray."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read().startswith((b"ray::MapWorker", b"ray::_MapWorker"))
+    except OSError:
+        return False
+
+
 def find_workers() -> list[int]:
-    """Processes of Ray that hold a model."""
-    found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
+    """Processes that hold a model for this test's cluster."""
+    return [
+        pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if is_worker(pid) and is_ours(pid)
+    ]
+
+
+def is_ours(pid: int) -> bool:
+    """Whether a process is a descendant of this one."""
+    while pid > 1:
+        if pid == os.getpid():
+            return True
         try:
-            with open(f"/proc/{pid}/cmdline", "rb") as file:
-                title = file.read()
+            with open(f"/proc/{pid}/stat") as file:
+                pid = int(file.read().rpartition(")")[2].split()[1])
         except OSError:
-            continue
-        if title.startswith(b"ray::MapWorker") or title.startswith(b"ray::_MapWorker"):
-            found.append(int(pid))
-    return found
+            return False
+    return False
 
 
 def test_a_killed_worker_changes_nothing(run, expected):
@@ -215,6 +259,23 @@ def test_an_image_that_ends_every_worker_is_one_error(run, photos, tmp_path):
         run(Deadly, source=folder)
     assert caught.value.exit_code == 3
     assert len(list_parts(tmp_path / "answers")) >= 2
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "code"),
+    [
+        ("OutOfDiskError", "memory or disk is full", 3),
+        ("OutOfMemoryError", "memory or disk is full", 3),
+        ("NodeDiedError", "lost a worker or a node", 3),
+        ("RaySystemError", "lost a worker or a node", 3),
+        ("RayError", "internal failure on a worker", 4),
+    ],
+)
+def test_failures_of_ray_are_one_clear_error(ray, name, words, code):
+    error = make_cluster_error(ray, getattr(ray.exceptions, name)("its own words"))
+    assert words in error.what
+    assert error.exit_code == code
+    assert "its own words" in f"{error.what} {error.why}"
 
 
 def test_a_full_store_changes_nothing(ray, run, expected):
