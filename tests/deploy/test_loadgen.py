@@ -16,6 +16,7 @@ import pytest
 
 from cmt_edge.deploy import Predictor, report
 from cmt_edge.deploy.backends.fake import FakeSession
+from cmt_edge.deploy.bundle import read_record
 from cmt_edge.deploy.cli import bench
 from cmt_edge.deploy.errors import InputError, OutputError, RuntimeMissingError
 from cmt_edge.deploy.measure import loadgen
@@ -271,4 +272,5 @@ def test_the_report_says_what_agrees_and_what_does_not(bundle):
 
 
 def test_figures_files_keep_it(bundle):
-    assert json.loads(report.to_json(make_result()))["ours"] == [4.9, 5.1]
+    for result in (make_result(), make_result(scenario="Offline", p50=None, ours=None, agrees=None)):
+        assert read_record(LoadGenResult, json.loads(report.to_json(result)), "figures.json") == result

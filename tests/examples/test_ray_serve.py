@@ -126,6 +126,19 @@ def test_the_dead_replica_is_replaced(server, load):
         assert time.monotonic() < until
 
 
+def test_no_request_is_lost_when_a_replica_hangs(server, load, monkeypatch):
+    """It has begun requests, and never ends: Ray kills it once it has failed its health checks."""
+    monkeypatch.setattr(load, "TIME_LIMIT_S", LIMIT_S)
+    before = load.ask(server, IMAGES, 2 * CLIENTS, CLIENTS)
+    victim = Counter(reply.content["process"] for reply in before).most_common(1)[0][0]
+    timer = threading.Timer(WAIT_MS / 2000, os.kill, [victim, signal.SIGSTOP])
+    timer.start()
+    replies = load.ask(server, IMAGES, 2 * CLIENTS, CLIENTS)
+    timer.join()
+    assert Counter(reply.status for reply in replies) == {200: 2 * CLIENTS}
+    assert max(reply.content["asked"] for reply in replies) > 1, "the replica held requests"
+
+
 def test_other_paths(server, load):
     connection = load.http.client.HTTPConnection(server.removeprefix("http://"), timeout=30)
     for method, path, status in [("GET", "/health", 200), ("GET", "/predict", 404), ("POST", "/x", 404)]:
