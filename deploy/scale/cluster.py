@@ -115,7 +115,7 @@ class Cluster:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         ray, self._ray = self._ray, None
         self._stack.close()
-        if ray is not None and isinstance(error, ray.exceptions.RayError):
+        if ray is not None and error is not None and isinstance(error, ray.exceptions.RayError):
             raise make_cluster_error(ray, error) from error
 
 

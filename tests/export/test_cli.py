@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("one_trace")
 
 
 def test_list_models(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")  # a narrow table is folded
+    monkeypatch.setenv("COLUMNS", "1000")  # lines and tables that are too long are folded
     lines = succeeded(capsys, "--list-models").splitlines()
     assert [line.split()[0] for line in lines[2:]] == list_models()
     assert any("81.8" in line and "1.55" in line and "15.2" in line for line in lines)
