@@ -89,8 +89,17 @@ def build_parser() -> argparse.ArgumentParser:
 def _main(args: argparse.Namespace) -> int:
     protocol = read_protocol(args)
     _check_targets(args)
-    bundles = [Bundle.open(path, key=args.key) for path in args.bundles]
     progress = Progress(args.quiet)
+    with progress.shown("open the bundles"):
+        bundles, result = _measure(args, protocol, progress)
+    _answer(args, bundles, result)
+    return 0
+
+
+def _measure(
+    args: argparse.Namespace, protocol: Protocol, progress: Progress
+) -> tuple[list[Bundle], Benchmark]:
+    bundles = [Bundle.open(path, key=args.key) for path in args.bundles]
     images = _read_images(args.data, progress) if args.data else []
     result = run_benchmark(
         bundles,
@@ -107,7 +116,11 @@ def _main(args: argparse.Namespace) -> int:
         progress.share("memory", 0.0)
         pairs = zip(bundles, result.results, strict=True)
         result = replace(result, results=[_add_memory(args, *pair) for pair in pairs])
-    progress.finish()
+    return bundles, result
+
+
+def _answer(args: argparse.Namespace, bundles: list[Bundle], result: Benchmark) -> None:
+    """Print the figures, and write what was asked for."""
     if args.json:
         say(report.to_json(result))
     else:
@@ -119,7 +132,6 @@ def _main(args: argparse.Namespace) -> int:
         report.draw_latency_plot(result, args.plot)
     if wants_page(args):
         _write_pages(args, bundles, result)
-    return 0
 
 
 def _add_memory(args: argparse.Namespace, bundle: Bundle, measured: Measured) -> Measured:
