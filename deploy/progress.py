@@ -43,6 +43,7 @@ class Progress:
         self._bar: tqdm[Any] | None = None
         self._phase = ""
         self._begun = 0.0  # when the phase began, seconds of time.perf_counter
+        self._sign = ""  # what a terminal shows until there is a bar
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
@@ -56,6 +57,17 @@ class Progress:
             self.finish()
             if not self.off:
                 _print(f"\r{name:<34} {time.perf_counter() - start:6.1f} s")
+
+    @contextmanager
+    def shown(self, name: str) -> Iterator[None]:
+        """Show ``name`` until there is a bar; at the end, also in an error, nothing of it is left."""
+        if not self.off:
+            self._sign = f"{escape_line(name)} ..."
+            _print(self._sign, end="")
+        try:
+            yield
+        finally:
+            self.finish()
 
     def tell(self, note: str) -> None:
         """Print a note that also logs should hold, unless it is empty or ``quiet``."""
@@ -90,7 +102,10 @@ class Progress:
         self._bar.refresh()
 
     def finish(self) -> None:
-        """Remove the bar."""
+        """Remove the bar, or what stands in its place."""
+        if self._sign:
+            _print(f"\r{' ' * len(self._sign)}\r", end="")
+            self._sign = ""
         if self._bar is not None:
             bar, self._bar = self._bar, None
             with suppress(OSError):

@@ -61,9 +61,11 @@ MACHINE = re.compile(
 PRECISIONS = re.compile(r"(?:int8|bf16|fp16|fp32) \d+ %(?: \+ (?:int8|bf16|fp16|fp32) \d+ %)*")
 """Which precisions ran, with their shares."""
 FIGURES = re.compile(
-    r"[-+]?\d+(?:\.\d+)+(?:e[-+]?\d+)?|[-+]?\d+(?= (?:%|ms|MB|kB)\b)|\b\d+$|\b[0-9a-f]{12,}\b", re.M
+    r"[-+]?\d+(?:\.\d+)+(?:e[-+]?\d+)?|[-+]?\d+(?= (?:%|(?:ms|MB|kB)\b))|\b\d+$|\b[0-9a-f]{12,}\b"
+    r"|(?<= )-(?= )",
+    re.M,
 )
-"""Figures, versions and hashes."""
+"""Figures, versions and hashes; a dash stands for a figure of which there were too few samples."""
 SPACES = re.compile(r"[ \t]+|-{3,}")
 """What only lays a table out."""
 

@@ -202,7 +202,7 @@ def format_row(step: Step) -> list[str]:
     command = step.command if len(step.command) <= COLUMNS else f"{step.command[: COLUMNS - 3]}..."
     first = "-" if step.first is None else f"{step.first:.2f}"
     figures = [f"{step.seconds:.1f}", f"{step.cpu_seconds:.1f}", first, str(step.widest), str(step.code)]
-    return [f"`{command}`", *figures]
+    return [command, *figures]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -73,6 +73,13 @@ BINDINGS = Job(("python", "-c", "import cuda.bindings.runtime, pynvml"))
 COMPILER = Job(("python", "-c", "import tensorrt_rtx as t; assert t.Builder(t.Logger())"))
 """The compiler of TensorRT for RTX, which starts without a GPU."""
 
+FAKE = f"""
+from cmt_edge import Predictor
+with Predictor.load({BUNDLE!r}, backend="fake") as predictor:
+    print("class", predictor({PICTURE!r}).label)
+"""
+"""Predicts with the runtime of tests, which needs no package and which no command offers."""
+
 SIGN = """
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cmt_edge.deploy.bundle.signature import sign
@@ -90,7 +97,7 @@ print("the manifest names the version")
 
 JOBS = {
     "": (
-        Job((*PREDICT, "--backend", "fake"), text="%"),
+        Job(("python", "-c", FAKE), text="class"),
         Job(PREDICT, MISSING, 'pip install "cmt-edge[onnxruntime]"'),
         Job(("cmt-edge", "doctor"), text='pip install "cmt-edge[export]"'),
         Job(("cmt-edge", "doctor", "--format", "openvino"), MISSING, "openvino is not installed"),

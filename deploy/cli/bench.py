@@ -17,6 +17,7 @@ from ..images import ImageSet
 from ..measure.benchmark import Benchmark, Measured, Protocol
 from ..measure.benchmark import benchmark as run_benchmark
 from ..measure.child import measure_memory
+from ..measure.loadgen import LoadGenOptions
 from ..progress import Progress
 from ..report.plot import require_matplotlib
 from .console import add_key_flag, add_runtime_flags, make_parser, run_command
@@ -93,8 +94,20 @@ def _main(args: argparse.Namespace) -> int:
     protocol = read_protocol(args)
     _check_targets(args)
     asked = read_loadgen_options(args)
-    bundles = [Bundle.open(path, key=args.key) for path in args.bundles]
     progress = Progress(args.quiet)
+    with progress.shown("open the bundles"):
+        bundles, result = _measure(args, protocol, asked, progress)
+    _answer(args, bundles, result)
+    return 0
+
+
+def _measure(
+    args: argparse.Namespace,
+    protocol: Protocol,
+    asked: LoadGenOptions | None,
+    progress: Progress,
+) -> tuple[list[Bundle], Benchmark]:
+    bundles = [Bundle.open(path, key=args.key) for path in args.bundles]
     images = _read_images(args.data, progress) if args.data else []
     result = run_benchmark(
         bundles,
@@ -113,7 +126,11 @@ def _main(args: argparse.Namespace) -> int:
         result = replace(result, results=[_add_memory(args, *pair) for pair in pairs])
     if asked:
         result = add_loadgen(args, asked, bundles, images, protocol, result, progress)
-    progress.finish()
+    return bundles, result
+
+
+def _answer(args: argparse.Namespace, bundles: list[Bundle], result: Benchmark) -> None:
+    """Print the figures, and write what was asked for."""
     if args.json:
         say(report.to_json(result))
     else:
@@ -125,7 +142,6 @@ def _main(args: argparse.Namespace) -> int:
         report.draw_latency_plot(result, args.plot)
     if wants_page(args):
         _write_pages(args, bundles, result)
-    return 0
 
 
 def _add_memory(args: argparse.Namespace, bundle: Bundle, measured: Measured) -> Measured:

@@ -144,10 +144,25 @@ def _main(args: argparse.Namespace) -> int:
     require_targets(args, args.html)
     _require_layers(args)
     _require_cluster(args)
+    progress = Progress(args.quiet)
+    with progress.shown("open the bundle"):
+        bundle, result = _check(args, progress)
+    if wants_page(args):
+        _write_pages(args, bundle, result)
+    if args.json:
+        say(report.to_json(result))
+    else:
+        say_folded(report.describe_verification(result, width=find_width()))
+    if not result.passed and not args.json:
+        tell(DIFFERENCE_REMEDY)
+    return 0 if result.passed else 1
+
+
+def _check(args: argparse.Namespace, progress: Progress) -> tuple[Bundle, Verification]:
+    """Open the bundle, and do the checks that were asked for."""
     bundle = Bundle.open(args.bundle, key=args.key)
     data = _open_data(args)
     other = _open_reference(bundle, args) if args.reference else None
-    progress = Progress(args.quiet)
     progress.tell(_describe_signature(bundle, args.key))
     progress.tell(report.describe_slim(bundle.manifest.slim) if bundle.manifest.slim else "")
     progress.tell(data.note if data else "")
@@ -172,16 +187,7 @@ def _main(args: argparse.Namespace) -> int:
     if args.layers:
         images = data if isinstance(data, ImageSet) else None
         result = _add_layers(result, bundle, images, args, progress)
-    progress.finish()
-    if wants_page(args):
-        _write_pages(args, bundle, result)
-    if args.json:
-        say(report.to_json(result))
-    else:
-        say_folded(report.describe_verification(result, width=find_width()))
-    if not result.passed and not args.json:
-        tell(DIFFERENCE_REMEDY)
-    return 0 if result.passed else 1
+    return bundle, result
 
 
 def _add_layers(

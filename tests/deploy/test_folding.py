@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import shlex
+import sys
 
 import pytest
 
 from cmt_edge.deploy.cli import output
 from cmt_edge.deploy.folding import fold
+from cmt_edge.deploy.progress import Progress
 
 SENTENCE = "the error is first beyond 0.2 in stages.1.blocks.0 (0.31); it grows most in stages.2.blocks.1"
 COMMAND = (
@@ -70,3 +72,15 @@ def test_messages_fold_on_terminals_alone(monkeypatch, stream, lines):
     monkeypatch.setattr(output.sys, "stderr", error)
     output.tell(f"error: bad\n  why: {SENTENCE}")
     assert error.getvalue().count("\n") == lines
+
+
+def test_a_sign_of_life_is_taken_away_again(monkeypatch):
+    error = Terminal()
+    monkeypatch.setattr("sys.stderr", error)
+    with pytest.raises(ValueError, match="bad"), Progress().shown("open the bundle"):
+        raise ValueError("bad")
+    assert error.getvalue() == f"open the bundle ...\r{' ' * 19}\r"
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    with Progress().shown("open the bundle"):
+        pass
+    assert not sys.stderr.getvalue()

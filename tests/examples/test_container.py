@@ -135,7 +135,7 @@ def test_the_dockerfile_has_no_fault():
         ("--from=wheel", "--from=weel", "there is no stage weel yet"),
         ("-c /install/constraints.txt", "", "pip installs other versions than those of constraints.txt"),
         ("--no-cache-dir", "", "pip leaves its cache in the image"),
-        ("USER edge", "", "device runs as root"),
+        ("USER 10001", "", "device runs as root"),
         ("EXPOSE", "ADD", "unknown instruction ADD"),
     ],
 )
