@@ -31,13 +31,15 @@ from cmt_edge.deploy.errors import (
 from cmt_edge.deploy.preprocessing import Preprocess
 
 from .data import CalibrationSet
-from .equalize import Equalized, equalize
+from .equalize import SAMPLED_IMAGES, Equalized, equalize, guard
 from .graph import get_input, name_value, open_view, write_model
 from .groups import group_by_kind, group_nodes
 from .lint import lint, list_half_int8_nodes
 from .qdq_pairs import move_pairs_to_layers, sign_quantizers
 from .recipe import DEFAULT, INT8_OPS, Recipe
+from .refine import refine
 from .restore import list_int8_nodes, restore
+from .sampling import pick, spread
 
 CACHED_FILES = 20
 """The number of calibrated graphs that the cache keeps, with the float graphs they were made from. The oldest
@@ -238,22 +240,32 @@ def calibrate(
     equalized = Equalized(model)
     if recipe.equalize:
         equalized = equalize(model, batches, _read_in_int8(model, recipe))
-    ranges = recipe.range_estimator
-    if ranges == "auto":
-        ranges = "mean_minmax" if equalized.model is model else "minmax"
+    refines = recipe.smooth_quant is None
+    ranges = "mean_minmax" if recipe.range_estimator == "mean_minmax" else "minmax"
     chosen: Collection[int] = range(len(batches))
     if ranges == "minmax" and equalized.telling:
-        chosen = fill_up(equalized.telling, len(batches))
-    calibrated = _run_nncf(
-        equalized.model,
-        batches,
-        chosen,
-        replace(recipe, range_estimator=ranges),
+        chosen = equalized.telling if refines else fill_up(equalized.telling, len(batches))
+    nncf_recipe = replace(
+        recipe,
+        range_estimator=ranges,
+        bias_correction=recipe.bias_correction and not refines,
     )
+    calibrated = _run_nncf(equalized.model, batches, chosen, nncf_recipe)
     # NNCF gives no scale to what does not come from the image alone, such as coordinates beside a map.
     halves = list_half_int8_nodes(calibrated)
     if halves:
         calibrated = restore(calibrated, equalized.model, halves)
+    if refines:
+        calibrated = refine(
+            calibrated,
+            equalized.model,
+            pick(batches, spread(len(batches), SAMPLED_IMAGES)),
+            equalized.scales,
+            guard,
+            search=recipe.range_estimator == "error",
+            rounding=recipe.rounding,
+            biases=recipe.bias_correction,
+        )
     return Quantized(calibrated, equalized.model, recipe.key(), False)
 
 

@@ -1,0 +1,178 @@
+"""How the channels of a tensor are rescaled and shifted before it is quantized, by the error that is left.
+
+The error is that of the conv which reads the tensor, on rows of calibration images
+(:mod:`cmt_edge.calib.sampling`). Errors of rounding hardly go together, so that those of each input count
+with the power of its weights: no product has to be computed for what is tried.
+
+* Channels are divided by their ranges to a **power**: 0 changes nothing, and 1 gives all channels the same
+  range. A dense conv rounds its weights worse then; a depthwise one has a scale of weights for each channel.
+  The power is chosen with ranges of other images than those of the error, because a channel that was divided
+  by too small a range is cut off on the next image.
+* If a dense conv has no padding, the tensor may be **shifted** by a multiple of its own scale, and the conv's
+  bias takes the shift back: int8 values from -128 to 127 then reach from the lowest to the highest value, and
+  0 keeps a value of its own. What a GELU leaves reaches from -0.17 to far above; without a shift, nearly half
+  of the int8 values would stand for nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+
+POWERS = (0.2, 0.35, 0.5, 0.65, 0.8, 1.0)
+"""Powers of the ranges of channels that are tried as their factors."""
+
+PARTS = (1.0, 0.9, 0.8, 0.7, 0.6)
+"""Parts of a range that are tried as the range; values beyond are cut off."""
+
+SMALLEST = 2.0**-8
+"""The smallest range of a channel, relative to the largest channel. A channel that was almost silent on the
+calibration images may be louder elsewhere."""
+
+LOWEST, HIGHEST = -128, 127
+"""The values of int8."""
+
+WORTH = 0.8
+"""A shift is made where it leaves at most this part of the error, since it costs an addition."""
+
+
+@dataclass(frozen=True)
+class Extremes:
+    """The lowest and highest values of each channel, float64 ``(C,)`` each."""
+
+    low: np.ndarray
+    high: np.ndarray
+
+
+@dataclass(frozen=True)
+class Reader:
+    """The conv that reads a tensor.
+
+    Attributes:
+        weights: ``(outputs, C, taps)``; ``(C, 1, taps)`` of a depthwise conv.
+        depthwise: whether each channel has filters of its own.
+        padded: whether zeros are put around what it reads, which a shift would change.
+    """
+
+    weights: np.ndarray
+    depthwise: bool
+    padded: bool
+
+    def measure_powers(self, weights: np.ndarray) -> np.ndarray:
+        """The power of all weights that each channel is multiplied by, ``(C,)``."""
+        powers: np.ndarray = np.square(weights).sum(axis=(1, 2) if self.depthwise else (0, 2))
+        return powers
+
+
+@dataclass(frozen=True)
+class Rescaling:
+    """What is done to a tensor before it is quantized: ``x -> x / factor - steps * scale``.
+
+    Attributes:
+        factor: by how much each channel is divided, float64 ``(C,)``.
+        scale: of the quantizer that follows.
+        steps: how many steps of ``scale`` the values are shifted down; 0 for no shift.
+    """
+
+    factor: np.ndarray
+    scale: float
+    steps: int = 0
+
+    @property
+    def shift(self) -> float:
+        """What is subtracted."""
+        return self.scale * self.steps
+
+
+def choose_rescaling(
+    everywhere: Extremes,
+    elsewhere: Extremes,
+    values: np.ndarray,
+    reader: Reader,
+) -> Rescaling:
+    """The rescaling that leaves the smallest error.
+
+    Args:
+        everywhere: over all images.
+        elsewhere: over other images than those of ``values``.
+        values: of the tensor, ``(rows, C)``.
+        reader: the conv.
+    """
+    shifts = (False,) if reader.depthwise or reader.padded else (False, True)
+    best, least = (POWERS[0], PARTS[0], False), np.inf
+    for power in POWERS:
+        factor = _make_factor(elsewhere, power)
+        powers, basis = _weigh(values, factor, reader)
+        scaled = (values / factor).astype(np.float32)
+        for part, shifted in itertools.product(PARTS, shifts):
+            tried = _make_rescaling(elsewhere, power, part, shifted)
+            lost = round_values(scaled, tried.scale, tried.steps) - scaled
+            error = (basis + float(_average_squares(lost) @ powers)) / (WORTH if shifted else 1)
+            if error < least:
+                best, least = (power, part, shifted), error
+    return _make_rescaling(everywhere, *best)
+
+
+def _weigh(values: np.ndarray, factor: np.ndarray, reader: Reader) -> tuple[np.ndarray, float]:
+    """The power of the weights of each channel that was divided by ``factor``, and the error that rounding
+    these weights costs."""
+    if reader.depthwise:
+        return reader.measure_powers(reader.weights) * factor**2, 0.0
+    weights = reader.weights * factor[:, None]
+    lost = round_weights(weights.reshape(len(weights), -1)).reshape(weights.shape) - weights
+    varied = values.var(axis=0, dtype=np.float64) / factor**2
+    return reader.measure_powers(weights), float(reader.measure_powers(lost) @ varied)
+
+
+def _make_factor(extremes: Extremes, power: float) -> np.ndarray:
+    reach = np.maximum(-extremes.low, extremes.high)
+    relative = np.maximum(reach / max(float(reach.max()), 1e-30), SMALLEST)
+    factor: np.ndarray = relative**power
+    return factor
+
+
+def _make_rescaling(extremes: Extremes, power: float, part: float, shifted: bool) -> Rescaling:
+    """The rescaling by these ranges of channels, of which the highest ``part`` is kept."""
+    factor = _make_factor(extremes, power)
+    least = min(float((extremes.low / factor).min()), 0.0)
+    most = max(float((extremes.high / factor).max()), 0.0)
+    if shifted and -least < most:
+        scale = (most * part - least) / (HIGHEST - LOWEST)
+        return Rescaling(factor, scale, round(least / scale) - LOWEST)
+    return Rescaling(factor, (max(-least, most) or 1.0) * part / HIGHEST)
+
+
+def round_weights(weights: np.ndarray) -> np.ndarray:
+    """Weights ``(outputs, K)`` as int8 leaves them, with one scale for each output."""
+    scale = np.abs(weights).max(axis=1, keepdims=True) / HIGHEST
+    scale[scale == 0] = 1
+    rounded: np.ndarray = np.rint(weights / scale) * scale
+    return rounded
+
+
+def round_values(values: np.ndarray, scale: float, steps: int = 0) -> np.ndarray:
+    """Activations as int8 leaves them after a shift of ``steps`` down, shifted back."""
+    quantized = np.clip(np.rint(values / scale), LOWEST + steps, HIGHEST + steps)
+    rounded: np.ndarray = quantized * scale
+    return rounded
+
+
+def choose_part(values: np.ndarray, powers: np.ndarray, largest: float) -> tuple[float, ...]:
+    """What each of :data:`PARTS` of the scale ``largest`` costs, relative to all.
+
+    Args:
+        values: what a layer reads, ``(rows, ...)``.
+        powers: of the weights that each of them is multiplied by, ``(...)``.
+        largest: the scale without cutting anything off.
+    """
+    given = float(np.vdot(_average_squares(values), powers)) or 1.0
+    errors = (_average_squares(round_values(values, largest * part) - values) for part in PARTS)
+    return tuple(float(np.vdot(error, powers)) / given for error in errors)
+
+
+def _average_squares(values: np.ndarray) -> np.ndarray:
+    """The mean square over rows."""
+    averages: np.ndarray = np.square(values).mean(axis=0, dtype=np.float64)
+    return averages

@@ -1,0 +1,153 @@
+"""What layers read and give on calibration images: a sample of it, as matrices.
+
+A conv is a product of its filters with patches of the map, so that one form serves convs and linears: rows
+``(rows, K)`` of what the layer multiplies by its weights, ``(K, outputs)``. Of a depthwise conv each channel
+has rows of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from .graph import get_input, get_node_name, name_value, read_constant_dims
+from .recipe import count_groups, is_depthwise_node
+from .running import Guard, open_graph
+
+ROWS_PER_IMAGE = 32
+"""The largest number of rows that one image gives for a layer."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A conv or product with constant weights.
+
+    Attributes:
+        name: of the node.
+        tensor: the name of what it reads.
+        kernel: height and width of the filters; ``None`` for products.
+        strides: of the conv.
+        pads: rows and columns of zeros before and after the map, as ONNX orders them.
+        dilations: of the conv.
+        depthwise: whether each channel has filters of its own.
+    """
+
+    name: str
+    tensor: str
+    kernel: tuple[int, int] | None = None
+    strides: tuple[int, int] = (1, 1)
+    pads: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilations: tuple[int, int] = (1, 1)
+    depthwise: bool = False
+
+
+def describe_layer(node: ir.Node, tensor: ir.Value) -> Layer | None:
+    """``node`` as a layer that reads ``tensor``; ``None`` where its rows cannot be taken."""
+    name = get_node_name(node)
+    if node.op_type != "Conv":
+        return Layer(name, name_value(tensor))
+    dims = read_constant_dims(get_input(node, 1))
+    attributes = node.attributes
+    padding = attributes.get_string("auto_pad", "NOTSET")
+    if dims is None or len(dims) != 4 or padding not in ("NOTSET", "VALID"):
+        return None
+    if is_depthwise_node(node) and dims[:2] != (count_groups(node), 1):
+        return None
+    return Layer(
+        name,
+        name_value(tensor),
+        (dims[2], dims[3]),
+        tuple(attributes.get_ints("strides", (1, 1))),
+        tuple(attributes.get_ints("pads", (0, 0, 0, 0))),
+        tuple(attributes.get_ints("dilations", (1, 1))),
+        is_depthwise_node(node),
+    )
+
+
+def sample_rows(
+    model: onnx.ModelProto,
+    layers: Sequence[Layer],
+    batches: Iterable[np.ndarray],
+    guard: Guard = nullcontext,
+) -> dict[str, np.ndarray]:
+    """Rows of what each layer reads.
+
+    Args:
+        model: a graph with one input, not modified.
+        layers: of this graph.
+        batches: float32 ``(1, 3, S, S)`` each.
+        guard: is entered around every call of ONNX Runtime.
+
+    Returns:
+        The layer's name -> float32 ``(rows, K)``, or ``(rows, C, K)`` of a depthwise conv. Which rows are
+        taken depends on the shapes and the number of the image alone.
+    """
+    tensors = sorted({layer.tensor for layer in layers})
+    watched = _add_outputs(model, tensors)
+    run = open_graph(watched, guard, tensors)
+    rows: dict[str, list[np.ndarray]] = {layer.name: [] for layer in layers}
+    for number, batch in enumerate(batches):
+        values = dict(zip(tensors, run(batch), strict=True))
+        for layer in layers:
+            rows[layer.name].append(_take_rows(values[layer.tensor], layer, number))
+    return {name: np.concatenate(parts) for name, parts in rows.items()}
+
+
+def spread(total: int, count: int) -> list[int]:
+    """Numbers of ``count`` of ``total`` images, evenly spread; of all where there are fewer."""
+    return sorted({i * total // count for i in range(count)}) if total > count else list(range(total))
+
+
+def pick(batches: Iterable[np.ndarray], numbers: Collection[int]) -> Iterator[np.ndarray]:
+    """The batches of these numbers."""
+    wanted = set(numbers)
+    return (batch for i, batch in enumerate(batches) if i in wanted)
+
+
+def _add_outputs(model: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
+    """A copy of ``model`` with further outputs."""
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    present = {output.name for output in result.graph.output}
+    for name in tensors:
+        if name not in present:
+            result.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+    return result
+
+
+def _take_rows(value: np.ndarray, layer: Layer, number: int) -> np.ndarray:
+    """Some rows of what a layer reads on image ``number``."""
+    rng = np.random.default_rng(number)
+    if layer.kernel is None:
+        rows = value.reshape(-1, value.shape[-1])
+        chosen = _choose(rng, len(rows))
+        return rows[chosen]
+    (top, left, bottom, right) = layer.pads
+    padded = np.pad(value[0], ((0, 0), (top, bottom), (left, right)))
+    height, width = (
+        (size - dilation * (kernel - 1) - 1) // stride + 1
+        for size, kernel, stride, dilation in zip(
+            padded.shape[1:], layer.kernel, layer.strides, layer.dilations, strict=True
+        )
+    )
+    places = _choose(rng, height * width)
+    y, x = places // width * layer.strides[0], places % width * layer.strides[1]
+    dy, dx = (np.arange(k) * d for k, d in zip(layer.kernel, layer.dilations, strict=True))
+    patches = padded[
+        :, y[:, None, None] + dy[None, :, None], x[:, None, None] + dx[None, None, :]
+    ]  # (C, rows, kh, kw)
+    patches = patches.transpose(1, 0, 2, 3)
+    shape = (len(places), len(padded), -1) if layer.depthwise else (len(places), -1)
+    return patches.reshape(shape)
+
+
+def _choose(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Numbers of at most :data:`ROWS_PER_IMAGE` of ``count`` places, in ascending order."""
+    if count <= ROWS_PER_IMAGE:
+        return np.arange(count)
+    return np.sort(rng.choice(count, ROWS_PER_IMAGE, replace=False))
