@@ -112,7 +112,8 @@ def equalize(
         others = sorted(set(read) - set(tensors))
         layers = [_describe(site) for site in sites]
         extremes = measure_extremes(model, tensors, others, batches, guard)
-        sampled = spread(len(extremes[tensors[0]][0]), SAMPLED_IMAGES)
+        count = len(extremes[tensors[0]][0])
+        sampled = spread(count, min(SAMPLED_IMAGES, max(count // 2, 1)))
         rows = sample_rows(model, layers, pick(batches, sampled), guard)
         scales = {}
         for site, layer, tensor in zip(sites, layers, tensors, strict=True):

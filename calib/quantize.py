@@ -250,7 +250,7 @@ def calibrate(
         range_estimator=ranges,
         bias_correction=recipe.bias_correction and not refines,
     )
-    calibrated = _run_nncf(equalized.model, batches, chosen, nncf_recipe)
+    calibrated = run_nncf(equalized.model, batches, chosen, nncf_recipe)
     # NNCF gives no scale to what does not come from the image alone, such as coordinates beside a map.
     halves = list_half_int8_nodes(calibrated)
     if halves:
@@ -312,7 +312,7 @@ class _Grouped:
             yield np.concatenate(group)
 
 
-def _run_nncf(
+def run_nncf(
     model: onnx.ModelProto,
     batches: Batches,
     chosen: Collection[int],

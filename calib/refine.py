@@ -14,7 +14,7 @@ Nothing is added to the graph: only constants change.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +25,6 @@ from .factors import HIGHEST, LOWEST, PARTS, choose_part, round_values
 from .graph import (
     DEQUANTIZE,
     QUANTIZE,
-    add_constant,
     count_readers,
     find_producer,
     find_readers,
@@ -46,6 +45,10 @@ from .sampling import Layer, describe_layer, sample_rows
 DAMPING = 0.01
 """What is added to the diagonal of the second moments of a layer's inputs, relative to their mean: directions
 in which the sampled rows hardly vary must not count as free."""
+
+MOST_COLUMNS = 2048
+"""The largest number of inputs of a layer whose weights are rounded anew. The sampled rows tell little about
+more of them, and the time grows with the third power."""
 
 BLOCK = 64
 """The number of columns whose corrections are gathered before they are applied to all that follow."""
@@ -77,7 +80,7 @@ class Place:
 def refine(
     quantized: onnx.ModelProto,
     source: onnx.ModelProto,
-    batches: Iterable[np.ndarray],
+    batches: Sequence[np.ndarray],
     known: Mapping[str, float],
     guard: Guard,
     *,
@@ -100,12 +103,12 @@ def refine(
     with open_view(source) as original, open_view(quantized) as view:
         places = find_places(view.graph, original.graph)
         rows = sample_rows(source, [place.layer for place in places], batches, guard)
-        scales = _choose_scales(view.graph, places, rows, known, search)
+        scales = _choose_scales(places, rows, known, search)
         for place in places:
             values = rows.pop(place.layer.name)
-            rounded = round_values(values, scales[place.quantizer]).astype(np.float32)
+            rounded = round_values(values, scales[get_input(place.quantizer, 1)]).astype(np.float32)
             corrects = biases and place.bias is not None
-            if rounding and count_readers(place.dequantizer.outputs[0]) == 1:
+            if rounding and _can_round(place):
                 _round_anew(place, rounded - rounded.mean(axis=0) if corrects else rounded)
             if corrects:
                 _correct_bias(place, values, rounded)
@@ -167,24 +170,25 @@ def _find_bias(node: ir.Node, outputs: int) -> ir.Value | None:
 
 
 def _choose_scales(
-    graph: ir.Graph,
     places: list[Place],
     rows: Mapping[str, np.ndarray],
     known: Mapping[str, float],
     search: bool,
-) -> dict[ir.Node, float]:
-    """Quantizer -> its scale, which is set in the graph."""
-    readers: dict[ir.Node, list[Place]] = {}
+) -> dict[ir.Value, float]:
+    """Constant -> the scale that it gets. Quantizers that share a constant go on doing so: runtimes merge
+    those that read the same tensor with the same scale."""
+    readers: dict[ir.Value, list[Place]] = {}
     for place in places:
-        readers.setdefault(place.quantizer, []).append(place)
+        readers.setdefault(get_input(place.quantizer, 1), []).append(place)
     scales = {}
-    for quantizer, group in readers.items():
+    for constant, group in readers.items():
         scale = known.get(group[0].layer.name)
         if scale is None:
-            scale = float(read_constant(quantizer.inputs[1]))
+            scale = float(read_constant(constant))
             scale = _search_scale(group, rows, scale) if search else scale
-        scales[quantizer] = scale
-        _set_scale(graph, quantizer, scale)
+        scales[constant] = scale
+    for constant, scale in scales.items():
+        set_constant(constant, np.array(scale, np.float32))
     return scales
 
 
@@ -199,14 +203,6 @@ def _search_scale(group: list[Place], rows: Mapping[str, np.ndarray], largest: f
     return largest * PARTS[int(errors.argmin())]
 
 
-def _set_scale(graph: ir.Graph, quantizer: ir.Node, scale: float) -> None:
-    """Give a pair a scale of its own."""
-    name = f"{get_node_name(quantizer)}_refined_scale"
-    constant = add_constant(graph, name, np.array(scale, np.float32))
-    for node in (quantizer, *find_readers(quantizer.outputs[0])):
-        node.replace_input_with(1, constant)
-
-
 def _multiply(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """What a layer gives for rows, ``(rows, outputs)``, without a bias."""
     if rows.ndim == 3:
@@ -216,6 +212,11 @@ def _multiply(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 # --- weights and biases ---------------------------------------------------------------------------
+
+
+def _can_round(place: Place) -> bool:
+    """Whether the weights are those of this layer alone, and few enough for each output."""
+    return count_readers(place.dequantizer.outputs[0]) == 1 and place.weights.shape[1] <= MOST_COLUMNS
 
 
 def _read_steps(place: Place) -> np.ndarray:

@@ -7,7 +7,8 @@ has rows of its own.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import math
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -19,8 +20,8 @@ from .graph import get_input, get_node_name, name_value, read_constant_dims
 from .recipe import count_groups, is_depthwise_node
 from .running import Guard, open_graph
 
-ROWS_PER_IMAGE = 32
-"""The largest number of rows that one image gives for a layer."""
+ROWS = 1024
+"""The number of rows that all images together give for a layer, where they have so many."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def describe_layer(node: ir.Node, tensor: ir.Value) -> Layer | None:
 def sample_rows(
     model: onnx.ModelProto,
     layers: Sequence[Layer],
-    batches: Iterable[np.ndarray],
+    batches: Sequence[np.ndarray],
     guard: Guard = nullcontext,
 ) -> dict[str, np.ndarray]:
     """Rows of what each layer reads.
@@ -91,10 +92,11 @@ def sample_rows(
     watched = _add_outputs(model, tensors)
     run = open_graph(watched, guard, tensors)
     rows: dict[str, list[np.ndarray]] = {layer.name: [] for layer in layers}
+    limit = math.ceil(ROWS / max(len(batches), 1))
     for number, batch in enumerate(batches):
         values = dict(zip(tensors, run(batch), strict=True))
         for layer in layers:
-            rows[layer.name].append(_take_rows(values[layer.tensor], layer, number))
+            rows[layer.name].append(_take_rows(values[layer.tensor], layer, number, limit))
     return {name: np.concatenate(parts) for name, parts in rows.items()}
 
 
@@ -103,10 +105,10 @@ def spread(total: int, count: int) -> list[int]:
     return sorted({i * total // count for i in range(count)}) if total > count else list(range(total))
 
 
-def pick(batches: Iterable[np.ndarray], numbers: Collection[int]) -> Iterator[np.ndarray]:
+def pick(batches: Iterable[np.ndarray], numbers: Collection[int]) -> list[np.ndarray]:
     """The batches of these numbers."""
     wanted = set(numbers)
-    return (batch for i, batch in enumerate(batches) if i in wanted)
+    return [batch for i, batch in enumerate(batches) if i in wanted]
 
 
 def _add_outputs(model: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
@@ -120,12 +122,12 @@ def _add_outputs(model: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelPr
     return result
 
 
-def _take_rows(value: np.ndarray, layer: Layer, number: int) -> np.ndarray:
-    """Some rows of what a layer reads on image ``number``."""
+def _take_rows(value: np.ndarray, layer: Layer, number: int, limit: int) -> np.ndarray:
+    """At most ``limit`` rows of what a layer reads on image ``number``."""
     rng = np.random.default_rng(number)
     if layer.kernel is None:
         rows = value.reshape(-1, value.shape[-1])
-        chosen = _choose(rng, len(rows))
+        chosen = _choose(rng, len(rows), limit)
         return rows[chosen]
     (top, left, bottom, right) = layer.pads
     padded = np.pad(value[0], ((0, 0), (top, bottom), (left, right)))
@@ -135,7 +137,7 @@ def _take_rows(value: np.ndarray, layer: Layer, number: int) -> np.ndarray:
             padded.shape[1:], layer.kernel, layer.strides, layer.dilations, strict=True
         )
     )
-    places = _choose(rng, height * width)
+    places = _choose(rng, height * width, limit)
     y, x = places // width * layer.strides[0], places % width * layer.strides[1]
     dy, dx = (np.arange(k) * d for k, d in zip(layer.kernel, layer.dilations, strict=True))
     patches = padded[
@@ -146,8 +148,8 @@ def _take_rows(value: np.ndarray, layer: Layer, number: int) -> np.ndarray:
     return patches.reshape(shape)
 
 
-def _choose(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Numbers of at most :data:`ROWS_PER_IMAGE` of ``count`` places, in ascending order."""
-    if count <= ROWS_PER_IMAGE:
+def _choose(rng: np.random.Generator, count: int, limit: int) -> np.ndarray:
+    """Numbers of at most ``limit`` of ``count`` places, in ascending order."""
+    if count <= limit:
         return np.arange(count)
-    return np.sort(rng.choice(count, ROWS_PER_IMAGE, replace=False))
+    return np.sort(rng.choice(count, limit, replace=False))

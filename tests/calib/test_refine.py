@@ -110,7 +110,7 @@ def test_every_layer_comes_closer_on_the_calibration_images(data, plain):
 
 def test_only_constants_change_and_equal_images_give_equal_bytes(data, plain):
     images = batches(data)[:4]
-    one, two = (refine(plain.model, plain.source, iter(images), {}, guard) for _ in range(2))
+    one, two = (refine(plain.model, plain.source, images, {}, guard) for _ in range(2))
     assert one.SerializeToString(deterministic=True) == two.SerializeToString(deterministic=True)
     assert [(n.op_type, n.name) for n in one.graph.node] == [
         (n.op_type, n.name) for n in plain.model.graph.node
