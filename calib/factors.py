@@ -34,9 +34,6 @@ calibration images may be louder elsewhere."""
 LOWEST, HIGHEST = -128, 127
 """The values of int8."""
 
-SEARCHED = 2
-"""Every such row is used where many choices are compared."""
-
 WORTH = 0.8
 """A shift is made where it leaves at most this part of the error, since it costs an addition."""
 
@@ -103,7 +100,6 @@ def choose_rescaling(
         values: of the tensor, ``(rows, C)``.
         reader: the conv.
     """
-    values = values[::SEARCHED]
     shifts = (False,) if reader.depthwise or reader.padded else (False, True)
     best, least = (POWERS[0], PARTS[0], False), np.inf
     for power in POWERS:
@@ -171,7 +167,6 @@ def choose_part(values: np.ndarray, powers: np.ndarray, largest: float) -> tuple
         powers: of the weights that each of them is multiplied by, ``(...)``.
         largest: the scale without cutting anything off.
     """
-    values = values[::SEARCHED]
     given = float(np.vdot(_average_squares(values), powers)) or 1.0
     errors = (_average_squares(round_values(values, largest * part) - values) for part in PARTS)
     return tuple(float(np.vdot(error, powers)) / given for error in errors)
