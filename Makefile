@@ -7,13 +7,15 @@ COMPILER := $(VENV)/.compiler
 LIGHT := $(VENV)-light
 REAL := $(VENV)-real
 PROVIDERS := $(VENV)-providers
+SERVERS := $(VENV)-servers
 SUPPLY := $(VENV)-supply
+DOCS := $(VENV)-docs
 RTX_TESTS := tests/deploy/test_rtx_parser.py tests/deploy/test_rtx_bundle.py tests/export/test_rtx.py
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STEP := @$(PYTHON) scripts/show_step.py
 SHOWN_PIP := $(BIN)/python -m pip install --progress-bar off --disable-pip-version-check
 
-.PHONY: demo quick check test test-light test-real test-rtx test-providers coverage supply lock advisories clean
+.PHONY: axe demo quick check test test-light test-real test-rtx test-providers test-servers coverage docs supply lock advisories clean
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/demo.sh
@@ -23,8 +25,8 @@ quick: check
 	PYTHONPATH="scripts:$$PYTHONPATH" $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -p quick_deadline \
 		-rs -m "not slow and not giant" $$($(BIN)/python scripts/quick_tests.py)
 
-# The order of the modules is that of tests/conftest.py, the longest first. NVIDIA's compiler takes part where it is installed.
-test: check
+# The order of the modules is that of tests/conftest.py, the longest first. NVIDIA's compiler takes part.
+test: check $(COMPILER)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Lint, formatting, the direction of imports, types.
@@ -48,7 +50,7 @@ test-real:
 	$(REAL)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps timm
 	$(REAL)/bin/python -m pytest -rs tests/cmt/test_real_programs.py
 
-# The tests that NVIDIA's compiler takes part in, without a GPU. It is proprietary, so no other target installs it.
+# The tests that NVIDIA's compiler takes part in, without a GPU.
 test-rtx: $(COMPILER)
 	$(BIN)/python -m pytest -rs $(RTX_TESTS)
 
@@ -60,9 +62,31 @@ test-providers:
 	$(PROVIDERS)/bin/python -m pip install --quiet --disable-pip-version-check onnxruntime-openvino
 	$(PROVIDERS)/bin/python -m pytest -rs tests/deploy/test_providers.py
 
+# A real server of KServe's protocol, MLServer, which demands an older FastAPI than other tests.
+test-servers:
+	$(PYTHON) -m venv --clear $(SERVERS)
+	$(SERVERS)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test-light,kserve]" mlserver
+	$(SERVERS)/bin/python -m pytest -rs tests/deploy/test_mlserver.py tests/deploy/test_kserve.py tests/deploy/test_serving.py
+
+# The accessibility checks of the HTML reports, in Chromium; fetches axe-core by npm into out/.
+AXE := out/axe
+axe: $(READY)
+	npm install --no-audit --no-fund --prefix $(AXE) axe-core@4.14.1
+	CMT_EDGE_AXE="$(CURDIR)/$(AXE)/node_modules/axe-core/axe.min.js" $(BIN)/python -m pytest -n 0 -rs tests/deploy/test_browser.py
+
 # A figure, not a gate. The pages lie in htmlcov/.
 coverage: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term --cov-report=html
+
+# The pages as a site in out/docs/index.html. A warning is an error, and so is a page that would load anything from a network.
+docs: $(DOCS)/.ready
+	$(DOCS)/bin/python -m sphinx -W --keep-going --fresh-env --quiet --builder html docs out/docs
+	$(DOCS)/bin/python scripts/check_site.py out/docs
+
+$(DOCS)/.ready: requirements/docs.txt
+	$(PYTHON) -m venv --clear $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements/docs.txt
+	touch $@
 
 # All packages but torch must have a hash of requirements/locked.txt (docs/supply-chain.md). The second command adds torch,
 # from the index that pip is set up with, and the links to this checkout.
@@ -72,9 +96,14 @@ $(READY): pyproject.toml constraints.txt requirements/locked.txt
 	$(STEP) "[3/3] install torch, this checkout  " $(SHOWN_PIP) --no-build-isolation -c constraints.txt -e ".[test]"
 	@touch $(READY)
 
+# NVIDIA's compiler is proprietary, so no extra but rtx brings it. NVIDIA has it for x86-64 alone; elsewhere its tests are skipped.
 $(VENV)/.compiler: $(READY) requirements/rtx.txt
-	$(PIP) --require-hashes --no-deps -r requirements/rtx.txt
-	touch $@
+	@case "$$(uname -sm)" in \
+	"Linux x86_64") echo "install TensorRT for RTX, under NVIDIA's licence" && \
+		$(PIP) --require-hashes --no-deps -r requirements/rtx.txt ;; \
+	*) echo "NVIDIA has no TensorRT for RTX (cu12) for $$(uname -sm): the tests that it takes part in are skipped" ;; \
+	esac
+	@touch $@
 
 # The lists of docs/supply-chain.md, made by tools in an environment of their own, and a build that is done twice.
 supply: $(READY) $(SUPPLY)/.ready
@@ -97,5 +126,5 @@ $(SUPPLY)/.ready: requirements/supply.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LIGHT) $(REAL) $(PROVIDERS) $(SUPPLY) out build htmlcov .coverage* *.egg-info src/*.egg-info
+	rm -rf $(VENV) $(LIGHT) $(REAL) $(PROVIDERS) $(SERVERS) $(SUPPLY) $(DOCS) out build htmlcov .coverage* *.egg-info src/*.egg-info
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -100,9 +100,10 @@ def check_images(spec: Preprocess, count: int) -> np.ndarray:
     return normalise(np.stack([decode_pixels(source, spec) for source in sources]), spec)
 
 
-def logits(session: Session, images: np.ndarray) -> np.ndarray:
-    """One image at a time: float32 ``(N, classes)``."""
-    return np.concatenate([_take_first(session.run(images[i : i + 1])) for i in range(len(images))])
+def logits(session: Session, images: np.ndarray, size: int = 1) -> np.ndarray:
+    """In batches of ``size`` images, which divides their number: float32 ``(N, classes)``."""
+    parts = [images[i : i + size] for i in range(0, len(images), size)]
+    return np.concatenate([_take_first(session.run(part)) for part in parts])
 
 
 def _take_first(outputs: Any) -> np.ndarray:
@@ -163,14 +164,20 @@ def format_latency(latency: Latency | None) -> str:
     return "-" if latency is None else f"{latency.p50:.2f}"
 
 
-def format_machine(host: dict[str, Any], versions: dict[str, str], threads: int, protocol: Protocol) -> str:
+def format_machine(
+    host: dict[str, Any],
+    versions: dict[str, str],
+    threads: int,
+    protocol: Protocol,
+    batch: str = "batch 1",
+) -> str:
     """The line under a table: what was measured on, with and how."""
     named = ", ".join(
         f"{k} {versions[k]}" for k in ("openvino", "nncf", "onnxruntime", "torch") if k in versions
     )
     return (
         f"{host['cpu']}, {host['cores']} cores ({', '.join(host['flags']) or 'no flags of note'}); {named};"
-        f" threads: {threads}; batch 1; {describe_protocol(protocol)}."
+        f" threads: {threads}; {batch}; {describe_protocol(protocol)}."
     )
 
 

@@ -3,8 +3,8 @@
     python benchmarks/outside_models.py [--output FILE] [MODEL ...]
 
 Without names it tries three hybrids of timm with random weights, and the five models of ``own_habits.py``. It
-prints a table for ``docs/what-goes-in.md``. Only timm's models need timm: torchvision is not needed, because
-timm uses it for its data pipeline alone and this script puts empty modules in its place.
+prints a table for ``docs/notes/outside-models.md``. Only timm's models need timm: torchvision is not needed,
+because timm uses it for its data pipeline alone and this script puts empty modules in its place.
 """
 
 from __future__ import annotations

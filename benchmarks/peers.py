@@ -51,7 +51,16 @@ from common import (
 from peers_environments import HERE, Environments, MissingEnvironment, make_variables
 from peers_optional import OPTIONAL
 from peers_remote import RemoteSession, serve
-from peers_report import BASE, IMAGES, INFERENCES, Result, format_markdown, plot, read_again
+from peers_report import (
+    BASE,
+    IMAGES,
+    INFERENCES,
+    Result,
+    format_markdown,
+    name_batch,
+    plot,
+    read_again,
+)
 from peers_rows import (
     CALIBRATION_FILE,
     IMAGES_FILE,
@@ -95,8 +104,8 @@ def run_row(job: Job, row: Row, action: str) -> None:
             row.make(job, row.folder(job))
         else:
             session, images = row.load(job, row.folder(job), False), job.images()
-            for i in range(INFERENCES):
-                session.run(images[i % len(images)][None])
+            for _ in range(INFERENCES):
+                session.run(images[: job.size])
     except Exception as exc:
         traceback.print_exc()
         outcome["error"] = shorten_error(exc)
@@ -123,7 +132,7 @@ def serve_row(job: Job, row: Row) -> None:
     serve(
         lambda: row.load(job, row.folder(job), False),
         job.folder / f"{row.key}.shared",
-        (1, *job.images().shape[1:]),
+        (job.size, *job.images().shape[1:]),
     )
 
 
@@ -136,7 +145,7 @@ def open_session(job: Job, row: Row, environments: Environments) -> Session:
         [environments.find(row.home), __file__, "--serve", row.key, *job.arguments()],
         make_variables(),
         job.folder / f"{row.key}.shared",
-        (1, *job.images().shape[1:]),
+        (job.size, *job.images().shape[1:]),
         job.folder / f"{row.key}.serve.log",
     )
 
@@ -168,16 +177,18 @@ def run_in_child(job: Job, row: Row, action: str, environments: Environments) ->
 # --- measuring ------------------------------------------------------------------------------------
 
 
-def find_earlier(job: Job, row: Row, action: str) -> tuple[float, int, str] | None:
-    """What :func:`run_in_child` gave when an earlier run did the same in the same ``--folder``."""
+def find_earlier(job: Job, row: Row, action: str) -> tuple[None, int, str] | None:
+    """The peak memory, as of :func:`run_in_child`, when an earlier run did the same in the same ``--folder``;
+    no time, as nobody knows what else the machine did then."""
     path = _locate_outcome(job, row, action)
     outcome = json.loads(path.read_text()) if path.exists() else {"error": "not made"}
-    return None if "error" in outcome else (outcome["seconds"], outcome["peak"], "")
+    return None if "error" in outcome else (None, outcome["peak"], "")
 
 
 def prepare(job: Job, rows: Sequence[Row], environments: Environments) -> list[Result]:
     """Build every artefact once and run every row once, each in a child."""
-    results, built = [], {}
+    results: list[Result] = []
+    built: dict[str, tuple[float | None, int, str]] = {}
     for row in rows:
         result = Result(row.key, row.label, row.ours)
         results.append(result)
@@ -208,7 +219,7 @@ def measure(
     """Everything about one model, its throughput over ``seconds`` if there are any; raises ``SystemExit``
     where the base cannot run."""
     spec = job.preprocess
-    np.save(job.folder / IMAGES_FILE, check_images(spec, IMAGES))
+    np.save(job.folder / IMAGES_FILE, check_images(spec, max(IMAGES, job.size)))
     if any(row.home != HERE for row in rows):
         np.save(job.folder / CALIBRATION_FILE, np.concatenate(list(collect_calibration(job))))
     results = {r.key: r for r in prepare(job, rows, environments)}
@@ -223,14 +234,15 @@ def measure(
         if BASE not in sessions:
             raise SystemExit(f"the base of all ratios cannot run: {results[BASE].note}")
         check(job, sessions, results, images)
-        calls = {key: bind_inference(session, images[:1]) for key, session in sessions.items()}
+        batch = images[: job.size]
+        calls = {key: bind_inference(session, batch) for key, session in sessions.items()}
         samples = time_interleaved(calls, protocol, make_progress(f"{job.model}: latency"))
         for key, session in sessions.items():
             fill(results[key], samples[BASE], samples[key])
-            results[key].executed = session.executed(images[:1]).summary()
+            results[key].executed = session.executed(batch).summary()
         for key, session in sessions.items() if seconds else ():
             say(f"{job.model}: throughput of {key}")
-            rate(job, ROWS[key], session, results[key], images[:1], seconds)
+            rate(job, ROWS[key], session, results[key], batch, seconds)
     return list(results.values())
 
 
@@ -251,7 +263,7 @@ def check(job: Job, sessions: dict[str, Session], results: dict[str, Result], im
 
     truth = logits(TorchSession(make_reference(job.model), job.threads), images)
     for key, session in sessions.items():
-        results[key].deviation = deviation(logits(session, images), truth)
+        results[key].deviation = deviation(logits(session, images, job.size), truth)
 
 
 def rate(job: Job, row: Row, session: Session, result: Result, batch: np.ndarray, seconds: float) -> None:
@@ -281,6 +293,13 @@ def parse_arguments() -> argparse.Namespace:
         help="any names of cmt-export --list-models",
     )
     add_protocol_arguments(p)
+    p.add_argument(
+        "--batch",
+        type=int,
+        default=1,
+        help="batch size of the graphs of rows without an environment (default 1); 0 for graphs with any"
+        " batch size, measured with one image",
+    )
     p.add_argument("--only", nargs="+", choices=ROWS, metavar="ROW", help="measure these rows and the base")
     p.add_argument("--optional", action="store_true", help="measure the optional rows too")
     p.add_argument(
@@ -318,12 +337,15 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     if args.serve:
-        serve_row(Job(args.model, args.folder, args.threads, args.data, args.calib_size), ROWS[args.serve])
+        serve_row(
+            Job(args.model, args.folder, args.threads, args.data, args.calib_size, args.batch),
+            ROWS[args.serve],
+        )
         return
     if args.build or args.run:
         action = "build" if args.build else "run"
         run_row(
-            Job(args.model, args.folder, args.threads, args.data, args.calib_size),
+            Job(args.model, args.folder, args.threads, args.data, args.calib_size, args.batch),
             ROWS[args.build or args.run],
             action,
         )
@@ -352,11 +374,14 @@ def compare(args: argparse.Namespace, folder: Path, environments: Environments) 
     """All models, one after the other; the files are written again after each."""
     protocol = read_protocol(args)
     rows = choose_rows(args.only, args.optional)
+    if args.batch != 1 and (fixed := [row.key for row in rows if row.key in OPTIONAL]):
+        raise SystemExit(f"--batch: these rows are made for one image: {', '.join(fixed)}")
     seconds = 0.0 if args.latency_only else max(0.5, protocol.seconds / 2)
     content: dict[str, Any] = {
         "machine": make_plain(describe_host()),
         "versions": read_versions(),
         "threads": args.threads,
+        "batch": args.batch,
         "protocol": asdict(protocol),
         "base": BASE,
         "calibration": {
@@ -367,7 +392,7 @@ def compare(args: argparse.Namespace, folder: Path, environments: Environments) 
     }
     results: dict[str, list[Result]] = {}
     for name in args.models:
-        job = Job(name, folder / name.replace("/", "_"), args.threads, args.data, args.calib_size)
+        job = Job(name, folder / name.replace("/", "_"), args.threads, args.data, args.calib_size, args.batch)
         if job.folder.exists() and not args.reuse:
             raise SystemExit(f"{job.folder} exists; give an empty --folder, or --reuse")
         job.folder.mkdir(parents=True, exist_ok=True)
@@ -390,7 +415,11 @@ def write_text(
     if args.markdown:
         write_atomic(args.markdown, text.encode())
     if args.plot:
-        plot(results, args.plot, f"{content['machine']['cpu']}, {content['threads']} threads, batch 1")
+        plot(
+            results,
+            args.plot,
+            f"{content['machine']['cpu']}, {content['threads']} threads, {name_batch(content)}",
+        )
     return text
 
 

@@ -81,7 +81,7 @@ def cells(r: Result) -> list[str]:
     best = "-" if r.best is None else f"{r.best:.2f} ({r.best_ratio:.2f})"
     off = "-" if r.deviation is None else f"{r.deviation:.1e}"
     return [
-        f"**{r.label}**" if r.ours else r.label,
+        r.label,
         format_latency(r.latency),
         format_ratio(r.ratio),
         best,
@@ -96,6 +96,17 @@ def cells(r: Result) -> list[str]:
     ]
 
 
+def format_results(rows: Sequence[Result]) -> str:
+    """The Markdown table of one model, without the columns that no row has."""
+    lines = [cells(r) for r in rows]
+    shown = [i for i in range(len(HEADER)) if any(line[i] != "-" for line in lines)]
+    return format_table(
+        [HEADER[i] for i in shown],
+        [[line[i] for i in shown] for line in lines],
+        markdown=True,
+    )
+
+
 def format_markdown(
     content: dict[str, Any],
     results: dict[str, list[Result]],
@@ -106,7 +117,7 @@ def format_markdown(
     every row there is."""
     parts = []
     for name, rows in results.items():
-        parts += [f"## {name}", format_table(HEADER, [cells(r) for r in rows], markdown=True)]
+        parts += [f"## {name}", format_results(rows)]
         remarks = [
             f"- {r.label}: {text}"
             for r in rows
@@ -127,9 +138,17 @@ def format_markdown(
             " not accuracy. int8 is calibrated on the same images in every row:"
             f" {content['calibration']['source']}, {content['calibration']['images']}."
         ),
-        format_machine(content["machine"], content["versions"], content["threads"], protocol),
+        format_machine(
+            content["machine"], content["versions"], content["threads"], protocol, name_batch(content)
+        ),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def name_batch(content: dict[str, Any]) -> str:
+    """What a run's graphs take; runs of older versions took one image."""
+    batch = content.get("batch", 1)
+    return f"batch {batch}" if batch else "any batch size, measured with one image"
 
 
 def plot(results: dict[str, list[Result]], path: Path, caption: str) -> None:
@@ -168,15 +187,15 @@ def plot(results: dict[str, list[Result]], path: Path, caption: str) -> None:
 def read_again(paths: Sequence[Path]) -> tuple[dict[str, Any], dict[str, list[Result]], Protocol]:
     """Content, results and protocol of earlier runs on one machine, as one; of protocols the shortest.
 
-    A row that several runs measured comes from the first of them. Every run has the base, to which its ratios
-    refer.
+    A row that several runs measured comes from the first of them, and one that could not run in any from the
+    last. Every run has the base, to which its ratios refer.
 
     Raises:
         SystemExit: the runs are of different machines, versions or thread counts.
     """
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    for key in ("versions", "threads", "base"):
-        if any(run[key] != runs[0][key] for run in runs):
+    for key in ("versions", "threads", "batch", "base"):
+        if any(run.get(key) != runs[0].get(key) for run in runs):
             raise SystemExit(f"the runs differ in their {key}: they do not belong into one table")
     if any(
         (run["machine"]["cpu"], run["machine"]["flags"])
@@ -188,8 +207,10 @@ def read_again(paths: Sequence[Path]) -> tuple[dict[str, Any], dict[str, list[Re
     for run in runs:
         for name, rows in run["models"].items():
             shown = results.setdefault(name, [])
-            known = {r.key for r in shown}
-            shown += [_read_result(r) for r in rows if r["key"] not in known]
+            measured = {r.key for r in shown if not r.note}
+            found = [_read_result(r) for r in rows if r["key"] not in measured]
+            keys = {r.key for r in found}
+            shown[:] = [*(r for r in shown if r.key not in keys), *found]
     calibration = {
         key: ", ".join(dict.fromkeys(str(run["calibration"][key]) for run in runs))
         for key in runs[0]["calibration"]

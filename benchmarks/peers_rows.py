@@ -49,6 +49,13 @@ class Job:
     threads: int
     data: str
     calib_size: int | None
+    batch: int = 1
+    """Batch size of the graphs; 0 for any, which is measured with one image."""
+
+    @property
+    def size(self) -> int:
+        """The number of images of one inference."""
+        return self.batch or 1
 
     @property
     def preprocess(self) -> Preprocess:
@@ -71,6 +78,7 @@ class Job:
             "--folder": self.folder,
             "--threads": self.threads,
             "--data": self.data,
+            "--batch": self.batch,
         }
         pairs |= {} if self.calib_size is None else {"--calib-size": self.calib_size}
         return [str(part) for pair in pairs.items() for part in pair]
@@ -124,8 +132,7 @@ def make_reference(name: str) -> nn.Module:
 
 
 def export_plain_onnx(job: Job) -> onnx.ModelProto:
-    """The reference as its user would export it: ``torch.onnx`` with its defaults and a fixed batch of 1,
-    then onnxsim."""
+    """The reference as its user would export it: ``torch.onnx`` with its defaults, then onnxsim."""
     import onnxsim
     import torch
 
@@ -134,7 +141,8 @@ def export_plain_onnx(job: Job) -> onnx.ModelProto:
     size = job.preprocess.size
     program = torch.onnx.export(
         make_reference(job.model),
-        (torch.zeros(1, 3, size, size),),
+        (torch.zeros(job.batch or 2, 3, size, size),),
+        dynamic_shapes=None if job.batch else ({0: torch.export.Dim("batch")},),
         dynamo=True,
         opset_version=OPSET,
         input_names=["input"],
@@ -155,6 +163,13 @@ def collect_calibration(job: Job) -> Any:
     from cmt_edge.calib.quantize import Batches
 
     return Batches(CalibrationSet.choose(job.data, job.calib_size, job.preprocess), job.preprocess, None)
+
+
+def group_calibration(job: Job) -> list[np.ndarray]:
+    """The same in batches of the size that the graph takes, without the last images if they fill none."""
+    images = list(collect_calibration(job))
+    count = len(images) // job.size
+    return [np.concatenate(images[i * job.size : (i + 1) * job.size]) for i in range(count)]
 
 
 def make_weights(job: Job, folder: Path) -> None:
@@ -201,7 +216,7 @@ def make_ort_int8(job: Job, folder: Path, optimised: bool) -> None:
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
-            self._batches = iter(collect_calibration(job))
+            self._batches = iter(group_calibration(job))
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             batch = next(self._batches, None)
@@ -234,7 +249,7 @@ def make_nncf(job: Job, folder: Path) -> None:
     import nncf
     import openvino as ov
 
-    batches = collect_calibration(job)
+    batches = group_calibration(job)
     model = nncf.quantize(
         _convert(job),
         nncf.Dataset(batches),
@@ -252,7 +267,7 @@ def _convert(job: Job) -> Any:
         return ov.convert_model(Path(scratch) / ONNX)
 
 
-def make_ours(job: Job, folder: Path, precision: str) -> None:
+def make_ours(job: Job, folder: Path, precision: str, form: str) -> None:
     """What ``cmt-export`` does, its checks and its quick measurement included; nothing is taken from the
     cache."""
     from cmt_edge.export import ExportConfig, run
@@ -263,8 +278,9 @@ def make_ours(job: Job, folder: Path, precision: str) -> None:
     run(
         ExportConfig(
             job.model,
-            "openvino",
+            form,
             precision,
+            batch=job.batch,
             weights="random",
             output=str(folder),
             threads=job.threads,
@@ -322,22 +338,21 @@ def load_ours(job: Job, folder: Path, throughput: bool, backend: str) -> Session
     return Predictor.load(bundle, backend=backend, threads=job.threads, throughput=throughput).session
 
 
-def _make_own_row(precision: str, backend: str = "openvino", artefact: str = "") -> Row:
-    key, name = f"ours_{precision}", "OpenVINO"
-    if backend == "onnxruntime":
-        key, name = f"{key}_ort", "ONNX Runtime"
+def _make_own_row(precision: str, form: str = "openvino") -> Row:
+    key, name, backend = f"ours_{precision}", "OpenVINO", "openvino"
+    if form == "onnx":
+        key, name, backend = f"{key}_ort", "ONNX Runtime", "onnxruntime"
     about = (
-        f"bundle of cmt-export --precision {precision}, in {name}; its export time includes verification and"
-        " a quick measurement"
+        f"bundle of cmt-export --format {form} --precision {precision}; its export time includes verification"
+        " and a quick measurement"
     )
     return Row(
         key,
         f"cmt-edge {precision} ({name})",
         about,
         (ONNX,),
-        partial(make_ours, precision=precision),
+        partial(make_ours, precision=precision, form=form),
         partial(load_ours, backend=backend),
-        artefact,
     )
 
 
@@ -430,6 +445,7 @@ PLAIN_ROWS = {
         _make_own_row("fp32"),
         _make_own_row("bf16"),
         _make_own_row("int8"),
-        _make_own_row("int8", "onnxruntime", "ours_int8"),
+        _make_own_row("fp32", "onnx"),
+        _make_own_row("int8", "onnx"),
     )
 }

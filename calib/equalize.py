@@ -111,10 +111,10 @@ def equalize(
         tensors = [site.tensor for site in sites]
         others = sorted(set(read) - set(tensors))
         layers = [_describe(site) for site in sites]
-        extremes = measure_extremes(model, tensors, others, batches, guard)
+        extremes = measure_extremes(model, tensors, others, batches, guard_calibration)
         count = len(extremes[tensors[0]][0])
         sampled = spread(count, min(SAMPLED_IMAGES, max(count // 2, 1)))
-        rows = sample_rows(model, layers, pick(batches, sampled), guard)
+        rows = sample_rows(model, layers, pick(batches, sampled), guard_calibration)
         scales = {}
         for site, layer, tensor in zip(sites, layers, tensors, strict=True):
             low, high = extremes[tensor]
@@ -128,7 +128,7 @@ def equalize(
 
 
 @contextmanager
-def guard() -> Iterator[None]:
+def guard_calibration() -> Iterator[None]:
     """Failures of ONNX Runtime become one typed error."""
     try:
         yield

@@ -31,7 +31,7 @@ from cmt_edge.deploy.errors import (
 from cmt_edge.deploy.preprocessing import Preprocess
 
 from .data import CalibrationSet
-from .equalize import SAMPLED_IMAGES, Equalized, equalize, guard
+from .equalize import SAMPLED_IMAGES, Equalized, equalize, guard_calibration
 from .graph import get_input, name_value, open_view, write_model
 from .groups import group_by_kind, group_nodes
 from .lint import lint, list_half_int8_nodes
@@ -261,7 +261,7 @@ def calibrate(
             equalized.model,
             pick(batches, spread(len(batches), SAMPLED_IMAGES)),
             equalized.scales,
-            guard,
+            guard_calibration,
             search=recipe.range_estimator == "error",
             rounding=recipe.rounding,
             biases=recipe.bias_correction,

@@ -1,9 +1,9 @@
 """Reference models of hybrid CNN-transformer classifiers, their weights, and exact rewrites for deployment.
 
 >>> from cmt_edge.cmt import create_model, fuse, load_weights
->>> model = create_model("cmt_xs", img_size=192, num_classes=1000)
->>> load_weights(model, "cmt_xs.pth")            # completely or not at all; runs no code
->>> deployable = fuse(model)                     # same logits, fewer operations
+>>> model = create_model("cmt_nano", img_size=64, num_classes=10)
+>>> loaded = load_weights(model, "cmt_nano.pth")  # completely or not at all; runs no code
+>>> deployable = fuse(model)                      # same logits, fewer operations
 """
 
 from .analysis import count_macs, count_params, try_macs

@@ -52,7 +52,11 @@ def collect(families: tuple[str, ...]) -> Mapping[str, ModelSpec]:
 
 
 def list_models() -> list[str]:
-    """Names of all models, in the order of :data:`FAMILIES` and of each family's ``SPECS``."""
+    """Names of all models, in the order of :data:`FAMILIES` and of each family's ``SPECS``.
+
+    >>> {"cmt_nano", "cvt_13", "mvitv2_t"} <= set(list_models())
+    True
+    """
     return list(collect(FAMILIES))
 
 
@@ -100,6 +104,10 @@ def create_model(
     **overrides: Any,
 ) -> Classifier:
     """Build a reference model with random weights, in eval mode.
+
+    >>> model = create_model("cmt_nano", num_classes=3, seed=0)
+    >>> model.spec.name, model.training
+    ('cmt_nano', False)
 
     Args:
         name: a name of :func:`list_models`, ``module:factory`` or ``timm:NAME``; or a module object, of which

@@ -2,8 +2,9 @@
 runtime.
 
 >>> from cmt_edge.deploy import Predictor
->>> with Predictor.load("cmt_nano_int8_openvino") as p:
-...     p("ship.jpg").top(3)
+>>> with Predictor.load("cmt_nano_fp32_openvino") as p:
+...     p("ship.jpg").label
+'ship'
 
 Each name below is imported when it is first used, so that what only prints starts without NumPy.
 """
@@ -16,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .bundle import Bundle
     from .errors import CmtEdgeError
-    from .predictor import Prediction, Predictor
+    from .prediction import Prediction
+    from .predictor import Predictor
     from .preprocessing import Preprocess, preprocess
 
 _HOMES = {
     "Bundle": "bundle",
     "CmtEdgeError": "errors",
-    "Prediction": "predictor",
+    "Prediction": "prediction",
     "Predictor": "predictor",
     "Preprocess": "preprocessing",
     "preprocess": "preprocessing",

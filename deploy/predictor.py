@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from .decoding import ImageLike, list_images, take_snapshot
 from .errors import BundleError, CmtEdgeError, ImageError, InputError
 from .lanes import Lanes
 from .locks import Hold
+from .prediction import Prediction
 from .preprocessing import Preprocess, preprocess
 from .stream import stream
 
@@ -37,46 +38,6 @@ PROBABILITY_ROUNDING = 0.01
 be: twice of what a model does that rounds its own to bfloat16."""
 FEW_VALUES = 4096
 """The largest number of values that are looked at one by one, which is faster than adding them up."""
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The answer for one image.
-
-    Attributes:
-        logits: float32 ``(classes,)``, what the model gives; for a ``kind`` other than ``"logits"`` these are
-            the probabilities themselves.
-        labels: class names in the order of the logits.
-        source: the path, where the image was given as one.
-        kind: what the model gives: ``"logits"``, ``"probabilities"`` (they sum to 1) or ``"scores"`` (each
-            class has a probability of its own, so that several classes may be probable).
-    """
-
-    logits: np.ndarray
-    labels: Sequence[str] = field(repr=False)
-    source: str | None = None
-    kind: str = LOGITS
-
-    @property
-    def probabilities(self) -> np.ndarray:
-        """Float32 ``(classes,)``: the softmax of logits; what the model gives where that is no logits."""
-        if self.kind != LOGITS:
-            return self.logits
-        exponentials: np.ndarray = np.exp(self.logits - self.logits.max())
-        chances: np.ndarray = exponentials / exponentials.sum()
-        return chances
-
-    @property
-    def label(self) -> str:
-        """Name of the most probable class."""
-        return self.labels[int(self.logits.argmax())]
-
-    def top(self, k: int = 5) -> list[tuple[str, float]]:
-        """The ``k`` most probable classes as ``(label, probability)``, the best first; fewer where there are
-        fewer classes."""
-        chances = self.probabilities
-        best = np.argsort(-chances, kind="stable")[: max(k, 0)]
-        return [(self.labels[int(i)], float(chances[i])) for i in best]
 
 
 @dataclass(frozen=True)
@@ -99,8 +60,9 @@ class Loading:
 class Predictor:
     """A bundle, opened by one runtime. Thread-safe; a context manager.
 
-    >>> with Predictor.load("cmt_nano_int8_openvino") as p:
-    ...     p("ship.jpg").top(3)
+    >>> with Predictor.load("cmt_nano_fp32_openvino") as p:
+    ...     p("ship.jpg").label
+    'ship'
     """
 
     def __init__(
@@ -146,6 +108,11 @@ class Predictor:
         key: str | Path | None = None,
     ) -> Predictor:
         """Open a bundle and check the hash of every file.
+
+        >>> predictor = Predictor.load("cmt_nano_fp32_openvino", threads=1)
+        >>> len(predictor.labels), predictor.spec.size
+        (10, 64)
+        >>> predictor.close()
 
         Args:
             path: bundle folder.
@@ -259,6 +226,10 @@ class Predictor:
     ) -> list[Prediction]:
         """Classify several images, in the caller's thread. A single image gives a list of one.
 
+        >>> with Predictor.load("cmt_nano_fp32_openvino") as predictor:
+        ...     [answer.label for answer in predictor.predict(["ship.jpg", "truck.jpg"])]
+        ['ship', 'truck']
+
         Raises:
             ImageError: an image cannot be read; the first such image is named.
             InputError: a closed Predictor, a bundle of feature maps, or an unknown ``color``.
@@ -275,6 +246,12 @@ class Predictor:
         copy: bool = True,
     ) -> Iterator[Prediction]:
         """Predictions in order, one by one: threads decode ahead while the runtime computes.
+
+        >>> with Predictor.load("cmt_nano_fp32_openvino") as predictor:
+        ...     for answer in predictor.stream(["ship.jpg", "truck.jpg"]):
+        ...         print(answer.source, answer.label)
+        ship.jpg ship
+        truck.jpg truck
 
         ``images`` is read in the caller's thread, and only as far ahead as is worth it, so an endless
         iterable is fine: at most ``in_flight * batch + max(batch, 2 * workers)`` images are held (a dynamic
@@ -313,7 +290,12 @@ class Predictor:
         copy: bool = True,
     ) -> Iterator[Prediction | ImageError]:
         """As :meth:`stream`, but an image that cannot be read gives its :class:`ImageError` in place of a
-        prediction, and the images after it are answered."""
+        prediction, and the images after it are answered.
+
+        >>> with Predictor.load("cmt_nano_fp32_openvino") as predictor:
+        ...     [type(answer).__name__ for answer in predictor.attempt([b"no image", "ship.jpg"])]
+        ['ImageError', 'Prediction']
+        """
         decode = self._make_decoder(color)
 
         def decode_or_explain(
@@ -336,6 +318,10 @@ class Predictor:
     def logits(self, batch: np.ndarray) -> np.ndarray:
         """Preprocessed float32 ``(N, 3, H, W)`` -> float32 ``(N, classes)``; any ``N``, in the model's own
         batches. A model that ends in a softmax or a sigmoid gives probabilities here.
+
+        >>> with Predictor.load("cmt_nano_fp32_openvino") as predictor:
+        ...     predictor.logits(predictor.prepare(["ship.jpg", "truck.jpg"])).shape
+        (2, 10)
 
         Raises:
             InputError: another dtype or shape, values that are not finite, or a bundle of feature maps.

@@ -18,6 +18,7 @@ from PIL import Image
 from .arrays import view_as_array, view_as_rgb
 from .decoding import (
     MAX_PIXELS,
+    Decoded,
     ImageLike,
     decode_at_least,
     make_too_large_error,
@@ -155,7 +156,14 @@ def _decode_pixels(source: ImageLike, spec: Preprocess, color: str) -> np.ndarra
             view: np.ndarray = rgb[top:bottom, left:right]
             view.flags.writeable = False
             return view
-    decoded = decode_at_least(source, spec.exif, color, make_least_size(spec, source))
+    return resize(decode_at_least(source, spec.exif, color, make_least_size(spec, source)), spec, source)
+
+
+def resize(decoded: Decoded, spec: Preprocess, source: ImageLike) -> np.ndarray:
+    """A decoded image as the model sees it before normalisation: uint8 ``(size, size, 3)``.
+
+    ``source``: where it is from, which errors name.
+    """
     new, box = compute_geometry(*decoded.size, spec, source)
     image = decoded.image
     if new != image.size or decoded.box is not None:
@@ -244,5 +252,10 @@ def preprocess(
     color: str = "rgb",
 ) -> np.ndarray:
     """One image -> float32 ``(3, size, size)``, written into ``out`` if given. The other arguments and the
-    errors are those of :func:`~cmt_edge.deploy.decoding.decode`."""
+    errors are those of :func:`~cmt_edge.deploy.decoding.decode`.
+
+    >>> spec = Preprocess(size=32, short_side=36, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    >>> preprocess("ship.jpg", spec).shape
+    (3, 32, 32)
+    """
     return normalise(decode_pixels(source, spec, color), spec, out)

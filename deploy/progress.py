@@ -16,6 +16,23 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 
+LEAST_SHARE = 0.05
+"""The time that is left is told from this share on; less says nothing of the speed."""
+LEAST_SECONDS = 2.0
+"""The time left is shown after this number of seconds; a shorter step needs no estimate."""
+
+
+def describe_left(share: float, seconds: float) -> str:
+    """The time that is left of a phase of which ``share`` took ``seconds``; empty where nobody can know.
+
+    It supposes that the rest goes at the same speed.
+    """
+    if share < LEAST_SHARE or share >= 1 or seconds < LEAST_SECONDS:
+        return ""
+    left = round(seconds * (1 - share) / share)
+    return f"about {left // 60} min {left % 60:02d} s left" if left >= 60 else f"about {left} s left"
+
+
 class Progress:
     """Steps and bars on standard error; silent where that is not a terminal, or ``quiet``."""
 
@@ -24,6 +41,7 @@ class Progress:
         self.off = quiet or sys.stderr is None or not sys.stderr.isatty()
         self._bar: tqdm[Any] | None = None
         self._phase = ""
+        self._begun = 0.0  # when the phase began, seconds of time.perf_counter
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
@@ -57,16 +75,17 @@ class Progress:
     def _draw(self, phase: str, share: float) -> None:
         if self._bar is None or phase != self._phase:
             self.finish()
-            self._phase = phase
+            self._phase, self._begun = phase, time.perf_counter()
             from tqdm import tqdm  # here, because a command that shows no bar need not load it
 
             self._bar = tqdm(
                 total=100,
                 desc=escape_line(phase) or None,
-                bar_format="{desc} {percentage:3.0f}%|{bar:20}| {elapsed}",
+                bar_format="{desc} {percentage:3.0f}%|{bar:20}| {elapsed}{postfix}",
                 leave=False,
             )
         self._bar.n = round(100 * share)
+        self._bar.set_postfix_str(describe_left(share, time.perf_counter() - self._begun), refresh=False)
         self._bar.refresh()
 
     def finish(self) -> None:

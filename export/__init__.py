@@ -1,7 +1,9 @@
 """From a PyTorch checkpoint to a verified bundle.
 
 >>> from cmt_edge.export import ExportConfig, run
->>> bundle = run(ExportConfig("cmt_nano", format="openvino", precision="fp32"))
+>>> bundle = run(ExportConfig("cmt_nano", format="onnx", output="out"))
+>>> bundle.path.name
+'cmt_nano_fp32_onnx'
 
 The module itself can be called, so that ``from cmt_edge import export`` gives one object that is both the
 subpackage and the function :func:`cmt_edge.export.pipeline.run`.

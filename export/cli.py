@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--list-models",
         action="store_true",
-        help="print the models and exit",
+        help="print the models and exit (docs/which-model.md: which one for a budget of milliseconds)",
     )
     p.add_argument(
         "--dry-run",

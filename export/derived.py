@@ -130,6 +130,11 @@ class DerivedSettings(Settings):
         return self.precision in ("int8", "auto")
 
     @property
+    def computes_by_pairs(self) -> bool:
+        """Whether the runtime needs pairs behind int8 layers: see :mod:`cmt_edge.calib.integer_layers`."""
+        return self.quantizes and self.format == "onnx"
+
+    @property
     def verify_flags(self) -> list[str]:
         """Flags of ``cmt-verify`` that repeat the comparison of this export with its reference."""
         flags = ["--data", self.eval_data] if self.eval_data else []

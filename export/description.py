@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cmt_edge.calib import CalibrationSet
+from cmt_edge.calib.integer_layers import PLACEMENT
 from cmt_edge.cmt import (
     compute_weights_fingerprint,
     count_params,
@@ -30,6 +32,7 @@ from cmt_edge.deploy.measure.benchmark import Benchmark
 from cmt_edge.deploy.measure.host import describe_host, read_versions
 from cmt_edge.deploy.measure.parity import Verification
 
+from .blocks import list_by_block
 from .config import OPSET, ExportConfig
 from .settings import NAMED_WEIGHTS
 from .steps import GOLDEN_IMAGES, OBSERVED_IMAGES, Reference
@@ -163,10 +166,18 @@ def describe_calibration(
     """What an int8 graph was calibrated on; ``cached`` if it was calibrated by an earlier run."""
     return CalibrationEntry(
         **vars(data.describe()),
-        recipe=config.recipe.key(),
+        recipe=_name_recipe(config),
         cached=cached,
         keep_float=config.kept_float,
     )
+
+
+def _name_recipe(config: ExportConfig) -> str:
+    """The hash of all choices: of the recipe, and of further pairs where the format has them."""
+    key = config.recipe.key()
+    if not config.computes_by_pairs:
+        return key
+    return hashlib.sha256(f"{key} {PLACEMENT}".encode()).hexdigest()
 
 
 def describe_typing(result: Typed, data: CalibrationSet | None) -> TypingEntry:
@@ -193,6 +204,7 @@ def write_report(
     name: str,
     result: Verification,
     speed: Benchmark | None,
+    blocks: dict[str, str],
 ) -> None:
     """Write ``report.md``, ``report.json`` and ``report.html``: verification, what a compiler made of the
     graph, latency where it was measured, and the verdict of ``auto``."""
@@ -205,6 +217,10 @@ def write_report(
     if manifest.decoding:
         parts += ["## Decoding", report.describe_decoding(manifest.decoding)]
     content: dict[str, Any] = {"verification": result}
+    if result.flipped:
+        content["flipped"] = result.flipped
+    if blocks:
+        content["blocks"] = list_by_block(blocks)
     if manifest.decoding:
         content["decoding"] = manifest.decoding
     if manifest.compiled:
@@ -227,5 +243,5 @@ def write_report(
         content["verdict"] = manifest.verdict
     (folder / REPORT_TEXT).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     (folder / REPORT_JSON).write_text(report.to_json(content) + "\n", encoding="utf-8")
-    page = report.make_bundle_page(report.make_subject(name, name, manifest, speed))
+    page = report.make_bundle_page(report.make_subject(name, name, manifest, speed, flipped=result.flipped))
     (folder / REPORT_PAGE).write_text(page, encoding="utf-8")

@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any
 
 from cmt_edge.deploy.cli.console import make_parser, run_command
-from cmt_edge.deploy.cli.output import find_width, say
+from cmt_edge.deploy.cli.output import find_width, say, tell
 from cmt_edge.deploy.errors import RuntimeMissingError, UnknownNameError
 from cmt_edge.startup import name_program
 
@@ -25,6 +25,9 @@ examples:
 HEADER = ("model", "family", "size", "classes", "M params", "GMACs", "published top-1")
 """Heads of the table."""
 
+ADVICE = "which one for a budget of milliseconds: docs/which-model.md"
+"""What follows the table, on standard error."""
+
 SHOWN_NAMES = 3
 """The largest number of close names that an error offers."""
 
@@ -39,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = make_parser(
         name_program("models"),
         "List the models that have a name. Your own modules, timm's models and checkpoints of others need"
-        " none (docs/families.md).",
+        " none (docs/families.md). docs/which-model.md says which one to take for a budget of milliseconds.",
         EXAMPLES,
     )
     p.add_argument(
@@ -82,6 +85,7 @@ def show_models(as_json: bool, pattern: str = "*") -> int:
         return 0
     rows = [_format_model_row(spec) for spec in specs]
     say(report.format_table(HEADER, rows, width=find_width()))
+    tell(ADVICE)
     return 0
 
 

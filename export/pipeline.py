@@ -40,6 +40,7 @@ from cmt_edge.deploy.signals import unwound_by_signals
 
 from . import steps
 from .auto.choose import choose
+from .blocks import name_blocks
 from .config import ExportConfig
 from .description import (
     describe_calibration,
@@ -67,8 +68,6 @@ def run(config: ExportConfig, progress: Progress | None = None) -> Bundle:
     if config.keeps_results:
         can_keep(find_cache_folder())  # says so before the long work
     progress = progress or Progress(quiet=True)
-    for note in steps.write_notes_on_runtime(config):
-        progress.tell(note)
     with _claimed(Path(config.output)), without_compiler_folder():
         prepared = prepare(config, progress)
         decision = choose(config, prepared, progress)
@@ -178,11 +177,11 @@ def finish(
         speed = None
         if Step.MEASURE in journal:
             with journal.step(Step.MEASURE):
-                speed = steps.measure_bundle(work.stage(draft), config.threads, progress.share)
+                speed = steps.measure_bundle(work.stage(draft), config.threads, draft.blocks, progress.share)
                 draft = draft.with_entries(latency=summarise_latency(speed))
         with journal.step(Step.WRITE), writing(config.target):
             manifest = work.stage(draft).manifest  # with the hashes of its files
-            write_report(writer.folder, manifest, config.folder, result, speed)
+            write_report(writer.folder, manifest, config.folder, result, speed, draft.blocks)
             return _commit(work, draft)
 
 
@@ -193,6 +192,11 @@ class _Draft:
     graph: onnx.ModelProto
     manifest: Manifest
     differences: Differences
+
+    @property
+    def blocks(self) -> dict[str, str]:
+        """Name of each operation of the graph -> its block of the model."""
+        return name_blocks(self.graph)
 
     def with_entries(self, **entries: Any) -> _Draft:
         """The draft with other entries in its manifest."""
@@ -282,8 +286,11 @@ def _observe_ranges(
 
 
 def _add_files(work: _Work, draft: _Draft) -> _Draft:
-    """The draft with the runtime that reads the graph, which now lies in the bundle's folder."""
-    config = work.config
+    """The draft with the runtime that reads the graph, which now lies in the bundle's folder, and with the
+    places of the model's blocks in it."""
+    config, prepared = work.config, work.prepared
+    source = prepared.source_of(config.precision)
+    blocks = steps.find_blocks(source, draft.graph, prepared.reference)
     with writing(config.target):
         runtime = steps.write_files(
             work.writer.folder,
@@ -292,7 +299,7 @@ def _add_files(work: _Work, draft: _Draft) -> _Draft:
             work.golden,
             config.format,
         )
-    return draft.with_entries(runtime=runtime)
+    return draft.with_entries(runtime=runtime, blocks=blocks)
 
 
 def _add_engine(work: _Work, draft: _Draft, notes: tuple[str, ...]) -> _Draft:

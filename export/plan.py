@@ -30,7 +30,6 @@ from .steps import (
     make_reference,
     match_evaluation,
     write_notes_on_checkpoint,
-    write_notes_on_runtime,
 )
 
 
@@ -306,10 +305,7 @@ def _describe_subject(config: ExportConfig) -> dict[str, Any]:
     if recorded.entry:
         found["entry"] = recorded.entry
     found["labels"] = f"{len(manifest.labels)} ({manifest.labels_source})"
-    notes = [
-        *write_notes_on_runtime(config),
-        *write_notes_on_checkpoint(config, manifest, reference.loaded),
-    ]
+    notes = write_notes_on_checkpoint(config, manifest, reference.loaded)
     return found | ({"notes": notes} if notes else {})
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import onnx
 
 from cmt_edge.calib import CalibrationSet, Quantized
+from cmt_edge.calib.integer_layers import Ranges
 from cmt_edge.deploy import Bundle
 from cmt_edge.deploy.bundle import Manifest
 from cmt_edge.deploy.progress import Progress
@@ -32,6 +33,7 @@ class Prepared:
         graph: simplified float32 graph with a dynamic batch.
         differences: of the steps so far.
         quantized: the graph in int8 as a whole, where int8 may be chosen.
+        ranges: of the results of its convs, where ONNX Runtime is to read it.
     """
 
     started: float
@@ -42,6 +44,7 @@ class Prepared:
     graph: onnx.ModelProto
     differences: Differences
     quantized: Quantized | None
+    ranges: Ranges | None = None
 
     def graph_of(
         self,
@@ -54,7 +57,14 @@ class Prepared:
             self.quantized,
             precision,
             kept_float,
+            self.ranges,
         )
+
+    def source_of(self, precision: str) -> onnx.ModelProto:
+        """The float32 graph that the graph of one precision was made from."""
+        if precision == "int8" and self.quantized is not None:
+            return self.quantized.source
+        return self.graph
 
 
 def prepare(config: ExportConfig, progress: Progress) -> Prepared:
@@ -78,10 +88,12 @@ def prepare(config: ExportConfig, progress: Progress) -> Prepared:
                 found = steps.compare_decoding(config, reference, evaluation, data, progress.count)
                 manifest = replace(manifest, decoding=found)
         graph, differences = _make_graph(config, reference, journal)
-        quantized = None
+        quantized, ranges = None, None
         if data is not None and Step.CALIBRATE in journal:
             with journal.step(Step.CALIBRATE, images=len(data)):
                 quantized = _calibrate_graph(config, graph, data, progress)
+                if config.computes_by_pairs:
+                    ranges = steps.measure_ranges(quantized, data, config.preprocess)
         return Prepared(
             started,
             reference,
@@ -91,6 +103,7 @@ def prepare(config: ExportConfig, progress: Progress) -> Prepared:
             graph,
             differences,
             quantized,
+            ranges,
         )
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from cmt_edge.calib.groups import MODULE
 from cmt_edge.deploy import Bundle
 from cmt_edge.deploy.bundle import COMPILED, ONNX, PORTABLE_ENGINE, Manifest, make_plain
 from cmt_edge.deploy.bundle.sections import BATCH, FLOAT32, CompiledDetails, CompiledEntry, TensorEntry
@@ -23,6 +22,7 @@ from cmt_edge.deploy.tensorrt.building import PortableOptions, PortablePlan, bui
 from cmt_edge.deploy.tensorrt.compiled import EngineFacts, describe_kernels, summarise_kernels
 from cmt_edge.deploy.tensorrt.kernels import read_kernels
 
+from .blocks import name_blocks
 from .config import ExportConfig
 from .to_onnx import INPUT, set_batch
 from .typed import observe, type_graph
@@ -233,23 +233,3 @@ def describe_plan(
         blocks=name_blocks(graph),
         attentions=sum(node.op_type == ATTENTION for node in graph.graph.node),
     )
-
-
-def name_blocks(graph: onnx.ModelProto) -> dict[str, str]:
-    """Name of each operation -> the block of the model that it is in; operations without a module are left
-    out."""
-    found = {}
-    for node in graph.graph.node:
-        modules = [prop.value for prop in node.metadata_props if prop.key == MODULE]
-        module = modules[0] if modules else ""
-        if module:
-            found[node.name] = name_block(module)
-    return found
-
-
-def name_block(module: str) -> str:
-    """The block that a module belongs to: its path up to the last number, ``stages.2.blocks.5`` of
-    ``stages.2.blocks.5.ffn.expand``; of a path without numbers the first part."""
-    parts = module.split(".")
-    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[: numbers[-1] + 1]) if numbers else parts[0]

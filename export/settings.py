@@ -238,7 +238,7 @@ class Settings:
     )
     reducing_gap: float = make_option(
         REDUCING_GAP,
-        help="a reduced image has at least so many times the width and height that it is then resized to",
+        help="least width and height of a reduced image, as a multiple of those that it is then resized to",
         group=MODEL,
         range=Range(*REDUCING_GAPS),
     )
@@ -307,6 +307,11 @@ class Settings:
         False,
         help="leave out what a device does not need: reports, the reference's answers, most golden images;"
         " the manifest names it",
+        group=OUTPUT,
+    )
+    thumbnails: bool = make_option(
+        True,
+        help="keep no small copies of images with another answer than the reference's in the report",
         group=OUTPUT,
     )
     cache: bool = make_option(

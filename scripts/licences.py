@@ -124,18 +124,20 @@ LIBRARY_EXCEPTIONS = frozenset({GCC, LGPL})
 
 OWN = (
     "libaoti_",
+    "libarrow",
     "libbackend_with_compiler",
     "libc10",
     "libjitbackend_",
     "libonnxruntime",
     "libopenvino",
+    "libparquet",
     "librt_",
     "libshm",
     "libtorch",
 )
 """Beginnings of the names of libraries that belong to the package itself and have its licence."""
 
-LIBRARY = re.compile(r"^(lib[\w+]*)(?:-[0-9a-f]{8})*[\w.-]*?\.so(?:\.[\d.]+)?$")
+LIBRARY = re.compile(r"^(lib[\w+]+)(?:-[0-9a-f]{8})*[\w.-]*?\.so(?:\.[\d.]+)?$")
 """The name of a file of a shared library; its group is the name without hash and version."""
 
 PROPRIETARY = ("rtx", "rtx-cu13")
@@ -156,7 +158,8 @@ permit. It permits no package under the GPL, the AGPL, the LGPL or a proprietary
   day on which the page was made. They are open source. The driver, the CUDA libraries and TensorRT below
   them, which you install yourself, are NVIDIA's and proprietary.
 - The extras `rtx` and `rtx-cu13` are not in this list. They install TensorRT for RTX (`tensorrt-rtx-cu12`,
-  `tensorrt-rtx-cu13`) under a proprietary licence of NVIDIA's. No other extra needs them, `test` included.
+  `tensorrt-rtx-cu13`) under a proprietary licence of NVIDIA's. No other extra needs them.
+  `make test` installs the former, because NVIDIA's compiler takes part in the tests.
 - `torch` is the CPU build here. The CUDA build, which pip takes from an ordinary index, also installs
   `triton` and NVIDIA's proprietary libraries (`nvidia-*`). They are not in this list.
 """

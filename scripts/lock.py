@@ -3,8 +3,9 @@
 usage: python scripts/lock.py [--check]
 
 ``requirements/locked.txt`` holds every pin of ``constraints.txt`` but torch's, whose index each user chooses.
-``requirements/supply.txt`` holds the tools of ``requirements/supply.in`` and what they need, and
-``requirements/rtx.txt`` the compiler of ``requirements/rtx.in``. A pin has the hashes of all its files in the
+``requirements/supply.txt`` holds the tools of ``requirements/supply.in`` and what they need,
+``requirements/docs.txt`` those of ``requirements/docs.in``, and ``requirements/rtx.txt`` the compiler of
+``requirements/rtx.in``. A pin has the hashes of all its files in the
 package index, for every platform. ``uv`` asks the index; ``make lock`` runs this script where ``uv`` is
 installed. ``--check`` asks no index and writes nothing; the exit code is 1 if the first file does not fit the
 pins.
@@ -33,6 +34,12 @@ TOOLS = ROOT / "requirements" / "supply.in"
 
 LOCKED_TOOLS = ROOT / "requirements" / "supply.txt"
 """The tools and what they need, with hashes."""
+
+PAGES = ROOT / "requirements" / "docs.in"
+"""The names of the tools that build the pages."""
+
+LOCKED_PAGES = ROOT / "requirements" / "docs.txt"
+"""Those tools and what they need, with hashes."""
 
 COMPILER = ROOT / "requirements" / "rtx.in"
 """The package of TensorRT for RTX, with its version."""
@@ -125,6 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.check:
         compile_hashes(CONSTRAINTS, LOCKED, "--no-deps", "--no-emit-package", UNLOCKED)
         compile_hashes(TOOLS, LOCKED_TOOLS)
+        compile_hashes(PAGES, LOCKED_PAGES, "--constraint", str(CONSTRAINTS))
         compile_hashes(COMPILER, LOCKED_COMPILER)
     locked = LOCKED.read_text(encoding="utf-8")
     faults = find_faults(CONSTRAINTS.read_text(encoding="utf-8"), locked)

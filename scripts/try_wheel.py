@@ -31,8 +31,14 @@ ROOT = Path(__file__).resolve().parent.parent
 TIME_LIMIT_S = 1200
 """The time that one command may take, in seconds."""
 
-BUNDLE, PICTURE = "bundle", "picture.ppm"
-"""Names of the bundle and of the picture in the folder in which the commands run."""
+BUNDLE, PICTURES, PICTURE = "bundle", "pictures", "pictures/picture.ppm"
+"""Names of the bundle, of a folder of pictures and of the picture in the folder in which the commands run."""
+
+SCORES, SERVICE = ROOT / "examples/batch/score_folder.py", ROOT / "examples/service/service.py"
+"""Programs that need the extra ``examples``."""
+
+PRETEND = "SETUPTOOLS_SCM_PRETEND_VERSION_FOR_CMT_EDGE"
+"""The variable that tells a build outside Git which version it is."""
 
 MISSING = 3
 """The exit code of a command that lacks a runtime."""
@@ -74,6 +80,14 @@ assert len(sign(b"a bundle", Ed25519PrivateKey.generate()).value) == 64
 """
 """Signs with a new key."""
 
+RECORDED = """
+import json, pathlib, cmt_edge
+(path,) = pathlib.Path("out").glob("*/manifest.json")
+assert json.loads(path.read_text())["versions"]["cmt-edge"] == cmt_edge.__version__
+print("the manifest names the version")
+"""
+"""Compares the version that an exported bundle records with that of the package."""
+
 JOBS = {
     "": (
         Job((*PREDICT, "--backend", "fake"), text="%"),
@@ -104,8 +118,23 @@ JOBS = {
     "rtx-cu13": (BINDINGS, COMPILER),
     "completion": (Job(("cmt-edge", "--completion", "bash"), text="cmt-edge"),),
     "sign": (Job(("python", "-c", SIGN)),),
+    "examples,onnxruntime": (
+        Job(("python", str(SCORES), BUNDLE, PICTURES, "-o", "scores.parquet"), text='"unreadable": 0'),
+        Job(("python", str(SERVICE), "no_bundle"), 2, "no_bundle"),
+    ),
+    "kserve": (
+        Job((*PREDICT, "--backend", "kserve"), 2, "HOST:PORT/MODEL"),
+        Job(
+            (*PREDICT, "--backend", "kserve", "--device", "127.0.0.1:9/m"),
+            MISSING,
+            "no inference server answers",
+        ),
+    ),
     "report,onnxruntime": (Job(("cmt-bench", BUNDLE, "--seconds", "0.2", "--plot", "latency.svg")),),
-    "export": (Job(("cmt-export", *DATA, "--format", "onnx", "--precision", "int8", "-o", "out")),),
+    "export": (
+        Job(("cmt-export", *DATA, "--format", "onnx", "--precision", "int8", "-o", "out")),
+        Job(("python", "-c", RECORDED), text="the manifest names the version"),
+    ),
     "all": (Job(("cmt-export", *DATA, "--format", "openvino", "--precision", "int8", "-o", "out")),),
 }
 """Extras -> what is done in an environment that has the wheel with them."""
@@ -127,13 +156,13 @@ class Trial:
         return name, str(self.packages), f"{self.seconds:.0f}", "FAILED" if self.problems else "ok"
 
 
-def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command without the variables that would lead Python to the checkout."""
+def run(*command: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a command without the variables that would lead Python to the checkout, and with ``variables``."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     return subprocess.run(
         command,
         cwd=cwd,
-        env=environment | {"CMT_EDGE_CACHE": str(cwd / "cache")},
+        env=environment | {"CMT_EDGE_CACHE": str(cwd / "cache")} | variables,
         capture_output=True,
         text=True,
         timeout=TIME_LIMIT_S,
@@ -149,12 +178,15 @@ def require(done: subprocess.CompletedProcess[str]) -> None:
 
 def build_wheel(folder: Path) -> Path:
     """A wheel of the files that git knows, as they are now; the checkout stays clean."""
+    scm = run(sys.executable, "-m", "setuptools_scm", cwd=ROOT)
+    require(scm)
+    version = scm.stdout.strip()
     listed = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines()
     for name in filter(lambda name: os.path.lexists(ROOT / name), listed):
         (folder / "sources" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, folder / "sources" / name, follow_symlinks=False)
     pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(folder / "wheel"))
-    require(run(*pip, str(folder / "sources"), cwd=folder))
+    require(run(*pip, str(folder / "sources"), cwd=folder, **{PRETEND: version}))
     (wheel,) = (folder / "wheel").iterdir()
     return wheel
 
@@ -166,6 +198,7 @@ def prepare(folder: Path) -> None:
     require(subprocess.run(command, capture_output=True, text=True, check=False))
     (made,) = (folder / "made").iterdir()
     made.rename(folder / BUNDLE)
+    (folder / PICTURES).mkdir()
     (folder / PICTURE).write_bytes(b"P6 64 64 255\n" + bytes(range(192)) * 64)
 
 
@@ -183,10 +216,19 @@ def try_extras(extras: str, wheel: Path, folder: Path) -> Trial:
         trial.problems.append(done.stderr[-3000:])
         return trial
     trial.packages = len(run(*pip, "list", "--format", "freeze", cwd=folder).stdout.splitlines())
-    for job in (*START, *JOBS[extras]):
+    for job in (*START, *tell_version(wheel), *JOBS[extras]):
         if problem := try_job(job, place, folder):
             trial.problems.append(problem)
     return trial
+
+
+def tell_version(wheel: Path) -> tuple[Job, Job]:
+    """What every environment must say of the wheel's version, which stands in its name."""
+    version = wheel.name.split("-")[1]
+    asked = "from importlib.metadata import version; print(version('cmt-edge'))"
+    return Job(("cmt-edge", "--version"), text=f"cmt-edge {version}\n"), Job(
+        ("python", "-c", asked), text=f"{version}\n"
+    )
 
 
 def try_job(job: Job, place: Path, folder: Path) -> str:

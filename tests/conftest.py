@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -10,28 +13,35 @@ import pytest
 from cmt_edge.deploy.backends import RUNTIME_OF_FORMAT
 from helpers.exports import traced_once
 from helpers.made_once import copy_once_made, find_run_folder
-from helpers.paths import FAKES
+from helpers.measuring import brief_commands, brief_exports
+from helpers.paths import FAKES, ROOT
 from helpers.shared import shared
 from helpers.trt import forget_fakes
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports PyTorch
+"""PyTorch computes on one thread, here and in child processes: the workers share the cores, and on small
+tensors threads that wait for each other take longer."""
+
 LONGEST_FIRST = (
-    "tests/export/test_auto.py",
-    "tests/export/test_trt.py",
-    "tests/export/test_families.py",
-    "tests/export/test_pipeline.py",
-    "tests/export/test_cli.py",
     "tests/export/test_rtx.py",
-    "tests/test_packaging.py",
-    "tests/cmt/test_fuse.py",
-    "tests/deploy/test_offline.py",
+    "tests/export/test_auto.py",
+    "tests/export/test_cli.py",
+    "tests/export/test_pipeline.py",
+    "tests/export/test_trt.py",
     "tests/deploy/test_load.py",
-    "tests/export/test_features.py",
+    "tests/cmt/test_fuse.py",
+    "tests/test_packaging.py",
+    "tests/export/test_outputs.py",
+    "tests/export/test_families.py",
     "tests/calib/test_quantize.py",
     "tests/calib/test_restore.py",
     "tests/calib/test_synthetic.py",
-    "tests/deploy/test_crash.py",
+    "tests/deploy/test_offline.py",
+    "tests/export/test_checkpoint_alone.py",
+    "tests/export/test_features.py",
     "tests/cmt/test_official.py",
-    "tests/export/test_outputs.py",
+    "tests/cmt/test_own_models.py",
+    "tests/deploy/test_crash.py",
 )
 """The test modules that take longest, the longest first. A worker that began one of them last would work
 alone at the end, because a module is not divided between workers."""
@@ -44,6 +54,33 @@ def pytest_collection_modifyitems(config, items):
         items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(rank)))
 
 
+def pytest_collection_finish():
+    """Collect garbage less often, and never look at what was imported: with PyTorch in memory, one collection
+    takes half a second, and exports of models make much that is collected."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000)
+
+
+def pytest_unconfigure():
+    """Extension modules complain at the end of objects that nobody has freed."""
+    gc.unfreeze()
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """A function that imports a file of ``scripts/``."""
+
+    def load(name: str):
+        spec = spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+        module = module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
     """Tests never read or write the user's cache, nor the secret that seals what lies there."""
@@ -51,6 +88,13 @@ def own_cache(tmp_path_factory):
     os.environ["CMT_EDGE_CACHE"] = str(folder)
     os.environ["CMT_EDGE_STATE"] = str(tmp_path_factory.mktemp("state"))
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def brief_bench():
+    """``cmt-bench`` does not warm up for a second."""
+    with brief_commands():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -119,6 +163,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def brief_measurements():
+    """See :func:`brief_exports`; to the end of the run, once a test has asked for it."""
+    with brief_exports():
+        yield
 
 
 @pytest.fixture(scope="module")

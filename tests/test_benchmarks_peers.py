@@ -60,7 +60,7 @@ def test_peers_measures_rows_against_the_base(tmp_path):
     assert rows["ov_fp32"]["ratio"][0] == 1
     assert rows["ov_fp32"]["running_peak"] < rows["ov_fp32"]["export_peak"]  # which includes PyTorch
     assert "## cmt_nano" in text
-    assert "| **cmt-edge fp32 (OpenVINO)** |" in text
+    assert "| cmt-edge fp32 (OpenVINO) |" in text
     assert content["machine"]["cpu"] in text
     assert "ONNX Runtime fp32" in plot.read_text(encoding="utf-8") or plot.stat().st_size > 1000
 
@@ -159,6 +159,7 @@ def test_earlier_runs_go_into_one_document(tmp_path):
     "change",
     [
         {"threads": 1},
+        {"batch": 8},
         {"versions": {"openvino": "2"}},
         {"machine": {"cpu": "another", "cores": 2, "flags": []}},
     ],

@@ -23,7 +23,7 @@ from cmt_edge.export import ExportConfig, run
 
 NAME, MODULE = "example_tiny", "helpers.example_family"
 
-pytestmark = pytest.mark.usefixtures("one_thread", "example_family")
+pytestmark = pytest.mark.usefixtures("one_thread", "example_family", "brief_measurements")
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from helpers.paths import ROOT
 SCRIPT = ROOT / "examples" / "train_cifar10.py"
 SMALL = ("--imgsz", "32", "--batch", "8", "--threads", "1", "--lr", "2e-3")
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread", "brief_measurements")]
 
 
 @pytest.fixture(scope="module")

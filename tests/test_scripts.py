@@ -6,7 +6,6 @@ import ast
 import os
 import subprocess
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -24,20 +23,6 @@ def grow(value):
     """Add."""
     return value + LIMIT
 '''
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """A function that imports a file of ``scripts/``."""
-
-    def load(name: str):
-        spec = spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-        module = module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, module)
-        spec.loader.exec_module(module)
-        return module
-
-    return load
 
 
 CHECKOUT = {
@@ -261,6 +246,28 @@ def test_a_job_needs_its_exit_code_and_its_text(script, tmp_path, monkeypatch, c
     found = wheel.try_job(job, tmp_path, tmp_path)
     assert problem in found
     assert bool(found) == bool(problem)
+
+
+def test_the_version_of_the_wheel_must_be_told_everywhere(script):
+    jobs = script("try_wheel").tell_version(Path("cmt_edge-0.1.1.dev3+g1a2b3c4d5-py3-none-any.whl"))
+    assert [job.text for job in jobs] == ["cmt-edge 0.1.1.dev3+g1a2b3c4d5\n", "0.1.1.dev3+g1a2b3c4d5\n"]
+
+
+def test_sizes_of_what_is_installed(script, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    sizes = script("installed_size")
+    for name, size in (("large", 3 << 20), ("small", 1000), ("pip", 5 << 20)):
+        (tmp_path / f"{name}-1.dist-info").mkdir()
+        (tmp_path / f"{name}-1.dist-info" / "METADATA").write_text(f"Name: {name}\nVersion: 1\n")
+        (tmp_path / f"{name}.so").write_bytes(bytes(size))
+        (tmp_path / f"{name}.pyc").write_bytes(bytes(7))
+        record = "".join(f"{file},,\n" for file in (f"{name}.so", f"{name}.pyc", "gone.py"))
+        (tmp_path / f"{name}-1.dist-info" / "RECORD").write_text(record)
+    found = sizes.measure_packages(tmp_path)
+    assert found == {"large 1": 3 << 20, "small 1": 1000}
+    table = sizes.make_table(found)
+    assert "large 1" in table
+    assert [line.split()[-1] for line in table.splitlines()[2:]] == ["3.0", "0.0", "3.0"]
 
 
 def test_an_extra_without_a_job_is_refused(script, capsys):

@@ -70,10 +70,11 @@ def test_every_pin_but_that_of_torch_is_locked(script):
     assert lock.main(["--check"]) == 0
 
 
-def test_the_tools_are_locked(script):
+@pytest.mark.parametrize(("names", "locked"), [("TOOLS", "LOCKED_TOOLS"), ("PAGES", "LOCKED_PAGES")])
+def test_the_tools_are_locked(script, names, locked):
     lock = script("lock")
-    names = re.findall(r"^[\w-]+", lock.TOOLS.read_text(), re.MULTILINE)
-    hashes = lock.read_hashes(lock.LOCKED_TOOLS.read_text())
+    names = re.findall(r"^[\w-]+", getattr(lock, names).read_text(), re.MULTILINE)
+    hashes = lock.read_hashes(getattr(lock, locked).read_text())
     assert names
     assert set(names) <= hashes.keys()
     assert all(hashes.values())
@@ -114,7 +115,7 @@ def test_all_that_the_tests_need_is_locked(script):
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     project = import_module("tomllib").loads(text)["project"]
     extras = project["optional-dependencies"]
-    own = {*script("licences").PROPRIETARY, "tensorrt", "tensorrt-cu12", "completion"}
+    own = {*script("licences").PROPRIETARY, "tensorrt", "tensorrt-cu12", "completion", "kserve"}
     waiting = {entry for name in extras if name not in own for entry in extras[name]}
     waiting |= set(project["dependencies"])
     names = {re.match(r"[\w.-]+", entry)[0].lower() for entry in waiting if "python_version" not in entry}
@@ -210,6 +211,7 @@ def test_a_fault_writes_no_page(script, package, monkeypatch, tmp_path, capsys):
         ("libtbbbind_2_5.so.3", "libtbbbind_2_5"),
         ("libstdc++.so.6", "libstdc++"),
         ("_core.cpython-311-x86_64-linux-gnu.so", None),
+        ("lib.cpython-311-x86_64-linux-gnu.so", None),
         ("libname.py", None),
     ],
 )

@@ -47,6 +47,7 @@ RUNTIMES = {
         'pip install "cmt-edge[rtx]", which brings tensorrt-rtx-cu12; "cmt-edge[rtx-cu13]" for CUDA 13. Here,'
         " --backend onnxruntime runs the same graph",
     ),
+    "kserve": Entry(".kserve", ("tritonclient", "grpc"), 'pip install "cmt-edge[kserve]"'),
     "torch": Entry(".torch", ("torch",), 'pip install "cmt-edge[export]"'),
     "fake": Entry(".fake", is_double=True),
 }

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..bundle import Bundle
+from ..bundle import ONNX, Bundle
 from ..bundle.sections import ExecutedPrecision, RanOn
-from ..errors import BundleError
+from ..errors import BundleError, InputError
+from .profile import Profile
 
 WARM_UP_RUNS = 2
 """Inferences at the start of a profile that warm up and do not count."""
@@ -113,6 +114,11 @@ class Session(ABC):
     def executed(self, batch: np.ndarray, repeats: int = 10) -> ExecutedPrecision:
         """Run ``batch`` with profiling and say which precisions were executed."""
 
+    def profile(self, batch: np.ndarray, repeats: int = 10) -> Profile | None:
+        """Run ``batch`` with profiling and say what each operation took; ``None`` where the runtime does not
+        tell. Its sums are what :meth:`executed` gives."""
+        return None
+
     def device_times(self, batch: np.ndarray, count: int) -> DeviceTimes | None:
         """Time ``count`` inferences by the device's clock; ``None`` where host and device are the same."""
         return None
@@ -166,6 +172,32 @@ class Runtime(ABC):
             InputError: the runtime cannot run the bundle's precision.
             BundleError: the bundle lacks what the runtime needs.
         """
+
+    def open_watched(self, bundle: Bundle, options: LoadOptions, tensors: Sequence[str]) -> Session:
+        """As :meth:`load`, but :meth:`Session.run` also returns ``tensors`` of the graph, behind its outputs
+        and in this order.
+
+        What is computed stays the same as far as the runtime lets it: one that fuses operations may round
+        elsewhere. :mod:`cmt_edge.deploy.measure.layers` measures that.
+
+        Raises:
+            InputError: the runtime cannot show them.
+            BundleError: the graph does not have one of them.
+        """
+        raise InputError(
+            "this runtime does not show what it computes inside the graph",
+            where=bundle.path,
+            remedy="use --backend onnxruntime or --backend openvino",
+        )
+
+
+def make_lacking_error(bundle: Bundle, tensor: str) -> BundleError:
+    """The error for a tensor that the manifest names and the graph lacks."""
+    return BundleError(
+        f"the manifest names a tensor {tensor!r} that the graph does not have",
+        where=bundle.path / ONNX,
+        remedy="export the bundle again",
+    )
 
 
 def read_batch_limit(bundle: Bundle) -> int:

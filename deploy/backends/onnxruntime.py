@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ import onnxruntime as ort
 
 from ..bundle import ONNX, Bundle
 from ..bundle.sections import FLOAT32, ExecutedPrecision
-from ..errors import InputError
+from ..errors import InputError, RuntimeMissingError
 from .base import WARM_UP_RUNS, LoadOptions, Runtime, Session, make_open_error, make_run_error
 from .described import GraphTensor, require_described
+from .overflow import can_overflow
+from .profile import NodeRun, Profile
 from .provider_sessions import Offer, count_operators, find_offer, open_on
 from .providers import CPU, Demand, parse_place, require_precision
 
@@ -42,9 +45,19 @@ FORMAT = "session.load_model_format"
 """Setting that names the format of a model. Without it ONNX Runtime takes bytes for its own format where
 their fifth to eighth are ``ORTM``, which may as well be the begin of a name in an ONNX file."""
 
+EXACT_INT8 = "session.x64quantprecision"
+"""Setting that makes int8 products exact where they can overflow. Elsewhere it would only cost time."""
+KERNEL = "_kernel_time"
+"""How the name of an event ends that is the kernel of a node."""
+MICROSECONDS = 1e6
+"""Those of a second; a profile counts in them."""
+
 FATAL_ONLY = 4
 """ONNX Runtime's log level that hides warnings and errors. It writes them to standard error by itself, with
 names of a graph that could steer a terminal; the exception that it raises says the same."""
+
+_Recorded = tuple[list[dict[str, Any]], ort.InferenceSession, Offer | None]
+"""The events of a profile, the session that made it, and the provider that ran it, ``None`` for the CPU's."""
 
 
 class OnnxRuntimeSession(Session):
@@ -99,14 +112,24 @@ class OnnxRuntimeSession(Session):
         return list(outputs)
 
     def executed(self, batch: np.ndarray, repeats: int = 10) -> ExecutedPrecision:
+        events, session, offer = self._record(batch, repeats)
+        if offer is None:
+            return _make_profile(events).summarise()
+        return _summarise_provider(events, session, offer)
+
+    def profile(self, batch: np.ndarray, repeats: int = 10) -> Profile | None:
+        if self._place is not None:
+            return None  # the times of a provider are those of the host
+        return _make_profile(self._record(batch, repeats)[0])
+
+    def _record(self, batch: np.ndarray, repeats: int) -> _Recorded:
+        """The events of a profile, the session that made it, and the provider that ran it."""
         with tempfile.TemporaryDirectory() as folder:
             offer, session = self._open(str(Path(folder) / "profile"))
             for _ in range(repeats + WARM_UP_RUNS):
                 self._run(session, batch)
             events = json.loads(Path(session.end_profiling()).read_text())
-        if offer is None:
-            return _summarise(events)
-        return _summarise_provider(events, session, offer)
+        return events, session, offer
 
     def close(self) -> None:
         del self.inference
@@ -117,6 +140,8 @@ def _make_options(threads: int, profile_prefix: str | None) -> ort.SessionOption
     options = ort.SessionOptions()
     options.log_severity_level = FATAL_ONLY
     options.add_session_config_entry(FORMAT, "ONNX")
+    if can_overflow():
+        options.add_session_config_entry(EXACT_INT8, "1")
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     if profile_prefix:
@@ -148,23 +173,30 @@ def _count_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _summarise(events: list[dict[str, Any]]) -> ExecutedPrecision:
-    """Label kernels by the types that they read; quantize and dequantize nodes count as conversions."""
-    share: Counter[str] = Counter()
-    nodes: dict[str, str] = {}
-    conversion = 0.0
+def _make_profile(events: list[dict[str, Any]]) -> Profile:
+    """The kernels in the order of their first run, labelled by the types that they read; quantize and
+    dequantize nodes count as conversions."""
+    spent: defaultdict[str, float] = defaultdict(float)
+    first: dict[str, dict[str, Any]] = {}
     for event in _list_kernels(events):
-        kind = event.get("args", {}).get("op_name", "")
-        label = _label_event(event)
-        share[label] += event["dur"]
-        nodes[event["name"]] = label
-        conversion += event["dur"] if kind in CONVERSION_OPERATORS else 0
-    total = sum(share.values()) or 1
-    return ExecutedPrecision(
-        time_share={label: spent / total for label, spent in share.items()},
-        operations=dict(Counter(nodes.values())),
-        conversion_share=conversion / total,
-        source="ONNX Runtime profile",
+        first.setdefault(event["name"], event)
+        spent[event["name"]] += event["dur"] / MICROSECONDS
+    return Profile(
+        tuple(_describe_kernel(event, spent[name]) for name, event in first.items()),
+        "ONNX Runtime profile",
+    )
+
+
+def _describe_kernel(event: dict[str, Any], seconds: float) -> NodeRun:
+    kind = event.get("args", {}).get("op_name", "")
+    name = event["name"].removesuffix(KERNEL)
+    return NodeRun(
+        name=name,
+        kind=kind,
+        precision=_label_event(event),
+        seconds=seconds,
+        is_conversion=kind in CONVERSION_OPERATORS,
+        sources=(name,),
     )
 
 
@@ -188,9 +220,7 @@ def _summarise_provider(
 
 def _list_kernels(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The events of a profile that are kernels of nodes."""
-    return [
-        event for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
-    ]
+    return [event for event in events if event.get("cat") == "Node" and event["name"].endswith(KERNEL)]
 
 
 def _label_event(event: dict[str, Any]) -> str:
@@ -246,6 +276,19 @@ class OnnxRuntime(Runtime):
             [_read_tensor(tensor) for tensor in session.inference.get_outputs()],
         )
         return session
+
+    def open_watched(self, bundle: Bundle, options: LoadOptions, tensors: Sequence[str]) -> Session:
+        """As :meth:`Runtime.open_watched`; ONNX Runtime leaves a tensor that it gives out of its fusions."""
+        try:
+            from .watched_graph import add_outputs
+        except ImportError as exc:
+            raise RuntimeMissingError(
+                "onnx is not installed, which shows tensors inside a graph",
+                remedy='pip install "cmt-edge[export]"',
+            ) from exc
+        self.float_precision(bundle.manifest.precision, options.device)
+        graph = add_outputs(bundle, tensors)
+        return OnnxRuntimeSession(graph, options, bundle.manifest.precision)
 
 
 RUNTIME = OnnxRuntime()

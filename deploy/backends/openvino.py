@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ from .openvino_devices import (
     require_precision,
 )
 from .openvino_graph import read
+from .openvino_watched import add_results, run_all
+from .profile import NodeRun, Profile
 
 PRECISION_OF_TYPE = {
     "f32": "fp32",
@@ -64,6 +66,9 @@ SKIPPED = {
 }
 """Layers of an execution graph that compute nothing."""
 
+
+PROFILED = ("runtimePrecision", "layerType", "originalLayersNames", "execOrder")
+"""Entries of a node of an execution graph that a profile reads."""
 
 TITLE = f"openvino {ov.__version__.split('-')[0]}"
 """Name and version of the runtime."""
@@ -123,8 +128,10 @@ class OpenVINOSession(Session):
             return _Request(self.compiled.create_infer_request(), shape, self._where)
 
     def executed(self, batch: np.ndarray, repeats: int = 10) -> ExecutedPrecision:
-        times, known = self.node_times(batch, repeats, ("runtimePrecision", "layerType"))
-        return _summarise(times, *known)
+        return self.profile(batch, repeats).summarise()
+
+    def profile(self, batch: np.ndarray, repeats: int = 10) -> Profile:
+        return _make_profile(*self.node_times(batch, repeats, PROFILED))
 
     def kernels(self, batch: np.ndarray) -> dict[str, float]:
         times, (names, kinds) = self.node_times(batch, 10, ("primitiveType", "layerType"))
@@ -144,13 +151,24 @@ class OpenVINOSession(Session):
         operations = compiled.get_runtime_model().get_ops()
         nodes = {node.get_friendly_name(): node.get_rt_info() for node in operations}
         times = _time_nodes(compiled.create_infer_request(), batch, repeats)
-        return times, [
-            {name: str(info[entry].astype(str)) for name, info in nodes.items()} for entry in entries
-        ]
+        return times, [{name: _read_entry(info, entry) for name, info in nodes.items()} for entry in entries]
 
     def close(self) -> None:
         self._idle = []
         del self.compiled
+
+
+class WatchedSession(OpenVINOSession):
+    """A session that gives tensors inside the model too, of any type."""
+
+    def run(self, batch: np.ndarray) -> list[np.ndarray]:
+        try:
+            return run_all(self.compiled.create_infer_request(), batch)
+        except Exception as exc:
+            raise make_run_error(self._where, exc) from exc
+
+    def bind(self, shape: tuple[int, ...]) -> Binding:
+        return Session.bind(self, shape)
 
 
 class _Request:
@@ -203,6 +221,11 @@ class _Request:
         return all(size.is_static for size in shape[1:]) and (is_batched or all(s.is_static for s in shape))
 
 
+def _read_entry(info: Any, entry: str) -> str:
+    """What an execution graph says about a node; empty where the device's plugin does not say it."""
+    return str(info[entry].astype(str)) if entry in info else ""
+
+
 def _time_nodes(request: ov.InferRequest, batch: np.ndarray, repeats: int) -> dict[str, float]:
     """Seconds by node, summed over ``repeats`` inferences after the warm-up."""
     times: defaultdict[str, float] = defaultdict(float)
@@ -215,29 +238,22 @@ def _time_nodes(request: ov.InferRequest, batch: np.ndarray, repeats: int) -> di
     return times
 
 
-def _summarise(
-    times: dict[str, float],
-    types: dict[str, str],
-    kinds: dict[str, str],
-) -> ExecutedPrecision:
-    """Shares by precision, from the seconds, the element type and the layer type of every node."""
-    share: defaultdict[str, float] = defaultdict(float)
-    operations: Counter[str] = Counter()
-    conversion = 0.0
-    for name, element_type in types.items():
-        if kinds[name] in SKIPPED:
-            continue
-        label = PRECISION_OF_TYPE.get(element_type.lower(), element_type.lower())
-        share[label] += times[name]
-        operations[label] += 1
-        conversion += times[name] if kinds[name] in CONVERSION_LAYERS else 0.0
-    total = sum(share.values()) or 1.0
-    return ExecutedPrecision(
-        time_share={label: spent / total for label, spent in share.items()},
-        operations=dict(operations),
-        conversion_share=conversion / total,
-        source="OpenVINO execution graph",
+def _make_profile(times: dict[str, float], entries: list[dict[str, str]]) -> Profile:
+    """The operations, from the seconds of every node and its entries named :data:`PROFILED`."""
+    types, kinds, sources, places = entries
+    nodes = tuple(
+        NodeRun(
+            name=name,
+            kind=kinds[name],
+            precision=PRECISION_OF_TYPE.get(element_type.lower(), element_type.lower()),
+            seconds=times.get(name, 0.0),
+            is_conversion=kinds[name] in CONVERSION_LAYERS,
+            sources=tuple(filter(None, sources[name].split(","))),
+        )
+        for name, element_type in sorted(types.items(), key=lambda item: int(places[item[0]] or 0))
+        if kinds[name] not in SKIPPED
     )
+    return Profile(nodes, "OpenVINO execution graph")
 
 
 def has_bf16(device: str | None = None) -> bool:
@@ -290,6 +306,17 @@ class OpenVINO(Runtime):
         session.is_from_cache, session.notes = found.is_kept, notes
         return session
 
+    def open_watched(self, bundle: Bundle, options: LoadOptions, tensors: Sequence[str]) -> Session:
+        """As :meth:`Runtime.open_watched`, see :mod:`.openvino_watched`."""
+        core, precision = open_core(), bundle.manifest.precision
+        device = find_device(core, options.device, precision)
+        config = _make_config(device, precision, options)
+        path, low = bundle.file(ONNX), device.choose_float(precision)
+        with bundle.kept(), _opening(path):
+            model = _read_modest(path, lambda graph: add_results(graph, bundle, tensors, low))
+            compiled = core.compile_model(model, device.name, config)
+        return WatchedSession(compiled, lambda: _read_again(bundle, path), device.name, config, path)
+
 
 def _make_config(device: Device, precision: str, options: LoadOptions) -> dict[str, Any]:
     """OpenVINO's settings for a bundle of ``precision``."""
@@ -330,10 +357,11 @@ def _require_described(job: Job, model: ov.Model | ov.CompiledModel) -> None:
     )
 
 
-def _read_modest(path: Path) -> ov.Model:
-    """The model in a file; raises :class:`BundleError` where it makes a tensor larger than it may."""
+def _read_modest(path: Path, prepare: Callable[[ov.Model], object] | None = None) -> ov.Model:
+    """The model in a file, see :func:`.openvino_graph.read`; raises :class:`BundleError` where it makes a
+    tensor larger than it may."""
     try:
-        return read(path)
+        return read(path, prepare)
     except ExcessiveGraph as exc:
         raise BundleError(
             f"{ONNX} asks for more than a graph may",

@@ -15,7 +15,7 @@ with padding are left alone: the zeros around the map are zeros of ``x``, not of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +41,8 @@ CONSTANT_OPERATIONS = ("Convert", "Reshape", "Subtract", "Multiply")
 """What OpenVINO computes the weights of an int8 conv with."""
 
 
-def read(path: Path) -> ov.Model:
-    """The model in the ONNX file ``path``, rewritten as above.
+def read(path: Path, prepare: Callable[[ov.Model], object] | None = None) -> ov.Model:
+    """The model in the ONNX file ``path``, rewritten as above; ``prepare`` changes it before that.
 
     ``Core.read_model`` chooses a reader by the content of a file. One that is ONNX to another runtime may be
     another model to it, so that only the reader of ONNX is asked.
@@ -54,6 +54,8 @@ def read(path: Path) -> ov.Model:
     frontend = FrontEndManager().load_by_framework("onnx")
     model = frontend.convert(frontend.load(path))
     _require_modest(model)
+    if prepare is not None:
+        prepare(model)
     return make_unsigned(model)
 
 

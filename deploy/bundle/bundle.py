@@ -84,6 +84,10 @@ class Bundle:
     def open(cls, path: str | Path, *, key: str | Path | None = None, cache: bool = False) -> Bundle:
         """Read the manifest and check every file's presence, size and hash.
 
+        >>> bundle = Bundle.open("cmt_nano_fp32_openvino")
+        >>> bundle.manifest.precision, bundle.labels[:2]
+        ('fp32', ['airplane', 'automobile'])
+
         Where another process replaces the bundle meanwhile, this is the old one or the new one, never a
         mixture.
 

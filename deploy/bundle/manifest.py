@@ -19,6 +19,7 @@ from .sections import (
     FORMATS,
     LOGITS,
     MAX_ELEMENTS,
+    BlockPlace,
     CalibrationEntry,
     CompiledEntry,
     DecodingEntry,
@@ -97,6 +98,7 @@ class Manifest:
     latency: LatencyEntry | None = None
     engine: EngineEntry | None = None
     compiled: CompiledEntry | None = field(default=None, metadata=OMITTED)
+    blocks: tuple[BlockPlace, ...] | None = field(default=None, metadata=OMITTED)
     slim: SlimEntry | None = field(default=None, metadata=OMITTED)
     host: Host | None = field(default=None, metadata=EMPTIED)
     schema: int = SCHEMA
@@ -114,15 +116,23 @@ class Manifest:
     @classmethod
     def from_bytes(cls, data: bytes, where: object) -> Manifest:
         """Parse and check every entry; raises :class:`BundleError` that names the first wrong one."""
-        content = _parse(data, where)
-        manifest = read_record(cls, content, where)
-        if fault := _find_first_fault(manifest):
-            raise make_bundle_error(fault, where)
+        content = parse_json(data, where)
+        manifest = cls.from_content(content, where)
         if manifest.checksum != hash_content(content):
             raise make_bundle_error(
                 "the manifest was changed after the export: its checksum differs",
                 where,
             )
+        return manifest
+
+    @classmethod
+    def from_content(cls, content: Any, where: object) -> Manifest:
+        """Check every entry of parsed JSON but the checksum, which a manifest has only in its file; errors as
+        :meth:`from_bytes`."""
+        _require_schema(content, where)
+        manifest = read_record(cls, content, where)
+        if fault := _find_first_fault(manifest):
+            raise make_bundle_error(fault, where)
         return manifest
 
     @property
@@ -161,9 +171,8 @@ def make_bundle_error(what: str, where: object, why: object = None) -> BundleErr
     return BundleError(what, where=where, why=why, remedy=REMEDY)
 
 
-def _parse(data: bytes, where: object) -> dict[str, Any]:
-    """The JSON object of a manifest whose schema this version reads."""
-    content: dict[str, Any] = parse_json(data, where)
+def _require_schema(content: Any, where: object) -> None:
+    """Raise :class:`BundleError` for a manifest whose schema this version does not read."""
     try:
         schema = content["schema"]
     except (KeyError, TypeError) as exc:
@@ -173,7 +182,6 @@ def _parse(data: bytes, where: object) -> dict[str, Any]:
             f"manifest schema {_shorten(schema)} is not supported, this version reads {SCHEMA}",
             where,
         )
-    return content
 
 
 def _shorten(value: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from cmt_edge.startup import name_program
@@ -13,14 +14,15 @@ from ..errors import InputError
 from ..escaping import escape
 from ..files import require_writable, write_output
 from ..images import ImageSet
-from ..measure.benchmark import Benchmark, Protocol
+from ..measure.benchmark import Benchmark, Measured, Protocol
 from ..measure.benchmark import benchmark as run_benchmark
+from ..measure.child import measure_memory
 from ..progress import Progress
 from ..report.plot import require_matplotlib
 from .console import add_key_flag, add_runtime_flags, make_parser, run_command
 from .measuring import add_measuring_flags, read_protocol
 from .output import find_width, say
-from .pages import add_page_flag, require_page_target
+from .pages import add_page_flags, require_targets, wants_page, write_pages
 
 BENCH_IMAGES = 64
 """Number of images of ``--data`` that are used, the first ones."""
@@ -59,6 +61,11 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="skip the many-requests figure",
     )
+    what.add_argument(
+        "--memory",
+        action="store_true",
+        help="also measure the memory of a process of its own that opens each bundle",
+    )
     add_measuring_flags(p, Protocol(), warmup=True)
     output = p.add_argument_group("output")
     output.add_argument(
@@ -73,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="also draw the latencies (PNG or SVG; needs the extra 'report')",
     )
-    add_page_flag(output.add_argument)
+    add_page_flags(output.add_argument)
     add_runtime_flags(p)
     add_key_flag(p)
     return p
@@ -96,6 +103,10 @@ def _main(args: argparse.Namespace) -> int:
         with_throughput=not args.no_throughput,
         progress=progress.share,
     )
+    if args.memory:
+        progress.share("memory", 0.0)
+        pairs = zip(bundles, result.results, strict=True)
+        result = replace(result, results=[_add_memory(args, *pair) for pair in pairs])
     progress.finish()
     say(report.to_json(result) if args.json else report.describe_benchmark(result, width=find_width()))
     if args.markdown:
@@ -103,17 +114,31 @@ def _main(args: argparse.Namespace) -> int:
         write_output(args.markdown, f"{text}\n".encode())
     if args.plot:
         report.draw_latency_plot(result, args.plot)
-    if args.html:
-        write_output(args.html, _make_page(bundles, result).encode())
+    if wants_page(args):
+        _write_pages(args, bundles, result)
     return 0
 
 
-def _make_page(bundles: list[Bundle], result: Benchmark) -> str:
+def _add_memory(args: argparse.Namespace, bundle: Bundle, measured: Measured) -> Measured:
+    """The figures with the memory of a process of its own, where the system tells it."""
+    memory = measure_memory(bundle, args.backend, args.device, args.threads)
+    return replace(measured, memory=memory)
+
+
+def _write_pages(args: argparse.Namespace, bundles: list[Bundle], result: Benchmark) -> None:
     """The report of one bundle with the new figures, or the comparison of several."""
-    subjects = [report.read_subject(bundle).with_speed(result, place) for place, bundle in enumerate(bundles)]
+    with_images = not args.no_thumbnails
+    subjects = [
+        report.read_subject(bundle, with_images).with_speed(result, place)
+        for place, bundle in enumerate(bundles)
+    ]
     if len(subjects) == 1:
-        return report.make_bundle_page(subjects[0])
-    return report.make_comparison_page(subjects, result)
+        (subject,) = subjects
+        page, figures = report.make_bundle_page(subject), report.make_bundle_figures(subject)
+    else:
+        page = report.make_comparison_page(subjects, result)
+        figures = report.make_comparison_figures(subjects, result)
+    write_pages(args, args.html, lambda: page, lambda: report.make_figures_file(figures))
 
 
 def _check_targets(args: argparse.Namespace) -> None:
@@ -127,8 +152,7 @@ def _check_targets(args: argparse.Namespace) -> None:
         )
     if args.plot:
         require_matplotlib()
-    if args.html:
-        require_page_target(args.html)
+    require_targets(args, args.html)
     for target in filter(None, (args.markdown, args.plot)):
         require_outside_bundles(target)
         require_writable(target)

@@ -212,7 +212,7 @@ def add_runtime_flags(p: argparse.ArgumentParser) -> None:
     runtime.add_argument(
         "--device",
         help="the runtime's device (default: CPU; TensorRT: GPU 0); openvino also takes GPU, GPU.1, NPU and"
-        " AUTO; onnxruntime cuda, tensorrt, rtx and openvino:GPU",
+        " AUTO; onnxruntime cuda, tensorrt, rtx and openvino:GPU; kserve the address HOST:PORT/MODEL",
     )
     runtime.add_argument(
         "--threads",

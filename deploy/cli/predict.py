@@ -16,7 +16,8 @@ from ..errors import ImageError, InputError
 from ..escaping import escape_line
 from ..folders import Item
 from ..images import ImageSet, is_archive
-from ..predictor import Prediction, Predictor
+from ..prediction import Prediction
+from ..predictor import Predictor
 from ..progress import Progress
 from .console import (
     add_cache_flag,

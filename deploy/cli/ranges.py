@@ -64,6 +64,14 @@ CLASS_COUNTS = Range(1, 100_000)
 """A number of classes; a manifest could not hold the names of many more."""
 BATCH_SIZES = Range(0, 4096)
 """Batch sizes of a graph; 0 stands for any."""
+SERVED_BATCHES = Range(1, 4096)
+"""The largest batch that a server makes of requests."""
+INSTANCES = Range(1, 1024)
+"""Copies of a model that a server runs at once."""
+MICROSECONDS = Range(0, 10_000_000)
+"""Microseconds that a request may wait, up to ten seconds."""
+VERSIONS = Range(1, 2**31 - 1)
+"""The number of a model's version in a server."""
 ITERATIONS = Range(1, 10_000_000)
 """Iterations of a measurement."""
 SECONDS = Range(0, 30 * 86400)

@@ -9,17 +9,19 @@ from pathlib import Path
 from cmt_edge.startup import name_program
 
 from .. import report
+from ..backends import LoadOptions
 from ..bundle import Bundle
 from ..errors import InputError, WeightsError
-from ..files import write_output
 from ..images import ImageSet
+from ..measure.flipped import MOST_SHOWN
+from ..measure.layers import MOST_IMAGES, THRESHOLDS, compare_layers
 from ..measure.parity import MAX_DROP, Verification
 from ..measure.parity import verify as run_verify
 from ..predictor import Predictor
 from ..progress import Progress
 from .console import add_key_flag, add_runtime_flags, make_parser, run_command
 from .output import find_width, say, tell
-from .pages import add_page_flag, require_page_target
+from .pages import add_page_flags, require_targets, wants_page, write_pages
 from .ranges import DIFFERENCE, IMAGES, POINTS
 
 DIFFERENCE_REMEDY = (
@@ -33,6 +35,7 @@ examples:
   %(prog)s cmt_xs_int8_openvino
   %(prog)s cmt_xs_int8_openvino --data photos/test --max-drop 0.5
   %(prog)s cmt_xs_int8_openvino --data photos/test --reference cmt_xs_fp32_openvino
+  %(prog)s cmt_xs_int8_openvino --layers --beside cmt_xs_bf16_openvino
 """
 """What ``--help`` prints last."""
 
@@ -66,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="largest number of images to use, evenly spread",
     )
     _add_reference_flags(p)
+    _add_layer_flags(p)
     gates = p.add_argument_group("accuracy gates")
     gates.add_argument(
         "--max-drop",
@@ -78,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=DIFFERENCE.parse_number,
         help="allowed golden logit difference (default: by precision)",
     )
-    add_page_flag(p.add_argument_group("output").add_argument)
+    add_page_flags(p.add_argument_group("output").add_argument)
     add_runtime_flags(p)
     add_key_flag(p)
     return p
@@ -104,10 +108,35 @@ def _add_reference_flags(p: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_layer_flags(p: argparse.ArgumentParser) -> None:
+    layers = p.add_argument_group("layer by layer")
+    layers.add_argument(
+        "--layers",
+        action="store_true",
+        help="compare the output of every block with PyTorch in float64, on the images of --data or the"
+        f" golden ones, {MOST_IMAGES} at most, on OpenVINO and ONNX Runtime unless --backend names one",
+    )
+    layers.add_argument(
+        "--beside",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="BUNDLE",
+        help="with --layers: further bundles of the same weights, say in other precisions",
+    )
+    limits = ", ".join(f"{precision} {limit:g}" for precision, limit in THRESHOLDS.items())
+    layers.add_argument(
+        "--layer-threshold",
+        type=DIFFERENCE.parse_number,
+        metavar="ERROR",
+        help=f"with --layers: relative error beyond which a block is named (default: {limits})",
+    )
+
+
 def _main(args: argparse.Namespace) -> int:
     _require_weights(args.weights)
-    if args.html:
-        require_page_target(args.html)
+    require_targets(args, args.html)
+    _require_layers(args)
     bundle = Bundle.open(args.bundle, key=args.key)
     data = ImageSet(args.data) if args.data else None
     reference = _load_reference(bundle, args) if args.reference else None
@@ -130,20 +159,67 @@ def _main(args: argparse.Namespace) -> int:
         atol=args.atol,
         limit=args.limit,
         progress=progress.count,
+        flipped_images=MOST_SHOWN if wants_page(args) and not args.no_thumbnails else 0,
     )
+    if args.layers:
+        result = _add_layers(result, bundle, data, args, progress)
     progress.finish()
-    if args.html:
-        _write_page(args.html, bundle, result)
+    if wants_page(args):
+        _write_pages(args, bundle, result)
     say(report.to_json(result) if args.json else report.describe_verification(result, width=find_width()))
     if not result.passed and not args.json:
         tell(DIFFERENCE_REMEDY)
     return 0 if result.passed else 1
 
 
-def _write_page(target: Path, bundle: Bundle, result: Verification) -> None:
+def _add_layers(
+    result: Verification,
+    bundle: Bundle,
+    data: ImageSet | None,
+    args: argparse.Namespace,
+    progress: Progress,
+) -> Verification:
+    """``result`` with the errors of the model's blocks; they fail no gate."""
+    beside = [Bundle.open(path, key=args.key) for path in args.beside]
+    found = compare_layers(
+        [bundle, *beside],
+        data=data,
+        limit=args.limit,
+        backend=args.backend,
+        options=LoadOptions(
+            device=args.device,
+            threads=args.threads,
+            weights=args.weights,
+            trusted_model=args.reference_model,
+            trusted_engine=args.trust_engine,
+            cache=False,
+        ),
+        threshold=args.layer_threshold,
+        progress=progress.count,
+    )
+    return replace(
+        result,
+        layers=found.errors,
+        layer_runs=found.runs,
+        notes=(*result.notes, *found.notes),
+    )
+
+
+def _write_pages(args: argparse.Namespace, bundle: Bundle, result: Verification) -> None:
     """The report of the bundle, with what was just found in place of what it records."""
-    subject = replace(report.read_subject(bundle), verification=result.entry(_recall_steps(bundle)))
-    write_output(target, report.make_bundle_page(subject).encode())
+    entry = result.entry(_recall_steps(bundle))
+    subject = replace(
+        report.read_subject(bundle),
+        verification=entry,
+        flipped=result.flipped,
+        layers=result.layers or (),
+    )
+    write_pages(
+        args,
+        args.html,
+        lambda: report.make_bundle_page(subject),
+        lambda: report.make_figures_file(report.make_bundle_figures(subject)),
+    )
 
 
 def _recall_steps(bundle: Bundle) -> dict[str, float] | None:
@@ -160,6 +236,14 @@ def _require_weights(weights: str | None) -> None:
             where=weights,
             remedy="check the path given to --weights, or leave it out",
         )
+
+
+def _require_layers(args: argparse.Namespace) -> None:
+    """Raise :class:`InputError` for flags that mean nothing without ``--layers``."""
+    given = [("--beside", args.beside), ("--layer-threshold", args.layer_threshold is not None)]
+    alone = [flag for flag, is_given in given if is_given]
+    if alone and not args.layers:
+        raise InputError(f"{alone[0]} means nothing without --layers", remedy="add --layers")
 
 
 def _describe_signature(bundle: Bundle, key: Path | None) -> str:

@@ -16,6 +16,7 @@ from ..bundle import make_plain
 from ..children import Report, Request, serve
 from ..errors import CmtEdgeError, RuntimeMissingError, StepError
 from ..measure.checkup import Fault, FoundDevice, RuntimeState
+from ..tensorrt.bindings import RTX, TENSORRT, Bindings, open_bindings
 
 CALL = "probe"
 """The only request: the state of the runtime ``name``."""
@@ -90,7 +91,7 @@ def _try_provider(kind: str, provider: Provider) -> FoundDevice:
     return FoundDevice(name, title, precisions)
 
 
-def _iterate_gpus() -> Iterator[FoundDevice]:
+def _iterate_gpus(bindings: Bindings) -> Iterator[FoundDevice]:
     """NVIDIA's GPUs, as CUDA counts them."""
     from ..tensorrt.cuda import open_cuda
 
@@ -103,7 +104,19 @@ def _iterate_gpus() -> Iterator[FoundDevice]:
         return
     for gpu in gpus:
         title = f"{gpu.name}, compute capability {gpu.sm}, CUDA {cuda.driver_version()}"
-        yield FoundDevice(str(gpu.index), title, ("fp32", "fp16", "int8"))
+        yield _judge_gpu(str(gpu.index), title, gpu.sm, bindings)
+
+
+def _judge_gpu(name: str, title: str, sm: str, bindings: Bindings) -> FoundDevice:
+    """A GPU, and whether the compiler's engines run on it."""
+    if bindings.serves(sm):
+        return FoundDevice(name, title, ("fp32", "fp16", "int8"))
+    fault = Fault(
+        f"{bindings.product.title} serves no GPU of compute capability {sm}",
+        None,
+        "use --format trt with TensorRT there, or --format onnx with --device cuda",
+    )
+    return FoundDevice(name, title, (), fault)
 
 
 def _iterate_torch() -> Iterator[FoundDevice]:
@@ -113,9 +126,10 @@ def _iterate_torch() -> Iterator[FoundDevice]:
 LISTS: dict[str, Callable[[], Iterator[FoundDevice]]] = {
     "openvino": _iterate_openvino,
     "onnxruntime": _iterate_onnxruntime,
-    "tensorrt": _iterate_gpus,
-    "tensorrt_rtx": _iterate_gpus,
+    "tensorrt": lambda: _iterate_gpus(open_bindings(TENSORRT)),
+    "tensorrt_rtx": lambda: _iterate_gpus(open_bindings(RTX)),
     "torch": _iterate_torch,
+    "kserve": lambda: iter(()),  # its devices are servers, which are asked only where a user names one
 }
 """Name of a runtime -> what finds its devices."""
 

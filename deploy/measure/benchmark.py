@@ -17,6 +17,7 @@ import numpy as np
 
 from ..backends.base import Session
 from ..bundle import GOLDEN, LOGITS, Bundle
+from ..bundle.record import OMITTED
 from ..bundle.sections import (
     ExecutedPrecision,
     Host,
@@ -26,7 +27,10 @@ from ..bundle.sections import (
 from ..decoding import NamedBytes
 from ..predictor import Predictor, require_finite
 from ..preprocessing import normalise
+from .breakdown import Breakdown, break_down, read_blocks
 from .host import describe_host, read_versions
+from .memory import Memory
+from .stages import Stages, measure_stages
 from .statistics import NS_PER_MS, Latency, compare_medians, summarise
 
 WARMUP_LIMIT_S = 15.0
@@ -77,7 +81,9 @@ class Measured:
 
     ``model`` is the runtime's inference alone, ``end_to_end`` from encoded image to label (or feature maps),
     both one image or one batch at a time; ``throughput`` images a second with many requests at once;
-    ``on_device`` where the device has a clock of its own.
+    ``on_device`` where the device has a clock of its own. ``stages`` are the parts of an answer,
+    ``breakdown`` says where the time of an inference goes, and ``memory`` what a process needs; they are
+    ``None`` where they were not measured.
     """
 
     name: str
@@ -93,6 +99,9 @@ class Measured:
     ratio_ci: tuple[float, float]
     warnings: list[str] = field(default_factory=list)
     on_device: OnDevice | None = None
+    stages: Stages | None = field(default=None, metadata=OMITTED)
+    breakdown: Breakdown | None = field(default=None, metadata=OMITTED)
+    memory: Memory | None = field(default=None, metadata=OMITTED)
 
 
 @dataclass(frozen=True)
@@ -277,6 +286,8 @@ class _Samples:
     end_to_end: np.ndarray
     executed: ExecutedPrecision
     on_device: OnDevice | None
+    stages: Stages
+    breakdown: Breakdown | None
 
 
 def benchmark(
@@ -291,8 +302,15 @@ def benchmark(
     with_throughput: bool = True,
     progress: Callable[[str, float], None] | None = None,
     load: Callable[..., Predictor] = Predictor.load,
+    blocks: Mapping[str, str] | None = None,
 ) -> Benchmark:
     """Measure bundles side by side.
+
+    >>> short = Protocol(iters=5, seconds=0.05, warmup_iters=1, warmup_seconds=0)
+    >>> bundle = Bundle.open("cmt_nano_fp32_openvino")
+    >>> measured = benchmark([bundle], protocol=short, with_throughput=False)
+    >>> measured.results[0].model.p50 > 0
+    True
 
     Args:
         bundles: at least one; the first is what ratios refer to.
@@ -302,6 +320,8 @@ def benchmark(
         with_throughput: also measure many requests at once.
         progress: called with the name of the phase and its share done.
         load: opens a bundle, as :meth:`cmt_edge.deploy.Predictor.load`.
+        blocks: name of an operation of the graphs -> its block of the model; default: as each bundle records
+            it.
     """
     report = progress or (lambda phase, share: None)
     named = dict(zip(_name_bundles(bundles), bundles, strict=True))
@@ -313,7 +333,7 @@ def benchmark(
         trusted_engine=trusted_engine,
         cache=False,
     )
-    samples = _measure_latencies(named, opened, images, protocol, report)
+    samples = _measure_latencies(named, opened, images, protocol, report, blocks)
     rates: dict[str, float] = {}
     if with_throughput:
         for name, bundle in named.items():
@@ -334,6 +354,7 @@ def _measure_latencies(
     images: Sequence[bytes],
     protocol: Protocol,
     report: Callable[[str, float], None],
+    blocks: Mapping[str, str] | None,
 ) -> dict[str, _Samples]:
     """Open all bundles at once and time them in turn: first the model alone, then from image to answer."""
     with contextlib.ExitStack() as stack:
@@ -355,16 +376,39 @@ def _measure_latencies(
             lambda share: report("latency, end to end", share),
         )
         return {
-            name: _Samples(
-                batch=batches[name],
-                runtime=p.info,
-                model=model[name],
-                end_to_end=end_to_end[name],
-                executed=p.session.executed(batches[name]),
-                on_device=_measure_on_device(p.session, batches[name], protocol.iters),
+            name: _finish(
+                p,
+                batches[name],
+                (model[name], end_to_end[name]),
+                _name_images(images, bundles[name]),
+                protocol.iters,
+                read_blocks(bundles[name]) if blocks is None else blocks,
             )
             for name, p in predictors.items()
         }
+
+
+def _finish(
+    predictor: Predictor,
+    batch: np.ndarray,
+    timed: tuple[np.ndarray, np.ndarray],
+    images: Sequence[tuple[bytes, str]],
+    calls: int,
+    blocks: Mapping[str, str],
+) -> _Samples:
+    """What is measured of each bundle by itself, beside the two series of times, of the model and end to
+    end."""
+    session = predictor.session
+    profile = session.profile(batch)
+    return _Samples(
+        batch,
+        predictor.info,
+        *timed,
+        executed=profile.summarise() if profile else session.executed(batch),
+        on_device=_measure_on_device(session, batch, calls),
+        stages=measure_stages(predictor, images, calls),
+        breakdown=break_down(profile, blocks) if profile else None,
+    )
 
 
 def _name_bundles(bundles: Sequence[Bundle]) -> list[str]:
@@ -449,6 +493,8 @@ def _make_measured(
         ratio_ci=(ratio.low, ratio.high),
         warnings=warnings,
         on_device=samples.on_device,
+        stages=samples.stages,
+        breakdown=samples.breakdown,
     )
 
 

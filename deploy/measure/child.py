@@ -24,13 +24,14 @@ import numpy as np
 from ..backends import get_runtime
 from ..bundle import Bundle, make_plain
 from ..bundle.record import read_message
-from ..bundle.sections import Share
+from ..bundle.sections import TYPED_FORMATS, Share
 from ..children import Child, ChildCrashed, Report, Request, serve
 from ..errors import CmtEdgeError, RuntimeMissingError, StepError
 from ..predictor import Predictor
 from ..preprocessing import normalise
 from .benchmark import Benchmark, Protocol, benchmark, make_golden_batch
 from .isa import ISAS, require_isa
+from .memory import Memory, read_memory
 
 T = TypeVar("T")
 """A dataclass that one side sends to the other."""
@@ -82,6 +83,23 @@ class KernelsRequest:
 
     bundle: str
     threads: int | None
+
+
+@dataclass(frozen=True)
+class MemoryRequest:
+    """Asks for the memory of a process that opens a bundle and answers one batch."""
+
+    bundle: str
+    backend: str | None
+    device: str | None
+    threads: int | None
+
+
+@dataclass(frozen=True)
+class MemoryAnswer:
+    """``None`` where the system does not tell it."""
+
+    memory: Memory | None
 
 
 @dataclass(frozen=True)
@@ -176,6 +194,18 @@ class MeasuringProcess:
         """Share of the run time by kernel, see :meth:`cmt_edge.deploy.backends.base.Session.kernels`."""
         return self._request("kernels", KernelsRequest(str(bundle), threads), Kernels).shares
 
+    def memory(
+        self,
+        bundle: Path,
+        backend: str | None,
+        device: str | None,
+        threads: int | None,
+    ) -> Memory | None:
+        """What the child holds once it has opened a bundle and answered one batch; ``None`` where the system
+        does not tell. A child that did other work before holds the memory of that, too."""
+        request = MemoryRequest(str(bundle), backend, device, threads)
+        return self._request("memory", request, MemoryAnswer).memory
+
     def check_limit(self, kernels: dict[str, float]) -> None:
         """Raise :class:`RuntimeMissingError` if kernels beyond the limit ran."""
         if self.isa is None:
@@ -204,6 +234,20 @@ class MeasuringProcess:
             why="; ".join(crash.tail) or None,
             remedy="report the model; export one precision by name",
         )
+
+
+def measure_memory(
+    bundle: Bundle,
+    backend: str | None,
+    device: str | None,
+    threads: int | None,
+) -> Memory | None:
+    """What a process of its own holds that opens ``bundle`` and answers one batch; ``None`` where the system
+    does not tell, and for a bundle with an engine, which lies in the memory of its device."""
+    if bundle.manifest.format in TYPED_FORMATS:
+        return None
+    with MeasuringProcess() as process:
+        return process.memory(bundle.packed or bundle.path, backend, device, threads)
 
 
 # --- in the child ---------------------------------------------------------------------------------
@@ -251,6 +295,19 @@ def _answer_kernels(request: KernelsRequest, _: Report) -> Kernels:
         return Kernels(predictor.session.kernels(make_golden_batch(bundle, predictor)))
 
 
+def _answer_memory(request: MemoryRequest, _: Report) -> MemoryAnswer:
+    bundle = Bundle.open(request.bundle)
+    with Predictor.load(
+        bundle,
+        backend=request.backend,
+        device=request.device,
+        threads=request.threads,
+        cache=False,
+    ) as predictor:
+        predictor.outputs(make_golden_batch(bundle, predictor))
+        return MemoryAnswer(read_memory())
+
+
 def _wrap_answer(
     kind: type[T],
     answer: Callable[[T, Report], object],
@@ -269,6 +326,7 @@ CALLS = {
     "missing": _wrap_answer(PrecisionRequest, _answer_missing),
     "logits": _wrap_answer(LogitsRequest, _answer_logits),
     "benchmark": _wrap_answer(BenchmarkRequest, _answer_benchmark),
+    "memory": _wrap_answer(MemoryRequest, _answer_memory),
     "kernels": _wrap_answer(KernelsRequest, _answer_kernels),
 }
 """Name of a request -> what answers it."""

@@ -9,7 +9,8 @@ import numpy as np
 from ..bundle.sections import ClassCheck, Flip
 
 MOST_LISTED = 20
-"""The largest number of classes, and of changed answers, that are recorded; a manifest stays small."""
+"""The largest number of classes, and of changed answers, that are recorded, and of classes whose answers are
+all counted; a manifest stays small."""
 
 
 def compare_classes(truth: np.ndarray, reference: np.ndarray, bundle: np.ndarray) -> tuple[ClassCheck, ...]:
@@ -41,3 +42,23 @@ def count_flips(reference: np.ndarray, bundle: np.ndarray) -> tuple[Flip, ...]:
     pairs = Counter(zip(reference[changed].tolist(), bundle[changed].tolist(), strict=True))
     ordered = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))
     return tuple(Flip(*pair, images) for pair, images in ordered[:MOST_LISTED])
+
+
+def count_answers(
+    reference: np.ndarray,
+    bundle: np.ndarray,
+    classes: int,
+) -> tuple[tuple[int, ...], ...] | None:
+    """How many images have each pair of answers: a row an answer of the reference, a column the bundle's.
+
+    ``None`` for more than :data:`MOST_LISTED` ``classes``.
+
+    Args:
+        reference, bundle: int ``(N,)``, the two answers to each image.
+        classes: number of classes.
+    """
+    if classes > MOST_LISTED:
+        return None
+    counts = np.zeros((classes, classes), np.int64)
+    np.add.at(counts, (reference, bundle), 1)
+    return tuple(map(tuple, counts.tolist()))

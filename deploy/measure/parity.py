@@ -13,6 +13,8 @@ from ..bundle import GOLDEN, REFERENCE, Bundle
 from ..bundle.sections import (
     DataCheck,
     GoldenCheck,
+    LayerError,
+    LayerRun,
     RanOn,
     VerificationEntry,
 )
@@ -26,7 +28,8 @@ from ..folders import Item
 from ..images import ImageSet, choose_evenly, hash_image
 from ..predictor import Predictor, require_kind
 from ..preprocessing import decode_pixels, normalise, preprocess
-from .confusion import compare_classes, count_flips
+from .confusion import compare_classes, count_answers, count_flips
+from .flipped import FlippedImage, choose_flipped, make_flipped
 from .labels import match_labels
 from .statistics import compute_paired_drop, compute_wilson_interval
 from .tolerance import find_tolerance, measure_distance
@@ -73,6 +76,12 @@ class Verification:
     """What the output that differed most is, where it is no logits: probabilities or scores."""
     reference_answers: dict[str, int] = field(default_factory=dict, repr=False)
     """Content digest -> top-1 of the reference on ``data``; what a bundle records, but no report shows."""
+    flipped: tuple[FlippedImage, ...] = field(default=(), repr=False)
+    """Images with two answers, for a page; no manifest holds them."""
+    layers: tuple[LayerError, ...] | None = None
+    """The errors of the blocks, where they were compared."""
+    layer_runs: tuple[LayerRun, ...] | None = None
+    """What they say as a whole."""
 
     @property
     def passed(self) -> bool:
@@ -89,6 +98,8 @@ class Verification:
             notes=self.notes,
             passed=self.passed,
             steps=steps,
+            layers=self.layers,
+            layer_runs=self.layer_runs,
         )
 
 
@@ -109,8 +120,12 @@ def verify(
     limit: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     candidate: Predictor | None = None,
+    flipped_images: int = 0,
 ) -> Verification:
     """Check a bundle against the reference.
+
+    >>> verify(Bundle.open("cmt_nano_fp32_openvino")).passed
+    True
 
     Args:
         bundle: opened, so its hashes hold.
@@ -125,6 +140,7 @@ def verify(
         limit: the largest number of images to use, evenly spread.
         progress: called with images done and total.
         candidate: what to check instead of the bundle as its runtime opens it; it stays open.
+        flipped_images: the largest number of images with two answers that the result keeps, made small.
 
     Raises:
         DataError: unlabelled images, or class folders that do not match the labels.
@@ -139,7 +155,24 @@ def verify(
         labelled = _Labelled.of(bundle, data, by_order, limit)
         with _reference(reference, bundle, labelled, options) as live:
             answers = _run_both(predictor, live, bundle, labelled, progress)
-    return _judge(found, labelled.truth, answers, len(bundle.labels), max_drop)
+    flipped = _keep_flipped(labelled, answers, bundle, flipped_images)
+    return replace(_judge(found, labelled.truth, answers, len(bundle.labels), max_drop), flipped=flipped)
+
+
+def _keep_flipped(
+    labelled: _Labelled,
+    answers: _Answers,
+    bundle: Bundle,
+    limit: int,
+) -> tuple[FlippedImage, ...]:
+    """Up to ``limit`` images with two answers, made small."""
+    sides = labelled.truth, answers.theirs, answers.ours
+
+    def read(place: int) -> NamedBytes:
+        item = labelled.items[place]
+        return NamedBytes(labelled.data.read(item), item.name)
+
+    return make_flipped(choose_flipped(*sides, limit), *sides, read, bundle.preprocess)
 
 
 def _check_outputs(bundle: Bundle, predictor: Predictor, atol: float | None) -> Verification:
@@ -187,7 +220,7 @@ def _judge(
     max_drop: float,
 ) -> Verification:
     """``found`` with the check of the labelled images."""
-    check = _compare(truth, answers, max_drop)
+    check = _compare(truth, answers, classes, max_drop)
     return replace(
         found,
         data=check,
@@ -407,7 +440,7 @@ def _preprocess_all(bundle: Bundle, items: Sequence[Item], blobs: Sequence[bytes
     return np.stack([preprocess(image, bundle.preprocess) for image in named])
 
 
-def _compare(truth: np.ndarray, answers: _Answers, max_drop: float) -> DataCheck:
+def _compare(truth: np.ndarray, answers: _Answers, classes: int, max_drop: float) -> DataCheck:
     ours, theirs, diffs = answers.ours, answers.theirs, answers.diffs
     drop = compute_paired_drop(theirs == truth, ours == truth)
     return DataCheck(
@@ -424,6 +457,7 @@ def _compare(truth: np.ndarray, answers: _Answers, max_drop: float) -> DataCheck
         logit_mean_diff=None if diffs is None else float(diffs.mean()),
         classes=compare_classes(truth, theirs, ours),
         flips=count_flips(theirs, ours),
+        confusion=count_answers(theirs, ours, classes),
     )
 
 

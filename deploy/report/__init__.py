@@ -15,7 +15,16 @@ if TYPE_CHECKING:
     from .checkup import describe_checkup
     from .compiled import describe_compiled
     from .device import describe_build, describe_device_report
-    from .html import make_bundle_page, make_comparison_page, make_subject, read_subject
+    from .html import (
+        make_bundle_figures,
+        make_bundle_page,
+        make_comparison_figures,
+        make_comparison_page,
+        make_figures_file,
+        make_subject,
+        read_subject,
+    )
+    from .layers import describe_layers
     from .plot import draw_latency_plot
     from .prediction import describe_prediction
     from .tables import format_differences, format_table
@@ -30,6 +39,7 @@ _HOMES = {
     "describe_compiled": "compiled",
     "describe_decoding": "bundle",
     "describe_device_report": "device",
+    "describe_layers": "layers",
     "describe_prediction": "prediction",
     "describe_protocol": "benchmark",
     "describe_slim": "bundle",
@@ -40,8 +50,11 @@ _HOMES = {
     "format_differences": "tables",
     "format_table": "tables",
     "make_bundle_json": "as_json",
+    "make_bundle_figures": "html",
     "make_bundle_page": "html",
+    "make_comparison_figures": "html",
     "make_comparison_page": "html",
+    "make_figures_file": "html",
     "make_prediction_json": "as_json",
     "make_subject": "html",
     "read_subject": "html",
@@ -57,6 +70,7 @@ __all__ = [
     "describe_compiled",
     "describe_decoding",
     "describe_device_report",
+    "describe_layers",
     "describe_prediction",
     "describe_protocol",
     "describe_slim",
@@ -66,9 +80,12 @@ __all__ = [
     "draw_latency_plot",
     "format_differences",
     "format_table",
+    "make_bundle_figures",
     "make_bundle_json",
     "make_bundle_page",
+    "make_comparison_figures",
     "make_comparison_page",
+    "make_figures_file",
     "make_prediction_json",
     "make_subject",
     "read_subject",

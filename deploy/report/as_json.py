@@ -7,7 +7,7 @@ from typing import Any
 
 from ..bundle import Bundle, make_plain
 from ..measure.parity import Verification
-from ..predictor import Prediction
+from ..prediction import Prediction
 
 
 def to_json(result: object) -> str:

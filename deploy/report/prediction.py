@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..predictor import Prediction
+from ..prediction import Prediction
 
 
 def describe_prediction(prediction: Prediction, topk: int, width: int = 0) -> str:

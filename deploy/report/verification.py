@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..bundle.sections import DataCheck, GoldenCheck
 from ..escaping import escape_line
 from ..measure.parity import Verification
+from .layers import describe_layers
 from .tables import format_differences, format_table
 
 
@@ -13,6 +14,8 @@ def describe_verification(v: Verification, markdown: bool = False, width: int | 
     lines = [_describe_golden(v.golden, v.kind)]
     if v.data:
         lines += [_format_top1_table(v.data, markdown, width), _describe_top1(v.data)]
+    if v.layers is not None and v.layer_runs is not None:
+        lines.append(describe_layers(v.layers, v.layer_runs, markdown, width))
     lines += [f"warning: {note}" for note in v.notes]
     lines.append(f"{escape_line(v.bundle)} on {v.runtime.summary()}: {_write_conclusion(v)}")
     return "\n".join(lines)

@@ -7,6 +7,7 @@ therefore made where the module is opened.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -119,6 +120,21 @@ class Bindings:
     def runtime(self) -> str:
         """Name and version, as results name a runtime."""
         return f"{self.product.name} {self.version}"
+
+    def serves(self, sm: str) -> bool:
+        """Whether engines run on a GPU of compute capability ``sm``, e.g. ``"8.9"``.
+
+        TensorRT for RTX builds for any GPU and refuses some when the engine is opened: 9.0, of which it knows
+        no relative. Relatives of those that it has a name for, and later ones, are taken as served. TensorRT
+        serves the GPU that it builds on.
+        """
+        if not self.product.compiles_on_opening:
+            return True
+        names = [name for name in dir(self.trt.ComputeCapability) if re.fullmatch(r"SM\d+", name)]
+        known = {int(name.removeprefix("SM")) for name in names}
+        number = int(sm.replace(".", ""))
+        is_related = number >= min(known) and number // 10 in {each // 10 for each in known}
+        return is_related or number > max(known)
 
 
 @cache

@@ -4,10 +4,11 @@
 its candidates. A step that changes the model compares its result with the untouched PyTorch reference and
 raises :class:`~cmt_edge.deploy.errors.ParityError` beyond what is allowed.
 
-In the order of an export, they are in ``reference``, ``images``, ``graph``, ``bundle`` (with ``notes`` on the
-checkpoint) and ``gate``. Steps of TensorRT alone are in :mod:`cmt_edge.export.trt`, so that other
-exports do not import TensorRT's side."""
+In the order of an export, they are in ``reference``, ``images``, ``graph``, ``blocks``, ``bundle`` (with
+``notes`` on the checkpoint) and ``gate``. Steps of TensorRT alone are in :mod:`cmt_edge.export.trt`, so that
+other exports do not import TensorRT's side."""
 
+from .blocks import find_blocks
 from .bundle import measure_bundle, verify_bundle, write_files
 from .decoding import compare_decoding, is_reduced
 from .gate import SERVED_HERE, SecondOpinion, ask_other_runtime, require_passed
@@ -17,12 +18,13 @@ from .graph import (
     choose_graph,
     compare_batch_sizes,
     fuse_model,
+    measure_ranges,
     observe_ranges,
     simplify_graph,
     trace_model,
 )
 from .images import OBSERVED_IMAGES, choose_images, count_synthetic, make_images
-from .notes import write_notes_on_checkpoint, write_notes_on_runtime
+from .notes import write_notes_on_checkpoint
 from .reference import (
     GOLDEN_IMAGES,
     Evaluation,
@@ -46,12 +48,14 @@ __all__ = [
     "compare_batch_sizes",
     "compare_decoding",
     "count_synthetic",
+    "find_blocks",
     "fuse_model",
     "is_reduced",
     "make_images",
     "make_reference",
     "match_evaluation",
     "measure_bundle",
+    "measure_ranges",
     "observe_ranges",
     "require_passed",
     "simplify_graph",
@@ -59,5 +63,4 @@ __all__ = [
     "verify_bundle",
     "write_files",
     "write_notes_on_checkpoint",
-    "write_notes_on_runtime",
 ]

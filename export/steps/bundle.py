@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from cmt_edge.deploy.bundle import GOLDEN, ONNX, Golden
 from cmt_edge.deploy.bundle.sections import TYPED_FORMATS, RuntimeEntry
 from cmt_edge.deploy.images import ImageSet
 from cmt_edge.deploy.measure.benchmark import Benchmark, Protocol, benchmark
+from cmt_edge.deploy.measure.flipped import MOST_SHOWN
 from cmt_edge.deploy.measure.parity import Verification, verify
 
 from ..config import ExportConfig
@@ -81,6 +82,7 @@ def verify_bundle(
             limit=config.eval_limit,
             progress=progress,
             candidate=candidate,
+            flipped_images=MOST_SHOWN if config.thumbnails else 0,
         )
     more = write_notes_on_checkpoint(config, bundle.manifest, reference.loaded)
     return replace(result, notes=(*result.notes, *more))
@@ -104,13 +106,15 @@ def _open_reference(
 def measure_bundle(
     bundle: Bundle,
     threads: int | None,
+    blocks: Mapping[str, str],
     progress: Callable[[str, float], None],
 ) -> Benchmark:
-    """A short measurement of a staged bundle."""
+    """A short measurement of a staged bundle; ``blocks``: name of an operation -> its block of the model."""
     return benchmark(
         [bundle],
         threads=threads,
         protocol=EXPORT_PROTOCOL,
         with_throughput=False,
         progress=progress,
+        blocks=blocks,
     )

@@ -9,7 +9,8 @@ import onnx
 from torch import nn
 
 from cmt_edge.calib import CalibrationSet, Quantized, quantize
-from cmt_edge.calib.quantize import keep_float
+from cmt_edge.calib.integer_layers import Ranges, measure_conv_ranges, place_for_integers
+from cmt_edge.calib.quantize import Batches, keep_float
 from cmt_edge.cmt import choose_head, fuse
 from cmt_edge.deploy import Preprocess
 from cmt_edge.deploy.backends.torch import TorchSession
@@ -120,13 +121,26 @@ def calibrate_graph(
     return quantize(graph, data, spec, cache=cache, progress=progress)
 
 
+def measure_ranges(quantized: Quantized, data: CalibrationSet, spec: Preprocess) -> Ranges:
+    """The ranges of the convs' results, for ONNX Runtime.
+
+    Raises:
+        StepError: ONNX Runtime cannot run the graph.
+    """
+    return measure_conv_ranges(quantized.model, Batches(data, spec, None))
+
+
 def choose_graph(
     graph: onnx.ModelProto,
     quantized: Quantized | None,
     precision: str,
     kept_float: tuple[str, ...],
+    ranges: Ranges | None = None,
 ) -> onnx.ModelProto:
     """The graph of one precision: ``graph``, or for int8 the calibrated one with groups taken back to float.
+
+    Args:
+        ranges: of the convs, where ONNX Runtime reads the graph: see :mod:`cmt_edge.calib.integer_layers`.
 
     Raises:
         InputError: a name in ``kept_float`` is no group of the graph, or nothing would be left in int8.
@@ -134,7 +148,8 @@ def choose_graph(
     if precision != "int8":
         return graph
     assert quantized is not None, "int8 was asked for, so the graph was calibrated"
-    return keep_float(quantized, kept_float) if kept_float else quantized.model
+    chosen = keep_float(quantized, kept_float) if kept_float else quantized.model
+    return chosen if ranges is None else place_for_integers(chosen, ranges)
 
 
 def observe_ranges(

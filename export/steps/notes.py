@@ -1,4 +1,4 @@
-"""What a user should know before the long work: what was not used, and what int8 will not give."""
+"""What a user should know of a checkpoint file before the long work: what was not used."""
 
 from __future__ import annotations
 
@@ -28,18 +28,6 @@ NOT_TAKEN_REMEDY = {
     "to_rgb": CHANNELS_REMEDY,
 }
 """Name of a setting that is not taken from a checkpoint -> what the note says of it."""
-
-SLOWER_INT8 = (
-    "int8 is slower than fp32 in ONNX Runtime on a CPU: CMT-XS takes 1.8 times as long (docs/peers.md). It is"
-    " only smaller. --precision fp32 is faster there, and --format openvino runs int8 fast"
-)
-"""What an export of int8 for ONNX Runtime says: integers are computed only where a quantizer follows."""
-
-
-def write_notes_on_runtime(config: ExportConfig) -> list[str]:
-    """What the runtime will not give although the export asks for it."""
-    is_slower = config.format == "onnx" and config.precision == "int8"
-    return [SLOWER_INT8] if is_slower else []
 
 
 def write_notes_on_checkpoint(

@@ -1,9 +1,10 @@
 """Hybrid CNN-transformer image classifiers from PyTorch to the device: fast, small and verified.
 
 >>> from cmt_edge import ExportConfig, Predictor, export
->>> bundle = export(ExportConfig("cmt_nano", precision="int8", data="generated", output="out"))
+>>> bundle = export(ExportConfig("cmt_nano", output="out"))
 >>> with Predictor.load(bundle.path) as predictor:
-...     predictor("ship.jpg").top(3)
+...     predictor("ship.jpg").label
+'ship'
 
 Importing this package loads neither PyTorch nor a runtime: each name below is imported when it is first used.
 ``cmt_edge.export`` is the subpackage and, called, :func:`cmt_edge.export.pipeline.run`.

@@ -68,6 +68,12 @@ COMMANDS = {
         "write what bundles record as one HTML file",
         only_opens=True,
     ),
+    "serve-repo": Command(
+        "deploy.cli.serve_repo",
+        USE,
+        "write bundles as a folder for Triton or OpenVINO Model Server",
+        has_script=False,
+    ),
     "doctor": Command(
         "deploy.cli.doctor",
         MACHINE,

@@ -5,6 +5,8 @@ The fixtures are made once a session, so that a test must not change them.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import onnx
 import pytest
 
@@ -13,14 +15,19 @@ from cmt_edge.cmt import create_model, fuse, load_pretrained
 from cmt_edge.export.config import OPSET
 from cmt_edge.export.to_onnx import export_onnx, simplify
 from helpers.calibration import IMAGES, SPEC
+from helpers.made_once import make_once
 
 
 @pytest.fixture(scope="session")
-def graph() -> onnx.ModelProto:
+def graph(run_folder) -> onnx.ModelProto:
     """The simplified float graph of the trained cmt_nano."""
-    model = create_model("cmt_nano")
-    load_pretrained(model)
-    return simplify(export_onnx(fuse(model), 64, OPSET))
+
+    def make(path: Path) -> None:
+        model = create_model("cmt_nano")
+        load_pretrained(model)
+        onnx.save(simplify(export_onnx(fuse(model), 64, OPSET)), path)
+
+    return onnx.load(make_once(run_folder / "calibrated_float.onnx", make))
 
 
 @pytest.fixture(scope="session")

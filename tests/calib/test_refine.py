@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmt_edge.calib import DEFAULT, lint, quantize
-from cmt_edge.calib.equalize import guard
+from cmt_edge.calib.equalize import guard_calibration
 from cmt_edge.calib.factors import round_weights
 from cmt_edge.calib.graph import open_view
 from cmt_edge.calib.refine import find_places, refine, round_columns
@@ -74,7 +74,7 @@ def measure_errors(model: onnx.ModelProto, source: onnx.ModelProto, images) -> d
         }
         floats = original.graph.initializers
         places = find_places(view.graph, original.graph)
-        rows = sample_rows(source, [p.layer for p in places], images, guard)
+        rows = sample_rows(source, [p.layer for p in places], images, guard_calibration)
         for place in places:
             values = rows[place.layer.name]
             scale = float(read_constant(place.quantizer.inputs[1]))
@@ -98,7 +98,7 @@ def measure_errors(model: onnx.ModelProto, source: onnx.ModelProto, images) -> d
 
 def test_every_layer_comes_closer_on_the_calibration_images(data, plain):
     images = batches(data)
-    refined = refine(plain.model, plain.source, images, {}, guard)
+    refined = refine(plain.model, plain.source, images, {}, guard_calibration)
     assert lint(refined) == []
     ours, before = (measure_errors(model, plain.source, images) for model in (refined, plain.model))
     assert ours.keys() == before.keys()
@@ -110,12 +110,12 @@ def test_every_layer_comes_closer_on_the_calibration_images(data, plain):
 
 def test_only_constants_change_and_equal_images_give_equal_bytes(data, plain):
     images = batches(data)[:4]
-    one, two = (refine(plain.model, plain.source, images, {}, guard) for _ in range(2))
+    one, two = (refine(plain.model, plain.source, images, {}, guard_calibration) for _ in range(2))
     assert one.SerializeToString(deterministic=True) == two.SerializeToString(deterministic=True)
     assert [(n.op_type, n.name) for n in one.graph.node] == [
         (n.op_type, n.name) for n in plain.model.graph.node
     ]
-    other = refine(plain.model, plain.source, batches(data)[4:8], {}, guard)
+    other = refine(plain.model, plain.source, batches(data)[4:8], {}, guard_calibration)
     assert other.SerializeToString(deterministic=True) != one.SerializeToString(deterministic=True)
 
 
@@ -132,7 +132,7 @@ def test_smoothed_graphs_are_left_to_nncf(graph, data, monkeypatch):
 
 def test_a_graph_that_cannot_run_is_a_typed_error(plain):
     with pytest.raises(StepError, match="ONNX Runtime"):
-        refine(plain.model, plain.source, [np.zeros((1, 4, 64, 64), np.float32)], {}, guard)
+        refine(plain.model, plain.source, [np.zeros((1, 4, 64, 64), np.float32)], {}, guard_calibration)
 
 
 @given(total=st.integers(1, 400), count=st.integers(1, 64))

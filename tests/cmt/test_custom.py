@@ -23,6 +23,8 @@ from cmt_edge.export import ExportConfig, run
 from cmt_edge.export.cli import main
 from cmt_edge.export.steps import GOLDEN_IMAGES
 
+pytestmark = pytest.mark.usefixtures("brief_measurements")
+
 SOURCE = '''
 import torch
 from torch import nn

@@ -14,6 +14,8 @@ from cmt_edge.cmt.outside import make_outside_spec
 from cmt_edge.deploy.errors import InputError, UnknownNameError
 from cmt_edge.export import ExportConfig, run
 
+pytestmark = pytest.mark.usefixtures("brief_measurements")
+
 SOURCE = '''
 import numpy as np
 import torch

@@ -50,13 +50,12 @@ def fails(call):
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def quick_collections():
-    """Objects from before the test are left out where garbage is collected: with PyTorch in memory, one
-    collection takes half a second."""
+    """Objects from before the module are left out where garbage is collected, from now on: with PyTorch in
+    memory, one collection takes half a second."""
+    gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,12 +17,10 @@ from PIL import Image
 from cmt_edge.deploy import Bundle
 from cmt_edge.deploy.bundle import Golden
 from cmt_edge.deploy.cli import bench as cmt_bench
-from cmt_edge.deploy.cli import measuring
 from cmt_edge.deploy.cli import predict as cmt_predict
 from cmt_edge.deploy.cli import verify as cmt_verify
 from cmt_edge.deploy.cli.console import INTERNAL
 from cmt_edge.deploy.images import ImageSet, hash_image
-from cmt_edge.deploy.measure.benchmark import Protocol
 from cmt_edge.deploy.measure.parity import verify
 from helpers.bundles import (
     LABELS,
@@ -38,18 +35,6 @@ from helpers.cli import strict
 from helpers.images import coloured, coloured_folder, folder_of
 
 FAST = ["--iters", "3", "--seconds", "0.01", "--warmup", "2"]
-
-
-@dataclass(frozen=True)
-class Brief(Protocol):
-    """The protocol without its second of warm-up, which no flag sets."""
-
-    warmup_seconds: float = 0.01
-
-
-@pytest.fixture(autouse=True)
-def brief(monkeypatch):
-    monkeypatch.setattr(measuring, "Protocol", Brief)
 
 
 @pytest.fixture

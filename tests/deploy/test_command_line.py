@@ -13,6 +13,7 @@ import pytest
 
 from cmt_edge import startup
 from cmt_edge.__main__ import COMMANDS, main
+from cmt_edge.deploy.backends import list_offered_runtimes
 from cmt_edge.deploy.cli import bench, completion, doctor, output, predict
 from cmt_edge.deploy.cli.console import run_command
 from cmt_edge.deploy.errors import InputError
@@ -196,7 +197,7 @@ def test_a_shell_learns_values_and_files(monkeypatch, capsys):
     assert shell == "zsh"
     (commands,) = (action for action in tree._actions if action.dest == "==SUPPRESS==")  # noqa: SLF001
     flags = {flag: a for a in commands.choices["predict"]._actions for flag in a.option_strings}  # noqa: SLF001
-    assert flags["--backend"].choices == ["openvino", "onnxruntime", "tensorrt", "tensorrt_rtx", "torch"]
+    assert flags["--backend"].choices == list_offered_runtimes()
     assert flags["--key"].complete == "files"
     assert set(commands.choices) == set(MODULES)
 

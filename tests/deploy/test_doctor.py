@@ -176,6 +176,27 @@ def test_onnxruntime_tells_what_it_has():
     assert state.fault is None
 
 
+@pytest.mark.parametrize(
+    ("capability", "is_served"),
+    [
+        ("7.0", False),
+        ("7.5", True),
+        ("8.7", True),
+        ("8.9", True),
+        ("9.0", False),
+        ("10.0", False),
+        ("12.1", True),
+        ("13.0", True),
+    ],
+)
+def test_a_gpu_that_the_rtx_compiler_does_not_serve(gpu_machine, monkeypatch, capability, is_served):
+    monkeypatch.setenv("FAKE_SM", capability)
+    state = probe("tensorrt_rtx")
+    assert (state.fault is None) == is_served
+    assert is_served or capability in state.fault.what
+    assert probe("tensorrt").fault is None
+
+
 # --- the command ----------------------------------------------------------------------------------
 
 

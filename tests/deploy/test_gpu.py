@@ -52,9 +52,9 @@ def tensorrt_rtx(device):
 
 def is_served(device) -> bool:
     """Whether TensorRT for RTX runs on this GPU."""
-    from tensorrt_rtx import ComputeCapability
+    from cmt_edge.deploy.tensorrt.bindings import RTX, open_bindings
 
-    return hasattr(ComputeCapability, "SM" + device.gpu(0).sm.replace(".", ""))
+    return open_bindings(RTX).serves(device.gpu(0).sm)
 
 
 def test_the_gpu_describes_itself(device):

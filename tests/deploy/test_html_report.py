@@ -17,17 +17,10 @@ import pytest
 from cmt_edge.deploy.bundle import Manifest
 from cmt_edge.deploy.bundle.sections import (
     ClassCheck,
-    DataCheck,
-    ExecutedPrecision,
     Flip,
-    GoldenCheck,
-    Host,
-    LatencyEntry,
-    RanOn,
-    VerificationEntry,
 )
 from cmt_edge.deploy.cli import bench, report, verify
-from cmt_edge.deploy.measure.benchmark import Benchmark, Measured, Protocol
+from cmt_edge.deploy.measure.benchmark import Protocol
 from cmt_edge.deploy.measure.confusion import MOST_LISTED, compare_classes, count_flips
 from cmt_edge.deploy.measure.statistics import BINS, summarise
 from cmt_edge.deploy.report.html import (
@@ -44,15 +37,16 @@ from helpers.bundles import make_bundle, recorded_bundle, tiny_manifest
 from helpers.cli import strict
 from helpers.images import coloured_folder
 from helpers.paths import ROOT
+from helpers.reports import check, measured, run_of, subject
 
 WRITTEN = sorted((ROOT / "tests" / "data" / "manifests").glob("*.json"))
 """Manifests that the exporter wrote."""
-VOID = {"meta", "link", "wbr"}
+VOID = {"meta", "link", "wbr", "img"}
 """Elements without an end."""
 KNOWN = {
     *VOID, "html", "head", "title", "style", "body", "main", "nav", "section", "footer", "h1", "h2", "h3",
     "p", "ul", "li", "dl", "dt", "dd", "div", "span", "a", "pre", "code", "table", "caption", "thead",
-    "tbody", "tr", "th", "td", "figure", "figcaption", "svg", "rect", "circle", "text",
+    "tbody", "tr", "th", "td", "figure", "figcaption", "svg", "rect", "circle", "text", "img",
 }  # fmt: skip
 """Every element that a page has."""
 EVIL = "</style><script>alert(1)</script>\"' onload=x <img src=https://example.org/x>\u202egpj"
@@ -92,63 +86,6 @@ class Page(HTMLParser):
     def of(self, name: str) -> list[str]:
         """The values of an attribute."""
         return [value for _, found, value in self.attributes if found == name]
-
-
-def check(**changes) -> DataCheck:
-    made = DataCheck(1000, 90.0, 90.2, 99.0, 0.2, (-0.3, 0.7), 1.0, True, "torch", 0.5, 0.01)
-    return replace(made, **changes)
-
-
-def subject(data: DataCheck | None = None, *, passed: bool = True, name: str = "tiny", **changes) -> Subject:
-    """A bundle of trained weights that was verified and measured."""
-    golden = GoldenCheck(5, 0, 0.1 if passed else 9.0, 0.5, passed)
-    latency = LatencyEntry(
-        p50_ms=2.5,
-        ci_ms=(2.4, 2.6),
-        p95_ms=3.0,
-        end_to_end_p50_ms=4.0,
-        batch=1,
-        threads=None,
-        executed=ExecutedPrecision({"int8": 0.75, "fp32": 0.25}, {"int8": 3, "fp32": 9}, 0.1, "a runtime"),
-        warnings=("it drifted",),
-    )
-    verification = VerificationEntry(
-        bundle=name,
-        precision="fp32",
-        runtime=RanOn("fake 1", "CPU"),
-        golden=golden,
-        data=data,
-        notes=(data.doubt,) if data and data.doubt else (),
-        passed=passed and (data is None or data.passed),
-        steps={"onnx": 1e-6},
-    )
-    manifest = tiny_manifest(**{"verification": verification, "latency": latency} | changes)
-    model = manifest.model
-    trained = replace(model, weights=replace(model.weights, source="trained.pt"))
-    kept = manifest if "model" in changes else replace(manifest, model=trained)
-    return make_subject(name, name, kept, None)
-
-
-def measured(name: str, ratio: float, interval: tuple[float, float]) -> Measured:
-    latency = summarise(np.arange(1000, 3000) * 1000)
-    return Measured(
-        name=name,
-        precision="fp32",
-        runtime=RanOn("fake 1", "CPU"),
-        batch=1,
-        size_bytes=1000,
-        executed=ExecutedPrecision({"fp32": 1.0}),
-        model=latency,
-        end_to_end=latency,
-        throughput=100.0,
-        ratio=ratio,
-        ratio_ci=interval,
-    )
-
-
-def run_of(*results: Measured) -> Benchmark:
-    host = Host(machine="m", system="s", python="3", cpu="a processor", flags=(), cores=2)
-    return Benchmark(list(results), host, {"numpy": "2"}, None, Protocol())
 
 
 def read_data(page: Page) -> dict:
@@ -309,6 +246,13 @@ def test_a_plot_has_a_mark_a_point_within_its_frame(measured_at, marks):
     assert all(0 <= float(value) <= WIDTH for value in page.of("cx"))
 
 
+def test_numbers_of_a_plot_do_not_lie_on_each_other():
+    points = [Point(str(place), 2.0 + place / 1000, 0.1, (-0.2, 0.4)) for place in range(5)]
+    heights = re.findall(r'y="([0-9.]+)" text-anchor="end">[1-5]</text>', draw_scatter(points, 0.3, "Drop"))
+    distances = np.diff(sorted(map(float, heights)))
+    assert (len(heights), bool(distances.min() > 10)) == (5, True)
+
+
 def test_only_a_common_run_of_one_batch_size_makes_a_plot():
     made = [subject(check(), name="one"), subject(check(), name="two")]
     run = run_of(measured("one", 1.0, (1.0, 1.0)), measured("two", 2.0, (2.0, 2.0)))
@@ -405,7 +349,9 @@ def test_verify_and_bench_write_what_they_found(call, tmp_path, monkeypatch):
     code, _, err = call(verify.main, bundle.path, *flags, "--html", page)
     assert code == 0, err
     assert read_data(Page(page.read_text()))["verification"]["data"]["images"] == 9
-    assert call(bench.main, bundle.path, "--no-throughput", "--html", page)[0] == 0
+    assert call(bench.main, bundle.path, "--no-throughput", "--memory", "--html", page)[0] == 0
+    (one,) = read_data(Page(page.read_text()))["benchmark"]["results"]
+    assert one["memory"]["peak"] >= one["memory"]["kept"] > 10_000_000
     assert read_data(Page(page.read_text()))["benchmark"]["protocol"]["iters"] == 2
     assert call(bench.main, bundle.path, bundle.path, "--no-throughput", "--html", page)[0] == 0
     shown = read_data(Page(page.read_text()))

@@ -17,7 +17,7 @@ from helpers.paths import ROOT
 
 OURS = ("cmt", "deploy", "calib", "export")
 HEAVY = ("torch", "onnx", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cuda", "pynvml", "nncf")
-HEAVY += ("matplotlib",)
+HEAVY += ("matplotlib", "tritonclient")
 BUDGET_S = 0.3
 RUNTIMES = (
     "cmt_edge.deploy.tensorrt.parser_rules",
@@ -27,9 +27,13 @@ RUNTIMES = (
     "cmt_edge.deploy.backends.openvino_core",
     "cmt_edge.deploy.backends.openvino_devices",
     "cmt_edge.deploy.backends.openvino_graph",
+    "cmt_edge.deploy.backends.openvino_watched",
+    "cmt_edge.deploy.backends.kserve",
     "cmt_edge.deploy.backends.onnxruntime",
     "cmt_edge.deploy.backends.provider_sessions",
     "cmt_edge.deploy.backends.torch",
+    "cmt_edge.deploy.backends.torch_blocks",
+    "cmt_edge.deploy.backends.watched_graph",
     "cmt_edge.deploy.tensorrt.trt",
     "cmt_edge.deploy.tensorrt.rtx",
 )

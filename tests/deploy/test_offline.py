@@ -19,8 +19,17 @@ pytestmark = [
     ),
 ]
 
-EXPORT = ("export", "--model", "cmt_nano", "-o", "out", "--quiet")
-"""An export of the smallest model, without its precision."""
+EXPORT = ("export", "-o", "out", "--quiet")
+"""An export without its model and precision."""
+
+NET = """
+from torch import nn
+def small():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    net.img_size = 32
+    return net
+"""
+"""A model of the user's own that is traced and quantized in a moment."""
 
 
 LOOK_UP = """
@@ -87,13 +96,25 @@ def test_a_user_may_turn_telemetry_on(watched):
 
 def test_no_command_uses_the_network_or_leaves_files(watched):
     (watched.folder / "image.png").write_bytes(png(plain("red", (64, 64))))
+    (watched.folder / "net.py").write_text(NET)
+    registered, own = "out/cmt_nano_fp32_onnx", "out/net.py_small_int8_openvino"
     commands = [
-        (*EXPORT, "--format", "onnx"),
-        (*EXPORT, "--precision", "int8", "--data", "generated", "--calib-size", "8"),
-        ("predict", "out/cmt_nano_fp32_onnx", "image.png"),
-        ("predict", "out/cmt_nano_int8_openvino", "image.png"),
-        ("verify", "out/cmt_nano_int8_openvino", "--backend", "onnxruntime"),
-        ("bench", "out/cmt_nano_fp32_onnx", "out/cmt_nano_int8_openvino", "--seconds", "0.1", "--iters", "5"),
+        (*EXPORT, "--model", "cmt_nano", "--format", "onnx"),
+        (
+            *EXPORT,
+            "--model",
+            "net.py:small",
+            "--precision",
+            "int8",
+            "--data",
+            "generated",
+            "--calib-size",
+            "8",
+        ),
+        ("predict", registered, "image.png"),
+        ("predict", own, "image.png"),
+        ("verify", own, "--backend", "onnxruntime"),
+        ("bench", own, "--seconds", "0.1", "--iters", "5"),
     ]
     cache = str(watched.folder / "cache")
     for command in commands:

@@ -24,7 +24,7 @@ from helpers.cli import failed, succeeded
 from helpers.exports import content, nano
 from helpers.images import labelled
 
-pytestmark = pytest.mark.usefixtures("quick_exports")
+pytestmark = pytest.mark.usefixtures("one_trace")
 
 MEASURED = ("logits", "benchmark", "kernels")
 

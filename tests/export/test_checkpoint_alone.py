@@ -15,7 +15,7 @@ from cmt_edge.export.cli import main
 from cmt_edge.export.pipeline import make_plan
 from helpers.weights import nano, state_of
 
-pytestmark = pytest.mark.usefixtures("quick_exports")
+pytestmark = pytest.mark.usefixtures("one_trace")
 
 CLASSES = [f"kind {i}" for i in range(4)]
 METADATA = {

@@ -28,7 +28,7 @@ from helpers.cli import failed, succeeded
 from helpers.exports import NAME, content
 from helpers.images import coloured, labelled
 
-pytestmark = pytest.mark.usefixtures("quick_exports")
+pytestmark = pytest.mark.usefixtures("one_trace")
 
 
 def test_list_models(capsys, monkeypatch):
@@ -39,6 +39,13 @@ def test_list_models(capsys, monkeypatch):
     described = json.loads(succeeded(capsys, "--list-models", "--json"))
     assert [m["name"] for m in described] == list_models()
     assert described[2]["img_size"] == 192
+
+
+def test_the_list_says_where_to_choose(capsys):
+    assert main(["--list-models"]) == 0
+    assert "docs/which-model.md" in capsys.readouterr().err
+    assert main(["--list-models", "--json"]) == 0
+    assert not capsys.readouterr().err
 
 
 def test_export_prints_what_to_do_next(capsys, tmp_path):
@@ -515,9 +522,16 @@ def begun(folder: Path, process: subprocess.Popen, writing: bool) -> bool:
     ],
 )
 def test_an_interrupted_export_leaves_nothing(tmp_path, signal_number, writing, delay):
-    command = [sys.executable, "-c", CODE, "--model", "cmt_nano", "-o", str(tmp_path / "out")]
+    (tmp_path / "own.py").write_text(OWN)
+    model = ("own.py:small", "--imgsz", "32") if writing else ("cmt_nano",)
+    command = [sys.executable, "-c", CODE, "--model", *model, "-o", "out"]
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ.copy()
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ.copy(),
+        cwd=tmp_path,
     )
     try:
         assert begun(tmp_path / "out", process, writing)

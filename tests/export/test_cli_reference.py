@@ -46,4 +46,4 @@ def test_every_flag_is_on_the_page(script):
         "--limit",
     ):
         assert f"`{flag}`" in page
-    assert page.count("\n## cmt-edge ") == len(script.COMMANDS) == 8
+    assert page.count("\n## cmt-edge ") == len(script.COMMANDS) == 9

@@ -270,6 +270,7 @@ def test_toml_file_with_every_setting(tmp_path):
         "sign.key",
         True,  # slim
         True,
+        False,  # thumbnails
         False,
         "stem",
         5.0,

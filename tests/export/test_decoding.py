@@ -26,7 +26,7 @@ from cmt_edge.export.steps.decoding import require_faithful
 from cmt_edge.export.steps.reference import make_golden
 from helpers.exports import nano
 
-pytestmark = pytest.mark.usefixtures("quick_exports")
+pytestmark = pytest.mark.usefixtures("one_trace")
 
 
 @pytest.fixture(scope="module")

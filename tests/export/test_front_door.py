@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import types
@@ -13,7 +14,7 @@ import cmt_edge
 from cmt_edge import startup
 from cmt_edge.__main__ import COMMANDS
 from cmt_edge.deploy.backends import RUNTIMES, list_offered_runtimes
-from cmt_edge.deploy.cli import bench, build, doctor, predict, report, verify
+from cmt_edge.deploy.cli import bench, build, doctor, predict, report, serve_repo, verify
 from cmt_edge.export import ExportConfig, models, pipeline
 from cmt_edge.export import cli as export_cli
 from helpers.bundles import make_bundle
@@ -43,6 +44,7 @@ MAINS = {
     "models": models.main,
     "doctor": doctor.main,
     "report": report.main,
+    "serve-repo": serve_repo.main,
 }
 """Command -> the function that its console script calls."""
 
@@ -197,4 +199,7 @@ def test_the_double_of_a_runtime_is_offered_by_no_command():
         assert "fake" not in command(name, "--help").stdout
     done = command("predict", "b", "a.png", "--backend", "fake")
     assert done.returncode == 2
-    assert "choose one of: openvino, onnxruntime, tensorrt, tensorrt_rtx, torch\n" in done.stderr
+    assert "unknown runtime 'fake'" in done.stderr
+    remedy = done.stderr.split("remedy:")[1]
+    assert "fake" not in remedy
+    assert set(re.findall(r"\w+", remedy)) & set(list_offered_runtimes())

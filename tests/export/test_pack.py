@@ -10,7 +10,7 @@ from PIL import Image
 from cmt_edge.deploy.cli import predict, verify
 from helpers.cli import failed, strict, succeeded
 
-pytestmark = pytest.mark.usefixtures("quick_exports")
+pytestmark = pytest.mark.usefixtures("one_trace")
 
 NANO = ("--model", "cmt_nano", "--weights", "random", "--format", "onnx", "--pack")
 

@@ -45,7 +45,7 @@ CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse"
 COMMON = {"model.onnx", "golden.npz", "report.md", "report.json", "report.html"}
 
 
-pytestmark = pytest.mark.usefixtures("quick_exports")
+pytestmark = pytest.mark.usefixtures("one_trace")
 
 
 def batch(count: int) -> np.ndarray:

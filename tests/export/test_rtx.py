@@ -15,8 +15,9 @@ from cmt_edge.deploy.bundle.sections import CompiledEntry, EstimateEntry
 from cmt_edge.deploy.errors import InputError
 from cmt_edge.deploy.measure.parity import verify
 from cmt_edge.export import ExportConfig, run
+from cmt_edge.export.blocks import name_block
 from cmt_edge.export.cli import main
-from cmt_edge.export.rtx import explain_slower_int8, name_block
+from cmt_edge.export.rtx import explain_slower_int8
 from helpers.rtx_parser import needs_rtx
 
 pytestmark = pytest.mark.usefixtures("one_trace")

@@ -15,7 +15,7 @@ pytest.importorskip("cryptography", reason="signatures need the extra 'sign'")
 
 from helpers.keys import write_pair
 
-pytestmark = pytest.mark.usefixtures("quick_exports")
+pytestmark = pytest.mark.usefixtures("one_trace")
 
 NANO = ("--model", "cmt_nano", "--weights", "random", "--format", "onnx")
 

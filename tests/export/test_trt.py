@@ -289,7 +289,7 @@ def test_accuracy_on_photographs(precision, cifar, tmp_path):
             precision,
             weights=weights,
             data=data,
-            calib_size=300 if data else None,
+            calib_size=100 if data else None,
             eval_data=f"{cifar}/test",
             eval_limit=LIMIT[precision],
             max_drop=ALLOWED_DROP[precision],

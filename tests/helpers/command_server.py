@@ -7,7 +7,6 @@ few inferences. Its argument is the folder of the traced models.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import nncf  # noqa: F401  # imported here, so that no command imports it
@@ -20,22 +19,15 @@ import torch.onnx  # noqa: F401
 
 import cmt_edge.__main__  # noqa: F401
 from cmt_edge.deploy.cli import measuring
-from cmt_edge.deploy.measure.benchmark import Protocol
 from cmt_edge.deploy.tensorrt import build
 from cmt_edge.export import pipeline  # noqa: F401
 from cmt_edge.export.steps import bundle, graph
 
 from .forks import run_command, serve
+from .measuring import BRIEF_EXPORT, Brief
 
 KEPT = Path(sys.argv[1])
 """The folder of the traced models."""
-
-
-@dataclass(frozen=True)
-class Brief(Protocol):
-    """The protocol without its second of warm-up, which no flag sets."""
-
-    warmup_seconds: float = 0.0
 
 
 def trace_once(model, img_size, opset, outputs, check):
@@ -50,7 +42,7 @@ def trace_once(model, img_size, opset, outputs, check):
 
 real = graph.export_onnx
 graph.export_onnx = trace_once
-bundle.EXPORT_PROTOCOL = Protocol(iters=3, seconds=0.0, warmup_seconds=0.0)
+bundle.EXPORT_PROTOCOL = BRIEF_EXPORT
 measuring.Protocol = Brief
 build.POWER_SECONDS = 0.05
 serve(run_command)

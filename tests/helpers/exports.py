@@ -7,9 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pytest
-
 from .made_once import make_once
+from .measuring import brief_exports
 
 if TYPE_CHECKING:
     from cmt_edge.export import ExportConfig
@@ -17,7 +16,8 @@ if TYPE_CHECKING:
 
 @contextmanager
 def traced_once(kept: Path):
-    """Equal models are traced once a run, since torch.onnx takes seconds for each.
+    """Equal models are traced once a run, since torch.onnx takes seconds for each, and exports measure
+    briefly.
 
     Args:
         kept: the folder of the traced graphs.
@@ -34,7 +34,7 @@ def traced_once(kept: Path):
         check(loaded)
         return loaded
 
-    with pytest.MonkeyPatch.context() as patch:
+    with brief_exports() as patch:
         patch.setattr(graph, "export_onnx", export_onnx)
         yield patch
 

@@ -3,6 +3,7 @@
 ``docs/bundle.md`` describes every entry. ``manifest.json`` holds the keys in the order of the fields.
 """
 
+from .blocks import LAST, LAYOUTS, MAP, SAME, TOKENS, BlockPlace, LayerError, LayerRun
 from .calibration import CalibrationEntry, ImagesEntry, Island, ObservedEntry, SynthesisEntry, TypingEntry
 from .compiled import BlockEntry, CompiledDetails, CompiledEntry, EstimateEntry, KernelEntry
 from .decoding import DecodingEntry
@@ -53,17 +54,23 @@ __all__ = [
     "FLOAT32",
     "FORMATS",
     "LABELS_SOURCES",
+    "LAST",
+    "LAYOUTS",
     "LEAST_SHOWN_SHARE",
     "LOGITS",
+    "MAP",
     "MAX_DIMENSION",
     "MAX_ELEMENTS",
     "MAX_TOTAL",
     "PRECISIONS",
     "PROBABILITIES",
+    "SAME",
     "SCORES",
+    "TOKENS",
     "TYPED_FORMATS",
     "Accuracy",
     "BlockEntry",
+    "BlockPlace",
     "BuildOptions",
     "CalibrationEntry",
     "Candidate",
@@ -92,6 +99,8 @@ __all__ = [
     "KernelEntry",
     "LabelsSource",
     "LatencyEntry",
+    "LayerError",
+    "LayerRun",
     "ModelEntry",
     "ObservedEntry",
     "OutputDifference",

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from ..record import OMITTED, Between
+from .blocks import LayerError, LayerRun
 from .values import LOGITS, Count, OutputDifference, Percent, Points, Precision, Size
 
 
@@ -67,7 +68,9 @@ class DataCheck:
     ``reference_source`` says where the reference answers come from; the logit differences need a reference
     that runs here and are ``None`` otherwise. ``classes`` holds the classes whose top-1 fell most, and
     ``flips`` the most frequent changes of an answer, at most
-    :data:`~cmt_edge.deploy.measure.confusion.MOST_LISTED` each; bundles of earlier versions have neither.
+    :data:`~cmt_edge.deploy.measure.confusion.MOST_LISTED` each. ``confusion`` counts all pairs of answers, a
+    row for each answer of the reference and a column for each of the bundle's, where there are at most so
+    many classes. Bundles of earlier versions have none of the three.
     """
 
     images: Count
@@ -83,6 +86,7 @@ class DataCheck:
     logit_mean_diff: OutputDifference | None = None
     classes: tuple[ClassCheck, ...] | None = field(default=None, metadata=OMITTED)
     flips: tuple[Flip, ...] | None = field(default=None, metadata=OMITTED)
+    confusion: tuple[tuple[Count, ...], ...] | None = field(default=None, metadata=OMITTED)
 
     @property
     def doubt(self) -> str:
@@ -110,6 +114,9 @@ class VerificationEntry:
         notes: readable.
         passed: whether every check passed.
         steps: step of the export -> largest difference of the outputs from the reference; only in a manifest.
+        layers: the error of every block, in the order of the model, for one runtime after the other; only
+            with ``--layers``.
+        layer_runs: what that says of each bundle and runtime as a whole.
     """
 
     bundle: str
@@ -120,3 +127,5 @@ class VerificationEntry:
     notes: tuple[str, ...]
     passed: bool
     steps: dict[str, OutputDifference] | None = field(default=None, metadata=OMITTED)
+    layers: tuple[LayerError, ...] | None = field(default=None, metadata=OMITTED)
+    layer_runs: tuple[LayerRun, ...] | None = field(default=None, metadata=OMITTED)

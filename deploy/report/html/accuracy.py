@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from ...bundle import LOGITS, Manifest
-from ...bundle.sections import ClassCheck, DataCheck, Flip, GoldenCheck
+from ...bundle.sections import ClassCheck, DataCheck, GoldenCheck
 from ..bundle import describe_decoding
 from ..tables import format_differences
 from ..verification import describe_unit
 from .charts import draw_bar, draw_interval
 from .elements import UNKNOWN, Markup, Table, join, make, make_facts
+from .flips import name_class, write_changes
 from .subject import Subject
 
 SCALE_MARGIN = 1.25
@@ -33,7 +34,7 @@ def _list_parts(subject: Subject) -> Iterator[Markup]:
     if data := subject.data:
         yield _write_top1(data)
         yield _write_classes(data.classes or (), manifest)
-        yield _write_flips(data.flips or (), manifest)
+        yield write_changes(data, subject.flipped, manifest)
     elif manifest.model.head == LOGITS:
         yield make(
             "p",
@@ -113,32 +114,6 @@ def _write_classes(classes: tuple[ClassCheck, ...], manifest: Manifest) -> Marku
     header = ["class", "images", "reference top-1 %", "bundle top-1 %", "right answers gained"]
     caption = f"The {len(classes)} classes whose top-1 fell most, the worst first"
     return join([make("h3", "By class"), Table(caption, header, rows).write()]) if rows else Markup()
-
-
-def _write_flips(flips: tuple[Flip, ...], manifest: Manifest) -> Markup:
-    """The confusion of the reference against the bundle, without its diagonal."""
-    most = max((flip.images for flip in flips), default=1)
-    rows = [
-        [
-            name_class(manifest, flip.reference),
-            name_class(manifest, flip.bundle),
-            str(flip.images),
-            draw_bar(flip.images / most),
-        ]
-        for flip in flips
-    ]
-    table = Table(
-        "The most frequent changes of an answer, whichever is right",
-        ["the reference says", "the bundle says", "images", ""],
-        rows,
-    )
-    return join([make("h3", "Changed answers"), table.write()]) if rows else Markup()
-
-
-def name_class(manifest: Manifest, label: int) -> str:
-    """The name of a class by its index."""
-    known = label < len(manifest.labels)
-    return manifest.labels[label][1] if known else f"class {label}"
 
 
 def _make_sentence(text: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from ...bundle import GOLDEN, LOGITS, ONNX, Manifest
 from ...bundle.sections import BATCH, CalibrationEntry, Host, WeightsEntry
+from ...measure.memory import Memory
 from ..bundle import describe_weights
 from .elements import UNKNOWN, Markup, Table, join, make, make_code, make_facts, make_hash
 from .subject import Subject
@@ -63,8 +64,8 @@ def _describe_recipe(entry: CalibrationEntry) -> str:
     return kept + ("; taken from the cache" if entry.cached else "")
 
 
-def write_files(manifest: Manifest) -> Markup:
-    """Every member with its size and hash."""
+def write_files(manifest: Manifest, memory: Memory | None) -> Markup:
+    """Every member with its size and hash, and what a process needs that opens them."""
     rows = [
         [name, f"{entry.size:,}", make_hash(entry.sha256)]
         for name, entry in sorted(manifest.files.items(), key=lambda item: -item[1].size)
@@ -76,9 +77,19 @@ def write_files(manifest: Manifest) -> Markup:
         ("size", total),
         ("parameters", f"{model.params / 1e6:.2f} M"),
         ("multiply-accumulates of an image", macs),
+        ("memory of a process that opens it", _describe_memory(memory)),
     ]
     table = Table("Files that existed when this page was written", ["file", "bytes", "SHA-256"], rows, False)
     return join([make_facts(facts), table.write()])
+
+
+def _describe_memory(memory: Memory | None) -> str:
+    if memory is None:
+        return "not measured; cmt-bench --memory does"
+    return (
+        f"{memory.peak / 1e6:.0f} MB at most, {memory.kept / 1e6:.0f} MB after the first answer, the runtime"
+        " and Python included"
+    )
 
 
 def write_model(manifest: Manifest) -> Markup:

@@ -11,6 +11,8 @@ WIDTH, HEIGHT = 320.0, 200.0
 """Size of the drawing in its own units, which are nearly pixels on a phone."""
 LEFT, RIGHT, TOP, BOTTOM = 40.0, 16.0, 12.0, 22.0
 """Margins around the points, which hold the figures of the axes."""
+NUMBER = 11.0
+"""Height of a number, and the least distance of two of them, in the units of the drawing."""
 FEWEST = 2
 """Fewer points make no plot."""
 
@@ -57,7 +59,8 @@ def draw_scatter(points: Sequence[Point], limit: float, what: str) -> Markup:
     picture = make(
         "svg",
         *_draw_axes(axes, limit),
-        *(_draw_point(axes, number, point) for number, point in enumerate(points, 1)),
+        *(_draw_point(axes, point) for point in points),
+        *_write_numbers(axes, points),
         viewBox=f"0 0 {WIDTH:g} {HEIGHT:g}",
         role="img",
         aria_label=summary,
@@ -80,18 +83,31 @@ def _draw_axes(axes: _Axes, limit: float) -> list[Markup]:
     ]
 
 
-def _draw_point(axes: _Axes, number: int, point: Point) -> Markup:
-    """A dot with its interval and its number, which stands on the side that has room."""
+def _draw_point(axes: _Axes, point: Point) -> Markup:
+    """A dot with its interval."""
     x, y = axes.find_x(point.latency), axes.find_y(point.drop)
     low, high = map(axes.find_y, point.interval)
-    is_right = x > WIDTH / 2
     return join(
         [
             _draw_rectangle(x - 0.6, high, 1.2, low - high, "fill"),
             make("circle", cx=f"{x:.2f}", cy=f"{y:.2f}", r="4", class_="fill"),
-            _write(x + (-7 if is_right else 7), y - 3, str(number), "end" if is_right else "start"),
         ]
     )
+
+
+def _write_numbers(axes: _Axes, points: Sequence[Point]) -> list[Markup]:
+    """The number of each dot, on the side that has room; one that would lie on another moves away."""
+    taken: list[tuple[float, float]] = []
+    for point in points:
+        x, y = axes.find_x(point.latency), axes.find_y(point.drop) - 3
+        side = 1.0 if y > HEIGHT / 2 else -1.0  # to the middle, where there is room
+        while any(abs(x - left) < NUMBER and abs(y - top) < NUMBER for left, top in taken):
+            y -= side * NUMBER
+        taken.append((x, y))
+    return [
+        _write(x + (-7 if x > WIDTH / 2 else 7), y, str(number), "end" if x > WIDTH / 2 else "start")
+        for number, (x, y) in enumerate(taken, 1)
+    ]
 
 
 def _draw_rectangle(x: float, y: float, width: float, height: float, class_: str) -> Markup:

@@ -6,11 +6,13 @@ from collections.abc import Iterator, Mapping
 
 from ...bundle.sections import Candidate, ExecutedPrecision, Speed, VerdictEntry
 from ...measure.benchmark import Benchmark, Measured
+from ...measure.stages import Stages
 from ...measure.statistics import Latency
 from ..benchmark import describe_protocol
 from ..compiled import describe_compiled
 from ..device import describe_power, describe_state
 from ..verdict import describe_recommendation
+from .breakdown import write_breakdown
 from .charts import draw_bar, draw_histogram
 from .elements import UNKNOWN, Markup, Table, join, make, make_facts, make_list
 from .scatter import Point, draw_scatter
@@ -27,6 +29,8 @@ def write_precision(subject: Subject) -> Markup:
     parts = [make_facts([("asked for", subject.manifest.precision), ("really ran", subject.executed)])]
     if executed:
         parts.append(_write_executed(executed))
+    if measured:
+        parts.append(write_breakdown(measured.breakdown))
     if typing := subject.manifest.typing:
         counts = sorted(typing.operations.items(), key=lambda item: -item[1])
         rows = [[name, str(count)] for name, count in counts]
@@ -80,6 +84,8 @@ def write_latency(subject: Subject) -> Markup:
 def _list_latency_parts(measured: Measured, speed: Benchmark) -> Iterator[Markup]:
     timed = list_latencies(measured)
     yield _write_percentiles(timed)
+    if measured.stages:
+        yield _write_stages(measured.stages)
     for name, latency in timed.items():
         yield draw_histogram(latency, name)
     facts = [
@@ -96,6 +102,24 @@ def _list_latency_parts(measured: Measured, speed: Benchmark) -> Iterator[Markup
     if measured.throughput is not None:
         facts.insert(0, ("throughput, many requests at once", f"{measured.throughput:.0f} images/s"))
     yield make_facts(facts)
+
+
+def _write_stages(stages: Stages) -> Markup:
+    """Decoding, resizing and inference as parts of one answer."""
+    named = {"decode": stages.decode, "resize and normalise": stages.resize, "infer": stages.infer}
+    total = sum(latency.p50 for latency in named.values()) or 1.0
+    rows = [
+        [
+            name,
+            f"{part.p50:.2f}",
+            f"{part.ci[0]:.2f} to {part.ci[1]:.2f}",
+            f"{part.p95:.2f}",
+            draw_bar(part.p50 / total),
+        ]
+        for name, part in named.items()
+    ]
+    caption = f"Parts of an answer in one thread, milliseconds of a batch, {stages.infer.count} calls"
+    return Table(caption, ["part", "median", "95 % interval", "p95", ""], rows).write()
 
 
 def list_latencies(measured: Measured) -> dict[str, Latency]:

@@ -27,8 +27,10 @@ html { color-scheme: light dark; -webkit-text-size-adjust: 100%; }
 body {
   margin: 0 auto; padding: 1rem 1rem 3rem; max-width: 62rem; background: var(--page); color: var(--text);
   font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif;
-  overflow-wrap: anywhere;
+  overflow-wrap: break-word;
 }
+h1, pre, dd, li, figcaption, td { overflow-wrap: anywhere; }
+thead th { overflow-wrap: normal; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: .5rem 0 1rem; }
 h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; padding-top: .6rem; border-top: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; }
@@ -71,12 +73,24 @@ th, td {
 }
 thead th { color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--line); }
 tbody th { font-weight: 600; min-width: 8rem; }
-table.numbers td, table.numbers thead th + * { text-align: right; }
+table.numbers td, table.numbers thead tr > * + * { text-align: right; }
 svg { display: block; width: 100%; }
 svg.bar { height: .9rem; min-width: 5rem; background: var(--box); border-radius: 2px; margin-top: .25rem; }
 svg.histogram { height: 8rem; background: var(--box); border-radius: 4px; }
 svg.scatter { max-width: 30rem; background: var(--box); border-radius: 4px; font-size: 11px; }
 svg.scatter text { fill: var(--text); }
+svg.matrix { max-width: 30rem; font-size: 4px; }
+svg.matrix text { fill: var(--text); }
+svg.matrix .number { fill: var(--soft); }
+.none { fill: var(--box); }
+.same { fill: var(--line); }
+.cell { fill: var(--accent); }
+ul.flips { list-style: none; padding: 0; display: grid; gap: .8rem;
+  grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); }
+ul.flips figure { margin: 0; }
+ul.flips img { display: block; width: 6rem; height: 6rem; object-fit: contain; background: var(--box);
+  border-radius: 4px; }
+ul.flips span { display: block; }
 .axis-line { fill: var(--soft); }
 .fill { fill: var(--accent); }
 .median { fill: var(--text); }
@@ -85,7 +99,7 @@ svg.scatter text { fill: var(--text); }
 .axis { display: flex; justify-content: space-between; font-size: .8rem; color: var(--soft); }
 figcaption { font-size: .87rem; }
 footer { margin-top: 2.5rem; border-top: 1px solid var(--line); font-size: .9rem; color: var(--soft); }
-@media screen and (max-width: 44rem) {
+@media screen and (max-width: 60rem) {
   h1 { font-size: 1.2rem; }
   dl.facts > div { grid-template-columns: 1fr; gap: 0; }
   table, tbody, tr, td, tbody th { display: block; width: 100%; }
@@ -103,9 +117,12 @@ footer { margin-top: 2.5rem; border-top: 1px solid var(--line); font-size: .9rem
   html { color-scheme: light; }
   body { max-width: none; padding: 0; font-size: 10pt; }
   nav { display: none; }
+  table { font-size: 7.5pt; }
+  th, td, tbody th { min-width: 0; padding: .2rem .25rem; }
+  svg.bar { min-width: 1.5rem; }
   h2, h3, caption { break-after: avoid; }
-  tr, figure, pre, .verdict, dl.tiles, dl.facts > div { break-inside: avoid; }
-  .verdict, svg, .fill, dl.tiles > div { -webkit-print-color-adjust: exact; print-color-adjust: exact; }
+  tr, figure, ul.flips > li, pre, .verdict, dl.tiles, dl.facts > div { break-inside: avoid; }
+  .verdict, svg, img, .fill, dl.tiles > div { -webkit-print-color-adjust: exact; print-color-adjust: exact; }
 }
 """
 """The rules. Every text has a contrast of at least 4.5 with what lies behind it, in both colour schemes."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ...bundle import Bundle, Manifest, make_plain, parse_json, read_record
 from ...bundle.contents import make_unreadable_error
-from ...bundle.sections import DataCheck, VerificationEntry
+from ...bundle.sections import DataCheck, LayerError, VerificationEntry
 from ...files import read_regular
 from ...measure.benchmark import Benchmark, Measured
 from ...measure.device_report import DeviceReport
+from ...measure.flipped import FlippedImage
 
 REPORT = "report.json"
 """Name of the export's report in the bundle."""
@@ -31,6 +32,8 @@ class Subject:
         measured: its full figures, ``None`` where they were not measured or not recorded.
         speed: the run that measured them, with its machine and protocol.
         device: what ``cmt-build`` found on the device, where it was built.
+        flipped: images with two answers, made small; none where they are not to be shown.
+        layers: how far the blocks are from the reference's, where that was compared.
     """
 
     name: str
@@ -40,6 +43,8 @@ class Subject:
     measured: Measured | None = None
     speed: Benchmark | None = None
     device: DeviceReport | None = None
+    flipped: tuple[FlippedImage, ...] = ()
+    layers: tuple[LayerError, ...] = ()
 
     @property
     def data(self) -> DataCheck | None:
@@ -75,6 +80,16 @@ class Subject:
         device = self.device.warnings if self.device else ()
         return list(dict.fromkeys([*notes, *measured, *device]))
 
+    def with_findings(
+        self,
+        verification: VerificationEntry | None,
+        speed: Benchmark | None,
+        place: int,
+    ) -> Subject:
+        """The same as another page showed it; there the bundle was number ``place`` of the run ``speed``."""
+        measured = speed.results[place] if speed else None
+        return replace(self, verification=verification, speed=speed, measured=measured)
+
     def with_speed(self, speed: Benchmark, place: int) -> Subject:
         """The same with the figures of a new run, in which it was number ``place``."""
         return replace(self, measured=speed.results[place], speed=speed, name=speed.results[place].name)
@@ -87,13 +102,15 @@ class Subject:
             "verification": self.verification,
             **({"benchmark": self.speed} if with_speed else {}),
             "device": self.device,
+            **({"flipped": self.flipped} if self.flipped else {}),
+            **({"layers": self.layers} if self.layers else {}),
         }
         return dict(make_plain(content))
 
 
-def read_subject(bundle: Bundle) -> Subject:
+def read_subject(bundle: Bundle, with_images: bool = True) -> Subject:
     """A finished bundle, with the figures of its device where ``cmt-build`` has been there, and else with
-    those of its export.
+    those of its export. ``with_images``: also with the images whose answer changed.
 
     Raises:
         BundleError: a report in the bundle cannot be read.
@@ -101,8 +118,17 @@ def read_subject(bundle: Bundle) -> Subject:
     manifest = bundle.manifest
     with bundle.kept():
         device = _read_device_report(bundle)
-        speed = device.benchmark if device else _read_export_speed(bundle)
-    return make_subject(bundle.name, str(bundle.packed or bundle.path), manifest, speed, device)
+        recorded = _read_export(bundle)
+    speed = device.benchmark if device else recorded.benchmark
+    return make_subject(
+        bundle.name,
+        str(bundle.packed or bundle.path),
+        manifest,
+        speed,
+        device,
+        recorded.flipped if with_images else (),
+        recorded.layers,
+    )
 
 
 def make_subject(
@@ -111,10 +137,37 @@ def make_subject(
     manifest: Manifest,
     speed: Benchmark | None,
     device: DeviceReport | None = None,
+    flipped: tuple[FlippedImage, ...] = (),
+    layers: tuple[LayerError, ...] = (),
 ) -> Subject:
     """A bundle whose reports are known already; ``speed`` is a run of it alone."""
     measured = speed.results[0] if speed and speed.results else None
-    return Subject(name, path, manifest, manifest.verification, measured, speed, device)
+    return Subject(
+        name,
+        path,
+        manifest,
+        manifest.verification,
+        measured,
+        speed,
+        device,
+        _choose_known(manifest, flipped),
+        layers,
+    )
+
+
+def _choose_known(manifest: Manifest, flipped: tuple[FlippedImage, ...]) -> tuple[FlippedImage, ...]:
+    """The images whose classes the model has; a report that somebody edited may name others."""
+    count = len(manifest.labels)
+    return tuple(one for one in flipped if max(one.label, one.reference, one.bundle) < count)
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """What a page takes from the export's report."""
+
+    benchmark: Benchmark | None = None
+    flipped: tuple[FlippedImage, ...] = ()
+    layers: tuple[LayerError, ...] = ()
 
 
 def _read_device_report(bundle: Bundle) -> DeviceReport | None:
@@ -125,14 +178,17 @@ def _read_device_report(bundle: Bundle) -> DeviceReport | None:
     return DeviceReport.from_bytes(_read_member(file), file)
 
 
-def _read_export_speed(bundle: Bundle) -> Benchmark | None:
-    """The quick measurement of the export in full; ``None`` where the bundle holds none."""
+def _read_export(bundle: Bundle) -> _Recorded:
+    """The export's quick measurement in full, and its images; all empty where the bundle holds none."""
     if REPORT not in bundle.manifest.files:
-        return None
+        return _Recorded()
     file = bundle.file(REPORT)
     content = parse_json(_read_member(file), file, "the report")
-    recorded = content.get("benchmark") if isinstance(content, dict) else None
-    return None if recorded is None else read_record(Benchmark, recorded, file, "the report")
+    names = {member.name for member in fields(_Recorded)}
+    entries = content.items() if isinstance(content, dict) else ()
+    return read_record(
+        _Recorded, {name: value for name, value in entries if name in names}, file, "the report"
+    )
 
 
 def _read_member(file: Path) -> bytes:

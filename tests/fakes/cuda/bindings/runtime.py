@@ -1,6 +1,7 @@
 """A CUDA device made of host memory, with the calls and return values of ``cuda.bindings.runtime``.
 
-Streams run at once unless they are being captured. ``FAKE_GPUS`` is how many there are.
+Streams run at once unless they are being captured. ``FAKE_GPUS`` is how many there are, ``FAKE_SM`` their
+compute capability.
 ``FAKE_CUDA`` makes it fail: ``old_driver``, ``no_device``, ``no_memory``, ``no_capture``.
 """
 
@@ -110,7 +111,8 @@ def cudaGetDeviceProperties(device):
 
 
 def cudaDeviceGetAttribute(attribute, device):
-    return OK, {75: 8, 76: 7, 18: 1, 16: 8, 33: 1, 34: 0, 50: 0}[int(attribute)]
+    major, minor = os.environ.get("FAKE_SM", "8.7").split(".")
+    return OK, {75: int(major), 76: int(minor), 18: 1, 16: 8, 33: 1, 34: 0, 50: 0}[int(attribute)]
 
 
 def cudaMemGetInfo():

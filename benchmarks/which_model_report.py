@@ -1,0 +1,352 @@
+"""What :mod:`which_model` found, put together: the JSON file, the Pareto front, the budgets, and the page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from which_model_subjects import Subject
+
+from cmt_edge.deploy.files import write_atomic
+from cmt_edge.deploy.report import format_table
+
+PRECISIONS = ("fp32", "bf16", "int8")
+"""What each model was measured in."""
+BUDGETS = (5, 10, 15, 20, 30, 50)
+"""Budgets of the CPU, milliseconds."""
+GPU = "RTX 4090"
+"""The GPU of the estimate."""
+GPU_BUDGETS = (0.1, 0.15, 0.2, 0.3, 0.5, 1)
+"""Budgets of the estimate, milliseconds."""
+EXTRA = "†"
+"""What follows a top-1 of weights that saw more than ImageNet-1k."""
+
+Results = dict[str, Any]
+"""The content of the JSON file."""
+
+
+KNOWN = Path(__file__).parent.parent / "docs" / "tensorrt.md"
+"""The page with the table of ``rtx_compile.py``, whose estimates stand in where ``estimate`` has not run."""
+KNOWN_GRAPH = "ours, fp16"
+"""What that table calls the graph that ``estimate`` compiles."""
+
+
+def read_known_estimates(page: Path) -> dict[str, float]:
+    """Model -> milliseconds on :data:`GPU`, of the table that ``rtx_compile.py`` has written into a page."""
+    found = {}
+    for line in page.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) > 2 and cells[1] == KNOWN_GRAPH:
+            found[cells[0]] = float(cells[-1])
+    return found
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model in one precision.
+
+    Attributes:
+        label: the model.
+        is_ours: whether it is one of the registry.
+        ms: milliseconds of one inference.
+        top1: published, percent.
+        extra_data: whether the weights of ``top1`` saw more than ImageNet-1k.
+    """
+
+    label: str
+    is_ours: bool
+    ms: float
+    top1: float
+    extra_data: bool = False
+
+
+def find_front(points: Iterable[Point]) -> list[Point]:
+    """The points that no other one beats by being faster and as accurate, or as fast and more accurate.
+
+    The fastest comes first.
+    """
+    front: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.ms, -p.top1)):
+        if not front or point.top1 > front[-1].top1:
+            front.append(point)
+    return front
+
+
+def find_best(points: Iterable[Point], budget: float) -> Point | None:
+    """The most accurate point within ``budget`` milliseconds, of equal ones the faster; ``None`` where none
+    is within it. Weights that saw more than ImageNet-1k do not compete."""
+    within = [point for point in points if point.ms <= budget and not point.extra_data]
+    return max(within, key=lambda p: (p.top1, -p.ms), default=None)
+
+
+# --- the JSON file --------------------------------------------------------------------------------
+
+
+def collect(subjects: Sequence[Subject], folder: Path) -> Results:
+    """What the stages wrote into ``folder``, as one."""
+    slices = [json.loads(path.read_text()) for path in sorted((folder / "measure").glob("*.json"))]
+    if not slices:
+        raise SystemExit(f"error: nothing was measured in {folder}")
+    reference = next(iter(slices[0]["rows"]))
+    rows = {name: row for found in slices for name, row in found["rows"].items()}
+    base_ms = float(np.median([found["rows"][reference]["latency"]["p50"] for found in slices]))
+    rows[reference] |= {"ratio": [1.0, 1.0, 1.0], "best_ratio": 1.0}
+    return {
+        **{key: slices[0][key] for key in ("machine", "versions", "threads", "protocol", "calibrated_on")},
+        "reference": reference,
+        "reference_ms": base_ms,
+        "reference_ms_of_slices": [found["rows"][reference]["latency"]["p50"] for found in slices],
+        "models": [_collect_model(subject, folder, rows, base_ms) for subject in subjects],
+    }
+
+
+def _collect_model(subject: Subject, folder: Path, rows: dict[str, Any], base_ms: float) -> dict[str, Any]:
+    """One model; a figure of another stage is left out where that stage has not run."""
+    exported = _read(folder / "export" / f"{subject.key}.json")
+    found = {
+        precision: _collect_precision(exported, precision, rows.get(f"{subject.name} {precision}"), base_ms)
+        for precision in PRECISIONS
+    }
+    return {
+        **asdict(subject),
+        "params": exported.get("params", subject.params),
+        "macs": exported.get("macs", subject.macs),
+        "precisions": found,
+        "rtx": _read(folder / "estimate" / f"{subject.key}.json") or _find_known_estimate(subject.name),
+    }
+
+
+def _find_known_estimate(name: str) -> dict[str, Any] | None:
+    """What the page says of a model that was not compiled here; it names the page."""
+    ms = read_known_estimates(KNOWN).get(name)
+    if ms is None:
+        return None
+    return {"source": f"{KNOWN.parent.name}/{KNOWN.name}", "estimates": [{"gpu": GPU, "total_ms": ms}]}
+
+
+def _collect_precision(
+    exported: dict[str, Any], precision: str, row: dict[str, Any] | None, base_ms: float
+) -> dict[str, Any]:
+    """Latency, golden check and error of one precision; milliseconds are those of the reference over the
+    ratio, so that those of all slices can be compared."""
+    golden = exported.get("checks", {}).get(precision)
+    found: dict[str, Any] = {"golden": golden, "error": exported.get("errors", {}).get(precision)}
+    if row is None:
+        return found
+    ratio = row["ratio"]
+    return found | {
+        "ms": base_ms / ratio[0],
+        "ratio": ratio,
+        "best_ratio": row["best_ratio"],
+        "p50_ms": row["latency"]["p50"],
+        "deviation": row["deviation"],
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return content
+
+
+def write_results(results: Results, path: Path) -> None:
+    """Write the JSON file."""
+    text = json.dumps(results, indent=1, ensure_ascii=False)
+    write_atomic(path, (text + "\n").encode())
+
+
+def read_results(path: Path) -> Results:
+    """Read the JSON file."""
+    content: Results = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+# --- points ---------------------------------------------------------------------------------------
+
+
+def list_points(results: Results, precision: str) -> list[Point]:
+    """The models with a published top-1 that were measured in ``precision``."""
+    return [
+        _make_point(model, model["precisions"][precision]["ms"])
+        for model in results["models"]
+        if model["top1"] is not None and "ms" in model["precisions"][precision]
+    ]
+
+
+def list_estimates(results: Results) -> list[Point]:
+    """The models with a published top-1 that NVIDIA's compiler built, with the estimate for :data:`GPU`."""
+    return [
+        _make_point(model, ms)
+        for model in results["models"]
+        if model["top1"] is not None and (ms := read_estimate(model)) is not None
+    ]
+
+
+def read_estimate(model: dict[str, Any]) -> float | None:
+    """The roofline's milliseconds on :data:`GPU`, where the compiler built the model."""
+    estimates = (model["rtx"] or {}).get("estimates", ())
+    return next((entry["total_ms"] for entry in estimates if entry["gpu"] == GPU), None)
+
+
+def _make_point(model: dict[str, Any], ms: float) -> Point:
+    return Point(model["label"], model["family"] != "yardstick", ms, model["top1"], model["extra_data"])
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def format_point(point: Point | None) -> str:
+    """A model with its top-1 and milliseconds."""
+    if point is None:
+        return "-"
+    return f"{point.label} {point.top1:g}{EXTRA if point.extra_data else ''} ({_format_ms(point.ms)} ms)"
+
+
+def _format_ms(ms: float) -> str:
+    return f"{ms:.2f}" if ms < 2 else f"{ms:.1f}"
+
+
+def format_budgets(columns: dict[str, list[Point]], budgets: Sequence[float]) -> str:
+    """The best model of each column for each budget."""
+    rows = [
+        [f"{budget:g} ms", *(format_point(find_best(points, budget)) for points in columns.values())]
+        for budget in budgets
+    ]
+    return format_table(["budget", *columns], rows, markdown=True)
+
+
+def format_contest(points: list[Point], budgets: Sequence[float]) -> str:
+    """The best model of the registry beside the best yardstick, and the difference in top-1."""
+    rows = []
+    for budget in budgets:
+        ours = find_best((p for p in points if p.is_ours), budget)
+        other = find_best((p for p in points if not p.is_ours), budget)
+        gap = "-" if ours is None or other is None else f"{ours.top1 - other.top1:+.1f}"
+        rows.append([f"{budget:g} ms", format_point(ours), format_point(other), gap])
+    return format_table(["budget", "best hybrid", "best yardstick", "difference"], rows, markdown=True)
+
+
+HEADER = (
+    "model",
+    "input",
+    "M params",
+    "GMACs",
+    "published top-1 %",
+    "fp32 ms",
+    "bf16 ms",
+    "int8 ms",
+    "int8 over fp32",
+    "GMACs/s, int8",
+    "logits off, int8",
+    f"estimate for {GPU}, fp16, ms",
+)
+"""Heads of :func:`format_models`."""
+
+
+def format_models(results: Results) -> str:
+    """A line for every model."""
+    ordered = sorted(results["models"], key=lambda model: model["macs"] or float("inf"))
+    return format_table(HEADER, [_format_model(model) for model in ordered], markdown=True)
+
+
+def _format_model(model: dict[str, Any]) -> list[str]:
+    found = {precision: model["precisions"][precision].get("ms") for precision in PRECISIONS}
+    fp32, int8, macs = found["fp32"], found["int8"], model["macs"]
+    off = model["precisions"]["int8"].get("deviation")
+    top1 = "none published" if model["top1"] is None else f"{model['top1']:g}"
+    estimate = read_estimate(model)
+    return [
+        model["label"],
+        str(model["imgsz"]),
+        "-" if model["params"] is None else f"{model['params'] / 1e6:.1f}",
+        "-" if macs is None else f"{macs / 1e9:.2f}",
+        top1 + (EXTRA if model["extra_data"] else ""),
+        *("-" if ms is None else _format_ms(ms) for ms in found.values()),
+        "-" if fp32 is None or int8 is None else f"{fp32 / int8:.2f}",
+        "-" if int8 is None or macs is None else f"{macs / 1e6 / int8:.0f}",
+        "-" if off is None else f"{off:.1e}",
+        "-" if estimate is None else f"{estimate:.2f}",
+    ]
+
+
+def list_refusals(results: Results) -> list[str]:
+    """What the pipeline refused, and what failed its golden check, one line each."""
+    lines = []
+    for model in results["models"]:
+        for precision, found in model["precisions"].items():
+            golden = found["golden"]
+            if found["error"]:
+                lines.append(f"- {model['label']} {precision}: {found['error']}")
+            elif golden and not golden["passed"]:
+                lines.append(
+                    f"- {model['label']} {precision}: the golden logits differ by {golden['diff']:.2g},"
+                    f" allowed are {golden['atol']:.2g}; an export would have refused it"
+                )
+        if error := (model["rtx"] or {}).get("error"):
+            lines.append(f"- {model['label']}, TensorRT for RTX: {error}")
+    return lines
+
+
+# --- page -----------------------------------------------------------------------------------------
+
+BEGIN, END = "<!-- benchmarks/which_model.py: {}: begin -->", "<!-- benchmarks/which_model.py: {}: end -->"
+"""The comments between which the page holds what is computed."""
+
+
+def write_page(results: Results, page: Path) -> None:
+    """Put the tables between the comments of the page, and draw the plots beside it."""
+    from which_model_plot import draw_estimates, draw_measured
+
+    text = page.read_text(encoding="utf-8")
+    for name, content in make_parts(results).items():
+        text = replace_part(text, name, content, page)
+    page.write_text(text, encoding="utf-8")
+    draw_measured(results, page.with_suffix(".png"))
+    if list_estimates(results):
+        draw_estimates(results, page.with_name(f"{page.stem}-rtx.png"))
+
+
+def make_parts(results: Results) -> dict[str, str]:
+    """Name of a part of the page -> its content."""
+    points = {precision: list_points(results, precision) for precision in PRECISIONS}
+    estimates = list_estimates(results)
+    machine = results["machine"]
+    refusals = list_refusals(results)
+    spread = results["reference_ms_of_slices"]
+    return {
+        "budgets": format_budgets(points, BUDGETS),
+        "contest": format_contest(points["int8"], BUDGETS),
+        "estimates": format_budgets({f"estimate for {GPU}, fp16": estimates}, GPU_BUDGETS),
+        "estimated contest": format_contest(estimates, GPU_BUDGETS),
+        "models": format_models(results),
+        "refusals": "\n".join(refusals) or "None.",
+        "machine": (
+            f"{machine['cpu']}, {results['threads']} threads; OpenVINO {results['versions']['openvino']};"
+            " batch 1."
+            f" The reference, {results['reference']}, took {min(spread):.2f} to {max(spread):.2f} ms in the"
+            f" {len(spread)} slices."
+        ),
+        "sources": _list_sources(results),
+    }
+
+
+def _list_sources(results: Results) -> str:
+    """Where the published figures are printed."""
+    found: dict[str, list[str]] = {}
+    for model in results["models"]:
+        if model["top1"] is not None:
+            found.setdefault(model["source"], []).append(model["label"])
+    return "\n".join(f"- {', '.join(labels)}: {source}" for source, labels in found.items())
+
+
+def replace_part(text: str, name: str, content: str, page: Path) -> str:
+    """``text`` with ``content`` between the two comments of a part; raises ``SystemExit`` where they are
+    missing."""
+    begin, end = BEGIN.format(name), END.format(name)
+    if begin not in text or end not in text:
+        raise SystemExit(f"error: {page} lacks the comments {begin} and {end}")
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}\n{content}\n{end}{rest.partition(end)[2]}"

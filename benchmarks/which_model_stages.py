@@ -1,0 +1,276 @@
+"""The stages of :mod:`which_model` that need the models: exporting, measuring, and NVIDIA's compiler.
+
+Each writes what it found beside the bundles, a file a model or a slice, and leaves out what is already there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from common import deviation, say, step
+from which_model_subjects import Subject
+
+from cmt_edge import Bundle, ExportConfig, Predictor
+from cmt_edge.deploy.bundle import ONNX, BundleWriter, make_plain
+from cmt_edge.deploy.errors import CmtEdgeError
+from cmt_edge.deploy.measure.benchmark import (
+    Protocol,
+    bind_inference,
+    make_golden_batch,
+    time_interleaved,
+)
+from cmt_edge.deploy.measure.host import describe_host, read_versions
+from cmt_edge.deploy.measure.parity import verify
+from cmt_edge.deploy.measure.statistics import compare_medians, summarise
+from cmt_edge.deploy.progress import Progress
+
+PRECISIONS = ("fp32", "bf16", "int8")
+"""What each model is measured in."""
+REFERENCE = ("timm:resnet50", "fp32")
+"""The model and precision that is measured in every slice."""
+THREADS = 2
+"""CPU threads of one inference."""
+CALIBRATED_ON = 8
+"""Images; enough for latencies, which do not depend on ranges."""
+PROTOCOL = Protocol(iters=40, seconds=0.8, warmup_iters=5, warmup_seconds=0.3, settle_seconds=0.02)
+"""How long the models of a slice are measured in turns."""
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write what a stage found, in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".draft")
+    draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    draft.replace(path)
+
+
+def describe_error(exc: BaseException) -> str:
+    """The first line of an error."""
+    return (str(exc).splitlines() or [type(exc).__name__])[0]
+
+
+# --- export ---------------------------------------------------------------------------------------
+
+
+def export_all(subjects: Sequence[Subject], folder: Path) -> None:
+    """Export every model that has not been."""
+    for subject in subjects:
+        place = folder / "export" / f"{subject.key}.json"
+        if place.exists():
+            continue
+        with step(f"export {subject.name}"):
+            write_json(place, export_model(subject, folder))
+
+
+def export_model(subject: Subject, folder: Path) -> dict[str, Any]:
+    """The bundles of one model in fp32 and int8, and what was found about each precision."""
+    from cmt_edge.export.preparation import prepare
+
+    errors: dict[str, str] = {}
+    for precision in ("int8", "fp32"):
+        config = _make_config(subject, precision)
+        try:
+            prepared = prepare(config, Progress(quiet=True))
+        except CmtEdgeError as exc:
+            errors[precision] = describe_error(exc)
+            say(f"  {subject.name} {precision}: {exc}")
+            continue
+        for kept in ("fp32",) if precision == "fp32" else ("fp32", "int8"):
+            _write_bundle(prepared, kept, locate(folder, subject, kept))
+        break
+    checks = _check_all(subject, folder, errors)
+    entry = open_bundle(folder, subject, "fp32").manifest.model if "fp32" in checks else None
+    return {
+        "params": entry and entry.params,
+        "macs": entry and entry.macs,
+        "errors": errors,
+        "checks": checks,
+    }
+
+
+def _make_config(subject: Subject, precision: str) -> ExportConfig:
+    quantizes = precision == "int8"
+    return ExportConfig(
+        subject.name,
+        "openvino",
+        precision,
+        weights="random",
+        imgsz=subject.imgsz,
+        data="generated" if quantizes else None,
+        calib_size=CALIBRATED_ON if quantizes else None,
+        threads=THREADS,
+        cache=False,
+    )
+
+
+def locate(folder: Path, subject: Subject, precision: str) -> Path:
+    """Where the bundle lies; bf16 is a demand on the files of fp32."""
+    return folder / "bundles" / f"{subject.key}_{'int8' if precision == 'int8' else 'fp32'}"
+
+
+def _write_bundle(prepared: Any, precision: str, place: Path) -> None:
+    """A bundle that :func:`_check_all` has yet to compare with PyTorch; nothing else is measured now."""
+    from cmt_edge.export.steps import write_files
+
+    with BundleWriter(place) as writer:
+        golden = prepared.reference.golden
+        runtime = write_files(writer.folder, prepared.graph_of(precision), 1, golden, "openvino")
+        writer.commit(replace(prepared.manifest, precision=precision, runtime=runtime))
+
+
+def open_bundle(folder: Path, subject: Subject, precision: str) -> Bundle:
+    """The bundle of one precision."""
+    bundle = Bundle.open(locate(folder, subject, precision))
+    return Bundle(bundle.path, replace(bundle.manifest, precision=precision))
+
+
+def _check_all(subject: Subject, folder: Path, errors: dict[str, str]) -> dict[str, Any]:
+    """Whether each precision gives PyTorch's answers to the golden images; what fails goes to ``errors``."""
+    found: dict[str, Any] = {}
+    for precision in PRECISIONS:
+        if not locate(folder, subject, precision).exists():
+            continue
+        try:
+            bundle = open_bundle(folder, subject, precision)
+            found[precision] = make_plain(verify(bundle, threads=THREADS).golden)
+        except CmtEdgeError as exc:
+            errors[precision] = describe_error(exc)
+            say(f"  {subject.name} {precision}: {exc}")
+    return found
+
+
+# --- measure --------------------------------------------------------------------------------------
+
+
+def measure_slice(subjects: Sequence[Subject], folder: Path) -> dict[str, Any]:
+    """All precisions of some models and the reference, each measured in turn."""
+    with contextlib.ExitStack() as stack:
+        with step(f"open {', '.join(subject.name for subject in subjects)}"):
+            opened = {
+                f"{subject.name} {precision}": stack.enter_context(_opened(folder, subject, precision))
+                for subject, precision in _list_variants(subjects, folder)
+            }
+        calls = {name: call for name, (call, _) in opened.items()}
+        with step(f"measure {len(calls)}"):
+            samples = time_interleaved(calls, PROTOCOL)
+        base = samples[" ".join(REFERENCE)]
+        return {
+            "machine": make_plain(describe_host()),
+            "versions": read_versions(),
+            "threads": THREADS,
+            "protocol": make_plain(PROTOCOL),
+            "calibrated_on": CALIBRATED_ON,
+            "rows": {
+                name: {
+                    "latency": make_plain(summarise(times)),
+                    "best_ms": float(times.min()) / 1e6,
+                    "ratio": list(compare_medians(base, times)),
+                    "best_ratio": float(base.min() / times.min()),
+                    "deviation": opened[name][1],
+                }
+                for name, times in samples.items()
+            },
+        }
+
+
+def find_unmeasured(subjects: Sequence[Subject], folder: Path) -> list[Subject]:
+    """The models that have a bundle and no figures yet, small ones first: those of a slice are about equally
+    fast."""
+    measured = [json.loads(path.read_text())["rows"] for path in sorted((folder / "measure").glob("*.json"))]
+    known = {name for rows in measured for name in rows}
+    waiting = [
+        subject
+        for subject in subjects
+        if locate(folder, subject, "fp32").exists() and f"{subject.name} bf16" not in known
+    ]
+    return sorted(waiting, key=lambda subject: open_bundle(folder, subject, "fp32").manifest.model.macs or 0)
+
+
+def _list_variants(subjects: Sequence[Subject], folder: Path) -> Iterator[tuple[Subject, str]]:
+    """The reference, then every precision of every model that has a bundle."""
+    reference = Subject(REFERENCE[0], "", "", 0, None, "")
+    yield reference, REFERENCE[1]
+    for subject in subjects:
+        for precision in PRECISIONS:
+            if (subject.name, precision) != REFERENCE and locate(folder, subject, precision).exists():
+                yield subject, precision
+
+
+@contextlib.contextmanager
+def _opened(folder: Path, subject: Subject, precision: str) -> Iterator[tuple[Any, float]]:
+    """The inference of a bundle, and how far its logits are from PyTorch's, in standard deviations."""
+    bundle = open_bundle(folder, subject, precision)
+    with Predictor.load(bundle, threads=THREADS, cache=False) as predictor:
+        batch = make_golden_batch(bundle, predictor)
+        off = deviation(predictor.outputs(batch)[0], bundle.golden().logits[: len(batch)])
+        yield bind_inference(predictor.session, batch), off
+
+
+# --- NVIDIA's compiler ----------------------------------------------------------------------------
+
+
+def estimate_all(subjects: Sequence[Subject], folder: Path) -> None:
+    """Let NVIDIA's compiler build every exported model in fp16 that it has not built."""
+    for subject in subjects:
+        place = folder / "estimate" / f"{subject.key}.json"
+        if place.exists() or not locate(folder, subject, "fp32").exists():
+            continue
+        with step(f"compile {subject.name}"):
+            write_json(place, estimate_model(subject, folder))
+
+
+def estimate_model(subject: Subject, folder: Path) -> Mapping[str, Any]:
+    """What the compiler says of a model in fp16: kernels, bytes, and the roofline's estimate."""
+    from cmt_edge.export.rtx import compile_graph
+    from cmt_edge.export.typed import observe, type_graph
+
+    try:
+        graph, images = _make_graph(subject, folder)
+        typed = type_graph(graph, "fp16", observe(graph, images)).model
+        compiled = compile_graph(typed, 1, Progress(quiet=True))
+    except CmtEdgeError as exc:
+        say(f"  {subject.name}: {exc}")
+        return {"error": describe_error(exc)}
+    entry = make_plain(compiled)
+    kept = ("product", "version", "kernels", "activation_bytes", "weight_bytes", "attention", "attentions")
+    return {key: entry[key] for key in (*kept, "estimates")}
+
+
+def _make_graph(subject: Subject, folder: Path) -> tuple[onnx.ModelProto, list[np.ndarray]]:
+    """The float32 graph with the rewrites for TensorRT for RTX, and the golden images.
+
+    Where these rewrites are those for a CPU, the bundle has the graph.
+    """
+    from cmt_edge.cmt import find_model, fuse
+    from cmt_edge.cmt.spec import CPU, RTX
+    from cmt_edge.deploy.preprocessing import normalise
+    from cmt_edge.export import steps
+    from cmt_edge.export.config import OPSET
+    from cmt_edge.export.to_onnx import export_onnx, simplify
+
+    if not subject.is_ours or _has_same_rewrites(find_model(subject.name), CPU, RTX):
+        bundle = open_bundle(folder, subject, "fp32")
+        batch = normalise(bundle.golden().pixels, bundle.preprocess)
+        return onnx.load(bundle.file(ONNX)), np.split(batch, len(batch))
+    config = ExportConfig(subject.name, weights="random", format="rtx", precision="fp16", imgsz=subject.imgsz)
+    reference = steps.make_reference(config)
+    graph = simplify(export_onnx(fuse(reference.classifier, target=RTX), config.img_size, OPSET))
+    return graph, np.split(reference.batch, len(reference.batch))
+
+
+def _has_same_rewrites(spec: Any, *targets: str) -> bool:
+    first, second = (spec.choose_rewrites(target) for target in targets)
+    return bool(first == second)
+
+
+def remove_bundles(folder: Path) -> None:
+    """Remove what takes gigabytes; the figures stay."""
+    shutil.rmtree(folder / "bundles", ignore_errors=True)

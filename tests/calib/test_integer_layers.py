@@ -1,0 +1,160 @@
+"""Pairs and biases behind int8 layers, without which ONNX Runtime computes them in float32."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from cmt_edge.calib.integer_layers import measure_conv_ranges, place_for_integers
+from cmt_edge.calib.quantize import Batches
+from cmt_edge.calib.restore import list_int8_nodes
+from helpers.calibration import SPEC
+from helpers.graphs import compute_logits
+
+INTEGER_KERNELS = ("QLinearConv", "QGemm", "MatMulIntegerToFloat")
+"""What ONNX Runtime replaces int8 layers by, where it computes them in integers."""
+
+
+@pytest.fixture(scope="module")
+def ranges(quantized, data):
+    return measure_conv_ranges(quantized.model, Batches(data, SPEC, None))
+
+
+@pytest.fixture(scope="module")
+def placed(quantized, ranges):
+    return place_for_integers(quantized.model, ranges)
+
+
+def count_kernels(model: onnx.ModelProto, folder) -> Counter[str]:
+    """The operations of a graph after ONNX Runtime's optimisation."""
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(folder / "optimised.onnx")
+    options.log_severity_level = 4
+    ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
+
+
+def test_onnx_runtime_computes_nearly_all_int8_layers_in_integers(quantized, placed, tmp_path):
+    layers = len(list_int8_nodes(quantized.model))
+    before, after = (count_kernels(graph, tmp_path) for graph in (quantized.model, placed))
+    assert sum(before[kind] for kind in INTEGER_KERNELS) < 0.5 * layers  # linears without a bias
+    assert sum(after[kind] for kind in INTEGER_KERNELS) >= 0.9 * layers
+    assert after["QLinearConv"] > 0
+    assert after["QGemm"] + after["MatMulIntegerToFloat"] > 0
+
+
+def test_the_answers_stay_close(graph, quantized, placed):
+    x = np.random.default_rng(0).random((4, 3, 64, 64)).astype(np.float32)
+    exact, plain, ours = (compute_logits(g, x, "test") for g in (graph, quantized.model, placed))
+    spread = exact.std(axis=1).mean()
+    assert np.abs(ours - plain).mean() < 0.1 * spread
+    assert np.abs(ours - exact).mean() < 1.5 * np.abs(plain - exact).mean() + 0.02 * spread
+
+
+def test_the_given_graph_is_not_changed_and_onnx_accepts_the_result(quantized, ranges):
+    before = quantized.model.SerializeToString(deterministic=True)
+    onnx.checker.check_model(place_for_integers(quantized.model, ranges), full_check=True)
+    assert quantized.model.SerializeToString(deterministic=True) == before
+
+
+def test_every_int8_conv_has_a_range_and_a_conv_without_one_stays(quantized, ranges):
+    convs = {n for n in list_int8_nodes(quantized.model) if "conv" in n.lower()}
+    assert convs <= set(ranges)
+    assert min(ranges.values()) > 0
+    left_out = next(iter(ranges))
+    some = place_for_integers(quantized.model, {k: v for k, v in ranges.items() if k != left_out})
+    assert not any(node.name.startswith(f"{left_out}_result") for node in some.graph.node)
+    assert any("_result_quantized" in node.name for node in some.graph.node)
+
+
+def make_graph(
+    bias: np.ndarray, tail: Callable[[list[onnx.NodeProto]], None] | None = None
+) -> onnx.ModelProto:
+    """``DQ -> MatMul -> Add`` with 2 channels; the step of the products is 0.5 * 0.25."""
+    constants = {
+        "s": np.float32(0.5),
+        "z": np.int8(0),
+        "w": np.array([[1, 2], [3, 4]], np.int8),
+        "ws": np.full(2, 0.25, np.float32),
+        "wz": np.zeros(2, np.int8),
+        "b": bias,
+    }
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"], "q"),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"], "d"),
+        helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["wd"], "wd", axis=1),
+        helper.make_node("MatMul", ["d", "wd"], ["m"], "product"),
+        helper.make_node("Add", ["m", "b"], ["y"], "addition"),
+    ]
+    if tail:
+        tail(nodes)
+    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 2])
+    found = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 2])
+    tensors = [numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items()]
+    graph = helper.make_graph(nodes, "g", [given], [found], tensors)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+
+
+def test_a_bias_becomes_the_nearest_integer_of_the_products_step():
+    placed = place_for_integers(make_graph(np.array([1.0, -0.19], np.float32)), {})
+    values = {i.name: numpy_helper.to_array(i) for i in placed.graph.initializer}
+    assert values["product_bias_steps"].tolist() == [8, -2]
+    assert values["product_bias_steps"].dtype == np.int32
+    assert values["product_bias_scale"].tolist() == [0.125, 0.125]
+    assert "b" not in values
+    x = np.array([[1.0, 2.0]], np.float32)
+    session = ort.InferenceSession(placed.SerializeToString(), providers=["CPUExecutionProvider"])
+    expected = x @ np.array([[0.25, 0.5], [0.75, 1.0]], np.float32) + [1.0, -0.25]
+    np.testing.assert_allclose(session.run(None, {"x": x})[0], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [np.array([1e9, 0], np.float32), np.ones((1, 2), np.float32)])
+def test_a_bias_that_int32_cannot_hold_or_that_is_no_vector_stays_float(bias):
+    placed = place_for_integers(make_graph(bias), {})
+    assert [node.op_type for node in placed.graph.node].count("DequantizeLinear") == 2
+    assert "b" in {i.name for i in placed.graph.initializer}
+
+
+def make_conv(reads: str) -> onnx.ModelProto:
+    """A 1x1 conv in int8 whose result a quantizer or a ReLU reads."""
+    constants = {
+        "s": np.float32(0.5),
+        "z": np.int8(0),
+        "w": np.ones((1, 1, 1, 1), np.int8),
+        "ws": np.ones(1, np.float32),
+        "wz": np.zeros(1, np.int8),
+    }
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"], "q"),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"], "d"),
+        helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["wd"], "wd", axis=0),
+        helper.make_node("Conv", ["d", "wd"], ["c"], "conv"),
+    ]
+    if reads == "QuantizeLinear":
+        nodes += [
+            helper.make_node("QuantizeLinear", ["c", "s", "z"], ["q2"], "q2"),
+            helper.make_node("DequantizeLinear", ["q2", "s", "z"], ["y"], "d2"),
+        ]
+    else:
+        nodes.append(helper.make_node(reads, ["c"], ["y"], "reader"))
+    infos = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 1, 2, 2]) for n in "xy"]
+    tensors = [numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items()]
+    graph = helper.make_graph(nodes, "g", infos[:1], infos[1:], tensors)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+
+
+@pytest.mark.parametrize(("reads", "quantizers"), [("Relu", 2), ("QuantizeLinear", 2)])
+def test_a_result_is_rounded_once(reads, quantizers):
+    placed = place_for_integers(make_conv(reads), {"conv": 127.0})
+    assert [node.op_type for node in placed.graph.node].count("QuantizeLinear") == quantizers
+
+
+def test_a_conv_of_zeros_alone_stays_as_it_is():
+    placed = place_for_integers(make_conv("Relu"), {"conv": 0.0})
+    assert [node.op_type for node in placed.graph.node].count("QuantizeLinear") == 1

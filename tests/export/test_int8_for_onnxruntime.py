@@ -1,0 +1,51 @@
+"""Exports of int8 for ONNX Runtime have the pairs that it needs; exports for others do not."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from cmt_edge.export import ExportConfig
+from cmt_edge.export.description import describe_calibration
+from cmt_edge.export.steps import graph as steps
+
+
+def make_config(form: str, precision: str = "int8") -> ExportConfig:
+    return ExportConfig("cmt_nano", form, precision, data=None if precision == "fp32" else "generated")
+
+
+@pytest.mark.parametrize(
+    ("form", "precision", "expected"),
+    [
+        ("onnx", "int8", True),
+        ("onnx", "auto", True),
+        ("onnx", "fp32", False),
+        ("openvino", "int8", False),
+        ("trt", "int8", False),
+    ],
+)
+def test_only_int8_for_onnx_runtime_needs_them(form, precision, expected):
+    assert make_config(form, precision).computes_by_pairs is expected
+
+
+def test_the_recorded_recipe_tells_the_two_apart():
+    class Data:
+        @staticmethod
+        def describe():
+            return SimpleNamespace(source="generated", images=1, fingerprint="0" * 64, synthesis=None)
+
+    names = {describe_calibration(make_config(form), Data, False).recipe for form in ("onnx", "openvino")}
+    assert len(names) == 2
+    assert make_config("openvino").recipe.key() in names
+    assert {len(name) for name in names} == {64}
+
+
+def test_the_pairs_are_placed_in_what_is_exported(monkeypatch):
+    monkeypatch.setattr(steps, "place_for_integers", lambda model, ranges: (model, ranges))
+    monkeypatch.setattr(steps, "keep_float", lambda _quantized, names: names)
+    quantized = SimpleNamespace(model="whole")
+    assert steps.choose_graph("float", quantized, "int8", (), None) == "whole"
+    assert steps.choose_graph("float", quantized, "int8", (), {"conv": 1.0}) == ("whole", {"conv": 1.0})
+    assert steps.choose_graph("float", quantized, "int8", ("head",), {}) == (("head",), {})
+    assert steps.choose_graph("float", quantized, "fp32", (), None) == "float"

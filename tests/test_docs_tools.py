@@ -1,0 +1,159 @@
+"""The scripts behind the pages, and the commands and the Python that the pages show."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from cmt_edge.__main__ import COMMANDS
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCES = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def read_fences(*languages: str) -> list[tuple[str, str]]:
+    """(page, text) of every block in one of the languages."""
+    found = []
+    for page in PAGES:
+        blocks = FENCES.findall(page.read_text(encoding="utf-8"))
+        found += [(page.relative_to(ROOT).as_posix(), text) for kind, text in blocks if kind in languages]
+    return found
+
+
+def read_commands() -> list[tuple[str, str]]:
+    """(page, words) of every command of ours that a page tells its reader to run."""
+    found = []
+    for page, text in read_fences("sh", "console"):
+        for line in text.replace("\\\n", " ").splitlines():
+            words = shlex.split(line.removeprefix("$ "), comments=True)
+            first = words[0] if words else ""
+            if first == "cmt-edge" and len(words) > 1:
+                found.append((page, words[1:]))
+            elif first.startswith("cmt-") and first.removeprefix("cmt-") in COMMANDS:
+                found.append((page, [first.removeprefix("cmt-"), *words[1:]]))
+    return found
+
+
+# The commands and the Python that pages show
+
+
+def test_every_command_of_a_page_is_understood(capsys):
+    commands = read_commands()
+    assert len(commands) > 60
+    parsers = {
+        name: import_module(f"cmt_edge.{known.module}").build_parser() for name, known in COMMANDS.items()
+    }
+    faults = []
+    for page, (name, *words) in commands:
+        if name.startswith("--"):  # of cmt-edge itself
+            continue
+        try:
+            parsers[name].parse_args(words)
+        except SystemExit as ended:
+            if ended.code:
+                faults.append(f"{page}: cmt-edge {name} {shlex.join(words)}: {capsys.readouterr().err}")
+    assert not faults
+
+
+def test_python_of_pages_is_python():
+    blocks = read_fences("python")
+    assert len(blocks) > 10
+    for page, text in blocks:
+        try:
+            ast.parse(text)
+        except SyntaxError as exc:
+            pytest.fail(f"{page}: {exc}")
+
+
+# Outputs
+
+
+def test_figures_of_a_machine_are_no_drift(script):
+    outputs = script("docs_outputs")
+    one = "median 0.93 ms a batch\nran as: int8 61 % + bf16 37 % + fp32 2 %\n(2.1 MB)\nx  1.00 (0.99-1.01)"
+    two = "median 12.1 ms a batch\nran as: fp32 100 %\n(2.0 MB)\nwarning: drift\nx   1.02 (0.90-1.10)"
+    assert outputs.simplify(one) == outputs.simplify(two)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    ["verified", "golden images: 5; pixels agree", "ship 91.7 %, cat 1.1 %", "next:\n  cmt-edge bench"],
+)
+def test_other_words_are_drift(script, changed):
+    outputs = script("docs_outputs")
+    block = outputs.Block("page.md", f"$ cmt-edge verify x\n{changed}\n", False)
+    same = f"$ cmt-edge verify x\n{changed.replace('91.7', '88.2')}\n"
+    assert outputs.find_drift(block, same) == ""
+    assert "page.md" in outputs.find_drift(block, "$ cmt-edge verify x\nsomething else\n")
+
+
+def test_a_failing_command_of_a_page_is_named(script, tmp_path):
+    outputs = script("docs_outputs")
+    with pytest.raises(SystemExit, match="only cmt-edge, python can be run"):
+        outputs.run_command("rm -r x", tmp_path, {})
+
+
+@pytest.mark.slow
+def test_the_pages_show_what_the_commands_print(script, int8_bundle, tmp_path, capsys):
+    outputs = script("docs_outputs")
+    blocks = [
+        block for page in outputs.PAGES for block in outputs.read_blocks(page, (ROOT / page).read_text())
+    ]
+    assert sum(not block.is_slow for block in blocks) >= 4
+    arguments = ["--check", "--quick", "--folder", str(tmp_path / "work"), "--bundle", str(int8_bundle.path)]
+    assert outputs.main(arguments) == 0, capsys.readouterr().err
+
+
+# The settings
+
+
+def test_the_settings_page_is_current(script, capsys):
+    assert script("settings_reference").main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_another_settings_page_is_noticed(script, capsys, tmp_path, monkeypatch):
+    settings = script("settings_reference")
+    monkeypatch.setattr(settings, "PAGE", tmp_path / "settings.md")
+    assert settings.main(["--check"]) == 1
+    assert "scripts/settings_reference.py" in capsys.readouterr().err
+    assert settings.main([]) == settings.main(["--check"]) == 0
+
+
+# The site
+
+
+@pytest.mark.parametrize(
+    ("body", "fault"),
+    [
+        ('<a href="b.html#x">b</a>', ""),
+        ('<a href="https://example.org/">out</a>', ""),
+        ('<a href="gone.html">gone</a>', "leads to no file"),
+        ('<a href="b.html#y">b</a>', "leads to no heading"),
+        ('<script src="https://cdn.example.org/a.js"></script>', "loads https"),
+        ('<img src="//cdn.example.org/a.png">', "loads //cdn"),
+        ('<link rel="stylesheet" href="https://fonts.example.org/a.css">', "loads https"),
+    ],
+)
+def test_a_site_is_checked(script, tmp_path, body, fault):
+    site = script("check_site")
+    (tmp_path / "a.html").write_text(f"<html><body>{body}</body></html>")
+    (tmp_path / "b.html").write_text('<html><body><h1 id="x">b</h1></body></html>')
+    faults = site.find_faults(tmp_path)
+    assert (fault in faults[0]) if fault else not faults
+    assert site.main([str(tmp_path)]) == bool(fault)
+
+
+def test_style_sheets_that_load_fonts_are_found(script, tmp_path):
+    (tmp_path / "a.html").write_text("<html></html>")
+    (tmp_path / "a.css").write_text("@import 'https://fonts.example.org/x.css'; b { color: red }")
+    assert script("check_site").find_faults(tmp_path) == ["a.css loads https://fonts.example.org/x.css"]
+
+
+def test_a_folder_without_pages_is_no_site(script, tmp_path):
+    assert script("check_site").find_faults(tmp_path)
