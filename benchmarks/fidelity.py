@@ -1,12 +1,12 @@
-"""How near the int8 graphs of several models are to float32, by choice of the calibration.
+"""How near the int8 graphs of several models are to float32, by the steps that follow equalization.
 
     python benchmarks/fidelity.py --data ../shared/data --golden ../shared/golden \
         --weights ../shared/weights/cmt_nano_cifar10.pt --keep /tmp/fidelity --markdown fidelity.md
 
 cmt_nano with trained weights is judged by CIFAR-10 test images, calibrated on training images. The other
 models have the random weights of the golden logits; they are calibrated on some of the photographs and judged
-by others, so that a choice is not made for one model. A graph is made once and kept in ``--keep``; then a
-variant takes seconds. Everything runs in OpenVINO on the CPU, as bundles do.
+by others, so that a choice is not made for one model. Graphs are kept in ``--keep``; only what follows the
+placing of pairs is repeated for each variant. Everything runs in OpenVINO on the CPU, as bundles do.
 
 ``--only VARIANT ...`` and ``--models MODEL ...`` choose rows and columns.
 """
@@ -17,20 +17,23 @@ import argparse
 import importlib.util
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import torch
-from common import deviation, logits, open_openvino, say, shorten_error
+from common import deviation, logits, open_openvino, say
+from threadpoolctl import threadpool_limits
 from torch import nn
 
 from cmt_edge.calib import CalibrationSet
-from cmt_edge.calib.quantize import calibrate
+from cmt_edge.calib.equalize import SAMPLED_IMAGES, guard_calibration
+from cmt_edge.calib.quantize import Batches, place_pairs
 from cmt_edge.calib.recipe import DEFAULT
+from cmt_edge.calib.refine import refine
+from cmt_edge.calib.sampling import pick, spread
 from cmt_edge.cmt import create_model, find_model, fuse
 from cmt_edge.cmt.reference import load_reference
 from cmt_edge.deploy import Preprocess
@@ -54,15 +57,14 @@ FILES = {"cvt_13": "cvt_13_224"}
 JUDGING_PHOTOGRAPHS = 100
 """Number of photographs that judge; all others calibrate."""
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "extremes as ranges": {"range_estimator": "minmax"},
-    "weights to the nearest": {"rounding": False},
-    "biases as they are": {"bias_correction": False},
-    "none of these three": {"range_estimator": "minmax", "rounding": False, "bias_correction": False},
-    "not equalized": {"equalize": False},
+VARIANTS: dict[str, dict[str, bool]] = {
+    "none": {"search": False, "rounding": False, "biases": False},
+    "ranges": {"search": True, "rounding": False, "biases": False},
+    "rounding": {"search": False, "rounding": True, "biases": False},
+    "biases": {"search": False, "rounding": False, "biases": True},
+    "all": {"search": True, "rounding": True, "biases": True},
 }
-"""Names of the rows and what they change in the default recipe."""
+"""Names of the variants and the steps of :func:`cmt_edge.calib.refine.refine` that they take."""
 
 
 @dataclass(frozen=True)
@@ -158,17 +160,23 @@ def answer(graph: onnx.ModelProto, images: np.ndarray, threads: int, precision: 
     return result
 
 
-def judge(case: Case, changes: dict[str, Any], args: argparse.Namespace) -> list[str]:
-    """Cells of one variant and model: agreement, deviation, and the seconds that calibration took."""
+def judge(case: Case, names: Sequence[str], args: argparse.Namespace) -> Iterator[list[str]]:
+    """For each variant of one model its name, agreement, deviation, and the seconds that calibration took."""
     start = time.perf_counter()
-    try:
-        quantized = calibrate(case.graph, case.data, case.spec, replace(DEFAULT, **changes), None)
-    except Exception as exc:  # some choices do not suit every model
-        return [shorten_error(exc, 60), "", ""]
-    seconds = time.perf_counter() - start
-    ours = answer(quantized.model, case.images, args.threads, args.precision)
-    agreement = 100 * (ours.argmax(1) == case.truth.argmax(1)).mean()
-    return [f"{agreement:.2f}", f"{deviation(ours, case.truth):.4f}", f"{seconds:.0f}"]
+    batches = Batches(case.data, case.spec, None)
+    with threadpool_limits(1, "blas"):
+        placed, source = place_pairs(case.graph, batches, DEFAULT)
+    images = pick(batches, spread(len(batches), SAMPLED_IMAGES))
+    shared = time.perf_counter() - start
+    for name in names:
+        start = time.perf_counter()
+        with threadpool_limits(1, "blas"):
+            graph = refine(placed, source, images, guard_calibration, **VARIANTS[name])
+        seconds = shared + time.perf_counter() - start
+        onnx.save(graph, args.keep / f"{case.name}.{name}.int8.onnx")
+        ours = answer(graph, case.images, args.threads, args.precision)
+        agreement = 100 * (ours.argmax(1) == case.truth.argmax(1)).mean()
+        yield [name, f"{agreement:.2f}", f"{deviation(ours, case.truth):.4f}", f"{seconds:.0f}"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -189,11 +197,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = []
     for name in args.models:
         case = make_case(name, args)
-        for variant in args.only:
-            row = [name, variant, *judge(case, VARIANTS[variant], args)]
+        for cells in judge(case, args.only, args):
+            row = [name, *cells]
             say("  ".join(row))
             rows.append(row)
-    table = format_table(["model", "variant", "agreement %", "logits off, std", "s"], rows, markdown=True)
+    table = format_table(["model", "steps", "agreement %", "logits off, std", "s"], rows, markdown=True)
     if args.markdown:
         write_atomic(args.markdown, f"{table}\n".encode())
     print(table)

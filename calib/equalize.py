@@ -4,13 +4,13 @@ int8 activations have one scale a tensor, because TensorRT and fast CPU kernels 
 channels that a GELU leaves are not equally large. They are rescaled in float, exactly, before
 calibration: the per-channel scale of a batch norm before the conv is changed, or a multiplication is
 inserted, and the conv that reads the tensor multiplies its weights by the inverse: ``W x == (W e) (x /
-e)``. Where the conv has no padding, the tensor may be shifted too, and the conv's bias takes that back:
-``W x + b == W (x - c) + (b + W c)``. :mod:`cmt_edge.calib.factors` chooses ``e`` and ``c``.
+e)``. :mod:`cmt_edge.calib.factors` chooses ``e``.
 
 The idea is that of data-free quantization (Nagel et al., ICCV 2019, cross-layer equalization) and
 SmoothQuant (Xiao et al., ICML 2023). A shift of each channel to its own centre was tried and left out: it was
 better with many real images but worse with few or generated ones, because zero, the most frequent value, was
-rounded then. One shift for all channels by a multiple of the scale leaves zero exact.
+rounded then. One shift for all channels by a multiple of the scale leaves zero exact, but its addition took
+2 to 5 % of the latency (docs/notes/int8.md).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -26,7 +26,7 @@ import onnx_ir as ir
 
 from cmt_edge.deploy.errors import CmtEdgeError, StepError
 
-from .factors import Extremes, Reader, Rescaling, choose_rescaling
+from .factors import Extremes, Reader, choose_factor
 from .graph import (
     add_constant,
     count_readers,
@@ -45,7 +45,7 @@ from .graph import (
 from .groups import MODULE, find_module
 from .recipe import count_groups, is_depthwise_node
 from .running import measure_extremes
-from .sampling import Layer, describe_layer, pick, sample_rows, spread
+from .sampling import Layer, pick, sample_rows, spread
 
 SAMPLED_IMAGES = 32
 """The number of images whose rows decide how tensors are rescaled."""
@@ -81,12 +81,10 @@ class Equalized:
         telling: numbers of the batches on which some observed tensor of ``model`` reaches its largest
             magnitude over all batches, in ascending order. Symmetric ranges over these batches are the
             ranges over all of them. Empty for the given graph.
-        scales: conv -> the scale that the quantizer of what it reads has to have: shifts are multiples of it.
     """
 
     model: onnx.ModelProto
     telling: tuple[int, ...] = ()
-    scales: Mapping[str, float] = field(default_factory=dict)
 
 
 def equalize(
@@ -110,21 +108,19 @@ def equalize(
             return Equalized(model)
         tensors = [site.tensor for site in sites]
         others = sorted(set(read) - set(tensors))
-        layers = [_describe(site) for site in sites]
+        layers = [Layer(get_node_name(site.conv), site.tensor, (1, 1)) for site in sites]
         extremes = measure_extremes(model, tensors, others, batches, guard_calibration)
         count = len(extremes[tensors[0]][0])
         sampled = spread(count, min(SAMPLED_IMAGES, max(count // 2, 1)))
         rows = sample_rows(model, layers, pick(batches, sampled), guard_calibration)
-        scales = {}
         for site, layer, tensor in zip(sites, layers, tensors, strict=True):
             low, high = extremes[tensor]
-            chosen = _choose(site, layer, _split(low, high, sampled), rows.pop(layer.name))
-            _rescale(view.graph, site, chosen)
-            extremes[tensor] = low / chosen.factor - chosen.shift, high / chosen.factor - chosen.shift
-            scales[layer.name] = chosen.scale
+            factor = _choose_factor(site, _split(low, high, sampled), rows.pop(layer.name))
+            _rescale(view.graph, site, factor)
+            extremes[tensor] = low / factor, high / factor
         result = write_model(view)
     del result.graph.value_info[:]
-    return Equalized(result, _choose_telling(extremes), scales)
+    return Equalized(result, _choose_telling(extremes))
 
 
 @contextmanager
@@ -210,14 +206,6 @@ def _count_channels(conv: ir.Node) -> int | None:
     return groups if dims[:2] == (groups, 1) else None
 
 
-def _describe(site: Site) -> Layer:
-    """The conv of a site as a layer; every conv of a site has a description."""
-    layer = describe_layer(site.conv, get_input(site.conv, 0))
-    if layer is None:
-        raise TypeError(f"{site.conv.name} has no rows")
-    return layer
-
-
 def _split(
     low: np.ndarray,
     high: np.ndarray,
@@ -231,79 +219,52 @@ def _split(
     )
 
 
-def _choose(
+def _choose_factor(
     site: Site,
-    layer: Layer,
     extremes: tuple[Extremes, Extremes],
-    rows: np.ndarray,
-) -> Rescaling:
-    """How one tensor is rescaled, from the extremes of its channels (see :func:`_split`) and rows of it."""
+    values: np.ndarray,
+) -> np.ndarray:
+    """By how much each channel is divided, ``(C,)``, from the extremes of the channels (see :func:`_split`)
+    and values ``(rows, C)``."""
     weights = read_constant(get_input(site.conv, 1))
-    weights = weights.reshape(*weights.shape[:2], -1)
-    middle = weights.shape[2] // 2
-    values = rows.reshape(len(rows), -1, weights.shape[2])[:, :, middle]
-    reader = Reader(weights, layer.depthwise, any(layer.pads))
-    return choose_rescaling(*extremes, values, reader)
+    reader = Reader(weights.reshape(*weights.shape[:2], -1), is_depthwise_node(site.conv))
+    return choose_factor(*extremes, values, reader)
 
 
-def _rescale(graph: ir.Graph, site: Site, chosen: Rescaling) -> None:
-    """Rescale one tensor as ``chosen`` and its conv against it, in float64, rounded once."""
+def _rescale(graph: ir.Graph, site: Site, factor: np.ndarray) -> None:
+    """Divide one tensor by ``factor`` ``(C,)`` and multiply its conv, in float64, rounded once."""
     weight = get_input(site.conv, 1)
     along = (-1, 1, 1, 1) if is_depthwise_node(site.conv) else (1, -1, 1, 1)
-    weights = read_constant(weight) * chosen.factor.reshape(along)
-    _set_constant(weight, weights)
-    if chosen.steps:
-        _add_bias(graph, site.conv, chosen.shift * weights.sum(axis=(1, 2, 3)))
+    _set_constant(weight, read_constant(weight) * factor.reshape(along))
     if site.scale is None or site.shift is None:
-        _insert_rescaling(graph, site.conv, chosen)
+        _insert_scale(graph, site.conv, 1 / factor)
         return
-    by_channel = chosen.factor.reshape(1, -1, 1, 1)
-    _set_constant(site.scale, _spread(site.scale, len(chosen.factor)) / by_channel)
-    _set_constant(site.shift, _spread(site.shift, len(chosen.factor)) / by_channel - chosen.shift)
+    for value in (site.scale, site.shift):
+        by_channel = factor.reshape(1, -1, 1, 1)
+        _set_constant(value, read_constant(value) / by_channel)
 
 
-def _spread(value: ir.Value, channels: int) -> np.ndarray:
-    """A constant of one value a channel as ``(1, C, 1, 1)``."""
-    return read_constant(value).reshape(1, channels, 1, 1)
-
-
-def _add_bias(graph: ir.Graph, conv: ir.Node, bias: np.ndarray) -> None:
-    """Add ``bias`` ``(outputs,)`` to that of a conv, which may have none or share it."""
-    present = conv.inputs[2] if len(conv.inputs) > 2 else None
-    total = bias if present is None else read_constant(present) + bias
-    if present is not None and count_readers(present) == 1:
-        _set_constant(present, total)
-        return
-    constant = add_constant(graph, f"{get_node_name(conv)}_shifted_bias", total.astype(np.float32))
-    conv.resize_inputs(3)
-    conv.replace_input_with(2, constant)
-
-
-def _insert_rescaling(
+def _insert_scale(
     graph: ir.Graph,
     conv: ir.Node,
-    chosen: Rescaling,
+    scale: np.ndarray,
 ) -> None:
-    """Insert a multiplication, and an addition for a shift, between a tensor and the conv that reads it."""
+    """Insert a multiplication by ``scale`` ``(C,)`` between a tensor and the conv that reads it."""
     name = f"{get_node_name(conv)}_input"
-    _insert_operation(graph, conv, "Mul", f"{name}_scale", (1 / chosen.factor).reshape(1, -1, 1, 1))
-    if chosen.steps:
-        _insert_operation(graph, conv, "Add", f"{name}_shift", np.full((1, 1, 1, 1), -chosen.shift))
-
-
-def _insert_operation(
-    graph: ir.Graph,
-    conv: ir.Node,
-    kind: str,
-    name: str,
-    operand: np.ndarray,
-) -> None:
-    """Insert an operation with a constant between a conv and what it reads."""
-    constant = add_constant(graph, name, operand.astype(np.float32))
-    node = make_node(kind, [conv.inputs[0], constant], f"{name}d", f"{name}d")
-    node.metadata_props[MODULE] = find_module(conv)
-    graph.insert_before(conv, node)
-    conv.replace_input_with(0, node.outputs[0])
+    factor = add_constant(
+        graph,
+        f"{name}_scale",
+        scale.reshape(1, -1, 1, 1).astype(np.float32),
+    )
+    product = make_node(
+        "Mul",
+        [conv.inputs[0], factor],
+        f"{name}_scaled",
+        f"{name}_scaled",
+    )
+    product.metadata_props[MODULE] = find_module(conv)
+    graph.insert_before(conv, product)
+    conv.replace_input_with(0, product.outputs[0])
 
 
 def _set_constant(value: ir.Value, array: np.ndarray) -> None:

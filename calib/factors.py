@@ -1,22 +1,17 @@
-"""How the channels of a tensor are rescaled and shifted before it is quantized, by the error that is left.
+"""By how much the channels of a tensor are divided before it is quantized, by the error that is left.
 
 The error is that of the conv which reads the tensor, on rows of calibration images
 (:mod:`cmt_edge.calib.sampling`). Errors of rounding hardly go together, so that those of each input count
 with the power of its weights: no product has to be computed for what is tried.
 
-* Channels are divided by their ranges to a **power**: 0 changes nothing, and 1 gives all channels the same
-  range. A dense conv rounds its weights worse then; a depthwise one has a scale of weights for each channel.
-  The power is chosen with ranges of other images than those of the error, because a channel that was divided
-  by too small a range is cut off on the next image.
-* If a dense conv has no padding, the tensor may be **shifted** by a multiple of its own scale, and the conv's
-  bias takes the shift back: int8 values from -128 to 127 then reach from the lowest to the highest value, and
-  0 keeps a value of its own. What a GELU leaves reaches from -0.17 to far above; without a shift, nearly half
-  of the int8 values would stand for nothing.
+Channels are divided by their ranges to a **power**: 0 changes nothing, and 1 gives all channels the same
+range. A dense conv rounds its weights worse then; a depthwise one has a scale of weights for each channel.
+The power is chosen with ranges of other images than those of the error, because a channel that was divided by
+too small a range is cut off on the next image.
 """
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,8 +19,9 @@ import numpy as np
 POWERS = (0.2, 0.35, 0.5, 0.65, 0.8, 1.0)
 """Powers of the ranges of channels that are tried as their factors."""
 
-PARTS = (1.0, 0.9, 0.8, 0.7, 0.6)
-"""Parts of a range that are tried as the range; values beyond are cut off."""
+PARTS = (1.0, 0.9, 0.8, 0.7)
+"""Parts of a range that are tried as the range; values beyond are cut off. Smaller ones suit the rows that
+choose but not other images: few rows show the highest values."""
 
 SMALLEST = 2.0**-8
 """The smallest range of a channel, relative to the largest channel. A channel that was almost silent on the
@@ -33,9 +29,6 @@ calibration images may be louder elsewhere."""
 
 LOWEST, HIGHEST = -128, 127
 """The values of int8."""
-
-WORTH = 0.8
-"""A shift is made where it leaves at most this part of the error, since it costs an addition."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +38,11 @@ class Extremes:
     low: np.ndarray
     high: np.ndarray
 
+    def measure_reach(self) -> np.ndarray:
+        """The largest magnitude of each channel, float64 ``(C,)``."""
+        reach: np.ndarray = np.maximum(-self.low, self.high)
+        return reach
+
 
 @dataclass(frozen=True)
 class Reader:
@@ -53,12 +51,10 @@ class Reader:
     Attributes:
         weights: ``(outputs, C, taps)``; ``(C, 1, taps)`` of a depthwise conv.
         depthwise: whether each channel has filters of its own.
-        padded: whether zeros are put around what it reads, which a shift would change.
     """
 
     weights: np.ndarray
     depthwise: bool
-    padded: bool
 
     def measure_powers(self, weights: np.ndarray) -> np.ndarray:
         """The power of all weights that each channel is multiplied by, ``(C,)``."""
@@ -66,33 +62,13 @@ class Reader:
         return powers
 
 
-@dataclass(frozen=True)
-class Rescaling:
-    """What is done to a tensor before it is quantized: ``x -> x / factor - steps * scale``.
-
-    Attributes:
-        factor: by how much each channel is divided, float64 ``(C,)``.
-        scale: of the quantizer that follows.
-        steps: how many steps of ``scale`` the values are shifted down; 0 for no shift.
-    """
-
-    factor: np.ndarray
-    scale: float
-    steps: int = 0
-
-    @property
-    def shift(self) -> float:
-        """What is subtracted."""
-        return self.scale * self.steps
-
-
-def choose_rescaling(
+def choose_factor(
     everywhere: Extremes,
     elsewhere: Extremes,
     values: np.ndarray,
     reader: Reader,
-) -> Rescaling:
-    """The rescaling that leaves the smallest error.
+) -> np.ndarray:
+    """By how much each channel is divided so that the smallest error is left, float64 ``(C,)``.
 
     Args:
         everywhere: over all images.
@@ -100,19 +76,18 @@ def choose_rescaling(
         values: of the tensor, ``(rows, C)``.
         reader: the conv.
     """
-    shifts = (False,) if reader.depthwise or reader.padded else (False, True)
-    best, least = (POWERS[0], PARTS[0], False), np.inf
+    best, least = POWERS[0], np.inf
     for power in POWERS:
         factor = _make_factor(elsewhere, power)
         powers, basis = _weigh(values, factor, reader)
         scaled = (values / factor).astype(np.float32)
-        for part, shifted in itertools.product(PARTS, shifts):
-            tried = _make_rescaling(elsewhere, power, part, shifted)
-            lost = round_values(scaled, tried.scale, tried.steps) - scaled
-            error = (basis + float(_average_squares(lost) @ powers)) / (WORTH if shifted else 1)
+        largest = _compute_scale(elsewhere, factor)
+        for part in PARTS:
+            lost = round_values(scaled, largest * part) - scaled
+            error = basis + float(_average_squares(lost) @ powers)
             if error < least:
-                best, least = (power, part, shifted), error
-    return _make_rescaling(everywhere, *best)
+                best, least = power, error
+    return _make_factor(everywhere, best)
 
 
 def _weigh(values: np.ndarray, factor: np.ndarray, reader: Reader) -> tuple[np.ndarray, float]:
@@ -127,21 +102,15 @@ def _weigh(values: np.ndarray, factor: np.ndarray, reader: Reader) -> tuple[np.n
 
 
 def _make_factor(extremes: Extremes, power: float) -> np.ndarray:
-    reach = np.maximum(-extremes.low, extremes.high)
+    reach = extremes.measure_reach()
     relative = np.maximum(reach / max(float(reach.max()), 1e-30), SMALLEST)
     factor: np.ndarray = relative**power
     return factor
 
 
-def _make_rescaling(extremes: Extremes, power: float, part: float, shifted: bool) -> Rescaling:
-    """The rescaling by these ranges of channels, of which the highest ``part`` is kept."""
-    factor = _make_factor(extremes, power)
-    least = min(float((extremes.low / factor).min()), 0.0)
-    most = max(float((extremes.high / factor).max()), 0.0)
-    if shifted and -least < most:
-        scale = (most * part - least) / (HIGHEST - LOWEST)
-        return Rescaling(factor, scale, round(least / scale) - LOWEST)
-    return Rescaling(factor, (max(-least, most) or 1.0) * part / HIGHEST)
+def _compute_scale(extremes: Extremes, factor: np.ndarray) -> float:
+    """The scale that cuts nothing off, after the channels were divided by ``factor``."""
+    return (float((extremes.measure_reach() / factor).max()) or 1.0) / HIGHEST
 
 
 def round_weights(weights: np.ndarray) -> np.ndarray:
@@ -152,10 +121,9 @@ def round_weights(weights: np.ndarray) -> np.ndarray:
     return rounded
 
 
-def round_values(values: np.ndarray, scale: float, steps: int = 0) -> np.ndarray:
-    """Activations as int8 leaves them after a shift of ``steps`` down, shifted back."""
-    quantized = np.clip(np.rint(values / scale), LOWEST + steps, HIGHEST + steps)
-    rounded: np.ndarray = quantized * scale
+def round_values(values: np.ndarray, scale: float) -> np.ndarray:
+    """Activations as int8 leaves them."""
+    rounded: np.ndarray = np.clip(np.rint(values / scale), LOWEST, HIGHEST) * scale
     return rounded
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from threadpoolctl import threadpool_limits
 
 from cmt_edge.deploy.cache import Cache, Files
 from cmt_edge.deploy.errors import (
@@ -237,6 +238,28 @@ def calibrate(
     """:func:`quantize` without a cache, without ``keep_float``, and without the rules of
     :func:`cmt_edge.calib.lint.lint`, which some choices of a recipe break."""
     batches = Batches(data, spec, progress)
+    with threadpool_limits(1, "blas"):  # sums of several threads would round differently
+        calibrated, source = place_pairs(model, batches, recipe)
+        if recipe.smooth_quant is None:
+            calibrated = refine(
+                calibrated,
+                source,
+                pick(batches, spread(len(batches), SAMPLED_IMAGES)),
+                guard_calibration,
+                search=recipe.range_estimator == "error",
+                rounding=recipe.rounding,
+                biases=recipe.bias_correction,
+            )
+    return Quantized(calibrated, source, recipe.key(), False)
+
+
+def place_pairs(
+    model: onnx.ModelProto,
+    batches: Batches,
+    recipe: Recipe,
+) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+    """The first part of :func:`calibrate`: Q/DQ pairs with extremes as ranges, and the float graph that they
+    belong to. Weights are rounded to the nearest; with ``smooth_quant`` NNCF corrects the biases."""
     equalized = Equalized(model)
     if recipe.equalize:
         equalized = equalize(model, batches, _read_in_int8(model, recipe))
@@ -255,18 +278,7 @@ def calibrate(
     halves = list_half_int8_nodes(calibrated)
     if halves:
         calibrated = restore(calibrated, equalized.model, halves)
-    if refines:
-        calibrated = refine(
-            calibrated,
-            equalized.model,
-            pick(batches, spread(len(batches), SAMPLED_IMAGES)),
-            equalized.scales,
-            guard_calibration,
-            search=recipe.range_estimator == "error",
-            rounding=recipe.rounding,
-            biases=recipe.bias_correction,
-        )
-    return Quantized(calibrated, equalized.model, recipe.key(), False)
+    return calibrated, equalized.model
 
 
 def _read_in_int8(model: onnx.ModelProto, recipe: Recipe) -> set[str]:

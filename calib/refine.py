@@ -81,7 +81,6 @@ def refine(
     quantized: onnx.ModelProto,
     source: onnx.ModelProto,
     batches: Sequence[np.ndarray],
-    known: Mapping[str, float],
     guard: Guard,
     *,
     search: bool = True,
@@ -94,7 +93,6 @@ def refine(
         quantized: the Q/DQ graph that was made from ``source``, with biases as they are there.
         source: the float graph.
         batches: calibration images, float32 ``(1, 3, S, S)`` each.
-        known: layers of ``source`` -> the scales that what they read was shifted for.
         guard: is entered around every call of ONNX Runtime.
         search: whether ranges are reduced where that leaves a smaller error.
         rounding: whether weights are rounded anew.
@@ -103,7 +101,7 @@ def refine(
     with open_view(source) as original, open_view(quantized) as view:
         places = find_places(view.graph, original.graph)
         rows = sample_rows(source, [place.layer for place in places], batches, guard)
-        scales = _choose_scales(places, rows, known, search)
+        scales = _choose_scales(places, rows, search)
         for place in places:
             values = rows.pop(place.layer.name)
             rounded = round_values(values, scales[get_input(place.quantizer, 1)]).astype(np.float32)
@@ -172,7 +170,6 @@ def _find_bias(node: ir.Node, outputs: int) -> ir.Value | None:
 def _choose_scales(
     places: list[Place],
     rows: Mapping[str, np.ndarray],
-    known: Mapping[str, float],
     search: bool,
 ) -> dict[ir.Value, float]:
     """Constant -> the scale that it gets. Quantizers that share a constant go on doing so: runtimes merge
@@ -182,11 +179,8 @@ def _choose_scales(
         readers.setdefault(get_input(place.quantizer, 1), []).append(place)
     scales = {}
     for constant, group in readers.items():
-        scale = known.get(group[0].layer.name)
-        if scale is None:
-            scale = float(read_constant(constant))
-            scale = _search_scale(group, rows, scale) if search else scale
-        scales[constant] = scale
+        largest = float(read_constant(constant))
+        scales[constant] = _search_scale(group, rows, largest) if search else largest
     for constant, scale in scales.items():
         set_constant(constant, np.array(scale, np.float32))
     return scales
@@ -208,7 +202,8 @@ def _multiply(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
     if rows.ndim == 3:
         product: np.ndarray = np.einsum("rck,ck->rc", rows, weights)
         return product
-    return rows @ weights.T
+    result: np.ndarray = rows @ weights.T
+    return result
 
 
 # --- weights and biases ---------------------------------------------------------------------------
@@ -229,7 +224,8 @@ def _read_weights(place: Place) -> np.ndarray:
     """The weights as int8 leaves them, float32, in the form of ``place.weights``."""
     integers = read_constant(place.dequantizer.inputs[0])
     matrix = integers.T if place.transposed else integers.reshape(len(integers), -1)
-    return (matrix * _read_steps(place)).astype(np.float32)
+    weights: np.ndarray = (matrix * _read_steps(place)).astype(np.float32)
+    return weights
 
 
 def _round_anew(place: Place, rows: np.ndarray) -> None:
@@ -246,32 +242,45 @@ def _round_anew(place: Place, rows: np.ndarray) -> None:
 
 
 def round_columns(weights: np.ndarray, moments: np.ndarray) -> np.ndarray:
-    """Integers near ``weights`` whose products with the layer's inputs stay near: one column is rounded after
-    the other, and those that follow make up for its error.
+    """Integers near ``weights`` whose products with the layer's inputs stay near.
+
+    One column is rounded after the other, and those that follow make up for its error.
+
+    With second moments ``H == (I + U) D (I + U)^T``, ``U`` strictly upper triangular, the error ``e H e^T``
+    is the sum of ``D_k (e_k + sum_j<k e_j U_jk)^2``: column ``k`` is best rounded after ``sum_j<k e_j U_jk``
+    was added to it (LDLQ: Chee et al., QuIP, NeurIPS 2023, who show that GPTQ does the same).
 
     Args:
         weights: ``(groups, outputs, K)``, in steps of their scales.
         moments: second moments of the inputs, ``(groups, K, K)``.
     """
-    weights = weights.astype(np.float64)
-    count = weights.shape[2]
-    diagonal = np.einsum("gkk->gk", moments).astype(np.float64)
-    damped = moments.astype(np.float64)
-    damped[:, range(count), range(count)] += DAMPING * diagonal.mean(axis=1, keepdims=True) + 1e-12
-    inverse = np.linalg.inv(damped)
-    inverse = (inverse + inverse.transpose(0, 2, 1)) / 2
-    upper = np.linalg.cholesky(inverse).transpose(0, 2, 1)
-    result = np.empty_like(weights)
+    exact = np.ascontiguousarray(weights.transpose(0, 2, 1), np.float64)  # (groups, K, outputs)
+    wanted, result = exact.copy(), np.empty_like(exact)
+    feedback = _factor_moments(moments)
+    count = exact.shape[1]
     for start in range(0, count, BLOCK):
         end = min(start + BLOCK, count)
-        block, errors = weights[:, :, start:end], np.empty_like(weights[:, :, start:end])
+        block, errors = wanted[:, start:end], np.empty_like(wanted[:, start:end])
         for i in range(end - start):
-            row = upper[:, start + i, start:end]
-            result[:, :, start + i] = np.clip(np.rint(block[:, :, i]), LOWEST + 1, HIGHEST)
-            errors[:, :, i] = (block[:, :, i] - result[:, :, start + i]) / row[:, i, None]
-            block[:, :, i + 1 :] -= errors[:, :, i, None] * row[:, None, i + 1 :]
-        weights[:, :, end:] -= errors @ upper[:, start:end, end:]
-    return result
+            column = start + i
+            result[:, column] = np.clip(np.rint(block[:, i]), LOWEST + 1, HIGHEST)
+            errors[:, i] = exact[:, column] - result[:, column]
+            block[:, i + 1 :] += feedback[:, column, column + 1 : end, None] * errors[:, None, i]
+        wanted[:, end:] += feedback[:, start:end, end:].transpose(0, 2, 1) @ errors
+    return result.transpose(0, 2, 1)
+
+
+def _factor_moments(moments: np.ndarray) -> np.ndarray:
+    """``U`` of :func:`round_columns`, with a diagonal of ones, ``(groups, K, K)``."""
+    count = moments.shape[1]
+    damped = moments.astype(np.float64)
+    diagonal = np.einsum("gkk->gk", damped)
+    diagonal += DAMPING * diagonal.mean(axis=1, keepdims=True) + 1e-12
+    turned = np.linalg.cholesky(damped[:, ::-1, ::-1])
+    upper = turned[:, ::-1, ::-1]
+    diagonal = upper[:, range(count), range(count)]
+    factor: np.ndarray = upper / diagonal[:, None]
+    return factor
 
 
 def _correct_bias(place: Place, values: np.ndarray, rounded: np.ndarray) -> None:

@@ -23,6 +23,9 @@ from .running import Guard, open_graph
 ROWS = 1024
 """The number of rows that all images together give for a layer, where they have so many."""
 
+DEPTHWISE_ROWS = 256
+"""The same of a depthwise conv: each channel has few weights, and rows of its own, which take much memory."""
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -59,13 +62,16 @@ def describe_layer(node: ir.Node, tensor: ir.Value) -> Layer | None:
         return None
     if is_depthwise_node(node) and dims[:2] != (count_groups(node), 1):
         return None
+    down, right = attributes.get_ints("strides", (1, 1))
+    top, left, bottom, end = attributes.get_ints("pads", (0, 0, 0, 0))
+    dy, dx = attributes.get_ints("dilations", (1, 1))
     return Layer(
         name,
         name_value(tensor),
         (dims[2], dims[3]),
-        tuple(attributes.get_ints("strides", (1, 1))),
-        tuple(attributes.get_ints("pads", (0, 0, 0, 0))),
-        tuple(attributes.get_ints("dilations", (1, 1))),
+        (down, right),
+        (top, left, bottom, end),
+        (dy, dx),
         is_depthwise_node(node),
     )
 
@@ -92,10 +98,11 @@ def sample_rows(
     watched = _add_outputs(model, tensors)
     run = open_graph(watched, guard, tensors)
     rows: dict[str, list[np.ndarray]] = {layer.name: [] for layer in layers}
-    limit = math.ceil(ROWS / max(len(batches), 1))
     for number, batch in enumerate(batches):
         values = dict(zip(tensors, run(batch), strict=True))
         for layer in layers:
+            wanted = DEPTHWISE_ROWS if layer.depthwise else ROWS
+            limit = math.ceil(wanted / len(batches))
             rows[layer.name].append(_take_rows(values[layer.tensor], layer, number, limit))
     return {name: np.concatenate(parts) for name, parts in rows.items()}
 
@@ -128,7 +135,8 @@ def _take_rows(value: np.ndarray, layer: Layer, number: int, limit: int) -> np.n
     if layer.kernel is None:
         rows = value.reshape(-1, value.shape[-1])
         chosen = _choose(rng, len(rows), limit)
-        return rows[chosen]
+        taken: np.ndarray = rows[chosen]
+        return taken
     (top, left, bottom, right) = layer.pads
     padded = np.pad(value[0], ((0, 0), (top, bottom), (left, right)))
     height, width = (
@@ -145,7 +153,8 @@ def _take_rows(value: np.ndarray, layer: Layer, number: int, limit: int) -> np.n
     ]  # (C, rows, kh, kw)
     patches = patches.transpose(1, 0, 2, 3)
     shape = (len(places), len(padded), -1) if layer.depthwise else (len(places), -1)
-    return patches.reshape(shape)
+    result: np.ndarray = patches.reshape(shape)
+    return result
 
 
 def _choose(rng: np.random.Generator, count: int, limit: int) -> np.ndarray:

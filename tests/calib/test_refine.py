@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cmt_edge.calib import DEFAULT, lint, quantize
@@ -27,18 +27,27 @@ def moments(rows):
     return (rows.T @ rows)[None]
 
 
-@settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 2**16), count=st.sampled_from([3, 9, 70, 130]))
-def test_rounding_lowers_the_error_of_the_output(seed, count):
-    rng = np.random.default_rng(seed)
-    rows = rng.standard_normal((400, 3)) @ rng.standard_normal((3, count))  # they go together
-    rows += 0.1 * rng.standard_normal(rows.shape)
-    weights = rng.uniform(-127, 127, (5, count))
-    ours = round_columns(weights[None], moments(rows))[0]
-    assert np.abs(ours).max() <= 127
-    assert (ours == np.rint(ours)).all()
-    error, nearest = (np.square(rows @ (rounded - weights).T).mean() for rounded in (ours, np.rint(weights)))
-    assert error <= nearest if count < 9 else error < 0.8 * nearest
+@pytest.mark.parametrize(("count", "part"), [(9, 0.8), (70, 0.2), (130, 0.2)])
+def test_rounding_lowers_the_error_of_the_output(count, part):
+    ratios = []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        rows = rng.standard_normal((400, 3)) @ rng.standard_normal((3, count))  # they go together
+        rows += 0.1 * rng.standard_normal(rows.shape)
+        weights = rng.uniform(-127, 127, (5, count))
+        ours = round_columns(weights[None], moments(rows))[0]
+        assert np.abs(ours).max() <= 127
+        assert (ours == np.rint(ours)).all()
+        errors = [np.square(rows @ (rounded - weights).T).mean() for rounded in (ours, np.rint(weights))]
+        ratios.append(errors[0] / errors[1])
+    assert np.median(ratios) < part
+
+
+def test_a_column_makes_up_for_those_before_it():
+    weights = np.array([[[0.4, 0.4, 0.4, 0.4]]])
+    always_equal = np.ones((1, 4, 4))
+    rounded = round_columns(weights, always_equal)[0, 0]
+    assert rounded.sum() == 2  # of 1.6; to the nearest all would be 0
 
 
 def test_rounding_bears_inputs_that_are_always_zero():
@@ -98,7 +107,7 @@ def measure_errors(model: onnx.ModelProto, source: onnx.ModelProto, images) -> d
 
 def test_every_layer_comes_closer_on_the_calibration_images(data, plain):
     images = batches(data)
-    refined = refine(plain.model, plain.source, images, {}, guard_calibration)
+    refined = refine(plain.model, plain.source, images, guard_calibration)
     assert lint(refined) == []
     ours, before = (measure_errors(model, plain.source, images) for model in (refined, plain.model))
     assert ours.keys() == before.keys()
@@ -110,12 +119,12 @@ def test_every_layer_comes_closer_on_the_calibration_images(data, plain):
 
 def test_only_constants_change_and_equal_images_give_equal_bytes(data, plain):
     images = batches(data)[:4]
-    one, two = (refine(plain.model, plain.source, images, {}, guard_calibration) for _ in range(2))
+    one, two = (refine(plain.model, plain.source, images, guard_calibration) for _ in range(2))
     assert one.SerializeToString(deterministic=True) == two.SerializeToString(deterministic=True)
     assert [(n.op_type, n.name) for n in one.graph.node] == [
         (n.op_type, n.name) for n in plain.model.graph.node
     ]
-    other = refine(plain.model, plain.source, batches(data)[4:8], {}, guard_calibration)
+    other = refine(plain.model, plain.source, batches(data)[4:8], guard_calibration)
     assert other.SerializeToString(deterministic=True) != one.SerializeToString(deterministic=True)
 
 
@@ -132,7 +141,7 @@ def test_smoothed_graphs_are_left_to_nncf(graph, data, monkeypatch):
 
 def test_a_graph_that_cannot_run_is_a_typed_error(plain):
     with pytest.raises(StepError, match="ONNX Runtime"):
-        refine(plain.model, plain.source, [np.zeros((1, 4, 64, 64), np.float32)], {}, guard_calibration)
+        refine(plain.model, plain.source, [np.zeros((1, 4, 64, 64), np.float32)], guard_calibration)
 
 
 @given(total=st.integers(1, 400), count=st.integers(1, 64))
