@@ -272,15 +272,13 @@ def round_columns(weights: np.ndarray, moments: np.ndarray) -> np.ndarray:
 
 def _factor_moments(moments: np.ndarray) -> np.ndarray:
     """``U`` of :func:`round_columns`, with a diagonal of ones, ``(groups, K, K)``."""
-    count = moments.shape[1]
     damped = moments.astype(np.float64)
     diagonal = np.einsum("gkk->gk", damped)
     diagonal += DAMPING * diagonal.mean(axis=1, keepdims=True) + 1e-12
     turned = np.linalg.cholesky(damped[:, ::-1, ::-1])
     upper = turned[:, ::-1, ::-1]
-    diagonal = upper[:, range(count), range(count)]
-    factor: np.ndarray = upper / diagonal[:, None]
-    return factor
+    unit: np.ndarray = upper / np.einsum("gkk->gk", upper)[:, None]
+    return unit
 
 
 def _correct_bias(place: Place, values: np.ndarray, rounded: np.ndarray) -> None:

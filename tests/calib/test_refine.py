@@ -10,6 +10,7 @@ import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from cmt_edge.calib import DEFAULT, lint, quantize
 from cmt_edge.calib.equalize import guard_calibration
@@ -126,6 +127,22 @@ def test_only_constants_change_and_equal_images_give_equal_bytes(data, plain):
     ]
     other = refine(plain.model, plain.source, batches(data)[4:8], guard_calibration)
     assert other.SerializeToString(deterministic=True) != one.SerializeToString(deterministic=True)
+
+
+@pytest.mark.parametrize("given_threads", [1, 2])
+def test_matrices_are_multiplied_on_one_thread(graph, data, monkeypatch, given_threads):
+    seen = []
+
+    def count_threads(*_, **__):
+        seen.extend(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
+        raise AssertionError("counted")
+
+    monkeypatch.setattr(MODULE, "refine", count_threads)
+    images = data.__class__.of_blobs("two", data.blobs[:2])
+    with threadpool_limits(given_threads, "blas"), pytest.raises(AssertionError, match="counted"):
+        quantize(graph, images, SPEC)
+    assert seen
+    assert set(seen) == {1}
 
 
 def test_smoothed_graphs_are_left_to_nncf(graph, data, monkeypatch):
