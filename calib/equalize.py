@@ -47,7 +47,7 @@ from .recipe import count_groups, is_depthwise_node
 from .running import measure_extremes
 from .sampling import Layer, pick, sample_rows, spread
 
-SAMPLED_IMAGES = 32
+SAMPLED_IMAGES = 16
 """The number of images whose rows decide how tensors are rescaled."""
 
 

@@ -267,7 +267,8 @@ def round_columns(weights: np.ndarray, moments: np.ndarray) -> np.ndarray:
             errors[:, i] = exact[:, column] - result[:, column]
             block[:, i + 1 :] += feedback[:, column, column + 1 : end, None] * errors[:, None, i]
         wanted[:, end:] += feedback[:, start:end, end:].transpose(0, 2, 1) @ errors
-    return result.transpose(0, 2, 1)
+    rounded: np.ndarray = result.transpose(0, 2, 1)
+    return rounded
 
 
 def _factor_moments(moments: np.ndarray) -> np.ndarray:
