@@ -4,16 +4,13 @@ int8 activations have one scale a tensor, because TensorRT and fast CPU kernels 
 channels that a GELU leaves are not equally large. They are rescaled in float, exactly, before
 calibration: the per-channel scale of a batch norm before the conv is changed, or a multiplication is
 inserted, and the conv that reads the tensor multiplies its weights by the inverse: ``W x == (W e) (x /
-e)``. ``e`` is the channel's range relative to the largest one, to the power of :data:`ALPHA`. Ranges are
-the extremes over all calibration images. Over a part of them, a channel that was enlarged because it is
-quiet there would set the range of the whole tensor by one loud image of the others.
+e)``. :mod:`cmt_edge.calib.factors` chooses ``e``.
 
 The idea is that of data-free quantization (Nagel et al., ICCV 2019, cross-layer equalization) and
-SmoothQuant (Xiao et al., ICML 2023). On the embedded CMT it halved the mean difference of the int8 logits
-on the CIFAR-10 test images, from 0.092 to 0.042 (``benchmarks/cifar10_accuracy.py``). Centring each
-channel too, with the shift compensated in the conv's bias, was tried and left out: it was better with
-many real images but worse with few or generated ones, because zero, the most frequent value, is rounded
-then.
+SmoothQuant (Xiao et al., ICML 2023). A shift of each channel to its own centre was tried and left out: it was
+better with many real images but worse with few or generated ones, because zero, the most frequent value, was
+rounded then. One shift for all channels by a multiple of the scale leaves zero exact, but its addition took
+2 to 5 % of the latency (docs/notes/int8.md).
 """
 
 from __future__ import annotations
@@ -29,6 +26,7 @@ import onnx_ir as ir
 
 from cmt_edge.deploy.errors import CmtEdgeError, StepError
 
+from .factors import Extremes, Reader, choose_factor
 from .graph import (
     add_constant,
     count_readers,
@@ -47,16 +45,10 @@ from .graph import (
 from .groups import MODULE, find_module
 from .recipe import count_groups, is_depthwise_node
 from .running import measure_extremes
+from .sampling import Layer, pick, sample_rows, spread
 
-ALPHA = 0.4
-"""How much channels are equalized: 0 changes nothing, and 1 gives all channels the same range and moves
-all inequality into the weights. In between activations become more equal, weights do not become too
-unequal, and a channel that is louder on other images than on those of the calibration keeps some
-headroom."""
-
-SMALLEST = 2.0**-8
-"""The smallest factor of a channel, relative to the largest channel and before :data:`ALPHA`. A channel that
-was almost silent on the calibration images may be louder elsewhere."""
+SAMPLED_IMAGES = 16
+"""The number of images whose rows decide how tensors are rescaled."""
 
 
 @dataclass(frozen=True)
@@ -116,10 +108,14 @@ def equalize(
             return Equalized(model)
         tensors = [site.tensor for site in sites]
         others = sorted(set(read) - set(tensors))
+        layers = [Layer(get_node_name(site.conv), site.tensor, (1, 1)) for site in sites]
         extremes = measure_extremes(model, tensors, others, batches, guard_calibration)
-        for site, tensor in zip(sites, tensors, strict=True):
+        count = len(extremes[tensors[0]][0])
+        sampled = spread(count, min(SAMPLED_IMAGES, max(count // 2, 1)))
+        rows = sample_rows(model, layers, pick(batches, sampled), guard_calibration)
+        for site, layer, tensor in zip(sites, layers, tensors, strict=True):
             low, high = extremes[tensor]
-            factor = _compute_factor(low.min(0), high.max(0))
+            factor = _choose_factor(site, _split(low, high, sampled), rows.pop(layer.name))
             _rescale(view.graph, site, factor)
             extremes[tensor] = low / factor, high / factor
         result = write_model(view)
@@ -210,12 +206,29 @@ def _count_channels(conv: ir.Node) -> int | None:
     return groups if dims[:2] == (groups, 1) else None
 
 
-def _compute_factor(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """By how much each channel is larger than it will be, ``(C,)``, from its extremes over all batches."""
-    reach = np.maximum(np.abs(low), np.abs(high))
-    relative = reach / max(reach.max(), 1e-30)
-    result: np.ndarray = np.maximum(relative, SMALLEST) ** ALPHA
-    return result
+def _split(
+    low: np.ndarray,
+    high: np.ndarray,
+    sampled: Collection[int],
+) -> tuple[Extremes, Extremes]:
+    """Extremes of each channel over all batches, and over those not ``sampled``, if there are any."""
+    rest = sorted(set(range(len(low))) - set(sampled)) or list(sampled)
+    return (
+        Extremes(low.min(0), high.max(0)),
+        Extremes(low[rest].min(0), high[rest].max(0)),
+    )
+
+
+def _choose_factor(
+    site: Site,
+    extremes: tuple[Extremes, Extremes],
+    values: np.ndarray,
+) -> np.ndarray:
+    """By how much each channel is divided, ``(C,)``, from the extremes of the channels (see :func:`_split`)
+    and values ``(rows, C)``."""
+    weights = read_constant(get_input(site.conv, 1))
+    reader = Reader(weights.reshape(*weights.shape[:2], -1), is_depthwise_node(site.conv))
+    return choose_factor(*extremes, values, reader)
 
 
 def _rescale(graph: ir.Graph, site: Site, factor: np.ndarray) -> None:

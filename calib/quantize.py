@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from threadpoolctl import threadpool_limits
 
 from cmt_edge.deploy.cache import Cache, Files
 from cmt_edge.deploy.errors import (
@@ -31,13 +32,15 @@ from cmt_edge.deploy.errors import (
 from cmt_edge.deploy.preprocessing import Preprocess
 
 from .data import CalibrationSet
-from .equalize import Equalized, equalize
+from .equalize import SAMPLED_IMAGES, Equalized, equalize, guard_calibration
 from .graph import get_input, name_value, open_view, write_model
 from .groups import group_by_kind, group_nodes
 from .lint import lint, list_half_int8_nodes
 from .qdq_pairs import move_pairs_to_layers, sign_quantizers
 from .recipe import DEFAULT, INT8_OPS, Recipe
+from .refine import refine
 from .restore import list_int8_nodes, restore
+from .sampling import pick, spread
 
 CACHED_FILES = 20
 """The number of calibrated graphs that the cache keeps, with the float graphs they were made from. The oldest
@@ -235,26 +238,47 @@ def calibrate(
     """:func:`quantize` without a cache, without ``keep_float``, and without the rules of
     :func:`cmt_edge.calib.lint.lint`, which some choices of a recipe break."""
     batches = Batches(data, spec, progress)
+    with threadpool_limits(1, "blas"):  # sums of several threads would round differently
+        calibrated, source = place_pairs(model, batches, recipe)
+        if recipe.smooth_quant is None:
+            calibrated = refine(
+                calibrated,
+                source,
+                pick(batches, spread(len(batches), SAMPLED_IMAGES)),
+                guard_calibration,
+                search=recipe.range_estimator == "error",
+                rounding=recipe.rounding,
+                biases=recipe.bias_correction,
+            )
+    return Quantized(calibrated, source, recipe.key(), False)
+
+
+def place_pairs(
+    model: onnx.ModelProto,
+    batches: Batches,
+    recipe: Recipe,
+) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+    """The first part of :func:`calibrate`: Q/DQ pairs with extremes as ranges, and the float graph that they
+    belong to. Weights are rounded to the nearest; with ``smooth_quant`` NNCF corrects the biases."""
     equalized = Equalized(model)
     if recipe.equalize:
         equalized = equalize(model, batches, _read_in_int8(model, recipe))
-    ranges = recipe.range_estimator
-    if ranges == "auto":
-        ranges = "mean_minmax" if equalized.model is model else "minmax"
+    refines = recipe.smooth_quant is None
+    ranges = "mean_minmax" if recipe.range_estimator == "mean_minmax" else "minmax"
     chosen: Collection[int] = range(len(batches))
     if ranges == "minmax" and equalized.telling:
-        chosen = fill_up(equalized.telling, len(batches))
-    calibrated = _run_nncf(
-        equalized.model,
-        batches,
-        chosen,
-        replace(recipe, range_estimator=ranges),
+        chosen = equalized.telling if refines else fill_up(equalized.telling, len(batches))
+    nncf_recipe = replace(
+        recipe,
+        range_estimator=ranges,
+        bias_correction=recipe.bias_correction and not refines,
     )
+    calibrated = run_nncf(equalized.model, batches, chosen, nncf_recipe)
     # NNCF gives no scale to what does not come from the image alone, such as coordinates beside a map.
     halves = list_half_int8_nodes(calibrated)
     if halves:
         calibrated = restore(calibrated, equalized.model, halves)
-    return Quantized(calibrated, equalized.model, recipe.key(), False)
+    return calibrated, equalized.model
 
 
 def _read_in_int8(model: onnx.ModelProto, recipe: Recipe) -> set[str]:
@@ -300,7 +324,7 @@ class _Grouped:
             yield np.concatenate(group)
 
 
-def _run_nncf(
+def run_nncf(
     model: onnx.ModelProto,
     batches: Batches,
     chosen: Collection[int],

@@ -61,7 +61,7 @@ SMALL_FILTER = 32
 """A conv of the image stays float if each of its filters reads fewer values than this: int8 has little to
 multiply there, and the whole image to convert."""
 
-RULES = 7
+RULES = 8
 """The version of the rules in :meth:`Recipe.float_nodes` and of what follows it. It is increased when they
 change, so that no calibrated graph of older rules is taken from the cache."""
 
@@ -76,10 +76,13 @@ class Recipe:
         attention: quantize the attention's own products of two activations, where NNCF would.
         smooth_quant: alpha of activation smoothing for matrix products, ``None`` for none; it adds a
             multiplication before each of them.
-        bias_correction: correct biases for the mean error that rounding weights causes.
+        bias_correction: correct biases for the mean error of each layer on calibration images.
         range_estimator: how activation ranges are found: ``"mean_minmax"`` (mean over images of each image's
-            extremes), ``"minmax"``, or ``"auto"``: ``"minmax"`` for a graph that was equalized, where every
-            channel reaches its extremes on some image and a mean would cut most of them off.
+            extremes), ``"minmax"`` (extremes over all images), or ``"error"``: the part of the latter that
+            leaves the smallest error of the layers that read the values. With ``smooth_quant`` that is the
+            whole, since smoothing changes the layers' weights.
+        rounding: round weights so that the errors of those that are multiplied by the same values make up for
+            each other (:mod:`cmt_edge.calib.refine`); not with ``smooth_quant``.
         keep_float: groups of operations (:mod:`cmt_edge.calib.groups`) or single operations that become float
             again after calibration (:mod:`cmt_edge.calib.restore`). The others are calibrated as without it.
     """
@@ -89,7 +92,8 @@ class Recipe:
     attention: bool = False
     smooth_quant: float | None = None
     bias_correction: bool = True
-    range_estimator: str = "auto"
+    range_estimator: str = "error"
+    rounding: bool = True
     keep_float: tuple[str, ...] = ()
 
     def key(self) -> str:

@@ -206,10 +206,15 @@ def test_depthwise_convs_elsewhere_stay_float(graph):
 def test_int8_comes_closer(graph, data, quantized):
     batch = np.stack([preprocess(b, SPEC) for b in generate(24, 64, seed=99)])
     expected = compute_logits(graph, batch, "float")
-    plain = quantize(graph, data, SPEC, replace(DEFAULT, equalize=False))
-    ours, without = (
-        np.abs(compute_logits(q.model, batch, "int8") - expected).mean() for q in (quantized, plain)
+    nearest = replace(DEFAULT, range_estimator="minmax", rounding=False, bias_correction=False)
+    equalized, plain = (
+        quantize(graph, data, SPEC, replace(nearest, equalize=equalize_)) for equalize_ in (True, False)
     )
-    assert ours < 0.9 * without
+    ours, alone, without = (
+        np.abs(compute_logits(q.model, batch, "int8") - expected).mean()
+        for q in (quantized, equalized, plain)
+    )
+    assert alone < 0.9 * without
+    assert ours < alone  # by ranges, rounding and biases
     assert np.abs(compute_logits(quantized.source, batch, "source") - expected).max() < 1e-3
     assert plain.source is graph

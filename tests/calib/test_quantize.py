@@ -419,16 +419,12 @@ def test_telling_images_are_filled_up(count, draw):
 
 def test_ranges_are_those_of_all_images(graph, monkeypatch):
     many, read = CalibrationSet.choose("generated", 40, SPEC), []
-    fill_up = MODULE.fill_up
-    monkeypatch.setattr(
-        MODULE,
-        "fill_up",
-        lambda telling, count: read.append(len(chosen := fill_up(telling, count))) or chosen,
-    )
-    results = []
-    for least in (0, 40):
-        monkeypatch.setattr(MODULE, "ENOUGH", least)
-        results.append(quantize(graph, many, SPEC).model)
+    equalize, run_nncf = MODULE.equalize, MODULE.run_nncf
+    recipe = replace(DEFAULT, range_estimator="minmax")
+    monkeypatch.setattr(MODULE, "run_nncf", lambda *args: read.append(len(args[2])) or run_nncf(*args))
+    results = [quantize(graph, many, SPEC, recipe).model]
+    monkeypatch.setattr(MODULE, "equalize", lambda *args: replace(equalize(*args), telling=()))
+    results.append(quantize(graph, many, SPEC, recipe).model)
     assert read[0] < 35
     assert read[1] == 40
     ours, every = map(constants_of, results)

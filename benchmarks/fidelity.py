@@ -1,0 +1,211 @@
+"""How near the int8 graphs of several models are to float32, by the steps that follow equalization.
+
+    python benchmarks/fidelity.py --data ../shared/data --golden ../shared/golden \
+        --weights ../shared/weights/cmt_nano_cifar10.pt --keep /tmp/fidelity --markdown fidelity.md
+
+cmt_nano with trained weights is judged by CIFAR-10 test images, calibrated on training images. The other
+models have the random weights of the golden logits; they are calibrated on some of the photographs and judged
+by others, so that a choice is not made for one model. Graphs are kept in ``--keep``; only what follows the
+placing of pairs is repeated for each variant. Everything runs in OpenVINO on the CPU, as bundles do.
+
+``--only VARIANT ...`` and ``--models MODEL ...`` choose rows and columns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from common import deviation, logits, open_openvino, say
+from threadpoolctl import threadpool_limits
+from torch import nn
+
+from cmt_edge.calib import CalibrationSet
+from cmt_edge.calib.equalize import SAMPLED_IMAGES, guard_calibration
+from cmt_edge.calib.quantize import Batches, place_pairs
+from cmt_edge.calib.recipe import DEFAULT
+from cmt_edge.calib.refine import refine
+from cmt_edge.calib.sampling import pick, spread
+from cmt_edge.cmt import create_model, find_model, fuse
+from cmt_edge.cmt.reference import load_reference
+from cmt_edge.deploy import Preprocess
+from cmt_edge.deploy.files import write_atomic
+from cmt_edge.deploy.images import ImageSet
+from cmt_edge.deploy.preprocessing import preprocess
+from cmt_edge.deploy.report import format_table
+from cmt_edge.export import ExportConfig
+from cmt_edge.export.config import OPSET
+from cmt_edge.export.to_onnx import export_onnx, set_batch, simplify
+
+TRAINED = "cmt_nano"
+"""The model with trained weights, which CIFAR-10 judges."""
+
+GOLDEN = ("cmt_xs", "cmt_s", "cvt_13", "mvitv2_t")
+"""Models with the random weights of the golden logits, which photographs judge."""
+
+FILES = {"cvt_13": "cvt_13_224"}
+"""Names of golden files that differ from those of the models."""
+
+JUDGING_PHOTOGRAPHS = 100
+"""Number of photographs that judge; all others calibrate."""
+
+VARIANTS: dict[str, dict[str, bool]] = {
+    "none": {"search": False, "rounding": False, "biases": False},
+    "ranges": {"search": True, "rounding": False, "biases": False},
+    "rounding": {"search": False, "rounding": True, "biases": False},
+    "biases": {"search": False, "rounding": False, "biases": True},
+    "all": {"search": True, "rounding": True, "biases": True},
+}
+"""Names of the variants and the steps of :func:`cmt_edge.calib.refine.refine` that they take."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model: its float graph, the images that calibrate, and those that judge, ``(N, 3, S, S)``."""
+
+    name: str
+    graph: onnx.ModelProto
+    spec: Preprocess
+    data: CalibrationSet
+    images: np.ndarray
+    truth: np.ndarray
+
+
+def load_golden_model(name: str, folder: Path) -> nn.Module:
+    """A model with the golden weights: by the official code's names, or by ours where these are not known."""
+    path = folder / "golden.py"
+    spec = importlib.util.spec_from_file_location("golden", path)
+    if spec is None or spec.loader is None:
+        raise SystemExit(f"{path} cannot be loaded")
+    golden = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(golden)
+    model = create_model(name)
+    published = FILES.get(name, name)
+    if (folder / f"{published}.json").exists():
+        known = find_model(name)
+        weights = {k: torch.from_numpy(np.array(v)) for k, v in golden.weights(published).items()}
+        state = {known.rename(key): value for key, value in weights.items()}
+        state = known.adapt(state) if known.adapt else state
+    else:
+        state = {
+            key: torch.from_numpy(np.array(golden.tensor(key, tuple(value.shape), str(value.dtype))))
+            for key, value in model.state_dict().items()
+        }
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def make_graph(name: str, args: argparse.Namespace) -> onnx.ModelProto:
+    """The simplified float graph, from the folder of kept ones where it is there."""
+    path = args.keep / f"{name}.onnx"
+    if not path.exists():
+        if name == TRAINED:
+            model: nn.Module = load_reference(name, args.weights)[0]
+        else:
+            model = load_golden_model(name, args.golden)
+        fused = fuse(model, target="openvino")
+        onnx.save(simplify(export_onnx(fused, ExportConfig(name).preprocess.size, OPSET)), path)
+    return onnx.load(path)
+
+
+def read_cifar(archive: Path, count: int) -> list[bytes]:
+    """Test images, each class in equal parts."""
+    images = ImageSet(archive / "test", labelled=False)
+    items = list(images)
+    return [images.read(items[i * len(items) // count]) for i in range(count)]
+
+
+def read_photographs(folder: Path) -> tuple[list[bytes], list[bytes]]:
+    """Photographs that calibrate, and photographs that judge."""
+    blobs = [path.read_bytes() for path in sorted(folder.iterdir())]
+    judging = {i * len(blobs) // JUDGING_PHOTOGRAPHS for i in range(JUDGING_PHOTOGRAPHS)}
+    return (
+        [blob for i, blob in enumerate(blobs) if i not in judging],
+        [blobs[i] for i in sorted(judging)],
+    )
+
+
+def make_case(name: str, args: argparse.Namespace) -> Case:
+    """The model ``name`` with its images, and what its float graph answers to those that judge."""
+    spec = ExportConfig(name).preprocess
+    if name == TRAINED:
+        archive = args.data / "cifar10.tar"
+        data = CalibrationSet.choose(archive / "train", args.calib_size, spec)
+        judging = read_cifar(archive, args.cifar)
+    else:
+        blobs, judging = read_photographs(args.data / "imagenet_sample")
+        data = CalibrationSet.of_blobs("photographs", blobs[: args.calib_size])
+    graph = make_graph(name, args)
+    images = np.stack([preprocess(blob, spec) for blob in judging])
+    truth = answer(graph, images, args.threads, "fp32")
+    return Case(name, graph, spec, data, images, truth)
+
+
+def answer(graph: onnx.ModelProto, images: np.ndarray, threads: int, precision: str) -> np.ndarray:
+    """Logits of a graph in OpenVINO, one image at a time."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        onnx.save(set_batch(graph, 1), path)
+        session = open_openvino(path, threads, precision)
+        result = logits(session, images)
+        session.close()
+    return result
+
+
+def judge(case: Case, names: Sequence[str], args: argparse.Namespace) -> Iterator[list[str]]:
+    """For each variant of one model its name, agreement, deviation, and the seconds that calibration took."""
+    start = time.perf_counter()
+    batches = Batches(case.data, case.spec, None)
+    with threadpool_limits(1, "blas"):
+        placed, source = place_pairs(case.graph, batches, DEFAULT)
+    images = pick(batches, spread(len(batches), SAMPLED_IMAGES))
+    shared = time.perf_counter() - start
+    for name in names:
+        start = time.perf_counter()
+        with threadpool_limits(1, "blas"):
+            graph = refine(placed, source, images, guard_calibration, **VARIANTS[name])
+        seconds = shared + time.perf_counter() - start
+        onnx.save(graph, args.keep / f"{case.name}.{name}.int8.onnx")
+        ours = answer(graph, case.images, args.threads, args.precision)
+        agreement = 100 * (ours.argmax(1) == case.truth.argmax(1)).mean()
+        yield [name, f"{agreement:.2f}", f"{deviation(ours, case.truth):.4f}", f"{seconds:.0f}"]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--data", type=Path, required=True, help="folder with cifar10.tar and imagenet_sample/")
+    p.add_argument("--golden", type=Path, required=True, help="folder with golden.py")
+    p.add_argument("--weights", default="pretrained", help="of cmt_nano (default: embedded)")
+    p.add_argument("--keep", type=Path, required=True, help="folder where float graphs are kept")
+    p.add_argument("--models", nargs="+", default=[TRAINED, *GOLDEN], choices=[TRAINED, *GOLDEN])
+    p.add_argument("--only", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    p.add_argument("--cifar", type=int, default=2000, help="number of CIFAR-10 test images (2000)")
+    p.add_argument("--calib-size", type=int, help="number of calibration images (default 300, or all)")
+    p.add_argument("--precision", default="int8", help="int8, or fp32 for float operations in float32")
+    p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--markdown", type=Path)
+    args = p.parse_args(argv)
+    args.keep.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for name in args.models:
+        case = make_case(name, args)
+        for cells in judge(case, args.only, args):
+            row = [name, *cells]
+            say("  ".join(row))
+            rows.append(row)
+    table = format_table(["model", "steps", "agreement %", "logits off, std", "s"], rows, markdown=True)
+    if args.markdown:
+        write_atomic(args.markdown, f"{table}\n".encode())
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
