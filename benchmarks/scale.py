@@ -33,11 +33,12 @@ from common import say
 
 from cmt_edge.calib.generated import generate
 from cmt_edge.deploy import Bundle, Predictor
+from cmt_edge.deploy.cores import count_cores
 from cmt_edge.deploy.images import ImageSet
 from cmt_edge.deploy.measure.host import describe_host
 from cmt_edge.deploy.report.tables import format_table
 from cmt_edge.deploy.scale.answers import AnswersFolder
-from cmt_edge.deploy.scale.cluster import Cluster, count_cores, import_ray
+from cmt_edge.deploy.scale.cluster import Cluster, import_ray
 from cmt_edge.deploy.scale.evaluation import pack_bundle
 from cmt_edge.deploy.scale.passes import TASK_IMAGES, Plan, answer_all
 from cmt_edge.deploy.scale.records import Record

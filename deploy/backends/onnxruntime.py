@@ -6,7 +6,6 @@ It runs on the CPU, and on the devices of :mod:`.providers` where their packages
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import onnxruntime as ort
 
 from ..bundle import ONNX, Bundle
 from ..bundle.sections import FLOAT32, ExecutedPrecision
+from ..cores import count_cores
 from ..errors import InputError, RuntimeMissingError
 from .base import WARM_UP_RUNS, LoadOptions, Runtime, Session, make_open_error, make_run_error
 from .described import GraphTensor, require_described
@@ -71,7 +71,7 @@ class OnnxRuntimeSession(Session):
         self._model = model if isinstance(model, bytes) else _find_form(model)
         self._where = None if isinstance(model, bytes) else str(model)
         self._place = parse_place(options.device)
-        self._threads = options.threads or _count_cores()
+        self._threads = options.threads or count_cores()
         if self._place is not None:
             unit = self._place.unit
             self._demand = Demand(unit, precision, options.threads)
@@ -164,13 +164,6 @@ def _find_form(file: Path) -> str | bytes:
         return file.read_bytes()
     except OSError as exc:
         raise make_open_error(file, exc) from exc
-
-
-def _count_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _make_profile(events: list[dict[str, Any]]) -> Profile:

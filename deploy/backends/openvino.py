@@ -21,6 +21,7 @@ import openvino as ov
 from ..bundle import ONNX, Bundle
 from ..bundle.onnx_caps import ExcessiveGraph
 from ..bundle.sections import FLOAT32, ExecutedPrecision
+from ..cores import count_cores
 from ..errors import BundleError, CmtEdgeError
 from ..sealing import Result
 from .base import WARM_UP_RUNS, Binding, LoadOptions, Runtime, Session, make_open_error, make_run_error
@@ -326,6 +327,9 @@ def _make_config(device: Device, precision: str, options: LoadOptions) -> dict[s
     }
     if options.threads and device.kind == CPU:  # others have no threads of ours
         config["INFERENCE_NUM_THREADS"] = options.threads
+        # OpenVINO binds the threads to the first cores, and those of another process to the same ones.
+        if options.threads < count_cores():
+            config["ENABLE_CPU_PINNING"] = False
     return config
 
 

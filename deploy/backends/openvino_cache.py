@@ -20,6 +20,7 @@ from cmt_edge.version import __version__
 
 from ..bundle import ONNX, Bundle
 from ..cache import compute_digest
+from ..cores import list_cores
 from ..errors import BundleError, OutputError
 from ..files import find_cache_folder, hash_file
 from ..sealing import Result, SealedCache
@@ -113,7 +114,7 @@ def _describe_machine(core: ov.Core, device: str) -> dict[str, Any]:
         "name": core.get_property(device, "FULL_DEVICE_NAME"),
         "capabilities": sorted(core.get_property(device, "OPTIMIZATION_CAPABILITIES")),
         "instructions": _read_instructions(),
-        "cores": _list_cores(),
+        "cores": list_cores(),
         "environment": environment,
     }
 
@@ -138,13 +139,6 @@ def _read_instructions() -> list[str]:
     except OSError:
         return []
     return sorted(line for line in first.splitlines() if line.lower().startswith(PROCESSOR_WORDS))
-
-
-def _list_cores() -> list[int]:
-    """The cores that this process may use, or their number where the system does not tell which."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return [os.cpu_count() or 1]
 
 
 def _require_same_file(job: Job) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from importlib import metadata
 from pathlib import Path
 
 from ..bundle.sections import Host
+from ..cores import count_cores
 
 FLAGS = (
     "avx2",
@@ -50,18 +50,11 @@ def describe_host() -> Host:
         python=platform.python_version(),
         cpu=info.get("model name") or platform.processor() or platform.machine(),
         flags=tuple(f for f in FLAGS if f in flags),
-        cores=_count_available_cores(),
+        cores=count_cores(),
         mhz=info.get("cpu MHz") or None,
         governor=_read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or None,
         temperature_mc=_read("/sys/class/thermal/thermal_zone0/temp") or None,
     )
-
-
-def _count_available_cores() -> int | None:
-    """Cores that this process may use, where the system tells them apart."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
 
 
 def read_versions() -> dict[str, str]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ..cores import count_cores
 from ..errors import ClusterError, CmtEdgeError, RuntimeMissingError
 
 LOCAL = "local"
@@ -162,13 +163,6 @@ def _connect(ray: Any, address: str) -> None:
             why=first,
             remedy=ADDRESSES,
         ) from exc
-
-
-def count_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import pytest
 ov = pytest.importorskip("openvino")
 
 from cmt_edge.deploy import Predictor  # noqa: E402
+from cmt_edge.deploy.backends import openvino  # noqa: E402
 from cmt_edge.deploy.backends.openvino import RUNTIME  # noqa: E402
 from cmt_edge.deploy.cli import bench as cmt_bench  # noqa: E402
 from cmt_edge.deploy.cli import predict as cmt_predict  # noqa: E402
@@ -71,6 +72,21 @@ def test_each_device_computes_in_the_precision_that_it_has(machine, bundle, devi
     assert name == (device or "CPU").upper()
     assert config["INFERENCE_PRECISION_HINT"] == hint
     assert ("INFERENCE_NUM_THREADS" in config) == (name == "CPU"), "only the processor has threads of ours"
+
+
+@pytest.mark.parametrize(
+    ("threads", "cores", "bound"), [(1, 4, False), (3, 4, False), (4, 4, True), (8, 4, True)]
+)
+def test_threads_are_bound_to_cores_only_where_they_take_all(
+    machine, bundle, monkeypatch, threads, cores, bound
+):
+    """Otherwise two processes with half of the threads each would share one half of the cores."""
+    monkeypatch.setattr(openvino, "count_cores", lambda: cores)
+    found = machine(SERVER)
+    with Predictor.load(bundle("fp32").path, threads=threads):
+        pass
+    ((_, config),) = found.compiled
+    assert config.get("ENABLE_CPU_PINNING", True) is bound
 
 
 @pytest.mark.parametrize(
