@@ -37,6 +37,9 @@ BUNDLE, PICTURES, PICTURE = "bundle", "pictures", "pictures/picture.ppm"
 SCORES, SERVICE = ROOT / "examples/batch/score_folder.py", ROOT / "examples/service/service.py"
 """Programs that need the extra ``examples``."""
 
+RAY_SERVE = ROOT / "examples/ray_serve.py"
+"""The program that needs the extra ``ray-serve``."""
+
 PRETEND = "SETUPTOOLS_SCM_PRETEND_VERSION_FOR_CMT_EDGE"
 """The variable that tells a build outside Git which version it is."""
 
@@ -95,6 +98,13 @@ print("the manifest names the version")
 """
 """Compares the version that an exported bundle records with that of the package."""
 
+RAY = """
+from cmt_edge.deploy.scale.cluster import LOCAL, connected
+with connected(LOCAL) as ray:
+    print("workers may use", ray.cluster_resources()["CPU"], "cores")
+"""
+"""Starts a cluster on this machine and ends it."""
+
 JOBS = {
     "": (
         Job(("python", "-c", FAKE), text="class"),
@@ -136,6 +146,11 @@ JOBS = {
             MISSING,
             "no inference server answers",
         ),
+    ),
+    "ray": (Job(("python", "-c", RAY), text="workers may use"),),
+    "ray-serve": (Job(("python", str(RAY_SERVE), "--help"), text="usage"),),
+    "loadgen,onnxruntime": (
+        Job(("cmt-bench", BUNDLE, "--seconds", "0.2", "--loadgen", "SingleStream"), text="SingleStream"),
     ),
     "report,onnxruntime": (Job(("cmt-bench", BUNDLE, "--seconds", "0.2", "--plot", "latency.svg")),),
     "export": (

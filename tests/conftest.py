@@ -91,6 +91,12 @@ def own_cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="session", autouse=True)
+def any_width():
+    """What commands print is not folded: pytest-xdist tells its workers the width of its own terminal."""
+    os.environ.pop("COLUMNS", None)
+
+
+@pytest.fixture(scope="session", autouse=True)
 def brief_bench():
     """``cmt-bench`` does not warm up for a second."""
     with brief_commands():

@@ -32,6 +32,7 @@ EXPORT_PACKAGES = (
     "onnxruntime",
     "nncf",
     "safetensors",
+    "threadpoolctl",
 )
 """Distributions that every export needs, the extra ``export`` of ``pyproject.toml``."""
 
@@ -46,6 +47,7 @@ MORE_PACKAGES = (
     "onnx-ir",
     "onnxscript",
     "safetensors",
+    "threadpoolctl",
     "timm",
     "tensorrt-rtx-cu12",
     "tensorrt-rtx-cu13",
@@ -54,6 +56,8 @@ MORE_PACKAGES = (
     "onnxruntime-openvino",
     "cryptography",
     "matplotlib",
+    "ray",
+    "mlcommons-loadgen",
     "tqdm",
     "platformdirs",
 )

@@ -156,7 +156,9 @@ def test_the_packages_of_an_export_are_those_of_the_extra(monkeypatch):
     monkeypatch.setattr(checkup, "read_packages", lambda: {"torch": "2", "onnxruntime-gpu": "1"})
     found = check_up(monkeypatch)
     (fault,) = found.formats[0].faults
-    assert fault.what == "an export needs onnx, onnx-ir, onnxscript, onnxsim, nncf, safetensors"
+    assert (
+        fault.what == "an export needs onnx, onnx-ir, onnxscript, onnxsim, nncf, safetensors, threadpoolctl"
+    )
 
 
 def test_a_process_that_dies_is_no_end_of_the_doctor(monkeypatch, tmp_path):

@@ -48,11 +48,16 @@ def test_no_number_is_without_a_range():
             )
 
 
+THRESHOLD = "--layer-threshold"
+LOADGEN_FLAGS = ("--loadgen-rate", "--loadgen-limit")
+"""What bench asks MLPerf LoadGen."""
+
+
 def test_the_flags_that_are_numbers():
     found = {name: {flag for command, flag in FLAGS if command == name} for name in COMMANDS}
     assert found["predict"] == {"--topk", "--threads"}
-    assert found["verify"] == {"--limit", "--max-drop", "--atol", "--threads", "--layer-threshold"}
-    assert found["bench"] == {"--iters", "--seconds", "--warmup", "--threads"}
+    assert found["verify"] == {"--limit", "--max-drop", "--atol", "--threads", "--workers", THRESHOLD}
+    assert found["bench"] == {"--iters", "--seconds", "--warmup", "--threads", *LOADGEN_FLAGS}
     assert found["build"] == {"--workspace", "--level", "--time-limit", "--atol", "--iters", "--seconds"}
     assert {"--seed", "--batch", "--imgsz", "--threads", "--num-classes", "--workspace"} <= found["export"]
 

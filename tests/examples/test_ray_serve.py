@@ -25,7 +25,7 @@ from cmt_edge.deploy import Predictor
 from helpers.bundles import make_bundle
 from helpers.paths import ROOT
 
-if find_spec("ray") is None or find_spec("ray.serve") is None or find_spec("starlette") is None:
+if not all(map(find_spec, ("ray", "grpc", "starlette"))):
     pytest.skip("needs Ray Serve: make test-ray-serve", allow_module_level=True)
 
 pytestmark = pytest.mark.slow
