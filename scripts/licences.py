@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import tomllib
-from resolved import PROJECT, ROOT, Package, normalize, resolve
+from resolved import PROJECT, ROOT, UNCONSTRAINED, Package, normalize, resolve
 
 PAGE = ROOT / "docs" / "licences.md"
 """The list."""
@@ -157,6 +157,7 @@ permit. It permits no package under the GPL, the AGPL, the LGPL or a proprietary
 - `cuda-bindings`, `cuda-pathfinder` and `nvidia-ml-py` are not pinned. Their versions are those of the
   day on which the page was made. They are open source. The driver, the CUDA libraries and TensorRT below
   them, which you install yourself, are NVIDIA's and proprietary.
+- `kserve` needs older versions of protobuf and ml-dtypes than this list names, and is installed without `constraints.txt`.
 - The extras `rtx` and `rtx-cu13` are not in this list. They install TensorRT for RTX (`tensorrt-rtx-cu12`,
   `tensorrt-rtx-cu13`) under a proprietary licence of NVIDIA's. No other extra needs them.
   `make test` installs the former, because NVIDIA's compiler takes part in the tests.
@@ -238,6 +239,13 @@ def read_extras() -> list[str]:
     return [name for name in project["optional-dependencies"] if name not in left_out]
 
 
+def show_pinned(resolved: dict[str, list[Package]]) -> None:
+    """Let what an extra of :data:`UNCONSTRAINED` shares with others stand at the pinned version."""
+    pinned = {p.key: p for extra, found in resolved.items() if extra not in UNCONSTRAINED for p in found}
+    for extra in UNCONSTRAINED:
+        resolved[extra] = [pinned.get(package.key, package) for package in resolved[extra]]
+
+
 def name_extras(key: str, contents: Mapping[str, set[str]]) -> str:
     """Which extras install a package; ``test`` is named only for what no other extra installs."""
     if key in contents[""]:
@@ -293,6 +301,7 @@ def main(arguments: list[str] | None = None) -> int:
         extra: [package for package in resolve(extra) if package.key != PROJECT]
         for extra in ["", *read_extras(), "all"]
     }
+    show_pinned(resolved)
     packages = [package for packages in resolved.values() for package in packages]
     if faults := sorted(set(find_faults(packages, libraries))):
         print(*faults, sep="\n", file=sys.stderr)

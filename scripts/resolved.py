@@ -79,11 +79,18 @@ def read_report(report: dict[str, Any]) -> list[Package]:
     return sorted(packages, key=lambda package: package.key)
 
 
+UNCONSTRAINED = ("kserve",)
+"""Extras that need older versions of some packages than ``constraints.txt`` names."""
+
+
 def resolve(extra: str) -> list[Package]:
-    """What ``pip install cmt-edge[EXTRA]`` would install at the pinned versions, this project included."""
+    """What ``pip install cmt-edge[EXTRA]`` would install at the pinned versions, this project included; an extra
+    of :data:`UNCONSTRAINED` at the newest ones."""
     wanted = f"{ROOT}[{extra}]" if extra else str(ROOT)
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"]
-    command += ["--report", "-", "-c", str(ROOT / "constraints.txt"), wanted]
+    if extra not in UNCONSTRAINED:
+        command += ["-c", str(ROOT / "constraints.txt")]
+    command += ["--report", "-", wanted]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=TIME_LIMIT_S, check=False)
     if done.returncode:
         raise SystemExit(f"error: pip could not resolve {wanted}; its message is above")
