@@ -81,7 +81,7 @@ test-triton:
 # A real cluster of Ray on this machine.
 test-ray-serve:
 	$(PYTHON) -m venv --clear $(RAY_SERVE)
-	$(RAY_SERVE)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test-light,ray-serve]"
+	$(RAY_SERVE)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test-light]" "ray[serve]>=2.60,<3"
 	$(RAY_SERVE)/bin/python -m pytest -rs tests/examples/test_ray_serve.py
 
 # The accessibility checks of the HTML reports, in Chromium; fetches axe-core by npm into out/.

@@ -70,6 +70,7 @@ READ = {
     "jinja2": "BSD-3-Clause",
     "kiwisolver": "BSD-3-Clause",
     "matplotlib": "LicenseRef-Matplotlib",
+    "mlcommons-loadgen": "Apache-2.0",
     "mpmath": "BSD-3-Clause",
     "nvidia-ml-py": "BSD-3-Clause",
     "openvino-telemetry": "Apache-2.0",
@@ -96,6 +97,7 @@ LIBRARIES = {
     "libgomp": GCC,
     "libharfbuzz": "MIT-Modern-Variant",
     "libhwloc": "BSD-3-Clause",
+    "libjemalloc": "BSD-2-Clause",
     "libjpeg": "IJG AND BSD-3-Clause",
     "liblcms2": "MIT",
     "liblzma": "0BSD",
@@ -121,6 +123,9 @@ part that we rely on."""
 
 LIBRARY_EXCEPTIONS = frozenset({GCC, LGPL})
 """Licences that a separate shared library may have, and a package may not."""
+
+COMPILER = "tensorrt-rtx"
+"""Beginning of the names of the packages that :data:`PROPRIETARY` installs; the tests' environment has them."""
 
 OWN = (
     "libaoti_",
@@ -157,7 +162,8 @@ permit. It permits no package under the GPL, the AGPL, the LGPL or a proprietary
 - `cuda-bindings`, `cuda-pathfinder` and `nvidia-ml-py` are not pinned. Their versions are those of the
   day on which the page was made. They are open source. The driver, the CUDA libraries and TensorRT below
   them, which you install yourself, are NVIDIA's and proprietary.
-- `kserve` needs older versions of protobuf and ml-dtypes than this list names, and is installed without `constraints.txt`.
+- `kserve` needs older versions of protobuf and ml-dtypes than this list names. It is installed without
+  `constraints.txt`.
 - The extras `rtx` and `rtx-cu13` are not in this list. They install TensorRT for RTX (`tensorrt-rtx-cu12`,
   `tensorrt-rtx-cu13`) under a proprietary licence of NVIDIA's. No other extra needs them.
   `make test` installs the former, because NVIDIA's compiler takes part in the tests.
@@ -225,6 +231,8 @@ def find_libraries(environment: Path) -> dict[str, set[str]]:
     folders = [str(folder) for folder in environment.glob("lib/python3*/site-packages")]
     found: dict[str, set[str]] = {}
     for distribution in distributions(path=folders):
+        if normalize(distribution.metadata["Name"]).startswith(COMPILER):
+            continue
         for path in distribution.files or []:
             match = LIBRARY.match(path.name)
             if match and not match[1].startswith(OWN):

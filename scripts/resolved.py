@@ -84,8 +84,8 @@ UNCONSTRAINED = ("kserve",)
 
 
 def resolve(extra: str) -> list[Package]:
-    """What ``pip install cmt-edge[EXTRA]`` would install at the pinned versions, this project included; an extra
-    of :data:`UNCONSTRAINED` at the newest ones."""
+    """What ``pip install cmt-edge[EXTRA]`` would install at the pinned versions, an extra of
+    :data:`UNCONSTRAINED` at the newest ones; this project is included."""
     wanted = f"{ROOT}[{extra}]" if extra else str(ROOT)
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"]
     if extra not in UNCONSTRAINED:

@@ -37,8 +37,6 @@ BUNDLE, PICTURES, PICTURE = "bundle", "pictures", "pictures/picture.ppm"
 SCORES, SERVICE = ROOT / "examples/batch/score_folder.py", ROOT / "examples/service/service.py"
 """Programs that need the extra ``examples``."""
 
-RAY_SERVE = ROOT / "examples/ray_serve.py"
-"""The program that needs the extra ``ray-serve``."""
 
 PRETEND = "SETUPTOOLS_SCM_PRETEND_VERSION_FOR_CMT_EDGE"
 """The variable that tells a build outside Git which version it is."""
@@ -148,7 +146,6 @@ JOBS = {
         ),
     ),
     "ray": (Job(("python", "-c", RAY), text="workers may use"),),
-    "ray-serve": (Job(("python", str(RAY_SERVE), "--help"), text="usage"),),
     "loadgen,onnxruntime": (
         Job(("cmt-bench", BUNDLE, "--seconds", "0.2", "--loadgen", "SingleStream"), text="SingleStream"),
     ),

@@ -122,7 +122,6 @@ def test_all_that_the_tests_need_is_locked(script):
         "completion",
         "kserve",
         "loadgen",
-        "ray-serve",
     }
     waiting = {entry for name in extras if name not in own for entry in extras[name]}
     waiting |= set(project["dependencies"])
