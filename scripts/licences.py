@@ -125,7 +125,7 @@ LIBRARY_EXCEPTIONS = frozenset({GCC, LGPL})
 """Licences that a separate shared library may have, and a package may not."""
 
 COMPILER = "tensorrt-rtx"
-"""Beginning of the names of the packages that :data:`PROPRIETARY` installs; the tests' environment has them."""
+"""Beginning of the names of packages that :data:`PROPRIETARY` installs; the tests have them too."""
 
 OWN = (
     "libaoti_",
