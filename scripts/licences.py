@@ -250,7 +250,7 @@ def read_extras() -> list[str]:
 def show_pinned(resolved: dict[str, list[Package]]) -> None:
     """Let what an extra of :data:`UNCONSTRAINED` shares with others stand at the pinned version."""
     pinned = {p.key: p for extra, found in resolved.items() if extra not in UNCONSTRAINED for p in found}
-    for extra in UNCONSTRAINED:
+    for extra in set(UNCONSTRAINED) & set(resolved):
         resolved[extra] = [pinned.get(package.key, package) for package in resolved[extra]]
 
 
