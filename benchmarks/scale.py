@@ -59,7 +59,7 @@ BEGIN, END = "<!-- benchmarks/scale.py {}: begin -->", "<!-- benchmarks/scale.py
 
 @dataclass(frozen=True)
 class Cost:
-    """What answering so many images took.
+    """What it took to answer some images.
 
     Attributes:
         images: number of them.
@@ -87,7 +87,8 @@ class Meter:
         """Up to the last call."""
 
     def note(self, done: int, _: int = 0) -> None:
-        """So many images are done. Processes that have ended do not count: workers of earlier runs."""
+        """Note that ``done`` images are answered. Processes that have ended do not count: they are workers of
+        earlier runs."""
         ticks = sum(now - self._ticks.get(number, 0) for number, now in read_ticks().items())
         cpu = ticks / os.sysconf("SC_CLK_TCK")
         self.cost = Cost(done, time.perf_counter() - self._start, cpu)
@@ -119,7 +120,7 @@ class Sleeping(Answerer):
 
 @contextmanager
 def running(cores: int) -> Iterator[tuple[Cluster, float]]:
-    """A cluster on this machine with so many cores, real or not; and the seconds that its start took."""
+    """A cluster on this machine with ``cores`` cores, real or not, and the seconds that its start took."""
     ray, start = import_ray(), time.perf_counter()
     ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level="CRITICAL")
     took = time.perf_counter() - start

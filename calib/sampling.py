@@ -21,7 +21,7 @@ from .recipe import count_groups, is_depthwise_node
 from .running import Guard, open_graph
 
 ROWS = 1024
-"""The number of rows that all images together give for a layer, where they have so many."""
+"""The largest number of rows that all images together give for a layer."""
 
 DEPTHWISE_ROWS = 256
 """The same of a depthwise conv: each channel has few weights, and rows of its own, which take much memory."""

@@ -316,9 +316,18 @@ def test_a_matrix_bears_the_names_of_few_classes():
 def test_blocks_say_where_the_error_enters(beyond):
     made = full_subject()
     run = LayerRun(
-        bundle="tiny", precision="int8", backend="openvino", runtime="openvino 1", threshold=0.5,
-        first="stages.2" if beyond else None, grows="stages.2", output=0.7, watched=0.7, moved=0.0, hidden={},
-    )  # fmt: skip
+        bundle="tiny",
+        precision="int8",
+        backend="openvino",
+        runtime="openvino 1",
+        threshold=0.5,
+        first="stages.2" if beyond else None,
+        grows="stages.2",
+        output=0.7,
+        watched=0.7,
+        moved=0.0,
+        hidden={},
+    )
     found = replace(made, layer_runs=(run,))
     page = make_bundle_page(found)
     assert ("the error is first beyond 0.5 in stages.2 (1)" in page) == beyond

@@ -194,7 +194,7 @@ def test_a_corrupt_image_is_named_and_the_others_are_answered(run, photos, expec
 
 
 def kill_once(progress_at: int, act):
-    """A report of progress that acts once, when so many images are done."""
+    """A report of progress that acts once, when a number of images is done."""
     acted = threading.Event()
 
     def report_progress(done: int, total: int) -> None:

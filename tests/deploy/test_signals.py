@@ -88,8 +88,13 @@ def ended(code: str, *numbers: int, argv: tuple[str, ...] = (), **options) -> tu
 def test_little_is_imported_before_signals_are_handled():
     """Until then Ctrl-C prints a trace, so that every millisecond counts."""
     code = "import sys; before = {*sys.modules}; import cmt_edge.startup; print(*{*sys.modules} - before)"
-    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True,
-                          env=os.environ | {"PYTHONPATH": str(ROOT / "src")})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+    )
     assert not {"typing", "contextlib", "re", "enum", "warnings"} & {*done.stdout.split()}
 
 
