@@ -49,6 +49,7 @@ from torch import nn
 from cmt_edge.calib import CalibrationSet
 from cmt_edge.calib.quantize import calibrate
 from cmt_edge.calib.recipe import DEFAULT, Recipe
+from cmt_edge.calib.statistics import Batches, LocalStatistics
 from cmt_edge.cmt import find_model, fuse
 from cmt_edge.cmt.reference import load_reference
 from cmt_edge.deploy.backends import Session
@@ -176,7 +177,7 @@ def make_recipe_graphs(bench: Bench) -> Iterator[Variant]:
         with step(f"quantize with {name}"):
             recipe: Recipe = replace(DEFAULT, **changes)
             try:  # not quantize: the rules of cmt_edge.calib.lint forbid what some of these choices do
-                quantized = calibrate(graph, data, spec, recipe, None).model
+                quantized = calibrate(graph, LocalStatistics(Batches(data, spec, None)), recipe).model
                 fields = store(bench, quantized, name)
                 yield Variant(part="recipe", precision="int8", **fields)
                 if name == DEFAULT_RECIPE and signed:

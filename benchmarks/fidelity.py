@@ -29,11 +29,10 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 
 from cmt_edge.calib import CalibrationSet
-from cmt_edge.calib.equalize import SAMPLED_IMAGES, guard_calibration
-from cmt_edge.calib.quantize import Batches, place_pairs
+from cmt_edge.calib.quantize import place_pairs
 from cmt_edge.calib.recipe import DEFAULT
 from cmt_edge.calib.refine import refine
-from cmt_edge.calib.sampling import pick, spread
+from cmt_edge.calib.statistics import Batches, LocalStatistics
 from cmt_edge.cmt import create_model, find_model, fuse
 from cmt_edge.cmt.reference import load_reference
 from cmt_edge.deploy import Preprocess
@@ -165,13 +164,12 @@ def judge(case: Case, names: Sequence[str], args: argparse.Namespace) -> Iterato
     start = time.perf_counter()
     batches = Batches(case.data, case.spec, None)
     with threadpool_limits(1, "blas"):
-        placed, source = place_pairs(case.graph, batches, DEFAULT)
-    images = pick(batches, spread(len(batches), SAMPLED_IMAGES))
+        placed = place_pairs(case.graph, LocalStatistics(batches), DEFAULT)
     shared = time.perf_counter() - start
     for name in names:
         start = time.perf_counter()
         with threadpool_limits(1, "blas"):
-            graph = refine(placed, source, images, guard_calibration, **VARIANTS[name])
+            graph = refine(placed.model, placed.source, placed.rows, **VARIANTS[name])
         seconds = shared + time.perf_counter() - start
         onnx.save(graph, args.keep / f"{case.name}.{name}.int8.onnx")
         ours = answer(graph, case.images, args.threads, args.precision)

@@ -160,7 +160,7 @@ def export_plain_onnx(job: Job) -> onnx.ModelProto:
 def collect_calibration(job: Job) -> Any:
     """The images that every int8 row is calibrated on, through the same reader: iterable, with a length."""
     from cmt_edge.calib import CalibrationSet
-    from cmt_edge.calib.quantize import Batches
+    from cmt_edge.calib.statistics import Batches
 
     return Batches(CalibrationSet.choose(job.data, job.calib_size, job.preprocess), job.preprocess, None)
 

@@ -16,15 +16,12 @@ rounded then. One shift for all channels by a multiple of the scale leaves zero 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-
-from cmt_edge.deploy.errors import CmtEdgeError, StepError
 
 from .factors import Extremes, Reader, choose_factor
 from .graph import (
@@ -44,8 +41,8 @@ from .graph import (
 )
 from .groups import MODULE, find_module
 from .recipe import count_groups, is_depthwise_node
-from .running import measure_extremes
-from .sampling import Layer, pick, sample_rows, spread
+from .sampling import Layer, spread
+from .statistics import Request, Statistics
 
 SAMPLED_IMAGES = 16
 """The number of images whose rows decide how tensors are rescaled."""
@@ -89,14 +86,14 @@ class Equalized:
 
 def equalize(
     model: onnx.ModelProto,
-    batches: Iterable[np.ndarray],
+    statistics: Statistics,
     read: Collection[str] = (),
 ) -> Equalized:
     """Rescale what the convs of a float graph read.
 
     Args:
         model: float32 ONNX graph with input ``(batch, 3, S, S)``, not modified.
-        batches: calibration images, float32 ``(1, 3, S, S)`` each.
+        statistics: measures on the calibration images.
         read: tensors that are observed besides those that are rescaled.
 
     Raises:
@@ -109,10 +106,13 @@ def equalize(
         tensors = [site.tensor for site in sites]
         others = sorted(set(read) - set(tensors))
         layers = [Layer(get_node_name(site.conv), site.tensor, (1, 1)) for site in sites]
-        extremes = measure_extremes(model, tensors, others, batches, guard_calibration)
-        count = len(extremes[tensors[0]][0])
+        count = len(statistics)
         sampled = spread(count, min(SAMPLED_IMAGES, max(count // 2, 1)))
-        rows = sample_rows(model, layers, pick(batches, sampled), guard_calibration)
+        request = Request(
+            model, tuple(tensors), tuple(others), tuple(range(count)), tuple(layers), tuple(sampled)
+        )
+        found = statistics.measure(request)
+        extremes, rows = found.extremes, found.rows
         for site, layer, tensor in zip(sites, layers, tensors, strict=True):
             low, high = extremes[tensor]
             factor = _choose_factor(site, _split(low, high, sampled), rows.pop(layer.name))
@@ -121,21 +121,6 @@ def equalize(
         result = write_model(view)
     del result.graph.value_info[:]
     return Equalized(result, _choose_telling(extremes))
-
-
-@contextmanager
-def guard_calibration() -> Iterator[None]:
-    """Failures of ONNX Runtime become one typed error."""
-    try:
-        yield
-    except CmtEdgeError:
-        raise
-    except Exception as exc:
-        raise StepError(
-            "calibration failed in ONNX Runtime",
-            why=f"{type(exc).__name__}: {exc}",
-            remedy="export fp32 or bf16, and report the model",
-        ) from exc
 
 
 def _choose_telling(

@@ -14,13 +14,12 @@ OpenVINO and TensorRT need none of that, so that only graphs for ONNX Runtime ar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
-from .equalize import guard_calibration
 from .graph import (
     DEQUANTIZE,
     QUANTIZE,
@@ -38,7 +37,7 @@ from .graph import (
     remove_unread,
     write_model,
 )
-from .running import measure_extremes
+from .statistics import Request, Statistics
 
 LARGEST = np.float32(127)
 """The largest magnitude of a signed byte."""
@@ -53,14 +52,14 @@ Ranges = dict[str, float]
 """Name of a conv -> the magnitude up to which its results are represented."""
 
 
-def measure_conv_ranges(quantized: onnx.ModelProto, batches: Iterable[np.ndarray]) -> Ranges:
+def measure_conv_ranges(quantized: onnx.ModelProto, statistics: Statistics) -> Ranges:
     """The magnitude that the results of each int8 conv reach: the mean over images of each one's extreme.
 
     What a rare image exceeds is clipped, so that all others are rounded more finely.
 
     Args:
         quantized: the calibrated graph.
-        batches: calibration images, float32 ``(1, 3, S, S)`` each.
+        statistics: measures on the calibration images.
 
     Raises:
         StepError: ONNX Runtime cannot run the graph.
@@ -69,7 +68,9 @@ def measure_conv_ranges(quantized: onnx.ModelProto, batches: Iterable[np.ndarray
         names = {get_node_name(node): name_value(node.outputs[0]) for node in _find_convs(view.graph)}
     if not names:
         return {}
-    extremes = measure_extremes(quantized, [], list(names.values()), batches, guard_calibration)
+    observed = tuple(range(len(statistics)))
+    request = Request(quantized, whole=tuple(names.values()), observed=observed)
+    extremes = statistics.measure(request).extremes
     return {name: _find_magnitude(*extremes[tensor]) for name, tensor in names.items()}
 
 

@@ -5,55 +5,37 @@ NNCF calibrates; results are cached by content.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
-import itertools
-import logging
-import math
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import onnx
 from threadpoolctl import threadpool_limits
 
 from cmt_edge.deploy.cache import Cache, Files
-from cmt_edge.deploy.errors import (
-    CmtEdgeError,
-    GateError,
-    InputError,
-    StepError,
-)
+from cmt_edge.deploy.errors import GateError, InputError
 from cmt_edge.deploy.preprocessing import Preprocess
 
+from .by_nncf import RangeQuantizer, run_nncf
 from .data import CalibrationSet
-from .equalize import SAMPLED_IMAGES, Equalized, equalize, guard_calibration
-from .graph import get_input, name_value, open_view, write_model
+from .equalize import SAMPLED_IMAGES, Equalized, equalize
+from .graph import get_input, name_value, open_view
 from .groups import group_by_kind, group_nodes
 from .lint import lint, list_half_int8_nodes
-from .qdq_pairs import move_pairs_to_layers, sign_quantizers
 from .recipe import DEFAULT, INT8_OPS, Recipe
-from .refine import refine
+from .refine import list_layers, refine
 from .restore import list_int8_nodes, restore
-from .sampling import pick, spread
+from .sampling import Rows, spread
+from .statistics import Batches, LocalStatistics, Request, Statistics
 
 CACHED_FILES = 20
 """The number of calibrated graphs that the cache keeps, with the float graphs they were made from. The oldest
 are deleted first."""
 
-IMAGES_AT_ONCE = 4
-"""The number of images on which statistics are collected at once. More need more memory and save little."""
-
 ENOUGH = 64
 """The smallest number of images from which means are taken, for the correction of biases."""
-
-KEPT_BYTES = 512 << 20
-"""Preprocessed images are kept in memory up to this size, in bytes. 300 images of 192 x 192 are 130 MB."""
 
 SHOWN_RULES = 5
 """The number of broken rules that an error message quotes."""
@@ -84,6 +66,7 @@ def quantize(
     *,
     cache: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    statistics: Statistics | None = None,
 ) -> Quantized:
     """Quantize a float graph.
 
@@ -94,6 +77,7 @@ def quantize(
         recipe: what stays float.
         cache: a folder of calibrated graphs, where nothing is calibrated twice.
         progress: is called with the number of images that were read, and the number of all images.
+        statistics: measures on the images; by default this process does. What it raises passes through.
 
     Raises:
         GateError: the result breaks a rule of :func:`cmt_edge.calib.lint.lint`.
@@ -103,7 +87,8 @@ def quantize(
     plain = replace(recipe, keep_float=())
 
     def make() -> Quantized:
-        return _require_clean(calibrate(model, data, spec, plain, progress))
+        used = statistics or LocalStatistics(Batches(data, spec, progress))
+        return _require_clean(calibrate(model, used, plain))
 
     if cache is None:
         whole = make()
@@ -193,92 +178,109 @@ def _require_clean(quantized: Quantized) -> Quantized:
     return quantized
 
 
-class Batches:
-    """Preprocessed images that may be read several times.
-
-    They are decoded once and kept as float32 up to :data:`KEPT_BYTES`; beyond that they are decoded again at
-    every reading.
-    """
-
-    def __init__(
-        self,
-        data: CalibrationSet,
-        spec: Preprocess,
-        progress: Callable[[int, int], None] | None,
-    ) -> None:
-        self._data, self._spec, self._progress = data, spec, progress
-        image_bytes = 3 * spec.size**2 * np.dtype(np.float32).itemsize
-        self._keeps = len(data) * image_bytes <= KEPT_BYTES
-        self._kept: list[np.ndarray] | None = None
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        source = self._kept if self._kept is not None else self._data.batches(self._spec)
-        keeps = self._keeps and self._kept is None
-        read = []
-        for i, batch in enumerate(source):
-            if keeps:
-                read.append(batch)
-            if self._progress:
-                self._progress(i + 1, len(self))
-            yield batch
-        if keeps:
-            self._kept = read
-
-
 def calibrate(
     model: onnx.ModelProto,
-    data: CalibrationSet,
-    spec: Preprocess,
+    statistics: Statistics,
     recipe: Recipe,
-    progress: Callable[[int, int], None] | None,
 ) -> Quantized:
     """:func:`quantize` without a cache, without ``keep_float``, and without the rules of
     :func:`cmt_edge.calib.lint.lint`, which some choices of a recipe break."""
-    batches = Batches(data, spec, progress)
     with threadpool_limits(1, "blas"):  # sums of several threads would round differently
-        calibrated, source = place_pairs(model, batches, recipe)
+        placed = place_pairs(model, statistics, recipe)
+        calibrated = placed.model
         if recipe.smooth_quant is None:
             calibrated = refine(
                 calibrated,
-                source,
-                pick(batches, spread(len(batches), SAMPLED_IMAGES)),
-                guard_calibration,
+                placed.source,
+                placed.rows,
                 search=recipe.range_estimator == "error",
                 rounding=recipe.rounding,
                 biases=recipe.bias_correction,
             )
-    return Quantized(calibrated, source, recipe.key(), False)
+    return Quantized(calibrated, placed.source, recipe.key(), False)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """The result of :func:`place_pairs`.
+
+    Attributes:
+        model: the graph with Q/DQ pairs, whose weights are rounded to the nearest.
+        source: the float graph that it was made from.
+        rows: of what the layers read; empty with ``smooth_quant``.
+    """
+
+    model: onnx.ModelProto
+    source: onnx.ModelProto
+    rows: Rows
 
 
 def place_pairs(
     model: onnx.ModelProto,
-    batches: Batches,
+    statistics: Statistics,
     recipe: Recipe,
-) -> tuple[onnx.ModelProto, onnx.ModelProto]:
-    """The first part of :func:`calibrate`: Q/DQ pairs with extremes as ranges, and the float graph that they
-    belong to. Weights are rounded to the nearest; with ``smooth_quant`` NNCF corrects the biases."""
+) -> Placed:
+    """The first part of :func:`calibrate`: Q/DQ pairs with extremes as ranges, and what the second part needs
+    of the images. With ``smooth_quant`` NNCF corrects the biases."""
     equalized = Equalized(model)
     if recipe.equalize:
-        equalized = equalize(model, batches, _read_in_int8(model, recipe))
+        equalized = equalize(model, statistics, _read_in_int8(model, recipe))
+    source = equalized.model
+    if recipe.smooth_quant is not None or recipe.range_estimator == "mean_minmax":
+        calibrated, rows = _place_by_images(equalized, statistics, recipe)
+    else:
+        observed = equalized.telling or tuple(range(len(statistics)))
+        calibrated, rows = _place_by_ranges(source, statistics, observed, recipe)
+    # NNCF gives no scale to what does not come from the image alone, such as coordinates beside a map.
+    halves = list_half_int8_nodes(calibrated)
+    if halves:
+        calibrated = restore(calibrated, source, halves)
+    return Placed(calibrated, source, rows)
+
+
+def _place_by_ranges(
+    source: onnx.ModelProto,
+    statistics: Statistics,
+    observed: tuple[int, ...],
+    recipe: Recipe,
+) -> tuple[onnx.ModelProto, Rows]:
+    """The graph with pairs that NNCF makes with the extremes over the ``observed`` images, and the rows of
+    the layers: one request measures both."""
+    quantizer = RangeQuantizer(source, replace(recipe, range_estimator="minmax", bias_correction=False))
+    request = Request(
+        source,
+        whole=quantizer.tensors,
+        observed=observed,
+        layers=tuple(list_layers(source, recipe.float_nodes(source))),
+        sampled=tuple(spread(len(statistics), SAMPLED_IMAGES)),
+    )
+    found = statistics.measure(request)
+    return quantizer.quantize(found.extremes), found.rows
+
+
+def _place_by_images(
+    equalized: Equalized,
+    statistics: Statistics,
+    recipe: Recipe,
+) -> tuple[onnx.ModelProto, Rows]:
+    """The graph with pairs that NNCF makes of images: of means, or with corrections of biases; and the rows
+    of the layers."""
     refines = recipe.smooth_quant is None
     ranges = "mean_minmax" if recipe.range_estimator == "mean_minmax" else "minmax"
-    chosen: Collection[int] = range(len(batches))
+    chosen: Collection[int] = range(len(statistics))
     if ranges == "minmax" and equalized.telling:
-        chosen = equalized.telling if refines else fill_up(equalized.telling, len(batches))
+        chosen = fill_up(equalized.telling, len(statistics))
     nncf_recipe = replace(
         recipe,
         range_estimator=ranges,
         bias_correction=recipe.bias_correction and not refines,
     )
-    calibrated = run_nncf(equalized.model, batches, chosen, nncf_recipe)
-    # NNCF gives no scale to what does not come from the image alone, such as coordinates beside a map.
-    halves = list_half_int8_nodes(calibrated)
-    if halves:
-        calibrated = restore(calibrated, equalized.model, halves)
-    return calibrated, equalized.model
+    calibrated = run_nncf(equalized.model, statistics.list_batches(), chosen, nncf_recipe)
+    if not refines:
+        return calibrated, {}
+    layers = tuple(list_layers(equalized.model, recipe.float_nodes(equalized.model)))
+    sampled = tuple(spread(len(statistics), SAMPLED_IMAGES))
+    return calibrated, statistics.measure(Request(equalized.model, layers=layers, sampled=sampled)).rows
 
 
 def _read_in_int8(model: onnx.ModelProto, recipe: Recipe) -> set[str]:
@@ -299,114 +301,4 @@ def fill_up(telling: Collection[int], count: int) -> list[int]:
             *telling,
             *(others[i * len(others) // missing] for i in range(missing)),
         }
-    )
-
-
-class _Grouped:
-    """The ``chosen`` ones of ``batches``, ``size`` at a time.
-
-    Extremes over all are the same, and statistics of many small tensors cost more than of a few larger ones.
-    """
-
-    def __init__(self, batches: Batches, chosen: Collection[int], size: int) -> None:
-        self._batches, self._chosen, self._size = (
-            batches,
-            set(chosen),
-            size,
-        )
-
-    def __len__(self) -> int:
-        return math.ceil(len(self._chosen) / self._size)
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        images = (batch for i, batch in enumerate(self._batches) if i in self._chosen)
-        while group := list(itertools.islice(images, self._size)):
-            yield np.concatenate(group)
-
-
-def run_nncf(
-    model: onnx.ModelProto,
-    batches: Batches,
-    chosen: Collection[int],
-    recipe: Recipe,
-) -> onnx.ModelProto:
-    """The Q/DQ graph that NNCF makes of ``model``, with signed pairs directly before the layers."""
-    nncf = _import_nncf()
-    at_once = IMAGES_AT_ONCE if recipe.range_estimator == "minmax" else 1
-    grouped = _Grouped(batches, chosen, at_once)
-    name = model.graph.input[0].name
-    dataset = nncf.Dataset(grouped, lambda batch: {name: batch})
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    with _translating_failures(), _silence():
-        result = nncf.quantize(
-            copy,
-            dataset,
-            preset=nncf.QuantizationPreset.PERFORMANCE,  # symmetric activations
-            model_type=nncf.ModelType.TRANSFORMER,
-            subset_size=len(grouped),
-            fast_bias_correction=True,
-            ignored_scope=nncf.IgnoredScope(names=recipe.float_nodes(copy), validate=False),
-            advanced_parameters=_make_parameters(nncf, recipe),
-        )
-    with open_view(result) as view:
-        sign_quantizers(view.graph)
-        move_pairs_to_layers(view.graph)
-        return write_model(view)
-
-
-@contextmanager
-def _translating_failures() -> Iterator[None]:
-    """Errors of NNCF as a :class:`StepError`; errors of cmt-edge, which images raise, stay as they are."""
-    try:
-        yield
-    except CmtEdgeError:
-        raise
-    except Exception as exc:
-        raise StepError(
-            "calibration failed in NNCF",
-            why=f"{type(exc).__name__}: {exc}",
-            remedy="export fp32 or bf16, and report the model",
-        ) from exc
-
-
-def _import_nncf() -> Any:
-    """NNCF without its log lines."""
-    with _silence():
-        import nncf
-
-        nncf.set_log_level(logging.ERROR)
-    return nncf
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Discard standard output, which is reserved for results: NNCF draws its own progress there."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
-
-
-def _make_parameters(nncf: Any, recipe: Recipe) -> Any:
-    """NNCF's parameters for ``recipe``: symmetric, weights per channel, activations per tensor."""
-    from nncf.common.quantization.structs import QuantizationScheme
-    from nncf.quantization import advanced_parameters as advanced
-    from nncf.quantization.range_estimator import (
-        RangeEstimatorParametersSet,
-    )
-
-    ranges = {
-        "mean_minmax": RangeEstimatorParametersSet.MEAN_MINMAX,
-        "minmax": RangeEstimatorParametersSet.MINMAX,
-    }
-    alpha = -1.0 if recipe.smooth_quant is None else recipe.smooth_quant
-    return advanced.AdvancedQuantizationParameters(
-        activations_quantization_params=advanced.QuantizationParameters(
-            mode=QuantizationScheme.SYMMETRIC, per_channel=False
-        ),
-        weights_quantization_params=advanced.QuantizationParameters(
-            mode=QuantizationScheme.SYMMETRIC, per_channel=True
-        ),
-        activations_range_estimator_params=ranges[recipe.range_estimator],
-        smooth_quant_alphas=advanced.AdvancedSmoothQuantParameters(matmul=alpha, convolution=-1.0),
-        disable_bias_correction=not recipe.bias_correction,
     )

@@ -14,7 +14,7 @@ Nothing is added to the graph: only constants change.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,8 +39,7 @@ from .graph import (
     write_model,
 )
 from .recipe import INT8_OPS
-from .running import Guard
-from .sampling import Layer, describe_layer, sample_rows
+from .sampling import Layer, Rows, describe_layer
 
 DAMPING = 0.01
 """What is added to the diagonal of the second moments of a layer's inputs, relative to their mean: directions
@@ -80,8 +79,7 @@ class Place:
 def refine(
     quantized: onnx.ModelProto,
     source: onnx.ModelProto,
-    batches: Sequence[np.ndarray],
-    guard: Guard,
+    rows: Rows,
     *,
     search: bool = True,
     rounding: bool = True,
@@ -92,18 +90,16 @@ def refine(
     Args:
         quantized: the Q/DQ graph that was made from ``source``, with biases as they are there.
         source: the float graph.
-        batches: calibration images, float32 ``(1, 3, S, S)`` each.
-        guard: is entered around every call of ONNX Runtime.
+        rows: of what the layers read, of all of :func:`list_layers`.
         search: whether ranges are reduced where that leaves a smaller error.
         rounding: whether weights are rounded anew.
         biases: whether biases are corrected.
     """
     with open_view(source) as original, open_view(quantized) as view:
         places = find_places(view.graph, original.graph)
-        rows = sample_rows(source, [place.layer for place in places], batches, guard)
         scales = _choose_scales(places, rows, search)
         for place in places:
-            values = rows.pop(place.layer.name)
+            values = rows[place.layer.name]
             rounded = round_values(values, scales[get_input(place.quantizer, 1)]).astype(np.float32)
             corrects = biases and place.bias is not None
             if rounding and _can_round(place):
@@ -111,6 +107,21 @@ def refine(
             if corrects:
                 _correct_bias(place, values, rounded)
         return write_model(view)
+
+
+def list_layers(source: onnx.ModelProto, floats: Collection[str] = ()) -> list[Layer]:
+    """The layers of a float graph of which rows may be needed, in the graph's order: those with constant
+    weights, besides the nodes ``floats``."""
+    with open_view(source) as view:
+        nodes = [
+            node for node in view.graph if node.op_type in INT8_OPS and get_node_name(node) not in floats
+        ]
+        layers = [
+            describe_layer(node, get_input(node, 0))
+            for node in nodes
+            if is_constant(node.inputs[1]) and not is_constant(node.inputs[0])
+        ]
+    return [layer for layer in layers if layer is not None]
 
 
 def find_places(graph: ir.Graph, original: ir.Graph) -> list[Place]:

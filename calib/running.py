@@ -19,6 +19,9 @@ EXTREMES = ("ReduceMin", "ReduceMax")
 Guard = Callable[[], AbstractContextManager[None]]
 """Makes a context manager that turns errors of ONNX Runtime into errors of this package."""
 
+Extremes = dict[str, tuple[np.ndarray, np.ndarray]]
+"""Name of a tensor -> its smallest and its largest values on each batch, float64 ``(batches, C)`` each."""
+
 Run = Callable[[np.ndarray], list[np.ndarray]]
 """Runs an opened graph: from a float32 batch ``(N, 3, S, S)`` to its outputs."""
 
@@ -27,6 +30,7 @@ def open_graph(
     model: onnx.ModelProto,
     guard: Guard = nullcontext,
     outputs: Sequence[str] | None = None,
+    threads: int | None = None,
 ) -> Run:
     """Open ``model`` in ONNX Runtime on the CPU.
 
@@ -34,6 +38,7 @@ def open_graph(
         model: a graph with one input.
         guard: is entered around every call of ONNX Runtime.
         outputs: names of the wanted outputs, all by default.
+        threads: number of them; all cores by default.
 
     Returns:
         A function from a batch, float32 ``(N, 3, S, S)``, to the outputs, ``(N, ...)`` each.
@@ -42,6 +47,7 @@ def open_graph(
 
     options = ort.SessionOptions()
     options.log_severity_level = ONNX_RUNTIME_FATAL
+    options.intra_op_num_threads = threads or 0
     with guard():
         session = ort.InferenceSession(
             model.SerializeToString(),
@@ -63,7 +69,7 @@ def measure_extremes(
     whole: Sequence[str],
     batches: Iterable[np.ndarray],
     guard: Guard = nullcontext,
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+) -> Extremes:
     """The smallest and the largest values of float tensors on each batch.
 
     They are computed inside the graph, so that no activation has to be copied out.
@@ -78,15 +84,32 @@ def measure_extremes(
     Returns:
         For each tensor, two float64 arrays ``(batches, C)``; ``C`` is 1 for those of ``whole``.
     """
+    return open_extremes(model, by_channel, whole, guard)(batches)
+
+
+def open_extremes(
+    model: onnx.ModelProto,
+    by_channel: Sequence[str],
+    whole: Sequence[str],
+    guard: Guard = nullcontext,
+    threads: int | None = None,
+) -> Callable[[Iterable[np.ndarray]], Extremes]:
+    """:func:`measure_extremes` as a function of one batch or more, which may be called repeatedly; the
+    arguments are its own, and ``threads`` those of :func:`open_graph`."""
     names = [*by_channel, *whole]
     watched, outputs = _add_watches(model, by_channel, whole)
-    run = open_graph(watched, guard, outputs)
-    seen = [run(batch) for batch in batches]
-    stacked = [
-        np.stack([answers[i].reshape(-1) for answers in seen]).astype(np.float64) for i in range(len(outputs))
-    ]
-    lows, highs = stacked[: len(names)], stacked[len(names) :]
-    return dict(zip(names, zip(lows, highs, strict=True), strict=True))
+    run = open_graph(watched, guard, outputs, threads)
+
+    def measure(batches: Iterable[np.ndarray]) -> Extremes:
+        seen = [run(batch) for batch in batches]
+        stacked = [
+            np.stack([answers[i].reshape(-1) for answers in seen]).astype(np.float64)
+            for i in range(len(outputs))
+        ]
+        lows, highs = stacked[: len(names)], stacked[len(names) :]
+        return dict(zip(names, zip(lows, highs, strict=True), strict=True))
+
+    return measure
 
 
 def _add_watches(

@@ -8,7 +8,7 @@ has rows of its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -25,6 +25,9 @@ ROWS = 1024
 
 DEPTHWISE_ROWS = 256
 """The same of a depthwise conv: each channel has few weights, and rows of its own, which take much memory."""
+
+Rows = dict[str, np.ndarray]
+"""The layer's name -> float32 ``(rows, K)``, or ``(rows, C, K)`` of a depthwise conv."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def sample_rows(
     layers: Sequence[Layer],
     batches: Sequence[np.ndarray],
     guard: Guard = nullcontext,
-) -> dict[str, np.ndarray]:
+) -> Rows:
     """Rows of what each layer reads.
 
     Args:
@@ -94,17 +97,36 @@ def sample_rows(
         The layer's name -> float32 ``(rows, K)``, or ``(rows, C, K)`` of a depthwise conv. Which rows are
         taken depends on the shapes and the number of the image alone.
     """
+    take = open_rows(model, layers, len(batches), guard)
+    found = [take(number, batch) for number, batch in enumerate(batches)]
+    return {layer.name: np.concatenate([rows[layer.name] for rows in found]) for layer in layers}
+
+
+def open_rows(
+    model: onnx.ModelProto,
+    layers: Sequence[Layer],
+    total: int,
+    guard: Guard = nullcontext,
+    threads: int | None = None,
+) -> Callable[[int, np.ndarray], Rows]:
+    """:func:`sample_rows` of one image at a time: a function of the image's place among ``total`` images, and
+    of the image."""
     tensors = sorted({layer.tensor for layer in layers})
-    watched = _add_outputs(model, tensors)
-    run = open_graph(watched, guard, tensors)
-    rows: dict[str, list[np.ndarray]] = {layer.name: [] for layer in layers}
-    for number, batch in enumerate(batches):
+    run = open_graph(_add_outputs(model, tensors), guard, tensors, threads)
+
+    def take(number: int, batch: np.ndarray) -> Rows:
         values = dict(zip(tensors, run(batch), strict=True))
-        for layer in layers:
-            wanted = DEPTHWISE_ROWS if layer.depthwise else ROWS
-            limit = math.ceil(wanted / len(batches))
-            rows[layer.name].append(_take_rows(values[layer.tensor], layer, number, limit))
-    return {name: np.concatenate(parts) for name, parts in rows.items()}
+        return {
+            layer.name: _take_rows(values[layer.tensor], layer, number, _limit_rows(layer, total))
+            for layer in layers
+        }
+
+    return take
+
+
+def _limit_rows(layer: Layer, total: int) -> int:
+    """The largest number of rows of one of ``total`` images."""
+    return math.ceil((DEPTHWISE_ROWS if layer.depthwise else ROWS) / total)
 
 
 def spread(total: int, count: int) -> list[int]:

@@ -64,7 +64,7 @@ def open_source(text: str) -> Source:
     if not is_url(text):
         path = Path(text.removeprefix("file://"))
         if not _holds_files(path):
-            return _convert_images(ImageSet(path))
+            return convert_images(ImageSet(path))
         text = str(path.absolute())
     place = open_place(text)
     entries = place.list()
@@ -93,8 +93,8 @@ def _holds_files(path: Path) -> bool:
     return any(name.endswith((ENDING, TAR)) for name in names)
 
 
-def _convert_images(images: ImageSet) -> Source:
-    """A folder, or a part of an archive, of this machine."""
+def convert_images(images: ImageSet) -> Source:
+    """The images of a folder, or of a part of an archive, of this machine; labels may be missing."""
     root = Path(os.path.abspath(images.path))
     archive = (
         None if os.path.isdir(root) else str(next(p for p in (root, *root.parents) if os.path.isfile(p)))

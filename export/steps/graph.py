@@ -10,7 +10,8 @@ from torch import nn
 
 from cmt_edge.calib import CalibrationSet, Quantized, quantize
 from cmt_edge.calib.integer_layers import Ranges, measure_conv_ranges, place_for_integers
-from cmt_edge.calib.quantize import Batches, keep_float
+from cmt_edge.calib.quantize import keep_float
+from cmt_edge.calib.statistics import Batches, LocalStatistics, Statistics
 from cmt_edge.cmt import choose_head, fuse
 from cmt_edge.deploy import Preprocess
 from cmt_edge.deploy.backends.torch import TorchSession
@@ -110,24 +111,32 @@ def calibrate_graph(
     spec: Preprocess,
     cached: bool,
     progress: ProgressCallback,
+    statistics: Statistics | None = None,
 ) -> Quantized:
     """``graph`` in int8, calibrated on ``data``; an equal one of an earlier run is used again where
-    ``cached``.
+    ``cached``. ``statistics`` measures on the images, this process by default.
 
     Raises:
         GateError: the graph breaks a rule for int8.
     """
     cache = find_cache_folder() / "calibrated" if cached else None
-    return quantize(graph, data, spec, cache=cache, progress=progress)
+    return quantize(graph, data, spec, cache=cache, progress=progress, statistics=statistics)
 
 
-def measure_ranges(quantized: Quantized, data: CalibrationSet, spec: Preprocess) -> Ranges:
-    """The ranges of the convs' results, for ONNX Runtime.
+def measure_ranges(
+    quantized: Quantized,
+    data: CalibrationSet,
+    spec: Preprocess,
+    statistics: Statistics | None = None,
+) -> Ranges:
+    """The ranges of the convs' results, for ONNX Runtime; ``statistics`` measures on the images, this process
+    by default.
 
     Raises:
         StepError: ONNX Runtime cannot run the graph.
     """
-    return measure_conv_ranges(quantized.model, Batches(data, spec, None))
+    used = statistics or LocalStatistics(Batches(data, spec, None))
+    return measure_conv_ranges(quantized.model, used)
 
 
 def choose_graph(

@@ -17,6 +17,7 @@ from cmt_edge.calib.generated import generate
 from cmt_edge.calib.graph import read_model
 from cmt_edge.calib.recipe import find_inner_depthwise
 from cmt_edge.calib.running import measure_extremes
+from cmt_edge.calib.statistics import LocalStatistics
 from cmt_edge.deploy.errors import StepError
 from cmt_edge.deploy.preprocessing import preprocess
 from helpers.calibration import SPEC
@@ -101,7 +102,7 @@ def test_the_answers_are_the_same(seed, channels, padding, affine, depthwise, pr
         project_padding=project_padding,
     )
     before = model.SerializeToString(deterministic=True)
-    equal = equalize(model, images(rng, 3)).model
+    equal = equalize(model, LocalStatistics(images(rng, 3))).model
     assert model.SerializeToString(deterministic=True) == before
     onnx.checker.check_model(equal, full_check=True)
     for batch in images(rng, 3):  # other ones
@@ -117,7 +118,8 @@ def test_telling_batches_alone_have_the_same_ranges(seed, affine):
         chain(rng, affine=affine),
         [b * np.float32(s) for b, s in zip(images(rng, 9), rng.uniform(0.1, 3, 9), strict=True)],
     )
-    equalized = equalize(model, batches, [n.input[0] for n in model.graph.node if n.op_type == "Conv"])
+    read = [n.input[0] for n in model.graph.node if n.op_type == "Conv"]
+    equalized = equalize(model, LocalStatistics(batches), read)
     assert 0 < len(equalized.telling) <= 3
     tensors = [n.input[0] for n in equalized.model.graph.node if n.op_type == "Conv"]
     largest = []
@@ -130,17 +132,17 @@ def test_telling_batches_alone_have_the_same_ranges(seed, affine):
 def test_a_graph_that_cannot_run_is_a_typed_error():
     model = chain(np.random.default_rng(0))
     with pytest.raises(StepError, match="ONNX Runtime") as error:
-        equalize(model, [np.zeros((1, 4, SIZE, SIZE), np.float32)])
+        equalize(model, LocalStatistics([np.zeros((1, 4, SIZE, SIZE), np.float32)]))
     assert "export fp32" in error.value.remedy
     model.graph.node[1].op_type = "NoSuchOperation"
     with pytest.raises(StepError, match="ONNX Runtime"):
-        equalize(model, images(np.random.default_rng(0), 1))
+        equalize(model, LocalStatistics(images(np.random.default_rng(0), 1)))
 
 
 def test_ranges_become_more_equal():
     rng = np.random.default_rng(0)
     model, batches = chain(rng), images(rng, 5)
-    equal = equalize(model, batches).model
+    equal = equalize(model, LocalStatistics(batches)).model
     for read_by in ("middle", "project"):
         spread = []
         for graph_ in (model, equal):
@@ -160,7 +162,7 @@ def test_what_others_read_too_is_left_alone(why):
         model.graph.node.append(helper.make_node("Neg", ["w3"], ["other"], "neg"))
     else:
         model.graph.output.append(helper.make_tensor_value_info("h", TensorProto.FLOAT, None))
-    assert equalize(model, images(rng, 2)) == Equalized(model)
+    assert equalize(model, LocalStatistics(images(rng, 2))) == Equalized(model)
 
 
 def test_a_silent_channel_does_not_become_loud():
@@ -171,7 +173,7 @@ def test_a_silent_channel_does_not_become_loud():
             value = numpy_helper.to_array(tensor).copy()
             value[(0, 0) if tensor.name == "t" else 0] = 0
             tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
-    equal = equalize(model, images(rng, 2)).model
+    equal = equalize(model, LocalStatistics(images(rng, 2))).model
     assert all(np.isfinite(numpy_helper.to_array(t)).all() for t in equal.graph.initializer)
     batch = images(rng, 1)[0]
     assert np.allclose(

@@ -12,8 +12,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from cmt_edge.calib.integer_layers import measure_conv_ranges, place_for_integers
-from cmt_edge.calib.quantize import Batches
 from cmt_edge.calib.restore import list_int8_nodes
+from cmt_edge.calib.statistics import Batches, LocalStatistics
 from helpers.calibration import SPEC
 from helpers.graphs import compute_logits
 
@@ -23,7 +23,7 @@ INTEGER_KERNELS = ("QLinearConv", "QGemm", "MatMulIntegerToFloat")
 
 @pytest.fixture(scope="module")
 def ranges(quantized, data):
-    return measure_conv_ranges(quantized.model, Batches(data, SPEC, None))
+    return measure_conv_ranges(quantized.model, LocalStatistics(Batches(data, SPEC, None)))
 
 
 @pytest.fixture(scope="module")

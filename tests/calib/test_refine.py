@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from cmt_edge.calib import DEFAULT, lint, quantize
-from cmt_edge.calib.equalize import guard_calibration
 from cmt_edge.calib.factors import round_weights
 from cmt_edge.calib.graph import open_view
-from cmt_edge.calib.refine import find_places, refine, round_columns
+from cmt_edge.calib.refine import find_places, list_layers, refine, round_columns
 from cmt_edge.calib.sampling import pick, sample_rows, spread
+from cmt_edge.calib.statistics import LocalStatistics, Request, guard_calibration
 from cmt_edge.deploy.errors import StepError
 from helpers.calibration import SPEC
 
@@ -72,6 +72,12 @@ def batches(data):
     return list(data.batches(SPEC))
 
 
+def take_rows(source: onnx.ModelProto, images) -> dict[str, np.ndarray]:
+    """What the layers read, on all of the images."""
+    request = Request(source, layers=tuple(list_layers(source)), sampled=tuple(range(len(images))))
+    return LocalStatistics(images).measure(request).rows
+
+
 def measure_errors(model: onnx.ModelProto, source: onnx.ModelProto, images) -> dict[str, np.ndarray]:
     """Layer -> the squared error of its outputs over rows, relative to them, and their mean error."""
     from cmt_edge.calib.factors import round_values
@@ -108,7 +114,7 @@ def measure_errors(model: onnx.ModelProto, source: onnx.ModelProto, images) -> d
 
 def test_every_layer_comes_closer_on_the_calibration_images(data, plain):
     images = batches(data)
-    refined = refine(plain.model, plain.source, images, guard_calibration)
+    refined = refine(plain.model, plain.source, take_rows(plain.source, images))
     assert lint(refined) == []
     ours, before = (measure_errors(model, plain.source, images) for model in (refined, plain.model))
     assert ours.keys() == before.keys()
@@ -120,12 +126,12 @@ def test_every_layer_comes_closer_on_the_calibration_images(data, plain):
 
 def test_only_constants_change_and_equal_images_give_equal_bytes(data, plain):
     images = batches(data)[:4]
-    one, two = (refine(plain.model, plain.source, images, guard_calibration) for _ in range(2))
+    one, two = (refine(plain.model, plain.source, take_rows(plain.source, images)) for _ in range(2))
     assert one.SerializeToString(deterministic=True) == two.SerializeToString(deterministic=True)
     assert [(n.op_type, n.name) for n in one.graph.node] == [
         (n.op_type, n.name) for n in plain.model.graph.node
     ]
-    other = refine(plain.model, plain.source, batches(data)[4:8], guard_calibration)
+    other = refine(plain.model, plain.source, take_rows(plain.source, batches(data)[4:8]))
     assert other.SerializeToString(deterministic=True) != one.SerializeToString(deterministic=True)
 
 
@@ -158,7 +164,7 @@ def test_smoothed_graphs_are_left_to_nncf(graph, data, monkeypatch):
 
 def test_a_graph_that_cannot_run_is_a_typed_error(plain):
     with pytest.raises(StepError, match="ONNX Runtime"):
-        refine(plain.model, plain.source, [np.zeros((1, 4, 64, 64), np.float32)], guard_calibration)
+        take_rows(plain.source, [np.zeros((1, 4, 64, 64), np.float32)])
 
 
 @given(total=st.integers(1, 400), count=st.integers(1, 64))
