@@ -122,7 +122,13 @@ class Sleeping(Answerer):
 def running(cores: int) -> Iterator[tuple[Cluster, float]]:
     """A cluster on this machine with ``cores`` cores, real or not, and the seconds that its start took."""
     ray, start = import_ray(), time.perf_counter()
-    ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level="CRITICAL")
+    ray.init(
+        address="local",
+        num_cpus=cores,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="CRITICAL",
+    )
     took = time.perf_counter() - start
     try:
         with Cluster("") as cluster:

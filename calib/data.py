@@ -52,6 +52,7 @@ class CalibrationSet:
         files: images that are read when they are needed.
         note: what was skipped in their folder, in words; empty if nothing was.
         blobs: encoded images in memory, where there are no files.
+        digests: of the contents of each image.
     """
 
     source: str
@@ -61,6 +62,7 @@ class CalibrationSet:
     files: ImageSet | None = field(default=None, repr=False)
     blobs: tuple[bytes, ...] = field(default=(), repr=False)
     note: str = field(default="", repr=False)
+    digests: tuple[str, ...] = field(default=(), repr=False)
 
     @classmethod
     def choose(
@@ -121,13 +123,14 @@ class CalibrationSet:
             )
         count = min(size or DEFAULT_COUNT, len(images))
         chosen = images.select(_choose_spread(images.items, count, seed))
-        total = combine_digests(hash_image(chosen.read(item)) for item in chosen)
+        digests = tuple(hash_image(chosen.read(item)) for item in chosen)
         return cls(
             "/".join(Path(data).parts[-2:]),
-            total,
+            combine_digests(digests),
             len(chosen),
             files=chosen,
             note=images.note,
+            digests=digests,
         )
 
     @classmethod
@@ -139,12 +142,14 @@ class CalibrationSet:
     ) -> CalibrationSet:
         """A set of encoded images that are in memory."""
         blobs = tuple(images)
+        digests = tuple(map(hash_image, blobs))
         return cls(
             source,
-            combine_digests(map(hash_image, blobs)),
+            combine_digests(digests),
             len(blobs),
             synthesis,
             blobs=blobs,
+            digests=digests,
         )
 
     def batches(self, spec: Preprocess) -> Iterator[np.ndarray]:
@@ -155,12 +160,18 @@ class CalibrationSet:
 
     def encoded(self) -> Iterator[tuple[bytes, str]]:
         """Each image as in its file, with a name for messages."""
+        return (self.read(number) for number in range(len(self)))
+
+    def read(self, number: int) -> tuple[bytes, str]:
+        """One image as in its file, with a name for messages."""
         if self.files is None:
-            for i, blob in enumerate(self.blobs):
-                yield blob, f"{self.source} image {i}"
-        else:
-            for item in self.files:
-                yield self.files.read(item), item.name
+            return self.blobs[number], self.name_image(number)
+        item = self.files[number]
+        return self.files.read(item), item.name
+
+    def name_image(self, number: int) -> str:
+        """What messages call an image that is in no file."""
+        return f"{self.source} image {number}"
 
     def __len__(self) -> int:
         return self.count

@@ -51,6 +51,7 @@ def check_settings(config: DerivedSettings) -> None:
     _check_auto(config)
     _check_pair(config)
     _check_data(config)
+    _check_cluster(config)
 
 
 def _check_model(config: DerivedSettings) -> None:
@@ -232,4 +233,29 @@ def _check_data(config: DerivedSettings) -> None:
             "synthetic images need trained weights",
             why="they are made from the statistics that training left in the batch norms",
             remedy="--weights PATH or pretrained, or --data generated",
+        )
+
+
+def _check_cluster(config: DerivedSettings) -> None:
+    """A cluster where it has something to do, and its options only with it."""
+    given = [("--answers", config.answers), ("--workers", config.workers)]
+    alone = [flag for flag, value in given if value is not None]
+    if alone and config.ray is None:
+        raise InputError(f"{alone[0]} means nothing without --ray", remedy="add --ray")
+    if config.ray is None:
+        return
+    if not config.quantizes:
+        raise InputError(
+            f"--ray is for calibration and for --precision auto, and {config.precision} needs neither",
+            remedy="leave it out; cmt-edge verify --ray measures the accuracy of the bundle",
+        )
+    if config.isa is not None:
+        raise InputError(
+            "--isa limits the runtime on this machine, and not on the workers of a cluster",
+            remedy="leave --ray or --isa out",
+        )
+    if config.answers is not None and not config.answers_elsewhere:
+        raise InputError(
+            "--answers keeps what the candidates of --precision auto answer to --eval-data",
+            remedy="leave it out, or give both",
         )

@@ -134,6 +134,12 @@ class DerivedSettings(Settings):
         return self.precision in ("int8", "auto")
 
     @property
+    def answers_elsewhere(self) -> bool:
+        """Whether the workers of a cluster answer the labelled images for ``auto``."""
+        measures = self.precision == "auto" and self.format != "rtx"
+        return measures and self.ray is not None and self.eval_data is not None
+
+    @property
     def computes_by_pairs(self) -> bool:
         """Whether the runtime needs pairs behind int8 layers: see :mod:`cmt_edge.calib.integer_layers`."""
         return self.quantizes and self.format == "onnx"

@@ -39,6 +39,7 @@ class Option:
         group: key of the group under which ``--help`` shows it.
         choices: the values that are possible, if they can be listed; they may be written in any case.
         names: values with a meaning of their own beside paths; they may be written in any case too.
+        bare: what the flag means without a value; ``None``: it needs one.
         metavar: what stands for the value in ``--help``.
         range: the numbers that are possible; every number has one.
         short: one more flag, of one letter.
@@ -60,6 +61,7 @@ class Option:
     written: tuple[type, ...] = ()
     is_list: bool = False
     names: tuple[str, ...] = ()
+    bare: str | None = None
 
 
 def make_option(
@@ -76,6 +78,7 @@ def make_option(
     written: tuple[type, ...] = (),
     is_list: bool = False,
     names: tuple[str, ...] = (),
+    bare: str | None = None,
 ) -> T:
     """A dataclass field with ``default``; the other arguments are those of :class:`Option`."""
     known = Option(
@@ -90,6 +93,7 @@ def make_option(
         written,
         is_list,
         names,
+        bare,
     )
     made: T = field(default=default, metadata={KEY: known})
     return made
@@ -188,7 +192,8 @@ def _describe_reading(described_field: Field[Any], kind: Any) -> dict[str, Any]:
         return {"action": argparse.BooleanOptionalAction}
     number = next((t for t in types if t in (int, float)), None)
     choices = f"{{{','.join(known.choices)}}}" if known.choices else None
-    return {
+    optional = {"nargs": "?", "const": known.bare} if known.bare is not None else {}
+    return optional | {
         "type": _choose_reader(number, known.range),
         "metavar": known.metavar or choices,
     }

@@ -68,9 +68,13 @@ def run(config: ExportConfig, progress: Progress | None = None) -> Bundle:
     if config.keeps_results:
         can_keep(find_cache_folder())  # says so before the long work
     progress = progress or Progress(quiet=True)
-    with _claimed(Path(config.output)), without_compiler_folder():
-        prepared = prepare(config, progress)
-        decision = choose(config, prepared, progress)
+    with (
+        _claimed(Path(config.output)),
+        without_compiler_folder(),
+        steps.open_cluster(config) as cluster,
+    ):
+        prepared = prepare(config, progress, cluster)
+        decision = choose(config, prepared, progress, cluster)
         return finish(
             decision.config,
             prepared,
@@ -106,6 +110,7 @@ def check_preconditions(config: ExportConfig) -> None:
     Raises as :func:`run`.
     """
     config.check()
+    steps.check_cluster(config)
     require_unit_scale(config.preprocess)
     for target in config.targets:
         BundleWriter(target).check()

@@ -18,7 +18,6 @@ from cmt_edge.cmt.weights import AS_BUILT
 from cmt_edge.deploy import Bundle
 from cmt_edge.deploy.bundle.sections import AUTO_PRECISIONS
 from cmt_edge.deploy.escaping import escape_line
-from cmt_edge.deploy.images import ImageSet
 from cmt_edge.deploy.progress import Progress
 
 from .config import ExportConfig
@@ -29,6 +28,7 @@ from .steps import (
     count_synthetic,
     make_reference,
     match_evaluation,
+    open_labelled,
     write_notes_on_checkpoint,
 )
 
@@ -171,7 +171,7 @@ def describe_plan(config: ExportConfig) -> dict[str, Any]:
     if config.data:
         plan["calibration" if config.quantizes else "ranges"] = images
     if config.eval_data:
-        plan["evaluation"] = _count_evaluation(config.eval_data, config.eval_limit)
+        plan["evaluation"] = _count_evaluation(config)
     if config.precision == "auto":
         plan["allowed"] = _describe_limits(config)
         plan["candidates"] = [*AUTO_PRECISIONS[config.format], "int8 in part"]
@@ -290,11 +290,7 @@ def _describe_subject(config: ExportConfig) -> dict[str, Any]:
     reference = make_reference(opened)
     manifest = describe_export(opened, reference)
     if config.eval_data:
-        match_evaluation(
-            Bundle(config.target, manifest),
-            config.eval_data,
-            config.by_order,
-        )
+        match_evaluation(config, Bundle(config.target, manifest))
     recorded = manifest.model.weights
     as_built = recorded.source == AS_BUILT
     found: dict[str, Any] = {"weights": AS_BUILT if as_built else config.weights}
@@ -320,10 +316,11 @@ def _find_download(config: ExportConfig) -> str | None:
     return published.url
 
 
-def _count_evaluation(path: str, limit: int | None) -> dict[str, int]:
+def _count_evaluation(config: ExportConfig) -> dict[str, int]:
     """The labelled images that an export is judged on."""
-    labelled = ImageSet(path)
-    count = len(labelled) if limit is None else min(limit, len(labelled))
+    labelled = open_labelled(config)
+    found, limit = len(labelled.items), config.eval_limit
+    count = found if limit is None else min(limit, found)
     return {"images": count, "classes": len(labelled.classes)}
 
 

@@ -9,9 +9,11 @@ import onnx
 
 from cmt_edge.calib import CalibrationSet, Quantized
 from cmt_edge.calib.integer_layers import Ranges
+from cmt_edge.calib.statistics import Statistics
 from cmt_edge.deploy import Bundle
 from cmt_edge.deploy.bundle import Manifest
 from cmt_edge.deploy.progress import Progress
+from cmt_edge.deploy.scale.cluster import Cluster
 
 from . import steps
 from .config import ExportConfig
@@ -67,8 +69,9 @@ class Prepared:
         return self.graph
 
 
-def prepare(config: ExportConfig, progress: Progress) -> Prepared:
-    """Load the reference, choose the images, make the graph, and calibrate it where int8 may be chosen.
+def prepare(config: ExportConfig, progress: Progress, cluster: Cluster | None = None) -> Prepared:
+    """Load the reference, choose the images, make the graph, and calibrate it where int8 may be chosen, on
+    ``cluster`` if there is one.
 
     Raises:
         InputError: weights, labels or images cannot be used.
@@ -91,9 +94,10 @@ def prepare(config: ExportConfig, progress: Progress) -> Prepared:
         quantized, ranges = None, None
         if data is not None and Step.CALIBRATE in journal:
             with journal.step(Step.CALIBRATE, images=len(data)):
-                quantized = _calibrate_graph(config, graph, data, progress)
+                statistics = steps.make_statistics(cluster, config, data, progress.count)
+                quantized = _calibrate_graph(config, graph, data, progress, statistics)
                 if config.computes_by_pairs:
-                    ranges = steps.measure_ranges(quantized, data, config.preprocess)
+                    ranges = steps.measure_ranges(quantized, data, config.preprocess, statistics)
         return Prepared(
             started,
             reference,
@@ -116,7 +120,7 @@ def _match_evaluation(
     if not config.eval_data:
         return None
     bundle = Bundle(config.target, manifest)
-    evaluation = steps.match_evaluation(bundle, config.eval_data, config.by_order)
+    evaluation = steps.match_evaluation(config, bundle)
     progress.tell(evaluation.images.note)
     return evaluation
 
@@ -126,6 +130,7 @@ def _calibrate_graph(
     graph: onnx.ModelProto,
     data: CalibrationSet,
     progress: Progress,
+    statistics: Statistics | None,
 ) -> Quantized:
     """``graph`` in int8 as a whole."""
     return steps.calibrate_graph(
@@ -134,6 +139,7 @@ def _calibrate_graph(
         config.preprocess,
         config.uses_cache,
         progress.count,
+        statistics,
     )
 
 

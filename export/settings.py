@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from cmt_edge.deploy.backends import FORMAT_ALIASES
 from cmt_edge.deploy.bundle.sections import FORMATS
+from cmt_edge.deploy.cli.cluster import LOCAL
 from cmt_edge.deploy.cli.ranges import (
     BATCH_SIZES,
     CLASS_COUNTS,
@@ -21,6 +22,7 @@ from cmt_edge.deploy.cli.ranges import (
     SECONDS,
     SEED,
     THREADS,
+    WORKERS,
     Range,
 )
 from cmt_edge.deploy.measure.isa import ISAS
@@ -39,7 +41,7 @@ AUTO_DROP = 0.3
 """Allowed loss of top-1 where ``auto`` chooses, percentage points. It is stricter than for a named precision
 because ``auto`` has other candidates."""
 
-MODEL, DATA, OUTPUT, GATES, AUTO, TENSORRT, MACHINE = (
+MODEL, DATA, OUTPUT, GATES, AUTO, TENSORRT, MACHINE, CLUSTER = (
     "model",
     "data",
     "output",
@@ -47,6 +49,7 @@ MODEL, DATA, OUTPUT, GATES, AUTO, TENSORRT, MACHINE = (
     "auto",
     "tensorrt",
     "machine",
+    "cluster",
 )
 """Keys of the groups of options."""
 
@@ -58,6 +61,7 @@ GROUPS = {
     AUTO: "--precision auto",
     TENSORRT: "TensorRT (--format trt or rtx)",
     MACHINE: "machine",
+    CLUSTER: "cluster",
 }
 """Group of options -> its heading in ``--help``, in this order."""
 
@@ -169,7 +173,8 @@ class Settings:
     )
     eval_data: str | None = make_option(
         None,
-        help="labelled images to measure top-1 on: class folders, or ARCHIVE.tar[/FOLDER]",
+        help="labelled images to measure top-1 on: class folders, or ARCHIVE.tar[/FOLDER]; with --ray also"
+        " shards, Parquet and URLs",
         group=DATA,
     )
     eval_limit: int | None = make_option(
@@ -346,6 +351,28 @@ class Settings:
         group=AUTO,
         choices=tuple(ISAS),
         what="instruction set",
+    )
+
+    ray: str | None = make_option(
+        None,
+        help="calibrate with Ray, and let it answer --eval-data for auto: on the cluster at ADDRESS"
+        " (HOST:PORT, or auto inside it), or with one worker a core of this machine",
+        group=CLUSTER,
+        metavar="ADDRESS",
+        bare=LOCAL,
+    )
+    answers: str | None = make_option(
+        None,
+        help="with --ray and auto: keep the answers to --eval-data here, as Parquet; a run that was"
+        " interrupted goes on with them",
+        group=CLUSTER,
+        metavar="DIR",
+    )
+    workers: int | None = make_option(
+        None,
+        help="with --ray: largest number of workers (default: one a core)",
+        group=CLUSTER,
+        range=WORKERS,
     )
 
     def __post_init__(self) -> None:

@@ -265,11 +265,16 @@ def _answer_missing(request: PrecisionRequest, _: Report) -> Text:
     return Text("")
 
 
+def count_images_at_once(batch: int) -> int:
+    """Number of images that go at once through a model with this batch size, 0 if it takes any."""
+    return max(CHILD_CHUNK_IMAGES, batch)
+
+
 def _answer_logits(request: LogitsRequest, report: Report) -> Text:
     pixels = np.load(request.pixels, mmap_mode="r")
     parts = []
     with Predictor.load(request.bundle, threads=request.threads, cache=False) as predictor:
-        chunk = max(CHILD_CHUNK_IMAGES, predictor.batch)
+        chunk = count_images_at_once(predictor.batch)
         for start in range(0, len(pixels), chunk):
             part = np.asarray(pixels[start : start + chunk])
             batch = normalise(part, predictor.spec) if part.dtype == np.uint8 else part

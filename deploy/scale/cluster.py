@@ -86,7 +86,7 @@ def connected(address: str) -> Iterator[Any]:
             yield ray
             return
         _require_address(address)
-        _require_answer(address)
+        require_answer(address)
         with _keeping_signals():
             _connect(ray, address)
         try:
@@ -127,11 +127,11 @@ def _require_address(address: str) -> None:
             "Ray Data does not run through Ray Client",
             where=address,
             remedy='run the command in the cluster: ray job submit --address http://HEAD:8265 -- "cmt-edge'
-            ' verify ... --ray auto"',
+            ' ... --ray auto"',
         )
 
 
-def _require_answer(address: str) -> None:
+def require_answer(address: str) -> None:
     """Raise :class:`RuntimeMissingError` where nothing listens at HOST:PORT: Ray itself tries for a minute,
     and then ends the process."""
     host, _, port = address.rpartition(":")

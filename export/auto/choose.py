@@ -18,10 +18,13 @@ from cmt_edge.deploy.measure.child import MeasuringProcess
 from cmt_edge.deploy.measure.host import describe_host
 from cmt_edge.deploy.measure.isa import ISAS, has_int8_hardware
 from cmt_edge.deploy.progress import Progress
+from cmt_edge.deploy.scale.cluster import Cluster
+from cmt_edge.deploy.scale.sources import Source
 
 from ..config import ExportConfig
 from ..plan import Journal, Step, list_steps_to_choose
 from ..preparation import Prepared
+from .elsewhere import ClusterAnswers
 from .questions import make_questions
 from .search import Conditions, Verdict, search
 from .workbench import SEARCH_PROTOCOL, Workbench
@@ -36,9 +39,15 @@ class Decision:
     notes: tuple[str, ...] = ()
 
 
-def choose(config: ExportConfig, prepared: Prepared, progress: Progress) -> Decision:
+def choose(
+    config: ExportConfig,
+    prepared: Prepared,
+    progress: Progress,
+    cluster: Cluster | None = None,
+) -> Decision:
     """The precision that was named; for ``auto``, measure the candidates and choose one, or compile them
-    where nothing can be measured.
+    where nothing can be measured. Labelled images are answered on ``cluster`` if there is one; latencies are
+    those of this machine.
 
     Raises:
         GateError: no candidate passes; the message holds the table of all.
@@ -58,7 +67,8 @@ def choose(config: ExportConfig, prepared: Prepared, progress: Progress) -> Deci
         folder = Path(name)
         limit, spec = config.eval_limit, config.preprocess
         questions = make_questions(folder, data, prepared.evaluation, limit, spec)
-        workbench = Workbench(config, prepared, quantized, questions, process, folder, progress)
+        elsewhere = _open_elsewhere(config, prepared, progress, cluster)
+        workbench = Workbench(config, prepared, quantized, questions, process, folder, progress, elsewhere)
         found = search(
             workbench.variants(),
             {group: len(nodes) for group, nodes in workbench.groups.items()},
@@ -72,6 +82,19 @@ def choose(config: ExportConfig, prepared: Prepared, progress: Progress) -> Deci
         raise _make_gate_error(verdict)
     chosen = config.named(found.winner.precision, found.winner.keep_float)
     return Decision(chosen, verdict)
+
+
+def _open_elsewhere(
+    config: ExportConfig,
+    prepared: Prepared,
+    progress: Progress,
+    cluster: Cluster | None,
+) -> ClusterAnswers | None:
+    """What answers the labelled images on a cluster, if there are both."""
+    images = prepared.evaluation.images if prepared.evaluation else None
+    if cluster is None or not isinstance(images, Source):
+        return None
+    return ClusterAnswers(cluster, config, images, progress)
 
 
 def _choose_by_compiler(

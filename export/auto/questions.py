@@ -7,15 +7,18 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from cmt_edge.calib import CalibrationSet
 from cmt_edge.deploy import Preprocess
 from cmt_edge.deploy.decoding import NamedBytes
-from cmt_edge.deploy.folders import Item
-from cmt_edge.deploy.images import ImageSet, choose_evenly, hash_image
+from cmt_edge.deploy.images import choose_evenly, hash_image
+from cmt_edge.deploy.measure.labels import LabelledImages
 from cmt_edge.deploy.preprocessing import decode_pixels
+from cmt_edge.deploy.scale.records import Record
+from cmt_edge.deploy.scale.sources import Source
 
 from ..steps import Evaluation
 
@@ -32,6 +35,7 @@ class Images:
     Attributes:
         fingerprint: of their contents.
         count: number of images.
+        records: labelled images, where the workers of a cluster can read them; empty for others.
     """
 
     def __init__(
@@ -40,8 +44,9 @@ class Images:
         fingerprint: str,
         arrays: Callable[[], Iterator[np.ndarray]],
         count: int,
+        records: Sequence[Record] = (),
     ) -> None:
-        self.fingerprint, self.count = fingerprint, count
+        self.fingerprint, self.count, self.records = fingerprint, count, records
         self._path, self._arrays = path, arrays
 
     @property
@@ -128,12 +133,15 @@ def make_questions(
 
 def _decode(
     path: Path,
-    labelled: ImageSet,
-    items: Sequence[Item],
+    labelled: LabelledImages,
+    items: Sequence[Any],
     spec: Preprocess,
 ) -> Images:
-    """Labelled images as pixels, uint8 ``(N, S, S, 3)``."""
-    contents = "".join(f"{hash_image(labelled.read(item))} {item.label}\n" for item in items)
+    """Labelled images as pixels, uint8 ``(N, S, S, 3)``. Those that workers read are not read here: their
+    names, sizes and times of change stand for their contents."""
+    elsewhere = isinstance(labelled, Source)
+    states = (item.identify() if elsewhere else hash_image(labelled.read(item)) for item in items)
+    contents = "".join(f"{state} {item.label}\n" for state, item in zip(states, items, strict=True))
 
     def decoded() -> Iterator[np.ndarray]:
         named = (NamedBytes(labelled.read(item), item.name) for item in items)
@@ -141,14 +149,15 @@ def _decode(
 
     return Images(
         path,
-        hashlib.sha256(contents.encode()).hexdigest(),
+        hashlib.sha256(contents.encode(errors="surrogateescape")).hexdigest(),
         decoded,
         len(items),
+        items if elsewhere else (),
     )
 
 
 def _list_classes(
-    items: Sequence[Item],
+    items: Sequence[Any],
     targets: dict[str, int],
 ) -> np.ndarray:
     """The logit that is right for each image, int ``(N,)``."""

@@ -43,6 +43,7 @@ from .. import steps
 from ..config import ExportConfig
 from ..preparation import Prepared
 from ..to_onnx import set_batch
+from .elsewhere import ClusterAnswers
 from .questions import Images, Questions
 from .search import Answers
 
@@ -101,7 +102,10 @@ class Workbench:
         process: MeasuringProcess,
         folder: Path,
         progress: Progress,
+        elsewhere: ClusterAnswers | None = None,
     ) -> None:
+        """``elsewhere``: what answers the labelled images; ``process`` answers the others, and measures."""
+        self._elsewhere = elsewhere
         self._config, self._prepared, self._questions = (
             config,
             prepared,
@@ -169,7 +173,7 @@ class Workbench:
             return MeasuredAnswers(tuple(logits.argmax(1).tolist()), deviation)
 
         key = [
-            "answers",
+            "answers" if self._elsewhere is None else "answers of a cluster",
             self._hash_graph(variant),
             variant.precision,
             images.fingerprint,
@@ -259,6 +263,9 @@ class Workbench:
         }
 
     def _compute_logits(self, variant: Variant, images: Images) -> np.ndarray:
+        if self._elsewhere is not None and images.records:
+            key = f"{variant.precision}-{self._hash_graph(variant)}"
+            return self._elsewhere.compute_logits(self._make_bundle(variant), key, images.records)
         return self._process.logits(
             self._make_bundle(variant),
             images.path,

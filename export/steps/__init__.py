@@ -5,11 +5,12 @@ its candidates. A step that changes the model compares its result with the untou
 raises :class:`~cmt_edge.deploy.errors.ParityError` beyond what is allowed.
 
 In the order of an export, they are in ``reference``, ``images``, ``graph``, ``blocks``, ``bundle`` (with
-``notes`` on the checkpoint) and ``gate``. Steps of TensorRT alone are in :mod:`cmt_edge.export.trt`, so that
-other exports do not import TensorRT's side."""
+``notes`` on the checkpoint) and ``gate``; ``cluster`` opens what some of them run on. Steps of TensorRT alone
+are in :mod:`cmt_edge.export.trt`, so that other exports do not import TensorRT's side."""
 
 from .blocks import find_blocks
 from .bundle import measure_bundle, verify_bundle, write_files
+from .cluster import check_cluster, make_statistics, open_cluster
 from .decoding import compare_decoding, is_reduced
 from .gate import SERVED_HERE, SecondOpinion, ask_other_runtime, require_passed
 from .graph import (
@@ -31,6 +32,7 @@ from .reference import (
     Reference,
     make_reference,
     match_evaluation,
+    open_labelled,
 )
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "SecondOpinion",
     "ask_other_runtime",
     "calibrate_graph",
+    "check_cluster",
     "choose_graph",
     "choose_images",
     "compare_batch_sizes",
@@ -53,10 +56,13 @@ __all__ = [
     "is_reduced",
     "make_images",
     "make_reference",
+    "make_statistics",
     "match_evaluation",
     "measure_bundle",
     "measure_ranges",
     "observe_ranges",
+    "open_cluster",
+    "open_labelled",
     "require_passed",
     "simplify_graph",
     "trace_model",

@@ -13,9 +13,9 @@ from cmt_edge.deploy.backends import RUNTIME_OF_FORMAT, get_runtime
 from cmt_edge.deploy.backends.torch import TorchSession
 from cmt_edge.deploy.bundle import GOLDEN, ONNX, Golden
 from cmt_edge.deploy.bundle.sections import TYPED_FORMATS, RuntimeEntry
-from cmt_edge.deploy.images import ImageSet
 from cmt_edge.deploy.measure.benchmark import Benchmark, Protocol, benchmark
 from cmt_edge.deploy.measure.flipped import MOST_SHOWN
+from cmt_edge.deploy.measure.labels import LabelledImages
 from cmt_edge.deploy.measure.parity import Verification, verify
 
 from ..config import ExportConfig
@@ -52,7 +52,7 @@ def verify_bundle(
     config: ExportConfig,
     bundle: Bundle,
     reference: Reference,
-    labelled: ImageSet | None,
+    labelled: LabelledImages | None,
     candidate: Predictor | None,
     progress: ProgressCallback,
 ) -> Verification:

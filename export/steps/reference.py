@@ -17,9 +17,10 @@ from cmt_edge.deploy import Bundle, Preprocess
 from cmt_edge.deploy.backends.torch import TorchSession
 from cmt_edge.deploy.bundle import LOGITS, Golden
 from cmt_edge.deploy.images import ImageSet
-from cmt_edge.deploy.measure.labels import match_labels
+from cmt_edge.deploy.measure.labels import LabelledImages, match_labels
 from cmt_edge.deploy.measure.tolerance import measure_resolution
 from cmt_edge.deploy.preprocessing import decode_pixels, normalise
+from cmt_edge.deploy.scale.sources import open_source
 
 from ..config import ExportConfig
 from ..outputs import identify_outputs, require_finite
@@ -70,7 +71,7 @@ class Reference:
 class Evaluation:
     """Labelled images, and the logit of each of their class folders."""
 
-    images: ImageSet
+    images: LabelledImages
     targets: dict[str, int]
 
 
@@ -118,12 +119,25 @@ def make_golden(model: nn.Module, spec: Preprocess) -> tuple[Golden, np.ndarray]
     return Golden(sources, decoded, TorchSession(model).run(batch)), batch
 
 
-def match_evaluation(bundle: Bundle, path: str, by_order: bool) -> Evaluation:
-    """The labelled images of ``path``, matched with the labels of a bundle, of which only the manifest is
+def match_evaluation(config: ExportConfig, bundle: Bundle) -> Evaluation:
+    """The labelled images for evaluation, matched with the labels of a bundle, of which only the manifest is
     read.
 
     Raises:
         DataError: the images cannot be used, or their folders are not the labels.
     """
-    labelled = ImageSet(path)
-    return Evaluation(labelled, match_labels(bundle, labelled, by_order))
+    labelled = open_labelled(config)
+    return Evaluation(labelled, match_labels(bundle, labelled, config.by_order))
+
+
+def open_labelled(config: ExportConfig) -> LabelledImages:
+    """The labelled images for evaluation; with a cluster they may be anywhere.
+
+    Raises:
+        DataError: they cannot be used.
+    """
+    if config.eval_data is None:
+        raise ValueError("no images for evaluation were given")
+    if config.ray is None:
+        return ImageSet(config.eval_data)
+    return open_source(config.eval_data)

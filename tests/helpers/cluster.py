@@ -64,3 +64,31 @@ def two_nodes() -> Iterator[Any]:
         os.environ.clear()
         os.environ |= before
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def one_node(cores: int) -> Iterator[Any]:
+    """Ray on one node with so many cores, real or not. Workers import the helpers too."""
+    import ray
+
+    before = dict(os.environ)
+    tests = str(Path(__file__).parents[1])
+    os.environ |= {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "disabled",
+        "PYTHONPATH": os.pathsep.join([tests, *filter(None, [before.get("PYTHONPATH")])]),
+    }
+    try:
+        ray.init(
+            address="local",  # whatever else runs on this machine
+            num_cpus=cores,
+            object_store_memory=STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="CRITICAL",
+        )
+        yield ray
+    finally:
+        ray.shutdown()
+        os.environ.clear()
+        os.environ |= before

@@ -1,0 +1,51 @@
+"""The cluster on which an export calibrates, and on which candidates answer labelled images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from cmt_edge.calib import CalibrationSet
+from cmt_edge.calib.shards import ClusterStatistics
+from cmt_edge.calib.statistics import Statistics
+from cmt_edge.deploy.scale.cluster import Cluster, import_ray, require_answer
+
+from ..config import ExportConfig
+from .images import ProgressCallback
+
+
+def check_cluster(config: ExportConfig) -> None:
+    """Raise :class:`~cmt_edge.deploy.errors.RuntimeMissingError` where a cluster was asked for, and Ray is
+    not installed or nothing answers at the address."""
+    if config.ray is not None:
+        import_ray()
+        require_answer(config.ray)
+
+
+@contextmanager
+def open_cluster(config: ExportConfig) -> Iterator[Cluster | None]:
+    """The cluster that was asked for, which is connected to when it is first needed; ``None`` without
+    one."""
+    if config.ray is None:
+        yield None
+        return
+    with Cluster(config.ray) as cluster:
+        yield cluster
+
+
+def make_statistics(
+    cluster: Cluster | None,
+    config: ExportConfig,
+    data: CalibrationSet,
+    progress: ProgressCallback,
+) -> Statistics | None:
+    """What measures on the calibration images; ``None`` for this process."""
+    if cluster is None:
+        return None
+    return ClusterStatistics(
+        cluster,
+        data,
+        config.preprocess,
+        workers=config.workers,
+        progress=progress,
+    )

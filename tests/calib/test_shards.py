@@ -1,0 +1,137 @@
+"""Calibration on a real cluster: the bytes of a serial run, whatever is killed meanwhile."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+
+from cmt_edge.calib import CalibrationSet, quantize
+from cmt_edge.calib.generated import generate
+from cmt_edge.calib.integer_layers import measure_conv_ranges
+from cmt_edge.calib.statistics import Batches, LocalStatistics
+from cmt_edge.deploy.errors import ClusterError, DataError, GateError, InputError
+from helpers.calibration import SPEC
+from helpers.images import coloured, folder_of
+
+pytest.importorskip("ray", reason='needs the extra "ray"')
+pytest.importorskip("pyarrow", reason='needs the extra "ray"')
+
+from cmt_edge.calib.shards import SHARD_IMAGES, ClusterStatistics
+from cmt_edge.deploy.scale.cluster import KNOWN_WARNINGS, Cluster
+from helpers.cluster import one_node
+from helpers.shard_workers import AlwaysDeadly, DeadlyOnce, OtherRounding
+
+pytestmark = [
+    pytest.mark.slow,
+    *(pytest.mark.filterwarnings(f"ignore:{message}") for message in KNOWN_WARNINGS),
+]
+
+WORKERS = 3
+"""Cores of the cluster."""
+
+IMAGES = 3 * SHARD_IMAGES - 2
+"""Calibration images: the last shard is not full."""
+
+
+@pytest.fixture(scope="module")
+def mark(tmp_path_factory):
+    """A file that a worker makes before it ends itself."""
+    return tmp_path_factory.mktemp("mark") / "killed"
+
+
+@pytest.fixture(scope="module")
+def cluster(mark):
+    patch = pytest.MonkeyPatch()
+    patch.setenv("CMT_EDGE_TEST_MARK", str(mark))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with one_node(WORKERS), Cluster("unused, because there is a connection") as cluster:
+            yield cluster
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    folder_of(folder, {"any": generate(IMAGES + 2, SPEC.size)})
+    return folder
+
+
+@pytest.fixture
+def chosen(photos) -> CalibrationSet:
+    return CalibrationSet.choose(photos, IMAGES, SPEC)
+
+
+@pytest.fixture(scope="module")
+def expected(graph, photos) -> bytes:
+    """What one machine calibrates."""
+    return serialize(graph, CalibrationSet.choose(photos, IMAGES, SPEC), None)
+
+
+def serialize(graph, data, statistics) -> bytes:
+    made = quantize(graph, data, SPEC, statistics=statistics)
+    return made.model.SerializeToString(deterministic=True) + made.source.SerializeToString(
+        deterministic=True
+    )
+
+
+@pytest.mark.parametrize("workers", [1, WORKERS])
+def test_the_graph_is_that_of_a_serial_run(cluster, graph, chosen, expected, workers):
+    reports = []
+    statistics = ClusterStatistics(
+        cluster, chosen, SPEC, workers=workers, progress=lambda *done: reports.append(done)
+    )
+    assert serialize(graph, chosen, statistics) == expected
+    assert (IMAGES, IMAGES) in reports
+
+
+def test_images_in_memory_are_sent(cluster, quantized, data):
+    ours = measure_conv_ranges(quantized.model, ClusterStatistics(cluster, data, SPEC))
+    assert len(ours) > 10
+    assert ours == measure_conv_ranges(quantized.model, LocalStatistics(Batches(data, SPEC, None)))
+
+
+def measure(cluster, quantized, chosen, **options):
+    return measure_conv_ranges(quantized.model, ClusterStatistics(cluster, chosen, SPEC, **options))
+
+
+def test_a_killed_worker_changes_nothing(cluster, quantized, chosen, mark):
+    ours = measure(cluster, quantized, chosen, worker=DeadlyOnce)
+    assert mark.exists()
+    assert ours == measure_conv_ranges(quantized.model, LocalStatistics(Batches(chosen, SPEC, None)))
+
+
+def test_workers_that_always_end_are_one_error(cluster, quantized, chosen):
+    with pytest.raises(ClusterError, match="lost a worker") as caught, Cluster("the same") as nested:
+        measure(nested, quantized, chosen, worker=AlwaysDeadly)
+    assert caught.value.exit_code == 3
+
+
+def test_a_worker_that_rounds_otherwise_is_refused(cluster, quantized, chosen):
+    with pytest.raises(GateError, match="measures other values") as caught:
+        measure(cluster, quantized, chosen, worker=OtherRounding)
+    assert caught.value.exit_code == 1
+    assert "--ray" in caught.value.remedy
+
+
+def test_a_corrupt_image_is_named(cluster, quantized, tmp_path):
+    names = [coloured("red", i) for i in range(SHARD_IMAGES + 2)]
+    folder_of(tmp_path, {"red": names})
+    chosen = CalibrationSet.choose(tmp_path, None, SPEC)
+    victim = chosen.files.items[SHARD_IMAGES]
+    (tmp_path / victim.name).write_bytes(names[0][:40])
+    with pytest.raises(DataError) as caught:
+        measure(cluster, quantized, chosen)
+    assert victim.name in str(caught.value)
+
+
+def test_another_image_under_the_same_name_is_refused(cluster, quantized, tmp_path):
+    folder_of(tmp_path, {"red": [coloured("red", i) for i in range(SHARD_IMAGES + 2)]})
+    chosen = CalibrationSet.choose(tmp_path, None, SPEC)
+    victim = chosen.files.items[3]
+    (tmp_path / victim.name).write_bytes(coloured("blue"))
+    with pytest.raises(InputError, match="another one on a worker") as caught:
+        measure(cluster, quantized, chosen)
+    assert victim.name in str(caught.value)
+    assert caught.value.exit_code == 2
