@@ -2,6 +2,7 @@
 
     python benchmarks/scale.py throughput BUNDLE PHOTOS [--rounds 3] [--repeat 6] [--into docs/scale.md]
     python benchmarks/scale.py growth BUNDLE [--workers 1,2,4,8,16] [--into docs/scale.md]
+    python benchmarks/scale.py calibration BUNDLE PHOTOS [--images 100] [--rounds 2] [--into docs/scale.md]
 
 ``throughput``: the same images, in turn, through ``Predictor.attempt`` as ``cmt-predict`` calls it, and as
 ``cmt-verify --ray`` answers them with one worker a core, on a cluster that is running. ``PHOTOS`` is a folder
@@ -12,6 +13,10 @@ machine that is busy with something else hardly changes it.
 ``growth``: workers whose model sleeps for 10 ms an image and needs no processor, so that more of them than
 this machine has cores can be simulated. What is left to 100 % is what Ray, decoding, the driver and the
 writing of the answers cost.
+
+``calibration``: int8 for ONNX Runtime, of the float graph of an fp32 bundle, in turn on one machine and on a
+cluster that is running, with one worker a core. It also compares the bytes, and ends with an error where they
+differ. What is measured on the images is shared among the workers; the rest stays where the command runs.
 """
 
 from __future__ import annotations
@@ -29,13 +34,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 from common import say
 
+from cmt_edge.calib import CalibrationSet, quantize
 from cmt_edge.calib.generated import generate
+from cmt_edge.calib.integer_layers import measure_conv_ranges
+from cmt_edge.calib.shards import ClusterStatistics
+from cmt_edge.calib.statistics import Batches, Images, LocalStatistics, Measured, Request, Statistics
 from cmt_edge.deploy import Bundle, Predictor
 from cmt_edge.deploy.cores import count_cores
 from cmt_edge.deploy.images import ImageSet
 from cmt_edge.deploy.measure.host import describe_host
+from cmt_edge.deploy.preprocessing import Preprocess
 from cmt_edge.deploy.report.tables import format_table
 from cmt_edge.deploy.scale.answers import AnswersFolder
 from cmt_edge.deploy.scale.cluster import Cluster, import_ray
@@ -222,6 +233,83 @@ def measure_growth(args: argparse.Namespace) -> tuple[list[list[str]], list[str]
     return rows, ["workers", "images/s", "of the models alone", "share"], text
 
 
+class Timed:
+    """Statistics whose time is counted."""
+
+    def __init__(self, inner: Statistics) -> None:
+        self._inner, self.seconds = inner, 0.0
+
+    def __len__(self) -> int:
+        return len(self._inner)
+
+    def list_batches(self) -> Images:
+        return self._inner.list_batches()
+
+    def measure(self, request: Request) -> Measured:
+        start = time.perf_counter()
+        try:
+            return self._inner.measure(request)
+        finally:
+            self.seconds += time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A calibration: its seconds, those of them that were spent measuring on images, seconds of processors,
+    and what came of it."""
+
+    seconds: float
+    shared: float
+    cpu: float
+    result: bytes
+
+
+def calibrate_once(
+    model: onnx.ModelProto, data: CalibrationSet, spec: Preprocess, inner: Statistics
+) -> Calibrated:
+    """As ``cmt-export --precision int8 --format onnx`` does it."""
+    meter, timed = Meter(), Timed(inner)
+    made = quantize(model, data, spec, statistics=timed)
+    ranges = measure_conv_ranges(made.model, timed)
+    meter.note(len(data))
+    result = made.model.SerializeToString(deterministic=True) + repr(ranges).encode()
+    return Calibrated(meter.cost.seconds, timed.seconds, meter.cost.cpu, result)
+
+
+def measure_calibration(args: argparse.Namespace) -> tuple[list[list[str]], list[str], str]:
+    """Both ways in turn."""
+    bundle = Bundle.open(args.bundle)
+    spec, model = bundle.preprocess, onnx.load(bundle.path / "model.onnx")
+    data = CalibrationSet.choose(args.photos, args.images, spec)
+    found: dict[str, list[Calibrated]] = {"one machine": [], "--ray": []}
+    with running(count_cores()) as (cluster, _):
+        cluster.connect()
+        for number in range(args.rounds):
+            alone = calibrate_once(model, data, spec, LocalStatistics(Batches(data, spec, None)))
+            shared = calibrate_once(model, data, spec, ClusterStatistics(cluster, data, spec))
+            if alone.result != shared.result:
+                raise SystemExit("the cluster calibrates another graph")
+            found["one machine"].append(alone)
+            found["--ray"].append(shared)
+            say(f"round {number + 1}: {alone.seconds:.1f} and {shared.seconds:.1f} s")
+    rows = [_make_calibration_row(name, results) for name, results in found.items()]
+    header = ["", "seconds, median", "on the images", "the rest", "CPU seconds"]
+    text = (
+        f"{Path(args.bundle).name} to int8 for ONNX Runtime, {len(data)} photographs, {args.rounds} rounds in"
+        " turn on a cluster that was running. The graphs were equal, byte for byte."
+    )
+    return rows, header, text
+
+
+def _make_calibration_row(name: str, results: Sequence[Calibrated]) -> list[str]:
+    """A line of the table."""
+    seconds = statistics.median(one.seconds for one in results)
+    shared = statistics.median(one.shared for one in results)
+    cpu = statistics.median(one.cpu for one in results)
+    rest = statistics.median(one.seconds - one.shared for one in results)
+    return [name, f"{seconds:.1f}", f"{shared:.1f}", f"{rest:.1f}", f"{cpu:.0f}"]
+
+
 def write_into(page: Path, part: str, text: str) -> None:
     """Put the figures between the comments of a page."""
     content = page.read_text()
@@ -246,7 +334,12 @@ def parse() -> argparse.Namespace:
         type=lambda text: [int(part) for part in text.split(",")],
         default=[1, 2, 4, 8, 16],
     )
-    for one in (throughput, growth):
+    calibration = parts.add_parser("calibration")
+    calibration.add_argument("bundle", type=Path, help="in fp32")
+    calibration.add_argument("photos", type=Path)
+    calibration.add_argument("--images", type=int, default=100)
+    calibration.add_argument("--rounds", type=int, default=2)
+    for one in (throughput, growth, calibration):
         one.add_argument("--into", type=Path, help="a page whose figures are replaced")
     return p.parse_args()
 
@@ -254,7 +347,12 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Measure one part, and print it."""
     args = parse()
-    measure = measure_throughput if args.part == "throughput" else measure_growth
+    measures = {
+        "throughput": measure_throughput,
+        "growth": measure_growth,
+        "calibration": measure_calibration,
+    }
+    measure = measures[args.part]
     rows, header, text = measure(args)
     host = describe_host()
     page = f"{text} {host.cpu}, {count_cores()} cores.\n\n{format_table(header, rows, True)}"

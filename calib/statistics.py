@@ -104,8 +104,17 @@ def merge(parts: Sequence[Measured]) -> Measured:
     rows = [part.rows for part in parts if part.rows]
     return Measured(
         {name: (_join(extremes, name, 0), _join(extremes, name, 1)) for name in next(iter(extremes), {})},
-        {name: np.concatenate([part[name] for part in rows]) for name in next(iter(rows), {})},
+        {name: _lay_out(np.concatenate([part[name] for part in rows])) for name in next(iter(rows), {})},
     )
+
+
+def _lay_out(rows: np.ndarray) -> np.ndarray:
+    """Rows in one order in memory, wherever they come from: sums of products are taken in that order, so that
+    their last bits depend on it. Rows ``(rows, C, K)`` of a depthwise conv lie as ``(rows, K, C)``, which is
+    how they are sampled."""
+    if rows.ndim == 3:
+        return np.ascontiguousarray(rows.transpose(0, 2, 1)).transpose(0, 2, 1)
+    return np.ascontiguousarray(rows)
 
 
 def _join(parts: Sequence[Extremes], name: str, side: int) -> np.ndarray:

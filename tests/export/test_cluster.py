@@ -1,0 +1,91 @@
+"""What an export asks of a cluster, and what it refuses."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from cmt_edge.calib import CalibrationSet
+from cmt_edge.deploy.errors import InputError, RuntimeMissingError
+from cmt_edge.deploy.images import ImageSet
+from cmt_edge.deploy.scale.sources import Source, convert_images
+from cmt_edge.export import ExportConfig, steps
+from cmt_edge.export.auto.questions import make_questions
+from cmt_edge.export.cli import build_parser
+from cmt_edge.export.options import read_flags
+from cmt_edge.export.settings import Settings
+from cmt_edge.export.steps import Evaluation
+from helpers.images import COLOURS, coloured_folder
+
+AUTO = ExportConfig("cmt_nano", precision="auto", data="generated", eval_data="photos")
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--ray"], {"ray": "local"}),
+        (["--ray", "--int8"], {"ray": "local", "precision": "int8"}),
+        (["--ray=head:6379"], {"ray": "head:6379"}),
+        (["--ray", "auto", "--workers", "3"], {"ray": "auto", "workers": 3}),
+    ],
+)
+def test_an_address_may_be_left_out(argv, expected):
+    assert read_flags(build_parser().parse_args(argv), Settings) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (replace(AUTO, workers=2), "--workers means nothing without --ray"),
+        (replace(AUTO, answers="kept"), "--answers means nothing without --ray"),
+        (replace(AUTO, ray="local", isa="avx2"), "--isa limits the runtime on this machine"),
+        (replace(AUTO, ray="local", answers="kept", eval_data=None), "--answers keeps"),
+        (replace(AUTO, ray="local", answers="kept", precision="int8"), "--answers keeps"),
+        (ExportConfig("cmt_nano", ray="local", eval_data="photos"), "fp32 needs neither"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(config, words):
+    with pytest.raises(InputError, match=words):
+        config.check()
+
+
+def test_a_cluster_that_does_not_answer_ends_the_export_early():
+    pytest.importorskip("ray", reason='needs the extra "ray"')
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and it does not listen
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        with pytest.raises(RuntimeMissingError, match="no Ray cluster answers"):
+            steps.check_cluster(replace(AUTO, ray=address))
+    steps.check_cluster(AUTO)
+
+
+def test_no_cluster_is_opened_unless_one_was_asked_for():
+    with steps.open_cluster(AUTO) as cluster:
+        assert cluster is None
+    assert steps.make_statistics(None, AUTO, CalibrationSet.of_blobs("x", [b"y"]), lambda *_: None) is None
+
+
+class Unread(Source):
+    """Images that must not be read on this machine."""
+
+    def read(self, item) -> bytes:
+        raise AssertionError(f"{item.name} was read")
+
+
+@pytest.mark.parametrize("is_elsewhere", [False, True])
+def test_images_that_workers_read_are_not_read_here(tmp_path, is_elsewhere):
+    images = ImageSet(coloured_folder(tmp_path / "photos"))
+    found = convert_images(images)
+    source = Unread(found.path, found.address, found.items) if is_elsewhere else images
+    targets = {name: i for i, name in enumerate(COLOURS)}
+    data = CalibrationSet.choose("generated", 2, AUTO.preprocess)
+    asked = make_questions(tmp_path, data, Evaluation(source, targets), 6, AUTO.preprocess)
+    assert [record.name for record in asked.judged.records] == (
+        [record.name for record in found.items if record in asked.judged.records] if is_elsewhere else []
+    )
+    assert len(asked.judged.records) == (6 if is_elsewhere else 0)
+    assert asked.probes.records == ()
+    assert np.bincount(asked.truth).tolist() == [2, 2, 2]
