@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
                     seconds.append(one)
     medians = [statistics.median(seconds) for seconds in spent]
     rows = [
-        [f"`cmt-edge {describe(command)}`", f"{middle:.2f}", f"{max(seconds):.2f}"]
+        [f"cmt-edge {describe(command)}", f"{middle:.2f}", f"{max(seconds):.2f}"]
         for command, middle, seconds in zip(commands, medians, spent, strict=True)
     ]
     print(format_table(["command", "first sign, median s", "largest s"], rows, markdown=True))

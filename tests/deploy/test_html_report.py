@@ -20,6 +20,7 @@ from cmt_edge.deploy.bundle.sections import (
     ClassCheck,
     Flip,
     LayerRun,
+    RanOn,
 )
 from cmt_edge.deploy.cli import bench, report, verify
 from cmt_edge.deploy.measure.benchmark import Protocol
@@ -303,6 +304,30 @@ def test_commands_of_a_page_fit_and_can_be_pasted():
     assert max(map(len, lines)) <= 88
     words = shlex.split(page.text.replace("\\\n", " "))
     assert words == shlex.split(f"{long} cmt-edge bench x")
+
+
+@pytest.mark.parametrize(
+    ("runtime", "device", "kept"),
+    [("openvino 1.0", "CPU", True), ("openvino 2.0", "CPU", True), ("openvino 1.0", "GPU", False),
+     ("onnxruntime 1.0", "CPU", False)],
+)  # fmt: skip
+def test_a_check_without_labelled_images_keeps_top1_of_its_runtime(runtime, device, kept):
+    made = subject(check())
+    recorded = replace(made.verification, runtime=RanOn("openvino 1.0", "CPU"), notes=("too few",))
+    made = replace(made, manifest=replace(made.manifest, verification=recorded))
+    found = replace(recorded, data=None, notes=(), runtime=RanOn(runtime, device))
+    page = Page(make_bundle_page(made.with_check(found, ())))
+    assert ("Top-1 on 1000 labelled images" in page.text) == kept
+    assert ("top-1 is what the export measured on openvino 1.0" in page.text) == kept
+    assert ("Top-1 was not measured here. The export measured 90.00 %" in page.text) != kept
+    notes = read_data(page)["verification"]["notes"]
+    assert ("too few" in notes) == kept
+
+
+def test_a_new_check_of_labelled_images_takes_the_place_of_the_recorded_one():
+    made = subject(check())
+    checked = made.with_check(replace(made.verification, data=check(drop=0.4)), ())
+    assert (checked.data.drop, checked.verification.notes) == (0.4, made.verification.notes)
 
 
 def test_a_matrix_bears_the_names_of_few_classes():
