@@ -108,6 +108,7 @@ def _add_reference_flags(p: argparse.ArgumentParser) -> None:
     )
     reference.add_argument(
         "--weights",
+        type=_read_weights,
         help="the weights the bundle was made from, to rebuild the PyTorch reference: a checkpoint, or as at"
         " the export 'pretrained' (downloaded if need be) or 'random'",
     )
@@ -116,6 +117,11 @@ def _add_reference_flags(p: argparse.ArgumentParser) -> None:
         metavar="MODULE:FACTORY",
         help="your own model, where the bundle was made from one: code is imported only if you name it",
     )
+
+
+def _read_weights(text: str) -> str:
+    """A checkpoint's path as it is; a name in any case."""
+    return text.lower() if text.lower() in NAMED_WEIGHTS else text
 
 
 def _add_layer_flags(p: argparse.ArgumentParser) -> None:

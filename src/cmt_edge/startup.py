@@ -35,6 +35,8 @@ front: list[str] = []
 """What the user types before the name of a command, ``"cmt-edge"`` for instance; empty where the commands
 have names of their own, ``cmt-export``."""
 
+OWN_SCRIPTS = ("export", "predict", "verify", "bench", "build", "report")
+"""Commands that are also installed under a name of their own, ``cmt-export``."""
 STANDARD_STREAMS = (0, 1, 2)
 """Descriptors of standard input, standard output and standard error."""
 STANDARD_ERROR = STANDARD_STREAMS[-1]
@@ -85,8 +87,11 @@ def report() -> int:
 
 
 def name_program(command: str) -> str:
-    """What the user types for a command, for usage lines and examples."""
-    return f"{front[-1]} {command}" if front else f"cmt-{command}"
+    """What the user types for a command, in usage lines, examples, remedies and next steps: the same as for
+    the command that runs now."""
+    if front:
+        return f"{front[-1]} {command}"
+    return f"cmt-{command}" if command in OWN_SCRIPTS else f"cmt-edge {command}"
 
 
 def run(arguments: list[str]) -> int:

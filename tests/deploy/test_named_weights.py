@@ -125,6 +125,6 @@ def test_weights_in_the_cache_need_no_word(asked, tmp_path, fp32_bundle, monkeyp
 def test_verify_takes_the_names_that_the_export_takes(asked, fp32_bundle, capsys):
     command = [str(fp32_bundle.path), "--backend", "torch", "--weights"]
     assert cmt_verify([*command, "pretrained"]) == 0, capsys.readouterr().err
-    assert cmt_verify([*command, "random"]) == 2
+    assert cmt_verify([*command, "Random"]) == 2
     assert "not the weights that the bundle was made from" in capsys.readouterr().err
     assert asked == []
