@@ -91,15 +91,15 @@ def compare(
 
 
 def _write_overview(subjects: Sequence[Subject], found: Sequence[Conclusion]) -> Markup:
-    largest = max((subject.manifest.size_bytes for subject in subjects), default=1) or 1
+    largest = max((subject.size_bytes for subject in subjects), default=1) or 1
     rows = [
         [
             subject.name,
             write_word(one.state),
             subject.manifest.format,
             subject.executed,
-            f"{subject.manifest.size_bytes / 1e6:.1f}",
-            draw_bar(subject.manifest.size_bytes / largest),
+            f"{subject.size_bytes / 1e6:.1f}",
+            draw_bar(subject.size_bytes / largest),
             format_memory(subject),
         ]
         for subject, one in zip(subjects, found, strict=True)

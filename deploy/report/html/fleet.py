@@ -138,7 +138,7 @@ def _write_devices(members: Sequence[Reported]) -> Markup:
             _describe_runtime(member.subject),
             member.subject.manifest.precision,
             member.subject.executed,
-            f"{member.subject.manifest.size_bytes / 1e6:.1f}",
+            f"{member.subject.size_bytes / 1e6:.1f}",
             format_memory(member.subject),
         ]
         for member in members

@@ -66,22 +66,22 @@ def _describe_recipe(entry: CalibrationEntry) -> str:
     return kept + ("; taken from the cache" if entry.cached else "")
 
 
-def write_files(manifest: Manifest, memory: Memory | None) -> Markup:
+def write_files(subject: Subject) -> Markup:
     """Every member with its size and hash, and what a process needs that opens them."""
-    rows = [
-        [name, f"{entry.size:,}", make_hash(entry.sha256)]
-        for name, entry in sorted(manifest.files.items(), key=lambda item: -item[1].size)
-    ]
-    total = f"{manifest.size_bytes / 1e6:.2f} MB in {len(manifest.files)} files"
+    manifest, measured = subject.manifest, subject.measured
+    files = [(name, entry.size, make_hash(entry.sha256)) for name, entry in manifest.files.items()]
+    files += [(name, size, "written with this page") for name, size in subject.unlisted.items()]
+    rows = [[name, f"{size:,}", proof] for name, size, proof in sorted(files, key=lambda file: -file[1])]
+    total = f"{subject.size_bytes / 1e6:.2f} MB in {len(files)} files"
     model = manifest.model
     macs = UNKNOWN if model.macs is None else f"{model.macs / 1e9:.3f} G"
     facts = [
         ("size", total),
         ("parameters", f"{model.params / 1e6:.2f} M"),
         ("multiply-accumulates of an image", macs),
-        ("memory of a process that opens it", _describe_memory(memory)),
+        ("memory of a process that opens it", _describe_memory(measured.memory if measured else None)),
     ]
-    table = Table("Files that existed when this page was written", ["file", "bytes", "SHA-256"], rows, False)
+    table = Table("Files of the bundle, without its manifest", ["file", "bytes", "SHA-256"], rows, False)
     return join([make_facts(facts), table.write()])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from cmt_edge.startup import name_program
 
 from ...bundle import Bundle, Manifest, make_plain, parse_json, read_record
 from ...bundle.contents import make_unreadable_error
-from ...bundle.sections import DataCheck, LayerError, LayerRun, RanOn, VerificationEntry
+from ...bundle.sections import DataCheck, LayerError, LayerRun, RanOn, Size, VerificationEntry
 from ...files import read_regular
 from ...measure.benchmark import Benchmark, Measured
 from ...measure.device_report import DeviceReport
@@ -37,6 +37,8 @@ class Subject:
         flipped: images with two answers, made small; none where they are not to be shown.
         layers: how far the blocks are from the reference's, where that was compared.
         layer_runs: what that says of each bundle and runtime; none where only the errors were recorded.
+        unlisted: bytes of each member of the bundle that its manifest did not list yet when this was found:
+            the reports, in the page that the export writes beside them.
     """
 
     name: str
@@ -49,6 +51,12 @@ class Subject:
     flipped: tuple[FlippedImage, ...] = ()
     layers: tuple[LayerError, ...] = ()
     layer_runs: tuple[LayerRun, ...] = ()
+    unlisted: dict[str, Size] = field(default_factory=dict)
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the bundle's files together, without the manifest."""
+        return self.manifest.size_bytes + sum(self.unlisted.values())
 
     @property
     def data(self) -> DataCheck | None:
@@ -129,6 +137,7 @@ class Subject:
             **({"flipped": self.flipped} if self.flipped else {}),
             **({"layers": self.layers} if self.layers else {}),
             **({"layer_runs": self.layer_runs} if self.layer_runs else {}),
+            **({"unlisted": self.unlisted} if self.unlisted else {}),
         }
         return dict(make_plain(content))
 
