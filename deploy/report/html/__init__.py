@@ -9,6 +9,7 @@ from .fleet import (
     make_fleet_figures,
     make_fleet_page,
     name_members,
+    require_distinct,
     require_one_model,
 )
 from .frame import make_conclusion_json, make_figures_file
@@ -37,5 +38,6 @@ __all__ = [
     "name_members",
     "read_reported",
     "read_subject",
+    "require_distinct",
     "require_one_model",
 ]
