@@ -26,6 +26,7 @@ from .cluster import Cluster
 from .passes import Plan, answer_all
 from .records import Record
 from .sources import Source
+from .waiting import LIMIT_S, Waiting
 from .worker import Subject
 
 REFERENCE_FOLDER = "reference"
@@ -45,6 +46,7 @@ class Settings:
         atol: allowed golden logit difference of a worker; default by precision.
         progress: called with what is done, images done and total.
         note: called with what a user should know.
+        wait_s: seconds to wait for a cluster without free cores.
     """
 
     address: str
@@ -59,6 +61,7 @@ class Settings:
     atol: float | None = None
     progress: Callable[[str, float], None] | None = None
     note: Callable[[str], None] | None = None
+    wait_s: float = LIMIT_S
 
 
 def make_answerer(
@@ -98,7 +101,8 @@ def answer_both(
     """
     if not isinstance(labelled.data, Source):
         raise TypeError("a cluster answers the images of open_source()")
-    with Cluster(settings.address) as cluster, _opened(settings.answers) as folder:
+    cluster = Cluster(settings.address, settings.threads or 1)
+    with cluster, _opened(settings.answers) as folder:
         is_verified = check_golden(bundle, predictor, settings.atol).passed
         run = _Run(cluster, predictor, labelled.data, labelled.items, settings, folder, is_verified)
         ours = run.answer(bundle, None)
@@ -159,6 +163,7 @@ class _Run:
             settings.workers,
             bundle.labels,
             _make_report(settings, phase),
+            waiting=Waiting(settings.wait_s, settings.note),
         )
         target = self.folder / side if side else self.folder / "bundle"
         answers = answer_all(

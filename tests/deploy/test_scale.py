@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from cmt_edge.deploy.cli import verify
-from cmt_edge.deploy.errors import DataError, InputError, OutputError, RuntimeMissingError
+from cmt_edge.deploy.errors import ClusterError, DataError, InputError, OutputError, RuntimeMissingError
 from cmt_edge.deploy.images import ImageSet
 from cmt_edge.deploy.measure.labels import match_labels
 from helpers.bundles import LABELS, make_bundle
@@ -22,10 +23,13 @@ pytest.importorskip("fsspec", reason='needs the extra "ray"')
 import pyarrow
 from pyarrow import parquet
 
+from cmt_edge.deploy.scale import waiting
 from cmt_edge.deploy.scale.answers import NOTE, AnswersFolder, Part
+from cmt_edge.deploy.scale.passes import Plan
 from cmt_edge.deploy.scale.places import hide_credentials
 from cmt_edge.deploy.scale.records import Record, divide
 from cmt_edge.deploy.scale.sources import open_source
+from cmt_edge.deploy.scale.worker import Subject
 
 CONTENT = {f"{name}/{i}.png": coloured(name, i) for name in COLOURS for i in range(3)}
 """Images in class folders."""
@@ -234,10 +238,54 @@ def test_answers_of_something_else_are_refused(kept, tmp_path):
         AnswersFolder(tmp_path / "photos", {"bundle": "a"})
 
 
+def fake_cluster(nodes: list[int], looks: list[bool]):
+    """What tells of a cluster, and gives cores at the last look; and the reservations that it has."""
+    held: list[object] = []
+    group = SimpleNamespace(wait=lambda seconds: looks.pop(0))
+
+    def reserve(bundles):
+        held.extend(bundles)
+        return group
+
+    util = SimpleNamespace(placement_group=reserve, remove_placement_group=lambda group: held.clear())
+    found = [{"Alive": True, "Resources": {"CPU": cores}} for cores in nodes] + [
+        {"Alive": False, "Resources": {"CPU": 64}},
+        {"Alive": True, "Resources": {}},
+    ]
+    ray = SimpleNamespace(util=util, nodes=lambda: found, available_resources=lambda: {"CPU": 1})
+    return ray, held
+
+
+@pytest.mark.parametrize(("looks", "notes"), [([True], 0), ([False, False, True], 1)])
+def test_free_cores_are_waited_for_and_given_back(monkeypatch, looks, notes):
+    monkeypatch.setattr(waiting, "SILENT_S", 0)
+    ray, held = fake_cluster([4, 8], looks)
+    told: list[str] = []
+    waiting.await_cores(ray, 2, waiting.Waiting(600, told.append))
+    assert (len(told), held, looks) == (notes, [], [])
+    if told:
+        assert told[0].startswith("waiting for 2 cores free on one node, 600 s at most (--ray-wait)")
+        assert told[0].endswith("cores of the cluster's nodes: 8, 4, 0; free: 1")
+
+
+def test_cores_that_never_come_are_an_error():
+    ray, held = fake_cluster([1], [False])
+    with pytest.raises(ClusterError, match="had 2 cores free within 0 s") as caught:
+        waiting.await_cores(ray, 2, waiting.Waiting(0))
+    assert (caught.value.exit_code, held) == (3, [])
+
+
+def test_a_worker_has_its_cores_on_one_node():
+    ray, _ = fake_cluster([3, 3], [])
+    plan = Plan((), 16, None, LABELS)
+    assert [plan.count(ray, Subject("tiny", b"", threads=n)) for n in (1, 2, 4)] == [6, 2, 1]
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         (["--answers", "x"], "--answers means nothing without --ray"),
+        (["--ray-wait", "9"], "--ray-wait means nothing without --ray"),
         (["--ray"], "--ray means nothing without --data"),
         (["--data", "x", "--ray", "--layers"], "--layers runs on this machine only"),
     ],
