@@ -21,7 +21,7 @@ from ..measure.host import read_versions
 from ..measure.parity import check_golden
 from ..predictor import Predictor
 from . import passes
-from .answers import AnswersFolder
+from .answers import AnswersFolder, require_answers
 from .cluster import Cluster
 from .passes import Plan, answer_all
 from .records import Record
@@ -29,8 +29,8 @@ from .sources import Source
 from .waiting import LIMIT_S, Waiting
 from .worker import Subject
 
-REFERENCE_FOLDER = "reference"
-"""Folder of the reference's answers, among those of the bundle."""
+BUNDLE_FOLDER, REFERENCE_FOLDER = "bundle", "reference"
+"""Folders of the answers of the bundle, and of those of its reference."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class _Run:
             _make_report(settings, phase),
             waiting=Waiting(settings.wait_s, settings.note),
         )
-        target = self.folder / side if side else self.folder / "bundle"
+        target = self.folder / (side or BUNDLE_FOLDER)
         answers = answer_all(
             self.cluster, subject, plan, AnswersFolder(target, _describe(bundle, self.source, subject, plan))
         )
@@ -220,6 +220,7 @@ def pack_bundle(bundle: Bundle) -> bytes:
 def _opened(answers: Path | None) -> Iterator[Path]:
     """The folder for the answers, or one that ends with the run."""
     if answers is not None:
+        require_answers(answers, (BUNDLE_FOLDER, REFERENCE_FOLDER))
         yield answers
         return
     with tempfile.TemporaryDirectory(prefix="cmt-edge-answers-") as name:
