@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,7 @@ def measure_slice(subjects: Sequence[Subject], folder: Path) -> dict[str, Any]:
             samples = time_interleaved(calls, PROTOCOL)
         base = samples[" ".join(REFERENCE)]
         return {
+            "measured": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
             "machine": make_plain(describe_host()),
             "versions": read_versions(),
             "threads": THREADS,
