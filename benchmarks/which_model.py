@@ -10,12 +10,12 @@ and for well-known models of timm.
 ``export`` writes bundles with random weights in fp32 and int8, which is calibrated on a few generated
 images: latency depends on neither. ``measure`` takes some models at a time; every slice also measures one
 reference, ResNet-50 in fp32, in the same turns, so that slices can be compared. With ``--again`` it measures
-the named models although they have figures: the median of all slices is then the figure. ``estimate`` lets TensorRT
-for RTX compile the models in fp16 and keeps its roofline's estimate; it needs no GPU. Every stage leaves out
-what it finds in the folder, so that it can be stopped and started again. ``draw`` collects what there is in a
-JSON file and writes the page and the plots; without ``--folder`` it draws the JSON file again. Slices that
-the JSON file has and the folder lacks stay, if they are of the same processor, version of OpenVINO and
-protocol; otherwise nothing is written.
+the named models although they have figures: the median of all slices is then the figure. ``estimate`` lets
+TensorRT for RTX compile the models in fp16 and keeps its roofline's estimate; it needs no GPU. Every stage
+leaves out what it finds in the folder, so that it can be stopped and started again. ``draw`` collects what
+there is in a JSON file and writes the page and the plots; without ``--folder`` it draws the JSON file again.
+Slices that the JSON file has and the folder lacks stay, if they are of the same processor, version of
+OpenVINO and protocol; otherwise nothing is written.
 
 timm's models need no torchvision. timm lies in a folder of its own, which only ``export`` reads.
 """

@@ -27,6 +27,8 @@ GPU_BUDGETS = (0.1, 0.15, 0.2, 0.3, 0.5, 1)
 """Budgets of the estimate, milliseconds."""
 EXTRA = "†"
 """What follows a top-1 of weights that saw more than ImageNet-1k."""
+COARSE = "§"
+"""What follows the logits' difference of an int8 graph that was calibrated for its latency alone."""
 ELSEWHERE = "‡"
 """What follows an estimate that the page :data:`KNOWN` has, and ``estimate`` did not make."""
 
@@ -123,7 +125,7 @@ def collect(subjects: Sequence[Subject], folder: Path, earlier: Results | None =
         return _collect_model(subject, folder, runs, base_ms, old)
 
     return {
-        **{key: first[key] for key in ("machine", "versions", "threads", "protocol", "calibrated_on")},
+        **{key: first[key] for key in ("machine", "versions", "threads", "protocol")},
         "reference": reference,
         "reference_ms": base_ms,
         "slices": slices,
@@ -153,7 +155,6 @@ def _read_conditions(found: dict[str, Any]) -> dict[str, Any]:
         "version of OpenVINO": found["versions"].get("openvino"),
         "number of threads": found["threads"],
         "way of measuring": found["protocol"],
-        "number of calibration images": found["calibrated_on"],
     }
 
 
@@ -169,6 +170,8 @@ def _collect_model(
         **asdict(subject),
         "params": source.get("params") or subject.params,
         "macs": source.get("macs") or subject.macs,
+        "calibrated_on": source.get("calibrated_on"),
+        "refined": source.get("refined"),
         "precisions": {
             precision: _collect_precision(
                 exported, precision, runs[precision], base_ms, earlier.get(precision, {})
@@ -333,7 +336,7 @@ def _format_model(model: dict[str, Any]) -> list[str]:
         *("-" if ms is None else _format_ms(ms) for ms in found.values()),
         "-" if fp32 is None or int8 is None else f"{fp32 / int8:.2f}",
         "-" if int8 is None or macs is None else f"{macs / 1e6 / int8:.0f}",
-        f"{runs[-1]['deviation']:.1e}" if runs else "-",
+        f"{runs[-1]['deviation']:.1e}{'' if model['refined'] else COARSE}" if runs else "-",
         "-" if estimate is None else f"{estimate:.2f}{ELSEWHERE if 'source' in model['rtx'] else ''}",
     ]
 

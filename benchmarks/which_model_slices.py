@@ -1,7 +1,7 @@
 """In which slices the figures of :mod:`which_model` were measured, and how far these slices agree.
 
-A model may be measured in several slices. Each slice gives a run of every precision: the ratio to the reference
-of the same slice. The figure is the median of the runs' ratios, and nothing that was measured is dropped.
+A model may be measured in several slices. Each slice gives a run of every precision: the ratio to the
+reference of the same slice. The figure is the median of the runs' ratios; no run is left out.
 """
 
 from __future__ import annotations

@@ -75,7 +75,6 @@ CONDITIONS = {
     "versions": {"openvino": "1", "numpy": "1"},
     "threads": 2,
     "protocol": {},
-    "calibrated_on": 8,
 }
 
 
@@ -111,7 +110,7 @@ def test_earlier_figures_stay_on_the_same_scale(which, tmp_path):
     write_slice(tmp_path / "first", "a", 10.0)
     (tmp_path / "first" / "export").mkdir()
     checks = {"int8": {"passed": True}}
-    exported = {"params": 5, "macs": 6, "errors": {"bf16": "refused"}, "checks": checks}
+    exported = {"params": 5, "macs": 6, "refined": True, "errors": {"bf16": "refused"}, "checks": checks}
     (tmp_path / "first" / "export" / "a.json").write_text(json.dumps(exported))
     earlier = which.collect(models, tmp_path / "first")
     write_slice(tmp_path / "second", "b", 20.0, versions={"openvino": "1", "numpy": "2"})
@@ -121,6 +120,7 @@ def test_earlier_figures_stay_on_the_same_scale(which, tmp_path):
     kept = results["models"][0]
     assert kept["precisions"]["int8"] == earlier["models"][0]["precisions"]["int8"] | {"ms": 7.5}
     assert (kept["params"], kept["macs"], kept["precisions"]["bf16"]["error"]) == (5, 6, "refused")
+    assert kept["refined"] is True
     assert which.collect(models, tmp_path / "second", results) == results  # no slice counts twice
 
 
@@ -151,7 +151,7 @@ def test_the_page_says_on_which_slices_a_figure_stands(which, tmp_path):
     runs[0]["ratio"] = [2.0, 1.6, 2.4]
     runs.append({**runs[0], "slice": 2, "ratio": [2.5, 2.5, 2.5]})
     first, second = which.format_slices(results).splitlines()[2:]
-    assert ["1", "2026-01-02 03:04", "10.00", "20.0", "20.0 (a int8)", "a"] == split_cells(first)
+    assert split_cells(first) == ["1", "2026-01-02 03:04", "10.00", "20.0", "20.0 (a int8)", "a"]
     assert split_cells(second)[-1] == "a, b"
     rows = [split_cells(line) for line in which.format_doubts(results, which.PRECISIONS).splitlines()[2:]]
     assert rows[0] == ["a", "1, 2", "-", "-", "4.1 to 6.4", "25"]
