@@ -61,6 +61,9 @@ UNUSABLE = (
 )
 """Error numbers of a place that the user named and that cannot be used."""
 
+NO_TEMPORARY = "No usable temporary directory"
+"""How Python's error begins where no folder for temporary files can be written to."""
+
 
 class Parser(argparse.ArgumentParser):
     """A parser whose complaints cannot steer the terminal: they quote arguments, and file names are some."""
@@ -349,6 +352,12 @@ def _convert_to_typed(exc: Exception) -> CmtEdgeError | None:
     if exc.errno in FULL:
         discard_output()
         return make_output_error(exc, is_lost=True)
+    if exc.errno == errno.ENOENT and NO_TEMPORARY in str(exc.strerror):
+        return OutputError(
+            "there is no folder for temporary files that can be written to",
+            why=exc.strerror,
+            remedy="name one in the variable TMPDIR; in a container mount one: docker run --tmpfs /tmp",
+        )
     if exc.errno in UNUSABLE and exc.filename is not None:
         return InputError(
             "cannot be used",

@@ -11,7 +11,7 @@ from cmt_edge.startup import name_program
 
 from .. import report
 from ..backends import LoadOptions
-from ..bundle import Bundle
+from ..bundle import Bundle, require_outside_bundles
 from ..errors import InputError, WeightsError
 from ..images import ImageSet
 from ..measure.answering import Answers, Labelled
@@ -305,6 +305,8 @@ def _require_cluster(args: argparse.Namespace) -> None:
         return
     if args.data is None:
         raise InputError("--ray means nothing without --data", remedy="add --data, or leave --ray out")
+    if args.answers is not None:
+        require_outside_bundles(args.answers / "answers")
     if args.layers:
         raise InputError("--layers runs on this machine only", remedy="leave --ray or --layers out")
 

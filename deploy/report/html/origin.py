@@ -69,10 +69,9 @@ def _describe_recipe(entry: CalibrationEntry) -> str:
 def write_files(subject: Subject) -> Markup:
     """Every member with its size and hash, and what a process needs that opens them."""
     manifest, measured = subject.manifest, subject.measured
-    files: list[tuple[str, int, str]] = [
-        *((name, entry.size, make_hash(entry.sha256)) for name, entry in manifest.files.items()),
-        *((name, size, "written with this page") for name, size in subject.unlisted.items()),
-    ]
+    hashed = {name: (entry.size, make_hash(entry.sha256)) for name, entry in manifest.files.items()}
+    files: list[tuple[str, int, str]] = [(name, *proof) for name, proof in hashed.items()]
+    files += [(name, size, "written with this page") for name, size in subject.unlisted.items()]
     rows = [[name, f"{size:,}", proof] for name, size, proof in sorted(files, key=lambda file: -file[1])]
     total = f"{subject.size_bytes / 1e6:.2f} MB in {len(files)} files"
     model = manifest.model
