@@ -25,6 +25,7 @@ from cmt_edge.deploy.tensorrt.bindings import PRODUCTS, RTX, Product
 from cmt_edge.deploy.tensorrt.build import finish_bundle, require_compiler, require_tensorrt
 from cmt_edge.deploy.tensorrt.engine import EngineOptions
 from cmt_edge.deploy.tensorrt.parser_rules import find_parser_problems
+from cmt_edge.startup import name_program
 
 from .config import ExportConfig
 from .steps import Differences, Reference
@@ -55,8 +56,8 @@ def check_builder(config: ExportConfig) -> None:
         raise RuntimeMissingError(
             exc.what,
             why=exc.why,
-            remedy="--no-build writes a complete bundle without the engine; cmt-build finishes it on the"
-            " device",
+            remedy="--no-build writes a complete bundle without the engine;"
+            f" {name_program('build')} finishes it on the device",
         ) from exc
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from cmt_edge.startup import name_program
 from cmt_edge.version import __version__
 
 from ..backends import list_offered_runtimes, require_offered
@@ -338,7 +339,7 @@ def _make_internal_error(exc: Exception) -> CmtEdgeError:
     """The error for what only a bug of ours can be."""
     return CmtEdgeError(
         f"internal failure: {type(exc).__name__}: {exc}",
-        remedy="please report it with this trace, and with what cmt-edge doctor prints",
+        remedy=f"please report it with this trace, and with what {name_program('doctor')} prints",
     )
 
 

@@ -18,6 +18,8 @@ import shlex
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from cmt_edge.startup import name_program
+
 from .. import sealing
 from ..backends.base import read_batch_limit
 from ..bundle import ENGINES, ONNX, PORTABLE_ENGINE, Bundle
@@ -207,7 +209,7 @@ def read_engine(bundle: Bundle, target: EngineTarget) -> bytes:
         RuntimeMissingError: there is no engine for this device; the remedy is ``cmt-build``.
         BundleError: the file is not what the manifest says.
     """
-    entry, remedy = bundle.manifest.engine, f"cmt-build {bundle.path}"
+    entry, remedy = bundle.manifest.engine, f"{name_program('build')} {bundle.path}"
     if not entry:
         raise RuntimeMissingError(
             "the bundle has no TensorRT engine yet",
@@ -263,22 +265,23 @@ def read_portable_engine(bundle: Bundle, trusted: bool) -> bytes:
         raise BundleError(
             f"names {compiled.engine} as its portable engine, which is always {PORTABLE_ENGINE}",
             where=bundle.path,
-            remedy="copy the whole bundle again, or build an engine here: cmt-build",
+            remedy=f"copy the whole bundle again, or build an engine here: {name_program('build')}",
         )
     if not (trusted or bundle.signature_checked):
         raise RuntimeMissingError(
             "the engine in the bundle was built on another machine, so it is not loaded",
             where=bundle.path,
             why="an engine is native code, and the bundle was opened without a key",
-            remedy=f"build one here: cmt-build {bundle.path}; or open a signed bundle with --key KEY; or, if"
-            " you trust whoever made it, use --trust-engine (in Python: trusted_engine=True)",
+            remedy=f"build one here: {name_program('build')} {bundle.path}; or open a signed bundle with"
+            " --key KEY; or, if you trust whoever made it, use --trust-engine (in Python:"
+            " trusted_engine=True)",
         )
     data = bundle.file(compiled.engine).read_bytes()
     if hashlib.sha256(data).hexdigest() != bundle.manifest.files[compiled.engine].sha256:
         raise BundleError(
             "the engine was changed",
             where=bundle.path / compiled.engine,
-            remedy="copy the whole bundle again, or build an engine here: cmt-build",
+            remedy=f"copy the whole bundle again, or build an engine here: {name_program('build')}",
         )
     return data
 
