@@ -62,9 +62,13 @@ VARIANTS: dict[str, dict[str, bool]] = {
     "ranges": {"search": True, "rounding": False, "biases": False},
     "rounding": {"search": False, "rounding": True, "biases": False},
     "biases": {"search": False, "rounding": False, "biases": True},
+    "unshifted": {"search": True, "rounding": True, "biases": True},
     "all": {"search": True, "rounding": True, "biases": True},
 }
 """Names of the variants and the steps of :func:`cmt_edge.calib.refine.refine` that they take."""
+
+SHIFTED = ("all",)
+"""The variants that shift values, too."""
 
 
 @dataclass(frozen=True)
@@ -165,13 +169,20 @@ def judge(case: Case, names: Sequence[str], args: argparse.Namespace) -> Iterato
     start = time.perf_counter()
     batches = Batches(case.data, case.spec, None)
     with threadpool_limits(1, "blas"):
-        placed, source = place_pairs(case.graph, batches, DEFAULT)
+        placed, source, reach = place_pairs(case.graph, batches, DEFAULT)
     images = pick(batches, spread(len(batches), SAMPLED_IMAGES))
     shared = time.perf_counter() - start
     for name in names:
         start = time.perf_counter()
         with threadpool_limits(1, "blas"):
-            graph = refine(placed, source, images, guard_calibration, **VARIANTS[name])
+            graph = refine(
+                placed,
+                source,
+                images,
+                guard_calibration,
+                reach if name in SHIFTED else {},
+                **VARIANTS[name],
+            )
         seconds = shared + time.perf_counter() - start
         onnx.save(graph, args.keep / f"{case.name}.{name}.int8.onnx")
         ours = answer(graph, case.images, args.threads, args.precision)

@@ -10,6 +10,11 @@ need this::
 
 ``x + 128 s = (q + 128) s`` is an unsigned value without a zero point, and the new bias is a constant. Convs
 with padding are left alone: the zeros around the map are zeros of ``x``, not of ``x + 128 s``.
+
+**Shifts before a quantizer.** Bundles move some values by a constant before they are rounded
+(:mod:`cmt_edge.calib.shifts`). OpenVINO rounds what lies between two ends, so that the addition becomes part of
+these ends: rounding ``x + c`` between ``low`` and ``high`` is rounding ``x`` between ``low - c`` and
+``high - c``, with the same integers.
 """
 
 from __future__ import annotations
@@ -56,7 +61,7 @@ def read(path: Path, prepare: Callable[[ov.Model], object] | None = None) -> ov.
     _require_modest(model)
     if prepare is not None:
         prepare(model)
-    return make_unsigned(model)
+    return make_unsigned(take_in_shifts(model))
 
 
 def _require_modest(model: ov.Model) -> None:
@@ -85,6 +90,28 @@ def _iterate_nodes(model: ov.Model) -> Iterator[ov.Node]:
             pending += [getattr(node, name)() for name in BODIES.get(node.get_type_name(), ())]
 
 
+def take_in_shifts(model: ov.Model) -> ov.Model:
+    """Make the addition of one constant before a quantizer part of the ends between which it rounds; changes
+    ``model`` and returns it."""
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "FakeQuantize" or any(
+            _count_elements(node.input_value(i)) != 1 for i in range(1, 5)
+        ):
+            continue
+        addition = node.input_value(0).get_node()
+        if addition.get_type_name() != "Add" or not _is_scalar(addition.input_value(1)):
+            continue
+        move = _read_scalar(addition.input_value(1))
+        ends = [_read_scalar(node.input_value(i)) - move for i in (1, 2)]
+        values = addition.input_value(0)
+        for position, value in enumerate(
+            (values, *(ops.constant(np.float32(end)).output(0) for end in ends))
+        ):
+            node.input(position).replace_source_output(value)
+    model.validate_nodes_and_infer_types()
+    return model
+
+
 def make_unsigned(model: ov.Model) -> ov.Model:
     """Make the inputs of int8 convs unsigned, where no padding forbids it; changes ``model`` and returns it.
 
@@ -94,7 +121,7 @@ def make_unsigned(model: ov.Model) -> ov.Model:
         (conv, pair) for conv in model.get_ordered_ops() if (pair := _find_pair_before(conv)) is not None
     ]
     for conv, (quantizer, dequantized) in found:
-        low, high = (_read_scalar(quantizer.input_value(i)) for i in (1, 2))
+        low, high, least, most = (_read_scalar(quantizer.input_value(i)) for i in range(1, 5))
         edges = [ops.constant(np.float32(v)) for v in (low, high, 0.0, high - low)]
         shifted = ops.fake_quantize(
             quantizer.input_value(0),
@@ -102,7 +129,8 @@ def make_unsigned(model: ov.Model) -> ov.Model:
             quantizer.get_attributes()["levels"],
         )
         dequantized.output(0).replace(shifted.output(0))
-        correction = (low * _sum_channels(conv.input_value(1))).reshape(
+        lowest = least * (high - low) / (most - least)  # what the pair gives for the least integer
+        correction = (lowest * _sum_channels(conv.input_value(1))).reshape(
             1, -1, *[1] * (len(conv.get_output_partial_shape(0)) - 2)
         )
         _add_to_bias(conv, correction)
@@ -122,10 +150,10 @@ def _find_pair_before(conv: ov.Node) -> tuple[ov.Node, ov.Node] | None:
     while node.get_type_name() in ("Multiply", "Subtract", "Convert"):
         node = node.input_value(0).get_node()
     if node.get_type_name() != "FakeQuantize" or any(
-        _count_elements(node.input_value(i)) != 1 for i in (1, 2)
+        _count_elements(node.input_value(i)) != 1 for i in range(1, 5)
     ):
         return None
-    return (node, end.get_node()) if _read_scalar(node.input_value(1)) < 0 else None
+    return (node, end.get_node()) if _read_scalar(node.input_value(3)) < 0 else None
 
 
 def _is_padded(conv: ov.Node) -> bool:
@@ -148,6 +176,11 @@ def _is_dequantized(value: ov.Output) -> bool:
 def _count_elements(value: ov.Output) -> int:
     """Number of elements of a constant; 0 where the value is computed."""
     return int(value.get_node().data.size) if value.get_node().get_type_name() == "Constant" else 0
+
+
+def _is_scalar(value: ov.Output) -> bool:
+    """Whether it is a constant without any dimension, which leaves the shape of what it is added to."""
+    return _count_elements(value) == 1 and len(value.get_partial_shape()) == 0
 
 
 def _read_scalar(value: ov.Output) -> float:
