@@ -49,9 +49,9 @@ class Grid:
     shift: int = 0
 
     @property
-    def move(self) -> np.float32:
+    def move(self) -> float:
         """What is added to the values before they are rounded without a shift."""
-        return np.float32(np.float32(self.scale) * self.shift)
+        return float(np.float32(self.scale)) * self.shift
 
     def round(self, values: np.ndarray) -> np.ndarray:
         """Values as int8 leaves them."""
@@ -172,8 +172,8 @@ def _is_one_sided(low: float, high: float) -> bool:
 def _make_shifted(low: float, high: float, part: float) -> Grid:
     """The grid whose integers reach from ``low`` to ``high``.
 
-    The farther end is reduced to ``part``. The one that is nearer to zero is not: a GELU has most of its values
-    there.
+    The farther end is reduced to ``part``. The one that is nearer to zero is not: a GELU has most of its
+    values there.
     """
     below, above = max(-low, 0.0), max(high, 0.0)
     near, far = sorted((below, above))

@@ -118,7 +118,7 @@ def refine(
             if corrects:
                 _add_to_bias(place, _measure_missing(place, values, rounded))
             if grid.shift:
-                _add_to_bias(place, -float(grid.move) * _read_weights(place).sum(axis=1, dtype=np.float64))
+                _add_to_bias(place, -grid.move * _read_weights(place).sum(axis=1, dtype=np.float64))
         _write_grids(view.graph, places, grids)
         return write_model(view)
 
@@ -244,13 +244,10 @@ def _write_grids(graph: ir.Graph, places: list[Place], grids: Mapping[ir.Value, 
         set_constant(constant, np.array(grid.scale, np.float32))
 
 
-def _multiply(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """What a layer gives for rows, ``(rows, outputs)``, without a bias."""
-    if rows.ndim == 3:
-        product: np.ndarray = np.einsum("rck,ck->rc", rows, weights)
-        return product
-    result: np.ndarray = rows @ weights.T
-    return result
+def _multiply(row: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """What a layer gives for one row, ``(outputs,)``, without a bias."""
+    product: np.ndarray = np.einsum("ck,ck->c", row, weights) if row.ndim == 2 else weights @ row
+    return product
 
 
 # --- weights and biases ---------------------------------------------------------------------------
@@ -331,9 +328,10 @@ def _factor_moments(moments: np.ndarray) -> np.ndarray:
 
 def _measure_missing(place: Place, values: np.ndarray, rounded: np.ndarray) -> np.ndarray:
     """What the layer gives too little on average, float64 ``(outputs,)``."""
-    missing = _multiply(values, place.weights) - _multiply(rounded, _read_weights(place))
-    average: np.ndarray = missing.mean(axis=0, dtype=np.float64)
-    return average
+    pairs = ((values, place.weights), (rounded, _read_weights(place)))
+    expected, given = (_multiply(rows.mean(axis=0, dtype=np.float64), weights) for rows, weights in pairs)
+    missing: np.ndarray = expected - given
+    return missing
 
 
 def _add_to_bias(place: Place, change: np.ndarray) -> None:

@@ -1,8 +1,8 @@
 """Shifts: values that are moved before they are rounded, so that all integers of int8 stand for something.
 
-What a GELU leaves reaches from -0.17 to its highest value. With zero point 0 and one scale, nearly half of the
-integers would stand for values that never occur. A shift ``c`` before the pair, a multiple of the scale, moves
-the values to where the integers are, and the bias of the layer takes it back::
+What a GELU leaves reaches from -0.17 to its highest value. With zero point 0 and one scale, nearly half of
+the integers would stand for values that never occur. A shift ``c`` before the pair, a multiple of the scale,
+moves the values to where the integers are, and the bias of the layer takes it back::
 
     W x + b == W (x + c) + (b - c sum(W))
 
@@ -28,7 +28,7 @@ SUFFIX = "_shift"
 """The end of the names of the additions that move values."""
 
 
-def insert_shift(graph: ir.Graph, quantizer: ir.Node, move: np.float32) -> None:
+def insert_shift(graph: ir.Graph, quantizer: ir.Node, move: float) -> None:
     """Insert the addition of ``move`` before ``quantizer``."""
     name = f"{get_node_name(quantizer)}{SUFFIX}"
     addition = make_node(

@@ -12,8 +12,8 @@ need this::
 with padding are left alone: the zeros around the map are zeros of ``x``, not of ``x + 128 s``.
 
 **Shifts before a quantizer.** Bundles move some values by a constant before they are rounded
-(:mod:`cmt_edge.calib.shifts`). OpenVINO rounds what lies between two ends, so that the addition becomes part of
-these ends: rounding ``x + c`` between ``low`` and ``high`` is rounding ``x`` between ``low - c`` and
+(:mod:`cmt_edge.calib.shifts`). OpenVINO rounds what lies between two ends, so that the addition becomes part
+of these ends: rounding ``x + c`` between ``low`` and ``high`` is rounding ``x`` between ``low - c`` and
 ``high - c``, with the same integers.
 """
 
