@@ -32,13 +32,13 @@ from cmt_edge.deploy.errors import (
 from cmt_edge.deploy.preprocessing import Preprocess
 
 from .data import CalibrationSet
-from .equalize import SAMPLED_IMAGES, Equalized, equalize, guard_calibration
+from .equalize import Equalized, equalize, guard_calibration
 from .graph import get_input, name_value, open_view, write_model
 from .groups import group_by_kind, group_nodes
 from .lint import lint, list_half_int8_nodes
 from .qdq_pairs import move_pairs_to_layers, sign_quantizers
 from .recipe import DEFAULT, INT8_OPS, Recipe
-from .refine import refine
+from .refine import MOST_IMAGES, refine
 from .restore import list_int8_nodes, restore
 from .sampling import pick, spread
 
@@ -244,7 +244,7 @@ def calibrate(
             calibrated = refine(
                 calibrated,
                 source,
-                pick(batches, spread(len(batches), SAMPLED_IMAGES)),
+                pick(batches, spread(len(batches), MOST_IMAGES)),
                 guard_calibration,
                 reach if recipe.shift else {},
                 search=recipe.range_estimator == "error",

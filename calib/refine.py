@@ -42,7 +42,7 @@ from .graph import (
 )
 from .recipe import INT8_OPS
 from .running import Guard
-from .sampling import Layer, describe_layer, sample_rows
+from .sampling import DEPTHWISE_PART, ROWS, Layer, describe_layer, pick, sample_rows, spread
 from .shifts import insert_shift
 
 DAMPING = 0.01
@@ -52,6 +52,16 @@ in which the sampled rows hardly vary must not count as free."""
 MOST_COLUMNS = 2048
 """The largest number of inputs of a layer whose weights are rounded anew. The sampled rows tell little about
 more of them, and the time grows with the third power."""
+
+MOST_IMAGES = 64
+"""The largest number of images whose rows are read."""
+
+ROWS_AN_IMAGE = 64
+"""The number of rows that an image gives for each layer."""
+
+ROW_BYTES = 256 << 20
+"""All rows together may take so many bytes; small models read more of them than the least number,
+:data:`.sampling.ROWS`. More rows and images mean weights and biases that suit other images better."""
 
 BLOCK = 64
 """The number of columns whose corrections are gathered before they are applied to all that follow."""
@@ -96,7 +106,8 @@ def refine(
     Args:
         quantized: the Q/DQ graph that was made from ``source``, with biases as they are there.
         source: the float graph.
-        batches: calibration images, float32 ``(1, 3, S, S)`` each.
+        batches: calibration images, float32 ``(1, 3, S, S)`` each. How many of them are read depends on the
+            size of the model.
         guard: is entered around every call of ONNX Runtime.
         reach: tensor of ``source`` -> its lowest and its highest value; only such tensors are shifted.
         search: whether ranges are reduced, and values shifted, where that leaves a smaller error.
@@ -105,7 +116,9 @@ def refine(
     """
     with open_view(source) as original, open_view(quantized) as view:
         places = find_places(view.graph, original.graph)
-        rows = sample_rows(source, [place.layer for place in places], batches, guard)
+        wanted = _count_rows(places)
+        images = pick(batches, spread(len(batches), wanted // ROWS_AN_IMAGE))
+        rows = sample_rows(source, [place.layer for place in places], images, guard, wanted)
         grids = _choose_grids(places, rows, reach or {}) if search else {}
         for place in places:
             values = rows.pop(place.layer.name)
@@ -121,6 +134,17 @@ def refine(
                 _add_to_bias(place, -grid.move * _read_weights(place).sum(axis=1, dtype=np.float64))
         _write_grids(view.graph, places, grids)
         return write_model(view)
+
+
+def _count_rows(places: list[Place]) -> int:
+    """How many rows of what each layer reads are taken."""
+    inputs = (
+        place.weights.size / DEPTHWISE_PART if place.layer.depthwise else place.weights.shape[1]
+        for place in places
+    )
+    row_bytes = math.ceil(sum(inputs)) * np.dtype(np.float32).itemsize
+    fitting = ROW_BYTES // max(row_bytes, 1)
+    return min(max(fitting, ROWS), MOST_IMAGES * ROWS_AN_IMAGE)
 
 
 def find_places(graph: ir.Graph, original: ir.Graph) -> list[Place]:
