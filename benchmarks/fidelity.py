@@ -9,8 +9,8 @@ by others, so that a choice is not made for one model. Graphs are kept in ``--ke
 placing of pairs is repeated for each variant. Everything runs in OpenVINO on the CPU, as bundles do.
 
 ``--only VARIANT ...`` and ``--models MODEL ...`` choose rows and columns. ``--float GROUP`` adds a row with
-a group of layers in float (several are joined by commas; ``embed`` stands for all groups with that ending), and
-``--time SECONDS`` runs the graphs of a model in turns and gives their speed relative to the first.
+a group of layers in float (several are joined by commas; ``embed`` stands for all groups with that ending),
+and ``--time SECONDS`` runs the graphs of a model in turns and gives their speed relative to the first.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from cmt_edge.calib import DEFAULT, lint, quantize
 from cmt_edge.calib.equalize import guard_calibration
 from cmt_edge.calib.factors import round_weights
 from cmt_edge.calib.graph import open_view
-from cmt_edge.calib.refine import find_places, refine, round_columns
+from cmt_edge.calib.refine import MOST_IMAGES, ROWS_AN_IMAGE, find_places, refine, round_columns
 from cmt_edge.calib.restore import list_int8_nodes, restore
 from cmt_edge.calib.running import measure_extremes, open_graph
 from cmt_edge.calib.sampling import pick, sample_rows, spread
@@ -87,7 +87,8 @@ def measure_errors(model: onnx.ModelProto, source: onnx.ModelProto, images) -> d
         }
         floats = original.graph.initializers
         places = find_places(view.graph, original.graph)
-        rows = sample_rows(source, [p.layer for p in places], images, guard_calibration)
+        wanted = MOST_IMAGES * ROWS_AN_IMAGE  # what a small model reads
+        rows = sample_rows(source, [p.layer for p in places], images, guard_calibration, wanted)
         for place in places:
             values = rows[place.layer.name]
             scale = float(read_constant(place.quantizer.inputs[1]))
