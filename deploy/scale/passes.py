@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from ..errors import ClusterError, CmtEdgeError, DataError, ImageError
 from .answers import AnswersFolder, Part
 from .cluster import AGAIN, Cluster, ignoring_known_warnings
 from .records import Record, Task, divide
+from .waiting import Waiting, await_cores, list_cores
 from .worker import Answered, Answerer, Subject, iterate_answered, make_task_table
 
 TASK_IMAGES = 128
@@ -54,6 +55,7 @@ class Plan:
         labels: of the model's classes, for the table.
         progress: called with images done and total.
         answerer: the class that answers a task on a worker.
+        waiting: how long a cluster without free cores is waited for.
     """
 
     records: Sequence[Record]
@@ -62,11 +64,11 @@ class Plan:
     labels: Sequence[str]
     progress: Callable[[int, int], None] | None = None
     answerer: type[Answerer] = Answerer
+    waiting: Waiting = field(default_factory=Waiting)
 
     def count(self, ray: Any, subject: Subject) -> int:
-        """The number of workers in the cluster as it is now."""
-        cores = float(ray.cluster_resources().get("CPU", 1))
-        possible = max(1, int(cores // (subject.threads or 1)))
+        """The number of workers in the cluster as it is now; each has its threads' cores on one node."""
+        possible = max(1, sum(cores // (subject.threads or 1) for cores in list_cores(ray)))
         return min(possible, self.workers or possible)
 
 
@@ -82,7 +84,7 @@ def answer_all(cluster: Cluster, subject: Subject, plan: Plan, folder: AnswersFo
     Raises:
         ImageError, DataError: images cannot be read; all others are answered.
         ray.exceptions.RayError: the cluster cannot go on; what was answered stays in ``folder``.
-        CmtEdgeError: what a worker raised.
+        CmtEdgeError: what a worker raised, or there are no free cores.
     """
     tasks = list(divide(plan.records, plan.chunk, TASK_IMAGES))
     parts = {task.number: part for task in tasks if (part := folder.read(task)) is not None}
@@ -125,6 +127,7 @@ class _Rounds:
         is_last = self._fruitless >= FRUITLESS
         self._fruitless += 1
         try:
+            await_cores(ray, self._subject.threads or 1, self._plan.waiting)
             for answered in self._run(ray, tasks, is_last):
                 self._fruitless = 0
                 yield answered

@@ -15,9 +15,10 @@ ov = pytest.importorskip("openvino")
 
 from openvino import opset13  # noqa: E402
 
+from cmt_edge.deploy.backends.openvino_constants import compute_constant  # noqa: E402
 from cmt_edge.deploy.backends.openvino_core import open_core  # noqa: E402
 from cmt_edge.deploy.backends.openvino_graph import (  # noqa: E402
-    compute_constant,
+    limit_shifted,
     make_unsigned,
     read,
     take_in_shifts,
@@ -165,6 +166,25 @@ def test_a_shift_becomes_part_of_the_rounding(case):
     expected = ReferenceEvaluator(content).run(None, {"x": x})
     for ours, theirs in zip(answers(model, x), expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_biases_of_shifted_layers_follow_weights_that_are_rounded_otherwise():
+    """Zeros stay exact, whatever the weights are."""
+    content = graph(shift=np.array(-100 * 0.02), channels=40)
+    zeros = np.zeros((2, 40, SIZE, SIZE), np.float32)
+    model = ov.Core().read_model(content)
+    before = compute_weights(model)
+    limit_shifted(model)
+    assert np.abs(compute_weights(model) - before).max() > 0, "nothing was rounded"
+    (expected,) = ReferenceEvaluator(content).run(None, {"x": zeros})
+    np.testing.assert_allclose(answers(model, zeros)[0], expected, atol=1e-3)
+    take_in_shifts(model)
+    np.testing.assert_allclose(answers(make_unsigned(model), zeros)[0], expected, atol=1e-3)
+
+
+def compute_weights(model: ov.Model) -> np.ndarray:
+    (conv,) = (node for node in model.get_ordered_ops() if node.get_type_name() == "Convolution")
+    return compute_constant(conv.input_value(1))
 
 
 @pytest.mark.parametrize("shape", [(4, 1, 1), (1, 1, 1, 1)])
