@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
@@ -50,6 +50,9 @@ from .sampling import Layer, pick, sample_rows, spread
 SAMPLED_IMAGES = 16
 """The number of images whose rows decide how tensors are rescaled."""
 
+Observed = Mapping[str, tuple[np.ndarray, np.ndarray]]
+"""Tensor -> its lowest and highest values, ``(batches, C)`` each."""
+
 
 @dataclass(frozen=True)
 class Site:
@@ -67,7 +70,7 @@ class Site:
 
     @property
     def tensor(self) -> str:
-        """The name of the tensor in the graph that was given."""
+        """The name of the tensor that the conv reads now."""
         return name_value(get_input(self.conv, 0))
 
 
@@ -80,11 +83,13 @@ class Equalized:
             itself if nothing in it can be rescaled.
         telling: numbers of the batches on which some observed tensor of ``model`` reaches its largest
             magnitude over all batches, in ascending order. Symmetric ranges over these batches are the
-            ranges over all of them. Empty for the given graph.
+            ranges over all of them. Empty if nothing was observed.
+        reach: observed tensor of ``model`` -> its lowest and its highest value over all batches.
     """
 
     model: onnx.ModelProto
     telling: tuple[int, ...] = ()
+    reach: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def equalize(
@@ -104,23 +109,38 @@ def equalize(
     """
     with open_view(model) as view:
         sites = find_sites(view.graph)
-        if not sites:
-            return Equalized(model)
         tensors = [site.tensor for site in sites]
         others = sorted(set(read) - set(tensors))
-        layers = [Layer(get_node_name(site.conv), site.tensor, (1, 1)) for site in sites]
+        if not sites and not others:
+            return Equalized(model)
         extremes = measure_extremes(model, tensors, others, batches, guard_calibration)
-        count = len(extremes[tensors[0]][0])
-        sampled = spread(count, min(SAMPLED_IMAGES, max(count // 2, 1)))
-        rows = sample_rows(model, layers, pick(batches, sampled), guard_calibration)
-        for site, layer, tensor in zip(sites, layers, tensors, strict=True):
-            low, high = extremes[tensor]
-            factor = _choose_factor(site, _split(low, high, sampled), rows.pop(layer.name))
-            _rescale(view.graph, site, factor)
-            extremes[tensor] = low / factor, high / factor
-        result = write_model(view)
-    del result.graph.value_info[:]
-    return Equalized(result, _choose_telling(extremes))
+        if sites:
+            extremes = _rescale_all(view.graph, sites, extremes, model, batches)
+            model = write_model(view)
+            del model.graph.value_info[:]
+    reach = {name: (float(low.min()), float(high.max())) for name, (low, high) in extremes.items()}
+    return Equalized(model, _choose_telling(extremes), reach)
+
+
+def _rescale_all(
+    graph: ir.Graph,
+    sites: list[Site],
+    extremes: Observed,
+    model: onnx.ModelProto,
+    batches: Iterable[np.ndarray],
+) -> Observed:
+    """Rescale all ``sites`` of ``graph``, the view of ``model``; the extremes of what it reads then."""
+    layers = [Layer(get_node_name(site.conv), site.tensor, (1, 1)) for site in sites]
+    count = len(extremes[sites[0].tensor][0])
+    sampled = spread(count, min(SAMPLED_IMAGES, max(count // 2, 1)))
+    rows = sample_rows(model, layers, pick(batches, sampled), guard_calibration)
+    result = dict(extremes)
+    for site, layer in zip(sites, layers, strict=True):
+        low, high = result.pop(site.tensor)
+        factor = _choose_factor(site, _split(low, high, sampled), rows.pop(layer.name))
+        _rescale(graph, site, factor)
+        result[site.tensor] = low / factor, high / factor
+    return result
 
 
 @contextmanager
@@ -138,9 +158,7 @@ def guard_calibration() -> Iterator[None]:
         ) from exc
 
 
-def _choose_telling(
-    extremes: Mapping[str, tuple[np.ndarray, np.ndarray]],
-) -> tuple[int, ...]:
+def _choose_telling(extremes: Observed) -> tuple[int, ...]:
     """The batches of :attr:`Equalized.telling`, from the extremes of each tensor, ``(batches, C)``."""
     largest = [np.maximum(-low.min(1), high.max(1)) for low, high in extremes.values()]
     loudest = {int(values.argmax()) for values in largest}
@@ -227,7 +245,11 @@ def _choose_factor(
     """By how much each channel is divided, ``(C,)``, from the extremes of the channels (see :func:`_split`)
     and values ``(rows, C)``."""
     weights = read_constant(get_input(site.conv, 1))
-    reader = Reader(weights.reshape(*weights.shape[:2], -1), is_depthwise_node(site.conv))
+    reader = Reader(
+        weights.reshape(*weights.shape[:2], -1),
+        is_depthwise_node(site.conv),
+        not any(site.conv.attributes.get_ints("pads", ())),
+    )
     return choose_factor(*extremes, values, reader)
 
 

@@ -11,7 +11,7 @@ import io
 import itertools
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -32,13 +32,13 @@ from cmt_edge.deploy.errors import (
 from cmt_edge.deploy.preprocessing import Preprocess
 
 from .data import CalibrationSet
-from .equalize import SAMPLED_IMAGES, Equalized, equalize, guard_calibration
+from .equalize import Equalized, equalize, guard_calibration
 from .graph import get_input, name_value, open_view, write_model
 from .groups import group_by_kind, group_nodes
 from .lint import lint, list_half_int8_nodes
 from .qdq_pairs import move_pairs_to_layers, sign_quantizers
 from .recipe import DEFAULT, INT8_OPS, Recipe
-from .refine import refine
+from .refine import MOST_IMAGES, refine
 from .restore import list_int8_nodes, restore
 from .sampling import pick, spread
 
@@ -239,13 +239,14 @@ def calibrate(
     :func:`cmt_edge.calib.lint.lint`, which some choices of a recipe break."""
     batches = Batches(data, spec, progress)
     with threadpool_limits(1, "blas"):  # sums of several threads would round differently
-        calibrated, source = place_pairs(model, batches, recipe)
+        calibrated, source, reach = place_pairs(model, batches, recipe)
         if recipe.smooth_quant is None:
             calibrated = refine(
                 calibrated,
                 source,
-                pick(batches, spread(len(batches), SAMPLED_IMAGES)),
+                pick(batches, spread(len(batches), MOST_IMAGES)),
                 guard_calibration,
+                reach if recipe.shift else {},
                 search=recipe.range_estimator == "error",
                 rounding=recipe.rounding,
                 biases=recipe.bias_correction,
@@ -257,9 +258,10 @@ def place_pairs(
     model: onnx.ModelProto,
     batches: Batches,
     recipe: Recipe,
-) -> tuple[onnx.ModelProto, onnx.ModelProto]:
-    """The first part of :func:`calibrate`: Q/DQ pairs with extremes as ranges, and the float graph that they
-    belong to. Weights are rounded to the nearest; with ``smooth_quant`` NNCF corrects the biases."""
+) -> tuple[onnx.ModelProto, onnx.ModelProto, Mapping[str, tuple[float, float]]]:
+    """The first part of :func:`calibrate`: Q/DQ pairs with extremes as ranges, the float graph that they
+    belong to, and the lowest and highest values of its tensors. Weights are rounded to the nearest; with
+    ``smooth_quant`` NNCF corrects the biases."""
     equalized = Equalized(model)
     if recipe.equalize:
         equalized = equalize(model, batches, _read_in_int8(model, recipe))
@@ -278,7 +280,7 @@ def place_pairs(
     halves = list_half_int8_nodes(calibrated)
     if halves:
         calibrated = restore(calibrated, equalized.model, halves)
-    return calibrated, equalized.model
+    return calibrated, equalized.model, equalized.reach
 
 
 def _read_in_int8(model: onnx.ModelProto, recipe: Recipe) -> set[str]:

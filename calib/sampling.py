@@ -21,10 +21,11 @@ from .recipe import count_groups, is_depthwise_node
 from .running import Guard, open_graph
 
 ROWS = 1024
-"""The largest number of rows that all images together give for a layer."""
+"""The number of rows that all images together give for a layer, unless a caller wants more."""
 
-DEPTHWISE_ROWS = 256
-"""The same of a depthwise conv: each channel has few weights, and rows of its own, which take much memory."""
+DEPTHWISE_PART = 4
+"""Depthwise convs give so many times fewer rows: each channel has few weights, and rows of its own, which
+take much memory."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def sample_rows(
     layers: Sequence[Layer],
     batches: Sequence[np.ndarray],
     guard: Guard = nullcontext,
+    wanted: int = ROWS,
 ) -> dict[str, np.ndarray]:
     """Rows of what each layer reads.
 
@@ -89,6 +91,7 @@ def sample_rows(
         layers: of this graph.
         batches: float32 ``(1, 3, S, S)`` each.
         guard: is entered around every call of ONNX Runtime.
+        wanted: the largest number of rows that all images together give for a layer.
 
     Returns:
         The layer's name -> float32 ``(rows, K)``, or ``(rows, C, K)`` of a depthwise conv. Which rows are
@@ -101,8 +104,8 @@ def sample_rows(
     for number, batch in enumerate(batches):
         values = dict(zip(tensors, run(batch), strict=True))
         for layer in layers:
-            wanted = DEPTHWISE_ROWS if layer.depthwise else ROWS
-            limit = math.ceil(wanted / len(batches))
+            share = wanted // DEPTHWISE_PART if layer.depthwise else wanted
+            limit = math.ceil(share / len(batches))
             rows[layer.name].append(_take_rows(values[layer.tensor], layer, number, limit))
     return {name: np.concatenate(parts) for name, parts in rows.items()}
 

@@ -10,6 +10,11 @@ need this::
 
 ``x + 128 s = (q + 128) s`` is an unsigned value without a zero point, and the new bias is a constant. Convs
 with padding are left alone: the zeros around the map are zeros of ``x``, not of ``x + 128 s``.
+
+**Shifts before a quantizer.** Bundles move some values by a constant before they are rounded
+(:mod:`cmt_edge.calib.shifts`). OpenVINO rounds what lies between two ends, so that the addition becomes part
+of these ends: rounding ``x + c`` between ``low`` and ``high`` is rounding ``x`` between ``low - c`` and
+``high - c``, with the same integers.
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ from openvino.frontend import FrontEndManager
 
 from ..bundle.onnx_caps import MAX_MADE, ExcessiveGraph
 from .openvino_constants import compute_constant, is_dequantized
-from .openvino_pairs import limit_pairs
+from .openvino_pairs import LAYERS, limit_pairs
 from .overflow import saturates_in_openvino
 
 MAX_RATIO = 64
@@ -62,8 +67,8 @@ def read(
     if prepare is not None:
         prepare(model)
     if device == "CPU" and saturates_in_openvino():
-        limit_pairs(model)
-    return make_unsigned(model)
+        limit_shifted(model)
+    return make_unsigned(take_in_shifts(model))
 
 
 def _require_modest(model: ov.Model) -> None:
@@ -92,6 +97,62 @@ def _iterate_nodes(model: ov.Model) -> Iterator[ov.Node]:
             pending += [getattr(node, name)() for name in BODIES.get(node.get_type_name(), ())]
 
 
+def limit_shifted(model: ov.Model) -> None:
+    """:func:`.openvino_pairs.limit_pairs`, where inputs of layers may be shifted: their biases take the shift
+    back with the sums of the weights, so that they have to follow when these are rounded otherwise."""
+    shifted = [(layer, move, _sum_inputs(layer)) for layer, move in _find_shifted(model)]
+    limit_pairs(model)
+    for layer, move, before in shifted:
+        correction = move * (before - _sum_inputs(layer))
+        if correction.any():
+            trailing = len(layer.get_output_partial_shape(0)) - 2 if layer.get_type_name() != "MatMul" else 0
+            _add_to_bias(layer, correction.reshape(-1, *[1] * trailing))
+    model.validate_nodes_and_infer_types()
+
+
+def _find_shifted(model: ov.Model) -> Iterator[tuple[ov.Node, float]]:
+    """Layers with int8 weights that read a shifted pair, and by how much it is shifted."""
+    for layer in model.get_ordered_ops():
+        if layer.get_type_name() not in LAYERS or not all(map(is_dequantized, layer.input_values())):
+            continue
+        node = layer.input_value(0).get_node()
+        while node.get_type_name() in ("Multiply", "Subtract", "Convert"):
+            node = node.input_value(0).get_node()
+        addition = node.input_value(0).get_node() if node.get_type_name() == "FakeQuantize" else node
+        if addition.get_type_name() == "Add" and _is_scalar(addition.input_value(1)):
+            yield layer, _read_scalar(addition.input_value(1))
+
+
+def _sum_inputs(layer: ov.Node) -> np.ndarray:
+    """The sum of the weights of each output of a conv or a product, float64."""
+    weights = compute_constant(layer.input_value(1)).astype(np.float64)
+    if layer.get_type_name() != "MatMul":
+        return np.asarray(weights.reshape(len(weights), -1).sum(axis=1))
+    return np.asarray(weights.sum(axis=-1 if layer.get_attributes()["transpose_b"] else -2))
+
+
+def take_in_shifts(model: ov.Model) -> ov.Model:
+    """Make the addition of one constant before a quantizer part of the ends between which it rounds; changes
+    ``model`` and returns it."""
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "FakeQuantize" or any(
+            _count_elements(node.input_value(i)) != 1 for i in range(1, 5)
+        ):
+            continue
+        addition = node.input_value(0).get_node()
+        if addition.get_type_name() != "Add" or not _is_scalar(addition.input_value(1)):
+            continue
+        move = _read_scalar(addition.input_value(1))
+        ends = [_read_scalar(node.input_value(i)) - move for i in (1, 2)]
+        values = addition.input_value(0)
+        for position, value in enumerate(
+            (values, *(ops.constant(np.float32(end)).output(0) for end in ends))
+        ):
+            node.input(position).replace_source_output(value)
+    model.validate_nodes_and_infer_types()
+    return model
+
+
 def make_unsigned(model: ov.Model) -> ov.Model:
     """Make the inputs of int8 convs unsigned, where no padding forbids it; changes ``model`` and returns it.
 
@@ -101,7 +162,7 @@ def make_unsigned(model: ov.Model) -> ov.Model:
         (conv, pair) for conv in model.get_ordered_ops() if (pair := _find_pair_before(conv)) is not None
     ]
     for conv, (quantizer, dequantized) in found:
-        low, high = (_read_scalar(quantizer.input_value(i)) for i in (1, 2))
+        low, high, least, most = (_read_scalar(quantizer.input_value(i)) for i in range(1, 5))
         edges = [ops.constant(np.float32(v)) for v in (low, high, 0.0, high - low)]
         shifted = ops.fake_quantize(
             quantizer.input_value(0),
@@ -109,7 +170,8 @@ def make_unsigned(model: ov.Model) -> ov.Model:
             quantizer.get_attributes()["levels"],
         )
         dequantized.output(0).replace(shifted.output(0))
-        correction = (low * _sum_channels(conv.input_value(1))).reshape(
+        lowest = least * (high - low) / (most - least)  # what the pair gives for the least integer
+        correction = (lowest * _sum_channels(conv.input_value(1))).reshape(
             1, -1, *[1] * (len(conv.get_output_partial_shape(0)) - 2)
         )
         _add_to_bias(conv, correction)
@@ -129,10 +191,10 @@ def _find_pair_before(conv: ov.Node) -> tuple[ov.Node, ov.Node] | None:
     while node.get_type_name() in ("Multiply", "Subtract", "Convert"):
         node = node.input_value(0).get_node()
     if node.get_type_name() != "FakeQuantize" or any(
-        _count_elements(node.input_value(i)) != 1 for i in (1, 2)
+        _count_elements(node.input_value(i)) != 1 for i in range(1, 5)
     ):
         return None
-    return (node, end.get_node()) if _read_scalar(node.input_value(1)) < 0 else None
+    return (node, end.get_node()) if _read_scalar(node.input_value(3)) < 0 else None
 
 
 def _is_padded(conv: ov.Node) -> bool:
@@ -144,6 +206,11 @@ def _is_padded(conv: ov.Node) -> bool:
 def _count_elements(value: ov.Output) -> int:
     """Number of elements of a constant; 0 where the value is computed."""
     return int(value.get_node().data.size) if value.get_node().get_type_name() == "Constant" else 0
+
+
+def _is_scalar(value: ov.Output) -> bool:
+    """Whether it is a constant without any dimension, which leaves the shape of what it is added to."""
+    return _count_elements(value) == 1 and len(value.get_partial_shape()) == 0
 
 
 def _read_scalar(value: ov.Output) -> float:

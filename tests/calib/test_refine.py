@@ -16,8 +16,11 @@ from cmt_edge.calib import DEFAULT, lint, quantize
 from cmt_edge.calib.equalize import guard_calibration
 from cmt_edge.calib.factors import round_weights
 from cmt_edge.calib.graph import open_view
-from cmt_edge.calib.refine import find_places, refine, round_columns
+from cmt_edge.calib.refine import MOST_IMAGES, ROWS_AN_IMAGE, find_places, refine, round_columns
+from cmt_edge.calib.restore import list_int8_nodes, restore
+from cmt_edge.calib.running import measure_extremes, open_graph
 from cmt_edge.calib.sampling import pick, sample_rows, spread
+from cmt_edge.calib.shifts import find_unshifted, is_shift
 from cmt_edge.deploy.errors import StepError
 from helpers.calibration import SPEC
 
@@ -74,7 +77,7 @@ def batches(data):
 
 def measure_errors(model: onnx.ModelProto, source: onnx.ModelProto, images) -> dict[str, np.ndarray]:
     """Layer -> the squared error of its outputs over rows, relative to them, and their mean error."""
-    from cmt_edge.calib.factors import round_values
+    from cmt_edge.calib.factors import Grid
     from cmt_edge.calib.graph import read_constant
 
     result = {}
@@ -84,14 +87,18 @@ def measure_errors(model: onnx.ModelProto, source: onnx.ModelProto, images) -> d
         }
         floats = original.graph.initializers
         places = find_places(view.graph, original.graph)
-        rows = sample_rows(source, [p.layer for p in places], images, guard_calibration)
+        wanted = MOST_IMAGES * ROWS_AN_IMAGE  # what a small model reads
+        rows = sample_rows(source, [p.layer for p in places], images, guard_calibration, wanted)
         for place in places:
             values = rows[place.layer.name]
             scale = float(read_constant(place.quantizer.inputs[1]))
+            before_pair = place.quantizer.inputs[0].producer()
+            move = float(read_constant(before_pair.inputs[1])) if is_shift(before_pair) else 0.0
+            rounded = Grid(scale, round(move / scale)).round(values) + move
             integers = read_constant(place.dequantizer.inputs[0])
             steps = read_constant(place.dequantizer.inputs[1]).reshape(-1, 1)
             matrix = integers.T if place.transposed else integers.reshape(len(integers), -1)
-            pairs = (values, place.weights), (round_values(values, scale), matrix * steps)
+            pairs = (values, place.weights), (rounded, matrix * steps)
             expected, given_ = (
                 np.einsum("rck,ck->rc", v, w) if place.layer.depthwise else v @ w.T for v, w in pairs
             )
@@ -116,6 +123,67 @@ def test_every_layer_comes_closer_on_the_calibration_images(data, plain):
     assert np.mean([ours[n][0] < before[n][0] for n in ours]) > 0.9
     assert sum(e[0] for e in ours.values()) < 0.8 * sum(e[0] for e in before.values())
     assert sum(e[1] for e in ours.values()) < 1e-3 * sum(e[1] for e in before.values())  # the mean
+
+
+@pytest.fixture(scope="module")
+def reach(data, plain):
+    """The lowest and the highest value of what int8 layers read."""
+    with open_view(plain.source) as original, open_view(plain.model) as view:
+        tensors = sorted({place.layer.tensor for place in find_places(view.graph, original.graph)})
+    extremes = measure_extremes(plain.source, [], tensors, batches(data))
+    return {name: (float(low.min()), float(high.max())) for name, (low, high) in extremes.items()}
+
+
+def find_shifted(model: onnx.ModelProto, source: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
+    """Layer whose input is shifted -> the padding of the layer."""
+    with open_view(source) as original, open_view(model) as view:
+        places = find_places(view.graph, original.graph)
+        return {
+            place.layer.name: place.layer.pads
+            for place in places
+            if find_unshifted(place.quantizer) is not place.quantizer.inputs[0]
+        }
+
+
+def test_shifted_layers_come_closer(data, plain, reach):
+    images = batches(data)
+    shifted = refine(plain.model, plain.source, images, guard_calibration, reach)
+    assert lint(shifted) == []
+    found = find_shifted(shifted, plain.source)
+    assert len(found) > 8
+    assert not any(map(any, found.values())), "zeros around a map would be moved, too"
+    unshifted = refine(plain.model, plain.source, images, guard_calibration)
+    assert find_shifted(unshifted, plain.source) == {}
+    ours, before = (measure_errors(model, plain.source, images) for model in (shifted, unshifted))
+    assert sum(ours[n][0] for n in found) < 0.7 * sum(before[n][0] for n in found)
+    assert sum(ours[n][1] for n in found) < 1e-2 * sum(ours[n][0] for n in found)  # the mean
+    assert all(ours[n][0] == before[n][0] for n in ours.keys() - found.keys())
+
+
+def test_biases_take_shifts_back_also_where_they_are_not_corrected(data, plain, reach):
+    images = batches(data)
+    shifted = refine(
+        plain.model, plain.source, images, guard_calibration, reach, rounding=False, biases=False
+    )
+    found = find_shifted(shifted, plain.source)
+    ours, before = (measure_errors(model, plain.source, images) for model in (shifted, plain.model))
+    assert all(ours[n][0] < before[n][0] for n in found)
+
+
+def test_layers_that_become_float_again_read_what_was_not_shifted(data, plain, reach):
+    shifted = refine(plain.model, plain.source, batches(data)[:4], guard_calibration, reach)
+    found = find_shifted(shifted, plain.source)
+    restored = restore(shifted, plain.source, found)
+    assert find_shifted(restored, plain.source) == {}
+    kinds = [
+        [(n.op_type, n.name) for n in m.graph.node]
+        for m in (restored, restore(plain.model, plain.source, found))
+    ]
+    assert kinds[0] == kinds[1]
+    everything = restore(shifted, plain.source, list_int8_nodes(shifted))
+    image = batches(data)[0]
+    ours, float_ = (open_graph(model)(image)[0] for model in (everything, plain.source))
+    np.testing.assert_allclose(ours, float_, atol=1e-4)
 
 
 def test_only_constants_change_and_equal_images_give_equal_bytes(data, plain):
