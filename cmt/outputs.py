@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from cmt_edge.deploy.errors import InputError
 
@@ -414,8 +415,7 @@ class _Trail(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._made: dict[int, Operation] = {}
-        self._kept: list[Tensor] = []
+        self._made = WeakTensorKeyDictionary()  # the activations of a large model would take gigabytes
 
     def __torch_function__(
         self,
@@ -431,21 +431,20 @@ class _Trail(TorchFunctionMode):
         made = Operation(called.removesuffix("_"), shape)
         if isinstance(output, Tensor):
             if called in PASSING and read is not None:
-                made = self._made.get(id(read), Operation())
-            self._keep(output, made)
+                made = self.find_maker(read)
+            self._made[output] = made
         elif isinstance(output, tuple):  # values and indices
             for part in output:
                 if isinstance(part, Tensor):
-                    self._keep(part, made)
+                    self._made[part] = made
         return output
-
-    def _keep(self, output: Tensor, operation: Operation) -> None:
-        self._made[id(output)] = operation
-        self._kept.append(output)  # an id is unique while its tensor lives
 
     def find_maker(self, output: object) -> Operation:
         """The operation that made a tensor."""
-        return self._made.get(id(output), Operation())
+        if not isinstance(output, Tensor):
+            return Operation()
+        made: Operation = self._made.get(output, Operation())
+        return made
 
 
 class _Scaling(TorchFunctionMode):
