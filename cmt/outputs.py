@@ -8,7 +8,7 @@ a model that changes its input in place a copy of it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from functools import partial
 from typing import Any
 
@@ -415,7 +415,8 @@ class _Trail(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._made = WeakTensorKeyDictionary()  # the activations of a large model would take gigabytes
+        # Weak, because the activations of a large model would take gigabytes.
+        self._made: MutableMapping[Tensor, Operation] = WeakTensorKeyDictionary()
 
     def __torch_function__(
         self,
@@ -441,10 +442,7 @@ class _Trail(TorchFunctionMode):
 
     def find_maker(self, output: object) -> Operation:
         """The operation that made a tensor."""
-        if not isinstance(output, Tensor):
-            return Operation()
-        made: Operation = self._made.get(output, Operation())
-        return made
+        return self._made.get(output, Operation()) if isinstance(output, Tensor) else Operation()
 
 
 class _Scaling(TorchFunctionMode):
