@@ -133,7 +133,11 @@ def format_slices(results: Mapping[str, Any]) -> str:
 
 def format_doubts(results: Mapping[str, Any], precisions: Sequence[str]) -> str:
     """A line for every model that was measured: its slices, and between what its milliseconds lie."""
-    measured = [model for model in results["models"] if model["precisions"][precisions[-1]]["runs"]]
+    measured = [
+        model
+        for model in results["models"]
+        if any(model["precisions"][precision]["runs"] for precision in precisions)
+    ]
     lines = []
     for model in sorted(measured, key=lambda model: model["macs"] or math.inf):
         by_precision = [model["precisions"][precision]["runs"] for precision in precisions]
