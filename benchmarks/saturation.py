@@ -10,8 +10,8 @@
 filters do. The second and third are exact, so that the kernels add neighbouring channels.
 
 ``answers`` compares an int8 bundle with its float model, as the CPU runs it, and limited to older ones: with
-weights as they are stored, and as :mod:`cmt_edge.deploy.backends.openvino_pairs` rounds them. The images are
-CIFAR-10's test images, labelled, or else generated ones.
+weights as they are stored, as :mod:`cmt_edge.deploy.backends.openvino_pairs` rounds them, and with seven bits
+for all of them. The images are CIFAR-10's test images, labelled, or else generated ones.
 
 Each limit takes a process of its own. What is not int8 is computed in float32.
 """
@@ -82,6 +82,9 @@ KINDS = (
     Kind("linear", 0),
 )
 """The kinds that hybrids have."""
+
+STORED, ROUNDED, SEVEN = "as stored", "rounded for 16 bits", "seven bits"
+"""What becomes of a bundle's weights."""
 
 WEIGHTS = ("any", "at most 63", "neighbouring channels fit", "neighbours in filters fit")
 """Kinds of weights."""
@@ -180,10 +183,26 @@ def find_kernel(compiled: object) -> str:
 # --- whole bundles --------------------------------------------------------------------------------
 
 
-def answer(bundle: Bundle, pixels: np.ndarray, threads: int, limited: bool) -> np.ndarray:
+def halve_weights(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """Round all int8 weights to seven bits, in place: half as many steps, of twice the size."""
+    constants = {tensor.name: tensor for tensor in graph.graph.initializer}
+    for node in graph.graph.node:
+        if node.op_type != "DequantizeLinear" or node.input[0] not in constants:
+            continue
+        values, scales = (constants[name] for name in node.input[:2])
+        halves = np.rint(numpy_helper.to_array(values) / 2).astype(np.int8)
+        values.CopyFrom(numpy_helper.from_array(halves, values.name))
+        scales.CopyFrom(numpy_helper.from_array(2 * numpy_helper.to_array(scales), scales.name))
+    return graph
+
+
+def answer(bundle: Bundle, pixels: np.ndarray, threads: int, weights: str) -> np.ndarray:
     """Logits of uint8 images ``(N, S, S, 3)``, under the limit of this process."""
-    model = open_core().read_model(bundle.file(ONNX))
-    if limited:
+    graph = onnx.load(bundle.file(ONNX))
+    if weights == SEVEN:
+        graph = halve_weights(graph)
+    model = open_core().read_model(graph.SerializeToString())
+    if weights == ROUNDED:
         limit_pairs(model)
     config = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
     compiled = open_core().compile_model(make_unsigned(model), "CPU", config)
@@ -228,12 +247,12 @@ def compare_answers(args: argparse.Namespace, folder: Path) -> Iterator[list[str
     np.save(folder / "pixels.npy", pixels)
     reference = answer_in_float(bundle, args.weights, pixels)
     for limit in args.limits:
-        for rounded in (False, True):
-            say(f"{limit}, {'rounded' if rounded else 'as stored'}")
-            target = folder / f"{limit}.{rounded}.npy"
+        for kind in args.kinds:
+            say(f"{limit}, {kind}")
+            target = folder / "logits.npy"
             given = ["--bundle", args.bundle, "--threads", str(args.threads), "--target", str(target)]
-            call(["answer", *given, *(["--rounded"] if rounded else [])], limit)
-            yield [limit, "rounded for 16 bits" if rounded else "as stored", *judge(target, reference, truth)]
+            call(["answer", *given, "--kinds", kind], limit)
+            yield [limit, kind, *judge(target, reference, truth)]
 
 
 def judge(target: Path, reference: np.ndarray, truth: np.ndarray | None) -> list[str]:
@@ -266,10 +285,10 @@ def parse_arguments() -> argparse.Namespace:
     p.add_argument("--weights", help="of the float model (default: random ones, as of peers.py)")
     p.add_argument("--count", type=int, default=10_000, help="number of test images (10000)")
     p.add_argument("--limits", nargs="+", default=list(LIMITS), choices=LIMITS)
+    p.add_argument("--kinds", nargs="+", default=[STORED, ROUNDED], choices=(STORED, ROUNDED, SEVEN))
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--bundle", dest="opened", help=argparse.SUPPRESS)
     p.add_argument("--target", type=Path, help=argparse.SUPPRESS)
-    p.add_argument("--rounded", action="store_true", help=argparse.SUPPRESS)
     return p.parse_args()
 
 
@@ -280,7 +299,7 @@ def main() -> None:
             print("\t".join(cells))
     elif args.action == "answer":
         pixels = np.load(args.target.parent / "pixels.npy", mmap_mode="r")
-        np.save(args.target, answer(Bundle.open(args.opened), pixels, args.threads, args.rounded))
+        np.save(args.target, answer(Bundle.open(args.opened), pixels, args.threads, args.kinds[0]))
     elif args.action == "layers":
         rows = [
             [limit, *line.split("\t")]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..backends import RUNTIME_OF_FORMAT
+from ..backends.overflow import saturates_in_openvino
 from ..bundle import Bundle
 from ..errors import InputError, OutputError
 from ..files import put_folder, sync_tree, writing
@@ -107,7 +108,17 @@ def _choose_model(bundle: Bundle, server: str, options: Options) -> Served:
     max_batch = choose_max_batch(bundle, options.max_batch)
     model = Served(name_model(bundle), bundle, runtime, max_batch)
     notes = (triton if server == "triton" else ovms).check(model, options)
-    return replace(model, notes=notes)
+    return replace(model, notes=(*notes, *_write_saturation_note(model)))
+
+
+def _write_saturation_note(model: Served) -> tuple[str, ...]:
+    """What becomes of int8 on an x86 server without VNNI, where our Predictor sees to it by itself."""
+    if model.bundle.manifest.precision != "int8" or model.runtime == "tensorrt":
+        return ()
+    if model.runtime == "openvino" and saturates_in_openvino():
+        return ("its int8 weights are rounded for processors without VNNI, such as this one",)
+    writing_there = ": write the repository on such a server" if model.runtime == "openvino" else ""
+    return (f"sums of int8 products can saturate on an x86 server without VNNI{writing_there}",)
 
 
 def _make_refusal(bundle: Bundle, server: str, runtime: str, taken: Sequence[str]) -> InputError:

@@ -13,7 +13,7 @@ from cmt_edge.deploy import Bundle, Predictor
 from cmt_edge.deploy.bundle.sections import BATCH, TensorEntry
 from cmt_edge.deploy.cli import serve_repo
 from cmt_edge.deploy.errors import InputError, OutputError, RuntimeMissingError
-from cmt_edge.deploy.serving import Options, make_repository
+from cmt_edge.deploy.serving import Options, make_repository, repository, triton
 from helpers.bundles import LABELS, SIZE, make_bundle, snapshot
 from helpers.trt import build, trt_bundle
 
@@ -234,3 +234,22 @@ def test_the_object(tmp_path, capsys):
         {"name": "tiny", "bundle": str(bundle.path), "runtime": "onnxruntime", "max_batch": 0, "notes": []}
     ]
     assert str(tmp_path / "models") in told["start"]
+
+
+@pytest.mark.parametrize(
+    ("runtime", "precision", "saturates", "words"),
+    [
+        ("openvino", "int8", False, "write the repository on such a server"),
+        ("openvino", "int8", True, "such as this one"),
+        ("onnxruntime", "int8", True, "can saturate"),
+        ("openvino", "fp32", True, ""),
+    ],
+)
+def test_a_server_without_vnni_is_spoken_of(tmp_path, monkeypatch, runtime, precision, saturates, words):
+    monkeypatch.setattr(repository, "saturates_in_openvino", lambda: saturates)
+    monkeypatch.setattr(triton, "write_model", lambda *_: None)
+    bundle = make_bundle(tmp_path / "tiny", precision=precision)
+    made = make_repository([bundle], "triton", tmp_path / "models", Options(runtime=runtime, allow_bf16=True))
+    notes = " ".join(made.models[0].notes)
+    assert words in notes
+    assert ("VNNI" in notes) is bool(words)
