@@ -24,7 +24,9 @@ from openvino import opset13 as ops
 from openvino.frontend import FrontEndManager
 
 from ..bundle.onnx_caps import MAX_MADE, ExcessiveGraph
-from .openvino_core import open_core
+from .openvino_constants import compute_constant, is_dequantized
+from .openvino_pairs import limit_pairs
+from .overflow import saturates_in_openvino
 
 MAX_RATIO = 64
 """The largest number of elements of a tensor for each element of the input, where that is above
@@ -37,12 +39,15 @@ BODIES = {
 }
 """Operation -> its methods that give a model inside it."""
 
-CONSTANT_OPERATIONS = ("Convert", "Reshape", "Subtract", "Multiply")
-"""What OpenVINO computes the weights of an int8 conv with."""
 
-
-def read(path: Path, prepare: Callable[[ov.Model], object] | None = None) -> ov.Model:
+def read(
+    path: Path,
+    prepare: Callable[[ov.Model], object] | None = None,
+    device: str = "CPU",
+) -> ov.Model:
     """The model in the ONNX file ``path``, rewritten as above; ``prepare`` changes it before that.
+
+    For the CPU, int8 weights are rounded as its instructions need it (:mod:`.openvino_pairs`).
 
     ``Core.read_model`` chooses a reader by the content of a file. One that is ONNX to another runtime may be
     another model to it, so that only the reader of ONNX is asked.
@@ -56,6 +61,8 @@ def read(path: Path, prepare: Callable[[ov.Model], object] | None = None) -> ov.
     _require_modest(model)
     if prepare is not None:
         prepare(model)
+    if device == "CPU" and saturates_in_openvino():
+        limit_pairs(model)
     return make_unsigned(model)
 
 
@@ -113,10 +120,10 @@ def make_unsigned(model: ov.Model) -> ov.Model:
 def _find_pair_before(conv: ov.Node) -> tuple[ov.Node, ov.Node] | None:
     """Quantizer and last node of the signed Q/DQ pair that only this conv reads, if its input may be
     shifted."""
-    if conv.get_type_name() != "Convolution" or _is_padded(conv) or not _is_dequantized(conv.input_value(1)):
+    if conv.get_type_name() != "Convolution" or _is_padded(conv) or not is_dequantized(conv.input_value(1)):
         return None
     end = conv.input_value(0)
-    if not _is_dequantized(end) or len(end.get_target_inputs()) != 1:
+    if not is_dequantized(end) or len(end.get_target_inputs()) != 1:
         return None
     node = end.get_node()
     while node.get_type_name() in ("Multiply", "Subtract", "Convert"):
@@ -134,17 +141,6 @@ def _is_padded(conv: ov.Node) -> bool:
     return attributes["auto_pad"] not in ("explicit", "valid") or any(pads)
 
 
-def _is_dequantized(value: ov.Output) -> bool:
-    """Whether ``value`` is what OpenVINO reads a ``DequantizeLinear`` as: int8 values converted, less a zero
-    point, times a scale."""
-    node = value.get_node()
-    for kind in ("Multiply", "Subtract", "Convert"):
-        if node.get_type_name() != kind:
-            return False
-        node = node.input_value(0).get_node()
-    return bool(node.get_output_element_type(0) == ov.Type.i8)
-
-
 def _count_elements(value: ov.Output) -> int:
     """Number of elements of a constant; 0 where the value is computed."""
     return int(value.get_node().data.size) if value.get_node().get_type_name() == "Constant" else 0
@@ -158,29 +154,6 @@ def _sum_channels(weights: ov.Output) -> np.ndarray:
     """The sum of each output channel's weights, float64 ``(channels,)``."""
     values = compute_constant(weights)
     return np.asarray(values.reshape(len(values), -1).sum(axis=1, dtype=np.float64))
-
-
-def compute_constant(value: ov.Output) -> np.ndarray:
-    """The value of what is computed from constants alone.
-
-    A ``DequantizeLinear`` of weights consists of the operations that are known here. Anything else is left to
-    the runtime, which takes ten times as long for it.
-    """
-    node = value.get_node()
-    kind = node.get_type_name()
-    if kind == "Constant":
-        return np.asarray(node.data)
-    if kind not in CONSTANT_OPERATIONS:
-        model = ov.Model([value], [])  # pyright: ignore  # its stubs disagree with themselves
-        compiled = open_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-        return np.array(compiled([])[0])
-    first = compute_constant(node.input_value(0))
-    if kind == "Convert":
-        return np.asarray(first.astype(value.get_element_type().to_dtype()))
-    if kind == "Reshape":
-        return first.reshape(tuple(value.get_shape()))
-    second = compute_constant(node.input_value(1))
-    return np.asarray(first - second if kind == "Subtract" else first * second)
 
 
 def _add_to_bias(conv: ov.Node, correction: np.ndarray) -> None:

@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = make_parser(
         name_program("serve-repo"),
         "Write bundles as a model repository for Triton or OpenVINO Model Server. Check the server with:"
-        " cmt-edge verify BUNDLE --backend kserve --device HOST:PORT/MODEL",
+        f" {name_program('verify')} BUNDLE --backend kserve --device HOST:PORT/MODEL",
         EXAMPLES,
     )
     p.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE")

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from cmt_edge.startup import name_program
+
 from ..cores import count_cores
 from ..errors import ClusterError, CmtEdgeError, RuntimeMissingError
 from ..signals import complete
@@ -133,8 +135,8 @@ def _require_address(address: str) -> None:
         raise RuntimeMissingError(
             "Ray Data does not run through Ray Client",
             where=address,
-            remedy='run the command in the cluster: ray job submit --address http://HEAD:8265 -- "cmt-edge'
-            ' verify ... --ray auto"',
+            remedy="run the command in the cluster: ray job submit --address http://HEAD:8265 --"
+            f' "{name_program("verify")} ... --ray auto"',
         )
 
 
@@ -216,7 +218,7 @@ def make_cluster_error(ray: Any, exc: BaseException) -> CmtEdgeError:
         )
     return CmtEdgeError(
         f"internal failure on a worker: {_find_first_line(last)}",
-        remedy="please report it, with what cmt-edge doctor prints on that machine",
+        remedy=f"please report it, with what {name_program('doctor')} prints on that machine",
     )
 
 

@@ -184,7 +184,7 @@ def _load(subject: Subject) -> Predictor:
             raise GateError(
                 f"a worker on {socket.gethostname()} gives other answers to the golden images than recorded",
                 where=subject.title,
-                remedy="run cmt-edge verify there, and compare the versions of the runtime",
+                remedy="verify the bundle there, and compare the versions of the runtime",
             )
     return predictor
 

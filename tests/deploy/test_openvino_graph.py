@@ -15,8 +15,9 @@ ov = pytest.importorskip("openvino")
 
 from openvino import opset13  # noqa: E402
 
+from cmt_edge.deploy.backends.openvino_constants import compute_constant  # noqa: E402
 from cmt_edge.deploy.backends.openvino_core import open_core  # noqa: E402
-from cmt_edge.deploy.backends.openvino_graph import compute_constant, make_unsigned, read  # noqa: E402
+from cmt_edge.deploy.backends.openvino_graph import make_unsigned, read  # noqa: E402
 
 h = onnx.helper
 SIZE = 6

@@ -6,12 +6,12 @@ import base64
 import binascii
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ...bundle import Bundle, Manifest, parse_json, read_record
-from ...bundle.sections import LayerError, LayerRun, VerificationEntry
+from ...bundle.sections import LayerError, LayerRun, Size, VerificationEntry
 from ...errors import BundleError, InputError
 from ...files import read_regular
 from ...measure.benchmark import Benchmark
@@ -124,6 +124,7 @@ class _Figures:
     flipped: tuple[FlippedImage, ...] = ()
     layers: tuple[LayerError, ...] = ()
     layer_runs: tuple[LayerRun, ...] = ()
+    unlisted: dict[str, Size] = field(default_factory=dict)
 
 
 def _read_subject(content: dict[str, Any], file: Path, place: int) -> Subject:
@@ -135,7 +136,7 @@ def _read_subject(content: dict[str, Any], file: Path, place: int) -> Subject:
     found = read_record(_Figures, entries, file, WHOLE)
     manifest = Manifest.from_content(content["manifest"], file)
     made = make_subject(found.name, found.name, manifest, None, found.device, found.flipped, found.layers)
-    made = replace(made, layer_runs=found.layer_runs)
+    made = replace(made, layer_runs=found.layer_runs, unlisted=found.unlisted)
     speed = found.benchmark
     if speed is not None and not 0 <= place < len(speed.results):
         raise BundleError("it has fewer measurements than bundles", where=file)

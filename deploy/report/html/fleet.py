@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from cmt_edge.startup import name_program
+
 from ...bundle.sections import Host
 from ...errors import InputError
 from .charts import draw_bar
@@ -36,7 +38,8 @@ def require_one_model(members: Sequence[Reported]) -> None:
         raise InputError(
             "these reports are of different weights, so their rows would not compare",
             why="; ".join(known.values()),
-            remedy="merge reports of one checkpoint; cmt-report BUNDLE BUNDLE compares different models",
+            remedy="merge reports of one checkpoint;"
+            f" {name_program('report')} BUNDLE BUNDLE compares different models",
         )
 
 
@@ -135,7 +138,7 @@ def _write_devices(members: Sequence[Reported]) -> Markup:
             _describe_runtime(member.subject),
             member.subject.manifest.precision,
             member.subject.executed,
-            f"{member.subject.manifest.size_bytes / 1e6:.1f}",
+            f"{member.subject.size_bytes / 1e6:.1f}",
             format_memory(member.subject),
         ]
         for member in members
@@ -228,7 +231,7 @@ def _describe_environment(subject: Subject) -> str:
 def _write_commands(members: Sequence[Reported]) -> Markup:
     exports = dict.fromkeys(make_export_command(member.subject.manifest) for member in members)
     again = [
-        "cmt-bench BUNDLE --figures DEVICE.json      # on each device",
-        "cmt-report --merge DEVICE.json ... -o fleet.html",
+        f"{name_program('bench')} BUNDLE --figures DEVICE.json      # on each device",
+        f"{name_program('report')} --merge DEVICE.json ... -o fleet.html",
     ]
     return make_code([*exports, *again])
