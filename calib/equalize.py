@@ -113,7 +113,7 @@ def equalize(
         others = sorted(set(read) - set(tensors))
         if not sites and not others:
             return Equalized(model)
-        extremes = measure_extremes(model, tensors, others, batches, guard_calibration)
+        extremes: Observed = measure_extremes(model, tensors, others, batches, guard_calibration)
         if sites:
             extremes = _rescale_all(view.graph, sites, extremes, model, batches)
             model = write_model(view)
