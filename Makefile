@@ -142,5 +142,5 @@ $(SUPPLY)/.ready: requirements/supply.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LIGHT) $(REAL) $(PROVIDERS) $(SERVERS) $(SUPPLY) $(DOCS) out build htmlcov .coverage* *.egg-info src/*.egg-info
+	rm -rf $(VENV) $(LIGHT) $(REAL) $(PROVIDERS) $(SERVERS) $(TRITON) $(RAY_SERVE) $(SUPPLY) $(DOCS) out build htmlcov .coverage* *.egg-info src/*.egg-info
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -85,6 +85,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "smooth-quant 0.5": {"smooth_quant": 0.5},
     "smooth-quant 0.95": {"smooth_quant": 0.95},
     "no bias correction": {"bias_correction": False},
+    "no shifts": {"shift": False},
     "mean ranges": {"range_estimator": "mean_minmax"},
 }
 """Names of the rows and what they change in the default recipe."""

@@ -8,13 +8,16 @@ models have the random weights of the golden logits; they are calibrated on some
 by others, so that a choice is not made for one model. Graphs are kept in ``--keep``; only what follows the
 placing of pairs is repeated for each variant. Everything runs in OpenVINO on the CPU, as bundles do.
 
-``--only VARIANT ...`` and ``--models MODEL ...`` choose rows and columns.
+``--only VARIANT ...`` and ``--models MODEL ...`` choose rows and columns. ``--float GROUP`` adds a row with
+a group of layers in float (several are joined by commas; ``embed`` stands for all groups with that ending),
+and ``--time SECONDS`` runs the graphs of a model in turns and gives their speed relative to the first.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -29,9 +32,11 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 
 from cmt_edge.calib import CalibrationSet
+from cmt_edge.calib.groups import group_nodes
 from cmt_edge.calib.quantize import place_pairs
 from cmt_edge.calib.recipe import DEFAULT
 from cmt_edge.calib.refine import refine
+from cmt_edge.calib.restore import list_int8_nodes, restore
 from cmt_edge.calib.statistics import Batches, LocalStatistics
 from cmt_edge.cmt import create_model, find_model, fuse
 from cmt_edge.cmt.reference import load_reference
@@ -61,9 +66,16 @@ VARIANTS: dict[str, dict[str, bool]] = {
     "ranges": {"search": True, "rounding": False, "biases": False},
     "rounding": {"search": False, "rounding": True, "biases": False},
     "biases": {"search": False, "rounding": False, "biases": True},
+    "unshifted": {"search": True, "rounding": True, "biases": True},
     "all": {"search": True, "rounding": True, "biases": True},
 }
 """Names of the variants and the steps of :func:`cmt_edge.calib.refine.refine` that they take."""
+
+COPIES = 3
+"""How often each graph is compiled for ``--time``."""
+
+SHIFTED = ("all",)
+"""The variants that shift values, too."""
 
 
 @dataclass(frozen=True)
@@ -162,19 +174,71 @@ def answer(graph: onnx.ModelProto, images: np.ndarray, threads: int, precision: 
 def judge(case: Case, names: Sequence[str], args: argparse.Namespace) -> Iterator[list[str]]:
     """For each variant of one model its name, agreement, deviation, and the seconds that calibration took."""
     start = time.perf_counter()
-    batches = Batches(case.data, case.spec, None)
+    local = LocalStatistics(Batches(case.data, case.spec, None))
     with threadpool_limits(1, "blas"):
-        placed = place_pairs(case.graph, LocalStatistics(batches), DEFAULT)
+        placed = place_pairs(case.graph, local, DEFAULT)
     shared = time.perf_counter() - start
     for name in names:
         start = time.perf_counter()
         with threadpool_limits(1, "blas"):
-            graph = refine(placed.model, placed.source, placed.rows, **VARIANTS[name])
+            graph = refine(
+                placed.model,
+                placed.source,
+                local,
+                placed.reach if name in SHIFTED else {},
+                **VARIANTS[name],
+            )
         seconds = shared + time.perf_counter() - start
-        onnx.save(graph, args.keep / f"{case.name}.{name}.int8.onnx")
-        ours = answer(graph, case.images, args.threads, args.precision)
-        agreement = 100 * (ours.argmax(1) == case.truth.argmax(1)).mean()
-        yield [name, f"{agreement:.2f}", f"{deviation(ours, case.truth):.4f}", f"{seconds:.0f}"]
+        yield compare(case, name, graph, seconds, args)
+    for groups in args.floats:
+        names = find_group(placed.source, graph, groups.split(","))
+        yield compare(case, f"{groups} float", restore(graph, placed.source, names), seconds, args)
+
+
+def find_group(source: onnx.ModelProto, graph: onnx.ModelProto, endings: Sequence[str]) -> set[str]:
+    """The int8 operations of all groups that end in one of ``endings``."""
+    groups = group_nodes(source, list_int8_nodes(graph))
+    return {name for group, names in groups.items() if group.endswith(tuple(endings)) for name in names}
+
+
+def compare(
+    case: Case, name: str, graph: onnx.ModelProto, seconds: float, args: argparse.Namespace
+) -> list[str]:
+    """The cells of one variant; its graph is kept."""
+    onnx.save(set_batch(graph, 1), get_path(case.name, name, args))
+    ours = answer(graph, case.images, args.threads, args.precision)
+    agreement = 100 * (ours.argmax(1) == case.truth.argmax(1)).mean()
+    return [name, f"{agreement:.2f}", f"{deviation(ours, case.truth):.4f}", f"{seconds:.0f}"]
+
+
+def get_path(model: str, variant: str, args: argparse.Namespace) -> Path:
+    """The file of one variant's graph."""
+    folder: Path = args.keep
+    return folder / f"{model}.{variant.replace(' ', '_')}.int8.onnx"
+
+
+def time_in_turns(case: Case, variants: Sequence[str], args: argparse.Namespace) -> list[str]:
+    """Speed of the kept graphs relative to the first. Each is compiled :data:`COPIES` times, because
+    compilations of one graph differ; the fastest median counts."""
+    sessions = [
+        (name, open_openvino(get_path(case.name, name, args), args.threads, args.precision))
+        for _ in range(COPIES)
+        for name in variants
+    ]
+    times: list[list[float]] = [[] for _ in sessions]
+    end = time.perf_counter() + args.time
+    while time.perf_counter() < end:
+        for (_, session), taken in zip(sessions, times, strict=True):
+            start = time.perf_counter()
+            session.run(case.images[:1])
+            taken.append(time.perf_counter() - start)
+    for _, session in sessions:
+        session.close()
+    medians = [
+        min(statistics.median(taken) for (n, _), taken in zip(sessions, times, strict=True) if n == name)
+        for name in variants
+    ]
+    return [f"{medians[0] / median:.3f} ({1000 * median:.2f} ms)" for median in medians]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -189,17 +253,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--calib-size", type=int, help="number of calibration images (default 300, or all)")
     p.add_argument("--precision", default="int8", help="int8, or fp32 for float operations in float32")
     p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--float", dest="floats", nargs="+", default=[], metavar="GROUP", help="float groups")
+    p.add_argument("--time", type=float, default=0.0, help="seconds for the latency of each model (0: none)")
     p.add_argument("--markdown", type=Path)
     args = p.parse_args(argv)
     args.keep.mkdir(parents=True, exist_ok=True)
     rows = []
     for name in args.models:
         case = make_case(name, args)
+        found = []
         for cells in judge(case, args.only, args):
-            row = [name, *cells]
-            say("  ".join(row))
-            rows.append(row)
-    table = format_table(["model", "steps", "agreement %", "logits off, std", "s"], rows, markdown=True)
+            say("  ".join([name, *cells]))
+            found.append([name, *cells])
+        variants = [row[1] for row in found]
+        speeds = time_in_turns(case, variants, args) if args.time else ["-"] * len(found)
+        rows += [[*row, speed] for row, speed in zip(found, speeds, strict=True)]
+    heads = ["model", "steps", "agreement %", "logits off, std", "s", "speed"]
+    table = format_table(heads, rows, markdown=True)
     if args.markdown:
         write_atomic(args.markdown, f"{table}\n".encode())
     print(table)

@@ -188,8 +188,16 @@ def find_earlier(job: Job, row: Row, action: str) -> tuple[None, int, str] | Non
     return None if "error" in outcome else (None, outcome["peak"], "")
 
 
+def save_images(job: Job, rows: Sequence[Row]) -> None:
+    """Write the images that the children read."""
+    np.save(job.folder / IMAGES_FILE, check_images(job.preprocess, max(IMAGES, job.size)))
+    if any(row.home != HERE for row in rows):
+        np.save(job.folder / CALIBRATION_FILE, np.concatenate(list(collect_calibration(job))))
+
+
 def prepare(job: Job, rows: Sequence[Row], environments: Environments) -> list[Result]:
     """Build every artefact once and run every row once, each in a child."""
+    save_images(job, rows)
     results: list[Result] = []
     built: dict[str, tuple[float | None, int, str]] = {}
     for row in rows:
@@ -216,6 +224,14 @@ def prepare(job: Job, rows: Sequence[Row], environments: Environments) -> list[R
     return results
 
 
+def build(job: Job, rows: Sequence[Row], environments: Environments) -> bool:
+    """Make what a later run measures, and print a line a row; whether a row failed."""
+    results = prepare(job, rows, environments)
+    for result in results:
+        print(f"{job.model} {result.key}: {result.note or 'built'}")
+    return any(result.note for result in results)
+
+
 def measure(
     job: Job,
     rows: Sequence[Row],
@@ -226,10 +242,6 @@ def measure(
 ) -> list[Result]:
     """Everything about one model, its throughput over ``seconds`` if there are any; raises ``SystemExit``
     where the base cannot run, or a row does not keep to ``isa``."""
-    spec = job.preprocess
-    np.save(job.folder / IMAGES_FILE, check_images(spec, max(IMAGES, job.size)))
-    if any(row.home != HERE for row in rows):
-        np.save(job.folder / CALIBRATION_FILE, np.concatenate(list(collect_calibration(job))))
     results = {r.key: r for r in prepare(job, rows, environments)}
     images = job.images()
     with contextlib.ExitStack() as stack:
@@ -352,6 +364,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     p.add_argument("--latency-only", action="store_true", help="measure no throughput")
     p.add_argument("--reuse", action="store_true", help="use the artefacts that --folder already has")
+    p.add_argument(
+        "--build-only",
+        action="store_true",
+        help="make the artefacts in --folder and run each 20 times, but measure nothing: a later run with"
+        " --reuse does",
+    )
     p.add_argument("--model", help=argparse.SUPPRESS)
     p.add_argument(
         "--build", choices=ROWS, metavar="ROW", help="only make this row's artefact of --model in --folder"
@@ -430,17 +448,23 @@ def compare(args: argparse.Namespace, folder: Path, environments: Environments) 
         "models": {},
     }
     results: dict[str, list[Result]] = {}
+    failed = False
     for name in args.models:
         job = Job(name, folder / name.replace("/", "_"), args.threads, args.data, args.calib_size, args.batch)
         if job.folder.exists() and not args.reuse:
             raise SystemExit(f"{job.folder} exists; give an empty --folder, or --reuse")
         job.folder.mkdir(parents=True, exist_ok=True)
+        if args.build_only:
+            failed |= build(job, rows, environments)
+            continue
         results[name] = measure(job, rows, protocol, environments, seconds, args.isa)
         content["models"][name] = [asdict(r) for r in results[name]]
         if args.json:
             write_atomic(args.json, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
         text = write_text(args, content, results, protocol)
         forget()
+    if args.build_only:
+        raise SystemExit(int(failed))
     print(text)
 
 

@@ -3,18 +3,19 @@ and for well-known models of timm.
 
     pip install --no-deps --target TIMM timm==1.0.31
     python benchmarks/which_model.py export --folder WORK --timm TIMM [MODEL ...]
-    python benchmarks/which_model.py measure --folder WORK [--slice N] [MODEL ...]
+    python benchmarks/which_model.py measure --folder WORK [--slice N] [--again] [MODEL ...]
     python benchmarks/which_model.py estimate --folder WORK [MODEL ...]
     python benchmarks/which_model.py draw [--folder WORK]
 
 ``export`` writes bundles with random weights in fp32 and int8, which is calibrated on a few generated
 images: latency depends on neither. ``measure`` takes some models at a time; every slice also measures one
-reference, ResNet-50 in fp32, in the same turns, so that slices can be compared. ``estimate`` lets TensorRT
-for RTX compile the models in fp16 and keeps its roofline's estimate; it needs no GPU. Every stage leaves out
-what it finds in the folder, so that it can be stopped and started again. ``draw`` collects what there is in a
-JSON file and writes the page and the plots; without ``--folder`` it draws the JSON file again. Figures that
-the JSON file has and the folder lacks stay, if they are of the same processor, version of OpenVINO and
-protocol; otherwise nothing is written.
+reference, ResNet-50 in fp32, in the same turns, so that slices can be compared. With ``--again`` it measures
+the named models although they have figures: the median of all slices is then the figure. ``estimate`` lets
+TensorRT for RTX compile the models in fp16 and keeps its roofline's estimate; it needs no GPU. Every stage
+leaves out what it finds in the folder, so that it can be stopped and started again. ``draw`` collects what
+there is in a JSON file and writes the page and the plots; without ``--folder`` it draws the JSON file again.
+Slices that the JSON file has and the folder lacks stay, if they are of the same processor, version of
+OpenVINO and protocol; otherwise nothing is written.
 
 timm's models need no torchvision. timm lies in a folder of its own, which only ``export`` reads.
 """
@@ -51,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--slice", type=int, default=SLICE, help=f"models that are measured at a time ({SLICE})"
     )
+    parser.add_argument("--again", action="store_true", help="measure the named models once more")
     parser.add_argument("--page", type=Path, default=PAGE, help="page that is drawn (docs/which-model.md)")
     return parser
 
@@ -67,15 +69,19 @@ def run_export(args: argparse.Namespace) -> None:
 
 
 def run_measure(args: argparse.Namespace) -> None:
-    """Measure the next slice of models that have bundles and no figures."""
+    """Measure the next slice: models that have bundles and no figures, or those that are named."""
     from which_model_stages import find_unmeasured, measure_slice, write_json
 
-    folder = require_folder(args)
-    chosen = find_unmeasured(choose_subjects(args.models), folder)[: args.slice]
+    if args.again and not args.models:
+        raise SystemExit("error: --again needs the names of models")
+    folder, subjects = require_folder(args), choose_subjects(args.models)
+    chosen = subjects if args.again else find_unmeasured(subjects, folder)[: args.slice]
     if not chosen:
         print("nothing is left to measure")
         return
-    write_json(folder / "measure" / f"{chosen[0].key}.json", measure_slice(chosen, folder))
+    number = sum(1 for _ in (folder / "measure").glob("*.json")) + 1
+    place = folder / "measure" / f"{number:03}_{chosen[0].key}.json"
+    write_json(place, measure_slice(chosen, folder))
 
 
 def run_estimate(args: argparse.Namespace) -> None:

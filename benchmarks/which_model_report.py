@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from which_model_slices import Run, choose_ratio, collect_runs, format_doubts, format_slices, list_slices
 from which_model_subjects import Subject
 
 from cmt_edge.deploy.files import write_atomic
@@ -26,6 +27,10 @@ GPU_BUDGETS = (0.1, 0.15, 0.2, 0.3, 0.5, 1)
 """Budgets of the estimate, milliseconds."""
 EXTRA = "†"
 """What follows a top-1 of weights that saw more than ImageNet-1k."""
+COARSE = "§"
+"""What follows the logits' difference of an int8 graph that was calibrated for its latency alone."""
+ELSEWHERE = "‡"
+"""What follows an estimate that the page :data:`KNOWN` has, and ``estimate`` did not make."""
 
 Results = dict[str, Any]
 """The content of the JSON file."""
@@ -94,36 +99,37 @@ def collect(subjects: Sequence[Subject], folder: Path, earlier: Results | None =
     Raises ``SystemExit`` where nothing was measured, and where the earlier figures or those of two slices are
     of different machines, versions of OpenVINO or ways of measuring.
     """
-    slices = [json.loads(path.read_text()) for path in sorted((folder / "measure").glob("*.json"))]
-    if not slices and earlier is None:
+    found = [json.loads(path.read_text()) for path in sorted((folder / "measure").glob("*.json"))]
+    first = found[0] if found else earlier
+    if first is None:
         raise SystemExit(f"error: nothing was measured in {folder}")
-    for found in slices:
-        _require_same_conditions(found, earlier or slices[0])
+    for one in found:
+        _require_same_conditions(one, earlier or first)
     reference = " ".join(REFERENCE)
-    rows = {name: row for found in slices for name, row in found["rows"].items()}
-    # draw may run again with the same folder: the same nanoseconds are the same slice
-    times = list(
-        dict.fromkeys(
-            [
-                *(earlier["reference_ms_of_slices"] if earlier else ()),
-                *(found["rows"][reference]["latency"]["p50"] for found in slices),
-            ]
-        )
-    )
-    base_ms = float(np.median(times))
-    if reference in rows:
-        rows[reference] |= {"ratio": [1.0, 1.0, 1.0], "best_ratio": 1.0}
+    slices = list_slices(found, earlier["slices"] if earlier else (), reference)
+    base_ms = float(np.median([entry["reference_ms"] for entry in slices]))
     kept = {model["name"]: model for model in earlier["models"]} if earlier else {}
-    first = slices[0] if slices else earlier
-    assert first is not None
+
+    def collect_model(subject: Subject) -> dict[str, Any]:
+        old = kept.get(subject.name, {})
+        runs = {
+            precision: collect_runs(
+                f"{subject.name} {precision}",
+                found,
+                slices,
+                reference,
+                old.get("precisions", {}).get(precision, {}).get("runs", ()),
+            )
+            for precision in PRECISIONS
+        }
+        return _collect_model(subject, folder, runs, base_ms, old)
+
     return {
-        **{key: first[key] for key in ("machine", "versions", "threads", "protocol", "calibrated_on")},
+        **{key: first[key] for key in ("machine", "versions", "threads", "protocol")},
         "reference": reference,
         "reference_ms": base_ms,
-        "reference_ms_of_slices": times,
-        "models": [
-            _collect_model(subject, folder, rows, base_ms, kept.get(subject.name, {})) for subject in subjects
-        ],
+        "slices": slices,
+        "models": [collect_model(subject) for subject in subjects],
     }
 
 
@@ -149,33 +155,29 @@ def _read_conditions(found: dict[str, Any]) -> dict[str, Any]:
         "version of OpenVINO": found["versions"].get("openvino"),
         "number of threads": found["threads"],
         "way of measuring": found["protocol"],
-        "number of calibration images": found["calibrated_on"],
     }
 
 
 def _collect_model(
-    subject: Subject, folder: Path, rows: dict[str, Any], base_ms: float, kept: dict[str, Any]
+    subject: Subject, folder: Path, runs: dict[str, list[Run]], base_ms: float, kept: dict[str, Any]
 ) -> dict[str, Any]:
-    """One model; a figure of another stage is that of ``kept``, or is left out, where the stage has not
-    run."""
+    """One model with its runs of each precision; a figure of another stage is that of ``kept``, or is left
+    out, where the stage has not run."""
     exported = _read(folder / "export" / f"{subject.key}.json")
     earlier = kept.get("precisions", {})
-    found = {
-        precision: _collect_precision(
-            exported,
-            precision,
-            rows.get(f"{subject.name} {precision}"),
-            base_ms,
-            earlier.get(precision, {}),
-        )
-        for precision in PRECISIONS
-    }
     source = exported or kept
     return {
         **asdict(subject),
         "params": source.get("params") or subject.params,
         "macs": source.get("macs") or subject.macs,
-        "precisions": found,
+        "calibrated_on": source.get("calibrated_on"),
+        "refined": source.get("refined"),
+        "precisions": {
+            precision: _collect_precision(
+                exported, precision, runs[precision], base_ms, earlier.get(precision, {})
+            )
+            for precision in PRECISIONS
+        },
         "rtx": _collect_estimate(subject, folder, kept.get("rtx")),
     }
 
@@ -196,30 +198,22 @@ def _find_known_estimate(name: str) -> dict[str, Any] | None:
     return {"source": f"{KNOWN.parent.name}/{KNOWN.name}", "estimates": [{"gpu": GPU, "total_ms": ms}]}
 
 
-MEASURED = ("ratio", "best_ratio", "p50_ms", "deviation")
-"""What the JSON file has of a precision that was measured, beside milliseconds on the common scale."""
-
-
 def _collect_precision(
     exported: dict[str, Any],
     precision: str,
-    row: dict[str, Any] | None,
+    runs: list[Run],
     base_ms: float,
     kept: dict[str, Any],
 ) -> dict[str, Any]:
-    """Latency, golden check and error of one precision; milliseconds are those of the reference over the
-    ratio, so that those of all slices can be compared."""
+    """Golden check, error, runs and latency of one precision; milliseconds are those of the reference over
+    the ratio, so that those of all slices can be compared."""
     if exported:
         golden = exported.get("checks", {}).get(precision)
         found = {"golden": golden, "error": exported.get("errors", {}).get(precision)}
     else:
         found = {"golden": kept.get("golden"), "error": kept.get("error")}
-    if row is not None:
-        latency = {key: row[key] for key in ("ratio", "best_ratio", "deviation")}
-        return found | {"ms": base_ms / row["ratio"][0], "p50_ms": row["latency"]["p50"]} | latency
-    if "ratio" not in kept:
-        return found
-    return found | {"ms": base_ms / kept["ratio"][0]} | {key: kept[key] for key in MEASURED}
+    measured = {"ms": base_ms / choose_ratio(runs)} if runs else {}
+    return found | measured | {"runs": runs}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -330,7 +324,7 @@ def format_models(results: Results) -> str:
 def _format_model(model: dict[str, Any]) -> list[str]:
     found = {precision: model["precisions"][precision].get("ms") for precision in PRECISIONS}
     fp32, int8, macs = found["fp32"], found["int8"], model["macs"]
-    off = model["precisions"]["int8"].get("deviation")
+    runs = model["precisions"]["int8"]["runs"]
     top1 = "none published" if model["top1"] is None else f"{model['top1']:g}"
     estimate = read_estimate(model)
     return [
@@ -342,8 +336,8 @@ def _format_model(model: dict[str, Any]) -> list[str]:
         *("-" if ms is None else _format_ms(ms) for ms in found.values()),
         "-" if fp32 is None or int8 is None else f"{fp32 / int8:.2f}",
         "-" if int8 is None or macs is None else f"{macs / 1e6 / int8:.0f}",
-        "-" if off is None else f"{off:.1e}",
-        "-" if estimate is None else f"{estimate:.2f}",
+        f"{runs[-1]['deviation']:.1e}{'' if model['refined'] else COARSE}" if runs else "-",
+        "-" if estimate is None else f"{estimate:.2f}{ELSEWHERE if 'source' in model['rtx'] else ''}",
     ]
 
 
@@ -390,7 +384,7 @@ def make_parts(results: Results) -> dict[str, str]:
     estimates = list_estimates(results)
     machine = results["machine"]
     refusals = list_refusals(results)
-    spread = results["reference_ms_of_slices"]
+    spread = [entry["reference_ms"] for entry in results["slices"]]
     return {
         "budgets": format_budgets(points, BUDGETS),
         "contest": format_contest(points["int8"], BUDGETS),
@@ -398,6 +392,8 @@ def make_parts(results: Results) -> dict[str, str]:
         "estimated contest": format_contest(estimates, GPU_BUDGETS),
         "models": format_models(results),
         "refusals": "\n".join(refusals) or "None.",
+        "slices": format_slices(results),
+        "doubts": format_doubts(results, PRECISIONS),
         "machine": (
             f"{machine['cpu']}, {results['threads']} threads; OpenVINO {results['versions']['openvino']};"
             " batch 1."

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,12 @@ from which_model_report import PRECISIONS, REFERENCE
 from which_model_subjects import Subject
 
 from cmt_edge import Bundle, ExportConfig, Predictor
-from cmt_edge.deploy.bundle import ONNX, BundleWriter, make_plain
-from cmt_edge.deploy.errors import CmtEdgeError
+from cmt_edge.calib import CalibrationSet, Recipe, lint
+from cmt_edge.calib.quantize import place_pairs
+from cmt_edge.calib.statistics import Batches, LocalStatistics
+from cmt_edge.deploy import Preprocess
+from cmt_edge.deploy.bundle import ONNX, BundleWriter, Golden, Manifest, make_plain
+from cmt_edge.deploy.errors import CmtEdgeError, GateError
 from cmt_edge.deploy.measure.benchmark import (
     Protocol,
     bind_inference,
@@ -35,7 +39,7 @@ from cmt_edge.deploy.progress import Progress
 
 THREADS = 2
 """CPU threads of one inference."""
-CALIBRATED_ON = 8
+CALIBRATED_ON = 2
 """Images; enough for latencies, which do not depend on ranges."""
 PROTOCOL = Protocol(iters=40, seconds=0.8, warmup_iters=5, warmup_seconds=0.3, settle_seconds=0.02)
 """How long the models of a slice are measured in turns."""
@@ -68,44 +72,76 @@ def export_all(subjects: Sequence[Subject], folder: Path) -> None:
 
 
 def export_model(subject: Subject, folder: Path) -> dict[str, Any]:
-    """The bundles of one model in fp32 and int8, and what was found about each precision."""
-    from cmt_edge.export.preparation import prepare
+    """The bundles of one model in fp32 and int8, and what was found about each precision.
 
+    Latency needs less than an export does: the steps between PyTorch and the bundle are not compared one by
+    one, only the bundles with PyTorch, and int8 is calibrated by :func:`_quantize`.
+    """
     errors: dict[str, str] = {}
-    for precision in ("int8", "fp32"):
-        config = _make_config(subject, precision)
-        try:
-            prepared = prepare(config, Progress(quiet=True))
-        except CmtEdgeError as exc:
-            errors[precision] = describe_error(exc)
-            say(f"  {subject.name} {precision}: {exc}")
-            continue
-        for kept in ("fp32",) if precision == "fp32" else ("fp32", "int8"):
-            _write_bundle(prepared, kept, locate(folder, subject, kept))
-        break
+    try:
+        _write_bundles(subject, folder, errors)
+    except CmtEdgeError as exc:
+        errors["fp32"] = describe_error(exc)
+        say(f"  {subject.name}: {exc}")
     checks = _check_all(subject, folder, errors)
     entry = open_bundle(folder, subject, "fp32").manifest.model if "fp32" in checks else None
     return {
         "params": entry and entry.params,
         "macs": entry and entry.macs,
+        "calibrated_on": CALIBRATED_ON,
+        "refined": False,
         "errors": errors,
         "checks": checks,
     }
 
 
-def _make_config(subject: Subject, precision: str) -> ExportConfig:
-    quantizes = precision == "int8"
-    return ExportConfig(
+def _write_bundles(subject: Subject, folder: Path, errors: dict[str, str]) -> None:
+    """The bundle in fp32, and the one in int8 unless calibration fails; then ``errors`` says why."""
+    from cmt_edge.cmt import fuse
+    from cmt_edge.export import steps
+    from cmt_edge.export.config import OPSET
+    from cmt_edge.export.description import describe_export
+    from cmt_edge.export.to_onnx import export_onnx, simplify
+
+    config = ExportConfig(
         subject.name,
         "openvino",
-        precision,
+        "fp32",
         weights="random",
         imgsz=subject.imgsz,
-        data="generated" if quantizes else None,
-        calib_size=CALIBRATED_ON if quantizes else None,
         threads=THREADS,
         cache=False,
     )
+    reference = steps.make_reference(config)
+    manifest, golden = describe_export(config, reference), reference.golden
+    fused = fuse(reference.classifier)
+    # _check_all compares what comes of it
+    graph = simplify(export_onnx(fused, config.img_size, OPSET, config.outputs, lambda _: None))
+    del reference, fused
+    _write_bundle(graph, golden, manifest, locate(folder, subject, "fp32"))
+    try:
+        quantized = _quantize(graph, config.preprocess)
+    except CmtEdgeError as exc:
+        errors["int8"] = describe_error(exc)
+        say(f"  {subject.name} int8: {exc}")
+        return
+    _write_bundle(quantized, golden, replace(manifest, precision="int8"), locate(folder, subject, "int8"))
+
+
+def _quantize(graph: onnx.ModelProto, spec: Preprocess) -> onnx.ModelProto:
+    """``graph`` in int8 with the pairs that an export places.
+
+    The second part of an export's calibration, :mod:`cmt_edge.calib.refine`, is left out: it changes only
+    the values of constants.
+    """
+    data = CalibrationSet.choose("generated", CALIBRATED_ON, spec, 0)
+    quantized = place_pairs(graph, LocalStatistics(Batches(data, spec, None)), Recipe()).model
+    findings = lint(quantized)
+    if findings:
+        raise GateError(
+            f"the quantized graph breaks a rule for int8: {findings[0]}", remedy="report the model"
+        )
+    return quantized
 
 
 def locate(folder: Path, subject: Subject, precision: str) -> Path:
@@ -113,14 +149,13 @@ def locate(folder: Path, subject: Subject, precision: str) -> Path:
     return folder / "bundles" / f"{subject.key}_{'int8' if precision == 'int8' else 'fp32'}"
 
 
-def _write_bundle(prepared: Any, precision: str, place: Path) -> None:
+def _write_bundle(graph: onnx.ModelProto, golden: Golden, manifest: Manifest, place: Path) -> None:
     """A bundle that :func:`_check_all` has yet to compare with PyTorch; nothing else is measured now."""
     from cmt_edge.export.steps import write_files
 
     with BundleWriter(place) as writer:
-        golden = prepared.reference.golden
-        runtime = write_files(writer.folder, prepared.graph_of(precision), 1, golden, "openvino")
-        writer.commit(replace(prepared.manifest, precision=precision, runtime=runtime))
+        runtime = write_files(writer.folder, graph, 1, golden, "openvino")
+        writer.commit(replace(manifest, runtime=runtime))
 
 
 def open_bundle(folder: Path, subject: Subject, precision: str) -> Bundle:
@@ -160,11 +195,11 @@ def measure_slice(subjects: Sequence[Subject], folder: Path) -> dict[str, Any]:
             samples = time_interleaved(calls, PROTOCOL)
         base = samples[" ".join(REFERENCE)]
         return {
+            "measured": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
             "machine": make_plain(describe_host()),
             "versions": read_versions(),
             "threads": THREADS,
             "protocol": make_plain(PROTOCOL),
-            "calibrated_on": CALIBRATED_ON,
             "rows": {
                 name: {
                     "latency": make_plain(summarise(times)),
@@ -215,10 +250,11 @@ def _opened(folder: Path, subject: Subject, precision: str) -> Iterator[tuple[An
 
 
 def estimate_all(subjects: Sequence[Subject], folder: Path) -> None:
-    """Let NVIDIA's compiler build every exported model in fp16 that it has not built."""
+    """Let NVIDIA's compiler build every model in fp16 that it has not built, and whose graph is at hand."""
     for subject in subjects:
         place = folder / "estimate" / f"{subject.key}.json"
-        if place.exists() or not locate(folder, subject, "fp32").exists():
+        lacks_graph = _has_graph_in_bundle(subject) and not locate(folder, subject, "fp32").exists()
+        if place.exists() or lacks_graph:
             continue
         with step(f"compile {subject.name}"):
             write_json(place, estimate_model(subject, folder))
@@ -242,18 +278,15 @@ def estimate_model(subject: Subject, folder: Path) -> Mapping[str, Any]:
 
 
 def _make_graph(subject: Subject, folder: Path) -> tuple[onnx.ModelProto, list[np.ndarray]]:
-    """The float32 graph with the rewrites for TensorRT for RTX, and the golden images.
-
-    Where these rewrites are those for a CPU, the bundle has the graph.
-    """
-    from cmt_edge.cmt import find_model, fuse
-    from cmt_edge.cmt.spec import CPU, RTX
+    """The float32 graph with the rewrites for TensorRT for RTX, and the golden images."""
+    from cmt_edge.cmt import fuse
+    from cmt_edge.cmt.spec import RTX
     from cmt_edge.deploy.preprocessing import normalise
     from cmt_edge.export import steps
     from cmt_edge.export.config import OPSET
     from cmt_edge.export.to_onnx import export_onnx, simplify
 
-    if not subject.is_ours or _has_same_rewrites(find_model(subject.name), CPU, RTX):
+    if _has_graph_in_bundle(subject):
         bundle = open_bundle(folder, subject, "fp32")
         batch = normalise(bundle.golden().pixels, bundle.preprocess)
         return onnx.load(bundle.file(ONNX)), np.split(batch, len(batch))
@@ -263,11 +296,12 @@ def _make_graph(subject: Subject, folder: Path) -> tuple[onnx.ModelProto, list[n
     return graph, np.split(reference.batch, len(reference.batch))
 
 
-def _has_same_rewrites(spec: Any, *targets: str) -> bool:
-    first, second = (spec.choose_rewrites(target) for target in targets)
-    return bool(first == second)
+def _has_graph_in_bundle(subject: Subject) -> bool:
+    """Whether the rewrites for TensorRT for RTX are those for a CPU, so that the bundle has the graph."""
+    from cmt_edge.cmt import find_model
+    from cmt_edge.cmt.spec import CPU, RTX
 
-
-def remove_bundles(folder: Path) -> None:
-    """Remove what takes gigabytes; the figures stay."""
-    shutil.rmtree(folder / "bundles", ignore_errors=True)
+    if not subject.is_ours:
+        return True
+    spec = find_model(subject.name)
+    return bool(spec.choose_rewrites(CPU) == spec.choose_rewrites(RTX))

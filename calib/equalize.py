@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
@@ -42,10 +42,13 @@ from .graph import (
 from .groups import MODULE, find_module
 from .recipe import count_groups, is_depthwise_node
 from .sampling import Layer, spread
-from .statistics import Request, Statistics
+from .statistics import Measured, Request, Statistics
 
 SAMPLED_IMAGES = 16
 """The number of images whose rows decide how tensors are rescaled."""
+
+Observed = Mapping[str, tuple[np.ndarray, np.ndarray]]
+"""Tensor -> its lowest and highest values, ``(batches, C)`` each."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Site:
 
     @property
     def tensor(self) -> str:
-        """The name of the tensor in the graph that was given."""
+        """The name of the tensor that the conv reads now."""
         return name_value(get_input(self.conv, 0))
 
 
@@ -77,11 +80,13 @@ class Equalized:
             itself if nothing in it can be rescaled.
         telling: numbers of the batches on which some observed tensor of ``model`` reaches its largest
             magnitude over all batches, in ascending order. Symmetric ranges over these batches are the
-            ranges over all of them. Empty for the given graph.
+            ranges over all of them. Empty if nothing was observed.
+        reach: observed tensor of ``model`` -> its lowest and its highest value over all batches.
     """
 
     model: onnx.ModelProto
     telling: tuple[int, ...] = ()
+    reach: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def equalize(
@@ -101,31 +106,49 @@ def equalize(
     """
     with open_view(model) as view:
         sites = find_sites(view.graph)
-        if not sites:
-            return Equalized(model)
         tensors = [site.tensor for site in sites]
         others = sorted(set(read) - set(tensors))
+        if not sites and not others:
+            return Equalized(model)
         layers = [Layer(get_node_name(site.conv), site.tensor, (1, 1)) for site in sites]
         count = len(statistics)
-        sampled = spread(count, min(SAMPLED_IMAGES, max(count // 2, 1)))
-        request = Request(
-            model, tuple(tensors), tuple(others), tuple(range(count)), tuple(layers), tuple(sampled)
+        sampled = spread(count, min(SAMPLED_IMAGES, max(count // 2, 1))) if sites else []
+        found = statistics.measure(
+            Request(model, tuple(tensors), tuple(others), tuple(range(count)), tuple(layers), tuple(sampled))
         )
-        found = statistics.measure(request)
-        extremes, rows = found.extremes, found.rows
-        for site, layer, tensor in zip(sites, layers, tensors, strict=True):
-            low, high = extremes[tensor]
-            factor = _choose_factor(site, _split(low, high, sampled), rows.pop(layer.name))
-            _rescale(view.graph, site, factor)
-            extremes[tensor] = low / factor, high / factor
-        result = write_model(view)
-    del result.graph.value_info[:]
-    return Equalized(result, _choose_telling(extremes))
+        extremes: Observed = found.extremes
+        if sites:
+            extremes = _rescale_all(view.graph, sites, found, sampled)
+            model = write_model(view)
+            del model.graph.value_info[:]
+    reach = {name: (float(low.min()), float(high.max())) for name, (low, high) in extremes.items()}
+    return Equalized(model, _choose_telling(extremes), reach)
 
 
-def _choose_telling(
-    extremes: Mapping[str, tuple[np.ndarray, np.ndarray]],
-) -> tuple[int, ...]:
+def _rescale_all(
+    graph: ir.Graph,
+    sites: list[Site],
+    found: Measured,
+    sampled: Collection[int],
+) -> Observed:
+    """Rescale all ``sites`` of ``graph``; the extremes of what it reads then.
+
+    Args:
+        graph: is modified.
+        sites: of the graph.
+        found: on all images, and the rows of those ``sampled``. Its rows are removed once they are used.
+        sampled: numbers of images.
+    """
+    result = dict(found.extremes)
+    for site in sites:
+        low, high = result.pop(site.tensor)
+        factor = _choose_factor(site, _split(low, high, sampled), found.rows.pop(get_node_name(site.conv)))
+        _rescale(graph, site, factor)
+        result[site.tensor] = low / factor, high / factor
+    return result
+
+
+def _choose_telling(extremes: Observed) -> tuple[int, ...]:
     """The batches of :attr:`Equalized.telling`, from the extremes of each tensor, ``(batches, C)``."""
     largest = [np.maximum(-low.min(1), high.max(1)) for low, high in extremes.values()]
     loudest = {int(values.argmax()) for values in largest}
@@ -212,7 +235,11 @@ def _choose_factor(
     """By how much each channel is divided, ``(C,)``, from the extremes of the channels (see :func:`_split`)
     and values ``(rows, C)``."""
     weights = read_constant(get_input(site.conv, 1))
-    reader = Reader(weights.reshape(*weights.shape[:2], -1), is_depthwise_node(site.conv))
+    reader = Reader(
+        weights.reshape(*weights.shape[:2], -1),
+        is_depthwise_node(site.conv),
+        not any(site.conv.attributes.get_ints("pads", ())),
+    )
     return choose_factor(*extremes, values, reader)
 
 

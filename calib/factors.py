@@ -12,6 +12,7 @@ too small a range is cut off on the next image.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +31,34 @@ calibration images may be louder elsewhere."""
 LOWEST, HIGHEST = -128, 127
 """The values of int8."""
 
+SHIFT_GAIN = 0.7
+"""Values are shifted only where that leaves less than this part of the squared error of rounding: a shift is
+one more addition to runtimes that do not take it into their rounding."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How values are rounded: ``x`` becomes the integer ``x / scale + shift``.
+
+    Attributes:
+        scale: the size of a step.
+        shift: by how many steps values are moved before they are rounded.
+    """
+
+    scale: float
+    shift: int = 0
+
+    @property
+    def move(self) -> float:
+        """What is added to the values before they are rounded without a shift."""
+        return float(np.float32(self.scale)) * self.shift
+
+    def round(self, values: np.ndarray) -> np.ndarray:
+        """Values as int8 leaves them."""
+        steps = np.clip(np.rint(values / self.scale), LOWEST - self.shift, HIGHEST - self.shift)
+        rounded: np.ndarray = steps * self.scale
+        return rounded
+
 
 @dataclass(frozen=True)
 class Extremes:
@@ -43,6 +72,10 @@ class Extremes:
         reach: np.ndarray = np.maximum(-self.low, self.high)
         return reach
 
+    def divide(self, factor: np.ndarray) -> tuple[float, float]:
+        """The lowest and the highest value of all channels after they were divided by ``factor``."""
+        return float((self.low / factor).min()), float((self.high / factor).max())
+
 
 @dataclass(frozen=True)
 class Reader:
@@ -51,10 +84,12 @@ class Reader:
     Attributes:
         weights: ``(outputs, C, taps)``; ``(C, 1, taps)`` of a depthwise conv.
         depthwise: whether each channel has filters of its own.
+        shifts: whether what it reads may be shifted, see :class:`Grid`.
     """
 
     weights: np.ndarray
     depthwise: bool
+    shifts: bool = False
 
     def measure_powers(self, weights: np.ndarray) -> np.ndarray:
         """The power of all weights that each channel is multiplied by, ``(C,)``."""
@@ -79,26 +114,25 @@ def choose_factor(
     best, least = POWERS[0], np.inf
     for power in POWERS:
         factor = _make_factor(elsewhere, power)
-        powers, basis = _weigh(values, factor, reader)
-        scaled = (values / factor).astype(np.float32)
-        largest = _compute_scale(elsewhere, factor)
-        for part in PARTS:
-            lost = round_values(scaled, largest * part) - scaled
-            error = basis + float(_average_squares(lost) @ powers)
-            if error < least:
-                best, least = power, error
+        powers, lost = _weigh(values, factor, reader)
+        low, high = elsewhere.divide(factor)
+        grids = list_grids(max(-low, high) / HIGHEST, (low, high) if reader.shifts else None)
+        error = lost + float(measure_costs((values / factor).astype(np.float32), powers, grids).min())
+        if error < least:
+            best, least = power, error
     return _make_factor(everywhere, best)
 
 
 def _weigh(values: np.ndarray, factor: np.ndarray, reader: Reader) -> tuple[np.ndarray, float]:
     """The power of the weights of each channel that was divided by ``factor``, and the error that rounding
-    these weights costs."""
+    these weights costs, relative to what the values give."""
     if reader.depthwise:
         return reader.measure_powers(reader.weights) * factor**2, 0.0
     weights = reader.weights * factor[:, None]
     lost = round_weights(weights.reshape(len(weights), -1)).reshape(weights.shape) - weights
     varied = values.var(axis=0, dtype=np.float64) / factor**2
-    return reader.measure_powers(weights), float(reader.measure_powers(lost) @ varied)
+    given = float(_average_squares(values) @ reader.measure_powers(reader.weights)) or 1.0
+    return reader.measure_powers(weights), float(reader.measure_powers(lost) @ varied) / given
 
 
 def _make_factor(extremes: Extremes, power: float) -> np.ndarray:
@@ -106,11 +140,6 @@ def _make_factor(extremes: Extremes, power: float) -> np.ndarray:
     relative = np.maximum(reach / max(float(reach.max()), 1e-30), SMALLEST)
     factor: np.ndarray = relative**power
     return factor
-
-
-def _compute_scale(extremes: Extremes, factor: np.ndarray) -> float:
-    """The scale that cuts nothing off, after the channels were divided by ``factor``."""
-    return (float((extremes.measure_reach() / factor).max()) or 1.0) / HIGHEST
 
 
 def round_weights(weights: np.ndarray) -> np.ndarray:
@@ -121,23 +150,51 @@ def round_weights(weights: np.ndarray) -> np.ndarray:
     return rounded
 
 
-def round_values(values: np.ndarray, scale: float) -> np.ndarray:
-    """Activations as int8 leaves them."""
-    rounded: np.ndarray = np.clip(np.rint(values / scale), LOWEST, HIGHEST) * scale
-    return rounded
+def list_grids(largest: float, reach: tuple[float, float] | None = None) -> list[Grid]:
+    """What is tried for one tensor.
+
+    Args:
+        largest: the scale without cutting anything off.
+        reach: the lowest and the highest value, where values may be shifted.
+    """
+    if reach is None or not _is_one_sided(*reach):
+        return [Grid((largest or 1.0) * part) for part in PARTS]
+    return [_make_shifted(*reach, part) for part in PARTS]
 
 
-def choose_part(values: np.ndarray, powers: np.ndarray, largest: float) -> tuple[float, ...]:
-    """What each of :data:`PARTS` of the scale ``largest`` costs, relative to all.
+def _is_one_sided(low: float, high: float) -> bool:
+    """Whether steps become so much smaller by a shift that :data:`SHIFT_GAIN` is reached."""
+    symmetric = 2 * max(-low, high)
+    shifted = max(-low, 0.0) + max(high, 0.0)
+    return shifted**2 < SHIFT_GAIN * symmetric**2
+
+
+def _make_shifted(low: float, high: float, part: float) -> Grid:
+    """The grid whose integers reach from ``low`` to ``high``.
+
+    The farther end is reduced to ``part``. The one that is nearer to zero is not: a GELU has most of its
+    values there.
+    """
+    below, above = max(-low, 0.0), max(high, 0.0)
+    near, far = sorted((below, above))
+    scale = (near + part * far) / (HIGHEST - LOWEST)
+    steps = round(near / scale)
+    return Grid(scale, LOWEST + steps if below <= above else HIGHEST - steps)
+
+
+def measure_costs(values: np.ndarray, powers: np.ndarray, grids: Sequence[Grid]) -> np.ndarray:
+    """What each grid costs, relative to what the values give, float64 ``(grids,)``.
+
+    A mean error is counted as well, although a bias may take it: it is small where the range is not cut off.
 
     Args:
         values: what a layer reads, ``(rows, ...)``.
         powers: of the weights that each of them is multiplied by, ``(...)``.
-        largest: the scale without cutting anything off.
+        grids: what is tried.
     """
     given = float(np.vdot(_average_squares(values), powers)) or 1.0
-    errors = (_average_squares(round_values(values, largest * part) - values) for part in PARTS)
-    return tuple(float(np.vdot(error, powers)) / given for error in errors)
+    errors = (_average_squares(grid.round(values) - values) for grid in grids)
+    return np.array([float(np.vdot(error, powers)) / given for error in errors])
 
 
 def _average_squares(values: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ NNCF calibrates; results are cached by content.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -20,14 +20,13 @@ from cmt_edge.deploy.preprocessing import Preprocess
 
 from .by_nncf import RangeQuantizer, run_nncf
 from .data import CalibrationSet
-from .equalize import SAMPLED_IMAGES, Equalized, equalize
+from .equalize import Equalized, equalize
 from .graph import get_input, name_value, open_view
 from .groups import group_by_kind, group_nodes
 from .lint import lint, list_half_int8_nodes
 from .recipe import DEFAULT, INT8_OPS, Recipe
-from .refine import list_layers, refine
+from .refine import refine
 from .restore import list_int8_nodes, restore
-from .sampling import Rows, spread
 from .statistics import Batches, LocalStatistics, Request, Statistics
 
 CACHED_FILES = 20
@@ -192,7 +191,8 @@ def calibrate(
             calibrated = refine(
                 calibrated,
                 placed.source,
-                placed.rows,
+                statistics,
+                placed.reach if recipe.shift else {},
                 search=recipe.range_estimator == "error",
                 rounding=recipe.rounding,
                 biases=recipe.bias_correction,
@@ -207,12 +207,13 @@ class Placed:
     Attributes:
         model: the graph with Q/DQ pairs, whose weights are rounded to the nearest.
         source: the float graph that it was made from.
-        rows: of what the layers read; empty with ``smooth_quant``.
+        reach: tensor of ``source`` that layers read -> its lowest and its highest value. Empty unless the
+            recipe equalizes.
     """
 
     model: onnx.ModelProto
     source: onnx.ModelProto
-    rows: Rows
+    reach: Mapping[str, tuple[float, float]]
 
 
 def place_pairs(
@@ -220,22 +221,22 @@ def place_pairs(
     statistics: Statistics,
     recipe: Recipe,
 ) -> Placed:
-    """The first part of :func:`calibrate`: Q/DQ pairs with extremes as ranges, and what the second part needs
-    of the images. With ``smooth_quant`` NNCF corrects the biases."""
+    """The first part of :func:`calibrate`: Q/DQ pairs with extremes as ranges. Weights are rounded to the
+    nearest; with ``smooth_quant`` NNCF corrects the biases."""
     equalized = Equalized(model)
     if recipe.equalize:
         equalized = equalize(model, statistics, _read_in_int8(model, recipe))
     source = equalized.model
     if recipe.smooth_quant is not None or recipe.range_estimator == "mean_minmax":
-        calibrated, rows = _place_by_images(equalized, statistics, recipe)
+        calibrated = _place_by_images(equalized, statistics, recipe)
     else:
         observed = equalized.telling or tuple(range(len(statistics)))
-        calibrated, rows = _place_by_ranges(source, statistics, observed, recipe)
+        calibrated = _place_by_ranges(source, statistics, observed, recipe)
     # NNCF gives no scale to what does not come from the image alone, such as coordinates beside a map.
     halves = list_half_int8_nodes(calibrated)
     if halves:
         calibrated = restore(calibrated, source, halves)
-    return Placed(calibrated, source, rows)
+    return Placed(calibrated, source, equalized.reach)
 
 
 def _place_by_ranges(
@@ -243,28 +244,19 @@ def _place_by_ranges(
     statistics: Statistics,
     observed: tuple[int, ...],
     recipe: Recipe,
-) -> tuple[onnx.ModelProto, Rows]:
-    """The graph with pairs that NNCF makes with the extremes over the ``observed`` images, and the rows of
-    the layers: one request measures both."""
+) -> onnx.ModelProto:
+    """The graph with pairs that NNCF makes with the extremes over the ``observed`` images."""
     quantizer = RangeQuantizer(source, replace(recipe, range_estimator="minmax", bias_correction=False))
-    request = Request(
-        source,
-        whole=quantizer.tensors,
-        observed=observed,
-        layers=tuple(list_layers(source, recipe.float_nodes(source))),
-        sampled=tuple(spread(len(statistics), SAMPLED_IMAGES)),
-    )
-    found = statistics.measure(request)
-    return quantizer.quantize(found.extremes), found.rows
+    found = statistics.measure(Request(source, whole=quantizer.tensors, observed=observed))
+    return quantizer.quantize(found.extremes)
 
 
 def _place_by_images(
     equalized: Equalized,
     statistics: Statistics,
     recipe: Recipe,
-) -> tuple[onnx.ModelProto, Rows]:
-    """The graph with pairs that NNCF makes of images: of means, or with corrections of biases; and the rows
-    of the layers."""
+) -> onnx.ModelProto:
+    """The graph with pairs that NNCF makes of images: of means, or with corrections of biases."""
     refines = recipe.smooth_quant is None
     ranges = "mean_minmax" if recipe.range_estimator == "mean_minmax" else "minmax"
     chosen: Collection[int] = range(len(statistics))
@@ -275,12 +267,7 @@ def _place_by_images(
         range_estimator=ranges,
         bias_correction=recipe.bias_correction and not refines,
     )
-    calibrated = run_nncf(equalized.model, statistics.list_batches(), chosen, nncf_recipe)
-    if not refines:
-        return calibrated, {}
-    layers = tuple(list_layers(equalized.model, recipe.float_nodes(equalized.model)))
-    sampled = tuple(spread(len(statistics), SAMPLED_IMAGES))
-    return calibrated, statistics.measure(Request(equalized.model, layers=layers, sampled=sampled)).rows
+    return run_nncf(equalized.model, statistics.list_batches(), chosen, nncf_recipe)
 
 
 def _read_in_int8(model: onnx.ModelProto, recipe: Recipe) -> set[str]:

@@ -61,7 +61,7 @@ SMALL_FILTER = 32
 """A conv of the image stays float if each of its filters reads fewer values than this: int8 has little to
 multiply there, and the whole image to convert."""
 
-RULES = 8
+RULES = 9
 """The version of the rules in :meth:`Recipe.float_nodes` and of what follows it. It is increased when they
 change, so that no calibrated graph of older rules is taken from the cache."""
 
@@ -81,6 +81,9 @@ class Recipe:
             extremes), ``"minmax"`` (extremes over all images), or ``"error"``: the part of the latter that
             leaves the smallest error of the layers that read the values. With ``smooth_quant`` that is the
             whole, since smoothing changes the layers' weights.
+        shift: move what a layer without padding reads before it is rounded, where int8 represents it better
+            then (:mod:`cmt_edge.calib.shifts`); only with ``equalize`` and the ranges ``"error"``, and not
+            with ``smooth_quant``.
         rounding: round weights so that the errors of those that are multiplied by the same values make up for
             each other (:mod:`cmt_edge.calib.refine`); not with ``smooth_quant``.
         keep_float: groups of operations (:mod:`cmt_edge.calib.groups`) or single operations that become float
@@ -93,6 +96,7 @@ class Recipe:
     smooth_quant: float | None = None
     bias_correction: bool = True
     range_estimator: str = "error"
+    shift: bool = True
     rounding: bool = True
     keep_float: tuple[str, ...] = ()
 

@@ -3,25 +3,27 @@
 Every choice is made on rows of calibration images (:mod:`cmt_edge.calib.sampling`), for one layer at a time,
 against what the layer gives in float:
 
-* the **scale** of what it reads is that part of the range which leaves the smallest error of its output;
+* the **scale** of what it reads is that part of the range which leaves the smallest error of its output.
+  Values that reach farther to one side are **shifted** before they are rounded, so that all integers stand
+  for something (:mod:`cmt_edge.calib.shifts`);
 * its **weights** are rounded one column after the other, and what rounding one of them costs is made up for
   by those that follow, as far as the layer's inputs go together (GPTQ, Frantar et al., ICLR 2023);
 * its **bias** takes the mean error that is left.
 
-Nothing is added to the graph: only constants change.
+Nothing but the shifts is added to the graph: only constants change.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
-from .factors import HIGHEST, LOWEST, PARTS, choose_part, round_values
+from .factors import HIGHEST, LOWEST, Grid, list_grids, measure_costs
 from .graph import (
     DEQUANTIZE,
     QUANTIZE,
@@ -39,7 +41,9 @@ from .graph import (
     write_model,
 )
 from .recipe import INT8_OPS
-from .sampling import Layer, Rows, describe_layer
+from .sampling import DEPTHWISE_PART, ROWS, Layer, Rows, describe_layer, spread
+from .shifts import insert_shift
+from .statistics import Request, Statistics
 
 DAMPING = 0.01
 """What is added to the diagonal of the second moments of a layer's inputs, relative to their mean: directions
@@ -48,6 +52,16 @@ in which the sampled rows hardly vary must not count as free."""
 MOST_COLUMNS = 2048
 """The largest number of inputs of a layer whose weights are rounded anew. The sampled rows tell little about
 more of them, and the time grows with the third power."""
+
+MOST_IMAGES = 64
+"""The largest number of images whose rows are read."""
+
+ROWS_AN_IMAGE = 64
+"""The number of rows that an image gives for each layer."""
+
+ROW_BYTES = 256 << 20
+"""All rows together may take so many bytes; small models read more of them than the least number,
+:data:`.sampling.ROWS`. More rows and images mean weights and biases that suit other images better."""
 
 BLOCK = 64
 """The number of columns whose corrections are gathered before they are applied to all that follow."""
@@ -79,7 +93,8 @@ class Place:
 def refine(
     quantized: onnx.ModelProto,
     source: onnx.ModelProto,
-    rows: Rows,
+    statistics: Statistics,
+    reach: Mapping[str, tuple[float, float]] | None = None,
     *,
     search: bool = True,
     rounding: bool = True,
@@ -90,38 +105,51 @@ def refine(
     Args:
         quantized: the Q/DQ graph that was made from ``source``, with biases as they are there.
         source: the float graph.
-        rows: of what the layers read, of all of :func:`list_layers`.
-        search: whether ranges are reduced where that leaves a smaller error.
+        statistics: measures on the calibration images. How many of them are read depends on the size of the
+            model.
+        reach: tensor of ``source`` -> its lowest and its highest value; only such tensors are shifted.
+        search: whether ranges are reduced, and values shifted, where that leaves a smaller error.
         rounding: whether weights are rounded anew.
         biases: whether biases are corrected.
     """
     with open_view(source) as original, open_view(quantized) as view:
         places = find_places(view.graph, original.graph)
-        scales = _choose_scales(places, rows, search)
+        rows = _take_rows(source, places, statistics)
+        grids = _choose_grids(places, rows, reach or {}) if search else {}
         for place in places:
-            values = rows[place.layer.name]
-            rounded = round_values(values, scales[get_input(place.quantizer, 1)]).astype(np.float32)
+            values = rows.pop(place.layer.name)
+            scale = get_input(place.quantizer, 1)
+            grid = grids.get(scale) or Grid(float(read_constant(scale)))
+            rounded = grid.round(values).astype(np.float32)
             corrects = biases and place.bias is not None
             if rounding and _can_round(place):
                 _round_anew(place, rounded - rounded.mean(axis=0) if corrects else rounded)
             if corrects:
-                _correct_bias(place, values, rounded)
+                _add_to_bias(place, _measure_missing(place, values, rounded))
+            if grid.shift:
+                _add_to_bias(place, -grid.move * _read_weights(place).sum(axis=1, dtype=np.float64))
+        _write_grids(view.graph, places, grids)
         return write_model(view)
 
 
-def list_layers(source: onnx.ModelProto, floats: Collection[str] = ()) -> list[Layer]:
-    """The layers of a float graph of which rows may be needed, in the graph's order: those with constant
-    weights, besides the nodes ``floats``."""
-    with open_view(source) as view:
-        nodes = [
-            node for node in view.graph if node.op_type in INT8_OPS and get_node_name(node) not in floats
-        ]
-        layers = [
-            describe_layer(node, get_input(node, 0))
-            for node in nodes
-            if is_constant(node.inputs[1]) and not is_constant(node.inputs[0])
-        ]
-    return [layer for layer in layers if layer is not None]
+def _take_rows(source: onnx.ModelProto, places: list[Place], statistics: Statistics) -> Rows:
+    """Rows of what each layer reads."""
+    wanted = _count_rows(places)
+    possible = spread(len(statistics), MOST_IMAGES)
+    sampled = tuple(possible[i] for i in spread(len(possible), wanted // ROWS_AN_IMAGE))
+    layers = tuple(place.layer for place in places)
+    return statistics.measure(Request(source, layers=layers, sampled=sampled, wanted=wanted)).rows
+
+
+def _count_rows(places: list[Place]) -> int:
+    """How many rows of what each layer reads are taken."""
+    inputs = (
+        place.weights.size / DEPTHWISE_PART if place.layer.depthwise else place.weights.shape[1]
+        for place in places
+    )
+    row_bytes = math.ceil(sum(inputs)) * np.dtype(np.float32).itemsize
+    fitting = ROW_BYTES // max(row_bytes, 1)
+    return min(max(fitting, ROWS), MOST_IMAGES * ROWS_AN_IMAGE)
 
 
 def find_places(graph: ir.Graph, original: ir.Graph) -> list[Place]:
@@ -178,43 +206,77 @@ def _find_bias(node: ir.Node, outputs: int) -> ir.Value | None:
 # --- scales ---------------------------------------------------------------------------------------
 
 
-def _choose_scales(
+def _choose_grids(
     places: list[Place],
     rows: Mapping[str, np.ndarray],
-    search: bool,
-) -> dict[ir.Value, float]:
-    """Constant -> the scale that it gets. Quantizers that share a constant go on doing so: runtimes merge
-    those that read the same tensor with the same scale."""
+    reach: Mapping[str, tuple[float, float]],
+) -> dict[ir.Value, Grid]:
+    """Constant with a scale -> how what is divided by it is rounded. Quantizers that share a constant go on
+    doing so: runtimes merge those that read the same tensor with the same scale."""
     readers: dict[ir.Value, list[Place]] = {}
     for place in places:
         readers.setdefault(get_input(place.quantizer, 1), []).append(place)
-    scales = {}
+    chosen = {}
     for constant, group in readers.items():
-        largest = float(read_constant(constant))
-        scales[constant] = _search_scale(group, rows, largest) if search else largest
-    for constant, scale in scales.items():
-        set_constant(constant, np.array(scale, np.float32))
-    return scales
+        grids = list_grids(float(read_constant(constant)), _find_reach(group, reach))
+        chosen[constant] = grids[int(_measure_errors(group, rows, grids).argmin())]
+    return chosen
 
 
-def _search_scale(group: list[Place], rows: Mapping[str, np.ndarray], largest: float) -> float:
-    """The part of a scale that leaves the smallest error of all layers that read it, relative to what each
-    gives."""
-    errors = np.zeros(len(PARTS))
+def _find_reach(
+    group: list[Place],
+    reach: Mapping[str, tuple[float, float]],
+) -> tuple[float, float] | None:
+    """The lowest and the highest value of what a group reads; ``None`` where it may not be shifted."""
+    known = [reach[place.layer.tensor] for place in group if place.layer.tensor in reach]
+    if len(known) < len(group) or not all(map(_can_shift, group)):
+        return None
+    return min(low for low, _ in known), max(high for _, high in known)
+
+
+def _can_shift(place: Place) -> bool:
+    """Whether what is added to the values of this layer's pair can be taken back in its bias: no zeros of a
+    padding are among them, and no other layer reads the pair."""
+    attributes = place.node.attributes
+    plain = place.node.op_type != "Gemm" or (
+        attributes.get_float("alpha", 1.0) == attributes.get_float("beta", 1.0) == 1
+        and not attributes.get_int("transA", 0)
+    )
+    pair = find_producer(place.node.inputs[0])
+    values = (place.quantizer.outputs[0], *(pair.outputs if pair is not None else ()))
+    alone = all(count_readers(value) == 1 for value in values)
+    direct = pair is not None and pair.inputs[0] is place.quantizer.outputs[0]
+    return plain and alone and direct and place.bias is not None and not any(place.layer.pads)
+
+
+def _measure_errors(
+    group: list[Place],
+    rows: Mapping[str, np.ndarray],
+    grids: list[Grid],
+) -> np.ndarray:
+    """The error that each grid leaves of all layers that read it, relative to what each gives."""
+    errors = np.zeros(len(grids))
     for place in group:
         powers = np.square(place.weights)
         powers = powers if place.layer.depthwise else powers.sum(axis=0)
-        errors += choose_part(rows[place.layer.name], powers, largest)
-    return largest * PARTS[int(errors.argmin())]
+        errors += measure_costs(rows[place.layer.name], powers, grids)
+    return errors
 
 
-def _multiply(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """What a layer gives for rows, ``(rows, outputs)``, without a bias."""
-    if rows.ndim == 3:
-        product: np.ndarray = np.einsum("rck,ck->rc", rows, weights)
-        return product
-    result: np.ndarray = rows @ weights.T
-    return result
+def _write_grids(graph: ir.Graph, places: list[Place], grids: Mapping[ir.Value, Grid]) -> None:
+    """Give every quantizer its scale and its shift."""
+    for quantizer in dict.fromkeys(place.quantizer for place in places):
+        grid = grids.get(get_input(quantizer, 1))
+        if grid is not None and grid.shift:
+            insert_shift(graph, quantizer, grid.move)
+    for constant, grid in grids.items():
+        set_constant(constant, np.array(grid.scale, np.float32))
+
+
+def _multiply(row: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """What a layer gives for one row, ``(outputs,)``, without a bias."""
+    product: np.ndarray = np.einsum("ck,ck->c", row, weights) if row.ndim == 2 else weights @ row
+    return product
 
 
 # --- weights and biases ---------------------------------------------------------------------------
@@ -293,12 +355,18 @@ def _factor_moments(moments: np.ndarray) -> np.ndarray:
     return unit
 
 
-def _correct_bias(place: Place, values: np.ndarray, rounded: np.ndarray) -> None:
-    """Add to a bias what the layer gives too little on average."""
+def _measure_missing(place: Place, values: np.ndarray, rounded: np.ndarray) -> np.ndarray:
+    """What the layer gives too little on average, float64 ``(outputs,)``."""
+    pairs = ((values, place.weights), (rounded, _read_weights(place)))
+    expected, given = (_multiply(rows.mean(axis=0, dtype=np.float64), weights) for rows, weights in pairs)
+    missing: np.ndarray = expected - given
+    return missing
+
+
+def _add_to_bias(place: Place, change: np.ndarray) -> None:
+    """Change a bias by float64 ``(outputs,)``."""
     bias = place.bias
     if bias is None:
         return
-    missing = _multiply(values, place.weights) - _multiply(rounded, _read_weights(place))
     present = read_constant(bias)
-    corrected = present + missing.mean(axis=0, dtype=np.float64).reshape(present.shape)
-    set_constant(bias, corrected.astype(np.float32))
+    set_constant(bias, (present + change.reshape(present.shape)).astype(np.float32))

@@ -33,6 +33,7 @@ from .graph import (
     write_model,
 )
 from .recipe import INT8_OPS
+from .shifts import find_unshifted, is_shift
 
 FLOAT_SUFFIX = "_float"
 """Is added to the names of constants and moves that exist in a float and in an int8 form."""
@@ -102,7 +103,8 @@ class _Restoration:
 
     def _require_same_operations(self) -> None:
         for node in self.graph:
-            if node.op_type not in (QUANTIZE, DEQUANTIZE) and node.name not in self.original:
+            added = node.op_type in (QUANTIZE, DEQUANTIZE) or is_shift(node)
+            if not added and node.name not in self.original:
                 raise StepError(
                     "the int8 graph cannot become float again in part",
                     why=f"it has an operation {node.name} that the float graph does not have",
@@ -243,11 +245,11 @@ class _Restoration:
 
 
 def _find_before_pair(dequantizer: ir.Node) -> ir.Value:
-    """What the quantizer of a pair reads."""
+    """What the quantizer of a pair reads, before a shift."""
     quantizer = find_producer(dequantizer.inputs[0])
     if quantizer is None:
         raise TypeError(f"{dequantizer.name} does not read a quantizer")
-    return get_input(quantizer, 0)
+    return find_unshifted(quantizer)
 
 
 def _is_same(now: ir.Value, before: ir.Value) -> bool:

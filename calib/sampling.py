@@ -21,10 +21,11 @@ from .recipe import count_groups, is_depthwise_node
 from .running import Guard, open_graph
 
 ROWS = 1024
-"""The largest number of rows that all images together give for a layer."""
+"""The number of rows that all images together give for a layer, unless a caller wants more."""
 
-DEPTHWISE_ROWS = 256
-"""The same of a depthwise conv: each channel has few weights, and rows of its own, which take much memory."""
+DEPTHWISE_PART = 4
+"""Depthwise convs give so many times fewer rows: each channel has few weights, and rows of its own, which
+take much memory."""
 
 Rows = dict[str, np.ndarray]
 """The layer's name -> float32 ``(rows, K)``, or ``(rows, C, K)`` of a depthwise conv."""
@@ -84,6 +85,7 @@ def sample_rows(
     layers: Sequence[Layer],
     batches: Sequence[np.ndarray],
     guard: Guard = nullcontext,
+    wanted: int = ROWS,
 ) -> Rows:
     """Rows of what each layer reads.
 
@@ -92,12 +94,13 @@ def sample_rows(
         layers: of this graph.
         batches: float32 ``(1, 3, S, S)`` each.
         guard: is entered around every call of ONNX Runtime.
+        wanted: the largest number of rows that all images together give for a layer.
 
     Returns:
         The layer's name -> float32 ``(rows, K)``, or ``(rows, C, K)`` of a depthwise conv. Which rows are
         taken depends on the shapes and the number of the image alone.
     """
-    take = open_rows(model, layers, len(batches), guard)
+    take = open_rows(model, layers, len(batches), wanted, guard)
     found = [take(number, batch) for number, batch in enumerate(batches)]
     return {layer.name: np.concatenate([rows[layer.name] for rows in found]) for layer in layers}
 
@@ -106,6 +109,7 @@ def open_rows(
     model: onnx.ModelProto,
     layers: Sequence[Layer],
     total: int,
+    wanted: int = ROWS,
     guard: Guard = nullcontext,
     threads: int | None = None,
 ) -> Callable[[int, np.ndarray], Rows]:
@@ -117,16 +121,16 @@ def open_rows(
     def take(number: int, batch: np.ndarray) -> Rows:
         values = dict(zip(tensors, run(batch), strict=True))
         return {
-            layer.name: _take_rows(values[layer.tensor], layer, number, _limit_rows(layer, total))
+            layer.name: _take_rows(values[layer.tensor], layer, number, _limit_rows(layer, wanted, total))
             for layer in layers
         }
 
     return take
 
 
-def _limit_rows(layer: Layer, total: int) -> int:
+def _limit_rows(layer: Layer, wanted: int, total: int) -> int:
     """The largest number of rows of one of ``total`` images."""
-    return math.ceil((DEPTHWISE_ROWS if layer.depthwise else ROWS) / total)
+    return math.ceil((wanted // DEPTHWISE_PART if layer.depthwise else wanted) / total)
 
 
 def spread(total: int, count: int) -> list[int]:

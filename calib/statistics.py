@@ -22,7 +22,7 @@ from cmt_edge.deploy.preprocessing import Preprocess
 
 from .data import CalibrationSet
 from .running import Extremes, open_extremes
-from .sampling import Layer, Rows, open_rows, pick
+from .sampling import ROWS, Layer, Rows, open_rows, pick
 
 KEPT_BYTES = 512 << 20
 """Preprocessed images are kept in memory up to this size, in bytes. 300 images of 192 x 192 are 130 MB."""
@@ -47,6 +47,7 @@ class Request:
         observed: numbers of the images on which extremes are measured, in ascending order.
         layers: layers of which rows are taken.
         sampled: numbers of the images that give rows, in ascending order.
+        wanted: the largest number of rows that all of these together give for a layer.
     """
 
     model: onnx.ModelProto
@@ -55,6 +56,7 @@ class Request:
     observed: tuple[int, ...] = ()
     layers: tuple[Layer, ...] = ()
     sampled: tuple[int, ...] = ()
+    wanted: int = ROWS
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -113,7 +115,9 @@ def _lay_out(rows: np.ndarray) -> np.ndarray:
     their last bits depend on it. Rows ``(rows, C, K)`` of a depthwise conv lie as ``(rows, K, C)``, which is
     how they are sampled."""
     if rows.ndim == 3:
-        return np.ascontiguousarray(rows.transpose(0, 2, 1)).transpose(0, 2, 1)
+        by_tap = np.ascontiguousarray(rows.transpose(0, 2, 1))
+        by_channel: np.ndarray = by_tap.transpose(0, 2, 1)
+        return by_channel
     return np.ascontiguousarray(rows)
 
 
@@ -146,7 +150,12 @@ class Meter:
         if self._rows is None:
             asked = self._request
             self._rows = open_rows(
-                asked.model, asked.layers, len(asked.sampled), guard_calibration, self._threads
+                asked.model,
+                asked.layers,
+                len(asked.sampled),
+                asked.wanted,
+                guard_calibration,
+                self._threads,
             )
         return self._rows(self._sampled.index(number), batch)
 

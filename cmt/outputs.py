@@ -8,13 +8,14 @@ a model that changes its input in place a copy of it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from cmt_edge.deploy.errors import InputError
 
@@ -414,8 +415,8 @@ class _Trail(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._made: dict[int, Operation] = {}
-        self._kept: list[Tensor] = []
+        # Weak, because the activations of a large model would take gigabytes.
+        self._made: MutableMapping[Tensor, Operation] = WeakTensorKeyDictionary()
 
     def __torch_function__(
         self,
@@ -431,21 +432,17 @@ class _Trail(TorchFunctionMode):
         made = Operation(called.removesuffix("_"), shape)
         if isinstance(output, Tensor):
             if called in PASSING and read is not None:
-                made = self._made.get(id(read), Operation())
-            self._keep(output, made)
+                made = self.find_maker(read)
+            self._made[output] = made
         elif isinstance(output, tuple):  # values and indices
             for part in output:
                 if isinstance(part, Tensor):
-                    self._keep(part, made)
+                    self._made[part] = made
         return output
-
-    def _keep(self, output: Tensor, operation: Operation) -> None:
-        self._made[id(output)] = operation
-        self._kept.append(output)  # an id is unique while its tensor lives
 
     def find_maker(self, output: object) -> Operation:
         """The operation that made a tensor."""
-        return self._made.get(id(output), Operation())
+        return self._made.get(output, Operation()) if isinstance(output, Tensor) else Operation()
 
 
 class _Scaling(TorchFunctionMode):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cmt_edge.deploy.errors import WeightsError
+from cmt_edge.startup import name_program
 
 from .checkpoint import SAVE_REMEDY, make_refusal, read_content, read_metadata
 from .class_names import ClassNames, find_class_names
@@ -143,8 +144,8 @@ def load_pretrained(
     if not download and not is_kept(spec.pretrained):
         raise WeightsError(
             f"the published weights of {spec.name} are not in the cache, and nothing is downloaded unasked",
-            remedy=f"name the file: --weights PATH; or download it: cmt-export --model {spec.name} --weights"
-            " pretrained",
+            remedy="name the file: --weights PATH; or download it:"
+            f" {name_program('export')} --model {spec.name} --weights pretrained",
         )
     return load_weights(
         model,

@@ -27,7 +27,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from . import errors
 from .errors import CmtEdgeError, StepError
@@ -42,6 +42,8 @@ TAIL_LINES = 3
 """Number of lines of the child's standard error that a crash message quotes."""
 TAIL_CHARACTERS = 2000
 """Number of characters of standard error among which these lines are looked for."""
+SCRATCH = "cmt-edge-errors"
+"""What the system's lists of open files call a child's standard error."""
 IMPORT_FOLDER = str(Path(__file__).absolute().parents[2])
 """The folder that holds ``cmt_edge``. It is not resolved: in a checkout the path leads through a link."""
 START_CODE = """\
@@ -91,6 +93,14 @@ class ChildTimedOut(Exception):
 # --- in the parent --------------------------------------------------------------------------------
 
 
+def _open_scratch() -> TextIO:
+    """A file without a name, for the child's standard error. It lies in memory where the system can do that,
+    since a container may have no folder for temporary files."""
+    if hasattr(os, "memfd_create"):
+        return open(os.memfd_create(SCRATCH), "w+", encoding="utf-8", errors="replace")
+    return tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+
+
 class Child:
     """A child process that answers requests; a context manager that kills it at the end.
 
@@ -113,7 +123,7 @@ class Child:
         self.environment = dict(environment or {})
         self._progress = progress or (lambda phase, share: None)
         self._process: subprocess.Popen[str] | None = None
-        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        self._errors = _open_scratch()
 
     def __enter__(self) -> Child:
         return self

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from cmt_edge.startup import name_program
+
 from .arrays import check_color
 from .backends import (
     RUNTIME_OF_FORMAT,
@@ -492,7 +494,8 @@ def require_finite(
     raise BundleError(
         "the model gives NaN or infinite values for this input",
         where=where,
-        remedy="check the bundle with cmt-verify; a bundle of another precision may do, --precision fp32",
+        remedy=f"check the bundle: {name_program('verify')} BUNDLE; a bundle of another precision may do,"
+        " --precision fp32",
     )
 
 

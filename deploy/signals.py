@@ -7,9 +7,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from cmt_edge.startup import end_at_once
 
@@ -22,6 +22,11 @@ REPEATED_AFTER_S = 0.02
 TOGETHER_S = 1.0
 """Seconds after the first signal in which a different one counts as a part of the same request: systems send
 SIGTERM and SIGHUP together."""
+
+WAIT_S = 0.2
+"""Seconds between two looks for a signal: the system may tell another thread of it, which wakes nobody."""
+
+Result = TypeVar("Result")
 
 _received: list[tuple[int, float]] = []
 """Number and time in seconds of the signals since the outermost :func:`unwound_by_signals` began."""
@@ -75,6 +80,49 @@ def unwound_by_signals(*, interrupt: bool = False) -> Iterator[None]:
             signal.signal(number, handler)
         if outermost:
             sys.unraisablehook = hook
+
+
+def complete(call: Callable[[], Result], left: threading.Event) -> Result:
+    """The result of ``call``, which no signal interrupts halfway: the first one is raised at its end, a
+    second one at once.
+
+    The call runs in a thread of its own, so that it cannot replace what happens at a signal either: a library
+    that is started may take SIGTERM for itself, and end the process when its own start is interrupted. The
+    thread stays until ``left`` is set, because Linux can end processes with the thread that started them.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return call()
+    results: list[Result] = []
+    errors: list[BaseException] = []
+    ended = threading.Event()
+
+    def work() -> None:
+        try:
+            results.append(call())
+        except BaseException as exc:
+            errors.append(exc)
+        finally:
+            ended.set()
+            left.wait()
+
+    interrupts: list[BaseException] = []
+    try:
+        threading.Thread(target=work, daemon=True).start()
+        _await(ended)
+    except RuntimeError:  # the system starts no more threads
+        raise
+    except BaseException as exc:
+        interrupts.append(exc)
+        _await(ended)
+    for error in (*interrupts, *errors):
+        raise error
+    return results[0]
+
+
+def _await(ended: threading.Event) -> None:
+    """Wait for an event, with an eye for signals."""
+    while not ended.wait(WAIT_S):
+        pass
 
 
 def _list_numbers(interrupt: bool) -> list[int]:

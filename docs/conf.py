@@ -33,6 +33,7 @@ autodoc_mock_imports = [
     "onnxsim",
     "openvino",
     "safetensors",
+    "threadpoolctl",
     "torch",
 ]
 """Packages that the docstrings do not need and that the environment of the pages lacks, and a module of ours

@@ -14,6 +14,7 @@ from cmt_edge.deploy.bundle.signature import read_private_key
 from cmt_edge.deploy.cli.ranges import CLASS_COUNTS
 from cmt_edge.deploy.errors import InputError, WeightsError
 from cmt_edge.deploy.preprocessing import MAX_SHORT_SIDE, RESAMPLING
+from cmt_edge.startup import name_program
 
 from .derived import DerivedSettings
 from .options import (
@@ -143,7 +144,8 @@ def _check_auto(config: DerivedSettings) -> None:
     if config.format == "trt":
         raise InputError(
             "--precision auto measures on this machine, but TensorRT engines run on their device",
-            remedy="export fp16 and int8 with --no-build, then cmt-build and cmt-bench both on the device",
+            remedy="export fp16 and int8 with --no-build, then use"
+            f" {name_program('build')} and {name_program('bench')} on both, on the device",
         )
     if config.head != LOGITS:
         raise InputError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cmt_edge.deploy.errors import InputError
+from cmt_edge.startup import name_program
 
 from .checkpoint_settings import describe_by_weights, find_settings_by_shapes
 from .checks import check_settings
@@ -65,7 +66,7 @@ class ExportConfig(DerivedSettings):
                 "no model was named",
                 where=where,
                 why=f"{found['weights']} does not say which model it belongs to" if silent else None,
-                remedy="--model NAME; cmt-export --list-models prints them",
+                remedy=f"--model NAME; {name_program('models')} prints them",
             )
         return cls(**found)
 

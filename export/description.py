@@ -243,5 +243,7 @@ def write_report(
         content["verdict"] = manifest.verdict
     (folder / REPORT_TEXT).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     (folder / REPORT_JSON).write_text(report.to_json(content) + "\n", encoding="utf-8")
-    page = report.make_bundle_page(report.make_subject(name, name, manifest, speed, flipped=result.flipped))
+    subject = report.make_subject(name, name, manifest, speed, flipped=result.flipped)
+    others = {file: (folder / file).stat().st_size for file in (REPORT_TEXT, REPORT_JSON)}
+    page = report.make_own_page(subject, others)
     (folder / REPORT_PAGE).write_text(page, encoding="utf-8")

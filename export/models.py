@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 from fnmatch import fnmatch
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from cmt_edge.deploy.cli.console import make_parser, run_command
 from cmt_edge.deploy.cli.output import find_width, say, tell
 from cmt_edge.deploy.errors import RuntimeMissingError, UnknownNameError
+from cmt_edge.deploy.progress import Progress
 from cmt_edge.startup import name_program
 
 if TYPE_CHECKING:
@@ -56,6 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _main(args: argparse.Namespace) -> int:
     try:
+        with Progress(args.quiet).shown("read the models"):
+            import_module("cmt_edge.cmt")
         return show_models(args.json, args.name)
     except ModuleNotFoundError as exc:
         raise RuntimeMissingError(

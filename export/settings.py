@@ -261,7 +261,7 @@ class Settings:
     )
     build: bool = make_option(
         True,
-        help="write the bundle without an engine; cmt-build makes it on the device",
+        help="write the bundle without an engine; the build command makes it on the device",
         group=TENSORRT,
     )
     device: str | None = make_option(
@@ -299,7 +299,7 @@ class Settings:
     )
     sign: str | None = make_option(
         None,
-        help="sign the bundle with this private Ed25519 key, a PEM file; cmt-verify --key checks it",
+        help="sign the bundle with this private Ed25519 key, a PEM file; verify --key checks it",
         group=OUTPUT,
         metavar="KEY",
     )

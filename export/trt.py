@@ -21,10 +21,11 @@ from cmt_edge.deploy.errors import (
 )
 from cmt_edge.deploy.measure.tolerance import find_tolerance, measure_distance
 from cmt_edge.deploy.progress import Progress
-from cmt_edge.deploy.tensorrt.bindings import RTX
+from cmt_edge.deploy.tensorrt.bindings import PRODUCTS, RTX, Product
 from cmt_edge.deploy.tensorrt.build import finish_bundle, require_compiler, require_tensorrt
 from cmt_edge.deploy.tensorrt.engine import EngineOptions
 from cmt_edge.deploy.tensorrt.parser_rules import find_parser_problems
+from cmt_edge.startup import name_program
 
 from .config import ExportConfig
 from .steps import Differences, Reference
@@ -55,8 +56,8 @@ def check_builder(config: ExportConfig) -> None:
         raise RuntimeMissingError(
             exc.what,
             why=exc.why,
-            remedy="--no-build writes a complete bundle without the engine; cmt-build finishes it on the"
-            " device",
+            remedy="--no-build writes a complete bundle without the engine;"
+            f" {name_program('build')} finishes it on the device",
         ) from exc
 
 
@@ -79,15 +80,21 @@ def write_precision(
         ParityError: the precision changes an output by more than allowed.
     """
     result = type_graph(graph, config.precision, observed)
-    findings = find_parser_problems(result.model) if config.has_engine else []
+    if config.has_engine:
+        _require_readable(result.model, PRODUCTS[config.format])
+    difference = _require_same(config, graph, result.model, reference)
+    return result, {f"typed {config.precision}": difference}
+
+
+def _require_readable(graph: onnx.ModelProto, product: Product) -> None:
+    """Raise :class:`GateError` for a graph that the parser of ``product`` would refuse."""
+    findings = find_parser_problems(graph, product)
     if findings:
         raise GateError(
-            "TensorRT's parser would refuse the graph",
+            f"{product.title}'s parser would refuse the graph",
             why="; ".join(findings[:SHOWN_OBJECTIONS]),
             remedy="nothing was written; report the model, or export --format onnx or openvino",
         )
-    difference = _require_same(config, graph, result.model, reference)
-    return result, {f"typed {config.precision}": difference}
 
 
 def _require_same(

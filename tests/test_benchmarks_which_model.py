@@ -70,11 +70,11 @@ def test_labels_cover_nothing(which):
 
 REFERENCE = "timm:resnet50 fp32"
 CONDITIONS = {
+    "measured": "2026-01-02 03:04",
     "machine": {"cpu": "a CPU", "flags": ["avx2"], "cores": 2, "mhz": "1"},
     "versions": {"openvino": "1", "numpy": "1"},
     "threads": 2,
     "protocol": {},
-    "calibrated_on": 8,
 }
 
 
@@ -110,27 +110,57 @@ def test_earlier_figures_stay_on_the_same_scale(which, tmp_path):
     write_slice(tmp_path / "first", "a", 10.0)
     (tmp_path / "first" / "export").mkdir()
     checks = {"int8": {"passed": True}}
-    exported = {"params": 5, "macs": 6, "errors": {"bf16": "refused"}, "checks": checks}
+    exported = {"params": 5, "macs": 6, "refined": True, "errors": {"bf16": "refused"}, "checks": checks}
     (tmp_path / "first" / "export" / "a.json").write_text(json.dumps(exported))
     earlier = which.collect(models, tmp_path / "first")
     write_slice(tmp_path / "second", "b", 20.0, versions={"openvino": "1", "numpy": "2"})
     results = which.collect(models, tmp_path / "second", earlier)
     assert [(p.label, p.ms) for p in which.list_points(results, "int8")] == [("a", 7.5), ("b", 7.5)]
-    assert results["reference_ms_of_slices"] == [10.0, 20.0]
+    assert [entry["reference_ms"] for entry in results["slices"]] == [10.0, 20.0]
     kept = results["models"][0]
     assert kept["precisions"]["int8"] == earlier["models"][0]["precisions"]["int8"] | {"ms": 7.5}
     assert (kept["params"], kept["macs"], kept["precisions"]["bf16"]["error"]) == (5, 6, "refused")
+    assert kept["refined"] is True
     assert which.collect(models, tmp_path / "second", results) == results  # no slice counts twice
 
 
-def test_a_new_figure_replaces_the_earlier_one(which, tmp_path):
-    models = make_subjects("a")
+def test_the_figure_is_the_median_of_the_slices(which, tmp_path):
+    models = make_subjects("a", "b")
     write_slice(tmp_path / "first", "a", 10.0)
     earlier = which.collect(models, tmp_path / "first")
-    earlier["models"][0]["precisions"]["int8"]["ratio"] = [9.0] * 3
+    earlier["models"][0]["precisions"]["int8"]["runs"][0]["ratio"] = [9.0, 8.0, 10.0]
     write_slice(tmp_path / "second", "a", 20.0)
-    results = which.collect(models, tmp_path / "second", earlier)
-    assert results["models"][0]["precisions"]["int8"]["ratio"] == [2.0] * 3
+    write_slice(tmp_path / "second", "c", 30.0)
+    twice = which.collect(models, tmp_path / "second", earlier)
+    found = twice["models"][0]["precisions"]["int8"]
+    assert [(run["slice"], run["ratio"][0]) for run in found["runs"]] == [(1, 9.0), (2, 2.0)]
+    assert found["ms"] == pytest.approx(20.0 / 5.5)
+    write_slice(tmp_path / "third", "a", 40.0)
+    thrice = which.collect(models, tmp_path / "third", twice)["models"][0]["precisions"]["int8"]
+    assert [run["slice"] for run in thrice["runs"]] == [1, 2, 4]
+    assert thrice["ms"] == pytest.approx(25.0 / 2)
+
+
+def test_the_page_says_on_which_slices_a_figure_stands(which, tmp_path):
+    slices = import_module("which_model_slices")
+    models = make_subjects("a", "b")
+    write_slice(tmp_path, "a", 10.0)
+    write_slice(tmp_path, "b", 10.5)
+    results = which.collect(models, tmp_path)
+    runs = results["models"][0]["precisions"]["int8"]["runs"]
+    runs[0]["ratio"] = [2.0, 1.6, 2.4]
+    runs.append({**runs[0], "slice": 2, "ratio": [2.5, 2.5, 2.5]})
+    first, second = which.format_slices(results).splitlines()[2:]
+    assert split_cells(first) == ["1", "2026-01-02 03:04", "10.00", "20.0", "20.0 (a int8)", "a"]
+    assert split_cells(second)[-1] == "a, b"
+    rows = [split_cells(line) for line in which.format_doubts(results, which.PRECISIONS).splitlines()[2:]]
+    assert rows[0] == ["a", "1, 2", "-", "-", "4.1 to 6.4", "25"]
+    assert rows[1] == ["b", "2", "-", "-", "5.1 to 5.1", "-"]
+    assert slices.measure_disagreement(runs[:1]) is None
+
+
+def split_cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cmt_edge.__main__ import COMMANDS
 from helpers.paths import ROOT
 
 ROOMS = ("cmt", "export", "calib", "deploy")
@@ -22,6 +23,16 @@ RARE = re.compile(
     re.IGNORECASE,
 )
 """Words that a reader whose first language is not English looks up."""
+
+
+TYPED = re.compile(rf"cmt-(edge +)?({'|'.join(COMMANDS)})\b")
+"""A command as one of the users types it; others type it in another way, see ``startup.name_program``."""
+UNTYPED = {
+    "src/cmt_edge/startup.py",  # it makes the names
+    "src/cmt_edge/__main__.py",  # its examples say how the user has begun
+    "export/config_file.py",  # tables of a settings file
+}
+"""Modules that may hold such a name."""
 
 
 def names_of(statement: ast.stmt) -> list[str]:
@@ -85,3 +96,24 @@ def test_a_rare_word_is_found():
     assert RARE.search("Mend it")
     assert not RARE.search("this is what we recommend; a kind answer")
     assert len(texts()) > 200
+
+
+def quoted_commands(text: str) -> Iterator[str]:
+    """Texts of a module, but for its docstrings, that name a command as only some of the users type it."""
+    tree = ast.parse(text)
+    described = {id(node.value) for node in ast.walk(tree) if is_text(node)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in described:
+            yield from (found[0] for found in TYPED.finditer(node.value))
+
+
+def test_messages_name_a_command_as_the_user_types_it():
+    found = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in MODULES}
+    told = {name: text for name, text in found.items() if TYPED.search(text) and name not in UNTYPED}
+    quoted = {name: [*quoted_commands(text)] for name, text in told.items()}
+    assert {name: commands for name, commands in quoted.items() if commands} == {}
+
+
+def test_a_quoted_command_is_found():
+    text = "def f():\n    '''Of ``cmt-export``.'''\n    return f'cmt-bench {x}; cmt-edge doctor; cmt-edge'"
+    assert list(quoted_commands(text)) == ["cmt-bench", "cmt-edge doctor"]

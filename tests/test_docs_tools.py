@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -38,6 +39,33 @@ def read_commands() -> list[tuple[str, str]]:
             elif first.startswith("cmt-") and first.removeprefix("cmt-") in COMMANDS:
                 found.append((page, [first.removeprefix("cmt-"), *words[1:]]))
     return found
+
+
+# The packages of the site
+
+
+def list_imports(path: Path) -> set[str]:
+    """The packages that a module imports when it is imported itself."""
+    found = set()
+    for statement in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(statement, ast.Import):
+            found |= {name.name for name in statement.names}
+        elif isinstance(statement, ast.ImportFrom) and not statement.level:
+            found.add(statement.module or "")
+    return {name.split(".")[0] for name in found}
+
+
+def test_the_site_has_or_replaces_every_package_that_an_export_imports():
+    """The API page imports these modules in an environment without PyTorch."""
+    (mocked,) = re.findall(
+        r"^autodoc_mock_imports = (\[.*?\])", (ROOT / "docs/conf.py").read_text(encoding="utf-8"), re.M | re.S
+    )
+    pinned = re.findall(r"^([\w-]+)==", (ROOT / "requirements/docs.txt").read_text(encoding="utf-8"), re.M)
+    known = {*ast.literal_eval(mocked), *pinned, "PIL", "cmt_edge"} | sys.stdlib_module_names
+    modules = [path for room in ("cmt", "calib", "export") for path in (ROOT / room).rglob("*.py")]
+    assert len(modules) > 60
+    missing = {str(path): lacking for path in modules if (lacking := list_imports(path) - known)}
+    assert missing == {}
 
 
 # The commands and the Python that pages show

@@ -18,6 +18,8 @@ import numpy as np
 import tritonclient.grpc as client
 from tritonclient.utils import InferenceServerException
 
+from cmt_edge.startup import name_program
+
 from ..bundle import Bundle
 from ..bundle.sections import FLOAT32, ExecutedPrecision
 from ..errors import BundleError, InputError, RuntimeMissingError
@@ -128,7 +130,7 @@ class ServerSession(Session):
             raise RuntimeMissingError(
                 f"the server answered {found} for {name!r}, expected float32 with {count} rows",
                 where=self._address,
-                remedy="serve the bundle that was given here: cmt-edge serve-repo",
+                remedy=f"serve the bundle that was given here: {name_program('serve-repo')}",
             )
         return np.array(values)  # the answer's own memory is read-only
 
@@ -173,7 +175,8 @@ def _require_model(server: Any, address: Address, bundle: Bundle) -> None:
             "the server's model is not that of the bundle",
             where=address,
             why=exc.why,
-            remedy="serve the bundle that was given here: cmt-edge serve-repo; or name another model",
+            remedy=f"serve the bundle that was given here: {name_program('serve-repo')}; or name another"
+            " model",
         ) from exc
 
 

@@ -40,6 +40,7 @@ from .openvino_devices import (
 )
 from .openvino_graph import read
 from .openvino_watched import add_results, run_all
+from .overflow import SATURATION_NOTE, saturates_in_openvino
 from .profile import NodeRun, Profile
 
 PRECISION_OF_TYPE = {
@@ -303,7 +304,11 @@ class OpenVINO(Runtime):
         with _opening(path):
             found = _compile(core, Job(bundle, device.name, config), options.cache)
         notes = require_precision(found.value, device, device.choose_float(precision))
-        session = OpenVINOSession(found.value, lambda: _read_again(bundle, path), device.name, config, path)
+        if precision == "int8" and device.kind == CPU and saturates_in_openvino():
+            notes.append(SATURATION_NOTE)
+        session = OpenVINOSession(
+            found.value, lambda: _read_again(bundle, path, device.kind), device.name, config, path
+        )
         session.is_from_cache, session.notes = found.is_kept, notes
         return session
 
@@ -314,9 +319,11 @@ class OpenVINO(Runtime):
         config = _make_config(device, precision, options)
         path, low = bundle.file(ONNX), device.choose_float(precision)
         with bundle.kept(), _opening(path):
-            model = _read_modest(path, lambda graph: add_results(graph, bundle, tensors, low))
+            model = _read_modest(path, lambda graph: add_results(graph, bundle, tensors, low), device.kind)
             compiled = core.compile_model(model, device.name, config)
-        return WatchedSession(compiled, lambda: _read_again(bundle, path), device.name, config, path)
+        return WatchedSession(
+            compiled, lambda: _read_again(bundle, path, device.kind), device.name, config, path
+        )
 
 
 def _make_config(device: Device, precision: str, options: LoadOptions) -> dict[str, Any]:
@@ -341,7 +348,7 @@ def _compile(core: ov.Core, job: Job, cache: bool) -> Result[ov.CompiledModel]:
     path = job.bundle.file(ONNX)
 
     def compile_anew() -> ov.CompiledModel:
-        model = _read_modest(path)
+        model = _read_modest(path, device=job.device)
         _require_described(job, model)
         return core.compile_model(model, job.device, dict(job.config))
 
@@ -361,11 +368,13 @@ def _require_described(job: Job, model: ov.Model | ov.CompiledModel) -> None:
     )
 
 
-def _read_modest(path: Path, prepare: Callable[[ov.Model], object] | None = None) -> ov.Model:
+def _read_modest(
+    path: Path, prepare: Callable[[ov.Model], object] | None = None, device: str = CPU
+) -> ov.Model:
     """The model in a file, see :func:`.openvino_graph.read`; raises :class:`BundleError` where it makes a
     tensor larger than it may."""
     try:
-        return read(path, prepare)
+        return read(path, prepare, device)
     except ExcessiveGraph as exc:
         raise BundleError(
             f"{ONNX} asks for more than a graph may",
@@ -386,15 +395,15 @@ def open_as_float32(bundle: Bundle, threads: int | None = None) -> OpenVINOSessi
     job = Job(bundle, CPU, config)
     with _opening(path):
         compiled = _compile(core, job, cache=False).value
-    session = OpenVINOSession(compiled, lambda: _read_again(bundle, path), CPU, config, path)
+    session = OpenVINOSession(compiled, lambda: _read_again(bundle, path, CPU), CPU, config, path)
     session.runtime += ", float16 weights computed in float32"
     return session
 
 
-def _read_again(bundle: Bundle, path: Path) -> ov.Model:
+def _read_again(bundle: Bundle, path: Path, device: str) -> ov.Model:
     """The model of a bundle that was opened before; raises :class:`BundleError` where it was replaced."""
     with bundle.kept(), _opening(path):
-        return read(path)
+        return read(path, device=device)
 
 
 RUNTIME = OpenVINO()

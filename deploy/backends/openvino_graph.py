@@ -10,6 +10,11 @@ need this::
 
 ``x + 128 s = (q + 128) s`` is an unsigned value without a zero point, and the new bias is a constant. Convs
 with padding are left alone: the zeros around the map are zeros of ``x``, not of ``x + 128 s``.
+
+**Shifts before a quantizer.** Bundles move some values by a constant before they are rounded
+(:mod:`cmt_edge.calib.shifts`). OpenVINO rounds what lies between two ends, so that the addition becomes part
+of these ends: rounding ``x + c`` between ``low`` and ``high`` is rounding ``x`` between ``low - c`` and
+``high - c``, with the same integers.
 """
 
 from __future__ import annotations
@@ -24,7 +29,9 @@ from openvino import opset13 as ops
 from openvino.frontend import FrontEndManager
 
 from ..bundle.onnx_caps import MAX_MADE, ExcessiveGraph
-from .openvino_core import open_core
+from .openvino_constants import compute_constant, is_dequantized
+from .openvino_pairs import LAYERS, limit_pairs
+from .overflow import saturates_in_openvino
 
 MAX_RATIO = 64
 """The largest number of elements of a tensor for each element of the input, where that is above
@@ -37,12 +44,15 @@ BODIES = {
 }
 """Operation -> its methods that give a model inside it."""
 
-CONSTANT_OPERATIONS = ("Convert", "Reshape", "Subtract", "Multiply")
-"""What OpenVINO computes the weights of an int8 conv with."""
 
-
-def read(path: Path, prepare: Callable[[ov.Model], object] | None = None) -> ov.Model:
+def read(
+    path: Path,
+    prepare: Callable[[ov.Model], object] | None = None,
+    device: str = "CPU",
+) -> ov.Model:
     """The model in the ONNX file ``path``, rewritten as above; ``prepare`` changes it before that.
+
+    For the CPU, int8 weights are rounded as its instructions need it (:mod:`.openvino_pairs`).
 
     ``Core.read_model`` chooses a reader by the content of a file. One that is ONNX to another runtime may be
     another model to it, so that only the reader of ONNX is asked.
@@ -56,7 +66,9 @@ def read(path: Path, prepare: Callable[[ov.Model], object] | None = None) -> ov.
     _require_modest(model)
     if prepare is not None:
         prepare(model)
-    return make_unsigned(model)
+    if device == "CPU" and saturates_in_openvino():
+        limit_shifted(model)
+    return make_unsigned(take_in_shifts(model))
 
 
 def _require_modest(model: ov.Model) -> None:
@@ -85,6 +97,62 @@ def _iterate_nodes(model: ov.Model) -> Iterator[ov.Node]:
             pending += [getattr(node, name)() for name in BODIES.get(node.get_type_name(), ())]
 
 
+def limit_shifted(model: ov.Model) -> None:
+    """:func:`.openvino_pairs.limit_pairs`, where inputs of layers may be shifted: their biases take the shift
+    back with the sums of the weights, so that they have to follow when these are rounded otherwise."""
+    shifted = [(layer, move, _sum_inputs(layer)) for layer, move in _find_shifted(model)]
+    limit_pairs(model)
+    for layer, move, before in shifted:
+        correction = move * (before - _sum_inputs(layer))
+        if correction.any():
+            trailing = len(layer.get_output_partial_shape(0)) - 2 if layer.get_type_name() != "MatMul" else 0
+            _add_to_bias(layer, correction.reshape(-1, *[1] * trailing))
+    model.validate_nodes_and_infer_types()
+
+
+def _find_shifted(model: ov.Model) -> Iterator[tuple[ov.Node, float]]:
+    """Layers with int8 weights that read a shifted pair, and by how much it is shifted."""
+    for layer in model.get_ordered_ops():
+        if layer.get_type_name() not in LAYERS or not all(map(is_dequantized, layer.input_values())):
+            continue
+        node = layer.input_value(0).get_node()
+        while node.get_type_name() in ("Multiply", "Subtract", "Convert"):
+            node = node.input_value(0).get_node()
+        addition = node.input_value(0).get_node() if node.get_type_name() == "FakeQuantize" else node
+        if addition.get_type_name() == "Add" and _is_scalar(addition.input_value(1)):
+            yield layer, _read_scalar(addition.input_value(1))
+
+
+def _sum_inputs(layer: ov.Node) -> np.ndarray:
+    """The sum of the weights of each output of a conv or a product, float64."""
+    weights = compute_constant(layer.input_value(1)).astype(np.float64)
+    if layer.get_type_name() != "MatMul":
+        return np.asarray(weights.reshape(len(weights), -1).sum(axis=1))
+    return np.asarray(weights.sum(axis=-1 if layer.get_attributes()["transpose_b"] else -2))
+
+
+def take_in_shifts(model: ov.Model) -> ov.Model:
+    """Make the addition of one constant before a quantizer part of the ends between which it rounds; changes
+    ``model`` and returns it."""
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "FakeQuantize" or any(
+            _count_elements(node.input_value(i)) != 1 for i in range(1, 5)
+        ):
+            continue
+        addition = node.input_value(0).get_node()
+        if addition.get_type_name() != "Add" or not _is_scalar(addition.input_value(1)):
+            continue
+        move = _read_scalar(addition.input_value(1))
+        ends = [_read_scalar(node.input_value(i)) - move for i in (1, 2)]
+        values = addition.input_value(0)
+        for position, value in enumerate(
+            (values, *(ops.constant(np.float32(end)).output(0) for end in ends))
+        ):
+            node.input(position).replace_source_output(value)
+    model.validate_nodes_and_infer_types()
+    return model
+
+
 def make_unsigned(model: ov.Model) -> ov.Model:
     """Make the inputs of int8 convs unsigned, where no padding forbids it; changes ``model`` and returns it.
 
@@ -94,7 +162,7 @@ def make_unsigned(model: ov.Model) -> ov.Model:
         (conv, pair) for conv in model.get_ordered_ops() if (pair := _find_pair_before(conv)) is not None
     ]
     for conv, (quantizer, dequantized) in found:
-        low, high = (_read_scalar(quantizer.input_value(i)) for i in (1, 2))
+        low, high, least, most = (_read_scalar(quantizer.input_value(i)) for i in range(1, 5))
         edges = [ops.constant(np.float32(v)) for v in (low, high, 0.0, high - low)]
         shifted = ops.fake_quantize(
             quantizer.input_value(0),
@@ -102,7 +170,8 @@ def make_unsigned(model: ov.Model) -> ov.Model:
             quantizer.get_attributes()["levels"],
         )
         dequantized.output(0).replace(shifted.output(0))
-        correction = (low * _sum_channels(conv.input_value(1))).reshape(
+        lowest = least * (high - low) / (most - least)  # what the pair gives for the least integer
+        correction = (lowest * _sum_channels(conv.input_value(1))).reshape(
             1, -1, *[1] * (len(conv.get_output_partial_shape(0)) - 2)
         )
         _add_to_bias(conv, correction)
@@ -113,19 +182,19 @@ def make_unsigned(model: ov.Model) -> ov.Model:
 def _find_pair_before(conv: ov.Node) -> tuple[ov.Node, ov.Node] | None:
     """Quantizer and last node of the signed Q/DQ pair that only this conv reads, if its input may be
     shifted."""
-    if conv.get_type_name() != "Convolution" or _is_padded(conv) or not _is_dequantized(conv.input_value(1)):
+    if conv.get_type_name() != "Convolution" or _is_padded(conv) or not is_dequantized(conv.input_value(1)):
         return None
     end = conv.input_value(0)
-    if not _is_dequantized(end) or len(end.get_target_inputs()) != 1:
+    if not is_dequantized(end) or len(end.get_target_inputs()) != 1:
         return None
     node = end.get_node()
     while node.get_type_name() in ("Multiply", "Subtract", "Convert"):
         node = node.input_value(0).get_node()
     if node.get_type_name() != "FakeQuantize" or any(
-        _count_elements(node.input_value(i)) != 1 for i in (1, 2)
+        _count_elements(node.input_value(i)) != 1 for i in range(1, 5)
     ):
         return None
-    return (node, end.get_node()) if _read_scalar(node.input_value(1)) < 0 else None
+    return (node, end.get_node()) if _read_scalar(node.input_value(3)) < 0 else None
 
 
 def _is_padded(conv: ov.Node) -> bool:
@@ -134,20 +203,14 @@ def _is_padded(conv: ov.Node) -> bool:
     return attributes["auto_pad"] not in ("explicit", "valid") or any(pads)
 
 
-def _is_dequantized(value: ov.Output) -> bool:
-    """Whether ``value`` is what OpenVINO reads a ``DequantizeLinear`` as: int8 values converted, less a zero
-    point, times a scale."""
-    node = value.get_node()
-    for kind in ("Multiply", "Subtract", "Convert"):
-        if node.get_type_name() != kind:
-            return False
-        node = node.input_value(0).get_node()
-    return bool(node.get_output_element_type(0) == ov.Type.i8)
-
-
 def _count_elements(value: ov.Output) -> int:
     """Number of elements of a constant; 0 where the value is computed."""
     return int(value.get_node().data.size) if value.get_node().get_type_name() == "Constant" else 0
+
+
+def _is_scalar(value: ov.Output) -> bool:
+    """Whether it is a constant without any dimension, which leaves the shape of what it is added to."""
+    return _count_elements(value) == 1 and len(value.get_partial_shape()) == 0
 
 
 def _read_scalar(value: ov.Output) -> float:
@@ -158,29 +221,6 @@ def _sum_channels(weights: ov.Output) -> np.ndarray:
     """The sum of each output channel's weights, float64 ``(channels,)``."""
     values = compute_constant(weights)
     return np.asarray(values.reshape(len(values), -1).sum(axis=1, dtype=np.float64))
-
-
-def compute_constant(value: ov.Output) -> np.ndarray:
-    """The value of what is computed from constants alone.
-
-    A ``DequantizeLinear`` of weights consists of the operations that are known here. Anything else is left to
-    the runtime, which takes ten times as long for it.
-    """
-    node = value.get_node()
-    kind = node.get_type_name()
-    if kind == "Constant":
-        return np.asarray(node.data)
-    if kind not in CONSTANT_OPERATIONS:
-        model = ov.Model([value], [])  # pyright: ignore  # its stubs disagree with themselves
-        compiled = open_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-        return np.array(compiled([])[0])
-    first = compute_constant(node.input_value(0))
-    if kind == "Convert":
-        return np.asarray(first.astype(value.get_element_type().to_dtype()))
-    if kind == "Reshape":
-        return first.reshape(tuple(value.get_shape()))
-    second = compute_constant(node.input_value(1))
-    return np.asarray(first - second if kind == "Subtract" else first * second)
 
 
 def _add_to_bias(conv: ov.Node, correction: np.ndarray) -> None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
+from cmt_edge.startup import name_program
+
 from ..errors import BundleError, InputError
 from ..files import describe_irregular, hash_file, make_aside_path, read_regular, write_atomic, writing
 from ..locks import Hold
@@ -126,7 +128,7 @@ class Bundle:
             raise BundleError(
                 _describe_missing(path),
                 where=path,
-                remedy="give the folder that cmt-export printed",
+                remedy=f"give the folder that {name_program('export')} printed",
             )
         if manifest_path.stat().st_size > MAX_MANIFEST:
             raise make_bundle_error("the manifest is too large", manifest_path)

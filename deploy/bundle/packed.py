@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
+from cmt_edge.startup import name_program
+
 from ..cache import tell_unusable
 from ..errors import BundleError, OutputError
 from ..files import (
@@ -83,8 +85,6 @@ LOCAL_SIGNATURE = b"PK\x03\x04"
 """The first bytes of that record."""
 ENCRYPTED = 1
 """Bit in the flags of a member that needs a password."""
-BROKEN = "copy the file again, or pack the bundle again: cmt-export --pack"
-"""What to do about an archive that cannot be used."""
 
 
 def locate_packed(folder: Path) -> Path:
@@ -465,4 +465,5 @@ def _check_places(
 
 
 def _make_broken_error(what: str, file: Path, why: object = None) -> BundleError:
-    return BundleError(what, where=file, why=why, remedy=BROKEN)
+    remedy = f"copy the file again, or pack the bundle again: {name_program('export')} --pack"
+    return BundleError(what, where=file, why=why, remedy=remedy)

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cmt_edge.startup import name_program
+
 from ..errors import BundleError, InputError, RuntimeMissingError, SignatureError
 from ..files import read_regular
 from .record import make_object
@@ -134,7 +136,7 @@ def require_signed(signed: bytes, data: bytes | None, key: Path, where: object) 
             "is not signed",
             where=where,
             why=f"it has no {SIGNATURE}",
-            remedy="ask its maker for a signed bundle: cmt-export --sign KEY",
+            remedy=f"ask its maker for a signed bundle: {name_program('export')} --sign KEY",
         )
     signature = Signature.from_bytes(data, where)
     if signature.key != make_fingerprint(public):

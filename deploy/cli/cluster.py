@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import InputError
 from ..progress import Progress
-from .ranges import WORKERS
+from .ranges import SECONDS, WORKERS
 
 if TYPE_CHECKING:
     from ..scale.evaluation import Settings
@@ -17,8 +17,12 @@ LOCAL = "local"
 """What ``--ray`` without an address means: a cluster on this machine, which ends with the command."""
 
 
+WAIT_S = 600.0
+"""Seconds to wait for a cluster without free cores, unless told otherwise."""
+
+
 def add_cluster_flags(p: argparse.ArgumentParser) -> None:
-    """``--ray``, ``--answers``, ``--workers``."""
+    """``--ray``, ``--answers``, ``--workers``, ``--ray-wait``."""
     cluster = p.add_argument_group("cluster")
     cluster.add_argument(
         "--ray",
@@ -39,12 +43,18 @@ def add_cluster_flags(p: argparse.ArgumentParser) -> None:
         type=WORKERS.parse_whole,
         help="with --ray: largest number of workers, each with a loaded model (default: one a core)",
     )
+    cluster.add_argument(
+        "--ray-wait",
+        type=SECONDS.parse_number,
+        metavar="SECONDS",
+        help=f"with --ray: how long to wait for a cluster that has no free cores (default {WAIT_S:g})",
+    )
 
 
 def require_cluster_flags(args: argparse.Namespace) -> None:
     """Raise :class:`InputError` for flags that mean nothing without ``--ray``."""
-    given = [("--answers", args.answers is not None), ("--workers", args.workers is not None)]
-    alone = [flag for flag, is_given in given if is_given]
+    given = {"--answers": args.answers, "--workers": args.workers, "--ray-wait": args.ray_wait}
+    alone = [flag for flag, value in given.items() if value is not None]
     if alone and args.ray is None:
         raise InputError(f"{alone[0]} means nothing without --ray", remedy="add --ray")
 
@@ -66,4 +76,5 @@ def make_settings(args: argparse.Namespace, progress: Progress) -> Settings:
         atol=args.atol,
         progress=progress.share,
         note=progress.tell,
+        wait_s=WAIT_S if args.ray_wait is None else args.ray_wait,
     )

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from cmt_edge.startup import name_program
 from cmt_edge.version import __version__
 
 from ..backends import list_offered_runtimes, require_offered
@@ -59,6 +60,9 @@ UNUSABLE = (
     errno.EIO,
 )
 """Error numbers of a place that the user named and that cannot be used."""
+
+NO_TEMPORARY = "No usable temporary directory"
+"""How Python's error begins where no folder for temporary files can be written to."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -335,7 +339,7 @@ def _make_internal_error(exc: Exception) -> CmtEdgeError:
     """The error for what only a bug of ours can be."""
     return CmtEdgeError(
         f"internal failure: {type(exc).__name__}: {exc}",
-        remedy="please report it with this trace, and with what cmt-edge doctor prints",
+        remedy=f"please report it with this trace, and with what {name_program('doctor')} prints",
     )
 
 
@@ -348,6 +352,12 @@ def _convert_to_typed(exc: Exception) -> CmtEdgeError | None:
     if exc.errno in FULL:
         discard_output()
         return make_output_error(exc, is_lost=True)
+    if exc.errno == errno.ENOENT and NO_TEMPORARY in str(exc.strerror):
+        return OutputError(
+            "there is no folder for temporary files that can be written to",
+            why=exc.strerror,
+            remedy="name one in the variable TMPDIR; in a container mount one: docker run --tmpfs /tmp",
+        )
     if exc.errno in UNUSABLE and exc.filename is not None:
         return InputError(
             "cannot be used",

@@ -36,7 +36,7 @@ def add_content_flags(add_flag: Callable[..., object]) -> None:
         "--figures",
         type=Path,
         metavar="FILE.json",
-        help="also write the figures of the report as JSON, which cmt-report --merge reads",
+        help="also write the figures of the report as JSON, which report --merge reads",
     )
     add_flag(
         "--no-thumbnails",

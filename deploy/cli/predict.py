@@ -113,16 +113,7 @@ def _main(args: argparse.Namespace) -> int:
     _check(args)
     sources = [source for path in args.images for source in _expand(path, args.quiet)]
     failed = 0
-    with Predictor.load(
-        args.bundle,
-        backend=args.backend,
-        device=args.device,
-        threads=args.threads,
-        trusted_engine=args.trust_engine,
-        key=args.key,
-        cache=not args.no_cache,
-        throughput=len(sources) >= MANY,
-    ) as predictor:
+    with _open(args, throughput=len(sources) >= MANY) as predictor:
         if timeline:
             timeline.watch(predictor)
         show = _show(args, sources, predictor.labels)
@@ -139,6 +130,21 @@ def _main(args: argparse.Namespace) -> int:
     if failed:
         tell(f"{failed} of {len(sources)} images could not be read")
     return InputError.exit_code if failed else 0
+
+
+def _open(args: argparse.Namespace, throughput: bool) -> Predictor:
+    """The bundle, as the flags ask for it."""
+    with Progress(args.quiet).shown("open the bundle"):
+        return Predictor.load(
+            args.bundle,
+            backend=args.backend,
+            device=args.device,
+            threads=args.threads,
+            trusted_engine=args.trust_engine,
+            key=args.key,
+            cache=not args.no_cache,
+            throughput=throughput,
+        )
 
 
 def _check(args: argparse.Namespace) -> None:

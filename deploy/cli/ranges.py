@@ -80,8 +80,9 @@ SECONDS = Range(0, 30 * 86400)
 """Seconds of a measurement or a build, up to a month."""
 MILLISECONDS = Range(0, 86_400_000, above=True)
 """Milliseconds that an answer may take, up to a day."""
-RATES = Range(0, 1e9, above=True)
-"""Images a second that are asked for."""
+RATES = Range(0.1, 100_000)
+"""Images a second that LoadGen asks for: it sleeps between two queries whatever signal comes, and prepares
+all of a test before it begins."""
 POINTS = Range(0, 100)
 """A loss of top-1 in percentage points."""
 DIFFERENCE = Range(0, 1e9)

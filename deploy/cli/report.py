@@ -29,6 +29,7 @@ from ..report.html import (
     name_members,
     read_reported,
     read_subject,
+    require_distinct,
     require_one_model,
 )
 from .console import add_key_flag, make_parser, run_command
@@ -100,6 +101,7 @@ def _merge(args: argparse.Namespace) -> int:
     """The page of a fleet."""
     read = [member for path in args.bundles for member in read_reported(path, args.key)]
     require_one_model(read)
+    require_distinct(read)
     members = name_members(read)
     write_pages(
         args,

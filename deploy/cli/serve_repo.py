@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+from dataclasses import fields
 from pathlib import Path
 
 from cmt_edge.startup import name_program
 
+from ..backends.base import read_batch_limit
 from ..bundle import Bundle, require_outside_bundles
 from ..report import to_json
-from ..serving import SERVERS, Options, Repository, make_repository
+from ..serving import SERVERS, Options, Repository, Served, make_repository
 from .console import add_key_flag, make_parser, run_command
 from .output import say, say_folded
 from .ranges import INSTANCES, MICROSECONDS, SERVED_BATCHES, THREADS, VERSIONS
@@ -35,11 +38,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags of ``cmt-edge serve-repo``."""
+    """The flags of ``cmt-edge serve-repo``; those of how models are served are named as in ``Options``."""
     p = make_parser(
         name_program("serve-repo"),
         "Write bundles as a model repository for Triton or OpenVINO Model Server. Check the server with:"
-        " cmt-edge verify BUNDLE --backend kserve --device HOST:PORT/MODEL",
+        f" {name_program('verify')} BUNDLE --backend kserve --device HOST:PORT/MODEL",
         EXAMPLES,
     )
     p.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE")
@@ -62,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--max-batch",
         type=SERVED_BATCHES.parse_whole,
-        help="largest batch that the server makes of requests, for dynamic graphs (default 8)",
+        help="largest batch that Triton makes of requests, for dynamic graphs (default 8)",
     )
     how.add_argument(
         "--queue-delay-us",
@@ -83,6 +86,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     how.add_argument(
         "--model-version",
+        dest="version",
+        metavar="MODEL_VERSION",
         type=VERSIONS.parse_whole,
         default=Options.version,
         help="number of the models' version (default %(default)s)",
@@ -99,28 +104,26 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _main(args: argparse.Namespace) -> int:
     require_outside_bundles(args.output)
-    options = Options(
-        runtime=args.runtime,
-        version=args.model_version,
-        max_batch=args.max_batch,
-        instances=args.instances,
-        threads=args.threads,
-        queue_delay_us=args.queue_delay_us,
-        allow_bf16=args.allow_bf16,
-    )
+    options = Options(**{field.name: getattr(args, field.name) for field in fields(Options)})
     bundles = [Bundle.open(path, key=args.key) for path in args.bundles]
     made = make_repository(bundles, args.server, args.output, options)
-    start = START[made.server].format(folder=made.path)
+    start = START[made.server].format(folder=shlex.quote(str(made.path)))
     if args.json:
         say(to_json(_make_json(made, start)))
         return 0
     for model in made.models:
-        batches = f"batches of up to {model.max_batch}" if model.max_batch else "its own batch size alone"
-        say_folded(f"{model.name}: {model.runtime}, {batches}")
+        say_folded(f"{model.name}: {model.runtime}, {_describe_batches(model)}")
         for note in model.notes:
             say_folded(f"  note: {note}")
     say_folded(f"repository: {made.path}\nnext:\n  {start}")
     return 0
+
+
+def _describe_batches(model: Served) -> str:
+    """Which batches the server computes."""
+    if model.max_batch:
+        return f"batches of up to {model.max_batch}"
+    return "its own batch size alone" if read_batch_limit(model.bundle) else "batches as clients send them"
 
 
 def _make_json(made: Repository, start: str) -> dict[str, object]:

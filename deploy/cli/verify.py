@@ -11,7 +11,7 @@ from cmt_edge.startup import name_program
 
 from .. import report
 from ..backends import LoadOptions
-from ..bundle import Bundle
+from ..bundle import Bundle, require_outside_bundles
 from ..errors import InputError, WeightsError
 from ..images import ImageSet
 from ..measure.answering import Answers, Labelled
@@ -33,6 +33,9 @@ DIFFERENCE_REMEDY = (
     " more images like those it will see"
 )
 """What standard error says after a failed check."""
+
+NAMED_WEIGHTS = ("pretrained", "random")
+"""What ``--weights`` takes in place of a file, as at the export."""
 
 EXAMPLES = """\
 examples:
@@ -105,13 +108,20 @@ def _add_reference_flags(p: argparse.ArgumentParser) -> None:
     )
     reference.add_argument(
         "--weights",
-        help="the checkpoint the bundle was made from, to rebuild the PyTorch reference",
+        type=_read_weights,
+        help="the weights the bundle was made from, to rebuild the PyTorch reference: a checkpoint, or as at"
+        " the export 'pretrained' (downloaded if need be) or 'random'",
     )
     reference.add_argument(
         "--reference-model",
         metavar="MODULE:FACTORY",
         help="your own model, where the bundle was made from one: code is imported only if you name it",
     )
+
+
+def _read_weights(text: str) -> str:
+    """A checkpoint's path as it is; a name in any case."""
+    return text.lower() if text.lower() in NAMED_WEIGHTS else text
 
 
 def _add_layer_flags(p: argparse.ArgumentParser) -> None:
@@ -225,13 +235,8 @@ def _add_layers(
 
 def _write_pages(args: argparse.Namespace, bundle: Bundle, result: Verification) -> None:
     """The report of the bundle, with what was just found in place of what it records."""
-    entry = result.entry(_recall_steps(bundle))
-    subject = replace(
-        report.read_subject(bundle),
-        verification=entry,
-        flipped=result.flipped,
-        layers=result.layers or (),
-        layer_runs=result.layer_runs or (),
+    subject = report.read_subject(bundle, not args.no_thumbnails).with_check(
+        result.entry(_recall_steps(bundle)), result.flipped
     )
     write_pages(
         args,
@@ -249,12 +254,13 @@ def _recall_steps(bundle: Bundle) -> dict[str, float] | None:
 
 def _require_weights(weights: str | None) -> None:
     """Raise :class:`WeightsError` for a checkpoint that does not exist, also where no check would read it."""
-    if weights is not None and not Path(weights).exists():
-        raise WeightsError(
-            "no such checkpoint file",
-            where=weights,
-            remedy="check the path given to --weights, or leave it out",
-        )
+    if weights is None or weights in NAMED_WEIGHTS or Path(weights).exists():
+        return
+    raise WeightsError(
+        "no such checkpoint file",
+        where=weights,
+        remedy=f"check the path given to --weights, use {' or '.join(NAMED_WEIGHTS)}, or leave it out",
+    )
 
 
 def _require_layers(args: argparse.Namespace) -> None:
@@ -299,6 +305,8 @@ def _require_cluster(args: argparse.Namespace) -> None:
         return
     if args.data is None:
         raise InputError("--ray means nothing without --data", remedy="add --data, or leave --ray out")
+    if args.answers is not None:
+        require_outside_bundles(args.answers / "answers")
     if args.layers:
         raise InputError("--layers runs on this machine only", remedy="leave --ray or --layers out")
 

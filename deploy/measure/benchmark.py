@@ -290,6 +290,7 @@ class _Samples:
     on_device: OnDevice | None
     stages: Stages
     breakdown: Breakdown | None
+    notes: tuple[str, ...]
 
 
 def benchmark(
@@ -410,6 +411,7 @@ def _finish(
         on_device=_measure_on_device(session, batch, calls),
         stages=measure_stages(predictor, images, calls),
         breakdown=break_down(profile, blocks) if profile else None,
+        notes=tuple(session.notes),
     )
 
 
@@ -479,7 +481,7 @@ def _make_measured(
     warnings = [
         *list_precision_warnings(bundle.manifest.precision, samples.executed),
         *_write_latency_warnings(latency, samples.on_device),
-        *_write_accuracy_warnings(bundle),
+        *dict.fromkeys((*samples.notes, *_write_accuracy_warnings(bundle))),
     ]
     return Measured(
         name=name,

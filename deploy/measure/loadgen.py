@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +99,14 @@ def run_loadgen(
             progress(f"MLPerf LoadGen, {scenario}, of {name}", 0.0)
         with opened(bundle, throughput=scenario != SINGLE) as predictor:
             require_single_images(bundle, predictor, scenario)
-            folder = options.folder / name / scenario
-            pixels = _prepare(bundle, predictor, images)
-            results.append(_RUNNERS[scenario](predictor, pixels, folder, options, protocol))
+            test = _Test(
+                predictor,
+                _prepare(bundle, predictor, images),
+                options.folder / name / scenario,
+                options,
+                protocol,
+            )
+            results.append(_RUNNERS[scenario](test))
     return tuple(results)
 
 
@@ -125,63 +129,68 @@ def _prepare(bundle: Bundle, predictor: Predictor, images: Sequence[bytes]) -> n
     return np.ascontiguousarray(batch[:, None])
 
 
-def _run_single(
-    predictor: Predictor,
-    images: np.ndarray,
-    folder: Path,
-    options: LoadGenOptions,
-    protocol: Protocol,
-) -> LoadGenResult:
-    half = replace(protocol, iters=-(-protocol.iters // 2), seconds=protocol.seconds / 2)
-    call = bind_inference(predictor.session, images[0])
-    seconds = max(LEAST_SECONDS, protocol.seconds)
+@dataclass(frozen=True)
+class _Test:
+    """One scenario of one bundle.
 
-    def measure() -> float:
+    Attributes:
+        predictor: the opened bundle.
+        images: what LoadGen chooses from, float32 ``(N, 1, 3, H, W)``.
+        folder: of LoadGen's logs.
+        options: what is asked.
+        protocol: for how long.
+    """
+
+    predictor: Predictor
+    images: np.ndarray
+    folder: Path
+    options: LoadGenOptions
+    protocol: Protocol
+
+    @property
+    def seconds(self) -> float:
+        """How long LoadGen asks at least."""
+        return max(LEAST_SECONDS, self.protocol.seconds)
+
+    def measure_rate(self, size: int) -> float:
+        """Our images a second, as ``bench`` measures it, in batches of ``size``."""
+        batch = np.resize(self.images[:, 0], (size, *self.images.shape[2:]))
+        return measure_throughput(self.predictor, batch, max(LEAST_SECONDS, self.protocol.seconds / 2))
+
+    def measure_latency(self) -> float:
+        """Our median latency of one image, in milliseconds."""
+        half = replace(self.protocol, iters=-(-self.protocol.iters // 2), seconds=self.protocol.seconds / 2)
+        call = bind_inference(self.predictor.session, self.images[0])
         return float(np.median(time_interleaved({"ours": call}, half)["ours"])) / NS_PER_MS
 
-    before = measure()
-    asked = Query(SINGLE, seconds, protocol.iters, expected_ms=before / SURPLUS)
-    found = run_test(asked, OneAtATime(predictor.session, images), folder)
-    return _compare(_read(asked, found, folder), "p50", (before, measure()))
+    def run(self, asked: Query, answerer: OneAtATime | Pool) -> LoadGenResult:
+        """What LoadGen finds, without figures of ours."""
+        return _read(asked, run_test(asked, answerer, self.folder), self.folder)
 
 
-def _run_offline(
-    predictor: Predictor,
-    images: np.ndarray,
-    folder: Path,
-    options: LoadGenOptions,
-    protocol: Protocol,
-) -> LoadGenResult:
-    seconds, size = max(LEAST_SECONDS, protocol.seconds), predictor.batch or 1
-    measure = partial(_measure_rate, predictor, images, size, max(LEAST_SECONDS, protocol.seconds / 2))
-    before = measure()
-    asked = Query(OFFLINE, seconds, size, rate=SURPLUS * before)
-    found = run_test(asked, Pool(predictor.session, images, size), folder)
-    return _compare(_read(asked, found, folder), "rate", (before, measure()))
+def _run_single(test: _Test) -> LoadGenResult:
+    before = test.measure_latency()
+    asked = Query(SINGLE, test.seconds, test.protocol.iters, expected_ms=before / SURPLUS)
+    found = test.run(asked, OneAtATime(test.predictor.session, test.images))
+    return _compare(found, "p50", (before, test.measure_latency()))
 
 
-def _run_server(
-    predictor: Predictor,
-    images: np.ndarray,
-    folder: Path,
-    options: LoadGenOptions,
-    protocol: Protocol,
-) -> LoadGenResult:
-    seconds = max(LEAST_SECONDS, protocol.seconds)
-    rate = options.rate or SERVER_SHARE * _measure_rate(predictor, images, 1, seconds / 2)
-    asked = Query(SERVER, seconds, protocol.iters, rate=rate, limit_ms=options.limit_ms)
-    found = run_test(asked, Pool(predictor.session, images, 1), folder)
-    return _read(asked, found, folder)
+def _run_offline(test: _Test) -> LoadGenResult:
+    size = test.predictor.batch or 1
+    before = test.measure_rate(size)
+    asked = Query(OFFLINE, test.seconds, size, rate=SURPLUS * before)
+    found = test.run(asked, Pool(test.predictor.session, test.images, size))
+    return _compare(found, "rate", (before, test.measure_rate(size)))
+
+
+def _run_server(test: _Test) -> LoadGenResult:
+    rate = test.options.rate or SERVER_SHARE * test.measure_rate(1)
+    asked = Query(SERVER, test.seconds, test.protocol.iters, rate=rate, limit_ms=test.options.limit_ms)
+    return test.run(asked, Pool(test.predictor.session, test.images, 1))
 
 
 _RUNNERS = {SINGLE: _run_single, OFFLINE: _run_offline, SERVER: _run_server}
 """Scenario -> what measures it."""
-
-
-def _measure_rate(predictor: Predictor, images: np.ndarray, size: int, seconds: float) -> float:
-    """Images a second, as ``bench`` measures it, in batches of ``size``."""
-    batch = np.resize(images[:, 0], (size, *images.shape[2:]))
-    return measure_throughput(predictor, batch, seconds)
 
 
 def _read(asked: Query, found: Mapping[str, Any], folder: Path) -> LoadGenResult:

@@ -177,6 +177,7 @@ def _check_outputs(bundle: Bundle, predictor: Predictor, atol: float | None) -> 
         bundle.manifest.precision,
         predictor.info,
         golden,
+        notes=tuple(predictor.session.notes),
         kind=kinds.get(golden.output),
     )
 
@@ -217,7 +218,7 @@ def _judge(
     return replace(
         found,
         data=check,
-        notes=_write_notes(check, truth, classes),
+        notes=(*found.notes, *_write_notes(check, truth, classes)),
         reference_answers=answers.by_digest,
     )
 

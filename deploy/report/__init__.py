@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         make_comparison_figures,
         make_comparison_page,
         make_figures_file,
+        make_own_page,
         make_subject,
         read_subject,
     )
@@ -52,6 +53,7 @@ _HOMES = {
     "make_bundle_json": "as_json",
     "make_bundle_figures": "html",
     "make_bundle_page": "html",
+    "make_own_page": "html",
     "make_comparison_figures": "html",
     "make_comparison_page": "html",
     "make_figures_file": "html",
@@ -86,6 +88,7 @@ __all__ = [
     "make_comparison_figures",
     "make_comparison_page",
     "make_figures_file",
+    "make_own_page",
     "make_prediction_json",
     "make_subject",
     "read_subject",

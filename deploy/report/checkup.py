@@ -25,6 +25,11 @@ X86 = {
     "AVX": ("avx2", "avx512f"),
 }
 """What an x86 processor can do -> the flags of the instructions for it."""
+WITHOUT = {
+    "VNNI": "no: OpenVINO gets int8 weights that are rounded more coarsely, and int8 gains less speed; judge"
+    " both here, by cmt-verify --data and cmt-bench"
+}
+"""What the lack of an ability means, where it is more than slowness."""
 ARM = {
     "int8": ("asimddp", "i8mm"),
     "bfloat16": ("bf16",),
@@ -52,7 +57,7 @@ def _describe_machine(found: Checkup, width: int) -> list[str]:
     named = {
         "cmt-edge": f"{found.version}, Python {host.python}, {host.system}",
         "cpu": f"{host.cpu}, {host.machine}",
-        **{what: _describe_ability(host.flags, flags) for what, flags in abilities.items()},
+        **{what: _describe_ability(host.flags, what, flags) for what, flags in abilities.items()},
         "cores": _describe_cores(machine),
         "memory": _describe_memory(machine),
         "power": _describe_power(machine),
@@ -72,8 +77,9 @@ def _fold(name: str, text: str, width: int) -> list[str]:
     )
 
 
-def _describe_ability(flags: Iterable[str], wanted: Iterable[str]) -> str:
-    return ", ".join(flag for flag in wanted if flag in flags) or "no"
+def _describe_ability(flags: Iterable[str], what: str, wanted: Iterable[str]) -> str:
+    found = ", ".join(flag for flag in wanted if flag in flags)
+    return found or WITHOUT.get(what, "no")
 
 
 def _describe_cores(machine: Machine) -> str:

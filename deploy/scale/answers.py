@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, OutputError
+from ..escaping import escape_line
 from ..files import write_atomic, writing
 from .records import Task
 
@@ -65,19 +66,15 @@ class AnswersFolder:
         """
         self.path = path
         content: dict[str, Any] = {"format": FORMAT, **subject}
+        described = json.dumps(content, indent=1, sort_keys=True).encode()
+        self._subject = hashlib.sha256(described).digest()
         note = path / NOTE
-        if os.path.lexists(note):
+        if NOTE in require_answers(path, (NOTE,)):
             _require_same(note, content)
             return
-        if path.exists() and any(path.iterdir()):
-            raise OutputError(
-                "is not empty, and no folder of answers",
-                where=path,
-                remedy="name a new folder",
-            )
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
-        write_atomic(note, json.dumps(content, indent=1, sort_keys=True).encode())
+        write_atomic(note, described)
 
     def read(self, task: Task) -> Part | None:
         """The answers to a task; ``None`` where they are absent, damaged, or of other images."""
@@ -91,8 +88,8 @@ class AnswersFolder:
             part = Part(table["sha256"].to_pylist(), _read_logits(table), metadata[b"worker"].decode())
         except (OSError, ArrowException, KeyError, ValueError):
             return None
-        is_whole = names == [record.name for record in task.records] and len(part.logits) == len(names)
-        return part if is_whole and metadata.get(DIGEST) == _digest(task, part) else None
+        is_whole = names == _list_names(task) and len(part.logits) == len(names)
+        return part if is_whole and metadata.get(DIGEST) == self._digest(task, part) else None
 
     def write(self, task: Task, part: Part, labels: Sequence[str]) -> None:
         """Keep the answers to a task; the file is complete or absent."""
@@ -102,13 +99,13 @@ class AnswersFolder:
         top1 = part.logits.argmax(1)
         values = pyarrow.array(np.ascontiguousarray(part.logits).reshape(-1))
         columns = {
-            "image": [record.name for record in task.records],
+            "image": _list_names(task),
             "sha256": part.digests,
             "top1": pyarrow.array(top1, pyarrow.int32()),
-            "label": [labels[i] for i in top1],
+            "label": [_make_text(labels[i]) for i in top1],
             "logits": pyarrow.FixedSizeListArray.from_arrays(values, part.logits.shape[1]),
         }
-        metadata = {DIGEST: _digest(task, part), b"worker": part.worker.encode()}
+        metadata = {DIGEST: self._digest(task, part), b"worker": part.worker.encode()}
         table = pyarrow.table(columns).replace_schema_metadata(metadata)
         buffer = pyarrow.BufferOutputStream()
         parquet.write_table(table, buffer, compression="zstd")
@@ -117,6 +114,48 @@ class AnswersFolder:
     def _locate(self, task: Task) -> Path:
         return self.path / f"part-{task.number:06}-{task.digest[:16]}.parquet"
 
+    def _digest(self, task: Task, part: Part) -> bytes:
+        """What tells whether a file holds what was written, for this very task and model."""
+        total = hashlib.sha256(self._subject)
+        total.update(task.digest.encode())
+        total.update("".join(part.digests).encode())
+        total.update(np.ascontiguousarray(part.logits).tobytes())
+        total.update(part.worker.encode())
+        return total.hexdigest().encode()
+
+
+def require_answers(path: Path, known: Sequence[str]) -> set[str]:
+    """What lies in a folder for answers; nothing where it does not exist yet.
+
+    Files that another run is just writing do not count.
+
+    Raises:
+        OutputError: it holds something else than ``known``, and no note.
+    """
+    try:
+        names = {entry.name for entry in os.scandir(path)}
+    except OSError:  # the first writing explains it, unless there is nothing yet
+        return set()
+    others = {name for name in names if name not in known and not name.startswith(f".{NOTE}.")}
+    if others and NOTE not in names:
+        raise OutputError(
+            "is not empty, and no folder of answers",
+            where=path,
+            why=f"it holds {escape_line(min(others))}",
+            remedy="name a new folder",
+        )
+    return names
+
+
+def _list_names(task: Task) -> list[str]:
+    """The names of a task's images."""
+    return [_make_text(record.name) for record in task.records]
+
+
+def _make_text(name: str) -> str:
+    """A name as Arrow takes it: what is no UTF-8 in it is escaped."""
+    return name.encode(errors="backslashreplace").decode()
+
 
 def _read_logits(table: Any) -> np.ndarray:
     column = table["logits"].combine_chunks()
@@ -124,15 +163,6 @@ def _read_logits(table: Any) -> np.ndarray:
     if values.dtype != np.float32:
         raise ValueError("the logits are no float32")
     return values.reshape(len(column), -1)
-
-
-def _digest(task: Task, part: Part) -> bytes:
-    """What tells whether a file holds what was written, for this very task."""
-    total = hashlib.sha256(task.digest.encode())
-    total.update("".join(part.digests).encode())
-    total.update(np.ascontiguousarray(part.logits).tobytes())
-    total.update(part.worker.encode())
-    return total.hexdigest().encode()
 
 
 def _require_same(note: Path, content: Mapping[str, Any]) -> None:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import socket
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
+
+from cmt_edge.startup import name_program
 
 from ..cores import count_cores
 from ..errors import ClusterError, CmtEdgeError, RuntimeMissingError
+from ..signals import complete
 
 LOCAL = "local"
 """The address that stands for a cluster on this machine, which ends with the command."""
@@ -72,9 +76,12 @@ def ignoring_known_warnings() -> Iterator[None]:
 
 
 @contextmanager
-def connected(address: str) -> Iterator[Any]:
+def connected(address: str, cores: int = 1) -> Iterator[Any]:
     """Ray, connected to the cluster at ``address``, or to one that is started on this machine for
     :data:`LOCAL`. A connection that already exists is used and stays.
+
+    A cluster on this machine has ``cores`` at least, what one worker asks for: as without a cluster, a model
+    may compute with more threads than there are cores.
 
     Raises:
         RuntimeMissingError: Ray is not installed, or no cluster answers.
@@ -87,27 +94,29 @@ def connected(address: str) -> Iterator[Any]:
             return
         _require_address(address)
         require_answer(address)
-        with _keeping_signals():
-            _connect(ray, address)
+        left = threading.Event()
         try:
+            complete(partial(_connect, ray, address, cores), left)
             yield ray
         finally:
             with contextlib.suppress(Exception):
                 ray.shutdown()
+            left.set()
 
 
 class Cluster:
     """A cluster that is connected to when it is first needed, and left at the end; a context manager."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, cores: int = 1) -> None:
         self._address = address
+        self._cores = cores
         self._stack = contextlib.ExitStack()
         self._ray: Any = None
 
     def connect(self) -> Any:
         """Ray; raises as :func:`connected` does."""
         if self._ray is None:
-            self._ray = self._stack.enter_context(connected(self._address))
+            self._ray = self._stack.enter_context(connected(self._address, self._cores))
         return self._ray
 
     def __enter__(self) -> Cluster:
@@ -126,8 +135,8 @@ def _require_address(address: str) -> None:
         raise RuntimeMissingError(
             "Ray Data does not run through Ray Client",
             where=address,
-            remedy='run the command in the cluster: ray job submit --address http://HEAD:8265 -- "cmt-edge'
-            ' ... --ray auto"',
+            remedy="run the command in the cluster: ray job submit --address http://HEAD:8265 --"
+            f' "{name_program("verify")} ... --ray auto"',
         )
 
 
@@ -143,10 +152,10 @@ def require_answer(address: str) -> None:
         raise RuntimeMissingError("no Ray cluster answers", where=address, why=exc, remedy=ADDRESSES) from exc
 
 
-def _connect(ray: Any, address: str) -> None:
+def _connect(ray: Any, address: str, cores: int) -> None:
     options: dict[str, Any] = {}
     if address == LOCAL:
-        options = {"num_cpus": count_cores(), "include_dashboard": False}
+        options = {"num_cpus": max(cores, count_cores()), "include_dashboard": False}
     try:
         ray.init(
             address=address,
@@ -163,17 +172,6 @@ def _connect(ray: Any, address: str) -> None:
             why=first,
             remedy=ADDRESSES,
         ) from exc
-
-
-@contextmanager
-def _keeping_signals() -> Iterator[None]:
-    """Ray replaces what happens at SIGTERM; a command unwinds, and ends Ray itself."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError, TypeError):  # another thread than the main one
-            signal.signal(signal.SIGTERM, before)
 
 
 def _quieten(ray: Any) -> None:
@@ -220,7 +218,7 @@ def make_cluster_error(ray: Any, exc: BaseException) -> CmtEdgeError:
         )
     return CmtEdgeError(
         f"internal failure on a worker: {_find_first_line(last)}",
-        remedy="please report it, with what cmt-edge doctor prints on that machine",
+        remedy=f"please report it, with what {name_program('doctor')} prints on that machine",
     )
 
 

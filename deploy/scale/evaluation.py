@@ -21,15 +21,16 @@ from ..measure.host import read_versions
 from ..measure.parity import check_golden
 from ..predictor import Predictor
 from . import passes
-from .answers import AnswersFolder
+from .answers import AnswersFolder, require_answers
 from .cluster import Cluster
 from .passes import Plan, answer_all
 from .records import Record
 from .sources import Source
+from .waiting import LIMIT_S, Waiting
 from .worker import Subject
 
-REFERENCE_FOLDER = "reference"
-"""Folder of the reference's answers, among those of the bundle."""
+BUNDLE_FOLDER, REFERENCE_FOLDER = "bundle", "reference"
+"""Folders of the answers of the bundle, and of those of its reference."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Settings:
         atol: allowed golden logit difference of a worker; default by precision.
         progress: called with what is done, images done and total.
         note: called with what a user should know.
+        wait_s: seconds to wait for a cluster without free cores.
     """
 
     address: str
@@ -59,6 +61,7 @@ class Settings:
     atol: float | None = None
     progress: Callable[[str, float], None] | None = None
     note: Callable[[str], None] | None = None
+    wait_s: float = LIMIT_S
 
 
 def make_answerer(
@@ -98,7 +101,8 @@ def answer_both(
     """
     if not isinstance(labelled.data, Source):
         raise TypeError("a cluster answers the images of open_source()")
-    with Cluster(settings.address) as cluster, _opened(settings.answers) as folder:
+    cluster = Cluster(settings.address, settings.threads or 1)
+    with cluster, _opened(settings.answers) as folder:
         is_verified = check_golden(bundle, predictor, settings.atol).passed
         run = _Run(cluster, predictor, labelled.data, labelled.items, settings, folder, is_verified)
         ours = run.answer(bundle, None)
@@ -159,8 +163,9 @@ class _Run:
             settings.workers,
             bundle.labels,
             _make_report(settings, phase),
+            waiting=Waiting(settings.wait_s, settings.note),
         )
-        target = self.folder / side if side else self.folder / "bundle"
+        target = self.folder / (side or BUNDLE_FOLDER)
         answers = answer_all(
             self.cluster, subject, plan, AnswersFolder(target, _describe(bundle, self.source, subject, plan))
         )
@@ -215,6 +220,7 @@ def pack_bundle(bundle: Bundle) -> bytes:
 def _opened(answers: Path | None) -> Iterator[Path]:
     """The folder for the answers, or one that ends with the run."""
     if answers is not None:
+        require_answers(answers, (BUNDLE_FOLDER, REFERENCE_FOLDER))
         yield answers
         return
     with tempfile.TemporaryDirectory(prefix="cmt-edge-answers-") as name:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from .cluster import Cluster
 from .failures import raise_failures
 from .records import Record, Task, divide
 from .rounds import Job, Rounds
+from .waiting import Waiting
 from .worker import Answered, Answerer, Subject, iterate_answered, make_task_table
 
 TASK_IMAGES = 128
@@ -50,6 +51,7 @@ class Plan:
         labels: of the model's classes, for the table.
         progress: called with images done and total.
         answerer: the class that answers a task on a worker.
+        waiting: how long a cluster without free cores is waited for.
     """
 
     records: Sequence[Record]
@@ -58,6 +60,7 @@ class Plan:
     labels: Sequence[str]
     progress: Callable[[int, int], None] | None = None
     answerer: type[Answerer] = Answerer
+    waiting: Waiting = field(default_factory=Waiting)
 
 
 def answer_all(cluster: Cluster, subject: Subject, plan: Plan, folder: AnswersFolder) -> Answers:
@@ -72,14 +75,15 @@ def answer_all(cluster: Cluster, subject: Subject, plan: Plan, folder: AnswersFo
     Raises:
         ImageError, DataError: images cannot be read; all others are answered.
         ray.exceptions.RayError: the cluster cannot go on; what was answered stays in ``folder``.
-        CmtEdgeError: what a worker raised.
+        CmtEdgeError: what a worker raised, or there are no free cores.
     """
     tasks = list(divide(plan.records, plan.chunk, TASK_IMAGES))
     parts = {task.number: part for task in tasks if (part := folder.read(task)) is not None}
     kept = sum(len(tasks[number].records) for number in parts)
     failures: dict[int, list[str | None]] = {}
     _report(plan, kept)
-    rounds = Rounds(cluster, Job(plan.answerer, subject, _ship, subject.threads or 1, plan.workers))
+    job = Job(plan.answerer, subject, _ship, subject.threads or 1, plan.workers, plan.waiting)
+    rounds = Rounds(cluster, job)
     while missing := [task for task in tasks if task.number not in parts and task.number not in failures]:
         for block in rounds.run([make_task_table(task) for task in missing]):
             for answered in iterate_answered(block):

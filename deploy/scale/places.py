@@ -71,6 +71,18 @@ class Place:
         with _explaining(path), self.files.open_input_file(path) as file:
             yield cast(BinaryIO, io.BufferedReader(file, READ_AHEAD))
 
+    def has_state(self, path: str, state: str) -> bool:
+        """Whether a file is still in the ``state`` of its :class:`Entry`. Of a file of this machine only the
+        size counts: another node may have a copy, with a time of its own."""
+        with _explaining(path):
+            info = self.files.get_file_info(path)
+        found = _describe_state(info)
+        return (
+            found.split(maxsplit=1)[0] == state.split(maxsplit=1)[0]
+            if not is_url(self.url)
+            else found == state
+        )
+
     def read(self, path: str, offset: int = 0, size: int | None = None) -> bytes:
         """``size`` bytes of a file, all of them by default; raises :class:`DataError`."""
         with _explaining(path), self.files.open_input_file(path) as file:
@@ -127,7 +139,11 @@ def _open_by_fsspec(url: str) -> Place:
 
 
 def _make_entry(info: Any, name: str) -> Entry:
-    return Entry(info.path, name, info.size or 0, f"{info.size} {info.mtime_ns}")
+    return Entry(info.path, name, info.size or 0, _describe_state(info))
+
+
+def _describe_state(info: Any) -> str:
+    return f"{info.size} {info.mtime_ns}"
 
 
 @contextmanager

@@ -17,6 +17,7 @@ class Reader:
         self._file = ""
         self._first = 0  # the first row of what is kept
         self._kept: Any = None
+        self._checked: set[tuple[str, str]] = set()  # files, each with its state
 
     def read(self, source: str, record: Record) -> bytes:
         """The encoded bytes of an image of ``source``.
@@ -24,6 +25,10 @@ class Reader:
         Raises:
             DataError: they cannot be read, or the file was changed since it was listed.
         """
+        if (
+            record.offset != WHOLE or record.row >= 0
+        ):  # its label does not tell whether it is another image now
+            self._require_unchanged(source, record)
         if record.row >= 0:
             return self._read_row(source, record)
         size = None if record.offset == WHOLE else record.size
@@ -31,6 +36,14 @@ class Reader:
         if size is not None and len(data) != size:
             raise _make_changed_error(record)
         return data
+
+    def _require_unchanged(self, source: str, record: Record) -> None:
+        """Raise :class:`DataError` where a shard or a table is another one than listed; once for each."""
+        key = (record.file, record.state)
+        if key not in self._checked:
+            if not open_place(source).has_state(record.file, record.state):
+                raise _make_changed_error(record)
+            self._checked.add(key)
 
     def _read_row(self, source: str, record: Record) -> bytes:
         if record.file != self._file or not 0 <= record.row - self._first < len(self._kept):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ClusterError
 from .cluster import AGAIN, Cluster, ignoring_known_warnings
+from .waiting import Waiting, await_cores, list_cores
 
 FRUITLESS = 2
 """Rounds in a row without any result after which the next one is the last."""
@@ -24,6 +25,7 @@ class Job:
         ship: gives ``argument`` with its large parts in Ray's store, so that they travel once.
         threads: cores of a worker.
         workers: the largest number of workers; ``None``: as many as the cluster has cores for.
+        waiting: how long a cluster without free cores is waited for.
     """
 
     worker: type
@@ -31,11 +33,11 @@ class Job:
     ship: Callable[[Any, Any], Any]
     threads: int = 1
     workers: int | None = None
+    waiting: Waiting = field(default_factory=Waiting)
 
     def count(self, ray: Any) -> int:
-        """The number of workers in the cluster as it is now."""
-        cores = float(ray.cluster_resources().get("CPU", 1))
-        possible = max(1, int(cores // self.threads))
+        """The number of workers in the cluster as it is now; each has its threads' cores on one node."""
+        possible = max(1, sum(cores // self.threads for cores in list_cores(ray)))
         return min(possible, self.workers or possible)
 
 
@@ -55,7 +57,7 @@ class Rounds:
         """One round: Arrow tables with the results of tasks, in any order; a table may hold those of several.
 
         Raises:
-            ClusterError: the third round in a row gives nothing.
+            ClusterError: the third round in a row gives nothing, or there are no free cores.
             ray.exceptions.RayError: what ended the workers of such a round.
         """
         ray = self._cluster.connect()
@@ -64,6 +66,7 @@ class Rounds:
         is_last = self._fruitless >= FRUITLESS
         self._fruitless += 1
         try:
+            await_cores(ray, self._job.threads, self._job.waiting)
             for block in self._run(ray, tables, is_last):
                 if block.num_rows:
                     self._fruitless = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -56,7 +56,7 @@ def _scan(place: Place, entry: Entry) -> tuple[list[Record], bool]:
     try:
         with place.open(entry.path) as file:
             read_members(file, entry.size, members)
-            labels = dict(_read_labels(file, members, where))
+            labels = _collect_labels(_read_labels(file, members, where), where)
     except UNREADABLE as exc:
         raise DataError(
             "cannot be read as a tar archive",
@@ -83,6 +83,20 @@ def _read_labels(file: BinaryIO, members: Members, where: str) -> Iterator[tuple
         if not label:
             raise DataError("a label is empty", where=f"{where}/{name}", remedy="check it")
         yield find_key(name), str(int(label)) if _is_number(label) else label
+
+
+def _collect_labels(found: Iterable[tuple[str, str]], where: str) -> dict[str, str]:
+    """Key -> label; raises :class:`DataError` where a key has two, as ``1.0.cls`` and ``1.5.cls`` give it."""
+    labels: dict[str, str] = {}
+    for key, label in found:
+        if labels.setdefault(key, label) != label:
+            raise DataError(
+                f"the key {key!r} has two labels",
+                where=where,
+                why=f"{labels[key]} and {label}; a key ends at the first dot of a file's name",
+                remedy="write keys without dots",
+            )
+    return labels
 
 
 def find_key(name: str) -> str:

@@ -70,6 +70,7 @@ def open_source(text: str) -> Source:
     entries = place.list()
     tables = [entry for entry in entries if entry.name.lower().endswith(ENDING)]
     shards = [entry for entry in entries if entry.name.lower().endswith(TAR)]
+    _require_one_kind(place.url, entries)
     if tables:
         items, has_numbers = scan_tables(place, tables)
     elif shards:
@@ -78,6 +79,27 @@ def open_source(text: str) -> Source:
         items, has_numbers = _list_files(entries), False
     _check(place.url, items)
     return Source(place.url, text, items, has_numbers)
+
+
+def _require_one_kind(url: str, entries: Sequence[Entry]) -> None:
+    """Raise :class:`DataError` for images, shards and tables in one place: which of them counts would be
+    guessed."""
+    examples: dict[str, str] = {}
+    for entry in entries:
+        name = entry.name.lower()
+        if name.endswith(ENDING):
+            examples.setdefault("tables", entry.name)
+        elif name.endswith(TAR):
+            examples.setdefault("shards", entry.name)
+        elif is_image(name):
+            examples.setdefault("images", entry.name)
+    if len(examples) > 1:
+        raise DataError(
+            f"holds {' and '.join(examples)}, and only one kind of them can be meant",
+            where=url,
+            why=f"for instance {', '.join(examples.values())}",
+            remedy="give each kind a folder of its own",
+        )
 
 
 def _holds_files(path: Path) -> bool:

@@ -32,7 +32,7 @@ def scan_tables(place: Place, entries: Sequence[Entry]) -> tuple[list[Record], b
             classes, and others name them.
     """
     found = [_scan(place, entry) for entry in entries]
-    kinds = {has_numbers for _, has_numbers in found}
+    kinds = {has_numbers for records, has_numbers in found if records}
     if len(kinds) > 1:
         raise DataError(
             "some tables number their classes, and others name them",

@@ -63,11 +63,12 @@ class Subject:
 
 
 def make_task_table(task: Task) -> Any:
-    """A task as an Arrow table: one row an image."""
+    """A task as an Arrow table: one row an image. Texts are bytes there, because names of files may be no
+    UTF-8."""
     import pyarrow
 
     rows = [asdict(record) for record in task.records]
-    columns: dict[str, Any] = {name: [row[name] for row in rows] for name in RECORD_FIELDS}
+    columns: dict[str, Any] = {name: [_encode(row[name]) for row in rows] for name in RECORD_FIELDS}
     columns["task"] = [task.number] * len(rows)
     columns["chunk"] = [task.chunk] * len(rows)
     return pyarrow.table(columns)
@@ -79,8 +80,18 @@ def read_task_table(table: Any) -> Task:
     numbers = {row["task"] for row in rows}
     if len(numbers) != 1:
         raise ValueError(f"a block holds {len(numbers)} tasks")
-    records = tuple(Record(**{name: row[name] for name in RECORD_FIELDS}) for row in rows)
+    records = tuple(Record(**{name: _decode(row[name]) for name in RECORD_FIELDS}) for row in rows)
     return Task(numbers.pop(), records, rows[0]["chunk"])
+
+
+def _encode(value: Any) -> Any:
+    """A field of a record as Arrow takes it."""
+    return value.encode(errors="surrogateescape") if isinstance(value, str) else value
+
+
+def _decode(value: Any) -> Any:
+    """The field that :func:`_encode` was given."""
+    return value.decode(errors="surrogateescape") if isinstance(value, bytes) else value
 
 
 class Answerer:
@@ -173,7 +184,7 @@ def _load(subject: Subject) -> Predictor:
             raise GateError(
                 f"a worker on {socket.gethostname()} gives other answers to the golden images than recorded",
                 where=subject.title,
-                remedy="run cmt-edge verify there, and compare the versions of the runtime",
+                remedy="verify the bundle there, and compare the versions of the runtime",
             )
     return predictor
 

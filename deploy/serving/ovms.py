@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import InputError
 from .served import Options, Served, write_ir
 
 CONFIG = "config.json"
@@ -20,7 +21,27 @@ BF16, FLOAT32 = "bf16", "f32"
 
 
 def check(model: Served, options: Options) -> tuple[str, ...]:
-    """What differs from our own Predictor in this server: nothing."""
+    """What differs from our own Predictor in this server: nothing.
+
+    Raises:
+        InputError: the name of the model is taken by the settings, or an option is of Triton alone.
+    """
+    if model.name == CONFIG:
+        raise InputError(
+            f"is called {CONFIG}, as the settings of the server",
+            where=model.bundle.path,
+            remedy="rename the folder",
+        )
+    given = {
+        "--max-batch": options.max_batch is not None,
+        "--queue-delay-us": options.queue_delay_us != Options.queue_delay_us,
+    }
+    for flag, is_given in given.items():
+        if is_given:
+            raise InputError(
+                f"{flag} means nothing for OpenVINO Model Server, which makes no batches of requests",
+                remedy=f"leave {flag} out, and raise --instances",
+            )
     return ()
 
 
@@ -43,7 +64,7 @@ def _describe(model: Served, options: Options) -> dict[str, Any]:
         "INFERENCE_PRECISION_HINT": BF16 if model.bundle.manifest.precision == "bf16" else FLOAT32,
     }
     if options.threads:
-        plugin["INFERENCE_NUM_THREADS"] = options.threads
+        plugin["INFERENCE_NUM_THREADS"] = options.threads * options.instances  # all streams share them
     content: dict[str, Any] = {
         "name": model.name,
         "base_path": model.name,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..backends import RUNTIME_OF_FORMAT
+from ..backends.overflow import saturates_in_openvino
 from ..bundle import Bundle
 from ..errors import InputError, OutputError
 from ..files import put_folder, sync_tree, writing
@@ -81,9 +82,9 @@ def make_repository(bundles: Sequence[Bundle], server: str, target: Path, option
 def _choose_models(bundles: Sequence[Bundle], server: str, options: Options) -> list[Served]:
     """The models of a repository, each checked."""
     models = [_choose_model(bundle, server, options) for bundle in bundles]
-    names = Counter(model.name for model in models)
+    names = Counter(model.name.lower() for model in models)  # some file systems know no upper case
     for model in models:
-        if names[model.name] > 1:
+        if names[model.name.lower()] > 1:
             raise InputError(
                 f"two bundles are called {model.name}, and a server needs a name for each model",
                 where=model.bundle.path,
@@ -104,10 +105,20 @@ def _choose_model(bundle: Bundle, server: str, options: Options) -> Served:
             where=bundle.path,
             remedy="export an fp32, bf16 or int8 bundle; or --format trt, and build it where Triton runs",
         )
-    max_batch = choose_max_batch(bundle, options.max_batch)
+    max_batch = choose_max_batch(bundle, options.max_batch) if server == "triton" else 0
     model = Served(name_model(bundle), bundle, runtime, max_batch)
     notes = (triton if server == "triton" else ovms).check(model, options)
-    return replace(model, notes=notes)
+    return replace(model, notes=(*notes, *_write_saturation_note(model)))
+
+
+def _write_saturation_note(model: Served) -> tuple[str, ...]:
+    """What becomes of int8 on an x86 server without VNNI, where our Predictor sees to it by itself."""
+    if model.bundle.manifest.precision != "int8" or model.runtime == "tensorrt":
+        return ()
+    if model.runtime == "openvino" and saturates_in_openvino():
+        return ("its int8 weights are rounded for processors without VNNI, such as this one",)
+    writing_there = ": write the repository on such a server" if model.runtime == "openvino" else ""
+    return (f"sums of int8 products can saturate on an x86 server without VNNI{writing_there}",)
 
 
 def _make_refusal(bundle: Bundle, server: str, runtime: str, taken: Sequence[str]) -> InputError:

@@ -53,7 +53,7 @@ class Served:
         name: of the model, as clients ask for it.
         bundle: where it comes from.
         runtime: what runs its graph in the server, by our name.
-        max_batch: largest batch that the server makes of requests; 0 where the graph's batch size is fixed.
+        max_batch: largest batch that the server makes of requests; 0 where it makes none.
         notes: what differs from running the bundle with our own Predictor, one sentence each.
     """
 

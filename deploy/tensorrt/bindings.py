@@ -50,14 +50,14 @@ TENSORRT = Product(
     "trt",
     "allow more with --time-limit, or use --level 0 to 2",
     "close other programs, add swap, or use a smaller --workspace GiB, --level 2 or a smaller --profile",
-    "try --level 2, then cmt-build --trtexec and report what it prints",
+    "try --level 2, then --trtexec, and report what it prints",
 )
 """TensorRT, whose engines are built on the GPU that runs them."""
 RTX = Product(
     "tensorrt_rtx",
     "TensorRT for RTX",
     "rtx",
-    "export a smaller model or batch; cmt-build --time-limit allows more on the device",
+    "export a smaller model or batch; --time-limit allows more on the device",
     "close other programs, add swap, or export a smaller --batch",
     "report the model and the version of the package tensorrt-rtx-cu12",
     compiles_on_opening=True,

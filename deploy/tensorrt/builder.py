@@ -25,7 +25,7 @@ from .cuda import open_cuda
 from .engine import BuildAnswer, BuildRequest
 
 REPORT_REMEDY = (
-    "report the model with the TensorRT version; cmt-build --trtexec prints the command that shows whether"
+    "report the model with the TensorRT version; --trtexec prints the command that shows whether"
     " NVIDIA's own tool fails alike"
 )
 """The remedy where TensorRT fails for a reason that this program does not know."""

@@ -18,6 +18,8 @@ import shlex
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from cmt_edge.startup import name_program
+
 from .. import sealing
 from ..backends.base import read_batch_limit
 from ..bundle import ENGINES, ONNX, PORTABLE_ENGINE, Bundle
@@ -207,7 +209,7 @@ def read_engine(bundle: Bundle, target: EngineTarget) -> bytes:
         RuntimeMissingError: there is no engine for this device; the remedy is ``cmt-build``.
         BundleError: the file is not what the manifest says.
     """
-    entry, remedy = bundle.manifest.engine, f"cmt-build {bundle.path}"
+    entry, remedy = bundle.manifest.engine, f"{name_program('build')} {bundle.path}"
     if not entry:
         raise RuntimeMissingError(
             "the bundle has no TensorRT engine yet",
@@ -263,22 +265,23 @@ def read_portable_engine(bundle: Bundle, trusted: bool) -> bytes:
         raise BundleError(
             f"names {compiled.engine} as its portable engine, which is always {PORTABLE_ENGINE}",
             where=bundle.path,
-            remedy="copy the whole bundle again, or build an engine here: cmt-build",
+            remedy=f"copy the whole bundle again, or build an engine here: {name_program('build')}",
         )
     if not (trusted or bundle.signature_checked):
         raise RuntimeMissingError(
             "the engine in the bundle was built on another machine, so it is not loaded",
             where=bundle.path,
             why="an engine is native code, and the bundle was opened without a key",
-            remedy=f"build one here: cmt-build {bundle.path}; or open a signed bundle with --key KEY; or, if"
-            " you trust whoever made it, use --trust-engine (in Python: trusted_engine=True)",
+            remedy=f"build one here: {name_program('build')} {bundle.path}; or open a signed bundle with"
+            " --key KEY; or, if you trust whoever made it, use --trust-engine (in Python:"
+            " trusted_engine=True)",
         )
     data = bundle.file(compiled.engine).read_bytes()
     if hashlib.sha256(data).hexdigest() != bundle.manifest.files[compiled.engine].sha256:
         raise BundleError(
             "the engine was changed",
             where=bundle.path / compiled.engine,
-            remedy="copy the whole bundle again, or build an engine here: cmt-build",
+            remedy=f"copy the whole bundle again, or build an engine here: {name_program('build')}",
         )
     return data
 
@@ -294,38 +297,47 @@ def require_format(bundle: Bundle, product: Product) -> None:
 
 
 def make_trtexec_command(bundle: Bundle, options: EngineOptions, device: str | None = None) -> str:
-    """The command line of NVIDIA's ``trtexec`` that builds the same engine, for comparing and for bug
-    reports.
+    """The command line of NVIDIA's own tool that builds the same engine, for comparing and for bug reports.
 
-    Scratch memory is left to ``trtexec`` unless ``options`` name it.
+    Scratch memory is left to the tool unless ``options`` name it.
     """
-    entry = bundle.manifest.engine
-    version = entry.key.tensorrt if entry else "10"
+    parts = [f"--onnx={bundle.file(ONNX)}", "--saveEngine=engine.plan", "--profilingVerbosity=detailed"]
     if bundle.manifest.format == RTX.format:
-        return _make_rtx_command(bundle, options)
-    parts = [
-        "trtexec",
-        f"--onnx={bundle.file(ONNX)}",
-        "--saveEngine=engine.plan",
-        f"--builderOptimizationLevel={options.level}",
-        "--profilingVerbosity=detailed",
-        "--timingCacheFile=timing.cache",
-    ]
-    parts += (
-        ["--stronglyTyped"] if version.split(".", maxsplit=1)[0] == "10" else []
-    )  # from 11 on there is nothing else
-    parts += [f"--memPoolSize=workspace:{round(options.workspace * 1024)}M"] if options.workspace else []
-    parts += [] if options.tf32 else ["--noTF32"]
+        parts = ["tensorrt_rtx", *parts, *_list_rtx_flags(options)]
+    else:
+        parts = ["trtexec", *parts, *_list_trt_flags(bundle, options)]
+    if options.workspace:
+        parts.append(f"--memPoolSize=workspace:{round(options.workspace * 1024)}M")
+    if not options.tf32:
+        parts.append("--noTF32")
     parts += _list_shape_flags(bundle, options)
-    parts += [f"--device={device}"] if device else []
+    if device:
+        parts.append(f"--device={device}")
     return shlex.join(parts)
 
 
-def _make_rtx_command(bundle: Bundle, options: EngineOptions) -> str:
-    """The same for ``tensorrt_rtx``, the tool of TensorRT for RTX."""
-    parts = ["tensorrt_rtx", f"--onnx={bundle.file(ONNX)}", "--saveEngine=engine.plan"]
-    parts += ["--profilingVerbosity=detailed", "--verbose", "--maxAuxStreams=0"]
-    return shlex.join(parts + _list_shape_flags(bundle, options))
+def _list_trt_flags(bundle: Bundle, options: EngineOptions) -> list[str]:
+    """The flags for TensorRT's ``trtexec`` alone."""
+    entry = bundle.manifest.engine
+    version = entry.key.tensorrt if entry else "10"
+    is_typed = version.split(".", maxsplit=1)[0] == "10"  # from 11 on there is nothing else
+    return [
+        f"--builderOptimizationLevel={options.level}",
+        "--timingCacheFile=timing.cache",
+        *(["--stronglyTyped"] if is_typed else []),
+    ]
+
+
+def _list_rtx_flags(options: EngineOptions) -> list[str]:
+    """The flags for ``tensorrt_rtx``, the tool of TensorRT for RTX, alone: an engine for the GPU in the
+    machine, and its kernels in the log. Source: NVIDIA's documentation, "CPU-Only AOT"."""
+    level = options.level
+    return [
+        "--useGpu",
+        f"--maxAuxStreams={RTX.aux_streams}",
+        "--verbose",
+        *([] if level == DEFAULT_LEVEL else [f"--builderOptimizationLevel={level}"]),
+    ]
 
 
 def _list_shape_flags(bundle: Bundle, options: EngineOptions) -> list[str]:

@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cmt_edge.startup import name_program
+
 from ..bundle.sections import ExecutedPrecision
 from ..errors import GateError, StepError
 
@@ -92,7 +94,7 @@ def read_layers(text: str) -> list[EngineLayer]:
         raise StepError(
             "the engine's inspection names its layers only",
             why="it was built without detailed profiling verbosity",
-            remedy="build it again with cmt-build --force",
+            remedy=f"build it again: {name_program('build')} --force",
         )
     return [layer for layer in found if layer.precision and layer.kind.lower() not in NO_COMPUTE]
 

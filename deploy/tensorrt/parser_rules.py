@@ -2,8 +2,9 @@
 
 What 10.3 (JetPack 6) refuses is refused here, so a bundle builds on every version from 10.3 to 11. Source:
 the onnx-tensorrt project, ``docs/operators.md`` and ``onnxOpImporters.cpp`` of the 10.3 and 10.15 releases;
-TensorRT documentation, "Explicit Quantization". ``tests/deploy/test_rtx_parser.py`` compares every rule with
-the real parser of TensorRT for RTX; :data:`ACCEPTED_BY_RTX` says why those stay that it does not have.
+TensorRT documentation, "Explicit Quantization". TensorRT for RTX has no plugins, so it refuses more, see
+:data:`PLUGINS`. ``tests/deploy/test_rtx_parser.py`` compares every rule with its real parser;
+:data:`ACCEPTED_BY_RTX` says why those stay that it does not have.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from cmt_edge.deploy.backends.graph_rules import (
     check_file,
     check_quantizer,
 )
+
+from .bindings import RTX, TENSORRT, Product
 
 SUPPORTED = frozenset(
     """
@@ -50,8 +53,21 @@ PARSER_TYPES = (
 )
 """Types of tensors inside a graph. The parser also reads bfloat16, but this package writes none."""
 
-CONSTANT_INPUTS = {"Squeeze": 1, "Unsqueeze": 1, "Pad": 3, "CumSum": 1}
-"""Operation -> the position of the first input that must be a constant, besides the axes of reductions."""
+PLUGINS = frozenset({"DeformConv", "NonMaxSuppression", "NonZero", "RoiAlign"})
+"""Operations that TensorRT runs, and TensorRT for RTX does not: most of them are plugins of TensorRT's."""
+
+CONSTANT_INPUTS = {
+    "CumSum": slice(1, None),
+    "Dropout": slice(2, None),
+    "OneHot": slice(1, 2),
+    "Pad": slice(3, None),
+    "Squeeze": slice(1, None),
+    "Unsqueeze": slice(1, None),
+}
+"""Operation -> the inputs that must be constants, besides the axes of reductions."""
+
+FLOAT32_ONLY = ("Celu", "Range")
+"""Operations whose constants the parser makes in float32, so that their other inputs cannot be float16."""
 
 SINGLE_OUTPUT = ("LayerNormalization", "MaxPool", "Dropout")
 """Operations of which the parser supports the first output only."""
@@ -71,7 +87,7 @@ RESIZE_MODES = (
 ALLOWED: dict[str, dict[str, tuple[int | str, ...]]] = {
     "AveragePool": {"dilations": (1,)},
     "BatchNormalization": {"training_mode": (0,)},
-    "LpPool": {"dilations": (1,)},
+    "LpPool": {"dilations": (1,), "p": (1, 2)},
     "MaxPool": {"dilations": (1,)},
     "Resize": {
         "antialias": (0,),
@@ -82,8 +98,16 @@ ALLOWED: dict[str, dict[str, tuple[int | str, ...]]] = {
 }
 """Operation -> attribute -> the values that the parser reads; of a list every element must be one of them."""
 
-PRODUCTS = ("MatMul", "Gemm")
+ALLOWED_WITHOUT_PLUGINS: dict[str, dict[str, tuple[int | str, ...]]] = {
+    "ScatterElements": {"reduction": ("none",)},
+}
+"""The same for what TensorRT for RTX does not read."""
+
+MULTIPLYING = ("MatMul", "Gemm")
 """Operations that multiply matrices, which must not be whole numbers."""
+
+FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+"""Types of floating-point numbers that graphs have."""
 
 WHOLE = (ir.DataType.INT32, ir.DataType.INT64)
 """Types of whole numbers that the parser reads."""
@@ -105,8 +129,8 @@ ACCEPTED_BY_RTX = {
 """Part of a finding -> why the rule stays, although the parser of TensorRT for RTX 1.7 takes such a graph."""
 
 
-def find_parser_problems(model: onnx.ModelProto) -> list[str]:
-    """What TensorRT's parser would refuse or misread, one sentence each; empty if nothing."""
+def find_parser_problems(model: onnx.ModelProto, product: Product = TENSORRT) -> list[str]:
+    """What the parser of ``product`` would refuse or misread, one sentence each; empty if nothing."""
     graph = ir.from_proto(shape_inference.infer_shapes(model)).graph
     findings = check_file(model)
     for value in (*graph.inputs, *graph.outputs):
@@ -116,6 +140,8 @@ def find_parser_problems(model: onnx.ModelProto) -> list[str]:
         findings += _check_tensor(value)
     for node in graph.all_nodes():
         findings += _check_node(node)
+        if product == RTX:
+            findings += _check_plugins(node)
     return findings
 
 
@@ -137,35 +163,62 @@ def _check_tensor(value: ir.Value) -> list[str]:
 
 
 def _check_node(node: ir.Node) -> list[str]:
-    where = f"{node.name} ({node.op_type})"
+    where = _name_node(node)
     if node.op_type not in SUPPORTED or node.domain not in STANDARD_DOMAINS:
         return [f"{where}: the parser has no such operation"]
-    findings = _check_quantizer(node, where) + _check_attributes(node, where)
-    if node.op_type in PRODUCTS and any(value is not None and value.dtype in WHOLE for value in node.inputs):
-        findings.append(f"{where}: multiplies matrices of whole numbers")
+    findings = _check_quantizer(node, where) + _check_attributes(node, ALLOWED) + _check_inputs(node, where)
     if node.op_type == "Gemm" and _scales_product(node):
         findings.append(f"{where}: alpha and beta other than 1 become float32 constants")
-    if node.op_type.startswith("Reduce") and not _are_constant(node.inputs[1:2]):
-        findings.append(f"{where}: axes must be constant")
-    first = CONSTANT_INPUTS.get(node.op_type)
-    if first is not None and not _are_constant(node.inputs[first:]):
-        findings.append(f"{where}: its inputs from the {first + 1}. on must be constant")
+    if node.op_type == "Dropout" and _is_training(node):
+        findings.append(f"{where}: is in training mode")
     if node.op_type in SINGLE_OUTPUT and any(value.name for value in node.outputs[1:]):
         findings.append(f"{where}: only the first output is supported")
-    if node.op_type not in MIXED_FLOATS and _mixes_floats(node):
+    return findings
+
+
+def _name_node(node: ir.Node) -> str:
+    return f"{node.name} ({node.op_type})"
+
+
+def _check_inputs(node: ir.Node, where: str) -> list[str]:
+    """Findings for types of inputs, and for inputs that must be constants."""
+    findings = []
+    if node.op_type in MULTIPLYING and _reads(node, WHOLE):
+        findings.append(f"{where}: multiplies matrices of whole numbers")
+    if node.op_type == "Mod" and not node.attributes.get_int("fmod", 0) and _reads(node, FLOATS):
+        findings.append(f"{where}: takes the remainder of floating-point numbers without fmod")
+    if node.op_type in FLOAT32_ONLY and _reads(node, (ir.DataType.FLOAT16,)):
+        findings.append(f"{where}: reads float16, and its constants are float32")
+    if node.op_type.startswith("Reduce") and not _are_constant(node.inputs[1:2]):
+        findings.append(f"{where}: axes must be constant")
+    fixed = CONSTANT_INPUTS.get(node.op_type)
+    if fixed is not None and not _are_constant(node.inputs[fixed]):
+        which = f"input {fixed.stop}" if fixed.stop else f"its inputs from the {fixed.start + 1}. on"
+        findings.append(f"{where}: {which} must be constant")
+    if node.op_type not in MIXED_FLOATS and _reads(node, FLOATS[:1]) and _reads(node, FLOATS[1:]):
         findings.append(f"{where}: reads float32 and float16 at once")
     return findings
 
 
-def _check_attributes(node: ir.Node, where: str) -> list[str]:
+def _check_plugins(node: ir.Node) -> list[str]:
+    """What TensorRT for RTX does not run, since it has no plugins."""
+    if node.op_type in PLUGINS:
+        return [f"{_name_node(node)}: TensorRT for RTX has no such operation"]
+    return _check_attributes(node, ALLOWED_WITHOUT_PLUGINS)
+
+
+def _check_attributes(
+    node: ir.Node,
+    rules: dict[str, dict[str, tuple[int | str, ...]]],
+) -> list[str]:
     """A finding for each attribute with a value that the parser does not read."""
     findings = []
-    for name, allowed in ALLOWED.get(node.op_type, {}).items():
+    for name, allowed in rules.get(node.op_type, {}).items():
         given = node.attributes[name].value if name in node.attributes else ()
         values = (given,) if isinstance(given, (int, str)) else given
         if not all(value in allowed for value in values):
             choices = " or ".join(map(str, allowed))
-            findings.append(f"{where}: {name} must be {choices}")
+            findings.append(f"{_name_node(node)}: {name} must be {choices}")
     return findings
 
 
@@ -194,6 +247,13 @@ def _are_constant(values: Sequence[ir.Value | None]) -> bool:
     return all(ir.convenience.get_const_tensor(value) is not None for value in given)
 
 
-def _mixes_floats(node: ir.Node) -> bool:
-    floats = {ir.DataType.FLOAT, ir.DataType.FLOAT16}
-    return floats <= {value.dtype for value in node.inputs if value is not None}
+def _is_training(dropout: ir.Node) -> bool:
+    """Whether a ``Dropout`` has a constant that makes it drop; one that is no constant is another finding."""
+    given = dropout.inputs[2] if len(dropout.inputs) > 2 else None
+    constant = ir.convenience.get_const_tensor(given) if given is not None else None
+    return constant is not None and bool(constant.numpy().any())
+
+
+def _reads(node: ir.Node, types: Sequence[ir.DataType]) -> bool:
+    """Whether an input is of one of ``types``."""
+    return any(value is not None and value.dtype in types for value in node.inputs)

@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from cmt_edge.startup import name_program
+
 from ..backends.base import DeviceTimes, LoadOptions, Runtime, Session
 from ..backends.described import GraphTensor, require_described
 from ..bundle import Bundle
@@ -108,7 +110,8 @@ class TensorRTSession(Session):
             raise StepError(
                 f"the engine's inputs and outputs are {', '.join(names)}, not one float32 input and"
                 f" {', '.join(expected)}",
-                remedy=f"build it from a bundle of cmt-export --format {self._bindings.product.format}",
+                remedy=f"build it from a bundle of {name_program('export')} --format"
+                f" {self._bindings.product.format}",
             )
         return inputs[0], list(expected)
 
@@ -253,7 +256,9 @@ def _deserialise(bindings: Bindings, plan: bytes) -> tuple[Any, Any]:
                 " or run this bundle with --backend onnxruntime --device cuda"
             ),
         )
-    raise StepError(f"{title} refused the engine", why=why, remedy="build it again with cmt-build --force")
+    raise StepError(
+        f"{title} refused the engine", why=why, remedy=f"build it again: {name_program('build')} --force"
+    )
 
 
 @dataclass
@@ -339,7 +344,7 @@ class Worker:
         if not self.context.execute_async_v3(self.stream):
             raise StepError(
                 "TensorRT could not start the inference",
-                remedy="build the engine again with cmt-build --force",
+                remedy=f"build the engine again: {name_program('build')} --force",
             )
 
     def set_shape(self, shape: tuple[int, ...]) -> None:

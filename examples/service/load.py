@@ -28,6 +28,9 @@ from cmt_edge.deploy.report import to_json
 TIME_LIMIT_S = 30.0
 """Seconds after which a request has failed."""
 
+LEAST_FOR_P99 = 1000
+"""Answers from which on the 99th percentile is told; of fewer it would be the chance of a few."""
+
 EXPECTED = (200, 503)
 """Statuses of a service that works: an answer, or a full queue."""
 
@@ -86,6 +89,7 @@ def summarise(replies: Sequence[Reply], seconds: float) -> dict[str, Any]:
         found |= {
             "p50_ms": round(cuts[49], 2),
             "p95_ms": round(cuts[94], 2),
+            **({"p99_ms": round(cuts[98], 2)} if len(answered) >= LEAST_FOR_P99 else {}),
             "max_ms": round(answered[-1], 2),
         }
     return found

@@ -227,6 +227,15 @@ def make_server(service: Service, connections: int) -> uvicorn.Server:
     return uvicorn.Server(config)
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket whose connections send every part of an answer at once (``TCP_NODELAY``, which they
+    inherit). The event loop sets that only on sockets that it makes itself; without it the body of an answer
+    waits 40 ms for the client's word that its head has arrived."""
+    listening = socket.create_server((host, port))
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listening
+
+
 def serve(args: argparse.Namespace) -> int:
     """Load the bundle and serve it until SIGTERM or Ctrl-C; returns the exit code."""
     with Predictor.load(
@@ -240,7 +249,7 @@ def serve(args: argparse.Namespace) -> int:
     ) as predictor:
         service = Service(predictor, args.workers, args.queue, args.topk)
         server = make_server(service, args.workers + args.queue + CONNECTIONS)
-        with socket.create_server((args.host, args.port)) as listening:
+        with listen(args.host, args.port) as listening:
             host, port = listening.getsockname()[:2]
             tell(f"listening on http://{host}:{port}")
             try:

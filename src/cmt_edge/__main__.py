@@ -116,7 +116,11 @@ def main(arguments: list[str]) -> int:
     command = COMMANDS[name]
     if command.only_opens:
         startup.lighten()
-    run = import_module(f".{command.module}", "cmt_edge").main
+    startup.show_sign(arguments)
+    try:
+        run = import_module(f".{command.module}", "cmt_edge").main
+    finally:
+        startup.remove_sign()
     code: int = run(arguments[1:])
     return code
 

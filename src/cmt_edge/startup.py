@@ -35,8 +35,19 @@ front: list[str] = []
 """What the user types before the name of a command, ``"cmt-edge"`` for instance; empty where the commands
 have names of their own, ``cmt-export``."""
 
+OWN_SCRIPTS = ("export", "predict", "verify", "bench", "build", "report")
+"""Commands that are also installed under a name of their own, ``cmt-export``."""
 STANDARD_STREAMS = (0, 1, 2)
 """Descriptors of standard input, standard output and standard error."""
+STANDARD_ERROR = STANDARD_STREAMS[-1]
+"""Descriptor of standard error."""
+SIGN = b"start ..."
+"""What a terminal shows while a command is imported. It stays on its line, and is removed after that."""
+QUIET = ("-q", "--quiet")
+"""Words of a command line that ask for no progress."""
+
+sign: list[bytes] = []
+"""What stands on the terminal now, at most one; see :func:`show_sign`."""
 
 
 def edge() -> int:
@@ -76,8 +87,11 @@ def report() -> int:
 
 
 def name_program(command: str) -> str:
-    """What the user types for a command, for usage lines and examples."""
-    return f"{front[-1]} {command}" if front else f"cmt-{command}"
+    """What the user types for a command, in usage lines, examples, remedies and next steps: the same as for
+    the command that runs now."""
+    if front:
+        return f"{front[-1]} {command}"
+    return f"cmt-{command}" if command in OWN_SCRIPTS else f"cmt-edge {command}"
 
 
 def run(arguments: list[str]) -> int:
@@ -131,4 +145,28 @@ def end_at_once_on_signals() -> None:
 
 def end_at_once(number: int, frame: object) -> None:
     """The handler of a signal: end with 128 and its number."""
+    remove_sign()
     os._exit(128 + number)
+
+
+def show_sign(arguments: list[str]) -> None:
+    """Show on a terminal that a command has started, unless ``arguments`` ask for no progress: what a command
+    imports before it can show its own progress takes some tenths of a second."""
+    if began_s and os.isatty(STANDARD_ERROR) and not any(word in QUIET for word in arguments):
+        sign.append(SIGN)
+        write_on_terminal(SIGN)
+
+
+def remove_sign() -> None:
+    """Remove what :func:`show_sign` has shown; nothing happens where it has shown nothing. It is also called
+    while a signal is handled, where Python's buffered streams must not be used."""
+    if sign:
+        write_on_terminal(b"\r" + b" " * len(sign.pop()) + b"\r")
+
+
+def write_on_terminal(text: bytes) -> None:
+    """Write to standard error past its buffer; a terminal that is gone takes nothing, which is no failure."""
+    try:  # noqa: SIM105, because contextlib would be imported first
+        os.write(STANDARD_ERROR, text)
+    except OSError:
+        pass

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from cmt_edge.calib.factors import (
     SMALLEST,
     Extremes,
+    Grid,
     Reader,
     choose_factor,
-    choose_part,
-    round_values,
+    list_grids,
+    measure_costs,
     round_weights,
 )
 
@@ -32,7 +34,7 @@ def choose(rng, values, *, depthwise=False) -> tuple[np.ndarray, Reader]:
 def measure_error(values, factor, reader: Reader) -> float:
     """The variance of what the conv gives wrongly; a bias takes the mean."""
     weights, scaled = reader.weights[:, :, 0], values / factor
-    rounded = round_values(scaled, float(np.abs(scaled).max()) / 127)
+    rounded = Grid(float(np.abs(scaled).max()) / 127).round(scaled)
     wrong = rounded @ round_weights(weights * factor).T - values @ weights.T
     return float(wrong.var(axis=0).sum())
 
@@ -81,10 +83,39 @@ def test_the_whole_range_costs_more_where_one_value_sets_it():
     rng = np.random.default_rng(5)
     values = rng.standard_normal((4096, 4)).astype(np.float32)
     values[0, 0] = 8
-    costs = choose_part(values, np.ones(4), 8 / 127)
+    costs = measure_costs(values, np.ones(4), list_grids(8 / 127))
     assert min(costs) < costs[0]
     even = np.sign(values)
-    assert choose_part(even, np.ones(4), 1 / 127)[0] < 1e-9  # and nothing is cut off for nothing
+    assert (
+        measure_costs(even, np.ones(4), list_grids(1 / 127))[0] < 1e-9
+    )  # and nothing is cut off for nothing
+
+
+def test_values_that_reach_to_one_side_are_shifted():
+    values = np.linspace(-0.17, 4, 5000, dtype=np.float32)[:, None]
+    plain, shifted = list_grids(4 / 127), list_grids(4 / 127, (-0.17, 4.0))
+    assert [grid.shift for grid in plain] == [0] * len(plain)
+    assert shifted[0].scale == pytest.approx(4.17 / 255)
+    assert shifted[0].shift == -118  # the integers from -128 to 127 are those from -10 to 245 steps
+    costs = [measure_costs(values, np.ones(1), grids).min() for grids in (plain, shifted)]
+    assert costs[1] < 0.35 * costs[0]
+    assert not shifted[0].round(np.zeros(3)).any()  # zero stays exact
+    assert np.abs(shifted[0].round(values) - values).max() <= shifted[0].scale / 2 * 1.01
+    mirrored = list_grids(4 / 127, (-4.0, 0.17))
+    np.testing.assert_allclose(mirrored[0].round(-values), -shifted[0].round(values), atol=1e-6)
+
+
+@pytest.mark.parametrize("reach", [(-4.0, 4.0), (-3.0, 4.0), (0.0, 0.0), None])
+def test_values_on_both_sides_are_not_shifted(reach):
+    assert all(grid.shift == 0 and grid.scale > 0 for grid in list_grids(4 / 127, reach))
+
+
+@pytest.mark.parametrize("reach", [(0.0, 4.0), (1.0, 4.0), (-4.0, -1.0)])
+def test_values_of_one_sign_take_all_integers(reach):
+    grid = list_grids(4 / 127, reach)[0]
+    assert grid.scale == pytest.approx(4 / 255)
+    ends = grid.round(np.array([-9.0, 9.0])) / grid.scale
+    np.testing.assert_allclose(ends, (0, 255) if reach[1] > 0 else (-255, 0))
 
 
 def test_weights_of_zeros_stay_zeros():

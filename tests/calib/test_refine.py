@@ -15,9 +15,12 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from cmt_edge.calib import DEFAULT, lint, quantize
 from cmt_edge.calib.factors import round_weights
 from cmt_edge.calib.graph import open_view
-from cmt_edge.calib.refine import find_places, list_layers, refine, round_columns
+from cmt_edge.calib.refine import MOST_IMAGES, ROWS_AN_IMAGE, find_places, refine, round_columns
+from cmt_edge.calib.restore import list_int8_nodes, restore
+from cmt_edge.calib.running import measure_extremes, open_graph
 from cmt_edge.calib.sampling import pick, sample_rows, spread
-from cmt_edge.calib.statistics import LocalStatistics, Request, guard_calibration
+from cmt_edge.calib.shifts import find_unshifted, is_shift
+from cmt_edge.calib.statistics import LocalStatistics, guard_calibration
 from cmt_edge.deploy.errors import StepError
 from helpers.calibration import SPEC
 
@@ -72,15 +75,9 @@ def batches(data):
     return list(data.batches(SPEC))
 
 
-def take_rows(source: onnx.ModelProto, images) -> dict[str, np.ndarray]:
-    """What the layers read, on all of the images."""
-    request = Request(source, layers=tuple(list_layers(source)), sampled=tuple(range(len(images))))
-    return LocalStatistics(images).measure(request).rows
-
-
 def measure_errors(model: onnx.ModelProto, source: onnx.ModelProto, images) -> dict[str, np.ndarray]:
     """Layer -> the squared error of its outputs over rows, relative to them, and their mean error."""
-    from cmt_edge.calib.factors import round_values
+    from cmt_edge.calib.factors import Grid
     from cmt_edge.calib.graph import read_constant
 
     result = {}
@@ -90,14 +87,18 @@ def measure_errors(model: onnx.ModelProto, source: onnx.ModelProto, images) -> d
         }
         floats = original.graph.initializers
         places = find_places(view.graph, original.graph)
-        rows = sample_rows(source, [p.layer for p in places], images, guard_calibration)
+        wanted = MOST_IMAGES * ROWS_AN_IMAGE  # what a small model reads
+        rows = sample_rows(source, [p.layer for p in places], images, guard_calibration, wanted)
         for place in places:
             values = rows[place.layer.name]
             scale = float(read_constant(place.quantizer.inputs[1]))
+            before_pair = place.quantizer.inputs[0].producer()
+            move = float(read_constant(before_pair.inputs[1])) if is_shift(before_pair) else 0.0
+            rounded = Grid(scale, round(move / scale)).round(values) + move
             integers = read_constant(place.dequantizer.inputs[0])
             steps = read_constant(place.dequantizer.inputs[1]).reshape(-1, 1)
             matrix = integers.T if place.transposed else integers.reshape(len(integers), -1)
-            pairs = (values, place.weights), (round_values(values, scale), matrix * steps)
+            pairs = (values, place.weights), (rounded, matrix * steps)
             expected, given_ = (
                 np.einsum("rck,ck->rc", v, w) if place.layer.depthwise else v @ w.T for v, w in pairs
             )
@@ -114,7 +115,7 @@ def measure_errors(model: onnx.ModelProto, source: onnx.ModelProto, images) -> d
 
 def test_every_layer_comes_closer_on_the_calibration_images(data, plain):
     images = batches(data)
-    refined = refine(plain.model, plain.source, take_rows(plain.source, images))
+    refined = refine(plain.model, plain.source, LocalStatistics(images))
     assert lint(refined) == []
     ours, before = (measure_errors(model, plain.source, images) for model in (refined, plain.model))
     assert ours.keys() == before.keys()
@@ -124,14 +125,73 @@ def test_every_layer_comes_closer_on_the_calibration_images(data, plain):
     assert sum(e[1] for e in ours.values()) < 1e-3 * sum(e[1] for e in before.values())  # the mean
 
 
+@pytest.fixture(scope="module")
+def reach(data, plain):
+    """The lowest and the highest value of what int8 layers read."""
+    with open_view(plain.source) as original, open_view(plain.model) as view:
+        tensors = sorted({place.layer.tensor for place in find_places(view.graph, original.graph)})
+    extremes = measure_extremes(plain.source, [], tensors, batches(data))
+    return {name: (float(low.min()), float(high.max())) for name, (low, high) in extremes.items()}
+
+
+def find_shifted(model: onnx.ModelProto, source: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
+    """Layer whose input is shifted -> the padding of the layer."""
+    with open_view(source) as original, open_view(model) as view:
+        places = find_places(view.graph, original.graph)
+        return {
+            place.layer.name: place.layer.pads
+            for place in places
+            if find_unshifted(place.quantizer) is not place.quantizer.inputs[0]
+        }
+
+
+def test_shifted_layers_come_closer(data, plain, reach):
+    images = batches(data)
+    shifted = refine(plain.model, plain.source, LocalStatistics(images), reach)
+    assert lint(shifted) == []
+    found = find_shifted(shifted, plain.source)
+    assert len(found) > 8
+    assert not any(map(any, found.values())), "zeros around a map would be moved, too"
+    unshifted = refine(plain.model, plain.source, LocalStatistics(images))
+    assert find_shifted(unshifted, plain.source) == {}
+    ours, before = (measure_errors(model, plain.source, images) for model in (shifted, unshifted))
+    assert sum(ours[n][0] for n in found) < 0.7 * sum(before[n][0] for n in found)
+    assert sum(ours[n][1] for n in found) < 1e-2 * sum(ours[n][0] for n in found)  # the mean
+    assert all(ours[n][0] == before[n][0] for n in ours.keys() - found.keys())
+
+
+def test_biases_take_shifts_back_also_where_they_are_not_corrected(data, plain, reach):
+    images = batches(data)
+    shifted = refine(plain.model, plain.source, LocalStatistics(images), reach, rounding=False, biases=False)
+    found = find_shifted(shifted, plain.source)
+    ours, before = (measure_errors(model, plain.source, images) for model in (shifted, plain.model))
+    assert all(ours[n][0] < before[n][0] for n in found)
+
+
+def test_layers_that_become_float_again_read_what_was_not_shifted(data, plain, reach):
+    shifted = refine(plain.model, plain.source, LocalStatistics(batches(data)[:4]), reach)
+    found = find_shifted(shifted, plain.source)
+    restored = restore(shifted, plain.source, found)
+    assert find_shifted(restored, plain.source) == {}
+    kinds = [
+        [(n.op_type, n.name) for n in m.graph.node]
+        for m in (restored, restore(plain.model, plain.source, found))
+    ]
+    assert kinds[0] == kinds[1]
+    everything = restore(shifted, plain.source, list_int8_nodes(shifted))
+    image = batches(data)[0]
+    ours, float_ = (open_graph(model)(image)[0] for model in (everything, plain.source))
+    np.testing.assert_allclose(ours, float_, atol=1e-4)
+
+
 def test_only_constants_change_and_equal_images_give_equal_bytes(data, plain):
-    images = batches(data)[:4]
-    one, two = (refine(plain.model, plain.source, take_rows(plain.source, images)) for _ in range(2))
+    images = LocalStatistics(batches(data)[:4])
+    one, two = (refine(plain.model, plain.source, images) for _ in range(2))
     assert one.SerializeToString(deterministic=True) == two.SerializeToString(deterministic=True)
     assert [(n.op_type, n.name) for n in one.graph.node] == [
         (n.op_type, n.name) for n in plain.model.graph.node
     ]
-    other = refine(plain.model, plain.source, take_rows(plain.source, batches(data)[4:8]))
+    other = refine(plain.model, plain.source, LocalStatistics(batches(data)[4:8]))
     assert other.SerializeToString(deterministic=True) != one.SerializeToString(deterministic=True)
 
 
@@ -164,7 +224,7 @@ def test_smoothed_graphs_are_left_to_nncf(graph, data, monkeypatch):
 
 def test_a_graph_that_cannot_run_is_a_typed_error(plain):
     with pytest.raises(StepError, match="ONNX Runtime"):
-        take_rows(plain.source, [np.zeros((1, 4, 64, 64), np.float32)])
+        refine(plain.model, plain.source, LocalStatistics([np.zeros((1, 4, 64, 64), np.float32)]))
 
 
 @given(total=st.integers(1, 400), count=st.integers(1, 64))

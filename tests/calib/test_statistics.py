@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from cmt_edge.calib import DEFAULT
 from cmt_edge.calib.by_nncf import RangeQuantizer, run_nncf
-from cmt_edge.calib.refine import list_layers
+from cmt_edge.calib.sampling import Layer
 from cmt_edge.calib.shard_worker import pack_measured, unpack_measured
 from cmt_edge.calib.statistics import Batches, LocalStatistics, Measured, Meter, Request, merge
 from helpers.calibration import SPEC
@@ -49,8 +49,12 @@ def batches() -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def request_(model) -> Request:
-    layers = tuple(list_layers(model))
-    return Request(model, ("a",), ("x", "y"), (0, 1, 2, 4, 5, 7), layers, (1, 4, 8))
+    pads = (1, 1, 1, 1)
+    layers = (
+        Layer("first", "x", (3, 3), pads=pads),
+        Layer("second", "a", (3, 3), pads=pads, depthwise=True),
+    )
+    return Request(model, ("a",), ("x", "y"), (0, 1, 2, 4, 5, 7), layers, (1, 4, 8), wanted=60)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+import weakref
 from collections import OrderedDict, namedtuple
 from typing import Any
 
@@ -232,6 +233,21 @@ LAST = {
 def test_the_last_operation(name, wrap):
     model = Model(lambda y, m: wrap(LAST[name](y, m)))
     assert find_last_operation(model.eval(), EXAMPLE).name == name
+
+
+def test_the_last_operation_is_found_without_keeping_activations():
+    alive = []
+
+    class Deep(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = x.flatten(1) * 2
+            seen = weakref.ref(hidden)
+            hidden = hidden + 1
+            alive.append(seen() is not None)
+            return hidden.sigmoid()
+
+    assert find_last_operation(Deep().eval(), EXAMPLE).name == "sigmoid"
+    assert alive == [False]
 
 
 @pytest.mark.parametrize(

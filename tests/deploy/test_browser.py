@@ -75,7 +75,7 @@ def test_a_page_shows_well_everywhere(browser, pages, kind):
     [
         ("bundle", {".matrix rect": 9, ".matrix .cell": 2, "img": 2, "svg.histogram": 2, ".median": 2}),
         ("comparison", {".scatter circle": 2, ".scatter .limit": 1, ".histogram": 2}),
-        ("fleet", {".histogram": 3, "#devices ~ table tbody tr": 3}),
+        ("fleet", {".histogram": 3, "#devices table tbody tr": 3}),
     ],
 )  # fmt: skip
 def test_plots_have_their_marks(browser, pages, kind, marks):
@@ -105,3 +105,16 @@ def test_no_serious_finding_of_axe(browser, pages, kind):
             "axe.run().then(r => r.violations.map(v => [v.impact, v.id, v.nodes[0].html]))"
         )
         assert [one for one in found if one[0] in SERIOUS] == []
+
+
+def test_what_is_folded_opens_by_a_link_and_on_paper(browser, pages):
+    browser.show(pages["bundle"], 360)
+    seen = "[...document.querySelectorAll('section > details > div')].filter(e => e.checkVisibility()).length"
+    sections = browser.evaluate("document.querySelectorAll('section').length")
+    height = browser.evaluate("document.documentElement.scrollHeight")
+    assert 0 < browser.evaluate(seen) < sections
+    assert not browser.evaluate("document.querySelector('#size').parentElement.open")
+    browser.evaluate("document.querySelector('a[href=\"#size\"]').click()")
+    assert browser.evaluate("document.querySelector('#size').parentElement.open")
+    browser.show(pages["bundle"], 360, media="print")
+    assert browser.evaluate("document.documentElement.scrollHeight") > height

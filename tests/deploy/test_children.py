@@ -92,6 +92,14 @@ def test_answers_come_back_whatever_libraries_print(child):
     assert child.pid == first, "one process answers all requests"
 
 
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs a system with files in memory")
+def test_no_folder_for_temporary_files_is_needed(module, monkeypatch):
+    """A container with a read-only root may have none."""
+    monkeypatch.setattr("tempfile.TemporaryFile", None)
+    with Child("served", environment={"PYTHONPATH": str(module)}) as child:
+        assert child.request("echo") == {}
+
+
 def test_progress(module):
     seen = []
     with Child(

@@ -52,7 +52,7 @@ def test_a_misspelled_command(capsys, argv, words):
 def test_a_command_in_capital_letters(capsys):
     with pytest.raises(SystemExit, match=r"^0$"):
         main(["DOCTOR", "--help"])
-    assert "cmt-doctor" in capsys.readouterr().out
+    assert "cmt-edge doctor" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("front", "program"), [([], "cmt-bench"), (["cmt-edge"], "cmt-edge bench")])
@@ -61,6 +61,18 @@ def test_usage_and_examples_name_what_was_typed(call, monkeypatch, front, progra
     _, out, _ = call(bench.main, "--help")
     assert out.startswith(f"usage: {program} [options] BUNDLE [BUNDLE ...]\n")
     assert f"\n  {program} cmt_xs_fp32_openvino " in out
+
+
+def test_every_command_has_a_name_that_can_be_typed(monkeypatch):
+    monkeypatch.setattr(startup, "front", [])
+    assert {name for name, command in COMMANDS.items() if command.has_script} == {*startup.OWN_SCRIPTS}
+    assert [startup.name_program(name) for name in ("build", "doctor")] == ["cmt-build", "cmt-edge doctor"]
+
+
+@pytest.mark.parametrize(("front", "program"), [([], "cmt-export"), (["cmt-edge"], "cmt-edge export")])
+def test_a_remedy_names_what_was_typed(fails, tmp_path, monkeypatch, front, program):
+    monkeypatch.setattr(startup, "front", front)
+    assert f"give the folder that {program} printed" in fails(2, bench.main, tmp_path / "absent")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

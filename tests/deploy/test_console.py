@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import unicodedata
 
 import pytest
 
+from cmt_edge.deploy.cli.console import run_command
 from cmt_edge.deploy.cli.ranges import parse_finite
 from cmt_edge.deploy.escaping import UNSAFE, escape, escape_line, escape_markdown
 
@@ -219,3 +222,22 @@ def test_what_is_no_finite_number(text):
 @pytest.mark.parametrize("text", ["0", "-1", "1e-3", " 2.5 "])
 def test_finite_numbers(text):
     assert parse_finite(text) == float(text)
+
+
+def test_no_folder_for_temporary_files_is_no_bug_of_ours(monkeypatch, capsys):
+    """As in a container with a read-only root."""
+
+    def refuse(path, flags, *_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+
+    def main(_):
+        with monkeypatch.context() as patch:
+            patch.setattr(tempfile, "tempdir", None)
+            patch.setattr(os, "open", refuse)
+            tempfile.gettempdir()
+
+    assert run_command(main, argparse.Namespace(verbose=False)) == 2
+    said = capsys.readouterr().err
+    assert "no folder for temporary files" in said
+    assert "--tmpfs /tmp" in said
+    assert "Traceback" not in said

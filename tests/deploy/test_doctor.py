@@ -245,3 +245,11 @@ def test_the_text_fits_the_terminal(call, machine, monkeypatch, width):
     monkeypatch.setenv("COLUMNS", str(width))
     _, out, _ = call(command.main)
     assert max(map(len, out.splitlines())) <= width
+
+
+@pytest.mark.parametrize(("flags", "says"), [((), True), (("avx2", "avx_vnni"), False)])
+def test_a_processor_without_vnni_is_told_what_int8_is_there(monkeypatch, flags, says):
+    found = check_up(monkeypatch)
+    host = replace(found.machine.host, flags=list(flags), machine="x86_64")
+    text = report.describe_checkup(replace(found, machine=replace(found.machine, host=host)), width=500)
+    assert ("rounded more coarsely" in text) is says

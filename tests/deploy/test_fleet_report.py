@@ -36,7 +36,9 @@ def figures(tmp_path):
         content = json.loads(make_figures_file(make_bundle_figures(full_subject())))
         content["benchmark"]["host"]["cpu"] = cpu
         latency = content["benchmark"]["results"][0]["model"]
-        latency["p50"] *= slower
+        for name in ("p50", "p90", "p95", "p99", "max"):
+            latency[name] *= slower
+        latency["histogram"] |= {end: slower * latency["histogram"][end] for end in ("low", "high")}
         if weights:
             content["manifest"]["model"]["weights"]["sha256"] = weights
         file = tmp_path / f"{device}.json"
@@ -85,6 +87,52 @@ def test_bundles_and_comparisons_are_merged_too(call, figures, tmp_path):
     members = name_members(read_reported(file))
     assert [one.device for one in members] == ["box / a", "box / b"]
     assert [one.subject.measured.ratio for one in members] == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("name", ["same", "b\udcff", "Ger\u00e4t \u202e\n"])
+def test_a_report_counts_once_under_whatever_name(fails, call, figures, tmp_path, name):
+    one, page = figures("one", "a"), tmp_path / "fleet.html"
+    other = tmp_path / f"{name}.json"
+    try:
+        other.write_bytes(one.read_bytes())
+    except (OSError, UnicodeError):
+        pytest.skip("this file system has no such names")
+    message = fails(2, report.main, "--merge", one, other, "-o", page)
+    assert "are the same report" in message
+    code, _, err = call(report.main, "--merge", other, "-o", page)
+    assert (code, err) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"p50": 2.85}, "do not rise"),
+        ({"p50": -2.0}, "do not rise"),
+        ({"p50": 0.002, "p90": 0.0028}, "lies outside its own histogram"),
+    ],
+)
+def test_latencies_that_no_measurement_gives_are_refused(fails, figures, tmp_path, change, why):
+    file = figures("mixed", "a")
+    content = json.loads(file.read_text())
+    content["benchmark"]["results"][0]["model"] |= change
+    file.write_text(json.dumps(content))
+    assert why in fails(2, report.main, "--merge", file, "-o", tmp_path / "fleet.html")
+
+
+def test_a_large_fleet_is_not_named_whole():
+    found = conclude_fleet([Reported(f"d{number}", subject()) for number in range(9)])
+    assert found.why.startswith("d0, d1, d2, d3, d4 and 4 more (9 of 9); of d0: ")
+
+
+def test_a_check_that_contradicts_itself_is_not_passed():
+    made = subject(check())
+    golden = replace(made.verification.golden, diff=99.0)
+    (found,) = {
+        conclude_fleet(
+            [Reported("one", replace(made, verification=replace(made.verification, golden=golden)))]
+        )
+    }
+    assert found.state is State.STOP
 
 
 def test_names_that_repeat_are_numbered():

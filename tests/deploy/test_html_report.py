@@ -20,6 +20,7 @@ from cmt_edge.deploy.bundle.sections import (
     ClassCheck,
     Flip,
     LayerRun,
+    RanOn,
 )
 from cmt_edge.deploy.cli import bench, report, verify
 from cmt_edge.deploy.measure.benchmark import Protocol
@@ -32,9 +33,10 @@ from cmt_edge.deploy.report.html import (
     conclude,
     make_bundle_page,
     make_comparison_page,
+    make_own_page,
     make_subject,
 )
-from cmt_edge.deploy.report.html.elements import make_code
+from cmt_edge.deploy.report.html.elements import Table, make_code
 from cmt_edge.deploy.report.html.flips import draw_confusion
 from cmt_edge.deploy.report.html.scatter import WIDTH, Point, draw_scatter
 from helpers.bundles import make_bundle, recorded_bundle, tiny_manifest
@@ -50,7 +52,8 @@ VOID = {"meta", "link", "wbr", "img"}
 KNOWN = {
     *VOID, "html", "head", "title", "style", "body", "main", "nav", "section", "footer", "h1", "h2", "h3",
     "p", "ul", "li", "dl", "dt", "dd", "div", "span", "a", "pre", "code", "table", "caption", "thead",
-    "tbody", "tr", "th", "td", "figure", "figcaption", "svg", "rect", "circle", "text", "img",
+    "tbody", "tr", "th", "td", "figure", "figcaption", "svg", "rect", "circle", "text", "img", "details",
+    "summary",
 }  # fmt: skip
 """Every element that a page has."""
 EVIL = "</style><script>alert(1)</script>\"' onload=x <img src=https://example.org/x>\u202egpj"
@@ -303,6 +306,55 @@ def test_commands_of_a_page_fit_and_can_be_pasted():
     assert max(map(len, lines)) <= 88
     words = shlex.split(page.text.replace("\\\n", " "))
     assert words == shlex.split(f"{long} cmt-edge bench x")
+
+
+@pytest.mark.parametrize(
+    ("runtime", "device", "kept"),
+    [("openvino 1.0", "CPU", True), ("openvino 2.0", "CPU", True), ("openvino 1.0", "GPU", False),
+     ("onnxruntime 1.0", "CPU", False)],
+)  # fmt: skip
+def test_a_check_without_labelled_images_keeps_top1_of_its_runtime(runtime, device, kept):
+    made = subject(check())
+    recorded = replace(made.verification, runtime=RanOn("openvino 1.0", "CPU"), notes=("too few",))
+    made = replace(made, manifest=replace(made.manifest, verification=recorded))
+    found = replace(recorded, data=None, notes=(), runtime=RanOn(runtime, device))
+    page = Page(make_bundle_page(made.with_check(found, ())))
+    assert ("Top-1 on 1000 labelled images" in page.text) == kept
+    assert ("top-1 is what the export measured on openvino 1.0" in page.text) == kept
+    assert ("Top-1 was not measured here. The export measured 90.00 %" in page.text) != kept
+    notes = read_data(page)["verification"]["notes"]
+    assert ("too few" in notes) == kept
+
+
+def test_a_new_check_of_labelled_images_takes_the_place_of_the_recorded_one():
+    made = subject(check())
+    checked = made.with_check(replace(made.verification, data=check(drop=0.4)), ())
+    assert (checked.data.drop, checked.verification.notes) == (0.4, made.verification.notes)
+
+
+def test_the_page_that_a_bundle_holds_counts_itself():
+    made = subject(check())
+    text = make_own_page(made, {"report.json": 1_000_000})
+    page, size = Page(text), len(text.encode())
+    found = read_data(page)
+    assert found["unlisted"] == {"report.json": 1_000_000, "report.html": size}
+    total = (made.manifest.size_bytes + 1_000_000 + size) / 1e6
+    assert {f"{total:.1f} MB", f"{size:,}"} <= {one.replace("\N{NO-BREAK SPACE}", " ") for one in page.texts}
+    assert "unlisted" not in made.to_json()
+
+
+@pytest.mark.parametrize(("rows", "folded"), [(8, False), (9, True)])
+def test_a_long_table_is_folded_and_keeps_its_name(rows, folded):
+    page = Page(Table("Names", ["name", "figure"], [["a", "1"]] * rows).write())
+    assert page.of("aria-label") == (["Names"] if folded else [])
+    assert ("Names: 9 rows" in page.text) == folded
+
+
+def test_sections_fold_but_those_that_decide():
+    page = make_comparison_page([subject(check(drop_ci=(-0.3, 1.2))), subject(check())])
+    parts = re.findall(r'<details( open="")?><summary><h2>([^<]*)</h2>', page)
+    assert [name for is_open, name in parts if is_open] == ["Bundles", "Accuracy", "Latency", "Warnings"]
+    assert "How to reproduce it" in [name for is_open, name in parts if not is_open]
 
 
 def test_a_matrix_bears_the_names_of_few_classes():

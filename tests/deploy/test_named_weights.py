@@ -120,3 +120,11 @@ def test_weights_in_the_cache_need_no_word(asked, tmp_path, fp32_bundle, monkeyp
     with Predictor.load(fp32_bundle.path, backend="torch") as predictor:
         assert predictor(fp32_bundle.golden().sources[0]).label
     assert asked == []
+
+
+def test_verify_takes_the_names_that_the_export_takes(asked, fp32_bundle, capsys):
+    command = [str(fp32_bundle.path), "--backend", "torch", "--weights"]
+    assert cmt_verify([*command, "pretrained"]) == 0, capsys.readouterr().err
+    assert cmt_verify([*command, "Random"]) == 2
+    assert "not the weights that the bundle was made from" in capsys.readouterr().err
+    assert asked == []

@@ -15,8 +15,14 @@ ov = pytest.importorskip("openvino")
 
 from openvino import opset13  # noqa: E402
 
+from cmt_edge.deploy.backends.openvino_constants import compute_constant  # noqa: E402
 from cmt_edge.deploy.backends.openvino_core import open_core  # noqa: E402
-from cmt_edge.deploy.backends.openvino_graph import compute_constant, make_unsigned, read  # noqa: E402
+from cmt_edge.deploy.backends.openvino_graph import (  # noqa: E402
+    limit_shifted,
+    make_unsigned,
+    read,
+    take_in_shifts,
+)
 
 h = onnx.helper
 SIZE = 6
@@ -51,9 +57,10 @@ def graph(
     batch: int | str = "batch",
     auto_pad: str = "NOTSET",
     weights: bool = True,
+    shift: np.ndarray | None = None,
 ) -> bytes:
     """``x -> Q -> DQ -> Conv -> y``; ``shared``: another operation reads the pair too; ``weights``: those are
-    int8."""
+    int8; ``shift``: is added before the pair."""
     rng = np.random.default_rng(0)
     shape = (3 * groups, channels // groups, kernel, kernel)
     activation, nodes = pair("x", scale)
@@ -66,6 +73,10 @@ def graph(
         constants["b"] = rng.standard_normal(shape[0]).astype(np.float32)
         inputs.append("b")
     padding = {"auto_pad": auto_pad} if auto_pad != "NOTSET" else {"pads": [pad] * 4}
+    if shift is not None:
+        constants["shift"] = shift.astype(np.float32)
+        nodes[0].input[0] = "moved"
+        nodes.insert(0, h.make_node("Add", ["x", "shift"], ["moved"], "x_shift"))
     conv = h.make_node("Conv", inputs, ["y"], "conv", strides=[stride] * 2, group=groups, **padding)
     outputs = ["y", "z"] if shared else ["y"]
     nodes += [*dequantized, conv, *([h.make_node("Abs", ["x_dq"], ["z"])] if shared else [])]
@@ -139,6 +150,49 @@ def test_others_are_left_alone(case):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+def list_kinds(model: ov.Model) -> list[str]:
+    return [node.get_type_name() for node in model.get_ordered_ops()]
+
+
+@pytest.mark.parametrize(
+    "case", [{}, {"kernel": 3, "pad": 1}, {"weights": False}], ids=["plain", "padded", "float"]
+)
+def test_a_shift_becomes_part_of_the_rounding(case):
+    content = graph(shift=np.array(-70 * 0.02), **case)
+    x = images() + np.float32(70 * 0.02)
+    model = make_unsigned(take_in_shifts(ov.Core().read_model(content)))
+    before = list_kinds(make_unsigned(ov.Core().read_model(content)))
+    assert before.count("Add") == list_kinds(model).count("Add") + 1
+    expected = ReferenceEvaluator(content).run(None, {"x": x})
+    for ours, theirs in zip(answers(model, x), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_biases_of_shifted_layers_follow_weights_that_are_rounded_otherwise():
+    """Zeros stay exact, whatever the weights are."""
+    content = graph(shift=np.array(-100 * 0.02), channels=40)
+    zeros = np.zeros((2, 40, SIZE, SIZE), np.float32)
+    model = ov.Core().read_model(content)
+    before = compute_weights(model)
+    limit_shifted(model)
+    assert np.abs(compute_weights(model) - before).max() > 0, "nothing was rounded"
+    (expected,) = ReferenceEvaluator(content).run(None, {"x": zeros})
+    np.testing.assert_allclose(answers(model, zeros)[0], expected, atol=1e-3)
+    take_in_shifts(model)
+    np.testing.assert_allclose(answers(make_unsigned(model), zeros)[0], expected, atol=1e-3)
+
+
+def compute_weights(model: ov.Model) -> np.ndarray:
+    (conv,) = (node for node in model.get_ordered_ops() if node.get_type_name() == "Convolution")
+    return compute_constant(conv.input_value(1))
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 1), (1, 1, 1, 1)])
+def test_additions_of_more_than_one_number_stay(shape):
+    model = take_in_shifts(ov.Core().read_model(graph(shift=np.full(shape, -0.5), bias=False)))
+    assert list_kinds(model).count("Add") == 1
+
+
 def test_a_graph_without_quantizers_is_left_alone():
     source = h.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1, 4])
     end = h.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1, 4])
@@ -166,8 +220,9 @@ def test_the_conv_still_runs_as_int8_with_one_operation():
 
 def test_a_file_is_rewritten_when_it_is_read(tmp_path):
     path = tmp_path / "model.onnx"
-    path.write_bytes(graph())
+    path.write_bytes(graph(shift=np.array(-0.5), bias=False))
     assert lows(read(path)) == [0.0]
+    assert list_kinds(read(path)).count("Add") == 1  # the correction of the conv
     x = images()
     np.testing.assert_allclose(
         answers(read(path), x)[0], answers(ov.Core().read_model(path), x)[0], rtol=1e-4, atol=1e-4

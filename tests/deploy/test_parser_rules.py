@@ -7,8 +7,9 @@ import numpy as np
 import onnx
 import pytest
 
-from cmt_edge.deploy.tensorrt.parser_rules import SUPPORTED, find_parser_problems
-from helpers.parser_graphs import BROKEN, f32, model
+from cmt_edge.deploy.tensorrt.bindings import RTX
+from cmt_edge.deploy.tensorrt.parser_rules import PLUGINS, SUPPORTED, find_parser_problems
+from helpers.parser_graphs import BROKEN, BROKEN_FOR_RTX, drop_out, f32, model, scatter
 
 
 @pytest.mark.parametrize("finding", BROKEN)
@@ -16,6 +17,22 @@ def test_each_broken_rule_is_found(finding):
     assert any(finding in f for f in find_parser_problems(BROKEN[finding])), find_parser_problems(
         BROKEN[finding]
     )
+
+
+@pytest.mark.parametrize("finding", BROKEN_FOR_RTX)
+def test_what_only_tensorrt_for_rtx_refuses(finding):
+    assert find_parser_problems(BROKEN_FOR_RTX[finding]) == []
+    (found,) = find_parser_problems(BROKEN_FOR_RTX[finding], RTX)
+    assert finding in found
+
+
+def test_every_operation_that_needs_a_plugin_is_tried():
+    assert {f"({name})" for name in PLUGINS} <= {*BROKEN_FOR_RTX}
+
+
+@pytest.mark.parametrize("graph", [scatter("none"), drop_out([], {"training": np.bool_(False)})])
+def test_harmless_values_have_no_findings(graph):
+    assert find_parser_problems(graph, RTX) == []
 
 
 def test_weights_outside_the_file(tmp_path):

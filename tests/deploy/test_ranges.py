@@ -56,7 +56,15 @@ LOADGEN_FLAGS = ("--loadgen-rate", "--loadgen-limit")
 def test_the_flags_that_are_numbers():
     found = {name: {flag for command, flag in FLAGS if command == name} for name in COMMANDS}
     assert found["predict"] == {"--topk", "--threads"}
-    assert found["verify"] == {"--limit", "--max-drop", "--atol", "--threads", "--workers", THRESHOLD}
+    assert found["verify"] == {
+        "--limit",
+        "--max-drop",
+        "--atol",
+        "--threads",
+        "--workers",
+        "--ray-wait",
+        THRESHOLD,
+    }
     assert found["bench"] == {"--iters", "--seconds", "--warmup", "--threads", *LOADGEN_FLAGS}
     assert found["build"] == {"--workspace", "--level", "--time-limit", "--atol", "--iters", "--seconds"}
     assert {"--seed", "--batch", "--imgsz", "--threads", "--num-classes", "--workspace"} <= found["export"]

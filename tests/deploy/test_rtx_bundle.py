@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 
 import numpy as np
@@ -143,7 +144,18 @@ def test_a_gpu_that_is_not_served(gpu_machine, bundle, monkeypatch, capsys):
 
 def test_its_tool_is_named(bundle, capsys):
     assert build(bundle, "--trtexec") == 0
-    assert capsys.readouterr().out.startswith("tensorrt_rtx --onnx=")
+    words = shlex.split(capsys.readouterr().out)
+    assert words[0] == "tensorrt_rtx"
+    assert {"--useGpu", "--maxAuxStreams=0", "--noTF32"} <= {*words}
+    assert not [word for word in words if word.startswith(("--memPool", "--builder", "--timing"))]
+
+
+def test_its_tool_gets_the_same_options(bundle, capsys):
+    asked = ("--workspace", "1.5", "--level", "5", "--tf32", "--device", "1")
+    assert build(bundle, "--trtexec", *asked) == 0
+    words = shlex.split(capsys.readouterr().out)
+    assert {"--memPoolSize=workspace:1536M", "--builderOptimizationLevel=5", "--device=1"} <= {*words}
+    assert "--noTF32" not in words
 
 
 # --- without a GPU --------------------------------------------------------------------------------

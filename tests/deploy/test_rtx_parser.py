@@ -10,7 +10,7 @@ from cmt_edge.deploy.errors import StepError
 from cmt_edge.deploy.tensorrt.kernels import read_kernels
 from cmt_edge.deploy.tensorrt.parser_rules import ACCEPTED_BY_RTX, SUPPORTED
 from helpers.nvidia_names import RECEIVERS, RTX_RECEIVERS, find_module, list_uses
-from helpers.parser_graphs import BROKEN
+from helpers.parser_graphs import BROKEN, BROKEN_FOR_RTX
 from helpers.rtx_parser import needs_rtx, parse_all
 from helpers.trt import build_portable, trt_bundle
 
@@ -33,17 +33,33 @@ WORDS = {
     "training_mode must be 0": "does not support training_mode == 1",
     "multiplies matrices of whole numbers": "unsupported input type of INT64",
     "more than 8": "Number of dimensions (9)",
+    "p must be 1 or 2": "Only L1 and L2 normalization",
+    "without fmod": "The fmod attribute is set to 0",
+    "n3 (Celu): reads float16": "The rank of operands should be the same",
+    "n3 (Range): reads float16": "only supports int32, int64, and float input types for Range",
+    "its inputs from the 3. on must be constant": "training_mode input as an initializer",
+    "is in training mode": "Dropout operator in training mode",
+    "input 2 must be constant": "Invalid Node",
     "b0 (MaxPool): only the first output": "outputs for MaxPool",
     "b1 (Add): reads float32 and float16 at once": "must have same input types",
 }
 """Rule that the real parser has too -> part of its message."""
+WORDS_OF_RTX = {
+    "reduction must be none": "Unsupported reduction type",
+    "(NonZero)": "NonZero plugin creator version 1 was not found",
+    "(RoiAlign)": "ROIAlign plugin was not found",
+    "(NonMaxSuppression)": "has no runners that implement it",
+    "(DeformConv)": "Plugin not found",
+}
+"""The same for what TensorRT for RTX alone does not run; its parser or its builder says so."""
 
 
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory):
     """What the real parser and builder make of each graph that breaks one of our rules."""
     known = {schema.name for schema in SCHEMAS if schema.domain == ""}
-    return parse_all(tmp_path_factory.mktemp("graphs"), BROKEN, sorted(SUPPORTED | known))
+    graphs = BROKEN | {f"RTX: {rule}": graph for rule, graph in BROKEN_FOR_RTX.items()}
+    return parse_all(tmp_path_factory.mktemp("graphs"), graphs, sorted(SUPPORTED | known))
 
 
 @pytest.mark.parametrize("rule", WORDS)
@@ -51,6 +67,13 @@ def test_the_real_parser_refuses_it_too(verdicts, rule):
     verdict = verdicts[rule]
     assert not verdict["parsed"]
     assert WORDS[rule] in " ".join(verdict["errors"])
+
+
+@pytest.mark.parametrize("rule", BROKEN_FOR_RTX)
+def test_what_it_alone_refuses(verdicts, rule):
+    verdict = verdicts[f"RTX: {rule}"]
+    assert not verdict["built"]
+    assert WORDS_OF_RTX[rule] in " ".join(verdict["errors"] + verdict["log"])
 
 
 @pytest.mark.parametrize("rule", ACCEPTED_BY_RTX)

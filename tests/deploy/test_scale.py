@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from cmt_edge.deploy.cli import verify
-from cmt_edge.deploy.errors import DataError, InputError, OutputError, RuntimeMissingError
+from cmt_edge.deploy.errors import ClusterError, DataError, InputError, OutputError, RuntimeMissingError
 from cmt_edge.deploy.images import ImageSet
 from cmt_edge.deploy.measure.labels import match_labels
 from helpers.bundles import LABELS, make_bundle
@@ -22,10 +23,13 @@ pytest.importorskip("fsspec", reason='needs the extra "ray"')
 import pyarrow
 from pyarrow import parquet
 
-from cmt_edge.deploy.scale.answers import NOTE, AnswersFolder, Part
+from cmt_edge.deploy.scale import waiting
+from cmt_edge.deploy.scale.answers import NOTE, AnswersFolder, Part, require_answers
+from cmt_edge.deploy.scale.passes import Plan
 from cmt_edge.deploy.scale.places import hide_credentials
 from cmt_edge.deploy.scale.records import Record, divide
 from cmt_edge.deploy.scale.sources import open_source
+from cmt_edge.deploy.scale.worker import Subject, make_task_table, read_task_table
 
 CONTENT = {f"{name}/{i}.png": coloured(name, i) for name in COLOURS for i in range(3)}
 """Images in class folders."""
@@ -148,6 +152,53 @@ def test_passwords_in_addresses_are_not_shown(tmp_path):
     assert hide_credentials("s3://b/x@y?a=b") == "s3://b/x@y?a=b"
 
 
+def test_an_empty_table_says_nothing_of_the_labels(tmp_path):
+    for name, images, labels in (("a", [b"x"], ["red"]), ("b", [], [])):
+        columns = {"image": pyarrow.array(images, pyarrow.binary()), "label": labels}
+        parquet.write_table(pyarrow.table(columns), tmp_path / f"{name}.parquet")
+    assert [(item.name, item.label) for item in open_source(str(tmp_path)).items] == [("a.parquet/0", "red")]
+
+
+def test_two_labels_of_one_key_are_refused(tmp_path):
+    members = {"1.0.png": b"x", "1.0.cls": b"0", "1.5.png": b"x", "1.5.cls": b"2"}
+    with pytest.raises(DataError, match="the key '1' has two labels"):
+        open_source(str(archive(tmp_path / "a.tar", members)))
+    members["1.5.cls"] = b"00"
+    assert [item.label for item in open_source(str(archive(tmp_path / "b.tar", members))).items] == ["0", "0"]
+
+
+@pytest.mark.parametrize("address", ["{0}", "local://{0}"])
+def test_shards_beside_images_are_refused(tmp_path, address):
+    photos = coloured_folder(tmp_path / "photos")
+    archive(photos / "old.tar", SHARD)
+    with pytest.raises(DataError, match="holds images and shards") as caught:
+        open_source(address.format(photos))
+    assert "old.tar" in caught.value.why
+
+
+@pytest.mark.parametrize("kind", ["shard", "table"])
+def test_a_file_that_changed_since_it_was_listed_is_not_read(tmp_path, kind):
+    path = tmp_path / "a.parquet"
+    if kind == "table":
+        parquet.write_table(pyarrow.table({"image": [b"x"], "label": [1]}), path)
+    else:
+        path = archive(tmp_path / "a.tar", SHARD)
+    source = open_source(str(path))
+    path.write_bytes(path.read_bytes() + b"more")
+    with pytest.raises(DataError, match="was changed since its images were listed"):
+        source.read(source.items[0])
+
+
+def test_names_that_are_no_text_reach_the_workers_and_the_answers(tmp_path):
+    (record,) = make_records(1)
+    odd = replace(record, name="red/\udcff\n.png", file="/x/\udcff\n.png", label="\udcff")
+    (task,) = divide([odd], 16, 128)
+    assert read_task_table(make_task_table(task)) == task
+    folder = AnswersFolder(tmp_path / "answers", {})
+    folder.write(task, Part(["a"], np.zeros((1, 3), np.float32), "{}"), LABELS)
+    assert folder.read(task).digests == ["a"]
+
+
 def test_an_empty_place_is_refused(tmp_path):
     with pytest.raises(DataError, match="holds no images"):
         open_source(f"local://{tmp_path}")
@@ -225,6 +276,8 @@ def test_answers_of_something_else_are_refused(kept, tmp_path):
     with pytest.raises(InputError, match="holds answers of something else") as caught:
         AnswersFolder(folder.path, {"bundle": "b"})
     assert "another bundle" in caught.value.why
+    (folder.path / NOTE).write_text((folder.path / NOTE).read_text().replace('"a"', '"b"'))
+    assert AnswersFolder(folder.path, {"bundle": "b"}).read(kept[1]) is None
     (folder.path / NOTE).write_text("{")
     with pytest.raises(InputError, match="cannot be understood"):
         AnswersFolder(folder.path, {"bundle": "a"})
@@ -232,12 +285,61 @@ def test_answers_of_something_else_are_refused(kept, tmp_path):
     (tmp_path / "photos" / "x").write_text("mine")
     with pytest.raises(OutputError, match="no folder of answers"):
         AnswersFolder(tmp_path / "photos", {"bundle": "a"})
+    with pytest.raises(OutputError, match="no folder of answers"):
+        require_answers(tmp_path / "photos", ["bundle"])
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / f".{NOTE}.x").write_text("of a run that starts at the same time")
+    assert AnswersFolder(tmp_path / "new", {"bundle": "a"}).path.exists()
+
+
+def fake_cluster(nodes: list[int], looks: list[bool]):
+    """What tells of a cluster, and gives cores at the last look; and the reservations that it has."""
+    held: list[object] = []
+    group = SimpleNamespace(wait=lambda seconds: looks.pop(0))
+
+    def reserve(bundles):
+        held.extend(bundles)
+        return group
+
+    util = SimpleNamespace(placement_group=reserve, remove_placement_group=lambda group: held.clear())
+    found = [{"Alive": True, "Resources": {"CPU": cores}} for cores in nodes] + [
+        {"Alive": False, "Resources": {"CPU": 64}},
+        {"Alive": True, "Resources": {}},
+    ]
+    ray = SimpleNamespace(util=util, nodes=lambda: found, available_resources=lambda: {"CPU": 1})
+    return ray, held
+
+
+@pytest.mark.parametrize(("looks", "notes"), [([True], 0), ([False, False, True], 1)])
+def test_free_cores_are_waited_for_and_given_back(monkeypatch, looks, notes):
+    monkeypatch.setattr(waiting, "SILENT_S", 0)
+    ray, held = fake_cluster([4, 8], looks)
+    told: list[str] = []
+    waiting.await_cores(ray, 2, waiting.Waiting(600, told.append))
+    assert (len(told), held, looks) == (notes, [], [])
+    if told:
+        assert told[0].startswith("waiting for 2 cores free on one node, 600 s at most (--ray-wait)")
+        assert told[0].endswith("cores of the cluster's nodes: 8, 4, 0; free: 1")
+
+
+def test_cores_that_never_come_are_an_error():
+    ray, held = fake_cluster([1], [False])
+    with pytest.raises(ClusterError, match="had 2 cores free within 0 s") as caught:
+        waiting.await_cores(ray, 2, waiting.Waiting(0))
+    assert (caught.value.exit_code, held) == (3, [])
+
+
+def test_a_worker_has_its_cores_on_one_node():
+    ray, _ = fake_cluster([3, 3], [])
+    plan = Plan((), 16, None, LABELS)
+    assert [plan.count(ray, Subject("tiny", b"", threads=n)) for n in (1, 2, 4)] == [6, 2, 1]
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         (["--answers", "x"], "--answers means nothing without --ray"),
+        (["--ray-wait", "9"], "--ray-wait means nothing without --ray"),
         (["--ray"], "--ray means nothing without --data"),
         (["--data", "x", "--ray", "--layers"], "--layers runs on this machine only"),
     ],
@@ -246,6 +348,13 @@ def test_flags_that_do_not_go_together(tmp_path, capsys, flags, words):
     bundle = make_bundle(tmp_path / "tiny")
     assert verify.main([str(bundle.path), *flags]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_answers_are_kept_outside_bundles(tmp_path, capsys):
+    bundle = make_bundle(tmp_path / "tiny")
+    flags = ["--data", str(tmp_path), "--ray", "--answers"]
+    assert verify.main([str(bundle.path), *flags, str(bundle.path)]) == 2
+    assert "lies inside the bundle" in capsys.readouterr().err
 
 
 def test_ray_is_missing(tmp_path, capsys, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -13,7 +14,7 @@ from cmt_edge.deploy import Bundle, Predictor
 from cmt_edge.deploy.bundle.sections import BATCH, TensorEntry
 from cmt_edge.deploy.cli import serve_repo
 from cmt_edge.deploy.errors import InputError, OutputError, RuntimeMissingError
-from cmt_edge.deploy.serving import Options, make_repository
+from cmt_edge.deploy.serving import Options, make_repository, repository, triton
 from helpers.bundles import LABELS, SIZE, make_bundle, snapshot
 from helpers.trt import build, trt_bundle
 
@@ -132,7 +133,7 @@ def test_model_server_takes_the_settings(tmp_path):
         assert entry["plugin_config"]["INFERENCE_PRECISION_HINT"] == "f32", (
             "also where the processor has bf16"
         )
-        assert entry["plugin_config"]["INFERENCE_NUM_THREADS"] == 3
+        assert entry["plugin_config"]["INFERENCE_NUM_THREADS"] == 6, "of both streams"
 
 
 @needs_openvino
@@ -185,6 +186,8 @@ def test_a_tensorrt_engine_of_this_machine(tmp_path, gpu_machine):
         ({"format": "rtx", "precision": "fp16"}, "triton", Options(), "--format onnx"),
         ({"format": "trt", "precision": "fp16"}, "ovms", Options(), "--format onnx or --format openvino"),
         ({}, "triton", Options(max_batch=4), "--batch 0"),
+        ({}, "ovms", Options(max_batch=4), "leave --max-batch out"),
+        ({}, "ovms", Options(queue_delay_us=5), "leave --queue-delay-us out"),
         ({"format": "openvino", "precision": "bf16"}, "triton", Options(runtime="onnxruntime"), "int8"),
         ({"format": "openvino", "precision": "fp16"}, "ovms", Options(), "fp32"),
     ],
@@ -204,6 +207,13 @@ def test_names(tmp_path):
     second = make_bundle(tmp_path / "more" / "tiny")
     with pytest.raises(InputError, match="two bundles are called tiny"):
         make_repository([first, second], "triton", tmp_path / "models", Options())
+    (tmp_path / "upper").mkdir()
+    upper = make_bundle(tmp_path / "upper" / "TINY")
+    with pytest.raises(InputError, match="two bundles are called"):
+        make_repository([first, upper], "triton", tmp_path / "models", Options())
+    settings = make_bundle(tmp_path / "config.json")
+    with pytest.raises(InputError, match="as the settings of the server"):
+        make_repository([settings], "ovms", tmp_path / "models", Options())
     odd = make_bundle(tmp_path / "my model")
     with pytest.raises(InputError, match="name"):
         make_repository([odd], "triton", tmp_path / "models", Options())
@@ -227,10 +237,36 @@ def test_nothing_is_written_over(tmp_path, fails):
 
 def test_the_object(tmp_path, capsys):
     bundle = make_bundle(tmp_path / "tiny")
-    flags = ["-o", str(tmp_path / "models"), "--for", "TRITON", "--json"]
+    flags = ["-o", str(tmp_path / "my models"), "--for", "TRITON", "--json"]
     assert serve_repo.main([str(bundle.path), *flags]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["models"] == [
         {"name": "tiny", "bundle": str(bundle.path), "runtime": "onnxruntime", "max_batch": 0, "notes": []}
     ]
-    assert str(tmp_path / "models") in told["start"]
+    assert shlex.split(told["start"])[-1] == f"--model-repository={tmp_path / 'my models'}"
+
+
+@pytest.mark.parametrize(
+    ("runtime", "precision", "saturates", "words"),
+    [
+        ("openvino", "int8", False, "write the repository on such a server"),
+        ("openvino", "int8", True, "such as this one"),
+        ("onnxruntime", "int8", True, "can saturate"),
+        ("openvino", "fp32", True, ""),
+    ],
+)
+def test_a_server_without_vnni_is_spoken_of(tmp_path, monkeypatch, runtime, precision, saturates, words):
+    monkeypatch.setattr(repository, "saturates_in_openvino", lambda: saturates)
+    monkeypatch.setattr(triton, "write_model", lambda *_: None)
+    bundle = make_bundle(tmp_path / "tiny", precision=precision)
+    made = make_repository([bundle], "triton", tmp_path / "models", Options(runtime=runtime, allow_bf16=True))
+    notes = " ".join(made.models[0].notes)
+    assert words in notes
+    assert ("VNNI" in notes) is bool(words)
+
+
+@needs_openvino
+def test_model_server_makes_no_batches(tmp_path, capsys):
+    bundle = make_dynamic(tmp_path / "tiny")
+    assert serve_repo.main([str(bundle.path), "-o", str(tmp_path / "models"), "--for", "ovms"]) == 0
+    assert "batches as clients send them" in capsys.readouterr().out

@@ -13,7 +13,7 @@ import pytest
 
 from cmt_edge import startup
 from cmt_edge.__main__ import COMMANDS
-from cmt_edge.deploy.signals import Stopped, get_received, unwound_by_signals
+from cmt_edge.deploy.signals import Stopped, complete, get_received, unwound_by_signals
 from helpers.paths import ROOT
 
 NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
@@ -176,3 +176,36 @@ def test_the_start_of_a_command_handles_only_what_nobody_else_does(monkeypatch):
     monkeypatch.setattr(startup.signal, "signal", set_.__setitem__)
     startup.end_at_once_on_signals()
     assert set_ == {}
+
+
+def test_a_call_that_must_be_complete_is_interrupted_at_its_end():
+    done: list[str] = []
+
+    def call() -> None:
+        with pytest.raises(ValueError, match="main thread"):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        os.kill(os.getpid(), signal.SIGTERM)
+        while get_received() is None:
+            time.sleep(0.001)
+        done.append("all of it")
+
+    left = threading.Event()
+    left.set()
+    with unwound_by_signals(), pytest.raises(Stopped):
+        complete(call, left)
+    assert done == ["all of it"]
+
+
+def test_a_complete_call_gives_its_result_or_its_error_and_its_thread_stays():
+    left, threads = threading.Event(), []
+
+    def call() -> str:
+        threads.append(threading.current_thread())
+        return "done"
+
+    assert complete(call, left) == "done"
+    assert threads[0].is_alive()
+    with pytest.raises(KeyError):
+        complete({}.popitem, left)
+    left.set()
+    threads[0].join()

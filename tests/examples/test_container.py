@@ -145,6 +145,21 @@ def test_faults_of_a_dockerfile_are_found(old, new, fault):
     assert fault in find_faults(text.replace(old, new), read_ignored())
 
 
+def test_the_script_without_docker_builds_these_stages(script):
+    build = script("build_image")
+    steps = parse(FILE.read_text(encoding="utf-8"))
+    assert build.read_base() == "docker.io/library/python:3.11-slim-bookworm"
+    assert set(build.STAGES) == {step.stage for step in steps if step.name == "ENTRYPOINT"}
+
+
+def test_a_file_with_two_names_counts_once(script, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").write_bytes(bytes(1000))
+    (tmp_path / "again").hardlink_to(tmp_path / "folder" / "file")
+    (tmp_path / "other").write_bytes(bytes(10))
+    assert script("build_image").measure(tmp_path) == 1010
+
+
 def test_what_the_images_start_exists(example):
     steps = parse(FILE.read_text(encoding="utf-8"))
     ends = {

@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -46,7 +47,7 @@ def running(module, predictor, **settings):
     """A service in a thread of this process, and its port."""
     service = module.Service(predictor, **settings)
     server = module.make_server(service, connections=32)
-    with module.socket.create_server(("127.0.0.1", 0)) as listening:
+    with module.listen("127.0.0.1", 0) as listening:
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         try:
@@ -170,6 +171,23 @@ def test_a_stopping_service_takes_no_image_and_says_so(module):
         assert call(port, "GET", "/health")[0] == 503
         status, _, text = call(port, "POST", "/predict", RED)
         assert (status, json.loads(text)["error"]) == (503, "the service is stopping")
+
+
+def test_connections_send_at_once(module):
+    """Otherwise the body of each answer waits for the client's acknowledgement of its head."""
+    with (
+        module.listen("127.0.0.1", 0) as listening,
+        socket.create_connection(listening.getsockname()),
+    ):
+        connection, _ = listening.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+@pytest.mark.parametrize(("answers", "told"), [(999, False), (1000, True)])
+def test_the_99th_percentile_needs_many_answers(load, answers, told):
+    found = load.summarise([load.Reply(number, 200, {}, 0.001) for number in range(answers)], 1.0)
+    assert ("p99_ms" in found) == told
 
 
 def test_a_load_test_counts_refusals_and_failures(module, load, capsys, tmp_path):

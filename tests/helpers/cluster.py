@@ -34,7 +34,7 @@ class Deadly(Answerer):
     """Is killed by some images, as by a runtime that crashes."""
 
     def __call__(self, table: Any) -> Any:
-        if any(DEADLY in name for name in table["name"].to_pylist()):
+        if any(DEADLY.encode() in name for name in table["name"].to_pylist()):
             os.kill(os.getpid(), signal.SIGKILL)
         return super().__call__(table)
 

@@ -66,6 +66,22 @@ def resize(**attributes):
     return model([node], {"scales": f32(1, 1, 0.5, 0.5)}, shape=IMAGE)
 
 
+def in_half(nodes, constants=()):
+    """A graph that runs ``nodes`` on float16 ``h`` and on its sum ``s``; they write ``c``."""
+    before = [
+        ("Cast", ["input"], "h", {"to": HALF}),
+        ("ReduceSum", ["h"], "s", {"keepdims": 0}),
+        ("Identity", ["s"], "t", {}),
+    ]
+    return model([*before, *nodes, ("Cast", ["c"], "logits", {"to": FLOAT})], constants, shape=IMAGE)
+
+
+def drop_out(nodes, constants=()):
+    """A dropout, whose switch is ``training``."""
+    node = ("Dropout", ["input", "ratio", "training"], "logits", {})
+    return model([*nodes, node], {"ratio": np.float32(0.5)} | dict(constants), shape=IMAGE)
+
+
 BROKEN = {
     "opset 21 is above 20": model([("Relu", ["input"], "logits", {})], opset=21),
     "domain 'com.microsoft'": model([("Relu", ["input"], "logits", {})], opsets=[("com.microsoft", 1)]),
@@ -133,6 +149,27 @@ BROKEN = {
     "more than 8": model(
         [("Reshape", ["input", "r"], "logits", {})], {"r": np.array([1] * 8 + [128], np.int64)}, shape=IMAGE
     ),
+    "p must be 1 or 2": model(
+        [("LpPool", ["input"], "logits", {"kernel_shape": [2, 2], "p": 3})], shape=IMAGE
+    ),
+    "without fmod": model([("Mod", ["input", "c"], "logits", {})], {"c": np.float32(3)}, shape=IMAGE),
+    "n3 (Celu): reads float16": in_half([("Celu", ["h"], "c", {})]),
+    "n3 (Range): reads float16": in_half(
+        [("Range", ["z", "s", "o"], "c", {})], {"z": np.float16(0), "o": np.float16(1)}
+    ),
+    "its inputs from the 3. on must be constant": drop_out(
+        [("ReduceSum", ["input"], "s", {"keepdims": 0}), ("Greater", ["s", "ratio"], "training", {})]
+    ),
+    "is in training mode": drop_out([], {"training": np.bool_(True)}),
+    "input 2 must be constant": model(
+        [
+            ("Cast", ["input"], "i", {"to": TensorProto.INT64}),
+            ("ReduceMax", ["i"], "depth", {"keepdims": 0}),
+            ("OneHot", ["i", "depth", "values"], "logits", {}),
+        ],
+        {"values": f32(0, 1)},
+        shape=IMAGE,
+    ),
     "b0 (MaxPool): only the first output": in_a_branch(
         [("MaxPool", ["input"], ["then", "places"], {"kernel_shape": [1, 1]})]
     ),
@@ -140,3 +177,36 @@ BROKEN = {
         [("Cast", ["input"], ["half"], {"to": HALF}), ("Add", ["input", "half"], ["then"], {})]
     ),
 }
+
+
+def scatter(reduction):
+    node = ("ScatterElements", ["input", "i", "u"], "logits", {"axis": 1, "reduction": reduction})
+    zeros = np.zeros(IMAGE, np.int64)
+    return model([node], {"i": zeros, "u": zeros.astype(np.float32)}, shape=IMAGE)
+
+
+BROKEN_FOR_RTX = {
+    "reduction must be none": scatter("add"),
+    "(NonZero)": model(
+        [("NonZero", ["input"], "n", {}), ("Cast", ["n"], "logits", {"to": FLOAT})], shape=IMAGE
+    ),
+    "(RoiAlign)": model(
+        [("RoiAlign", ["input", "boxes", "i"], "logits", {"output_height": 2, "output_width": 2})],
+        {"boxes": f32([0, 0, 4, 4]), "i": np.zeros(1, np.int64)},
+        shape=IMAGE,
+    ),
+    "(NonMaxSuppression)": model(
+        [
+            ("NonMaxSuppression", ["boxes", "input", "most"], "n", {}),
+            ("Cast", ["n"], "logits", {"to": FLOAT}),
+        ],
+        {"boxes": np.ones((1, 8, 4), np.float32), "most": np.array([3], np.int64)},
+        shape=(1, 2, 8),
+    ),
+    "(DeformConv)": model(
+        [("DeformConv", ["input", "w", "offset"], "logits", {})],
+        {"w": np.ones((1, 2, 2, 2), np.float32), "offset": np.zeros((1, 8, 7, 7), np.float32)},
+        shape=IMAGE,
+    ),
+}
+"""Graphs that TensorRT reads, and TensorRT for RTX does not; the name is a part of the finding."""

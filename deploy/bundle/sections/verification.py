@@ -17,6 +17,11 @@ class RanOn:
     runtime: str
     device: str
 
+    @property
+    def name(self) -> str:
+        """The runtime without its version."""
+        return self.runtime.split(" ")[0]
+
     def summary(self) -> str:
         """For a table: the runtime, and the device unless it is the CPU."""
         return self.runtime if self.device == "CPU" else f"{self.runtime} ({self.device})"

@@ -9,10 +9,11 @@ from .fleet import (
     make_fleet_figures,
     make_fleet_page,
     name_members,
+    require_distinct,
     require_one_model,
 )
 from .frame import make_conclusion_json, make_figures_file
-from .pages import make_bundle_figures, make_bundle_page
+from .pages import make_bundle_figures, make_bundle_page, make_own_page
 from .subject import Subject, make_subject, read_subject
 
 __all__ = [
@@ -32,9 +33,11 @@ __all__ = [
     "make_figures_file",
     "make_fleet_figures",
     "make_fleet_page",
+    "make_own_page",
     "make_subject",
     "name_members",
     "read_reported",
     "read_subject",
+    "require_distinct",
     "require_one_model",
 ]

@@ -36,13 +36,21 @@ def _list_parts(subject: Subject) -> Iterator[Markup]:
         yield _write_classes(data.classes or (), manifest)
         yield write_changes(data, subject.flipped, manifest)
     elif manifest.model.head == LOGITS:
-        yield make(
-            "p",
-            "Top-1 was not measured. Give labelled images: --eval-data to the export, or --data to the"
-            " verification.",
-        )
+        yield make("p", _describe_missing(subject))
     if manifest.decoding:
         yield make("p", _make_sentence(describe_decoding(manifest.decoding)))
+
+
+def _describe_missing(subject: Subject) -> str:
+    """That top-1 was not measured; and where it was, if the export measured it elsewhere."""
+    advice = "Give labelled images: --eval-data to the export, or --data to the verification."
+    recorded = subject.manifest.verification
+    if recorded is None or recorded.data is None:
+        return f"Top-1 was not measured. {advice}"
+    return (
+        f"Top-1 was not measured here. The export measured {recorded.data.top1:.2f} % on"
+        f" {recorded.runtime.summary()}; the reference has {recorded.data.reference_top1:.2f} %. {advice}"
+    )
 
 
 def _write_golden(checks: Mapping[str, GoldenCheck], manifest: Manifest) -> Markup:

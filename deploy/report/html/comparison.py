@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from cmt_edge.startup import name_program
+
 from ...measure.benchmark import Benchmark, Measured
 from ..benchmark import describe_protocol, find_fastest
 from .accuracy import draw_drop, find_reach
@@ -78,7 +80,7 @@ def compare(
     names = ", ".join(subjects[place].name for place in able)
     if speed is None or len(able) == 1:
         verb = "is" if len(able) == 1 else "are"
-        note = "" if len(able) == 1 else "; cmt-bench tells which of them is the fastest"
+        note = "" if len(able) == 1 else f"; {name_program('bench')} tells which of them is the fastest"
         return Conclusion(State.SHIP, f"{names} {verb} verified within the allowed drop{note}")
     fastest, rival = find_fastest([speed.results[place] for place in able])
     clear = f", with no clear difference from {rival.name}" if rival else ""
@@ -89,15 +91,15 @@ def compare(
 
 
 def _write_overview(subjects: Sequence[Subject], found: Sequence[Conclusion]) -> Markup:
-    largest = max((subject.manifest.size_bytes for subject in subjects), default=1) or 1
+    largest = max((subject.size_bytes for subject in subjects), default=1) or 1
     rows = [
         [
             subject.name,
             write_word(one.state),
             subject.manifest.format,
             subject.executed,
-            f"{subject.manifest.size_bytes / 1e6:.1f}",
-            draw_bar(subject.manifest.size_bytes / largest),
+            f"{subject.size_bytes / 1e6:.1f}",
+            draw_bar(subject.size_bytes / largest),
             format_memory(subject),
         ]
         for subject, one in zip(subjects, found, strict=True)
@@ -152,7 +154,7 @@ def _write_latencies(subjects: Sequence[Subject], speed: Benchmark | None) -> Ma
     else:
         how = (
             "Each bundle was measured by itself, maybe on another day or another machine, so that these"
-            " figures do not compare well. cmt-bench measures bundles in turns."
+            f" figures do not compare well. {name_program('bench')} measures bundles in turns."
         )
     table = Table("Milliseconds of one batch", header, rows).write()
     plot = _draw_losses(subjects) if speed else Markup()
@@ -238,7 +240,7 @@ def _write_environments(subjects: Sequence[Subject], speed: Benchmark | None) ->
 def _write_comparison_commands(subjects: Sequence[Subject]) -> Markup:
     paths = " ".join(subject.path for subject in subjects)
     exports = [make_export_command(subject.manifest) for subject in subjects]
-    return make_code([*exports, f"cmt-bench {paths}"])
+    return make_code([*exports, f"{name_program('bench')} {paths}"])
 
 
 def format_memory(subject: Subject) -> str:

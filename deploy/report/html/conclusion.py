@@ -47,7 +47,7 @@ def conclude(subject: Subject) -> Conclusion:
 def _find_failed_outputs(subject: Subject) -> str:
     engine, verification = subject.manifest.engine, subject.verification
     checks = [entry.golden for entry in (verification, engine) if entry]
-    golden = next((check for check in checks if not check.passed), None)
+    golden = next((check for check in checks if not check.passed or check.diff > check.atol), None)
     if golden is None:
         return ""
     found, allowed = format_differences(golden.diff, golden.atol)

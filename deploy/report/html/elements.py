@@ -21,6 +21,8 @@ NOTHING = Markup("")
 """What stands where there is nothing to show."""
 CODE_WIDTH = 88
 """Characters of a command's line, which fit into the page of a desktop and of a sheet of paper."""
+MOST_ROWS = 8
+"""A table with more rows than this is folded."""
 UNKNOWN = "-"
 """What a cell shows where a figure is not known."""
 
@@ -72,7 +74,7 @@ def make_void(element: str, **attributes: object) -> Markup:
 
 def make_list(items: Sequence[str], class_: str | None = None) -> Markup:
     """A list with an entry an item; nothing where there is none."""
-    return make("ul", *(make("li", item) for item in items), class_=class_) if items else NOTHING
+    return make("ul", *(make("li", keep_units(item)) for item in items), class_=class_) if items else NOTHING
 
 
 def make_facts(facts: Iterable[tuple[str, str]], class_: str = "facts") -> Markup:
@@ -102,7 +104,7 @@ class Table:
     """A table; ``is_numeric`` aligns every column but the first to the right.
 
     On a narrow page a row becomes a block with a line a cell, which begins with the column's name. Browsers
-    then forget that it is a table, so that the roles say it.
+    then forget that it is a table, so that the roles say it. A long table is folded.
     """
 
     caption: str
@@ -114,16 +116,24 @@ class Table:
         """The element; nothing where there is no row."""
         if not self.rows:
             return NOTHING
+        if len(self.rows) <= MOST_ROWS:
+            return self._write_element(make("caption", self.caption))
+        head = make("summary", f"{self.caption}: {len(self.rows)} rows")
+        return make("details", head, self._write_element(NOTHING), class_="rows")
+
+    def _write_element(self, caption: Markup) -> Markup:
+        """The table; without a caption it bears that as its name."""
         heads = (
             make("th", name, scope="col", role="columnheader") if name else make("td", role="cell")
             for name in self.header
         )
         return make(
             "table",
-            make("caption", self.caption),
+            caption,
             make("thead", make("tr", *heads, role="row"), role="rowgroup"),
             make("tbody", *map(self._write_row, self.rows), role="rowgroup"),
             role="table",
+            aria_label=None if caption else self.caption,
             class_="numbers" if self.is_numeric else None,
         )
 

@@ -6,17 +6,19 @@ import base64
 import binascii
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ...bundle import Bundle, Manifest, parse_json, read_record
-from ...bundle.sections import LayerError, LayerRun, VerificationEntry
+from ...bundle.sections import LayerError, LayerRun, Size, VerificationEntry
 from ...errors import BundleError, InputError
+from ...escaping import escape_surrogates
 from ...files import read_regular
 from ...measure.benchmark import Benchmark
 from ...measure.device_report import DeviceReport
 from ...measure.flipped import FlippedImage
+from ...measure.statistics import Latency
 from .frame import PREFIX
 from .subject import Subject, make_subject, read_subject
 
@@ -24,6 +26,8 @@ SUFFIXES = (".json", ".html", ".htm")
 """How a file of figures, or a page that holds some, is called; anything else is a bundle."""
 MAX_FILE = 64 << 20
 """A larger file, in bytes, is not read."""
+ROUNDING = 1e-6
+"""Share by which a figure may differ from another for being rounded."""
 WHOLE = "the report"
 """What errors call the file."""
 REMEDY = (
@@ -94,9 +98,16 @@ def _list_reported(content: dict[str, Any], file: Path) -> Iterator[Reported]:
         shared = content.get("benchmark")
         for place, entry in enumerate(_require_list(content["bundles"], file)):
             with_speed = entry if shared is None else entry | {"benchmark": shared}
-            yield Reported(file.stem, _read_subject(with_speed, file, 0 if shared is None else place))
+            yield Reported(
+                _name_device(file), _read_subject(with_speed, file, 0 if shared is None else place)
+            )
         return
-    yield Reported(file.stem, _read_subject(content, file, 0))
+    yield Reported(_name_device(file), _read_subject(content, file, 0))
+
+
+def _name_device(file: Path) -> str:
+    """What calls the device: the name of its file, which may hold bytes that are no text."""
+    return escape_surrogates(file.stem)
 
 
 def _require_list(found: object, file: Path) -> list[dict[str, Any]]:
@@ -124,6 +135,7 @@ class _Figures:
     flipped: tuple[FlippedImage, ...] = ()
     layers: tuple[LayerError, ...] = ()
     layer_runs: tuple[LayerRun, ...] = ()
+    unlisted: dict[str, Size] = field(default_factory=dict)
 
 
 def _read_subject(content: dict[str, Any], file: Path, place: int) -> Subject:
@@ -135,11 +147,28 @@ def _read_subject(content: dict[str, Any], file: Path, place: int) -> Subject:
     found = read_record(_Figures, entries, file, WHOLE)
     manifest = Manifest.from_content(content["manifest"], file)
     made = make_subject(found.name, found.name, manifest, None, found.device, found.flipped, found.layers)
-    made = replace(made, layer_runs=found.layer_runs)
+    made = replace(made, layer_runs=found.layer_runs, unlisted=found.unlisted)
     speed = found.benchmark
     if speed is not None and not 0 <= place < len(speed.results):
         raise BundleError("it has fewer measurements than bundles", where=file)
+    for measured in speed.results if speed else []:
+        _require_possible(measured.model, file)
+        _require_possible(measured.end_to_end, file)
     return made.with_findings(found.verification, speed, place)
+
+
+def _require_possible(latency: Latency, file: Path) -> None:
+    """Raise :class:`BundleError` for figures that no measurement gives: of several units, for instance."""
+    rising = [0.0, latency.p50, latency.p90, latency.p95, latency.max]
+    if rising != sorted(rising):
+        raise BundleError(f"its percentiles of a latency do not rise: {rising[1:]} ms", where=file)
+    drawn = latency.histogram
+    if drawn and not drawn.low * (1 - ROUNDING) <= latency.p50 <= drawn.high * (1 + ROUNDING):
+        raise BundleError(
+            f"its median of {latency.p50:g} ms lies outside its own histogram, {drawn.low:g} to"
+            f" {drawn.high:g} ms",
+            where=file,
+        )
 
 
 def _make_error(file: Path, why: object) -> InputError:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+
+from cmt_edge.startup import name_program
 
 from ...bundle.sections import Host
 from ...errors import InputError
@@ -19,6 +22,8 @@ from .subject import Subject
 
 SHOWN_DIGITS = 12
 """Number of digits of a hash that a message quotes."""
+MOST_NAMES = 5
+"""The largest number of devices that the conclusion names."""
 GRAVITY = (State.SHIP, State.CHECK, State.STOP)
 """What a conclusion may be, the gravest last."""
 
@@ -36,8 +41,23 @@ def require_one_model(members: Sequence[Reported]) -> None:
         raise InputError(
             "these reports are of different weights, so their rows would not compare",
             why="; ".join(known.values()),
-            remedy="merge reports of one checkpoint; cmt-report BUNDLE BUNDLE compares different models",
+            remedy="merge reports of one checkpoint;"
+            f" {name_program('report')} BUNDLE BUNDLE compares different models",
         )
+
+
+def require_distinct(members: Sequence[Reported]) -> None:
+    """Raise :class:`InputError` where a report was given twice, under whatever name: it would count as two
+    devices. Two measurements of one device are not the same report."""
+    known: dict[str, str] = {}
+    for member in members:
+        content = json.dumps(member.subject.to_json(), sort_keys=True)
+        if content in known:
+            raise InputError(
+                f"{known[content]} and {member.device} are the same report, which would count as two devices",
+                remedy="give each report once; a merged report holds those that it was made from",
+            )
+        known[content] = member.device
 
 
 def name_members(members: Sequence[Reported]) -> list[Reported]:
@@ -65,7 +85,8 @@ def conclude_fleet(members: Sequence[Reported]) -> Conclusion:
     count = len(members)
     if worst.state is not State.SHIP:
         return Conclusion(
-            worst.state, f"{', '.join(affected)} ({len(affected)} of {count}); of {affected[0]}: {worst.why}"
+            worst.state,
+            f"{_list_names(affected)} ({len(affected)} of {count}); of {affected[0]}: {worst.why}",
         )
     timed = sorted((m.subject.p50_ms, m.device) for m in members if m.subject.p50_ms is not None)
     spread = ""
@@ -73,6 +94,12 @@ def conclude_fleet(members: Sequence[Reported]) -> Conclusion:
         (low, first), (high, last) = timed[0], timed[-1]
         spread = f"; the median latency is {low:.2f} ms ({first}) to {high:.2f} ms ({last})"
     return Conclusion(State.SHIP, f"all {count} reports are verified within the allowed drop{spread}")
+
+
+def _list_names(names: Sequence[str]) -> str:
+    """The first names, and how many others there are."""
+    left = len(names) - MOST_NAMES
+    return ", ".join(names[:MOST_NAMES]) + (f" and {left} more" if left > 0 else "")
 
 
 def make_fleet_page(members: Sequence[Reported]) -> str:
@@ -135,7 +162,7 @@ def _write_devices(members: Sequence[Reported]) -> Markup:
             _describe_runtime(member.subject),
             member.subject.manifest.precision,
             member.subject.executed,
-            f"{member.subject.manifest.size_bytes / 1e6:.1f}",
+            f"{member.subject.size_bytes / 1e6:.1f}",
             format_memory(member.subject),
         ]
         for member in members
@@ -228,7 +255,7 @@ def _describe_environment(subject: Subject) -> str:
 def _write_commands(members: Sequence[Reported]) -> Markup:
     exports = dict.fromkeys(make_export_command(member.subject.manifest) for member in members)
     again = [
-        "cmt-bench BUNDLE --figures DEVICE.json      # on each device",
-        "cmt-report --merge DEVICE.json ... -o fleet.html",
+        f"{name_program('bench')} BUNDLE --figures DEVICE.json      # on each device",
+        f"{name_program('report')} --merge DEVICE.json ... -o fleet.html",
     ]
     return make_code([*exports, *again])

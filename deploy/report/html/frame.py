@@ -15,6 +15,9 @@ from .style import make_head
 Section = tuple[str, Markup]
 """Title and content; a section without content is left out."""
 
+OPEN = ("Accuracy", "Latency", "Bundles", "Devices", "Warnings")
+"""Sections that a page shows at once; the others are folded until a reader opens them, and on paper none is.
+"""
 PREFIX = "data:application/json;base64,"
 """How the address of a page's figures begins."""
 
@@ -38,13 +41,20 @@ def assemble(title: str, top: Sequence[Markup], sections: Sequence[Section], dat
     """The page: head, top, list of its sections, sections, data."""
     shown = [(name, content) for name, content in sections if content]
     links = make_list([make("a", name, href=f"#{_make_anchor(name)}") for name, _ in shown])
-    bodies = [make("section", make("h2", name, id=_make_anchor(name)), content) for name, content in shown]
+    bodies = [_write_section(name, content) for name, content in shown]
     body = make(
         "body",
         make("main", *top, make("nav", links, aria_label="On this page"), *bodies),
         _write_footer(data),
     )
     return f"<!doctype html>\n{make('html', make_head(title), body, lang='en')}\n"
+
+
+def _write_section(name: str, content: Markup) -> Markup:
+    """A section that folds. A link to its content opens it."""
+    head = make("summary", make("h2", name))
+    body = make("div", content, id=_make_anchor(name))
+    return make("section", make("details", head, body, open="" if name in OPEN else None))
 
 
 def _write_footer(data: Any) -> Markup:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 
+from cmt_edge.startup import name_program
+
 from ...bundle import GOLDEN, LOGITS, ONNX, Manifest
 from ...bundle.sections import BATCH, CalibrationEntry, Host, WeightsEntry
 from ...measure.memory import Memory
@@ -64,28 +66,29 @@ def _describe_recipe(entry: CalibrationEntry) -> str:
     return kept + ("; taken from the cache" if entry.cached else "")
 
 
-def write_files(manifest: Manifest, memory: Memory | None) -> Markup:
+def write_files(subject: Subject) -> Markup:
     """Every member with its size and hash, and what a process needs that opens them."""
-    rows = [
-        [name, f"{entry.size:,}", make_hash(entry.sha256)]
-        for name, entry in sorted(manifest.files.items(), key=lambda item: -item[1].size)
-    ]
-    total = f"{manifest.size_bytes / 1e6:.2f} MB in {len(manifest.files)} files"
+    manifest, measured = subject.manifest, subject.measured
+    hashed = {name: (entry.size, make_hash(entry.sha256)) for name, entry in manifest.files.items()}
+    files: list[tuple[str, int, str]] = [(name, *proof) for name, proof in hashed.items()]
+    files += [(name, size, "written with this page") for name, size in subject.unlisted.items()]
+    rows = [[name, f"{size:,}", proof] for name, size, proof in sorted(files, key=lambda file: -file[1])]
+    total = f"{subject.size_bytes / 1e6:.2f} MB in {len(files)} files"
     model = manifest.model
     macs = UNKNOWN if model.macs is None else f"{model.macs / 1e9:.3f} G"
     facts = [
         ("size", total),
         ("parameters", f"{model.params / 1e6:.2f} M"),
         ("multiply-accumulates of an image", macs),
-        ("memory of a process that opens it", _describe_memory(memory)),
+        ("memory of a process that opens it", _describe_memory(measured.memory if measured else None)),
     ]
-    table = Table("Files that existed when this page was written", ["file", "bytes", "SHA-256"], rows, False)
+    table = Table("Files of the bundle, without its manifest", ["file", "bytes", "SHA-256"], rows, False)
     return join([make_facts(facts), table.write()])
 
 
 def _describe_memory(memory: Memory | None) -> str:
     if memory is None:
-        return "not measured; cmt-bench --memory does"
+        return f"not measured; {name_program('bench')} --memory does"
     return (
         f"{memory.peak / 1e6:.0f} MB at most, {memory.kept / 1e6:.0f} MB after the first answer, the runtime"
         " and Python included"
@@ -186,10 +189,11 @@ def write_commands(subject: Subject) -> Markup:
     """How to make the bundle again, to check it and to measure it."""
     path = shlex.quote(subject.path)
     manifest = subject.manifest
-    lines = [make_export_command(manifest), f"cmt-verify {path}", f"cmt-bench {path}"]
+    verify, bench = f"{name_program('verify')} {path}", f"{name_program('bench')} {path}"
+    lines = [make_export_command(manifest), verify, bench]
     if manifest.model.head == LOGITS:
-        lines.insert(2, f"cmt-verify {path} --data LABELLED_IMAGES")
-        lines.append(f"cmt-predict {path} IMAGE")
+        lines.insert(2, f"{verify} --data LABELLED_IMAGES")
+        lines.append(f"{name_program('predict')} {path} IMAGE")
     note = (
         "The first command is written from what the bundle records: of files and folders it knows the names"
         " but not the places, and words in capitals stand for your own. Settings that the bundle does not"
@@ -200,7 +204,7 @@ def write_commands(subject: Subject) -> Markup:
 
 def make_export_command(manifest: Manifest) -> str:
     """The export that makes a bundle like this one, as far as its manifest knows."""
-    return " ".join(["cmt-export", *map(shlex.quote, _list_export_words(manifest))])
+    return " ".join([name_program("export"), *map(shlex.quote, _list_export_words(manifest))])
 
 
 def _list_export_words(manifest: Manifest) -> Iterator[str]:

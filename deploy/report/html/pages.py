@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from ...bundle import LOGITS
+from ...bundle import LOGITS, REPORT_PAGE
 from .accuracy import write_accuracy
 from .conclusion import conclude
 from .elements import UNKNOWN, Markup, keep_units, make, make_facts, make_list, make_name
@@ -22,10 +24,14 @@ from .origin import (
 from .speed import write_candidates, write_device, write_latency, write_precision
 from .subject import Subject
 
+MOST_TRIES = 5
+"""So often at most a page is written that tells its own size, until it has that size; three do, because only
+the digits of the size change it."""
+
 
 def make_bundle_page(subject: Subject) -> str:
     """The page of one bundle."""
-    manifest, measured, found = subject.manifest, subject.measured, conclude(subject)
+    manifest, found = subject.manifest, conclude(subject)
     verdict = write_candidates(manifest.verdict) if manifest.verdict else Markup()
     sections = [
         ("Accuracy", write_accuracy(subject)),
@@ -34,7 +40,7 @@ def make_bundle_page(subject: Subject) -> str:
         ("Precision", write_precision(subject)),
         (f"Why {manifest.precision}", verdict),
         ("Device", write_device(subject)),
-        ("Size", write_files(manifest, measured.memory if measured else None)),
+        ("Size", write_files(subject)),
         ("Steps", write_steps(manifest)),
         ("Model", write_model(manifest)),
         ("Preprocessing", write_preprocessing(manifest)),
@@ -51,6 +57,22 @@ def make_bundle_page(subject: Subject) -> str:
     return assemble(subject.name, top, sections, make_bundle_figures(subject))
 
 
+def make_own_page(subject: Subject, reports: Mapping[str, int]) -> str:
+    """The page of a bundle that will hold it: the sizes on it count the page itself.
+
+    Args:
+        subject: the bundle without its reports.
+        reports: bytes of the other reports that it will hold, by name.
+    """
+    page, size = "", 1
+    for _ in range(MOST_TRIES):
+        page = make_bundle_page(replace(subject, unlisted={**reports, REPORT_PAGE: size}))
+        if size == len(page.encode()):
+            break
+        size = len(page.encode())
+    return page
+
+
 def make_bundle_figures(subject: Subject) -> dict[str, Any]:
     """What the page of one bundle shows, for a program."""
     return subject.to_json() | {"conclusion": make_conclusion_json(conclude(subject))}
@@ -61,7 +83,7 @@ def _write_tiles(subject: Subject) -> Markup:
     tiles = [
         _describe_accuracy(subject),
         ("median latency", UNKNOWN if median is None else f"{median:.2f} ms"),
-        ("size", f"{subject.manifest.size_bytes / 1e6:.1f} MB"),
+        ("size", f"{subject.size_bytes / 1e6:.1f} MB"),
         ("really ran", subject.executed),
     ]
     return make_facts([(name, keep_units(value)) for name, value in tiles], "tiles")

@@ -34,7 +34,13 @@ table.numbers td { overflow-wrap: break-word; }
 pre .flag { display: inline-block; max-width: 100%; }
 thead th { overflow-wrap: normal; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: .5rem 0 1rem; }
-h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; padding-top: .6rem; border-top: 1px solid var(--line); }
+h2 { font-size: 1.2rem; margin: 0; display: inline; }
+section { margin-top: 1rem; border-top: 1px solid var(--line); }
+summary { cursor: pointer; padding: .6rem 0; }
+summary:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
+section > details > div { padding-bottom: .8rem; scroll-margin-top: 3.6rem; }
+details.rows { margin: .6rem 0; }
+details.rows > summary { font-size: .93rem; color: var(--soft); }
 h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; }
 p, figure, dl, table, pre, ul { margin: .6rem 0; }
 a { color: var(--accent); }
@@ -109,6 +115,7 @@ ul.flips span { display: block; }
 figcaption { font-size: .87rem; }
 footer { margin-top: 2.5rem; border-top: 1px solid var(--line); font-size: .9rem; color: var(--soft); }
 @media screen and (max-width: 60rem) {
+  dl.tiles dd { font-size: 1rem; }
   h1 { font-size: 1.2rem; }
   dl.facts > div { grid-template-columns: 1fr; gap: 0; }
   table, tbody, tr, td, tbody th { display: block; width: 100%; }
@@ -129,7 +136,9 @@ footer { margin-top: 2.5rem; border-top: 1px solid var(--line); font-size: .9rem
   table { font-size: 7.5pt; }
   th, td, tbody th { min-width: 0; padding: .2rem .25rem; }
   svg.bar { min-width: 1.5rem; }
-  h2, h3, caption { break-after: avoid; }
+  h2, h3, caption, summary { break-after: avoid; }
+  details::details-content { content-visibility: visible; }
+  summary { list-style: none; }
   tr, figure, ul.flips > li, pre, .verdict, dl.tiles, dl.facts > div { break-inside: avoid; }
   .verdict, svg, img, .fill, .key, dl.tiles > div {
     -webkit-print-color-adjust: exact; print-color-adjust: exact;

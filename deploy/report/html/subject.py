@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from cmt_edge.startup import name_program
+
 from ...bundle import Bundle, Manifest, make_plain, parse_json, read_record
 from ...bundle.contents import make_unreadable_error
-from ...bundle.sections import DataCheck, LayerError, LayerRun, VerificationEntry
+from ...bundle.sections import DataCheck, LayerError, LayerRun, RanOn, Size, VerificationEntry
 from ...files import read_regular
 from ...measure.benchmark import Benchmark, Measured
 from ...measure.device_report import DeviceReport
@@ -35,6 +37,8 @@ class Subject:
         flipped: images with two answers, made small; none where they are not to be shown.
         layers: how far the blocks are from the reference's, where that was compared.
         layer_runs: what that says of each bundle and runtime; none where only the errors were recorded.
+        unlisted: bytes of each member of the bundle that its manifest did not list yet when this was found:
+            the reports, in the page that the export writes beside them.
     """
 
     name: str
@@ -47,6 +51,12 @@ class Subject:
     flipped: tuple[FlippedImage, ...] = ()
     layers: tuple[LayerError, ...] = ()
     layer_runs: tuple[LayerRun, ...] = ()
+    unlisted: dict[str, Size] = field(default_factory=dict)
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the bundle's files together, without the manifest."""
+        return self.manifest.size_bytes + sum(self.unlisted.values())
 
     @property
     def data(self) -> DataCheck | None:
@@ -92,6 +102,26 @@ class Subject:
         measured = speed.results[place] if speed else None
         return replace(self, verification=verification, speed=speed, measured=measured)
 
+    def with_check(self, found: VerificationEntry, flipped: tuple[FlippedImage, ...]) -> Subject:
+        """The same with a new check in place of the one that it records. Top-1 stays as it is recorded where
+        the new check had no labelled images, and ran in the same runtime on the same device; the errors of
+        the blocks stay where the new check did not compare them."""
+        checked = replace(
+            self,
+            verification=found,
+            flipped=flipped,
+            layers=found.layers or self.layers,
+            layer_runs=found.layer_runs or (),
+        )
+        recorded = self.manifest.verification
+        if recorded is None or recorded.data is None or found.data is not None:
+            return checked
+        if not _ran_alike(found.runtime, recorded.runtime):
+            return checked
+        notes = dict.fromkeys([*found.notes, *recorded.notes, _note_origin(recorded.runtime)])
+        kept = replace(found, data=recorded.data, notes=tuple(notes))
+        return replace(checked, verification=kept, flipped=self.flipped)
+
     def with_speed(self, speed: Benchmark, place: int) -> Subject:
         """The same with the figures of a new run, in which it was number ``place``."""
         return replace(self, measured=speed.results[place], speed=speed, name=speed.results[place].name)
@@ -107,8 +137,22 @@ class Subject:
             **({"flipped": self.flipped} if self.flipped else {}),
             **({"layers": self.layers} if self.layers else {}),
             **({"layer_runs": self.layer_runs} if self.layer_runs else {}),
+            **({"unlisted": self.unlisted} if self.unlisted else {}),
         }
         return dict(make_plain(content))
+
+
+def _ran_alike(one: RanOn, other: RanOn) -> bool:
+    """Whether two checks used the same runtime, in whatever version, and the same device."""
+    return (one.name, one.device) == (other.name, other.device)
+
+
+def _note_origin(recorded: RanOn) -> str:
+    """Says where top-1 comes from that a new check did not measure."""
+    return (
+        f"top-1 is what the export measured on {recorded.summary()}; this check had no labelled images, which"
+        f" {name_program('verify')} --data gives it"
+    )
 
 
 def read_subject(bundle: Bundle, with_images: bool = True) -> Subject:

@@ -1,0 +1,149 @@
+"""Int8 weights for processors without VNNI: no sum of two products leaves 16 bits, and no other changes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+ov = pytest.importorskip("openvino")
+
+from openvino import opset13 as ops  # noqa: E402
+
+from cmt_edge.deploy.backends import openvino as backend  # noqa: E402
+from cmt_edge.deploy.backends import openvino_graph, overflow  # noqa: E402
+from cmt_edge.deploy.backends.openvino_constants import compute_constant  # noqa: E402
+from cmt_edge.deploy.backends.openvino_pairs import find_factors, limit_pairs  # noqa: E402
+from cmt_edge.deploy.measure.benchmark import Protocol, benchmark  # noqa: E402
+from cmt_edge.deploy.measure.parity import verify  # noqa: E402
+
+LARGEST_UNSIGNED = 255
+INT16 = np.iinfo(np.int16)
+
+
+def dequantize(weights: np.ndarray, scales: np.ndarray, zero: int = 0):
+    """Int8 weights as OpenVINO reads a ``DequantizeLinear`` of them."""
+    shifted = ops.subtract(ops.convert(ops.constant(weights), "f32"), ops.constant(np.float32(zero)))
+    return ops.multiply(shifted, ops.constant(scales.astype(np.float32)))
+
+
+def make_layer(kind: str, weights: np.ndarray, zero: int = 0) -> ov.Model:
+    """One layer with int8 weights whose scales differ by output channel."""
+    axis = {"conv": 0, "depthwise": 0, "linear": 1, "turned": 0}[kind]
+    shape = [1] * weights.ndim
+    shape[axis] = -1
+    scales = np.linspace(0.01, 0.02, weights.shape[axis]).reshape(shape)
+    dequantized = dequantize(weights, scales, zero)
+    if kind == "conv":
+        source = ops.parameter([1, weights.shape[1], 5, 5], np.float32)
+        layer = ops.convolution(source, dequantized, [1, 1], [0, 0], [0, 0], [1, 1])
+    elif kind == "depthwise":
+        source = ops.parameter([1, weights.shape[0], 5, 5], np.float32)
+        layer = ops.group_convolution(source, dequantized, [1, 1], [0, 0], [0, 0], [1, 1])
+    else:
+        inputs = weights.shape[1 if kind == "turned" else 0]
+        source = ops.parameter([3, inputs], np.float32)
+        layer = ops.matmul(source, dequantized, False, kind == "turned")
+    return ov.Model([layer], [source])
+
+
+def read_weights(model: ov.Model) -> tuple[np.ndarray, np.ndarray]:
+    """The integers of the only layer, and its weights as floats."""
+    layer = model.get_results()[0].input_value(0).get_node()
+    weights = layer.input_value(1)
+    node = weights.get_node()
+    while node.get_type_name() != "Constant":
+        node = node.input_value(0).get_node()
+    return np.array(node.data), compute_constant(weights)
+
+
+def draw(*shape: int) -> np.ndarray:
+    """Weights of which many neighbours exceed the limit."""
+    return np.random.default_rng(0).integers(-127, 128, shape).astype(np.int8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "axes"),
+    [
+        ("conv", (8, 6, 3, 3), (0, 1)),
+        ("conv", (8, 7, 1, 1), (0, 1)),
+        ("linear", (10, 8), (1, 0)),
+        ("turned", (8, 10), (0, 1)),
+    ],
+)
+def test_no_sum_leaves_16_bits(kind, shape, axes):
+    model = make_layer(kind, draw(*shape))
+    _, before = read_weights(model)
+    assert limit_pairs(model) == 1
+    integers, after = read_weights(model)
+    columns = np.moveaxis(integers, axes, (0, 1)).astype(int)
+    count = columns.shape[1] // 2 * 2
+    sums = LARGEST_UNSIGNED * (columns[:, :count:2] + columns[:, 1:count:2])
+    assert INT16.min <= sums.min()
+    assert sums.max() <= INT16.max
+    assert integers.dtype == np.int8
+    assert np.abs(after - before).max() <= 0.02  # the step of a channel that was doubled, halved by rounding
+    assert limit_pairs(model) == 0
+
+
+@pytest.mark.parametrize(("kind", "shape"), [("conv", (8, 6, 1, 1)), ("linear", (6, 8))])
+def test_weights_whose_sums_fit_stay_as_they_are(kind, shape):
+    weights = np.clip(draw(*shape), -64, 64)
+    model = make_layer(kind, weights)
+    assert limit_pairs(model) == 0
+    np.testing.assert_array_equal(read_weights(model)[0], weights)
+
+
+def test_only_channels_that_exceed_it_get_another_scale():
+    weights = np.array([[127, 1, -127, -1], [127, 2, 0, 0], [-64, -65, 0, 0], [127, -127, 3, 0]], np.int8)
+    factors = find_factors(weights, 0, 1)
+    np.testing.assert_allclose(factors, np.array([[1], [129 / 127], [129 / 127], [1]]))
+
+
+def test_depthwise_convs_stay_as_they_are():
+    weights = np.full((4, 1, 1, 3, 3), 127, np.int8)
+    assert limit_pairs(make_layer("depthwise", weights)) == 0
+
+
+def test_weights_with_a_zero_point_stay_as_they_are():
+    assert limit_pairs(make_layer("conv", draw(4, 4, 1, 1), zero=3)) == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, False),
+        ({"OV_CPU_MAX_ISA": "AVX2"}, True),
+        ({"OV_CPU_MAX_ISA": "avx512_core", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, True),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX2"}, True),
+        ({"OV_CPU_MAX_ISA": "AVX2_VNNI"}, False),
+        ({"OV_CPU_MAX_ISA": "AVX512_CORE_BF16"}, False),
+    ],
+)
+def test_a_limit_of_openvino_counts_as_the_processor_would(monkeypatch, values, expected):
+    for name in overflow.LIMITS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(overflow, "can_overflow", lambda: False)
+    monkeypatch.setattr(overflow.platform, "machine", lambda: "x86_64")
+    assert overflow.saturates_in_openvino() is expected
+
+
+@pytest.mark.parametrize(("device", "limits"), [("CPU", True), ("GPU", False)])
+def test_a_graph_is_changed_for_such_a_processor_alone(monkeypatch, int8_bundle, device, limits):
+    changed = []
+    monkeypatch.setattr(openvino_graph, "saturates_in_openvino", lambda: True)
+    monkeypatch.setattr(openvino_graph, "limit_pairs", changed.append)
+    openvino_graph.read(int8_bundle.file("model.onnx"), device=device)
+    assert bool(changed) is limits
+
+
+def test_verification_and_measurement_say_it(monkeypatch, int8_bundle):
+    for module in (backend, openvino_graph):
+        monkeypatch.setattr(module, "saturates_in_openvino", lambda: True)
+    result = verify(int8_bundle, threads=1)
+    assert result.passed
+    assert result.notes == (overflow.SATURATION_NOTE,)
+    protocol = Protocol(3, 0.01, warmup_iters=1, warmup_seconds=0.01)
+    (row,) = benchmark([int8_bundle], threads=1, protocol=protocol, with_throughput=False).results
+    assert row.warnings.count(overflow.SATURATION_NOTE) == 1
