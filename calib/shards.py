@@ -29,6 +29,7 @@ from cmt_edge.deploy.scale.failures import raise_failures
 from cmt_edge.deploy.scale.records import Record
 from cmt_edge.deploy.scale.rounds import Job, Rounds
 from cmt_edge.deploy.scale.sources import convert_images
+from cmt_edge.deploy.scale.waiting import Waiting
 
 from .data import CalibrationSet
 from .shard_worker import (
@@ -72,6 +73,7 @@ class ClusterStatistics:
         *,
         workers: int | None = None,
         progress: Callable[[int, int], None] | None = None,
+        waiting: Waiting | None = None,
         worker: type = ShardWorker,
     ) -> None:
         """Nothing is started yet.
@@ -82,10 +84,12 @@ class ClusterStatistics:
             spec: their preprocessing.
             workers: the largest number of workers; one a core by default.
             progress: called with images done and total.
+            waiting: how long a cluster without free cores is waited for.
             worker: the class that measures on a worker.
         """
         self._cluster, self._data, self._spec = cluster, data, spec
         self._workers, self._progress, self._worker = workers, progress, worker
+        self._waiting = waiting or Waiting()
         self._source, self._records = _list_records(data)
 
     def __len__(self) -> int:
@@ -108,7 +112,7 @@ class ClusterStatistics:
         shards = divide(request.numbers)
         found: dict[int, Measured] = {}
         failures: dict[int, list[str | None]] = {}
-        job = Job(self._worker, self._make_assignment(request), ship, workers=self._workers)
+        job = Job(self._worker, self._make_assignment(request), ship, 1, self._workers, self._waiting)
         rounds = Rounds(self._cluster, job)
         while missing := [s for s in shards if s.place not in found and s.place not in failures]:
             for block in rounds.run([self._make_table(shard) for shard in missing]):

@@ -240,8 +240,8 @@ def _check_data(config: DerivedSettings) -> None:
 
 def _check_cluster(config: DerivedSettings) -> None:
     """A cluster where it has something to do, and its options only with it."""
-    given = [("--answers", config.answers), ("--workers", config.workers)]
-    alone = [flag for flag, value in given if value is not None]
+    given = {"--answers": config.answers, "--workers": config.workers, "--ray-wait": config.ray_wait}
+    alone = [flag for flag, value in given.items() if value is not None]
     if alone and config.ray is None:
         raise InputError(f"{alone[0]} means nothing without --ray", remedy="add --ray")
     if config.ray is None:

@@ -94,7 +94,7 @@ def prepare(config: ExportConfig, progress: Progress, cluster: Cluster | None = 
         quantized, ranges = None, None
         if data is not None and Step.CALIBRATE in journal:
             with journal.step(Step.CALIBRATE, images=len(data)):
-                statistics = steps.make_statistics(cluster, config, data, progress.count)
+                statistics = steps.make_statistics(cluster, config, data, progress)
                 quantized = _calibrate_graph(config, graph, data, progress, statistics)
                 if config.computes_by_pairs:
                     ranges = steps.measure_ranges(quantized, data, config.preprocess, statistics)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from cmt_edge.deploy.backends import FORMAT_ALIASES
 from cmt_edge.deploy.bundle.sections import FORMATS
-from cmt_edge.deploy.cli.cluster import LOCAL
+from cmt_edge.deploy.cli.cluster import LOCAL, WAIT_S
 from cmt_edge.deploy.cli.ranges import (
     BATCH_SIZES,
     CLASS_COUNTS,
@@ -373,6 +373,13 @@ class Settings:
         help="with --ray: largest number of workers (default: one a core)",
         group=CLUSTER,
         range=WORKERS,
+    )
+    ray_wait: float | None = make_option(
+        None,
+        help=f"with --ray: how long to wait for a cluster that has no free cores (default {WAIT_S:g})",
+        group=CLUSTER,
+        metavar="SECONDS",
+        range=SECONDS,
     )
 
     def __post_init__(self) -> None:

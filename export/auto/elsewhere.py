@@ -25,6 +25,7 @@ from cmt_edge.deploy.scale.records import Record
 from cmt_edge.deploy.scale.sources import Source
 from cmt_edge.deploy.scale.worker import Subject
 
+from .. import steps
 from ..config import ExportConfig
 
 
@@ -61,6 +62,7 @@ class ClusterAnswers:
             config.workers,
             bundle.labels,
             self._progress.count,
+            waiting=steps.make_waiting(config, self._progress),
         )
         with self._open_folder(key, len(items)) as folder:
             kept = AnswersFolder(folder, self._describe(bundle, key, subject, plan))

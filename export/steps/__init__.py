@@ -10,7 +10,7 @@ are in :mod:`cmt_edge.export.trt`, so that other exports do not import TensorRT'
 
 from .blocks import find_blocks
 from .bundle import measure_bundle, verify_bundle, write_files
-from .cluster import check_cluster, make_statistics, open_cluster
+from .cluster import check_cluster, make_statistics, make_waiting, open_cluster
 from .decoding import compare_decoding, is_reduced
 from .gate import SERVED_HERE, SecondOpinion, ask_other_runtime, require_passed
 from .graph import (
@@ -57,6 +57,7 @@ __all__ = [
     "make_images",
     "make_reference",
     "make_statistics",
+    "make_waiting",
     "match_evaluation",
     "measure_bundle",
     "measure_ranges",

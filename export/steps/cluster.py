@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from cmt_edge.calib import CalibrationSet
 from cmt_edge.calib.shards import ClusterStatistics
 from cmt_edge.calib.statistics import Statistics
+from cmt_edge.deploy.progress import Progress
 from cmt_edge.deploy.scale.cluster import Cluster, import_ray, require_answer
+from cmt_edge.deploy.scale.waiting import LIMIT_S, Waiting
 
 from ..config import ExportConfig
-from .images import ProgressCallback
 
 
 def check_cluster(config: ExportConfig) -> None:
@@ -29,7 +30,7 @@ def open_cluster(config: ExportConfig) -> Iterator[Cluster | None]:
     if config.ray is None:
         yield None
         return
-    with Cluster(config.ray) as cluster:
+    with Cluster(config.ray, config.threads or 1) as cluster:
         yield cluster
 
 
@@ -37,7 +38,7 @@ def make_statistics(
     cluster: Cluster | None,
     config: ExportConfig,
     data: CalibrationSet,
-    progress: ProgressCallback,
+    progress: Progress,
 ) -> Statistics | None:
     """What measures on the calibration images; ``None`` for this process."""
     if cluster is None:
@@ -47,5 +48,11 @@ def make_statistics(
         data,
         config.preprocess,
         workers=config.workers,
-        progress=progress,
+        progress=progress.count,
+        waiting=make_waiting(config, progress),
     )
+
+
+def make_waiting(config: ExportConfig, progress: Progress) -> Waiting:
+    """How long a cluster without free cores is waited for."""
+    return Waiting(LIMIT_S if config.ray_wait is None else config.ray_wait, progress.tell)

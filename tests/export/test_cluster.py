@@ -11,6 +11,7 @@ import pytest
 from cmt_edge.calib import CalibrationSet
 from cmt_edge.deploy.errors import InputError, RuntimeMissingError
 from cmt_edge.deploy.images import ImageSet
+from cmt_edge.deploy.progress import Progress
 from cmt_edge.deploy.scale.sources import Source, convert_images
 from cmt_edge.export import ExportConfig, steps
 from cmt_edge.export.auto.questions import make_questions
@@ -41,6 +42,7 @@ def test_an_address_may_be_left_out(argv, expected):
     [
         (replace(AUTO, workers=2), "--workers means nothing without --ray"),
         (replace(AUTO, answers="kept"), "--answers means nothing without --ray"),
+        (replace(AUTO, ray_wait=9.0), "--ray-wait means nothing without --ray"),
         (replace(AUTO, ray="local", isa="avx2"), "--isa limits the runtime on this machine"),
         (replace(AUTO, ray="local", answers="kept", eval_data=None), "--answers keeps"),
         (replace(AUTO, ray="local", answers="kept", precision="int8"), "--answers keeps"),
@@ -65,7 +67,9 @@ def test_a_cluster_that_does_not_answer_ends_the_export_early():
 def test_no_cluster_is_opened_unless_one_was_asked_for():
     with steps.open_cluster(AUTO) as cluster:
         assert cluster is None
-    assert steps.make_statistics(None, AUTO, CalibrationSet.of_blobs("x", [b"y"]), lambda *_: None) is None
+    assert (
+        steps.make_statistics(None, AUTO, CalibrationSet.of_blobs("x", [b"y"]), Progress(quiet=True)) is None
+    )
 
 
 class Unread(Source):

@@ -276,6 +276,10 @@ def test_toml_file_with_every_setting(tmp_path):
         5.0,
         60.0,
         "avx2",
+        "auto",
+        "answers",
+        3,
+        9.0,
     )
     lines = []
     for field in fields(config):
