@@ -102,7 +102,7 @@ class AnswersFolder:
             "image": _list_names(task),
             "sha256": part.digests,
             "top1": pyarrow.array(top1, pyarrow.int32()),
-            "label": [_make_text(labels[i]) for i in top1],
+            "label": [_make_text(labels[int(i)]) for i in top1],
             "logits": pyarrow.FixedSizeListArray.from_arrays(values, part.logits.shape[1]),
         }
         metadata = {DIGEST: self._digest(task, part), b"worker": part.worker.encode()}
