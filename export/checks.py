@@ -249,7 +249,7 @@ def _check_cluster(config: DerivedSettings) -> None:
     if not config.quantizes:
         raise InputError(
             f"--ray is for calibration and for --precision auto, and {config.precision} needs neither",
-            remedy="leave it out; cmt-edge verify --ray measures the accuracy of the bundle",
+            remedy=f"leave it out; {name_program('verify')} --ray measures the accuracy of the bundle",
         )
     if config.isa is not None:
         raise InputError(

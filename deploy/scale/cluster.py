@@ -105,9 +105,14 @@ def connected(address: str, cores: int = 1) -> Iterator[Any]:
 
 
 class Cluster:
-    """A cluster that is connected to when it is first needed, and left at the end; a context manager."""
+    """A cluster that is connected to when it is first needed, and left at the end; a context manager.
 
-    def __init__(self, address: str, cores: int = 1) -> None:
+    Attributes:
+        again: what a user does once the cluster can go on.
+    """
+
+    def __init__(self, address: str, cores: int = 1, again: str = AGAIN) -> None:
+        self.again = again
         self._address = address
         self._cores = cores
         self._stack = contextlib.ExitStack()
@@ -126,7 +131,7 @@ class Cluster:
         ray, self._ray = self._ray, None
         self._stack.close()
         if ray is not None and error is not None and isinstance(error, ray.exceptions.RayError):
-            raise make_cluster_error(ray, error) from error
+            raise make_cluster_error(ray, error, self.again) from error
 
 
 def _require_address(address: str) -> None:
@@ -186,8 +191,10 @@ def _quieten(ray: Any) -> None:
                 handler.setLevel(SILENT)
 
 
-def make_cluster_error(ray: Any, exc: BaseException) -> CmtEdgeError:
-    """An error of Ray as one of ours: a :class:`ClusterError` where workers, nodes or memory failed."""
+def make_cluster_error(ray: Any, exc: BaseException, again: str = AGAIN) -> CmtEdgeError:
+    """An error of Ray as one of ours: a :class:`ClusterError` where workers, nodes or memory failed.
+
+    ``again`` is what a user does then."""
     kinds = ray.exceptions
     causes = list(_iterate_causes(exc))
     full = (kinds.ObjectStoreFullError, kinds.OutOfDiskError, kinds.OutOfMemoryError)
@@ -195,7 +202,7 @@ def make_cluster_error(ray: Any, exc: BaseException) -> CmtEdgeError:
         return ClusterError(
             "the cluster's memory or disk is full",
             why=_find_first_line(causes[-1]),
-            remedy=f"give its nodes more memory, or space where Ray spills objects; then {AGAIN}",
+            remedy=f"give its nodes more memory, or space where Ray spills objects; then {again}",
         )
     lost = (
         kinds.RayActorError,
@@ -209,7 +216,7 @@ def make_cluster_error(ray: Any, exc: BaseException) -> CmtEdgeError:
         return ClusterError(
             "the cluster lost a worker or a node, and could not go on",
             why=_find_first_line(causes[-1]),
-            remedy=AGAIN,
+            remedy=again,
         )
     last = causes[-1]
     if isinstance(last, ImportError):

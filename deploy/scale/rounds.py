@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ClusterError
-from .cluster import AGAIN, Cluster, ignoring_known_warnings
+from .cluster import Cluster, ignoring_known_warnings
 from .waiting import Waiting, await_cores, list_cores
 
 FRUITLESS = 2
@@ -75,7 +75,7 @@ class Rounds:
             if self._fruitless > FRUITLESS:
                 raise
         if self._fruitless > FRUITLESS:
-            raise ClusterError("the workers of the cluster gave no answers", remedy=AGAIN)
+            raise ClusterError("the workers of the cluster gave no answers", remedy=self._cluster.again)
 
     def _run(self, ray: Any, tables: Sequence[Any], is_last: bool) -> Iterator[Any]:
         job = self._job

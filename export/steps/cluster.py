@@ -9,7 +9,7 @@ from cmt_edge.calib import CalibrationSet
 from cmt_edge.calib.shards import ClusterStatistics
 from cmt_edge.calib.statistics import Statistics
 from cmt_edge.deploy.progress import Progress
-from cmt_edge.deploy.scale.cluster import Cluster, import_ray, require_answer
+from cmt_edge.deploy.scale.cluster import AGAIN, Cluster, import_ray, require_answer
 from cmt_edge.deploy.scale.waiting import LIMIT_S, Waiting
 
 from ..config import ExportConfig
@@ -30,7 +30,8 @@ def open_cluster(config: ExportConfig) -> Iterator[Cluster | None]:
     if config.ray is None:
         yield None
         return
-    with Cluster(config.ray, config.threads or 1) as cluster:
+    again = AGAIN if config.answers_elsewhere else "run the same command again"
+    with Cluster(config.ray, config.threads or 1, again) as cluster:
         yield cluster
 
 

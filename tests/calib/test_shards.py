@@ -103,9 +103,11 @@ def test_a_killed_worker_changes_nothing(cluster, quantized, chosen, mark):
 
 
 def test_workers_that_always_end_are_one_error(cluster, quantized, chosen):
-    with pytest.raises(ClusterError, match="lost a worker") as caught, Cluster("the same") as nested:
+    again = "run the same command again"
+    nested = Cluster("the same", again=again)
+    with pytest.raises(ClusterError, match="lost a worker") as caught, nested:
         measure(nested, quantized, chosen, worker=AlwaysDeadly)
-    assert caught.value.exit_code == 3
+    assert (caught.value.exit_code, caught.value.remedy) == (3, again)
 
 
 def test_a_worker_that_rounds_otherwise_is_refused(cluster, graph, chosen):

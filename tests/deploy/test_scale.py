@@ -25,11 +25,11 @@ from pyarrow import parquet
 
 from cmt_edge.deploy.scale import waiting
 from cmt_edge.deploy.scale.answers import NOTE, AnswersFolder, Part, require_answers
-from cmt_edge.deploy.scale.passes import Plan
 from cmt_edge.deploy.scale.places import hide_credentials
 from cmt_edge.deploy.scale.records import Record, divide
+from cmt_edge.deploy.scale.rounds import Job
 from cmt_edge.deploy.scale.sources import open_source
-from cmt_edge.deploy.scale.worker import Subject, make_task_table, read_task_table
+from cmt_edge.deploy.scale.worker import make_task_table, read_task_table
 
 CONTENT = {f"{name}/{i}.png": coloured(name, i) for name in COLOURS for i in range(3)}
 """Images in class folders."""
@@ -331,8 +331,7 @@ def test_cores_that_never_come_are_an_error():
 
 def test_a_worker_has_its_cores_on_one_node():
     ray, _ = fake_cluster([3, 3], [])
-    plan = Plan((), 16, None, LABELS)
-    assert [plan.count(ray, Subject("tiny", b"", threads=n)) for n in (1, 2, 4)] == [6, 2, 1]
+    assert [Job(object, None, lambda *_: None, n).count(ray) for n in (1, 2, 4)] == [6, 2, 1]
 
 
 @pytest.mark.parametrize(
