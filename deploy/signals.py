@@ -27,6 +27,7 @@ WAIT_S = 0.2
 """Seconds between two looks for a signal: the system may tell another thread of it, which wakes nobody."""
 
 Result = TypeVar("Result")
+"""The type of what a call returns."""
 
 _received: list[tuple[int, float]] = []
 """Number and time in seconds of the signals since the outermost :func:`unwound_by_signals` began."""

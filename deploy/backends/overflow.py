@@ -52,6 +52,6 @@ def saturates_in_openvino() -> bool:
 
 SATURATION_NOTE = (
     "ran on a processor without VNNI, for which OpenVINO gets int8 weights that are rounded more coarsely, so"
-    " that sums of products fit 16 bits: judge its accuracy by cmt-verify --data on such a processor"
+    " that sums of products fit 16 bits: verify it with labelled images (--data) on such a processor"
 )
 """What a user must know of an int8 model that ran there. It may be read elsewhere: manifests record it."""

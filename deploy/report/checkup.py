@@ -26,8 +26,8 @@ X86 = {
 }
 """What an x86 processor can do -> the flags of the instructions for it."""
 WITHOUT = {
-    "VNNI": "no: OpenVINO gets int8 weights that are rounded more coarsely, and int8 gains less speed; judge"
-    " both here, by cmt-verify --data and cmt-bench"
+    "VNNI": "no: OpenVINO gets int8 weights that are rounded more coarsely, and int8 gains less speed;"
+    " verify here with labelled images (--data), and measure here"
 }
 """What the lack of an ability means, where it is more than slowness."""
 ARM = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,6 +55,7 @@ def await_cores(ray: Any, cores: int, waiting: Waiting) -> None:
 def _wait(ray: Any, group: Any, cores: int, waiting: Waiting) -> None:
     begun, is_told = time.monotonic(), waiting.tell is None
     while not group.wait(LOOK_S):
+        gc.collect()  # Ray Data leaves the workers of an earlier round in cycles, where they hold their cores
         passed = time.monotonic() - begun
         if passed >= waiting.limit_s:
             raise ClusterError(
