@@ -71,6 +71,7 @@ def one_node(cores: int) -> Iterator[Any]:
     """Ray on one node with so many cores, real or not. Workers import the helpers too."""
     import ray
 
+    handler = signal.getsignal(signal.SIGTERM)  # Ray takes it for itself, and keeps it
     before = dict(os.environ)
     tests = str(Path(__file__).parents[1])
     os.environ |= {
@@ -90,5 +91,6 @@ def one_node(cores: int) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+        signal.signal(signal.SIGTERM, handler)
         os.environ.clear()
         os.environ |= before
