@@ -19,13 +19,11 @@ from typing import Any
 import numpy as np
 import onnx
 
-from cmt_edge.deploy.errors import CmtEdgeError, StepError
-
 from .graph import open_view, write_model
 from .qdq_pairs import move_pairs_to_layers, sign_quantizers
 from .recipe import Recipe
 from .running import Extremes
-from .statistics import Images
+from .statistics import Images, guard
 
 IMAGES_AT_ONCE = 4
 """The number of images on which statistics are collected at once. More need more memory and save little."""
@@ -51,7 +49,7 @@ class RangeQuantizer:
         nncf = _import_nncf()
         self._model = onnx.ModelProto()
         self._model.CopyFrom(model)
-        with _translating_failures(), _silence():
+        with guard("NNCF"), _silence():
             self._open(nncf, recipe)
         self.tensors = tuple(sorted({name for name, _ in self._collectors} - set(self._constants)))
 
@@ -91,7 +89,7 @@ class RangeQuantizer:
         from nncf.onnx.graph.passes import compress_quantize_weights_transformation
         from nncf.tensor import Tensor
 
-        with _translating_failures(), _silence():
+        with guard("NNCF"), _silence():
             ranks = self._read_ranks()
             for name, collector in self._collectors:
                 if name in self._constants:
@@ -153,7 +151,7 @@ def run_nncf(
     dataset = nncf.Dataset(grouped, lambda batch: {name: batch})
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    with _translating_failures(), _silence():
+    with guard("NNCF"), _silence():
         result = nncf.quantize(
             copy,
             dataset,
@@ -180,21 +178,6 @@ def _arrange_pairs(result: onnx.ModelProto) -> onnx.ModelProto:
         sign_quantizers(view.graph)
         move_pairs_to_layers(view.graph)
         return write_model(view)
-
-
-@contextmanager
-def _translating_failures() -> Iterator[None]:
-    """Errors of NNCF as a :class:`StepError`; errors of cmt-edge, which images raise, stay as they are."""
-    try:
-        yield
-    except CmtEdgeError:
-        raise
-    except Exception as exc:
-        raise StepError(
-            "calibration failed in NNCF",
-            why=f"{type(exc).__name__}: {exc}",
-            remedy="export fp32 or bf16, and report the model",
-        ) from exc
 
 
 def _import_nncf() -> Any:

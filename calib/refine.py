@@ -60,8 +60,8 @@ ROWS_AN_IMAGE = 64
 """The number of rows that an image gives for each layer."""
 
 ROW_BYTES = 256 << 20
-"""All rows together may take so many bytes; small models read more of them than the least number,
-:data:`.sampling.ROWS`. More rows and images mean weights and biases that suit other images better."""
+"""The largest size of all rows together, in bytes. Small models read more rows than the least number,
+:data:`.sampling.ROWS`: more rows and images mean weights and biases that suit other images better."""
 
 BLOCK = 64
 """The number of columns whose corrections are gathered before they are applied to all that follow."""

@@ -24,8 +24,8 @@ ROWS = 1024
 """The number of rows that all images together give for a layer, unless a caller wants more."""
 
 DEPTHWISE_PART = 4
-"""Depthwise convs give so many times fewer rows: each channel has few weights, and rows of its own, which
-take much memory."""
+"""How many times fewer rows a depthwise conv gives than another layer: each channel has few weights, and rows
+of its own, which take much memory."""
 
 Rows = dict[str, np.ndarray]
 """The layer's name -> float32 ``(rows, K)``, or ``(rows, C, K)`` of a depthwise conv."""

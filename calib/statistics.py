@@ -10,7 +10,7 @@ same order: the result is the same bit for bit, however the images were divided
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -240,15 +240,21 @@ def iterate_chosen(batches: Iterable[np.ndarray], numbers: Collection[int]) -> I
 
 
 @contextmanager
-def guard_calibration() -> Iterator[None]:
-    """Failures of ONNX Runtime become one typed error."""
+def guard(tool: str) -> Iterator[None]:
+    """Failures of a tool become one :class:`StepError`; errors of cmt-edge, which images raise, stay as they
+    are."""
     try:
         yield
     except CmtEdgeError:
         raise
     except Exception as exc:
         raise StepError(
-            "calibration failed in ONNX Runtime",
+            f"calibration failed in {tool}",
             why=f"{type(exc).__name__}: {exc}",
             remedy="export fp32 or bf16, and report the model",
         ) from exc
+
+
+def guard_calibration() -> AbstractContextManager[None]:
+    """:func:`guard` for ONNX Runtime."""
+    return guard("ONNX Runtime")

@@ -310,9 +310,13 @@ def test_commands_of_a_page_fit_and_can_be_pasted():
 
 @pytest.mark.parametrize(
     ("runtime", "device", "kept"),
-    [("openvino 1.0", "CPU", True), ("openvino 2.0", "CPU", True), ("openvino 1.0", "GPU", False),
-     ("onnxruntime 1.0", "CPU", False)],
-)  # fmt: skip
+    [
+        ("openvino 1.0", "CPU", True),
+        ("openvino 2.0", "CPU", True),
+        ("openvino 1.0", "GPU", False),
+        ("onnxruntime 1.0", "CPU", False),
+    ],
+)
 def test_a_check_without_labelled_images_keeps_top1_of_its_runtime(runtime, device, kept):
     made = subject(check())
     recorded = replace(made.verification, runtime=RanOn("openvino 1.0", "CPU"), notes=("too few",))

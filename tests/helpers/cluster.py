@@ -40,11 +40,9 @@ class Deadly(Answerer):
 
 
 @contextmanager
-def two_nodes() -> Iterator[Any]:
-    """The cluster; one core a node. Workers import the helpers too."""
-    from ray.cluster_utils import Cluster
-
-    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # sockets need a short path
+def ray_environment() -> Iterator[None]:
+    """The variables of a cluster in tests: it calls nobody, asks for no token, and its workers import the
+    helpers too."""
     before = dict(os.environ)
     tests = str(Path(__file__).parents[1])
     os.environ |= {
@@ -52,45 +50,49 @@ def two_nodes() -> Iterator[Any]:
         "RAY_AUTH_MODE": "disabled",
         "PYTHONPATH": os.pathsep.join([tests, *filter(None, [before.get("PYTHONPATH")])]),
     }
-    node = {"num_cpus": 1, "object_store_memory": STORE_BYTES, "include_dashboard": False}
-    cluster = Cluster()
     try:
-        cluster.add_node(**node, temp_dir=folder)
-        cluster.add_node(**node)
-        yield cluster
+        yield
     finally:
-        with contextlib.suppress(Exception):
-            cluster.shutdown()
         os.environ.clear()
         os.environ |= before
-        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def two_nodes() -> Iterator[Any]:
+    """The cluster; one core a node."""
+    from ray.cluster_utils import Cluster
+
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # sockets need a short path
+    node = {"num_cpus": 1, "object_store_memory": STORE_BYTES, "include_dashboard": False}
+    with ray_environment():
+        cluster = Cluster()
+        try:
+            cluster.add_node(**node, temp_dir=folder)
+            cluster.add_node(**node)
+            yield cluster
+        finally:
+            with contextlib.suppress(Exception):
+                cluster.shutdown()
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
 def one_node(cores: int) -> Iterator[Any]:
-    """Ray on one node with so many cores, real or not. Workers import the helpers too."""
+    """Ray on one node, which counts ``cores`` whatever this machine has."""
     import ray
 
     handler = signal.getsignal(signal.SIGTERM)  # Ray takes it for itself, and keeps it
-    before = dict(os.environ)
-    tests = str(Path(__file__).parents[1])
-    os.environ |= {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_AUTH_MODE": "disabled",
-        "PYTHONPATH": os.pathsep.join([tests, *filter(None, [before.get("PYTHONPATH")])]),
-    }
-    try:
-        ray.init(
-            address="local",  # whatever else runs on this machine
-            num_cpus=cores,
-            object_store_memory=STORE_BYTES,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="CRITICAL",
-        )
-        yield ray
-    finally:
-        ray.shutdown()
-        signal.signal(signal.SIGTERM, handler)
-        os.environ.clear()
-        os.environ |= before
+    with ray_environment():
+        try:
+            ray.init(
+                address="local",  # whatever else runs on this machine
+                num_cpus=cores,
+                object_store_memory=STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="CRITICAL",
+            )
+            yield ray
+        finally:
+            ray.shutdown()
+            signal.signal(signal.SIGTERM, handler)
