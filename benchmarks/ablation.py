@@ -57,9 +57,10 @@ from cmt_edge.deploy.backends.openvino import has_bf16
 from cmt_edge.deploy.backends.torch import TorchSession
 from cmt_edge.deploy.bundle import make_plain
 from cmt_edge.deploy.files import write_atomic
-from cmt_edge.deploy.measure.benchmark import Protocol, bind_inference, time_interleaved
+from cmt_edge.deploy.measure.benchmark import bind_inference
 from cmt_edge.deploy.measure.host import describe_host, read_versions
 from cmt_edge.deploy.measure.statistics import Latency, summarise
+from cmt_edge.deploy.measure.timing import Protocol, time_interleaved
 from cmt_edge.deploy.report import format_table
 from cmt_edge.export import ExportConfig
 from cmt_edge.export.config import OPSET

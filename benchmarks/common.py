@@ -17,8 +17,8 @@ import numpy as np
 
 from cmt_edge.deploy import Preprocess
 from cmt_edge.deploy.backends import LoadOptions, Session
-from cmt_edge.deploy.measure.benchmark import Protocol
 from cmt_edge.deploy.measure.statistics import Latency, compare_medians
+from cmt_edge.deploy.measure.timing import Protocol
 from cmt_edge.deploy.preprocessing import decode_pixels, normalise
 from cmt_edge.deploy.report import describe_protocol
 

@@ -24,8 +24,9 @@ from cmt_edge.cmt.weights import randomize
 from cmt_edge.deploy.backends.openvino import has_bf16
 from cmt_edge.deploy.bundle import ONNX, Bundle
 from cmt_edge.deploy.files import write_atomic
-from cmt_edge.deploy.measure.benchmark import Protocol, benchmark
+from cmt_edge.deploy.measure.benchmark import benchmark
 from cmt_edge.deploy.measure.host import describe_host
+from cmt_edge.deploy.measure.timing import Protocol
 from cmt_edge.deploy.progress import Progress
 from cmt_edge.deploy.report import format_table
 from cmt_edge.export import ExportConfig

@@ -30,7 +30,7 @@ from cmt_edge.cmt import create_model
 from cmt_edge.cmt.weights import randomize
 from cmt_edge.deploy.backends.torch import TorchSession
 from cmt_edge.deploy.errors import CmtEdgeError
-from cmt_edge.deploy.measure.benchmark import Protocol
+from cmt_edge.deploy.measure.timing import Protocol
 from cmt_edge.deploy.report import format_table
 
 HABITS = Path(__file__).with_name("own_habits.py")

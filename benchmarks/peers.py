@@ -79,16 +79,11 @@ from cmt_edge.deploy.backends import Session
 from cmt_edge.deploy.bundle import make_plain
 from cmt_edge.deploy.errors import CmtEdgeError
 from cmt_edge.deploy.files import write_atomic
-from cmt_edge.deploy.measure.benchmark import (
-    DRIFT_WARNING,
-    Protocol,
-    bind_inference,
-    measure_throughput,
-    time_interleaved,
-)
+from cmt_edge.deploy.measure.benchmark import DRIFT_WARNING, bind_inference, measure_throughput
 from cmt_edge.deploy.measure.host import describe_host, read_versions
 from cmt_edge.deploy.measure.isa import ISAS
 from cmt_edge.deploy.measure.statistics import NS_PER_MS, summarise
+from cmt_edge.deploy.measure.timing import Protocol, time_interleaved
 
 ROWS = PLAIN_ROWS | OPTIONAL
 """Every row by its key, in the order of the table."""

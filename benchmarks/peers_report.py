@@ -13,9 +13,9 @@ import numpy as np
 from common import Ratio, format_latency, format_machine, format_ratio
 
 from cmt_edge.deploy.files import write_atomic
-from cmt_edge.deploy.measure.benchmark import Protocol
 from cmt_edge.deploy.measure.isa import ISAS
 from cmt_edge.deploy.measure.statistics import Latency
+from cmt_edge.deploy.measure.timing import Protocol
 from cmt_edge.deploy.report import format_table
 
 BASE = "ov_fp32"

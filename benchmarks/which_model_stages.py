@@ -26,15 +26,11 @@ from cmt_edge.calib.statistics import Batches, LocalStatistics
 from cmt_edge.deploy import Preprocess
 from cmt_edge.deploy.bundle import ONNX, BundleWriter, Golden, Manifest, make_plain
 from cmt_edge.deploy.errors import CmtEdgeError, GateError
-from cmt_edge.deploy.measure.benchmark import (
-    Protocol,
-    bind_inference,
-    make_golden_batch,
-    time_interleaved,
-)
+from cmt_edge.deploy.measure.benchmark import bind_inference, make_golden_batch
 from cmt_edge.deploy.measure.host import describe_host, read_versions
 from cmt_edge.deploy.measure.parity import verify
 from cmt_edge.deploy.measure.statistics import compare_medians, summarise
+from cmt_edge.deploy.measure.timing import Protocol, time_interleaved
 from cmt_edge.deploy.progress import Progress
 
 THREADS = 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from cmt_edge.startup import name_program
 
 from .arrays import check_color
 from .backends import (
@@ -23,7 +20,7 @@ from .backends import (
     get_runtime,
 )
 from .backends.base import make_open_error, read_batch_limit
-from .bundle import LOGITS, PROBABILITIES, SCORES, Bundle
+from .bundle import LOGITS, Bundle
 from .bundle.bundle import read_whole
 from .bundle.sections import RanOn
 from .cache import is_cache_wanted
@@ -34,12 +31,7 @@ from .locks import Hold
 from .prediction import Prediction
 from .preprocessing import Preprocess, preprocess
 from .stream import stream
-
-PROBABILITY_ROUNDING = 0.01
-"""How far a model's probabilities, and the sum of those of an image, may lie outside what probabilities can
-be: twice of what a model does that rounds its own to bfloat16."""
-FEW_VALUES = 4096
-"""The largest number of values that are looked at one by one, which is faster than adding them up."""
+from .values import require_batch, require_finite, require_kind
 
 
 @dataclass(frozen=True)
@@ -350,7 +342,7 @@ class Predictor:
     def outputs(self, batch: np.ndarray) -> list[np.ndarray]:
         """What the model gives, whatever its head and its values: see :meth:`logits` and :meth:`features`,
         which refuse NaN and infinity."""
-        _check_batch(batch, self.spec.size)
+        require_batch(batch, self.spec.size)
         return self.lanes.run(np.ascontiguousarray(batch))
 
     def prepare(
@@ -483,51 +475,6 @@ class _StreamSettings:
         return self.in_flight or max(1, session.parallelism)
 
 
-def require_finite(
-    outputs: list[np.ndarray],
-    where: object,
-) -> list[np.ndarray]:
-    """The outputs of a model as they are; raises :class:`BundleError` for NaN and infinity, which are no
-    answer. ``where``: the bundle, for the message."""
-    if all(map(_is_finite, outputs)):
-        return outputs
-    raise BundleError(
-        "the model gives NaN or infinite values for this input",
-        where=where,
-        remedy=f"check the bundle: {name_program('verify')} BUNDLE; a bundle of another precision may do,"
-        " --precision fp32",
-    )
-
-
-def require_kind(values: np.ndarray, kind: str | None, where: object) -> None:
-    """Raise :class:`BundleError` where values are not what a bundle says of them.
-
-    Args:
-        values: float32 ``(N, classes)``, what the model gives, or should give.
-        kind: ``"probabilities"``, which lie between 0 and 1 and sum to 1, ``"scores"``, which lie between 0
-            and 1, or anything else for values of any size.
-        where: the bundle, for the message.
-    """
-    if kind not in (PROBABILITIES, SCORES) or not values.size or not np.isfinite(values).all():
-        return  # what is not finite is another fault
-    least, most = float(values.min()), float(values.max())
-    why = None
-    if not -PROBABILITY_ROUNDING <= least <= most <= 1 + PROBABILITY_ROUNDING:
-        why = f"they lie between {least:.4g} and {most:.4g}, and probabilities between 0 and 1"
-    elif kind == PROBABILITIES:
-        sums = values.sum(axis=1, dtype=np.float64)
-        worst = float(sums[np.abs(sums - 1).argmax()])
-        if abs(worst - 1) > PROBABILITY_ROUNDING:
-            why = f"those of an image sum to {worst:.4g}"
-    if why is not None:
-        raise BundleError(
-            f"the manifest says that the model gives {kind}, but its answers are none",
-            where=where,
-            why=why,
-            remedy="export the model again",
-        )
-
-
 def _load(runtime: Runtime, bundle: Bundle, options: LoadOptions) -> Session:
     """The session of a bundle; whatever a runtime raises of its own becomes a :class:`BundleError`."""
     try:
@@ -545,32 +492,3 @@ def _check_threads(threads: int | None) -> None:
             f"{threads} threads were asked for",
             remedy="ask for 1 or more, or leave it out for all cores",
         )
-
-
-def _check_batch(batch: object, size: int) -> None:
-    """Raise :class:`InputError` unless ``batch`` is finite float32 ``(N, 3, size, size)``."""
-    if not isinstance(batch, np.ndarray):
-        found = type(batch).__name__
-    elif batch.dtype != np.float32 or batch.shape[1:] != (3, size, size):
-        found = f"{batch.dtype} {batch.shape}"
-    elif not _is_finite(batch):
-        raise InputError(
-            "the input holds NaN or infinite values",
-            remedy="check how it was normalised",
-        )
-    else:
-        return
-    raise InputError(
-        f"expected a float32 array (N, 3, {size}, {size}), got {found}",
-        remedy="preprocess images with cmt_edge.deploy.preprocessing, or pass them to predict()",
-    )
-
-
-def _is_finite(batch: np.ndarray) -> bool:
-    """Whether no value is NaN or infinite; of many values in one pass without a temporary, because small
-    models take a millisecond."""
-    if batch.size <= FEW_VALUES:
-        return bool(np.isfinite(batch).all())
-    with np.errstate(all="ignore"):
-        total = np.add.reduce(batch, axis=None)
-    return math.isfinite(total) or bool(np.isfinite(batch).all())  # finite values may have an infinite sum

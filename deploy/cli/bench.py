@@ -14,10 +14,11 @@ from ..errors import InputError
 from ..escaping import escape
 from ..files import require_writable, write_output
 from ..images import ImageSet
-from ..measure.benchmark import Benchmark, Measured, Protocol
+from ..measure.benchmark import Benchmark, Measured
 from ..measure.benchmark import benchmark as run_benchmark
 from ..measure.child import measure_memory
 from ..measure.loadgen import LoadGenOptions
+from ..measure.timing import Protocol
 from ..progress import Progress
 from ..report.plot import require_matplotlib
 from .console import add_key_flag, add_runtime_flags, make_parser, run_command

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from ..bundle import Bundle, require_outside_bundles
 from ..errors import InputError, UnknownNameError
-from ..measure.benchmark import Benchmark, Protocol
+from ..measure.benchmark import Benchmark
 from ..measure.loadgen import LIMIT_MS, SERVER_SHARE, LoadGenOptions, run_loadgen
 from ..measure.loadgen_driver import require_loadgen
 from ..measure.loadgen_result import SCENARIOS, SERVER
+from ..measure.timing import Protocol
 from ..predictor import Predictor
 from ..progress import Progress
 from .console import CLOSE

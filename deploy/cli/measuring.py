@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..measure.benchmark import Protocol
+from ..measure.timing import Protocol
 from .ranges import ITERATIONS, SECONDS
 
 

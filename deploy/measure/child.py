@@ -29,9 +29,10 @@ from ..children import Child, ChildCrashed, Report, Request, serve
 from ..errors import CmtEdgeError, RuntimeMissingError, StepError
 from ..predictor import Predictor
 from ..preprocessing import normalise
-from .benchmark import Benchmark, Protocol, benchmark, make_golden_batch
+from .benchmark import Benchmark, benchmark, make_golden_batch
 from .isa import ISAS, require_isa
 from .memory import Memory, read_memory
+from .timing import Protocol
 
 T = TypeVar("T")
 """A dataclass that one side sends to the other."""

@@ -27,10 +27,11 @@ from ..decoding import NamedBytes
 from ..errors import InputError
 from ..predictor import Predictor
 from ..preprocessing import normalise
-from .benchmark import Protocol, bind_inference, measure_throughput, time_interleaved
+from .benchmark import bind_inference, measure_throughput
 from .loadgen_driver import OneAtATime, Pool, Query, read_version, run_test
 from .loadgen_result import OFFLINE, SERVER, SINGLE, LoadGenResult
 from .statistics import NS_PER_MS
+from .timing import Protocol, time_interleaved
 
 AGREEMENT = 0.05
 """The share by which two figures of the same may always differ."""

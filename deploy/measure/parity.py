@@ -20,8 +20,9 @@ from ..bundle.sections import (
 )
 from ..decoding import NamedBytes
 from ..errors import BundleError, ImageError
-from ..predictor import Predictor, require_kind
+from ..predictor import Predictor
 from ..preprocessing import decode_pixels, normalise
+from ..values import require_kind
 from .answering import Answers, Labelled, open_reference, run_both
 from .confusion import compare_classes, count_answers, count_flips
 from .flipped import FlippedImage, choose_flipped, make_flipped

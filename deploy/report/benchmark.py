@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..escaping import escape_line
-from ..measure.benchmark import Benchmark, Measured, Protocol
+from ..measure.benchmark import Benchmark, Measured
+from ..measure.timing import Protocol
 from .loadgen import describe_loadgen
 from .tables import LATENCY_COLUMNS, format_latency_cells, format_table
 

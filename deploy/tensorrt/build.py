@@ -30,17 +30,11 @@ from ..errors import (
 )
 from ..files import writing
 from ..locks import try_lock
-from ..measure.benchmark import (
-    Benchmark,
-    Protocol,
-    benchmark,
-    make_golden_batch,
-    run_sustained,
-    summarise_latency,
-)
+from ..measure.benchmark import Benchmark, benchmark, make_golden_batch, run_sustained, summarise_latency
 from ..measure.device import DeviceState
 from ..measure.device_report import DeviceReport, DeviceStates, SustainedPower
 from ..measure.parity import check_golden
+from ..measure.timing import Protocol
 from ..predictor import Predictor
 from ..progress import Progress
 from ..signals import unwound_by_signals

@@ -34,9 +34,10 @@ from cmt_edge.deploy.bundle.sections import (
 )
 from cmt_edge.deploy.cache import JsonCache
 from cmt_edge.deploy.files import find_cache_folder
-from cmt_edge.deploy.measure.benchmark import Measured, Protocol
+from cmt_edge.deploy.measure.benchmark import Measured
 from cmt_edge.deploy.measure.child import OWN_CHOICE, MeasuringProcess
 from cmt_edge.deploy.measure.host import describe_host, read_versions
+from cmt_edge.deploy.measure.timing import Protocol
 from cmt_edge.deploy.progress import Progress
 
 from .. import steps

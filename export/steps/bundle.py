@@ -13,10 +13,11 @@ from cmt_edge.deploy.backends import RUNTIME_OF_FORMAT, get_runtime
 from cmt_edge.deploy.backends.torch import TorchSession
 from cmt_edge.deploy.bundle import GOLDEN, ONNX, Golden
 from cmt_edge.deploy.bundle.sections import TYPED_FORMATS, RuntimeEntry
-from cmt_edge.deploy.measure.benchmark import Benchmark, Protocol, benchmark
+from cmt_edge.deploy.measure.benchmark import Benchmark, benchmark
 from cmt_edge.deploy.measure.flipped import MOST_SHOWN
 from cmt_edge.deploy.measure.labels import LabelledImages
 from cmt_edge.deploy.measure.parity import Verification, verify
+from cmt_edge.deploy.measure.timing import Protocol
 
 from ..config import ExportConfig
 from ..to_onnx import set_batch

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cmt_edge.deploy.measure.benchmark import Protocol
+from cmt_edge.deploy.measure.timing import Protocol
 from helpers.cli import assert_told
 from helpers.collections import archive, fill
 from helpers.running import list_helper_threads

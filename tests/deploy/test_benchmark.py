@@ -15,14 +15,9 @@ import pytest
 from cmt_edge.deploy import Predictor, report
 from cmt_edge.deploy.backends import ExecutedPrecision, fake
 from cmt_edge.deploy.backends.fake import FakeSession
-from cmt_edge.deploy.measure.benchmark import (
-    Protocol,
-    benchmark,
-    list_precision_warnings,
-    measure_throughput,
-    time_interleaved,
-)
+from cmt_edge.deploy.measure.benchmark import benchmark, list_precision_warnings, measure_throughput
 from cmt_edge.deploy.measure.statistics import summarise
+from cmt_edge.deploy.measure.timing import Protocol, time_interleaved
 from helpers.bundles import LABELS, SPEC, make_bundle, tiny_golden
 from helpers.cli import strict
 
@@ -131,8 +126,8 @@ def test_turns_settle_before_they_count(monkeypatch):
         now += seconds
         log.append(name)
 
-    monkeypatch.setattr("cmt_edge.deploy.measure.benchmark.time.perf_counter", lambda: now)
-    monkeypatch.setattr("cmt_edge.deploy.measure.benchmark.time.perf_counter_ns", lambda: round(1e9 * now))
+    monkeypatch.setattr("cmt_edge.deploy.measure.timing.time.perf_counter", lambda: now)
+    monkeypatch.setattr("cmt_edge.deploy.measure.timing.time.perf_counter_ns", lambda: round(1e9 * now))
     calls = {"a": partial(call, "a", 0.004), "b": partial(call, "b", 0.005)}
     protocol = Protocol(iters=9, seconds=0, warmup_iters=1, warmup_seconds=0, settle_seconds=0.021)
     samples = time_interleaved(calls, protocol)

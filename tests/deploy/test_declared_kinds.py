@@ -14,7 +14,7 @@ from cmt_edge.deploy.bundle.sections import TensorEntry
 from cmt_edge.deploy.cli import predict as cmt_predict
 from cmt_edge.deploy.cli import verify as cmt_verify
 from cmt_edge.deploy.errors import BundleError
-from cmt_edge.deploy.predictor import PROBABILITY_ROUNDING, require_kind
+from cmt_edge.deploy.values import PROBABILITY_ROUNDING, require_kind
 from helpers.bundles import LABELS, SIZE, make_bundle, tiny_golden, tiny_graph
 
 IMAGE = np.full((SIZE, SIZE, 3), (255, 0, 0), np.uint8)

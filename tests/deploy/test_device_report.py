@@ -19,10 +19,11 @@ from cmt_edge.deploy.bundle.sections import (
     RanOn,
 )
 from cmt_edge.deploy.errors import BundleError
-from cmt_edge.deploy.measure.benchmark import Benchmark, Measured, OnDevice, Protocol
+from cmt_edge.deploy.measure.benchmark import Benchmark, Measured, OnDevice
 from cmt_edge.deploy.measure.device import DeviceState, DGpu, Power
 from cmt_edge.deploy.measure.device_report import DeviceReport, DeviceStates, SustainedPower
 from cmt_edge.deploy.measure.statistics import Latency
+from cmt_edge.deploy.measure.timing import Protocol
 from cmt_edge.deploy.telemetry.state import read_state
 from helpers.jetson import CLOCKS, NVPMODEL, plant
 

@@ -23,9 +23,9 @@ from cmt_edge.deploy.bundle.sections import (
     RanOn,
 )
 from cmt_edge.deploy.cli import bench, report, verify
-from cmt_edge.deploy.measure.benchmark import Protocol
 from cmt_edge.deploy.measure.confusion import MOST_LISTED, compare_classes, count_flips
 from cmt_edge.deploy.measure.statistics import BINS, summarise
+from cmt_edge.deploy.measure.timing import Protocol
 from cmt_edge.deploy.report.html import (
     State,
     Subject,

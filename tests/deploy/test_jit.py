@@ -16,7 +16,7 @@ import cmt_edge.deploy.tensorrt.build
 from cmt_edge.deploy import Bundle, Predictor
 from cmt_edge.deploy.cli import predict
 from cmt_edge.deploy.errors import CacheWarning
-from cmt_edge.deploy.measure.benchmark import Protocol
+from cmt_edge.deploy.measure.timing import Protocol
 from cmt_edge.deploy.tensorrt.bindings import RTX, TENSORRT
 from cmt_edge.deploy.tensorrt.cuda import Gpu
 from cmt_edge.deploy.tensorrt.engine import EngineTarget, make_seal

@@ -20,10 +20,11 @@ from cmt_edge.deploy.bundle import read_record
 from cmt_edge.deploy.cli import bench
 from cmt_edge.deploy.errors import InputError, OutputError, RuntimeMissingError
 from cmt_edge.deploy.measure import loadgen
-from cmt_edge.deploy.measure.benchmark import Protocol, benchmark, measure_throughput
+from cmt_edge.deploy.measure.benchmark import benchmark, measure_throughput
 from cmt_edge.deploy.measure.loadgen import LoadGenOptions, run_loadgen
 from cmt_edge.deploy.measure.loadgen_driver import DETAIL, OneAtATime, Pool, Query, read_figures, run_test
 from cmt_edge.deploy.measure.loadgen_result import SCENARIOS, LoadGenResult
+from cmt_edge.deploy.measure.timing import Protocol
 from helpers.bundles import LABELS, SIZE, SPEC, make_bundle
 from helpers.cli import strict
 
@@ -37,7 +38,7 @@ needs_loadgen = pytest.mark.skipif(find_spec("mlperf_loadgen") is None, reason='
 @pytest.fixture(autouse=True)
 def _brief_warm_up(monkeypatch):
     """A warm-up lasts until the latency is stable; on a busy machine that is for seconds."""
-    monkeypatch.setattr("cmt_edge.deploy.measure.benchmark.WARMUP_LIMIT_S", 0.2)
+    monkeypatch.setattr("cmt_edge.deploy.measure.timing.WARMUP_LIMIT_S", 0.2)
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ from cmt_edge.deploy import Predictor
 from cmt_edge.deploy.errors import BundleError, RuntimeMissingError, StepError, UnknownNameError
 from cmt_edge.deploy.measure import child as measuring
 from cmt_edge.deploy.measure import isa as instruction_sets
-from cmt_edge.deploy.measure.benchmark import Protocol
 from cmt_edge.deploy.measure.child import MeasuringProcess
 from cmt_edge.deploy.measure.isa import ISAS, has_int8_hardware
+from cmt_edge.deploy.measure.timing import Protocol
 from helpers.bundles import make_bundle
 
 SHORT = Protocol(iters=3, seconds=0.0, warmup_iters=1, warmup_seconds=0.0)

@@ -13,8 +13,9 @@ from cmt_edge.deploy.backends import openvino as backend  # noqa: E402
 from cmt_edge.deploy.backends import openvino_graph, overflow  # noqa: E402
 from cmt_edge.deploy.backends.openvino_constants import compute_constant  # noqa: E402
 from cmt_edge.deploy.backends.openvino_pairs import find_factors, limit_pairs  # noqa: E402
-from cmt_edge.deploy.measure.benchmark import Protocol, benchmark  # noqa: E402
+from cmt_edge.deploy.measure.benchmark import benchmark  # noqa: E402
 from cmt_edge.deploy.measure.parity import verify  # noqa: E402
+from cmt_edge.deploy.measure.timing import Protocol  # noqa: E402
 
 LARGEST_UNSIGNED = 255
 INT16 = np.iinfo(np.int16)

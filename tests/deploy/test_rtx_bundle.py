@@ -14,8 +14,8 @@ import cmt_edge.deploy.tensorrt.build
 from cmt_edge.deploy import Bundle, Predictor
 from cmt_edge.deploy.bundle import PORTABLE_ENGINE, Manifest
 from cmt_edge.deploy.errors import BundleError, InputError, RuntimeMissingError, StepError
-from cmt_edge.deploy.measure.benchmark import Protocol
 from cmt_edge.deploy.measure.device_report import DeviceReport
+from cmt_edge.deploy.measure.timing import Protocol
 from cmt_edge.deploy.tensorrt.kernels import read_kernels
 from helpers.bundles import SIZE
 from helpers.trt import build_portable, forget_fakes, make_compiled, make_plan, make_rtx_bundle, trt_bundle

@@ -12,8 +12,9 @@ from cmt_edge.deploy import Bundle, Predictor
 from cmt_edge.deploy.bundle import PORTABLE_ENGINE, BundleWriter
 from cmt_edge.deploy.cli import bench, predict, verify
 from cmt_edge.deploy.errors import BundleError, RuntimeMissingError, SignatureError
-from cmt_edge.deploy.measure.benchmark import Protocol, benchmark
+from cmt_edge.deploy.measure.benchmark import benchmark
 from cmt_edge.deploy.measure.parity import verify as run_verify
+from cmt_edge.deploy.measure.timing import Protocol
 from helpers.bundles import edit_manifest
 from helpers.images import RED
 from helpers.trt import forget_fakes, make_plan, make_rtx_bundle

@@ -15,9 +15,9 @@ from cmt_edge.deploy.backends.openvino import has_bf16
 from cmt_edge.deploy.errors import InputError, RuntimeMissingError
 from cmt_edge.deploy.files import find_cache_folder
 from cmt_edge.deploy.measure import isa
-from cmt_edge.deploy.measure.benchmark import Protocol
 from cmt_edge.deploy.measure.child import MeasuringProcess
 from cmt_edge.deploy.measure.host import describe_host
+from cmt_edge.deploy.measure.timing import Protocol
 from cmt_edge.export import pipeline, run
 from cmt_edge.export.auto import choose, workbench
 from helpers.cli import failed, succeeded

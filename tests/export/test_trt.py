@@ -12,8 +12,8 @@ import cmt_edge.deploy.tensorrt.build
 from cmt_edge.deploy import Bundle, Predictor
 from cmt_edge.deploy.bundle.sections import RanOn, RuntimeEntry
 from cmt_edge.deploy.errors import GateError, InputError, RuntimeMissingError, StepError
-from cmt_edge.deploy.measure.benchmark import Protocol
 from cmt_edge.deploy.measure.parity import verify
+from cmt_edge.deploy.measure.timing import Protocol
 from cmt_edge.deploy.tensorrt.parser_rules import find_parser_problems
 from cmt_edge.export import ExportConfig, run
 from cmt_edge.export.cli import main

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from cmt_edge.deploy.cli import measuring
-from cmt_edge.deploy.measure.benchmark import Protocol
+from cmt_edge.deploy.measure.timing import Protocol
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,13 @@ from cmt_edge.deploy.bundle.sections import (
     RanOn,
     VerificationEntry,
 )
-from cmt_edge.deploy.measure.benchmark import Benchmark, Measured, Protocol
+from cmt_edge.deploy.measure.benchmark import Benchmark, Measured
 from cmt_edge.deploy.measure.breakdown import break_down
 from cmt_edge.deploy.measure.flipped import FlippedImage
 from cmt_edge.deploy.measure.memory import Memory
 from cmt_edge.deploy.measure.stages import Stages
 from cmt_edge.deploy.measure.statistics import summarise
+from cmt_edge.deploy.measure.timing import Protocol
 from cmt_edge.deploy.report.html import Subject, make_subject
 from helpers.bundles import tiny_manifest
 
