@@ -64,6 +64,7 @@ ALWAYS = (
     "tests/deploy/test_bundle.py",
     "tests/deploy/test_image_archives.py",
     "tests/deploy/test_image_folders.py",
+    "tests/deploy/test_image_files.py",
     "tests/deploy/test_images.py",
     "tests/deploy/test_imports.py",
     "tests/deploy/test_matching_labels.py",

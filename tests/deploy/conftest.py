@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import sys
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from cmt_edge.deploy.measure.timing import Protocol
 from helpers.cli import assert_told
 from helpers.collections import archive, fill
+from helpers.nvml import FakeNvml
 from helpers.running import list_helper_threads
 
 ENDING_S = 5.0
@@ -98,3 +100,22 @@ def place(request, tmp_path):
         return archive(tmp_path / "images.tar", files, "./" if "./" in request.param else "")
 
     return build
+
+
+@pytest.fixture
+def nvml(monkeypatch):
+    """Puts a fake in the place of ``pynvml``; at the end, everything opened is closed."""
+    made = []
+
+    def install(**settings):
+        made.append(FakeNvml(**settings))
+        monkeypatch.setitem(sys.modules, "pynvml", made[-1])
+        return made[-1]
+
+    yield install
+    assert all(m.opened == 0 for m in made)
+
+
+@pytest.fixture
+def no_nvml(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)

@@ -13,7 +13,7 @@ from PIL import Image, ImageSequence
 from cmt_edge.deploy import Predictor, Preprocess
 from cmt_edge.deploy.backends.fake import FakeSession
 from helpers.bundles import LABELS, levels, tiny
-from helpers.images import grey, png
+from helpers.images import encoded, grey
 
 pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 
@@ -47,7 +47,7 @@ def picture_camera():
 def closing_camera():
     """A Pillow image that its owner closes before the next one."""
     for level in range(12):
-        with Image.open(io.BytesIO(png(Image.new("RGB", (20, 20), (8 * level,) * 3)))) as image:
+        with Image.open(io.BytesIO(encoded(Image.new("RGB", (20, 20), (8 * level,) * 3)))) as image:
             yield image
 
 
@@ -66,7 +66,7 @@ def stream_camera():
     for level in range(12):
         file.seek(0)
         file.truncate()
-        file.write(png(Image.new("RGB", (20, 20), (8 * level,) * 3)))
+        file.write(encoded(Image.new("RGB", (20, 20), (8 * level,) * 3)))
         yield file
 
 
@@ -76,7 +76,7 @@ def file_camera():
         for level in range(12):
             file.seek(0)
             file.truncate()
-            file.write(png(Image.new("RGB", (20, 20), (8 * level,) * 3)))
+            file.write(encoded(Image.new("RGB", (20, 20), (8 * level,) * 3)))
             yield file
 
 
@@ -84,7 +84,7 @@ def memory_camera():
     """Encoded bytes in shared memory."""
     memory = bytearray(4096)
     for level in range(12):
-        blob = png(Image.new("RGB", (20, 20), (8 * level,) * 3))
+        blob = encoded(Image.new("RGB", (20, 20), (8 * level,) * 3))
         memory[: len(blob)] = blob
         yield memoryview(memory)[: len(blob)]
 

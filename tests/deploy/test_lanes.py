@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import gc
-import io
 import itertools
 import random
-import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,91 +12,15 @@ import numpy as np
 import pytest
 
 from cmt_edge.deploy import Predictor, Preprocess
-from cmt_edge.deploy.backends.base import Binding
 from cmt_edge.deploy.backends.fake import FakeSession
 from cmt_edge.deploy.errors import ImageError, InputError
 from cmt_edge.deploy.lanes import KEPT_LANES, Lanes
 from helpers.bundles import LABELS, SPEC, tiny
 from helpers.images import BLUE, GREEN, RED
+from helpers.lanes import COUNT, SHAPES, SIZES, Checked, assert_tidy_and_usable, collect, grey, levels
 from helpers.running import list_helper_threads
 
 pytestmark = pytest.mark.usefixtures("no_thread_is_left")
-
-SIZES = [0, 1, 3]
-"""Batch sizes; 0 is dynamic."""
-SHAPES = [(0, 1), (0, 3), (1, 1), (2, 1), (2, 2), (4, 3)]
-"""Decode threads and inferences in flight."""
-COUNT = 11
-"""Images of a stream: more than a chunk of a dynamic batch."""
-
-
-def grey(level: int) -> np.ndarray:
-    """An image whose answer tells it from every other level."""
-    return np.full((20, 20, 3), 8 * level, np.uint8)
-
-
-def levels(predictions) -> list[int]:
-    """Which greys these are the answers to."""
-    return [round(float(p.logits[0]) * 255 / 8) for p in predictions]
-
-
-def collect(stream) -> tuple[list[int], BaseException | None]:
-    """The answers, and what ended the stream."""
-    answers = []
-    try:
-        for answer in stream:
-            answers.append(answer)
-    except BaseException as exc:
-        return levels(answers), exc
-    return levels(answers), None
-
-
-def assert_tidy_and_usable(p: Predictor) -> None:
-    assert not list_helper_threads()
-    assert p.lanes.lent == 0
-    assert levels(p.predict(map(grey, range(9)))) == list(range(9))
-    assert levels(p.stream(map(grey, range(9)), workers=2, in_flight=2)) == list(range(9))
-    assert levels([p(grey(4))]) == [4]
-    assert p.lanes.lent == 0
-
-
-class Checked(FakeSession):
-    """Fails on greys of certain levels, and where two threads use one bound input at once."""
-
-    def __init__(self, *bad: int, error: type[BaseException] = RuntimeError, delay_s: float = 0.0) -> None:
-        super().__init__(3, delay_s)
-        self.bad, self.error = set(bad), error
-        self.binds = 0
-
-    def run(self, batch):
-        if self.bad & {round(float(row.mean()) * 255 / 8) for row in batch}:
-            raise self.error("the device went away")
-        return super().run(batch)
-
-    def bind(self, shape):
-        self.binds += 1
-        batch = np.empty(shape, np.float32)
-        busy = threading.Lock()
-
-        def run() -> list[np.ndarray]:
-            assert busy.acquire(blocking=False), "two threads use one lane"
-            try:
-                return self.run(batch)
-            finally:
-                busy.release()
-
-        return Binding(batch, run)
-
-
-class Raising(io.BytesIO):
-    """A file that cannot even be read."""
-
-    def __init__(self, error: type[BaseException]) -> None:
-        super().__init__(RED)
-        self.error = error
-
-    def read(self, *_):
-        raise self.error
 
 
 # --- one failure, at every position ---------------------------------------------------------------
@@ -178,35 +99,6 @@ def test_leaving_the_loop_at_every_position(batch, workers, in_flight):
         stream.close()
         assert p.lanes.lent == 0
         assert not list_helper_threads()
-    assert_tidy_and_usable(p)
-
-
-@pytest.mark.parametrize(("workers", "in_flight"), SHAPES)
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
-def test_an_interrupt_while_an_image_is_decoded(workers, in_flight, error):
-    p = tiny(3, session=Checked())
-    for bad in range(5):
-        images = [grey(i) if i != bad else Raising(error) for i in range(COUNT)]
-        answers, ended_by = collect(p.stream(images, workers=workers, in_flight=in_flight))
-        assert isinstance(ended_by, error)
-        assert answers == list(range(len(answers)))
-    with pytest.raises(error):
-        p(Raising(error))
-    assert_tidy_and_usable(p)
-
-
-@pytest.mark.parametrize("batch", SIZES)
-def test_an_interrupt_while_the_runtime_computes(batch):
-    p = tiny(batch, session=Checked(5, error=KeyboardInterrupt))
-    for workers, in_flight in SHAPES:
-        _, ended_by = collect(p.stream(map(grey, range(COUNT)), workers=workers, in_flight=in_flight))
-        assert isinstance(ended_by, KeyboardInterrupt)
-        assert p.lanes.lent == 0
-    with pytest.raises(KeyboardInterrupt):
-        p(grey(5))
-    with pytest.raises(KeyboardInterrupt):
-        p.logits(p.prepare([grey(5)] * 4))
-    p.session.bad.clear()
     assert_tidy_and_usable(p)
 
 
@@ -360,106 +252,6 @@ def test_no_lane_of_a_closed_session_is_kept():
             pool.submit(lambda lanes=lanes, lent=lent: [lanes.give(lane) for lane in lent])
             pool.submit(lanes.close)
         assert lanes.idle == lanes.lent == 0
-
-
-# --- Ctrl-C at any moment -------------------------------------------------------------------------
-
-
-@pytest.fixture
-def interrupts():
-    """Deliver SIGINT to this thread after so many seconds, as Ctrl-C does."""
-    if not hasattr(signal, "setitimer"):
-        pytest.skip("this system has no interval timers")
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGALRM, interrupt)
-    yield lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds)
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, previous)
-
-
-@pytest.mark.parametrize(("workers", "in_flight"), [(0, 1), (2, 2)])
-def test_ctrl_c_at_any_moment(interrupts, workers, in_flight):
-    """The Predictor answers rightly afterwards, and closing it does not wait for what was interrupted."""
-    rng = random.Random(0)
-    for _ in range(40):
-        p = tiny(3, session=Checked())
-        images = map(grey, itertools.cycle(range(20)))
-        stream = p.stream(images, workers=workers, in_flight=in_flight)
-
-        def predict(p=p, stream=stream) -> None:
-            interrupts(rng.uniform(1e-4, 5e-3))  # here: an interrupt that nobody expects ends the test worker
-            sum(len(p(grey(3)).logits) for _ in stream)
-
-        with pytest.raises(KeyboardInterrupt):
-            predict()
-        gc.collect()
-        assert levels(p.predict(map(grey, range(9)))) == list(range(9))
-        closer = threading.Thread(target=p.close, daemon=True)
-        closer.start()
-        closer.join(10)
-        assert not closer.is_alive()
-
-
-def test_a_thread_that_the_pool_does_not_know_keeps_its_lane(monkeypatch):
-    """Ctrl-C between the start of a thread and its entry in the pool's list, which nobody waits for then."""
-    start = threading.Thread.start
-
-    def start_interrupted(thread: threading.Thread) -> None:
-        start(thread)
-        raise KeyboardInterrupt
-
-    with tiny(3, session=Checked(delay_s=0.3)) as p:
-        with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", start_interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                list(p.stream(map(grey, range(9)), workers=0, in_flight=2))
-        assert levels(p.predict(map(grey, range(9)))) == list(range(9))
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_ctrl_c_inside_a_lock_of_python_comes_out_as_itself(workers):
-    """Python's Condition answers an interrupt while it waits with ``release unlocked lock``."""
-
-    def images():
-        yield grey(1)
-        try:
-            raise KeyboardInterrupt
-        finally:
-            threading.Lock().release()
-
-    with tiny(3) as p, pytest.raises(KeyboardInterrupt):
-        list(p.stream(images(), workers=workers))
-
-
-def test_ctrl_c_while_closing_leaves_the_session_to_the_next_close(interrupts):
-    release = threading.Event()
-
-    class Stuck(FakeSession):
-        closed = 0
-
-        def run(self, batch):
-            release.wait(10)
-            return super().run(batch)
-
-        def close(self):
-            self.closed += 1
-
-    session = Stuck(3)
-    p = tiny(session=session)
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(p, RED)
-        time.sleep(0.05)
-        interrupts(0.05)
-        with pytest.raises(KeyboardInterrupt):
-            p.close()
-        assert session.closed == 0
-        release.set()
-        assert running.result().label == "red"
-        p.close()
-    assert session.closed == 1
 
 
 # --- one lane -------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from helpers.faults import Faults, compiler
-from helpers.images import plain, png
+from helpers.images import encoded, plain
 from helpers.paths import ROOT
 
 pytestmark = [
@@ -95,7 +95,7 @@ def test_a_user_may_turn_telemetry_on(watched):
 
 
 def test_no_command_uses_the_network_or_leaves_files(watched):
-    (watched.folder / "image.png").write_bytes(png(plain("red", (64, 64))))
+    (watched.folder / "image.png").write_bytes(encoded(plain("red", (64, 64))))
     (watched.folder / "net.py").write_text(NET)
     registered, own = "out/cmt_nano_fp32_onnx", "out/net.py_small_int8_openvino"
     commands = [

@@ -48,6 +48,13 @@ def _fingerprint(model) -> str:
 
 
 NAME = "cmt_nano_fp32_openvino"
+"""What an export of cmt_nano is called unless it is told otherwise."""
+OWN = """
+from torch import nn
+def small():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+"""
+"""A module of a user's own, whose model is traced in a moment."""
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -64,3 +71,14 @@ def nano(output: Path, **settings) -> ExportConfig:
     from cmt_edge.export import ExportConfig
 
     return ExportConfig("cmt_nano", output=str(output), **settings)
+
+
+def saved_nano(path: Path, classes: list[str] | None = None, seed: int = 0) -> Path:
+    """A checkpoint of a nano, as a training of ours writes it."""
+    import torch
+
+    from cmt_edge.cmt import create_model
+
+    model = create_model("cmt_nano", num_classes=len(classes) if classes else None, seed=seed)
+    torch.save({"model": model.state_dict()} | ({"classes": classes} if classes else {}), path)
+    return path

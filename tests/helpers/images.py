@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +16,34 @@ from cmt_edge.deploy.images import ImageSet
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
 
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    """The bytes of an image file."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def photo(width: int = 40, height: int = 30) -> Image.Image:
+    """A smooth, asymmetric RGB picture."""
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return Image.fromarray(np.stack([x, y, 255 - x], -1).astype(np.uint8))
+
+
+def make_png(width: int, height: int, *, depth: int, kind: int, rows: bytes) -> bytes:
+    """A PNG with these rows, whether or not its header (bits of a sample, type of colour) fits them."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows, 9)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
 def coloured(name: str, shade: int = 0) -> bytes:
     """A plain image whose class the fake runtime knows; ``shade`` makes it a different file."""
     colour = tuple(max(0, v - shade) if v else 0 for v in COLOURS[name])
-    buffer = io.BytesIO()
-    Image.new("RGB", (20, 20), colour).save(buffer, "PNG")
-    return buffer.getvalue()
+    return encoded(Image.new("RGB", (20, 20), colour))
 
 
 def folder_of(path, content: dict[str, list[bytes]]):
@@ -41,13 +65,7 @@ def plain(colour, size=(20, 20)) -> Image.Image:
     return Image.new("RGB", size, colour)
 
 
-def png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-RED, GREEN, BLUE = (png(plain(c)) for c in ("red", "#00ff00", "blue"))
+RED, GREEN, BLUE = (encoded(plain(c)) for c in ("red", "#00ff00", "blue"))
 
 
 def labelled(folder: Path, classes: list[str], each: int = 2) -> Path:

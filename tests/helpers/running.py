@@ -1,8 +1,10 @@
-"""What still runs: threads of this process, and other processes."""
+"""What still runs, threads of this process and other processes, and waiting for something to happen."""
 
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -17,3 +19,11 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 5.0) -> None:
+    """Return once ``condition`` holds; fail where it does not in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "did not happen in time"
+        time.sleep(0.002)
