@@ -14,6 +14,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from made_page import write_or_check
+
 from cmt_edge import __main__, startup
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
@@ -128,14 +130,7 @@ def write_reference() -> str:
 
 def main(argv: list[str]) -> int:
     """Write the page, or check it; returns the exit code."""
-    page = write_reference()
-    if argv != ["--check"]:
-        PAGE.write_text(page, encoding="utf-8")
-        return 0
-    current = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == page
-    if not current:
-        print("docs/cli.md is not current: python scripts/cli_reference.py", file=sys.stderr)
-    return 0 if current else 1
+    return write_or_check(PAGE, write_reference(), argv, "scripts/cli_reference.py")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
+from made_page import write_or_check
+
 from cmt_edge.export.options import get_option, make_flag
 from cmt_edge.export.settings import GROUPS, Settings
 
@@ -119,14 +121,7 @@ def write_reference() -> str:
 
 def main(argv: list[str]) -> int:
     """Write the page, or check it; returns the exit code."""
-    page = write_reference()
-    if argv != ["--check"]:
-        PAGE.write_text(page, encoding="utf-8")
-        return 0
-    current = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == page
-    if not current:
-        print("docs/settings.md is not current: python scripts/settings_reference.py", file=sys.stderr)
-    return 0 if current else 1
+    return write_or_check(PAGE, write_reference(), argv, "scripts/settings_reference.py")
 
 
 if __name__ == "__main__":

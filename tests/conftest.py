@@ -71,6 +71,8 @@ def pytest_unconfigure():
 def script(monkeypatch):
     """A function that imports a file of ``scripts/``."""
 
+    monkeypatch.syspath_prepend(ROOT / "scripts")  # what scripts share lies beside them
+
     def load(name: str):
         spec = spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
         module = module_from_spec(spec)

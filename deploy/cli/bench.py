@@ -21,7 +21,7 @@ from ..measure.loadgen import LoadGenOptions
 from ..measure.timing import Protocol
 from ..progress import Progress
 from ..report.plot import require_matplotlib
-from .console import add_key_flag, add_runtime_flags, make_parser, run_command
+from .console import add_key_flag, add_runtime_flags, make_parser, read_runtime_flags, run_command
 from .loadgen import add_loadgen, add_loadgen_flags, read_loadgen_options
 from .measuring import add_measuring_flags, read_protocol
 from .output import find_width, say, say_folded
@@ -112,10 +112,7 @@ def _measure(
     images = _read_images(args.data, progress) if args.data else []
     result = run_benchmark(
         bundles,
-        backend=args.backend,
-        device=args.device,
-        threads=args.threads,
-        trusted_engine=args.trust_engine,
+        **read_runtime_flags(args),
         images=images,
         protocol=protocol,
         with_throughput=not args.no_throughput,

@@ -14,7 +14,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypedDict
 
 from cmt_edge.startup import name_program
 from cmt_edge.version import __version__
@@ -241,6 +241,25 @@ def add_runtime_flags(p: argparse.ArgumentParser) -> None:
         help="open the engine that came with a bundle although no signature was checked; an engine is native"
         " code, so whoever made it can do here what you can",
     )
+
+
+class RuntimeFlags(TypedDict):
+    """What the flags of :func:`add_runtime_flags` say, by the names that ``Predictor.load`` has for it."""
+
+    backend: str | None
+    device: str | None
+    threads: int | None
+    trusted_engine: bool
+
+
+def read_runtime_flags(args: argparse.Namespace) -> RuntimeFlags:
+    """The runtime that a user asked for, as arguments of :meth:`~cmt_edge.deploy.Predictor.load`."""
+    return {
+        "backend": args.backend,
+        "device": args.device,
+        "threads": args.threads,
+        "trusted_engine": args.trust_engine,
+    }
 
 
 def add_cache_flag(p: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ from ..measure.loadgen_result import SCENARIOS, SERVER
 from ..measure.timing import Protocol
 from ..predictor import Predictor
 from ..progress import Progress
-from .console import CLOSE
+from .console import CLOSE, read_runtime_flags
 from .ranges import MILLISECONDS, RATES
 
 LOGS = Path("loadgen_logs")
@@ -107,10 +107,7 @@ def add_loadgen(
     """``result`` with LoadGen's figures of each bundle."""
     opened = partial(
         Predictor.load,
-        backend=args.backend,
-        device=args.device,
-        threads=args.threads,
-        trusted_engine=args.trust_engine,
+        **read_runtime_flags(args),
         cache=False,
     )
     measured = [

@@ -25,6 +25,7 @@ from .console import (
     add_runtime_flags,
     describe_as_json,
     make_parser,
+    read_runtime_flags,
     run_command,
 )
 from .output import is_terminal, say, say_data, say_folded, tell, tell_error
@@ -137,10 +138,7 @@ def _open(args: argparse.Namespace, throughput: bool) -> Predictor:
     with Progress(args.quiet).shown("open the bundle"):
         return Predictor.load(
             args.bundle,
-            backend=args.backend,
-            device=args.device,
-            threads=args.threads,
-            trusted_engine=args.trust_engine,
+            **read_runtime_flags(args),
             key=args.key,
             cache=not args.no_cache,
             throughput=throughput,

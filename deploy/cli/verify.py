@@ -23,7 +23,7 @@ from ..measure.parity import verify as run_verify
 from ..predictor import Predictor
 from ..progress import Progress
 from .cluster import add_cluster_flags, make_settings, require_cluster_flags
-from .console import add_key_flag, add_runtime_flags, make_parser, run_command
+from .console import add_key_flag, add_runtime_flags, make_parser, read_runtime_flags, run_command
 from .output import find_width, say, say_folded, tell
 from .pages import add_page_flags, require_targets, wants_page, write_pages
 from .ranges import DIFFERENCE, IMAGES, POINTS
@@ -180,13 +180,10 @@ def _check(args: argparse.Namespace, progress: Progress) -> tuple[Bundle, Verifi
         bundle,
         data=data,
         by_order=args.by_order,
-        backend=args.backend,
-        device=args.device,
-        threads=args.threads,
+        **read_runtime_flags(args),
         reference=_load_reference(other, args) if other and args.ray is None else None,
         weights=args.weights,
         trusted_model=args.reference_model,
-        trusted_engine=args.trust_engine,
         max_drop=args.max_drop,
         atol=args.atol,
         limit=args.limit,

@@ -18,7 +18,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from cmt_edge.deploy import Bundle, Predictor
-from cmt_edge.deploy.cli.console import add_key_flag, add_runtime_flags, make_parser, run_command
+from cmt_edge.deploy.cli.console import (
+    add_key_flag,
+    add_runtime_flags,
+    make_parser,
+    read_runtime_flags,
+    run_command,
+)
 from cmt_edge.deploy.cli.output import say, tell
 from cmt_edge.deploy.cli.ranges import CLASS_COUNTS
 from cmt_edge.deploy.errors import ImageError, InputError, RuntimeMissingError
@@ -213,10 +219,7 @@ def run(args: argparse.Namespace) -> int:
             Progress(args.quiet).tell(f"{len(images) - len(rest)} of {len(images)} images were done before")
         with Predictor.load(
             bundle,
-            backend=args.backend,
-            device=args.device,
-            threads=args.threads,
-            trusted_engine=args.trust_engine,
+            **read_runtime_flags(args),
             throughput=True,
         ) as predictor:
             score(predictor, args.folder, rest, journal, args)

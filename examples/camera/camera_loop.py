@@ -22,7 +22,13 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from cmt_edge.deploy import Predictor
-from cmt_edge.deploy.cli.console import add_key_flag, add_runtime_flags, make_parser, run_command
+from cmt_edge.deploy.cli.console import (
+    add_key_flag,
+    add_runtime_flags,
+    make_parser,
+    read_runtime_flags,
+    run_command,
+)
 from cmt_edge.deploy.cli.output import say
 from cmt_edge.deploy.cli.ranges import Range
 from cmt_edge.deploy.errors import DataError, InputError
@@ -212,10 +218,7 @@ def run(args: argparse.Namespace) -> int:
     ImageSet(args.frames, labelled=False)  # a folder without frames is told before the model is loaded
     with Predictor.load(
         args.bundle,
-        backend=args.backend,
-        device=args.device,
-        threads=args.threads,
-        trusted_engine=args.trust_engine,
+        **read_runtime_flags(args),
         key=args.key,
     ) as predictor:
         camera = Camera(play_frames(args.frames, args.fps))

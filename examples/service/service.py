@@ -28,7 +28,13 @@ from starlette.requests import ClientDisconnect
 
 from cmt_edge import __version__
 from cmt_edge.deploy import Prediction, Predictor
-from cmt_edge.deploy.cli.console import add_key_flag, add_runtime_flags, make_parser, run_command
+from cmt_edge.deploy.cli.console import (
+    add_key_flag,
+    add_runtime_flags,
+    make_parser,
+    read_runtime_flags,
+    run_command,
+)
 from cmt_edge.deploy.cli.output import tell
 from cmt_edge.deploy.cli.ranges import CLASS_COUNTS, THREADS, Range
 from cmt_edge.deploy.errors import CmtEdgeError, ImageError
@@ -240,10 +246,7 @@ def serve(args: argparse.Namespace) -> int:
     """Load the bundle and serve it until SIGTERM or Ctrl-C; returns the exit code."""
     with Predictor.load(
         args.bundle,
-        backend=args.backend,
-        device=args.device,
-        threads=args.threads,
-        trusted_engine=args.trust_engine,
+        **read_runtime_flags(args),
         key=args.key,
         throughput=args.workers > 1,
     ) as predictor:

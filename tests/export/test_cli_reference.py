@@ -14,7 +14,9 @@ from helpers.paths import ROOT
 def script():
     spec = importlib.util.spec_from_file_location("cli_reference", ROOT / "scripts" / "cli_reference.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "scripts")  # what scripts share lies beside them
+        spec.loader.exec_module(module)
     yield module
     startup.front.clear()
 

@@ -29,6 +29,17 @@ from .origin import make_export_command
 from .scatter import Point, draw_scatter
 from .subject import Subject
 
+LATENCY_HEADER = (
+    "batch",
+    "median, ms",
+    "",
+    "95 % interval",
+    "p95",
+    "image to answer",
+    "images per second",
+)
+"""Heads of what a table tells of latency, whatever its rows are; the one without a name is of bars."""
+
 
 def make_comparison_page(subjects: Sequence[Subject], speed: Benchmark | None = None) -> str:
     """The page of several bundles.
@@ -136,16 +147,7 @@ def _list_accuracy_cells(subject: Subject, reach: float) -> list[str]:
 def _write_latencies(subjects: Sequence[Subject], speed: Benchmark | None) -> Markup:
     slowest = max((subject.p50_ms or 0 for subject in subjects), default=0) or 1.0
     rows = [_list_latency_cells(subject, slowest, speed is not None) for subject in subjects]
-    header = [
-        "bundle",
-        "batch",
-        "median, ms",
-        "",
-        "95 % interval",
-        "p95",
-        "image to answer",
-        "images per second",
-    ]
+    header = ["bundle", *LATENCY_HEADER]
     if speed:
         header.append("speed-up (95 % interval)")
         how = (
@@ -189,10 +191,11 @@ def _list_latency_cells(subject: Subject, slowest: float, is_interleaved: bool) 
     measured = subject.measured
     if measured is None:
         return [*cells, *[UNKNOWN] * 4]
-    return [*cells, *_list_measured_cells(measured), *_list_ratio_cells(measured, is_interleaved)]
+    return [*cells, *list_measured_cells(measured), *_list_ratio_cells(measured, is_interleaved)]
 
 
-def _list_measured_cells(measured: Measured) -> list[str]:
+def list_measured_cells(measured: Measured) -> list[str]:
+    """What stands below the last four of :data:`LATENCY_HEADER`."""
     low, high = measured.model.ci
     rate = measured.throughput
     return [

@@ -12,7 +12,14 @@ from cmt_edge.startup import name_program
 from ...bundle.sections import Host
 from ...errors import InputError
 from .charts import draw_bar
-from .comparison import draw_distributions, format_memory, write_accuracies, write_warnings
+from .comparison import (
+    LATENCY_HEADER,
+    draw_distributions,
+    format_memory,
+    list_measured_cells,
+    write_accuracies,
+    write_warnings,
+)
 from .conclusion import Conclusion, State, conclude
 from .elements import UNKNOWN, Markup, Table, join, make, make_code, make_facts, make_hash, make_list
 from .figures import Reported
@@ -181,18 +188,7 @@ def _describe_runtime(subject: Subject) -> str:
 def _write_latencies(members: Sequence[Reported]) -> Markup:
     slowest = max((member.subject.p50_ms or 0 for member in members), default=0) or 1.0
     rows = [_list_latency_cells(member, slowest) for member in members]
-    header = [
-        "device",
-        "batch",
-        "median, ms",
-        "",
-        "95 % interval",
-        "p95",
-        "image to answer",
-        "images per second",
-        "drift",
-        "joules an image",
-    ]
+    header = ["device", *LATENCY_HEADER, "drift", "joules an image"]
     how = make("p", "Each device was measured by itself, with its own runtime and threads.")
     table = Table("Milliseconds of one batch", header, rows).write()
     subjects = [replace(member.subject, name=member.device) for member in members]
@@ -207,14 +203,10 @@ def _list_latency_cells(member: Reported, slowest: float) -> list[str]:
     cells = [member.device, str(subject.batch), f"{median:.2f}", draw_bar(median / slowest)]
     if measured is None:
         return [*cells, *[UNKNOWN] * 6]
-    low, high = measured.model.ci
-    rate, energy = measured.throughput, subject.device.power.joules_per_image if subject.device else None
+    energy = subject.device.power.joules_per_image if subject.device else None
     return [
         *cells,
-        f"{low:.2f} to {high:.2f}",
-        f"{measured.model.p95:.2f}",
-        f"{measured.end_to_end.p50:.2f}",
-        UNKNOWN if rate is None else f"{rate:.0f}",
+        *list_measured_cells(measured),
         f"{100 * measured.model.drift:+.1f} %",
         UNKNOWN if energy is None else f"{energy:.3g}",
     ]
