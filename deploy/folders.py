@@ -150,19 +150,25 @@ def _is_zip(path: Path) -> bool:
         return False
 
 
+def require_folder(path: Path) -> None:
+    """Raise :class:`DataError` unless there is a folder."""
+    if os.path.isdir(path):
+        return
+    missing = not os.path.exists(path)
+    if not missing and _is_zip(path):
+        target = path.with_name(f"{path.name}_unpacked")
+        command = f"unzip -q {shlex.quote(str(path))} -d {shlex.quote(str(target))}"
+        raise must_unpack(path, command, target)
+    raise DataError(
+        "no such folder of images" if missing else "is neither a folder nor a .tar archive",
+        where=path,
+        remedy="give a folder of images, a folder of class folders, or a .tar of either",
+    )
+
+
 def scan_folder(path: Path) -> Found:
     """All images below a folder; links are followed, but not in a circle."""
-    if not os.path.isdir(path):
-        missing = not os.path.exists(path)
-        if not missing and _is_zip(path):
-            target = path.with_name(f"{path.name}_unpacked")
-            command = f"unzip -q {shlex.quote(str(path))} -d {shlex.quote(str(target))}"
-            raise must_unpack(path, command, target)
-        raise DataError(
-            "no such folder of images" if missing else "is neither a folder nor a .tar archive",
-            where=path,
-            remedy="give a folder of images, a folder of class folders, or a .tar of either",
-        )
+    require_folder(path)
     found = Found()
 
     def fail(exc: OSError) -> None:

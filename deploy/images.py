@@ -15,11 +15,19 @@ from typing import overload
 from .archives import scan_archive, split_archive
 from .decoding import EXTENSIONS, is_about_data
 from .errors import DataError, InputError
-from .folders import MASKS, PICTURES, Item, scan_folder
+from .folders import MASKS, PICTURES, Item, require_folder, scan_folder
 from .parts import find_part_kind, find_parts
 
 SHOWN_KINDS = 6
 """The largest number of kinds of skipped files that are named."""
+
+
+def require_place(path: str | Path) -> None:
+    """Raise :class:`DataError` where no collection of images can be: nothing is there, or no folder and no
+    archive that is read. No image is looked for, so this takes no time."""
+    archive, _ = split_archive(Path(path))
+    if archive is None:
+        require_folder(Path(path))
 
 
 class ImageSet(Sequence[Item]):

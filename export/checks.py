@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from cmt_edge.calib.data import SYNTHETIC
 from cmt_edge.cmt.features import require_head
@@ -12,18 +11,19 @@ from cmt_edge.deploy.bundle import LOGITS
 from cmt_edge.deploy.bundle.sections import FORMATS
 from cmt_edge.deploy.bundle.signature import read_private_key
 from cmt_edge.deploy.cli.ranges import CLASS_COUNTS
-from cmt_edge.deploy.errors import InputError, WeightsError
+from cmt_edge.deploy.errors import InputError
 from cmt_edge.deploy.preprocessing import MAX_SHORT_SIDE, RESAMPLING
 from cmt_edge.startup import name_program
 
 from .derived import DerivedSettings
+from .first_look import require_checkpoint
 from .options import (
     check_values,
     list_changed_flags,
     require_choice,
     require_range,
 )
-from .settings import AUTO, NAMED_WEIGHTS, TENSORRT
+from .settings import AUTO, TENSORRT
 
 LONGEST_NAME = 200
 """Bytes of the longest name of a bundle's folder. File systems allow 255, and while the bundle is written the
@@ -109,12 +109,7 @@ def _check_name(config: DerivedSettings) -> None:
 
 def _check_files(config: DerivedSettings) -> None:
     """Files that exist and can be read."""
-    if config.weights not in NAMED_WEIGHTS and not Path(config.weights).is_file():
-        raise WeightsError(
-            "no such checkpoint file",
-            where=config.weights,
-            remedy="check the path; or use --weights pretrained or random",
-        )
+    require_checkpoint(config.weights)
     if config.signing_key is not None:
         read_private_key(config.signing_key)
     config.read_labels()

@@ -18,6 +18,7 @@ from cmt_edge.deploy.cli.output import find_width, say, say_folded, tell
 from cmt_edge.deploy.errors import InputError, RuntimeMissingError
 from cmt_edge.startup import name_program
 
+from .first_look import take_first_look
 from .models import show_models
 from .options import add_flags, read_flags, read_mapping
 from .settings import GROUPS, Settings
@@ -93,9 +94,11 @@ def _run_export(args: argparse.Namespace) -> int:
     from cmt_edge.deploy.progress import Progress
 
     progress = Progress(args.quiet)
+    given, dry_run = _read_settings(args)
+    take_first_look(given)
     with progress.step("load PyTorch"):
         import_module("torch")
-    config, dry_run = _read_config(args)
+    config = _make_config(given, args)
     with progress.step("load ONNX and the runtimes"):
         from . import pipeline
         from .plan import format_plan
@@ -115,22 +118,27 @@ def _run_export(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read_config(args: argparse.Namespace) -> tuple[ExportConfig, bool]:
-    """What the flags and the settings file ask for, checked; and whether only the plan is wanted."""
-    from .checkpoint_settings import find_settings_by_shapes
-    from .config import ExportConfig
+def _read_settings(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
+    """What the flags and the settings file ask for; and whether only the plan is wanted."""
     from .config_file import read_config
 
     written = read_config(args.config) if args.config else {}
     dry_run = _take_dry_run(written, args.config) or args.dry_run
     settings = read_mapping(written, Settings, args.config)
-    given = settings | read_flags(args, Settings)
+    return settings | read_flags(args, Settings), dry_run
+
+
+def _make_config(given: dict[str, Any], args: argparse.Namespace) -> ExportConfig:
+    """The export that was asked for, checked; the checkpoint may say which model it is."""
+    from .checkpoint_settings import find_settings_by_shapes
+    from .config import ExportConfig
+
     by_shapes = find_settings_by_shapes(given)
     if by_shapes and not args.quiet:
         tell(f"model: {by_shapes['model']}, told by the shapes of the weights")
     config = ExportConfig.from_mapping(by_shapes | given, args.config)
     config.check()
-    return config, dry_run
+    return config
 
 
 def _show_bundle(

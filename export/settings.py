@@ -75,6 +75,8 @@ class TorchModule(Protocol):
 
 NAMED_WEIGHTS = ("pretrained", "random")
 """Weights that are not a checkpoint file."""
+MADE_IMAGES = ("generated", "synthetic")
+"""Calibration images that are made, so that no folder holds them."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ class Settings:
         help="calibration images (int8; fp16: for the ranges): folder, ARCHIVE.tar[/FOLDER], 'generated', or"
         " 'synthetic' (made from the model's batch norms, takes up to some minutes)",
         group=DATA,
-        names=("generated", "synthetic"),
+        names=MADE_IMAGES,
     )
     calib_size: int | None = make_option(
         None,

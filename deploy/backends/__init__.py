@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module, util
 
@@ -84,6 +85,11 @@ def require_offered(name: str | None) -> None:
         raise UnknownNameError("runtime", name, close, offered)
 
 
+def describe_missing(packages: Sequence[str]) -> str:
+    """The sentence about Python packages that are missing here."""
+    return f"{' and '.join(packages)} {'is' if len(packages) == 1 else 'are'} not installed"
+
+
 def get_runtime(name: str) -> Runtime:
     """The runtime of that name.
 
@@ -97,7 +103,7 @@ def get_runtime(name: str) -> Runtime:
     missing = [package for package in entry.packages if util.find_spec(package) is None]
     if missing:
         raise RuntimeMissingError(
-            f"{' and '.join(missing)} is not installed",
+            describe_missing(missing),
             remedy=entry.remedy,
         )
     try:

@@ -10,7 +10,7 @@ from typing import Any
 
 from cmt_edge.version import __version__
 
-from ..backends import RUNTIME_OF_FORMAT, RUNTIMES, list_offered_runtimes
+from ..backends import RUNTIME_OF_FORMAT, RUNTIMES, describe_missing, list_offered_runtimes
 from ..bundle.record import read_message
 from ..children import Child, ChildCrashed, ChildTimedOut
 from ..errors import CmtEdgeError
@@ -101,7 +101,7 @@ def examine(name: str, ask: Ask) -> RuntimeState:
     entry = RUNTIMES[name]
     missing = [package for package in entry.packages if find_spec(package) is None]
     if missing:
-        return _make_faulty(name, Fault(f"{' and '.join(missing)} is not installed", None, entry.remedy))
+        return _make_faulty(name, Fault(describe_missing(missing), None, entry.remedy))
     repair = f"repair the installation: {entry.remedy}"
     try:
         return ask(name)

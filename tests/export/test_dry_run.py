@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+import tarfile
 
 import pytest
 import torch
 
 from cmt_edge.cmt import create_model
 from cmt_edge.deploy import Bundle
+from cmt_edge.export.first_look import take_first_look
 from helpers.cli import failed, succeeded
 from helpers.exports import NAME, OWN, content, saved_nano
 from helpers.images import labelled
@@ -30,6 +32,35 @@ def test_dry_run_writes_nothing(capsys, tmp_path):
     assert plan["input"] == [1, 3, 64, 64]
     assert "calibrate on 5 images" in plan["steps"]
     assert content(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--weights", "gone", "no such checkpoint file"),
+        ("--labels", "gone", "no such labels file"),
+        ("--data", "gone", "no such folder of images"),
+        ("--eval-data", "gone", "no such folder of images"),
+        ("--config", "gone", "no such settings file"),
+        ("--precision", "int9", "did you mean int8"),
+        ("--calib-size", "0", "--calib-size"),
+    ],
+)
+def test_a_mistyped_word_is_told_before_pytorch_is_imported(
+    capsys, tmp_path, monkeypatch, flag, value, message
+):
+    monkeypatch.setattr("cmt_edge.export.cli.import_module", lambda _: pytest.fail("it was imported"))
+    monkeypatch.chdir(tmp_path)
+    assert message in failed(capsys, "--model", "cmt_nano", flag, value)
+    assert content(tmp_path) == {}
+
+
+def test_images_that_are_made_and_those_in_an_archive_need_no_folder(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w"):
+        pass
+    for data in ("generated", "synthetic", f"{tmp_path}/a.tar/train", str(tmp_path)):
+        take_first_look({"precision": "int8", "data": data, "weights": "random"})
+    take_first_look({"ray": "local", "eval_data": "https://example.org/shards"})
 
 
 @pytest.mark.parametrize("flag", ["--weights", "--labels", "--eval-data", "--data", "--config"])
