@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import zipfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -22,6 +23,9 @@ from cmt_edge.deploy.errors import WeightsError
 from .spec import StateDict
 from .strangers import ExcessiveCheckpoint, Stranger, find_unloadable, make_stand_ins
 from .unpickling import ALLOWED
+
+WORD = re.compile(r"[^\W\d_]{2}")
+"""What a reason holds that tells people something: letters."""
 
 MAX_REASON = 300
 """Length, in characters, at which the text of another library's error is cut."""
@@ -321,7 +325,7 @@ def _make_unreadable_error(path: Path, exc: Exception) -> WeightsError:
     return WeightsError(
         "cannot be read as a PyTorch checkpoint",
         where=path,
-        why=lines[0][:MAX_REASON],
+        why=lines[0][:MAX_REASON] if WORD.search(lines[0]) else "its bytes are none that torch.save writes",
         remedy="check that it is complete and was saved by torch.save, or copy it again",
     )
 

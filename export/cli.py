@@ -95,7 +95,7 @@ def _run_export(args: argparse.Namespace) -> int:
 
     progress = Progress(args.quiet)
     given, dry_run = _read_settings(args)
-    take_first_look(given)
+    take_first_look(given, args.config)
     with progress.step("load PyTorch"):
         import_module("torch")
     config = _make_config(given, args)

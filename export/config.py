@@ -6,12 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cmt_edge.deploy.errors import InputError
-from cmt_edge.startup import name_program
-
 from .checkpoint_settings import describe_by_weights, find_settings_by_shapes
 from .checks import check_settings
 from .derived import DerivedSettings
+from .first_look import make_nameless_error
 from .options import (
     read_defaults,
     read_mapping,
@@ -62,12 +60,8 @@ class ExportConfig(DerivedSettings):
         found = find_settings_by_shapes(found) | found
         if "model" not in found:
             silent = found.get("weights", "pretrained") not in NAMED_WEIGHTS
-            raise InputError(
-                "no model was named",
-                where=where,
-                why=f"{found['weights']} does not say which model it belongs to" if silent else None,
-                remedy=f"--model NAME; {name_program('models')} prints them",
-            )
+            why = f"{found['weights']} does not say which model it belongs to" if silent else None
+            raise make_nameless_error(where, why)
         return cls(**found)
 
     def named(self, precision: str, keep_float: Sequence[str]) -> ExportConfig:

@@ -9,6 +9,7 @@ from typing import Any
 
 from cmt_edge.deploy.errors import InputError, WeightsError
 from cmt_edge.deploy.images import require_place
+from cmt_edge.startup import name_program
 
 from .options import check_values
 from .settings import MADE_IMAGES, NAMED_WEIGHTS, Settings
@@ -17,18 +18,24 @@ UNNAMED = "MODEL"
 """Stands for a model that no flag names: the checkpoint may say it."""
 
 
-def take_first_look(given: Mapping[str, Any]) -> None:
+def take_first_look(given: Mapping[str, Any], where: object = None) -> None:
     """Raise the first error among what needs no import.
 
     Args:
         given: settings that were read from flags and a file, by their names.
+        where: the file, for messages.
 
     Raises:
-        InputError: a value is empty, out of range or none of those known, or there is no such labels file.
+        FileNotFoundError: the current folder was deleted.
+        InputError: no model was named, a value is empty, out of range or none of those known, or there is no
+            such labels file.
         WeightsError: there is no such checkpoint.
         DataError: there is no such folder or archive of images.
     """
+    Path.cwd()  # a folder that was deleted: PyTorch's libraries would end the process without a word of ours
     settings = Settings(**{"model": UNNAMED, **given})
+    if settings.model == UNNAMED and settings.weights in NAMED_WEIGHTS:
+        raise make_nameless_error(where)
     check_values(settings)
     require_checkpoint(settings.weights)
     if isinstance(settings.labels, str) and not Path(settings.labels).exists():
@@ -38,6 +45,16 @@ def take_first_look(given: Mapping[str, Any]) -> None:
     for place in (settings.data, settings.eval_data):
         if place is not None and place not in MADE_IMAGES and settings.ray is None:
             require_place(place)
+
+
+def make_nameless_error(where: object = None, why: str | None = None) -> InputError:
+    """The error where nothing names a model."""
+    return InputError(
+        "no model was named",
+        where=where,
+        why=why,
+        remedy=f"--model NAME; {name_program('models')} prints them",
+    )
 
 
 def require_checkpoint(weights: str) -> None:

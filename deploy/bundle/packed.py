@@ -466,4 +466,6 @@ def _check_places(
 
 def _make_broken_error(what: str, file: Path, why: object = None) -> BundleError:
     remedy = f"copy the file again, or pack the bundle again: {name_program('export')} --pack"
+    if (file.parent / MANIFEST).is_file():
+        remedy = f"give the folder that it lies in, {file.parent}"
     return BundleError(what, where=file, why=why, remedy=remedy)

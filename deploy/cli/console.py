@@ -362,6 +362,31 @@ def _make_internal_error(exc: Exception) -> CmtEdgeError:
     )
 
 
+def _is_nowhere() -> bool:
+    """Whether the current folder was deleted."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
+
+
+def _explain_missing(exc: OSError) -> CmtEdgeError | None:
+    """The error for a place that does not exist, where it is none that the command should have looked for."""
+    if _is_nowhere():
+        return InputError(
+            "the folder that this command was started in does not exist any more",
+            remedy="go to a folder that exists (cd), and run the command again",
+        )
+    if NO_TEMPORARY in str(exc.strerror):
+        return OutputError(
+            "there is no folder for temporary files that can be written to",
+            why=exc.strerror,
+            remedy="name one in the variable TMPDIR; in a container mount one: docker run --tmpfs /tmp",
+        )
+    return None
+
+
 def _convert_to_typed(exc: Exception) -> CmtEdgeError | None:
     """``exc`` as one of our errors; ``None`` for what only a bug of ours can be."""
     if isinstance(exc, CmtEdgeError):
@@ -371,12 +396,8 @@ def _convert_to_typed(exc: Exception) -> CmtEdgeError | None:
     if exc.errno in FULL:
         discard_output()
         return make_output_error(exc, is_lost=True)
-    if exc.errno == errno.ENOENT and NO_TEMPORARY in str(exc.strerror):
-        return OutputError(
-            "there is no folder for temporary files that can be written to",
-            why=exc.strerror,
-            remedy="name one in the variable TMPDIR; in a container mount one: docker run --tmpfs /tmp",
-        )
+    if exc.errno == errno.ENOENT:
+        return _explain_missing(exc)
     if exc.errno in UNUSABLE and exc.filename is not None:
         return InputError(
             "cannot be used",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -11,6 +12,8 @@ from pathlib import Path
 
 from cmt_edge.startup import name_program
 
+from ..bundle.belongings import read_listed
+from ..bundle.manifest import MANIFEST
 from ..decoding import ImageLike, NamedBytes
 from ..errors import ImageError, InputError
 from ..escaping import escape_line
@@ -36,6 +39,8 @@ MANY = 32
 """Number of images from which it is worth opening the bundle for several inferences at once."""
 QUOTED = frozenset(',"\r\n')
 """Characters for which a cell of comma-separated values is quoted."""
+ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
+"""How the address of a file in a network begins; ``Path`` makes one slash of two."""
 SHOW_PROGRESS = 20
 """Fewer images show no progress: they are done before anybody could read it."""
 
@@ -227,8 +232,25 @@ def _quote_cell(text: str) -> str:
     return '"' + text.replace('"', '""') + '"' if QUOTED & set(text) else text
 
 
+def _require_images(path: Path) -> None:
+    """Raise :class:`InputError` for what is no place of images, but of a bundle or in a network."""
+    if read_listed(path / MANIFEST) is not None:
+        raise InputError(
+            "is a bundle, and stands where images belong",
+            where=path,
+            remedy=f"name the bundle first, then images: {name_program('predict')} BUNDLE IMAGE",
+        )
+    if ADDRESS.match(str(path)):
+        raise InputError(
+            "is an address, and nothing is downloaded",
+            where=path,
+            remedy="download the image, and give its file",
+        )
+
+
 def _expand(path: Path, quiet: bool) -> list[_Source]:
     """``path``, or the images below it."""
+    _require_images(path)
     if is_archive(path):
         archive = ImageSet(path, labelled=False)
         sources = [_Source(archive.locate(item), archive, item) for item in archive]

@@ -170,7 +170,9 @@ def describe_unknown(name: str) -> str:
 
     if not name or name.startswith("-"):
         close = get_close_matches(name.lower(), FLAGS, n=1, cutoff=CLOSE_FLAG)
-        return f"unknown flag {name!r}; did you mean {close[0]}?" if close else "no command was named"
+        if close:
+            return f"unknown flag {name!r}; did you mean {close[0]}?"
+        return "no command was named" + (f" before {name!r}" if name else "")
     known = COMMANDS | {flag.removeprefix("--"): flag for flag in FLAGS}
     close = get_close_matches(name.lower().removeprefix("cmt-"), known, n=1, cutoff=CLOSE)
     close = [name if name in COMMANDS else f"--{name}" for name in close]

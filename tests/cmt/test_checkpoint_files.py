@@ -7,6 +7,7 @@ import contextlib
 import functools
 import gzip
 import os
+import re
 import tarfile
 import zipfile
 from pathlib import Path
@@ -36,6 +37,14 @@ def test_pytorch_files_of_any_name(tmp_path, name, zipped):
     model = nano()
     load_weights(model, tmp_path / name)
     assert holds(model, GOOD)
+
+
+@pytest.mark.parametrize("text", ["hello", "epoch,loss\n1,0.5\n", "\x00\x01"])
+def test_why_a_file_of_something_else_is_refused_is_said_in_words(tmp_path, text):
+    (tmp_path / "m.pth").write_text(text)
+    with pytest.raises(WeightsError) as caught:
+        load_weights(nano(), tmp_path / "m.pth")
+    assert re.search("[a-z]{2}", str(caught.value.why))
 
 
 def make_foreign(path: Path, kind: str) -> None:

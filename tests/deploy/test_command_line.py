@@ -40,6 +40,7 @@ def test_help_and_errors_of_the_front_command_import_next_to_nothing():
         (["cmt-bench"], "did you mean bench?"),
         (["qqq"], "unknown command 'qqq'\n"),
         (["--json"], "no command was named"),
+        (["--nope"], "no command was named before '--nope'"),
     ],
 )
 def test_a_misspelled_command(capsys, argv, words):

@@ -118,6 +118,36 @@ def test_predict_failures(fails, bundle, images, tmp_path):
     assert "x" * 20 in fails(2, cmt_predict.main, "x" * 5000, picture)
 
 
+def test_predict_of_a_bundle_in_place_of_images(fails, bundle, images):
+    err = fails(2, cmt_predict.main, images / "red/000.png", bundle.path)
+    assert "is a bundle, and stands where images belong" in err
+    (images / "manifest.json").write_text('{"a file of": "another program"}')
+    assert cmt_predict.main([str(bundle.path), str(images)]) == 0
+
+
+def test_predict_of_an_address(fails, bundle):
+    assert "nothing is downloaded" in fails(2, cmt_predict.main, bundle.path, "https://example.org/ship.jpg")
+
+
+def test_a_manifest_in_place_of_its_folder(fails, bundle):
+    assert f"lies in, {bundle.path}" in fails(2, cmt_verify.main, bundle.path / "manifest.json")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows keeps a folder that is in use")
+@pytest.mark.parametrize(
+    "argv", [("report", "{bundle}"), ("export", "--model", "cmt_nano", "--dry-run")], ids=lambda v: v[0]
+)
+def test_a_command_in_a_folder_that_was_deleted(bundle, tmp_path, argv):
+    (tmp_path / "gone").mkdir()
+    words = [word.format(bundle=bundle.path) for word in argv]
+    script = 'cd "$1" && rmdir "$1" && shift && exec "$@"'
+    command = ["sh", "-c", script, "sh", tmp_path / "gone", sys.executable, "-m", "cmt_edge", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "does not exist any more" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("form", [[], ["--json"], ["--csv"]])
 def test_predict_goes_on_past_bad_files(call, bundle, images, form):
     (images / "green" / "001.png").write_bytes(b"no image")
