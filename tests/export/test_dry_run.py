@@ -59,8 +59,8 @@ def test_images_that_are_made_and_those_in_an_archive_need_no_folder(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w"):
         pass
     for data in ("generated", "synthetic", f"{tmp_path}/a.tar/train", str(tmp_path)):
-        take_first_look({"precision": "int8", "data": data, "weights": "random"})
-    take_first_look({"ray": "local", "eval_data": "https://example.org/shards"})
+        take_first_look({"model": "cmt_nano", "precision": "int8", "data": data})
+    take_first_look({"model": "cmt_nano", "ray": "local", "eval_data": "https://example.org/shards"})
 
 
 @pytest.mark.parametrize("flag", ["--weights", "--labels", "--eval-data", "--data", "--config"])
