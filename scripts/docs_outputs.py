@@ -1,9 +1,11 @@
 """Run the commands that the pages show, and write what they print.
 
-usage: python scripts/docs_outputs.py [--check] [--quick] [--folder FOLDER] [--bundle BUNDLE]
+usage: python scripts/docs_outputs.py [--check] [--quick] [--folder FOLDER] [--bundle BUNDLE] [--shared FOLDER]
 
 In the pages a block that this script owns looks like this; ``slow`` is for what takes more than a few
-seconds:
+seconds, ``data`` for what also needs CIFAR-10 and the checkpoint of cmt_nano, from the folder ``--shared``.
+``only top-1`` keeps the lines that begin so; a command that stands in several blocks is run once, so that
+these have the figures of one run:
 
     <!-- scripts/docs_outputs.py: slow -->
     ```console
@@ -14,7 +16,8 @@ seconds:
 The commands run in the order of ``PAGES``, in one folder, on the embedded model, so that a later one finds
 what an earlier one made. ``--check`` writes nothing: it compares without times, shares and other figures of
 the machine, and the exit code is 1 if a page says something else. ``--quick`` leaves the slow blocks alone;
-``--bundle`` is then the int8 bundle that they would have made.
+``--bundle`` is then the int8 bundle that they would have made. Without ``--shared`` the blocks that need
+data are left alone, which is said.
 """
 
 from __future__ import annotations
@@ -28,13 +31,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 """The repository."""
-PAGES = ("docs/quickstart.md", "README.md")
+PAGES = ("docs/quickstart.md", "docs/guides/my-checkpoint.md", "README.md")
 """The pages, in the order in which their commands run."""
+DATA = ("data/cifar10.tar", "weights/cmt_nano_cifar10.pt")
+"""What the blocks need that are run with data; it is named without its folder there."""
 BUNDLE = Path("out/cmt_nano_int8_openvino")
 """The bundle that the quick blocks need, in the folder where commands run."""
 TIME_LIMIT_S = 900
@@ -45,7 +52,8 @@ RUN = "import sys; from cmt_edge.startup import edge; sys.exit(edge())"
 """What the script ``cmt-edge`` does, for a checkout whose scripts are not on the path."""
 
 BLOCK = re.compile(
-    r"(?P<mark><!-- scripts/docs_outputs\.py(?P<slow>: slow)? -->\n```console\n)(?P<text>.*?)(?P<end>^```$)",
+    r"(?P<mark><!-- scripts/docs_outputs\.py(?P<needs>: slow|: data)?(?:, only (?P<only>\S+))? -->\n```console\n)"
+    r"(?P<text>.*?)(?P<end>^```$)",
     re.MULTILINE | re.DOTALL,
 )
 """A block of a page."""
@@ -72,11 +80,14 @@ SPACES = re.compile(r"[ \t]+|-{3,}")
 
 @dataclass(frozen=True)
 class Block:
-    """A block of a page: its commands and what the page says that they print."""
+    """A block of a page: its commands and what the page says that they print; ``only``: how the lines begin
+    that it shows, where it does not show all."""
 
     page: str
     text: str
-    is_slow: bool
+    is_slow: bool = False
+    needs_data: bool = False
+    only: str = ""
 
     @property
     def commands(self) -> list[str]:
@@ -86,7 +97,10 @@ class Block:
 
 def read_blocks(page: str, text: str) -> list[Block]:
     """The blocks of a page, in their order."""
-    return [Block(page, match["text"], bool(match["slow"])) for match in BLOCK.finditer(text)]
+    return [
+        Block(page, match["text"], bool(match["needs"]), match["needs"] == ": data", match["only"] or "")
+        for match in BLOCK.finditer(text)
+    ]
 
 
 def simplify(text: str) -> str:
@@ -97,12 +111,13 @@ def simplify(text: str) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def make_folder(folder: Path, bundle: Path | None) -> dict[str, str]:
+def make_folder(folder: Path, bundle: Path | None, shared: Path | None) -> dict[str, str]:
     """Prepare the folder in which commands run; returns their environment."""
     folder.mkdir(parents=True, exist_ok=True)
-    link = folder / "examples"
-    if not link.exists():
-        link.symlink_to(ROOT / "examples", target_is_directory=True)
+    places = [ROOT / "examples", *([shared / name for name in DATA] if shared else [])]
+    for place in places:
+        if not (folder / place.name).exists():
+            (folder / place.name).symlink_to(place.resolve(strict=True))
     if bundle:
         shutil.copytree(bundle, folder / BUNDLE, dirs_exist_ok=True)
     kept = {name: value for name, value in os.environ.items() if not name.startswith("CMT_EDGE_")}
@@ -140,11 +155,22 @@ def run_command(line: str, folder: Path, environment: dict[str, str]) -> str:
     return done.stdout.strip("\n")
 
 
-def write_block(block: Block, folder: Path, environment: dict[str, str]) -> str:
+def choose_lines(printed: str, only: str) -> str:
+    """The lines that begin with ``only``, with what is folded below them."""
+    kept, is_kept = [], False
+    for line in printed.splitlines():
+        if not line.startswith(" "):
+            is_kept = line.startswith(only)
+        if is_kept or not only:
+            kept.append(line)
+    return "\n".join(kept)
+
+
+def write_block(block: Block, run: Callable[[str], str]) -> str:
     """The text of a block with what its commands print now."""
     parts = []
     for line in block.commands:
-        printed = run_command(line, folder, environment)
+        printed = choose_lines(run(line), block.only)
         parts.append(f"$ {line}\n{printed}\n" if printed else f"$ {line}\n")
     return "\n".join(parts)
 
@@ -157,7 +183,8 @@ def find_drift(block: Block, fresh: str) -> str:
 
 def go_through(options: argparse.Namespace, folder: Path) -> list[str]:
     """Run the blocks of all pages, and write them or compare them; returns what drifted."""
-    environment = make_folder(folder, options.bundle)
+    environment = make_folder(folder, options.bundle, options.shared)
+    run = cache(partial(run_command, folder=folder, environment=environment))
     drifted = []
     for page in PAGES:
         path = ROOT / page
@@ -165,7 +192,10 @@ def go_through(options: argparse.Namespace, folder: Path) -> list[str]:
         for block in read_blocks(page, text):
             if options.quick and block.is_slow:
                 continue
-            fresh = write_block(block, folder, environment)
+            if block.needs_data and options.shared is None:
+                print(f"{page}: a block needs --shared and was left alone", file=sys.stderr)
+                continue
+            fresh = write_block(block, run)
             if drift := find_drift(block, fresh):
                 drifted.append(drift)
             text = text.replace(block.text, fresh)
@@ -181,6 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="leave the slow blocks alone")
     parser.add_argument("--folder", type=Path, help="where commands run (default: a temporary folder)")
     parser.add_argument("--bundle", type=Path, help="an int8 bundle of cmt_nano for the quick blocks")
+    parser.add_argument("--shared", type=Path, help=f"folder that holds {' and '.join(DATA)}")
     options = parser.parse_args(arguments)
     if options.folder:
         drifted = go_through(options, options.folder.resolve())
