@@ -1,6 +1,7 @@
 """Run the commands that the pages show, and write what they print.
 
-usage: python scripts/docs_outputs.py [--check] [--quick] [--folder FOLDER] [--bundle BUNDLE] [--shared FOLDER]
+usage: python scripts/docs_outputs.py [--check] [--quick] [--folder FOLDER] [--bundle BUNDLE]
+                                      [--shared FOLDER]
 
 In the pages a block that this script owns looks like this; ``slow`` is for what takes more than a few
 seconds, ``data`` for what also needs CIFAR-10 and the checkpoint of cmt_nano, from the folder ``--shared``.
@@ -52,7 +53,8 @@ RUN = "import sys; from cmt_edge.startup import edge; sys.exit(edge())"
 """What the script ``cmt-edge`` does, for a checkout whose scripts are not on the path."""
 
 BLOCK = re.compile(
-    r"(?P<mark><!-- scripts/docs_outputs\.py(?P<needs>: slow|: data)?(?:, only (?P<only>\S+))? -->\n```console\n)"
+    r"(?P<mark><!-- scripts/docs_outputs\.py(?P<needs>: slow|: data)?(?:, only (?P<only>\S+))? -->\n"
+    r"```console\n)"
     r"(?P<text>.*?)(?P<end>^```$)",
     re.MULTILINE | re.DOTALL,
 )

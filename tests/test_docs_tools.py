@@ -133,6 +133,44 @@ def test_a_failing_command_of_a_page_is_named(script, tmp_path):
         outputs.run_command("rm -r x", tmp_path, {})
 
 
+def test_a_command_of_two_pages_is_run_once_and_one_shows_a_part(script, tmp_path, monkeypatch):
+    outputs = script("docs_outputs")
+    pages = {
+        "a.md": "<!-- scripts/docs_outputs.py -->\n```console\n$ python x\n```\n",
+        "b.md": "<!-- scripts/docs_outputs.py: slow, only top -->\n```console\n$ python x\nold\n```\n",
+        "c.md": "<!-- scripts/docs_outputs.py: data -->\n```console\n$ python y\nold\n```\n",
+    }
+    for name, text in pages.items():
+        (tmp_path / name).write_text(text)
+    ran = []
+
+    def run(line, folder, environment):
+        ran.append(line)
+        return f"first {len(ran)}\ntop {len(ran)}\n  folded\nlast"
+
+    monkeypatch.setattr(outputs, "ROOT", tmp_path)
+    monkeypatch.setattr(outputs, "PAGES", tuple(pages))
+    monkeypatch.setattr(outputs, "run_command", run)
+    (tmp_path / "examples").mkdir()
+    assert outputs.main(["--folder", str(tmp_path / "work")]) == 0
+    assert ran == ["python x"]
+    assert "$ python x\nfirst 1\ntop 1\n  folded\nlast\n```" in (tmp_path / "a.md").read_text()
+    assert "$ python x\ntop 1\n  folded\n```" in (tmp_path / "b.md").read_text()
+    assert "old" in (tmp_path / "c.md").read_text()  # without data it is left alone
+
+
+def test_the_readme_has_the_accuracy_of_the_guide(script):
+    outputs = script("docs_outputs")
+    shown, whole = (
+        [block for block in outputs.read_blocks(page, (ROOT / page).read_text()) if block.needs_data]
+        for page in ("README.md", "docs/guides/my-checkpoint.md")
+    )
+    assert len(shown) == len(whole) == 1
+    assert shown[0].text == "\n".join(
+        [f"$ {whole[0].commands[0]}", outputs.choose_lines(whole[0].text, shown[0].only), ""]
+    )
+
+
 @pytest.mark.slow
 def test_the_pages_show_what_the_commands_print(script, int8_bundle, tmp_path, capsys):
     outputs = script("docs_outputs")
