@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -62,6 +63,7 @@ def test_a_row_a_device(call, figures, tmp_path):
     )
     text = page.read_text()
     assert text.count(">an ARM<") == 1
+    assert set(re.findall(r'<th [^>]*role="rowheader"[^>]*data-label="([^"]*)"', text)) == {"device"}
     assert "6.00</td>" in text
     for source in (page, again):  # a page and its figures can be merged again
         members = read_reported(source)

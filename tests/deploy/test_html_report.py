@@ -36,7 +36,7 @@ from cmt_edge.deploy.report.html import (
     make_own_page,
     make_subject,
 )
-from cmt_edge.deploy.report.html.elements import Table, make_code
+from cmt_edge.deploy.report.html.elements import Table, keep_units, make_code
 from cmt_edge.deploy.report.html.flips import draw_confusion
 from cmt_edge.deploy.report.html.scatter import WIDTH, Point, draw_scatter
 from helpers.bundles import make_bundle, recorded_bundle, tiny_manifest
@@ -306,6 +306,20 @@ def test_commands_of_a_page_fit_and_can_be_pasted():
     assert max(map(len, lines)) <= 88
     words = shlex.split(page.text.replace("\\\n", " "))
     assert words == shlex.split(f"{long} cmt-edge bench x")
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("1.96 to 2.05", "1.96_to_2.05"),
+        ("+0.20 (-0.30 to +0.70) points", "+0.20 (-0.30_to_+0.70) points"),
+        ("1031.96 to 1032.05", "1031.96 to 1032.05"),
+        ("image file to answer", "image file to answer"),
+        ("5 % of 10 to 20 images", "5_% of 10_to_20 images"),
+    ],
+)
+def test_short_intervals_stay_on_one_line(text, kept):
+    assert keep_units(text).replace("\N{NO-BREAK SPACE}", "_") == kept
 
 
 @pytest.mark.parametrize(

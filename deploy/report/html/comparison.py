@@ -120,10 +120,11 @@ def _write_overview(subjects: Sequence[Subject], found: Sequence[Conclusion]) ->
     return join([Table("What each comes to", header, rows).write(), make_list(reasons)])
 
 
-def write_accuracies(subjects: Sequence[Subject]) -> Markup:
+def write_accuracies(subjects: Sequence[Subject], what: str = "bundle") -> Markup:
+    """Top-1 of each, beside its reference; ``what`` is a row of the table."""
     reach = find_reach([subject.data for subject in subjects if subject.data])
     rows = [_list_accuracy_cells(subject, reach) for subject in subjects]
-    header = ["bundle", "images", "reference top-1 %", "top-1 %", "agreement %", "drop (95 % interval)", ""]
+    header = [what, "images", "reference top-1 %", "top-1 %", "agreement %", "drop (95 % interval)", ""]
     note = make("p", "The line in a picture of a drop is what was allowed.", class_="soft")
     return join([Table("Labelled images, as each was verified", header, rows).write(), note])
 

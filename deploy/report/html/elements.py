@@ -31,6 +31,8 @@ FLAG = re.compile(r"(?<= )-[^\s&<>]+")
 """Matches a flag in an escaped command."""
 UNITS = re.compile(r"(?<=\d) (?=(?:%|ms|MB|points)(?!\w))")
 """Matches the space between a number and what it counts."""
+INTERVAL = re.compile(r"(?<![\d.])([-+]?\d[\d.]{0,5}) to ([-+]?\d[\d.]{0,5})(?![\d.])")
+"""Matches two short numbers, from one to the other."""
 
 
 def escape_text(text: str) -> Markup:
@@ -39,8 +41,12 @@ def escape_text(text: str) -> Markup:
 
 
 def keep_units(text: str) -> str:
-    """``text`` in which no line ends between a number and its percent sign or unit; markup stays as it is."""
-    return text if isinstance(text, Markup) else UNITS.sub("\N{NO-BREAK SPACE}", text)
+    """``text`` in which no line ends between a number and its percent sign or unit, nor inside an interval of
+    short numbers; markup stays as it is."""
+    if isinstance(text, Markup):
+        return text
+    space = "\N{NO-BREAK SPACE}"
+    return INTERVAL.sub(rf"\1{space}to{space}\2", UNITS.sub(space, text))
 
 
 def make_name(text: str) -> Markup:

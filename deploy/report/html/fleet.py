@@ -120,7 +120,7 @@ def make_fleet_page(members: Sequence[Reported]) -> str:
     subjects = [replace(member.subject, name=member.device) for member in named]
     sections = [
         ("Devices", _write_devices(named)),
-        ("Accuracy", write_accuracies(subjects)),
+        ("Accuracy", write_accuracies(subjects, "device")),
         ("Latency", _write_latencies(named)),
         ("Weights", _write_model(named)),
         ("Warnings", write_warnings(subjects)),

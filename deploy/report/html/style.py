@@ -78,7 +78,7 @@ table { border-collapse: collapse; width: 100%; font-size: .93rem; font-variant-
 caption { text-align: left; padding-bottom: .3rem; font-size: .87rem; }
 th, td {
   text-align: left; vertical-align: top; padding: .3rem .5rem; border-bottom: 1px solid var(--line);
-  min-width: 5.4rem;
+  min-width: 4.2rem;
 }
 thead th { color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--line); }
 tbody th { font-weight: 600; min-width: 8rem; }
@@ -133,7 +133,8 @@ footer { margin-top: 2.5rem; border-top: 1px solid var(--line); font-size: .9rem
   html { color-scheme: light; }
   body { max-width: none; padding: 0; font-size: 10pt; }
   nav { display: none; }
-  table { font-size: 7.5pt; }
+  table { font-size: 7.5pt; break-inside: avoid; }
+  details.rows table { break-inside: auto; }
   th, td, tbody th { min-width: 0; padding: .2rem .25rem; }
   svg.bar { min-width: 1.5rem; }
   h2, h3, caption, summary { break-after: avoid; }
