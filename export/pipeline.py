@@ -31,7 +31,7 @@ from cmt_edge.deploy.bundle.packed import locate_packed, require_replaceable
 from cmt_edge.deploy.bundle.sections import VerdictEntry
 from cmt_edge.deploy.bundle.slim import choose_golden, leave_out
 from cmt_edge.deploy.cache import can_keep
-from cmt_edge.deploy.files import find_cache_folder, writing
+from cmt_edge.deploy.files import OUTPUT_FLAG, find_cache_folder, writing
 from cmt_edge.deploy.measure.benchmark import summarise_latency
 from cmt_edge.deploy.measure.isa import require_isa
 from cmt_edge.deploy.measure.parity import Verification
@@ -96,7 +96,7 @@ def make_plan(config: ExportConfig) -> dict[str, Any]:
 
 def _require_writable(output: Path) -> None:
     """Raise :class:`OutputError` where the folder could not be made or written to; makes nothing."""
-    with writing(output):
+    with writing(output, OUTPUT_FLAG):
         place = output.absolute()
         while not os.path.lexists(place):
             place = place.parent
@@ -136,7 +136,7 @@ def _claimed(output: Path) -> Iterator[None]:
     made = [folder for folder in (output, *output.parents) if not folder.exists()]
     with unwound_by_signals():
         try:
-            with writing(output):
+            with writing(output, OUTPUT_FLAG):
                 output.mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=output).close()
             yield
@@ -184,7 +184,7 @@ def finish(
             with journal.step(Step.MEASURE):
                 speed = steps.measure_bundle(work.stage(draft), config.threads, draft.blocks, progress.share)
                 draft = draft.with_entries(latency=summarise_latency(speed))
-        with journal.step(Step.WRITE), writing(config.target):
+        with journal.step(Step.WRITE), writing(config.target, OUTPUT_FLAG):
             manifest = work.stage(draft).manifest  # with the hashes of its files
             write_report(writer.folder, manifest, config.folder, result, speed, draft.blocks)
             return _commit(work, draft)
@@ -296,7 +296,7 @@ def _add_files(work: _Work, draft: _Draft) -> _Draft:
     config, prepared = work.config, work.prepared
     source = prepared.source_of(config.precision)
     blocks = steps.find_blocks(source, draft.graph, prepared.reference)
-    with writing(config.target):
+    with writing(config.target, OUTPUT_FLAG):
         runtime = steps.write_files(
             work.writer.folder,
             draft.graph,
@@ -311,7 +311,7 @@ def _add_engine(work: _Work, draft: _Draft, notes: tuple[str, ...]) -> _Draft:
     """The draft with an engine, which lies beside the graph."""
     build = _build_rtx_engine if work.config.format == "rtx" else _build_trt_engine
     manifest, files = build(work, draft, notes)
-    with writing(work.config.target):
+    with writing(work.config.target, OUTPUT_FLAG):
         for name, content in files.items():
             path = work.writer.folder / name
             path.parent.mkdir(exist_ok=True)
@@ -393,7 +393,7 @@ def _verify(work: _Work, manifest: Manifest) -> Verification:
     )
     steps.require_passed(result, _ask_other_runtime(config, bundle, result))
     if result.data:
-        with writing(config.target):
+        with writing(config.target, OUTPUT_FLAG):
             save_reference(work.writer.folder / REFERENCE, result.reference_answers)
     return result
 

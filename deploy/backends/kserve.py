@@ -90,7 +90,7 @@ class ServerSession(Session):
         """Raises :class:`RuntimeMissingError` where no server answers or it lacks the model,
         :class:`BundleError` where its model is another one."""
         self._address = address
-        self._names = [entry.name for entry in bundle.manifest.outputs]
+        self._rows = {entry.name: tuple(entry.shape[1:]) for entry in bundle.manifest.outputs}
         self._input = bundle.manifest.input.name
         self._client = client.InferenceServerClient(address.host, ssl=address.encrypted)
         self.device = str(address)
@@ -104,7 +104,7 @@ class ServerSession(Session):
     def run(self, batch: np.ndarray) -> list[np.ndarray]:
         given = client.InferInput(self._input, list(batch.shape), "FP32")
         given.set_data_from_numpy(batch)
-        wanted = [client.InferRequestedOutput(name) for name in self._names]
+        wanted = [client.InferRequestedOutput(name) for name in self._rows]
         try:
             answer = self._client.infer(
                 self._address.model,
@@ -117,18 +117,18 @@ class ServerSession(Session):
             raise _make_server_error(
                 self._address, "the server did not answer a batch of images", exc
             ) from exc
-        return [self._read(answer, name, len(batch)) for name in self._names]
+        return [self._read(answer, name, (len(batch), *row)) for name, row in self._rows.items()]
 
-    def _read(self, answer: Any, name: str, count: int) -> np.ndarray:
-        """One output of an answer: float32 with a row an image."""
+    def _read(self, answer: Any, name: str, shape: tuple[Any, ...]) -> np.ndarray:
+        """One output of an answer: float32 of the ``shape`` that the manifest tells."""
         try:
             values = answer.as_numpy(name)
         except ValueError:  # fewer bytes, or more, than the shape beside them says
             values = None
-        if values is None or values.dtype != np.float32 or values.shape[:1] != (count,):
+        if values is None or values.dtype != np.float32 or values.shape != shape:
             found = "nothing usable" if values is None else f"{values.dtype} {values.shape}"
             raise RuntimeMissingError(
-                f"the server answered {found} for {name!r}, expected float32 with {count} rows",
+                f"the server answered {found} for {name!r}, expected float32 {shape}",
                 where=self._address,
                 remedy=f"serve the bundle that was given here: {name_program('serve-repo')}",
             )

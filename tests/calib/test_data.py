@@ -347,7 +347,9 @@ def test_parts_of_a_data_set_with_masks_are_still_refused(tmp_path):
 
 def require_packages(kind: str) -> None:
     """Skip the test where a kind of source needs a package that is not here."""
-    for package in {"url": ("pyarrow", "fsspec"), "table": ("pyarrow",), "tables": ("pyarrow",)}.get(kind, ()):
+    for package in {"url": ("pyarrow", "fsspec"), "table": ("pyarrow",), "tables": ("pyarrow",)}.get(
+        kind, ()
+    ):
         pytest.importorskip(package, reason='needs the extra "ray"')
 
 
@@ -382,7 +384,9 @@ def test_labels_of_calibration_images_may_be_missing(tmp_path, kind):
         parquet.write_table(pyarrow.table({"image": blobs, "label": [0.5, None, 2]}), tmp_path / "b.parquet")
     else:
         archive(tmp_path / "a.tar", {f"{i}.png": blob for i, blob in enumerate(blobs)})
-        archive(tmp_path / "b.tar", {"0.png": blobs[0], "1.png": blobs[1], "1.cls": b"", "2.cls": b"x" * 2000})
+        archive(
+            tmp_path / "b.tar", {"0.png": blobs[0], "1.png": blobs[1], "1.cls": b"", "2.cls": b"x" * 2000}
+        )
     data = CalibrationSet.choose(tmp_path, None, SPEC)
     assert len(data) == (6 if kind == "table" else 5)
     assert len(content(data)) == len(data)

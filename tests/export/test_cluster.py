@@ -10,9 +10,8 @@ import pytest
 
 from cmt_edge.calib import CalibrationSet
 from cmt_edge.deploy.errors import InputError, RuntimeMissingError
-from cmt_edge.deploy.images import ImageSet
 from cmt_edge.deploy.progress import Progress
-from cmt_edge.deploy.scale.sources import Source, convert_images
+from cmt_edge.deploy.scale.sources import Source, open_source
 from cmt_edge.export import ExportConfig, steps
 from cmt_edge.export.auto.questions import make_questions
 from cmt_edge.export.cli import build_parser
@@ -81,12 +80,11 @@ class Unread(Source):
 
 @pytest.mark.parametrize("is_elsewhere", [False, True])
 def test_images_that_workers_read_are_not_read_here(tmp_path, is_elsewhere):
-    images = ImageSet(coloured_folder(tmp_path / "photos"))
-    found = convert_images(images)
-    source = Unread(found.path, found.address, found.items) if is_elsewhere else images
+    found = open_source(coloured_folder(tmp_path / "photos"))
+    source = Unread(found.path, found.address, found.items) if is_elsewhere else found
     targets = {name: i for i, name in enumerate(COLOURS)}
     data = CalibrationSet.choose("generated", 2, AUTO.preprocess)
-    asked = make_questions(tmp_path, data, Evaluation(source, targets), 6, AUTO.preprocess)
+    asked = make_questions(tmp_path, data, Evaluation(source, targets), 6, AUTO.preprocess, is_elsewhere)
     assert [record.name for record in asked.judged.records] == (
         [record.name for record in found.items if record in asked.judged.records] if is_elsewhere else []
     )

@@ -25,14 +25,6 @@ class DeadlyOnce(ShardWorker):
         return super().__call__(table)
 
 
-class AlwaysDeadly(ShardWorker):
-    """Is killed by every shard."""
-
-    def __call__(self, table: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGKILL)
-        return super().__call__(table)
-
-
 class OtherRounding(ShardWorker):
     """Computes something else in the last bit, as another processor may."""
 
