@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 
 import pytest
@@ -18,18 +19,15 @@ pytest.importorskip("ray", reason='needs the extra "ray"')
 pytest.importorskip("pyarrow", reason='needs the extra "ray"')
 
 from cmt_edge.calib.shards import SHARD_IMAGES, ClusterStatistics
-from cmt_edge.deploy.scale.cluster import KNOWN_WARNINGS, Cluster
-from helpers.cluster import one_node
+from cmt_edge.deploy.scale.cluster import KNOWN_WARNINGS, Cluster, connected
+from helpers.cluster import two_nodes
 from helpers.kinds import convert_folder
-from helpers.shard_workers import DeadlyOnce, OtherRounding
+from helpers.shard_workers import DeadlyOnce, OtherRounding, Slow
 
 pytestmark = [
     pytest.mark.slow,
     *(pytest.mark.filterwarnings(f"ignore:{message}") for message in KNOWN_WARNINGS),
 ]
-
-WORKERS = 3
-"""Cores of the cluster."""
 
 IMAGES = 3 * SHARD_IMAGES - 2
 """Calibration images: the last shard is not full."""
@@ -42,14 +40,20 @@ def mark(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cluster(mark):
+def nodes(mark):
+    """A cluster of two nodes with a core each, which is connected to."""
     patch = pytest.MonkeyPatch()
     patch.setenv("CMT_EDGE_TEST_MARK", str(mark))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with one_node(WORKERS), Cluster("unused, because there is a connection") as cluster:
-            yield cluster
+        with two_nodes() as nodes, connected(nodes.address):
+            yield nodes
     patch.undo()
+
+
+@pytest.fixture
+def cluster(nodes):
+    return Cluster("unused, because there is a connection")
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +138,17 @@ def test_another_image_under_the_same_name_is_refused(cluster, quantized, tmp_pa
         measure(cluster, quantized, chosen)
     assert victim.name in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+def test_a_node_that_goes_changes_nothing(nodes, cluster, quantized, chosen):
+    """The last test of this module: the node does not come back."""
+    gone = threading.Event()
+
+    def remove(done: int, total: int) -> None:
+        if not gone.is_set():
+            gone.set()
+            nodes.remove_node(nodes.worker_nodes.copy().pop(), allow_graceful=False)
+
+    ours = measure(cluster, quantized, chosen, worker=Slow, progress=remove)
+    assert gone.is_set()
+    assert ours == measure_conv_ranges(quantized.model, LocalStatistics(Batches(chosen, SPEC, None)))

@@ -74,25 +74,3 @@ def two_nodes() -> Iterator[Any]:
             with contextlib.suppress(Exception):
                 cluster.shutdown()
             shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def one_node(cores: int) -> Iterator[Any]:
-    """Ray on one node, which counts ``cores`` whatever this machine has."""
-    import ray
-
-    handler = signal.getsignal(signal.SIGTERM)  # Ray takes it for itself, and keeps it
-    with ray_environment():
-        try:
-            ray.init(
-                address="local",  # whatever else runs on this machine
-                num_cpus=cores,
-                object_store_memory=STORE_BYTES,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="CRITICAL",
-            )
-            yield ray
-        finally:
-            ray.shutdown()
-            signal.signal(signal.SIGTERM, handler)

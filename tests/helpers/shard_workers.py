@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,14 @@ class DeadlyOnce(ShardWorker):
         if table["shard"][0].as_py() == DEADLY_SHARD and not mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(table)
+
+
+class Slow(ShardWorker):
+    """Takes a while for each shard."""
+
+    def __call__(self, table: Any) -> Any:
+        time.sleep(0.5)
         return super().__call__(table)
 
 
