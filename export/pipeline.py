@@ -25,6 +25,7 @@ from cmt_edge.deploy.bundle import (
     BundleWriter,
     Golden,
     Manifest,
+    require_outside_bundles,
     save_reference,
 )
 from cmt_edge.deploy.bundle.packed import locate_packed, require_replaceable
@@ -36,6 +37,7 @@ from cmt_edge.deploy.measure.benchmark import summarise_latency
 from cmt_edge.deploy.measure.isa import require_isa
 from cmt_edge.deploy.measure.parity import Verification
 from cmt_edge.deploy.progress import Progress
+from cmt_edge.deploy.scale.answers import FLAG
 from cmt_edge.deploy.signals import unwound_by_signals
 
 from . import steps
@@ -90,13 +92,14 @@ def make_plan(config: ExportConfig) -> dict[str, Any]:
     Raises as :func:`run`.
     """
     check_preconditions(config)
-    _require_writable(Path(config.output))
+    _require_writable(Path(config.output), OUTPUT_FLAG)
     return describe_plan(config)
 
 
-def _require_writable(output: Path) -> None:
-    """Raise :class:`OutputError` where the folder could not be made or written to; makes nothing."""
-    with writing(output, OUTPUT_FLAG):
+def _require_writable(output: Path, flag: str) -> None:
+    """Raise :class:`OutputError` where the folder could not be made or written to; makes nothing. ``flag`` is
+    what names another one."""
+    with writing(output, flag):
         place = output.absolute()
         while not os.path.lexists(place):
             place = place.parent
@@ -111,6 +114,9 @@ def check_preconditions(config: ExportConfig) -> None:
     """
     config.check()
     steps.check_cluster(config)
+    if config.answers is not None:
+        require_outside_bundles(Path(config.answers) / "answers")
+        _require_writable(Path(config.answers), FLAG)
     require_unit_scale(config.preprocess)
     for target in config.targets:
         BundleWriter(target).check()
