@@ -9,10 +9,13 @@ Source: KServe, "Open Inference Protocol (V2)", gRPC.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
+
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its own log of a call that fails, beside our message
 
 import numpy as np
 import tritonclient.grpc as client
@@ -32,6 +35,8 @@ ADDRESS = re.compile(
     r"/(?P<model>[A-Za-z0-9][A-Za-z0-9_.-]*)(?:/(?P<version>[0-9]+))?"
 )
 """How a device is written."""
+LAST_PORT = 65535
+"""The highest port of TCP; gRPC takes a higher one for another port."""
 EXAMPLE = "--device localhost:8001/cmt_xs_int8_onnx"
 """What messages show as one."""
 TIME_LIMIT_S = 60.0
@@ -68,7 +73,7 @@ class Address:
 def parse_address(device: str | None) -> Address:
     """The address in the name of a device; raises :class:`InputError`."""
     found = ADDRESS.fullmatch(device or "")
-    if found is None:
+    if found is None or not 0 < int(found["host"].rpartition(":")[2]) <= LAST_PORT:
         raise InputError(
             f"--device {device!r} names no model in a server" if device else "no server is named",
             remedy=f"give HOST:PORT/MODEL, the port being that of gRPC: {EXAMPLE}",
