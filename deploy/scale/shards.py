@@ -72,6 +72,8 @@ def _scan(place: Place, entry: Entry, labelled: bool) -> tuple[list[Record], boo
         ) from exc
     images = collect_members(members, Path(entry.name), "").items
     single = place.path == entry.path
+    if labels:
+        _require_no_masks(images, where)
     if labelled:
         _require_labels(images, labels, where)
     records = [_make_record(entry, item, labels, single) for item in images]
@@ -117,6 +119,23 @@ def find_key(name: str) -> str:
     """The key of a member: its path up to the first dot of its name, as in WebDataset."""
     folder, last = posixpath.split(name)
     return posixpath.join(folder, last.partition(".")[0])
+
+
+def _require_no_masks(images: Sequence[Item], where: str) -> None:
+    """Raise :class:`DataError` where a key has a second image beside ``key.jpg``, as ``key.seg.png``: nobody
+    can tell whether it is a photograph."""
+    plain = {
+        find_key(item.name): item.name for item in images if posixpath.basename(item.name).count(".") == 1
+    }
+    for item in images:
+        first = plain.get(find_key(item.name), item.name)
+        if first != item.name and posixpath.basename(item.name).count(".") > 1:
+            raise DataError(
+                f"the key {find_key(item.name)!r} has several images",
+                where=where,
+                why=f"{first} and {item.name}",
+                remedy="write shards without masks and the like, or give each image a key without dots",
+            )
 
 
 def _require_labels(images: Sequence[Item], labels: dict[str, str], where: str) -> None:
