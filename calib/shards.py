@@ -28,7 +28,6 @@ from cmt_edge.deploy.scale.cluster import Cluster
 from cmt_edge.deploy.scale.failures import raise_failures
 from cmt_edge.deploy.scale.records import Record
 from cmt_edge.deploy.scale.rounds import Job, Rounds
-from cmt_edge.deploy.scale.sources import convert_images
 from cmt_edge.deploy.scale.waiting import Waiting
 
 from .data import CalibrationSet
@@ -189,10 +188,9 @@ class ClusterStatistics:
 
 def _list_records(data: CalibrationSet) -> tuple[str, list[Record]]:
     """What opens the images' source, and where each image lies in it; nowhere for those in memory."""
-    if data.files is None:
+    if data.blobs or data.files is None:
         return "", [Record(data.name_image(number), None, "") for number in range(len(data))]
-    source = convert_images(data.files)
-    return source.address, source.items
+    return data.files.address, data.files.items
 
 
 def _iterate_results(table: Any) -> Iterator[ShardResult]:

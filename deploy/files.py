@@ -39,6 +39,9 @@ IRREGULAR = {
 }
 """Kind of a file, as the system tells it -> what messages call it."""
 
+OUTPUT_FLAG = "-o DIR"
+"""What names another place for a bundle, or for a repository of models."""
+
 STANDARD_STREAMS = (1, 2)
 """Descriptors of standard output and standard error."""
 
@@ -283,15 +286,15 @@ def _write_through(path: Path, data: bytes) -> None:
         stream.write(data)
 
 
-def write_atomic(path: Path, data: bytes, mode: int = 0o666) -> None:
+def write_atomic(path: Path, data: bytes, mode: int = 0o666, flag: str | None = None) -> None:
     """Write ``data`` to ``path`` completely or not at all, with permissions ``mode``; raises
-    :class:`OutputError`.
+    :class:`OutputError`, with ``flag`` as what names another place.
 
     A link is replaced by the file. Anything else that is no regular file is refused. What killed processes
     left of the same file is removed.
     """
     start = f".{path.name}."
-    with writing(path):
+    with writing(path, flag):
         _require_replaceable(path)
         clear_abandoned(path.parent, start, TEMPORARY)
         temporary = path.with_name(f"{start}{secrets.token_hex(4)}{TEMPORARY}")
@@ -441,8 +444,9 @@ def sync_tree(folder: Path) -> None:
 
 
 @contextmanager
-def writing(where: Path) -> Iterator[None]:
-    """Turn an operating-system error while writing to ``where`` into a typed one."""
+def writing(where: Path, flag: str | None = None) -> Iterator[None]:
+    """Turn an operating-system error while writing to ``where`` into a typed one; ``flag`` is what names
+    another place."""
     try:
         yield
     except OSError as exc:
@@ -450,5 +454,5 @@ def writing(where: Path) -> Iterator[None]:
             "cannot write here",
             where=where,
             why=exc.strerror or exc,
-            remedy="choose a writable folder with enough space: -o DIR",
+            remedy="choose a writable folder with enough space" + (f": {flag}" if flag else ""),
         ) from exc

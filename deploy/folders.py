@@ -67,12 +67,14 @@ class Item:
         name: its path relative to the collection's root.
         label: its class folder, which may hold its images in a folder ``images``; ``None`` in a flat folder.
         offset, size: where its bytes lie in the archive; -1 in a folder.
+        state: of its file in a folder, see :func:`describe_state`; empty in an archive.
     """
 
     name: str
     label: str | None
     offset: int = -1
     size: int = -1
+    state: str = ""
 
 
 @dataclass
@@ -108,6 +110,11 @@ class Found:
                 where=where,
                 remedy="use a part of it",
             )
+
+
+def describe_state(size: int, modified_ns: int) -> str:
+    """What changes when a file does: its size, and its time of change in nanoseconds."""
+    return f"{size} {modified_ns}"
 
 
 def is_junk(name: str) -> bool:
@@ -222,7 +229,11 @@ def _add_file(found: Found, path: Path, relative: Path) -> None:
         status = None
     if status is not None and stat.S_ISREG(status.st_mode):
         found.add(
-            Item(relative.as_posix(), find_class(PurePosixPath(relative))),
+            Item(
+                relative.as_posix(),
+                find_class(PurePosixPath(relative)),
+                state=describe_state(status.st_size, status.st_mtime_ns),
+            ),
             path,
             identity=status.st_dev << 64 | status.st_ino if status.st_ino else None,
         )

@@ -10,24 +10,23 @@ import posixpath
 from collections import Counter
 from collections.abc import Iterator, Sequence, Set
 from pathlib import Path, PurePosixPath
-from typing import overload
+from typing import TypeVar, overload
 
 from .archives import scan_archive, split_archive
 from .decoding import EXTENSIONS, is_about_data
 from .errors import DataError, InputError
-from .folders import MASKS, PICTURES, Item, require_folder, scan_folder
+from .folders import MASKS, PICTURES, Found, Item, scan_folder
 from .parts import find_part_kind, find_parts
+
+T = TypeVar("T")
+"""What there are several of."""
 
 SHOWN_KINDS = 6
 """The largest number of kinds of skipped files that are named."""
 
 
-def require_place(path: str | Path) -> None:
-    """Raise :class:`DataError` where no collection of images can be: nothing is there, or no folder and no
-    archive that is read. No image is looked for, so this takes no time."""
-    archive, _ = split_archive(Path(path))
-    if archive is None:
-        require_folder(Path(path))
+NO_IMAGES = "holds no images"
+"""What the error for a place without images says."""
 
 
 class ImageSet(Sequence[Item]):
@@ -61,26 +60,10 @@ class ImageSet(Sequence[Item]):
         self._archive, self._prefix = split_archive(self.path)
         if items is None:
             found = scan_archive(self._archive, self._prefix) if self._archive else scan_folder(self.path)
-            items = sorted(found.items, key=lambda item: item.name)
+            items = arrange(found, str(self.path), labelled)
             self.skipped = found.skipped
             self.repeated = len(found.repeated)
-            _check_any(items, self)
-            if labelled:
-                items = self._drop_masks(items)
-                _check_labels(items, self.path)
         self.items = items
-
-    def _drop_masks(self, items: list[Item]) -> list[Item]:
-        """The images without those in folders such as ``cat/masks``, beside ``cat/images``: they are no class
-        of their own."""
-        masks = _find_masks({posixpath.dirname(item.name) for item in items})
-        if not masks:
-            return items
-        kept = [item for item in items if posixpath.dirname(item.name) not in masks]
-        names = ", ".join(sorted({f"{posixpath.basename(folder)}/" for folder in masks}))
-        left_out = Counter({f"in {names} beside the pictures": len(items) - len(kept)})
-        self.skipped = self.skipped + left_out
-        return kept
 
     def __len__(self) -> int:
         return len(self.items)
@@ -105,25 +88,7 @@ class ImageSet(Sequence[Item]):
     @property
     def note(self) -> str:
         """What was skipped, and what counts more than once, in words; empty if nothing was."""
-        parts = (self._describe_skipped(), self._describe_repeated())
-        told = "; ".join(part for part in parts if part)
-        return f"{self.path}: {told}" if told else ""
-
-    def _describe_skipped(self) -> str:
-        if not self.skipped:
-            return ""
-        kinds = [f"{count} {kind}" for kind, count in self.skipped.most_common(SHOWN_KINDS)]
-        total = sum(self.skipped.values())
-        rest = total - sum(count for _, count in self.skipped.most_common(SHOWN_KINDS))
-        kinds += [f"{rest} others"] if rest else []
-        counted = "1 file was" if total == 1 else f"{total} files were"
-        return f"{counted} skipped: {', '.join(kinds)}"
-
-    def _describe_repeated(self) -> str:
-        if not self.repeated:
-            return ""
-        counted = "1 image counts" if self.repeated == 1 else f"{self.repeated} images count"
-        return f"{counted} more than once, because links lead to the same file by several names"
+        return describe_left_out(str(self.path), self.skipped, self.repeated)
 
     @property
     def parts(self) -> dict[str, list[str]]:
@@ -162,12 +127,57 @@ class ImageSet(Sequence[Item]):
             ) from exc
 
 
+def arrange(found: Found, where: str, labelled: bool) -> list[Item]:
+    """The images of a scan, sorted by name; what is left out is added to what the scan skipped.
+
+    Args:
+        found: of a scan of folders.
+        where: the place, for messages.
+        labelled: whether the folders are classes; otherwise any nesting of folders is accepted.
+
+    Raises:
+        DataError: there are no images, or (if ``labelled``) class folders are mixed with loose images, or a
+            class is at several places.
+    """
+    items = sorted(found.items, key=lambda item: item.name)
+    _check_any(items, where, found)
+    if labelled:
+        items = _drop_masks(items, found.skipped)
+        check_labels(items, where)
+    return items
+
+
+def describe_left_out(where: str, skipped: Counter[str], repeated: int) -> str:
+    """What was skipped, and what counts more than once, in words; empty if nothing was."""
+    parts = (_describe_skipped(skipped), _describe_repeated(repeated))
+    told = "; ".join(part for part in parts if part)
+    return f"{where}: {told}" if told else ""
+
+
+def _describe_skipped(skipped: Counter[str]) -> str:
+    if not skipped:
+        return ""
+    kinds = [f"{count} {kind}" for kind, count in skipped.most_common(SHOWN_KINDS)]
+    total = sum(skipped.values())
+    rest = total - sum(count for _, count in skipped.most_common(SHOWN_KINDS))
+    kinds += [f"{rest} others"] if rest else []
+    counted = "1 file was" if total == 1 else f"{total} files were"
+    return f"{counted} skipped: {', '.join(kinds)}"
+
+
+def _describe_repeated(repeated: int) -> str:
+    if not repeated:
+        return ""
+    counted = "1 image counts" if repeated == 1 else f"{repeated} images count"
+    return f"{counted} more than once, because links lead to the same file by several names"
+
+
 def hash_image(data: bytes) -> str:
     """Name of an image by its content: the first 32 hex digits of its SHA-256."""
     return hashlib.sha256(data).hexdigest()[:32]
 
 
-def choose_evenly(items: Sequence[Item], limit: int | None) -> list[Item]:
+def choose_evenly(items: Sequence[T], limit: int | None) -> list[T]:
     """All of ``items``, or ``limit`` evenly spaced ones; raises :class:`InputError` for a limit below 1."""
     if limit is None or limit >= len(items):
         return list(items)
@@ -181,6 +191,18 @@ def is_archive(path: Path) -> bool:
     return split_archive(path)[0] is not None
 
 
+def _drop_masks(items: list[Item], skipped: Counter[str]) -> list[Item]:
+    """The images without those in folders such as ``cat/masks``, beside ``cat/images``: they are no class of
+    their own."""
+    masks = _find_masks({posixpath.dirname(item.name) for item in items})
+    if not masks:
+        return items
+    kept = [item for item in items if posixpath.dirname(item.name) not in masks]
+    names = ", ".join(sorted({f"{posixpath.basename(folder)}/" for folder in masks}))
+    skipped[f"in {names} beside the pictures"] += len(items) - len(kept)
+    return kept
+
+
 def _find_masks(folders: Set[str]) -> set[str]:
     """The folders with images that are masks of those in a folder beside them, inside one class."""
     pictures = {folder for folder in folders if posixpath.basename(folder).lower() in PICTURES}
@@ -189,20 +211,24 @@ def _find_masks(folders: Set[str]) -> set[str]:
     return {folder for folder in masks if posixpath.dirname(folder) in classes}
 
 
-def _check_any(items: list[Item], images: ImageSet) -> None:
+def _check_any(items: list[Item], where: str, found: Found) -> None:
     """Raise :class:`DataError` if there are no images."""
     if not items:
         raise DataError(
-            "holds no images",
-            where=images.path,
-            why=images.note.removeprefix(f"{images.path}: ") or None,
+            NO_IMAGES,
+            where=where,
+            why=_describe_skipped(found.skipped) or None,
             remedy=f"supported: {' '.join(EXTENSIONS)}",
         )
 
 
-def _check_labels(items: list[Item], path: Path) -> None:
+def check_labels(items: Sequence[Item], path: str) -> None:
     """Check that the class folders mean one thing: each class is at one place, and no loose images lie beside
-    them."""
+    them.
+
+    Raises:
+        DataError: they do not.
+    """
     loose = [item for item in items if item.label is None]
     if loose and len(loose) < len(items):
         raise DataError(
@@ -245,7 +271,7 @@ def _gather(part: str, places: Sequence[str]) -> str:
     return f"the parts lie inside the classes: copy or link {links} and so on, and give the folder {part}"
 
 
-def _describe_choice(path: Path, double: Sequence[str]) -> str:
+def _describe_choice(path: str, double: Sequence[str]) -> str:
     """Which folder to give instead of one in which a class is at several places: the part to train on first,
     the part to test on last."""
     uses = {
@@ -259,5 +285,5 @@ def _describe_choice(path: Path, double: Sequence[str]) -> str:
     parts = {folder: find_part_kind(PurePosixPath(folder).name) for folder in folders}
     order = list(uses)
     ordered = sorted(folders, key=lambda folder: order.index(parts[folder]))
-    shown = [f"{path / folder}{uses[parts[folder]]}" for folder in ordered[:SHOWN_KINDS]]
+    shown = [f"{posixpath.join(path, folder)}{uses[parts[folder]]}" for folder in ordered[:SHOWN_KINDS]]
     return f"choose one: {', '.join(shown)}"

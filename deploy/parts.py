@@ -44,6 +44,7 @@ FILLERS = frozenset((
     "part", "folder", "files", "public", "out", "final", "full", "all", "new", "old", "my", "the", "of",
     "small", "mini", "tiny", "large", "big", "cropped", "crop", "aligned", "resized", "labeled", "labelled",
     "original", "orig", "augmented", "aug", "clean", "extra", "version", "ver", "v",
+    "tar", "shard", "shards", "parquet",
 ))
 # fmt: on
 """Words, in lower case, that do not change which part a name means; single letters do not, either."""

@@ -17,9 +17,11 @@ import argparse
 import asyncio
 import json
 import os
-import signal
+import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would send figures 
 import numpy as np
 import ray
 from ray import serve
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.exceptions import RayActorError, RayError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
@@ -38,6 +40,7 @@ from cmt_edge.deploy.cli.console import add_key_flag, make_parser, run_command
 from cmt_edge.deploy.cli.output import tell
 from cmt_edge.deploy.cli.ranges import THREADS, Range
 from cmt_edge.deploy.errors import ImageError, RuntimeMissingError
+from cmt_edge.deploy.signals import complete
 
 MAX_BODY = 16 << 20
 """The largest body of a request, in bytes."""
@@ -201,22 +204,23 @@ def make_app(args: argparse.Namespace) -> Any:
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or Ctrl-C."""
     Predictor.load(args.bundle, backend=args.backend, key=args.key).close()  # say here what is wrong with it
-    _connect(args)
+    left = threading.Event()
     try:
+        complete(partial(_connect, args), left)
         serve.start(http_options={"host": args.host, "port": args.port})
         serve.run(make_app(args), name=PREFIX, route_prefix="/")
         tell(f"listening on http://{args.host}:{args.port}")
         while True:
             time.sleep(1)
     finally:
-        serve.delete(PREFIX)  # a cluster of others keeps what else it serves
+        with suppress(RayError, RayServeException):  # it did not come so far
+            serve.delete(PREFIX)  # a cluster of others keeps what else it serves
         ray.shutdown()
+        left.set()
 
 
 def _connect(args: argparse.Namespace) -> None:
-    """Connect to the cluster, or start one. Ray takes SIGTERM for itself, to end at once with a trace: the
-    signal gets back what it did before, so that the cluster is stopped in order."""
-    before = signal.getsignal(signal.SIGTERM)
+    """Connect to the cluster, or start one."""
     here = {} if args.address else {"include_dashboard": False}
     try:
         ray.init(args.address or "local", log_to_driver=args.verbose, configure_logging=args.verbose, **here)
@@ -227,8 +231,6 @@ def _connect(args: argparse.Namespace) -> None:
             why=exc,
             remedy="start one with: ray start --head; or leave --address out",
         ) from exc
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def parse_replicas(text: str) -> tuple[int, int]:

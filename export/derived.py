@@ -25,6 +25,7 @@ from cmt_edge.deploy.errors import InputError
 from cmt_edge.deploy.escaping import SHOWN_CHARACTERS
 from cmt_edge.deploy.measure.parity import MAX_DROP
 from cmt_edge.deploy.preprocessing import Preprocess
+from cmt_edge.deploy.scale.places import hide_credentials
 
 from .labels import read_class_names
 from .settings import AUTO_DROP, NAMED_WEIGHTS, Settings
@@ -147,7 +148,7 @@ class DerivedSettings(Settings):
     @property
     def verify_flags(self) -> list[str]:
         """Flags of ``cmt-verify`` that repeat the comparison of this export with its reference."""
-        flags = ["--data", self.eval_data] if self.eval_data else []
+        flags = ["--data", hide_credentials(self.eval_data)] if self.eval_data else []
         flags += ["--by-order"] if self.by_order else []
         flags += ["--limit", str(self.eval_limit)] if self.eval_limit else []
         flags += ["--weights", self.weights] if self.weights not in NAMED_WEIGHTS else []

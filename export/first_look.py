@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cmt_edge.deploy.errors import InputError, WeightsError
-from cmt_edge.deploy.images import require_place
+from cmt_edge.deploy.scale.sources import require_place
 from cmt_edge.startup import name_program
 
 from .options import check_values

@@ -25,17 +25,19 @@ from cmt_edge.deploy.bundle import (
     BundleWriter,
     Golden,
     Manifest,
+    require_outside_bundles,
     save_reference,
 )
 from cmt_edge.deploy.bundle.packed import locate_packed, require_replaceable
 from cmt_edge.deploy.bundle.sections import VerdictEntry
 from cmt_edge.deploy.bundle.slim import choose_golden, leave_out
 from cmt_edge.deploy.cache import can_keep
-from cmt_edge.deploy.files import find_cache_folder, writing
+from cmt_edge.deploy.files import OUTPUT_FLAG, find_cache_folder, writing
 from cmt_edge.deploy.measure.benchmark import summarise_latency
 from cmt_edge.deploy.measure.isa import require_isa
 from cmt_edge.deploy.measure.parity import Verification
 from cmt_edge.deploy.progress import Progress
+from cmt_edge.deploy.scale.answers import FLAG
 from cmt_edge.deploy.signals import unwound_by_signals
 
 from . import steps
@@ -90,13 +92,14 @@ def make_plan(config: ExportConfig) -> dict[str, Any]:
     Raises as :func:`run`.
     """
     check_preconditions(config)
-    _require_writable(Path(config.output))
+    _require_writable(Path(config.output), OUTPUT_FLAG)
     return describe_plan(config)
 
 
-def _require_writable(output: Path) -> None:
-    """Raise :class:`OutputError` where the folder could not be made or written to; makes nothing."""
-    with writing(output):
+def _require_writable(output: Path, flag: str) -> None:
+    """Raise :class:`OutputError` where the folder could not be made or written to; makes nothing. ``flag`` is
+    what names another one."""
+    with writing(output, flag):
         place = output.absolute()
         while not os.path.lexists(place):
             place = place.parent
@@ -111,6 +114,9 @@ def check_preconditions(config: ExportConfig) -> None:
     """
     config.check()
     steps.check_cluster(config)
+    if config.answers is not None:
+        require_outside_bundles(Path(config.answers) / "answers")
+        _require_writable(Path(config.answers), FLAG)
     require_unit_scale(config.preprocess)
     for target in config.targets:
         BundleWriter(target).check()
@@ -136,7 +142,7 @@ def _claimed(output: Path) -> Iterator[None]:
     made = [folder for folder in (output, *output.parents) if not folder.exists()]
     with unwound_by_signals():
         try:
-            with writing(output):
+            with writing(output, OUTPUT_FLAG):
                 output.mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=output).close()
             yield
@@ -184,7 +190,7 @@ def finish(
             with journal.step(Step.MEASURE):
                 speed = steps.measure_bundle(work.stage(draft), config.threads, draft.blocks, progress.share)
                 draft = draft.with_entries(latency=summarise_latency(speed))
-        with journal.step(Step.WRITE), writing(config.target):
+        with journal.step(Step.WRITE), writing(config.target, OUTPUT_FLAG):
             manifest = work.stage(draft).manifest  # with the hashes of its files
             write_report(writer.folder, manifest, config.folder, result, speed, draft.blocks)
             return _commit(work, draft)
@@ -296,7 +302,7 @@ def _add_files(work: _Work, draft: _Draft) -> _Draft:
     config, prepared = work.config, work.prepared
     source = prepared.source_of(config.precision)
     blocks = steps.find_blocks(source, draft.graph, prepared.reference)
-    with writing(config.target):
+    with writing(config.target, OUTPUT_FLAG):
         runtime = steps.write_files(
             work.writer.folder,
             draft.graph,
@@ -311,7 +317,7 @@ def _add_engine(work: _Work, draft: _Draft, notes: tuple[str, ...]) -> _Draft:
     """The draft with an engine, which lies beside the graph."""
     build = _build_rtx_engine if work.config.format == "rtx" else _build_trt_engine
     manifest, files = build(work, draft, notes)
-    with writing(work.config.target):
+    with writing(work.config.target, OUTPUT_FLAG):
         for name, content in files.items():
             path = work.writer.folder / name
             path.parent.mkdir(exist_ok=True)
@@ -393,7 +399,7 @@ def _verify(work: _Work, manifest: Manifest) -> Verification:
     )
     steps.require_passed(result, _ask_other_runtime(config, bundle, result))
     if result.data:
-        with writing(config.target):
+        with writing(config.target, OUTPUT_FLAG):
             save_reference(work.writer.folder / REFERENCE, result.reference_answers)
     return result
 

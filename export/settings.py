@@ -162,8 +162,9 @@ class Settings:
     )
     data: str | None = make_option(
         None,
-        help="calibration images (int8; fp16: for the ranges): folder, ARCHIVE.tar[/FOLDER], 'generated', or"
-        " 'synthetic' (made from the model's batch norms, takes up to some minutes)",
+        help="calibration images (int8; fp16: for the ranges): folder, ARCHIVE.tar[/FOLDER], tar shards,"
+        " Parquet, a URL of these, 'generated', or 'synthetic' (made from the model's batch norms, takes up"
+        " to some minutes)",
         group=DATA,
         names=MADE_IMAGES,
     )
@@ -175,8 +176,8 @@ class Settings:
     )
     eval_data: str | None = make_option(
         None,
-        help="labelled images to measure top-1 on: class folders, or ARCHIVE.tar[/FOLDER]; with --ray also"
-        " shards, Parquet and URLs",
+        help="labelled images to measure top-1 on: class folders, ARCHIVE.tar[/FOLDER], tar shards, Parquet,"
+        " or a URL of these",
         group=DATA,
     )
     eval_limit: int | None = make_option(

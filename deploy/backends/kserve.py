@@ -9,10 +9,13 @@ Source: KServe, "Open Inference Protocol (V2)", gRPC.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
+
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its own log of a call that fails, beside our message
 
 import numpy as np
 import tritonclient.grpc as client
@@ -32,6 +35,8 @@ ADDRESS = re.compile(
     r"/(?P<model>[A-Za-z0-9][A-Za-z0-9_.-]*)(?:/(?P<version>[0-9]+))?"
 )
 """How a device is written."""
+LAST_PORT = 65535
+"""The highest port of TCP; gRPC takes a higher one for another port."""
 EXAMPLE = "--device localhost:8001/cmt_xs_int8_onnx"
 """What messages show as one."""
 TIME_LIMIT_S = 60.0
@@ -68,7 +73,7 @@ class Address:
 def parse_address(device: str | None) -> Address:
     """The address in the name of a device; raises :class:`InputError`."""
     found = ADDRESS.fullmatch(device or "")
-    if found is None:
+    if found is None or not 0 < int(found["host"].rpartition(":")[2]) <= LAST_PORT:
         raise InputError(
             f"--device {device!r} names no model in a server" if device else "no server is named",
             remedy=f"give HOST:PORT/MODEL, the port being that of gRPC: {EXAMPLE}",
@@ -90,7 +95,7 @@ class ServerSession(Session):
         """Raises :class:`RuntimeMissingError` where no server answers or it lacks the model,
         :class:`BundleError` where its model is another one."""
         self._address = address
-        self._names = [entry.name for entry in bundle.manifest.outputs]
+        self._rows = {entry.name: tuple(entry.shape[1:]) for entry in bundle.manifest.outputs}
         self._input = bundle.manifest.input.name
         self._client = client.InferenceServerClient(address.host, ssl=address.encrypted)
         self.device = str(address)
@@ -104,7 +109,7 @@ class ServerSession(Session):
     def run(self, batch: np.ndarray) -> list[np.ndarray]:
         given = client.InferInput(self._input, list(batch.shape), "FP32")
         given.set_data_from_numpy(batch)
-        wanted = [client.InferRequestedOutput(name) for name in self._names]
+        wanted = [client.InferRequestedOutput(name) for name in self._rows]
         try:
             answer = self._client.infer(
                 self._address.model,
@@ -117,18 +122,18 @@ class ServerSession(Session):
             raise _make_server_error(
                 self._address, "the server did not answer a batch of images", exc
             ) from exc
-        return [self._read(answer, name, len(batch)) for name in self._names]
+        return [self._read(answer, name, (len(batch), *row)) for name, row in self._rows.items()]
 
-    def _read(self, answer: Any, name: str, count: int) -> np.ndarray:
-        """One output of an answer: float32 with a row an image."""
+    def _read(self, answer: Any, name: str, shape: tuple[Any, ...]) -> np.ndarray:
+        """One output of an answer: float32 of the ``shape`` that the manifest tells."""
         try:
             values = answer.as_numpy(name)
         except ValueError:  # fewer bytes, or more, than the shape beside them says
             values = None
-        if values is None or values.dtype != np.float32 or values.shape[:1] != (count,):
+        if values is None or values.dtype != np.float32 or values.shape != shape:
             found = "nothing usable" if values is None else f"{values.dtype} {values.shape}"
             raise RuntimeMissingError(
-                f"the server answered {found} for {name!r}, expected float32 with {count} rows",
+                f"the server answered {found} for {name!r}, expected float32 {shape}",
                 where=self._address,
                 remedy=f"serve the bundle that was given here: {name_program('serve-repo')}",
             )

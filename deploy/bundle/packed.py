@@ -31,6 +31,7 @@ from ..cache import tell_unusable
 from ..errors import BundleError, OutputError
 from ..files import (
     CHUNK_BYTES,
+    OUTPUT_FLAG,
     describe_irregular,
     find_cache_folder,
     find_shared_folder,
@@ -97,7 +98,7 @@ def require_replaceable(file: Path) -> None:
     to which others have added files. A damaged one may be replaced."""
     if not os.path.lexists(file):
         return
-    with writing(file):
+    with writing(file, OUTPUT_FLAG):
         listed = None if file.is_symlink() else _read_listed(file)
         foreign = [] if listed is None else _find_foreign(file, listed)
     if listed is None:
@@ -157,7 +158,7 @@ def pack(folder: Path, members: Iterable[str], file: Path) -> None:
     names = [MANIFEST]
     names += [SIGNATURE] if (folder / SIGNATURE).is_file() else []
     names += sorted(members)
-    with writing(file):
+    with writing(file, OUTPUT_FLAG):
         clear_abandoned(file.parent, f".{file.name}.", TEMPORARY)
         handle, temporary = tempfile.mkstemp(
             prefix=f".{file.name}.",

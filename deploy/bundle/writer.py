@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..errors import OutputError
 from ..files import (
+    OUTPUT_FLAG,
     hash_file,
     put_back,
     put_folder,
@@ -64,7 +65,9 @@ class BundleWriter:
         A damaged bundle may be replaced: files that its manifest lists may be missing or changed.
         """
         require_outside_bundles(self.target)
-        with writing(self.target):  # a folder that may not be entered does not even tell what it holds
+        with writing(
+            self.target, OUTPUT_FLAG
+        ):  # a folder that may not be entered does not tell what it holds
             if not (self.target.is_symlink() or self.target.exists()):
                 return
             listed = None if self.target.is_symlink() else read_listed(self.target / MANIFEST)
@@ -91,7 +94,7 @@ class BundleWriter:
     def _enter(self, stack: ExitStack) -> None:
         self.check()
         parent = self.target.parent
-        with writing(parent):
+        with writing(parent, OUTPUT_FLAG):
             parent.mkdir(parents=True, exist_ok=True)
             with self._alone():
                 put_back(self.target)
@@ -111,7 +114,7 @@ class BundleWriter:
         paths = sorted(
             path for path in self.folder.rglob("*") if path.is_file() and path != self.folder / SIGNATURE
         )
-        with writing(self.target):
+        with writing(self.target, OUTPUT_FLAG):
             names = [path.relative_to(self.folder).as_posix() for path in paths]
             files = dict(zip(names, map(self._hashes.entry, paths), strict=True))
         return Bundle(
@@ -127,7 +130,7 @@ class BundleWriter:
             manifest: of the bundle; its ``files`` are filled in.
             key: file of the private key that signs the bundle, if one shall.
         """
-        with writing(self.target):
+        with writing(self.target, OUTPUT_FLAG):
             manifest = self.staged(manifest).manifest
             data = manifest.to_bytes()
             if key is not None:

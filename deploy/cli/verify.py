@@ -13,7 +13,6 @@ from .. import report
 from ..backends import LoadOptions
 from ..bundle import Bundle, require_outside_bundles
 from ..errors import InputError, WeightsError
-from ..images import ImageSet
 from ..measure.answering import Answers, Labelled
 from ..measure.flipped import MOST_SHOWN
 from ..measure.labels import LabelledImages
@@ -64,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     images = p.add_argument_group("labelled images")
     images.add_argument(
         "--data",
-        help="a folder of class folders, or ARCHIVE.tar[/FOLDER]; with --ray also shards, Parquet and URLs",
+        help="class folders, ARCHIVE.tar[/FOLDER], tar shards, Parquet, or a URL of these",
     )
     images.add_argument(
         "--by-order",
@@ -192,15 +191,14 @@ def _check(args: argparse.Namespace, progress: Progress) -> tuple[Bundle, Verifi
         answer=_make_answerer(bundle, other, args, progress),
     )
     if args.layers:
-        images = data if isinstance(data, ImageSet) else None
-        result = _add_layers(result, bundle, images, args, progress)
+        result = _add_layers(result, bundle, data, args, progress)
     return bundle, result
 
 
 def _add_layers(
     result: Verification,
     bundle: Bundle,
-    data: ImageSet | None,
+    data: LabelledImages | None,
     args: argparse.Namespace,
     progress: Progress,
 ) -> Verification:
@@ -312,8 +310,6 @@ def _open_data(args: argparse.Namespace) -> LabelledImages | None:
     """The labelled images, if there are any."""
     if args.data is None:
         return None
-    if args.ray is None:
-        return ImageSet(args.data)
     from ..scale.sources import open_source
 
     return open_source(args.data)

@@ -21,8 +21,9 @@ from ..bundle import Bundle
 from ..bundle.sections import BlockPlace, LayerError, LayerRun
 from ..decoding import NamedBytes
 from ..errors import BundleError, InputError, RuntimeMissingError
-from ..images import ImageSet, choose_evenly
+from ..images import choose_evenly
 from ..preprocessing import normalise, preprocess
+from .labels import LabelledImages
 from .layouts import Distance, restore_layout
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class Layers:
 def compare_layers(
     bundles: Sequence[Bundle],
     *,
-    data: ImageSet | None = None,
+    data: LabelledImages | None = None,
     limit: int | None = None,
     backend: str | None = None,
     options: LoadOptions | None = None,
@@ -133,11 +134,11 @@ class _Images:
     """The images, preprocessed one at a time, float32 ``(1, 3, S, S)``."""
 
     bundle: Bundle
-    data: ImageSet | None
+    data: LabelledImages | None
     chosen: Sequence[Any]
 
     @classmethod
-    def of(cls, bundle: Bundle, data: ImageSet | None, limit: int | None) -> _Images:
+    def of(cls, bundle: Bundle, data: LabelledImages | None, limit: int | None) -> _Images:
         everything: list[Any] = list(range(len(bundle.golden().pixels))) if data is None else list(data.items)
         return cls(bundle, data, choose_evenly(everything, min(limit or MOST_IMAGES, MOST_IMAGES)))
 

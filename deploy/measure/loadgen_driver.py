@@ -32,6 +32,8 @@ PREFIX = "mlperf_log_"
 """What the names of LoadGen's own logs begin with."""
 DETAIL = f"{PREFIX}detail.txt"
 """The log that holds LoadGen's figures, one JSON object a line behind :data:`MARK`."""
+FLAG = "--loadgen-logs FOLDER"
+"""What names another folder for the logs."""
 MARK = ":::MLLOG "
 """What a line of that log begins with."""
 POLL_S = 0.2
@@ -203,7 +205,7 @@ def run_test(asked: Query, answerer: OneAtATime | Pool, folder: Path) -> dict[st
         Exception: whatever answering raised.
     """
     lg = require_loadgen()
-    with writing(folder):
+    with writing(folder, FLAG):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / DETAIL).unlink(missing_ok=True)
     with answerer.answering(lg) as issue:
@@ -307,5 +309,5 @@ def _make_log_error(path: Path, why: object) -> OutputError:
         "is no complete log of MLPerf LoadGen",
         where=path,
         why=why,
-        remedy="name a writable folder with enough space: --loadgen-logs FOLDER",
+        remedy=f"name a writable folder with enough space: {FLAG}",
     )

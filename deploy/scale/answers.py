@@ -25,6 +25,9 @@ from .records import Task
 NOTE = "answers.json"
 """The file that says what a folder holds answers of."""
 
+FLAG = "--answers DIR"
+"""What names another folder."""
+
 FORMAT = 1
 """Version of the files."""
 
@@ -72,9 +75,9 @@ class AnswersFolder:
         if NOTE in require_answers(path, (NOTE,)):
             _require_same(note, content)
             return
-        with writing(path):
+        with writing(path, FLAG):
             path.mkdir(parents=True, exist_ok=True)
-        write_atomic(note, described)
+        write_atomic(note, described, flag=FLAG)
 
     def read(self, task: Task) -> Part | None:
         """The answers to a task; ``None`` where they are absent, damaged, or of other images."""
@@ -109,7 +112,7 @@ class AnswersFolder:
         table = pyarrow.table(columns).replace_schema_metadata(metadata)
         buffer = pyarrow.BufferOutputStream()
         parquet.write_table(table, buffer, compression="zstd")
-        write_atomic(self._locate(task), buffer.getvalue().to_pybytes())
+        write_atomic(self._locate(task), buffer.getvalue().to_pybytes(), flag=FLAG)
 
     def _locate(self, task: Task) -> Path:
         return self.path / f"part-{task.number:06}-{task.digest[:16]}.parquet"
@@ -142,7 +145,7 @@ def require_answers(path: Path, known: Sequence[str]) -> set[str]:
             "is not empty, and no folder of answers",
             where=path,
             why=f"it holds {escape_line(min(others))}",
-            remedy="name a new folder",
+            remedy=f"name a new folder: {FLAG}",
         )
     return names
 
@@ -175,7 +178,7 @@ def _require_same(note: Path, content: Mapping[str, Any]) -> None:
             "cannot be understood",
             where=note,
             why=exc,
-            remedy="delete the folder, or name another one",
+            remedy=f"delete the folder, or name another one: {FLAG}",
         ) from exc
     if not isinstance(found, dict):
         found = {}
@@ -186,5 +189,5 @@ def _require_same(note: Path, content: Mapping[str, Any]) -> None:
             "holds answers of something else, which are never mixed with others",
             where=note.parent,
             why=f"another {', '.join(changed)}",
-            remedy="name another folder, or delete this one",
+            remedy=f"name another folder, or delete this one: {FLAG}",
         )

@@ -21,6 +21,8 @@ class Record:
         offset, size: where its bytes lie in an archive; :data:`WHOLE` for a whole file.
         row: its row in a table; -1 elsewhere.
         state: changes when the file does.
+        group: images of which equally many are chosen to calibrate: its label in a shard or a table, and
+            otherwise its folder, within its shard.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Record:
     size: int = WHOLE
     row: int = -1
     state: str = ""
+    group: str = ""
 
     def identify(self) -> str:
         """What tells this image, in this state, from every other."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import DataError
-from .places import Entry, Place
+from .places import Entry, Place, require_pyarrow
 from .records import Record
 
 ENDING = ".parquet"
@@ -24,16 +24,23 @@ INNER = "bytes"
 """The member of a structure that holds an encoded image."""
 
 
-def scan_tables(place: Place, entries: Sequence[Entry]) -> tuple[list[Record], bool]:
+def scan_tables(place: Place, entries: Sequence[Entry], labelled: bool = True) -> tuple[list[Record], bool]:
     """The images of all tables, by table and row, and whether their labels are numbers of classes.
 
+    Args:
+        place: where the tables are.
+        entries: the tables.
+        labelled: whether the labels matter; otherwise they may be missing.
+
     Raises:
-        DataError: a table is damaged, or has no column of images or of labels; some tables number their
-            classes, and others name them.
+        DataError: a table is damaged, or has no column of images; or (if ``labelled``) it has none of labels,
+            or some tables number their classes, and others name them.
+        RuntimeMissingError: pyarrow is not installed.
     """
-    found = [_scan(place, entry) for entry in entries]
+    require_pyarrow(place.url)
+    found = [_scan(place, entry, labelled) for entry in entries]
     kinds = {has_numbers for records, has_numbers in found if records}
-    if len(kinds) > 1:
+    if labelled and len(kinds) > 1:
         raise DataError(
             "some tables number their classes, and others name them",
             where=place.url,
@@ -42,7 +49,7 @@ def scan_tables(place: Place, entries: Sequence[Entry]) -> tuple[list[Record], b
     return [record for records, _ in found for record in records], True in kinds
 
 
-def _scan(place: Place, entry: Entry) -> tuple[list[Record], bool]:
+def _scan(place: Place, entry: Entry, labelled: bool) -> tuple[list[Record], bool]:
     from pyarrow import ArrowException, parquet
 
     single = place.path == entry.path
@@ -52,14 +59,18 @@ def _scan(place: Place, entry: Entry) -> tuple[list[Record], bool]:
             table = parquet.ParquetFile(file)
             schema = table.schema_arrow
             find_image_column(schema, where)
-            column = _find_column(schema, LABELS, "labels", where)
-            values = table.read([column])[column].to_pylist()
+            has_labels = labelled or any(name in schema.names for name in LABELS)
+            column = _find_column(schema, LABELS, "labels", where) if has_labels else None
+            values = table.read([column])[column].to_pylist() if column else [None] * table.metadata.num_rows
     except ArrowException as exc:
         raise DataError(
             "cannot be read as Parquet", where=where, why=exc, remedy="check that it is complete"
         ) from exc
-    names = _read_class_names(schema, column)
-    labels = [_convert_label(value, names, f"{where}, row {row}") for row, value in enumerate(values)]
+    names = _read_class_names(schema, column) if column else []
+    labels = [
+        _convert_label(value, names, f"{where}, row {row}") if labelled else _convert_any(value, names)
+        for row, value in enumerate(values)
+    ]
     records = [
         Record(
             str(row) if single else f"{entry.name}/{row}",
@@ -67,6 +78,7 @@ def _scan(place: Place, entry: Entry) -> tuple[list[Record], bool]:
             entry.path,
             row=row,
             state=entry.state,
+            group=label or "",
         )
         for row, label in enumerate(labels)
     ]
@@ -123,3 +135,11 @@ def _convert_label(value: Any, names: Sequence[str], where: str) -> str:
             f"the table names {len(names)} classes, and {value} is none", where=where, remedy="check it"
         )
     return names[value]
+
+
+def _convert_any(value: Any, names: Sequence[str]) -> str | None:
+    """A label as text where labels do not matter: ``None`` for what is none."""
+    try:
+        return _convert_label(value, names, "")
+    except DataError:
+        return None

@@ -11,7 +11,7 @@ from ..backends import RUNTIME_OF_FORMAT
 from ..backends.overflow import saturates_in_openvino
 from ..bundle import Bundle
 from ..errors import InputError, OutputError
-from ..files import put_folder, sync_tree, writing
+from ..files import OUTPUT_FLAG, put_folder, sync_tree, writing
 from ..locks import scratch_folder
 from . import ovms, triton
 from .served import Options, Served, choose_max_batch, name_model
@@ -62,9 +62,9 @@ def make_repository(bundles: Sequence[Bundle], server: str, target: Path, option
     models = _choose_models(bundles, server, options)
     _require_free(target)
     parent = target.absolute().parent
-    with writing(parent):
+    with writing(parent, OUTPUT_FLAG):
         parent.mkdir(parents=True, exist_ok=True)
-    with writing(target), scratch_folder(parent, f".{target.name}.") as scratch:
+    with writing(target, OUTPUT_FLAG), scratch_folder(parent, f".{target.name}.") as scratch:
         root = scratch / target.name
         root.mkdir()
         for model in models:

@@ -20,7 +20,6 @@ from cmt_edge.deploy.measure.host import describe_host
 from cmt_edge.deploy.measure.isa import ISAS, has_int8_hardware
 from cmt_edge.deploy.progress import Progress
 from cmt_edge.deploy.scale.cluster import Cluster
-from cmt_edge.deploy.scale.sources import Source
 
 from ..config import ExportConfig
 from ..plan import Journal, Step, list_steps_to_choose
@@ -70,8 +69,8 @@ def choose(
     ):
         folder = Path(name)
         limit, spec = config.eval_limit, config.preprocess
-        questions = make_questions(folder, data, prepared.evaluation, limit, spec)
         elsewhere = _open_elsewhere(config, prepared, progress, cluster)
+        questions = make_questions(folder, data, prepared.evaluation, limit, spec, elsewhere is not None)
         workbench = Workbench(config, prepared, quantized, questions, process, folder, progress, elsewhere)
         found = search(
             workbench.variants(),
@@ -95,10 +94,9 @@ def _open_elsewhere(
     cluster: Cluster | None,
 ) -> ClusterAnswers | None:
     """What answers the labelled images on a cluster, if there are both."""
-    images = prepared.evaluation.images if prepared.evaluation else None
-    if cluster is None or not isinstance(images, Source):
+    if cluster is None or prepared.evaluation is None:
         return None
-    return ClusterAnswers(cluster, config, images, progress)
+    return ClusterAnswers(cluster, config, prepared.evaluation.images, progress)
 
 
 def _choose_by_compiler(

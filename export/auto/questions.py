@@ -7,7 +7,6 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -15,7 +14,6 @@ from cmt_edge.calib import CalibrationSet
 from cmt_edge.deploy import Preprocess
 from cmt_edge.deploy.decoding import NamedBytes
 from cmt_edge.deploy.images import choose_evenly, hash_image
-from cmt_edge.deploy.measure.labels import LabelledImages
 from cmt_edge.deploy.preprocessing import decode_pixels
 from cmt_edge.deploy.scale.records import Record
 from cmt_edge.deploy.scale.sources import Source
@@ -96,6 +94,7 @@ def make_questions(
     evaluation: Evaluation | None,
     limit: int | None,
     spec: Preprocess,
+    elsewhere: bool = False,
 ) -> Questions:
     """The questions of one search.
 
@@ -105,6 +104,7 @@ def make_questions(
         evaluation: labelled images; without them the calibration images are judged.
         limit: the largest number of labelled images to use, evenly spread.
         spec: preprocessing.
+        elsewhere: whether the workers of a cluster answer the labelled images, which are not read here then.
     """
 
     def batches() -> Iterator[np.ndarray]:
@@ -124,8 +124,8 @@ def make_questions(
     quick = choose_evenly(items, QUICK_IMAGES)
     return Questions(
         probes,
-        _decode(folder / "judged.npy", evaluation.images, items, spec),
-        _decode(folder / "quick.npy", evaluation.images, quick, spec),
+        _decode(folder / "judged.npy", evaluation.images.select(items), spec, elsewhere),
+        _decode(folder / "quick.npy", evaluation.images.select(quick), spec, elsewhere),
         _list_classes(items, evaluation.targets),
         _list_classes(quick, evaluation.targets),
     )
@@ -133,13 +133,13 @@ def make_questions(
 
 def _decode(
     path: Path,
-    labelled: LabelledImages,
-    items: Sequence[Any],
+    labelled: Source,
     spec: Preprocess,
+    elsewhere: bool,
 ) -> Images:
     """Labelled images as pixels, uint8 ``(N, S, S, 3)``. Those that workers read are not read here: their
     names, sizes and times of change stand for their contents."""
-    elsewhere = isinstance(labelled, Source)
+    items = labelled.items
     states = (item.identify() if elsewhere else hash_image(labelled.read(item)) for item in items)
     contents = "".join(f"{state} {item.label}\n" for state, item in zip(states, items, strict=True))
 
@@ -157,7 +157,7 @@ def _decode(
 
 
 def _list_classes(
-    items: Sequence[Any],
+    items: Sequence[Record],
     targets: dict[str, int],
 ) -> np.ndarray:
     """The logit that is right for each image, int ``(N,)``."""

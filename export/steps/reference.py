@@ -16,11 +16,10 @@ from cmt_edge.cmt.weights import LoadedWeights
 from cmt_edge.deploy import Bundle, Preprocess
 from cmt_edge.deploy.backends.torch import TorchSession
 from cmt_edge.deploy.bundle import LOGITS, Golden
-from cmt_edge.deploy.images import ImageSet
-from cmt_edge.deploy.measure.labels import LabelledImages, match_labels
+from cmt_edge.deploy.measure.labels import match_labels
 from cmt_edge.deploy.measure.tolerance import measure_resolution
 from cmt_edge.deploy.preprocessing import decode_pixels, normalise
-from cmt_edge.deploy.scale.sources import open_source
+from cmt_edge.deploy.scale.sources import Source, open_source
 
 from ..config import ExportConfig
 from ..outputs import identify_outputs, require_finite
@@ -71,7 +70,7 @@ class Reference:
 class Evaluation:
     """Labelled images, and the logit of each of their class folders."""
 
-    images: LabelledImages
+    images: Source
     targets: dict[str, int]
 
 
@@ -130,14 +129,13 @@ def match_evaluation(config: ExportConfig, bundle: Bundle) -> Evaluation:
     return Evaluation(labelled, match_labels(bundle, labelled, config.by_order))
 
 
-def open_labelled(config: ExportConfig) -> LabelledImages:
-    """The labelled images for evaluation; with a cluster they may be anywhere.
+def open_labelled(config: ExportConfig) -> Source:
+    """The labelled images for evaluation.
 
     Raises:
         DataError: they cannot be used.
+        RuntimeMissingError: it is a table or a URL, and pyarrow is not installed.
     """
     if config.eval_data is None:
         raise ValueError("no images for evaluation were given")
-    if config.ray is None:
-        return ImageSet(config.eval_data)
     return open_source(config.eval_data)

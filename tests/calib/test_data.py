@@ -16,6 +16,9 @@ from cmt_edge.calib.generated import generate
 from cmt_edge.deploy.errors import DataError, ImageError
 from cmt_edge.deploy.images import ImageSet
 from cmt_edge.deploy.preprocessing import Preprocess, preprocess
+from cmt_edge.deploy.scale.sources import open_source
+from helpers.collections import archive
+from helpers.kinds import KINDS, convert_folder
 
 SPEC = Preprocess(32, None, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 CLASSES = ("cat", "dog", "owl")
@@ -195,7 +198,7 @@ def test_labels_do_not_matter(tmp_path):
     assert len(content(data)) == 10
     taken = CalibrationSet.choose(tmp_path, 4, SPEC).files
     assert taken is not None
-    assert len({Path(item.name).parent for item in taken}) == 4  # the folders take turns
+    assert len({Path(item.name).parent for item in taken.items}) == 4  # the folders take turns
 
 
 def test_images_below_a_folder_of_that_name(tmp_path):
@@ -270,7 +273,7 @@ def test_a_part_to_test_on_is_left_out_with_a_note(tmp_path, folders, kept):
     make(tmp_path, dict.fromkeys(folders, 2))
     data = CalibrationSet.choose(tmp_path, None, SPEC)
     assert data.files is not None
-    assert {str(Path(item.name).parent) for item in data.files} == {kept or "."}
+    assert {str(Path(item.name).parent) for item in data.files.items} == {kept or "."}
     assert f"2 in {folders[0]}/, by name a part to test on" in data.note
 
 
@@ -319,7 +322,7 @@ def test_masks_beside_the_pictures_do_not_calibrate(tmp_path, pictures, masks, i
     data = packed(folder, tmp_path / "photos.tar") if in_archive else folder
     chosen = CalibrationSet.choose(data, None, SPEC)
     assert len(chosen) == 4
-    assert all(item.name.startswith(f"{pictures}/") for item in chosen.files)
+    assert all(item.name.startswith(f"{pictures}/") for item in chosen.files.items)
     assert f"{4 * len(masks)} in " in chosen.note
     assert "beside the pictures" in chosen.note
 
@@ -337,3 +340,92 @@ def test_parts_of_a_data_set_with_masks_are_still_refused(tmp_path):
     with pytest.raises(DataError, match="holds several parts") as refused:
         CalibrationSet.choose(make(tmp_path / "photos", parts), None, SPEC)
     assert refused.value.remedy.endswith("images/train")
+
+
+# --- shards, tables and URLs ----------------------------------------------------------------------
+
+
+def require_packages(kind: str) -> None:
+    """Skip the test where a kind of source needs a package that is not here."""
+    for package in {"url": ("pyarrow", "fsspec"), "table": ("pyarrow",), "tables": ("pyarrow",)}.get(
+        kind, ()
+    ):
+        pytest.importorskip(package, reason='needs the extra "ray"')
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "tables"])
+def test_the_same_images_give_the_same_choice_wherever_they_lie(tmp_path, kind):
+    require_packages(kind)
+    folder = make(tmp_path / "photos", {"cat": 9, "cat-like": 4, "dog": 1, "owl": 12})
+    expected = CalibrationSet.choose(folder, 14, SPEC, 3)
+    found = CalibrationSet.choose(convert_folder(folder, tmp_path / "there", kind), 14, SPEC, 3)
+    assert found.digests == expected.digests
+    assert np.array_equal(content(found), content(expected))
+
+
+def test_rows_of_tables_are_chosen_in_their_order_and_classes_take_part_equally(tmp_path):
+    require_packages("tables")
+    folder = make(tmp_path / "photos", {"cat": 9, "dog": 1, "owl": 12})
+    address = convert_folder(folder, tmp_path / "there", "tables")
+    found, again = (CalibrationSet.choose(address, 9, SPEC, 1) for _ in range(2))
+    assert found.digests == again.digests
+    assert Counter(item.label for item in found.files.items) == {"cat": 4, "dog": 1, "owl": 4}
+    assert found.describe().source == f"{tmp_path.name}/there"
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "table"])
+def test_labels_of_calibration_images_may_be_missing(tmp_path, kind):
+    require_packages(kind)
+    blobs = [png(i) for i in range(3)]
+    if kind == "table":
+        parquet = pytest.importorskip("pyarrow.parquet", reason='needs the extra "ray"')
+        pyarrow = pytest.importorskip("pyarrow", reason='needs the extra "ray"')
+        parquet.write_table(pyarrow.table({"image": blobs}), tmp_path / "a.parquet")
+        parquet.write_table(pyarrow.table({"image": blobs, "label": [0.5, None, 2]}), tmp_path / "b.parquet")
+    else:
+        archive(tmp_path / "a.tar", {f"{i}.png": blob for i, blob in enumerate(blobs)})
+        archive(
+            tmp_path / "b.tar", {"0.png": blobs[0], "1.png": blobs[1], "1.cls": b"", "2.cls": b"x" * 2000}
+        )
+    data = CalibrationSet.choose(tmp_path, None, SPEC)
+    assert len(data) == (6 if kind == "table" else 5)
+    assert len(content(data)) == len(data)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("ending", [".tar", ".parquet"])
+def test_shards_and_tables_of_several_parts_are_refused(tmp_path, ending, labelled):
+    """As Hugging Face names them."""
+    files = {f"cat/{i}.png": png(i) for i in range(2)}
+    data = tmp_path / "data"
+    data.mkdir()
+    for part in ("train", "validation"):
+        path = data / f"{part}-00000-of-00001{ending}"
+        if ending == ".tar":
+            archive(path, files)
+        else:
+            parquet = pytest.importorskip("pyarrow.parquet", reason='needs the extra "ray"')
+            pyarrow = pytest.importorskip("pyarrow", reason='needs the extra "ray"')
+            parquet.write_table(pyarrow.table({"image": list(files.values()), "label": [0, 1]}), path)
+    with pytest.raises(DataError, match=rf"several parts.*train-00000-of-00001\{ending}") as caught:
+        open_source(tmp_path, labelled=True) if labelled else CalibrationSet.choose(tmp_path, None, SPEC)
+    assert "a folder of" in caught.value.remedy
+    (data / f"validation-00000-of-00001{ending}").unlink()
+    assert len(CalibrationSet.choose(tmp_path, None, SPEC)) == 2
+
+
+def test_images_elsewhere_are_read_at_once_and_in_their_order(tmp_path):
+    require_packages("url")
+    folder = make(tmp_path / "photos", {"cat": 30})
+    source = open_source(f"local://{folder}")
+    shuffled = source.select(source.items[::-1])
+    assert shuffled.read_each(bytes) == [source.read(item) for item in reversed(source.items)]
+
+
+def test_a_manifest_tells_no_password(tmp_path):
+    require_packages("url")
+    fsspec = pytest.importorskip("fsspec", reason='needs the extra "ray"')
+    with fsspec.open("memory://me:secret@there/photos/cat/0.png", "wb") as file:
+        file.write(png(0))
+    entry = CalibrationSet.choose("memory://me:secret@there/photos", 1, SPEC).describe()
+    assert entry.source == "there/photos"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 
 import pytest
@@ -10,7 +11,7 @@ from cmt_edge.calib import CalibrationSet, quantize
 from cmt_edge.calib.generated import generate
 from cmt_edge.calib.integer_layers import measure_conv_ranges
 from cmt_edge.calib.statistics import Batches, LocalStatistics
-from cmt_edge.deploy.errors import ClusterError, DataError, GateError, InputError
+from cmt_edge.deploy.errors import DataError, GateError, InputError
 from helpers.calibration import SPEC
 from helpers.images import coloured, folder_of
 
@@ -18,17 +19,15 @@ pytest.importorskip("ray", reason='needs the extra "ray"')
 pytest.importorskip("pyarrow", reason='needs the extra "ray"')
 
 from cmt_edge.calib.shards import SHARD_IMAGES, ClusterStatistics
-from cmt_edge.deploy.scale.cluster import KNOWN_WARNINGS, Cluster
-from helpers.cluster import one_node
-from helpers.shard_workers import AlwaysDeadly, DeadlyOnce, OtherRounding
+from cmt_edge.deploy.scale.cluster import KNOWN_WARNINGS, Cluster, connected
+from helpers.cluster import two_nodes
+from helpers.kinds import convert_folder
+from helpers.shard_workers import DeadlyOnce, OtherRounding, Slow
 
 pytestmark = [
     pytest.mark.slow,
     *(pytest.mark.filterwarnings(f"ignore:{message}") for message in KNOWN_WARNINGS),
 ]
-
-WORKERS = 3
-"""Cores of the cluster."""
 
 IMAGES = 3 * SHARD_IMAGES - 2
 """Calibration images: the last shard is not full."""
@@ -41,14 +40,20 @@ def mark(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cluster(mark):
+def nodes(mark):
+    """A cluster of two nodes with a core each, which is connected to."""
     patch = pytest.MonkeyPatch()
     patch.setenv("CMT_EDGE_TEST_MARK", str(mark))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with one_node(WORKERS), Cluster("unused, because there is a connection") as cluster:
-            yield cluster
+        with two_nodes() as nodes, connected(nodes.address):
+            yield nodes
     patch.undo()
+
+
+@pytest.fixture
+def cluster(nodes):
+    return Cluster("unused, because there is a connection")
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +68,6 @@ def chosen(photos) -> CalibrationSet:
     return CalibrationSet.choose(photos, IMAGES, SPEC)
 
 
-@pytest.fixture(scope="module")
-def expected(graph, photos) -> bytes:
-    """What one machine calibrates."""
-    return serialize(graph, CalibrationSet.choose(photos, IMAGES, SPEC), None)
-
-
 def serialize(graph, data, statistics) -> bytes:
     made = quantize(graph, data, SPEC, statistics=statistics)
     return made.model.SerializeToString(deterministic=True) + made.source.SerializeToString(
@@ -76,13 +75,10 @@ def serialize(graph, data, statistics) -> bytes:
     )
 
 
-@pytest.mark.parametrize("workers", [1, WORKERS])
-def test_the_graph_is_that_of_a_serial_run(cluster, graph, chosen, expected, workers):
+def test_the_graph_is_that_of_a_serial_run(cluster, graph, chosen):
     reports = []
-    statistics = ClusterStatistics(
-        cluster, chosen, SPEC, workers=workers, progress=lambda *done: reports.append(done)
-    )
-    assert serialize(graph, chosen, statistics) == expected
+    statistics = ClusterStatistics(cluster, chosen, SPEC, progress=lambda *done: reports.append(done))
+    assert serialize(graph, chosen, statistics) == serialize(graph, chosen, None)
     assert (IMAGES, IMAGES) in reports
 
 
@@ -102,12 +98,14 @@ def test_a_killed_worker_changes_nothing(cluster, quantized, chosen, mark):
     assert ours == measure_conv_ranges(quantized.model, LocalStatistics(Batches(chosen, SPEC, None)))
 
 
-def test_workers_that_always_end_are_one_error(cluster, quantized, chosen):
-    again = "run the same command again"
-    nested = Cluster("the same", again=again)
-    with pytest.raises(ClusterError, match="lost a worker") as caught, nested:
-        measure(nested, quantized, chosen, worker=AlwaysDeadly)
-    assert (caught.value.exit_code, caught.value.remedy) == (3, again)
+@pytest.mark.parametrize("kind", ["url", "webdataset", "table"])
+def test_workers_measure_the_images_of_shards_tables_and_urls(
+    cluster, quantized, chosen, photos, tmp_path, kind
+):
+    there = CalibrationSet.choose(convert_folder(photos, tmp_path / "there", kind), IMAGES, SPEC)
+    assert there.digests == chosen.digests
+    ours = measure(cluster, quantized, there)
+    assert ours == measure_conv_ranges(quantized.model, LocalStatistics(Batches(chosen, SPEC, None)))
 
 
 def test_a_worker_that_rounds_otherwise_is_refused(cluster, graph, chosen):
@@ -140,3 +138,17 @@ def test_another_image_under_the_same_name_is_refused(cluster, quantized, tmp_pa
         measure(cluster, quantized, chosen)
     assert victim.name in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+def test_a_node_that_goes_changes_nothing(nodes, cluster, quantized, chosen):
+    """The last test of this module: the node does not come back."""
+    gone = threading.Event()
+
+    def remove(done: int, total: int) -> None:
+        if not gone.is_set():
+            gone.set()
+            nodes.remove_node(nodes.worker_nodes.copy().pop(), allow_graceful=False)
+
+    ours = measure(cluster, quantized, chosen, worker=Slow, progress=remove)
+    assert gone.is_set()
+    assert ours == measure_conv_ranges(quantized.model, LocalStatistics(Batches(chosen, SPEC, None)))

@@ -106,7 +106,7 @@ def test_addresses(device, host, model, version, encrypted):
 
 @pytest.mark.parametrize(
     "device",
-    [None, "", "CPU", "localhost", "localhost:8001", "http://localhost:8000/m", "a:1/m/x", "a:1/../m"],
+    [None, "", "CPU", "box", "box:8001", "http://box:8000/m", "a:1/m/x", "a:1/../m", "a:0/m", "a:65536/m"],
 )
 def test_what_is_no_address(bundle, device):
     with pytest.raises(InputError, match="server") as caught:
@@ -143,7 +143,7 @@ def test_another_model_under_the_name(bundle, server):
     assert "999" in caught.value.why
 
 
-@pytest.mark.parametrize("fault", [{"dtype": "INT32"}, {"rows": 1}, {"cut": 4}, {"cut": 12}])
+@pytest.mark.parametrize("fault", [{"dtype": "INT32"}, {"rows": 1}, {"columns": 1}, {"cut": 4}, {"cut": 12}])
 def test_an_answer_of_another_form(bundle, server, fault):
     with open_remote(bundle, server[0]) as remote:
         for name, value in fault.items():

@@ -10,7 +10,9 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -42,7 +44,8 @@ def bundle(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def device(bundle, tmp_path_factory):
+def started(bundle, tmp_path_factory):
+    """The server's process, and its model as a device."""
     folder = tmp_path_factory.mktemp("served")
     subprocess.run([sys.executable, EXAMPLE / "bundle_runtime.py", bundle.path, folder], check=True)
     settings = json.loads((folder / "settings.json").read_text())
@@ -60,10 +63,15 @@ def device(bundle, tmp_path_factory):
     try:
         address = f"127.0.0.1:{settings['grpc_port']}/tiny"
         wait_until_ready(bundle, address, server, log)
-        yield address
+        yield server, address
     finally:
         server.terminate()
         server.wait(30)
+
+
+@pytest.fixture
+def device(started):
+    return started[1]
 
 
 def wait_until_ready(bundle, address, server, log) -> None:
@@ -98,6 +106,38 @@ def test_the_commands(bundle, device, tmp_path):
     assert predict.main([str(bundle.path), str(picture), *flags]) == 0
 
 
-def test_a_model_that_the_server_lacks(bundle, device):
+@pytest.mark.parametrize("change", [("/tiny", "/other"), ("/tiny", "/tiny/7")])
+def test_a_model_that_the_server_lacks(bundle, device, change):
     with pytest.raises(RuntimeMissingError, match="does not offer"):
-        Predictor.load(bundle, backend="kserve", device=device.replace("/tiny", "/other"))
+        Predictor.load(bundle, backend="kserve", device=device.replace(*change))
+
+
+def test_an_encrypted_connection_to_a_server_without(bundle, device):
+    with pytest.raises(RuntimeMissingError, match="no inference server answers"):
+        Predictor.load(bundle, backend="kserve", device=f"grpcs://{device}")
+
+
+def test_a_server_that_dies_gives_right_answers_or_one_error(bundle, started):
+    """The last test of this module."""
+    server, device = started
+    image = bundle.golden().sources[0]
+    with Predictor.load(bundle) as local:
+        expected = local(image).logits.tobytes()
+    answered = threading.Semaphore(0)
+
+    def ask() -> RuntimeMissingError:
+        while True:
+            try:
+                assert remote(image).logits.tobytes() == expected
+            except RuntimeMissingError as exc:
+                return exc
+            answered.release()
+
+    with Predictor.load(bundle, backend="kserve", device=device) as remote, ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(ask) for _ in range(4)]
+        for _ in range(20):
+            assert answered.acquire(timeout=START_LIMIT_S)
+        server.kill()
+        errors = [found.result(START_LIMIT_S) for found in asked]
+    assert {error.what for error in errors} == {"the server did not answer a batch of images"}
+    assert {error.exit_code for error in errors} == {3}

@@ -130,6 +130,14 @@ def test_shards_without_labels_are_refused(tmp_path, members, words):
         open_source(str(archive(tmp_path / "a.tar", members)))
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+def test_masks_in_shards_are_refused(tmp_path, labelled):
+    members = {"0.png": b"x", "0.seg.png": b"x", "0.cls": b"1"}
+    with pytest.raises(DataError, match="the key '0' has several images") as caught:
+        open_source(archive(tmp_path / "a.tar", members), labelled)
+    assert caught.value.why == "0.png and 0.seg.png"
+
+
 def test_a_damaged_shard_is_named(tmp_path):
     path = archive(tmp_path / "a.tar", SHARD)
     archive(tmp_path / "b.tar", SHARD)
@@ -149,7 +157,8 @@ def test_passwords_in_addresses_are_not_shown(tmp_path):
     with pytest.raises(DataError) as caught:
         open_source("nothing://me:secret@there/photos")
     assert caught.value.where == "nothing://there/photos"
-    assert hide_credentials("s3://b/x@y?a=b") == "s3://b/x@y?a=b"
+    assert hide_credentials("s3://b/x@y?signature=b") == "s3://b/x@y?..."
+    assert hide_credentials("/photos/a@b?c") == "/photos/a@b?c"
 
 
 def test_an_empty_table_says_nothing_of_the_labels(tmp_path):

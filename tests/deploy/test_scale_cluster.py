@@ -273,8 +273,9 @@ def test_an_image_that_ends_every_worker_is_one_error(run, photos, tmp_path):
     ],
 )
 def test_failures_of_ray_are_one_clear_error(ray, name, words, code):
-    error = make_cluster_error(ray, getattr(ray.exceptions, name)("its own words"))
+    error = make_cluster_error(ray, getattr(ray.exceptions, name)("its own words"), "do that again")
     assert words in error.what
+    assert ("do that again" in error.remedy) is (code == 3)
     assert error.exit_code == code
     assert "its own words" in f"{error.what} {error.why}"
 

@@ -37,7 +37,8 @@ SERVING = {entry["kind"]: entry for entry in read("serving.yaml")}
 (JOB,) = read("evaluation.yaml")
 CLUSTER = JOB["spec"]["rayClusterSpec"]
 TEMPLATES = [CLUSTER["headGroupSpec"]["template"], *(g["template"] for g in CLUSTER["workerGroupSpecs"])]
-PODS = [*TEMPLATES, SERVING["Deployment"]["spec"]["template"]]
+SUBMITTER = JOB["spec"]["submitterPodTemplate"]
+PODS = [*TEMPLATES, SUBMITTER, SERVING["Deployment"]["spec"]["template"]]
 
 
 def validate(document: dict, of: str) -> None:
@@ -50,12 +51,13 @@ def validate_job(job: dict, of: str) -> None:
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     jsonschema.validate(job["spec"], KUBERAY)
     cluster = job["spec"]["rayClusterSpec"]
-    for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    for template in [job["spec"]["submitterPodTemplate"], *(group["template"] for group in groups)]:
         pods = {
             "apiVersion": "v1",
             "kind": "PodTemplate",
             "metadata": {"name": "x"},
-            "template": group["template"],
+            "template": template,
         }
         validate(pods, of)
 
@@ -125,8 +127,10 @@ def test_every_pod_is_limited_and_has_few_rights(template):
         rights, sizes = container["securityContext"], container["resources"]
         assert rights["allowPrivilegeEscalation"] is False
         assert rights["capabilities"] == {"drop": ["ALL"]}
-        assert set(sizes["limits"]) == set(sizes["requests"]) == {"cpu", "memory"}
+        assert set(sizes["limits"]) == set(sizes["requests"]) == {"cpu", "memory", "ephemeral-storage"}
         assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+    scratch = [volume["emptyDir"] for volume in pod["volumes"] if "emptyDir" in volume]
+    assert all("sizeLimit" in folder for folder in scratch), "or it may fill the node"
 
 
 def test_the_service_writes_to_nothing_but_its_scratch_folder():
@@ -193,7 +197,8 @@ def test_the_evaluation_is_a_command_of_ours():
 
 def test_the_pods_of_ray_are_alike_and_of_one_version():
     containers = [template["spec"]["containers"][0] for template in TEMPLATES]
-    assert len({container["image"] for container in containers}) == 1
+    assert len({template["spec"]["containers"][0]["image"] for template in [*TEMPLATES, SUBMITTER]}) == 1
+    assert SUBMITTER["spec"]["restartPolicy"] == "Never", "KubeRay makes a Job of it"
     assert all(container["volumeMounts"] == containers[0]["volumeMounts"] for container in containers)
     assert {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"} in containers[0]["env"]
     assert f"Ray {CLUSTER['rayVersion']} " in (FOLDER / "evaluation.yaml").read_text()

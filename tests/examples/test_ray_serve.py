@@ -16,6 +16,7 @@ from collections import Counter
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,15 +57,21 @@ def bundle(tmp_path_factory):
     return make_bundle(tmp_path_factory.mktemp("bundles") / "tiny")
 
 
-@contextmanager
-def serving(bundle, folder, *flags):
-    """The program's address; at the end it must stop in order."""
+def start(bundle, folder, *flags):
+    """The program as a process, its port, and the file that it writes to."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     log = folder / "log.txt"
     command = [sys.executable, ROOT / "examples" / "ray_serve.py", bundle.path, "--port", str(port), *flags]
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+    return process, port, log
+
+
+@contextmanager
+def serving(bundle, folder, *flags):
+    """The program's address; at the end it must stop in order."""
+    process, port, log = start(bundle, folder, *flags)
     try:
         until = time.monotonic() + LIMIT_S
         while "listening on" not in log.read_text():
@@ -157,3 +164,35 @@ def test_load_starts_a_second_replica(bundle, load, tmp_path):
         while len(seen) < 2:
             seen |= {reply.content["process"] for reply in load.ask(address, IMAGES, 20 * CLIENTS, CLIENTS)}
             assert time.monotonic() < until
+
+
+def list_children(pid: int) -> list[int]:
+    """The processes that a process has started; empty once it has ended."""
+    try:
+        tasks = os.listdir(f"/proc/{pid}/task")
+        found = [Path(f"/proc/{pid}/task/{task}/children").read_text() for task in tasks]
+    except OSError:
+        return []
+    return [int(child) for children in found for child in children.split()]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_ray_starts_ends_all_in_order(bundle, tmp_path, number):
+    process, _, log = start(bundle, tmp_path)
+    until = time.monotonic() + LIMIT_S
+    try:
+        while not (children := list_children(process.pid)):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < until, log.read_text()
+            time.sleep(0.05)
+        assert "listening on" not in log.read_text()
+        process.send_signal(number)
+        assert process.wait(LIMIT_S) == 128 + number, log.read_text()
+        assert "Traceback" not in log.read_text()
+        while any(os.path.exists(f"/proc/{child}") for child in children):
+            assert time.monotonic() < until, "processes of Ray are left"
+            time.sleep(0.1)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 
 from cmt_edge.calib import CalibrationSet
-from cmt_edge.deploy.errors import InputError, RuntimeMissingError
-from cmt_edge.deploy.images import ImageSet
+from cmt_edge.deploy.errors import InputError, OutputError, RuntimeMissingError
 from cmt_edge.deploy.progress import Progress
-from cmt_edge.deploy.scale.sources import Source, convert_images
+from cmt_edge.deploy.scale.sources import Source, open_source
 from cmt_edge.export import ExportConfig, steps
 from cmt_edge.export.auto.questions import make_questions
 from cmt_edge.export.cli import build_parser
 from cmt_edge.export.options import read_flags
+from cmt_edge.export.pipeline import check_preconditions
 from cmt_edge.export.settings import Settings
 from cmt_edge.export.steps import Evaluation
+from helpers.bundles import make_bundle
 from helpers.images import COLOURS, coloured_folder
 
 AUTO = ExportConfig("cmt_nano", precision="auto", data="generated", eval_data="photos")
@@ -64,6 +65,18 @@ def test_a_cluster_that_does_not_answer_ends_the_export_early():
     steps.check_cluster(AUTO)
 
 
+def test_answers_that_cannot_be_kept_are_refused_before_the_long_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "check_cluster", lambda config: None)  # whatever is installed
+    (tmp_path / "file").write_text("in the way")
+    for name, words in (("file", "cannot write here"), ("file/deeper", "cannot write here")):
+        with pytest.raises(OutputError, match=words) as caught:
+            check_preconditions(replace(AUTO, ray="local", answers=str(tmp_path / name)))
+        assert caught.value.remedy.endswith(": --answers DIR")
+    bundle = make_bundle(tmp_path / "tiny")
+    with pytest.raises(OutputError, match="lies inside the bundle"):
+        check_preconditions(replace(AUTO, ray="local", answers=str(bundle.path)))
+
+
 def test_no_cluster_is_opened_unless_one_was_asked_for():
     with steps.open_cluster(AUTO) as cluster:
         assert cluster is None
@@ -81,12 +94,11 @@ class Unread(Source):
 
 @pytest.mark.parametrize("is_elsewhere", [False, True])
 def test_images_that_workers_read_are_not_read_here(tmp_path, is_elsewhere):
-    images = ImageSet(coloured_folder(tmp_path / "photos"))
-    found = convert_images(images)
-    source = Unread(found.path, found.address, found.items) if is_elsewhere else images
+    found = open_source(coloured_folder(tmp_path / "photos"))
+    source = Unread(found.path, found.address, found.items) if is_elsewhere else found
     targets = {name: i for i, name in enumerate(COLOURS)}
     data = CalibrationSet.choose("generated", 2, AUTO.preprocess)
-    asked = make_questions(tmp_path, data, Evaluation(source, targets), 6, AUTO.preprocess)
+    asked = make_questions(tmp_path, data, Evaluation(source, targets), 6, AUTO.preprocess, is_elsewhere)
     assert [record.name for record in asked.judged.records] == (
         [record.name for record in found.items if record in asked.judged.records] if is_elsewhere else []
     )

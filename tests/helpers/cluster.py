@@ -41,13 +41,17 @@ class Deadly(Answerer):
 
 @contextmanager
 def ray_environment() -> Iterator[None]:
-    """The variables of a cluster in tests: it calls nobody, asks for no token, and its workers import the
-    helpers too."""
+    """The variables of a cluster in tests: it calls nobody, asks for no token, shares no folder with another
+    cluster, kills no worker because other programs take memory, and its workers import the helpers too."""
     before = dict(os.environ)
     tests = str(Path(__file__).parents[1])
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # sockets need a short path
+    (folder / "ray").mkdir()  # Ray's own start makes it, and that of a node does not
     os.environ |= {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": "disabled",
+        "RAY_TMPDIR": str(folder),
+        "RAY_memory_monitor_refresh_ms": "0",
         "PYTHONPATH": os.pathsep.join([tests, *filter(None, [before.get("PYTHONPATH")])]),
     }
     try:
@@ -55,44 +59,35 @@ def ray_environment() -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ |= before
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
 def two_nodes() -> Iterator[Any]:
     """The cluster; one core a node."""
-    from ray.cluster_utils import Cluster
-
-    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # sockets need a short path
-    node = {"num_cpus": 1, "object_store_memory": STORE_BYTES, "include_dashboard": False}
     with ray_environment():
-        cluster = Cluster()
+        cluster = _start_nodes()
         try:
-            cluster.add_node(**node, temp_dir=folder)
-            cluster.add_node(**node)
             yield cluster
         finally:
             with contextlib.suppress(Exception):
                 cluster.shutdown()
-            shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextmanager
-def one_node(cores: int) -> Iterator[Any]:
-    """Ray on one node, which counts ``cores`` whatever this machine has."""
-    import ray
+def _start_nodes() -> Any:
+    """Two nodes. Ray gives a node 30 s to start, which a machine that is busy with other tests may not keep:
+    a second try has these programs in memory."""
+    from ray.cluster_utils import Cluster
 
-    handler = signal.getsignal(signal.SIGTERM)  # Ray takes it for itself, and keeps it
-    with ray_environment():
+    for is_last in (False, True):
+        cluster = Cluster()
         try:
-            ray.init(
-                address="local",  # whatever else runs on this machine
-                num_cpus=cores,
-                object_store_memory=STORE_BYTES,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="CRITICAL",
-            )
-            yield ray
-        finally:
-            ray.shutdown()
-            signal.signal(signal.SIGTERM, handler)
+            for _ in range(2):
+                cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES, include_dashboard=False)
+            return cluster
+        except Exception:
+            with contextlib.suppress(Exception):
+                cluster.shutdown()
+            if is_last:
+                raise
+    return None

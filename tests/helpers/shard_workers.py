@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,11 @@ class DeadlyOnce(ShardWorker):
         return super().__call__(table)
 
 
-class AlwaysDeadly(ShardWorker):
-    """Is killed by every shard."""
+class Slow(ShardWorker):
+    """Takes a while for each shard."""
 
     def __call__(self, table: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.5)
         return super().__call__(table)
 
 

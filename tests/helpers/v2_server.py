@@ -29,6 +29,7 @@ class Behaviour:
         add: what is added to every answer.
         dtype: type of the answers.
         rows: how many rows are left out of every answer.
+        columns: how many classes are left out of every answer.
         cut: how many bytes are left out of every answer, while its shape still counts them.
         inputs: what the server says the model's inputs are, in place of the truth.
         calls: how many batches it has answered.
@@ -38,6 +39,7 @@ class Behaviour:
     add: float = 0.0
     dtype: str = "FP32"
     rows: int = 0
+    columns: int = 0
     cut: int = 0
     name: str = "test server"
     inputs: tuple[TensorEntry, ...] = ()
@@ -71,7 +73,8 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
             self._behaviour.calls += 1
         names = [entry.name for entry in self._manifest.outputs]
         for name, values in zip(names, self._predictor.session.run(batch), strict=True):
-            given = np.ascontiguousarray(values[self._behaviour.rows :] + np.float32(self._behaviour.add))
+            kept = values[self._behaviour.rows :, self._behaviour.columns :]
+            given = np.ascontiguousarray(kept + np.float32(self._behaviour.add))
             answer.outputs.add(name=name, datatype=self._behaviour.dtype, shape=given.shape)
             data = given.tobytes()
             answer.raw_output_contents.append(data[: len(data) - self._behaviour.cut])
