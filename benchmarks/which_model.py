@@ -3,9 +3,9 @@ and for well-known models of timm.
 
     pip install --no-deps --target TIMM timm==1.0.31
     python benchmarks/which_model.py export --folder WORK --timm TIMM [MODEL ...]
-    python benchmarks/which_model.py measure --folder WORK [--slice N] [--again] [MODEL ...]
+    python benchmarks/which_model.py measure --folder WORK [--slice N] [--calls N] [--again] [MODEL ...]
     python benchmarks/which_model.py estimate --folder WORK [MODEL ...]
-    python benchmarks/which_model.py draw [--folder WORK]
+    python benchmarks/which_model.py draw [--folder WORK [--machine NAME]]
 
 ``export`` writes bundles with random weights in fp32 and int8, which is calibrated on a few generated
 images: latency depends on neither. ``measure`` takes some models at a time; every slice also measures one
@@ -15,7 +15,9 @@ TensorRT for RTX compile the models in fp16 and keeps its roofline's estimate; i
 leaves out what it finds in the folder, so that it can be stopped and started again. ``draw`` collects what
 there is in a JSON file and writes the page and the plots; without ``--folder`` it draws the JSON file again.
 Slices that the JSON file has and the folder lacks stay, if they are of the same processor, version of
-OpenVINO and protocol; otherwise nothing is written.
+OpenVINO and protocol; otherwise nothing is written. Another processor gets a JSON file, a plot and tables of
+its own with ``--machine NAME``, which names the parts of the page that are its own; estimates for a GPU go to
+the page's own file from every machine. Where the processor has no bfloat16, bf16 is left out.
 
 timm's models need no torchvision. timm lies in a folder of its own, which only ``export`` reads.
 """
@@ -52,6 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--slice", type=int, default=SLICE, help=f"models that are measured at a time ({SLICE})"
     )
+    parser.add_argument("--calls", type=int, help="least number of calls of each model in a slice")
+    parser.add_argument("--machine", default="", help="name of the machine, where it is not the page's own")
     parser.add_argument("--again", action="store_true", help="measure the named models once more")
     parser.add_argument("--page", type=Path, default=PAGE, help="page that is drawn (docs/which-model.md)")
     return parser
@@ -81,7 +85,7 @@ def run_measure(args: argparse.Namespace) -> None:
         return
     number = sum(1 for _ in (folder / "measure").glob("*.json")) + 1
     place = folder / "measure" / f"{number:03}_{chosen[0].key}.json"
-    write_json(place, measure_slice(chosen, folder))
+    write_json(place, measure_slice(chosen, folder, args.calls))
 
 
 def run_estimate(args: argparse.Namespace) -> None:
@@ -92,15 +96,21 @@ def run_estimate(args: argparse.Namespace) -> None:
 
 
 def run_draw(args: argparse.Namespace) -> None:
-    """Write the JSON file, where there is a folder, and from it the page and the plots."""
-    from which_model_report import collect, read_results, write_page, write_results
+    """Write the JSON file of the machine, where there is a folder, and the page and the plots from all of
+    them."""
+    from which_model_page import locate_machine, write_page
+    from which_model_report import collect, keep_measured, read_results, take_estimates, write_results
 
-    place = args.page.with_suffix(".json")
+    own, place = locate_machine(args.page, ""), locate_machine(args.page, args.machine)
+    if args.machine and not args.folder:
+        raise SystemExit("error: --machine needs --folder; without both, all machines are drawn")
     if args.folder:
         subjects: list[Subject] = choose_subjects([])
-        earlier = read_results(place) if place.exists() else None
-        write_results(collect(subjects, args.folder, earlier), place)
-    write_page(read_results(place), args.page)
+        found = collect(subjects, args.folder, read_results(place) if place.exists() else None)
+        write_results(keep_measured(found) if args.machine else found, place)
+        if args.machine:
+            write_results(take_estimates(read_results(own), subjects, args.folder), own)
+    write_page(read_results(own), args.page)
 
 
 STAGES: dict[str, Callable[[argparse.Namespace], None]] = {

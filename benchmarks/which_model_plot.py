@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from which_model_report import GPU, Point, find_front, list_estimates, list_points
+from which_model_points import GPU, Point, find_front, list_estimates, list_points
 
 from cmt_edge.deploy.files import write_atomic
 
@@ -32,8 +32,9 @@ Box = tuple[float, float, float, float]
 
 def draw_measured(results: dict[str, Any], path: Path) -> None:
     """A panel for fp32 and one for int8."""
-    panels = {f"{precision} on this CPU": list_points(results, precision) for precision in ("fp32", "int8")}
-    machine = f"{results['machine']['cpu']}, {results['threads']} threads, batch 1, OpenVINO"
+    panels = {precision: list_points(results, precision) for precision in ("fp32", "int8")}
+    flags = ", ".join(results["machine"]["flags"])
+    machine = f"{results['machine']['cpu']} ({flags}), {results['threads']} threads, batch 1, OpenVINO"
     _draw(
         panels,
         "median latency of one inference, ms",

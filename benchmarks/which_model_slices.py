@@ -33,7 +33,9 @@ def list_slices(
     for entry in found:
         ms = read_reference_ms(entry, reference)
         if all(known["reference_ms"] != ms for known in slices):
-            slices.append({"measured": entry["measured"], "reference_ms": ms})
+            slices.append(
+                {"measured": entry["measured"], "reference_ms": ms, "calls": entry["protocol"].get("iters")}
+            )
     return slices
 
 
@@ -106,7 +108,8 @@ def measure_width(run: Run) -> float:
 
 
 def format_slices(results: Mapping[str, Any]) -> str:
-    """A line for every slice: when, the reference, the widest interval, and the models."""
+    """A line for every slice: when, the reference, the least number of calls of each model, the widest
+    interval, and the models."""
     lines = []
     for number, entry in enumerate(results["slices"], 1):
         widths = {
@@ -122,12 +125,13 @@ def format_slices(results: Mapping[str, Any]) -> str:
                 str(number),
                 entry["measured"],
                 f"{entry['reference_ms']:.2f}",
+                str(entry.get("calls") or results["protocol"].get("iters", "-")),
                 f"{100 * float(np.median([*widths.values()])):.1f}",
                 f"{100 * widths[widest]:.1f} ({' '.join(widest)})",
                 ", ".join(dict.fromkeys(label for label, _ in widths)),
             ]
         )
-    header = ["slice", "measured (UTC)", "reference, ms", "interval, ± %", "widest, ± %", "models"]
+    header = ["slice", "measured (UTC)", "reference, ms", "calls", "interval, ± %", "widest, ± %", "models"]
     return format_table(header, lines, markdown=True)
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import onnx
 from common import deviation, say, step
-from which_model_report import PRECISIONS, REFERENCE
+from which_model_points import PRECISIONS
+from which_model_report import REFERENCE
 from which_model_subjects import Subject
 
 from cmt_edge import Bundle, ExportConfig, Predictor
@@ -163,7 +164,7 @@ def open_bundle(folder: Path, subject: Subject, precision: str) -> Bundle:
 def _check_all(subject: Subject, folder: Path, errors: dict[str, str]) -> dict[str, Any]:
     """Whether each precision gives PyTorch's answers to the golden images; what fails goes to ``errors``."""
     found: dict[str, Any] = {}
-    for precision in PRECISIONS:
+    for precision in list_precisions_here():
         if not locate(folder, subject, precision).exists():
             continue
         try:
@@ -178,24 +179,25 @@ def _check_all(subject: Subject, folder: Path, errors: dict[str, str]) -> dict[s
 # --- measure --------------------------------------------------------------------------------------
 
 
-def measure_slice(subjects: Sequence[Subject], folder: Path) -> dict[str, Any]:
-    """All precisions of some models and the reference, each measured in turn."""
+def measure_slice(subjects: Sequence[Subject], folder: Path, calls: int | None = None) -> dict[str, Any]:
+    """All precisions of some models and the reference, each measured in turn and at least ``calls`` times."""
+    protocol = replace(PROTOCOL, iters=calls or PROTOCOL.iters)
     with contextlib.ExitStack() as stack:
         with step(f"open {', '.join(subject.name for subject in subjects)}"):
             opened = {
                 f"{subject.name} {precision}": stack.enter_context(_opened(folder, subject, precision))
                 for subject, precision in _list_variants(subjects, folder)
             }
-        calls = {name: call for name, (call, _) in opened.items()}
-        with step(f"measure {len(calls)}"):
-            samples = time_interleaved(calls, PROTOCOL)
+        variants = {name: call for name, (call, _) in opened.items()}
+        with step(f"measure {len(variants)}"):
+            samples = time_interleaved(variants, protocol)
         base = samples[" ".join(REFERENCE)]
         return {
             "measured": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
             "machine": make_plain(describe_host()),
             "versions": read_versions(),
             "threads": THREADS,
-            "protocol": make_plain(PROTOCOL),
+            "protocol": make_plain(protocol),
             "rows": {
                 name: {
                     "latency": make_plain(summarise(times)),
@@ -217,7 +219,10 @@ def find_unmeasured(subjects: Sequence[Subject], folder: Path) -> list[Subject]:
     waiting = [
         subject
         for subject in subjects
-        if locate(folder, subject, "fp32").exists() and f"{subject.name} bf16" not in known
+        if any(
+            f"{variant.name} {precision}" not in known
+            for variant, precision in _list_variants_of(subject, folder)
+        )
     ]
     return sorted(waiting, key=lambda subject: open_bundle(folder, subject, "fp32").manifest.model.macs or 0)
 
@@ -227,9 +232,21 @@ def _list_variants(subjects: Sequence[Subject], folder: Path) -> Iterator[tuple[
     reference = Subject(REFERENCE[0], "", "", 0, None, "")
     yield reference, REFERENCE[1]
     for subject in subjects:
-        for precision in PRECISIONS:
-            if (subject.name, precision) != REFERENCE and locate(folder, subject, precision).exists():
-                yield subject, precision
+        yield from _list_variants_of(subject, folder)
+
+
+def _list_variants_of(subject: Subject, folder: Path) -> Iterator[tuple[Subject, str]]:
+    """Every precision of a model that has a bundle, without the reference."""
+    for precision in list_precisions_here():
+        if (subject.name, precision) != REFERENCE and locate(folder, subject, precision).exists():
+            yield subject, precision
+
+
+def list_precisions_here() -> list[str]:
+    """Those of :data:`PRECISIONS` that OpenVINO computes in on this processor."""
+    from cmt_edge.deploy.backends.openvino import has_bf16
+
+    return [precision for precision in PRECISIONS if precision != "bf16" or has_bf16()]
 
 
 @contextlib.contextmanager

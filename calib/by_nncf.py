@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from .graph import open_view, write_model
+from .graph import declare_weights, open_view, write_model
 from .qdq_pairs import move_pairs_to_layers, sign_quantizers
 from .recipe import Recipe
 from .running import Extremes
@@ -104,7 +104,7 @@ class RangeQuantizer:
     def _read_ranks(self) -> dict[str, int]:
         """The number of dimensions of each activation whose shape ONNX can tell; NNCF reduces others along
         all dimensions, whatever their number is."""
-        graph = onnx.shape_inference.infer_shapes(self._model).graph
+        graph = onnx.shape_inference.infer_shapes(declare_weights(self._model)).graph
         infos = (*graph.input, *graph.value_info, *graph.output)
         return {info.name: len(info.type.tensor_type.shape.dim) for info in infos}
 

@@ -170,6 +170,20 @@ def _drop_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     return result
 
 
+def declare_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of ``model`` in which large initializers are inputs of their type and shape: a valid graph with
+    the same types, and without weights."""
+    result = _copy_without(model, "graph")
+    result.graph.CopyFrom(_copy_without(model.graph, "initializer"))
+    for tensor in model.graph.initializer:
+        if math.prod(tensor.dims) > SMALL_TENSOR:
+            info = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            result.graph.input.append(info)
+        else:
+            result.graph.initializer.append(tensor)
+    return result
+
+
 def _copy_without(message: Message, *names: str) -> Message:
     """A copy of a message without some of its fields; a field that is set but empty stays so."""
     fields = {field.name: value for field, value in message.ListFields() if field.name not in names}

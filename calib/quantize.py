@@ -92,9 +92,8 @@ def quantize(
     if cache is None:
         whole = make()
     else:
-        content = model.SerializeToString(deterministic=True)
         whole = Cache(cache, (".float", ".onnx"), CACHED_FILES).get(
-            _make_key(content, data, spec, plain),
+            _make_key(model.SerializeToString(deterministic=True), data, spec, plain),
             decode=lambda files: _read_files(files, plain),
             make=make,
             encode=_convert_to_files,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -15,6 +17,10 @@ ONNX_RUNTIME_FATAL = 4
 
 EXTREMES = ("ReduceMin", "ReduceMax")
 """The operations that :func:`measure_extremes` adds to a graph."""
+
+LARGE_BYTES = 256 << 20
+"""From this size on, in bytes, other libraries get a graph in a file and not as a string: ONNX Runtime keeps
+the string as long as its session lives, and onnxsim as long as it works."""
 
 Guard = Callable[[], AbstractContextManager[None]]
 """Makes a context manager that turns errors of ONNX Runtime into errors of this package."""
@@ -31,6 +37,7 @@ def open_graph(
     guard: Guard = nullcontext,
     outputs: Sequence[str] | None = None,
     threads: int | None = None,
+    added: onnx.GraphProto | None = None,
 ) -> Run:
     """Open ``model`` in ONNX Runtime on the CPU.
 
@@ -39,6 +46,7 @@ def open_graph(
         guard: is entered around every call of ONNX Runtime.
         outputs: names of the wanted outputs, all by default.
         threads: number of them; all cores by default.
+        added: nodes, constants and outputs that the opened graph has besides, behind those of ``model``.
 
     Returns:
         A function from a batch, float32 ``(N, 3, S, S)``, to the outputs, ``(N, ...)`` each.
@@ -48,9 +56,9 @@ def open_graph(
     options = ort.SessionOptions()
     options.log_severity_level = ONNX_RUNTIME_FATAL
     options.intra_op_num_threads = threads or 0
-    with guard():
+    with guard(), lying_in_file(model, added) as path:
         session = ort.InferenceSession(
-            model.SerializeToString(),
+            path or b"".join(part.SerializeToString() for part in _list_parts(model, added)),
             options,
             providers=["CPUExecutionProvider"],
         )
@@ -61,6 +69,32 @@ def open_graph(
             return cast(list[np.ndarray], session.run(outputs, {source: batch}))
 
     return run
+
+
+@contextmanager
+def lying_in_file(model: onnx.ModelProto, added: onnx.GraphProto | None = None) -> Iterator[str | None]:
+    """The path of a file with ``model`` and with what is ``added`` to its graph; it goes when the block ends.
+    ``None`` where the graph is smaller than :data:`LARGE_BYTES`, or where the file cannot be written."""
+    with ExitStack() as stack:
+        yield _write(_list_parts(model, added), stack) if model.ByteSize() >= LARGE_BYTES else None
+
+
+def _list_parts(model: onnx.ModelProto, added: onnx.GraphProto | None) -> list[onnx.ModelProto]:
+    """Messages that are one message with the fields of all, if they are stored behind each other."""
+    return [model, *([] if added is None else [onnx.ModelProto(graph=added)])]
+
+
+def _write(parts: Sequence[onnx.ModelProto], stack: ExitStack) -> str | None:
+    """The path of a file of these messages, which ``stack`` removes; ``None`` where there is no room."""
+    try:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="cmt-edge-"))
+        path = Path(folder) / "graph.onnx"
+        with path.open("wb") as file:
+            for part in parts:
+                file.write(part.SerializeToString())
+    except OSError:
+        return None
+    return str(path)
 
 
 def measure_extremes(
@@ -97,8 +131,8 @@ def open_extremes(
     """:func:`measure_extremes` as a function of one batch or more, which may be called repeatedly; the
     arguments are its own, and ``threads`` those of :func:`open_graph`."""
     names = [*by_channel, *whole]
-    watched, outputs = _add_watches(model, by_channel, whole)
-    run = open_graph(watched, guard, outputs, threads)
+    watches, outputs = _make_watches(by_channel, whole)
+    run = open_graph(model, guard, outputs, threads, watches)
 
     def measure(batches: Iterable[np.ndarray]) -> Extremes:
         seen = [run(batch) for batch in batches]
@@ -112,15 +146,12 @@ def open_extremes(
     return measure
 
 
-def _add_watches(
-    model: onnx.ModelProto,
+def _make_watches(
     by_channel: Sequence[str],
     whole: Sequence[str],
-) -> tuple[onnx.ModelProto, list[str]]:
-    """A copy of ``model`` with the extremes of tensors as further outputs, and the names of these outputs."""
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    graph = result.graph
+) -> tuple[onnx.GraphProto, list[str]]:
+    """What computes the extremes of tensors as further outputs of a graph, and the names of these outputs."""
+    graph = onnx.GraphProto()
     all_but_channels = np.array([0, 2, 3], np.int64)
     axes = numpy_helper.from_array(all_but_channels, "observed_axes")
     graph.initializer.append(axes)
@@ -136,4 +167,4 @@ def _add_watches(
             graph.node.append(node)
             graph.output.append(helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None))
             outputs.append(output)
-    return result, outputs
+    return graph, outputs

@@ -116,7 +116,7 @@ def open_rows(
     """:func:`sample_rows` of one image at a time: a function of the image's place among ``total`` images, and
     of the image."""
     tensors = sorted({layer.tensor for layer in layers})
-    run = open_graph(_add_outputs(model, tensors), guard, tensors, threads)
+    run = open_graph(model, guard, tensors, threads, _make_outputs(model, tensors))
 
     def take(number: int, batch: np.ndarray) -> Rows:
         values = dict(zip(tensors, run(batch), strict=True))
@@ -144,15 +144,12 @@ def pick(batches: Iterable[np.ndarray], numbers: Collection[int]) -> list[np.nda
     return [batch for i, batch in enumerate(batches) if i in wanted]
 
 
-def _add_outputs(model: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
-    """A copy of ``model`` with further outputs."""
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    present = {output.name for output in result.graph.output}
-    for name in tensors:
-        if name not in present:
-            result.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
-    return result
+def _make_outputs(model: onnx.ModelProto, tensors: Iterable[str]) -> onnx.GraphProto:
+    """What makes float tensors of ``model`` outputs of it that are none yet."""
+    present = {output.name for output in model.graph.output}
+    wanted = [name for name in tensors if name not in present]
+    infos = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in wanted]
+    return onnx.GraphProto(output=infos)
 
 
 def _take_rows(value: np.ndarray, layer: Layer, number: int, limit: int) -> np.ndarray:

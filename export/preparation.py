@@ -180,9 +180,11 @@ def _make_graph(
             config.outputs,
         )
         differences |= found
+    del fused  # each of these holds all weights
     with journal.step(Step.SIMPLIFY):
-        graph, found = steps.simplify_graph(traced, reference)
-        differences |= found
+        graph = steps.simplify_graph(traced)
+        del traced
+        differences |= steps.compare_simplified(graph, reference)
         if config.batch == 0:
             differences |= steps.compare_batch_sizes(graph, reference)
     return graph, differences

@@ -21,6 +21,7 @@ from torch import nn
 
 from cmt_edge.calib.graph import (
     add_constant,
+    declare_weights,
     find_readers,
     make_node,
     open_view,
@@ -28,7 +29,7 @@ from cmt_edge.calib.graph import (
     write_model,
 )
 from cmt_edge.calib.groups import MODULE
-from cmt_edge.calib.running import Run, open_graph
+from cmt_edge.calib.running import Run, lying_in_file, open_graph
 from cmt_edge.cmt import FeatureMaps
 from cmt_edge.cmt.outputs import TwoLabels
 from cmt_edge.deploy.bundle import LOGITS
@@ -193,7 +194,7 @@ def trace(
             optimize=False,  # onnxsim does it faster
         )
         assert program is not None
-        if any(node.op_type in UNTYPED for node in program.model_proto.graph.node):
+        if any(node.op_type in UNTYPED for node in program.model.graph):
             _rename_clashes(program.model.graph)
             if batch == TRACED_BATCH:  # before it is folded into constants
                 _free_batch(program.model.graph)
@@ -286,8 +287,8 @@ def _rename_clashes(graph: ir.Graph) -> None:
 
 def simplify(graph: onnx.ModelProto) -> onnx.ModelProto:
     """``graph`` after onnxsim: constants folded, redundant operations gone."""
-    with guarded("simplify"), _quiet():
-        simplified, ok = onnxsim.simplify(graph, skipped_optimizers=list(UNWANTED))
+    with guarded("simplify"), _quiet(), lying_in_file(graph) as path:
+        simplified, ok = onnxsim.simplify(path or graph, skipped_optimizers=list(UNWANTED))
         if not ok:
             raise StepError(
                 "step 'simplify' failed: onnxsim's own check did not pass",
@@ -323,9 +324,14 @@ def _set_batch_at_ends(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
 
 
 def check_graph(step: str, graph: onnx.ModelProto) -> onnx.ModelProto:
-    """``graph`` if ``onnx.checker`` accepts it, with shape inference."""
+    """``graph`` if ``onnx.checker`` accepts it, with shape inference.
+
+    Large weights are checked one by one, and the rest without them: the checker copies what it gets twice.
+    """
     with guarded(step):
-        onnx.checker.check_model(graph, full_check=True)
+        onnx.checker.check_model(declare_weights(graph), full_check=True)
+        for tensor in graph.graph.initializer:
+            onnx.checker.check_tensor(tensor)
     return graph
 
 

@@ -123,15 +123,14 @@ def _compute_candidates(graph: onnx.ModelProto, batch: np.ndarray, sizes: set[in
             for node, value in made
             if value.dtype == ir.DataType.FLOAT and _count_elements(value) in sizes
         }
-    watched = onnx.ModelProto()
-    watched.CopyFrom(graph)
+    if not chosen:
+        return []
     present = {output.name for output in graph.graph.output}
-    for name in chosen:
-        if name not in present:
-            watched.graph.output.add(name=name)
-    values = open_graph(watched, functools.partial(guarded, STEP), list(chosen))(batch) if chosen else []
+    more = onnx.GraphProto(output=[onnx.ValueInfoProto(name=name) for name in chosen if name not in present])
+    run = open_graph(graph, functools.partial(guarded, STEP), list(chosen), added=more)
     return [
-        _Candidate(name, module, found) for (name, module), found in zip(chosen.items(), values, strict=True)
+        _Candidate(name, module, found)
+        for (name, module), found in zip(chosen.items(), run(batch), strict=True)
     ]
 
 

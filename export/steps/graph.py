@@ -71,14 +71,14 @@ def trace_model(
     return graph, differences
 
 
-def simplify_graph(
-    graph: onnx.ModelProto,
-    reference: Reference,
-) -> tuple[onnx.ModelProto, Differences]:
-    """``graph`` after onnxsim."""
-    simplified = simplify(graph)
-    difference = _compare_graph("simplify", simplified, reference)
-    return simplified, {"simplify": difference}
+def simplify_graph(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """``graph`` after onnxsim, not yet compared: :func:`compare_simplified` does without it."""
+    return simplify(graph)
+
+
+def compare_simplified(graph: onnx.ModelProto, reference: Reference) -> Differences:
+    """The difference of what :func:`simplify_graph` made."""
+    return {"simplify": _compare_graph("simplify", graph, reference)}
 
 
 def _compare_graph(step: str, graph: onnx.ModelProto, reference: Reference) -> float:
