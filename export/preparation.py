@@ -140,6 +140,7 @@ def _calibrate_graph(
         config.uses_cache,
         progress.count,
         statistics,
+        config.recipe,
     )
 
 

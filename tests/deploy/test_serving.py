@@ -265,6 +265,15 @@ def test_a_server_without_vnni_is_spoken_of(tmp_path, monkeypatch, runtime, prec
     assert ("VNNI" in notes) is bool(words)
 
 
+def test_weights_that_fit_16_bits_cannot_saturate_on_a_server(tmp_path, monkeypatch):
+    monkeypatch.setattr(triton, "write_model", lambda *_: None)
+    bundle = make_bundle(tmp_path / "tiny", precision="int8")
+    calibration = replace(bundle.manifest.calibration or CALIBRATION, fits_16_bits=True)
+    bundle = replace(bundle, manifest=replace(bundle.manifest, calibration=calibration))
+    made = make_repository([bundle], "triton", tmp_path / "models", Options(runtime="onnxruntime"))
+    assert made.models[0].notes == ()
+
+
 @needs_openvino
 def test_model_server_makes_no_batches(tmp_path, capsys):
     bundle = make_dynamic(tmp_path / "tiny")

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cmt_edge.export import ExportConfig
+from cmt_edge.export import ExportConfig, preparation
 from cmt_edge.export.description import describe_calibration
 from cmt_edge.export.steps import graph as steps
 
@@ -35,10 +35,23 @@ def test_the_recorded_recipe_tells_the_two_apart():
         def describe():
             return SimpleNamespace(source="generated", images=1, fingerprint="0" * 64, synthesis=None)
 
-    names = {describe_calibration(make_config(form), Data, False).recipe for form in ("onnx", "openvino")}
+    entries = {form: describe_calibration(make_config(form), Data, False) for form in ("onnx", "openvino")}
+    names = {entry.recipe for entry in entries.values()}
     assert len(names) == 2
     assert make_config("openvino").recipe.key() in names
     assert {len(name) for name in names} == {64}
+    assert entries["onnx"].fits_16_bits is True
+    assert entries["openvino"].fits_16_bits is None
+
+
+@pytest.mark.parametrize(("form", "expected"), [("onnx", True), ("openvino", False), ("trt", False)])
+def test_only_onnx_runtime_gets_weights_that_fit_16_bits(monkeypatch, form, expected):
+    recipes = []
+    monkeypatch.setattr(steps, "quantize", lambda *args, **_others: recipes.append(args[3]))
+    monkeypatch.setattr(preparation.steps, "calibrate_graph", steps.calibrate_graph)
+    config = make_config(form)
+    preparation._calibrate_graph(config, None, None, SimpleNamespace(count=None), None)
+    assert [recipe.fits_16_bits for recipe in recipes] == [expected]
 
 
 def test_the_pairs_are_placed_in_what_is_exported(monkeypatch):
