@@ -137,10 +137,10 @@ def _calibrate_graph(
         graph,
         data,
         config.preprocess,
+        config.recipe,
         config.uses_cache,
         progress.count,
         statistics,
-        config.recipe,
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from torch import nn
 
-from cmt_edge.calib import DEFAULT, CalibrationSet, Quantized, Recipe, quantize
+from cmt_edge.calib import CalibrationSet, Quantized, Recipe, quantize
 from cmt_edge.calib.integer_layers import Ranges, measure_conv_ranges, place_for_integers
 from cmt_edge.calib.quantize import keep_float
 from cmt_edge.calib.statistics import Batches, LocalStatistics, Statistics
@@ -110,13 +110,14 @@ def calibrate_graph(
     graph: onnx.ModelProto,
     data: CalibrationSet,
     spec: Preprocess,
+    recipe: Recipe,
     cached: bool,
     progress: ProgressCallback,
     statistics: Statistics | None = None,
-    recipe: Recipe = DEFAULT,
 ) -> Quantized:
     """``graph`` in int8, calibrated on ``data`` by ``recipe`` with nothing kept float; an equal one of an
-    earlier run is used again where ``cached``. ``statistics`` measures on the images, this process by default.
+    earlier run is used again where ``cached``. ``statistics`` measures on the images, by default this process
+    does.
 
     Raises:
         GateError: the graph breaks a rule for int8.

@@ -8,7 +8,7 @@ import pytest
 
 from cmt_edge.deploy.backends import onnxruntime as backend
 from cmt_edge.deploy.backends import overflow
-from cmt_edge.deploy.bundle.sections import CalibrationEntry
+from helpers.bundles import make_calibration
 
 CASES = [
     ("x86_64", "flags\t: sse2 avx2 avx512f", True),
@@ -49,15 +49,6 @@ def is_told(session: backend.ort.InferenceSession) -> bool:
 @pytest.mark.parametrize("fits", [True, None])
 def test_weights_that_fit_16_bits_need_no_slower_kernels(monkeypatch, onnx_bundle, fits):
     monkeypatch.setattr(backend, "can_overflow", lambda: True)
-    entry = CalibrationEntry(
-        source="generated",
-        images=1,
-        fingerprint="0" * 64,
-        recipe="0" * 64,
-        cached=False,
-        keep_float=(),
-        fits_16_bits=fits,
-    )
-    bundle = replace(onnx_bundle, manifest=replace(onnx_bundle.manifest, calibration=entry))
+    bundle = replace(onnx_bundle, manifest=replace(onnx_bundle.manifest, calibration=make_calibration(fits)))
     session = backend.RUNTIME.load(bundle, backend.LoadOptions(threads=1))
     assert is_told(session.inference) is (fits is None)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cmt_edge.export import ExportConfig, preparation
+from cmt_edge.export import ExportConfig
 from cmt_edge.export.description import describe_calibration
 from cmt_edge.export.steps import graph as steps
 
@@ -48,9 +48,8 @@ def test_the_recorded_recipe_tells_the_two_apart():
 def test_only_onnx_runtime_gets_weights_that_fit_16_bits(monkeypatch, form, expected):
     recipes = []
     monkeypatch.setattr(steps, "quantize", lambda *args, **_others: recipes.append(args[3]))
-    monkeypatch.setattr(preparation.steps, "calibrate_graph", steps.calibrate_graph)
-    config = make_config(form)
-    preparation._calibrate_graph(config, None, None, SimpleNamespace(count=None), None)
+    recipe = make_config(form).recipe
+    steps.calibrate_graph(None, None, None, recipe, cached=False, progress=lambda *_: None)
     assert [recipe.fits_16_bits for recipe in recipes] == [expected]
 
 
