@@ -39,6 +39,10 @@ PTE, TFLITE, PROGRAM = "model.pte", "model.tflite", "model.pt2"
 NCNN_FILES = ("model.ncnn.param", "model.ncnn.bin")
 """What ncnn reads: the graph and the weights."""
 
+EXPORTED_IMAGES = 16
+"""The number of calibration images, the first ones, that PT2E's observers see. They make a histogram of every
+tensor on every image, in Python."""
+
 
 class CallSession(Session):
     """A tool's own call, which takes one image and gives its logits."""
@@ -81,7 +85,7 @@ def quantize_exported(job: Job, model: nn.Module, quantizer: Any) -> nn.Module:
     example = give_example(job)
     prepared = prepare_pt2e(torch.export.export(model, example).module(), quantizer)
     with torch.no_grad():
-        for batch in job.calibration():
+        for batch in job.calibration()[:EXPORTED_IMAGES]:
             prepared(torch.from_numpy(batch[None]))
     converted: nn.Module = convert_pt2e(prepared)
     return converted

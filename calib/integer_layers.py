@@ -8,6 +8,8 @@ longer than the float graph. :func:`place_for_integers` changes a calibrated gra
   symmetric, as everywhere in :mod:`cmt_edge.calib.recipe`.
 * The bias of every int8 linear becomes int32, with the scale of the products that it is added to. That rounds
   it by less than a product's own step.
+* Weights get a larger scale where sums of their products would exceed 16 bits (:mod:`.pair_sums`), so that
+  processors without VNNI compute them exactly by their fast kernels.
 
 OpenVINO and TensorRT need none of that, so that only graphs for ONNX Runtime are changed.
 """
@@ -37,6 +39,7 @@ from .graph import (
     remove_unread,
     write_model,
 )
+from .pair_sums import limit_sums
 from .statistics import Request, Statistics
 
 LARGEST = np.float32(127)
@@ -45,7 +48,7 @@ LARGEST = np.float32(127)
 BIAS_LIMIT = 2**31 - 1
 """The largest magnitude of an int32 bias."""
 
-PLACEMENT = "integers-1"
+PLACEMENT = "integers-2"
 """Names these rules where a recipe is recorded; the number is increased when they change."""
 
 Ranges = dict[str, float]
@@ -88,6 +91,7 @@ def place_for_integers(quantized: onnx.ModelProto, ranges: Mapping[str, float]) 
     """
     with open_view(quantized) as view:
         graph = view.graph
+        limit_sums(graph)
         for conv in _find_convs(graph):
             magnitude = ranges.get(get_node_name(conv), 0.0)
             if magnitude > 0 and not _is_quantized_next(conv):

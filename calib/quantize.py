@@ -195,6 +195,7 @@ def calibrate(
                 search=recipe.range_estimator == "error",
                 rounding=recipe.rounding,
                 biases=recipe.bias_correction,
+                fits_16_bits=recipe.fits_16_bits,
             )
     return Quantized(calibrated, placed.source, recipe.key(), False)
 

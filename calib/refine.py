@@ -18,10 +18,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+
+from cmt_edge.deploy.backends.pair_limits import LARGEST_SUM, find_factors
 
 from .factors import HIGHEST, LOWEST, Grid, list_grids, measure_costs
 from .graph import (
@@ -40,6 +43,7 @@ from .graph import (
     set_constant,
     write_model,
 )
+from .pair_sums import find_partners, order_products
 from .recipe import INT8_OPS
 from .sampling import DEPTHWISE_PART, ROWS, Layer, Rows, describe_layer, spread
 from .shifts import insert_shift
@@ -99,6 +103,7 @@ def refine(
     search: bool = True,
     rounding: bool = True,
     biases: bool = True,
+    fits_16_bits: bool = False,
 ) -> onnx.ModelProto:
     """A copy of ``quantized`` with better constants.
 
@@ -111,6 +116,7 @@ def refine(
         search: whether ranges are reduced, and values shifted, where that leaves a smaller error.
         rounding: whether weights are rounded anew.
         biases: whether biases are corrected.
+        fits_16_bits: whether sums of two products must fit 16 bits (:mod:`cmt_edge.calib.pair_sums`).
     """
     with open_view(source) as original, open_view(quantized) as view:
         places = find_places(view.graph, original.graph)
@@ -122,8 +128,9 @@ def refine(
             grid = grids.get(scale) or Grid(float(read_constant(scale)))
             rounded = grid.round(values).astype(np.float32)
             corrects = biases and place.bias is not None
+            partners = _grow_steps(place) if fits_16_bits else None
             if rounding and _can_round(place):
-                _round_anew(place, rounded - rounded.mean(axis=0) if corrects else rounded)
+                _round_anew(place, rounded - rounded.mean(axis=0) if corrects else rounded, partners)
             if corrects:
                 _add_to_bias(place, _measure_missing(place, values, rounded))
             if grid.shift:
@@ -301,20 +308,55 @@ def _read_weights(place: Place) -> np.ndarray:
     return weights
 
 
-def _round_anew(place: Place, rows: np.ndarray) -> None:
-    """Set the int8 weights of a layer. What a bias will correct is left out of ``rows``."""
+def _grow_steps(place: Place) -> np.ndarray | None:
+    """Give outputs whose sums of two products could exceed 16 bits larger steps, and round their weights to
+    the nearest.
+
+    Returns the columns that are neighbours in these sums, ``None`` where the layer has no such sums, or its
+    constants are not its own: :func:`.pair_sums.limit_sums` sees to those.
+    """
+    stored, scale = (get_input(place.dequantizer, position) for position in (0, 1))
+    if place.layer.depthwise or max(map(count_readers, (stored, scale))) > 1:
+        return None
+    dims, columns = read_constant_dims(stored) or (), place.weights.shape[1]
+    inputs = dims[1] if place.node.op_type == "Conv" else columns
+    order = order_products(columns // inputs, inputs)
+    steps = _read_steps(place)
+    factors = find_factors(_round_nearest(place.weights / steps)[:, order], 0, 1)
+    if factors is not None:
+        present = read_constant(scale)
+        factors = factors if present.size > 1 else factors.max()
+        set_constant(scale, (present * factors.reshape(present.shape)).astype(present.dtype))
+        _set_weights(place, _round_nearest(place.weights / _read_steps(place)))
+    return find_partners(order)
+
+
+def _round_nearest(weights: np.ndarray) -> np.ndarray:
+    """The nearest integers of int8 without its lowest, float64."""
+    rounded: np.ndarray = np.clip(np.rint(weights), LOWEST + 1, HIGHEST)
+    return rounded
+
+
+def _set_weights(place: Place, rounded: np.ndarray) -> None:
+    """Set the int8 weights of a layer, given in the form of ``place.weights``."""
     stored = get_input(place.dequantizer, 0)
+    matrix = rounded.T if place.transposed else rounded
+    set_constant(stored, matrix.astype(np.int8).reshape(read_constant_dims(stored) or ()))
+
+
+def _round_anew(place: Place, rows: np.ndarray, partners: np.ndarray | None = None) -> None:
+    """Set the int8 weights of a layer. What a bias will correct is left out of ``rows``; ``partners`` as
+    :func:`round_columns` takes it."""
     weights = place.weights / _read_steps(place)
     if place.layer.depthwise:
         by_channel = rows.transpose(1, 0, 2)
         rounded = round_columns(weights[:, None], by_channel.transpose(0, 2, 1) @ by_channel)[:, 0]
     else:
-        rounded = round_columns(weights[None], (rows.T @ rows)[None])[0]
-    matrix = rounded.T if place.transposed else rounded
-    set_constant(stored, matrix.astype(np.int8).reshape(read_constant_dims(stored) or ()))
+        rounded = round_columns(weights[None], (rows.T @ rows)[None], partners)[0]
+    _set_weights(place, rounded)
 
 
-def round_columns(weights: np.ndarray, moments: np.ndarray) -> np.ndarray:
+def round_columns(weights: np.ndarray, moments: np.ndarray, partners: np.ndarray | None = None) -> np.ndarray:
     """Integers near ``weights`` whose products with the layer's inputs stay near.
 
     One column is rounded after the other, and those that follow make up for its error.
@@ -326,6 +368,8 @@ def round_columns(weights: np.ndarray, moments: np.ndarray) -> np.ndarray:
     Args:
         weights: ``(groups, outputs, K)``, in steps of their scales.
         moments: second moments of the inputs, ``(groups, K, K)``.
+        partners: column -> another one, or -1: the sum of both integers stays within
+            :data:`cmt_edge.deploy.backends.pair_limits.LARGEST_SUM`. Without it sums may be any.
     """
     exact = np.ascontiguousarray(weights.transpose(0, 2, 1), np.float64)  # (groups, K, outputs)
     wanted, result = exact.copy(), np.empty_like(exact)
@@ -336,12 +380,21 @@ def round_columns(weights: np.ndarray, moments: np.ndarray) -> np.ndarray:
         block, errors = wanted[:, start:end], np.empty_like(wanted[:, start:end])
         for i in range(end - start):
             column = start + i
-            result[:, column] = np.clip(np.rint(block[:, i]), LOWEST + 1, HIGHEST)
+            result[:, column] = np.clip(np.rint(block[:, i]), *_find_bounds(result, column, partners))
             errors[:, i] = exact[:, column] - result[:, column]
             block[:, i + 1 :] += feedback[:, column, column + 1 : end, None] * errors[:, None, i]
         wanted[:, end:] += feedback[:, start:end, end:].transpose(0, 2, 1) @ errors
     rounded: np.ndarray = result.transpose(0, 2, 1)
     return rounded
+
+
+def _find_bounds(result: np.ndarray, column: int, partners: np.ndarray | None) -> tuple[Any, Any]:
+    """The lowest and the highest integers of a column, where those before it are known."""
+    low, high = LOWEST + 1, HIGHEST
+    if partners is None or not 0 <= partners[column] < column:
+        return low, high
+    other = result[:, partners[column]]
+    return np.maximum(low, -LARGEST_SUM - other), np.minimum(high, LARGEST_SUM - other)
 
 
 def _factor_moments(moments: np.ndarray) -> np.ndarray:

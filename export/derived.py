@@ -97,7 +97,7 @@ class DerivedSettings(Settings):
     @property
     def recipe(self) -> Recipe:
         """What stays float in int8."""
-        return replace(DEFAULT, keep_float=self.kept_float)
+        return replace(DEFAULT, fits_16_bits=self.computes_by_pairs, keep_float=self.kept_float)
 
     @property
     def is_typed(self) -> bool:

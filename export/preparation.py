@@ -137,6 +137,7 @@ def _calibrate_graph(
         graph,
         data,
         config.preprocess,
+        config.recipe,
         config.uses_cache,
         progress.count,
         statistics,

@@ -46,7 +46,8 @@ FORMAT = "session.load_model_format"
 their fifth to eighth are ``ORTM``, which may as well be the begin of a name in an ONNX file."""
 
 EXACT_INT8 = "session.x64quantprecision"
-"""Setting that makes int8 products exact where they can overflow. Elsewhere it would only cost time."""
+"""Setting that makes int8 products exact where they can overflow. Elsewhere it would only cost time, as with
+weights whose sums fit (:mod:`.pair_limits`)."""
 KERNEL = "_kernel_time"
 """How the name of an event ends that is the kernel of a node."""
 MICROSECONDS = 1e6
@@ -63,15 +64,26 @@ _Recorded = tuple[list[dict[str, Any]], ort.InferenceSession, Offer | None]
 class OnnxRuntimeSession(Session):
     """An ONNX file, or its bytes, on the CPU or on one device of a provider."""
 
-    def __init__(self, model: Path | bytes, options: LoadOptions, precision: str = "fp32") -> None:
-        """``precision``: the bundle's, which some providers must be told.
+    def __init__(
+        self,
+        model: Path | bytes,
+        options: LoadOptions,
+        precision: str = "fp32",
+        fits_16_bits: bool = False,
+    ) -> None:
+        """Open a graph; raises :class:`RuntimeMissingError` where the device cannot run all of it.
 
-        Raises :class:`RuntimeMissingError` where the device cannot run the whole graph.
+        Args:
+            model: the file, or its content.
+            options: how it is run.
+            precision: the bundle's, which some providers must be told.
+            fits_16_bits: whether int8 products are exact without :data:`EXACT_INT8`, as the manifest says.
         """
         self._model = model if isinstance(model, bytes) else _find_form(model)
         self._where = None if isinstance(model, bytes) else str(model)
         self._place = parse_place(options.device)
         self._threads = options.threads or count_cores()
+        self._widens = can_overflow() and not fits_16_bits
         if self._place is not None:
             unit = self._place.unit
             self._demand = Demand(unit, precision, options.threads)
@@ -87,7 +99,7 @@ class OnnxRuntimeSession(Session):
         """The graph on its device, and the provider that runs it where that is not the CPU's."""
 
         def make_options() -> ort.SessionOptions:
-            return _make_options(self._threads, profile_prefix)
+            return _make_options(self._threads, profile_prefix, self._widens)
 
         if self._place is not None:
             return open_on(self._place, self._model, make_options, self._demand, self._where)
@@ -135,12 +147,13 @@ class OnnxRuntimeSession(Session):
         del self.inference
 
 
-def _make_options(threads: int, profile_prefix: str | None) -> ort.SessionOptions:
-    """Options of a session; one that gets ``profile_prefix`` writes a profile to a file of that name."""
+def _make_options(threads: int, profile_prefix: str | None, widens: bool) -> ort.SessionOptions:
+    """Options of a session; one that gets ``profile_prefix`` writes a profile to a file of that name, and one
+    that ``widens`` computes int8 products exactly by slower kernels."""
     options = ort.SessionOptions()
     options.log_severity_level = FATAL_ONLY
     options.add_session_config_entry(FORMAT, "ONNX")
-    if can_overflow():
+    if widens:
         options.add_session_config_entry(EXACT_INT8, "1")
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -148,6 +161,12 @@ def _make_options(threads: int, profile_prefix: str | None) -> ort.SessionOption
         options.enable_profiling = True
         options.profile_file_prefix = profile_prefix
     return options
+
+
+def _fits_16_bits(bundle: Bundle) -> bool:
+    """Whether the int8 weights of a bundle were made so that sums of two products fit 16 bits."""
+    calibration = bundle.manifest.calibration
+    return calibration is not None and bool(calibration.fits_16_bits)
 
 
 def _find_form(file: Path) -> str | bytes:
@@ -261,7 +280,9 @@ class OnnxRuntime(Runtime):
         except InputError as exc:
             exc.where = str(bundle.path)
             raise
-        session = OnnxRuntimeSession(bundle.file(ONNX), options, bundle.manifest.precision)
+        session = OnnxRuntimeSession(
+            bundle.file(ONNX), options, bundle.manifest.precision, _fits_16_bits(bundle)
+        )
         require_described(
             bundle,
             ONNX,
@@ -281,7 +302,7 @@ class OnnxRuntime(Runtime):
             ) from exc
         self.float_precision(bundle.manifest.precision, options.device)
         graph = add_outputs(bundle, tensors)
-        return OnnxRuntimeSession(graph, options, bundle.manifest.precision)
+        return OnnxRuntimeSession(graph, options, bundle.manifest.precision, _fits_16_bits(bundle))
 
 
 RUNTIME = OnnxRuntime()

@@ -1,10 +1,9 @@
 """Int8 weights rounded so that no sum of two products exceeds 16 bits, for x86 processors without VNNI.
 
-Kernels for such processors multiply unsigned by signed bytes, and add the products of two neighbouring input
-channels in 16 bits, which saturate (``vpmaddubsw``). An activation reaches 255 there, so that the sum of the
-two weights must stay within 128: ``255 * 128 < 2 ** 15``. Where two neighbours of an output channel exceed
-it, all weights of that channel get a larger scale. Integers are exact then, as they are with VNNI; what it
-costs is the rounding of those channels, in place of sums that are wrong.
+Kernels for such processors add the products of two neighbouring input channels in 16 bits, which saturate
+(:mod:`.pair_limits`). Where two neighbours of an output channel exceed the limit, all weights of that channel
+get a larger scale. Integers are exact then, as they are with VNNI; what it costs is the rounding of those
+channels, in place of sums that are wrong.
 
 It applies to convs that read all channels and to linears. OpenVINO's kernels for depthwise convs add in 32
 bits. Which weights are added was found by ``benchmarks/saturation.py``: neighbouring channels at the same
@@ -20,13 +19,7 @@ import openvino as ov
 from openvino import opset13 as ops
 
 from .openvino_constants import compute_constant, is_dequantized
-
-LARGEST_SUM = 128
-"""The largest magnitude of the sum of two neighbouring weights whose products with 255 fit 16 bits."""
-
-LARGEST_WEIGHT = 127
-"""To this magnitude the largest sum of a channel is reduced. Rounding each of both weights adds at most a
-half."""
+from .pair_limits import find_factors
 
 LAYERS = ("Convolution", "MatMul")
 """OpenVINO's operations that such kernels compute. Those of depthwise convs are ``GroupConvolution``."""
@@ -69,24 +62,3 @@ def _limit_weights(dequantized: ov.Node, outputs: int, inputs: int) -> bool:
     replacement.set_friendly_name(dequantized.get_friendly_name())
     dequantized.output(0).replace(replacement.output(0))
     return True
-
-
-def find_factors(values: np.ndarray, outputs: int, inputs: int) -> np.ndarray | None:
-    """By how much the scale of each output channel grows, float64, of the rank of ``values``; ``None`` where
-    none has to.
-
-    Args:
-        values: int8 weights.
-        outputs: the axis of the output channels.
-        inputs: the axis of the input channels, neighbours of which are added.
-    """
-    columns = np.moveaxis(values, (outputs, inputs), (0, 1)).astype(np.int16)  # (outputs, inputs, ...)
-    count = columns.shape[1] // 2 * 2
-    sums = np.abs(columns[:, :count:2] + columns[:, 1:count:2]).reshape(len(columns), -1)
-    largest = sums.max(axis=1, initial=0)
-    if (largest <= LARGEST_SUM).all():
-        return None
-    shape = [1] * values.ndim
-    shape[outputs] = -1
-    factors = np.where(largest > LARGEST_SUM, largest / LARGEST_WEIGHT, 1.0)
-    return factors.reshape(shape)

@@ -1,8 +1,8 @@
 """Whether int8 products overflow on this processor.
 
 Kernels for x86 without VNNI multiply unsigned by signed bytes and add two products in 16 bits, which saturate
-where both are large. ONNX Runtime computes exactly there if it is told to, but more slowly; OpenVINO gets
-weights whose sums fit (:mod:`.openvino_pairs`).
+where both are large. ONNX Runtime computes exactly there if it is told to, but more slowly, so that graphs
+made for it have weights whose sums fit; OpenVINO gets such weights there (:mod:`.openvino_pairs`).
 """
 
 from __future__ import annotations

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import onnx
 from torch import nn
 
-from cmt_edge.calib import CalibrationSet, Quantized, quantize
+from cmt_edge.calib import CalibrationSet, Quantized, Recipe, quantize
 from cmt_edge.calib.integer_layers import Ranges, measure_conv_ranges, place_for_integers
 from cmt_edge.calib.quantize import keep_float
 from cmt_edge.calib.statistics import Batches, LocalStatistics, Statistics
@@ -109,18 +110,21 @@ def calibrate_graph(
     graph: onnx.ModelProto,
     data: CalibrationSet,
     spec: Preprocess,
+    recipe: Recipe,
     cached: bool,
     progress: ProgressCallback,
     statistics: Statistics | None = None,
 ) -> Quantized:
-    """``graph`` in int8, calibrated on ``data``; an equal one of an earlier run is used again where
-    ``cached``. ``statistics`` measures on the images, this process by default.
+    """``graph`` in int8, calibrated on ``data`` by ``recipe`` with nothing kept float; an equal one of an
+    earlier run is used again where ``cached``. ``statistics`` measures on the images, by default this process
+    does.
 
     Raises:
         GateError: the graph breaks a rule for int8.
     """
     cache = find_cache_folder() / "calibrated" if cached else None
-    return quantize(graph, data, spec, cache=cache, progress=progress, statistics=statistics)
+    plain = replace(recipe, keep_float=())
+    return quantize(graph, data, spec, plain, cache=cache, progress=progress, statistics=statistics)
 
 
 def measure_ranges(

@@ -15,7 +15,7 @@ from cmt_edge.deploy.bundle.sections import BATCH, TensorEntry
 from cmt_edge.deploy.cli import serve_repo
 from cmt_edge.deploy.errors import InputError, OutputError, RuntimeMissingError
 from cmt_edge.deploy.serving import Options, make_repository, repository, triton
-from helpers.bundles import LABELS, SIZE, make_bundle, snapshot
+from helpers.bundles import LABELS, SIZE, make_bundle, make_calibration, snapshot
 from helpers.trt import build, trt_bundle
 
 needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="needs OpenVINO")
@@ -263,6 +263,13 @@ def test_a_server_without_vnni_is_spoken_of(tmp_path, monkeypatch, runtime, prec
     notes = " ".join(made.models[0].notes)
     assert words in notes
     assert ("VNNI" in notes) is bool(words)
+
+
+def test_weights_that_fit_16_bits_cannot_saturate_on_a_server(tmp_path, monkeypatch):
+    monkeypatch.setattr(triton, "write_model", lambda *_: None)
+    bundle = make_bundle(tmp_path / "tiny", precision="int8", calibration=make_calibration(True))
+    made = make_repository([bundle], "triton", tmp_path / "models", Options(runtime="onnxruntime"))
+    assert made.models[0].notes == ()
 
 
 @needs_openvino

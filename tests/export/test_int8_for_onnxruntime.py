@@ -35,10 +35,22 @@ def test_the_recorded_recipe_tells_the_two_apart():
         def describe():
             return SimpleNamespace(source="generated", images=1, fingerprint="0" * 64, synthesis=None)
 
-    names = {describe_calibration(make_config(form), Data, False).recipe for form in ("onnx", "openvino")}
+    entries = {form: describe_calibration(make_config(form), Data, False) for form in ("onnx", "openvino")}
+    names = {entry.recipe for entry in entries.values()}
     assert len(names) == 2
     assert make_config("openvino").recipe.key() in names
     assert {len(name) for name in names} == {64}
+    assert entries["onnx"].fits_16_bits is True
+    assert entries["openvino"].fits_16_bits is None
+
+
+@pytest.mark.parametrize(("form", "expected"), [("onnx", True), ("openvino", False), ("trt", False)])
+def test_only_onnx_runtime_gets_weights_that_fit_16_bits(monkeypatch, form, expected):
+    recipes = []
+    monkeypatch.setattr(steps, "quantize", lambda *args, **_others: recipes.append(args[3]))
+    recipe = make_config(form).recipe
+    steps.calibrate_graph(None, None, None, recipe, cached=False, progress=lambda *_: None)
+    assert [recipe.fits_16_bits for recipe in recipes] == [expected]
 
 
 def test_the_pairs_are_placed_in_what_is_exported(monkeypatch):

@@ -25,7 +25,7 @@ from cmt_edge.deploy.bundle import (
     Manifest,
     save_reference,
 )
-from cmt_edge.deploy.bundle.sections import ModelEntry, TensorEntry, WeightsEntry
+from cmt_edge.deploy.bundle.sections import CalibrationEntry, ModelEntry, TensorEntry, WeightsEntry
 from cmt_edge.deploy.images import hash_image
 from cmt_edge.deploy.preprocessing import decode_pixels, normalise
 
@@ -66,6 +66,19 @@ def tiny_manifest(labels=LABELS, **changes) -> Manifest:
         format="onnx",
     )
     return replace(made, **changes)
+
+
+def make_calibration(fits_16_bits: bool | None) -> CalibrationEntry:
+    """Of an int8 graph that nothing was calibrated for."""
+    return CalibrationEntry(
+        source="generated",
+        images=1,
+        fingerprint="0" * 64,
+        recipe="0" * 64,
+        cached=False,
+        keep_float=(),
+        fits_16_bits=fits_16_bits,
+    )
 
 
 def tiny_graph(classes: int = len(LABELS), batch: int | str = 1) -> bytes:

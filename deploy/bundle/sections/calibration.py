@@ -54,11 +54,14 @@ class CalibrationEntry(ImagesEntry):
         recipe: hash of all choices of the quantization.
         cached: whether the calibrated graph was taken from the cache.
         keep_float: groups of operations that stay in float.
+        fits_16_bits: whether sums of two products with the weights fit 16 bits in ONNX Runtime, which then
+            needs no slower kernels on processors without VNNI; only where the format is made for it.
     """
 
     recipe: str
     cached: bool
     keep_float: tuple[str, ...]
+    fits_16_bits: bool | None = field(default=None, metadata=OMITTED)
 
 
 @dataclass(frozen=True)
