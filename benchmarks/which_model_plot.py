@@ -38,7 +38,7 @@ def draw_measured(results: dict[str, Any], path: Path) -> None:
     _draw(
         panels,
         "median latency of one inference, ms",
-        f"Published top-1 and measured latency: {machine}",
+        f"Published top-1 and measured latency\n{machine}",
         path,
     )
 
