@@ -25,7 +25,7 @@ import onnx
 from common import say, step
 from torch import nn
 
-from cmt_edge.calib import CalibrationSet
+from cmt_edge.calib import DEFAULT, CalibrationSet
 from cmt_edge.cmt import fuse
 from cmt_edge.cmt.spec import CPU, RTX
 from cmt_edge.deploy.bundle import make_plain
@@ -139,7 +139,7 @@ class Subject:
         """``graph`` in int8."""
         spec = self.config.preprocess
         data = CalibrationSet.choose("generated", IMAGES, spec, 0)
-        return steps.calibrate_graph(graph, data, spec, False, lambda *_: None).model
+        return steps.calibrate_graph(graph, data, spec, DEFAULT, False, lambda *_: None).model
 
 
 def make_graphs(subject: Subject, int8: bool) -> Iterator[TypedGraph]:
