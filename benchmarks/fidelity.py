@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
-from common import deviation, logits, open_openvino, say
+from common import deviation, logits, open_onnxruntime, open_openvino, say
 from threadpoolctl import threadpool_limits
 from torch import nn
 
@@ -78,9 +78,16 @@ SHIFTED = ("all",)
 """The variants that shift values, too."""
 
 
+JUDGES = ("OpenVINO", "ONNX Runtime")
+"""The runtimes that answer. OpenVINO answers as it does on this CPU: its float operations are bfloat16 where
+the CPU has it, and without VNNI it rounds weights of some layers more coarsely. ONNX Runtime computes what
+the graph says, exactly: sums of int8 products in 32 bits, and all else in float32."""
+
+
 @dataclass(frozen=True)
 class Case:
-    """One model: its float graph, the images that calibrate, and those that judge, ``(N, 3, S, S)``."""
+    """One model with one choice of images: its float graph, the images that calibrate, and those that judge,
+    ``(N, 3, S, S)``, with the float graph's logits."""
 
     name: str
     graph: onnx.ModelProto
@@ -88,6 +95,17 @@ class Case:
     data: CalibrationSet
     images: np.ndarray
     truth: np.ndarray
+
+
+@dataclass(frozen=True)
+class Found:
+    """How near one int8 graph is to float32: for each of :data:`JUDGES` the share of images with the same
+    top-1, in percent, and how far the logits are off, in their standard deviations; and the seconds that
+    calibration took."""
+
+    agreements: tuple[float, ...]
+    deviations: tuple[float, ...]
+    seconds: float
 
 
 def load_golden_model(name: str, folder: Path) -> nn.Module:
@@ -134,51 +152,55 @@ def read_cifar(archive: Path, count: int) -> list[bytes]:
     return [images.read(items[i * len(items) // count]) for i in range(count)]
 
 
-def read_photographs(folder: Path) -> tuple[list[bytes], list[bytes]]:
-    """Photographs that calibrate, and photographs that judge."""
+def read_photographs(folder: Path, seed: int) -> tuple[list[bytes], list[bytes]]:
+    """Photographs that calibrate, and the others, which judge: every few with seed 0, else by chance."""
     blobs = [path.read_bytes() for path in sorted(folder.iterdir())]
     judging = {i * len(blobs) // JUDGING_PHOTOGRAPHS for i in range(JUDGING_PHOTOGRAPHS)}
+    if seed:
+        chosen = np.random.default_rng(seed).choice(len(blobs), JUDGING_PHOTOGRAPHS, replace=False)
+        judging = set(chosen.tolist())
     return (
         [blob for i, blob in enumerate(blobs) if i not in judging],
         [blobs[i] for i in sorted(judging)],
     )
 
 
-def make_case(name: str, args: argparse.Namespace) -> Case:
-    """The model ``name`` with its images, and what its float graph answers to those that judge."""
+def make_case(name: str, graph: onnx.ModelProto, seed: int, args: argparse.Namespace) -> Case:
+    """The model ``name`` with images chosen by ``seed``, and what its float graph answers to those that
+    judge."""
     spec = ExportConfig(name).preprocess
     if name == TRAINED:
         archive = args.data / "cifar10.tar"
-        data = CalibrationSet.choose(archive / "train", args.calib_size, spec)
+        data = CalibrationSet.choose(archive / "train", args.calib_size, spec, seed)
         judging = read_cifar(archive, args.cifar)
     else:
-        blobs, judging = read_photographs(args.data / "imagenet_sample")
+        blobs, judging = read_photographs(args.data / "imagenet_sample", seed)
         data = CalibrationSet.of_blobs("photographs", blobs[: args.calib_size])
-    graph = make_graph(name, args)
     images = np.stack([preprocess(blob, spec) for blob in judging])
     truth = answer(graph, images, args.threads, "fp32")
     return Case(name, graph, spec, data, images, truth)
 
 
-def answer(graph: onnx.ModelProto, images: np.ndarray, threads: int, precision: str) -> np.ndarray:
-    """Logits of a graph in OpenVINO, one image at a time."""
+def answer(graph: onnx.ModelProto, images: np.ndarray, threads: int, precision: str | None) -> np.ndarray:
+    """Logits of a graph, one image at a time: in OpenVINO, or in ONNX Runtime where ``precision`` is
+    ``None``."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         onnx.save(set_batch(graph, 1), path)
-        session = open_openvino(path, threads, precision)
+        session = open_openvino(path, threads, precision) if precision else open_onnxruntime(path, threads)
         result = logits(session, images)
         session.close()
     return result
 
 
-def judge(case: Case, names: Sequence[str], args: argparse.Namespace) -> Iterator[list[str]]:
-    """For each variant of one model its name, agreement, deviation, and the seconds that calibration took."""
+def judge(case: Case, args: argparse.Namespace) -> Iterator[tuple[str, Found]]:
+    """Each variant of one case."""
     start = time.perf_counter()
     local = LocalStatistics(Batches(case.data, case.spec, None))
     with threadpool_limits(1, "blas"):
         placed = place_pairs(case.graph, local, DEFAULT)
     shared = time.perf_counter() - start
-    for name in names:
+    for name in args.only:
         start = time.perf_counter()
         with threadpool_limits(1, "blas"):
             graph = refine(
@@ -189,10 +211,11 @@ def judge(case: Case, names: Sequence[str], args: argparse.Namespace) -> Iterato
                 **VARIANTS[name],
             )
         seconds = shared + time.perf_counter() - start
-        yield compare(case, name, graph, seconds, args)
+        yield name, compare(case, name, graph, seconds, args)
     for groups in args.floats:
         names = find_group(placed.source, graph, groups.split(","))
-        yield compare(case, f"{groups} float", restore(graph, placed.source, names), seconds, args)
+        name = f"{groups} float"
+        yield name, compare(case, name, restore(graph, placed.source, names), seconds, args)
 
 
 def find_group(source: onnx.ModelProto, graph: onnx.ModelProto, endings: Sequence[str]) -> set[str]:
@@ -201,14 +224,30 @@ def find_group(source: onnx.ModelProto, graph: onnx.ModelProto, endings: Sequenc
     return {name for group, names in groups.items() if group.endswith(tuple(endings)) for name in names}
 
 
-def compare(
-    case: Case, name: str, graph: onnx.ModelProto, seconds: float, args: argparse.Namespace
-) -> list[str]:
-    """The cells of one variant; its graph is kept."""
+def compare(case: Case, name: str, graph: onnx.ModelProto, seconds: float, args: argparse.Namespace) -> Found:
+    """How near one variant is; its graph is kept."""
     onnx.save(set_batch(graph, 1), get_path(case.name, name, args))
-    ours = answer(graph, case.images, args.threads, args.precision)
-    agreement = 100 * (ours.argmax(1) == case.truth.argmax(1)).mean()
-    return [name, f"{agreement:.2f}", f"{deviation(ours, case.truth):.4f}", f"{seconds:.0f}"]
+    answers = [answer(graph, case.images, args.threads, precision) for precision in (args.precision, None)]
+    return Found(
+        tuple(100 * float((ours.argmax(1) == case.truth.argmax(1)).mean()) for ours in answers),
+        tuple(deviation(ours, case.truth) for ours in answers),
+        seconds,
+    )
+
+
+def format_found(found: Sequence[Found]) -> list[str]:
+    """The cells of one variant, from all choices of images."""
+    cells = []
+    for i in range(len(JUDGES)):
+        cells += [format_range([f.agreements[i] for f in found], 2)]
+        cells += [format_range([f.deviations[i] for f in found], 4)]
+    return [*cells, f"{statistics.mean(f.seconds for f in found):.0f}"]
+
+
+def format_range(values: Sequence[float], digits: int) -> str:
+    """The mean of several values, with the smallest and the largest one."""
+    mean, low, high = (f"{v:.{digits}f}" for v in (statistics.mean(values), min(values), max(values)))
+    return mean if len(values) == 1 else f"{mean} ({low} to {high})"
 
 
 def get_path(model: str, variant: str, args: argparse.Namespace) -> Path:
@@ -218,8 +257,8 @@ def get_path(model: str, variant: str, args: argparse.Namespace) -> Path:
 
 
 def time_in_turns(case: Case, variants: Sequence[str], args: argparse.Namespace) -> list[str]:
-    """Speed of the kept graphs relative to the first. Each is compiled :data:`COPIES` times, because
-    compilations of one graph differ; the fastest median counts."""
+    """Speed of the kept graphs, which are those of the last choice of images, relative to the first. Each is
+    compiled :data:`COPIES` times, because compilations of one graph differ; the fastest median counts."""
     sessions = [
         (name, open_openvino(get_path(case.name, name, args), args.threads, args.precision))
         for _ in range(COPIES)
@@ -241,6 +280,22 @@ def time_in_turns(case: Case, variants: Sequence[str], args: argparse.Namespace)
     return [f"{medians[0] / median:.3f} ({1000 * median:.2f} ms)" for median in medians]
 
 
+def judge_model(name: str, args: argparse.Namespace) -> list[list[str]]:
+    """The rows of one model."""
+    graph = make_graph(name, args)
+    found: dict[str, list[Found]] = {}
+    for seed in range(args.seeds):
+        case = make_case(name, graph, seed, args)
+        for variant, one in judge(case, args):
+            say("  ".join([name, f"seed {seed}", variant, *format_found([one])]))
+            found.setdefault(variant, []).append(one)
+    speeds = time_in_turns(case, list(found), args) if args.time else ["-"] * len(found)
+    return [
+        [name, variant, *format_found(ones), speed]
+        for (variant, ones), speed in zip(found.items(), speeds, strict=True)
+    ]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--data", type=Path, required=True, help="folder with cifar10.tar and imagenet_sample/")
@@ -251,6 +306,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--only", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     p.add_argument("--cifar", type=int, default=2000, help="number of CIFAR-10 test images (2000)")
     p.add_argument("--calib-size", type=int, help="number of calibration images (default 300, or all)")
+    p.add_argument("--seeds", type=int, default=1, help="number of choices of calibration images (1)")
     p.add_argument("--precision", default="int8", help="int8, or fp32 for float operations in float32")
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--float", dest="floats", nargs="+", default=[], metavar="GROUP", help="float groups")
@@ -260,16 +316,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.keep.mkdir(parents=True, exist_ok=True)
     rows = []
     for name in args.models:
-        case = make_case(name, args)
-        found = []
-        for cells in judge(case, args.only, args):
-            say("  ".join([name, *cells]))
-            found.append([name, *cells])
-        variants = [row[1] for row in found]
-        speeds = time_in_turns(case, variants, args) if args.time else ["-"] * len(found)
-        rows += [[*row, speed] for row, speed in zip(found, speeds, strict=True)]
-    heads = ["model", "steps", "agreement %", "logits off, std", "s", "speed"]
-    table = format_table(heads, rows, markdown=True)
+        rows += judge_model(name, args)
+    heads = [f"{judge}: {what}" for judge in JUDGES for what in ("agreement %", "logits off, std")]
+    table = format_table(["model", "steps", *heads, "s", "speed"], rows, markdown=True)
     if args.markdown:
         write_atomic(args.markdown, f"{table}\n".encode())
     print(table)
