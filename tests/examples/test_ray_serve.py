@@ -189,6 +189,7 @@ def test_a_signal_while_ray_starts_ends_all_in_order(bundle, tmp_path, number):
         process.send_signal(number)
         assert process.wait(LIMIT_S) == 128 + number, log.read_text()
         assert "Traceback" not in log.read_text()
+        until = time.monotonic() + LIMIT_S
         while any(os.path.exists(f"/proc/{child}") for child in children):
             assert time.monotonic() < until, "processes of Ray are left"
             time.sleep(0.1)
