@@ -32,7 +32,8 @@ from .recipe import INT8_OPS
 def order_products(taps: int, inputs: int) -> np.ndarray:
     """In which order ONNX Runtime adds the products of a layer whose weights are stored ``(outputs, inputs,
     taps)``: indices of the columns of ``(outputs, inputs * taps)``."""
-    return np.arange(inputs * taps).reshape(inputs, taps).T.reshape(-1)
+    order: np.ndarray = np.arange(inputs * taps).reshape(inputs, taps).T.reshape(-1)
+    return order
 
 
 def find_partners(order: np.ndarray) -> np.ndarray:
@@ -81,5 +82,5 @@ def _find_factors(layer: ir.Node, values: np.ndarray) -> np.ndarray | None:
         inputs = values.shape[1]
         factors = find_factors(columns[:, order_products(columns.shape[1] // inputs, inputs)], 0, 1)
         return None if factors is None else factors.reshape(-1, *[1] * (values.ndim - 1))
-    transposed = layer.op_type == "Gemm" and layer.attributes.get_int("transB", 0)
+    transposed = layer.op_type == "Gemm" and layer.attributes.get_int("transB", 0) != 0
     return find_factors(values, *((0, 1) if transposed else (-1, -2)))

@@ -318,8 +318,8 @@ def _grow_steps(place: Place) -> np.ndarray | None:
     stored, scale = (get_input(place.dequantizer, position) for position in (0, 1))
     if place.layer.depthwise or max(map(count_readers, (stored, scale))) > 1:
         return None
-    dims, columns = read_constant_dims(stored) or (), place.weights.shape[1]
-    inputs = dims[1] if place.node.op_type == "Conv" else columns
+    columns = place.weights.shape[1]
+    inputs = read_constant(stored).shape[1] if place.node.op_type == "Conv" else columns
     order = order_products(columns // inputs, inputs)
     steps = _read_steps(place)
     factors = find_factors(_round_nearest(place.weights / steps)[:, order], 0, 1)
