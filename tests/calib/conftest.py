@@ -5,12 +5,13 @@ The fixtures are made once a session, so that a test must not change them.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
 import pytest
 
-from cmt_edge.calib import CalibrationSet, quantize
+from cmt_edge.calib import DEFAULT, CalibrationSet, quantize
 from cmt_edge.cmt import create_model, fuse, load_pretrained
 from cmt_edge.export.config import OPSET
 from cmt_edge.export.to_onnx import export_onnx, simplify
@@ -43,3 +44,9 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def quantized(graph, data, cache):
     return quantize(graph, data, SPEC, cache=cache)
+
+
+@pytest.fixture(scope="session")
+def fitting(graph, data, cache):
+    """As the export calibrates for ONNX Runtime."""
+    return quantize(graph, data, SPEC, replace(DEFAULT, fits_16_bits=True), cache=cache)

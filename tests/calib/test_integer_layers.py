@@ -22,6 +22,12 @@ INTEGER_KERNELS = ("QLinearConv", "QGemm", "MatMulIntegerToFloat")
 
 
 @pytest.fixture(scope="module")
+def quantized(fitting):
+    """Calibrated for ONNX Runtime."""
+    return fitting
+
+
+@pytest.fixture(scope="module")
 def ranges(quantized, data):
     return measure_conv_ranges(quantized.model, LocalStatistics(Batches(data, SPEC, None)))
 

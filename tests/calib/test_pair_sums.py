@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from cmt_edge.calib import DEFAULT, quantize
 from cmt_edge.calib.graph import open_view, write_model
 from cmt_edge.calib.integer_layers import measure_conv_ranges, place_for_integers
 from cmt_edge.calib.pair_sums import find_partners, limit_sums, order_products
@@ -134,11 +131,6 @@ def test_columns_are_rounded_within_the_limit(taps, inputs):
     cut = round_columns(weights[None], np.eye(len(order))[None], find_partners(order))[0]
     errors = [np.square(rows @ (rounded - weights).T).mean() for rounded in (ours, cut)]
     assert errors[0] < 0.5 * errors[1]  # the columns behind make up for it
-
-
-@pytest.fixture(scope="module")
-def fitting(graph, data):
-    return quantize(graph, data, SPEC, replace(DEFAULT, fits_16_bits=True))
 
 
 def test_the_calibrated_graph_keeps_the_limit(quantized, fitting):
