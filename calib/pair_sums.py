@@ -7,7 +7,8 @@ limit need no such setting: integers are exact in the fast kernels, as they are 
 
 Neighbours are consecutive products of one sum: the input channels of one place of the filter, then those of
 the next place. Where the number of input channels is odd, the last of one place and the first of the next
-are neighbours (``tests/calib/test_pair_sums.py`` compares all of it with exact integers).
+are neighbours (``tests/calib/test_pair_sums.py`` compares all of it with exact integers). Depthwise convs
+have kernels of their own, which add in 32 bits.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from .graph import (
     is_constant,
     read_constant,
 )
-from .recipe import INT8_OPS
+from .recipe import INT8_OPS, count_groups, is_depthwise_node
 
 
 def order_products(taps: int, inputs: int) -> np.ndarray:
@@ -60,6 +61,8 @@ def _limit_layer(graph: ir.Graph, layer: ir.Node) -> bool:
     if dequantizer is None or dequantizer.op_type != DEQUANTIZE or not is_constant(dequantizer.inputs[0]):
         return False
     values = read_constant(dequantizer.inputs[0])
+    if is_depthwise_node(layer) and values.shape[:2] == (count_groups(layer), 1):
+        return False
     factors = _find_factors(layer, values)
     if factors is None:
         return False

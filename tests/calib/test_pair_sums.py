@@ -27,7 +27,8 @@ def make_layer(kind: str, inputs: int, *, one_scale: bool = False) -> onnx.Model
     limit."""
     rng = np.random.default_rng(0)
     signs = rng.choice([-1, 1], (8, 1))  # of one output all alike, so that sums are large
-    size, groups = (int(kind.split()[1]), 2 if "groups" in kind else 1) if "conv" in kind else (0, 1)
+    size = int(kind.split()[1]) if "conv" in kind else 0
+    groups = 8 if "depthwise" in kind else 2 if "groups" in kind else 1
     values = signs * rng.integers(60, 128, (8, inputs * max(1, size**2)))
     stored = values.reshape(8, inputs, size, size) if size else values
     stored = stored if size or kind == "turned gemm" else values.T
@@ -115,6 +116,18 @@ def test_weights_that_fit_stay_as_they_are():
     again, changed = limit(limited)
     assert changed == 0
     assert again.SerializeToString(deterministic=True) == limited.SerializeToString(deterministic=True)
+
+
+@pytest.mark.parametrize("one_scale", [False, True])
+@pytest.mark.parametrize("kind", ["conv 3 depthwise", "conv 5 depthwise", "conv 2 depthwise"])
+def test_depthwise_convs_need_no_limit(kind, one_scale):
+    model = make_layer(kind, 1, one_scale=one_scale)
+    assert find_largest_sum(read_weights(model, kind)) > LIMIT
+    assert limit(model)[1] == 0
+    x = np.full([d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim], 127 / 8, np.float32)
+    levels = ort.GraphOptimizationLevel
+    fast, exact = (answer(model, x, level) for level in (levels.ORT_ENABLE_ALL, levels.ORT_DISABLE_ALL))
+    np.testing.assert_allclose(fast, exact, atol=16)  # a step of rounding
 
 
 @pytest.mark.parametrize(("taps", "inputs"), [(9, 6), (9, 7), (1, 5), (4, 3)])
