@@ -68,13 +68,14 @@ VARIANTS: dict[str, dict[str, bool]] = {
     "biases": {"search": False, "rounding": False, "biases": True},
     "unshifted": {"search": True, "rounding": True, "biases": True},
     "all": {"search": True, "rounding": True, "biases": True},
+    "fits": {"search": True, "rounding": True, "biases": True, "fits_16_bits": True},
 }
 """Names of the variants and the steps of :func:`cmt_edge.calib.refine.refine` that they take."""
 
 COPIES = 3
 """How often each graph is compiled for ``--time``."""
 
-SHIFTED = ("all",)
+SHIFTED = ("all", "fits")
 """The variants that shift values, too."""
 
 
