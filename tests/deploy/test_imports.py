@@ -18,7 +18,7 @@ from helpers.paths import ROOT
 OURS = ("cmt", "deploy", "calib", "export")
 HEAVY = ("torch", "onnx", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cuda", "pynvml", "nncf")
 HEAVY += ("matplotlib", "tritonclient")
-BUDGET_S = 0.3
+MOST_MODULES = 400
 RUNTIMES = (
     "cmt_edge.deploy.tensorrt.parser_rules",
     "cmt_edge.deploy.backends.graph_rules",
@@ -67,21 +67,19 @@ def python(code: str, *argv: str) -> str:
 
 
 IMPORT = """
-import time, sys, json
-start = time.process_time()
+import sys, json
 from cmt_edge.deploy import *
-spent = time.process_time() - start
-depth = lambda name: 2 if name.startswith("cmt_edge.") else 1
-print(json.dumps([spent, sorted({".".join(m.split(".")[: depth(m)]) for m in sys.modules})]))
+print(json.dumps(sorted(sys.modules)))
 """
 
 
-def test_deploy_imports_fast_and_light():
-    runs = [json.loads(python(IMPORT)) for _ in range(3)]
-    assert min(seconds for seconds, _ in runs) < BUDGET_S
-    for _, modules in runs:
-        assert not {*HEAVY, "cmt_edge.cmt", "cmt_edge.calib", "cmt_edge.export"} & set(modules)
-        assert {"cmt_edge.deploy", "numpy", "PIL"} <= set(modules)
+def test_deploy_imports_little():
+    """How long a start takes depends mostly on their number (``benchmarks/command_start.py`` times it)."""
+    modules = json.loads(python(IMPORT))
+    names = {".".join(m.split(".")[: 2 if m.startswith("cmt_edge.") else 1]) for m in modules}
+    assert len(modules) < MOST_MODULES
+    assert not {*HEAVY, "cmt_edge.cmt", "cmt_edge.calib", "cmt_edge.export"} & names
+    assert {"cmt_edge.deploy", "numpy", "PIL"} <= names
 
 
 @pytest.mark.parametrize(
