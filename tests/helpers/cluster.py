@@ -42,8 +42,10 @@ class Deadly(Answerer):
 @contextmanager
 def ray_environment() -> Iterator[None]:
     """The variables of a cluster in tests: it calls nobody, asks for no token, shares no folder with another
-    cluster, kills no worker because other programs take memory, and its workers import the helpers too."""
+    cluster, kills no worker because other programs take memory, and its workers import the helpers too.
+    SIGTERM is given back afterwards: Ray takes it when a program starts or joins a cluster."""
     before = dict(os.environ)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     tests = str(Path(__file__).parents[1])
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # sockets need a short path
     (folder / "ray").mkdir()  # Ray's own start makes it, and that of a node does not
@@ -57,6 +59,7 @@ def ray_environment() -> Iterator[None]:
     try:
         yield
     finally:
+        signal.signal(signal.SIGTERM, on_sigterm)
         os.environ.clear()
         os.environ |= before
         shutil.rmtree(folder, ignore_errors=True)
