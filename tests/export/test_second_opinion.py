@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cmt_edge.deploy.backends.onnxruntime import OnnxRuntimeSession
-from cmt_edge.deploy.backends.openvino import OpenVINOSession
+from cmt_edge.deploy.backends.openvino import OpenVINOSession, has_bf16
 from cmt_edge.deploy.errors import GateError
 from cmt_edge.export import ExportConfig, run
 
@@ -92,6 +92,7 @@ def test_a_graph_that_differs_in_both_has_no_other_format(tmp_path, monkeypatch)
     assert "--format" not in error.value.remedy
 
 
+@pytest.mark.skipif(not has_bf16(), reason="needs a CPU with bfloat16, which bf16 bundles run on")
 def test_a_precision_that_the_other_runtime_lacks(tmp_path, monkeypatch):
     shifted(OpenVINOSession, monkeypatch)
     with pytest.raises(GateError, match="the exported model differs"):
