@@ -63,7 +63,7 @@ def test_an_interrupt_while_the_runtime_computes(batch):
 
 @pytest.fixture
 def interrupts():
-    """Deliver SIGINT to this thread after so many seconds, as Ctrl-C does."""
+    """Deliver SIGINT to this thread after that number of seconds, as Ctrl-C does."""
     if not hasattr(signal, "setitimer"):
         pytest.skip("this system has no interval timers")
 
