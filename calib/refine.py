@@ -16,7 +16,7 @@ Nothing but the shifts is added to the graph: only constants change.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,11 +45,11 @@ from .graph import (
 )
 from .pair_sums import find_partners, order_products
 from .recipe import INT8_OPS
-from .sampling import DEPTHWISE_PART, ROWS, Layer, Rows, describe_layer, spread
+from .sampling import DEPTHWISE_PART, ROWS, Layer, Rows, describe_layer, limit_rows, spread
 from .shifts import insert_shift
-from .statistics import Request, Statistics
+from .statistics import Measured, Request, Statistics, merge
 
-DAMPING = 0.01
+DAMPING = 0.05
 """What is added to the diagonal of the second moments of a layer's inputs, relative to their mean: directions
 in which the sampled rows hardly vary must not count as free."""
 
@@ -58,14 +58,15 @@ MOST_COLUMNS = 2048
 more of them, and the time grows with the third power."""
 
 MOST_IMAGES = 64
-"""The largest number of images whose rows are read."""
+"""The largest number of images that give rows for every layer. Layers with small maps read more images."""
 
 ROWS_AN_IMAGE = 64
 """The number of rows that an image gives for each layer."""
 
 ROW_BYTES = 256 << 20
-"""The largest size of all rows together, in bytes. Small models read more rows than the least number,
-:data:`.sampling.ROWS`: more rows and images mean weights and biases that suit other images better."""
+"""The largest size of the rows of all layers together, in bytes, and once more of those of further images for
+layers with small maps. Small models read more rows than the least number, :data:`.sampling.ROWS`: more rows
+and images mean weights and biases that suit other images better."""
 
 BLOCK = 64
 """The number of columns whose corrections are gathered before they are applied to all that follow."""
@@ -145,7 +146,36 @@ def _take_rows(source: onnx.ModelProto, places: list[Place], statistics: Statist
     possible = spread(len(statistics), MOST_IMAGES)
     sampled = tuple(possible[i] for i in spread(len(possible), wanted // ROWS_AN_IMAGE))
     layers = tuple(place.layer for place in places)
-    return statistics.measure(Request(source, layers=layers, sampled=sampled, wanted=wanted)).rows
+    rows = statistics.measure(Request(source, layers=layers, sampled=sampled, wanted=wanted)).rows
+    few = tuple(layer for layer in layers if _gave_all(layer, len(rows[layer.name]), wanted, len(sampled)))
+    return rows | _take_more_rows(source, {layer: rows[layer.name] for layer in few}, sampled, statistics)
+
+
+def _gave_all(layer: Layer, rows: int, wanted: int, images: int) -> bool:
+    """Whether a layer has no more ``rows`` on its sampled images: its maps are small."""
+    return rows < images * limit_rows(layer, wanted, images)
+
+
+def _take_more_rows(
+    source: onnx.ModelProto,
+    few: Mapping[Layer, np.ndarray],
+    sampled: Collection[int],
+    statistics: Statistics,
+) -> Rows:
+    """The rows of layers with small maps, together with those of other images than the ``sampled`` ones.
+
+    The last layers have most inputs and the smallest maps: weights that were rounded by fewer rows than
+    inputs would suit these rows alone.
+    """
+    image_bytes = sum(rows.nbytes for rows in few.values()) / len(sampled)
+    others = [number for number in range(len(statistics)) if number not in sampled]
+    fitting = int(ROW_BYTES // max(image_bytes, 1))
+    chosen = tuple(others[i] for i in spread(len(others), fitting))
+    if not few or not chosen:
+        return {}
+    request = Request(source, layers=tuple(few), sampled=chosen, wanted=ROWS_AN_IMAGE * len(chosen))
+    known = Measured(rows={layer.name: rows for layer, rows in few.items()})
+    return merge([known, statistics.measure(request)]).rows
 
 
 def _count_rows(places: list[Place]) -> int:
