@@ -88,8 +88,10 @@ def complete(call: Callable[[], Result], left: threading.Event) -> Result:
     second one at once.
 
     The call runs in a thread of its own, so that it cannot replace what happens at a signal either: a library
-    that is started may take SIGTERM for itself, and end the process when its own start is interrupted. The
-    thread stays until ``left`` is set, because Linux can end processes with the thread that started them.
+    that is started may take SIGTERM for itself, and end the process when its own start is interrupted. What
+    it has taken below Python is taken back: Ray's own code ends a process by SIGABRT three seconds after a
+    SIGTERM. The thread stays until ``left`` is set, because Linux can end processes with the thread that
+    started them.
     """
     if threading.current_thread() is not threading.main_thread():
         return call()
@@ -107,6 +109,7 @@ def complete(call: Callable[[], Result], left: threading.Event) -> Result:
             left.wait()
 
     interrupts: list[BaseException] = []
+    is_timed = _is_alarm_set()
     try:
         threading.Thread(target=work, daemon=True).start()
         _await(ended)
@@ -115,9 +118,27 @@ def complete(call: Callable[[], Result], left: threading.Event) -> Result:
     except BaseException as exc:
         interrupts.append(exc)
         _await(ended)
+    finally:
+        _take_back(is_timed)
     for error in (*interrupts, *errors):
         raise error
     return results[0]
+
+
+def _is_alarm_set() -> bool:
+    """Whether SIGALRM will come."""
+    return hasattr(signal, "getitimer") and signal.getitimer(signal.ITIMER_REAL)[0] > 0
+
+
+def _take_back(is_timed: bool) -> None:
+    """Let Python handle the signals again that ask to end, and stop an alarm, unless there was one before
+    (``is_timed``)."""
+    for number in _list_numbers(interrupt=True):
+        handler = signal.getsignal(number)
+        if handler is not None:  # else it was set before Python began
+            signal.signal(number, handler)
+    if not is_timed and _is_alarm_set():
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _await(ended: threading.Event) -> None:
