@@ -192,4 +192,6 @@ def write_usage() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    ending = main(sys.argv[1:])
+    startup.spare_last_collections()
+    sys.exit(ending)

@@ -5,6 +5,7 @@ The console scripts start here: ``cmt-edge`` is :func:`edge`, ``cmt-export`` is 
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
@@ -100,7 +101,14 @@ def run(arguments: list[str]) -> int:
     from importlib import import_module
 
     code: int = import_module("cmt_edge.__main__").main(arguments)
+    spare_last_collections()
     return code
+
+
+def spare_last_collections() -> None:
+    """Let Python look for no garbage while it ends. Among the objects of torch that took a second or two, in
+    which a command that was done, or interrupted, still seemed to work."""
+    gc.freeze()
 
 
 def prepare() -> None:

@@ -98,6 +98,27 @@ def test_little_is_imported_before_signals_are_handled():
     assert not {"typing", "contextlib", "re", "enum", "warnings"} & {*done.stdout.split()}
 
 
+FROZEN = "import atexit, gc; atexit.register(lambda: print(gc.get_count()[0] < gc.get_freeze_count()));"
+"""Prints at the end whether Python will look for garbage among few objects."""
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        "from cmt_edge import startup; startup.edge()",
+        "import runpy; runpy.run_module('cmt_edge', alter_sys=True)",
+    ],
+    ids=["cmt-edge", "python -m cmt_edge"],
+)
+def test_the_end_of_a_command_looks_for_no_garbage(start):
+    """That took a second after an export, and after Ctrl-C."""
+    start = start.replace("alter_sys", "run_name='__main__', alter_sys")
+    code = f"import sys; {FROZEN} sys.argv[1:] = ['report', 'absent']; {start}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "no such" in done.stderr
+    assert done.stdout == "True\n"
+
+
 @pytest.mark.parametrize("number", NUMBERS)
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_signal_while_a_command_is_imported_prints_nothing(name, number):
