@@ -192,6 +192,5 @@ def write_usage() -> str:
 
 
 if __name__ == "__main__":
-    ending = main(sys.argv[1:])
-    startup.spare_last_collections()
-    sys.exit(ending)
+    startup.ended.append(main(sys.argv[1:]))
+    sys.exit(startup.ended[-1])
