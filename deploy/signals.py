@@ -49,6 +49,15 @@ def get_received() -> int | None:
     return _received[0][0] if _received else None
 
 
+def raise_swallowed() -> None:
+    """Raise :class:`Stopped` for a signal that has come in the body of :func:`unwound_by_signals` and ended
+    nothing: a library that calls a function of ours may go on where this one was interrupted."""
+    number = get_received()
+    is_main = threading.current_thread() is threading.main_thread()
+    if number is not None and is_main and _is_unwinding(interrupt=True):
+        raise Stopped(number)
+
+
 def compute_exit_code(number: int) -> int:
     """The exit code of a process that a signal ended."""
     return 128 + number
@@ -66,7 +75,7 @@ def unwound_by_signals(*, interrupt: bool = False) -> Iterator[None]:
         yield
         return
     replaced: dict[int, Any] = {}
-    outermost = not any(signal.getsignal(number) is _raise for number in _list_numbers(interrupt))
+    outermost = not _is_unwinding(interrupt)
     hook = sys.unraisablehook
     try:
         for number in _list_numbers(interrupt):
@@ -151,6 +160,11 @@ def _list_numbers(interrupt: bool) -> list[int]:
     """The signals that are handled, by number."""
     names = (*STOPPED_BY, "SIGINT") if interrupt else STOPPED_BY
     return [int(getattr(signal, name)) for name in names if hasattr(signal, name)]
+
+
+def _is_unwinding(interrupt: bool) -> bool:
+    """Whether a :func:`unwound_by_signals` handles signals now."""
+    return any(signal.getsignal(number) is _raise for number in _list_numbers(interrupt))
 
 
 def _raise(number: int, frame: object) -> None:
