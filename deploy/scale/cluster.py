@@ -45,14 +45,9 @@ CONNECT_S = 10
 SILENT = logging.CRITICAL + 1
 """A level that no message has."""
 
-SETTINGS = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_raylet_start_wait_time_s": "120",
-}
-"""Environment variables of Ray unless the user set them: no usage statistics are sent, workers see the GPUs
-that they saw before, without a warning that this will change, and a start on a busy machine may take longer
-than 30 seconds."""
+SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+"""Environment variables of Ray unless the user set them: no usage statistics are sent, and workers see the
+GPUs that they saw before, without a warning that this will change."""
 
 
 KNOWN_WARNINGS = (

@@ -85,7 +85,6 @@ def ray_environment() -> Iterator[None]:
         "RAY_TMPDIR": str(folder),
         "RAY_memory_monitor_refresh_ms": "0",
         "RAY_worker_niceness": "0",
-        "RAY_raylet_start_wait_time_s": "120",
         "PYTHONPATH": os.pathsep.join([tests, *filter(None, [before.get("PYTHONPATH")])]),
     }
     try:
