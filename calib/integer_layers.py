@@ -39,7 +39,6 @@ from .graph import (
     remove_unread,
     write_model,
 )
-from .pair_sums import limit_sums
 from .statistics import Request, Statistics
 
 LARGEST = np.float32(127)
@@ -91,7 +90,6 @@ def place_for_integers(quantized: onnx.ModelProto, ranges: Mapping[str, float]) 
     """
     with open_view(quantized) as view:
         graph = view.graph
-        limit_sums(graph)
         for conv in _find_convs(graph):
             magnitude = ranges.get(get_node_name(conv), 0.0)
             if magnitude > 0 and not _is_quantized_next(conv):

@@ -1,14 +1,14 @@
-"""Int8 weights whose sums of two products fit 16 bits, for ONNX Runtime on x86 processors without VNNI.
+"""Int8 weights whose sums of two products fit 16 bits, for x86 processors without VNNI.
 
-Its fast kernels for such processors saturate where two neighbouring products exceed 16 bits
-(:mod:`cmt_edge.deploy.backends.pair_limits`). Its setting against that (``session.x64quantprecision``) takes
-kernels that widen every value first, which are slower than float32 (``docs/peers.md``). Weights that keep the
-limit need no such setting: integers are exact in the fast kernels, as they are with VNNI.
+Fast kernels for such processors saturate where two neighbouring products exceed 16 bits
+(:mod:`cmt_edge.deploy.backends.pair_limits`). ONNX Runtime has a setting against it
+(``session.x64quantprecision``), which takes kernels that widen every value first and are slower than float32
+(``docs/peers.md``); OpenVINO has none. Weights that keep the limit need no setting, and no program of ours
+that opens the graph: integers are exact in the fast kernels, as they are with VNNI.
 
-Neighbours are consecutive products of one sum: the input channels of one place of the filter, then those of
-the next place. Where the number of input channels is odd, the last of one place and the first of the next
-are neighbours (``tests/calib/test_pair_sums.py`` compares all of it with exact integers). Depthwise convs
-have kernels of their own, which add in 32 bits.
+Neighbours differ between the two (:func:`list_neighbours`). ``tests/calib/test_pair_sums.py`` compares ONNX
+Runtime with exact integers, ``benchmarks/saturation.py`` OpenVINO. Depthwise convs have kernels of their own,
+which add in 32 bits.
 """
 
 from __future__ import annotations
@@ -30,20 +30,46 @@ from .graph import (
 from .recipe import INT8_OPS, count_groups, is_depthwise_node
 
 
-def order_products(taps: int, inputs: int) -> np.ndarray:
-    """In which order ONNX Runtime adds the products of a layer whose weights are stored ``(outputs, inputs,
-    taps)``: indices of the columns of ``(outputs, inputs * taps)``."""
-    order: np.ndarray = np.arange(inputs * taps).reshape(inputs, taps).T.reshape(-1)
-    return order
+def list_neighbours(taps: int, inputs: int) -> list[np.ndarray]:
+    """Which products of a layer are added to each other in 16 bits: for each way, columns ``(pairs, 2)``.
+
+    The columns are those of ``(outputs, inputs * taps)``, where ``taps`` are the places of a filter. ONNX
+    Runtime adds consecutive products: the channels of one place, then those of the next, so that the last of
+    one place and the first of the next are neighbours where ``inputs`` is odd. OpenVINO adds neighbouring
+    channels of the same place alone.
+    """
+    by_place = np.arange(inputs * taps).reshape(inputs, taps).T
+    consecutive = by_place.reshape(-1)[: inputs * taps // 2 * 2].reshape(-1, 2)
+    if inputs % 2 == 0 or taps == 1:
+        return [consecutive]
+    return [consecutive, by_place[:, : inputs // 2 * 2].reshape(-1, 2)]
 
 
-def find_partners(order: np.ndarray) -> np.ndarray:
-    """Column -> the column whose product is added to its own in 16 bits, -1 for none."""
-    pairs = order[: len(order) // 2 * 2].reshape(-1, 2)
-    partners = np.full(len(order), -1)
+def list_partners(taps: int, inputs: int) -> list[np.ndarray]:
+    """For each way of :func:`list_neighbours`: column -> the column whose product is added to its own, -1 for
+    none."""
+    return [_find_partners(pairs, inputs * taps) for pairs in list_neighbours(taps, inputs)]
+
+
+def _find_partners(pairs: np.ndarray, columns: int) -> np.ndarray:
+    partners = np.full(columns, -1)
     partners[pairs[:, 0]] = pairs[:, 1]
     partners[pairs[:, 1]] = pairs[:, 0]
     return partners
+
+
+def find_growth(columns: np.ndarray, inputs: int) -> np.ndarray | None:
+    """By how much the scale of each output grows so that its sums fit, float64 ``(outputs, 1)``; ``None``
+    where none has to.
+
+    Args:
+        columns: int8 weights, ``(outputs, inputs * taps)``.
+        inputs: the number of input channels.
+    """
+    ways = list_neighbours(columns.shape[1] // inputs, inputs)
+    found = [find_factors(columns[:, pairs.reshape(-1)], 0, 1) for pairs in ways]
+    factors = [one for one in found if one is not None]
+    return np.max(factors, axis=0) if factors else None
 
 
 def limit_sums(graph: ir.Graph) -> int:
@@ -81,9 +107,7 @@ def _find_factors(layer: ir.Node, values: np.ndarray) -> np.ndarray | None:
     """By how much the scale of each output channel grows, of the rank of ``values``; ``None`` where none has
     to."""
     if layer.op_type == "Conv":
-        columns = values.reshape(len(values), -1)
-        inputs = values.shape[1]
-        factors = find_factors(columns[:, order_products(columns.shape[1] // inputs, inputs)], 0, 1)
+        factors = find_growth(values.reshape(len(values), -1), values.shape[1])
         return None if factors is None else factors.reshape(-1, *[1] * (values.ndim - 1))
     transposed = layer.op_type == "Gemm" and layer.attributes.get_int("transB", 0) != 0
     return find_factors(values, *((0, 1) if transposed else (-1, -2)))

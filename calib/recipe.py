@@ -61,7 +61,7 @@ SMALL_FILTER = 32
 """A conv of the image stays float if each of its filters reads fewer values than this: int8 has little to
 multiply there, and the whole image to convert."""
 
-RULES = 9
+RULES = 10
 """The version of the rules in :meth:`Recipe.float_nodes` and of what follows it. It is increased when they
 change, so that no calibrated graph of older rules is taken from the cache."""
 
@@ -86,7 +86,7 @@ class Recipe:
             with ``smooth_quant``.
         rounding: round weights so that the errors of those that are multiplied by the same values make up for
             each other (:mod:`cmt_edge.calib.refine`); not with ``smooth_quant``.
-        fits_16_bits: round weights so that sums of two products fit 16 bits, which ONNX Runtime needs on x86
+        fits_16_bits: round weights so that sums of two products fit 16 bits, which CPU runtimes need on x86
             processors without VNNI (:mod:`cmt_edge.calib.pair_sums`); not with ``smooth_quant``.
         keep_float: groups of operations (:mod:`cmt_edge.calib.groups`) or single operations that become float
             again after calibration (:mod:`cmt_edge.calib.restore`). The others are calibrated as without it.

@@ -121,14 +121,14 @@ def open_rows(
     def take(number: int, batch: np.ndarray) -> Rows:
         values = dict(zip(tensors, run(batch), strict=True))
         return {
-            layer.name: _take_rows(values[layer.tensor], layer, number, _limit_rows(layer, wanted, total))
+            layer.name: _take_rows(values[layer.tensor], layer, number, limit_rows(layer, wanted, total))
             for layer in layers
         }
 
     return take
 
 
-def _limit_rows(layer: Layer, wanted: int, total: int) -> int:
+def limit_rows(layer: Layer, wanted: int, total: int) -> int:
     """The largest number of rows of one of ``total`` images."""
     return math.ceil((wanted // DEPTHWISE_PART if layer.depthwise else wanted) / total)
 

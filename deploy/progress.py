@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .escaping import escape, escape_line
 from .folding import find_terminal_width, fold
+from .signals import raise_swallowed
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -47,12 +48,13 @@ class Progress:
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """Announce a step, and its duration once it is done."""
+        """Announce a step, and its duration once it is done. A signal that was swallowed in it ends it."""
         name, start = escape_line(name), time.perf_counter()
         if not self.off:
             _print(f"{name} ...", end="")
         try:
             yield
+            raise_swallowed()
         finally:
             self.finish()
             if not self.off:
@@ -66,6 +68,7 @@ class Progress:
             _print(self._sign, end="")
         try:
             yield
+            raise_swallowed()
         finally:
             self.finish()
 

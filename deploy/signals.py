@@ -49,6 +49,15 @@ def get_received() -> int | None:
     return _received[0][0] if _received else None
 
 
+def raise_swallowed() -> None:
+    """Raise :class:`Stopped` for a signal that has come in the body of :func:`unwound_by_signals` and ended
+    nothing: a library that calls a function of ours may go on where this one was interrupted."""
+    number = get_received()
+    is_main = threading.current_thread() is threading.main_thread()
+    if number is not None and is_main and _is_unwinding(interrupt=True):
+        raise Stopped(number)
+
+
 def compute_exit_code(number: int) -> int:
     """The exit code of a process that a signal ended."""
     return 128 + number
@@ -66,7 +75,7 @@ def unwound_by_signals(*, interrupt: bool = False) -> Iterator[None]:
         yield
         return
     replaced: dict[int, Any] = {}
-    outermost = not any(signal.getsignal(number) is _raise for number in _list_numbers(interrupt))
+    outermost = not _is_unwinding(interrupt)
     hook = sys.unraisablehook
     try:
         for number in _list_numbers(interrupt):
@@ -88,8 +97,10 @@ def complete(call: Callable[[], Result], left: threading.Event) -> Result:
     second one at once.
 
     The call runs in a thread of its own, so that it cannot replace what happens at a signal either: a library
-    that is started may take SIGTERM for itself, and end the process when its own start is interrupted. The
-    thread stays until ``left`` is set, because Linux can end processes with the thread that started them.
+    that is started may take SIGTERM for itself, and end the process when its own start is interrupted. What
+    it has taken below Python is taken back: Ray's own code ends a process by SIGABRT three seconds after a
+    SIGTERM. The thread stays until ``left`` is set, because Linux can end processes with the thread that
+    started them.
     """
     if threading.current_thread() is not threading.main_thread():
         return call()
@@ -107,6 +118,7 @@ def complete(call: Callable[[], Result], left: threading.Event) -> Result:
             left.wait()
 
     interrupts: list[BaseException] = []
+    is_timed = _is_alarm_set()
     try:
         threading.Thread(target=work, daemon=True).start()
         _await(ended)
@@ -115,9 +127,27 @@ def complete(call: Callable[[], Result], left: threading.Event) -> Result:
     except BaseException as exc:
         interrupts.append(exc)
         _await(ended)
+    finally:
+        _take_back(is_timed)
     for error in (*interrupts, *errors):
         raise error
     return results[0]
+
+
+def _is_alarm_set() -> bool:
+    """Whether SIGALRM will come."""
+    return hasattr(signal, "getitimer") and signal.getitimer(signal.ITIMER_REAL)[0] > 0
+
+
+def _take_back(is_timed: bool) -> None:
+    """Let Python handle the signals again that ask to end, and stop an alarm, unless there was one before
+    (``is_timed``)."""
+    for number in _list_numbers(interrupt=True):
+        handler = signal.getsignal(number)
+        if handler is not None:  # else it was set before Python began
+            signal.signal(number, handler)
+    if not is_timed and _is_alarm_set():
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _await(ended: threading.Event) -> None:
@@ -130,6 +160,11 @@ def _list_numbers(interrupt: bool) -> list[int]:
     """The signals that are handled, by number."""
     names = (*STOPPED_BY, "SIGINT") if interrupt else STOPPED_BY
     return [int(getattr(signal, name)) for name in names if hasattr(signal, name)]
+
+
+def _is_unwinding(interrupt: bool) -> bool:
+    """Whether a :func:`unwound_by_signals` handles signals now."""
+    return any(signal.getsignal(number) is _raise for number in _list_numbers(interrupt))
 
 
 def _raise(number: int, frame: object) -> None:

@@ -40,6 +40,7 @@ from cmt_edge.deploy.cli.console import add_key_flag, make_parser, run_command
 from cmt_edge.deploy.cli.output import tell
 from cmt_edge.deploy.cli.ranges import THREADS, Range
 from cmt_edge.deploy.errors import ImageError, RuntimeMissingError
+from cmt_edge.deploy.scale.cluster import require_answer
 from cmt_edge.deploy.signals import complete
 
 MAX_BODY = 16 << 20
@@ -213,8 +214,9 @@ def run(args: argparse.Namespace) -> int:
         while True:
             time.sleep(1)
     finally:
-        with suppress(RayError, RayServeException):  # it did not come so far
-            serve.delete(PREFIX)  # a cluster of others keeps what else it serves
+        if ray.is_initialized():  # Ray Serve would start a cluster to look there
+            with suppress(RayError, RayServeException):  # it did not come so far
+                serve.delete(PREFIX)  # a cluster of others keeps what else it serves
         ray.shutdown()
         left.set()
 
@@ -223,13 +225,17 @@ def _connect(args: argparse.Namespace) -> None:
     """Connect to the cluster, or start one."""
     here = {} if args.address else {"include_dashboard": False}
     try:
+        if args.address:
+            require_answer(args.address)  # Ray itself would wait for ever
         ray.init(args.address or "local", log_to_driver=args.verbose, configure_logging=args.verbose, **here)
-    except ConnectionError as exc:
+    except Exception as exc:  # Ray raises exceptions of all kinds
         raise RuntimeMissingError(
-            "no Ray cluster answers",
+            "no Ray cluster answers" if args.address else "Ray could not be started here",
             where=args.address,
-            why=exc,
-            remedy="start one with: ray start --head; or leave --address out",
+            why=exc.why if isinstance(exc, RuntimeMissingError) else exc,
+            remedy="start one with: ray start --head; or leave --address out"
+            if args.address
+            else "run it again once other programs leave a core free: Ray allows 30 seconds for its start",
         ) from exc
 
 

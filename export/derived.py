@@ -97,7 +97,7 @@ class DerivedSettings(Settings):
     @property
     def recipe(self) -> Recipe:
         """What stays float in int8."""
-        return replace(DEFAULT, fits_16_bits=self.computes_by_pairs, keep_float=self.kept_float)
+        return replace(DEFAULT, fits_16_bits=self.fits_16_bits, keep_float=self.kept_float)
 
     @property
     def is_typed(self) -> bool:
@@ -144,6 +144,11 @@ class DerivedSettings(Settings):
     def computes_by_pairs(self) -> bool:
         """Whether the runtime needs pairs behind int8 layers: see :mod:`cmt_edge.calib.integer_layers`."""
         return self.quantizes and self.format == "onnx"
+
+    @property
+    def fits_16_bits(self) -> bool:
+        """Whether int8 weights are rounded for processors without VNNI: :mod:`cmt_edge.calib.pair_sums`."""
+        return self.quantizes and not self.has_engine
 
     @property
     def verify_flags(self) -> list[str]:

@@ -169,7 +169,7 @@ def describe_calibration(
         recipe=_name_recipe(config),
         cached=cached,
         keep_float=config.kept_float,
-        fits_16_bits=config.computes_by_pairs or None,
+        fits_16_bits=config.fits_16_bits or None,
     )
 
 

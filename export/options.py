@@ -20,6 +20,8 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from cmt_edge.deploy.cli.ranges import Range
 from cmt_edge.deploy.errors import InputError, UnknownNameError
 
+from .said_flags import SayOnce, SayOnOrOff, fold_case
+
 T = TypeVar("T")
 """The dataclass whose fields are options."""
 
@@ -177,7 +179,8 @@ def _add_flag(
             flag,
             dest=described_field.name,
             default=argparse.SUPPRESS,
-            action="store_const",
+            action=SayOnce,
+            nargs=0,
             const=value,
             help=text,
         )
@@ -189,14 +192,19 @@ def _describe_reading(described_field: Field[Any], kind: Any) -> dict[str, Any]:
     if kind is bool:
         return {"action": "store_false" if described_field.default else "store_true"}
     if bool in types:
-        return {"action": argparse.BooleanOptionalAction}
+        return {"action": SayOnOrOff}
     number = next((t for t in types if t in (int, float)), None)
     choices = f"{{{','.join(known.choices)}}}" if known.choices else None
     optional = {"nargs": "?", "const": known.bare} if known.bare is not None else {}
-    return optional | {
-        "type": _choose_reader(number, known.range),
-        "metavar": known.metavar or choices,
-    }
+    repeated = {"action": SayOnce} if known.shortcuts else {}
+    return (
+        optional
+        | repeated
+        | {
+            "type": _choose_reader(number, known.range),
+            "metavar": known.metavar or choices,
+        }
+    )
 
 
 def _choose_reader(
@@ -298,7 +306,7 @@ def read_mapping(
                 continue
         else:
             raise _make_wrong_type_error(key, value, (bool,), where)
-        if name in found and found[name] != meant:
+        if name in found and fold_case(found[name]) != fold_case(meant):
             raise _make_contradiction_error(keys[name], key, where)
         found[name], keys[name] = meant, key
     return found

@@ -396,6 +396,7 @@ def _verify(work: _Work, manifest: Manifest) -> Verification:
         prepared.evaluation.images if prepared.evaluation else None,
         candidate,
         work.progress.count,
+        prepared.data.digests if prepared.data and manifest.calibration else (),
     )
     steps.require_passed(result, _ask_other_runtime(config, bundle, result))
     if result.data:

@@ -40,6 +40,7 @@ from cmt_edge.deploy.errors import (
     StepError,
 )
 from cmt_edge.deploy.report import format_differences
+from cmt_edge.deploy.signals import raise_swallowed, unwound_by_signals
 
 from .refusals import explaining, explaining_types, find_counting_line
 
@@ -286,9 +287,19 @@ def _rename_clashes(graph: ir.Graph) -> None:
 
 
 def simplify(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """``graph`` after onnxsim: constants folded, redundant operations gone."""
-    with guarded("simplify"), _quiet(), lying_in_file(graph) as path:
+    """``graph`` after onnxsim: constants folded, redundant operations gone.
+
+    onnxsim goes on where a signal interrupts what it calls in Python, with constants that are not folded; the
+    signal is raised when it is done.
+    """
+    with (
+        unwound_by_signals(interrupt=True),
+        guarded("simplify"),
+        _quiet(),
+        lying_in_file(graph) as path,
+    ):
         simplified, ok = onnxsim.simplify(path or graph, skipped_optimizers=list(UNWANTED))
+        raise_swallowed()
         if not ok:
             raise StepError(
                 "step 'simplify' failed: onnxsim's own check did not pass",

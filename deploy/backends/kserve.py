@@ -45,6 +45,13 @@ SHOWN_CHARACTERS = 300
 """The largest number of characters of the server's own words that a message quotes."""
 TYPES = {"FP32": FLOAT32}
 """The protocol's name of a type -> the manifest's."""
+REMEDIES = {
+    "NOT_FOUND": "compare name and version with those of the models that the server's log shows",
+    "RESOURCE_EXHAUSTED": "give fewer images at once, or let the server take larger messages",
+}
+"""What gRPC calls a failed call -> what to do where it is clear what went wrong."""
+CONFIGURATION = "model_configuration"
+"""What Triton calls its extension of the protocol that tells a model's settings."""
 PROTOCOL = "kserve v2"
 """What the runtime is called before a server has told its name."""
 
@@ -100,13 +107,24 @@ class ServerSession(Session):
         self._client = client.InferenceServerClient(address.host, ssl=address.encrypted)
         self.device = str(address)
         try:
-            self.runtime = _ask_server(self._client, address)
+            told = _ask_server(self._client, address)
+            self.runtime = _name_server(told)
             _require_model(self._client, address, bundle)
+            tells = CONFIGURATION in told.extensions
+            self._most = _read_largest_batch(self._client, address) if tells else 0
         except BaseException:
             self.close()
             raise
 
     def run(self, batch: np.ndarray) -> list[np.ndarray]:
+        most = self._most
+        if not most or len(batch) <= most:
+            return self._ask(batch)
+        parts = [self._ask(batch[start : start + most]) for start in range(0, len(batch), most)]
+        return [np.concatenate(rows) for rows in zip(*parts, strict=True)]
+
+    def _ask(self, batch: np.ndarray) -> list[np.ndarray]:
+        """The server's answer to one request."""
         given = client.InferInput(self._input, list(batch.shape), "FP32")
         given.set_data_from_numpy(batch)
         wanted = [client.InferRequestedOutput(name) for name in self._rows]
@@ -146,12 +164,16 @@ class ServerSession(Session):
         self._client.close()
 
 
-def _ask_server(server: Any, address: Address) -> str:
-    """Name and version of the server."""
+def _ask_server(server: Any, address: Address) -> Any:
+    """What the server tells of itself."""
     try:
-        told = server.get_server_metadata(client_timeout=TIME_LIMIT_S)
+        return server.get_server_metadata(client_timeout=TIME_LIMIT_S)
     except InferenceServerException as exc:
         raise _make_server_error(address, "no inference server answers", exc) from exc
+
+
+def _name_server(told: Any) -> str:
+    """Name and version of the server."""
     return _shorten(f"{told.name} {told.version}".strip()) or PROTOCOL
 
 
@@ -185,6 +207,15 @@ def _require_model(server: Any, address: Address, bundle: Bundle) -> None:
         ) from exc
 
 
+def _read_largest_batch(server: Any, address: Address) -> int:
+    """The largest batch that the server takes for a model; 0 where the graph's own size is the only one."""
+    try:
+        settings = server.get_model_config(address.model, address.version, client_timeout=TIME_LIMIT_S)
+    except InferenceServerException as exc:
+        raise _make_server_error(address, "the server does not tell the model's settings", exc) from exc
+    return int(settings.config.max_batch_size)
+
+
 def _read_tensor(tensor: Any) -> GraphTensor:
     """An input or output as the server tells it; -1 stands for a dimension that is not fixed."""
     shape = tuple(None if size < 0 else int(size) for size in tensor.shape)
@@ -193,11 +224,15 @@ def _read_tensor(tensor: Any) -> GraphTensor:
 
 def _make_server_error(address: Address, what: str, exc: InferenceServerException) -> RuntimeMissingError:
     """The error for a call that the server did not answer."""
+    status = str(exc.status() or "")
     return RuntimeMissingError(
         what,
         where=address,
-        why=_shorten(f"{exc.status() or ''} {exc.message() or ''}".strip()),
-        remedy="look whether the server runs and what its log says; the port is that of gRPC, not of HTTP",
+        why=_shorten(f"{status} {exc.message() or ''}".strip()),
+        remedy=REMEDIES.get(
+            status.rpartition(".")[2],
+            "look whether the server runs and what its log says; the port is that of gRPC, not of HTTP",
+        ),
     )
 
 
@@ -219,7 +254,7 @@ class InferenceServers(Runtime):
         address = parse_address(device)
         server = client.InferenceServerClient(address.host, ssl=address.encrypted)
         try:
-            return _ask_server(server, address)
+            return _name_server(_ask_server(server, address))
         finally:
             server.close()
 

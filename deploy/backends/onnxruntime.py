@@ -163,12 +163,6 @@ def _make_options(threads: int, profile_prefix: str | None, widens: bool) -> ort
     return options
 
 
-def _fits_16_bits(bundle: Bundle) -> bool:
-    """Whether the int8 weights of a bundle were made so that sums of two products fit 16 bits."""
-    calibration = bundle.manifest.calibration
-    return calibration is not None and bool(calibration.fits_16_bits)
-
-
 def _find_form(file: Path) -> str | bytes:
     """What ONNX Runtime takes for a file: its path, or its content where the path is no UTF-8.
 
@@ -281,7 +275,7 @@ class OnnxRuntime(Runtime):
             exc.where = str(bundle.path)
             raise
         session = OnnxRuntimeSession(
-            bundle.file(ONNX), options, bundle.manifest.precision, _fits_16_bits(bundle)
+            bundle.file(ONNX), options, bundle.manifest.precision, bundle.manifest.fits_16_bits
         )
         require_described(
             bundle,
@@ -302,7 +296,7 @@ class OnnxRuntime(Runtime):
             ) from exc
         self.float_precision(bundle.manifest.precision, options.device)
         graph = add_outputs(bundle, tensors)
-        return OnnxRuntimeSession(graph, options, bundle.manifest.precision, _fits_16_bits(bundle))
+        return OnnxRuntimeSession(graph, options, bundle.manifest.precision, bundle.manifest.fits_16_bits)
 
 
 RUNTIME = OnnxRuntime()

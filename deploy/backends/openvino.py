@@ -301,10 +301,11 @@ class OpenVINO(Runtime):
         device = find_device(core, options.device, precision)
         config = _make_config(device, precision, options)
         path = bundle.file(ONNX)
+        is_rounded = precision == "int8" and device.kind == CPU and not bundle.manifest.fits_16_bits
         with _opening(path):
             found = _compile(core, Job(bundle, device.name, config), options.cache)
         notes = require_precision(found.value, device, device.choose_float(precision))
-        if precision == "int8" and device.kind == CPU and saturates_in_openvino():
+        if is_rounded and saturates_in_openvino():
             notes.append(SATURATION_NOTE)
         session = OpenVINOSession(
             found.value, lambda: _read_again(bundle, path, device.kind), device.name, config, path

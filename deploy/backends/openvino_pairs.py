@@ -5,6 +5,9 @@ Kernels for such processors add the products of two neighbouring input channels 
 get a larger scale. Integers are exact then, as they are with VNNI; what it costs is the rounding of those
 channels, in place of sums that are wrong.
 
+Int8 bundles for CPUs have weights that fit (``calibration.fits_16_bits`` of the manifest), and nothing is
+changed in them. Those of other graphs are rounded here, when they are read.
+
 It applies to convs that read all channels and to linears. OpenVINO's kernels for depthwise convs add in 32
 bits. Which weights are added was found by ``benchmarks/saturation.py``: neighbouring channels at the same
 place of the filter, for filters of any size.
@@ -48,9 +51,10 @@ def _find_axes(layer: ov.Node) -> tuple[int, int]:
 def _limit_weights(dequantized: ov.Node, outputs: int, inputs: int) -> bool:
     """Replace weights by such that keep the limit; ``False`` where they already do."""
     scale = dequantized.input_value(1)
-    zeros = dequantized.input_value(0).get_node()
-    values = compute_constant(zeros.input_value(0).get_node().input_value(0))
-    if compute_constant(zeros.input_value(1)).any():
+    shifted = dequantized.input_value(0).get_node()
+    values = compute_constant(shifted.input_value(0).get_node().input_value(0))
+    zeros = shifted.input_value(1)
+    if compute_constant(zeros).any():
         return False  # no bundle has zero points; the integers would not be the weights
     factors = find_factors(values, outputs, inputs)
     if factors is None:
@@ -58,7 +62,8 @@ def _limit_weights(dequantized: ov.Node, outputs: int, inputs: int) -> bool:
     rounded = np.rint(values / factors).astype(np.int8)
     scales = (compute_constant(scale) * factors).astype(np.float32)
     converted: Any = ops.convert(ops.constant(rounded), "f32")
-    replacement = ops.multiply(converted, ops.constant(scales))
+    less_zeros: Any = ops.subtract(converted, zeros)  # so that it is still known as dequantized weights
+    replacement = ops.multiply(less_zeros, ops.constant(scales))
     replacement.set_friendly_name(dequantized.get_friendly_name())
     dequantized.output(0).replace(replacement.output(0))
     return True

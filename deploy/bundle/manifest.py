@@ -140,6 +140,11 @@ class Manifest:
         """Size of all files together, without the manifest."""
         return sum(entry.size for entry in self.files.values())
 
+    @property
+    def fits_16_bits(self) -> bool:
+        """Whether int8 weights were made so that no sum of two products saturates on x86 without VNNI."""
+        return self.calibration is not None and bool(self.calibration.fits_16_bits)
+
 
 def hash_content(content: Mapping[str, Any]) -> str:
     """SHA-256 of all entries but the checksum.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RuntimeMissingError, UnknownNameError
+from .console import list_values
 from .output import say
 
 SHELLS = ("bash", "zsh", "tcsh")
@@ -69,9 +70,8 @@ def build_tree(
 
 def _describe_values(action: Any, models: Sequence[str], file: object) -> None:
     """Say what an ``argparse.Action`` takes. Text that cannot be listed is a path nearly always."""
-    shown = action.metavar
-    if isinstance(shown, str) and shown.startswith("{"):
-        action.choices = shown.strip("{}").split(",")
+    if values := list_values(action):
+        action.choices = values
     elif action.dest == "model":
         action.choices = list(models)
     elif action.nargs != 0 and action.type in {None, Path}:

@@ -119,9 +119,16 @@ class Parser(argparse.ArgumentParser):
         if not flag.startswith("-"):
             return ""
         asked = f"--{flag.lstrip('-').lower().replace('_', '-')}"
+        if valued := [flag for flag, values in self._list_values() if asked[2:] in values]:
+            return f"; did you mean {' or '.join(f'{flag} {asked[2:]}' for flag in valued)}?"
         known = [name for name in self._option_string_actions if name.startswith("--")]
         close = difflib.get_close_matches(asked, known, n=2, cutoff=CLOSE)
         return f"; did you mean {' or '.join(close)}?" if close else f"; {self.prog} --help lists the flags"
+
+    def _list_values(self) -> list[tuple[str, list[str]]]:
+        """The flags whose values can be listed, with these."""
+        flags = [action for action in self._actions if action.option_strings]
+        return [(action.option_strings[-1], list_values(action)) for action in flags]
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """As argparse does it; the message also names the choices that look like ``value``."""
@@ -150,6 +157,14 @@ class Parser(argparse.ArgumentParser):
         """Exit; also after ``--help`` a full standard output is an error and no trace."""
         flush_output()
         super().exit(judge_output(status), message)
+
+
+def list_values(action: argparse.Action) -> list[str]:
+    """What an argument can be, as its help lists it: ``{fp32,int8}``; empty where that cannot be listed."""
+    shown = action.metavar
+    if isinstance(shown, str) and shown.startswith("{"):
+        return shown.strip("{}").split(",")
+    return [str(choice) for choice in action.choices or ()]
 
 
 OPTIONS = argparse.Action([], "options", metavar="[options]")

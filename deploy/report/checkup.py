@@ -25,10 +25,7 @@ X86 = {
     "AVX": ("avx2", "avx512f"),
 }
 """What an x86 processor can do -> the flags of the instructions for it."""
-WITHOUT = {
-    "VNNI": "no: OpenVINO gets int8 weights that are rounded more coarsely, and int8 gains less speed;"
-    " verify here with labelled images (--data), and measure here"
-}
+WITHOUT = {"VNNI": "no: int8 gains less speed over float32 here than on newer processors; measure here"}
 """What the lack of an ability means, where it is more than slowness."""
 ARM = {
     "int8": ("asimddp", "i8mm"),

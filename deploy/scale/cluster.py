@@ -32,6 +32,13 @@ AGAIN = "run the same command again with --answers: what is answered is not comp
 ADDRESSES = "give HOST:PORT of a cluster's head, or auto inside it; --ray alone starts one here"
 """The remedy where there is no cluster."""
 
+TOO_LATE = "timed out during startup"
+"""What Ray says where it did not start within its 30 seconds, as on a machine that is busy. It is tried once
+more: its programs are in memory then."""
+
+BUSY = "run it again once other programs leave a core free: Ray allows 30 seconds for its start; or "
+"""What comes first where Ray was to be started on this machine."""
+
 CONNECT_S = 10
 """Seconds in which the head of a cluster must answer."""
 
@@ -161,22 +168,28 @@ def _connect(ray: Any, address: str, cores: int) -> None:
     options: dict[str, Any] = {}
     if address == LOCAL:
         options = {"num_cpus": max(cores, count_cores()), "include_dashboard": False}
-    try:
-        ray.init(
-            address=address,
-            log_to_driver=False,
-            logging_level=logging.CRITICAL,
-            configure_logging=True,
-            **options,
-        )
-    except Exception as exc:  # Ray raises exceptions of all kinds, some of them of no kind
-        first = (str(exc).strip() or type(exc).__name__).splitlines()[0]
-        raise RuntimeMissingError(
-            "no Ray cluster answers" if address != LOCAL else "Ray could not be started here",
-            where=None if address == LOCAL else address,
-            why=first,
-            remedy=ADDRESSES,
-        ) from exc
+    for is_last in (address != LOCAL, True):
+        try:
+            ray.init(
+                address=address,
+                log_to_driver=False,
+                logging_level=logging.CRITICAL,
+                configure_logging=True,
+                **options,
+            )
+        except Exception as exc:  # Ray raises exceptions of all kinds, some of them of no kind
+            if is_last or TOO_LATE not in str(exc):
+                raise _make_start_error(address, exc) from exc
+        else:
+            return
+
+
+def _make_start_error(address: str, exc: Exception) -> RuntimeMissingError:
+    """The error where Ray could not be started here, or did not answer at ``address``."""
+    first = (str(exc).strip() or type(exc).__name__).splitlines()[0]
+    if address == LOCAL:
+        return RuntimeMissingError("Ray could not be started here", why=first, remedy=f"{BUSY}{ADDRESSES}")
+    return RuntimeMissingError("no Ray cluster answers", where=address, why=first, remedy=ADDRESSES)
 
 
 def _quieten(ray: Any) -> None:

@@ -113,9 +113,8 @@ def _choose_model(bundle: Bundle, server: str, options: Options) -> Served:
 
 def _write_saturation_note(model: Served) -> tuple[str, ...]:
     """What becomes of int8 on an x86 server without VNNI, where our Predictor sees to it by itself."""
-    calibration = model.bundle.manifest.calibration
-    fits = calibration is not None and calibration.fits_16_bits
-    if model.bundle.manifest.precision != "int8" or model.runtime == "tensorrt" or fits:
+    manifest = model.bundle.manifest
+    if manifest.precision != "int8" or model.runtime == "tensorrt" or manifest.fits_16_bits:
         return ()
     if model.runtime == "openvino" and saturates_in_openvino():
         return ("its int8 weights are rounded for processors without VNNI, such as this one",)

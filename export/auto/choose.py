@@ -12,7 +12,6 @@ from pathlib import Path
 
 from cmt_edge.calib import CalibrationSet
 from cmt_edge.deploy import report
-from cmt_edge.deploy.backends.overflow import can_overflow
 from cmt_edge.deploy.bundle.sections import VerdictEntry
 from cmt_edge.deploy.errors import GateError
 from cmt_edge.deploy.measure.child import MeasuringProcess
@@ -28,9 +27,6 @@ from .elsewhere import ClusterAnswers
 from .questions import make_questions
 from .search import Conditions, Verdict, search
 from .workbench import SEARCH_PROTOCOL, Workbench
-
-COARSER = ", and OpenVINO gets weights that are rounded more coarsely"
-"""What a note adds for x86: what int8 costs there besides."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +175,6 @@ def _write_notes(found: Verdict, isa: str | None) -> list[str]:
     if not has_int8_hardware(isa):
         notes.append(
             "no instructions for int8 products (VNNI) here: int8 runs in several steps of older ones"
-            + (COARSER if isa is not None or can_overflow() else "")
         )
     speeds = [candidate.speed for candidate in found.candidates if candidate.speed]
     if any("drifted" in warning for speed in speeds for warning in speed.warnings):

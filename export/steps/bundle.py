@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from cmt_edge.deploy.measure.timing import Protocol
 from ..config import ExportConfig
 from ..to_onnx import set_batch
 from .images import ProgressCallback
-from .notes import write_notes_on_checkpoint
+from .notes import write_note_on_overlap, write_notes_on_checkpoint
 from .reference import Reference
 
 EXPORT_PROTOCOL = Protocol(iters=25, seconds=0.5, warmup_seconds=0.25)
@@ -56,6 +56,7 @@ def verify_bundle(
     labelled: LabelledImages | None,
     candidate: Predictor | None,
     progress: ProgressCallback,
+    calibrated: Sequence[str] = (),
 ) -> Verification:
     """Compare a staged bundle with the reference.
 
@@ -66,6 +67,7 @@ def verify_bundle(
         labelled: images in class folders, if there are some.
         candidate: what to check instead of the bundle as its runtime opens it.
         progress: called with images done and total.
+        calibrated: digests of the images that the graph was calibrated on.
 
     Raises:
         DataError: an image cannot be used.
@@ -86,6 +88,7 @@ def verify_bundle(
             flipped_images=MOST_SHOWN if config.thumbnails else 0,
         )
     more = write_notes_on_checkpoint(config, bundle.manifest, reference.loaded)
+    more += write_note_on_overlap(calibrated, result.reference_answers)
     return replace(result, notes=(*result.notes, *more))
 
 

@@ -1,8 +1,9 @@
-"""What a user should know of a checkpoint file before the long work: what was not used."""
+"""What a user should know of an export: what of a checkpoint file was not used, and images that int8 was
+calibrated on and judged by."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from cmt_edge.cmt.described import describe_input
@@ -54,6 +55,25 @@ def write_notes_on_checkpoint(
     if from_file:
         notes += _write_notes_on_images(config)
     return notes
+
+
+def write_note_on_overlap(calibrated: Sequence[str], judged: Collection[str]) -> list[str]:
+    """A sentence where images of the evaluation also calibrated the graph, else nothing.
+
+    Only files with the same bytes are found: an image that was encoded again is another one here.
+
+    Args:
+        calibrated: digests of the calibration images, see :func:`cmt_edge.deploy.images.hash_image`.
+        judged: those of the labelled images.
+    """
+    shared = sum(digest in judged for digest in calibrated)
+    if not shared:
+        return []
+    are = "is" if shared == 1 else "are"
+    return [
+        f"{shared} of the {len(calibrated)} calibration images {are} among the {len(judged)} of --eval-data"
+        " (the same files), so top-1 may look better than it is: calibrate on other images (--data)"
+    ]
 
 
 def _list_keys(keys: Sequence[str]) -> str:

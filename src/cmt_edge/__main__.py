@@ -192,4 +192,5 @@ def write_usage() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    startup.ended.append(main(sys.argv[1:]))
+    sys.exit(startup.ended[-1])

@@ -5,6 +5,7 @@ The console scripts start here: ``cmt-edge`` is :func:`edge`, ``cmt-export`` is 
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import time
@@ -30,6 +31,9 @@ the rest of its import; a command that only opens models has no use for it."""
 
 began_s: list[float] = []
 """When this process began to be a command, seconds of ``time.perf_counter``; empty where it is none."""
+
+ended: list[int] = []
+"""The exit code of the command that this process has run; empty until then, and where it is no command."""
 
 front: list[str] = []
 """What the user types before the name of a command, ``"cmt-edge"`` for instance; empty where the commands
@@ -100,14 +104,31 @@ def run(arguments: list[str]) -> int:
     from importlib import import_module
 
     code: int = import_module("cmt_edge.__main__").main(arguments)
+    ended.append(code)
     return code
 
 
 def prepare() -> None:
     """What every command does first."""
     began_s.append(time.perf_counter())
+    atexit.register(end_without_freeing)  # before all others, so that it is called after them
     end_at_once_on_signals()
     occupy_closed_descriptors()
+
+
+def end_without_freeing() -> None:
+    """End the process with the code of the command that it has run, if any: everything has been written, and
+    the system takes the memory. Python would look for garbage and free every object, which among those of
+    torch takes a second or two, in which a command that was done, or interrupted, still seems to work."""
+    if not ended:
+        return
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+    except (OSError, ValueError):
+        return  # Python tells it
+    os._exit(ended[-1])
 
 
 def lighten() -> None:

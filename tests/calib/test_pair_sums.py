@@ -1,4 +1,4 @@
-"""Int8 weights for ONNX Runtime on x86 without VNNI: no sum of two products leaves 16 bits."""
+"""Int8 weights for x86 without VNNI: no sum of two products leaves 16 bits, in no runtime's order."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from cmt_edge.calib.graph import open_view, write_model
 from cmt_edge.calib.integer_layers import measure_conv_ranges, place_for_integers
-from cmt_edge.calib.pair_sums import find_partners, limit_sums, order_products
-from cmt_edge.calib.refine import find_places, round_columns
+from cmt_edge.calib.pair_sums import limit_sums, list_partners
+from cmt_edge.calib.places import find_places
+from cmt_edge.calib.rounding import round_columns
 from cmt_edge.calib.statistics import Batches, LocalStatistics
 from helpers.calibration import SPEC
 from helpers.graphs import compute_logits
@@ -70,7 +71,7 @@ def limit(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
 
 
 def read_weights(model: onnx.ModelProto, kind: str) -> np.ndarray:
-    """The integers of the layer, ``(outputs, products in the order of the sum)``."""
+    """The integers of the layer, ``(outputs, products in the order of ONNX Runtime's sum)``."""
     (dequantizer,) = (node for node in model.graph.node if node.output[0] == "wd")
     values = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}[dequantizer.input[0]]
     if "conv" in kind:
@@ -99,7 +100,9 @@ def test_no_sum_leaves_16_bits_and_integers_are_exact(kind, inputs, one_scale):
     assert find_largest_sum(read_weights(model, kind)) > LIMIT
     limited, changed = limit(model)
     assert changed == 1
-    assert find_largest_sum(read_weights(limited, kind)) <= LIMIT
+    products = read_weights(limited, kind)
+    assert find_largest_sum(products) <= LIMIT
+    assert find_largest_sum(products.reshape(-1, inputs)) <= LIMIT  # OpenVINO's pairs stay within a place
     onnx.checker.check_model(limited, full_check=True)
     shape = [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
     x = np.where(np.random.default_rng(1).random(shape) < 0.8, 127 / 8, -1).astype(np.float32)
@@ -135,13 +138,15 @@ def test_columns_are_rounded_within_the_limit(taps, inputs):
     rng = np.random.default_rng(0)
     weights = rng.choice([-1, 1], (20, 1)) * rng.uniform(20, 75, (20, taps * inputs))
     rows = rng.standard_normal((300, 4)) @ rng.standard_normal((4, taps * inputs))
-    order = order_products(taps, inputs)
+    order = np.arange(taps * inputs).reshape(inputs, taps).T.reshape(-1)
+    partners = list_partners(taps, inputs)
     moments = (rows.T @ rows)[None]
     free = round_columns(weights[None], moments)[0]
-    ours = round_columns(weights[None], moments, find_partners(order))[0]
+    ours = round_columns(weights[None], moments, partners)[0]
     assert find_largest_sum(free[:, order]) > LIMIT
     assert find_largest_sum(ours[:, order]) <= LIMIT
-    cut = round_columns(weights[None], np.eye(len(order))[None], find_partners(order))[0]
+    assert find_largest_sum(ours[:, order].reshape(-1, inputs)) <= LIMIT
+    cut = round_columns(weights[None], np.eye(len(order))[None], partners)[0]
     errors = [np.square(rows @ (rounded - weights).T).mean() for rounded in (ours, cut)]
     assert errors[0] < 0.5 * errors[1]  # the columns behind make up for it
 
@@ -162,11 +167,11 @@ def test_the_limit_costs_little_in_calibration_and_more_behind_it(graph, data, q
     images = np.concatenate(list(data.batches(SPEC)))
     truth = compute_logits(graph, images, "test")
 
-    def deviate(made) -> float:
-        ranges = measure_conv_ranges(made.model, LocalStatistics(Batches(data, SPEC, None)))
-        logits = compute_logits(place_for_integers(made.model, ranges), images, "test")
+    def deviate(model: onnx.ModelProto) -> float:
+        ranges = measure_conv_ranges(model, LocalStatistics(Batches(data, SPEC, None)))
+        logits = compute_logits(place_for_integers(model, ranges), images, "test")
         return float(np.abs(logits - truth).mean() / truth.std(axis=1).mean())
 
-    behind, within = deviate(quantized), deviate(fitting)
+    behind, within = deviate(limit(quantized.model)[0]), deviate(fitting.model)
     print(f"deviations: limited behind calibration {behind:.4f}, within {within:.4f}")
     assert within < behind

@@ -15,12 +15,14 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from cmt_edge.calib import DEFAULT, lint, quantize
 from cmt_edge.calib.factors import round_weights
 from cmt_edge.calib.graph import open_view
-from cmt_edge.calib.refine import MOST_IMAGES, ROWS_AN_IMAGE, find_places, refine, round_columns
+from cmt_edge.calib.places import find_places
+from cmt_edge.calib.refine import MOST_IMAGES, ROWS_AN_IMAGE, refine
 from cmt_edge.calib.restore import list_int8_nodes, restore
+from cmt_edge.calib.rounding import round_columns
 from cmt_edge.calib.running import measure_extremes, open_graph
 from cmt_edge.calib.sampling import pick, sample_rows, spread
 from cmt_edge.calib.shifts import find_unshifted, is_shift
-from cmt_edge.calib.statistics import LocalStatistics, guard_calibration
+from cmt_edge.calib.statistics import LocalStatistics, Request, guard_calibration
 from cmt_edge.deploy.errors import StepError
 from helpers.calibration import SPEC
 
@@ -193,6 +195,41 @@ def test_only_constants_change_and_equal_images_give_equal_bytes(data, plain):
     ]
     other = refine(plain.model, plain.source, LocalStatistics(batches(data)[4:8]))
     assert other.SerializeToString(deterministic=True) != one.SerializeToString(deterministic=True)
+
+
+class Recorded(LocalStatistics):
+    """Keeps what was asked for."""
+
+    def __init__(self, images):
+        super().__init__(images)
+        self.requests: list[Request] = []
+
+    def measure(self, request):
+        self.requests.append(request)
+        return super().measure(request)
+
+
+def test_layers_with_small_maps_read_further_images(data, plain, monkeypatch):
+    monkeypatch.setattr("cmt_edge.calib.refine.MOST_IMAGES", 4)
+    images = Recorded(batches(data)[:7])
+    refine(plain.model, plain.source, images)
+    first, further = images.requests
+    assert first.sampled == (0, 1, 3, 5)
+    assert further.sampled == (2, 4, 6)
+    named = {layer.name for layer in further.layers}
+    assert named < {layer.name for layer in first.layers}
+    head, stem = first.layers[-1], first.layers[0]
+    assert head.name in named
+    assert stem.name not in named
+
+
+@pytest.mark.parametrize(("room", "expected"), [(0, {0}), (1 << 20, {1, 2}), (1 << 30, {3})])
+def test_further_images_are_as_many_as_the_memory_allows(data, plain, monkeypatch, room, expected):
+    monkeypatch.setattr("cmt_edge.calib.refine.MOST_IMAGES", 4)
+    monkeypatch.setattr("cmt_edge.calib.refine.ROW_BYTES", room)
+    images = Recorded(batches(data)[:7])
+    refine(plain.model, plain.source, images)
+    assert sum(len(request.sampled) for request in images.requests[1:]) in expected
 
 
 @pytest.mark.parametrize("given_threads", [1, 2])

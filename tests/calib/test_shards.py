@@ -18,7 +18,8 @@ from helpers.images import coloured, folder_of
 pytest.importorskip("ray", reason='needs the extra "ray"')
 pytest.importorskip("pyarrow", reason='needs the extra "ray"')
 
-from cmt_edge.calib.shards import SHARD_IMAGES, ClusterStatistics
+from cmt_edge.calib import shards
+from cmt_edge.calib.shards import ClusterStatistics
 from cmt_edge.deploy.scale.cluster import KNOWN_WARNINGS, Cluster, connected
 from helpers.cluster import two_nodes
 from helpers.kinds import convert_folder
@@ -29,6 +30,8 @@ pytestmark = [
     *(pytest.mark.filterwarnings(f"ignore:{message}") for message in KNOWN_WARNINGS),
 ]
 
+SHARD_IMAGES = 4
+"""Images of a shard in these tests."""
 IMAGES = 3 * SHARD_IMAGES - 2
 """Calibration images: the last shard is not full."""
 
@@ -52,7 +55,9 @@ def nodes(mark):
 
 
 @pytest.fixture
-def cluster(nodes):
+def cluster(nodes, monkeypatch):
+    """The cluster, with small shards."""
+    monkeypatch.setattr(shards, "SHARD_IMAGES", SHARD_IMAGES)
     return Cluster("unused, because there is a connection")
 
 
@@ -63,9 +68,15 @@ def photos(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def chosen(photos) -> CalibrationSet:
     return CalibrationSet.choose(photos, IMAGES, SPEC)
+
+
+@pytest.fixture(scope="module")
+def expected(quantized, chosen):
+    """What a serial run measures."""
+    return measure_conv_ranges(quantized.model, LocalStatistics(Batches(chosen, SPEC, None)))
 
 
 def serialize(graph, data, statistics) -> bytes:
@@ -82,36 +93,37 @@ def test_the_graph_is_that_of_a_serial_run(cluster, graph, chosen):
     assert (IMAGES, IMAGES) in reports
 
 
+def measure(cluster, quantized, chosen, workers=1, **options):
+    """What ``workers`` measure; each takes seconds to start."""
+    statistics = ClusterStatistics(cluster, chosen, SPEC, workers=workers, **options)
+    return measure_conv_ranges(quantized.model, statistics)
+
+
 def test_images_in_memory_are_sent(cluster, quantized, data):
-    ours = measure_conv_ranges(quantized.model, ClusterStatistics(cluster, data, SPEC))
+    ours = measure(cluster, quantized, data)
     assert len(ours) > 10
     assert ours == measure_conv_ranges(quantized.model, LocalStatistics(Batches(data, SPEC, None)))
 
 
-def measure(cluster, quantized, chosen, **options):
-    return measure_conv_ranges(quantized.model, ClusterStatistics(cluster, chosen, SPEC, **options))
-
-
-def test_a_killed_worker_changes_nothing(cluster, quantized, chosen, mark):
-    ours = measure(cluster, quantized, chosen, worker=DeadlyOnce)
+def test_a_killed_worker_changes_nothing(cluster, quantized, chosen, mark, expected):
+    ours = measure(cluster, quantized, chosen, 2, worker=DeadlyOnce)
     assert mark.exists()
-    assert ours == measure_conv_ranges(quantized.model, LocalStatistics(Batches(chosen, SPEC, None)))
+    assert ours == expected
 
 
 @pytest.mark.parametrize("kind", ["url", "webdataset", "table"])
 def test_workers_measure_the_images_of_shards_tables_and_urls(
-    cluster, quantized, chosen, photos, tmp_path, kind
+    cluster, quantized, chosen, photos, tmp_path, expected, kind
 ):
     there = CalibrationSet.choose(convert_folder(photos, tmp_path / "there", kind), IMAGES, SPEC)
     assert there.digests == chosen.digests
-    ours = measure(cluster, quantized, there)
-    assert ours == measure_conv_ranges(quantized.model, LocalStatistics(Batches(chosen, SPEC, None)))
+    assert measure(cluster, quantized, there) == expected
 
 
 def test_a_worker_that_rounds_otherwise_is_refused(cluster, graph, chosen):
     """Calibration measures the float graph first: in the int8 one, most of such differences are rounded
     away."""
-    statistics = ClusterStatistics(cluster, chosen, SPEC, worker=OtherRounding)
+    statistics = ClusterStatistics(cluster, chosen, SPEC, workers=1, worker=OtherRounding)
     with pytest.raises(GateError, match="measures other values") as caught:
         quantize(graph, chosen, SPEC, statistics=statistics)
     assert caught.value.exit_code == 1
@@ -140,7 +152,7 @@ def test_another_image_under_the_same_name_is_refused(cluster, quantized, tmp_pa
     assert caught.value.exit_code == 2
 
 
-def test_a_node_that_goes_changes_nothing(nodes, cluster, quantized, chosen):
+def test_a_node_that_goes_changes_nothing(nodes, cluster, quantized, chosen, expected):
     """The last test of this module: the node does not come back."""
     gone = threading.Event()
 
@@ -149,6 +161,6 @@ def test_a_node_that_goes_changes_nothing(nodes, cluster, quantized, chosen):
             gone.set()
             nodes.remove_node(nodes.worker_nodes.copy().pop(), allow_graceful=False)
 
-    ours = measure(cluster, quantized, chosen, worker=Slow, progress=remove)
+    ours = measure(cluster, quantized, chosen, 2, worker=Slow, progress=remove)
     assert gone.is_set()
-    assert ours == measure_conv_ranges(quantized.model, LocalStatistics(Batches(chosen, SPEC, None)))
+    assert ours == expected

@@ -252,4 +252,4 @@ def test_a_processor_without_vnni_is_told_what_int8_is_there(monkeypatch, flags,
     found = check_up(monkeypatch)
     host = replace(found.machine.host, flags=list(flags), machine="x86_64")
     text = report.describe_checkup(replace(found, machine=replace(found.machine, host=host)), width=500)
-    assert ("rounded more coarsely" in text) is says
+    assert ("int8 gains less speed" in text) is says

@@ -11,9 +11,10 @@ import pytest
 
 from cmt_edge.deploy import Predictor
 from cmt_edge.deploy.backends import get_runtime
+from cmt_edge.deploy.bundle.sections import BATCH, TensorEntry
 from cmt_edge.deploy.cli import bench, predict, verify
 from cmt_edge.deploy.errors import BundleError, InputError, RuntimeMissingError
-from helpers.bundles import make_bundle
+from helpers.bundles import LABELS, SIZE, make_bundle
 
 pytest.importorskip("tritonclient", reason='needs the extra "kserve"')
 pytest.importorskip("onnxruntime", reason="the server of these tests runs ONNX Runtime")
@@ -125,7 +126,26 @@ def test_a_model_that_the_server_lacks(bundle, server):
     with pytest.raises(RuntimeMissingError, match="does not offer") as caught:
         open_remote(bundle, device)
     assert "no model other" in caught.value.why
+    assert "name and version" in caught.value.remedy
     assert "\x1b" not in str(caught.value), "the server's words steer no terminal"
+
+
+def test_a_batch_that_is_larger_than_the_server_takes(tmp_path):
+    """gRPC's own limit is 4 MiB. The connection goes on."""
+    shapes = {"input": (BATCH, 3, SIZE, SIZE), "logits": (BATCH, len(LABELS))}
+    source, target = (TensorEntry(name=name, shape=shape, dtype="float32") for name, shape in shapes.items())
+    bundle = make_bundle(tmp_path / "dynamic", input=source, outputs=(target,))
+    images = np.zeros((1400, 3, SIZE, SIZE), np.float32)
+    with (
+        Predictor.load(bundle) as local,
+        serving(bundle, local) as (device, _),
+        open_remote(bundle, device) as remote,
+    ):
+        with pytest.raises(RuntimeMissingError, match="did not answer a batch") as caught:
+            remote.logits(images)
+        assert len(remote.logits(images[:2])) == 2
+    assert "larger than max" in caught.value.why
+    assert "fewer images at once" in caught.value.remedy
 
 
 def test_a_model_that_is_not_ready(bundle, server):

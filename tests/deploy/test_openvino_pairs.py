@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -11,7 +13,7 @@ from openvino import opset13 as ops  # noqa: E402
 
 from cmt_edge.deploy.backends import openvino as backend  # noqa: E402
 from cmt_edge.deploy.backends import openvino_graph, overflow  # noqa: E402
-from cmt_edge.deploy.backends.openvino_constants import compute_constant  # noqa: E402
+from cmt_edge.deploy.backends.openvino_constants import compute_constant, is_dequantized  # noqa: E402
 from cmt_edge.deploy.backends.openvino_pairs import find_factors, limit_pairs  # noqa: E402
 from cmt_edge.deploy.measure.benchmark import benchmark  # noqa: E402
 from cmt_edge.deploy.measure.parity import verify  # noqa: E402
@@ -84,6 +86,7 @@ def test_no_sum_leaves_16_bits(kind, shape, axes):
     assert integers.dtype == np.int8
     assert np.abs(after - before).max() <= 0.02  # the step of a channel that was doubled, halved by rounding
     assert limit_pairs(model) == 0
+    assert is_dequantized(model.get_results()[0].input_value(0).get_node().input_value(1))
 
 
 @pytest.mark.parametrize(("kind", "shape"), [("conv", (8, 6, 1, 1)), ("linear", (6, 8))])
@@ -139,12 +142,21 @@ def test_a_graph_is_changed_for_such_a_processor_alone(monkeypatch, int8_bundle,
     assert bool(changed) is limits
 
 
-def test_verification_and_measurement_say_it(monkeypatch, int8_bundle):
+@pytest.mark.parametrize("fits", [True, False])
+def test_verification_and_measurement_say_what_was_rounded(monkeypatch, int8_bundle, fits):
+    calibration = replace(int8_bundle.manifest.calibration, fits_16_bits=fits or None)
+    bundle = replace(int8_bundle, manifest=replace(int8_bundle.manifest, calibration=calibration))
     for module in (backend, openvino_graph):
         monkeypatch.setattr(module, "saturates_in_openvino", lambda: True)
-    result = verify(int8_bundle, threads=1)
+    expected = () if fits else (overflow.SATURATION_NOTE,)
+    result = verify(bundle, threads=1)
     assert result.passed
-    assert result.notes == (overflow.SATURATION_NOTE,)
+    assert result.notes == expected
     protocol = Protocol(3, 0.01, warmup_iters=1, warmup_seconds=0.01)
-    (row,) = benchmark([int8_bundle], threads=1, protocol=protocol, with_throughput=False).results
-    assert row.warnings.count(overflow.SATURATION_NOTE) == 1
+    (row,) = benchmark([bundle], threads=1, protocol=protocol, with_throughput=False).results
+    assert [note for note in row.warnings if note == overflow.SATURATION_NOTE] == list(expected)
+
+
+def test_nothing_is_rounded_in_an_exported_bundle(int8_bundle):
+    assert int8_bundle.manifest.fits_16_bits
+    assert limit_pairs(ov.Core().read_model(int8_bundle.file("model.onnx"))) == 0

@@ -19,6 +19,7 @@ from cmt_edge.deploy import Bundle, Predictor
 from cmt_edge.deploy.cli import verify
 from cmt_edge.deploy.errors import ClusterError, ImageError
 from cmt_edge.deploy.images import ImageSet
+from cmt_edge.deploy.signals import Stopped, unwound_by_signals
 from helpers.bundles import LABELS, make_bundle, recorded_bundle
 from helpers.collections import archive
 from helpers.images import COLOURS, coloured, folder_of
@@ -36,7 +37,7 @@ from cmt_edge.deploy.scale.evaluation import pack_bundle
 from cmt_edge.deploy.scale.passes import Plan, answer_all
 from cmt_edge.deploy.scale.sources import open_source
 from cmt_edge.deploy.scale.worker import Answerer, Subject
-from helpers.cluster import DEADLY, Deadly, Slow, two_nodes
+from helpers.cluster import DEADLY, Deadly, Slow, find_workers, is_worker, two_nodes
 
 pytestmark = [
     pytest.mark.slow,
@@ -61,9 +62,10 @@ def nodes():
 
 @pytest.fixture(scope="module")
 def ray(nodes):
+    """Ray, connected to by a program that signals unwind, as commands do."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with connected(nodes.address) as ray:
+        with unwound_by_signals(), connected(nodes.address) as ray:
             yield ray
 
 
@@ -98,12 +100,12 @@ def expected(bundle, photos) -> np.ndarray:
 
 @pytest.fixture
 def run(cluster, bundle, photos, tmp_path):
-    """Answer the images; returns the answers."""
+    """Answer the images; returns the answers. Each of the ``workers`` takes seconds to start."""
 
-    def start(answerer=Answerer, source=photos, progress=None):
+    def start(answerer=Answerer, source=photos, progress=None, workers=1):
         found = open_source(str(source))
         subject = Subject(bundle.title, pack_bundle(bundle), source=found.address)
-        plan = Plan(found.items[:IMAGES], 16, None, LABELS, progress, answerer)
+        plan = Plan(found.items[:IMAGES], 16, workers, LABELS, progress, answerer)
         with cluster:
             return answer_all(cluster, subject, plan, AnswersFolder(tmp_path / "answers", {"of": "test"}))
 
@@ -142,7 +144,7 @@ def test_the_table_is_that_of_a_serial_run(cluster, photos, tmp_path, capsys, ha
         data, more = tmp_path / "known", []
         folder_of(data, {name: [coloured(name, i) for i in range(5)] for name in COLOURS})
     flags = [str(bundle.path), "--data", str(data), "--json", "--threads", "1", *more]
-    codes = verify.main(flags), verify.main([*flags, "--ray"])
+    codes = verify.main(flags), verify.main([*flags, "--workers", "1", "--ray"])
     serial, ours = capsys.readouterr().out.splitlines()
     assert (codes, ours) == ((0, 0), serial)
     found = json.loads(serial)["data"]
@@ -206,35 +208,6 @@ def kill_once(progress_at: int, act):
     return report_progress, acted
 
 
-def is_worker(pid: int) -> bool:
-    """Whether a process holds a model for Ray."""
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            return file.read().startswith((b"ray::MapWorker", b"ray::_MapWorker"))
-    except OSError:
-        return False
-
-
-def find_workers() -> list[int]:
-    """Processes that hold a model for this test's cluster."""
-    return [
-        pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if is_worker(pid) and is_ours(pid)
-    ]
-
-
-def is_ours(pid: int) -> bool:
-    """Whether a process is a descendant of this one."""
-    while pid > 1:
-        if pid == os.getpid():
-            return True
-        try:
-            with open(f"/proc/{pid}/stat") as file:
-                pid = int(file.read().rpartition(")")[2].split()[1])
-        except OSError:
-            return False
-    return False
-
-
 def test_a_killed_worker_changes_nothing(run, expected):
     killed: list[int] = []
 
@@ -243,7 +216,7 @@ def test_a_killed_worker_changes_nothing(run, expected):
         os.kill(killed[0], signal.SIGKILL)
 
     progress, acted = kill_once(16, kill)
-    answers = run(Slow, progress=progress)
+    answers = run(Slow, progress=progress, workers=2)
     assert acted.is_set()
     assert len(killed) == 1
     assert answers.logits.tobytes() == expected.tobytes()
@@ -257,7 +230,7 @@ def test_an_image_that_ends_every_worker_is_one_error(run, photos, tmp_path):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
     with pytest.raises(ClusterError, match="lost a worker or a node") as caught:
-        run(Deadly, source=folder)
+        run(Deadly, source=folder, workers=2)
     assert caught.value.exit_code == 3
     assert len(list_parts(tmp_path / "answers")) >= 2
 
@@ -280,6 +253,14 @@ def test_failures_of_ray_are_one_clear_error(ray, name, words, code):
     assert "its own words" in f"{error.what} {error.why}"
 
 
+def test_sigterm_unwinds_the_program_and_nothing_else_happens(ray, capfd):
+    """Ray's own code would print a trace, and end the process three seconds later, cleaned up or not."""
+    with pytest.raises(Stopped):
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert "SIGTERM" not in capfd.readouterr().err
+
+
 def test_a_full_store_changes_nothing(ray, run, expected):
     held = [ray.put(np.zeros(30 << 20, np.uint8)) for _ in range(4)]
     assert run().logits.tobytes() == expected.tobytes()
@@ -300,6 +281,6 @@ def test_a_node_that_goes_changes_nothing(run, nodes, expected):
     progress, acted = kill_once(
         32, lambda: nodes.remove_node(nodes.worker_nodes.copy().pop(), allow_graceful=False)
     )
-    answers = run(Slow, progress=progress)
+    answers = run(Slow, progress=progress, workers=2)
     assert acted.is_set()
     assert answers.logits.tobytes() == expected.tobytes()

@@ -265,11 +265,12 @@ def test_a_server_without_vnni_is_spoken_of(tmp_path, monkeypatch, runtime, prec
     assert ("VNNI" in notes) is bool(words)
 
 
-def test_weights_that_fit_16_bits_cannot_saturate_on_a_server(tmp_path, monkeypatch):
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_weights_that_fit_16_bits_cannot_saturate_on_a_server(tmp_path, monkeypatch, runtime):
     monkeypatch.setattr(triton, "write_model", lambda *_: None)
     bundle = make_bundle(tmp_path / "tiny", precision="int8", calibration=make_calibration(True))
-    made = make_repository([bundle], "triton", tmp_path / "models", Options(runtime="onnxruntime"))
-    assert made.models[0].notes == ()
+    made = make_repository([bundle], "triton", tmp_path / "models", Options(runtime=runtime, allow_bf16=True))
+    assert "VNNI" not in " ".join(made.models[0].notes)
 
 
 @needs_openvino

@@ -8,11 +8,13 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 
 from cmt_edge import startup
 from cmt_edge.__main__ import COMMANDS
+from cmt_edge.deploy.progress import Progress
 from cmt_edge.deploy.signals import Stopped, complete, get_received, unwound_by_signals
 from helpers.paths import ROOT
 
@@ -96,6 +98,69 @@ def test_little_is_imported_before_signals_are_handled():
         env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
     )
     assert not {"typing", "contextlib", "re", "enum", "warnings"} & {*done.stdout.split()}
+
+
+KEPT = """
+import atexit, sys
+class Kept:
+    def __del__(self): print("freed")
+kept = Kept()
+sys.argv[1:] = ["report", "absent"]
+def start():
+    {start}
+try:
+    start()
+finally:
+    atexit.register(print, "called", end="")  # Python has it in its buffer until the end
+"""
+"""Runs a command in a process that holds an object."""
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        "from cmt_edge import startup; sys.exit(startup.edge())",
+        "import runpy; runpy.run_module('cmt_edge', run_name='__main__', alter_sys=True)",
+    ],
+    ids=["cmt-edge", "python -m cmt_edge"],
+)
+def test_a_command_ends_without_freeing_what_it_holds(start):
+    """Freeing took a second after an export, and after Ctrl-C. What was registered is still called."""
+    done = subprocess.run(
+        [sys.executable, "-c", KEPT.format(start=start)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "called")
+    assert "no such" in done.stderr
+
+
+def test_a_process_that_is_no_command_ends_as_always():
+    code = KEPT.format(start="from cmt_edge import startup; startup.prepare()")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "calledfreed\n"
+
+
+def test_a_signal_that_a_library_swallows_ends_the_step():
+    """onnxsim goes on where a function of ours that it calls raises."""
+    steps = []
+    with unwound_by_signals(), pytest.raises(Stopped):  # noqa: PT012
+        for name in ("first", "second"):
+            with Progress(quiet=True).step(name):
+                steps.append(name)
+                with suppress(KeyboardInterrupt):
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    time.sleep(5)
+    assert steps == ["first"]
+
+
+def test_an_earlier_signal_ends_no_step():
+    with unwound_by_signals(), pytest.raises(Stopped):  # noqa: PT012, it comes a moment later
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    assert get_received() == signal.SIGTERM
+    with Progress(quiet=True).step("without a handler"):
+        pass
+    with unwound_by_signals(), Progress(quiet=True).step("of another run"):
+        pass
 
 
 @pytest.mark.parametrize("number", NUMBERS)

@@ -30,6 +30,7 @@ from cmt_edge.deploy.bundle.sections import BATCH, TensorEntry
 from cmt_edge.deploy.cli import serve_repo, verify
 from cmt_edge.deploy.errors import RuntimeMissingError
 from helpers.bundles import LABELS, SIZE, make_bundle
+from helpers.images import COLOURS, coloured, folder_of
 
 pytest.importorskip("tritonclient", reason='needs the extra "kserve"')
 pytest.importorskip("onnxruntime", reason="the backend of these tests runs ONNX Runtime")
@@ -152,6 +153,13 @@ def test_verify_passes(bundles, server, place):
     bundle = bundles[place]
     device = f"{server[0]}/{bundle.name}"
     assert verify.main([str(bundle.path), "--backend", "kserve", "--device", device, "--quiet"]) == 0
+
+
+def test_labelled_images_are_asked_for_in_batches_that_the_server_takes(bundles, server, tmp_path):
+    """``verify`` has 16 images at once, this server takes 4."""
+    folder_of(tmp_path, {name: [coloured(name, shade) for shade in range(6)] for name in COLOURS})
+    flags = ["--backend", "kserve", "--device", f"{server[0]}/dynamic", "--quiet", "--data", str(tmp_path)]
+    assert verify.main([str(bundles[1].path), *flags, "--reference", str(bundles[1].path)]) == 0
 
 
 @pytest.mark.parametrize("place", [0, 1])

@@ -25,6 +25,7 @@ from PIL import Image
 from cmt_edge.deploy import Predictor
 from helpers.bundles import make_bundle
 from helpers.paths import ROOT
+from helpers.running import is_running
 
 if not all(map(find_spec, ("ray", "grpc", "starlette"))):
     pytest.skip("needs Ray Serve: make test-ray-serve", allow_module_level=True)
@@ -190,7 +191,7 @@ def test_a_signal_while_ray_starts_ends_all_in_order(bundle, tmp_path, number):
         assert process.wait(LIMIT_S) == 128 + number, log.read_text()
         assert "Traceback" not in log.read_text()
         until = time.monotonic() + LIMIT_S
-        while any(os.path.exists(f"/proc/{child}") for child in children):
+        while any(map(is_running, children)):
             assert time.monotonic() < until, "processes of Ray are left"
             time.sleep(0.1)
     finally:

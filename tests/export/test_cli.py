@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from cmt_edge.calib.generated import generate
 from cmt_edge.cmt import create_model, list_models
 from cmt_edge.deploy import Bundle
 from cmt_edge.deploy import backends as backends_module
@@ -26,7 +28,7 @@ from cmt_edge.export.cli import main
 from cmt_edge.export.replaced import Replaced, describe_replaced
 from helpers.cli import failed, succeeded
 from helpers.exports import NAME, OWN, content, saved_nano
-from helpers.images import coloured, labelled
+from helpers.images import coloured, folder_of, labelled
 
 pytestmark = pytest.mark.usefixtures("one_trace")
 
@@ -61,16 +63,17 @@ def test_export_prints_what_to_do_next(capsys, tmp_path):
 
 
 def test_export_as_json(capsys, tmp_path):
+    """Some calibration images are judged, too, which a warning says."""
     images = labelled(tmp_path / "images", ["cat", "dog"], 3)
+    folder_of(tmp_path / "calibration", {"any": generate(5, 64)})
+    shutil.copytree(images / "dog", tmp_path / "calibration" / "dogs")
     out = succeeded(
         capsys,
         "--model",
         "cmt_nano",
         "--int8",
         "--data",
-        "generated",
-        "--calib-size",
-        8,
+        tmp_path / "calibration",
         "--eval-data",
         images,
         "--max-drop",
@@ -83,6 +86,8 @@ def test_export_as_json(capsys, tmp_path):
     assert Bundle.open(result["bundle"]).manifest.precision == result["precision"] == "int8"
     assert result["calibration"]["images"] == 8
     assert result["verification"]["data"]["images"] == 6
+    warning = "3 of the 8 calibration images are among the 6 of --eval-data"
+    assert any(note.startswith(warning) for note in result["verification"]["notes"])
     assert result["bytes"] > 1e6
     assert result["latency"]["p50_ms"] > 0
 
@@ -204,12 +209,12 @@ def test_two_checkpoints_of_one_model_have_two_names_or_a_word_about_the_replace
     ]
     out = succeeded(capsys, *argv, second)
     assert "replaced: a bundle of the same model with other weights, a.pth (--name NAME keeps both)" in out
-    result = json.loads(succeeded(capsys, *argv, second, "--json"))
+    result = json.loads(succeeded(capsys, *argv, first, "--json"))
     assert result["replaced"]["weights"] == "b.pth"
-    assert json.loads(succeeded(capsys, *argv, second, "--name", "c", "--json"))["replaced"] is None
-    manifest = tmp_path / "out" / "c_fp32_onnx" / "manifest.json"
+    manifest = tmp_path / "out" / "second_fp32_onnx" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"cmt_nano"', '"cmt_nanu"'))
-    assert "replaced: a bundle that could not be read" in succeeded(capsys, *argv, second, "--name", "c")
+    out = succeeded(capsys, *argv, second, "--name", "second")
+    assert "replaced: a bundle that could not be read" in out
 
 
 def test_a_home_that_cannot_be_written_is_told_of_before_the_work_and_costs_only_the_cache(

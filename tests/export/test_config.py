@@ -148,6 +148,7 @@ def test_mapping_takes_fields_flags_and_whole_numbers():
         ("half = true", {"precision": "fp16"}),
         ('int8 = true\nprecision = "int8"', {"precision": "int8"}),
         ('half = false\nprecision = "int8"', {"precision": "int8"}),
+        ('int8 = true\nprecision = "INT8"', {"precision": "int8"}),
         ("no-build = true", {"build": False}),
         ("no_build = true", {"build": False}),
         ("no-build = false", {"build": True}),

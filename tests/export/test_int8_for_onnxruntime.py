@@ -41,11 +41,14 @@ def test_the_recorded_recipe_tells_the_two_apart():
     assert make_config("openvino").recipe.key() in names
     assert {len(name) for name in names} == {64}
     assert entries["onnx"].fits_16_bits is True
-    assert entries["openvino"].fits_16_bits is None
+    assert entries["openvino"].fits_16_bits is True
+    assert describe_calibration(make_config("trt"), Data, False).fits_16_bits is None
 
 
-@pytest.mark.parametrize(("form", "expected"), [("onnx", True), ("openvino", False), ("trt", False)])
-def test_only_onnx_runtime_gets_weights_that_fit_16_bits(monkeypatch, form, expected):
+@pytest.mark.parametrize(
+    ("form", "expected"), [("onnx", True), ("openvino", True), ("trt", False), ("rtx", False)]
+)
+def test_formats_for_cpus_get_weights_that_fit_16_bits(monkeypatch, form, expected):
     recipes = []
     monkeypatch.setattr(steps, "quantize", lambda *args, **_others: recipes.append(args[3]))
     recipe = make_config(form).recipe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import dataclass, fields, replace
@@ -9,11 +10,13 @@ from typing import get_type_hints
 
 import pytest
 
+from cmt_edge.__main__ import main as edge_main
 from cmt_edge.cmt.features import HEADS
 from cmt_edge.deploy.errors import InputError
 from cmt_edge.export import ExportConfig
 from cmt_edge.export import settings as settings_module
 from cmt_edge.export.cli import build_parser
+from cmt_edge.export.cli import main as export_main
 from cmt_edge.export.options import (
     add_flags,
     get_option,
@@ -70,11 +73,51 @@ def test_every_field_has_its_flag_its_group_and_its_help(field):
         (["--ema"], {"ema": True}),
         (["-o", "here"], {"output": "here"}),
         (["--batch", "0", "--workspace", "2"], {"batch": 0, "workspace": 2.0}),
-        (["--imgsz", "64", "--half", "--precision", "int8"], {"imgsz": 64, "precision": "int8"}),
+        (["--imgsz", "64", "--precision", "int8"], {"imgsz": 64, "precision": "int8"}),
+        (["--int8", "--int8", "--precision", "INT8"], {"precision": "INT8"}),
+        (["--batch", "2", "--batch", "4"], {"batch": 4}),
     ],
 )
 def test_only_flags_that_were_given_have_a_say(argv, expected):
     assert parsed(*argv) == expected
+
+
+@pytest.mark.parametrize(
+    ("argv", "first", "second"),
+    [
+        (["--half", "--int8"], "--half", "--int8"),
+        (["--int8", "--half"], "--int8", "--half"),
+        (["--half", "--precision", "int8"], "--half", "--precision int8"),
+        (["--precision=fp32", "--int8"], "--precision fp32", "--int8"),
+        (["--precision", "auto", "--precision", "bf16"], "--precision auto", "--precision bf16"),
+        (["--int8", "--precision", "int8", "--half"], "--precision int8", "--half"),
+        (["--ema", "--no-ema"], "--ema", "--no-ema"),
+    ],
+)
+@pytest.mark.parametrize("main", [export_main, edge_main], ids=["cmt-export", "cmt-edge"])
+def test_flags_that_contradict_each_other_are_refused(capsys, main, argv, first, second):
+    command = ["export"] if main is edge_main else []
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--model", "cmt_nano", *argv, "--json"])
+    out, err = capsys.readouterr()
+    what = f"{first} and {second} contradict each other; keep one of them"
+    assert f"error: {what}\n" in err
+    assert json.loads(out)["error"]["what"] == what
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--fp16", "did you mean --precision fp16?"),
+        ("--BF16", "did you mean --precision bf16?"),
+        ("--onnx", "did you mean --format onnx?"),
+        ("--fp8", "cmt-export --help lists the flags"),
+    ],
+)
+def test_a_value_that_is_written_as_a_flag(capsys, flag, words):
+    with pytest.raises(SystemExit, match="2"):
+        build_parser().parse_args(["--model", "cmt_nano", flag])
+    assert capsys.readouterr().err.endswith(f"unrecognized arguments: {flag}; {words}\n")
 
 
 def test_help_is_grouped_and_imports_nothing_heavy():

@@ -3,15 +3,22 @@ the same to its users."""
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnxsim import onnx_simplifier
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from cmt_edge.cmt import create_model, fuse
 from cmt_edge.cmt.weights import randomize
 from cmt_edge.deploy.errors import InputError, ParityError
+from cmt_edge.deploy.signals import Stopped, get_received
 from cmt_edge.export import to_onnx
 from cmt_edge.export.config import OPSET
 from cmt_edge.export.to_onnx import BATCH_DIM, TRACED_BATCH, compute_outputs, export_onnx, simplify
@@ -87,6 +94,35 @@ def test_what_cannot_be_freed_is_traced_with_a_symbolic_batch(monkeypatch):
     traced.clear()
     export_onnx(Tokens().eval(), 8, OPSET)
     assert traced == [TRACED_BATCH]
+
+
+def make_graph_to_fold() -> onnx.ModelProto:
+    """``x + a @ b``, of which onnxsim computes the product."""
+    matrix = np.eye(2, dtype=np.float32)
+    nodes = [
+        onnx.helper.make_node("MatMul", ["a", "b"], ["c"]),
+        onnx.helper.make_node("Add", ["x", "c"], ["y"]),
+    ]
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [2, 2]) for name in "xy"]
+    constants = [onnx.numpy_helper.from_array(matrix, name) for name in "ab"]
+    graph = onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:], constants)
+    opset = onnx.helper.make_opsetid("", OPSET)
+    return onnx.helper.make_model(graph, opset_imports=[opset], ir_version=10)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_onnxsim_swallows_ends_the_step(monkeypatch, number):
+    """It takes the exception for a constant that it cannot fold."""
+
+    def interrupt(*_: object) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+
+    assert [node.op_type for node in simplify(make_graph_to_fold()).graph.node] == ["Add"]
+    monkeypatch.setattr(onnx_simplifier.PyModelExecutor, "Run", interrupt)
+    with pytest.raises(Stopped):
+        simplify(make_graph_to_fold())
+    assert get_received() == number
 
 
 @pytest.mark.slow

@@ -54,8 +54,8 @@ class CalibrationEntry(ImagesEntry):
         recipe: hash of all choices of the quantization.
         cached: whether the calibrated graph was taken from the cache.
         keep_float: groups of operations that stay in float.
-        fits_16_bits: whether sums of two products with the weights fit 16 bits in ONNX Runtime, which then
-            needs no slower kernels on processors without VNNI; only where the format is made for it.
+        fits_16_bits: whether sums of two products with the weights fit 16 bits, so that runtimes compute
+            them exactly on x86 processors without VNNI; only where the format is for a CPU.
     """
 
     recipe: str
