@@ -11,8 +11,9 @@ be made or run here says why; the others go on. ``--only`` measures some rows (a
 also those whose tools get environments of their own, which are made under ``--environments`` and deleted
 without that flag.
 
-Models measured in several runs go into one document with ``--again xs.json s.json --markdown peers.md --plot
-peers.png``.
+Models or rows measured in several runs go into one document with ``--again xs.json s.json --markdown peers.md
+--plot peers.png``; ``--json`` keeps these runs in one file, and ``--page PAGE --part NAME`` puts their tables
+between two comments of a page.
 
 A quick look: ``--models cmt_nano --only ort_fp32 ours_int8 --iters 20 --seconds 0.2 --warmup 0.1 --calib-size
 16``.
@@ -37,7 +38,6 @@ from typing import Any
 
 import numpy as np
 from common import (
-    add_protocol_arguments,
     check_images,
     deviation,
     logits,
@@ -48,6 +48,7 @@ from common import (
     shorten_error,
     step,
 )
+from peers_arguments import parse_arguments
 from peers_environments import HERE, Environments, MissingEnvironment, make_variables
 from peers_isa import LIMITED_ROWS, describe_unlimited, find_beyond, set_limit
 from peers_optional import OPTIONAL
@@ -56,12 +57,15 @@ from peers_report import (
     BASE,
     IMAGES,
     INFERENCES,
+    RUNS,
     Result,
     format_markdown,
     name_batch,
     name_limit,
     plot,
     read_again,
+    read_runs,
+    write_part,
 )
 from peers_rows import (
     CALIBRATION_FILE,
@@ -81,7 +85,6 @@ from cmt_edge.deploy.errors import CmtEdgeError
 from cmt_edge.deploy.files import write_atomic
 from cmt_edge.deploy.measure.benchmark import DRIFT_WARNING, bind_inference, measure_throughput
 from cmt_edge.deploy.measure.host import describe_host, read_versions
-from cmt_edge.deploy.measure.isa import ISAS
 from cmt_edge.deploy.measure.statistics import NS_PER_MS, summarise
 from cmt_edge.deploy.measure.timing import Protocol, time_interleaved
 
@@ -311,71 +314,8 @@ def rate(job: Job, row: Row, session: Session, result: Result, batch: np.ndarray
 # --- the command ----------------------------------------------------------------------------------
 
 
-def parse_arguments() -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0], epilog="rows: " + ", ".join(ROWS)
-    )
-    p.add_argument(
-        "--models",
-        nargs="+",
-        default=["cmt_ti", "cmt_xs", "cmt_s"],
-        help="any names of cmt-export --list-models",
-    )
-    add_protocol_arguments(p)
-    p.add_argument(
-        "--batch",
-        type=int,
-        default=1,
-        help="batch size of the graphs of rows without an environment (default 1); 0 for graphs with any"
-        " batch size, measured with one image",
-    )
-    p.add_argument(
-        "--isa",
-        choices=ISAS,
-        help="limit OpenVINO to an older CPU's instructions; only rows that it runs without bfloat16",
-    )
-    p.add_argument("--only", nargs="+", choices=ROWS, metavar="ROW", help="measure these rows and the base")
-    p.add_argument("--optional", action="store_true", help="measure the optional rows too")
-    p.add_argument(
-        "--environments",
-        type=Path,
-        help="keep the environments of optional rows in this folder, and use those that are complete "
-        "(default: a temporary one)",
-    )
-    p.add_argument(
-        "--json", type=Path, help="write everything here; after each model, so that little is lost"
-    )
-    p.add_argument("--markdown", type=Path, help="write the tables here too")
-    p.add_argument("--plot", type=Path, help="write the speed-ups here, as .png or .svg")
-    p.add_argument(
-        "--again",
-        nargs="+",
-        type=Path,
-        metavar="JSON",
-        help="measure nothing: write tables and plot of these earlier runs",
-    )
-    p.add_argument(
-        "--folder", type=Path, help="keep artefacts and logs in this empty folder (default: a temporary one)"
-    )
-    p.add_argument("--latency-only", action="store_true", help="measure no throughput")
-    p.add_argument("--reuse", action="store_true", help="use the artefacts that --folder already has")
-    p.add_argument(
-        "--build-only",
-        action="store_true",
-        help="make the artefacts in --folder and run each 20 times, but measure nothing: a later run with"
-        " --reuse does",
-    )
-    p.add_argument("--model", help=argparse.SUPPRESS)
-    p.add_argument(
-        "--build", choices=ROWS, metavar="ROW", help="only make this row's artefact of --model in --folder"
-    )
-    p.add_argument("--run", choices=ROWS, metavar="ROW", help="only load it and run 20 inferences")
-    p.add_argument("--serve", choices=ROWS, metavar="ROW", help=argparse.SUPPRESS)
-    return p.parse_args()
-
-
 def main() -> None:
-    args = parse_arguments()
+    args = parse_arguments((__doc__ or "").splitlines()[0], list(ROWS))
     if args.serve:
         serve_row(
             Job(args.model, args.folder, args.threads, args.data, args.calib_size, args.batch),
@@ -391,7 +331,7 @@ def main() -> None:
         )
         return
     if args.again:
-        print(write_text(args, *read_again(args.again)))
+        again(args)
         return
     with contextlib.ExitStack() as stack:
         folder = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -460,6 +400,17 @@ def compare(args: argparse.Namespace, folder: Path, environments: Environments) 
         forget()
     if args.build_only:
         raise SystemExit(int(failed))
+    print(text)
+
+
+def again(args: argparse.Namespace) -> None:
+    """Write what earlier runs found: the document, all runs in one JSON file, and a part of a page."""
+    runs = read_runs(args.again)
+    text = write_text(args, *read_again(runs))
+    if args.json:
+        write_atomic(args.json, (json.dumps({RUNS: runs}, indent=1, ensure_ascii=False) + "\n").encode())
+    if args.page:
+        write_part(args.page, args.part, runs)
     print(text)
 
 

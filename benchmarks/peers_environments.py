@@ -44,7 +44,7 @@ QUIET = {
 }
 """Settings under which tools run: no telemetry, no index for pip, and a proxy at which nobody listens."""
 
-INSTALL_LIMIT_S = 900
+INSTALL_LIMIT_S = 2700
 """Seconds after which an installation is given up."""
 
 SHOWN_CHARACTERS = 240

@@ -18,6 +18,8 @@ from cmt_edge.deploy.measure.statistics import Latency
 from cmt_edge.deploy.measure.timing import Protocol
 from cmt_edge.deploy.report import format_table
 
+RUNS = "runs"
+"""Under what a JSON file holds several runs."""
 BASE = "ov_fp32"
 """Key of the row that ratios refer to."""
 IMAGES = 8
@@ -119,11 +121,7 @@ def format_markdown(
     parts = []
     for name, rows in results.items():
         parts += [f"## {name}", format_results(rows)]
-        remarks = [
-            f"- {r.label}: {text}"
-            for r in rows
-            for text in (*([f"left out: {r.note}"] if r.note else []), *r.warnings)
-        ]
+        remarks = list_remarks(rows)
         parts += ["\n".join(remarks)] if remarks else []
     shown = {r.key for rows in results.values() for r in rows}
     parts += [
@@ -145,6 +143,15 @@ def format_markdown(
         + name_limit(content, " OpenVINO was limited to {}."),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def list_remarks(rows: Sequence[Result]) -> list[str]:
+    """Why rows were left out, and what to know of those that ran: lines of a list."""
+    return [
+        f"- {r.label}: {text}"
+        for r in rows
+        for text in (*([f"left out: {r.note}"] if r.note else []), *r.warnings)
+    ]
 
 
 def name_batch(content: dict[str, Any]) -> str:
@@ -192,7 +199,13 @@ def plot(results: dict[str, list[Result]], path: Path, caption: str) -> None:
     write_atomic(path, buffer.getvalue())
 
 
-def read_again(paths: Sequence[Path]) -> tuple[dict[str, Any], dict[str, list[Result]], Protocol]:
+def read_runs(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """Earlier runs, of files that hold one, or several under :data:`RUNS`."""
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return [run for content in files for run in content.get(RUNS, [content])]
+
+
+def read_again(runs: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, list[Result]], Protocol]:
     """Content, results and protocol of earlier runs on one machine, as one; of protocols the shortest.
 
     A row that several runs measured comes from the first of them, and one that could not run in any from the
@@ -201,7 +214,6 @@ def read_again(paths: Sequence[Path]) -> tuple[dict[str, Any], dict[str, list[Re
     Raises:
         SystemExit: the runs are of different machines, versions or thread counts.
     """
-    runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     for key in ("versions", "threads", "batch", "isa", "base"):
         if any(run.get(key) != runs[0].get(key) for run in runs):
             raise SystemExit(f"the runs differ in their {key}: they do not belong into one table")
@@ -230,3 +242,51 @@ def read_again(paths: Sequence[Path]) -> tuple[dict[str, Any], dict[str, list[Re
 def _read_result(entry: dict[str, Any]) -> Result:
     latency = entry["latency"] and Latency(**entry["latency"] | {"ci": tuple(entry["latency"]["ci"])})
     return Result(**entry | {"latency": latency, "ratio": entry["ratio"] and tuple(entry["ratio"])})
+
+
+# --- a page of the documentation ------------------------------------------------------------------
+
+BEGIN, END = "<!-- benchmarks/peers.py: {}: begin -->", "<!-- benchmarks/peers.py: {}: end -->"
+"""The comments between which a page holds the table of a machine."""
+
+
+def write_part(page: Path, part: str, runs: Sequence[dict[str, Any]]) -> None:
+    """Put the tables of earlier runs between the two comments of a page, the slowest row first.
+
+    Raises:
+        SystemExit: the page lacks the comments; nothing is written.
+    """
+    begin, end = BEGIN.format(part), END.format(part)
+    text = page.read_text(encoding="utf-8")
+    if begin not in text or end not in text:
+        raise SystemExit(f"error: {page} lacks the comments {begin} and {end}")
+    content, results, protocol = read_again(runs)
+    blocks = []
+    for model, rows in results.items():
+        rows.sort(key=lambda row: row.ratio[0] if row.ratio else 0.0)
+        blocks += [format_results(rows), "\n".join([*list_repeats(runs, model), *list_remarks(rows)])]
+    blocks.append(
+        format_machine(
+            content["machine"], content["versions"], content["threads"], protocol, name_batch(content)
+        )
+    )
+    before, _, rest = text.partition(begin)
+    body = "\n\n".join(block for block in blocks if block)
+    write_atomic(page, f"{before}{begin}\n{body}\n{end}{rest.partition(end)[2]}".encode())
+
+
+def list_repeats(runs: Sequence[dict[str, Any]], model: str) -> list[str]:
+    """The base's milliseconds in every run, and the speed-ups of rows that several runs have: lines of a
+    list."""
+    found: dict[str, list[Result]] = {}
+    for run in runs:
+        for entry in run["models"].get(model, ()):
+            if entry["latency"]:
+                found.setdefault(entry["key"], []).append(_read_result(entry))
+    base = found.pop(BASE)
+    lines = [f"- {base[0].label} in the runs, ms: {', '.join(format_latency(row.latency) for row in base)}"]
+    for rows in found.values():
+        if len(rows) > 1:
+            ratios = ", ".join(format_ratio(row.ratio) for row in rows)
+            lines.append(f"- {rows[0].label} in the runs that have it: {ratios}")
+    return lines

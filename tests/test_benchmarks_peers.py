@@ -188,6 +188,36 @@ def test_rows_of_one_model_measured_in_several_runs_stand_in_one_table(tmp_path)
     assert "the base again" not in text
 
 
+def test_runs_in_one_file_give_the_table_of_a_page(tmp_path, monkeypatch):
+    report = load_benchmark("peers_report", monkeypatch)
+    first, second = (json.loads(stored(tmp_path, "cmt_ti").read_text(encoding="utf-8")) for _ in range(2))
+    slow = second["models"]["cmt_ti"][0] | {"key": "torch", "label": "PyTorch", "ratio": [0.5, 0.4, 0.6]}
+    second["models"]["cmt_ti"].append(slow)
+    kept, page = tmp_path / "runs.json", tmp_path / "page.md"
+    kept.write_text(json.dumps({report.RUNS: [first, second, second]}), encoding="utf-8")
+    begin, end = report.BEGIN.format("old CPU"), report.END.format("old CPU")
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n", encoding="utf-8")
+    report.write_part(page, "old CPU", report.read_runs([kept]))
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith(f"before\n{begin}\n| row ")
+    assert text.endswith(f"\n{end}\nafter\n")
+    assert text.index("| PyTorch ") < text.index("| OpenVINO fp32 ")
+    assert "- OpenVINO fp32 in the runs, ms: 2.00, 2.00, 2.00\n" in text
+    assert "- PyTorch in the runs that have it: 0.50 (0.40-0.60), 0.50 (0.40-0.60)\n" in text
+    with pytest.raises(SystemExit, match="lacks the comments"):
+        report.write_part(page, "another CPU", report.read_runs([kept]))
+    assert page.read_text(encoding="utf-8") == text
+
+
+def test_the_table_of_the_page_is_that_of_its_runs(tmp_path, monkeypatch):
+    report = load_benchmark("peers_report", monkeypatch)
+    written = (ROOT / "docs" / "peers.md").read_text(encoding="utf-8")
+    page = tmp_path / "peers.md"
+    page.write_text(written, encoding="utf-8")
+    report.write_part(page, "avx2", report.read_runs([ROOT / "docs" / "peers-avx2.json"]))
+    assert page.read_text(encoding="utf-8") == written
+
+
 def load_benchmark(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A module of the benchmarks' folder."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
