@@ -19,7 +19,6 @@ from cmt_edge.deploy import Bundle, Predictor
 from cmt_edge.deploy.cli import verify
 from cmt_edge.deploy.errors import ClusterError, ImageError
 from cmt_edge.deploy.images import ImageSet
-from cmt_edge.deploy.signals import Stopped, unwound_by_signals
 from helpers.bundles import LABELS, make_bundle, recorded_bundle
 from helpers.collections import archive
 from helpers.images import COLOURS, coloured, folder_of
@@ -62,10 +61,9 @@ def nodes():
 
 @pytest.fixture(scope="module")
 def ray(nodes):
-    """Ray, connected to by a program that signals unwind, as commands do."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with unwound_by_signals(), connected(nodes.address) as ray:
+        with connected(nodes.address) as ray:
             yield ray
 
 
@@ -253,12 +251,32 @@ def test_failures_of_ray_are_one_clear_error(ray, name, words, code):
     assert "its own words" in f"{error.what} {error.why}"
 
 
-def test_sigterm_unwinds_the_program_and_nothing_else_happens(ray, capfd):
+CONNECTED = """
+import sys, time
+from cmt_edge.deploy.scale.cluster import LOCAL, connected
+from cmt_edge.deploy.signals import unwound_by_signals
+with unwound_by_signals(), connected(LOCAL):
+    print("ready", file=sys.__stdout__, flush=True)
+    try:
+        time.sleep(60)
+    finally:
+        time.sleep(4)
+        print("cleaned", file=sys.__stdout__, flush=True)
+"""
+"""A program that starts Ray and takes a while to clean up."""
+
+
+def test_sigterm_unwinds_the_program_and_nothing_else_happens():
     """Ray's own code would print a trace, and end the process three seconds later, cleaned up or not."""
-    with pytest.raises(Stopped):
-        signal.raise_signal(signal.SIGTERM)
-    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
-    assert "SIGTERM" not in capfd.readouterr().err
+    with subprocess.Popen(
+        [sys.executable, "-c", CONNECTED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as program:
+        assert program.stdout.readline() == "ready\n"
+        program.terminate()
+        out, err = program.communicate(timeout=120)
+    assert out == "cleaned\n"
+    assert "SIGTERM received" not in err
+    assert err.rstrip().endswith("stopped by SIGTERM")
 
 
 def test_a_full_store_changes_nothing(ray, run, expected):
