@@ -251,8 +251,11 @@ def _read_weights(place: Place) -> np.ndarray:
 
 
 def _limit_sums(graph: ir.Graph, places: list[Place]) -> None:
-    """Give outputs whose sums of two products could exceed 16 bits larger steps. Weights are rounded to the
-    nearest once, where their constants are not those of other layers, too."""
+    """Give outputs whose sums of two products could exceed 16 bits larger steps.
+
+    Weights that no other layer shares are rounded to these steps from their floats; those that are shared,
+    from the integers that they already were.
+    """
     for place in places:
         stored, scale = (get_input(place.dequantizer, position) for position in (0, 1))
         if not place.layer.depthwise and max(map(count_readers, (stored, scale))) == 1:
@@ -261,6 +264,7 @@ def _limit_sums(graph: ir.Graph, places: list[Place]) -> None:
 
 
 def _grow_steps(place: Place, scale: ir.Value) -> None:
+    """The same for one layer; the constant ``scale`` holds its steps."""
     factors = find_growth(_round_nearest(place.weights / _read_steps(place)), _count_inputs(place))
     if factors is not None:
         present = read_constant(scale)
