@@ -68,10 +68,13 @@ MACHINE = re.compile(
     r"^(warning: .*|fastest: .*|no clear .*|note: calibration was taken .*|.*; threads: .*)$", re.M
 )
 """Lines that depend on the machine and on its load alone."""
-PRECISIONS = re.compile(r"(?:int8|bf16|fp16|fp32) \d+ %(?: \+ (?:int8|bf16|fp16|fp32) \d+ %)*")
+PRECISIONS = re.compile(r"(?:int8|bf16|fp16|fp32) \d+ %(?: \+ (?:int8|bf16|fp16|fp32) \d+ %)*(?: \+(?=\s))?")
 """Which precisions ran, with their shares."""
+FOLDED_SHARES = re.compile(r"(SHARES.*) SHARES$", re.M)
+"""Shares of which a table has folded some into a second line, as on CPUs with more precisions."""
 FIGURES = re.compile(
-    r"[-+]?\d+(?:\.\d+)+(?:e[-+]?\d+)?|[-+]?\d+(?= (?:%|(?:ms|MB|kB)\b))|\b\d+$|\b[0-9a-f]{12,}\b"
+    r"[-+]?\d+(?:\.\d+)+(?:e[-+]?\d+)?|[-+]?\d+e[-+]?\d+"
+    r"|[-+]?\d+(?= (?:%|(?:ms|MB|kB)\b))|\b\d+$|\b[0-9a-f]{12,}\b"
     r"|(?<= )-(?= )",
     re.M,
 )
@@ -108,7 +111,7 @@ def read_blocks(page: str, text: str) -> list[Block]:
 def simplify(text: str) -> str:
     """What must not drift: the words of an output, without the figures of a machine."""
     text = PRECISIONS.sub("SHARES", MACHINE.sub("", FOLDED.sub(" ", text)))
-    text = SPACES.sub(" ", FIGURES.sub("#", text))
+    text = FOLDED_SHARES.sub(r"\1", SPACES.sub(" ", FIGURES.sub("#", text)))
     lines = (line.strip() for line in text.splitlines())
     return "\n".join(line for line in lines if line)
 

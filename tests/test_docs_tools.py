@@ -106,11 +106,11 @@ def test_figures_of_a_machine_are_no_drift(script):
     outputs = script("docs_outputs")
     one = (
         "median 0.93 ms a batch\nran as: int8 61 % + bf16 37 % + fp32 2 %\n(2.1 MB)\nx  1.00 (0.99-1.01)\n"
-        "y  2 %  0.54  z"
+        "y  2 %  0.54  z\nby 1.2e-05 (allowed)\nint8   int8 68 % + bf16 30 % +   2 %  on\n          fp32 2 %"
     )
     two = (
         "median 12.1 ms a batch\nran as: fp32 100 %\n(2.0 MB)\nwarning: drift\n  on\nx   1.02 (0.90-1.10)\n"
-        "y 19 %   -  z"
+        "y 19 %   -  z\nby 2e-06 (allowed)\nint8   int8 67 % + fp32 33 %   2 %  on"
     )
     assert outputs.simplify(one) == outputs.simplify(two)
 
