@@ -151,12 +151,11 @@ def _make_locked_folder(
             folder.rmdir()
             raise
         try:
-            _attempt(descriptor)
-            if _is_still(folder, descriptor):
+            if _attempt(descriptor) is not False and _is_still(folder, descriptor):
                 return folder, descriptor
         except OSError:  # such as EBADF on a network drive: its age tells when it was left behind
             return folder, descriptor
-        os.close(descriptor)  # another process took it for abandoned before it was locked
+        os.close(descriptor)  # another process takes it for abandoned: it has removed it, or is about to
 
 
 class Hold:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cmt_edge.deploy import Bundle, Predictor, files
+from cmt_edge.deploy import Bundle, Predictor, files, locks
 from cmt_edge.deploy.bundle import BundleWriter
 from cmt_edge.deploy.bundle.golden import Golden
 from cmt_edge.deploy.cache import Cache
@@ -234,6 +235,25 @@ def test_a_fresh_file_without_a_lock_is_spared_and_an_old_one_goes(tmp_path):
     os.utime(left, (old, old))
     files.write_atomic(tmp_path / "report.md", b"whole")
     assert snapshot(tmp_path) == {"report.md": b"whole"}
+
+
+def test_a_new_folder_that_another_process_is_about_to_remove_is_not_used(tmp_path, monkeypatch):
+    """It found the folder before its lock was taken, and holds the lock itself until the folder is gone."""
+    made = []
+    mkdtemp = tempfile.mkdtemp
+
+    def found_at_once(*args):
+        path = mkdtemp(*args)
+        made.append((path, os.open(path, os.O_RDONLY)))
+        if len(made) == 1:
+            assert locks.try_lock(made[0][1])
+        return path
+
+    monkeypatch.setattr(tempfile, "mkdtemp", found_at_once)
+    with locks.scratch_folder(tmp_path, ".tiny.") as folder:
+        assert [str(folder)] == [path for path, _ in made[1:]]
+    for _, descriptor in made:
+        os.close(descriptor)
 
 
 def test_two_threads_write_one_file(tmp_path):
