@@ -327,7 +327,8 @@ def _write_new(path: Path, data: bytes, mode: int) -> None:
         file.write(data)
         file.flush()
         os.fsync(descriptor)
-        os.utime(path)  # it may have taken long: from here on its age alone spares it
+        with contextlib.suppress(OSError):
+            os.utime(path)  # it may have taken long: from here on its age alone spares it
 
 
 def put_folder(folder: Path, target: Path) -> Path | None:
