@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -45,6 +46,15 @@ LONGEST_FIRST = (
 )
 """The test modules that take longest, the longest first. A worker that began one of them last would work
 alone at the end, because a module is not divided between workers."""
+
+
+def pytest_configure():
+    """Take back what ``nohup`` and shells that start something in the background do: child processes would
+    inherit that SIGHUP or SIGINT is ignored, and tests send them these signals."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(config, items):

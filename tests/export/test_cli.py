@@ -332,8 +332,6 @@ def begun(folder: Path, process: subprocess.Popen, writing: bool) -> bool:
     ],
 )
 def test_an_interrupted_export_leaves_nothing(tmp_path, signal_number, writing, delay):
-    if signal.getsignal(signal_number) is signal.SIG_IGN:
-        pytest.skip(f"{signal_number.name} is ignored, as by nohup, and child processes inherit that")
     (tmp_path / "own.py").write_text(OWN)
     model = ("own.py:small", "--imgsz", "32") if writing else ("cmt_nano",)
     command = [sys.executable, "-c", CODE, "--model", *model, "-o", "out"]
