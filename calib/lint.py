@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import onnx
 import onnx_ir as ir
@@ -24,12 +25,18 @@ from .graph import (
 from .recipe import FLOAT_OPS, INT8_OPS
 
 
-def lint(model: onnx.ModelProto) -> list[str]:
-    """Findings, one sentence each; empty if the graph keeps every rule."""
+def lint(model: onnx.ModelProto, trunk: Collection[str] = ()) -> list[str]:
+    """Findings, one sentence each; empty if the graph keeps every rule.
+
+    Args:
+        model: a Q/DQ graph.
+        trunk: names of layers that may read floats although their weights are int8
+            (:mod:`cmt_edge.calib.trunk`).
+    """
     findings = check_file(model)
     with open_view(model) as view:
         for node in view.graph:
-            findings += _check_node(node)
+            findings += _check_node(node, trunk)
         kinds = {node.op_type for node in view.graph}
     return findings if kinds & {QUANTIZE, DEQUANTIZE} else [*findings, "the graph has no quantized operation"]
 
@@ -44,12 +51,12 @@ def _is_half_int8(node: ir.Node) -> bool:
     return node.op_type in INT8_OPS and len(_find_dequantized_inputs(node)) == 1
 
 
-def _check_node(node: ir.Node) -> list[str]:
+def _check_node(node: ir.Node, trunk: Collection[str]) -> list[str]:
     if node.op_type in (QUANTIZE, DEQUANTIZE):
         return check_quantizer(node)
     if node.op_type in FLOAT_OPS:
         return _check_float_operation(node)
-    return _check_int8_operation(node) if node.op_type in INT8_OPS else []
+    return _check_int8_operation(node, trunk) if node.op_type in INT8_OPS else []
 
 
 def _find_dequantized_inputs(node: ir.Node) -> list[tuple[int, ir.Node]]:
@@ -68,8 +75,9 @@ def _check_float_operation(node: ir.Node) -> list[str]:
     return [finding for _ in _find_dequantized_inputs(node)]
 
 
-def _check_int8_operation(node: ir.Node) -> list[str]:
-    """Biases are float, weights have a scale a channel, and both factors are int8 or float."""
+def _check_int8_operation(node: ir.Node, trunk: Collection[str]) -> list[str]:
+    """Biases are float, weights have a scale a channel, and both factors are int8 or float; layers of the
+    ``trunk`` may have int8 weights alone."""
     dequantized = _find_dequantized_inputs(node)
     findings = []
     for position, source in dequantized:
@@ -77,7 +85,8 @@ def _check_int8_operation(node: ir.Node) -> list[str]:
             findings.append(f"{node.name}: quantized bias")
         elif _has_single_scale(source):
             findings.append(f"{node.name}: weights with a single scale")
-    if _is_half_int8(node):
+    positions = [position for position, _ in dequantized]
+    if _is_half_int8(node) and not (node.name in trunk and positions == [1]):
         findings.append(f"{node.name}: one side int8, the other float")
     return findings
 

@@ -22,6 +22,7 @@ from .graph import (
     DEQUANTIZE,
     add_constant,
     find_producer,
+    find_source,
     get_input,
     get_node_name,
     is_constant,
@@ -85,6 +86,9 @@ def _limit_layer(graph: ir.Graph, layer: ir.Node) -> bool:
     """Replace the weights of a layer by such that keep the limit; ``False`` where they already do."""
     dequantizer = find_producer(layer.inputs[1])
     if dequantizer is None or dequantizer.op_type != DEQUANTIZE or not is_constant(dequantizer.inputs[0]):
+        return False
+    activation = find_source(layer.inputs[0])
+    if activation is None or activation.op_type != DEQUANTIZE:  # it computes in float
         return False
     values = read_constant(dequantizer.inputs[0])
     if is_depthwise_node(layer) and values.shape[:2] == (count_groups(layer), 1):

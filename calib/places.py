@@ -32,7 +32,7 @@ class Place:
     Attributes:
         node: the conv or product.
         layer: the same layer in the float graph.
-        quantizer: of what it reads.
+        quantizer: of what it reads; ``None`` where it reads floats (:mod:`cmt_edge.calib.trunk`).
         dequantizer: of its weights.
         weights: in float, ``(outputs, K)``, or ``(C, taps)`` of a depthwise conv.
         transposed: whether the graph stores weights as ``(K, outputs)``.
@@ -41,7 +41,7 @@ class Place:
 
     node: ir.Node
     layer: Layer
-    quantizer: ir.Node
+    quantizer: ir.Node | None
     dequantizer: ir.Node
     weights: np.ndarray
     transposed: bool
@@ -49,7 +49,7 @@ class Place:
 
 
 def find_places(graph: ir.Graph, original: ir.Graph) -> list[Place]:
-    """The int8 layers with constant weights, in the graph's order."""
+    """The layers with constant int8 weights, in the graph's order."""
     floats = {get_node_name(node): node for node in original}
     places = (
         _find_place(node, floats[get_node_name(node)])
@@ -60,16 +60,15 @@ def find_places(graph: ir.Graph, original: ir.Graph) -> list[Place]:
 
 
 def _find_place(node: ir.Node, original: ir.Node) -> Place | None:
-    pair, dequantizer = find_source(node.inputs[0]), find_producer(node.inputs[1])
-    quantizer = find_producer(pair.inputs[0]) if pair is not None and pair.op_type == DEQUANTIZE else None
+    source, dequantizer = find_source(node.inputs[0]), find_producer(node.inputs[1])
+    pair = source if source is not None and source.op_type == DEQUANTIZE else None
+    quantizer = find_producer(pair.inputs[0]) if pair is not None else None
     if (
-        quantizer is None
-        or quantizer.op_type != QUANTIZE
+        (pair is not None and not _has_one_scale(quantizer))
         or dequantizer is None
         or dequantizer.op_type != DEQUANTIZE
         or not is_constant(dequantizer.inputs[0])
         or not is_constant(original.inputs[1])
-        or read_constant_dims(quantizer.inputs[1]) != ()
     ):
         return None
     layer = describe_layer(original, get_input(original, 0))
@@ -81,6 +80,13 @@ def _find_place(node: ir.Node, original: ir.Node) -> Place | None:
     )
     matrix = weights.T if transposed else weights.reshape(len(weights), -1)
     return Place(node, layer, quantizer, dequantizer, matrix, transposed, _find_bias(node, len(matrix)))
+
+
+def _has_one_scale(quantizer: ir.Node | None) -> bool:
+    """Whether it is a quantizer with one scale for the whole tensor."""
+    if quantizer is None or quantizer.op_type != QUANTIZE:
+        return False
+    return read_constant_dims(quantizer.inputs[1]) == ()
 
 
 def _find_bias(node: ir.Node, outputs: int) -> ir.Value | None:

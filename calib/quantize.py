@@ -21,13 +21,14 @@ from cmt_edge.deploy.preprocessing import Preprocess
 from .by_nncf import RangeQuantizer, run_nncf
 from .data import CalibrationSet
 from .equalize import Equalized, equalize
-from .graph import get_input, name_value, open_view
+from .graph import get_input, get_node_name, name_value, open_view, write_model
 from .groups import group_by_kind, group_nodes
 from .lint import lint, list_half_int8_nodes
 from .recipe import DEFAULT, INT8_OPS, Recipe
 from .refine import refine
 from .restore import list_int8_nodes, restore
 from .statistics import Batches, LocalStatistics, Request, Statistics
+from .trunk import find_trunk, list_trunk, read_floats
 
 CACHED_FILES = 20
 """The number of calibrated graphs that the cache keeps, with the float graphs they were made from. The oldest
@@ -118,7 +119,7 @@ def _convert_to_files(quantized: Quantized) -> Files:
 def _read_files(files: Files, recipe: Recipe) -> Quantized | None:
     """An entry of the cache; ``None`` where the graph breaks today's rules."""
     source, model = (onnx.load_from_string(content) for content in files)
-    return None if lint(model) else Quantized(model, source, recipe.key(), True)
+    return None if lint(model, list_trunk(source)) else Quantized(model, source, recipe.key(), True)
 
 
 def keep_float(quantized: Quantized, names: tuple[str, ...]) -> onnx.ModelProto:
@@ -164,7 +165,7 @@ def _make_key(
 
 def _require_clean(quantized: Quantized) -> Quantized:
     """``quantized``, if its graph keeps every rule; raises :class:`GateError` otherwise."""
-    findings = lint(quantized.model)
+    findings = lint(quantized.model, list_trunk(quantized.source))
     if findings:
         hidden = len(findings) - SHOWN_RULES
         more = f" and {hidden} more" if hidden > 0 else ""
@@ -236,7 +237,16 @@ def place_pairs(
     halves = list_half_int8_nodes(calibrated)
     if halves:
         calibrated = restore(calibrated, source, halves)
+    if recipe.float_trunk:
+        calibrated = _free_trunk(calibrated, list_trunk(source))
     return Placed(calibrated, source, equalized.reach)
+
+
+def _free_trunk(calibrated: onnx.ModelProto, names: Collection[str]) -> onnx.ModelProto:
+    """A copy whose layers of these names read floats."""
+    with open_view(calibrated) as view:
+        read_floats(view.graph, names)
+        return write_model(view)
 
 
 def _place_by_ranges(
@@ -274,6 +284,8 @@ def _read_in_int8(model: onnx.ModelProto, recipe: Recipe) -> set[str]:
     """Tensors that layers may read in int8."""
     with open_view(model) as view:
         floats = set(recipe.float_nodes_of(view.graph))
+        if recipe.float_trunk:
+            floats.update(get_node_name(node) for node in find_trunk(view.graph))
         layers = [node for node in view.graph if node.op_type in INT8_OPS and node.name not in floats]
         operands = [get_input(node, position) for node in layers for position in (0, 1)]
         return {name_value(value) for value in operands if not value.is_initializer()}

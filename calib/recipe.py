@@ -8,6 +8,8 @@ Rules are about classes of nodes, never about names of a family. They were measu
 * Depthwise convs between two dense ones whose channels were equalized are int8, because nothing is
   converted between the three then. Others stay float: memory limits them, and one scale for all channels
   costs accuracy.
+* Layers that nothing leads around, between stages and behind the last block, read floats where the recipe
+  says so (:mod:`cmt_edge.calib.trunk`): they would round the whole stream. Their weights are int8.
 * A conv of an image by small filters stays float: quantizing the image cost more than int8 saved.
 * The attention's own products of two activations stay float: they cost little, and the pairs around them cost
   more than int8 saves.
@@ -88,6 +90,8 @@ class Recipe:
             each other (:mod:`cmt_edge.calib.refine`); not with ``smooth_quant``.
         fits_16_bits: round weights so that sums of two products fit 16 bits, which CPU runtimes need on x86
             processors without VNNI (:mod:`cmt_edge.calib.pair_sums`); not with ``smooth_quant``.
+        float_trunk: let layers between stages and behind the last block read floats; only their weights are
+            int8 (:mod:`cmt_edge.calib.trunk`).
         keep_float: groups of operations (:mod:`cmt_edge.calib.groups`) or single operations that become float
             again after calibration (:mod:`cmt_edge.calib.restore`). The others are calibrated as without it.
     """
@@ -101,6 +105,7 @@ class Recipe:
     shift: bool = True
     rounding: bool = True
     fits_16_bits: bool = False
+    float_trunk: bool = False
     keep_float: tuple[str, ...] = ()
 
     def key(self) -> str:

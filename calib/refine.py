@@ -88,16 +88,15 @@ def refine(
         grids = _choose_grids(places, rows, reach or {}) if search else {}
         for place in places:
             values = rows.pop(place.layer.name)
-            scale = get_input(place.quantizer, 1)
-            grid = grids.get(scale) or Grid(float(read_constant(scale)))
-            rounded = grid.round(values).astype(np.float32)
+            grid = _find_grid(place, grids)
+            rounded = values if grid is None else grid.round(values).astype(np.float32)
             corrects = biases and place.bias is not None
             partners = _list_partners(place) if fits_16_bits else []
             if rounding and _can_round(place):
                 _round_anew(place, rounded - rounded.mean(axis=0) if corrects else rounded, partners)
             if corrects:
                 _add_to_bias(place, _measure_missing(place, values, rounded))
-            if grid.shift:
+            if grid is not None and grid.shift:
                 _add_to_bias(place, -grid.move * _read_weights(place).sum(axis=1, dtype=np.float64))
         _write_grids(view.graph, places, grids)
         return write_model(view)
@@ -164,12 +163,21 @@ def _choose_grids(
     doing so: runtimes merge those that read the same tensor with the same scale."""
     readers: dict[ir.Value, list[Place]] = {}
     for place in places:
-        readers.setdefault(get_input(place.quantizer, 1), []).append(place)
+        if place.quantizer is not None:
+            readers.setdefault(get_input(place.quantizer, 1), []).append(place)
     chosen = {}
     for constant, group in readers.items():
         grids = list_grids(float(read_constant(constant)), _find_reach(group, reach))
         chosen[constant] = grids[int(_measure_errors(group, rows, grids).argmin())]
     return chosen
+
+
+def _find_grid(place: Place, grids: Mapping[ir.Value, Grid]) -> Grid | None:
+    """How what a layer reads is rounded; ``None`` where it reads floats."""
+    if place.quantizer is None:
+        return None
+    scale = get_input(place.quantizer, 1)
+    return grids.get(scale) or Grid(float(read_constant(scale)))
 
 
 def _find_reach(
@@ -192,9 +200,10 @@ def _can_shift(place: Place) -> bool:
         and not attributes.get_int("transA", 0)
     )
     pair = find_producer(place.node.inputs[0])
-    values = (place.quantizer.outputs[0], *(pair.outputs if pair is not None else ()))
+    quantized = () if place.quantizer is None else place.quantizer.outputs
+    values = (*quantized, *(pair.outputs if pair is not None else ()))
     alone = all(count_readers(value) == 1 for value in values)
-    direct = pair is not None and pair.inputs[0] is place.quantizer.outputs[0]
+    direct = pair is not None and pair.inputs[0] in quantized
     return plain and alone and direct and place.bias is not None and not any(place.layer.pads)
 
 
@@ -214,7 +223,8 @@ def _measure_errors(
 
 def _write_grids(graph: ir.Graph, places: list[Place], grids: Mapping[ir.Value, Grid]) -> None:
     """Give every quantizer its scale and its shift."""
-    for quantizer in dict.fromkeys(place.quantizer for place in places):
+    quantizers = dict.fromkeys(place.quantizer for place in places if place.quantizer is not None)
+    for quantizer in quantizers:
         grid = grids.get(get_input(quantizer, 1))
         if grid is not None and grid.shift:
             insert_shift(graph, quantizer, grid.move)
@@ -258,7 +268,7 @@ def _limit_sums(graph: ir.Graph, places: list[Place]) -> None:
     """
     for place in places:
         stored, scale = (get_input(place.dequantizer, position) for position in (0, 1))
-        if not place.layer.depthwise and max(map(count_readers, (stored, scale))) == 1:
+        if _sums_pairs(place) and max(map(count_readers, (stored, scale))) == 1:
             _grow_steps(place, scale)
     limit_sums(graph)
 
@@ -280,9 +290,14 @@ def _count_inputs(place: Place) -> int:
     return int(weights.shape[1])
 
 
+def _sums_pairs(place: Place) -> bool:
+    """Whether CPUs without VNNI add products of this layer in 16 bits."""
+    return place.quantizer is not None and not place.layer.depthwise
+
+
 def _list_partners(place: Place) -> list[np.ndarray]:
     """The columns of a layer that are neighbours in sums of two products; none where it has no such sums."""
-    if place.layer.depthwise:
+    if not _sums_pairs(place):
         return []
     inputs = _count_inputs(place)
     return list_partners(place.weights.shape[1] // inputs, inputs)

@@ -97,7 +97,12 @@ class DerivedSettings(Settings):
     @property
     def recipe(self) -> Recipe:
         """What stays float in int8."""
-        return replace(DEFAULT, fits_16_bits=self.fits_16_bits, keep_float=self.kept_float)
+        return replace(
+            DEFAULT,
+            fits_16_bits=self.fits_16_bits,
+            float_trunk=self.format == "openvino",
+            keep_float=self.kept_float,
+        )
 
     @property
     def is_typed(self) -> bool:

@@ -333,6 +333,9 @@ def _make_config(device: Device, precision: str, options: LoadOptions) -> dict[s
         "PERFORMANCE_HINT": "THROUGHPUT" if options.throughput else "LATENCY",
         "INFERENCE_PRECISION_HINT": HINTS[device.choose_float(precision)],
     }
+    if precision == "int8" and device.kind == CPU:
+        # What reads floats, though its weights are int8, stays float: OpenVINO would round it by groups.
+        config["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
     if options.threads and device.kind == CPU:  # others have no threads of ours
         config["INFERENCE_NUM_THREADS"] = options.threads
         # OpenVINO binds the threads to the first cores, and those of another process to the same ones.

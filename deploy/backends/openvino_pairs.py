@@ -8,7 +8,8 @@ channels, in place of sums that are wrong.
 Int8 bundles for CPUs have weights that fit (``calibration.fits_16_bits`` of the manifest), and nothing is
 changed in them. Those of other graphs are rounded here, when they are read.
 
-It applies to convs that read all channels and to linears. OpenVINO's kernels for depthwise convs add in 32
+It applies to convs that read all channels and to linears, where they read int8: those with int8 weights alone
+compute in float. OpenVINO's kernels for depthwise convs add in 32
 bits. Which weights are added was found by ``benchmarks/saturation.py``: neighbouring channels at the same
 place of the filter, for filters of any size.
 """
@@ -35,7 +36,7 @@ def limit_pairs(model: ov.Model) -> int:
     """
     found = {}
     for layer in model.get_ordered_ops():
-        if layer.get_type_name() in LAYERS and is_dequantized(layer.input_value(1)):
+        if layer.get_type_name() in LAYERS and all(map(is_dequantized, layer.input_values())):
             weights = layer.input_value(1).get_node()
             found[weights.get_friendly_name()] = (weights, _find_axes(layer))
     return sum(_limit_weights(weights, *axes) for weights, axes in found.values())

@@ -63,6 +63,8 @@ def _describe(model: Served, options: Options) -> dict[str, Any]:
         "PERFORMANCE_HINT": "THROUGHPUT" if options.instances > 1 else "LATENCY",
         "INFERENCE_PRECISION_HINT": BF16 if model.bundle.manifest.precision == "bf16" else FLOAT32,
     }
+    if model.bundle.manifest.precision == "int8":
+        plugin["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0  # as our own sessions have it
     if options.threads:
         plugin["INFERENCE_NUM_THREADS"] = options.threads * options.instances  # all streams share them
     content: dict[str, Any] = {

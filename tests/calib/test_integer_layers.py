@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from cmt_edge.calib.integer_layers import measure_conv_ranges, place_for_integers
 from cmt_edge.calib.restore import list_int8_nodes
 from cmt_edge.calib.statistics import Batches, LocalStatistics
+from cmt_edge.export.to_onnx import set_batch
 from helpers.calibration import SPEC
 from helpers.graphs import compute_logits
 
@@ -55,6 +56,18 @@ def test_onnx_runtime_computes_nearly_all_int8_layers_in_integers(quantized, pla
     assert after["QGemm"] + after["MatMulIntegerToFloat"] > 0
 
 
+def test_a_graph_for_any_batch_size_has_the_same_kernels_and_answers(placed, tmp_path):
+    kernels, answers = [], []
+    x = np.random.default_rng(0).random((2, 3, 64, 64)).astype(np.float32)
+    for size in (2, 0):
+        model = set_batch(placed, size)
+        kernels.append(count_kernels(model, tmp_path))
+        answers.append(compute_logits(model, x, "test"))
+    assert kernels[0] == kernels[1]
+    assert kernels[1]["QGemm"] > 10
+    np.testing.assert_array_equal(*answers)
+
+
 def test_the_answers_stay_close(graph, quantized, placed):
     x = np.random.default_rng(0).random((4, 3, 64, 64)).astype(np.float32)
     exact, plain, ours = (compute_logits(g, x, "test") for g in (graph, quantized.model, placed))
@@ -67,6 +80,82 @@ def test_the_given_graph_is_not_changed_and_onnx_accepts_the_result(quantized, r
     before = quantized.model.SerializeToString(deterministic=True)
     onnx.checker.check_model(place_for_integers(quantized.model, ranges), full_check=True)
     assert quantized.model.SerializeToString(deterministic=True) == before
+
+
+def test_linears_become_products_of_all_rows():
+    placed = place_for_integers(make_linears(), {})
+    onnx.checker.check_model(placed, full_check=True)
+    gemms = [node for node in placed.graph.node if node.op_type == "Gemm"]
+    assert [(node.name, [p.value for p in node.metadata_props]) for node in gemms] == [
+        ("product0", ["m0"]),
+        ("product1", ["m1"]),
+    ]
+    assert not any(node.op_type in ("MatMul", "Add") for node in placed.graph.node)
+    x = np.random.default_rng(0).standard_normal((3, 2, 4)).astype(np.float32)
+    for before, after in zip(run(make_linears(), x), run(placed, x), strict=True):
+        assert before.shape == after.shape
+        np.testing.assert_allclose(before, after, atol=1e-5)
+
+
+def test_linears_that_share_a_pair_become_one_product():
+    model = make_linears(pairs=1)
+    placed = place_for_integers(model, {})
+    onnx.checker.check_model(placed, full_check=True)
+    kinds = Counter(node.op_type for node in placed.graph.node)
+    assert (kinds["Gemm"], kinds["MatMul"], kinds["Add"], kinds["Split"]) == (1, 0, 0, 1)
+    x = np.random.default_rng(0).standard_normal((3, 2, 4)).astype(np.float32)
+    for before, after in zip(run(model, x), run(placed, x), strict=True):
+        np.testing.assert_allclose(before, after, atol=1e-5)
+
+
+def test_linears_beside_another_reader_of_their_pair_stay_products():
+    model = make_linears(pairs=1)
+    model.graph.node.append(helper.make_node("Relu", ["d0"], ["r"], "reader"))
+    model.graph.output.append(helper.make_tensor_value_info("r", TensorProto.FLOAT, ["batch", 2, 4]))
+    kinds = Counter(node.op_type for node in place_for_integers(model, {}).graph.node)
+    assert (kinds["Gemm"], kinds["MatMul"], kinds["Add"]) == (0, 2, 2)
+
+
+def test_linears_with_a_size_that_is_not_known_stay_products():
+    placed = place_for_integers(make_linears(rows="rows"), {})
+    kinds = Counter(node.op_type for node in placed.graph.node)
+    assert (kinds["Gemm"], kinds["MatMul"], kinds["Add"]) == (0, 2, 2)
+    assert len(run(placed, np.ones((3, 5, 4), np.float32))[0][0]) == 5
+
+
+def run(model: onnx.ModelProto, x: np.ndarray) -> list[np.ndarray]:
+    """What ONNX Runtime gives for ``x``."""
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {"x": x})
+
+
+def make_linears(pairs: int = 2, rows: int | str = 2) -> onnx.ModelProto:
+    """Two int8 linears from 4 to 3 channels, for any batch size, which read one pair or a pair each."""
+    rng = np.random.default_rng(0)
+    constants = {"s": np.float32(0.02), "z": np.int8(0), "wz": np.zeros(3, np.int8)}
+    nodes = []
+    for i in range(pairs):
+        nodes += [
+            helper.make_node("QuantizeLinear", ["x", "s", "z"], [f"q{i}"], f"q{i}"),
+            helper.make_node("DequantizeLinear", [f"q{i}", "s", "z"], [f"d{i}"], f"d{i}"),
+        ]
+    for i in range(2):
+        constants |= {
+            f"w{i}": rng.integers(-64, 64, (4, 3)).astype(np.int8),
+            f"ws{i}": np.array([0.01, 0.02, 0.03], np.float32),
+            f"b{i}": (np.arange(3) * 0.02 * np.array([0.01, 0.02, 0.03])).astype(np.float32),
+        }
+        nodes += [
+            helper.make_node("DequantizeLinear", [f"w{i}", f"ws{i}", "wz"], [f"wd{i}"], f"wd{i}", axis=1),
+            helper.make_node("MatMul", [f"d{i % pairs}", f"wd{i}"], [f"m{i}"], f"product{i}"),
+            helper.make_node("Add", [f"b{i}", f"m{i}"][:: 1 if i else -1], [f"y{i}"], f"addition{i}"),
+        ]
+        nodes[-2].metadata_props.add(key="module", value=f"m{i}")
+    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", rows, 4])
+    found = [helper.make_tensor_value_info(f"y{i}", TensorProto.FLOAT, ["batch", rows, 3]) for i in range(2)]
+    tensors = [numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items()]
+    graph = helper.make_graph(nodes, "g", [given], found, tensors)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
 def test_every_int8_conv_has_a_range_and_a_conv_without_one_stays(quantized, ranges):

@@ -72,6 +72,8 @@ def test_each_device_computes_in_the_precision_that_it_has(machine, bundle, devi
     assert name == (device or "CPU").upper()
     assert config["INFERENCE_PRECISION_HINT"] == hint
     assert ("INFERENCE_NUM_THREADS" in config) == (name == "CPU"), "only the processor has threads of ours"
+    rounds = config.get("DYNAMIC_QUANTIZATION_GROUP_SIZE") != 0
+    assert rounds == (name != "CPU" or precision != "int8"), "float activations stay float"
 
 
 @pytest.mark.parametrize(

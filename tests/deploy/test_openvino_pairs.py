@@ -23,29 +23,34 @@ LARGEST_UNSIGNED = 255
 INT16 = np.iinfo(np.int16)
 
 
-def dequantize(weights: np.ndarray, scales: np.ndarray, zero: int = 0):
-    """Int8 weights as OpenVINO reads a ``DequantizeLinear`` of them."""
-    shifted = ops.subtract(ops.convert(ops.constant(weights), "f32"), ops.constant(np.float32(zero)))
+def dequantize(values, scales: np.ndarray, zero: int = 0):
+    """Int8 weights, or an int8 input, as OpenVINO reads a ``DequantizeLinear`` of them."""
+    source = ops.constant(values) if isinstance(values, np.ndarray) else values
+    shifted = ops.subtract(ops.convert(source, "f32"), ops.constant(np.float32(zero)))
     return ops.multiply(shifted, ops.constant(scales.astype(np.float32)))
 
 
-def make_layer(kind: str, weights: np.ndarray, zero: int = 0) -> ov.Model:
-    """One layer with int8 weights whose scales differ by output channel."""
+def make_layer(kind: str, weights: np.ndarray, zero: int = 0, reads_int8: bool = True) -> ov.Model:
+    """One layer with int8 weights whose scales differ by output channel, of int8 values or of floats."""
     axis = {"conv": 0, "depthwise": 0, "linear": 1, "turned": 0}[kind]
     shape = [1] * weights.ndim
     shape[axis] = -1
     scales = np.linspace(0.01, 0.02, weights.shape[axis]).reshape(shape)
     dequantized = dequantize(weights, scales, zero)
+    sizes = {
+        "conv": [1, *weights.shape[1:2], 5, 5],
+        "depthwise": [1, weights.shape[0], 5, 5],
+        "linear": [3, weights.shape[0]],
+        "turned": [3, *weights.shape[1:2]],
+    }[kind]
+    source = ops.parameter(sizes, np.int8 if reads_int8 else np.float32)
+    values = dequantize(source, np.float32(0.1)) if reads_int8 else source
     if kind == "conv":
-        source = ops.parameter([1, weights.shape[1], 5, 5], np.float32)
-        layer = ops.convolution(source, dequantized, [1, 1], [0, 0], [0, 0], [1, 1])
+        layer = ops.convolution(values, dequantized, [1, 1], [0, 0], [0, 0], [1, 1])
     elif kind == "depthwise":
-        source = ops.parameter([1, weights.shape[0], 5, 5], np.float32)
-        layer = ops.group_convolution(source, dequantized, [1, 1], [0, 0], [0, 0], [1, 1])
+        layer = ops.group_convolution(values, dequantized, [1, 1], [0, 0], [0, 0], [1, 1])
     else:
-        inputs = weights.shape[1 if kind == "turned" else 0]
-        source = ops.parameter([3, inputs], np.float32)
-        layer = ops.matmul(source, dequantized, False, kind == "turned")
+        layer = ops.matmul(values, dequantized, False, kind == "turned")
     return ov.Model([layer], [source])
 
 
@@ -95,6 +100,13 @@ def test_weights_whose_sums_fit_stay_as_they_are(kind, shape):
     model = make_layer(kind, weights)
     assert limit_pairs(model) == 0
     np.testing.assert_array_equal(read_weights(model)[0], weights)
+
+
+@pytest.mark.parametrize(("kind", "shape"), [("conv", (8, 6, 1, 1)), ("linear", (6, 8))])
+def test_layers_that_read_floats_stay_as_they_are(kind, shape):
+    model = make_layer(kind, draw(*shape), reads_int8=False)
+    assert limit_pairs(model) == 0
+    np.testing.assert_array_equal(read_weights(model)[0], draw(*shape))
 
 
 def test_only_channels_that_exceed_it_get_another_scale():
