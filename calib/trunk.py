@@ -22,6 +22,7 @@ from .graph import (
     get_node_name,
     is_constant,
     open_view,
+    read_constant_dims,
     remove_unread,
 )
 from .recipe import INT8_OPS, is_depthwise_node
@@ -37,7 +38,9 @@ def find_trunk(graph: ir.Graph) -> list[ir.Node]:
     """Convs and linears that every way from the image to the last output leads through.
 
     They come after the first layer that something leads around, since the convs before it read large maps;
-    and they have a stride, or no layer after them has a way around it. Depthwise convs are not among them.
+    and they are convs of patches that do not overlap, or no layer after them has a way around it. Convs of
+    overlapping patches, such as CvT's, multiply several times as often, and are not among them; nor are
+    depthwise convs.
     """
     order = _list_computed(graph)
     passed = set(_find_passed(order))
@@ -51,7 +54,7 @@ def find_trunk(graph: ir.Graph) -> list[ir.Node]:
         if layer in passed
         and is_constant(layer.inputs[1])
         and not is_depthwise_node(layer)
-        and (_has_stride(layer) or layer in layers[around[-1] :])
+        and (_divides_map(layer) or layer in layers[around[-1] :])
     ]
 
 
@@ -92,8 +95,15 @@ def _find_passed(order: Collection[ir.Node]) -> Iterator[ir.Node]:
         farthest = max(farthest, last_read.get(node, position))
 
 
-def _has_stride(layer: ir.Node) -> bool:
-    return max(layer.attributes.get_ints("strides", (1,)), default=1) > 1
+def _divides_map(layer: ir.Node) -> bool:
+    """Whether it is a conv of patches that do not overlap."""
+    dims, strides = read_constant_dims(layer.inputs[1]), layer.attributes.get_ints("strides", ())
+    return (
+        layer.op_type == "Conv"
+        and max(strides, default=1) > 1
+        and dims is not None
+        and dims[2:] == tuple(strides)
+    )
 
 
 def read_floats(graph: ir.Graph, names: Collection[str]) -> None:

@@ -47,6 +47,10 @@ STAGES: dict[str, tuple[Callable[[], nn.Module], int]] = {
         3,
     ),
     "no stride": (lambda: nn.Sequential(Around(3), nn.Conv2d(3, 8, 1), Around(8), *make_head(8)), 2),
+    "patches that overlap": (
+        lambda: nn.Sequential(Around(3), nn.Conv2d(3, 8, 3, stride=2, padding=1), Around(8), *make_head(8)),
+        2,
+    ),
     "no block": (lambda: nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.GELU(), *make_head(8)), 0),
     "depthwise between": (
         lambda: nn.Sequential(
