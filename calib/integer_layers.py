@@ -1,9 +1,8 @@
 """Where ONNX Runtime needs further pairs and scales, so that it computes int8 layers in integers.
 
 It turns ``DQ -> Conv`` into integers only where a quantizer follows, and ``DQ -> MatMul -> Add`` only where
-the bias is an integer too and all sizes are known, the batch's among them. It computes everything else in
-float32 from dequantized weights, which takes longer than the float graph. :func:`place_for_integers` changes
-a calibrated graph accordingly:
+the bias is an integer too. It computes everything else in float32 from dequantized weights, which takes
+longer than the float graph. :func:`place_for_integers` changes a calibrated graph accordingly:
 
 * The result of every int8 conv is rounded by a pair of its own, unless only quantizers read it. Scales are
   symmetric, as everywhere in :mod:`cmt_edge.calib.recipe`.
