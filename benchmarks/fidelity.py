@@ -34,7 +34,7 @@ from torch import nn
 from cmt_edge.calib import CalibrationSet
 from cmt_edge.calib.groups import group_nodes
 from cmt_edge.calib.quantize import Placed, place_pairs
-from cmt_edge.calib.recipe import DEFAULT
+from cmt_edge.calib.recipe import DEFAULT, Recipe
 from cmt_edge.calib.refine import refine
 from cmt_edge.calib.restore import list_int8_nodes, restore
 from cmt_edge.calib.statistics import Batches, LocalStatistics
@@ -70,9 +70,18 @@ VARIANTS: dict[str, dict[str, bool]] = {
     "all": {"search": True, "rounding": True, "biases": True},
     "fits": {"search": True, "rounding": True, "biases": True, "fits_16_bits": True},
     "trunk": {"search": True, "rounding": True, "biases": True, "fits_16_bits": True},
+    "unequalized": {"search": True, "rounding": True, "biases": True, "fits_16_bits": True},
 }
 """Names of the variants and the steps of :func:`cmt_edge.calib.refine.refine` that they take. "trunk" is what
-bundles of OpenVINO have: layers that nothing leads around read floats (:mod:`cmt_edge.calib.trunk`)."""
+bundles of OpenVINO have: layers that nothing leads around read floats (:mod:`cmt_edge.calib.trunk`).
+"unequalized" is that without equalization, and so without shifts and int8 depthwise convs."""
+
+RECIPES = {
+    "trunk": replace(DEFAULT, float_trunk=True),
+    "unequalized": replace(DEFAULT, float_trunk=True, equalize=False),
+}
+"""The recipes of variants that differ before :func:`cmt_edge.calib.refine.refine`; others have
+:data:`cmt_edge.calib.recipe.DEFAULT`."""
 
 COPIES = 3
 """How often each graph is compiled for ``--time``."""
@@ -179,6 +188,8 @@ def make_case(name: str, graph: onnx.ModelProto, seed: int, args: argparse.Names
     else:
         blobs, judging = read_photographs(args.data / "imagenet_sample", seed)
         data = CalibrationSet.of_blobs("photographs", blobs[: args.calib_size])
+    if args.generated:
+        data = CalibrationSet.choose("generated", args.calib_size, spec, seed)
     images = np.stack([preprocess(blob, spec) for blob in judging])
     truth = answer(graph, images, args.threads, "fp32")
     return Case(name, graph, spec, data, images, truth)
@@ -199,15 +210,14 @@ def answer(graph: onnx.ModelProto, images: np.ndarray, threads: int, precision: 
 def judge(case: Case, args: argparse.Namespace) -> Iterator[tuple[str, Found]]:
     """Each variant of one case."""
     local = LocalStatistics(Batches(case.data, case.spec, None))
-    known: dict[bool, tuple[Placed, float]] = {}
+    known: dict[Recipe, tuple[Placed, float]] = {}
     for name in args.only:
-        frees = name == "trunk"
-        if frees not in known:
+        recipe = RECIPES.get(name, DEFAULT)
+        if recipe not in known:
             start = time.perf_counter()
             with threadpool_limits(1, "blas"):
-                recipe = replace(DEFAULT, float_trunk=frees)
-                known[frees] = place_pairs(case.graph, local, recipe), time.perf_counter() - start
-        placed, shared = known[frees]
+                known[recipe] = place_pairs(case.graph, local, recipe), time.perf_counter() - start
+        placed, shared = known[recipe]
         start = time.perf_counter()
         with threadpool_limits(1, "blas"):
             graph = refine(
@@ -313,6 +323,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--only", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     p.add_argument("--cifar", type=int, default=2000, help="number of CIFAR-10 test images (2000)")
     p.add_argument("--calib-size", type=int, help="number of calibration images (default 300, or all)")
+    p.add_argument("--generated", action="store_true", help="calibrate on drawn images instead")
     p.add_argument("--seeds", type=int, default=1, help="number of choices of calibration images (1)")
     p.add_argument("--precision", default="int8", help="int8, or fp32 for float operations in float32")
     p.add_argument("--threads", type=int, default=2)
