@@ -74,7 +74,7 @@ VARIANTS: dict[str, dict[str, bool]] = {
 }
 """Names of the variants and the steps of :func:`cmt_edge.calib.refine.refine` that they take. "trunk" is what
 bundles of OpenVINO have: layers that nothing leads around read floats (:mod:`cmt_edge.calib.trunk`).
-"unequalized" is that without equalization, and so without shifts and int8 depthwise convs."""
+"unequalized" is that without equalization, as where images are drawn."""
 
 RECIPES = {
     "trunk": replace(DEFAULT, float_trunk=True),
@@ -86,7 +86,7 @@ RECIPES = {
 COPIES = 3
 """How often each graph is compiled for ``--time``."""
 
-SHIFTED = ("all", "fits", "trunk")
+SHIFTED = ("all", "fits", "trunk", "unequalized")
 """The variants that shift values, too."""
 
 

@@ -93,19 +93,22 @@ def equalize(
     model: onnx.ModelProto,
     statistics: Statistics,
     read: Collection[str] = (),
+    *,
+    rescales: bool = True,
 ) -> Equalized:
-    """Rescale what the convs of a float graph read.
+    """Rescale what the convs of a float graph read, and observe it.
 
     Args:
         model: float32 ONNX graph with input ``(batch, 3, S, S)``, not modified.
         statistics: measures on the calibration images.
         read: tensors that are observed besides those that are rescaled.
+        rescales: whether anything is rescaled; otherwise the graph stays as it is.
 
     Raises:
         StepError: ONNX Runtime cannot run the graph.
     """
     with open_view(model) as view:
-        sites = find_sites(view.graph)
+        sites = find_sites(view.graph) if rescales else []
         tensors = [site.tensor for site in sites]
         others = sorted(set(read) - set(tensors))
         if not sites and not others:

@@ -208,8 +208,7 @@ class Placed:
     Attributes:
         model: the graph with Q/DQ pairs, whose weights are rounded to the nearest.
         source: the float graph that it was made from.
-        reach: tensor of ``source`` that layers read -> its lowest and its highest value. Empty unless the
-            recipe equalizes.
+        reach: tensor of ``source`` that layers read -> its lowest and its highest value.
     """
 
     model: onnx.ModelProto
@@ -224,9 +223,7 @@ def place_pairs(
 ) -> Placed:
     """The first part of :func:`calibrate`: Q/DQ pairs with extremes as ranges. Weights are rounded to the
     nearest; with ``smooth_quant`` NNCF corrects the biases."""
-    equalized = Equalized(model)
-    if recipe.equalize:
-        equalized = equalize(model, statistics, _read_in_int8(model, recipe))
+    equalized = equalize(model, statistics, _read_in_int8(model, recipe), rescales=recipe.equalize)
     source = equalized.model
     if recipe.smooth_quant is not None or recipe.range_estimator == "mean_minmax":
         calibrated = _place_by_images(equalized, statistics, recipe)

@@ -5,7 +5,7 @@ Rules are about classes of nodes, never about names of a family. They were measu
 * Dense convs and linears are int8: weights have a scale an output channel, activations a scale a tensor, and
   every zero point is 0. TensorRT accepts nothing else, and asymmetric activations cost CPUs extra work. What
   convs read is rescaled first so that one scale suits it (:mod:`cmt_edge.calib.equalize`).
-* Depthwise convs between two dense ones whose channels were equalized are int8, because nothing is
+* Depthwise convs between two dense ones, whose channels can be equalized, are int8, because nothing is
   converted between the three then. Others stay float: memory limits them, and one scale for all channels
   costs accuracy.
 * Layers that nothing leads around, between stages and behind the last block, read floats where the recipe
@@ -63,7 +63,7 @@ SMALL_FILTER = 32
 """A conv of the image stays float if each of its filters reads fewer values than this: int8 has little to
 multiply there, and the whole image to convert."""
 
-RULES = 11
+RULES = 12
 """The version of the rules in :meth:`Recipe.float_nodes` and of what follows it. It is increased when they
 change, so that no calibrated graph of older rules is taken from the cache."""
 
@@ -73,7 +73,9 @@ class Recipe:
     """Choices of :func:`cmt_edge.calib.quantize.quantize`.
 
     Attributes:
-        equalize: rescale what convs read before calibration (:func:`cmt_edge.calib.equalize.equalize`).
+        equalize: rescale what convs read before calibration (:func:`cmt_edge.calib.equalize.equalize`). It
+            needs images like those that the model will see: a channel that they excite may be silent on drawn
+            ones, and would be cut off.
         depthwise: quantize the depthwise convs of :func:`find_inner_depthwise` too.
         attention: quantize the attention's own products of two activations, where NNCF would.
         smooth_quant: alpha of activation smoothing for matrix products, ``None`` for none; it adds a
@@ -84,8 +86,8 @@ class Recipe:
             leaves the smallest error of the layers that read the values. With ``smooth_quant`` that is the
             whole, since smoothing changes the layers' weights.
         shift: move what a layer without padding reads before it is rounded, where int8 represents it better
-            then (:mod:`cmt_edge.calib.shifts`); only with ``equalize`` and the ranges ``"error"``, and not
-            with ``smooth_quant``.
+            then (:mod:`cmt_edge.calib.shifts`); only with the ranges ``"error"``, and not with
+            ``smooth_quant``.
         rounding: round weights so that the errors of those that are multiplied by the same values make up for
             each other (:mod:`cmt_edge.calib.refine`); not with ``smooth_quant``.
         fits_16_bits: round weights so that sums of two products fit 16 bits, which CPU runtimes need on x86
@@ -124,7 +126,7 @@ class Recipe:
 
     def float_nodes_of(self, graph: ir.Graph) -> list[str]:
         """:meth:`float_nodes` of a graph that is already open."""
-        inner = find_inner_depthwise(graph) if self.depthwise and self.equalize else set()
+        inner = find_inner_depthwise(graph) if self.depthwise else set()
         return [get_node_name(node) for node in graph for _ in range(self._count_rules(node, inner))]
 
     def _count_rules(self, node: ir.Node, inner: Collection[ir.Node]) -> int:

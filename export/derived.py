@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from cmt_edge.calib import DEFAULT, Recipe
-from cmt_edge.calib.data import SYNTHETIC
+from cmt_edge.calib.data import GENERATED, SYNTHETIC
 from cmt_edge.cmt import find_model
 from cmt_edge.cmt.outside import is_outside
 from cmt_edge.cmt.spec import CPU, RTX, ModelSpec
@@ -101,6 +101,7 @@ class DerivedSettings(Settings):
             DEFAULT,
             fits_16_bits=self.fits_16_bits,
             float_trunk=self.format == "openvino",
+            equalize=self.data != GENERATED,
             keep_float=self.kept_float,
         )
 

@@ -421,9 +421,9 @@ def test_ranges_are_those_of_all_images(graph, monkeypatch):
     many = CalibrationSet.choose("generated", 40, SPEC)
     equalize, recipe = MODULE.equalize, replace(DEFAULT, range_estimator="minmax")
     telling = []
-    monkeypatch.setattr(MODULE, "equalize", lambda *args: telling.append(equalize(*args)) or telling[-1])
+    monkeypatch.setattr(MODULE, "equalize", lambda *a, **k: telling.append(equalize(*a, **k)) or telling[-1])
     results = [quantize(graph, many, SPEC, recipe).model]
-    monkeypatch.setattr(MODULE, "equalize", lambda *args: replace(equalize(*args), telling=()))
+    monkeypatch.setattr(MODULE, "equalize", lambda *a, **k: replace(equalize(*a, **k), telling=()))
     results.append(quantize(graph, many, SPEC, recipe).model)
     assert len(telling[0].telling) < 35
     ours, every = map(constants_of, results)

@@ -1,4 +1,4 @@
-"""Exports of int8 for ONNX Runtime have the pairs that it needs; exports for others do not."""
+"""What int8 exports choose by their format and their images; ONNX Runtime gets the pairs that it needs."""
 
 from __future__ import annotations
 
@@ -54,6 +54,11 @@ def test_formats_for_cpus_get_weights_that_fit_16_bits(monkeypatch, form, expect
     recipe = make_config(form).recipe
     steps.calibrate_graph(None, None, None, recipe, cached=False, progress=lambda *_: None)
     assert [recipe.fits_16_bits for recipe in recipes] == [expected]
+
+
+@pytest.mark.parametrize(("data", "expected"), [("generated", False), ("synthetic", True), ("photos", True)])
+def test_channels_are_rescaled_by_images_like_those_of_the_model_alone(data, expected):
+    assert ExportConfig("cmt_nano", "openvino", "int8", data=data).recipe.equalize is expected
 
 
 def test_the_pairs_are_placed_in_what_is_exported(monkeypatch):
