@@ -417,9 +417,10 @@ def test_telling_images_are_filled_up(count, draw):
     assert len(chosen) == max(len(telling), min(MODULE.ENOUGH, count))
 
 
-def test_ranges_are_those_of_all_images(graph, monkeypatch):
+@pytest.mark.parametrize("equalizes", [True, False])
+def test_ranges_are_those_of_all_images(graph, monkeypatch, equalizes):
     many = CalibrationSet.choose("generated", 40, SPEC)
-    equalize, recipe = MODULE.equalize, replace(DEFAULT, range_estimator="minmax")
+    equalize, recipe = MODULE.equalize, replace(DEFAULT, equalize=equalizes, range_estimator="minmax")
     telling = []
     monkeypatch.setattr(MODULE, "equalize", lambda *a, **k: telling.append(equalize(*a, **k)) or telling[-1])
     results = [quantize(graph, many, SPEC, recipe).model]

@@ -40,10 +40,12 @@ def bound(batch: int, workers: int, in_flight: int) -> int:
 
 
 class Busy(FakeSession):
-    """Counts the inferences at once."""
+    """Counts the inferences at once. None ends before ``awaited`` of them were there, or 10 s are over: where
+    other work keeps the cores busy, they begin slowly."""
 
-    def __init__(self, delay_s: float = 0.02) -> None:
+    def __init__(self, delay_s: float = 0.02, awaited: int = 1) -> None:
         super().__init__(3, delay_s)
+        self.awaited, self.gathered = awaited, threading.Event()
         self.lock = threading.Lock()
         self.now = self.most = self.calls = 0
         self.closed_while_busy: bool | None = None
@@ -53,7 +55,11 @@ class Busy(FakeSession):
             self.now += 1
             self.calls += 1
             self.most = max(self.most, self.now)
+            if self.most >= self.awaited:
+                self.gathered.set()
         try:
+            self.gathered.wait(10)
+            self.gathered.set()
             return super().run(batch)
         finally:
             with self.lock:
@@ -192,14 +198,14 @@ def test_attempt_raises_what_is_not_about_one_image():
 @pytest.mark.parametrize("batch", SIZES)
 @pytest.mark.parametrize("in_flight", [1, 2, 4])
 def test_so_many_are_in_flight(batch, in_flight):
-    session = Busy()
+    session = Busy(awaited=in_flight)
     list(tiny(batch, session=session).stream([RED] * 8 * (in_flight + 1), in_flight=in_flight))
     assert session.most == in_flight
 
 
 @pytest.mark.parametrize("parallelism", [1, 3])
 def test_the_runtime_says_how_many(parallelism):
-    session = Busy()
+    session = Busy(awaited=parallelism)
     session.parallelism = parallelism
     list(tiny(session=session).stream([RED] * 12))
     assert session.most == parallelism
