@@ -96,7 +96,7 @@ class DerivedSettings(Settings):
 
     @property
     def recipe(self) -> Recipe:
-        """What stays float in int8."""
+        """How int8 is calibrated, and what stays float."""
         return replace(
             DEFAULT,
             fits_16_bits=self.fits_16_bits,
