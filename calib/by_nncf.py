@@ -20,6 +20,7 @@ import numpy as np
 import onnx
 
 from .graph import declare_weights, open_view, write_model
+from .nncf_patterns import fitting_nodes_only
 from .qdq_pairs import move_pairs_to_layers, sign_quantizers
 from .recipe import Recipe
 from .running import Extremes
@@ -49,7 +50,7 @@ class RangeQuantizer:
         nncf = _import_nncf()
         self._model = onnx.ModelProto()
         self._model.CopyFrom(model)
-        with guard("NNCF"), _silence():
+        with guard("NNCF"), _silence(), fitting_nodes_only():
             self._open(nncf, recipe)
         self.tensors = tuple(sorted({name for name, _ in self._collectors} - set(self._constants)))
 
@@ -151,7 +152,7 @@ def run_nncf(
     dataset = nncf.Dataset(grouped, lambda batch: {name: batch})
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    with guard("NNCF"), _silence():
+    with guard("NNCF"), _silence(), fitting_nodes_only():
         result = nncf.quantize(
             copy,
             dataset,

@@ -18,7 +18,7 @@ from typing import Any
 import onnx
 
 from cmt_edge.calib import CalibrationSet
-from cmt_edge.deploy import Bundle
+from cmt_edge.deploy import Bundle, Predictor
 from cmt_edge.deploy.backends import RUNTIME_OF_FORMAT, get_runtime
 from cmt_edge.deploy.bundle import (
     REFERENCE,
@@ -182,14 +182,18 @@ def finish(
         if Step.BUILD in journal:
             journal.take(Step.BUILD)
             draft = _add_engine(work, draft, notes)
-        with journal.step(Step.VERIFY):
-            result = _verify(work, draft.manifest)
-            draft = draft.with_entries(verification=result.entry(draft.differences))
         speed = None
-        if Step.MEASURE in journal:
-            with journal.step(Step.MEASURE):
-                speed = steps.measure_bundle(work.stage(draft), config.threads, draft.blocks, progress.share)
-                draft = draft.with_entries(latency=summarise_latency(speed))
+        with contextlib.ExitStack() as opened:
+            with journal.step(Step.VERIFY):
+                predictor = opened.enter_context(_open(config, work.stage(draft)))
+                result = _verify(work, draft.manifest, predictor)
+                draft = draft.with_entries(verification=result.entry(draft.differences))
+            if Step.MEASURE in journal:
+                with journal.step(Step.MEASURE):
+                    speed = steps.measure_bundle(
+                        work.stage(draft), predictor, config.threads, draft.blocks, progress.share
+                    )
+                    draft = draft.with_entries(latency=summarise_latency(speed))
         with journal.step(Step.WRITE), writing(config.target, OUTPUT_FLAG):
             manifest = work.stage(draft).manifest  # with the hashes of its files
             write_report(writer.folder, manifest, config.folder, result, speed, draft.blocks)
@@ -376,25 +380,30 @@ def _commit(work: _Work, draft: _Draft) -> Bundle:
     return bundle
 
 
-def _verify(work: _Work, manifest: Manifest) -> Verification:
-    """The staged bundle compared with the reference, whose answers are kept in it."""
-    config, prepared = work.config, work.prepared
-    bundle = work.writer.staged(manifest)
-    candidate = None
+def _open(config: ExportConfig, bundle: Bundle) -> Predictor:
+    """What is compared with the reference: the staged bundle in its own runtime, or a stand-in where that is
+    not here."""
     if config.format == "rtx" or (config.format == "trt" and not config.build):
         from . import trt
 
-        candidate = trt.emulate(config, bundle)
-    elif config.is_for_other_device:
+        return trt.emulate(config, bundle)
+    if config.is_for_other_device:
         from . import other_device
 
-        candidate = other_device.open_here(config, bundle)
+        return other_device.open_here(config, bundle)
+    return Predictor.load(bundle, device=config.device, threads=config.threads, cache=False)
+
+
+def _verify(work: _Work, manifest: Manifest, predictor: Predictor) -> Verification:
+    """The staged bundle, opened, compared with the reference, whose answers are kept in it."""
+    config, prepared = work.config, work.prepared
+    bundle = work.writer.staged(manifest)
     result = steps.verify_bundle(
         config,
         bundle,
         prepared.reference,
         prepared.evaluation.images if prepared.evaluation else None,
-        candidate,
+        predictor,
         work.progress.count,
         prepared.data.digests if prepared.data and manifest.calibration else (),
     )

@@ -190,7 +190,7 @@ class _Request:
             self._request.infer(share_outputs=True)
             outputs = [output.copy() for output in self._outputs] or self._take_outputs()
             for i, tensor in self._open:
-                if tuple(tensor.shape) != outputs[i].shape:
+                if tensor.data.shape != outputs[i].shape:  # of the array: reading OpenVINO's own is slow
                     outputs[i] = tensor.data.copy()
         except Exception as exc:
             raise make_run_error(self._where, exc) from exc

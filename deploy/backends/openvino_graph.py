@@ -76,15 +76,20 @@ def _require_modest(model: ov.Model) -> None:
 
     OpenVINO has inferred the shapes and has computed nothing yet. What has no fixed shape is not looked at.
     """
-    images = sum(math.prod(port.get_shape()) for port in model.inputs if port.get_partial_shape().is_static)
+    images = sum(_count(port.get_shape()) for port in model.inputs if port.get_partial_shape().is_static)
     cap = max(MAX_MADE, MAX_RATIO * images)
     for node in _iterate_nodes(model):
         for output in node.outputs():
             shape = output.get_partial_shape()
-            if shape.is_static and math.prod(output.get_shape()) > cap:
+            if shape.is_static and _count(output.get_shape()) > cap:
                 raise ExcessiveGraph(
                     f"{node.get_type_name()} makes {shape} elements, more than the cap of {cap}"
                 )
+
+
+def _count(shape: ov.Shape) -> int:
+    """The number of elements. To iterate over a shape of OpenVINO takes ten times as long as to index it."""
+    return math.prod([shape[i] for i in range(len(shape))])
 
 
 def _iterate_nodes(model: ov.Model) -> Iterator[ov.Node]:
@@ -134,6 +139,7 @@ def _sum_inputs(layer: ov.Node) -> np.ndarray:
 def take_in_shifts(model: ov.Model) -> ov.Model:
     """Make the addition of one constant before a quantizer part of the ends between which it rounds; changes
     ``model`` and returns it."""
+    is_changed = False
     for node in model.get_ordered_ops():
         if node.get_type_name() != "FakeQuantize" or any(
             _count_elements(node.input_value(i)) != 1 for i in range(1, 5)
@@ -149,7 +155,9 @@ def take_in_shifts(model: ov.Model) -> ov.Model:
             (values, *(ops.constant(np.float32(end)).output(0) for end in ends))
         ):
             node.input(position).replace_source_output(value)
-    model.validate_nodes_and_infer_types()
+        is_changed = True
+    if is_changed:
+        model.validate_nodes_and_infer_types()
     return model
 
 
@@ -175,7 +183,8 @@ def make_unsigned(model: ov.Model) -> ov.Model:
             1, -1, *[1] * (len(conv.get_output_partial_shape(0)) - 2)
         )
         _add_to_bias(conv, correction)
-    model.validate_nodes_and_infer_types()
+    if found:
+        model.validate_nodes_and_infer_types()
     return model
 
 

@@ -54,7 +54,7 @@ def verify_bundle(
     bundle: Bundle,
     reference: Reference,
     labelled: LabelledImages | None,
-    candidate: Predictor | None,
+    candidate: Predictor,
     progress: ProgressCallback,
     calibrated: Sequence[str] = (),
 ) -> Verification:
@@ -65,7 +65,7 @@ def verify_bundle(
         bundle: staged.
         reference: the PyTorch side.
         labelled: images in class folders, if there are some.
-        candidate: what to check instead of the bundle as its runtime opens it.
+        candidate: the bundle as its runtime opens it, or what is checked instead.
         progress: called with images done and total.
         calibrated: digests of the images that the graph was calibrated on.
 
@@ -77,8 +77,6 @@ def verify_bundle(
             bundle,
             data=labelled,
             by_order=config.by_order,
-            threads=config.threads,
-            device=config.device,
             reference=torch_side,
             max_drop=config.allowed_drop,
             atol=config.atol,
@@ -109,16 +107,26 @@ def _open_reference(
 
 def measure_bundle(
     bundle: Bundle,
+    predictor: Predictor,
     threads: int | None,
     blocks: Mapping[str, str],
     progress: Callable[[str, float], None],
 ) -> Benchmark:
-    """A short measurement of a staged bundle; ``blocks``: name of an operation -> its block of the model."""
+    """A short measurement of a staged bundle.
+
+    Args:
+        bundle: staged.
+        predictor: what its runtime has compiled of it on ``threads`` threads; it is closed then.
+        threads: for the record.
+        blocks: name of an operation -> its block of the model.
+        progress: called with the name of the phase and its share done.
+    """
     return benchmark(
         [bundle],
         threads=threads,
         protocol=EXPORT_PROTOCOL,
         with_throughput=False,
         progress=progress,
+        load=lambda *_, **__: predictor,
         blocks=blocks,
     )
