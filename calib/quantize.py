@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 
@@ -57,6 +58,21 @@ class Quantized:
     recipe: str
     cached: bool
 
+    @cached_property
+    def int8_nodes(self) -> list[str]:
+        """Names of the operations that compute in int8, in the graph's order."""
+        return list_int8_nodes(self.model)
+
+    @cached_property
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """Group -> names of the operations in it that compute in int8."""
+        return group_nodes(self.source, self.int8_nodes) | group_by_kind(self.source, self.int8_nodes)
+
+    @cached_property
+    def trunk(self) -> list[str]:
+        """Names of the layers that may read floats, see :mod:`cmt_edge.calib.trunk`."""
+        return list_trunk(self.source)
+
 
 def quantize(
     model: onnx.ModelProto,
@@ -88,7 +104,9 @@ def quantize(
 
     def make() -> Quantized:
         used = statistics or LocalStatistics(Batches(data, spec, progress))
-        return _require_clean(calibrate(model, used, plain))
+        made = calibrate(model, used, plain)
+        _require_clean(made.model, made.trunk)
+        return made
 
     if cache is None:
         whole = make()
@@ -128,9 +146,8 @@ def keep_float(quantized: Quantized, names: tuple[str, ...]) -> onnx.ModelProto:
     Raises:
         InputError: a name belongs to neither a group nor an operation, or nothing would be left in int8.
     """
-    original, candidates = quantized.source, list_int8_nodes(quantized.model)
-    groups = group_nodes(original, candidates) | group_by_kind(original, candidates)
-    singles = {node.name for node in original.graph.node}
+    groups = quantized.groups
+    singles = {node.name for node in quantized.source.graph.node}
     unknown = [name for name in names if name not in groups and name not in singles]
     if unknown:
         raise InputError(
@@ -138,13 +155,14 @@ def keep_float(quantized: Quantized, names: tuple[str, ...]) -> onnx.ModelProto:
             remedy=f"choose from {', '.join(groups)}",
         )
     chosen = {node for name in names for node in groups.get(name, (name,))}
-    if chosen.issuperset(candidates):
+    if chosen.issuperset(quantized.int8_nodes):
         raise InputError(
             "nothing would be left in int8",
             remedy="keep fewer groups float, or use --precision fp32 or bf16",
         )
-    restored = restore(quantized.model, original, chosen)
-    return _require_clean(replace(quantized, model=restored)).model
+    restored = restore(quantized.model, quantized.source, chosen)
+    _require_clean(restored, quantized.trunk)
+    return restored
 
 
 def _make_key(
@@ -163,9 +181,9 @@ def _make_key(
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _require_clean(quantized: Quantized) -> Quantized:
-    """``quantized``, if its graph keeps every rule; raises :class:`GateError` otherwise."""
-    findings = lint(quantized.model, list_trunk(quantized.source))
+def _require_clean(graph: onnx.ModelProto, trunk: Collection[str]) -> None:
+    """Raise :class:`GateError` where a Q/DQ graph breaks a rule."""
+    findings = lint(graph, trunk)
     if findings:
         hidden = len(findings) - SHOWN_RULES
         more = f" and {hidden} more" if hidden > 0 else ""
@@ -174,7 +192,6 @@ def _require_clean(quantized: Quantized) -> Quantized:
             why="; ".join(findings[:SHOWN_RULES]) + more,
             remedy="report the model; an fp32 or bf16 bundle is not affected",
         )
-    return quantized
 
 
 def calibrate(

@@ -14,7 +14,7 @@ both sides speak.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -61,11 +61,12 @@ class PrecisionRequest:
 
 @dataclass(frozen=True)
 class LogitsRequest:
-    """Asks for the logits of the images in the file ``pixels``, to be written to the file ``target``."""
+    """Asks for the logits of the images in each file of ``pixels``, to be written to the file of ``targets``
+    in the same place."""
 
     bundle: str
-    pixels: str
-    target: str
+    pixels: tuple[str, ...]
+    targets: tuple[str, ...]
     threads: int | None
 
 
@@ -154,27 +155,21 @@ class MeasuringProcess:
     def logits(
         self,
         bundle: Path,
-        pixels: Path,
+        pixels: Sequence[Path],
         threads: int | None,
-    ) -> np.ndarray:
-        """Logits of the images in a ``.npy`` file, float32 ``(N, classes)``.
+    ) -> list[np.ndarray]:
+        """Logits of the images in each ``.npy`` file, float32 ``(N, classes)``; the bundle is opened once.
 
         Args:
             bundle: the bundle's folder.
-            pixels: uint8 ``(N, S, S, 3)``, or float32 ``(N, 3, S, S)`` as the model reads them.
+            pixels: files of uint8 ``(N, S, S, 3)``, or float32 ``(N, 3, S, S)`` as the model reads them.
             threads: CPU threads of one inference; ``None`` uses all cores.
         """
         with tempfile.TemporaryDirectory() as folder:
-            target = Path(folder) / "logits.npy"
-            request = LogitsRequest(
-                str(bundle),
-                str(pixels),
-                str(target),
-                threads,
-            )
+            targets = [str(Path(folder) / f"{number}.npy") for number in range(len(pixels))]
+            request = LogitsRequest(str(bundle), tuple(map(str, pixels)), tuple(targets), threads)
             self._request("logits", request, Text)
-            logits: np.ndarray = np.load(target)
-            return logits
+            return [np.load(target) for target in targets]
 
     def benchmark(
         self,
@@ -272,17 +267,24 @@ def count_images_at_once(batch: int) -> int:
 
 
 def _answer_logits(request: LogitsRequest, report: Report) -> Text:
-    pixels = np.load(request.pixels, mmap_mode="r")
-    parts = []
+    files = [np.load(path, mmap_mode="r") for path in request.pixels]
+    count, done = sum(map(len, files)), 0
     with Predictor.load(request.bundle, threads=request.threads, cache=False) as predictor:
-        chunk = count_images_at_once(predictor.batch)
-        for start in range(0, len(pixels), chunk):
-            part = np.asarray(pixels[start : start + chunk])
-            batch = normalise(part, predictor.spec) if part.dtype == np.uint8 else part
-            parts.append(predictor.logits(batch))
-            report("", min(1.0, (start + chunk) / len(pixels)))
-    np.save(request.target, np.concatenate(parts))
-    return Text(request.target)
+        for pixels, target in zip(files, request.targets, strict=True):
+            parts = []
+            for part in _iterate_chunks(pixels, count_images_at_once(predictor.batch)):
+                batch = normalise(part, predictor.spec) if part.dtype == np.uint8 else part
+                parts.append(predictor.logits(batch))
+                done += len(part)
+                report("", done / count)
+            np.save(target, np.concatenate(parts))
+    return Text(request.bundle)
+
+
+def _iterate_chunks(pixels: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """The images of a mapped file, ``size`` at a time, in memory."""
+    for start in range(0, len(pixels), size):
+        yield np.asarray(pixels[start : start + size])
 
 
 def _answer_benchmark(request: BenchmarkRequest, report: Report) -> Benchmark:

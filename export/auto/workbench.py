@@ -21,7 +21,6 @@ import onnx
 
 from cmt_edge.calib import Quantized
 from cmt_edge.calib.groups import COMMON_GROUPS, group_by_kind, group_nodes
-from cmt_edge.calib.restore import list_int8_nodes
 from cmt_edge.deploy.backends import RUNTIME_OF_FORMAT
 from cmt_edge.deploy.bundle import BundleWriter, make_plain, read_record
 from cmt_edge.deploy.bundle.sections import (
@@ -123,11 +122,12 @@ class Workbench:
         )
         self._backend = RUNTIME_OF_FORMAT[config.format]
         self.runtime = process.runtime(self._backend)
-        self._int8_nodes = list_int8_nodes(quantized.model)
+        self._int8_nodes = quantized.int8_nodes
         self._source = quantized.source
         self.groups = group_nodes(self._source, self._int8_nodes)
         self._bundles: dict[Variant, Path] = {}
         self._hashes: dict[Variant, str] = {}
+        self._made: tuple[Variant, onnx.ModelProto] | None = None
         self._expected: np.ndarray | None = None
 
     # --- candidates ---
@@ -167,8 +167,7 @@ class Workbench:
 
         def measure() -> MeasuredAnswers:
             with self._progress.step(f"answers of {variant.name}"):
-                logits = self._compute_logits(variant, images)
-                probed = logits if images is asked.probes else self._compute_logits(variant, asked.probes)
+                logits, probed = self._compute_logits(variant, images, asked.probes)
                 deviation = self._compute_deviation(variant, probed)
             self._forget(variant, quick)
             return MeasuredAnswers(tuple(logits.argmax(1).tolist()), deviation)
@@ -263,15 +262,22 @@ class Workbench:
             "machine": host.machine,
         }
 
-    def _compute_logits(self, variant: Variant, images: Images) -> np.ndarray:
-        if self._elsewhere is not None and images.records:
-            key = f"{variant.precision}-{self._hash_graph(variant)}"
-            return self._elsewhere.compute_logits(self._make_bundle(variant), key, images.records)
-        return self._process.logits(
-            self._make_bundle(variant),
-            images.path,
-            self._config.threads,
-        )
+    def _compute_logits(self, variant: Variant, *asked: Images) -> list[np.ndarray]:
+        """The logits of each of these sets of images; one that is given twice is answered once."""
+        bundle = self._make_bundle(variant)
+        found: dict[Images, np.ndarray] = {}
+        here: list[Images] = []
+        for images in dict.fromkeys(asked):
+            if self._elsewhere is not None and images.records:
+                key = f"{variant.precision}-{self._hash_graph(variant)}"
+                found[images] = self._elsewhere.compute_logits(bundle, key, images.records)
+            else:
+                here.append(images)
+        if here:
+            paths = [images.path for images in here]
+            answers = self._process.logits(bundle, paths, self._config.threads)
+            found.update(zip(here, answers, strict=True))
+        return [found[images] for images in asked]
 
     def _compute_deviation(self, variant: Variant, logits: np.ndarray) -> float:
         """Mean absolute difference from the float32 variant's logits on the probes, in their standard
@@ -280,7 +286,7 @@ class Workbench:
             self._expected = logits
         elif self._expected is None:
             in_fp32 = self.variants()[0]
-            self._expected = self._compute_logits(in_fp32, self._questions.probes)
+            (self._expected,) = self._compute_logits(in_fp32, self._questions.probes)
         expected = self._expected
         difference = np.abs(logits - expected).mean()
         return float(difference / expected.std(axis=1).mean())
@@ -288,7 +294,10 @@ class Workbench:
     # --- bundles ---
 
     def _make_graph(self, variant: Variant) -> onnx.ModelProto:
-        return self._prepared.graph_of(variant.precision, variant.keep_float)
+        """The graph of a variant; the last one is kept, because it is hashed before it is written."""
+        if self._made is None or self._made[0] != variant:
+            self._made = variant, self._prepared.graph_of(variant.precision, variant.keep_float)
+        return self._made[1]
 
     def _hash_graph(self, variant: Variant) -> str:
         if variant not in self._hashes:

@@ -36,14 +36,15 @@ def test_logits_are_those_of_a_predictor(process, bundle, tmp_path):
     predictor = Predictor.load(bundle)
     size = predictor.spec.size
     batch = np.random.default_rng(0).random((40, 3, size, size), np.float32)
-    np.save(tmp_path / "batch.npy", batch)
-    assert np.array_equal(process.logits(bundle.path, tmp_path / "batch.npy", None), predictor.logits(batch))
     pixels = bundle.golden().pixels
-    np.save(tmp_path / "pixels.npy", pixels)
-    assert process.logits(bundle.path, tmp_path / "pixels.npy", None).shape == (
-        len(pixels),
-        len(bundle.labels),
-    )
+    expected = predictor.logits(batch), predictor.logits(predictor.prepare(bundle.golden().sources))
+    files = [tmp_path / "batch.npy", tmp_path / "pixels.npy"]
+    for file, array in zip(files, (batch, pixels), strict=True):
+        np.save(file, array)
+    for places in ([0], [1], [0, 1], [1, 0, 1]):
+        found = process.logits(bundle.path, [files[place] for place in places], None)
+        for place, logits in zip(places, found, strict=True):
+            assert np.array_equal(logits, expected[place])
 
 
 def test_latencies_refer_to_the_first(process, bundle, tmp_path):
@@ -73,7 +74,7 @@ def test_errors_keep_their_kind_and_words(process, tmp_path):
 
 def test_other_failures_are_typed_too(process, bundle, tmp_path):
     with pytest.raises(StepError, match="measuring failed in the runtime") as error:
-        process.logits(bundle.path, tmp_path / "gone.npy", None)
+        process.logits(bundle.path, [tmp_path / "gone.npy"], None)
     assert "FileNotFoundError" in (error.value.why or "")
 
 

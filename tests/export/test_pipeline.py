@@ -36,7 +36,7 @@ from cmt_edge.deploy.preprocessing import preprocess
 from cmt_edge.export import ExportConfig, pipeline, run
 from cmt_edge.export.steps import bundle as bundle_steps
 from cmt_edge.export.steps import graph as graph_steps
-from helpers.exports import NAME, content, nano
+from helpers.exports import NAME, OWN, content, nano
 from helpers.images import labelled
 from helpers.paths import ROOT
 from helpers.shared import find_shared
@@ -215,6 +215,25 @@ def test_another_process_makes_the_same_bytes(fp32_bundle, tmp_path):
     other = Bundle.open(tmp_path / "out" / NAME)
     assert other.manifest.files["model.onnx"] == fp32_bundle.manifest.files["model.onnx"]
     assert np.array_equal(other.golden().logits, fp32_bundle.golden().logits)
+
+
+@pytest.mark.parametrize("format", ["openvino", "onnx"])
+def test_a_bundle_is_opened_once_to_be_verified_and_measured(tmp_path, monkeypatch, format):
+    opened, load = [], Predictor.load
+
+    def counted(*args, **settings):
+        opened.append(load(*args, **settings))
+        return opened[-1]
+
+    (tmp_path / "own.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Predictor, "load", counted)
+    bundle = run(ExportConfig("own.py:small", format=format, imgsz=32, weights="random", output="out"))
+    assert bundle.manifest.verification.golden.passed
+    assert bundle.manifest.latency.p50_ms > 0
+    (predictor,) = opened
+    with pytest.raises(InputError, match="closed"):
+        predictor.logits(np.zeros((1, 3, 32, 32), np.float32))
 
 
 # --- what it answers ------------------------------------------------------------------------------
