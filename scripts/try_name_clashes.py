@@ -66,7 +66,8 @@ from cmt_edge import Bundle
 from cmt_edge.deploy.measure.child import MeasuringProcess
 np.save("pixels.npy", np.zeros((1, 64, 64, 3), np.uint8))
 with MeasuringProcess() as child:
-    assert child.logits(Path(sys.argv[1]), Path("pixels.npy"), 1).shape == (1, 10)
+    (logits,) = child.logits(Path(sys.argv[1]), [Path("pixels.npy")], 1)
+assert logits.shape == (1, 10)
 """
 """Computes logits in a child process, which is started in the user's folder."""
 
