@@ -7,10 +7,14 @@ have kinds that the graph lacks: that took most of the time that NNCF spent on a
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
+
+NodeMatch = Callable[[dict[str, Any], dict[str, Any]], bool]
+"""Whether a node of the graph is of the kind that a node of the pattern asks for."""
 
 
 @contextmanager
@@ -27,44 +31,39 @@ def fitting_nodes_only() -> Iterator[None]:
     if matcher is None:
         yield
         return
-    graph_matching.ism = SimpleNamespace(MultiDiGraphMatcher=_make_matcher(matcher))
+    graph_matching.ism = SimpleNamespace(MultiDiGraphMatcher=partial(_open_matcher, matcher))
     try:
         yield
     finally:
         graph_matching.ism = found
 
 
-def _make_matcher(base: Any) -> type:
-    """A matcher of networkx that first looks which nodes of the graph fit each node of the pattern.
+def _open_matcher(base: Any, graph: Any, pattern: Any, node_match: NodeMatch, **more: Any) -> Any:
+    """A matcher of networkx that compares each node of the pattern with those that fit it.
 
     Args:
         base: :class:`networkx.algorithms.isomorphism.MultiDiGraphMatcher`.
+        graph, pattern: of networkx.
+        node_match: whether two nodes are of one kind, by their attributes.
+        more: as ``base`` takes it.
     """
+    matcher = base(graph, pattern, node_match=node_match, **more)
+    fitting, find_pairs = _find_fitting(graph, pattern, node_match), matcher.candidate_pairs_iter
 
-    class Matcher(base):  # type: ignore[misc]
-        fitting: dict[Hashable, set[Hashable]]
+    def find_fitting_pairs() -> Iterator[tuple[Hashable, Hashable]]:
+        if all(fitting.values()):
+            yield from (pair for pair in find_pairs() if pair[0] in fitting[pair[1]])
 
-        def match(self) -> Iterator[dict[Hashable, Hashable]]:
-            """Networkx's recursive search, unless a node of the pattern fits none of the graph."""
-            if not self.core_1 and not self._find_fitting():
-                return
-            yield from super().match()
+    matcher.candidate_pairs_iter = find_fitting_pairs
+    return matcher
 
-        def _find_fitting(self) -> bool:
-            """Whether every node of the pattern fits some node; fills :attr:`fitting`."""
-            self.fitting = {}
-            kinds = [*self.G1.nodes(data=True)]
-            for wanted, kind in self.G2.nodes(data=True):
-                fits = {node for node, own in kinds if self.node_match(own, kind)}
-                if not fits:
-                    return False
-                self.fitting[wanted] = fits
-            return True
 
-        def candidate_pairs_iter(self) -> Iterator[tuple[Hashable, Hashable]]:
-            """Networkx's pairs of nodes that may be equal, without those of different kinds."""
-            for node, wanted in super().candidate_pairs_iter():
-                if node in self.fitting[wanted]:
-                    yield node, wanted
-
-    return Matcher
+def _find_fitting(graph: Any, pattern: Any, node_match: NodeMatch) -> dict[Hashable, set[Hashable]]:
+    """Node of the pattern -> the nodes of the graph that are of its kind, up to the first one without any."""
+    kinds = [*graph.nodes(data=True)]
+    fitting: dict[Hashable, set[Hashable]] = {}
+    for wanted, kind in pattern.nodes(data=True):
+        fitting[wanted] = {node for node, own in kinds if node_match(own, kind)}
+        if not fitting[wanted]:
+            break
+    return fitting
