@@ -10,7 +10,8 @@ placing of pairs is repeated for each variant. Everything runs in OpenVINO on th
 
 ``--only VARIANT ...`` and ``--models MODEL ...`` choose rows and columns. ``--float GROUP`` adds a row with
 a group of layers in float (several are joined by commas; ``embed`` stands for all groups with that ending),
-and ``--time SECONDS`` runs the graphs of a model in turns and gives their speed relative to the first.
+and ``--time SECONDS`` runs the graphs of a model in turns and gives their speed relative to the first;
+with ``--kept`` it times those of an earlier run and judges nothing.
 """
 
 from __future__ import annotations
@@ -300,6 +301,9 @@ def time_in_turns(case: Case, variants: Sequence[str], args: argparse.Namespace)
 def judge_model(name: str, args: argparse.Namespace) -> list[list[str]]:
     """The rows of one model."""
     graph = make_graph(name, args)
+    if args.kept:
+        speeds = time_in_turns(make_case(name, graph, 0, args), args.only, args)
+        return [[name, variant, *["-"] * 5, speed] for variant, speed in zip(args.only, speeds, strict=True)]
     found: dict[str, list[Found]] = {}
     for seed in range(args.seeds):
         case = make_case(name, graph, seed, args)
@@ -329,8 +333,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--float", dest="floats", nargs="+", default=[], metavar="GROUP", help="float groups")
     p.add_argument("--time", type=float, default=0.0, help="seconds for the latency of each model (0: none)")
+    p.add_argument("--kept", action="store_true", help="only time the graphs of an earlier run (--time)")
     p.add_argument("--markdown", type=Path)
     args = p.parse_args(argv)
+    if args.kept and not args.time:
+        p.error("--kept needs --time")
     args.keep.mkdir(parents=True, exist_ok=True)
     rows = []
     for name in args.models:

@@ -2,11 +2,15 @@
 
     python benchmarks/openvino_ideas.py attention BUNDLE [--threads 2]
     python benchmarks/openvino_ideas.py gelu [--threads 2]
+    python benchmarks/openvino_ideas.py linears BUNDLE --beside FP32_BUNDLE [--threads 2]
 
 ``attention`` writes the attention of each head as OpenVINO's ScaledDotProductAttention and compares it with
 the bundle's own graph: results, and the ratio of the times. ``gelu`` replaces the GELU between two int8
 convs, which OpenVINO attaches to the first, by a table of 256 values that is read with the int8 number; the
-convs are those of an IRFFN of CMT-XS. What is compared runs in turns.
+convs are those of an IRFFN of CMT-XS. ``linears`` lets the linears of an int8 bundle read floats, with
+weights that OpenVINO converts in each call, or that are float32 from the start
+(:mod:`cmt_edge.deploy.backends.openvino_linears`), beside the float32 bundle of the same weights; under
+``OV_CPU_MAX_ISA=AVX2 ONEDNN_MAX_CPU_ISA=AVX2``, for instance. What is compared runs in turns.
 """
 
 from __future__ import annotations
@@ -14,8 +18,10 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import openvino as ov
@@ -23,6 +29,8 @@ from openvino import opset13 as ops
 
 from cmt_edge.deploy import Bundle
 from cmt_edge.deploy.backends.openvino_graph import make_unsigned, read
+from cmt_edge.deploy.backends.openvino_layers import find_start, iterate_int8
+from cmt_edge.deploy.backends.openvino_linears import read_floats
 
 ROUNDS = 60
 """How often each graph has its turn."""
@@ -32,20 +40,27 @@ SHAPES = ((52, 48), (104, 24), (208, 12))
 """Channels and edge of the maps of the first three stages of CMT-XS."""
 EXPANSION = 4
 """How many times wider the IRFFN is inside, rounded up."""
+COPIES = 2
+"""How often each graph of ``linears`` is compiled, because compilations of one graph differ."""
+UNROUNDED = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+"""OpenVINO's setting with which a linear that reads floats computes in float."""
 PAIRS = 4
 """How many times two convs follow each other in the graphs of ``gelu``."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("idea", choices=["attention", "gelu"])
+    parser.add_argument("idea", choices=["attention", "gelu", "linears"])
     parser.add_argument("bundle", nargs="?", type=Path)
+    parser.add_argument("--beside", type=Path, metavar="FP32_BUNDLE")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     if args.idea == "gelu":
         try_gelu(args.threads)
     elif args.bundle is None:
-        parser.error("attention needs a bundle")
+        parser.error(f"{args.idea} needs a bundle")
+    elif args.idea == "linears":
+        try_linears(args.bundle, args.beside or parser.error("linears needs --beside"), args.threads)
     else:
         try_attention(args.bundle, args.threads)
 
@@ -103,6 +118,42 @@ def take_keys(scores: ov.Node) -> ov.Output:
     return ops.transpose(keys, ops.constant(np.array(axes, np.int64))).output(0)
 
 
+def try_linears(path: Path, beside: Path, threads: int) -> None:
+    """Time an int8 bundle with its linears in int8, and in float with either kind of weights."""
+    graph, plain = (Bundle.open(bundle).path / "model.onnx" for bundle in (path, beside))
+    models = {
+        "fp32 bundle": read(plain),
+        "int8": read(graph, keep_linears=True),
+        "linears float, weights converted": read(graph, read_floats_of_linears, keep_linears=True),
+        "linears float32": read(graph, read_floats),
+    }
+    image = draw_values([int(size) for size in models["int8"].inputs[0].shape])
+    requests = {
+        f"{name}, copy {i}": compile_graph(model, threads, {"INFERENCE_PRECISION_HINT": "f32", **UNROUNDED})
+        for i in range(COPIES)
+        for name, model in models.items()
+    }
+    milliseconds = time_in_turns(requests, image)
+    for name in models:
+        ratios = [
+            [a / b for a, b in zip(milliseconds[f"fp32 bundle, copy {i}"], taken, strict=True)]
+            for i in range(COPIES)
+            if (taken := milliseconds[f"{name}, copy {i}"])
+        ]
+        best = statistics.median(min(milliseconds[f"{name}, copy {i}"]) for i in range(COPIES))
+        medians = ", ".join(f"{statistics.median(values):.2f}" for values in ratios)
+        print(f"{name}: {medians} times as fast as the fp32 bundle; best turn {best:.1f} ms")
+
+
+def read_floats_of_linears(model: ov.Model) -> None:
+    """Let int8 linears read floats, with the int8 weights that they have."""
+    for layer in list(iterate_int8(model, ("MatMul",))):
+        pair = find_start(layer.input_value(0))
+        if pair.get_type_name() == "FakeQuantize":
+            layer.input(0).replace_source_output(pair.input_value(0))
+    model.validate_nodes_and_infer_types()
+
+
 def try_gelu(threads: int) -> None:
     """Time pairs of int8 convs with the GELU, with the table, and with nothing between them."""
     between = {"gelu": ops.gelu, "table": look_up, "nothing": lambda value, _: value}
@@ -150,8 +201,10 @@ def look_up(value: ov.Node, _: str) -> ov.Node:
     return ops.gather(table, ops.convert(number, "i32"), ops.constant(np.int32(0)))
 
 
-def compile_graph(model: ov.Model, threads: int) -> ov.InferRequest:
-    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+def compile_graph(
+    model: ov.Model, threads: int, more: Mapping[str, Any] = MappingProxyType({})
+) -> ov.InferRequest:
+    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", **more}
     return ov.Core().compile_model(model, "CPU", settings).create_infer_request()
 
 

@@ -40,7 +40,7 @@ from .openvino_devices import (
 )
 from .openvino_graph import read
 from .openvino_watched import add_results, run_all
-from .overflow import SATURATION_NOTE, saturates_in_openvino
+from .overflow import LINEARS_NOTE, SATURATION_NOTE, multiplies_matrices_slowly, saturates_in_openvino
 from .profile import NodeRun, Profile
 
 PRECISION_OF_TYPE = {
@@ -69,7 +69,7 @@ SKIPPED = {
 """Layers of an execution graph that compute nothing."""
 
 
-PROFILED = ("runtimePrecision", "layerType", "originalLayersNames", "execOrder")
+PROFILED = ("runtimePrecision", "layerType", "originalLayersNames", "execOrder", "primitiveType")
 """Entries of a node of an execution graph that a profile reads."""
 
 TITLE = f"openvino {ov.__version__.split('-')[0]}"
@@ -242,12 +242,12 @@ def _time_nodes(request: ov.InferRequest, batch: np.ndarray, repeats: int) -> di
 
 def _make_profile(times: dict[str, float], entries: list[dict[str, str]]) -> Profile:
     """The operations, from the seconds of every node and its entries named :data:`PROFILED`."""
-    types, kinds, sources, places = entries
+    types, kinds, sources, places, kernels = entries
     nodes = tuple(
         NodeRun(
             name=name,
             kind=kinds[name],
-            precision=PRECISION_OF_TYPE.get(element_type.lower(), element_type.lower()),
+            precision=_find_precision(element_type.lower(), kinds[name], kernels[name]),
             seconds=times.get(name, 0.0),
             is_conversion=kinds[name] in CONVERSION_LAYERS,
             sources=tuple(filter(None, sources[name].split(","))),
@@ -256,6 +256,18 @@ def _make_profile(times: dict[str, float], entries: list[dict[str, str]]) -> Pro
         if kinds[name] not in SKIPPED
     )
     return Profile(nodes, "OpenVINO execution graph")
+
+
+def _find_precision(element_type: str, kind: str, kernel: str) -> str:
+    """The precision that an operation computes in, as reports name it.
+
+    For a linear that reads floats and has int8 weights OpenVINO (2026.4) names the type of its weights; the
+    name of its kernel ends in the type that it multiplies: ``brgemm_avx512_f32``.
+    """
+    if kind == "FullyConnected":
+        multiplied = kernel.rpartition("_")[2].lower()
+        element_type = multiplied if multiplied in PRECISION_OF_TYPE else element_type
+    return PRECISION_OF_TYPE.get(element_type, element_type)
 
 
 def has_bf16(device: str | None = None) -> bool:
@@ -301,12 +313,11 @@ class OpenVINO(Runtime):
         device = find_device(core, options.device, precision)
         config = _make_config(device, precision, options)
         path = bundle.file(ONNX)
-        is_rounded = precision == "int8" and device.kind == CPU and not bundle.manifest.fits_16_bits
         with _opening(path):
             found = _compile(core, Job(bundle, device.name, config), options.cache)
         notes = require_precision(found.value, device, device.choose_float(precision))
-        if is_rounded and saturates_in_openvino():
-            notes.append(SATURATION_NOTE)
+        if precision == "int8" and device.kind == CPU:
+            notes += _describe_int8(bundle)
         session = OpenVINOSession(
             found.value, lambda: _read_again(bundle, path, device.kind), device.name, config, path
         )
@@ -325,6 +336,14 @@ class OpenVINO(Runtime):
         return WatchedSession(
             compiled, lambda: _read_again(bundle, path, device.kind), device.name, config, path
         )
+
+
+def _describe_int8(bundle: Bundle) -> Iterator[str]:
+    """What becomes of int8 on this processor, where it lacks instructions for it."""
+    if saturates_in_openvino() and not bundle.manifest.fits_16_bits:
+        yield SATURATION_NOTE
+    if multiplies_matrices_slowly():
+        yield LINEARS_NOTE
 
 
 def _make_config(device: Device, precision: str, options: LoadOptions) -> dict[str, Any]:

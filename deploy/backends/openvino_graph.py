@@ -29,9 +29,20 @@ from openvino import opset13 as ops
 from openvino.frontend import FrontEndManager
 
 from ..bundle.onnx_caps import MAX_MADE, ExcessiveGraph
-from .openvino_constants import compute_constant, is_dequantized
-from .openvino_pairs import LAYERS, limit_pairs
-from .overflow import saturates_in_openvino
+from .openvino_constants import is_dequantized
+from .openvino_layers import (
+    LAYERS,
+    add_to_bias,
+    count_elements,
+    find_start,
+    is_shift,
+    iterate_int8,
+    read_scalar,
+    sum_inputs,
+)
+from .openvino_linears import read_floats
+from .openvino_pairs import limit_pairs
+from .overflow import multiplies_matrices_slowly, saturates_in_openvino
 
 MAX_RATIO = 64
 """The largest number of elements of a tensor for each element of the input, where that is above
@@ -49,10 +60,13 @@ def read(
     path: Path,
     prepare: Callable[[ov.Model], object] | None = None,
     device: str = "CPU",
+    keep_linears: bool = False,
 ) -> ov.Model:
     """The model in the ONNX file ``path``, rewritten as above; ``prepare`` changes it before that.
 
-    For the CPU, int8 weights are rounded as its instructions need it (:mod:`.openvino_pairs`).
+    For the CPU, int8 linears read floats where that is faster on it (:mod:`.openvino_linears`), unless
+    ``keep_linears`` says that the model may run on another one; and int8 weights are rounded as its
+    instructions need it (:mod:`.openvino_pairs`).
 
     ``Core.read_model`` chooses a reader by the content of a file. One that is ONNX to another runtime may be
     another model to it, so that only the reader of ONNX is asked.
@@ -67,6 +81,8 @@ def read(
     if prepare is not None:
         prepare(model)
     if device == "CPU" and saturates_in_openvino():
+        if not keep_linears and multiplies_matrices_slowly():
+            read_floats(model)
         limit_shifted(model)
     return make_unsigned(take_in_shifts(model))
 
@@ -105,35 +121,22 @@ def _iterate_nodes(model: ov.Model) -> Iterator[ov.Node]:
 def limit_shifted(model: ov.Model) -> None:
     """:func:`.openvino_pairs.limit_pairs`, where inputs of layers may be shifted: their biases take the shift
     back with the sums of the weights, so that they have to follow when these are rounded otherwise."""
-    shifted = [(layer, move, _sum_inputs(layer)) for layer, move in _find_shifted(model)]
+    shifted = [(layer, move, sum_inputs(layer)) for layer, move in _find_shifted(model)]
     limit_pairs(model)
     for layer, move, before in shifted:
-        correction = move * (before - _sum_inputs(layer))
+        correction = move * (before - sum_inputs(layer))
         if correction.any():
-            trailing = len(layer.get_output_partial_shape(0)) - 2 if layer.get_type_name() != "MatMul" else 0
-            _add_to_bias(layer, correction.reshape(-1, *[1] * trailing))
+            add_to_bias(layer, correction)
     model.validate_nodes_and_infer_types()
 
 
 def _find_shifted(model: ov.Model) -> Iterator[tuple[ov.Node, float]]:
     """Layers with int8 weights that read a shifted pair, and by how much it is shifted."""
-    for layer in model.get_ordered_ops():
-        if layer.get_type_name() not in LAYERS or not all(map(is_dequantized, layer.input_values())):
-            continue
-        node = layer.input_value(0).get_node()
-        while node.get_type_name() in ("Multiply", "Subtract", "Convert"):
-            node = node.input_value(0).get_node()
-        addition = node.input_value(0).get_node() if node.get_type_name() == "FakeQuantize" else node
-        if addition.get_type_name() == "Add" and _is_scalar(addition.input_value(1)):
-            yield layer, _read_scalar(addition.input_value(1))
-
-
-def _sum_inputs(layer: ov.Node) -> np.ndarray:
-    """The sum of the weights of each output of a conv or a product, float64."""
-    weights = compute_constant(layer.input_value(1)).astype(np.float64)
-    if layer.get_type_name() != "MatMul":
-        return np.asarray(weights.reshape(len(weights), -1).sum(axis=1))
-    return np.asarray(weights.sum(axis=-1 if layer.get_attributes()["transpose_b"] else -2))
+    for layer in iterate_int8(model, LAYERS):
+        start = find_start(layer.input_value(0))
+        addition = start.input_value(0).get_node() if start.get_type_name() == "FakeQuantize" else start
+        if is_shift(addition):
+            yield layer, read_scalar(addition.input_value(1))
 
 
 def take_in_shifts(model: ov.Model) -> ov.Model:
@@ -142,14 +145,14 @@ def take_in_shifts(model: ov.Model) -> ov.Model:
     is_changed = False
     for node in model.get_ordered_ops():
         if node.get_type_name() != "FakeQuantize" or any(
-            _count_elements(node.input_value(i)) != 1 for i in range(1, 5)
+            count_elements(node.input_value(i)) != 1 for i in range(1, 5)
         ):
             continue
         addition = node.input_value(0).get_node()
-        if addition.get_type_name() != "Add" or not _is_scalar(addition.input_value(1)):
+        if not is_shift(addition):
             continue
-        move = _read_scalar(addition.input_value(1))
-        ends = [_read_scalar(node.input_value(i)) - move for i in (1, 2)]
+        move = read_scalar(addition.input_value(1))
+        ends = [read_scalar(node.input_value(i)) - move for i in (1, 2)]
         values = addition.input_value(0)
         for position, value in enumerate(
             (values, *(ops.constant(np.float32(end)).output(0) for end in ends))
@@ -170,7 +173,7 @@ def make_unsigned(model: ov.Model) -> ov.Model:
         (conv, pair) for conv in model.get_ordered_ops() if (pair := _find_pair_before(conv)) is not None
     ]
     for conv, (quantizer, dequantized) in found:
-        low, high, least, most = (_read_scalar(quantizer.input_value(i)) for i in range(1, 5))
+        low, high, least, most = (read_scalar(quantizer.input_value(i)) for i in range(1, 5))
         edges = [ops.constant(np.float32(v)) for v in (low, high, 0.0, high - low)]
         shifted = ops.fake_quantize(
             quantizer.input_value(0),
@@ -179,10 +182,7 @@ def make_unsigned(model: ov.Model) -> ov.Model:
         )
         dequantized.output(0).replace(shifted.output(0))
         lowest = least * (high - low) / (most - least)  # what the pair gives for the least integer
-        correction = (lowest * _sum_channels(conv.input_value(1))).reshape(
-            1, -1, *[1] * (len(conv.get_output_partial_shape(0)) - 2)
-        )
-        _add_to_bias(conv, correction)
+        add_to_bias(conv, lowest * sum_inputs(conv))
     if found:
         model.validate_nodes_and_infer_types()
     return model
@@ -196,46 +196,15 @@ def _find_pair_before(conv: ov.Node) -> tuple[ov.Node, ov.Node] | None:
     end = conv.input_value(0)
     if not is_dequantized(end) or len(end.get_target_inputs()) != 1:
         return None
-    node = end.get_node()
-    while node.get_type_name() in ("Multiply", "Subtract", "Convert"):
-        node = node.input_value(0).get_node()
+    node = find_start(end)
     if node.get_type_name() != "FakeQuantize" or any(
-        _count_elements(node.input_value(i)) != 1 for i in range(1, 5)
+        count_elements(node.input_value(i)) != 1 for i in range(1, 5)
     ):
         return None
-    return (node, end.get_node()) if _read_scalar(node.input_value(3)) < 0 else None
+    return (node, end.get_node()) if read_scalar(node.input_value(3)) < 0 else None
 
 
 def _is_padded(conv: ov.Node) -> bool:
     attributes = conv.get_attributes()
     pads = (*attributes["pads_begin"], *attributes["pads_end"])
     return attributes["auto_pad"] not in ("explicit", "valid") or any(pads)
-
-
-def _count_elements(value: ov.Output) -> int:
-    """Number of elements of a constant; 0 where the value is computed."""
-    return int(value.get_node().data.size) if value.get_node().get_type_name() == "Constant" else 0
-
-
-def _is_scalar(value: ov.Output) -> bool:
-    """Whether it is a constant without any dimension, which leaves the shape of what it is added to."""
-    return _count_elements(value) == 1 and len(value.get_partial_shape()) == 0
-
-
-def _read_scalar(value: ov.Output) -> float:
-    return float(value.get_node().data.reshape(()))
-
-
-def _sum_channels(weights: ov.Output) -> np.ndarray:
-    """The sum of each output channel's weights, float64 ``(channels,)``."""
-    values = compute_constant(weights)
-    return np.asarray(values.reshape(len(values), -1).sum(axis=1, dtype=np.float64))
-
-
-def _add_to_bias(conv: ov.Node, correction: np.ndarray) -> None:
-    """Make all readers of ``conv`` read its sum with ``correction``; OpenVINO merges that with the bias that
-    follows."""
-    readers = conv.output(0).get_target_inputs()
-    corrected = ops.add(conv, ops.constant(correction.astype(np.float32)))
-    for reader in readers:
-        reader.replace_source_output(corrected.output(0))

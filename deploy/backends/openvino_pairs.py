@@ -22,11 +22,9 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as ops
 
-from .openvino_constants import compute_constant, is_dequantized
+from .openvino_constants import compute_constant
+from .openvino_layers import LAYERS, iterate_int8
 from .pair_limits import find_factors
-
-LAYERS = ("Convolution", "MatMul")
-"""OpenVINO's operations that such kernels compute. Those of depthwise convs are ``GroupConvolution``."""
 
 
 def limit_pairs(model: ov.Model) -> int:
@@ -35,10 +33,9 @@ def limit_pairs(model: ov.Model) -> int:
     Changes ``model``, and returns the number of layers that got other weights.
     """
     found = {}
-    for layer in model.get_ordered_ops():
-        if layer.get_type_name() in LAYERS and all(map(is_dequantized, layer.input_values())):
-            weights = layer.input_value(1).get_node()
-            found[weights.get_friendly_name()] = (weights, _find_axes(layer))
+    for layer in iterate_int8(model, LAYERS):
+        weights = layer.input_value(1).get_node()
+        found[weights.get_friendly_name()] = (weights, _find_axes(layer))
     return sum(_limit_weights(weights, *axes) for weights, axes in found.values())
 
 

@@ -25,7 +25,10 @@ X86 = {
     "AVX": ("avx2", "avx512f"),
 }
 """What an x86 processor can do -> the flags of the instructions for it."""
-WITHOUT = {"VNNI": "no: int8 gains less speed over float32 here than on newer processors; measure here"}
+WITHOUT = {
+    "VNNI": "no: int8 gains less speed over float32 here than on newer processors, and nothing in models of"
+    " linears; measure here"
+}
 """What the lack of an ability means, where it is more than slowness."""
 ARM = {
     "int8": ("asimddp", "i8mm"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..backends import RUNTIME_OF_FORMAT
-from ..backends.overflow import saturates_in_openvino
+from ..backends.overflow import multiplies_matrices_slowly, saturates_in_openvino
 from ..bundle import Bundle
 from ..errors import InputError, OutputError
 from ..files import OUTPUT_FLAG, put_folder, sync_tree, writing
@@ -108,7 +108,7 @@ def _choose_model(bundle: Bundle, server: str, options: Options) -> Served:
     max_batch = choose_max_batch(bundle, options.max_batch) if server == "triton" else 0
     model = Served(name_model(bundle), bundle, runtime, max_batch)
     notes = (triton if server == "triton" else ovms).check(model, options)
-    return replace(model, notes=(*notes, *_write_saturation_note(model)))
+    return replace(model, notes=(*notes, *_write_saturation_note(model), *_write_linears_note(model)))
 
 
 def _write_saturation_note(model: Served) -> tuple[str, ...]:
@@ -120,6 +120,18 @@ def _write_saturation_note(model: Served) -> tuple[str, ...]:
         return ("its int8 weights are rounded for processors without VNNI, such as this one",)
     writing_there = ": write the repository on such a server" if model.runtime == "openvino" else ""
     return (f"sums of int8 products can saturate on an x86 server without VNNI{writing_there}",)
+
+
+def _write_linears_note(model: Served) -> tuple[str, ...]:
+    """What becomes of int8 linears on a server like this machine; our Predictor runs them otherwise."""
+    if model.bundle.manifest.precision != "int8" or model.runtime != "openvino":
+        return ()
+    if not multiplies_matrices_slowly():
+        return ()
+    return (
+        "its int8 linears are slower than float32 on a server with neither VNNI nor AVX-512, such as this"
+        " machine: export it with --keep-float @linears for such a server",
+    )
 
 
 def _make_refusal(bundle: Bundle, server: str, runtime: str, taken: Sequence[str]) -> InputError:

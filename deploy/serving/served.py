@@ -114,7 +114,7 @@ def copy_onnx(bundle: Bundle, folder: Path) -> None:
 
 def write_ir(bundle: Bundle, folder: Path) -> None:
     """Write the graph as OpenVINO compiles it for a bundle, with our rewriting, as ``model.xml`` and
-    ``model.bin``.
+    ``model.bin``. Int8 linears stay int8, since the server's processor may be another one than this.
 
     Raises:
         RuntimeMissingError: OpenVINO is not installed here.
@@ -125,7 +125,7 @@ def write_ir(bundle: Bundle, folder: Path) -> None:
 
     from ..backends.openvino_graph import read
 
-    model = read(bundle.file(ONNX))
+    model = read(bundle.file(ONNX), keep_linears=True)
     ov.save_model(model, str(folder / "model.xml"), compress_to_fp16=False)
 
 

@@ -28,6 +28,8 @@ RUNTIMES = (
     "cmt_edge.deploy.backends.openvino_core",
     "cmt_edge.deploy.backends.openvino_devices",
     "cmt_edge.deploy.backends.openvino_graph",
+    "cmt_edge.deploy.backends.openvino_layers",
+    "cmt_edge.deploy.backends.openvino_linears",
     "cmt_edge.deploy.backends.openvino_pairs",
     "cmt_edge.deploy.backends.openvino_watched",
     "cmt_edge.deploy.backends.kserve",

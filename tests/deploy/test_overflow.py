@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -19,14 +20,49 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("machine", "flags", "expected"), CASES)
-def test_x86_without_vnni_can_overflow(tmp_path, monkeypatch, machine, flags, expected):
-    place = tmp_path / "cpuinfo"
+def pretend(patch: pytest.MonkeyPatch, folder: Path, machine: str, flags: str | None) -> None:
+    """Let the processor be a ``machine`` with some flags; ``None`` where the system does not tell them."""
+    place = folder / "cpuinfo"
     if flags is not None:
         place.write_text(flags)
-    monkeypatch.setattr(overflow, "PROCESSORS", place)
-    monkeypatch.setattr(overflow.platform, "machine", lambda: machine)
-    assert overflow.can_overflow.__wrapped__() is expected
+    patch.setattr(overflow, "PROCESSORS", place)
+    patch.setattr(overflow.platform, "machine", lambda: machine)
+    for name in ("read_flags", "can_overflow"):
+        patch.setattr(overflow, name, getattr(overflow, name).__wrapped__)
+
+
+@pytest.mark.parametrize(("machine", "flags", "expected"), CASES)
+def test_x86_without_vnni_can_overflow(tmp_path, monkeypatch, machine, flags, expected):
+    pretend(monkeypatch, tmp_path, machine, flags)
+    assert overflow.can_overflow() is expected
+
+
+WIDE = "avx512f avx512bw avx512dq avx512vl"
+SLOW = [
+    ("x86_64", "sse2 avx2", None, True),
+    ("x86_64", "sse2 avx2 avx_vnni", None, False),
+    ("x86_64", f"sse2 avx2 {WIDE}", None, False),
+    ("x86_64", "sse2 avx2 avx512f avx512er", None, True),
+    ("x86_64", f"sse2 avx2 {WIDE} avx512_vnni", None, False),
+    ("x86_64", f"sse2 avx2 {WIDE} avx512_vnni", "AVX2", True),
+    ("x86_64", f"sse2 avx2 {WIDE} avx512_vnni", "avx512_core", False),
+    ("x86_64", "sse2 avx2 avx_vnni", "AVX2_VNNI", False),
+    ("x86_64", None, None, False),
+    ("x86_64", None, "AVX2", True),
+    ("aarch64", "fp asimd", "AVX2", False),
+]
+
+
+@pytest.mark.parametrize(("machine", "flags", "limit", "expected"), SLOW)
+def test_int8_products_of_matrices_are_slow_with_neither_vnni_nor_avx512(
+    tmp_path, monkeypatch, machine, flags, limit, expected
+):
+    pretend(monkeypatch, tmp_path, machine, flags)
+    for name in overflow.LIMITS:
+        monkeypatch.delenv(name, raising=False)
+        if limit:
+            monkeypatch.setenv(name, limit)
+    assert overflow.multiplies_matrices_slowly() is expected
 
 
 @pytest.mark.parametrize("overflows", [True, False])

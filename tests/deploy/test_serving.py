@@ -257,6 +257,7 @@ def test_the_object(tmp_path, capsys):
 )
 def test_a_server_without_vnni_is_spoken_of(tmp_path, monkeypatch, runtime, precision, saturates, words):
     monkeypatch.setattr(repository, "saturates_in_openvino", lambda: saturates)
+    monkeypatch.setattr(repository, "multiplies_matrices_slowly", lambda: False)
     monkeypatch.setattr(triton, "write_model", lambda *_: None)
     bundle = make_bundle(tmp_path / "tiny", precision=precision)
     made = make_repository([bundle], "triton", tmp_path / "models", Options(runtime=runtime, allow_bf16=True))
@@ -267,10 +268,40 @@ def test_a_server_without_vnni_is_spoken_of(tmp_path, monkeypatch, runtime, prec
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_weights_that_fit_16_bits_cannot_saturate_on_a_server(tmp_path, monkeypatch, runtime):
+    monkeypatch.setattr(repository, "multiplies_matrices_slowly", lambda: False)
     monkeypatch.setattr(triton, "write_model", lambda *_: None)
     bundle = make_bundle(tmp_path / "tiny", precision="int8", calibration=make_calibration(True))
     made = make_repository([bundle], "triton", tmp_path / "models", Options(runtime=runtime, allow_bf16=True))
     assert "VNNI" not in " ".join(made.models[0].notes)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "precision", "slow", "says"),
+    [
+        ("openvino", "int8", True, True),
+        ("openvino", "int8", False, False),
+        ("onnxruntime", "int8", True, False),
+        ("openvino", "fp32", True, False),
+    ],
+)
+def test_slow_linears_of_a_server_are_spoken_of(tmp_path, monkeypatch, runtime, precision, slow, says):
+    monkeypatch.setattr(repository, "multiplies_matrices_slowly", lambda: slow)
+    monkeypatch.setattr(triton, "write_model", lambda *_: None)
+    bundle = make_bundle(tmp_path / "tiny", precision=precision)
+    made = make_repository([bundle], "triton", tmp_path / "models", Options(runtime=runtime, allow_bf16=True))
+    assert ("--keep-float @linears" in " ".join(made.models[0].notes)) is says
+
+
+@needs_openvino
+def test_linears_stay_int8_for_a_server(tmp_path, monkeypatch, int8_bundle):
+    """A repository that is written on a laptop may be served by a newer processor."""
+    from cmt_edge.deploy.backends import openvino_graph
+    from cmt_edge.deploy.serving.served import write_ir
+
+    for name in ("saturates_in_openvino", "multiplies_matrices_slowly"):
+        monkeypatch.setattr(openvino_graph, name, lambda: True)
+    write_ir(int8_bundle, tmp_path)
+    assert (tmp_path / "model.bin").stat().st_size < 1.5 * int8_bundle.file("model.onnx").stat().st_size
 
 
 @needs_openvino
