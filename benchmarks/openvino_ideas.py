@@ -33,7 +33,7 @@ from cmt_edge.deploy.backends.openvino_layers import find_start, iterate_int8
 from cmt_edge.deploy.backends.openvino_linears import read_floats
 
 ROUNDS = 60
-"""How often each graph has its turn."""
+"""How often each graph has its turn, unless told otherwise."""
 RUNS = 5
 """Inferences in a turn."""
 SHAPES = ((52, 48), (104, 24), (208, 12))
@@ -54,18 +54,21 @@ def main() -> None:
     parser.add_argument("bundle", nargs="?", type=Path)
     parser.add_argument("--beside", type=Path, metavar="FP32_BUNDLE")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"turns of each graph ({ROUNDS})")
     args = parser.parse_args()
     if args.idea == "gelu":
-        try_gelu(args.threads)
+        try_gelu(args.threads, args.rounds)
     elif args.bundle is None:
         parser.error(f"{args.idea} needs a bundle")
+    elif args.idea == "linears" and args.beside is None:
+        parser.error("linears needs --beside")
     elif args.idea == "linears":
-        try_linears(args.bundle, args.beside or parser.error("linears needs --beside"), args.threads)
+        try_linears(args.bundle, args.beside, args.threads, args.rounds)
     else:
-        try_attention(args.bundle, args.threads)
+        try_attention(args.bundle, args.threads, args.rounds)
 
 
-def try_attention(path: Path, threads: int) -> None:
+def try_attention(path: Path, threads: int, rounds: int) -> None:
     """Compare a bundle's graph with the same graph whose heads are one operation each."""
     graph = Bundle.open(path).path / "model.onnx"
     own, folded = read(graph), read(graph)
@@ -75,7 +78,7 @@ def try_attention(path: Path, threads: int) -> None:
     image = draw_values([int(size) for size in own.inputs[0].shape])
     answers = [np.array(request.infer(image)[0]) for request in requests.values()]
     difference = float(np.abs(answers[0] - answers[1]).max())
-    milliseconds = time_in_turns(requests, image)
+    milliseconds = time_in_turns(requests, image, rounds)
     ratios = [a / b for a, b in zip(milliseconds["own"], milliseconds["folded"], strict=True)]
     print(f"{count} attentions folded, logits differ by {difference:.1e} at most")
     print(f"own / folded: {statistics.median(ratios):.3f} (above 1: folding is faster)")
@@ -118,7 +121,7 @@ def take_keys(scores: ov.Node) -> ov.Output:
     return ops.transpose(keys, ops.constant(np.array(axes, np.int64))).output(0)
 
 
-def try_linears(path: Path, beside: Path, threads: int) -> None:
+def try_linears(path: Path, beside: Path, threads: int, rounds: int) -> None:
     """Time an int8 bundle with its linears in int8, and in float with either kind of weights."""
     graph, plain = (Bundle.open(bundle).path / "model.onnx" for bundle in (path, beside))
     models = {
@@ -133,7 +136,7 @@ def try_linears(path: Path, beside: Path, threads: int) -> None:
         for i in range(COPIES)
         for name, model in models.items()
     }
-    milliseconds = time_in_turns(requests, image)
+    milliseconds = time_in_turns(requests, image, rounds)
     for name in models:
         ratios = [
             [a / b for a, b in zip(milliseconds[f"fp32 bundle, copy {i}"], taken, strict=True)]
@@ -154,7 +157,7 @@ def read_floats_of_linears(model: ov.Model) -> None:
     model.validate_nodes_and_infer_types()
 
 
-def try_gelu(threads: int) -> None:
+def try_gelu(threads: int, rounds: int) -> None:
     """Time pairs of int8 convs with the GELU, with the table, and with nothing between them."""
     between = {"gelu": ops.gelu, "table": look_up, "nothing": lambda value, _: value}
     for channels, edge in SHAPES:
@@ -162,7 +165,7 @@ def try_gelu(threads: int) -> None:
             name: compile_graph(make_convs(channels, edge, between=function), threads)
             for name, function in between.items()
         }
-        milliseconds = time_in_turns(requests, draw_values([1, channels, edge, edge]))
+        milliseconds = time_in_turns(requests, draw_values([1, channels, edge, edge]), rounds)
         medians = {name: statistics.median(values) for name, values in milliseconds.items()}
         line = ", ".join(f"{name} {value / medians['gelu']:.2f}" for name, value in medians.items())
         print(f"{channels} channels, {edge} x {edge}: time of {line} (of that with GELU)")
@@ -213,10 +216,12 @@ def draw_values(shape: list[int]) -> np.ndarray:
     return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
 
-def time_in_turns(requests: dict[str, ov.InferRequest], image: np.ndarray) -> dict[str, list[float]]:
+def time_in_turns(
+    requests: dict[str, ov.InferRequest], image: np.ndarray, rounds: int
+) -> dict[str, list[float]]:
     """Milliseconds an inference for each request in each round."""
     times: dict[str, list[float]] = {name: [] for name in requests}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, request in requests.items():
             start = time.perf_counter()
             for _ in range(RUNS):

@@ -1,6 +1,6 @@
 """Int8 linears that read floats, for x86 processors with neither VNNI nor AVX-512.
 
-OpenVINO (2026.4) has no fast int8 products of matrices for AVX2 alone: models of linears took 1.2 to 1.6
+OpenVINO (2026.4) has no fast int8 products of matrices for AVX2 alone: models of linears took 1.1 to 1.3
 times as long in int8 as in float32 there, whereas int8 convs gain. So linears read there what their
 quantizers read, and their int8 weights are made float32 once, when the graph is read. A shift before the
 quantizer (:mod:`cmt_edge.calib.shifts`) goes into the bias::

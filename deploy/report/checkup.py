@@ -26,8 +26,8 @@ X86 = {
 }
 """What an x86 processor can do -> the flags of the instructions for it."""
 WITHOUT = {
-    "VNNI": "no: int8 gains less speed over float32 here than on newer processors, and nothing in models of"
-    " linears; measure here"
+    "VNNI": "no: int8 gains less speed over float32 here than on newer processors, and without AVX-512 none"
+    " in linears; measure here"
 }
 """What the lack of an ability means, where it is more than slowness."""
 ARM = {
