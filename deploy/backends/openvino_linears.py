@@ -37,7 +37,7 @@ def read_floats(model: ov.Model) -> int:
     for linear in linears:
         source = find_start(linear.input_value(0)).input_value(0)
         shift = source.get_node()
-        if is_shift(shift):
+        if is_shift(shift) and len(linear.get_input_partial_shape(1)) == 2:  # else the addition stays
             source = shift.input_value(0)
             add_to_bias(linear, read_scalar(shift.input_value(1)) * sum_inputs(linear))
         weights = linear.input_value(1)

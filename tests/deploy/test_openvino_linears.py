@@ -150,6 +150,22 @@ def test_what_else_reads_the_pair_keeps_it():
     assert np.abs(other - rounded).max() < 1e-5
 
 
+def test_weights_of_three_dimensions_keep_the_addition():
+    """Their products have no bias of one value for each output."""
+    content, weights, _ = make_graph(shape=(2, 5, INPUTS), shift=np.array(1.5), bias=False)
+    model = onnx.load_from_string(content)
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    twice = np.stack([numpy_helper.to_array(stored["w"]), -numpy_helper.to_array(stored["w"])])
+    stored["w"].CopyFrom(numpy_helper.from_array(twice, "w"))
+    (dequantizer,) = (node for node in model.graph.node if node.output[0] == "w_dq")
+    dequantizer.attribute[0].i = 2
+    read = ov.Core().read_model(model.SerializeToString())
+    assert read_floats(read) == 1
+    x = np.random.default_rng(1).uniform(-9, 9, (2, 5, INPUTS)).astype(np.float32)
+    expected = (x + 1.5) @ np.stack([weights, -weights])
+    np.testing.assert_allclose(answer(read, x)[0], expected, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("product", ["float", "activations", "stored"])
 def test_other_products_are_left_alone(product):
     model = ov.Core().read_model(make_graph(product=product)[0])
