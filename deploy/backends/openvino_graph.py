@@ -193,6 +193,8 @@ def _find_pair_before(conv: ov.Node) -> tuple[ov.Node, ov.Node] | None:
     shifted."""
     if conv.get_type_name() != "Convolution" or _is_padded(conv) or not is_dequantized(conv.input_value(1)):
         return None
+    if find_start(conv.input_value(1)).get_type_name() != "Constant":
+        return None
     end = conv.input_value(0)
     if not is_dequantized(end) or len(end.get_target_inputs()) != 1:
         return None

@@ -15,9 +15,13 @@ LAYERS = ("Convolution", "MatMul")
 
 
 def iterate_int8(model: ov.Model, kinds: Collection[str]) -> Iterator[ov.Node]:
-    """The layers of some kinds with int8 weights that read int8 values, in the graph's order."""
+    """The layers of some kinds that read int8 values and have constant int8 weights, in the graph's order."""
     for layer in model.get_ordered_ops():
-        if layer.get_type_name() in kinds and all(map(is_dequantized, layer.input_values())):
+        if (
+            layer.get_type_name() in kinds
+            and all(map(is_dequantized, layer.input_values()))
+            and find_start(layer.input_value(1)).get_type_name() == "Constant"
+        ):
             yield layer
 
 
@@ -28,6 +32,28 @@ def find_start(dequantized: ov.Output) -> ov.Node:
     while node.get_type_name() in ("Multiply", "Subtract", "Convert"):
         node = node.input_value(0).get_node()
     return node
+
+
+def find_rounded(dequantized: ov.Output) -> ov.Output | None:
+    """What a Q/DQ pair rounds, by the pair's last value; ``None`` if the pair does anything else to it but
+    round, and cut off what lies far out on either side."""
+    if not is_dequantized(dequantized):
+        return None
+    multiply = dequantized.get_node()
+    subtract = multiply.input_value(0).get_node()
+    to_int8 = subtract.input_value(0).get_node().input_value(0).get_node()
+    quantizer = to_int8.input_value(0).get_node() if to_int8.get_type_name() == "Convert" else to_int8
+    constants = (multiply.input_value(1), subtract.input_value(1))
+    if quantizer.get_type_name() != "FakeQuantize":
+        return None
+    ends = [quantizer.input_value(i) for i in range(1, 5)]
+    if any(find_start(value).get_type_name() != "Constant" for value in (*constants, *ends)):
+        return None
+    low, high, least, most = (compute_constant(end).astype(np.float64) for end in ends)
+    scale, zero = (compute_constant(constant).astype(np.float64) for constant in constants)
+    is_same = np.allclose(low, least * scale, rtol=1e-4) and np.allclose(high, most * scale, rtol=1e-4)
+    is_even = not zero.any() and bool((least <= -most).all())  # a zero point may cut off all negative values
+    return quantizer.input_value(0) if is_same and is_even else None
 
 
 def is_shift(node: ov.Node) -> bool:
@@ -50,11 +76,14 @@ def read_scalar(value: ov.Output) -> float:
 
 
 def sum_inputs(layer: ov.Node) -> np.ndarray:
-    """The sum of the weights of each output of a conv or a product, float64."""
+    """The sum of the weights of each output of a conv or a product, float64 ``(outputs,)``; for a product
+    with weights of more than two dimensions, as it is added to the result."""
     weights = compute_constant(layer.input_value(1)).astype(np.float64)
     if layer.get_type_name() != "MatMul":
         return np.asarray(weights.reshape(len(weights), -1).sum(axis=1))
-    return np.asarray(weights.sum(axis=-1 if layer.get_attributes()["transpose_b"] else -2))
+    is_last = layer.get_attributes()["transpose_b"] or weights.ndim == 1
+    sums = np.asarray(weights.sum(axis=-1 if is_last else -2))
+    return sums if sums.ndim < 2 else np.expand_dims(sums, -2)
 
 
 def add_to_bias(layer: ov.Node, correction: np.ndarray) -> None:

@@ -17,35 +17,31 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as ops
 
-from .openvino_constants import compute_constant
-from .openvino_layers import add_to_bias, find_start, is_shift, iterate_int8, read_scalar, sum_inputs
+from .openvino_constants import compute_constant, is_dequantized
+from .openvino_layers import add_to_bias, find_rounded, is_shift, iterate_int8, read_scalar, sum_inputs
 
 
 def read_floats(model: ov.Model) -> int:
     """Let int8 linears read floats, with float32 weights; changes ``model`` and returns their number.
 
-    What reads the same pair otherwise keeps it. A product of two activations and one of integers that no
-    quantizer of the graph has made stay as they are.
+    What reads the same pair otherwise keeps it. A linear stays int8 where the pair does more than round
+    (:func:`.openvino_layers.find_rounded`), as in some graphs of other tools.
     """
-    known: dict[str, ov.Output] = {}  # weights that several linears share are made once
     linears = [
-        layer
-        for layer in iterate_int8(model, ("MatMul",))
-        if find_start(layer.input_value(0)).get_type_name() == "FakeQuantize"
-        and find_start(layer.input_value(1)).get_type_name() == "Constant"
+        (linear, rounded)
+        for linear in iterate_int8(model, ("MatMul",))
+        if (rounded := find_rounded(linear.input_value(0))) is not None
     ]
-    for linear in linears:
-        source = find_start(linear.input_value(0)).input_value(0)
-        shift = source.get_node()
-        if is_shift(shift) and len(linear.get_input_partial_shape(1)) == 2:  # else the addition stays
+    for linear, rounded in linears:
+        source, shift = rounded, rounded.get_node()
+        if is_shift(shift):
             source = shift.input_value(0)
             add_to_bias(linear, read_scalar(shift.input_value(1)) * sum_inputs(linear))
-        weights = linear.input_value(1)
-        name = weights.get_node().get_friendly_name()
-        if name not in known:
-            known[name] = ops.constant(compute_constant(weights).astype(np.float32)).output(0)
         linear.input(0).replace_source_output(source)
-        linear.input(1).replace_source_output(known[name])
+        weights = linear.input_value(1)
+        if is_dequantized(weights):  # for all their readers: OpenVINO (2026.4) may crash on such a mixture
+            floats = compute_constant(weights).astype(np.float32)
+            weights.replace(ops.constant(floats).output(0))
     if linears:
         model.validate_nodes_and_infer_types()
     return len(linears)

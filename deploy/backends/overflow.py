@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 
 PROCESSORS = Path("/proc/cpuinfo")
@@ -41,24 +41,27 @@ def read_flags() -> frozenset[str] | None:
         return None
 
 
-LIMITS = ("OV_CPU_MAX_ISA", "ONEDNN_MAX_CPU_ISA")
+LIMITS = ("OV_CPU_MAX_ISA", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 """Environment variables by which OpenVINO does without newer instructions."""
 
-EXACT_LIMITS = ("VNNI", "BF16", "FP16", "AMX", "AVX10", "DEFAULT", "ALL")
-"""Parts of the values of these variables that leave it instructions which add in 32 bits."""
+NARROW_LIMITS = ("SSE41", "AVX", "AVX2")
+"""Values of these variables that leave it neither VNNI nor AVX-512. A value that it does not know is none."""
+
+WIDE_LIMITS = ("AVX512_MIC", "AVX512_MIC_4OPS", "AVX512_CORE")
+"""Values that leave it AVX-512 without VNNI."""
+
+AVX2_VNNI_LIMIT = "AVX2_VNNI"
+"""The start of values that leave it the VNNI of AVX2, which is other instructions than that of AVX-512."""
 
 
 def saturates_in_openvino() -> bool:
     """Whether sums of int8 products can saturate in OpenVINO on this processor, or under the limit that the
     environment sets for it."""
-    return can_overflow() or (platform.machine() in X86 and _is_limited(EXACT_LIMITS))
+    return can_overflow() or _is_limited((*NARROW_LIMITS, *WIDE_LIMITS))
 
 
 WIDE = {"avx512bw", "avx512dq", "avx512vl"}
 """Flags of processors with what OpenVINO needs for its int8 products of matrices, if they lack VNNI."""
-
-WIDE_LIMITS = (*EXACT_LIMITS, "AVX512")
-"""Parts of the values of :data:`LIMITS` that leave OpenVINO these instructions."""
 
 
 def multiplies_matrices_slowly() -> bool:
@@ -67,16 +70,20 @@ def multiplies_matrices_slowly() -> bool:
 
     Where the processor's flags cannot be read, this is not assumed: with VNNI, int8 gains much.
     """
+    if _is_limited(NARROW_LIMITS):
+        return True
     flags = read_flags()
-    if platform.machine() not in X86 or not saturates_in_openvino():
+    return can_overflow() and flags is not None and not flags >= WIDE
+
+
+def _is_limited(values: Collection[str]) -> bool:
+    """Whether the environment limits OpenVINO to one of ``values``, or to VNNI that the processor lacks."""
+    if platform.machine() not in X86:
         return False
-    return (flags is not None and not (EXACT & flags or flags >= WIDE)) or _is_limited(WIDE_LIMITS)
-
-
-def _is_limited(parts: Sequence[str]) -> bool:
-    """Whether the environment limits OpenVINO to instructions in whose name none of ``parts`` is."""
-    values = [os.environ[name].upper() for name in LIMITS if os.environ.get(name)]
-    return any(not any(part in value for part in parts) for value in values)
+    flags = read_flags()
+    lacks = flags is not None and "avx_vnni" not in flags
+    limits = [os.environ.get(name, "").upper() for name in LIMITS]
+    return any(limit in values or (lacks and limit.startswith(AVX2_VNNI_LIMIT)) for limit in limits)
 
 
 SATURATION_NOTE = (
@@ -86,7 +93,8 @@ SATURATION_NOTE = (
 """What a user must know of an int8 model that ran there. It may be read elsewhere: manifests record it."""
 
 LINEARS_NOTE = (
-    "ran on a processor with neither VNNI nor AVX-512, on which OpenVINO's int8 products of matrices are"
-    " slower than float32: linears ran in float32, with their int8 weights"
+    "ran on a processor with neither VNNI nor AVX-512, where OpenVINO multiplies int8 matrices more slowly"
+    " than float32: int8 linears, if it has any, computed in float32. Verify it on the device, too, if that"
+    " has VNNI"
 )
-"""What a user must know of int8 linears there."""
+"""What a user must know of int8 linears there. It may be read elsewhere: manifests record it."""

@@ -129,8 +129,8 @@ def _write_linears_note(model: Served) -> tuple[str, ...]:
     if not multiplies_matrices_slowly():
         return ()
     return (
-        "its int8 linears are slower than float32 on a server with neither VNNI nor AVX-512, such as this"
-        " machine: export it with --keep-float @linears for such a server",
+        "int8 linears, if it has any, are slower than float32 on a server with neither VNNI nor AVX-512, such"
+        " as this machine: export it with --keep-float @linears for such a server",
     )
 
 

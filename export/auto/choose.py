@@ -174,7 +174,8 @@ def _write_notes(found: Verdict, isa: str | None) -> list[str]:
         )
     if not has_int8_hardware(isa):
         notes.append(
-            "no instructions for int8 products (VNNI) here: int8 runs in several steps of older ones"
+            "no instructions for int8 products (VNNI) here: int8 runs in several steps of older ones, or, as"
+            " linears without AVX-512, in float32"
         )
     speeds = [candidate.speed for candidate in found.candidates if candidate.speed]
     if any("drifted" in warning for speed in speeds for warning in speed.warnings):

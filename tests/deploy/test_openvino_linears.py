@@ -150,8 +150,7 @@ def test_what_else_reads_the_pair_keeps_it():
     assert np.abs(other - rounded).max() < 1e-5
 
 
-def test_weights_of_three_dimensions_keep_the_addition():
-    """Their products have no bias of one value for each output."""
+def test_weights_of_three_dimensions_have_a_shift_of_their_own_each():
     content, weights, _ = make_graph(shape=(2, 5, INPUTS), shift=np.array(1.5), bias=False)
     model = onnx.load_from_string(content)
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -164,6 +163,48 @@ def test_weights_of_three_dimensions_keep_the_addition():
     x = np.random.default_rng(1).uniform(-9, 9, (2, 5, INPUTS)).astype(np.float32)
     expected = (x + 1.5) @ np.stack([weights, -weights])
     np.testing.assert_allclose(answer(read, x)[0], expected, rtol=1e-4, atol=1e-3)
+
+
+def change_scale(model: onnx.ModelProto) -> None:
+    """The values are twice what was rounded."""
+    model.graph.initializer.append(numpy_helper.from_array(np.float32(0.1), "other"))
+    next(n for n in model.graph.node if n.output[0] == "x_dq").input[1] = "other"
+
+
+def cut_negatives(model: onnx.ModelProto) -> None:
+    """The quantizer is a ReLU, too."""
+    (zero,) = (tensor for tensor in model.graph.initializer if tensor.name == "zero")
+    zero.CopyFrom(numpy_helper.from_array(np.int8(-128), "zero"))
+
+
+def add_to_integers(model: onnx.ModelProto) -> None:
+    """The integers are read with another zero point than they were made with."""
+    model.graph.initializer.append(numpy_helper.from_array(np.int8(10), "other"))
+    next(n for n in model.graph.node if n.output[0] == "x_dq").input[2] = "other"
+
+
+@pytest.mark.parametrize("change", [change_scale, cut_negatives, add_to_integers])
+def test_pairs_that_do_more_than_round_stay(change):
+    """Other tools may write such graphs."""
+    model = onnx.load_from_string(make_graph()[0])
+    change(model)
+    read = ov.Core().read_model(model.SerializeToString())
+    assert read_floats(read) == 0
+    assert "FakeQuantize" in list_kinds(read)
+
+
+def test_all_readers_of_the_weights_read_floats():
+    content, weights, added = make_graph()
+    model = onnx.load_from_string(content)
+    model.graph.initializer.append(numpy_helper.from_array(np.array([2, 0], np.int64), "rows"))
+    model.graph.node.append(h.make_node("Gather", ["w_dq", "rows"], ["gathered"]))
+    model.graph.output.append(h.make_tensor_value_info("gathered", onnx.TensorProto.FLOAT, None))
+    read = ov.Core().read_model(model.SerializeToString())
+    assert read_floats(read) == 1
+    x = np.random.default_rng(1).uniform(-9, 9, (2, 5, INPUTS)).astype(np.float32)
+    linear, gathered = answer(read, x)
+    np.testing.assert_allclose(linear, x @ weights + added, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(gathered, weights[[2, 0]], rtol=1e-6)
 
 
 @pytest.mark.parametrize("product", ["float", "activations", "stored"])

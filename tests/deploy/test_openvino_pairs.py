@@ -14,6 +14,7 @@ from openvino import opset13 as ops  # noqa: E402
 from cmt_edge.deploy.backends import openvino as backend  # noqa: E402
 from cmt_edge.deploy.backends import openvino_graph, overflow  # noqa: E402
 from cmt_edge.deploy.backends.openvino_constants import compute_constant, is_dequantized  # noqa: E402
+from cmt_edge.deploy.backends.openvino_core import open_core  # noqa: E402
 from cmt_edge.deploy.backends.openvino_pairs import find_factors, limit_pairs  # noqa: E402
 from cmt_edge.deploy.measure.benchmark import benchmark  # noqa: E402
 from cmt_edge.deploy.measure.parity import verify  # noqa: E402
@@ -120,6 +121,33 @@ def test_depthwise_convs_stay_as_they_are():
     assert limit_pairs(make_layer("depthwise", weights)) == 0
 
 
+def test_products_of_two_activations_stay():
+    sides = [ops.parameter([4, 4], np.int8) for _ in range(2)]
+    product = ops.matmul(*(dequantize(side, np.float32(0.1)) for side in sides), False, False)
+    assert limit_pairs(ov.Model([product], sides)) == 0
+
+
+def test_shifts_of_weights_with_three_dimensions_are_taken_back_in_each_product():
+    weights = np.stack([np.full((4, 3), 120, np.int8), np.full((4, 3), -100, np.int8)])
+    source = ops.parameter([2, 2, 4], np.float32)
+    ends = [ops.constant(np.float32(end)) for end in (-12.8, 12.7)]
+    integers = ops.fake_quantize(
+        ops.add(source, ops.constant(np.float32(-5))),
+        *ends,
+        *(ops.constant(np.float32(end)) for end in (-128, 127)),
+        256,
+    )
+    values = dequantize(ops.convert(integers, "i8"), np.float32(0.1))
+    product = ops.matmul(values, dequantize(weights, np.full((1, 1, 3), 0.01)), False, False)
+    model = ov.Model([product], [source])
+    openvino_graph.limit_shifted(model)
+    found = open_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(
+        [np.zeros((2, 2, 4), np.float32)]
+    )[0]
+    expected = np.full((2, 2, 4), -5.0) @ (0.01 * weights)
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
+
+
 def test_weights_with_a_zero_point_stay_as_they_are():
     assert limit_pairs(make_layer("conv", draw(4, 4, 1, 1), zero=3)) == 0
 
@@ -131,6 +159,8 @@ def test_weights_with_a_zero_point_stay_as_they_are():
         ({"OV_CPU_MAX_ISA": "AVX2"}, True),
         ({"OV_CPU_MAX_ISA": "avx512_core", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, True),
         ({"ONEDNN_MAX_CPU_ISA": "AVX2"}, True),
+        ({"DNNL_MAX_CPU_ISA": "AVX2"}, True),
+        ({"ONEDNN_MAX_CPU_ISA": "no such set"}, False),
         ({"OV_CPU_MAX_ISA": "AVX2_VNNI"}, False),
         ({"OV_CPU_MAX_ISA": "AVX512_CORE_BF16"}, False),
     ],
@@ -141,6 +171,7 @@ def test_a_limit_of_openvino_counts_as_the_processor_would(monkeypatch, values, 
     for name, value in values.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(overflow, "can_overflow", lambda: False)
+    monkeypatch.setattr(overflow, "read_flags", lambda: frozenset({"avx512_vnni", "avx_vnni"}))
     monkeypatch.setattr(overflow.platform, "machine", lambda: "x86_64")
     assert overflow.saturates_in_openvino() is expected
 
