@@ -31,7 +31,7 @@ KEEP = 32
 """The number of compiled models that stay, those that were used last."""
 MOST_BYTES = 2 << 30
 """The total size in bytes of the compiled models that stay."""
-WAY = 4
+WAY = 5
 """How a file becomes a compiled model. Raised when :mod:`.openvino_graph` makes another graph of a file."""
 CAN_EXPORT = "EXPORT_IMPORT"
 """OpenVINO's word for a device whose compiled models can be kept."""

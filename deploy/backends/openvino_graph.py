@@ -34,7 +34,9 @@ from .openvino_layers import (
     LAYERS,
     add_to_bias,
     count_elements,
+    find_quantizer,
     find_start,
+    is_close,
     is_shift,
     iterate_int8,
     read_scalar,
@@ -198,12 +200,14 @@ def _find_pair_before(conv: ov.Node) -> tuple[ov.Node, ov.Node] | None:
     end = conv.input_value(0)
     if not is_dequantized(end) or len(end.get_target_inputs()) != 1:
         return None
-    node = find_start(end)
-    if node.get_type_name() != "FakeQuantize" or any(
-        count_elements(node.input_value(i)) != 1 for i in range(1, 5)
-    ):
+    found = find_quantizer(end)
+    if found is None or any(count_elements(value) != 1 for value in found[0].input_values()[1:5]):
         return None
-    return (node, end.get_node()) if read_scalar(node.input_value(3)) < 0 else None
+    quantizer, scale = found
+    low, high, least, most = (read_scalar(value) for value in quantizer.input_values()[1:5])
+    if least >= 0 or not is_close(high - low, (most - least) * scale):
+        return None  # the pair rescales, too
+    return quantizer, end.get_node()
 
 
 def _is_padded(conv: ov.Node) -> bool:

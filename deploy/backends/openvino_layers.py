@@ -34,26 +34,43 @@ def find_start(dequantized: ov.Output) -> ov.Node:
     return node
 
 
-def find_rounded(dequantized: ov.Output) -> ov.Output | None:
-    """What a Q/DQ pair rounds, by the pair's last value; ``None`` if the pair does anything else to it but
-    round, and cut off what lies far out on either side."""
+def find_quantizer(dequantized: ov.Output) -> tuple[ov.Node, np.ndarray] | None:
+    """The ``FakeQuantize`` of a Q/DQ pair and the scale of the ``DequantizeLinear``, float64, by the pair's
+    last value; ``None`` where something lies between, where an end is computed, or where the integers are
+    read with a zero point."""
     if not is_dequantized(dequantized):
         return None
     multiply = dequantized.get_node()
     subtract = multiply.input_value(0).get_node()
     to_int8 = subtract.input_value(0).get_node().input_value(0).get_node()
     quantizer = to_int8.input_value(0).get_node() if to_int8.get_type_name() == "Convert" else to_int8
-    constants = (multiply.input_value(1), subtract.input_value(1))
     if quantizer.get_type_name() != "FakeQuantize":
         return None
-    ends = [quantizer.input_value(i) for i in range(1, 5)]
-    if any(find_start(value).get_type_name() != "Constant" for value in (*constants, *ends)):
+    constants = (multiply.input_value(1), subtract.input_value(1), *quantizer.input_values()[1:5])
+    if any(find_start(value).get_type_name() != "Constant" for value in constants):
         return None
-    low, high, least, most = (compute_constant(end).astype(np.float64) for end in ends)
-    scale, zero = (compute_constant(constant).astype(np.float64) for constant in constants)
-    is_same = np.allclose(low, least * scale, rtol=1e-4) and np.allclose(high, most * scale, rtol=1e-4)
-    is_even = not zero.any() and bool((least <= -most).all())  # a zero point may cut off all negative values
+    scale, zero = (compute_constant(value).astype(np.float64) for value in constants[:2])
+    return None if zero.any() else (quantizer, scale)
+
+
+def find_rounded(dequantized: ov.Output) -> ov.Output | None:
+    """What a Q/DQ pair rounds, by the pair's last value; ``None`` if the pair does anything else to it but
+    round, and cut off what lies far out on either side."""
+    found = find_quantizer(dequantized)
+    if found is None:
+        return None
+    quantizer, scale = found
+    low, high, least, most = (
+        compute_constant(end).astype(np.float64) for end in quantizer.input_values()[1:5]
+    )
+    is_same = is_close(low, least * scale) and is_close(high, most * scale)
+    is_even = bool((least <= -most).all())  # else it may cut off all negative values
     return quantizer.input_value(0) if is_same and is_even else None
+
+
+def is_close(ours: np.ndarray | float, theirs: np.ndarray | float) -> bool:
+    """Whether two ranges are the same but for float32's rounding."""
+    return bool(np.allclose(ours, theirs, rtol=1e-4, atol=0))
 
 
 def is_shift(node: ov.Node) -> bool:

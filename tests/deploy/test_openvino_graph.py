@@ -152,6 +152,28 @@ def test_others_are_left_alone(case):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "changed", [{"x_zero": -128}, {"x_zero": 10}, {"other_scale": 0.04}, {"other_zero": 10}]
+)
+def test_pairs_of_other_tools_keep_what_they_do(changed):
+    """Zero points, and integers that are read otherwise than they were made."""
+    model = onnx.load_from_string(graph())
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    (reader,) = (node for node in model.graph.node if node.output[0] == "x_dq")
+    for name, value in changed.items():
+        kind, place = (np.float32, 1) if name.endswith("scale") else (np.int8, 2)
+        tensor = numpy_helper.from_array(np.asarray(value, kind), name)
+        if name in stored:
+            stored[name].CopyFrom(tensor)
+        else:
+            model.graph.initializer.append(tensor)
+            reader.input[place] = name
+    content, x = model.SerializeToString(), images()
+    found = answers(read_unsigned(content), x)
+    for ours, theirs in zip(found, ReferenceEvaluator(content).run(None, {"x": x}), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 def list_kinds(model: ov.Model) -> list[str]:
     return [node.get_type_name() for node in model.get_ordered_ops()]
 
