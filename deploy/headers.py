@@ -124,7 +124,7 @@ def _has_many_blocks(file: BinaryIO) -> bool:
     blocks = 0
     while position + 1 < len(data) and data[position] == 0x21:  # an extension and its kind
         position += 2
-        while position < len(data) and data[position]:
+        while position < len(data) and data[position] and blocks <= MAX_BLOCKS:
             position += 1 + data[position]
             blocks += 1
         position += 1

@@ -74,7 +74,7 @@ def gif(blocks: bytes) -> bytes:
 FLOODS = {
     "comments of GIF": gif(b"!\xfe\x01a\0" * 2_000_000),
     "empty comments of GIF": gif(b"!\xfe\0" * 2_000_000),
-    "a comment of GIF in tiny blocks": gif(b"!\xfe" + b"\x01a" * 4_000_000 + b"\0"),
+    "a comment of GIF in tiny blocks": gif(b"!\xfe" + b"\x01a" * 12_000_000 + b"\0"),
     "runs of one pixel": rle((b"\1\5" * 4000 + b"\0\0") * 1000 + b"\0\1", 4000, 1000),
     "moves to nowhere": rle(b"\0\2\0\0" * 4_000_000, 64, 48),
     "moves in a large picture": rle(b"\0\2\0\0" * 10_000_000, 9400, 9400),

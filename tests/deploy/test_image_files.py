@@ -85,10 +85,10 @@ def test_name_of_archived_image_is_in_the_message():
 def test_gigantic_image_fails_on_its_header(tmp_path, size):
     path = tmp_path / "huge.png"
     path.write_bytes(png_header(*size))
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ImageError, match="too large") as caught:
         preprocess(path, IMAGENET)
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
     assert caught.value.where == str(path)
 
 
