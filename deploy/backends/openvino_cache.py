@@ -8,7 +8,6 @@ compiled model depends on. OpenVINO's own cache (``CACHE_DIR``) trusts whatever 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from ..cores import list_cores
 from ..errors import BundleError, OutputError
 from ..files import find_cache_folder, hash_file
 from ..sealing import Result, SealedCache
+from .variables import read_variables
 
 FOLDER = "openvino"
 """Name of the folder in the cache."""
@@ -35,8 +35,6 @@ WAY = 5
 """How a file becomes a compiled model. Raised when :mod:`.openvino_graph` makes another graph of a file."""
 CAN_EXPORT = "EXPORT_IMPORT"
 """OpenVINO's word for a device whose compiled models can be kept."""
-SETTINGS = ("ONEDNN_", "DNNL_", "OV_", "OPENVINO_", "TBB_")
-"""Starts of the names of environment variables that change what OpenVINO compiles."""
 PROCESSORS = Path("/proc/cpuinfo")
 """Where Linux describes the processors."""
 PROCESSOR_CHARACTERS = 1 << 14
@@ -108,14 +106,13 @@ def make_key(core: ov.Core, job: Job) -> str:
 
 def _describe_machine(core: ov.Core, device: str) -> dict[str, Any]:
     """What of this machine and of this process a compiled model depends on."""
-    environment = {name: value for name, value in os.environ.items() if name.startswith(SETTINGS)}
     return {
         "device": _read_caching_properties(core, device),
         "name": core.get_property(device, "FULL_DEVICE_NAME"),
         "capabilities": sorted(core.get_property(device, "OPTIMIZATION_CAPABILITIES")),
         "instructions": _read_instructions(),
         "cores": list_cores(),
-        "environment": environment,
+        "environment": read_variables(),
     }
 
 

@@ -22,6 +22,7 @@ import onnx
 from cmt_edge.calib import Quantized
 from cmt_edge.calib.groups import COMMON_GROUPS, group_by_kind, group_nodes
 from cmt_edge.deploy.backends import RUNTIME_OF_FORMAT
+from cmt_edge.deploy.backends.variables import read_variables
 from cmt_edge.deploy.bundle import BundleWriter, make_plain, read_record
 from cmt_edge.deploy.bundle.sections import (
     AUTO_PRECISIONS,
@@ -260,6 +261,7 @@ class Workbench:
             "flags": host.flags,
             "cores": host.cores,
             "machine": host.machine,
+            "environment": read_variables(),
         }
 
     def _compute_logits(self, variant: Variant, *asked: Images) -> list[np.ndarray]:

@@ -159,6 +159,25 @@ def test_a_second_run_measures_nothing(finished, images, tmp_path, calls):
     assert replace(new, host=old.host) == old
 
 
+class Measured(Exception):
+    """Something was measured."""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("finished")
+def test_settings_of_the_runtime_are_measured_anew(images, tmp_path, monkeypatch):
+    """They change what OpenVINO compiles: what was measured without them says nothing."""
+
+    def refuse(*args, **kwargs):
+        raise Measured
+
+    for name in MEASURED:
+        monkeypatch.setattr(MeasuringProcess, name, refuse)
+    monkeypatch.setenv("OV_CPU_MAX_ISA", "AVX2")
+    with pytest.raises(Measured):
+        run(asked(tmp_path, eval_data=str(images)))
+
+
 @pytest.mark.slow
 def test_what_cannot_be_read_is_measured_again(finished, images, tmp_path, calls, monkeypatch):
     """One kept measurement has the entries of another version: only that one is made anew."""
