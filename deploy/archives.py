@@ -13,8 +13,9 @@ from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import IO, BinaryIO, cast
 
-from .decoding import MAX_BYTES, is_about_data
+from .decoding import MAX_BYTES
 from .errors import DataError
+from .faults import is_about_data
 from .files import open_regular
 from .folders import Found, Item, find_class, find_kind, is_image, is_junk, must_unpack
 from .members import Members

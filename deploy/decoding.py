@@ -6,7 +6,6 @@ Formats and sizes are limited before Pillow decodes anything; the EXIF orientati
 from __future__ import annotations
 
 import io
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -16,10 +15,12 @@ from PIL import Image, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from .arrays import SupportsArray, is_single, view_as_array, view_as_rgb
 from .errors import ImageError
+from .faults import is_about_data
 from .files import describe_irregular
 from .headers import SMALL_BYTES, find_flood
 from .jpeg import MAX_SCANS, START, has_many_scans, make_scan_header, strip_metadata
-from .reduction import Box, LeastSize, Size, Turn, reduce_jpeg
+from .orientation import find_turn, note_orientation, turn_upright, view_as_stored
+from .reduction import Box, LeastSize, Size, reduce_jpeg
 
 Decodable: TypeAlias = "str | Path | bytes | bytearray | memoryview | BinaryIO | Image.Image | np.ndarray"
 """An image whose tensor, if it was one, has become an array."""
@@ -60,43 +61,8 @@ side, whatever the other side is."""
 MAX_BYTES = 256 << 20
 """Largest accepted encoded file in bytes."""
 
-ORIENTATION = 0x0112
-"""EXIF and TIFF tag of the orientation."""
-
-UPRIGHT = 1
-"""The orientation of an image that need not be turned."""
-
-TURN = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""Orientation -> what turns an image upright."""
-
-TURNED_BY = "cmt-edge-turned-by"
-"""Key in the ``info`` of a TIFF image of the number of the frame that was decoded and its orientation, which
-Pillow forgets when it has turned the image."""
-
-UNTURN = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_90,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_270,
-}
-"""Orientation -> what undoes Pillow's turning of a TIFF image."""
-
 LFS_POINTER = b"version https://git-lfs"
 """First bytes of the small text file that Git LFS leaves where it has not fetched a file."""
-
-DECODING = ("PIL", "numpy", "defusedxml", __name__.split(".")[0])
-"""Packages whose failures while an image is decoded are about the image, as are the standard library's."""
 
 
 class NamedBytes(io.BytesIO):
@@ -211,24 +177,6 @@ def _read_encoded(source: Decodable) -> bytes:
     if isinstance(source, (Image.Image, np.ndarray)):
         return b""
     return _read_all(source) or b""
-
-
-def is_about_data(exc: Exception) -> bool:
-    """Whether a failure while an image was read or decoded is about the image's data, and not an exception of
-    the caller's own: a time limit, or what the caller's file object raised."""
-    if isinstance(exc, TimeoutError) and exc.errno is None:
-        return False
-    root = type(exc).__module__.split(".")[0]
-    if root not in ("builtins", "PIL", "struct", "zlib", "xml"):
-        return False
-    trace = exc.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    if trace is None:
-        return True
-    module = trace.tb_frame.f_globals.get("__name__", "")
-    place = str(module).split(".")[0]
-    return place in DECODING or (place != "__main__" and place in sys.stdlib_module_names)
 
 
 def _make_undecodable_error(source: ImageLike, name: object, exc: Exception) -> ImageError:
@@ -449,13 +397,13 @@ def _convert(image: Image.Image, exif: str, name: object, least: LeastSize | Non
     _require_few_scans(image, name)
     size, box = image.size, None
     if least is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
-        size, box = reduce_jpeg(image, _find_turn(image) if exif == "apply" else None, least)
+        size, box = reduce_jpeg(image, find_turn(image) if exif == "apply" else None, least)
     if isinstance(image, TiffImagePlugin.TiffImageFile):
-        _note_orientation(image)
+        note_orientation(image)
     if exif == "apply":
-        image = _turn_upright(image)
+        image = turn_upright(image)
     elif isinstance(image, TiffImagePlugin.TiffImageFile):
-        image = _view_as_stored(image)
+        image = view_as_stored(image)
     if image.mode == "F":
         raise ImageError(
             "floating-point pixels have no defined range",
@@ -492,41 +440,6 @@ def _require_few_scans(image: Image.Image, name: object) -> None:
             why=f"more than {MAX_SCANS}; progressive images have about 10",
             remedy="save it again with another program",
         )
-
-
-def _view_as_stored(image: TiffImagePlugin.TiffImageFile) -> Image.Image:
-    """A TIFF image as it lies in its file: Pillow turns it when it decodes it."""
-    undo = UNTURN.get(image.info[TURNED_BY][1])
-    return image if undo is None else image.transpose(undo)
-
-
-def _note_orientation(image: TiffImagePlugin.TiffImageFile) -> None:
-    """Keep the orientation of the frame, which Pillow forgets once it has decoded and turned it."""
-    frame = image.tell()
-    known = image.info.get(TURNED_BY, (frame, UPRIGHT))
-    usual = known[1] if known[0] == frame else UPRIGHT
-    orientation = image.tag_v2.get(ORIENTATION) or usual
-    image.info[TURNED_BY] = (frame, orientation)
-
-
-def _turn_upright(image: Image.Image) -> Image.Image:
-    """Turn an image as its orientation says.
-
-    Only that entry is used: a photograph whose other entries are wrong is a good photograph.
-    """
-    image.load()  # Pillow turns a TIFF image here, and then forgets its orientation
-    turn = _find_turn(image)
-    return image if turn is None else image.transpose(turn)
-
-
-def _find_turn(image: Image.Image) -> Turn:
-    """What turns an image upright; ``None`` also where its metadata cannot be read, for its pixels can."""
-    try:
-        return TURN.get(image.getexif().get(ORIENTATION, UPRIGHT))
-    except Exception as exc:
-        if not is_about_data(exc):
-            raise
-        return None
 
 
 def _scale_to_8_bits(image: Image.Image, name: object) -> Image.Image:

@@ -13,8 +13,9 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar, overload
 
 from .archives import scan_archive, split_archive
-from .decoding import EXTENSIONS, is_about_data
+from .decoding import EXTENSIONS
 from .errors import DataError, InputError
+from .faults import is_about_data
 from .folders import MASKS, PICTURES, Found, Item, scan_folder
 from .parts import find_part_kind, find_parts
 

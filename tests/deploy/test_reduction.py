@@ -13,8 +13,9 @@ from PIL import Image
 
 from cmt_edge.calib.generated import generate
 from cmt_edge.deploy import Preprocess
-from cmt_edge.deploy.decoding import TURN, decode_at_least
+from cmt_edge.deploy.decoding import decode_at_least
 from cmt_edge.deploy.errors import ImageError
+from cmt_edge.deploy.orientation import TURN
 from cmt_edge.deploy.preprocessing import decode_pixels
 from cmt_edge.deploy.reduction import SIDEWAYS, turn_box
 
