@@ -93,7 +93,7 @@ class Environments:
         venv.create(place, with_pip=True, clear=True)
         wanted = [read_torch_pin(), *COMMON, *PACKAGES[name]]
         refuse_cuda(str(python), wanted)
-        _install(str(python), wanted)
+        install(str(python), wanted)
         complete.touch()
         return str(python)
 
@@ -106,7 +106,7 @@ def read_torch_pin() -> str:
 
 def refuse_cuda(python: str, wanted: list[str]) -> None:
     """Raise :class:`MissingEnvironment` if pip would install packages of CUDA beside ``wanted``."""
-    report = json.loads(_install(python, wanted, "--dry-run", "--report", "-") or "{}")
+    report = json.loads(install(python, wanted, "--dry-run", "--report", "-") or "{}")
     names = [item["metadata"]["name"] for item in report.get("install", ())]
     found = find_cuda(names)
     if found:
@@ -118,7 +118,7 @@ def find_cuda(names: list[str]) -> list[str]:
     return sorted(name for name in names if name.lower().startswith(CUDA_PREFIXES))
 
 
-def _install(python: str, wanted: list[str], *options: str) -> str:
+def install(python: str, wanted: list[str], *options: str) -> str:
     """What pip prints while it installs; raises :class:`MissingEnvironment` with its last error."""
     command = [python, "-m", "pip", "install", "--quiet", *options, *wanted]
     try:
