@@ -2,6 +2,7 @@
 
     python benchmarks/felt.py --what cold BUNDLE IMAGE [--rounds 10] [--before SRC]
     python benchmarks/felt.py --what graph MODEL.onnx [--rounds 10]
+    python benchmarks/felt.py --what form BUNDLE [--rounds 10]
     python benchmarks/felt.py --what sizes MODEL ... [--precision fp32 int8]
     python benchmarks/felt.py --what stream BUNDLE FOLDER [--rounds 10] [--seconds 4]
     python benchmarks/felt.py --what folder BUNDLE FOLDER [--rounds 10] [--links 10000]
@@ -13,6 +14,10 @@ disturbs all alike. ``--before`` adds a row for another checkout: its folder ``s
 
 ``graph``: what ONNX Runtime would gain from keeping the graph that it has optimised: from the start of a
 process to the first answer with the file as it is, and with the optimised one.
+
+``form``: the first start of a bundle for OpenVINO, from the start of a bare process to the first answer:
+``model.onnx`` is read and rewritten, the same graph is read in OpenVINO's own format, or the compiled model
+is opened that is kept for later starts.
 
 ``sizes``: the bundles of models (random weights) for OpenVINO beside the weights in their precision, and how
 large they would be with OpenVINO's own format of the graph beside ``model.onnx``, as they once were; and
@@ -39,6 +44,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -73,6 +79,30 @@ print(answer[0].argmax(), flush=True)
 """
 """Opens an ONNX file in ONNX Runtime and runs it once: source, level of optimisation, where the optimised
 graph goes."""
+
+
+RUN_FORM = """
+import sys
+import numpy as np
+import openvino as ov
+source, form = sys.argv[1:]
+core = ov.Core()
+config = {"INFERENCE_NUM_THREADS": 2, "PERFORMANCE_HINT": "LATENCY"}
+if form == "compiled":
+    with open(source, "rb") as file:
+        compiled = core.import_model(file.read(), "CPU", config)
+else:
+    if form == "onnx":
+        from pathlib import Path
+        from cmt_edge.deploy.backends.openvino_graph import read
+        model = read(Path(source))
+    else:
+        model = core.read_model(source)
+    compiled = core.compile_model(model, "CPU", config)
+answer = compiled(np.zeros(list(compiled.input(0).shape), np.float32))
+print(answer[0].argmax(), flush=True)
+"""
+"""Opens a graph in OpenVINO and runs it once: file, and whether it is ``onnx``, ``ir`` or ``compiled``."""
 
 
 @dataclass
@@ -167,6 +197,25 @@ def measure_kept_graph(model: Path, rounds: int) -> str:
         return format_spent(take_rounds(rounds, {"as it is": start_plain, "optimised": start_kept}))
 
 
+def measure_forms(bundle: Path, rounds: int) -> str:
+    """The table of ``--what form``."""
+    source = Bundle.open(bundle).file("model.onnx")
+    with tempfile.TemporaryDirectory() as folder:
+        own, kept = f"{folder}/model.xml", f"{folder}/compiled"
+        graph = read(source)
+        openvino.save_model(graph, own, compress_to_fp16=False)
+        config = {"INFERENCE_NUM_THREADS": 2, "PERFORMANCE_HINT": "LATENCY"}
+        Path(kept).write_bytes(openvino.Core().compile_model(graph, "CPU", config).export_model().getvalue())
+        files = {"model.onnx": (source, "onnx"), "OpenVINO's own format": (own, "ir")}
+        files["the compiled model"] = (kept, "compiled")
+
+        def start(file: str, form: str, spent: Spent | None) -> None:
+            run_process([sys.executable, "-c", RUN_FORM, file, form], dict(os.environ), spent)
+
+        ways = {name: partial(start, str(file), form) for name, (file, form) in files.items()}
+        return format_spent(take_rounds(rounds, ways))
+
+
 def measure_sizes(models: list[str], precisions: list[str]) -> str:
     """The table of ``--what sizes``, in MB."""
     from cmt_edge.export import ExportConfig, run
@@ -231,7 +280,7 @@ def make_slim(bundle: Bundle, target: Path) -> Bundle:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--what", choices=["cold", "graph", "sizes", *WITH_IMAGES], required=True)
+    p.add_argument("--what", choices=["cold", "form", "graph", "sizes", *WITH_IMAGES], required=True)
     p.add_argument("paths", nargs="+", metavar="PATH_OR_MODEL")
     p.add_argument("--precision", nargs="+", default=["fp32", "int8"])
     p.add_argument("--rounds", type=int, default=10)
@@ -240,12 +289,15 @@ def main() -> None:
     p.add_argument("--seconds", type=float, default=4.0, help="how long a turn of a stream or service lasts")
     p.add_argument("--links", type=int, default=LINKS, help="number of files in the folder")
     args = p.parse_args()
-    if len(args.paths) != {"graph": 1, "sizes": len(args.paths)}.get(args.what, 2):
-        p.error(f"{args.what} takes {'an ONNX file' if args.what == 'graph' else 'a bundle and images'}")
+    if len(args.paths) != {"form": 1, "graph": 1, "sizes": len(args.paths)}.get(args.what, 2):
+        taken = {"form": "a bundle", "graph": "an ONNX file"}.get(args.what, "a bundle and images")
+        p.error(f"{args.what} takes {taken}")
     paths = list(map(Path, args.paths))
     if args.what == "cold":
         extra = ["--threads", args.threads]
         print(measure_cold_start(*paths, args.rounds, args.before, extra))
+    elif args.what == "form":
+        print(measure_forms(paths[0], args.rounds))
     elif args.what == "graph":
         print(measure_kept_graph(paths[0], args.rounds))
     elif args.what in WITH_IMAGES:

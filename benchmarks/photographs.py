@@ -1,19 +1,21 @@
 """What decoding JPEG images at a part of their size changes and saves: grey levels, logits, top-1, time.
 
-    python benchmarks/photographs.py ../shared/data [--natural FOLDER] [--weights FILE] [--count N]
+    python benchmarks/photographs.py ../shared/data [--natural FOLDER] [--weights FILE] [--count N] \
+        [--bundle BUNDLE]
 
 The folder holds ``imagenet_sample/*.JPEG`` and ``cifar10.tar``. ``--weights`` is a cmt_nano trained on
 CIFAR-10. ``--natural`` is a folder of large photographs as a camera made them; Debian's package
 mate-backgrounds has twelve: ``apt-get download mate-backgrounds && dpkg -x mate-backgrounds_*.deb x`` unpacks
 them to ``x/usr/share/backgrounds/mate/nature``.
 
-Three tables for each of several gaps (how many times the size after resizing a reduced image has at least):
+Tables for each of several gaps (how many times the size after resizing a reduced image has at least):
 
 * pixels: the photographs as they are, for a model of 64 pixels, so that they are reduced; the same enlarged
   to 12 megapixels and to 1920 x 1080, for 224 pixels; the natural ones;
 * answers: logits of cmt_nano (64 pixels) on the photographs, and on CIFAR-10 test images enlarged to 512
-  pixels, beside what int8 changes on the same images;
-* time: from encoded bytes to pixels, interleaved.
+  pixels, beside what int8 changes on the same images; int8 is calibrated on training images of CIFAR-10;
+* time: from encoded bytes to pixels, interleaved;
+* with ``--bundle``: from encoded bytes to logits of this bundle, beside the model alone, with two threads.
 
 It also counts for how many images cropping before resizing would give the same pixels.
 """
@@ -27,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +65,11 @@ ENLARGED_CIFAR = (512, 512)
 QUALITY = 90
 """Of the JPEG files that are written here."""
 ROUNDS = 9
-"""Turns of the table of times."""
+"""Turns of the tables of times."""
+TIMED = 4
+"""How many images of a set are timed."""
+THREADS = 2
+"""Of the model where its answers are timed."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,7 @@ def main() -> None:
     p.add_argument("--natural", type=Path, help="folder of large photographs")
     p.add_argument("--weights", default="pretrained", help="checkpoint of cmt_nano, trained on CIFAR-10")
     p.add_argument("--count", type=int, default=1000, help="images of CIFAR-10 (default 1000)")
+    p.add_argument("--bundle", type=Path, help="a bundle of a model that photographs are large for")
     args = p.parse_args()
     sample = [path.read_bytes() for path in sorted((args.data / "imagenet_sample").glob("*.JPEG"))]
     natural = [path.read_bytes() for path in sorted(args.natural.glob("*.jpg"))] if args.natural else []
@@ -92,10 +100,13 @@ def main() -> None:
         sets.append(Photographs("natural ones, for 224 pixels", natural, USUAL))
     print(f"\n{compare_pixels(sets)}\n", flush=True)
     print(f"\n{measure_times(sets[1:])}\n", flush=True)
+    if args.bundle:
+        print(f"\n{measure_answers(sets[1:], args.bundle)}\n", flush=True)
     print(f"\nCropping before resizing gives other pixels for {count_cropped(sample[:12])}.\n")
-    cifar = enlarge(list(read_archive(args.data / "cifar10.tar", args.count)), ENLARGED_CIFAR)
+    archive = args.data / "cifar10.tar"
+    cifar = enlarge(list(read_archive(archive, args.count)), ENLARGED_CIFAR)
     answers = [Photographs("photographs", sample, SMALL), Photographs("CIFAR-10, enlarged", cifar, SMALL)]
-    print(f"\n{compare_answers(answers, args.weights)}\n")
+    print(f"\n{compare_answers(answers, args.weights, args.data / 'cifar10.tar')}\n")
     host = describe_host()
     print(f"{host.cpu}, {host.cores} cores; {', '.join(f'{k} {v}' for k, v in read_versions().items())}")
 
@@ -182,7 +193,7 @@ def measure_times(sets: Sequence[Photographs]) -> str:
         }
         times: dict[str, list[float]] = {name: [] for name in specs}
         for _ in range(ROUNDS):
-            for data in photographs.files[:4]:
+            for data in photographs.files[:TIMED]:
                 for name, spec in specs.items():
                     start = time.perf_counter()
                     decode_pixels(data, spec)
@@ -196,13 +207,44 @@ def measure_times(sets: Sequence[Photographs]) -> str:
     return format_table(["ms an image (of full)", *specs], rows, markdown=True)
 
 
-def compare_answers(sets: Sequence[Photographs], weights: str) -> str:
-    """Logits of a trained model on reduced and on fully decoded images, beside those of int8."""
+def measure_answers(sets: Sequence[Photographs], path: Path) -> str:
+    """Median milliseconds from encoded bytes to logits, full and reduced, and of the model alone."""
+    rows = []
+    with Predictor.load(path, threads=THREADS) as predictor:
+        spec = replace(predictor.spec, decode="full")
+        less = replace(spec, decode="reduced", reducing_gap=2.0)
+        for photographs in sets:
+            batch = make_batch(photographs.files[:1], spec)
+
+            def answer_to(data: bytes, how: Preprocess) -> None:
+                predictor.logits(make_batch([data], how))
+
+            ways = {
+                "full": partial(answer_to, how=spec),
+                "gap 2": partial(answer_to, how=less),
+                "the model alone": lambda data, batch=batch: predictor.logits(batch),
+            }
+            times: dict[str, list[float]] = {name: [] for name in ways}
+            for number in range(ROUNDS + 1):
+                for data in photographs.files[:TIMED]:
+                    for name, way in ways.items():
+                        start = time.perf_counter()
+                        way(data)
+                        times[name] += [1e3 * (time.perf_counter() - start)] if number else []
+            medians = [np.median(values) for values in times.values()]
+            rows.append([photographs.name, *(f"{ms:.1f} ({ms / medians[0]:.2f})" for ms in medians)])
+            say(f"answers' times: {photographs.name}")
+    return format_table([f"{path.name}: ms to the logits (of full)", *ways], rows, markdown=True)
+
+
+def compare_answers(sets: Sequence[Photographs], weights: str, archive: Path) -> str:
+    """Logits of a trained model on reduced and on fully decoded images, beside those of int8, which is
+    calibrated on training images of ``archive``."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         config = ExportConfig("cmt_nano", weights=weights, output=folder, format="openvino")
         precise = run(config)
-        int8 = run(replace(config, precision="int8", data="generated"))
+        int8 = run(replace(config, precision="int8", data=str(archive / "train")))
         with Predictor.load(precise) as predictor, Predictor.load(int8) as smaller:
             for photographs in sets:
                 own = replace(predictor.spec, decode="full")

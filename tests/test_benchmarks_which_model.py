@@ -235,7 +235,7 @@ def test_yardsticks_have_sources(which):
     subjects = import_module("which_model_subjects")
     yardsticks = subjects.read_yardsticks()
     assert all(subject.source and 70 < subject.top1 < 90 for subject in yardsticks)
-    assert len({subject.key for subject in yardsticks}) == len(yardsticks) == 12
+    assert len({subject.key for subject in yardsticks}) == len(yardsticks) == 14
 
 
 def test_a_page_without_the_comments_is_left_alone(tables, tmp_path):
