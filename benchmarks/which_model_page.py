@@ -150,9 +150,9 @@ def format_gains(here: Results, there: Results) -> str:
     header = [
         "model",
         "fp32, times the reference: here",
-        "fp32, times the reference: with VNNI",
+        "fp32, times the reference: on the first machine",
         "int8 over fp32: here",
-        "int8 over fp32: with VNNI",
+        "int8 over fp32: on the first machine",
     ]
     return format_table(header, rows, markdown=True)
 
