@@ -209,12 +209,13 @@ def test_runs_in_one_file_give_the_table_of_a_page(tmp_path, monkeypatch):
     assert page.read_text(encoding="utf-8") == text
 
 
-def test_the_table_of_the_page_is_that_of_its_runs(tmp_path, monkeypatch):
+@pytest.mark.parametrize("part", ["avx2", "xeon"])
+def test_the_table_of_the_page_is_that_of_its_runs(tmp_path, monkeypatch, part):
     report = load_benchmark("peers_report", monkeypatch)
     written = (ROOT / "docs" / "peers.md").read_text(encoding="utf-8")
     page = tmp_path / "peers.md"
     page.write_text(written, encoding="utf-8")
-    report.write_part(page, "avx2", report.read_runs([ROOT / "docs" / "peers-avx2.json"]))
+    report.write_part(page, part, report.read_runs([ROOT / "docs" / f"peers-{part}.json"]))
     assert page.read_text(encoding="utf-8") == written
 
 
