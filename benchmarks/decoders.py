@@ -7,7 +7,8 @@ The first table of images is ``imagenet_sample/*.JPEG`` enlarged to 12 megapixel
 decoded, resized to a short side of 256 pixels and cropped to 224, one thread, in turns. The base is Pillow as
 a :class:`~cmt_edge.Predictor` calls it.
 
-``--work`` is where each tool gets an environment of its own the first time. PyTurboJPEG needs the library
+``--work`` is where two environments are made the first time: one for Pillow-SIMD, which takes Pillow's place,
+and one for all others. PyTurboJPEG needs the library
 itself: ``apt-get download libturbojpeg0 && dpkg -x libturbojpeg0_*.deb x`` unpacks one to
 ``x/usr/lib/x86_64-linux-gnu/libturbojpeg.so.0``. Pillow-SIMD is compiled, with AVX2, for which it needs a
 compiler and the headers of libjpeg and zlib. torchvision is left out: it has no build without CUDA for the
@@ -122,6 +123,8 @@ def main() -> None:
     with ExitStack() as stack:
         rows: dict[str, Row] = {}
         for name, (environment, way) in WAYS.items():
+            if errors and not rows:
+                raise SystemExit(f"error: the base cannot be measured: {errors.popitem()[1]}")
             try:
                 python = find_python(args.work.absolute(), environment)
                 rows[name] = stack.enter_context(started(python, way, args.libturbojpeg))

@@ -1,4 +1,4 @@
-"""Decodes and resizes JPEG images with one tool, in that tool's own environment; :mod:`decoders` starts it.
+"""Decodes and resizes JPEG images with one tool, in the environment that has it; :mod:`decoders` starts it.
 
     python decoders_child.py WAY [LIBTURBOJPEG]
 
@@ -36,15 +36,27 @@ def choose_factor(width: int, height: int, size: Size) -> int:
     return next(fits, 1)
 
 
+def finish(image: Any, whole: Size, scale: float, size: Size, box: Box) -> Any:
+    """A decoded Pillow image, resized and cropped.
+
+    An image that was decoded at ``scale`` of the ``whole`` size has its sides rounded up: only the part that
+    shows the whole is resized.
+    """
+    from PIL import Image
+
+    part = (0, 0, whole[0] * scale, whole[1] * scale)
+    return np.asarray(image.resize(size, Image.Resampling.BICUBIC, part).crop(box))
+
+
 def make_pillow(reduced: bool) -> Way:
     from PIL import Image
 
     def decode(data: bytes, size: Size, box: Box) -> Any:
         image = Image.open(io.BytesIO(data))
-        if reduced:
-            factor = choose_factor(*image.size, size)
+        whole, factor = image.size, choose_factor(*image.size, size) if reduced else 1
+        if factor > 1:
             image.draft("RGB", (image.width // factor, image.height // factor))
-        return np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC).crop(box))
+        return finish(image.convert("RGB"), whole, 1 / factor, size, box)
 
     return decode
 
@@ -58,7 +70,9 @@ def make_simplejpeg(reduced: bool) -> Way:
         pixels = simplejpeg.decode_jpeg(
             data, fastdct=False, fastupsample=False, min_height=least[0], min_width=least[1], min_factor=1
         )
-        return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).crop(box))
+        height, width = simplejpeg.decode_jpeg_header(data)[:2]
+        eighths = 8 * pixels.shape[1] // width  # its sides are rounded up
+        return finish(Image.fromarray(pixels), (width, height), eighths / 8, size, box)
 
     return decode
 
@@ -73,7 +87,7 @@ def make_turbojpeg(reduced: bool, library: str) -> Way:
         width, height = decoder.decode_header(data)[:2]
         factor = choose_factor(width, height, size) if reduced else 1
         pixels = decoder.decode(data, pixel_format=turbojpeg.TJPF_RGB, scaling_factor=(1, factor))
-        return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).crop(box))
+        return finish(Image.fromarray(pixels), (width, height), 1 / factor, size, box)
 
     return decode
 

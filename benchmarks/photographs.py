@@ -232,7 +232,8 @@ def measure_answers(sets: Sequence[Photographs], path: Path) -> str:
                         way(data)
                         times[name] += [1e3 * (time.perf_counter() - start)] if number else []
             medians = [np.median(values) for values in times.values()]
-            rows.append([photographs.name, *(f"{ms:.1f} ({ms / medians[0]:.2f})" for ms in medians)])
+            name = photographs.name.split(", for")[0]
+            rows.append([name, *(f"{ms:.1f} ({ms / medians[0]:.2f})" for ms in medians)])
             say(f"answers' times: {photographs.name}")
     return format_table([f"{path.name}: ms to the logits (of full)", *ways], rows, markdown=True)
 

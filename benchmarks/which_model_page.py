@@ -189,8 +189,9 @@ def write_page(results: Results, page: Path) -> None:
     from which_model_plot import draw_estimates, draw_measured
 
     text = page.read_text(encoding="utf-8")
-    parts = make_parts(results) | make_own_parts(results)
     others = read_others(page)
+    parts = make_parts(results) | make_own_parts(results)
+    parts["sources"] = _list_sources([results, *others.values()])
     for name, other in others.items():
         found = make_parts(other, LONG_BUDGETS) | {"gains": format_gains(other, results)}
         parts |= {f"{name}: {part}": content for part, content in found.items()}
@@ -244,16 +245,16 @@ def make_own_parts(results: Results) -> dict[str, str]:
     return {
         "estimates": format_budgets({f"estimate for {GPU}, fp16": estimates}, GPU_BUDGETS),
         "estimated contest": format_contest(estimates, GPU_BUDGETS),
-        "sources": _list_sources(results),
     }
 
 
-def _list_sources(results: Results) -> str:
-    """Where the published figures are printed."""
+def _list_sources(machines: Sequence[Results]) -> str:
+    """Where the published figures of all models are printed."""
     found: dict[str, list[str]] = {}
-    for model in results["models"]:
-        if model["top1"] is not None:
-            found.setdefault(model["source"], []).append(model["label"])
+    for model in (model for results in machines for model in results["models"]):
+        labels = found.setdefault(model["source"], []) if model["top1"] is not None else []
+        if model["label"] not in labels:
+            labels.append(model["label"])
     return "\n".join(f"- {', '.join(labels)}: {source}" for source, labels in found.items())
 
 

@@ -36,7 +36,7 @@ def make_photograph(width: int, height: int) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("size", [(1920, 1080), (1080, 1920), (640, 480)])
+@pytest.mark.parametrize("size", [(1920, 1080), (1080, 1920), (640, 480), (1601, 1203)])
 @pytest.mark.parametrize("how", ["full", "reduced"])
 def test_pillows_rows_are_what_a_predictor_does(tools, size, how):
     _, child = tools
