@@ -2,17 +2,17 @@
 
     python benchmarks/decoders.py ../shared/data --work WORK [--natural FOLDER] [--libturbojpeg FILE]
 
-The first table of images is ``imagenet_sample/*.JPEG`` enlarged to 12 megapixels and to 1920 x 1080, as in
-``photographs.py``, and ``--natural`` is that script's folder of photographs as cameras made them. All are
+A table for each set of images: ``imagenet_sample/*.JPEG`` enlarged to 12 megapixels and to 1920 x 1080, as in
+``photographs.py``, and with ``--natural`` that script's folder of photographs as cameras made them. All are
 decoded, resized to a short side of 256 pixels and cropped to 224, one thread, in turns. The base is Pillow as
 a :class:`~cmt_edge.Predictor` calls it.
 
 ``--work`` is where two environments are made the first time: one for Pillow-SIMD, which takes Pillow's place,
-and one for all others. PyTurboJPEG needs the library
-itself: ``apt-get download libturbojpeg0 && dpkg -x libturbojpeg0_*.deb x`` unpacks one to
-``x/usr/lib/x86_64-linux-gnu/libturbojpeg.so.0``. Pillow-SIMD is compiled, with AVX2, for which it needs a
-compiler and the headers of libjpeg and zlib. torchvision is left out: it has no build without CUDA for the
-PyTorch of ``constraints.txt`` here, and its decoder is libjpeg-turbo, too.
+and one for all others. PyTurboJPEG needs the library itself: ``apt-get download libturbojpeg0 && dpkg -x
+libturbojpeg0_*.deb x`` unpacks one to ``x/usr/lib/x86_64-linux-gnu/libturbojpeg.so.0``. Pillow-SIMD is
+compiled, with AVX2, for which it needs a compiler and the headers of libjpeg and zlib. torchvision is left
+out: it has no build without CUDA for the PyTorch of ``constraints.txt`` here, and its decoder is
+libjpeg-turbo, too.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def main() -> None:
     archive = args.data / "cifar10.tar"
     cifar = enlarge(list(read_archive(archive, args.count)), ENLARGED_CIFAR)
     answers = [Photographs("photographs", sample, SMALL), Photographs("CIFAR-10, enlarged", cifar, SMALL)]
-    print(f"\n{compare_answers(answers, args.weights, args.data / 'cifar10.tar')}\n")
+    print(f"\n{compare_answers(answers, args.weights, archive)}\n")
     host = describe_host()
     print(f"{host.cpu}, {host.cores} cores; {', '.join(f'{k} {v}' for k, v in read_versions().items())}")
 

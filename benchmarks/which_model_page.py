@@ -251,11 +251,12 @@ def make_own_parts(results: Results) -> dict[str, str]:
 def _list_sources(machines: Sequence[Results]) -> str:
     """Where the published figures of all models are printed."""
     found: dict[str, list[str]] = {}
-    for model in (model for results in machines for model in results["models"]):
-        labels = found.setdefault(model["source"], []) if model["top1"] is not None else []
-        if model["label"] not in labels:
-            labels.append(model["label"])
-    return "\n".join(f"- {', '.join(labels)}: {source}" for source, labels in found.items())
+    for results in machines:
+        for model in results["models"]:
+            labels = found.setdefault(model["source"], [])
+            if model["top1"] is not None and model["label"] not in labels:
+                labels.append(model["label"])
+    return "\n".join(f"- {', '.join(labels)}: {source}" for source, labels in found.items() if labels)
 
 
 def replace_part(text: str, name: str, content: str, page: Path) -> str:
