@@ -43,7 +43,7 @@ def test_a_kept_graph_is_measured(tmp_path):
     pytest.importorskip("onnxruntime")
     bundle = make_bundle(tmp_path / "b")
     rows = run("--what", "graph", bundle.file("model.onnx"))
-    assert [row[0] for row in rows] == ["as it is", "optimised"]
+    assert [row[0] for row in rows] == ["as it is", "kept"]
 
 
 @pytest.mark.slow

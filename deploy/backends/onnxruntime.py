@@ -9,6 +9,7 @@ import json
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..cores import count_cores
 from ..errors import InputError, RuntimeMissingError
 from .base import WARM_UP_RUNS, LoadOptions, Runtime, Session, make_open_error, make_run_error
 from .described import GraphTensor, require_described
+from .onnxruntime_cache import Job, can_keep, open_once
 from .overflow import can_overflow
 from .profile import NodeRun, Profile
 from .provider_sessions import Offer, count_operators, find_offer, open_on
@@ -70,6 +72,7 @@ class OnnxRuntimeSession(Session):
         options: LoadOptions,
         precision: str = "fp32",
         fits_16_bits: bool = False,
+        keeping: Bundle | None = None,
     ) -> None:
         """Open a graph; raises :class:`RuntimeMissingError` where the device cannot run all of it.
 
@@ -78,6 +81,8 @@ class OnnxRuntimeSession(Session):
             options: how it is run.
             precision: the bundle's, which some providers must be told.
             fits_16_bits: whether int8 products are exact without :data:`EXACT_INT8`, as the manifest says.
+            keeping: the bundle whose graph ``model`` is, if what the CPU optimises of it may be kept for the
+                next start.
         """
         self._model = model if isinstance(model, bytes) else _find_form(model)
         self._where = None if isinstance(model, bytes) else str(model)
@@ -91,22 +96,30 @@ class OnnxRuntimeSession(Session):
         elif options.throughput:  # one thread per inference, as many inferences as threads
             self.parallelism, self._threads = self._threads, 1
         self.device = CPU if self._place is None else str(self._place)
-        offer, self.inference = self._open()
+        if keeping is not None and self._place is None:
+            found = open_once(Job(keeping, self._widens, self._make_options, self._open_on_cpu), self._model)
+            offer, self.inference, self.is_from_cache = None, found.value, found.is_kept
+        else:
+            offer, self.inference = self._open()
         self.runtime = NAME if offer is None else f"{NAME}, {offer}"
         self.input_name: str = self.inference.get_inputs()[0].name
 
     def _open(self, profile_prefix: str | None = None) -> tuple[Offer | None, ort.InferenceSession]:
         """The graph on its device, and the provider that runs it where that is not the CPU's."""
 
-        def make_options() -> ort.SessionOptions:
-            return _make_options(self._threads, profile_prefix, self._widens)
-
+        make_options = partial(self._make_options, profile_prefix)
         if self._place is not None:
             return open_on(self._place, self._model, make_options, self._demand, self._where)
+        return None, self._open_on_cpu(self._model, make_options())
+
+    def _make_options(self, profile_prefix: str | None = None) -> ort.SessionOptions:
+        return _make_options(self._threads, profile_prefix, self._widens)
+
+    def _open_on_cpu(self, model: str | bytes, options: ort.SessionOptions) -> ort.InferenceSession:
         try:
-            return None, ort.InferenceSession(
-                self._model,
-                make_options(),
+            return ort.InferenceSession(
+                model,
+                options,
                 providers=["CPUExecutionProvider"],
                 enable_fallback=0,
             )
@@ -275,7 +288,11 @@ class OnnxRuntime(Runtime):
             exc.where = str(bundle.path)
             raise
         session = OnnxRuntimeSession(
-            bundle.file(ONNX), options, bundle.manifest.precision, bundle.manifest.fits_16_bits
+            bundle.file(ONNX),
+            options,
+            bundle.manifest.precision,
+            bundle.manifest.fits_16_bits,
+            keeping=bundle if options.cache and can_keep(bundle) else None,
         )
         require_described(
             bundle,

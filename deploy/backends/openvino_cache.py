@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import openvino as ov
@@ -20,9 +19,10 @@ from cmt_edge.version import __version__
 from ..bundle import ONNX, Bundle
 from ..cache import compute_digest
 from ..cores import list_cores
-from ..errors import BundleError, OutputError
-from ..files import find_cache_folder, hash_file
+from ..errors import OutputError
+from ..files import find_cache_folder
 from ..sealing import Result, SealedCache
+from .keeping import find_mode, read_instructions, require_same_file
 from .variables import read_variables
 
 FOLDER = "openvino"
@@ -35,12 +35,6 @@ WAY = 5
 """How a file becomes a compiled model. Raised when :mod:`.openvino_graph` makes another graph of a file."""
 CAN_EXPORT = "EXPORT_IMPORT"
 """OpenVINO's word for a device whose compiled models can be kept."""
-PROCESSORS = Path("/proc/cpuinfo")
-"""Where Linux describes the processors."""
-PROCESSOR_CHARACTERS = 1 << 14
-"""The number of characters there that are read; the first processor takes fewer."""
-PROCESSOR_WORDS = ("flags", "features", "model name", "cpu part", "stepping")
-"""Starts, in lower case, of the lines there that tell what is compiled for a processor."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +64,7 @@ def compile_once(
 
     def compile_and_check() -> ov.CompiledModel:
         compiled = compile_anew()
-        _require_same_file(job)
+        require_same_file(job.bundle)
         return compiled
 
     cache = SealedCache(find_cache_folder() / FOLDER, "compiled model", ".blob", KEEP, MOST_BYTES)
@@ -79,7 +73,7 @@ def compile_once(
         decode=lambda content: core.import_model(content, job.device, dict(job.config)),
         make=compile_and_check,
         encode=_export,
-        mode=_find_mode(job.bundle.file(ONNX)),
+        mode=find_mode(job.bundle),
     )
 
 
@@ -110,7 +104,7 @@ def _describe_machine(core: ov.Core, device: str) -> dict[str, Any]:
         "device": _read_caching_properties(core, device),
         "name": core.get_property(device, "FULL_DEVICE_NAME"),
         "capabilities": sorted(core.get_property(device, "OPTIMIZATION_CAPABILITIES")),
-        "instructions": _read_instructions(),
+        "instructions": read_instructions(),
         "cores": list_cores(),
         "environment": read_variables(),
     }
@@ -128,34 +122,6 @@ def _read_caching_properties(core: ov.Core, device: str) -> dict[str, str]:
         return {}
 
 
-def _read_instructions() -> list[str]:
-    """What Linux says of the first processor and its instructions, empty elsewhere."""
-    try:
-        with open(PROCESSORS, errors="replace") as file:  # it is long where there are many processors
-            first = file.read(PROCESSOR_CHARACTERS).partition("\n\n")[0]
-    except OSError:
-        return []
-    return sorted(line for line in first.splitlines() if line.lower().startswith(PROCESSOR_WORDS))
-
-
-def _require_same_file(job: Job) -> None:
-    """Raise :class:`BundleError` where the graph is no longer the one that the bundle was opened with.
-
-    What was compiled of another file must never be kept under the hash of this one.
-    """
-    path = job.bundle.file(ONNX)
-    try:
-        found = hash_file(path)
-    except OSError:
-        found = ""
-    if found != job.bundle.manifest.files[ONNX].sha256:
-        raise BundleError(
-            "a file of the bundle was changed while it was being compiled",
-            where=path,
-            remedy="run the command again",
-        )
-
-
 def _export(compiled: ov.CompiledModel) -> bytes:
     """The bytes of a compiled model; raises :class:`OutputError` where the device does not give them."""
     try:
@@ -163,8 +129,3 @@ def _export(compiled: ov.CompiledModel) -> bytes:
     except RuntimeError as exc:
         raise OutputError("the compiled model cannot be kept", why=str(exc).strip().split("\n")[-1]) from exc
     return stream if isinstance(stream, bytes) else stream.getvalue()
-
-
-def _find_mode(weights: Path) -> int:
-    """Permissions of what is kept: whoever may not read the bundle's weights may not read them there."""
-    return weights.stat().st_mode & 0o444 | 0o200

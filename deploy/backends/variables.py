@@ -1,10 +1,10 @@
-"""Environment variables that change what OpenVINO compiles, and so both speed and answers."""
+"""Environment variables that change what a runtime compiles, and so both speed and answers."""
 
 from __future__ import annotations
 
 import os
 
-STARTS = ("ONEDNN_", "DNNL_", "OV_", "OPENVINO_", "TBB_")
+STARTS = ("ONEDNN_", "DNNL_", "OV_", "OPENVINO_", "TBB_", "ORT_")
 """Starts of their names."""
 
 

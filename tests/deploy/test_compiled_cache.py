@@ -1,7 +1,9 @@
-"""Compiled models that are kept: the same bits, only what this machine sealed, and never a reason to fail."""
+"""What runtimes have made of a graph and is kept: the same bits, only what this machine sealed, and never a
+reason to fail."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -11,26 +13,32 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 
 ov = pytest.importorskip("openvino")
+ort = pytest.importorskip("onnxruntime")
 
 from cmt_edge.deploy import Bundle, Predictor  # noqa: E402
 from cmt_edge.deploy import cache as cache_module  # noqa: E402
 from cmt_edge.deploy import files as files_module  # noqa: E402
-from cmt_edge.deploy.backends import openvino_cache  # noqa: E402
+from cmt_edge.deploy.backends import keeping, onnxruntime_cache, openvino_cache  # noqa: E402
 from cmt_edge.deploy.bundle import ONNX  # noqa: E402
 from cmt_edge.deploy.cli import bench as cmt_bench  # noqa: E402
 from cmt_edge.deploy.cli import predict as cmt_predict  # noqa: E402
 from cmt_edge.deploy.cli import verify as cmt_verify  # noqa: E402
 from cmt_edge.deploy.errors import BundleError, CacheWarning  # noqa: E402
-from helpers.bundles import SIZE, make_bundle  # noqa: E402
+from helpers.bundles import SIZE, make_bundle, make_calibration  # noqa: E402
 from helpers.images import coloured_folder  # noqa: E402
 from helpers.paths import ROOT  # noqa: E402
 
+REAL = [("fp32_bundle", None), ("int8_bundle", None), ("int8_bundle", "onnxruntime")]
+"""Bundles of a real model, and what runs them."""
 BATCH = np.random.default_rng(0).random((1, 3, SIZE, SIZE), dtype=np.float32)
 SECONDS = 120
 """A process that takes longer hangs."""
@@ -44,9 +52,95 @@ def own_folders(tmp_path, monkeypatch):
     monkeypatch.setattr(cache_module, "_reported", set())
 
 
+def patch_opening(patch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
+    """Let ``action`` happen where ONNX Runtime would open what was kept."""
+    opened = ort.InferenceSession
+
+    def take(model, *args, **named):
+        return action() if isinstance(model, bytes) else opened(model, *args, **named)
+
+    patch.setattr(ort, "InferenceSession", take)
+
+
+def patch_optimising(patch: pytest.MonkeyPatch, action: Callable[[], object], *, first: bool = False) -> None:
+    """Let ``action`` happen instead of ONNX Runtime's optimising a file, or after it."""
+    opened = ort.InferenceSession
+
+    def take(model, *args, **named):
+        if isinstance(model, bytes):
+            return opened(model, *args, **named)
+        session = opened(model, *args, **named) if first else None
+        done = action()
+        return session or done
+
+    patch.setattr(ort, "InferenceSession", take)
+
+
+def patch_importing(patch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
+    """Let ``action`` happen where OpenVINO would open what was kept."""
+    patch.setattr(ov.Core, "import_model", lambda *_: action())
+
+
+def patch_compiling(patch: pytest.MonkeyPatch, action: Callable[[], object], *, first: bool = False) -> None:
+    """Let ``action`` happen instead of OpenVINO's compiling, or after it."""
+    compile_model = ov.Core.compile_model
+
+    def take(*args):
+        compiled = compile_model(*args) if first else None
+        done = action()
+        return compiled or done
+
+    patch.setattr(ov.Core, "compile_model", take)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How one runtime keeps what it has made of a graph: format and precision of a bundle, the module that
+    keeps, what it calls an entry, and how to interfere with making and opening one."""
+
+    format: str
+    precision: str
+    module: ModuleType
+    what: str
+    suffix: str
+    instead_of_making: Callable[..., None]
+    instead_of_opening: Callable[..., None]
+
+    def make_bundle(self, target: Path, **changes) -> Bundle:
+        calibration = make_calibration(True) if self.precision == "int8" else None
+        return make_bundle(
+            target, format=self.format, precision=self.precision, calibration=calibration, **changes
+        )
+
+    @property
+    def folder(self) -> Path:
+        return Path(os.environ["CMT_EDGE_CACHE"]) / self.module.FOLDER
+
+    def list_entries(self) -> list[Path]:
+        return sorted(self.folder.glob(f"*{self.suffix}"))
+
+    def list_suffixes(self) -> list[str]:
+        return sorted(path.suffix for path in self.folder.iterdir())
+
+
+WAYS = {
+    "openvino": Way(
+        "openvino", "fp32", openvino_cache, "compiled model", ".blob", patch_compiling, patch_importing
+    ),
+    "onnxruntime": Way(
+        "onnx", "int8", onnxruntime_cache, "optimised graph", ".graph", patch_optimising, patch_opening
+    ),
+}
+
+
+@pytest.fixture(params=list(WAYS))
+def way(request) -> Way:
+    return WAYS[request.param]
+
+
 @pytest.fixture
-def bundle(tmp_path) -> Bundle:
-    return make_bundle(tmp_path / "tiny", format="openvino")
+def bundle(tmp_path, way) -> Bundle:
+    return way.make_bundle(tmp_path / "tiny")
 
 
 def answer(bundle: Bundle | Path, **options) -> tuple[bytes, bool]:
@@ -57,31 +151,23 @@ def answer(bundle: Bundle | Path, **options) -> tuple[bytes, bool]:
         return predictor.logits(BATCH).tobytes(), predictor.loading.is_from_cache
 
 
-def list_blobs() -> list[Path]:
-    return sorted((Path(os.environ["CMT_EDGE_CACHE"]) / "openvino").glob("*.blob"))
-
-
-def list_all() -> list[str]:
-    return sorted(path.name for path in (Path(os.environ["CMT_EDGE_CACHE"]) / "openvino").iterdir())
-
-
-def test_the_second_start_compiles_nothing_and_gives_the_same_bits(bundle, monkeypatch):
+def test_the_second_start_makes_nothing_anew_and_gives_the_same_bits(bundle, way, monkeypatch):
     expected, _ = answer(bundle, cache=False)
-    assert list_blobs() == []
+    assert way.list_entries() == []
     assert answer(bundle) == (expected, False)
-    assert [Path(name).suffix for name in list_all()] == [".blob", ".seal"]
-    monkeypatch.setattr(ov.Core, "compile_model", lambda *_: pytest.fail("it was compiled"))
+    assert way.list_suffixes() == sorted([way.suffix, ".seal"])
+    way.instead_of_making(monkeypatch, lambda: pytest.fail("it was made anew"))
     assert answer(bundle) == (expected, True)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_a_real_model_gives_the_same_bits(request, precision):
-    bundle = request.getfixturevalue(f"{precision}_bundle")
+@pytest.mark.parametrize(("name", "backend"), REAL)
+def test_a_real_model_gives_the_same_bits(request, name, backend):
+    bundle = request.getfixturevalue(name)
     size = bundle.preprocess.size
     batch = np.random.default_rng(1).standard_normal((1, 3, size, size)).astype(np.float32)
     found = []
     for _ in range(2):
-        with Predictor.load(bundle.path, threads=1) as predictor:
+        with Predictor.load(bundle.path, backend=backend, threads=1) as predictor:
             found.append((predictor.session.is_from_cache, predictor.logits(batch).tobytes()))
             executed = predictor.session.executed(batch, repeats=1).operations
             kinds = {name for name, count in executed.items() if count}
@@ -91,25 +177,81 @@ def test_a_real_model_gives_the_same_bits(request, precision):
     assert answers == others
 
 
-def test_the_settings_are_part_of_the_key(bundle, monkeypatch):
+def test_an_optimised_float_graph_is_not_kept(tmp_path):
+    """Hashing its weights takes as long as optimising it anew."""
+    bundle = make_bundle(tmp_path / "tiny")
+    answer(bundle)
+    assert not answer(bundle)[1]
+    assert WAYS["onnxruntime"].list_entries() == []
+
+
+def test_where_the_processor_is_unknown_no_optimised_graph_is_kept(tmp_path, monkeypatch):
+    """It holds memory layouts of one kind of processor."""
+    monkeypatch.setattr(keeping, "PROCESSORS", tmp_path / "none")
+    bundle = WAYS["onnxruntime"].make_bundle(tmp_path / "tiny")
+    answer(bundle)
+    assert not answer(bundle)[1]
+    assert WAYS["onnxruntime"].list_entries() == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("place", ["missing", "full"])
+def test_an_optimised_graph_that_cannot_be_written_keeps_nothing_from_opening(tmp_path, monkeypatch, place):
+    bundle = WAYS["onnxruntime"].make_bundle(tmp_path / "tiny")
+    expected, _ = answer(bundle, cache=False)
+    if place == "missing":
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    else:
+        (tmp_path / ONNX).symlink_to("/dev/full")
+        monkeypatch.setattr("tempfile.TemporaryDirectory", lambda: contextlib.nullcontext(str(tmp_path)))
+    with pytest.warns(CacheWarning, match="results are not kept") as told:
+        assert answer(bundle) == (expected, False)
+    assert len(told) == 1
+    assert WAYS["onnxruntime"].list_entries() == []
+
+
+def test_the_settings_are_part_of_the_key(tmp_path, monkeypatch):
+    bundle = WAYS["openvino"].make_bundle(tmp_path / "tiny")
     answer(bundle)
     for options in ({"threads": 1}, {"throughput": True}, {"threads": 1, "throughput": True}):
         assert not answer(bundle, **options)[1], options
         assert answer(bundle, **options)[1], options
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+
+
+def test_one_optimised_graph_serves_any_number_of_threads(tmp_path):
+    """They do not change it."""
+    bundle = WAYS["onnxruntime"].make_bundle(tmp_path / "tiny")
+    answer(bundle, threads=1)
+    for options in ({"threads": 2}, {"throughput": True}):
+        assert answer(bundle, **options) == (answer(bundle, cache=False, **options)[0], True)
+
+
+def test_exact_products_are_part_of_the_key(tmp_path, monkeypatch):
+    """ONNX Runtime makes other graphs for them."""
+    bundle = make_bundle(tmp_path / "tiny", precision="int8", calibration=make_calibration(None))
+    for overflows in (True, False):
+        monkeypatch.setattr("cmt_edge.deploy.backends.onnxruntime.can_overflow", lambda to=overflows: to)
+        assert not answer(bundle)[1]
+        assert answer(bundle)[1]
+
+
+@pytest.mark.parametrize("variable", ["ONEDNN_MAX_CPU_ISA", "ORT_LOAD_CONFIG_FROM_MODEL"])
+def test_variables_of_the_runtimes_are_part_of_the_key(bundle, monkeypatch, variable):
+    answer(bundle)
+    monkeypatch.setenv(variable, "AVX2" if variable.endswith("ISA") else "0")
     assert not answer(bundle)[1]
 
 
-def test_the_runtime_the_machine_and_the_files_are_part_of_the_key(bundle, tmp_path, monkeypatch):
+def test_the_runtime_the_machine_and_the_files_are_part_of_the_key(bundle, way, tmp_path, monkeypatch):
     answer(bundle)
     with monkeypatch.context() as patch:
-        patch.setattr(ov, "__version__", "2030.1")
+        patch.setattr(ov if way.format == "openvino" else ort, "__version__", "2030.1")
         assert not answer(bundle)[1]
     with monkeypatch.context() as patch:
-        patch.setattr(openvino_cache, "PROCESSORS", tmp_path / "cpuinfo")
+        patch.setattr(keeping, "PROCESSORS", tmp_path / "cpuinfo")
         (tmp_path / "cpuinfo").write_text("flags : avx2\n\nflags : avx2\n")
         assert not answer(bundle)[1]
-    other = make_bundle(tmp_path / "other", format="openvino", labels=("a", "b"))
+    other = way.make_bundle(tmp_path / "other", labels=("a", "b"))
     assert not answer(other)[1]
     copy = shutil.copytree(bundle.path, tmp_path / "copy")
     assert answer(copy)[1], "the same files in another place"
@@ -136,8 +278,8 @@ def break_seal(blob: Path) -> None:
 
 def take_another(blob: Path) -> None:
     """Put an entry that this machine sealed under another key in the place of this one."""
-    (other,) = [path for path in list_blobs() if path != blob]
-    for suffix in (".blob", ".seal"):
+    (other,) = [path for path in blob.parent.glob(f"*{blob.suffix}") if path != blob]
+    for suffix in (blob.suffix, ".seal"):
         shutil.copy(other.with_suffix(suffix), blob.with_suffix(suffix))
 
 
@@ -147,16 +289,16 @@ def change_secret(blob: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [flip, truncate, empty, break_seal, take_another, change_secret])
-def test_what_this_machine_did_not_write_so_is_never_opened(bundle, tmp_path, monkeypatch, damage):
+def test_what_this_machine_did_not_write_so_is_never_opened(bundle, way, tmp_path, monkeypatch, damage):
     expected, _ = answer(bundle)
-    (blob,) = list_blobs()
-    answer(make_bundle(tmp_path / "other", format="openvino", labels=("a", "b")))
+    (blob,) = way.list_entries()
+    answer(way.make_bundle(tmp_path / "other", labels=("a", "b")))
     damage(blob)
     with monkeypatch.context() as patch:
-        patch.setattr(ov.Core, "import_model", lambda *_: pytest.fail("it was opened"))
+        way.instead_of_opening(patch, lambda: pytest.fail("it was opened"))
         with pytest.warns(CacheWarning) as told:
             assert answer(bundle) == (expected, False)
-    text = "compiled model in the cache was not used, because it is not as this machine wrote it"
+    text = f"{way.what} in the cache was not used, because it is not as this machine wrote it"
     assert sum(text in str(warning.message) for warning in told) == 1
     assert answer(bundle) == (expected, True)
 
@@ -170,21 +312,21 @@ def test_a_secret_that_every_user_knows_or_replaces_seals_nothing(bundle, name, 
         assert answer(bundle) == (expected, False)
 
 
-def test_a_sealed_model_that_the_runtime_refuses_is_made_again(bundle, monkeypatch):
+def test_a_sealed_model_that_the_runtime_refuses_is_made_again(bundle, way, monkeypatch):
     expected, _ = answer(bundle)
 
-    def refuse(*_):
+    def refuse():
         raise RuntimeError("no")
 
     with monkeypatch.context() as patch:
-        patch.setattr(ov.Core, "import_model", refuse)
+        way.instead_of_opening(patch, refuse)
         with pytest.warns(CacheWarning, match="cannot be opened; it was made again"):
             assert answer(bundle) == (expected, False)
 
 
-def test_half_an_entry_is_none(bundle):
+def test_half_an_entry_is_none(bundle, way):
     expected, _ = answer(bundle)
-    (blob,) = list_blobs()
+    (blob,) = way.list_entries()
     blob.unlink()
     assert answer(bundle) == (expected, False)
     blob.with_suffix(".seal").unlink()
@@ -192,7 +334,7 @@ def test_half_an_entry_is_none(bundle):
     assert answer(bundle) == (expected, True)
 
 
-def test_no_cache_reads_and_writes_nothing(bundle, monkeypatch, tmp_path, call):
+def test_no_cache_reads_and_writes_nothing(bundle, way, monkeypatch, tmp_path, call):
     image = next(coloured_folder(tmp_path / "images").rglob("*.png"))
     answer(bundle, cache=False)
     assert call(cmt_predict.main, bundle.path, image, "--no-cache")[0] == 0
@@ -202,17 +344,18 @@ def test_no_cache_reads_and_writes_nothing(bundle, monkeypatch, tmp_path, call):
     assert not Path(os.environ["CMT_EDGE_STATE"]).exists()
     monkeypatch.setenv("CMT_EDGE_NO_CACHE", "0")
     answer(bundle)
-    assert list_blobs()
+    assert way.list_entries()
     assert not answer(bundle, cache=False)[1]
 
 
-def test_verifying_and_measuring_compile_anew(bundle, call):
+def test_verifying_and_measuring_compile_anew(bundle, way, call):
     answer(bundle)
-    before = {path: path.stat().st_mtime_ns for path in list_blobs()}
+    before = {path: path.stat().st_mtime_ns for path in way.list_entries()}
     time.sleep(0.01)
     assert call(cmt_verify.main, bundle.path)[0] == 0
     assert call(cmt_bench.main, bundle.path, "--iters", 1, "--seconds", 0.01, "--warmup", 1)[0] == 0
-    assert {path: path.stat().st_mtime_ns for path in list_blobs()} == before, "the use of an entry is dated"
+    after = {path: path.stat().st_mtime_ns for path in way.list_entries()}
+    assert after == before, "the use of an entry is dated"
 
 
 def test_verbose_tells_where_the_time_went(bundle, tmp_path, call):
@@ -237,15 +380,15 @@ def test_verbose_tells_where_the_time_went(bundle, tmp_path, call):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
-def test_who_may_not_read_the_bundle_may_not_read_what_is_kept(bundle):
+def test_who_may_not_read_the_bundle_may_not_read_what_is_kept(bundle, way):
     (bundle.path / ONNX).chmod(0o600)
     answer(bundle)
-    (blob,) = list_blobs()
+    (blob,) = way.list_entries()
     assert stat.S_IMODE(blob.stat().st_mode) == 0o600
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC])
-def test_a_folder_that_takes_nothing_costs_only_the_keeping(bundle, monkeypatch, number):
+def test_a_folder_that_takes_nothing_costs_only_the_keeping(bundle, way, monkeypatch, number):
     expected, _ = answer(bundle, cache=False)
 
     def refuse(*_, **__):
@@ -256,7 +399,7 @@ def test_a_folder_that_takes_nothing_costs_only_the_keeping(bundle, monkeypatch,
     (Path(os.environ["CMT_EDGE_STATE"]) / "machine.key").write_bytes(b"s" * 32)
     with pytest.warns(CacheWarning, match="results are not kept for the next run"):
         assert answer(bundle) == (expected, False)
-    assert list_blobs() == []
+    assert way.list_entries() == []
 
 
 def test_without_a_secret_nothing_is_kept(bundle, monkeypatch, tmp_path):
@@ -279,85 +422,85 @@ def test_a_read_only_cache_that_is_filled_serves(bundle, monkeypatch):
     assert answer(bundle) == (expected, True)
 
 
-def test_a_graph_that_the_manifest_does_not_describe_is_refused_from_the_cache_too(bundle, tmp_path):
+def test_a_graph_that_the_manifest_does_not_describe_is_refused_from_the_cache_too(bundle, way, tmp_path):
     answer(bundle)
-    wrong = make_bundle(tmp_path / "wrong", format="openvino", labels=("a", "b"))
+    wrong = way.make_bundle(tmp_path / "wrong", labels=("a", "b"))
     content = (bundle.path / ONNX).read_bytes()
-    other = make_bundle(tmp_path / "again", format="openvino", labels=("a", "b"), members={ONNX: content})
+    other = way.make_bundle(tmp_path / "again", labels=("a", "b"), members={ONNX: content})
     assert other.manifest.files[ONNX] == bundle.manifest.files[ONNX] != wrong.manifest.files[ONNX]
     with pytest.raises(BundleError, match="not what the manifest says"):
         answer(other)
 
 
-def test_a_file_that_changes_while_it_is_compiled_is_never_kept(bundle, tmp_path, monkeypatch):
+def test_a_file_that_changes_while_it_is_compiled_is_never_kept(bundle, way, tmp_path, monkeypatch):
     """Its hash would stand for another model at every later start."""
-    compile_model = ov.Core.compile_model
 
-    def exchange(*args):
-        compiled = compile_model(*args)
+    def exchange():
         content = (bundle.path / ONNX).read_bytes()
         (bundle.path / ONNX).write_bytes(content[:-1] + b"\0")
-        return compiled
 
-    monkeypatch.setattr(ov.Core, "compile_model", exchange)
+    way.instead_of_making(monkeypatch, exchange, first=True)
     with pytest.raises(BundleError, match="changed while it was being compiled"):
         answer(bundle)
-    assert list_blobs() == []
+    assert way.list_entries() == []
 
 
-def test_models_that_were_not_used_for_longest_are_dropped(bundle, monkeypatch):
-    monkeypatch.setattr(openvino_cache, "KEEP", 2)
-    for threads in (1, 2, 3):
-        answer(bundle, threads=threads)
-        for path in list_blobs():
+def test_models_that_were_not_used_for_longest_are_dropped(way, monkeypatch, tmp_path):
+    bundles = [way.make_bundle(tmp_path / labels, labels=tuple(labels)) for labels in ("ab", "abc", "abcd")]
+    monkeypatch.setattr(way.module, "KEEP", 2)
+    for bundle in bundles:
+        answer(bundle)
+        for path in way.list_entries():
             os.utime(path, (path.stat().st_mtime - 60, path.stat().st_mtime - 60))
-    assert len(list_blobs()) == 2
-    assert [answer(bundle, threads=threads)[1] for threads in (2, 3)] == [True, True]
-    monkeypatch.setattr(openvino_cache, "MOST_BYTES", 1)
-    answer(bundle, threads=4)
-    assert len(list_blobs()) == 1
+    assert len(way.list_entries()) == 2
+    assert [answer(bundle)[1] for bundle in bundles[1:]] == [True, True]
+    monkeypatch.setattr(way.module, "MOST_BYTES", 1)
+    answer(bundles[0])
+    assert len(way.list_entries()) == 1
 
 
 LOAD = """
 import sys
 from cmt_edge import Predictor
 import numpy as np
-with Predictor.load(sys.argv[1]) as predictor:
+with Predictor.load(sys.argv[1], backend=sys.argv[2] or None) as predictor:
     size = predictor.spec.size
     print(predictor.logits(np.ones((1, 3, size, size), np.float32)).tobytes().hex())
 """
 """Opens a bundle and prints the bits of an answer."""
 
 
-def start(bundle: Bundle, code: str = LOAD) -> subprocess.Popen[str]:
+def start(bundle: Bundle, code: str = LOAD, backend: str = "") -> subprocess.Popen[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    command = [sys.executable, "-W", "error", "-c", code, str(bundle.path)]
+    command = [sys.executable, "-W", "error", "-c", code, str(bundle.path), backend]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
 @pytest.mark.slow
-def test_processes_that_start_at_once_do_not_disturb_each_other(bundle):
+def test_processes_that_start_at_once_do_not_disturb_each_other(bundle, way):
     processes = [start(bundle) for _ in range(4)]
     answers = {process.communicate(timeout=SECONDS)[0] for process in processes}
     assert [process.returncode for process in processes] == [0] * 4
     assert len(answers) == 1
-    assert [Path(name).suffix for name in list_all()] == [".blob", ".seal"]
+    assert way.list_suffixes() == sorted([way.suffix, ".seal"])
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-def test_a_process_that_is_killed_leaves_nothing_half_written(int8_bundle):
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_a_process_that_is_killed_leaves_nothing_half_written(int8_bundle, way):
     """At many moments; what the next process finds is whole or is not there."""
+    backend = next(name for name, other in WAYS.items() if other is way)
     for delay in np.linspace(0.4, 1.6, 7):
-        process = start(int8_bundle)
+        process = start(int8_bundle, backend=backend)
         time.sleep(delay)
         process.kill()
         process.communicate()
     with warnings.catch_warnings():
         warnings.simplefilter("error", CacheWarning)
-        with Predictor.load(int8_bundle.path) as predictor:
+        with Predictor.load(int8_bundle.path, backend=backend) as predictor:
             assert predictor.loading
-    assert all(stat.S_ISREG(path.stat().st_mode) for path in list_blobs())
+    assert all(stat.S_ISREG(path.stat().st_mode) for path in way.list_entries())
 
 
 FORK = """

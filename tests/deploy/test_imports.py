@@ -34,6 +34,7 @@ RUNTIMES = (
     "cmt_edge.deploy.backends.openvino_watched",
     "cmt_edge.deploy.backends.kserve",
     "cmt_edge.deploy.backends.onnxruntime",
+    "cmt_edge.deploy.backends.onnxruntime_cache",
     "cmt_edge.deploy.backends.provider_sessions",
     "cmt_edge.deploy.backends.torch",
     "cmt_edge.deploy.backends.torch_blocks",
