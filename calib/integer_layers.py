@@ -12,6 +12,9 @@ longer than the float graph. :func:`place_for_integers` changes a calibrated gra
   size.
 * Weights get a larger scale where sums of their products would exceed 16 bits (:mod:`.pair_sums`), so that
   processors without VNNI compute them exactly by their fast kernels.
+* The int8 weights of layers that read floats (:mod:`.trunk`) become floats by a cast and a multiplication,
+  which ONNX Runtime computes once, when it opens the graph. It would dequantize them in every inference, or
+  round what a MatMul reads.
 
 OpenVINO and TensorRT need none of that, so that only graphs for ONNX Runtime are changed.
 """
@@ -41,6 +44,7 @@ from .graph import (
     remove_unread,
     write_model,
 )
+from .recipe import INT8_OPS
 from .row_products import multiply_rows
 from .statistics import Request, Statistics
 
@@ -50,7 +54,7 @@ LARGEST = np.float32(127)
 BIAS_LIMIT = 2**31 - 1
 """The largest magnitude of an int32 bias."""
 
-PLACEMENT = "integers-3"
+PLACEMENT = "integers-4"
 """Names these rules where a recipe is recorded; the number is increased when they change."""
 
 Ranges = dict[str, float]
@@ -103,6 +107,8 @@ def place_for_integers(quantized: onnx.ModelProto, ranges: Mapping[str, float]) 
                 _quantize_bias(graph, layer, layer, 2)
             elif layer.op_type == "MatMul" and _is_int8(layer):
                 sums |= _quantize_added_bias(graph, layer)
+            elif layer.op_type in INT8_OPS and _has_int8_weights_alone(layer):
+                _convert_weights_once(graph, layer)
         multiply_rows(graph, sums)
         remove_unread(graph)
         result = write_model(view)
@@ -122,6 +128,31 @@ def _is_int8(layer: ir.Node) -> bool:
         return False
     both = activation.op_type == weights.op_type == DEQUANTIZE
     return both and is_constant(weights.inputs[0]) and not is_constant(activation.inputs[0])
+
+
+def _has_int8_weights_alone(layer: ir.Node) -> bool:
+    """Whether a layer reads floats and dequantized weights."""
+    activation, weights = (find_producer(value) for value in layer.inputs[:2])
+    if weights is None or weights.op_type != DEQUANTIZE or not is_constant(weights.inputs[0]):
+        return False
+    return activation is None or activation.op_type != DEQUANTIZE
+
+
+def _convert_weights_once(graph: ir.Graph, layer: ir.Node) -> None:
+    """Let ``layer`` read its weights, which have no zero point, from a cast and a multiplication."""
+    dequantizer = find_producer(layer.inputs[1])
+    assert dequantizer is not None  # _has_int8_weights_alone has said so
+    name, scale = f"{get_node_name(layer)}_weights", _read_scale(dequantizer)
+    if scale.size > 1:
+        shape = [1] * len(read_constant(get_input(dequantizer, 0)).shape)
+        shape[dequantizer.attributes.get_int("axis", 1)] = -1
+        scale = scale.reshape(shape)
+    as_float = {"to": int(ir.DataType.FLOAT)}
+    cast = make_node("Cast", [get_input(dequantizer, 0)], f"{name}_cast", f"{name}_cast", as_float)
+    factor = add_constant(graph, f"{name}_factor", scale.astype(np.float32))
+    product = make_node("Mul", [cast.outputs[0], factor], f"{name}_scaled", f"{name}_scaled")
+    graph.insert_before(layer, [cast, product])
+    layer.replace_input_with(1, product.outputs[0])
 
 
 def _is_quantized_next(layer: ir.Node) -> bool:

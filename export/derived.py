@@ -100,7 +100,7 @@ class DerivedSettings(Settings):
         return replace(
             DEFAULT,
             fits_16_bits=self.fits_16_bits,
-            float_trunk=self.format == "openvino",
+            float_trunk=not self.has_engine,
             equalize=self.data != GENERATED,
             keep_float=self.kept_float,
         )

@@ -47,6 +47,12 @@ def quantized(graph, data, cache):
 
 
 @pytest.fixture(scope="session")
+def freed(graph, data, cache):
+    """As the export calibrates for OpenVINO and ONNX Runtime."""
+    return quantize(graph, data, SPEC, replace(DEFAULT, fits_16_bits=True, float_trunk=True), cache=cache)
+
+
+@pytest.fixture(scope="session")
 def fitting(graph, data, cache):
-    """As the export calibrates for ONNX Runtime."""
+    """The same, with all layers reading int8 that can."""
     return quantize(graph, data, SPEC, replace(DEFAULT, fits_16_bits=True), cache=cache)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from cmt_edge.calib import DEFAULT, quantize
 from cmt_edge.calib.generated import generate
 from cmt_edge.calib.graph import open_view
 from cmt_edge.calib.groups import MODULE
@@ -79,12 +77,6 @@ def test_stages_and_head_of_a_cmt(graph):
     found = [modules[name].split(".") for name in list_trunk(graph)]
     assert [name[:3] for name in found[:3]] == [["stages", str(i), "embed"] for i in (1, 2, 3)]
     assert [name[0] for name in found[3:]] == ["head", "head"]
-
-
-@pytest.fixture(scope="module")
-def freed(graph, data, cache):
-    """As the export calibrates for OpenVINO."""
-    return quantize(graph, data, SPEC, replace(DEFAULT, fits_16_bits=True, float_trunk=True), cache=cache)
 
 
 def test_only_their_weights_are_int8(graph, freed, fitting):

@@ -56,6 +56,13 @@ def test_formats_for_cpus_get_weights_that_fit_16_bits(monkeypatch, form, expect
     assert [recipe.fits_16_bits for recipe in recipes] == [expected]
 
 
+@pytest.mark.parametrize(
+    ("form", "expected"), [("onnx", True), ("openvino", True), ("trt", False), ("rtx", False)]
+)
+def test_layers_that_nothing_leads_around_read_floats_on_cpus(form, expected):
+    assert make_config(form).recipe.float_trunk is expected
+
+
 @pytest.mark.parametrize(("data", "expected"), [("generated", False), ("synthetic", True), ("photos", True)])
 def test_channels_are_rescaled_by_images_like_those_of_the_model_alone(data, expected):
     assert ExportConfig("cmt_nano", "openvino", "int8", data=data).recipe.equalize is expected
