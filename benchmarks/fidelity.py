@@ -10,8 +10,8 @@ placing of pairs is repeated for each variant. Everything runs in OpenVINO on th
 
 ``--only VARIANT ...`` and ``--models MODEL ...`` choose rows and columns. ``--float GROUP`` adds a row with
 a group of layers in float (several are joined by commas; ``embed`` stands for all groups with that ending),
-and ``--time SECONDS`` runs the graphs of a model in turns and gives their speed relative to the first;
-with ``--kept`` it times those of an earlier run and judges nothing.
+and ``--time SECONDS`` runs the graphs of a model in turns and gives their speed relative to the first, in
+OpenVINO or where ``--time-in`` says; with ``--kept`` it times those of an earlier run and judges nothing.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from torch import nn
 
 from cmt_edge.calib import CalibrationSet
 from cmt_edge.calib.groups import group_nodes
+from cmt_edge.calib.integer_layers import measure_conv_ranges, place_for_integers
 from cmt_edge.calib.quantize import Placed, place_pairs
 from cmt_edge.calib.recipe import DEFAULT, Recipe
 from cmt_edge.calib.refine import refine
@@ -72,13 +73,20 @@ VARIANTS: dict[str, dict[str, bool]] = {
     "fits": {"search": True, "rounding": True, "biases": True, "fits_16_bits": True},
     "trunk": {"search": True, "rounding": True, "biases": True, "fits_16_bits": True},
     "unequalized": {"search": True, "rounding": True, "biases": True, "fits_16_bits": True},
+    "fits-integers": {"search": True, "rounding": True, "biases": True, "fits_16_bits": True},
+    "trunk-integers": {"search": True, "rounding": True, "biases": True, "fits_16_bits": True},
 }
 """Names of the variants and the steps of :func:`cmt_edge.calib.refine.refine` that they take. "trunk" is what
 bundles of OpenVINO have: layers that nothing leads around read floats (:mod:`cmt_edge.calib.trunk`).
-"unequalized" is that without equalization, as where images are drawn."""
+"unequalized" is that without equalization, as where images are drawn. "trunk-integers" is what bundles of
+ONNX Runtime have, "fits-integers" that without layers that read floats."""
+
+PLACED = ("fits-integers", "trunk-integers")
+"""The variants with what ONNX Runtime needs (:mod:`cmt_edge.calib.integer_layers`)."""
 
 RECIPES = {
     "trunk": replace(DEFAULT, float_trunk=True),
+    "trunk-integers": replace(DEFAULT, float_trunk=True),
     "unequalized": replace(DEFAULT, float_trunk=True, equalize=False),
 }
 """The recipes of variants that differ before :func:`cmt_edge.calib.refine.refine`; others have
@@ -87,7 +95,7 @@ RECIPES = {
 COPIES = 3
 """How often each graph is compiled for ``--time``."""
 
-SHIFTED = ("all", "fits", "trunk", "unequalized")
+SHIFTED = ("all", "fits", "trunk", "unequalized", *PLACED)
 """The variants that shift values, too."""
 
 
@@ -228,6 +236,8 @@ def judge(case: Case, args: argparse.Namespace) -> Iterator[tuple[str, Found]]:
                 placed.reach if name in SHIFTED else {},
                 **VARIANTS[name],
             )
+        if name in PLACED:
+            graph = place_for_integers(graph, measure_conv_ranges(graph, local))
         seconds = shared + time.perf_counter() - start
         yield name, compare(case, name, graph, seconds, args)
     for groups in args.floats:
@@ -277,10 +287,17 @@ def get_path(model: str, variant: str, args: argparse.Namespace) -> Path:
 def time_in_turns(case: Case, variants: Sequence[str], args: argparse.Namespace) -> list[str]:
     """Speed of the kept graphs, which are those of the last choice of images, relative to the first. Each is
     compiled :data:`COPIES` times, because compilations of one graph differ; the fastest median counts."""
+    paths = {name: get_path(case.name, name, args) for name in variants}
+    in_openvino = args.time_in == "openvino"
     sessions = [
-        (name, open_openvino(get_path(case.name, name, args), args.threads, args.precision))
+        (
+            name,
+            open_openvino(path, args.threads, args.precision)
+            if in_openvino
+            else open_onnxruntime(path, args.threads),
+        )
         for _ in range(COPIES)
-        for name in variants
+        for name, path in paths.items()
     ]
     times: list[list[float]] = [[] for _ in sessions]
     end = time.perf_counter() + args.time
@@ -333,6 +350,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--float", dest="floats", nargs="+", default=[], metavar="GROUP", help="float groups")
     p.add_argument("--time", type=float, default=0.0, help="seconds for the latency of each model (0: none)")
+    p.add_argument("--time-in", choices=["openvino", "onnxruntime"], default="openvino")
     p.add_argument("--kept", action="store_true", help="only time the graphs of an earlier run (--time)")
     p.add_argument("--markdown", type=Path)
     args = p.parse_args(argv)

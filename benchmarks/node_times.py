@@ -28,7 +28,7 @@ REPEATS = 50
 def format_rows(path: Path, threads: int) -> list[list[str]]:
     """One line a kind, the slowest first, and the sum."""
     bundle = Bundle.open(path)
-    with Predictor.load(bundle.path, threads=threads) as predictor:
+    with Predictor.load(bundle.path, threads=threads, cache=False) as predictor:
         session = predictor.session
         if not isinstance(session, OpenVINOSession):
             raise SystemExit(f"{path}: only OpenVINO bundles have an execution graph with times")

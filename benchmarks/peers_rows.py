@@ -339,7 +339,9 @@ def load_openvino(job: Job, folder: Path, throughput: bool, precision: str | Non
 
 def load_ours(job: Job, folder: Path, throughput: bool, backend: str) -> Session:
     (bundle,) = folder.iterdir()
-    return Predictor.load(bundle, backend=backend, threads=job.threads, throughput=throughput).session
+    return Predictor.load(
+        bundle, backend=backend, threads=job.threads, throughput=throughput, cache=False
+    ).session
 
 
 def _make_own_row(precision: str, form: str = "openvino") -> Row:

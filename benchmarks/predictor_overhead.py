@@ -261,8 +261,10 @@ def report(path: Path, args: argparse.Namespace) -> None:
         raise SystemExit(f"{path}: a bundle of batch 1 or of any batch is needed")
     files = make_photos()
     with (
-        Predictor.load(bundle, backend=args.backend, threads=args.threads) as one,
-        Predictor.load(bundle, backend=args.backend, threads=args.threads, throughput=True) as many,
+        Predictor.load(bundle, backend=args.backend, threads=args.threads, cache=False) as one,
+        Predictor.load(
+            bundle, backend=args.backend, threads=args.threads, throughput=True, cache=False
+        ) as many,
     ):
         say(f"{path.name}: one at a time ...")
         print(

@@ -151,7 +151,7 @@ def running(cores: int) -> Iterator[tuple[Cluster, float]]:
 def predict(bundle: Path, paths: Sequence[Path]) -> Cost:
     """As ``cmt-predict`` does it."""
     meter = Meter()
-    with Predictor.load(bundle, throughput=True) as predictor:
+    with Predictor.load(bundle, throughput=True, cache=False) as predictor:
         deque(predictor.attempt(paths, copy=False), maxlen=0)
         meter.note(len(paths))
     return meter.cost

@@ -120,9 +120,9 @@ def measure_logit_rows(args: argparse.Namespace, folder: str, weights: str) -> l
             images = np.stack(
                 [preprocess(source.read(item), bundle.preprocess) for item in source.items[:PHOTOS]]
             )
-            with Predictor.load(bundle, backend="onnxruntime") as p:
+            with Predictor.load(bundle, backend="onnxruntime", cache=False) as p:
                 truth = p.logits(images)
-        with Predictor.load(bundle, backend="onnxruntime") as p:
+        with Predictor.load(bundle, backend="onnxruntime", cache=False) as p:
             plain = p.logits(images)
         graph = run_graph(round_graph(onnx.load(bundle.file("model.onnx"))), "rounded")
         ours = np.concatenate([graph(images[i : i + 1])[0] for i in range(len(images))])

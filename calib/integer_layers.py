@@ -34,6 +34,7 @@ from .graph import (
     detach_readers,
     find_producer,
     find_readers,
+    find_source,
     get_input,
     get_node_name,
     is_constant,
@@ -132,10 +133,10 @@ def _is_int8(layer: ir.Node) -> bool:
 
 def _has_int8_weights_alone(layer: ir.Node) -> bool:
     """Whether a layer reads floats and dequantized weights."""
-    activation, weights = (find_producer(value) for value in layer.inputs[:2])
+    source, weights = find_source(layer.inputs[0]), find_producer(layer.inputs[1])
     if weights is None or weights.op_type != DEQUANTIZE or not is_constant(weights.inputs[0]):
         return False
-    return activation is None or activation.op_type != DEQUANTIZE
+    return source is None or source.op_type != DEQUANTIZE
 
 
 def _convert_weights_once(graph: ir.Graph, layer: ir.Node) -> None:

@@ -96,6 +96,7 @@ class Cache:
         make: Callable[[], T],
         encode: Callable[[T], Files],
         mode: int = 0o666,
+        make_unkept: Callable[[], T] | None = None,
     ) -> T:
         """What is kept under ``key``, or is made now and kept.
 
@@ -107,6 +108,7 @@ class Cache:
             make: makes the result anew; what it raises is raised here.
             encode: makes the files of the result.
             mode: permissions of the files.
+            make_unkept: makes the result where the folder cannot be written to; default: ``make``.
         """
         kept = self._decode(key, decode)
         if kept is not None:
@@ -119,7 +121,7 @@ class Cache:
                 if kept is not None:
                     return kept
                 tell_unusable(self.folder, exc)
-                return make()
+                return (make_unkept or make)()
             found = self._decode(key, decode)
             if found is not None:
                 return found

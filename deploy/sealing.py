@@ -127,11 +127,19 @@ class SealedCache:
         make: Callable[[], T],
         encode: Callable[[T], bytes],
         mode: int = 0o666,
+        make_unkept: Callable[[], T] | None = None,
     ) -> Result[T]:
         """What is kept under ``key``, or is made now and kept; see :meth:`.cache.Cache.get`.
 
-        ``mode``: permissions of the files. Without a secret nothing is read or kept, which a
-        :class:`CacheWarning` says.
+        Without a secret nothing is read or kept, which a :class:`CacheWarning` says.
+
+        Args:
+            key: the name of the entry.
+            decode: makes the result of an entry's content.
+            make: makes the result anew.
+            encode: makes the content of an entry.
+            mode: permissions of the files.
+            make_unkept: makes the result where nothing can be kept; default: ``make``.
         """
         try:
             make_seal(key)
@@ -141,9 +149,16 @@ class SealedCache:
                 f"{exc.what} ({exc.where}: {exc.why}): results are not kept for the next run;"
                 " CMT_EDGE_STATE=FOLDER names another place",
             )
-            return Result(make(), is_kept=False)
+            return Result((make_unkept or make)(), is_kept=False)
         entry = _Entry(f"{self.what}: {key}", decode, make, encode)
-        value = self._cache.get(key, decode=entry.open, make=entry.make, encode=entry.seal, mode=mode)
+        value = self._cache.get(
+            key,
+            decode=entry.open,
+            make=entry.make,
+            encode=entry.seal,
+            mode=mode,
+            make_unkept=make_unkept,
+        )
         if entry.fault and not entry.is_kept:
             warnings.warn(
                 f"the {self.what} in the cache was not used, because {entry.fault}; it was made again",

@@ -171,6 +171,12 @@ def int8_bundle(exported):
     return exported("int8", precision="int8", data="generated", calib_size=32)
 
 
+@pytest.fixture(scope="session")
+def int8_onnx_bundle(exported):
+    """cmt_nano, ONNX Runtime, int8, calibrated on generated images."""
+    return exported("int8_onnx", format="onnx", precision="int8", data="generated", calib_size=32)
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """PyTorch on one thread: as the golden data was made, and much faster where other work keeps the cores

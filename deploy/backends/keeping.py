@@ -40,12 +40,18 @@ def require_same_file(bundle: Bundle) -> None:
         found = ""
     if found != bundle.manifest.files[ONNX].sha256:
         raise BundleError(
-            "a file of the bundle was changed while it was being compiled",
+            "a file of the bundle was changed while it was being opened",
             where=path,
             remedy="run the command again",
         )
 
 
 def find_mode(bundle: Bundle) -> int:
-    """Permissions of what is kept: whoever may not read the bundle's weights may not read them there."""
-    return bundle.file(ONNX).stat().st_mode & 0o444 | 0o200
+    """Permissions of what is kept: whoever may not read the bundle's weights may not read them there.
+
+    The owner's alone where the file is gone; then the runtime says what is wrong.
+    """
+    try:
+        return bundle.file(ONNX).stat().st_mode & 0o444 | 0o200
+    except OSError:
+        return 0o600

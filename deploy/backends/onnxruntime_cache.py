@@ -11,7 +11,6 @@ Source: ONNX Runtime documentation, "Graph Optimizations in ONNX Runtime", offli
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +24,10 @@ from ..bundle import ONNX, Bundle
 from ..cache import compute_digest
 from ..errors import OutputError
 from ..files import find_cache_folder
+from ..locks import scratch_folder
 from ..sealing import Result, SealedCache
 from .keeping import find_mode, read_instructions, require_same_file
-from .variables import read_variables
+from .variables import ONNX_RUNTIME, read_variables
 
 FOLDER = "onnxruntime"
 """Name of the folder in the cache."""
@@ -35,6 +35,8 @@ KEEP = 32
 """The number of optimised graphs that stay, those that were used last."""
 MOST_BYTES = 2 << 30
 """The total size in bytes of the optimised graphs that stay."""
+SCRATCH = ".optimising-"
+"""Start of the names of folders for a graph that is being optimised."""
 WAY = 1
 """How a graph is optimised and kept. Raised when this module changes it."""
 
@@ -82,23 +84,31 @@ def open_once(job: Job, form: str | bytes) -> Result[ort.InferenceSession]:
         BundleError: the graph was changed while it was opened. What ``job.open`` raises comes through.
     """
 
+    folder = find_cache_folder() / FOLDER
+
     def open_kept(content: bytes) -> _Opened:
         options = job.make_options()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        return _Opened(job.open(content, options))
+        session = job.open(content, options)
+        vars(session)["_model_bytes"] = b""  # ONNX Runtime's own class would hold the content for good
+        return _Opened(session)
+
+    def open_plainly() -> _Opened:
+        return _Opened(job.open(form, job.make_options()))
 
     def open_and_check() -> _Opened:
-        opened = _optimise(job, form)
+        opened = _optimise(job, form, folder)
         require_same_file(job.bundle)
         return opened
 
-    cache = SealedCache(find_cache_folder() / FOLDER, "optimised graph", ".graph", KEEP, MOST_BYTES)
+    cache = SealedCache(folder, "optimised graph", ".graph", KEEP, MOST_BYTES)
     found = cache.get(
         make_key(job),
         decode=open_kept,
         make=open_and_check,
         encode=_take_content,
         mode=find_mode(job.bundle),
+        make_unkept=open_plainly,
     )
     return Result(found.value.session, found.is_kept)
 
@@ -112,16 +122,17 @@ def make_key(job: Job) -> str:
             "runtime": [ort.__version__, ort.get_build_info()],
             "ours": [__version__, WAY],
             "instructions": read_instructions(),
-            "environment": read_variables(),
+            "environment": read_variables(ONNX_RUNTIME),
         }
     )
 
 
-def _optimise(job: Job, form: str | bytes) -> _Opened:
-    """A session of the bundle's graph, with the optimised graph where that could be written."""
+def _optimise(job: Job, form: str | bytes, parent: Path) -> _Opened:
+    """A session of the bundle's graph, with the optimised graph where that could be written to a folder in
+    ``parent``."""
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / ONNX
+        with scratch_folder(parent, SCRATCH) as folder:
+            file = folder / ONNX
             options = job.make_options()
             options.optimized_model_filepath = str(file)
             return _Opened(job.open(form, options), file.read_bytes())

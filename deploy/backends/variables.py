@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 
-STARTS = ("ONEDNN_", "DNNL_", "OV_", "OPENVINO_", "TBB_", "ORT_")
-"""Starts of their names."""
+OPENVINO = ("ONEDNN_", "DNNL_", "OV_", "OPENVINO_", "TBB_")
+"""Starts of the names of those that OpenVINO heeds."""
+ONNX_RUNTIME = ("ORT_",)
+"""Starts of the names of those that ONNX Runtime heeds."""
 
 
-def read_variables() -> dict[str, str]:
+def read_variables(starts: tuple[str, ...] = OPENVINO) -> dict[str, str]:
     """Name -> value of those that are set."""
-    return {name: value for name, value in os.environ.items() if name.startswith(STARTS)}
+    return {name: value for name, value in os.environ.items() if name.startswith(starts)}

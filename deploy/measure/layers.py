@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -81,7 +81,7 @@ def compare_layers(
         InputError: a bundle does not know its blocks, or the bundles do not belong together.
         RuntimeMissingError: PyTorch is missing here, or no runtime runs a bundle.
     """
-    options = options or LoadOptions()
+    options = replace(options or LoadOptions(), cache=False)
     _require_comparable(bundles)
     images = _Images.of(bundles[0], data, limit)
     reference = _Reference.open(bundles, options)

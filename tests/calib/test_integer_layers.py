@@ -83,6 +83,24 @@ def test_a_linear_that_reads_floats_gets_the_same_weights(axis):
     np.testing.assert_allclose(run(placed, x)[0], expected, rtol=1e-5, atol=1e-6)
 
 
+def test_weights_of_a_linear_behind_joined_int8_values_stay_dequantized():
+    """It reads int8, as one with a class token does, though no pair stands directly before it."""
+    model = make_half(1)
+    constants = {"p": np.float32(0.02), "pz": np.int8(0)}
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "p", "pz"], ["q"], "q"),
+        *[helper.make_node("DequantizeLinear", ["q", "p", "pz"], [f"part{i}"], f"part{i}") for i in (0, 1)],
+        helper.make_node("Concat", ["part0", "part1"], ["joined"], "join", axis=1),
+    ]
+    model.graph.initializer.extend(numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items())
+    product = model.graph.node.pop()
+    product.input[0] = "joined"
+    model.graph.node.extend([*nodes, product])
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 4
+    placed = place_for_integers(model, {})
+    assert not any(node.op_type in ("Cast", "Mul") for node in placed.graph.node)
+
+
 def make_half(axis: int) -> onnx.ModelProto:
     """A linear from 4 to 4 channels that reads floats; its int8 weights have scales along ``axis``."""
     rng = np.random.default_rng(0)
