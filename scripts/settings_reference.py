@@ -67,8 +67,8 @@ Keys may have hyphens or underscores, and stand at the top of the file or in a t
 """
 """What stands above the first table."""
 VARIABLES = {
-    "CMT_EDGE_CACHE": "folder of what can be made again: compiled models, calibrations, unpacked bundles,"
-    " timings of TensorRT",
+    "CMT_EDGE_CACHE": "folder of what can be made again: compiled models, optimised graphs, calibrations,"
+    " unpacked bundles, timings of TensorRT",
     "CMT_EDGE_STATE": "folder of the secret that seals what only this machine may have written",
     "CMT_EDGE_NO_CACHE": "`1`: nothing is read from the cache, written to it or sealed",
     "NO_COLOR": "no colours, on terminals too",

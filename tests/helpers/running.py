@@ -9,8 +9,12 @@ from pathlib import Path
 
 
 def list_helper_threads() -> list[threading.Thread]:
-    """The threads that decode images or run a session."""
-    return [t for t in threading.enumerate() if t.name.startswith(("decode", "infer"))]
+    """The threads that decode images or run a session.
+
+    One whose start was interrupted at a certain point never begins, but stays in Python's list for good.
+    """
+    names = ("decode", "infer")
+    return [t for t in threading.enumerate() if t.ident is not None and t.name.startswith(names)]
 
 
 def is_running(pid: int) -> bool:
