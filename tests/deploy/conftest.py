@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cmt_edge.deploy import cache as cache_module
 from cmt_edge.deploy.measure.timing import Protocol
 from helpers.cli import assert_told
 from helpers.collections import archive, fill
@@ -119,3 +120,11 @@ def nvml(monkeypatch):
 @pytest.fixture
 def no_nvml(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
+
+
+@pytest.fixture
+def own_folders(tmp_path, monkeypatch):
+    """Every test has an empty cache and a secret of its own."""
+    monkeypatch.setenv("CMT_EDGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CMT_EDGE_STATE", str(tmp_path / "state"))
+    monkeypatch.setattr(cache_module, "_reported", set())

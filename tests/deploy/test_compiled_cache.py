@@ -3,7 +3,6 @@ reason to fail."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import shutil
@@ -13,10 +12,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -27,16 +23,14 @@ ort = pytest.importorskip("onnxruntime")
 from cmt_edge.deploy import Bundle, Predictor  # noqa: E402
 from cmt_edge.deploy import cache as cache_module  # noqa: E402
 from cmt_edge.deploy import files as files_module  # noqa: E402
-from cmt_edge.deploy.backends import keeping, onnxruntime_cache, openvino_cache  # noqa: E402
-from cmt_edge.deploy.backends import onnxruntime as runtime  # noqa: E402
-from cmt_edge.deploy.backends.base import LoadOptions  # noqa: E402
+from cmt_edge.deploy.backends import keeping  # noqa: E402
 from cmt_edge.deploy.bundle import ONNX  # noqa: E402
 from cmt_edge.deploy.cli import bench as cmt_bench  # noqa: E402
 from cmt_edge.deploy.cli import predict as cmt_predict  # noqa: E402
 from cmt_edge.deploy.cli import verify as cmt_verify  # noqa: E402
 from cmt_edge.deploy.errors import BundleError, CacheWarning  # noqa: E402
-from helpers.bundles import SIZE, make_bundle, make_calibration  # noqa: E402
 from helpers.images import coloured_folder  # noqa: E402
+from helpers.kept_models import WAYS, Way, answer  # noqa: E402
 from helpers.paths import ROOT  # noqa: E402
 
 REAL = [
@@ -46,98 +40,9 @@ REAL = [
     ("int8_onnx_bundle", None),
 ]
 """Bundles of a real model, and what runs them."""
-BATCH = np.random.default_rng(0).random((1, 3, SIZE, SIZE), dtype=np.float32)
+pytestmark = pytest.mark.usefixtures("own_folders")
 SECONDS = 120
 """A process that takes longer hangs."""
-
-
-@pytest.fixture(autouse=True)
-def own_folders(tmp_path, monkeypatch):
-    """Every test has an empty cache and a secret of its own."""
-    monkeypatch.setenv("CMT_EDGE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("CMT_EDGE_STATE", str(tmp_path / "state"))
-    monkeypatch.setattr(cache_module, "_reported", set())
-
-
-def patch_opening(patch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
-    """Let ``action`` happen where ONNX Runtime would open what was kept."""
-    opened = ort.InferenceSession
-
-    def take(model, *args, **named):
-        return action() if isinstance(model, bytes) else opened(model, *args, **named)
-
-    patch.setattr(ort, "InferenceSession", take)
-
-
-def patch_optimising(patch: pytest.MonkeyPatch, action: Callable[[], object], *, first: bool = False) -> None:
-    """Let ``action`` happen instead of ONNX Runtime's optimising a file, or after it."""
-    opened = ort.InferenceSession
-
-    def take(model, *args, **named):
-        if isinstance(model, bytes):
-            return opened(model, *args, **named)
-        session = opened(model, *args, **named) if first else None
-        done = action()
-        return session or done
-
-    patch.setattr(ort, "InferenceSession", take)
-
-
-def patch_importing(patch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
-    """Let ``action`` happen where OpenVINO would open what was kept."""
-    patch.setattr(ov.Core, "import_model", lambda *_: action())
-
-
-def patch_compiling(patch: pytest.MonkeyPatch, action: Callable[[], object], *, first: bool = False) -> None:
-    """Let ``action`` happen instead of OpenVINO's compiling, or after it."""
-    compile_model = ov.Core.compile_model
-
-    def take(*args):
-        compiled = compile_model(*args) if first else None
-        done = action()
-        return compiled or done
-
-    patch.setattr(ov.Core, "compile_model", take)
-
-
-@dataclass(frozen=True)
-class Way:
-    """How one runtime keeps what it has made of a graph: format and precision of a bundle, the module that
-    keeps, what it calls an entry, and how to interfere with making and opening one."""
-
-    format: str
-    precision: str
-    module: ModuleType
-    what: str
-    suffix: str
-    instead_of_making: Callable[..., None]
-    instead_of_opening: Callable[..., None]
-
-    def make_bundle(self, target: Path, **changes) -> Bundle:
-        calibration = make_calibration(True) if self.precision == "int8" else None
-        return make_bundle(
-            target, format=self.format, precision=self.precision, calibration=calibration, **changes
-        )
-
-    @property
-    def folder(self) -> Path:
-        return Path(os.environ["CMT_EDGE_CACHE"]) / self.module.FOLDER
-
-    def list_entries(self) -> list[Path]:
-        return sorted(self.folder.glob(f"*{self.suffix}"))
-
-    def list_suffixes(self) -> list[str]:
-        return sorted(path.suffix for path in self.folder.iterdir())
-
-
-WAYS = {
-    "openvino": Way(
-        "openvino", "fp32", openvino_cache, "compiled model", ".blob", patch_compiling, patch_importing
-    ),
-    "onnxruntime": Way(
-        "onnx", "int8", onnxruntime_cache, "optimised graph", ".graph", patch_optimising, patch_opening
-    ),
-}
 
 
 @pytest.fixture(params=list(WAYS))
@@ -148,14 +53,6 @@ def way(request) -> Way:
 @pytest.fixture
 def bundle(tmp_path, way) -> Bundle:
     return way.make_bundle(tmp_path / "tiny")
-
-
-def answer(bundle: Bundle | Path, **options) -> tuple[bytes, bool]:
-    """The bits of an answer, and whether the model came from the cache."""
-    path = bundle.path if isinstance(bundle, Bundle) else bundle
-    with Predictor.load(path, **options) as predictor:
-        assert predictor.loading.is_from_cache == predictor.session.is_from_cache
-        return predictor.logits(BATCH).tobytes(), predictor.loading.is_from_cache
 
 
 def test_the_second_start_makes_nothing_anew_and_gives_the_same_bits(bundle, way, monkeypatch):
@@ -180,84 +77,12 @@ def test_a_real_model_gives_the_same_bits(request, name, backend):
     assert len({logits for _, logits in found}) == 1
 
 
-def test_exact_products_of_a_real_model_have_the_same_bits(int8_onnx_bundle, monkeypatch):
-    monkeypatch.setattr(runtime, "can_overflow", lambda: True)
-    manifest = replace(int8_onnx_bundle.manifest, calibration=make_calibration(None))
-    bundle = replace(int8_onnx_bundle, manifest=manifest)
-    size = bundle.preprocess.size
-    batch = np.random.default_rng(1).standard_normal((1, 3, size, size)).astype(np.float32)
-    found = []
-    for cache in (False, True, True):
-        session = runtime.RUNTIME.load(bundle, LoadOptions(threads=1, cache=cache))
-        found.append((session.is_from_cache, session.run(batch)[0].tobytes()))
-    assert [is_from_cache for is_from_cache, _ in found] == [False, False, True]
-    assert len({logits for _, logits in found}) == 1
-
-
-def test_the_kept_graph_does_not_stay_in_memory_beside_the_session(tmp_path):
-    bundle = WAYS["onnxruntime"].make_bundle(tmp_path / "tiny")
-    answer(bundle)
-    session = runtime.RUNTIME.load(bundle, LoadOptions())
-    assert session.is_from_cache
-    (entry,) = WAYS["onnxruntime"].list_entries()
-    assert entry.read_bytes() not in vars(session.inference).values()
-
-
-def test_an_optimised_float_graph_is_not_kept(tmp_path):
-    """Hashing its weights takes as long as optimising it anew."""
-    bundle = make_bundle(tmp_path / "tiny")
-    answer(bundle)
-    assert not answer(bundle)[1]
-    assert WAYS["onnxruntime"].list_entries() == []
-
-
-def test_where_the_processor_is_unknown_no_optimised_graph_is_kept(tmp_path, monkeypatch):
-    """It holds memory layouts of one kind of processor."""
-    monkeypatch.setattr(keeping, "PROCESSORS", tmp_path / "none")
-    bundle = WAYS["onnxruntime"].make_bundle(tmp_path / "tiny")
-    answer(bundle)
-    assert not answer(bundle)[1]
-    assert WAYS["onnxruntime"].list_entries() == []
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.parametrize("place", ["missing", "full"])
-def test_an_optimised_graph_that_cannot_be_written_keeps_nothing_from_opening(tmp_path, monkeypatch, place):
-    bundle = WAYS["onnxruntime"].make_bundle(tmp_path / "tiny")
-    expected, _ = answer(bundle, cache=False)
-    if place == "full":
-        (tmp_path / ONNX).symlink_to("/dev/full")
-    folder = tmp_path if place == "full" else tmp_path / "missing"
-    monkeypatch.setattr(onnxruntime_cache, "scratch_folder", lambda *_: contextlib.nullcontext(folder))
-    with pytest.warns(CacheWarning, match="results are not kept") as told:
-        assert answer(bundle) == (expected, False)
-    assert len(told) == 1
-    assert WAYS["onnxruntime"].list_entries() == []
-
-
-def test_the_settings_are_part_of_the_key(tmp_path, monkeypatch):
+def test_the_settings_are_part_of_the_key(tmp_path):
     bundle = WAYS["openvino"].make_bundle(tmp_path / "tiny")
     answer(bundle)
     for options in ({"threads": 1}, {"throughput": True}, {"threads": 1, "throughput": True}):
         assert not answer(bundle, **options)[1], options
         assert answer(bundle, **options)[1], options
-
-
-def test_one_optimised_graph_serves_any_number_of_threads(tmp_path):
-    """They do not change it."""
-    bundle = WAYS["onnxruntime"].make_bundle(tmp_path / "tiny")
-    answer(bundle, threads=1)
-    for options in ({"threads": 2}, {"throughput": True}):
-        assert answer(bundle, **options) == (answer(bundle, cache=False, **options)[0], True)
-
-
-def test_exact_products_are_part_of_the_key(tmp_path, monkeypatch):
-    """ONNX Runtime makes other graphs for them."""
-    bundle = make_bundle(tmp_path / "tiny", precision="int8", calibration=make_calibration(None))
-    for overflows in (True, False):
-        monkeypatch.setattr(runtime, "can_overflow", lambda to=overflows: to)
-        assert not answer(bundle)[1]
-        assert answer(bundle)[1]
 
 
 def test_variables_of_the_runtime_are_part_of_the_key(bundle, way, monkeypatch):
@@ -429,19 +254,6 @@ def test_a_folder_that_takes_nothing_costs_only_the_keeping(bundle, way, monkeyp
     with pytest.warns(CacheWarning, match="results are not kept for the next run"):
         assert answer(bundle) == (expected, False)
     assert way.list_entries() == []
-
-
-@pytest.mark.parametrize("fault", ["secret", "folder"])
-def test_where_nothing_can_be_kept_no_graph_is_written(tmp_path, monkeypatch, fault):
-    """It would cost time at every start."""
-    bundle = WAYS["onnxruntime"].make_bundle(tmp_path / "tiny")
-    expected, _ = answer(bundle, cache=False)
-    (tmp_path / "file").write_text("in the way")
-    name = "CMT_EDGE_STATE" if fault == "secret" else "CMT_EDGE_CACHE"
-    monkeypatch.setenv(name, str(tmp_path / "file" / "folder"))
-    monkeypatch.setattr(onnxruntime_cache, "_optimise", lambda *_: pytest.fail("it was written"))
-    with pytest.warns(CacheWarning, match=name):
-        assert answer(bundle) == (expected, False)
 
 
 def test_without_a_secret_nothing_is_kept(bundle, monkeypatch, tmp_path):

@@ -20,6 +20,8 @@ from helpers.openvino_machine import LAPTOP, SERVER, Machine  # noqa: E402
 
 BATCH = np.random.default_rng(0).random((1, 3, SIZE, SIZE), dtype=np.float32)
 
+pytestmark = pytest.mark.usefixtures("own_folders")
+
 
 @pytest.fixture
 def machine(monkeypatch):
@@ -31,12 +33,6 @@ def machine(monkeypatch):
         return found
 
     return replace
-
-
-@pytest.fixture(autouse=True)
-def own_folders(tmp_path, monkeypatch):
-    monkeypatch.setenv("CMT_EDGE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("CMT_EDGE_STATE", str(tmp_path / "state"))
 
 
 @pytest.fixture
