@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import onnx_ir as ir
 
@@ -9,8 +11,10 @@ from .graph import (
     DEQUANTIZE,
     MOVES,
     QUANTIZE,
+    add_constant,
     count_readers,
     find_producer,
+    find_readers,
     get_input,
     get_node_name,
     is_constant,
@@ -55,45 +59,121 @@ def _is_unsigned(quantizer: ir.Node) -> bool:
 
 def move_pairs_to_layers(graph: ir.Graph) -> None:
     """Move every pair that a conv or linear reads through moves of values to directly before that layer, in
-    place.
+    place. Pairs of one scale whose values a ``Concat`` joins for the layer become one pair behind it.
 
     The values are the same where one scale serves the whole tensor. Other pairs stay, and so do those
     that several layers read. OpenVINO moves int8 values more slowly than floats (a transposition of heads
     took twice as long), and version 2026.4 computes something else where a pair stands before a
     transposition and any ``Concat`` is in the graph: int8 CvT was two to four times farther from PyTorch
-    there than in ONNX Runtime.
+    there than in ONNX Runtime. ONNX Runtime computes a layer in integers only where a pair stands directly
+    before it, and a layer behind a ``Concat`` of pairs would read values of several scales as soon as one of
+    them is changed.
     """
-    moved = False
-    for layer in list(graph):
-        first = _find_first_move(layer) if layer.op_type in INT8_OPS and _has_weight(layer) else None
-        quantizer = _find_quantizer_before(first) if first is not None else None
-        if first is not None and quantizer is not None:
-            first.replace_input_with(0, quantizer.inputs[0])
-            _insert_pair(graph, layer, quantizer)
-            moved = True
-    if moved:
+    layers = [node for node in graph if node.op_type in INT8_OPS and _has_weight(node)]
+    found = {layer: way for layer in layers if (way := _find_way(layer)) is not None}
+    ways = _drop_shared(found)
+    for layer, way in ways.items():
+        _insert_pair(graph, layer, way)
+    for way in ways.values():
+        for start, position, quantizer in way.starts:
+            start.replace_input_with(position, quantizer.inputs[0])
+    if ways:
         remove_unread(graph)
 
 
-def _find_first_move(layer: ir.Node) -> ir.Node | None:
-    """The first of the moves between ``layer`` and what it reads, if nothing else reads on the way."""
-    value, first = get_input(layer, 0), None
-    while (node := value.producer()) is not None and node.op_type in MOVES:
-        if count_readers(value) != 1 or len(node.outputs) != 1:
-            break
-        value, first = get_input(node, 0), node
-    return first
+class _Way(NamedTuple):
+    """How a layer reads pairs of one scale through moves of values.
+
+    Attributes:
+        nodes: the moves, and the ``Concat`` if there is one.
+        starts: which of them reads a pair, in which position, and the pair's quantizer.
+    """
+
+    nodes: tuple[ir.Node, ...]
+    starts: tuple[tuple[ir.Node, int, ir.Node], ...]
 
 
-def _find_quantizer_before(move: ir.Node) -> ir.Node | None:
-    """The quantizer of the pair that ``move`` reads, if it has one scale."""
-    pair = find_producer(move.inputs[0])
+def _find_way(layer: ir.Node) -> _Way | None:
+    """The way from ``layer`` to its pairs, if it reads them through moves."""
+    nodes: list[ir.Node] = []
+    starts: list[tuple[ir.Node, int, ir.Node]] = []
+    pending, is_joined = [(layer, 0)], False
+    while pending:
+        reader, position = pending.pop()
+        node = find_producer(get_input(reader, position))
+        if node is not None and _moves(node, joins=not is_joined):
+            is_joined = is_joined or node.op_type == "Concat"
+            nodes.append(node)
+            pending += [(node, number) for number in range(_count_moved(node))]
+            continue
+        quantizer = _find_quantizer(node)
+        if quantizer is None:
+            return None
+        starts.append((reader, position, quantizer))
+    is_one = all(_rounds_alike(quantizer, starts[0][2]) for _, _, quantizer in starts)
+    return _Way(tuple(nodes), tuple(starts)) if nodes and is_one else None
+
+
+def _moves(node: ir.Node, *, joins: bool) -> bool:
+    """Whether ``node`` only moves values into one tensor; ``joins``: a ``Concat`` does, too."""
+    return (node.op_type in MOVES and len(node.outputs) == 1) or (joins and node.op_type == "Concat")
+
+
+def _count_moved(node: ir.Node) -> int:
+    """How many inputs of a node are values that it moves."""
+    return len(node.inputs) if node.op_type == "Concat" else 1
+
+
+def _find_quantizer(pair: ir.Node | None) -> ir.Node | None:
+    """The quantizer of the pair that ends with the node ``pair``, if it has one scale."""
     if pair is None or pair.op_type != DEQUANTIZE:
         return None
     quantizer = find_producer(pair.inputs[0])
     if quantizer is None or quantizer.op_type != QUANTIZE:
         return None
     return quantizer if read_constant_dims(quantizer.inputs[1]) == () else None
+
+
+def _rounds_alike(one: ir.Node, other: ir.Node) -> bool:
+    """Whether two quantizers have the same scale and the same zero point, as stored."""
+    if len(one.inputs) != len(other.inputs):
+        return False
+    constants = zip(one.inputs[1:], other.inputs[1:], strict=True)
+    return all(
+        first is second
+        or (
+            is_constant(first)
+            and is_constant(second)
+            and _is_same(read_constant(first), read_constant(second))
+        )
+        for first, second in constants
+    )
+
+
+def _is_same(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two constants have the same type, shape and values."""
+    return one.dtype == other.dtype and np.array_equal(one, other)
+
+
+def _drop_shared(ways: dict[ir.Node, _Way]) -> dict[ir.Node, _Way]:
+    """The ways on which every value is read by one node, or by nodes of such ways of which one joins it.
+
+    Other readers would find that what they read is not rounded.
+    """
+    while True:
+        ours = {node for way in ways.values() for node in way.nodes} | set(ways)
+        kept = {layer: way for layer, way in ways.items() if all(_serves(node, ours) for node in way.nodes)}
+        if len(kept) == len(ways):
+            return kept
+        ways = kept
+
+
+def _serves(node: ir.Node, ours: set[ir.Node]) -> bool:
+    """Whether one node reads the result of ``node``, or nodes of ``ours`` do, a ``Concat`` among them."""
+    value = node.outputs[0]
+    readers = find_readers(value)
+    is_free = count_readers(value) == 1 or any(reader.op_type == "Concat" for reader in readers)
+    return is_free and not value.is_graph_output() and ours.issuperset(readers)
 
 
 def _has_weight(layer: ir.Node) -> bool:
@@ -104,24 +184,20 @@ def _has_weight(layer: ir.Node) -> bool:
     return is_constant(value)
 
 
-def _insert_pair(
-    graph: ir.Graph,
-    layer: ir.Node,
-    quantizer: ir.Node,
-) -> None:
-    """Insert a pair like that of ``quantizer`` between ``layer`` and what it reads."""
-    value = get_input(layer, 0)
+def _insert_pair(graph: ir.Graph, layer: ir.Node, way: _Way) -> None:
+    """Insert a pair like those of ``way`` between ``layer`` and what it reads. Where several become one, its
+    scale is a constant of its own, so that it can be chosen for this layer alone."""
+    quantizer = way.starts[0][2]
+    value, constants = get_input(layer, 0), list(quantizer.inputs[1:])
+    if len(way.starts) > 1:
+        scale = read_constant(get_input(quantizer, 1))
+        constants[0] = add_constant(graph, f"{get_node_name(layer)}_input_scale", scale)
     for kind, end in (
         (QUANTIZE, "quantized"),
         (DEQUANTIZE, "dequantized"),
     ):
         name = f"{get_node_name(layer)}_input_{end}"
-        node = make_node(
-            kind,
-            [value, *quantizer.inputs[1:]],
-            name,
-            name,
-        )
+        node = make_node(kind, [value, *constants], name, name)
         graph.insert_before(layer, node)
         value = node.outputs[0]
     layer.replace_input_with(0, value)

@@ -63,7 +63,7 @@ SMALL_FILTER = 32
 """A conv of the image stays float if each of its filters reads fewer values than this: int8 has little to
 multiply there, and the whole image to convert."""
 
-RULES = 12
+RULES = 13
 """The version of the rules in :meth:`Recipe.float_nodes` and of what follows it. It is increased when they
 change, so that no calibrated graph of older rules is taken from the cache."""
 

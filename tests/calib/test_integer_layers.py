@@ -16,10 +16,7 @@ from cmt_edge.calib.restore import list_int8_nodes
 from cmt_edge.calib.statistics import Batches, LocalStatistics
 from cmt_edge.export.to_onnx import set_batch
 from helpers.calibration import SPEC
-from helpers.graphs import compute_logits
-
-INTEGER_KERNELS = ("QLinearConv", "QGemm", "MatMulIntegerToFloat")
-"""What ONNX Runtime replaces int8 layers by, where it computes them in integers."""
+from helpers.graphs import INTEGER_KERNELS, compute_logits, count_kernels
 
 
 @pytest.fixture(scope="module")
@@ -36,15 +33,6 @@ def ranges(quantized, data):
 @pytest.fixture(scope="module")
 def placed(quantized, ranges):
     return place_for_integers(quantized.model, ranges)
-
-
-def count_kernels(model: onnx.ModelProto, folder) -> Counter[str]:
-    """The operations of a graph after ONNX Runtime's optimisation."""
-    options = ort.SessionOptions()
-    options.optimized_model_filepath = str(folder / "optimised.onnx")
-    options.log_severity_level = 4
-    ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
 
 
 def test_onnx_runtime_computes_nearly_all_int8_layers_in_integers(quantized, placed, tmp_path):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 import torch
 from torch import nn
 
@@ -15,6 +17,9 @@ from cmt_edge.calib.graph import open_view, write_model
 from cmt_edge.cmt import fuse
 from cmt_edge.export.to_onnx import compute_outputs, export_onnx, simplify
 from helpers.tensors import images
+
+INTEGER_KERNELS = ("QLinearConv", "QGemm", "MatMulIntegerToFloat")
+"""What ONNX Runtime replaces int8 layers by, where it computes them in integers."""
 
 
 def compute_logits(graph: onnx.ModelProto, batch: np.ndarray, step: str) -> np.ndarray:
@@ -27,6 +32,16 @@ def rewrite_copy(model: onnx.ModelProto, change: Callable[[ir.Graph], object]) -
     with open_view(model) as view:
         change(view.graph)
         return write_model(view)
+
+
+def count_kernels(model: onnx.ModelProto, folder: Path) -> Counter[str]:
+    """The operations of a graph after ONNX Runtime's optimisation; the optimised graph is written to
+    ``optimised.onnx`` in ``folder``."""
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(folder / "optimised.onnx")
+    options.log_severity_level = 4
+    ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
 
 
 def count_operations(model: nn.Module) -> tuple[Counter[str], Counter[str]]:
