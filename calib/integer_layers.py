@@ -1,15 +1,16 @@
 """Where ONNX Runtime needs further pairs and scales, so that it computes int8 layers in integers.
 
 It turns ``DQ -> Conv`` into integers only where a quantizer follows, and ``DQ -> MatMul -> Add`` only where
-the bias is an integer too. It computes everything else in float32 from dequantized weights, which takes
-longer than the float graph. :func:`place_for_integers` changes a calibrated graph accordingly:
+it does not make a ``Gemm`` of both or where the bias is an integer, too. It computes everything else in
+float32 from dequantized weights, which takes longer than the float graph. :func:`place_for_integers` changes
+a calibrated graph accordingly:
 
 * The result of every int8 conv is rounded by a pair of its own, unless only quantizers read it. Scales are
   symmetric, as everywhere in :mod:`cmt_edge.calib.recipe`.
-* The bias of every int8 linear becomes int32, with the scale of the products that it is added to. That rounds
-  it by less than a product's own step.
-* Linears become products of all rows (:mod:`.row_products`), so that ONNX Runtime need not know the batch
-  size.
+* Linears of tokens get biases of as many dimensions, and those that read the same become one
+  (:mod:`.joined_linears`).
+* The bias of every other int8 linear becomes int32, with the scale of the products that it is added to. That
+  rounds it by less than a product's own step.
 * Weights get a larger scale where sums of their products would exceed 16 bits (:mod:`.pair_sums`), so that
   processors without VNNI compute them exactly by their fast kernels.
 * The int8 weights of layers that read floats (:mod:`.trunk`) become floats by a cast and a multiplication,
@@ -45,8 +46,8 @@ from .graph import (
     remove_unread,
     write_model,
 )
+from .joined_linears import find_addition, find_position, join_linears
 from .recipe import INT8_OPS
-from .row_products import multiply_rows
 from .statistics import Request, Statistics
 
 LARGEST = np.float32(127)
@@ -55,7 +56,7 @@ LARGEST = np.float32(127)
 BIAS_LIMIT = 2**31 - 1
 """The largest magnitude of an int32 bias."""
 
-PLACEMENT = "integers-4"
+PLACEMENT = "integers-5"
 """Names these rules where a recipe is recorded; the number is increased when they change."""
 
 Ranges = dict[str, float]
@@ -102,15 +103,16 @@ def place_for_integers(quantized: onnx.ModelProto, ranges: Mapping[str, float]) 
             magnitude = ranges.get(get_node_name(conv), 0.0)
             if magnitude > 0 and not _is_quantized_next(conv):
                 _insert_pair_after(graph, conv, np.float32(magnitude) / LARGEST)
-        sums: dict[ir.Node, ir.Node] = {}
+        products: list[ir.Node] = []
         for layer in list(graph):
             if layer.op_type == "Gemm" and _is_int8(layer):
                 _quantize_bias(graph, layer, layer, 2)
             elif layer.op_type == "MatMul" and _is_int8(layer):
-                sums |= _quantize_added_bias(graph, layer)
+                products.append(layer)
             elif layer.op_type in INT8_OPS and _has_int8_weights_alone(layer):
                 _convert_weights_once(graph, layer)
-        multiply_rows(graph, sums)
+        for product in join_linears(graph, products):
+            _quantize_added_bias(graph, product)
         remove_unread(graph)
         result = write_model(view)
     del result.graph.value_info[:]
@@ -184,38 +186,32 @@ def _insert_pair_after(graph: ir.Graph, layer: ir.Node, step: np.float32) -> Non
     graph.insert_after(layer, [quantizer, dequantizer])
 
 
-def _quantize_added_bias(graph: ir.Graph, product: ir.Node) -> dict[ir.Node, ir.Node]:
-    """Make the bias of a linear an integer: the constant that one addition alone adds to ``product``.
+def _quantize_added_bias(graph: ir.Graph, product: ir.Node) -> None:
+    """Make the bias of a linear an integer: the constant that one addition alone adds to ``product``."""
+    addition = find_addition(product)
+    if addition is not None:
+        _quantize_bias(graph, product, addition, 1 - find_position(addition, product))
 
-    Returns: ``product`` and that addition, where the bias has become one.
+
+def _quantize_bias(graph: ir.Graph, layer: ir.Node, reader: ir.Node, position: int) -> None:
+    """Let ``reader`` read its float bias as int32 with the scale of the products of ``layer``.
+
+    A bias that int32 cannot hold, or that is no vector of the layer's channels, stays float.
     """
-    uses = product.outputs[0].uses()
-    if len(uses) != 1:
-        return {}
-    (use,) = uses
-    addition, position = use.node, use.idx
-    if addition.op_type != "Add" or not is_constant(addition.inputs[1 - position]):
-        return {}
-    return {product: addition} if _quantize_bias(graph, product, addition, 1 - position) else {}
-
-
-def _quantize_bias(graph: ir.Graph, layer: ir.Node, reader: ir.Node, position: int) -> bool:
-    """Let ``reader`` read its float bias as int32 with the scale of the products of ``layer``, and say so; a
-    bias that int32 cannot hold, or that is no vector of the layer's channels, stays float."""
     value = reader.inputs[position] if position < len(reader.inputs) else None
     if value is None or not is_constant(value):
-        return False
+        return
     bias = read_constant(value)
     activation, weights = (find_producer(operand) for operand in layer.inputs[:2])
     assert activation is not None  # _is_int8 has said so
     assert weights is not None
     scales = np.asarray(_read_scale(activation) * _read_scale(weights), np.float32).reshape(-1)
     if bias.ndim != 1 or scales.size not in (1, bias.size):
-        return False
+        return
     scales = np.broadcast_to(scales, bias.shape).copy()
     steps = np.rint(bias.astype(np.float64) / scales)
     if np.abs(steps).max(initial=0) > BIAS_LIMIT:
-        return False
+        return
     name = f"{get_node_name(layer)}_bias"
     parts = (
         add_constant(graph, f"{name}_steps", steps.astype(np.int32)),
@@ -225,7 +221,6 @@ def _quantize_bias(graph: ir.Graph, layer: ir.Node, reader: ir.Node, position: i
     dequantizer = make_node(DEQUANTIZE, parts, f"{name}_dequantized", f"{name}_dequantized", {"axis": 0})
     graph.insert_before(reader, dequantizer)
     reader.replace_input_with(position, dequantizer.outputs[0])
-    return True
 
 
 def _read_scale(quantizer: ir.Node) -> np.ndarray:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from cmt_edge.calib.integer_layers import measure_conv_ranges, place_for_integers
 from cmt_edge.calib.restore import list_int8_nodes
@@ -119,7 +120,7 @@ def test_a_graph_for_any_batch_size_has_the_same_kernels_and_answers(placed, tmp
         kernels.append(count_kernels(model, tmp_path))
         answers.append(compute_logits(model, x, "test"))
     assert kernels[0] == kernels[1]
-    assert kernels[1]["QGemm"] > 10
+    assert kernels[1]["MatMulIntegerToFloat"] > 10
     np.testing.assert_array_equal(*answers)
 
 
@@ -137,45 +138,70 @@ def test_the_given_graph_is_not_changed_and_onnx_accepts_the_result(quantized, r
     assert quantized.model.SerializeToString(deterministic=True) == before
 
 
-def test_linears_become_products_of_all_rows():
-    placed = place_for_integers(make_linears(), {})
+@pytest.mark.parametrize("rows", [2, "rows"])
+@pytest.mark.parametrize("batch", [3, "batch"])
+def test_linears_of_tokens_are_computed_in_integers(batch, rows, tmp_path):
+    """Their biases have as many dimensions as they: with a vector ONNX Runtime makes a Gemm in float32."""
+    model = make_linears(batch=batch, rows=rows)
+    placed = place_for_integers(model, {})
     onnx.checker.check_model(placed, full_check=True)
-    gemms = [node for node in placed.graph.node if node.op_type == "Gemm"]
-    assert [(node.name, [p.value for p in node.metadata_props]) for node in gemms] == [
+    products = [node for node in placed.graph.node if node.op_type == "MatMul"]
+    assert [(node.name, [p.value for p in node.metadata_props]) for node in products] == [
         ("product0", ["m0"]),
         ("product1", ["m1"]),
     ]
-    assert not any(node.op_type in ("MatMul", "Add") for node in placed.graph.node)
-    x = np.random.default_rng(0).standard_normal((3, 2, 4)).astype(np.float32)
-    for before, after in zip(run(make_linears(), x), run(placed, x), strict=True):
-        assert before.shape == after.shape
-        np.testing.assert_allclose(before, after, atol=1e-5)
+    values = {i.name: numpy_helper.to_array(i) for i in placed.graph.initializer}
+    assert [values[f"product{i}_bias"].shape for i in (0, 1)] == [(1, 1, 3), (1, 1, 3)]
+    kernels = count_kernels(placed, tmp_path)
+    assert (kernels["MatMulIntegerToFloat"], kernels["MatMul"], kernels["Gemm"]) == (2, 0, 0)
+    require_same_answers(model, placed)
 
 
-def test_linears_that_share_a_pair_become_one_product():
-    model = make_linears(pairs=1)
+@pytest.mark.parametrize("biases", [(0, 1), (0,), (1,), ()])
+@pytest.mark.parametrize("batch", [3, "batch"])
+def test_linears_that_share_a_pair_become_one_product(batch, biases, tmp_path):
+    model = make_linears(pairs=1, batch=batch, biases=biases)
     placed = place_for_integers(model, {})
     onnx.checker.check_model(placed, full_check=True)
     kinds = Counter(node.op_type for node in placed.graph.node)
-    assert (kinds["Gemm"], kinds["MatMul"], kinds["Add"], kinds["Split"]) == (1, 0, 0, 1)
-    x = np.random.default_rng(0).standard_normal((3, 2, 4)).astype(np.float32)
-    for before, after in zip(run(model, x), run(placed, x), strict=True):
-        np.testing.assert_allclose(before, after, atol=1e-5)
+    assert (kinds["MatMul"], kinds["Add"], kinds["Split"]) == (1, bool(biases), 1)
+    kernels = count_kernels(placed, tmp_path)
+    assert (kernels["MatMulIntegerToFloat"], kernels["MatMul"], kernels["Gemm"]) == (1, 0, 0)
+    require_same_answers(model, placed)
 
 
-def test_linears_beside_another_reader_of_their_pair_stay_products():
+def test_linears_beside_another_reader_of_their_pair_stay_apart():
     model = make_linears(pairs=1)
     model.graph.node.append(helper.make_node("Relu", ["d0"], ["r"], "reader"))
     model.graph.output.append(helper.make_tensor_value_info("r", TensorProto.FLOAT, ["batch", 2, 4]))
-    kinds = Counter(node.op_type for node in place_for_integers(model, {}).graph.node)
-    assert (kinds["Gemm"], kinds["MatMul"], kinds["Add"]) == (0, 2, 2)
-
-
-def test_linears_with_a_size_that_is_not_known_stay_products():
-    placed = place_for_integers(make_linears(rows="rows"), {})
+    placed = place_for_integers(model, {})
     kinds = Counter(node.op_type for node in placed.graph.node)
-    assert (kinds["Gemm"], kinds["MatMul"], kinds["Add"]) == (0, 2, 2)
-    assert len(run(placed, np.ones((3, 5, 4), np.float32))[0][0]) == 5
+    assert (kinds["Split"], kinds["MatMul"], kinds["Add"]) == (0, 2, 2)
+    assert "product0_bias_steps" in {i.name for i in placed.graph.initializer}  # an integer, for a Gemm
+    require_same_answers(model, placed)
+
+
+def test_what_is_added_to_some_tokens_alone_is_no_bias():
+    model = make_linears(pairs=1)
+    for i in (0, 1):
+        tensor = next(t for t in model.graph.initializer if t.name == f"b{i}")
+        tokens = np.arange(6, dtype=np.float32).reshape(1, 2, 3)
+        tensor.CopyFrom(numpy_helper.from_array(tokens, tensor.name))
+    placed = place_for_integers(model, {})
+    kinds = Counter(node.op_type for node in placed.graph.node)
+    assert (kinds["Split"], kinds["MatMul"], kinds["Add"]) == (1, 1, 2)
+    require_same_answers(model, placed)
+
+
+def require_same_answers(model: onnx.ModelProto, placed: onnx.ModelProto) -> None:
+    """The answers of ``placed`` are those that ONNX's reference gives for ``model``, under the same names."""
+    x = np.random.default_rng(0).standard_normal((3, 2, 4)).astype(np.float32)
+    names = [value.name for value in model.graph.output]
+    assert [value.name for value in placed.graph.output] == names
+    expected = ReferenceEvaluator(model).run(names, {"x": x})
+    for before, after in zip(expected, run(placed, x), strict=True):
+        assert before.shape == after.shape
+        np.testing.assert_allclose(before, after, atol=1e-5)
 
 
 def run(model: onnx.ModelProto, x: np.ndarray) -> list[np.ndarray]:
@@ -184,15 +210,22 @@ def run(model: onnx.ModelProto, x: np.ndarray) -> list[np.ndarray]:
     return session.run(None, {"x": x})
 
 
-def make_linears(pairs: int = 2, rows: int | str = 2) -> onnx.ModelProto:
-    """Two int8 linears from 4 to 3 channels, for any batch size, which read one pair or a pair each."""
+def make_linears(
+    pairs: int = 2,
+    rows: int | str = 2,
+    batch: int | str = "batch",
+    biases: Collection[int] = (0, 1),
+) -> onnx.ModelProto:
+    """Two int8 linears from 4 to 3 channels, which read one pair, or a pair each with scales that differ (ONNX
+    Runtime would merge them); ``biases``: which linears have one."""
     rng = np.random.default_rng(0)
-    constants = {"s": np.float32(0.02), "z": np.int8(0), "wz": np.zeros(3, np.int8)}
+    constants = {"z": np.int8(0), "wz": np.zeros(3, np.int8)}
     nodes = []
     for i in range(pairs):
+        constants[f"s{i}"] = np.float32(0.02 + 0.01 * i)
         nodes += [
-            helper.make_node("QuantizeLinear", ["x", "s", "z"], [f"q{i}"], f"q{i}"),
-            helper.make_node("DequantizeLinear", [f"q{i}", "s", "z"], [f"d{i}"], f"d{i}"),
+            helper.make_node("QuantizeLinear", ["x", f"s{i}", "z"], [f"q{i}"], f"q{i}"),
+            helper.make_node("DequantizeLinear", [f"q{i}", f"s{i}", "z"], [f"d{i}"], f"d{i}"),
         ]
     for i in range(2):
         constants |= {
@@ -202,12 +235,18 @@ def make_linears(pairs: int = 2, rows: int | str = 2) -> onnx.ModelProto:
         }
         nodes += [
             helper.make_node("DequantizeLinear", [f"w{i}", f"ws{i}", "wz"], [f"wd{i}"], f"wd{i}", axis=1),
-            helper.make_node("MatMul", [f"d{i % pairs}", f"wd{i}"], [f"m{i}"], f"product{i}"),
-            helper.make_node("Add", [f"b{i}", f"m{i}"][:: 1 if i else -1], [f"y{i}"], f"addition{i}"),
+            helper.make_node(
+                "MatMul", [f"d{i % pairs}", f"wd{i}"], [f"m{i}" if i in biases else f"y{i}"], f"product{i}"
+            ),
         ]
-        nodes[-2].metadata_props.add(key="module", value=f"m{i}")
-    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", rows, 4])
-    found = [helper.make_tensor_value_info(f"y{i}", TensorProto.FLOAT, ["batch", rows, 3]) for i in range(2)]
+        nodes[-1].metadata_props.add(key="module", value=f"m{i}")
+        if i in biases:
+            summands = [f"b{i}", f"m{i}"][:: 1 if i else -1]
+            nodes.append(helper.make_node("Add", summands, [f"y{i}"], f"addition{i}"))
+        else:
+            del constants[f"b{i}"]
+    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, rows, 4])
+    found = [helper.make_tensor_value_info(f"y{i}", TensorProto.FLOAT, [batch, rows, 3]) for i in range(2)]
     tensors = [numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items()]
     graph = helper.make_graph(nodes, "g", [given], found, tensors)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
