@@ -5,12 +5,14 @@
 Both bundles are of ``cmt-edge export --format onnx``. Every graph holds for every batch size, so only the
 dimension of the input is changed; 0 is a graph for any batch size, which answers one image. "Widened" is with
 ``session.x64quantprecision``, which bundles demand whose sums may exceed 16 bits; it changes nothing on
-processors with VNNI. Latencies are interleaved; ratios above 1 are faster than float32.
+processors with VNNI. ``--former`` adds an int8 bundle of another version. Latencies are interleaved; ratios
+above 1 are faster than float32.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +40,7 @@ ANY = "batch"
 IMAGES = 8
 """The number of images whose logits are compared: batch sizes must divide it."""
 
-FLOAT, INT8, WIDENED = "fp32", "int8", "int8, widened"
+FLOAT, INT8, WIDENED, FORMER = "fp32", "int8", "int8, widened", "int8, former"
 """Names of the rows."""
 
 
@@ -57,16 +59,21 @@ def set_batch(path: Path, batch: int) -> bytes:
 
 
 def compare(
-    floats: Bundle, ints: Bundle, batch: int, threads: int, images: np.ndarray, protocol: Protocol
+    bundles: Sequence[Bundle], batch: int, threads: int, images: np.ndarray, protocol: Protocol
 ) -> list[tuple[str, ...]]:
-    """A line a row: batch, threads, name, medians and best calls in milliseconds, ratios, distance."""
+    """A line a row: batch, threads, name, medians and best calls in milliseconds, ratios, distance.
+
+    ``bundles``: in float32 and in int8, and another one in int8 if there is one.
+    """
     options = LoadOptions(threads=threads)
-    graphs = [set_batch(bundle.file(ONNX), batch) for bundle in (floats, ints)]
+    graphs = [set_batch(bundle.file(ONNX), batch) for bundle in bundles]
     sessions = {
         FLOAT: OnnxRuntimeSession(graphs[0], options),
         INT8: OnnxRuntimeSession(graphs[1], options, "int8", fits_16_bits=True),
         WIDENED: OnnxRuntimeSession(graphs[1], options, "int8"),
     }
+    for graph in graphs[2:]:
+        sessions[FORMER] = OnnxRuntimeSession(graph, options, "int8", fits_16_bits=True)
     size = batch or 1
     calls = {name: bind_inference(session, images[:size]) for name, session in sessions.items()}
     truth = logits(sessions[FLOAT], images, size)
@@ -85,18 +92,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("floats", type=Path, help="bundle of --format onnx --precision fp32")
     parser.add_argument("ints", type=Path, help="bundle of the same model, --precision int8")
+    parser.add_argument("--former", type=Path, help="another int8 bundle of the model, of another version")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="batch sizes, 0 for any (1)")
     parser.add_argument("--threads", type=int, nargs="+", default=[2], help="CPU threads (default 2)")
     parser.add_argument("--iters", type=int, default=60, help="least number of timed calls (default 60)")
     parser.add_argument("--seconds", type=float, default=2, help="least time of each row (default 2)")
     parser.add_argument("--warmup", type=float, default=0.5, help="warm-up of each, seconds (default 0.5)")
     args = parser.parse_args()
-    floats, ints = Bundle.open(args.floats), Bundle.open(args.ints)
-    images = check_images(floats.preprocess, IMAGES)
+    paths = [args.floats, args.ints, *([args.former] if args.former else [])]
+    bundles = [Bundle.open(path) for path in paths]
+    images = check_images(bundles[0].preprocess, IMAGES)
     head = ("batch", "threads", "row", "median ms", "best ms", "speed-up", "best calls", "logits off, std")
     for batch in args.batch:
         for threads in args.threads:
-            found = compare(floats, ints, batch, threads, images, read_protocol(args))
+            found = compare(bundles, batch, threads, images, read_protocol(args))
             print(format_table(head, found), flush=True)
 
 

@@ -72,7 +72,7 @@ UNWANTED = (
 )
 """Passes of onnxsim that are left out. A ``Gemm`` needs its tokens flattened, and OpenVINO copies a
 tensor that is read both flattened and as a map. Linears of one tensor that become one product and a ``Split``
-lose their biases, which runtimes add within a product, and the parts are copied (docs/notes/families.md)."""
+lose their biases, which runtimes add within a product, and the parts are copied (docs/notes/int8.md)."""
 
 CONTROLS = re.compile(r"\x1b\[[0-9;]*m")
 """Colours in third-party messages."""

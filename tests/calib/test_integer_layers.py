@@ -216,8 +216,11 @@ def make_linears(
     batch: int | str = "batch",
     biases: Collection[int] = (0, 1),
 ) -> onnx.ModelProto:
-    """Two int8 linears from 4 to 3 channels, which read one pair, or a pair each with scales that differ (ONNX
-    Runtime would merge them); ``biases``: which linears have one."""
+    """Two int8 linears from 4 to 3 channels, which read one pair, or a pair each.
+
+    Two pairs have scales that differ, because ONNX Runtime would merge equal ones. ``biases`` says which
+    linears have one.
+    """
     rng = np.random.default_rng(0)
     constants = {"z": np.int8(0), "wz": np.zeros(3, np.int8)}
     nodes = []
