@@ -7,8 +7,8 @@ a calibrated graph accordingly:
 
 * The result of every int8 conv is rounded by a pair of its own, unless only quantizers read it. Scales are
   symmetric, as everywhere in :mod:`cmt_edge.calib.recipe`.
-* Linears of tokens get biases of as many dimensions, and those that read the same become one
-  (:mod:`.joined_linears`).
+* Linears of tokens get biases of as many dimensions, and those that read one pair, which nothing else reads,
+  become one (:mod:`.joined_linears`).
 * The bias of every other int8 linear becomes int32, with the scale of the products that it is added to. That
   rounds it by less than a product's own step.
 * Weights get a larger scale where sums of their products would exceed 16 bits (:mod:`.pair_sums`), so that

@@ -77,6 +77,8 @@ def find_addition(product: ir.Node) -> ir.Node | None:
     if count_readers(value) != 1 or not readers or readers[0].op_type != "Add":
         return None
     (addition,) = readers
+    if addition.graph is not product.graph:
+        return None
     return addition if is_constant(addition.inputs[1 - find_position(addition, product)]) else None
 
 
@@ -84,7 +86,8 @@ def join_linears(graph: ir.Graph, products: Iterable[ir.Node]) -> list[ir.Node]:
     """Give int8 linears of tokens the form above, in place; replaced operations stay in ``graph``, unread.
 
     Returns: the products that stay as they are: those of fewer dimensions than tokens have, or of an unknown
-    number; those with another reader of what they read; and those whose weights are no matrix.
+    number; those with another reader of what they read; and those whose weights are no matrix with scales
+    of its columns.
     """
     by_pair: dict[ir.Node, list[ir.Node]] = {}
     for product in products:
@@ -108,7 +111,9 @@ def _describe(product: ir.Node) -> _Linear | None:
     """``product`` and its bias; ``None`` where it is none of tokens with a matrix."""
     weights, shape = find_producer(product.inputs[1]), product.outputs[0].shape
     dims = read_constant_dims(weights.inputs[0]) if weights is not None else None
-    if dims is None or len(dims) != 2 or shape is None or len(shape) < TOKENS:
+    if weights is None or dims is None or len(dims) != 2 or shape is None or len(shape) < TOKENS:
+        return None
+    if len(weights.inputs) != 3 or weights.attributes.get_int("axis", 1) not in (1, -1):
         return None
     addition = find_addition(product)
     if addition is not None:
@@ -130,7 +135,7 @@ def _widen_bias(graph: ir.Graph, linear: _Linear) -> None:
     addition, bias = linear.addition, linear.bias
     assert addition is not None
     assert bias is not None
-    wide = add_constant(graph, f"{linear.name}_bias", _add_dimensions(bias, linear))
+    wide = add_constant(graph, f"{linear.name}_bias_wide", _add_dimensions(bias, linear))
     addition.replace_input_with(1 - find_position(addition, linear.product), wide)
 
 

@@ -59,21 +59,25 @@ def _is_unsigned(quantizer: ir.Node) -> bool:
 
 def move_pairs_to_layers(graph: ir.Graph) -> None:
     """Move every pair that a conv or linear reads through moves of values to directly before that layer, in
-    place. Pairs of one scale whose values a ``Concat`` joins for the layer become one pair behind it.
+    place. Pairs of one scale whose values a ``Concat`` joins for layers become one pair behind it.
 
     The values are the same where one scale serves the whole tensor. Other pairs stay, and so do those
-    that several layers read. OpenVINO moves int8 values more slowly than floats (a transposition of heads
-    took twice as long), and version 2026.4 computes something else where a pair stands before a
-    transposition and any ``Concat`` is in the graph: int8 CvT was two to four times farther from PyTorch
-    there than in ONNX Runtime. ONNX Runtime computes a layer in integers only where a pair stands directly
-    before it, and a layer behind a ``Concat`` of pairs would read values of several scales as soon as one of
-    them is changed.
+    that several layers read without a ``Concat``. OpenVINO moves int8 values more slowly than floats (a
+    transposition of heads took twice as long), and version 2026.4 computes something else where a pair stands
+    before a transposition and any ``Concat`` is in the graph: int8 CvT was two to four times farther from
+    PyTorch there than in ONNX Runtime. ONNX Runtime computes a layer in integers only where a pair stands
+    directly before it, and a layer behind a ``Concat`` of pairs would read values of several scales as soon
+    as one of them is changed.
     """
     layers = [node for node in graph if node.op_type in INT8_OPS and _has_weight(node)]
     found = {layer: way for layer in layers if (way := _find_way(layer)) is not None}
     ways = _drop_shared(found)
+    rounded: dict[ir.Value, ir.Value] = {}
     for layer, way in ways.items():
-        _insert_pair(graph, layer, way)
+        value = get_input(layer, 0)
+        if value not in rounded:
+            rounded[value] = _insert_pair(graph, layer, way)
+        layer.replace_input_with(0, rounded[value])
     for way in ways.values():
         for start, position, quantizer in way.starts:
             start.replace_input_with(position, quantizer.inputs[0])
@@ -91,6 +95,11 @@ class _Way(NamedTuple):
 
     nodes: tuple[ir.Node, ...]
     starts: tuple[tuple[ir.Node, int, ir.Node], ...]
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether there is a ``Concat``."""
+        return any(node.op_type == "Concat" for node in self.nodes)
 
 
 def _find_way(layer: ir.Node) -> _Way | None:
@@ -125,20 +134,20 @@ def _count_moved(node: ir.Node) -> int:
 
 
 def _find_quantizer(pair: ir.Node | None) -> ir.Node | None:
-    """The quantizer of the pair that ends with the node ``pair``, if it has one scale."""
+    """The quantizer of the pair that ends with the node ``pair``, if both have the same scale, a single one,
+    and the same zero point."""
     if pair is None or pair.op_type != DEQUANTIZE:
         return None
     quantizer = find_producer(pair.inputs[0])
-    if quantizer is None or quantizer.op_type != QUANTIZE:
+    if quantizer is None or quantizer.op_type != QUANTIZE or not _rounds_alike(quantizer, pair):
         return None
     return quantizer if read_constant_dims(quantizer.inputs[1]) == () else None
 
 
 def _rounds_alike(one: ir.Node, other: ir.Node) -> bool:
-    """Whether two quantizers have the same scale and the same zero point, as stored."""
-    if len(one.inputs) != len(other.inputs):
+    """Whether two nodes of pairs have the same scale and the same zero point, which gives the type, too."""
+    if len(one.inputs) != 3 or len(other.inputs) != 3:
         return False
-    constants = zip(one.inputs[1:], other.inputs[1:], strict=True)
     return all(
         first is second
         or (
@@ -146,7 +155,7 @@ def _rounds_alike(one: ir.Node, other: ir.Node) -> bool:
             and is_constant(second)
             and _is_same(read_constant(first), read_constant(second))
         )
-        for first, second in constants
+        for first, second in zip(one.inputs[1:], other.inputs[1:], strict=True)
     )
 
 
@@ -156,24 +165,34 @@ def _is_same(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 def _drop_shared(ways: dict[ir.Node, _Way]) -> dict[ir.Node, _Way]:
-    """The ways on which every value is read by one node, or by nodes of such ways of which one joins it.
+    """The ways on which every value is read by nodes of such ways alone.
 
-    Other readers would find that what they read is not rounded.
+    Others would find that what they read is not rounded. Without a ``Concat`` a value that several read keeps
+    its pair, so that it is rounded once.
     """
     while True:
         ours = {node for way in ways.values() for node in way.nodes} | set(ways)
-        kept = {layer: way for layer, way in ways.items() if all(_serves(node, ours) for node in way.nodes)}
+        kept = {
+            layer: way
+            for layer, way in ways.items()
+            if all(_is_free(node, joined=way.is_joined) and _serves(node, ours) for node in way.nodes)
+        }
         if len(kept) == len(ways):
             return kept
         ways = kept
 
 
-def _serves(node: ir.Node, ours: set[ir.Node]) -> bool:
-    """Whether one node reads the result of ``node``, or nodes of ``ours`` do, a ``Concat`` among them."""
+def _is_free(node: ir.Node, *, joined: bool) -> bool:
+    """Whether one node reads the result of ``node``, or a ``Concat`` is among its readers or on the way."""
     value = node.outputs[0]
-    readers = find_readers(value)
-    is_free = count_readers(value) == 1 or any(reader.op_type == "Concat" for reader in readers)
-    return is_free and not value.is_graph_output() and ours.issuperset(readers)
+    return joined or count_readers(value) == 1 or any(n.op_type == "Concat" for n in find_readers(value))
+
+
+def _serves(node: ir.Node, ours: set[ir.Node]) -> bool:
+    """Whether only nodes of ``ours`` read the result of ``node``, as what they move or multiply."""
+    value = node.outputs[0]
+    data = all(use.node in ours and (use.idx == 0 or use.node.op_type == "Concat") for use in value.uses())
+    return data and not value.is_graph_output()
 
 
 def _has_weight(layer: ir.Node) -> bool:
@@ -184,12 +203,15 @@ def _has_weight(layer: ir.Node) -> bool:
     return is_constant(value)
 
 
-def _insert_pair(graph: ir.Graph, layer: ir.Node, way: _Way) -> None:
-    """Insert a pair like those of ``way`` between ``layer`` and what it reads. Where several become one, its
-    scale is a constant of its own, so that it can be chosen for this layer alone."""
+def _insert_pair(graph: ir.Graph, layer: ir.Node, way: _Way) -> ir.Value:
+    """Insert a pair like those of ``way`` before ``layer``, and return what it gives.
+
+    Where several become one, its scale is a constant of its own, so that it can be chosen for what is joined
+    alone.
+    """
     quantizer = way.starts[0][2]
     value, constants = get_input(layer, 0), list(quantizer.inputs[1:])
-    if len(way.starts) > 1:
+    if way.is_joined:
         scale = read_constant(get_input(quantizer, 1))
         constants[0] = add_constant(graph, f"{get_node_name(layer)}_input_scale", scale)
     for kind, end in (
@@ -200,4 +222,4 @@ def _insert_pair(graph: ir.Graph, layer: ir.Node, way: _Way) -> None:
         node = make_node(kind, [value, *constants], name, name)
         graph.insert_before(layer, node)
         value = node.outputs[0]
-    layer.replace_input_with(0, value)
+    return value

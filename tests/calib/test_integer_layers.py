@@ -151,7 +151,7 @@ def test_linears_of_tokens_are_computed_in_integers(batch, rows, tmp_path):
         ("product1", ["m1"]),
     ]
     values = {i.name: numpy_helper.to_array(i) for i in placed.graph.initializer}
-    assert [values[f"product{i}_bias"].shape for i in (0, 1)] == [(1, 1, 3), (1, 1, 3)]
+    assert [values[f"product{i}_bias_wide"].shape for i in (0, 1)] == [(1, 1, 3), (1, 1, 3)]
     kernels = count_kernels(placed, tmp_path)
     assert (kernels["MatMulIntegerToFloat"], kernels["MatMul"], kernels["Gemm"]) == (2, 0, 0)
     require_same_answers(model, placed)
@@ -179,6 +179,30 @@ def test_linears_beside_another_reader_of_their_pair_stay_apart():
     assert (kinds["Split"], kinds["MatMul"], kinds["Add"]) == (0, 2, 2)
     assert "product0_bias_steps" in {i.name for i in placed.graph.initializer}  # an integer, for a Gemm
     require_same_answers(model, placed)
+
+
+@pytest.mark.parametrize("kind", ["rows", "no zero point"])
+def test_linears_with_weights_of_another_form_stay_apart(kind):
+    """Scales of the rows of a square matrix, and weights without a zero point."""
+    model = make_linears(pairs=1)
+    for tensor in model.graph.initializer:
+        if tensor.name.startswith("w") and tensor.name[1:].isdigit():
+            square = numpy_helper.to_array(tensor)[:3]
+            tensor.CopyFrom(numpy_helper.from_array(square, tensor.name))
+    model.graph.input[0].type.tensor_type.shape.dim[2].dim_value = 3
+    for node in model.graph.node:
+        if node.name.startswith("wd") and kind == "rows":
+            node.attribute[0].i = 0
+        elif node.name.startswith("wd"):
+            del node.input[2:]
+    if kind != "rows":
+        del model.graph.initializer[[i.name for i in model.graph.initializer].index("wz")]
+    placed = place_for_integers(model, {})
+    assert not any(node.op_type == "Split" for node in placed.graph.node)
+    x = np.random.default_rng(0).standard_normal((3, 2, 3)).astype(np.float32)
+    evaluated = [ReferenceEvaluator(graph).run(None, {"x": x}) for graph in (model, placed)]
+    for before, after in zip(*evaluated, strict=True):
+        np.testing.assert_allclose(before, after, atol=1e-3)  # a bias may be rounded
 
 
 def test_what_is_added_to_some_tokens_alone_is_no_bias():
