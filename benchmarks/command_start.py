@@ -15,6 +15,8 @@ import sys
 import time
 from importlib.util import find_spec
 
+from common import make_environment
+
 from cmt_edge.__main__ import COMMANDS
 from cmt_edge.deploy.report import format_table
 
@@ -35,7 +37,9 @@ def list_programs() -> dict[str, list[str]]:
 def time_start(arguments: list[str]) -> float:
     """Seconds from the start to the end of an interpreter."""
     begun = time.perf_counter()
-    subprocess.run([sys.executable, *arguments], stdout=subprocess.DEVNULL, check=True)
+    subprocess.run(
+        [sys.executable, *arguments], env=make_environment(), stdout=subprocess.DEVNULL, check=True
+    )
     return time.perf_counter() - begun
 
 

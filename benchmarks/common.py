@@ -6,6 +6,7 @@ It loads no PyTorch when it is imported: children that only run a model must sta
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +35,16 @@ Ratio = tuple[float, float, float]
 def say(text: str) -> None:
     """Progress, on standard error."""
     print(text, file=sys.stderr, flush=True)
+
+
+def make_environment(**others: str) -> dict[str, str]:
+    """The environment of a program that is started to be measured, with ``others`` besides.
+
+    Python keeps the compiled modules there, as an installation does. Where ``PYTHONDONTWRITEBYTECODE``
+    forbids it, every start compiles those of a checkout anew, which takes a tenth of a second.
+    """
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return kept | others
 
 
 @contextmanager

@@ -35,7 +35,6 @@ memory, and its time beside the loop by hand.
 from __future__ import annotations
 
 import argparse
-import os
 import resource
 import shutil
 import subprocess
@@ -50,6 +49,7 @@ from statistics import median
 
 import onnx
 import openvino
+from common import make_environment
 from felt_service import measure_service
 from felt_streams import LINKS, PREDICT, measure_folder, measure_stream
 
@@ -164,7 +164,7 @@ def format_spent(spent: dict[str, Spent]) -> str:
 def measure_cold_start(bundle: Path, image: Path, rounds: int, before: Path | None, extra: list[str]) -> str:
     """The table of ``--what cold``."""
     with tempfile.TemporaryDirectory() as folder:
-        own = os.environ | {"CMT_EDGE_STATE": f"{folder}/state", "CMT_EDGE_CACHE": f"{folder}/cache"}
+        own = make_environment(CMT_EDGE_STATE=f"{folder}/state", CMT_EDGE_CACHE=f"{folder}/cache")
         command = [sys.executable, "-c", PREDICT, str(bundle), str(image), *extra]
 
         def start_old(spent: Spent | None) -> None:
@@ -190,7 +190,7 @@ def measure_kept_graph(model: Path, rounds: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         kept = f"{folder}/optimised.onnx"
         program = [sys.executable, "-c", RUN_GRAPH]
-        environment = dict(os.environ)
+        environment = make_environment()
         run_process([*program, str(model), "ORT_ENABLE_ALL", kept, ""], environment)
 
         def start_plain(spent: Spent | None) -> None:
@@ -215,7 +215,7 @@ def measure_forms(bundle: Path, rounds: int) -> str:
         files["the compiled model"] = (kept, "compiled")
 
         def start(file: str, form: str, spent: Spent | None) -> None:
-            run_process([sys.executable, "-c", RUN_FORM, file, form], dict(os.environ), spent)
+            run_process([sys.executable, "-c", RUN_FORM, file, form], make_environment(), spent)
 
         ways = {name: partial(start, str(file), form) for name, (file, form) in files.items()}
         return format_spent(take_rounds(rounds, ways))

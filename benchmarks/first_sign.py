@@ -20,6 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from common import make_environment
+
 from cmt_edge.deploy.report import format_table
 
 ROUNDS = 10
@@ -50,6 +52,7 @@ def time_first_sign(command: list[str]) -> float:
     begun = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", "cmt_edge", *command],
+        env=make_environment(),
         stdin=terminal,
         stdout=terminal,
         stderr=terminal,

@@ -23,6 +23,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports PyTorch
 """PyTorch computes on one thread, here and in child processes: the workers share the cores, and on small
 tensors threads that wait for each other take longer."""
 
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+"""Child processes keep their compiled modules, as an installation does; every command that a test starts
+would compile those of the checkout anew."""
+
 LONGEST_FIRST = (
     "tests/export/test_rtx.py",
     "tests/export/test_auto.py",
