@@ -176,7 +176,8 @@ class DerivedSettings(Settings):
     def keeps_results(self) -> bool:
         """Whether something that took long is kept for the next export."""
         engine = self.format == "trt" and self.build  # rtx keeps no timings
-        return self.uses_cache and (self.quantizes or self.data == SYNTHETIC or engine)
+        makes = self.quantizes or self.data == SYNTHETIC or engine or not is_outside(self.model_name)
+        return self.uses_cache and makes
 
     @property
     def preprocess(self) -> Preprocess:

@@ -179,6 +179,7 @@ def _make_graph(
             reference,
             config.img_size,
             config.outputs,
+            config.uses_cache,
         )
         differences |= found
     del fused  # each of these holds all weights

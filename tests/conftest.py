@@ -98,11 +98,12 @@ def script(monkeypatch):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory):
-    """Tests never read or write the user's cache, nor the secret that seals what lies there."""
-    folder = tmp_path_factory.mktemp("cache")
+def own_cache(run_folder):
+    """Tests never read or write the user's cache, nor the secret that seals what lies there. The workers of a
+    run share theirs, so that exports in child processes trace each model once, too."""
+    folder = run_folder / "cache"
     os.environ["CMT_EDGE_CACHE"] = str(folder)
-    os.environ["CMT_EDGE_STATE"] = str(tmp_path_factory.mktemp("state"))
+    os.environ["CMT_EDGE_STATE"] = str(run_folder / "state")
     return folder
 
 

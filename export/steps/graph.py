@@ -19,6 +19,7 @@ from cmt_edge.deploy.backends.torch import TorchSession
 from cmt_edge.deploy.files import find_cache_folder
 
 from ..config import OPSET
+from ..kept_traces import trace_once
 from ..to_onnx import (
     FUSE_ATOL,
     GRAPH_ATOL,
@@ -56,8 +57,10 @@ def trace_model(
     reference: Reference,
     img_size: int,
     outputs: list[str],
+    cached: bool,
 ) -> tuple[onnx.ModelProto, Differences]:
-    """The float32 graph of ``fused`` with a dynamic batch; ``outputs`` are its outputs' names.
+    """The float32 graph of ``fused`` with a dynamic batch; ``outputs`` are its outputs' names. Where
+    ``cached``, an equal one of an earlier run is used again, and compared again.
 
     Raises:
         StepError: torch.onnx refuses the model.
@@ -68,8 +71,12 @@ def trace_model(
     def compare(graph: onnx.ModelProto) -> None:
         differences["onnx"] = _compare_graph(step, graph, reference)
 
-    graph = export_onnx(fused, img_size, OPSET, outputs, compare)
-    return graph, differences
+    def trace() -> onnx.ModelProto:
+        return export_onnx(fused, img_size, OPSET, outputs, compare)
+
+    if not cached:
+        return trace(), differences
+    return trace_once(fused, (img_size, OPSET, *outputs), trace, compare), differences
 
 
 def simplify_graph(graph: onnx.ModelProto) -> onnx.ModelProto:

@@ -397,7 +397,7 @@ def test_a_step_that_changes_the_logits_stops_the_export(step, output, monkeypat
     }[step]
     monkeypatch.setattr(graph_steps, *fault)
     with pytest.raises(ParityError, match=f"step '{step}' changed the logits") as error:
-        run(nano(output))
+        run(nano(output, cache=False))
     assert error.value.exit_code == 1
     assert "nothing was written" in error.value.remedy
 
