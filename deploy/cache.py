@@ -97,10 +97,12 @@ class Cache:
         encode: Callable[[T], Files],
         mode: int = 0o666,
         make_unkept: Callable[[], T] | None = None,
+        waits: bool = True,
     ) -> T:
         """What is kept under ``key``, or is made now and kept.
 
-        Others that ask for the same key meanwhile wait for this result. What is kept is read without waiting.
+        Others that ask for the same key meanwhile wait for this result, unless they say otherwise. What is
+        kept is read without waiting.
 
         Args:
             key: the name of the entry.
@@ -109,10 +111,13 @@ class Cache:
             encode: makes the files of the result.
             mode: permissions of the files.
             make_unkept: makes the result where the folder cannot be written to; default: ``make``.
+            waits: for another process that makes the same result, rather than to make it, too.
         """
         kept = self._decode(key, decode)
         if kept is not None:
             return kept
+        if not waits:
+            return self._make(key, make, encode, mode)
         with ExitStack() as stack:
             try:
                 stack.enter_context(locked(self._locate_file(key, self.suffixes[-1])))
@@ -125,12 +130,22 @@ class Cache:
             found = self._decode(key, decode)
             if found is not None:
                 return found
-            result = make()
-            try:
-                self.write(key, encode(result), mode)
-            except OutputError as exc:
-                tell_unusable(self.folder, exc.why or exc)
-            return result
+            return self._make(key, make, encode, mode)
+
+    def _make(
+        self,
+        key: str,
+        make: Callable[[], T],
+        encode: Callable[[T], Files],
+        mode: int,
+    ) -> T:
+        """What ``make`` gives, kept if that is possible."""
+        result = make()
+        try:
+            self.write(key, encode(result), mode)
+        except OutputError as exc:
+            tell_unusable(self.folder, exc.why or exc)
+        return result
 
     def _decode(
         self,
@@ -149,7 +164,7 @@ class Cache:
         files = self._list_files(key)
         try:
             contents = tuple(read_regular(file, MAX_ENTRY) for file in files)
-        except OSError:
+        except (OSError, MemoryError):
             return None
         with contextlib.suppress(OSError):
             for file in files:

@@ -22,7 +22,7 @@ from typing import Generic, TypeVar
 from platformdirs import user_data_path
 
 from .cache import Cache, Files, warn_once
-from .errors import CacheWarning, OutputError
+from .errors import CacheWarning, GateError, OutputError
 from .files import expand_home, read_regular, write_atomic
 from .locks import clear_lock, locked
 
@@ -128,6 +128,7 @@ class SealedCache:
         encode: Callable[[T], bytes],
         mode: int = 0o666,
         make_unkept: Callable[[], T] | None = None,
+        waits: bool = True,
     ) -> Result[T]:
         """What is kept under ``key``, or is made now and kept; see :meth:`.cache.Cache.get`.
 
@@ -140,6 +141,7 @@ class SealedCache:
             encode: makes the content of an entry.
             mode: permissions of the files.
             make_unkept: makes the result where nothing can be kept; default: ``make``.
+            waits: for another process that makes the same result, rather than to make it, too.
         """
         try:
             make_seal(key)
@@ -158,6 +160,7 @@ class SealedCache:
             encode=entry.seal,
             mode=mode,
             make_unkept=make_unkept,
+            waits=waits,
         )
         if entry.fault and not entry.is_kept:
             warnings.warn(
@@ -191,7 +194,11 @@ class _Entry(Generic[T]):
         if not is_sealed(self._describe(content), seal.decode("ascii", "replace")):
             raise ValueError(self.fault)
         self.fault = "it cannot be opened"
-        value = self._decode(content)
+        try:
+            value = self._decode(content)
+        except GateError as exc:
+            self.fault = f"it does not pass: {exc.what}"
+            raise
         self.is_kept = True
         return value
 

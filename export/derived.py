@@ -14,7 +14,7 @@ from torch import nn
 from cmt_edge.calib import DEFAULT, Recipe
 from cmt_edge.calib.data import GENERATED, SYNTHETIC
 from cmt_edge.cmt import find_model
-from cmt_edge.cmt.outside import is_outside
+from cmt_edge.cmt.outside import OUTSIDE_FAMILIES, is_outside
 from cmt_edge.cmt.spec import CPU, RTX, ModelSpec
 from cmt_edge.deploy.bundle import LOGITS
 from cmt_edge.deploy.bundle.record import find_text_fault
@@ -176,8 +176,15 @@ class DerivedSettings(Settings):
     def keeps_results(self) -> bool:
         """Whether something that took long is kept for the next export."""
         engine = self.format == "trt" and self.build  # rtx keeps no timings
-        makes = self.quantizes or self.data == SYNTHETIC or engine or not is_outside(self.model_name)
-        return self.uses_cache and makes
+        takes_long = self.quantizes or self.data == SYNTHETIC or engine
+        return self.uses_cache and (takes_long or self.keeps_trace)
+
+    @property
+    def keeps_trace(self) -> bool:
+        """Whether the traced graph may be one of an earlier export (:mod:`cmt_edge.export.kept_traces`): of a
+        model that is named in the registry."""
+        is_named = isinstance(self.model, str) and self.spec.family not in OUTSIDE_FAMILIES
+        return self.uses_cache and is_named
 
     @property
     def preprocess(self) -> Preprocess:

@@ -5,34 +5,31 @@ precision and the batch size. A kept graph is used only if this machine sealed i
 (:mod:`cmt_edge.deploy.sealing`) under a key of everything that it depends on, and like a new one it is
 compared with the PyTorch model before the next step may start.
 
-Nothing is kept of a model with modules that are neither this package's nor PyTorch's own: what their code
-depends on cannot be told.
+Only models of the registry are kept: their answers depend on their names, sizes and weights, and on code
+whose hash is in the key. What the code of other models depends on cannot be told.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from types import FunctionType
-from typing import Any
 
 import onnx
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_module
 
-from cmt_edge import cmt
-from cmt_edge.calib import graph as onnx_graph
-from cmt_edge.cmt.spec import ModelSpec
+from cmt_edge import calib, cmt
 from cmt_edge.deploy.cache import compute_digest
 from cmt_edge.deploy.errors import OutputError
 from cmt_edge.deploy.files import find_cache_folder
 from cmt_edge.deploy.sealing import SealedCache
-
-from . import to_onnx
 
 FOLDER = "traced"
 """Name of the folder in the cache."""
@@ -42,11 +39,24 @@ MOST_BYTES = 2 << 30
 """The total size in bytes of the traced graphs that stay."""
 LARGEST = 1 << 30
 """A model with more bytes of weights is not kept."""
-KNOWN = ("cmt_edge.cmt.", "torch.nn.modules.")
-"""Starts of the names of Python modules whose classes and functions are told by their names, because the key
-has their version or their source."""
 TRACERS = ("torch", "onnx", "onnx-ir", "onnxscript")
 """Packages whose versions a traced graph depends on."""
+SOURCES = tuple(
+    Path(str(room)).resolve() for room in (cmt.__path__[0], calib.__path__[0], Path(__file__).parent)
+)
+"""Folders of the code that a graph is made by."""
+SHOWN = ("typing", "typing_extensions")
+"""Modules of which PyTorch shows functions as its own."""
+KNOWN = (
+    *SOURCES,
+    Path(str(torch.__file__)).resolve().parent,
+    *(Path(str(spec.origin)).resolve() for spec in map(find_spec, SHOWN) if spec),
+)
+"""Folders and files that our functions and those of PyTorch come from."""
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+"""Attributes of a module that hold code of others; PyTorch's own module has the same for all modules."""
+LOADED = time.time()
+"""When this code was loaded, at the latest; a file that is younger may hold other code."""
 
 
 def trace_once(
@@ -58,8 +68,8 @@ def trace_once(
     """What ``trace`` makes of ``model``, or the graph that it made of an equal one in an earlier export.
 
     Args:
-        model: in eval mode.
-        settings: what else the graph depends on.
+        model: a model of the registry with its rewrites, in eval mode.
+        settings: which one it is, and all else that the graph depends on.
         trace: makes the graph; what it raises is raised here.
         check: is called with a kept graph, which is made again where it raises.
     """
@@ -69,94 +79,103 @@ def trace_once(
         check(graph)
         return graph
 
-    modules = compute_modules_digest(model)
-    if modules is None:
+    key = make_key(model, settings)
+    if key is None:
         return trace()
-    key = {
-        "modules": modules,
-        "settings": list(settings),
-        "packages": [f"{name} {metadata.version(name)}" for name in TRACERS],
-        "source": _hash_sources(),
-    }
-    cache = SealedCache(find_cache_folder() / FOLDER, "traced graph", ".onnx", KEEP, MOST_BYTES)
-    found = cache.get(
-        compute_digest(key),
+    entries = SealedCache(find_cache_folder() / FOLDER, "traced graph", ".onnx", KEEP, MOST_BYTES)
+    found = entries.get(
+        key,
         decode=open_kept,
         make=trace,
         encode=_serialise,
         mode=0o600,  # the weights may not be for everybody
+        waits=False,
     )
     return found.value
 
 
 def _serialise(graph: onnx.ModelProto) -> bytes:
-    """The content of an entry; raises :class:`OutputError` where that is too much for protobuf."""
+    """The content of an entry; raises :class:`OutputError` where that is too much for protobuf or memory."""
     try:
         content: bytes = graph.SerializeToString(deterministic=True)
-    except ValueError as exc:
+    except Exception as exc:
         raise OutputError("the traced graph cannot be kept", why=exc) from exc
     return content
 
 
-def compute_modules_digest(model: nn.Module) -> str | None:
-    """SHA-256, in hex, of all that the answers of ``model`` depend on besides the code of its classes: their
-    names, the attributes of all modules, and all tensors.
+def make_key(model: nn.Module, settings: Sequence[str | int]) -> str | None:
+    """Name of the entry: the digest of everything that the graph of a model depends on.
 
-    ``None`` where a part cannot be told, and for more than :data:`LARGEST` bytes of weights.
+    ``None`` where that cannot be told, because code of others takes part or our own has changed on disk, and
+    for more than :data:`LARGEST` bytes of weights.
     """
-    if sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) > LARGEST:
-        return None
-    modules = [
-        (name, type(module), vars(module), [child for child, _ in module.named_children()])
-        for name, module in model.named_modules(remove_duplicate=False)
-    ]
     try:
-        text = json.dumps(modules, default=_describe)
-    except (TypeError, ValueError):
+        if _is_changed(model) or sum(map(_count_bytes, _list_tensors(model).values())) > LARGEST:
+            return None
+        return compute_digest(
+            {
+                "settings": list(settings),
+                "modules": repr(model),
+                "tensors": {name: _describe(tensor) for name, tensor in _list_tensors(model).items()},
+                "packages": [f"{name} {metadata.version(name)}" for name in TRACERS],
+                "source": _hash_sources(),
+            }
+        )
+    except Exception:  # whatever is strange about a model, it is traced
         return None
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _describe(value: object) -> Any:
-    """What JSON has no form for, in a form that it has; raises ``TypeError`` for what cannot be told."""
-    described: Any
-    match value:
-        case torch.Tensor():
-            described = _describe_tensor(value)
-        case nn.Module():  # in its parent; its own attributes stand beside its name
-            described = _name(type(value))
-        case type() | FunctionType():
-            described = _name(value)
-        case set():
-            described = sorted(map(repr, value))
-        case ModelSpec():  # no module computes with it; what it has rewritten is told as modules
-            described = value.name
-        case _ if dataclasses.is_dataclass(value):
-            described = [_name(type(value)), vars(value)]
-        case _:
-            raise TypeError(type(value))
-    return described
+def _list_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by name, also those that a state dict leaves out."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def _name(value: type | FunctionType) -> str:
-    """The full name of a class or function that is defined in :data:`KNOWN`."""
-    if not str(value.__module__).startswith(KNOWN) or "<" in value.__qualname__:
-        raise TypeError(value)
-    return f"{value.__module__}.{value.__qualname__}"
+def _count_bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
-def _describe_tensor(tensor: torch.Tensor) -> list[Any]:
-    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
-        raise TypeError(tensor.layout)
+def _describe(tensor: torch.Tensor) -> list[str]:
     values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return [str(tensor.dtype), list(tensor.shape), hashlib.sha256(values.numpy().data).hexdigest()]
+    return [str(tensor.dtype), str(tensor.shape), hashlib.sha256(values.numpy().data).hexdigest()]
+
+
+def _is_changed(model: nn.Module) -> bool:
+    """Whether something of a model, or of PyTorch, is not the code that its packages came with: hooks,
+    replaced functions, modules from elsewhere."""
+    if any(vars(torch_module)[f"_global{hooks}"] for hooks in HOOKS):
+        return True
+    modules = list(model.modules())
+    if any("forward" in vars(module) or any(vars(module)[hooks] for hooks in HOOKS) for module in modules):
+        return True
+    owners = {
+        torch,
+        torch.Tensor,
+        nn.functional,
+        *(base for module in modules for base in type(module).__mro__),
+    }
+    return not all(_is_known(function.__code__.co_filename) for function in _list_functions(owners))
+
+
+def _list_functions(owners: set[object]) -> Iterator[FunctionType]:
+    """The Python functions of modules and classes."""
+    for owner in owners:
+        yield from (value for value in vars(owner).values() if isinstance(value, FunctionType))
+
+
+@cache
+def _is_known(file: str) -> bool:
+    """Whether the code of a file is this package's or PyTorch's."""
+    place = Path(file).resolve()
+    return any(place.is_relative_to(folder) for folder in KNOWN)
 
 
 def _hash_sources() -> str:
-    """SHA-256 of the code that a graph is made by."""
+    """SHA-256 of the code that a graph is made by; raises ``OSError`` where a file cannot be read, or is
+    younger than the program."""
     digest = hashlib.sha256()
-    package = Path(str(cmt.__file__)).parent
-    others = [Path(str(module.__file__)) for module in (to_onnx, onnx_graph)]
-    for path in (*sorted(package.rglob("*.py")), *others):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for folder in SOURCES:
+        for path in sorted(folder.rglob("*.py")):
+            if path.stat().st_mtime > LOADED:
+                raise OSError(f"{path} was changed")
+            digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()

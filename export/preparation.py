@@ -174,13 +174,7 @@ def _make_graph(
     with journal.step(Step.FUSE):
         fused, differences = steps.fuse_model(reference, config.head, config.rewriting_target)
     with journal.step(Step.TRACE):
-        traced, found = steps.trace_model(
-            fused,
-            reference,
-            config.img_size,
-            config.outputs,
-            config.uses_cache,
-        )
+        traced, found = steps.trace_model(fused, reference, config)
         differences |= found
     del fused  # each of these holds all weights
     with journal.step(Step.SIMPLIFY):

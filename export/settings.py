@@ -324,7 +324,7 @@ class Settings:
     )
     cache: bool = make_option(
         True,
-        help="do not reuse calibrated graphs, synthetic images and measurements of earlier runs",
+        help="do not reuse traced and calibrated graphs, synthetic images and measurements of earlier runs",
         group=MACHINE,
     )
     keep_float: str | None = make_option(

@@ -98,12 +98,15 @@ def script(monkeypatch):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_cache(run_folder):
+def own_cache(tmp_path_factory, run_folder):
     """Tests never read or write the user's cache, nor the secret that seals what lies there. The workers of a
-    run share theirs, so that exports in child processes trace each model once, too."""
-    folder = run_folder / "cache"
+    run share the secret and the traced graphs, so that child processes trace each model once, too."""
+    folder = tmp_path_factory.mktemp("cache")
+    shared_traces = run_folder / "cache" / "traced"
     os.environ["CMT_EDGE_CACHE"] = str(folder)
     os.environ["CMT_EDGE_STATE"] = str(run_folder / "state")
+    shared_traces.mkdir(parents=True, exist_ok=True)
+    (folder / shared_traces.name).symlink_to(shared_traces)
     return folder
 
 

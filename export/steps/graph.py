@@ -18,7 +18,7 @@ from cmt_edge.deploy import Preprocess
 from cmt_edge.deploy.backends.torch import TorchSession
 from cmt_edge.deploy.files import find_cache_folder
 
-from ..config import OPSET
+from ..config import OPSET, ExportConfig
 from ..kept_traces import trace_once
 from ..to_onnx import (
     FUSE_ATOL,
@@ -55,12 +55,10 @@ def fuse_model(
 def trace_model(
     fused: nn.Module,
     reference: Reference,
-    img_size: int,
-    outputs: list[str],
-    cached: bool,
+    config: ExportConfig,
 ) -> tuple[onnx.ModelProto, Differences]:
-    """The float32 graph of ``fused`` with a dynamic batch; ``outputs`` are its outputs' names. Where
-    ``cached``, an equal one of an earlier run is used again, and compared again.
+    """The float32 graph of ``fused`` with a dynamic batch; an equal one of an earlier run is used again, and
+    compared again, unless the cache is left out.
 
     Raises:
         StepError: torch.onnx refuses the model.
@@ -72,11 +70,13 @@ def trace_model(
         differences["onnx"] = _compare_graph(step, graph, reference)
 
     def trace() -> onnx.ModelProto:
-        return export_onnx(fused, img_size, OPSET, outputs, compare)
+        return export_onnx(fused, config.img_size, OPSET, config.outputs, compare)
 
-    if not cached:
+    if not config.keeps_trace:
         return trace(), differences
-    return trace_once(fused, (img_size, OPSET, *outputs), trace, compare), differences
+    which = [config.model_name, config.head, *config.outputs, config.rewriting_target, reference.kind]
+    sizes = [config.classes, config.img_size, OPSET]
+    return trace_once(fused, [*which, *sizes], trace, compare), differences
 
 
 def simplify_graph(graph: onnx.ModelProto) -> onnx.ModelProto:

@@ -279,3 +279,17 @@ def test_a_concat_of_a_concat_keeps_its_pairs():
     model.graph.output[0].type.tensor_type.shape.dim[1].dim_value *= 2
     before = model.SerializeToString(deterministic=True)
     assert rewrite_copy(model, move_pairs_to_layers).SerializeToString(deterministic=True) == before
+
+
+def test_a_shape_does_not_keep_the_first_conv_float(quantized, tmp_path):
+    """A class token is expanded to the batch size of the image, which the first conv reads behind a pair."""
+    operations = [node.op_type for node in quantized.model.graph.node]
+    assert "Shape" in operations
+    placed = place_for_integers(quantized.model, {"node_conv2d": 3.0})
+    convs = [node for node in placed.graph.node if node.op_type == "Conv"]
+    assert convs[0].name == "node_conv2d"
+    kernels = count_kernels(placed, tmp_path)
+    assert kernels["QLinearConv"] == 1
+    image = np.linspace(-2, 2, 2 * 3 * 64**2, dtype=np.float32).reshape(2, 3, 64, 64)
+    difference = compute_logits(placed, image, "placed") - compute_logits(quantized.model, image, "quantized")
+    assert np.abs(difference).max() < 0.05
