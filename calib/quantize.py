@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 import onnx
+import PIL
 from threadpoolctl import threadpool_limits
 
 from cmt_edge.deploy.cache import Cache, Files
@@ -171,13 +172,17 @@ def _make_key(
     spec: Preprocess,
     recipe: Recipe,
 ) -> str:
+    import onnxruntime as ort  # not where nothing is kept
+
     parts = [
         hashlib.sha256(content).hexdigest(),
         data.fingerprint,
         repr(spec),
         recipe.key(),
     ]
-    parts += [f"{name} {metadata.version(name)}" for name in ("nncf", "onnxruntime", "pillow")]
+    # not as installed: onnxruntime-gpu and Pillow-SIMD bring the same modules
+    versions = {"nncf": metadata.version("nncf"), "onnxruntime": ort.__version__, "pillow": PIL.__version__}
+    parts += [f"{name} {version}" for name, version in versions.items()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

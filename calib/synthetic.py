@@ -19,10 +19,10 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -296,7 +296,7 @@ def _make_cache_key(
 ) -> str:
     """The name of a set in the cache: whatever decides its pixels, hashed."""
     parts = [weights, count, spec, seed, steps, time_limit_s, LEARNING_RATE, FALL, VERSION]
-    parts += [metadata.version(package) for package in ("torch", "numpy", "pillow")]
+    parts += [str(torch.__version__), np.__version__, PIL.__version__]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

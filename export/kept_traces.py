@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FunctionType
 
 import onnx
+import onnx_ir
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
@@ -39,8 +40,6 @@ MOST_BYTES = 2 << 30
 """The total size in bytes of the traced graphs that stay."""
 LARGEST = 1 << 30
 """A model with more bytes of weights is not kept."""
-TRACERS = ("torch", "onnx", "onnx-ir", "onnxscript")
-"""Packages whose versions a traced graph depends on."""
 SOURCES = tuple(
     Path(str(room)).resolve() for room in (cmt.__path__[0], calib.__path__[0], Path(__file__).parent)
 )
@@ -55,6 +54,9 @@ KNOWN = (
 """Folders and files that our functions and those of PyTorch come from."""
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 """Attributes of a module that hold code of others; PyTorch's own module has the same for all modules."""
+VERSIONS = (torch.__version__, onnx.__version__, onnx_ir.__version__)
+"""Versions of packages that a traced graph depends on; that of onnxscript, which is slow to import, is read
+otherwise."""
 LOADED = time.time()
 """When this code was loaded, at the latest; a file that is younger may hold other code."""
 
@@ -117,7 +119,7 @@ def make_key(model: nn.Module, settings: Sequence[str | int]) -> str | None:
                 "settings": list(settings),
                 "modules": repr(model),
                 "tensors": {name: _describe(tensor) for name, tensor in _list_tensors(model).items()},
-                "packages": [f"{name} {metadata.version(name)}" for name in TRACERS],
+                "packages": [*map(str, VERSIONS), metadata.version("onnxscript")],
                 "source": _hash_sources(),
             }
         )

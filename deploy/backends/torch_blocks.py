@@ -119,7 +119,7 @@ def watch(
     Returns:
         The model's outputs, and what was seen.
     """
-    modules = dict((root or model).named_modules())
+    modules = dict((root or model).named_modules(remove_duplicate=False))
     returned: defaultdict[str, list[Any]] = defaultdict(list)
     read: defaultdict[str, list[Any]] = defaultdict(list)
     hooks = [modules[path].register_forward_hook(partial(_keep_output, returned, path)) for path in outputs]

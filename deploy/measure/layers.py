@@ -200,7 +200,7 @@ class _Reference:
 def _find_prefix(module: Any, paths: Sequence[str], where: object) -> str:
     """The path of the module inside ``module`` in which ``paths`` begin: a head may be wrapped around the
     model."""
-    known = dict(module.named_modules())
+    known = dict(module.named_modules(remove_duplicate=False))
     for prefix in ("", "model"):
         if all(f"{prefix}.{path}".removeprefix(".") in known for path in paths):
             return prefix

@@ -162,3 +162,27 @@ def test_watching_copies_what_is_changed_in_place():
     assert (np.maximum(before, 0) == answer).all()
     assert (seen.find_input("1") == before).all()
     assert seen.find_output("2") == "the model does not call it"
+
+
+class Repeated(nn.Module):
+    """Two blocks that are one module, in a row of three: its weights are shared (ALBERT's way)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        shared = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())
+        self.layers = nn.ModuleList([shared, nn.Sequential(nn.Conv2d(3, 3, 1)), shared])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_a_block_that_stands_in_two_places_is_said_to_be_called_twice():
+    net = Repeated().eval()
+    blocks = list_blocks(net)
+    assert {"layers.0", "layers.1"} <= set(blocks)
+    _, seen = watch(net, np.zeros((1, 3, SIZE, SIZE), np.float32), ["layers.0", "layers.1", "layers.2"])
+    assert seen.find_output("layers.0") == seen.find_output("layers.2") == "the model calls it 2 times"
+    assert isinstance(seen.find_output("layers.1"), np.ndarray)
