@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +54,9 @@ class Result:
     executed: str = ""
     warnings: list[str] = field(default_factory=list)
 
+
+DRIFTED = re.compile(r"latency drifted by ([+-]\d+) %")
+"""Matches a warning that the machine changed while a row was measured."""
 
 HEADER = (
     "row",
@@ -146,12 +150,20 @@ def format_markdown(
 
 
 def list_remarks(rows: Sequence[Result]) -> list[str]:
-    """Why rows were left out, and what to know of those that ran: lines of a list."""
-    return [
+    """Why rows were left out, and what to know of those that ran: lines of a list. Where most rows drifted,
+    one line says so of all."""
+    drifts = [float(match[1]) for r in rows for text in r.warnings if (match := DRIFTED.match(text))]
+    folds = len(drifts) > len(rows) / 2
+    lines = [
         f"- {r.label}: {text}"
         for r in rows
         for text in (*([f"left out: {r.note}"] if r.note else []), *r.warnings)
+        if not (folds and DRIFTED.match(text))
     ]
+    if folds:
+        span = f"{min(drifts):+.0f} to {max(drifts):+.0f} %"
+        lines.append(f"- {len(drifts)} latencies drifted by {span} from the first to the last 100 calls")
+    return lines
 
 
 def name_batch(content: dict[str, Any]) -> str:

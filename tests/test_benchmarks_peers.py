@@ -351,3 +351,13 @@ def test_a_limit_is_set_for_children_and_named_in_the_document(monkeypatch):
     assert {os.environ[switch] for switch in isa.SWITCHES} == {"AVX2"}
     assert "--isa avx2" in report.name_limit({"isa": "avx2"})
     assert report.name_limit({"isa": None}) == report.name_limit({}) == ""
+
+
+def test_a_machine_that_changed_under_most_rows_is_one_remark(monkeypatch):
+    report = load_benchmark("peers_report", monkeypatch)
+    rows = [report.Result(key, key, True) for key in "abc"]
+    rows[0].warnings = ["latency drifted by -12 % from the first to the last 100 calls"]
+    assert report.list_remarks(rows) == [f"- a: {rows[0].warnings[0]}"]
+    rows[1].warnings = ["latency drifted by +7 % from the first to the last 100 calls", "something else"]
+    folded = "- 2 latencies drifted by -12 to +7 % from the first to the last 100 calls"
+    assert report.list_remarks(rows) == ["- b: something else", folded]
