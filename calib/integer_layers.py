@@ -13,7 +13,8 @@ a calibrated graph accordingly:
   rounds it by less than a product's own step.
 * Weights get a larger scale where sums of their products would exceed 16 bits (:mod:`.pair_sums`), so that
   processors without VNNI compute them exactly by their fast kernels.
-* A ``Shape`` reads what lies before a pair, because a pair that it reads beside a conv keeps the conv float.
+* A ``Shape`` reads the graph's input before its pair, because a pair that it reads beside a conv keeps the
+  conv float.
 * The int8 weights of layers that read floats (:mod:`.trunk`) become floats by a cast and a multiplication,
   which ONNX Runtime computes once, when it opens the graph. It would dequantize them in every inference, or
   round what a MatMul reads.
@@ -100,7 +101,7 @@ def place_for_integers(quantized: onnx.ModelProto, ranges: Mapping[str, float]) 
     """
     with open_view(quantized, types=True) as view:
         graph = view.graph
-        _read_shapes_before_pairs(graph)
+        _read_shapes_of_input(graph)
         for conv in _find_convs(graph):
             magnitude = ranges.get(get_node_name(conv), 0.0)
             if magnitude > 0 and not _is_quantized_next(conv):
@@ -121,15 +122,20 @@ def place_for_integers(quantized: onnx.ModelProto, ranges: Mapping[str, float]) 
     return result
 
 
-def _read_shapes_before_pairs(graph: ir.Graph) -> None:
-    """Let every ``Shape`` of a rounded value read the value itself, which has the same shape."""
+def _read_shapes_of_input(graph: ir.Graph) -> None:
+    """Let every ``Shape`` of the rounded input of the graph read the input itself, which has the same shape.
+
+    The result of a layer must have no further reader, or its quantizer is not taken for a part of it.
+    """
     for node in graph:
         dequantizer = find_producer(node.inputs[0]) if node.op_type == "Shape" else None
         if dequantizer is None or dequantizer.op_type != DEQUANTIZE:
             continue
         quantizer = find_producer(dequantizer.inputs[0])
         if quantizer is not None and quantizer.op_type == QUANTIZE:
-            node.replace_input_with(0, get_input(quantizer, 0))
+            value = get_input(quantizer, 0)
+            if value.is_graph_input():
+                node.replace_input_with(0, value)
 
 
 def _find_convs(graph: ir.Graph) -> list[ir.Node]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from cmt_edge.deploy.errors import InputError
+
+LOADED = time.time()
+"""When the code of the models began to be loaded, seconds since 1970: a source file that is younger may hold
+other code."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 """Mean of the red, green and blue values of ImageNet, with values from 0 to 1."""

@@ -12,7 +12,6 @@ whose hash is in the key. What the code of other models depends on cannot be tol
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib import metadata
@@ -27,6 +26,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from cmt_edge import calib, cmt
+from cmt_edge.cmt.spec import LOADED
 from cmt_edge.deploy.cache import compute_digest
 from cmt_edge.deploy.errors import OutputError
 from cmt_edge.deploy.files import find_cache_folder
@@ -44,8 +44,9 @@ SOURCES = tuple(
     Path(str(room)).resolve() for room in (cmt.__path__[0], calib.__path__[0], Path(__file__).parent)
 )
 """Folders of the code that a graph is made by."""
-SHOWN = ("typing", "typing_extensions")
-"""Modules of which PyTorch shows functions as its own."""
+SHOWN = ("typing", "typing_extensions", "warnings", "_py_warnings")
+"""Modules of which PyTorch shows functions as its own, or whose decorators it uses, in some version of
+Python."""
 KNOWN = (
     *SOURCES,
     Path(str(torch.__file__)).resolve().parent,
@@ -57,8 +58,6 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 VERSIONS = (torch.__version__, onnx.__version__, onnx_ir.__version__)
 """Versions of packages that a traced graph depends on; that of onnxscript, which is slow to import, is read
 otherwise."""
-LOADED = time.time()
-"""When this code was loaded, at the latest; a file that is younger may hold other code."""
 
 
 def trace_once(

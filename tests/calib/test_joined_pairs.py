@@ -293,3 +293,42 @@ def test_a_shape_does_not_keep_the_first_conv_float(quantized, tmp_path):
     image = np.linspace(-2, 2, 2 * 3 * 64**2, dtype=np.float32).reshape(2, 3, 64, 64)
     difference = compute_logits(placed, image, "placed") - compute_logits(quantized.model, image, "quantized")
     assert np.abs(difference).max() < 0.05
+
+
+def test_the_result_of_a_layer_gets_no_further_reader():
+    """A ``Shape`` behind the pair of a conv's result stays there: the conv keeps its one quantizer."""
+    channels = 2
+    weights = {name: np.full((channels, channels, 1, 1), 5, np.int8) for name in ("w1", "w2")}
+    constants = {**weights, "step": np.float32(0.1), "zero": np.int8(0)}
+
+    def round_value(name: str) -> list[onnx.NodeProto]:
+        return [
+            helper.make_node("QuantizeLinear", [name, "step", "zero"], [f"{name}_q"], f"{name}_q"),
+            helper.make_node("DequantizeLinear", [f"{name}_q", "step", "zero"], [f"{name}_r"], f"{name}_r"),
+        ]
+
+    widen = [
+        helper.make_node("DequantizeLinear", [name, "step", "zero"], [f"{name}_f"], name) for name in weights
+    ]
+    nodes = [
+        *widen,
+        *round_value("input"),
+        helper.make_node("Conv", ["input_r", "w1_f"], ["first"], "first"),
+        *round_value("first"),
+        helper.make_node("Conv", ["first_r", "w2_f"], ["second"], "second"),
+        helper.make_node("Shape", ["first_r"], ["size"], "size"),
+        helper.make_node("Reshape", ["second", "size"], ["logits"], "again"),
+    ]
+    shape = [None, channels, 4, 4]
+    graph = helper.make_graph(
+        nodes,
+        "graph",
+        [helper.make_tensor_value_info("input", onnx.TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, shape)],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    placed = place_for_integers(model, {"first": 3.0})
+    readers = [node.op_type for node in placed.graph.node if "first" in node.input]
+    assert readers == ["QuantizeLinear"]
+    assert sum(node.op_type == "QuantizeLinear" for node in placed.graph.node) == 2

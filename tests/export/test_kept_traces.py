@@ -6,6 +6,7 @@ import os
 from contextlib import ExitStack
 from functools import cache, wraps
 from importlib.metadata import PackageNotFoundError
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -207,6 +208,16 @@ OF_OTHERS = [
     add_sparse,
     expand,
 ]
+
+
+@pytest.mark.parametrize("name", ["warnings", "typing"])
+def test_decorators_of_python_are_no_code_of_others(name, monkeypatch):
+    """In Python 3.13.8 a function of PyTorch is one of the module ``warnings``, by its decorator."""
+    code = compile("def deprecated(*args): ...", find_spec(name).origin, "exec")
+    space: dict = {}
+    exec(code, space)
+    monkeypatch.setattr(torch, "_check_is_size", space["deprecated"])
+    assert make_key(make_small(), ()) is not None
 
 
 @pytest.mark.parametrize("change", OF_OTHERS)
