@@ -13,8 +13,6 @@ a calibrated graph accordingly:
   rounds it by less than a product's own step.
 * Weights get a larger scale where sums of their products would exceed 16 bits (:mod:`.pair_sums`), so that
   processors without VNNI compute them exactly by their fast kernels.
-* A ``Shape`` reads the graph's input before its pair, because a pair that it reads beside a conv keeps the
-  conv float.
 * The int8 weights of layers that read floats (:mod:`.trunk`) become floats by a cast and a multiplication,
   which ONNX Runtime computes once, when it opens the graph. It would dequantize them in every inference, or
   round what a MatMul reads.
@@ -58,7 +56,7 @@ LARGEST = np.float32(127)
 BIAS_LIMIT = 2**31 - 1
 """The largest magnitude of an int32 bias."""
 
-PLACEMENT = "integers-6"
+PLACEMENT = "integers-5"
 """Names these rules where a recipe is recorded; the number is increased when they change."""
 
 Ranges = dict[str, float]
@@ -101,7 +99,6 @@ def place_for_integers(quantized: onnx.ModelProto, ranges: Mapping[str, float]) 
     """
     with open_view(quantized, types=True) as view:
         graph = view.graph
-        _read_shapes_of_input(graph)
         for conv in _find_convs(graph):
             magnitude = ranges.get(get_node_name(conv), 0.0)
             if magnitude > 0 and not _is_quantized_next(conv):
@@ -120,22 +117,6 @@ def place_for_integers(quantized: onnx.ModelProto, ranges: Mapping[str, float]) 
         result = write_model(view)
     del result.graph.value_info[:]
     return result
-
-
-def _read_shapes_of_input(graph: ir.Graph) -> None:
-    """Let every ``Shape`` of the rounded input of the graph read the input itself, which has the same shape.
-
-    The result of a layer must have no further reader, or its quantizer is not taken for a part of it.
-    """
-    for node in graph:
-        dequantizer = find_producer(node.inputs[0]) if node.op_type == "Shape" else None
-        if dequantizer is None or dequantizer.op_type != DEQUANTIZE:
-            continue
-        quantizer = find_producer(dequantizer.inputs[0])
-        if quantizer is not None and quantizer.op_type == QUANTIZE:
-            value = get_input(quantizer, 0)
-            if value.is_graph_input():
-                node.replace_input_with(0, value)
 
 
 def _find_convs(graph: ir.Graph) -> list[ir.Node]:
