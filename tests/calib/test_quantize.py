@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from importlib import metadata
 
 import numpy as np
 import onnx
@@ -124,6 +125,20 @@ def test_the_same_request_is_answered_from_the_cache(graph, data, cache, quantiz
     assert again.cached
     for ours, first in ((again.model, quantized.model), (again.source, quantized.source)):
         assert ours.SerializeToString(deterministic=True) == first.SerializeToString(deterministic=True)
+
+
+def test_another_package_may_bring_the_modules(graph, cache, quantized, monkeypatch):
+    """``onnxruntime-gpu`` and Pillow-SIMD have other names, which the key must not need."""
+    real = metadata.version
+
+    def find(name):
+        if name in ("onnxruntime", "pillow"):
+            raise metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(metadata, "version", find)
+    data = CalibrationSet.choose("generated", IMAGES, SPEC)
+    assert quantize(edited(graph), data, SPEC, Recipe(), cache=cache).cached
 
 
 def copied(quantized):
